@@ -1,1 +1,13 @@
-//! The application.
+//! Fine-tune language models with MonteCLoRA in Rust and serve the result with mistral.rs.
+
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod data;
+pub mod gguf_import;
+pub mod hub;
+pub mod model;
+pub mod progress;
+pub mod session;
+pub mod smollm2;
+pub mod train;

@@ -1,1 +1,25 @@
-//! Work begins here.
+//! MonteCLoRA (arXiv:2411.04358) on candle: the posterior of a low-rank adapter, its noise, its divergences, and the frozen
+//! projection that carries it.
+//!
+//! The posterior of a site is a Gaussian scale mixture around `lora_A`; `lora_B` is deterministic. The mathematics takes
+//! noise as an argument; [`noise`] alone draws it, counter-based. Gradients are exact vector-Jacobian products written by
+//! hand, so that nothing is ever computed for the frozen base.
+
+pub mod divergence;
+mod draw;
+mod error;
+pub mod linalg;
+mod linear;
+mod mixture;
+pub mod noise;
+mod posterior;
+
+#[cfg(test)]
+mod fixture_tests;
+
+pub use divergence::Objective;
+pub use draw::{Draw, Noise, Regulariser, Spread, SpreadGradient};
+pub use error::{Error, Result};
+pub use linear::{FrozenLinear, Gradients, LowRank, Saved};
+pub use mixture::MixtureWeights;
+pub use posterior::{initial_a, initial_spread, sample};

@@ -1,1 +1,11 @@
-//! Integration tests.
+//! Tests that cross crates, as one binary.
+
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
+mod cli;
+mod decoder;
+mod fixtures;
+#[cfg(feature = "mistralrs")]
+mod runtime;
+mod training;
+mod trajectory;

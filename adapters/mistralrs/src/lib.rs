@@ -1,1 +1,47 @@
-//! Work begins here.
+//! Serves MonteCLoRA and LoRA adapters from [mistral.rs](https://github.com/EricLBuehler/mistral.rs), collapsed to the posterior mean.
+//!
+//! Three ways in, each resting on the one before:
+//!
+//! - [`MonteCloraLoader`], a mistral.rs [`Loader`](mistralrs_core::Loader) for any application built on mistral.rs;
+//! - [`Engine`], one model driven from blocking code: raw logits, token ids, greedy answers;
+//! - [`serve`], the OpenAI-compatible server that `serve.toml` describes ([`ServeFile`]).
+//!
+//! The adapter is merged in float32 into the tensors it touches, which go into a temporary overlay that mistral.rs reads
+//! after the base's own files. mistral.rs's own LoRA path is not used: version 0.8.1 drops most PEFT settings silently.
+//! For the same reason the base's configuration is rewritten first, and what 0.8.1 cannot represent is refused by name.
+//!
+//! ```no_run
+//! use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
+//!
+//! let loader = MonteCloraLoader::builder("models/SmolLM2-135M-Instruct", "triage")
+//!     .adapter("out") // raw MonteCLoRA or plain LoRA, as PEFT writes them
+//!     .build()?;
+//! let engine = Engine::start(&loader)?;
+//! let answer = engine.ask(&[ChatMessage::new("user", "I was charged twice.")], 64)?;
+//! assert_eq!(answer.finish_reason, "stop");
+//! engine.shut_down()?;
+//! # Ok::<(), mistralrs_monteclora::Error>(())
+//! ```
+
+mod chat_files;
+mod config;
+mod engine;
+mod error;
+mod keys;
+mod loader;
+mod model_config;
+mod server;
+
+#[cfg(test)]
+mod fixture_tests;
+
+pub use config::{
+    AdapterSection, AdminSection, AuthSection, DeviceSection, Locate, ModelConfig, ModelSection,
+    QuantizationSection, RuntimeSection, ServeConfig, ServeFile, ServerSection, local_only,
+};
+pub use engine::{Answer, ChatMessage, Engine, PromptLogits, prompt_logits};
+pub use error::{Error, Result};
+pub use keys::KeySet;
+pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline};
+pub use model_config::{Architecture, NormalisedConfig, normalise_config};
+pub use server::{Server, serve};

@@ -1,0 +1,456 @@
+//! Writes the tokenizer, chat template and end-of-turn tokens for mistral.rs so that a conversation becomes exactly the tokens transformers makes of it.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use monteclora_converters::Problem;
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+
+/// The files written, all in the staging directory.
+pub(crate) struct ChatFiles {
+    pub(crate) tokenizer: PathBuf,
+    pub(crate) template: PathBuf,
+    pub(crate) generation: PathBuf,
+}
+
+/// Reads the conversation side of the model in `base` and writes it, normalised, into `out`.
+///
+/// - `tokenizer.json` without post-processor, padding and truncation. mistral.rs encodes rendered conversations with
+///   special tokens on, so a tokenizer that adds BOS would add a second one to a template that prints it.
+/// - `tokenizer_config.json` with only the template and the special tokens; an unset token is the empty text.
+/// - `generation_config.json` with every end-of-sequence id that the model names.
+pub(crate) fn write_chat_files(
+    base: &Path,
+    template_override: Option<&Path>,
+    config: &Map<String, Value>,
+    out: &Path,
+) -> Result<ChatFiles> {
+    let mut problems = Vec::new();
+    let mut tokenizer = read_json(&base.join("tokenizer.json"))?.ok_or_else(|| {
+        Error::not_found(
+            &base.join("tokenizer.json"),
+            "missing; a model directory needs its tokenizer in this form",
+        )
+    })?;
+    check_tokenizer(&tokenizer, &mut problems);
+    for key in ["post_processor", "padding", "truncation"] {
+        tokenizer[key] = Value::Null;
+    }
+    let vocabulary = Vocabulary::new(&tokenizer);
+
+    let settings = read_json(&base.join("tokenizer_config.json"))?.unwrap_or_else(|| json!({}));
+    let special = read_json(&base.join("special_tokens_map.json"))?.unwrap_or_else(|| json!({}));
+    let token = |key: &str| {
+        [&settings, &special]
+            .into_iter()
+            .find_map(|file| token_text(file.get(key)?))
+    };
+    let eos = token("eos_token");
+    if let Some(eos) = eos
+        .as_deref()
+        .filter(|eos| !vocabulary.tokens.contains(*eos))
+    {
+        problems.push(Problem::new(
+            "eos-token",
+            "tokenizer_config.json: eos_token",
+            format!("`{eos}` is not in tokenizer.json"),
+            "correct tokenizer_config.json",
+        ));
+    }
+    let mut chat = json!({
+        "bos_token": token("bos_token").unwrap_or_default(),
+        "unk_token": token("unk_token").unwrap_or_default(),
+    });
+    let mut template = find_template(base, template_override, &settings)?;
+    // mistral.rs defines this variable, in a form of its own; transformers leaves it to the template's default.
+    for_each_text(&mut template, &|text| {
+        *text = text.replace("date_string", "model_date_string")
+    });
+    match &eos {
+        Some(eos) => chat["eos_token"] = json!(eos),
+        None => for_each_text(&mut template, &|text| {
+            text.insert_str(0, "{% set eos_token = '' %}");
+        }),
+    }
+    if !template.is_null() {
+        chat["chat_template"] = template;
+    }
+    let generation = generation_config(base, config, &vocabulary, &mut problems)?;
+    if !problems.is_empty() {
+        return Err(Error::unsupported(base, problems));
+    }
+
+    let files = ChatFiles {
+        tokenizer: out.join("tokenizer.json"),
+        template: out.join("tokenizer_config.json"),
+        generation: out.join("generation_config.json"),
+    };
+    write_json(&files.tokenizer, &tokenizer)?;
+    write_json(&files.template, &chat)?;
+    write_json(&files.generation, &generation)?;
+    Ok(files)
+}
+
+/// What mistral.rs 0.8.1 needs of a tokenizer.json, where it would panic or answer with garbled spaces.
+fn check_tokenizer(tokenizer: &Value, problems: &mut Vec<Problem>) {
+    let mut problem = |key: &str, message: &str| {
+        problems.push(Problem::new(
+            "tokenizer",
+            format!("tokenizer.json: {key}"),
+            message,
+            "save the tokenizer again with a current transformers, as a byte-level or byte-fallback BPE",
+        ));
+    };
+    if !tokenizer["model"]["vocab"].is_object() {
+        problem("model.vocab", "expected an object from token to id");
+    }
+    let added = tokenizer["added_tokens"].as_array();
+    if !added.is_some_and(|list| {
+        list.iter()
+            .all(|t| t["id"].is_u64() && t["content"].is_string())
+    }) {
+        problem(
+            "added_tokens",
+            "expected a list of tokens with id and content",
+        );
+    }
+    let decoder = tokenizer["decoder"].to_string();
+    if !decoder.contains("\"ByteLevel\"") && !decoder.contains("\"ByteFallback\"") {
+        problem(
+            "decoder",
+            "neither ByteLevel nor ByteFallback, so that answers could not be decoded",
+        );
+    }
+}
+
+/// The texts of all tokens, and those of the added ones by id.
+struct Vocabulary {
+    tokens: HashSet<String>,
+    by_id: Vec<(u64, String)>,
+}
+
+impl Vocabulary {
+    fn new(tokenizer: &Value) -> Self {
+        let added = tokenizer["added_tokens"].as_array().into_iter().flatten();
+        let mut by_id: Vec<_> = added
+            .filter_map(|token| {
+                Some((token["id"].as_u64()?, token["content"].as_str()?.to_owned()))
+            })
+            .collect();
+        let mut tokens: HashSet<String> = by_id.iter().map(|(_, text)| text.clone()).collect();
+        for (text, id) in tokenizer["model"]["vocab"]
+            .as_object()
+            .into_iter()
+            .flatten()
+        {
+            // Only texts that decode to themselves: mistral.rs looks an id up by its decoded text.
+            if let Some(id) = id
+                .as_u64()
+                .filter(|_| text.chars().all(|c| c.is_ascii_graphic()))
+            {
+                by_id.push((id, text.clone()));
+            }
+            tokens.insert(text.clone());
+        }
+        Self { tokens, by_id }
+    }
+
+    fn knows(&self, id: u64) -> bool {
+        self.by_id.iter().any(|(known, _)| *known == id)
+    }
+}
+
+/// A special token's text, written as a string or as an object with `content`.
+fn token_text(value: &Value) -> Option<String> {
+    let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// The template in mistral.rs's order: explicit, `chat_template.jinja`, `tokenizer_config.json`, `chat_template.json`.
+fn find_template(base: &Path, explicit: Option<&Path>, settings: &Value) -> Result<Value> {
+    if let Some(path) = explicit {
+        let text = read_text(path)?
+            .ok_or_else(|| Error::not_found(path, "the chat template does not exist"))?;
+        return if path
+            .extension()
+            .is_some_and(|extension| extension == "json")
+        {
+            Ok(parse_json(path, &text)?["chat_template"].take())
+        } else {
+            Ok(Value::String(text))
+        };
+    }
+    if let Some(text) = read_text(&base.join("chat_template.jinja"))? {
+        return Ok(Value::String(text));
+    }
+    match settings.get("chat_template") {
+        Some(Value::String(text)) => return Ok(json!(text)),
+        Some(Value::Array(named)) => {
+            let kept = named.iter().filter_map(|entry| {
+                Some(json!({"name": entry["name"].as_str()?, "template": entry["template"].as_str()?}))
+            });
+            return Ok(Value::Array(kept.collect()));
+        }
+        _ => {}
+    }
+    match read_json(&base.join("chat_template.json"))? {
+        Some(mut file) => Ok(file["chat_template"].take()),
+        None => Ok(Value::Null),
+    }
+}
+
+/// Applies `change` to the template, or to each of several named ones.
+fn for_each_text(template: &mut Value, change: &dyn Fn(&mut String)) {
+    match template {
+        Value::String(text) => change(text),
+        Value::Array(named) => {
+            for entry in named {
+                for_each_text(&mut entry["template"], change);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The generation settings that mistral.rs reads; end-of-sequence ids come from config.json where there is no file.
+fn generation_config(
+    base: &Path,
+    config: &Map<String, Value>,
+    vocabulary: &Vocabulary,
+    problems: &mut Vec<Problem>,
+) -> Result<Value> {
+    let file = read_json(&base.join("generation_config.json"))?;
+    let (name, source) = match file.as_ref().and_then(Value::as_object) {
+        Some(map) if map.get("eos_token_id").is_some_and(|ids| !ids.is_null()) => {
+            ("generation_config.json", map)
+        }
+        _ => ("config.json", config),
+    };
+    let ids = match source.get("eos_token_id") {
+        Some(Value::Array(ids)) => ids.clone(),
+        Some(Value::Null) | None => Vec::new(),
+        Some(id) => vec![id.clone()],
+    };
+    let mut kept = Vec::new();
+    for id in ids {
+        match id.as_u64() {
+            Some(id) if vocabulary.knows(id) => kept.push(id),
+            _ => problems.push(Problem::new(
+                "eos-token",
+                format!("{name}: eos_token_id"),
+                format!("{id} is not the id of a plain-text token of tokenizer.json"),
+                "correct the id, or tokenizer.json",
+            )),
+        }
+    }
+    let mut generation = json!({});
+    if !kept.is_empty() {
+        generation["eos_token_id"] = json!(kept);
+    }
+    let defaults = [
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "do_sample",
+    ];
+    for key in defaults {
+        let value = file.as_ref().and_then(|file| file.get(key));
+        if let Some(value) = value.filter(|value| value.is_number() || value.is_boolean()) {
+            generation[key] = value.clone();
+        }
+    }
+    Ok(generation)
+}
+
+/// Tokens that a tokenizer puts before and after plain text.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct TextFrame {
+    pub(crate) prefix: Vec<u32>,
+    pub(crate) suffix: Vec<u32>,
+}
+
+/// Reads the frame from the post-processor of the model's `tokenizer.json`, which mistral.rs does not get to see.
+pub(crate) fn text_frame(base: &Path) -> Result<TextFrame> {
+    let tokenizer = read_json(&base.join("tokenizer.json"))?.unwrap_or(Value::Null);
+    let mut frame = TextFrame::default();
+    add_frame(&tokenizer["post_processor"], &mut frame);
+    Ok(frame)
+}
+
+fn add_frame(processor: &Value, frame: &mut TextFrame) {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match processor["type"].as_str() {
+        Some("Sequence") => {
+            for inner in processor["processors"].as_array().into_iter().flatten() {
+                add_frame(inner, frame);
+            }
+        }
+        Some("TemplateProcessing") => {
+            let mut before_text = true;
+            for piece in processor["single"].as_array().into_iter().flatten() {
+                let special = &piece["SpecialToken"]["id"];
+                before_text &= piece.get("Sequence").is_none();
+                let name = special.as_str().unwrap_or_default();
+                let ids = processor["special_tokens"][name]["ids"].as_array();
+                let ids = ids.into_iter().flatten().filter_map(id);
+                if before_text {
+                    frame.prefix.extend(ids);
+                } else {
+                    frame.suffix.extend(ids);
+                }
+            }
+        }
+        Some("BertProcessing" | "RobertaProcessing") => {
+            frame.prefix.extend(id(&processor["cls"][1]));
+            frame.suffix.extend(id(&processor["sep"][1]));
+        }
+        _ => {}
+    }
+}
+
+fn read_text(path: &Path) -> Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io("read", path)(error)),
+    }
+}
+
+fn parse_json(path: &Path, text: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|source| {
+        monteclora_converters::Error::Json {
+            path: path.to_path_buf(),
+            source,
+        }
+        .into()
+    })
+}
+
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
+    read_text(path)?
+        .map(|text| parse_json(path, &text))
+        .transpose()
+}
+
+pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {
+    fs::write(path, value.to_string()).map_err(Error::io("write", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A model directory with a small byte-level tokenizer, and what `change` does to it.
+    fn staged(change: impl FnOnce(&Path, &mut Value)) -> Result<(Value, Value, Value)> {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (base, out) = (dir.path().join("base"), dir.path().join("out"));
+        fs::create_dir(&base).expect("created");
+        fs::create_dir(&out).expect("created");
+        let mut tokenizer = json!({
+            "truncation": {"max_length": 3}, "padding": null,
+            "added_tokens": [{"id": 0, "content": "<s>"}, {"id": 1, "content": "</s>"}],
+            "decoder": {"type": "ByteLevel"},
+            "post_processor": {"type": "Sequence", "processors": [
+                {"type": "ByteLevel"},
+                {"type": "TemplateProcessing",
+                 "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+                 "special_tokens": {"<s>": {"id": "<s>", "ids": [0]}}}]},
+            "model": {"type": "BPE", "vocab": {"a": 2, "Ġ": 3}, "merges": []},
+        });
+        let settings = json!({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": "{{ bos_token }}x"});
+        write_json(&base.join("tokenizer_config.json"), &settings).expect("written");
+        change(&base, &mut tokenizer);
+        write_json(&base.join("tokenizer.json"), &tokenizer).expect("written");
+        let config = json!({"eos_token_id": [1]});
+        let files = write_chat_files(&base, None, config.as_object().expect("an object"), &out)?;
+        let read = |path: &Path| read_json(path).expect("readable").expect("written");
+        Ok((
+            read(&files.tokenizer),
+            read(&files.template),
+            read(&files.generation),
+        ))
+    }
+
+    fn refused(change: impl FnOnce(&Path, &mut Value), location: &str) {
+        let error = staged(change).expect_err("must be refused");
+        let found = error
+            .problems()
+            .iter()
+            .any(|problem| problem.location == location);
+        assert!(found, "{location} is not named in {error}");
+    }
+
+    #[test]
+    fn nothing_is_added_to_a_rendered_conversation() {
+        let (tokenizer, template, generation) = staged(|_, _| {}).expect("a sound model");
+        assert!(tokenizer["post_processor"].is_null() && tokenizer["truncation"].is_null());
+        assert_eq!(
+            template,
+            json!({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "", "chat_template": "{{ bos_token }}x"})
+        );
+        assert_eq!(generation, json!({"eos_token_id": [1]}));
+    }
+
+    #[test]
+    fn the_frame_of_plain_text_is_kept() {
+        let mut frame = TextFrame::default();
+        let processor = json!({"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "b"}}, {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "e"}}],
+            "special_tokens": {"b": {"ids": [7]}, "e": {"ids": [8, 9]}}});
+        add_frame(
+            &json!({"type": "Sequence", "processors": [{"type": "ByteLevel"}, processor]}),
+            &mut frame,
+        );
+        assert_eq!(
+            frame,
+            TextFrame {
+                prefix: vec![7],
+                suffix: vec![8, 9]
+            }
+        );
+    }
+
+    #[test]
+    fn a_template_file_wins_and_a_missing_eos_is_the_empty_text() {
+        let (_, template, _) = staged(|base, _| {
+            fs::write(base.join("chat_template.jinja"), "from file").expect("written");
+            write_json(
+                &base.join("tokenizer_config.json"),
+                &json!({"chat_template": "from settings"}),
+            )
+            .expect("written");
+        })
+        .expect("a sound model");
+        assert_eq!(
+            template["chat_template"],
+            "{% set eos_token = '' %}from file"
+        );
+        assert!(template.get("eos_token").is_none());
+    }
+
+    #[test]
+    fn what_mistralrs_would_panic_on_is_refused() {
+        refused(
+            |_, t| t["model"]["vocab"] = json!([["a", 0.0]]),
+            "tokenizer.json: model.vocab",
+        );
+        refused(
+            |_, t| t["added_tokens"] = Value::Null,
+            "tokenizer.json: added_tokens",
+        );
+        refused(|_, t| t["decoder"] = Value::Null, "tokenizer.json: decoder");
+        refused(
+            |_, t| t["added_tokens"][1]["content"] = json!("<x>"),
+            "tokenizer_config.json: eos_token",
+        );
+        refused(
+            |_, t| t["added_tokens"][1]["id"] = json!(99),
+            "config.json: eos_token_id",
+        );
+    }
+}

@@ -1,0 +1,277 @@
+//! `serve.toml` as it is written: its sections, and what is said about keys it does not have.
+
+mod resolve;
+#[cfg(test)]
+mod tests;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use toml::{Table, Value};
+
+use crate::error::{Error, Result};
+
+pub use resolve::{Locate, ModelConfig, ServeConfig, local_only};
+
+/// `serve.toml` as written, with mistral.rs `from-config` names.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServeFile {
+    /// Where to listen.
+    pub server: ServerSection,
+    /// Limits of every engine.
+    pub runtime: RuntimeSection,
+    /// Who may ask.
+    pub auth: AuthSection,
+    /// The endpoints that change what is served.
+    pub admin: AdminSection,
+    /// The base models.
+    pub models: Vec<ModelSection>,
+    /// Name that answers requests without `model`; the first model's by default.
+    pub default_model_id: Option<String>,
+}
+
+/// `[server]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServerSection {
+    /// Address or host name to bind.
+    pub host: String,
+    /// Port to bind; 0 lets the system choose.
+    pub port: u16,
+}
+
+impl Default for ServerSection {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".to_owned(),
+            port: 1234,
+        }
+    }
+}
+
+/// `[runtime]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RuntimeSection {
+    /// Sequences an engine works on at a time. At least 1.
+    pub max_seqs: usize,
+    /// Prompts whose key-value cache an engine keeps.
+    pub prefix_cache_n: usize,
+}
+
+impl Default for RuntimeSection {
+    fn default() -> Self {
+        Self {
+            max_seqs: 32,
+            prefix_cache_n: 16,
+        }
+    }
+}
+
+/// `[auth]`. Without keys for inference the server binds to loopback only.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuthSection {
+    /// File of keys for inference: one a line, plain or `sha256:<hex>`.
+    pub api_keys_file: Option<PathBuf>,
+    /// File of keys for administration, in the same form. They are good for inference too.
+    pub admin_keys_file: Option<PathBuf>,
+}
+
+/// `[admin]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdminSection {
+    /// Whether adapters can be loaded and unloaded at run time.
+    pub enabled: bool,
+    /// Directory below which every adapter given at run time must lie.
+    pub adapter_root: Option<PathBuf>,
+}
+
+/// `[[models]]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelSection {
+    /// Model directory, or Hub id.
+    pub model_id: String,
+    /// Revision of a Hub id.
+    pub revision: Option<String>,
+    /// Public name; the last part of `model_id` by default.
+    pub name: Option<String>,
+    /// `auto`, `f32`, `f16` or `bf16`; `auto` is f32 on a CPU.
+    pub dtype: Option<String>,
+    /// Chat template file to use instead of the model's own.
+    pub chat_template: Option<PathBuf>,
+    /// Quantisation while loading.
+    pub quantization: QuantizationSection,
+    /// Device.
+    pub device: DeviceSection,
+    /// Adapters on this model.
+    pub adapters: Vec<AdapterSection>,
+}
+
+/// `[models.quantization]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuantizationSection {
+    /// In-situ quantisation as mistral.rs names it: `"4"`, `"8"`, `"Q4K"`, ...
+    pub in_situ_quant: Option<String>,
+}
+
+/// `[models.device]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DeviceSection {
+    /// Run on the CPU although an accelerator is there.
+    pub cpu: bool,
+}
+
+/// `[[models.adapters]]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdapterSection {
+    /// `monteclora` or `lora`; either is recognised by its content.
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
+    /// Public name.
+    pub alias: String,
+    /// Adapter directory, or Hub id.
+    pub source: String,
+    /// Revision of a Hub id.
+    pub revision: Option<String>,
+}
+
+impl ServeFile {
+    /// Reads a file; its relative paths become relative to its own directory.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or [`Error::Config`] naming every unknown key with the nearest known one.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::not_found(path, "the configuration does not exist")
+            }
+            _ => Error::io("read", path)(source),
+        })?;
+        let mut file = Self::parse(&text).map_err(|message| Error::Config {
+            path: path.to_path_buf(),
+            message,
+        })?;
+        let root = path.parent().unwrap_or(Path::new(""));
+        file.anchor(root);
+        Ok(file)
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let located = |error: &toml::de::Error| {
+            let line = error
+                .span()
+                .map(|span| text[..span.start.min(text.len())].lines().count().max(1));
+            let line = line
+                .map(|line| format!("line {line}: "))
+                .unwrap_or_default();
+            format!("{line}{}", error.message())
+        };
+        let table: Table = text.parse().map_err(|error| located(&error))?;
+        let mut unknown = Vec::new();
+        unknown_keys(&table, "", "", &mut unknown);
+        if !unknown.is_empty() {
+            return Err(unknown.join("\n  "));
+        }
+        toml::from_str(text).map_err(|error| located(&error))
+    }
+
+    /// Makes relative paths relative to `root`. Ids are left alone unless they name something there.
+    fn anchor(&mut self, root: &Path) {
+        let files = [
+            &mut self.auth.api_keys_file,
+            &mut self.auth.admin_keys_file,
+            &mut self.admin.adapter_root,
+        ];
+        let templates = self.models.iter_mut().map(|model| &mut model.chat_template);
+        for path in files.into_iter().chain(templates).flatten() {
+            *path = root.join(&path);
+        }
+        for model in &mut self.models {
+            let sources = model.adapters.iter_mut().map(|adapter| &mut adapter.source);
+            for id in sources.chain([&mut model.model_id]) {
+                let local = root.join(&*id);
+                if !id.is_empty() && local.exists() {
+                    *id = local.to_string_lossy().into_owned();
+                }
+            }
+        }
+    }
+}
+
+/// Every key of the file's form, by table. Tested against the structures.
+const KEYS: &[(&str, &[&str])] = &[
+    (
+        "",
+        &[
+            "server",
+            "runtime",
+            "auth",
+            "admin",
+            "models",
+            "default_model_id",
+        ],
+    ),
+    ("server", &["host", "port"]),
+    ("runtime", &["max_seqs", "prefix_cache_n"]),
+    ("auth", &["api_keys_file", "admin_keys_file"]),
+    ("admin", &["enabled", "adapter_root"]),
+    (
+        "models",
+        &[
+            "model_id",
+            "revision",
+            "name",
+            "dtype",
+            "chat_template",
+            "quantization",
+            "device",
+            "adapters",
+        ],
+    ),
+    ("models.quantization", &["in_situ_quant"]),
+    ("models.device", &["cpu"]),
+    ("models.adapters", &["type", "alias", "source", "revision"]),
+];
+
+/// Collects keys that the form does not have; `kind` is the path without list positions.
+fn unknown_keys(table: &Table, kind: &str, at: &str, unknown: &mut Vec<String>) {
+    let Some((_, known)) = KEYS.iter().find(|(name, _)| *name == kind) else {
+        return;
+    };
+    let join = |prefix: &str, key: &str| match prefix {
+        "" => key.to_owned(),
+        _ => format!("{prefix}.{key}"),
+    };
+    for (key, value) in table {
+        let (kind, at) = (join(kind, key), join(at, key));
+        if !known.contains(&key.as_str()) {
+            let nearest = known.iter().max_by(|a, b| {
+                strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b))
+            });
+            let hint = nearest
+                .map(|name| format!("; did you mean `{name}`?"))
+                .unwrap_or_default();
+            unknown.push(format!("{at}: unknown key{hint}"));
+            continue;
+        }
+        match value {
+            Value::Table(inner) => unknown_keys(inner, &kind, &at, unknown),
+            Value::Array(items) => {
+                for (idx, item) in items.iter().enumerate() {
+                    if let Value::Table(inner) = item {
+                        unknown_keys(inner, &kind, &format!("{at}[{idx}]"), unknown);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! From `serve.toml` to what the server runs on: every setting checked, every path found, no default left open.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use mistralrs_core::{IsqType, ModelDType, parse_isq_value};
+
+use super::{ModelSection, ServeFile};
+use crate::error::{Error, Result};
+use crate::keys::KeySet;
+use crate::loader::{MonteCloraLoader, check_public_name};
+
+/// Finds a model or adapter that is not a local directory, given its id and revision.
+pub type Locate<'a> = dyn Fn(&str, Option<&str>) -> Result<PathBuf> + 'a;
+
+/// What the server runs on: checked and free of defaults.
+#[derive(Debug, Clone)]
+pub struct ServeConfig {
+    /// Address to bind.
+    pub address: SocketAddr,
+    /// Sequences an engine works on at a time.
+    pub max_seqs: NonZeroUsize,
+    /// Prompts whose key-value cache an engine keeps.
+    pub prefix_cache_n: usize,
+    /// Keys for inference; empty means that anyone on this machine may ask.
+    pub api_keys: KeySet,
+    /// Keys for administration.
+    pub admin_keys: KeySet,
+    /// Canonical adapter root, if administration is on.
+    pub adapter_root: Option<PathBuf>,
+    /// The base models, at least one.
+    pub models: Vec<ModelConfig>,
+    /// Name that answers requests without `model`.
+    pub default_model: String,
+}
+
+/// One base model and its adapters.
+#[derive(Debug, Clone)]
+pub struct ModelConfig {
+    /// Public name.
+    pub name: String,
+    /// Model directory.
+    pub base: PathBuf,
+    /// Element type.
+    pub dtype: ModelDType,
+    /// Quantisation while loading.
+    pub isq: Option<IsqType>,
+    /// Device.
+    pub device: Device,
+    /// Chat template override.
+    pub chat_template: Option<PathBuf>,
+    /// Adapters by public name.
+    pub adapters: Vec<(String, PathBuf)>,
+}
+
+impl ModelConfig {
+    /// The loader for this base, with the adapter in `source` if one is given, under the public name `name`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] as in [`crate::MonteCloraLoaderBuilder::build`].
+    pub fn loader(&self, name: &str, source: Option<&Path>) -> Result<MonteCloraLoader> {
+        let mut builder = MonteCloraLoader::builder(&self.base, name)
+            .dtype(self.dtype)
+            .device(self.device.clone())
+            .in_situ_quant(self.isq)
+            .chat_template(self.chat_template.clone());
+        if let Some(source) = source {
+            builder = builder.adapter(source);
+        }
+        builder.build()
+    }
+}
+
+impl ServeFile {
+    /// Checks everything that can be checked before loading, and finds models and adapters.
+    ///
+    /// `locate` is asked for what is not a local path.
+    ///
+    /// # Errors
+    /// The first error of a file that has to be read; otherwise [`Error::Setting`] with every wrong setting.
+    pub fn resolve(&self, locate: &Locate<'_>) -> Result<ServeConfig> {
+        let mut wrong = Vec::new();
+        let mut note = |key: &str, message: String| wrong.push(format!("{key}: {message}"));
+
+        let api_keys = KeySet::read_optional(self.auth.api_keys_file.as_deref())?;
+        let admin_keys = KeySet::read_optional(self.auth.admin_keys_file.as_deref())?;
+        let address = (self.server.host.as_str(), self.server.port)
+            .to_socket_addrs()
+            .ok()
+            .and_then(|mut addresses| addresses.next());
+        match address {
+            None => note(
+                "server.host",
+                format!("`{}` is not an address of this machine", self.server.host),
+            ),
+            Some(address) if !address.ip().is_loopback() && api_keys.is_empty() => note(
+                "server.host",
+                format!(
+                    "{} is reachable from outside and there are no keys; set auth.api_keys_file, or bind to 127.0.0.1",
+                    address.ip()
+                ),
+            ),
+            Some(_) => {}
+        }
+        let max_seqs = NonZeroUsize::new(self.runtime.max_seqs);
+        if max_seqs.is_none() {
+            note("runtime.max_seqs", "must be at least 1".to_owned());
+        }
+        let adapter_root = match (&self.admin.adapter_root, self.admin.enabled) {
+            (_, false) => None,
+            (None, true) => {
+                note(
+                    "admin.adapter_root",
+                    "needed where admin.enabled is true".to_owned(),
+                );
+                None
+            }
+            (Some(root), true) => match root.canonicalize() {
+                Ok(root) if root.is_dir() => Some(root),
+                _ => {
+                    note(
+                        "admin.adapter_root",
+                        format!("`{}` is not a directory", root.display()),
+                    );
+                    None
+                }
+            },
+        };
+        if self.admin.enabled && admin_keys.is_empty() && !api_keys.is_empty() {
+            note(
+                "auth.admin_keys_file",
+                "needed where administration is enabled on a server with keys".to_owned(),
+            );
+        }
+        if self.models.is_empty() {
+            note(
+                "models",
+                "at least one [[models]] section is needed".to_owned(),
+            );
+        }
+
+        let mut names = BTreeMap::new();
+        let mut models = Vec::new();
+        for (idx, section) in self.models.iter().enumerate() {
+            let at = format!("models[{idx}]");
+            let mut errors = Vec::new();
+            models.extend(section.resolve(&at, locate, &mut names, &mut errors)?);
+            for error in errors {
+                wrong.push(error);
+            }
+        }
+        let mut note = |key: &str, message: String| wrong.push(format!("{key}: {message}"));
+        let default_model = match (&self.default_model_id, models.first()) {
+            (Some(name), _) if names.contains_key(name) => name.clone(),
+            (Some(name), _) => {
+                note(
+                    "default_model_id",
+                    format!("`{name}` is not a model or alias of this file"),
+                );
+                String::new()
+            }
+            (None, Some(model)) => model.name.clone(),
+            (None, None) => String::new(),
+        };
+        match (wrong.is_empty(), address, max_seqs) {
+            (true, Some(address), Some(max_seqs)) => Ok(ServeConfig {
+                address,
+                max_seqs,
+                prefix_cache_n: self.runtime.prefix_cache_n,
+                api_keys,
+                admin_keys,
+                adapter_root,
+                models,
+                default_model,
+            }),
+            _ => Err(Error::setting("serve configuration", wrong.join("\n  "))),
+        }
+    }
+}
+impl ModelSection {
+    /// The model, or nothing if `errors` got an entry that prevents it.
+    fn resolve(
+        &self,
+        at: &str,
+        locate: &Locate<'_>,
+        names: &mut BTreeMap<String, String>,
+        errors: &mut Vec<String>,
+    ) -> Result<Option<ModelConfig>> {
+        let name = self.name.clone().unwrap_or_else(|| {
+            let last = Path::new(&self.model_id).file_name();
+            last.map(|last| last.to_string_lossy().into_owned())
+                .unwrap_or_default()
+        });
+        if self.model_id.is_empty() {
+            errors.push(format!("{at}.model_id: missing"));
+            return Ok(None);
+        }
+        claim(&name, &format!("{at}.name"), names, errors);
+        let dtype = self
+            .dtype
+            .as_deref()
+            .unwrap_or("auto")
+            .parse::<ModelDType>();
+        if dtype.is_err() {
+            let found = self.dtype.as_deref().unwrap_or_default();
+            errors.push(format!(
+                "{at}.dtype: `{found}` is not auto, f32, f16 or bf16"
+            ));
+        }
+        let device = default_device(self.device.cpu)?;
+        let isq = match self.quantization.in_situ_quant.as_deref() {
+            None => None,
+            Some(text) => match parse_isq_value(text, Some(&device)) {
+                Ok(isq) => Some(isq),
+                Err(message) => {
+                    errors.push(format!("{at}.quantization.in_situ_quant: {message}"));
+                    None
+                }
+            },
+        };
+        let mut adapters = Vec::new();
+        for (idx, adapter) in self.adapters.iter().enumerate() {
+            let at = format!("{at}.adapters[{idx}]");
+            claim(&adapter.alias, &format!("{at}.alias"), names, errors);
+            if let Some(kind) = adapter
+                .kind
+                .as_deref()
+                .filter(|kind| !["monteclora", "lora"].contains(kind))
+            {
+                errors.push(format!("{at}.type: `{kind}` is not monteclora or lora"));
+            }
+            if adapter.source.is_empty() {
+                errors.push(format!("{at}.source: missing"));
+                continue;
+            }
+            let source = find(&adapter.source, adapter.revision.as_deref(), locate)?;
+            adapters.push((adapter.alias.clone(), source));
+        }
+        Ok(Some(ModelConfig {
+            name,
+            base: find(&self.model_id, self.revision.as_deref(), locate)?,
+            dtype: dtype.unwrap_or_default(),
+            isq,
+            device,
+            chat_template: self.chat_template.clone(),
+            adapters,
+        }))
+    }
+}
+
+/// Records a public name, or why it cannot be one.
+fn claim(name: &str, at: &str, names: &mut BTreeMap<String, String>, errors: &mut Vec<String>) {
+    if let Err(Error::Setting { message, .. }) = check_public_name(name) {
+        errors.push(format!("{at}: {message}"));
+    } else if let Some(first) = names.insert(name.to_owned(), at.to_owned()) {
+        errors.push(format!("{at}: `{name}` is already the name at {first}"));
+    }
+}
+
+fn find(id: &str, revision: Option<&str>, locate: &Locate<'_>) -> Result<PathBuf> {
+    let local = Path::new(id);
+    if local.exists() {
+        Ok(local.to_path_buf())
+    } else {
+        locate(id, revision)
+    }
+}
+
+/// Finds nothing: for programs that take local directories only.
+///
+/// # Errors
+/// Always [`Error::NotFound`].
+pub fn local_only(id: &str, _revision: Option<&str>) -> Result<PathBuf> {
+    Err(Error::not_found(
+        Path::new(id),
+        "there is no such directory",
+    ))
+}
+
+/// The accelerator this build supports, or the CPU.
+fn default_device(cpu: bool) -> Result<Device> {
+    let found = if cpu {
+        Ok(Device::Cpu)
+    } else if cfg!(feature = "metal") {
+        Device::new_metal(0)
+    } else {
+        Device::cuda_if_available(0)
+    };
+    found.map_err(|error| {
+        Error::setting(
+            "device",
+            format!("{error}; set cpu = true to run on the CPU"),
+        )
+    })
+}

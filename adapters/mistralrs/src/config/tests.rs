@@ -1,0 +1,155 @@
+//! What a configuration file may say, and how it is told what it may not.
+
+use std::fs;
+use std::path::PathBuf;
+
+use mistralrs_core::IsqType;
+
+use super::*;
+
+const COMPLETE: &str = r#"
+        default_model_id = "smollm2"
+        [server]
+        host = "127.0.0.1"
+        port = 0
+        [runtime]
+        max_seqs = 4
+        prefix_cache_n = 2
+        [[models]]
+        model_id = "base"
+        name = "smollm2"
+        dtype = "f32"
+        [models.quantization]
+        in_situ_quant = "8"
+        [models.device]
+        cpu = true
+        [[models.adapters]]
+        type = "monteclora"
+        alias = "triage"
+        source = "out"
+    "#;
+
+fn anywhere(id: &str, _: Option<&str>) -> Result<PathBuf> {
+    Ok(PathBuf::from("/found").join(id))
+}
+
+fn wrong(text: &str) -> String {
+    match ServeFile::parse(text) {
+        Err(message) => message,
+        Ok(file) => file
+            .resolve(&anywhere)
+            .expect_err("must be refused")
+            .to_string(),
+    }
+}
+
+#[test]
+fn a_complete_file_resolves() {
+    let file = ServeFile::parse(COMPLETE).expect("valid");
+    let config = file.resolve(&anywhere).expect("consistent");
+    assert_eq!(config.max_seqs.get(), 4);
+    assert_eq!(config.default_model, "smollm2");
+    let model = &config.models[0];
+    assert_eq!(model.isq, Some(IsqType::Q8_0));
+    assert_eq!(
+        model.adapters,
+        [("triage".to_owned(), PathBuf::from("/found/out"))]
+    );
+}
+
+#[test]
+fn defaults_are_those_of_the_documentation() {
+    let config = ServeFile::parse("[[models]]\nmodel_id = 'a/b'\ndevice.cpu = true")
+        .and_then(|file| file.resolve(&anywhere).map_err(|error| error.to_string()))
+        .expect("the shortest file");
+    assert_eq!(config.address.to_string(), "127.0.0.1:1234");
+    assert_eq!(config.max_seqs.get(), 32);
+    assert_eq!(
+        (
+            config.models[0].name.as_str(),
+            config.default_model.as_str()
+        ),
+        ("b", "b")
+    );
+    assert!(config.adapter_root.is_none() && config.api_keys.is_empty());
+}
+
+#[test]
+fn every_unknown_key_is_named_with_the_nearest() {
+    let message =
+        wrong("[server]\nprot = 1\n[[models]]\nmodel_id = 'a'\n[[models.adapters]]\nalais = 'x'");
+    assert!(
+        message.contains("server.prot: unknown key; did you mean `port`?"),
+        "{message}"
+    );
+    assert!(
+        message.contains("models[0].adapters[0].alais: unknown key; did you mean `alias`?"),
+        "{message}"
+    );
+}
+
+#[test]
+fn the_key_list_is_the_structures() {
+    // deny_unknown_fields refuses a key that a structure lacks, so all keys together must pass both checks.
+    let all = format!(
+        "{COMPLETE}\nrevision = 'main'\n[auth]\napi_keys_file = 'k'\nadmin_keys_file = 'a'\n[admin]\nenabled = true\nadapter_root = 'r'"
+    );
+    let all = all.replace(
+        "dtype = \"f32\"",
+        "dtype = \"f32\"\nrevision = 'x'\nchat_template = 't.jinja'",
+    );
+    ServeFile::parse(&all).expect("all keys are known");
+    let listed: usize = KEYS.iter().map(|(_, keys)| keys.len()).sum();
+    let written = all
+        .lines()
+        .filter(|line| line.contains('=') || line.contains('['))
+        .count();
+    // Tables are listed as keys of their parents, so each line is one key.
+    assert_eq!(listed, written);
+}
+
+#[test]
+fn a_wrong_type_names_the_line() {
+    assert!(
+        wrong("[server]\nport = 'x'").starts_with("line 2: "),
+        "{}",
+        wrong("[server]\nport = 'x'")
+    );
+}
+
+#[test]
+fn all_wrong_settings_are_listed() {
+    let message = wrong(
+        "[server]\nhost = '0.0.0.0'\n[runtime]\nmax_seqs = 0\n[[models]]\nmodel_id = 'm'\nname = '/etc/x'\ndtype = 'f8'\ndevice.cpu = true\n[[models.adapters]]\nalias = 'a'\nsource = 's'\ntype = 'ia3'\n[[models.adapters]]\nalias = 'a'\nsource = 's'",
+    );
+    for part in [
+        "server.host",
+        "api_keys_file",
+        "runtime.max_seqs",
+        "models[0].name",
+        "models[0].dtype",
+        "models[0].adapters[0].type",
+        "already the name at models[0].adapters[0].alias",
+    ] {
+        assert!(message.contains(part), "{part} is missing in {message}");
+    }
+}
+
+#[test]
+fn relative_paths_start_at_the_file() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    fs::create_dir(dir.path().join("base")).expect("created");
+    fs::create_dir(dir.path().join("out")).expect("created");
+    let path = dir.path().join("serve.toml");
+    fs::write(&path, COMPLETE).expect("written");
+    let config = ServeFile::read(&path)
+        .and_then(|file| file.resolve(&local_only))
+        .expect("both are next to the file");
+    assert_eq!(config.models[0].base, dir.path().join("base"));
+    assert_eq!(config.models[0].adapters[0].1, dir.path().join("out"));
+    fs::remove_dir(dir.path().join("out")).expect("removed");
+    let error = ServeFile::read(&path)
+        .and_then(|file| file.resolve(&local_only))
+        .expect_err("the adapter is gone");
+    assert_eq!(error.exit_code(), 2);
+}

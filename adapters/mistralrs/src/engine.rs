@@ -1,0 +1,414 @@
+//! One model in one private mistral.rs engine, driven from ordinary blocking code: logits, tokens and greedy answers.
+
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Tensor};
+use mistralrs_core::{
+    Constraint, CustomLogitsProcessor, DefaultSchedulerMethod, MistralRs, MistralRsBuilder,
+    NormalRequest, Pipeline, Request, RequestMessage, Response, SamplingParams, SchedulerConfig,
+    TokenizationRequest,
+};
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+
+use crate::error::{Error, Result};
+use crate::loader::{MonteCloraLoader, SharedPipeline};
+
+/// How long a dropped engine may take to give its memory back.
+const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatMessage {
+    /// `system`, `user`, `assistant` or `tool`.
+    pub role: String,
+    /// The text of the turn.
+    pub content: String,
+}
+
+impl ChatMessage {
+    /// A turn of `role`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            role: role.into(),
+            content: content.into(),
+        }
+    }
+}
+
+/// A greedy answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// The text, without leading white space and end-of-turn token.
+    pub text: String,
+    /// Ids of all tokens generated, the end-of-turn token included if the model came to one.
+    pub token_ids: Vec<u32>,
+    /// Tokens of the rendered conversation.
+    pub prompt_tokens: usize,
+    /// `stop` or `length`.
+    pub finish_reason: String,
+}
+
+/// Raw logits of every position of one prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptLogits {
+    /// Row-major `[n_positions, vocab_size]`; row t predicts token t + 1.
+    pub values: Vec<f32>,
+    /// Length of a row.
+    pub vocab_size: usize,
+}
+
+/// A private engine. It blocks the calling thread, so it must not be used from within an asynchronous runtime.
+///
+/// # Example
+/// ```no_run
+/// use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
+///
+/// let loader = MonteCloraLoader::builder("models/smollm2", "triage").adapter("out").build()?;
+/// let engine = Engine::start(&loader)?;
+/// let answer = engine.ask(&[ChatMessage::new("user", "My invoice is wrong.")], 64)?;
+/// assert!(!answer.text.is_empty());
+/// engine.shut_down()?;
+/// # Ok::<(), mistralrs_monteclora::Error>(())
+/// ```
+pub struct Engine {
+    host: Arc<MistralRs>,
+    pipeline: Weak<tokio::sync::Mutex<dyn Pipeline + Send + Sync>>,
+    max_sequence_length: usize,
+    runtime: Runtime,
+}
+
+impl Engine {
+    /// Loads the model and starts its engine.
+    ///
+    /// # Errors
+    /// Those of [`MonteCloraLoader::load`], and [`Error::Engine`].
+    pub fn start(loader: &MonteCloraLoader) -> Result<Self> {
+        let max_sequence_length = loader.check()?.max_sequence_length;
+        let pipeline = loader.load()?;
+        // A single-threaded runtime: mistral.rs then leaves out its warm-up request, which would fill a prefix cache.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| Error::Engine(format!("cannot start a runtime: {error}")))?;
+        let weak = Arc::downgrade(&pipeline);
+        let host = runtime.block_on(async {
+            let scheduler = scheduler(&pipeline, loader, NonZeroUsize::MIN).await;
+            MistralRsBuilder::new(pipeline, scheduler, false, None)
+                .with_no_prefix_cache(true)
+                .build()
+                .await
+        });
+        Ok(Self {
+            host,
+            pipeline: weak,
+            max_sequence_length,
+            runtime,
+        })
+    }
+
+    /// Longest prompt in tokens.
+    pub fn max_sequence_length(&self) -> usize {
+        self.max_sequence_length
+    }
+
+    /// Raw logits of all positions of `tokens`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for an empty or too long prompt; [`Error::Engine`] if mistral.rs fails.
+    pub fn prompt_logits(&self, tokens: &[u32]) -> Result<PromptLogits> {
+        self.check_length(tokens.len())?;
+        let (sender, mut receiver) = channel(1);
+        let mut request = self.request(RequestMessage::CompletionTokens(tokens.to_vec()), sender);
+        request.return_raw_logits = true;
+        match self.exchange(request, &mut receiver)? {
+            Response::Raw { logits_chunks, .. } => logits_of(&logits_chunks, tokens.len())
+                .map_err(|error| Error::Engine(error.to_string()))?,
+            other => Err(Error::Engine(failure(other))),
+        }
+    }
+
+    /// The token ids that mistral.rs makes of a conversation, with the opening of the assistant's turn appended.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if the model has no chat template or the template refuses the conversation.
+    pub fn tokenize_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
+        self.runtime.block_on(count_tokens(
+            &self.host,
+            None,
+            messages_for_template(messages),
+        ))
+    }
+
+    /// Answers a conversation greedily (the most probable token each time) with at most `max_tokens` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if mistral.rs refuses the conversation or fails.
+    pub fn ask(&self, messages: &[ChatMessage], max_tokens: usize) -> Result<Answer> {
+        let prompt_tokens = self.tokenize_chat(messages)?.len();
+        self.check_length(prompt_tokens)?;
+        let (sender, mut receiver) = channel(1);
+        let chat = RequestMessage::Chat {
+            messages: messages_for_template(messages),
+            enable_thinking: None,
+            reasoning_effort: None,
+        };
+        let mut request = self.request(chat, sender);
+        let room = self.max_sequence_length - prompt_tokens;
+        request.sampling_params.max_len = Some(max_tokens.min(room).max(1));
+        let recorder = Arc::new(GreedyRecorder::default());
+        request.logits_processors = Some(vec![recorder.clone()]);
+        match self.exchange(request, &mut receiver)? {
+            Response::Done(mut done) if !done.choices.is_empty() => {
+                let choice = done.choices.swap_remove(0);
+                Ok(Answer {
+                    text: choice.message.content.unwrap_or_default(),
+                    token_ids: recorder.take(),
+                    prompt_tokens,
+                    finish_reason: choice.finish_reason,
+                })
+            }
+            other => Err(Error::Engine(failure(other))),
+        }
+    }
+
+    /// Stops the engine and waits until the model's memory is given back.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if that does not happen within half a minute.
+    pub fn shut_down(self) -> Result<()> {
+        let Self { host, pipeline, .. } = self;
+        drop(host);
+        let start = Instant::now();
+        while pipeline.strong_count() > 0 {
+            if start.elapsed() > SHUT_DOWN_LIMIT {
+                return Err(Error::Engine("the engine did not stop in time".to_owned()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    fn check_length(&self, n_tokens: usize) -> Result<()> {
+        if n_tokens == 0 || n_tokens > self.max_sequence_length {
+            return Err(Error::setting(
+                "prompt",
+                format!(
+                    "{n_tokens} tokens, but this model takes 1 to {}",
+                    self.max_sequence_length
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    fn request(&self, messages: RequestMessage, response: Sender<Response>) -> NormalRequest {
+        NormalRequest {
+            id: self.host.next_request_id(),
+            messages,
+            // Temperature 0 is an argmax over the logits; without one mistral.rs samples at temperature 1.
+            sampling_params: SamplingParams {
+                temperature: Some(0.0),
+                max_len: Some(1),
+                ..SamplingParams::neutral()
+            },
+            response,
+            return_logprobs: false,
+            is_streaming: false,
+            constraint: Constraint::None,
+            suffix: None,
+            tools: None,
+            tool_choice: None,
+            logits_processors: None,
+            return_raw_logits: false,
+            web_search_options: None,
+            model_id: None,
+            truncate_sequence: false,
+        }
+    }
+
+    fn exchange(
+        &self,
+        request: NormalRequest,
+        receiver: &mut Receiver<Response>,
+    ) -> Result<Response> {
+        let sender = self.host.get_sender(None).map_err(engine_error)?;
+        self.runtime.block_on(async {
+            sender
+                .send(Request::Normal(Box::new(request)))
+                .await
+                .map_err(engine_error)?;
+            receiver
+                .recv()
+                .await
+                .ok_or_else(|| Error::Engine("the engine stopped without an answer".to_owned()))
+        })
+    }
+}
+
+/// Raw logits of every position of each sequence, computed one after the other by a private engine.
+///
+/// Each result is row-major `[n_tokens, vocab_size]`.
+///
+/// # Errors
+/// Those of [`Engine::start`] and [`Engine::prompt_logits`].
+pub fn prompt_logits(loader: &MonteCloraLoader, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+    let engine = Engine::start(loader)?;
+    let logits = sequences
+        .iter()
+        .map(|tokens| Ok(engine.prompt_logits(tokens)?.values))
+        .collect();
+    engine.shut_down()?;
+    logits
+}
+
+/// The scheduler for a loaded model: paged if it was loaded so, else at most `max_sequences` at a time.
+pub(crate) async fn scheduler(
+    pipeline: &SharedPipeline,
+    loader: &MonteCloraLoader,
+    max_sequences: NonZeroUsize,
+) -> SchedulerConfig {
+    let cache = pipeline.lock().await.get_metadata().cache_config.clone();
+    match cache {
+        Some(config) if loader.wants_paged_attention() => SchedulerConfig::PagedAttentionMeta {
+            max_num_seqs: max_sequences.get(),
+            config,
+        },
+        _ => SchedulerConfig::DefaultScheduler {
+            method: DefaultSchedulerMethod::Fixed(max_sequences),
+        },
+    }
+}
+
+/// Messages in the form of mistral.rs.
+pub(crate) type TemplateMessages = Vec<indexmap::IndexMap<String, mistralrs_core::MessageContent>>;
+
+fn messages_for_template(messages: &[ChatMessage]) -> TemplateMessages {
+    messages
+        .iter()
+        .map(|message| {
+            [("role", &message.role), ("content", &message.content)]
+                .into_iter()
+                .map(|(key, text)| (key.to_owned(), either::Either::Left(text.clone())))
+                .collect()
+        })
+        .collect()
+}
+
+/// Renders and tokenises a conversation in the engine `model`.
+pub(crate) async fn count_tokens(
+    host: &MistralRs,
+    model: Option<&str>,
+    messages: TemplateMessages,
+) -> Result<Vec<u32>> {
+    tokenize(host, model, either::Either::Left(messages)).await
+}
+
+/// Tokens of a conversation or of plain text, by the engine `model`.
+pub(crate) async fn tokenize(
+    host: &MistralRs,
+    model: Option<&str>,
+    text: either::Either<TemplateMessages, String>,
+) -> Result<Vec<u32>> {
+    let (response, receiver) = channel(1);
+    let request = TokenizationRequest {
+        text,
+        tools: None,
+        add_generation_prompt: true,
+        add_special_tokens: true,
+        enable_thinking: None,
+        reasoning_effort: None,
+        response,
+    };
+    submit_tokenization(host, model, request, receiver).await
+}
+
+/// Sends a tokenization and waits for it. The receiver must be the request's own: the engine stops if it is gone.
+pub(crate) async fn submit_tokenization(
+    host: &MistralRs,
+    model: Option<&str>,
+    request: TokenizationRequest,
+    mut receiver: Receiver<anyhow::Result<Vec<u32>>>,
+) -> Result<Vec<u32>> {
+    let sender = host.get_sender(model).map_err(engine_error)?;
+    // A task of its own: a caller that goes away must not take the receiver with it.
+    let work = tokio::spawn(async move {
+        sender
+            .send(Request::Tokenize(request))
+            .await
+            .map_err(engine_error)?;
+        receiver
+            .recv()
+            .await
+            .ok_or_else(|| Error::Engine("the engine stopped without an answer".to_owned()))
+    });
+    work.await
+        .map_err(engine_error)??
+        .map_err(|error| Error::Engine(error.root_cause().to_string()))
+}
+
+fn logits_of(chunks: &[Tensor], n_tokens: usize) -> candle_core::Result<Result<PromptLogits>> {
+    let mut values = Vec::new();
+    let mut n_positions = 0;
+    for chunk in chunks {
+        let vocab_size = chunk.dim(candle_core::D::Minus1)?;
+        let rows = chunk.reshape(((), vocab_size))?.to_dtype(DType::F32)?;
+        n_positions += rows.dim(0)?;
+        values.extend(rows.flatten_all()?.to_vec1::<f32>()?);
+    }
+    if n_positions != n_tokens {
+        return Ok(Err(Error::Engine(format!(
+            "{n_positions} rows of logits for {n_tokens} tokens"
+        ))));
+    }
+    let vocab_size = values.len() / n_positions;
+    Ok(Ok(PromptLogits { values, vocab_size }))
+}
+
+pub(crate) fn engine_error(error: impl std::fmt::Display) -> Error {
+    Error::Engine(error.to_string())
+}
+
+/// The reason in a response that is not an answer.
+pub(crate) fn failure(response: Response) -> String {
+    match response {
+        Response::InternalError(error) | Response::ValidationError(error) => error.to_string(),
+        Response::ModelError(message, _) | Response::CompletionModelError(message, _) => message,
+        _ => "an answer of another kind than was asked for".to_owned(),
+    }
+}
+
+/// Notes the token that an argmax picks at each step, ties resolved as in mistral.rs: the last of the largest.
+#[derive(Default)]
+struct GreedyRecorder(Mutex<Vec<u32>>);
+
+impl GreedyRecorder {
+    fn take(&self) -> Vec<u32> {
+        std::mem::take(
+            &mut *self
+                .0
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner()),
+        )
+    }
+}
+
+impl CustomLogitsProcessor for GreedyRecorder {
+    fn apply(&self, logits: &Tensor, _context: &[u32]) -> candle_core::Result<Tensor> {
+        let row: Vec<f32> = logits.to_vec1()?;
+        let best = row
+            .iter()
+            .enumerate()
+            .max_by(|(_, a), (_, b)| a.total_cmp(b))
+            .map_or(0, |(token, _)| token);
+        let mut tokens = self
+            .0
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        tokens.push(u32::try_from(best).map_err(candle_core::Error::wrap)?);
+        Ok(logits.clone())
+    }
+}

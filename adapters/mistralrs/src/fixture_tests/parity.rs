@@ -1,0 +1,245 @@
+//! Logits equal the references, answers follow from logits, and what would be wrong is refused.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+
+use super::{Case, cases, servable};
+use crate::{ChatMessage, Engine, Error, MonteCloraLoader};
+
+/// `input_ids` as rows, and the named logits as one row-major vector a sequence.
+struct Expected {
+    sequences: Vec<Vec<u32>>,
+    logits: HashMap<String, Vec<Vec<f32>>>,
+}
+
+fn expected(case: &Case) -> Expected {
+    let bytes = fs::read(case.adapter.join("expected.safetensors")).expect("readable");
+    let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let ids = tensors.tensor("input_ids").expect("input_ids");
+    let length = ids.shape()[1];
+    let ids: Vec<u32> = ids
+        .data()
+        .chunks_exact(8)
+        .map(|word| {
+            let word = i64::from_le_bytes(word.try_into().expect("8 bytes"));
+            u32::try_from(word).expect("an id")
+        })
+        .collect();
+    let sequences: Vec<Vec<u32>> = ids.chunks(length).map(<[u32]>::to_vec).collect();
+    let logits = ["base_logits", "logits"]
+        .into_iter()
+        .map(|name| {
+            let values: Vec<f32> = tensors
+                .tensor(name)
+                .expect("recorded")
+                .data()
+                .chunks_exact(4)
+                .map(|word| f32::from_le_bytes(word.try_into().expect("4 bytes")))
+                .collect();
+            let per_sequence = values.len() / sequences.len();
+            (
+                name.to_owned(),
+                values.chunks(per_sequence).map(<[f32]>::to_vec).collect(),
+            )
+        })
+        .collect();
+    Expected { sequences, logits }
+}
+
+/// References computed in bfloat16, which carries 8 bits of mantissa, are compared loosely.
+fn tolerance(reference: &[f32]) -> f32 {
+    let is_half = reference.iter().all(|value| value.to_bits() & 0xffff == 0);
+    if is_half { 0.06 } else { 1e-3 }
+}
+
+fn max_difference(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max)
+}
+
+#[test]
+fn logits_equal_the_references() {
+    let mut n_compared = 0;
+    for case in cases().iter().filter(|case| !case.must_refuse()) {
+        let expected = expected(case);
+        for (loader, name) in [
+            (case.base_loader(), "base_logits"),
+            (case.loader(), "logits"),
+        ] {
+            let config = match loader.check() {
+                Ok(config) => config,
+                Err(error) => {
+                    // What mistral.rs cannot represent has to be refused by name, and must not be served wrongly.
+                    assert!(
+                        matches!(error, Error::Unsupported { .. }),
+                        "{}: {error}",
+                        case.name
+                    );
+                    assert!(!error.problems().is_empty());
+                    continue;
+                }
+            };
+            if expected.sequences[0].len() > config.max_sequence_length {
+                continue;
+            }
+            let found = crate::prompt_logits(&loader, &expected.sequences).expect("computed");
+            for (found, wanted) in found.iter().zip(&expected.logits[name]) {
+                let difference = max_difference(found, wanted);
+                assert!(
+                    difference <= tolerance(wanted),
+                    "{} {name}: {difference}",
+                    case.name
+                );
+                n_compared += 1;
+            }
+        }
+    }
+    assert!(n_compared > 0);
+}
+
+#[test]
+fn adapters_that_would_be_served_wrongly_are_refused_before_loading() {
+    for case in cases().iter().filter(|case| case.must_refuse()) {
+        let error = case.loader().check().expect_err("must be refused");
+        assert_eq!(error.exit_code(), 4, "{}: {error}", case.name);
+    }
+}
+
+#[test]
+fn a_greedy_answer_is_the_argmax_of_the_logits_at_each_step() {
+    let case = servable();
+    let engine = Engine::start(&case.loader()).expect("started");
+    let chat = [ChatMessage::new("user", "Why?")];
+    let answer = engine.ask(&chat, 6).expect("answered");
+    let mut tokens = engine.tokenize_chat(&chat).expect("tokenised");
+    assert_eq!(answer.prompt_tokens, tokens.len());
+    for &chosen in &answer.token_ids {
+        let logits = engine.prompt_logits(&tokens).expect("computed");
+        let last = &logits.values[logits.values.len() - logits.vocab_size..];
+        let best = (0..last.len())
+            .max_by(|&a, &b| last[a].total_cmp(&last[b]))
+            .expect("not empty");
+        assert_eq!(chosen as usize, best);
+        tokens.push(chosen);
+    }
+    assert!(answer.token_ids.len() == 6 || answer.finish_reason == "stop");
+    let too_long = vec![3; engine.max_sequence_length() + 1];
+    assert_eq!(
+        engine
+            .prompt_logits(&too_long)
+            .expect_err("too long")
+            .exit_code(),
+        2
+    );
+    engine.shut_down().expect("memory is given back");
+}
+
+/// A copy of a model directory in which one JSON file is changed.
+fn changed(base: &Path, file: &str, change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for entry in fs::read_dir(base).expect("readable") {
+        let entry = entry.expect("readable");
+        fs::copy(entry.path(), dir.path().join(entry.file_name())).expect("copied");
+    }
+    let path = dir.path().join(file);
+    let mut value: Value =
+        serde_json::from_str(&fs::read_to_string(&path).expect("readable")).expect("valid");
+    change(&mut value);
+    fs::write(path, value.to_string()).expect("written");
+    dir
+}
+
+#[test]
+fn a_tokenizer_that_adds_bos_does_not_add_a_second_one() {
+    let case = servable();
+    let post_processor = json!({
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    });
+    let base = changed(&case.base, "tokenizer.json", |tokenizer| {
+        tokenizer["post_processor"] = post_processor;
+    });
+    let template = base.path().join("chat_template.jinja");
+    let body = fs::read_to_string(&template).expect("readable");
+    let bos = "{{ bos_token }}";
+    fs::write(&template, format!("{bos}{body}")).expect("written");
+    let settings = json!({"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"});
+    fs::write(
+        base.path().join("tokenizer_config.json"),
+        settings.to_string(),
+    )
+    .expect("written");
+
+    let ids = |base: &Path| {
+        let loader = MonteCloraLoader::builder(base, "base")
+            .build()
+            .expect("sound");
+        let engine = Engine::start(&loader).expect("started");
+        let ids = engine
+            .tokenize_chat(&[ChatMessage::new("user", "a b\né")])
+            .expect("tokenised");
+        engine.shut_down().expect("stopped");
+        ids
+    };
+    let mut plain = ids(&case.base);
+    plain.insert(0, 0);
+    assert_eq!(ids(base.path()), plain);
+}
+
+#[test]
+fn bases_that_cannot_be_served_are_refused_with_the_remedy() {
+    let case = servable();
+    let refusal = |base: &Path| {
+        let loader = MonteCloraLoader::builder(base, "base")
+            .build()
+            .expect("sound");
+        let error = loader.check().expect_err("must be refused");
+        (error.exit_code(), error.to_string())
+    };
+    let quantised = changed(&case.base, "config.json", |config| {
+        config["quantization_config"] = json!({"quant_method": "gptq", "bits": 4});
+    });
+    let (code, text) = refusal(quantised.path());
+    assert!(
+        code == 4 && text.contains("gptq") && text.contains("full-precision"),
+        "{text}"
+    );
+    let other = changed(&case.base, "config.json", |config| {
+        config["architectures"] = json!(["Gemma3ForCausalLM"]);
+    });
+    let (code, text) = refusal(other.path());
+    assert!(code == 4 && text.contains("Gemma3ForCausalLM"), "{text}");
+
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let gguf = dir.path().join("model.gguf");
+    fs::write(&gguf, b"GGUF").expect("written");
+    for path in [gguf.as_path(), dir.path()] {
+        let (code, text) = refusal(path);
+        assert!(code == 4 && text.contains("import-gguf"), "{text}");
+    }
+    let (code, _) = refusal(&dir.path().join("nothing"));
+    assert_eq!(code, 2);
+}
+
+#[test]
+fn staging_leaves_nothing_behind() {
+    let case = servable();
+    let staging = tempfile::tempdir().expect("a temporary directory");
+    let loader = MonteCloraLoader::builder(&case.base, "adapted")
+        .adapter(&case.adapter)
+        .staging_dir(staging.path())
+        .build()
+        .expect("sound");
+    drop(loader.load().expect("loaded"));
+    assert_eq!(fs::read_dir(staging.path()).expect("readable").count(), 0);
+}

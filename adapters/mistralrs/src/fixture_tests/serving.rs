@@ -1,0 +1,428 @@
+//! The server over HTTP, as clients and operators use it.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+
+use reqwest::blocking::{Client, Response};
+use serde_json::{Value, json};
+
+use super::{Case, cases, servable};
+use crate::server::Server;
+use crate::{Error, ServeFile, local_only};
+
+/// A running server, stopped when dropped.
+struct Running {
+    address: SocketAddr,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<crate::Result<()>>>,
+    client: Client,
+}
+
+impl Running {
+    fn start(toml: &str) -> (Self, tempfile::TempDir) {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("serve.toml");
+        fs::write(&path, toml).expect("written");
+        fs::create_dir(dir.path().join("adapters")).expect("created");
+        fs::write(dir.path().join("keys.txt"), "user-key\n").expect("written");
+        fs::write(dir.path().join("admin.txt"), "admin-key\n").expect("written");
+        let config = ServeFile::read(&path)
+            .and_then(|file| file.resolve(&local_only))
+            .expect("a sound configuration");
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let (ready, address) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+            runtime.block_on(async {
+                let server = Server::start(&config).await?;
+                ready.send(server.address()).expect("the test waits");
+                server
+                    .run_until(async {
+                        let _ = stopped.await;
+                    })
+                    .await
+            })
+        });
+        let running = Self {
+            address: address.recv().expect("the server starts"),
+            stop: Some(stop),
+            thread: Some(thread),
+            client: Client::new(),
+        };
+        (running, dir)
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
+    fn get(&self, path: &str) -> Response {
+        self.client.get(self.url(path)).send().expect("answered")
+    }
+
+    fn post(&self, path: &str, body: &Value) -> Response {
+        self.client
+            .post(self.url(path))
+            .json(body)
+            .send()
+            .expect("answered")
+    }
+
+    fn finish(mut self) -> crate::Result<()> {
+        drop(self.stop.take());
+        self.thread
+            .take()
+            .expect("running")
+            .join()
+            .expect("no panic")
+    }
+}
+
+fn toml_for(case: &Case, extra: &str) -> String {
+    format!(
+        "{extra}\n[server]\nport = 0\n[[models]]\nmodel_id = '{}'\nname = 'base'\ndevice.cpu = true\n[[models.adapters]]\nalias = 'tuned'\nsource = '{}'\n",
+        case.base.display(),
+        case.adapter.display()
+    )
+}
+
+fn chat(model: &str, stream: bool) -> Value {
+    json!({"model": model, "stream": stream, "temperature": 0, "max_tokens": 12,
+        "messages": [{"role": "user", "content": "Why?"}]})
+}
+
+/// Data of all events of a stream.
+fn events(response: Response) -> Vec<String> {
+    BufReader::new(response)
+        .lines()
+        .map(|line| line.expect("readable"))
+        .filter_map(|line| line.strip_prefix("data: ").map(str::to_owned))
+        .collect()
+}
+
+fn parse(response: Response, status: u16) -> Value {
+    let found = response.status().as_u16();
+    let text = response.text().expect("readable");
+    assert_eq!(found, status, "{text}");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+#[test]
+fn the_server_answers_as_openai_clients_expect() {
+    let case = servable();
+    let (server, _dir) = Running::start(&toml_for(&case, ""));
+
+    assert_eq!(parse(server.get("/healthz"), 200)["status"], "ok");
+    assert_eq!(parse(server.get("/readyz"), 200)["status"], "ready");
+    let models = parse(server.get("/v1/models"), 200);
+    let names: Vec<_> = models["data"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|m| (&m["id"], &m["parent"]))
+        .collect();
+    assert_eq!(
+        names,
+        [
+            (&json!("base"), &Value::Null),
+            (&json!("tuned"), &json!("base"))
+        ]
+    );
+    assert!(
+        !models
+            .to_string()
+            .contains(case.base.to_str().expect("UTF-8"))
+    );
+    assert_eq!(parse(server.get("/v1/models/tuned"), 200)["id"], "tuned");
+    parse(server.get("/v1/models/else"), 404);
+
+    let mut texts = Vec::new();
+    for model in ["base", "tuned"] {
+        let whole = parse(
+            server.post("/v1/chat/completions", &chat(model, false)),
+            200,
+        );
+        assert_eq!(whole["model"], model);
+        assert_eq!(whole["object"], "chat.completion");
+        let reason = whole["choices"][0]["finish_reason"]
+            .as_str()
+            .expect("a reason");
+        let text = whole["choices"][0]["message"]["content"]
+            .as_str()
+            .expect("a text")
+            .to_owned();
+        assert!(
+            whole["usage"]["completion_tokens"]
+                .as_u64()
+                .expect("counted")
+                <= 12
+        );
+
+        let stream = events(server.post("/v1/chat/completions", &chat(model, true)));
+        assert_eq!(stream.last().map(String::as_str), Some("[DONE]"));
+        let chunks: Vec<Value> = stream[..stream.len() - 1]
+            .iter()
+            .map(|data| serde_json::from_str(data).expect("JSON"))
+            .collect();
+        let last = chunks.last().expect("a last chunk");
+        assert_eq!(last["choices"][0]["finish_reason"], reason);
+        assert!(chunks.iter().all(|chunk| chunk["model"] == model));
+        let streamed: String = chunks
+            .iter()
+            .filter_map(|c| c["choices"][0]["delta"]["content"].as_str())
+            .collect();
+        // An incomplete character at the end is shown as U+FFFD by one way and left out by the other.
+        assert_eq!(streamed, text.trim_end_matches('\u{fffd}'));
+        texts.push(text);
+    }
+    assert_ne!(texts[0], texts[1], "the adapter must change the answer");
+    let mut unnamed = chat("default", false);
+    let default = parse(server.post("/v1/chat/completions", &unnamed), 200);
+    assert_eq!(default["choices"][0]["message"]["content"], texts[0]);
+    unnamed.as_object_mut().expect("an object").remove("model");
+    assert_eq!(
+        parse(server.post("/v1/chat/completions", &unnamed), 200)["model"],
+        "base"
+    );
+
+    let completion =
+        json!({"model": "tuned", "prompt": "Why", "max_tokens": 4, "temperature": 0, "echo": true});
+    let whole = parse(server.post("/v1/completions", &completion), 200);
+    assert!(
+        whole["choices"][0]["text"]
+            .as_str()
+            .expect("a text")
+            .starts_with("Why")
+    );
+    assert_eq!(whole["usage"]["prompt_tokens"], 3);
+    let mut streamed = completion.clone();
+    streamed["stream"] = json!(true);
+    streamed["stream_options"] = json!({"include_usage": true});
+    let stream = events(server.post("/v1/completions", &streamed));
+    assert_eq!(stream.last().map(String::as_str), Some("[DONE]"));
+    assert!(stream[stream.len() - 2].contains("\"usage\""));
+
+    wrong_requests(&server);
+    server.finish().expect("a clean stop");
+}
+
+fn wrong_requests(server: &Running) {
+    let path = "/v1/chat/completions";
+    let with = |key: &str, value: Value| {
+        let mut body = chat("base", false);
+        body[key] = value;
+        body
+    };
+    let refused = [
+        (with("model", json!("nobody")), 404, "model"),
+        (with("model", json!("base@x")), 404, "model"),
+        (with("model", json!(3)), 400, "model"),
+        (with("messages", json!([])), 400, "messages"),
+        (
+            with(
+                "messages",
+                json!([{"role": "user", "content": "x".repeat(5000)}]),
+            ),
+            400,
+            "messages",
+        ),
+        (with("temperature", json!(-1)), 400, "temperature"),
+        (with("max_tokens", json!(0)), 400, "max_tokens"),
+        (with("n", json!(0)), 400, "n"),
+        (with("n", json!(1000)), 400, "n"),
+        (with("stop", json!([""])), 400, "stop"),
+        (with("logprobs", json!(true)), 400, "logprobs"),
+        (
+            with("web_search_options", json!({})),
+            400,
+            "web_search_options",
+        ),
+        (with("tools", json!("x")), 400, "body"),
+        (json!([1]), 400, "body"),
+    ];
+    for (body, status, param) in refused {
+        let answer = parse(server.post(path, &body), status);
+        assert_eq!(answer["error"]["param"], param, "{answer}");
+        assert!(answer["error"]["message"].is_string() && answer["error"]["type"].is_string());
+    }
+    let broken = server
+        .client
+        .post(server.url(path))
+        .body("{\"model\":")
+        .send()
+        .expect("answered");
+    parse(broken, 400);
+    // A client of its own: the connection is closed with the body unread.
+    let large = Client::new()
+        .post(server.url(path))
+        .body(" ".repeat(9 << 20))
+        .send();
+    assert!(large.map_or(true, |answer| answer.status() == 413));
+
+    for hidden in [
+        "/re_isq",
+        "/v1/models/unload",
+        "/v1/load_lora_adapter",
+        "/docs",
+    ] {
+        parse(
+            server.post(hidden, &json!({})),
+            if hidden.starts_with("/v1/models/") {
+                405
+            } else {
+                404
+            },
+        );
+    }
+    // After all of that it still answers.
+    parse(server.post(path, &chat("base", false)), 200);
+}
+
+#[test]
+fn adapters_come_and_go_under_traffic_and_keys_separate_rights() {
+    let mut on_same_base = cases();
+    let case = servable();
+    on_same_base
+        .retain(|other| !other.must_refuse() && other.base == case.base && other.name != case.name);
+    // Any content will do under another name.
+    let other = on_same_base.first().unwrap_or(&case);
+    let extra = "[auth]\napi_keys_file = 'keys.txt'\nadmin_keys_file = 'admin.txt'\n[admin]\nenabled = true\nadapter_root = 'adapters'\n";
+    // The sections before [[models]] are in any order.
+    let (mut server, dir) = Running::start(&toml_for(&case, extra));
+    let copy = dir.path().join("adapters/second");
+    fs::create_dir(&copy).expect("created");
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(other.adapter.join(file), copy.join(file)).expect("copied");
+    }
+
+    for key in [None, Some("wrong"), Some("")] {
+        let mut request = server.client.get(server.url("/v1/models"));
+        if let Some(key) = key {
+            request = request.bearer_auth(key);
+        }
+        assert_eq!(request.send().expect("answered").status(), 401);
+    }
+    assert_eq!(server.get("/healthz").status(), 200);
+    let with_key = |key: &str| {
+        let value = format!("Bearer {key}").parse().expect("a header");
+        let headers = [(reqwest::header::AUTHORIZATION, value)]
+            .into_iter()
+            .collect();
+        Client::builder()
+            .default_headers(headers)
+            .build()
+            .expect("a client")
+    };
+    server.client = with_key("user-key");
+    parse(
+        server.post("/v1/chat/completions", &chat("tuned", false)),
+        200,
+    );
+    let load = json!({"lora_name": "second", "lora_path": "second"});
+    parse(server.post("/v1/load_lora_adapter", &load), 401);
+
+    server.client = with_key("admin-key");
+    for (path, status) in [("../second", 403), ("/etc", 403), ("missing", 400)] {
+        let body = json!({"lora_name": "x", "lora_path": path});
+        let answer = parse(server.post("/v1/load_lora_adapter", &body), status);
+        assert!(
+            !answer
+                .to_string()
+                .contains(dir.path().to_str().expect("UTF-8")),
+            "{answer}"
+        );
+    }
+    fs::create_dir(dir.path().join("adapters/empty")).expect("created");
+    let empty = json!({"lora_name": "x", "lora_path": "empty"});
+    let refused = server.post("/v1/load_lora_adapter", &empty);
+    assert!([400, 422].contains(&refused.status().as_u16()));
+    assert!(
+        !refused
+            .text()
+            .expect("readable")
+            .contains(dir.path().to_str().expect("UTF-8"))
+    );
+
+    let loaded = parse(server.post("/v1/load_lora_adapter", &load), 200);
+    let generation = loaded["generation"]
+        .as_str()
+        .expect("a generation")
+        .to_owned();
+    parse(server.post("/v1/load_lora_adapter", &load), 409);
+    let second = parse(
+        server.post("/v1/chat/completions", &chat("second", false)),
+        200,
+    );
+
+    // A stream that has begun outlives the name it was asked under.
+    let mut long = chat("second", true);
+    long["max_tokens"] = json!(300);
+    let mut stream = server.post("/v1/chat/completions", &long);
+    let mut first = [0; 6];
+    stream.read_exact(&mut first).expect("it has begun");
+    let moved =
+        json!({"lora_name": "second", "lora_path": "second", "expected_generation": "other"});
+    parse(server.post("/v1/load_lora_adapter", &moved), 409);
+    parse(
+        server.post("/v1/unload_lora_adapter", &json!({"lora_name": "second"})),
+        200,
+    );
+    parse(
+        server.post("/v1/chat/completions", &chat("second", false)),
+        404,
+    );
+    let rest = events(stream);
+    assert_eq!(rest.last().map(String::as_str), Some("[DONE]"));
+    let last: Value = serde_json::from_str(&rest[rest.len() - 2]).expect("JSON");
+    assert!(
+        ["stop", "length"].contains(
+            &last["choices"][0]["finish_reason"]
+                .as_str()
+                .expect("a reason")
+        )
+    );
+
+    // The same content comes back under the same generation, with the same answers.
+    assert_eq!(
+        parse(server.post("/v1/load_lora_adapter", &load), 200)["generation"],
+        generation
+    );
+    let again = parse(
+        server.post("/v1/chat/completions", &chat("second", false)),
+        200,
+    );
+    assert_eq!(again["choices"], second["choices"]);
+    let list = parse(server.get("/v1/lora_adapters"), 200);
+    assert_eq!(list["data"].as_array().expect("a list").len(), 2);
+    parse(
+        server.post("/v1/unload_lora_adapter", &json!({"lora_name": "base"})),
+        400,
+    );
+    parse(
+        server.post("/v1/unload_lora_adapter", &json!({"lora_name": "nobody"})),
+        404,
+    );
+    server.finish().expect("a clean stop");
+}
+
+#[test]
+fn a_port_in_use_is_reported_before_anything_is_loaded() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = taken.local_addr().expect("bound").port();
+    let text = format!(
+        "[server]\nport = {port}\n[[models]]\nmodel_id = '{}'\ndevice.cpu = true",
+        servable().base.display()
+    );
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("serve.toml");
+    fs::write(&path, text).expect("written");
+    let config = ServeFile::read(&path)
+        .and_then(|file| file.resolve(&local_only))
+        .expect("sound");
+    let error = crate::serve(&config, |_| panic!("must not become ready")).expect_err("taken");
+    assert!(
+        matches!(error, Error::Listen { .. }) && error.to_string().contains("in use"),
+        "{error}"
+    );
+}

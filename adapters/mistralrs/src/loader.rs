@@ -1,0 +1,555 @@
+//! The `Loader` that merges a collapsed adapter into its base while mistral.rs loads it.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use mistralrs_core::{
+    AdapterPaths, AutoDeviceMapParams, DeviceMapSetting, IsqType, Loader, LocalModelPaths,
+    ModelDType, ModelKind, ModelPaths, NormalLoaderBuilder, NormalSpecificConfig,
+    PagedAttentionConfig, Pipeline, TokenSource, TryIntoDType,
+};
+use monteclora_converters::{Adapter, ModelFiles, write_overlay};
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+use tokio::sync::Mutex;
+
+use crate::chat_files::{write_chat_files, write_json};
+use crate::error::{Error, Result};
+use crate::model_config::{NormalisedConfig, normalise_config};
+
+/// A loaded model, as every mistral.rs API takes it.
+pub type SharedPipeline = Arc<Mutex<dyn Pipeline + Send + Sync>>;
+
+/// Loads a base model, with or without a MonteCLoRA or LoRA adapter merged into it, into mistral.rs.
+///
+/// The adapter is read, checked against the base's headers, collapsed to its posterior mean and merged in float32; only
+/// the merged tensors are written, to a temporary overlay that is removed when the load ends. Each load runs on a thread
+/// of its own, because mistral.rs 0.8.1 keeps quantisation and adapter settings in thread-locals that it never clears.
+///
+/// # Example
+/// ```no_run
+/// use mistralrs_monteclora::MonteCloraLoader;
+///
+/// let loader = MonteCloraLoader::builder("models/smollm2", "smollm2-triage")
+///     .adapter("out")
+///     .build()?;
+/// let pipeline = loader.load()?; // ready for mistralrs_core::MistralRsBuilder
+/// # Ok::<(), mistralrs_monteclora::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct MonteCloraLoader {
+    base: PathBuf,
+    adapter: Option<PathBuf>,
+    name: String,
+    dtype: ModelDType,
+    device: Device,
+    isq: Option<IsqType>,
+    chat_template: Option<PathBuf>,
+    device_map: Option<DeviceMapSetting>,
+    paged_attention: Option<PagedAttentionConfig>,
+    force: bool,
+    silent: bool,
+    staging_root: Option<PathBuf>,
+}
+
+/// Settings of a [`MonteCloraLoader`]; made by [`MonteCloraLoader::builder`].
+#[derive(Clone)]
+pub struct MonteCloraLoaderBuilder(MonteCloraLoader);
+
+impl MonteCloraLoaderBuilder {
+    /// Directory of a raw MonteCLoRA or plain LoRA adapter to merge. Without one the base is loaded as it is.
+    pub fn adapter(mut self, source: impl Into<PathBuf>) -> Self {
+        self.0.adapter = Some(source.into());
+        self
+    }
+
+    /// Element type of the weights. `auto`, the default, is f32 on a CPU and mistral.rs's choice elsewhere.
+    pub fn dtype(mut self, dtype: ModelDType) -> Self {
+        self.0.dtype = dtype;
+        self
+    }
+
+    /// Device to load to; the CPU by default.
+    pub fn device(mut self, device: Device) -> Self {
+        self.0.device = device;
+        self
+    }
+
+    /// Quantisation that mistral.rs applies while loading, after the merge.
+    pub fn in_situ_quant(mut self, isq: Option<IsqType>) -> Self {
+        self.0.isq = isq;
+        self
+    }
+
+    /// A chat template file (`.jinja`, or `.json` with `chat_template`) to use instead of the model's own.
+    pub fn chat_template(mut self, path: Option<PathBuf>) -> Self {
+        self.0.chat_template = path;
+        self
+    }
+
+    /// Placement of layers on devices. The default is automatic on accelerators and one device on a CPU.
+    pub fn device_map(mut self, device_map: DeviceMapSetting) -> Self {
+        self.0.device_map = Some(device_map);
+        self
+    }
+
+    /// Paged attention settings, passed through; none by default.
+    pub fn paged_attention(mut self, config: Option<PagedAttentionConfig>) -> Self {
+        self.0.paged_attention = config;
+        self
+    }
+
+    /// Loads an adapter even if it changes nothing.
+    pub fn force(mut self, force: bool) -> Self {
+        self.0.force = force;
+        self
+    }
+
+    /// Whether mistral.rs shows progress bars while it loads; it does not by default.
+    pub fn progress(mut self, progress: bool) -> Self {
+        self.0.silent = !progress;
+        self
+    }
+
+    /// Directory for the temporary overlay, which is as large as the merged tensors in float32. The system's by default.
+    pub fn staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.0.staging_root = Some(dir.into());
+        self
+    }
+
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a name that clients must not see or that cannot be routed, and for bf16 on a CPU.
+    pub fn build(self) -> Result<MonteCloraLoader> {
+        check_public_name(&self.0.name)?;
+        if self.0.device.is_cpu() && self.0.dtype == ModelDType::BF16 {
+            return Err(Error::setting(
+                "dtype",
+                "bf16 has no matrix product on a CPU here; use f32 or f16",
+            ));
+        }
+        Ok(self.0)
+    }
+}
+
+/// Refuses names that cannot be a model's public name: empty, a path, or with characters that routing needs.
+pub(crate) fn check_public_name(name: &str) -> Result<()> {
+    let allowed = |c: char| c.is_alphanumeric() || "-_.:/ ".contains(c);
+    let is_path = name.starts_with(['/', '.', '~']) || name.contains("..") || name.contains('\\');
+    if name.is_empty() || name == "default" || is_path || !name.chars().all(allowed) {
+        return Err(Error::setting(
+            "name",
+            format!(
+                "`{name}` cannot be a public model name; use letters, digits, `-`, `_`, `.`, `:` and `/`, not a path and not `default`"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Files ready for mistral.rs, in a directory that goes when this does.
+struct Staged {
+    paths: LocalModelPaths<PathBuf>,
+    _dir: TempDir,
+}
+
+impl MonteCloraLoader {
+    /// A loader for the Hugging Face directory `base`, answering under the public name `name`.
+    ///
+    /// The name is what clients send and receive as `model`; it is never a path.
+    pub fn builder(base: impl Into<PathBuf>, name: impl Into<String>) -> MonteCloraLoaderBuilder {
+        MonteCloraLoaderBuilder(Self {
+            base: base.into(),
+            adapter: None,
+            name: name.into(),
+            dtype: ModelDType::Auto,
+            device: Device::Cpu,
+            isq: None,
+            chat_template: None,
+            device_map: None,
+            paged_attention: None,
+            force: false,
+            silent: true,
+            staging_root: None,
+        })
+    }
+
+    /// The public name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The base model's directory.
+    pub fn base(&self) -> &Path {
+        &self.base
+    }
+
+    /// The adapter's directory, if there is one.
+    pub fn adapter(&self) -> Option<&Path> {
+        self.adapter.as_deref()
+    }
+
+    /// Whether paged attention was asked for.
+    pub(crate) fn wants_paged_attention(&self) -> bool {
+        self.paged_attention.is_some()
+    }
+
+    /// Checks base and adapter without loading weights, and returns the base's configuration for mistral.rs.
+    ///
+    /// # Errors
+    /// Everything that [`Self::load`] would refuse before it starts mistral.rs.
+    pub fn check(&self) -> Result<NormalisedConfig> {
+        let (files, normalised) = self.open_base(&self.base)?;
+        self.open_adapter(&files)?;
+        Ok(normalised)
+    }
+
+    /// A short hexadecimal name of what is loaded: of the adapter's content, or of the base's configuration and headers.
+    ///
+    /// # Errors
+    /// If the files cannot be read.
+    pub fn generation(&self) -> Result<String> {
+        let digest = match &self.adapter {
+            Some(source) => Adapter::read(source)?.fingerprint(),
+            None => base_fingerprint(&ModelFiles::open(&self.base)?),
+        };
+        Ok(digest.chars().take(12).collect())
+    }
+
+    /// Merges, loads and cleans up.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] and [`Error::Format`] before mistral.rs is started; [`Error::Load`] if it fails itself.
+    pub fn load(&self) -> Result<SharedPipeline> {
+        let dtype = match self.dtype {
+            ModelDType::Auto if self.device.is_cpu() => ModelDType::F32,
+            dtype => dtype,
+        };
+        let mapper = self.device_map.clone().unwrap_or_else(|| {
+            if self.device.is_cpu() {
+                DeviceMapSetting::dummy()
+            } else {
+                DeviceMapSetting::Auto(AutoDeviceMapParams::default_text())
+            }
+        });
+        let request = LoadRequest {
+            dtype,
+            device: self.device.clone(),
+            silent: self.silent,
+            mapper,
+            isq: self.isq,
+            paged_attention: self.paged_attention,
+        };
+        self.load_from(&self.base, request)
+    }
+
+    fn load_from<D>(&self, base: &Path, request: LoadRequest<D>) -> Result<SharedPipeline>
+    where
+        D: TryIntoDType + Send + 'static,
+    {
+        let staged = self.stage(base)?;
+        let paths: Box<dyn ModelPaths + Send> = Box::new(staged.paths.clone());
+        let name = self.name.clone();
+        let run = move || {
+            let loader = NormalLoaderBuilder::new(
+                NormalSpecificConfig::default(),
+                None,
+                None,
+                Some(name),
+                false,
+                None,
+            )
+            .build(None)?;
+            let paths: Box<dyn ModelPaths> = paths;
+            loader.load_model_from_path(
+                &paths,
+                &request.dtype,
+                &request.device,
+                request.silent,
+                request.mapper,
+                request.isq,
+                request.paged_attention,
+            )
+        };
+        let failed = |message: String| Error::Load {
+            name: self.name.clone(),
+            message,
+        };
+        std::thread::Builder::new()
+            .name("mistralrs-load".to_owned())
+            .spawn(move || catch_unwind(AssertUnwindSafe(run)))
+            .map_err(Error::io("start a thread for", base))?
+            .join()
+            .unwrap_or_else(Err)
+            .map_err(|panic| failed(panic_text(panic.as_ref())))?
+            .map_err(|error| failed(format!("{error:#}")))
+    }
+
+    fn open_base(&self, base: &Path) -> Result<(ModelFiles, NormalisedConfig)> {
+        refuse_other_formats(base)?;
+        let files = ModelFiles::open(base)?;
+        if let Some(method) = files.quantization() {
+            return Err(monteclora_converters::Error::Quantised {
+                base: base.to_path_buf(),
+                method,
+            }
+            .into());
+        }
+        let mut config = files.config().clone();
+        if files.ties_embeddings() {
+            config.insert("tie_word_embeddings".to_owned(), true.into());
+        }
+        let normalised =
+            normalise_config(&config).map_err(|problems| Error::unsupported(base, problems))?;
+        let problems = normalised.check_tensors(files.names());
+        if !problems.is_empty() {
+            return Err(Error::unsupported(base, problems));
+        }
+        Ok((files, normalised))
+    }
+
+    fn open_adapter(&self, files: &ModelFiles) -> Result<Option<Adapter>> {
+        let Some(source) = &self.adapter else {
+            return Ok(None);
+        };
+        let adapter = Adapter::read(source)?;
+        let problems = adapter.check_against(files)?;
+        if !problems.is_empty() {
+            return Err(monteclora_converters::Error::Incompatible {
+                base: files.dir().to_path_buf(),
+                problems: monteclora_converters::Problems(problems),
+            }
+            .into());
+        }
+        if !self.force && !adapter.has_effect()? {
+            return Err(Error::ZeroEffect {
+                path: source.clone(),
+            });
+        }
+        Ok(Some(adapter.collapse()))
+    }
+
+    fn stage(&self, base: &Path) -> Result<Staged> {
+        let (files, normalised) = self.open_base(base)?;
+        let adapter = self.open_adapter(&files)?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("monteclora-");
+        let dir = match &self.staging_root {
+            Some(root) => {
+                fs::create_dir_all(root).map_err(Error::io("create", root))?;
+                builder.tempdir_in(root)
+            }
+            None => builder.tempdir(),
+        }
+        .map_err(Error::io("create a temporary directory for", base))?;
+
+        let chat = write_chat_files(
+            base,
+            self.chat_template.as_deref(),
+            files.config(),
+            dir.path(),
+        )?;
+        let config = dir.path().join("config.json");
+        write_json(&config, &normalised.json)?;
+        // A later file wins in mistral.rs, so the merged tensors come last.
+        let mut filenames: Vec<PathBuf> = files.files().to_vec();
+        if let Some(adapter) = adapter {
+            let overlay = dir.path().join("overlay.safetensors");
+            write_overlay(&files, &adapter, &overlay)?;
+            filenames.push(overlay);
+        }
+        Ok(Staged {
+            paths: LocalModelPaths {
+                tokenizer_filename: chat.tokenizer,
+                config_filename: config,
+                template_filename: Some(chat.template),
+                filenames,
+                adapter_paths: AdapterPaths::None,
+                gen_conf: Some(chat.generation),
+                preprocessor_config: None,
+                processor_config: None,
+                chat_template_json_filename: None,
+            },
+            _dir: dir,
+        })
+    }
+}
+
+/// What mistral.rs is asked for, owned so that it can move to another thread.
+struct LoadRequest<D> {
+    dtype: D,
+    device: Device,
+    silent: bool,
+    mapper: DeviceMapSetting,
+    isq: Option<IsqType>,
+    paged_attention: Option<PagedAttentionConfig>,
+}
+
+impl Loader for MonteCloraLoader {
+    /// Loads the base directory given to the builder; nothing is fetched, so revision and token are not used.
+    fn load_model_from_hf(
+        &self,
+        _revision: Option<String>,
+        _token_source: TokenSource,
+        dtype: &dyn TryIntoDType,
+        device: &Device,
+        silent: bool,
+        mapper: DeviceMapSetting,
+        in_situ_quant: Option<IsqType>,
+        paged_attn_config: Option<PagedAttentionConfig>,
+    ) -> anyhow::Result<SharedPipeline> {
+        let request = LoadRequest {
+            dtype: resolve_dtype(dtype, device)?,
+            device: device.clone(),
+            silent,
+            mapper,
+            isq: in_situ_quant,
+            paged_attention: paged_attn_config,
+        };
+        Ok(self.load_from(&self.base, request)?)
+    }
+
+    /// Loads the model whose `config.json` is in `paths`; weights, tokenizer and template are taken from its directory.
+    fn load_model_from_path(
+        &self,
+        paths: &Box<dyn ModelPaths>,
+        dtype: &dyn TryIntoDType,
+        device: &Device,
+        silent: bool,
+        mapper: DeviceMapSetting,
+        in_situ_quant: Option<IsqType>,
+        paged_attn_config: Option<PagedAttentionConfig>,
+    ) -> anyhow::Result<SharedPipeline> {
+        let config = paths.get_config_filename();
+        let base = config.parent().unwrap_or(Path::new("."));
+        let strangers: Vec<_> = paths
+            .get_weight_filenames()
+            .iter()
+            .filter(|file| file.parent() != Some(base))
+            .map(|file| file.display().to_string())
+            .collect();
+        if !strangers.is_empty() {
+            return Err(Error::setting(
+                "paths",
+                format!(
+                    "weights outside the model directory of config.json: {}",
+                    strangers.join(", ")
+                ),
+            )
+            .into());
+        }
+        let request = LoadRequest {
+            dtype: resolve_dtype(dtype, device)?,
+            device: device.clone(),
+            silent,
+            mapper,
+            isq: in_situ_quant,
+            paged_attention: paged_attn_config,
+        };
+        Ok(self.load_from(base, request)?)
+    }
+
+    fn get_id(&self) -> String {
+        self.name.clone()
+    }
+
+    fn get_kind(&self) -> ModelKind {
+        ModelKind::Normal
+    }
+}
+
+fn resolve_dtype(dtype: &dyn TryIntoDType, device: &Device) -> anyhow::Result<DType> {
+    dtype.try_into_dtype(&[device])
+}
+
+/// Refuses what is not a Hugging Face directory of full-precision safetensors, with the way there.
+fn refuse_other_formats(base: &Path) -> Result<()> {
+    let refuse = |path: &Path, code, message: &str, fix: &str| {
+        let problem =
+            monteclora_converters::Problem::new(code, path.display().to_string(), message, fix);
+        Err(Error::unsupported(base, vec![problem]))
+    };
+    let has_extension = |path: &Path, wanted: &str| {
+        path.extension()
+            .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
+    };
+    const GGUF: &str =
+        "`monteclora import-gguf FILE -o DIR` makes a full-precision model directory of it";
+    const UQFF: &str =
+        "use the full-precision model, and in_situ_quant to quantise it while loading";
+    if base.is_file() {
+        if has_extension(base, "gguf") {
+            return refuse(
+                base,
+                "gguf",
+                "an adapter cannot be merged into a GGUF file",
+                GGUF,
+            );
+        }
+        if has_extension(base, "uqff") {
+            return refuse(
+                base,
+                "uqff",
+                "an adapter cannot be merged into a UQFF file",
+                UQFF,
+            );
+        }
+    }
+    if !base.is_dir() {
+        return Err(Error::not_found(base, "there is no such model directory"));
+    }
+    let entries: Vec<PathBuf> = fs::read_dir(base)
+        .map_err(Error::io("read", base))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    let any = |wanted: &str| entries.iter().any(|path| has_extension(path, wanted));
+    if any("safetensors") {
+        return Ok(());
+    }
+    if any("gguf") {
+        return refuse(
+            base,
+            "gguf",
+            "holds GGUF files only, into which an adapter cannot be merged",
+            GGUF,
+        );
+    }
+    if any("uqff") {
+        return refuse(
+            base,
+            "uqff",
+            "holds UQFF files only, into which an adapter cannot be merged",
+            UQFF,
+        );
+    }
+    Ok(())
+}
+
+/// SHA-256 over the base's configuration and its tensors' names, types and shapes.
+fn base_fingerprint(files: &ModelFiles) -> String {
+    let mut hasher = Sha256::new();
+    for (key, value) in files.config() {
+        hasher.update(format!("{key}={value}\n"));
+    }
+    for name in files.names() {
+        hasher.update(format!("{name} {:?}\n", files.info(name)));
+    }
+    hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("the loader stopped unexpectedly")
+        .to_owned()
+}

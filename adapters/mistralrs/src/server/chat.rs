@@ -1,0 +1,226 @@
+//! `POST /v1/chat/completions`.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response as HttpResponse};
+use mistralrs_core::{
+    Constraint, NormalRequest, Request, RequestMessage, Response, TokenizationRequest,
+};
+use mistralrs_server_core::chat_completion::parse_request;
+use mistralrs_server_core::openai::ChatCompletionRequest;
+use serde_json::{Value, json};
+use tokio::sync::mpsc::channel;
+
+use super::App;
+use super::answer::ApiError;
+use super::request::{Body, StopFilter, usage};
+use super::stream::{Kind, Streamed, now};
+use crate::engine::submit_tokenization;
+
+/// Answers a conversation, streamed or not.
+pub(crate) async fn chat_completions(
+    State(app): State<App>,
+    bytes: Bytes,
+) -> Result<HttpResponse, ApiError> {
+    let mut body = Body::read(&app, &bytes)?;
+    let messages = body.fields.get_mut("messages").map(Value::take);
+    body.fields
+        .insert("messages".to_owned(), text_messages(messages)?);
+    let request = prepare(&app, &body).await?;
+    let prompt_tokens = count_prompt(&app, &body, &request).await?;
+    let mut exchange = body
+        .send(
+            &app,
+            async |sender| {
+                let mut request = request;
+                request.response = sender;
+                Ok(request)
+            },
+            prompt_tokens,
+        )
+        .await?;
+    if body.stream {
+        return Ok(Streamed {
+            kind: Kind::Chat,
+            lease: body.lease,
+            exchange,
+            stop: StopFilter::new(body.stop),
+            include_usage: body.include_usage,
+            lead: String::new(),
+        }
+        .into_response());
+    }
+    let Response::Done(done) = exchange.answer().await? else {
+        return Err(ApiError::internal(
+            "the engine answered in another way than asked",
+        ));
+    };
+    let choices: Vec<Value> = done
+        .choices
+        .iter()
+        .map(|choice| {
+            let full = choice.message.content.as_deref();
+            let cut = full.map(|text| StopFilter::cut(&body.stop, text));
+            let stopped = cut.as_ref().is_some_and(|(_, stopped)| *stopped);
+            let mut message = json!({"role": "assistant", "content": cut.map(|(text, _)| text)});
+            if let Some(calls) = &choice.message.tool_calls {
+                message["tool_calls"] = json!(calls);
+            }
+            if let Some(reasoning) = &choice.message.reasoning_content {
+                message["reasoning_content"] = json!(reasoning);
+            }
+            let reason = if stopped { "stop" } else { &choice.finish_reason };
+            json!({"index": choice.index, "message": message, "logprobs": null, "finish_reason": reason})
+        })
+        .collect();
+    Ok(Json(json!({
+        "id": Kind::Chat.id(),
+        "object": "chat.completion",
+        "created": now(),
+        "model": body.lease.name,
+        "choices": choices,
+        "usage": usage(prompt_tokens, exchange.completion_tokens()),
+    }))
+    .into_response())
+}
+
+/// mistral.rs's own reading of tools, response format, grammar and sampling.
+async fn prepare(app: &App, body: &Body) -> Result<NormalRequest, ApiError> {
+    let parsed: ChatCompletionRequest = body.parse()?;
+    let (sender, _) = channel(1);
+    let (request, _) = parse_request(parsed, app.registry.host().clone(), sender)
+        .await
+        .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))?;
+    match request {
+        Request::Normal(request) => Ok(*request),
+        _ => Err(ApiError::internal(
+            "a chat request became another kind of request",
+        )),
+    }
+}
+
+/// Renders the conversation, which also shows whether the template takes it.
+async fn count_prompt(app: &App, body: &Body, request: &NormalRequest) -> Result<usize, ApiError> {
+    let RequestMessage::Chat {
+        messages,
+        enable_thinking,
+        reasoning_effort,
+    } = &request.messages
+    else {
+        return Err(ApiError::invalid("messages", "only text is supported"));
+    };
+    if matches!(request.constraint, Constraint::Llguidance(_)) {
+        return Err(ApiError::invalid(
+            "grammar",
+            "this kind of grammar is not supported",
+        ));
+    }
+    let (response, receiver) = channel(1);
+    let tokenization = TokenizationRequest {
+        text: either::Either::Left(messages.clone()),
+        tools: request.tools.clone(),
+        add_generation_prompt: true,
+        add_special_tokens: true,
+        enable_thinking: *enable_thinking,
+        reasoning_effort: *reasoning_effort,
+        response,
+    };
+    let engine_id = body.lease.engine_id();
+    let tokens = submit_tokenization(app.registry.host(), Some(engine_id), tokenization, receiver)
+        .await
+        .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
+    Ok(tokens.len())
+}
+
+/// The messages with their text parts joined; anything but text is refused, since mistral.rs would go and fetch it.
+fn text_messages(messages: Option<Value>) -> Result<Value, ApiError> {
+    let wrong = |at: &str, message: &str| ApiError::invalid(at, format!("{at}: {message}"));
+    let Some(Value::Array(mut messages)) = messages else {
+        return Err(wrong("messages", "expected a list of messages"));
+    };
+    if messages.is_empty() {
+        return Err(wrong("messages", "expected at least one message"));
+    }
+    for (idx, message) in messages.iter_mut().enumerate() {
+        let at = format!("messages[{idx}]");
+        let Some(fields) = message.as_object_mut() else {
+            return Err(wrong(&at, "expected an object with role and content"));
+        };
+        fields.retain(|_, value| !value.is_null());
+        if !fields.get("role").is_some_and(Value::is_string) {
+            return Err(wrong(
+                &format!("{at}.role"),
+                "expected system, user, assistant or tool",
+            ));
+        }
+        match fields.get("content") {
+            Some(Value::String(_)) => {}
+            None if fields.contains_key("tool_calls") => {}
+            Some(Value::Array(parts)) => {
+                let texts: Option<Vec<&str>> = parts
+                    .iter()
+                    .map(|part| {
+                        let is_text = part["type"].as_str().is_none_or(|kind| kind == "text");
+                        part["text"].as_str().filter(|_| is_text)
+                    })
+                    .collect();
+                match texts {
+                    Some(texts) => {
+                        let text = texts.join("\n");
+                        fields.insert("content".to_owned(), json!(text));
+                    }
+                    None => {
+                        return Err(wrong(
+                            &format!("{at}.content"),
+                            "only text parts are supported",
+                        ));
+                    }
+                }
+            }
+            _ => return Err(wrong(&format!("{at}.content"), "expected a text")),
+        }
+    }
+    Ok(Value::Array(messages))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_parts_are_joined_and_texts_kept() {
+        let messages = json!([
+            {"role": "system", "content": "s", "name": null},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        ]);
+        let expected =
+            json!([{"role": "system", "content": "s"}, {"role": "user", "content": "a\nb"}]);
+        assert_eq!(text_messages(Some(messages)).expect("text only"), expected);
+    }
+
+    #[test]
+    fn what_is_not_a_conversation_in_text_is_refused_where_it_is() {
+        let image = json!({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}});
+        let cases = [
+            (None, "messages"),
+            (Some(json!("hello")), "messages"),
+            (Some(json!([])), "messages"),
+            (Some(json!(["hello"])), "messages[0]"),
+            (Some(json!([{"content": "x"}])), "messages[0].role"),
+            (Some(json!([{"role": "user"}])), "messages[0].content"),
+            (
+                Some(json!([{"role": "user", "content": 3}])),
+                "messages[0].content",
+            ),
+            (
+                Some(json!([{"role": "user", "content": [image]}])),
+                "messages[0].content",
+            ),
+        ];
+        for (messages, at) in cases {
+            let error = text_messages(messages).expect_err("must be refused");
+            assert_eq!(error.body()["error"]["param"], at);
+        }
+    }
+}

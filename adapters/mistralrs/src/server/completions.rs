@@ -1,0 +1,111 @@
+//! `POST /v1/completions`: plain text, no template.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response as HttpResponse};
+use mistralrs_core::{Request, RequestMessage, Response};
+use mistralrs_server_core::completions::parse_request;
+use mistralrs_server_core::openai::CompletionRequest;
+use serde_json::{Value, json};
+
+use super::App;
+use super::answer::ApiError;
+use super::request::{Body, StopFilter, usage};
+use super::stream::{Kind, Streamed, now};
+use crate::engine::tokenize;
+
+/// Continues a text, streamed or not.
+pub(crate) async fn completions(
+    State(app): State<App>,
+    bytes: Bytes,
+) -> Result<HttpResponse, ApiError> {
+    let mut body = Body::read(&app, &bytes)?;
+    let prompt = one_text(body.fields.get("prompt"))?;
+    body.fields.insert("prompt".to_owned(), json!(prompt));
+    let echo = matches!(body.fields.remove("echo"), Some(Value::Bool(true)));
+    let parsed: CompletionRequest = body.parse()?;
+
+    // The tokenizer that mistral.rs has adds nothing, so what the model's own puts around plain text is added here.
+    let engine_id = body.lease.engine_id();
+    let text = tokenize(
+        app.registry.host(),
+        Some(engine_id),
+        either::Either::Right(prompt.clone()),
+    )
+    .await
+    .map_err(|error| ApiError::invalid("prompt", error.to_string()))?;
+    let frame = &body.lease.frame;
+    let tokens: Vec<u32> = [&frame.prefix, &text, &frame.suffix]
+        .into_iter()
+        .flatten()
+        .copied()
+        .collect();
+    let prompt_tokens = tokens.len();
+    let host = app.registry.host().clone();
+    let mut exchange = body
+        .send(
+            &app,
+            async |sender| {
+                let (request, _) = parse_request(parsed, host, sender)
+                    .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))?;
+                let Request::Normal(mut request) = request else {
+                    return Err(ApiError::internal(
+                        "a completion became another kind of request",
+                    ));
+                };
+                request.messages = RequestMessage::CompletionTokens(tokens);
+                Ok(*request)
+            },
+            prompt_tokens,
+        )
+        .await?;
+    let lead = if echo { prompt } else { String::new() };
+    if body.stream {
+        return Ok(Streamed {
+            kind: Kind::Completion,
+            lease: body.lease,
+            exchange,
+            stop: StopFilter::new(body.stop),
+            include_usage: body.include_usage,
+            lead,
+        }
+        .into_response());
+    }
+    let Response::CompletionDone(done) = exchange.answer().await? else {
+        return Err(ApiError::internal(
+            "the engine answered in another way than asked",
+        ));
+    };
+    let choices: Vec<Value> = done
+        .choices
+        .iter()
+        .map(|choice| {
+            let (text, stopped) = StopFilter::cut(&body.stop, &choice.text);
+            let reason = if stopped { "stop" } else { &choice.finish_reason };
+            json!({"index": choice.index, "text": format!("{lead}{text}"), "logprobs": null, "finish_reason": reason})
+        })
+        .collect();
+    Ok(Json(json!({
+        "id": Kind::Completion.id(),
+        "object": "text_completion",
+        "created": now(),
+        "model": body.lease.name,
+        "choices": choices,
+        "usage": usage(prompt_tokens, exchange.completion_tokens()),
+    }))
+    .into_response())
+}
+
+fn one_text(prompt: Option<&Value>) -> Result<String, ApiError> {
+    let text = match prompt {
+        Some(Value::String(text)) => Some(text),
+        Some(Value::Array(list)) if list.len() == 1 => match &list[0] {
+            Value::String(text) => Some(text),
+            _ => None,
+        },
+        _ => None,
+    };
+    text.cloned()
+        .ok_or_else(|| ApiError::invalid("prompt", "`prompt` must be one text"))
+}

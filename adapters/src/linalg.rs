@@ -1,0 +1,383 @@
+//! Matrix products and row operations on tensors of any device, with an allocation-free path for f32 on the CPU.
+//!
+//! On the CPU the products go straight to `gemm`, which candle uses too, so that a product can be added to its destination.
+//! Everywhere else the same quantity is computed by candle's own operations; tests hold one against the other.
+
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use gemm::Parallelism;
+
+use crate::error::{Result, expect_shape};
+
+/// Products with fewer multiply-adds than this stay on the calling thread.
+const PARALLEL_FROM: usize = 1 << 18;
+
+/// A matrix as a slice with the distance between rows and between columns, in elements.
+#[derive(Debug, Clone, Copy)]
+pub struct Strided<'a> {
+    /// First element and everything after it.
+    pub data: &'a [f32],
+    /// Distance between rows.
+    pub row: usize,
+    /// Distance between columns.
+    pub column: usize,
+}
+
+impl<'a> Strided<'a> {
+    /// A row-major matrix of `columns` columns.
+    pub fn rows(data: &'a [f32], columns: usize) -> Self {
+        Self {
+            data,
+            row: columns,
+            column: 1,
+        }
+    }
+
+    /// The transpose of a row-major matrix of `columns` columns.
+    pub fn transposed(data: &'a [f32], columns: usize) -> Self {
+        Self {
+            data,
+            row: 1,
+            column: columns,
+        }
+    }
+
+    fn holds(&self, rows: usize, columns: usize) -> bool {
+        rows == 0
+            || columns == 0
+            || (rows - 1) * self.row + (columns - 1) * self.column < self.data.len()
+    }
+}
+
+/// `dst = alpha * lhs rhs`, or `dst += alpha * lhs rhs` with `accumulate`; `dst` is `[m, n]` with rows `dst_row` apart.
+///
+/// # Panics
+/// When a slice is too short for the shape: the caller's shapes are wrong, and reading on would be out of bounds.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a matrix product has this many sizes"
+)]
+pub fn gemm_f32(
+    (m, n, k): (usize, usize, usize),
+    dst: &mut [f32],
+    dst_row: usize,
+    accumulate: bool,
+    lhs: Strided<'_>,
+    rhs: Strided<'_>,
+    alpha: f32,
+    parallel: bool,
+) {
+    assert!(
+        lhs.holds(m, k) && rhs.holds(k, n),
+        "matrix product: a factor is too short"
+    );
+    assert!(
+        m == 0 || n == 0 || (m - 1) * dst_row + n <= dst.len(),
+        "matrix product: the destination is too short"
+    );
+    // SAFETY: the assertions above bound every access, and `dst` is borrowed mutably, so it overlaps neither factor.
+    unsafe {
+        raw_gemm(
+            (m, n, k),
+            dst.as_mut_ptr(),
+            dst_row,
+            accumulate,
+            lhs,
+            rhs,
+            alpha,
+            parallel,
+        )
+    }
+}
+
+/// The product itself, into memory that may be uninitialised unless `accumulate` is set.
+///
+/// # Safety
+/// The factors must hold `[m, k]` and `[k, n]`, and `dst` `[m, n]` with rows `dst_row` apart, overlapping neither factor.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a matrix product has this many sizes"
+)]
+unsafe fn raw_gemm(
+    (m, n, k): (usize, usize, usize),
+    dst: *mut f32,
+    dst_row: usize,
+    accumulate: bool,
+    lhs: Strided<'_>,
+    rhs: Strided<'_>,
+    alpha: f32,
+    parallel: bool,
+) {
+    let parallelism = if parallel && m * n * k >= PARALLEL_FROM {
+        Parallelism::Rayon(rayon::current_num_threads())
+    } else {
+        Parallelism::None
+    };
+    // SAFETY: the caller's promise.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst,
+            1,
+            dst_row as isize,
+            accumulate,
+            lhs.data.as_ptr(),
+            lhs.column as isize,
+            lhs.row as isize,
+            rhs.data.as_ptr(),
+            rhs.column as isize,
+            rhs.row as isize,
+            1.0,
+            alpha,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// Runs `f` on the elements of contiguous f32 tensors on the CPU; `None` when any of them is anything else.
+pub fn on_cpu<const N: usize, R>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[f32]; N]) -> R,
+) -> Result<Option<R>> {
+    let eligible = tensors
+        .iter()
+        .all(|t| matches!(t.device(), Device::Cpu) && t.dtype() == DType::F32 && t.is_contiguous());
+    if !eligible {
+        return Ok(None);
+    }
+    let guards = tensors.map(|t| t.storage_and_layout());
+    let mut slices: [&[f32]; N] = [&[]; N];
+    for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
+        let Storage::Cpu(CpuStorage::F32(values)) = &**storage else {
+            return Ok(None);
+        };
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            return Ok(None);
+        };
+        *slice = &values[start..end];
+    }
+    Ok(Some(f(slices)))
+}
+
+/// Accelerated CPU backends of candle replace `gemm`; then their product is used.
+const OWN_GEMM: bool = !cfg!(any(feature = "mkl", feature = "accelerate"));
+
+/// One factor of a product: a row-major matrix, taken as it is or transposed.
+#[derive(Debug, Clone, Copy)]
+pub enum Factor<'a> {
+    /// The matrix itself.
+    Plain(&'a Tensor),
+    /// Its transpose.
+    Transposed(&'a Tensor),
+}
+
+impl<'a> Factor<'a> {
+    fn tensor(self) -> &'a Tensor {
+        match self {
+            Self::Plain(tensor) | Self::Transposed(tensor) => tensor,
+        }
+    }
+
+    fn dims(self) -> Result<(usize, usize)> {
+        let (rows, columns) = self.tensor().dims2()?;
+        Ok(match self {
+            Self::Plain(_) => (rows, columns),
+            Self::Transposed(_) => (columns, rows),
+        })
+    }
+
+    fn strided(self, data: &[f32]) -> Strided<'_> {
+        let columns = self.tensor().dims()[1];
+        match self {
+            Self::Plain(_) => Strided::rows(data, columns),
+            Self::Transposed(_) => Strided::transposed(data, columns),
+        }
+    }
+
+    fn view(self) -> Result<Tensor> {
+        Ok(match self {
+            Self::Plain(tensor) => tensor.clone(),
+            Self::Transposed(tensor) => tensor.t()?,
+        })
+    }
+}
+
+/// `sum_i scale_i lhs_i rhs_i`; every product must give the same `[m, n]`.
+///
+/// # Errors
+/// [`crate::Error::Shape`] when inner or outer sizes disagree; candle's errors.
+pub fn sum_of_products(products: &[(Factor<'_>, Factor<'_>, f64)]) -> Result<Tensor> {
+    let mut shape = None;
+    for (lhs, rhs, _) in products {
+        let ((m, k), (k_rhs, n)) = (lhs.dims()?, rhs.dims()?);
+        expect_shape("inner size of a product", &[k], &[k_rhs])?;
+        expect_shape(
+            "size of a product",
+            &[m, n],
+            &shape.map_or([m, n], |(m, n)| [m, n]),
+        )?;
+        shape = Some((m, n));
+    }
+    let (m, n) = shape.unwrap_or((0, 0));
+    if OWN_GEMM {
+        let mut out: Option<Vec<f32>> = None;
+        for (lhs, rhs, scale) in products {
+            let k = lhs.dims()?.1;
+            let done = on_cpu([lhs.tensor(), rhs.tensor()], |[left, right]| {
+                let accumulate = out.is_some();
+                let dst = out.get_or_insert_with(|| Vec::with_capacity(m * n));
+                let (lhs, rhs) = (lhs.strided(left), rhs.strided(right));
+                assert!(
+                    lhs.holds(m, k) && rhs.holds(k, n),
+                    "matrix product: a factor is too short"
+                );
+                // SAFETY: the factors hold every element that is read; the buffer has room for m * n floats, is only read
+                // once the first product has written all of it, and its length is set after that.
+                unsafe {
+                    raw_gemm(
+                        (m, n, k),
+                        dst.as_mut_ptr(),
+                        n,
+                        accumulate,
+                        lhs,
+                        rhs,
+                        *scale as f32,
+                        true,
+                    );
+                    dst.set_len(m * n);
+                }
+            })?;
+            if done.is_none() {
+                out = None;
+                break;
+            }
+        }
+        if let Some(values) = out {
+            return Ok(Tensor::from_vec(values, (m, n), &Device::Cpu)?);
+        }
+    }
+    let mut total: Option<Tensor> = None;
+    for (lhs, rhs, scale) in products {
+        let mut term = lhs.view()?.matmul(&rhs.view()?)?;
+        if *scale != 1.0 {
+            term = (term * *scale)?;
+        }
+        total = Some(match total {
+            None => term,
+            Some(sum) => (sum + term)?,
+        });
+    }
+    total.ok_or_else(|| candle_core::Error::Msg("a sum of no products".to_owned()).into())
+}
+
+/// `x w^T`: `[m, k]` by `[n, k]` gives `[m, n]`.
+pub fn matmul_nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    sum_of_products(&[(Factor::Plain(x), Factor::Transposed(w), 1.0)])
+}
+
+/// `g w`: `[m, k]` by `[k, n]` gives `[m, n]`.
+pub fn matmul_nn(g: &Tensor, w: &Tensor) -> Result<Tensor> {
+    sum_of_products(&[(Factor::Plain(g), Factor::Plain(w), 1.0)])
+}
+
+/// `a^T b`: `[k, m]` by `[k, n]` gives `[m, n]`.
+pub fn matmul_tn(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    sum_of_products(&[(Factor::Transposed(a), Factor::Plain(b), 1.0)])
+}
+
+/// `a + diag(scales) g`: `[r, in]`, `[r, in]`, `[r]` gives `[r, in]`.
+pub fn add_scaled_rows(a: &Tensor, g: &Tensor, scales: &[f32]) -> Result<Tensor> {
+    let (rows, columns) = a.dims2()?;
+    let fast = on_cpu([a, g], |[a, g]| {
+        let mut out = Vec::with_capacity(a.len());
+        for ((a, g), scale) in a
+            .chunks_exact(columns)
+            .zip(g.chunks_exact(columns))
+            .zip(scales)
+        {
+            out.extend(a.iter().zip(g).map(|(a, g)| a + scale * g));
+        }
+        out
+    })?;
+    if let Some(values) = fast {
+        return Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?);
+    }
+    let scales = Tensor::new(scales, a.device())?.reshape((rows, 1))?;
+    Ok((a + g.broadcast_mul(&scales)?)?)
+}
+
+/// Row by row inner products of two `[r, in]` matrices, summed in double precision on the CPU.
+pub fn row_dots(a: &Tensor, b: &Tensor) -> Result<Vec<f64>> {
+    let (_, columns) = a.dims2()?;
+    let fast = on_cpu([a, b], |[a, b]| {
+        a.chunks_exact(columns)
+            .zip(b.chunks_exact(columns))
+            .map(|(a, b)| {
+                a.iter()
+                    .zip(b)
+                    .map(|(a, b)| f64::from(*a) * f64::from(*b))
+                    .sum()
+            })
+            .collect()
+    })?;
+    if let Some(values) = fast {
+        return Ok(values);
+    }
+    let sums = (a * b)?.sum(1)?.to_vec1::<f32>()?;
+    Ok(sums.into_iter().map(f64::from).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(rows: usize, columns: usize, seed: f32) -> Tensor {
+        let values = (0..rows * columns)
+            .map(|i| ((i as f32 + seed) * 0.37).sin())
+            .collect::<Vec<_>>();
+        Tensor::from_vec(values, (rows, columns), &Device::Cpu).expect("shape fits")
+    }
+
+    fn assert_close(a: &Tensor, b: &Tensor) {
+        let difference = (a - b)
+            .and_then(|d| d.abs())
+            .and_then(|d| d.max_all())
+            .and_then(|d| d.to_scalar::<f32>());
+        assert!(difference.expect("same shapes") < 1e-4);
+    }
+
+    #[test]
+    fn products_equal_candle() -> Result<()> {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (33, 65, 129), (130, 70, 90)] {
+            let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0));
+            assert_close(&matmul_nt(&x, &w)?, &x.matmul(&w.t()?)?);
+            let v = matrix(k, n, 3.0);
+            assert_close(&matmul_nn(&x, &v)?, &x.matmul(&v)?);
+            let (a, b) = (matrix(k, m, 4.0), matrix(k, n, 5.0));
+            assert_close(&matmul_tn(&a, &b)?, &a.t()?.contiguous()?.matmul(&b)?);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn products_accumulate() {
+        let mut dst = vec![1.0, 2.0, 3.0, 4.0];
+        let lhs = [1.0, 2.0];
+        let rhs = [3.0, 4.0];
+        gemm_f32(
+            (2, 2, 1),
+            &mut dst,
+            2,
+            true,
+            Strided::rows(&lhs, 1),
+            Strided::rows(&rhs, 2),
+            2.0,
+            false,
+        );
+        assert_eq!(dst, [7.0, 10.0, 15.0, 20.0]);
+    }
+}

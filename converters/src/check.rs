@@ -1,0 +1,153 @@
+//! Whether an adapter fits a base model, from headers alone.
+
+use crate::adapter::Adapter;
+use crate::error::{Error, Problem, Problems, Result};
+use crate::model_files::ModelFiles;
+use crate::targets::{LinearModule, Matcher, nearest};
+
+impl Adapter {
+    /// Everything that keeps the adapter from fitting `base`: sites the base does not have, shapes that disagree, and
+    /// modules that the configuration targets but the adapter has no tensors for. Only headers are read.
+    ///
+    /// # Errors
+    /// If a pattern of the configuration cannot be used.
+    pub fn check_against(&self, base: &ModelFiles) -> Result<Vec<Problem>> {
+        if let Some(method) = base.quantization() {
+            return Ok(vec![Problem::new(
+                "quantised-base",
+                base.dir().display().to_string(),
+                format!(
+                    "the base is quantised ({method}), so its weights have other names and shapes"
+                ),
+                "use the full-precision model",
+            )]);
+        }
+        let linears = base.linear_modules();
+        let find = |name: &str| linears.iter().find(|module| module.name == name);
+        let mut problems = Vec::new();
+        for site in &self.sites {
+            match find(&site.name) {
+                None => problems.push(unknown_site(&site.name, &linears)),
+                Some(module) => {
+                    let found = (site.out_features(), site.in_features());
+                    let expected = (module.out_features, module.in_features);
+                    if found != expected {
+                        problems.push(Problem::new(
+                            "shape",
+                            &site.name,
+                            format!(
+                                "the adapter is made for a weight of {} x {}, the base's is {} x {}",
+                                found.0, found.1, expected.0, expected.1
+                            ),
+                            "use the base model that the adapter was trained on",
+                        ));
+                    }
+                }
+            }
+        }
+        let matcher = Matcher::new(&self.config)?;
+        for module in &linears {
+            if matcher.matches(&module.name)?
+                && !self.sites.iter().any(|site| site.name == module.name)
+            {
+                problems.push(Problem::new(
+                    "missing-site",
+                    &module.name,
+                    "targeted by the configuration, but the adapter has no tensors for it",
+                    "use the base model that the adapter was trained on, or correct target_modules",
+                ));
+            }
+        }
+        Ok(problems)
+    }
+
+    /// [`Self::check_against`] as an error.
+    pub(crate) fn require_fit(&self, base: &ModelFiles) -> Result<()> {
+        let problems = self.check_against(base)?;
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Incompatible {
+            base: base.dir().to_path_buf(),
+            problems: Problems(problems),
+        })
+    }
+}
+
+fn unknown_site(name: &str, linears: &[LinearModule]) -> Problem {
+    let near: Vec<String> = nearest(name, linears)
+        .into_iter()
+        .map(|(near, _)| format!("`{near}`"))
+        .collect();
+    Problem::new(
+        "unknown-site",
+        name,
+        format!(
+            "the base has no linear module of this name; nearest: {}",
+            near.join(", ")
+        ),
+        "use the base model that the adapter was trained on",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures;
+
+    #[test]
+    fn fixtures_fit_their_base_and_resolve_to_their_sites() {
+        for case in fixtures::cases().iter().filter(|case| !case.must_refuse) {
+            let base = ModelFiles::open(&case.model_dir).expect("a model");
+            let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
+            assert_eq!(
+                adapter.check_against(&base).expect("valid patterns"),
+                [],
+                "{}",
+                case.name
+            );
+            let resolved = adapter
+                .config
+                .resolve_targets(&base.linear_modules())
+                .expect("known targets");
+            let sites: Vec<&str> = adapter
+                .sites
+                .iter()
+                .map(|site| site.name.as_str())
+                .collect();
+            assert_eq!(resolved, sites, "{}", case.name);
+        }
+    }
+
+    #[test]
+    fn every_misfit_is_reported() {
+        let Some(case) = fixtures::cases().into_iter().find(|case| !case.must_refuse) else {
+            return;
+        };
+        let base = ModelFiles::open(&case.model_dir).expect("a model");
+        let adapter = fixtures::small_adapter(8, false);
+        let problems = adapter.check_against(&base).expect("plain names");
+        let n_shape = problems
+            .iter()
+            .filter(|problem| problem.code == "shape")
+            .count();
+        let n_missing = problems
+            .iter()
+            .filter(|problem| problem.code == "missing-site")
+            .count();
+        // The small adapter has two layers of k and q with other sizes; the models have three.
+        assert_eq!((n_shape, n_missing), (4, 2), "{problems:?}");
+        let mut adapter = adapter;
+        for site in &mut adapter.sites {
+            site.name = site.name.replace("self_attn", "attention");
+        }
+        let problems = adapter.check_against(&base).expect("plain names");
+        assert_eq!(
+            problems
+                .iter()
+                .filter(|problem| problem.code == "unknown-site")
+                .count(),
+            4
+        );
+    }
+}

@@ -1,0 +1,290 @@
+//! The adapter's configuration, `adapter_config.json`, resolved.
+
+use std::path::Path;
+
+use fancy_regex::{Regex, RegexBuilder};
+use indexmap::IndexMap;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Problems, Result};
+use crate::{config_read, config_write, json};
+
+/// Backtracking steps after which a pattern is given up: patterns come from files that may be hostile.
+const BACKTRACK_LIMIT: usize = 1_000_000;
+
+/// Which modules of the base carry the adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TargetModules {
+    /// Module names: each is a full path or the end of one, after a dot.
+    List(Vec<String>),
+    /// One regular expression (Python syntax) that must match the whole path.
+    Regex(String),
+    /// Every linear module but the output head.
+    AllLinear,
+}
+
+/// Modules that are left out of the targets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExcludeModules {
+    /// Module names: each is a full path or the end of one, after a dot.
+    List(Vec<String>),
+    /// One regular expression (Python syntax) that must match the whole path.
+    Regex(String),
+}
+
+/// The hyper-parameters of MonteCLoRA, PEFT's `monteclora_config`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MonteCloraSettings {
+    /// Number of Gaussian draws that are averaged, N. At least 1.
+    pub num_samples: usize,
+    /// Factor on the noise (the paper's epsilon), applied once. At least 0.
+    pub sample_scaler: f64,
+    /// Weight of the KL terms in the loss. At least 0.
+    pub kl_loss_weight: f64,
+    /// Concentration of the symmetric Dirichlet prior. Above 0.
+    pub dirichlet_prior: f64,
+    /// Whether the sum of squared mixture weights is added to the loss.
+    pub use_entropy: bool,
+    /// Draws that PEFT keeps in advance; no effect on the result. At least 1.
+    pub buffer_size: usize,
+}
+
+impl MonteCloraSettings {
+    /// The buffer size to write for adapters trained here: PEFT's own default reserves 150 full draws a module, even
+    /// for inference.
+    pub const EXPORT_BUFFER_SIZE: usize = 1;
+}
+
+impl Default for MonteCloraSettings {
+    /// PEFT's defaults, which hold for absent keys.
+    fn default() -> Self {
+        Self {
+            num_samples: 8,
+            sample_scaler: 1e-4,
+            kl_loss_weight: 1e-5,
+            dirichlet_prior: 0.1,
+            use_entropy: false,
+            buffer_size: 150,
+        }
+    }
+}
+
+/// What `adapter_config.json` says, checked. [`Default`] gives PEFT's defaults with no target.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterConfig {
+    /// Path or Hub id of the base model.
+    pub base_model_name_or_path: Option<String>,
+    /// Revision of the base model.
+    pub revision: Option<String>,
+    /// Rank of every site that `rank_pattern` does not name. At least 1.
+    pub r: usize,
+    /// Alpha of every site that `alpha_pattern` does not name.
+    pub lora_alpha: f64,
+    /// Dropout on the input of A while training, 0 to 1.
+    pub lora_dropout: f64,
+    /// The sites.
+    pub target_modules: TargetModules,
+    /// Modules that are not sites although they are targets.
+    pub exclude_modules: Option<ExcludeModules>,
+    /// Layer numbers to which a list of targets is confined.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// Name of the module list that `layers_to_transform` counts in, such as `layers`; regular expressions.
+    pub layers_pattern: Option<Vec<String>>,
+    /// Ranks of sites whose path ends in a key; keys are regular expressions, the first that matches wins.
+    pub rank_pattern: IndexMap<String, usize>,
+    /// Alphas of sites whose path ends in a key, as for `rank_pattern`.
+    pub alpha_pattern: IndexMap<String, f64>,
+    /// Whether the scaling is alpha / sqrt(r) instead of alpha / r.
+    pub use_rslora: bool,
+    /// PEFT's task type, such as `CAUSAL_LM`.
+    pub task_type: Option<String>,
+    /// PEFT's note that the adapter was saved for inference.
+    pub inference_mode: bool,
+    /// MonteCLoRA's settings; `None` for a plain LoRA.
+    pub monteclora: Option<MonteCloraSettings>,
+    /// Keys without effect on the weights, kept as they were.
+    pub other: Map<String, Value>,
+}
+
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self {
+            base_model_name_or_path: None,
+            revision: None,
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            target_modules: TargetModules::List(Vec::new()),
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: None,
+            rank_pattern: IndexMap::new(),
+            alpha_pattern: IndexMap::new(),
+            use_rslora: false,
+            task_type: None,
+            inference_mode: false,
+            monteclora: None,
+            other: Map::new(),
+        }
+    }
+}
+
+impl AdapterConfig {
+    /// Reads the text of an `adapter_config.json`; `origin` is named in errors.
+    ///
+    /// # Errors
+    /// [`Error::Json`] if it is no JSON, [`Error::Refused`] with every key that is not understood.
+    ///
+    /// ```
+    /// use monteclora_converters::AdapterConfig;
+    /// let text = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"],
+    ///     "rank_pattern": {"layers.1.self_attn.q_proj": 6}}"#;
+    /// let config = AdapterConfig::from_json(text, "adapter_config.json".as_ref())?;
+    /// assert_eq!(config.rank_for("model.layers.1.self_attn.q_proj")?, 6);
+    /// assert_eq!(config.scaling_for("model.layers.0.self_attn.q_proj")?, 2.0);
+    /// # Ok::<(), monteclora_converters::Error>(())
+    /// ```
+    pub fn from_json(text: &str, origin: &Path) -> Result<Self> {
+        let mut problems = Vec::new();
+        let config = config_read::from_object(json::parse_object(text, origin)?, &mut problems);
+        if problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(Error::Refused {
+                path: origin.to_path_buf(),
+                problems: Problems(problems),
+            })
+        }
+    }
+
+    /// The object that PEFT 0.20 and later read without a warning: every key they know, sorted.
+    pub fn to_json(&self) -> Value {
+        config_write::to_json(self)
+    }
+
+    /// Rank of a module.
+    ///
+    /// # Errors
+    /// If a key of `rank_pattern` is no regular expression or backtracks without end.
+    pub fn rank_for(&self, module: &str) -> Result<usize> {
+        first_match("rank_pattern", &self.rank_pattern, module).map(|found| found.unwrap_or(self.r))
+    }
+
+    /// Alpha of a module.
+    ///
+    /// # Errors
+    /// If a key of `alpha_pattern` is no regular expression or backtracks without end.
+    pub fn alpha_for(&self, module: &str) -> Result<f64> {
+        first_match("alpha_pattern", &self.alpha_pattern, module)
+            .map(|found| found.unwrap_or(self.lora_alpha))
+    }
+
+    /// Factor on B A of a module: alpha / r, or alpha / sqrt(r) with `use_rslora`.
+    ///
+    /// # Errors
+    /// As [`Self::rank_for`] and [`Self::alpha_for`].
+    pub fn scaling_for(&self, module: &str) -> Result<f64> {
+        Ok(self.scaling(self.alpha_for(module)?, self.rank_for(module)?))
+    }
+
+    pub(crate) fn scaling(&self, alpha: f64, rank: usize) -> f64 {
+        if self.use_rslora {
+            alpha / (rank as f64).sqrt()
+        } else {
+            alpha / rank as f64
+        }
+    }
+}
+
+/// Value of the first key, in file order, that matches the end of `module` after a dot, or all of it.
+fn first_match<T: Copy>(
+    setting: &str,
+    pattern: &IndexMap<String, T>,
+    module: &str,
+) -> Result<Option<T>> {
+    for (key, value) in pattern {
+        let regex = compile(setting, key, &format!("^(.*\\.)?({key})$"))?;
+        if is_match(setting, key, &regex, module)? {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+/// Compiles `expression`, made from the user's `pattern`, with bounded backtracking.
+pub(crate) fn compile(setting: &str, pattern: &str, expression: &str) -> Result<Regex> {
+    RegexBuilder::new(expression)
+        .backtrack_limit(BACKTRACK_LIMIT)
+        .delegate_size_limit(1 << 20)
+        .build()
+        .map_err(|error| {
+            Error::setting(
+                setting,
+                format!("`{pattern}` is not a regular expression that can be used: {error}"),
+            )
+        })
+}
+
+/// Whether `regex`, made from the user's `pattern`, matches `module`.
+pub(crate) fn is_match(setting: &str, pattern: &str, regex: &Regex, module: &str) -> Result<bool> {
+    regex.is_match(module).map_err(|error| {
+        Error::setting(
+            setting,
+            format!("`{pattern}` cannot be matched against `{module}`: {error}"),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_ranks(ranks: &[(&str, usize)]) -> AdapterConfig {
+        AdapterConfig {
+            r: 8,
+            lora_alpha: 16.0,
+            rank_pattern: ranks
+                .iter()
+                .map(|(key, rank)| ((*key).to_owned(), *rank))
+                .collect(),
+            ..AdapterConfig::default()
+        }
+    }
+
+    #[test]
+    fn pattern_keys_match_whole_components_and_the_first_wins() {
+        let config = with_ranks(&[("q_proj", 2), (".*attn.q_proj", 3), ("layers\\.1\\..*", 4)]);
+        let rank = |module| config.rank_for(module).expect("valid patterns");
+        assert_eq!(rank("model.layers.1.self_attn.q_proj"), 2);
+        assert_eq!(rank("q_proj"), 2);
+        assert_eq!(rank("model.layers.1.mlp.up_proj"), 4);
+        assert_eq!(rank("model.layers.11.mlp.up_proj"), 8);
+        assert_eq!(rank("model.layers.0.self_attn.xq_proj"), 8);
+        assert_eq!(rank("model.layers.0.self_attn.q_proj.x"), 8);
+        let anchored = with_ranks(&[("^model.layers.0.q_proj", 5)]);
+        assert_eq!(
+            anchored.rank_for("model.layers.0.q_proj").expect("valid"),
+            5
+        );
+        assert_eq!(
+            anchored.rank_for("x.model.layers.0.q_proj").expect("valid"),
+            8
+        );
+    }
+
+    #[test]
+    fn bad_and_exploding_patterns_are_errors() {
+        assert!(with_ranks(&[("(", 1)]).rank_for("a").is_err());
+        let exploding = with_ranks(&[(r"(?:(x+)\3?)+y", 1)]);
+        assert!(exploding.rank_for(&"x".repeat(64)).is_err());
+    }
+
+    #[test]
+    fn rslora_divides_by_the_root_of_the_rank() {
+        let mut config = with_ranks(&[("k_proj", 4)]);
+        assert_eq!(config.scaling_for("k_proj").expect("valid"), 4.0);
+        config.use_rslora = true;
+        assert_eq!(config.scaling_for("k_proj").expect("valid"), 8.0);
+    }
+}

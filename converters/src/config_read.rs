@@ -1,0 +1,577 @@
+//! From the keys of `adapter_config.json` to [`AdapterConfig`]; everything that is not understood becomes a problem.
+
+use indexmap::IndexMap;
+use serde_json::{Map, Value};
+
+use crate::config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
+use crate::error::Problem;
+
+/// Largest rank that is believed.
+const MAX_RANK: u64 = 1 << 16;
+/// Largest number of mixture components that is believed.
+const MAX_COUNT: u64 = 1 << 20;
+
+const RETRAIN: &str = "only LoRA and MonteCLoRA on linear layers can be converted; train without it, or merge it with the tool that made it";
+
+/// PEFT keys that change the model unless they are null, false or empty, with what they stand for.
+const CHANGES_MODEL: [(&str, &str, &str); 18] = [
+    (
+        "use_dora",
+        "dora",
+        "DoRA scales every row of the merged weight",
+    ),
+    ("lora_bias", "bias", "a trained bias on B"),
+    (
+        "modules_to_save",
+        "modules-to-save",
+        "modules that were fully trained",
+    ),
+    (
+        "trainable_token_indices",
+        "trainable-tokens",
+        "trained token embeddings",
+    ),
+    (
+        "target_parameters",
+        "target-parameters",
+        "LoRA on bare parameters, not on linear modules",
+    ),
+    (
+        "layer_replication",
+        "layer-replication",
+        "layers that the base does not have",
+    ),
+    (
+        "alora_invocation_tokens",
+        "alora",
+        "activated LoRA: the update depends on the tokens",
+    ),
+    (
+        "arrow_config",
+        "arrow",
+        "Arrow routing: the update depends on the input",
+    ),
+    ("use_qalora", "qalora", "QALoRA pools the input of A"),
+    ("use_bdlora", "bdlora", "block-diagonal LoRA"),
+    ("megatron_config", "megatron", "Megatron's parallel layers"),
+    (
+        "fan_in_fan_out",
+        "fan-in-fan-out",
+        "transposed base weights (Conv1D)",
+    ),
+    ("kasa_config", "kasa", "KaSA changes the base weights"),
+    ("velora_config", "velora", "VeLoRA"),
+    ("corda_config", "corda", "CorDA changes the base weights"),
+    (
+        "lora_ga_config",
+        "lora-ga",
+        "LoRA-GA changes the base weights",
+    ),
+    ("loftq_config", "loftq", "LoftQ changes the base weights"),
+    (
+        "ensure_weight_tying",
+        "weight-tying",
+        "adapters shared between tied layers",
+    ),
+];
+
+/// PEFT keys that say how training was set up; their values cannot change what the adapter computes.
+const NEUTRAL: [(&str, &str); 6] = [
+    ("peft_version", ""),
+    ("auto_mapping", ""),
+    ("eva_config", ""),
+    ("qalora_group_size", "16"),
+    ("megatron_core", "\"megatron.core\""),
+    ("runtime_config", ""),
+];
+
+/// Flat keys of the authors' own code (LCS2-IIITD/MonteCLoRA). It saves A and B only, and evaluates with them, so the keys
+/// describe a training whose posterior is not on disk.
+pub(crate) const AUTHORS: [&str; 10] = [
+    "use_monteclora",
+    "monteclora_at",
+    "monteclora_targets",
+    "monteclora_n",
+    "monteclora_m",
+    "sample_scaler",
+    "use_entropy",
+    "dirichlet_prior",
+    "kl_loss_weight",
+    "mc_training",
+];
+
+/// Ways of initialising A and B that leave the base as it was.
+const KIND_INITS: [&str; 5] = ["gaussian", "eva", "orthogonal", "mica", "true"];
+
+/// Whether a value switches nothing on: null, false, or empty.
+pub(crate) fn is_off(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(values) => values.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+/// The remaining keys and the problems found.
+struct Reader<'a> {
+    keys: Map<String, Value>,
+    problems: &'a mut Vec<Problem>,
+}
+
+impl Reader<'_> {
+    fn wrong(&mut self, key: &str, value: &Value, expected: &str) {
+        let mut shown = value.to_string();
+        if shown.len() > 80 {
+            shown = format!("{}...", shown.chars().take(77).collect::<String>());
+        }
+        self.problems.push(Problem::new(
+            "config-value",
+            key,
+            format!("expected {expected}, found {shown}"),
+            "correct adapter_config.json",
+        ));
+    }
+
+    /// Takes `key`; null counts as absent.
+    fn take(&mut self, key: &str) -> Option<Value> {
+        self.keys.shift_remove(key).filter(|value| !value.is_null())
+    }
+
+    /// Takes `key` and reads it with `read`, or keeps `default` and notes a problem.
+    fn read<T>(
+        &mut self,
+        key: &str,
+        default: T,
+        expected: &str,
+        read: impl FnOnce(&Value) -> Option<T>,
+    ) -> T {
+        match self.take(key) {
+            None => default,
+            Some(value) => match read(&value) {
+                Some(result) => result,
+                None => {
+                    self.wrong(key, &value, expected);
+                    default
+                }
+            },
+        }
+    }
+
+    fn flag(&mut self, key: &str) -> bool {
+        self.read(key, false, "true or false", Value::as_bool)
+    }
+
+    fn text(&mut self, key: &str) -> Option<String> {
+        self.read(key, None, "a string", |value| {
+            value.as_str().map(|text| Some(text.to_owned()))
+        })
+        .filter(|text| !text.is_empty())
+    }
+}
+
+fn count(value: &Value, max: u64) -> Option<usize> {
+    let count = value.as_u64().filter(|count| (1..=max).contains(count))?;
+    usize::try_from(count).ok()
+}
+
+fn strings(value: &Value) -> Option<Vec<String>> {
+    let names = value
+        .as_array()?
+        .iter()
+        .map(|name| name.as_str().map(str::to_owned));
+    names.collect()
+}
+
+fn pattern<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<IndexMap<String, T>> {
+    let entries = value.as_object()?.iter();
+    entries
+        .map(|(key, value)| Some((key.clone(), read(value)?)))
+        .collect()
+}
+
+fn finite(value: &Value) -> Option<f64> {
+    value.as_f64().filter(|number| number.is_finite())
+}
+
+fn not_negative(value: &Value) -> Option<f64> {
+    finite(value).filter(|number| *number >= 0.0)
+}
+
+/// Reads the keys, adding to `problems` all that is wrong or not understood.
+pub(crate) fn from_object(keys: Map<String, Value>, problems: &mut Vec<Problem>) -> AdapterConfig {
+    let mut reader = Reader { keys, problems };
+    let defaults = AdapterConfig::default();
+    refuse_other_methods(&mut reader);
+    let mut config = AdapterConfig {
+        base_model_name_or_path: reader.text("base_model_name_or_path"),
+        revision: reader.text("revision"),
+        r: reader.read("r", defaults.r, "a rank of at least 1", |value| {
+            count(value, MAX_RANK)
+        }),
+        lora_alpha: reader.read("lora_alpha", defaults.lora_alpha, "a number", finite),
+        lora_dropout: reader.read("lora_dropout", 0.0, "a probability", |value| {
+            not_negative(value).filter(|p| *p <= 1.0)
+        }),
+        target_modules: read_targets(&mut reader),
+        exclude_modules: reader.read(
+            "exclude_modules",
+            None,
+            "a list of names or a pattern",
+            |value| match value {
+                value if is_off(value) => Some(None),
+                Value::String(text) => Some(Some(ExcludeModules::Regex(text.clone()))),
+                value => strings(value).map(|names| Some(ExcludeModules::List(sorted(names)))),
+            },
+        ),
+        layers_to_transform: reader.read("layers_to_transform", None, "layer numbers", |value| {
+            let layers = match value {
+                Value::Array(layers) => layers
+                    .iter()
+                    .map(layer_number)
+                    .collect::<Option<Vec<_>>>()?,
+                single => vec![layer_number(single)?],
+            };
+            Some(Some(layers).filter(|layers| !layers.is_empty()))
+        }),
+        layers_pattern: reader.read(
+            "layers_pattern",
+            None,
+            "a pattern or a list of patterns",
+            |value| {
+                let patterns = match value {
+                    Value::String(text) if text.is_empty() => Vec::new(),
+                    Value::String(text) => vec![text.clone()],
+                    value => strings(value)?,
+                };
+                Some(Some(patterns).filter(|patterns| !patterns.is_empty()))
+            },
+        ),
+        rank_pattern: reader.read(
+            "rank_pattern",
+            IndexMap::new(),
+            "a map from names to ranks",
+            |value| pattern(value, |rank| count(rank, MAX_RANK)),
+        ),
+        alpha_pattern: reader.read(
+            "alpha_pattern",
+            IndexMap::new(),
+            "a map from names to alphas",
+            |value| pattern(value, finite),
+        ),
+        use_rslora: reader.flag("use_rslora"),
+        task_type: reader.text("task_type"),
+        inference_mode: reader.flag("inference_mode"),
+        monteclora: read_monteclora(&mut reader),
+        other: Map::new(),
+    };
+    check_layers(&config, reader.problems);
+    read_init(&mut reader, &mut config);
+    config.other.extend(
+        std::mem::take(&mut reader.keys)
+            .into_iter()
+            .filter_map(|(key, value)| keep_or_refuse(key, value, reader.problems)),
+    );
+    config.other.sort_keys();
+    config
+}
+
+fn sorted(mut names: Vec<String>) -> Vec<String> {
+    names.sort();
+    names.dedup();
+    names
+}
+
+fn layer_number(value: &Value) -> Option<usize> {
+    usize::try_from(value.as_u64()?).ok()
+}
+
+fn refuse_other_methods(reader: &mut Reader<'_>) {
+    match reader.take("peft_type") {
+        Some(Value::String(kind)) if kind == "LORA" => {}
+        Some(kind) => reader.problems.push(Problem::new(
+            "peft-type",
+            "peft_type",
+            format!("{kind} is not LORA"),
+            RETRAIN,
+        )),
+        None => reader.problems.push(Problem::new(
+            "peft-type",
+            "peft_type",
+            "missing, so this is not known to be a LoRA adapter",
+            "add \"peft_type\": \"LORA\" if it is one",
+        )),
+    }
+    if let Some(bias) = reader.take("bias")
+        && bias.as_str() != Some("none")
+    {
+        reader.problems.push(Problem::new(
+            "bias",
+            "bias",
+            format!("{bias}: biases of the base were trained with the adapter"),
+            RETRAIN,
+        ));
+    }
+    for (key, code, meaning) in CHANGES_MODEL {
+        if let Some(value) = reader.keys.shift_remove(key)
+            && !is_off(&value)
+        {
+            let fix = match code {
+                "dora" | "modules-to-save" => {
+                    "merge it into the base with PEFT (merge_and_unload), or train without it"
+                }
+                _ => RETRAIN,
+            };
+            reader.problems.push(Problem::new(
+                code,
+                key,
+                format!("{meaning}; this cannot be expressed as B A"),
+                fix,
+            ));
+        }
+    }
+}
+
+fn read_targets(reader: &mut Reader<'_>) -> TargetModules {
+    let missing = TargetModules::List(Vec::new());
+    match reader.take("target_modules") {
+        Some(Value::String(text)) if text.eq_ignore_ascii_case("all-linear") => {
+            TargetModules::AllLinear
+        }
+        Some(Value::String(text)) if !text.is_empty() => TargetModules::Regex(text),
+        Some(value) if !is_off(&value) => match strings(&value) {
+            // PEFT holds a set, so the order in the file says nothing.
+            Some(names) => TargetModules::List(sorted(names)),
+            None => {
+                reader.wrong(
+                    "target_modules",
+                    &value,
+                    "a list of names, a pattern or \"all-linear\"",
+                );
+                missing
+            }
+        },
+        _ => {
+            reader.problems.push(Problem::new(
+                "config-value",
+                "target_modules",
+                "missing or empty: it is not known which modules the adapter belongs to",
+                "list the adapted modules in adapter_config.json",
+            ));
+            missing
+        }
+    }
+}
+
+fn read_monteclora(reader: &mut Reader<'_>) -> Option<MonteCloraSettings> {
+    let value = reader
+        .take("monteclora_config")
+        .filter(|value| *value != Value::Bool(false))?;
+    let Value::Object(keys) = value else {
+        reader.wrong("monteclora_config", &value, "an object or null");
+        return None;
+    };
+    let mut settings = MonteCloraSettings::default();
+    for (key, value) in &keys {
+        let known = match key.as_str() {
+            "num_samples" => count(value, MAX_COUNT).map(|n| settings.num_samples = n),
+            "buffer_size" => count(value, MAX_COUNT).map(|n| settings.buffer_size = n),
+            "sample_scaler" => not_negative(value).map(|number| settings.sample_scaler = number),
+            "kl_loss_weight" => not_negative(value).map(|number| settings.kl_loss_weight = number),
+            "dirichlet_prior" => finite(value)
+                .filter(|number| *number > 0.0)
+                .map(|number| settings.dirichlet_prior = number),
+            "use_entropy" => value.as_bool().map(|flag| settings.use_entropy = flag),
+            _ => {
+                reader.problems.push(Problem::new(
+                    "unknown-key",
+                    format!("monteclora_config.{key}"),
+                    "unknown key, on which PEFT fails too",
+                    "remove it",
+                ));
+                Some(())
+            }
+        };
+        if known.is_none() {
+            reader.wrong(
+                &format!("monteclora_config.{key}"),
+                value,
+                "a number in range (or a flag)",
+            );
+        }
+    }
+    Some(settings)
+}
+
+/// The combinations that PEFT refuses.
+fn check_layers(config: &AdapterConfig, problems: &mut Vec<Problem>) {
+    let is_list = matches!(config.target_modules, TargetModules::List(_));
+    for (key, is_set) in [
+        ("layers_to_transform", config.layers_to_transform.is_some()),
+        ("layers_pattern", config.layers_pattern.is_some()),
+    ] {
+        if is_set && !is_list {
+            problems.push(Problem::new(
+                "config-value",
+                key,
+                "cannot be used when target_modules is a string",
+                "list the modules, or put the layers into the pattern",
+            ));
+        }
+    }
+    if config.layers_pattern.is_some() && config.layers_to_transform.is_none() {
+        problems.push(Problem::new(
+            "config-value",
+            "layers_pattern",
+            "has no effect without layers_to_transform",
+            "set layers_to_transform too, or remove it",
+        ));
+    }
+}
+
+/// Initialisations that change the base weights make A and B meaningless on the original base.
+fn read_init(reader: &mut Reader<'_>, config: &mut AdapterConfig) {
+    let Some(value) = reader.take("init_lora_weights") else {
+        return;
+    };
+    match &value {
+        Value::Bool(true) => {}
+        Value::Bool(false) => {
+            config.other.insert("init_lora_weights".into(), value);
+        }
+        Value::String(kind) if KIND_INITS.contains(&kind.to_ascii_lowercase().as_str()) => {
+            config.other.insert("init_lora_weights".into(), value);
+        }
+        _ => reader.problems.push(Problem::new(
+            "init",
+            "init_lora_weights",
+            format!("{value} changes the base weights, so the update is not relative to the published base"),
+            "convert it to a plain LoRA in PEFT (path_initial_model_for_weight_conversion)",
+        )),
+    }
+}
+
+/// Keeps a key that has no effect; refuses any other.
+fn keep_or_refuse(
+    key: String,
+    value: Value,
+    problems: &mut Vec<Problem>,
+) -> Option<(String, Value)> {
+    if let Some((_, default)) = NEUTRAL.iter().find(|(known, _)| *known == key) {
+        let text = value.to_string();
+        let is_default = value.is_null() || text == *default;
+        return (!is_default).then_some((key, value));
+    }
+    if is_off(&value) || AUTHORS.contains(&key.as_str()) {
+        return Some((key, value));
+    }
+    problems.push(Problem::new(
+        "unknown-key",
+        &key,
+        "unknown key with a value that may change the result",
+        "remove it if it is known to have no effect",
+    ));
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(extra: Value) -> (AdapterConfig, Vec<Problem>) {
+        let mut object = json!({"peft_type": "LORA", "target_modules": ["q_proj"]});
+        for (key, value) in extra.as_object().expect("an object") {
+            object[key] = value.clone();
+        }
+        let Value::Object(keys) = object else {
+            unreachable!("made above")
+        };
+        let mut problems = Vec::new();
+        let config = from_object(keys, &mut problems);
+        (config, problems)
+    }
+
+    #[test]
+    fn absent_keys_take_pefts_defaults() {
+        let (config, problems) = read(json!({"monteclora_config": {}}));
+        assert_eq!(problems, []);
+        let expected = AdapterConfig {
+            target_modules: TargetModules::List(vec!["q_proj".into()]),
+            monteclora: Some(MonteCloraSettings::default()),
+            ..AdapterConfig::default()
+        };
+        assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn every_offending_key_is_reported_at_once() {
+        let (_, problems) = read(json!({
+            "use_dora": true, "bias": "all", "modules_to_save": ["lm_head"], "lora_bias": true,
+            "trainable_token_indices": [1], "layer_replication": [[0, 1]], "use_qalora": true,
+            "use_bdlora": {"nblocks": 2}, "alora_invocation_tokens": [3], "megatron_config": {"a": 1},
+            "init_lora_weights": "pissa_niter_4", "frobnicate": 3, "r": 0, "lora_alpha": "x",
+            "monteclora_config": {"num_samples": -1, "surprise": null},
+        }));
+        let codes: Vec<&str> = problems.iter().map(|problem| problem.code).collect();
+        for code in [
+            "dora",
+            "bias",
+            "modules-to-save",
+            "trainable-tokens",
+            "layer-replication",
+            "qalora",
+            "bdlora",
+            "alora",
+            "megatron",
+            "init",
+            "unknown-key",
+            "config-value",
+        ] {
+            assert!(codes.contains(&code), "{code} is missing in {codes:?}");
+        }
+        assert!(
+            problems
+                .iter()
+                .any(|problem| problem.location == "monteclora_config.surprise")
+        );
+        assert!(
+            problems
+                .iter()
+                .any(|problem| problem.location == "monteclora_config.num_samples")
+        );
+        assert_eq!(
+            codes.iter().filter(|code| **code == "config-value").count(),
+            3
+        );
+    }
+
+    #[test]
+    fn keys_without_effect_are_kept() {
+        let (config, problems) = read(json!({
+            "future_option": null, "another": [], "init_lora_weights": "gaussian", "megatron_core": "megatron.core",
+            "qalora_group_size": 16, "peft_version": "0.21.2", "loftq_config": {},
+        }));
+        assert_eq!(problems, []);
+        let kept: Vec<&str> = config.other.keys().map(String::as_str).collect();
+        assert_eq!(
+            kept,
+            [
+                "another",
+                "future_option",
+                "init_lora_weights",
+                "peft_version"
+            ]
+        );
+    }
+
+    #[test]
+    fn other_adapter_types_are_refused() {
+        for kind in [json!("LOHA"), json!("PREFIX_TUNING"), json!(null), json!(7)] {
+            let (_, problems) = read(json!({"peft_type": kind}));
+            assert_eq!(problems[0].code, "peft-type");
+        }
+    }
+}

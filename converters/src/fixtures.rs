@@ -1,0 +1,171 @@
+//! Adapters for tests: the recorded cases on disk, and small random ones.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::adapter::{Adapter, Format, Site, SitePosterior};
+use crate::config::{AdapterConfig, MonteCloraSettings, TargetModules};
+use crate::dtype::DType;
+use crate::safetensors_file::SafetensorsFile;
+use crate::tensor::Tensor;
+
+/// One recorded adapter.
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) dir: PathBuf,
+    pub(crate) model_dir: PathBuf,
+    pub(crate) must_refuse: bool,
+}
+
+fn root() -> PathBuf {
+    std::env::var_os("MONTECLORA_FIXTURES").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/fixtures"),
+        PathBuf::from,
+    )
+}
+
+/// Every case directory present. A packaged crate has none.
+pub(crate) fn cases() -> Vec<Case> {
+    let Ok(entries) = std::fs::read_dir(root().join("adapters")) else {
+        return Vec::new();
+    };
+    let mut cases = Vec::new();
+    for entry in entries {
+        let dir = entry.expect("readable").path();
+        let name = dir
+            .file_name()
+            .and_then(|name| name.to_str())
+            .expect("utf-8")
+            .to_owned();
+        let text =
+            std::fs::read_to_string(dir.join("case.json")).expect("every case has case.json");
+        let case: Value = serde_json::from_str(&text).expect("JSON");
+        cases.push(Case {
+            must_refuse: name.starts_with("must-refuse-"),
+            model_dir: root()
+                .join("models")
+                .join(case["model"].as_str().expect("a model's name")),
+            name,
+            dir,
+        });
+    }
+    cases.sort_by(|left, right| left.name.cmp(&right.name));
+    cases
+}
+
+/// Asserts that the adapter's updates are the recorded ones, all of them and no others.
+pub(crate) fn assert_deltas(case: &Case, adapter: &Adapter) {
+    let expected = SafetensorsFile::open(case.dir.join("expected.safetensors")).expect("recorded");
+    let recorded: Vec<&str> = expected
+        .names()
+        .filter_map(|name| name.strip_prefix("delta."))
+        .collect();
+    let sites: Vec<&str> = adapter
+        .sites
+        .iter()
+        .map(|site| site.name.as_str())
+        .collect();
+    assert_eq!(sites, recorded, "{}", case.name);
+    // The case computed in bfloat16 recorded rounded updates.
+    let tolerance = if case.name.contains("bf16") {
+        1e-2
+    } else {
+        1e-5
+    };
+    for site in &adapter.sites {
+        let delta = expected
+            .get(&format!("delta.{}", site.name))
+            .expect("listed");
+        assert_eq!(delta.shape(), [site.out_features(), site.in_features()]);
+        let delta = delta.to_f32().expect("float");
+        let ours = site.delta_f32().expect("float");
+        let worst = delta
+            .iter()
+            .zip(&ours)
+            .map(|(x, y)| (x - y).abs())
+            .fold(0.0, f32::max);
+        assert!(worst <= tolerance, "{} {}: {worst}", case.name, site.name);
+    }
+}
+
+/// A splitmix64 stream, so that small adapters depend on the seed alone.
+pub(crate) struct Stream(pub(crate) u64);
+
+impl Stream {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.0;
+        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word ^ (word >> 31)
+    }
+
+    pub(crate) fn below(&mut self, limit: u64) -> usize {
+        usize::try_from(self.next() % limit).expect("small")
+    }
+
+    pub(crate) fn tensor(&mut self, shape: &[usize], dtype: DType) -> Tensor {
+        let n_values = shape.iter().product();
+        let values: Vec<f32> = (0..n_values)
+            .map(|_| (self.next() % 256) as f32 / 128.0 - 1.0)
+            .collect();
+        Tensor::from_f32_as(shape, &values, dtype).expect("sized")
+    }
+}
+
+/// A small adapter on layers of 3 to 6 features, with patterns, of any float type that is exported.
+pub(crate) fn small_adapter(seed: u64, monteclora: bool) -> Adapter {
+    let mut stream = Stream(seed);
+    let settings = MonteCloraSettings {
+        num_samples: 1 + stream.below(4),
+        ..MonteCloraSettings::default()
+    };
+    let mut config = AdapterConfig {
+        r: 1 + stream.below(4),
+        lora_alpha: if stream.below(2) == 0 { 8.0 } else { 2.5 },
+        target_modules: TargetModules::List(vec!["k_proj".into(), "q_proj".into()]),
+        use_rslora: stream.below(2) == 0,
+        monteclora: monteclora.then_some(settings.clone()),
+        inference_mode: true,
+        task_type: Some("CAUSAL_LM".into()),
+        ..AdapterConfig::default()
+    };
+    if stream.below(2) == 0 {
+        config
+            .rank_pattern
+            .insert("layers.1.self_attn.q_proj".into(), 1 + stream.below(5));
+        config.alpha_pattern.insert("k_proj".into(), 3.0);
+    }
+    let dtype = [DType::F32, DType::BF16, DType::F16][stream.below(3)];
+    let mut sites = Vec::new();
+    for layer in 0..2 {
+        for (leaf, n_out) in [("k_proj", 3), ("q_proj", 6)] {
+            let name = format!("model.layers.{layer}.self_attn.{leaf}");
+            let rank = config.rank_for(&name).expect("plain names");
+            sites.push(Site {
+                rank,
+                alpha: config.alpha_for(&name).expect("plain names"),
+                scaling: config.scaling_for(&name).expect("plain names"),
+                lora_a: stream.tensor(&[rank, 5], dtype),
+                lora_b: stream.tensor(&[n_out, rank], dtype),
+                posterior: monteclora.then(|| SitePosterior {
+                    log_std: stream.tensor(&[rank], DType::F32),
+                    log_concentration: stream.tensor(&[settings.num_samples], DType::F32),
+                }),
+                name,
+            });
+        }
+    }
+    Adapter {
+        config,
+        sites,
+        format: if monteclora {
+            Format::PeftMonteclora
+        } else {
+            Format::PeftLora
+        },
+        metadata: BTreeMap::from([("format".into(), "pt".into())]),
+    }
+}

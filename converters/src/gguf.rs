@@ -1,0 +1,513 @@
+//! Reading GGUF: metadata and tensor places, checked and bounded; the data stays mapped.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use indexmap::IndexMap;
+use memmap2::Mmap;
+
+use crate::error::{Error, Result};
+use crate::safetensors_file::map_file;
+
+/// Most metadata entries, tensors, and array elements in all that are believed. Counts come from the file, so nothing
+/// is allocated on their word alone.
+const MAX_ENTRIES: u64 = 1 << 16;
+const MAX_TENSORS: u64 = 1 << 20;
+const MAX_ELEMENTS: u64 = 1 << 24;
+/// ggml's own limit.
+const MAX_DIMS: u32 = 4;
+const DEFAULT_ALIGNMENT: u64 = 32;
+
+/// One metadata value; integers and floats are widened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GgufValue {
+    /// u8, u16, u32 or u64.
+    Unsigned(u64),
+    /// i8, i16, i32 or i64.
+    Signed(i64),
+    /// f32 or f64.
+    Float(f64),
+    /// A flag.
+    Bool(bool),
+    /// UTF-8 text.
+    String(String),
+    /// Values of one type.
+    Array(GgufArray),
+}
+
+/// An array of metadata values.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GgufArray {
+    /// u8, u16, u32 or u64.
+    Unsigned(Vec<u64>),
+    /// i8, i16, i32 or i64.
+    Signed(Vec<i64>),
+    /// f32 or f64.
+    Float(Vec<f64>),
+    /// Flags.
+    Bool(Vec<bool>),
+    /// UTF-8 texts.
+    String(Vec<String>),
+}
+
+impl GgufValue {
+    /// The value as a count: an unsigned or non-negative signed integer.
+    pub fn as_u64(&self) -> Option<u64> {
+        match self {
+            Self::Unsigned(value) => Some(*value),
+            Self::Signed(value) => u64::try_from(*value).ok(),
+            _ => None,
+        }
+    }
+
+    /// The value as a number, integers included.
+    pub fn as_f64(&self) -> Option<f64> {
+        match self {
+            Self::Float(value) => Some(*value),
+            Self::Unsigned(value) => Some(*value as f64),
+            Self::Signed(value) => Some(*value as f64),
+            _ => None,
+        }
+    }
+
+    /// The flag.
+    pub fn as_bool(&self) -> Option<bool> {
+        match self {
+            Self::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> Option<&str> {
+        match self {
+            Self::String(value) => Some(value),
+            _ => None,
+        }
+    }
+
+    /// The texts of an array of strings.
+    pub fn as_strings(&self) -> Option<&[String]> {
+        match self {
+            Self::Array(GgufArray::String(values)) => Some(values),
+            _ => None,
+        }
+    }
+}
+
+/// A tensor of a GGUF file.
+#[derive(Clone, Copy)]
+pub struct GgufTensor<'a> {
+    /// ggml's number for the element type; see [`ggml_block`].
+    pub ggml_type: u32,
+    /// Dimensions in GGUF's order, innermost first: `[in, out]` for a linear weight.
+    pub shape: &'a [usize],
+    /// The data, as quantised blocks where the type has them.
+    pub bytes: &'a [u8],
+}
+
+impl fmt::Debug for GgufTensor<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GgufTensor(type {}, {:?})", self.ggml_type, self.shape)
+    }
+}
+
+/// A GGUF file (version 2 or 3, little-endian) whose structure has been checked and whose data is mapped.
+///
+/// The file must not be changed while it is open.
+#[derive(Debug, Clone)]
+pub struct GgufFile {
+    path: PathBuf,
+    version: u32,
+    map: Arc<Mmap>,
+    metadata: IndexMap<String, GgufValue>,
+    tensors: IndexMap<String, Info>,
+}
+
+#[derive(Debug, Clone)]
+struct Info {
+    ggml_type: u32,
+    shape: Vec<usize>,
+    range: Range<usize>,
+}
+
+/// Elements and bytes of one block of a ggml type, or `None` for a number that is not known.
+pub fn ggml_block(ggml_type: u32) -> Option<(usize, usize)> {
+    Some(match ggml_type {
+        0 | 26 => (1, 4),      // F32, I32
+        1 | 25 | 30 => (1, 2), // F16, I16, BF16
+        24 => (1, 1),          // I8
+        27 | 28 => (1, 8),     // I64, F64
+        2 | 20 => (32, 18),    // Q4_0, IQ4_NL
+        3 => (32, 20),         // Q4_1
+        6 => (32, 22),         // Q5_0
+        7 => (32, 24),         // Q5_1
+        8 => (32, 34),         // Q8_0
+        9 => (32, 36),         // Q8_1
+        39 => (32, 17),        // MXFP4
+        10 => (256, 84),       // Q2_K
+        11 | 21 => (256, 110), // Q3_K, IQ3_S
+        12 => (256, 144),      // Q4_K
+        13 => (256, 176),      // Q5_K
+        14 => (256, 210),      // Q6_K
+        15 => (256, 292),      // Q8_K
+        16 | 35 => (256, 66),  // IQ2_XXS, TQ2_0
+        17 => (256, 74),       // IQ2_XS
+        18 => (256, 98),       // IQ3_XXS
+        19 => (256, 50),       // IQ1_S
+        22 => (256, 82),       // IQ2_S
+        23 => (256, 136),      // IQ4_XS
+        29 => (256, 56),       // IQ1_M
+        34 => (256, 54),       // TQ1_0
+        _ => return None,
+    })
+}
+
+impl GgufFile {
+    /// Opens and checks a file.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is no such file; [`Error::Malformed`], naming key or tensor, if it is truncated,
+    /// its counts cannot be true, or a tensor does not lie in the file.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let map = map_file(path)?;
+        let mut cursor = Cursor {
+            path,
+            bytes: &map,
+            at: 0,
+            n_elements: 0,
+        };
+        if cursor.take(4, "the magic")? != b"GGUF" {
+            return Err(Error::malformed(path, "not a GGUF file"));
+        }
+        let version = cursor.u32("the version")?;
+        if !matches!(version, 2 | 3) {
+            let hint = if version.swap_bytes() <= 3 {
+                " (big-endian)"
+            } else {
+                ""
+            };
+            return Err(Error::malformed(
+                path,
+                format!("GGUF version {version}{hint}; versions 2 and 3, little-endian, are read"),
+            ));
+        }
+        let n_tensors = cursor.count(MAX_TENSORS, "tensors")?;
+        let n_entries = cursor.count(MAX_ENTRIES, "metadata entries")?;
+        let mut metadata = IndexMap::new();
+        for _ in 0..n_entries {
+            let key = cursor.string("a metadata key")?;
+            let kind = cursor.u32(&key)?;
+            let value = cursor.value(kind, &key)?;
+            if metadata.insert(key.clone(), value).is_some() {
+                return Err(Error::malformed(
+                    path,
+                    format!("metadata key `{key}` occurs twice"),
+                ));
+            }
+        }
+        let headers = (0..n_tensors)
+            .map(|_| cursor.tensor())
+            .collect::<Result<Vec<_>>>()?;
+        let alignment = alignment(path, &metadata)?;
+        let data_start = (cursor.at as u64).next_multiple_of(alignment);
+        let tensors = lay_out(path, headers, data_start, alignment, map.len() as u64)?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            version,
+            map: Arc::new(map),
+            metadata,
+            tensors,
+        })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// Metadata in file order.
+    pub fn metadata(&self) -> &IndexMap<String, GgufValue> {
+        &self.metadata
+    }
+
+    /// Tensor names in file order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The tensor called `name`.
+    pub fn tensor(&self, name: &str) -> Option<GgufTensor<'_>> {
+        let info = self.tensors.get(name)?;
+        Some(GgufTensor {
+            ggml_type: info.ggml_type,
+            shape: &info.shape,
+            bytes: &self.map[info.range.clone()],
+        })
+    }
+}
+
+fn alignment(path: &Path, metadata: &IndexMap<String, GgufValue>) -> Result<u64> {
+    match metadata.get("general.alignment") {
+        None => Ok(DEFAULT_ALIGNMENT),
+        Some(value) => value
+            .as_u64()
+            .filter(|value| value.is_power_of_two() && (1..=1 << 16).contains(value))
+            .ok_or_else(|| Error::malformed(path, format!("general.alignment is {value:?}"))),
+    }
+}
+
+/// A tensor's name and what its header says.
+struct Header {
+    name: String,
+    shape: Vec<u64>,
+    ggml_type: u32,
+    offset: u64,
+}
+
+/// Checks that every tensor lies in the file, aligned, and that none overlaps another.
+fn lay_out(
+    path: &Path,
+    headers: Vec<Header>,
+    data_start: u64,
+    alignment: u64,
+    file_len: u64,
+) -> Result<IndexMap<String, Info>> {
+    let mut tensors = IndexMap::with_capacity(headers.len());
+    let mut ranges = BTreeSet::new();
+    for header in headers {
+        let wrong = |message: String| {
+            Error::malformed(path, format!("tensor `{}`: {message}", header.name))
+        };
+        let (block, block_bytes) = ggml_block(header.ggml_type)
+            .ok_or_else(|| wrong(format!("unknown element type {}", header.ggml_type)))?;
+        let n_values = header
+            .shape
+            .iter()
+            .try_fold(1u64, |product, dim| product.checked_mul(*dim));
+        let row = header.shape.first().copied().unwrap_or(1);
+        if row % block as u64 != 0 {
+            return Err(wrong(format!(
+                "rows of {row} elements are no multiple of the block of {block}"
+            )));
+        }
+        let n_bytes = n_values
+            .and_then(|n| (n / block as u64).checked_mul(block_bytes as u64))
+            .ok_or_else(|| wrong(format!("shape {:?} overflows", header.shape)))?;
+        if header.offset % alignment != 0 {
+            return Err(wrong(format!(
+                "offset {} is not aligned to {alignment}",
+                header.offset
+            )));
+        }
+        let start = data_start.checked_add(header.offset);
+        let range = start.and_then(|start| Some((start, start.checked_add(n_bytes)?)));
+        let Some((start, end)) = range.filter(|(_, end)| *end <= file_len) else {
+            return Err(wrong(format!(
+                "{n_bytes} bytes at offset {} lie beyond the end of the file: it is truncated",
+                header.offset
+            )));
+        };
+        // Everything fits usize because the file is mapped.
+        let too_large = || wrong("too large for this machine".to_owned());
+        let as_usize = |value: u64| usize::try_from(value).map_err(|_| too_large());
+        let info = Info {
+            ggml_type: header.ggml_type,
+            shape: header
+                .shape
+                .iter()
+                .map(|dim| as_usize(*dim))
+                .collect::<Result<_>>()?,
+            range: as_usize(start)?..as_usize(end)?,
+        };
+        if n_bytes > 0 {
+            ranges.insert((start, end));
+        }
+        if tensors.insert(header.name.clone(), info).is_some() {
+            return Err(wrong("occurs twice".to_owned()));
+        }
+    }
+    let n_filled = tensors
+        .values()
+        .filter(|info| !info.range.is_empty())
+        .count();
+    let overlaps = ranges
+        .iter()
+        .zip(ranges.iter().skip(1))
+        .any(|(left, right)| left.1 > right.0);
+    if overlaps || ranges.len() != n_filled {
+        return Err(Error::malformed(path, "tensors overlap"));
+    }
+    Ok(tensors)
+}
+
+/// A position in the header; every read is checked against the end.
+struct Cursor<'a> {
+    path: &'a Path,
+    bytes: &'a [u8],
+    at: usize,
+    n_elements: u64,
+}
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, n_bytes: u64, what: &str) -> Result<&'a [u8]> {
+        let rest = &self.bytes[self.at..];
+        match usize::try_from(n_bytes).ok().and_then(|n| rest.get(..n)) {
+            Some(taken) => {
+                self.at += taken.len();
+                Ok(taken)
+            }
+            None => Err(Error::malformed(
+                self.path,
+                format!(
+                    "ends inside {what}: {n_bytes} bytes announced, {} left",
+                    rest.len()
+                ),
+            )),
+        }
+    }
+
+    fn word<const N: usize>(&mut self, what: &str) -> Result<[u8; N]> {
+        let mut word = [0; N];
+        word.copy_from_slice(self.take(N as u64, what)?);
+        Ok(word)
+    }
+
+    fn u32(&mut self, what: &str) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.word(what)?))
+    }
+
+    fn u64(&mut self, what: &str) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.word(what)?))
+    }
+
+    fn count(&mut self, max: u64, what: &str) -> Result<u64> {
+        let count = self.u64(what)?;
+        if count > max {
+            return Err(Error::malformed(
+                self.path,
+                format!("announces {count} {what}; at most {max} are read"),
+            ));
+        }
+        Ok(count)
+    }
+
+    fn string(&mut self, what: &str) -> Result<String> {
+        let n_bytes = self.u64(what)?;
+        let bytes = self.take(n_bytes, what)?;
+        let text = std::str::from_utf8(bytes)
+            .map_err(|_| Error::malformed(self.path, format!("{what} is not UTF-8")))?;
+        Ok(text.to_owned())
+    }
+
+    fn value(&mut self, kind: u32, key: &str) -> Result<GgufValue> {
+        Ok(match kind {
+            0 | 2 | 4 | 10 => GgufValue::Unsigned(self.unsigned(kind, key)?),
+            1 | 3 | 5 | 11 => GgufValue::Signed(self.signed(kind, key)?),
+            6 | 12 => GgufValue::Float(self.float(kind, key)?),
+            7 => GgufValue::Bool(self.flag(key)?),
+            8 => GgufValue::String(self.string(key)?),
+            9 => GgufValue::Array(self.array(key)?),
+            _ => return Err(self.unknown_kind(kind, key)),
+        })
+    }
+
+    fn array(&mut self, key: &str) -> Result<GgufArray> {
+        let kind = self.u32(key)?;
+        let n = self.count(MAX_ELEMENTS, key)?;
+        self.n_elements += n;
+        if self.n_elements > MAX_ELEMENTS {
+            return Err(Error::malformed(
+                self.path,
+                format!("`{key}`: more than {MAX_ELEMENTS} array elements in all"),
+            ));
+        }
+        let each = 0..n;
+        Ok(match kind {
+            0 | 2 | 4 | 10 => GgufArray::Unsigned(
+                each.map(|_| self.unsigned(kind, key))
+                    .collect::<Result<_>>()?,
+            ),
+            1 | 3 | 5 | 11 => GgufArray::Signed(
+                each.map(|_| self.signed(kind, key))
+                    .collect::<Result<_>>()?,
+            ),
+            6 | 12 => GgufArray::Float(each.map(|_| self.float(kind, key)).collect::<Result<_>>()?),
+            7 => GgufArray::Bool(each.map(|_| self.flag(key)).collect::<Result<_>>()?),
+            8 => GgufArray::String(each.map(|_| self.string(key)).collect::<Result<_>>()?),
+            _ => return Err(self.unknown_kind(kind, key)),
+        })
+    }
+
+    fn unsigned(&mut self, kind: u32, key: &str) -> Result<u64> {
+        Ok(match kind {
+            0 => u8::from_le_bytes(self.word(key)?).into(),
+            2 => u16::from_le_bytes(self.word(key)?).into(),
+            4 => self.u32(key)?.into(),
+            _ => self.u64(key)?,
+        })
+    }
+
+    fn signed(&mut self, kind: u32, key: &str) -> Result<i64> {
+        Ok(match kind {
+            1 => i8::from_le_bytes(self.word(key)?).into(),
+            3 => i16::from_le_bytes(self.word(key)?).into(),
+            5 => i32::from_le_bytes(self.word(key)?).into(),
+            _ => i64::from_le_bytes(self.word(key)?),
+        })
+    }
+
+    fn float(&mut self, kind: u32, key: &str) -> Result<f64> {
+        Ok(match kind {
+            6 => f32::from_le_bytes(self.word(key)?).into(),
+            _ => f64::from_le_bytes(self.word(key)?),
+        })
+    }
+
+    fn flag(&mut self, key: &str) -> Result<bool> {
+        match self.word(key)? {
+            [0] => Ok(false),
+            [1] => Ok(true),
+            [other] => Err(Error::malformed(
+                self.path,
+                format!("`{key}`: {other} is not a flag"),
+            )),
+        }
+    }
+
+    fn unknown_kind(&self, kind: u32, key: &str) -> Error {
+        Error::malformed(self.path, format!("`{key}`: value type {kind} is not read"))
+    }
+
+    fn tensor(&mut self) -> Result<Header> {
+        let name = self.string("a tensor's name")?;
+        let n_dims = self.u32(&name)?;
+        if n_dims > MAX_DIMS {
+            return Err(Error::malformed(
+                self.path,
+                format!("tensor `{name}`: {n_dims} dimensions; at most {MAX_DIMS} are read"),
+            ));
+        }
+        let shape = (0..n_dims)
+            .map(|_| self.u64(&name))
+            .collect::<Result<_>>()?;
+        Ok(Header {
+            shape,
+            ggml_type: self.u32(&name)?,
+            offset: self.u64(&name)?,
+            name,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

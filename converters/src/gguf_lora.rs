@@ -1,0 +1,509 @@
+//! llama.cpp's GGUF LoRA: names, the row order of q and k, and the scale.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use indexmap::IndexMap;
+use serde_json::{Map, Value};
+
+use crate::adapter::{Adapter, Format, Site};
+use crate::config::{AdapterConfig, TargetModules};
+use crate::dtype::DType;
+use crate::error::{Error, Problem, Problems, Result};
+use crate::gguf::GgufFile;
+use crate::gguf_write::{Entry, dtype_of, write_gguf};
+use crate::lora_export::LoraReport;
+use crate::peft_read::non_finite;
+use crate::targets::OUTPUT_HEAD;
+use crate::tensor::Tensor;
+
+/// Leaves of a decoder layer: Hugging Face's name, llama.cpp's name.
+const LEAVES: [(&str, &str); 7] = [
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+const UNSUPPORTED: &str = "convert it with llama.cpp's own tools, or merge it into the base";
+
+/// What GGUF needs to know of a base model.
+struct Architecture {
+    name: &'static str,
+    /// Heads of q and of k whose rows llama.cpp stores in another order, if it does.
+    permuted: Option<(usize, usize)>,
+}
+
+impl Architecture {
+    /// From the base's `config.json`.
+    fn from_config(config: &Map<String, Value>) -> Result<Self> {
+        let kind = config
+            .get("model_type")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        let heads = |key: &str| {
+            let value = config.get(key).and_then(Value::as_u64);
+            value
+                .and_then(|n| usize::try_from(n).ok())
+                .filter(|n| *n > 0)
+        };
+        match kind {
+            "llama" | "mistral" => {
+                let q = heads("num_attention_heads").ok_or_else(|| {
+                    Error::setting("num_attention_heads", "missing in the base's config.json")
+                })?;
+                let k = heads("num_key_value_heads").unwrap_or(q);
+                Ok(Self {
+                    name: "llama",
+                    permuted: Some((q, k)),
+                })
+            }
+            "qwen2" => Ok(Self {
+                name: "qwen2",
+                permuted: None,
+            }),
+            "qwen3" => Ok(Self {
+                name: "qwen3",
+                permuted: None,
+            }),
+            other => Err(Error::setting(
+                "model_type",
+                format!("GGUF names are known for llama, mistral, qwen2 and qwen3, not `{other}`"),
+            )),
+        }
+    }
+
+    /// B with its rows in llama.cpp's order, or back in Hugging Face's.
+    fn reorder(&self, module: &str, b: &Tensor, to_gguf: bool) -> Result<Tensor> {
+        let n_heads = match self.permuted {
+            Some((q, _)) if module.ends_with("q_proj") => q,
+            Some((_, k)) if module.ends_with("k_proj") => k,
+            _ => return Ok(b.clone()),
+        };
+        let n_rows = b.shape().first().copied().unwrap_or(0);
+        if n_rows % (2 * n_heads) != 0 {
+            return Err(Error::tensor(
+                module,
+                format!("{n_rows} rows cannot be split over {n_heads} heads in halves"),
+            ));
+        }
+        let head = n_rows / n_heads;
+        let row_bytes = b.bytes().len() / n_rows.max(1);
+        let mut bytes = Vec::with_capacity(b.bytes().len());
+        for row in 0..n_rows {
+            let (start, within) = (row / head * head, row % head);
+            // Hugging Face keeps the halves of a rotated pair apart, llama.cpp side by side.
+            let from = if to_gguf {
+                start + within % 2 * (head / 2) + within / 2
+            } else {
+                start + within % (head / 2) * 2 + within / (head / 2)
+            };
+            bytes.extend_from_slice(&b.bytes()[from * row_bytes..(from + 1) * row_bytes]);
+        }
+        Tensor::from_bytes(b.dtype(), b.shape(), bytes)
+    }
+}
+
+/// llama.cpp's name of a module.
+fn to_gguf_name(module: &str) -> Option<String> {
+    if module == OUTPUT_HEAD {
+        return Some("output".into());
+    }
+    let (layer, leaf) = module.strip_prefix("model.layers.")?.split_once('.')?;
+    let layer: usize = layer.parse().ok()?;
+    let (_, short) = LEAVES.iter().find(|(long, _)| *long == leaf)?;
+    Some(format!("blk.{layer}.{short}"))
+}
+
+/// Hugging Face's name of a module.
+fn from_gguf_name(name: &str) -> Option<String> {
+    if name == "output" {
+        return Some(OUTPUT_HEAD.into());
+    }
+    let (layer, short) = name.strip_prefix("blk.")?.split_once('.')?;
+    let layer: usize = layer.parse().ok()?;
+    let (long, _) = LEAVES.iter().find(|(_, known)| *known == short)?;
+    Some(format!("model.layers.{layer}.{long}"))
+}
+
+impl Adapter {
+    /// Writes the posterior mean as one GGUF file for llama.cpp. `base_config` is the base's `config.json`, for the
+    /// architecture and the head counts: for Llama and Mistral the rows of q and k are reordered as llama.cpp stores them.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with every site that has no GGUF name; as [`Adapter::to_lora`]; [`Error::Exists`] if `path`
+    /// exists and `overwrite` is false.
+    pub fn write_gguf(
+        &self,
+        path: &Path,
+        base_config: &Map<String, Value>,
+        dtype: Option<DType>,
+        overwrite: bool,
+    ) -> Result<LoraReport> {
+        if path.exists() && !overwrite {
+            return Err(Error::Exists {
+                path: path.to_path_buf(),
+            });
+        }
+        let architecture = Architecture::from_config(base_config)?;
+        let (plain, report) = self.to_lora(dtype)?;
+        let mut problems = Vec::new();
+        let mut tensors = Vec::new();
+        let is_tied = base_config
+            .get("tie_word_embeddings")
+            .and_then(Value::as_bool)
+            == Some(true);
+        for site in &plain.sites {
+            if site.name == OUTPUT_HEAD && is_tied {
+                problems.push(Problem::new(
+                    "lm-head",
+                    &site.name,
+                    "is tied to the embedding in this base, and llama.cpp has no such tensor then",
+                    UNSUPPORTED,
+                ));
+                continue;
+            }
+            let Some(name) = to_gguf_name(&site.name) else {
+                problems.push(Problem::new(
+                    "no-gguf-name",
+                    &site.name,
+                    "has no name in llama.cpp",
+                    UNSUPPORTED,
+                ));
+                continue;
+            };
+            tensors.push((format!("{name}.weight.lora_a"), site.lora_a.clone()));
+            tensors.push((
+                format!("{name}.weight.lora_b"),
+                architecture.reorder(&site.name, &site.lora_b, true)?,
+            ));
+        }
+        if !problems.is_empty() {
+            return Err(Error::Refused {
+                path: path.to_path_buf(),
+                problems: Problems(problems),
+            });
+        }
+        let metadata = [
+            (
+                "general.architecture",
+                Entry::Text(architecture.name.into()),
+            ),
+            ("general.type", Entry::Text("adapter".into())),
+            ("adapter.type", Entry::Text("lora".into())),
+            ("adapter.lora.alpha", Entry::F32(report.lora_alpha as f32)),
+            ("general.quantization_version", Entry::U32(2)),
+        ];
+        write_gguf(path, &metadata, &tensors)?;
+        Ok(report)
+    }
+
+    /// Reads a GGUF LoRA made for the base with this `config.json`. The scaling is alpha over each site's own rank, or 1
+    /// if alpha is 0, as llama.cpp has it.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is no such file; [`Error::Refused`] with everything that is not understood.
+    pub fn read_gguf(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
+        let file = GgufFile::open(path)?;
+        let architecture = Architecture::from_config(base_config)?;
+        let mut problems = Vec::new();
+        let alpha = check_metadata(&file, &architecture, &mut problems);
+        let mut parts: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
+        for name in file.names() {
+            match read_part(&file, name) {
+                Ok((module, idx, tensor)) => parts.entry(module).or_default()[idx] = Some(tensor),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        if parts.is_empty() {
+            problems.push(Problem::new(
+                "no-tensors",
+                path.display().to_string(),
+                "holds no adapter tensor",
+                UNSUPPORTED,
+            ));
+        }
+        let mut sites = Vec::new();
+        for (module, pair) in parts {
+            let [Some(lora_a), Some(b)] = pair else {
+                problems.push(Problem::new(
+                    "incomplete-site",
+                    module,
+                    "lora_a or lora_b missing",
+                    "make the file again",
+                ));
+                continue;
+            };
+            let rank = match (lora_a.shape(), b.shape()) {
+                ([r_a, n_in], [n_out, r_b]) if r_a == r_b && r_a * n_in * n_out > 0 => *r_a,
+                _ => {
+                    let message = format!(
+                        "expected lora_a [r, in] and lora_b [out, r], found {lora_a:?} and {b:?}"
+                    );
+                    problems.push(Problem::new(
+                        "shape",
+                        module,
+                        message,
+                        "make the file again",
+                    ));
+                    continue;
+                }
+            };
+            let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
+            sites.push(Site {
+                rank,
+                alpha,
+                scaling: alpha / rank as f64,
+                lora_a,
+                lora_b: architecture.reorder(&module, &b, false)?,
+                posterior: None,
+                name: module,
+            });
+        }
+        problems.extend(non_finite(&sites));
+        if !problems.is_empty() {
+            return Err(Error::Refused {
+                path: path.to_path_buf(),
+                problems: Problems(problems),
+            });
+        }
+        Ok(Self {
+            config: config_of(&sites),
+            sites,
+            format: Format::GgufLora,
+            metadata: BTreeMap::new(),
+        })
+    }
+}
+
+/// Checks kind and architecture; gives alpha.
+fn check_metadata(
+    file: &GgufFile,
+    architecture: &Architecture,
+    problems: &mut Vec<Problem>,
+) -> f64 {
+    let metadata = file.metadata();
+    for (key, expected) in [
+        ("general.type", "adapter"),
+        ("adapter.type", "lora"),
+        ("general.architecture", architecture.name),
+    ] {
+        let found = metadata.get(key).and_then(|value| value.as_str());
+        if found != Some(expected) {
+            let message = format!("expected {expected}, found {}", found.unwrap_or("nothing"));
+            problems.push(Problem::new(
+                "gguf-metadata",
+                key,
+                message,
+                "give a LoRA made for this base",
+            ));
+        }
+    }
+    for key in metadata
+        .keys()
+        .filter(|key| key.starts_with("adapter.alora"))
+    {
+        problems.push(Problem::new(
+            "alora",
+            key,
+            "activated LoRA: the update depends on the tokens",
+            UNSUPPORTED,
+        ));
+    }
+    let alpha = metadata
+        .get("adapter.lora.alpha")
+        .and_then(|value| value.as_f64());
+    match alpha.filter(|alpha| alpha.is_finite()) {
+        Some(alpha) => alpha,
+        None => {
+            problems.push(Problem::new(
+                "gguf-metadata",
+                "adapter.lora.alpha",
+                "missing or not a number",
+                UNSUPPORTED,
+            ));
+            1.0
+        }
+    }
+}
+
+/// Module, place (0 for A, 1 for B) and values of one tensor.
+fn read_part(file: &GgufFile, name: &str) -> Result<(String, usize, Tensor), Problem> {
+    let refuse = |code, message: String| Problem::new(code, name, message, UNSUPPORTED);
+    let place = name
+        .strip_suffix(".weight.lora_a")
+        .map(|base| (base, 0))
+        .or_else(|| name.strip_suffix(".weight.lora_b").map(|base| (base, 1)));
+    let module = place.and_then(|(base, idx)| Some((from_gguf_name(base)?, idx)));
+    let (Some((module, idx)), Some(tensor)) = (module, file.tensor(name)) else {
+        return Err(refuse("unknown-tensor", "not understood".into()));
+    };
+    let dtype = dtype_of(tensor.ggml_type).ok_or_else(|| {
+        refuse(
+            "dtype",
+            format!("ggml type {} is quantised or unknown", tensor.ggml_type),
+        )
+    })?;
+    // GGUF counts dimensions from the innermost; trailing ones may be left out.
+    let mut shape: Vec<usize> = tensor.shape.iter().rev().copied().collect();
+    while shape.len() < 2 {
+        shape.insert(0, 1);
+    }
+    let tensor = Tensor::from_bytes(dtype, &shape, tensor.bytes.to_vec())
+        .map_err(|error| refuse("shape", error.to_string()))?;
+    Ok((module, idx, tensor))
+}
+
+/// A configuration that says what the sites are.
+fn config_of(sites: &[Site]) -> AdapterConfig {
+    let r = sites.iter().map(|site| site.rank).max().unwrap_or(1);
+    let lora_alpha = sites
+        .iter()
+        .find(|site| site.rank == r)
+        .map_or(1.0, |site| site.alpha);
+    let key = |site: &Site| site.name.replace('.', "\\.");
+    let rank_pattern: IndexMap<String, usize> = sites
+        .iter()
+        .filter(|site| site.rank != r)
+        .map(|site| (key(site), site.rank))
+        .collect();
+    let alpha_pattern: IndexMap<String, f64> = sites
+        .iter()
+        .filter(|site| site.alpha != lora_alpha)
+        .map(|site| (key(site), site.alpha))
+        .collect();
+    AdapterConfig {
+        r,
+        lora_alpha,
+        rank_pattern,
+        alpha_pattern,
+        target_modules: TargetModules::List(sites.iter().map(|site| site.name.clone()).collect()),
+        task_type: Some("CAUSAL_LM".into()),
+        inference_mode: true,
+        ..AdapterConfig::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::fixtures;
+    use crate::model_files::ModelFiles;
+
+    fn llama() -> Map<String, Value> {
+        let config =
+            json!({"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1});
+        config.as_object().expect("an object").clone()
+    }
+
+    #[test]
+    fn fixtures_keep_their_updates() {
+        for case in fixtures::cases().iter().filter(|case| !case.must_refuse) {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let base = ModelFiles::open(&case.model_dir).expect("a model");
+            let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
+            let path = dir.path().join("x.gguf");
+            adapter
+                .write_gguf(&path, base.config(), None, false)
+                .expect("written");
+            let read = Adapter::read_gguf(&path, base.config()).expect("our own output");
+            fixtures::assert_deltas(case, &read);
+            assert_eq!(read.check_against(&base).expect("plain names"), []);
+            for site in &read.sites {
+                assert_eq!(
+                    read.config.scaling_for(&site.name).expect("plain names"),
+                    site.scaling
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_q_are_reordered_as_llama_cpp_stores_them() {
+        let architecture = Architecture::from_config(&llama()).expect("known");
+        let rows: Vec<f32> = (0u8..8).map(f32::from).collect();
+        let b = Tensor::from_f32(&[8, 1], rows).expect("sized");
+        let there = architecture
+            .reorder("x.q_proj", &b, true)
+            .expect("even heads");
+        // Two heads of four rows: halves (0, 1 | 2, 3) become pairs (0, 2), (1, 3).
+        assert_eq!(
+            there.to_f32().expect("float"),
+            [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
+        );
+        assert_eq!(
+            architecture
+                .reorder("x.q_proj", &there, false)
+                .expect("even heads"),
+            b
+        );
+        assert_eq!(
+            architecture
+                .reorder("x.v_proj", &b, true)
+                .expect("untouched"),
+            b
+        );
+        assert!(
+            architecture
+                .reorder(
+                    "x.k_proj",
+                    &Tensor::from_f32(&[3, 1], vec![0.0; 3]).expect("sized"),
+                    true
+                )
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn sites_without_a_gguf_name_are_all_reported() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("x.gguf");
+        let mut adapter = fixtures::small_adapter(1, false);
+        for site in &mut adapter.sites {
+            site.name = site.name.replace("self_attn", "attention");
+        }
+        let error = adapter
+            .write_gguf(&path, &llama(), None, false)
+            .expect_err("unknown names");
+        assert_eq!(error.problems().len(), 4);
+        assert!(!path.exists());
+        assert!(adapter.write_gguf(&path, &Map::new(), None, false).is_err());
+    }
+
+    #[test]
+    fn files_that_are_no_lora_are_refused() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("x.gguf");
+        let tensor = Tensor::from_f32(&[2, 2], vec![0.0; 4]).expect("sized");
+        write_gguf(
+            &path,
+            &[("general.type", Entry::Text("model".into()))],
+            &[
+                ("token_embd.weight".into(), tensor.clone()),
+                ("blk.0.attn_v.weight.lora_a".into(), tensor),
+            ],
+        )
+        .expect("written");
+        let error = Adapter::read_gguf(&path, &llama()).expect_err("a model");
+        let codes: Vec<&str> = error
+            .problems()
+            .iter()
+            .map(|problem| problem.code)
+            .collect();
+        assert_eq!(
+            codes,
+            [
+                "gguf-metadata",
+                "gguf-metadata",
+                "gguf-metadata",
+                "gguf-metadata",
+                "unknown-tensor",
+                "incomplete-site"
+            ]
+        );
+    }
+}

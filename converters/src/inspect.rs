@@ -1,0 +1,257 @@
+//! What there is to say about an adapter: norms of its factors and updates, and the health of its posterior.
+
+use serde::Serialize;
+
+use crate::adapter::{Adapter, Site, SitePosterior};
+use crate::config::MonteCloraSettings;
+use crate::dtype::DType;
+use crate::error::{Problem, Result};
+
+/// PEFT keeps every variance of the noise at or above this, before the factor `sample_scaler`.
+const MIN_VARIANCE: f64 = 1e-3;
+
+/// Figures of one site.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SiteSummary {
+    /// Path of the module.
+    pub name: String,
+    /// Rank.
+    pub r: usize,
+    /// Alpha.
+    pub alpha: f64,
+    /// Factor on B A.
+    pub scaling: f64,
+    /// Length of the input.
+    pub in_features: usize,
+    /// Length of the output.
+    pub out_features: usize,
+    /// Element type of A.
+    pub dtype: String,
+    /// Frobenius norm of A.
+    pub norm_a: f64,
+    /// Frobenius norm of B.
+    pub norm_b: f64,
+    /// Frobenius norm of `scaling * B A`.
+    pub norm_delta: f64,
+    /// Standard deviation of the perturbation of A over the root mean square of A, for MonteCLoRA.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub noise_to_signal: Option<f64>,
+    /// Effective number of mixture components, `1 / E||w||^2`, for MonteCLoRA.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub effective_components: Option<f64>,
+}
+
+/// Figures of an adapter.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AdapterSummary {
+    /// What it was read from.
+    pub format: &'static str,
+    /// Rank where no pattern applies.
+    pub r: usize,
+    /// Alpha where no pattern applies.
+    pub lora_alpha: f64,
+    /// Number of sites.
+    pub n_sites: usize,
+    /// Number of trained values: A, B and the posterior's.
+    pub n_parameters: usize,
+    /// The base model it names.
+    pub base_model: Option<String>,
+    /// Figures of every site.
+    pub sites: Vec<SiteSummary>,
+    /// What deserves attention.
+    pub problems: Vec<Problem>,
+}
+
+impl Adapter {
+    /// Figures of the adapter and of every site; B A is never formed.
+    ///
+    /// # Errors
+    /// If a factor is not of a float type.
+    pub fn summary(&self) -> Result<AdapterSummary> {
+        let settings = self.config.monteclora.as_ref();
+        let sites = self
+            .sites
+            .iter()
+            .map(|site| summarise(site, settings))
+            .collect::<Result<Vec<_>>>()?;
+        let n_parameters = self.sites.iter().map(n_parameters).sum();
+        Ok(AdapterSummary {
+            format: self.format.name(),
+            r: self.config.r,
+            lora_alpha: self.config.lora_alpha,
+            n_sites: self.sites.len(),
+            n_parameters,
+            base_model: self.config.base_model_name_or_path.clone(),
+            problems: self.health(&sites),
+            sites,
+        })
+    }
+
+    fn health(&self, sites: &[SiteSummary]) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if !sites.iter().any(|site| site.norm_delta > 0.0) {
+            problems.push(Problem::new(
+                "no-effect",
+                "adapter",
+                "B A is zero at every site, so the adapter changes nothing",
+                "train it first",
+            ));
+        }
+        for site in sites {
+            let Some(ratio) = site.noise_to_signal else {
+                continue;
+            };
+            for dtype in [DType::BF16, DType::F16] {
+                let unit = unit_roundoff(dtype);
+                if ratio < unit {
+                    problems.push(Problem::new(
+                        "spread-below-rounding",
+                        &site.name,
+                        format!("noise to signal {ratio:.1e} is below the rounding of {dtype}, {unit:.1e}"),
+                        format!("draw and serve posterior samples in F32; in {dtype} they would all round to the mean"),
+                    ));
+                    break;
+                }
+            }
+        }
+        problems
+    }
+}
+
+/// Half the distance from 1 to the next number of the type.
+fn unit_roundoff(dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 => 2f64.powi(-8),
+        DType::F16 => 2f64.powi(-11),
+        _ => 2f64.powi(-24),
+    }
+}
+
+fn n_parameters(site: &Site) -> usize {
+    let posterior = site.posterior.as_ref().map_or(0, |posterior| {
+        posterior.log_std.n_elements() + posterior.log_concentration.n_elements()
+    });
+    site.lora_a.n_elements() + site.lora_b.n_elements() + posterior
+}
+
+fn summarise(site: &Site, settings: Option<&MonteCloraSettings>) -> Result<SiteSummary> {
+    let (norm_a, norm_b) = site.factor_norms()?;
+    let mut noise_to_signal = None;
+    let mut effective_components = None;
+    if let (Some(posterior), Some(settings)) = (&site.posterior, settings) {
+        let weight = mean_squared_weight(posterior)?;
+        effective_components = Some(1.0 / weight);
+        let rms_a = norm_a / (site.lora_a.n_elements() as f64).sqrt();
+        let sd = settings.sample_scaler * (mean_variance(posterior, site.rank)? * weight).sqrt();
+        noise_to_signal = (rms_a > 0.0).then_some(sd / rms_a);
+    }
+    Ok(SiteSummary {
+        name: site.name.clone(),
+        r: site.rank,
+        alpha: site.alpha,
+        scaling: site.scaling,
+        in_features: site.in_features(),
+        out_features: site.out_features(),
+        dtype: site.lora_a.dtype().name().to_owned(),
+        norm_a,
+        norm_b,
+        norm_delta: site.delta_norm()?,
+        noise_to_signal,
+        effective_components,
+    })
+}
+
+/// `E||w||^2 = sum_n alpha_n (alpha_n + 1) / (alpha_0 (alpha_0 + 1))` of the Dirichlet with `alpha_n = e^theta_n`. The
+/// sampler draws from a logistic-normal approximation of it, whose value is up to a tenth smaller at small alpha.
+fn mean_squared_weight(posterior: &SitePosterior) -> Result<f64> {
+    let theta = posterior.log_concentration.to_f32()?;
+    let concentrations: Vec<f64> = theta
+        .iter()
+        .map(|theta| f64::from(*theta).exp().max(1e-6))
+        .collect();
+    let total: f64 = concentrations.iter().sum();
+    let sum: f64 = concentrations
+        .iter()
+        .map(|alpha| alpha * (alpha + 1.0))
+        .sum();
+    Ok(sum / (total * (total + 1.0)))
+}
+
+/// Mean over the ranks of the expected variance `max(e^{2 s_k} r, 1e-3)`: the Wishart's diagonal has mean r.
+fn mean_variance(posterior: &SitePosterior, rank: usize) -> Result<f64> {
+    let log_std = posterior.log_std.to_f32()?;
+    let variances = log_std
+        .iter()
+        .map(|s| ((2.0 * f64::from(*s)).exp() * rank as f64).max(MIN_VARIANCE));
+    Ok(variances.sum::<f64>() / rank.max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures;
+    use crate::tensor::Tensor;
+
+    #[test]
+    fn norms_agree_with_the_update_formed_in_full() {
+        let adapter = fixtures::small_adapter(11, true);
+        let summary = adapter.summary().expect("float");
+        for (site, figures) in adapter.sites.iter().zip(&summary.sites) {
+            let delta = site.delta_f32().expect("float");
+            let norm = delta
+                .iter()
+                .map(|value| f64::from(*value).powi(2))
+                .sum::<f64>()
+                .sqrt();
+            assert!((norm - figures.norm_delta).abs() <= 1e-5 * norm.max(1.0));
+            assert!(figures.noise_to_signal.is_some_and(|ratio| ratio > 0.0));
+        }
+        assert!(
+            adapter.collapse().summary().expect("float").sites[0]
+                .noise_to_signal
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn noise_is_as_the_method_states() {
+        // r = 1, s = 0, N = 1: the draw is sample_scaler times a normal of variance 1, and there is one component.
+        let mut adapter = fixtures::small_adapter(12, true);
+        adapter.sites.truncate(1);
+        let site = &mut adapter.sites[0];
+        site.rank = 1;
+        site.lora_a = Tensor::from_f32(&[1, 2], vec![2.0, -2.0]).expect("sized");
+        site.lora_b = Tensor::from_f32(&[1, 1], vec![1.0]).expect("sized");
+        site.posterior = Some(SitePosterior {
+            log_std: Tensor::from_f32(&[1], vec![0.0]).expect("sized"),
+            log_concentration: Tensor::from_f32(&[1], vec![0.3]).expect("sized"),
+        });
+        let scaler = adapter
+            .config
+            .monteclora
+            .as_ref()
+            .expect("settings")
+            .sample_scaler;
+        let summary = adapter.summary().expect("float");
+        let ratio = summary.sites[0].noise_to_signal.expect("a posterior");
+        assert!((ratio - scaler / 2.0).abs() <= 1e-12);
+        assert_eq!(summary.sites[0].effective_components, Some(1.0));
+        assert_eq!(summary.n_parameters, 5);
+        assert!(
+            summary
+                .problems
+                .iter()
+                .any(|problem| problem.code == "spread-below-rounding")
+        );
+    }
+
+    #[test]
+    fn equal_concentrations_have_about_all_components() {
+        let posterior = SitePosterior {
+            log_std: Tensor::from_f32(&[1], vec![0.0]).expect("sized"),
+            log_concentration: Tensor::from_f32(&[4], vec![14.0; 4]).expect("sized"),
+        };
+        let weight = mean_squared_weight(&posterior).expect("float");
+        assert!((1.0 / weight - 4.0).abs() < 1e-4);
+    }
+}

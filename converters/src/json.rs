@@ -1,0 +1,150 @@
+//! JSON read strictly: bounded size, bounded depth, no key twice.
+
+use std::fmt;
+use std::path::Path;
+
+use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+
+use crate::error::{Error, Result};
+
+/// Largest configuration or index file that is read, in bytes.
+pub(crate) const MAX_JSON_BYTES: u64 = 16 << 20;
+
+/// A [`Value`] in whose objects no key occurs twice. Depth is bounded by `serde_json` (128).
+struct Strict(Value);
+
+impl<'de> Deserialize<'de> for Strict {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        StrictSeed.deserialize(deserializer).map(Strict)
+    }
+}
+
+struct StrictSeed;
+
+impl<'de> DeserializeSeed<'de> for StrictSeed {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for StrictSeed {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Value, E> {
+        Number::from_f64(value)
+            .map(Value::Number)
+            .ok_or_else(|| E::custom("number is not finite"))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(Value::String(value))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut values = Vec::new();
+        while let Some(value) = seq.next_element_seed(StrictSeed)? {
+            values.push(value);
+        }
+        Ok(Value::Array(values))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
+        let mut map = Map::new();
+        while let Some(key) = access.next_key::<String>()? {
+            if map.contains_key(&key) {
+                return Err(de::Error::custom(format!("key `{key}` occurs twice")));
+            }
+            let value = access.next_value_seed(StrictSeed)?;
+            map.insert(key, value);
+        }
+        Ok(Value::Object(map))
+    }
+}
+
+/// Parses `text`, which came from `origin`, as one JSON object.
+pub(crate) fn parse_object(text: &str, origin: &Path) -> Result<Map<String, Value>> {
+    let Strict(value) = serde_json::from_str(text).map_err(|source| Error::Json {
+        path: origin.to_path_buf(),
+        source,
+    })?;
+    match value {
+        Value::Object(map) => Ok(map),
+        _ => Err(Error::malformed(origin, "expected a JSON object")),
+    }
+}
+
+/// Reads the JSON object in `path`, which may not be longer than [`MAX_JSON_BYTES`].
+pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    parse_object(&read_text(path)?, path)
+}
+
+/// Reads a text file of at most [`MAX_JSON_BYTES`].
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    let metadata = std::fs::metadata(path).map_err(Error::io("read", path))?;
+    if !metadata.is_file() {
+        return Err(Error::malformed(path, "not a regular file"));
+    }
+    if metadata.len() > MAX_JSON_BYTES {
+        return Err(Error::malformed(
+            path,
+            format!(
+                "{} bytes of JSON; at most {MAX_JSON_BYTES} are read",
+                metadata.len()
+            ),
+        ));
+    }
+    std::fs::read_to_string(path).map_err(Error::io("read", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Map<String, Value>> {
+        parse_object(text, Path::new("x.json"))
+    }
+
+    #[test]
+    fn agrees_with_serde_json_on_honest_text() {
+        let text =
+            r#"{"b": [1, -2, 2.5, null, true], "a": {"c": "\u00e9"}, "big": 18446744073709551615}"#;
+        let expected: Value = serde_json::from_str(text).expect("valid");
+        assert_eq!(Value::Object(parse(text).expect("valid")), expected);
+    }
+
+    #[test]
+    fn repeated_keys_and_deep_nesting_are_refused() {
+        let twice = parse(r#"{"a": {"k": 1, "k": 2}}"#).expect_err("twice");
+        assert!(format!("{:#?}", twice).contains("`k` occurs twice"));
+        let deep = format!("{{\"a\": {}1{}}}", "[".repeat(5000), "]".repeat(5000));
+        assert!(parse(&deep).is_err());
+        assert!(parse("[1]").is_err());
+    }
+}

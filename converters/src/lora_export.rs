@@ -1,0 +1,392 @@
+//! The posterior mean as a plain LoRA in the one form that mistral.rs, vLLM and PEFT all read alike.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use indexmap::IndexMap;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::adapter::{Adapter, Format, Site};
+use crate::config::{AdapterConfig, TargetModules};
+use crate::config_write::number;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::peft_write;
+use crate::targets::{OUTPUT_HEAD, ends_in};
+use crate::tensor::Tensor;
+
+/// How a plain LoRA is written.
+#[derive(Debug, Clone, Default)]
+pub struct LoraOptions {
+    /// Element type of A and B; `None` keeps each tensor's own (F64 becomes F32).
+    pub dtype: Option<DType>,
+    /// Whether the two files may be replaced in a directory that is not empty.
+    pub overwrite: bool,
+}
+
+/// What a plain LoRA changed against its source.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct LoraReport {
+    /// Rank of every site as written.
+    pub r: usize,
+    /// Alpha as written; the scaling is `lora_alpha / r`.
+    pub lora_alpha: f64,
+    /// Sites whose scaling differed and was multiplied into B.
+    pub baked: Vec<String>,
+    /// Sites of lower rank that were padded with zeros.
+    pub padded: Vec<String>,
+    /// Sites whose element type changed.
+    pub converted: Vec<String>,
+    /// Whether a posterior was left out.
+    pub dropped_posterior: bool,
+    /// Configuration keys without effect that were left out.
+    pub dropped_keys: Vec<String>,
+}
+
+impl Adapter {
+    /// The posterior mean with one rank, one alpha and a list of targets.
+    ///
+    /// Rank: the largest; sites of lower rank get zero rows in A and zero columns in B, which changes nothing. Alpha:
+    /// the scaling that most sites have, if it gives a whole alpha. Only where a site's scaling differs is the ratio
+    /// multiplied into B, rounded once; B becomes F32 then unless `dtype` says otherwise or its own type holds the result.
+    /// Everything else keeps its bytes.
+    ///
+    /// # Errors
+    /// If a factor is not of a float type, or a factor overflows in the new type.
+    pub fn to_lora(&self, dtype: Option<DType>) -> Result<(Self, LoraReport)> {
+        let rank = self
+            .sites
+            .iter()
+            .map(|site| site.rank)
+            .max()
+            .unwrap_or(self.config.r);
+        let alpha = uniform_alpha(&self.sites, rank);
+        let mut report = LoraReport {
+            r: rank,
+            lora_alpha: alpha,
+            dropped_posterior: self.config.monteclora.is_some(),
+            dropped_keys: self.config.other.keys().cloned().collect(),
+            ..LoraReport::default()
+        };
+        let mut plain = self.collapse();
+        for site in &mut plain.sites {
+            rewrite(site, rank, alpha, dtype, &mut report)?;
+        }
+        plain.config = AdapterConfig {
+            r: rank,
+            lora_alpha: alpha,
+            target_modules: TargetModules::List(self.exported_targets()),
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: None,
+            rank_pattern: IndexMap::new(),
+            alpha_pattern: IndexMap::new(),
+            use_rslora: false,
+            inference_mode: true,
+            other: Map::new(),
+            ..plain.config
+        };
+        plain.format = Format::PeftLora;
+        Ok((plain, report))
+    }
+
+    /// Writes [`Self::to_lora`] as a PEFT directory. The bytes depend on the adapter alone.
+    ///
+    /// # Errors
+    /// As [`Self::to_lora`] and [`Self::write_peft`].
+    pub fn write_lora(&self, dir: &Path, options: &LoraOptions) -> Result<LoraReport> {
+        let (plain, report) = self.to_lora(options.dtype)?;
+        peft_write::write_dir(dir, options.overwrite, &config_json(&plain.config), &plain)?;
+        Ok(report)
+    }
+
+    /// Leaf names if no module can carry one without having tensors here, else full paths.
+    ///
+    /// Runtimes demand tensors for every module that an entry matches, and the base is not at hand. Leaf names are
+    /// certain only if the source names modules without confining them, and every layer seen has every leaf.
+    fn exported_targets(&self) -> Vec<String> {
+        let full = || self.sites.iter().map(|site| site.name.clone()).collect();
+        let config = &self.config;
+        if config.layers_to_transform.is_some() || config.exclude_modules.is_some() {
+            return full();
+        }
+        let leaf = |site: &Site| site.name.rsplit('.').next().unwrap_or_default().to_owned();
+        let leaves: BTreeSet<String> = self.sites.iter().map(leaf).collect();
+        let names_every_leaf = match &config.target_modules {
+            TargetModules::AllLinear => !leaves.contains(OUTPUT_HEAD),
+            TargetModules::List(names) => leaves.iter().all(|leaf| names.contains(leaf)),
+            TargetModules::Regex(_) => false,
+        };
+        if names_every_leaf && self.has_every_leaf_in_every_layer(&leaves) {
+            leaves.into_iter().collect()
+        } else {
+            full()
+        }
+    }
+
+    /// Whether the sites, apart from those outside numbered layers, are all layers from 0 times all leaves.
+    fn has_every_leaf_in_every_layer(&self, leaves: &BTreeSet<String>) -> bool {
+        let mut layers: BTreeSet<usize> = BTreeSet::new();
+        for site in &self.sites {
+            layers.extend(
+                site.name
+                    .split('.')
+                    .find_map(|part| part.parse::<usize>().ok()),
+            );
+        }
+        let is_contiguous = layers.iter().enumerate().all(|(idx, layer)| idx == *layer);
+        is_contiguous
+            && leaves.iter().all(|leaf| {
+                let numbered = self.sites.iter().filter(|site| ends_in(&site.name, leaf));
+                let seen: BTreeSet<Option<usize>> = numbered
+                    .map(|site| site.name.split('.').find_map(|part| part.parse().ok()))
+                    .collect();
+                seen == BTreeSet::from([None]) || seen.len() == layers.len()
+            })
+    }
+}
+
+/// The alpha of rank `rank` that leaves most sites' scaling alone, if whole; else the one that makes the scaling 1.
+fn uniform_alpha(sites: &[Site], rank: usize) -> f64 {
+    let rank = rank as f64;
+    let mut best: Option<(usize, f64)> = None;
+    for site in sites {
+        let alpha = site.scaling * rank;
+        let is_usable = alpha > 0.0 && alpha.fract() == 0.0 && alpha / rank == site.scaling;
+        if !is_usable {
+            continue;
+        }
+        let n_sites = sites
+            .iter()
+            .filter(|other| other.scaling == site.scaling)
+            .count();
+        if best.is_none_or(|(n, other)| (n_sites, alpha) > (n, other)) {
+            best = Some((n_sites, alpha));
+        }
+    }
+    best.map_or(rank, |(_, alpha)| alpha)
+}
+
+/// Brings one site to the uniform rank, alpha and element type.
+fn rewrite(
+    site: &mut Site,
+    rank: usize,
+    alpha: f64,
+    dtype: Option<DType>,
+    report: &mut LoraReport,
+) -> Result<()> {
+    let scaling = alpha / rank as f64;
+    let types = [site.lora_a.dtype(), site.lora_b.dtype()];
+    if site.scaling != scaling {
+        let factor = site.scaling / scaling;
+        let b = site.lora_b.to_f32()?;
+        let values: Vec<f32> = b.iter().map(|value| value * factor as f32).collect();
+        let kept = match types[1] {
+            DType::F64 => None,
+            stored => Some(Tensor::from_f32_as(site.lora_b.shape(), &values, stored)?),
+        };
+        site.lora_b = match kept {
+            Some(kept) if dtype.is_none() && kept.to_f32()? == values => kept,
+            _ => Tensor::from_f32_as(site.lora_b.shape(), &values, dtype.unwrap_or(DType::F32))?,
+        };
+        report.baked.push(site.name.clone());
+    }
+    if site.rank < rank {
+        site.lora_a = pad(&site.lora_a, rank, site.in_features())?;
+        site.lora_b = pad(&site.lora_b, site.out_features(), rank)?;
+        report.padded.push(site.name.clone());
+    }
+    for tensor in [&mut site.lora_a, &mut site.lora_b] {
+        let target = match (dtype, tensor.dtype()) {
+            (Some(dtype), _) => dtype,
+            (None, DType::F64) => DType::F32,
+            (None, kept) => kept,
+        };
+        *tensor = tensor.to_dtype(target)?;
+        if let Some(at) = tensor.first_non_finite() {
+            return Err(crate::error::Error::tensor(
+                &site.name,
+                format!("element {at} does not fit {target}; export as F32"),
+            ));
+        }
+    }
+    if types != [site.lora_a.dtype(), site.lora_b.dtype()] {
+        report.converted.push(site.name.clone());
+    }
+    site.rank = rank;
+    site.alpha = alpha;
+    site.scaling = scaling;
+    Ok(())
+}
+
+/// A matrix enlarged with zeros to the right and below.
+fn pad(tensor: &Tensor, n_rows: usize, n_columns: usize) -> Result<Tensor> {
+    let size = tensor.dtype().size();
+    let mut bytes = vec![0; n_rows * n_columns * size];
+    let old_columns = tensor.shape().get(1).copied().unwrap_or(0);
+    if old_columns > 0 {
+        let rows = tensor.bytes().chunks_exact(old_columns * size);
+        for (row, padded) in rows.zip(bytes.chunks_exact_mut(n_columns * size)) {
+            padded[..row.len()].copy_from_slice(row);
+        }
+    }
+    Tensor::from_bytes(tensor.dtype(), &[n_rows, n_columns], bytes)
+}
+
+/// The keys that every consumer knows, sorted; PEFT versions without MonteCLoRA read them without a warning.
+fn config_json(config: &AdapterConfig) -> Value {
+    let targets = match &config.target_modules {
+        TargetModules::List(names) => json!(names),
+        TargetModules::Regex(pattern) => json!(pattern),
+        TargetModules::AllLinear => json!("all-linear"),
+    };
+    let mut value = json!({
+        "alpha_pattern": {},
+        "auto_mapping": null,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": null,
+        "lora_alpha": number(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": {},
+        "revision": config.revision,
+        "target_modules": targets,
+        "task_type": config.task_type,
+        "use_dora": false,
+        "use_rslora": false,
+    });
+    if let Some(object) = value.as_object_mut() {
+        object.sort_keys();
+    }
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fixtures;
+
+    fn worst_difference(left: &Adapter, right: &Adapter) -> f32 {
+        let mut worst = 0f32;
+        assert_eq!(left.sites.len(), right.sites.len());
+        for (left, right) in left.sites.iter().zip(&right.sites) {
+            assert_eq!(left.name, right.name);
+            let (x, y) = (
+                left.delta_f32().expect("float"),
+                right.delta_f32().expect("float"),
+            );
+            let scale = x
+                .iter()
+                .fold(1e-3f32, |scale, value| scale.max(value.abs()));
+            for (x, y) in x.iter().zip(&y) {
+                worst = worst.max((x - y).abs() / scale);
+            }
+        }
+        worst
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn the_update_is_kept_and_a_is_not_touched(seed in any::<u64>(), monteclora in any::<bool>()) {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let adapter = fixtures::small_adapter(seed, monteclora);
+            let out = dir.path().join("out");
+            let report = adapter.write_lora(&out, &LoraOptions::default()).expect("written");
+            let read = Adapter::read_dir(&out).expect("our own output");
+            // One rounding of B to f32 where a scale is baked in, and another order of the products.
+            prop_assert!(worst_difference(&adapter, &read) <= 1e-6);
+            prop_assert_eq!(read.format, Format::PeftLora);
+            for (before, after) in adapter.sites.iter().zip(&read.sites) {
+                prop_assert_eq!((after.rank, after.alpha), (report.r, report.lora_alpha));
+                prop_assert!(after.lora_a.bytes().starts_with(before.lora_a.bytes()));
+                if !report.baked.contains(&before.name) && !report.padded.contains(&before.name) {
+                    prop_assert_eq!(&before.lora_b, &after.lora_b);
+                    prop_assert_eq!(&before.lora_a, &after.lora_a);
+                }
+            }
+            // Exporting an export changes nothing.
+            let again = dir.path().join("again");
+            read.write_lora(&again, &LoraOptions::default()).expect("written");
+            for file in ["adapter_config.json", "adapter_model.safetensors"] {
+                let bytes = |dir: &Path| std::fs::read(dir.join(file)).expect("readable");
+                prop_assert_eq!(bytes(&out), bytes(&again));
+            }
+        }
+    }
+
+    #[test]
+    fn fixtures_keep_their_updates() {
+        for case in fixtures::cases().iter().filter(|case| !case.must_refuse) {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let adapter = Adapter::read_dir(&case.dir)
+                .expect("a good adapter")
+                .collapse();
+            let out = dir.path().join("out");
+            adapter
+                .write_lora(&out, &LoraOptions::default())
+                .expect("written");
+            let read = Adapter::read_dir(&out).expect("our own output");
+            fixtures::assert_deltas(case, &read);
+            let mut files: Vec<_> = std::fs::read_dir(&out)
+                .expect("readable")
+                .map(|entry| entry.expect("readable").file_name())
+                .collect();
+            files.sort();
+            assert_eq!(files, ["adapter_config.json", "adapter_model.safetensors"]);
+        }
+    }
+
+    #[test]
+    fn partial_layers_are_named_in_full_and_whole_ones_by_leaf() {
+        let mut adapter = fixtures::small_adapter(5, false);
+        assert_eq!(adapter.exported_targets(), ["k_proj", "q_proj"]);
+        adapter.config.layers_to_transform = Some(vec![0, 1]);
+        assert_eq!(adapter.exported_targets().len(), 4);
+        adapter.config.layers_to_transform = None;
+        adapter.sites.remove(0);
+        assert_eq!(adapter.exported_targets().len(), 3);
+    }
+
+    #[test]
+    fn whole_alphas_are_kept_and_broken_ones_baked() {
+        let mut adapter = fixtures::small_adapter(6, false);
+        for site in &mut adapter.sites {
+            site.scaling = 4.0;
+        }
+        let rank = adapter
+            .sites
+            .iter()
+            .map(|site| site.rank)
+            .max()
+            .expect("sites");
+        let (_, report) = adapter.to_lora(None).expect("float");
+        let expected = 4.0 * rank as f64;
+        assert_eq!((report.lora_alpha, report.baked.len()), (expected, 0));
+        adapter.sites[0].scaling = 0.3;
+        let (plain, report) = adapter.to_lora(None).expect("float");
+        assert_eq!(report.baked, [adapter.sites[0].name.clone()]);
+        assert_eq!(plain.sites[0].lora_b.dtype(), DType::F32);
+    }
+
+    #[test]
+    fn narrowing_that_overflows_is_an_error() {
+        let mut adapter = fixtures::small_adapter(7, false);
+        let site = &mut adapter.sites[0];
+        let values = vec![1e6; site.lora_a.n_elements()];
+        site.lora_a = Tensor::from_f32(site.lora_a.shape(), values).expect("sized");
+        assert!(adapter.to_lora(Some(DType::F16)).is_err());
+        assert!(adapter.to_lora(Some(DType::BF16)).is_ok());
+    }
+}

@@ -1,0 +1,488 @@
+//! Merging the posterior mean into a base model: an overlay of the touched tensors, or a whole model directory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::adapter::{Adapter, Site};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::low_rank::product_rows;
+use crate::model_files::ModelFiles;
+use crate::safetensors_write::{Slot, stream};
+use crate::tensor::Tensor;
+
+/// Weights are merged in blocks of rows of about this many elements, so memory does not grow with the matrix.
+const BLOCK_ELEMENTS: usize = 1 << 20;
+
+/// What an overlay holds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OverlayReport {
+    /// The file.
+    pub path: PathBuf,
+    /// Number of merged tensors.
+    pub n_tensors: usize,
+    /// Size of the file.
+    pub n_bytes: u64,
+}
+
+/// What a merge did to the numbers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MergeReport {
+    /// Number of merged tensors.
+    pub n_merged: usize,
+    /// Number of other tensors.
+    pub n_copied: usize,
+    /// Largest difference between a weight as stored and the merge in float32.
+    pub max_abs_error: f64,
+    /// Norm of those differences over the norm of the update.
+    pub relative_error: f64,
+    /// Share of the entries with an update that are stored as if there had been none, 0 to 1.
+    pub update_lost: f64,
+}
+
+/// Sums over merged entries, for the report.
+#[derive(Debug, Clone, Copy, Default)]
+struct Rounding {
+    max_abs_error: f64,
+    error_squared: f64,
+    update_squared: f64,
+    n_updated: u64,
+    n_lost: u64,
+}
+
+impl Rounding {
+    fn add(self, other: Self) -> Self {
+        Self {
+            max_abs_error: self.max_abs_error.max(other.max_abs_error),
+            error_squared: self.error_squared + other.error_squared,
+            update_squared: self.update_squared + other.update_squared,
+            n_updated: self.n_updated + other.n_updated,
+            n_lost: self.n_lost + other.n_lost,
+        }
+    }
+}
+
+/// Writes `W + scaling * B A` in F32 for every adapted module as one safetensors file, under the base's names.
+///
+/// The base's other tensors are not in the file: a loader that lets later files win reads base, then overlay. Memory is
+/// one block of rows; the adapter is checked against the base first.
+///
+/// # Errors
+/// [`Error::Quantised`] for a quantised base, [`Error::Incompatible`] if the adapter does not fit, [`Error::Tensor`] if
+/// the head is adapted but tied to the embedding (merging would change both) or a merged weight is not finite.
+pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result<OverlayReport> {
+    check(base, adapter)?;
+    let sites: BTreeMap<String, &Site> = weights_of(adapter);
+    let slots = sites
+        .iter()
+        .map(|(name, site)| Slot {
+            name: name.clone(),
+            dtype: DType::F32,
+            shape: vec![site.out_features(), site.in_features()],
+        })
+        .collect();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    files::write_file(out, |writer| {
+        stream(out, writer, slots, &metadata, |slot, sink| {
+            let weight = base_tensor(base, &slot.name)?;
+            match sites.get(&slot.name) {
+                Some(site) => merge_into(sink, out, &weight, site, DType::F32).map(|_| ()),
+                None => Ok(()),
+            }
+        })
+    })?;
+    Ok(OverlayReport {
+        path: out.to_path_buf(),
+        n_tensors: sites.len(),
+        n_bytes: fs::metadata(out).map_err(Error::io("read", out))?.len(),
+    })
+}
+
+/// Writes a whole model directory with the adapter merged: shard by shard under the base's file names, arithmetic in
+/// F32, stored as `dtype` (`None` keeps each tensor's own type); tokenizer, configuration and other files are copied.
+///
+/// # Errors
+/// As [`write_overlay`]; [`Error::Exists`] if `out_dir` is not empty.
+pub fn merge_dir(
+    base: &ModelFiles,
+    adapter: &Adapter,
+    out_dir: &Path,
+    dtype: Option<DType>,
+) -> Result<MergeReport> {
+    check(base, adapter)?;
+    if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float() || *dtype == DType::F64) {
+        return Err(Error::setting(
+            "dtype",
+            format!("a model cannot be stored as {dtype}; choose F32, BF16 or F16"),
+        ));
+    }
+    let sites = weights_of(adapter);
+    let mut rounding = Rounding::default();
+    let mut n_copied = 0;
+    files::write_new_dir(out_dir, |inside| {
+        let mut n_bytes = 0u64;
+        let mut weight_map = BTreeMap::new();
+        for (path, shard) in base.files().iter().zip(base.shards()) {
+            let Some(file_name) = path.file_name() else {
+                continue;
+            };
+            let out = inside.join(file_name);
+            let mut slots = Vec::new();
+            for name in shard.names() {
+                let Some((stored, shape)) = shard.info(name) else {
+                    continue;
+                };
+                let target = dtype.filter(|_| stored.is_float()).unwrap_or(stored);
+                n_bytes += (shape.iter().product::<usize>() * target.size()) as u64;
+                weight_map.insert(name.to_owned(), file_name.to_string_lossy().into_owned());
+                slots.push(Slot {
+                    name: name.to_owned(),
+                    dtype: target,
+                    shape: shape.to_vec(),
+                });
+            }
+            files::write_file(&out, |writer| {
+                stream(&out, writer, slots, shard.metadata(), |slot, sink| {
+                    let weight = base_tensor(base, &slot.name)?;
+                    match sites.get(&slot.name) {
+                        Some(site) => {
+                            rounding =
+                                rounding.add(merge_into(sink, &out, &weight, site, slot.dtype)?);
+                            Ok(())
+                        }
+                        None => {
+                            n_copied += 1;
+                            copy_into(sink, &out, &slot.name, &weight, slot.dtype)
+                        }
+                    }
+                })
+            })?;
+        }
+        if base.files().len() > 1 {
+            let index = json!({"metadata": {"total_size": n_bytes}, "weight_map": weight_map});
+            write_json(&inside.join("model.safetensors.index.json"), &index)?;
+        }
+        copy_other_files(base, inside, dtype)
+    })?;
+    let update_lost = rounding.n_lost as f64 / rounding.n_updated.max(1) as f64;
+    let update_norm = rounding.update_squared.sqrt();
+    Ok(MergeReport {
+        n_merged: sites.len(),
+        n_copied,
+        max_abs_error: rounding.max_abs_error,
+        relative_error: if update_norm > 0.0 {
+            rounding.error_squared.sqrt() / update_norm
+        } else {
+            0.0
+        },
+        update_lost,
+    })
+}
+
+/// Sites by the name of the weight they change.
+fn weights_of(adapter: &Adapter) -> BTreeMap<String, &Site> {
+    adapter
+        .sites
+        .iter()
+        .map(|site| (format!("{}.weight", site.name), site))
+        .collect()
+}
+
+fn base_tensor(base: &ModelFiles, name: &str) -> Result<Tensor> {
+    base.get(name)
+        .ok_or_else(|| Error::tensor(name, "not in the base"))
+}
+
+fn check(base: &ModelFiles, adapter: &Adapter) -> Result<()> {
+    if let Some(method) = base.quantization() {
+        return Err(Error::Quantised {
+            base: base.dir().to_path_buf(),
+            method,
+        });
+    }
+    adapter.require_fit(base)?;
+    for site in &adapter.sites {
+        if site.name == crate::targets::OUTPUT_HEAD && base.ties_embeddings() {
+            return Err(Error::tensor(
+                &site.name,
+                "is tied to the embedding in this base: merging would change the embedding too; train without lm_head",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Writes `W + scaling * B A` as `dtype`, a block of rows at a time.
+fn merge_into(
+    sink: &mut dyn Write,
+    path: &Path,
+    weight: &Tensor,
+    site: &Site,
+    dtype: DType,
+) -> Result<Rounding> {
+    let (a, b) = (site.lora_a.to_f32()?, site.lora_b.to_f32()?);
+    let n_in = site.in_features().max(1);
+    let rows = (BLOCK_ELEMENTS / n_in).max(1);
+    let weight_blocks = weight.bytes().chunks(rows * n_in * weight.dtype().size());
+    let b_blocks = b.chunks(rows * site.rank.max(1));
+    let mut total = Rounding::default();
+    let mut delta = Vec::new();
+    for (weight_block, b_block) in weight_blocks.zip(b_blocks) {
+        let not_real = || {
+            Error::tensor(
+                &site.name,
+                format!("the base's weight is {}", weight.dtype()),
+            )
+        };
+        let old = weight.dtype().decode(weight_block).ok_or_else(not_real)?;
+        delta.resize(old.len(), 0.0);
+        product_rows(&mut delta, b_block, &a, site.rank, site.scaling_f32());
+        let merged: Vec<f32> = old
+            .iter()
+            .zip(&delta)
+            .map(|(old, delta)| old + delta)
+            .collect();
+        let stored = dtype.encode(&merged).ok_or_else(not_real)?;
+        if dtype.first_non_finite(&stored).is_some() {
+            return Err(Error::tensor(
+                &site.name,
+                format!("a merged weight is NaN, infinite or does not fit {dtype}"),
+            ));
+        }
+        if dtype != DType::F32 || weight.dtype() == DType::F64 {
+            let read_back = dtype.decode(&stored).ok_or_else(not_real)?;
+            total = total.add(rounding(&old, &delta, &merged, &read_back));
+        } else {
+            total = total.add(rounding(&old, &delta, &merged, &merged));
+        }
+        sink.write_all(&stored).map_err(Error::io("write", path))?;
+    }
+    Ok(total)
+}
+
+/// What storing did to one block.
+fn rounding(old: &[f32], delta: &[f32], merged: &[f32], stored: &[f32]) -> Rounding {
+    (0..old.len())
+        .into_par_iter()
+        .with_min_len(1 << 14)
+        .map(|at| {
+            let error = f64::from(stored[at]) - f64::from(merged[at]);
+            let is_updated = delta[at] != 0.0;
+            Rounding {
+                max_abs_error: error.abs(),
+                error_squared: error * error,
+                update_squared: f64::from(delta[at]).powi(2),
+                n_updated: u64::from(is_updated),
+                n_lost: u64::from(is_updated && stored[at] == old[at]),
+            }
+        })
+        .reduce(Rounding::default, Rounding::add)
+}
+
+/// Writes a tensor that is not adapted, converted in blocks if its type changes.
+fn copy_into(
+    sink: &mut dyn Write,
+    path: &Path,
+    name: &str,
+    tensor: &Tensor,
+    dtype: DType,
+) -> Result<()> {
+    if tensor.dtype() == dtype {
+        return sink
+            .write_all(tensor.bytes())
+            .map_err(Error::io("write", path));
+    }
+    for block in tensor
+        .bytes()
+        .chunks(BLOCK_ELEMENTS * tensor.dtype().size())
+    {
+        let not_real = || {
+            Error::tensor(
+                name,
+                format!("{} cannot be stored as {dtype}", tensor.dtype()),
+            )
+        };
+        let values = tensor.dtype().decode(block).ok_or_else(not_real)?;
+        let stored = dtype.encode(&values).ok_or_else(not_real)?;
+        if tensor.dtype().first_non_finite(block).is_none()
+            && dtype.first_non_finite(&stored).is_some()
+        {
+            return Err(Error::tensor(
+                name,
+                format!("a weight does not fit {dtype}; choose BF16 or F32"),
+            ));
+        }
+        sink.write_all(&stored).map_err(Error::io("write", path))?;
+    }
+    Ok(())
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    files::write_file(path, |writer| {
+        writer
+            .write_all(format!("{value:#}\n").as_bytes())
+            .map_err(Error::io("write", path))
+    })
+}
+
+/// Copies everything beside the weights; `config.json` gets the new type.
+fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Result<()> {
+    const WEIGHTS: [&str; 9] = [
+        "safetensors",
+        "bin",
+        "pt",
+        "pth",
+        "gguf",
+        "h5",
+        "msgpack",
+        "onnx",
+        "ckpt",
+    ];
+    let written: BTreeSet<_> = base
+        .files()
+        .iter()
+        .filter_map(|path| path.file_name())
+        .collect();
+    for entry in fs::read_dir(base.dir()).map_err(Error::io("read", base.dir()))? {
+        let path = entry.map_err(Error::io("read", base.dir()))?.path();
+        let (Some(file_name), true) = (path.file_name(), path.is_file()) else {
+            continue;
+        };
+        let name = file_name.to_string_lossy();
+        let is_weights = path
+            .extension()
+            .and_then(|extension| extension.to_str())
+            .is_some_and(|extension| WEIGHTS.contains(&extension));
+        if is_weights || name.ends_with(".index.json") || written.contains(file_name) {
+            continue;
+        }
+        let target = out.join(file_name);
+        if name == "config.json" && dtype.is_some() {
+            continue;
+        }
+        fs::copy(&path, &target).map_err(Error::io("copy", &path))?;
+    }
+    if let Some(dtype) = dtype {
+        let mut config = base.config().clone();
+        let name = match dtype {
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            _ => "float32",
+        };
+        // transformers 5 writes `dtype`, earlier versions `torch_dtype`.
+        let key = if config.contains_key("dtype") {
+            "dtype"
+        } else {
+            "torch_dtype"
+        };
+        config.insert(key.into(), name.into());
+        write_json(&out.join("config.json"), &Value::Object(config))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures;
+    use crate::safetensors_file::SafetensorsFile;
+
+    #[test]
+    fn overlay_and_merged_directory_hold_base_plus_update() {
+        for case in fixtures::cases().iter().filter(|case| !case.must_refuse) {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let base = ModelFiles::open(&case.model_dir).expect("a model");
+            let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
+            let path = dir.path().join("overlay.safetensors");
+            let report = write_overlay(&base, &adapter, &path).expect("it fits");
+            let overlay = SafetensorsFile::open(&path).expect("our own output");
+            assert_eq!(report.n_tensors, adapter.sites.len());
+            let out = dir.path().join("merged");
+            let merge = merge_dir(&base, &adapter, &out, None).expect("it fits");
+            assert_eq!(merge.n_merged + merge.n_copied, base.names().count());
+            assert_eq!(merge.max_abs_error, 0.0);
+            let merged = ModelFiles::open(&out).expect("our own output");
+            for name in base.names() {
+                let old = base.get(name).expect("listed");
+                let new = merged.get(name).expect("every tensor is there");
+                let Some(site) = adapter
+                    .sites
+                    .iter()
+                    .find(|site| format!("{}.weight", site.name) == name)
+                else {
+                    assert_eq!(old, new, "{name}");
+                    assert!(overlay.get(name).is_none());
+                    continue;
+                };
+                assert_eq!(overlay.get(name).expect("merged"), new);
+                let (old, new) = (old.to_f32().expect("float"), new.to_f32().expect("float"));
+                for ((old, new), delta) in
+                    old.iter().zip(&new).zip(site.delta_f32().expect("float"))
+                {
+                    assert_eq!(*new, old + delta);
+                }
+            }
+            assert!(out.join("config.json").exists());
+        }
+    }
+
+    #[test]
+    fn storing_narrower_is_reported() {
+        let Some(case) = fixtures::cases().into_iter().find(|case| !case.must_refuse) else {
+            return;
+        };
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let base = ModelFiles::open(&case.model_dir).expect("a model");
+        let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
+        let out = dir.path().join("merged");
+        let report = merge_dir(&base, &adapter, &out, Some(DType::BF16)).expect("it fits");
+        assert!(
+            report.max_abs_error > 0.0
+                && report.relative_error > 0.0
+                && report.relative_error < 0.1
+        );
+        let merged = ModelFiles::open(&out).expect("our own output");
+        assert!(merged.names().all(|name| {
+            merged
+                .info(name)
+                .is_some_and(|(dtype, _)| dtype == DType::BF16)
+        }));
+        assert_eq!(merged.config()["dtype"], "bfloat16");
+        assert!(matches!(
+            merge_dir(&base, &adapter, &out, None),
+            Err(Error::Exists { .. })
+        ));
+    }
+
+    #[test]
+    fn misfits_and_quantised_bases_are_refused_before_anything_is_written() {
+        let Some(case) = fixtures::cases().into_iter().find(|case| !case.must_refuse) else {
+            return;
+        };
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let base = ModelFiles::open(&case.model_dir).expect("a model");
+        let out = dir.path().join("overlay.safetensors");
+        let misfit = write_overlay(&base, &fixtures::small_adapter(9, false), &out);
+        assert!(matches!(misfit, Err(Error::Incompatible { .. })));
+        let quantised = dir.path().join("quantised");
+        fs::create_dir(&quantised).expect("writable");
+        fs::copy(&base.files()[0], quantised.join("model.safetensors")).expect("writable");
+        fs::write(
+            quantised.join("config.json"),
+            r#"{"quantization_config": {"quant_method": "awq"}}"#,
+        )
+        .expect("writable");
+        let base = ModelFiles::open(&quantised).expect("headers are fine");
+        let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
+        let refused = write_overlay(&base, &adapter, &out);
+        assert!(matches!(refused, Err(Error::Quantised { .. })));
+        assert!(!out.exists());
+    }
+}

@@ -1,0 +1,326 @@
+//! mlx-lm adapters: `adapters.safetensors` with transposed factors, and `adapter_config.json` with `lora_parameters`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::adapter::{Adapter, Format, Site};
+use crate::config::{AdapterConfig, TargetModules};
+use crate::config_write;
+use crate::error::{Error, Problem, Problems, Result};
+use crate::lora_export::{LoraOptions, LoraReport};
+use crate::peft_read::{CONFIG_FILE, non_finite};
+use crate::peft_write::replace_files;
+use crate::safetensors_file::SafetensorsFile;
+use crate::tensor::Tensor;
+
+/// mlx-lm's name for the weights.
+const WEIGHTS_FILE: &str = "adapters.safetensors";
+const RETRAIN: &str =
+    "only LoRA on linear layers can be converted; fuse it with mlx_lm.fuse, or train without it";
+
+/// Whether these are the keys of an mlx-lm configuration.
+pub(crate) fn is_mlx(keys: &Map<String, Value>) -> bool {
+    keys.contains_key("lora_parameters") && !keys.contains_key("peft_type")
+}
+
+impl Adapter {
+    /// Reads an mlx-lm adapter directory. The update is `scale * lora_b^T lora_a^T`; A and B are transposed into memory.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if a file is missing; [`Error::Refused`] with everything that is not understood.
+    pub fn read_mlx(dir: &Path) -> Result<Self> {
+        let keys = crate::json::read_object(&dir.join(CONFIG_FILE))?;
+        let weights = SafetensorsFile::open(dir.join(WEIGHTS_FILE))?;
+        let mut problems = Vec::new();
+        let parameters = Parameters::read(&keys, &mut problems);
+        let mut parts: BTreeMap<&str, [Option<Tensor>; 2]> = BTreeMap::new();
+        for name in weights.names() {
+            let place = match name.rsplit_once('.') {
+                Some((module, "lora_a")) => Some((module, 0)),
+                Some((module, "lora_b")) => Some((module, 1)),
+                _ => None,
+            };
+            match place {
+                Some((module, idx))
+                    if !module.split('.').any(str::is_empty) && !module.contains(['/', '\\']) =>
+                {
+                    parts.entry(module).or_default()[idx] = weights.get(name);
+                }
+                _ => problems.push(Problem::new(
+                    "unknown-tensor",
+                    name,
+                    "not understood",
+                    RETRAIN,
+                )),
+            }
+        }
+        if parts.is_empty() {
+            problems.push(Problem::new(
+                "no-tensors",
+                WEIGHTS_FILE,
+                "holds no adapter tensor",
+                "save the adapter again",
+            ));
+        }
+        let mut sites = Vec::new();
+        for (module, tensors) in parts {
+            let [Some(a), Some(b)] = tensors else {
+                problems.push(Problem::new(
+                    "incomplete-site",
+                    module,
+                    "lora_a or lora_b missing",
+                    "save the adapter again",
+                ));
+                continue;
+            };
+            match (a.shape(), b.shape()) {
+                ([_, r_a], [r_b, _]) if *r_a == parameters.rank && r_a == r_b && a.dtype().is_float() && b.dtype().is_float() => {
+                    sites.push(Site {
+                        name: module.to_owned(),
+                        rank: parameters.rank,
+                        alpha: parameters.alpha(),
+                        scaling: parameters.alpha() / parameters.rank as f64,
+                        lora_a: transpose(&a)?,
+                        lora_b: transpose(&b)?,
+                        posterior: None,
+                    });
+                }
+                _ => problems.push(Problem::new(
+                    "shape",
+                    module,
+                    format!("expected real lora_a [in, {0}] and lora_b [{0}, out], found {a:?} and {b:?}", parameters.rank),
+                    RETRAIN,
+                )),
+            }
+        }
+        problems.extend(non_finite(&sites));
+        if !problems.is_empty() {
+            return Err(Error::Refused {
+                path: dir.to_path_buf(),
+                problems: Problems(problems),
+            });
+        }
+        Ok(Self {
+            config: AdapterConfig {
+                base_model_name_or_path: keys
+                    .get("model")
+                    .and_then(Value::as_str)
+                    .map(str::to_owned),
+                r: parameters.rank,
+                lora_alpha: parameters.alpha(),
+                lora_dropout: parameters.dropout,
+                // mlx-lm counts layers from the end, so the modules are known from the tensors alone.
+                target_modules: TargetModules::List(
+                    sites.iter().map(|site| site.name.clone()).collect(),
+                ),
+                task_type: Some("CAUSAL_LM".into()),
+                inference_mode: true,
+                ..AdapterConfig::default()
+            },
+            sites,
+            format: Format::Mlx,
+            metadata: weights.metadata().clone(),
+        })
+    }
+
+    /// Writes the posterior mean as an mlx-lm adapter directory: one rank, one scale, modules named by full path.
+    ///
+    /// # Errors
+    /// As [`Adapter::to_lora`] and [`Adapter::write_peft`].
+    pub fn write_mlx(&self, dir: &Path, options: &LoraOptions) -> Result<LoraReport> {
+        let (plain, report) = self.to_lora(options.dtype)?;
+        let names: Vec<&str> = plain.sites.iter().map(|site| site.name.as_str()).collect();
+        let layers: std::collections::BTreeSet<&str> = names
+            .iter()
+            .filter_map(|name| name.split('.').find(|part| part.parse::<usize>().is_ok()))
+            .collect();
+        let config = json!({
+            "fine_tune_type": "lora",
+            "lora_parameters": {
+                "dropout": plain.config.lora_dropout,
+                "keys": names,
+                "rank": report.r,
+                "scale": report.lora_alpha / report.r as f64,
+            },
+            "model": plain.config.base_model_name_or_path,
+            "num_layers": layers.len(),
+        });
+        let mut tensors = BTreeMap::new();
+        for site in &plain.sites {
+            tensors.insert(format!("{}.lora_a", site.name), transpose(&site.lora_a)?);
+            tensors.insert(format!("{}.lora_b", site.name), transpose(&site.lora_b)?);
+        }
+        let text = config_write::to_text(&config);
+        replace_files(
+            dir,
+            options.overwrite,
+            (CONFIG_FILE, &text),
+            (WEIGHTS_FILE, &tensors),
+            &BTreeMap::new(),
+        )?;
+        Ok(report)
+    }
+}
+
+/// `lora_parameters`.
+struct Parameters {
+    rank: usize,
+    scale: f64,
+    dropout: f64,
+}
+
+impl Parameters {
+    /// The other keys of the file describe the training; mlx-lm does not read them when it loads an adapter.
+    fn read(keys: &Map<String, Value>, problems: &mut Vec<Problem>) -> Self {
+        let mut parameters = Self {
+            rank: 1,
+            scale: 1.0,
+            dropout: 0.0,
+        };
+        let mut refuse = |code, key: &str, message: String| {
+            problems.push(Problem::new(code, key, message, RETRAIN))
+        };
+        match keys.get("fine_tune_type").and_then(Value::as_str) {
+            None | Some("lora") => {}
+            Some(kind) => refuse(
+                if kind == "dora" {
+                    "dora"
+                } else {
+                    "fine-tune-type"
+                },
+                "fine_tune_type",
+                format!("{kind} is not lora"),
+            ),
+        }
+        let Some(Value::Object(given)) = keys.get("lora_parameters") else {
+            refuse("config-value", "lora_parameters", "missing".into());
+            return parameters;
+        };
+        for key in ["rank", "scale"] {
+            if !given.contains_key(key) {
+                refuse("config-value", key, "missing in lora_parameters".into());
+            }
+        }
+        for (key, value) in given {
+            let number = value.as_f64().filter(|number| number.is_finite());
+            let understood = match key.as_str() {
+                "rank" => value
+                    .as_u64()
+                    .and_then(|rank| usize::try_from(rank).ok())
+                    .filter(|rank| (1..=1 << 16).contains(rank))
+                    .map(|rank| parameters.rank = rank),
+                "scale" => number.map(|scale| parameters.scale = scale),
+                "dropout" => number
+                    .filter(|p| (0.0..=1.0).contains(p))
+                    .map(|p| parameters.dropout = p),
+                "keys" => Some(()),
+                _ => None,
+            };
+            if understood.is_none() {
+                refuse(
+                    "config-value",
+                    key,
+                    format!("{value} is not understood in lora_parameters"),
+                );
+            }
+        }
+        parameters
+    }
+
+    fn alpha(&self) -> f64 {
+        self.scale * self.rank as f64
+    }
+}
+
+/// A matrix with rows and columns exchanged.
+fn transpose(tensor: &Tensor) -> Result<Tensor> {
+    let [n_rows, n_columns] = *tensor.shape() else {
+        return Err(Error::tensor(
+            "tensor",
+            format!("shape {:?} is no matrix", tensor.shape()),
+        ));
+    };
+    let size = tensor.dtype().size();
+    let bytes = tensor.bytes();
+    let mut transposed = Vec::with_capacity(bytes.len());
+    for column in 0..n_columns {
+        for row in 0..n_rows {
+            let at = (row * n_columns + column) * size;
+            transposed.extend_from_slice(&bytes[at..at + size]);
+        }
+    }
+    Tensor::from_bytes(tensor.dtype(), &[n_columns, n_rows], transposed)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fixtures;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn a_trip_keeps_what_plain_lora_can_hold(seed in any::<u64>()) {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let (plain, _) = fixtures::small_adapter(seed, true).to_lora(None).expect("float");
+            let out = dir.path().join("out");
+            plain.write_mlx(&out, &LoraOptions::default()).expect("written");
+            let read = Adapter::read(&out).expect("our own output");
+            prop_assert_eq!(read.format, Format::Mlx);
+            prop_assert_eq!(&read.sites, &plain.sites);
+            let again = dir.path().join("again");
+            read.write_mlx(&again, &LoraOptions::default()).expect("written");
+            prop_assert_eq!(
+                std::fs::read(out.join(WEIGHTS_FILE)).expect("readable"),
+                std::fs::read(again.join(WEIGHTS_FILE)).expect("readable")
+            );
+        }
+    }
+
+    #[test]
+    fn fixtures_keep_their_updates() {
+        for case in fixtures::cases().iter().filter(|case| !case.must_refuse) {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
+            let out = dir.path().join("out");
+            adapter
+                .write_mlx(&out, &LoraOptions::default())
+                .expect("written");
+            fixtures::assert_deltas(case, &Adapter::read(&out).expect("our own output"));
+        }
+    }
+
+    #[test]
+    fn what_is_not_lora_is_refused() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let out = dir.path().join("out");
+        fixtures::small_adapter(1, false)
+            .write_mlx(&out, &LoraOptions::default())
+            .expect("written");
+        let config = json!({"fine_tune_type": "dora", "lora_parameters": {"rank": 99, "alpha": 3}});
+        std::fs::write(out.join(CONFIG_FILE), config.to_string()).expect("writable");
+        let error = Adapter::read(&out).expect_err("spoilt");
+        let codes: Vec<&str> = error
+            .problems()
+            .iter()
+            .map(|problem| problem.code)
+            .collect();
+        assert_eq!(
+            codes,
+            [
+                "dora",
+                "config-value",
+                "config-value",
+                "shape",
+                "shape",
+                "shape",
+                "shape"
+            ]
+        );
+    }
+}

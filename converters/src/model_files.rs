@@ -1,0 +1,295 @@
+//! A Hugging Face model directory: its safetensors files and its configuration, headers read, weights mapped.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::json;
+use crate::safetensors_file::SafetensorsFile;
+use crate::shards::ShardSet;
+use crate::targets::LinearModule;
+use crate::tensor::Tensor;
+
+/// A model in a directory: `model.safetensors`, or shards with or without `model.safetensors.index.json`.
+#[derive(Debug, Clone)]
+pub struct ModelFiles {
+    dir: PathBuf,
+    weights: ShardSet,
+    config: Map<String, Value>,
+}
+
+impl ModelFiles {
+    /// Opens the model in `dir`: reads `config.json` and every header.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if the directory, its `config.json`, its weights or a shard is missing;
+    /// [`Error::Malformed`] if a file is not what it claims to be or a tensor is stored twice.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        if !dir.is_dir() {
+            return Err(Error::not_found(dir, "there is no such model directory"));
+        }
+        let config_path = dir.join("config.json");
+        if !config_path.exists() {
+            return Err(Error::not_found(
+                &config_path,
+                "a Hugging Face model directory must hold config.json",
+            ));
+        }
+        let config = json::read_object(&config_path)?;
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            weights: ShardSet::open(dir, "model")?,
+            config,
+        })
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The weight files, in shard order.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.weights.paths
+    }
+
+    /// The opened weight files, in the order of [`Self::files`].
+    pub fn shards(&self) -> &[SafetensorsFile] {
+        &self.weights.shards
+    }
+
+    /// The path of `config.json`.
+    pub fn config_path(&self) -> PathBuf {
+        self.dir.join("config.json")
+    }
+
+    /// The contents of `config.json`.
+    pub fn config(&self) -> &Map<String, Value> {
+        &self.config
+    }
+
+    /// Tensor names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.weights.names()
+    }
+
+    /// The tensor called `name`; its data stays mapped.
+    pub fn get(&self, name: &str) -> Option<Tensor> {
+        self.weights.get(name)
+    }
+
+    /// Element type and shape of the tensor called `name`.
+    pub fn info(&self, name: &str) -> Option<(DType, &[usize])> {
+        self.weights.info(name)
+    }
+
+    /// How the weights are quantised, if they are: the method named in `config.json`, or what the tensors show.
+    pub fn quantization(&self) -> Option<String> {
+        let declared = ["quantization_config", "quantization"]
+            .iter()
+            .filter_map(|key| self.config.get(*key))
+            .find(|value| !value.is_null());
+        if let Some(declared) = declared {
+            let method = declared.get("quant_method").and_then(Value::as_str);
+            return Some(method.unwrap_or("quantization_config").to_owned());
+        }
+        const MARKS: [&str; 5] = [
+            ".qweight",
+            ".weight_packed",
+            ".weight.absmax",
+            ".weight_scale_inv",
+            ".SCB",
+        ];
+        self.names()
+            .find(|name| MARKS.iter().any(|mark| name.ends_with(mark)))
+            .map(|name| format!("tensor `{name}`"))
+            .or_else(|| {
+                self.names()
+                    .find(|name| {
+                        name.ends_with("proj.weight")
+                            && self.info(name).is_some_and(|(dtype, _)| !dtype.is_float())
+                    })
+                    .map(|name| format!("tensor `{name}` is not floating point"))
+            })
+    }
+
+    /// Whether the output head is the embedding: as `config.json` declares, or if it is silent, when no head is stored.
+    pub fn ties_embeddings(&self) -> bool {
+        match self
+            .config
+            .get("tie_word_embeddings")
+            .and_then(Value::as_bool)
+        {
+            Some(ties) => ties,
+            None => self.info("lm_head.weight").is_none(),
+        }
+    }
+
+    /// Every linear projection that an adapter can target, sorted by name: the two-dimensional `.weight` tensors that
+    /// are not embeddings, and `lm_head` also when it is tied to the embedding.
+    pub fn linear_modules(&self) -> Vec<LinearModule> {
+        let mut modules: Vec<LinearModule> = self
+            .names()
+            .filter_map(|tensor| {
+                let name = tensor.strip_suffix(".weight")?;
+                let leaf = name.rsplit('.').next()?;
+                if leaf.contains("embed") || leaf.contains("norm") || matches!(leaf, "wte" | "wpe")
+                {
+                    return None;
+                }
+                match self.info(tensor)?.1 {
+                    [out_features, in_features] => Some(LinearModule {
+                        name: name.to_owned(),
+                        in_features: *in_features,
+                        out_features: *out_features,
+                    }),
+                    _ => None,
+                }
+            })
+            .collect();
+        if self.ties_embeddings()
+            && self.info("lm_head.weight").is_none()
+            && let Some((_, [out_features, in_features])) = self.info("model.embed_tokens.weight")
+        {
+            modules.push(LinearModule {
+                name: "lm_head".into(),
+                in_features: *in_features,
+                out_features: *out_features,
+            });
+        }
+        modules.sort_by(|left, right| left.name.cmp(&right.name));
+        modules
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    use super::*;
+    use crate::safetensors_write::write_safetensors;
+
+    const INDEX: &str = "model.safetensors.index.json";
+    const SINGLE: &str = "model.safetensors";
+
+    fn write_shard(dir: &Path, file: &str, tensors: &[(&str, &[usize])]) {
+        let tensors = tensors.iter().map(|(name, shape)| {
+            let n_values = shape.iter().product();
+            (
+                (*name).to_owned(),
+                Tensor::from_f32(shape, vec![0.5; n_values]).expect("sized"),
+            )
+        });
+        write_safetensors(dir.join(file), tensors, &BTreeMap::new()).expect("written");
+    }
+
+    fn model_dir(config: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        fs::write(dir.path().join("config.json"), config).expect("writable");
+        dir
+    }
+
+    #[test]
+    fn missing_things_are_not_found_and_named() {
+        assert!(
+            ModelFiles::open("/nonexistent")
+                .expect_err("missing")
+                .is_not_found()
+        );
+        let dir = model_dir("{}");
+        assert!(
+            ModelFiles::open(dir.path())
+                .expect_err("no weights")
+                .is_not_found()
+        );
+        fs::write(
+            dir.path().join(INDEX),
+            r#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}"#,
+        )
+        .expect("writable");
+        write_shard(
+            dir.path(),
+            "model-00001-of-00002.safetensors",
+            &[("a", &[1])],
+        );
+        let error = ModelFiles::open(dir.path()).expect_err("a shard is missing");
+        assert!(error.is_not_found() && error.to_string().contains("model-00002-of-00002"));
+        write_shard(
+            dir.path(),
+            "model-00002-of-00002.safetensors",
+            &[("b", &[1])],
+        );
+        let model = ModelFiles::open(dir.path()).expect("complete");
+        assert_eq!(model.names().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(model.files().len(), 2);
+        fs::remove_file(dir.path().join(INDEX)).expect("there");
+        assert_eq!(
+            ModelFiles::open(dir.path())
+                .expect("complete")
+                .files()
+                .len(),
+            2
+        );
+    }
+
+    #[test]
+    fn an_index_may_not_lead_out_of_the_directory() {
+        for file in ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ""] {
+            let dir = model_dir("{}");
+            let index = serde_json::json!({"weight_map": {"a": file}});
+            fs::write(dir.path().join(INDEX), index.to_string()).expect("writable");
+            let error = ModelFiles::open(dir.path()).expect_err(file);
+            assert!(matches!(error, Error::Malformed { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn linear_modules_are_the_matrices_that_are_not_embeddings() {
+        let dir = model_dir("{}");
+        write_shard(
+            dir.path(),
+            SINGLE,
+            &[
+                ("model.embed_tokens.weight", &[8, 2]),
+                ("model.norm.weight", &[2]),
+                ("model.layers.0.q_proj.weight", &[4, 2]),
+                ("model.layers.0.q_proj.bias", &[4]),
+            ],
+        );
+        let model = ModelFiles::open(dir.path()).expect("complete");
+        let names: Vec<_> = model
+            .linear_modules()
+            .into_iter()
+            .map(|module| (module.name, module.out_features, module.in_features))
+            .collect();
+        assert_eq!(
+            names,
+            [
+                ("lm_head".to_owned(), 8, 2),
+                ("model.layers.0.q_proj".to_owned(), 4, 2)
+            ]
+        );
+        assert!(model.ties_embeddings());
+        assert_eq!(model.quantization(), None);
+    }
+
+    #[test]
+    fn quantised_bases_are_recognised() {
+        let dir = model_dir(r#"{"quantization_config": {"quant_method": "gptq"}}"#);
+        write_shard(dir.path(), SINGLE, &[("a", &[1])]);
+        let model = ModelFiles::open(dir.path()).expect("complete");
+        assert_eq!(model.quantization().as_deref(), Some("gptq"));
+        let dir = model_dir("{}");
+        write_shard(dir.path(), SINGLE, &[("q_proj.qweight", &[1])]);
+        let model = ModelFiles::open(dir.path()).expect("complete");
+        assert!(
+            model
+                .quantization()
+                .is_some_and(|method| method.contains("qweight"))
+        );
+    }
+}

@@ -1,0 +1,251 @@
+//! Writing a PEFT directory, with the whole posterior if there is one.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::adapter::{Adapter, Site};
+use crate::config_write;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::peft_read::{CONFIG_FILE, PREFIX, Role, SAMPLER_FIELDS, WEIGHTS_FILE};
+use crate::safetensors_write::{Slot, stream};
+use crate::tensor::Tensor;
+
+impl Adapter {
+    /// Writes `adapter_config.json` and `adapter_model.safetensors` as PEFT does, with MonteCLoRA's sampler if there is
+    /// a posterior. PEFT's two buffers of sampler state are no parameters: the identity and 1/N are written for them, so
+    /// that equal posteriors give equal files. F64 becomes F32.
+    ///
+    /// A new directory appears at once. With `overwrite` the two files are replaced in an existing directory and its
+    /// other files are left alone; an interruption may leave it without `adapter_config.json`, never with a mixture.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if `dir` is not empty and `overwrite` is false.
+    pub fn write_peft(&self, dir: &Path, overwrite: bool) -> Result<()> {
+        write_dir(dir, overwrite, &self.config.to_json(), self)
+    }
+}
+
+/// Writes the two files: `config` and the tensors of `adapter`.
+pub(crate) fn write_dir(
+    dir: &Path,
+    overwrite: bool,
+    config: &Value,
+    adapter: &Adapter,
+) -> Result<()> {
+    let mut metadata = adapter.metadata.clone();
+    metadata.insert("format".into(), "pt".into());
+    let text = config_write::to_text(config);
+    let tensors = tensors(adapter)?;
+    replace_files(
+        dir,
+        overwrite,
+        (CONFIG_FILE, &text),
+        (WEIGHTS_FILE, &tensors),
+        &metadata,
+    )
+}
+
+/// Writes a configuration and a weight file, each `(name, content)`. A new directory appears at once; in an existing
+/// one the configuration is removed before and written after the weights.
+pub(crate) fn replace_files(
+    dir: &Path,
+    overwrite: bool,
+    (config_name, text): (&str, &str),
+    (weights_name, tensors): (&str, &BTreeMap<String, Tensor>),
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let write_weights = |path: &Path| {
+        files::prepare_file(path, |writer| {
+            let slots = tensors
+                .iter()
+                .map(|(name, tensor)| Slot {
+                    name: name.clone(),
+                    dtype: tensor.dtype(),
+                    shape: tensor.shape().to_vec(),
+                })
+                .collect();
+            stream(path, writer, slots, metadata, |slot, out| {
+                match tensors.get(&slot.name) {
+                    Some(tensor) => out
+                        .write_all(tensor.bytes())
+                        .map_err(Error::io("write", path)),
+                    None => Ok(()),
+                }
+            })
+        })
+    };
+    let write_config = |path: &Path| {
+        files::prepare_file(path, |writer| {
+            writer
+                .write_all(text.as_bytes())
+                .map_err(Error::io("write", path))
+        })
+    };
+    let write_into = |dir: &Path| {
+        let (weights_path, config_path) = (dir.join(weights_name), dir.join(config_name));
+        let weights = write_weights(&weights_path)?;
+        let config = write_config(&config_path)?;
+        match fs::remove_file(&config_path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("replace", &config_path)(error));
+            }
+            _ => {}
+        }
+        for (file, path) in [(weights, weights_path), (config, config_path)] {
+            file.persist(&path)
+                .map_err(|error| Error::io("write", &path)(error.error))?;
+        }
+        files::sync_dir(dir)
+    };
+    if overwrite && files::is_occupied(dir)? {
+        write_into(dir)
+    } else {
+        files::write_new_dir(dir, write_into)
+    }
+}
+
+/// Every tensor by PEFT's name.
+fn tensors(adapter: &Adapter) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = BTreeMap::new();
+    for site in &adapter.sites {
+        let path = format!("{PREFIX}{}", site.name);
+        tensors.insert(format!("{path}.lora_A.weight"), exportable(&site.lora_a)?);
+        tensors.insert(format!("{path}.lora_B.weight"), exportable(&site.lora_b)?);
+        for (field, tensor) in sampler(site)? {
+            tensors.insert(format!("{path}.lora_monteclora_sampler.{field}"), tensor);
+        }
+    }
+    Ok(tensors)
+}
+
+/// No consumer of adapters takes F64.
+fn exportable(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.dtype() {
+        DType::F64 => tensor.to_dtype(DType::F32),
+        _ => Ok(tensor.clone()),
+    }
+}
+
+/// The sampler's four tensors, or none for a plain LoRA.
+fn sampler(site: &Site) -> Result<Vec<(&'static str, Tensor)>> {
+    let Some(posterior) = &site.posterior else {
+        return Ok(Vec::new());
+    };
+    let (rank, n) = (
+        posterior.log_std.n_elements(),
+        posterior.log_concentration.n_elements(),
+    );
+    let mut written = Vec::new();
+    for (field, role) in SAMPLER_FIELDS {
+        let tensor = match role {
+            Role::LogStd => exportable(&posterior.log_std)?,
+            Role::LogConcentration => exportable(&posterior.log_concentration)?,
+            Role::LastCovariance => {
+                let diagonal =
+                    (0..rank * rank).map(|at| if at % (rank + 1) == 0 { 1.0 } else { 0.0 });
+                Tensor::from_f32(&[rank, rank], diagonal.collect())?
+            }
+            _ => Tensor::from_f32(&[n], vec![1.0 / n as f32; n])?,
+        };
+        written.push((field, tensor));
+    }
+    Ok(written)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fixtures;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn read_inverts_write_and_equal_posteriors_give_equal_files(seed in any::<u64>(), monteclora in any::<bool>()) {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let adapter = fixtures::small_adapter(seed, monteclora);
+            let (first, second) = (dir.path().join("a"), dir.path().join("b"));
+            adapter.write_peft(&first, false).expect("written");
+            let read = Adapter::read_dir(&first).expect("our own output");
+            prop_assert_eq!(&read, &adapter);
+            prop_assert_eq!(read.fingerprint(), adapter.fingerprint());
+            read.write_peft(&second, false).expect("written");
+            for file in [CONFIG_FILE, WEIGHTS_FILE] {
+                let bytes = |dir: &Path| fs::read(dir.join(file)).expect("readable");
+                prop_assert_eq!(bytes(&first), bytes(&second));
+            }
+        }
+    }
+
+    #[test]
+    fn fixtures_survive_a_round_trip() {
+        for case in fixtures::cases().iter().filter(|case| !case.must_refuse) {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
+            let out = dir.path().join("out");
+            adapter.write_peft(&out, false).expect("written");
+            assert_eq!(
+                Adapter::read_dir(&out).expect("our own output"),
+                adapter,
+                "{}",
+                case.name
+            );
+        }
+    }
+
+    #[test]
+    fn other_files_survive_overwriting_and_are_protected_without_it() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        fs::write(dir.path().join("run.json"), "{}").expect("writable");
+        let adapter = fixtures::small_adapter(3, true);
+        assert!(matches!(
+            adapter.write_peft(dir.path(), false),
+            Err(Error::Exists { .. })
+        ));
+        adapter.write_peft(dir.path(), true).expect("written");
+        // The files being replaced may be the ones the tensors are mapped from.
+        let read = Adapter::read_dir(dir.path()).expect("our own output");
+        read.write_peft(dir.path(), true).expect("written");
+        assert_eq!(
+            Adapter::read_dir(dir.path()).expect("our own output"),
+            adapter
+        );
+        let mut names: Vec<_> = fs::read_dir(dir.path())
+            .expect("readable")
+            .map(|entry| {
+                entry
+                    .expect("readable")
+                    .file_name()
+                    .into_string()
+                    .expect("utf-8")
+            })
+            .collect();
+        names.sort();
+        assert_eq!(names, [CONFIG_FILE, WEIGHTS_FILE, "run.json"]);
+    }
+
+    #[test]
+    fn f64_is_written_as_f32() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut adapter = fixtures::small_adapter(4, false);
+        for site in &mut adapter.sites {
+            site.lora_a = site.lora_a.to_dtype(DType::F64).expect("float");
+        }
+        let out = dir.path().join("out");
+        adapter.write_peft(&out, false).expect("written");
+        let read = Adapter::read_dir(&out).expect("our own output");
+        assert!(
+            read.sites
+                .iter()
+                .all(|site| site.lora_a.dtype() == DType::F32)
+        );
+    }
+}

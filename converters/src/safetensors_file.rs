@@ -1,0 +1,434 @@
+//! Reading safetensors: the header is checked strictly, the data stays mapped.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::{Tensor, element_count};
+
+/// Largest header that is read, the limit of the reference implementation.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Most dimensions a tensor may have.
+const MAX_DIMS: usize = 16;
+
+/// A safetensors file whose header has been checked and whose data is mapped, not read.
+///
+/// The header must describe the file exactly: every byte of data belongs to one tensor, no key occurs twice, and each
+/// tensor's range has the size of its shape. The file must not be changed while it is open.
+#[derive(Debug, Clone)]
+pub struct SafetensorsFile {
+    path: PathBuf,
+    map: Arc<Mmap>,
+    tensors: BTreeMap<String, Info>,
+    metadata: BTreeMap<String, String>,
+}
+
+/// Type, shape and range of one tensor; the range is in bytes of the file.
+#[derive(Debug, Clone)]
+struct Info {
+    dtype: DType,
+    shape: Arc<[usize]>,
+    start: usize,
+    len: usize,
+}
+
+impl SafetensorsFile {
+    /// Opens and checks a file.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is no such file; [`Error::Malformed`], naming file and tensor, if it is truncated
+    /// or its header lies.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let map = map_file(path)?;
+        let n_bytes = map.len() as u64;
+        let Some((length, _)) = map.split_first_chunk::<8>() else {
+            return Err(Error::malformed(
+                path,
+                format!("not a safetensors file: only {n_bytes} bytes"),
+            ));
+        };
+        let header_len = u64::from_le_bytes(*length);
+        if header_len > MAX_HEADER_BYTES {
+            return Err(Error::malformed(
+                path,
+                format!("header of {header_len} bytes; at most {MAX_HEADER_BYTES} are read"),
+            ));
+        }
+        if header_len > n_bytes - 8 {
+            return Err(Error::malformed(
+                path,
+                format!(
+                    "header of {header_len} bytes in a file of {n_bytes}: the file is truncated"
+                ),
+            ));
+        }
+        let data_start = usize::try_from(header_len + 8)
+            .map_err(|_| Error::malformed(path, "header too long for this machine"))?;
+        let header_bytes = &map[8..data_start];
+        if header_bytes.first() != Some(&b'{') {
+            return Err(Error::malformed(path, "the header does not start with `{`"));
+        }
+        let header: Header =
+            serde_json::from_slice(header_bytes).map_err(|source| Error::Json {
+                path: path.to_path_buf(),
+                source,
+            })?;
+        let tensors = check_layout(path, header.entries, data_start, map.len())?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            map: Arc::new(map),
+            tensors,
+            metadata: header.metadata,
+        })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Tensor names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The tensor called `name`; its data stays mapped.
+    pub fn get(&self, name: &str) -> Option<Tensor> {
+        let info = self.tensors.get(name)?;
+        Some(Tensor::from_map(
+            info.dtype,
+            Arc::clone(&info.shape),
+            Arc::clone(&self.map),
+            info.start,
+            info.len,
+        ))
+    }
+
+    /// Element type and shape of the tensor called `name`.
+    pub fn info(&self, name: &str) -> Option<(DType, &[usize])> {
+        self.tensors
+            .get(name)
+            .map(|info| (info.dtype, &*info.shape))
+    }
+
+    /// The free-form `__metadata__` of the header.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+}
+
+/// Maps a regular file.
+pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => Error::not_found(path, "there is no such file"),
+        _ => Error::io("read", path)(source),
+    })?;
+    let metadata = file.metadata().map_err(Error::io("read", path))?;
+    if !metadata.is_file() {
+        return Err(Error::malformed(path, "not a regular file"));
+    }
+    // SAFETY: the mapping is read-only; the documentation of the public types asks that the file not be changed.
+    unsafe { Mmap::map(&file) }.map_err(Error::io("read", path))
+}
+
+/// Checks that the entries tile the data section and gives their place in the file.
+fn check_layout(
+    path: &Path,
+    entries: BTreeMap<String, Entry>,
+    data_start: usize,
+    file_len: usize,
+) -> Result<BTreeMap<String, Info>> {
+    let mut order: Vec<(&String, &Entry)> = entries.iter().collect();
+    order.sort_by_key(|(_, entry)| entry.data_offsets);
+    let mut expected_start = 0u64;
+    for (name, entry) in order {
+        let [start, end] = entry.data_offsets;
+        let Some(dtype) = DType::from_name(&entry.dtype) else {
+            return Err(Error::malformed(
+                path,
+                format!("tensor `{name}`: unknown element type `{}`", entry.dtype),
+            ));
+        };
+        let n_bytes = element_count(&entry.shape.0)
+            .and_then(|n| n.checked_mul(dtype.size()))
+            .ok_or_else(|| {
+                Error::malformed(
+                    path,
+                    format!("tensor `{name}`: shape {:?} overflows", entry.shape.0),
+                )
+            })?;
+        if end.checked_sub(start) != Some(n_bytes as u64) {
+            return Err(Error::malformed(
+                path,
+                format!(
+                    "tensor `{name}`: {dtype} {:?} takes {n_bytes} bytes but its offsets are {start}..{end}",
+                    entry.shape.0
+                ),
+            ));
+        }
+        if start != expected_start {
+            let what = if start < expected_start {
+                "overlaps another tensor"
+            } else {
+                "leaves bytes that belong to no tensor"
+            };
+            return Err(Error::malformed(
+                path,
+                format!("tensor `{name}`: starts at {start}, which {what}"),
+            ));
+        }
+        expected_start = end;
+    }
+    let n_data = (file_len - data_start) as u64;
+    if expected_start != n_data {
+        return Err(Error::malformed(
+            path,
+            format!(
+                "the header describes {expected_start} bytes of data but the file has {n_data}"
+            ),
+        ));
+    }
+    // Every range ends at or before the end of the mapped file, so it fits usize.
+    Ok(entries
+        .into_iter()
+        .filter_map(|(name, entry)| {
+            let [start, end] = entry.data_offsets;
+            let info = Info {
+                dtype: DType::from_name(&entry.dtype)?,
+                shape: entry.shape.0.into(),
+                start: data_start + start as usize,
+                len: (end - start) as usize,
+            };
+            Some((name, info))
+        })
+        .collect())
+}
+
+/// The header as written, keys known to be distinct.
+struct Header {
+    metadata: BTreeMap<String, String>,
+    entries: BTreeMap<String, Entry>,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    dtype: String,
+    shape: Shape,
+    data_offsets: [u64; 2],
+}
+
+struct Shape(Vec<usize>);
+
+impl<'de> Deserialize<'de> for Shape {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(ShapeVisitor)
+    }
+}
+
+struct ShapeVisitor;
+
+impl<'de> Visitor<'de> for ShapeVisitor {
+    type Value = Shape;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of dimensions")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Shape, A::Error> {
+        let mut dims = Vec::new();
+        while let Some(dim) = seq.next_element()? {
+            if dims.len() == MAX_DIMS {
+                return Err(de::Error::custom(format!(
+                    "more than {MAX_DIMS} dimensions"
+                )));
+            }
+            dims.push(dim);
+        }
+        Ok(Shape(dims))
+    }
+}
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(HeaderVisitor)
+    }
+}
+
+struct HeaderVisitor;
+
+impl<'de> Visitor<'de> for HeaderVisitor {
+    type Value = Header;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a safetensors header")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Header, A::Error> {
+        let mut metadata = None;
+        let mut entries = BTreeMap::new();
+        while let Some(name) = access.next_key::<String>()? {
+            let repeated = if name == "__metadata__" {
+                metadata.replace(access.next_value()?).is_some()
+            } else {
+                entries.insert(name.clone(), access.next_value()?).is_some()
+            };
+            if repeated {
+                return Err(de::Error::custom(format!("key `{name}` occurs twice")));
+            }
+        }
+        Ok(Header {
+            metadata: metadata.unwrap_or_default(),
+            entries,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn open_bytes(bytes: &[u8]) -> Result<SafetensorsFile> {
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        std::fs::write(file.path(), bytes).expect("writable");
+        SafetensorsFile::open(file.path())
+    }
+
+    fn with_header(header: &str, data: &[u8]) -> Result<SafetensorsFile> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.extend(data);
+        open_bytes(&bytes)
+    }
+
+    #[test]
+    fn an_honest_file_is_read_even_if_unaligned() {
+        let header = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+        let file = with_header(header, &[7, 0, 0, 128, 63]).expect("honest");
+        assert_eq!(file.names().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(file.metadata()["format"], "pt");
+        assert_eq!(file.info("b"), Some((DType::F32, &[1][..])));
+        assert_eq!(
+            file.get("b").expect("there").to_f32().expect("float"),
+            [1.0]
+        );
+        assert!(file.get("c").is_none());
+    }
+
+    #[test]
+    fn headers_that_lie_are_refused_and_named() {
+        let entry =
+            |offsets: &str| format!(r#"{{"dtype":"F32","shape":[1],"data_offsets":{offsets}}}"#);
+        let cases = [
+            (format!(r#"{{"a":{}}}"#, entry("[0,8]")), 8, "`a`"),
+            (
+                format!(r#"{{"a":{},"b":{}}}"#, entry("[0,4]"), entry("[2,6]")),
+                8,
+                "overlaps",
+            ),
+            (
+                format!(r#"{{"a":{},"b":{}}}"#, entry("[0,4]"), entry("[8,12]")),
+                12,
+                "no tensor",
+            ),
+            (format!(r#"{{"a":{}}}"#, entry("[4,0]")), 4, "`a`"),
+            (
+                format!(r#"{{"a":{}}}"#, entry("[0,4]")),
+                3,
+                "the file has 3",
+            ),
+            (
+                format!(r#"{{"a":{}}}"#, entry("[0,4]")),
+                5,
+                "the file has 5",
+            ),
+            (
+                format!(r#"{{"a":{},"a":{}}}"#, entry("[0,4]"), entry("[0,4]")),
+                4,
+                "occurs twice",
+            ),
+            (
+                r#"{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}"#.into(),
+                4,
+                "F99",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[0,4]}}"#
+                    .into(),
+                4,
+                "overflows",
+            ),
+            (
+                format!(
+                    r#"{{"a":{{"dtype":"F32","shape":[{}1],"data_offsets":[0,4]}}}}"#,
+                    "1,".repeat(40)
+                ),
+                4,
+                "dimensions",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}"#.into(),
+                4,
+                "unknown field",
+            ),
+            (
+                format!(
+                    r#"{{"__metadata__":{}1{}}}"#,
+                    "[".repeat(9000),
+                    "]".repeat(9000)
+                ),
+                0,
+                "",
+            ),
+            ("[]".into(), 0, "start with"),
+        ];
+        for (header, n_data, expected) in cases {
+            let error = with_header(&header, &vec![0; n_data]).expect_err(&header);
+            let text = format!(
+                "{error} {:?}",
+                std::error::Error::source(&error).map(ToString::to_string)
+            );
+            assert!(text.contains(expected), "{header}: {text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn changed_bytes_never_panic(changes in prop::collection::vec((0usize..200, any::<u8>()), 1..4)) {
+            let header = r#"{"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(header.as_bytes());
+            bytes.extend([7, 0, 0, 128, 63]);
+            for (at, value) in changes {
+                let at = at % bytes.len();
+                bytes[at] = value;
+            }
+            if let Ok(file) = open_bytes(&bytes) {
+                for name in file.names() {
+                    let tensor = file.get(name).expect("listed");
+                    prop_assert_eq!(tensor.bytes().len(), tensor.n_elements() * tensor.dtype().size());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn truncated_and_oversized_headers_are_refused() {
+        assert!(open_bytes(&[]).is_err());
+        assert!(open_bytes(&[1, 2, 3]).is_err());
+        assert!(open_bytes(&u64::MAX.to_le_bytes()).is_err());
+        assert!(open_bytes(&50u64.to_le_bytes()).is_err());
+        let missing = SafetensorsFile::open("/nonexistent/file.safetensors").expect_err("missing");
+        assert!(missing.is_not_found());
+    }
+}

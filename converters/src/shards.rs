@@ -1,0 +1,189 @@
+//! One safetensors file or numbered shards of it, with or without an index, read as one set of tensors.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::json;
+use crate::safetensors_file::SafetensorsFile;
+use crate::tensor::Tensor;
+
+/// Shard file of every tensor, as the index has it.
+type WeightMap = Map<String, Value>;
+
+/// The tensors of `STEM.safetensors`, or of `STEM-0000N-of-0000M.safetensors`.
+#[derive(Debug, Clone)]
+pub(crate) struct ShardSet {
+    pub(crate) paths: Vec<PathBuf>,
+    pub(crate) shards: Vec<SafetensorsFile>,
+    owner: BTreeMap<String, usize>,
+}
+
+impl ShardSet {
+    /// Opens the set called `stem` in `dir`, reading headers only.
+    pub(crate) fn open(dir: &Path, stem: &str) -> Result<Self> {
+        let (names, index) = shard_names(dir, stem)?;
+        let mut set = Self {
+            paths: Vec::with_capacity(names.len()),
+            shards: Vec::with_capacity(names.len()),
+            owner: BTreeMap::new(),
+        };
+        for (shard_idx, name) in names.iter().enumerate() {
+            let path = dir.join(name);
+            let shard = SafetensorsFile::open(&path)?;
+            for tensor in shard.names() {
+                if let Some(other) = set.owner.insert(tensor.to_owned(), shard_idx) {
+                    return Err(Error::malformed(
+                        &path,
+                        format!("tensor `{tensor}` is also stored in `{}`", names[other]),
+                    ));
+                }
+            }
+            set.paths.push(path);
+            set.shards.push(shard);
+        }
+        if let Some(index) = index {
+            check_index(dir, &index, &names, &set.owner)?;
+        }
+        Ok(set)
+    }
+
+    /// Tensor names, sorted.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.owner.keys().map(String::as_str)
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<Tensor> {
+        self.shards[*self.owner.get(name)?].get(name)
+    }
+
+    pub(crate) fn info(&self, name: &str) -> Option<(DType, &[usize])> {
+        self.shards[*self.owner.get(name)?].info(name)
+    }
+}
+
+/// The weight files of `dir`, and the index if there is one.
+fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>)> {
+    let single = format!("{stem}.safetensors");
+    let index_name = format!("{single}.index.json");
+    let index_path = dir.join(&index_name);
+    if index_path.exists() {
+        let mut index = json::read_object(&index_path)?;
+        let Some(Value::Object(weight_map)) = index.remove("weight_map") else {
+            return Err(Error::malformed(
+                &index_path,
+                "`weight_map` is not an object",
+            ));
+        };
+        let mut names = Vec::new();
+        for (tensor, file) in &weight_map {
+            let Some(file) = file.as_str().filter(|file| is_plain_file_name(file)) else {
+                return Err(Error::malformed(
+                    &index_path,
+                    format!(
+                        "tensor `{tensor}`: {file} is not the name of a file in this directory"
+                    ),
+                ));
+            };
+            names.push(file.to_owned());
+        }
+        names.sort();
+        names.dedup();
+        let missing: Vec<&str> = names
+            .iter()
+            .filter(|name| !dir.join(name).exists())
+            .map(String::as_str)
+            .collect();
+        if !missing.is_empty() {
+            return Err(Error::not_found(
+                dir,
+                format!(
+                    "shards listed in {index_name} are missing: {}",
+                    missing.join(", ")
+                ),
+            ));
+        }
+        return Ok((names, Some(weight_map)));
+    }
+    if dir.join(&single).exists() {
+        return Ok((vec![single], None));
+    }
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io("read", dir))? {
+        let name = entry.map_err(Error::io("read", dir))?.file_name();
+        if let Some(name) = name.to_str()
+            && shard_number(stem, name).is_some()
+        {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort();
+    let Some(total) = names
+        .first()
+        .and_then(|name| shard_number(stem, name))
+        .map(|(_, total)| total)
+    else {
+        return Err(Error::not_found(
+            dir,
+            format!(
+                "no {single} and no shards; only safetensors weights are read, convert .bin checkpoints first"
+            ),
+        ));
+    };
+    let present: Vec<(usize, usize)> = names
+        .iter()
+        .filter_map(|name| shard_number(stem, name))
+        .collect();
+    if present.len() != total
+        || present
+            .iter()
+            .enumerate()
+            .any(|(idx, found)| *found != (idx + 1, total))
+    {
+        return Err(Error::not_found(
+            dir,
+            format!("the shards are incomplete: found {}", names.join(", ")),
+        ));
+    }
+    Ok((names, None))
+}
+
+/// Number and total of `STEM-0000N-of-0000M.safetensors`.
+fn shard_number(stem: &str, name: &str) -> Option<(usize, usize)> {
+    let middle = name
+        .strip_prefix(stem)?
+        .strip_prefix('-')?
+        .strip_suffix(".safetensors")?;
+    let (number, total) = middle.split_once("-of-")?;
+    Some((number.parse().ok()?, total.parse().ok()?))
+}
+
+/// Whether `name` stays inside its directory.
+fn is_plain_file_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    matches!(
+        (components.next(), components.next()),
+        (Some(std::path::Component::Normal(_)), None)
+    ) && !name.contains(['/', '\\', '\0'])
+}
+
+/// Every tensor of the index is in the shard it names.
+fn check_index(
+    path: &Path,
+    index: &WeightMap,
+    names: &[String],
+    owner: &BTreeMap<String, usize>,
+) -> Result<()> {
+    for (tensor, file) in index {
+        if owner.get(tensor).map(|idx| names[*idx].as_str()) != file.as_str() {
+            return Err(Error::malformed(
+                path,
+                format!("tensor `{tensor}` is not in the shard the index names, {file}"),
+            ));
+        }
+    }
+    Ok(())
+}

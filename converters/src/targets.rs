@@ -1,0 +1,348 @@
+//! Which modules of a base model an adapter's configuration means, exactly as PEFT decides it.
+
+use std::collections::BTreeMap;
+
+use fancy_regex::Regex;
+
+use crate::config::{AdapterConfig, ExcludeModules, TargetModules, compile, is_match};
+use crate::error::{Error, Result, UnknownTarget, UnknownTargets};
+
+/// How many near names an error offers for one that is unknown.
+const N_NEAREST: usize = 3;
+
+/// The output head, which `all-linear` leaves out.
+pub(crate) const OUTPUT_HEAD: &str = "lm_head";
+
+/// A linear projection of a base model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinearModule {
+    /// Path of the module, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// Length of the input.
+    pub in_features: usize,
+    /// Length of the output.
+    pub out_features: usize,
+}
+
+/// Whether `module` is `name` or ends in it after a dot.
+pub(crate) fn ends_in(module: &str, name: &str) -> bool {
+    module
+        .strip_suffix(name)
+        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
+}
+
+/// A configuration's target rules with their patterns compiled.
+pub(crate) struct Matcher<'a> {
+    config: &'a AdapterConfig,
+    targets: Option<Regex>,
+    excluded: Option<Regex>,
+    layers: Vec<(&'a str, Regex)>,
+}
+
+impl<'a> Matcher<'a> {
+    pub(crate) fn new(config: &'a AdapterConfig) -> Result<Self> {
+        let full =
+            |setting, pattern: &str| compile(setting, pattern, &format!("^(?:{pattern})\\z"));
+        let targets = match &config.target_modules {
+            TargetModules::Regex(pattern) => Some(full("target_modules", pattern)?),
+            _ => None,
+        };
+        let excluded = match &config.exclude_modules {
+            Some(ExcludeModules::Regex(pattern)) => Some(full("exclude_modules", pattern)?),
+            _ => None,
+        };
+        let mut layers = Vec::new();
+        match (&config.layers_to_transform, &config.layers_pattern) {
+            (None, _) => {}
+            (Some(numbers), _) if numbers.is_empty() => {}
+            // Without a pattern the first numbered component counts, whatever precedes it.
+            (Some(_), None) => layers.push((
+                "",
+                compile("layers_pattern", "", r"^.*?\.[^.]*\.(?P<idx>\d+)\.")?,
+            )),
+            (Some(_), Some(patterns)) => {
+                for pattern in patterns {
+                    let expression = format!(r"^(?:.*?\.)?{pattern}\.(?P<idx>\d+)\.");
+                    layers.push((
+                        pattern.as_str(),
+                        compile("layers_pattern", pattern, &expression)?,
+                    ));
+                }
+            }
+        }
+        Ok(Self {
+            config,
+            targets,
+            excluded,
+            layers,
+        })
+    }
+
+    /// Whether the module is excluded by name.
+    pub(crate) fn is_excluded(&self, module: &str) -> Result<bool> {
+        match (&self.config.exclude_modules, &self.excluded) {
+            (Some(ExcludeModules::Regex(pattern)), Some(regex)) => {
+                is_match("exclude_modules", pattern, regex, module)
+            }
+            (Some(ExcludeModules::List(names)), _) => {
+                Ok(names.iter().any(|name| ends_in(module, name)))
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Whether the module carries the adapter.
+    pub(crate) fn matches(&self, module: &str) -> Result<bool> {
+        if self.is_excluded(module)? {
+            return Ok(false);
+        }
+        match (&self.config.target_modules, &self.targets) {
+            (TargetModules::Regex(pattern), Some(regex)) => {
+                is_match("target_modules", pattern, regex, module)
+            }
+            (TargetModules::List(names), _) => {
+                if names.iter().any(|name| name == module) {
+                    // PEFT does not confine modules that are named in full to certain layers.
+                    return Ok(true);
+                }
+                Ok(names.iter().any(|name| ends_in(module, name)) && self.in_layers(module)?)
+            }
+            _ => Ok(module != OUTPUT_HEAD),
+        }
+    }
+
+    fn in_layers(&self, module: &str) -> Result<bool> {
+        let numbers = match &self.config.layers_to_transform {
+            Some(numbers) if !numbers.is_empty() => numbers,
+            _ => return Ok(true),
+        };
+        for (pattern, regex) in &self.layers {
+            let captures = regex.captures(module).map_err(|error| {
+                Error::setting(
+                    "layers_pattern",
+                    format!("`{pattern}` cannot be matched against `{module}`: {error}"),
+                )
+            })?;
+            // The first pattern that matches decides.
+            if let Some(number) =
+                captures.and_then(|found| found.name("idx")?.as_str().parse().ok())
+            {
+                return Ok(numbers.contains(&number));
+            }
+        }
+        Ok(false)
+    }
+}
+
+impl AdapterConfig {
+    /// The modules of a base that carry the adapter, in the order given.
+    ///
+    /// As PEFT decides: a list entry is a module's path or the end of it after a dot; a string is a regular expression
+    /// that must match the whole path; `all-linear` is every module but `lm_head`; then `exclude_modules` and
+    /// `layers_to_transform` apply. Unlike PEFT, an entry that names nothing is an error.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTarget`] with every entry that names no module; [`Error::Setting`] for a pattern that cannot be
+    /// used, or if nothing is left.
+    pub fn resolve_targets(&self, base_linears: &[LinearModule]) -> Result<Vec<String>> {
+        let matcher = Matcher::new(self)?;
+        let unknown = match &self.target_modules {
+            TargetModules::List(names) => names
+                .iter()
+                .filter(|name| {
+                    !base_linears
+                        .iter()
+                        .any(|module| ends_in(&module.name, name))
+                })
+                .map(|name| UnknownTarget {
+                    entry: name.clone(),
+                    nearest: nearest(name, base_linears),
+                })
+                .collect(),
+            TargetModules::Regex(pattern) => {
+                let regex = matcher.targets.as_ref();
+                let mut any = false;
+                for module in base_linears {
+                    any = any
+                        || regex.map_or(Ok(false), |regex| {
+                            is_match("target_modules", pattern, regex, &module.name)
+                        })?;
+                }
+                if any {
+                    Vec::new()
+                } else {
+                    vec![UnknownTarget {
+                        entry: pattern.clone(),
+                        nearest: nearest(pattern, base_linears),
+                    }]
+                }
+            }
+            TargetModules::AllLinear => Vec::new(),
+        };
+        if !unknown.is_empty() {
+            return Err(Error::UnknownTarget(UnknownTargets(unknown)));
+        }
+        let mut sites = Vec::new();
+        for module in base_linears {
+            if matcher.matches(&module.name)? {
+                sites.push(module.name.clone());
+            }
+        }
+        if sites.is_empty() {
+            return Err(Error::setting(
+                "target_modules",
+                "no linear module of the base is left; check exclude_modules and layers_to_transform",
+            ));
+        }
+        Ok(sites)
+    }
+}
+
+/// The real names most like `entry`, of as many components, with the number of modules each one names.
+pub(crate) fn nearest(entry: &str, modules: &[LinearModule]) -> Vec<(String, usize)> {
+    let n_components = entry.split('.').count();
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for module in modules {
+        let start = module
+            .name
+            .rmatch_indices('.')
+            .nth(n_components - 1)
+            .map_or(0, |(at, _)| at + 1);
+        *counts.entry(&module.name[start..]).or_default() += 1;
+    }
+    let mut scored: Vec<(f64, &str, usize)> = counts
+        .into_iter()
+        .map(|(name, n_sites)| (strsim::jaro_winkler(entry, name), name, n_sites))
+        .collect();
+    scored.sort_by(|left, right| right.0.total_cmp(&left.0).then(left.1.cmp(right.1)));
+    scored
+        .into_iter()
+        .take(N_NEAREST)
+        .map(|(_, name, n_sites)| (name.to_owned(), n_sites))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn base() -> Vec<LinearModule> {
+        let mut names = vec!["lm_head".to_owned()];
+        for layer in [0, 1, 11] {
+            for leaf in [
+                "self_attn.q_proj",
+                "self_attn.v_proj",
+                "mlp.experts.1.up_proj",
+            ] {
+                names.push(format!("model.layers.{layer}.{leaf}"));
+            }
+        }
+        let module = |name| LinearModule {
+            name,
+            in_features: 2,
+            out_features: 3,
+        };
+        names.into_iter().map(module).collect()
+    }
+
+    fn resolve(edit: impl FnOnce(&mut AdapterConfig)) -> Result<Vec<String>> {
+        let mut config = AdapterConfig::default();
+        edit(&mut config);
+        config.resolve_targets(&base())
+    }
+
+    fn list(names: &[&str]) -> TargetModules {
+        TargetModules::List(names.iter().map(|name| (*name).to_owned()).collect())
+    }
+
+    #[test]
+    fn a_list_entry_is_a_path_or_its_end() {
+        let sites = resolve(|config| {
+            config.target_modules = list(&["q_proj", "model.layers.1.self_attn.v_proj"])
+        });
+        assert_eq!(
+            sites.expect("known"),
+            [
+                "model.layers.0.self_attn.q_proj",
+                "model.layers.1.self_attn.q_proj",
+                "model.layers.1.self_attn.v_proj",
+                "model.layers.11.self_attn.q_proj"
+            ]
+        );
+        assert_eq!(
+            resolve(|config| config.target_modules = list(&["lm_head"])).expect("known"),
+            ["lm_head"]
+        );
+        assert!(resolve(|config| config.target_modules = list(&["_proj"])).is_err());
+    }
+
+    #[test]
+    fn a_pattern_must_match_the_whole_path() {
+        let regex = |pattern: &str| {
+            resolve(|config| config.target_modules = TargetModules::Regex(pattern.into()))
+        };
+        assert_eq!(
+            regex(r".*\.1\..*q_proj").expect("known"),
+            ["model.layers.1.self_attn.q_proj"]
+        );
+        assert!(regex("q_proj").is_err());
+        assert_eq!(regex("lm_head|x").expect("known"), ["lm_head"]);
+        assert!(regex("(").is_err());
+    }
+
+    #[test]
+    fn all_linear_leaves_out_the_head_and_the_excluded() {
+        let all = resolve(|config| config.target_modules = TargetModules::AllLinear).expect("some");
+        assert_eq!(all.len(), 9);
+        let some = resolve(|config| {
+            config.target_modules = TargetModules::AllLinear;
+            config.exclude_modules = Some(ExcludeModules::List(vec!["up_proj".into()]));
+        });
+        assert_eq!(some.expect("some").len(), 6);
+        let some = resolve(|config| {
+            config.target_modules = TargetModules::AllLinear;
+            config.exclude_modules = Some(ExcludeModules::Regex(".*self_attn.*".into()));
+        });
+        assert_eq!(some.expect("some").len(), 3);
+    }
+
+    #[test]
+    fn layers_count_the_first_number_and_spare_full_paths() {
+        let sites = resolve(|config| {
+            config.target_modules = list(&["up_proj", "model.layers.0.self_attn.q_proj"]);
+            config.layers_to_transform = Some(vec![1]);
+        });
+        assert_eq!(
+            sites.expect("known"),
+            [
+                "model.layers.0.self_attn.q_proj",
+                "model.layers.1.mlp.experts.1.up_proj"
+            ]
+        );
+        let by_pattern = |pattern: &str| {
+            resolve(|config| {
+                config.target_modules = list(&["up_proj"]);
+                config.layers_to_transform = Some(vec![1]);
+                config.layers_pattern = Some(vec![pattern.into()]);
+            })
+        };
+        assert_eq!(
+            by_pattern("layers").expect("known"),
+            ["model.layers.1.mlp.experts.1.up_proj"]
+        );
+        assert_eq!(by_pattern("experts").expect("known").len(), 3);
+        assert!(by_pattern("blocks").is_err());
+    }
+
+    #[test]
+    fn every_unknown_entry_is_listed_with_its_nearest_names() {
+        let error =
+            resolve(|config| config.target_modules = list(&["qproj", "v_proj", "self_attn.vproj"]));
+        let Err(Error::UnknownTarget(UnknownTargets(unknown))) = error else {
+            panic!("two entries are unknown");
+        };
+        assert_eq!(unknown.len(), 2);
+        assert_eq!(unknown[0].nearest[0], ("q_proj".to_owned(), 3));
+        assert_eq!(unknown[1].nearest[0], ("self_attn.v_proj".to_owned(), 3));
+    }
+}

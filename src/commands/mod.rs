@@ -1,0 +1,244 @@
+//! Glue: one file a verb.
+
+mod bench;
+mod collapse;
+mod completions;
+mod doctor;
+mod eval;
+mod import_gguf;
+mod inspect;
+mod merge;
+#[cfg(feature = "mistralrs")]
+mod parity;
+mod quickstart;
+mod sample;
+#[cfg(feature = "mistralrs")]
+mod serve;
+mod train;
+mod validate;
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use serde::Serialize;
+
+use crate::cli::{BenchCommand, Command, DtypeArg};
+
+/// Wrong use of the command line, exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Usage(pub(crate) String);
+
+/// An adapter or model that failed its checks, exit code 4.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Incompatible(pub(crate) String);
+
+/// Numbers that are not what they should be, exit code 5.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Numerical(pub(crate) String);
+
+/// A run that was interrupted and can be resumed, exit code 130.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Interrupted(pub(crate) String);
+
+/// Runs a verb.
+///
+/// # Errors
+/// Whatever the verb fails with; [`exit_code`] classifies it.
+pub fn run(command: &Command) -> Result<()> {
+    match command {
+        Command::Quickstart(args) => quickstart::run(args),
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Collapse(args) => collapse::run(args),
+        Command::Sample(args) => sample::run(args),
+        Command::Merge(args) => merge::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Validate(args) => validate::run(args),
+        #[cfg(feature = "mistralrs")]
+        Command::Parity(args) => parity::run(args),
+        #[cfg(feature = "mistralrs")]
+        Command::Serve(args) => serve::run(args),
+        Command::ImportGguf(args) => import_gguf::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Completions { shell } => completions::run(*shell),
+        Command::Bench(BenchCommand::Train(args)) => bench::run(args),
+    }
+}
+
+/// Exit code of an error: 2 usage and missing paths, 3 data, 4 adapters and models, 5 numerical, 130 interrupted, else 1.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(classify).unwrap_or(1)
+}
+
+fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    use crate::{
+        config::ConfigError, data::DataError, gguf_import::ImportError, hub, model, train,
+    };
+    if let Some(error) = error.downcast_ref::<ConfigError>() {
+        return Some(error.exit_code());
+    }
+    if let Some(error) = error.downcast_ref::<DataError>() {
+        return Some(error.exit_code());
+    }
+    if let Some(error) = error.downcast_ref::<monteclora_converters::Error>() {
+        return format_code(error);
+    }
+    if let Some(error) = error.downcast_ref::<model::Error>() {
+        return match error {
+            model::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                Some(2)
+            }
+            model::Error::Io { .. } | model::Error::Candle(_) => None,
+            model::Error::Format(error) => format_code(error),
+            model::Error::Method(error) => classify(error),
+            _ => Some(4),
+        };
+    }
+    if let Some(error) = error.downcast_ref::<train::Error>() {
+        return match error {
+            train::Error::NonFinite { .. } | train::Error::Audit { .. } => Some(5),
+            train::Error::Checkpoint { .. } => Some(4),
+            train::Error::Data(error) => Some(error.exit_code()),
+            train::Error::Model(error) => classify(error),
+            train::Error::Method(error) => classify(error),
+            train::Error::Format(error) => format_code(error),
+            _ => None,
+        };
+    }
+    if let Some(error) = error.downcast_ref::<monteclora_adapters::Error>() {
+        return match error {
+            monteclora_adapters::Error::NonFinite { .. } => Some(5),
+            monteclora_adapters::Error::NoPosterior { .. } => Some(4),
+            monteclora_adapters::Error::Setting { .. } => Some(2),
+            monteclora_adapters::Error::Format(error) => format_code(error),
+            _ => None,
+        };
+    }
+    if let Some(error) = error.downcast_ref::<ImportError>() {
+        return match error {
+            ImportError::Exists { .. } => Some(2),
+            ImportError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                Some(2)
+            }
+            ImportError::Io { .. } => None,
+            ImportError::Gguf(error) => format_code(error),
+            _ => Some(4),
+        };
+    }
+    #[cfg(feature = "mistralrs")]
+    if let Some(error) = error.downcast_ref::<mistralrs_monteclora::Error>() {
+        return u8::try_from(error.exit_code()).ok();
+    }
+    if error.is::<Usage>() || error.is::<hub::Error>() {
+        return Some(2);
+    }
+    if error.is::<Incompatible>() {
+        return Some(4);
+    }
+    if error.is::<Numerical>() {
+        return Some(5);
+    }
+    error.is::<Interrupted>().then_some(130)
+}
+
+fn format_code(error: &monteclora_converters::Error) -> Option<u8> {
+    use monteclora_converters::Error;
+    match error {
+        error if error.is_not_found() => Some(2),
+        Error::UnknownTarget(_) | Error::Setting { .. } | Error::Exists { .. } => Some(2),
+        Error::Io { .. } => None,
+        _ => Some(4),
+    }
+}
+
+/// The device that computes: an accelerator if the build has one and `cpu` is false.
+pub(crate) fn device(cpu: bool) -> Result<Device> {
+    let device = if cpu {
+        Device::Cpu
+    } else if cfg!(feature = "metal") {
+        Device::new_metal(0)?
+    } else {
+        Device::cuda_if_available(0)?
+    };
+    Ok(device)
+}
+
+/// Our decoder computes in float32; anything else asked of it is refused rather than ignored.
+pub(crate) fn require_f32(dtype: DtypeArg) -> Result<()> {
+    match dtype {
+        DtypeArg::Auto | DtypeArg::F32 => Ok(()),
+        other => Err(Usage(format!(
+            "--dtype {}: our decoder computes in f32; use auto or f32",
+            format!("{other:?}").to_lowercase()
+        ))
+        .into()),
+    }
+}
+
+/// Writes one JSON object to stdout.
+pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer(&mut out, value).context("cannot write to standard output")?;
+    writeln!(out).context("cannot write to standard output")
+}
+
+/// Writes text to stdout.
+pub(crate) fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", text.trim_end_matches('\n')).context("cannot write to standard output")
+}
+
+/// Refuses a directory that holds something, unless `force`.
+pub(crate) fn require_empty(dir: &Path, force: bool) -> Result<()> {
+    let occupied = match std::fs::read_dir(dir) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(error) => {
+            return Err(error)
+                .with_context(|| format!("cannot use `{}` as output directory", dir.display()));
+        }
+    };
+    if occupied && !force {
+        return Err(Usage(format!(
+            "`{}` exists and is not empty; choose another directory or pass --force",
+            dir.display()
+        ))
+        .into());
+    }
+    Ok(())
+}
+
+/// Reads an adapter and refuses one that changes nothing, unless `force`.
+pub(crate) fn read_effective(path: &Path, force: bool) -> Result<monteclora_converters::Adapter> {
+    let adapter = monteclora_converters::Adapter::read(path)?;
+    if !force && !adapter.has_effect()? {
+        return Err(Incompatible(format!(
+            "`{}` changes nothing: B A is zero at every site; was it saved before training? Pass --force to go on",
+            path.display()
+        ))
+        .into());
+    }
+    Ok(adapter)
+}
+
+/// Fails with every problem of `adapter` on `base`, before anything is loaded.
+pub(crate) fn require_fit(
+    adapter: &monteclora_converters::Adapter,
+    base: &monteclora_converters::ModelFiles,
+) -> Result<()> {
+    let problems = adapter.check_against(base)?;
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(monteclora_converters::Error::Incompatible {
+        base: base.dir().to_owned(),
+        problems: monteclora_converters::Problems(problems),
+    }
+    .into())
+}

@@ -1,0 +1,380 @@
+//! `quickstart`: the whole job on a real model.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use monteclora_converters::{Adapter, LoraOptions};
+use serde::Serialize;
+
+use super::train::{Prepared, execute, prepare, stop_on_signals};
+use super::{Interrupted, print, print_json, read_effective, require_empty};
+use crate::cli::QuickstartArgs;
+use crate::config::RunConfig;
+use crate::data::{Dataset, RowContent};
+use crate::hub::{self, HubOptions, Located};
+use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
+use crate::{progress, smollm2};
+
+const TRAIN: &str = include_str!("../../examples/tickets/train.jsonl");
+const VALID: &str = include_str!("../../examples/tickets/valid.jsonl");
+const TEST: &str = include_str!("../../examples/tickets/test.jsonl");
+
+/// Longest answer; the JSON objects have about twenty tokens.
+const MAX_NEW_TOKENS: usize = 40;
+
+/// Test rows decoded together.
+const DECODE_BATCH: usize = 20;
+
+#[derive(Debug, Clone, Serialize)]
+struct Score {
+    exact_match: f64,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct Served {
+    question: String,
+    answer: String,
+    model: String,
+    /// Our decoder's greedy answer to the same question.
+    ours: String,
+    /// Whether mistral.rs gave the same tokens.
+    equal: bool,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct ParityScore {
+    positions: usize,
+    max_abs_diff: f64,
+    top1_agreement: f64,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct Report {
+    model: String,
+    train_rows: usize,
+    test_rows: usize,
+    steps: u64,
+    train_s: f64,
+    total_s: f64,
+    base: Score,
+    mean: Score,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parity: Option<ParityScore>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    served: Option<Served>,
+}
+
+struct Paths {
+    data: PathBuf,
+    adapter: PathBuf,
+    collapsed: PathBuf,
+    run: PathBuf,
+    serve: PathBuf,
+}
+
+pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
+    let began = Instant::now();
+    let out = &args.output_dir;
+    require_empty(out, args.force)?;
+    let base = match &args.model_id {
+        Some(id) => hub::locate(id, &HubOptions::default())?,
+        None => smollm2::locate()?,
+    };
+    tracing::info!("base model: {}", base.name);
+    let paths = lay_out(out, &base, args)?;
+    let text = std::fs::read_to_string(&paths.run)
+        .with_context(|| format!("cannot read `{}`", paths.run.display()))?;
+    let overrides: Vec<String> = args
+        .max_steps
+        .map(|n| format!("train.max_steps={n}"))
+        .into_iter()
+        .collect();
+    let config = RunConfig::from_toml(&text, &paths.run.display().to_string(), &overrides)?;
+    let prepared = prepare(config, Some(base.clone()))?;
+
+    let (outcome, decoder) = execute(
+        &prepared,
+        None,
+        candle_core::Device::Cpu,
+        stop_on_signals()?,
+    )?;
+    if outcome.interrupted {
+        return Err(Interrupted(format!(
+            "interrupted at step {}; continue with `monteclora train -c {} --resume auto`",
+            outcome.steps,
+            paths.run.display()
+        ))
+        .into());
+    }
+    let adapter = read_effective(&paths.adapter, false)?;
+    adapter.write_lora(
+        &paths.collapsed,
+        &LoraOptions {
+            dtype: None,
+            overwrite: args.force,
+        },
+    )?;
+
+    let test = Dataset::open(
+        &paths.data.join("test.jsonl"),
+        None,
+        prepared.train.encoder().clone(),
+    )?;
+    let questions = Questions::new(&test)?;
+    let base_answers = questions.answer("base model", &decoder, &ActiveAdapter::default())?;
+    let mean = ActiveAdapter::from_adapter(&adapter, decoder.config(), decoder.device())?;
+    let mean_answers = questions.answer("posterior mean", &decoder, &mean)?;
+    drop(decoder);
+
+    let mut report = Report {
+        model: base.name.clone(),
+        train_rows: prepared.train.len(),
+        test_rows: test.len(),
+        steps: outcome.steps,
+        train_s: outcome.seconds,
+        total_s: 0.0,
+        base: questions.score(&base_answers)?,
+        mean: questions.score(&mean_answers)?,
+        parity: None,
+        served: None,
+    };
+    served(
+        &mut report,
+        &prepared,
+        &paths,
+        &adapter,
+        &questions,
+        &mean_answers,
+    )?;
+    report.total_s = began.elapsed().as_secs_f64();
+    crate::session::write_json(&out.join("quickstart.json"), &report)?;
+    if args.json {
+        print_json(&report)?;
+    } else {
+        print(&describe(&report, &paths))?;
+    }
+    match &report.served {
+        Some(served) if !served.equal => Err(super::Numerical(
+            "mistral.rs and our decoder gave different tokens for the same question".to_owned(),
+        )
+        .into()),
+        _ => Ok(()),
+    }
+}
+
+/// Writes data, run.toml and serve.toml into the output directory, so that every step can be repeated by hand.
+fn lay_out(out: &Path, base: &Located, args: &QuickstartArgs) -> Result<Paths> {
+    let paths = Paths {
+        data: out.join("data"),
+        adapter: out.join("adapter"),
+        collapsed: out.join("lora"),
+        run: out.join("run.toml"),
+        serve: out.join("serve.toml"),
+    };
+    std::fs::create_dir_all(&paths.data)
+        .with_context(|| format!("cannot create `{}`", paths.data.display()))?;
+    let write = |path: PathBuf, text: &str| {
+        std::fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))
+    };
+    for (name, text) in [("train", TRAIN), ("valid", VALID), ("test", TEST)] {
+        write(paths.data.join(format!("{name}.jsonl")), text)?;
+    }
+    require_empty(&paths.adapter, args.force)?;
+    let model = toml::Value::from(base.dir.display().to_string());
+    let path = |path: &Path| toml::Value::from(path.display().to_string());
+    let run = format!(
+        "# What `monteclora quickstart` ran; repeat it with: monteclora train -c {}\n\
+         seed = 42\n\n[model]\nmodel_id = {model}\n\n[data]\ntrain = {}\nvalid = {}\nmax_seq_length = 256\npacking = false\n\n\
+         [lora]\nmethod = \"monteclora\"\nr = 16\nlora_alpha = 32\ntarget_modules = \"all-linear\"\n\n\
+         [train]\noutput_dir = {}\nnum_train_epochs = 1\nper_device_train_batch_size = 8\nlearning_rate = 1e-3\n\
+         logging_steps = 5\neval_steps = 40\nsave_steps = 50\n",
+        paths.run.display(),
+        path(&paths.data.join("train.jsonl")),
+        path(&paths.data.join("valid.jsonl")),
+        path(&paths.adapter),
+    );
+    write(paths.run.clone(), &run)?;
+    let serve = format!(
+        "[server]\nhost = \"127.0.0.1\"\nport = 1234\n\n[[models]]\nmodel_id = {model}\nname = \"smollm2\"\n\n\
+         [models.device]\ncpu = true\n\n[[models.adapters]]\ntype = \"monteclora\"\nalias = \"triage\"\nsource = \"adapter\"\n"
+    );
+    write(paths.serve.clone(), &serve)?;
+    Ok(paths)
+}
+
+/// The test rows as prompts with the expected answers.
+struct Questions<'a> {
+    data: &'a Dataset,
+    prompts: Vec<Vec<u32>>,
+    texts: Vec<Vec<crate::data::Message>>,
+    expected: Vec<String>,
+    settings: GenerationSettings,
+}
+
+impl<'a> Questions<'a> {
+    fn new(data: &'a Dataset) -> Result<Self> {
+        let encoder = data.encoder();
+        let mut questions = Self {
+            prompts: Vec::new(),
+            texts: Vec::new(),
+            expected: Vec::new(),
+            settings: GenerationSettings {
+                max_new_tokens: MAX_NEW_TOKENS,
+                stop_tokens: encoder.tokenizer().stop_ids(encoder.template()),
+                batch_size: DECODE_BATCH,
+            },
+            data,
+        };
+        for index in 0..data.len() {
+            let (_, row) = data.row(index)?;
+            let RowContent::Conversation { messages, .. } = &row.content else {
+                continue;
+            };
+            let Some((answer, prompt)) = messages.split_last() else {
+                continue;
+            };
+            questions.prompts.push(encoder.prompt_tokens(prompt, &[])?);
+            questions.texts.push(prompt.to_vec());
+            questions.expected.push(answer.content().to_owned());
+        }
+        Ok(questions)
+    }
+
+    fn answer(
+        &self,
+        name: &'static str,
+        decoder: &Decoder,
+        adapter: &ActiveAdapter,
+    ) -> Result<Vec<Generation>> {
+        tracing::info!(
+            "answering {} test tickets with the {name}",
+            self.prompts.len()
+        );
+        let bar = progress::items(name, self.prompts.len() as u64);
+        let answers = decoder.generate(&self.prompts, adapter, &self.settings, |done| {
+            bar.set_position(done as u64)
+        })?;
+        bar.finish_and_clear();
+        Ok(answers)
+    }
+
+    fn text(&self, answer: &Generation) -> Result<String> {
+        Ok(self
+            .data
+            .encoder()
+            .tokenizer()
+            .decode(&answer.tokens, true)?)
+    }
+
+    fn score(&self, answers: &[Generation]) -> Result<Score> {
+        let mut exact = 0usize;
+        for (answer, expected) in answers.iter().zip(&self.expected) {
+            exact += usize::from(answer.stopped && self.text(answer)?.trim() == expected);
+        }
+        Ok(Score {
+            exact_match: exact as f64 / answers.len().max(1) as f64,
+        })
+    }
+}
+
+/// Loads the collapsed adapter into mistral.rs, compares logits and asks the first test ticket.
+#[cfg(feature = "mistralrs")]
+fn served(
+    report: &mut Report,
+    prepared: &Prepared,
+    paths: &Paths,
+    adapter: &Adapter,
+    questions: &Questions<'_>,
+    answers: &[Generation],
+) -> Result<()> {
+    use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
+    tracing::info!("loading the collapsed adapter into mistral.rs");
+    let base = prepared.base.dir.as_path();
+    let sequences: Vec<Vec<u32>> = questions.prompts.iter().take(3).cloned().collect();
+    let parity = super::parity::engines(base, (&paths.collapsed, adapter), &sequences)?;
+    report.parity = parity.ours_vs_mistralrs.as_ref().map(|a| ParityScore {
+        positions: parity.positions,
+        max_abs_diff: a.max_abs_diff,
+        top1_agreement: a.top1_agreement,
+    });
+    let loader = MonteCloraLoader::builder(base, "triage")
+        .adapter(&paths.collapsed)
+        .device(candle_core::Device::Cpu)
+        .build()?;
+    let engine = Engine::start(&loader)?;
+    let messages: Vec<ChatMessage> = questions.texts[0]
+        .iter()
+        .map(|m| ChatMessage::new(m.role().name(), m.content()))
+        .collect();
+    let answer = engine.ask(&messages, MAX_NEW_TOKENS)?;
+    engine.shut_down()?;
+    let ours = &answers[0];
+    // mistral.rs counts the stop token among its own; we do not.
+    let theirs: Vec<u32> = answer
+        .token_ids
+        .iter()
+        .copied()
+        .take_while(|t| !questions.settings.stop_tokens.contains(t))
+        .collect();
+    report.served = Some(Served {
+        question: questions.texts[0]
+            .last()
+            .map(|m| m.content().to_owned())
+            .unwrap_or_default(),
+        answer: answer.text,
+        model: "triage".to_owned(),
+        ours: questions.text(ours)?,
+        equal: theirs == ours.tokens,
+    });
+    Ok(())
+}
+
+#[cfg(not(feature = "mistralrs"))]
+fn served(
+    _: &mut Report,
+    _: &Prepared,
+    _: &Paths,
+    _: &Adapter,
+    _: &Questions<'_>,
+    _: &[Generation],
+) -> Result<()> {
+    tracing::warn!("built without the feature `mistralrs`: nothing is served");
+    Ok(())
+}
+
+fn describe(report: &Report, paths: &Paths) -> String {
+    let mut text = format!(
+        "\n{}: {} training tickets, {} steps in {:.0} s ({:.0} s in all)\n\n\
+         exact match on {} unseen tickets\n  base            {:>5.1} %\n  posterior mean  {:>5.1} %\n",
+        report.model,
+        report.train_rows,
+        report.steps,
+        report.train_s,
+        report.total_s,
+        report.test_rows,
+        100.0 * report.base.exact_match,
+        100.0 * report.mean.exact_match
+    );
+    if let (Some(parity), Some(served)) = (&report.parity, &report.served) {
+        text.push_str(&format!(
+            "\nmistral.rs with the collapsed adapter against our decoder, {} positions\n  largest logit difference  {:.2e}\n  same top token            {:.2} %\n\
+             \nquestion     {}\nmistral.rs   {}\nour decoder  {}\n",
+            parity.positions,
+            parity.max_abs_diff,
+            100.0 * parity.top1_agreement,
+            served.question,
+            served.answer,
+            served.ours
+        ));
+    }
+    text.push_str(&format!(
+        "\nnext\n  monteclora serve -c {}\n  curl -s http://127.0.0.1:1234/v1/chat/completions -H 'content-type: application/json' \\\n    \
+         -d '{{\"model\": \"triage\", \"temperature\": 0, \"messages\": [{{\"role\": \"system\", \"content\": \"Sort the support ticket. Answer with one line of JSON: category, priority, product.\"}}, \
+         {{\"role\": \"user\", \"content\": \"my tablet will not turn on and i need it today\"}}]}}'\n  monteclora inspect {}\n  monteclora train -c {}   # edit it for your own data\n",
+        paths.serve.display(),
+        paths.adapter.display(),
+        paths.run.display()
+    ));
+    text
+}

@@ -1,0 +1,85 @@
+//! `serve`: mistral.rs's OpenAI-compatible server with adapters loaded.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use mistralrs_monteclora::{AdapterSection, Error as ServeError, ModelSection, ServeFile, serve};
+
+use super::Usage;
+use crate::cli::{DtypeArg, ServeArgs};
+use crate::hub::{self, HubOptions};
+
+pub(super) fn run(args: &ServeArgs) -> Result<()> {
+    let mut file = match (&args.config, &args.model_id) {
+        (Some(path), _) => ServeFile::read(path)?,
+        (None, Some(model_id)) => ServeFile {
+            models: vec![model_section(model_id, args)?],
+            ..ServeFile::default()
+        },
+        (None, None) => {
+            return Err(Usage("serve needs -c serve.toml, or -m BASE".to_owned()).into());
+        }
+    };
+    if let Some(host) = &args.host {
+        file.server.host.clone_from(host);
+    }
+    if let Some(port) = args.port {
+        file.server.port = port;
+    }
+    let token_source = args.options.token_source.clone();
+    let locate = move |id: &str, revision: Option<&str>| -> Result<PathBuf, ServeError> {
+        let options = HubOptions {
+            revision: revision.map(str::to_owned),
+            token_source: token_source.clone(),
+        };
+        hub::locate(id, &options)
+            .map(|located| located.dir)
+            .map_err(|error| ServeError::NotFound {
+                path: PathBuf::from(id),
+                message: format!("{error:#}"),
+            })
+    };
+    let config = file.resolve(&locate)?;
+    serve(&config, |address| {
+        tracing::info!("serving on http://{address}; stop with ctrl-c");
+    })?;
+    Ok(())
+}
+
+fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {
+    if model_id.ends_with(".gguf") {
+        return Err(Usage(format!(
+            "serve does not load GGUF: run `monteclora import-gguf {model_id} -o DIR` and serve DIR"
+        ))
+        .into());
+    }
+    let adapters = args
+        .adapters
+        .iter()
+        .map(|text| match text.split_once('=') {
+            Some((alias, source)) if !alias.is_empty() && !source.is_empty() => {
+                Ok(AdapterSection {
+                    kind: None,
+                    alias: alias.to_owned(),
+                    source: source.to_owned(),
+                    revision: None,
+                })
+            }
+            _ => Err(Usage(format!("--adapter {text}: expected ALIAS=PATH"))),
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let dtype = match args.options.dtype {
+        DtypeArg::Auto => None,
+        other => Some(format!("{other:?}").to_lowercase()),
+    };
+    let mut section = ModelSection {
+        model_id: model_id.to_owned(),
+        revision: args.options.revision.clone(),
+        dtype,
+        chat_template: args.options.chat_template.clone(),
+        adapters,
+        ..ModelSection::default()
+    };
+    section.device.cpu = args.options.cpu;
+    Ok(section)
+}

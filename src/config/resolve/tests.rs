@@ -1,0 +1,420 @@
+//! Defaults, presets, overrides, and every refusal word for word.
+
+use super::*;
+use crate::{
+    config::run::{DataFormat, DtypeChoice, LrSchedulerType, Objective, Preset, Report},
+    data::{Overlong, TrainOn},
+};
+
+const LEAST: &str =
+    "[model]\nmodel_id = \"m\"\n[data]\ntrain = \"t.jsonl\"\n[train]\noutput_dir = \"o\"\n";
+
+/// The example of the documentation.
+const WHOLE: &str = r#"
+seed = 7
+[model]
+model_id = "HuggingFaceTB/SmolLM2-135M-Instruct"
+revision = "main"
+dtype = "f32"
+[data]
+train = "train.jsonl"
+valid = "valid.jsonl"
+format = "auto"
+apply_chat_template = true
+train_on = "last_assistant"
+max_seq_length = 512
+overlong = "truncate"
+packing = false
+[lora]
+method = "monteclora"
+r = 8
+lora_alpha = 16
+lora_dropout = 0.0
+target_modules = ["q_proj", "v_proj"]
+exclude_modules = "model\\.layers\\.0\\..*"
+layers_to_transform = [1, 2]
+layers_pattern = "layers"
+rank_pattern = { v_proj = 4, "layers.1.q_proj" = 2 }
+alpha_pattern = { v_proj = 8.0 }
+use_rslora = true
+[lora.monteclora]
+preset = "peft"
+num_samples = 2
+objective = "peft"
+[train]
+output_dir = "out"
+max_steps = 10
+per_device_train_batch_size = 2
+gradient_accumulation_steps = 4
+learning_rate = 1e-3
+variational_learning_rate = 1e-2
+lr_scheduler_type = "cosine"
+warmup_ratio = 0.1
+weight_decay = 0.01
+max_grad_norm = 0
+logging_steps = 1
+eval_steps = 5
+save_steps = 5
+save_total_limit = 0
+load_best_model_at_end = true
+early_stopping_patience = 2
+report_to = "jsonl"
+[eval]
+posterior_samples = 0
+ece_bins = 10
+"#;
+
+fn read(text: &str, overrides: &[&str]) -> Result<RunConfig, ConfigError> {
+    let overrides: Vec<String> = overrides.iter().map(|entry| (*entry).to_owned()).collect();
+    RunConfig::from_toml(text, "run.toml", &overrides)
+}
+
+fn good(text: &str, overrides: &[&str]) -> RunConfig {
+    read(text, overrides).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn problems(text: &str, overrides: &[&str]) -> Vec<String> {
+    match read(text, overrides) {
+        Err(ConfigError::Invalid { problems }) => problems,
+        other => panic!("expected problems, found {other:?}"),
+    }
+}
+
+#[test]
+fn three_keys_are_enough() {
+    let config = good(LEAST, &[]);
+    assert_eq!(config.seed, 42);
+    assert_eq!(config.model.dtype, DtypeChoice::Auto);
+    assert_eq!(
+        config.data,
+        DataConfig {
+            train: "t.jsonl".into(),
+            ..DataConfig::default()
+        }
+    );
+    assert_eq!(config.lora, LoraConfig::default());
+    // Without validation rows there is no best model.
+    assert_eq!(
+        config.train,
+        TrainConfig {
+            output_dir: "o".into(),
+            load_best_model_at_end: false,
+            ..TrainConfig::default()
+        }
+    );
+    assert_eq!(config.eval, EvalConfig::default());
+    assert!(
+        good(LEAST, &["data.valid=v.jsonl"])
+            .train
+            .load_best_model_at_end
+    );
+}
+
+#[test]
+fn every_key_arrives() {
+    let config = good(WHOLE, &[]);
+    assert_eq!(config.seed, 7);
+    assert_eq!(config.model.revision.as_deref(), Some("main"));
+    assert_eq!(config.data.max_seq_length, Some(512));
+    assert_eq!(
+        (
+            config.data.train_on,
+            config.data.overlong,
+            config.data.packing,
+            config.data.format
+        ),
+        (
+            TrainOn::LastAssistant,
+            Overlong::Truncate,
+            false,
+            DataFormat::Auto
+        )
+    );
+    let lora = &config.lora;
+    assert_eq!((lora.r, lora.lora_alpha, lora.use_rslora), (8, 16.0, true));
+    assert_eq!(
+        lora.target_modules,
+        ModuleSelection::Names(vec!["q_proj".into(), "v_proj".into()])
+    );
+    assert_eq!(
+        lora.exclude_modules,
+        Some(ModuleSelection::Regex(r"model\.layers\.0\..*".into()))
+    );
+    assert_eq!(lora.layers_to_transform, Some(vec![1, 2]));
+    assert_eq!(lora.layers_pattern, ["layers"]);
+    // The order of the file decides which pattern matches first.
+    assert_eq!(
+        lora.rank_pattern.keys().collect::<Vec<_>>(),
+        ["v_proj", "layers.1.q_proj"]
+    );
+    assert_eq!(lora.alpha_pattern["v_proj"], 8.0);
+    let train = &config.train;
+    assert_eq!(train.length, Length::Steps(10));
+    assert_eq!(train.lr_scheduler_type, LrSchedulerType::Cosine);
+    assert_eq!(
+        (train.learning_rate, train.variational_learning_rate),
+        (1e-3, Some(1e-2))
+    );
+    assert_eq!(
+        (
+            train.max_grad_norm,
+            train.save_total_limit,
+            train.early_stopping_patience
+        ),
+        (0.0, 0, 2)
+    );
+    assert_eq!(train.report_to, [Report::Jsonl]);
+    assert_eq!(config.eval.ece_bins, 10);
+}
+
+#[test]
+fn presets_give_way_to_explicit_keys() {
+    let config = good(WHOLE, &[])
+        .lora
+        .monteclora
+        .expect("the method's section");
+    assert_eq!(
+        config,
+        MonteCloraConfig {
+            preset: Preset::Peft,
+            objective: Objective::Peft,
+            num_samples: 2,
+            sample_scaler: 1e-4,
+            kl_loss_weight: 1e-5,
+            dirichlet_prior: 0.1,
+            use_entropy: false,
+        }
+    );
+    let paper = MonteCloraConfig::preset(Preset::Paper);
+    assert_eq!(
+        (
+            paper.num_samples,
+            paper.sample_scaler,
+            paper.dirichlet_prior,
+            paper.use_entropy
+        ),
+        (4, 5e-3, 1.0, true)
+    );
+    assert_eq!(
+        MonteCloraConfig {
+            preset: Preset::Paper,
+            ..MonteCloraConfig::default()
+        },
+        paper
+    );
+    assert_eq!(good(WHOLE, &["lora.method=lora"]).lora.monteclora, None);
+}
+
+#[test]
+fn overrides_beat_the_file() {
+    let config = good(
+        WHOLE,
+        &[
+            "seed=1",
+            "lora.r=4",
+            "lora.target_modules=all-linear",
+            "train.output_dir=runs/a b",
+            "train.learning_rate = 2e-4",
+            "lora.monteclora.use_entropy=true",
+            "lora.rank_pattern={}",
+            "train.num_train_epochs=2",
+        ],
+    );
+    assert_eq!((config.seed, config.lora.r), (1, 4));
+    assert_eq!(config.lora.target_modules, ModuleSelection::AllLinear);
+    assert_eq!(config.train.output_dir, Path::new("runs/a b"));
+    assert_eq!(config.train.learning_rate, 2e-4);
+    assert!(config.lora.monteclora.expect("section").use_entropy);
+    assert!(config.lora.rank_pattern.is_empty());
+    // The file says max_steps; the command line wins.
+    assert_eq!(config.train.length, Length::Epochs(2.0));
+    assert_eq!(
+        good(
+            "",
+            &["model.model_id=m", "data.train=t", "train.output_dir=o"]
+        )
+        .model
+        .model_id,
+        "m"
+    );
+}
+
+#[test]
+fn bad_overrides_are_refused() {
+    assert_eq!(
+        problems(
+            LEAST,
+            &[
+                "lora.r",
+                "lora.lora_alfa=3",
+                "lora.r=0",
+                "lora.use_rslora=maybe"
+            ]
+        ),
+        [
+            "--set lora.r: has no value; write --set key.path=value",
+            "--set lora.lora_alfa: [lora] unknown key `lora_alfa`; did you mean `lora_alpha`?",
+            "--set lora.use_rslora: [lora] use_rslora: invalid type: string \"maybe\", expected a boolean",
+            "--set lora.r: [lora] r: found 0, expected at least 1",
+        ]
+    );
+    assert_eq!(
+        problems(&format!("seed = 3\n{LEAST}"), &["seed.x=1"]),
+        ["--set seed.x: `seed` is not a table"]
+    );
+}
+
+#[test]
+fn unknown_keys_are_named_with_line_and_suggestion() {
+    let text = "sed = 1\n[model]\nmodel_id = \"m\"\nlearning_rate = 1.0\n[data]\ntrain = \"t\"\n[lora]\nlora_alfa = 3\nzzz = 1\n\
+                [lora.monteclora]\nn_samples = 3\n[trian]\noutput_dir = \"o\"\n";
+    assert_eq!(
+        problems(text, &[]),
+        [
+            "run.toml:1: unknown key `sed`; did you mean `seed`?",
+            "run.toml:4: [model] unknown key `learning_rate`; it belongs in [train]",
+            "run.toml:8: [lora] unknown key `lora_alfa`; did you mean `lora_alpha`?",
+            "run.toml:9: [lora] unknown key `zzz`; known keys: method, init_from, r, lora_alpha, lora_dropout, target_modules, \
+             exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, use_rslora, monteclora",
+            "run.toml:11: [lora.monteclora] unknown key `n_samples`; did you mean `num_samples`?",
+            "run.toml:12: unknown key `trian`; did you mean [train]?",
+            "run.toml: [train] output_dir: is missing; give the directory to write the adapter to",
+        ]
+    );
+}
+
+#[test]
+fn wrong_types_are_all_reported() {
+    let text = "seed = -1\nmodel = 3\n[data]\ntrain = 5\nformat = \"csv\"\n[lora]\nr = \"16\"\ntarget_modules = 3\n[train]\noutput_dir = \"o\"\n";
+    let found = problems(text, &[]);
+    for expected in [
+        "run.toml:1: seed: invalid value: integer `-1`, expected u64",
+        "run.toml:2: model: found integer, expected a table",
+        "run.toml:4: [data] train: invalid type: integer `5`, expected path string",
+        "run.toml:5: [data] format: unknown variant `csv`, expected one of `auto`, `messages`, `prompt_completion`, `alpaca`, `sharegpt`, `text`",
+        "run.toml:7: [lora] r: invalid type: string \"16\", expected usize",
+        "run.toml:8: [lora] target_modules: expected one value or a list of them",
+    ] {
+        assert!(
+            found.iter().any(|problem| problem == expected),
+            "{expected}\n{found:#?}"
+        );
+    }
+}
+
+#[test]
+fn every_value_out_of_range_is_reported_at_once() {
+    let overrides = [
+        "data.max_seq_length=1",
+        "lora.r=0",
+        "lora.lora_alpha=nan",
+        "lora.lora_dropout=-0.1",
+        "lora.target_modules=[]",
+        "lora.exclude_modules=all-linear",
+        "lora.rank_pattern={a = 0}",
+        "lora.alpha_pattern={a = -1.0}",
+        "lora.layers_pattern=h",
+        "lora.monteclora.num_samples=0",
+        "lora.monteclora.sample_scaler=0.0",
+        "lora.monteclora.kl_loss_weight=-1e-5",
+        "lora.monteclora.dirichlet_prior=inf",
+        "train.num_train_epochs=0.0",
+        "train.per_device_train_batch_size=0",
+        "train.gradient_accumulation_steps=0",
+        "train.learning_rate=nan",
+        "train.variational_learning_rate=0",
+        "train.warmup_ratio=1.5",
+        "train.weight_decay=nan",
+        "train.adam_beta1=1.0",
+        "train.adam_beta2=-0.1",
+        "train.adam_epsilon=0.0",
+        "train.max_grad_norm=-1.0",
+        "train.logging_steps=0",
+        "train.eval_steps=0",
+        "train.save_steps=0",
+        "eval.ece_bins=0",
+        "data.valid=",
+    ];
+    let found = problems(LEAST, &overrides);
+    for entry in overrides {
+        let path = entry.split('=').next().expect("a path");
+        let place = format!("--set {path}: ");
+        assert_eq!(
+            found
+                .iter()
+                .filter(|problem| problem.starts_with(&place))
+                .count(),
+            1,
+            "{path}\n{found:#?}"
+        );
+    }
+    assert_eq!(found.len(), overrides.len(), "{found:#?}");
+    assert!(found.contains(&"--set lora.lora_alpha: [lora] lora_alpha: found NaN, expected a finite number above 0".to_owned()));
+    let text = ConfigError::Invalid { problems: found }.to_string();
+    assert!(text.ends_with("\nand 9 more"), "{text}");
+}
+
+#[test]
+fn what_is_required_and_what_excludes_each_other() {
+    assert_eq!(
+        problems(
+            "[train]\nnum_train_epochs = 1\nmax_steps = 5\n",
+            &["lora.target_modules=.*q_proj", "lora.layers_to_transform=1"]
+        ),
+        [
+            "run.toml: [data] train: is missing; give a JSON Lines file",
+            "run.toml: [model] model_id: is missing; give a local directory or a Hub id",
+            "--set lora.layers_to_transform: [lora] layers_to_transform: cannot be combined with a regular expression in target_modules; put the layers into the expression",
+            "run.toml: [train] output_dir: is missing; give the directory to write the adapter to",
+            "run.toml:3: [train] max_steps: cannot be given together with num_train_epochs; keep one of them",
+        ]
+    );
+}
+
+#[test]
+fn what_is_not_supported_is_refused() {
+    let config = good(LEAST, &[]);
+    assert!(config.unsupported().is_empty());
+    assert_eq!(
+        problems(LEAST, &["train.report_to=[\"jsonl\", \"tensorboard\"]"]),
+        ["run.toml: [train] report_to: \"tensorboard\" is not supported yet; use [\"jsonl\"]"]
+    );
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let error = RunConfig::load(Path::new("no/run.toml"), &[]).expect_err("missing");
+    assert_eq!(
+        error.to_string(),
+        "cannot read `no/run.toml`; give the path of a TOML file with -c"
+    );
+    assert_eq!(error.exit_code(), 2);
+    let error = read("seed = 1\n[model\n", &[]).expect_err("syntax");
+    assert!(
+        error
+            .to_string()
+            .starts_with("run.toml:2: not valid TOML: "),
+        "{error}"
+    );
+    let error = read("seed = 1\nseed = 2\n", &[]).expect_err("twice");
+    assert!(
+        error
+            .to_string()
+            .starts_with("run.toml:2: not valid TOML: duplicate key"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_resolved_form_is_json() {
+    let json = serde_json::to_value(good(WHOLE, &[])).expect("serialises");
+    assert_eq!(json["train"]["max_steps"], 10);
+    assert_eq!(json["train"].get("num_train_epochs"), None);
+    assert_eq!(json["lora"]["method"], "monteclora");
+    assert_eq!(json["lora"]["target_modules"][0], "q_proj");
+    assert_eq!(json["lora"]["monteclora"]["preset"], "peft");
+    assert_eq!(
+        serde_json::to_value(good(LEAST, &[])).expect("serialises")["lora"]["target_modules"],
+        "all-linear"
+    );
+}

@@ -1,0 +1,460 @@
+//! The resolved run: plain, valid, with the defaults of every section in one place each.
+
+use std::path::PathBuf;
+
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+
+use super::file::OneOrMany;
+use crate::data::{BatchOptions, EncodeOptions, Overlong, RowFormat, TrainOn};
+
+/// A training run, checked. Made by [`RunConfig::load`]; serialises to the JSON that run.json records.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunConfig {
+    /// Root of every random stream: initial values, order of rows, dropout, noise.
+    pub seed: u64,
+    /// `[model]`
+    pub model: ModelConfig,
+    /// `[data]`
+    pub data: DataConfig,
+    /// `[lora]`
+    pub lora: LoraConfig,
+    /// `[train]`
+    pub train: TrainConfig,
+    /// `[eval]`
+    pub eval: EvalConfig,
+}
+
+/// The seed of a run that names none.
+pub(super) const DEFAULT_SEED: u64 = 42;
+
+/// `[model]`: the frozen base.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ModelConfig {
+    /// A local directory, a Hub id, or a local GGUF file. Required: empty in the default.
+    pub model_id: String,
+    /// Branch, tag or commit on the Hub.
+    pub revision: Option<String>,
+    /// Type of the base's weights in memory.
+    pub dtype: DtypeChoice,
+    /// A Jinja (or JSON) file in place of the model's own chat template.
+    pub chat_template: Option<PathBuf>,
+}
+
+/// Type of the base's weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DtypeChoice {
+    /// f32 on a CPU.
+    #[default]
+    Auto,
+    /// 32 bits.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16 bits.
+    F16,
+}
+
+/// `[data]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DataConfig {
+    /// Training rows. Required: empty in the default.
+    pub train: PathBuf,
+    /// Validation rows; without, evaluation, best model and early stopping are off.
+    pub valid: Option<PathBuf>,
+    /// Format of the rows.
+    pub format: DataFormat,
+    /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
+    pub apply_chat_template: bool,
+    /// Which turns of a conversation carry loss.
+    pub train_on: TrainOn,
+    /// Longest example in tokens, at least 2; `None` is min(1024, the model's max_position_embeddings).
+    pub max_seq_length: Option<usize>,
+    /// What happens to a longer one.
+    pub overlong: Overlong,
+    /// Whether examples are put together up to `max_seq_length` tokens; the batch size then counts packs.
+    pub packing: bool,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self {
+            train: PathBuf::new(),
+            valid: None,
+            format: DataFormat::Auto,
+            apply_chat_template: true,
+            train_on: TrainOn::Assistant,
+            max_seq_length: None,
+            overlong: Overlong::Error,
+            packing: true,
+        }
+    }
+}
+
+impl DataConfig {
+    /// The length limit in tokens for a model of so many positions.
+    pub fn max_seq_length_for(&self, max_position_embeddings: usize) -> usize {
+        self.max_seq_length
+            .unwrap_or(max_position_embeddings.min(1024))
+    }
+
+    /// How rows become examples, given the length limit.
+    pub fn encode_options(&self, max_seq_length: usize) -> EncodeOptions {
+        EncodeOptions {
+            train_on: self.train_on,
+            apply_chat_template: self.apply_chat_template,
+            max_seq_length,
+            overlong: self.overlong,
+        }
+    }
+}
+
+/// `data.format`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DataFormat {
+    /// Found out over all rows.
+    Auto,
+    /// [`RowFormat::Messages`].
+    Messages,
+    /// [`RowFormat::PromptCompletion`].
+    PromptCompletion,
+    /// [`RowFormat::Alpaca`].
+    Alpaca,
+    /// [`RowFormat::Sharegpt`].
+    Sharegpt,
+    /// [`RowFormat::Text`].
+    Text,
+}
+
+impl DataFormat {
+    /// The format, or `None` to detect it.
+    pub fn row_format(self) -> Option<RowFormat> {
+        match self {
+            Self::Auto => None,
+            Self::Messages => Some(RowFormat::Messages),
+            Self::PromptCompletion => Some(RowFormat::PromptCompletion),
+            Self::Alpaca => Some(RowFormat::Alpaca),
+            Self::Sharegpt => Some(RowFormat::Sharegpt),
+            Self::Text => Some(RowFormat::Text),
+        }
+    }
+}
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// LoRA with a variational posterior over A.
+    #[serde(rename = "monteclora")]
+    MonteClora,
+    /// Plain LoRA.
+    Lora,
+    /// LoRA with A frozen at its initial value.
+    LoraFa,
+}
+
+/// Which modules a list or pattern selects; PEFT's rules.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(into = "OneOrMany<String>")]
+pub enum ModuleSelection {
+    /// Every linear layer of the decoder blocks.
+    AllLinear,
+    /// Module names: the whole path, or its end after a dot.
+    Names(Vec<String>),
+    /// A regular expression that matches the whole path.
+    Regex(String),
+}
+
+impl From<ModuleSelection> for OneOrMany<String> {
+    fn from(selection: ModuleSelection) -> Self {
+        match selection {
+            ModuleSelection::AllLinear => Self::One("all-linear".to_owned()),
+            ModuleSelection::Names(names) => Self::Many(names),
+            ModuleSelection::Regex(pattern) => Self::One(pattern),
+        }
+    }
+}
+
+/// `[lora]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LoraConfig {
+    /// What is trained.
+    pub method: Method,
+    /// An adapter directory to start from.
+    pub init_from: Option<PathBuf>,
+    /// Rank, at least 1.
+    pub r: usize,
+    /// Above 0. The update is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+    pub lora_alpha: f64,
+    /// Probability that an input of A is zeroed in training, in [0, 1).
+    pub lora_dropout: f64,
+    /// Which modules are adapted.
+    pub target_modules: ModuleSelection,
+    /// Which of them are not.
+    pub exclude_modules: Option<ModuleSelection>,
+    /// Indices of the layers that are adapted; `None` is all.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// Names of the list that the layers are in, where it is not the usual one.
+    pub layers_pattern: Vec<String>,
+    /// Rank by module pattern; the first that matches, in the file's order.
+    pub rank_pattern: IndexMap<String, usize>,
+    /// Alpha by module pattern; the first that matches, in the file's order.
+    pub alpha_pattern: IndexMap<String, f64>,
+    /// Scale by the square root of the rank.
+    pub use_rslora: bool,
+    /// `[lora.monteclora]`; `None` for the other methods, whose files may keep the section.
+    pub monteclora: Option<MonteCloraConfig>,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            method: Method::MonteClora,
+            init_from: None,
+            r: 16,
+            lora_alpha: 32.0,
+            lora_dropout: 0.0,
+            target_modules: ModuleSelection::AllLinear,
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: Vec::new(),
+            rank_pattern: IndexMap::new(),
+            alpha_pattern: IndexMap::new(),
+            use_rslora: false,
+            monteclora: Some(MonteCloraConfig::default()),
+        }
+    }
+}
+
+/// A named set of [`MonteCloraConfig`] values; explicit keys win.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preset {
+    /// PEFT 0.21's defaults.
+    Peft,
+    /// The values of the paper's GLUE experiments (arXiv:2411.04358).
+    Paper,
+    /// Equal to `paper`.
+    #[default]
+    Recommended,
+}
+
+/// Which divergences are minimised.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Objective {
+    /// The divergences themselves.
+    #[default]
+    Exact,
+    /// PEFT's formulas, for parity with it.
+    Peft,
+}
+
+/// `[lora.monteclora]`, with PEFT's names.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MonteCloraConfig {
+    /// The preset that the other values started from.
+    pub preset: Preset,
+    /// Which divergences are minimised.
+    pub objective: Objective,
+    /// Components of the mixture N, at least 1.
+    pub num_samples: usize,
+    /// Scale of the noise on A, above 0.
+    pub sample_scaler: f64,
+    /// Weight of the divergences in the loss, at least 0.
+    pub kl_loss_weight: f64,
+    /// Concentration of the Dirichlet prior, above 0.
+    pub dirichlet_prior: f64,
+    /// Whether the sum of squared mixture weights is added to the loss.
+    pub use_entropy: bool,
+}
+
+impl MonteCloraConfig {
+    /// The values of a preset.
+    pub fn preset(preset: Preset) -> Self {
+        let recommended = Self {
+            preset,
+            objective: Objective::Exact,
+            num_samples: 4,
+            sample_scaler: 5e-3,
+            kl_loss_weight: 1e-5,
+            dirichlet_prior: 1.0,
+            use_entropy: true,
+        };
+        match preset {
+            Preset::Paper | Preset::Recommended => recommended,
+            Preset::Peft => Self {
+                num_samples: 8,
+                sample_scaler: 1e-4,
+                dirichlet_prior: 0.1,
+                use_entropy: false,
+                ..recommended
+            },
+        }
+    }
+}
+
+impl Default for MonteCloraConfig {
+    fn default() -> Self {
+        Self::preset(Preset::default())
+    }
+}
+
+/// How long a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub enum Length {
+    /// Passes over the training rows, above 0; a part of a pass is allowed.
+    #[serde(rename = "num_train_epochs")]
+    Epochs(f64),
+    /// Optimiser steps, at least 1.
+    #[serde(rename = "max_steps")]
+    Steps(u64),
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrSchedulerType {
+    /// To 0 in a straight line.
+    Linear,
+    /// To 0 along half a cosine.
+    Cosine,
+    /// Not at all.
+    Constant,
+}
+
+/// Where metrics go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Report {
+    /// metrics.jsonl.
+    Jsonl,
+    /// TensorBoard event files.
+    Tensorboard,
+}
+
+/// `[train]`, with Hugging Face's names.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TrainConfig {
+    /// Where the adapter goes. Required: empty in the default.
+    pub output_dir: PathBuf,
+    /// `num_train_epochs` or `max_steps`.
+    #[serde(flatten)]
+    pub length: Length,
+    /// Examples (packs, with packing) that go through the model at once, at least 1.
+    pub per_device_train_batch_size: usize,
+    /// Batches an optimiser step, at least 1.
+    pub gradient_accumulation_steps: usize,
+    /// Largest learning rate of A and B, above 0.
+    pub learning_rate: f64,
+    /// Largest learning rate of the variational parameters, above 0; `None` is `learning_rate`.
+    pub variational_learning_rate: Option<f64>,
+    /// How the learning rate falls.
+    pub lr_scheduler_type: LrSchedulerType,
+    /// Share of the steps over which the learning rate rises from 0, in [0, 1].
+    pub warmup_ratio: f64,
+    /// AdamW's decoupled decay, at least 0.
+    pub weight_decay: f64,
+    /// AdamW's decay of the first moment, in [0, 1).
+    pub adam_beta1: f64,
+    /// AdamW's decay of the second moment, in [0, 1).
+    pub adam_beta2: f64,
+    /// AdamW's epsilon, above 0.
+    pub adam_epsilon: f64,
+    /// Largest norm of the whole gradient, at least 0; 0 is no limit.
+    pub max_grad_norm: f64,
+    /// Optimiser steps between `train` lines of metrics.jsonl, at least 1.
+    pub logging_steps: u64,
+    /// Optimiser steps between evaluations, at least 1.
+    pub eval_steps: u64,
+    /// Optimiser steps between checkpoints, at least 1.
+    pub save_steps: u64,
+    /// Checkpoints kept; 0 is all.
+    pub save_total_limit: usize,
+    /// Whether the adapter of the lowest validation loss is the one written at the end; off without `data.valid`.
+    pub load_best_model_at_end: bool,
+    /// Evaluations without improvement that end the run; 0 is off, and so is a run without `data.valid`.
+    pub early_stopping_patience: u64,
+    /// Where metrics go.
+    pub report_to: Vec<Report>,
+    /// Whether blocks are computed again in the backward pass to save memory.
+    pub gradient_checkpointing: bool,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            output_dir: PathBuf::new(),
+            length: Length::Epochs(1.0),
+            per_device_train_batch_size: 8,
+            gradient_accumulation_steps: 1,
+            learning_rate: 5e-4,
+            variational_learning_rate: None,
+            lr_scheduler_type: LrSchedulerType::Linear,
+            warmup_ratio: 0.03,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            logging_steps: 10,
+            eval_steps: 100,
+            save_steps: 100,
+            save_total_limit: 3,
+            load_best_model_at_end: true,
+            early_stopping_patience: 0,
+            report_to: vec![Report::Jsonl],
+            gradient_checkpointing: false,
+        }
+    }
+}
+
+/// `[eval]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct EvalConfig {
+    /// Posterior draws averaged beside the mean; 0 is none.
+    pub posterior_samples: usize,
+    /// Bins of the expected calibration error, at least 1.
+    pub ece_bins: usize,
+}
+
+impl Default for EvalConfig {
+    fn default() -> Self {
+        Self {
+            posterior_samples: 0,
+            ece_bins: 15,
+        }
+    }
+}
+
+impl RunConfig {
+    /// How training examples are put into batches, given the length limit.
+    pub fn batch_options(&self, max_seq_length: usize) -> BatchOptions {
+        BatchOptions {
+            batch_size: self.train.per_device_train_batch_size,
+            pack_tokens: self.data.packing.then_some(max_seq_length),
+            shuffle_seed: Some(self.seed),
+        }
+    }
+
+    /// What this configuration asks for and the trainer cannot do; refused when the file is read, never ignored.
+    pub fn unsupported(&self) -> Vec<String> {
+        let checks = [
+            (
+                self.train.report_to.contains(&Report::Tensorboard),
+                "[train] report_to: \"tensorboard\" is not supported yet; use [\"jsonl\"]",
+            ),
+            (
+                self.eval.posterior_samples > 0,
+                "[eval] posterior_samples: is not supported yet; set it to 0",
+            ),
+        ];
+        checks
+            .into_iter()
+            .filter(|(asked, _)| *asked)
+            .map(|(_, message)| message.to_owned())
+            .collect()
+    }
+}

@@ -1,0 +1,201 @@
+//! What can be wrong with data files, templates and tokenizers, and how it is said.
+
+use std::{fmt, io, path::PathBuf};
+
+/// How many offenders one report lists; the rest are counted.
+pub const MAX_SHOWN: usize = 20;
+
+/// One thing wrong with one row of a data file.
+///
+/// Displayed as `file:line: field: problem; fix`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RowProblem {
+    /// The data file, as the user wrote it.
+    pub path: PathBuf,
+    /// Line in the file, from 1.
+    pub line: usize,
+    /// The offending field, such as `messages[2].role`, or `row`.
+    pub field: String,
+    /// What is wrong.
+    pub problem: String,
+    /// What to do about it.
+    pub fix: String,
+}
+
+impl fmt::Display for RowProblem {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "{}:{}: {}: {}; {}",
+            self.path.display(),
+            self.line,
+            self.field,
+            self.problem,
+            self.fix
+        )
+    }
+}
+
+/// The problems found in a file: the first [`MAX_SHOWN`] and the number of all.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Problems {
+    shown: Vec<RowProblem>,
+    total: usize,
+}
+
+impl Problems {
+    /// Adds a problem; beyond [`MAX_SHOWN`] it is only counted.
+    pub fn push(&mut self, problem: RowProblem) {
+        self.total += 1;
+        if self.shown.len() < MAX_SHOWN {
+            self.shown.push(problem);
+        }
+    }
+
+    /// The problems that are kept in full, in file order.
+    pub fn shown(&self) -> &[RowProblem] {
+        &self.shown
+    }
+
+    /// The number of all problems.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
+    /// Whether nothing is wrong.
+    pub fn is_empty(&self) -> bool {
+        self.total == 0
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (idx, problem) in self.shown.iter().enumerate() {
+            let end = if idx + 1 < self.shown.len() { "\n" } else { "" };
+            write!(formatter, "{problem}{end}")?;
+        }
+        match self.total - self.shown.len() {
+            0 => Ok(()),
+            more => write!(formatter, "\nand {more} more"),
+        }
+    }
+}
+
+/// Errors of the data path.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// A data file is missing or cannot be read.
+    #[error("cannot read `{}`; give the path of a JSON Lines file", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A data file without a row.
+    #[error("`{}` holds no row; expected one JSON object a line", .path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A data file that is one JSON array.
+    #[error("`{}` is a JSON array; expected one JSON object a line: `jq -c '.[]' FILE > FILE.jsonl` converts it", .path.display())]
+    JsonArray {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Rows that cannot be used, all of them.
+    #[error("{0}")]
+    Rows(Problems),
+    /// Rows of more than one format.
+    #[error("`{}` mixes formats: {found}; split the file, or set data.format", .path.display())]
+    MixedFormats {
+        /// The file.
+        path: PathBuf,
+        /// Each format with its number of rows and its first line.
+        found: String,
+    },
+    /// Every row was dropped for its length.
+    #[error("every row of `{}` is longer than max_seq_length {max_seq_length}; raise data.max_seq_length, or set data.overlong = \"truncate\"", .path.display())]
+    AllDropped {
+        /// The file.
+        path: PathBuf,
+        /// The limit in tokens.
+        max_seq_length: usize,
+    },
+    /// A data file that is not what it was when it was checked.
+    #[error("{}:{line}: the file changed after it was checked; start again", .path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// Line in the file, from 1.
+        line: usize,
+    },
+    /// A chat template or tokenizer file named by the user that cannot be read.
+    #[error("cannot read `{}`", .path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A malformed file of the model.
+    #[error("`{}`: {message}", .path.display())]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        message: String,
+    },
+    /// A chat template that cannot be parsed.
+    #[error("`{}`: the chat template is not valid Jinja: {message}; give a corrected one with --chat-template", .path.display())]
+    TemplateSyntax {
+        /// Where the template comes from.
+        path: PathBuf,
+        /// The parser's message.
+        message: String,
+    },
+    /// A conversation given to a model that has no chat template.
+    #[error(
+        "the model has no chat template; give one with --chat-template, or use rows of prompt and completion with data.apply_chat_template = false"
+    )]
+    NoTemplate,
+    /// A chat template that refuses the conversation.
+    #[error("the chat template refuses the conversation: {message}")]
+    Render {
+        /// The template's message.
+        message: String,
+    },
+    /// Text or tokens that the tokenizer cannot handle.
+    #[error("the tokenizer failed: {message}")]
+    Tokenize {
+        /// The tokenizer's message.
+        message: String,
+    },
+    /// A tokenizer with ids that the model has no embedding for.
+    #[error("`{}`: token `{token}` has id {id}, but the model has {model_vocab} embeddings; the tokenizer belongs to another model", .path.display())]
+    Vocabulary {
+        /// tokenizer.json.
+        path: PathBuf,
+        /// The offending token.
+        token: String,
+        /// Its id.
+        id: u32,
+        /// Rows of the embedding matrix.
+        model_vocab: usize,
+    },
+}
+
+impl DataError {
+    /// The exit code: 2 for a template that is not there, 4 for a malformed model, 3 otherwise.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Missing { .. } | Self::NoTemplate => 2,
+            Self::Model { .. } | Self::TemplateSyntax { .. } | Self::Vocabulary { .. } => 4,
+            _ => 3,
+        }
+    }
+}

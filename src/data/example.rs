@@ -1,0 +1,541 @@
+//! The one place that turns a conversation into tokens: for training with a loss mask, for evaluation and for generation.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{
+    error::DataError,
+    rows::{FieldProblem, Message, Role, Row, RowContent},
+    template::ChatTemplate,
+    tokenizer::{SpannedToken, Tokenizer},
+};
+
+/// Which turns of a conversation carry loss. Prompt rows train the completion and text rows everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainOn {
+    /// Every assistant turn.
+    Assistant,
+    /// The last assistant turn.
+    LastAssistant,
+    /// Every assistant turn after the last user message.
+    Completion,
+    /// Every token of the conversation.
+    All,
+}
+
+/// What happens to an example of more than `max_seq_length` tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlong {
+    /// The row is an error.
+    Error,
+    /// The example is left out and counted.
+    Drop,
+    /// The first `max_seq_length` tokens are kept and the example counted.
+    Truncate,
+}
+
+/// How rows become examples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// Which turns carry loss.
+    pub train_on: TrainOn,
+    /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
+    pub apply_chat_template: bool,
+    /// Longest example, in tokens.
+    pub max_seq_length: usize,
+    /// What happens to a longer one.
+    pub overlong: Overlong,
+}
+
+/// One training sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// Token ids.
+    pub input_ids: Vec<u32>,
+    /// Whether each token is to be predicted; as long as `input_ids`. The first has no predecessor and never counts.
+    pub loss_mask: Vec<bool>,
+}
+
+impl Example {
+    /// The number of tokens that are predicted.
+    pub fn n_trained(&self) -> usize {
+        self.loss_mask
+            .iter()
+            .skip(1)
+            .filter(|trained| **trained)
+            .count()
+    }
+}
+
+/// What one row became.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncodedRow {
+    /// The examples that are left; more than one where the template rewrites earlier turns.
+    pub examples: Vec<Example>,
+    /// Examples left out for their length.
+    pub n_dropped: usize,
+    /// Examples cut to `max_seq_length`.
+    pub n_truncated: usize,
+}
+
+/// The answers to a row with `choices`, as tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChoiceSet {
+    /// What the answers follow.
+    pub prompt: Vec<u32>,
+    /// The tokens of each answer, without an end token.
+    pub choices: Vec<Vec<u32>>,
+    /// Which of them is right.
+    pub answer: usize,
+}
+
+/// Why a row has no tokens.
+#[derive(Debug)]
+pub enum RowError {
+    /// The row is at fault.
+    Problem(FieldProblem),
+    /// The model or the tokenizer is at fault.
+    Other(DataError),
+}
+
+impl RowError {
+    fn new(field: impl Into<String>, problem: impl Into<String>, fix: &str) -> Self {
+        Self::Problem(FieldProblem::new(field, problem, fix))
+    }
+}
+
+impl From<DataError> for RowError {
+    fn from(error: DataError) -> Self {
+        match error {
+            DataError::Render { .. } => Self::new(
+                "messages",
+                error.to_string(),
+                "correct the row, or give another template with --chat-template",
+            ),
+            other => Self::Other(other),
+        }
+    }
+}
+
+/// Turns rows and prompts into tokens with one model's tokenizer and chat template.
+///
+/// # Beginning of text
+/// A rendered conversation is tokenised without special tokens, since templates print their own. A tokenizer that puts
+/// BOS before every text gets it before a conversation too, unless the template printed it: exactly one BOS, as in
+/// mistral.rs and llama.cpp. (transformers leaves it out where the template does.)
+///
+/// # The loss mask
+/// Turn `i` is what rendering `messages[..=i]` adds to rendering `messages[..i]` with the generation prompt; the
+/// byte ranges are carried to tokens by the tokenizer's offsets. White space after the end-of-turn token is not
+/// trained, as it is never generated. Where a later message changes how an earlier turn is printed (templates that
+/// strip thinking), the row becomes one example a turn, each the very text the model would see.
+#[derive(Debug)]
+pub struct Encoder {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    options: EncodeOptions,
+}
+
+impl Encoder {
+    /// An encoder; without a template only text rows and plain prompts can be encoded.
+    pub fn new(
+        tokenizer: Tokenizer,
+        template: Option<ChatTemplate>,
+        options: EncodeOptions,
+    ) -> Self {
+        Self {
+            tokenizer,
+            template,
+            options,
+        }
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The chat template, if the model has one.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
+    /// The options.
+    pub fn options(&self) -> &EncodeOptions {
+        &self.options
+    }
+
+    /// The tokens of a conversation that the model is to continue, generation prompt included.
+    ///
+    /// # Errors
+    /// [`DataError::NoTemplate`], [`DataError::Render`], [`DataError::Tokenize`].
+    pub fn prompt_tokens(
+        &self,
+        messages: &[Message],
+        tools: &[Value],
+    ) -> Result<Vec<u32>, DataError> {
+        let text = self.chat_template()?.render(messages, tools, true)?;
+        Ok(self
+            .encode_chat(&text)?
+            .into_iter()
+            .map(|token| token.id)
+            .collect())
+    }
+
+    /// The tokens of a bare prompt, with the tokenizer's BOS and no template.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenize`].
+    pub fn plain_prompt_tokens(&self, prompt: &str) -> Result<Vec<u32>, DataError> {
+        let mut ids = self.tokenizer.prefix_ids().to_vec();
+        ids.extend(self.tokenizer.encode(prompt, false)?);
+        Ok(ids)
+    }
+
+    /// The prompt of a row as it is given for generation: everything before the last assistant turn, or the prompt.
+    ///
+    /// # Errors
+    /// As [`Self::encode_row`]; text rows have no prompt.
+    pub fn row_prompt(&self, row: &Row) -> Result<Vec<u32>, RowError> {
+        match &row.content {
+            RowContent::Conversation { messages, tools } => {
+                let end = last_assistant(messages).unwrap_or(messages.len());
+                Ok(self.prompt_tokens(&messages[..end], tools)?)
+            }
+            RowContent::Prompt { prompt, .. } if self.options.apply_chat_template => {
+                Ok(self.prompt_tokens(&[Message::new(Role::User, prompt)], &[])?)
+            }
+            RowContent::Prompt { prompt, .. } => Ok(self.plain_prompt_tokens(prompt)?),
+            RowContent::Text(_) => Err(RowError::new(
+                "text",
+                "a text row has no prompt",
+                "expected messages, or prompt and completion",
+            )),
+        }
+    }
+
+    /// The examples of a row.
+    ///
+    /// # Errors
+    /// [`RowError::Problem`] for a row that the template refuses, that has no token to train on, or that is too long
+    /// where [`Overlong::Error`] holds.
+    pub fn encode_row(&self, row: &Row) -> Result<EncodedRow, RowError> {
+        let (field, examples) = match &row.content {
+            RowContent::Conversation { messages, tools } => (
+                "messages",
+                self.conversation(messages, tools, self.options.train_on)?,
+            ),
+            RowContent::Prompt { prompt, completion } => {
+                let example = self.prompt_and_completion(prompt, completion)?;
+                ("completion", vec![example])
+            }
+            RowContent::Text(text) => {
+                let mut ids = self.plain_prompt_tokens(text)?;
+                ids.push(self.end_token()?);
+                let loss_mask = vec![true; ids.len()];
+                (
+                    "text",
+                    vec![Example {
+                        input_ids: ids,
+                        loss_mask,
+                    }],
+                )
+            }
+        };
+        let mut encoded = EncodedRow {
+            examples: Vec::with_capacity(examples.len()),
+            n_dropped: 0,
+            n_truncated: 0,
+        };
+        for example in examples {
+            self.fit(field, example, &mut encoded)?;
+        }
+        Ok(encoded)
+    }
+
+    /// The tokens of a row's choices, each in the place of the answer; `None` for a row without.
+    ///
+    /// # Errors
+    /// As [`Self::encode_row`], and a [`RowError::Problem`] for a choice without tokens.
+    pub fn choice_tokens(&self, row: &Row) -> Result<Option<ChoiceSet>, RowError> {
+        let Some(choices) = &row.choices else {
+            return Ok(None);
+        };
+        let mut prompt = None;
+        let mut answers = Vec::with_capacity(choices.texts.len());
+        for (idx, text) in choices.texts.iter().enumerate() {
+            let example = match &row.content {
+                RowContent::Prompt { prompt, .. } => {
+                    Some(self.prompt_and_completion(prompt, text)?)
+                }
+                RowContent::Conversation { messages, tools } => match last_assistant(messages) {
+                    Some(end) => {
+                        let mut messages = messages[..=end].to_vec();
+                        messages[end] = messages[end].with_content(text);
+                        self.conversation(&messages, tools, TrainOn::LastAssistant)?
+                            .pop()
+                    }
+                    None => None,
+                },
+                RowContent::Text(_) => None,
+            };
+            let Some(Example {
+                input_ids,
+                loss_mask,
+            }) = example
+            else {
+                return Err(RowError::new(
+                    "choices",
+                    "the row has no answer that they could replace",
+                    "expected an assistant turn, or prompt and completion",
+                ));
+            };
+            let start = loss_mask
+                .iter()
+                .position(|trained| *trained)
+                .unwrap_or(input_ids.len());
+            let mut end = loss_mask
+                .iter()
+                .rposition(|trained| *trained)
+                .map_or(start, |end| end + 1);
+            if end > start && self.tokenizer.is_special(input_ids[end - 1]) {
+                end -= 1;
+            }
+            if start == end {
+                return Err(RowError::new(
+                    format!("choices[{idx}]"),
+                    "has no tokens",
+                    "expected an answer of at least one token",
+                ));
+            }
+            prompt.get_or_insert_with(|| input_ids[..start].to_vec());
+            answers.push(input_ids[start..end].to_vec());
+        }
+        Ok(Some(ChoiceSet {
+            prompt: prompt.unwrap_or_default(),
+            choices: answers,
+            answer: choices.answer,
+        }))
+    }
+
+    fn chat_template(&self) -> Result<&ChatTemplate, DataError> {
+        self.template.as_ref().ok_or(DataError::NoTemplate)
+    }
+
+    fn end_token(&self) -> Result<u32, DataError> {
+        self.tokenizer.eos_id().ok_or_else(|| DataError::Tokenize {
+            message: "the model names no end token; set eos_token in tokenizer_config.json"
+                .to_owned(),
+        })
+    }
+
+    /// Decides where BOS stands; every conversation passes here.
+    fn encode_chat(&self, text: &str) -> Result<Vec<SpannedToken>, DataError> {
+        let mut tokens = self.tokenizer.encode_spans(text)?;
+        let prefix = self.tokenizer.prefix_ids();
+        let printed = tokens.len() >= prefix.len()
+            && tokens.iter().zip(prefix).all(|(token, id)| token.id == *id);
+        if !printed {
+            tokens.splice(
+                0..0,
+                prefix.iter().map(|&id| SpannedToken { id, bytes: 0..0 }),
+            );
+        }
+        Ok(tokens)
+    }
+
+    fn prompt_and_completion(&self, prompt: &str, completion: &str) -> Result<Example, RowError> {
+        if self.options.apply_chat_template {
+            let messages = [
+                Message::new(Role::User, prompt),
+                Message::new(Role::Assistant, completion),
+            ];
+            let mut examples = self.conversation(&messages, &[], TrainOn::LastAssistant)?;
+            return Ok(examples.swap_remove(0));
+        }
+        let mut input_ids = self.plain_prompt_tokens(prompt)?;
+        let n_prompt = input_ids.len();
+        let completion = self.tokenizer.encode(completion, false)?;
+        if completion.is_empty() {
+            return Err(RowError::new(
+                "completion",
+                "has no tokens",
+                "expected the text to learn",
+            ));
+        }
+        input_ids.extend(completion);
+        input_ids.push(self.end_token()?);
+        let loss_mask = (0..input_ids.len()).map(|idx| idx >= n_prompt).collect();
+        Ok(Example {
+            input_ids,
+            loss_mask,
+        })
+    }
+
+    /// At least one example.
+    fn conversation(
+        &self,
+        messages: &[Message],
+        tools: &[Value],
+        train_on: TrainOn,
+    ) -> Result<Vec<Example>, RowError> {
+        let template = self.chat_template()?;
+        if train_on == TrainOn::All {
+            let tokens = self.encode_chat(&template.render(messages, tools, false)?)?;
+            let input_ids: Vec<u32> = tokens.into_iter().map(|token| token.id).collect();
+            let loss_mask = vec![true; input_ids.len()];
+            return Ok(vec![Example {
+                input_ids,
+                loss_mask,
+            }]);
+        }
+        let turns = trained_turns(messages, train_on);
+        if turns.is_empty() {
+            return Err(RowError::new(
+                "messages",
+                "no assistant turn to train on",
+                "add one, or set data.train_on = \"all\"",
+            ));
+        }
+        let mut rendered = Vec::with_capacity(turns.len());
+        for &turn in &turns {
+            let prompt = template.render(&messages[..turn], tools, true)?;
+            let text = template.render(&messages[..=turn], tools, false)?;
+            if !text.starts_with(&prompt) {
+                return Err(RowError::new(
+                    format!("messages[{turn}]"),
+                    "the chat template does not begin this turn with its generation prompt, so the trained tokens cannot be told",
+                    "give a template that does with --chat-template, or set data.train_on = \"all\"",
+                ));
+            }
+            rendered.push((prompt.len(), text));
+        }
+        // The last trained turn's text holds everything that is needed: what follows it carries no loss.
+        let whole = &rendered[rendered.len() - 1].1;
+        if rendered
+            .iter()
+            .all(|(_, text)| whole.starts_with(text.as_str()))
+        {
+            let ranges: Vec<_> = rendered
+                .iter()
+                .map(|(start, text)| *start..text.len())
+                .collect();
+            return Ok(vec![self.masked(whole, &ranges)?]);
+        }
+        rendered
+            .iter()
+            .map(
+                |(start, text)| Ok(self.masked(text, std::slice::from_ref(&(*start..text.len())))?),
+            )
+            .collect()
+    }
+
+    /// Tokenises a rendered conversation and trains the tokens of the byte ranges, each up to its end-of-turn token.
+    fn masked(&self, text: &str, ranges: &[Range<usize>]) -> Result<Example, DataError> {
+        let tokens = self.encode_chat(text)?;
+        let mut loss_mask = vec![false; tokens.len()];
+        for range in ranges {
+            let inside: Vec<usize> = (0..tokens.len())
+                .filter(|&idx| covers(range, &tokens[idx].bytes))
+                .collect();
+            let end_of_turn = inside
+                .iter()
+                .rposition(|&idx| self.tokenizer.is_special(tokens[idx].id))
+                .filter(|&position| {
+                    let after = tokens[inside[position]].bytes.end.min(range.end);
+                    text[after..range.end].trim().is_empty()
+                });
+            let n_kept = end_of_turn.map_or(inside.len(), |position| position + 1);
+            for &idx in &inside[..n_kept] {
+                loss_mask[idx] = true;
+            }
+        }
+        Ok(Example {
+            input_ids: tokens.into_iter().map(|token| token.id).collect(),
+            loss_mask,
+        })
+    }
+
+    /// Applies the length limit and refuses an example that trains nothing.
+    fn fit(
+        &self,
+        field: &str,
+        mut example: Example,
+        encoded: &mut EncodedRow,
+    ) -> Result<(), RowError> {
+        let limit = self.options.max_seq_length;
+        let n_tokens = example.input_ids.len();
+        if example.n_trained() == 0 {
+            return Err(RowError::new(
+                field,
+                "no token to train on",
+                "add an answer, or set data.train_on = \"all\"",
+            ));
+        }
+        if n_tokens > limit {
+            match self.options.overlong {
+                Overlong::Error => {
+                    return Err(RowError::new(
+                        "row",
+                        format!("{n_tokens} tokens, more than max_seq_length {limit}"),
+                        "raise data.max_seq_length, or set data.overlong to \"drop\" or \"truncate\"",
+                    ));
+                }
+                Overlong::Drop => {
+                    encoded.n_dropped += 1;
+                    return Ok(());
+                }
+                Overlong::Truncate => {
+                    example.input_ids.truncate(limit);
+                    example.loss_mask.truncate(limit);
+                    if example.n_trained() == 0 {
+                        return Err(RowError::new(
+                            field,
+                            format!(
+                                "no token to train on in the first {limit} of {n_tokens} tokens"
+                            ),
+                            "raise data.max_seq_length, or set data.overlong = \"drop\"",
+                        ));
+                    }
+                    encoded.n_truncated += 1;
+                }
+            }
+        }
+        encoded.examples.push(example);
+        Ok(())
+    }
+}
+
+/// Whether a token holds text of the range. A token that begins before the range and reaches into it counts: it
+/// holds part of the answer. Byte-level tokenizers report white space as an empty span at its end.
+fn covers(range: &Range<usize>, token: &Range<usize>) -> bool {
+    token.end > range.start && (token.start < range.end || token.end == range.end)
+}
+
+fn last_assistant(messages: &[Message]) -> Option<usize> {
+    messages
+        .iter()
+        .rposition(|message| message.role() == Role::Assistant)
+}
+
+/// The assistant turns that carry loss, in order.
+fn trained_turns(messages: &[Message], train_on: TrainOn) -> Vec<usize> {
+    let first = match train_on {
+        TrainOn::Assistant | TrainOn::All => 0,
+        TrainOn::LastAssistant => last_assistant(messages).unwrap_or(messages.len()),
+        TrainOn::Completion => messages
+            .iter()
+            .rposition(|message| message.role() == Role::User)
+            .map_or(0, |user| user + 1),
+    };
+    (first..messages.len())
+        .filter(|&idx| messages[idx].role() == Role::Assistant && messages[idx].trained())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,581 @@
+//! One JSON object of a data file -> a checked row, in any of the formats people keep such data in.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// Who speaks in a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions that hold for the conversation.
+    System,
+    /// The person.
+    User,
+    /// The model.
+    Assistant,
+    /// The result of a tool call.
+    Tool,
+}
+
+impl Role {
+    /// The name templates know it by.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::Tool => "tool",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        [Self::System, Self::User, Self::Assistant, Self::Tool]
+            .into_iter()
+            .find(|role| role.name() == name)
+    }
+
+    /// ShareGPT's names, and the usual ones.
+    fn from_sharegpt(name: &str) -> Option<Self> {
+        match name {
+            "human" => Some(Self::User),
+            "gpt" => Some(Self::Assistant),
+            "observation" => Some(Self::Tool),
+            _ => Self::from_name(name),
+        }
+    }
+}
+
+/// One message of a conversation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    role: Role,
+    fields: Map<String, Value>,
+    trained: bool,
+}
+
+impl Message {
+    /// A message of plain text.
+    pub fn new(role: Role, content: impl Into<String>) -> Self {
+        let mut fields = Map::new();
+        fields.insert("role".to_owned(), role.name().into());
+        fields.insert("content".to_owned(), content.into().into());
+        Self {
+            role,
+            fields,
+            trained: true,
+        }
+    }
+
+    /// The same message with another text.
+    pub(super) fn with_content(&self, content: &str) -> Self {
+        let mut message = self.clone();
+        message.fields.insert("content".to_owned(), content.into());
+        message
+    }
+
+    /// Who speaks.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// The text; empty for a message that holds tool calls alone.
+    pub fn content(&self) -> &str {
+        self.fields
+            .get("content")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    }
+
+    /// Every field as the chat template sees it.
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+
+    /// False for `"weight": 0`: never trained, whatever `train_on` says.
+    pub fn trained(&self) -> bool {
+        self.trained
+    }
+}
+
+/// The formats of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RowFormat {
+    /// `{"messages": [{"role", "content"}], "tools"?}`.
+    Messages,
+    /// `{"prompt", "completion"}`.
+    PromptCompletion,
+    /// `{"instruction", "input"?, "output", "system"?}`, read as a conversation of one turn.
+    Alpaca,
+    /// `{"conversations": [{"from", "value"}], "system"?}`.
+    Sharegpt,
+    /// `{"text"}`.
+    Text,
+}
+
+impl RowFormat {
+    /// The name used in `data.format`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Messages => "messages",
+            Self::PromptCompletion => "prompt_completion",
+            Self::Alpaca => "alpaca",
+            Self::Sharegpt => "sharegpt",
+            Self::Text => "text",
+        }
+    }
+
+    /// Decides by keys; the first that fits in this order: messages, conversations, prompt and completion,
+    /// instruction and output, text.
+    fn detect(object: &Map<String, Value>) -> Result<Self, FieldProblem> {
+        let has = |key: &str| object.contains_key(key);
+        if has("messages") {
+            Ok(Self::Messages)
+        } else if has("conversations") {
+            Ok(Self::Sharegpt)
+        } else if has("prompt") && has("completion") {
+            Ok(Self::PromptCompletion)
+        } else if has("instruction") && has("output") {
+            Ok(Self::Alpaca)
+        } else if has("text") {
+            Ok(Self::Text)
+        } else {
+            let keys: Vec<_> = object.keys().map(|key| format!("`{key}`")).collect();
+            let found = if keys.is_empty() {
+                "the object is empty".to_owned()
+            } else {
+                format!("no known format has the keys {}", keys.join(", "))
+            };
+            Err(FieldProblem::new(
+                "row",
+                found,
+                "expected messages, prompt and completion, instruction and output, conversations, or text",
+            ))
+        }
+    }
+}
+
+/// The answers to choose from, for evaluation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choices {
+    /// The answers, at least two.
+    pub texts: Vec<String>,
+    /// Which of them is right.
+    pub answer: usize,
+}
+
+/// What a row holds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RowContent {
+    /// Messages, and the tools that were on offer.
+    Conversation {
+        /// At least one message.
+        messages: Vec<Message>,
+        /// Tool descriptions as the chat template sees them.
+        tools: Vec<Value>,
+    },
+    /// A prompt and what should follow it.
+    Prompt {
+        /// Given.
+        prompt: String,
+        /// Trained.
+        completion: String,
+    },
+    /// Plain text, trained whole.
+    Text(String),
+}
+
+/// A checked row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// What is turned into tokens.
+    pub content: RowContent,
+    /// The optional `choices`.
+    pub choices: Option<Choices>,
+}
+
+/// A problem of one field, before the file and line are known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FieldProblem {
+    /// The field, such as `messages[2].role`.
+    pub field: String,
+    /// What is wrong.
+    pub problem: String,
+    /// What to do about it.
+    pub fix: String,
+}
+
+impl FieldProblem {
+    pub(super) fn new(
+        field: impl Into<String>,
+        problem: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
+        Self {
+            field: field.into(),
+            problem: problem.into(),
+            fix: fix.into(),
+        }
+    }
+}
+
+/// Parses and checks one line. With `format` absent it is detected by the keys.
+///
+/// # Errors
+/// Every problem of the row.
+pub fn parse_row(
+    bytes: &[u8],
+    format: Option<RowFormat>,
+) -> Result<(RowFormat, Row), Vec<FieldProblem>> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|error| {
+        let message = error.to_string();
+        let message = message.split(" at line ").next().unwrap_or_default();
+        vec![FieldProblem::new(
+            "row",
+            format!("not valid JSON at column {}: {message}", error.column()),
+            "expected one JSON object a line",
+        )]
+    })?;
+    let Value::Object(object) = value else {
+        return Err(vec![FieldProblem::new(
+            "row",
+            format!("found {}", kind(&value)),
+            "expected one JSON object a line",
+        )]);
+    };
+    let format = match format {
+        Some(format) => format,
+        None => RowFormat::detect(&object).map_err(|problem| vec![problem])?,
+    };
+    let mut reader = Reader {
+        object: &object,
+        problems: Vec::new(),
+    };
+    let content = reader.content(format);
+    let choices = content.as_ref().and_then(|content| reader.choices(content));
+    match (content, reader.problems) {
+        (Some(content), problems) if problems.is_empty() => Ok((format, Row { content, choices })),
+        (_, problems) => Err(problems),
+    }
+}
+
+/// Reads fields and collects what is wrong with them; `None` stands for a field with a problem.
+struct Reader<'a> {
+    object: &'a Map<String, Value>,
+    problems: Vec<FieldProblem>,
+}
+
+impl Reader<'_> {
+    fn refuse(
+        &mut self,
+        field: impl Into<String>,
+        problem: impl Into<String>,
+        fix: impl Into<String>,
+    ) {
+        self.problems.push(FieldProblem::new(field, problem, fix));
+    }
+
+    fn content(&mut self, format: RowFormat) -> Option<RowContent> {
+        match format {
+            RowFormat::Messages => {
+                let messages = self.list("messages").map(|list| {
+                    list.iter()
+                        .enumerate()
+                        .map(|(idx, value)| self.message(idx, value))
+                        .collect::<Vec<_>>()
+                });
+                let tools = self.tools();
+                self.conversation(messages?, tools)
+            }
+            RowFormat::Sharegpt => {
+                let turns = self.list("conversations").map(|list| {
+                    list.iter()
+                        .enumerate()
+                        .map(|(idx, value)| self.turn(idx, value))
+                        .collect::<Vec<_>>()
+                });
+                let system = self.optional_text("system");
+                let tools = self.tools();
+                let mut messages = turns?;
+                if let Some(system) = system.filter(|text| !text.is_empty()) {
+                    messages.insert(0, Some(Message::new(Role::System, system)));
+                }
+                self.conversation(messages, tools)
+            }
+            RowFormat::Alpaca => {
+                let instruction = self.text("instruction");
+                let input = self.optional_text("input").unwrap_or_default();
+                let output = self.text("output");
+                let system = self.optional_text("system").filter(|text| !text.is_empty());
+                let mut user = instruction?;
+                if !input.is_empty() {
+                    user = format!("{user}\n\n{input}");
+                }
+                let mut messages = Vec::new();
+                messages.extend(system.map(|text| Message::new(Role::System, text)));
+                messages.push(Message::new(Role::User, user));
+                messages.push(Message::new(Role::Assistant, output?));
+                Some(RowContent::Conversation {
+                    messages,
+                    tools: Vec::new(),
+                })
+            }
+            RowFormat::PromptCompletion => {
+                let prompt = self.text("prompt");
+                let completion = self.text("completion");
+                Some(RowContent::Prompt {
+                    prompt: prompt?,
+                    completion: completion?,
+                })
+            }
+            RowFormat::Text => self.text("text").map(RowContent::Text),
+        }
+    }
+
+    fn conversation(
+        &self,
+        messages: Vec<Option<Message>>,
+        tools: Option<Vec<Value>>,
+    ) -> Option<RowContent> {
+        Some(RowContent::Conversation {
+            messages: messages.into_iter().collect::<Option<_>>()?,
+            tools: tools?,
+        })
+    }
+
+    fn message(&mut self, idx: usize, value: &Value) -> Option<Message> {
+        let field = |name: &str| format!("messages[{idx}].{name}");
+        let Value::Object(object) = value else {
+            self.refuse(
+                format!("messages[{idx}]"),
+                format!("found {}", kind(value)),
+                "expected an object with role and content",
+            );
+            return None;
+        };
+        let role = match object.get("role") {
+            Some(Value::String(name)) => {
+                let role = Role::from_name(name);
+                if role.is_none() {
+                    self.refuse(
+                        field("role"),
+                        format!("unknown role \"{name}\""),
+                        "expected system, user, assistant or tool",
+                    );
+                }
+                role
+            }
+            other => {
+                self.refuse(
+                    field("role"),
+                    missing_or_wrong(other),
+                    "expected system, user, assistant or tool",
+                );
+                None
+            }
+        };
+        let calls_tools = object
+            .get("tool_calls")
+            .and_then(Value::as_array)
+            .is_some_and(|calls| !calls.is_empty());
+        let content = match object.get("content") {
+            Some(Value::String(text)) => Some(text.clone()),
+            Some(Value::Array(parts)) => self.parts(&field("content"), parts),
+            None | Some(Value::Null) if calls_tools => Some(String::new()),
+            other => {
+                self.refuse(
+                    field("content"),
+                    missing_or_wrong(other),
+                    "expected a string, or tool_calls in its place",
+                );
+                None
+            }
+        };
+        let trained = match object.get("weight").map(|weight| (weight, weight.as_f64())) {
+            None | Some((Value::Null, _)) => true,
+            Some((_, Some(weight))) if weight == 0.0 || weight == 1.0 => weight == 1.0,
+            Some((other, _)) => {
+                self.refuse(field("weight"), format!("found {other}"), "expected 0 or 1");
+                true
+            }
+        };
+        let mut fields = object.clone();
+        fields.shift_remove("weight");
+        fields.insert("content".to_owned(), content?.into());
+        Some(Message {
+            role: role?,
+            fields,
+            trained,
+        })
+    }
+
+    /// OpenAI's content parts; only text can be trained.
+    fn parts(&mut self, field: &str, parts: &[Value]) -> Option<String> {
+        let mut text = String::new();
+        for (idx, part) in parts.iter().enumerate() {
+            match (
+                part.get("type").and_then(Value::as_str),
+                part.get("text").and_then(Value::as_str),
+            ) {
+                (Some("text"), Some(part)) => text.push_str(part),
+                (part_type, _) => {
+                    self.refuse(
+                        format!("{field}[{idx}]"),
+                        format!("part of type `{}`", part_type.unwrap_or("unknown")),
+                        "only {\"type\": \"text\", \"text\": ...} can be trained",
+                    );
+                    return None;
+                }
+            }
+        }
+        Some(text)
+    }
+
+    fn turn(&mut self, idx: usize, value: &Value) -> Option<Message> {
+        const ROLES: &str =
+            "expected system, human, gpt or tool (also user, assistant, observation)";
+        let field = |name: &str| format!("conversations[{idx}].{name}");
+        let role = match value.get("from") {
+            Some(Value::String(name)) => {
+                let role = Role::from_sharegpt(name);
+                if role.is_none() {
+                    self.refuse(field("from"), format!("unknown role \"{name}\""), ROLES);
+                }
+                role
+            }
+            other => {
+                self.refuse(field("from"), missing_or_wrong(other), ROLES);
+                None
+            }
+        };
+        let text = match value.get("value") {
+            Some(Value::String(text)) => Some(text.clone()),
+            other => {
+                self.refuse(field("value"), missing_or_wrong(other), "expected a string");
+                None
+            }
+        };
+        Some(Message::new(role?, text?))
+    }
+
+    fn text(&mut self, key: &str) -> Option<String> {
+        match self.object.get(key) {
+            Some(Value::String(text)) => Some(text.clone()),
+            Some(Value::Array(_)) if key == "prompt" || key == "completion" => {
+                self.refuse(
+                    key,
+                    "found an array",
+                    "expected a string; write a conversation as `messages`",
+                );
+                None
+            }
+            other => {
+                self.refuse(key, missing_or_wrong(other), "expected a string");
+                None
+            }
+        }
+    }
+
+    fn optional_text(&mut self, key: &str) -> Option<String> {
+        match self.object.get(key) {
+            None | Some(Value::Null) => None,
+            Some(_) => self.text(key),
+        }
+    }
+
+    fn list(&mut self, key: &str) -> Option<Vec<Value>> {
+        match self.object.get(key) {
+            Some(Value::Array(list)) if !list.is_empty() => Some(list.clone()),
+            Some(Value::Array(_)) => {
+                self.refuse(key, "is empty", "expected at least one message");
+                None
+            }
+            other => {
+                self.refuse(key, missing_or_wrong(other), "expected a list of messages");
+                None
+            }
+        }
+    }
+
+    fn tools(&mut self) -> Option<Vec<Value>> {
+        match self.object.get("tools") {
+            None | Some(Value::Null) => Some(Vec::new()),
+            Some(Value::Array(tools)) => Some(tools.clone()),
+            other => {
+                self.refuse("tools", missing_or_wrong(other), "expected a list of tools");
+                None
+            }
+        }
+    }
+
+    /// The right answer is `answer` (an index or the text), or the trained text where that is one of the choices.
+    fn choices(&mut self, content: &RowContent) -> Option<Choices> {
+        let texts: Option<Vec<String>> = match self.object.get("choices") {
+            None | Some(Value::Null) => return None,
+            Some(Value::Array(list)) if list.len() >= 2 => list
+                .iter()
+                .map(|value| value.as_str().map(str::to_owned))
+                .collect(),
+            Some(_) => None,
+        };
+        let Some(texts) = texts else {
+            self.refuse(
+                "choices",
+                "is not a list of answers",
+                "expected at least two strings",
+            );
+            return None;
+        };
+        let trained = match content {
+            RowContent::Prompt { completion, .. } => completion.as_str(),
+            RowContent::Conversation { messages, .. } => messages
+                .iter()
+                .rev()
+                .find(|message| message.role == Role::Assistant)
+                .map_or("", Message::content),
+            RowContent::Text(_) => "",
+        };
+        let answer = match self.object.get("answer") {
+            Some(Value::Number(number)) => number
+                .as_u64()
+                .and_then(|number| usize::try_from(number).ok())
+                .filter(|number| *number < texts.len()),
+            Some(Value::String(text)) if texts.contains(text) => {
+                texts.iter().position(|choice| choice == text)
+            }
+            _ => texts.iter().position(|choice| choice == trained),
+        };
+        if answer.is_none() {
+            self.refuse(
+                "choices",
+                "none of them is the row's answer",
+                "expected the completion among them, or `answer` with its index from 0",
+            );
+        }
+        Some(Choices {
+            answer: answer?,
+            texts,
+        })
+    }
+}
+
+fn missing_or_wrong(value: Option<&Value>) -> String {
+    value.map_or_else(
+        || "is missing".to_owned(),
+        |value| format!("found {}", kind(value)),
+    )
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests;

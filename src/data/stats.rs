@@ -1,0 +1,89 @@
+//! What a data set holds, in numbers: for the dry run and for warnings before training.
+
+use serde::Serialize;
+
+/// The distribution of a count over examples.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct LengthSummary {
+    /// Smallest.
+    pub min: usize,
+    /// The value that at least half of the examples do not exceed.
+    pub median: usize,
+    /// The value that at least 95 % of the examples do not exceed.
+    pub p95: usize,
+    /// Largest.
+    pub max: usize,
+    /// Sum.
+    pub total: u64,
+}
+
+impl LengthSummary {
+    /// Summarises counts in any order; all zero for none.
+    pub fn of(mut counts: Vec<u32>) -> Self {
+        counts.sort_unstable();
+        // Nearest rank: the smallest value with at least this share of the values at or below it.
+        let rank = |percent: usize| {
+            let rank = (counts.len() * percent).div_ceil(100).max(1);
+            counts.get(rank - 1).map_or(0, |count| *count as usize)
+        };
+        Self {
+            min: rank(0),
+            median: rank(50),
+            p95: rank(95),
+            max: rank(100),
+            total: counts.iter().map(|count| u64::from(*count)).sum(),
+        }
+    }
+}
+
+/// What a data set holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Stats {
+    /// Rows of the file.
+    pub n_rows: usize,
+    /// Training sequences.
+    pub n_examples: usize,
+    /// Rows that became one example a turn, because the template rewrites earlier turns.
+    pub n_split_rows: usize,
+    /// Examples left out for their length.
+    pub n_dropped: usize,
+    /// Examples cut to `max_seq_length`.
+    pub n_truncated: usize,
+    /// Examples whose trained part does not end in an end token: the model does not learn to stop.
+    pub n_without_end: usize,
+    /// Tokens an example.
+    pub tokens: LengthSummary,
+    /// Trained tokens an example.
+    pub trained_tokens: LengthSummary,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_are_the_nearest() {
+        let summary = LengthSummary::of((1..=100).rev().collect());
+        assert_eq!(
+            summary,
+            LengthSummary {
+                min: 1,
+                median: 50,
+                p95: 95,
+                max: 100,
+                total: 5050
+            }
+        );
+        assert_eq!(
+            LengthSummary::of(vec![7]),
+            LengthSummary {
+                min: 7,
+                median: 7,
+                p95: 7,
+                max: 7,
+                total: 7
+            }
+        );
+        assert_eq!(LengthSummary::of(Vec::new()), LengthSummary::default());
+    }
+}

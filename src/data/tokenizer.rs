@@ -1,0 +1,357 @@
+//! The model's tokenizer: text to ids and back, where special tokens go, and which ids end an answer.
+
+use std::{
+    collections::HashSet,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use super::{error::DataError, template::ChatTemplate};
+
+/// End-of-turn tokens that mistral.rs also stops at when the chat template mentions them.
+const TURN_ENDS: [&str; 8] = [
+    "<|im_end|>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<|eot_id|>",
+    "<|message|>",
+    "<|start|>",
+    "<|channel|>",
+];
+
+/// A token with the bytes of the text that it stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct SpannedToken {
+    pub(super) id: u32,
+    pub(super) bytes: Range<usize>,
+}
+
+/// A Hugging Face tokenizer of one model directory.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+    prefix_ids: Vec<u32>,
+    special_ids: HashSet<u32>,
+    eos_id: Option<u32>,
+    eos_ids: Vec<u32>,
+}
+
+impl Tokenizer {
+    /// Loads `tokenizer.json`; the end tokens come from `tokenizer_config.json`, `generation_config.json` and,
+    /// where that has none, `config.json`. Truncation and padding stored in the file are switched off.
+    ///
+    /// # Errors
+    /// [`DataError::Model`] for a missing or malformed file, or an end token that is not in the vocabulary.
+    pub fn from_dir(dir: &Path) -> Result<Self, DataError> {
+        let path = dir.join("tokenizer.json");
+        let model_error = |message: String| DataError::Model {
+            path: path.clone(),
+            message,
+        };
+        let bytes = std::fs::read(&path).map_err(|error| {
+            model_error(format!(
+                "cannot be read ({error}); a model directory needs a tokenizer.json"
+            ))
+        })?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|error| model_error(format!("not a Hugging Face tokenizer: {error}")))?;
+        inner.with_padding(None);
+        inner
+            .with_truncation(None)
+            .map_err(|error| model_error(error.to_string()))?;
+        let special_ids = inner
+            .get_added_tokens_decoder()
+            .into_iter()
+            .filter(|(_, token)| token.special)
+            .map(|(id, _)| id)
+            .collect();
+
+        let config = read_json(&dir.join("tokenizer_config.json"))?;
+        let eos_id = match special_token(config.as_ref(), "eos_token") {
+            Some(token) => Some(inner.token_to_id(&token).ok_or_else(|| {
+                model_error(format!(
+                    "has no token `{token}`, which tokenizer_config.json names as eos_token"
+                ))
+            })?),
+            None => None,
+        };
+        let mut eos_ids: Vec<u32> = eos_id.into_iter().collect();
+        for name in ["generation_config.json", "config.json"] {
+            let ids = end_ids(read_json(&dir.join(name))?.as_ref());
+            let found = !ids.is_empty();
+            for id in ids {
+                if inner.id_to_token(id).is_none() {
+                    return Err(model_error(format!(
+                        "has no token {id}, which {name} names as eos_token_id"
+                    )));
+                }
+                if !eos_ids.contains(&id) {
+                    eos_ids.push(id);
+                }
+            }
+            if found {
+                break;
+            }
+        }
+        let mut tokenizer = Self {
+            inner,
+            path: path.clone(),
+            prefix_ids: Vec::new(),
+            special_ids,
+            eos_id: eos_id.or_else(|| eos_ids.first().copied()),
+            eos_ids,
+        };
+        tokenizer.prefix_ids = tokenizer.find_prefix()?;
+        Ok(tokenizer)
+    }
+
+    /// The ids that the tokenizer puts before a text (BOS), found by encoding one with and without.
+    fn find_prefix(&self) -> Result<Vec<u32>, DataError> {
+        let plain = self.encode("a", false)?;
+        let full = self.encode("a", true)?;
+        let start = full
+            .windows(plain.len().max(1))
+            .position(|window| window == plain)
+            .unwrap_or(0);
+        Ok(full[..start].to_vec())
+    }
+
+    /// The ids of a text; `add_special_tokens` as in Hugging Face's tokenizers.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenize`].
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, DataError> {
+        self.inner
+            .encode_fast(text, add_special_tokens)
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|error| DataError::Tokenize {
+                message: error.to_string(),
+            })
+    }
+
+    /// The ids of a text with the bytes they stand for, no special tokens added.
+    pub(super) fn encode_spans(&self, text: &str) -> Result<Vec<SpannedToken>, DataError> {
+        let encoding = self
+            .inner
+            .encode(text, false)
+            .map_err(|error| DataError::Tokenize {
+                message: error.to_string(),
+            })?;
+        Ok(encoding
+            .get_ids()
+            .iter()
+            .zip(encoding.get_offsets())
+            .map(|(&id, &(start, end))| SpannedToken {
+                id,
+                bytes: start..end,
+            })
+            .collect())
+    }
+
+    /// The text of ids.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenize`].
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, DataError> {
+        self.inner
+            .decode(ids, skip_special_tokens)
+            .map_err(|error| DataError::Tokenize {
+                message: error.to_string(),
+            })
+    }
+
+    /// The ids that this tokenizer puts before every text: BOS, or nothing.
+    pub fn prefix_ids(&self) -> &[u32] {
+        &self.prefix_ids
+    }
+
+    /// The token that ends a plain completion or text in training: `eos_token` of tokenizer_config.json,
+    /// else the first `eos_token_id`.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos_id
+    }
+
+    /// Every id that the model's files name as an end.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// The ids at which generation stops: [`Self::eos_ids`] and the well-known end-of-turn tokens that the
+    /// template mentions, as mistral.rs decides it.
+    pub fn stop_ids(&self, template: Option<&ChatTemplate>) -> Vec<u32> {
+        let mut ids = self.eos_ids.clone();
+        for token in TURN_ENDS {
+            if template.is_some_and(|template| template.source().contains(token))
+                && let Some(id) = self.inner.token_to_id(token)
+                && !ids.contains(&id)
+            {
+                ids.push(id);
+            }
+        }
+        ids
+    }
+
+    /// Whether an id is one of the tokenizer's special tokens or an end.
+    pub(super) fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id) || self.eos_ids.contains(&id)
+    }
+
+    /// The id of a token given by its name.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The number of tokens, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// Checks that the model has an embedding for every id.
+    ///
+    /// # Errors
+    /// [`DataError::Vocabulary`] with the largest offender.
+    pub fn check_vocab(&self, model_vocab: usize) -> Result<(), DataError> {
+        match self
+            .inner
+            .get_vocab(true)
+            .into_iter()
+            .max_by_key(|(_, id)| *id)
+        {
+            Some((token, id)) if id as usize >= model_vocab => Err(DataError::Vocabulary {
+                path: self.path.clone(),
+                token,
+                id,
+                model_vocab,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A JSON file of the model; absent is `None`.
+pub(super) fn read_json(path: &Path) -> Result<Option<Value>, DataError> {
+    let model_error = |message: String| DataError::Model {
+        path: path.to_owned(),
+        message,
+    };
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| model_error(format!("not valid JSON: {error}"))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(model_error(format!("cannot be read: {error}"))),
+    }
+}
+
+/// A special token, written as a string or as an object with `content`.
+pub(super) fn special_token(config: Option<&Value>, key: &str) -> Option<String> {
+    let value = config?.get(key)?;
+    value
+        .as_str()
+        .or_else(|| value.get("content").and_then(Value::as_str))
+        .map(str::to_owned)
+}
+
+/// `eos_token_id`, one id or a list.
+fn end_ids(config: Option<&Value>) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match config.and_then(|config| config.get("eos_token_id")) {
+        Some(Value::Array(list)) => list.iter().filter_map(id).collect(),
+        Some(value) => id(value).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::test_support::{LLAMA3_LIKE, model_with_template, tiny_llama};
+
+    #[test]
+    fn encode_then_decode_is_the_identity() {
+        let tokenizer = Tokenizer::from_dir(&tiny_llama()).expect("loads");
+        for text in [
+            "",
+            "two  spaces\n\nlines",
+            "naïve 漢字 🦀",
+            "<|im_start|>user\nhi<|im_end|>\n",
+        ] {
+            let ids = tokenizer.encode(text, false).expect("encodes");
+            assert_eq!(tokenizer.decode(&ids, false).expect("decodes"), text);
+        }
+    }
+
+    #[test]
+    fn ends_and_prefix_come_from_the_model() {
+        let tokenizer = Tokenizer::from_dir(&tiny_llama()).expect("loads");
+        assert_eq!(
+            (tokenizer.eos_id(), tokenizer.eos_ids()),
+            (Some(2), &[2][..])
+        );
+        assert!(tokenizer.prefix_ids().is_empty());
+        let dir = model_with_template(LLAMA3_LIKE, true);
+        std::fs::write(
+            dir.path().join("generation_config.json"),
+            r#"{"eos_token_id": [0, 2]}"#,
+        )
+        .expect("writes");
+        let tokenizer = Tokenizer::from_dir(dir.path()).expect("loads");
+        assert_eq!(tokenizer.prefix_ids(), [259]);
+        assert_eq!(tokenizer.eos_ids(), [2, 0]);
+    }
+
+    #[test]
+    fn truncation_in_the_file_is_ignored() {
+        let dir = model_with_template("", false);
+        let path = dir.path().join("tokenizer.json");
+        let mut json = read_json(&path).expect("reads").expect("exists");
+        json["truncation"] = serde_json::json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+        std::fs::write(&path, json.to_string()).expect("writes");
+        let tokenizer = Tokenizer::from_dir(dir.path()).expect("loads");
+        assert_eq!(tokenizer.encode("abcdef", false).expect("encodes").len(), 6);
+    }
+
+    #[test]
+    fn a_vocabulary_larger_than_the_model_is_refused() {
+        let tokenizer = Tokenizer::from_dir(&tiny_llama()).expect("loads");
+        assert!(tokenizer.check_vocab(tokenizer.vocab_size()).is_ok());
+        let error = tokenizer.check_vocab(100).expect_err("too small");
+        assert!(
+            error
+                .to_string()
+                .contains("has id 258, but the model has 100 embeddings"),
+            "{error}"
+        );
+        assert_eq!(error.exit_code(), 4);
+    }
+
+    #[test]
+    fn missing_and_malformed_files_are_named() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let error = Tokenizer::from_dir(dir.path()).expect_err("missing");
+        assert!(
+            error
+                .to_string()
+                .contains("a model directory needs a tokenizer.json"),
+            "{error}"
+        );
+        std::fs::write(dir.path().join("tokenizer.json"), "{}").expect("writes");
+        let error = Tokenizer::from_dir(dir.path()).expect_err("malformed");
+        assert!(
+            error.to_string().contains("not a Hugging Face tokenizer"),
+            "{error}"
+        );
+        let dir = model_with_template("", false);
+        std::fs::write(
+            dir.path().join("tokenizer_config.json"),
+            r#"{"eos_token": "</s>"}"#,
+        )
+        .expect("writes");
+        let error = Tokenizer::from_dir(dir.path()).expect_err("no such token");
+        assert!(error.to_string().contains("has no token `</s>`"), "{error}");
+    }
+}

@@ -1,0 +1,410 @@
+//! The vocabulary of a GGUF file as tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+use std::collections::HashSet;
+
+use serde_json::{Map, Value, json};
+use tokenizers::Tokenizer;
+
+use super::output::Directory;
+use super::source::Source;
+use super::{Findings, ImportError, bpe, sentencepiece};
+
+/// `tokenizer.ggml.token_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TokenKind {
+    Normal,
+    Unknown,
+    Control,
+    UserDefined,
+    Unused,
+    Byte,
+}
+
+/// One entry of the vocabulary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Token {
+    pub(super) id: u32,
+    pub(super) text: String,
+    pub(super) kind: TokenKind,
+}
+
+/// The parts of a tokenizer.json that depend on the kind of vocabulary.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Parts {
+    pub(super) normalizer: Value,
+    pub(super) pre_tokenizer: Value,
+    pub(super) decoder: Value,
+    pub(super) model: Value,
+    /// Whether a file that does not say so begins every text with the BOS token.
+    pub(super) adds_bos: bool,
+}
+
+/// All that is written about text.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Vocabulary {
+    tokenizer: Value,
+    tokens: Vec<Token>,
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Option<u32>,
+    pub(super) pad: Option<u32>,
+    unknown: Option<u32>,
+    /// Tokens that end an answer: EOS and the end of a turn.
+    pub(super) ends: Vec<u32>,
+    add_bos: bool,
+    add_eos: bool,
+    chat_template: Option<String>,
+}
+
+/// Ends of a turn; of those that are control tokens, the ones in the chat template end an answer.
+const TURN_ENDS: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"];
+
+/// Text that any tokenizer must give back unchanged. It is in normal form C, for tokenizers that normalise.
+const PROBE: &str = "Hello  world,\n\n\tit's 12345 na\u{ef}ve caf\u{e9}s in \u{6771}\u{4eac} \u{1f642}! { \"a\": [1.5] }  \r\n end";
+
+/// Reads the vocabulary; `None` if a problem leaves it incomplete.
+pub(super) fn read(source: &Source, findings: &mut Findings) -> Option<Vocabulary> {
+    let n_problems = findings.problems.len();
+    let tokens = tokens(source, findings)?;
+    let parts = match source.text("tokenizer.ggml.model") {
+        Some("gpt2") => bpe::read(source, &tokens, findings)?,
+        Some("llama") => sentencepiece::read(source, &tokens, findings)?,
+        other => {
+            let message = format!(
+                "tokenizer model `{}` is not supported",
+                other.unwrap_or("(none)")
+            );
+            findings.problem(
+                "tokenizer",
+                "tokenizer.ggml.model",
+                message,
+                "supported: gpt2, llama",
+            );
+            return None;
+        }
+    };
+    let mut special = |name: &str| {
+        special_id(
+            source,
+            &format!("tokenizer.ggml.{name}_token_id"),
+            &tokens,
+            findings,
+        )
+    };
+    let (bos, eos, pad) = (special("bos"), special("eos"), special("padding"));
+    let unknown = special("unknown").or_else(|| {
+        tokens
+            .iter()
+            .find(|token| token.kind == TokenKind::Unknown)
+            .map(|token| token.id)
+    });
+    let turn_ends = [special("eot"), special("eom")];
+    let chat_template = source.text("tokenizer.chat_template").map(str::to_owned);
+
+    let mut ends: Vec<u32> = Vec::new();
+    let in_template = tokens
+        .iter()
+        .filter(|token| {
+            token.kind == TokenKind::Control
+                && TURN_ENDS.contains(&token.text.as_str())
+                && chat_template
+                    .as_ref()
+                    .is_some_and(|template| template.contains(&token.text))
+        })
+        .map(|token| token.id);
+    for end in eos
+        .into_iter()
+        .chain(turn_ends.into_iter().flatten())
+        .chain(in_template)
+    {
+        if !ends.contains(&end) {
+            ends.push(end);
+        }
+    }
+
+    let flag = |key: &str, default: bool| {
+        source
+            .boolean(&format!("tokenizer.ggml.{key}"))
+            .unwrap_or(default)
+    };
+    let mut wanted = |key: &str, default: bool, id: Option<u32>| {
+        let add = flag(key, default);
+        if add && id.is_none() {
+            findings.problem(
+                "tokenizer",
+                format!("tokenizer.ggml.{key}"),
+                "set, but there is no such token",
+                "",
+            );
+        }
+        add
+    };
+    let add_bos = wanted("add_bos_token", parts.adds_bos && bos.is_some(), bos);
+    let add_eos = wanted("add_eos_token", false, eos);
+    describe(source, chat_template.as_deref(), pad, findings);
+    if findings.problems.len() > n_problems {
+        return None;
+    }
+
+    let named = [bos, eos, pad, unknown];
+    let text_of = |id: u32| {
+        tokens
+            .get(id as usize)
+            .map(|token| (token.text.as_str(), id))
+    };
+    let first = bos.filter(|_| add_bos).and_then(text_of);
+    let last = eos.filter(|_| add_eos).and_then(text_of);
+    let tokenizer = json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added_tokens(&tokens, &named),
+        "normalizer": parts.normalizer,
+        "pre_tokenizer": parts.pre_tokenizer,
+        "post_processor": post_processor(first, last),
+        "decoder": parts.decoder,
+        "model": parts.model,
+    });
+    Some(Vocabulary {
+        tokenizer,
+        tokens,
+        bos,
+        eos,
+        pad,
+        unknown,
+        ends,
+        add_bos,
+        add_eos,
+        chat_template,
+    })
+}
+
+fn tokens(source: &Source, findings: &mut Findings) -> Option<Vec<Token>> {
+    const KEY: &str = "tokenizer.ggml.tokens";
+    const TYPES: &str = "tokenizer.ggml.token_type";
+    let Some(texts) = source.texts(KEY).filter(|texts| !texts.is_empty()) else {
+        findings.problem(
+            "tokenizer",
+            KEY,
+            "missing: the file holds no vocabulary",
+            "",
+        );
+        return None;
+    };
+    let kinds = match source.integers(TYPES) {
+        Some(kinds) if kinds.len() == texts.len() => kinds,
+        None if !source.has(TYPES) => vec![1; texts.len()],
+        _ => {
+            findings.problem(
+                "tokenizer",
+                TYPES,
+                "is not one whole number for each token",
+                "",
+            );
+            return None;
+        }
+    };
+    let mut seen = HashSet::new();
+    let mut tokens = Vec::with_capacity(texts.len());
+    for ((id, text), kind) in (0u32..).zip(texts).zip(kinds) {
+        if !seen.insert(text) {
+            findings.problem(
+                "tokenizer",
+                KEY,
+                format!("token {id} `{text}` occurs twice"),
+                "",
+            );
+        }
+        let kind = match kind {
+            2 => TokenKind::Unknown,
+            3 => TokenKind::Control,
+            4 => TokenKind::UserDefined,
+            5 => TokenKind::Unused,
+            6 => TokenKind::Byte,
+            _ => TokenKind::Normal,
+        };
+        tokens.push(Token {
+            id,
+            text: text.clone(),
+            kind,
+        });
+    }
+    Some(tokens)
+}
+
+/// A token id of the metadata; all ones means none.
+fn special_id(
+    source: &Source,
+    key: &str,
+    tokens: &[Token],
+    findings: &mut Findings,
+) -> Option<u32> {
+    if !source.has(key) {
+        return None;
+    }
+    match source.integer(key).map(u32::try_from) {
+        Some(Ok(u32::MAX)) => None,
+        Some(Ok(id)) if (id as usize) < tokens.len() => Some(id),
+        _ => {
+            findings.problem("tokenizer", key, "is not the number of a token", "");
+            None
+        }
+    }
+}
+
+fn describe(source: &Source, template: Option<&str>, pad: Option<u32>, findings: &mut Findings) {
+    if template.is_none() {
+        findings.note("the file has no chat template: conversations cannot be rendered");
+    }
+    let others: Vec<&str> = source
+        .keys()
+        .filter(|key| key.starts_with("tokenizer.chat_template."))
+        .collect();
+    if !others.is_empty() {
+        findings.note(format!(
+            "further chat templates left out: {}",
+            others.join(", ")
+        ));
+    }
+    if pad.is_none() {
+        findings.note("the file names no padding token");
+    }
+}
+
+/// Tokens that are recognised in text as they stand: control tokens and named ones (special), user-defined ones (not).
+fn added_tokens(tokens: &[Token], named: &[Option<u32>]) -> Vec<Value> {
+    tokens
+        .iter()
+        .filter_map(|token| {
+            let special = matches!(token.kind, TokenKind::Control | TokenKind::Unknown)
+                || named.contains(&Some(token.id));
+            (special || token.kind == TokenKind::UserDefined).then(|| {
+                json!({
+                    "id": token.id,
+                    "content": token.text,
+                    "single_word": false,
+                    "lstrip": false,
+                    "rstrip": false,
+                    "normalized": false,
+                    "special": special,
+                })
+            })
+        })
+        .collect()
+}
+
+fn post_processor(first: Option<(&str, u32)>, last: Option<(&str, u32)>) -> Value {
+    if first.is_none() && last.is_none() {
+        return Value::Null;
+    }
+    let piece = |part: Option<(&str, u32)>, type_id: u32| {
+        part.map(|(text, _)| json!({"SpecialToken": {"id": text, "type_id": type_id}}))
+    };
+    let part = |name: &str, type_id: u32| {
+        let text = json!({"Sequence": {"id": name, "type_id": type_id}});
+        piece(first, type_id)
+            .into_iter()
+            .chain([text])
+            .chain(piece(last, type_id))
+            .collect::<Vec<_>>()
+    };
+    let special: Map<String, Value> = [first, last]
+        .into_iter()
+        .flatten()
+        .map(|(text, id)| {
+            (
+                text.to_owned(),
+                json!({"id": text, "ids": [id], "tokens": [text]}),
+            )
+        })
+        .collect();
+    let pair: Vec<Value> = part("A", 0).into_iter().chain(part("B", 1)).collect();
+    json!({"type": "TemplateProcessing", "single": part("A", 0), "pair": pair, "special_tokens": special})
+}
+
+/// Checks that the tokenizer loads, has the file's numbers and gives text back as it was.
+pub(super) fn check(vocabulary: &Vocabulary, n_rows: usize, findings: &mut Findings) {
+    const KEY: &str = "tokenizer.ggml";
+    if vocabulary.tokens.len() > n_rows {
+        let message = format!(
+            "{} tokens, but the embedding has {n_rows} rows",
+            vocabulary.tokens.len()
+        );
+        findings.problem("tokenizer", "tokenizer.ggml.tokens", message, "");
+    }
+    let tokenizer = match Tokenizer::from_bytes(vocabulary.tokenizer.to_string()) {
+        Ok(tokenizer) => tokenizer,
+        Err(error) => {
+            findings.problem(
+                "tokenizer",
+                KEY,
+                format!("the tokenizer does not load: {error}"),
+                "",
+            );
+            return;
+        }
+    };
+    for added in vocabulary.tokenizer["added_tokens"]
+        .as_array()
+        .into_iter()
+        .flatten()
+    {
+        let (content, id) = (
+            added["content"].as_str().unwrap_or_default(),
+            added["id"].as_u64(),
+        );
+        if tokenizer.token_to_id(content).map(u64::from) != id {
+            findings.problem(
+                "tokenizer",
+                KEY,
+                format!("token `{content}` does not keep its number"),
+                "",
+            );
+        }
+    }
+    let read_back = tokenizer
+        .encode(PROBE, false)
+        .and_then(|encoding| tokenizer.decode(encoding.get_ids(), false));
+    match read_back {
+        Ok(text) if text == PROBE => {}
+        Ok(text) => {
+            let message = format!("the tokenizer turns {PROBE:?} into {text:?}");
+            findings.problem("tokenizer", KEY, message, "");
+        }
+        Err(error) => findings.problem(
+            "tokenizer",
+            KEY,
+            format!("the tokenizer fails: {error}"),
+            "",
+        ),
+    }
+}
+
+/// Writes the two or three files.
+pub(super) fn write(
+    directory: &Directory,
+    vocabulary: &Vocabulary,
+    context_length: usize,
+) -> Result<(), ImportError> {
+    let text_of = |id: Option<u32>| {
+        id.and_then(|id| vocabulary.tokens.get(id as usize))
+            .map(|token| token.text.as_str())
+    };
+    let config = json!({
+        // The class that takes tokenizer.json as it is, in transformers 4 and 5.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": vocabulary.add_bos,
+        "add_eos_token": vocabulary.add_eos,
+        "bos_token": text_of(vocabulary.bos),
+        "eos_token": text_of(vocabulary.eos),
+        "pad_token": text_of(vocabulary.pad),
+        "unk_token": text_of(vocabulary.unknown),
+        "clean_up_tokenization_spaces": false,
+        "model_max_length": context_length,
+    });
+    directory.write_json("tokenizer.json", &vocabulary.tokenizer)?;
+    directory.write_json("tokenizer_config.json", &config)?;
+    match &vocabulary.chat_template {
+        Some(template) => directory.write_text("chat_template.jinja", template),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,305 @@
+//! Where a model is: a local directory, a GGUF file imported once into the cache, or a Hub id.
+
+use std::path::{Path, PathBuf};
+
+use hf_hub::api::sync::ApiBuilder;
+use hf_hub::{Cache, Repo, RepoType};
+use sha2::{Digest, Sha256};
+
+use crate::gguf_import::{ImportOptions, import_gguf};
+
+/// A model that cannot be found or fetched.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Nothing by this name, and the Hub does not answer.
+    #[error(
+        "model `{id}` is neither a local directory nor in the local cache, and the Hub cannot be reached ({reason}); check the name, \
+         connect to the network, or give a local directory or .gguf file with -m"
+    )]
+    Unreachable {
+        /// What was asked for.
+        id: String,
+        /// Why the Hub failed.
+        reason: String,
+    },
+    /// The path is not a model.
+    #[error("`{}`: {problem}", .path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong and the remedy.
+        problem: String,
+    },
+    /// The token source is malformed or empty.
+    #[error("--token-source {source_text}: {problem}")]
+    Token {
+        /// As given, without a literal token.
+        source_text: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The cache directory cannot be used.
+    #[error("cannot use the cache directory `{}`; set MONTECLORA_CACHE to a writable one", .path.display())]
+    Cache {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A model found: its directory, and its name as the user gave it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Located {
+    /// A Hugging Face directory.
+    pub dir: PathBuf,
+    /// Hub id or path as given.
+    pub name: String,
+    /// Commit on the Hub, where it came from there.
+    pub revision: Option<String>,
+}
+
+/// How the Hub is asked.
+#[derive(Debug, Clone, Default)]
+pub struct HubOptions {
+    /// Branch, tag or commit.
+    pub revision: Option<String>,
+    /// As mistral.rs's `--token-source`; empty means `cache`.
+    pub token_source: String,
+}
+
+impl crate::cli::ModelOptions {
+    /// How the Hub is asked for this model.
+    pub fn hub(&self) -> HubOptions {
+        HubOptions {
+            revision: self.revision.clone(),
+            token_source: self.token_source.clone(),
+        }
+    }
+}
+
+/// `MONTECLORA_CACHE`, or `monteclora` in the user's cache directory.
+pub fn cache_dir() -> PathBuf {
+    let variable = |name: &str| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
+    variable("MONTECLORA_CACHE")
+        .or_else(|| variable("XDG_CACHE_HOME").map(|dir| dir.join("monteclora")))
+        .or_else(|| variable("HOME").map(|home| home.join(".cache/monteclora")))
+        .unwrap_or_else(|| PathBuf::from(".monteclora-cache"))
+}
+
+/// Finds the model `id`.
+///
+/// # Errors
+/// [`Error`] for what is not there; [`crate::gguf_import::ImportError`] for a GGUF file that cannot be imported.
+pub fn locate(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
+    let path = Path::new(id);
+    if path.is_dir() {
+        return Ok(local(path, id));
+    }
+    if path
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+    {
+        if !path.is_file() {
+            return Err(Error::Path {
+                path: path.to_owned(),
+                problem: "no such file; give a .gguf file, a model directory or a Hub id"
+                    .to_owned(),
+            }
+            .into());
+        }
+        return Ok(local(&imported(path)?, id));
+    }
+    if path.exists() {
+        return Err(Error::Path {
+            path: path.to_owned(),
+            problem: "not a model; give a model directory, a .gguf file or a Hub id".to_owned(),
+        }
+        .into());
+    }
+    if !is_hub_id(id) {
+        return Err(Error::Path {
+            path: path.to_owned(),
+            problem: "no such directory; give a model directory, a .gguf file or a Hub id such as org/name".to_owned(),
+        }
+        .into());
+    }
+    from_hub(id, options)
+}
+
+fn local(dir: &Path, id: &str) -> Located {
+    Located {
+        dir: dir.to_owned(),
+        name: id.to_owned(),
+        revision: None,
+    }
+}
+
+fn is_hub_id(id: &str) -> bool {
+    let part = |p: &str| {
+        !p.is_empty()
+            && !p.starts_with('.')
+            && p.chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    matches!(id.split('/').collect::<Vec<_>>()[..], [org, name] if part(org) && part(name))
+}
+
+/// Imports a GGUF file into the cache, once for its path, size and time of change.
+fn imported(file: &Path) -> anyhow::Result<PathBuf> {
+    let unusable = |source| Error::Path {
+        path: file.to_owned(),
+        problem: format!("cannot be read: {source}"),
+    };
+    let canonical = file.canonicalize().map_err(unusable)?;
+    let metadata = canonical.metadata().map_err(unusable)?;
+    let identity = format!(
+        "{}\n{}\n{:?}",
+        canonical.display(),
+        metadata.len(),
+        metadata.modified().ok()
+    );
+    let digest: String = Sha256::digest(identity.as_bytes())
+        .iter()
+        .take(8)
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    let stem = file.file_stem().and_then(|s| s.to_str()).unwrap_or("model");
+    let models = cache_dir().join("models");
+    let dir = models.join(format!("{stem}-{digest}"));
+    if dir.join("config.json").is_file() {
+        return Ok(dir);
+    }
+    std::fs::create_dir_all(&models).map_err(|source| Error::Cache {
+        path: models,
+        source,
+    })?;
+    tracing::info!("importing {} into the cache", file.display());
+    import_gguf(file, &dir, &ImportOptions::default(), &mut |_, _| {})?;
+    Ok(dir)
+}
+
+fn from_hub(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
+    let revision = options
+        .revision
+        .clone()
+        .unwrap_or_else(|| "main".to_owned());
+    let repo = Repo::with_revision(id.to_owned(), RepoType::Model, revision);
+    match download(&repo, options) {
+        Ok((dir, commit)) => Ok(Located {
+            dir,
+            name: id.to_owned(),
+            revision: Some(commit),
+        }),
+        Err(reason) => cached(&repo)
+            .map(|dir| Located {
+                revision: dir.file_name().and_then(|n| n.to_str()).map(str::to_owned),
+                dir,
+                name: id.to_owned(),
+            })
+            .ok_or_else(|| {
+                Error::Unreachable {
+                    id: id.to_owned(),
+                    reason: reason.to_string(),
+                }
+                .into()
+            }),
+    }
+}
+
+fn cached(repo: &Repo) -> Option<PathBuf> {
+    let dir = Cache::from_env()
+        .repo(repo.clone())
+        .get("config.json")?
+        .parent()?
+        .to_owned();
+    monteclora_converters::ModelFiles::open(&dir)
+        .is_ok()
+        .then_some(dir)
+}
+
+fn download(repo: &Repo, options: &HubOptions) -> anyhow::Result<(PathBuf, String)> {
+    let mut builder = ApiBuilder::from_env().with_progress(true);
+    if let Some(token) = token(&options.token_source)? {
+        builder = builder.with_token(token);
+    }
+    let repo = builder.build()?.repo(repo.clone());
+    let info = repo.info()?;
+    let mut dir = None;
+    for sibling in &info.siblings {
+        let name = sibling.rfilename.as_str();
+        let wanted = !name.contains('/')
+            && (name.ends_with(".safetensors")
+                || name.ends_with(".json")
+                || name.ends_with(".jinja")
+                || name == "tokenizer.model");
+        if wanted {
+            let path = repo.get(name)?;
+            if name == "config.json" {
+                dir = path.parent().map(Path::to_owned);
+            }
+        }
+    }
+    let dir = dir.ok_or_else(|| anyhow::anyhow!("the repository has no config.json"))?;
+    Ok((dir, info.sha))
+}
+
+/// The token that a source names; `None` leaves the choice to the Hub client (`cache`).
+fn token(source: &str) -> Result<Option<Option<String>>, Error> {
+    let refuse = |problem: &str| Error::Token {
+        source_text: source.split(':').next().unwrap_or_default().to_owned(),
+        problem: problem.to_owned(),
+    };
+    match source.split_once(':') {
+        None if source.is_empty() || source == "cache" => Ok(None),
+        None if source == "none" => Ok(Some(None)),
+        Some(("literal", token)) => Ok(Some(Some(token.to_owned()))),
+        Some(("env", name)) => std::env::var(name)
+            .map(|token| Some(Some(token)))
+            .map_err(|_| refuse("the variable is not set")),
+        Some(("path", path)) => std::fs::read_to_string(path)
+            .map(|token| Some(Some(token.trim().to_owned())))
+            .map_err(|_| refuse("the file cannot be read")),
+        _ => Err(refuse(
+            "expected literal:TOKEN, env:VARIABLE, path:FILE, cache or none",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hub_ids_are_two_plain_parts() {
+        assert!(is_hub_id("HuggingFaceTB/SmolLM2-135M-Instruct"));
+        for id in [
+            "model",
+            "a/b/c",
+            "/abs/path",
+            "../up",
+            "a/..",
+            "a/",
+            "a b/c",
+        ] {
+            assert!(!is_hub_id(id), "{id}");
+        }
+    }
+
+    #[test]
+    fn token_sources() {
+        assert!(matches!(token("cache"), Ok(None)));
+        assert!(matches!(token("none"), Ok(Some(None))));
+        assert!(matches!(token("literal:x"), Ok(Some(Some(t))) if t == "x"));
+        let error = token("secret-by-mistake:abc")
+            .expect_err("unknown kind")
+            .to_string();
+        assert!(!error.contains("abc"));
+    }
+}

@@ -1,0 +1,185 @@
+//! Greedy decoding of many prompts at once, each with its own cache.
+
+use candle_core::{D, Tensor};
+
+use super::Result;
+use super::adapter::ActiveAdapter;
+use super::decoder::{Decoder, Sequences};
+use super::ops::attention::Segment;
+
+/// Rotated keys and values of one layer for the sequences that are still running, one after the other.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct LayerCache {
+    keys_and_values: Option<(Tensor, Tensor)>,
+    lengths: Vec<usize>,
+}
+
+impl LayerCache {
+    /// Appends the new rows of each sequence behind its earlier ones and returns all keys and values.
+    pub(crate) fn extend(
+        &mut self,
+        k: &Tensor,
+        v: &Tensor,
+        segments: &[Segment],
+    ) -> Result<(Tensor, Tensor)> {
+        let joined = match &self.keys_and_values {
+            None => (k.clone(), v.clone()),
+            Some((old_k, old_v)) => (
+                self.interleave(old_k, k, segments)?,
+                self.interleave(old_v, v, segments)?,
+            ),
+        };
+        self.lengths = segments.iter().map(|s| s.key_len).collect();
+        self.keys_and_values = Some(joined.clone());
+        Ok(joined)
+    }
+
+    fn interleave(&self, old: &Tensor, new: &Tensor, segments: &[Segment]) -> Result<Tensor> {
+        let mut parts = Vec::with_capacity(2 * segments.len());
+        let mut start = 0;
+        for (segment, length) in segments.iter().zip(&self.lengths) {
+            parts.push(old.narrow(0, start, *length)?);
+            parts.push(new.narrow(0, segment.query_start, segment.query_len)?);
+            start += length;
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    fn retain(&mut self, running: &[bool]) -> Result<()> {
+        if let Some((k, v)) = &self.keys_and_values {
+            let mut start = 0;
+            let (mut ks, mut vs) = (Vec::new(), Vec::new());
+            for (length, keep) in self.lengths.iter().zip(running) {
+                if *keep {
+                    ks.push(k.narrow(0, start, *length)?);
+                    vs.push(v.narrow(0, start, *length)?);
+                }
+                start += length;
+            }
+            self.keys_and_values = match ks.is_empty() {
+                true => None,
+                false => Some((Tensor::cat(&ks, 0)?, Tensor::cat(&vs, 0)?)),
+            };
+        }
+        let mut keep = running.iter();
+        self.lengths
+            .retain(|_| keep.next().copied().unwrap_or(false));
+        Ok(())
+    }
+}
+
+/// When decoding ends.
+#[derive(Debug, Clone)]
+pub struct GenerationSettings {
+    /// Most tokens an answer may have.
+    pub max_new_tokens: usize,
+    /// Tokens that end an answer; not part of it.
+    pub stop_tokens: Vec<u32>,
+    /// Prompts decoded together.
+    pub batch_size: usize,
+}
+
+/// One answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Generation {
+    /// Token ids without the stop token.
+    pub tokens: Vec<u32>,
+    /// Whether a stop token ended it.
+    pub stopped: bool,
+}
+
+impl Decoder {
+    /// Greedy answers to `prompts`; `done` is called with the number of finished prompts after each batch.
+    pub fn generate(
+        &self,
+        prompts: &[Vec<u32>],
+        adapter: &ActiveAdapter,
+        settings: &GenerationSettings,
+        mut done: impl FnMut(usize),
+    ) -> Result<Vec<Generation>> {
+        let mut answers = Vec::with_capacity(prompts.len());
+        for batch in prompts.chunks(settings.batch_size.max(1)) {
+            answers.extend(self.generate_batch(batch, adapter, settings)?);
+            done(answers.len());
+        }
+        Ok(answers)
+    }
+
+    fn generate_batch(
+        &self,
+        prompts: &[Vec<u32>],
+        adapter: &ActiveAdapter,
+        settings: &GenerationSettings,
+    ) -> Result<Vec<Generation>> {
+        let mut answers: Vec<Generation> = prompts
+            .iter()
+            .map(|_| Generation {
+                tokens: Vec::new(),
+                stopped: false,
+            })
+            .collect();
+        let mut caches = vec![LayerCache::default(); self.layers.len()];
+        let mut running: Vec<usize> = (0..prompts.len()).collect();
+        let mut lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
+        let mut sequences = Sequences::new(prompts);
+        while !running.is_empty() && settings.max_new_tokens > 0 {
+            let hidden = self.hidden(&sequences, adapter, Some(&mut caches))?;
+            let last: Vec<u32> = sequences
+                .segments
+                .iter()
+                .map(|s| (s.query_start + s.query_len - 1) as u32)
+                .collect();
+            let hidden = hidden.index_select(&Tensor::new(last, &self.device)?, 0)?;
+            let best = self
+                .head_logits(&hidden, adapter)?
+                .argmax(D::Minus1)?
+                .to_vec1::<u32>()?;
+            let mut keep = Vec::with_capacity(running.len());
+            let mut next = Vec::new();
+            for (sequence, token) in running.iter().zip(best) {
+                let answer = &mut answers[*sequence];
+                answer.stopped = settings.stop_tokens.contains(&token);
+                if !answer.stopped {
+                    answer.tokens.push(token);
+                }
+                let goes_on = !answer.stopped && answer.tokens.len() < settings.max_new_tokens;
+                keep.push(goes_on);
+                if goes_on {
+                    next.push((*sequence, token));
+                }
+            }
+            if keep.contains(&false) {
+                for cache in &mut caches {
+                    cache.retain(&keep)?;
+                }
+            }
+            running = next.iter().map(|(sequence, _)| *sequence).collect();
+            sequences = step(&next, &mut lengths);
+        }
+        Ok(answers)
+    }
+}
+
+/// One new token for each running sequence, behind `lengths` earlier ones.
+fn step(next: &[(usize, u32)], lengths: &mut [usize]) -> Sequences {
+    let mut key_start = 0;
+    let mut sequences = Sequences {
+        tokens: Vec::with_capacity(next.len()),
+        positions: Vec::with_capacity(next.len()),
+        segments: Vec::with_capacity(next.len()),
+    };
+    for (row, (sequence, token)) in next.iter().enumerate() {
+        sequences.tokens.push(*token);
+        sequences.positions.push(lengths[*sequence] as u32);
+        lengths[*sequence] += 1;
+        let key_len = lengths[*sequence];
+        sequences.segments.push(Segment {
+            query_start: row,
+            query_len: 1,
+            key_start,
+            key_len,
+        });
+        key_start += key_len;
+    }
+    sequences
+}

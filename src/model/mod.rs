@@ -1,0 +1,84 @@
+//! The frozen decoder: Llama, Mistral, Qwen2 and Qwen3, any of whose projections can carry an adapter.
+
+mod adapter;
+mod config;
+mod decoder;
+mod generate;
+mod layer;
+mod load;
+pub mod ops;
+
+use std::path::PathBuf;
+
+pub use adapter::{ActiveAdapter, AdapterGradients, Projection, SiteId};
+pub use config::{Family, ModelConfig};
+pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
+pub use generate::{Generation, GenerationSettings};
+
+/// What can go wrong in reading or running a decoder.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file of the model cannot be read.
+    #[error("cannot read `{}`: {source}", .path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file of the model is not JSON.
+    #[error("`{}` is not valid JSON: {source}", .path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A configuration key is missing, malformed or not supported.
+    #[error("{}: {key}: {problem}", .path.display())]
+    Config {
+        /// The configuration file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What is wrong and what is accepted.
+        problem: String,
+    },
+    /// Tensors of the checkpoint are missing or have another shape.
+    #[error("`{}` does not hold the model its config.json describes: {}", .path.display(), .problems.join("; "))]
+    Weights {
+        /// The model directory.
+        path: PathBuf,
+        /// One line a tensor.
+        problems: Vec<String>,
+    },
+    /// An adapter names sites that the base does not have, or of another shape.
+    #[error("the adapter does not fit this base: {}", .problems.join("; "))]
+    Adapter {
+        /// One line a site.
+        problems: Vec<String>,
+    },
+    /// Token ids outside the vocabulary.
+    #[error(
+        "token id {token} is outside the vocabulary of {vocab_size}; does the tokenizer belong to this model?"
+    )]
+    Token {
+        /// The offending id.
+        token: u32,
+        /// Entries of the model's embedding.
+        vocab_size: usize,
+    },
+    /// Reading tensors failed.
+    #[error(transparent)]
+    Format(#[from] monteclora_converters::Error),
+    /// The method's mathematics failed.
+    #[error(transparent)]
+    Method(#[from] monteclora_adapters::Error),
+    /// A candle operation failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,195 @@
+//! Cross entropy of labelled positions only, through the output head in chunks, value and gradient in one pass.
+
+use candle_core::{D, DType, Device, Tensor};
+use monteclora_adapters::linalg::on_cpu;
+use monteclora_adapters::{FrozenLinear, LowRank};
+use rayon::prelude::*;
+
+use super::swiglu::exp;
+use crate::model::Result;
+
+/// Labelled positions whose logits exist at the same time.
+const CHUNK: usize = 96;
+
+/// Losses of a batch's labelled positions and, when asked for, the gradient of `scale` times their sum.
+#[derive(Debug, Clone)]
+pub struct CrossEntropy {
+    /// Negative log-likelihood of each label, nats.
+    pub nll: Vec<f32>,
+    /// Whether the label was the most likely token.
+    pub correct: Vec<bool>,
+    /// With respect to the head's input, `[labels, hidden]`.
+    pub grad_hidden: Option<Tensor>,
+    /// With respect to A and B of an adapted head.
+    pub grad_adapter: Option<(Tensor, Tensor)>,
+}
+
+/// Evaluates `hidden` `[labels, hidden]` (normalised) against `targets` `[labels]`; with `scale` also the gradient.
+pub fn evaluate(
+    head: &FrozenLinear,
+    adapter: Option<&LowRank>,
+    hidden: &Tensor,
+    targets: &[u32],
+    scale: Option<f64>,
+) -> Result<CrossEntropy> {
+    let labels = targets.len();
+    let mut result = CrossEntropy {
+        nll: Vec::with_capacity(labels),
+        correct: Vec::with_capacity(labels),
+        grad_hidden: None,
+        grad_adapter: None,
+    };
+    let mut grads = Vec::new();
+    for start in (0..labels).step_by(CHUNK) {
+        let targets = &targets[start..labels.min(start + CHUNK)];
+        let chunk = hidden.narrow(0, start, targets.len())?.contiguous()?;
+        let (logits, saved) = head.forward(&chunk, adapter, None)?;
+        let (nll, correct, grad_logits) = softmax_loss(&logits, targets, scale)?;
+        result.nll.extend(nll);
+        result.correct.extend(correct);
+        if let Some(grad_logits) = grad_logits {
+            let gradients = head.backward(&chunk, &saved, &grad_logits, adapter, None, true)?;
+            grads.extend(gradients.input);
+            result.grad_adapter = match (result.grad_adapter.take(), gradients.adapter) {
+                (Some((a, b)), Some((more_a, more_b))) => Some(((a + more_a)?, (b + more_b)?)),
+                (None, more) => more,
+                (before, None) => before,
+            };
+        }
+    }
+    if !grads.is_empty() {
+        result.grad_hidden = Some(Tensor::cat(&grads, 0)?);
+    }
+    Ok(result)
+}
+
+type Losses = (Vec<f32>, Vec<bool>, Option<Tensor>);
+
+/// Losses of one chunk of logits `[labels, vocab]`, and `scale * (softmax - onehot)`.
+fn softmax_loss(logits: &Tensor, targets: &[u32], scale: Option<f64>) -> Result<Losses> {
+    let (rows, vocab) = logits.dims2()?;
+    let fast = on_cpu([logits], |[logits]| {
+        let losses: Vec<(f32, f32, bool)> = logits
+            .par_chunks_exact(vocab)
+            .zip(targets)
+            .map(|(row, target)| {
+                let (best, largest) = row
+                    .iter()
+                    .enumerate()
+                    .fold((0, f32::NEG_INFINITY), |best, (i, v)| {
+                        if *v > best.1 { (i, *v) } else { best }
+                    });
+                // Partial sums of a fixed width: vectorised, and the same at any thread count.
+                let mut partial = [0f32; 16];
+                let chunks = row.chunks_exact(16);
+                let rest: f32 = chunks.remainder().iter().map(|v| exp(v - largest)).sum();
+                for chunk in chunks {
+                    for (sum, v) in partial.iter_mut().zip(chunk) {
+                        *sum += exp(v - largest);
+                    }
+                }
+                let log_sum = largest + (partial.iter().sum::<f32>() + rest).ln();
+                (
+                    log_sum,
+                    log_sum - row[*target as usize],
+                    best == *target as usize,
+                )
+            })
+            .collect();
+        let grad = scale.map(|scale| {
+            let scale = scale as f32;
+            super::build_rows(rows, vocab, |row, out| {
+                let log_sum = losses[row].0;
+                for (out, v) in out.iter_mut().zip(&logits[row * vocab..(row + 1) * vocab]) {
+                    out.write(scale * exp(v - log_sum));
+                }
+                let target = targets[row] as usize;
+                let onehot = scale * (exp(logits[row * vocab + target] - log_sum) - 1.0);
+                out[target].write(onehot);
+            })
+        });
+        (losses, grad)
+    })?;
+    if let Some((losses, grad)) = fast {
+        return Ok((
+            losses.iter().map(|l| l.1).collect(),
+            losses.iter().map(|l| l.2).collect(),
+            grad.transpose()?,
+        ));
+    }
+    let dtype = logits.dtype();
+    let logits = logits.to_dtype(DType::F32)?;
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
+    let log_p = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?;
+    let index = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
+    let nll = log_p
+        .gather(&index, 1)?
+        .neg()?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
+    let best = logits
+        .argmax(D::Minus1)?
+        .to_device(&Device::Cpu)?
+        .to_vec1::<u32>()?;
+    let correct = best.iter().zip(targets).map(|(b, t)| b == t).collect();
+    let grad = scale
+        .map(|scale| {
+            let minus_one = Tensor::full(-1f32, (rows, 1), logits.device())?;
+            (log_p.exp()?.scatter_add(&index, &minus_one, 1)? * scale)?.to_dtype(dtype)
+        })
+        .transpose()?;
+    Ok((nll, correct, grad))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{largest_difference, matrix};
+    use super::*;
+    use candle_core::Var;
+
+    #[test]
+    fn equals_candle_on_uneven_chunks() -> Result<()> {
+        let (labels, hidden, vocab) = (CHUNK * 2 + 5, 7, 37);
+        let head = FrozenLinear::new(matrix(vocab, hidden, 0.3), None)?;
+        let x = Var::from_tensor(&matrix(labels, hidden, 0.8))?;
+        let targets: Vec<u32> = (0..labels as u32).map(|i| (i * 5) % vocab as u32).collect();
+        let logits = (x.matmul(&head.weight().t()?)? * 1.0)?;
+        let loss = candle_nn::loss::cross_entropy(
+            &logits,
+            &Tensor::new(targets.as_slice(), &Device::Cpu)?,
+        )?;
+        let grads = loss.backward()?;
+        let result = evaluate(
+            &head,
+            None,
+            &x.as_tensor().detach(),
+            &targets,
+            Some(1.0 / labels as f64),
+        )?;
+        let mean = result.nll.iter().map(|v| f64::from(*v)).sum::<f64>() / labels as f64;
+        assert!((mean - f64::from(loss.to_scalar::<f32>()?)).abs() < 1e-5);
+        let expected = grads.get(x.as_tensor()).expect("gradient");
+        assert!(largest_difference(&result.grad_hidden.expect("asked for"), expected) < 1e-6);
+        let best = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
+        for ((best, target), correct) in best.iter().zip(&targets).zip(&result.correct) {
+            assert_eq!(best == target, *correct);
+        }
+        Ok(())
+    }
+
+    /// The path for other devices, reached here through a transposed (non-contiguous) view.
+    #[test]
+    fn plain_path_equals_the_fast_one() -> Result<()> {
+        let strided = matrix(11, 4, 0.5).t()?;
+        let targets = [0, 10, 3, 7];
+        let (nll, correct, grad) = softmax_loss(&strided, &targets, Some(0.5))?;
+        let (fast_nll, fast_correct, fast_grad) =
+            softmax_loss(&strided.contiguous()?, &targets, Some(0.5))?;
+        assert!(nll.iter().zip(&fast_nll).all(|(a, b)| (a - b).abs() < 1e-6));
+        assert_eq!(correct, fast_correct);
+        assert!(
+            largest_difference(&grad.expect("asked for"), &fast_grad.expect("asked for")) < 1e-6
+        );
+        Ok(())
+    }
+}

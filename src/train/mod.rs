@@ -1,0 +1,113 @@
+//! Training: posterior draw, task loss with its gradients, regulariser, AdamW, evaluation, metrics.
+
+pub mod audit;
+mod checkpoint;
+pub mod metrics;
+mod optimizer;
+mod run;
+mod schedule;
+mod state;
+
+use std::path::{Path, PathBuf};
+
+pub use checkpoint::{Checkpoint, latest_checkpoint, write_adapter};
+pub use optimizer::{AdamW, AdamWSettings, SiteMoments, clip, global_norm};
+pub use run::{Event, Interrupt, Outcome, TrainSettings, Trainer, evaluate};
+pub use schedule::{Schedule, Shape};
+pub use state::{AdapterState, DrawForm, DrawnAdapter, RegulariserMeans, SiteGradient, SiteState};
+
+/// What can go wrong in training.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A loss or gradient is NaN or infinite; nothing was updated with it.
+    #[error(
+        "step {step}: {what} is not finite{}; lower train.learning_rate or lora.monteclora.sample_scaler, or set train.max_grad_norm",
+        sites(.names)
+    )]
+    NonFinite {
+        /// Optimiser step, from 1.
+        step: u64,
+        /// Loss or gradient.
+        what: &'static str,
+        /// Sites whose gradient is not finite.
+        names: Vec<String>,
+    },
+    /// Gradients that should be there are zero.
+    #[error("step {}: no gradient reaches {}", .step + 1, sites_list(.silent))]
+    Audit {
+        /// Optimiser step, from 0.
+        step: u64,
+        /// Parameters without a gradient.
+        silent: Vec<String>,
+    },
+    /// Internal bookkeeping lost a site.
+    #[error("{site}: no gradient was computed for this site")]
+    Site {
+        /// Module path.
+        site: String,
+    },
+    /// A file cannot be read or written.
+    #[error("cannot access `{}`: {source}", .path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A checkpoint does not belong to this run.
+    #[error("`{}` cannot be resumed: {problem}", .path.display())]
+    Checkpoint {
+        /// The checkpoint directory.
+        path: PathBuf,
+        /// What does not fit.
+        problem: String,
+    },
+    /// The data cannot be read.
+    #[error(transparent)]
+    Data(#[from] crate::data::DataError),
+    /// The decoder failed.
+    #[error(transparent)]
+    Model(#[from] crate::model::Error),
+    /// The method's mathematics failed.
+    #[error(transparent)]
+    Method(#[from] monteclora_adapters::Error),
+    /// Reading or writing an adapter failed.
+    #[error(transparent)]
+    Format(#[from] monteclora_converters::Error),
+    /// A candle operation failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
+        Self::Io {
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+fn sites(names: &[String]) -> String {
+    if names.is_empty() {
+        return String::new();
+    }
+    format!(" at {}", sites_list(names))
+}
+
+fn sites_list(names: &[String]) -> String {
+    let shown = names
+        .iter()
+        .take(20)
+        .map(String::as_str)
+        .collect::<Vec<_>>()
+        .join(", ");
+    match names.len().saturating_sub(20) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;

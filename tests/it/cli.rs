@@ -1,0 +1,404 @@
+//! The command as a user calls it: exit codes, messages, files.
+
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+
+use crate::fixtures::{adapters, own};
+use crate::training::write_rows;
+
+fn monteclora() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_monteclora"));
+    command.env_remove("RUST_LOG");
+    command
+}
+
+struct Run {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+fn run(arguments: &[&str]) -> Run {
+    let output = monteclora().args(arguments).output().unwrap();
+    Run {
+        code: output.status.code().unwrap(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+fn tiny() -> String {
+    own().join("models/tiny-llama").display().to_string()
+}
+
+fn own_adapter(name: &str) -> String {
+    own().join("adapters").join(name).display().to_string()
+}
+
+/// A run.toml on the tiny model with `rows` and extra lines in `[lora]` and `[train]`.
+fn run_toml(dir: &Path, rows: &str, lora: &str, train: &str) -> PathBuf {
+    let data = dir.join("rows.jsonl");
+    if rows.is_empty() {
+        write_rows(&data);
+    } else {
+        std::fs::write(&data, rows).unwrap();
+    }
+    let path = dir.join("run.toml");
+    let text = format!(
+        "[model]\nmodel_id = {:?}\n[data]\ntrain = {data:?}\n[lora]\nr = 4\n{lora}\n[train]\noutput_dir = {:?}\nmax_steps = 3\n{train}\n",
+        tiny(),
+        dir.join("out")
+    );
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+fn train(path: &Path) -> Run {
+    run(&["train", "-c", path.to_str().unwrap()])
+}
+
+#[test]
+fn train_collapse_sample_merge_inspect_validate_eval() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let config = run_toml(dir.path(), "", "", "learning_rate = 1e-2");
+    let dry = run(&["train", "-c", config.to_str().unwrap(), "--dry-run"]);
+    assert_eq!(dry.code, 0, "{}", dry.stderr);
+    assert!(
+        dry.stdout.contains("21 (") && dry.stdout.contains("nothing was written"),
+        "{}",
+        dry.stdout
+    );
+    assert!(!dir.path().join("out").exists());
+
+    let trained = train(&config);
+    assert_eq!(trained.code, 0, "{}", trained.stderr);
+    let record: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(dir.path().join("out/run.json")).unwrap())
+            .unwrap();
+    assert_eq!(record["config"]["lora"]["monteclora"]["objective"], "exact");
+    assert_eq!(record["config"]["seed"], 42);
+
+    let again = train(&config);
+    assert_eq!(again.code, 2);
+    assert!(
+        again.stderr.contains("not empty") && again.stderr.contains("--force"),
+        "{}",
+        again.stderr
+    );
+
+    let collapsed = run(&["collapse", &at("out"), "-o", &at("lora")]);
+    assert_eq!(collapsed.code, 0, "{}", collapsed.stderr);
+    let mut files: Vec<_> = std::fs::read_dir(at("lora"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    files.sort();
+    assert_eq!(files, ["adapter_config.json", "adapter_model.safetensors"]);
+
+    let sampled = run(&[
+        "sample",
+        &at("out"),
+        "-k",
+        "2",
+        "--seed",
+        "7",
+        "-o",
+        &at("draws"),
+    ]);
+    assert_eq!(sampled.code, 0, "{}", sampled.stderr);
+    let weights = |name: &str| {
+        std::fs::read(dir.path().join(name).join("adapter_model.safetensors")).unwrap()
+    };
+    assert_ne!(weights("draws/draw-0000"), weights("draws/draw-0001"));
+
+    let inspected = run(&["inspect", &at("out"), "--json"]);
+    let summary: serde_json::Value = serde_json::from_str(&inspected.stdout).unwrap();
+    assert_eq!(summary["format"], "peft-monteclora");
+    assert_eq!(summary["n_sites"], 21);
+    assert!(summary["sites"][0]["noise_to_signal"].as_f64().unwrap() > 0.0);
+
+    let validated = run(&[
+        "validate",
+        &at("lora"),
+        "-m",
+        &tiny(),
+        "--for",
+        "mistralrs",
+        "--for",
+        "peft",
+        "--json",
+    ]);
+    assert_eq!(
+        validated.code, 0,
+        "{}{}",
+        validated.stdout, validated.stderr
+    );
+
+    let evaluated = run(&[
+        "eval",
+        "-m",
+        &tiny(),
+        "-a",
+        &at("out"),
+        "--data",
+        &at("rows.jsonl"),
+        "--json",
+    ]);
+    assert_eq!(evaluated.code, 0, "{}", evaluated.stderr);
+    let scores: serde_json::Value = serde_json::from_str(&evaluated.stdout).unwrap();
+    assert!(scores["mean"]["loss"].as_f64().unwrap() < scores["base"]["loss"].as_f64().unwrap());
+
+    let merged = run(&[
+        "merge",
+        "-m",
+        &tiny(),
+        "-a",
+        &at("out"),
+        "-o",
+        &at("merged"),
+    ]);
+    assert_eq!(merged.code, 0, "{}", merged.stderr);
+    let alone = run(&[
+        "eval",
+        "-m",
+        &at("merged"),
+        "--data",
+        &at("rows.jsonl"),
+        "--json",
+    ]);
+    let alone: serde_json::Value = serde_json::from_str(&alone.stdout).unwrap();
+    let difference =
+        alone["base"]["loss"].as_f64().unwrap() - scores["mean"]["loss"].as_f64().unwrap();
+    assert!(difference.abs() < 1e-4, "{difference}");
+}
+
+#[test]
+fn wrong_configuration_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = run(&["train", "-c", "no-such.toml"]);
+    assert_eq!(missing.code, 2);
+    assert!(
+        missing.stderr.contains("no-such.toml"),
+        "{}",
+        missing.stderr
+    );
+
+    let misspelt = train(&run_toml(dir.path(), "", "lora_alfa = 8", ""));
+    assert_eq!(misspelt.code, 2);
+    assert!(
+        misspelt.stderr.contains("lora_alfa") && misspelt.stderr.contains("lora_alpha"),
+        "{}",
+        misspelt.stderr
+    );
+
+    let target = train(&run_toml(
+        dir.path(),
+        "",
+        "target_modules = [\"q_prok\", \"v_proj\"]",
+        "",
+    ));
+    assert_eq!(target.code, 2);
+    assert!(
+        target.stderr.contains("q_prok") && target.stderr.contains("q_proj"),
+        "{}",
+        target.stderr
+    );
+
+    let model = run(&["eval", "-m", "./nowhere", "--data", "x.jsonl"]);
+    assert_eq!(model.code, 2, "{}", model.stderr);
+    let adapter = run(&["collapse", "./nowhere", "-o", "x"]);
+    assert_eq!(adapter.code, 2, "{}", adapter.stderr);
+}
+
+#[test]
+fn bad_rows_are_listed_with_their_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = run_toml(dir.path(), "", "", "");
+    std::fs::remove_file(dir.path().join("rows.jsonl")).unwrap();
+    let missing = train(&missing);
+    assert_eq!(missing.code, 3, "{}", missing.stderr);
+    assert!(missing.stderr.contains("rows.jsonl"), "{}", missing.stderr);
+
+    let role = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n\
+                {\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"asistant\", \"content\": \"b\"}]}\n";
+    let role = train(&run_toml(dir.path(), role, "", ""));
+    assert_eq!(role.code, 3, "{}", role.stderr);
+    let message = "rows.jsonl:2: messages[1].role: unknown role \"asistant\"; expected system, user, assistant or tool";
+    assert!(role.stderr.contains(message), "{}", role.stderr);
+
+    let empty = "{\"messages\": [{\"role\": \"user\", \"content\": \"nobody answers\"}]}\n";
+    let empty = train(&run_toml(dir.path(), empty, "", ""));
+    assert_eq!(empty.code, 3, "{}", empty.stderr);
+    assert!(empty.stderr.contains("rows.jsonl:1"), "{}", empty.stderr);
+    assert!(!dir.path().join("out").exists());
+}
+
+#[test]
+fn adapters_that_do_not_fit_or_are_not_understood_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    write_rows(&rows);
+    let rows = rows.display().to_string();
+    let out = dir.path().join("x").display().to_string();
+    for case in adapters().into_iter().filter(|c| c.must_be_refused()) {
+        let (model, adapter) = (
+            case.model.display().to_string(),
+            case.dir.display().to_string(),
+        );
+        for arguments in [
+            vec!["eval", "-m", &model, "-a", &adapter, "--data", &rows],
+            vec!["collapse", &adapter, "-o", &out],
+            vec!["merge", "-m", &model, "-a", &adapter, "-o", &out],
+            vec!["validate", &adapter],
+        ] {
+            let refused = run(&arguments);
+            assert_eq!(refused.code, 4, "{arguments:?}: {}", refused.stderr);
+            assert!(!Path::new(&out).exists(), "{arguments:?}");
+        }
+    }
+    // A base of other sizes.
+    let other = dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    for name in [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ] {
+        std::fs::copy(own().join("models/tiny-llama").join(name), other.join(name)).unwrap();
+    }
+    let foreign = own_adapter("monteclora");
+    let narrow = dir.path().join("narrow");
+    shrink(Path::new(&foreign), &narrow);
+    let misfit = run(&[
+        "eval",
+        "-m",
+        other.to_str().unwrap(),
+        "-a",
+        narrow.to_str().unwrap(),
+        "--data",
+        &rows,
+    ]);
+    assert_eq!(misfit.code, 4, "{}", misfit.stderr);
+    assert!(misfit.stderr.contains("q_proj"), "{}", misfit.stderr);
+}
+
+/// Copies an adapter with one input less at every site.
+fn shrink(from: &Path, to: &Path) {
+    use monteclora_converters::{Adapter, Tensor};
+    let mut adapter = Adapter::read(from).unwrap();
+    for site in &mut adapter.sites {
+        let (rank, n_in) = (site.rank, site.in_features());
+        let values = site.lora_a.to_f32().unwrap();
+        let cut = values
+            .chunks_exact(n_in)
+            .flat_map(|row| row[1..].to_vec())
+            .collect();
+        site.lora_a = Tensor::from_f32(&[rank, n_in - 1], cut).unwrap();
+    }
+    adapter.write_peft(to, false).unwrap();
+}
+
+#[test]
+fn an_adapter_that_changes_nothing_is_not_exported() {
+    use monteclora_converters::{Adapter, Tensor};
+    let dir = tempfile::tempdir().unwrap();
+    let mut adapter = Adapter::read(Path::new(&own_adapter("plain-lora"))).unwrap();
+    for site in &mut adapter.sites {
+        site.lora_b =
+            Tensor::from_f32(site.lora_b.shape(), vec![0.0; site.lora_b.n_elements()]).unwrap();
+    }
+    let path = dir.path().join("zero");
+    adapter.write_peft(&path, false).unwrap();
+    let out = dir.path().join("out");
+    let arguments = [
+        "collapse",
+        path.to_str().unwrap(),
+        "-o",
+        out.to_str().unwrap(),
+    ];
+    let refused = run(&arguments);
+    assert_eq!(refused.code, 4);
+    assert!(
+        refused.stderr.contains("changes nothing") && refused.stderr.contains("--force"),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(run(&[&arguments[..], &["--force"]].concat()).code, 0);
+}
+
+/// An interrupted run leaves a checkpoint, says so with 130, and continues to the same bytes as an undisturbed one.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_continues() {
+    use std::io::BufRead;
+    let dir = tempfile::tempdir().unwrap();
+    let config = run_toml(dir.path(), "", "", "logging_steps = 1\nsave_steps = 1000");
+    let config = config.to_str().unwrap();
+    let steps = ["--set", "train.max_steps=400"];
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_monteclora"))
+        .args(["train", "-c", config])
+        .args(steps)
+        .stderr(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines();
+    let seen = lines
+        .by_ref()
+        .any(|line| line.unwrap().contains("step 3/400"));
+    assert!(seen);
+    assert!(
+        std::process::Command::new("kill")
+            .args(["-INT", &child.id().to_string()])
+            .status()
+            .unwrap()
+            .success()
+    );
+    lines.for_each(drop);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let resumed = run(&[&["train", "-c", config, "--resume", "auto"], &steps[..]].concat());
+    assert_eq!(resumed.code, 0, "{}", resumed.stderr);
+    let other = dir.path().join("whole").display().to_string();
+    let whole = run(&[
+        &[
+            "train",
+            "-c",
+            config,
+            "--set",
+            &format!("train.output_dir={other:?}"),
+        ],
+        &steps[..],
+    ]
+    .concat());
+    assert_eq!(whole.code, 0, "{}", whole.stderr);
+    let weights = |d: &Path| std::fs::read(d.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(weights(&dir.path().join("out")), weights(Path::new(&other)));
+}
+
+#[test]
+fn the_shipped_run_toml_is_valid_and_says_the_defaults() {
+    use monteclora::config::RunConfig;
+    let shipped = RunConfig::load(
+        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/run.toml")),
+        &[],
+    )
+    .unwrap();
+    let least = "[model]\nmodel_id = \"m\"\n[data]\ntrain = \"t\"\nvalid = \"v\"\n[train]\noutput_dir = \"out\"\n";
+    let mut least = RunConfig::from_toml(least, "least", &[]).unwrap();
+    (least.model.model_id, least.data.train) =
+        (shipped.model.model_id.clone(), shipped.data.train.clone());
+    (least.data.valid, least.data.max_seq_length) = (shipped.data.valid.clone(), Some(1024));
+    assert_eq!(shipped, least);
+}
+
+#[test]
+fn completions_and_doctor_print() {
+    assert!(run(&["completions", "bash"]).stdout.contains("monteclora"));
+    let doctor = run(&["doctor", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&doctor.stdout).unwrap();
+    assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
+}

@@ -1,0 +1,211 @@
+//! mistral.rs in this process and as a server, through the command.
+
+use std::io::BufRead;
+use std::process::{Child, Command, Stdio};
+
+use crate::fixtures::{adapters, own};
+
+fn parity(arguments: &[&str]) -> (i32, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_monteclora"))
+        .arg("parity")
+        .args(arguments)
+        .output()
+        .unwrap();
+    (
+        output.status.code().unwrap(),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+/// Both decoders give PEFT's logits for every recorded adapter, or the case is refused; mistral.rs may also refuse a base that
+/// it would compute wrongly, and then says so with exit code 4.
+#[test]
+fn every_adapter_case_is_served_right_or_refused() {
+    let mut compared = 0;
+    for case in adapters() {
+        let (model, adapter) = (
+            case.model.display().to_string(),
+            case.dir.display().to_string(),
+        );
+        let reference = case.dir.join("expected.safetensors").display().to_string();
+        let (code, stdout, stderr) = parity(&[
+            "-m",
+            &model,
+            "-a",
+            &adapter,
+            "--reference",
+            &reference,
+            "--json",
+        ]);
+        if case.must_be_refused() {
+            assert_eq!(code, 4, "{}: {stdout}{stderr}", case.name);
+            continue;
+        }
+        let ours_alone = [
+            "-m",
+            &model,
+            "-a",
+            &adapter,
+            "--reference",
+            &reference,
+            "--engine",
+            "ours",
+            "--json",
+        ];
+        let (ours_code, ours, _) = parity(&ours_alone);
+        assert_eq!(ours_code, 0, "{}", case.name);
+        let ours: serde_json::Value = serde_json::from_str(&ours).unwrap();
+        assert!(
+            ours["ours"]["max_abs_diff"].as_f64().unwrap() <= case.tolerance(),
+            "{}: {ours}",
+            case.name
+        );
+        if code == 4 {
+            assert!(stderr.contains("mistral.rs"), "{}: {stderr}", case.name);
+            continue;
+        }
+        assert_eq!(code, 0, "{}: {stderr}", case.name);
+        let report: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+        for key in ["mistralrs", "mistralrs_base"] {
+            let difference = report[key]["max_abs_diff"].as_f64().unwrap();
+            assert!(
+                difference <= 10.0 * case.tolerance(),
+                "{}: {key} {difference}",
+                case.name
+            );
+        }
+        assert_eq!(
+            report["ours_vs_mistralrs"]["top1_agreement"], 1.0,
+            "{}",
+            case.name
+        );
+        compared += 1;
+    }
+    assert!(compared > 0, "mistral.rs served none of the cases");
+}
+
+struct Server {
+    child: Child,
+    url: String,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // The test is over; a child that is gone already is fine.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn serve(arguments: &[&str]) -> Server {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_monteclora"))
+        .args(["serve", "--port", "0"])
+        .args(arguments)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines();
+    let url = lines.find_map(|line| {
+        let line = line.unwrap();
+        let start = line.find("http://127.0.0.1:")?;
+        Some(line[start..].split(';').next().unwrap().trim().to_owned())
+    });
+    // Standard error must stay open and drained, or the server's next log line would fail.
+    std::thread::spawn(move || lines.for_each(drop));
+    Server {
+        child,
+        url: url.expect("the server tells its address"),
+    }
+}
+
+#[test]
+fn a_server_answers_from_base_and_alias() {
+    let model = own().join("models/tiny-llama").display().to_string();
+    let adapter = format!("triage={}", own().join("adapters/all-linear").display());
+    let mut server = serve(&["-m", &model, "--adapter", &adapter, "--cpu"]);
+    let client = reqwest::blocking::Client::new();
+    let models: serde_json::Value = client
+        .get(format!("{}/v1/models", server.url))
+        .send()
+        .unwrap()
+        .json()
+        .unwrap();
+    let ids: Vec<&str> = models["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["id"].as_str().unwrap())
+        .collect();
+    assert_eq!(ids, ["tiny-llama", "triage"]);
+    assert_eq!(models["data"][1]["parent"], "tiny-llama");
+
+    let ask = |model: &str, stream: bool| {
+        let body = serde_json::json!({
+            "model": model, "stream": stream, "max_tokens": 12, "temperature": 0,
+            "messages": [{"role": "user", "content": "Tell me something."}],
+        });
+        client
+            .post(format!("{}/v1/chat/completions", server.url))
+            .json(&body)
+            .send()
+            .unwrap()
+    };
+    let text = |model: &str| -> String {
+        let answer: serde_json::Value = ask(model, false).json().unwrap();
+        assert_eq!(answer["model"], model, "{answer}");
+        answer["choices"][0]["message"]["content"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let (base, adapted) = (text("tiny-llama"), text("triage"));
+    assert_ne!(base, adapted);
+    assert_eq!(adapted, text("triage"));
+
+    let stream = ask("triage", true).text().unwrap();
+    assert!(stream.trim_end().ends_with("data: [DONE]"), "{stream}");
+    assert!(
+        stream.contains("finish_reason\":\"length\"")
+            || stream.contains("finish_reason\":\"stop\""),
+        "{stream}"
+    );
+
+    let unknown = ask("nobody", false);
+    assert_eq!(unknown.status(), 404);
+    let error: serde_json::Value = unknown.json().unwrap();
+    assert!(
+        error["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("nobody")
+    );
+    let hidden = client
+        .post(format!("{}/re_isq", server.url))
+        .json(&serde_json::json!({"ggml_type": "Q8_0"}))
+        .send()
+        .unwrap();
+    assert_eq!(hidden.status(), 404);
+    let malformed = client
+        .post(format!("{}/v1/chat/completions", server.url))
+        .body("{")
+        .send()
+        .unwrap();
+    assert!(malformed.status().is_client_error());
+
+    assert!(
+        Command::new("kill")
+            .args(["-TERM", &server.child.id().to_string()])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn the_shipped_serve_toml_is_valid() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/serve.toml");
+    let file = mistralrs_monteclora::ServeFile::read(std::path::Path::new(path)).unwrap();
+    assert_eq!(file.models[0].adapters[0].alias, "triage");
+}
