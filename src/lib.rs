@@ -1,4 +1,4 @@
-//! Fine-tune language models with MonteCLoRA in Rust and serve the result with mistral.rs.
+#![doc = include_str!("../README.md")]
 
 pub mod cli;
 pub mod commands;

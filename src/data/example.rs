@@ -124,9 +124,8 @@ impl From<DataError> for RowError {
 /// Turns rows and prompts into tokens with one model's tokenizer and chat template.
 ///
 /// # Beginning of text
-/// A rendered conversation is tokenised without special tokens, since templates print their own. A tokenizer that puts
-/// BOS before every text gets it before a conversation too, unless the template printed it: exactly one BOS, as in
-/// mistral.rs and llama.cpp. (transformers leaves it out where the template does.)
+/// A rendered conversation is tokenised without special tokens, since templates print their own: as transformers'
+/// `apply_chat_template` does, and as the plugin makes mistral.rs do. Bare text gets the tokenizer's BOS.
 ///
 /// # The loss mask
 /// Turn `i` is what rendering `messages[..=i]` adds to rendering `messages[..i]` with the generation prompt; the
@@ -180,7 +179,8 @@ impl Encoder {
     ) -> Result<Vec<u32>, DataError> {
         let text = self.chat_template()?.render(messages, tools, true)?;
         Ok(self
-            .encode_chat(&text)?
+            .tokenizer
+            .encode_spans(&text)?
             .into_iter()
             .map(|token| token.id)
             .collect())
@@ -333,21 +333,6 @@ impl Encoder {
         })
     }
 
-    /// Decides where BOS stands; every conversation passes here.
-    fn encode_chat(&self, text: &str) -> Result<Vec<SpannedToken>, DataError> {
-        let mut tokens = self.tokenizer.encode_spans(text)?;
-        let prefix = self.tokenizer.prefix_ids();
-        let printed = tokens.len() >= prefix.len()
-            && tokens.iter().zip(prefix).all(|(token, id)| token.id == *id);
-        if !printed {
-            tokens.splice(
-                0..0,
-                prefix.iter().map(|&id| SpannedToken { id, bytes: 0..0 }),
-            );
-        }
-        Ok(tokens)
-    }
-
     fn prompt_and_completion(&self, prompt: &str, completion: &str) -> Result<Example, RowError> {
         if self.options.apply_chat_template {
             let messages = [
@@ -385,7 +370,9 @@ impl Encoder {
     ) -> Result<Vec<Example>, RowError> {
         let template = self.chat_template()?;
         if train_on == TrainOn::All {
-            let tokens = self.encode_chat(&template.render(messages, tools, false)?)?;
+            let tokens = self
+                .tokenizer
+                .encode_spans(&template.render(messages, tools, false)?)?;
             let input_ids: Vec<u32> = tokens.into_iter().map(|token| token.id).collect();
             let loss_mask = vec![true; input_ids.len()];
             return Ok(vec![Example {
@@ -436,7 +423,7 @@ impl Encoder {
 
     /// Tokenises a rendered conversation and trains the tokens of the byte ranges, each up to its end-of-turn token.
     fn masked(&self, text: &str, ranges: &[Range<usize>]) -> Result<Example, DataError> {
-        let tokens = self.encode_chat(text)?;
+        let tokens = self.tokenizer.encode_spans(text)?;
         let mut loss_mask = vec![false; tokens.len()];
         for range in ranges {
             let inside: Vec<usize> = (0..tokens.len())

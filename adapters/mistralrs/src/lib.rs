@@ -43,5 +43,6 @@ pub use engine::{Answer, ChatMessage, Engine, PromptLogits, prompt_logits};
 pub use error::{Error, Result};
 pub use keys::KeySet;
 pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline};
+pub use mistralrs_core::ModelDType;
 pub use model_config::{Architecture, NormalisedConfig, normalise_config};
 pub use server::{Server, serve};

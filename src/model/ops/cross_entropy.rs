@@ -73,12 +73,12 @@ fn softmax_loss(logits: &Tensor, targets: &[u32], scale: Option<f64>) -> Result<
             .par_chunks_exact(vocab)
             .zip(targets)
             .map(|(row, target)| {
-                let (best, largest) = row
-                    .iter()
-                    .enumerate()
-                    .fold((0, f32::NEG_INFINITY), |best, (i, v)| {
-                        if *v > best.1 { (i, *v) } else { best }
-                    });
+                let (best, largest) =
+                    row.iter()
+                        .enumerate()
+                        .fold((0, f32::NEG_INFINITY), |best, (i, v)| {
+                            if *v > best.1 { (i, *v) } else { best }
+                        });
                 // Partial sums of a fixed width: vectorised, and the same at any thread count.
                 let mut partial = [0f32; 16];
                 let chunks = row.chunks_exact(16);
