@@ -27,6 +27,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Posterior mean as a plain LoRA directory.
     Collapse(CollapseArgs),
+    /// Between adapter formats: PEFT, plain LoRA, GGUF, mlx-lm.
+    Convert(ConvertArgs),
     /// Posterior draws, each a plain LoRA directory.
     Sample(SampleArgs),
     /// A full model directory with the adapter merged in.
@@ -181,6 +183,69 @@ pub struct CollapseArgs {
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
     /// Write into a directory that is not empty, and accept an adapter that changes nothing.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Formats that `convert` reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum SourceFormatArg {
+    /// By content and extension.
+    #[default]
+    Auto,
+    /// PEFT directory, LoRA or MonteCLoRA.
+    Peft,
+    /// mlx-lm adapter directory.
+    Mlx,
+    /// GGUF LoRA file.
+    Gguf,
+}
+
+/// Formats that `convert` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TargetFormatArg {
+    /// PEFT directory with the whole posterior, if there is one.
+    Peft,
+    /// Plain LoRA that mistral.rs, vLLM and PEFT all accept: the posterior mean.
+    Lora,
+    /// One GGUF file for llama.cpp: the posterior mean.
+    Gguf,
+    /// mlx-lm adapter directory: the posterior mean.
+    Mlx,
+}
+
+/// Element types that `convert` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ConvertDtypeArg {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+/// `convert`
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// Adapter directory or GGUF file.
+    pub source: PathBuf,
+    /// New directory, or file for GGUF.
+    #[arg(short, long, value_name = "DST")]
+    pub output: PathBuf,
+    /// Format to write.
+    #[arg(long, value_enum)]
+    pub to: TargetFormatArg,
+    /// Format to read.
+    #[arg(long, value_enum, default_value_t)]
+    pub from: SourceFormatArg,
+    /// Base model, for GGUF: its config.json tells the head counts.
+    #[arg(short, long = "model-id", value_name = "MODEL")]
+    pub model_id: Option<String>,
+    /// Element type of A and B; the source's by default.
+    #[arg(long, value_enum)]
+    pub dtype: Option<ConvertDtypeArg>,
+    /// Write over what is there, and accept an adapter that changes nothing.
     #[arg(long)]
     pub force: bool,
 }

@@ -1,7 +1,9 @@
 //! `collapse`: the posterior mean as plain LoRA.
 
+use std::path::Path;
+
 use anyhow::Result;
-use monteclora_converters::LoraOptions;
+use monteclora_converters::{Adapter, LoraOptions, LoraReport};
 
 use super::{print, read_effective, require_empty};
 use crate::cli::CollapseArgs;
@@ -14,16 +16,21 @@ pub(super) fn run(args: &CollapseArgs) -> Result<()> {
         overwrite: args.force,
     };
     let report = adapter.write_lora(&args.output, &options)?;
+    print(&describe(&args.output, &adapter, &report))
+}
+
+/// What was written, baked in, and left out.
+pub(super) fn describe(output: &Path, adapter: &Adapter, report: &LoraReport) -> String {
     let mut text = format!(
-        "wrote {} ({} sites, r {}, lora_alpha {})",
-        args.output.display(),
+        "wrote {}: {} sites, r {}, lora_alpha {}",
+        output.display(),
         adapter.sites.len(),
         report.r,
         report.lora_alpha
     );
     let lists = [
         ("scale multiplied into B", &report.baked),
-        ("padded to the largest rank", &report.padded),
+        ("padded with zeros to the largest rank", &report.padded),
         ("element type changed", &report.converted),
         (
             "configuration keys without effect left out",
@@ -32,12 +39,18 @@ pub(super) fn run(args: &CollapseArgs) -> Result<()> {
     ];
     for (what, names) in lists {
         if !names.is_empty() {
-            text.push_str(&format!("\n  {what}: {}", names.len()));
+            let shown = names
+                .iter()
+                .take(5)
+                .map(String::as_str)
+                .collect::<Vec<_>>()
+                .join(", ");
+            let more = if names.len() > 5 { ", ..." } else { "" };
+            text.push_str(&format!("\n  {what}: {} ({shown}{more})", names.len()));
         }
     }
-    text.push_str(match report.dropped_posterior {
-        true => "\n  dropped: the posterior's spread; A and B are its mean",
-        false => "\n  the adapter was plain LoRA already",
-    });
-    print(&text)
+    if report.dropped_posterior {
+        text.push_str("\n  left out: the posterior's spread; A and B are its mean");
+    }
+    text
 }

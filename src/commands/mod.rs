@@ -3,6 +3,7 @@
 mod bench;
 mod collapse;
 mod completions;
+mod convert;
 mod doctor;
 mod eval;
 mod import_gguf;
@@ -56,6 +57,7 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Collapse(args) => collapse::run(args),
+        Command::Convert(args) => convert::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Merge(args) => merge::run(args),
         Command::Inspect(args) => inspect::run(args),
@@ -217,14 +219,24 @@ pub(crate) fn require_empty(dir: &Path, force: bool) -> Result<()> {
 /// Reads an adapter and refuses one that changes nothing, unless `force`.
 pub(crate) fn read_effective(path: &Path, force: bool) -> Result<monteclora_converters::Adapter> {
     let adapter = monteclora_converters::Adapter::read(path)?;
-    if !force && !adapter.has_effect()? {
-        return Err(Incompatible(format!(
-            "`{}` changes nothing: B A is zero at every site; was it saved before training? Pass --force to go on",
-            path.display()
-        ))
-        .into());
-    }
+    require_effect(&adapter, path, force)?;
     Ok(adapter)
+}
+
+/// Refuses an adapter that changes nothing, unless `force`.
+pub(crate) fn require_effect(
+    adapter: &monteclora_converters::Adapter,
+    path: &Path,
+    force: bool,
+) -> Result<()> {
+    if force || adapter.has_effect()? {
+        return Ok(());
+    }
+    Err(Incompatible(format!(
+        "`{}` changes nothing: B A is zero at every site; was it saved before training? Pass --force to go on",
+        path.display()
+    ))
+    .into())
 }
 
 /// Fails with every problem of `adapter` on `base`, before anything is loaded.

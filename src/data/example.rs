@@ -9,7 +9,7 @@ use super::{
     error::DataError,
     rows::{FieldProblem, Message, Role, Row, RowContent},
     template::ChatTemplate,
-    tokenizer::{SpannedToken, Tokenizer},
+    tokenizer::Tokenizer,
 };
 
 /// Which turns of a conversation carry loss. Prompt rows train the completion and text rows everything.

@@ -174,6 +174,79 @@ fn train_collapse_sample_merge_inspect_validate_eval() {
     assert!(difference.abs() < 1e-4, "{difference}");
 }
 
+/// Every recorded adapter goes through every format and comes back with the same update.
+#[test]
+fn convert_round_trips() {
+    use monteclora_converters::Adapter;
+    let dir = tempfile::tempdir().unwrap();
+    for case in adapters() {
+        let (model, source) = (
+            case.model.display().to_string(),
+            case.dir.display().to_string(),
+        );
+        let at = |name: &str| {
+            dir.path()
+                .join(format!("{}-{name}", case.name))
+                .display()
+                .to_string()
+        };
+        if case.must_be_refused() {
+            assert_eq!(
+                run(&["convert", &source, "-o", &at("lora"), "--to", "lora"]).code,
+                4,
+                "{}",
+                case.name
+            );
+            continue;
+        }
+        let gguf = at("adapter.gguf");
+        for arguments in [
+            vec!["convert", &source, "-o", &at("peft"), "--to", "peft"],
+            vec!["convert", &source, "-o", &at("lora"), "--to", "lora"],
+            vec!["convert", &source, "-o", &at("mlx"), "--to", "mlx"],
+            vec![
+                "convert", &source, "-o", &gguf, "--to", "gguf", "-m", &model,
+            ],
+            vec!["convert", &at("mlx"), "-o", &at("from-mlx"), "--to", "lora"],
+            vec![
+                "convert",
+                &gguf,
+                "-o",
+                &at("from-gguf"),
+                "--to",
+                "lora",
+                "-m",
+                &model,
+            ],
+        ] {
+            let converted = run(&arguments);
+            assert_eq!(converted.code, 0, "{arguments:?}: {}", converted.stderr);
+        }
+        let original = Adapter::read(&case.dir).unwrap();
+        for name in ["peft", "lora", "mlx", "from-mlx", "from-gguf"] {
+            let converted = Adapter::read(Path::new(&at(name))).unwrap();
+            assert_eq!(
+                converted.sites.len(),
+                original.sites.len(),
+                "{}: {name}",
+                case.name
+            );
+            for (a, b) in original.sites.iter().zip(&converted.sites) {
+                let difference = crate::fixtures::largest_difference(
+                    &a.delta_f32().unwrap(),
+                    &b.delta_f32().unwrap(),
+                );
+                assert!(
+                    difference <= 1e-5,
+                    "{}: {name}: {}: {difference}",
+                    case.name,
+                    a.name
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn wrong_configuration_is_named() {
     let dir = tempfile::tempdir().unwrap();
