@@ -164,7 +164,7 @@ mod tests {
         }
         assert_eq!(wishart_kl(&[0.0; 16]).value, 0.0);
         let r = 16.0f64;
-        let at_minimum = expected_gaussian_kl(&vec![-0.5 * r.ln(); 16], 8);
+        let at_minimum = expected_gaussian_kl(&[-0.5 * r.ln(); 16], 8);
         assert!(
             (at_minimum.value - 8.0 * r / 2.0 * ((r / 2.0).ln() - digamma(r / 2.0))).abs() < 1e-9
         );
@@ -174,19 +174,19 @@ mod tests {
     /// Section 2's test vector.
     #[test]
     fn reference_values() {
+        // The vector was computed in single precision.
         let (theta, s) = ([0.1, 0.5, 0.9], [0.25, 0.75]);
         let covariance = [2.47308207, 11.20422363];
-        assert!((dirichlet_peft(&theta, 0.1).value + 10.42517662).abs() < 1e-6);
-        // The vector was computed in single precision.
+        assert!((dirichlet_peft(&theta, 0.1).value + 10.42517662).abs() < 1e-5);
         assert!((dirichlet_kl(&theta, 0.1).value - 2.89271927).abs() < 1e-5);
-        assert!((wishart_kl(&s).value - 2.13041019).abs() < 1e-6);
-        assert!((sampled_gaussian_kl(&covariance, 3).value - 12.53332329).abs() < 1e-6);
+        assert!((wishart_kl(&s).value - 2.13041019).abs() < 1e-5);
+        assert!((sampled_gaussian_kl(&covariance, 3).value - 12.53332329).abs() < 1e-5);
         let theta_gradient = dirichlet_peft(&theta, 0.1).gradient;
         for (value, expected) in theta_gradient
             .iter()
             .zip([-0.48651928, 0.94617671, 3.70841336])
         {
-            assert!((value - expected).abs() < 1e-6, "{theta_gradient:?}");
+            assert!((value - expected).abs() < 1e-5, "{theta_gradient:?}");
         }
     }
 
@@ -203,7 +203,7 @@ mod tests {
     #[test]
     fn expectation_matches_sampling() {
         use crate::noise::{Key, Purpose};
-        let s = [0.3, -0.4, 0.1, 0.6];
+        let s = [0.3f64, -0.4, 0.1, 0.6];
         let draws = 20_000;
         let normals = Key::new(5, "mc", 0).normals(Purpose::Wishart, draws * 16);
         let values: Vec<f64> = normals
@@ -211,8 +211,7 @@ mod tests {
             .map(|z| {
                 let covariance: Vec<f64> = (0..4)
                     .map(|k| {
-                        (2.0 * s[k] as f64).exp()
-                            * z[4 * k..4 * k + 4].iter().map(|x| x * x).sum::<f64>()
+                        (2.0 * s[k]).exp() * z[4 * k..4 * k + 4].iter().map(|x| x * x).sum::<f64>()
                     })
                     .collect();
                 sampled_gaussian_kl(&covariance, 8).value

@@ -114,7 +114,7 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
         .map(|(_, a)| a.max_abs_diff)
         .fold(0.0, f64::max);
     match args.tolerance {
-        Some(tolerance) if !(worst <= tolerance) => Err(Numerical(format!(
+        Some(tolerance) if worst.is_nan() || worst > tolerance => Err(Numerical(format!(
             "the largest difference {worst:.3e} exceeds --tolerance {tolerance:.3e}"
         ))
         .into()),

@@ -126,6 +126,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let mean = ActiveAdapter::from_adapter(&adapter, decoder.config(), decoder.device())?;
     let mean_answers = questions.answer("posterior mean", &decoder, &mean)?;
     drop(decoder);
+    questions.write(&out.join("answers.jsonl"), &base_answers, &mean_answers)?;
 
     let mut report = Report {
         model: base.name.clone(),
@@ -187,7 +188,7 @@ fn lay_out(out: &Path, base: &Located, args: &QuickstartArgs) -> Result<Paths> {
         "# What `monteclora quickstart` ran; repeat it with: monteclora train -c {}\n\
          seed = 42\n\n[model]\nmodel_id = {model}\n\n[data]\ntrain = {}\nvalid = {}\nmax_seq_length = 256\npacking = false\n\n\
          [lora]\nmethod = \"monteclora\"\nr = 16\nlora_alpha = 32\ntarget_modules = \"all-linear\"\n\n\
-         [train]\noutput_dir = {}\nnum_train_epochs = 1\nper_device_train_batch_size = 8\nlearning_rate = 1e-3\n\
+         [train]\noutput_dir = {}\nnum_train_epochs = 1.3\nper_device_train_batch_size = 8\nlearning_rate = 1e-3\n\
          logging_steps = 5\neval_steps = 40\nsave_steps = 50\n",
         paths.run.display(),
         path(&paths.data.join("train.jsonl")),
@@ -265,6 +266,21 @@ impl<'a> Questions<'a> {
             .encoder()
             .tokenizer()
             .decode(&answer.tokens, true)?)
+    }
+
+    /// One line a test ticket, to read what the two models said.
+    fn write(&self, path: &Path, base: &[Generation], mean: &[Generation]) -> Result<()> {
+        let mut lines = String::new();
+        for (index, (base, mean)) in base.iter().zip(mean).enumerate() {
+            let line = serde_json::json!({
+                "ticket": self.texts[index].last().map(crate::data::Message::content),
+                "expected": self.expected[index],
+                "base": self.text(base)?,
+                "mean": self.text(mean)?,
+            });
+            lines.push_str(&format!("{line}\n"));
+        }
+        std::fs::write(path, lines).with_context(|| format!("cannot write `{}`", path.display()))
     }
 
     fn score(&self, answers: &[Generation]) -> Result<Score> {

@@ -75,7 +75,9 @@ pub(crate) fn exp(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Beyond these the result is 0 or infinite to f32.
     let x = x.clamp(-87.3, 88.3);
-    let n = (x * LOG2_E).round_ties_even();
+    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer; `round` would be a library call on baseline x86-64.
+    const ROUND: f32 = 12_582_912.0;
+    let n = (x * LOG2_E + ROUND) - ROUND;
     let r = x - n * LN2_HIGH - n * LN2_LOW;
     let mut p = 1.0 / 720.0;
     for coefficient in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
