@@ -56,8 +56,8 @@ def sst2_ours(args, method):
             f"[data]\ntrain = {text(args.train)}\napply_chat_template = false\ntrain_on = \"completion\"\npacking = false\n"
             f"[lora]\nmethod = \"{method}\"\nr = 16\nlora_alpha = 32\n"
             f"[train]\noutput_dir = {text(pathlib.Path(scratch, 'out'))}\nmax_steps = {args.steps}\n"
-            f"per_device_train_batch_size = {args.batch}\nlearning_rate = 5e-4\nwarmup_ratio = {10 / args.steps}\n"
-            f"logging_steps = {args.steps}\nsave_steps = 0\n"
+            f"per_device_train_batch_size = {args.batch}\nlearning_rate = 5e-4\nwarmup_ratio = {min(1.0, 10 / args.steps)}\n"
+            f"logging_steps = {args.steps}\nsave_steps = {args.steps + 1}\n"
         )
         trained = run([args.monteclora, "train", "-c", config, "--json"])
         metrics = [json.loads(line) for line in pathlib.Path(scratch, "out/metrics.jsonl").read_text().splitlines()]
