@@ -88,6 +88,9 @@ pub struct AdminSection {
     pub enabled: bool,
     /// Directory below which every adapter given at run time must lie.
     pub adapter_root: Option<PathBuf>,
+    /// File that records what was loaded and unloaded at run time, so that a restart serves the same;
+    /// `.monteclora-state.json` in the adapter root by default. Each server needs one of its own.
+    pub state_file: Option<PathBuf>,
 }
 
 /// `[[models]]`.
@@ -189,6 +192,7 @@ impl ServeFile {
             &mut self.auth.api_keys_file,
             &mut self.auth.admin_keys_file,
             &mut self.admin.adapter_root,
+            &mut self.admin.state_file,
         ];
         let templates = self.models.iter_mut().map(|model| &mut model.chat_template);
         for path in files.into_iter().chain(templates).flatten() {
@@ -222,7 +226,7 @@ const KEYS: &[(&str, &[&str])] = &[
     ("server", &["host", "port"]),
     ("runtime", &["max_seqs", "prefix_cache_n"]),
     ("auth", &["api_keys_file", "admin_keys_file"]),
-    ("admin", &["enabled", "adapter_root"]),
+    ("admin", &["enabled", "adapter_root", "state_file"]),
     (
         "models",
         &[

@@ -93,6 +93,9 @@ pub enum Error {
         /// The generation being served.
         found: String,
     },
+    /// Several things at once.
+    #[error("{}", join(.0))]
+    Several(Vec<Error>),
     /// The server could not listen on its address.
     #[error("cannot listen on {address}: {message}")]
     Listen {
@@ -125,6 +128,16 @@ impl Error {
             Self::Unsupported { .. } | Self::ZeroEffect { .. } | Self::Load { .. } => 4,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => 2,
             Self::Io { .. } | Self::Engine(_) => 1,
+            Self::Several(errors) => errors.first().map_or(1, Self::exit_code),
+        }
+    }
+
+    /// Success if there is no error, else all of them as one.
+    pub(crate) fn all(mut errors: Vec<Self>) -> Result<()> {
+        match errors.len() {
+            0 => Ok(()),
+            1 => Err(errors.remove(0)),
+            _ => Err(Self::Several(errors)),
         }
     }
 
@@ -166,4 +179,9 @@ impl Error {
             problems: Problems(problems),
         }
     }
+}
+
+fn join(errors: &[Error]) -> String {
+    let lines: Vec<String> = errors.iter().map(Error::to_string).collect();
+    format!("{} problems:\n- {}", errors.len(), lines.join("\n- "))
 }

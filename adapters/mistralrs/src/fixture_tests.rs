@@ -11,18 +11,18 @@ use serde_json::Value;
 use crate::MonteCloraLoader;
 
 /// One reference case: an adapter, its base and what both compute.
-struct Case {
-    name: String,
-    adapter: PathBuf,
-    base: PathBuf,
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) adapter: PathBuf,
+    pub(crate) base: PathBuf,
 }
 
 impl Case {
-    fn must_refuse(&self) -> bool {
+    pub(crate) fn must_refuse(&self) -> bool {
         self.name.starts_with("must-refuse-")
     }
 
-    fn loader(&self) -> MonteCloraLoader {
+    pub(crate) fn loader(&self) -> MonteCloraLoader {
         MonteCloraLoader::builder(&self.base, "adapted")
             .adapter(&self.adapter)
             .build()
@@ -43,7 +43,7 @@ fn fixtures() -> PathBuf {
     )
 }
 
-fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let root = fixtures();
     let mut cases: Vec<Case> = fs::read_dir(root.join("adapters"))
         .expect("the fixtures are there")
@@ -69,7 +69,7 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-fn servable() -> Case {
+pub(crate) fn servable() -> Case {
     let servable = |case: &Case| !case.must_refuse() && case.loader().check().is_ok();
     cases()
         .into_iter()

@@ -45,4 +45,4 @@ pub use keys::KeySet;
 pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline};
 pub use mistralrs_core::ModelDType;
 pub use model_config::{Architecture, NormalisedConfig, normalise_config};
-pub use server::{Server, serve};
+pub use server::{Applied, Server, serve};

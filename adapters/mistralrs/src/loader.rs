@@ -1,6 +1,7 @@
 //! The `Loader` that merges a collapsed adapter into its base while mistral.rs loads it.
 
 use std::fs;
+use std::io::{Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -208,14 +209,14 @@ impl MonteCloraLoader {
         Ok(normalised)
     }
 
-    /// A short hexadecimal name of what is loaded: of the adapter's content, or of the base's configuration and headers.
+    /// A short hexadecimal name of what is loaded, equal on every machine: a hash of the adapter's content, or of the base's.
     ///
     /// # Errors
     /// If the files cannot be read.
     pub fn generation(&self) -> Result<String> {
         let digest = match &self.adapter {
             Some(source) => Adapter::read(source)?.fingerprint(),
-            None => base_fingerprint(&ModelFiles::open(&self.base)?),
+            None => base_fingerprint(&ModelFiles::open(&self.base)?)?,
         };
         Ok(digest.chars().take(12).collect())
     }
@@ -529,20 +530,61 @@ fn refuse_other_formats(base: &Path) -> Result<()> {
     Ok(())
 }
 
-/// SHA-256 over the base's configuration and its tensors' names, types and shapes.
-fn base_fingerprint(files: &ModelFiles) -> String {
+/// Bytes of each end of a weight file that go into the base's fingerprint.
+const SAMPLE: usize = 1 << 20;
+
+/// Files beside the weights that change what a base answers.
+const CONVERSATION_FILES: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+];
+
+/// SHA-256 over the base's configuration, tokenizer and template, its tensors' names, types and shapes, and both ends of every
+/// weight file: reading tens of gigabytes whole would take as long as loading them.
+fn base_fingerprint(files: &ModelFiles) -> Result<String> {
     let mut hasher = Sha256::new();
     for (key, value) in files.config() {
         hasher.update(format!("{key}={value}\n"));
     }
+    for name in CONVERSATION_FILES {
+        match fs::read(files.dir().join(name)) {
+            Ok(bytes) => {
+                hasher.update(format!("{name} {}\n", bytes.len()));
+                hasher.update(bytes);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io("read", &files.dir().join(name))(error)),
+        }
+    }
     for name in files.names() {
         hasher.update(format!("{name} {:?}\n", files.info(name)));
     }
-    hasher
+    for path in files.files() {
+        let (length, ends) = both_ends(path).map_err(Error::io("read", path))?;
+        hasher.update(length.to_le_bytes());
+        hasher.update(ends);
+    }
+    Ok(hasher
         .finalize()
         .iter()
         .map(|byte| format!("{byte:02x}"))
-        .collect()
+        .collect())
+}
+
+/// The length of a file, and its first and last [`SAMPLE`] bytes.
+fn both_ends(path: &Path) -> std::io::Result<(u64, Vec<u8>)> {
+    let mut file = fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    let sample = SAMPLE as u64;
+    let mut ends = Vec::new();
+    (&mut file).take(sample).read_to_end(&mut ends)?;
+    file.seek(SeekFrom::Start(length.saturating_sub(sample)))?;
+    file.take(sample).read_to_end(&mut ends)?;
+    Ok((length, ends))
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -16,6 +16,9 @@ use crate::loader::{MonteCloraLoader, check_public_name};
 /// Finds a model or adapter that is not a local directory, given its id and revision.
 pub type Locate<'a> = dyn Fn(&str, Option<&str>) -> Result<PathBuf> + 'a;
 
+/// Name of the state file below the adapter root.
+const STATE_FILE_NAME: &str = ".monteclora-state.json";
+
 /// What the server runs on: checked and free of defaults.
 #[derive(Debug, Clone)]
 pub struct ServeConfig {
@@ -31,6 +34,8 @@ pub struct ServeConfig {
     pub admin_keys: KeySet,
     /// Canonical adapter root, if administration is on.
     pub adapter_root: Option<PathBuf>,
+    /// Where adapters loaded at run time are recorded, if administration is on.
+    pub state_file: Option<PathBuf>,
     /// The base models, at least one.
     pub models: Vec<ModelConfig>,
     /// Name that answers requests without `model`.
@@ -129,6 +134,10 @@ impl ServeFile {
                 }
             },
         };
+        let state_file = adapter_root.as_ref().map(|root| {
+            let default = || root.join(STATE_FILE_NAME);
+            self.admin.state_file.clone().unwrap_or_else(default)
+        });
         if self.admin.enabled && admin_keys.is_empty() && !api_keys.is_empty() {
             note(
                 "auth.admin_keys_file",
@@ -173,6 +182,7 @@ impl ServeFile {
                 api_keys,
                 admin_keys,
                 adapter_root,
+                state_file,
                 models,
                 default_model,
             }),

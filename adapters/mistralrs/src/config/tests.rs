@@ -92,7 +92,7 @@ fn every_unknown_key_is_named_with_the_nearest() {
 fn the_key_list_is_the_structures() {
     // deny_unknown_fields refuses a key that a structure lacks, so all keys together must pass both checks.
     let all = format!(
-        "{COMPLETE}\nrevision = 'main'\n[auth]\napi_keys_file = 'k'\nadmin_keys_file = 'a'\n[admin]\nenabled = true\nadapter_root = 'r'"
+        "{COMPLETE}\nrevision = 'main'\n[auth]\napi_keys_file = 'k'\nadmin_keys_file = 'a'\n[admin]\nenabled = true\nadapter_root = 'r'\nstate_file = 's'"
     );
     let all = all.replace(
         "dtype = \"f32\"",

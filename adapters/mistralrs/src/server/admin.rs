@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::App;
 use super::answer::ApiError;
+use super::registry::{AdapterLoad, Lease};
 
 #[derive(Deserialize)]
 struct LoadRequest {
@@ -20,6 +21,7 @@ struct LoadRequest {
     #[serde(default)]
     load_inplace: bool,
     expected_generation: Option<String>,
+    model: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -38,12 +40,13 @@ pub(crate) async fn load(State(app): State<App>, body: Bytes) -> Result<Json<Val
     let source = confine(root, &request.lora_path)?;
     let lease = app
         .registry
-        .load_adapter(
-            &request.lora_name,
-            &source,
-            request.load_inplace,
-            request.expected_generation.as_deref(),
-        )
+        .load_adapter(AdapterLoad {
+            name: &request.lora_name,
+            source: &source,
+            model: request.model.as_deref(),
+            in_place: request.load_inplace,
+            expected: request.expected_generation.as_deref(),
+        })
         .await?;
     Ok(Json(json!({
         "status": "success",
@@ -67,12 +70,21 @@ pub(crate) async fn unload(State(app): State<App>, body: Bytes) -> Result<Json<V
 /// `GET /v1/lora_adapters`.
 pub(crate) async fn list(State(app): State<App>) -> Json<Value> {
     let leases = app.registry.list();
+    let root = app.adapter_root.as_ref().map(|root| root.as_path());
+    // Relative to the root; where an adapter outside it lies is nobody's business.
+    let source = |lease: &Lease| {
+        let path = lease.source()?.canonicalize().ok()?;
+        Some(path.strip_prefix(root?).ok()?.to_path_buf())
+    };
     let data: Vec<Value> = leases
         .iter()
         .filter(|lease| lease.parent.is_some())
         .map(|lease| {
             json!({
+                "id": lease.name,
+                "object": "lora_adapter",
                 "lora_name": lease.name,
+                "source": source(lease),
                 "parent": lease.parent,
                 "generation": lease.hash,
                 "created": lease.created,

@@ -28,6 +28,7 @@ use crate::config::ServeConfig;
 use crate::error::{Error, Result};
 use crate::keys::KeySet;
 use answer::ApiError;
+pub use registry::Applied;
 use registry::Registry;
 
 /// Largest request body, in bytes.
@@ -85,6 +86,16 @@ impl Server {
     /// The address it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Serves what `config` says from now on: loads what is new or has changed, removes what is gone, leaves the rest alone.
+    ///
+    /// Requests in flight finish on what they began with. Address, keys and limits stay as they were at the start.
+    ///
+    /// # Errors
+    /// Every problem of the new configuration; what is served is then unchanged.
+    pub async fn apply(&self, config: &ServeConfig) -> Result<Applied> {
+        self.app.registry.apply(config).await
     }
 
     /// Answers until `stop` completes, then lets requests in flight finish.

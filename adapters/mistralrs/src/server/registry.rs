@@ -1,280 +1,397 @@
-//! The swap table: which engine answers for which public name, and when an engine that nobody needs any more goes.
+//! The swap table: which engine answers for which public name, and how that changes without losing a request.
 
+mod engine;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock, Weak, mpsc};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, RwLock};
 
 use indexmap::IndexMap;
-use mistralrs_core::{AddModelConfig, EngineConfig, MistralRs, MistralRsBuilder};
+use mistralrs_core::MistralRs;
+use serde::Serialize;
 use tokio::sync::Mutex;
 
-use crate::chat_files::{TextFrame, text_frame};
 use crate::config::{ModelConfig, ServeConfig};
-use crate::engine::scheduler;
 use crate::error::{Error, Result};
-use crate::loader::MonteCloraLoader;
-
-/// One loaded state of one public name.
-///
-/// The table holds one reference and each request in flight another; the engine is removed with the last of them.
-pub(crate) struct Generation {
-    pub(crate) name: String,
-    /// Base model's name, for an adapter.
-    pub(crate) parent: Option<String>,
-    /// Hash of the content.
-    pub(crate) hash: String,
-    /// Seconds since 1970.
-    pub(crate) created: u64,
-    pub(crate) max_sequence_length: usize,
-    /// Tokens that the model's tokenizer puts around plain text.
-    pub(crate) frame: TextFrame,
-    engine_id: String,
-    reaper: mpsc::Sender<String>,
-}
-
-/// A generation that is in use: it stays loaded as long as this is held.
-pub(crate) type Lease = Arc<Generation>;
-
-impl Generation {
-    pub(crate) fn engine_id(&self) -> &str {
-        &self.engine_id
-    }
-}
-
-impl Drop for Generation {
-    fn drop(&mut self) {
-        // Removal blocks, which a task must not do. With the reaper gone the whole host is going.
-        let _ = self.reaper.send(std::mem::take(&mut self.engine_id));
-    }
-}
+use engine::{Checked, EngineSettings, Host, Wanted, blocking};
+pub(crate) use engine::{Generation, Lease};
+use state::{Change, RunTimeState, StateFile, declared};
 
 /// All that is served.
 pub(crate) struct Registry {
-    table: RwLock<IndexMap<String, Lease>>,
-    models: Vec<ModelConfig>,
-    default_model: String,
-    settings: EngineSettings,
-    /// Held while the table is being changed, so that changes are decided one after the other.
-    changing: Mutex<()>,
+    table: RwLock<Table>,
+    /// Held while it changes, so that changes are decided one after the other.
+    plan: Mutex<Plan>,
     next_serial: AtomicU64,
-    reaper: mpsc::Sender<String>,
-    host: Arc<MistralRs>,
+    host: Host,
 }
 
-#[derive(Clone, Copy)]
-struct EngineSettings {
-    max_seqs: std::num::NonZeroUsize,
-    prefix_cache_n: usize,
+struct Table {
+    names: IndexMap<String, Lease>,
+    default_model: String,
+}
+
+/// What ought to be served.
+struct Plan {
+    models: Vec<ModelConfig>,
+    settings: EngineSettings,
+    state: RunTimeState,
+    state_file: Option<StateFile>,
+}
+
+/// An adapter to be loaded at run time.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AdapterLoad<'a> {
+    /// Public name.
+    pub(crate) name: &'a str,
+    /// Adapter directory.
+    pub(crate) source: &'a Path,
+    /// Base model; by default that of the adapter it replaces, else the default model or its base.
+    pub(crate) model: Option<&'a str>,
+    /// Whether it may replace an adapter of this name.
+    pub(crate) in_place: bool,
+    /// Generation that it must replace; `none` where there must be none.
+    pub(crate) expected: Option<&'a str>,
+}
+
+/// What a changed configuration led to.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Applied {
+    /// Names that are new.
+    pub loaded: Vec<String>,
+    /// Names that answer from another generation now.
+    pub replaced: Vec<String>,
+    /// Names that are gone.
+    pub removed: Vec<String>,
+    /// Names that were not touched.
+    pub kept: Vec<String>,
 }
 
 impl Registry {
-    /// Loads every model and adapter of `config`, checking all of them before the first is loaded.
+    /// Loads what `config` and the state file say, checking all of it before the first model is loaded.
     pub(crate) async fn load(config: &ServeConfig) -> Result<Self> {
-        let mut jobs = Vec::new();
-        for model in &config.models {
-            jobs.push((model.loader(&model.name, None)?, None));
-            for (alias, source) in &model.adapters {
-                jobs.push((model.loader(alias, Some(source))?, Some(model.name.clone())));
-            }
-        }
-        for (loader, _) in &jobs {
-            loader.check()?;
-        }
-        let settings = EngineSettings {
-            max_seqs: config.max_seqs,
-            prefix_cache_n: config.prefix_cache_n,
+        let state_file = state_file(config);
+        let mut state = match &state_file {
+            Some(file) => file.read()?,
+            None => RunTimeState::default(),
         };
-        let mut jobs = jobs.into_iter();
-        let (first, _) = jobs
+        forget_overtaken(&mut state, &config.models);
+        if let Some(file) = &state_file {
+            // Found out now rather than when the first adapter is loaded.
+            file.write(&state)?;
+        }
+        let plan = Plan {
+            models: config.models.clone(),
+            settings: EngineSettings::of(config),
+            state,
+            state_file,
+        };
+        let mut checked = plan.check().await?.into_iter();
+        let first = checked
             .next()
             .ok_or_else(|| Error::setting("models", "at least one model is needed"))?;
-        let prepared = Prepared::new(first, None, 0).await?;
-        let schedule = scheduler(&prepared.pipeline, &prepared.loader, settings.max_seqs).await;
-        let host = MistralRsBuilder::new(prepared.pipeline.clone(), schedule, false, None)
-            .with_model_id(prepared.engine_id.clone())
-            .with_prefix_cache_n(settings.prefix_cache_n)
-            .build()
-            .await;
-        let reaper = spawn_reaper(Arc::downgrade(&host))?;
+        let (host, lease) = Host::start(first, 0).await?;
         let registry = Self {
-            table: RwLock::new(IndexMap::new()),
-            models: config.models.clone(),
-            default_model: config.default_model.clone(),
-            settings,
-            changing: Mutex::new(()),
+            table: RwLock::new(Table {
+                names: IndexMap::new(),
+                default_model: config.default_model.clone(),
+            }),
+            plan: Mutex::new(plan),
             next_serial: AtomicU64::new(1),
-            reaper,
             host,
         };
-        registry.publish(prepared);
-        for (loader, parent) in jobs {
-            let prepared = registry.start_engine(loader, parent).await?;
-            registry.publish(prepared);
+        registry.publish(lease);
+        for checked in checked {
+            let lease = registry.start(checked).await?;
+            registry.publish(lease);
         }
         Ok(registry)
     }
 
     pub(crate) fn host(&self) -> &Arc<MistralRs> {
-        &self.host
+        self.host.mistralrs()
     }
 
     /// The generation that answers for `name` now; without a name, or for `default`, the default model's.
     pub(crate) fn lease(&self, name: Option<&str>) -> Option<Lease> {
+        let table = self.read_table();
         let name = match name {
-            None | Some("default") => &self.default_model,
+            None | Some("default") => &table.default_model,
             Some(name) => name,
         };
-        self.read_table().get(name).cloned()
+        table.names.get(name).cloned()
     }
 
     /// Everything served, bases before their adapters.
     pub(crate) fn list(&self) -> Vec<Lease> {
-        self.read_table().values().cloned().collect()
+        self.read_table().names.values().cloned().collect()
     }
 
-    /// Loads the adapter in `source` under `name` on the first base model, or on the one it replaces an adapter of.
+    /// Serves what `config` says: loads what is new or has changed, removes what is gone, and leaves the rest alone.
+    ///
+    /// Adapters that were loaded or unloaded at run time stay so, unless `config` gives their name another source.
+    /// Everything new is loaded before anything old is let go; on failure all stays as it was.
+    pub(crate) async fn apply(&self, config: &ServeConfig) -> Result<Applied> {
+        let mut plan = self.plan.lock().await;
+        let mut state = plan.state.clone();
+        forget_overtaken(&mut state, &config.models);
+        let next = Plan {
+            models: config.models.clone(),
+            settings: EngineSettings::of(config),
+            state,
+            // Where the state is kept does not change while the server runs.
+            state_file: plan.state_file.clone(),
+        };
+        let mut applied = Applied::default();
+        let mut names = IndexMap::new();
+        let mut new_bases = HashSet::new();
+        for checked in next.check().await? {
+            let name = checked.wanted.name().to_owned();
+            let current = self.read_table().names.get(&name).cloned();
+            let parent_stays = match &checked.wanted.parent {
+                Some(parent) => !new_bases.contains(parent),
+                None => true,
+            };
+            let lease = match current {
+                Some(lease) if parent_stays && checked.is(&lease) => {
+                    applied.kept.push(name.clone());
+                    lease
+                }
+                other => {
+                    let list = match other {
+                        Some(_) => &mut applied.replaced,
+                        None => &mut applied.loaded,
+                    };
+                    list.push(name.clone());
+                    new_bases.insert(name.clone());
+                    self.start(checked).await?
+                }
+            };
+            names.insert(name, lease);
+        }
+        next.record(&plan.state)?;
+        let former = {
+            let mut table = self.write_table();
+            table.default_model.clone_from(&config.default_model);
+            std::mem::replace(&mut table.names, names)
+        };
+        let still = self.read_table();
+        applied.removed = former
+            .into_keys()
+            .filter(|name| !still.names.contains_key(name))
+            .collect();
+        drop(still);
+        *plan = next;
+        tracing::info!(?applied, "configuration applied");
+        Ok(applied)
+    }
+
+    /// Loads an adapter.
     ///
     /// Requests in flight finish on the generation they began with. On failure the old generation goes on serving.
-    pub(crate) async fn load_adapter(
-        &self,
-        name: &str,
-        source: &Path,
-        in_place: bool,
-        expected: Option<&str>,
-    ) -> Result<Lease> {
-        let _changing = self.changing.lock().await;
-        let current = self.read_table().get(name).cloned();
-        check_expected(name, current.as_ref(), expected)?;
-        let parent = match &current {
-            Some(lease) if lease.parent.is_none() || !(in_place || expected.is_some()) => {
-                return Err(Error::NameTaken(name.to_owned()));
-            }
-            Some(lease) => lease.parent.clone(),
-            None => None,
+    pub(crate) async fn load_adapter(&self, load: AdapterLoad<'_>) -> Result<Lease> {
+        let mut plan = self.plan.lock().await;
+        let (current, default) = {
+            let table = self.read_table();
+            let default = table.names.get(&table.default_model).cloned();
+            (table.names.get(load.name).cloned(), default)
         };
-        let model = parent
+        check_expected(load.name, current.as_ref(), load.expected)?;
+        let in_place = load.in_place || load.expected.is_some();
+        if current
             .as_ref()
-            .and_then(|parent| self.models.iter().find(|model| model.name == *parent))
-            .or(self.models.first())
-            .ok_or_else(|| Error::setting("models", "there is no base model"))?;
-        let loader = model.loader(name, Some(source))?;
-        let hash = blocking({
-            let loader = loader.clone();
-            move || loader.generation()
-        })
-        .await?;
-        if let Some(lease) = current.filter(|lease| lease.hash == hash) {
-            return Ok(lease);
+            .is_some_and(|lease| lease.parent.is_none() || !in_place)
+        {
+            return Err(Error::NameTaken(load.name.to_owned()));
         }
-        let prepared = self.start_engine(loader, Some(model.name.clone())).await?;
-        Ok(self.publish(prepared))
+        let default = default.map(|lease| lease.parent.clone().unwrap_or(lease.name.clone()));
+        let parent = load
+            .model
+            .map(str::to_owned)
+            .or(current.as_ref().and_then(|lease| lease.parent.clone()))
+            .or(default);
+        let model = plan
+            .models
+            .iter()
+            .find(|model| Some(&model.name) == parent.as_ref())
+            .ok_or_else(|| Error::UnknownName(parent.unwrap_or_default()))?;
+        let wanted = Wanted::new(model, Some((load.name, load.source)), plan.settings)?;
+        let checked = blocking(move || wanted.check()).await?;
+        let change = Change {
+            parent: model.name.clone(),
+            path: Some(match &plan.state_file {
+                Some(file) => file.relative(load.source),
+                None => load.source.to_path_buf(),
+            }),
+            generation: Some(checked.hash.clone()),
+            replaces: declared(&plan.models, load.name).map(|(_, source)| source.to_path_buf()),
+        };
+        let same_content = |lease: &Lease| {
+            lease.hash == checked.hash && lease.parent.as_ref() == Some(&change.parent)
+        };
+        let (lease, is_new) = match current.filter(same_content) {
+            Some(lease) => (lease, false),
+            None => (self.start(checked).await?, true),
+        };
+        plan.change(load.name, change)?;
+        Ok(if is_new { self.publish(lease) } else { lease })
     }
 
     /// Stops serving the adapter `name`; requests in flight finish.
-    pub(crate) async fn unload_adapter(&self, name: &str, expected: Option<&str>) -> Result<()> {
-        let _changing = self.changing.lock().await;
-        let current = self.read_table().get(name).cloned();
+    pub(crate) async fn unload_adapter(&self, name: &str, expected: Option<&str>) -> Result<Lease> {
+        let mut plan = self.plan.lock().await;
+        let current = self.read_table().names.get(name).cloned();
         check_expected(name, current.as_ref(), expected)?;
-        match current {
-            None => Err(Error::UnknownName(name.to_owned())),
-            Some(lease) if lease.parent.is_none() => Err(Error::setting(
+        let lease = current.ok_or_else(|| Error::UnknownName(name.to_owned()))?;
+        let Some(parent) = lease.parent.clone() else {
+            return Err(Error::setting(
                 "lora_name",
                 format!("`{name}` is a base model, not an adapter"),
-            )),
-            Some(_) => {
-                self.table
-                    .write()
-                    .unwrap_or_else(|poisoned| poisoned.into_inner())
-                    .shift_remove(name);
-                Ok(())
-            }
-        }
-    }
-
-    async fn start_engine(
-        &self,
-        loader: MonteCloraLoader,
-        parent: Option<String>,
-    ) -> Result<Prepared> {
-        let serial = self.next_serial.fetch_add(1, Ordering::Relaxed);
-        let prepared = Prepared::new(loader, parent, serial).await?;
-        let schedule =
-            scheduler(&prepared.pipeline, &prepared.loader, self.settings.max_seqs).await;
-        let engine = EngineConfig {
-            prefix_cache_n: self.settings.prefix_cache_n,
-            throughput_logging_enabled: false,
-            ..EngineConfig::default()
+            ));
         };
-        self.host
-            .add_model(
-                prepared.engine_id.clone(),
-                prepared.pipeline.clone(),
-                schedule,
-                AddModelConfig::new(engine),
-            )
-            .await
-            .map_err(Error::Engine)?;
-        Ok(prepared)
+        let replaces = declared(&plan.models, name).map(|(_, source)| source.to_path_buf());
+        if replaces.is_some() {
+            let change = Change {
+                parent,
+                path: None,
+                generation: None,
+                replaces,
+            };
+            plan.change(name, change)?;
+        } else {
+            plan.forget(name)?;
+        }
+        self.write_table().names.shift_remove(name);
+        Ok(lease)
     }
 
-    fn publish(&self, prepared: Prepared) -> Lease {
-        let lease = Arc::new(Generation {
-            name: prepared.loader.name().to_owned(),
-            parent: prepared.parent,
-            hash: prepared.hash,
-            created: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |elapsed| elapsed.as_secs()),
-            max_sequence_length: prepared.max_sequence_length,
-            frame: prepared.frame,
-            engine_id: prepared.engine_id,
-            reaper: self.reaper.clone(),
-        });
-        self.table
-            .write()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    async fn start(&self, checked: Checked) -> Result<Lease> {
+        let serial = self.next_serial.fetch_add(1, Ordering::Relaxed);
+        self.host.add(checked, serial).await
+    }
+
+    fn publish(&self, lease: Lease) -> Lease {
+        self.write_table()
+            .names
             .insert(lease.name.clone(), lease.clone());
         tracing::info!(name = lease.name, generation = lease.hash, "serving");
         lease
     }
 
-    fn read_table(&self) -> std::sync::RwLockReadGuard<'_, IndexMap<String, Lease>> {
-        // A poisoned table is still a whole one: each change is a single insert or removal.
+    // A poisoned table is still a whole one: each change is a single insert, removal or replacement.
+    fn read_table(&self) -> std::sync::RwLockReadGuard<'_, Table> {
         self.table
             .read()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+
+    fn write_table(&self) -> std::sync::RwLockWriteGuard<'_, Table> {
+        self.table
+            .write()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
 }
 
-/// A model that is loaded and has no engine yet.
-struct Prepared {
-    loader: MonteCloraLoader,
-    parent: Option<String>,
-    pipeline: crate::loader::SharedPipeline,
-    hash: String,
-    max_sequence_length: usize,
-    frame: TextFrame,
-    engine_id: String,
+impl Plan {
+    /// Everything that ought to be served, checked: bases before their adapters. Every problem is in the error.
+    async fn check(&self) -> Result<Vec<Checked>> {
+        let mut errors = Vec::new();
+        let mut checked = Vec::new();
+        for (wanted, from_state) in self.wanted()? {
+            let name = wanted.name().to_owned();
+            match blocking(move || wanted.check()).await {
+                Ok(found) => {
+                    if let Some(change) = from_state
+                        && change.generation.as_ref() != Some(&found.hash)
+                    {
+                        tracing::warn!(name, generation = found.hash, "the adapter has changed since it was loaded");
+                    }
+                    checked.push(found);
+                }
+                Err(error) => errors.push(match (from_state, &self.state_file) {
+                    (Some(_), Some(file)) => Error::Config {
+                        path: file.path().to_path_buf(),
+                        message: format!(
+                            "the adapter `{name}`, loaded at run time, cannot be served again: {error}; restore it, or remove its entry"
+                        ),
+                    },
+                    _ => error,
+                }),
+            }
+        }
+        Error::all(errors)?;
+        Ok(checked)
+    }
+
+    /// What the file declares, with the changes made at run time, which are given along.
+    fn wanted(&self) -> Result<Vec<(Wanted, Option<&Change>)>> {
+        let mut wanted = Vec::new();
+        for model in &self.models {
+            wanted.push((Wanted::new(model, None, self.settings)?, None));
+            for (alias, source) in &model.adapters {
+                if !self.state.adapters.contains_key(alias) {
+                    let adapter = Some((alias.as_str(), source.as_path()));
+                    wanted.push((Wanted::new(model, adapter, self.settings)?, None));
+                }
+            }
+            let changes = self.state.adapters.iter();
+            for (alias, change) in changes.filter(|(_, change)| change.parent == model.name) {
+                let (Some(path), Some(file)) = (&change.path, &self.state_file) else {
+                    continue;
+                };
+                let source = file.absolute(path);
+                let adapter = Some((alias.as_str(), source.as_path()));
+                wanted.push((Wanted::new(model, adapter, self.settings)?, Some(change)));
+            }
+        }
+        Ok(wanted)
+    }
+
+    /// Records a change of `name`, in the file first.
+    fn change(&mut self, name: &str, change: Change) -> Result<()> {
+        let former = self.state.clone();
+        self.state.adapters.insert(name.to_owned(), change);
+        self.record_or_restore(former)
+    }
+
+    fn forget(&mut self, name: &str) -> Result<()> {
+        let former = self.state.clone();
+        self.state.adapters.remove(name);
+        self.record_or_restore(former)
+    }
+
+    fn record_or_restore(&mut self, former: RunTimeState) -> Result<()> {
+        let outcome = self.record(&former);
+        if outcome.is_err() {
+            self.state = former;
+        }
+        outcome
+    }
+
+    /// Writes the state file if the state differs from `former`.
+    fn record(&self, former: &RunTimeState) -> Result<()> {
+        match &self.state_file {
+            Some(file) if self.state != *former => file.write(&self.state),
+            _ => Ok(()),
+        }
+    }
 }
 
-impl Prepared {
-    async fn new(loader: MonteCloraLoader, parent: Option<String>, serial: u64) -> Result<Self> {
-        blocking(move || {
-            let max_sequence_length = loader.check()?.max_sequence_length;
-            let hash = loader.generation()?;
-            Ok(Self {
-                frame: text_frame(loader.base())?,
-                pipeline: loader.load()?,
-                // The serial keeps ids apart when content returns while its former engine still drains.
-                engine_id: format!("{}@{hash}.{serial}", loader.name()),
-                hash,
-                max_sequence_length,
-                parent,
-                loader,
-            })
-        })
-        .await
+fn state_file(config: &ServeConfig) -> Option<StateFile> {
+    let (path, root) = (config.state_file.clone()?, config.adapter_root.clone()?);
+    Some(StateFile::new(path, root))
+}
+
+fn forget_overtaken(state: &mut RunTimeState, models: &[ModelConfig]) {
+    for name in state.prune(models) {
+        tracing::warn!(
+            name,
+            "a change made at run time gives way to the changed configuration"
+        );
     }
 }
 
@@ -288,32 +405,4 @@ fn check_expected(name: &str, current: Option<&Lease>, expected: Option<&str>) -
         }),
         _ => Ok(()),
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::Engine(format!("loading stopped unexpectedly: {error}")))?
-}
-
-/// Starts the thread that removes engines whose last lease has gone.
-fn spawn_reaper(host: Weak<MistralRs>) -> Result<mpsc::Sender<String>> {
-    let (sender, receiver) = mpsc::channel::<String>();
-    std::thread::Builder::new()
-        .name("engine-reaper".to_owned())
-        .spawn(move || {
-            for engine_id in receiver {
-                let Some(host) = host.upgrade() else {
-                    return;
-                };
-                match host.remove_model(&engine_id) {
-                    Ok(()) => tracing::info!(engine_id, "engine removed"),
-                    Err(error) => tracing::debug!(engine_id, error, "engine kept"),
-                }
-            }
-        })
-        .map_err(|error| Error::Engine(format!("cannot start a thread: {error}")))?;
-    Ok(sender)
 }

@@ -1,0 +1,288 @@
+//! One loaded model: what it was made of, its engine in the host, and the removal of that engine when nobody needs it.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak, mpsc};
+
+use candle_core::DeviceLocation;
+use mistralrs_core::{
+    AddModelConfig, EngineConfig, IsqType, MistralRs, MistralRsBuilder, ModelDType,
+};
+
+use super::super::stream::now;
+use crate::chat_files::{TextFrame, text_frame};
+use crate::config::{ModelConfig, ServeConfig};
+use crate::engine::scheduler;
+use crate::error::{Error, Result};
+use crate::loader::{MonteCloraLoader, SharedPipeline};
+
+/// Settings of every engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct EngineSettings {
+    max_seqs: std::num::NonZeroUsize,
+    prefix_cache_n: usize,
+}
+
+impl EngineSettings {
+    pub(crate) fn of(config: &ServeConfig) -> Self {
+        Self {
+            max_seqs: config.max_seqs,
+            prefix_cache_n: config.prefix_cache_n,
+        }
+    }
+}
+
+/// All that an engine is made of, the content of its files apart.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Spec {
+    base: PathBuf,
+    source: Option<PathBuf>,
+    dtype: ModelDType,
+    isq: Option<IsqType>,
+    device: DeviceLocation,
+    chat_template: Option<PathBuf>,
+    settings: EngineSettings,
+}
+
+/// A model to be loaded, with the public name it is to answer for.
+#[derive(Clone)]
+pub(crate) struct Wanted {
+    pub(crate) loader: MonteCloraLoader,
+    /// Base model's name, for an adapter.
+    pub(crate) parent: Option<String>,
+    spec: Spec,
+}
+
+impl Wanted {
+    pub(crate) fn new(
+        model: &ModelConfig,
+        adapter: Option<(&str, &Path)>,
+        settings: EngineSettings,
+    ) -> Result<Self> {
+        let (name, source) = match adapter {
+            Some((alias, source)) => (alias, Some(source)),
+            None => (model.name.as_str(), None),
+        };
+        Ok(Self {
+            loader: model.loader(name, source)?,
+            parent: source.map(|_| model.name.clone()),
+            spec: Spec {
+                base: model.base.clone(),
+                source: source.map(Path::to_path_buf),
+                dtype: model.dtype,
+                isq: model.isq,
+                device: model.device.location(),
+                chat_template: model.chat_template.clone(),
+                settings,
+            },
+        })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        self.loader.name()
+    }
+
+    /// Checks the files and hashes their content; blocking.
+    pub(crate) fn check(self) -> Result<Checked> {
+        let max_sequence_length = self.loader.check()?.max_sequence_length;
+        Ok(Checked {
+            max_sequence_length,
+            hash: self.loader.generation()?,
+            frame: text_frame(self.loader.base())?,
+            wanted: self,
+        })
+    }
+}
+
+/// A model whose files passed every check.
+pub(crate) struct Checked {
+    pub(crate) wanted: Wanted,
+    /// Hash of the content.
+    pub(crate) hash: String,
+    max_sequence_length: usize,
+    frame: TextFrame,
+}
+
+impl Checked {
+    /// Whether `lease` is this very model already.
+    pub(crate) fn is(&self, lease: &Generation) -> bool {
+        lease.hash == self.hash
+            && lease.spec == self.wanted.spec
+            && lease.parent == self.wanted.parent
+    }
+}
+
+/// One loaded state of one public name.
+///
+/// The table holds one reference and each request in flight another; the engine is removed with the last of them.
+pub(crate) struct Generation {
+    pub(crate) name: String,
+    /// Base model's name, for an adapter.
+    pub(crate) parent: Option<String>,
+    /// Hash of the content.
+    pub(crate) hash: String,
+    /// Seconds since 1970.
+    pub(crate) created: u64,
+    pub(crate) max_sequence_length: usize,
+    /// Tokens that the model's tokenizer puts around plain text.
+    pub(crate) frame: TextFrame,
+    spec: Spec,
+    engine_id: String,
+    reaper: Reaper,
+}
+
+/// A generation that is in use: it stays loaded as long as this is held.
+pub(crate) type Lease = Arc<Generation>;
+
+impl Generation {
+    pub(crate) fn engine_id(&self) -> &str {
+        &self.engine_id
+    }
+
+    /// The adapter's directory, which clients must not see as it is.
+    pub(crate) fn source(&self) -> Option<&Path> {
+        self.spec.source.as_deref()
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.reaper.remove(std::mem::take(&mut self.engine_id));
+    }
+}
+
+/// mistral.rs's host, and the thread that removes engines from it.
+pub(crate) struct Host {
+    inner: Arc<MistralRs>,
+    reaper: Reaper,
+}
+
+impl Host {
+    /// Starts a host with its first model, which it cannot be without.
+    pub(crate) async fn start(first: Checked, serial: u64) -> Result<(Self, Lease)> {
+        let loaded = Loaded::new(first, serial).await?;
+        let settings = loaded.checked.wanted.spec.settings;
+        let schedule = scheduler(
+            &loaded.pipeline,
+            &loaded.checked.wanted.loader,
+            settings.max_seqs,
+        )
+        .await;
+        let inner = MistralRsBuilder::new(loaded.pipeline.clone(), schedule, false, None)
+            .with_model_id(loaded.engine_id.clone())
+            .with_prefix_cache_n(settings.prefix_cache_n)
+            .build()
+            .await;
+        let reaper = Reaper::spawn(Arc::downgrade(&inner))?;
+        let host = Self { inner, reaper };
+        let lease = host.lease(loaded);
+        Ok((host, lease))
+    }
+
+    /// Loads one more model and starts its engine.
+    pub(crate) async fn add(&self, checked: Checked, serial: u64) -> Result<Lease> {
+        let loaded = Loaded::new(checked, serial).await?;
+        let settings = loaded.checked.wanted.spec.settings;
+        let schedule = scheduler(
+            &loaded.pipeline,
+            &loaded.checked.wanted.loader,
+            settings.max_seqs,
+        )
+        .await;
+        let engine = EngineConfig {
+            prefix_cache_n: settings.prefix_cache_n,
+            throughput_logging_enabled: false,
+            ..EngineConfig::default()
+        };
+        self.inner
+            .add_model(
+                loaded.engine_id.clone(),
+                loaded.pipeline.clone(),
+                schedule,
+                AddModelConfig::new(engine),
+            )
+            .await
+            .map_err(Error::Engine)?;
+        Ok(self.lease(loaded))
+    }
+
+    pub(crate) fn mistralrs(&self) -> &Arc<MistralRs> {
+        &self.inner
+    }
+
+    fn lease(&self, loaded: Loaded) -> Lease {
+        let Loaded {
+            checked, engine_id, ..
+        } = loaded;
+        Arc::new(Generation {
+            name: checked.wanted.name().to_owned(),
+            parent: checked.wanted.parent,
+            hash: checked.hash,
+            created: now(),
+            max_sequence_length: checked.max_sequence_length,
+            frame: checked.frame,
+            spec: checked.wanted.spec,
+            engine_id,
+            reaper: self.reaper.clone(),
+        })
+    }
+}
+
+/// A model in memory that has no engine yet.
+struct Loaded {
+    checked: Checked,
+    pipeline: SharedPipeline,
+    engine_id: String,
+}
+
+impl Loaded {
+    async fn new(checked: Checked, serial: u64) -> Result<Self> {
+        blocking(move || {
+            Ok(Self {
+                pipeline: checked.wanted.loader.load()?,
+                // The serial keeps ids apart when content returns while its former engine still drains.
+                engine_id: format!("{}@{}.{serial}", checked.wanted.name(), checked.hash),
+                checked,
+            })
+        })
+        .await
+    }
+}
+
+/// Removes engines whose last lease has gone, on a thread of its own: removal blocks, which a task must not do.
+#[derive(Clone)]
+struct Reaper(mpsc::Sender<String>);
+
+impl Reaper {
+    fn spawn(host: Weak<MistralRs>) -> Result<Self> {
+        let (sender, receiver) = mpsc::channel::<String>();
+        std::thread::Builder::new()
+            .name("engine-reaper".to_owned())
+            .spawn(move || {
+                for engine_id in receiver {
+                    let Some(host) = host.upgrade() else {
+                        return;
+                    };
+                    match host.remove_model(&engine_id) {
+                        Ok(()) => tracing::info!(engine_id, "engine removed"),
+                        Err(error) => tracing::debug!(engine_id, error, "engine kept"),
+                    }
+                }
+            })
+            .map_err(|error| Error::Engine(format!("cannot start a thread: {error}")))?;
+        Ok(Self(sender))
+    }
+
+    fn remove(&self, engine_id: String) {
+        // With the reaper gone the whole host is going.
+        let _ = self.0.send(engine_id);
+    }
+}
+
+/// Runs `work` where it may block.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::Engine(format!("loading stopped unexpectedly: {error}")))?
+}

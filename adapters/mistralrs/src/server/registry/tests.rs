@@ -1,0 +1,246 @@
+//! What a changed configuration does, and what a restart remembers.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::fixture_tests::{Case, cases, servable};
+use crate::{ServeFile, local_only};
+
+/// A directory with a `serve.toml`, an adapter root, and copies of two adapters of one base in it.
+struct Site {
+    dir: tempfile::TempDir,
+    base: String,
+}
+
+impl Site {
+    fn new() -> Self {
+        let first = servable();
+        let second = cases()
+            .into_iter()
+            .find(|case| {
+                case.base == first.base
+                    && case.name != first.name
+                    && !case.must_refuse()
+                    && case.loader().check().is_ok()
+            })
+            .expect("two adapters on one base");
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let site = Self {
+            dir,
+            base: first.base.display().to_string(),
+        };
+        site.put("one", &first);
+        site.put("two", &second);
+        site
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        let root = self.dir.path().canonicalize().expect("it exists");
+        root.join("adapters").join(name)
+    }
+
+    fn put(&self, name: &str, case: &Case) {
+        let to = self.path(name);
+        fs::create_dir_all(&to).expect("created");
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(case.adapter.join(file), to.join(file)).expect("copied");
+        }
+    }
+
+    /// The resolved configuration of a base with `adapters`, each an alias and a directory.
+    fn config(&self, extra: &str, adapters: &[(&str, &str)]) -> ServeConfig {
+        let mut text = format!(
+            "[server]\nport = 0\n[admin]\nenabled = true\nadapter_root = 'adapters'\n[[models]]\nmodel_id = '{}'\nname = 'base'\ndevice.cpu = true\n{extra}\n",
+            self.base
+        );
+        for (alias, source) in adapters {
+            text.push_str(&format!(
+                "[[models.adapters]]\nalias = '{alias}'\nsource = 'adapters/{source}'\n"
+            ));
+        }
+        let path = self.dir.path().join("serve.toml");
+        fs::write(&path, text).expect("written");
+        ServeFile::read(&path)
+            .and_then(|file| file.resolve(&local_only))
+            .expect("a sound configuration")
+    }
+}
+
+fn run<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Runtime::new()
+        .expect("a runtime")
+        .block_on(work)
+}
+
+fn served(registry: &Registry) -> Vec<(String, Option<String>, String)> {
+    let entry = |lease: &Lease| (lease.name.clone(), lease.parent.clone(), lease.hash.clone());
+    registry.list().iter().map(entry).collect()
+}
+
+fn load<'a>(name: &'a str, source: &'a Path) -> AdapterLoad<'a> {
+    AdapterLoad {
+        name,
+        source,
+        model: None,
+        in_place: true,
+        expected: None,
+    }
+}
+
+async fn engines(registry: &Registry, expected: usize) {
+    let start = Instant::now();
+    while registry.host().list_models().expect("listed").len() != expected {
+        assert!(start.elapsed() < Duration::from_secs(20), "engines remain");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[test]
+fn only_the_difference_is_loaded() {
+    let site = Site::new();
+    run(async {
+        let registry = Registry::load(&site.config("", &[("a", "one")]))
+            .await
+            .expect("loaded");
+        let (base, a) = (registry.lease(Some("base")), registry.lease(Some("a")));
+        let (base, a) = (base.expect("served"), a.expect("served"));
+
+        let same = registry.apply(&site.config("", &[("a", "one")])).await;
+        assert_eq!(same.expect("applied").kept, ["base", "a"]);
+        assert!(Arc::ptr_eq(&registry.lease(Some("a")).expect("served"), &a));
+
+        let applied = registry.apply(&site.config("", &[("b", "two")])).await;
+        let applied = applied.expect("applied");
+        assert_eq!(
+            (applied.kept, applied.loaded),
+            (vec!["base".to_owned()], vec!["b".to_owned()])
+        );
+        assert_eq!(applied.removed, ["a"]);
+        assert!(registry.lease(Some("a")).is_none());
+        assert!(Arc::ptr_eq(
+            &registry.lease(Some("base")).expect("served"),
+            &base
+        ));
+        // The one who still holds the old generation keeps its engine; it goes with the last of them.
+        engines(&registry, 3).await;
+        drop((a, base));
+        engines(&registry, 2).await;
+
+        let before = served(&registry);
+        for broken in ["x", "y"] {
+            fs::create_dir(site.path(broken)).expect("created");
+            fs::write(site.path(broken).join("adapter_config.json"), "{").expect("written");
+        }
+        let wrong = site.config("", &[("x", "x"), ("y", "y"), ("c", "one")]);
+        let error = registry
+            .apply(&wrong)
+            .await
+            .expect_err("refused")
+            .to_string();
+        assert!(error.contains("/x/") && error.contains("/y/"), "{error}");
+        assert_eq!(
+            served(&registry),
+            before,
+            "a refused configuration changes nothing"
+        );
+
+        // What an adapter is, is its content, wherever it lies and whatever it was.
+        fs::remove_dir_all(site.path("two")).expect("removed");
+        fs::rename(site.path("one"), site.path("two")).expect("moved");
+        let applied = registry
+            .apply(&site.config("", &[("b", "two")]))
+            .await
+            .expect("applied");
+        assert_eq!(
+            (applied.replaced, applied.kept),
+            (vec!["b".to_owned()], vec!["base".to_owned()])
+        );
+
+        let quantised = site.config("quantization.in_situ_quant = '8'", &[("b", "two")]);
+        let applied = registry.apply(&quantised).await.expect("applied");
+        assert_eq!(
+            applied.replaced,
+            ["base", "b"],
+            "an adapter goes with its base"
+        );
+        engines(&registry, 2).await;
+    });
+}
+
+#[test]
+fn a_restart_serves_what_was_loaded_at_run_time() {
+    let site = Site::new();
+    let config = site.config("", &[("a", "one"), ("gone", "two")]);
+    let before = run(async {
+        let registry = Registry::load(&config).await.expect("loaded");
+        let (one, two) = (site.path("one"), site.path("two"));
+        registry
+            .load_adapter(load("a", &two))
+            .await
+            .expect("replaced");
+        registry
+            .load_adapter(load("extra", &one))
+            .await
+            .expect("loaded");
+        registry
+            .load_adapter(load("brief", &one))
+            .await
+            .expect("loaded");
+        registry
+            .unload_adapter("brief", None)
+            .await
+            .expect("unloaded");
+        registry
+            .unload_adapter("gone", None)
+            .await
+            .expect("unloaded");
+        let clash = AdapterLoad {
+            in_place: false,
+            ..load("extra", &one)
+        };
+        assert!(matches!(
+            registry.load_adapter(clash).await,
+            Err(Error::NameTaken(_))
+        ));
+        let nowhere = AdapterLoad {
+            model: Some("nobody"),
+            ..load("new", &one)
+        };
+        assert!(matches!(
+            registry.load_adapter(nowhere).await,
+            Err(Error::UnknownName(_))
+        ));
+        // Reading the same file again undoes none of it.
+        registry.apply(&config).await.expect("applied");
+        served(&registry)
+    });
+    let names: Vec<&str> = before.iter().map(|(name, ..)| name.as_str()).collect();
+    assert_eq!(names, ["base", "a", "extra"]);
+    assert_ne!(before[1].2, before[2].2);
+
+    let again = run(async { served(&Registry::load(&config).await.expect("loaded")) });
+    assert_eq!(again, before);
+
+    // Whoever edits serve.toml means it.
+    let edited = site.config("", &[("a", "one"), ("gone", "one")]);
+    let names = run(async { served(&Registry::load(&edited).await.expect("loaded")) });
+    assert!(
+        names
+            .iter()
+            .any(|(name, _, hash)| name == "gone" && *hash == before[2].2)
+    );
+    assert!(
+        names
+            .iter()
+            .any(|(name, _, hash)| name == "a" && *hash == before[1].2)
+    );
+
+    fs::remove_dir_all(site.path("two")).expect("removed");
+    let error = run(async { Registry::load(&edited).await.map(drop) }).expect_err("it is gone");
+    assert!(
+        error.to_string().contains("`a`, loaded at run time") && error.exit_code() == 2,
+        "{error}"
+    );
+}
