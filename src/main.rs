@@ -1,16 +1,14 @@
 //! The command: parse, dispatch, exit code.
 
+mod allocator;
+
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
-use monteclora::{cli::Cli, commands};
+use monteclora::cli::{Cli, Command};
+use monteclora::commands;
 use tracing_subscriber::EnvFilter;
-
-// Training allocates and frees buffers of megabytes at every operation; the system's allocator returns each to the kernel
-// and pays for its pages again.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -26,6 +24,13 @@ fn main() -> ExitCode {
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+    // A server lives long and idles; a run wants its memory back at the next step.
+    if matches!(
+        cli.command,
+        Command::Train(_) | Command::Bench(_) | Command::Quickstart(_) | Command::Eval(_)
+    ) {
+        allocator::keep_freed_memory();
+    }
     match commands::run(&cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

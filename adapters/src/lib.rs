@@ -13,6 +13,8 @@ mod linear;
 mod mixture;
 pub mod noise;
 mod posterior;
+pub mod product;
+pub mod simd;
 
 #[cfg(test)]
 mod fixture_tests;
@@ -20,6 +22,6 @@ mod fixture_tests;
 pub use divergence::Objective;
 pub use draw::{Draw, Noise, Regulariser, Spread, SpreadGradient};
 pub use error::{Error, Result};
-pub use linear::{FrozenLinear, Gradients, LowRank, Saved};
+pub use linear::{Branch, FrozenLinear, Gradients, LowRank, Saved, input_gradient};
 pub use mixture::MixtureWeights;
 pub use posterior::{initial_a, initial_spread, sample};

@@ -1,15 +1,14 @@
-//! Matrix products and row operations on tensors of any device, with an allocation-free path for f32 on the CPU.
+//! One matrix product on slices, and row operations on tensors of any device with a direct path for f32 on the CPU.
 //!
-//! On the CPU the products go straight to `gemm`, which candle uses too, so that a product can be added to its destination.
-//! Everywhere else the same quantity is computed by candle's own operations; tests hold one against the other.
+//! On the CPU products go straight to `gemm`, which candle uses too, so that a product can be added to its destination.
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use gemm::Parallelism;
 
-use crate::error::{Result, expect_shape};
+use crate::error::Result;
 
 /// Products with fewer multiply-adds than this stay on the calling thread.
-const PARALLEL_FROM: usize = 1 << 18;
+pub(crate) const PARALLEL_FROM: usize = 1 << 18;
 
 /// A matrix as a slice with the distance between rows and between columns, in elements.
 #[derive(Debug, Clone, Copy)]
@@ -41,7 +40,7 @@ impl<'a> Strided<'a> {
         }
     }
 
-    fn holds(&self, rows: usize, columns: usize) -> bool {
+    pub(crate) fn holds(&self, rows: usize, columns: usize) -> bool {
         rows == 0
             || columns == 0
             || (rows - 1) * self.row + (columns - 1) * self.column < self.data.len()
@@ -97,7 +96,7 @@ pub fn gemm_f32(
     clippy::too_many_arguments,
     reason = "a matrix product has this many sizes"
 )]
-unsafe fn raw_gemm(
+pub(crate) unsafe fn raw_gemm(
     (m, n, k): (usize, usize, usize),
     dst: *mut f32,
     dst_row: usize,
@@ -163,132 +162,6 @@ pub fn on_cpu<const N: usize, R>(
     Ok(Some(f(slices)))
 }
 
-/// Accelerated CPU backends of candle replace `gemm`; then their product is used.
-const OWN_GEMM: bool = !cfg!(any(feature = "mkl", feature = "accelerate"));
-
-/// One factor of a product: a row-major matrix, taken as it is or transposed.
-#[derive(Debug, Clone, Copy)]
-pub enum Factor<'a> {
-    /// The matrix itself.
-    Plain(&'a Tensor),
-    /// Its transpose.
-    Transposed(&'a Tensor),
-}
-
-impl<'a> Factor<'a> {
-    fn tensor(self) -> &'a Tensor {
-        match self {
-            Self::Plain(tensor) | Self::Transposed(tensor) => tensor,
-        }
-    }
-
-    fn dims(self) -> Result<(usize, usize)> {
-        let (rows, columns) = self.tensor().dims2()?;
-        Ok(match self {
-            Self::Plain(_) => (rows, columns),
-            Self::Transposed(_) => (columns, rows),
-        })
-    }
-
-    fn strided(self, data: &[f32]) -> Strided<'_> {
-        let columns = self.tensor().dims()[1];
-        match self {
-            Self::Plain(_) => Strided::rows(data, columns),
-            Self::Transposed(_) => Strided::transposed(data, columns),
-        }
-    }
-
-    fn view(self) -> Result<Tensor> {
-        Ok(match self {
-            Self::Plain(tensor) => tensor.clone(),
-            Self::Transposed(tensor) => tensor.t()?,
-        })
-    }
-}
-
-/// `sum_i scale_i lhs_i rhs_i`; every product must give the same `[m, n]`.
-///
-/// # Errors
-/// [`crate::Error::Shape`] when inner or outer sizes disagree; candle's errors.
-pub fn sum_of_products(products: &[(Factor<'_>, Factor<'_>, f64)]) -> Result<Tensor> {
-    let mut shape = None;
-    for (lhs, rhs, _) in products {
-        let ((m, k), (k_rhs, n)) = (lhs.dims()?, rhs.dims()?);
-        expect_shape("inner size of a product", &[k], &[k_rhs])?;
-        expect_shape(
-            "size of a product",
-            &[m, n],
-            &shape.map_or([m, n], |(m, n)| [m, n]),
-        )?;
-        shape = Some((m, n));
-    }
-    let (m, n) = shape.unwrap_or((0, 0));
-    if OWN_GEMM {
-        let mut out: Option<Vec<f32>> = None;
-        for (lhs, rhs, scale) in products {
-            let k = lhs.dims()?.1;
-            let done = on_cpu([lhs.tensor(), rhs.tensor()], |[left, right]| {
-                let accumulate = out.is_some();
-                let dst = out.get_or_insert_with(|| Vec::with_capacity(m * n));
-                let (lhs, rhs) = (lhs.strided(left), rhs.strided(right));
-                assert!(
-                    lhs.holds(m, k) && rhs.holds(k, n),
-                    "matrix product: a factor is too short"
-                );
-                // SAFETY: the factors hold every element that is read; the buffer has room for m * n floats, is only read
-                // once the first product has written all of it, and its length is set after that.
-                unsafe {
-                    raw_gemm(
-                        (m, n, k),
-                        dst.as_mut_ptr(),
-                        n,
-                        accumulate,
-                        lhs,
-                        rhs,
-                        *scale as f32,
-                        true,
-                    );
-                    dst.set_len(m * n);
-                }
-            })?;
-            if done.is_none() {
-                out = None;
-                break;
-            }
-        }
-        if let Some(values) = out {
-            return Ok(Tensor::from_vec(values, (m, n), &Device::Cpu)?);
-        }
-    }
-    let mut total: Option<Tensor> = None;
-    for (lhs, rhs, scale) in products {
-        let mut term = lhs.view()?.matmul(&rhs.view()?)?;
-        if *scale != 1.0 {
-            term = (term * *scale)?;
-        }
-        total = Some(match total {
-            None => term,
-            Some(sum) => (sum + term)?,
-        });
-    }
-    total.ok_or_else(|| candle_core::Error::Msg("a sum of no products".to_owned()).into())
-}
-
-/// `x w^T`: `[m, k]` by `[n, k]` gives `[m, n]`.
-pub fn matmul_nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    sum_of_products(&[(Factor::Plain(x), Factor::Transposed(w), 1.0)])
-}
-
-/// `g w`: `[m, k]` by `[k, n]` gives `[m, n]`.
-pub fn matmul_nn(g: &Tensor, w: &Tensor) -> Result<Tensor> {
-    sum_of_products(&[(Factor::Plain(g), Factor::Plain(w), 1.0)])
-}
-
-/// `a^T b`: `[k, m]` by `[k, n]` gives `[m, n]`.
-pub fn matmul_tn(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    sum_of_products(&[(Factor::Transposed(a), Factor::Plain(b), 1.0)])
-}
-
 /// `a + diag(scales) g`: `[r, in]`, `[r, in]`, `[r]` gives `[r, in]`.
 pub fn add_scaled_rows(a: &Tensor, g: &Tensor, scales: &[f32]) -> Result<Tensor> {
     let (rows, columns) = a.dims2()?;
@@ -334,34 +207,6 @@ pub fn row_dots(a: &Tensor, b: &Tensor) -> Result<Vec<f64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn matrix(rows: usize, columns: usize, seed: f32) -> Tensor {
-        let values = (0..rows * columns)
-            .map(|i| ((i as f32 + seed) * 0.37).sin())
-            .collect::<Vec<_>>();
-        Tensor::from_vec(values, (rows, columns), &Device::Cpu).expect("shape fits")
-    }
-
-    fn assert_close(a: &Tensor, b: &Tensor) {
-        let difference = (a - b)
-            .and_then(|d| d.abs())
-            .and_then(|d| d.max_all())
-            .and_then(|d| d.to_scalar::<f32>());
-        assert!(difference.expect("same shapes") < 1e-4);
-    }
-
-    #[test]
-    fn products_equal_candle() -> Result<()> {
-        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (33, 65, 129), (130, 70, 90)] {
-            let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0));
-            assert_close(&matmul_nt(&x, &w)?, &x.matmul(&w.t()?)?);
-            let v = matrix(k, n, 3.0);
-            assert_close(&matmul_nn(&x, &v)?, &x.matmul(&v)?);
-            let (a, b) = (matrix(k, m, 4.0), matrix(k, n, 5.0));
-            assert_close(&matmul_tn(&a, &b)?, &a.t()?.contiguous()?.matmul(&b)?);
-        }
-        Ok(())
-    }
 
     #[test]
     fn products_accumulate() {

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use crate::error::{Result, expect_shape};
-use crate::linalg::{self, Factor, sum_of_products};
+use crate::product::{self, Factor, sum_of_products};
 
 /// A projection of the base model; its weight is never a variable.
 #[derive(Debug, Clone)]
@@ -41,6 +41,72 @@ pub struct Gradients {
     pub adapter: Option<(Tensor, Tensor)>,
 }
 
+/// One projection's part in the gradient of an input that several may share.
+#[derive(Debug, Clone, Copy)]
+pub struct Branch<'a> {
+    /// The projection.
+    pub linear: &'a FrozenLinear,
+    /// Gradient of its output, `[tokens, out]`.
+    pub upstream: &'a Tensor,
+    /// Its adapter, with [`LowRank::hidden_gradient`] of the same upstream.
+    pub adapter: Option<(&'a LowRank, &'a Tensor)>,
+    /// The mask its forward pass was given.
+    pub dropout: Option<&'a Tensor>,
+}
+
+/// `dx = sum_branches g W + (g_hidden A) * mask`, `[tokens, in]`, accumulated in one buffer.
+pub fn input_gradient(branches: &[Branch<'_>]) -> Result<Tensor> {
+    let mut products = Vec::with_capacity(2 * branches.len());
+    for branch in branches {
+        let weight = Factor::Plain(&branch.linear.weight);
+        products.push((Factor::Plain(branch.upstream), weight, 1.0));
+        if let (Some((adapter, grad_hidden)), None) = (branch.adapter, branch.dropout) {
+            products.push((Factor::Plain(grad_hidden), Factor::Plain(&adapter.a), 1.0));
+        }
+    }
+    let mut total = sum_of_products(None, &products)?;
+    for branch in branches {
+        if let (Some((adapter, grad_hidden)), Some(mask)) = (branch.adapter, branch.dropout) {
+            let through_a = product::matmul_nn(grad_hidden, &adapter.a)?;
+            total = (total + (through_a * mask)?)?;
+        }
+    }
+    Ok(total)
+}
+
+impl LowRank {
+    /// Gradient of `x A^T` for `upstream` `[tokens, out]`: `scaling g B`, `[tokens, r]`.
+    pub fn hidden_gradient(&self, upstream: &Tensor) -> Result<Tensor> {
+        let up_b = (
+            Factor::Plain(upstream),
+            Factor::Plain(&self.b),
+            self.scaling,
+        );
+        sum_of_products(None, &[up_b])
+    }
+
+    /// Gradients of A and B: `dA = g_hidden^T drop(x)`, `dB = scaling g^T (drop(x) A^T)`; none where the forward pass ran without
+    /// an adapter.
+    pub fn gradients(
+        &self,
+        x: &Tensor,
+        saved: &Saved,
+        upstream: &Tensor,
+        grad_hidden: &Tensor,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        let Some(hidden) = &saved.hidden else {
+            return Ok(None);
+        };
+        let grad_a = product::matmul_tn(grad_hidden, saved.dropped.as_ref().unwrap_or(x))?;
+        let through_b = (
+            Factor::Transposed(upstream),
+            Factor::Plain(hidden),
+            self.scaling,
+        );
+        Ok(Some((grad_a, sum_of_products(None, &[through_b])?)))
+    }
+}
+
 impl FrozenLinear {
     /// A projection with `weight` `[out, in]` and optional `bias` `[out]`.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
@@ -70,39 +136,37 @@ impl FrozenLinear {
     }
 
     /// `x W^T + b + scaling (drop(x) A^T) B^T` for `x` `[tokens, in]`; `dropout` is a mask `[tokens, in]` of `0` and
-    /// `1/(1-p)` on the adapter's input.
+    /// `1/(1-p)` on the adapter's input. With `residual` `[tokens, out]` the result is added to it.
     pub fn forward(
         &self,
         x: &Tensor,
         adapter: Option<&LowRank>,
         dropout: Option<&Tensor>,
+        residual: Option<&Tensor>,
     ) -> Result<(Tensor, Saved)> {
-        let base = (Factor::Plain(x), Factor::Transposed(&self.weight), 1.0);
-        let (mut y, saved) = match adapter {
-            None => (
-                sum_of_products(&[base])?,
-                Saved {
-                    hidden: None,
-                    dropped: None,
-                },
-            ),
-            Some(adapter) => {
-                let dropped = dropout.map(|mask| x * mask).transpose()?;
-                let hidden = linalg::matmul_nt(dropped.as_ref().unwrap_or(x), &adapter.a)?; // [tokens, r]
-                let low_rank = (
-                    Factor::Plain(&hidden),
-                    Factor::Transposed(&adapter.b),
-                    adapter.scaling,
-                );
-                let y = sum_of_products(&[base, low_rank])?;
-                let hidden = Some(hidden);
-                (y, Saved { hidden, dropped })
-            }
+        let both = match (residual, &self.bias) {
+            (Some(residual), Some(bias)) => Some(residual.broadcast_add(bias)?),
+            _ => None,
         };
-        if let Some(bias) = &self.bias {
-            y = y.broadcast_add(bias)?;
-        }
-        Ok((y, saved))
+        let start = both.as_ref().or(residual).or(self.bias.as_ref());
+        let base = (Factor::Plain(x), Factor::Transposed(&self.weight), 1.0);
+        let Some(adapter) = adapter else {
+            let saved = Saved {
+                hidden: None,
+                dropped: None,
+            };
+            return Ok((sum_of_products(start, &[base])?, saved));
+        };
+        let dropped = dropout.map(|mask| x * mask).transpose()?;
+        let hidden = product::matmul_nt(dropped.as_ref().unwrap_or(x), &adapter.a)?; // [tokens, r]
+        let low_rank = (
+            Factor::Plain(&hidden),
+            Factor::Transposed(&adapter.b),
+            adapter.scaling,
+        );
+        let y = sum_of_products(start, &[base, low_rank])?;
+        let hidden = Some(hidden);
+        Ok((y, Saved { hidden, dropped }))
     }
 
     /// Gradients for `upstream` `[tokens, out]` at input `x` `[tokens, in]`:
@@ -118,41 +182,24 @@ impl FrozenLinear {
         dropout: Option<&Tensor>,
         input: bool,
     ) -> Result<Gradients> {
-        let through_base = (Factor::Plain(upstream), Factor::Plain(&self.weight), 1.0);
-        let (Some(adapter), Some(hidden)) = (adapter, &saved.hidden) else {
-            return Ok(Gradients {
-                input: input
-                    .then(|| sum_of_products(&[through_base]))
-                    .transpose()?,
-                adapter: None,
-            });
-        };
-        let up_b = (
-            Factor::Plain(upstream),
-            Factor::Plain(&adapter.b),
-            adapter.scaling,
-        );
-        let grad_hidden = sum_of_products(&[up_b])?; // [tokens, r]
-        let grad_a = linalg::matmul_tn(&grad_hidden, saved.dropped.as_ref().unwrap_or(x))?;
-        let grad_b = sum_of_products(&[(
-            Factor::Transposed(upstream),
-            Factor::Plain(hidden),
-            adapter.scaling,
-        )])?;
-        let grad_input = match (input, dropout) {
-            (false, _) => None,
-            (true, None) => {
-                let through_a = (Factor::Plain(&grad_hidden), Factor::Plain(&adapter.a), 1.0);
-                Some(sum_of_products(&[through_base, through_a])?)
-            }
-            (true, Some(mask)) => {
-                let through_a = (linalg::matmul_nn(&grad_hidden, &adapter.a)? * mask)?;
-                Some((sum_of_products(&[through_base])? + through_a)?)
-            }
+        let grad_hidden = adapter
+            .map(|adapter| adapter.hidden_gradient(upstream))
+            .transpose()?;
+        let pair = adapter.zip(grad_hidden.as_ref());
+        let branch = Branch {
+            linear: self,
+            upstream,
+            adapter: pair,
+            dropout,
         };
         Ok(Gradients {
-            input: grad_input,
-            adapter: Some((grad_a, grad_b)),
+            input: input.then(|| input_gradient(&[branch])).transpose()?,
+            adapter: match pair {
+                Some((adapter, grad_hidden)) => {
+                    adapter.gradients(x, saved, upstream, grad_hidden)?
+                }
+                None => None,
+            },
         })
     }
 }
@@ -211,8 +258,12 @@ mod tests {
                 scaling: 0.5,
             };
             let input = x.as_tensor().detach();
-            let (y, saved) = linear.forward(&input, Some(&adapter), mask.as_ref())?;
+            let (y, saved) = linear.forward(&input, Some(&adapter), mask.as_ref(), None)?;
             assert!(largest_difference(&y, &plain)? < 1e-5);
+            let residual = matrix(tokens, n_out, 0.8)?;
+            let (onto, _) =
+                linear.forward(&input, Some(&adapter), mask.as_ref(), Some(&residual))?;
+            assert!(largest_difference(&onto, &(&residual + &plain)?)? < 1e-5);
             let ours = linear.backward(
                 &input,
                 &saved,
@@ -247,8 +298,8 @@ mod tests {
             b: Tensor::zeros((6, 3), DType::F32, &Device::Cpu)?,
             scaling: 2.0,
         };
-        let (base, _) = linear.forward(&x, None, None)?;
-        let (adapted, _) = linear.forward(&x, Some(&adapter), None)?;
+        let (base, _) = linear.forward(&x, None, None, None)?;
+        let (adapted, _) = linear.forward(&x, Some(&adapter), None, None)?;
         assert_eq!(largest_difference(&base, &adapted)?, 0.0);
         Ok(())
     }

@@ -216,7 +216,7 @@ impl Decoder {
         let normed = rms_norm::forward(hidden, &self.norm, self.config.rms_norm_eps)?;
         Ok(self
             .head
-            .forward(&normed, adapter.get(SiteId::Head), None)?
+            .forward(&normed, adapter.get(SiteId::Head), None, None)?
             .0)
     }
 
@@ -289,7 +289,7 @@ impl Decoder {
         let mut gradients = AdapterGradients::default();
         gradients.add(SiteId::Head, loss.grad_adapter)?;
         if let Some(grad_normed) = loss.grad_hidden {
-            let grad_selected = rms_norm::backward(&selected, &self.norm, eps, &grad_normed)?;
+            let grad_selected = rms_norm::backward(&selected, &self.norm, eps, &grad_normed, None)?;
             let zeros = Tensor::zeros(x.dims(), DType::F32, &self.device)?;
             let mut upstream = zeros.index_add(&index, &grad_selected, 0)?;
             // Blocks below the lowest adapted one need no gradient at all.

@@ -1,7 +1,7 @@
 //! One block of the decoder: forward, and backward from what the forward kept.
 
 use candle_core::Tensor;
-use monteclora_adapters::{FrozenLinear, Saved};
+use monteclora_adapters::{Branch, FrozenLinear, LowRank, Saved, input_gradient};
 
 use super::Result;
 use super::adapter::{ActiveAdapter, AdapterGradients, Projection, SiteId};
@@ -59,11 +59,12 @@ impl Layer {
         projection: Projection,
         x: &Tensor,
         pass: &Pass<'_>,
+        residual: Option<&Tensor>,
     ) -> Result<(Tensor, Saved)> {
         let site = self.site(projection);
         let mask = self.mask(site, x, pass)?;
         let linear = &self.projections[projection as usize];
-        Ok(linear.forward(x, pass.adapter.get(site), mask.as_ref())?)
+        Ok(linear.forward(x, pass.adapter.get(site), mask.as_ref(), residual)?)
     }
 
     fn mask(&self, site: SiteId, x: &Tensor, pass: &Pass<'_>) -> Result<Option<Tensor>> {
@@ -81,9 +82,9 @@ impl Layer {
         cache: Option<&mut LayerCache>,
     ) -> Result<(Tensor, Kept)> {
         let normed = rms_norm::forward(x, &self.input_norm, self.eps)?;
-        let (q, saved_q) = self.project(Projection::Query, &normed, pass)?;
-        let (k, saved_k) = self.project(Projection::Key, &normed, pass)?;
-        let (v, saved_v) = self.project(Projection::Value, &normed, pass)?;
+        let (q, saved_q) = self.project(Projection::Query, &normed, pass, None)?;
+        let (k, saved_k) = self.project(Projection::Key, &normed, pass, None)?;
+        let (v, saved_v) = self.project(Projection::Value, &normed, pass, None)?;
         let (raw, q, k) = match &self.head_norms {
             None => (None, q, k),
             Some((q_norm, k_norm)) => {
@@ -99,14 +100,13 @@ impl Layer {
             (k, v) = cache.extend(&k, &v, pass.segments)?;
         }
         let attended = attention::forward(&q, &k, &v, pass.segments, self.heads)?;
-        let (o, saved_o) = self.project(Projection::Output, &attended.output, pass)?;
-        let middle = (x + o)?;
+        let (middle, saved_o) =
+            self.project(Projection::Output, &attended.output, pass, Some(x))?;
         let normed = rms_norm::forward(&middle, &self.post_norm, self.eps)?;
-        let (gate, saved_gate) = self.project(Projection::Gate, &normed, pass)?;
-        let (up, saved_up) = self.project(Projection::Up, &normed, pass)?;
+        let (gate, saved_gate) = self.project(Projection::Gate, &normed, pass, None)?;
+        let (up, saved_up) = self.project(Projection::Up, &normed, pass, None)?;
         let activated = swiglu::forward(&gate, &up)?;
-        let (down, saved_down) = self.project(Projection::Down, &activated, pass)?;
-        let y = (&middle + down)?;
+        let (y, saved_down) = self.project(Projection::Down, &activated, pass, Some(&middle))?;
         let saved = [
             saved_q, saved_k, saved_v, saved_o, saved_gate, saved_up, saved_down,
         ];
@@ -140,6 +140,7 @@ impl Layer {
             weight,
             self.eps,
             &upstream.reshape(shape)?,
+            None,
         )?;
         Ok(grad.reshape((tokens, width))?)
     }
@@ -154,44 +155,40 @@ impl Layer {
         gradients: &mut AdapterGradients,
         input: bool,
     ) -> Result<Option<Tensor>> {
-        let mut back = |projection: Projection,
-                        x: &Tensor,
-                        upstream: &Tensor,
-                        input: bool|
-         -> Result<Option<Tensor>> {
-            let site = self.site(projection);
-            let mask = self.mask(site, x, pass)?;
-            let grads = self.projections[projection as usize].backward(
-                x,
-                &kept.saved[projection as usize],
-                upstream,
-                pass.adapter.get(site),
-                mask.as_ref(),
-                input,
-            )?;
-            gradients.add(site, grads.adapter)?;
-            Ok(grads.input)
-        };
-        let activated = swiglu::forward(&kept.gate, &kept.up)?;
-        let through_down = sum(vec![back(Projection::Down, &activated, upstream, true)?])?;
-        drop(activated);
-        let (grad_gate, grad_up) = swiglu::backward(&kept.gate, &kept.up, &through_down)?;
+        let down = self.part(Projection::Down, upstream, &kept.gate, pass)?;
+        let through_down = input_gradient(&[down.branch()])?;
+        let swiglu::Backward {
+            activated,
+            grad_gate,
+            grad_up,
+        } = swiglu::backward(&kept.gate, &kept.up, &through_down)?;
+        drop(through_down);
+        down.finish(&activated, kept, gradients)?;
+        drop((down, activated));
+
         let normed = rms_norm::forward(&kept.middle, &self.post_norm, self.eps)?;
-        let grad_normed = sum(vec![
-            back(Projection::Gate, &normed, &grad_gate, true)?,
-            back(Projection::Up, &normed, &grad_up, true)?,
-        ])?;
-        let grad_middle = (upstream
-            + rms_norm::backward(&kept.middle, &self.post_norm, self.eps, &grad_normed)?)?;
-        let grad_attended = sum(vec![back(
-            Projection::Output,
-            &kept.attended.output,
-            &grad_middle,
-            true,
-        )?])?;
+        let gate = self.part(Projection::Gate, &grad_gate, &normed, pass)?;
+        let up = self.part(Projection::Up, &grad_up, &normed, pass)?;
+        gate.finish(&normed, kept, gradients)?;
+        up.finish(&normed, kept, gradients)?;
+        let grad_normed = input_gradient(&[gate.branch(), up.branch()])?;
+        drop((gate, up));
+        drop((grad_gate, grad_up));
+        let grad_middle = rms_norm::backward(
+            &kept.middle,
+            &self.post_norm,
+            self.eps,
+            &grad_normed,
+            Some(upstream),
+        )?;
+
+        let attended = &kept.attended;
+        let output = self.part(Projection::Output, &grad_middle, &attended.output, pass)?;
+        output.finish(&attended.output, kept, gradients)?;
+        let grad_attended = input_gradient(&[output.branch()])?;
         let (grad_q, grad_k, grad_v) = attention::backward(
             (&kept.q, &kept.k, &kept.v),
-            &kept.attended,
+            attended,
             &grad_attended,
             pass.segments,
             self.heads,
@@ -202,29 +199,85 @@ impl Layer {
             grad_q = self.head_norm_backward(raw_q, q_norm, &grad_q)?;
             grad_k = self.head_norm_backward(raw_k, k_norm, &grad_k)?;
         }
+
         let normed = rms_norm::forward(x, &self.input_norm, self.eps)?;
-        let parts = vec![
-            back(Projection::Query, &normed, &grad_q, input)?,
-            back(Projection::Key, &normed, &grad_k, input)?,
-            back(Projection::Value, &normed, &grad_v, input)?,
+        let parts = [
+            self.part(Projection::Query, &grad_q, &normed, pass)?,
+            self.part(Projection::Key, &grad_k, &normed, pass)?,
+            self.part(Projection::Value, &grad_v, &normed, pass)?,
         ];
+        for part in &parts {
+            part.finish(&normed, kept, gradients)?;
+        }
         if !input {
             return Ok(None);
         }
-        let through_norm = rms_norm::backward(x, &self.input_norm, self.eps, &sum(parts)?)?;
-        Ok(Some((grad_middle + through_norm)?))
+        let grad_normed = input_gradient(&parts.each_ref().map(Part::branch))?;
+        let grad = rms_norm::backward(
+            x,
+            &self.input_norm,
+            self.eps,
+            &grad_normed,
+            Some(&grad_middle),
+        )?;
+        Ok(Some(grad))
+    }
+
+    /// `projection` with the gradient of its output; `like` has the shape of its input.
+    fn part<'a>(
+        &'a self,
+        projection: Projection,
+        upstream: &'a Tensor,
+        like: &Tensor,
+        pass: &Pass<'a>,
+    ) -> Result<Part<'a>> {
+        let site = self.site(projection);
+        let adapter = match pass.adapter.get(site) {
+            None => None,
+            Some(adapter) => Some((adapter, adapter.hidden_gradient(upstream)?)),
+        };
+        Ok(Part {
+            site,
+            projection,
+            linear: &self.projections[projection as usize],
+            upstream,
+            adapter,
+            mask: self.mask(site, like, pass)?,
+        })
     }
 }
 
-fn sum(parts: Vec<Option<Tensor>>) -> Result<Tensor> {
-    let mut total: Option<Tensor> = None;
-    for part in parts.into_iter().flatten() {
-        total = Some(match total {
-            None => part,
-            Some(total) => (total + part)?,
-        });
+/// A projection in the backward pass.
+struct Part<'a> {
+    site: SiteId,
+    projection: Projection,
+    linear: &'a FrozenLinear,
+    upstream: &'a Tensor,
+    /// The adapter and the gradient of its hidden activation.
+    adapter: Option<(&'a LowRank, Tensor)>,
+    mask: Option<Tensor>,
+}
+
+impl Part<'_> {
+    fn branch(&self) -> Branch<'_> {
+        Branch {
+            linear: self.linear,
+            upstream: self.upstream,
+            adapter: self
+                .adapter
+                .as_ref()
+                .map(|(adapter, grad)| (*adapter, grad)),
+            dropout: self.mask.as_ref(),
+        }
     }
-    Ok(total.ok_or_else(|| {
-        candle_core::Error::Msg("a backward pass without any gradient".to_owned())
-    })?)
+
+    /// Adds the gradients of A and B, at the projection's input `x`, to `gradients`.
+    fn finish(&self, x: &Tensor, kept: &Kept, gradients: &mut AdapterGradients) -> Result<()> {
+        let Some((adapter, grad_hidden)) = &self.adapter else {
+            return Ok(());
+        };
+        let saved = &kept.saved[self.projection as usize];
+        let pair = adapter.gradients(x, saved, self.upstream, grad_hidden)?;
+        gradients.add(self.site, pair)
+    }
 }

@@ -1,7 +1,10 @@
 //! Causal attention over ragged segments (block-diagonal, so packed rows never see each other), with grouped key/value heads.
 
+use std::ops::Range;
+
 use candle_core::{D, DType, Device, Tensor};
 use monteclora_adapters::linalg::{Strided, gemm_f32, on_cpu};
+use monteclora_adapters::simd::{dot, largest, vectorised};
 use rayon::prelude::*;
 
 use super::swiglu::exp;
@@ -46,7 +49,7 @@ impl Heads {
     }
 
     /// Keys visible to query `i` of `segment`, relative to the segment's first key.
-    fn visible(&self, segment: &Segment, i: usize) -> std::ops::Range<usize> {
+    fn visible(&self, segment: &Segment, i: usize) -> Range<usize> {
         let end = segment.key_len - segment.query_len + i + 1;
         let start = self.window.map_or(0, |w| end.saturating_sub(w));
         start..end
@@ -195,10 +198,16 @@ fn forward_cpu(
                     heads.scale(),
                     false,
                 );
-                for (i, row) in scores.chunks_exact_mut(columns).enumerate() {
-                    let visible = heads.visible(segment, first + i);
-                    log_sums.push(softmax_row(row, visible.start - from, visible.end - from));
-                }
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for (i, row) in scores.chunks_exact_mut(columns).enumerate() {
+                            let visible = heads.visible(segment, first + i);
+                            let (start, end) = (visible.start - from, visible.end - from);
+                            log_sums.push(softmax_row(row, start, end));
+                        }
+                    },
+                );
                 let values = head(v, segment.key_start + from, kv, heads.key_value, dim);
                 gemm_f32(
                     (rows, dim, columns),
@@ -226,15 +235,16 @@ fn forward_cpu(
 }
 
 /// Softmax over `row[start..end]`, zero outside; returns the logarithm of the sum of exponentials.
+#[inline(always)]
 fn softmax_row(row: &mut [f32], start: usize, end: usize) -> f32 {
     row[..start].fill(0.0);
     row[end..].fill(0.0);
     let row = &mut row[start..end];
-    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let largest = largest(row);
     for value in row.iter_mut() {
         *value = exp(*value - largest);
     }
-    let sum: f32 = row.iter().sum();
+    let sum = dot([&*row]);
     let inverse = sum.recip();
     for value in row.iter_mut() {
         *value *= inverse;
@@ -367,27 +377,27 @@ impl Backward<'_> {
                     1.0,
                     false,
                 );
-                for i in 0..rows {
-                    let visible = self.heads.visible(segment, first + i);
-                    let visible = visible.start - from..visible.end - from;
-                    let at = (row0 + i) * query * dim + h * dim;
-                    let delta: f32 = self.upstream[at..at + dim]
-                        .iter()
-                        .zip(&self.output[at..at + dim])
-                        .map(|(g, o)| g * o)
-                        .sum();
-                    let log_sum = self.log_sums[h * self.tokens + row0 + i];
-                    let p = &mut probabilities[i * columns..(i + 1) * columns];
-                    let s = &mut grad_scores[i * columns..(i + 1) * columns];
-                    for hidden in [0..visible.start, visible.end..columns] {
-                        p[hidden.clone()].fill(0.0);
-                        s[hidden].fill(0.0);
-                    }
-                    for (p, s) in p[visible.clone()].iter_mut().zip(&mut s[visible]) {
-                        *p = exp(*p - log_sum);
-                        *s = *p * (*s - delta);
-                    }
-                }
+                let mut block = Scores {
+                    probabilities: &mut probabilities,
+                    gradients: &mut grad_scores,
+                    columns,
+                };
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for i in 0..rows {
+                            let visible = self.heads.visible(segment, first + i);
+                            let at = (row0 + i) * query * dim + h * dim;
+                            let (g, o) = (&self.upstream[at..at + dim], &self.output[at..at + dim]);
+                            block.softmax_backward(
+                                i,
+                                visible.start - from..visible.end - from,
+                                self.log_sums[h * self.tokens + row0 + i],
+                                dot([g, o]),
+                            );
+                        }
+                    },
+                );
                 let block_k = &mut dk[from * dim..];
                 let turned_scores = Strided::transposed(&grad_scores, columns);
                 gemm_f32(
@@ -426,6 +436,32 @@ impl Backward<'_> {
             dqs.push(dq);
         }
         (dqs, dk, dv)
+    }
+}
+
+/// A block of scores, row-major, and the gradients of its probabilities.
+struct Scores<'a> {
+    probabilities: &'a mut [f32],
+    gradients: &'a mut [f32],
+    columns: usize,
+}
+
+impl Scores<'_> {
+    /// Turns row `i` into probabilities and their gradients into those of the scores, `dS = P * (dP - delta)`; zero where the key
+    /// is hidden.
+    #[inline(always)]
+    fn softmax_backward(&mut self, i: usize, visible: Range<usize>, log_sum: f32, delta: f32) {
+        let row = i * self.columns..(i + 1) * self.columns;
+        let p = &mut self.probabilities[row.clone()];
+        let s = &mut self.gradients[row];
+        for hidden in [0..visible.start, visible.end..self.columns] {
+            p[hidden.clone()].fill(0.0);
+            s[hidden].fill(0.0);
+        }
+        for (p, s) in p[visible.clone()].iter_mut().zip(&mut s[visible]) {
+            *p = exp(*p - log_sum);
+            *s = *p * (*s - delta);
+        }
     }
 }
 

@@ -1,7 +1,9 @@
 //! Cross entropy of labelled positions only, through the output head in chunks, value and gradient in one pass.
 
-use candle_core::{D, DType, Device, Tensor};
-use monteclora_adapters::linalg::on_cpu;
+use std::sync::Mutex;
+
+use candle_core::{CpuStorage, D, DType, Device, InplaceOp1, Layout, Tensor};
+use monteclora_adapters::simd::{largest, vectorised};
 use monteclora_adapters::{FrozenLinear, LowRank};
 use rayon::prelude::*;
 
@@ -9,7 +11,7 @@ use super::swiglu::exp;
 use crate::model::Result;
 
 /// Labelled positions whose logits exist at the same time.
-const CHUNK: usize = 96;
+const CHUNK: usize = 256;
 
 /// Losses of a batch's labelled positions and, when asked for, the gradient of `scale` times their sum.
 #[derive(Debug, Clone)]
@@ -43,8 +45,8 @@ pub fn evaluate(
     for start in (0..labels).step_by(CHUNK) {
         let targets = &targets[start..labels.min(start + CHUNK)];
         let chunk = hidden.narrow(0, start, targets.len())?.contiguous()?;
-        let (logits, saved) = head.forward(&chunk, adapter, None)?;
-        let (nll, correct, grad_logits) = softmax_loss(&logits, targets, scale)?;
+        let (logits, saved) = head.forward(&chunk, adapter, None, None)?;
+        let (nll, correct, grad_logits) = softmax_loss(logits, targets, scale)?;
         result.nll.extend(nll);
         result.correct.extend(correct);
         if let Some(grad_logits) = grad_logits {
@@ -65,56 +67,24 @@ pub fn evaluate(
 
 type Losses = (Vec<f32>, Vec<bool>, Option<Tensor>);
 
-/// Losses of one chunk of logits `[labels, vocab]`, and `scale * (softmax - onehot)`.
-fn softmax_loss(logits: &Tensor, targets: &[u32], scale: Option<f64>) -> Result<Losses> {
-    let (rows, vocab) = logits.dims2()?;
-    let fast = on_cpu([logits], |[logits]| {
-        let losses: Vec<(f32, f32, bool)> = logits
-            .par_chunks_exact(vocab)
-            .zip(targets)
-            .map(|(row, target)| {
-                let (best, largest) =
-                    row.iter()
-                        .enumerate()
-                        .fold((0, f32::NEG_INFINITY), |best, (i, v)| {
-                            if *v > best.1 { (i, *v) } else { best }
-                        });
-                // Partial sums of a fixed width: vectorised, and the same at any thread count.
-                let mut partial = [0f32; 16];
-                let chunks = row.chunks_exact(16);
-                let rest: f32 = chunks.remainder().iter().map(|v| exp(v - largest)).sum();
-                for chunk in chunks {
-                    for (sum, v) in partial.iter_mut().zip(chunk) {
-                        *sum += exp(v - largest);
-                    }
-                }
-                let log_sum = largest + (partial.iter().sum::<f32>() + rest).ln();
-                (
-                    log_sum,
-                    log_sum - row[*target as usize],
-                    best == *target as usize,
-                )
-            })
-            .collect();
-        let grad = scale.map(|scale| {
-            let scale = scale as f32;
-            super::build_rows(rows, vocab, |row, out| {
-                let log_sum = losses[row].0;
-                for (out, v) in out.iter_mut().zip(&logits[row * vocab..(row + 1) * vocab]) {
-                    out.write(scale * exp(v - log_sum));
-                }
-                let target = targets[row] as usize;
-                let onehot = scale * (exp(logits[row * vocab + target] - log_sum) - 1.0);
-                out[target].write(onehot);
-            })
-        });
-        (losses, grad)
-    })?;
-    if let Some((losses, grad)) = fast {
+/// Losses of one chunk of logits `[labels, vocab]`, and `scale * (softmax - onehot)`, which takes the logits' own memory.
+fn softmax_loss(logits: Tensor, targets: &[u32], scale: Option<f64>) -> Result<Losses> {
+    let rows = logits.dims2()?.0;
+    if matches!(logits.device(), Device::Cpu)
+        && logits.dtype() == DType::F32
+        && logits.is_contiguous()
+    {
+        let pass = InPlace {
+            targets,
+            scale: scale.map(|scale| scale as f32),
+            losses: Mutex::new(Vec::new()),
+        };
+        logits.inplace_op1(&pass)?;
+        let losses = pass.losses.into_inner().unwrap_or_default();
         return Ok((
+            losses.iter().map(|l| l.0).collect(),
             losses.iter().map(|l| l.1).collect(),
-            losses.iter().map(|l| l.2).collect(),
-            grad.transpose()?,
+            scale.is_some().then_some(logits),
         ));
     }
     let dtype = logits.dtype();
@@ -139,6 +109,69 @@ fn softmax_loss(logits: &Tensor, targets: &[u32], scale: Option<f64>) -> Result<
         })
         .transpose()?;
     Ok((nll, correct, grad))
+}
+
+/// Loss of each row, and with a scale the gradient over the logits.
+struct InPlace<'a> {
+    targets: &'a [u32],
+    scale: Option<f32>,
+    losses: Mutex<Vec<(f32, bool)>>,
+}
+
+impl InPlace<'_> {
+    #[inline(always)]
+    fn row(&self, row: &mut [f32], target: usize) -> (f32, bool) {
+        let largest = largest(row);
+        // Partial sums of a fixed width: vectorised, and the same at any thread count.
+        let mut partial = [0f32; 16];
+        let chunks = row.chunks_exact(16);
+        let rest: f32 = chunks.remainder().iter().map(|v| exp(v - largest)).sum();
+        for chunk in chunks {
+            for (sum, v) in partial.iter_mut().zip(chunk) {
+                *sum += exp(v - largest);
+            }
+        }
+        let log_sum = largest + (partial.iter().sum::<f32>() + rest).ln();
+        let nll = log_sum - row[target];
+        // The first of equal logits wins, as in an argmax.
+        let correct = row[target] == largest && !row[..target].contains(&largest);
+        if let Some(scale) = self.scale {
+            let onehot = scale * (exp(row[target] - log_sum) - 1.0);
+            for v in row.iter_mut() {
+                *v = scale * exp(*v - log_sum);
+            }
+            row[target] = onehot;
+        }
+        (nll, correct)
+    }
+}
+
+impl InplaceOp1 for InPlace<'_> {
+    fn name(&self) -> &'static str {
+        "softmax-loss"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let vocab = layout.shape().dims2()?.1;
+        let (CpuStorage::F32(values), Some((from, to))) = (storage, layout.contiguous_offsets())
+        else {
+            candle_core::bail!("logits are f32 and contiguous on this path");
+        };
+        let losses = values[from..to]
+            .par_chunks_exact_mut(vocab)
+            .zip(self.targets)
+            .map(|(row, target)| {
+                vectorised(
+                    #[inline(always)]
+                    || self.row(row, *target as usize),
+                )
+            })
+            .collect();
+        if let Ok(mut slot) = self.losses.lock() {
+            *slot = losses;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -182,9 +215,9 @@ mod tests {
     fn plain_path_equals_the_fast_one() -> Result<()> {
         let strided = matrix(11, 4, 0.5).t()?;
         let targets = [0, 10, 3, 7];
-        let (nll, correct, grad) = softmax_loss(&strided, &targets, Some(0.5))?;
+        let (nll, correct, grad) = softmax_loss(strided.clone(), &targets, Some(0.5))?;
         let (fast_nll, fast_correct, fast_grad) =
-            softmax_loss(&strided.contiguous()?, &targets, Some(0.5))?;
+            softmax_loss(strided.contiguous()?, &targets, Some(0.5))?;
         assert!(nll.iter().zip(&fast_nll).all(|(a, b)| (a - b).abs() < 1e-6));
         assert_eq!(correct, fast_correct);
         assert!(

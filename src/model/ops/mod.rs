@@ -9,40 +9,63 @@ pub mod swiglu;
 use std::mem::MaybeUninit;
 
 use candle_core::{Device, Tensor};
+use monteclora_adapters::simd::vectorised;
 use rayon::prelude::*;
 
-/// Fewer elements than this are handled on the calling thread.
-const PARALLEL_FROM: usize = 1 << 14;
+/// Elements of a buffer that a task writes; fewer are handled on the calling thread.
+const TASK: usize = 1 << 14;
 
-/// Builds a `[rows, columns]` tensor on the CPU, row by row; `fill` must write every element of its row.
-pub(crate) fn build_rows(
+/// Builds `N` tensors `[rows, columns]` on the CPU, row by row; `fill` must write every element of its row of each.
+///
+/// The loops are compiled for the processor's widest vectors as far as `fill` is inlined: mark it `#[inline(always)]`.
+pub(crate) fn build_rows<const N: usize>(
     rows: usize,
     columns: usize,
-    fill: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync,
-) -> candle_core::Result<Tensor> {
-    let mut values: Vec<f32> = Vec::with_capacity(rows * columns);
-    if rows * columns > 0 {
-        let spare = &mut values.spare_capacity_mut()[..rows * columns];
-        if rows * columns < PARALLEL_FROM {
-            for (row, out) in spare.chunks_exact_mut(columns).enumerate() {
-                fill(row, out);
-            }
-        } else {
-            let rows_a_task = (PARALLEL_FROM / columns).max(1);
-            spare
-                .par_chunks_mut(columns * rows_a_task)
-                .enumerate()
-                .for_each(|(task, chunk)| {
-                    for (i, out) in chunk.chunks_exact_mut(columns).enumerate() {
-                        fill(task * rows_a_task + i, out);
-                    }
-                });
-        }
+    fill: impl Fn(usize, [&mut [MaybeUninit<f32>]; N]) + Sync,
+) -> candle_core::Result<[Tensor; N]> {
+    let len = rows * columns;
+    let mut buffers: [Vec<f32>; N] = std::array::from_fn(|_| Vec::with_capacity(len));
+    if len > 0 {
+        let rows_a_task = (TASK / columns).max(1);
+        let mut parts = buffers
+            .each_mut()
+            .map(|b| b.spare_capacity_mut()[..len].chunks_mut(rows_a_task * columns));
+        let tasks: Vec<[&mut [MaybeUninit<f32>]; N]> = (0..rows.div_ceil(rows_a_task))
+            .map(|_| {
+                parts.each_mut().map(|p| {
+                    p.next()
+                        .expect("every buffer has as many parts as there are tasks")
+                })
+            })
+            .collect();
+        tasks
+            .into_par_iter()
+            .enumerate()
+            .for_each(|(task, mut parts)| {
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        let first = task * rows_a_task;
+                        for row in 0..rows_a_task.min(rows - first) {
+                            let out = parts
+                                .each_mut()
+                                .map(|p| &mut p[row * columns..(row + 1) * columns]);
+                            fill(first + row, out);
+                        }
+                    },
+                );
+            });
     }
-    // SAFETY: capacity was reserved for this length, and `fill` writes every element of each row (its contract; each caller
-    // below zips the whole row).
-    unsafe { values.set_len(rows * columns) };
-    Tensor::from_vec(values, (rows, columns), &Device::Cpu)
+    let mut tensors = Vec::with_capacity(N);
+    for mut buffer in buffers {
+        // SAFETY: capacity was reserved for this length, and `fill` writes every element of each row (its contract; each
+        // caller zips the whole row).
+        unsafe { buffer.set_len(len) };
+        tensors.push(Tensor::from_vec(buffer, (rows, columns), &Device::Cpu)?);
+    }
+    tensors
+        .try_into()
+        .map_err(|_| candle_core::Error::Msg("as many tensors as buffers".to_owned()))
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use candle_core::{D, Tensor};
 use monteclora_adapters::linalg::on_cpu;
+use monteclora_adapters::simd::dot;
 
 use super::build_rows;
 use crate::model::Result;
@@ -10,55 +11,80 @@ use crate::model::Result;
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
     let fast = on_cpu([x, weight], |[x, w]| {
-        build_rows(rows, columns, |row, out| {
-            let x = &x[row * columns..(row + 1) * columns];
-            let scale = inverse_rms(x, eps);
-            for ((out, x), w) in out.iter_mut().zip(x).zip(w) {
-                out.write(x * scale * w);
-            }
-        })
+        build_rows(
+            rows,
+            columns,
+            #[inline(always)]
+            |row, [out]| {
+                let x = &x[row * columns..(row + 1) * columns];
+                let scale = inverse_rms(x, eps);
+                for ((out, x), w) in out.iter_mut().zip(x).zip(w) {
+                    out.write(x * scale * w);
+                }
+            },
+        )
     })?;
     match fast {
-        Some(y) => Ok(y?),
+        Some(built) => {
+            let [y] = built?;
+            Ok(y)
+        }
         None => Ok(normalised(x, eps)?.0.broadcast_mul(weight)?),
     }
 }
 
-/// Gradient with respect to `x`: with `g' = g * w` and `z = x / rms`, `dx = (g' - z mean(g' z)) / rms`.
-pub fn backward(x: &Tensor, weight: &Tensor, eps: f64, upstream: &Tensor) -> Result<Tensor> {
+/// Gradient with respect to `x`: with `g' = g * w` and `z = x / rms`, `dx = (g' - z mean(g' z)) / rms`; added to `residual`, the
+/// gradient of the path around the norm, where there is one.
+pub fn backward(
+    x: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+    upstream: &Tensor,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
-    let fast = on_cpu([x, weight, upstream], |[x, w, g]| {
-        build_rows(rows, columns, |row, out| {
-            let range = row * columns..(row + 1) * columns;
-            let (x, g) = (&x[range.clone()], &g[range]);
-            let scale = inverse_rms(x, eps);
-            let dot: f32 = x.iter().zip(g).zip(w).map(|((x, g), w)| x * g * w).sum();
-            let pull = dot * scale * scale * scale / columns as f32;
-            for (((out, x), g), w) in out.iter_mut().zip(x).zip(g).zip(w) {
-                out.write(g * w * scale - x * pull);
-            }
-        })
+    // Without a residual its place is taken by a tensor that is not read.
+    let around = residual.unwrap_or(upstream);
+    let fast = on_cpu([x, weight, upstream, around], |[x, w, g, around]| {
+        build_rows(
+            rows,
+            columns,
+            #[inline(always)]
+            |row, [out]| {
+                let range = row * columns..(row + 1) * columns;
+                let (x, g, around) = (&x[range.clone()], &g[range.clone()], &around[range]);
+                let scale = inverse_rms(x, eps);
+                let pull = dot([x, g, w]) * scale * scale * scale / columns as f32;
+                let slots = out.iter_mut().zip(x).zip(g).zip(w);
+                if residual.is_some() {
+                    for ((((out, x), g), w), around) in slots.zip(around) {
+                        out.write(around + (g * w * scale - x * pull));
+                    }
+                } else {
+                    for (((out, x), g), w) in slots {
+                        out.write(g * w * scale - x * pull);
+                    }
+                }
+            },
+        )
     })?;
-    if let Some(grad) = fast {
-        return Ok(grad?);
+    if let Some(built) = fast {
+        let [grad] = built?;
+        return Ok(grad);
     }
     let (z, scale) = normalised(x, eps)?;
     let weighted = upstream.broadcast_mul(weight)?;
     let mean = (&weighted * &z)?.mean_keepdim(D::Minus1)?;
-    Ok((weighted - z.broadcast_mul(&mean)?)?.broadcast_mul(&scale)?)
+    let grad = (weighted - z.broadcast_mul(&mean)?)?.broadcast_mul(&scale)?;
+    Ok(match residual {
+        Some(residual) => (residual + grad)?,
+        None => grad,
+    })
 }
 
+#[inline(always)]
 fn inverse_rms(x: &[f32], eps: f64) -> f32 {
-    // Eight partial sums let the compiler vectorise what a single ordered sum forbids.
-    let mut partial = [0f32; 8];
-    let chunks = x.chunks_exact(8);
-    let rest: f32 = chunks.remainder().iter().map(|v| v * v).sum();
-    for chunk in chunks {
-        for (sum, v) in partial.iter_mut().zip(chunk) {
-            *sum += v * v;
-        }
-    }
-    let mean = f64::from(partial.iter().sum::<f32>() + rest) / x.len() as f64;
+    let mean = f64::from(dot([x, x])) / x.len() as f64;
     (mean + eps).sqrt().recip() as f32
 }
 
@@ -86,7 +112,18 @@ mod tests {
             assert!(largest_difference(&forward(&x, &weight, 1e-5)?, &plain) < 1e-5);
             let grads = (&plain * &upstream)?.sum_all()?.backward()?;
             let expected = grads.get(var.as_tensor()).expect("x has a gradient");
-            assert!(largest_difference(&backward(&x, &weight, 1e-5, &upstream)?, expected) < 1e-4);
+            let fast = backward(&x, &weight, 1e-5, &upstream, None)?;
+            assert!(largest_difference(&fast, expected) < 1e-4);
+            let residual = matrix(rows, columns, 0.9);
+            let onto = backward(&x, &weight, 1e-5, &upstream, Some(&residual))?;
+            assert!(largest_difference(&onto, &(&residual + expected)?) < 1e-4);
+            // A transposed view is not contiguous, so it takes the path for other devices.
+            let strided = x.t()?.contiguous()?.t()?;
+            for residual in [None, Some(&residual)] {
+                let plain = backward(&strided, &weight, 1e-5, &upstream, residual)?;
+                let fast = backward(&x, &weight, 1e-5, &upstream, residual)?;
+                assert!(largest_difference(&plain, &fast) < 1e-4);
+            }
         }
         Ok(())
     }

@@ -44,24 +44,30 @@ impl Rotation {
         let (tokens, columns) = x.dims2()?;
         let half = self.cos.dims2()?.1;
         let fast = on_cpu([x, &self.cos, &self.sin], |[x, cos, sin]| {
-            build_rows(tokens, columns, |row, out| {
-                let (cos, sin) = (
-                    &cos[row * half..(row + 1) * half],
-                    &sin[row * half..(row + 1) * half],
-                );
-                let x = &x[row * columns..(row + 1) * columns];
-                for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                    let (first, second) = x.split_at(half);
-                    let (out_first, out_second) = out.split_at_mut(half);
-                    for i in 0..half {
-                        out_first[i].write(first[i] * cos[i] - sign * second[i] * sin[i]);
-                        out_second[i].write(second[i] * cos[i] + sign * first[i] * sin[i]);
+            build_rows(
+                tokens,
+                columns,
+                #[inline(always)]
+                |row, [out]| {
+                    let range = row * half..(row + 1) * half;
+                    let (cos, sin) = (&cos[range.clone()], &sin[range]);
+                    let x = &x[row * columns..(row + 1) * columns];
+                    for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                        let (first, second) = x.split_at(half);
+                        let (out_first, out_second) = out.split_at_mut(half);
+                        let halves = first.iter().zip(second).zip(cos.iter().zip(sin));
+                        let slots = out_first.iter_mut().zip(out_second);
+                        for ((one, two), ((a, b), (cos, sin))) in slots.zip(halves) {
+                            one.write(a * cos - sign * b * sin);
+                            two.write(b * cos + sign * a * sin);
+                        }
                     }
-                }
-            })
+                },
+            )
         })?;
-        if let Some(y) = fast {
-            return Ok(y?);
+        if let Some(built) = fast {
+            let [y] = built?;
+            return Ok(y);
         }
         let heads = columns / (2 * half);
         let x = x.reshape((tokens, heads, 2, half))?;

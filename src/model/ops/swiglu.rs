@@ -10,54 +10,79 @@ use crate::model::Result;
 pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (rows, columns) = gate.dims2()?;
     let fast = on_cpu([gate, up], |[gate, up]| {
-        build_rows(rows, columns, |row, out| {
-            let range = row * columns..(row + 1) * columns;
-            for ((out, g), u) in out.iter_mut().zip(&gate[range.clone()]).zip(&up[range]) {
-                out.write(g * sigmoid(*g) * u);
-            }
-        })
+        build_rows(
+            rows,
+            columns,
+            #[inline(always)]
+            |row, [out]| {
+                let range = row * columns..(row + 1) * columns;
+                for ((out, g), u) in out.iter_mut().zip(&gate[range.clone()]).zip(&up[range]) {
+                    out.write(g * sigmoid(*g) * u);
+                }
+            },
+        )
     })?;
     match fast {
-        Some(y) => Ok(y?),
+        Some(built) => {
+            let [y] = built?;
+            Ok(y)
+        }
         None => Ok((gate.silu()? * up)?),
     }
 }
 
+/// What the backward pass of a gated activation gives, each `[tokens, n]`.
+#[derive(Debug, Clone)]
+pub struct Backward {
+    /// `silu(gate) * up` once more, which the pass comes by anyway: nobody has to keep it.
+    pub activated: Tensor,
+    /// Gradient with respect to the gate.
+    pub grad_gate: Tensor,
+    /// Gradient with respect to the other factor.
+    pub grad_up: Tensor,
+}
+
 /// Gradients with respect to gate and up: with `s = sigmoid(gate)`, `(g up s (1 + gate (1 - s)), g gate s)`.
-pub fn backward(gate: &Tensor, up: &Tensor, upstream: &Tensor) -> Result<(Tensor, Tensor)> {
+pub fn backward(gate: &Tensor, up: &Tensor, upstream: &Tensor) -> Result<Backward> {
     let (rows, columns) = gate.dims2()?;
     let fast = on_cpu([gate, up, upstream], |[gate, up, upstream]| {
-        let grad_gate = build_rows(rows, columns, |row, out| {
-            let range = row * columns..(row + 1) * columns;
-            let inputs = gate[range.clone()]
-                .iter()
-                .zip(&up[range.clone()])
-                .zip(&upstream[range]);
-            for (out, ((g, u), d)) in out.iter_mut().zip(inputs) {
-                let s = sigmoid(*g);
-                out.write(d * u * s * (1.0 + g * (1.0 - s)));
-            }
-        });
-        let grad_up = build_rows(rows, columns, |row, out| {
-            let range = row * columns..(row + 1) * columns;
-            for ((out, g), d) in out
-                .iter_mut()
-                .zip(&gate[range.clone()])
-                .zip(&upstream[range])
-            {
-                out.write(d * g * sigmoid(*g));
-            }
-        });
-        (grad_gate, grad_up)
+        build_rows(
+            rows,
+            columns,
+            #[inline(always)]
+            |row, [activated, grad_gate, grad_up]| {
+                let range = row * columns..(row + 1) * columns;
+                let inputs = gate[range.clone()]
+                    .iter()
+                    .zip(&up[range.clone()])
+                    .zip(&upstream[range]);
+                let outputs = activated.iter_mut().zip(grad_gate).zip(grad_up);
+                for (((y, grad_gate), grad_up), ((g, u), d)) in outputs.zip(inputs) {
+                    let s = sigmoid(*g);
+                    let silu = g * s;
+                    y.write(silu * u);
+                    grad_gate.write(d * u * s * (1.0 + g * (1.0 - s)));
+                    grad_up.write(d * silu);
+                }
+            },
+        )
     })?;
-    if let Some((grad_gate, grad_up)) = fast {
-        return Ok((grad_gate?, grad_up?));
+    if let Some(built) = fast {
+        let [activated, grad_gate, grad_up] = built?;
+        return Ok(Backward {
+            activated,
+            grad_gate,
+            grad_up,
+        });
     }
     let s = (gate.neg()?.exp()? + 1.0)?.recip()?;
+    let silu = (gate * &s)?;
     let slope = ((gate * (1.0 - &s)?)? + 1.0)?;
-    let grad_gate = (((upstream * up)? * &s)? * slope)?;
-    let grad_up = ((upstream * gate)? * s)?;
-    Ok((grad_gate, grad_up))
+    Ok(Backward {
+        activated: (&silu * up)?,
+        grad_gate: (((upstream * up)? * &s)? * slope)?,
+        grad_up: (upstream * silu)?,
+    })
 }
 
 #[inline(always)]
@@ -116,14 +141,16 @@ mod tests {
             let plain = (gate_var.silu()? * up_var.as_tensor())?;
             assert!(largest_difference(&forward(&gate, &up)?, &plain) < 1e-5);
             let grads = (&plain * &upstream)?.sum_all()?.backward()?;
-            let (grad_gate, grad_up) = backward(&gate, &up, &upstream)?;
-            assert!(
-                largest_difference(&grad_gate, grads.get(gate_var.as_tensor()).expect("gate"))
-                    < 1e-4
-            );
-            assert!(
-                largest_difference(&grad_up, grads.get(up_var.as_tensor()).expect("up")) < 1e-4
-            );
+            let by_gate = grads.get(gate_var.as_tensor()).expect("gate");
+            let by_up = grads.get(up_var.as_tensor()).expect("up");
+            // A transposed view is not contiguous, so it takes the path for other devices.
+            let strided = gate.t()?.contiguous()?.t()?;
+            for gate in [&gate, &strided] {
+                let found = backward(gate, &up, &upstream)?;
+                assert!(largest_difference(&found.activated, &plain) < 1e-5);
+                assert!(largest_difference(&found.grad_gate, by_gate) < 1e-4);
+                assert!(largest_difference(&found.grad_up, by_up) < 1e-4);
+            }
         }
         Ok(())
     }
