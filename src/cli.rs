@@ -23,7 +23,7 @@ pub enum Command {
     Quickstart(QuickstartArgs),
     /// Fine-tune as run.toml says.
     Train(TrainArgs),
-    /// Loss, perplexity and token accuracy of a base and an adapter on a data file.
+    /// Scores of a base and an adapter on a data file: loss, perplexity, token accuracy, multiple choice, calibration.
     Eval(EvalArgs),
     /// Posterior mean as a plain LoRA directory.
     Collapse(CollapseArgs),
@@ -154,10 +154,10 @@ pub struct EvalArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Adapter directory.
+    /// Adapter directory; its posterior mean is scored beside the base.
     #[arg(short, long)]
     pub adapter: Option<PathBuf>,
-    /// Rows to evaluate on.
+    /// Rows to evaluate on; rows with `choices` are scored as multiple choice too.
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Rows at a time.
@@ -169,6 +169,12 @@ pub struct EvalArgs {
     /// Take prompt and completion as they are instead of as a conversation.
     #[arg(long)]
     pub no_chat_template: bool,
+    /// Bins of equal width of the expected calibration error.
+    #[arg(long, default_value_t = crate::config::EvalConfig::default().ece_bins)]
+    pub ece_bins: usize,
+    /// Compare choices by log-likelihood a token instead of the log-likelihood of the whole choice.
+    #[arg(long)]
+    pub length_normalised: bool,
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,

@@ -4,6 +4,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod data;
+pub mod eval;
 pub mod gguf_import;
 pub mod hub;
 pub mod model;

@@ -13,10 +13,11 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::config::{
-    self, Length, LoraConfig, LrSchedulerType, Method, ModuleSelection, RunConfig,
+    self, Length, LoraConfig, LrSchedulerType, Method, ModuleSelection, Report, RunConfig,
 };
 use crate::data::{ChatTemplate, Dataset, EncodeOptions, Encoder, Tokenizer};
 use crate::hub::Located;
+use crate::train::metrics::Sinks;
 use crate::train::{AdamWSettings, Shape, TrainSettings};
 
 /// Bytes of each end of a file that go into a fingerprint.
@@ -130,6 +131,10 @@ pub fn train_settings(run: &RunConfig, max_seq_length: usize) -> TrainSettings {
             train.early_stopping_patience
         } else {
             0
+        },
+        sinks: Sinks {
+            jsonl: train.report_to.contains(&Report::Jsonl),
+            tensorboard: train.report_to.contains(&Report::Tensorboard),
         },
     }
 }

@@ -4,35 +4,21 @@ use anyhow::Result;
 use monteclora_converters::{Adapter, ModelFiles};
 use serde::Serialize;
 
-use super::{device, print, print_json, require_f32, require_fit};
+use super::{Usage, device, print, print_json, require_f32, require_fit};
 use crate::cli::EvalArgs;
 use crate::data::{Dataset, EncodeOptions, Overlong, TrainOn};
-use crate::hub;
+use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Scores, score};
 use crate::model::{ActiveAdapter, Decoder, ModelConfig};
-use crate::session;
-use crate::train::{evaluate, metrics::EvalRecord};
-
-/// Scores of one model on the rows.
-#[derive(Debug, Clone, Serialize)]
-struct Scores {
-    loss: f64,
-    perplexity: f64,
-    token_accuracy: f64,
-}
-
-impl From<EvalRecord> for Scores {
-    fn from(record: EvalRecord) -> Self {
-        Self {
-            loss: record.loss,
-            perplexity: record.perplexity,
-            token_accuracy: record.token_accuracy,
-        }
-    }
-}
+use crate::{hub, progress, session};
 
 #[derive(Debug, Serialize)]
 struct Report {
     rows: usize,
+    choice_rows: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ece_bins: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    length_normalised: Option<bool>,
     base: Scores,
     #[serde(skip_serializing_if = "Option::is_none")]
     mean: Option<Scores>,
@@ -40,6 +26,14 @@ struct Report {
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
     require_f32(args.model.options.dtype)?;
+    for (flag, value) in [
+        ("--batch-size", args.batch_size),
+        ("--ece-bins", args.ece_bins),
+    ] {
+        if value == 0 {
+            return Err(Usage(format!("{flag} 0: expected at least 1")).into());
+        }
+    }
     let adapter = args
         .adapter
         .as_ref()
@@ -50,7 +44,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     if let Some(adapter) = &adapter {
         require_fit(adapter, &ModelFiles::open(&base.dir)?)?;
     }
-    let options = EncodeOptions {
+    let encode_options = EncodeOptions {
         train_on: TrainOn::Assistant,
         apply_chat_template: !args.no_chat_template,
         max_seq_length: args
@@ -61,42 +55,94 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let encoder = session::encoder(
         &base.dir,
         args.model.options.chat_template.as_deref(),
-        options,
+        encode_options,
     )?;
     encoder.tokenizer().check_vocab(config.vocab_size)?;
     let data = Dataset::open(&args.data, None, encoder)?;
+    let choices = ChoiceRows::read(&data)?;
     let decoder = Decoder::load(&base.dir, &device(args.model.options.cpu)?)?;
-    let mean = match &adapter {
-        Some(adapter) => {
-            let active = ActiveAdapter::from_adapter(adapter, &config, decoder.device())?;
-            Some(evaluate(&decoder, &active, &data, args.batch_size)?.into())
-        }
-        None => None,
+    let options = EvalOptions {
+        batch_size: args.batch_size,
+        ece_bins: args.ece_bins,
+        normalisation: if args.length_normalised {
+            LengthNormalisation::Tokens
+        } else {
+            LengthNormalisation::None
+        },
+    };
+    let scored = |name: &'static str, adapter: &ActiveAdapter| {
+        let bar = progress::items(name, (data.len() + choices.len()) as u64);
+        let scores = score(&decoder, adapter, &data, &choices, &options, |rows| {
+            bar.inc(rows as u64);
+        });
+        bar.finish_and_clear();
+        scores
     };
     let report = Report {
         rows: data.len(),
-        base: evaluate(&decoder, &ActiveAdapter::default(), &data, args.batch_size)?.into(),
-        mean,
+        choice_rows: choices.len(),
+        ece_bins: (!choices.is_empty()).then_some(args.ece_bins),
+        length_normalised: (!choices.is_empty()).then_some(args.length_normalised),
+        base: scored("base", &ActiveAdapter::default())?,
+        mean: match &adapter {
+            None => None,
+            Some(adapter) => {
+                let active = ActiveAdapter::from_adapter(adapter, &config, decoder.device())?;
+                Some(scored("posterior mean", &active)?)
+            }
+        },
     };
     if args.json {
         return print_json(&report);
     }
-    let mut text = format!(
-        "{} rows\n{:<16} {:>10} {:>12} {:>16}\n",
-        report.rows, "", "loss", "perplexity", "token accuracy"
-    );
-    let scores = [
+    print(&table(&report))
+}
+
+/// One score a line, one model a column.
+fn table(report: &Report) -> String {
+    type Row = (&'static str, fn(&Scores) -> Option<f64>);
+    const ROWS: [Row; 8] = [
+        ("loss", |s| Some(s.loss)),
+        ("perplexity", |s| Some(s.perplexity)),
+        ("token accuracy", |s| Some(s.token_accuracy)),
+        ("accuracy", |s| s.accuracy),
+        ("NLL", |s| s.nll),
+        ("ECE", |s| s.ece),
+        ("Brier", |s| s.brier),
+        ("AUROC", |s| s.auroc),
+    ];
+    let columns: Vec<(&str, &Scores)> = [
         ("base", Some(&report.base)),
         ("posterior mean", report.mean.as_ref()),
-    ];
-    for (name, scores) in scores
-        .into_iter()
-        .filter_map(|(name, s)| s.map(|s| (name, s)))
-    {
+    ]
+    .into_iter()
+    .filter_map(|(name, scores)| scores.map(|scores| (name, scores)))
+    .collect();
+    let mut text = format!("{:<16}", "");
+    for (name, _) in &columns {
+        text.push_str(&format!(" {name:>14}"));
+    }
+    for (name, value) in ROWS {
+        if columns.iter().all(|(_, scores)| value(scores).is_none()) {
+            continue;
+        }
+        text.push_str(&format!("\n{name:<16}"));
+        for (_, scores) in &columns {
+            let value = value(scores).map_or("-".to_owned(), |v| format!("{v:.4}"));
+            text.push_str(&format!(" {value:>14}"));
+        }
+    }
+    let plural = if report.rows == 1 { "" } else { "s" };
+    text.push_str(&format!("\n\n{} row{plural}", report.rows));
+    if let Some(bins) = report.ece_bins {
+        let compared = match report.length_normalised {
+            Some(true) => "log-likelihood a token",
+            _ => "log-likelihood of the whole choice",
+        };
         text.push_str(&format!(
-            "{name:<16} {:>10.4} {:>12.3} {:>16.4}\n",
-            scores.loss, scores.perplexity, scores.token_accuracy
+            ", {} with choices, compared by {compared}; ECE over {bins} bins of equal width; AUROC of detecting errors by confidence",
+            report.choice_rows
         ));
     }
-    print(&text)
+    text
 }

@@ -143,7 +143,7 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if error.is::<Incompatible>() {
         return Some(4);
     }
-    if error.is::<Numerical>() {
+    if error.is::<Numerical>() || error.is::<crate::eval::NotFinite>() {
         return Some(5);
     }
     error.is::<Interrupted>().then_some(130)

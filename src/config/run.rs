@@ -441,16 +441,10 @@ impl RunConfig {
 
     /// What this configuration asks for and the trainer cannot do; refused when the file is read, never ignored.
     pub fn unsupported(&self) -> Vec<String> {
-        let checks = [
-            (
-                self.train.report_to.contains(&Report::Tensorboard),
-                "[train] report_to: \"tensorboard\" is not supported yet; use [\"jsonl\"]",
-            ),
-            (
-                self.eval.posterior_samples > 0,
-                "[eval] posterior_samples: is not supported yet; set it to 0",
-            ),
-        ];
+        let checks = [(
+            self.eval.posterior_samples > 0,
+            "[eval] posterior_samples: is not supported yet; set it to 0",
+        )];
         checks
             .into_iter()
             .filter(|(asked, _)| *asked)

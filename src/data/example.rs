@@ -85,12 +85,19 @@ pub struct EncodedRow {
 /// The answers to a row with `choices`, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChoiceSet {
-    /// What the answers follow.
-    pub prompt: Vec<u32>,
-    /// The tokens of each answer, without an end token.
-    pub choices: Vec<Vec<u32>>,
+    /// One an answer, in the row's order.
+    pub choices: Vec<ChoiceTokens>,
     /// Which of them is right.
     pub answer: usize,
+}
+
+/// One answer in its place. Each carries its own prompt, since an answer may merge with what stands before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChoiceTokens {
+    /// Prompt and answer, without an end token.
+    pub tokens: Vec<u32>,
+    /// How many of them are the prompt, at least 1.
+    pub n_prompt: usize,
 }
 
 /// Why a row has no tokens.
@@ -265,7 +272,6 @@ impl Encoder {
         let Some(choices) = &row.choices else {
             return Ok(None);
         };
-        let mut prompt = None;
         let mut answers = Vec::with_capacity(choices.texts.len());
         for (idx, text) in choices.texts.iter().enumerate() {
             let example = match &row.content {
@@ -305,18 +311,35 @@ impl Encoder {
             if end > start && self.tokenizer.is_special(input_ids[end - 1]) {
                 end -= 1;
             }
+            let mut problem = None;
             if start == end {
-                return Err(RowError::new(
-                    format!("choices[{idx}]"),
-                    "has no tokens",
+                problem = Some((
+                    "has no tokens".to_owned(),
                     "expected an answer of at least one token",
                 ));
+            } else if start == 0 {
+                problem = Some((
+                    "follows nothing".to_owned(),
+                    "expected a prompt of at least one token",
+                ));
+            } else if end > self.options.max_seq_length {
+                problem = Some((
+                    format!(
+                        "{end} tokens with its prompt, more than max_seq_length {}",
+                        self.options.max_seq_length
+                    ),
+                    "raise max_seq_length, or shorten the row",
+                ));
             }
-            prompt.get_or_insert_with(|| input_ids[..start].to_vec());
-            answers.push(input_ids[start..end].to_vec());
+            if let Some((problem, fix)) = problem {
+                return Err(RowError::new(format!("choices[{idx}]"), problem, fix));
+            }
+            answers.push(ChoiceTokens {
+                tokens: input_ids[..end].to_vec(),
+                n_prompt: start,
+            });
         }
         Ok(Some(ChoiceSet {
-            prompt: prompt.unwrap_or_default(),
             choices: answers,
             answer: choices.answer,
         }))

@@ -22,7 +22,8 @@ pub use batch::{Batch, BatchOptions, Batches, Cursor, epoch_order, epoch_plan};
 pub use dataset::Dataset;
 pub use error::{DataError, MAX_SHOWN, Problems, RowProblem};
 pub use example::{
-    ChoiceSet, EncodeOptions, EncodedRow, Encoder, Example, Overlong, RowError, TrainOn,
+    ChoiceSet, ChoiceTokens, EncodeOptions, EncodedRow, Encoder, Example, Overlong, RowError,
+    TrainOn,
 };
 pub use jsonl::JsonlFile;
 pub use rows::{Choices, FieldProblem, Message, Role, Row, RowContent, RowFormat, parse_row};

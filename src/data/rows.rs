@@ -236,13 +236,14 @@ pub fn parse_row(
             "expected one JSON object a line",
         )]
     })?;
-    let Value::Object(object) = value else {
+    let Value::Object(mut object) = value else {
         return Err(vec![FieldProblem::new(
             "row",
             format!("found {}", kind(&value)),
             "expected one JSON object a line",
         )]);
     };
+    complete_with_answer(&mut object).map_err(|problem| vec![problem])?;
     let format = match format {
         Some(format) => format,
         None => RowFormat::detect(&object).map_err(|problem| vec![problem])?,
@@ -257,6 +258,48 @@ pub fn parse_row(
         (Some(content), problems) if problems.is_empty() => Ok((format, Row { content, choices })),
         (_, problems) => Err(problems),
     }
+}
+
+/// A row of `choices` and `answer` need not repeat the answer: it becomes the completion of a prompt that has none, or the
+/// assistant turn of a conversation that ends before one.
+fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), FieldProblem> {
+    let Some(Value::Array(choices)) = object.get("choices") else {
+        return Ok(());
+    };
+    let prompt_alone = object.contains_key("prompt") && !object.contains_key("completion");
+    let unanswered = match object.get("messages") {
+        Some(Value::Array(messages)) => messages
+            .last()
+            .and_then(|message| message.get("role"))
+            .is_some_and(|role| role != Role::Assistant.name()),
+        _ => false,
+    };
+    if !prompt_alone && !unanswered {
+        return Ok(());
+    }
+    let right = match object.get("answer") {
+        Some(Value::Number(number)) => number
+            .as_u64()
+            .and_then(|idx| choices.get(usize::try_from(idx).ok()?)),
+        Some(answer) => choices.iter().find(|choice| *choice == answer),
+        None => None,
+    };
+    let Some(right) = right.cloned() else {
+        return Err(FieldProblem::new(
+            "answer",
+            match object.get("answer") {
+                None => "is missing".to_owned(),
+                Some(answer) => format!("found {answer}, which is none of the choices"),
+            },
+            "expected the index of the right choice, from 0, or its text",
+        ));
+    };
+    if prompt_alone {
+        object.insert("completion".to_owned(), right);
+    } else if let Some(Value::Array(messages)) = object.get_mut("messages") {
+        messages.push(serde_json::json!({ "role": Role::Assistant.name(), "content": right }));
+    }
+    Ok(())
 }
 
 /// Reads fields and collects what is wrong with them; `None` stands for a field with a problem.

@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one JSON object a line, its `type` first.
+//! What a run reports, and where to: `metrics.jsonl`, one JSON object a line with its `type` first, and TensorBoard.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::tensorboard::EventFile;
 use super::{Error, Result};
 
 /// A line of the file.
@@ -92,35 +93,133 @@ pub struct EventRecord {
     pub detail: Option<String>,
 }
 
-/// Appends records to a file.
-#[derive(Debug)]
-pub struct MetricsFile {
-    path: PathBuf,
-    file: File,
+/// Which sinks a run reports to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sinks {
+    /// `metrics.jsonl` in the output directory.
+    pub jsonl: bool,
+    /// Event files in `tb/` of the output directory.
+    pub tensorboard: bool,
 }
 
-impl MetricsFile {
-    /// Opens `path` for appending.
-    pub fn append(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map_err(|source| Error::io(path, source))?;
-        Ok(Self {
-            path: path.to_owned(),
-            file,
-        })
+/// Writes records to the sinks of a run.
+#[derive(Debug)]
+pub struct Metrics {
+    lines: Option<(PathBuf, File)>,
+    events: Option<EventFile>,
+}
+
+impl Metrics {
+    /// Opens the sinks in `output_dir`. A fresh run begins new files; one that continues after `resumed` keeps what was said
+    /// up to that step and drops later steps, which it will make again.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn open(output_dir: &Path, sinks: Sinks, resumed: Option<u64>) -> Result<Self> {
+        let lines = sinks
+            .jsonl
+            .then(|| {
+                let path = output_dir.join("metrics.jsonl");
+                match resumed {
+                    Some(step) => forget_after(&path, step)?,
+                    None => match std::fs::remove_file(&path) {
+                        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                            return Err(Error::io(&path, e));
+                        }
+                        _ => {}
+                    },
+                }
+                let file = OpenOptions::new()
+                    .create(true)
+                    .append(true)
+                    .open(&path)
+                    .map_err(|e| Error::io(&path, e))?;
+                Ok((path, file))
+            })
+            .transpose()?;
+        let events = sinks
+            .tensorboard
+            .then(|| EventFile::create(&output_dir.join("tb"), resumed.unwrap_or(0)))
+            .transpose()?;
+        Ok(Self { lines, events })
     }
 
     /// Writes one line in one call, so that a killed run leaves whole lines.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
     pub fn write(&mut self, record: &Record) -> Result<()> {
-        let mut line = serde_json::to_vec(record).map_err(|e| Error::io(&self.path, e.into()))?;
-        line.push(b'\n');
-        self.file
-            .write_all(&line)
-            .map_err(|source| Error::io(&self.path, source))
+        if let Some((path, file)) = &mut self.lines {
+            let mut line = serde_json::to_vec(record).map_err(|e| Error::io(path, e.into()))?;
+            line.push(b'\n');
+            file.write_all(&line).map_err(|e| Error::io(path, e))?;
+        }
+        let Some(events) = &mut self.events else {
+            return Ok(());
+        };
+        match record {
+            Record::Train(record) => events.write(record.step, &record.scalars()),
+            Record::Eval(record) => events.write(record.step, &record.scalars()),
+            Record::Event(_) => Ok(()),
+        }
     }
+}
+
+impl TrainRecord {
+    fn scalars(&self) -> Vec<(&'static str, f64)> {
+        let mut scalars = vec![
+            ("train/loss", self.loss),
+            ("train/task_loss", self.task_loss),
+            ("divergence/weighted", self.kl_loss),
+            ("divergence/dirichlet", self.kl_dirichlet),
+            ("divergence/wishart", self.kl_wishart),
+            ("divergence/gaussian", self.kl_gaussian),
+            ("divergence/sum_of_squared_weights", self.entropy_loss),
+            ("train/grad_norm", self.grad_norm),
+            ("train/learning_rate", self.learning_rate),
+            ("train/epoch", self.epoch),
+            ("speed/tokens_per_second", self.tokens_per_second),
+        ];
+        if let Some(bytes) = self.peak_memory_bytes {
+            scalars.push(("speed/peak_memory_bytes", bytes as f64));
+        }
+        scalars
+    }
+}
+
+impl EvalRecord {
+    fn scalars(&self) -> Vec<(&'static str, f64)> {
+        vec![
+            ("eval/loss", self.loss),
+            ("eval/perplexity", self.perplexity),
+            ("eval/token_accuracy", self.token_accuracy),
+        ]
+    }
+}
+
+/// Rewrites `path` without what it says of steps beyond `step` and without a line that a killed run left half written.
+fn forget_after(path: &Path, step: u64) -> Result<()> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io(path, e)),
+    };
+    let kept: Vec<&str> = text
+        .lines()
+        .filter(|line| {
+            serde_json::from_str::<serde_json::Value>(line)
+                .is_ok_and(|line| line["step"].as_u64().is_some_and(|at| at <= step))
+        })
+        .collect();
+    let context = |e| Error::io(path, e);
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(context)?;
+    for line in kept {
+        writeln!(file, "{line}").map_err(context)?;
+    }
+    file.as_file().sync_all().map_err(context)?;
+    file.persist(path).map_err(|e| context(e.error))?;
+    Ok(())
 }
 
 /// Largest resident memory of this process so far, bytes; none where the system does not tell.
@@ -148,5 +247,73 @@ mod tests {
             line,
             r#"{"type":"event","event":"started","step":0,"wall_s":0.5}"#
         );
+    }
+    fn eval(step: u64) -> Record {
+        Record::Eval(EvalRecord {
+            step,
+            epoch: 0.5,
+            loss: 1.5,
+            perplexity: 1.5f64.exp(),
+            token_accuracy: 0.25,
+            rows: 2,
+            seconds: 0.1,
+            wall_s: 2.0,
+        })
+    }
+
+    const BOTH: Sinks = Sinks {
+        jsonl: true,
+        tensorboard: true,
+    };
+
+    /// Killed at step 8 in the middle of a line, resumed from 4: every step is there once.
+    #[test]
+    fn a_resumed_run_continues_the_curve() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("metrics.jsonl");
+        let steps = || -> Vec<u64> {
+            std::fs::read_to_string(&path)
+                .expect("reads")
+                .lines()
+                .map(|line| {
+                    let line: serde_json::Value = serde_json::from_str(line).expect("whole lines");
+                    line["step"].as_u64().expect("a step")
+                })
+                .collect()
+        };
+        let mut metrics = Metrics::open(dir.path(), BOTH, None).expect("opens");
+        for step in [2, 4, 6, 8] {
+            metrics.write(&eval(step)).expect("writes");
+        }
+        let mut text = std::fs::read_to_string(&path).expect("reads");
+        text.push_str("{\"type\":\"eval\",\"ste");
+        std::fs::write(&path, text).expect("writes");
+        let mut metrics = Metrics::open(dir.path(), BOTH, Some(4)).expect("opens");
+        for step in [6, 8, 10] {
+            metrics.write(&eval(step)).expect("writes");
+        }
+        assert_eq!(steps(), [2, 4, 6, 8, 10]);
+        // A fresh run in the same directory keeps nothing of the old one.
+        let mut metrics = Metrics::open(dir.path(), BOTH, None).expect("opens");
+        metrics.write(&eval(2)).expect("writes");
+        assert_eq!(steps(), [2]);
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("tb"))
+                .expect("lists")
+                .count(),
+            3
+        );
+    }
+
+    #[test]
+    fn sinks_are_opened_only_where_asked_for() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let none = Sinks {
+            jsonl: false,
+            tensorboard: false,
+        };
+        let mut metrics = Metrics::open(dir.path(), none, None).expect("opens");
+        metrics.write(&eval(1)).expect("writes");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("lists").count(), 0);
     }
 }

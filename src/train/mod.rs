@@ -7,6 +7,7 @@ mod optimizer;
 mod run;
 mod schedule;
 mod state;
+mod tensorboard;
 
 use std::path::{Path, PathBuf};
 

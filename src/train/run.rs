@@ -10,7 +10,7 @@ use monteclora_converters::AdapterConfig;
 use super::audit;
 use super::checkpoint::{self, Checkpoint, Progress};
 use super::metrics::{
-    EvalRecord, EventRecord, MetricsFile, Record, TrainRecord, peak_memory_bytes,
+    EvalRecord, EventRecord, Metrics, Record, Sinks, TrainRecord, peak_memory_bytes,
 };
 use super::optimizer::{AdamW, AdamWSettings, clip};
 use super::schedule::{Schedule, Shape};
@@ -63,6 +63,8 @@ pub struct TrainSettings {
     pub load_best_model_at_end: bool,
     /// Evaluations without improvement before the run ends; 0 for never.
     pub early_stopping_patience: u64,
+    /// Where metrics go.
+    pub sinks: Sinks,
 }
 
 /// What a caller may show while the loop runs.
@@ -173,13 +175,17 @@ impl Trainer<'_> {
         let schedule = Schedule::new(settings.shape, settings.warmup_ratio, total_steps);
         let mut optimizer = AdamW::new(settings.adamw, &state)?;
         let mut progress = Progress::default();
-        let mut metrics = MetricsFile::append(&self.output_dir.join("metrics.jsonl"))?;
         let began = Instant::now();
         let resumed = resume.is_some();
         if let Some(checkpoint) = resume {
             (state, optimizer, progress) =
                 (checkpoint.state, checkpoint.optimizer, checkpoint.progress);
         }
+        let mut metrics = Metrics::open(
+            self.output_dir,
+            settings.sinks,
+            resumed.then_some(progress.step),
+        )?;
         let earlier = progress.wall_s;
         let wall = || earlier + began.elapsed().as_secs_f64();
         let event = |event: &'static str, step: u64, detail: Option<String>| {
@@ -245,7 +251,13 @@ impl Trainer<'_> {
                 && (last || (settings.eval_steps > 0 && step.is_multiple_of(settings.eval_steps)))
             {
                 let before = Instant::now();
-                let mut record = evaluate(self.model, &state.mean(), valid, settings.batch_size)?;
+                let mut record = evaluate(
+                    self.model,
+                    &state.mean(),
+                    valid,
+                    settings.batch_size,
+                    |_| {},
+                )?;
                 (record.step, record.epoch, record.wall_s) = (step, self.epoch(&batches), wall());
                 metrics.write(&Record::Eval(record.clone()))?;
                 if progress.best.is_none_or(|(loss, _)| record.loss < loss) {
@@ -467,12 +479,14 @@ pub(crate) fn sequences(batch: &Batch) -> Sequences {
     }
 }
 
-/// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order.
+/// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order; `done` is told the rows of
+/// every batch.
 pub fn evaluate(
     model: &Decoder,
     adapter: &ActiveAdapter,
     data: &Dataset,
     batch_size: usize,
+    mut done: impl FnMut(usize),
 ) -> Result<EvalRecord> {
     let began = Instant::now();
     let options = BatchOptions {
@@ -488,6 +502,7 @@ pub fn evaluate(
         total += loss.total();
         tokens += loss.nll.len();
         correct += loss.correct.iter().filter(|c| **c).count();
+        done(batch.segments.len());
     }
     let loss = total / tokens.max(1) as f64;
     Ok(EvalRecord {

@@ -7,19 +7,19 @@ use assert_cmd::Command;
 use crate::fixtures::{adapters, own};
 use crate::training::write_rows;
 
-fn monteclora() -> Command {
+pub(crate) fn monteclora() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_monteclora"));
     command.env_remove("RUST_LOG");
     command
 }
 
-struct Run {
-    code: i32,
-    stdout: String,
-    stderr: String,
+pub(crate) struct Run {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
-fn run(arguments: &[&str]) -> Run {
+pub(crate) fn run(arguments: &[&str]) -> Run {
     let output = monteclora().args(arguments).output().unwrap();
     Run {
         code: output.status.code().unwrap(),
@@ -28,7 +28,7 @@ fn run(arguments: &[&str]) -> Run {
     }
 }
 
-fn tiny() -> String {
+pub(crate) fn tiny() -> String {
     own().join("models/tiny-llama").display().to_string()
 }
 
@@ -37,7 +37,7 @@ fn own_adapter(name: &str) -> String {
 }
 
 /// A run.toml on the tiny model with `rows` and extra lines in `[lora]` and `[train]`.
-fn run_toml(dir: &Path, rows: &str, lora: &str, train: &str) -> PathBuf {
+pub(crate) fn run_toml(dir: &Path, rows: &str, lora: &str, train: &str) -> PathBuf {
     let data = dir.join("rows.jsonl");
     if rows.is_empty() {
         write_rows(&data);

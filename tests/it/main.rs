@@ -4,6 +4,7 @@
 
 mod cli;
 mod decoder;
+mod evaluation;
 mod fixtures;
 #[cfg(feature = "mistralrs")]
 mod runtime;

@@ -376,8 +376,8 @@ fn what_is_not_supported_is_refused() {
     let config = good(LEAST, &[]);
     assert!(config.unsupported().is_empty());
     assert_eq!(
-        problems(LEAST, &["train.report_to=[\"jsonl\", \"tensorboard\"]"]),
-        ["run.toml: [train] report_to: \"tensorboard\" is not supported yet; use [\"jsonl\"]"]
+        problems(LEAST, &["eval.posterior_samples=4"]),
+        ["run.toml: [eval] posterior_samples: is not supported yet; set it to 0"]
     );
 }
 

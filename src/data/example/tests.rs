@@ -350,8 +350,12 @@ fn choices_share_the_prompt() {
             .choice_tokens(&row)
             .expect("encodes")
             .expect("has choices");
-        assert_eq!(set.prompt, encoder.row_prompt(&row).expect("encodes"));
-        let texts: Vec<_> = set.choices.iter().map(|ids| text(&encoder, ids)).collect();
+        let prompt = encoder.row_prompt(&row).expect("encodes");
+        let mut texts = Vec::new();
+        for choice in &set.choices {
+            assert_eq!(&choice.tokens[..choice.n_prompt], &prompt[..]);
+            texts.push(text(&encoder, &choice.tokens[choice.n_prompt..]));
+        }
         assert_eq!(
             (texts, set.answer),
             (vec![" yes".to_owned(), " no".to_owned()], 1)

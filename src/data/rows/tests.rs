@@ -178,3 +178,34 @@ fn choices_find_the_answer() {
         "choices: is not a list of answers; expected at least two strings"
     );
 }
+
+#[test]
+fn a_row_of_choices_need_not_repeat_its_answer() {
+    let content = |text: &str| parse(text).expect("a good row").1.content;
+    for answer in ["1", "\" b\""] {
+        let row = format!(r#"{{"prompt":"p","choices":[" a"," b"],"answer":{answer}}}"#);
+        assert_eq!(
+            content(&row),
+            RowContent::Prompt {
+                prompt: "p".to_owned(),
+                completion: " b".to_owned()
+            }
+        );
+    }
+    let row = r#"{"messages":[{"role":"user","content":"q"}],"choices":["a","b"],"answer":0}"#;
+    let RowContent::Conversation { messages, .. } = content(row) else {
+        panic!("a conversation");
+    };
+    assert_eq!(
+        (messages.len(), messages[1].role(), messages[1].content()),
+        (2, Role::Assistant, "a")
+    );
+    assert_eq!(
+        first(r#"{"prompt":"p","choices":["a","b"],"answer":2}"#),
+        "answer: found 2, which is none of the choices; expected the index of the right choice, from 0, or its text"
+    );
+    assert_eq!(
+        first(r#"{"prompt":"p","choices":["a","b"]}"#),
+        "answer: is missing; expected the index of the right choice, from 0, or its text"
+    );
+}

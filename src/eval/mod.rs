@@ -1,0 +1,18 @@
+//! Evaluation: token scores of a data file, scores of its multiple-choice rows, calibration.
+
+pub mod calibration;
+mod choices;
+mod scores;
+
+pub use choices::{ChoiceRows, LengthNormalisation};
+pub use scores::{EvalOptions, Scores, score};
+
+/// A score that is not a number: the model or the adapter holds values it should not.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{what} is not finite; are the weights of the model and of the adapter sound? `monteclora inspect` tells"
+)]
+pub struct NotFinite {
+    /// What was computed.
+    pub what: String,
+}

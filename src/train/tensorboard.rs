@@ -1,0 +1,199 @@
+//! TensorBoard event files: scalars as protocol-buffer events in checksummed records.
+//!
+//! A record is `length: u64, crc(length), bytes, crc(bytes)`, little endian; the checksum is the rotated CRC-32C of TensorFlow's
+//! `record_writer.cc`. Field numbers are those of TensorFlow's `event.proto` and `summary.proto`. The libraries that write these
+//! files either need a protocol-buffer compiler on the user's machine or panic when the disk is full.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use crc::{CRC_32_ISCSI, Crc};
+
+use super::{Error, Result};
+
+const CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
+/// `SessionLog.START`: what earlier files say from its step on is forgotten.
+const SESSION_START: u64 = 1;
+
+/// One event file.
+#[derive(Debug)]
+pub struct EventFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl EventFile {
+    /// Starts a file in `dir` for a run that continues after `step`; TensorBoard drops what older files hold beyond it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn create(dir: &Path, step: u64) -> Result<Self> {
+        std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        let (wall, process) = (now(), std::process::id());
+        // Names sort by time, then by what started within the same second.
+        let mut number = 0;
+        let (path, file) = loop {
+            let name = format!(
+                "events.out.tfevents.{:010}.monteclora.{process}.{number}",
+                wall as u64
+            );
+            let path = dir.join(name);
+            match File::create_new(&path) {
+                Ok(file) => break (path, file),
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
+                Err(e) => return Err(Error::io(&path, e)),
+            }
+        };
+        let mut events = Self { path, file };
+        let mut version = Message::default();
+        version.double(1, wall);
+        version.bytes(3, b"brain.Event:2");
+        events.record(&version.0)?;
+        let mut session = Message::default();
+        session.varint(1, SESSION_START);
+        let mut start = Message::default();
+        start.double(1, wall);
+        start.varint(2, step + 1);
+        start.bytes(7, &session.0);
+        events.record(&start.0)?;
+        Ok(events)
+    }
+
+    /// Writes scalars of one step in one call, so that a killed run leaves whole records.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(&mut self, step: u64, scalars: &[(&str, f64)]) -> Result<()> {
+        let mut summary = Message::default();
+        for (tag, value) in scalars {
+            let mut entry = Message::default();
+            entry.bytes(1, tag.as_bytes());
+            entry.float(2, *value as f32);
+            summary.bytes(1, &entry.0);
+        }
+        let mut event = Message::default();
+        event.double(1, now());
+        event.varint(2, step);
+        event.bytes(5, &summary.0);
+        self.record(&event.0)
+    }
+
+    fn record(&mut self, bytes: &[u8]) -> Result<()> {
+        let length = (bytes.len() as u64).to_le_bytes();
+        let mut record = Vec::with_capacity(bytes.len() + 16);
+        record.extend(length);
+        record.extend(checksum(&length).to_le_bytes());
+        record.extend(bytes);
+        record.extend(checksum(bytes).to_le_bytes());
+        self.file
+            .write_all(&record)
+            .map_err(|e| Error::io(&self.path, e))
+    }
+}
+
+fn checksum(bytes: &[u8]) -> u32 {
+    CRC32C
+        .checksum(bytes)
+        .rotate_right(15)
+        .wrapping_add(0xa282_ead8)
+}
+
+/// Seconds since 1970.
+fn now() -> f64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
+}
+
+/// A protocol-buffer message under construction.
+#[derive(Debug, Default)]
+struct Message(Vec<u8>);
+
+impl Message {
+    fn raw_varint(&mut self, mut value: u64) {
+        while value >= 0x80 {
+            self.0.push(value as u8 | 0x80);
+            value >>= 7;
+        }
+        self.0.push(value as u8);
+    }
+
+    fn key(&mut self, field: u64, wire_type: u64) {
+        self.raw_varint(field << 3 | wire_type);
+    }
+
+    fn varint(&mut self, field: u64, value: u64) {
+        self.key(field, 0);
+        self.raw_varint(value);
+    }
+
+    fn double(&mut self, field: u64, value: f64) {
+        self.key(field, 1);
+        self.0.extend(value.to_le_bytes());
+    }
+
+    fn bytes(&mut self, field: u64, value: &[u8]) {
+        self.key(field, 2);
+        self.raw_varint(value.len() as u64);
+        self.0.extend(value);
+    }
+
+    fn float(&mut self, field: u64, value: f32) {
+        self.key(field, 5);
+        self.0.extend(value.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads records back, checking both checksums.
+    fn records(path: &Path) -> Vec<Vec<u8>> {
+        let bytes = std::fs::read(path).expect("reads");
+        let mut rest = bytes.as_slice();
+        let mut found = Vec::new();
+        while !rest.is_empty() {
+            let (length, after) = rest.split_at(8);
+            let word = |at: usize| u32::from_le_bytes(after[at..at + 4].try_into().expect("four"));
+            assert_eq!(word(0), checksum(length));
+            let n = u64::from_le_bytes(length.try_into().expect("eight")) as usize;
+            assert_eq!(word(4 + n), checksum(&after[4..4 + n]));
+            found.push(after[4..4 + n].to_vec());
+            rest = &after[8 + n..];
+        }
+        found
+    }
+
+    #[test]
+    fn checksums_are_tensorflows() {
+        // RFC 3720's CRC-32C of 32 zero bytes is 0x8a9136aa.
+        assert_eq!(CRC32C.checksum(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(
+            checksum(&[0; 32]),
+            0x8a91_36aau32.rotate_right(15).wrapping_add(0xa282_ead8)
+        );
+    }
+
+    /// Bytes worked out by hand from event.proto.
+    #[test]
+    fn scalars_are_encoded_as_event_proto_says() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut file = EventFile::create(dir.path(), 4).expect("creates");
+        file.write(300, &[("a", 0.5)]).expect("writes");
+        let records = records(&file.path);
+        assert_eq!(records.len(), 3);
+        assert_eq!(&records[0][9..], b"\x1a\x0dbrain.Event:2");
+        // step 5, session_log { status: START }
+        assert_eq!(&records[1][9..], b"\x10\x05\x3a\x02\x08\x01");
+        // step 300, summary { value { tag: "a" simple_value: 0.5 } }
+        assert_eq!(
+            &records[2][9..],
+            b"\x10\xac\x02\x2a\x0a\x0a\x08\x0a\x01a\x15\x00\x00\x00\x3f"
+        );
+        EventFile::create(dir.path(), 0).expect("another in the same second");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("lists").count(), 2);
+    }
+}
