@@ -19,7 +19,7 @@ const SESSION_START: u64 = 1;
 
 /// One event file.
 #[derive(Debug)]
-pub struct EventFile {
+pub(super) struct EventFile {
     path: PathBuf,
     file: File,
 }
@@ -29,7 +29,7 @@ impl EventFile {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn create(dir: &Path, step: u64) -> Result<Self> {
+    pub(super) fn create(dir: &Path, step: u64) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
         let (wall, process) = (now(), std::process::id());
         // Names sort by time, then by what started within the same second.
@@ -65,7 +65,7 @@ impl EventFile {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn write(&mut self, step: u64, scalars: &[(&str, f64)]) -> Result<()> {
+    pub(super) fn write(&mut self, step: u64, scalars: &[(&str, f64)]) -> Result<()> {
         let mut summary = Message::default();
         for (tag, value) in scalars {
             let mut entry = Message::default();
