@@ -1,5 +1,6 @@
 //! `serve.toml` as it is written: its sections, and what is said about keys it does not have.
 
+mod limits;
 mod resolve;
 #[cfg(test)]
 mod tests;
@@ -12,7 +13,8 @@ use toml::{Table, Value};
 
 use crate::error::{Error, Result};
 
-pub use resolve::{Locate, ModelConfig, ServeConfig, local_only};
+pub use limits::{Limits, LimitsSection};
+pub use resolve::{Locate, ModelConfig, ServeConfig, TlsFiles, local_only};
 
 /// `serve.toml` as written, with mistral.rs `from-config` names.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -20,8 +22,10 @@ pub use resolve::{Locate, ModelConfig, ServeConfig, local_only};
 pub struct ServeFile {
     /// Where to listen.
     pub server: ServerSection,
-    /// Limits of every engine.
+    /// Size of every engine, and of all together.
     pub runtime: RuntimeSection,
+    /// What clients may take.
+    pub limits: LimitsSection,
     /// Who may ask.
     pub auth: AuthSection,
     /// The endpoints that change what is served.
@@ -40,6 +44,12 @@ pub struct ServerSection {
     pub host: String,
     /// Port to bind; 0 lets the system choose.
     pub port: u16,
+    /// Certificate chain in PEM; with it and `tls_key` the server speaks HTTPS only. Re-read on SIGHUP.
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's private key in PEM.
+    pub tls_key: Option<PathBuf>,
+    /// Web origins whose pages may call the server (`https://app.example`, or `*`); none by default.
+    pub allowed_origins: Vec<String>,
 }
 
 impl Default for ServerSection {
@@ -47,6 +57,9 @@ impl Default for ServerSection {
         Self {
             host: "127.0.0.1".to_owned(),
             port: 1234,
+            tls_cert: None,
+            tls_key: None,
+            allowed_origins: Vec::new(),
         }
     }
 }
@@ -59,6 +72,8 @@ pub struct RuntimeSection {
     pub max_seqs: usize,
     /// Prompts whose key-value cache an engine keeps.
     pub prefix_cache_n: usize,
+    /// Most memory for the weights of all engines together, in MiB; each adapter is a copy of its base.
+    pub max_memory_mb: Option<u64>,
 }
 
 impl Default for RuntimeSection {
@@ -66,11 +81,14 @@ impl Default for RuntimeSection {
         Self {
             max_seqs: 32,
             prefix_cache_n: 16,
+            max_memory_mb: None,
         }
     }
 }
 
 /// `[auth]`. Without keys for inference the server binds to loopback only.
+///
+/// Keys in the environment, `MONTECLORA_API_KEYS` and `MONTECLORA_ADMIN_KEYS`, are added to those of the files.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthSection {
@@ -189,6 +207,8 @@ impl ServeFile {
     /// Makes relative paths relative to `root`. Ids are left alone unless they name something there.
     fn anchor(&mut self, root: &Path) {
         let files = [
+            &mut self.server.tls_cert,
+            &mut self.server.tls_key,
             &mut self.auth.api_keys_file,
             &mut self.auth.admin_keys_file,
             &mut self.admin.adapter_root,
@@ -217,14 +237,34 @@ const KEYS: &[(&str, &[&str])] = &[
         &[
             "server",
             "runtime",
+            "limits",
             "auth",
             "admin",
             "models",
             "default_model_id",
         ],
     ),
-    ("server", &["host", "port"]),
-    ("runtime", &["max_seqs", "prefix_cache_n"]),
+    (
+        "server",
+        &["host", "port", "tls_cert", "tls_key", "allowed_origins"],
+    ),
+    ("runtime", &["max_seqs", "prefix_cache_n", "max_memory_mb"]),
+    (
+        "limits",
+        &[
+            "max_body_bytes",
+            "max_header_bytes",
+            "max_prompt_tokens",
+            "max_completion_tokens",
+            "max_concurrent_requests",
+            "max_connections",
+            "header_timeout_s",
+            "body_timeout_s",
+            "write_timeout_s",
+            "request_timeout_s",
+            "drain_timeout_s",
+        ],
+    ),
     ("auth", &["api_keys_file", "admin_keys_file"]),
     ("admin", &["enabled", "adapter_root", "state_file"]),
     (

@@ -96,6 +96,24 @@ pub enum Error {
     /// Several things at once.
     #[error("{}", join(.0))]
     Several(Vec<Error>),
+    /// A load that would take more memory than the configuration allows.
+    #[error(
+        "`{name}` needs about {} MiB for its weights; {} MiB are in use and runtime.max_memory_mb allows {} MiB; unload an adapter first, or allow more",
+        .needed >> 20, .in_use >> 20, .budget >> 20
+    )]
+    OverBudget {
+        /// What was to be loaded.
+        name: String,
+        /// Estimated bytes of its weights.
+        needed: u64,
+        /// Bytes of what is loaded already.
+        in_use: u64,
+        /// Bytes allowed.
+        budget: u64,
+    },
+    /// A stop that did not wait for requests in flight.
+    #[error("stopped by a second signal while requests were in flight")]
+    Interrupted,
     /// The server could not listen on its address.
     #[error("cannot listen on {address}: {message}")]
     Listen {
@@ -124,10 +142,12 @@ impl Error {
             | Self::NameTaken(_)
             | Self::UnknownName(_)
             | Self::GenerationMoved { .. }
+            | Self::OverBudget { .. }
             | Self::Listen { .. } => 2,
             Self::Unsupported { .. } | Self::ZeroEffect { .. } | Self::Load { .. } => 4,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => 2,
             Self::Io { .. } | Self::Engine(_) => 1,
+            Self::Interrupted => 130,
             Self::Several(errors) => errors.first().map_or(1, Self::exit_code),
         }
     }

@@ -1,12 +1,19 @@
-//! Bearer keys: read from a file, held as SHA-256, compared in constant time.
+//! Bearer keys: read from a file or the environment, held as SHA-256, compared in constant time.
 
 use std::fmt;
 use std::fs;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
+use subtle::{Choice, ConstantTimeEq};
 
 use crate::error::{Error, Result};
+
+/// Environment variable with keys for inference, separated by commas or white space.
+pub(crate) const API_KEYS_VARIABLE: &str = "MONTECLORA_API_KEYS";
+
+/// Environment variable with keys for administration, in the same form.
+pub(crate) const ADMIN_KEYS_VARIABLE: &str = "MONTECLORA_ADMIN_KEYS";
 
 /// A set of keys, of which only the hashes are held.
 #[derive(Clone, Default)]
@@ -29,30 +36,57 @@ impl KeySet {
             path: path.to_path_buf(),
             message,
         };
-        let mut keys = Vec::new();
+        let mut keys = Self::default();
         for (idx, line) in text.lines().enumerate() {
             let line = line.trim();
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            keys.push(match line.strip_prefix("sha256:") {
-                None => hash(line),
-                Some(hex) => parse_hex(hex).ok_or_else(|| {
-                    bad(format!(
-                        "line {}: expected 64 hexadecimal digits after `sha256:`",
-                        idx + 1
-                    ))
-                })?,
-            });
+            keys.add(line)
+                .map_err(|message| bad(format!("line {}: {message}", idx + 1)))?;
         }
         if keys.is_empty() {
             return Err(bad("holds no key; write one a line".to_owned()));
         }
-        Ok(Self(keys))
+        Ok(keys)
     }
 
-    pub(crate) fn read_optional(path: Option<&Path>) -> Result<Self> {
-        path.map_or_else(|| Ok(Self::default()), Self::read)
+    /// The keys of a text that separates them by commas or white space; `source` names it in errors.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a malformed hash.
+    pub fn parse_list(source: &str, text: &str) -> Result<Self> {
+        let mut keys = Self::default();
+        let items = text.split(|c: char| c == ',' || c.is_whitespace());
+        for (idx, item) in items.filter(|item| !item.is_empty()).enumerate() {
+            keys.add(item)
+                .map_err(|message| Error::setting(source, format!("key {}: {message}", idx + 1)))?;
+        }
+        Ok(keys)
+    }
+
+    /// The keys of `path`, if given, and of the environment variable `variable`, if set.
+    pub(crate) fn gather(path: Option<&Path>, variable: &str) -> Result<Self> {
+        let mut keys = path.map_or_else(|| Ok(Self::default()), Self::read)?;
+        match std::env::var(variable) {
+            Ok(text) => keys.0.extend(Self::parse_list(variable, &text)?.0),
+            Err(std::env::VarError::NotPresent) => {}
+            Err(std::env::VarError::NotUnicode(_)) => {
+                return Err(Error::setting(variable, "is not valid UTF-8"));
+            }
+        }
+        Ok(keys)
+    }
+
+    /// Adds a key, plain or `sha256:<hex>`. The message of an error does not repeat it.
+    fn add(&mut self, text: &str) -> Result<(), String> {
+        let key = match text.strip_prefix("sha256:") {
+            None => hash(text),
+            Some(hex) => parse_hex(hex)
+                .ok_or_else(|| "expected 64 hexadecimal digits after `sha256:`".to_owned())?,
+        };
+        self.0.push(key);
+        Ok(())
     }
 
     /// Whether there is no key.
@@ -63,13 +97,10 @@ impl KeySet {
     /// Whether `key` is one of the set. The time does not depend on which, or on how much of it is right.
     pub fn holds(&self, key: &str) -> bool {
         let presented = hash(key);
-        self.0.iter().fold(false, |found, known| {
-            let difference = known
-                .iter()
-                .zip(&presented)
-                .fold(0, |sum, (a, b)| sum | (a ^ b));
-            found | (std::hint::black_box(difference) == 0)
-        })
+        let found = self.0.iter().fold(Choice::from(0), |found, known| {
+            found | known.ct_eq(&presented)
+        });
+        found.into()
     }
 }
 
@@ -111,6 +142,18 @@ mod tests {
             assert!(!keys.holds(wrong), "{wrong:?} must not open");
         }
         assert!(!format!("{keys:?}").contains("plain"));
+    }
+
+    #[test]
+    fn a_list_is_separated_by_commas_and_white_space_and_a_bad_hash_is_not_repeated() {
+        let keys = KeySet::parse_list("KEYS", "one, two\nthree,,").expect("three keys");
+        assert_eq!(keys.0.len(), 3);
+        for key in ["one", "two", "three"] {
+            assert!(keys.holds(key));
+        }
+        assert!(KeySet::parse_list("KEYS", " , ").expect("none").is_empty());
+        let error = KeySet::parse_list("KEYS", "a sha256:secret").expect_err("malformed");
+        assert!(error.to_string().contains("key 2") && !error.to_string().contains("secret"));
     }
 
     #[test]

@@ -29,6 +29,7 @@ mod engine;
 mod error;
 mod keys;
 mod loader;
+mod memory;
 mod model_config;
 mod server;
 
@@ -36,8 +37,9 @@ mod server;
 mod fixture_tests;
 
 pub use config::{
-    AdapterSection, AdminSection, AuthSection, DeviceSection, Locate, ModelConfig, ModelSection,
-    QuantizationSection, RuntimeSection, ServeConfig, ServeFile, ServerSection, local_only,
+    AdapterSection, AdminSection, AuthSection, DeviceSection, Limits, LimitsSection, Locate,
+    ModelConfig, ModelSection, QuantizationSection, RuntimeSection, ServeConfig, ServeFile,
+    ServerSection, TlsFiles, local_only,
 };
 pub use engine::{Answer, ChatMessage, Engine, PromptLogits, prompt_logits};
 pub use error::{Error, Result};
@@ -45,4 +47,4 @@ pub use keys::KeySet;
 pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline};
 pub use mistralrs_core::ModelDType;
 pub use model_config::{Architecture, NormalisedConfig, normalise_config};
-pub use server::{Applied, Server, serve};
+pub use server::{Applied, ConfigSource, Reloaded, Server, serve};

@@ -221,6 +221,20 @@ impl MonteCloraLoader {
         Ok(digest.chars().take(12).collect())
     }
 
+    /// Estimated bytes of the weights in memory, from the headers of the base's files. The adapter changes nothing about it.
+    ///
+    /// # Errors
+    /// If the base cannot be read.
+    pub fn weight_bytes(&self) -> Result<u64> {
+        let files = ModelFiles::open(&self.base)?;
+        Ok(crate::memory::weight_bytes(
+            &files,
+            self.dtype,
+            self.device.is_cpu(),
+            self.isq,
+        ))
+    }
+
     /// Merges, loads and cleans up.
     ///
     /// # Errors
@@ -587,7 +601,7 @@ fn both_ends(path: &Path) -> std::io::Result<(u64, Vec<u8>)> {
     Ok((length, ends))
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<String>()
         .map(String::as_str)

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use mistralrs_core::{IsqType, ModelDType, parse_isq_value};
 
-use super::{ModelSection, ServeFile};
+use super::{Limits, ModelSection, ServeFile};
 use crate::error::{Error, Result};
-use crate::keys::KeySet;
+use crate::keys::{ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, KeySet};
 use crate::loader::{MonteCloraLoader, check_public_name};
 
 /// Finds a model or adapter that is not a local directory, given its id and revision.
@@ -19,15 +19,34 @@ pub type Locate<'a> = dyn Fn(&str, Option<&str>) -> Result<PathBuf> + 'a;
 /// Name of the state file below the adapter root.
 const STATE_FILE_NAME: &str = ".monteclora-state.json";
 
+/// Where the certificate and its key are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// Certificate chain, PEM.
+    pub cert: PathBuf,
+    /// Private key, PEM.
+    pub key: PathBuf,
+}
+
 /// What the server runs on: checked and free of defaults.
 #[derive(Debug, Clone)]
 pub struct ServeConfig {
     /// Address to bind.
     pub address: SocketAddr,
+    /// The host that the address was given as.
+    pub host: String,
     /// Sequences an engine works on at a time.
     pub max_seqs: NonZeroUsize,
     /// Prompts whose key-value cache an engine keeps.
     pub prefix_cache_n: usize,
+    /// Most bytes for the weights of all engines together.
+    pub max_memory: Option<u64>,
+    /// What clients may take.
+    pub limits: Limits,
+    /// Certificate and key, where HTTPS is spoken.
+    pub tls: Option<TlsFiles>,
+    /// Web origins whose pages may call the server.
+    pub allowed_origins: Vec<String>,
     /// Keys for inference; empty means that anyone on this machine may ask.
     pub api_keys: KeySet,
     /// Keys for administration.
@@ -90,8 +109,8 @@ impl ServeFile {
         let mut wrong = Vec::new();
         let mut note = |key: &str, message: String| wrong.push(format!("{key}: {message}"));
 
-        let api_keys = KeySet::read_optional(self.auth.api_keys_file.as_deref())?;
-        let admin_keys = KeySet::read_optional(self.auth.admin_keys_file.as_deref())?;
+        let api_keys = KeySet::gather(self.auth.api_keys_file.as_deref(), API_KEYS_VARIABLE)?;
+        let admin_keys = KeySet::gather(self.auth.admin_keys_file.as_deref(), ADMIN_KEYS_VARIABLE)?;
         let address = (self.server.host.as_str(), self.server.port)
             .to_socket_addrs()
             .ok()
@@ -104,11 +123,40 @@ impl ServeFile {
             Some(address) if !address.ip().is_loopback() && api_keys.is_empty() => note(
                 "server.host",
                 format!(
-                    "{} is reachable from outside and there are no keys; set auth.api_keys_file, or bind to 127.0.0.1",
+                    "{} is reachable from outside and there are no keys; set auth.api_keys_file or {API_KEYS_VARIABLE}, or bind to 127.0.0.1",
                     address.ip()
                 ),
             ),
             Some(_) => {}
+        }
+        let tls = match (&self.server.tls_cert, &self.server.tls_key) {
+            (Some(cert), Some(key)) => Some(TlsFiles {
+                cert: cert.clone(),
+                key: key.clone(),
+            }),
+            (None, None) => None,
+            (Some(_), None) => {
+                note(
+                    "server.tls_key",
+                    "needed where tls_cert is given".to_owned(),
+                );
+                None
+            }
+            (None, Some(_)) => {
+                note(
+                    "server.tls_cert",
+                    "needed where tls_key is given".to_owned(),
+                );
+                None
+            }
+        };
+        for origin in &self.server.allowed_origins {
+            if !is_origin(origin) {
+                note(
+                    "server.allowed_origins",
+                    format!("`{origin}` is not `*` or an origin such as `https://app.example`"),
+                );
+            }
         }
         let max_seqs = NonZeroUsize::new(self.runtime.max_seqs);
         if max_seqs.is_none() {
@@ -151,6 +199,8 @@ impl ServeFile {
             );
         }
 
+        let limits = self.limits.resolve(&mut wrong);
+
         let mut names = BTreeMap::new();
         let mut models = Vec::new();
         for (idx, section) in self.models.iter().enumerate() {
@@ -178,7 +228,15 @@ impl ServeFile {
             (true, Some(address), Some(max_seqs)) => Ok(ServeConfig {
                 address,
                 max_seqs,
+                host: self.server.host.clone(),
                 prefix_cache_n: self.runtime.prefix_cache_n,
+                max_memory: self
+                    .runtime
+                    .max_memory_mb
+                    .map(|mb| mb.saturating_mul(1 << 20)),
+                limits,
+                tls,
+                allowed_origins: self.server.allowed_origins.clone(),
                 api_keys,
                 admin_keys,
                 adapter_root,
@@ -259,6 +317,15 @@ impl ModelSection {
             adapters,
         }))
     }
+}
+
+/// Whether `text` is `*` or scheme and authority, as browsers send in `Origin`.
+fn is_origin(text: &str) -> bool {
+    let authority = text
+        .strip_prefix("https://")
+        .or_else(|| text.strip_prefix("http://"));
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-.:[]".contains(c);
+    text == "*" || authority.is_some_and(|host| !host.is_empty() && host.chars().all(plain))
 }
 
 /// Records a public name, or why it cannot be one.

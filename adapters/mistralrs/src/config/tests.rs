@@ -12,9 +12,23 @@ const COMPLETE: &str = r#"
         [server]
         host = "127.0.0.1"
         port = 0
+        allowed_origins = ["https://app.example", "http://[::1]:3000"]
         [runtime]
         max_seqs = 4
         prefix_cache_n = 2
+        max_memory_mb = 2048
+        [limits]
+        max_body_bytes = 1000
+        max_header_bytes = 10000
+        max_prompt_tokens = 100
+        max_completion_tokens = 50
+        max_concurrent_requests = 3
+        max_connections = 4
+        header_timeout_s = 5
+        body_timeout_s = 6
+        write_timeout_s = 7
+        request_timeout_s = 8
+        drain_timeout_s = 9
         [[models]]
         model_id = "base"
         name = "smollm2"
@@ -48,6 +62,9 @@ fn a_complete_file_resolves() {
     let file = ServeFile::parse(COMPLETE).expect("valid");
     let config = file.resolve(&anywhere).expect("consistent");
     assert_eq!(config.max_seqs.get(), 4);
+    assert_eq!(config.max_memory, Some(2 << 30));
+    assert_eq!(config.limits.max_completion_tokens, Some(50));
+    assert_eq!(config.limits.drain_timeout.as_secs(), 9);
     assert_eq!(config.default_model, "smollm2");
     let model = &config.models[0];
     assert_eq!(model.isq, Some(IsqType::Q8_0));
@@ -98,6 +115,7 @@ fn the_key_list_is_the_structures() {
         "dtype = \"f32\"",
         "dtype = \"f32\"\nrevision = 'x'\nchat_template = 't.jinja'",
     );
+    let all = all.replace("port = 0", "port = 0\ntls_cert = 'c'\ntls_key = 'k'");
     ServeFile::parse(&all).expect("all keys are known");
     let listed: usize = KEYS.iter().map(|(_, keys)| keys.len()).sum();
     let written = all
@@ -120,11 +138,15 @@ fn a_wrong_type_names_the_line() {
 #[test]
 fn all_wrong_settings_are_listed() {
     let message = wrong(
-        "[server]\nhost = '0.0.0.0'\n[runtime]\nmax_seqs = 0\n[[models]]\nmodel_id = 'm'\nname = '/etc/x'\ndtype = 'f8'\ndevice.cpu = true\n[[models.adapters]]\nalias = 'a'\nsource = 's'\ntype = 'ia3'\n[[models.adapters]]\nalias = 'a'\nsource = 's'",
+        "[server]\nhost = '0.0.0.0'\ntls_cert = 'c'\nallowed_origins = ['app.example']\n[limits]\nmax_header_bytes = 1\nbody_timeout_s = 0\n[runtime]\nmax_seqs = 0\n[[models]]\nmodel_id = 'm'\nname = '/etc/x'\ndtype = 'f8'\ndevice.cpu = true\n[[models.adapters]]\nalias = 'a'\nsource = 's'\ntype = 'ia3'\n[[models.adapters]]\nalias = 'a'\nsource = 's'",
     );
     for part in [
         "server.host",
         "api_keys_file",
+        "server.tls_key",
+        "server.allowed_origins: `app.example`",
+        "limits.max_header_bytes: must be at least 8192",
+        "limits.body_timeout_s: must be at least 1",
         "runtime.max_seqs",
         "models[0].name",
         "models[0].dtype",

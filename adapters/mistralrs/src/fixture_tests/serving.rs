@@ -41,7 +41,8 @@ impl Running {
                     .run_until(async {
                         let _ = stopped.await;
                     })
-                    .await
+                    .await;
+                Ok(())
             })
         });
         let running = Self {

@@ -1,9 +1,10 @@
 //! Loading and unloading adapters at run time, confined to the adapter root.
 
+use std::future::Future;
 use std::path::{Component, Path, PathBuf};
+use std::pin::Pin;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Deserialize;
@@ -12,7 +13,10 @@ use serde_json::{Value, json};
 
 use super::App;
 use super::answer::ApiError;
+use super::context::RequestContext;
+use super::guard::Payload;
 use super::registry::{AdapterLoad, Lease};
+use super::reload::Reloaded;
 
 #[derive(Deserialize)]
 struct LoadRequest {
@@ -31,33 +35,67 @@ struct UnloadRequest {
 }
 
 /// `POST /v1/load_lora_adapter`.
-pub(crate) async fn load(State(app): State<App>, body: Bytes) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn load(
+    State(app): State<App>,
+    Payload(body): Payload,
+) -> Result<Json<Value>, ApiError> {
     let request: LoadRequest = parse(&body)?;
-    let root = app
-        .adapter_root
-        .as_ref()
-        .ok_or_else(|| ApiError::internal("there is no adapter root"))?;
-    let source = confine(root, &request.lora_path)?;
-    let lease = app
-        .registry
-        .load_adapter(AdapterLoad {
-            name: &request.lora_name,
-            source: &source,
-            model: request.model.as_deref(),
-            in_place: request.load_inplace,
-            expected: request.expected_generation.as_deref(),
-        })
-        .await?;
+    let outcome = detached(async move {
+        let outcome = load_confined(&app, &request).await;
+        app.metrics.load(match &outcome {
+            Ok(_) => "success",
+            Err(error) if error.is_server_error() => "failure",
+            Err(_) => "refused",
+        });
+        outcome
+    });
+    let lease = outcome.await?;
     Ok(Json(json!({
         "status": "success",
         "lora_name": lease.name,
         "generation": lease.hash,
         "parent": lease.parent,
+        "weight_bytes": lease.weight_bytes(),
     })))
 }
 
+async fn load_confined(app: &App, request: &LoadRequest) -> Result<Lease, ApiError> {
+    let root = app
+        .adapter_root
+        .as_ref()
+        .ok_or_else(|| ApiError::internal("there is no adapter root"))?;
+    let source = confine(root, &request.lora_path)?;
+    let load = AdapterLoad {
+        name: &request.lora_name,
+        source: &source,
+        model: request.model.as_deref(),
+        in_place: request.load_inplace,
+        expected: request.expected_generation.as_deref(),
+    };
+    app.registry
+        .load_adapter(load)
+        .await
+        .map_err(|error| ApiError::below(root, error))
+}
+
+/// Runs `work` to its end even if the client leaves: half a change is none that anybody asked for.
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    let work: Pin<Box<dyn Future<Output = _> + Send>> = match RequestContext::current() {
+        Some(context) => Box::pin(context.scope(work)),
+        None => Box::pin(work),
+    };
+    tokio::spawn(work)
+        .await
+        .map_err(|error| ApiError::internal(error.to_string()))?
+}
+
 /// `POST /v1/unload_lora_adapter`.
-pub(crate) async fn unload(State(app): State<App>, body: Bytes) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn unload(
+    State(app): State<App>,
+    Payload(body): Payload,
+) -> Result<Json<Value>, ApiError> {
     let request: UnloadRequest = parse(&body)?;
     app.registry
         .unload_adapter(&request.lora_name, request.expected_generation.as_deref())
@@ -65,6 +103,12 @@ pub(crate) async fn unload(State(app): State<App>, body: Bytes) -> Result<Json<V
     Ok(Json(
         json!({"status": "success", "lora_name": request.lora_name}),
     ))
+}
+
+/// `POST /v1/reload`.
+pub(crate) async fn reload(State(app): State<App>) -> Result<Json<Reloaded>, ApiError> {
+    let reloaded = detached(async move { Ok(app.reload().await?) }).await?;
+    Ok(Json(reloaded))
 }
 
 /// `GET /v1/lora_adapters`.
@@ -88,6 +132,7 @@ pub(crate) async fn list(State(app): State<App>) -> Json<Value> {
                 "parent": lease.parent,
                 "generation": lease.hash,
                 "created": lease.created,
+                "weight_bytes": lease.weight_bytes(),
             })
         })
         .collect();
@@ -110,10 +155,14 @@ fn confine(root: &Path, path: &Path) -> Result<PathBuf, ApiError> {
     let climbs = path
         .components()
         .any(|part| matches!(part, Component::ParentDir));
-    if climbs || (path.is_absolute() && !path.starts_with(root)) {
+    if climbs {
         return Err(outside());
     }
     let full = root.join(path).canonicalize().map_err(|_| {
+        // What exists elsewhere is nobody's business.
+        if path.is_absolute() && !path.starts_with(root) {
+            return outside();
+        }
         ApiError::invalid(
             "lora_path",
             "there is no such adapter below the adapter root",

@@ -1,12 +1,18 @@
 //! Errors as OpenAI clients expect them, free of paths.
 
+use std::path::Path;
+
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use monteclora_converters::Problem;
 use serde_json::{Value, json};
 
+use super::context::RequestContext;
 use crate::error::Error;
+
+/// Seconds after which a client that was turned away may try again.
+const RETRY_AFTER: u32 = 1;
 
 /// An error answer: `{"error": {message, type, param, code}}`.
 #[derive(Debug, Clone)]
@@ -54,8 +60,63 @@ impl ApiError {
         error
     }
 
-    pub(crate) fn internal(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
+    /// A failure of ours. What it was goes to the log; a client has nothing to do with it.
+    pub(crate) fn internal(cause: impl Into<String>) -> Self {
+        let context = RequestContext::current();
+        let request_id = context.as_ref().map(|context| context.id());
+        tracing::error!(request_id, cause = cause.into(), "internal error");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal_error",
+            "something went wrong in the server; its log has the cause under this request's id",
+        )
+    }
+
+    /// A request that cannot be taken now.
+    pub(crate) fn unavailable(message: &str) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
+    }
+
+    pub(crate) fn timed_out() -> Self {
+        Self::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "timeout",
+            "the answer took longer than this server allows; ask for fewer tokens",
+        )
+    }
+
+    pub(crate) fn too_large(limit: usize) -> Self {
+        Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "body_too_large",
+            format!("the request body is larger than {limit} bytes"),
+        )
+    }
+
+    /// `error`, with what lies below `root` shown relative to it.
+    pub(crate) fn below(root: &Path, error: Error) -> Self {
+        let prefix = format!("{}/", root.display());
+        let relative = |text: &str| text.replace(&prefix, "");
+        let problems = error.problems().iter().map(|problem| {
+            Problem::new(
+                problem.code,
+                relative(&problem.location),
+                relative(&problem.message),
+                relative(&problem.fix),
+            )
+        });
+        let problems: Vec<Problem> = problems.collect();
+        let message = without_paths(&relative(&error.to_string()));
+        let mut answer = Self::from(error);
+        if !answer.is_server_error() {
+            answer.message = message;
+        }
+        answer.problems = problems;
+        answer
+    }
+
+    pub(crate) fn is_server_error(&self) -> bool {
+        self.status.is_server_error()
     }
 
     pub(crate) fn body(&self) -> Value {
@@ -93,6 +154,11 @@ impl IntoResponse for ApiError {
                 .headers_mut()
                 .insert(axum::http::header::WWW_AUTHENTICATE, challenge);
         }
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            response
+                .headers_mut()
+                .insert(axum::http::header::RETRY_AFTER, RETRY_AFTER.into());
+        }
         response
     }
 }
@@ -103,12 +169,13 @@ impl From<Error> for ApiError {
             Error::NameTaken(_) => (StatusCode::CONFLICT, "name_taken"),
             Error::GenerationMoved { .. } => (StatusCode::CONFLICT, "generation_moved"),
             Error::UnknownName(_) => (StatusCode::NOT_FOUND, "model_not_found"),
-            Error::Engine(_) | Error::Io { .. } => {
-                (StatusCode::INTERNAL_SERVER_ERROR, "internal_error")
+            Error::Engine(_) | Error::Io { .. } | Error::Load { .. } => {
+                return Self::internal(error.to_string());
             }
             Error::Setting { .. } | Error::NotFound { .. } => {
                 (StatusCode::BAD_REQUEST, "invalid_request")
             }
+            Error::OverBudget { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "over_memory_budget"),
             _ => (StatusCode::UNPROCESSABLE_ENTITY, "adapter_refused"),
         };
         let problems = error.problems().to_vec();
@@ -118,28 +185,50 @@ impl From<Error> for ApiError {
     }
 }
 
-/// Shortens every absolute path in a message to its last part.
+/// Shortens every absolute path in a message to its last part, and cuts a stack trace off.
 pub(crate) fn without_paths(message: &str) -> String {
-    let is_boundary = |c: char| c.is_whitespace() || "`'\"(,;:".contains(c);
+    let message = without_trace(message);
+    let is_boundary = |c: char| c.is_whitespace() || "`'\"(,;:=".contains(c);
     let mut cleaned = String::with_capacity(message.len());
     let mut rest = message;
-    let mut at_boundary = true;
+    let mut before = None;
     while let Some(next) = rest.chars().next() {
-        if next == '/' && at_boundary {
-            let end = rest
-                .find(|c: char| is_boundary(c) || c == ')')
-                .unwrap_or(rest.len());
-            let (path, tail) = rest.split_at(end);
+        if next == '/' && before.is_none_or(is_boundary) {
+            // A quoted path may hold spaces.
+            let quoted = before.filter(|c| "`'\"".contains(*c));
+            let end = match quoted {
+                Some(quote) => rest.find(quote),
+                None => rest.find(|c: char| is_boundary(c) || c == ')'),
+            };
+            let (path, tail) = rest.split_at(end.unwrap_or(rest.len()));
             cleaned.push_str(path.trim_end_matches('/').rsplit('/').next().unwrap_or(""));
             rest = tail;
-            at_boundary = false;
+            before = Some('/');
             continue;
         }
-        at_boundary = is_boundary(next);
         cleaned.push(next);
         rest = &rest[next.len_utf8()..];
+        before = Some(next);
     }
     cleaned
+}
+
+/// The part before the frames that candle and anyhow append where RUST_BACKTRACE is set.
+fn without_trace(message: &str) -> &str {
+    let is_frame = |line: &str| {
+        let line = line.trim_start();
+        let digits = line.trim_start_matches(|c: char| c.is_ascii_digit());
+        line.starts_with("Stack backtrace")
+            || (digits.len() < line.len() && digits.starts_with(": "))
+    };
+    let mut end = 0;
+    for line in message.split_inclusive('\n') {
+        if end > 0 && is_frame(line) {
+            return message[..end].trim_end();
+        }
+        end += line.len();
+    }
+    message
 }
 
 #[cfg(test)]
@@ -161,6 +250,11 @@ mod tests {
             ("1/2 of a/b, and org/model", "1/2 of a/b, and org/model"),
             ("tokens/s", "tokens/s"),
             ("é /ü/ß", "é ß"),
+            ("`/srv/my adapters/x y/a.json`: bad", "`a.json`: bad"),
+            ("path=/srv/x", "path=x"),
+            ("bad\n   0: candle::error\n      at /x/y.rs:1", "bad"),
+            ("bad\n\nStack backtrace:\n   0: f", "bad"),
+            ("two\nlines", "two\nlines"),
         ];
         for (message, expected) in cases {
             assert_eq!(without_paths(message), expected);

@@ -1,7 +1,6 @@
 //! `POST /v1/chat/completions`.
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response as HttpResponse};
 use mistralrs_core::{
@@ -14,36 +13,60 @@ use tokio::sync::mpsc::channel;
 
 use super::App;
 use super::answer::ApiError;
-use super::request::{Body, StopFilter, usage};
+use super::exchange::Admission;
+use super::guard::Payload;
+use super::request::{Body, usage};
+use super::stop::StopFilter;
 use super::stream::{Kind, Streamed, now};
 use crate::engine::submit_tokenization;
+
+/// Keys that only this endpoint has.
+const OWN_KEYS: &[&str] = &[
+    "messages",
+    "top_logprobs",
+    "response_format",
+    "enable_thinking",
+    "reasoning_effort",
+    "parallel_tool_calls",
+    "modalities",
+];
 
 /// Answers a conversation, streamed or not.
 pub(crate) async fn chat_completions(
     State(app): State<App>,
-    bytes: Bytes,
+    Payload(bytes): Payload,
 ) -> Result<HttpResponse, ApiError> {
-    let mut body = Body::read(&app, &bytes)?;
+    let admission = Admission::new(&app)?;
+    let mut body = Body::read(&app, &bytes, OWN_KEYS)?;
+    // What mistral.rs does anyway, and nothing else.
+    for (key, only) in [
+        ("parallel_tool_calls", json!(true)),
+        ("modalities", json!(["text"])),
+    ] {
+        if body.fields.remove(key).is_some_and(|value| value != only) {
+            return Err(ApiError::invalid(
+                key,
+                format!("`{key}` is supported as {only} only"),
+            ));
+        }
+    }
     let messages = body.fields.get_mut("messages").map(Value::take);
     body.fields
         .insert("messages".to_owned(), text_messages(messages)?);
     let request = prepare(&app, &body).await?;
     let prompt_tokens = count_prompt(&app, &body, &request).await?;
     let mut exchange = body
-        .send(
-            &app,
-            async |sender| {
-                let mut request = request;
-                request.response = sender;
-                Ok(request)
-            },
-            prompt_tokens,
-        )
+        .hand_over(&app, admission, "messages", prompt_tokens)?
+        .send(&app, async |sender| {
+            let mut request = request;
+            request.response = sender;
+            Ok(request)
+        })
         .await?;
     if body.stream {
         return Ok(Streamed {
             kind: Kind::Chat,
-            lease: body.lease,
+            model: body.lease.name.clone(),
             exchange,
             stop: StopFilter::new(body.stop),
             include_usage: body.include_usage,

@@ -1,7 +1,6 @@
 //! `POST /v1/completions`: plain text, no template.
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response as HttpResponse};
 use mistralrs_core::{Request, RequestMessage, Response};
@@ -11,19 +10,27 @@ use serde_json::{Value, json};
 
 use super::App;
 use super::answer::ApiError;
-use super::request::{Body, StopFilter, usage};
+use super::exchange::Admission;
+use super::guard::Payload;
+use super::request::{Body, flag, usage};
+use super::stop::StopFilter;
 use super::stream::{Kind, Streamed, now};
 use crate::engine::tokenize;
+
+/// Keys that only this endpoint has.
+const OWN_KEYS: &[&str] = &["prompt", "echo", "best_of"];
 
 /// Continues a text, streamed or not.
 pub(crate) async fn completions(
     State(app): State<App>,
-    bytes: Bytes,
+    Payload(bytes): Payload,
 ) -> Result<HttpResponse, ApiError> {
-    let mut body = Body::read(&app, &bytes)?;
+    let admission = Admission::new(&app)?;
+    let mut body = Body::read(&app, &bytes, OWN_KEYS)?;
     let prompt = one_text(body.fields.get("prompt"))?;
     body.fields.insert("prompt".to_owned(), json!(prompt));
-    let echo = matches!(body.fields.remove("echo"), Some(Value::Bool(true)));
+    let echo = flag(&body.fields, "echo")?;
+    body.fields.remove("echo");
     let parsed: CompletionRequest = body.parse()?;
 
     // The tokenizer that mistral.rs has adds nothing, so what the model's own puts around plain text is added here.
@@ -44,27 +51,24 @@ pub(crate) async fn completions(
     let prompt_tokens = tokens.len();
     let host = app.registry.host().clone();
     let mut exchange = body
-        .send(
-            &app,
-            async |sender| {
-                let (request, _) = parse_request(parsed, host, sender)
-                    .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))?;
-                let Request::Normal(mut request) = request else {
-                    return Err(ApiError::internal(
-                        "a completion became another kind of request",
-                    ));
-                };
-                request.messages = RequestMessage::CompletionTokens(tokens);
-                Ok(*request)
-            },
-            prompt_tokens,
-        )
+        .hand_over(&app, admission, "prompt", prompt_tokens)?
+        .send(&app, async |sender| {
+            let (request, _) = parse_request(parsed, host, sender)
+                .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))?;
+            let Request::Normal(mut request) = request else {
+                return Err(ApiError::internal(
+                    "a completion became another kind of request",
+                ));
+            };
+            request.messages = RequestMessage::CompletionTokens(tokens);
+            Ok(*request)
+        })
         .await?;
     let lead = if echo { prompt } else { String::new() };
     if body.stream {
         return Ok(Streamed {
             kind: Kind::Completion,
-            lease: body.lease,
+            model: body.lease.name.clone(),
             exchange,
             stop: StopFilter::new(body.stop),
             include_usage: body.include_usage,

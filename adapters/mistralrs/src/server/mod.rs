@@ -4,53 +4,91 @@ mod admin;
 mod answer;
 mod chat;
 mod completions;
+mod connection;
+mod context;
+mod exchange;
+mod guard;
+mod metrics;
 mod models;
 mod registry;
+mod reload;
 mod request;
+mod steps;
+mod stop;
 mod stream;
+mod tls;
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::{StatusCode, header};
-use axum::middleware::{Next, from_fn_with_state};
-use axum::response::Response;
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Semaphore};
+use tower_http::cors::{AllowOrigin, CorsLayer};
 
-use crate::config::ServeConfig;
+use crate::config::{Limits, ServeConfig};
 use crate::error::{Error, Result};
 use crate::keys::KeySet;
 use answer::ApiError;
+use connection::Acceptor;
+use metrics::Metrics;
 pub use registry::Applied;
 use registry::Registry;
-
-/// Largest request body, in bytes.
-const BODY_LIMIT: usize = 8 << 20;
-
-/// How long requests in flight may take after the signal to stop.
-const DRAIN_LIMIT: Duration = Duration::from_secs(120);
+pub use reload::{ConfigSource, Reloaded};
+use tls::TlsAcceptor;
 
 /// What every handler sees.
-#[derive(Clone)]
-pub(crate) struct App {
-    registry: Arc<Registry>,
-    api_keys: Arc<KeySet>,
-    admin_keys: Arc<KeySet>,
-    adapter_root: Option<Arc<std::path::PathBuf>>,
-    draining: Arc<AtomicBool>,
+pub(crate) type App = Arc<AppState>;
+
+/// State of one server.
+pub(crate) struct AppState {
+    registry: Registry,
+    keys: RwLock<Arc<Keys>>,
+    adapter_root: Option<PathBuf>,
+    /// Address that is bound.
+    address: SocketAddr,
+    /// Address as configured, whose port may be 0.
+    configured: SocketAddr,
+    /// `server.host` as configured.
+    host: String,
+    max_memory: Option<u64>,
+    /// Where a changed configuration comes from.
+    source: OnceLock<Arc<ConfigSource>>,
+    reloading: Mutex<()>,
+    allowed_origins: Vec<String>,
+    limits: Arc<Limits>,
+    /// Places for inference requests.
+    places: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+    tls: Option<Arc<TlsAcceptor>>,
+    draining: AtomicBool,
+}
+
+/// Who may ask.
+pub(crate) struct Keys {
+    api: KeySet,
+    admin: KeySet,
+}
+
+impl AppState {
+    fn keys(&self) -> Arc<Keys> {
+        self.keys
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
 }
 
 /// A server that has its address and its models, and waits to be run.
 pub struct Server {
     listener: TcpListener,
-    address: SocketAddr,
     app: App,
 }
 
@@ -68,24 +106,45 @@ impl Server {
         let address = listener
             .local_addr()
             .map_err(|error| listen_error(config.address, &error))?;
+        let tls = config.tls.as_ref().map(TlsAcceptor::read).transpose()?;
         let registry = Registry::load(config).await?;
-        let app = App {
-            registry: Arc::new(registry),
-            api_keys: Arc::new(config.api_keys.clone()),
-            admin_keys: Arc::new(config.admin_keys.clone()),
-            adapter_root: config.adapter_root.clone().map(Arc::new),
-            draining: Arc::new(AtomicBool::new(false)),
+        let app = AppState {
+            registry,
+            keys: RwLock::new(Arc::new(Keys {
+                api: config.api_keys.clone(),
+                admin: config.admin_keys.clone(),
+            })),
+            adapter_root: config.adapter_root.clone(),
+            address,
+            configured: config.address,
+            max_memory: config.max_memory,
+            source: OnceLock::new(),
+            reloading: Mutex::new(()),
+            host: config.host.clone(),
+            allowed_origins: config.allowed_origins.clone(),
+            limits: Arc::new(config.limits.clone()),
+            places: Arc::new(Semaphore::new(config.limits.max_concurrent_requests)),
+            metrics: Arc::new(Metrics::new()),
+            tls: tls.map(Arc::new),
+            draining: AtomicBool::new(false),
         };
         Ok(Self {
             listener,
-            address,
-            app,
+            app: Arc::new(app),
         })
     }
 
     /// The address it listens on.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.app.address
+    }
+
+    /// Takes `source` for where SIGHUP and `POST /v1/reload` find the configuration to change to.
+    #[must_use]
+    pub fn with_source(self, source: Arc<ConfigSource>) -> Self {
+        // A second one is not expected; the first stays.
+        self.app.source.get_or_init(|| source);
+        self
     }
 
     /// Serves what `config` says from now on: loads what is new or has changed, removes what is gone, leaves the rest alone.
@@ -98,59 +157,60 @@ impl Server {
         self.app.registry.apply(config).await
     }
 
-    /// Answers until `stop` completes, then lets requests in flight finish.
-    ///
-    /// # Errors
-    /// [`Error::Listen`] if the socket fails.
-    pub async fn run_until(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
-        let Self {
+    /// Answers until `stop` completes, then lets requests in flight finish, for at most `limits.drain_timeout_s`.
+    pub async fn run_until(self, stop: impl Future<Output = ()> + Send + 'static) {
+        let Self { listener, app } = self;
+        let acceptor = Acceptor {
             listener,
-            address,
-            app,
-        } = self;
-        let stopping = Arc::new(Notify::new());
-        let draining = app.draining.clone();
-        let stopped = stopping.clone();
-        let signal = async move {
+            router: router(app.clone()),
+            tls: app.tls.clone(),
+            limits: app.limits.clone(),
+            metrics: app.metrics.clone(),
+        };
+        let stopping = async {
             stop.await;
-            draining.store(true, Ordering::SeqCst);
+            app.draining.store(true, Ordering::SeqCst);
             tracing::info!("stopping; waiting for requests in flight");
-            stopped.notify_one();
         };
-        let serving = axum::serve(listener, router(app)).with_graceful_shutdown(signal);
-        let limit = async {
-            stopping.notified().await;
-            tokio::time::sleep(DRAIN_LIMIT).await;
-        };
-        tokio::select! {
-            done = serving => done.map_err(|error| listen_error(address, &error)),
-            () = limit => {
-                tracing::warn!("requests still in flight after {DRAIN_LIMIT:?} are cut");
-                Ok(())
-            }
+        let n_cut = acceptor.run(stopping).await;
+        if n_cut > 0 {
+            tracing::warn!(
+                n_cut,
+                "connections still busy after {:?} are cut",
+                app.limits.drain_timeout
+            );
         }
     }
 }
 
 /// Serves `config` until SIGTERM or an interrupt from the keyboard, on a runtime of its own.
 ///
-/// `ready` is called with the address once every model is loaded.
+/// `ready` is called with the address once every model is loaded. The first signal drains, a second one ends at once.
+/// With a `source`, SIGHUP reads the configuration again.
 ///
 /// # Errors
-/// Those of [`Server::start`] and [`Server::run_until`].
-pub fn serve(config: &ServeConfig, ready: impl FnOnce(SocketAddr)) -> Result<()> {
+/// Those of [`Server::start`]; [`Error::Interrupted`] after a second signal.
+pub fn serve(
+    config: &ServeConfig,
+    source: Option<Arc<ConfigSource>>,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::Engine(format!("cannot start a runtime: {error}")))?;
     let outcome = runtime.block_on(async {
         // Listening for signals starts before loading, so that a stop during a long load is not lost.
-        let stop = stop_signal()?;
-        tokio::pin!(stop);
-        let server = tokio::select! {
+        let mut signals = StopSignals::new()?;
+        let mut hangups = source.as_ref().map(|_| Hangups::new()).transpose()?;
+        let mut server = tokio::select! {
             server = Server::start(config) => server?,
-            () = &mut stop => return Ok(()),
+            () = signals.next() => return Ok(()),
         };
+        if let Some(source) = source {
+            server = server.with_source(source);
+        }
+        let app = server.app.clone();
         ready(server.address());
         let (sender, receiver) = tokio::sync::oneshot::channel::<()>();
         let running = server.run_until(async move {
@@ -158,40 +218,112 @@ pub fn serve(config: &ServeConfig, ready: impl FnOnce(SocketAddr)) -> Result<()>
             let _ = receiver.await;
         });
         tokio::pin!(running);
+        let reloading = async {
+            match &mut hangups {
+                Some(hangups) => loop {
+                    hangups.next().await;
+                    // The outcome is in the log.
+                    let _ = app.reload().await;
+                },
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            outcome = &mut running => return outcome,
-            () = &mut stop => drop(sender),
+            () = &mut running => return Ok(()),
+            () = signals.next() => drop(sender),
+            () = reloading => {}
         }
-        running.await
+        tokio::select! {
+            () = running => Ok(()),
+            () = signals.next() => Err(Error::Interrupted),
+        }
     });
-    runtime.shutdown_timeout(Duration::from_secs(5));
+    let grace = match outcome {
+        Err(Error::Interrupted) => Duration::ZERO,
+        _ => Duration::from_secs(5),
+    };
+    runtime.shutdown_timeout(grace);
     outcome
 }
 
+/// The signals that ask for an end: SIGTERM, and SIGINT from the keyboard.
 #[cfg(unix)]
-fn stop_signal() -> Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let watch = |kind| {
-        signal(kind).map_err(|error| Error::Engine(format!("cannot listen for signals: {error}")))
-    };
-    let mut terminate = watch(SignalKind::terminate())?;
-    let mut interrupt = watch(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
+struct StopSignals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
 }
 
+#[cfg(unix)]
+impl StopSignals {
+    fn new() -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let watch = |kind| {
+            signal(kind)
+                .map_err(|error| Error::Engine(format!("cannot listen for signals: {error}")))
+        };
+        Ok(Self {
+            terminate: watch(SignalKind::terminate())?,
+            interrupt: watch(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// SIGHUP, which asks to read the configuration again.
+#[cfg(unix)]
+struct Hangups(tokio::signal::unix::Signal);
+
+#[cfg(unix)]
+impl Hangups {
+    fn new() -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        signal(SignalKind::hangup())
+            .map(Self)
+            .map_err(|error| Error::Engine(format!("cannot listen for signals: {error}")))
+    }
+
+    async fn next(&mut self) {
+        self.0.recv().await;
+    }
+}
+
+/// There is no such signal here.
 #[cfg(not(unix))]
-fn stop_signal() -> Result<impl Future<Output = ()>> {
-    Ok(async {
+struct Hangups;
+
+#[cfg(not(unix))]
+impl Hangups {
+    fn new() -> Result<Self> {
+        Ok(Self)
+    }
+
+    async fn next(&mut self) {
+        std::future::pending().await
+    }
+}
+
+/// The signal that asks for an end: ctrl-c.
+#[cfg(not(unix))]
+struct StopSignals;
+
+#[cfg(not(unix))]
+impl StopSignals {
+    fn new() -> Result<Self> {
+        Ok(Self)
+    }
+
+    async fn next(&mut self) {
         // Without a handler the only way to stop is the task manager, which needs none.
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }
-    })
+    }
 }
 
 fn listen_error(address: SocketAddr, error: &std::io::Error) -> Error {
@@ -215,17 +347,20 @@ fn router(app: App) -> Router {
         .route("/v1/completions", post(completions::completions))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::one))
-        .layer(from_fn_with_state(app.clone(), require_key));
-    let mut router = inference;
+        .layer(from_fn_with_state(app.clone(), guard::require_key));
+    let mut admin = Router::new().route("/metrics", get(models::metrics));
     if app.adapter_root.is_some() {
-        let admin = Router::new()
+        admin = admin
             .route("/v1/load_lora_adapter", post(admin::load))
             .route("/v1/unload_lora_adapter", post(admin::unload))
-            .route("/v1/lora_adapters", get(admin::list))
-            .layer(from_fn_with_state(app.clone(), require_admin_key));
-        router = router.merge(admin);
+            .route("/v1/lora_adapters", get(admin::list));
+        if app.source.get().is_some() {
+            admin = admin.route("/v1/reload", post(admin::reload));
+        }
     }
-    router
+    let admin = admin.layer(from_fn_with_state(app.clone(), guard::require_admin_key));
+    let router = inference
+        .merge(admin)
         .route("/healthz", get(models::healthz))
         .route("/readyz", get(models::readyz))
         .fallback(|| async {
@@ -242,45 +377,37 @@ fn router(app: App) -> Router {
                 "this endpoint takes another method",
             )
         })
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
-        .with_state(app)
-}
-
-async fn require_key(
-    State(app): State<App>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    let key = bearer(&request);
-    let known = |key: &str| app.api_keys.holds(key) || app.admin_keys.holds(key);
-    if app.api_keys.is_empty() || key.is_some_and(known) {
-        Ok(next.run(request).await)
-    } else {
-        Err(ApiError::unauthorized())
+        .layer(from_fn_with_state(app.clone(), guard::guard));
+    match cors(&app.allowed_origins) {
+        Some(cors) => router.layer(cors),
+        None => router,
     }
+    .with_state(app)
 }
 
-async fn require_admin_key(
-    State(app): State<App>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    let key = bearer(&request);
-    // Without any key the server is on loopback, and whoever reaches it is its operator.
-    let open = app.admin_keys.is_empty() && app.api_keys.is_empty();
-    if open || key.is_some_and(|key| app.admin_keys.holds(key)) {
-        Ok(next.run(request).await)
-    } else {
-        Err(ApiError::unauthorized())
+/// What browsers are told about `origins`; nothing, which they take for a no, where there are none.
+fn cors(origins: &[String]) -> Option<CorsLayer> {
+    if origins.is_empty() {
+        return None;
     }
-}
-
-fn bearer(request: &Request) -> Option<&str> {
-    let value = request
-        .headers()
-        .get(header::AUTHORIZATION)?
-        .to_str()
-        .ok()?;
-    let (scheme, key) = value.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
+    let origins = match origins.iter().any(|origin| origin == "*") {
+        true => AllowOrigin::any(),
+        // The configuration has checked that an origin is plain ASCII.
+        false => AllowOrigin::list(
+            origins
+                .iter()
+                .filter_map(|origin| HeaderValue::from_str(origin).ok()),
+        ),
+    };
+    Some(
+        CorsLayer::new()
+            .allow_origin(origins)
+            .allow_methods([Method::GET, Method::POST])
+            .allow_headers([
+                header::AUTHORIZATION,
+                header::CONTENT_TYPE,
+                guard::REQUEST_ID,
+            ])
+            .expose_headers([guard::REQUEST_ID]),
+    )
 }

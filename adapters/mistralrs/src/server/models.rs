@@ -1,14 +1,16 @@
-//! `/v1/models` and the two health endpoints.
+//! What there is to see: `/v1/models`, the two health endpoints, and `/metrics`.
 
 use std::sync::atomic::Ordering;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::App;
 use super::answer::ApiError;
+use super::metrics::CONTENT_TYPE;
 use super::registry::Generation;
 
 /// Every name served: bases, and adapters with their `parent`; each with its generation.
@@ -61,4 +63,13 @@ pub(crate) async fn readyz(State(app): State<App>) -> (StatusCode, Json<Value>) 
     } else {
         (StatusCode::OK, Json(json!({"status": "ready"})))
     }
+}
+
+/// Counters and gauges for Prometheus.
+pub(crate) async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
+    let text = app
+        .metrics
+        .render(&app.registry.resident())
+        .map_err(|error| ApiError::internal(error.to_string()))?;
+    Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response())
 }

@@ -1,6 +1,7 @@
 //! The swap table: which engine answers for which public name, and how that changes without losing a request.
 
 mod engine;
+mod memory;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result};
 use engine::{Checked, EngineSettings, Host, Wanted, blocking};
 pub(crate) use engine::{Generation, Lease};
+use memory::Memory;
 use state::{Change, RunTimeState, StateFile, declared};
 
 /// All that is served.
@@ -41,6 +43,16 @@ struct Plan {
     settings: EngineSettings,
     state: RunTimeState,
     state_file: Option<StateFile>,
+}
+
+/// What is in memory.
+pub(crate) struct Resident {
+    /// Everything served.
+    pub(crate) served: Vec<Lease>,
+    /// Generations loaded, those that only finish their last requests included.
+    pub(crate) n_generations: usize,
+    /// Their weights, estimated.
+    pub(crate) weight_bytes: u64,
 }
 
 /// An adapter to be loaded at run time.
@@ -91,10 +103,13 @@ impl Registry {
             state_file,
         };
         let mut checked = plan.check().await?.into_iter();
+        let total = checked.as_slice().iter().map(|model| model.weight_bytes).sum();
+        let memory = Memory::new(config.max_memory);
+        memory.check("all models and adapters", total)?;
         let first = checked
             .next()
             .ok_or_else(|| Error::setting("models", "at least one model is needed"))?;
-        let (host, lease) = Host::start(first, 0).await?;
+        let (host, lease) = Host::start(first, 0, memory).await?;
         let registry = Self {
             table: RwLock::new(Table {
                 names: IndexMap::new(),
@@ -129,6 +144,16 @@ impl Registry {
     /// Everything served, bases before their adapters.
     pub(crate) fn list(&self) -> Vec<Lease> {
         self.read_table().names.values().cloned().collect()
+    }
+
+    /// What is in memory.
+    pub(crate) fn resident(&self) -> Resident {
+        let (n_generations, weight_bytes) = self.host.in_use();
+        Resident {
+            served: self.list(),
+            n_generations,
+            weight_bytes,
+        }
     }
 
     /// Serves what `config` says: loads what is new or has changed, removes what is gone, and leaves the rest alone.

@@ -1,24 +1,61 @@
-//! What chat and plain completions have in common: reading the body, checking it, and handing it to an engine.
+//! What chat and plain completions have in common: reading the body and checking it.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use axum::body::Bytes;
-use candle_core::Tensor;
-use mistralrs_core::{CustomLogitsProcessor, NormalRequest, Request, Response};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
-use tokio::sync::mpsc::{Receiver, channel};
 
 use super::App;
 use super::answer::ApiError;
+use super::context::RequestContext;
+use super::exchange::{Admission, Handover};
 use super::registry::Lease;
+use super::steps::{SeededDraw, Steps};
 
 /// Most choices a request may ask for.
 const MAX_CHOICES: u64 = 16;
 
-/// Responses an engine may be ahead of a slow reader; a full channel holds the engine up.
-const CHANNEL_SIZE: usize = 10_000;
+/// Sampling below this temperature is greedy, as in mistral.rs.
+const GREEDY: f64 = 1e-7;
+
+/// Keys that both endpoints understand.
+const COMMON: &[&str] = &[
+    "model",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "stop",
+    "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "logprobs",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_sequence_breakers",
+    "grammar",
+    "tools",
+    "tool_choice",
+];
+
+/// Keys that change nothing about an answer: what a client keeps for itself, or where a provider runs it.
+const WITHOUT_EFFECT: &[&str] = &[
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+];
 
 /// A body that has passed the common checks.
 pub(crate) struct Body {
@@ -30,11 +67,12 @@ pub(crate) struct Body {
     pub(crate) stop: Vec<String>,
     pub(crate) max_tokens: Option<usize>,
     pub(crate) n_choices: usize,
+    seeded: Option<SeededDraw>,
 }
 
 impl Body {
-    /// Reads and checks a body; `model` becomes the engine's id.
-    pub(crate) fn read(app: &App, bytes: &Bytes) -> Result<Self, ApiError> {
+    /// Reads and checks a body, whose keys are the common ones and `own`; `model` becomes the engine's id.
+    pub(crate) fn read(app: &App, bytes: &Bytes, own: &[&str]) -> Result<Self, ApiError> {
         let value: Value = serde_json::from_slice(bytes)
             .map_err(|error| ApiError::invalid("body", format!("not valid JSON: {error}")))?;
         let Value::Object(mut fields) = value else {
@@ -51,13 +89,11 @@ impl Body {
             .registry
             .lease(name)
             .ok_or_else(|| ApiError::unknown_model(name.unwrap_or("default")))?;
+        RequestContext::set_model(&lease.name);
         fields.insert("model".to_owned(), json!(lease.engine_id()));
 
-        for key in ["web_search_options", "suffix"] {
-            if fields.contains_key(key) {
-                return Err(ApiError::invalid(key, format!("`{key}` is not supported")));
-            }
-        }
+        refuse_unknown(&fields, own)?;
+        fields.retain(|key, _| !WITHOUT_EFFECT.contains(&key.as_str()));
         // mistral.rs 0.8.1 reports base-10 logarithms of filtered probabilities, which is not what clients expect.
         let wants_logprobs = |key| {
             fields
@@ -94,10 +130,11 @@ impl Body {
             return Err(ApiError::invalid("n", "a stream has one choice"));
         }
         let include_usage = match fields.remove("stream_options") {
-            Some(options) => options["include_usage"].as_bool().unwrap_or(false),
+            Some(options) => usage_wanted(&options, stream)?,
             None => false,
         };
         let stop = stop_texts(&fields)?;
+        let seeded = seeded(&mut fields, n_choices)?;
         Ok(Self {
             fields,
             lease,
@@ -106,6 +143,7 @@ impl Body {
             stop,
             max_tokens,
             n_choices,
+            seeded,
         })
     }
 
@@ -115,89 +153,50 @@ impl Body {
             .map_err(|error| ApiError::invalid("body", error.to_string()))
     }
 
-    /// Hands `request` to the engine, with as many tokens as fit after a prompt of `prompt_tokens`.
-    pub(crate) async fn send(
+    /// What the engine needs besides the request itself, with as many tokens as fit after a prompt of `prompt_tokens`.
+    pub(crate) fn hand_over(
         &self,
         app: &App,
-        build: impl AsyncFnOnce(tokio::sync::mpsc::Sender<Response>) -> Result<NormalRequest, ApiError>,
+        admission: Admission,
+        prompt_param: &str,
         prompt_tokens: usize,
-    ) -> Result<Exchange, ApiError> {
-        let limit = self.lease.max_sequence_length;
-        if prompt_tokens == 0 || prompt_tokens >= limit {
+    ) -> Result<Handover, ApiError> {
+        let context = self.lease.max_sequence_length;
+        let longest = app
+            .limits
+            .max_prompt_tokens
+            .map_or(context - 1, |limit| limit.min(context - 1));
+        if prompt_tokens == 0 || prompt_tokens > longest {
             return Err(ApiError::invalid(
-                "messages",
-                format!(
-                    "the prompt has {prompt_tokens} tokens; this model takes 1 to {}",
-                    limit - 1
-                ),
+                prompt_param,
+                format!("the prompt has {prompt_tokens} tokens; this model takes 1 to {longest}"),
             ));
         }
-        let room = limit - prompt_tokens;
-        let max_tokens = self.max_tokens.map_or(room, |max| max.min(room));
-        let (sender, receiver) = channel(CHANNEL_SIZE);
-        let mut request = build(sender).await?;
-        let steps = Arc::new(StepCounter::new(self.n_choices));
-        request.model_id = Some(self.lease.engine_id().to_owned());
-        request.sampling_params.max_len = Some(max_tokens);
-        request.logits_processors = Some(vec![steps.clone()]);
-        let engine = app
-            .registry
-            .host()
-            .get_sender(Some(self.lease.engine_id()))
-            .map_err(|error| ApiError::internal(error.to_string()))?;
-        engine
-            .send(Request::Normal(Box::new(request)))
-            .await
-            .map_err(|_| ApiError::internal("the engine does not take requests"))?;
-        Ok(Exchange {
-            receiver,
-            steps,
+        let room = context - prompt_tokens;
+        let max_tokens = match (self.max_tokens, app.limits.max_completion_tokens) {
+            (Some(asked), Some(limit)) if asked > limit => {
+                return Err(ApiError::invalid(
+                    "max_tokens",
+                    format!("`max_tokens` is {asked}; this server gives at most {limit}"),
+                ));
+            }
+            (Some(asked), _) => asked.min(room),
+            (None, Some(limit)) => limit.min(room),
+            (None, None) => room,
+        };
+        let steps = Steps::new(
+            self.n_choices,
+            self.lease.end_tokens.clone(),
+            self.seeded.clone(),
+            Some(app.metrics.waiting()),
+        );
+        Ok(Handover {
+            admission,
+            lease: self.lease.clone(),
+            steps: Arc::new(steps),
             max_tokens,
             prompt_tokens,
         })
-    }
-}
-
-/// A request that an engine is working on.
-pub(crate) struct Exchange {
-    pub(crate) receiver: Receiver<Response>,
-    steps: Arc<StepCounter>,
-    max_tokens: usize,
-    pub(crate) prompt_tokens: usize,
-}
-
-impl Exchange {
-    /// Tokens generated so far, over all choices.
-    pub(crate) fn completion_tokens(&self) -> usize {
-        self.steps.count()
-    }
-
-    /// Why a finished answer ended, where the engine has not said so.
-    pub(crate) fn finish_reason(&self) -> &'static str {
-        if self.completion_tokens() >= self.max_tokens {
-            "length"
-        } else {
-            "stop"
-        }
-    }
-
-    /// The final answer of a request that is not streamed.
-    pub(crate) async fn answer(&mut self) -> Result<Response, ApiError> {
-        match self.receiver.recv().await {
-            None => Err(ApiError::internal("the engine stopped without an answer")),
-            Some(Response::ValidationError(error)) => {
-                Err(ApiError::invalid("messages", error.to_string()))
-            }
-            Some(Response::InternalError(error)) => Err(ApiError::internal(error.to_string())),
-            Some(Response::ModelError(message, _) | Response::CompletionModelError(message, _)) => {
-                Err(ApiError::internal(message))
-            }
-            Some(response) => Ok(response),
-        }
-    }
-
-    pub(crate) fn usage(&self) -> Value {
-        usage(self.prompt_tokens, self.completion_tokens())
     }
 }
 
@@ -209,97 +208,84 @@ pub(crate) fn usage(prompt_tokens: usize, completion_tokens: usize) -> Value {
     })
 }
 
-/// Counts the tokens that are sampled; mistral.rs 0.8.1 does not tell when the last one adds no text.
-///
-/// A sample that a grammar forbids is drawn again at the same length, which is why lengths are told apart.
-struct StepCounter {
+/// Refuses keys that neither the endpoint nor mistral.rs understands, rather than drop them.
+fn refuse_unknown(fields: &Map<String, Value>, own: &[&str]) -> Result<(), ApiError> {
+    let known = || COMMON.iter().chain(own).copied();
+    let unknown = fields.keys().find(|key| {
+        !known()
+            .chain(WITHOUT_EFFECT.iter().copied())
+            .any(|name| name == *key)
+    });
+    let Some(key) = unknown else {
+        return Ok(());
+    };
+    let nearest = known()
+        .map(|name| (strsim::jaro_winkler(key, name), name))
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .filter(|(likeness, _)| *likeness > 0.85);
+    let hint = nearest
+        .map(|(_, name)| format!("; did you mean `{name}`?"))
+        .unwrap_or_default();
+    let shown: String = key.chars().take(64).collect();
+    Err(ApiError::invalid(
+        &shown,
+        format!("`{shown}` is not supported{hint}"),
+    ))
+}
+
+fn usage_wanted(options: &Value, stream: bool) -> Result<bool, ApiError> {
+    let wrong = |message: &str| ApiError::invalid("stream_options", message);
+    if !stream {
+        return Err(wrong("`stream_options` needs `stream`: true"));
+    }
+    let fields = options
+        .as_object()
+        .ok_or_else(|| wrong("`stream_options` must be an object"))?;
+    if let Some(key) = fields.keys().find(|key| *key != "include_usage") {
+        return Err(wrong(&format!("`stream_options.{key}` is not supported")));
+    }
+    match fields.get("include_usage") {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(wanted)) => Ok(*wanted),
+        Some(_) => Err(wrong("`include_usage` must be true or false")),
+    }
+}
+
+/// The draw that `seed` asks for; greedy answers need none. It takes over temperature, top-k, top-p and min-p.
+fn seeded(
+    fields: &mut Map<String, Value>,
     n_choices: usize,
-    draws_by_length: Mutex<HashMap<usize, usize>>,
-}
-
-impl StepCounter {
-    fn new(n_choices: usize) -> Self {
-        Self {
-            n_choices,
-            draws_by_length: Mutex::default(),
-        }
+) -> Result<Option<SeededDraw>, ApiError> {
+    let seed = match fields.remove("seed") {
+        None => return Ok(None),
+        Some(value) => value
+            .as_u64()
+            .or_else(|| value.as_i64().map(i64::cast_unsigned))
+            .ok_or_else(|| ApiError::invalid("seed", "`seed` must be an integer"))?,
+    };
+    let number = |key: &str| fields.get(key).and_then(Value::as_f64);
+    let temperature = number("temperature").unwrap_or(0.0);
+    if temperature < GREEDY {
+        return Ok(None);
     }
-
-    fn draws(&self) -> MutexGuard<'_, HashMap<usize, usize>> {
-        self.draws_by_length
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    if n_choices > 1 {
+        return Err(ApiError::invalid(
+            "seed",
+            "`seed` fixes one choice; with `n` above 1 it is not supported",
+        ));
     }
-
-    fn count(&self) -> usize {
-        self.draws()
-            .values()
-            .map(|n_draws| *n_draws.min(&self.n_choices))
-            .sum()
+    let draw = SeededDraw {
+        seed,
+        temperature,
+        top_k: positive(fields, "top_k", u64::MAX)?,
+        top_p: number("top_p"),
+        min_p: number("min_p"),
+    };
+    for key in ["top_k", "top_p", "min_p"] {
+        fields.remove(key);
     }
-}
-
-impl CustomLogitsProcessor for StepCounter {
-    fn apply(&self, logits: &Tensor, context: &[u32]) -> candle_core::Result<Tensor> {
-        *self.draws().entry(context.len()).or_default() += 1;
-        Ok(logits.clone())
-    }
-}
-
-/// Cuts text at the first stop text, and holds back what may be the beginning of one.
-#[derive(Default)]
-pub(crate) struct StopFilter {
-    stops: Vec<String>,
-    held: String,
-}
-
-impl StopFilter {
-    pub(crate) fn new(stops: Vec<String>) -> Self {
-        Self {
-            stops,
-            held: String::new(),
-        }
-    }
-
-    /// Text that may be shown after `delta`, and whether a stop text was reached.
-    pub(crate) fn push(&mut self, delta: &str) -> (String, bool) {
-        self.held.push_str(delta);
-        let first = self
-            .stops
-            .iter()
-            .filter_map(|stop| self.held.find(stop.as_str()))
-            .min();
-        if let Some(position) = first {
-            self.held.truncate(position);
-            return (std::mem::take(&mut self.held), true);
-        }
-        let keep = self
-            .stops
-            .iter()
-            .flat_map(|stop| {
-                let ends = stop.char_indices().skip(1).map(|(end, _)| end);
-                ends.filter(|end| self.held.ends_with(&stop[..*end]))
-            })
-            .max()
-            .unwrap_or(0);
-        let shown = self.held.len() - keep;
-        (self.held.drain(..shown).collect(), false)
-    }
-
-    /// What was held back when the text ended.
-    pub(crate) fn finish(&mut self) -> String {
-        std::mem::take(&mut self.held)
-    }
-
-    /// Cuts a complete text.
-    pub(crate) fn cut(stops: &[String], text: &str) -> (String, bool) {
-        let mut filter = Self::new(stops.to_vec());
-        let (mut shown, stopped) = filter.push(text);
-        if !stopped {
-            shown.push_str(&filter.finish());
-        }
-        (shown, stopped)
-    }
+    fields.insert("temperature".to_owned(), json!(0.0));
+    Ok(Some(draw))
 }
 
 fn check_range(
@@ -337,7 +323,7 @@ fn positive(fields: &Map<String, Value>, key: &str, most: u64) -> Result<Option<
     }
 }
 
-fn flag(fields: &Map<String, Value>, key: &str) -> Result<bool, ApiError> {
+pub(crate) fn flag(fields: &Map<String, Value>, key: &str) -> Result<bool, ApiError> {
     match fields.get(key) {
         None => Ok(false),
         Some(Value::Bool(value)) => Ok(*value),
@@ -374,42 +360,55 @@ fn stop_texts(fields: &Map<String, Value>) -> Result<Vec<String>, ApiError> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn text_is_shown_in_full_up_to_the_first_stop_however_it_is_cut() {
-        let stops = vec!["END".to_owned(), "é.".to_owned()];
-        let cases = [
-            ("abc", "abc"),
-            ("aENbEN", "aENbEN"),
-            ("xENDyé.", "x"),
-            ("aé.END", "a"),
-            ("éé", "éé"),
-        ];
-        for (text, expected) in cases {
-            for size in 1..=text.chars().count() {
-                let characters: Vec<char> = text.chars().collect();
-                let mut filter = StopFilter::new(stops.clone());
-                let mut shown = String::new();
-                let mut stopped = false;
-                for piece in characters.chunks(size) {
-                    let (part, stop) = filter.push(&piece.iter().collect::<String>());
-                    shown.push_str(&part);
-                    stopped = stop;
-                    if stop {
-                        break;
-                    }
-                }
-                if !stopped {
-                    shown.push_str(&filter.finish());
-                }
-                assert_eq!(shown, expected, "{text} in pieces of {size}");
-            }
-            assert_eq!(StopFilter::cut(&stops, text).0, expected);
+    fn fields(value: Value) -> Map<String, Value> {
+        match value {
+            Value::Object(fields) => fields,
+            _ => Map::new(),
         }
     }
 
     #[test]
-    fn without_stop_texts_nothing_is_held_back() {
-        let mut filter = StopFilter::default();
-        assert_eq!(filter.push("abc"), ("abc".to_owned(), false));
+    fn what_is_not_understood_is_refused_with_the_nearest_name() {
+        refuse_unknown(&fields(json!({"user": "u", "top_k": 3})), &[]).expect("known");
+        refuse_unknown(&fields(json!({"prompt": "p"})), &["prompt"]).expect("known");
+        let error = refuse_unknown(&fields(json!({"max_token": 3})), &[]).expect_err("unknown");
+        assert_eq!(error.body()["error"]["param"], "max_token");
+        let message = error.body()["error"]["message"].to_string();
+        assert!(message.contains("did you mean `max_tokens`?"), "{message}");
+        let long = "x".repeat(10_000);
+        let error = refuse_unknown(&fields(json!({ long: 1 })), &[]).expect_err("unknown");
+        assert!(error.body().to_string().len() < 500);
+    }
+
+    #[test]
+    fn a_seed_takes_over_sampling_and_is_not_needed_for_greedy_answers() {
+        let mut greedy = fields(json!({"seed": 1, "temperature": 0, "top_p": 0.5}));
+        assert_eq!(seeded(&mut greedy, 1).expect("sound"), None);
+        assert!(!greedy.contains_key("seed") && greedy.contains_key("top_p"));
+
+        let mut body = fields(json!({"seed": -1, "temperature": 0.5, "top_p": 0.5, "top_k": 3}));
+        let draw = seeded(&mut body, 1).expect("sound").expect("a draw");
+        assert_eq!((draw.seed, draw.temperature), (u64::MAX, 0.5));
+        assert_eq!((draw.top_k, draw.top_p), (Some(3), Some(0.5)));
+        assert_eq!(Value::Object(body), json!({"temperature": 0.0}));
+
+        for wrong in [json!({"seed": "x"}), json!({"seed": 1.5})] {
+            assert!(seeded(&mut fields(wrong), 1).is_err());
+        }
+        assert!(seeded(&mut fields(json!({"seed": 1, "temperature": 1})), 2).is_err());
+    }
+
+    #[test]
+    fn stream_options_are_read_or_refused() {
+        assert!(usage_wanted(&json!({"include_usage": true}), true).expect("sound"));
+        assert!(!usage_wanted(&json!({}), true).expect("sound"));
+        for (wrong, stream) in [
+            (json!({"include_usage": true}), false),
+            (json!(3), true),
+            (json!({"include_usage": 1}), true),
+            (json!({"include_obfuscation": true}), true),
+        ] {
+            assert!(usage_wanted(&wrong, stream).is_err(), "{wrong}");
+        }
     }
 }

@@ -9,8 +9,8 @@ use mistralrs_core::Response;
 use serde_json::{Value, json};
 
 use super::answer::ApiError;
-use super::registry::Lease;
-use super::request::{Exchange, StopFilter};
+use super::exchange::Exchange;
+use super::stop::StopFilter;
 
 /// Which of the two endpoints a stream belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,10 +29,11 @@ impl Kind {
     }
 }
 
-/// One streamed answer. It holds the lease, so that its engine outlives it, also when the client leaves early.
+/// One streamed answer.
 pub(crate) struct Streamed {
     pub(crate) kind: Kind,
-    pub(crate) lease: Lease,
+    /// Public name.
+    pub(crate) model: String,
     pub(crate) exchange: Exchange,
     pub(crate) stop: StopFilter,
     pub(crate) include_usage: bool,
@@ -83,6 +84,7 @@ impl Writer {
         while self.queue.is_empty() && !self.finished {
             match self.streamed.exchange.receiver.recv().await {
                 Some(response) => self.take(response),
+                None if self.streamed.exchange.timed_out() => self.fail(ApiError::timed_out()),
                 // The last token added no text, and 0.8.1 then leaves its chunk out.
                 None => {
                     let reason = self.streamed.exchange.finish_reason();
@@ -166,7 +168,7 @@ impl Writer {
             "id": self.id,
             "object": object,
             "created": self.created,
-            "model": self.streamed.lease.name,
+            "model": self.streamed.model,
             "choices": choices,
         });
         if let Some(usage) = usage {
@@ -193,7 +195,6 @@ impl Writer {
     fn close(&mut self) {
         self.queue.push_back("[DONE]".to_owned());
         self.finished = true;
-        // An engine that still generates notices on its next token, and stops.
-        self.streamed.exchange.receiver.close();
+        self.streamed.exchange.complete();
     }
 }

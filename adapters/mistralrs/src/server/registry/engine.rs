@@ -9,6 +9,7 @@ use mistralrs_core::{
 };
 
 use super::super::stream::now;
+use super::memory::{Memory, Reservation};
 use crate::chat_files::{TextFrame, text_frame};
 use crate::config::{ModelConfig, ServeConfig};
 use crate::engine::scheduler;
@@ -88,6 +89,7 @@ impl Wanted {
             max_sequence_length,
             hash: self.loader.generation()?,
             frame: text_frame(self.loader.base())?,
+            weight_bytes: self.loader.weight_bytes()?,
             wanted: self,
         })
     }
@@ -98,6 +100,8 @@ pub(crate) struct Checked {
     pub(crate) wanted: Wanted,
     /// Hash of the content.
     pub(crate) hash: String,
+    /// Estimated memory.
+    pub(crate) weight_bytes: u64,
     max_sequence_length: usize,
     frame: TextFrame,
 }
@@ -125,8 +129,11 @@ pub(crate) struct Generation {
     pub(crate) max_sequence_length: usize,
     /// Tokens that the model's tokenizer puts around plain text.
     pub(crate) frame: TextFrame,
+    /// Tokens that end an answer.
+    pub(crate) end_tokens: Vec<u32>,
     spec: Spec,
     engine_id: String,
+    memory: Option<Reservation>,
     reaper: Reaper,
 }
 
@@ -138,6 +145,11 @@ impl Generation {
         &self.engine_id
     }
 
+    /// Estimated bytes of the weights.
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        self.memory.as_ref().map_or(0, Reservation::bytes)
+    }
+
     /// The adapter's directory, which clients must not see as it is.
     pub(crate) fn source(&self) -> Option<&Path> {
         self.spec.source.as_deref()
@@ -146,20 +158,22 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        self.reaper.remove(std::mem::take(&mut self.engine_id));
+        let engine_id = std::mem::take(&mut self.engine_id);
+        self.reaper.remove(engine_id, self.memory.take());
     }
 }
 
 /// mistral.rs's host, and the thread that removes engines from it.
 pub(crate) struct Host {
     inner: Arc<MistralRs>,
+    memory: Arc<Memory>,
     reaper: Reaper,
 }
 
 impl Host {
     /// Starts a host with its first model, which it cannot be without.
-    pub(crate) async fn start(first: Checked, serial: u64) -> Result<(Self, Lease)> {
-        let loaded = Loaded::new(first, serial).await?;
+    pub(crate) async fn start(first: Checked, serial: u64, memory: Arc<Memory>) -> Result<(Self, Lease)> {
+        let loaded = Loaded::new(first, serial, &memory).await?;
         let settings = loaded.checked.wanted.spec.settings;
         let schedule = scheduler(
             &loaded.pipeline,
@@ -173,14 +187,14 @@ impl Host {
             .build()
             .await;
         let reaper = Reaper::spawn(Arc::downgrade(&inner))?;
-        let host = Self { inner, reaper };
+        let host = Self { inner, memory, reaper };
         let lease = host.lease(loaded);
         Ok((host, lease))
     }
 
     /// Loads one more model and starts its engine.
     pub(crate) async fn add(&self, checked: Checked, serial: u64) -> Result<Lease> {
-        let loaded = Loaded::new(checked, serial).await?;
+        let loaded = Loaded::new(checked, serial, &self.memory).await?;
         let settings = loaded.checked.wanted.spec.settings;
         let schedule = scheduler(
             &loaded.pipeline,
@@ -209,9 +223,18 @@ impl Host {
         &self.inner
     }
 
+    /// Generations in memory, and the bytes of their weights.
+    pub(crate) fn in_use(&self) -> (usize, u64) {
+        self.memory.in_use()
+    }
+
     fn lease(&self, loaded: Loaded) -> Lease {
         let Loaded {
-            checked, engine_id, ..
+            checked,
+            engine_id,
+            end_tokens,
+            memory,
+            ..
         } = loaded;
         Arc::new(Generation {
             name: checked.wanted.name().to_owned(),
@@ -220,8 +243,10 @@ impl Host {
             created: now(),
             max_sequence_length: checked.max_sequence_length,
             frame: checked.frame,
+            end_tokens,
             spec: checked.wanted.spec,
             engine_id,
+            memory: Some(memory),
             reaper: self.reaper.clone(),
         })
     }
@@ -231,14 +256,21 @@ impl Host {
 struct Loaded {
     checked: Checked,
     pipeline: SharedPipeline,
+    end_tokens: Vec<u32>,
     engine_id: String,
+    memory: Reservation,
 }
 
 impl Loaded {
-    async fn new(checked: Checked, serial: u64) -> Result<Self> {
+    async fn new(checked: Checked, serial: u64, memory: &Arc<Memory>) -> Result<Self> {
+        let memory = memory.reserve(checked.wanted.name(), checked.weight_bytes)?;
         blocking(move || {
+            let pipeline = checked.wanted.loader.load()?;
+            let end_tokens = pipeline.blocking_lock().get_metadata().eos_tok.clone();
             Ok(Self {
-                pipeline: checked.wanted.loader.load()?,
+                pipeline,
+                end_tokens,
+                memory,
                 // The serial keeps ids apart when content returns while its former engine still drains.
                 engine_id: format!("{}@{}.{serial}", checked.wanted.name(), checked.hash),
                 checked,
@@ -250,15 +282,15 @@ impl Loaded {
 
 /// Removes engines whose last lease has gone, on a thread of its own: removal blocks, which a task must not do.
 #[derive(Clone)]
-struct Reaper(mpsc::Sender<String>);
+struct Reaper(mpsc::Sender<(String, Option<Reservation>)>);
 
 impl Reaper {
     fn spawn(host: Weak<MistralRs>) -> Result<Self> {
-        let (sender, receiver) = mpsc::channel::<String>();
+        let (sender, receiver) = mpsc::channel::<(String, Option<Reservation>)>();
         std::thread::Builder::new()
             .name("engine-reaper".to_owned())
             .spawn(move || {
-                for engine_id in receiver {
+                for (engine_id, memory) in receiver {
                     let Some(host) = host.upgrade() else {
                         return;
                     };
@@ -266,15 +298,16 @@ impl Reaper {
                         Ok(()) => tracing::info!(engine_id, "engine removed"),
                         Err(error) => tracing::debug!(engine_id, error, "engine kept"),
                     }
+                    drop(memory);
                 }
             })
             .map_err(|error| Error::Engine(format!("cannot start a thread: {error}")))?;
         Ok(Self(sender))
     }
 
-    fn remove(&self, engine_id: String) {
+    fn remove(&self, engine_id: String, memory: Option<Reservation>) {
         // With the reaper gone the whole host is going.
-        let _ = self.0.send(engine_id);
+        let _ = self.0.send((engine_id, memory));
     }
 }
 

@@ -1,0 +1,331 @@
+//! Connections: accepting, HTTPS, the time each step may take, and draining.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::response::Response;
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::Service;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Sleep, sleep, timeout};
+
+use super::metrics::Metrics;
+use super::tls::TlsAcceptor;
+use crate::config::Limits;
+
+/// How often an idle HTTP/2 connection is asked whether its client is still there.
+const PING_INTERVAL: Duration = Duration::from_secs(20);
+
+/// How long accepting rests after an error such as too many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Address of the other end, as a request extension.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Peer(pub(crate) SocketAddr);
+
+/// Accepts and answers.
+pub(crate) struct Acceptor {
+    pub(crate) listener: TcpListener,
+    pub(crate) router: Router,
+    pub(crate) tls: Option<Arc<TlsAcceptor>>,
+    pub(crate) limits: Arc<Limits>,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+impl Acceptor {
+    /// Answers until `stop` completes, then lets requests in flight finish, for at most the drain limit.
+    ///
+    /// Returns the number of connections that had to be cut.
+    pub(crate) async fn run(self, stop: impl Future<Output = ()>) -> usize {
+        let Self {
+            listener,
+            router,
+            tls,
+            limits,
+            metrics,
+        } = self;
+        let (stopping, stopped) = watch::channel(false);
+        let slots = Arc::new(Semaphore::new(limits.max_connections));
+        let mut connections = JoinSet::new();
+        tokio::pin!(stop);
+        loop {
+            let accepted = async {
+                // The semaphore is never closed.
+                let slot = slots.clone().acquire_owned().await.ok();
+                (slot, listener.accept().await)
+            };
+            let (slot, accepted) = tokio::select! {
+                () = &mut stop => break,
+                accepted = accepted => accepted,
+                Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            };
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let connection = Connection {
+                service: TowerToHyperService::new(router.clone()),
+                peer,
+                limits: limits.clone(),
+                stopped: stopped.clone(),
+            };
+            let (tls, metrics) = (tls.clone(), metrics.clone());
+            connections.spawn(async move {
+                let _slot = slot;
+                let _counted = metrics.connection();
+                connection.serve(stream, tls.as_deref()).await;
+            });
+        }
+        drop(listener);
+        // Receivers that are gone have nothing left to stop.
+        let _ = stopping.send(true);
+        let drained = async { while connections.join_next().await.is_some() {} };
+        if timeout(limits.drain_timeout, drained).await.is_ok() {
+            return 0;
+        }
+        let cut = connections.len();
+        connections.shutdown().await;
+        cut
+    }
+}
+
+struct Connection {
+    service: TowerToHyperService<Router>,
+    peer: SocketAddr,
+    limits: Arc<Limits>,
+    stopped: watch::Receiver<bool>,
+}
+
+impl Connection {
+    async fn serve(self, stream: TcpStream, tls: Option<&TlsAcceptor>) {
+        let peer = self.peer;
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%peer, %error, "cannot turn off Nagle's algorithm");
+        }
+        let stream = WriteDeadline::new(stream, self.limits.write_timeout);
+        let Some(tls) = tls else {
+            return self.http1(stream).await;
+        };
+        match timeout(self.limits.header_timeout, tls.accept(stream)).await {
+            Ok(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
+                self.http2(stream).await;
+            }
+            Ok(Ok(stream)) => self.http1(stream).await,
+            Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
+            Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
+        }
+    }
+
+    async fn http1(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.limits.header_timeout)
+            .max_buf_size(self.limits.max_header_bytes)
+            .serve_connection(TokioIo::new(stream), self.service());
+        tokio::pin!(connection);
+        let mut stopped = self.stopped;
+        let outcome = tokio::select! {
+            outcome = connection.as_mut() => outcome,
+            () = told_to_stop(&mut stopped) => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        log_end(self.peer, outcome);
+    }
+
+    async fn http2(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let list_size = u32::try_from(self.limits.max_header_bytes).unwrap_or(u32::MAX);
+        let connection = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(self.limits.header_timeout)
+            .max_header_list_size(list_size)
+            .serve_connection(TokioIo::new(stream), self.service());
+        tokio::pin!(connection);
+        let mut stopped = self.stopped;
+        let outcome = tokio::select! {
+            outcome = connection.as_mut() => outcome,
+            () = told_to_stop(&mut stopped) => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        log_end(self.peer, outcome);
+    }
+
+    /// The router, told who asks.
+    fn service(
+        &self,
+    ) -> impl Service<
+        Request<Incoming>,
+        Response = Response<Body>,
+        Error = Infallible,
+        Future: Send + 'static,
+    > + Clone
+    + use<> {
+        let (service, peer) = (self.service.clone(), Peer(self.peer));
+        Tagged { service, peer }
+    }
+}
+
+#[derive(Clone)]
+struct Tagged {
+    service: TowerToHyperService<Router>,
+    peer: Peer,
+}
+
+impl Service<Request<Incoming>> for Tagged {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = <TowerToHyperService<Router> as Service<Request<Incoming>>>::Future;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(self.peer);
+        self.service.call(request)
+    }
+}
+
+async fn told_to_stop(stopped: &mut watch::Receiver<bool>) {
+    // A sender that is gone has stopped too.
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+fn log_end(peer: SocketAddr, outcome: hyper::Result<()>) {
+    if let Err(error) = outcome {
+        tracing::debug!(%peer, %error, "connection ended early");
+    }
+}
+
+/// A stream whose writes fail once the other end has not read for too long.
+struct WriteDeadline<S> {
+    stream: S,
+    limit: Duration,
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> WriteDeadline<S> {
+    fn new(stream: S, limit: Duration) -> Self {
+        Self {
+            stream,
+            limit,
+            stalled: None,
+        }
+    }
+
+    /// Passes `outcome` on, unless nothing has been written for the whole limit.
+    fn guard<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        outcome: Poll<std::io::Result<T>>,
+    ) -> Poll<std::io::Result<T>> {
+        if outcome.is_ready() {
+            self.stalled = None;
+            return outcome;
+        }
+        let limit = self.limit;
+        let timer = self.stalled.get_or_insert_with(|| Box::pin(sleep(limit)));
+        timer
+            .as_mut()
+            .poll(context)
+            .map(|()| Err(std::io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for WriteDeadline<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for WriteDeadline<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        let outcome = Pin::new(&mut self.stream).poll_write(context, buffer);
+        self.guard(context, outcome)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffers: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        let outcome = Pin::new(&mut self.stream).poll_write_vectored(context, buffers);
+        self.guard(context, outcome)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let outcome = Pin::new(&mut self.stream).poll_flush(context);
+        self.guard(context, outcome)
+    }
+
+    fn poll_shutdown(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let outcome = Pin::new(&mut self.stream).poll_shutdown(context);
+        self.guard(context, outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_write_that_nobody_reads_fails_after_the_limit_and_one_that_is_read_does_not() {
+        let (near, mut far) = tokio::io::duplex(16);
+        let mut stream = WriteDeadline::new(near, Duration::from_millis(50));
+        stream.write_all(&[0; 16]).await.expect("there is room");
+        let error = stream.write_all(&[0; 1]).await.expect_err("nobody reads");
+        assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+
+        let (near, reader) = tokio::io::duplex(16);
+        let mut stream = WriteDeadline::new(near, Duration::from_secs(5));
+        let read = tokio::spawn(async move {
+            let mut reader = reader;
+            let mut sink = Vec::new();
+            tokio::io::AsyncReadExt::read_to_end(&mut reader, &mut sink)
+                .await
+                .map(|_| sink.len())
+        });
+        stream.write_all(&[0; 1000]).await.expect("somebody reads");
+        drop(stream);
+        assert_eq!(read.await.expect("no panic").expect("readable"), 1000);
+        far.shutdown().await.expect("still open");
+    }
+}

@@ -1,0 +1,228 @@
+//! Around every handler: who may ask, how much a request may bring, what is logged and counted about it.
+
+use std::net::IpAddr;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use futures::{FutureExt, StreamExt};
+
+use super::App;
+use super::answer::ApiError;
+use super::connection::Peer;
+use super::context::RequestContext;
+
+/// Header with the id of a request, in both directions.
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Routes that are asked every few seconds, and not worth a line each.
+const QUIET: &[&str] = &["/healthz", "/readyz", "/metrics"];
+
+/// Identifies, checks, logs and counts every request.
+pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let given = request.headers().get(REQUEST_ID);
+    let context = Arc::new(RequestContext::new(
+        given.and_then(|value| value.to_str().ok()),
+    ));
+    let method = request.method().clone();
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or("unmatched", MatchedPath::as_str)
+        .to_owned();
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
+    let refused = refuse_strangers(&app, &request).err();
+    let work = async {
+        match refused {
+            Some(error) => error.into_response(),
+            None => AssertUnwindSafe(next.run(request))
+                .catch_unwind()
+                .await
+                .unwrap_or_else(|panic| {
+                    let text = crate::loader::panic_text(panic.as_ref());
+                    ApiError::internal(format!("a handler panicked: {text}")).into_response()
+                }),
+        }
+    };
+    let mut response = context.clone().scope(work).await;
+
+    let status = response.status().as_u16();
+    app.metrics.request(&route, context.model(), status);
+    let duration_ms = started.elapsed().as_millis();
+    let peer = peer.map(tracing::field::display);
+    if QUIET.contains(&route.as_str()) {
+        tracing::debug!(request_id = context.id(), peer, %method, route, status, duration_ms, "request");
+    } else {
+        let model = Some(context.model()).filter(|model| !model.is_empty());
+        tracing::info!(request_id = context.id(), peer, %method, route, model, status, duration_ms, "request");
+    }
+    if let Ok(id) = HeaderValue::from_str(context.id()) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    response
+}
+
+/// Needs a key for inference, where there are any; an administrator's is good too.
+pub(crate) async fn require_key(
+    State(app): State<App>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let keys = app.keys();
+    let key = bearer(request.headers());
+    if keys.api.is_empty() || key.is_some_and(|key| keys.api.holds(key) | keys.admin.holds(key)) {
+        Ok(next.run(request).await)
+    } else {
+        Err(ApiError::unauthorized())
+    }
+}
+
+/// Needs an administrator's key.
+pub(crate) async fn require_admin_key(
+    State(app): State<App>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let keys = app.keys();
+    let key = bearer(request.headers());
+    // Without any key the server is on loopback, and whoever reaches it is its operator.
+    let open = keys.admin.is_empty() && keys.api.is_empty();
+    if open || key.is_some_and(|key| keys.admin.holds(key)) {
+        Ok(next.run(request).await)
+    } else {
+        Err(ApiError::unauthorized())
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, key) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
+}
+
+/// Refuses web pages that are not allowed here: a browser would send their requests to loopback as if they were its user's.
+fn refuse_strangers(app: &App, request: &Request) -> Result<(), ApiError> {
+    let host = request
+        .headers()
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .or_else(|| {
+            request
+                .uri()
+                .authority()
+                .map(|authority| authority.as_str())
+        });
+    // A name that an attacker's DNS points to loopback makes a page there same-origin. Keys stop that; else the name must.
+    let known_host = host.is_none_or(|host| is_own_host(host, &app.host));
+    if app.keys().api.is_empty() && !known_host {
+        return Err(forbidden(
+            "host_not_allowed",
+            "without keys this server answers to its address, to localhost and to server.host only",
+        ));
+    }
+    let Some(origin) = request.headers().get(header::ORIGIN) else {
+        return Ok(());
+    };
+    let origin = origin.to_str().unwrap_or_default();
+    let allowed = |known: &String| known == "*" || known == origin;
+    let same = origin
+        .split_once("://")
+        .is_some_and(|(_, authority)| Some(authority) == host);
+    if same || app.allowed_origins.iter().any(allowed) {
+        Ok(())
+    } else {
+        Err(forbidden(
+            "origin_not_allowed",
+            "pages of this origin may not call the server; server.allowed_origins lists those that may",
+        ))
+    }
+}
+
+fn forbidden(code: &'static str, message: &str) -> ApiError {
+    ApiError::new(StatusCode::FORBIDDEN, code, message)
+}
+
+/// Whether `authority` (host, and perhaps port) is an address, localhost, or the `configured` host.
+fn is_own_host(authority: &str, configured: &str) -> bool {
+    let host = match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => authority,
+    };
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    bare.parse::<IpAddr>().is_ok()
+        || host.eq_ignore_ascii_case("localhost")
+        || host.eq_ignore_ascii_case(configured)
+}
+
+/// A whole request body, not larger and not slower than the limits.
+pub(crate) struct Payload(pub(crate) Bytes);
+
+impl FromRequest<App> for Payload {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        let limit = app.limits.max_body_bytes;
+        let declared = request
+            .headers()
+            .get(header::CONTENT_LENGTH)
+            .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+        if declared.is_some_and(|length| length > limit) {
+            return Err(ApiError::too_large(limit));
+        }
+        let read = async {
+            let mut stream = request.into_body().into_data_stream();
+            let mut bytes = Vec::with_capacity(declared.unwrap_or(0));
+            while let Some(part) = stream.next().await {
+                let part =
+                    part.map_err(|_| ApiError::invalid("body", "the request body broke off"))?;
+                if bytes.len() + part.len() > limit {
+                    return Err(ApiError::too_large(limit));
+                }
+                bytes.extend_from_slice(&part);
+            }
+            Ok(Self(bytes.into()))
+        };
+        tokio::time::timeout(app.limits.body_timeout, read)
+            .await
+            .unwrap_or_else(|_| {
+                Err(ApiError::new(
+                    StatusCode::REQUEST_TIMEOUT,
+                    "body_timeout",
+                    "the request body took too long to arrive",
+                ))
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_localhost_and_the_configured_host_are_ones_own() {
+        for own in [
+            "127.0.0.1:1234",
+            "127.0.0.1",
+            "[::1]:80",
+            "[::1]",
+            "LOCALHOST:9",
+            "llm.lan",
+        ] {
+            assert!(is_own_host(own, "llm.lan"), "{own}");
+        }
+        for strange in [
+            "evil.example:1234",
+            "evil.example",
+            "localhost.evil.example",
+            "",
+        ] {
+            assert!(!is_own_host(strange, "llm.lan"), "{strange}");
+        }
+    }
+}

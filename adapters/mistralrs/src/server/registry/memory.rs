@@ -1,0 +1,114 @@
+//! The memory budget: what the weights of all engines take together, and what they may take.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Error, Result};
+
+/// What is in use, and how much may be.
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// Bytes; none means no limit.
+    budget: Option<u64>,
+    used: Mutex<Used>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Used {
+    n_generations: usize,
+    bytes: u64,
+}
+
+impl Memory {
+    pub(super) fn new(budget: Option<u64>) -> Arc<Self> {
+        Arc::new(Self {
+            budget,
+            used: Mutex::default(),
+        })
+    }
+
+    fn used(&self) -> MutexGuard<'_, Used> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `needed` bytes fit besides what is in use.
+    pub(super) fn check(&self, name: &str, needed: u64) -> Result<()> {
+        self.fits(name, needed, self.used().bytes)
+    }
+
+    /// Counts `needed` bytes as in use until the result is dropped.
+    ///
+    /// # Errors
+    /// [`Error::OverBudget`] if they do not fit.
+    pub(super) fn reserve(self: &Arc<Self>, name: &str, needed: u64) -> Result<Reservation> {
+        let mut used = self.used();
+        self.fits(name, needed, used.bytes)?;
+        used.bytes += needed;
+        used.n_generations += 1;
+        Ok(Reservation {
+            memory: self.clone(),
+            bytes: needed,
+        })
+    }
+
+    /// Generations in memory, and the bytes of their weights.
+    pub(super) fn in_use(&self) -> (usize, u64) {
+        let used = self.used();
+        (used.n_generations, used.bytes)
+    }
+
+    fn fits(&self, name: &str, needed: u64, in_use: u64) -> Result<()> {
+        match self.budget {
+            Some(budget) if in_use.saturating_add(needed) > budget => Err(Error::OverBudget {
+                name: name.to_owned(),
+                needed,
+                in_use,
+                budget,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Memory of one generation, held until its engine is gone.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    memory: Arc<Memory>,
+    bytes: u64,
+}
+
+impl Reservation {
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut used = self.memory.used();
+        used.bytes -= self.bytes;
+        used.n_generations -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_refused_and_what_is_dropped_is_free_again() {
+        let memory = Memory::new(Some(100));
+        let first = memory.reserve("a", 60).expect("fits");
+        let error = memory.reserve("b", 41).expect_err("does not");
+        assert!(
+            matches!(error, Error::OverBudget { needed: 41, in_use: 60, budget: 100, .. }),
+            "{error}"
+        );
+        let second = memory.reserve("b", 40).expect("fits exactly");
+        assert_eq!(memory.in_use(), (2, 100));
+        drop(first);
+        assert_eq!(memory.in_use(), (1, 40));
+        memory.check("c", 60).expect("fits");
+        drop(second);
+        assert!(Memory::new(None).reserve("a", u64::MAX).is_ok());
+    }
+}

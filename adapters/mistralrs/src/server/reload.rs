@@ -1,0 +1,96 @@
+//! Re-reading the configuration while the server runs: models and adapters, keys, and the certificate.
+
+use std::sync::{Arc, PoisonError};
+
+use serde::Serialize;
+
+use super::registry::Applied;
+use super::tls::TlsAcceptor;
+use super::{AppState, Keys};
+use crate::config::ServeConfig;
+use crate::error::{Error, Result};
+
+/// Reads the configuration anew. It is called where it may block.
+pub type ConfigSource = dyn Fn() -> Result<ServeConfig> + Send + Sync;
+
+/// What a configuration that was read again led to.
+#[derive(Debug, Clone, Serialize)]
+pub struct Reloaded {
+    /// What became of models and adapters.
+    #[serde(flatten)]
+    pub applied: Applied,
+    /// Sections and keys that differ from the running ones and wait for a restart.
+    pub needs_restart: Vec<&'static str>,
+}
+
+impl AppState {
+    /// Reads the configuration again and applies the difference. On failure everything stays as it was.
+    ///
+    /// # Errors
+    /// Every problem of the new configuration.
+    pub(crate) async fn reload(&self) -> Result<Reloaded> {
+        let outcome = self.try_reload().await;
+        match &outcome {
+            Ok(reloaded) => {
+                self.metrics.reload("success");
+                let needs_restart = &reloaded.needs_restart;
+                tracing::info!(?needs_restart, "configuration read again");
+            }
+            Err(error) => {
+                self.metrics.reload("failure");
+                tracing::error!(%error, "the new configuration is not used");
+            }
+        }
+        outcome
+    }
+
+    async fn try_reload(&self) -> Result<Reloaded> {
+        let _one_at_a_time = self.reloading.lock().await;
+        let source = self.source.get().cloned().ok_or_else(|| {
+            Error::setting("configuration", "the server was started without a file to read again")
+        })?;
+        let config = tokio::task::spawn_blocking(move || source())
+            .await
+            .map_err(|error| Error::Engine(format!("reading stopped unexpectedly: {error}")))??;
+        if config.api_keys.is_empty() && !self.address.ip().is_loopback() {
+            return Err(Error::setting(
+                "auth.api_keys_file",
+                "needed while the server listens on an address that is reachable from outside",
+            ));
+        }
+        // Read before anything changes, so that a bad certificate changes nothing.
+        let certificate = match (&self.tls, &config.tls) {
+            (Some(_), Some(files)) => Some(TlsAcceptor::read(files)?),
+            _ => None,
+        };
+        let applied = self.registry.apply(&config).await?;
+        if let (Some(tls), Some(certificate)) = (&self.tls, certificate) {
+            tls.replace(certificate);
+        }
+        let needs_restart = self.restart_reasons(&config);
+        let keys = Keys {
+            api: config.api_keys,
+            admin: config.admin_keys,
+        };
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
+        Ok(Reloaded {
+            applied,
+            needs_restart,
+        })
+    }
+
+    fn restart_reasons(&self, config: &ServeConfig) -> Vec<&'static str> {
+        let tls_turned = self.tls.is_some() != config.tls.is_some();
+        [
+            ("server.host or server.port", self.configured != config.address),
+            ("server.allowed_origins", self.allowed_origins != config.allowed_origins),
+            ("server.tls_cert", tls_turned),
+            ("runtime.max_memory_mb", self.max_memory != config.max_memory),
+            ("limits", *self.limits != config.limits),
+            ("admin", self.adapter_root != config.adapter_root),
+        ]
+        .into_iter()
+        .filter_map(|(section, differs)| differs.then_some(section))
+        .collect()
+    }
+}

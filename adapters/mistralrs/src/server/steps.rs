@@ -1,0 +1,263 @@
+//! A hook into every sampling step of one request: counts tokens, ends an answer nobody waits for, and draws with a seed.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::time::Instant;
+
+use candle_core::Tensor;
+use mistralrs_core::CustomLogitsProcessor;
+
+use super::metrics::Counted;
+
+/// Added to the logit of a token that must be sampled; one that a grammar forbids stays at minus infinity.
+const CERTAIN: f32 = 1e6;
+
+/// The steps of one request.
+///
+/// mistral.rs 0.8.1 does not tell when the last token adds no text, so tokens are counted here. Nor must the receiver of a
+/// request be dropped to cancel it: the failed send fails the whole batch, and then stops the engine. A request is
+/// cancelled by making the end-of-text token certain at its next step.
+pub(crate) struct Steps {
+    n_choices: usize,
+    /// A sample that a grammar forbids is drawn again at the same length, which is why lengths are told apart.
+    draws_by_length: Mutex<HashMap<usize, usize>>,
+    first: OnceLock<Instant>,
+    /// Counts the request among those without a token.
+    waiting: Mutex<Option<Counted>>,
+    cancelled: AtomicBool,
+    end_tokens: Vec<u32>,
+    seeded: Option<SeededDraw>,
+}
+
+impl Steps {
+    pub(crate) fn new(
+        n_choices: usize,
+        end_tokens: Vec<u32>,
+        seeded: Option<SeededDraw>,
+        waiting: Option<Counted>,
+    ) -> Self {
+        Self {
+            n_choices,
+            draws_by_length: Mutex::default(),
+            first: OnceLock::new(),
+            waiting: Mutex::new(waiting),
+            cancelled: AtomicBool::new(false),
+            end_tokens,
+            seeded,
+        }
+    }
+
+    fn draws(&self) -> MutexGuard<'_, HashMap<usize, usize>> {
+        self.draws_by_length
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Tokens sampled, over all choices.
+    pub(crate) fn count(&self) -> usize {
+        self.draws()
+            .values()
+            .map(|n_draws| *n_draws.min(&self.n_choices))
+            .sum()
+    }
+
+    /// When the first token was sampled.
+    pub(crate) fn first(&self) -> Option<Instant> {
+        self.first.get().copied()
+    }
+
+    /// Ends the answer at its next step.
+    pub(crate) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+impl CustomLogitsProcessor for Steps {
+    fn apply(&self, logits: &Tensor, context: &[u32]) -> candle_core::Result<Tensor> {
+        *self.draws().entry(context.len()).or_default() += 1;
+        self.first.get_or_init(|| {
+            let mut waiting = self
+                .waiting
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
+            waiting.take();
+            Instant::now()
+        });
+        if self.cancelled.load(Ordering::Relaxed) {
+            return favour(logits, &self.end_tokens);
+        }
+        match &self.seeded {
+            Some(seeded) => {
+                let token = seeded.draw(&logits.to_vec1()?, context.len());
+                favour(logits, token.as_slice())
+            }
+            None => Ok(logits.clone()),
+        }
+    }
+}
+
+/// `logits` with `tokens` made certain.
+fn favour(logits: &Tensor, tokens: &[u32]) -> candle_core::Result<Tensor> {
+    let n = logits.elem_count();
+    let mut bonus = vec![0f32; n];
+    for token in tokens {
+        if let Some(value) = usize::try_from(*token)
+            .ok()
+            .and_then(|at| bonus.get_mut(at))
+        {
+            *value = CERTAIN;
+        }
+    }
+    let bonus = Tensor::from_vec(bonus, n, logits.device())?.to_dtype(logits.dtype())?;
+    logits + bonus
+}
+
+/// Sampling that a request's `seed` fixes: the Gumbel-max trick with noise that is a function of (seed, position, token).
+///
+/// `argmax_i (l_i / T + g_i)`, g_i standard Gumbel, is a draw from softmax(l / T) over the tokens that are kept.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct SeededDraw {
+    pub(crate) seed: u64,
+    /// Above 0.
+    pub(crate) temperature: f64,
+    pub(crate) top_k: Option<usize>,
+    pub(crate) top_p: Option<f64>,
+    pub(crate) min_p: Option<f64>,
+}
+
+impl SeededDraw {
+    /// The token at `position`; none if no logit is finite.
+    fn draw(&self, logits: &[f32], position: usize) -> Option<u32> {
+        let mut order: Vec<(u32, f64)> = (0u32..)
+            .zip(logits)
+            .filter(|(_, logit)| logit.is_finite())
+            .map(|(token, logit)| (token, f64::from(*logit) / self.temperature))
+            .collect();
+        order.sort_by(|(a, x), (b, y)| y.total_cmp(x).then(a.cmp(b)));
+        let (_, highest) = *order.first()?;
+        order.truncate(self.kept(&order, highest));
+        let best = order.into_iter().max_by(|(a, x), (b, y)| {
+            let x = x + self.gumbel(position, *a);
+            let y = y + self.gumbel(position, *b);
+            x.total_cmp(&y)
+        });
+        best.map(|(token, _)| token)
+    }
+
+    /// How many of the scaled logits, largest first, top-k, then top-p, then min-p leave; at least 1.
+    fn kept(&self, order: &[(u32, f64)], highest: f64) -> usize {
+        let most = self.top_k.map_or(order.len(), |k| k.clamp(1, order.len()));
+        let weight = |value: f64| (value - highest).exp();
+        let total: f64 = order.iter().map(|(_, value)| weight(*value)).sum();
+        let mut kept = 0;
+        let mut sum = 0.0;
+        for (_, value) in &order[..most] {
+            let share = weight(*value);
+            let below_floor = self.min_p.is_some_and(|floor| share < floor);
+            if kept > 0 && (below_floor || self.top_p.is_some_and(|p| sum / total >= p)) {
+                break;
+            }
+            sum += share;
+            kept += 1;
+        }
+        kept
+    }
+
+    fn gumbel(&self, position: usize, token: u32) -> f64 {
+        let position = u64::try_from(position).unwrap_or(u64::MAX);
+        let word = mix(mix(self.seed ^ mix(position)) ^ u64::from(token));
+        // 53 random bits, shifted by half a step so that neither end of (0, 1) occurs.
+        #[expect(clippy::cast_precision_loss, reason = "53 bits are exact")]
+        let uniform = ((word >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
+        -(-uniform.ln()).ln()
+    }
+}
+
+/// SplitMix64's step and finaliser (Steele, Lea, Flood 2014).
+fn mix(word: u64) -> u64 {
+    let mut z = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn plain(seed: u64) -> SeededDraw {
+        SeededDraw {
+            seed,
+            temperature: 1.0,
+            top_k: None,
+            top_p: None,
+            min_p: None,
+        }
+    }
+
+    #[test]
+    fn draws_follow_the_distribution_and_repeat_with_the_seed() {
+        let logits: Vec<f32> = [0.5f32, 0.3, 0.15, 0.05].iter().map(|p| p.ln()).collect();
+        let mut counts = [0usize; 4];
+        let n = 20_000;
+        for position in 0..n {
+            let token = plain(1).draw(&logits, position).expect("finite");
+            assert_eq!(plain(1).draw(&logits, position), Some(token));
+            counts[token as usize] += 1;
+        }
+        // Five standard deviations of a binomial: a false alarm in about one of 10^6 changes of the generator.
+        for (count, p) in counts.iter().zip([0.5, 0.3, 0.15, 0.05]) {
+            let (expected, sd) = (f64::from(20_000) * p, (20_000.0 * p * (1.0 - p)).sqrt());
+            assert!((*count as f64 - expected).abs() < 5.0 * sd, "{counts:?}");
+        }
+        let differs = (0..100).any(|at| plain(1).draw(&logits, at) != plain(2).draw(&logits, at));
+        assert!(differs, "another seed must draw otherwise");
+    }
+
+    #[test]
+    fn truncation_keeps_what_it_should_and_never_nothing() {
+        let logits: Vec<f32> = [0.05f32, 0.5, 0.15, 0.3].iter().map(|p| p.ln()).collect();
+        let support = |draw: &SeededDraw| {
+            let mut found: Vec<u32> = (0..2000).filter_map(|at| draw.draw(&logits, at)).collect();
+            found.sort_unstable();
+            found.dedup();
+            found
+        };
+        let with = |top_k, top_p, min_p| SeededDraw {
+            top_k,
+            top_p,
+            min_p,
+            ..plain(3)
+        };
+        assert_eq!(support(&with(None, None, None)), [0, 1, 2, 3]);
+        assert_eq!(support(&with(Some(2), None, None)), [1, 3]);
+        assert_eq!(support(&with(None, Some(0.6), None)), [1, 3]);
+        assert_eq!(support(&with(None, Some(0.0), None)), [1]);
+        assert_eq!(support(&with(None, None, Some(0.25))), [1, 2, 3]);
+        let forbidden = [f32::NEG_INFINITY; 3];
+        assert_eq!(plain(3).draw(&forbidden, 0), None);
+    }
+
+    #[test]
+    fn a_cancelled_request_ends_unless_a_grammar_forbids_it() {
+        let steps = Steps::new(1, vec![2], None, None);
+        let logits = Tensor::new(&[3f32, 1.0, -5.0], &Device::Cpu).expect("a tensor");
+        let best = |logits: &Tensor| {
+            let row: Vec<f32> = steps
+                .apply(logits, &[0])
+                .and_then(|logits| logits.to_vec1())
+                .expect("a row");
+            (0..3).max_by(|a, b| row[*a].total_cmp(&row[*b]))
+        };
+        assert_eq!(best(&logits), Some(0));
+        assert!(steps.first().is_some());
+        steps.cancel();
+        assert_eq!(best(&logits), Some(2));
+        let masked = Tensor::new(&[3f32, 1.0, f32::NEG_INFINITY], &Device::Cpu).expect("a tensor");
+        assert_eq!(best(&masked), Some(0));
+        assert_eq!(steps.count(), 1, "three draws at one length are one token");
+    }
+}

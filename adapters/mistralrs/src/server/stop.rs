@@ -1,0 +1,101 @@
+//! Stop texts: cuts an answer at the first of them, however the text arrives.
+
+/// Cuts text at the first stop text, and holds back what may be the beginning of one.
+#[derive(Default)]
+pub(crate) struct StopFilter {
+    stops: Vec<String>,
+    held: String,
+}
+
+impl StopFilter {
+    pub(crate) fn new(stops: Vec<String>) -> Self {
+        Self {
+            stops,
+            held: String::new(),
+        }
+    }
+
+    /// Text that may be shown after `delta`, and whether a stop text was reached.
+    pub(crate) fn push(&mut self, delta: &str) -> (String, bool) {
+        self.held.push_str(delta);
+        let first = self
+            .stops
+            .iter()
+            .filter_map(|stop| self.held.find(stop.as_str()))
+            .min();
+        if let Some(position) = first {
+            self.held.truncate(position);
+            return (std::mem::take(&mut self.held), true);
+        }
+        let keep = self
+            .stops
+            .iter()
+            .flat_map(|stop| {
+                let ends = stop.char_indices().skip(1).map(|(end, _)| end);
+                ends.filter(|end| self.held.ends_with(&stop[..*end]))
+            })
+            .max()
+            .unwrap_or(0);
+        let shown = self.held.len() - keep;
+        (self.held.drain(..shown).collect(), false)
+    }
+
+    /// What was held back when the text ended.
+    pub(crate) fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+
+    /// Cuts a complete text.
+    pub(crate) fn cut(stops: &[String], text: &str) -> (String, bool) {
+        let mut filter = Self::new(stops.to_vec());
+        let (mut shown, stopped) = filter.push(text);
+        if !stopped {
+            shown.push_str(&filter.finish());
+        }
+        (shown, stopped)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_shown_in_full_up_to_the_first_stop_however_it_is_cut() {
+        let stops = vec!["END".to_owned(), "é.".to_owned()];
+        let cases = [
+            ("abc", "abc"),
+            ("aENbEN", "aENbEN"),
+            ("xENDyé.", "x"),
+            ("aé.END", "a"),
+            ("éé", "éé"),
+        ];
+        for (text, expected) in cases {
+            for size in 1..=text.chars().count() {
+                let characters: Vec<char> = text.chars().collect();
+                let mut filter = StopFilter::new(stops.clone());
+                let mut shown = String::new();
+                let mut stopped = false;
+                for piece in characters.chunks(size) {
+                    let (part, stop) = filter.push(&piece.iter().collect::<String>());
+                    shown.push_str(&part);
+                    stopped = stop;
+                    if stop {
+                        break;
+                    }
+                }
+                if !stopped {
+                    shown.push_str(&filter.finish());
+                }
+                assert_eq!(shown, expected, "{text} in pieces of {size}");
+            }
+            assert_eq!(StopFilter::cut(&stops, text).0, expected);
+        }
+    }
+
+    #[test]
+    fn without_stop_texts_nothing_is_held_back() {
+        let mut filter = StopFilter::default();
+        assert_eq!(filter.push("abc"), ("abc".to_owned(), false));
+    }
+}
