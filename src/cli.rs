@@ -357,7 +357,7 @@ pub struct ParityArgs {
 }
 
 /// `serve`
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
     /// serve.toml
     #[arg(short, long, value_name = "FILE", required_unless_present = "model_id")]

@@ -1,15 +1,45 @@
 //! `serve`: mistral.rs's OpenAI-compatible server with adapters loaded.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Result;
-use mistralrs_monteclora::{AdapterSection, Error as ServeError, ModelSection, ServeFile, serve};
+use mistralrs_monteclora::{
+    AdapterSection, ConfigSource, Error as ServeError, ModelSection, ServeConfig, ServeFile, serve,
+};
 
 use super::Usage;
 use crate::cli::{DtypeArg, ServeArgs};
 use crate::hub::{self, HubOptions};
 
 pub(super) fn run(args: &ServeArgs) -> Result<()> {
+    let config = configuration(args)?;
+    let source: Option<Arc<ConfigSource>> = args.config.is_some().then(|| {
+        let args = args.clone();
+        let source: Arc<ConfigSource> = Arc::new(move || {
+            configuration(&args).map_err(|error| match error.downcast::<ServeError>() {
+                Ok(error) => error,
+                Err(error) => ServeError::Setting {
+                    key: "configuration".to_owned(),
+                    message: format!("{error:#}"),
+                },
+            })
+        });
+        source
+    });
+    let scheme = if config.tls.is_some() {
+        "https"
+    } else {
+        "http"
+    };
+    serve(&config, source, |address| {
+        tracing::info!("serving on {scheme}://{address}; stop with ctrl-c");
+    })?;
+    Ok(())
+}
+
+/// The configuration that the arguments, and the file they name, stand for now.
+fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
     let mut file = match (&args.config, &args.model_id) {
         (Some(path), _) => ServeFile::read(path)?,
         (None, Some(model_id)) => ServeFile {
@@ -39,11 +69,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<()> {
                 message: format!("{error:#}"),
             })
     };
-    let config = file.resolve(&locate)?;
-    serve(&config, |address| {
-        tracing::info!("serving on http://{address}; stop with ctrl-c");
-    })?;
-    Ok(())
+    Ok(file.resolve(&locate)?)
 }
 
 fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {

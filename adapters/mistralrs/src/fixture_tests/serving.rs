@@ -421,7 +421,8 @@ fn a_port_in_use_is_reported_before_anything_is_loaded() {
     let config = ServeFile::read(&path)
         .and_then(|file| file.resolve(&local_only))
         .expect("sound");
-    let error = crate::serve(&config, |_| panic!("must not become ready")).expect_err("taken");
+    let error =
+        crate::serve(&config, None, |_| panic!("must not become ready")).expect_err("taken");
     assert!(
         matches!(error, Error::Listen { .. }) && error.to_string().contains("in use"),
         "{error}"

@@ -114,7 +114,7 @@ pub(crate) async fn reload(State(app): State<App>) -> Result<Json<Reloaded>, Api
 /// `GET /v1/lora_adapters`.
 pub(crate) async fn list(State(app): State<App>) -> Json<Value> {
     let leases = app.registry.list();
-    let root = app.adapter_root.as_ref().map(|root| root.as_path());
+    let root = app.adapter_root.as_deref();
     // Relative to the root; where an adapter outside it lies is nobody's business.
     let source = |lease: &Lease| {
         let path = lease.source()?.canonicalize().ok()?;

@@ -103,7 +103,11 @@ impl Registry {
             state_file,
         };
         let mut checked = plan.check().await?.into_iter();
-        let total = checked.as_slice().iter().map(|model| model.weight_bytes).sum();
+        let total = checked
+            .as_slice()
+            .iter()
+            .map(|model| model.weight_bytes)
+            .sum();
         let memory = Memory::new(config.max_memory);
         memory.check("all models and adapters", total)?;
         let first = checked

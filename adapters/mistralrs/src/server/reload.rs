@@ -47,7 +47,10 @@ impl AppState {
     async fn try_reload(&self) -> Result<Reloaded> {
         let _one_at_a_time = self.reloading.lock().await;
         let source = self.source.get().cloned().ok_or_else(|| {
-            Error::setting("configuration", "the server was started without a file to read again")
+            Error::setting(
+                "configuration",
+                "the server was started without a file to read again",
+            )
         })?;
         let config = tokio::task::spawn_blocking(move || source())
             .await
@@ -82,10 +85,19 @@ impl AppState {
     fn restart_reasons(&self, config: &ServeConfig) -> Vec<&'static str> {
         let tls_turned = self.tls.is_some() != config.tls.is_some();
         [
-            ("server.host or server.port", self.configured != config.address),
-            ("server.allowed_origins", self.allowed_origins != config.allowed_origins),
+            (
+                "server.host or server.port",
+                self.configured != config.address,
+            ),
+            (
+                "server.allowed_origins",
+                self.allowed_origins != config.allowed_origins,
+            ),
             ("server.tls_cert", tls_turned),
-            ("runtime.max_memory_mb", self.max_memory != config.max_memory),
+            (
+                "runtime.max_memory_mb",
+                self.max_memory != config.max_memory,
+            ),
             ("limits", *self.limits != config.limits),
             ("admin", self.adapter_root != config.adapter_root),
         ]

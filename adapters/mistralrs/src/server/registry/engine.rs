@@ -172,7 +172,11 @@ pub(crate) struct Host {
 
 impl Host {
     /// Starts a host with its first model, which it cannot be without.
-    pub(crate) async fn start(first: Checked, serial: u64, memory: Arc<Memory>) -> Result<(Self, Lease)> {
+    pub(crate) async fn start(
+        first: Checked,
+        serial: u64,
+        memory: Arc<Memory>,
+    ) -> Result<(Self, Lease)> {
         let loaded = Loaded::new(first, serial, &memory).await?;
         let settings = loaded.checked.wanted.spec.settings;
         let schedule = scheduler(
@@ -187,7 +191,11 @@ impl Host {
             .build()
             .await;
         let reaper = Reaper::spawn(Arc::downgrade(&inner))?;
-        let host = Self { inner, memory, reaper };
+        let host = Self {
+            inner,
+            memory,
+            reaper,
+        };
         let lease = host.lease(loaded);
         Ok((host, lease))
     }

@@ -100,7 +100,15 @@ mod tests {
         let first = memory.reserve("a", 60).expect("fits");
         let error = memory.reserve("b", 41).expect_err("does not");
         assert!(
-            matches!(error, Error::OverBudget { needed: 41, in_use: 60, budget: 100, .. }),
+            matches!(
+                error,
+                Error::OverBudget {
+                    needed: 41,
+                    in_use: 60,
+                    budget: 100,
+                    ..
+                }
+            ),
             "{error}"
         );
         let second = memory.reserve("b", 40).expect("fits exactly");
