@@ -459,6 +459,12 @@ pub struct BenchTrainArgs {
     /// Mixture components N.
     #[arg(long, default_value_t = 8)]
     pub num_samples: usize,
+    /// Rank of the adapters; alpha is twice as much.
+    #[arg(long, default_value_t = 16)]
+    pub rank: usize,
+    /// Measure random weights of the sizes in MODEL's config.json, which is all the directory needs to hold.
+    #[arg(long)]
+    pub random_weights: bool,
     /// Keep only block inputs and compute the rest again.
     #[arg(long)]
     pub gradient_checkpointing: bool,

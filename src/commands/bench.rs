@@ -8,7 +8,7 @@ use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_converters::{AdapterConfig, MonteCloraSettings, TargetModules};
 use serde_json::json;
 
-use super::{Usage, device, print, print_json, require_f32};
+use super::{Usage, device, print, print_json, weight_type};
 use crate::cli::{BenchMethod, BenchTrainArgs};
 use crate::hub;
 use crate::model::{Decoder, PassOptions, Projection, Sequences};
@@ -16,21 +16,27 @@ use crate::train::metrics::peak_memory_bytes;
 use crate::train::{AdamW, AdamWSettings, AdapterState, DrawForm};
 
 pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
-    require_f32(args.model.options.dtype)?;
-    if args.batch == 0 || args.seq < 2 || args.steps < 2 || args.num_samples == 0 {
+    let weights = weight_type(args.model.options.dtype)?;
+    let counts = [args.batch, args.num_samples, args.rank];
+    if counts.contains(&0) || args.seq < 2 || args.steps < 2 {
         return Err(Usage(
-            "bench train needs --batch >= 1, --seq >= 2, --steps >= 2 and --num-samples >= 1"
+            "bench train needs --seq and --steps of at least 2; --batch, --num-samples and --rank of at least 1"
                 .to_owned(),
         )
         .into());
     }
+    let began = Instant::now();
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
     let device = device(args.model.options.cpu)?;
-    let decoder = Decoder::load(&base.dir, &device)?;
+    let decoder = if args.random_weights {
+        Decoder::random(&base.dir, &device, weights, 0)?
+    } else {
+        Decoder::load_as(&base.dir, &device, weights)?
+    };
     let leaf = |p: Projection| p.path().rsplit('.').next().unwrap_or_default().to_owned();
     let config = AdapterConfig {
-        r: 16,
-        lora_alpha: 32.0,
+        r: args.rank,
+        lora_alpha: 2.0 * args.rank as f64,
         target_modules: TargetModules::List(Projection::ALL.map(leaf).to_vec()),
         monteclora: (args.method == BenchMethod::Monteclora).then(|| MonteCloraSettings {
             num_samples: args.num_samples,
@@ -67,6 +73,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         dropout: None,
         checkpointing: args.gradient_checkpointing,
     };
+    let load_s = began.elapsed().as_secs_f64();
     let mut seconds = Vec::with_capacity(args.steps);
     for step in 0..args.steps {
         let began = Instant::now();
@@ -107,6 +114,8 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
             "step_s": seconds,
             "tokens_per_second": tokens_per_second,
             "peak_gb": peak_gb,
+            "load_s": load_s,
+            "threads": rayon::current_num_threads(),
         }));
     }
     print(&format!(

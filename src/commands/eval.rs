@@ -4,7 +4,7 @@ use anyhow::Result;
 use monteclora_converters::{Adapter, ModelFiles};
 use serde::Serialize;
 
-use super::{Usage, device, print, print_json, require_f32, require_fit};
+use super::{Usage, device, print, print_json, require_fit, weight_type};
 use crate::cli::EvalArgs;
 use crate::data::{Dataset, EncodeOptions, Overlong, TrainOn};
 use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Scores, score};
@@ -25,7 +25,7 @@ struct Report {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
-    require_f32(args.model.options.dtype)?;
+    let weights = weight_type(args.model.options.dtype)?;
     for (flag, value) in [
         ("--batch-size", args.batch_size),
         ("--ece-bins", args.ece_bins),
@@ -60,7 +60,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     encoder.tokenizer().check_vocab(config.vocab_size)?;
     let data = Dataset::open(&args.data, None, encoder)?;
     let choices = ChoiceRows::read(&data)?;
-    let decoder = Decoder::load(&base.dir, &device(args.model.options.cpu)?)?;
+    let decoder = Decoder::load_as(&base.dir, &device(args.model.options.cpu)?, weights)?;
     let options = EvalOptions {
         batch_size: args.batch_size,
         ece_bins: args.ece_bins,

@@ -22,7 +22,7 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use serde::Serialize;
 
 use crate::cli::{BenchCommand, Command, DtypeArg};
@@ -171,14 +171,15 @@ pub(crate) fn device(cpu: bool) -> Result<Device> {
     Ok(device)
 }
 
-/// Our decoder computes in float32; anything else asked of it is refused rather than ignored.
-pub(crate) fn require_f32(dtype: DtypeArg) -> Result<()> {
+/// How our decoder holds the base's weights; it computes in f32, and what it cannot do is refused rather than ignored.
+pub(crate) fn weight_type(dtype: DtypeArg) -> Result<DType> {
     match dtype {
-        DtypeArg::Auto | DtypeArg::F32 => Ok(()),
-        other => Err(Usage(format!(
-            "--dtype {}: our decoder computes in f32; use auto or f32",
-            format!("{other:?}").to_lowercase()
-        ))
+        DtypeArg::Auto | DtypeArg::F32 => Ok(DType::F32),
+        DtypeArg::Bf16 => Ok(DType::BF16),
+        DtypeArg::F16 => Err(Usage(
+            "--dtype f16: our decoder holds weights as f32 or bf16; use auto, f32 or bf16"
+                .to_owned(),
+        )
         .into()),
     }
 }

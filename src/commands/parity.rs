@@ -8,7 +8,7 @@ use monteclora_converters::{Adapter, ModelFiles, SafetensorsFile};
 use serde::Serialize;
 
 use super::{
-    Numerical, Usage, device, print, print_json, read_effective, require_f32, require_fit,
+    Numerical, Usage, device, print, print_json, read_effective, require_fit, weight_type,
 };
 use crate::cli::{EngineArg, ParityArgs};
 use crate::data::{EncodeOptions, Overlong, TrainOn};
@@ -64,7 +64,9 @@ struct Reference {
 }
 
 pub(super) fn run(args: &ParityArgs) -> Result<()> {
-    require_f32(args.model.options.dtype)?;
+    if weight_type(args.model.options.dtype)? != candle_core::DType::F32 {
+        return Err(Usage("parity compares in f32; use --dtype auto or f32".to_owned()).into());
+    }
     let adapter = args
         .adapter
         .as_ref()

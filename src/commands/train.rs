@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
+use candle_core::DType;
 use monteclora_converters::{Adapter, AdapterConfig, ModelFiles};
 use serde_json::json;
 
@@ -32,6 +33,8 @@ pub(super) struct Prepared {
     pub(super) train: Dataset,
     pub(super) valid: Option<Dataset>,
     pub(super) settings: TrainSettings,
+    /// How the base's weights are held.
+    pub(super) weights: DType,
 }
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
@@ -95,12 +98,17 @@ fn existing(dir: &str) -> Result<PathBuf> {
 
 /// Checks configuration, base, adapter sites and data; `base` replaces the model of the configuration.
 pub(super) fn prepare(run: RunConfig, base: Option<Located>) -> Result<Prepared> {
-    if !matches!(run.model.dtype, DtypeChoice::Auto | DtypeChoice::F32) {
-        return Err(Usage(
-            "[model] dtype: the trainer computes in f32; use \"auto\" or \"f32\"".to_owned(),
-        )
-        .into());
-    }
+    let weights = match run.model.dtype {
+        DtypeChoice::Auto | DtypeChoice::F32 => DType::F32,
+        DtypeChoice::Bf16 => DType::BF16,
+        DtypeChoice::F16 => {
+            return Err(Usage(
+                "[model] dtype: the trainer holds weights as f32 or bf16; use \"auto\", \"f32\" or \"bf16\""
+                    .to_owned(),
+            )
+            .into());
+        }
+    };
     let base = match base {
         Some(base) => base,
         None => hub::locate(
@@ -166,6 +174,7 @@ pub(super) fn prepare(run: RunConfig, base: Option<Located>) -> Result<Prepared>
         train,
         valid,
         settings,
+        weights,
     })
 }
 
@@ -179,7 +188,7 @@ pub(super) fn execute(
     let output_dir = prepared.run.train.output_dir.as_path();
     std::fs::create_dir_all(output_dir)
         .with_context(|| format!("cannot create `{}`", output_dir.display()))?;
-    let decoder = Decoder::load(&prepared.base.dir, &device)?;
+    let decoder = Decoder::load_as(&prepared.base.dir, &device, prepared.weights)?;
     let objective = session::objective(&prepared.run.lora);
     let model_config = &prepared.model_config;
     let seed = prepared.run.seed;
@@ -306,7 +315,7 @@ fn dry_run(prepared: &Prepared, as_json: bool) -> Result<()> {
     ))
 }
 
-/// Bytes at the peak of a step: frozen weights in f32, the adapter with gradient and moments, activations of the largest
+/// Bytes at the peak of a step: frozen weights, the adapter with gradient and moments, activations of the largest
 /// batch, and the logits of one chunk.
 fn memory_estimate(prepared: &Prepared) -> u64 {
     let config = &prepared.model_config;
@@ -343,7 +352,9 @@ fn memory_estimate(prepared: &Prepared) -> u64 {
         .filter(|m| prepared.sites.contains(&m.name))
         .map(|m| rank * (m.in_features + m.out_features))
         .sum();
-    4 * (weights + 6 * adapter + activations + 2 * 96 * config.vocab_size) as u64 + (80 << 20)
+    let logits = batch_tokens.min(crate::model::ops::cross_entropy::CHUNK) * config.vocab_size;
+    (prepared.weights.size_in_bytes() * weights + 4 * (6 * adapter + activations + logits)) as u64
+        + (80 << 20)
 }
 
 /// A flag set by the first SIGINT or SIGTERM; a second one ends the process at once.

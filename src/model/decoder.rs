@@ -17,7 +17,7 @@ use super::ops::rope::Rotation;
 use super::ops::{cross_entropy, rms_norm};
 use super::{Error, Result};
 
-/// A frozen decoder on one device, float32.
+/// A frozen decoder on one device: weights in f32 or bf16, norms and arithmetic in f32.
 #[derive(Debug)]
 pub struct Decoder {
     pub(super) config: ModelConfig,
@@ -140,9 +140,27 @@ impl Decoder {
     /// # Errors
     /// What [`ModelConfig::read`] refuses; missing or misshapen tensors, all of them at once.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
+        Self::load_as(dir, device, DType::F32)
+    }
+
+    /// Loads a Hugging Face directory with embedding and projections held as `weights`: f32, or bf16 at half the memory, widened
+    /// piece by piece where they are multiplied.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; [`Error::WeightType`] for any other type.
+    pub fn load_as(dir: &Path, device: &Device, weights: DType) -> Result<Self> {
         let config = ModelConfig::read(dir)?;
         let files = ModelFiles::open(dir)?;
-        load::decoder(config, &files, device)
+        load::decoder(config, dir, load::Source::Files(&files), device, weights)
+    }
+
+    /// A decoder of the sizes in `dir`'s config.json with random weights, a function of `seed`; for measurements.
+    ///
+    /// # Errors
+    /// As [`Self::load_as`].
+    pub fn random(dir: &Path, device: &Device, weights: DType, seed: u64) -> Result<Self> {
+        let config = ModelConfig::read(dir)?;
+        load::decoder(config, dir, load::Source::Random(seed), device, weights)
     }
 
     /// Sizes and switches.
@@ -183,7 +201,10 @@ impl Decoder {
             });
         }
         let index = Tensor::new(tokens, &self.device)?;
-        Ok(self.embedding.index_select(&index, 0)?)
+        Ok(self
+            .embedding
+            .index_select(&index, 0)?
+            .to_dtype(DType::F32)?)
     }
 
     pub(super) fn rotation(&self, positions: &[u32]) -> Result<Rotation> {

@@ -69,6 +69,9 @@ pub enum Error {
         /// Entries of the model's embedding.
         vocab_size: usize,
     },
+    /// Weights cannot be held in this type.
+    #[error("weights as {0}: the decoder holds them as f32 or bf16")]
+    WeightType(&'static str),
     /// Reading tensors failed.
     #[error(transparent)]
     Format(#[from] monteclora_converters::Error),

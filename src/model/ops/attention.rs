@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, DType, Tensor};
 use monteclora_adapters::linalg::{Strided, gemm_f32, on_cpu};
 use monteclora_adapters::simd::{dot, largest, vectorised};
 use rayon::prelude::*;
 
+use super::build_rows;
 use super::swiglu::exp;
 use crate::model::Result;
 
@@ -76,8 +77,8 @@ pub fn forward(
     let fast = on_cpu([q, k, v], |[q, k, v]| {
         forward_cpu(q, k, v, tokens, segments, heads)
     })?;
-    if let Some((output, log_sums)) = fast {
-        let output = Tensor::from_vec(output, (tokens, heads.query * heads.dim), &Device::Cpu)?;
+    if let Some(attended) = fast {
+        let (output, log_sums) = attended?;
         return Ok(Attended { output, log_sums });
     }
     let mut outputs = Vec::with_capacity(segments.len());
@@ -118,13 +119,8 @@ pub fn backward(
             };
             inputs.run(keys, segments)
         })?;
-        if let Some((dq, dk, dv)) = fast {
-            let (wide, narrow) = (heads.query * heads.dim, heads.key_value * heads.dim);
-            return Ok((
-                Tensor::from_vec(dq, (tokens, wide), &Device::Cpu)?,
-                Tensor::from_vec(dk, (keys, narrow), &Device::Cpu)?,
-                Tensor::from_vec(dv, (keys, narrow), &Device::Cpu)?,
-            ));
+        if let Some(gradients) = fast {
+            return Ok(gradients?);
         }
     }
     let (mut dqs, mut dks, mut dvs) = (Vec::new(), Vec::new(), Vec::new());
@@ -167,7 +163,7 @@ fn forward_cpu(
     tokens: usize,
     segments: &[Segment],
     heads: Heads,
-) -> (Vec<f32>, Vec<f32>) {
+) -> candle_core::Result<(Tensor, Vec<f32>)> {
     let dim = heads.dim;
     let tasks: Vec<(&Segment, usize)> = segments
         .iter()
@@ -223,15 +219,57 @@ fn forward_cpu(
             (out, log_sums)
         })
         .collect();
-    let width = heads.query * dim;
-    let mut output = vec![0f32; tokens * width];
     let mut log_sums = vec![0f32; heads.query * tokens];
-    for ((segment, h), (out, sums)) in tasks.iter().zip(&parts) {
-        scatter_head(&mut output, segment.query_start, *h, width, dim, out);
+    for ((segment, h), (_, sums)) in tasks.iter().zip(&parts) {
         let start = h * tokens + segment.query_start;
         log_sums[start..start + segment.query_len].copy_from_slice(sums);
     }
-    (output, log_sums)
+    let owners = owners(tokens, segments, |s| (s.query_start, s.query_len));
+    let output = gather_heads(&owners, heads.query, dim, |segment, h| {
+        &parts[segment * heads.query + h].0
+    })?;
+    Ok((output, log_sums))
+}
+
+/// For each row, the segment it belongs to and its place there.
+fn owners(
+    rows: usize,
+    segments: &[Segment],
+    range: impl Fn(&Segment) -> (usize, usize),
+) -> Vec<Option<(usize, usize)>> {
+    let mut owners = vec![None; rows];
+    for (index, segment) in segments.iter().enumerate() {
+        let (start, len) = range(segment);
+        for (place, owner) in owners[start..start + len].iter_mut().enumerate() {
+            *owner = Some((index, place));
+        }
+    }
+    owners
+}
+
+/// Lays the heads of each segment, `part(segment, head)` `[len, dim]`, side by side: `[rows, heads * dim]`.
+fn gather_heads<'a>(
+    owners: &[Option<(usize, usize)>],
+    n_heads: usize,
+    dim: usize,
+    part: impl Fn(usize, usize) -> &'a [f32] + Sync,
+) -> candle_core::Result<Tensor> {
+    let [gathered] = build_rows(
+        owners.len(),
+        n_heads * dim,
+        #[inline(always)]
+        |row, [out]| {
+            for (head, out) in out.chunks_exact_mut(dim).enumerate() {
+                let values = owners[row]
+                    .map(|(segment, place)| &part(segment, head)[place * dim..][..dim])
+                    .unwrap_or_default();
+                for (i, out) in out.iter_mut().enumerate() {
+                    out.write(values.get(i).copied().unwrap_or_default());
+                }
+            }
+        },
+    )?;
+    Ok(gathered)
 }
 
 /// Softmax over `row[start..end]`, zero outside; returns the logarithm of the sum of exponentials.
@@ -252,20 +290,6 @@ fn softmax_row(row: &mut [f32], start: usize, end: usize) -> f32 {
     largest + sum.ln()
 }
 
-fn scatter_head(
-    output: &mut [f32],
-    first_row: usize,
-    head: usize,
-    width: usize,
-    dim: usize,
-    part: &[f32],
-) {
-    for (i, row) in part.chunks_exact(dim).enumerate() {
-        let start = (first_row + i) * width + head * dim;
-        output[start..start + dim].copy_from_slice(row);
-    }
-}
-
 struct Backward<'a> {
     q: &'a [f32],
     k: &'a [f32],
@@ -278,7 +302,11 @@ struct Backward<'a> {
 }
 
 impl Backward<'_> {
-    fn run(&self, keys: usize, segments: &[Segment]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    fn run(
+        &self,
+        keys: usize,
+        segments: &[Segment],
+    ) -> candle_core::Result<(Tensor, Tensor, Tensor)> {
         let Heads {
             query,
             key_value,
@@ -295,38 +323,14 @@ impl Backward<'_> {
             .par_iter()
             .map(|(segment, kv)| self.key_value_head(segment, *kv))
             .collect();
-        let mut dq = vec![0f32; self.tokens * query * dim];
-        let mut dk = vec![0f32; keys * key_value * dim];
-        let mut dv = vec![0f32; keys * key_value * dim];
-        for ((segment, kv), (part_q, part_k, part_v)) in tasks.iter().zip(&parts) {
-            for (i, part) in part_q.iter().enumerate() {
-                scatter_head(
-                    &mut dq,
-                    segment.query_start,
-                    kv * group + i,
-                    query * dim,
-                    dim,
-                    part,
-                );
-            }
-            scatter_head(
-                &mut dk,
-                segment.key_start,
-                *kv,
-                key_value * dim,
-                dim,
-                part_k,
-            );
-            scatter_head(
-                &mut dv,
-                segment.key_start,
-                *kv,
-                key_value * dim,
-                dim,
-                part_v,
-            );
-        }
-        (dq, dk, dv)
+        let of = |segment: usize, kv: usize| &parts[segment * key_value + kv];
+        let queries = owners(self.tokens, segments, |s| (s.query_start, s.query_len));
+        let keys = owners(keys, segments, |s| (s.key_start, s.key_len));
+        Ok((
+            gather_heads(&queries, query, dim, |s, h| &of(s, h / group).0[h % group])?,
+            gather_heads(&keys, key_value, dim, |s, kv| &of(s, kv).1)?,
+            gather_heads(&keys, key_value, dim, |s, kv| &of(s, kv).2)?,
+        ))
     }
 
     fn key_value_head(&self, segment: &Segment, kv: usize) -> (Vec<Vec<f32>>, Vec<f32>, Vec<f32>) {

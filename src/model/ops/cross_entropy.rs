@@ -11,7 +11,7 @@ use super::swiglu::exp;
 use crate::model::Result;
 
 /// Labelled positions whose logits exist at the same time.
-const CHUNK: usize = 256;
+pub(crate) const CHUNK: usize = 256;
 
 /// Losses of a batch's labelled positions and, when asked for, the gradient of `scale` times their sum.
 #[derive(Debug, Clone)]

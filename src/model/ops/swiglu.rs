@@ -100,16 +100,18 @@ pub(crate) fn exp(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Beyond these the result is 0 or infinite to f32.
     let x = x.clamp(-87.3, 88.3);
-    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer; `round` would be a library call on baseline x86-64.
+    // Adding 1.5 * 2^23 rounds to the nearest integer n and leaves it in the low bits of the sum; `round` would be a library call
+    // on baseline x86-64, and a cast to an integer, which saturates, is not a vector instruction.
     const ROUND: f32 = 12_582_912.0;
-    let n = (x * LOG2_E + ROUND) - ROUND;
+    let rounded = x * LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = x - n * LN2_HIGH - n * LN2_LOW;
     let mut p = 1.0 / 720.0;
     for coefficient in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = p * r + coefficient;
     }
-    // SAFETY of the cast: n lies in [-126, 128] after the clamp.
-    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    // n lies in [-126, 127] after the clamp, so n + 127 is the exponent of 2^n, and the shift drops the bits above it.
+    p * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
 #[cfg(test)]
