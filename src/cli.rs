@@ -191,6 +191,9 @@ pub struct CollapseArgs {
     /// Write into a directory that is not empty, and accept an adapter that changes nothing.
     #[arg(long)]
     pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Formats that `convert` reads.
@@ -254,6 +257,9 @@ pub struct ConvertArgs {
     /// Write over what is there, and accept an adapter that changes nothing.
     #[arg(long)]
     pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `sample`
@@ -270,9 +276,12 @@ pub struct SampleArgs {
     /// New directory; draws are `draw-0000`, `draw-0001`, ... in it.
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Write into a directory that is not empty.
+    /// Write into a directory that is not empty, and accept an adapter that changes nothing.
     #[arg(long)]
     pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `merge`
@@ -281,21 +290,24 @@ pub struct MergeArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Adapter directory.
+    /// Adapter directory, or GGUF LoRA.
     #[arg(short, long)]
     pub adapter: PathBuf,
     /// New model directory.
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Accept an adapter that changes nothing.
+    /// Write into a directory that is not empty, and accept an adapter that changes nothing.
     #[arg(long)]
     pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `inspect`
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// Adapter or model directory.
+    /// Adapter or model directory, or GGUF file of either.
     pub path: PathBuf,
     /// One JSON object on stdout.
     #[arg(long)]
@@ -305,7 +317,7 @@ pub struct InspectArgs {
 /// `validate`
 #[derive(Debug, Args)]
 pub struct ValidateArgs {
-    /// Adapter directory.
+    /// Adapter directory, or GGUF LoRA.
     pub adapter: PathBuf,
     /// Base model to check names and shapes against.
     #[arg(short, long = "model-id", value_name = "MODEL")]

@@ -4,12 +4,15 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Serialize;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::config::AdapterConfig;
+use crate::config_read;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
-use crate::{json, low_rank, mlx, peft_read};
+use crate::{gguf_lora, json, low_rank, mlx, peft_read};
 
 /// What an adapter was read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -124,32 +127,68 @@ pub struct Adapter {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// The directory that a path given by a user means: itself, or that of the file in it.
+pub(crate) fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if path.is_file() => parent,
+        _ => path,
+    }
+}
+
 impl Adapter {
     /// Reads an adapter directory, PEFT's or mlx-lm's, or one of the two files in it. A GGUF LoRA needs the base's
-    /// configuration too: see [`Self::read_gguf`].
+    /// configuration too: see [`Self::read_for`].
     ///
     /// # Errors
     /// [`Error::NotFound`] if there is none; [`Error::Refused`] with everything that is not understood.
+    ///
+    /// ```
+    /// use monteclora_converters::{Adapter, Format};
+    /// # use monteclora_converters::{Tensor, write_safetensors};
+    /// # let dir = tempfile::tempdir().expect("a temporary directory");
+    /// # std::fs::write(
+    /// #     dir.path().join("adapter_config.json"),
+    /// #     r#"{"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}"#,
+    /// # ).expect("writable");
+    /// # let site = "base_model.model.model.layers.0.self_attn.q_proj";
+    /// # write_safetensors(dir.path().join("adapter_model.safetensors"), [
+    /// #     (format!("{site}.lora_A.weight"), Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?),
+    /// #     (format!("{site}.lora_B.weight"), Tensor::from_f32(&[2, 1], vec![0.5, 0.0])?),
+    /// # ], &Default::default())?;
+    /// let adapter = Adapter::read(dir.path())?;
+    /// assert_eq!(adapter.format, Format::PeftLora);
+    /// let site = &adapter.sites[0];
+    /// assert_eq!(site.name, "model.layers.0.self_attn.q_proj");
+    /// assert_eq!(site.scaling, 2.0);
+    /// assert_eq!(site.delta_f32()?, [1.0, 2.0, 0.0, 0.0]); // 2 * B A
+    /// # Ok::<(), monteclora_converters::Error>(())
+    /// ```
     pub fn read(path: &Path) -> Result<Self> {
-        if path
-            .extension()
-            .is_some_and(|extension| extension == "gguf")
-            && path.is_file()
-        {
+        if gguf_lora::is_gguf(path) {
             return Err(Error::malformed(
                 path,
-                "a GGUF LoRA can only be read with the base model's configuration",
+                "a GGUF LoRA can only be used with the base model's configuration (the order of the rows of q and k \
+                 depends on it); convert it to a directory first, with the base at hand",
             ));
         }
-        let dir = match path.parent() {
-            Some(parent) if path.is_file() => parent,
-            _ => path,
-        };
+        let dir = dir_of(path);
         let config = dir.join(peft_read::CONFIG_FILE);
         if config.is_file() && mlx::is_mlx(&json::read_object(&config)?) {
             return Self::read_mlx(dir);
         }
         Self::read_dir(dir)
+    }
+
+    /// Reads an adapter of any format, a GGUF LoRA included, that was made for the base with this `config.json`.
+    ///
+    /// # Errors
+    /// As [`Self::read`] and [`Self::read_gguf`].
+    pub fn read_for(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
+        if gguf_lora::is_gguf(path) {
+            Self::read_gguf(path, base_config)
+        } else {
+            Self::read(path)
+        }
     }
 
     /// Reads a PEFT directory: `adapter_config.json` and `adapter_model.safetensors` (or its shards).
@@ -179,6 +218,34 @@ impl Adapter {
             site.posterior = None;
         }
         mean
+    }
+
+    /// The same adapter with A and B as `dtype`, rounded to nearest; the posterior keeps its own type.
+    ///
+    /// # Errors
+    /// If `dtype` or a factor is not of a float type, or a value overflows in it.
+    pub fn with_dtype(&self, dtype: DType) -> Result<Self> {
+        let mut converted = self.clone();
+        for site in &mut converted.sites {
+            for tensor in [&mut site.lora_a, &mut site.lora_b] {
+                *tensor = tensor.to_dtype(dtype)?;
+                if let Some(at) = tensor.first_non_finite() {
+                    return Err(Error::tensor(
+                        &site.name,
+                        format!("element {at} does not fit {dtype}; choose F32"),
+                    ));
+                }
+            }
+        }
+        Ok(converted)
+    }
+
+    /// Whether the configuration comes from the authors' own code (LCS2-IIITD/MonteCLoRA). It saves A and B only, so such
+    /// an adapter is its mean: no posterior is stored, and its `sample_scaler`, applied twice there, has no meaning here.
+    pub fn is_authors_dialect(&self) -> bool {
+        config_read::AUTHORS
+            .iter()
+            .any(|key| self.config.other.contains_key(*key))
     }
 
     /// Whether the adapter changes any weight: false if B A = 0 at every site.

@@ -333,9 +333,13 @@ fn refuse_other_methods(reader: &mut Reader<'_>) {
     }
 }
 
+/// What PEFT takes for null: its table says q and v for Llama, Mistral, Qwen2 and Qwen3 alike.
+const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
+
 fn read_targets(reader: &mut Reader<'_>) -> TargetModules {
     let missing = TargetModules::List(Vec::new());
     match reader.take("target_modules") {
+        None => TargetModules::List(DEFAULT_TARGETS.map(str::to_owned).to_vec()),
         Some(Value::String(text)) if text.eq_ignore_ascii_case("all-linear") => {
             TargetModules::AllLinear
         }
@@ -356,7 +360,7 @@ fn read_targets(reader: &mut Reader<'_>) -> TargetModules {
             reader.problems.push(Problem::new(
                 "config-value",
                 "target_modules",
-                "missing or empty: it is not known which modules the adapter belongs to",
+                "empty: it is not known which modules the adapter belongs to",
                 "list the adapted modules in adapter_config.json",
             ));
             missing
@@ -565,6 +569,22 @@ mod tests {
                 "peft_version"
             ]
         );
+    }
+
+    #[test]
+    fn targets_left_to_peft_are_its_default_for_these_models() {
+        for keys in [
+            json!({"target_modules": null}),
+            json!({"target_modules": []}),
+        ] {
+            let is_null = keys["target_modules"].is_null();
+            let (config, problems) = read(keys);
+            assert_eq!(problems.is_empty(), is_null);
+            if is_null {
+                let expected = TargetModules::List(vec!["q_proj".into(), "v_proj".into()]);
+                assert_eq!(config.target_modules, expected);
+            }
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! llama.cpp's GGUF LoRA: names, the row order of q and k, and the scale.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use indexmap::IndexMap;
@@ -34,6 +36,28 @@ struct Architecture {
     name: &'static str,
     /// Heads of q and of k whose rows llama.cpp stores in another order, if it does.
     permuted: Option<(usize, usize)>,
+}
+
+/// Whether `path` is a GGUF file, by its first bytes, or by its name if it cannot be read.
+pub fn is_gguf(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    match read {
+        Ok(()) => magic == *b"GGUF",
+        Err(_) => {
+            !path.is_dir()
+                && path
+                    .extension()
+                    .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+        }
+    }
+}
+
+/// Reads a GGUF LoRA without its base: the rows of q and k stay in the order in which they are stored, so norms are
+/// right and updates are not.
+pub(crate) fn read_as_stored(path: &Path) -> Result<Adapter> {
+    let file = GgufFile::open(path)?;
+    read_file(path, &file, None)
 }
 
 impl Architecture {
@@ -148,7 +172,17 @@ impl Adapter {
             });
         }
         let architecture = Architecture::from_config(base_config)?;
-        let (plain, report) = self.to_lora(dtype)?;
+        let (plain, mut report) = self.to_lora(dtype)?;
+        report.dropped_keys.extend(plain.config.described(&[
+            "base_model_name_or_path",
+            "revision",
+            "task_type",
+            "lora_dropout",
+        ]));
+        let notes = plain.metadata.keys().filter(|key| *key != "format");
+        report
+            .dropped_keys
+            .extend(notes.map(|key| format!("metadata {key}")));
         let mut problems = Vec::new();
         let mut tensors = Vec::new();
         let is_tied = base_config
@@ -207,89 +241,94 @@ impl Adapter {
     /// [`Error::NotFound`] if there is no such file; [`Error::Refused`] with everything that is not understood.
     pub fn read_gguf(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
         let file = GgufFile::open(path)?;
-        let architecture = Architecture::from_config(base_config)?;
-        let mut problems = Vec::new();
-        let alpha = check_metadata(&file, &architecture, &mut problems);
-        let mut parts: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
-        for name in file.names() {
-            match read_part(&file, name) {
-                Ok((module, idx, tensor)) => parts.entry(module).or_default()[idx] = Some(tensor),
-                Err(problem) => problems.push(problem),
-            }
+        read_file(path, &file, Some(&Architecture::from_config(base_config)?))
+    }
+}
+
+/// Every site of `file`; without an architecture the rows of B stay as they are stored.
+fn read_file(path: &Path, file: &GgufFile, architecture: Option<&Architecture>) -> Result<Adapter> {
+    let mut problems = Vec::new();
+    let alpha = check_metadata(file, architecture, &mut problems);
+    let mut parts: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
+    for name in file.names() {
+        match read_part(file, name) {
+            Ok((module, idx, tensor)) => parts.entry(module).or_default()[idx] = Some(tensor),
+            Err(problem) => problems.push(problem),
         }
-        if parts.is_empty() {
+    }
+    if parts.is_empty() {
+        problems.push(Problem::new(
+            "no-tensors",
+            path.display().to_string(),
+            "holds no adapter tensor",
+            UNSUPPORTED,
+        ));
+    }
+    let mut sites = Vec::new();
+    for (module, pair) in parts {
+        let [Some(lora_a), Some(b)] = pair else {
             problems.push(Problem::new(
-                "no-tensors",
-                path.display().to_string(),
-                "holds no adapter tensor",
-                UNSUPPORTED,
+                "incomplete-site",
+                module,
+                "lora_a or lora_b missing",
+                "make the file again",
             ));
-        }
-        let mut sites = Vec::new();
-        for (module, pair) in parts {
-            let [Some(lora_a), Some(b)] = pair else {
+            continue;
+        };
+        let rank = match (lora_a.shape(), b.shape()) {
+            ([r_a, n_in], [n_out, r_b]) if r_a == r_b && r_a * n_in * n_out > 0 => *r_a,
+            _ => {
+                let message = format!(
+                    "expected lora_a [r, in] and lora_b [out, r], found {lora_a:?} and {b:?}"
+                );
                 problems.push(Problem::new(
-                    "incomplete-site",
+                    "shape",
                     module,
-                    "lora_a or lora_b missing",
+                    message,
                     "make the file again",
                 ));
                 continue;
-            };
-            let rank = match (lora_a.shape(), b.shape()) {
-                ([r_a, n_in], [n_out, r_b]) if r_a == r_b && r_a * n_in * n_out > 0 => *r_a,
-                _ => {
-                    let message = format!(
-                        "expected lora_a [r, in] and lora_b [out, r], found {lora_a:?} and {b:?}"
-                    );
-                    problems.push(Problem::new(
-                        "shape",
-                        module,
-                        message,
-                        "make the file again",
-                    ));
-                    continue;
-                }
-            };
-            let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
-            sites.push(Site {
-                rank,
-                alpha,
-                scaling: alpha / rank as f64,
-                lora_a,
-                lora_b: architecture.reorder(&module, &b, false)?,
-                posterior: None,
-                name: module,
-            });
-        }
-        problems.extend(non_finite(&sites));
-        if !problems.is_empty() {
-            return Err(Error::Refused {
-                path: path.to_path_buf(),
-                problems: Problems(problems),
-            });
-        }
-        Ok(Self {
-            config: config_of(&sites),
-            sites,
-            format: Format::GgufLora,
-            metadata: BTreeMap::new(),
-        })
+            }
+        };
+        let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
+        sites.push(Site {
+            rank,
+            alpha,
+            scaling: alpha / rank as f64,
+            lora_a,
+            lora_b: match architecture {
+                Some(architecture) => architecture.reorder(&module, &b, false)?,
+                None => b,
+            },
+            posterior: None,
+            name: module,
+        });
     }
+    problems.extend(non_finite(&sites));
+    if !problems.is_empty() {
+        return Err(Error::Refused {
+            path: path.to_path_buf(),
+            problems: Problems(problems),
+        });
+    }
+    Ok(Adapter {
+        config: config_of(&sites),
+        sites,
+        format: Format::GgufLora,
+        metadata: BTreeMap::new(),
+    })
 }
 
 /// Checks kind and architecture; gives alpha.
 fn check_metadata(
     file: &GgufFile,
-    architecture: &Architecture,
+    architecture: Option<&Architecture>,
     problems: &mut Vec<Problem>,
 ) -> f64 {
     let metadata = file.metadata();
-    for (key, expected) in [
-        ("general.type", "adapter"),
-        ("adapter.type", "lora"),
-        ("general.architecture", architecture.name),
-    ] {
+    let expected = [("general.type", "adapter"), ("adapter.type", "lora")];
+    let name = architecture.map(|architecture| ("general.architecture", architecture.name));
+    for (key, expected) in expected.into_iter().chain(name) {
         let found = metadata.get(key).and_then(|value| value.as_str());
         if found != Some(expected) {
             let message = format!("expected {expected}, found {}", found.unwrap_or("nothing"));

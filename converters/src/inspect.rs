@@ -1,11 +1,14 @@
 //! What there is to say about an adapter: norms of its factors and updates, and the health of its posterior.
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::MonteCloraSettings;
 use crate::dtype::DType;
 use crate::error::{Problem, Result};
+use crate::validate::read_alone;
 
 /// PEFT keeps every variance of the noise at or above this, before the factor `sample_scaler`.
 const MIN_VARIANCE: f64 = 1e-3;
@@ -72,7 +75,7 @@ impl Adapter {
         let sites = self
             .sites
             .iter()
-            .map(|site| summarise(site, settings))
+            .map(|site| figures(site, settings))
             .collect::<Result<Vec<_>>>()?;
         let n_parameters = self.sites.iter().map(n_parameters).sum();
         Ok(AdapterSummary {
@@ -97,25 +100,67 @@ impl Adapter {
                 "train it first",
             ));
         }
-        for site in sites {
-            let Some(ratio) = site.noise_to_signal else {
+        if self.is_authors_dialect() {
+            problems.push(Problem::new(
+                "posterior-not-stored",
+                "adapter_config.json",
+                "written by the authors' own code, which saves A and B and no sampler: this is a plain LoRA, and there is nothing to draw from",
+                "use it as it is; for posterior draws train with PEFT 0.20 or later, or with monteclora train",
+            ));
+        }
+        for dtype in [DType::BF16, DType::F16] {
+            let unit = unit_roundoff(dtype);
+            let below: Vec<(&str, f64)> = sites
+                .iter()
+                .filter_map(|site| Some((site.name.as_str(), site.noise_to_signal?)))
+                .filter(|(_, ratio)| *ratio < unit)
+                .collect();
+            let Some((name, smallest)) = below
+                .iter()
+                .min_by(|left, right| left.1.total_cmp(&right.1))
+            else {
                 continue;
             };
-            for dtype in [DType::BF16, DType::F16] {
-                let unit = unit_roundoff(dtype);
-                if ratio < unit {
-                    problems.push(Problem::new(
-                        "spread-below-rounding",
-                        &site.name,
-                        format!("noise to signal {ratio:.1e} is below the rounding of {dtype}, {unit:.1e}"),
-                        format!("draw and serve posterior samples in F32; in {dtype} they would all round to the mean"),
-                    ));
-                    break;
-                }
-            }
+            problems.push(Problem::new(
+                "spread-below-rounding",
+                *name,
+                format!(
+                    "at {} of {} sites the posterior's spread is below the rounding of {dtype}: noise to signal is {smallest:.1e} here, {unit:.1e} is needed",
+                    below.len(),
+                    sites.len()
+                ),
+                format!("draw and serve posterior samples in F32; in {dtype} they would round to the mean"),
+            ));
         }
         problems
     }
+}
+
+/// Figures of the adapter at `path`, of any format. A GGUF LoRA needs no base here, since no norm depends on the order of
+/// rows.
+///
+/// # Errors
+/// As [`Adapter::read`] and [`Adapter::summary`].
+///
+/// ```
+/// # use monteclora_converters::{Tensor, write_safetensors};
+/// # let dir = tempfile::tempdir().expect("a temporary directory");
+/// # std::fs::write(
+/// #     dir.path().join("adapter_config.json"),
+/// #     r#"{"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}"#,
+/// # ).expect("writable");
+/// # let site = "base_model.model.model.layers.0.self_attn.q_proj";
+/// # write_safetensors(dir.path().join("adapter_model.safetensors"), [
+/// #     (format!("{site}.lora_A.weight"), Tensor::from_f32(&[1, 2], vec![3.0, 4.0])?),
+/// #     (format!("{site}.lora_B.weight"), Tensor::from_f32(&[2, 1], vec![1.0, 0.0])?),
+/// # ], &Default::default())?;
+/// let summary = monteclora_converters::summarise(dir.path())?;
+/// assert_eq!((summary.format, summary.n_sites, summary.n_parameters), ("peft-lora", 1, 4));
+/// assert_eq!((summary.sites[0].norm_a, summary.sites[0].norm_delta), (5.0, 10.0));
+/// # Ok::<(), monteclora_converters::Error>(())
+/// ```
+pub fn summarise(path: &Path) -> Result<AdapterSummary> {
+    read_alone(path)?.summary()
 }
 
 /// Half the distance from 1 to the next number of the type.
@@ -134,7 +179,7 @@ fn n_parameters(site: &Site) -> usize {
     site.lora_a.n_elements() + site.lora_b.n_elements() + posterior
 }
 
-fn summarise(site: &Site, settings: Option<&MonteCloraSettings>) -> Result<SiteSummary> {
+fn figures(site: &Site, settings: Option<&MonteCloraSettings>) -> Result<SiteSummary> {
     let (norm_a, norm_b) = site.factor_norms()?;
     let mut noise_to_signal = None;
     let mut effective_components = None;
@@ -243,6 +288,42 @@ mod tests {
                 .iter()
                 .any(|problem| problem.code == "spread-below-rounding")
         );
+    }
+
+    #[test]
+    fn the_spread_is_judged_once_for_each_narrow_type() {
+        let summary = fixtures::small_adapter(13, true).summary().expect("float");
+        let spread: Vec<&Problem> = summary
+            .problems
+            .iter()
+            .filter(|problem| problem.code == "spread-below-rounding")
+            .collect();
+        // PEFT's default noise, 1e-4, is below both.
+        assert_eq!(spread.len(), 2);
+        assert!(spread[0].message.contains("4 of 4 sites") && spread[0].message.contains("BF16"));
+        assert!(spread[1].message.contains("F16"));
+    }
+
+    #[test]
+    fn a_gguf_lora_is_summarised_without_its_base() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let adapter = fixtures::small_adapter(14, false);
+        let config = serde_json::json!({"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 1});
+        let mut adapter = adapter;
+        // Heads of two rows for q, and no k, whose three rows fit no head.
+        adapter.sites.retain(|site| site.name.ends_with("q_proj"));
+        let path = dir.path().join("adapter.gguf");
+        adapter
+            .write_gguf(&path, config.as_object().expect("an object"), None, false)
+            .expect("written");
+        let here = summarise(&path).expect("readable");
+        let (plain, _) = adapter.to_lora(None).expect("float");
+        let there = plain.summary().expect("float");
+        assert_eq!(here.format, "gguf-lora");
+        for (here, there) in here.sites.iter().zip(&there.sites) {
+            assert_eq!(here.name, there.name);
+            assert!((here.norm_delta - there.norm_delta).abs() <= 1e-6 * there.norm_delta);
+        }
     }
 
     #[test]

@@ -40,7 +40,10 @@ pub struct LoraReport {
     pub converted: Vec<String>,
     /// Whether a posterior was left out.
     pub dropped_posterior: bool,
-    /// Configuration keys without effect that were left out.
+    /// Settings that stand for themselves no longer: what they meant is in the rank, in alpha, in B and in the list of
+    /// modules.
+    pub resolved_keys: Vec<String>,
+    /// Configuration keys and metadata without effect that were left out.
     pub dropped_keys: Vec<String>,
 }
 
@@ -66,6 +69,7 @@ impl Adapter {
             r: rank,
             lora_alpha: alpha,
             dropped_posterior: self.config.monteclora.is_some(),
+            resolved_keys: self.config.resolved_keys(),
             dropped_keys: self.config.other.keys().cloned().collect(),
             ..LoraReport::default()
         };
@@ -144,6 +148,44 @@ impl Adapter {
                     .collect();
                 seen == BTreeSet::from([None]) || seen.len() == layers.len()
             })
+    }
+}
+
+impl AdapterConfig {
+    /// Keys in use that the uniform form does without.
+    fn resolved_keys(&self) -> Vec<String> {
+        let is_list = matches!(self.target_modules, TargetModules::List(_));
+        let in_use = [
+            ("use_rslora", self.use_rslora),
+            ("rank_pattern", !self.rank_pattern.is_empty()),
+            ("alpha_pattern", !self.alpha_pattern.is_empty()),
+            ("target_modules", !is_list),
+            ("exclude_modules", self.exclude_modules.is_some()),
+            ("layers_to_transform", self.layers_to_transform.is_some()),
+            ("layers_pattern", self.layers_pattern.is_some()),
+        ];
+        in_use
+            .into_iter()
+            .filter(|(_, is_used)| *is_used)
+            .map(|(key, _)| key.to_owned())
+            .collect()
+    }
+
+    /// Descriptive keys that are set, of those in `keys`.
+    pub(crate) fn described(&self, keys: &[&str]) -> Vec<String> {
+        let set = [
+            (
+                "base_model_name_or_path",
+                self.base_model_name_or_path.is_some(),
+            ),
+            ("revision", self.revision.is_some()),
+            ("task_type", self.task_type.is_some()),
+            ("lora_dropout", self.lora_dropout > 0.0),
+        ];
+        set.into_iter()
+            .filter(|(key, is_set)| *is_set && keys.contains(key))
+            .map(|(key, _)| key.to_owned())
+            .collect()
     }
 }
 
@@ -308,6 +350,7 @@ mod tests {
             // One rounding of B to f32 where a scale is baked in, and another order of the products.
             prop_assert!(worst_difference(&adapter, &read) <= 1e-6);
             prop_assert_eq!(read.format, Format::PeftLora);
+            prop_assert_eq!(report.resolved_keys.contains(&"use_rslora".to_owned()), adapter.config.use_rslora);
             for (before, after) in adapter.sites.iter().zip(&read.sites) {
                 prop_assert_eq!((after.rank, after.alpha), (report.r, report.lora_alpha));
                 prop_assert!(after.lora_a.bytes().starts_with(before.lora_a.bytes()));

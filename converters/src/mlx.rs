@@ -1,6 +1,6 @@
 //! mlx-lm adapters: `adapters.safetensors` with transposed factors, and `adapter_config.json` with `lora_parameters`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -43,6 +43,12 @@ impl Adapter {
                 _ => None,
             };
             match place {
+                Some((module, _)) if is_embedding(module) => problems.push(Problem::new(
+                    "embedding",
+                    name,
+                    "LoRA on an embedding",
+                    "train without adapting embeddings",
+                )),
                 Some((module, idx))
                     if !module.split('.').any(str::is_empty) && !module.contains(['/', '\\']) =>
                 {
@@ -125,27 +131,29 @@ impl Adapter {
         })
     }
 
-    /// Writes the posterior mean as an mlx-lm adapter directory: one rank, one scale, modules named by full path.
+    /// Writes the posterior mean as an mlx-lm adapter directory: one rank, one scale. Modules are named as mlx-lm does,
+    /// within a layer, if every layer carries the same ones; else by their full paths, which it takes too.
     ///
     /// # Errors
     /// As [`Adapter::to_lora`] and [`Adapter::write_peft`].
     pub fn write_mlx(&self, dir: &Path, options: &LoraOptions) -> Result<LoraReport> {
-        let (plain, report) = self.to_lora(options.dtype)?;
-        let names: Vec<&str> = plain.sites.iter().map(|site| site.name.as_str()).collect();
-        let layers: std::collections::BTreeSet<&str> = names
-            .iter()
-            .filter_map(|name| name.split('.').find(|part| part.parse::<usize>().is_ok()))
-            .collect();
+        let (plain, mut report) = self.to_lora(options.dtype)?;
+        report
+            .dropped_keys
+            .extend(plain.config.described(&["revision", "task_type"]));
+        let mut metadata = plain.metadata.clone();
+        metadata.insert("format".into(), "mlx".into());
+        let (keys, num_layers) = keys_of(&plain);
         let config = json!({
             "fine_tune_type": "lora",
             "lora_parameters": {
                 "dropout": plain.config.lora_dropout,
-                "keys": names,
+                "keys": keys,
                 "rank": report.r,
                 "scale": report.lora_alpha / report.r as f64,
             },
             "model": plain.config.base_model_name_or_path,
-            "num_layers": layers.len(),
+            "num_layers": num_layers,
         });
         let mut tensors = BTreeMap::new();
         for site in &plain.sites {
@@ -158,10 +166,47 @@ impl Adapter {
             options.overwrite,
             (CONFIG_FILE, &text),
             (WEIGHTS_FILE, &tensors),
-            &BTreeMap::new(),
+            &metadata,
         )?;
         Ok(report)
     }
+}
+
+fn is_embedding(module: &str) -> bool {
+    module
+        .rsplit('.')
+        .next()
+        .is_some_and(|leaf| leaf.contains("embed") || matches!(leaf, "wte" | "wpe"))
+}
+
+/// `keys` and `num_layers`. mlx-lm looks for keys in its last `num_layers` layers by their names within a layer, and in
+/// the whole model by full path. Names within a layer are used where the targets are known to mean every layer, since
+/// other readers of the format know only those.
+fn keys_of(plain: &Adapter) -> (Vec<String>, usize) {
+    let mut layers = BTreeSet::new();
+    let mut within_layers = BTreeSet::new();
+    let mut are_all_layered = true;
+    for site in &plain.sites {
+        let rest = site.name.strip_prefix("model.layers.");
+        match rest.and_then(|rest| rest.split_once('.')) {
+            Some((layer, key)) => {
+                layers.insert(layer);
+                within_layers.insert(key.to_owned());
+            }
+            None => are_all_layered = false,
+        }
+    }
+    let means_every_layer = match &plain.config.target_modules {
+        TargetModules::List(names) => names.iter().all(|name| !name.contains('.')),
+        _ => false,
+    };
+    let is_product = within_layers.len() * layers.len() == plain.sites.len();
+    let keys = if are_all_layered && means_every_layer && is_product {
+        within_layers.into_iter().collect()
+    } else {
+        plain.sites.iter().map(|site| site.name.clone()).collect()
+    };
+    (keys, layers.len())
 }
 
 /// `lora_parameters`.
@@ -273,6 +318,7 @@ mod tests {
             let read = Adapter::read(&out).expect("our own output");
             prop_assert_eq!(read.format, Format::Mlx);
             prop_assert_eq!(&read.sites, &plain.sites);
+            prop_assert_eq!(read.config.lora_dropout, plain.config.lora_dropout);
             let again = dir.path().join("again");
             read.write_mlx(&again, &LoraOptions::default()).expect("written");
             prop_assert_eq!(
@@ -293,6 +339,49 @@ mod tests {
                 .expect("written");
             fixtures::assert_deltas(case, &Adapter::read(&out).expect("our own output"));
         }
+    }
+
+    #[test]
+    fn keys_are_named_within_a_layer_if_all_layers_are_meant() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut adapter = fixtures::small_adapter(2, false);
+        let keys = |adapter: &Adapter, name: &str| {
+            let out = dir.path().join(name);
+            adapter
+                .write_mlx(&out, &LoraOptions::default())
+                .expect("written");
+            let keys = crate::json::read_object(&out.join(CONFIG_FILE)).expect("our own output");
+            (
+                keys["lora_parameters"]["keys"].clone(),
+                keys["num_layers"].clone(),
+            )
+        };
+        let all = keys(&adapter, "all");
+        assert_eq!(
+            all,
+            (json!(["self_attn.k_proj", "self_attn.q_proj"]), json!(2))
+        );
+        adapter.config.layers_to_transform = Some(vec![0, 1]);
+        let (some, _) = keys(&adapter, "some");
+        assert_eq!(some[0], "model.layers.0.self_attn.k_proj");
+    }
+
+    #[test]
+    fn embeddings_are_refused() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let out = dir.path().join("out");
+        let mut adapter = fixtures::small_adapter(3, false);
+        adapter.sites[0].name = "model.embed_tokens".into();
+        adapter
+            .write_mlx(&out, &LoraOptions::default())
+            .expect("written");
+        let error = Adapter::read(&out).expect_err("an embedding");
+        assert!(
+            error
+                .problems()
+                .iter()
+                .all(|problem| problem.code == "embedding")
+        );
     }
 
     #[test]

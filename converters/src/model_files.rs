@@ -31,19 +31,27 @@ impl ModelFiles {
         if !dir.is_dir() {
             return Err(Error::not_found(dir, "there is no such model directory"));
         }
-        let config_path = dir.join("config.json");
-        if !config_path.exists() {
-            return Err(Error::not_found(
-                &config_path,
-                "a Hugging Face model directory must hold config.json",
-            ));
-        }
-        let config = json::read_object(&config_path)?;
+        let config = Self::read_config(dir)?;
         Ok(Self {
             dir: dir.to_path_buf(),
             weights: ShardSet::open(dir, "model")?,
             config,
         })
+    }
+
+    /// The `config.json` of the model in `dir`; its weights need not be there.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if it is missing; [`Error::Json`] and [`Error::Malformed`] if it is not what it claims to be.
+    pub fn read_config(dir: impl AsRef<Path>) -> Result<Map<String, Value>> {
+        let path = dir.as_ref().join("config.json");
+        if !path.exists() {
+            return Err(Error::not_found(
+                &path,
+                "a Hugging Face model directory must hold config.json",
+            ));
+        }
+        json::read_object(&path)
     }
 
     /// The directory.

@@ -16,7 +16,7 @@ use crate::{config_read, json};
 /// File names of a PEFT directory.
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
 pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-const WEIGHTS_STEM: &str = "adapter_model";
+pub(crate) const WEIGHTS_STEM: &str = "adapter_model";
 /// What PEFT puts before a module's path.
 pub(crate) const PREFIX: &str = "base_model.model.";
 const SAMPLER: &str = "lora_monteclora_sampler";

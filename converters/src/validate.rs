@@ -1,70 +1,81 @@
 //! What each runtime refuses in an adapter, or gets silently wrong, and the remedy.
 
-use std::fmt;
-use std::str::FromStr;
+use std::path::Path;
 
-use crate::adapter::Adapter;
+use serde_json::Value;
+
+use crate::adapter::{Adapter, Format};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::dtype::DType;
-use crate::error::{Error, Problem, Result};
+use crate::error::{Problem, Result};
 use crate::model_files::ModelFiles;
-use crate::targets::{OUTPUT_HEAD, ends_in};
+use crate::runtime::Runtime;
+use crate::shards::ShardSet;
+use crate::targets::OUTPUT_HEAD;
+use crate::{gguf_lora, json, peft_read};
 
-/// A program that reads adapters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Runtime {
-    /// mistral.rs 0.8.1, its own LoRA path. Serving through this project merges instead and has none of its limits.
-    Mistralrs,
-    /// mistral.rs 0.9.1 and later.
-    Mistralrs09,
-    /// vLLM.
-    Vllm,
-    /// llama.cpp, by way of its `convert_lora_to_gguf.py`.
-    LlamaCpp,
-    /// PEFT 0.20 and later.
-    Peft,
-}
-
-/// Names as on the command line.
-const NAMES: [(Runtime, &str); 5] = [
-    (Runtime::Mistralrs, "mistralrs"),
-    (Runtime::Mistralrs09, "mistralrs-0.9"),
-    (Runtime::Vllm, "vllm"),
-    (Runtime::LlamaCpp, "llamacpp"),
-    (Runtime::Peft, "peft"),
-];
-
-impl fmt::Display for Runtime {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = NAMES
-            .iter()
-            .find(|(runtime, _)| runtime == self)
-            .map_or("?", |(_, name)| name);
-        f.write_str(name)
-    }
-}
-
-impl FromStr for Runtime {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        NAMES
-            .iter()
-            .find(|(_, name)| *name == text)
-            .map(|(runtime, _)| *runtime)
-            .ok_or_else(|| {
-                let known: Vec<&str> = NAMES.iter().map(|(_, name)| *name).collect();
-                Error::setting(
-                    "runtime",
-                    format!("unknown runtime `{text}`; expected {}", known.join(", ")),
-                )
-            })
-    }
-}
+mod unreadable;
 
 const EXPORT: &str =
     "export it as plain LoRA: the posterior mean with one rank, one alpha and a list of modules";
+
+/// Every problem of the adapter at `path`, a directory or a GGUF LoRA: what is not understood, and if all is, what
+/// [`validate`] finds and what the files' own form (shards, names of tensors) keeps a runtime from reading.
+///
+/// # Errors
+/// As [`Adapter::read`], but for what is refused, which is the result.
+///
+/// ```
+/// use monteclora_converters::{Runtime, validate_path};
+///
+/// let dir = tempfile::tempdir().expect("a temporary directory");
+/// std::fs::write(
+///     dir.path().join("adapter_config.json"),
+///     r#"{"peft_type": "LORA", "target_modules": ["q_proj"], "use_dora": true}"#,
+/// ).expect("writable");
+/// std::fs::write(dir.path().join("adapter_model.bin"), b"a pickle").expect("writable");
+/// let problems = validate_path(dir.path(), None, &[Runtime::Vllm])?;
+/// let codes: Vec<&str> = problems.iter().map(|problem| problem.code).collect();
+/// assert_eq!(codes, ["dora", "pickle", "dora"]);
+/// assert!(problems[2].message.starts_with("vllm: the adapter is refused"));
+/// # Ok::<(), monteclora_converters::Error>(())
+/// ```
+pub fn validate_path(
+    path: &Path,
+    base: Option<&ModelFiles>,
+    runtimes: &[Runtime],
+) -> Result<Vec<Problem>> {
+    let read = match base {
+        Some(base) => Adapter::read_for(path, base.config()),
+        None => read_alone(path),
+    };
+    match read {
+        Ok(adapter) => {
+            let mut problems = validate(&adapter, base, runtimes)?;
+            if matches!(adapter.format, Format::PeftLora | Format::PeftMonteclora) {
+                check_form(path, runtimes, &mut problems)?;
+            }
+            Ok(problems)
+        }
+        Err(error) if !error.problems().is_empty() => {
+            let found = error.problems().to_vec();
+            let fates = runtimes
+                .iter()
+                .flat_map(|runtime| unreadable::fates(&found, *runtime));
+            Ok(found.iter().cloned().chain(fates).collect())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads any format; the rows of a GGUF LoRA stay as they are stored, which changes no norm.
+pub(crate) fn read_alone(path: &Path) -> Result<Adapter> {
+    if gguf_lora::is_gguf(path) {
+        gguf_lora::read_as_stored(path)
+    } else {
+        Adapter::read(path)
+    }
+}
 
 /// Every problem of a readable adapter: no effect, misfit with `base`, and what each runtime refuses or gets wrong.
 ///
@@ -92,8 +103,15 @@ pub fn validate(
             runtime: *runtime,
             problems: &mut problems,
         };
-        check_runtime(adapter, &mut report);
-        if let (Runtime::Mistralrs | Runtime::Mistralrs09, Some(base)) = (*runtime, base) {
+        check_rank(adapter, &mut report);
+        if !check_format(adapter.format, &mut report) {
+            continue;
+        }
+        if adapter.format != Format::GgufLora {
+            check_config(&adapter.config, &mut report);
+        }
+        check_sites(adapter, base, &mut report);
+        if let (Runtime::Mistralrs, Some(base)) = (*runtime, base) {
             check_coverage(adapter, base, &mut report);
         }
     }
@@ -116,144 +134,170 @@ impl Report<'_> {
     }
 }
 
-/// Largest rank a runtime takes without being told otherwise.
-fn max_rank(runtime: Runtime) -> Option<(usize, &'static str)> {
-    match runtime {
-        Runtime::Vllm => Some((16, "start vLLM with --max-lora-rank at least as large")),
-        Runtime::Mistralrs09 => Some((256, "raise lora_max_rank, or train with a lower rank")),
-        _ => None,
+/// Whether the runtime reads the format at all.
+fn check_format(format: Format, report: &mut Report<'_>) -> bool {
+    let (what, fix) = match (format, report.runtime) {
+        (Format::PeftLora | Format::PeftMonteclora, _) | (Format::GgufLora, Runtime::LlamaCpp) => {
+            return true;
+        }
+        (Format::Mlx, Runtime::LlamaCpp) => (
+            "an mlx-lm directory cannot be read",
+            "convert it: monteclora convert --to gguf",
+        ),
+        (Format::Mlx, _) => (
+            "an mlx-lm directory cannot be read",
+            "convert it: monteclora convert --to lora",
+        ),
+        (Format::GgufLora, _) => (
+            "a GGUF LoRA cannot be read",
+            "convert it: monteclora convert --to lora",
+        ),
+    };
+    report.add("format", format.name(), what, fix);
+    false
+}
+
+/// Ranks above what a runtime takes without being told otherwise, or at all.
+fn check_rank(adapter: &Adapter, report: &mut Report<'_>) {
+    /// vLLM's choices for `--max-lora-rank`; the default is 16.
+    const VLLM_RANKS: [usize; 7] = [16, 32, 64, 128, 256, 320, 512];
+    let Some(site) = adapter.sites.iter().max_by_key(|site| site.rank) else {
+        return;
+    };
+    let rank = site.rank;
+    match report.runtime {
+        Runtime::Vllm if rank > VLLM_RANKS[0] => {
+            match VLLM_RANKS.iter().find(|choice| rank <= **choice) {
+                Some(choice) => report.add(
+                    "rank-limit",
+                    "r",
+                    &format!("rank {rank} is above the default limit of 16"),
+                    &format!("start vLLM with --max-lora-rank {choice}"),
+                ),
+                None => report.add(
+                    "rank-limit",
+                    "r",
+                    &format!("rank {rank} is above 512, the largest that vLLM can be set to"),
+                    "merge the adapter into the base, or train with a lower rank",
+                ),
+            }
+        }
+        Runtime::Mistralrs09 if rank > 256 => report.add(
+            "rank-limit",
+            "r",
+            &format!("rank {rank} is above the default limit of 256"),
+            "raise lora_max_rank, or train with a lower rank",
+        ),
+        _ => {}
     }
 }
 
-fn check_runtime(adapter: &Adapter, report: &mut Report<'_>) {
-    let config = &adapter.config;
-    let runtime = report.runtime;
-    let is_peft = runtime == Runtime::Peft;
-    let ignored = "is ignored, so the update would silently have the wrong scale";
+/// Settings that a runtime refuses or leaves unread.
+fn check_config(config: &AdapterConfig, report: &mut Report<'_>) {
+    let ignored = "is left unread, so the update would silently have the wrong scale";
     if config.monteclora.is_some() {
-        match runtime {
+        let refused = match report.runtime {
             // Unknown keys and tensors are left unread there, which leaves the posterior mean.
-            Runtime::Mistralrs | Runtime::Peft => {}
-            Runtime::Mistralrs09 => report.add(
-                "monteclora",
+            Runtime::Mistralrs | Runtime::Peft => None,
+            Runtime::Mistralrs09 => Some((
                 "monteclora_config",
                 "is refused, and so are the sampler's tensors",
-                EXPORT,
-            ),
-            Runtime::Vllm => report.add(
-                "monteclora",
+            )),
+            Runtime::Vllm => Some((
                 "adapter_model.safetensors",
                 "the sampler's tensors are refused",
-                EXPORT,
-            ),
-            Runtime::LlamaCpp => report.add(
-                "monteclora",
+            )),
+            Runtime::LlamaCpp => Some((
                 "adapter_model.safetensors",
-                "the converter fails on the sampler's tensors",
+                "its converter stops at the sampler's tensors",
+            )),
+        };
+        if let Some((location, message)) = refused {
+            report.add("monteclora", location, message, EXPORT);
+        }
+    }
+    if config.use_rslora && matches!(report.runtime, Runtime::Mistralrs | Runtime::LlamaCpp) {
+        report.add("rslora", "use_rslora", ignored, EXPORT);
+    }
+    if !config.alpha_pattern.is_empty() {
+        match report.runtime {
+            Runtime::Mistralrs | Runtime::LlamaCpp => {
+                report.add("alpha-pattern", "alpha_pattern", ignored, EXPORT);
+            }
+            Runtime::Vllm => report.add(
+                "alpha-pattern",
+                "alpha_pattern",
+                "is left unread by most released versions, so the update would silently have the wrong scale",
                 EXPORT,
             ),
+            Runtime::Mistralrs09 | Runtime::Peft => {}
         }
-    }
-    if config.use_rslora {
-        match runtime {
-            Runtime::Mistralrs | Runtime::LlamaCpp => {
-                report.add("rslora", "use_rslora", ignored, EXPORT)
-            }
-            Runtime::Mistralrs09 | Runtime::Vllm | Runtime::Peft => {}
-        }
-    }
-    if !config.alpha_pattern.is_empty() && !is_peft {
-        report.add("alpha-pattern", "alpha_pattern", ignored, EXPORT);
     }
     if !config.rank_pattern.is_empty() {
-        match runtime {
-            Runtime::Peft => {}
+        match report.runtime {
             Runtime::Mistralrs => report.add(
                 "rank-pattern",
                 "rank_pattern",
-                "sites of another rank fail to load",
+                "is left unread, so sites of another rank fail to load",
                 EXPORT,
             ),
-            _ => report.add(
+            Runtime::Vllm => report.add(
                 "rank-pattern",
                 "rank_pattern",
-                "sites of another rank get the wrong scale or fail to load",
+                "is left unread by most released versions, so sites of another rank would silently have the wrong scale",
                 EXPORT,
             ),
+            // Both take alpha over each site's own rank, as PEFT does.
+            Runtime::Mistralrs09 | Runtime::LlamaCpp | Runtime::Peft => {}
         }
     }
     check_targets(config, report);
-    if let Some((limit, fix)) = max_rank(runtime)
-        && let Some(rank) = adapter
-            .sites
-            .iter()
-            .map(|site| site.rank)
-            .max()
-            .filter(|rank| *rank > limit)
-    {
-        report.add(
-            "rank-limit",
-            "r",
-            &format!("rank {rank} is above the limit of {limit}"),
-            fix,
-        );
-    }
-    if runtime == Runtime::Mistralrs09
-        && let Some(rank) = adapter
-            .sites
-            .iter()
-            .map(|site| site.rank)
-            .max()
-            .filter(|rank| (129..=256).contains(rank))
-    {
-        report.add(
-            "slow-rank",
-            "r",
-            &format!("rank {rank} is above 128, where the fast CUDA kernel ends"),
-            "expect a slower path",
-        );
-    }
+}
+
+/// The head, and element types.
+fn check_sites(adapter: &Adapter, base: Option<&ModelFiles>, report: &mut Report<'_>) {
+    let is_tied = base.map(ModelFiles::ties_embeddings);
     for site in &adapter.sites {
         if site.name == OUTPUT_HEAD {
-            match runtime {
-                Runtime::Mistralrs => report.add(
+            let head = match (report.runtime, is_tied) {
+                (Runtime::Mistralrs | Runtime::LlamaCpp, Some(false)) | (Runtime::Peft, _) => None,
+                (Runtime::Mistralrs, _) => {
+                    Some("the head is silently left unadapted where it is tied to the embedding")
+                }
+                (Runtime::Mistralrs09, _) => Some("LoRA on the head is refused"),
+                (Runtime::Vllm, _) => Some("LoRA on the head is not applied by every version"),
+                (Runtime::LlamaCpp, _) => Some(
+                    "there is no head to adapt where it is tied to the embedding, and loading fails",
+                ),
+            };
+            if let Some(message) = head {
+                report.add(
                     "lm-head",
                     &site.name,
-                    "left unadapted where the head is tied or built without LoRA",
+                    message,
                     "merge the adapter into the base, or train without lm_head",
-                ),
-                Runtime::Mistralrs09 => report.add(
-                    "lm-head",
-                    &site.name,
-                    "LoRA on the head is refused",
-                    "merge it, or train without lm_head",
-                ),
-                Runtime::Vllm => report.add(
-                    "lm-head",
-                    &site.name,
-                    "LoRA on the head is not applied by every version",
-                    "merge the adapter into the base, or train without lm_head",
-                ),
-                Runtime::LlamaCpp | Runtime::Peft => {}
+                );
             }
         }
         let types = [site.lora_a.dtype(), site.lora_b.dtype()];
-        if types.contains(&DType::F64) && !is_peft {
+        let fails = matches!(report.runtime, Runtime::Mistralrs | Runtime::Mistralrs09);
+        if types.contains(&DType::F64) && fails {
             report.add(
                 "dtype",
                 &site.name,
                 "float64 fails to load",
-                "export it as float32",
+                "export it as plain LoRA, which turns float64 into float32",
             );
         }
     }
 }
 
-/// Forms of `target_modules` and of the keys that confine it.
+/// Forms of `target_modules` and of the keys that confine it. The others go by the tensors, or read every form.
 fn check_targets(config: &AdapterConfig, report: &mut Report<'_>) {
-    let runtime = report.runtime;
-    let is_string = !matches!(config.target_modules, TargetModules::List(_));
-    if is_string && matches!(runtime, Runtime::Mistralrs) {
+    if report.runtime != Runtime::Mistralrs {
+        return;
+    }
+    if !matches!(config.target_modules, TargetModules::List(_)) {
         report.add(
             "target-modules-form",
             "target_modules",
@@ -261,55 +305,112 @@ fn check_targets(config: &AdapterConfig, report: &mut Report<'_>) {
             EXPORT,
         );
     }
-    if let (TargetModules::Regex(_), Runtime::Vllm) = (&config.target_modules, runtime) {
-        report.add(
-            "target-modules-form",
-            "target_modules",
-            "patterns are not read by every version",
-            EXPORT,
-        );
-    }
-    if runtime == Runtime::Mistralrs {
-        for (key, is_set) in [
-            ("layers_to_transform", config.layers_to_transform.is_some()),
-            ("exclude_modules", config.exclude_modules.is_some()),
-        ] {
-            if is_set {
-                report.add(
-                    "target-modules-form",
-                    key,
-                    "is ignored, so modules without tensors fail to load",
-                    EXPORT,
-                );
-            }
+    for (key, is_set) in [
+        ("layers_to_transform", config.layers_to_transform.is_some()),
+        ("exclude_modules", config.exclude_modules.is_some()),
+    ] {
+        if is_set {
+            report.add(
+                "target-modules-form",
+                key,
+                "is left unread, so modules without tensors fail to load",
+                EXPORT,
+            );
         }
     }
 }
 
-/// mistral.rs 0.8.1 matches names anywhere in a path and demands tensors for every hit; 0.9 demands them at the end.
+/// mistral.rs 0.8.1 matches names anywhere in a path and demands tensors for every hit.
 fn check_coverage(adapter: &Adapter, base: &ModelFiles, report: &mut Report<'_>) {
     let TargetModules::List(names) = &adapter.config.target_modules else {
         return;
     };
-    let anywhere = report.runtime == Runtime::Mistralrs;
     for module in base.linear_modules() {
-        let is_hit = names.iter().any(|name| {
-            if anywhere {
-                module.name.contains(name.as_str())
-            } else {
-                ends_in(&module.name, name)
-            }
-        });
+        let is_hit = names.iter().any(|name| module.name.contains(name.as_str()));
         let is_site = adapter.sites.iter().any(|site| site.name == module.name);
         if is_hit && !is_site && module.name != OUTPUT_HEAD {
             report.add(
                 "uncovered-target",
                 &module.name,
-                "matched by target_modules, but the adapter has no tensors for it",
+                "target_modules hits it, since names are looked for anywhere in a path, but there are no tensors for it and loading fails",
                 EXPORT,
             );
         }
     }
+}
+
+/// What is in the files of a PEFT directory but no longer in an [`Adapter`]: shards, the adapter's name within the
+/// tensors' names, targets that are left to the reader.
+fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) -> Result<()> {
+    let dir = crate::adapter::dir_of(path);
+    let weights = ShardSet::open(dir, peft_read::WEIGHTS_STEM)?;
+    let is_sharded = weights
+        .paths
+        .iter()
+        .any(|path| path.file_name() != Some(std::ffi::OsStr::new(peft_read::WEIGHTS_FILE)));
+    let named: Vec<&str> = weights
+        .names()
+        .filter(|name| {
+            [".lora_A.", ".lora_B."].iter().any(|marker| {
+                name.rsplit_once(marker)
+                    .is_some_and(|(_, rest)| rest != "weight")
+            })
+        })
+        .collect();
+    let keys = json::read_object(&dir.join(peft_read::CONFIG_FILE))?;
+    let has_targets = keys
+        .get("target_modules")
+        .is_some_and(|value| *value != Value::Null);
+    for runtime in runtimes {
+        let mut report = Report {
+            runtime: *runtime,
+            problems,
+        };
+        if is_sharded {
+            report.add(
+                "sharded",
+                "adapter_model-*.safetensors",
+                "only one adapter_model.safetensors is looked for",
+                "export it, which writes one file",
+            );
+        }
+        if let (Some(first), false) = (named.first(), *runtime == Runtime::Mistralrs09) {
+            let message = match runtime {
+                Runtime::Peft => {
+                    "holds the adapter's name, so PEFT does not find it: the adapter would have no effect"
+                }
+                _ => "holds the adapter's name and is not recognised",
+            };
+            let others = match named.len() {
+                1 => String::new(),
+                n => format!(" (and {} more)", n - 1),
+            };
+            report.add(
+                "adapter-name",
+                first,
+                &format!("{message}{others}"),
+                "export it, which drops the name",
+            );
+        }
+        if !has_targets {
+            match runtime {
+                Runtime::Mistralrs | Runtime::Mistralrs09 => report.add(
+                    "target-modules-form",
+                    "target_modules",
+                    "null cannot be read",
+                    EXPORT,
+                ),
+                Runtime::Vllm if !keys.contains_key("target_modules") => report.add(
+                    "target-modules-form",
+                    "target_modules",
+                    "a configuration without this key is refused",
+                    EXPORT,
+                ),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -317,31 +418,9 @@ mod tests {
     use super::*;
     use crate::fixtures;
 
-    const ALL: [Runtime; 5] = [
-        Runtime::Mistralrs,
-        Runtime::Mistralrs09,
-        Runtime::Vllm,
-        Runtime::LlamaCpp,
-        Runtime::Peft,
-    ];
-
     fn codes(adapter: &Adapter, runtime: Runtime) -> Vec<&'static str> {
         let problems = validate(adapter, None, &[runtime]).expect("float");
         problems.iter().map(|problem| problem.code).collect()
-    }
-
-    #[test]
-    fn names_lead_back() {
-        for runtime in ALL {
-            assert_eq!(
-                runtime
-                    .to_string()
-                    .parse::<Runtime>()
-                    .expect("its own name"),
-                runtime
-            );
-        }
-        assert!("llama".parse::<Runtime>().is_err());
     }
 
     #[test]
@@ -351,7 +430,7 @@ mod tests {
             let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
             let (plain, _) = adapter.to_lora(None).expect("float");
             assert_eq!(
-                validate(&plain, Some(&base), &ALL).expect("float"),
+                validate(&plain, Some(&base), &Runtime::ALL).expect("float"),
                 [],
                 "{}",
                 case.name
@@ -377,28 +456,24 @@ mod tests {
         );
         assert_eq!(
             codes(&adapter, Runtime::Mistralrs09),
-            ["monteclora", "alpha-pattern", "rank-pattern", "dtype"]
+            ["monteclora", "dtype"]
+        );
+        assert_eq!(
+            codes(&adapter, Runtime::Vllm),
+            ["monteclora", "alpha-pattern", "rank-pattern"]
         );
         assert_eq!(
             codes(&adapter, Runtime::LlamaCpp),
-            [
-                "monteclora",
-                "rslora",
-                "alpha-pattern",
-                "rank-pattern",
-                "dtype"
-            ]
+            ["monteclora", "rslora", "alpha-pattern"]
         );
         adapter.config.target_modules = TargetModules::AllLinear;
         adapter.config.layers_to_transform = Some(vec![1]);
         let found = codes(&adapter, Runtime::Mistralrs);
-        assert_eq!(
-            found
-                .iter()
-                .filter(|code| **code == "target-modules-form")
-                .count(),
-            2
-        );
+        let n_forms = found
+            .iter()
+            .filter(|code| **code == "target-modules-form")
+            .count();
+        assert_eq!(n_forms, 2);
     }
 
     #[test]
@@ -408,11 +483,102 @@ mod tests {
             .expect("float")
             .0;
         let site = &mut adapter.sites[0];
-        site.rank = 17;
+        let with_rank = |site: &mut crate::Site, rank: usize| {
+            let ones = |shape: [usize; 2]| {
+                crate::Tensor::from_f32(&shape, vec![1.0; shape[0] * shape[1]]).expect("sized")
+            };
+            (site.rank, site.lora_a, site.lora_b) = (rank, ones([rank, 5]), ones([3, rank]));
+        };
+        with_rank(site, 17);
         site.name = OUTPUT_HEAD.into();
         assert_eq!(codes(&adapter, Runtime::Vllm), ["rank-limit", "lm-head"]);
         assert_eq!(codes(&adapter, Runtime::Mistralrs09), ["lm-head"]);
+        assert_eq!(codes(&adapter, Runtime::LlamaCpp), ["lm-head"]);
+        let fix = |adapter: &Adapter| {
+            let problems = validate(adapter, None, &[Runtime::Vllm]).expect("float");
+            problems[0].fix.clone()
+        };
+        assert!(fix(&adapter).ends_with("--max-lora-rank 32"));
+        with_rank(&mut adapter.sites[0], 513);
+        assert!(fix(&adapter).contains("lower rank"));
         adapter.sites.clear();
         assert_eq!(codes(&adapter, Runtime::Peft), ["no-effect"]);
+    }
+
+    #[test]
+    fn formats_that_a_runtime_does_not_read_are_named_with_the_conversion() {
+        let mut adapter = fixtures::small_adapter(22, false);
+        adapter.format = Format::Mlx;
+        for runtime in Runtime::ALL {
+            assert_eq!(codes(&adapter, runtime), ["format"], "{runtime}");
+        }
+        adapter.format = Format::GgufLora;
+        for runtime in Runtime::ALL {
+            let expected: &[&str] = match runtime {
+                Runtime::LlamaCpp => &[],
+                _ => &["format"],
+            };
+            assert_eq!(codes(&adapter, runtime), expected, "{runtime}");
+        }
+    }
+
+    /// A plain export, with `rename` applied to every tensor name.
+    fn write_renamed(dir: &Path, rename: impl Fn(&str) -> String) {
+        let (plain, _) = fixtures::small_adapter(23, false)
+            .to_lora(None)
+            .expect("float");
+        plain.write_peft(dir, true).expect("written");
+        let path = dir.join(peft_read::WEIGHTS_FILE);
+        let file = crate::SafetensorsFile::open(&path).expect("our own output");
+        let tensors: Vec<_> = file
+            .names()
+            .filter_map(|name| Some((rename(name), file.get(name)?)))
+            .collect();
+        crate::write_safetensors(&path, tensors, &Default::default()).expect("written");
+    }
+
+    fn codes_at(dir: &Path, runtime: Runtime) -> Vec<&'static str> {
+        let problems = validate_path(dir, None, &[runtime]).expect("readable");
+        problems.iter().map(|problem| problem.code).collect()
+    }
+
+    #[test]
+    fn the_form_of_the_files_counts_too() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        write_renamed(dir.path(), str::to_owned);
+        for runtime in Runtime::ALL {
+            assert_eq!(codes_at(dir.path(), runtime), [""; 0], "{runtime}");
+        }
+        write_renamed(dir.path(), |name| {
+            name.replace(".weight", ".default.weight")
+        });
+        assert_eq!(codes_at(dir.path(), Runtime::Mistralrs09), [""; 0]);
+        assert_eq!(codes_at(dir.path(), Runtime::Peft), ["adapter-name"]);
+        let whole = dir.path().join(peft_read::WEIGHTS_FILE);
+        std::fs::rename(
+            whole,
+            dir.path().join("adapter_model-00001-of-00001.safetensors"),
+        )
+        .expect("there");
+        assert_eq!(
+            codes_at(dir.path(), Runtime::Vllm),
+            ["sharded", "adapter-name"]
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_reported_with_its_fate_in_each_runtime() {
+        for case in fixtures::cases().iter().filter(|case| case.must_refuse) {
+            let base = ModelFiles::open(&case.model_dir).expect("a model");
+            let here = validate_path(&case.dir, Some(&base), &[]).expect("a report");
+            assert!(!here.is_empty(), "{}", case.name);
+            let all = validate_path(&case.dir, Some(&base), &Runtime::ALL).expect("a report");
+            assert!(all.starts_with(&here), "{}", case.name);
+        }
+        assert!(
+            validate_path(Path::new("absent"), None, &[])
+                .expect_err("nothing there")
+                .is_not_found()
+        );
     }
 }

@@ -2,16 +2,23 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use monteclora_converters::{Adapter, DType, LoraOptions};
+use anyhow::Result;
+use monteclora_converters::{Adapter, AdapterConfig, DType, LoraOptions, LoraReport, ModelFiles};
 use serde_json::{Map, Value};
 
-use super::collapse::describe;
-use super::{Usage, print, require_effect, require_empty};
+use super::export::{Export, require_apart};
+use super::{Usage, require_effect, require_empty};
 use crate::cli::{ConvertArgs, ConvertDtypeArg, SourceFormatArg, TargetFormatArg};
 use crate::hub::{self, HubOptions};
 
 pub(super) fn run(args: &ConvertArgs) -> Result<()> {
+    let output = &args.output;
+    require_apart(&args.source, output)?;
+    if args.to == TargetFormatArg::Gguf {
+        require_no_directory(output)?;
+    } else {
+        require_empty(output, args.force)?;
+    }
     let adapter = read(args)?;
     require_effect(&adapter, &args.source, args.force)?;
     let options = LoraOptions {
@@ -22,72 +29,99 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         }),
         overwrite: args.force,
     };
-    let output = &args.output;
-    if args.to != TargetFormatArg::Gguf {
-        require_empty(output, args.force)?;
-    }
-    let report = match args.to {
+    let (format, report, rearranged) = match args.to {
         TargetFormatArg::Peft => {
-            if options.dtype.is_some() {
-                return Err(Usage("--dtype: `--to peft` keeps every tensor as it is; use `--to lora` to change the type".to_owned()).into());
-            }
-            adapter.write_peft(output, args.force)?;
-            return print(&format!(
-                "wrote {}: {} sites, {}",
-                output.display(),
-                adapter.sites.len(),
-                if adapter.config.monteclora.is_some() {
-                    "the whole posterior kept"
-                } else {
-                    "plain LoRA"
-                }
-            ));
+            let (report, note) = write_peft(&adapter, output, &options)?;
+            let format = match adapter.config.monteclora {
+                Some(_) => "PEFT MonteCLoRA",
+                None => "PEFT LoRA",
+            };
+            (format, report, note)
         }
-        TargetFormatArg::Lora => adapter.write_lora(output, &options)?,
-        TargetFormatArg::Mlx => adapter.write_mlx(output, &options)?,
-        TargetFormatArg::Gguf => {
-            adapter.write_gguf(output, &base_config(args)?, options.dtype, args.force)?
-        }
+        TargetFormatArg::Lora => ("plain LoRA", adapter.write_lora(output, &options)?, None),
+        TargetFormatArg::Mlx => (
+            "mlx-lm adapter",
+            adapter.write_mlx(output, &options)?,
+            Some("A and B are transposed, as mlx-lm stores them"),
+        ),
+        TargetFormatArg::Gguf => (
+            "GGUF LoRA",
+            adapter.write_gguf(output, &base_config(args)?, options.dtype, args.force)?,
+            Some("for Llama and Mistral the rows of B of q and k are in llama.cpp's order"),
+        ),
     };
-    print(&describe(output, &adapter, &report))
+    Export::new(output, format, &adapter, &report, rearranged).print(args.json)
+}
+
+/// Writes every setting and the whole posterior as they are.
+fn write_peft(
+    adapter: &Adapter,
+    output: &Path,
+    options: &LoraOptions,
+) -> Result<(LoraReport, Option<&'static str>)> {
+    let written = match options.dtype {
+        Some(dtype) => adapter.with_dtype(dtype)?,
+        None => adapter.clone(),
+    };
+    written.write_peft(output, options.overwrite)?;
+    let kept = AdapterConfig::from_json(&written.config.to_json().to_string(), output)?.other;
+    let dropped = adapter
+        .config
+        .other
+        .keys()
+        .filter(|key| !kept.contains_key(*key));
+    let converted = adapter
+        .sites
+        .iter()
+        .zip(&written.sites)
+        .filter(|(old, new)| {
+            [(&old.lora_a, &new.lora_a), (&old.lora_b, &new.lora_b)]
+                .iter()
+                .any(|(old, new)| old.dtype() != new.dtype() || old.dtype() == DType::F64)
+        });
+    let report = LoraReport {
+        r: adapter.config.r,
+        lora_alpha: adapter.config.lora_alpha,
+        converted: converted.map(|(site, _)| site.name.clone()).collect(),
+        dropped_keys: dropped.cloned().collect(),
+        ..LoraReport::default()
+    };
+    let note = adapter.config.monteclora.is_some().then_some(
+        "the whole posterior is kept; the sampler's last random draw, which is no parameter, is written as I and 1/N",
+    );
+    Ok((report, note))
 }
 
 fn read(args: &ConvertArgs) -> Result<Adapter> {
     let source = &args.source;
-    let is_gguf = args.from == SourceFormatArg::Gguf
-        || (args.from == SourceFormatArg::Auto
-            && source
-                .extension()
-                .is_some_and(|e| e.eq_ignore_ascii_case("gguf")));
-    Ok(if is_gguf {
-        Adapter::read_gguf(source, &base_config(args)?)?
-    } else {
-        match args.from {
-            SourceFormatArg::Mlx => Adapter::read_mlx(source)?,
-            SourceFormatArg::Peft => Adapter::read_dir(source)?,
-            _ => Adapter::read(source)?,
+    Ok(match args.from {
+        SourceFormatArg::Gguf => Adapter::read_gguf(source, &base_config(args)?)?,
+        SourceFormatArg::Mlx => Adapter::read_mlx(source)?,
+        SourceFormatArg::Peft => Adapter::read_dir(source)?,
+        SourceFormatArg::Auto if monteclora_converters::is_gguf(source) => {
+            Adapter::read_gguf(source, &base_config(args)?)?
         }
+        SourceFormatArg::Auto => Adapter::read(source)?,
     })
+}
+
+fn require_no_directory(output: &Path) -> Result<()> {
+    if output.is_dir() {
+        return Err(Usage(format!(
+            "`{}` is a directory; a GGUF LoRA is one file, such as `{}`",
+            output.display(),
+            output.join("adapter.gguf").display()
+        ))
+        .into());
+    }
+    Ok(())
 }
 
 /// `config.json` of the base; its weights are not needed.
 fn base_config(args: &ConvertArgs) -> Result<Map<String, Value>> {
     let id = args.model_id.as_deref().ok_or_else(|| {
-        Usage("a GGUF adapter needs its base's configuration (head counts for the q/k permutation); give the base with -m".to_owned())
+        Usage("a GGUF LoRA needs its base's config.json (head counts, for the order of the rows of q and k); give the base with -m".to_owned())
     })?;
-    let path = hub::locate(id, &HubOptions::default())?
-        .dir
-        .join("config.json");
-    parse(&path)
-}
-
-fn parse(path: &Path) -> Result<Map<String, Value>> {
-    let text = std::fs::read_to_string(path).map_err(|_| {
-        Usage(format!(
-            "`{}`: no config.json; give the base's directory with -m",
-            path.display()
-        ))
-    })?;
-    serde_json::from_str(&text)
-        .with_context(|| format!("`{}` is not a JSON object", path.display()))
+    let dir = hub::locate(id, &HubOptions::default())?.dir;
+    Ok(ModelFiles::read_config(dir)?)
 }

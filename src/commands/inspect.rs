@@ -1,11 +1,13 @@
 //! `inspect`: what a model or adapter holds.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, AdapterSummary, ModelFiles};
-use serde_json::json;
+use monteclora_converters::{AdapterSummary, GgufFile, ModelFiles, Problems, is_gguf, summarise};
+use serde_json::{Value, json};
 
+use super::export::count;
 use super::{Usage, print, print_json};
 use crate::cli::InspectArgs;
 
@@ -13,18 +15,27 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
     let path = &args.path;
     if !path.exists() {
         return Err(Usage(format!(
-            "`{}`: no such file or directory; give an adapter or model directory",
+            "`{}`: no such file or directory; give an adapter, or a model directory",
             path.display()
         ))
         .into());
     }
-    let is_adapter = path.is_file()
-        || path.join("adapter_config.json").exists()
-        || !path.join("config.json").exists();
-    if !is_adapter {
+    if is_gguf(path) {
+        let file = GgufFile::open(path)?;
+        let kind = file
+            .metadata()
+            .get("general.type")
+            .and_then(|kind| kind.as_str());
+        if kind.is_none_or(|kind| kind == "model") {
+            return gguf_model(&file, args.json);
+        }
+    } else if path.is_dir()
+        && !path.join("adapter_config.json").exists()
+        && path.join("config.json").exists()
+    {
         return model(path, args.json);
     }
-    let summary = Adapter::read(path)?.summary()?;
+    let summary = summarise(path)?;
     if args.json {
         return print_json(&summary);
     }
@@ -41,73 +52,211 @@ fn table(summary: &AdapterSummary) -> String {
         summary.n_parameters,
         summary.base_model.as_deref().unwrap_or("not recorded")
     );
-    text.push_str(&format!(
-        "\n{:<44} {:>4} {:>8} {:>12} {:>5} {:>10} {:>10} {:>10} {:>8}\n",
-        "site", "r", "scaling", "in x out", "dtype", "|A|", "|B|", "|delta|", "noise"
-    ));
-    for site in &summary.sites {
-        let noise = site
-            .noise_to_signal
-            .map_or("-".to_owned(), |n| format!("{n:.3}"));
+    let has_posterior = summary
+        .sites
+        .iter()
+        .any(|site| site.effective_components.is_some());
+    let width = summary.sites.iter().map(|site| site.name.len()).max();
+    let width = width.unwrap_or(0).max(4);
+    let mut line = |columns: [&str; 8], posterior: [&str; 2]| {
+        let [name, r, scaling, size, dtype, a, b, delta] = columns;
         text.push_str(&format!(
-            "{:<44} {:>4} {:>8.4} {:>12} {:>5} {:>10.4} {:>10.4} {:>10.4} {:>8}\n",
-            site.name,
-            site.r,
-            site.scaling,
-            format!("{} x {}", site.in_features, site.out_features),
-            site.dtype,
-            site.norm_a,
-            site.norm_b,
-            site.norm_delta,
-            noise
+            "\n{name:<width$} {r:>4} {scaling:>8} {size:>13} {dtype:>5} {a:>9} {b:>9} {delta:>9}"
+        ));
+        if has_posterior {
+            text.push_str(&format!(" {:>12} {:>10}", posterior[0], posterior[1]));
+        }
+    };
+    line(
+        [
+            "site", "r", "scaling", "in x out", "dtype", "|A|", "|B|", "|delta|",
+        ],
+        ["noise/signal", "components"],
+    );
+    let mut sites: Vec<_> = summary.sites.iter().collect();
+    sites.sort_by_key(|site| natural(&site.name));
+    for site in sites {
+        let optional = |value: Option<f64>, digits: usize| {
+            value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
+        };
+        line(
+            [
+                &site.name,
+                &site.r.to_string(),
+                &format!("{:.4}", site.scaling),
+                &format!("{} x {}", site.in_features, site.out_features),
+                &site.dtype,
+                &format!("{:.4}", site.norm_a),
+                &format!("{:.4}", site.norm_b),
+                &format!("{:.4}", site.norm_delta),
+            ],
+            [
+                &optional(site.noise_to_signal, 4),
+                &optional(site.effective_components, 2),
+            ],
+        );
+    }
+    if has_posterior {
+        text.push_str(
+            "\n\nnoise/signal: standard deviation of the perturbation of A over the root mean square of A\n\
+             components: effective number of mixture components, 1 / E|w|^2",
+        );
+    }
+    if !summary.problems.is_empty() {
+        text.push_str(&format!(
+            "\n\n{} worth knowing:{}",
+            count(summary.problems.len(), "thing"),
+            Problems(summary.problems.clone())
         ));
     }
-    for problem in &summary.problems {
-        text.push_str(&format!("\n{problem}"));
-    }
     text
+}
+
+/// Layer 2 before layer 10.
+fn natural(name: &str) -> Vec<(usize, &str)> {
+    name.split('.')
+        .map(|part| (part.parse().unwrap_or(usize::MAX), part))
+        .collect()
+}
+
+/// What a model is, for both of its forms.
+struct Model {
+    model_type: Value,
+    layers: Value,
+    hidden: Value,
+    vocabulary: Value,
+    n_parameters: usize,
+    dtypes: BTreeSet<String>,
+    n_files: usize,
+    quantization: Option<String>,
+    tied: bool,
+    sites: Vec<(String, usize, usize)>,
+}
+
+impl Model {
+    fn print(&self, json: bool) -> Result<()> {
+        if json {
+            let sites: Vec<_> = self
+                .sites
+                .iter()
+                .map(|(name, n_in, n_out)| json!({"name": name, "in_features": n_in, "out_features": n_out}))
+                .collect();
+            return print_json(&json!({
+                "format": "model",
+                "model_type": self.model_type,
+                "n_parameters": self.n_parameters,
+                "dtypes": self.dtypes,
+                "quantization": self.quantization,
+                "tie_word_embeddings": self.tied,
+                "n_sites": self.sites.len(),
+                "sites": sites,
+                "problems": [],
+            }));
+        }
+        let dtypes: Vec<&str> = self.dtypes.iter().map(String::as_str).collect();
+        print(&format!(
+            "format      model\nmodel type  {}\nlayers      {}\nhidden      {}\nvocabulary  {}\nparameters  {}\ndtypes      {}\nfiles       {}\nquantised   {}\nlinear      {} modules that can carry an adapter",
+            self.model_type.as_str().unwrap_or("?"),
+            self.layers,
+            self.hidden,
+            self.vocabulary,
+            self.n_parameters,
+            dtypes.join(", "),
+            self.n_files,
+            self.quantization.as_deref().unwrap_or("no"),
+            self.sites.len()
+        ))
+    }
 }
 
 fn model(path: &Path, json: bool) -> Result<()> {
     let files = ModelFiles::open(path)?;
     let config = files.config();
-    let n_parameters: usize = files
-        .names()
-        .filter_map(|name| files.info(name))
-        .map(|(_, shape)| shape.iter().product::<usize>())
-        .sum();
-    let dtypes: std::collections::BTreeSet<String> = files
-        .names()
-        .filter_map(|name| files.info(name))
-        .map(|(dtype, _)| dtype.to_string())
-        .collect();
     let value = |key: &str| config.get(key).cloned().unwrap_or_default();
-    let modules = files.linear_modules();
-    if json {
-        let sites: Vec<_> = modules
-            .iter()
-            .map(|m| json!({ "name": m.name, "in_features": m.in_features, "out_features": m.out_features }))
-            .collect();
-        return print_json(&json!({
-            "format": "model",
-            "model_type": value("model_type"),
-            "n_parameters": n_parameters,
-            "dtypes": dtypes,
-            "quantization": files.quantization(),
-            "tie_word_embeddings": files.ties_embeddings(),
-            "n_sites": modules.len(),
-            "sites": sites,
-            "problems": [],
-        }));
+    let shapes = || files.names().filter_map(|name| files.info(name));
+    Model {
+        model_type: value("model_type"),
+        layers: value("num_hidden_layers"),
+        hidden: value("hidden_size"),
+        vocabulary: value("vocab_size"),
+        n_parameters: shapes()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum(),
+        dtypes: shapes().map(|(dtype, _)| dtype.to_string()).collect(),
+        n_files: files.files().len(),
+        quantization: files.quantization(),
+        tied: files.ties_embeddings(),
+        sites: files
+            .linear_modules()
+            .into_iter()
+            .map(|module| (module.name, module.in_features, module.out_features))
+            .collect(),
     }
-    print(&format!(
-        "format      model\nmodel type  {}\nlayers      {}\nhidden      {}\nvocabulary  {}\nparameters  {n_parameters}\ndtypes      {}\nfiles       {}\nlinear      {} modules that can carry an adapter",
-        value("model_type").as_str().unwrap_or("?"),
-        value("num_hidden_layers"),
-        value("hidden_size"),
-        value("vocab_size"),
-        dtypes.into_iter().collect::<Vec<_>>().join(", "),
-        files.files().len(),
-        modules.len()
-    ))
+    .print(json)
+}
+
+/// A base model in one GGUF file; sites by llama.cpp's names.
+fn gguf_model(file: &GgufFile, json: bool) -> Result<()> {
+    let text = |key: &str| file.metadata().get(key).and_then(|value| value.as_str());
+    let architecture = text("general.architecture").unwrap_or_default();
+    let number = |key: &str| {
+        let value = file.metadata().get(&format!("{architecture}.{key}"));
+        json!(value.and_then(|value| value.as_u64()))
+    };
+    let tensors = || {
+        file.names()
+            .filter_map(|name| Some((name, file.tensor(name)?)))
+    };
+    let vocabulary = file.tensor("token_embd.weight");
+    Model {
+        model_type: json!(architecture),
+        layers: number("block_count"),
+        hidden: number("embedding_length"),
+        vocabulary: json!(vocabulary.and_then(|tensor| tensor.shape.last().copied())),
+        n_parameters: tensors()
+            .map(|(_, tensor)| tensor.shape.iter().product::<usize>())
+            .sum(),
+        dtypes: tensors()
+            .map(|(_, tensor)| ggml_name(tensor.ggml_type))
+            .collect(),
+        n_files: 1,
+        quantization: tensors()
+            .any(|(_, tensor)| !matches!(tensor.ggml_type, 0 | 1 | 30))
+            .then(|| "gguf".to_owned()),
+        tied: file.tensor("output.weight").is_none(),
+        sites: tensors()
+            .filter_map(|(name, tensor)| match tensor.shape[..] {
+                [n_in, n_out] if name.starts_with("blk.") || name == "output.weight" => {
+                    Some((name.trim_end_matches(".weight").to_owned(), n_in, n_out))
+                }
+                _ => None,
+            })
+            .collect(),
+    }
+    .print(json)
+}
+
+/// ggml's names of the element types that models come in.
+fn ggml_name(ggml_type: u32) -> String {
+    const NAMES: [(u32, &str); 14] = [
+        (0, "F32"),
+        (1, "F16"),
+        (2, "Q4_0"),
+        (3, "Q4_1"),
+        (6, "Q5_0"),
+        (7, "Q5_1"),
+        (8, "Q8_0"),
+        (10, "Q2_K"),
+        (11, "Q3_K"),
+        (12, "Q4_K"),
+        (13, "Q5_K"),
+        (14, "Q6_K"),
+        (15, "Q8_K"),
+        (30, "BF16"),
+    ];
+    let known = NAMES.iter().find(|(number, _)| *number == ggml_type);
+    known.map_or_else(
+        || format!("ggml type {ggml_type}"),
+        |(_, name)| (*name).to_owned(),
+    )
 }

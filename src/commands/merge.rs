@@ -1,31 +1,98 @@
 //! `merge`: a full model directory.
 
-use anyhow::Result;
-use monteclora_converters::{DType, ModelFiles, merge_dir};
+use std::path::Path;
 
-use super::{print, read_effective};
+use anyhow::{Context, Result};
+use monteclora_converters::{Adapter, DType, MergeReport, ModelFiles, merge_dir};
+use serde_json::json;
+
+use super::export::{count, require_apart};
+use super::{print, print_json, require_effect, require_empty};
 use crate::cli::{DtypeArg, MergeArgs};
 use crate::hub;
 
 pub(super) fn run(args: &MergeArgs) -> Result<()> {
-    let adapter = read_effective(&args.adapter, args.force)?;
+    let output = &args.output;
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
+    for source in [&base.dir, &args.adapter] {
+        require_apart(source, output)?;
+    }
+    require_empty(output, args.force)?;
     let files = ModelFiles::open(&base.dir)?;
+    let adapter = Adapter::read_for(&args.adapter, files.config())?;
+    require_effect(&adapter, &args.adapter, args.force)?;
     let dtype = match args.model.options.dtype {
         DtypeArg::Auto => None,
         DtypeArg::F32 => Some(DType::F32),
         DtypeArg::Bf16 => Some(DType::BF16),
         DtypeArg::F16 => Some(DType::F16),
     };
-    let report = merge_dir(&files, &adapter, &args.output, dtype)?;
-    print(&format!(
-        "wrote {} ({} tensors merged, {} copied)\n  rounding: largest error {:.3e}, {:.3e} of the update's norm; {:.2} % of the \
-         updated entries are stored as if there had been no update",
-        args.output.display(),
-        report.n_merged,
-        report.n_copied,
-        report.max_abs_error,
-        report.relative_error,
-        100.0 * report.update_lost
-    ))
+    let is_occupied = std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
+    let report = if is_occupied {
+        replace(output, |sibling| {
+            Ok(merge_dir(&files, &adapter, sibling, dtype)?)
+        })?
+    } else {
+        merge_dir(&files, &adapter, output, dtype)?
+    };
+    if args.json {
+        let mut object = serde_json::to_value(&report)?;
+        object["output"] = json!(output);
+        return print_json(&object);
+    }
+    print(&text(output, &report))
+}
+
+fn text(output: &Path, report: &MergeReport) -> String {
+    let rounding = if report.max_abs_error == 0.0 && report.update_lost == 0.0 {
+        "none: every weight is stored as computed".to_owned()
+    } else {
+        format!(
+            "largest error {:.1e}; error {:.2} % of the update's norm; {:.2} % of the updated weights are stored as if there \
+             had been no update",
+            report.max_abs_error,
+            100.0 * report.relative_error,
+            100.0 * report.update_lost
+        )
+    };
+    let mut text = format!(
+        "wrote {}: {} merged, {} copied\n  rounding  {rounding}",
+        output.display(),
+        count(report.n_merged, "weight"),
+        report.n_copied
+    );
+    if report.update_lost > 0.5 {
+        text.push_str(
+            "\n  note      most of the update is below the rounding of the stored type; --dtype f32 keeps it",
+        );
+    }
+    text
+}
+
+/// Merges into a sibling of `output` and moves the files over those of the model there.
+fn replace(output: &Path, merge: impl FnOnce(&Path) -> Result<MergeReport>) -> Result<MergeReport> {
+    let context = || format!("cannot replace the model in `{}`", output.display());
+    let parent = output.canonicalize().with_context(context)?;
+    let parent = parent.parent().unwrap_or(Path::new("/"));
+    let sibling = tempfile::Builder::new()
+        .prefix(".partial-")
+        .tempdir_in(parent)
+        .with_context(context)?;
+    let made = sibling.path().join("model");
+    let report = merge(&made)?;
+    // Weights of the old model would be read with the new ones.
+    for entry in std::fs::read_dir(output).with_context(context)? {
+        let path = entry.with_context(context)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
+            std::fs::remove_file(&path).with_context(context)?;
+        }
+    }
+    for entry in std::fs::read_dir(&made).with_context(context)? {
+        let path = entry.with_context(context)?.path();
+        if let Some(name) = path.file_name() {
+            std::fs::rename(&path, output.join(name)).with_context(context)?;
+        }
+    }
+    Ok(report)
 }

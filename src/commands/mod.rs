@@ -6,6 +6,7 @@ mod completions;
 mod convert;
 mod doctor;
 mod eval;
+mod export;
 mod import_gguf;
 mod inspect;
 mod merge;
@@ -202,6 +203,13 @@ pub(crate) fn require_empty(dir: &Path, force: bool) -> Result<()> {
     let occupied = match std::fs::read_dir(dir) {
         Ok(mut entries) => entries.next().is_some(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+            return Err(Usage(format!(
+                "`{}` is a file; give a directory with -o",
+                dir.display()
+            ))
+            .into());
+        }
         Err(error) => {
             return Err(error)
                 .with_context(|| format!("cannot use `{}` as output directory", dir.display()));

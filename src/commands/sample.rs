@@ -1,9 +1,13 @@
 //! `sample`: posterior draws as plain LoRA.
 
-use anyhow::Result;
-use monteclora_converters::LoraOptions;
+use std::path::{Path, PathBuf};
 
-use super::{Usage, print, read_effective, require_empty};
+use anyhow::{Context, Result};
+use monteclora_converters::LoraOptions;
+use serde_json::json;
+
+use super::export::{count, require_apart};
+use super::{Usage, print, print_json, read_effective, require_empty};
 use crate::cli::SampleArgs;
 
 pub(super) fn run(args: &SampleArgs) -> Result<()> {
@@ -14,24 +18,52 @@ pub(super) fn run(args: &SampleArgs) -> Result<()> {
         ))
         .into());
     }
-    let adapter = read_effective(&args.adapter, false)?;
-    require_empty(&args.output, args.force)?;
+    let output = &args.output;
+    let adapter = read_effective(&args.adapter, args.force)?;
+    require_apart(&args.adapter, output)?;
+    require_empty(output, args.force)?;
     // The first draw tells whether there is a posterior, before anything is written.
     let mut draw = monteclora_adapters::sample(&adapter, args.seed, 0)?;
-    let options = LoraOptions {
-        dtype: None,
-        overwrite: args.force,
+    let parent = match output.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
     };
+    let context = || format!("cannot write `{}`", output.display());
+    std::fs::create_dir_all(parent).with_context(context)?;
+    // All draws or none: they are made in a sibling.
+    let sibling = tempfile::Builder::new()
+        .prefix(".partial-")
+        .tempdir_in(parent)
+        .with_context(context)?;
+    let mut names = Vec::new();
     for index in 0..args.k {
         if index > 0 {
             draw = monteclora_adapters::sample(&adapter, args.seed, index as u64)?;
         }
-        draw.write_lora(&args.output.join(format!("draw-{index:04}")), &options)?;
+        let name = PathBuf::from(format!("draw-{index:04}"));
+        draw.write_lora(&sibling.path().join(&name), &LoraOptions::default())?;
+        names.push(name);
+    }
+    std::fs::create_dir_all(output).with_context(context)?;
+    for name in &names {
+        let target = output.join(name);
+        if target.is_dir() {
+            std::fs::remove_dir_all(&target).with_context(context)?;
+        }
+        std::fs::rename(sibling.path().join(name), target).with_context(context)?;
+    }
+    if args.json {
+        let draws: Vec<PathBuf> = names.iter().map(|name| output.join(name)).collect();
+        return print_json(&json!({
+            "output": output, "seed": args.seed, "n_sites": adapter.sites.len(), "draws": draws,
+        }));
     }
     print(&format!(
-        "wrote {} draws of seed {} to {}",
-        args.k,
+        "wrote {}: {} of seed {}, each a plain LoRA ({} to {})",
+        output.display(),
+        count(args.k, "posterior draw"),
         args.seed,
-        args.output.display()
+        names[0].display(),
+        names[args.k - 1].display()
     ))
 }

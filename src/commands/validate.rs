@@ -1,9 +1,10 @@
 //! `validate`: every problem at once.
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, ModelFiles, Runtime, validate};
+use monteclora_converters::{ModelFiles, Runtime, validate_path};
 use serde_json::json;
 
+use super::export::count;
 use super::{Incompatible, print, print_json};
 use crate::cli::ValidateArgs;
 use crate::hub::{self, HubOptions};
@@ -20,15 +21,11 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
         )?),
         None => None,
     };
-    let problems = match Adapter::read(&args.adapter) {
-        Ok(adapter) => validate(&adapter, base.as_ref(), &runtimes)?,
-        Err(error) if !error.problems().is_empty() => error.problems().to_vec(),
-        Err(error) => return Err(error.into()),
-    };
+    let problems = validate_path(&args.adapter, base.as_ref(), &runtimes)?;
     if args.json {
         print_json(&json!({ "ok": problems.is_empty(), "problems": problems }))?;
     } else if problems.is_empty() {
-        print(&format!("{}: no problem found", args.adapter.display()))?;
+        print(&format!("{}: {}", args.adapter.display(), good(args)))?;
     } else {
         let lines = problems.iter().map(ToString::to_string).collect::<Vec<_>>();
         print(&lines.join("\n"))?;
@@ -36,10 +33,25 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     match problems.len() {
         0 => Ok(()),
         n => Err(Incompatible(format!(
-            "`{}` has {n} problem{}",
+            "`{}` has {}",
             args.adapter.display(),
-            if n == 1 { "" } else { "s" }
+            count(n, "problem")
         ))
         .into()),
     }
+}
+
+/// What was checked, and found good.
+fn good(args: &ValidateArgs) -> String {
+    let mut text = "no problem found".to_owned();
+    if let Some(base) = &args.model_id {
+        text.push_str(&format!("; it fits {base}"));
+    }
+    if !args.runtimes.is_empty() {
+        text.push_str(&format!("; {} can load it", args.runtimes.join(", ")));
+    }
+    if args.model_id.is_none() {
+        text.push_str("; names and shapes were not compared with a base (give one with -m)");
+    }
+    text
 }

@@ -13,6 +13,7 @@ pub(crate) fn monteclora() -> Command {
     command
 }
 
+/// What a command left behind.
 pub(crate) struct Run {
     pub(crate) code: i32,
     pub(crate) stdout: String,
@@ -32,7 +33,7 @@ pub(crate) fn tiny() -> String {
     own().join("models/tiny-llama").display().to_string()
 }
 
-fn own_adapter(name: &str) -> String {
+pub(crate) fn own_adapter(name: &str) -> String {
     own().join("adapters").join(name).display().to_string()
 }
 

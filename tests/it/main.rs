@@ -6,6 +6,7 @@ mod cli;
 mod decoder;
 mod evaluation;
 mod fixtures;
+mod formats;
 #[cfg(feature = "mistralrs")]
 mod runtime;
 mod training;

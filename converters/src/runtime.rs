@@ -1,0 +1,84 @@
+//! The programs that adapters are made for, by their names on the command line.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+
+/// A program that reads adapters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Runtime {
+    /// mistral.rs 0.8.1, its own LoRA path. Serving through this project merges instead and has none of its limits.
+    Mistralrs,
+    /// mistral.rs 0.9.1 and later.
+    Mistralrs09,
+    /// vLLM.
+    Vllm,
+    /// llama.cpp: a GGUF LoRA as it is, a PEFT directory by way of its `convert_lora_to_gguf.py`.
+    LlamaCpp,
+    /// PEFT 0.20 and later.
+    Peft,
+}
+
+/// Names as on the command line.
+const NAMES: [(Runtime, &str); 5] = [
+    (Runtime::Mistralrs, "mistralrs"),
+    (Runtime::Mistralrs09, "mistralrs-0.9"),
+    (Runtime::Vllm, "vllm"),
+    (Runtime::LlamaCpp, "llamacpp"),
+    (Runtime::Peft, "peft"),
+];
+
+impl Runtime {
+    /// Every runtime that is known.
+    pub const ALL: [Self; 5] = [
+        Self::Mistralrs,
+        Self::Mistralrs09,
+        Self::Vllm,
+        Self::LlamaCpp,
+        Self::Peft,
+    ];
+}
+
+impl fmt::Display for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = NAMES
+            .iter()
+            .find(|(runtime, _)| runtime == self)
+            .map_or("?", |(_, name)| name);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for Runtime {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        NAMES
+            .iter()
+            .find(|(_, name)| *name == text)
+            .map(|(runtime, _)| *runtime)
+            .ok_or_else(|| {
+                let known: Vec<&str> = NAMES.iter().map(|(_, name)| *name).collect();
+                Error::setting(
+                    "runtime",
+                    format!("unknown runtime `{text}`; expected {}", known.join(", ")),
+                )
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back() {
+        for runtime in Runtime::ALL {
+            let name = runtime.to_string();
+            assert_eq!(name.parse::<Runtime>().expect("its own name"), runtime);
+        }
+        assert!("llama".parse::<Runtime>().is_err());
+    }
+}

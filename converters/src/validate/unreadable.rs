@@ -1,0 +1,111 @@
+//! What runtimes make of adapters that are more than `B A`, and that are therefore refused here.
+
+use crate::error::Problem;
+use crate::runtime::Runtime;
+
+/// What becomes of one feature in one runtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// Applied as it was trained.
+    Applied,
+    /// The adapter is not loaded.
+    Refused,
+    /// Left unread: the adapter loads and computes something else.
+    Ignored,
+    /// Refused by newer versions, left unread by older ones.
+    RefusedOrIgnored,
+}
+
+use Fate::{Applied, Ignored, Refused, RefusedOrIgnored};
+
+/// Code of the problem, then the fate in mistral.rs 0.8.1, mistral.rs 0.9, vLLM, llama.cpp and PEFT. From the sources
+/// of mistral.rs 0.8.1 (`lora/mod.rs`) and 0.9 (`validate_dynamic`), of vLLM (`peft_helper.py`) and of llama.cpp
+/// (`convert_lora_to_gguf.py`, which stops at tensors that are neither A nor B, and reads no key but `lora_alpha`).
+const FATES: [(&str, [Fate; 5]); 11] = [
+    ("dora", [Ignored, Refused, Refused, Refused, Applied]),
+    ("bias", [Ignored, Refused, Refused, Refused, Applied]),
+    (
+        "modules-to-save",
+        [Ignored, Refused, Refused, Refused, Applied],
+    ),
+    ("embedding", [Ignored, Refused, Applied, Applied, Applied]),
+    (
+        "trainable-tokens",
+        [Ignored, Refused, Refused, Refused, Applied],
+    ),
+    (
+        "layer-replication",
+        [Ignored, Refused, RefusedOrIgnored, Ignored, Applied],
+    ),
+    (
+        "alora",
+        [Ignored, Refused, RefusedOrIgnored, Applied, Applied],
+    ),
+    ("arrow", [Ignored, Refused, Ignored, Ignored, Applied]),
+    (
+        "qalora",
+        [Ignored, Refused, RefusedOrIgnored, Ignored, Applied],
+    ),
+    (
+        "bdlora",
+        [Ignored, Refused, RefusedOrIgnored, Ignored, Applied],
+    ),
+    (
+        "init",
+        [Ignored, Refused, RefusedOrIgnored, Ignored, Applied],
+    ),
+];
+
+/// For problems that were found while reading: what `runtime` does about each.
+pub(super) fn fates(found: &[Problem], runtime: Runtime) -> Vec<Problem> {
+    let column = Runtime::ALL.iter().position(|other| *other == runtime);
+    let mut problems = Vec::new();
+    for problem in found {
+        let row = FATES.iter().find(|(code, _)| *code == problem.code);
+        let Some(fate) = row.and_then(|(_, fates)| fates.get(column?)) else {
+            continue;
+        };
+        let message = match fate {
+            Applied => continue,
+            Refused => "the adapter is refused",
+            Ignored => "is left unread, so the result would silently be wrong",
+            RefusedOrIgnored => {
+                "the adapter is refused by newer versions; older ones leave this unread and are silently wrong"
+            }
+        };
+        problems.push(Problem::new(
+            problem.code,
+            &problem.location,
+            format!("{runtime}: {message}"),
+            &problem.fix,
+        ));
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_runtime_says_what_it_does_about_what_is_found() {
+        let found = [
+            Problem::new("dora", "use_dora", "scales rows", "merge it"),
+            Problem::new("alora", "alora_invocation_tokens", "activated", "train"),
+            Problem::new("shape", "x", "of no runtime's concern", ""),
+        ];
+        let of = |runtime| {
+            fates(&found, runtime)
+                .iter()
+                .map(|problem| problem.code)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(of(Runtime::Peft), [""; 0]);
+        assert_eq!(of(Runtime::LlamaCpp), ["dora"]);
+        assert_eq!(of(Runtime::Vllm), ["dora", "alora"]);
+        let silent = fates(&found, Runtime::Mistralrs);
+        assert!(
+            silent[0].message.starts_with("mistralrs: ") && silent[0].message.contains("silently")
+        );
+    }
+}

@@ -1,0 +1,159 @@
+//! What an export kept, baked in and dropped: in words, and as JSON.
+
+use std::path::Path;
+
+use anyhow::Result;
+use monteclora_converters::{Adapter, LoraReport};
+use serde::Serialize;
+
+use super::{Usage, print, print_json};
+
+/// How many names of a list are shown.
+const SHOWN: usize = 3;
+
+const AUTHORS_NOTE: &str = "the source comes from the authors' own code, which stores no posterior: A and B are all there is, and they are the mean";
+
+/// The outcome of `collapse` or `convert`.
+#[derive(Debug, Serialize)]
+pub(super) struct Export<'a> {
+    output: &'a Path,
+    format: &'a str,
+    n_sites: usize,
+    /// Sites whose A and B have the bytes of the source.
+    n_unchanged: usize,
+    #[serde(flatten)]
+    report: &'a LoraReport,
+    notes: Vec<&'a str>,
+}
+
+impl<'a> Export<'a> {
+    /// Of `adapter`, written to `output` as `format`; `rearranged` says what the format itself did to every site.
+    pub(super) fn new(
+        output: &'a Path,
+        format: &'a str,
+        adapter: &Adapter,
+        report: &'a LoraReport,
+        rearranged: Option<&'a str>,
+    ) -> Self {
+        let is_changed = |name: &String| {
+            [&report.baked, &report.padded, &report.converted]
+                .iter()
+                .any(|names| names.contains(name))
+        };
+        let n_changed = adapter
+            .sites
+            .iter()
+            .filter(|site| is_changed(&site.name))
+            .count();
+        let mut notes: Vec<&str> = rearranged.into_iter().collect();
+        if adapter.is_authors_dialect() {
+            notes.push(AUTHORS_NOTE);
+        }
+        Self {
+            output,
+            format,
+            n_sites: adapter.sites.len(),
+            n_unchanged: adapter.sites.len() - n_changed,
+            report,
+            notes,
+        }
+    }
+
+    /// Prints one JSON object, or the text.
+    pub(super) fn print(&self, json: bool) -> Result<()> {
+        if json {
+            print_json(self)
+        } else {
+            print(&self.text())
+        }
+    }
+
+    fn text(&self) -> String {
+        let report = self.report;
+        let mut text = format!(
+            "wrote {}: {}, {}, r {}, lora_alpha {}",
+            self.output.display(),
+            self.format,
+            count(self.n_sites, "site"),
+            report.r,
+            report.lora_alpha
+        );
+        let mut line =
+            |what: &str, message: String| text.push_str(&format!("\n  {what:<9} {message}"));
+        if self.n_unchanged > 0 {
+            line(
+                "kept",
+                format!(
+                    "the values of A and B exactly at {}",
+                    count(self.n_unchanged, "site")
+                ),
+            );
+        }
+        for (what, message, names) in [
+            ("baked in", "the scaling, multiplied into B", &report.baked),
+            ("padded", "with zeros to the largest rank", &report.padded),
+            ("converted", "to another element type", &report.converted),
+        ] {
+            if !names.is_empty() {
+                line(what, format!("{message}, at {}", some_of(names)));
+            }
+        }
+        if !report.resolved_keys.is_empty() {
+            line(
+                "resolved",
+                format!(
+                    "{}: what they mean is in r, lora_alpha, B and the list of modules now",
+                    report.resolved_keys.join(", ")
+                ),
+            );
+        }
+        if report.dropped_posterior {
+            line(
+                "dropped",
+                "the posterior's spread (monteclora_config and the sampler's tensors); A and B are its mean".into(),
+            );
+        }
+        if !report.dropped_keys.is_empty() {
+            line(
+                "dropped",
+                format!(
+                    "{}: no effect on the weights",
+                    report.dropped_keys.join(", ")
+                ),
+            );
+        }
+        for note in &self.notes {
+            line("note", (*note).to_owned());
+        }
+        text
+    }
+}
+
+pub(super) fn count(n: usize, noun: &str) -> String {
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
+}
+
+fn some_of(names: &[String]) -> String {
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    let more = if names.len() > SHOWN { ", ..." } else { "" };
+    format!("{} ({shown}{more})", count(names.len(), "site"))
+}
+
+/// Refuses a destination that is the source, or that lies inside it.
+pub(super) fn require_apart(source: &Path, output: &Path) -> Result<()> {
+    let (Ok(source_path), Ok(output_path)) = (source.canonicalize(), output.canonicalize()) else {
+        return Ok(());
+    };
+    let source_dir = match source_path.parent() {
+        Some(parent) if source_path.is_file() && output_path.is_dir() => parent.to_owned(),
+        _ => source_path,
+    };
+    if source_dir == output_path {
+        return Err(Usage(format!(
+            "`{}` is the source; give another destination with -o",
+            output.display()
+        ))
+        .into());
+    }
+    Ok(())
+}
