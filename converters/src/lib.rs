@@ -46,6 +46,8 @@ mod validate;
 
 #[cfg(test)]
 mod fixtures;
+#[cfg(test)]
+mod round_trips;
 
 pub use adapter::{Adapter, Format, Site, SitePosterior};
 pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};

@@ -16,8 +16,7 @@ use crate::{gguf_lora, json, peft_read};
 
 mod unreadable;
 
-const EXPORT: &str =
-    "export it as plain LoRA: the posterior mean with one rank, one alpha and a list of modules";
+const EXPORT: &str = "monteclora collapse writes the posterior mean as plain LoRA: one rank, one alpha, a list of modules";
 
 /// Every problem of the adapter at `path`, a directory or a GGUF LoRA: what is not understood, and if all is, what
 /// [`validate`] finds and what the files' own form (shards, names of tensors) keeps a runtime from reading.
@@ -37,7 +36,7 @@ const EXPORT: &str =
 /// let problems = validate_path(dir.path(), None, &[Runtime::Vllm])?;
 /// let codes: Vec<&str> = problems.iter().map(|problem| problem.code).collect();
 /// assert_eq!(codes, ["dora", "pickle", "dora"]);
-/// assert!(problems[2].message.starts_with("vllm: the adapter is refused"));
+/// assert!(problems[2].message.starts_with("vllm refuses the adapter"));
 /// # Ok::<(), monteclora_converters::Error>(())
 /// ```
 pub fn validate_path(
@@ -128,7 +127,7 @@ impl Report<'_> {
         self.problems.push(Problem::new(
             code,
             location,
-            format!("{}: {message}", self.runtime),
+            format!("{} {message}", self.runtime),
             fix,
         ));
     }
@@ -141,15 +140,15 @@ fn check_format(format: Format, report: &mut Report<'_>) -> bool {
             return true;
         }
         (Format::Mlx, Runtime::LlamaCpp) => (
-            "an mlx-lm directory cannot be read",
+            "does not read mlx-lm directories",
             "convert it: monteclora convert --to gguf",
         ),
         (Format::Mlx, _) => (
-            "an mlx-lm directory cannot be read",
+            "does not read mlx-lm directories",
             "convert it: monteclora convert --to lora",
         ),
         (Format::GgufLora, _) => (
-            "a GGUF LoRA cannot be read",
+            "does not read GGUF LoRAs",
             "convert it: monteclora convert --to lora",
         ),
     };
@@ -171,13 +170,13 @@ fn check_rank(adapter: &Adapter, report: &mut Report<'_>) {
                 Some(choice) => report.add(
                     "rank-limit",
                     "r",
-                    &format!("rank {rank} is above the default limit of 16"),
+                    &format!("takes ranks up to 16 by default; this is {rank}"),
                     &format!("start vLLM with --max-lora-rank {choice}"),
                 ),
                 None => report.add(
                     "rank-limit",
                     "r",
-                    &format!("rank {rank} is above 512, the largest that vLLM can be set to"),
+                    &format!("takes ranks up to 512; this is {rank}"),
                     "merge the adapter into the base, or train with a lower rank",
                 ),
             }
@@ -185,7 +184,7 @@ fn check_rank(adapter: &Adapter, report: &mut Report<'_>) {
         Runtime::Mistralrs09 if rank > 256 => report.add(
             "rank-limit",
             "r",
-            &format!("rank {rank} is above the default limit of 256"),
+            &format!("takes ranks up to 256 by default; this is {rank}"),
             "raise lora_max_rank, or train with a lower rank",
         ),
         _ => {}
@@ -194,22 +193,19 @@ fn check_rank(adapter: &Adapter, report: &mut Report<'_>) {
 
 /// Settings that a runtime refuses or leaves unread.
 fn check_config(config: &AdapterConfig, report: &mut Report<'_>) {
-    let ignored = "is left unread, so the update would silently have the wrong scale";
+    let ignored = "leaves it unread, so the update would silently have the wrong scale";
     if config.monteclora.is_some() {
         let refused = match report.runtime {
             // Unknown keys and tensors are left unread there, which leaves the posterior mean.
             Runtime::Mistralrs | Runtime::Peft => None,
             Runtime::Mistralrs09 => Some((
                 "monteclora_config",
-                "is refused, and so are the sampler's tensors",
+                "refuses it, and the sampler's tensors too",
             )),
-            Runtime::Vllm => Some((
-                "adapter_model.safetensors",
-                "the sampler's tensors are refused",
-            )),
+            Runtime::Vllm => Some(("adapter_model.safetensors", "refuses the sampler's tensors")),
             Runtime::LlamaCpp => Some((
                 "adapter_model.safetensors",
-                "its converter stops at the sampler's tensors",
+                "converts nothing: its script stops at the sampler's tensors",
             )),
         };
         if let Some((location, message)) = refused {
@@ -227,7 +223,7 @@ fn check_config(config: &AdapterConfig, report: &mut Report<'_>) {
             Runtime::Vllm => report.add(
                 "alpha-pattern",
                 "alpha_pattern",
-                "is left unread by most released versions, so the update would silently have the wrong scale",
+                "leaves it unread in most released versions, so the update would silently have the wrong scale",
                 EXPORT,
             ),
             Runtime::Mistralrs09 | Runtime::Peft => {}
@@ -238,13 +234,13 @@ fn check_config(config: &AdapterConfig, report: &mut Report<'_>) {
             Runtime::Mistralrs => report.add(
                 "rank-pattern",
                 "rank_pattern",
-                "is left unread, so sites of another rank fail to load",
+                "leaves it unread, so sites of another rank fail to load",
                 EXPORT,
             ),
             Runtime::Vllm => report.add(
                 "rank-pattern",
                 "rank_pattern",
-                "is left unread by most released versions, so sites of another rank would silently have the wrong scale",
+                "leaves it unread in most released versions, so sites of another rank would silently have the wrong scale",
                 EXPORT,
             ),
             // Both take alpha over each site's own rank, as PEFT does.
@@ -262,12 +258,12 @@ fn check_sites(adapter: &Adapter, base: Option<&ModelFiles>, report: &mut Report
             let head = match (report.runtime, is_tied) {
                 (Runtime::Mistralrs | Runtime::LlamaCpp, Some(false)) | (Runtime::Peft, _) => None,
                 (Runtime::Mistralrs, _) => {
-                    Some("the head is silently left unadapted where it is tied to the embedding")
+                    Some("silently leaves the head unadapted where it is tied to the embedding")
                 }
-                (Runtime::Mistralrs09, _) => Some("LoRA on the head is refused"),
-                (Runtime::Vllm, _) => Some("LoRA on the head is not applied by every version"),
+                (Runtime::Mistralrs09, _) => Some("refuses LoRA on the head"),
+                (Runtime::Vllm, _) => Some("does not apply LoRA on the head in every version"),
                 (Runtime::LlamaCpp, _) => Some(
-                    "there is no head to adapt where it is tied to the embedding, and loading fails",
+                    "has no head to adapt where it is tied to the embedding, and fails to load",
                 ),
             };
             if let Some(message) = head {
@@ -285,8 +281,8 @@ fn check_sites(adapter: &Adapter, base: Option<&ModelFiles>, report: &mut Report
             report.add(
                 "dtype",
                 &site.name,
-                "float64 fails to load",
-                "export it as plain LoRA, which turns float64 into float32",
+                "fails to load float64",
+                "monteclora collapse turns float64 into float32",
             );
         }
     }
@@ -301,7 +297,7 @@ fn check_targets(config: &AdapterConfig, report: &mut Report<'_>) {
         report.add(
             "target-modules-form",
             "target_modules",
-            "only a list of names can be read",
+            "reads only a list of names",
             EXPORT,
         );
     }
@@ -313,7 +309,7 @@ fn check_targets(config: &AdapterConfig, report: &mut Report<'_>) {
             report.add(
                 "target-modules-form",
                 key,
-                "is left unread, so modules without tensors fail to load",
+                "leaves it unread, so modules without tensors fail to load",
                 EXPORT,
             );
         }
@@ -332,7 +328,7 @@ fn check_coverage(adapter: &Adapter, base: &ModelFiles, report: &mut Report<'_>)
             report.add(
                 "uncovered-target",
                 &module.name,
-                "target_modules hits it, since names are looked for anywhere in a path, but there are no tensors for it and loading fails",
+                "looks for target_modules anywhere in a path and finds them here, where there are no tensors: it fails to load",
                 EXPORT,
             );
         }
@@ -370,16 +366,16 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
             report.add(
                 "sharded",
                 "adapter_model-*.safetensors",
-                "only one adapter_model.safetensors is looked for",
-                "export it, which writes one file",
+                "looks for one adapter_model.safetensors only",
+                "monteclora collapse writes one file",
             );
         }
         if let (Some(first), false) = (named.first(), *runtime == Runtime::Mistralrs09) {
             let message = match runtime {
                 Runtime::Peft => {
-                    "holds the adapter's name, so PEFT does not find it: the adapter would have no effect"
+                    "does not find a tensor whose name holds the adapter's: it would have no effect"
                 }
-                _ => "holds the adapter's name and is not recognised",
+                _ => "does not recognise a tensor whose name holds the adapter's",
             };
             let others = match named.len() {
                 1 => String::new(),
@@ -389,7 +385,7 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
                 "adapter-name",
                 first,
                 &format!("{message}{others}"),
-                "export it, which drops the name",
+                "monteclora collapse drops the name",
             );
         }
         if !has_targets {
@@ -397,13 +393,13 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
                 Runtime::Mistralrs | Runtime::Mistralrs09 => report.add(
                     "target-modules-form",
                     "target_modules",
-                    "null cannot be read",
+                    "cannot read null",
                     EXPORT,
                 ),
                 Runtime::Vllm if !keys.contains_key("target_modules") => report.add(
                     "target-modules-form",
                     "target_modules",
-                    "a configuration without this key is refused",
+                    "refuses a configuration without this key",
                     EXPORT,
                 ),
                 _ => {}

@@ -44,8 +44,8 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
 }
 
 fn text(output: &Path, report: &MergeReport) -> String {
-    let rounding = if report.max_abs_error == 0.0 && report.update_lost == 0.0 {
-        "none: every weight is stored as computed".to_owned()
+    let rounding = if report.max_abs_error == 0.0 {
+        "none beyond float32 arithmetic".to_owned()
     } else {
         format!(
             "largest error {:.1e}; error {:.2} % of the update's norm; {:.2} % of the updated weights are stored as if there \

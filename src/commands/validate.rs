@@ -1,7 +1,7 @@
 //! `validate`: every problem at once.
 
 use anyhow::Result;
-use monteclora_converters::{ModelFiles, Runtime, validate_path};
+use monteclora_converters::{ModelFiles, Problem, Runtime, validate_path};
 use serde_json::json;
 
 use super::export::count;
@@ -27,8 +27,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     } else if problems.is_empty() {
         print(&format!("{}: {}", args.adapter.display(), good(args)))?;
     } else {
-        let lines = problems.iter().map(ToString::to_string).collect::<Vec<_>>();
-        print(&lines.join("\n"))?;
+        print(&by_remedy(&problems))?;
     }
     match problems.len() {
         0 => Ok(()),
@@ -39,6 +38,26 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
         ))
         .into()),
     }
+}
+
+/// One problem a line, those with the same remedy together.
+fn by_remedy(problems: &[Problem]) -> String {
+    let mut fixes: Vec<&str> = Vec::new();
+    for problem in problems {
+        if !fixes.contains(&problem.fix.as_str()) {
+            fixes.push(&problem.fix);
+        }
+    }
+    let mut text = String::new();
+    for fix in fixes {
+        for problem in problems.iter().filter(|problem| problem.fix == fix) {
+            text.push_str(&format!("{}: {}\n", problem.location, problem.message));
+        }
+        if !fix.is_empty() {
+            text.push_str(&format!("  fix: {fix}\n"));
+        }
+    }
+    text
 }
 
 /// What was checked, and found good.

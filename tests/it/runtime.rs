@@ -85,6 +85,55 @@ fn every_adapter_case_is_served_right_or_refused() {
     assert!(compared > 0, "mistral.rs served none of the cases");
 }
 
+/// With the adapter merged in, a model needs nothing else: both decoders give the adapter's logits on it.
+#[test]
+fn merged_models_give_the_adapters_logits() {
+    use monteclora_converters::{SafetensorsFile, write_safetensors};
+    let dir = tempfile::tempdir().unwrap();
+    let mut compared = 0;
+    for case in adapters().iter().filter(|case| !case.must_be_refused()) {
+        let merged = dir.path().join(&case.name);
+        let status = Command::new(env!("CARGO_BIN_EXE_monteclora"))
+            .args(["merge", "--dtype", "f32", "-m"])
+            .arg(&case.model)
+            .arg("-a")
+            .arg(&case.dir)
+            .arg("-o")
+            .arg(&merged)
+            .status()
+            .unwrap();
+        assert!(status.success(), "{}", case.name);
+        let expected = SafetensorsFile::open(case.dir.join("expected.safetensors")).unwrap();
+        let reference = dir.path().join(format!("{}.safetensors", case.name));
+        let kept =
+            ["input_ids", "logits"].map(|name| (name.to_owned(), expected.get(name).unwrap()));
+        write_safetensors(&reference, kept, &Default::default()).unwrap();
+        let (code, stdout, stderr) = parity(&[
+            "-m",
+            merged.to_str().unwrap(),
+            "--reference",
+            reference.to_str().unwrap(),
+            "--json",
+        ]);
+        if code == 4 {
+            assert!(stderr.contains("mistral.rs"), "{}: {stderr}", case.name);
+            continue;
+        }
+        assert_eq!(code, 0, "{}: {stderr}", case.name);
+        let report: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+        for key in ["ours", "mistralrs"] {
+            let difference = report[key]["max_abs_diff"].as_f64().unwrap();
+            assert!(
+                difference <= 10.0 * case.tolerance(),
+                "{}: {key} {difference}",
+                case.name
+            );
+        }
+        compared += 1;
+    }
+    assert!(compared > 0, "mistral.rs loaded none of the merged models");
+}
+
 struct Server {
     child: Child,
     url: String,

@@ -5,8 +5,9 @@
     cargo build --release
     python tests/reference/check_peft.py target/release/monteclora [FIXTURES]
 
-For every recorded adapter that is not to be refused, PEFT reads the collapsed form and its logits are compared with the
-recorded ones. Then a tiny training run is made, and PEFT's logits on its output are compared with this project's decoder
+For every recorded adapter that is not to be refused, PEFT reads what `collapse` and `convert --to peft` write, also after
+a trip through the mlx-lm and GGUF forms, and its logits are compared with the recorded ones; so are the logits of what
+`merge` writes, read by transformers alone. What is written as MonteCLoRA must carry the source's posterior. Then a tiny training run is made, and PEFT's logits on its output are compared with this project's decoder
 by `parity --reference`. Exits with 1 on any warning or difference.
 """
 import json
@@ -53,12 +54,29 @@ with tempfile.TemporaryDirectory() as scratch:
             continue
         model = fixtures / "models" / json.loads((case / "case.json").read_text())["model"]
         expected = load_file(case / "expected.safetensors")
-        plain = scratch / case.name
-        run("collapse", case, "-o", plain)
-        difference = (logits(load(model, plain), expected["input_ids"]) - expected["logits"].float()).abs().max().item()
         limit = 0.05 if "bf16" in case.name else 1e-4
-        failed |= not difference <= limit
-        print(f"{case.name}: collapsed, largest logit difference {difference:.2e} (limit {limit})")
+        at = {name: scratch / f"{case.name}-{name}" for name in ("lora", "peft", "mlx", "from-mlx", "gguf", "from-gguf", "merged")}
+        run("collapse", case, "-o", at["lora"])
+        run("convert", case, "--to", "peft", "-o", at["peft"])
+        run("convert", case, "--to", "mlx", "-o", at["mlx"])
+        run("convert", at["mlx"], "--to", "lora", "-o", at["from-mlx"])
+        run("convert", case, "--to", "gguf", "-m", model, "-o", at["gguf"])
+        run("convert", at["gguf"], "--to", "lora", "-m", model, "-o", at["from-gguf"])
+        run("merge", "-m", model, "-a", case, "--dtype", "f32", "-o", at["merged"])
+        for name in ("lora", "peft", "from-mlx", "from-gguf", "merged"):
+            if name == "merged":
+                loaded = AutoModelForCausalLM.from_pretrained(at[name], dtype=torch.float32).eval()
+            else:
+                loaded = load(model, at[name])
+            difference = (logits(loaded, expected["input_ids"]) - expected["logits"].float()).abs().max().item()
+            failed |= not difference <= limit
+            print(f"{case.name}: {name}, largest logit difference {difference:.2e} (limit {limit})")
+        source, written = (load_file(path / "adapter_model.safetensors") for path in (case, at["peft"]))
+        # The other two tensors of the sampler are its last random draw.
+        kept = [name for name in source if not name.endswith((".gaussian_var_prior", ".expert_weights"))]
+        same = source.keys() == written.keys() and all(torch.equal(source[name], written[name]) for name in kept)
+        failed |= not same
+        print(f"{case.name}: peft, tensors {'kept' if same else 'DIFFER'}")
 
     model = fixtures / "models" / "tiny-llama"
     rows = scratch / "rows.jsonl"

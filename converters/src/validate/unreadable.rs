@@ -67,16 +67,16 @@ pub(super) fn fates(found: &[Problem], runtime: Runtime) -> Vec<Problem> {
         };
         let message = match fate {
             Applied => continue,
-            Refused => "the adapter is refused",
-            Ignored => "is left unread, so the result would silently be wrong",
+            Refused => "refuses the adapter",
+            Ignored => "leaves it unread, so the result would silently be wrong",
             RefusedOrIgnored => {
-                "the adapter is refused by newer versions; older ones leave this unread and are silently wrong"
+                "refuses the adapter in newer versions; older ones leave it unread and are silently wrong"
             }
         };
         problems.push(Problem::new(
             problem.code,
             &problem.location,
-            format!("{runtime}: {message}"),
+            format!("{runtime} {message}"),
             &problem.fix,
         ));
     }
@@ -105,7 +105,7 @@ mod tests {
         assert_eq!(of(Runtime::Vllm), ["dora", "alora"]);
         let silent = fates(&found, Runtime::Mistralrs);
         assert!(
-            silent[0].message.starts_with("mistralrs: ") && silent[0].message.contains("silently")
+            silent[0].message.starts_with("mistralrs ") && silent[0].message.contains("silently")
         );
     }
 }
