@@ -159,6 +159,39 @@ impl Adapter {
     /// # Errors
     /// [`Error::Refused`] with every site that has no GGUF name; as [`Adapter::to_lora`]; [`Error::Exists`] if `path`
     /// exists and `overwrite` is false.
+    ///
+    /// ```
+    /// use monteclora_converters::Adapter;
+    /// # use monteclora_converters::{AdapterConfig, Format, Site, TargetModules, Tensor};
+    /// # let adapter = Adapter {
+    /// #     config: AdapterConfig {
+    /// #         r: 1,
+    /// #         lora_alpha: 2.0,
+    /// #         target_modules: TargetModules::List(vec!["q_proj".into()]),
+    /// #         ..AdapterConfig::default()
+    /// #     },
+    /// #     sites: vec![Site {
+    /// #         name: "model.layers.0.self_attn.q_proj".into(),
+    /// #         rank: 1,
+    /// #         alpha: 2.0,
+    /// #         scaling: 2.0,
+    /// #         lora_a: Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?,
+    /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
+    /// #         posterior: None,
+    /// #     }],
+    /// #     format: Format::PeftLora,
+    /// #     metadata: Default::default(),
+    /// # };
+    /// # let dir = tempfile::tempdir().expect("a temporary directory");
+    /// // The base's config.json, as `ModelFiles::read_config` gives it.
+    /// # let config = r#"{"model_type": "llama", "num_attention_heads": 1}"#;
+    /// let base_config = serde_json::from_str(config).expect("an object");
+    /// let path = dir.path().join("adapter.gguf");
+    /// adapter.write_gguf(&path, &base_config, None, false)?;
+    /// let read = Adapter::read_gguf(&path, &base_config)?;
+    /// assert_eq!(read.sites, adapter.sites);
+    /// # Ok::<(), monteclora_converters::Error>(())
+    /// ```
     pub fn write_gguf(
         &self,
         path: &Path,

@@ -4,16 +4,52 @@
 //! what is not asked for is not read, and what does not change is copied as bytes. What is not understood is refused
 //! with every offender named. Files must not be changed by others while they are open.
 //!
-//! ```no_run
-//! use monteclora_converters::{Adapter, LoraOptions, ModelFiles};
+//! ```
+//! use monteclora_converters::{
+//!     Adapter, AdapterConfig, Format, LoraOptions, ModelFiles, Runtime, Site, TargetModules, Tensor, merge_dir, validate_path,
+//!     write_safetensors,
+//! };
 //!
-//! let adapter = Adapter::read("out".as_ref())?;
-//! let base = ModelFiles::open("SmolLM2-135M-Instruct")?;
-//! for problem in adapter.check_against(&base)? {
-//!     eprintln!("{problem}");
-//! }
-//! adapter.write_lora("out-lora".as_ref(), &LoraOptions::default())?;
-//! # Ok::<(), monteclora_converters::Error>(())
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let scratch = tempfile::tempdir()?;
+//! # let dir = scratch.path();
+//! // A base model with one linear module.
+//! let weight = Tensor::from_f32(&[2, 2], vec![1.0, 0.0, 0.0, 1.0])?;
+//! std::fs::create_dir(dir.join("base"))?;
+//! std::fs::write(dir.join("base/config.json"), r#"{"model_type": "llama", "tie_word_embeddings": false}"#)?;
+//! let name = "model.layers.0.self_attn.q_proj";
+//! write_safetensors(dir.join("base/model.safetensors"), [(format!("{name}.weight"), weight)], &Default::default())?;
+//!
+//! // An adapter for it, made in memory and written as PEFT writes it.
+//! let config = AdapterConfig {
+//!     r: 1,
+//!     lora_alpha: 2.0,
+//!     target_modules: TargetModules::List(vec!["q_proj".into()]),
+//!     ..AdapterConfig::default()
+//! };
+//! let site = Site {
+//!     name: name.into(),
+//!     rank: 1,
+//!     alpha: 2.0,
+//!     scaling: config.scaling_for(name)?,
+//!     lora_a: Tensor::from_f32(&[1, 2], vec![1.0, 0.0])?,
+//!     lora_b: Tensor::from_f32(&[2, 1], vec![0.0, 1.0])?,
+//!     posterior: None,
+//! };
+//! let adapter = Adapter { config, sites: vec![site], format: Format::PeftLora, metadata: Default::default() };
+//! adapter.write_peft(&dir.join("out"), false)?;
+//!
+//! // Read, check against the base and a runtime, export, merge.
+//! let base = ModelFiles::open(dir.join("base"))?;
+//! assert!(validate_path(&dir.join("out"), Some(&base), &[Runtime::Vllm])?.is_empty());
+//! let adapter = Adapter::read(&dir.join("out"))?;
+//! adapter.write_lora(&dir.join("lora"), &LoraOptions::default())?;
+//! merge_dir(&base, &adapter, &dir.join("merged"), None)?;
+//! let merged = ModelFiles::open(dir.join("merged"))?;
+//! let weight = merged.get(&format!("{name}.weight")).expect("every tensor is there");
+//! assert_eq!(weight.to_f32()?, [1.0, 0.0, 2.0, 1.0]); // W + 2 * B A
+//! # Ok(())
+//! # }
 //! ```
 
 mod adapter;

@@ -99,6 +99,37 @@ impl Adapter {
     ///
     /// # Errors
     /// As [`Self::to_lora`] and [`Self::write_peft`].
+    ///
+    /// ```
+    /// use monteclora_converters::{Adapter, LoraOptions};
+    /// # use monteclora_converters::{AdapterConfig, Format, Site, TargetModules, Tensor};
+    /// # let adapter = Adapter {
+    /// #     config: AdapterConfig {
+    /// #         r: 1,
+    /// #         lora_alpha: 2.0,
+    /// #         target_modules: TargetModules::List(vec!["q_proj".into()]),
+    /// #         ..AdapterConfig::default()
+    /// #     },
+    /// #     sites: vec![Site {
+    /// #         name: "model.layers.0.self_attn.q_proj".into(),
+    /// #         rank: 1,
+    /// #         alpha: 2.0,
+    /// #         scaling: 2.0,
+    /// #         lora_a: Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?,
+    /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
+    /// #         posterior: None,
+    /// #     }],
+    /// #     format: Format::PeftLora,
+    /// #     metadata: Default::default(),
+    /// # };
+    /// # let dir = tempfile::tempdir().expect("a temporary directory");
+    /// let report = adapter.write_lora(&dir.path().join("lora"), &LoraOptions::default())?;
+    /// assert_eq!((report.r, report.lora_alpha), (1, 2.0));
+    /// assert!(report.baked.is_empty(), "one scaling everywhere, so B keeps its bytes");
+    /// let read = Adapter::read(&dir.path().join("lora"))?;
+    /// assert_eq!(read.sites, adapter.sites);
+    /// # Ok::<(), monteclora_converters::Error>(())
+    /// ```
     pub fn write_lora(&self, dir: &Path, options: &LoraOptions) -> Result<LoraReport> {
         let (plain, report) = self.to_lora(options.dtype)?;
         peft_write::write_dir(dir, options.overwrite, &config_json(&plain.config), &plain)?;

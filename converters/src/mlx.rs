@@ -136,6 +136,38 @@ impl Adapter {
     ///
     /// # Errors
     /// As [`Adapter::to_lora`] and [`Adapter::write_peft`].
+    ///
+    /// ```
+    /// use monteclora_converters::{Adapter, LoraOptions, SafetensorsFile};
+    /// # use monteclora_converters::{AdapterConfig, Format, Site, TargetModules, Tensor};
+    /// # let adapter = Adapter {
+    /// #     config: AdapterConfig {
+    /// #         r: 1,
+    /// #         lora_alpha: 2.0,
+    /// #         target_modules: TargetModules::List(vec!["q_proj".into()]),
+    /// #         ..AdapterConfig::default()
+    /// #     },
+    /// #     sites: vec![Site {
+    /// #         name: "model.layers.0.self_attn.q_proj".into(),
+    /// #         rank: 1,
+    /// #         alpha: 2.0,
+    /// #         scaling: 2.0,
+    /// #         lora_a: Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?,
+    /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
+    /// #         posterior: None,
+    /// #     }],
+    /// #     format: Format::PeftLora,
+    /// #     metadata: Default::default(),
+    /// # };
+    /// # let dir = tempfile::tempdir().expect("a temporary directory");
+    /// let out = dir.path().join("mlx");
+    /// adapter.write_mlx(&out, &LoraOptions::default())?;
+    /// let file = SafetensorsFile::open(out.join("adapters.safetensors"))?;
+    /// let names: Vec<&str> = file.names().collect();
+    /// assert_eq!(names[0], "model.layers.0.self_attn.q_proj.lora_a");
+    /// assert_eq!(Adapter::read(&out)?.sites, adapter.sites);
+    /// # Ok::<(), monteclora_converters::Error>(())
+    /// ```
     pub fn write_mlx(&self, dir: &Path, options: &LoraOptions) -> Result<LoraReport> {
         let (plain, mut report) = self.to_lora(options.dtype)?;
         report

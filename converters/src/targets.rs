@@ -144,6 +144,23 @@ impl AdapterConfig {
     /// # Errors
     /// [`Error::UnknownTarget`] with every entry that names no module; [`Error::Setting`] for a pattern that cannot be
     /// used, or if nothing is left.
+    ///
+    /// ```
+    /// use monteclora_converters::{AdapterConfig, LinearModule, TargetModules};
+    /// let module = |name: &str| LinearModule { name: name.into(), in_features: 4, out_features: 4 };
+    /// let base = [module("model.layers.0.self_attn.q_proj"), module("model.layers.1.self_attn.q_proj")];
+    /// let mut config = AdapterConfig {
+    ///     target_modules: TargetModules::List(vec!["q_proj".into()]),
+    ///     layers_to_transform: Some(vec![1]),
+    ///     ..AdapterConfig::default()
+    /// };
+    /// assert_eq!(config.resolve_targets(&base)?, ["model.layers.1.self_attn.q_proj"]);
+    ///
+    /// config.target_modules = TargetModules::List(vec!["qproj".into()]);
+    /// let error = config.resolve_targets(&base).expect_err("no module of this name");
+    /// assert!(error.to_string().contains("nearest: `q_proj` (2 sites)"));
+    /// # Ok::<(), monteclora_converters::Error>(())
+    /// ```
     pub fn resolve_targets(&self, base_linears: &[LinearModule]) -> Result<Vec<String>> {
         let matcher = Matcher::new(self)?;
         let unknown = match &self.target_modules {

@@ -344,6 +344,7 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
         .paths
         .iter()
         .any(|path| path.file_name() != Some(std::ffi::OsStr::new(peft_read::WEIGHTS_FILE)));
+    // `lora_A.<name>.weight`, where it should be `lora_A.weight`.
     let named: Vec<&str> = weights
         .names()
         .filter(|name| {
@@ -370,14 +371,24 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
                 "monteclora collapse writes one file",
             );
         }
-        if let (Some(first), false) = (named.first(), *runtime == Runtime::Mistralrs09) {
+        let unread: Vec<&str> = named
+            .iter()
+            .copied()
+            .filter(|name| match runtime {
+                Runtime::Mistralrs09 => false,
+                // PEFT gives every adapter that it loads this name unless told otherwise.
+                Runtime::Peft => !name.ends_with(".default.weight"),
+                _ => true,
+            })
+            .collect();
+        if let Some(first) = unread.first() {
             let message = match runtime {
                 Runtime::Peft => {
                     "does not find a tensor whose name holds the adapter's: it would have no effect"
                 }
                 _ => "does not recognise a tensor whose name holds the adapter's",
             };
-            let others = match named.len() {
+            let others = match unread.len() {
                 1 => String::new(),
                 n => format!(" (and {} more)", n - 1),
             };
@@ -548,6 +559,9 @@ mod tests {
         write_renamed(dir.path(), |name| {
             name.replace(".weight", ".default.weight")
         });
+        assert_eq!(codes_at(dir.path(), Runtime::Peft), [""; 0]);
+        assert_eq!(codes_at(dir.path(), Runtime::Mistralrs), ["adapter-name"]);
+        write_renamed(dir.path(), |name| name.replace(".weight", ".other.weight"));
         assert_eq!(codes_at(dir.path(), Runtime::Mistralrs09), [""; 0]);
         assert_eq!(codes_at(dir.path(), Runtime::Peft), ["adapter-name"]);
         let whole = dir.path().join(peft_read::WEIGHTS_FILE);
