@@ -7,6 +7,7 @@ pub mod data;
 pub mod eval;
 pub mod gguf_import;
 pub mod hub;
+pub mod logging;
 pub mod model;
 pub mod progress;
 pub mod session;

@@ -2,28 +2,15 @@
 
 mod allocator;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
 use monteclora::cli::{Cli, Command};
-use monteclora::commands;
-use tracing_subscriber::EnvFilter;
+use monteclora::{commands, logging};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let default = match cli.verbose {
-        0 => "warn,monteclora=info,mistralrs_monteclora=info",
-        1 => "info,monteclora=debug",
-        _ => "debug",
-    };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    logging::init(cli.verbose, cli.log_format);
     // A server lives long and idles; a run wants its memory back at the next step.
     if matches!(
         cli.command,

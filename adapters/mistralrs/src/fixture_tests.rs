@@ -1,5 +1,7 @@
 //! The crate as a whole on small models with reference logits.
 
+mod abuse;
+mod operation;
 mod parity;
 mod serving;
 

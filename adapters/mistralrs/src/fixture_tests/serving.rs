@@ -3,39 +3,49 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use reqwest::blocking::{Client, Response};
 use serde_json::{Value, json};
 
 use super::{Case, cases, servable};
+use crate::config::ServeConfig;
 use crate::server::Server;
 use crate::{Error, ServeFile, local_only};
 
 /// A running server, stopped when dropped.
-struct Running {
-    address: SocketAddr,
+pub(super) struct Running {
+    pub(super) address: SocketAddr,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<crate::Result<()>>>,
-    client: Client,
+    pub(super) client: Client,
 }
 
 impl Running {
-    fn start(toml: &str) -> (Self, tempfile::TempDir) {
+    pub(super) fn start(toml: &str) -> (Self, tempfile::TempDir) {
+        Self::start_changed(toml, |_| {})
+    }
+
+    /// Starts with what `toml` says once `change` has been over it.
+    pub(super) fn start_changed(
+        toml: &str,
+        change: impl FnOnce(&mut ServeConfig),
+    ) -> (Self, tempfile::TempDir) {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("serve.toml");
         fs::write(&path, toml).expect("written");
         fs::create_dir(dir.path().join("adapters")).expect("created");
         fs::write(dir.path().join("keys.txt"), "user-key\n").expect("written");
         fs::write(dir.path().join("admin.txt"), "admin-key\n").expect("written");
-        let config = ServeFile::read(&path)
-            .and_then(|file| file.resolve(&local_only))
-            .expect("a sound configuration");
+        let source = move || ServeFile::read(&path).and_then(|file| file.resolve(&local_only));
+        let mut config: ServeConfig = source().expect("a sound configuration");
+        change(&mut config);
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let (ready, address) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Runtime::new().expect("a runtime");
             runtime.block_on(async {
-                let server = Server::start(&config).await?;
+                let server = Server::start(&config).await?.with_source(Arc::new(source));
                 ready.send(server.address()).expect("the test waits");
                 server
                     .run_until(async {
@@ -54,15 +64,15 @@ impl Running {
         (running, dir)
     }
 
-    fn url(&self, path: &str) -> String {
+    pub(super) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
 
-    fn get(&self, path: &str) -> Response {
+    pub(super) fn get(&self, path: &str) -> Response {
         self.client.get(self.url(path)).send().expect("answered")
     }
 
-    fn post(&self, path: &str, body: &Value) -> Response {
+    pub(super) fn post(&self, path: &str, body: &Value) -> Response {
         self.client
             .post(self.url(path))
             .json(body)
@@ -70,7 +80,7 @@ impl Running {
             .expect("answered")
     }
 
-    fn finish(mut self) -> crate::Result<()> {
+    pub(super) fn finish(mut self) -> crate::Result<()> {
         drop(self.stop.take());
         self.thread
             .take()
@@ -80,7 +90,7 @@ impl Running {
     }
 }
 
-fn toml_for(case: &Case, extra: &str) -> String {
+pub(super) fn toml_for(case: &Case, extra: &str) -> String {
     format!(
         "{extra}\n[server]\nport = 0\n[[models]]\nmodel_id = '{}'\nname = 'base'\ndevice.cpu = true\n[[models.adapters]]\nalias = 'tuned'\nsource = '{}'\n",
         case.base.display(),
@@ -88,13 +98,13 @@ fn toml_for(case: &Case, extra: &str) -> String {
     )
 }
 
-fn chat(model: &str, stream: bool) -> Value {
+pub(super) fn chat(model: &str, stream: bool) -> Value {
     json!({"model": model, "stream": stream, "temperature": 0, "max_tokens": 12,
         "messages": [{"role": "user", "content": "Why?"}]})
 }
 
 /// Data of all events of a stream.
-fn events(response: Response) -> Vec<String> {
+pub(super) fn events(response: Response) -> Vec<String> {
     BufReader::new(response)
         .lines()
         .map(|line| line.expect("readable"))
@@ -102,7 +112,7 @@ fn events(response: Response) -> Vec<String> {
         .collect()
 }
 
-fn parse(response: Response, status: u16) -> Value {
+pub(super) fn parse(response: Response, status: u16) -> Value {
     let found = response.status().as_u16();
     let text = response.text().expect("readable");
     assert_eq!(found, status, "{text}");
