@@ -30,7 +30,7 @@ pub fn init(verbose: u8, format: LogFormat) {
             .with_target(false)
             .with_ansi(std::io::stderr().is_terminal())
             .init(),
-        LogFormat::Json => builder.event_format(JsonLines).with_ansi(false).init(),
+        LogFormat::Json => builder.event_format(JsonLines).init(),
     }
 }
 

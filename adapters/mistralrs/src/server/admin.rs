@@ -19,6 +19,7 @@ use super::registry::{AdapterLoad, Lease};
 use super::reload::Reloaded;
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct LoadRequest {
     lora_name: String,
     lora_path: PathBuf,
@@ -29,6 +30,7 @@ struct LoadRequest {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct UnloadRequest {
     lora_name: String,
     expected_generation: Option<String>,

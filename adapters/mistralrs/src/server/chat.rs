@@ -54,7 +54,9 @@ pub(crate) async fn chat_completions(
     body.fields
         .insert("messages".to_owned(), text_messages(messages)?);
     let request = prepare(&app, &body).await?;
-    let prompt_tokens = count_prompt(&app, &body, &request).await?;
+    let prompt_tokens = admission
+        .within(&app, count_prompt(&app, &body, &request))
+        .await?;
     let mut exchange = body
         .hand_over(&app, admission, "messages", prompt_tokens)?
         .send(&app, async |sender| {

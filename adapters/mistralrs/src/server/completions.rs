@@ -35,13 +35,13 @@ pub(crate) async fn completions(
 
     // The tokenizer that mistral.rs has adds nothing, so what the model's own puts around plain text is added here.
     let engine_id = body.lease.engine_id();
-    let text = tokenize(
-        app.registry.host(),
-        Some(engine_id),
-        either::Either::Right(prompt.clone()),
-    )
-    .await
-    .map_err(|error| ApiError::invalid("prompt", error.to_string()))?;
+    let tokenizing = async {
+        let text = either::Either::Right(prompt.clone());
+        tokenize(app.registry.host(), Some(engine_id), text)
+            .await
+            .map_err(|error| ApiError::invalid("prompt", error.to_string()))
+    };
+    let text = admission.within(&app, tokenizing).await?;
     let frame = &body.lease.frame;
     let tokens: Vec<u32> = [&frame.prefix, &text, &frame.suffix]
         .into_iter()

@@ -1,5 +1,6 @@
 //! One request in an engine's hands, from its admission to its last token, whether or not the client stays.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -40,6 +41,18 @@ impl Admission {
             _permit: permit,
             _in_flight: app.metrics.in_flight(),
         })
+    }
+
+    /// `work`, unless it takes longer than a whole answer may.
+    pub(crate) async fn within<T>(
+        &self,
+        app: &App,
+        work: impl Future<Output = Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
+        let deadline = self.started + app.limits.request_timeout;
+        tokio::time::timeout_at(deadline.into(), work)
+            .await
+            .unwrap_or_else(|_| Err(ApiError::timed_out()))
     }
 }
 
