@@ -281,6 +281,18 @@ impl Decoder {
         scale: f64,
         options: PassOptions<'_>,
     ) -> Result<TaskLoss> {
+        // On a worker of the pool, so that the thousands of parallel loops below start without waking one from outside.
+        rayon::scope(|_| self.forward_and_backward(sequences, targets, adapter, scale, options))
+    }
+
+    fn forward_and_backward(
+        &self,
+        sequences: &Sequences,
+        targets: &[(usize, u32)],
+        adapter: &ActiveAdapter,
+        scale: f64,
+        options: PassOptions<'_>,
+    ) -> Result<TaskLoss> {
         let rotation = self.rotation(&sequences.positions)?;
         let pass = Pass {
             rotation: &rotation,

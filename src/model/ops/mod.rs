@@ -2,6 +2,8 @@
 
 pub mod attention;
 pub mod cross_entropy;
+#[cfg(test)]
+mod finite_differences;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

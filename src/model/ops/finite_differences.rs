@@ -1,0 +1,127 @@
+//! Every hand-written gradient against central differences of its forward pass, on shapes that no vector or block divides.
+
+use candle_core::{DType, Device, Tensor};
+use monteclora_adapters::FrozenLinear;
+
+use super::attention::{self, Heads, Segment};
+use super::rope::Rotation;
+use super::testing::matrix;
+use super::{cross_entropy, rms_norm, swiglu};
+use crate::model::Result;
+
+/// Step of the differences: truncation and f32 rounding are both below the tolerance there.
+const STEP: f64 = 1e-2;
+
+fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let product = (a.to_dtype(DType::F64)? * b.to_dtype(DType::F64)?)?;
+    Ok(product.sum_all()?.to_scalar::<f64>()?)
+}
+
+/// Holds `gradients` against the differences of `value` along the gradient itself and along another direction, one input at a
+/// time; the tolerance is relative to the product of the norms, which a direction along the gradient attains.
+fn check(
+    inputs: &[Tensor],
+    gradients: &[Tensor],
+    value: impl Fn(&[Tensor]) -> Result<f64>,
+) -> Result<()> {
+    for (index, gradient) in gradients.iter().enumerate() {
+        let (rows, columns) = gradient.dims2()?;
+        let norm = dot(gradient, gradient)?.sqrt();
+        let along = (gradient * (((rows * columns) as f64).sqrt() / norm))?;
+        for direction in [along, matrix(rows, columns, 7.3)] {
+            let shifted = |step: f64| -> Result<f64> {
+                let mut inputs = inputs.to_vec();
+                inputs[index] = (&inputs[index] + (&direction * step)?)?;
+                value(&inputs)
+            };
+            let numeric = (shifted(STEP)? - shifted(-STEP)?) / (2.0 * STEP);
+            let exact = dot(gradient, &direction)?;
+            let scale = norm * dot(&direction, &direction)?.sqrt();
+            assert!(
+                (numeric - exact).abs() < 5e-4 * scale,
+                "input {index}: {numeric} by differences, {exact} by the backward pass, scale {scale}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rms_norm_gradient() -> Result<()> {
+    let weight = matrix(1, 37, 0.7).flatten_all()?;
+    let (x, upstream) = (matrix(21, 37, 0.1), matrix(21, 37, 0.3));
+    let gradient = rms_norm::backward(&x, &weight, 1e-5, &upstream, None)?;
+    check(&[x], &[gradient], |inputs| {
+        dot(&rms_norm::forward(&inputs[0], &weight, 1e-5)?, &upstream)
+    })
+}
+
+#[test]
+fn rotation_gradient() -> Result<()> {
+    let rotation = Rotation::new(&[0, 3, 11, 12, 40], &[1.0, 0.21, 0.04], &Device::Cpu)?;
+    let (x, upstream) = (matrix(5, 18, 0.1), matrix(5, 18, 0.3));
+    let gradient = rotation.backward(&upstream)?;
+    check(&[x], &[gradient], |inputs| {
+        dot(&rotation.forward(&inputs[0])?, &upstream)
+    })
+}
+
+#[test]
+fn gated_activation_gradient() -> Result<()> {
+    let (gate, up) = ((matrix(19, 53, 0.1) * 4.0)?, matrix(19, 53, 0.5));
+    let upstream = matrix(19, 53, 0.9);
+    let found = swiglu::backward(&gate, &up, &upstream)?;
+    check(&[gate, up], &[found.grad_gate, found.grad_up], |inputs| {
+        dot(&swiglu::forward(&inputs[0], &inputs[1])?, &upstream)
+    })
+}
+
+#[test]
+fn attention_gradient() -> Result<()> {
+    for window in [None, Some(5)] {
+        let heads = Heads {
+            query: 6,
+            key_value: 2,
+            dim: 10,
+            window,
+        };
+        let segment = |query_start, query_len, key_start, key_len| Segment {
+            query_start,
+            query_len,
+            key_start,
+            key_len,
+        };
+        let segments = [segment(0, 67, 0, 67), segment(67, 3, 67, 9)];
+        let (q, k, v) = (
+            matrix(70, 60, 0.1),
+            matrix(76, 20, 0.2),
+            matrix(76, 20, 0.3),
+        );
+        let upstream = matrix(70, 60, 0.4);
+        let attended = attention::forward(&q, &k, &v, &segments, heads)?;
+        let (dq, dk, dv) =
+            attention::backward((&q, &k, &v), &attended, &upstream, &segments, heads)?;
+        check(&[q, k, v], &[dq, dk, dv], |inputs| {
+            let [q, k, v] = [0, 1, 2].map(|i| &inputs[i]);
+            dot(
+                &attention::forward(q, k, v, &segments, heads)?.output,
+                &upstream,
+            )
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn cross_entropy_gradient() -> Result<()> {
+    let labels = cross_entropy::CHUNK + 3;
+    let head = FrozenLinear::new(matrix(29, 11, 0.3), None)?;
+    let hidden = matrix(labels, 11, 0.8);
+    let targets: Vec<u32> = (0..labels as u32).map(|i| (i * 5) % 29).collect();
+    let found = cross_entropy::evaluate(&head, None, &hidden, &targets, Some(0.25))?;
+    let gradient = found.grad_hidden.expect("a scale was given");
+    check(&[hidden], &[gradient], |inputs| {
+        let loss = cross_entropy::evaluate(&head, None, &inputs[0], &targets, None)?;
+        Ok(0.25 * loss.nll.iter().map(|v| f64::from(*v)).sum::<f64>())
+    })
+}
