@@ -216,6 +216,7 @@ pub enum SourceFormatArg {
     #[default]
     Auto,
     /// PEFT directory, LoRA or MonteCLoRA.
+    #[value(alias = "lora")]
     Peft,
     /// mlx-lm adapter directory.
     Mlx,

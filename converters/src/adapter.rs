@@ -243,9 +243,12 @@ impl Adapter {
     /// Whether the configuration comes from the authors' own code (LCS2-IIITD/MonteCLoRA). It saves A and B only, so such
     /// an adapter is its mean: no posterior is stored, and its `sample_scaler`, applied twice there, has no meaning here.
     pub fn is_authors_dialect(&self) -> bool {
-        config_read::AUTHORS
-            .iter()
-            .any(|key| self.config.other.contains_key(*key))
+        let other = &self.config.other;
+        let is_off = other.get("use_monteclora") == Some(&Value::Bool(false));
+        !is_off
+            && config_read::AUTHORS
+                .iter()
+                .any(|key| other.contains_key(*key))
     }
 
     /// Whether the adapter changes any weight: false if B A = 0 at every site.

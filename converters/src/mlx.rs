@@ -280,7 +280,23 @@ impl Parameters {
                 refuse("config-value", key, "missing in lora_parameters".into());
             }
         }
+        let rank = given.get("rank").and_then(Value::as_f64);
         for (key, value) in given {
+            if key == "alpha" {
+                // Where alpha is the rank, both readings agree.
+                if value.as_f64() != rank {
+                    refuse(
+                        "ambiguous-scale",
+                        key,
+                        format!(
+                            "early versions of mlx-lm multiplied scale by alpha / rank, later ones leave alpha ({value}) unread, \
+                             so the scale depends on the version that trained it; remove alpha if it was a later one, else set scale \
+                             to scale * alpha / rank first"
+                        ),
+                    );
+                }
+                continue;
+            }
             let number = value.as_f64().filter(|number| number.is_finite());
             let understood = match key.as_str() {
                 "rank" => value
@@ -417,6 +433,25 @@ mod tests {
     }
 
     #[test]
+    fn an_alpha_that_would_change_the_scale_in_some_versions_is_refused() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let out = dir.path().join("out");
+        fixtures::small_adapter(4, false)
+            .write_mlx(&out, &LoraOptions::default())
+            .expect("written");
+        let path = out.join(CONFIG_FILE);
+        let mut config = Value::Object(crate::json::read_object(&path).expect("our own output"));
+        let rank = config["lora_parameters"]["rank"].as_u64().expect("a rank");
+        config["lora_parameters"]["alpha"] = json!(rank);
+        std::fs::write(&path, config.to_string()).expect("writable");
+        assert!(Adapter::read(&out).is_ok());
+        config["lora_parameters"]["alpha"] = json!(rank + 1);
+        std::fs::write(&path, config.to_string()).expect("writable");
+        let error = Adapter::read(&out).expect_err("two readings");
+        assert_eq!(error.problems()[0].code, "ambiguous-scale");
+    }
+
+    #[test]
     fn what_is_not_lora_is_refused() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let out = dir.path().join("out");
@@ -436,7 +471,7 @@ mod tests {
             [
                 "dora",
                 "config-value",
-                "config-value",
+                "ambiguous-scale",
                 "shape",
                 "shape",
                 "shape",

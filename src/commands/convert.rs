@@ -15,7 +15,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     let output = &args.output;
     require_apart(&args.source, output)?;
     if args.to == TargetFormatArg::Gguf {
-        require_no_directory(output)?;
+        require_new_file(output, args.force)?;
     } else {
         require_empty(output, args.force)?;
     }
@@ -105,12 +105,19 @@ fn read(args: &ConvertArgs) -> Result<Adapter> {
     })
 }
 
-fn require_no_directory(output: &Path) -> Result<()> {
+fn require_new_file(output: &Path, force: bool) -> Result<()> {
     if output.is_dir() {
         return Err(Usage(format!(
             "`{}` is a directory; a GGUF LoRA is one file, such as `{}`",
             output.display(),
             output.join("adapter.gguf").display()
+        ))
+        .into());
+    }
+    if output.exists() && !force {
+        return Err(Usage(format!(
+            "`{}` exists; choose another file or pass --force",
+            output.display()
         ))
         .into());
     }

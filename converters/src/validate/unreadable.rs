@@ -56,10 +56,10 @@ const FATES: [(&str, [Fate; 5]); 11] = [
     ),
 ];
 
-/// For problems that were found while reading: what `runtime` does about each.
+/// For problems that were found while reading: what `runtime` does about each kind of them, at the first place.
 pub(super) fn fates(found: &[Problem], runtime: Runtime) -> Vec<Problem> {
     let column = Runtime::ALL.iter().position(|other| *other == runtime);
-    let mut problems = Vec::new();
+    let mut problems: Vec<Problem> = Vec::new();
     for problem in found {
         let row = FATES.iter().find(|(code, _)| *code == problem.code);
         let Some(fate) = row.and_then(|(_, fates)| fates.get(column?)) else {
@@ -73,6 +73,9 @@ pub(super) fn fates(found: &[Problem], runtime: Runtime) -> Vec<Problem> {
                 "refuses the adapter in newer versions; older ones leave it unread and are silently wrong"
             }
         };
+        if problems.iter().any(|other| other.code == problem.code) {
+            continue;
+        }
         problems.push(Problem::new(
             problem.code,
             &problem.location,
@@ -93,6 +96,7 @@ mod tests {
             Problem::new("dora", "use_dora", "scales rows", "merge it"),
             Problem::new("alora", "alora_invocation_tokens", "activated", "train"),
             Problem::new("shape", "x", "of no runtime's concern", ""),
+            Problem::new("dora", "magnitudes", "once is enough", "merge it"),
         ];
         let of = |runtime| {
             fates(&found, runtime)
