@@ -424,3 +424,59 @@ fn an_answer_that_takes_too_long_is_ended() {
     parse(server.post("/v1/chat/completions", &again), 200);
     server.finish().expect("a clean stop");
 }
+
+#[test]
+fn of_many_changes_at_once_each_sees_the_one_before() {
+    let case = servable();
+    let extra = "[admin]\nenabled = true\nadapter_root = 'adapters'\n";
+    let (server, dir) = Running::start(&toml_for(&case, extra));
+    let copy = dir.path().join("adapters/copy");
+    fs::create_dir(&copy).expect("created");
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(case.adapter.join(file), copy.join(file)).expect("copied");
+    }
+    let race = |body: &Value| -> Vec<u16> {
+        std::thread::scope(|scope| {
+            let racers: Vec<_> = (0..4)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let answer = server.post("/v1/load_lora_adapter", body);
+                        answer.status().as_u16()
+                    })
+                })
+                .collect();
+            let mut statuses: Vec<u16> = racers
+                .into_iter()
+                .map(|racer| racer.join().expect("no panic"))
+                .collect();
+            statuses.sort_unstable();
+            statuses
+        })
+    };
+    let plain = json!({"lora_name": "plain", "lora_path": "copy"});
+    assert_eq!(race(&plain), [200, 409, 409, 409]);
+    let first = json!({"lora_name": "first", "lora_path": "copy", "expected_generation": "none"});
+    assert_eq!(race(&first), [200, 409, 409, 409]);
+    let in_place = json!({"lora_name": "plain", "lora_path": "copy", "load_inplace": true});
+    assert_eq!(race(&in_place), [200, 200, 200, 200]);
+
+    // What was begun is finished, although nobody waits for the answer.
+    let body = json!({"lora_name": "left", "lora_path": "copy"}).to_string();
+    let request = format!(
+        "POST /v1/load_lora_adapter HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut leaving = TcpStream::connect(server.address).expect("accepted");
+    leaving.write_all(request.as_bytes()).expect("sent");
+    std::thread::sleep(std::time::Duration::from_millis(5));
+    drop(leaving);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while server.get("/v1/models/left").status() != 200 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the load was abandoned"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    server.finish().expect("a clean stop");
+}
