@@ -13,6 +13,8 @@ mod models;
 mod registry;
 mod reload;
 mod request;
+mod routes;
+mod signals;
 mod steps;
 mod stop;
 mod stream;
@@ -25,23 +27,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
-use axum::Router;
-use axum::http::{HeaderValue, Method, StatusCode, header};
-use axum::middleware::from_fn_with_state;
-use axum::routing::{get, post};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Semaphore};
-use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use crate::config::{Limits, ServeConfig};
 use crate::error::{Error, Result};
 use crate::keys::KeySet;
-use answer::ApiError;
 use connection::Acceptor;
 use metrics::Metrics;
 pub use registry::Applied;
 use registry::Registry;
 pub use reload::{ConfigSource, Reloaded};
+use signals::{Hangups, StopSignals};
 use tls::TlsAcceptor;
 
 /// What every handler sees.
@@ -162,7 +159,7 @@ impl Server {
         let Self { listener, app } = self;
         let acceptor = Acceptor {
             listener,
-            router: router(app.clone()),
+            router: routes::router(app.clone()),
             tls: app.tls.clone(),
             limits: app.limits.clone(),
             metrics: app.metrics.clone(),
@@ -246,86 +243,6 @@ pub fn serve(
     outcome
 }
 
-/// The signals that ask for an end: SIGTERM, and SIGINT from the keyboard.
-#[cfg(unix)]
-struct StopSignals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-#[cfg(unix)]
-impl StopSignals {
-    fn new() -> Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        let watch = |kind| {
-            signal(kind)
-                .map_err(|error| Error::Engine(format!("cannot listen for signals: {error}")))
-        };
-        Ok(Self {
-            terminate: watch(SignalKind::terminate())?,
-            interrupt: watch(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
-}
-
-/// SIGHUP, which asks to read the configuration again.
-#[cfg(unix)]
-struct Hangups(tokio::signal::unix::Signal);
-
-#[cfg(unix)]
-impl Hangups {
-    fn new() -> Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        signal(SignalKind::hangup())
-            .map(Self)
-            .map_err(|error| Error::Engine(format!("cannot listen for signals: {error}")))
-    }
-
-    async fn next(&mut self) {
-        self.0.recv().await;
-    }
-}
-
-/// There is no such signal here.
-#[cfg(not(unix))]
-struct Hangups;
-
-#[cfg(not(unix))]
-impl Hangups {
-    fn new() -> Result<Self> {
-        Ok(Self)
-    }
-
-    async fn next(&mut self) {
-        std::future::pending().await
-    }
-}
-
-/// The signal that asks for an end: ctrl-c.
-#[cfg(not(unix))]
-struct StopSignals;
-
-#[cfg(not(unix))]
-impl StopSignals {
-    fn new() -> Result<Self> {
-        Ok(Self)
-    }
-
-    async fn next(&mut self) {
-        // Without a handler the only way to stop is the task manager, which needs none.
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
 fn listen_error(address: SocketAddr, error: &std::io::Error) -> Error {
     let message = match error.kind() {
         std::io::ErrorKind::AddrInUse => {
@@ -338,76 +255,4 @@ fn listen_error(address: SocketAddr, error: &std::io::Error) -> Error {
         address: address.to_string(),
         message,
     }
-}
-
-/// Every route there is: mistral.rs's own router, with its unguarded administration, is not mounted.
-fn router(app: App) -> Router {
-    let inference = Router::new()
-        .route("/v1/chat/completions", post(chat::chat_completions))
-        .route("/v1/completions", post(completions::completions))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*name}", get(models::one))
-        .layer(from_fn_with_state(app.clone(), guard::require_key));
-    let mut admin = Router::new().route("/metrics", get(models::metrics));
-    if app.adapter_root.is_some() {
-        admin = admin
-            .route("/v1/load_lora_adapter", post(admin::load))
-            .route("/v1/unload_lora_adapter", post(admin::unload))
-            .route("/v1/lora_adapters", get(admin::list));
-        if app.source.get().is_some() {
-            admin = admin.route("/v1/reload", post(admin::reload));
-        }
-    }
-    let admin = admin.layer(from_fn_with_state(app.clone(), guard::require_admin_key));
-    let router = inference
-        .merge(admin)
-        .route("/healthz", get(models::healthz))
-        .route("/readyz", get(models::readyz))
-        .fallback(|| async {
-            ApiError::new(
-                StatusCode::NOT_FOUND,
-                "not_found",
-                "there is no such endpoint",
-            )
-        })
-        .method_not_allowed_fallback(|| async {
-            ApiError::new(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "method_not_allowed",
-                "this endpoint takes another method",
-            )
-        })
-        .layer(from_fn_with_state(app.clone(), guard::guard));
-    match cors(&app.allowed_origins) {
-        Some(cors) => router.layer(cors),
-        None => router,
-    }
-    .with_state(app)
-}
-
-/// What browsers are told about `origins`; nothing, which they take for a no, where there are none.
-fn cors(origins: &[String]) -> Option<CorsLayer> {
-    if origins.is_empty() {
-        return None;
-    }
-    let origins = match origins.iter().any(|origin| origin == "*") {
-        true => AllowOrigin::any(),
-        // The configuration has checked that an origin is plain ASCII.
-        false => AllowOrigin::list(
-            origins
-                .iter()
-                .filter_map(|origin| HeaderValue::from_str(origin).ok()),
-        ),
-    };
-    Some(
-        CorsLayer::new()
-            .allow_origin(origins)
-            .allow_methods([Method::GET, Method::POST])
-            .allow_headers([
-                header::AUTHORIZATION,
-                header::CONTENT_TYPE,
-                guard::REQUEST_ID,
-            ])
-            .expose_headers([guard::REQUEST_ID]),
-    )
 }
