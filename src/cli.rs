@@ -34,10 +34,14 @@ pub enum LogFormat {
 pub enum Command {
     /// The whole job on a real model in minutes: train, compare with the base, collapse, serve.
     Quickstart(QuickstartArgs),
+    /// A commented run.toml for a model and a data file.
+    Init(InitArgs),
     /// Fine-tune as run.toml says.
     Train(TrainArgs),
     /// Scores of a base and an adapter on a data file: loss, perplexity, token accuracy, multiple choice, calibration.
     Eval(EvalArgs),
+    /// One self-contained HTML page about a training run.
+    Report(ReportArgs),
     /// Posterior mean as a plain LoRA directory.
     Collapse(CollapseArgs),
     /// Between adapter formats: PEFT, plain LoRA, GGUF, mlx-lm.
@@ -135,6 +139,29 @@ pub struct QuickstartArgs {
     pub json: bool,
 }
 
+/// `init`
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Training rows, JSON Lines.
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Validation rows; without them the run has no evaluation, best model or early stopping.
+    #[arg(long, value_name = "FILE")]
+    pub valid: Option<PathBuf>,
+    /// The file to write.
+    #[arg(short, long, value_name = "FILE", default_value = "run.toml")]
+    pub output: PathBuf,
+    /// Where training is to write.
+    #[arg(long, value_name = "DIR", default_value = "out")]
+    pub output_dir: PathBuf,
+    /// Replace a file that exists.
+    #[arg(long)]
+    pub force: bool,
+}
+
 /// `train`
 #[derive(Debug, Args)]
 pub struct TrainArgs {
@@ -191,6 +218,17 @@ pub struct EvalArgs {
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `report`
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// The run's output directory; the run may still be going on.
+    #[arg(value_name = "OUT")]
+    pub output_dir: PathBuf,
+    /// Where the page goes, in place of a report made before; by default OUT/report.html.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
 }
 
 /// `collapse`

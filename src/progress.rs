@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::train::Event;
+use crate::train::metrics::TrainRecord;
 
 /// A bar of bytes; invisible where stderr is no terminal.
 pub fn bytes(message: &'static str) -> ProgressBar {
@@ -33,6 +34,8 @@ pub struct TrainProgress {
     first: u64,
     began: std::time::Instant,
     total: u64,
+    /// What the last line of metrics said of rate, speed and memory.
+    latest: String,
 }
 
 impl Default for TrainProgress {
@@ -44,6 +47,7 @@ impl Default for TrainProgress {
             first: 0,
             began: std::time::Instant::now(),
             total: 0,
+            latest: String::new(),
         }
     }
 }
@@ -63,29 +67,37 @@ impl TrainProgress {
             Event::Step(step, loss) => {
                 if let Some(bar) = &self.bar {
                     bar.set_position(*step);
-                    bar.set_message(format!("loss {loss:.4}"));
+                    bar.set_message(format!("loss {loss:.4}{}", self.latest));
                     if *step == self.total {
                         bar.finish();
                     }
                 }
             }
-            Event::Train(record) => self.line(format!(
-                "step {}/{}  loss {:.4}  task {:.4}  kl {:.4}  grad {:.3}  lr {:.2e}  {:.0} tok/s  eta {}",
-                record.step,
-                self.total,
-                record.loss,
-                record.task_loss,
-                record.kl_loss,
-                record.grad_norm,
-                record.learning_rate,
-                record.tokens_per_second,
-                self.eta(record.step)
-            )),
+            Event::Train(record) => {
+                let memory = record.peak_memory_bytes.map_or(String::new(), |bytes| {
+                    format!("  peak {:.2} GB", bytes as f64 / 1e9)
+                });
+                self.latest = format!(
+                    "  lr {:.2e}  {:.0} tok/s{memory}",
+                    record.learning_rate, record.tokens_per_second
+                );
+                self.line(format!(
+                    "step {}/{}  {}  grad {:.3}{}  eta {}",
+                    record.step,
+                    self.total,
+                    losses(record),
+                    record.grad_norm,
+                    self.latest,
+                    self.eta(record.step)
+                ));
+            }
             Event::Eval(record) => self.line(format!(
                 "step {}/{}  valid loss {:.4}  perplexity {:.3}  token accuracy {:.3}",
                 record.step, self.total, record.loss, record.perplexity, record.token_accuracy
             )),
-            Event::Saved(step) => self.line(format!("step {step}/{}  checkpoint written", self.total)),
+            Event::Saved(step) => {
+                self.line(format!("step {step}/{}  checkpoint written", self.total))
+            }
         }
     }
 
@@ -101,4 +113,19 @@ impl TrainProgress {
         let left = self.began.elapsed().as_secs() * self.total.saturating_sub(step) / done;
         format!("{:02}:{:02}:{:02}", left / 3600, left / 60 % 60, left % 60)
     }
+}
+
+/// The loss and what it is made of; plain LoRA has the task alone.
+fn losses(record: &TrainRecord) -> String {
+    if record.kl_loss == 0.0 && record.entropy_loss == 0.0 {
+        return format!("loss {:.4}", record.loss);
+    }
+    let mut text = format!(
+        "loss {:.4} = task {:.4} + kl {:.4}",
+        record.loss, record.task_loss, record.kl_loss
+    );
+    if record.entropy_loss > 0.0 {
+        text.push_str(&format!(" + mixture {:.4}", record.entropy_loss));
+    }
+    text
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::{print, print_json};
 use crate::cli::DoctorArgs;
-use crate::hub;
+use crate::{hub, system};
 
 pub(super) fn run(args: &DoctorArgs) -> Result<()> {
     let features = [
@@ -37,14 +37,14 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
         "device": device,
         "device_problem": device_problem,
         "threads": threads,
-        "memory_bytes": total_memory_bytes(),
+        "memory_bytes": system::total_memory_bytes(),
         "cache": cache,
         "cache_problem": cache_problem,
     });
     if args.json {
         return print_json(&report);
     }
-    let memory = total_memory_bytes().map_or("unknown".to_owned(), |b| {
+    let memory = system::total_memory_bytes().map_or("unknown".to_owned(), |b| {
         format!("{:.1} GB", b as f64 / 1e9)
     });
     let note =
@@ -66,16 +66,4 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
 fn writable(dir: &std::path::Path) -> std::io::Result<()> {
     std::fs::create_dir_all(dir)?;
     tempfile::tempfile_in(dir).map(|_| ())
-}
-
-fn total_memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib: u64 = text
-        .lines()
-        .find(|l| l.starts_with("MemTotal:"))?
-        .split_whitespace()
-        .nth(1)?
-        .parse()
-        .ok()?;
-    Some(kib * 1024)
 }

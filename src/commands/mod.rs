@@ -5,14 +5,17 @@ mod collapse;
 mod completions;
 mod convert;
 mod doctor;
+mod dry_run;
 mod eval;
 mod export;
 mod import_gguf;
+mod init;
 mod inspect;
 mod merge;
 #[cfg(feature = "mistralrs")]
 mod parity;
 mod quickstart;
+mod report;
 mod sample;
 #[cfg(feature = "mistralrs")]
 mod serve;
@@ -55,8 +58,10 @@ pub(crate) struct Interrupted(pub(crate) String);
 pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Quickstart(args) => quickstart::run(args),
+        Command::Init(args) => init::run(args),
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Report(args) => report::run(args),
         Command::Collapse(args) => collapse::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Sample(args) => sample::run(args),
@@ -137,6 +142,13 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     #[cfg(feature = "mistralrs")]
     if let Some(error) = error.downcast_ref::<mistralrs_monteclora::Error>() {
         return u8::try_from(error.exit_code()).ok();
+    }
+    if let Some(error) = error.downcast_ref::<crate::report::Error>() {
+        return match error {
+            crate::report::Error::NotARun(_) => Some(2),
+            crate::report::Error::Record { .. } => Some(4),
+            _ => None,
+        };
     }
     if error.is::<Usage>() || error.is::<hub::Error>() {
         return Some(2);

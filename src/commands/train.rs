@@ -9,7 +9,7 @@ use candle_core::DType;
 use monteclora_converters::{Adapter, AdapterConfig, ModelFiles};
 use serde_json::json;
 
-use super::{Interrupted, Usage, device, print, print_json, require_empty, require_fit};
+use super::{Interrupted, Usage, device, dry_run, print, print_json, require_empty, require_fit};
 use crate::cli::TrainArgs;
 use crate::config::{DtypeChoice, RunConfig};
 use crate::data::Dataset;
@@ -42,7 +42,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let prepared = prepare(config, None)?;
     let output_dir = prepared.run.train.output_dir.clone();
     if args.dry_run {
-        return dry_run(&prepared, args.json);
+        return dry_run::run(&prepared, args.json);
     }
     let checkpoint = match args.resume.as_deref() {
         None => {
@@ -259,102 +259,6 @@ fn record(prepared: &Prepared, state: &AdapterState, total_steps: u64) -> Result
         trainable_parameters: state.n_parameters(),
         total_steps,
     })
-}
-
-fn dry_run(prepared: &Prepared, as_json: bool) -> Result<()> {
-    let estimate = memory_estimate(prepared);
-    let modules = Decoder::linear_modules(&prepared.model_config);
-    let mut trainable = 0;
-    for name in &prepared.sites {
-        if let Some(module) = modules.iter().find(|m| m.name == *name) {
-            let rank = prepared.adapter_config.rank_for(name)?;
-            let spread = prepared
-                .adapter_config
-                .monteclora
-                .as_ref()
-                .map_or(0, |m| rank + m.num_samples);
-            trainable += rank * (module.in_features + module.out_features) + spread;
-        }
-    }
-    let stats = prepared.train.stats();
-    if as_json {
-        return print_json(&json!({
-            "sites": prepared.sites,
-            "trainable_parameters": trainable,
-            "train": stats,
-            "valid": prepared.valid.as_ref().map(Dataset::stats),
-            "memory_estimate_bytes": estimate,
-        }));
-    }
-    let mut leaves = std::collections::BTreeMap::<&str, usize>::new();
-    for site in &prepared.sites {
-        *leaves
-            .entry(site.rsplit('.').next().unwrap_or(site))
-            .or_default() += 1;
-    }
-    let leaves = leaves
-        .iter()
-        .map(|(leaf, n)| format!("{leaf} x {n}"))
-        .collect::<Vec<_>>()
-        .join(", ");
-    print(&format!(
-        "model       {}\nsites       {} ({leaves})\ntrainable   {trainable} parameters\nexamples    {} ({} rows, {} dropped, {} truncated)\n\
-         tokens      {} an example (median), 95 % below {}, longest {}\ntrained     {} of {} tokens\nmemory      about {:.1} GB at the peak\nnothing was written",
-        prepared.base.name,
-        prepared.sites.len(),
-        stats.n_examples,
-        stats.n_rows,
-        stats.n_dropped,
-        stats.n_truncated,
-        stats.tokens.median,
-        stats.tokens.p95,
-        stats.tokens.max,
-        stats.trained_tokens.total,
-        stats.tokens.total,
-        estimate as f64 / 1e9,
-    ))
-}
-
-/// Bytes at the peak of a step: frozen weights, the adapter with gradient and moments, activations of the largest
-/// batch, and the logits of one chunk.
-fn memory_estimate(prepared: &Prepared) -> u64 {
-    let config = &prepared.model_config;
-    let weights: usize = prepared
-        .files
-        .names()
-        .filter_map(|name| prepared.files.info(name))
-        .map(|(_, shape)| shape.iter().product::<usize>())
-        .sum();
-    let stats = prepared.train.stats();
-    let batch_tokens = match prepared.settings.pack_tokens {
-        Some(pack) => pack.min(stats.tokens.total as usize) * prepared.settings.batch_size,
-        None => stats.tokens.p95.max(1) * prepared.settings.batch_size,
-    };
-    let batch_tokens = batch_tokens
-        .min(stats.tokens.total as usize)
-        .max(stats.tokens.max);
-    let (q, kv) = (
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    );
-    let kept = 2 * config.hidden_size + 2 * q + 2 * kv + 2 * config.intermediate_size;
-    let layers = if prepared.settings.gradient_checkpointing {
-        1
-    } else {
-        config.num_hidden_layers
-    };
-    let working = 4 * config.intermediate_size + 8 * config.hidden_size;
-    let inputs = config.num_hidden_layers * config.hidden_size;
-    let activations = batch_tokens * (kept * layers + inputs + working);
-    let rank = prepared.adapter_config.r;
-    let adapter: usize = Decoder::linear_modules(config)
-        .iter()
-        .filter(|m| prepared.sites.contains(&m.name))
-        .map(|m| rank * (m.in_features + m.out_features))
-        .sum();
-    let logits = batch_tokens.min(crate::model::ops::cross_entropy::CHUNK) * config.vocab_size;
-    (prepared.weights.size_in_bytes() * weights + 4 * (6 * adapter + activations + logits)) as u64
-        + (80 << 20)
 }
 
 /// A flag set by the first SIGINT or SIGTERM; a second one ends the process at once.

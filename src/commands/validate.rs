@@ -1,6 +1,6 @@
 //! `validate`: every problem at once.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use monteclora_converters::{ModelFiles, Problem, Runtime, validate_path};
 use serde_json::json;
 
@@ -8,6 +8,7 @@ use super::export::count;
 use super::{Incompatible, print, print_json};
 use crate::cli::ValidateArgs;
 use crate::hub::{self, HubOptions};
+use crate::provenance;
 
 pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     let runtimes = args
@@ -22,10 +23,22 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
         None => None,
     };
     let problems = validate_path(&args.adapter, base.as_ref(), &runtimes)?;
+    // Only an adapter that fits is worth asking which base it belongs to.
+    let warning = match &base {
+        Some(base) if problems.is_empty() => provenance::other_base(&args.adapter, base)
+            .with_context(|| format!("cannot read `{}`", base.dir().display()))?,
+        _ => None,
+    };
     if args.json {
-        print_json(&json!({ "ok": problems.is_empty(), "problems": problems }))?;
+        let warnings: Vec<_> = warning.iter().collect();
+        print_json(
+            &json!({ "ok": problems.is_empty(), "problems": problems, "warnings": warnings }),
+        )?;
     } else if problems.is_empty() {
         print(&format!("{}: {}", args.adapter.display(), good(args)))?;
+        if let Some(warning) = &warning {
+            print(&format!("warning: {warning}"))?;
+        }
     } else {
         print(&by_remedy(&problems))?;
     }

@@ -15,7 +15,7 @@ mod rows;
 mod stats;
 mod template;
 #[cfg(test)]
-mod test_support;
+pub(crate) mod test_support;
 mod tokenizer;
 
 pub use batch::{Batch, BatchOptions, Batches, Cursor, epoch_order, epoch_plan};

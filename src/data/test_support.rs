@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// A temporary data file with the given text; the directory lives as long as the guard.
-pub(super) fn write_temp(text: &str) -> (tempfile::TempDir, PathBuf) {
+pub(crate) fn write_temp(text: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("temporary directory");
     let path = dir.path().join("train.jsonl");
     std::fs::write(&path, text).expect("writes");
@@ -11,7 +11,7 @@ pub(super) fn write_temp(text: &str) -> (tempfile::TempDir, PathBuf) {
 }
 
 /// The fixtures' model directory, whose tokenizer is bytes plus `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`.
-pub(super) fn tiny_llama() -> PathBuf {
+pub(crate) fn tiny_llama() -> PathBuf {
     let root = std::env::var_os("MONTECLORA_FIXTURES").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/fixtures"),
         PathBuf::from,
@@ -20,7 +20,7 @@ pub(super) fn tiny_llama() -> PathBuf {
 }
 
 /// A copy of the tiny model's directory with another template, and `<s>` added as BOS where `with_bos`.
-pub(super) fn model_with_template(template: &str, with_bos: bool) -> tempfile::TempDir {
+pub(crate) fn model_with_template(template: &str, with_bos: bool) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("temporary directory");
     let read = |name: &str| std::fs::read_to_string(tiny_llama().join(name)).expect("fixture");
     let mut tokenizer: serde_json::Value =

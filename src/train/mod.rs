@@ -2,6 +2,7 @@
 
 pub mod audit;
 mod checkpoint;
+pub mod memory;
 pub mod metrics;
 mod optimizer;
 mod run;

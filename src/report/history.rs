@@ -1,0 +1,246 @@
+//! metrics.jsonl read back: one curve, whatever interruptions the run went through.
+
+use std::io::BufRead;
+
+use serde::Deserialize;
+
+/// A `train` line. Numbers that were not finite are absent.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct TrainPoint {
+    /// Optimiser steps made.
+    pub step: u64,
+    /// Passes over the data.
+    pub epoch: Option<f64>,
+    /// Task loss plus regulariser, nats.
+    pub loss: Option<f64>,
+    /// Task loss, nats.
+    pub task_loss: Option<f64>,
+    /// Weighted divergences, nats.
+    pub kl_loss: Option<f64>,
+    /// Dirichlet divergence, nats.
+    pub kl_dirichlet: Option<f64>,
+    /// Wishart divergence, nats.
+    pub kl_wishart: Option<f64>,
+    /// Gaussian divergence, nats.
+    pub kl_gaussian: Option<f64>,
+    /// Sum of squared mixture weights.
+    pub entropy_loss: Option<f64>,
+    /// Norm of all gradients before clipping.
+    pub grad_norm: Option<f64>,
+    /// Learning rate.
+    pub learning_rate: Option<f64>,
+    /// Tokens read.
+    pub tokens: Option<f64>,
+    /// Tokens with a loss.
+    pub trained_tokens: Option<f64>,
+    /// Tokens a second.
+    pub tokens_per_second: Option<f64>,
+    /// Largest resident memory so far, bytes.
+    pub peak_memory_bytes: Option<f64>,
+    /// Seconds since the run began.
+    pub wall_s: Option<f64>,
+}
+
+/// An `eval` line.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct EvalPoint {
+    /// Optimiser steps made.
+    pub step: u64,
+    /// Passes over the data.
+    pub epoch: Option<f64>,
+    /// Validation loss, nats.
+    pub loss: Option<f64>,
+    /// `exp(loss)`.
+    pub perplexity: Option<f64>,
+    /// Share of tokens that were the most likely one.
+    pub token_accuracy: Option<f64>,
+    /// Seconds the evaluation took.
+    pub seconds: Option<f64>,
+    /// Seconds since the run began.
+    pub wall_s: Option<f64>,
+}
+
+/// An `event` line.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct EventPoint {
+    /// What happened.
+    pub event: String,
+    /// Optimiser steps made.
+    pub step: u64,
+    /// Seconds since the run began.
+    pub wall_s: Option<f64>,
+}
+
+/// What a run reported.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct History {
+    /// Training, by step.
+    pub train: Vec<TrainPoint>,
+    /// Evaluations, by step.
+    pub eval: Vec<EvalPoint>,
+    /// Events, in the order they happened.
+    pub events: Vec<EventPoint>,
+    /// Lines that are not JSON, as a killed run may leave one.
+    pub n_unreadable: usize,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Line {
+    Train(TrainPoint),
+    Eval(EvalPoint),
+    Event(EventPoint),
+    #[serde(other)]
+    Unknown,
+}
+
+impl History {
+    /// Reads every line. Where a run went back to a checkpoint, what it said of later steps before that is left out.
+    ///
+    /// # Errors
+    /// Those of the reader.
+    pub fn read(reader: impl BufRead) -> std::io::Result<Self> {
+        let mut history = Self::default();
+        for line in reader.split(b'\n') {
+            let line = line?;
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
+            match serde_json::from_slice(&line) {
+                Ok(Line::Train(point)) => {
+                    back_to(&mut history.train, point.step, |p| p.step);
+                    history.train.push(point);
+                }
+                Ok(Line::Eval(point)) => {
+                    back_to(&mut history.eval, point.step, |p| p.step);
+                    history.eval.push(point);
+                }
+                Ok(Line::Event(point)) => {
+                    if matches!(point.event.as_str(), "started" | "resumed") {
+                        back_to(&mut history.train, point.step + 1, |p| p.step);
+                        back_to(&mut history.eval, point.step + 1, |p| p.step);
+                    }
+                    history.events.push(point);
+                }
+                Ok(Line::Unknown) => {}
+                Err(_) => history.n_unreadable += 1,
+            }
+        }
+        Ok(history)
+    }
+
+    /// The evaluation of lowest loss; the first of several.
+    pub fn best(&self) -> Option<&EvalPoint> {
+        self.eval
+            .iter()
+            .filter(|point| point.loss.is_some())
+            .min_by(|a, b| {
+                a.loss
+                    .unwrap_or(f64::MAX)
+                    .total_cmp(&b.loss.unwrap_or(f64::MAX))
+            })
+    }
+
+    /// How the run ended, or that nothing says it did.
+    pub fn status(&self) -> String {
+        let last = |name: &str| self.events.iter().rposition(|event| event.event == name);
+        let begun = last("started").max(last("resumed"));
+        let since = |name: &str| {
+            last(name)
+                .filter(|at| Some(*at) > begun)
+                .map(|at| &self.events[at])
+        };
+        if let Some(event) = since("finished") {
+            return match since("early_stop") {
+                Some(_) => format!("stopped early at step {}", event.step),
+                None => format!("finished at step {}", event.step),
+            };
+        }
+        if let Some(event) = since("interrupted") {
+            return format!("interrupted at step {}", event.step);
+        }
+        match self
+            .train
+            .last()
+            .map(|p| p.step)
+            .max(begun.map(|at| self.events[at].step))
+        {
+            Some(step) => format!("running or killed after step {step}"),
+            None => "nothing reported yet".to_owned(),
+        }
+    }
+}
+
+fn back_to<T>(points: &mut Vec<T>, step: u64, step_of: impl Fn(&T) -> u64) {
+    while points.last().is_some_and(|point| step_of(point) >= step) {
+        points.pop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(lines: &[&str]) -> History {
+        History::read(lines.join("\n").as_bytes()).expect("reads")
+    }
+
+    fn train(step: u64, loss: &str) -> String {
+        format!(r#"{{"type":"train","step":{step},"task_loss":{loss}}}"#)
+    }
+
+    fn event(name: &str, step: u64) -> String {
+        format!(r#"{{"type":"event","event":"{name}","step":{step},"wall_s":1}}"#)
+    }
+
+    #[test]
+    fn a_resumed_run_is_one_curve() {
+        let lines = [
+            event("started", 0),
+            train(10, "3"),
+            train(20, "2"),
+            train(30, "9"),
+            "{\"type\":\"tra".to_owned(),
+            event("resumed", 20),
+            train(30, "1"),
+            event("finished", 30),
+        ];
+        let history = read(&lines.each_ref().map(String::as_str));
+        let curve: Vec<_> = history
+            .train
+            .iter()
+            .map(|p| (p.step, p.task_loss))
+            .collect();
+        assert_eq!(curve, [(10, Some(3.0)), (20, Some(2.0)), (30, Some(1.0))]);
+        assert_eq!(history.n_unreadable, 1);
+        assert_eq!(history.status(), "finished at step 30");
+    }
+
+    #[test]
+    fn the_end_is_told_from_what_was_said_last() {
+        assert_eq!(read(&[]).status(), "nothing reported yet");
+        let lines = [
+            event("started", 0),
+            train(10, "3"),
+            event("interrupted", 12),
+        ];
+        let mut lines: Vec<String> = lines.into();
+        let status =
+            |lines: &[String]| read(&lines.iter().map(String::as_str).collect::<Vec<_>>()).status();
+        assert_eq!(status(&lines), "interrupted at step 12");
+        lines.push(event("resumed", 12));
+        assert_eq!(status(&lines), "running or killed after step 12");
+        lines.extend([event("early_stop", 40), event("finished", 40)]);
+        assert_eq!(status(&lines), "stopped early at step 40");
+    }
+
+    #[test]
+    fn what_was_not_finite_is_absent() {
+        let history = read(&[&train(1, "null")]);
+        assert_eq!(history.train[0].task_loss, None);
+        assert_eq!(history.best(), None);
+    }
+}

@@ -1,0 +1,444 @@
+//! The page: what the template is given.
+
+use minijinja::{Environment, Value as Text, context};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::chart::{Chart, Series, number};
+use super::history::{History, TrainPoint};
+use super::sites::{self, Shown};
+use super::{Error, RunFiles};
+
+/// Rows of the evaluation table that are shown at most.
+const MAX_EVALUATIONS: usize = 40;
+
+#[derive(Serialize)]
+struct Figure {
+    title: &'static str,
+    note: &'static str,
+    legend: Vec<Legend>,
+    svg: Text,
+}
+
+#[derive(Serialize)]
+struct Legend {
+    name: &'static str,
+    colour: u8,
+    last: String,
+}
+
+#[derive(Serialize)]
+struct Card {
+    label: &'static str,
+    value: String,
+    note: String,
+}
+
+#[derive(Serialize)]
+struct Section {
+    name: String,
+    entries: Vec<(String, String)>,
+}
+
+pub(super) fn html(run: &RunFiles) -> Result<String, Error> {
+    let mut environment = Environment::new();
+    // The name's ending turns escaping on.
+    environment.add_template("page.html", include_str!("page.html"))?;
+    let history = &run.history;
+    let config = &run.record["config"];
+    let (evaluations, n_left_out) = evaluations(history);
+    let adapter = run.adapter.as_ref().map(|(place, summary)| {
+        let shown = Shown::of(&summary.sites);
+        context! {
+            place => place.display().to_string(),
+            noise => shown == Shown::NoiseToSignal,
+            grid => Text::from_safe_string(sites::grid(&summary.sites, shown)),
+            range => range(summary.sites.iter().map(|site| shown.value(site))),
+            sites => summary.sites.iter().map(|site| context! {
+                name => site.name,
+                r => site.r,
+                norm_a => number(site.norm_a),
+                norm_b => number(site.norm_b),
+                norm_delta => number(site.norm_delta),
+                noise => site.noise_to_signal.map(number),
+                components => site.effective_components.map(number),
+            }).collect::<Vec<_>>(),
+            problems => summary.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        }
+    });
+    let events: Vec<_> = history
+        .events
+        .iter()
+        .filter(|event| event.event != "checkpoint" && event.event != "best")
+        .map(|event| context! { name => event.event.replace('_', " "), step => event.step, at => event.wall_s.map(duration) })
+        .collect();
+    let n_checkpoints = history
+        .events
+        .iter()
+        .filter(|event| event.event == "checkpoint")
+        .count();
+    Ok(environment.get_template("page.html")?.render(context! {
+        title => title(run),
+        method => plain(&config["lora"]["method"]),
+        status => history.status(),
+        version => env!("CARGO_PKG_VERSION"),
+        cards => cards(run),
+        figures => figures(history),
+        n_unreadable => history.n_unreadable,
+        evaluations,
+        n_left_out,
+        adapter,
+        adapter_problem => run.adapter_problem,
+        events,
+        n_checkpoints,
+        config => sections(config),
+        provenance => provenance(&run.record),
+    })?)
+}
+
+fn title(run: &RunFiles) -> String {
+    let id = run.record["base"]["model_id"]
+        .as_str()
+        .unwrap_or("Training run");
+    // A path says more by its last part.
+    id.rsplit('/')
+        .find(|part| !part.is_empty())
+        .unwrap_or(id)
+        .to_owned()
+}
+
+fn cards(run: &RunFiles) -> Vec<Card> {
+    let history = &run.history;
+    let mut cards = Vec::new();
+    let mut card = |label, value: Option<String>, note: String| {
+        if let Some(value) = value {
+            cards.push(Card { label, value, note });
+        }
+    };
+    let last = history.train.last();
+    let planned = run.record["total_steps"].as_u64();
+    let step = last.map(|p| p.step);
+    card(
+        "steps",
+        step.map(|step| step.to_string()),
+        planned.map_or(String::new(), |planned| format!("of {planned}")),
+    );
+    card(
+        "training loss",
+        last.and_then(|p| p.task_loss).map(number),
+        "task only, last report".to_owned(),
+    );
+    card(
+        "best validation loss",
+        history.best().and_then(|p| p.loss).map(number),
+        history
+            .best()
+            .map_or(String::new(), |p| format!("at step {}", p.step)),
+    );
+    card(
+        "trainable parameters",
+        run.record["trainable_parameters"].as_u64().map(grouped),
+        run.record["sites"]
+            .as_array()
+            .map_or(String::new(), |sites| format!("at {} sites", sites.len())),
+    );
+    card(
+        "tokens",
+        last.and_then(|p| p.tokens).map(|n| grouped(n as u64)),
+        last.and_then(|p| p.trained_tokens)
+            .map_or(String::new(), |n| {
+                format!("{} with a loss", grouped(n as u64))
+            }),
+    );
+    let mut speeds: Vec<f64> = history
+        .train
+        .iter()
+        .filter_map(|p| p.tokens_per_second)
+        .collect();
+    speeds.sort_by(f64::total_cmp);
+    card(
+        "tokens a second",
+        speeds.get(speeds.len() / 2).copied().map(number),
+        "median".to_owned(),
+    );
+    let peak = history
+        .train
+        .iter()
+        .filter_map(|p| p.peak_memory_bytes)
+        .reduce(f64::max);
+    card(
+        "peak memory",
+        peak.map(|bytes| format!("{:.2} GB", bytes / 1e9)),
+        "resident".to_owned(),
+    );
+    card(
+        "time",
+        last.and_then(|p| p.wall_s).map(duration),
+        String::new(),
+    );
+    cards
+}
+
+type Get = fn(&TrainPoint) -> Option<f64>;
+
+fn figures(history: &History) -> Vec<Figure> {
+    let line = |name, colour, get: Get| Series {
+        name,
+        colour,
+        marked: false,
+        points: history.train.iter().map(|p| (p.step, get(p))).collect(),
+    };
+    let valid = Series {
+        name: "validation",
+        colour: 2,
+        marked: history.eval.len() <= 60,
+        points: history.eval.iter().map(|p| (p.step, p.loss)).collect(),
+    };
+    let charts: [(&str, &str, bool, Vec<Series>); 6] = [
+        (
+            "Loss",
+            "negative log-likelihood a trained token, nats",
+            false,
+            vec![line("training", 1, |p| p.task_loss), valid],
+        ),
+        (
+            "Divergences",
+            "mean over sites, nats, before the weight; logarithmic",
+            true,
+            vec![
+                line("Gaussian", 1, |p| p.kl_gaussian),
+                line("Wishart", 2, |p| p.kl_wishart),
+                line("Dirichlet", 3, |p| p.kl_dirichlet),
+            ],
+        ),
+        (
+            "Regulariser",
+            "what is added to the task loss, nats; logarithmic",
+            true,
+            vec![
+                line("weighted divergences", 1, |p| p.kl_loss),
+                line("sum of squared weights", 4, |p| p.entropy_loss),
+            ],
+        ),
+        (
+            "Learning rate",
+            "of A and B",
+            false,
+            vec![line("learning rate", 5, |p| p.learning_rate)],
+        ),
+        (
+            "Gradient norm",
+            "all parameters, before clipping; logarithmic",
+            true,
+            vec![line("gradient norm", 3, |p| p.grad_norm)],
+        ),
+        (
+            "Throughput",
+            "tokens a second",
+            false,
+            vec![line("tokens a second", 4, |p| p.tokens_per_second)],
+        ),
+    ];
+    charts
+        .into_iter()
+        .filter_map(|(title, note, logarithmic, series)| {
+            // Plain LoRA has no divergences, and some runs no validation.
+            let series: Vec<Series> = series
+                .into_iter()
+                .filter(|s| {
+                    s.points
+                        .iter()
+                        .any(|(_, v)| v.is_some_and(|v| !logarithmic || v > 0.0))
+                })
+                .collect();
+            let legend = series
+                .iter()
+                .map(|s| Legend {
+                    name: s.name,
+                    colour: s.colour,
+                    last: s
+                        .points
+                        .iter()
+                        .rev()
+                        .find_map(|(_, v)| *v)
+                        .map_or(String::new(), number),
+                })
+                .collect();
+            let chart = Chart {
+                title,
+                logarithmic,
+                series,
+            };
+            (!chart.is_empty()).then(|| Figure {
+                title,
+                note,
+                legend,
+                svg: Text::from_safe_string(chart.svg()),
+            })
+        })
+        .collect()
+}
+
+/// The evaluations to show, the best among them, and how many are left out.
+fn evaluations(history: &History) -> (Vec<Text>, usize) {
+    let best = history.best().map(|p| p.step);
+    let every = history.eval.len().div_ceil(MAX_EVALUATIONS).max(1);
+    let last = history.eval.len().saturating_sub(1);
+    let rows: Vec<Text> = history
+        .eval
+        .iter()
+        .enumerate()
+        .filter(|(idx, p)| (last - idx).is_multiple_of(every) || Some(p.step) == best)
+        .map(|(_, p)| {
+            context! {
+                step => p.step,
+                epoch => p.epoch.map(|v| format!("{v:.2}")),
+                loss => p.loss.map(|v| format!("{v:.4}")),
+                perplexity => p.perplexity.map(number),
+                token_accuracy => p.token_accuracy.map(|v| format!("{v:.4}")),
+                best => Some(p.step) == best,
+            }
+        })
+        .collect();
+    let n_left_out = history.eval.len() - rows.len();
+    (rows, n_left_out)
+}
+
+/// The configuration's tables, each value in one line.
+fn sections(config: &Value) -> Vec<Section> {
+    let Value::Object(top) = config else {
+        return Vec::new();
+    };
+    let mut found = vec![Section {
+        name: String::new(),
+        entries: Vec::new(),
+    }];
+    for (key, value) in top {
+        match value {
+            Value::Object(_) => table(key, value, &mut found),
+            value => found[0].entries.push((key.clone(), plain(value))),
+        }
+    }
+    found.retain(|section| !section.entries.is_empty());
+    found
+}
+
+fn table(name: &str, value: &Value, found: &mut Vec<Section>) {
+    let Value::Object(table) = value else {
+        return;
+    };
+    let (mut entries, mut nested) = (Vec::new(), Vec::new());
+    for (key, value) in table {
+        match value {
+            Value::Null => {}
+            Value::Object(inner) if inner.is_empty() => {}
+            Value::Array(inner) if inner.is_empty() => {}
+            Value::Object(_) => nested.push((format!("{name}.{key}"), value)),
+            value => entries.push((key.clone(), plain(value))),
+        }
+    }
+    found.push(Section {
+        name: name.to_owned(),
+        entries,
+    });
+    for (name, value) in nested {
+        self::table(&name, value, found);
+    }
+}
+
+fn provenance(record: &Value) -> Vec<(String, String)> {
+    let mut entries = Vec::new();
+    let mut entry = |name: &str, value: &Value| {
+        if !value.is_null() {
+            entries.push((name.to_owned(), plain(value)));
+        }
+    };
+    entry("monteclora", &record["monteclora"]);
+    for (key, name) in [
+        ("model_id", "base"),
+        ("revision", "base revision"),
+        ("fingerprint", "base fingerprint"),
+    ] {
+        entry(name, &record["base"][key]);
+    }
+    for set in ["train", "valid"] {
+        for key in ["path", "sha256", "examples", "tokens", "trained_tokens"] {
+            entry(
+                &format!("{set} {}", key.replace('_', " ")),
+                &record[set][key],
+            );
+        }
+    }
+    entry("chat template SHA-256", &record["chat_template_sha256"]);
+    entry("tokenizer SHA-256", &record["tokenizer_sha256"]);
+    entries
+}
+
+/// A value as TOML would have it, without quotes.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        Value::Number(n) => match n.as_f64() {
+            Some(value) if n.is_f64() => number(value),
+            _ => n.to_string(),
+        },
+        Value::Array(list) => list.iter().map(plain).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}
+
+/// Smallest and largest finite value.
+fn range(values: impl Iterator<Item = f64>) -> Option<(String, String)> {
+    let (low, high) = values
+        .filter(|v| v.is_finite())
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
+            (low.min(v), high.max(v))
+        });
+    (low <= high).then(|| (number(low), number(high)))
+}
+
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.max(0.0);
+    let whole = seconds as u64;
+    match whole {
+        0..60 => format!("{seconds:.1} s"),
+        60..3600 => format!("{} min {:02} s", whole / 60, whole % 60),
+        _ => format!("{} h {:02} min", whole / 3600, whole / 60 % 60),
+    }
+}
+
+/// Thousands apart by thin spaces.
+fn grouped(value: u64) -> String {
+    let digits = value.to_string();
+    let mut text = String::new();
+    for (idx, digit) in digits.chars().enumerate() {
+        if idx > 0 && (digits.len() - idx).is_multiple_of(3) {
+            text.push('\u{202f}');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_times_are_readable() {
+        assert_eq!(grouped(1_234_567), "1\u{202f}234\u{202f}567");
+        assert_eq!(grouped(999), "999");
+        assert_eq!(duration(59.94), "59.9 s");
+        assert_eq!(duration(3_725.0), "1 h 02 min");
+    }
+
+    #[test]
+    fn nested_tables_become_sections() {
+        let config = serde_json::json!({"seed": 1, "lora": {"r": 4, "none": null, "monteclora": {"kl": 1e-5}}});
+        let found = sections(&config);
+        let names: Vec<_> = found.iter().map(|s| s.name.as_str()).collect();
+        assert_eq!(names, ["", "lora", "lora.monteclora"]);
+        assert_eq!(found[2].entries, [("kl".to_owned(), "1e-5".to_owned())]);
+    }
+}

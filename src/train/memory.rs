@@ -1,0 +1,240 @@
+//! Resident memory at the peak of a run on a CPU, from its structure and before it starts.
+
+use monteclora_converters::LinearModule;
+use serde::Serialize;
+
+use crate::data::{BatchOptions, epoch_plan};
+use crate::model::ModelConfig;
+use crate::model::ops::cross_entropy::CHUNK;
+
+/// Bytes of a value that is computed: float32, whatever the base's weights are held in.
+const F32: u64 = 4;
+/// Program, tokenizer, threads and their buffers.
+const PROCESS: u64 = 60 << 20;
+/// What the allocator holds beyond what is in use, as a share of what comes and goes in a step; measured.
+const HELD: f64 = 0.1;
+/// Epochs whose batches are planned to find the largest.
+const EPOCHS: u64 = 3;
+
+/// What decides how much memory a run takes.
+#[derive(Debug, Clone)]
+pub struct MemoryInputs<'a> {
+    /// Sizes of the base.
+    pub model: &'a ModelConfig,
+    /// Values in the base's tensors.
+    pub base_values: u64,
+    /// Bytes of one of them in memory: 4 for float32, 2 for bfloat16.
+    pub value_bytes: u64,
+    /// Bytes of the base's files, which are mapped while they are read.
+    pub base_bytes: u64,
+    /// Adapted modules with the rank of each.
+    pub sites: &'a [(LinearModule, usize)],
+    /// Whether A is perturbed.
+    pub posterior: bool,
+    /// Tokens of every example.
+    pub lengths: &'a [usize],
+    /// Share of the tokens that carry loss, in (0, 1].
+    pub trained_share: f64,
+    /// How examples are put into batches.
+    pub batches: BatchOptions,
+    /// Whether adapters' inputs are dropped out.
+    pub dropout: bool,
+    /// Whether blocks are computed again in the backward pass.
+    pub gradient_checkpointing: bool,
+}
+
+/// Bytes by purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MemoryEstimate {
+    /// Frozen weights.
+    pub weights: u64,
+    /// A and B with posterior draw, gradients and moments.
+    pub adapter: u64,
+    /// What the forward pass keeps for the backward pass.
+    pub activations: u64,
+    /// What one block and the output head need while they compute.
+    pub working: u64,
+    /// Program, tokenizer, and what the allocator holds beyond what is in use.
+    pub process: u64,
+    /// The largest of loading (weights and the mapped files) and of a step (everything else).
+    pub peak: u64,
+    /// Tokens of the largest batch.
+    pub batch_tokens: u64,
+}
+
+impl MemoryEstimate {
+    /// Adds up a run's memory.
+    ///
+    /// For each token, a block keeps its input, the sum after attention, q, k, v, the attention's output, gate, up, and
+    /// `x A^T` of each site; with checkpointing only its input, and one block at a time the rest.
+    pub fn of(inputs: &MemoryInputs<'_>) -> Self {
+        let model = inputs.model;
+        let batch_tokens = largest_batch(inputs.lengths, &inputs.batches);
+        let hidden = model.hidden_size as u64;
+        let middle = model.intermediate_size as u64;
+        let query = (model.num_attention_heads * model.head_dim) as u64;
+        let key_value = (model.num_key_value_heads * model.head_dim) as u64;
+        let blocks = model.num_hidden_layers as u64;
+        let in_blocks = |name: &str| name.contains(".layers.");
+        // Of all blocks together.
+        let ranks: u64 = inputs
+            .sites
+            .iter()
+            .filter(|(module, _)| in_blocks(&module.name))
+            .map(|(module, rank)| {
+                let dropped = if inputs.dropout {
+                    module.in_features
+                } else {
+                    0
+                };
+                (rank + dropped) as u64
+            })
+            .sum();
+        let inside = hidden + 2 * query + 2 * key_value + 2 * middle;
+        let kept = if inputs.gradient_checkpointing {
+            blocks * hidden + inside + ranks.div_ceil(blocks.max(1))
+        } else {
+            blocks * (hidden + inside) + ranks
+        };
+        // Gate, up, their gradients and the activation; a residual, two norms and their gradients.
+        let block_working = 5 * middle + 6 * hidden;
+        let labels = ((batch_tokens as f64 * inputs.trained_share).ceil() as u64).max(1);
+        let logits = labels.min(CHUNK as u64) * model.vocab_size as u64 + 4 * labels * hidden;
+        let (a, b) = inputs.sites.iter().fold((0, 0), |(a, b), (module, rank)| {
+            (
+                a + (rank * module.in_features) as u64,
+                b + (rank * module.out_features) as u64,
+            )
+        });
+        // Value, two gradients (of the task and of the whole loss), two moments; a posterior also has the draw and its noise.
+        let adapter = (if inputs.posterior { 7 } else { 5 } * a + 5 * b) * F32;
+        let weights = inputs.base_values * inputs.value_bytes;
+        let activations = batch_tokens * kept * F32;
+        let working = (batch_tokens * block_working).max(logits) * F32;
+        let moving = adapter + activations + working;
+        let held = (HELD * moving as f64) as u64;
+        let step = weights + moving + held;
+        Self {
+            weights,
+            adapter,
+            activations,
+            working,
+            process: PROCESS + held,
+            peak: PROCESS + step.max(weights + inputs.base_bytes),
+            batch_tokens,
+        }
+    }
+}
+
+/// Tokens of the largest batch in the first epochs.
+fn largest_batch(lengths: &[usize], options: &BatchOptions) -> u64 {
+    (0..EPOCHS)
+        .flat_map(|epoch| epoch_plan(lengths, options, epoch))
+        .map(|batch| batch.iter().map(|idx| lengths[*idx] as u64).sum())
+        .max()
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::test_support::tiny_llama;
+    use crate::model::Decoder;
+    use monteclora_converters::ModelFiles;
+
+    /// An estimate on the tiny model, changed by `change`.
+    fn estimate(change: impl FnOnce(&mut MemoryInputs<'_>)) -> MemoryEstimate {
+        let model = ModelConfig::read(&tiny_llama()).expect("reads");
+        let files = ModelFiles::open(tiny_llama()).expect("opens");
+        let base_values = files
+            .names()
+            .filter_map(|name| files.info(name))
+            .map(|(_, shape)| shape.iter().product::<usize>() as u64)
+            .sum();
+        let sites: Vec<_> = Decoder::linear_modules(&model)
+            .into_iter()
+            .filter(|module| module.name != "lm_head")
+            .map(|module| (module, 4))
+            .collect();
+        let mut inputs = MemoryInputs {
+            model: &model,
+            base_values,
+            value_bytes: F32,
+            base_bytes: 0,
+            sites: &sites,
+            posterior: true,
+            lengths: &[100; 8],
+            trained_share: 0.5,
+            batches: BatchOptions {
+                batch_size: 2,
+                pack_tokens: None,
+                shuffle_seed: Some(1),
+            },
+            dropout: false,
+            gradient_checkpointing: false,
+        };
+        change(&mut inputs);
+        MemoryEstimate::of(&inputs)
+    }
+
+    #[test]
+    fn every_term_follows_what_causes_it() {
+        let base = estimate(|_| {});
+        assert_eq!(base.batch_tokens, 200);
+        let twice = estimate(|inputs| inputs.batches.batch_size = 4);
+        assert_eq!(
+            (twice.batch_tokens, twice.activations),
+            (400, 2 * base.activations)
+        );
+        assert_eq!((twice.weights, twice.adapter), (base.weights, base.adapter));
+
+        let half = estimate(|inputs| inputs.value_bytes = 2);
+        assert_eq!(
+            (2 * half.weights, half.activations),
+            (base.weights, base.activations)
+        );
+
+        let packed = estimate(|inputs| inputs.batches.pack_tokens = Some(350));
+        assert_eq!(packed.batch_tokens, 600, "two packs of three");
+
+        let lean = estimate(|inputs| inputs.gradient_checkpointing = true);
+        assert!(lean.activations < base.activations);
+
+        let plain = estimate(|inputs| inputs.posterior = false);
+        let a: usize =
+            4 * Decoder::linear_modules(&ModelConfig::read(&tiny_llama()).expect("reads"))
+                .iter()
+                .filter(|module| module.name != "lm_head")
+                .map(|module| module.in_features)
+                .sum::<usize>();
+        assert_eq!(base.adapter - plain.adapter, 2 * F32 * a as u64);
+
+        let dropped = estimate(|inputs| inputs.dropout = true);
+        assert_eq!(
+            dropped.activations - base.activations,
+            200 * F32 * a as u64 / 4
+        );
+
+        // Files that are mapped while they are read can be the peak.
+        let loading = estimate(|inputs| inputs.base_bytes = 1 << 40);
+        assert_eq!(loading.peak, PROCESS + base.weights + (1 << 40));
+        assert_eq!(
+            base.peak,
+            base.process + base.weights + base.adapter + base.activations + base.working
+        );
+    }
+
+    /// Kept activations of the tiny model, counted by hand from its config.json.
+    #[test]
+    fn activations_are_counted_by_hand() {
+        let model = ModelConfig::read(&tiny_llama()).expect("reads");
+        let (h, i) = (model.hidden_size, model.intermediate_size);
+        let (q, kv) = (
+            model.num_attention_heads * model.head_dim,
+            model.num_key_value_heads * model.head_dim,
+        );
+        let block = h /* input */ + h /* after attention */ + q + kv + kv + q /* attended */ + i + i + 7 * 4;
+        let expected = 200 * model.num_hidden_layers * block * 4;
+        assert_eq!(estimate(|_| {}).activations, expected as u64);
+    }
+}
