@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::train::{Prepared, prepare};
-use super::{Usage, dry_run, print, require_f32};
-use crate::cli::InitArgs;
+use super::{Usage, dry_run, print, weight_type};
+use crate::cli::{DtypeArg, InitArgs};
 use crate::config::RunConfig;
 use crate::hub;
 use crate::model::ModelConfig;
@@ -33,7 +33,7 @@ struct Suggestion {
 }
 
 pub(super) fn run(args: &InitArgs) -> Result<()> {
-    require_f32(args.model.options.dtype)?;
+    weight_type(args.model.options.dtype)?;
     if args.output.exists() && !args.force {
         return Err(Usage(format!(
             "`{}` exists; choose another with -o or pass --force",
@@ -158,6 +158,13 @@ fn text(args: &InitArgs, suggestion: &Suggestion, prepared: Option<&Prepared>) -
     let mut model = format!("model_id = {}", quoted(&args.model.model_id));
     if let Some(revision) = &options.revision {
         model.push_str(&format!("\nrevision = {}", quoted(revision)));
+    }
+    match options.dtype {
+        DtypeArg::Auto => {}
+        dtype => model.push_str(&format!(
+            "\ndtype = {}",
+            quoted(format!("{dtype:?}").to_lowercase())
+        )),
     }
     if let Some(template) = &options.chat_template {
         model.push_str(&format!("\nchat_template = {}", quoted(template.display())));

@@ -6,12 +6,9 @@ mod cli;
 mod decoder;
 mod evaluation;
 mod fixtures;
-<<<<<<< HEAD
 mod formats;
-=======
 mod planning;
 mod report;
->>>>>>> a1936dd (report, init, and a dry run with memory by purpose and advice)
 #[cfg(feature = "mistralrs")]
 mod runtime;
 mod training;
