@@ -116,15 +116,15 @@ impl DataConfig {
 pub enum DataFormat {
     /// Found out over all rows.
     Auto,
-    /// [`RowFormat::Messages`].
+    /// `{"messages": [{"role", "content"}], "tools"?}`.
     Messages,
-    /// [`RowFormat::PromptCompletion`].
+    /// `{"prompt", "completion"}`.
     PromptCompletion,
-    /// [`RowFormat::Alpaca`].
+    /// `{"instruction", "input"?, "output", "system"?}`.
     Alpaca,
-    /// [`RowFormat::Sharegpt`].
+    /// `{"conversations": [{"from", "value"}], "system"?}`.
     Sharegpt,
-    /// [`RowFormat::Text`].
+    /// `{"text"}`.
     Text,
 }
 

@@ -4,6 +4,7 @@
 
 mod cli;
 mod decoder;
+mod documentation;
 mod evaluation;
 mod fixtures;
 mod formats;
