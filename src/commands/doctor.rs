@@ -38,15 +38,23 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
         "device_problem": device_problem,
         "threads": threads,
         "memory_bytes": system::total_memory_bytes(),
+        "available_memory_bytes": system::available_memory_bytes(),
         "cache": cache,
         "cache_problem": cache_problem,
     });
     if args.json {
         return print_json(&report);
     }
-    let memory = system::total_memory_bytes().map_or("unknown".to_owned(), |b| {
-        format!("{:.1} GB", b as f64 / 1e9)
-    });
+    let gb = |bytes: Option<u64>| {
+        bytes.map_or("unknown".to_owned(), |b| {
+            format!("{:.1} GB", b as f64 / 1e9)
+        })
+    };
+    let memory = format!(
+        "{}, {} available",
+        gb(system::total_memory_bytes()),
+        gb(system::available_memory_bytes())
+    );
     let note =
         |problem: Option<String>| problem.map_or(String::new(), |p| format!("  PROBLEM: {p}"));
     print(&format!(

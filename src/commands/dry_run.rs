@@ -97,12 +97,13 @@ pub(super) fn run(prepared: &Prepared, as_json: bool) -> Result<()> {
     line(
         "memory",
         format!(
-            "about {} at the peak: weights {}, adapter {}, activations {}, working {}{}",
+            "about {} at the peak: weights {}, adapter {}, activations {}, working {}, program {}{}",
             gb(estimate.peak),
             gb(estimate.weights),
             gb(estimate.adapter),
             gb(estimate.activations),
             gb(estimate.working),
+            gb(estimate.process),
             available.map_or(String::new(), |bytes| format!("; {} available", gb(bytes))),
         ),
     );
