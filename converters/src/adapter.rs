@@ -288,7 +288,7 @@ impl Adapter {
                 .flat_map(|p| [&p.log_std, &p.log_concentration]);
             for tensor in [&site.lora_a, &site.lora_b].into_iter().chain(posterior) {
                 field(format!("{tensor:?}").as_bytes());
-                field(tensor.bytes());
+                field(&tensor.bytes());
             }
         }
         digest

@@ -8,10 +8,11 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Problems, Result};
+use crate::site_pattern::SitePatterns;
 use crate::{config_read, config_write, json};
 
 /// Backtracking steps after which a pattern is given up: patterns come from files that may be hostile.
-const BACKTRACK_LIMIT: usize = 1_000_000;
+const BACKTRACK_LIMIT: usize = 100_000;
 
 /// Which modules of the base carry the adapter.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -168,7 +169,8 @@ impl AdapterConfig {
     /// # Errors
     /// If a key of `rank_pattern` is no regular expression or backtracks without end.
     pub fn rank_for(&self, module: &str) -> Result<usize> {
-        first_match("rank_pattern", &self.rank_pattern, module).map(|found| found.unwrap_or(self.r))
+        let patterns = SitePatterns::new("rank_pattern", &self.rank_pattern)?;
+        Ok(patterns.find(module)?.unwrap_or(self.r))
     }
 
     /// Alpha of a module.
@@ -176,8 +178,8 @@ impl AdapterConfig {
     /// # Errors
     /// If a key of `alpha_pattern` is no regular expression or backtracks without end.
     pub fn alpha_for(&self, module: &str) -> Result<f64> {
-        first_match("alpha_pattern", &self.alpha_pattern, module)
-            .map(|found| found.unwrap_or(self.lora_alpha))
+        let patterns = SitePatterns::new("alpha_pattern", &self.alpha_pattern)?;
+        Ok(patterns.find(module)?.unwrap_or(self.lora_alpha))
     }
 
     /// Factor on B A of a module: alpha / r, or alpha / sqrt(r) with `use_rslora`.
@@ -195,21 +197,6 @@ impl AdapterConfig {
             alpha / rank as f64
         }
     }
-}
-
-/// Value of the first key, in file order, that matches the end of `module` after a dot, or all of it.
-fn first_match<T: Copy>(
-    setting: &str,
-    pattern: &IndexMap<String, T>,
-    module: &str,
-) -> Result<Option<T>> {
-    for (key, value) in pattern {
-        let regex = compile(setting, key, &format!("^(.*\\.)?({key})$"))?;
-        if is_match(setting, key, &regex, module)? {
-            return Ok(Some(*value));
-        }
-    }
-    Ok(None)
 }
 
 /// Compiles `expression`, made from the user's `pattern`, with bounded backtracking.

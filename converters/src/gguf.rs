@@ -9,14 +9,17 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 use memmap2::Mmap;
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::safetensors_file::map_file;
+use crate::tensor::{Tensor, element_count};
 
 /// Most metadata entries, tensors, and array elements in all that are believed. Counts come from the file, so nothing
 /// is allocated on their word alone.
 const MAX_ENTRIES: u64 = 1 << 16;
-const MAX_TENSORS: u64 = 1 << 20;
-const MAX_ELEMENTS: u64 = 1 << 24;
+const MAX_TENSORS: u64 = 1 << 18;
+const MAX_NAME_BYTES: u64 = 1 << 12;
+const MAX_ELEMENTS: u64 = 1 << 22;
 /// ggml's own limit.
 const MAX_DIMS: u32 = 4;
 const DEFAULT_ALIGNMENT: u64 = 32;
@@ -200,7 +203,7 @@ impl GgufFile {
         let n_entries = cursor.count(MAX_ENTRIES, "metadata entries")?;
         let mut metadata = IndexMap::new();
         for _ in 0..n_entries {
-            let key = cursor.string("a metadata key")?;
+            let key = cursor.name("a metadata key")?;
             let kind = cursor.u32(&key)?;
             let value = cursor.value(kind, &key)?;
             if metadata.insert(key.clone(), value).is_some() {
@@ -253,6 +256,16 @@ impl GgufFile {
             shape: &info.shape,
             bytes: &self.map[info.range.clone()],
         })
+    }
+
+    /// The tensor called `name` under a shape of as many elements, outermost first; its data stays mapped. `None` if there
+    /// is no such tensor or its size is another.
+    pub(crate) fn mapped(&self, name: &str, dtype: DType, shape: &[usize]) -> Option<Tensor> {
+        let range = self.tensors.get(name)?.range.clone();
+        let n_bytes = element_count(shape)?.checked_mul(dtype.size())?;
+        let map = Arc::clone(&self.map);
+        (n_bytes == range.len())
+            .then(|| Tensor::from_map(dtype, shape.into(), map, range.start, range.len()))
     }
 }
 
@@ -403,6 +416,15 @@ impl<'a> Cursor<'a> {
 
     fn string(&mut self, what: &str) -> Result<String> {
         let n_bytes = self.u64(what)?;
+        self.text(n_bytes, what)
+    }
+
+    fn name(&mut self, what: &str) -> Result<String> {
+        let n_bytes = self.count(MAX_NAME_BYTES, &format!("bytes of {what}"))?;
+        self.text(n_bytes, what)
+    }
+
+    fn text(&mut self, n_bytes: u64, what: &str) -> Result<String> {
         let bytes = self.take(n_bytes, what)?;
         let text = std::str::from_utf8(bytes)
             .map_err(|_| Error::malformed(self.path, format!("{what} is not UTF-8")))?;
@@ -489,7 +511,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn tensor(&mut self) -> Result<Header> {
-        let name = self.string("a tensor's name")?;
+        let name = self.name("a tensor's name")?;
         let n_dims = self.u32(&name)?;
         if n_dims > MAX_DIMS {
             return Err(Error::malformed(

@@ -107,26 +107,18 @@ impl Architecture {
             _ => return Ok(b.clone()),
         };
         let n_rows = b.shape().first().copied().unwrap_or(0);
-        if n_rows % (2 * n_heads) != 0 {
+        if n_rows == 0
+            || n_heads
+                .checked_mul(2)
+                .is_none_or(|halves| n_rows % halves != 0)
+        {
             return Err(Error::tensor(
                 module,
                 format!("{n_rows} rows cannot be split over {n_heads} heads in halves"),
             ));
         }
-        let head = n_rows / n_heads;
-        let row_bytes = b.bytes().len() / n_rows.max(1);
-        let mut bytes = Vec::with_capacity(b.bytes().len());
-        for row in 0..n_rows {
-            let (start, within) = (row / head * head, row % head);
-            // Hugging Face keeps the halves of a rotated pair apart, llama.cpp side by side.
-            let from = if to_gguf {
-                start + within % 2 * (head / 2) + within / 2
-            } else {
-                start + within % (head / 2) * 2 + within / (head / 2)
-            };
-            bytes.extend_from_slice(&b.bytes()[from * row_bytes..(from + 1) * row_bytes]);
-        }
-        Tensor::from_bytes(b.dtype(), b.shape(), bytes)
+        // Hugging Face keeps the halves of a rotated pair apart, llama.cpp side by side.
+        b.head_rows(n_rows / n_heads, to_gguf)
     }
 }
 
@@ -423,8 +415,9 @@ fn read_part(file: &GgufFile, name: &str) -> Result<(String, usize, Tensor), Pro
     while shape.len() < 2 {
         shape.insert(0, 1);
     }
-    let tensor = Tensor::from_bytes(dtype, &shape, tensor.bytes.to_vec())
-        .map_err(|error| refuse("shape", error.to_string()))?;
+    let tensor = file
+        .mapped(name, dtype, &shape)
+        .ok_or_else(|| refuse("shape", format!("{shape:?} is not the shape of its data")))?;
     Ok((module, idx, tensor))
 }
 

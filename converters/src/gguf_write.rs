@@ -78,15 +78,15 @@ pub(crate) fn write_gguf(
         }
         header.extend(kind.to_le_bytes());
         header.extend((offset as u64).to_le_bytes());
-        offset += tensor.bytes().len().next_multiple_of(ALIGNMENT);
+        offset += tensor.n_bytes().next_multiple_of(ALIGNMENT);
     }
     header.resize(header.len().next_multiple_of(ALIGNMENT), 0);
     write_file(path, |writer| {
         let mut put = |bytes: &[u8]| writer.write_all(bytes).map_err(Error::io("write", path));
         put(&header)?;
         for (_, tensor) in tensors {
-            let n_bytes = tensor.bytes().len();
-            put(tensor.bytes())?;
+            let n_bytes = tensor.n_bytes();
+            put(&tensor.bytes())?;
             put(&[0; ALIGNMENT][..n_bytes.next_multiple_of(ALIGNMENT) - n_bytes])?;
         }
         Ok(())

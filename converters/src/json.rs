@@ -1,5 +1,6 @@
-//! JSON read strictly: bounded size, bounded depth, no key twice.
+//! JSON read strictly: bounded size, bounded depth, bounded number of values, no key twice.
 
+use std::cell::Cell;
 use std::fmt;
 use std::path::Path;
 
@@ -11,26 +12,35 @@ use crate::error::{Error, Result};
 /// Largest configuration or index file that is read, in bytes.
 pub(crate) const MAX_JSON_BYTES: u64 = 16 << 20;
 
+/// Most values of one text. A value takes many times the memory of the two bytes in which it can be written.
+const MAX_VALUES: usize = 1 << 20;
+
 /// A [`Value`] in whose objects no key occurs twice. Depth is bounded by `serde_json` (128).
 struct Strict(Value);
 
 impl<'de> Deserialize<'de> for Strict {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        StrictSeed.deserialize(deserializer).map(Strict)
+        let n_left = Cell::new(MAX_VALUES);
+        StrictSeed(&n_left).deserialize(deserializer).map(Strict)
     }
 }
 
-struct StrictSeed;
+/// Reads one value while the number of those left is counted down.
+#[derive(Clone, Copy)]
+struct StrictSeed<'a>(&'a Cell<usize>);
 
-impl<'de> DeserializeSeed<'de> for StrictSeed {
+impl<'de> DeserializeSeed<'de> for StrictSeed<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        let left = self.0.get().checked_sub(1);
+        self.0
+            .set(left.ok_or_else(|| de::Error::custom(format!("more than {MAX_VALUES} values")))?);
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for StrictSeed {
+impl<'de> Visitor<'de> for StrictSeed<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -69,7 +79,7 @@ impl<'de> Visitor<'de> for StrictSeed {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
         let mut values = Vec::new();
-        while let Some(value) = seq.next_element_seed(StrictSeed)? {
+        while let Some(value) = seq.next_element_seed(self)? {
             values.push(value);
         }
         Ok(Value::Array(values))
@@ -81,7 +91,7 @@ impl<'de> Visitor<'de> for StrictSeed {
             if map.contains_key(&key) {
                 return Err(de::Error::custom(format!("key `{key}` occurs twice")));
             }
-            let value = access.next_value_seed(StrictSeed)?;
+            let value = access.next_value_seed(self)?;
             map.insert(key, value);
         }
         Ok(Value::Object(map))
@@ -146,5 +156,12 @@ mod tests {
         let deep = format!("{{\"a\": {}1{}}}", "[".repeat(5000), "]".repeat(5000));
         assert!(parse(&deep).is_err());
         assert!(parse("[1]").is_err());
+    }
+
+    #[test]
+    fn the_number_of_values_is_bounded() {
+        let text = format!(r#"{{"a": [{}0]}}"#, "0,".repeat(MAX_VALUES));
+        let error = parse(&text).expect_err("too many");
+        assert!(format!("{error:?}").contains("values"));
     }
 }

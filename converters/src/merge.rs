@@ -230,7 +230,8 @@ fn merge_into(
     let (a, b) = (site.lora_a.to_f32()?, site.lora_b.to_f32()?);
     let n_in = site.in_features().max(1);
     let rows = (BLOCK_ELEMENTS / n_in).max(1);
-    let weight_blocks = weight.bytes().chunks(rows * n_in * weight.dtype().size());
+    let weight_bytes = weight.bytes();
+    let weight_blocks = weight_bytes.chunks(rows * n_in * weight.dtype().size());
     let b_blocks = b.chunks(rows * site.rank.max(1));
     let mut total = Rounding::default();
     let mut delta = Vec::new();
@@ -296,7 +297,7 @@ fn copy_into(
 ) -> Result<()> {
     if tensor.dtype() == dtype {
         return sink
-            .write_all(tensor.bytes())
+            .write_all(&tensor.bytes())
             .map_err(Error::io("write", path));
     }
     for block in tensor

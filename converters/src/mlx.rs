@@ -26,7 +26,7 @@ pub(crate) fn is_mlx(keys: &Map<String, Value>) -> bool {
 }
 
 impl Adapter {
-    /// Reads an mlx-lm adapter directory. The update is `scale * lora_b^T lora_a^T`; A and B are transposed into memory.
+    /// Reads an mlx-lm adapter directory. The update is `scale * lora_b^T lora_a^T`; A and B are transposed when their bytes are asked for.
     ///
     /// # Errors
     /// [`Error::NotFound`] if a file is missing; [`Error::Refused`] with everything that is not understood.
@@ -88,8 +88,8 @@ impl Adapter {
                         rank: parameters.rank,
                         alpha: parameters.alpha(),
                         scaling: parameters.alpha() / parameters.rank as f64,
-                        lora_a: transpose(&a)?,
-                        lora_b: transpose(&b)?,
+                        lora_a: a.transposed()?,
+                        lora_b: b.transposed()?,
                         posterior: None,
                     });
                 }
@@ -189,8 +189,8 @@ impl Adapter {
         });
         let mut tensors = BTreeMap::new();
         for site in &plain.sites {
-            tensors.insert(format!("{}.lora_a", site.name), transpose(&site.lora_a)?);
-            tensors.insert(format!("{}.lora_b", site.name), transpose(&site.lora_b)?);
+            tensors.insert(format!("{}.lora_a", site.name), site.lora_a.transposed()?);
+            tensors.insert(format!("{}.lora_b", site.name), site.lora_b.transposed()?);
         }
         let text = config_write::to_text(&config);
         replace_files(
@@ -325,26 +325,6 @@ impl Parameters {
     fn alpha(&self) -> f64 {
         self.scale * self.rank as f64
     }
-}
-
-/// A matrix with rows and columns exchanged.
-fn transpose(tensor: &Tensor) -> Result<Tensor> {
-    let [n_rows, n_columns] = *tensor.shape() else {
-        return Err(Error::tensor(
-            "tensor",
-            format!("shape {:?} is no matrix", tensor.shape()),
-        ));
-    };
-    let size = tensor.dtype().size();
-    let bytes = tensor.bytes();
-    let mut transposed = Vec::with_capacity(bytes.len());
-    for column in 0..n_columns {
-        for row in 0..n_rows {
-            let at = (row * n_columns + column) * size;
-            transposed.extend_from_slice(&bytes[at..at + size]);
-        }
-    }
-    Tensor::from_bytes(tensor.dtype(), &[n_columns, n_rows], transposed)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use crate::adapter::{Adapter, Format, Site, SitePosterior};
 use crate::config::AdapterConfig;
 use crate::error::{Error, Problem, Problems, Result};
 use crate::shards::ShardSet;
+use crate::site_pattern::SitePatterns;
 use crate::targets::Matcher;
 use crate::tensor::Tensor;
 use crate::{config_read, json};
@@ -84,11 +85,19 @@ pub(crate) fn read_dir(dir: &Path, with_posterior: bool) -> Result<Adapter> {
     let matcher = Matcher::new(&config)
         .map_err(|error| note(&mut problems, &error))
         .ok();
+    let ranks = SitePatterns::new("rank_pattern", &config.rank_pattern)
+        .map_err(|error| note(&mut problems, &error))
+        .ok();
+    let alphas = SitePatterns::new("alpha_pattern", &config.alpha_pattern)
+        .map_err(|error| note(&mut problems, &error))
+        .ok();
     let sites = sites
         .into_iter()
         .filter_map(|(name, parts)| {
             let rules = Rules {
                 config: &config,
+                ranks: ranks.as_ref()?,
+                alphas: alphas.as_ref()?,
                 matcher: matcher.as_ref(),
                 expects_posterior: config.monteclora.is_some() && !is_posterior_lost,
             };
@@ -318,6 +327,8 @@ fn check_posterior_is_declared(
 /// What every site is checked against.
 struct Rules<'a> {
     config: &'a AdapterConfig,
+    ranks: &'a SitePatterns<'a, usize>,
+    alphas: &'a SitePatterns<'a, f64>,
     matcher: Option<&'a Matcher<'a>>,
     expects_posterior: bool,
 }
@@ -359,14 +370,18 @@ fn assemble(
             ));
         }
     }
-    let settings = |result: Result<f64>, problems: &mut Vec<Problem>| {
-        result.map_err(|error| note(problems, &error)).ok()
-    };
-    let rank = config
-        .rank_for(&name)
+    let rank = rules
+        .ranks
+        .find(&name)
         .map_err(|error| note(problems, &error))
-        .ok()?;
-    let alpha = settings(config.alpha_for(&name), problems)?;
+        .ok()?
+        .unwrap_or(config.r);
+    let alpha = rules
+        .alphas
+        .find(&name)
+        .map_err(|error| note(problems, &error))
+        .ok()?
+        .unwrap_or(config.lora_alpha);
     let mut expect = |(tensor_name, tensor): &(String, Tensor), expected: &[Option<usize>]| {
         let found = tensor.shape();
         let agrees = found.len() == expected.len()

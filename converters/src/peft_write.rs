@@ -103,7 +103,7 @@ pub(crate) fn replace_files(
             stream(path, writer, slots, metadata, |slot, out| {
                 match tensors.get(&slot.name) {
                     Some(tensor) => out
-                        .write_all(tensor.bytes())
+                        .write_all(&tensor.bytes())
                         .map_err(Error::io("write", path)),
                     None => Ok(()),
                 }

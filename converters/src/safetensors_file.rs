@@ -17,6 +17,11 @@ use crate::tensor::{Tensor, element_count};
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Most dimensions a tensor may have.
 const MAX_DIMS: usize = 16;
+/// Most tensors of one file, most entries of its metadata, and the longest name: what a header costs in memory is
+/// bounded by these, whatever its own length.
+const MAX_TENSORS: usize = 1 << 18;
+const MAX_METADATA: usize = 1 << 14;
+const MAX_NAME_BYTES: usize = 1 << 12;
 
 /// A safetensors file whose header has been checked and whose data is mapped, not read.
 ///
@@ -125,16 +130,16 @@ impl SafetensorsFile {
     }
 }
 
-/// Maps a regular file.
+/// Maps a regular file. What it is gets asked before it is opened, since opening a pipe would wait for its writer.
 pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).map_err(|source| match source.kind() {
+    let read_error = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::NotFound => Error::not_found(path, "there is no such file"),
         _ => Error::io("read", path)(source),
-    })?;
-    let metadata = file.metadata().map_err(Error::io("read", path))?;
-    if !metadata.is_file() {
+    };
+    if !std::fs::metadata(path).map_err(read_error)?.is_file() {
         return Err(Error::malformed(path, "not a regular file"));
     }
+    let file = File::open(path).map_err(read_error)?;
     // SAFETY: the mapping is read-only; the documentation of the public types asks that the file not be changed.
     unsafe { Mmap::map(&file) }.map_err(Error::io("read", path))
 }
@@ -151,12 +156,7 @@ fn check_layout(
     let mut expected_start = 0u64;
     for (name, entry) in order {
         let [start, end] = entry.data_offsets;
-        let Some(dtype) = DType::from_name(&entry.dtype) else {
-            return Err(Error::malformed(
-                path,
-                format!("tensor `{name}`: unknown element type `{}`", entry.dtype),
-            ));
-        };
+        let dtype = entry.dtype.0;
         let n_bytes = element_count(&entry.shape.0)
             .and_then(|n| n.checked_mul(dtype.size()))
             .ok_or_else(|| {
@@ -199,15 +199,15 @@ fn check_layout(
     // Every range ends at or before the end of the mapped file, so it fits usize.
     Ok(entries
         .into_iter()
-        .filter_map(|(name, entry)| {
+        .map(|(name, entry)| {
             let [start, end] = entry.data_offsets;
             let info = Info {
-                dtype: DType::from_name(&entry.dtype)?,
-                shape: entry.shape.0.into(),
+                dtype: entry.dtype.0,
+                shape: entry.shape.0,
                 start: data_start + start as usize,
                 len: (end - start) as usize,
             };
-            Some((name, info))
+            (name, info)
         })
         .collect())
 }
@@ -221,12 +221,37 @@ struct Header {
 #[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Entry {
-    dtype: String,
+    dtype: ElementType,
     shape: Shape,
     data_offsets: [u64; 2],
 }
 
-struct Shape(Vec<usize>);
+struct ElementType(DType);
+
+impl<'de> Deserialize<'de> for ElementType {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(ElementTypeVisitor)
+    }
+}
+
+struct ElementTypeVisitor;
+
+impl Visitor<'_> for ElementTypeVisitor {
+    type Value = ElementType;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an element type")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<ElementType, E> {
+        DType::from_name(name).map(ElementType).ok_or_else(|| {
+            let shown: String = name.chars().take(32).collect();
+            E::custom(format!("unknown element type `{shown}`"))
+        })
+    }
+}
+
+struct Shape(Arc<[usize]>);
 
 impl<'de> Deserialize<'de> for Shape {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -253,7 +278,7 @@ impl<'de> Visitor<'de> for ShapeVisitor {
             }
             dims.push(dim);
         }
-        Ok(Shape(dims))
+        Ok(Shape(dims.into()))
     }
 }
 
@@ -275,20 +300,102 @@ impl<'de> Visitor<'de> for HeaderVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Header, A::Error> {
         let mut metadata = None;
         let mut entries = BTreeMap::new();
-        while let Some(name) = access.next_key::<String>()? {
-            let repeated = if name == "__metadata__" {
-                metadata.replace(access.next_value()?).is_some()
-            } else {
-                entries.insert(name.clone(), access.next_value()?).is_some()
-            };
-            if repeated {
-                return Err(de::Error::custom(format!("key `{name}` occurs twice")));
+        while let Some(name) = access.next_key::<Name>()?.map(|name| name.0) {
+            if name == "__metadata__" {
+                if metadata
+                    .replace(access.next_value::<Metadata>()?.0)
+                    .is_some()
+                {
+                    return Err(occurs_twice(&name));
+                }
+                continue;
             }
+            if entries.len() == MAX_TENSORS {
+                return Err(de::Error::custom(format!(
+                    "more than {MAX_TENSORS} tensors; split the file into shards"
+                )));
+            }
+            if entries.contains_key(&name) {
+                return Err(occurs_twice(&name));
+            }
+            let entry = access.next_value().map_err(|error: A::Error| {
+                de::Error::custom(format!("tensor `{name}`: {error}"))
+            })?;
+            entries.insert(name, entry);
         }
         Ok(Header {
             metadata: metadata.unwrap_or_default(),
             entries,
         })
+    }
+}
+
+fn occurs_twice<E: de::Error>(name: &str) -> E {
+    E::custom(format!("key `{name}` occurs twice"))
+}
+
+/// A key of bounded length.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Name(String);
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(NameVisitor)
+    }
+}
+
+struct NameVisitor;
+
+impl Visitor<'_> for NameVisitor {
+    type Value = Name;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a name")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<Name, E> {
+        if name.len() > MAX_NAME_BYTES {
+            return Err(E::custom(format!(
+                "a name of {} bytes; at most {MAX_NAME_BYTES} are read",
+                name.len()
+            )));
+        }
+        Ok(Name(name.to_owned()))
+    }
+}
+
+/// `__metadata__`: texts under distinct names.
+struct Metadata(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(MetadataVisitor)
+    }
+}
+
+struct MetadataVisitor;
+
+impl<'de> Visitor<'de> for MetadataVisitor {
+    type Value = Metadata;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("metadata, an object of texts")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Metadata, A::Error> {
+        let mut entries = BTreeMap::new();
+        while let Some(Name(name)) = access.next_key()? {
+            if entries.len() == MAX_METADATA {
+                return Err(de::Error::custom(format!(
+                    "more than {MAX_METADATA} entries of metadata"
+                )));
+            }
+            if entries.contains_key(&name) {
+                return Err(occurs_twice(&name));
+            }
+            entries.insert(name, access.next_value()?);
+        }
+        Ok(Metadata(entries))
     }
 }
 
@@ -419,6 +526,42 @@ mod tests {
                     prop_assert_eq!(tensor.bytes().len(), tensor.n_elements() * tensor.dtype().size());
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_a_header_can_cost_is_bounded() {
+        let entry = r#"{"dtype":"U8","shape":[0],"data_offsets":[0,0]}"#;
+        let many: Vec<String> = (0..=MAX_TENSORS)
+            .map(|n| format!(r#""{n}":{entry}"#))
+            .collect();
+        let notes: Vec<String> = (0..=MAX_METADATA).map(|n| format!(r#""{n}":"""#)).collect();
+        let cases = [
+            (format!("{{{}}}", many.join(",")), "shards"),
+            (
+                format!(r#"{{"__metadata__":{{{}}}}}"#, notes.join(",")),
+                "entries of metadata",
+            ),
+            (
+                format!(r#"{{"{}":{entry}}}"#, "x".repeat(MAX_NAME_BYTES + 1)),
+                "a name of",
+            ),
+            (
+                r#"{"__metadata__":{"a":"x","a":"y"}}"#.to_owned(),
+                "occurs twice",
+            ),
+            (
+                r#"{"__metadata__":{},"__metadata__":{}}"#.to_owned(),
+                "occurs twice",
+            ),
+        ];
+        for (header, expected) in cases {
+            let error = with_header(&header, &[]).expect_err(expected);
+            let source = std::error::Error::source(&error).map(ToString::to_string);
+            assert!(
+                source.is_some_and(|text| text.contains(expected)),
+                "{error}"
+            );
         }
     }
 

@@ -54,7 +54,7 @@ pub fn write_safetensors(
         stream(path, writer, slots, metadata, |slot, out| {
             match by_name.get(&slot.name) {
                 Some(tensor) => out
-                    .write_all(tensor.bytes())
+                    .write_all(&tensor.bytes())
                     .map_err(Error::io("write", path)),
                 None => Ok(()),
             }
@@ -183,7 +183,7 @@ mod tests {
             prop_assert_eq!(reference.len(), tensors.len());
             for (name, tensor) in &tensors {
                 let view = reference.tensor(name).expect("listed");
-                prop_assert_eq!(view.data(), tensor.bytes());
+                prop_assert_eq!(view.data(), &*tensor.bytes());
                 prop_assert_eq!(view.shape(), tensor.shape());
             }
             let again = dir.path().join("y.safetensors");

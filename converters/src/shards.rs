@@ -11,6 +11,11 @@ use crate::json;
 use crate::safetensors_file::SafetensorsFile;
 use crate::tensor::Tensor;
 
+/// Most shards of one set; each is mapped, and a process can only have so many mappings.
+const MAX_SHARDS: usize = 1 << 12;
+/// How many names a message lists.
+const LISTED: usize = 20;
+
 /// Shard file of every tensor, as the index has it.
 type WeightMap = Map<String, Value>;
 
@@ -92,6 +97,7 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
         }
         names.sort();
         names.dedup();
+        check_number(&index_path, names.len())?;
         let missing: Vec<&str> = names
             .iter()
             .filter(|name| !dir.join(name).exists())
@@ -101,8 +107,9 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
             return Err(Error::not_found(
                 dir,
                 format!(
-                    "shards listed in {index_name} are missing: {}",
-                    missing.join(", ")
+                    "{} shards listed in {index_name} are missing: {}; fetch the model again",
+                    missing.len(),
+                    listed(&missing)
                 ),
             ));
         }
@@ -121,6 +128,7 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
         }
     }
     names.sort();
+    check_number(dir, names.len())?;
     let Some(total) = names
         .first()
         .and_then(|name| shard_number(stem, name))
@@ -145,10 +153,29 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
     {
         return Err(Error::not_found(
             dir,
-            format!("the shards are incomplete: found {}", names.join(", ")),
+            format!("the shards are incomplete: found {}", listed(&names)),
         ));
     }
     Ok((names, None))
+}
+
+fn check_number(path: &Path, n_shards: usize) -> Result<()> {
+    if n_shards > MAX_SHARDS {
+        return Err(Error::malformed(
+            path,
+            format!("{n_shards} shards; at most {MAX_SHARDS} are read"),
+        ));
+    }
+    Ok(())
+}
+
+/// The first names, and whether there are more.
+fn listed(names: &[impl AsRef<str>]) -> String {
+    let mut text: Vec<&str> = names.iter().take(LISTED).map(AsRef::as_ref).collect();
+    if names.len() > LISTED {
+        text.push("...");
+    }
+    text.join(", ")
 }
 
 /// Number and total of `STEM-0000N-of-0000M.safetensors`.

@@ -1,10 +1,12 @@
-//! A tensor as bytes: element type, shape and data that is mapped from a file or owned.
+//! A tensor as bytes: element type, shape and data that is mapped from a file, owned, or derived when asked for.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
 use memmap2::Mmap;
 
+use crate::derived::Derivation;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -17,9 +19,14 @@ enum Data {
         len: usize,
     },
     Owned(Arc<Vec<u8>>),
+    Derived {
+        source: Arc<Tensor>,
+        derivation: Derivation,
+    },
 }
 
-/// A tensor: row-major little-endian elements, not interpreted. Cloning copies no data.
+/// A tensor: row-major little-endian elements, not interpreted. Cloning copies no data, and a conversion is carried out
+/// when the bytes are asked for, each time: what is read, converted and written stays one tensor at a time.
 ///
 /// ```
 /// use monteclora_converters::{DType, Tensor};
@@ -106,11 +113,28 @@ impl Tensor {
         &self.shape
     }
 
-    /// Little-endian elements in row-major order.
-    pub fn bytes(&self) -> &[u8] {
+    /// Little-endian elements in row-major order: borrowed, unless they have to be computed.
+    pub fn bytes(&self) -> Cow<'_, [u8]> {
         match &self.data {
-            Data::Mapped { map, start, len } => &map[*start..*start + *len],
-            Data::Owned(bytes) => bytes,
+            Data::Mapped { map, start, len } => Cow::Borrowed(&map[*start..*start + *len]),
+            Data::Owned(bytes) => Cow::Borrowed(bytes),
+            Data::Derived { source, derivation } => {
+                Cow::Owned(derivation.bytes(source, self.dtype, &self.shape))
+            }
+        }
+    }
+
+    /// Number of bytes.
+    pub(crate) fn n_bytes(&self) -> usize {
+        self.n_elements() * self.dtype.size()
+    }
+
+    /// Whether the elements are those of a file that was checked when it was read.
+    pub(crate) fn is_mapped(&self) -> bool {
+        match &self.data {
+            Data::Mapped { .. } => true,
+            Data::Owned(_) => false,
+            Data::Derived { source, derivation } => derivation.only_moves() && source.is_mapped(),
         }
     }
 
@@ -124,7 +148,7 @@ impl Tensor {
     /// # Errors
     /// If the type is not F64, F32, F16 or BF16.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
-        self.dtype.decode(self.bytes()).ok_or_else(|| {
+        self.dtype.decode(&self.bytes()).ok_or_else(|| {
             Error::tensor(
                 "tensor",
                 format!("{} cannot be read as real numbers", self.dtype),
@@ -132,7 +156,7 @@ impl Tensor {
         })
     }
 
-    /// The same values in another float type; no copy when it is the same type.
+    /// The same values in another float type, converted when they are asked for.
     ///
     /// # Errors
     /// If either type is not F64, F32, F16 or BF16.
@@ -140,12 +164,87 @@ impl Tensor {
         if dtype == self.dtype {
             return Ok(self.clone());
         }
-        Self::from_f32_as(&self.shape, &self.to_f32()?, dtype)
+        self.scaled(1.0, dtype)
     }
 
-    /// Index of the first NaN or infinite element, if any.
+    /// Every value times `factor`, in f32, as `dtype`.
+    pub(crate) fn scaled(&self, factor: f32, dtype: DType) -> Result<Self> {
+        if !self.dtype.is_float() || !dtype.is_float() {
+            return Err(Error::tensor(
+                "tensor",
+                format!("{} cannot become {dtype}", self.dtype),
+            ));
+        }
+        Ok(self.derived(Derivation::Scaled { factor }, dtype, &self.shape))
+    }
+
+    /// A matrix with rows and columns exchanged.
+    pub(crate) fn transposed(&self) -> Result<Self> {
+        let [n_rows, n_columns] = self.dims2()?;
+        match &self.data {
+            Data::Derived {
+                source,
+                derivation: Derivation::Transposed,
+            } => Ok(Self::clone(source)),
+            _ => Ok(self.derived(Derivation::Transposed, self.dtype, &[n_columns, n_rows])),
+        }
+    }
+
+    /// A matrix enlarged with zeros to the right and below.
+    pub(crate) fn padded(&self, n_rows: usize, n_columns: usize) -> Result<Self> {
+        let shape = [n_rows, n_columns];
+        let [old_rows, old_columns] = self.dims2()?;
+        let fits =
+            element_count(&shape).is_some_and(|n| n.checked_mul(self.dtype.size()).is_some());
+        if old_rows > n_rows || old_columns > n_columns || !fits {
+            return Err(Error::tensor(
+                "tensor",
+                format!("shape {:?} cannot be enlarged to {shape:?}", self.shape),
+            ));
+        }
+        Ok(self.derived(Derivation::Padded, self.dtype, &shape))
+    }
+
+    /// A matrix with the rows of every `head` reordered between Hugging Face's order and llama.cpp's (`pairs`).
+    pub(crate) fn head_rows(&self, head: usize, pairs: bool) -> Result<Self> {
+        let [n_rows, _] = self.dims2()?;
+        if head == 0 || head % 2 != 0 || n_rows % head != 0 {
+            return Err(Error::tensor(
+                "tensor",
+                format!("{n_rows} rows are not heads of {head} in halves"),
+            ));
+        }
+        Ok(self.derived(
+            Derivation::HeadRows { head, pairs },
+            self.dtype,
+            &self.shape,
+        ))
+    }
+
+    fn dims2(&self) -> Result<[usize; 2]> {
+        <[usize; 2]>::try_from(&*self.shape)
+            .map_err(|_| Error::tensor("tensor", format!("shape {:?} is no matrix", self.shape)))
+    }
+
+    fn derived(&self, derivation: Derivation, dtype: DType, shape: &[usize]) -> Self {
+        Self {
+            dtype,
+            shape: shape.into(),
+            data: Data::Derived {
+                source: Arc::new(self.clone()),
+                derivation,
+            },
+        }
+    }
+
+    /// Index of the first NaN or infinite element, if any, in the order in which they are stored.
     pub(crate) fn first_non_finite(&self) -> Option<usize> {
-        self.dtype.first_non_finite(self.bytes())
+        match &self.data {
+            Data::Derived { source, derivation } if derivation.only_moves() => {
+                source.first_non_finite()
+            }
+            _ => self.dtype.first_non_finite(&self.bytes()),
+        }
     }
 }
 
