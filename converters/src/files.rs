@@ -74,16 +74,27 @@ pub(crate) fn is_occupied(path: &Path) -> Result<bool> {
     }
 }
 
-/// Makes the directory `path` appear at once: `fill` writes into a temporary sibling, which is then renamed.
+/// Makes the directory `path` appear at once: `fill` writes into a temporary sibling, which is then renamed. What a
+/// killed process leaves of one, `.partial-` and a random name, no later run reads or reuses. A link to an empty
+/// directory is followed.
 ///
 /// # Errors
-/// [`Error::Exists`] if `path` exists and is not an empty directory.
+/// [`Error::Exists`] if `path` exists and is not an empty directory; [`Error::NotFound`] if it is a link to nothing.
 pub(crate) fn write_new_dir(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if is_occupied(path)? {
         return Err(Error::Exists {
             path: path.to_path_buf(),
         });
     }
+    let followed;
+    let path = if path.is_symlink() {
+        followed = fs::canonicalize(path).map_err(|_| {
+            Error::not_found(path, "is a link to nothing; remove it or make its target")
+        })?;
+        &followed
+    } else {
+        path
+    };
     let parent = parent_of(path);
     fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
     let mut builder = Builder::new();

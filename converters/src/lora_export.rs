@@ -15,7 +15,6 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::peft_write;
 use crate::targets::{OUTPUT_HEAD, ends_in};
-use crate::tensor::Tensor;
 
 /// How a plain LoRA is written.
 #[derive(Debug, Clone, Default)]
@@ -335,6 +334,7 @@ mod tests {
 
     use super::*;
     use crate::fixtures;
+    use crate::tensor::Tensor;
 
     fn worst_difference(left: &Adapter, right: &Adapter) -> f32 {
         let mut worst = 0f32;

@@ -208,7 +208,7 @@ impl Tensor {
     /// A matrix with the rows of every `head` reordered between Hugging Face's order and llama.cpp's (`pairs`).
     pub(crate) fn head_rows(&self, head: usize, pairs: bool) -> Result<Self> {
         let [n_rows, _] = self.dims2()?;
-        if head == 0 || head % 2 != 0 || n_rows % head != 0 {
+        if head == 0 || !head.is_multiple_of(2) || !n_rows.is_multiple_of(head) {
             return Err(Error::tensor(
                 "tensor",
                 format!("{n_rows} rows are not heads of {head} in halves"),

@@ -9,8 +9,11 @@ use monteclora_converters::{
 };
 use serde_json::{Map, Value, json};
 
+/// Takes bytes that may be hostile.
+pub(crate) type Reader = fn(&[u8]);
+
 /// Every reader with its name.
-pub const READERS: [(&str, fn(&[u8])); 7] = [
+pub(crate) const READERS: [(&str, Reader); 7] = [
     ("safetensors", safetensors),
     ("peft", peft),
     ("mlx", mlx),
@@ -47,7 +50,7 @@ fn split(input: &[u8]) -> (&[u8], &[u8]) {
 }
 
 /// Two parts as [`split`] takes them apart.
-pub fn join(first: &[u8], second: &[u8]) -> Vec<u8> {
+pub(crate) fn join(first: &[u8], second: &[u8]) -> Vec<u8> {
     let length = u16::try_from(first.len()).expect("a short first part");
     [&length.to_le_bytes(), first, second].concat()
 }
@@ -95,7 +98,7 @@ fn check_adapter(adapter: &Adapter, dir: &Path) {
 }
 
 /// A safetensors file.
-pub fn safetensors(input: &[u8]) {
+pub(crate) fn safetensors(input: &[u8]) {
     let dir = scratch();
     let path = put(dir.path(), "x.safetensors", input);
     if let Ok(file) = SafetensorsFile::open(&path) {
@@ -106,7 +109,7 @@ pub fn safetensors(input: &[u8]) {
 }
 
 /// `adapter_config.json`, then `adapter_model.safetensors`.
-pub fn peft(input: &[u8]) {
+pub(crate) fn peft(input: &[u8]) {
     let dir = scratch();
     let (config, weights) = split(input);
     put(dir.path(), "adapter_config.json", config);
@@ -121,7 +124,7 @@ pub fn peft(input: &[u8]) {
 }
 
 /// mlx-lm's `adapter_config.json`, then `adapters.safetensors`.
-pub fn mlx(input: &[u8]) {
+pub(crate) fn mlx(input: &[u8]) {
     let dir = scratch();
     let (config, weights) = split(input);
     put(dir.path(), "adapter_config.json", config);
@@ -132,7 +135,7 @@ pub fn mlx(input: &[u8]) {
 }
 
 /// A GGUF file.
-pub fn gguf(input: &[u8]) {
+pub(crate) fn gguf(input: &[u8]) {
     let dir = scratch();
     let path = put(dir.path(), "x.gguf", input);
     if let Ok(file) = GgufFile::open(&path) {
@@ -144,14 +147,13 @@ pub fn gguf(input: &[u8]) {
 }
 
 /// The base configuration that GGUF adapters are read with.
-pub fn llama_config() -> Map<String, Value> {
-    let config =
-        json!({"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1});
+pub(crate) fn llama_config() -> Map<String, Value> {
+    let config = json!({"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1});
     config.as_object().cloned().unwrap_or_default()
 }
 
 /// A GGUF LoRA for a small Llama.
-pub fn gguf_lora(input: &[u8]) {
+pub(crate) fn gguf_lora(input: &[u8]) {
     let dir = scratch();
     let path = put(dir.path(), "x.gguf", input);
     if let Ok(adapter) = Adapter::read_gguf(&path, &llama_config()) {
@@ -163,7 +165,7 @@ pub fn gguf_lora(input: &[u8]) {
 }
 
 /// `model.safetensors.index.json` over two shards.
-pub fn index_json(input: &[u8]) {
+pub(crate) fn index_json(input: &[u8]) {
     let dir = scratch();
     put(dir.path(), "config.json", b"{}");
     put(dir.path(), "model.safetensors.index.json", input);
@@ -187,7 +189,7 @@ pub fn index_json(input: &[u8]) {
 }
 
 /// A base model's `config.json`, then its `model.safetensors`, with an adapter of one site merged into it.
-pub fn model_config(input: &[u8]) {
+pub(crate) fn model_config(input: &[u8]) {
     let dir = scratch();
     let (config, weights) = split(input);
     put(dir.path(), "config.json", config);
@@ -229,7 +231,7 @@ fn small_adapter(dir: &tempfile::TempDir) -> Adapter {
 }
 
 /// A valid input of the reader called `name`, small enough for every bit of it to matter.
-pub fn seed(name: &str) -> Vec<u8> {
+pub(crate) fn seed(name: &str) -> Vec<u8> {
     match name {
         "safetensors" => file_of(&[("a", &[1, 2]), ("b", &[2])], Some(("format", "pt"))),
         "peft" => join(
@@ -268,7 +270,7 @@ const SITE: &str = "model.layers.0.self_attn.q_proj";
 const PEFT: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 
 /// A safetensors file of F32 tensors.
-pub fn file_of(tensors: &[(&str, &[usize])], note: Option<(&str, &str)>) -> Vec<u8> {
+pub(crate) fn file_of(tensors: &[(&str, &[usize])], note: Option<(&str, &str)>) -> Vec<u8> {
     let dir = scratch();
     let path = dir.path().join("x.safetensors");
     let tensors = tensors.iter().map(|(name, shape)| {
