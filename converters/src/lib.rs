@@ -2,7 +2,11 @@
 //!
 //! The crate knows bytes, element types, shapes and names; it holds no tensor library. Files stay memory-mapped, so
 //! what is not asked for is not read, and what does not change is copied as bytes. What is not understood is refused
-//! with every offender named. Files must not be changed by others while they are open.
+//! with every offender named.
+//!
+//! Files must not be changed by others while they are open. A file that is replaced by renaming another over it, as
+//! everything here is written, stays readable; one that is cut short in place ends the process with SIGBUS when a page
+//! beyond its new end is touched, as with any mapped file.
 //!
 //! ```
 //! use monteclora_converters::{
