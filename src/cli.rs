@@ -490,6 +490,22 @@ pub struct DoctorArgs {
 pub enum BenchCommand {
     /// Training steps on random tokens, every position labelled.
     Train(BenchTrainArgs),
+    /// The machine's matrix product, which bounds a training step.
+    Matmul(BenchMatmulArgs),
+}
+
+/// `bench matmul`
+#[derive(Debug, Args)]
+pub struct BenchMatmulArgs {
+    /// Rows and columns of the square f32 matrices.
+    #[arg(long, default_value_t = 1024)]
+    pub size: usize,
+    /// Products; the first is left out of the median.
+    #[arg(long, default_value_t = 40)]
+    pub steps: usize,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What a benchmark trains.

@@ -1,15 +1,17 @@
-//! `bench train`: training steps on random tokens, every position labelled, as PEFT's benchmark does them.
+//! `bench train`: training steps on random tokens, every position labelled, as PEFT's benchmark does them; `bench matmul`: the
+//! product that bounds them.
 
 use std::time::Instant;
 
 use anyhow::Result;
-use monteclora_adapters::Objective;
+use candle_core::{Device, Tensor};
 use monteclora_adapters::noise::{Key, Purpose};
+use monteclora_adapters::{Objective, product};
 use monteclora_converters::{AdapterConfig, MonteCloraSettings, TargetModules};
 use serde_json::json;
 
 use super::{Usage, device, print, print_json, weight_type};
-use crate::cli::{BenchMethod, BenchTrainArgs};
+use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs};
 use crate::hub;
 use crate::model::{Decoder, PassOptions, Projection, Sequences};
 use crate::train::metrics::peak_memory_bytes;
@@ -91,14 +93,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
             loss.total() * scale
         );
     }
-    let mut later = seconds[1..].to_vec();
-    later.sort_by(f64::total_cmp);
-    let middle = later.len() / 2;
-    let median = if later.len() % 2 == 1 {
-        later[middle]
-    } else {
-        0.5 * (later[middle - 1] + later[middle])
-    };
+    let median = median_after_first(&seconds);
     let tokens_per_second = (args.batch * args.seq) as f64 / median;
     // Kibibytes over 1e6, as PEFT's script reports `ru_maxrss`.
     let peak_gb = peak_memory_bytes().map(|b| b as f64 / 1024.0 / 1e6);
@@ -124,4 +119,46 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         args.seq,
         peak_gb.map_or("?".to_owned(), |gb| format!("{gb:.2}"))
     ))
+}
+
+/// Rate of `size` by `size` f32 products on the CPU, as the decoder computes them.
+pub(super) fn matmul(args: &BenchMatmulArgs) -> Result<()> {
+    if args.size == 0 || args.steps < 2 {
+        return Err(Usage("bench matmul needs --size >= 1 and --steps >= 2".to_owned()).into());
+    }
+    let shape = (args.size, args.size);
+    let factor = Tensor::full(0.5f32, shape, &Device::Cpu)?;
+    let mut seconds = Vec::with_capacity(args.steps);
+    for _ in 0..args.steps {
+        let began = Instant::now();
+        product::matmul_nn(&factor, &factor)?;
+        seconds.push(began.elapsed().as_secs_f64());
+    }
+    let median = median_after_first(&seconds);
+    let gflop_per_s = 2.0 * (args.size as f64).powi(3) / median / 1e9;
+    let threads = rayon::current_num_threads();
+    if args.json {
+        return print_json(&json!({
+            "size": args.size,
+            "median_s": median,
+            "gflop_per_s": gflop_per_s,
+            "threads": threads,
+        }));
+    }
+    print(&format!(
+        "{0} x {0} x {0}, f32, {threads} threads: {gflop_per_s:.0} GFLOP/s (median)",
+        args.size
+    ))
+}
+
+/// Median of all but the first, which pays for what is set up once.
+fn median_after_first(seconds: &[f64]) -> f64 {
+    let mut later = seconds[1..].to_vec();
+    later.sort_by(f64::total_cmp);
+    let middle = later.len() / 2;
+    if later.len() % 2 == 1 {
+        later[middle]
+    } else {
+        0.5 * (later[middle - 1] + later[middle])
+    }
 }

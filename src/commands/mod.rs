@@ -76,6 +76,7 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Doctor(args) => doctor::run(args),
         Command::Completions { shell } => completions::run(*shell),
         Command::Bench(BenchCommand::Train(args)) => bench::run(args),
+        Command::Bench(BenchCommand::Matmul(args)) => bench::matmul(args),
     }
 }
 
