@@ -1,10 +1,14 @@
-//! Where a model is: a local directory, a GGUF file imported once into the cache, or a Hub id.
+//! Where a model is: a local directory, a GGUF file imported once into the cache, or a Hub id; and data sets on the Hub.
+
+mod dataset;
 
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::ApiBuilder;
 use hf_hub::{Cache, Repo, RepoType};
 use sha2::{Digest, Sha256};
+
+pub use dataset::{DatasetError, DatasetId, DatasetRepo};
 
 use crate::gguf_import::{ImportOptions, import_gguf};
 

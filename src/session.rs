@@ -195,7 +195,7 @@ impl DataRecord {
     pub fn new(data: &Dataset) -> Self {
         Self {
             path: data.path().display().to_string(),
-            sha256: data.sha256().to_owned(),
+            sha256: data.sha256(),
             examples: data.len(),
             tokens: data.stats().tokens.total,
             trained_tokens: data.stats().trained_tokens.total,

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{Usage, device, print, print_json, require_fit, weight_type};
 use crate::cli::EvalArgs;
-use crate::data::{Dataset, EncodeOptions, Overlong, TrainOn};
+use crate::data::{Dataset, EncodeOptions, Overlong, RowSchema, TrainOn, splits};
 use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Scores, score};
 use crate::model::{ActiveAdapter, Decoder, ModelConfig};
 use crate::{hub, progress, session};
@@ -58,7 +58,9 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         encode_options,
     )?;
     encoder.tokenizer().check_vocab(config.vocab_size)?;
-    let data = Dataset::open(&args.data, None, encoder)?;
+    // Of a directory, what was kept for the end.
+    let split = splits(&args.data)?.last().copied().unwrap_or_default();
+    let data = Dataset::open_split(&args.data, split, RowSchema::default(), encoder)?;
     let choices = ChoiceRows::read(&data)?;
     let decoder = Decoder::load_as(&base.dir, &device(args.model.options.cpu)?, weights)?;
     let options = EvalOptions {

@@ -4,6 +4,7 @@ mod bench;
 mod collapse;
 mod completions;
 mod convert;
+mod data;
 mod doctor;
 mod dry_run;
 mod eval;
@@ -41,6 +42,11 @@ pub(crate) struct Usage(pub(crate) String);
 #[error("{0}")]
 pub(crate) struct Incompatible(pub(crate) String);
 
+/// Data that cannot be used, exit code 3; the rows have been named.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct BadData(pub(crate) String);
+
 /// Numbers that are not what they should be, exit code 5.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -62,6 +68,7 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Report(args) => report::run(args),
+        Command::Data(command) => data::run(command),
         Command::Collapse(args) => collapse::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Sample(args) => sample::run(args),
@@ -153,6 +160,9 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     if error.is::<Usage>() || error.is::<hub::Error>() {
         return Some(2);
+    }
+    if error.is::<BadData>() {
+        return Some(3);
     }
     if error.is::<Incompatible>() {
         return Some(4);

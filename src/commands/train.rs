@@ -12,7 +12,7 @@ use serde_json::json;
 use super::{Interrupted, Usage, device, dry_run, print, print_json, require_empty, require_fit};
 use crate::cli::TrainArgs;
 use crate::config::{DtypeChoice, RunConfig};
-use crate::data::Dataset;
+use crate::data::{Dataset, Split};
 use crate::hub::{self, HubOptions, Located};
 use crate::model::{Decoder, ModelConfig};
 use crate::progress::TrainProgress;
@@ -154,13 +154,15 @@ pub(super) fn prepare(run: RunConfig, base: Option<Located>) -> Result<Prepared>
         run.data.encode_options(max_seq_length),
     )?;
     encoder.tokenizer().check_vocab(model_config.vocab_size)?;
-    let format = run.data.format.row_format();
-    let train = Dataset::open(&run.data.train, format, encoder.clone())?;
+    let open = |path: &Path, split| {
+        Dataset::open_split(path, split, run.data.row_schema(), encoder.clone())
+    };
+    let train = open(&run.data.train, Split::Train)?;
     let valid = run
         .data
         .valid
         .as_ref()
-        .map(|path| Dataset::open(path, format, encoder.clone()))
+        .map(|path| open(path, Split::Valid))
         .transpose()?;
     let settings = session::train_settings(&run, max_seq_length);
     Ok(Prepared {

@@ -61,6 +61,7 @@ section!(
         train: PathBuf,
         valid: PathBuf,
         format: DataFormat,
+        fields: IndexMap<String, String>,
         apply_chat_template: bool,
         train_on: TrainOn,
         max_seq_length: usize,

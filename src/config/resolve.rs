@@ -16,6 +16,7 @@ use super::{
         ModuleSelection, MonteCloraConfig, RunConfig, TrainConfig,
     },
 };
+use crate::data::{FieldNames, Split, directory_has};
 
 impl RunConfig {
     /// Reads a file, applies `key.path=value` overrides, fills in defaults and checks everything.
@@ -157,14 +158,25 @@ fn data(check: &mut Check<'_>, file: DataFile) -> DataConfig {
     check.required(
         "data.train",
         !train.as_os_str().is_empty(),
-        "give a JSON Lines file",
+        "give a data file",
     );
     if let Some(length) = file.max_seq_length {
         check.count("data.max_seq_length", 2, length);
     }
+    let fields = match FieldNames::new(file.fields.unwrap_or_default()) {
+        Ok(fields) => fields,
+        Err(problem) => {
+            check.that("data.fields", false, &problem);
+            FieldNames::default()
+        }
+    };
+    let valid = check
+        .path("data.valid", file.valid)
+        .or_else(|| directory_has(&train, Split::Valid).then(|| train.clone()));
     DataConfig {
         train,
-        valid: check.path("data.valid", file.valid),
+        valid,
+        fields,
         format: file.format.unwrap_or(default.format),
         apply_chat_template: file
             .apply_chat_template

@@ -6,7 +6,9 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use super::file::OneOrMany;
-use crate::data::{BatchOptions, EncodeOptions, Overlong, RowFormat, TrainOn};
+use crate::data::{
+    BatchOptions, EncodeOptions, FieldNames, Overlong, RowFormat, RowSchema, TrainOn,
+};
 
 /// A training run, checked. Made by [`RunConfig::load`]; serialises to the JSON that run.json records.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -59,12 +61,17 @@ pub enum DtypeChoice {
 /// `[data]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DataConfig {
-    /// Training rows. Required: empty in the default.
+    /// Training rows: a file, a directory with train and perhaps valid files, or a data set on the Hub
+    /// (`hf://datasets/ORG/NAME`). Required: empty in the default.
     pub train: PathBuf,
-    /// Validation rows; without, evaluation, best model and early stopping are off.
+    /// Validation rows; without, evaluation, best model and early stopping are off. By default those of the directory
+    /// that `train` names, if it has any.
     pub valid: Option<PathBuf>,
     /// Format of the rows.
     pub format: DataFormat,
+    /// Field -> its name in the files, such as `{ prompt = "question", completion = "answer" }`.
+    #[serde(skip_serializing_if = "FieldNames::is_empty")]
+    pub fields: FieldNames,
     /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
     pub apply_chat_template: bool,
     /// Which turns of a conversation carry loss.
@@ -83,6 +90,7 @@ impl Default for DataConfig {
             train: PathBuf::new(),
             valid: None,
             format: DataFormat::Auto,
+            fields: FieldNames::default(),
             apply_chat_template: true,
             train_on: TrainOn::Assistant,
             max_seq_length: None,
@@ -99,6 +107,14 @@ impl DataConfig {
             .unwrap_or(max_position_embeddings.min(1024))
     }
 
+    /// How rows are read.
+    pub fn row_schema(&self) -> RowSchema {
+        RowSchema {
+            format: self.format.row_format(),
+            fields: self.fields.clone(),
+        }
+    }
+
     /// How rows become examples, given the length limit.
     pub fn encode_options(&self, max_seq_length: usize) -> EncodeOptions {
         EncodeOptions {
@@ -111,7 +127,8 @@ impl DataConfig {
 }
 
 /// `data.format`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
 #[serde(rename_all = "snake_case")]
 pub enum DataFormat {
     /// Found out over all rows.

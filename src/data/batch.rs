@@ -1,5 +1,7 @@
 //! Batches of concatenated sequences without padding, in an order that seed and epoch alone decide.
 
+use std::collections::VecDeque;
+
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
@@ -40,6 +42,9 @@ impl Batch {
     }
 }
 
+/// Packs that an example may still go to.
+const OPEN_PACKS: usize = 64;
+
 /// How examples are put into batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchOptions {
@@ -76,36 +81,61 @@ pub fn epoch_order(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
 }
 
 /// The batches of one epoch, as indices of examples. Every example occurs exactly once; the last batch may be smaller.
-///
-/// With packing, examples are put into the open pack in the epoch's order until one does not fit. Examples are never
-/// cut. Since no padding is ever computed, a tighter fit would save nothing and bias what meets in a batch.
 pub fn epoch_plan(lengths: &[usize], options: &BatchOptions, epoch: u64) -> Vec<Vec<usize>> {
     let order = match options.shuffle_seed {
         Some(seed) => epoch_order(lengths.len(), seed, epoch),
         None => (0..lengths.len()).collect(),
     };
     let batch_size = options.batch_size.max(1);
-    let Some(capacity) = options.pack_tokens else {
-        return order.chunks(batch_size).map(<[usize]>::to_vec).collect();
-    };
+    match options.pack_tokens {
+        None => order.chunks(batch_size).map(<[usize]>::to_vec).collect(),
+        Some(capacity) => packs(lengths, order, capacity)
+            .chunks(batch_size)
+            .map(<[Vec<usize>]>::concat)
+            .collect(),
+    }
+}
+
+/// Packs of at most `capacity` tokens by online best fit: each example, in the order given, goes to the fullest open
+/// pack that still has room, the oldest among equals. Examples are never cut; one of more than `capacity` tokens is a
+/// pack of its own.
+///
+/// Only [`OPEN_PACKS`] are open at a time, the oldest being closed: sorting all examples by length, or keeping every
+/// pack open, would fill a little better and make what meets in a step depend on length rather than on the seed.
+fn packs(lengths: &[usize], order: Vec<usize>, capacity: usize) -> Vec<Vec<usize>> {
     let mut packs: Vec<Vec<usize>> = Vec::new();
-    let mut room = 0;
+    let mut open: VecDeque<(usize, usize)> = VecDeque::with_capacity(OPEN_PACKS + 1); // (pack, room), oldest first
     for idx in order {
-        match packs.last_mut() {
-            Some(pack) if lengths[idx] <= room => {
-                pack.push(idx);
-                room -= lengths[idx];
+        let length = lengths[idx];
+        let tightest = open
+            .iter_mut()
+            .filter(|(_, room)| length <= *room)
+            .min_by_key(|(pack, room)| (*room, *pack));
+        match tightest {
+            Some((pack, room)) => {
+                packs[*pack].push(idx);
+                *room -= length;
             }
-            _ => {
+            None => {
+                open.push_back((packs.len(), capacity.saturating_sub(length)));
                 packs.push(vec![idx]);
-                room = capacity.saturating_sub(lengths[idx]);
+                if open.len() > OPEN_PACKS {
+                    open.pop_front();
+                }
             }
         }
     }
     packs
-        .chunks(batch_size)
-        .map(<[Vec<usize>]>::concat)
-        .collect()
+}
+
+/// The share of the packs' room that an epoch in file order fills, in (0, 1]; 1 for none.
+pub fn pack_efficiency(lengths: &[usize], capacity: usize) -> f64 {
+    let n_packs = packs(lengths, (0..lengths.len()).collect(), capacity).len();
+    let n_tokens: usize = lengths.iter().sum();
+    match n_packs * capacity {
+        0 => 1.0,
+        room => (n_tokens as f64 / room as f64).min(1.0),
+    }
 }
 
 /// The endless sequence of training batches, from any cursor.
@@ -254,7 +284,30 @@ mod tests {
         }
     }
 
+    #[test]
+    fn packs_are_nearly_full() {
+        // Lengths as in chat data: many short, few long.
+        let lengths: Vec<usize> = epoch_order(5000, 1, 0)
+            .into_iter()
+            .map(|idx| 20 + (idx * idx) / 30_000)
+            .collect();
+        let efficiency = pack_efficiency(&lengths, 1024);
+        assert!(efficiency > 0.98, "{efficiency}");
+        assert_eq!(pack_efficiency(&[5, 6, 5, 4], 10), 1.0);
+        assert_eq!(pack_efficiency(&[], 10), 1.0);
+    }
+
+    #[test]
+    fn an_example_goes_where_it_fits_best() {
+        let fits = |lengths: &[usize]| packs(lengths, (0..lengths.len()).collect(), 10);
+        assert_eq!(fits(&[5, 7, 3, 5]), [vec![0, 3], vec![1, 2]]);
+        assert_eq!(fits(&[6, 6, 4]), [vec![0, 2], vec![1]]);
+        assert_eq!(fits(&[12, 1]), [vec![0], vec![1]]);
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
         fn a_plan_holds_every_example_once(
             lengths in prop::collection::vec(1usize..50, 0..60),
@@ -266,7 +319,7 @@ mod tests {
             let options = BatchOptions { batch_size, pack_tokens: packing.then_some(64), shuffle_seed: seed };
             let plan = epoch_plan(&lengths, &options, epoch);
             let mut all = plan.concat();
-            if seed.is_none() {
+            if seed.is_none() && !packing {
                 prop_assert!(all.is_sorted());
             }
             all.sort_unstable();

@@ -1,124 +1,74 @@
 //! A checked data file: every row validated and measured, none held; examples are made again when asked for.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use super::{
     batch::Batch,
-    error::{DataError, Problems, RowProblem},
+    error::{DataError, Problems},
     example::{EncodedRow, Encoder, Example, RowError},
-    jsonl::JsonlFile,
-    rows::{FieldProblem, Row, RowFormat, parse_row},
-    stats::{LengthSummary, Stats},
+    rows::{Row, RowFormat, parse_named_row},
+    source::{Source, Split},
+    stats::Stats,
+    survey::{Entry, RowSchema, Survey},
 };
 
-/// Where an example comes from and how long it is.
-#[derive(Debug, Clone, Copy)]
-struct Entry {
-    row: u32,
-    part: u32,
-    n_tokens: u32,
-    n_trained: u32,
-}
-
-/// The examples of one data file. Memory is 32 bytes an example.
+/// The examples of one source. Memory is 16 bytes an example beside the 24 a row of its files.
 #[derive(Debug)]
 pub struct Dataset {
-    file: JsonlFile,
+    source: Source,
     format: RowFormat,
+    schema: RowSchema,
     encoder: Arc<Encoder>,
     entries: Vec<Entry>,
     stats: Stats,
 }
 
 impl Dataset {
-    /// Reads, checks and measures every row. With `format` absent it is detected over all rows.
+    /// Reads, checks and measures every row of a file, or of a directory's training files. With `format` absent it is
+    /// detected over all rows.
     ///
     /// # Errors
-    /// As [`JsonlFile::open`]; [`DataError::Rows`] with all bad rows; [`DataError::MixedFormats`];
-    /// [`DataError::AllDropped`]; errors of the model's template or tokenizer.
+    /// As [`Self::open_split`].
     pub fn open(
         path: &Path,
         format: Option<RowFormat>,
         encoder: Arc<Encoder>,
     ) -> Result<Self, DataError> {
-        let file = JsonlFile::open(path)?;
+        Self::open_split(path, Split::Train, format.into(), encoder)
+    }
+
+    /// Reads, checks and measures every row of a split.
+    ///
+    /// # Errors
+    /// As [`Source::open`]; [`DataError::Rows`] with all bad rows; [`DataError::MixedFormats`];
+    /// [`DataError::AllDropped`]; errors of the model's template or tokenizer.
+    pub fn open_split(
+        name: &Path,
+        split: Split,
+        schema: RowSchema,
+        encoder: Arc<Encoder>,
+    ) -> Result<Self, DataError> {
+        let source = Source::open(name, split)?;
         let mut problems = Problems::default();
-        let mut formats: BTreeMap<RowFormat, (usize, usize)> = BTreeMap::new();
-        let mut entries = Vec::new();
-        let mut stats = Stats {
-            n_rows: file.n_rows(),
-            ..Stats::default()
-        };
-        for row_idx in 0..file.n_rows() {
-            let line = file.line_number(row_idx);
-            let mut refuse = |problem: FieldProblem| {
-                problems.push(RowProblem {
-                    path: path.to_owned(),
-                    line,
-                    field: problem.field,
-                    problem: problem.problem,
-                    fix: problem.fix,
-                });
-            };
-            let row = match parse_row(&file.row_bytes(row_idx)?, format) {
-                Ok((format, row)) => {
-                    formats.entry(format).or_insert((0, line)).0 += 1;
-                    row
-                }
-                Err(found) => {
-                    found.into_iter().for_each(&mut refuse);
-                    continue;
-                }
-            };
-            match encoder.encode_row(&row) {
-                Ok(encoded) => {
-                    stats.n_dropped += encoded.n_dropped;
-                    stats.n_truncated += encoded.n_truncated;
-                    stats.n_split_rows +=
-                        usize::from(encoded.examples.len() + encoded.n_dropped > 1);
-                    for (part, example) in encoded.examples.iter().enumerate() {
-                        stats.n_without_end += usize::from(!ends(&encoder, example));
-                        entries.push(Entry {
-                            row: small(row_idx),
-                            part: small(part),
-                            n_tokens: small(example.input_ids.len()),
-                            n_trained: small(example.n_trained()),
-                        });
-                    }
-                }
-                Err(RowError::Problem(problem)) => refuse(problem),
-                Err(RowError::Other(error)) => return Err(error),
-            }
-        }
-        if formats.len() > 1 {
-            let found: Vec<_> = formats
-                .iter()
-                .map(|(format, (n_rows, line))| {
-                    format!("{} in {n_rows} rows (first at line {line})", format.name())
-                })
-                .collect();
-            return Err(DataError::MixedFormats {
-                path: path.to_owned(),
-                found: found.join(", "),
-            });
-        }
-        let format = match formats.into_keys().next() {
+        let survey = Survey::take(&source, &schema, Some(&encoder), |problem| {
+            problems.push(problem);
+        })?;
+        let format = match survey.format(&source)? {
             Some(format) if problems.is_empty() => format,
             _ => return Err(DataError::Rows(problems)),
         };
+        let stats = survey.stats.clone();
+        let entries = survey.into_entries();
         if entries.is_empty() {
             return Err(DataError::AllDropped {
-                path: path.to_owned(),
+                path: name.to_owned(),
                 max_seq_length: encoder.options().max_seq_length,
             });
         }
-        stats.n_examples = entries.len();
-        stats.tokens = LengthSummary::of(entries.iter().map(|entry| entry.n_tokens).collect());
-        stats.trained_tokens =
-            LengthSummary::of(entries.iter().map(|entry| entry.n_trained).collect());
         Ok(Self {
-            file,
+            source,
             format,
+            schema,
             encoder,
             entries,
             stats,
@@ -149,14 +99,14 @@ impl Dataset {
         &self.stats
     }
 
-    /// The file, as it was named.
+    /// The source, as it was named.
     pub fn path(&self) -> &Path {
-        self.file.path()
+        self.source.name()
     }
 
-    /// SHA-256 of the file's bytes, in hexadecimal.
-    pub fn sha256(&self) -> &str {
-        self.file.sha256()
+    /// SHA-256 of the source's bytes, in hexadecimal; see [`Source::sha256`].
+    pub fn sha256(&self) -> String {
+        self.source.sha256()
     }
 
     /// The encoder that the examples are made with.
@@ -170,10 +120,11 @@ impl Dataset {
     /// [`DataError::Read`]; [`DataError::Changed`] if the file is no longer what was checked.
     pub fn row(&self, example_idx: usize) -> Result<(usize, Row), DataError> {
         let row_idx = self.entries[example_idx].row as usize;
-        let line = self.file.line_number(row_idx);
-        match parse_row(&self.file.row_bytes(row_idx)?, Some(self.format)) {
+        let (path, line) = self.source.place(row_idx);
+        let bytes = self.source.row_bytes(row_idx)?;
+        match parse_named_row(&bytes, Some(self.format), &self.schema.fields) {
             Ok((_, row)) => Ok((line, row)),
-            Err(_) => Err(self.changed(line)),
+            Err(_) => Err(changed(path, line)),
         }
     }
 
@@ -183,21 +134,25 @@ impl Dataset {
     /// As [`Self::row`].
     pub fn example(&self, example_idx: usize) -> Result<Example, DataError> {
         let entry = self.entries[example_idx];
-        let (line, row) = self.row(example_idx)?;
+        let (_, row) = self.row(example_idx)?;
+        let changed = || {
+            let (path, line) = self.source.place(entry.row as usize);
+            changed(path, line)
+        };
         let EncodedRow { mut examples, .. } = match self.encoder.encode_row(&row) {
             Ok(encoded) => encoded,
-            Err(RowError::Problem(_)) => return Err(self.changed(line)),
+            Err(RowError::Problem(_)) => return Err(changed()),
             Err(RowError::Other(error)) => return Err(error),
         };
         let part = entry.part as usize;
         if part >= examples.len() {
-            return Err(self.changed(line));
+            return Err(changed());
         }
         let example = examples.swap_remove(part);
         if example.input_ids.len() != entry.n_tokens as usize
             || example.n_trained() != entry.n_trained as usize
         {
-            return Err(self.changed(line));
+            return Err(changed());
         }
         Ok(example)
     }
@@ -213,27 +168,13 @@ impl Dataset {
         }
         Ok(batch)
     }
+}
 
-    fn changed(&self, line: usize) -> DataError {
-        DataError::Changed {
-            path: self.file.path().to_owned(),
-            line,
-        }
+fn changed(path: &Path, line: usize) -> DataError {
+    DataError::Changed {
+        path: path.to_owned(),
+        line,
     }
-}
-
-/// Whether the last trained token is an end.
-fn ends(encoder: &Encoder, example: &Example) -> bool {
-    example
-        .loss_mask
-        .iter()
-        .rposition(|trained| *trained)
-        .is_some_and(|idx| encoder.tokenizer().is_special(example.input_ids[idx]))
-}
-
-/// Row and token counts fit 32 bits: a line is at most 4 GiB and its number is kept in 32 bits.
-fn small(count: usize) -> u32 {
-    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]
@@ -315,7 +256,7 @@ mod tests {
         let error = open(&(conversation("assistant").repeat(2) + "{\"text\":\"a\"}\n"))
             .expect_err("refused");
         assert!(
-            error.to_string().ends_with("mixes formats: messages in 2 rows (first at line 1), text in 1 rows (first at line 3); split the file, or set data.format"),
+            error.to_string().ends_with("mixes formats: messages in 2 rows (line 1, 2); text in 1 row (line 3); split the file, or set data.format"),
             "{error}"
         );
     }

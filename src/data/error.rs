@@ -1,6 +1,13 @@
 //! What can be wrong with data files, templates and tokenizers, and how it is said.
 
-use std::{fmt, io, path::PathBuf};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+use super::rows::FieldProblem;
 
 /// How many offenders one report lists; the rest are counted.
 pub const MAX_SHOWN: usize = 20;
@@ -8,7 +15,7 @@ pub const MAX_SHOWN: usize = 20;
 /// One thing wrong with one row of a data file.
 ///
 /// Displayed as `file:line: field: problem; fix`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RowProblem {
     /// The data file, as the user wrote it.
     pub path: PathBuf,
@@ -20,6 +27,18 @@ pub struct RowProblem {
     pub problem: String,
     /// What to do about it.
     pub fix: String,
+}
+
+impl RowProblem {
+    pub(crate) fn new(path: &Path, line: usize, problem: FieldProblem) -> Self {
+        Self {
+            path: path.to_owned(),
+            line,
+            field: problem.field,
+            problem: problem.problem,
+            fix: problem.fix,
+        }
+    }
 }
 
 impl fmt::Display for RowProblem {
@@ -86,7 +105,7 @@ impl fmt::Display for Problems {
 #[non_exhaustive]
 pub enum DataError {
     /// A data file is missing or cannot be read.
-    #[error("cannot read `{}`; give the path of a JSON Lines file", .path.display())]
+    #[error("cannot read `{}`; give the path of a data file", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -95,16 +114,43 @@ pub enum DataError {
         source: io::Error,
     },
     /// A data file without a row.
-    #[error("`{}` holds no row; expected one JSON object a line", .path.display())]
+    #[error("`{}` holds no row; expected one JSON object a line, or an array of them", .path.display())]
     Empty {
         /// The file.
         path: PathBuf,
     },
-    /// A data file that is one JSON array.
-    #[error("`{}` is a JSON array; expected one JSON object a line: `jq -c '.[]' FILE > FILE.jsonl` converts it", .path.display())]
-    JsonArray {
+    /// A JSON array that is not one.
+    #[error("{}:{line}: row: {problem}; correct the array, or write one JSON object a line", .path.display())]
+    Array {
         /// The file.
         path: PathBuf,
+        /// Line in the file, from 1.
+        line: usize,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A packed file that cannot be unpacked.
+    #[error("`{}` cannot be unpacked into a temporary file; is it whole, and is there room in TMPDIR?", .path.display())]
+    Unpack {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A Parquet file in a build that cannot read it.
+    #[error("`{}` is a Parquet file, and this build cannot read those; build with `--features parquet`, or convert it to JSON Lines", .path.display())]
+    NoParquet {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A directory or Hub data set whose files cannot be told apart.
+    #[error("`{name}`: {problem}")]
+    Files {
+        /// The directory or data set, as the user wrote it.
+        name: String,
+        /// What is wrong and what to do.
+        problem: String,
     },
     /// Rows that cannot be used, all of them.
     #[error("{0}")]
@@ -114,7 +160,7 @@ pub enum DataError {
     MixedFormats {
         /// The file.
         path: PathBuf,
-        /// Each format with its number of rows and its first line.
+        /// Each format with its number of rows and its first lines.
         found: String,
     },
     /// Every row was dropped for its length.
@@ -190,10 +236,10 @@ pub enum DataError {
 }
 
 impl DataError {
-    /// The exit code: 2 for a template that is not there, 4 for a malformed model, 3 otherwise.
+    /// The exit code: 2 for a template or a feature that is not there, 4 for a malformed model, 3 otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Missing { .. } | Self::NoTemplate => 2,
+            Self::Missing { .. } | Self::NoTemplate | Self::NoParquet { .. } => 2,
             Self::Model { .. } | Self::TemplateSyntax { .. } | Self::Vocabulary { .. } => 4,
             _ => 3,
         }

@@ -13,8 +13,9 @@ use super::{
 };
 
 /// Which turns of a conversation carry loss. Prompt rows train the completion and text rows everything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum TrainOn {
     /// Every assistant turn.
     Assistant,
@@ -27,8 +28,9 @@ pub enum TrainOn {
 }
 
 /// What happens to an example of more than `max_seq_length` tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum Overlong {
     /// The row is an error.
     Error,
@@ -345,6 +347,15 @@ impl Encoder {
         }))
     }
 
+    /// Whether an example's last trained token is an end, so that the model learns to stop there.
+    pub(super) fn ends(&self, example: &Example) -> bool {
+        example
+            .loss_mask
+            .iter()
+            .rposition(|trained| *trained)
+            .is_some_and(|idx| self.tokenizer.is_special(example.input_ids[idx]))
+    }
+
     fn chat_template(&self) -> Result<&ChatTemplate, DataError> {
         self.template.as_ref().ok_or(DataError::NoTemplate)
     }
@@ -393,15 +404,7 @@ impl Encoder {
     ) -> Result<Vec<Example>, RowError> {
         let template = self.chat_template()?;
         if train_on == TrainOn::All {
-            let tokens = self
-                .tokenizer
-                .encode_spans(&template.render(messages, tools, false)?)?;
-            let input_ids: Vec<u32> = tokens.into_iter().map(|token| token.id).collect();
-            let loss_mask = vec![true; input_ids.len()];
-            return Ok(vec![Example {
-                input_ids,
-                loss_mask,
-            }]);
+            return Ok(vec![self.whole_conversation(template, messages, tools)?]);
         }
         let turns = trained_turns(messages, train_on);
         if turns.is_empty() {
@@ -442,6 +445,41 @@ impl Encoder {
                 |(start, text)| Ok(self.masked(text, std::slice::from_ref(&(*start..text.len())))?),
             )
             .collect()
+    }
+
+    /// Everything is trained but the messages that must not be.
+    fn whole_conversation(
+        &self,
+        template: &ChatTemplate,
+        messages: &[Message],
+        tools: &[Value],
+    ) -> Result<Example, RowError> {
+        let text = template.render(messages, tools, false)?;
+        let mut context = Vec::new();
+        for idx in (0..messages.len()).filter(|idx| !messages[*idx].trained()) {
+            let before = match idx {
+                0 => String::new(),
+                _ => template.render(&messages[..idx], tools, false)?,
+            };
+            let with = template.render(&messages[..=idx], tools, false)?;
+            if !text.starts_with(&with) || !with.starts_with(&before) {
+                return Err(RowError::new(
+                    format!("messages[{idx}]"),
+                    "a later message changes how the chat template prints this one, so the tokens without weight cannot be told",
+                    "remove the weight, or set data.train_on = \"assistant\"",
+                ));
+            }
+            context.push(before.len()..with.len());
+        }
+        let tokens = self.tokenizer.encode_spans(&text)?;
+        let loss_mask = tokens
+            .iter()
+            .map(|token| !context.iter().any(|range| covers(range, &token.bytes)))
+            .collect();
+        Ok(Example {
+            input_ids: tokens.into_iter().map(|token| token.id).collect(),
+            loss_mask,
+        })
     }
 
     /// Tokenises a rendered conversation and trains the tokens of the byte ranges, each up to its end-of-turn token.

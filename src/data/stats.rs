@@ -9,8 +9,12 @@ pub struct LengthSummary {
     pub min: usize,
     /// The value that at least half of the examples do not exceed.
     pub median: usize,
+    /// The value that at least 90 % of the examples do not exceed.
+    pub p90: usize,
     /// The value that at least 95 % of the examples do not exceed.
     pub p95: usize,
+    /// The value that at least 99 % of the examples do not exceed.
+    pub p99: usize,
     /// Largest.
     pub max: usize,
     /// Sum.
@@ -29,7 +33,9 @@ impl LengthSummary {
         Self {
             min: rank(0),
             median: rank(50),
+            p90: rank(90),
             p95: rank(95),
+            p99: rank(99),
             max: rank(100),
             total: counts.iter().map(|count| u64::from(*count)).sum(),
         }
@@ -57,9 +63,63 @@ pub struct Stats {
     pub trained_tokens: LengthSummary,
 }
 
+impl Stats {
+    pub(super) fn set_lengths(&mut self, tokens: Vec<u32>, trained_tokens: Vec<u32>) {
+        self.tokens = LengthSummary::of(tokens);
+        self.trained_tokens = LengthSummary::of(trained_tokens);
+    }
+}
+
+/// How many examples have from `from` to `to` tokens, both included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Bin {
+    /// Fewest tokens.
+    pub from: usize,
+    /// Most tokens.
+    pub to: usize,
+    /// Examples.
+    pub n: usize,
+}
+
+/// A histogram of at most 16 bins of equal width, a power of two.
+pub fn histogram(lengths: &[usize]) -> Vec<Bin> {
+    const MAX_BINS: usize = 16;
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let mut width = 1;
+    while longest / width >= MAX_BINS {
+        width *= 2;
+    }
+    let n_bins = if lengths.is_empty() {
+        0
+    } else {
+        longest / width + 1
+    };
+    let mut bins: Vec<Bin> = (0..n_bins)
+        .map(|idx| Bin {
+            from: idx * width,
+            to: (idx + 1) * width - 1,
+            n: 0,
+        })
+        .collect();
+    for length in lengths {
+        bins[length / width].n += 1;
+    }
+    bins
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bins_hold_every_length_once() {
+        assert_eq!(histogram(&[]), []);
+        let bins = histogram(&[0, 3, 16, 31, 31]);
+        assert_eq!(bins.len(), 16);
+        assert_eq!((bins[15].from, bins[15].to, bins[15].n), (30, 31, 2));
+        assert_eq!(bins.iter().map(|bin| bin.n).sum::<usize>(), 5);
+        assert_eq!(histogram(&[1000]).last().map(|bin| bin.to), Some(1023));
+    }
 
     #[test]
     fn ranks_are_the_nearest() {
@@ -69,7 +129,9 @@ mod tests {
             LengthSummary {
                 min: 1,
                 median: 50,
+                p90: 90,
                 p95: 95,
+                p99: 99,
                 max: 100,
                 total: 5050
             }
@@ -79,7 +141,9 @@ mod tests {
             LengthSummary {
                 min: 7,
                 median: 7,
+                p90: 7,
                 p95: 7,
+                p99: 7,
                 max: 7,
                 total: 7
             }

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
 mod cli;
+mod data;
 mod decoder;
 mod documentation;
 mod evaluation;

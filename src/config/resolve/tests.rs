@@ -362,7 +362,7 @@ fn what_is_required_and_what_excludes_each_other() {
             &["lora.target_modules=.*q_proj", "lora.layers_to_transform=1"]
         ),
         [
-            "run.toml: [data] train: is missing; give a JSON Lines file",
+            "run.toml: [data] train: is missing; give a data file",
             "run.toml: [model] model_id: is missing; give a local directory or a Hub id",
             "--set lora.layers_to_transform: [lora] layers_to_transform: cannot be combined with a regular expression in target_modules; put the layers into the expression",
             "run.toml: [train] output_dir: is missing; give the directory to write the adapter to",

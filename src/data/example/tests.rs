@@ -363,7 +363,55 @@ fn choices_share_the_prompt() {
     }
 }
 
+/// Nothing said on either side: the end token alone is trained.
+#[test]
+fn empty_messages_train_the_end_token() {
+    let encoder = chatml(OPTIONS);
+    let json = r#"{"messages":[{"role":"user","content":""},{"role":"assistant","content":""}]}"#;
+    let found = examples(&encoder, json);
+    assert_eq!(found.len(), 1);
+    assert_eq!(trained(&encoder, &found[0]), ["<|im_end|>"]);
+    let prompt = encoder.row_prompt(&row(json)).expect("encodes");
+    assert_eq!(found[0].input_ids[..prompt.len()], prompt[..]);
+    assert!(found[0].loss_mask[prompt.len()]);
+}
+
+#[test]
+fn weight_zero_is_never_trained() {
+    let encoder = chatml(EncodeOptions {
+        train_on: TrainOn::All,
+        ..OPTIONS
+    });
+    let json = r#"{"messages":[{"role":"user","content":"U","weight":0},{"role":"assistant","content":"A"}]}"#;
+    assert_eq!(
+        trained(&encoder, &examples(&encoder, json)[0]),
+        ["<|im_start|>assistant\nA<|im_end|>\n"]
+    );
+}
+
+#[test]
+fn a_conversational_prompt_is_context() {
+    let json = r#"{"prompt":[{"role":"user","content":"U"},{"role":"assistant","content":"no"},{"role":"user","content":"V"}],
+        "completion":[{"role":"assistant","content":"yes"}]}"#;
+    for (train_on, expected) in [
+        (TrainOn::Assistant, "yes<|im_end|>"),
+        (TrainOn::All, "<|im_start|>assistant\nyes<|im_end|>\n"),
+    ] {
+        let encoder = chatml(EncodeOptions {
+            train_on,
+            ..OPTIONS
+        });
+        assert_eq!(
+            trained(&encoder, &examples(&encoder, json)[0]),
+            [expected],
+            "{train_on:?}"
+        );
+    }
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     /// Whatever is said, the trained tokens are the answers with their end tokens, the prompt for generation is
     /// what stands before the last answer, and the text is the template's.
     #[test]

@@ -128,7 +128,7 @@ fn messages_say_what_where_and_the_fix() {
         ),
         (
             r#"{"prompt":[{}],"completion":"a"}"#,
-            "prompt: found an array; expected a string; write a conversation as `messages`",
+            "prompt: found an array; expected a string, or a list of messages in both prompt and completion",
         ),
         (
             r#"{"prompt":"a"}"#,
@@ -136,7 +136,7 @@ fn messages_say_what_where_and_the_fix() {
         ),
         (
             r#"{"conversations":[{"from":"alien","value":"a"}]}"#,
-            "conversations[0].from: unknown role \"alien\"; expected system, human, gpt or tool (also user, assistant, observation)",
+            "conversations[0].from: unknown role \"alien\"; expected system, human, gpt or tool (also user, assistant, function_call, observation)",
         ),
         (
             r#"[1]"#,
@@ -208,4 +208,48 @@ fn a_row_of_choices_need_not_repeat_its_answer() {
         first(r#"{"prompt":"p","choices":["a","b"]}"#),
         "answer: is missing; expected the index of the right choice, from 0, or its text"
     );
+}
+
+#[test]
+fn sharegpt_tool_calls_are_the_assistants() {
+    let (_, row) = parse(
+        r#"{"tools":"[{\"name\":\"f\"}]","conversations":[{"from":"human","value":"a"},{"from":"function_call","value":"{\"name\":\"f\",\"arguments\":{\"x\":1}}"},{"from":"observation","value":"2"},{"from":"gpt","value":"two"}]}"#,
+    )
+    .expect("a good row");
+    let RowContent::Conversation { messages, tools } = row.content else {
+        panic!("not a conversation");
+    };
+    assert_eq!(tools, [serde_json::json!({"name": "f"})]);
+    assert_eq!(messages[1].role(), Role::Assistant);
+    assert_eq!(
+        messages[1].fields()["tool_calls"],
+        serde_json::json!([{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}])
+    );
+    assert_eq!(messages[2].role(), Role::Tool);
+    assert_eq!(
+        first(r#"{"conversations":[{"from":"function_call","value":"f(1)"}]}"#),
+        "conversations[0].value: is not a function call; expected {\"name\": ..., \"arguments\": ...} as a string"
+    );
+}
+
+#[test]
+fn fields_of_other_names() {
+    let names = FieldNames::new(
+        [("prompt", "question"), ("completion", "answer")]
+            .map(|(field, name)| (field.to_owned(), name.to_owned()))
+            .into(),
+    )
+    .expect("good");
+    let read = |text: &str| parse_named_row(text.as_bytes(), None, &names);
+    let (format, row) = read(r#"{"question":"q","answer":"a"}"#).expect("a good row");
+    assert_eq!(format, RowFormat::PromptCompletion);
+    assert_eq!(
+        row.content,
+        RowContent::Prompt {
+            prompt: "q".to_owned(),
+            completion: "a".to_owned()
+        }
+    );
+    let problems = read(r#"{"question":"q","answer":3}"#).expect_err("refused");
+    assert_eq!(problems[0].field, "answer");
 }

@@ -1,0 +1,108 @@
+//! `data check`: every bad row of every file.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::{Request, title};
+use crate::cli::DataCheckArgs;
+use crate::commands::{BadData, print, print_json};
+use crate::data::{RowProblem, Source, Survey};
+
+pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
+    let request = Request::new(&args.source)?;
+    let encoder = request.encoder()?.map(|(encoder, _)| encoder);
+    let mut files = Vec::new();
+    let mut problems: Vec<RowProblem> = Vec::new();
+    let mut broken: Vec<String> = Vec::new();
+    let (mut n_rows, mut n_bad) = (0, 0);
+    for (path, split) in &request.sources {
+        let source = Source::open(path, *split)?;
+        let mut failed = None;
+        let survey = Survey::take(&source, &request.schema, encoder.as_deref(), |problem| {
+            if args.json {
+                problems.push(problem);
+            } else if failed.is_none() {
+                failed = print(&problem.to_string()).err();
+            }
+        })?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let format = match survey.format(&source) {
+            Ok(format) => format,
+            Err(error) => {
+                if !args.json {
+                    print(&error.to_string())?;
+                }
+                broken.push(error.to_string());
+                None
+            }
+        };
+        let stats = &survey.stats;
+        n_rows += stats.n_rows;
+        n_bad += survey.n_bad_rows;
+        if args.json {
+            files.push(json!({
+                "path": path,
+                "split": split.name(),
+                "format": format,
+                "sha256": source.sha256(),
+                "rows": stats.n_rows,
+                "bad_rows": survey.n_bad_rows,
+                "examples": encoder.is_some().then_some(stats.n_examples),
+                "dropped": encoder.is_some().then_some(stats.n_dropped),
+                "truncated": encoder.is_some().then_some(stats.n_truncated),
+                "split_rows": encoder.is_some().then_some(stats.n_split_rows),
+                "without_end": encoder.is_some().then_some(stats.n_without_end),
+            }));
+            continue;
+        }
+        let format = format.map_or("no format", |format| format.name());
+        let mut line = format!(
+            "{}: {} rows, {format}, {} bad",
+            title(path, *split),
+            stats.n_rows,
+            survey.n_bad_rows
+        );
+        if encoder.is_some() {
+            line.push_str(&format!(
+                "; {} examples, {} tokens, {} trained",
+                stats.n_examples, stats.tokens.total, stats.trained_tokens.total
+            ));
+            for (n, what) in [
+                (stats.n_dropped, "dropped as overlong"),
+                (stats.n_truncated, "truncated"),
+                (
+                    stats.n_split_rows,
+                    "rows split into one example a turn, since the chat template rewrites earlier turns",
+                ),
+                (
+                    stats.n_without_end,
+                    "examples without a trained end token: the model would not learn to stop",
+                ),
+            ] {
+                if n > 0 {
+                    line.push_str(&format!("; {n} {what}"));
+                }
+            }
+        }
+        print(&line)?;
+    }
+    if !args.json && encoder.is_none() {
+        print(
+            "checked without a model: give one with -m to check template, tokens and lengths too",
+        )?;
+    }
+    let ok = n_bad == 0 && broken.is_empty();
+    if args.json {
+        print_json(&json!({"ok": ok, "files": files, "problems": problems, "mixed": broken}))?;
+    }
+    if ok {
+        return Ok(());
+    }
+    let mixed = match broken.len() {
+        0 => String::new(),
+        n => format!(", {n} of mixed formats"),
+    };
+    Err(BadData(format!("{n_bad} of {n_rows} rows cannot be used{mixed}")).into())
+}

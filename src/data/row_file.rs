@@ -1,0 +1,313 @@
+//! One file of rows on disk: where each row lies, its checksum, the file's hash; rows are read when asked for.
+
+#[cfg(feature = "parquet")]
+mod parquet;
+mod spans;
+
+use std::{
+    fs::File,
+    io::{self, BufReader, Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use flate2::read::MultiGzDecoder;
+use sha2::{Digest, Sha256};
+
+use self::spans::{Span, index};
+use super::error::DataError;
+
+/// An indexed file of rows. Memory is 24 bytes a row, whatever the rows hold.
+///
+/// JSON Lines (blank lines, a byte order mark and CR LF ends are accepted) and JSON arrays are read where they are.
+/// Files ending in `.gz` and Parquet files are unpacked once into an unnamed temporary file.
+#[derive(Debug)]
+pub struct RowFile {
+    path: PathBuf,
+    file: Mutex<File>,
+    spans: Vec<Span>,
+    sha256: String,
+}
+
+impl RowFile {
+    /// Reads the file once for the places of its rows and its hash.
+    ///
+    /// # Errors
+    /// [`DataError::Read`], [`DataError::Empty`], [`DataError::Array`], [`DataError::Unpack`], and
+    /// [`DataError::NoParquet`] for a Parquet file in a build without it.
+    pub fn open(path: &Path) -> Result<Self, DataError> {
+        let read_error = |source| DataError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let file = File::open(path).map_err(read_error)?;
+        if file.metadata().map_err(read_error)?.is_dir() {
+            return Err(read_error(io::Error::from(io::ErrorKind::IsADirectory)));
+        }
+        let (mut file, packed_hash) = match packing(path, &file).map_err(read_error)? {
+            Packing::None => (file, None),
+            Packing::Gzip => {
+                let mut reader = Hashing::new(file);
+                let unpacked = unpack(path, |spool| {
+                    io::copy(&mut MultiGzDecoder::new(&mut reader), spool).map(|_| ())
+                })?;
+                (unpacked, Some(reader.finish().map_err(read_error)?))
+            }
+            Packing::Parquet => {
+                let mut reader = Hashing::new(file.try_clone().map_err(read_error)?);
+                io::copy(&mut reader, &mut io::sink()).map_err(read_error)?;
+                let hash = reader.finish().map_err(read_error)?;
+                (parquet_rows(path, file)?, Some(hash))
+            }
+        };
+        file.rewind().map_err(read_error)?;
+        let mut reader = Hashing::new(&mut file);
+        let spans = index(
+            BufReader::with_capacity(1 << 20, &mut reader),
+            path,
+            &read_error,
+        )?;
+        let sha256 = reader.finish().map_err(read_error)?;
+        if spans.is_empty() {
+            return Err(DataError::Empty {
+                path: path.to_owned(),
+            });
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            file: Mutex::new(file),
+            spans,
+            sha256: packed_hash.unwrap_or(sha256),
+        })
+    }
+
+    /// The file, as it was named.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The number of rows.
+    pub fn n_rows(&self) -> usize {
+        self.spans.len()
+    }
+
+    /// SHA-256 of the file's bytes, in hexadecimal.
+    pub fn sha256(&self) -> &str {
+        &self.sha256
+    }
+
+    /// The line that a row begins in, from 1; in a Parquet file the row's number.
+    pub fn line_number(&self, row_idx: usize) -> usize {
+        self.spans[row_idx].line as usize
+    }
+
+    /// The bytes of a row.
+    ///
+    /// # Errors
+    /// [`DataError::Read`]; [`DataError::Changed`] if the row is no longer what was indexed.
+    pub fn row_bytes(&self, row_idx: usize) -> Result<Vec<u8>, DataError> {
+        let span = self.spans[row_idx];
+        let changed = || DataError::Changed {
+            path: self.path.clone(),
+            line: span.line as usize,
+        };
+        let mut bytes = vec![0; span.n_bytes as usize];
+        {
+            // A poisoned lock only means that another reader panicked; the position is set anew below.
+            let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+            file.seek(SeekFrom::Start(span.offset))
+                .and_then(|_| file.read_exact(&mut bytes))
+                .map_err(|source| match source.kind() {
+                    io::ErrorKind::UnexpectedEof => changed(),
+                    _ => DataError::Read {
+                        path: self.path.clone(),
+                        source,
+                    },
+                })?;
+        }
+        if span.is_of(&bytes) {
+            Ok(bytes)
+        } else {
+            Err(changed())
+        }
+    }
+}
+
+enum Packing {
+    None,
+    Gzip,
+    Parquet,
+}
+
+/// By content, so that a wrong extension does no harm.
+fn packing(path: &Path, mut file: &File) -> io::Result<Packing> {
+    let mut magic = [0; 4];
+    let mut n_read = 0;
+    while n_read < magic.len() {
+        match file.read(&mut magic[n_read..])? {
+            0 => break,
+            more => n_read += more,
+        }
+    }
+    file.rewind()?;
+    let extension = path.extension().and_then(|name| name.to_str());
+    Ok(match &magic[..n_read] {
+        [0x1f, 0x8b, ..] => Packing::Gzip,
+        b"PAR1" => Packing::Parquet,
+        _ if extension.is_some_and(|name| name.eq_ignore_ascii_case("parquet")) => Packing::Parquet,
+        _ => Packing::None,
+    })
+}
+
+/// An unnamed temporary file with what `write` writes.
+fn unpack(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<File, DataError> {
+    let unpack = || {
+        let mut spool = tempfile::tempfile()?;
+        write(&mut spool)?;
+        Ok(spool)
+    };
+    unpack().map_err(|source| DataError::Unpack {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+#[cfg(feature = "parquet")]
+fn parquet_rows(path: &Path, file: File) -> Result<File, DataError> {
+    unpack(path, |spool| parquet::write_json_lines(file, spool))
+}
+
+#[cfg(not(feature = "parquet"))]
+fn parquet_rows(path: &Path, _file: File) -> Result<File, DataError> {
+    Err(DataError::NoParquet {
+        path: path.to_owned(),
+    })
+}
+
+/// A reader that hashes what passes through it.
+struct Hashing<R> {
+    inner: R,
+    hasher: Sha256,
+}
+
+impl<R: Read> Hashing<R> {
+    fn new(inner: R) -> Self {
+        Self {
+            inner,
+            hasher: Sha256::new(),
+        }
+    }
+
+    /// The hash of everything, what has not been read yet included.
+    fn finish(mut self) -> io::Result<String> {
+        io::copy(&mut self, &mut io::sink())?;
+        Ok(self
+            .hasher
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect())
+    }
+}
+
+impl<R: Read> Read for Hashing<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n_read = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..n_read]);
+        Ok(n_read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::data::test_support::write_temp;
+
+    #[test]
+    fn rows_keep_their_line_numbers() {
+        let (_dir, path) = write_temp("\u{feff}{\"a\":1}\r\n\n  \n{\"b\":\"é\"}");
+        let file = RowFile::open(&path).expect("opens");
+        assert_eq!(file.n_rows(), 2);
+        assert_eq!((file.line_number(0), file.line_number(1)), (1, 4));
+        assert_eq!(
+            file.row_bytes(1).expect("reads"),
+            "{\"b\":\"é\"}".as_bytes()
+        );
+        assert_eq!(file.row_bytes(0).expect("reads"), b"{\"a\":1}");
+    }
+
+    #[test]
+    fn hash_is_of_the_bytes() {
+        let (dir, path) = write_temp("{}\n");
+        // printf '{}\n' | sha256sum
+        let hash = "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356";
+        assert_eq!(RowFile::open(&path).expect("opens").sha256(), hash);
+        // Of a packed file, the packed bytes.
+        let packed = dir.path().join("train.jsonl.gz");
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder
+            .write_all(b"{\"a\":1}\n\n{\"a\":2}\n")
+            .expect("packs");
+        let bytes = encoder.finish().expect("packs");
+        std::fs::write(&packed, &bytes).expect("writes");
+        let file = RowFile::open(&packed).expect("opens");
+        assert_eq!((file.n_rows(), file.line_number(1)), (2, 3));
+        assert_eq!(file.row_bytes(1).expect("reads"), b"{\"a\":2}");
+        let expected: String = Sha256::digest(&bytes)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        assert_eq!(file.sha256(), expected);
+        std::fs::write(&packed, &bytes[..bytes.len() - 6]).expect("writes");
+        let error = RowFile::open(&packed).expect_err("cut short");
+        assert!(matches!(error, DataError::Unpack { .. }), "{error}");
+    }
+
+    #[test]
+    fn unusable_files_are_refused() {
+        let missing = RowFile::open(Path::new("no/such.jsonl")).expect_err("missing");
+        assert_eq!(
+            missing.to_string(),
+            "cannot read `no/such.jsonl`; give the path of a data file"
+        );
+        assert_eq!(missing.exit_code(), 3);
+        let (_dir, path) = write_temp(" \n\n");
+        assert!(matches!(RowFile::open(&path), Err(DataError::Empty { .. })));
+        let dir = tempfile::tempdir().expect("temporary directory");
+        assert!(matches!(
+            RowFile::open(dir.path()),
+            Err(DataError::Read { .. })
+        ));
+    }
+
+    #[test]
+    fn a_file_cut_short_or_edited_is_noticed() {
+        let (_dir, path) = write_temp("{\"a\":1}\n{\"b\":2}\n");
+        let file = RowFile::open(&path).expect("opens");
+        std::fs::write(&path, "{\"a\":2}\n").expect("writes");
+        for (row, line) in [(0, 1), (1, 2)] {
+            assert!(matches!(
+                file.row_bytes(row),
+                Err(DataError::Changed { line: found, .. }) if found == line
+            ));
+        }
+    }
+
+    #[test]
+    fn a_deleted_file_can_still_be_read() {
+        let (_dir, path) = write_temp("{\"a\":1}\n");
+        let file = RowFile::open(&path).expect("opens");
+        std::fs::remove_file(&path).expect("removes");
+        assert_eq!(file.row_bytes(0).expect("reads"), b"{\"a\":1}");
+    }
+
+    #[cfg(not(feature = "parquet"))]
+    #[test]
+    fn parquet_without_the_feature_says_so() {
+        let (_dir, path) = write_temp("PAR1");
+        let error = RowFile::open(&path).expect_err("no reader");
+        assert!(error.to_string().contains("--features parquet"), "{error}");
+    }
+}

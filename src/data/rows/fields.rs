@@ -1,0 +1,137 @@
+//! The names that a data file gives to the fields of a row.
+
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::FieldProblem;
+
+/// The fields of a row that may be called otherwise in a file.
+const FIELDS: [&str; 12] = [
+    "messages",
+    "tools",
+    "conversations",
+    "system",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "choices",
+    "answer",
+];
+
+/// Field of a row -> its name in the file, such as `prompt = "question"`; what is not listed keeps its own name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FieldNames(IndexMap<String, String>);
+
+impl FieldNames {
+    /// Checks a mapping.
+    ///
+    /// # Errors
+    /// What is wrong with it: an unknown field, or one name for two fields.
+    pub fn new(names: IndexMap<String, String>) -> Result<Self, String> {
+        for (idx, (field, name)) in names.iter().enumerate() {
+            if !FIELDS.contains(&field.as_str()) {
+                let nearest = FIELDS
+                    .iter()
+                    .max_by(|a, b| {
+                        strsim::jaro_winkler(a, field).total_cmp(&strsim::jaro_winkler(b, field))
+                    })
+                    .filter(|nearest| strsim::jaro_winkler(nearest, field) > 0.8)
+                    .map_or(String::new(), |nearest| {
+                        format!(" (did you mean `{nearest}`?)")
+                    });
+                return Err(format!(
+                    "unknown field `{field}`{nearest}; expected one of {}",
+                    FIELDS.join(", ")
+                ));
+            }
+            if let Some((other, _)) = names.iter().take(idx).find(|(_, taken)| *taken == name) {
+                return Err(format!(
+                    "`{name}` is given for both `{other}` and `{field}`; give each field its own"
+                ));
+            }
+        }
+        Ok(Self(names))
+    }
+
+    /// Whether every field has its own name.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Gives the fields of an object their own names; what had such a name without being meant is left out.
+    pub(super) fn apply(&self, object: &mut Map<String, Value>) {
+        let found: Vec<_> = self
+            .0
+            .iter()
+            .map(|(field, name)| (field, object.shift_remove(name)))
+            .collect();
+        for (field, value) in found {
+            match value {
+                Some(value) => {
+                    object.insert(field.clone(), value);
+                }
+                None => {
+                    object.shift_remove(field);
+                }
+            }
+        }
+    }
+
+    /// A problem in the file's words.
+    pub(crate) fn in_file_words(&self, mut problem: FieldProblem) -> FieldProblem {
+        let end = problem
+            .field
+            .find(['[', '.'])
+            .unwrap_or(problem.field.len());
+        if let Some(name) = self.0.get(&problem.field[..end]) {
+            problem.field.replace_range(..end, name);
+        }
+        problem
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(pairs: &[(&str, &str)]) -> Result<FieldNames, String> {
+        FieldNames::new(
+            pairs
+                .iter()
+                .map(|(field, name)| ((*field).to_owned(), (*name).to_owned()))
+                .collect(),
+        )
+    }
+
+    #[test]
+    fn fields_take_their_own_names() {
+        let names = names(&[("prompt", "question"), ("completion", "prompt")]).expect("good");
+        let mut object = serde_json::json!({"prompt": "p", "question": "q", "completion": "c"});
+        let object = object.as_object_mut().expect("object");
+        names.apply(object);
+        assert_eq!(
+            serde_json::to_value(&*object).expect("JSON"),
+            serde_json::json!({"prompt": "q", "completion": "p"})
+        );
+        let problem = names.in_file_words(FieldProblem::new("completion", "p", "f"));
+        assert_eq!(problem.field, "prompt");
+    }
+
+    #[test]
+    fn bad_mappings_are_refused() {
+        assert_eq!(
+            names(&[("promt", "q")]).expect_err("unknown"),
+            "unknown field `promt` (did you mean `prompt`?); expected one of messages, tools, conversations, system, prompt, completion, instruction, input, output, text, choices, answer"
+        );
+        assert!(
+            names(&[("prompt", "q"), ("completion", "q")])
+                .expect_err("twice")
+                .contains("both `prompt` and `completion`")
+        );
+    }
+}

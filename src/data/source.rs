@@ -1,0 +1,398 @@
+//! The rows of one split of a data set: a file, the files of a directory, or those of a data set on the Hub.
+
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::{error::DataError, row_file::RowFile};
+use crate::hub;
+
+/// Part of a data set.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Split {
+    /// Trained on.
+    #[default]
+    Train,
+    /// Looked at while training.
+    Valid,
+    /// Looked at afterwards.
+    Test,
+}
+
+impl Split {
+    /// In the order of use.
+    pub const ALL: [Self; 3] = [Self::Train, Self::Valid, Self::Test];
+
+    /// The name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Valid => "valid",
+            Self::Test => "test",
+        }
+    }
+
+    /// The split that a word of a file's name stands for; Hugging Face's words.
+    fn from_word(word: &str) -> Option<Self> {
+        match word.to_ascii_lowercase().as_str() {
+            "train" | "training" => Some(Self::Train),
+            "valid" | "validation" | "val" | "dev" => Some(Self::Valid),
+            "test" | "testing" | "eval" | "evaluation" => Some(Self::Test),
+            _ => None,
+        }
+    }
+}
+
+/// Endings of data files; `.gz` may follow.
+const EXTENSIONS: [&str; 4] = ["jsonl", "ndjson", "json", "parquet"];
+
+/// Files that lie beside data sets and hold no rows.
+const NOT_ROWS: [&str; 3] = ["dataset_infos.json", "dataset_dict.json", "state.json"];
+
+/// The rows of one or several files, one after the other.
+#[derive(Debug)]
+pub struct Source {
+    name: PathBuf,
+    files: Vec<RowFile>,
+    /// The index of each file's first row, and the number of all rows.
+    starts: Vec<usize>,
+}
+
+impl Source {
+    /// The rows of `split` in `name`: a file (whatever the split), a directory, `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`,
+    /// or a bare `ORG/NAME` where nothing local is called so.
+    ///
+    /// # Errors
+    /// As [`RowFile::open`]; [`DataError::Files`] if the files of the split cannot be told or fetched.
+    pub fn open(name: &Path, split: Split) -> Result<Self, DataError> {
+        let files = files(name, split)?
+            .iter()
+            .map(|path| RowFile::open(path))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut starts = vec![0];
+        for file in &files {
+            starts.push(starts[starts.len() - 1] + file.n_rows());
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            files,
+            starts,
+        })
+    }
+
+    /// The source, as it was named.
+    pub fn name(&self) -> &Path {
+        &self.name
+    }
+
+    /// The number of rows.
+    pub fn n_rows(&self) -> usize {
+        self.starts[self.files.len()]
+    }
+
+    /// SHA-256 of the file's bytes; of several files, SHA-256 of their hashes, each with a new line.
+    pub fn sha256(&self) -> String {
+        if let [file] = &self.files[..] {
+            return file.sha256().to_owned();
+        }
+        let mut hasher = Sha256::new();
+        for file in &self.files {
+            hasher.update(file.sha256());
+            hasher.update("\n");
+        }
+        hasher
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
+    }
+
+    /// The file and line of a row.
+    pub fn place(&self, row_idx: usize) -> (&Path, usize) {
+        let (file, idx) = self.locate(row_idx);
+        (file.path(), file.line_number(idx))
+    }
+
+    /// The bytes of a row.
+    ///
+    /// # Errors
+    /// As [`RowFile::row_bytes`].
+    pub fn row_bytes(&self, row_idx: usize) -> Result<Vec<u8>, DataError> {
+        let (file, idx) = self.locate(row_idx);
+        file.row_bytes(idx)
+    }
+
+    fn locate(&self, row_idx: usize) -> (&RowFile, usize) {
+        let file_idx = self.starts.partition_point(|start| *start <= row_idx) - 1;
+        (&self.files[file_idx], row_idx - self.starts[file_idx])
+    }
+}
+
+/// The splits that `name` holds; a single file is taken for the training rows.
+///
+/// # Errors
+/// [`DataError::Files`] for a directory or data set without data files.
+pub fn splits(name: &Path) -> Result<Vec<Split>, DataError> {
+    let Some(listing) = Listing::of(name)? else {
+        return Ok(vec![Split::Train]);
+    };
+    let present: Vec<Split> = Split::ALL
+        .into_iter()
+        .filter(|split| select(&listing.names, *split).is_ok_and(|found| !found.is_empty()))
+        .collect();
+    if present.is_empty() {
+        return Err(nothing(name, Split::Train, &listing.names));
+    }
+    Ok(present)
+}
+
+/// Whether a local directory holds rows of a split. Never asks the network.
+pub fn directory_has(name: &Path, split: Split) -> bool {
+    name.is_dir()
+        && local_names(name)
+            .is_ok_and(|names| select(&names, split).is_ok_and(|found| !found.is_empty()))
+}
+
+/// The files of a directory or of a data set on the Hub, by name.
+struct Listing {
+    names: Vec<String>,
+    place: Place,
+}
+
+enum Place {
+    Directory(PathBuf),
+    Hub(hub::DatasetRepo),
+}
+
+impl Listing {
+    /// `None` for what is a file, or nothing at all.
+    fn of(name: &Path) -> Result<Option<Self>, DataError> {
+        if name.is_dir() {
+            let names = local_names(name).map_err(|source| DataError::Read {
+                path: name.to_owned(),
+                source,
+            })?;
+            return Ok(Some(Self {
+                names,
+                place: Place::Directory(name.to_owned()),
+            }));
+        }
+        let Some(id) = name.to_str().filter(|_| !name.exists()) else {
+            return Ok(None);
+        };
+        let Some(wanted) = hub::DatasetId::parse(id).filter(|_| !has_data_extension(id)) else {
+            return Ok(None);
+        };
+        let (repo, names) = hub::DatasetRepo::open(&wanted).map_err(|error| DataError::Files {
+            name: id.to_owned(),
+            problem: error.to_string(),
+        })?;
+        let names = names
+            .into_iter()
+            .filter(|file| has_data_extension(file) && wanted.holds(file))
+            .collect();
+        Ok(Some(Self {
+            names,
+            place: Place::Hub(repo),
+        }))
+    }
+}
+
+fn files(name: &Path, split: Split) -> Result<Vec<PathBuf>, DataError> {
+    let Some(listing) = Listing::of(name)? else {
+        return Ok(vec![name.to_owned()]);
+    };
+    let problem = |problem: String| DataError::Files {
+        name: name.display().to_string(),
+        problem,
+    };
+    let found = select(&listing.names, split).map_err(problem)?;
+    if found.is_empty() {
+        return Err(nothing(name, split, &listing.names));
+    }
+    found
+        .iter()
+        .map(|file| match &listing.place {
+            Place::Directory(dir) => Ok(dir.join(file)),
+            Place::Hub(repo) => repo.get(file).map_err(|error| problem(error.to_string())),
+        })
+        .collect()
+}
+
+fn nothing(name: &Path, split: Split, names: &[String]) -> DataError {
+    let held = if names.is_empty() {
+        "it holds no .jsonl, .json or .parquet file".to_owned()
+    } else {
+        format!("it holds {}", shortened(names))
+    };
+    DataError::Files {
+        name: name.display().to_string(),
+        problem: format!(
+            "no {0} rows: {held}; name a file {0}.jsonl, or give the path of the file",
+            split.name()
+        ),
+    }
+}
+
+fn shortened(names: &[String]) -> String {
+    const MAX: usize = 8;
+    let mut text = names[..names.len().min(MAX)].join(", ");
+    if names.len() > MAX {
+        text.push_str(&format!(" and {} more", names.len() - MAX));
+    }
+    text
+}
+
+/// Data files in a directory and in its subdirectories, in the order of their names, `/` between parts.
+fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let Some(name) = entry.file_name().to_str().map(str::to_owned) else {
+            continue;
+        };
+        if name.starts_with('.') {
+            continue;
+        }
+        if entry.path().is_dir() {
+            for inner in std::fs::read_dir(entry.path())? {
+                if let Some(inner) = inner?.file_name().to_str()
+                    && has_data_extension(inner)
+                {
+                    names.push(format!("{name}/{inner}"));
+                }
+            }
+        } else if has_data_extension(&name) {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn has_data_extension(name: &str) -> bool {
+    let file = name.rsplit('/').next().unwrap_or(name);
+    let bare = file.strip_suffix(".gz").unwrap_or(file);
+    !NOT_ROWS.contains(&file)
+        && bare
+            .rsplit_once('.')
+            .is_some_and(|(_, extension)| EXTENSIONS.contains(&extension))
+}
+
+/// The split that a path names, by a word of the file's name or, without one, of its folders; the last counts.
+fn split_of(name: &str) -> Option<Split> {
+    name.rsplit('/').find_map(|part| {
+        part.split(|c: char| !c.is_ascii_alphanumeric())
+            .find_map(Split::from_word)
+    })
+}
+
+/// The files of a split. Files that name no split are training rows where none names one.
+///
+/// # Errors
+/// Files of the same split in several folders or formats: they are several data sets, or one twice.
+fn select(names: &[String], split: Split) -> Result<Vec<String>, String> {
+    let found: Vec<String> = if names.iter().any(|name| split_of(name).is_some()) {
+        let of_split = |name: &&String| split_of(name) == Some(split);
+        names.iter().filter(of_split).cloned().collect()
+    } else if split == Split::Train {
+        names.to_vec()
+    } else {
+        Vec::new()
+    };
+    let kind = |name: &String| {
+        let (folder, file) = name.rsplit_once('/').unwrap_or(("", name));
+        let extension = file.split_once('.').map_or("", |(_, extension)| extension);
+        (folder.to_owned(), extension.to_owned())
+    };
+    if let Some(other) = found.iter().find(|name| kind(name) != kind(&found[0])) {
+        return Err(format!(
+            "{} and {other} both hold {} rows; give the path of one of them, or of its folder",
+            found[0],
+            split.name()
+        ));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(list: &[&str]) -> Vec<String> {
+        list.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    #[test]
+    fn splits_are_told_by_name() {
+        let files = names(&[
+            "README.jsonl",
+            "my-train.jsonl",
+            "test.json",
+            "validation.jsonl.gz",
+        ]);
+        for (split, file) in [
+            (Split::Train, "my-train.jsonl"),
+            (Split::Valid, "validation.jsonl.gz"),
+            (Split::Test, "test.json"),
+        ] {
+            assert_eq!(select(&files, split), Ok(names(&[file])));
+        }
+        let shards = names(&[
+            "data/train-00000-of-00002.parquet",
+            "data/train-00001-of-00002.parquet",
+            "data/test-00000-of-00001.parquet",
+        ]);
+        assert_eq!(select(&shards, Split::Train), Ok(shards[..2].to_vec()));
+        let only = names(&["a.jsonl", "b.jsonl"]);
+        assert_eq!(select(&only, Split::Train), Ok(only.clone()));
+        assert_eq!(select(&only, Split::Valid), Ok(Vec::new()));
+        let folders = names(&["train/a.jsonl", "dev/a.jsonl"]);
+        assert_eq!(select(&folders, Split::Valid), Ok(names(&["dev/a.jsonl"])));
+        // A word within another is none.
+        assert_eq!(split_of("contest.jsonl"), None);
+    }
+
+    #[test]
+    fn two_data_sets_are_not_taken_for_one() {
+        for pair in [
+            ["main/train.parquet", "socratic/train.parquet"],
+            ["train.jsonl", "train.parquet"],
+        ] {
+            let error = select(&names(&pair), Split::Train).expect_err("refused");
+            assert!(error.contains("both hold train rows"), "{error}");
+        }
+    }
+
+    #[test]
+    fn rows_of_several_files_follow_each_other() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let write = |name: &str, text: &str| {
+            std::fs::write(dir.path().join(name), text).expect("writes");
+        };
+        write("train-0.jsonl", "{\"a\":0}\n\n{\"a\":1}\n");
+        write("train-1.jsonl", "{\"a\":2}\n");
+        write("valid.json", "[{\"a\":3}]");
+        let source = Source::open(dir.path(), Split::Train).expect("opens");
+        assert_eq!(source.n_rows(), 3);
+        assert_eq!(source.row_bytes(2).expect("reads"), b"{\"a\":2}");
+        assert_eq!(source.place(1), (&*dir.path().join("train-0.jsonl"), 3));
+        assert_eq!(source.place(2), (&*dir.path().join("train-1.jsonl"), 1));
+        assert_eq!(source.sha256().len(), 64);
+        assert_eq!(
+            splits(dir.path()).expect("lists"),
+            [Split::Train, Split::Valid]
+        );
+        assert!(directory_has(dir.path(), Split::Valid));
+        assert!(!directory_has(dir.path(), Split::Test));
+        let error = Source::open(dir.path(), Split::Test).expect_err("none");
+        assert!(
+            error
+                .to_string()
+                .contains("no test rows: it holds train-0.jsonl"),
+            "{error}"
+        );
+        let valid = Source::open(dir.path(), Split::Valid).expect("opens");
+        assert_eq!(valid.row_bytes(0).expect("reads"), b"{\"a\":3}");
+    }
+}

@@ -1,0 +1,209 @@
+//! A data set on the Hub: how it is named, which files it holds, and getting one of them.
+
+use std::path::PathBuf;
+
+use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+
+use super::is_hub_id;
+
+/// `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`, or `ORG/NAME` alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DatasetId {
+    /// `ORG/NAME`.
+    pub id: String,
+    /// Branch, tag or commit; `main` by default.
+    pub revision: String,
+    /// Only files below it, where it is not empty.
+    pub folder: String,
+}
+
+impl DatasetId {
+    /// `None` for a text of another form.
+    pub fn parse(text: &str) -> Option<Self> {
+        let main = || "main".to_owned();
+        let Some(rest) = text.strip_prefix("hf://datasets/") else {
+            return is_hub_id(text).then(|| Self {
+                id: text.to_owned(),
+                revision: main(),
+                folder: String::new(),
+            });
+        };
+        let mut parts = rest.splitn(3, '/');
+        let (org, name) = (parts.next()?, parts.next()?);
+        let (name, revision) = match name.split_once('@') {
+            Some((name, revision)) if !revision.is_empty() => (name, revision.to_owned()),
+            Some(_) => return None,
+            None => (name, main()),
+        };
+        let id = format!("{org}/{name}");
+        is_hub_id(&id).then(|| Self {
+            id,
+            revision,
+            folder: parts.next().unwrap_or("").trim_end_matches('/').to_owned(),
+        })
+    }
+
+    /// Whether a file of the data set is meant.
+    pub fn holds(&self, file: &str) -> bool {
+        self.folder.is_empty()
+            || file == self.folder
+            || file
+                .strip_prefix(self.folder.as_str())
+                .is_some_and(|rest| rest.starts_with('/'))
+    }
+}
+
+/// A data set whose files can be had: from the Hub, or from the local cache where the Hub does not answer.
+pub enum DatasetRepo {
+    /// The Hub answers.
+    Online(Box<ApiRepo>),
+    /// It does not, but the data set has been fetched before.
+    Cached(CacheRepo),
+}
+
+/// A data set that cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "neither a local file or directory nor in the local cache, and the Hub cannot give it ({reason}); check the name, connect to the \
+     network, or give a local file"
+)]
+pub struct DatasetError {
+    reason: String,
+}
+
+impl DatasetError {
+    fn new(reason: impl ToString) -> Self {
+        Self {
+            reason: reason.to_string(),
+        }
+    }
+}
+
+impl DatasetRepo {
+    /// The data set with the names of all its files. The token is that of `HF_TOKEN` or `huggingface-cli login`.
+    ///
+    /// # Errors
+    /// [`DatasetError`] if it is neither on the Hub nor in the cache.
+    pub fn open(wanted: &DatasetId) -> Result<(Self, Vec<String>), DatasetError> {
+        let repo = Repo::with_revision(
+            wanted.id.clone(),
+            RepoType::Dataset,
+            wanted.revision.clone(),
+        );
+        let online = || {
+            let mut builder = ApiBuilder::from_env().with_progress(true);
+            if let Ok(token) = std::env::var("HF_TOKEN") {
+                builder = builder.with_token(Some(token));
+            }
+            let api = builder.build()?.repo(repo.clone());
+            let info = api.info()?;
+            Ok::<_, hf_hub::api::sync::ApiError>((api, info))
+        };
+        match online() {
+            Ok((api, info)) => {
+                let names = info.siblings.into_iter().map(|file| file.rfilename);
+                let mut names: Vec<_> = names.collect();
+                names.sort();
+                Ok((Self::Online(Box::new(api)), names))
+            }
+            Err(error) => {
+                let cache = Cache::from_env();
+                let names = cached_names(&cache, &repo);
+                if names.is_empty() {
+                    return Err(DatasetError::new(error));
+                }
+                Ok((Self::Cached(cache.repo(repo)), names))
+            }
+        }
+    }
+
+    /// A local copy of a file.
+    ///
+    /// # Errors
+    /// [`DatasetError`].
+    pub fn get(&self, name: &str) -> Result<PathBuf, DatasetError> {
+        match self {
+            Self::Online(api) => api.get(name).map_err(DatasetError::new),
+            Self::Cached(cache) => cache
+                .get(name)
+                .ok_or_else(|| DatasetError::new(format!("`{name}` is not in the cache"))),
+        }
+    }
+}
+
+/// The files of the cached snapshot that the revision points at.
+fn cached_names(cache: &Cache, repo: &Repo) -> Vec<String> {
+    let root = cache.path().join(repo.folder_name());
+    let Ok(commit) = std::fs::read_to_string(root.join("refs").join(repo.revision())) else {
+        return Vec::new();
+    };
+    let snapshot = root.join("snapshots").join(commit.trim());
+    let mut names = Vec::new();
+    let mut folders = vec![String::new()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(snapshot.join(&folder))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let Some(name) = entry.file_name().to_str().map(str::to_owned) else {
+                continue;
+            };
+            let name = if folder.is_empty() {
+                name
+            } else {
+                format!("{folder}/{name}")
+            };
+            if entry.path().is_dir() {
+                folders.push(name);
+            } else {
+                names.push(name);
+            }
+        }
+    }
+    names.sort();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_data_sets() {
+        let parsed = |text| DatasetId::parse(text).map(|id| (id.id, id.revision, id.folder));
+        let triple = |a: &str, b: &str, c: &str| Some((a.to_owned(), b.to_owned(), c.to_owned()));
+        assert_eq!(parsed("org/name"), triple("org/name", "main", ""));
+        assert_eq!(
+            parsed("hf://datasets/org/name@v1/main/sub"),
+            triple("org/name", "v1", "main/sub")
+        );
+        for text in [
+            "name",
+            "a/b/c",
+            "hf://datasets/org",
+            "hf://datasets/a/b@",
+            "../up",
+            "hf://a/b",
+        ] {
+            assert_eq!(parsed(text), None, "{text}");
+        }
+        let id = DatasetId::parse("hf://datasets/org/name/main").expect("parses");
+        assert!(id.holds("main/train.parquet") && !id.holds("mainly/train.parquet"));
+    }
+
+    #[test]
+    fn a_cached_snapshot_lists_its_files() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let repo = Repo::with_revision("o/n".to_owned(), RepoType::Dataset, "main".to_owned());
+        let root = dir.path().join(repo.folder_name());
+        let snapshot = root.join("snapshots/abc/data");
+        std::fs::create_dir_all(&snapshot).expect("creates");
+        std::fs::create_dir_all(root.join("refs")).expect("creates");
+        std::fs::write(root.join("refs/main"), "abc").expect("writes");
+        std::fs::write(snapshot.join("train.jsonl"), "{}").expect("writes");
+        let cache = Cache::new(dir.path().to_owned());
+        assert_eq!(cached_names(&cache, &repo), ["data/train.jsonl"]);
+    }
+}
