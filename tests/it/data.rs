@@ -4,9 +4,8 @@ use std::path::Path;
 
 use candle_core::Device;
 use monteclora::data::{BatchOptions, Batches, Cursor, Dataset, EncodeOptions, Overlong, TrainOn};
-use monteclora::model::{
-    ActiveAdapter, AdapterGradients, Decoder, PassOptions, Segment, Sequences, SiteId,
-};
+use monteclora::model::ops::attention::Segment;
+use monteclora::model::{ActiveAdapter, AdapterGradients, Decoder, PassOptions, Sequences, SiteId};
 use monteclora::session;
 use monteclora_converters::Adapter;
 
@@ -181,7 +180,7 @@ fn a_directory_gives_its_splits_and_fields_their_names() {
     assert!(metrics.contains("\"type\":\"eval\""), "{metrics}");
 }
 
-/// Loss and gradients of `tokens` cut into the given batches, summed.
+/// Loss and gradients of one epoch's batches, summed, and the number of batches.
 fn loss_and_gradients(
     decoder: &Decoder,
     adapter: &ActiveAdapter,

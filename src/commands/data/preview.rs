@@ -129,7 +129,7 @@ pub(in crate::commands) fn run(args: &DataPreviewArgs) -> Result<()> {
                         });
                     }
                 }
-                print(&(text.trim_end_matches('\n').to_owned() + "\n\n"))?;
+                print(&text)?;
                 print("")?;
             }
         }
