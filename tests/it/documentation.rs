@@ -125,6 +125,7 @@ fn words(kind: &str) -> String {
         "bool" => "true or false".to_owned(),
         "PathBuf" => "path".to_owned(),
         "String" => "text".to_owned(),
+        "FieldNames" => "table of text".to_owned(),
         "ModuleSelection" => "`\"all-linear\"`, list of names, or regular expression".to_owned(),
         kind => items(kind)
             .iter()
