@@ -109,8 +109,9 @@ impl TrainProgress {
     }
 
     fn eta(&self, step: u64) -> String {
-        let done = step.saturating_sub(self.first).max(1);
-        let left = self.began.elapsed().as_secs() * self.total.saturating_sub(step) / done;
+        let done = step.saturating_sub(self.first).max(1) as f64;
+        let to_do = self.total.saturating_sub(step) as f64;
+        let left = (self.began.elapsed().as_secs_f64() * to_do / done) as u64;
         format!("{:02}:{:02}:{:02}", left / 3600, left / 60 % 60, left % 60)
     }
 }
