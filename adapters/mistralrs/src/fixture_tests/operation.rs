@@ -30,11 +30,13 @@ fn ask_over_tls(
 ) -> std::io::Result<String> {
     let mut roots = RootCertStore::empty();
     roots.add(root.clone()).expect("a root");
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .expect("versions")
         .with_root_certificates(roots)
         .with_no_client_auth();
+    // As most clients do; what follows is HTTP/1.1, which the server must choose.
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let name = ServerName::try_from("localhost").expect("a name");
     let client = ClientConnection::new(Arc::new(config), name).expect("a client");
     let mut stream = StreamOwned::new(client, TcpStream::connect(server.address)?);

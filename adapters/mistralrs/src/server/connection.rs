@@ -13,9 +13,9 @@ use axum::body::Body;
 use axum::response::Response;
 use hyper::Request;
 use hyper::body::Incoming;
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http1;
 use hyper::service::Service;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -26,9 +26,6 @@ use tokio::time::{Sleep, sleep, timeout};
 use super::metrics::Metrics;
 use super::tls::TlsAcceptor;
 use crate::config::Limits;
-
-/// How often an idle HTTP/2 connection is asked whether its client is still there.
-const PING_INTERVAL: Duration = Duration::from_secs(20);
 
 /// How long accepting rests after an error such as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -125,9 +122,6 @@ impl Connection {
             return self.http1(stream).await;
         };
         match timeout(self.limits.header_timeout, tls.accept(stream)).await {
-            Ok(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
-                self.http2(stream).await;
-            }
             Ok(Ok(stream)) => self.http1(stream).await,
             Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
             Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
@@ -139,26 +133,6 @@ impl Connection {
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.header_timeout)
             .max_buf_size(self.limits.max_header_bytes)
-            .serve_connection(TokioIo::new(stream), self.service());
-        tokio::pin!(connection);
-        let mut stopped = self.stopped;
-        let outcome = tokio::select! {
-            outcome = connection.as_mut() => outcome,
-            () = told_to_stop(&mut stopped) => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
-            }
-        };
-        log_end(self.peer, outcome);
-    }
-
-    async fn http2(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
-        let list_size = u32::try_from(self.limits.max_header_bytes).unwrap_or(u32::MAX);
-        let connection = http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(self.limits.header_timeout)
-            .max_header_list_size(list_size)
             .serve_connection(TokioIo::new(stream), self.service());
         tokio::pin!(connection);
         let mut stopped = self.stopped;

@@ -59,6 +59,7 @@ fn server_config(files: &TlsFiles) -> Result<Arc<ServerConfig>> {
         .with_safe_default_protocol_versions()
         .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
         .map_err(|error| bad(&files.cert, format!("cannot be used with its key: {error}")))?;
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    // Not h2: refusing a request before its body is read resets the stream there, and clients report that instead of the answer.
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }
