@@ -4,6 +4,8 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod data;
+#[cfg(feature = "mistralrs")]
+pub mod deploy;
 pub mod eval;
 pub mod gguf_import;
 pub mod hub;

@@ -17,6 +17,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
         ("accelerate", cfg!(feature = "accelerate")),
         ("mkl", cfg!(feature = "mkl")),
         ("nccl", cfg!(feature = "nccl")),
+        ("ring", cfg!(feature = "ring")),
     ];
     let enabled: Vec<&str> = features
         .iter()

@@ -5,6 +5,8 @@ mod collapse;
 mod completions;
 mod convert;
 mod data;
+#[cfg(feature = "mistralrs")]
+mod deploy;
 mod doctor;
 mod dry_run;
 mod eval;
@@ -17,9 +19,13 @@ mod merge;
 mod parity;
 mod quickstart;
 mod report;
+#[cfg(feature = "mistralrs")]
+mod rollback;
 mod sample;
 #[cfg(feature = "mistralrs")]
 mod serve;
+#[cfg(feature = "mistralrs")]
+mod status;
 mod train;
 mod validate;
 
@@ -79,6 +85,12 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Parity(args) => parity::run(args),
         #[cfg(feature = "mistralrs")]
         Command::Serve(args) => serve::run(args),
+        #[cfg(feature = "mistralrs")]
+        Command::Deploy(args) => deploy::run(args),
+        #[cfg(feature = "mistralrs")]
+        Command::Rollback(args) => rollback::run(args),
+        #[cfg(feature = "mistralrs")]
+        Command::Status(args) => status::run(args),
         Command::ImportGguf(args) => import_gguf::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions { shell } => completions::run(*shell),
@@ -156,6 +168,13 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
             crate::report::Error::NotARun(_) => Some(2),
             crate::report::Error::Record { .. } => Some(4),
             _ => None,
+        };
+    }
+    #[cfg(feature = "mistralrs")]
+    if let Some(error) = error.downcast_ref::<crate::deploy::Error>() {
+        return match error {
+            crate::deploy::Error::Format(error) => format_code(error),
+            error => Some(error.exit_code()),
         };
     }
     if error.is::<Usage>() || error.is::<hub::Error>() {

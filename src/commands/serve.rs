@@ -44,7 +44,7 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
         (Some(path), _) => ServeFile::read(path)?,
         (None, Some(model_id)) => ServeFile {
             models: vec![model_section(model_id, args)?],
-            ..ServeFile::default()
+            ..ServeFile::from_environment()?
         },
         (None, None) => {
             return Err(Usage("serve needs -c serve.toml, or -m BASE".to_owned()).into());

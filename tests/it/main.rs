@@ -9,6 +9,8 @@ mod documentation;
 mod evaluation;
 mod fixtures;
 mod formats;
+#[cfg(feature = "mistralrs")]
+mod operations;
 mod planning;
 mod report;
 #[cfg(feature = "mistralrs")]

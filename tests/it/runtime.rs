@@ -134,9 +134,9 @@ fn merged_models_give_the_adapters_logits() {
     assert!(compared > 0, "mistral.rs loaded none of the merged models");
 }
 
-struct Server {
-    child: Child,
-    url: String,
+pub(crate) struct Server {
+    pub(crate) child: Child,
+    pub(crate) url: String,
 }
 
 impl Drop for Server {
@@ -147,7 +147,7 @@ impl Drop for Server {
     }
 }
 
-fn serve(arguments: &[&str]) -> Server {
+pub(crate) fn serve(arguments: &[&str]) -> Server {
     let mut child = Command::new(env!("CARGO_BIN_EXE_monteclora"))
         .args(["serve", "--port", "0"])
         .args(arguments)

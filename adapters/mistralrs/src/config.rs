@@ -1,6 +1,7 @@
 //! `serve.toml` as it is written: its sections, and what is said about keys it does not have.
 
 mod limits;
+mod parse;
 mod resolve;
 #[cfg(test)]
 mod tests;
@@ -9,7 +10,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use toml::{Table, Value};
 
 use crate::error::{Error, Result};
 
@@ -167,8 +167,12 @@ pub struct AdapterSection {
 impl ServeFile {
     /// Reads a file; its relative paths become relative to its own directory.
     ///
+    /// Environment variables override its keys: `MONTECLORA_SERVER__PORT=8080` is `port` in `[server]`, and
+    /// `MONTECLORA_MODELS__0__DTYPE=f16` that of the first model.
+    ///
     /// # Errors
-    /// [`Error::NotFound`], or [`Error::Config`] naming every unknown key with the nearest known one.
+    /// [`Error::NotFound`], or [`Error::Config`] naming every value of a wrong type, and every unknown key with the nearest
+    /// known one.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => {
@@ -176,7 +180,7 @@ impl ServeFile {
             }
             _ => Error::io("read", path)(source),
         })?;
-        let mut file = Self::parse(&text).map_err(|message| Error::Config {
+        let mut file = parse::parse(&text, environment()).map_err(|message| Error::Config {
             path: path.to_path_buf(),
             message,
         })?;
@@ -185,23 +189,12 @@ impl ServeFile {
         Ok(file)
     }
 
-    fn parse(text: &str) -> Result<Self, String> {
-        let located = |error: &toml::de::Error| {
-            let line = error
-                .span()
-                .map(|span| text[..span.start.min(text.len())].lines().count().max(1));
-            let line = line
-                .map(|line| format!("line {line}: "))
-                .unwrap_or_default();
-            format!("{line}{}", error.message())
-        };
-        let table: Table = text.parse().map_err(|error| located(&error))?;
-        let mut unknown = Vec::new();
-        unknown_keys(&table, "", "", &mut unknown);
-        if !unknown.is_empty() {
-            return Err(unknown.join("\n  "));
-        }
-        toml::from_str(text).map_err(|error| located(&error))
+    /// What the environment alone says, for a server without a file.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] naming every variable that cannot be used.
+    pub fn from_environment() -> Result<Self> {
+        parse::parse("", environment()).map_err(|message| Error::setting("environment", message))
     }
 
     /// Makes relative paths relative to `root`. Ids are left alone unless they name something there.
@@ -228,6 +221,12 @@ impl ServeFile {
             }
         }
     }
+}
+
+/// The environment's variables that are text.
+fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
 /// Every key of the file's form, by table. Tested against the structures.
@@ -284,38 +283,3 @@ const KEYS: &[(&str, &[&str])] = &[
     ("models.device", &["cpu"]),
     ("models.adapters", &["type", "alias", "source", "revision"]),
 ];
-
-/// Collects keys that the form does not have; `kind` is the path without list positions.
-fn unknown_keys(table: &Table, kind: &str, at: &str, unknown: &mut Vec<String>) {
-    let Some((_, known)) = KEYS.iter().find(|(name, _)| *name == kind) else {
-        return;
-    };
-    let join = |prefix: &str, key: &str| match prefix {
-        "" => key.to_owned(),
-        _ => format!("{prefix}.{key}"),
-    };
-    for (key, value) in table {
-        let (kind, at) = (join(kind, key), join(at, key));
-        if !known.contains(&key.as_str()) {
-            let nearest = known.iter().max_by(|a, b| {
-                strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b))
-            });
-            let hint = nearest
-                .map(|name| format!("; did you mean `{name}`?"))
-                .unwrap_or_default();
-            unknown.push(format!("{at}: unknown key{hint}"));
-            continue;
-        }
-        match value {
-            Value::Table(inner) => unknown_keys(inner, &kind, &at, unknown),
-            Value::Array(items) => {
-                for (idx, item) in items.iter().enumerate() {
-                    if let Value::Table(inner) = item {
-                        unknown_keys(inner, &kind, &format!("{at}[{idx}]"), unknown);
-                    }
-                }
-            }
-            _ => {}
-        }
-    }
-}

@@ -25,6 +25,7 @@
 
 mod chat_files;
 mod config;
+mod distributed;
 mod engine;
 mod error;
 mod keys;

@@ -101,16 +101,36 @@ impl ModelConfig {
 impl ServeFile {
     /// Checks everything that can be checked before loading, and finds models and adapters.
     ///
-    /// `locate` is asked for what is not a local path.
+    /// `locate` is asked for what is not a local path; for what may have to be fetched, only once everything else is right.
     ///
     /// # Errors
-    /// The first error of a file that has to be read; otherwise [`Error::Setting`] with every wrong setting.
+    /// [`Error::Setting`] with every wrong setting.
     pub fn resolve(&self, locate: &Locate<'_>) -> Result<ServeConfig> {
+        let without_fetching = |id: &str, revision: Option<&str>| match is_hub_id(id) {
+            true => Ok(PathBuf::from(id)),
+            false => locate(id, revision),
+        };
+        self.resolve_with(&without_fetching)?;
+        self.resolve_with(locate)
+    }
+
+    fn resolve_with(&self, locate: &Locate<'_>) -> Result<ServeConfig> {
         let mut wrong = Vec::new();
         let mut note = |key: &str, message: String| wrong.push(format!("{key}: {message}"));
 
-        let api_keys = KeySet::gather(self.auth.api_keys_file.as_deref(), API_KEYS_VARIABLE)?;
-        let admin_keys = KeySet::gather(self.auth.admin_keys_file.as_deref(), ADMIN_KEYS_VARIABLE)?;
+        let mut keys = |key: &str, path: &Option<PathBuf>, variable: &str| {
+            KeySet::gather(path.as_deref(), variable).unwrap_or_else(|error| {
+                note(key, error.to_string());
+                KeySet::default()
+            })
+        };
+        let auth = &self.auth;
+        let api_keys = keys("auth.api_keys_file", &auth.api_keys_file, API_KEYS_VARIABLE);
+        let admin_keys = keys(
+            "auth.admin_keys_file",
+            &auth.admin_keys_file,
+            ADMIN_KEYS_VARIABLE,
+        );
         let address = (self.server.host.as_str(), self.server.port)
             .to_socket_addrs()
             .ok()
@@ -205,11 +225,7 @@ impl ServeFile {
         let mut models = Vec::new();
         for (idx, section) in self.models.iter().enumerate() {
             let at = format!("models[{idx}]");
-            let mut errors = Vec::new();
-            models.extend(section.resolve(&at, locate, &mut names, &mut errors)?);
-            for error in errors {
-                wrong.push(error);
-            }
+            models.extend(section.resolve(&at, locate, &mut names, &mut wrong));
         }
         let mut note = |key: &str, message: String| wrong.push(format!("{key}: {message}"));
         let default_model = match (&self.default_model_id, models.first()) {
@@ -256,7 +272,7 @@ impl ModelSection {
         locate: &Locate<'_>,
         names: &mut BTreeMap<String, String>,
         errors: &mut Vec<String>,
-    ) -> Result<Option<ModelConfig>> {
+    ) -> Option<ModelConfig> {
         let name = self.name.clone().unwrap_or_else(|| {
             let last = Path::new(&self.model_id).file_name();
             last.map(|last| last.to_string_lossy().into_owned())
@@ -264,7 +280,7 @@ impl ModelSection {
         });
         if self.model_id.is_empty() {
             errors.push(format!("{at}.model_id: missing"));
-            return Ok(None);
+            return None;
         }
         claim(&name, &format!("{at}.name"), names, errors);
         let dtype = self
@@ -278,7 +294,10 @@ impl ModelSection {
                 "{at}.dtype: `{found}` is not auto, f32, f16 or bf16"
             ));
         }
-        let device = default_device(self.device.cpu)?;
+        let device = default_device(self.device.cpu).unwrap_or_else(|error| {
+            errors.push(format!("{at}.{error}"));
+            Device::Cpu
+        });
         let isq = match self.quantization.in_situ_quant.as_deref() {
             None => None,
             Some(text) => match parse_isq_value(text, Some(&device)) {
@@ -289,6 +308,36 @@ impl ModelSection {
                 }
             },
         };
+        if let Some(template) = self.chat_template.as_ref().filter(|path| !path.is_file()) {
+            errors.push(format!(
+                "{at}.chat_template: there is no file `{}`",
+                template.display()
+            ));
+        }
+        let mut find =
+            |at: String, id: &str, revision: Option<&str>| match find(id, revision, locate) {
+                Ok(path) => path,
+                Err(error) => {
+                    errors.push(format!("{at}: {error}"));
+                    PathBuf::new()
+                }
+            };
+        let base = find(
+            format!("{at}.model_id"),
+            &self.model_id,
+            self.revision.as_deref(),
+        );
+        let sources: Vec<PathBuf> = self
+            .adapters
+            .iter()
+            .enumerate()
+            .filter(|(_, adapter)| !adapter.source.is_empty())
+            .map(|(idx, adapter)| {
+                let at = format!("{at}.adapters[{idx}].source");
+                find(at, &adapter.source, adapter.revision.as_deref())
+            })
+            .collect();
+        let mut sources = sources.into_iter();
         let mut adapters = Vec::new();
         for (idx, adapter) in self.adapters.iter().enumerate() {
             let at = format!("{at}.adapters[{idx}]");
@@ -304,18 +353,17 @@ impl ModelSection {
                 errors.push(format!("{at}.source: missing"));
                 continue;
             }
-            let source = find(&adapter.source, adapter.revision.as_deref(), locate)?;
-            adapters.push((adapter.alias.clone(), source));
+            adapters.extend(sources.next().map(|source| (adapter.alias.clone(), source)));
         }
-        Ok(Some(ModelConfig {
+        Some(ModelConfig {
             name,
-            base: find(&self.model_id, self.revision.as_deref(), locate)?,
+            base,
             dtype: dtype.unwrap_or_default(),
             isq,
             device,
             chat_template: self.chat_template.clone(),
             adapters,
-        }))
+        })
     }
 }
 
@@ -344,6 +392,18 @@ fn find(id: &str, revision: Option<&str>, locate: &Locate<'_>) -> Result<PathBuf
     } else {
         locate(id, revision)
     }
+}
+
+/// Whether `id` has the form `organisation/name`, which a path to something local can have too.
+fn is_hub_id(id: &str) -> bool {
+    let part = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    matches!(id.split('/').collect::<Vec<_>>()[..], [organisation, name] if part(organisation) && part(name))
 }
 
 /// Finds nothing: for programs that take local directories only.

@@ -47,8 +47,12 @@ fn anywhere(id: &str, _: Option<&str>) -> Result<PathBuf> {
     Ok(PathBuf::from("/found").join(id))
 }
 
+fn parse(text: &str) -> Result<ServeFile, String> {
+    super::parse::parse(text, [])
+}
+
 fn wrong(text: &str) -> String {
-    match ServeFile::parse(text) {
+    match parse(text) {
         Err(message) => message,
         Ok(file) => file
             .resolve(&anywhere)
@@ -59,7 +63,7 @@ fn wrong(text: &str) -> String {
 
 #[test]
 fn a_complete_file_resolves() {
-    let file = ServeFile::parse(COMPLETE).expect("valid");
+    let file = parse(COMPLETE).expect("valid");
     let config = file.resolve(&anywhere).expect("consistent");
     assert_eq!(config.max_seqs.get(), 4);
     assert_eq!(config.max_memory, Some(2 << 30));
@@ -76,7 +80,7 @@ fn a_complete_file_resolves() {
 
 #[test]
 fn defaults_are_those_of_the_documentation() {
-    let config = ServeFile::parse("[[models]]\nmodel_id = 'a/b'\ndevice.cpu = true")
+    let config = parse("[[models]]\nmodel_id = 'a/b'\ndevice.cpu = true")
         .and_then(|file| file.resolve(&anywhere).map_err(|error| error.to_string()))
         .expect("the shortest file");
     assert_eq!(config.address.to_string(), "127.0.0.1:1234");
@@ -116,7 +120,7 @@ fn the_key_list_is_the_structures() {
         "dtype = \"f32\"\nrevision = 'x'\nchat_template = 't.jinja'",
     );
     let all = all.replace("port = 0", "port = 0\ntls_cert = 'c'\ntls_key = 'k'");
-    ServeFile::parse(&all).expect("all keys are known");
+    parse(&all).expect("all keys are known");
     let listed: usize = KEYS.iter().map(|(_, keys)| keys.len()).sum();
     let written = all
         .lines()
@@ -174,4 +178,83 @@ fn relative_paths_start_at_the_file() {
         .and_then(|file| file.resolve(&local_only))
         .expect_err("the adapter is gone");
     assert_eq!(error.exit_code(), 2);
+}
+
+#[test]
+fn every_wrong_type_is_named_with_its_line() {
+    let message = wrong(
+        "[server]\nport = 'x'\nhost = 3\n[[models]]\nmodel_id = 1\n[[models.adapters]]\nalias = []\n",
+    );
+    for part in [
+        "line 2: server.port",
+        "line 3: server.host",
+        "line 5: models[0].model_id",
+        "line 7: models[0].adapters[0].alias",
+    ] {
+        assert!(message.contains(part), "{part} is missing in {message}");
+    }
+}
+
+#[test]
+fn the_environment_overrides_the_file() {
+    let with = |variables: &[(&str, &str)]| {
+        let owned = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        super::parse::parse(COMPLETE, owned)
+    };
+    let file = with(&[
+        ("MONTECLORA_SERVER__PORT", "8080"),
+        ("MONTECLORA_SERVER__HOST", "::1"),
+        ("MONTECLORA_DEFAULT_MODEL_ID", "triage"),
+        ("MONTECLORA_MODELS__0__QUANTIZATION__IN_SITU_QUANT", "4"),
+        ("MONTECLORA_MODELS__0__ADAPTERS__1__ALIAS", "more"),
+        ("MONTECLORA_MODELS__1__MODEL_ID", "other"),
+        ("MONTECLORA_RUNTIME__MAX_SEQS", ""),
+        ("MONTECLORA_CACHE", "not ours"),
+        ("MONTECLORA_PORT_1234_TCP", "nor this"),
+    ])
+    .expect("all are known");
+    assert_eq!((file.server.port, file.server.host.as_str()), (8080, "::1"));
+    assert_eq!(file.default_model_id.as_deref(), Some("triage"));
+    let first = &file.models[0];
+    assert_eq!(first.quantization.in_situ_quant.as_deref(), Some("4"));
+    assert_eq!(first.adapters[1].alias, "more");
+    assert_eq!(first.adapters[0].source, "out", "the rest stays");
+    assert_eq!(
+        (file.models[1].model_id.as_str(), file.runtime.max_seqs),
+        ("other", 4)
+    );
+
+    let message = with(&[
+        ("MONTECLORA_SERVER__PROT", "1"),
+        ("MONTECLORA_SERVER__PORT", "much"),
+        ("MONTECLORA_MODELS__7__NAME", "x"),
+        ("MONTECLORA_SERVER__HOST__NAME", "x"),
+    ])
+    .expect_err("all are wrong");
+    for part in [
+        "MONTECLORA_SERVER__PROT: server.prot: unknown key; did you mean `port`?",
+        "MONTECLORA_SERVER__PORT: server.port: ",
+        "MONTECLORA_MODELS__7__NAME: models[7].name: `models` has 1 entries",
+        "MONTECLORA_SERVER__HOST__NAME: server.host.name: `host` is not a section",
+    ] {
+        assert!(message.contains(part), "{part} is missing in {message}");
+    }
+}
+
+#[test]
+fn nothing_is_fetched_for_a_file_with_another_error() {
+    let file = parse("[[models]]\nmodel_id = 'org/name'\ndtype = 'f8'\n[[models]]\nmodel_id = '/nowhere/at/all'\nname = 'b'")
+        .expect("well-formed");
+    let fetch = |id: &str, _: Option<&str>| match id {
+        "org/name" => panic!("fetched"),
+        id => local_only(id, None),
+    };
+    let error = file.resolve(&fetch).expect_err("wrong").to_string();
+    assert!(
+        error.contains("models[0].dtype")
+            && error.contains("models[1].model_id: `/nowhere/at/all`"),
+        "{error}"
+    );
 }

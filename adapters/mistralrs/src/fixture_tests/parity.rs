@@ -243,3 +243,56 @@ fn staging_leaves_nothing_behind() {
     drop(loader.load().expect("loaded"));
     assert_eq!(fs::read_dir(staging.path()).expect("readable").count(), 0);
 }
+
+/// Quantised after the merge, an adapter answers exactly as a base with the adapter merged into it beforehand.
+#[test]
+fn a_quantised_adapter_equals_the_quantised_merged_model() {
+    let case = servable();
+    let files = monteclora_converters::ModelFiles::open(&case.base).expect("readable");
+    let adapter = monteclora_converters::Adapter::read(&case.adapter).expect("readable");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let merged = dir.path().join("merged");
+    monteclora_converters::merge_dir(
+        &files,
+        &adapter,
+        &merged,
+        Some(monteclora_converters::DType::F32),
+    )
+    .expect("merged");
+    let tokens = expected(&case).sequences;
+    let logits = |builder: crate::MonteCloraLoaderBuilder| {
+        let isq = Some(mistralrs_core::IsqType::Q8_0);
+        let loader = builder.in_situ_quant(isq).build().expect("sound");
+        crate::prompt_logits(&loader, &tokens).expect("computed")
+    };
+    let served = logits(MonteCloraLoader::builder(&case.base, "adapted").adapter(&case.adapter));
+    let reference = logits(MonteCloraLoader::builder(&merged, "merged"));
+    let base = logits(MonteCloraLoader::builder(&case.base, "base"));
+    assert_eq!(served, reference);
+    assert!(
+        max_difference(&served[0], &base[0]) > 0.01,
+        "the adapter does something"
+    );
+    let exact = &expected(&case).logits["logits"];
+    let rounding = max_difference(&served[0], &exact[0]);
+    assert!(rounding > 0.0, "nothing was quantised");
+}
+
+#[test]
+fn a_load_that_fails_in_mistralrs_leaves_nothing_behind_either() {
+    let case = servable();
+    // Names agree and sizes do not, which mistral.rs finds out when it reads the weights.
+    let base = changed(&case.base, "config.json", |config| {
+        let size = config["intermediate_size"].as_u64().expect("a size");
+        config["intermediate_size"] = json!(2 * size);
+    });
+    let staging = tempfile::tempdir().expect("a temporary directory");
+    let loader = MonteCloraLoader::builder(base.path(), "adapted")
+        .adapter(&case.adapter)
+        .staging_dir(staging.path())
+        .build()
+        .expect("sound");
+    let error = loader.load().map(drop).expect_err("the sizes disagree");
+    assert!(matches!(error, Error::Load { .. }), "{error}");
+    assert_eq!(fs::read_dir(staging.path()).expect("readable").count(), 0);
+}

@@ -31,6 +31,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Semaphore};
 
 use crate::config::{Limits, ServeConfig};
+use crate::distributed::is_worker;
 use crate::error::{Error, Result};
 use crate::keys::KeySet;
 use connection::Acceptor;
@@ -97,7 +98,12 @@ impl Server {
     /// # Errors
     /// [`Error::Listen`] before anything is loaded; otherwise the first model's or adapter's error.
     pub async fn start(config: &ServeConfig) -> Result<Self> {
-        let listener = TcpListener::bind(config.address)
+        // A worker of a distributed model listens to its first process only, and must not take that one's port.
+        let wanted = match is_worker() {
+            true => SocketAddr::from(([127, 0, 0, 1], 0)),
+            false => config.address,
+        };
+        let listener = TcpListener::bind(wanted)
             .await
             .map_err(|error| listen_error(config.address, &error))?;
         let address = listener

@@ -17,6 +17,7 @@ use serde::Serialize;
 use tokio::sync::Mutex;
 
 use crate::config::{ModelConfig, ServeConfig};
+use crate::distributed::allow_another_model;
 use crate::error::{Error, Result};
 use engine::{Checked, EngineSettings, Host, Wanted, blocking};
 pub(crate) use engine::{Generation, Lease};
@@ -102,7 +103,11 @@ impl Registry {
             state,
             state_file,
         };
-        let mut checked = plan.check().await?.into_iter();
+        let checked = plan.check().await?;
+        if checked.len() > 1 {
+            allow_another_model()?;
+        }
+        let mut checked = checked.into_iter();
         let total = checked
             .as_slice()
             .iter()
@@ -361,20 +366,35 @@ impl Plan {
         let mut wanted = Vec::new();
         for model in &self.models {
             wanted.push((Wanted::new(model, None, self.settings)?, None));
-            for (alias, source) in &model.adapters {
-                if !self.state.adapters.contains_key(alias) {
-                    let adapter = Some((alias.as_str(), source.as_path()));
-                    wanted.push((Wanted::new(model, adapter, self.settings)?, None));
-                }
-            }
-            let changes = self.state.adapters.iter();
-            for (alias, change) in changes.filter(|(_, change)| change.parent == model.name) {
-                let (Some(path), Some(file)) = (&change.path, &self.state_file) else {
+            // In the file's order, then what was added at run time.
+            let declared = model.adapters.iter().map(|(alias, source)| {
+                let change = self.state.adapters.get(alias);
+                (alias.as_str(), Some(source.as_path()), change)
+            });
+            let added = self.state.adapters.iter().filter(|(alias, change)| {
+                let is_declared = model
+                    .adapters
+                    .iter()
+                    .any(|(declared, _)| declared == *alias);
+                change.parent == model.name && !is_declared
+            });
+            let added = added.map(|(alias, change)| (alias.as_str(), None, Some(change)));
+            for (alias, source, change) in declared.chain(added) {
+                let recorded = match (change, &self.state_file) {
+                    (Some(Change { path: None, .. }), _) => continue,
+                    (
+                        Some(Change {
+                            path: Some(path), ..
+                        }),
+                        Some(file),
+                    ) => Some(file.absolute(path)),
+                    _ => None,
+                };
+                let Some(source) = recorded.as_deref().or(source) else {
                     continue;
                 };
-                let source = file.absolute(path);
-                let adapter = Some((alias.as_str(), source.as_path()));
-                wanted.push((Wanted::new(model, adapter, self.settings)?, Some(change)));
+                let adapter = Some((alias, source));
+                wanted.push((Wanted::new(model, adapter, self.settings)?, change));
             }
         }
         Ok(wanted)

@@ -12,6 +12,7 @@ use super::super::stream::now;
 use super::memory::{Memory, Reservation};
 use crate::chat_files::{TextFrame, text_frame};
 use crate::config::{ModelConfig, ServeConfig};
+use crate::distributed::allow_another_model;
 use crate::engine::scheduler;
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline};
@@ -202,6 +203,7 @@ impl Host {
 
     /// Loads one more model and starts its engine.
     pub(crate) async fn add(&self, checked: Checked, serial: u64) -> Result<Lease> {
+        allow_another_model()?;
         let loaded = Loaded::new(checked, serial, &self.memory).await?;
         let settings = loaded.checked.wanted.spec.settings;
         let schedule = scheduler(

@@ -1,0 +1,338 @@
+//! A client of the adapter endpoints that vLLM introduced and both `monteclora serve` and mistral.rs 0.9 offer.
+
+use std::time::{Duration, Instant};
+
+use reqwest::blocking::{Client, RequestBuilder, Response};
+use reqwest::{StatusCode, Url};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::error::Error;
+
+const LOAD: &str = "/v1/load_lora_adapter";
+const UNLOAD: &str = "/v1/unload_lora_adapter";
+const LIST: &str = "/v1/lora_adapters";
+const ENABLE: &str = "enable [admin] in serve.toml, or set MISTRALRS_ALLOW_RUNTIME_LORA_UPDATING=1 for mistral.rs 0.9";
+
+/// An adapter as the server lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ServedAdapter {
+    /// Alias that requests name.
+    pub name: String,
+    /// Hash of its content.
+    pub generation: String,
+    /// Base model, where the server tells.
+    pub parent: Option<String>,
+    /// Directory, where the server tells; relative to its adapter root, or absolute.
+    pub source: Option<String>,
+}
+
+/// A name of the server's model list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ServedModel {
+    /// Name that requests use.
+    pub id: String,
+    /// Base model, for an adapter.
+    pub parent: Option<String>,
+    /// Hash of its content, where the server tells.
+    pub generation: Option<String>,
+}
+
+/// A server, and the right to change what it serves.
+pub struct AdapterServer {
+    base: Url,
+    key: Option<String>,
+    client: Client,
+    timeout: Duration,
+}
+
+impl AdapterServer {
+    /// The server at `url`; `timeout` bounds each request, of which loading a model is the longest.
+    ///
+    /// # Errors
+    /// [`Error::Url`] for what is not an http or https address.
+    pub fn new(url: &str, key: Option<String>, timeout: Duration) -> Result<Self, Error> {
+        let wrong = |problem: &str| Error::Url {
+            url: url.rsplit('@').next().unwrap_or_default().to_owned(),
+            problem: problem.to_owned(),
+        };
+        let base =
+            Url::parse(url).map_err(|_| wrong("not an address such as http://127.0.0.1:1234"))?;
+        if !["http", "https"].contains(&base.scheme()) {
+            return Err(wrong("only http and https are spoken"));
+        }
+        if base.password().is_some() || !base.username().is_empty() {
+            return Err(wrong(
+                "holds a password; give the key with --key-file or MONTECLORA_KEY",
+            ));
+        }
+        let host = base.host_str().unwrap_or_default();
+        let is_local = host == "localhost" || host == "[::1]" || host.starts_with("127.");
+        if base.scheme() == "http" && !is_local && key.is_some() {
+            tracing::warn!("the key goes to {host} unencrypted; use https beyond this machine");
+        }
+        let mut builder = Client::builder().timeout(timeout);
+        if is_local {
+            builder = builder.no_proxy();
+        }
+        let client = builder.build().map_err(|error| wrong(&error.to_string()))?;
+        Ok(Self {
+            base,
+            key,
+            client,
+            timeout,
+        })
+    }
+
+    /// The address as given.
+    pub fn url(&self) -> &str {
+        self.base.as_str().trim_end_matches('/')
+    }
+
+    /// Whether it takes requests; `None` if it has no endpoint that tells.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`].
+    pub fn is_ready(&self) -> Result<Option<bool>, Error> {
+        for path in ["/readyz", "/health"] {
+            let response = self.send(path, self.client.get(self.address(path)))?;
+            match response.status() {
+                StatusCode::NOT_FOUND => {}
+                status => return Ok(Some(status.is_success())),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Everything that requests may name.
+    ///
+    /// # Errors
+    /// [`Error`] if the server does not answer as expected.
+    pub fn models(&self) -> Result<Vec<ServedModel>, Error> {
+        let list = self.get("/v1/models")?;
+        let model = |entry: &Value| {
+            Some(ServedModel {
+                id: text(entry, "id")?,
+                parent: text(entry, "parent"),
+                generation: text(entry, "generation"),
+            })
+        };
+        entries("/v1/models", &list, model)
+    }
+
+    /// The adapters served.
+    ///
+    /// # Errors
+    /// [`Error::NoEndpoint`] if the server has no adapter administration.
+    pub fn adapters(&self) -> Result<Vec<ServedAdapter>, Error> {
+        let list = self.get(LIST)?;
+        let adapter = |entry: &Value| {
+            Some(ServedAdapter {
+                name: text(entry, "id").or_else(|| text(entry, "lora_name"))?,
+                generation: text(entry, "generation")?,
+                parent: text(entry, "parent"),
+                source: text(entry, "source"),
+            })
+        };
+        entries(LIST, &list, adapter)
+    }
+
+    /// The adapter `name`, if it is served.
+    ///
+    /// # Errors
+    /// As [`Self::adapters`].
+    pub fn adapter(&self, name: &str) -> Result<Option<ServedAdapter>, Error> {
+        let adapters = self.adapters()?;
+        Ok(adapters.into_iter().find(|adapter| adapter.name == name))
+    }
+
+    /// Loads the directory `path` as `name`, on the base `model` if given, and returns its generation.
+    ///
+    /// With `replacing` it takes the place of that generation and of no other; without, the name has to be free.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the server's reasons, [`Error::Conflict`] if the alias is not what was expected.
+    pub fn load(
+        &self,
+        name: &str,
+        path: &str,
+        model: Option<&str>,
+        replacing: Option<&str>,
+    ) -> Result<String, Error> {
+        let mut body = json!({"lora_name": name, "lora_path": path});
+        if let Some(model) = model {
+            body["model"] = json!(model);
+        }
+        if let Some(generation) = replacing {
+            body["load_inplace"] = json!(true);
+            body["expected_generation"] = json!(generation);
+        }
+        self.post_load(&body)
+    }
+
+    /// Loads the directory `path` as `name`, whatever that is now.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_over(&self, name: &str, path: &str, model: Option<&str>) -> Result<String, Error> {
+        let mut body = json!({"lora_name": name, "lora_path": path, "load_inplace": true});
+        if let Some(model) = model {
+            body["model"] = json!(model);
+        }
+        self.post_load(&body)
+    }
+
+    fn post_load(&self, body: &Value) -> Result<String, Error> {
+        let answer = self.post(LOAD, body)?;
+        text(&answer, "generation").ok_or_else(|| protocol(LOAD, "the answer names no generation"))
+    }
+
+    /// Stops serving `name`, if it is at `generation`.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn unload(&self, name: &str, generation: Option<&str>) -> Result<(), Error> {
+        let mut body = json!({"lora_name": name});
+        if let Some(generation) = generation {
+            body["expected_generation"] = json!(generation);
+        }
+        self.post(UNLOAD, &body).map(|_| ())
+    }
+
+    /// The greedy answer of `model` to one question.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] for an answer that is an error, empty, or cut short.
+    pub fn ask(&self, model: &str, prompt: &str) -> Result<String, Error> {
+        const CHAT: &str = "/v1/chat/completions";
+        let body = json!({
+            "model": model, "temperature": 0, "max_tokens": 64,
+            "messages": [{"role": "user", "content": prompt}],
+        });
+        let answer = self.post(CHAT, &body)?;
+        let choice = &answer["choices"][0];
+        let content = choice["message"]["content"].as_str().unwrap_or_default();
+        match choice["finish_reason"].as_str() {
+            Some("stop" | "length") if !content.trim().is_empty() => Ok(content.to_owned()),
+            Some("stop" | "length") => Err(protocol(CHAT, "the answer is empty")),
+            other => Err(protocol(
+                CHAT,
+                &format!("the answer ended with {other:?} instead of stop or length"),
+            )),
+        }
+    }
+
+    fn address(&self, path: &str) -> Url {
+        let mut url = self.base.clone();
+        let prefix = url.path().trim_end_matches('/').to_owned();
+        url.set_path(&format!("{prefix}{path}"));
+        url
+    }
+
+    fn get(&self, path: &str) -> Result<Value, Error> {
+        let response = self.send(path, self.client.get(self.address(path)))?;
+        self.read(path, response)
+    }
+
+    /// Posts, and waits while the server says that it is busy with another load.
+    fn post(&self, path: &str, body: &Value) -> Result<Value, Error> {
+        let start = Instant::now();
+        loop {
+            let request = self.client.post(self.address(path)).json(body);
+            let response = self.send(path, request)?;
+            let busy = response.status() == StatusCode::TOO_MANY_REQUESTS;
+            if !busy || start.elapsed() > self.timeout {
+                return self.read(path, response);
+            }
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+
+    fn send(&self, path: &str, mut request: RequestBuilder) -> Result<Response, Error> {
+        if let Some(key) = &self.key {
+            request = request.bearer_auth(key);
+        }
+        request.send().map_err(|error| Error::Unreachable {
+            url: format!("{}{path}", self.url()),
+            reason: root_cause(&error),
+        })
+    }
+
+    fn read(&self, path: &str, response: Response) -> Result<Value, Error> {
+        let status = response.status();
+        let body = response.text().map_err(|error| Error::Unreachable {
+            url: format!("{}{path}", self.url()),
+            reason: root_cause(&error),
+        })?;
+        let value: Option<Value> = serde_json::from_str(&body).ok();
+        if status.is_success() {
+            return value.ok_or_else(|| protocol(path, "the answer is not JSON"));
+        }
+        let message = value.as_ref().map_or_else(String::new, error_text);
+        let is_endpoint = value
+            .as_ref()
+            .and_then(|value| value["error"]["code"].as_str());
+        let missing = matches!(is_endpoint, None | Some("not_found"));
+        Err(match status {
+            StatusCode::UNAUTHORIZED => Error::Unauthorized {
+                endpoint: path.to_owned(),
+                message,
+            },
+            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED if missing => {
+                Error::NoEndpoint {
+                    endpoint: path.to_owned(),
+                    remedy: ENABLE,
+                }
+            }
+            StatusCode::CONFLICT => Error::Conflict(message),
+            status if status.is_client_error() && [LOAD, UNLOAD].contains(&path) => {
+                Error::Refused {
+                    status: status.as_u16(),
+                    message,
+                }
+            }
+            status => protocol(path, &format!("status {}: {message}", status.as_u16())),
+        })
+    }
+}
+
+fn protocol(endpoint: &str, problem: &str) -> Error {
+    Error::Protocol {
+        endpoint: endpoint.to_owned(),
+        problem: problem.to_owned(),
+    }
+}
+
+fn text(value: &Value, key: &str) -> Option<String> {
+    value[key].as_str().map(str::to_owned)
+}
+
+fn entries<T>(
+    path: &str,
+    list: &Value,
+    entry: impl Fn(&Value) -> Option<T>,
+) -> Result<Vec<T>, Error> {
+    let data = list["data"].as_array();
+    data.and_then(|data| data.iter().map(entry).collect())
+        .ok_or_else(|| protocol(path, "the answer is not a list of names"))
+}
+
+/// The message of an error answer, with its list of problems.
+fn error_text(answer: &Value) -> String {
+    let message = answer["error"]["message"].as_str().unwrap_or_default();
+    let problems = answer["error"]["problems"].as_array();
+    let problems = problems.into_iter().flatten().filter_map(|problem| {
+        let place = problem["where"].as_str()?;
+        let line = format!("\n  {place}: {}", problem["message"].as_str()?);
+        (!message.contains(place)).then_some(line)
+    });
+    message.to_owned() + &problems.collect::<String>()
+}
+
+fn root_cause(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,216 @@
+//! Releases of one alias on disk: a directory named by its content for each, and the record of what was served when.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use monteclora_converters::{Adapter, LoraOptions};
+use serde::{Deserialize, Serialize};
+
+use super::error::Error;
+
+/// Why a generation came into service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// It was deployed.
+    Deploy,
+    /// It came back.
+    Rollback,
+}
+
+/// One generation in service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// When, in UTC.
+    pub at: String,
+    /// Why.
+    pub action: Action,
+    /// The server's name for the content.
+    pub generation: String,
+    /// Release directory, relative to the adapter root.
+    pub directory: PathBuf,
+    /// The generation that it replaced.
+    pub previous: Option<String>,
+}
+
+/// The releases of one alias, below `adapter_root/alias`, for one command at a time.
+#[derive(Debug)]
+pub struct Releases {
+    root: PathBuf,
+    /// Directory of the alias, relative to the root.
+    alias: PathBuf,
+    history: Vec<Record>,
+    _lock: File,
+}
+
+impl Releases {
+    /// Opens the releases of `alias`; only one process can at a time.
+    ///
+    /// # Errors
+    /// [`Error::Release`] if another deployment of this alias runs, or the history cannot be understood.
+    pub fn open(root: &Path, alias: &str) -> Result<Self, Error> {
+        if !root.is_dir() {
+            return Err(Error::Release {
+                path: root.to_owned(),
+                problem: "no such directory; --adapter-root is the server's adapter root as it is seen from here".to_owned(),
+            });
+        }
+        let alias = PathBuf::from(directory_name(alias));
+        let dir = root.join(&alias);
+        fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
+        let lock_path = dir.join(".lock");
+        let lock = File::create(&lock_path).map_err(Error::io("write", &lock_path))?;
+        lock.try_lock().map_err(|error| match error {
+            fs::TryLockError::WouldBlock => Error::Release {
+                path: dir.clone(),
+                problem: "another deployment of this alias is running".to_owned(),
+            },
+            fs::TryLockError::Error(error) => Error::io("lock", &lock_path)(error),
+        })?;
+        Ok(Self {
+            history: read_history(&dir)?,
+            root: root.to_owned(),
+            alias,
+            _lock: lock,
+        })
+    }
+
+    /// What was served, oldest first, without the right to change it.
+    ///
+    /// # Errors
+    /// [`Error::Release`] if the history cannot be understood.
+    pub fn history_of(root: &Path, alias: &str) -> Result<Vec<Record>, Error> {
+        read_history(&root.join(directory_name(alias)))
+    }
+
+    /// What was served, oldest first.
+    pub fn history(&self) -> &[Record] {
+        &self.history
+    }
+
+    /// Writes the posterior mean of `adapter` as a release, and returns its directory relative to the root.
+    ///
+    /// The directory is named by its content and appears whole or not at all; its files are read-only. Content that was
+    /// released before is found again.
+    ///
+    /// # Errors
+    /// [`Error::Release`] if a directory of this name holds something else.
+    pub fn store(&self, adapter: &Adapter) -> Result<PathBuf, Error> {
+        let (plain, _) = adapter.to_lora(None)?;
+        let fingerprint = plain.fingerprint();
+        let name: String = fingerprint.chars().take(12).collect();
+        let relative = self.alias.join(name);
+        let path = self.root.join(&relative);
+        if !path.exists() {
+            adapter.write_lora(&path, &LoraOptions::default())?;
+            for entry in fs::read_dir(&path).map_err(Error::io("read", &path))? {
+                let file = entry.map_err(Error::io("read", &path))?.path();
+                let mut permissions = fs::metadata(&file)
+                    .map_err(Error::io("read", &file))?
+                    .permissions();
+                permissions.set_readonly(true);
+                fs::set_permissions(&file, permissions).map_err(Error::io("protect", &file))?;
+            }
+        } else if Adapter::read(&path)?.fingerprint() != fingerprint {
+            return Err(Error::Release {
+                path,
+                problem: "was changed since it was released; remove it and deploy again".to_owned(),
+            });
+        }
+        Ok(relative)
+    }
+
+    /// Whether a release is still there.
+    pub fn holds(&self, directory: &Path) -> bool {
+        self.root.join(directory).is_dir()
+    }
+
+    /// Adds a record.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn record(
+        &mut self,
+        action: Action,
+        generation: &str,
+        directory: &Path,
+        previous: Option<&str>,
+    ) -> Result<(), Error> {
+        let now = chrono::DateTime::<chrono::Utc>::from(SystemTime::now());
+        self.history.push(Record {
+            at: now.format("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            action,
+            generation: generation.to_owned(),
+            directory: directory.to_owned(),
+            previous: previous.map(str::to_owned),
+        });
+        let dir = self.root.join(&self.alias);
+        let path = dir.join(HISTORY);
+        let failed = |error| Error::io("write", &path)(error);
+        let mut builder = tempfile::Builder::new();
+        // For everyone whom the umask lets: `status` is run by others too.
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            builder.permissions(fs::Permissions::from_mode(0o666));
+        }
+        let mut file = builder.tempfile_in(&dir).map_err(failed)?;
+        serde_json::to_writer_pretty(file.as_file_mut(), &self.history)
+            .map_err(|error| failed(error.into()))?;
+        file.as_file_mut().write_all(b"\n").map_err(failed)?;
+        file.as_file().sync_all().map_err(failed)?;
+        file.persist(&path).map_err(|error| failed(error.error))?;
+        Ok(())
+    }
+
+    /// The release that served before `current`: the last one in the history that is another and still there.
+    pub fn before(&self, current: &str) -> Option<&Record> {
+        let end = self
+            .history
+            .iter()
+            .rposition(|record| record.generation == current)
+            .unwrap_or(self.history.len());
+        self.history[..end]
+            .iter()
+            .rev()
+            .find(|record| record.generation != current && self.holds(&record.directory))
+    }
+
+    /// The last record of a generation that is still there; `wanted` may be its beginning.
+    pub fn find(&self, wanted: &str) -> Option<&Record> {
+        self.history
+            .iter()
+            .rev()
+            .find(|record| record.generation.starts_with(wanted) && self.holds(&record.directory))
+    }
+}
+
+const HISTORY: &str = "history.json";
+
+fn read_history(dir: &Path) -> Result<Vec<Record>, Error> {
+    let path = dir.join(HISTORY);
+    match fs::read_to_string(&path) {
+        Ok(text) => serde_json::from_str(&text).map_err(|error| Error::Release {
+            path,
+            problem: format!("not a deployment history: {error}"),
+        }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(Error::io("read", &path)(error)),
+    }
+}
+
+/// A file name for an alias: letters, digits, `-`, `_` and inner dots as they are, everything else as `%` and its bytes.
+fn directory_name(alias: &str) -> String {
+    let mut name = String::new();
+    for byte in alias.bytes() {
+        let plain = byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+        if plain || (byte == b'.' && !name.is_empty()) {
+            name.push(char::from(byte));
+        } else {
+            name.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    name
+}

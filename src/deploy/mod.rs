@@ -1,0 +1,14 @@
+//! Putting an adapter into service and taking it back: an immutable directory, a canary, a swap that can be undone.
+
+mod client;
+mod error;
+mod history;
+mod rollout;
+
+#[cfg(test)]
+mod tests;
+
+pub use client::{AdapterServer, ServedAdapter, ServedModel};
+pub use error::Error;
+pub use history::{Action, Record, Releases};
+pub use rollout::{Answered, Check, Deployed, RolledBack, deploy, roll_back};

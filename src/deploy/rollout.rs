@@ -1,0 +1,270 @@
+//! The order of things: canary, swap, verification, and the way back if one of them fails.
+
+use std::path::{Path, PathBuf};
+
+use monteclora_converters::Adapter;
+use serde::Serialize;
+
+use super::client::AdapterServer;
+use super::error::Error;
+use super::history::{Action, Releases};
+
+/// What every new generation is asked, and what its answers must hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Check {
+    /// Questions; each must be answered with some text.
+    pub prompts: Vec<String>,
+    /// Texts that must occur in the answers together.
+    pub expected: Vec<String>,
+}
+
+/// A question and its answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Answered {
+    /// The question.
+    pub prompt: String,
+    /// The greedy answer.
+    pub answer: String,
+}
+
+/// A deployment that succeeded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Deployed {
+    /// Name that clients use.
+    pub alias: String,
+    /// What is served now.
+    pub generation: String,
+    /// What was served before.
+    pub previous: Option<String>,
+    /// Release directory, relative to the adapter root.
+    pub directory: PathBuf,
+    /// Whether this content was being served already, so that nothing was swapped.
+    pub unchanged: bool,
+    /// What the canary answered.
+    pub canary: Vec<Answered>,
+    /// Whether the alias answers exactly as the canary did. Other traffic changes the rounding, so it need not.
+    pub same_answers: bool,
+}
+
+/// A rollback that succeeded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RolledBack {
+    /// Name that clients use.
+    pub alias: String,
+    /// What is served now.
+    pub generation: String,
+    /// What was served before.
+    pub previous: String,
+    /// Release directory, relative to the adapter root.
+    pub directory: PathBuf,
+    /// What it answers.
+    pub answers: Vec<Answered>,
+}
+
+/// Puts `adapter` into service as `alias`, on the base `model` if given, else on the server's choice.
+///
+/// The release is loaded under another name first and asked; only then it replaces the generation that was being served when
+/// this began, and is asked again. If that fails the former generation comes back.
+///
+/// # Errors
+/// Where it stopped, and what is served now.
+pub fn deploy(
+    server: &AdapterServer,
+    releases: &mut Releases,
+    adapter: &Adapter,
+    alias: &str,
+    model: Option<&str>,
+    check: &Check,
+) -> Result<Deployed, Error> {
+    let current = server.adapter(alias)?;
+    let directory = releases.store(adapter)?;
+    let path = portable(&directory);
+    let canary_name = format!("{alias}-canary");
+    tracing::info!("loading the canary `{canary_name}`");
+    let canary_generation = server.load_over(&canary_name, &path, model)?;
+    let canary = ask(server, &canary_name, check);
+    // Its memory is needed for the swap; a canary that stays is a nuisance, not a failure.
+    if let Err(error) = server.unload(&canary_name, None) {
+        tracing::warn!("the canary `{canary_name}` is still loaded: {error}");
+    }
+    let canary = canary.map_err(|reason| Error::Check {
+        stage: "canary",
+        reason,
+        outcome: match &current {
+            Some(current) => format!("`{alias}` still answers from {}", current.generation),
+            None => format!("`{alias}` was not loaded"),
+        },
+    })?;
+    let previous = current.as_ref().map(|current| current.generation.clone());
+    if previous.as_ref() == Some(&canary_generation) {
+        return Ok(Deployed {
+            alias: alias.to_owned(),
+            generation: canary_generation,
+            previous,
+            directory,
+            unchanged: true,
+            canary,
+            same_answers: true,
+        });
+    }
+
+    tracing::info!("swapping `{alias}`");
+    let generation = server.load(alias, &path, model, previous.as_deref())?;
+    match verify(server, alias, &generation, check) {
+        Ok(answers) => {
+            releases.record(Action::Deploy, &generation, &directory, previous.as_deref())?;
+            Ok(Deployed {
+                alias: alias.to_owned(),
+                same_answers: answers == canary,
+                generation,
+                previous,
+                directory,
+                unchanged: false,
+                canary,
+            })
+        }
+        Err(reason) => {
+            let source = previous.as_deref().and_then(|previous| {
+                let released = releases.find(previous);
+                let released = released.map(|record| portable(&record.directory));
+                released.or_else(|| current.as_ref()?.source.clone())
+            });
+            Err(Error::Check {
+                stage: "verification",
+                reason,
+                outcome: undo(
+                    server,
+                    alias,
+                    &generation,
+                    previous.as_deref(),
+                    source.as_deref(),
+                ),
+            })
+        }
+    }
+}
+
+/// Takes a failed generation out of service, and says what is served instead.
+fn undo(
+    server: &AdapterServer,
+    alias: &str,
+    failed: &str,
+    previous: Option<&str>,
+    source: Option<&str>,
+) -> String {
+    let outcome = match (previous, source) {
+        (None, _) => server
+            .unload(alias, Some(failed))
+            .map(|()| format!("`{alias}` was unloaded")),
+        (Some(previous), Some(source)) => server
+            .load(alias, source, None, Some(failed))
+            .map(|_| format!("`{alias}` was rolled back to {previous}")),
+        (Some(previous), None) => {
+            return format!(
+                "`{alias}` still answers from {failed}: where {previous} came from is not known here"
+            );
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        format!("`{alias}` could not be rolled back and answers from {failed}: {error}")
+    })
+}
+
+/// Brings back the generation that `alias` had before, or the one that `to` begins.
+///
+/// # Errors
+/// [`Error::NothingToRestore`]; otherwise where it stopped, and what is served now.
+pub fn roll_back(
+    server: &AdapterServer,
+    releases: &mut Releases,
+    alias: &str,
+    to: Option<&str>,
+    check: &Check,
+) -> Result<RolledBack, Error> {
+    let current = server.adapter(alias)?.ok_or_else(|| {
+        Error::NothingToRestore(format!("the server has no adapter `{alias}` to roll back"))
+    })?;
+    let record = match to {
+        Some(to) => releases.find(to),
+        None => releases.before(&current.generation),
+    };
+    let Some(record) = record.cloned() else {
+        let wanted = to.map_or("an earlier generation".to_owned(), |to| format!("`{to}`"));
+        return Err(Error::NothingToRestore(format!(
+            "{wanted} of `{alias}` is not among its releases; `monteclora status --adapter-root` lists them"
+        )));
+    };
+    let path = portable(&record.directory);
+    let generation = server.load(alias, &path, None, Some(&current.generation))?;
+    let answers = verify(server, alias, &generation, check).map_err(|reason| Error::Check {
+        stage: "verification",
+        reason,
+        outcome: format!("`{alias}` answers from {generation}"),
+    })?;
+    releases.record(
+        Action::Rollback,
+        &generation,
+        &record.directory,
+        Some(&current.generation),
+    )?;
+    Ok(RolledBack {
+        alias: alias.to_owned(),
+        generation,
+        previous: current.generation,
+        directory: record.directory,
+        answers,
+    })
+}
+
+/// Asks the questions, and says what is wrong with the answers.
+fn ask(server: &AdapterServer, model: &str, check: &Check) -> Result<Vec<Answered>, String> {
+    let mut answers = Vec::new();
+    for prompt in &check.prompts {
+        let answer = server
+            .ask(model, prompt)
+            .map_err(|error| error.to_string())?;
+        answers.push(Answered {
+            prompt: prompt.clone(),
+            answer,
+        });
+    }
+    let missing = check.expected.iter().find(|expected| {
+        !answers
+            .iter()
+            .any(|answered| answered.answer.contains(*expected))
+    });
+    match missing {
+        Some(missing) => Err(format!(
+            "no answer holds {missing:?}; the last was {:?}",
+            answers.last().map_or("", |answered| &answered.answer)
+        )),
+        None => Ok(answers),
+    }
+}
+
+/// The answers of `alias`, if the server lists it at `generation`.
+fn verify(
+    server: &AdapterServer,
+    alias: &str,
+    generation: &str,
+    check: &Check,
+) -> Result<Vec<Answered>, String> {
+    let listed = server.adapter(alias).map_err(|error| error.to_string())?;
+    let listed = listed.map(|adapter| adapter.generation);
+    if listed.as_deref() != Some(generation) {
+        return Err(format!(
+            "the server lists {} instead of {generation}",
+            listed.as_deref().unwrap_or("nothing")
+        ));
+    }
+    ask(server, alias, check)
+}
+
+/// A relative path as servers take it.
+fn portable(path: &Path) -> String {
+    let parts: Vec<_> = path
+        .iter()
+        .map(|part| part.to_string_lossy().into_owned())
+        .collect();
+    parts.join("/")
+}
