@@ -37,8 +37,6 @@ pub struct ServeConfig {
     pub host: String,
     /// Sequences an engine works on at a time.
     pub max_seqs: NonZeroUsize,
-    /// Prompts whose key-value cache an engine keeps.
-    pub prefix_cache_n: usize,
     /// Most bytes for the weights of all engines together.
     pub max_memory: Option<u64>,
     /// What clients may take.
@@ -182,6 +180,14 @@ impl ServeFile {
         if max_seqs.is_none() {
             note("runtime.max_seqs", "must be at least 1".to_owned());
         }
+        if self.runtime.prefix_cache_n > 0 {
+            note(
+                "runtime.prefix_cache_n",
+                "must be 0: the prefix cache of mistral.rs 0.8.1 lets requests that begin alike overwrite one another's \
+                 answers"
+                    .to_owned(),
+            );
+        }
         let adapter_root = match (&self.admin.adapter_root, self.admin.enabled) {
             (_, false) => None,
             (None, true) => {
@@ -245,7 +251,6 @@ impl ServeFile {
                 address,
                 max_seqs,
                 host: self.server.host.clone(),
-                prefix_cache_n: self.runtime.prefix_cache_n,
                 max_memory: self
                     .runtime
                     .max_memory_mb

@@ -15,7 +15,7 @@ const COMPLETE: &str = r#"
         allowed_origins = ["https://app.example", "http://[::1]:3000"]
         [runtime]
         max_seqs = 4
-        prefix_cache_n = 2
+        prefix_cache_n = 0
         max_memory_mb = 2048
         [limits]
         max_body_bytes = 1000
@@ -142,7 +142,7 @@ fn a_wrong_type_names_the_line() {
 #[test]
 fn all_wrong_settings_are_listed() {
     let message = wrong(
-        "[server]\nhost = '0.0.0.0'\ntls_cert = 'c'\nallowed_origins = ['app.example']\n[limits]\nmax_header_bytes = 1\nbody_timeout_s = 0\n[runtime]\nmax_seqs = 0\n[[models]]\nmodel_id = 'm'\nname = '/etc/x'\ndtype = 'f8'\ndevice.cpu = true\n[[models.adapters]]\nalias = 'a'\nsource = 's'\ntype = 'ia3'\n[[models.adapters]]\nalias = 'a'\nsource = 's'",
+        "[server]\nhost = '0.0.0.0'\ntls_cert = 'c'\nallowed_origins = ['app.example']\n[limits]\nmax_header_bytes = 1\nbody_timeout_s = 0\n[runtime]\nmax_seqs = 0\nprefix_cache_n = 16\n[[models]]\nmodel_id = 'm'\nname = '/etc/x'\ndtype = 'f8'\ndevice.cpu = true\n[[models.adapters]]\nalias = 'a'\nsource = 's'\ntype = 'ia3'\n[[models.adapters]]\nalias = 'a'\nsource = 's'",
     );
     for part in [
         "server.host",
@@ -152,6 +152,7 @@ fn all_wrong_settings_are_listed() {
         "limits.max_header_bytes: must be at least 8192",
         "limits.body_timeout_s: must be at least 1",
         "runtime.max_seqs",
+        "runtime.prefix_cache_n",
         "models[0].name",
         "models[0].dtype",
         "models[0].adapters[0].type",

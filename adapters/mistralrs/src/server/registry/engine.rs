@@ -21,14 +21,12 @@ use crate::loader::{MonteCloraLoader, SharedPipeline};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct EngineSettings {
     max_seqs: std::num::NonZeroUsize,
-    prefix_cache_n: usize,
 }
 
 impl EngineSettings {
     pub(crate) fn of(config: &ServeConfig) -> Self {
         Self {
             max_seqs: config.max_seqs,
-            prefix_cache_n: config.prefix_cache_n,
         }
     }
 }
@@ -188,7 +186,8 @@ impl Host {
         .await;
         let inner = MistralRsBuilder::new(loaded.pipeline.clone(), schedule, false, None)
             .with_model_id(loaded.engine_id.clone())
-            .with_prefix_cache_n(settings.prefix_cache_n)
+            // Requests that begin alike would write into one another's cache, and answer with one another's text.
+            .with_no_prefix_cache(true)
             .build()
             .await;
         let reaper = Reaper::spawn(Arc::downgrade(&inner))?;
@@ -213,7 +212,7 @@ impl Host {
         )
         .await;
         let engine = EngineConfig {
-            prefix_cache_n: settings.prefix_cache_n,
+            no_prefix_cache: true,
             throughput_logging_enabled: false,
             ..EngineConfig::default()
         };
