@@ -103,21 +103,26 @@ pub fn train_settings(run: &RunConfig, max_seq_length: usize) -> TrainSettings {
         pack_tokens: run.data.packing.then_some(max_seq_length),
         gradient_accumulation_steps: train.gradient_accumulation_steps,
         learning_rate: train.learning_rate,
-        variational_learning_rate: train
-            .variational_learning_rate
-            .unwrap_or(train.learning_rate),
+        variational_learning_rate: train.variational_learning_rate,
         shape: match train.lr_scheduler_type {
             LrSchedulerType::Linear => Shape::Linear,
             LrSchedulerType::Cosine => Shape::Cosine,
             LrSchedulerType::Constant => Shape::Constant,
         },
         warmup_ratio: train.warmup_ratio,
+        warmup_steps: train.warmup_steps,
+        kl_warmup_ratio: run
+            .lora
+            .monteclora
+            .as_ref()
+            .map_or(0.0, |m| m.kl_warmup_ratio),
         adamw: AdamWSettings {
             beta1: train.adam_beta1,
             beta2: train.adam_beta2,
             epsilon: train.adam_epsilon,
             weight_decay: train.weight_decay,
             train_a: run.lora.method != Method::LoraFa,
+            loraplus_lr_ratio: train.loraplus_lr_ratio,
         },
         max_grad_norm: train.max_grad_norm,
         lora_dropout: run.lora.lora_dropout,
@@ -144,8 +149,12 @@ pub fn train_settings(run: &RunConfig, max_seq_length: usize) -> TrainSettings {
 pub struct RunRecord {
     /// The resolved configuration.
     pub config: serde_json::Value,
+    /// Root of every random stream.
+    pub seed: u64,
     /// Version of this program.
     pub monteclora: &'static str,
+    /// Versions of what computes.
+    pub versions: Versions,
     /// The base.
     pub base: BaseRecord,
     /// Training rows.
@@ -162,6 +171,41 @@ pub struct RunRecord {
     pub trainable_parameters: usize,
     /// Optimiser steps planned.
     pub total_steps: u64,
+    /// The step at which the run ended and its adapter was written; none while it is under way.
+    pub finished_step: Option<u64>,
+}
+
+/// Versions of what computes a run's numbers.
+#[derive(Debug, Clone, Serialize)]
+pub struct Versions {
+    /// This program.
+    pub monteclora: &'static str,
+    /// Operating system and processor architecture.
+    pub platform: String,
+    /// Where the tensors are: `cpu`, `cuda` or `metal`.
+    pub device: &'static str,
+}
+
+impl Versions {
+    /// Those of this process with its tensors on `device`.
+    pub fn here(device: &candle_core::Device) -> Self {
+        Self {
+            monteclora: env!("CARGO_PKG_VERSION"),
+            platform: format!("{}-{}", std::env::consts::OS, std::env::consts::ARCH),
+            device: match device {
+                candle_core::Device::Cpu => "cpu",
+                candle_core::Device::Cuda(_) => "cuda",
+                candle_core::Device::Metal(_) => "metal",
+            },
+        }
+    }
+}
+
+/// The `finished_step` of a run.json; none if there is no such file or the run is under way.
+pub fn finished_step(path: &Path) -> Option<u64> {
+    let text = std::fs::read(path).ok()?;
+    let record: serde_json::Value = serde_json::from_slice(&text).ok()?;
+    record["finished_step"].as_u64()
 }
 
 /// The base of a run.
@@ -240,7 +284,10 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     use anyhow::Context;
     let directory = path.parent().unwrap_or(Path::new("."));
     let context = || format!("cannot write `{}`", path.display());
-    let mut file = tempfile::NamedTempFile::new_in(directory).with_context(context)?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".partial-")
+        .tempfile_in(directory)
+        .with_context(context)?;
     serde_json::to_writer_pretty(&mut file, value).with_context(context)?;
     file.as_file().sync_all().with_context(context)?;
     file.persist(path).with_context(context)?;

@@ -131,7 +131,8 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(error) = error.downcast_ref::<train::Error>() {
         return match error {
             train::Error::NonFinite { .. } | train::Error::Audit { .. } => Some(5),
-            train::Error::Checkpoint { .. } => Some(4),
+            train::Error::Drift { drift, .. } => Some(if drift.data { 3 } else { 2 }),
+            train::Error::Checkpoint { .. } | train::Error::Torn { .. } => Some(4),
             train::Error::Data(error) => Some(error.exit_code()),
             train::Error::Model(error) => classify(error),
             train::Error::Method(error) => classify(error),

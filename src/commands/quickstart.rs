@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use monteclora_converters::{Adapter, LoraOptions};
 use serde::Serialize;
 
-use super::train::{Prepared, execute, prepare, stop_on_signals};
+use super::train::{Prepared, Start, execute, prepare, stop_on_signals};
 use super::{Interrupted, print, print_json, read_effective, require_empty};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
@@ -93,12 +93,11 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let config = RunConfig::from_toml(&text, &paths.run.display().to_string(), &overrides)?;
     let prepared = prepare(config, Some(base.clone()))?;
 
-    let (outcome, decoder) = execute(
-        &prepared,
-        None,
-        candle_core::Device::Cpu,
-        stop_on_signals()?,
-    )?;
+    let device = candle_core::Device::Cpu;
+    std::fs::create_dir_all(&paths.adapter)
+        .with_context(|| format!("cannot create `{}`", paths.adapter.display()))?;
+    let start = Start::fresh(&prepared, &device)?;
+    let (outcome, decoder) = execute(&prepared, start, device, stop_on_signals()?)?;
     if outcome.interrupted {
         return Err(Interrupted(format!(
             "interrupted at step {}; continue with `monteclora train -c {} --resume auto`",

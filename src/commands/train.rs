@@ -1,6 +1,8 @@
 //! `train`: fine-tune as run.toml says.
 
-use std::path::{Path, PathBuf};
+mod init_from;
+mod start;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,17 +10,20 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use monteclora_converters::{Adapter, AdapterConfig, ModelFiles};
 use serde_json::json;
+use start::Begin;
 
-use super::{Interrupted, Usage, device, dry_run, print, print_json, require_empty, require_fit};
+pub(super) use start::Start;
+
+use super::{Interrupted, Usage, device, dry_run, print, print_json};
 use crate::cli::TrainArgs;
 use crate::config::{DtypeChoice, RunConfig};
 use crate::data::{Dataset, Split};
 use crate::hub::{self, HubOptions, Located};
 use crate::model::{Decoder, ModelConfig};
 use crate::progress::TrainProgress;
-use crate::session::{self, BaseRecord, DataRecord, RunRecord};
+use crate::session::{self, BaseRecord, DataRecord, RunRecord, Versions};
 use crate::train::{
-    AdapterState, Checkpoint, Interrupt, Outcome, TrainSettings, Trainer, latest_checkpoint,
+    AdapterState, Identity, Interrupt, Outcome, TrainSettings, Trainer, checkpoints,
 };
 
 /// Everything checked that can be checked before the base is loaded.
@@ -35,6 +40,18 @@ pub(super) struct Prepared {
     pub(super) settings: TrainSettings,
     /// How the base's weights are held.
     pub(super) weights: DType,
+    /// Optimiser steps of the whole run.
+    pub(super) total_steps: u64,
+    pub(super) provenance: Provenance,
+    pub(super) identity: Identity,
+}
+
+/// Hashes of what a run reads besides its data.
+pub(super) struct Provenance {
+    /// See [`session::fingerprint`].
+    fingerprint: String,
+    chat_template_sha256: Option<String>,
+    tokenizer_sha256: Option<String>,
 }
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
@@ -44,25 +61,18 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     if args.dry_run {
         return dry_run::run(&prepared, args.json);
     }
-    let checkpoint = match args.resume.as_deref() {
-        None => {
-            require_empty(&output_dir, args.force)?;
-            None
-        }
-        Some("auto") => latest_checkpoint(&output_dir)?,
-        Some(dir) => Some(existing(dir)?),
+    let device = device(args.cpu)?;
+    let start = match start::begin(&prepared, args.resume.as_deref(), args.force, &device)? {
+        Begin::Run(start) => start,
+        Begin::Finished(step) => return finished(&prepared, step, args.json),
     };
-    let interrupt = stop_on_signals()?;
-    let (outcome, _) = execute(
-        &prepared,
-        checkpoint.as_deref(),
-        device(args.cpu)?,
-        interrupt,
-    )?;
+    let (outcome, _) = execute(&prepared, *start, device, stop_on_signals()?)?;
     if outcome.interrupted {
         return Err(Interrupted(format!(
-            "interrupted at step {} of {}; continue with --resume auto",
-            outcome.steps, outcome.total_steps
+            "interrupted at step {} of {}; continue with: monteclora train -c {} --resume auto",
+            outcome.steps,
+            outcome.total_steps,
+            args.config.display()
         ))
         .into());
     }
@@ -88,16 +98,23 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     ))
 }
 
-fn existing(dir: &str) -> Result<PathBuf> {
-    let path = PathBuf::from(dir);
-    if path.join("trainer_state.json").is_file() {
-        return Ok(path);
+fn finished(prepared: &Prepared, step: u64, as_json: bool) -> Result<()> {
+    let output_dir = prepared.run.train.output_dir.display();
+    if as_json {
+        return print_json(
+            &json!({"output_dir": output_dir.to_string(), "steps": step, "finished": true}),
+        );
     }
-    Err(Usage(format!("--resume {dir}: not a checkpoint directory; give `auto` or a directory such as out/checkpoint-200")).into())
+    print(&format!(
+        "{output_dir} is finished: all {step} steps were made; raise max_steps or num_train_epochs to train further"
+    ))
 }
 
 /// Checks configuration, base, adapter sites and data; `base` replaces the model of the configuration.
-pub(super) fn prepare(run: RunConfig, base: Option<Located>) -> Result<Prepared> {
+pub(super) fn prepare(mut run: RunConfig, base: Option<Located>) -> Result<Prepared> {
+    for note in &run.notes {
+        tracing::warn!("{note}");
+    }
     let weights = match run.model.dtype {
         DtypeChoice::Auto | DtypeChoice::F32 => DType::F32,
         DtypeChoice::Bf16 => DType::BF16,
@@ -123,27 +140,10 @@ pub(super) fn prepare(run: RunConfig, base: Option<Located>) -> Result<Prepared>
     let files = ModelFiles::open(&base.dir)?;
     let modules = Decoder::linear_modules(&model_config);
     let mut adapter_config = session::adapter_config(&run.lora, &base);
-    let init_from = run
-        .lora
-        .init_from
-        .as_ref()
-        .map(|dir| Adapter::read(dir))
-        .transpose()?;
+    let init_from = init_from::read(&mut run.lora, &mut adapter_config, &files, &modules)?;
     let sites = match &init_from {
         None => adapter_config.resolve_targets(&modules)?,
-        Some(adapter) => {
-            require_fit(adapter, &files)?;
-            // Shape and targets are the adapter's own; the posterior's settings are the run's.
-            let settings = adapter_config.monteclora.take();
-            adapter_config = AdapterConfig {
-                base_model_name_or_path: adapter_config.base_model_name_or_path,
-                revision: adapter_config.revision,
-                lora_dropout: adapter_config.lora_dropout,
-                monteclora: settings,
-                ..adapter.config.clone()
-            };
-            adapter.sites.iter().map(|site| site.name.clone()).collect()
-        }
+        Some(adapter) => adapter.sites.iter().map(|site| site.name.clone()).collect(),
     };
     let max_seq_length = run
         .data
@@ -165,7 +165,29 @@ pub(super) fn prepare(run: RunConfig, base: Option<Located>) -> Result<Prepared>
         .map(|path| open(path, Split::Valid))
         .transpose()?;
     let settings = session::train_settings(&run, max_seq_length);
+    let provenance = Provenance {
+        fingerprint: session::fingerprint(&files)
+            .with_context(|| format!("cannot read the weights in `{}`", base.dir.display()))?,
+        chat_template_sha256: encoder.template().map(|t| {
+            use sha2::Digest;
+            session::hex(&sha2::Sha256::digest(t.source().as_bytes()))
+        }),
+        tokenizer_sha256: session::file_sha256(&base.dir.join("tokenizer.json")),
+    };
+    let identity = Identity::new(
+        &serde_json::to_value(&run)?,
+        [
+            ("base", Some(&provenance.fingerprint)),
+            ("tokenizer", provenance.tokenizer_sha256.as_deref()),
+            ("chat_template", provenance.chat_template_sha256.as_deref()),
+            ("data.train", Some(train.sha256())),
+            ("data.valid", valid.as_ref().map(Dataset::sha256)),
+        ],
+    );
     Ok(Prepared {
+        total_steps: settings.total_steps(&train),
+        provenance,
+        identity,
         run,
         base,
         files,
@@ -183,31 +205,15 @@ pub(super) fn prepare(run: RunConfig, base: Option<Located>) -> Result<Prepared>
 /// Loads the base and trains; returns the decoder for further use.
 pub(super) fn execute(
     prepared: &Prepared,
-    resume: Option<&Path>,
+    start: Start,
     device: candle_core::Device,
     interrupt: Interrupt,
 ) -> Result<(Outcome, Decoder)> {
     let output_dir = prepared.run.train.output_dir.as_path();
-    std::fs::create_dir_all(output_dir)
-        .with_context(|| format!("cannot create `{}`", output_dir.display()))?;
+    let run_json = output_dir.join("run.json");
+    let mut record = record(prepared, &start.state, &device)?;
+    session::write_json(&run_json, &record)?;
     let decoder = Decoder::load_as(&prepared.base.dir, &device, prepared.weights)?;
-    let objective = session::objective(&prepared.run.lora);
-    let model_config = &prepared.model_config;
-    let seed = prepared.run.seed;
-    let state = match &prepared.init_from {
-        None => AdapterState::initial(
-            &prepared.adapter_config,
-            &prepared.sites,
-            model_config,
-            objective,
-            seed,
-            &device,
-        )?,
-        Some(adapter) => {
-            let settings = prepared.adapter_config.monteclora.as_ref();
-            AdapterState::from_adapter(adapter, settings, model_config, objective, seed, &device)?
-        }
-    };
     let trainer = Trainer {
         model: &decoder,
         train: &prepared.train,
@@ -215,51 +221,59 @@ pub(super) fn execute(
         settings: &prepared.settings,
         adapter_config: &prepared.adapter_config,
         output_dir,
+        identity: &prepared.identity,
         interrupt,
     };
-    let checkpoint = resume
-        .map(|dir| Checkpoint::read(dir, &state, model_config, prepared.settings.adamw))
-        .transpose()?;
-    let record = record(prepared, &state, trainer.total_steps())?;
-    session::write_json(&output_dir.join("run.json"), &record)?;
     tracing::info!(
         "training {} of {} sites: {} parameters, {} examples, {} steps",
-        state.sites.len(),
-        Decoder::linear_modules(model_config).len(),
-        state.n_parameters(),
+        start.state.sites.len(),
+        Decoder::linear_modules(&prepared.model_config).len(),
+        start.state.n_parameters(),
         prepared.train.len(),
-        trainer.total_steps()
+        prepared.total_steps
     );
     let mut progress = TrainProgress::default();
-    let outcome = trainer.run(state, checkpoint, |event| progress.show(event))?;
+    let outcome = trainer
+        .run(start.state, start.checkpoint, |event| progress.show(event))
+        .inspect_err(|_| {
+            if let Ok(Some((_, last))) = checkpoints(output_dir).map(|mut all| all.pop()) {
+                tracing::warn!(
+                    "the last checkpoint, `{}`, is intact; --resume auto continues from it",
+                    last.display()
+                );
+            }
+        })?;
+    if !outcome.interrupted {
+        record.finished_step = Some(outcome.steps);
+        session::write_json(&run_json, &record)?;
+    }
     Ok((outcome, decoder))
 }
 
-fn record(prepared: &Prepared, state: &AdapterState, total_steps: u64) -> Result<RunRecord> {
-    let template = prepared.train.encoder().template();
+fn record(
+    prepared: &Prepared,
+    state: &AdapterState,
+    device: &candle_core::Device,
+) -> Result<RunRecord> {
+    let provenance = &prepared.provenance;
     Ok(RunRecord {
         config: serde_json::to_value(&prepared.run)?,
+        seed: prepared.run.seed,
         monteclora: env!("CARGO_PKG_VERSION"),
+        versions: Versions::here(device),
         base: BaseRecord {
             model_id: prepared.base.name.clone(),
             revision: prepared.base.revision.clone(),
-            fingerprint: session::fingerprint(&prepared.files).with_context(|| {
-                format!(
-                    "cannot read the weights in `{}`",
-                    prepared.base.dir.display()
-                )
-            })?,
+            fingerprint: provenance.fingerprint.clone(),
         },
         train: DataRecord::new(&prepared.train),
         valid: prepared.valid.as_ref().map(DataRecord::new),
-        chat_template_sha256: template.map(|t| {
-            use sha2::Digest;
-            session::hex(&sha2::Sha256::digest(t.source().as_bytes()))
-        }),
-        tokenizer_sha256: session::file_sha256(&prepared.base.dir.join("tokenizer.json")),
+        chat_template_sha256: provenance.chat_template_sha256.clone(),
+        tokenizer_sha256: provenance.tokenizer_sha256.clone(),
         sites: prepared.sites.clone(),
         trainable_parameters: state.n_parameters(),
-        total_steps,
+        total_steps: prepared.total_steps,
+        finished_step: None,
     })
 }
 

@@ -213,6 +213,11 @@ impl Document {
         self.origins.get(path) == Some(&Origin::Override)
     }
 
+    /// Whether the key was given in the file or on the command line.
+    pub(super) fn is_given(&self, path: &str) -> bool {
+        self.origins.contains_key(path)
+    }
+
     /// The file's name, for messages about no key.
     pub(super) fn name(&self) -> &str {
         &self.name

@@ -96,6 +96,7 @@ section!(
         kl_loss_weight: f64,
         dirichlet_prior: f64,
         use_entropy: bool,
+        kl_warmup_ratio: f64,
     }
 );
 section!(
@@ -108,8 +109,10 @@ section!(
         gradient_accumulation_steps: usize,
         learning_rate: f64,
         variational_learning_rate: f64,
+        loraplus_lr_ratio: f64,
         lr_scheduler_type: LrSchedulerType,
         warmup_ratio: f64,
+        warmup_steps: u64,
         weight_decay: f64,
         adam_beta1: f64,
         adam_beta2: f64,

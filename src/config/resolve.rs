@@ -13,7 +13,7 @@ use super::{
     },
     run::{
         DEFAULT_SEED, DataConfig, EvalConfig, Length, LoraConfig, Method, ModelConfig,
-        ModuleSelection, MonteCloraConfig, RunConfig, TrainConfig,
+        ModuleSelection, MonteCloraConfig, Preset, RunConfig, TrainConfig,
     },
 };
 use crate::data::{FieldNames, Split, directory_has};
@@ -41,13 +41,19 @@ impl RunConfig {
         let file = RunFile::read(&mut document);
         let mut check = Check(&mut document);
         let data = data(&mut check, file.data);
+        let lora = lora(&mut check, file.lora, file.monteclora);
+        let mut notes = Vec::new();
+        if data.valid.is_none() {
+            without_valid(&file.train, &mut notes);
+        }
         let config = Self {
             seed: file.top.seed.unwrap_or(DEFAULT_SEED),
             model: model(&mut check, file.model),
-            lora: lora(&mut check, file.lora, file.monteclora),
-            train: train(&mut check, file.train, data.valid.is_some()),
+            train: train(&mut check, file.train, &lora, data.valid.is_some()),
+            lora,
             eval: eval(&mut check, file.eval),
             data,
+            notes,
         };
         let name = document.name().to_owned();
         let mut problems = document.into_problems();
@@ -188,6 +194,25 @@ fn data(check: &mut Check<'_>, file: DataFile) -> DataConfig {
     }
 }
 
+/// Keys for which an adapter that a run starts from has a value of its own.
+const SHAPE_KEYS: [&str; 15] = [
+    "lora.r",
+    "lora.lora_alpha",
+    "lora.target_modules",
+    "lora.exclude_modules",
+    "lora.layers_to_transform",
+    "lora.layers_pattern",
+    "lora.rank_pattern",
+    "lora.alpha_pattern",
+    "lora.use_rslora",
+    "lora.monteclora.preset",
+    "lora.monteclora.num_samples",
+    "lora.monteclora.sample_scaler",
+    "lora.monteclora.kl_loss_weight",
+    "lora.monteclora.dirichlet_prior",
+    "lora.monteclora.use_entropy",
+];
+
 fn lora(check: &mut Check<'_>, file: LoraFile, monteclora: MonteCloraFile) -> LoraConfig {
     let default = LoraConfig::default();
     let target_modules = file.target_modules.map_or(default.target_modules, |value| {
@@ -237,6 +262,7 @@ fn lora(check: &mut Check<'_>, file: LoraFile, monteclora: MonteCloraFile) -> Lo
         rank_pattern: file.rank_pattern.unwrap_or_default(),
         alpha_pattern: file.alpha_pattern.unwrap_or_default(),
         use_rslora: file.use_rslora.unwrap_or(default.use_rslora),
+        given: Vec::new(),
         monteclora: None,
     };
     check.that(
@@ -262,7 +288,16 @@ fn lora(check: &mut Check<'_>, file: LoraFile, monteclora: MonteCloraFile) -> Lo
     }
     // Checked even where the method does not use it: the section stays in the file for the next run.
     let monteclora = self::monteclora(check, monteclora);
+    let given = match config.init_from {
+        Some(_) => SHAPE_KEYS
+            .iter()
+            .filter(|key| check.0.is_given(key))
+            .map(|key| (*key).to_owned())
+            .collect(),
+        None => Vec::new(),
+    };
     LoraConfig {
+        given,
         monteclora: (config.method == Method::MonteClora).then_some(monteclora),
         ..config
     }
@@ -293,6 +328,7 @@ fn monteclora(check: &mut Check<'_>, file: MonteCloraFile) -> MonteCloraConfig {
         kl_loss_weight: file.kl_loss_weight.unwrap_or(preset.kl_loss_weight),
         dirichlet_prior: file.dirichlet_prior.unwrap_or(preset.dirichlet_prior),
         use_entropy: file.use_entropy.unwrap_or(preset.use_entropy),
+        kl_warmup_ratio: file.kl_warmup_ratio.unwrap_or(preset.kl_warmup_ratio),
         preset: preset.preset,
     };
     let key = |name: &str| format!("lora.monteclora.{name}");
@@ -304,10 +340,42 @@ fn monteclora(check: &mut Check<'_>, file: MonteCloraFile) -> MonteCloraConfig {
     check.above(&key("sample_scaler"), 0.0, config.sample_scaler);
     check.at_least(&key("kl_loss_weight"), 0.0, config.kl_loss_weight);
     check.above(&key("dirichlet_prior"), 0.0, config.dirichlet_prior);
+    check.that(
+        &key("kl_warmup_ratio"),
+        (0.0..=1.0).contains(&config.kl_warmup_ratio),
+        format!(
+            "found {}, expected a number from 0 to 1",
+            config.kl_warmup_ratio
+        ),
+    );
     config
 }
 
-fn train(check: &mut Check<'_>, file: TrainFile, has_valid: bool) -> TrainConfig {
+/// What of `[train]` rests on validation rows, where there are none.
+fn without_valid(file: &TrainFile, notes: &mut Vec<String>) {
+    let asked = [
+        (
+            "load_best_model_at_end",
+            file.load_best_model_at_end == Some(true),
+        ),
+        (
+            "early_stopping_patience",
+            file.early_stopping_patience.is_some_and(|n| n > 0),
+        ),
+    ];
+    for (key, _) in asked.into_iter().filter(|(_, asked)| *asked) {
+        notes.push(format!(
+            "[train] {key} has no effect without validation rows; give data.valid"
+        ));
+    }
+}
+
+fn train(
+    check: &mut Check<'_>,
+    file: TrainFile,
+    lora: &LoraConfig,
+    has_valid: bool,
+) -> TrainConfig {
     let default = TrainConfig::default();
     let output_dir = file.output_dir.clone().unwrap_or_default();
     check.required(
@@ -315,6 +383,9 @@ fn train(check: &mut Check<'_>, file: TrainFile, has_valid: bool) -> TrainConfig
         !output_dir.as_os_str().is_empty(),
         "give the directory to write the adapter to",
     );
+    let learning_rate = file.learning_rate.unwrap_or(default.learning_rate);
+    let preset = lora.monteclora.as_ref().map_or(Preset::Peft, |m| m.preset);
+    let (warmup_ratio, warmup_steps) = warmup(check, &file);
     let config = TrainConfig {
         output_dir,
         length: length(check, &file).unwrap_or(default.length),
@@ -324,10 +395,14 @@ fn train(check: &mut Check<'_>, file: TrainFile, has_valid: bool) -> TrainConfig
         gradient_accumulation_steps: file
             .gradient_accumulation_steps
             .unwrap_or(default.gradient_accumulation_steps),
-        learning_rate: file.learning_rate.unwrap_or(default.learning_rate),
-        variational_learning_rate: file.variational_learning_rate,
+        learning_rate,
+        variational_learning_rate: file
+            .variational_learning_rate
+            .unwrap_or(learning_rate * preset.variational_rate_ratio()),
+        loraplus_lr_ratio: file.loraplus_lr_ratio.unwrap_or(default.loraplus_lr_ratio),
         lr_scheduler_type: file.lr_scheduler_type.unwrap_or(default.lr_scheduler_type),
-        warmup_ratio: file.warmup_ratio.unwrap_or(default.warmup_ratio),
+        warmup_ratio: warmup_ratio.unwrap_or(default.warmup_ratio),
+        warmup_steps,
         weight_decay: file.weight_decay.unwrap_or(default.weight_decay),
         adam_beta1: file.adam_beta1.unwrap_or(default.adam_beta1),
         adam_beta2: file.adam_beta2.unwrap_or(default.adam_beta2),
@@ -359,9 +434,10 @@ fn train(check: &mut Check<'_>, file: TrainFile, has_valid: bool) -> TrainConfig
     let accumulation = config.gradient_accumulation_steps as u64;
     check.count("train.gradient_accumulation_steps", 1, accumulation);
     check.above("train.learning_rate", 0.0, config.learning_rate);
-    if let Some(rate) = config.variational_learning_rate {
+    if let Some(rate) = file.variational_learning_rate {
         check.above("train.variational_learning_rate", 0.0, rate);
     }
+    check.above("train.loraplus_lr_ratio", 0.0, config.loraplus_lr_ratio);
     check.that(
         "train.warmup_ratio",
         (0.0..=1.0).contains(&config.warmup_ratio),
@@ -379,6 +455,24 @@ fn train(check: &mut Check<'_>, file: TrainFile, has_valid: bool) -> TrainConfig
     check.count("train.eval_steps", 1, config.eval_steps);
     check.count("train.save_steps", 1, config.save_steps);
     config
+}
+
+/// One of warmup_ratio and warmup_steps; one given on the command line replaces the other of the file.
+fn warmup(check: &mut Check<'_>, file: &TrainFile) -> (Option<f64>, Option<u64>) {
+    const RATIO: &str = "train.warmup_ratio";
+    const STEPS: &str = "train.warmup_steps";
+    let (ratio, steps) = (file.warmup_ratio, file.warmup_steps);
+    if ratio.is_some() && steps.is_some() {
+        match (check.0.is_override(RATIO), check.0.is_override(STEPS)) {
+            (true, false) => return (ratio, None),
+            (false, true) => return (None, steps),
+            _ => check.0.problem(
+                STEPS,
+                "cannot be given together with warmup_ratio; keep one of them",
+            ),
+        }
+    }
+    (ratio, steps)
 }
 
 /// One of num_train_epochs and max_steps; one given on the command line replaces the other of the file.

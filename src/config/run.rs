@@ -25,6 +25,9 @@ pub struct RunConfig {
     pub train: TrainConfig,
     /// `[eval]`
     pub eval: EvalConfig,
+    /// What was asked for and has no effect, for the user to read.
+    #[serde(skip)]
+    pub notes: Vec<String>,
 }
 
 /// The seed of a run that names none.
@@ -199,8 +202,11 @@ impl From<ModuleSelection> for OneOrMany<String> {
 pub struct LoraConfig {
     /// What is trained.
     pub method: Method,
-    /// An adapter directory to start from.
+    /// An adapter directory to start from; its shape then stands for the keys of this section that were not given.
     pub init_from: Option<PathBuf>,
+    /// With `init_from`, the keys of `[lora]` and `[lora.monteclora]` that were given, as dotted paths.
+    #[serde(skip)]
+    pub given: Vec<String>,
     /// Rank, at least 1.
     pub r: usize,
     /// Above 0. The update is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
@@ -230,6 +236,7 @@ impl Default for LoraConfig {
         Self {
             method: Method::MonteClora,
             init_from: None,
+            given: Vec::new(),
             r: 16,
             lora_alpha: 32.0,
             lora_dropout: 0.0,
@@ -256,6 +263,20 @@ pub enum Preset {
     /// Equal to `paper`.
     #[default]
     Recommended,
+}
+
+impl Preset {
+    /// Learning rate of the variational parameters over that of A and B, where none is given.
+    ///
+    /// Adam moves a value by about the learning rate a step, whatever the gradient's size. The variational parameters start
+    /// as U[0, 1), so that at A's rate of a few 1e-4 a run of a thousand steps barely moves them; ten times the
+    /// rate lets them cross their own range. PEFT has one rate for all.
+    pub fn variational_rate_ratio(self) -> f64 {
+        match self {
+            Self::Peft => 1.0,
+            Self::Paper | Self::Recommended => 10.0,
+        }
+    }
 }
 
 /// Which divergences are minimised.
@@ -286,6 +307,8 @@ pub struct MonteCloraConfig {
     pub dirichlet_prior: f64,
     /// Whether the sum of squared mixture weights is added to the loss.
     pub use_entropy: bool,
+    /// Share of the steps over which the weight of the divergences rises from 0 to `kl_loss_weight`, in [0, 1].
+    pub kl_warmup_ratio: f64,
 }
 
 impl MonteCloraConfig {
@@ -299,6 +322,7 @@ impl MonteCloraConfig {
             kl_loss_weight: 1e-5,
             dirichlet_prior: 1.0,
             use_entropy: true,
+            kl_warmup_ratio: 0.0,
         };
         match preset {
             Preset::Paper | Preset::Recommended => recommended,
@@ -366,12 +390,17 @@ pub struct TrainConfig {
     pub gradient_accumulation_steps: usize,
     /// Largest learning rate of A and B, above 0.
     pub learning_rate: f64,
-    /// Largest learning rate of the variational parameters, above 0; `None` is `learning_rate`.
-    pub variational_learning_rate: Option<f64>,
+    /// Largest learning rate of the variational parameters, above 0; by default [`Preset::variational_rate_ratio`] times
+    /// `learning_rate`.
+    pub variational_learning_rate: f64,
+    /// Learning rate of B over that of A, above 0; LoRA+ recommends 16 (Hayou et al. 2024, arXiv:2402.12354).
+    pub loraplus_lr_ratio: f64,
     /// How the learning rate falls.
     pub lr_scheduler_type: LrSchedulerType,
     /// Share of the steps over which the learning rate rises from 0, in [0, 1].
     pub warmup_ratio: f64,
+    /// Steps over which it rises; takes the place of `warmup_ratio`.
+    pub warmup_steps: Option<u64>,
     /// AdamW's decoupled decay, at least 0.
     pub weight_decay: f64,
     /// AdamW's decay of the first moment, in [0, 1).
@@ -408,9 +437,11 @@ impl Default for TrainConfig {
             per_device_train_batch_size: 8,
             gradient_accumulation_steps: 1,
             learning_rate: 5e-4,
-            variational_learning_rate: None,
+            variational_learning_rate: 5e-4 * Preset::default().variational_rate_ratio(),
+            loraplus_lr_ratio: 1.0,
             lr_scheduler_type: LrSchedulerType::Linear,
             warmup_ratio: 0.03,
+            warmup_steps: None,
             weight_decay: 0.0,
             adam_beta1: 0.9,
             adam_beta2: 0.999,

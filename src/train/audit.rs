@@ -1,6 +1,8 @@
 //! The gradient audit: every trainable matrix must receive a gradient when it should, or training is silently wrong.
 
 use candle_core::Tensor;
+use monteclora_adapters::linalg::on_cpu;
+use rayon::prelude::*;
 
 use super::state::{AdapterState, SiteGradient};
 use super::{Error, Result};
@@ -41,18 +43,69 @@ pub fn non_finite_sites(state: &AdapterState, gradients: &[SiteGradient]) -> Res
                 .chain(&s.log_concentration)
                 .any(|g| !g.is_finite())
         });
-        if spread || !largest(&gradient.a)?.is_finite() || !largest(&gradient.b)?.is_finite() {
+        if spread || !all_finite(&gradient.a)? || !all_finite(&gradient.b)? {
             names.push(site.name.clone());
         }
     }
     Ok(names)
 }
 
-fn is_zero(tensor: &Tensor) -> Result<bool> {
-    Ok(largest(tensor)? == 0.0)
+/// Names every site with a weight that is not finite.
+pub fn non_finite_weights(state: &AdapterState) -> Result<Vec<String>> {
+    let bad = state
+        .sites
+        .par_iter()
+        .map(|site| {
+            let spread = site.spread.as_ref().is_some_and(|s| {
+                s.log_std
+                    .iter()
+                    .chain(&s.log_concentration)
+                    .any(|value| !value.is_finite())
+            });
+            Ok(spread || !all_finite(&site.a)? || !all_finite(&site.b)?)
+        })
+        .collect::<Result<Vec<bool>>>()?;
+    let names = state.sites.iter().zip(bad);
+    Ok(names
+        .filter(|(_, bad)| *bad)
+        .map(|(site, _)| site.name.clone())
+        .collect())
 }
 
-/// Sum of absolute values: zero only if all are, and not finite if any is not.
-fn largest(tensor: &Tensor) -> Result<f32> {
-    Ok(tensor.abs()?.sum_all()?.to_scalar::<f32>()?)
+/// The three sites with the largest weights, for a loss that is not finite while every weight is.
+pub fn largest_weights(state: &AdapterState) -> Result<Vec<String>> {
+    let mut sizes = state
+        .sites
+        .iter()
+        .map(|site| {
+            let size = |t: &Tensor| -> Result<f32> {
+                Ok(t.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?)
+            };
+            Ok((size(&site.a)?.max(size(&site.b)?), &site.name))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    sizes.sort_by(|a, b| b.0.total_cmp(&a.0));
+    Ok(sizes
+        .into_iter()
+        .take(3)
+        .map(|(size, name)| format!("{name} (largest weight {size:.1e})"))
+        .collect())
+}
+
+fn all_finite(tensor: &Tensor) -> Result<bool> {
+    let fast = on_cpu([tensor], |[values]| values.iter().all(|v| v.is_finite()))?;
+    match fast {
+        Some(finite) => Ok(finite),
+        // An infinite or missing value makes this product NaN.
+        None => Ok(tensor
+            .zeros_like()?
+            .mul(tensor)?
+            .sum_all()?
+            .to_scalar::<f32>()?
+            == 0.0),
+    }
+}
+
+fn is_zero(tensor: &Tensor) -> Result<bool> {
+    Ok(tensor.abs()?.sum_all()?.to_scalar::<f32>()? == 0.0)
 }

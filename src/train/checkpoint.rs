@@ -8,14 +8,20 @@ use monteclora_adapters::Spread;
 use monteclora_converters::{self as formats, Adapter, AdapterConfig, SafetensorsFile};
 use serde::{Deserialize, Serialize};
 
+use super::identity::{Drift, Identity};
 use super::optimizer::{AdamW, AdamWSettings, SiteMoments};
 use super::state::AdapterState;
+use super::window::Window;
 use super::{Error, Result};
 use crate::data::Cursor;
 use crate::model::ModelConfig;
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "trainer_state.json";
+const BEST: &str = "best";
+const PREFIX: &str = "checkpoint-";
+/// What is still being written; the converters' name for it.
+const PARTIAL: &str = ".partial-";
 
 /// How far a run has come; with the adapter and the moments, all that continues it exactly. Noise, order and dropout are
 /// functions of the seed and of these counters.
@@ -35,6 +41,26 @@ pub struct Progress {
     pub best: Option<(f64, u64)>,
     /// Evaluations since then.
     pub evaluations_without_improvement: u64,
+    /// Whether the run ended for lack of improvement.
+    pub stopped_early: bool,
+    /// Sums since the last `train` line of the metrics.
+    pub window: Window,
+}
+
+/// `trainer_state.json`.
+#[derive(Debug, Deserialize)]
+struct Stored {
+    #[serde(flatten)]
+    progress: Progress,
+    run: Identity,
+}
+
+/// [`Stored`] as it is written.
+#[derive(Debug, Serialize)]
+struct Storing<'a> {
+    #[serde(flatten)]
+    progress: &'a Progress,
+    run: &'a Identity,
 }
 
 /// A point from which a run continues.
@@ -46,37 +72,44 @@ pub struct Checkpoint {
     pub optimizer: AdamW,
     /// The counters.
     pub progress: Progress,
+    /// What may change since the checkpoint, and did.
+    pub drift: Drift,
 }
 
 impl Checkpoint {
-    /// A checkpoint of the present; tensors are shared, not copied.
-    pub(super) fn borrow(state: &AdapterState, optimizer: &AdamW, progress: &Progress) -> Self {
-        Self {
-            state: state.clone(),
-            optimizer: optimizer.clone(),
-            progress: progress.clone(),
-        }
-    }
-
-    /// Reads `dir`, which must hold the sites of `like` and fit the optimiser's settings.
+    /// Reads `dir` for a run made of `run`, whose adapter has the sites of `like`.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] when a file is missing or belongs to another run.
+    /// [`Error::Torn`] when a file is missing or damaged, [`Error::Drift`] and [`Error::Checkpoint`] when it belongs to
+    /// another run.
     pub fn read(
         dir: &Path,
         like: &AdapterState,
         model: &ModelConfig,
         settings: AdamWSettings,
+        run: &Identity,
     ) -> Result<Self> {
         let refuse = |problem: String| Error::Checkpoint {
             path: dir.to_owned(),
             problem,
         };
-        let state_path = dir.join(STATE);
-        let text = std::fs::read_to_string(&state_path).map_err(|e| Error::io(&state_path, e))?;
-        let progress: Progress =
-            serde_json::from_str(&text).map_err(|e| refuse(format!("{STATE}: {e}")))?;
-        let adapter = Adapter::read_dir(dir)?;
+        let torn = |problem: String| Error::Torn {
+            path: dir.to_owned(),
+            problem,
+        };
+        let stored: Stored = std::fs::read(dir.join(STATE))
+            .map_err(|e| torn(format!("{STATE}: {e}")))
+            .and_then(|text| {
+                serde_json::from_slice(&text).map_err(|e| torn(format!("{STATE}: {e}")))
+            })?;
+        let (progress, drift) = (stored.progress, stored.run.drift(run));
+        if !drift.refused.is_empty() {
+            return Err(Error::Drift {
+                path: dir.to_owned(),
+                drift,
+            });
+        }
+        let adapter = Adapter::read_dir(dir).map_err(|e| torn(e.to_string()))?;
         let device = like
             .sites
             .first()
@@ -111,17 +144,12 @@ impl Checkpoint {
                 )));
             }
         }
-        let optimizer = read_moments(
-            &dir.join(OPTIMIZER),
-            &state,
-            settings,
-            progress.step,
-            &refuse,
-        )?;
+        let optimizer = read_moments(&dir.join(OPTIMIZER), &state, settings, progress.step, &torn)?;
         Ok(Self {
             state,
             optimizer,
             progress,
+            drift,
         })
     }
 }
@@ -132,47 +160,123 @@ pub fn write_adapter(dir: &Path, state: &AdapterState, config: &AdapterConfig) -
     Ok(())
 }
 
-/// Writes `output_dir/checkpoint-<step>` and removes the oldest beyond `keep`.
+/// Writes `output_dir/checkpoint-<step>` and removes the oldest beyond `keep`, never the one just written.
 pub(super) fn write(
     output_dir: &Path,
-    checkpoint: &Checkpoint,
+    (state, optimizer): (&AdapterState, &AdamW),
+    progress: &Progress,
+    run: &Identity,
     config: &AdapterConfig,
     keep: usize,
-) -> Result<PathBuf> {
-    let step = checkpoint.progress.step;
-    let target = output_dir.join(format!("checkpoint-{step}"));
-    let partial = tempfile::Builder::new()
-        .prefix(&format!(".checkpoint-{step}-"))
-        .tempdir_in(output_dir)
-        .map_err(|e| Error::io(output_dir, e))?;
-    let dir = partial.path();
-    write_adapter(dir, &checkpoint.state, config)?;
-    write_moments(
-        &dir.join(OPTIMIZER),
-        &checkpoint.state,
-        &checkpoint.optimizer,
-    )?;
-    let state_path = dir.join(STATE);
-    let json = serde_json::to_vec_pretty(&checkpoint.progress)
-        .map_err(|e| Error::io(&state_path, e.into()))?;
-    std::fs::write(&state_path, json).map_err(|e| Error::io(&state_path, e))?;
-    sync(&state_path)?;
-    sync(dir)?;
-    if target.exists() {
-        // A directory cannot be renamed over a full one; the old one is of the same step, so nothing is lost in between.
-        std::fs::remove_dir_all(&target).map_err(|e| Error::io(&target, e))?;
-    }
-    let dir = partial.keep();
-    std::fs::rename(&dir, &target).map_err(|e| Error::io(&target, e))?;
-    sync(output_dir)?;
+) -> Result<()> {
+    let target = output_dir.join(format!("{PREFIX}{}", progress.step));
+    let stored = Progress {
+        window: progress.window.stored(),
+        ..progress.clone()
+    };
+    replace_dir(&target, |dir| {
+        write_adapter(dir, state, config)?;
+        write_moments(&dir.join(OPTIMIZER), state, optimizer)?;
+        let storing = Storing {
+            progress: &stored,
+            run,
+        };
+        write_json(&dir.join(STATE), &storing)
+    })?;
     if keep > 0 {
-        let mut all = checkpoints(output_dir)?;
-        while all.len() > keep {
-            let (_, oldest) = all.remove(0);
+        let mut others = checkpoints(output_dir)?;
+        others.retain(|(step, _)| *step != progress.step);
+        let excess = (others.len() + 1).saturating_sub(keep);
+        for (_, oldest) in others.drain(..excess) {
             std::fs::remove_dir_all(&oldest).map_err(|e| Error::io(&oldest, e))?;
         }
     }
-    Ok(target)
+    Ok(())
+}
+
+/// Writes `output_dir/best`: the adapter of the lowest validation loss, with its step and loss.
+pub(super) fn write_best(
+    output_dir: &Path,
+    state: &AdapterState,
+    config: &AdapterConfig,
+    best: (f64, u64),
+) -> Result<()> {
+    replace_dir(&output_dir.join(BEST), |dir| {
+        write_adapter(dir, state, config)?;
+        let (loss, step) = best;
+        write_json(&dir.join(STATE), &BestState { step, loss })
+    })
+}
+
+/// The step that `output_dir/best` is of; none where there is no complete one.
+pub fn best_step(output_dir: &Path) -> Option<u64> {
+    let text = std::fs::read(output_dir.join(BEST).join(STATE)).ok()?;
+    let best: BestState = serde_json::from_slice(&text).ok()?;
+    Some(best.step)
+}
+
+/// Replaces the adapter in `output_dir` by that in `output_dir/best`.
+pub(super) fn restore_best(output_dir: &Path) -> Result<()> {
+    Adapter::read_dir(&output_dir.join(BEST))?.write_peft(output_dir, true)?;
+    Ok(())
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct BestState {
+    step: u64,
+    loss: f64,
+}
+
+/// Makes `target` what `fill` writes: filled beside its place, synced and renamed, so that it is either complete or absent.
+fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let parent = target.parent().unwrap_or(Path::new("."));
+    let mut partial = tempfile::Builder::new();
+    partial.prefix(PARTIAL);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        partial.permissions(std::fs::Permissions::from_mode(0o777));
+    }
+    let partial = partial
+        .tempdir_in(parent)
+        .map_err(|e| Error::io(parent, e))?;
+    fill(partial.path())?;
+    sync(partial.path())?;
+    // A directory cannot be renamed over a full one: the old one steps aside first.
+    let aside = tempfile::Builder::new()
+        .prefix(PARTIAL)
+        .tempdir_in(parent)
+        .map_err(|e| Error::io(parent, e))?;
+    match std::fs::rename(target, aside.path()) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(target, e)),
+        _ => {}
+    }
+    let filled = partial.keep();
+    std::fs::rename(&filled, target).map_err(|e| Error::io(target, e))?;
+    sync(parent)
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let context = |e| Error::io(path, e);
+    let json = serde_json::to_vec_pretty(value).map_err(|e| context(e.into()))?;
+    std::fs::write(path, json).map_err(context)?;
+    sync(path)
+}
+
+/// Removes what a killed run left half written in `output_dir`.
+pub fn remove_partial(output_dir: &Path) -> Result<()> {
+    for entry in entries(output_dir)? {
+        if entry.file_name().to_string_lossy().starts_with(PARTIAL) {
+            let path = entry.path();
+            let removed = if path.is_dir() {
+                std::fs::remove_dir_all(&path)
+            } else {
+                std::fs::remove_file(&path)
+            };
+            removed.map_err(|e| Error::io(&path, e))?;
+        }
+    }
+    Ok(())
 }
 
 fn sync(path: &Path) -> Result<()> {
@@ -181,31 +285,46 @@ fn sync(path: &Path) -> Result<()> {
         .map_err(|e| Error::io(path, e))
 }
 
-/// Checkpoints of `output_dir`, oldest first.
-fn checkpoints(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    let entries = match std::fs::read_dir(output_dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::io(output_dir, e)),
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(|e| Error::io(output_dir, e))?;
-        let step = entry
-            .file_name()
-            .to_str()
-            .and_then(|n| n.strip_prefix("checkpoint-")?.parse().ok());
-        if let Some(step) = step.filter(|_| entry.path().join(STATE).is_file()) {
-            found.push((step, entry.path()));
-        }
+fn entries(output_dir: &Path) -> Result<Vec<std::fs::DirEntry>> {
+    match std::fs::read_dir(output_dir) {
+        Ok(entries) => entries
+            .collect::<std::io::Result<_>>()
+            .map_err(|e| Error::io(output_dir, e)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(Error::io(output_dir, e)),
     }
+}
+
+/// Checkpoint directories of `output_dir` with their steps, oldest first; not all need be complete.
+pub fn checkpoints(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found: Vec<(u64, PathBuf)> = entries(output_dir)?
+        .into_iter()
+        .filter_map(|entry| {
+            let step = entry.file_name().to_str()?.strip_prefix(PREFIX)?.parse();
+            Some((step.ok()?, entry.path()))
+        })
+        .filter(|(_, path)| path.is_dir())
+        .collect();
     found.sort();
     Ok(found)
 }
 
-/// The newest complete checkpoint of `output_dir`.
-pub fn latest_checkpoint(output_dir: &Path) -> Result<Option<PathBuf>> {
-    Ok(checkpoints(output_dir)?.pop().map(|(_, path)| path))
+/// The newest complete checkpoint of `output_dir`, as `read` reads it; torn ones are told to `skipped` and passed over.
+///
+/// # Errors
+/// What `read` fails with, except [`Error::Torn`].
+pub fn latest_checkpoint(
+    output_dir: &Path,
+    mut read: impl FnMut(&Path) -> Result<Checkpoint>,
+    mut skipped: impl FnMut(&Error),
+) -> Result<Option<Checkpoint>> {
+    for (_, dir) in checkpoints(output_dir)?.into_iter().rev() {
+        match read(&dir) {
+            Err(error @ Error::Torn { .. }) => skipped(&error),
+            found => return found.map(Some),
+        }
+    }
+    Ok(None)
 }
 
 fn write_moments(path: &Path, state: &AdapterState, optimizer: &AdamW) -> Result<()> {
@@ -244,7 +363,7 @@ fn read_moments(
     step: u64,
     refuse: &dyn Fn(String) -> Error,
 ) -> Result<AdamW> {
-    let file = SafetensorsFile::open(path)?;
+    let file = SafetensorsFile::open(path).map_err(|e| refuse(format!("{OPTIMIZER}: {e}")))?;
     let tensor = |name: String, like: &[usize]| -> Result<formats::Tensor> {
         let tensor = file
             .get(&name)

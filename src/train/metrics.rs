@@ -213,7 +213,10 @@ fn forget_after(path: &Path, step: u64) -> Result<()> {
         .collect();
     let context = |e| Error::io(path, e);
     let directory = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(context)?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".partial-")
+        .tempfile_in(directory)
+        .map_err(context)?;
     for line in kept {
         writeln!(file, "{line}").map_err(context)?;
     }

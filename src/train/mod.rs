@@ -2,21 +2,31 @@
 
 pub mod audit;
 mod checkpoint;
+mod evaluation;
+mod identity;
 pub mod memory;
 pub mod metrics;
 mod optimizer;
 mod run;
 mod schedule;
+mod settings;
 mod state;
 mod tensorboard;
+mod window;
 
 use std::path::{Path, PathBuf};
 
-pub use checkpoint::{Checkpoint, latest_checkpoint, write_adapter};
+pub use checkpoint::{
+    Checkpoint, Progress, best_step, checkpoints, latest_checkpoint, remove_partial, write_adapter,
+};
+pub use evaluation::evaluate;
+pub use identity::{Drift, Identity};
 pub use optimizer::{AdamW, AdamWSettings, SiteMoments, clip, global_norm};
-pub use run::{Event, Interrupt, Outcome, TrainSettings, Trainer, evaluate};
+pub use run::{Event, Interrupt, Outcome, Trainer};
 pub use schedule::{Schedule, Shape};
+pub use settings::TrainSettings;
 pub use state::{AdapterState, DrawForm, DrawnAdapter, RegulariserMeans, SiteGradient, SiteState};
+pub use window::Window;
 
 /// What can go wrong in training.
 #[derive(Debug, thiserror::Error)]
@@ -30,9 +40,9 @@ pub enum Error {
     NonFinite {
         /// Optimiser step, from 1.
         step: u64,
-        /// Loss or gradient.
+        /// The loss, the validation loss, the gradient or a weight.
         what: &'static str,
-        /// Sites whose gradient is not finite.
+        /// Sites concerned.
         names: Vec<String>,
     },
     /// Gradients that should be there are zero.
@@ -57,6 +67,14 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// A checkpoint of which a file is missing or damaged.
+    #[error("`{}` is not a complete checkpoint: {problem}", .path.display())]
+    Torn {
+        /// The checkpoint directory.
+        path: PathBuf,
+        /// What is missing or damaged.
+        problem: String,
+    },
     /// A checkpoint does not belong to this run.
     #[error("`{}` cannot be resumed: {problem}", .path.display())]
     Checkpoint {
@@ -64,6 +82,17 @@ pub enum Error {
         path: PathBuf,
         /// What does not fit.
         problem: String,
+    },
+    /// What the run is made of changed since the checkpoint.
+    #[error(
+        "`{}` cannot be resumed, for the run would not be the same:\n  {}\nundo the changes, or begin another run in another output_dir (`lora.init_from` can start it from this adapter)",
+        .path.display(), .drift.refused.join("\n  ")
+    )]
+    Drift {
+        /// The checkpoint directory.
+        path: PathBuf,
+        /// All that changed.
+        drift: Drift,
     },
     /// The data cannot be read.
     #[error(transparent)]

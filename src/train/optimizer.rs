@@ -21,6 +21,8 @@ pub struct AdamWSettings {
     pub weight_decay: f64,
     /// Whether A is trained (LoRA-FA freezes it).
     pub train_a: bool,
+    /// Learning rate of B over that of A, at least 1 in LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+    pub loraplus_lr_ratio: f64,
 }
 
 impl Default for AdamWSettings {
@@ -31,6 +33,7 @@ impl Default for AdamWSettings {
             epsilon: 1e-8,
             weight_decay: 0.0,
             train_a: true,
+            loraplus_lr_ratio: 1.0,
         }
     }
 }
@@ -115,6 +118,10 @@ impl AdamW {
             learning_rate,
             weight_decay: self.settings.weight_decay,
         };
+        let b_update = Update {
+            learning_rate: learning_rate * self.settings.loraplus_lr_ratio,
+            ..update
+        };
         let spread_update = Update {
             learning_rate: spread_rate,
             weight_decay: 0.0,
@@ -129,7 +136,7 @@ impl AdamW {
                 if self.settings.train_a {
                     update.apply(&mut site.a, &mut moments.a, &gradient.a)?;
                 }
-                update.apply(&mut site.b, &mut moments.b, &gradient.b)?;
+                b_update.apply(&mut site.b, &mut moments.b, &gradient.b)?;
                 if let (Some(spread), Some(moments), Some(gradient)) =
                     (&mut site.spread, &mut moments.spread, &gradient.spread)
                 {

@@ -9,63 +9,16 @@ use monteclora_converters::AdapterConfig;
 
 use super::audit;
 use super::checkpoint::{self, Checkpoint, Progress};
-use super::metrics::{
-    EvalRecord, EventRecord, Metrics, Record, Sinks, TrainRecord, peak_memory_bytes,
-};
-use super::optimizer::{AdamW, AdamWSettings, clip};
-use super::schedule::{Schedule, Shape};
-use super::state::{AdapterState, DrawForm, RegulariserMeans};
+use super::evaluation::{evaluate, sequences};
+use super::identity::Identity;
+use super::metrics::{EvalRecord, EventRecord, Metrics, Record, TrainRecord};
+use super::optimizer::{AdamW, clip};
+use super::settings::TrainSettings;
+use super::state::{AdapterState, DrawForm};
+use super::window::{StepResult, Window};
 use super::{Error, Result};
-use crate::data::{Batch, BatchOptions, Batches, Cursor, Dataset};
-use crate::model::ops::attention::Segment;
-use crate::model::{ActiveAdapter, AdapterGradients, Decoder, Dropout, PassOptions, Sequences};
-
-/// Everything the loop is told.
-#[derive(Debug, Clone)]
-pub struct TrainSettings {
-    /// Seed of noise, initial values, order and dropout.
-    pub seed: u64,
-    /// Passes over the data.
-    pub num_train_epochs: f64,
-    /// Optimiser steps; takes precedence over epochs.
-    pub max_steps: Option<u64>,
-    /// Rows (or packs) a micro-batch.
-    pub batch_size: usize,
-    /// Tokens a pack holds, where rows are packed.
-    pub pack_tokens: Option<usize>,
-    /// Micro-batches an optimiser step; they share one posterior draw.
-    pub gradient_accumulation_steps: usize,
-    /// Peak learning rate of A and B.
-    pub learning_rate: f64,
-    /// Peak learning rate of the variational parameters.
-    pub variational_learning_rate: f64,
-    /// Shape of the schedule.
-    pub shape: Shape,
-    /// Share of the steps spent warming up.
-    pub warmup_ratio: f64,
-    /// AdamW's constants.
-    pub adamw: AdamWSettings,
-    /// Largest gradient norm; 0 for no clipping.
-    pub max_grad_norm: f64,
-    /// Dropout on the adapters' inputs.
-    pub lora_dropout: f64,
-    /// Recompute activations in the backward pass.
-    pub gradient_checkpointing: bool,
-    /// Steps between metrics lines.
-    pub logging_steps: u64,
-    /// Steps between evaluations; 0 for only at the end.
-    pub eval_steps: u64,
-    /// Steps between checkpoints; 0 for none.
-    pub save_steps: u64,
-    /// Checkpoints kept.
-    pub save_total_limit: usize,
-    /// Whether the best adapter by validation loss is what remains at the end.
-    pub load_best_model_at_end: bool,
-    /// Evaluations without improvement before the run ends; 0 for never.
-    pub early_stopping_patience: u64,
-    /// Where metrics go.
-    pub sinks: Sinks,
-}
+use crate::data::{Batches, Dataset};
+use crate::model::{AdapterGradients, Decoder, Dropout, PassOptions};
 
 /// What a caller may show while the loop runs.
 #[derive(Debug, Clone)]
@@ -100,8 +53,8 @@ pub struct Outcome {
     pub seconds: f64,
     /// Best validation loss and its step.
     pub best: Option<(f64, u64)>,
-    /// Loss of the last step, task only.
-    pub last_task_loss: f64,
+    /// Loss of the last step, task only; none where no step was left to make.
+    pub last_task_loss: Option<f64>,
 }
 
 /// A training run.
@@ -118,52 +71,18 @@ pub struct Trainer<'a> {
     pub adapter_config: &'a AdapterConfig,
     /// Where everything is written.
     pub output_dir: &'a Path,
+    /// What the run is made of; kept in every checkpoint.
+    pub identity: &'a Identity,
     /// Set to stop.
     pub interrupt: Interrupt,
 }
 
-#[derive(Default)]
-struct Window {
-    steps: u64,
-    task_loss: f64,
-    regulariser: RegulariserMeans,
-    grad_norm: f64,
-    tokens: u64,
-    since: Option<Instant>,
-}
-
-struct StepResult {
-    task_loss: f64,
-    regulariser: RegulariserMeans,
-    grad_norm: f64,
-    tokens: u64,
-    trained_tokens: u64,
-}
-
 impl Trainer<'_> {
-    fn options(&self) -> BatchOptions {
-        BatchOptions {
-            batch_size: self.settings.batch_size,
-            pack_tokens: self.settings.pack_tokens,
-            shuffle_seed: Some(self.settings.seed),
-        }
-    }
-
-    /// Optimiser steps this run will make.
-    pub fn total_steps(&self) -> u64 {
-        let settings = self.settings;
-        settings.max_steps.unwrap_or_else(|| {
-            Batches::new(self.train, self.options(), Cursor::default()).n_steps(
-                settings.num_train_epochs,
-                settings.gradient_accumulation_steps,
-            )
-        })
-    }
-
     /// Trains `state`, from `resume` or from the beginning, and leaves the adapter in the output directory.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] and [`Error::Audit`] before anything was updated with the bad step; errors of files and data.
+    /// [`Error::NonFinite`] and [`Error::Audit`] before anything is written with the bad step; errors of files and data.
+    /// The last checkpoint stays as it is.
     pub fn run(
         &self,
         mut state: AdapterState,
@@ -171,8 +90,9 @@ impl Trainer<'_> {
         mut watch: impl FnMut(&Event),
     ) -> Result<Outcome> {
         let settings = self.settings;
-        let total_steps = self.total_steps();
-        let schedule = Schedule::new(settings.shape, settings.warmup_ratio, total_steps);
+        let total_steps = settings.total_steps(self.train);
+        let schedule = settings.schedule(total_steps);
+        let kl_schedule = settings.kl_schedule(total_steps);
         let mut optimizer = AdamW::new(settings.adamw, &state)?;
         let mut progress = Progress::default();
         let began = Instant::now();
@@ -202,34 +122,26 @@ impl Trainer<'_> {
             None,
         ))?;
         watch(&Event::Started(progress.step, total_steps));
-        let mut batches = Batches::new(self.train, self.options(), progress.cursor);
-        let mut window = Window::default();
-        let mut outcome = Outcome {
-            steps: progress.step,
-            total_steps,
-            interrupted: false,
-            stopped_early: false,
-            seconds: 0.0,
-            best: progress.best,
-            last_task_loss: f64::NAN,
-        };
-        while progress.step < total_steps {
-            window.since.get_or_insert_with(Instant::now);
+        let mut batches = Batches::new(self.train, settings.batch_options(), progress.cursor);
+        let mut interrupted = false;
+        let mut last_task_loss = None;
+        while progress.step < total_steps && !progress.stopped_early && !interrupted {
+            progress.window.begin();
             let factor = schedule.factor(progress.step);
+            let kl_factor = kl_schedule.factor(progress.step);
             let result = self.step(
                 &mut state,
                 &mut optimizer,
                 &mut batches,
                 progress.step,
-                factor,
+                (factor, kl_factor),
             )?;
             progress.step += 1;
             progress.cursor = batches.cursor();
             progress.tokens += result.tokens;
             progress.trained_tokens += result.trained_tokens;
-            progress.wall_s = wall();
-            outcome.last_task_loss = result.task_loss;
-            window.add(&result);
+            progress.window.add(&result);
+            last_task_loss = Some(result.task_loss);
             let step = progress.step;
             watch(&Event::Step(
                 step,
@@ -237,7 +149,7 @@ impl Trainer<'_> {
             ));
             let last = step == total_steps;
             if last || step.is_multiple_of(settings.logging_steps.max(1)) {
-                let record = window.record(
+                let record = progress.window.record(
                     &progress,
                     self.epoch(&batches),
                     settings.learning_rate * factor,
@@ -245,7 +157,7 @@ impl Trainer<'_> {
                 );
                 metrics.write(&Record::Train(record.clone()))?;
                 watch(&Event::Train(record));
-                window = Window::default();
+                progress.window = Window::default();
             }
             if let Some(valid) = self.valid
                 && (last || (settings.eval_steps > 0 && step.is_multiple_of(settings.eval_steps)))
@@ -258,62 +170,70 @@ impl Trainer<'_> {
                     settings.batch_size,
                     |_| {},
                 )?;
+                if !record.loss.is_finite() {
+                    return Err(Error::NonFinite {
+                        step,
+                        what: "the validation loss",
+                        names: audit::largest_weights(&state)?,
+                    });
+                }
                 (record.step, record.epoch, record.wall_s) = (step, self.epoch(&batches), wall());
                 metrics.write(&Record::Eval(record.clone()))?;
                 if progress.best.is_none_or(|(loss, _)| record.loss < loss) {
-                    progress.best = Some((record.loss, step));
+                    let best = (record.loss, step);
+                    checkpoint::write_best(self.output_dir, &state, self.adapter_config, best)?;
+                    progress.best = Some(best);
                     progress.evaluations_without_improvement = 0;
-                    write_best(&self.output_dir.join("best"), &state, self.adapter_config)?;
                     metrics.write(&event("best", step, None))?;
                 } else {
                     progress.evaluations_without_improvement += 1;
                 }
                 watch(&Event::Eval(record));
-                if let Some(since) = &mut window.since {
-                    *since += before.elapsed();
-                }
+                progress.window.exclude(before.elapsed());
                 let patience = settings.early_stopping_patience;
-                outcome.stopped_early =
+                progress.stopped_early =
                     patience > 0 && progress.evaluations_without_improvement >= patience;
             }
-            outcome.interrupted = self.interrupt.load(Ordering::Relaxed) && !last;
-            let due = settings.save_steps > 0 && step.is_multiple_of(settings.save_steps);
-            if due || outcome.interrupted {
-                let checkpoint = Checkpoint::borrow(&state, &optimizer, &progress);
+            let ends = last || progress.stopped_early;
+            interrupted = self.interrupt.load(Ordering::Relaxed) && !ends;
+            let due = step.is_multiple_of(settings.save_steps.max(1)) || ends;
+            if (settings.save_steps > 0 && due) || interrupted {
+                progress.wall_s = wall();
                 checkpoint::write(
                     self.output_dir,
-                    &checkpoint,
+                    (&state, &optimizer),
+                    &progress,
+                    self.identity,
                     self.adapter_config,
                     settings.save_total_limit,
                 )?;
                 metrics.write(&event("checkpoint", step, None))?;
                 watch(&Event::Saved(step));
             }
-            if outcome.interrupted {
-                metrics.write(&event("interrupted", step, None))?;
-                break;
-            }
-            if outcome.stopped_early {
-                metrics.write(&event("early_stop", step, None))?;
-                break;
-            }
         }
-        outcome.steps = progress.step;
-        outcome.best = progress.best;
-        outcome.seconds = began.elapsed().as_secs_f64();
-        if !outcome.interrupted {
-            let best = self.output_dir.join("best");
-            if settings.load_best_model_at_end
-                && outcome.best.is_some_and(|(_, step)| step != outcome.steps)
-            {
-                let best = monteclora_converters::Adapter::read_dir(&best)?;
-                best.write_peft(self.output_dir, true)?;
-            } else {
-                checkpoint::write_adapter(self.output_dir, &state, self.adapter_config)?;
+        if interrupted {
+            metrics.write(&event("interrupted", progress.step, None))?;
+        } else {
+            if progress.stopped_early {
+                metrics.write(&event("early_stop", progress.step, None))?;
             }
-            metrics.write(&event("finished", outcome.steps, None))?;
+            match progress.best {
+                Some((_, best)) if settings.load_best_model_at_end && best != progress.step => {
+                    checkpoint::restore_best(self.output_dir)?;
+                }
+                _ => checkpoint::write_adapter(self.output_dir, &state, self.adapter_config)?,
+            }
+            metrics.write(&event("finished", progress.step, None))?;
         }
-        Ok(outcome)
+        Ok(Outcome {
+            steps: progress.step,
+            total_steps,
+            interrupted,
+            stopped_early: progress.stopped_early,
+            seconds: began.elapsed().as_secs_f64(),
+            best: progress.best,
+            last_task_loss,
+        })
     }
 
     fn epoch(&self, batches: &Batches<'_>) -> f64 {
@@ -328,7 +248,7 @@ impl Trainer<'_> {
         optimizer: &mut AdamW,
         batches: &mut Batches<'_>,
         step: u64,
-        factor: f64,
+        (factor, kl_factor): (f64, f64),
     ) -> Result<StepResult> {
         let settings = self.settings;
         let mut micro = vec![batches.next_batch()?];
@@ -337,7 +257,12 @@ impl Trainer<'_> {
             micro.push(batches.next_batch()?);
         }
         let trained_tokens: usize = micro.iter().map(|b| b.targets.len()).sum();
-        let drawn = state.draw(settings.seed, step, DrawForm::Collapsed)?;
+        let tempered = (kl_factor < 1.0).then(|| state.with_kl_factor(kl_factor));
+        let drawn =
+            tempered
+                .as_ref()
+                .unwrap_or(state)
+                .draw(settings.seed, step, DrawForm::Collapsed)?;
         // The loss is the mean over the trained tokens of the whole step, however it is cut into micro-batches.
         let scale = 1.0 / trained_tokens.max(1) as f64;
         let mut task = AdapterGradients::default();
@@ -376,7 +301,7 @@ impl Trainer<'_> {
             return Err(Error::NonFinite {
                 step: step + 1,
                 what: "the loss",
-                names: Vec::new(),
+                names: audit::largest_weights(state)?,
             });
         }
         let mut gradients = drawn.backward(state, &task)?;
@@ -400,6 +325,14 @@ impl Trainer<'_> {
             settings.learning_rate * factor,
             spread_rate,
         )?;
+        let names = audit::non_finite_weights(state)?;
+        if !names.is_empty() {
+            return Err(Error::NonFinite {
+                step: step + 1,
+                what: "a weight",
+                names,
+            });
+        }
         Ok(StepResult {
             task_loss,
             regulariser,
@@ -408,111 +341,4 @@ impl Trainer<'_> {
             trained_tokens: trained_tokens as u64,
         })
     }
-}
-
-impl Window {
-    fn add(&mut self, result: &StepResult) {
-        self.steps += 1;
-        self.task_loss += result.task_loss;
-        self.regulariser.dirichlet += result.regulariser.dirichlet;
-        self.regulariser.wishart += result.regulariser.wishart;
-        self.regulariser.gaussian += result.regulariser.gaussian;
-        self.regulariser.weighted_kl += result.regulariser.weighted_kl;
-        self.regulariser.sum_of_squares += result.regulariser.sum_of_squares;
-        self.grad_norm += result.grad_norm;
-        self.tokens += result.tokens;
-    }
-
-    fn record(
-        &self,
-        progress: &Progress,
-        epoch: f64,
-        learning_rate: f64,
-        wall_s: f64,
-    ) -> TrainRecord {
-        let mean = |sum: f64| sum / self.steps.max(1) as f64;
-        let seconds = self
-            .since
-            .map_or(0.0, |since| since.elapsed().as_secs_f64());
-        TrainRecord {
-            step: progress.step,
-            epoch,
-            loss: mean(self.task_loss + self.regulariser.total()),
-            task_loss: mean(self.task_loss),
-            kl_loss: mean(self.regulariser.weighted_kl),
-            kl_dirichlet: mean(self.regulariser.dirichlet),
-            kl_wishart: mean(self.regulariser.wishart),
-            kl_gaussian: mean(self.regulariser.gaussian),
-            entropy_loss: mean(self.regulariser.sum_of_squares),
-            grad_norm: mean(self.grad_norm),
-            learning_rate,
-            tokens: progress.tokens,
-            trained_tokens: progress.trained_tokens,
-            tokens_per_second: self.tokens as f64 / seconds.max(1e-9),
-            peak_memory_bytes: peak_memory_bytes(),
-            wall_s,
-        }
-    }
-}
-
-/// `best/` is replaced whole.
-fn write_best(dir: &Path, state: &AdapterState, config: &AdapterConfig) -> Result<()> {
-    state.to_adapter(config)?.write_peft(dir, true)?;
-    Ok(())
-}
-
-/// The decoder's view of a batch.
-pub(crate) fn sequences(batch: &Batch) -> Sequences {
-    Sequences {
-        tokens: batch.tokens.clone(),
-        positions: batch.positions.clone(),
-        segments: batch
-            .segments
-            .iter()
-            .map(|(start, len)| Segment {
-                query_start: *start,
-                query_len: *len,
-                key_start: *start,
-                key_len: *len,
-            })
-            .collect(),
-    }
-}
-
-/// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order; `done` is told the rows of
-/// every batch.
-pub fn evaluate(
-    model: &Decoder,
-    adapter: &ActiveAdapter,
-    data: &Dataset,
-    batch_size: usize,
-    mut done: impl FnMut(usize),
-) -> Result<EvalRecord> {
-    let began = Instant::now();
-    let options = BatchOptions {
-        batch_size: batch_size.max(1),
-        pack_tokens: None,
-        shuffle_seed: None,
-    };
-    let mut batches = Batches::new(data, options, Cursor::default());
-    let (mut total, mut tokens, mut correct) = (0.0, 0usize, 0usize);
-    for _ in 0..batches.n_batches() {
-        let batch = batches.next_batch()?;
-        let loss = model.evaluate(&sequences(&batch), &batch.targets, adapter)?;
-        total += loss.total();
-        tokens += loss.nll.len();
-        correct += loss.correct.iter().filter(|c| **c).count();
-        done(batch.segments.len());
-    }
-    let loss = total / tokens.max(1) as f64;
-    Ok(EvalRecord {
-        step: 0,
-        epoch: 0.0,
-        loss,
-        perplexity: loss.exp(),
-        token_accuracy: correct as f64 / tokens.max(1) as f64,
-        rows: data.len(),
-        seconds: began.elapsed().as_secs_f64(),
-        wall_s: 0.0,
-    })
 }

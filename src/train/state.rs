@@ -8,6 +8,7 @@ use monteclora_adapters::{
 use monteclora_converters as formats;
 use monteclora_converters::{Adapter, AdapterConfig, Format, MonteCloraSettings, SitePosterior};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
 use crate::model::{ActiveAdapter, AdapterGradients, ModelConfig, SiteId};
@@ -71,7 +72,7 @@ pub struct DrawnAdapter {
 }
 
 /// Means over sites of the regulariser's parts, nats; all zero for plain LoRA.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct RegulariserMeans {
     /// Dirichlet divergence.
     pub dirichlet: f64,
@@ -195,6 +196,15 @@ impl AdapterState {
                 site.a.elem_count() + site.b.elem_count() + spread
             })
             .sum()
+    }
+
+    /// The same adapter with the weight of its divergences multiplied by `factor`; tensors are shared.
+    pub(super) fn with_kl_factor(&self, factor: f64) -> Self {
+        let mut state = self.clone();
+        if let Some(settings) = &mut state.settings {
+            settings.kl_loss_weight *= factor;
+        }
+        state
     }
 
     /// The posterior mean, for evaluation.

@@ -13,6 +13,7 @@ mod formats;
 mod operations;
 mod planning;
 mod report;
+mod resume;
 #[cfg(feature = "mistralrs")]
 mod runtime;
 mod training;

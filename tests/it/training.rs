@@ -7,10 +7,11 @@ use std::sync::atomic::AtomicBool;
 use candle_core::Device;
 use monteclora::config::RunConfig;
 use monteclora::data::Dataset;
+use monteclora::model::{AdapterGradients, Dropout, PassOptions, Sequences};
 use monteclora::model::{Decoder, ModelConfig};
 use monteclora::session;
 use monteclora::train::{
-    AdapterState, Checkpoint, Event, TrainSettings, Trainer, latest_checkpoint,
+    AdapterState, Checkpoint, DrawForm, Event, Identity, SiteGradient, TrainSettings, Trainer,
 };
 use monteclora_converters::{Adapter, AdapterConfig, Format, SafetensorsFile};
 
@@ -103,6 +104,7 @@ impl Setup {
             settings,
             adapter_config: &self.adapter_config,
             output_dir: out,
+            identity: &Identity::default(),
             interrupt: Arc::new(AtomicBool::new(false)),
         };
         let mut losses = Vec::new();
@@ -151,13 +153,12 @@ fn runs_are_reproducible_and_resume_exactly() {
     setup.train(&settings, again.path(), None);
     assert_eq!(bytes(whole.path()), bytes(again.path()));
 
-    let checkpoint = latest_checkpoint(whole.path()).unwrap().unwrap();
-    assert!(checkpoint.ends_with("checkpoint-4"));
     let read = Checkpoint::read(
-        &checkpoint,
+        &whole.path().join("checkpoint-4"),
         &setup.state(),
         setup.decoder.config(),
         settings.adamw,
+        &Identity::default(),
     )
     .unwrap();
     assert_eq!(read.progress.step, 4);
@@ -165,31 +166,187 @@ fn runs_are_reproducible_and_resume_exactly() {
     assert_eq!(bytes(whole.path()), bytes(stopped.path()));
 }
 
-/// Two micro-batches of three rows are one batch of six: same loss, same update, whatever their lengths.
+/// Largest difference between any two tensors of the same name in two adapters.
+fn largest_file_difference(a: &Path, b: &Path) -> f64 {
+    let [a, b] =
+        [a, b].map(|dir| SafetensorsFile::open(dir.join("adapter_model.safetensors")).unwrap());
+    a.names()
+        .map(|name| {
+            let [x, y] = [&a, &b].map(|file| file.get(name).unwrap().to_f32().unwrap());
+            crate::fixtures::largest_difference(&x, &y)
+        })
+        .fold(0.0, f64::max)
+}
+
+/// Micro-batches are the large batch, whatever the lengths of their rows, with packing, with dropout, and where the last
+/// micro-batches of an epoch are too few: same losses (the divergence counted once), same adapter after five steps.
 #[test]
 fn accumulation_equals_the_large_batch() {
-    let setup = setup(&[]);
-    let mut small = setup.settings();
-    small.max_steps = Some(3);
-    let mut large = small.clone();
-    (small.batch_size, small.gradient_accumulation_steps) = (3, 2);
-    (large.batch_size, large.gradient_accumulation_steps) = (6, 1);
-    let [a, b] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-    let (losses_small, losses_large) = (
-        setup.train(&small, a.path(), None),
-        setup.train(&large, b.path(), None),
+    for packing in ["true", "false"] {
+        // AdamW's first steps are sign-like and would blow rounding up to the learning rate where a gradient is nearly
+        // zero; an epsilon above the gradients' rounding (1e-8 or so) keeps the update a smooth function of them.
+        let setup = setup(&[
+            &format!("data.packing={packing}"),
+            "data.max_seq_length=120",
+            "lora.lora_dropout=0.1",
+            "lora.monteclora.kl_loss_weight=1e-2",
+            "train.adam_epsilon=1e-3",
+            "train.max_steps=5",
+        ]);
+        let mut small = setup.settings();
+        small.pack_tokens = small.pack_tokens.map(|_| 120);
+        let mut large = small.clone();
+        // Six rows: a step of four and one of two in every epoch.
+        (small.batch_size, small.gradient_accumulation_steps) = (1, 4);
+        (large.batch_size, large.gradient_accumulation_steps) = (4, 1);
+        let [a, b] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let losses = [
+            setup.train(&small, a.path(), None),
+            setup.train(&large, b.path(), None),
+        ];
+        for (x, y) in losses[0].iter().zip(&losses[1]) {
+            assert!((x - y).abs() < 1e-6, "packing {packing}: {losses:?}");
+        }
+        let difference = largest_file_difference(a.path(), b.path());
+        assert!(difference < 1e-6, "packing {packing}: {difference}");
+    }
+}
+
+/// The gradients themselves, of A, B and the variational parameters: one draw, dropout by row, rows of many lengths.
+#[test]
+fn gradients_of_micro_batches_sum_to_those_of_the_large_batch() {
+    let setup = setup(&["lora.lora_dropout=0.3"]);
+    let mut state = setup.state();
+    for site in &mut state.sites {
+        // B is zero at first, which would hide the gradients of A and of the posterior.
+        site.b = (site.b.ones_like().unwrap() * 0.02).unwrap();
+    }
+    let drawn = state.draw(3, 7, DrawForm::Collapsed).unwrap();
+    let n_targets = setup.data.batch(&[0, 1, 2, 3, 4, 5]).unwrap().targets.len();
+    let gradients = |batches: &[&[usize]]| -> Vec<SiteGradient> {
+        let mut sum = AdapterGradients::default();
+        for rows in batches {
+            let batch = setup.data.batch(rows).unwrap();
+            let tokens: Vec<&[u32]> = batch
+                .segments
+                .iter()
+                .map(|(start, len)| &batch.tokens[*start..start + len])
+                .collect();
+            let dropout = Dropout {
+                probability: 0.3,
+                seed: 3,
+                step: 7,
+                rows: rows.iter().map(|row| *row as u64).collect(),
+            };
+            let options = PassOptions {
+                dropout: Some(&dropout),
+                checkpointing: rows.len() == 2,
+            };
+            let loss = setup
+                .decoder
+                .loss_and_gradients(
+                    &Sequences::new(&tokens),
+                    &batch.targets,
+                    &drawn.active,
+                    1.0 / n_targets as f64,
+                    options,
+                )
+                .unwrap();
+            sum.add_all(loss.gradients.unwrap()).unwrap();
+        }
+        drawn.backward(&state, &sum).unwrap()
+    };
+    let large = gradients(&[&[0, 1, 2, 3, 4, 5]]);
+    let flat = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for cut in [
+        &[&[3][..], &[0, 5], &[1, 2, 4]][..],
+        &[&[5, 4], &[3, 2], &[1, 0]],
+    ] {
+        for (small, large) in gradients(cut).iter().zip(&large) {
+            let pairs = [(&small.a, &large.a), (&small.b, &large.b)];
+            for (x, y) in pairs {
+                let (x, y) = (flat(x), flat(y));
+                assert!(y.iter().any(|g| g.abs() > 1e-5), "no gradient to compare");
+                let difference = crate::fixtures::largest_difference(&x, &y);
+                assert!(difference < 1e-6, "{difference}");
+            }
+            let (x, y) = (small.spread.as_ref(), large.spread.as_ref());
+            let (x, y) = (x.unwrap(), y.unwrap());
+            let pairs = x.log_std.iter().zip(&y.log_std);
+            for (x, y) in pairs.chain(x.log_concentration.iter().zip(&y.log_concentration)) {
+                assert!((x - y).abs() < 1e-6, "{x} against {y}");
+            }
+        }
+    }
+}
+
+/// LoRA+ moves B faster by its ratio; the divergences' weight and the learning rate warm up as they are told.
+#[test]
+fn rates_and_warm_ups_are_what_they_say() {
+    let step = |ratio: &str| {
+        let setup = setup(&["train.max_steps=1", ratio]);
+        let out = tempfile::tempdir().unwrap();
+        setup.train(&setup.settings(), out.path(), None);
+        Adapter::read(out.path()).unwrap()
+    };
+    let (plain, plus) = (
+        step("train.loraplus_lr_ratio=1"),
+        step("train.loraplus_lr_ratio=4"),
     );
-    for (x, y) in losses_small.iter().zip(&losses_large) {
-        assert!((x - y).abs() < 1e-5, "{losses_small:?} {losses_large:?}");
+    for (plain, plus) in plain.sites.iter().zip(&plus.sites) {
+        assert_eq!(
+            plain.lora_a.to_f32().unwrap(),
+            plus.lora_a.to_f32().unwrap()
+        );
+        let (x, y) = (
+            plain.lora_b.to_f32().unwrap(),
+            plus.lora_b.to_f32().unwrap(),
+        );
+        assert!(x.iter().any(|v| *v != 0.0));
+        for (x, y) in x.iter().zip(&y) {
+            assert!((4.0 * x - y).abs() <= 1e-6 * y.abs(), "{x} {y}");
+        }
     }
-    let files = [&a, &b]
-        .map(|dir| SafetensorsFile::open(dir.path().join("adapter_model.safetensors")).unwrap());
-    for name in files[0].names() {
-        let [x, y] = [0, 1].map(|i: usize| files[i].get(name).unwrap().to_f32().unwrap());
-        let difference = crate::fixtures::largest_difference(&x, &y);
-        // Adam's first steps are sign-like: a gradient near zero may round to either sign.
-        assert!(difference < 2e-3, "{name}: {difference}");
+
+    let lines = |overrides: &[&str]| -> Vec<serde_json::Value> {
+        let setup = setup(&[&["train.logging_steps=1", "train.max_steps=4"], overrides].concat());
+        let out = tempfile::tempdir().unwrap();
+        setup.train(&setup.settings(), out.path(), None);
+        std::fs::read_to_string(out.path().join("metrics.jsonl"))
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+            .filter(|line| line["type"] == "train")
+            .collect()
+    };
+    let warm = lines(&[
+        "lora.monteclora.kl_warmup_ratio=1",
+        "train.lr_scheduler_type=constant",
+        "train.warmup_steps=2",
+    ]);
+    for (index, line) in warm.iter().enumerate() {
+        let number = |key: &str| line[key].as_f64().unwrap();
+        let divergence = number("kl_dirichlet") + number("kl_wishart") + number("kl_gaussian");
+        let expected = 1e-5 * divergence * (index + 1) as f64 / 4.0;
+        assert!((number("kl_loss") - expected).abs() < 1e-9, "{line}");
+        let rate = [5e-3, 1e-2, 1e-2, 1e-2][index];
+        assert_eq!(number("learning_rate"), rate, "{line}");
     }
+}
+
+/// Recomputed activations see the same noise and the same dropout: equal files.
+#[test]
+fn gradient_checkpointing_changes_nothing() {
+    let run = |flag: &str| {
+        let setup = setup(&["lora.lora_dropout=0.2", flag]);
+        let out = tempfile::tempdir().unwrap();
+        setup.train(&setup.settings(), out.path(), None);
+        bytes(out.path())
+    };
+    assert_eq!(
+        run("train.gradient_checkpointing=true"),
+        run("train.gradient_checkpointing=false")
+    );
 }
 
 /// `lora` writes plain LoRA; `lora-fa` leaves A at its initial value.

@@ -153,7 +153,7 @@ fn every_key_arrives() {
     assert_eq!(train.lr_scheduler_type, LrSchedulerType::Cosine);
     assert_eq!(
         (train.learning_rate, train.variational_learning_rate),
-        (1e-3, Some(1e-2))
+        (1e-3, 1e-2)
     );
     assert_eq!(
         (
@@ -165,6 +165,57 @@ fn every_key_arrives() {
     );
     assert_eq!(train.report_to, [Report::Jsonl]);
     assert_eq!(config.eval.ece_bins, 10);
+}
+
+#[test]
+fn the_posterior_has_a_rate_of_its_own() {
+    let rate = |overrides: &[&str]| good(LEAST, overrides).train.variational_learning_rate;
+    assert_eq!(rate(&["train.learning_rate=1e-3"]), 1e-3 * 10.0);
+    // PEFT has one rate for everything.
+    let peft = ["train.learning_rate=1e-3", "lora.monteclora.preset=peft"];
+    assert_eq!(rate(&peft), 1e-3);
+    assert_eq!(rate(&["train.variational_learning_rate=3e-3"]), 3e-3);
+}
+
+#[test]
+fn warm_up_is_a_share_or_a_number_of_steps() {
+    let steps = good(LEAST, &["train.warmup_steps=7"]).train;
+    assert_eq!((steps.warmup_steps, steps.warmup_ratio), (Some(7), 0.03));
+    // The file says warmup_ratio; the command line wins.
+    assert_eq!(
+        good(WHOLE, &["train.warmup_steps=7"]).train.warmup_steps,
+        Some(7)
+    );
+    assert_eq!(
+        problems(LEAST, &["train.warmup_steps=7", "train.warmup_ratio=0.1"]),
+        [
+            "--set train.warmup_steps: [train] warmup_steps: cannot be given together with warmup_ratio; keep one of them"
+        ]
+    );
+    assert_eq!(
+        problems(LEAST, &["lora.monteclora.kl_warmup_ratio=2"]),
+        [
+            "--set lora.monteclora.kl_warmup_ratio: [lora.monteclora] kl_warmup_ratio: found 2, expected a number from 0 to 1"
+        ]
+    );
+}
+
+#[test]
+fn what_rests_on_validation_rows_is_said_without_them() {
+    let asked = [
+        "train.early_stopping_patience=2",
+        "train.load_best_model_at_end=true",
+    ];
+    let config = good(LEAST, &asked);
+    assert_eq!(config.train.early_stopping_patience, 0);
+    assert_eq!(
+        config.notes,
+        [
+            "[train] load_best_model_at_end has no effect without validation rows; give data.valid",
+            "[train] early_stopping_patience has no effect without validation rows; give data.valid"
+        ]
+    );
+    assert!(good(WHOLE, &[]).notes.is_empty() && good(LEAST, &[]).notes.is_empty());
 }
 
 #[test]
@@ -183,6 +234,7 @@ fn presets_give_way_to_explicit_keys() {
             kl_loss_weight: 1e-5,
             dirichlet_prior: 0.1,
             use_entropy: false,
+            kl_warmup_ratio: 0.0,
         }
     );
     let paper = MonteCloraConfig::preset(Preset::Paper);

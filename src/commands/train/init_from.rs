@@ -1,0 +1,181 @@
+//! Starting from an existing adapter: its shape stands, and what run.toml says against it is refused.
+
+use anyhow::Result;
+use monteclora_converters::{
+    Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, TargetModules,
+};
+
+use super::super::{Usage, require_fit};
+use crate::config::{LoraConfig, Method, ModuleSelection};
+
+/// Reads `lora.init_from` and makes `lora` and `config` those of the adapter where run.toml does not say otherwise.
+///
+/// # Errors
+/// An adapter that does not fit `files`; every key that was given and contradicts the adapter.
+pub(super) fn read(
+    lora: &mut LoraConfig,
+    config: &mut AdapterConfig,
+    files: &ModelFiles,
+    modules: &[LinearModule],
+) -> Result<Option<Adapter>> {
+    let Some(dir) = lora.init_from.clone() else {
+        return Ok(None);
+    };
+    let adapter = Adapter::read(&dir)?;
+    require_fit(&adapter, files)?;
+    let mut problems = contradictions(lora, config, &adapter, modules)?;
+    let settings = posterior(lora, &adapter, &mut problems);
+    if !problems.is_empty() {
+        return Err(Usage(format!(
+            "run.toml contradicts the adapter `{}` it starts from:\n  {}\nleave these keys out to take the adapter's values",
+            dir.display(),
+            problems.join("\n  ")
+        ))
+        .into());
+    }
+    if adapter.config.monteclora.is_some() && lora.method != Method::MonteClora {
+        tracing::warn!(
+            "`{}` has a posterior, which method \"{}\" drops",
+            dir.display(),
+            if lora.method == Method::LoraFa {
+                "lora-fa"
+            } else {
+                "lora"
+            }
+        );
+    }
+    let theirs = &adapter.config;
+    (lora.r, lora.lora_alpha, lora.use_rslora) = (theirs.r, theirs.lora_alpha, theirs.use_rslora);
+    lora.rank_pattern = theirs.rank_pattern.clone();
+    lora.alpha_pattern = theirs.alpha_pattern.clone();
+    lora.target_modules = match &theirs.target_modules {
+        TargetModules::AllLinear => ModuleSelection::AllLinear,
+        TargetModules::List(names) => ModuleSelection::Names(names.clone()),
+        TargetModules::Regex(pattern) => ModuleSelection::Regex(pattern.clone()),
+    };
+    lora.layers_to_transform = theirs.layers_to_transform.clone();
+    if let (Some(run), Some(settings)) = (&mut lora.monteclora, &settings) {
+        run.num_samples = settings.num_samples;
+        run.sample_scaler = settings.sample_scaler;
+        run.kl_loss_weight = settings.kl_loss_weight;
+        run.dirichlet_prior = settings.dirichlet_prior;
+        run.use_entropy = settings.use_entropy;
+    }
+    *config = AdapterConfig {
+        base_model_name_or_path: config.base_model_name_or_path.take(),
+        revision: config.revision.take(),
+        lora_dropout: config.lora_dropout,
+        monteclora: settings,
+        ..adapter.config.clone()
+    };
+    Ok(Some(adapter))
+}
+
+/// Keys of shape and targets that were given and are not what the adapter has.
+fn contradictions(
+    lora: &LoraConfig,
+    config: &AdapterConfig,
+    adapter: &Adapter,
+    modules: &[LinearModule],
+) -> Result<Vec<String>> {
+    let theirs = &adapter.config;
+    let mut problems = Vec::new();
+    let mut differs = |key: &str, ours: String, theirs: String| {
+        if ours != theirs && lora.given.iter().any(|given| given == key) {
+            problems.push(format!("{key}: {ours}, the adapter has {theirs}"));
+        }
+    };
+    differs("lora.r", lora.r.to_string(), theirs.r.to_string());
+    differs(
+        "lora.lora_alpha",
+        lora.lora_alpha.to_string(),
+        theirs.lora_alpha.to_string(),
+    );
+    differs(
+        "lora.use_rslora",
+        lora.use_rslora.to_string(),
+        theirs.use_rslora.to_string(),
+    );
+    differs(
+        "lora.rank_pattern",
+        format!("{:?}", lora.rank_pattern),
+        format!("{:?}", theirs.rank_pattern),
+    );
+    differs(
+        "lora.alpha_pattern",
+        format!("{:?}", lora.alpha_pattern),
+        format!("{:?}", theirs.alpha_pattern),
+    );
+    let targets: Vec<&str> = lora
+        .given
+        .iter()
+        .map(String::as_str)
+        .filter(|key| key.ends_with("_modules") || key.starts_with("lora.layers"))
+        .collect();
+    if !targets.is_empty() {
+        let mut ours = config.resolve_targets(modules)?;
+        let mut theirs: Vec<String> = adapter.sites.iter().map(|s| s.name.clone()).collect();
+        ours.sort();
+        theirs.sort();
+        if ours != theirs {
+            problems.push(format!(
+                "{}: {} sites, the adapter has {} others",
+                targets.join(", "),
+                ours.len(),
+                theirs.len()
+            ));
+        }
+    }
+    Ok(problems)
+}
+
+/// The posterior's settings: given keys and a given preset win, then those of the adapter.
+fn posterior(
+    lora: &LoraConfig,
+    adapter: &Adapter,
+    problems: &mut Vec<String>,
+) -> Option<MonteCloraSettings> {
+    let run = lora
+        .monteclora
+        .as_ref()
+        .map(crate::session::monteclora_settings)?;
+    let Some(theirs) = &adapter.config.monteclora else {
+        return Some(run);
+    };
+    let given = |key: &str| {
+        lora.given
+            .iter()
+            .any(|given| given.strip_prefix("lora.monteclora.") == Some(key))
+    };
+    if given("num_samples") && run.num_samples != theirs.num_samples {
+        problems.push(format!(
+            "lora.monteclora.num_samples: {}, the adapter has {}",
+            run.num_samples, theirs.num_samples
+        ));
+    }
+    let ours = |key: &str| given(key) || given("preset");
+    Some(MonteCloraSettings {
+        num_samples: theirs.num_samples,
+        sample_scaler: if ours("sample_scaler") {
+            run.sample_scaler
+        } else {
+            theirs.sample_scaler
+        },
+        kl_loss_weight: if ours("kl_loss_weight") {
+            run.kl_loss_weight
+        } else {
+            theirs.kl_loss_weight
+        },
+        dirichlet_prior: if ours("dirichlet_prior") {
+            run.dirichlet_prior
+        } else {
+            theirs.dirichlet_prior
+        },
+        use_entropy: if ours("use_entropy") {
+            run.use_entropy
+        } else {
+            theirs.use_entropy
+        },
+        buffer_size: run.buffer_size,
+    })
+}

@@ -1,0 +1,215 @@
+//! Where a run begins: afresh, at a checkpoint, or not at all because it is finished; decided before the base is loaded.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+
+use super::super::{Usage, require_empty};
+use super::Prepared;
+use crate::session;
+use crate::train::{
+    AdapterState, Checkpoint, Error, best_step, checkpoints, latest_checkpoint, remove_partial,
+};
+
+/// The point from which a run goes on.
+pub(crate) struct Start {
+    /// The adapter as it is at step 0.
+    pub(super) state: AdapterState,
+    /// The checkpoint that takes its place.
+    pub(super) checkpoint: Option<Checkpoint>,
+}
+
+/// What there is to do.
+pub(super) enum Begin {
+    /// Steps are left.
+    Run(Box<Start>),
+    /// The run ended at this step and run.toml asks for no more.
+    Finished(u64),
+}
+
+impl Start {
+    /// The beginning of a run in an output directory that is ready.
+    pub(crate) fn fresh(prepared: &Prepared, device: &Device) -> Result<Self> {
+        Ok(Self {
+            state: initial(prepared, device)?,
+            checkpoint: None,
+        })
+    }
+}
+
+/// Decides what `resume` (`auto`, a directory, or none) means in the output directory, and makes that directory.
+pub(super) fn begin(
+    prepared: &Prepared,
+    resume: Option<&str>,
+    force: bool,
+    device: &Device,
+) -> Result<Begin> {
+    let output_dir = prepared.run.train.output_dir.as_path();
+    if resume.is_none() {
+        require_empty(output_dir, force)?;
+    }
+    make(output_dir)?;
+    remove_partial(output_dir)?;
+    let mut start = Start::fresh(prepared, device)?;
+    let read = |dir: &Path| {
+        Checkpoint::read(
+            dir,
+            &start.state,
+            &prepared.model_config,
+            prepared.settings.adamw,
+            &prepared.identity,
+        )
+    };
+    let checkpoint = match resume {
+        None => {
+            // --force: what an earlier run left would later be taken for this one's.
+            for (_, dir) in checkpoints(output_dir)? {
+                discard(&dir)?;
+            }
+            discard(&output_dir.join("best"))?;
+            None
+        }
+        Some("auto") => latest_checkpoint(output_dir, read, |torn| {
+            tracing::warn!("{torn}; skipped");
+        })?,
+        Some(dir) => Some(named(Path::new(dir), output_dir, force, read)?),
+    };
+    let finished = session::finished_step(&output_dir.join("run.json"));
+    let Some(mut checkpoint) = checkpoint else {
+        match (resume, finished) {
+            (Some("auto"), Some(step)) => return Ok(Begin::Finished(step)),
+            (Some(_), _) => tracing::info!(
+                "nothing to resume in `{}`: starting from the beginning",
+                output_dir.display()
+            ),
+            (None, _) => {}
+        }
+        return Ok(Begin::Run(Box::new(start)));
+    };
+    let (step, total_steps) = (checkpoint.progress.step, prepared.total_steps);
+    if step > total_steps {
+        return Err(Usage(format!(
+            "[train] max_steps or num_train_epochs: the run would end at step {total_steps}, before the checkpoint at step {step}; raise it"
+        ))
+        .into());
+    }
+    // The patience may have been raised since.
+    let patience = prepared.settings.early_stopping_patience;
+    checkpoint.progress.stopped_early =
+        patience > 0 && checkpoint.progress.evaluations_without_improvement >= patience;
+    if (step == total_steps || checkpoint.progress.stopped_early) && finished == Some(step) {
+        return Ok(Begin::Finished(step));
+    }
+    adjust(&mut checkpoint, output_dir, total_steps);
+    tracing::info!("continuing at step {step} of {total_steps}");
+    start.checkpoint = Some(checkpoint);
+    Ok(Begin::Run(Box::new(start)))
+}
+
+/// Says what changed since the checkpoint, and forgets a best adapter that this run may never make.
+fn adjust(checkpoint: &mut Checkpoint, output_dir: &Path, total_steps: u64) {
+    let drift = &checkpoint.drift;
+    if !drift.allowed.is_empty() {
+        tracing::info!("changed since the checkpoint: {}", drift.allowed.join(", "));
+    }
+    let length = |key: &String| key == "train.max_steps" || key == "train.num_train_epochs";
+    if drift.allowed.iter().any(length) {
+        tracing::warn!(
+            "the run has another length now: the learning rate's schedule spans {total_steps} steps from here on"
+        );
+    }
+    let progress = &mut checkpoint.progress;
+    let found = best_step(output_dir);
+    let lost = match progress.best {
+        None => false,
+        Some(_) => found.is_none_or(|found| drift.changes_course() && found > progress.step),
+    };
+    if lost {
+        tracing::warn!(
+            "`{}` does not hold the best adapter of this checkpoint; the next evaluation starts the comparison again",
+            output_dir.join("best").display()
+        );
+        progress.best = None;
+        progress.evaluations_without_improvement = 0;
+    }
+}
+
+/// The checkpoint the user named; later ones of the same output directory would be mixed with what follows it.
+fn named(
+    dir: &Path,
+    output_dir: &Path,
+    force: bool,
+    read: impl Fn(&Path) -> Result<Checkpoint, Error>,
+) -> Result<Checkpoint> {
+    if !dir.join("trainer_state.json").is_file() {
+        return Err(Usage(format!(
+            "--resume {}: not a checkpoint directory; give `auto` or a directory such as {}",
+            dir.display(),
+            output_dir.join("checkpoint-200").display()
+        ))
+        .into());
+    }
+    let checkpoint = read(dir)?;
+    let later: Vec<_> = checkpoints(output_dir)?
+        .into_iter()
+        .filter(|(step, _)| *step > checkpoint.progress.step)
+        .collect();
+    if let (Some((_, newest)), false) = (later.last(), force) {
+        return Err(Usage(format!(
+            "`{}` is later than `{}`; --resume auto continues from it, --force discards it",
+            newest.display(),
+            dir.display()
+        ))
+        .into());
+    }
+    for (_, later) in later {
+        discard(&later)?;
+    }
+    Ok(checkpoint)
+}
+
+fn discard(dir: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Ok(()) => {
+            tracing::warn!("discarded `{}`", dir.display());
+            Ok(())
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e).with_context(|| format!("cannot remove `{}`", dir.display())),
+    }
+}
+
+/// Makes the output directory and proves that it can be written to, before hours are spent.
+fn make(output_dir: &Path) -> Result<()> {
+    let tried = std::fs::create_dir_all(output_dir)
+        .and_then(|()| tempfile::tempfile_in(output_dir).map(drop));
+    tried.map_err(|error| {
+        Usage(format!(
+            "[train] output_dir: cannot write to `{}`: {error}",
+            output_dir.display()
+        ))
+        .into()
+    })
+}
+
+fn initial(prepared: &Prepared, device: &Device) -> Result<AdapterState> {
+    let objective = session::objective(&prepared.run.lora);
+    let model_config = &prepared.model_config;
+    let seed = prepared.run.seed;
+    let state = match &prepared.init_from {
+        None => AdapterState::initial(
+            &prepared.adapter_config,
+            &prepared.sites,
+            model_config,
+            objective,
+            seed,
+            device,
+        )?,
+        Some(adapter) => {
+            let settings = prepared.adapter_config.monteclora.as_ref();
+            AdapterState::from_adapter(adapter, settings, model_config, objective, seed, device)?
+        }
+    };
+    Ok(state)
+}

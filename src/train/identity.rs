@@ -1,0 +1,200 @@
+//! What a run is made of, so that a run that continues can tell what changed since its checkpoint.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Keys of the configuration that may change between a checkpoint and the run that continues it: none of them takes part in
+/// a step that both runs make, or its content is held by a hash of its own.
+const FREE: [&str; 16] = [
+    "train.output_dir",
+    "train.num_train_epochs",
+    "train.max_steps",
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.load_best_model_at_end",
+    "train.early_stopping_patience",
+    "train.report_to",
+    "train.gradient_checkpointing",
+    "model.model_id",
+    "model.revision",
+    "model.chat_template",
+    "data.train",
+    "data.valid",
+];
+
+/// Free keys that decide which steps follow or which of them are evaluated.
+const COURSE: [&str; 3] = [
+    "train.num_train_epochs",
+    "train.max_steps",
+    "train.eval_steps",
+];
+
+/// The resolved configuration by dotted key, and the hashes of base, template, tokenizer and data.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Identity {
+    config: BTreeMap<String, Value>,
+    /// SHA-256 by what was hashed: `base`, `tokenizer`, `chat_template`, `data.train`, `data.valid`.
+    hashes: BTreeMap<String, String>,
+}
+
+/// What differs between a checkpoint and the run that wants to continue it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Drift {
+    /// Keys that must not differ, one line each.
+    pub refused: Vec<String>,
+    /// Whether a data file is among them.
+    pub data: bool,
+    /// Keys that may differ.
+    pub allowed: Vec<String>,
+}
+
+impl Drift {
+    /// Whether later steps are others than those that the run of the checkpoint would have made or evaluated.
+    pub fn changes_course(&self) -> bool {
+        self.allowed
+            .iter()
+            .any(|key| COURSE.contains(&key.as_str()))
+    }
+}
+
+impl Identity {
+    /// The identity of a run with the resolved configuration `config`; a hash of `None` is of something that is not there.
+    pub fn new(config: &Value, hashes: [(&str, Option<&str>); 5]) -> Self {
+        let mut flat = BTreeMap::new();
+        flatten("", config, &mut flat);
+        Self {
+            config: flat,
+            hashes: hashes
+                .into_iter()
+                .filter_map(|(what, hash)| Some((what.to_owned(), hash?.to_owned())))
+                .collect(),
+        }
+    }
+
+    /// What differs in `now` from this, the identity at the checkpoint.
+    pub fn drift(&self, now: &Self) -> Drift {
+        let mut drift = Drift::default();
+        for (key, then, now) in differences(&self.config, &now.config) {
+            if FREE.contains(&key) || key.starts_with("eval.") || key == "lora.init_from" {
+                drift.allowed.push(key.to_owned());
+            } else {
+                let (then, now) = (Shown(then), Shown(now));
+                drift
+                    .refused
+                    .push(format!("{key}: {then} at the checkpoint, {now} now"));
+            }
+        }
+        for (what, then, now) in differences(&self.hashes, &now.hashes) {
+            drift.data |= what.starts_with("data.");
+            let change = match (then, now) {
+                (Some(_), Some(_)) => "the content changed",
+                (Some(_), None) => "was there, is not now",
+                _ => "was not there, is now",
+            };
+            drift.refused.push(format!("{what}: {change}"));
+        }
+        drift
+    }
+}
+
+struct Shown<'a>(Option<&'a Value>);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(value) => write!(f, "{value}"),
+            None => f.write_str("absent"),
+        }
+    }
+}
+
+fn differences<'a, T: PartialEq>(
+    then: &'a BTreeMap<String, T>,
+    now: &'a BTreeMap<String, T>,
+) -> Vec<(&'a str, Option<&'a T>, Option<&'a T>)> {
+    let mut keys: Vec<&String> = then.keys().chain(now.keys()).collect();
+    keys.sort();
+    keys.dedup();
+    keys.into_iter()
+        .map(|key| (key.as_str(), then.get(key), now.get(key)))
+        .filter(|(_, then, now)| then != now)
+        .collect()
+}
+
+/// Tables become dotted keys; `null` is a key that is not there.
+fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, Value>) {
+    match value {
+        Value::Object(table) => {
+            for (key, value) in table {
+                let path = match prefix {
+                    "" => key.clone(),
+                    prefix => format!("{prefix}.{key}"),
+                };
+                flatten(&path, value, into);
+            }
+        }
+        Value::Null => {}
+        value => {
+            into.insert(prefix.to_owned(), value.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn identity(config: &Value, train: &str) -> Identity {
+        let hashes = [
+            ("base", Some("b")),
+            ("tokenizer", Some("t")),
+            ("chat_template", None),
+            ("data.train", Some(train)),
+            ("data.valid", None),
+        ];
+        Identity::new(config, hashes)
+    }
+
+    #[test]
+    fn what_a_step_depends_on_is_refused_by_name() {
+        let config = |rate: f64, logging: u64, steps: &str| json!({"train": {"learning_rate": rate, "logging_steps": logging, steps: 3, "kl": null}});
+        let then = identity(&config(1e-3, 10, "max_steps"), "x");
+        assert_eq!(then.drift(&then), Drift::default());
+        let now = identity(&config(2e-3, 1, "num_train_epochs"), "y");
+        let drift = then.drift(&now);
+        assert_eq!(
+            drift.refused,
+            [
+                "train.learning_rate: 0.001 at the checkpoint, 0.002 now",
+                "data.train: the content changed"
+            ]
+        );
+        assert!(drift.data && drift.changes_course());
+        assert_eq!(
+            drift.allowed,
+            [
+                "train.logging_steps",
+                "train.max_steps",
+                "train.num_train_epochs"
+            ]
+        );
+        let only_logging = then.drift(&identity(&config(1e-3, 1, "max_steps"), "x"));
+        assert!(only_logging.refused.is_empty() && !only_logging.changes_course());
+    }
+
+    /// What is stored in a checkpoint reads back equal, floating-point values included.
+    #[test]
+    fn survives_its_file() {
+        let then = identity(&json!({"a": 0.1 + 0.2, "b": 5e-324, "c": [1, "x"]}), "x");
+        let text = serde_json::to_string(&then).expect("serialises");
+        let read: Identity = serde_json::from_str(&text).expect("reads");
+        assert_eq!(then, read);
+    }
+}
