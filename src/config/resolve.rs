@@ -41,6 +41,7 @@ impl RunConfig {
         let file = RunFile::read(&mut document);
         let mut check = Check(&mut document);
         let data = data(&mut check, file.data);
+        let model = model(&mut check, file.model);
         let lora = lora(&mut check, file.lora, file.monteclora);
         let mut notes = Vec::new();
         if data.valid.is_none() {
@@ -48,7 +49,7 @@ impl RunConfig {
         }
         let config = Self {
             seed: file.top.seed.unwrap_or(DEFAULT_SEED),
-            model: model(&mut check, file.model),
+            model,
             train: train(&mut check, file.train, &lora, data.valid.is_some()),
             lora,
             eval: eval(&mut check, file.eval),

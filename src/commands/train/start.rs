@@ -46,10 +46,10 @@ pub(super) fn begin(
     device: &Device,
 ) -> Result<Begin> {
     let output_dir = prepared.run.train.output_dir.as_path();
+    make(output_dir)?;
     if resume.is_none() {
         require_empty(output_dir, force)?;
     }
-    make(output_dir)?;
     remove_partial(output_dir)?;
     let mut start = Start::fresh(prepared, device)?;
     let read = |dir: &Path| {
