@@ -3,6 +3,7 @@
 mod init_from;
 mod start;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -180,8 +181,8 @@ pub(super) fn prepare(mut run: RunConfig, base: Option<Located>) -> Result<Prepa
             ("base", Some(&provenance.fingerprint)),
             ("tokenizer", provenance.tokenizer_sha256.as_deref()),
             ("chat_template", provenance.chat_template_sha256.as_deref()),
-            ("data.train", Some(train.sha256())),
-            ("data.valid", valid.as_ref().map(Dataset::sha256)),
+            ("data.train", Some(train.sha256().as_str())),
+            ("data.valid", valid.as_ref().map(Dataset::sha256).as_deref()),
         ],
     );
     Ok(Prepared {

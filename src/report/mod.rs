@@ -93,7 +93,10 @@ impl RunFiles {
             return Err(Error::NotARun(dir.to_owned()));
         }
         let (mut adapter, mut adapter_problem) = (None, None);
-        let checkpoint = crate::train::latest_checkpoint(dir).ok().flatten();
+        let checkpoint = crate::train::checkpoints(dir)
+            .ok()
+            .and_then(|mut all| all.pop())
+            .map(|(_, path)| path);
         let finished = dir.join("adapter_config.json").is_file();
         if let Some(place) = finished.then(|| dir.to_owned()).or(checkpoint) {
             match Adapter::read(&place).and_then(|adapter| adapter.summary()) {

@@ -65,6 +65,7 @@ fn items(name: &str) -> Vec<Item> {
         _ => snake(variant, '_'),
     };
     let (mut found, mut text, mut given) = (Vec::new(), String::new(), None);
+    let mut skipped = false;
     for line in source[start..].lines().map(str::trim) {
         if line == "}" {
             break;
@@ -73,6 +74,9 @@ fn items(name: &str) -> Vec<Item> {
                 text.push(' ');
             }
             text.push_str(more.trim());
+        } else if line == "#[serde(skip)]" {
+            // Not a key: what the code notes beside the keys.
+            skipped = true;
         } else if line.starts_with("#[") {
             given = line
                 .split("rename = \"")
@@ -80,6 +84,8 @@ fn items(name: &str) -> Vec<Item> {
                 .and_then(|rest| rest.split('"').next())
                 .map(str::to_owned)
                 .or(given);
+        } else if std::mem::take(&mut skipped) {
+            text.clear();
         } else if let Some(line) = line.strip_suffix(',') {
             let (name, kind) = match line.strip_prefix("pub ") {
                 Some(field) => {
