@@ -78,6 +78,7 @@ def main():
     parser.add_argument("--python", default=sys.executable, help="a Python that has PEFT")
     parser.add_argument("--monteclora", default="target/release/monteclora", type=pathlib.Path)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--only", action="append", metavar="NAME", help="a contender by its name in the table; several times for several")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--steps", type=int)
@@ -104,6 +105,11 @@ def main():
             "PEFT MonteCLoRA, buffer 10": lambda: peft("monteclora"),
         }
         speed, reference = "examples_per_second", "monteclora"
+    if args.only:
+        unknown = [name for name in args.only if name not in contenders]
+        if unknown or reference not in args.only:
+            parser.error(f"--only takes {reference} and others of: {', '.join(contenders)}")
+        contenders = {name: contenders[name] for name in contenders if name in args.only}
     best = {}
     for turn in range(args.rounds):
         for name, measure in contenders.items():
