@@ -70,8 +70,7 @@ impl Default for ServerSection {
 pub struct RuntimeSection {
     /// Sequences an engine works on at a time. At least 1.
     pub max_seqs: usize,
-    /// Prompts whose key-value cache an engine keeps. Only 0: in mistral.rs 0.8.1 requests with a common beginning then write
-    /// into the same buffers while they run.
+    /// Prompts whose key-value cache an engine keeps. Only 0: answers with it were not found to be those without it.
     pub prefix_cache_n: usize,
     /// Most memory for the weights of all engines together, in MiB; each adapter is a copy of its base.
     pub max_memory_mb: Option<u64>,

@@ -183,8 +183,7 @@ impl ServeFile {
         if self.runtime.prefix_cache_n > 0 {
             note(
                 "runtime.prefix_cache_n",
-                "must be 0: the prefix cache of mistral.rs 0.8.1 lets requests that begin alike overwrite one another's \
-                 answers"
+                "must be 0: answers with the prefix cache of mistral.rs 0.8.1 were not found to be those without it"
                     .to_owned(),
             );
         }

@@ -109,8 +109,8 @@ pub(crate) async fn unload(
 
 /// `POST /v1/reload`.
 pub(crate) async fn reload(State(app): State<App>) -> Result<Json<Reloaded>, ApiError> {
-    let reloaded = detached(async move { Ok(app.reload().await?) }).await?;
-    Ok(Json(reloaded))
+    let reloaded = detached(async move { app.reload().await.map_err(ApiError::from_reload) });
+    Ok(Json(reloaded.await?))
 }
 
 /// `GET /v1/lora_adapters`.

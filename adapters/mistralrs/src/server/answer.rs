@@ -185,6 +185,20 @@ impl From<Error> for ApiError {
     }
 }
 
+impl ApiError {
+    /// Why a configuration that was read again is not used: 422 for all that is wrong with the file itself.
+    pub(crate) fn from_reload(error: Error) -> Self {
+        match error {
+            Error::Setting { .. } | Error::NotFound { .. } | Error::Several(_) => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "configuration_refused",
+                error.to_string(),
+            ),
+            other => other.into(),
+        }
+    }
+}
+
 /// Shortens every absolute path in a message to its last part, and cuts a stack trace off.
 pub(crate) fn without_paths(message: &str) -> String {
     let message = without_trace(message);

@@ -104,8 +104,13 @@ impl Handover {
         // must find a receiver whenever it answers.
         let request = Request::Normal(Box::new(request));
         tokio::spawn(async move {
-            if engine_input.send(request).await.is_ok() {
-                keeper.keep(engine, client).await;
+            match keeper.turn(&client).await {
+                Ok(_turn) => {
+                    if engine_input.send(request).await.is_ok() {
+                        keeper.keep(engine, client).await;
+                    }
+                }
+                Err(outcome) => keeper.record(outcome),
             }
         });
         Ok(exchange)
@@ -131,6 +136,25 @@ struct Keeper {
 }
 
 impl Keeper {
+    /// A turn at the engine, where it takes one request at a time; else how the wait for it ended.
+    async fn turn(
+        &self,
+        client: &UnboundedSender<Response>,
+    ) -> Result<Option<OwnedSemaphorePermit>, &'static str> {
+        let Some(turns) = self.handover.lease.turns() else {
+            return Ok(None);
+        };
+        tokio::select! {
+            biased;
+            () = client.closed() => Err("canceled"),
+            () = tokio::time::sleep_until(self.deadline.into()) => {
+                self.end.timed_out.store(true, Ordering::SeqCst);
+                Err("timeout")
+            }
+            turn = turns.acquire_owned() => turn.map(Some).map_err(|_| "failed"),
+        }
+    }
+
     async fn keep(self, mut engine: Receiver<Response>, client: UnboundedSender<Response>) {
         let steps = &self.handover.steps;
         let mut client = Some(client);

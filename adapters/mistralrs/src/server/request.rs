@@ -129,6 +129,12 @@ impl Body {
         if stream && n_choices > 1 {
             return Err(ApiError::invalid("n", "a stream has one choice"));
         }
+        if n_choices > 1 && lease.turns().is_some() {
+            return Err(ApiError::invalid(
+                "n",
+                "on a CPU an answer has one choice (mistral.rs 0.8.1 mixes up the sequences of a batch there); send the request several times",
+            ));
+        }
         let include_usage = match fields.remove("stream_options") {
             Some(options) => usage_wanted(&options, stream)?,
             None => false,

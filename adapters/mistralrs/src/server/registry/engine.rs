@@ -7,6 +7,7 @@ use candle_core::DeviceLocation;
 use mistralrs_core::{
     AddModelConfig, EngineConfig, IsqType, MistralRs, MistralRsBuilder, ModelDType,
 };
+use tokio::sync::Semaphore;
 
 use super::super::stream::now;
 use super::memory::{Memory, Reservation};
@@ -132,6 +133,8 @@ pub(crate) struct Generation {
     pub(crate) end_tokens: Vec<u32>,
     spec: Spec,
     engine_id: String,
+    /// The one turn at an engine that computes on a CPU; see [`Generation::turns`].
+    turns: Option<Arc<Semaphore>>,
     memory: Option<Reservation>,
     reaper: Reaper,
 }
@@ -142,6 +145,15 @@ pub(crate) type Lease = Arc<Generation>;
 impl Generation {
     pub(crate) fn engine_id(&self) -> &str {
         &self.engine_id
+    }
+
+    /// What a request holds while the engine works on it, where the engine may work on one sequence at a time only.
+    ///
+    /// On a CPU mistral.rs 0.8.1 decodes a batch wrongly: its attention for single queries (`flash_attn_cpu_single_q`) has
+    /// scratch space for every head but not for every sequence, so all sequences get the attention of the last one. Its
+    /// scheduler does not keep to `max_seqs` when waiting sequences take over, so the turn is taken before it.
+    pub(crate) fn turns(&self) -> Option<Arc<Semaphore>> {
+        self.turns.clone()
     }
 
     /// Estimated bytes of the weights.
@@ -186,7 +198,6 @@ impl Host {
         .await;
         let inner = MistralRsBuilder::new(loaded.pipeline.clone(), schedule, false, None)
             .with_model_id(loaded.engine_id.clone())
-            // Requests that begin alike would write into one another's cache, and answer with one another's text.
             .with_no_prefix_cache(true)
             .build()
             .await;
@@ -253,6 +264,8 @@ impl Host {
             max_sequence_length: checked.max_sequence_length,
             frame: checked.frame,
             end_tokens,
+            turns: (checked.wanted.spec.device == DeviceLocation::Cpu)
+                .then(|| Arc::new(Semaphore::new(1))),
             spec: checked.wanted.spec,
             engine_id,
             memory: Some(memory),
