@@ -18,7 +18,7 @@ pub(super) struct StepResult {
     pub(super) trained_tokens: u64,
 }
 
-/// Sums of [`StepResult`]s; part of a checkpoint, so that a resumed run prints the means an undisturbed one prints.
+/// Sums over steps; part of a checkpoint, so that a resumed run prints the means an undisturbed one prints.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Window {
     steps: u64,
