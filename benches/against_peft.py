@@ -31,7 +31,7 @@ def run(command):
 
 def step_contenders(args):
     size = ["--batch", args.batch, "--seq", args.seq, "--steps", args.steps]
-    ours = lambda method: [args.monteclora, "bench", "train", "-m", args.model, "--method", method, *size, "--json"]
+    ours = lambda method, *more: [args.monteclora, "bench", "train", "-m", args.model, "--method", method, *size, *more, "--json"]
     peft = lambda method, *more: [args.python, HERE / "peft_side.py", "step", args.model, "--method", method, *size, *more]
     contenders = {
         "monteclora": ours("monteclora"),
@@ -42,11 +42,13 @@ def step_contenders(args):
     if args.default_buffer:
         contenders["PEFT MonteCLoRA, buffer 150"] = peft("monteclora", "--buffer-size", 150)
     if args.bf16:
+        contenders["monteclora, bf16"] = ours("monteclora", "--bf16")
         contenders["PEFT LoRA, bf16"] = peft("lora", "--dtype", "bf16")
+        contenders["PEFT MonteCLoRA, bf16, buffer 10"] = peft("monteclora", "--dtype", "bf16", "--buffer-size", 10)
     return contenders
 
 
-def sst2_ours(args, method):
+def sst2_ours(args, method, bf16=False):
     """Trains and scores with this project's command line."""
     with tempfile.TemporaryDirectory() as scratch:
         config = pathlib.Path(scratch, "run.toml")
@@ -57,7 +59,7 @@ def sst2_ours(args, method):
             f"[lora]\nmethod = \"{method}\"\nr = 16\nlora_alpha = 32\n"
             f"[train]\noutput_dir = {text(pathlib.Path(scratch, 'out'))}\nmax_steps = {args.steps}\n"
             f"per_device_train_batch_size = {args.batch}\nlearning_rate = 5e-4\nwarmup_ratio = {min(1.0, 10 / args.steps)}\n"
-            f"logging_steps = {args.steps}\nsave_steps = {args.steps + 1}\n"
+            f"logging_steps = {args.steps}\nsave_steps = {args.steps + 1}\nbf16 = {json.dumps(bf16)}\n"
         )
         trained = run([args.monteclora, "train", "-c", config, "--json"])
         metrics = [json.loads(line) for line in pathlib.Path(scratch, "out/metrics.jsonl").read_text().splitlines()]
@@ -83,7 +85,7 @@ def main():
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--default-buffer", action="store_true", help="PEFT's default noise buffer of 150 too: 15 GB, a minute of set-up")
-    parser.add_argument("--bf16", action="store_true", help="PEFT in bfloat16 too")
+    parser.add_argument("--bf16", action="store_true", help="both in bfloat16 too (sst2: ours only)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     is_step = args.what == "step"
@@ -104,6 +106,8 @@ def main():
             "PEFT LoRA": lambda: peft("lora"),
             "PEFT MonteCLoRA, buffer 10": lambda: peft("monteclora"),
         }
+        if args.bf16:
+            contenders["monteclora, bf16"] = lambda: sst2_ours(args, "monteclora", bf16=True)
         speed, reference = "examples_per_second", "monteclora"
     if args.only:
         unknown = [name for name in args.only if name not in contenders]
@@ -122,10 +126,10 @@ def main():
         print(json.dumps({"best": best, "ratios": {name: ours / found[speed] for name, found in best.items()}}))
         return
     extra = [] if is_step else ["accuracy", "nll"]
-    head = f"{'':<30} {speed.replace('_', ' '):>20} {'peak GB':>8} {'monteclora / this':>18}"
+    head = f"{'':<34} {speed.replace('_', ' '):>20} {'peak GB':>8} {'monteclora / this':>18}"
     print(head + "".join(f"{name:>10}" for name in extra))
     for name, found in best.items():
-        row = f"{name:<30} {found[speed]:>20.2f} {found['peak_gb']:>8.2f} {ours / found[speed]:>18.2f}"
+        row = f"{name:<34} {found[speed]:>20.2f} {found['peak_gb']:>8.2f} {ours / found[speed]:>18.2f}"
         print(row + "".join(f"{found[key]:>10.3f}" for key in extra))
 
 

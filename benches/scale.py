@@ -2,19 +2,23 @@
 """How step time and memory grow with batch, sequence, rank, layers and model size.
 
     cargo build --release
-    benches/scale.py [--monteclora target/release/monteclora] [--only size,batch,...] [--dtype bf16] [--json]
+    benches/scale.py [--monteclora target/release/monteclora] [--only size,batch,...] [--dtype bf16] [--bf16] [--json]
 
 Runs `bench train --random-weights` on config.json files of known Llama shapes, a few steps each, and prints for every point
 the median step, the peak, the arithmetic a step needs and the rate reached, and for every sweep the exponent p of the least
-squares fit `time = c * x^p` (1 is linear). Give it the machine to itself.
+squares fit `time = c * x^p` (1 is linear). `samples` runs 1 to 32 mixture components in turns. `load` writes a checkpoint of 3.2
+billion random bf16 weights, drops it from the page cache and reads it with `cat` and with the trainer. Give it the machine to
+itself.
 """
 import argparse
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, tied
 SHAPES = {
@@ -53,11 +57,12 @@ def gflop(shape, batch, seq, rank):
     return batch * seq * (4 * products + 6 * rank * ends + attention) / 1e9
 
 
-def measure(args, shape, batch, seq, rank):
+def measure(args, shape, batch, seq, rank, num_samples=8):
     with tempfile.TemporaryDirectory() as scratch:
         pathlib.Path(scratch, "config.json").write_text(json.dumps(config(shape)))
         command = [args.monteclora, "bench", "train", "-m", scratch, "--random-weights", "--batch", batch, "--seq", seq, "--rank", rank,
-                   "--steps", args.steps, "--dtype", args.dtype, "--json"] + (["--gradient-checkpointing"] if args.gradient_checkpointing else [])
+                   "--steps", args.steps, "--dtype", args.dtype, "--num-samples", num_samples, "--json"]
+        command += ["--gradient-checkpointing"] * args.gradient_checkpointing + ["--bf16"] * args.bf16
         done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"bench train failed with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -66,6 +71,79 @@ def measure(args, shape, batch, seq, rank):
     work = gflop(shape, batch, seq, rank)
     return {"batch": batch, "seq": seq, "rank": rank, "layers": shape[2], "parameters": sizes(shape)[2], "step_s": seconds,
             "peak_gb": found["peak_gb"], "gflop": work, "gflop_per_s": work / seconds}
+
+
+def samples(args):
+    """Step time by number of mixture components, in turns, so that the machine's drift hits all alike; the best of each."""
+    counts, best = (1, 2, 4, 8, 16, 32), {}
+    for _ in range(args.rounds):
+        for count in counts:
+            seconds = measure(args, SHAPES[BASE], 4, 128, 16, count)["step_s"]
+            best[count] = min(seconds, best.get(count, math.inf))
+    if not args.json:
+        print("samples: " + ", ".join(f"{count}: {best[count]:.3f} s" for count in counts)
+              + f"; slowest over fastest {max(best.values()) / min(best.values()):.3f}\n", flush=True)
+    return best
+
+
+def write_checkpoint(path, shape):
+    """A model directory with random bf16 weights, written tensor by tensor."""
+    hidden, intermediate, layers, heads, kv_heads, vocab, tied = shape
+    kv = kv_heads * hidden // heads
+    tensors = {"model.embed_tokens.weight": [vocab, hidden], "model.norm.weight": [hidden]}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        tensors |= {prefix + "input_layernorm.weight": [hidden], prefix + "post_attention_layernorm.weight": [hidden]}
+        tensors |= {f"{prefix}self_attn.{name}_proj.weight": [rows, columns] for name, rows, columns in
+                    (("q", hidden, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, hidden))}
+        tensors |= {f"{prefix}mlp.{name}_proj.weight": [rows, columns] for name, rows, columns in
+                    (("gate", intermediate, hidden), ("up", intermediate, hidden), ("down", hidden, intermediate))}
+    if not tied:
+        tensors["lm_head.weight"] = [vocab, hidden]
+    header, end = {}, 0
+    for name, dims in tensors.items():
+        start, end = end, end + 2 * math.prod(dims)
+        header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    # 0x3c.. is about 0.01 in bf16.
+    block = bytes(value if index % 2 == 0 else 0x3C for index, value in enumerate(os.urandom(1 << 20)))
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config(shape)))
+    with open(path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _ in range(end // len(block)):
+            file.write(block)
+        file.write(block[:end % len(block)])
+        file.flush()
+        os.fsync(file.fileno())
+    return path / "model.safetensors"
+
+
+def load(args):
+    """Seconds to read a checkpoint of about 3 billion weights that is not in the page cache: `cat`, and the trainer."""
+    shape = (3072, 8192, 28, 24, 8, 128256, True)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        file = write_checkpoint(pathlib.Path(scratch), shape)
+        size, found = file.stat().st_size, {"cat": [], "trainer": []}
+        for _ in range(args.rounds):
+            for name in found:
+                with open(file) as handle:
+                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                if name == "cat":
+                    began = time.monotonic()
+                    subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)
+                    found[name].append(time.monotonic() - began)
+                else:
+                    command = [args.monteclora, "bench", "train", "-m", scratch, "--dtype", "bf16", "--batch", 1, "--seq", 8, "--rank", 1,
+                               "--steps", 2, "--json"]
+                    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, check=True, text=True)
+                    found[name].append(json.loads(done.stdout)["load_s"])
+    best = {name: min(seconds) for name, seconds in found.items()}
+    if not args.json:
+        print(f"load: {size / 1e9:.2f} GB; cat {best['cat']:.2f} s, trainer {best['trainer']:.2f} s, "
+              f"{size / 1e9 / best['trainer']:.2f} GB/s, {best['cat'] / best['trainer']:.2f} of cat's speed\n", flush=True)
+    return {"bytes": size, **found}
 
 
 def exponent(points, key, value):
@@ -81,7 +159,10 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", default="auto", choices=["auto", "f32", "bf16"])
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--only", default="batch,seq,rank,layers,size")
+    parser.add_argument("--bf16", action="store_true", help="products with frozen weights in bfloat16")
+    parser.add_argument("--rounds", type=int, default=3, help="of samples and load")
+    parser.add_argument("--scratch", help="where load writes its 6.4 GB; default: the system's directory for temporary files")
+    parser.add_argument("--only", default="samples,batch,seq,rank,layers,size", help="sweeps; there is also load")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     base = SHAPES[BASE]
@@ -95,6 +176,9 @@ def main():
     }
     results = {}
     for sweep in args.only.split(","):
+        if sweep in ("samples", "load"):
+            results[sweep] = {"samples": samples, "load": load}[sweep](args)
+            continue
         key, points = sweeps[sweep]
         found = []
         for name, shape, batch, seq, rank in points:

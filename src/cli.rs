@@ -723,6 +723,9 @@ pub struct BenchMatmulArgs {
     /// Rows and columns of the square f32 matrices.
     #[arg(long, default_value_t = 1024)]
     pub size: usize,
+    /// Multiply in bfloat16, as `train.bf16` does.
+    #[arg(long)]
+    pub bf16: bool,
     /// Products; the first is left out of the median.
     #[arg(long, default_value_t = 40)]
     pub steps: usize,
@@ -771,6 +774,9 @@ pub struct BenchTrainArgs {
     /// Keep only block inputs and compute the rest again.
     #[arg(long)]
     pub gradient_checkpointing: bool,
+    /// Products with frozen weights in bfloat16, as `train.bf16`; implies `--dtype bf16`.
+    #[arg(long)]
+    pub bf16: bool,
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,

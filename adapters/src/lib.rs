@@ -5,6 +5,7 @@
 //! noise as an argument; [`noise`] alone draws it, counter-based. Gradients are exact vector-Jacobian products written by
 //! hand, so that nothing is ever computed for the frozen base.
 
+mod brain;
 pub mod divergence;
 mod draw;
 mod error;
@@ -25,3 +26,4 @@ pub use error::{Error, Result};
 pub use linear::{Branch, FrozenLinear, Gradients, LowRank, Saved, input_gradient};
 pub use mixture::MixtureWeights;
 pub use posterior::{initial_a, initial_spread, sample};
+pub use product::Precision;

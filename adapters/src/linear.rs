@@ -3,13 +3,14 @@
 use candle_core::Tensor;
 
 use crate::error::{Result, expect_shape};
-use crate::product::{self, Factor, sum_of_products};
+use crate::product::{self, Factor, Precision, Product, sum_of_products};
 
 /// A projection of the base model; its weight is never a variable.
 #[derive(Debug, Clone)]
 pub struct FrozenLinear {
     weight: Tensor,
     bias: Option<Tensor>,
+    precision: Precision,
 }
 
 /// The low-rank path of a site, `y += scaling * (x A^T) B^T`.
@@ -59,9 +60,13 @@ pub fn input_gradient(branches: &[Branch<'_>]) -> Result<Tensor> {
     let mut products = Vec::with_capacity(2 * branches.len());
     for branch in branches {
         let weight = Factor::Plain(&branch.linear.weight);
-        products.push((Factor::Plain(branch.upstream), weight, 1.0));
+        let through_w = Product::new(Factor::Plain(branch.upstream), weight);
+        products.push(through_w.with_precision(branch.linear.precision));
         if let (Some((adapter, grad_hidden)), None) = (branch.adapter, branch.dropout) {
-            products.push((Factor::Plain(grad_hidden), Factor::Plain(&adapter.a), 1.0));
+            products.push(Product::new(
+                Factor::Plain(grad_hidden),
+                Factor::Plain(&adapter.a),
+            ));
         }
     }
     let mut total = sum_of_products(None, &products)?;
@@ -77,7 +82,7 @@ pub fn input_gradient(branches: &[Branch<'_>]) -> Result<Tensor> {
 impl LowRank {
     /// Gradient of `x A^T` for `upstream` `[tokens, out]`: `scaling g B`, `[tokens, r]`.
     pub fn hidden_gradient(&self, upstream: &Tensor) -> Result<Tensor> {
-        let up_b = (
+        let up_b = Product::scaled(
             Factor::Plain(upstream),
             Factor::Plain(&self.b),
             self.scaling,
@@ -98,7 +103,7 @@ impl LowRank {
             return Ok(None);
         };
         let grad_a = product::matmul_tn(grad_hidden, saved.dropped.as_ref().unwrap_or(x))?;
-        let through_b = (
+        let through_b = Product::scaled(
             Factor::Transposed(upstream),
             Factor::Plain(hidden),
             self.scaling,
@@ -117,7 +122,13 @@ impl FrozenLinear {
         Ok(Self {
             weight: weight.detach(),
             bias,
+            precision: Precision::Single,
         })
+    }
+
+    /// The same projection with products of its weight computed in `precision`, forward and backward; the low-rank path stays f32.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// The weight, `[out, in]`.
@@ -149,7 +160,8 @@ impl FrozenLinear {
             _ => None,
         };
         let start = both.as_ref().or(residual).or(self.bias.as_ref());
-        let base = (Factor::Plain(x), Factor::Transposed(&self.weight), 1.0);
+        let base = Product::new(Factor::Plain(x), Factor::Transposed(&self.weight))
+            .with_precision(self.precision);
         let Some(adapter) = adapter else {
             let saved = Saved {
                 hidden: None,
@@ -159,7 +171,7 @@ impl FrozenLinear {
         };
         let dropped = dropout.map(|mask| x * mask).transpose()?;
         let hidden = product::matmul_nt(dropped.as_ref().unwrap_or(x), &adapter.a)?; // [tokens, r]
-        let low_rank = (
+        let low_rank = Product::scaled(
             Factor::Plain(&hidden),
             Factor::Transposed(&adapter.b),
             adapter.scaling,

@@ -4,21 +4,29 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::noise::{Key, Purpose};
-use monteclora_adapters::{Objective, product};
+use monteclora_adapters::product::{Factor, Product, sum_of_products};
+use monteclora_adapters::{Objective, Precision};
 use monteclora_converters::{AdapterConfig, MonteCloraSettings, TargetModules};
 use serde_json::json;
 
 use super::{Usage, device, print, print_json, weight_type};
-use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs};
+use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs, DtypeArg};
 use crate::hub;
 use crate::model::{Decoder, PassOptions, Projection, Sequences};
 use crate::train::metrics::peak_memory_bytes;
 use crate::train::{AdamW, AdamWSettings, AdapterState, DrawForm};
 
 pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
-    let weights = weight_type(args.model.options.dtype)?;
+    let (weights, precision) = match (args.bf16, args.model.options.dtype) {
+        (false, dtype) => (weight_type(dtype)?, Precision::Single),
+        (true, DtypeArg::Auto | DtypeArg::Bf16) => (DType::BF16, Precision::Brain),
+        (true, _) => {
+            let message = "--bf16 holds the weights in bfloat16; leave out --dtype or give bf16";
+            return Err(Usage(message.to_owned()).into());
+        }
+    };
     let counts = [args.batch, args.num_samples, args.rank];
     if counts.contains(&0) || args.seq < 2 || args.steps < 2 {
         return Err(Usage(
@@ -34,7 +42,8 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         Decoder::random(&base.dir, &device, weights, 0)?
     } else {
         Decoder::load_as(&base.dir, &device, weights)?
-    };
+    }
+    .with_precision(precision);
     let leaf = |p: Projection| p.path().rsplit('.').next().unwrap_or_default().to_owned();
     let config = AdapterConfig {
         r: args.rank,
@@ -121,32 +130,40 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     ))
 }
 
-/// Rate of `size` by `size` f32 products on the CPU, as the decoder computes them.
+/// Rate of `size` by `size` products on the CPU, as the decoder computes them.
 pub(super) fn matmul(args: &BenchMatmulArgs) -> Result<()> {
     if args.size == 0 || args.steps < 2 {
         return Err(Usage("bench matmul needs --size >= 1 and --steps >= 2".to_owned()).into());
     }
     let shape = (args.size, args.size);
     let factor = Tensor::full(0.5f32, shape, &Device::Cpu)?;
+    let (weight, precision) = match args.bf16 {
+        true => (factor.to_dtype(DType::BF16)?, Precision::Brain),
+        false => (factor.clone(), Precision::Single),
+    };
+    let product = Product::new(Factor::Plain(&factor), Factor::Plain(&weight));
+    let product = product.with_precision(precision);
     let mut seconds = Vec::with_capacity(args.steps);
     for _ in 0..args.steps {
         let began = Instant::now();
-        product::matmul_nn(&factor, &factor)?;
+        sum_of_products(None, &[product])?;
         seconds.push(began.elapsed().as_secs_f64());
     }
     let median = median_after_first(&seconds);
     let gflop_per_s = 2.0 * (args.size as f64).powi(3) / median / 1e9;
     let threads = rayon::current_num_threads();
+    let dtype = if args.bf16 { "bf16" } else { "f32" };
     if args.json {
         return print_json(&json!({
             "size": args.size,
+            "dtype": dtype,
             "median_s": median,
             "gflop_per_s": gflop_per_s,
             "threads": threads,
         }));
     }
     print(&format!(
-        "{0} x {0} x {0}, f32, {threads} threads: {gflop_per_s:.0} GFLOP/s (median)",
+        "{0} x {0} x {0}, {dtype}, {threads} threads: {gflop_per_s:.0} GFLOP/s (median)",
         args.size
     ))
 }

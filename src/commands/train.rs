@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
+use monteclora_adapters::Precision;
 use monteclora_converters::{Adapter, AdapterConfig, ModelFiles};
 use serde_json::json;
 use start::Begin;
@@ -117,6 +118,7 @@ pub(super) fn prepare(mut run: RunConfig, base: Option<Located>) -> Result<Prepa
         tracing::warn!("{note}");
     }
     let weights = match run.model.dtype {
+        DtypeChoice::Auto if run.train.bf16 => DType::BF16,
         DtypeChoice::Auto | DtypeChoice::F32 => DType::F32,
         DtypeChoice::Bf16 => DType::BF16,
         DtypeChoice::F16 => {
@@ -214,7 +216,12 @@ pub(super) fn execute(
     let run_json = output_dir.join("run.json");
     let mut record = record(prepared, &start.state, &device)?;
     session::write_json(&run_json, &record)?;
-    let decoder = Decoder::load_as(&prepared.base.dir, &device, prepared.weights)?;
+    let precision = match prepared.run.train.bf16 {
+        true => Precision::Brain,
+        false => Precision::Single,
+    };
+    let decoder =
+        Decoder::load_as(&prepared.base.dir, &device, prepared.weights)?.with_precision(precision);
     let trainer = Trainer {
         model: &decoder,
         train: &prepared.train,

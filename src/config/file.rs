@@ -126,6 +126,7 @@ section!(
         early_stopping_patience: u64,
         report_to: OneOrMany<Report>,
         gradient_checkpointing: bool,
+        bf16: bool,
     }
 );
 section!(

@@ -12,7 +12,7 @@ use super::{
         DataFile, EvalFile, LoraFile, ModelFile, MonteCloraFile, OneOrMany, RunFile, TrainFile,
     },
     run::{
-        DEFAULT_SEED, DataConfig, EvalConfig, Length, LoraConfig, Method, ModelConfig,
+        DEFAULT_SEED, DataConfig, DtypeChoice, EvalConfig, Length, LoraConfig, Method, ModelConfig,
         ModuleSelection, MonteCloraConfig, Preset, RunConfig, TrainConfig,
     },
 };
@@ -42,6 +42,12 @@ impl RunConfig {
         let mut check = Check(&mut document);
         let data = data(&mut check, file.data);
         let model = model(&mut check, file.model);
+        check.that(
+            "train.bf16",
+            file.train.bf16 != Some(true)
+                || matches!(model.dtype, DtypeChoice::Auto | DtypeChoice::Bf16),
+            "holds the frozen weights in bfloat16; set model.dtype to \"bf16\" or \"auto\"",
+        );
         let lora = lora(&mut check, file.lora, file.monteclora);
         let mut notes = Vec::new();
         if data.valid.is_none() {
@@ -429,6 +435,7 @@ fn train(
         gradient_checkpointing: file
             .gradient_checkpointing
             .unwrap_or(default.gradient_checkpointing),
+        bf16: file.bf16.unwrap_or(default.bf16),
     };
     let batch = config.per_device_train_batch_size as u64;
     check.count("train.per_device_train_batch_size", 1, batch);

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use monteclora_adapters::FrozenLinear;
 use monteclora_adapters::noise::{Key, Purpose};
+use monteclora_adapters::{FrozenLinear, Precision};
 use monteclora_converters::{LinearModule, ModelFiles};
 
 use super::adapter::{ActiveAdapter, AdapterGradients, SiteId};
@@ -17,7 +17,8 @@ use super::ops::rope::Rotation;
 use super::ops::{cross_entropy, rms_norm};
 use super::{Error, Result};
 
-/// A frozen decoder on one device: weights in f32 or bf16, norms and arithmetic in f32.
+/// A frozen decoder on one device: weights in f32 or bf16, norms and arithmetic in f32 unless [`Decoder::with_precision`] says
+/// otherwise.
 #[derive(Debug)]
 pub struct Decoder {
     pub(super) config: ModelConfig,
@@ -161,6 +162,18 @@ impl Decoder {
     pub fn random(dir: &Path, device: &Device, weights: DType, seed: u64) -> Result<Self> {
         let config = ModelConfig::read(dir)?;
         load::decoder(config, dir, load::Source::Random(seed), device, weights)
+    }
+
+    /// The same decoder with products of its frozen weights computed in `precision`, forward and backward.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.head = self.head.with_precision(precision);
+        for layer in &mut self.layers {
+            layer.projections = layer
+                .projections
+                .each_ref()
+                .map(|linear| linear.clone().with_precision(precision));
+        }
+        self
     }
 
     /// Sizes and switches.

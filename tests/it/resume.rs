@@ -423,22 +423,26 @@ fn early_stopping_leaves_the_best() {
 #[test]
 fn files_do_not_depend_on_the_number_of_threads() {
     let case = Case::new("max_steps = 6\nsave_steps = 3");
-    let run = |threads: &str| {
-        let out = case.at(threads);
+    let run = |threads: &str, precision: &str| {
+        let out = case.at(&format!("{threads}-{precision}"));
+        let directory = format!("train.output_dir={out:?}");
         let output = case
-            .command(&["--set", &format!("train.output_dir={out:?}")])
+            .command(&["--set", &directory, "--set", precision])
             .env("RAYON_NUM_THREADS", threads)
             .output()
             .unwrap();
         assert!(output.status.success(), "{}", stderr(&output));
         out
     };
-    let one = run("1");
-    for threads in ["2", "4"] {
-        let other = run(threads);
-        same_result(&one, &other);
-        let moments = |dir: &Path| std::fs::read(dir.join("checkpoint-6/optimizer.safetensors"));
-        assert_eq!(moments(&one).unwrap(), moments(&other).unwrap());
+    for precision in ["train.bf16=false", "train.bf16=true"] {
+        let one = run("1", precision);
+        for threads in ["2", "4"] {
+            let other = run(threads, precision);
+            same_result(&one, &other);
+            let moments =
+                |dir: &Path| std::fs::read(dir.join("checkpoint-6/optimizer.safetensors"));
+            assert_eq!(moments(&one).unwrap(), moments(&other).unwrap());
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use monteclora::config::RunConfig;
 use monteclora::data::Dataset;
 use monteclora::model::{AdapterGradients, Dropout, PassOptions, Sequences};
@@ -13,6 +13,7 @@ use monteclora::session;
 use monteclora::train::{
     AdapterState, Checkpoint, DrawForm, Event, Identity, SiteGradient, TrainSettings, Trainer,
 };
+use monteclora_adapters::Precision;
 use monteclora_converters::{Adapter, AdapterConfig, Format, SafetensorsFile};
 
 use crate::fixtures::own;
@@ -347,6 +348,31 @@ fn gradient_checkpointing_changes_nothing() {
         run("train.gradient_checkpointing=true"),
         run("train.gradient_checkpointing=false")
     );
+}
+
+/// Mixed precision trains to nearly the same losses, and not to the same bytes.
+#[test]
+fn bf16_products_train_alike() {
+    let run = |precision: Precision| {
+        let mut setup = setup(&["train.max_steps=12"]);
+        let model = own().join("models/tiny-llama");
+        setup.decoder = Decoder::load_as(&model, &Device::Cpu, DType::BF16)
+            .unwrap()
+            .with_precision(precision);
+        let out = tempfile::tempdir().unwrap();
+        let losses = setup.train(&setup.settings(), out.path(), None);
+        (losses, bytes(out.path()))
+    };
+    let (exact, exact_bytes) = run(Precision::Single);
+    let (narrow, narrow_bytes) = run(Precision::Brain);
+    assert_ne!(exact_bytes, narrow_bytes);
+    let fall = exact[0] - exact[exact.len() - 1];
+    for (exact, narrow) in exact.iter().zip(&narrow) {
+        assert!(
+            (exact - narrow).abs() < 0.05 * fall,
+            "{exact} {narrow} {fall}"
+        );
+    }
 }
 
 /// `lora` writes plain LoRA; `lora-fa` leaves A at its initial value.

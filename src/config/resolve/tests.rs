@@ -470,3 +470,22 @@ fn the_resolved_form_is_json() {
         "all-linear"
     );
 }
+
+/// Mixed precision holds the weights in bfloat16, so a configuration that asks for other weights contradicts itself.
+#[test]
+fn bf16_products_need_bf16_weights() {
+    let parse = |dtype: &str| {
+        let text = format!(
+            "[model]\nmodel_id = \"base\"\ndtype = \"{dtype}\"\n[data]\ntrain = \"rows.jsonl\"\n[train]\noutput_dir = \"out\"\nbf16 = true\n"
+        );
+        RunConfig::from_toml(&text, "run.toml", &[])
+    };
+    for dtype in ["auto", "bf16"] {
+        assert!(parse(dtype).expect("consistent").train.bf16);
+    }
+    let refused = parse("f32").expect_err("contradicts itself").to_string();
+    assert!(
+        refused.contains("run.toml:8") && refused.contains("[train] bf16"),
+        "{refused}"
+    );
+}
