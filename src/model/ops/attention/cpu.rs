@@ -1,0 +1,348 @@
+//! Attention over f32 slices on the CPU: a task a segment and head, blocks of queries, probabilities never kept.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+use monteclora_adapters::linalg::{Strided, gemm_f32};
+use monteclora_adapters::simd::{dot, largest, vectorised};
+use rayon::prelude::*;
+
+use super::{Heads, Segment};
+use crate::model::ops::build_rows;
+use crate::model::ops::swiglu::exp;
+
+/// Query rows handled at a time; keys above the diagonal of a block are never multiplied.
+const BLOCK: usize = 64;
+
+fn head<'a>(data: &'a [f32], row: usize, head: usize, n_heads: usize, dim: usize) -> Strided<'a> {
+    let width = n_heads * dim;
+    Strided {
+        data: &data[row * width + head * dim..],
+        row: width,
+        column: 1,
+    }
+}
+
+fn turned(view: Strided<'_>) -> Strided<'_> {
+    Strided {
+        data: view.data,
+        row: view.column,
+        column: view.row,
+    }
+}
+
+/// Output `[tokens, heads * dim]` and the logarithm of each softmax's denominator, `[heads, tokens]`.
+pub(super) fn forward(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    tokens: usize,
+    segments: &[Segment],
+    heads: Heads,
+) -> candle_core::Result<(Tensor, Vec<f32>)> {
+    let dim = heads.dim;
+    let tasks: Vec<(&Segment, usize)> = segments
+        .iter()
+        .flat_map(|s| (0..heads.query).map(move |h| (s, h)))
+        .collect();
+    let parts: Vec<(Vec<f32>, Vec<f32>)> = tasks
+        .par_iter()
+        .map(|(segment, h)| {
+            let kv = h / heads.group();
+            let mut out = vec![0f32; segment.query_len * dim];
+            let mut log_sums = Vec::with_capacity(segment.query_len);
+            let mut scores = Vec::new();
+            for first in (0..segment.query_len).step_by(BLOCK) {
+                let rows = BLOCK.min(segment.query_len - first);
+                let from = heads.visible(segment, first).start;
+                let columns = heads.visible(segment, first + rows - 1).end - from;
+                scores.clear();
+                scores.resize(rows * columns, 0.0);
+                let queries = head(q, segment.query_start + first, *h, heads.query, dim);
+                let keys = head(k, segment.key_start + from, kv, heads.key_value, dim);
+                gemm_f32(
+                    (rows, columns, dim),
+                    &mut scores,
+                    columns,
+                    false,
+                    queries,
+                    turned(keys),
+                    heads.scale(),
+                    false,
+                );
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for (i, row) in scores.chunks_exact_mut(columns).enumerate() {
+                            let visible = heads.visible(segment, first + i);
+                            let (start, end) = (visible.start - from, visible.end - from);
+                            log_sums.push(softmax_row(row, start, end));
+                        }
+                    },
+                );
+                let values = head(v, segment.key_start + from, kv, heads.key_value, dim);
+                gemm_f32(
+                    (rows, dim, columns),
+                    &mut out[first * dim..],
+                    dim,
+                    false,
+                    Strided::rows(&scores, columns),
+                    values,
+                    1.0,
+                    false,
+                );
+            }
+            (out, log_sums)
+        })
+        .collect();
+    let mut log_sums = vec![0f32; heads.query * tokens];
+    for ((segment, h), (_, sums)) in tasks.iter().zip(&parts) {
+        let start = h * tokens + segment.query_start;
+        log_sums[start..start + segment.query_len].copy_from_slice(sums);
+    }
+    let owners = owners(tokens, segments, |s| (s.query_start, s.query_len));
+    let output = gather_heads(&owners, heads.query, dim, |segment, h| {
+        &parts[segment * heads.query + h].0
+    })?;
+    Ok((output, log_sums))
+}
+
+/// For each row, the segment it belongs to and its place there.
+fn owners(
+    rows: usize,
+    segments: &[Segment],
+    range: impl Fn(&Segment) -> (usize, usize),
+) -> Vec<Option<(usize, usize)>> {
+    let mut owners = vec![None; rows];
+    for (index, segment) in segments.iter().enumerate() {
+        let (start, len) = range(segment);
+        for (place, owner) in owners[start..start + len].iter_mut().enumerate() {
+            *owner = Some((index, place));
+        }
+    }
+    owners
+}
+
+/// Lays the heads of each segment, `part(segment, head)` `[len, dim]`, side by side: `[rows, heads * dim]`.
+fn gather_heads<'a>(
+    owners: &[Option<(usize, usize)>],
+    n_heads: usize,
+    dim: usize,
+    part: impl Fn(usize, usize) -> &'a [f32] + Sync,
+) -> candle_core::Result<Tensor> {
+    let [gathered] = build_rows(
+        owners.len(),
+        n_heads * dim,
+        #[inline(always)]
+        |row, [out]| {
+            for (head, out) in out.chunks_exact_mut(dim).enumerate() {
+                let values = owners[row]
+                    .map(|(segment, place)| &part(segment, head)[place * dim..][..dim])
+                    .unwrap_or_default();
+                for (i, out) in out.iter_mut().enumerate() {
+                    out.write(values.get(i).copied().unwrap_or_default());
+                }
+            }
+        },
+    )?;
+    Ok(gathered)
+}
+
+/// Softmax over `row[start..end]`, zero outside; returns the logarithm of the sum of exponentials.
+#[inline(always)]
+fn softmax_row(row: &mut [f32], start: usize, end: usize) -> f32 {
+    row[..start].fill(0.0);
+    row[end..].fill(0.0);
+    let row = &mut row[start..end];
+    let largest = largest(row);
+    for value in row.iter_mut() {
+        *value = exp(*value - largest);
+    }
+    let sum = dot([&*row]);
+    let inverse = sum.recip();
+    for value in row.iter_mut() {
+        *value *= inverse;
+    }
+    largest + sum.ln()
+}
+
+/// What the backward pass reads.
+pub(super) struct Backward<'a> {
+    pub(super) q: &'a [f32],
+    pub(super) k: &'a [f32],
+    pub(super) v: &'a [f32],
+    pub(super) output: &'a [f32],
+    pub(super) upstream: &'a [f32],
+    pub(super) log_sums: &'a [f32],
+    pub(super) tokens: usize,
+    pub(super) heads: Heads,
+}
+
+impl Backward<'_> {
+    /// Gradients with respect to q, k (of `keys` rows) and v.
+    pub(super) fn run(
+        &self,
+        keys: usize,
+        segments: &[Segment],
+    ) -> candle_core::Result<(Tensor, Tensor, Tensor)> {
+        let Heads {
+            query,
+            key_value,
+            dim,
+            ..
+        } = self.heads;
+        let group = self.heads.group();
+        let tasks: Vec<(&Segment, usize)> = segments
+            .iter()
+            .flat_map(|s| (0..key_value).map(move |h| (s, h)))
+            .collect();
+        // One task a key/value head: it alone adds to that head's gradients, in a fixed order.
+        let parts: Vec<_> = tasks
+            .par_iter()
+            .map(|(segment, kv)| self.key_value_head(segment, *kv))
+            .collect();
+        let of = |segment: usize, kv: usize| &parts[segment * key_value + kv];
+        let queries = owners(self.tokens, segments, |s| (s.query_start, s.query_len));
+        let keys = owners(keys, segments, |s| (s.key_start, s.key_len));
+        Ok((
+            gather_heads(&queries, query, dim, |s, h| &of(s, h / group).0[h % group])?,
+            gather_heads(&keys, key_value, dim, |s, kv| &of(s, kv).1)?,
+            gather_heads(&keys, key_value, dim, |s, kv| &of(s, kv).2)?,
+        ))
+    }
+
+    fn key_value_head(&self, segment: &Segment, kv: usize) -> (Vec<Vec<f32>>, Vec<f32>, Vec<f32>) {
+        let Heads {
+            query,
+            key_value,
+            dim,
+            ..
+        } = self.heads;
+        let scale = self.heads.scale();
+        let group = self.heads.group();
+        let mut dqs = Vec::with_capacity(group);
+        let mut dk = vec![0f32; segment.key_len * dim];
+        let mut dv = vec![0f32; segment.key_len * dim];
+        let (mut probabilities, mut grad_scores) = (Vec::new(), Vec::new());
+        for h in kv * group..(kv + 1) * group {
+            let mut dq = vec![0f32; segment.query_len * dim];
+            for first in (0..segment.query_len).step_by(BLOCK) {
+                let rows = BLOCK.min(segment.query_len - first);
+                let from = self.heads.visible(segment, first).start;
+                let columns = self.heads.visible(segment, first + rows - 1).end - from;
+                let row0 = segment.query_start + first;
+                let queries = head(self.q, row0, h, query, dim);
+                let upstream = head(self.upstream, row0, h, query, dim);
+                let keys = head(self.k, segment.key_start + from, kv, key_value, dim);
+                let values = head(self.v, segment.key_start + from, kv, key_value, dim);
+                for buffer in [&mut probabilities, &mut grad_scores] {
+                    buffer.clear();
+                    buffer.resize(rows * columns, 0f32);
+                }
+                gemm_f32(
+                    (rows, columns, dim),
+                    &mut probabilities,
+                    columns,
+                    false,
+                    queries,
+                    turned(keys),
+                    scale,
+                    false,
+                );
+                gemm_f32(
+                    (rows, columns, dim),
+                    &mut grad_scores,
+                    columns,
+                    false,
+                    upstream,
+                    turned(values),
+                    1.0,
+                    false,
+                );
+                let mut block = Scores {
+                    probabilities: &mut probabilities,
+                    gradients: &mut grad_scores,
+                    columns,
+                };
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for i in 0..rows {
+                            let visible = self.heads.visible(segment, first + i);
+                            let at = (row0 + i) * query * dim + h * dim;
+                            let (g, o) = (&self.upstream[at..at + dim], &self.output[at..at + dim]);
+                            block.softmax_backward(
+                                i,
+                                visible.start - from..visible.end - from,
+                                self.log_sums[h * self.tokens + row0 + i],
+                                dot([g, o]),
+                            );
+                        }
+                    },
+                );
+                let block_k = &mut dk[from * dim..];
+                let turned_scores = Strided::transposed(&grad_scores, columns);
+                gemm_f32(
+                    (columns, dim, rows),
+                    block_k,
+                    dim,
+                    true,
+                    turned_scores,
+                    queries,
+                    scale,
+                    false,
+                );
+                let turned_probabilities = Strided::transposed(&probabilities, columns);
+                gemm_f32(
+                    (columns, dim, rows),
+                    &mut dv[from * dim..],
+                    dim,
+                    true,
+                    turned_probabilities,
+                    upstream,
+                    1.0,
+                    false,
+                );
+                let scores = Strided::rows(&grad_scores, columns);
+                gemm_f32(
+                    (rows, dim, columns),
+                    &mut dq[first * dim..],
+                    dim,
+                    false,
+                    scores,
+                    keys,
+                    scale,
+                    false,
+                );
+            }
+            dqs.push(dq);
+        }
+        (dqs, dk, dv)
+    }
+}
+
+/// A block of scores, row-major, and the gradients of its probabilities.
+struct Scores<'a> {
+    probabilities: &'a mut [f32],
+    gradients: &'a mut [f32],
+    columns: usize,
+}
+
+impl Scores<'_> {
+    /// Turns row `i` into probabilities and their gradients into those of the scores, `dS = P * (dP - delta)`; zero where the key
+    /// is hidden.
+    #[inline(always)]
+    fn softmax_backward(&mut self, i: usize, visible: Range<usize>, log_sum: f32, delta: f32) {
+        let row = i * self.columns..(i + 1) * self.columns;
+        let p = &mut self.probabilities[row.clone()];
+        let s = &mut self.gradients[row];
+        for hidden in [0..visible.start, visible.end..self.columns] {
+            p[hidden.clone()].fill(0.0);
+            s[hidden].fill(0.0);
+        }
+        for (p, s) in p[visible.clone()].iter_mut().zip(&mut s[visible]) {
+            *p = exp(*p - log_sum);
+            *s = *p * (*s - delta);
+        }
+    }
+}
