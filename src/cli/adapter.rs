@@ -1,0 +1,225 @@
+//! Arguments of the verbs that turn or look into adapters and models.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::ModelArgs;
+
+/// `collapse`
+#[derive(Debug, Args)]
+pub struct CollapseArgs {
+    /// Adapter directory.
+    pub adapter: PathBuf,
+    /// New directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Write into a directory that is not empty, and accept an adapter that changes nothing.
+    #[arg(long)]
+    pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Formats that `convert` reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum SourceFormatArg {
+    /// By content and extension.
+    #[default]
+    Auto,
+    /// PEFT directory, LoRA or MonteCLoRA.
+    #[value(alias = "lora")]
+    Peft,
+    /// mlx-lm adapter directory.
+    Mlx,
+    /// GGUF LoRA file.
+    Gguf,
+}
+
+/// Formats that `convert` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TargetFormatArg {
+    /// PEFT directory with the whole posterior, if there is one.
+    Peft,
+    /// Plain LoRA that mistral.rs, vLLM and PEFT all accept: the posterior mean.
+    Lora,
+    /// One GGUF file for llama.cpp: the posterior mean.
+    Gguf,
+    /// mlx-lm adapter directory: the posterior mean.
+    Mlx,
+}
+
+/// Element types that `convert` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ConvertDtypeArg {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+/// `convert`
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// Adapter directory or GGUF file.
+    pub source: PathBuf,
+    /// New directory, or file for GGUF.
+    #[arg(short, long, value_name = "DST")]
+    pub output: PathBuf,
+    /// Format to write.
+    #[arg(long, value_enum)]
+    pub to: TargetFormatArg,
+    /// Format to read.
+    #[arg(long, value_enum, default_value_t)]
+    pub from: SourceFormatArg,
+    /// Base model, for GGUF: its config.json tells the head counts.
+    #[arg(short, long = "model-id", value_name = "MODEL")]
+    pub model_id: Option<String>,
+    /// Element type of A and B; the source's by default.
+    #[arg(long, value_enum)]
+    pub dtype: Option<ConvertDtypeArg>,
+    /// Write over what is there, and accept an adapter that changes nothing.
+    #[arg(long)]
+    pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `sample`
+#[derive(Debug, Args)]
+pub struct SampleArgs {
+    /// MonteCLoRA adapter directory.
+    pub adapter: PathBuf,
+    /// Number of draws.
+    #[arg(short, value_name = "K", default_value_t = 1)]
+    pub k: usize,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    /// New directory; draws are `draw-0000`, `draw-0001`, ... in it.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Write into a directory that is not empty, and accept an adapter that changes nothing.
+    #[arg(long)]
+    pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `merge`
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory, or GGUF LoRA.
+    #[arg(short, long)]
+    pub adapter: PathBuf,
+    /// New model directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Write into a directory that is not empty, and accept an adapter that changes nothing.
+    #[arg(long)]
+    pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `inspect`
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Adapter or model directory, or GGUF file of either.
+    pub path: PathBuf,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `validate`
+#[derive(Debug, Args)]
+pub struct ValidateArgs {
+    /// Adapter directory, or GGUF LoRA.
+    pub adapter: PathBuf,
+    /// Base model to check names and shapes against.
+    #[arg(short, long = "model-id", value_name = "MODEL")]
+    pub model_id: Option<String>,
+    /// Runtime that is to load it: mistralrs, mistralrs-0.9, vllm, llamacpp or peft.
+    #[arg(long = "for", value_name = "RUNTIME")]
+    pub runtimes: Vec<String>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which decoder `parity` runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum EngineArg {
+    /// Our decoder.
+    Ours,
+    /// mistral.rs in this process.
+    Mistralrs,
+    /// Both.
+    #[default]
+    Both,
+}
+
+/// `parity`
+#[derive(Debug, Args)]
+pub struct ParityArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory.
+    #[arg(short, long)]
+    pub adapter: Option<PathBuf>,
+    /// Which decoder runs.
+    #[arg(long, value_enum, default_value_t)]
+    pub engine: EngineArg,
+    /// Recorded `input_ids`, `logits` and perhaps `base_logits` in a safetensors file.
+    #[arg(long, value_name = "FILE")]
+    pub reference: Option<PathBuf>,
+    /// Text to compare on; a built-in one by default.
+    #[arg(long, conflicts_with = "reference")]
+    pub prompt: Option<String>,
+    /// Fail with exit code 5 when the largest difference exceeds this.
+    #[arg(long)]
+    pub tolerance: Option<f64>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Element type that `import-gguf` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ImportDtypeArg {
+    /// bfloat16, half the size.
+    Bf16,
+    /// Single precision: every value of the file exactly.
+    #[default]
+    F32,
+}
+
+/// `import-gguf`
+#[derive(Debug, Args)]
+pub struct ImportGgufArgs {
+    /// The GGUF file.
+    pub file: PathBuf,
+    /// New model directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Element type of the weights.
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: ImportDtypeArg,
+    /// Replace a directory that is not empty.
+    #[arg(long)]
+    pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}

