@@ -18,6 +18,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
         ("mkl", cfg!(feature = "mkl")),
         ("nccl", cfg!(feature = "nccl")),
         ("ring", cfg!(feature = "ring")),
+        ("parquet", cfg!(feature = "parquet")),
     ];
     let enabled: Vec<&str> = features
         .iter()

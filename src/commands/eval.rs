@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{Usage, device, print, print_json, require_fit, weight_type};
 use crate::cli::EvalArgs;
-use crate::data::{Dataset, EncodeOptions, Overlong, RowSchema, TrainOn, splits};
+use crate::data::{DataError, Dataset, EncodeOptions, Overlong, RowSchema, TrainOn, splits};
 use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Scores, score};
 use crate::model::{ActiveAdapter, Decoder, ModelConfig};
 use crate::{hub, progress, session};
@@ -60,7 +60,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     encoder.tokenizer().check_vocab(config.vocab_size)?;
     // Of a directory, what was kept for the end.
     let split = splits(&args.data)?.last().copied().unwrap_or_default();
-    let data = Dataset::open_split(&args.data, split, RowSchema::default(), encoder)?;
+    let data = Dataset::open_split(&args.data, split, RowSchema::default(), encoder)
+        .map_err(DataError::in_flags)?;
     let choices = ChoiceRows::read(&data)?;
     let decoder = Decoder::load_as(&base.dir, &device(args.model.options.cpu)?, weights)?;
     let options = EvalOptions {

@@ -81,6 +81,14 @@ impl Problems {
         self.total
     }
 
+    /// The same problems with another remedy.
+    fn with_fixes(mut self, fix: impl Fn(&str) -> String) -> Self {
+        for problem in &mut self.shown {
+            problem.fix = fix(&problem.fix);
+        }
+        self
+    }
+
     /// Whether nothing is wrong.
     pub fn is_empty(&self) -> bool {
         self.total == 0
@@ -144,6 +152,14 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
     },
+    /// A Parquet file that cannot be read.
+    #[error("`{}`: {problem}", .path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the column, and what to do.
+        problem: String,
+    },
     /// A directory or Hub data set whose files cannot be told apart.
     #[error("`{name}`: {problem}")]
     Files {
@@ -206,7 +222,7 @@ pub enum DataError {
     },
     /// A conversation given to a model that has no chat template.
     #[error(
-        "the model has no chat template; give one with --chat-template, or use rows of prompt and completion with data.apply_chat_template = false"
+        "the model has no chat template; give one with --chat-template, or take rows of prompt and completion as they are (data.apply_chat_template = false, or --no-chat-template)"
     )]
     NoTemplate,
     /// A chat template that refuses the conversation.
@@ -236,6 +252,17 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// The same error for a verb without run.toml: remedies name flags, and those that only run.toml has are left out.
+    pub fn in_flags(self) -> Self {
+        match self {
+            Self::Rows(problems) => Self::Rows(problems.with_fixes(|fix| {
+                let fix = fix.split(", or set data.").next().unwrap_or(fix);
+                fix.replace("data.max_seq_length", "--max-seq-length")
+            })),
+            other => other,
+        }
+    }
+
     /// The exit code: 2 for a template or a feature that is not there, 4 for a malformed model, 3 otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {

@@ -33,7 +33,7 @@ impl RowFile {
     /// Reads the file once for the places of its rows and its hash.
     ///
     /// # Errors
-    /// [`DataError::Read`], [`DataError::Empty`], [`DataError::Array`], [`DataError::Unpack`], and
+    /// [`DataError::Read`], [`DataError::Empty`], [`DataError::Array`], [`DataError::Unpack`], [`DataError::Parquet`], and
     /// [`DataError::NoParquet`] for a Parquet file in a build without it.
     pub fn open(path: &Path) -> Result<Self, DataError> {
         let read_error = |source| DataError::Read {
@@ -174,7 +174,9 @@ fn unpack(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Resul
 
 #[cfg(feature = "parquet")]
 fn parquet_rows(path: &Path, file: File) -> Result<File, DataError> {
-    unpack(path, |spool| parquet::write_json_lines(file, spool))
+    let mut spool = unpack(path, |_| Ok(()))?;
+    parquet::write_json_lines(path, file, &mut spool)?;
+    Ok(spool)
 }
 
 #[cfg(not(feature = "parquet"))]
