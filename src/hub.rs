@@ -1,14 +1,18 @@
 //! Where a model is: a local directory, a GGUF file imported once into the cache, or a Hub id; and data sets on the Hub.
 
 mod dataset;
+mod refusal;
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::ApiBuilder;
+use hf_hub::api::RepoInfo;
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use sha2::{Digest, Sha256};
 
 pub use dataset::{DatasetError, DatasetId, DatasetRepo};
+pub use refusal::Refusal;
 
 use crate::gguf_import::{ImportOptions, import_gguf};
 
@@ -26,6 +30,14 @@ pub enum Error {
         id: String,
         /// Why the Hub failed.
         reason: String,
+    },
+    /// The Hub answers, and does not give the model.
+    #[error("model `{id}`: {refusal}")]
+    Refused {
+        /// What was asked for.
+        id: String,
+        /// What the Hub said and what to do.
+        refusal: Refusal,
     },
     /// The path is not a model.
     #[error("`{}`: {problem}", .path.display())]
@@ -189,31 +201,53 @@ fn imported(file: &Path) -> anyhow::Result<PathBuf> {
     Ok(dir)
 }
 
+/// A model that was fetched before is taken as it was then; its commit is that of its snapshot.
 fn from_hub(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
     let revision = options
         .revision
         .clone()
         .unwrap_or_else(|| "main".to_owned());
     let repo = Repo::with_revision(id.to_owned(), RepoType::Model, revision);
-    match download(&repo, options) {
-        Ok((dir, commit)) => Ok(Located {
-            dir,
-            name: id.to_owned(),
-            revision: Some(commit),
-        }),
-        Err(reason) => cached(&repo)
-            .map(|dir| Located {
-                revision: dir.file_name().and_then(|n| n.to_str()).map(str::to_owned),
-                dir,
-                name: id.to_owned(),
-            })
-            .ok_or_else(|| {
-                Error::Unreachable {
-                    id: id.to_owned(),
-                    reason: reason.to_string(),
-                }
-                .into()
-            }),
+    let located = |dir: PathBuf| Located {
+        revision: dir.file_name().and_then(|n| n.to_str()).map(str::to_owned),
+        dir,
+        name: id.to_owned(),
+    };
+    let api = builder(&options.token_source)?.build()?;
+    let info = api.repo(repo.clone()).info();
+    if let Some(dir) = cached(&repo) {
+        let found = located(dir);
+        if let (Ok(info), Some(commit)) = (&info, &found.revision)
+            && info.sha != *commit
+        {
+            tracing::warn!(
+                "{id}: the Hub has another commit now; the one fetched before, {commit}, is used (--revision {} takes the other)",
+                info.sha
+            );
+        }
+        return Ok(found);
+    }
+    let fetched = info.and_then(|info| fetch(&api, &repo, &info));
+    match fetched {
+        Ok(Some(dir)) => Ok(located(dir)),
+        Ok(None) => Err(Error::Path {
+            path: PathBuf::from(id),
+            problem:
+                "the repository has no config.json; is it a model, and in Hugging Face's layout?"
+                    .to_owned(),
+        }
+        .into()),
+        Err(error) => Err(match Refusal::of(&error) {
+            Some(refusal) => Error::Refused {
+                id: id.to_owned(),
+                refusal,
+            },
+            None => Error::Unreachable {
+                id: id.to_owned(),
+                reason: error.to_string(),
+            },
+        }
+        .into()),
     }
 }
 
@@ -228,13 +262,13 @@ fn cached(repo: &Repo) -> Option<PathBuf> {
         .then_some(dir)
 }
 
-fn download(repo: &Repo, options: &HubOptions) -> anyhow::Result<(PathBuf, String)> {
-    let mut builder = ApiBuilder::from_env().with_progress(true);
-    if let Some(token) = token(&options.token_source)? {
-        builder = builder.with_token(token);
-    }
-    let repo = builder.build()?.repo(repo.clone());
-    let info = repo.info()?;
+/// Fetches the files of one commit, whatever the branch does meanwhile, and only then lets the cache point at it.
+fn fetch(api: &Api, repo: &Repo, info: &RepoInfo) -> Result<Option<PathBuf>, ApiError> {
+    let pinned = api.repo(Repo::with_revision(
+        repo.url(),
+        RepoType::Model,
+        info.sha.clone(),
+    ));
     let mut dir = None;
     for sibling in &info.siblings {
         let name = sibling.rfilename.as_str();
@@ -244,24 +278,40 @@ fn download(repo: &Repo, options: &HubOptions) -> anyhow::Result<(PathBuf, Strin
                 || name.ends_with(".jinja")
                 || name == "tokenizer.model");
         if wanted {
-            let path = repo.get(name)?;
+            let path = pinned.get(name)?;
             if name == "config.json" {
                 dir = path.parent().map(Path::to_owned);
             }
         }
     }
-    let dir = dir.ok_or_else(|| anyhow::anyhow!("the repository has no config.json"))?;
-    Ok((dir, info.sha))
+    Cache::from_env()
+        .repo(repo.clone())
+        .create_ref(&info.sha)
+        .map_err(ApiError::from)?;
+    Ok(dir)
 }
 
-/// The token that a source names; `None` leaves the choice to the Hub client (`cache`).
+/// A client of the Hub with the token that `token_source` names.
+fn builder(token_source: &str) -> Result<ApiBuilder, Error> {
+    let builder = ApiBuilder::from_env().with_progress(std::io::stderr().is_terminal());
+    Ok(match token(token_source)? {
+        Some(token) => builder.with_token(token),
+        None => builder,
+    })
+}
+
+/// The token that a source names; `None` leaves the choice to the Hub client: for `cache`, where HF_TOKEN is not set, that of
+/// `huggingface-cli login`.
 fn token(source: &str) -> Result<Option<Option<String>>, Error> {
     let refuse = |problem: &str| Error::Token {
         source_text: source.split(':').next().unwrap_or_default().to_owned(),
         problem: problem.to_owned(),
     };
     match source.split_once(':') {
-        None if source.is_empty() || source == "cache" => Ok(None),
+        None if source.is_empty() || source == "cache" => Ok(std::env::var("HF_TOKEN")
+            .ok()
+            .filter(|token| !token.is_empty())
+            .map(Some)),
         None if source == "none" => Ok(Some(None)),
         Some(("literal", token)) => Ok(Some(Some(token.to_owned()))),
         Some(("env", name)) => std::env::var(name)
@@ -298,7 +348,6 @@ mod tests {
 
     #[test]
     fn token_sources() {
-        assert!(matches!(token("cache"), Ok(None)));
         assert!(matches!(token("none"), Ok(Some(None))));
         assert!(matches!(token("literal:x"), Ok(Some(Some(t))) if t == "x"));
         let error = token("secret-by-mistake:abc")

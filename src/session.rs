@@ -175,11 +175,16 @@ pub struct RunRecord {
     pub finished_step: Option<u64>,
 }
 
+/// The version of candle-core that Cargo.toml pins; a test compares the two.
+const CANDLE: &str = "0.10.2";
+
 /// Versions of what computes a run's numbers.
 #[derive(Debug, Clone, Serialize)]
 pub struct Versions {
     /// This program.
     pub monteclora: &'static str,
+    /// The tensor library.
+    pub candle: &'static str,
     /// Operating system and processor architecture.
     pub platform: String,
     /// Where the tensors are: `cpu`, `cuda` or `metal`.
@@ -191,6 +196,7 @@ impl Versions {
     pub fn here(device: &candle_core::Device) -> Self {
         Self {
             monteclora: env!("CARGO_PKG_VERSION"),
+            candle: CANDLE,
             platform: format!("{}-{}", std::env::consts::OS, std::env::consts::ARCH),
             device: match device {
                 candle_core::Device::Cpu => "cpu",
@@ -222,8 +228,10 @@ pub struct BaseRecord {
 /// A data file of a run.
 #[derive(Debug, Clone, Serialize)]
 pub struct DataRecord {
-    /// The file.
+    /// The file, directory or data set on the Hub, as it was named.
     pub path: String,
+    /// Its commit on the Hub, where it came from there.
+    pub revision: Option<String>,
     /// SHA-256 of its bytes.
     pub sha256: String,
     /// Sequences in it.
@@ -239,6 +247,7 @@ impl DataRecord {
     pub fn new(data: &Dataset) -> Self {
         Self {
             path: data.path().display().to_string(),
+            revision: data.revision().map(str::to_owned),
             sha256: data.sha256(),
             examples: data.len(),
             tokens: data.stats().tokens.total,
@@ -292,4 +301,14 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     file.as_file().sync_all().with_context(context)?;
     file.persist(path).with_context(context)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn candle_is_the_version_that_is_built() {
+        let lock = include_str!("../Cargo.lock");
+        let entry = format!("name = \"candle-core\"\nversion = \"{}\"\n", super::CANDLE);
+        assert!(lock.contains(&entry));
+    }
 }

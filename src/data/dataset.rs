@@ -104,6 +104,11 @@ impl Dataset {
         self.source.name()
     }
 
+    /// The commit of a data set on the Hub.
+    pub fn revision(&self) -> Option<&str> {
+        self.source.revision()
+    }
+
     /// SHA-256 of the source's bytes, in hexadecimal; see [`Source::sha256`].
     pub fn sha256(&self) -> String {
         self.source.sha256()

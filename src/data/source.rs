@@ -53,6 +53,7 @@ const NOT_ROWS: [&str; 3] = ["dataset_infos.json", "dataset_dict.json", "state.j
 #[derive(Debug)]
 pub struct Source {
     name: PathBuf,
+    revision: Option<String>,
     files: Vec<RowFile>,
     /// The index of each file's first row, and the number of all rows.
     starts: Vec<usize>,
@@ -65,7 +66,8 @@ impl Source {
     /// # Errors
     /// As [`RowFile::open`]; [`DataError::Files`] if the files of the split cannot be told or fetched.
     pub fn open(name: &Path, split: Split) -> Result<Self, DataError> {
-        let files = files(name, split)?
+        let (files, revision) = files(name, split)?;
+        let files = files
             .iter()
             .map(|path| RowFile::open(path))
             .collect::<Result<Vec<_>, _>>()?;
@@ -75,6 +77,7 @@ impl Source {
         }
         Ok(Self {
             name: name.to_owned(),
+            revision,
             files,
             starts,
         })
@@ -83,6 +86,11 @@ impl Source {
     /// The source, as it was named.
     pub fn name(&self) -> &Path {
         &self.name
+    }
+
+    /// The commit of a data set on the Hub.
+    pub fn revision(&self) -> Option<&str> {
+        self.revision.as_deref()
     }
 
     /// The number of rows.
@@ -198,9 +206,10 @@ impl Listing {
     }
 }
 
-fn files(name: &Path, split: Split) -> Result<Vec<PathBuf>, DataError> {
+/// The local files of a split, and the commit of a data set on the Hub.
+fn files(name: &Path, split: Split) -> Result<(Vec<PathBuf>, Option<String>), DataError> {
     let Some(listing) = Listing::of(name)? else {
-        return Ok(vec![name.to_owned()]);
+        return Ok((vec![name.to_owned()], None));
     };
     let problem = |problem: String| DataError::Files {
         name: name.display().to_string(),
@@ -210,13 +219,18 @@ fn files(name: &Path, split: Split) -> Result<Vec<PathBuf>, DataError> {
     if found.is_empty() {
         return Err(nothing(name, split, &listing.names));
     }
-    found
+    let files = found
         .iter()
         .map(|file| match &listing.place {
             Place::Directory(dir) => Ok(dir.join(file)),
             Place::Hub(repo) => repo.get(file).map_err(|error| problem(error.to_string())),
         })
-        .collect()
+        .collect::<Result<_, _>>()?;
+    let revision = match &listing.place {
+        Place::Directory(_) => None,
+        Place::Hub(repo) => Some(repo.commit().to_owned()),
+    };
+    Ok((files, revision))
 }
 
 fn nothing(name: &Path, split: Split, names: &[String]) -> DataError {

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use hf_hub::api::sync::ApiRepo;
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
-use super::is_hub_id;
+use super::{Refusal, is_hub_id};
 
 /// `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`, or `ORG/NAME` alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,30 +54,43 @@ impl DatasetId {
     }
 }
 
-/// A data set whose files can be had: from the Hub, or from the local cache where the Hub does not answer.
-pub enum DatasetRepo {
-    /// The Hub answers.
-    Online(Box<ApiRepo>),
+/// A data set whose files can be had, all of one commit: from the Hub, or from the local cache where the Hub does not answer.
+pub struct DatasetRepo {
+    place: Place,
+    commit: String,
+}
+
+enum Place {
+    /// The Hub answers; the repository at the commit, and as it was asked for.
+    Online(Box<ApiRepo>, CacheRepo),
     /// It does not, but the data set has been fetched before.
     Cached(CacheRepo),
 }
 
 /// A data set that cannot be had.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "neither a local file or directory nor in the local cache, and the Hub cannot give it ({reason}); check the name, connect to the \
-     network, or give a local file"
-)]
-pub struct DatasetError {
-    reason: String,
-}
-
-impl DatasetError {
-    fn new(reason: impl ToString) -> Self {
-        Self {
-            reason: reason.to_string(),
-        }
-    }
+#[non_exhaustive]
+pub enum DatasetError {
+    /// Not here, and the Hub does not answer.
+    #[error(
+        "neither a local file or directory nor in the local cache, and the Hub cannot be reached ({reason}); check the name, connect to \
+         the network, or give a local file"
+    )]
+    Unreachable {
+        /// Why.
+        reason: String,
+    },
+    /// The Hub answers, and does not give it.
+    #[error("no local file or directory has this name, and {0}")]
+    Refused(Refusal),
+    /// A file of the data set cannot be had.
+    #[error("`{file}`: {problem}")]
+    File {
+        /// The file's name in the data set.
+        file: String,
+        /// Why, and what to do.
+        problem: String,
+    },
 }
 
 impl DatasetRepo {
@@ -86,59 +99,83 @@ impl DatasetRepo {
     /// # Errors
     /// [`DatasetError`] if it is neither on the Hub nor in the cache.
     pub fn open(wanted: &DatasetId) -> Result<(Self, Vec<String>), DatasetError> {
-        let repo = Repo::with_revision(
-            wanted.id.clone(),
-            RepoType::Dataset,
-            wanted.revision.clone(),
-        );
+        let at = |revision: &str| {
+            Repo::with_revision(wanted.id.clone(), RepoType::Dataset, revision.to_owned())
+        };
+        let repo = at(&wanted.revision);
+        let cache = Cache::from_env();
         let online = || {
-            let mut builder = ApiBuilder::from_env().with_progress(true);
-            if let Ok(token) = std::env::var("HF_TOKEN") {
-                builder = builder.with_token(Some(token));
-            }
-            let api = builder.build()?.repo(repo.clone());
-            let info = api.info()?;
-            Ok::<_, hf_hub::api::sync::ApiError>((api, info))
+            let api = super::builder("").map_err(|error| DatasetError::Unreachable {
+                reason: error.to_string(),
+            })?;
+            let asked = || {
+                let api = api.build()?;
+                let info = api.repo(repo.clone()).info()?;
+                Ok((api.repo(at(&info.sha)), info))
+            };
+            asked().map_err(|error| match Refusal::of(&error) {
+                Some(refusal) => DatasetError::Refused(refusal),
+                None => DatasetError::Unreachable {
+                    reason: error.to_string(),
+                },
+            })
         };
         match online() {
             Ok((api, info)) => {
                 let names = info.siblings.into_iter().map(|file| file.rfilename);
                 let mut names: Vec<_> = names.collect();
                 names.sort();
-                Ok((Self::Online(Box::new(api)), names))
+                let place = Place::Online(Box::new(api), cache.repo(repo));
+                let commit = info.sha;
+                Ok((Self { place, commit }, names))
             }
             Err(error) => {
-                let cache = Cache::from_env();
-                let names = cached_names(&cache, &repo);
-                if names.is_empty() {
-                    return Err(DatasetError::new(error));
-                }
-                Ok((Self::Cached(cache.repo(repo)), names))
+                let (commit, names) = cached_names(&cache, &repo).ok_or(error)?;
+                let place = Place::Cached(cache.repo(repo));
+                Ok((Self { place, commit }, names))
             }
         }
+    }
+
+    /// The commit that the files are of.
+    pub fn commit(&self) -> &str {
+        &self.commit
     }
 
     /// A local copy of a file.
     ///
     /// # Errors
-    /// [`DatasetError`].
+    /// [`DatasetError::File`].
     pub fn get(&self, name: &str) -> Result<PathBuf, DatasetError> {
-        match self {
-            Self::Online(api) => api.get(name).map_err(DatasetError::new),
-            Self::Cached(cache) => cache
-                .get(name)
-                .ok_or_else(|| DatasetError::new(format!("`{name}` is not in the cache"))),
+        let file = |problem: String| DatasetError::File {
+            file: name.to_owned(),
+            problem,
+        };
+        match &self.place {
+            Place::Online(api, asked) => {
+                let path = api.get(name).map_err(|error| match Refusal::of(&error) {
+                    Some(refusal) => file(refusal.to_string()),
+                    None => file(format!("cannot be fetched ({error}); try again")),
+                })?;
+                // Without the Hub, the name is then taken for this commit.
+                asked
+                    .create_ref(&self.commit)
+                    .map_err(|error| file(format!("cannot be cached: {error}")))?;
+                Ok(path)
+            }
+            Place::Cached(cache) => cache.get(name).ok_or_else(|| {
+                file("the Hub cannot be reached, and the file is not in the cache; connect to the network".to_owned())
+            }),
         }
     }
 }
 
-/// The files of the cached snapshot that the revision points at.
-fn cached_names(cache: &Cache, repo: &Repo) -> Vec<String> {
+/// The commit that the revision points at in the cache, and the files of its snapshot; none where nothing was fetched.
+fn cached_names(cache: &Cache, repo: &Repo) -> Option<(String, Vec<String>)> {
     let root = cache.path().join(repo.folder_name());
-    let Ok(commit) = std::fs::read_to_string(root.join("refs").join(repo.revision())) else {
-        return Vec::new();
-    };
-    let snapshot = root.join("snapshots").join(commit.trim());
+    let commit = std::fs::read_to_string(root.join("refs").join(repo.revision())).ok()?;
+    let commit = commit.trim().to_owned();
+    let snapshot = root.join("snapshots").join(&commit);
     let mut names = Vec::new();
     let mut folders = vec![String::new()];
     while let Some(folder) = folders.pop() {
@@ -163,7 +200,7 @@ fn cached_names(cache: &Cache, repo: &Repo) -> Vec<String> {
         }
     }
     names.sort();
-    names
+    (!names.is_empty()).then_some((commit, names))
 }
 
 #[cfg(test)]
@@ -204,6 +241,9 @@ mod tests {
         std::fs::write(root.join("refs/main"), "abc").expect("writes");
         std::fs::write(snapshot.join("train.jsonl"), "{}").expect("writes");
         let cache = Cache::new(dir.path().to_owned());
-        assert_eq!(cached_names(&cache, &repo), ["data/train.jsonl"]);
+        assert_eq!(
+            cached_names(&cache, &repo),
+            Some(("abc".to_owned(), vec!["data/train.jsonl".to_owned()]))
+        );
     }
 }

@@ -9,6 +9,7 @@ mod documentation;
 mod evaluation;
 mod fixtures;
 mod formats;
+mod hub;
 #[cfg(feature = "mistralrs")]
 mod operations;
 mod planning;
