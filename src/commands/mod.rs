@@ -131,6 +131,7 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(error) = error.downcast_ref::<train::Error>() {
         return match error {
             train::Error::NonFinite { .. } | train::Error::Audit { .. } => Some(5),
+            train::Error::Busy { .. } | train::Error::BestLost { .. } => Some(2),
             train::Error::Drift { drift, .. } => Some(if drift.data { 3 } else { 2 }),
             train::Error::Checkpoint { .. } | train::Error::Torn { .. } => Some(4),
             train::Error::Data(error) => Some(error.exit_code()),
@@ -243,8 +244,9 @@ pub(crate) fn print(text: &str) -> Result<()> {
 
 /// Refuses a directory that holds something, unless `force`.
 pub(crate) fn require_empty(dir: &Path, force: bool) -> Result<()> {
+    let counts = |name: &std::ffi::OsStr| name != crate::train::RunLock::NAME;
     let occupied = match std::fs::read_dir(dir) {
-        Ok(mut entries) => entries.next().is_some(),
+        Ok(mut entries) => entries.any(|entry| entry.is_ok_and(|entry| counts(&entry.file_name()))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
         Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
             return Err(Usage(format!(

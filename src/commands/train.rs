@@ -71,10 +71,10 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let (outcome, _) = execute(&prepared, *start, device, stop_on_signals()?)?;
     if outcome.interrupted {
         return Err(Interrupted(format!(
-            "interrupted at step {} of {}; continue with: monteclora train -c {} --resume auto",
+            "interrupted at step {} of {}; continue with: {}",
             outcome.steps,
             outcome.total_steps,
-            args.config.display()
+            resumption(args)
         ))
         .into());
     }
@@ -98,6 +98,32 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         outcome.steps,
         outcome.seconds
     ))
+}
+
+/// The command that continues an interrupted run, as a shell takes it.
+fn resumption(args: &TrainArgs) -> String {
+    let quoted = |word: &str| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=+:,@%".contains(c);
+        if !word.is_empty() && word.chars().all(plain) {
+            word.to_owned()
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
+    };
+    let mut command = format!(
+        "monteclora train -c {}",
+        quoted(&args.config.display().to_string())
+    );
+    for setting in &args.overrides {
+        command.push_str(&format!(" --set {}", quoted(setting)));
+    }
+    if args.cpu {
+        command.push_str(" --cpu");
+    }
+    if args.json {
+        command.push_str(" --json");
+    }
+    command + " --resume auto"
 }
 
 fn finished(prepared: &Prepared, step: u64, as_json: bool) -> Result<()> {

@@ -43,6 +43,9 @@ pub struct Progress {
     pub evaluations_without_improvement: u64,
     /// Whether the run ended for lack of improvement.
     pub stopped_early: bool,
+    /// Whether the evaluation of this step was broken off and is still to be made.
+    #[serde(default)]
+    pub evaluation_due: bool,
     /// Sums since the last `train` line of the metrics.
     pub window: Window,
 }
@@ -210,9 +213,23 @@ pub(super) fn write_best(
 
 /// The step that `output_dir/best` is of; none where there is no complete one.
 pub fn best_step(output_dir: &Path) -> Option<u64> {
-    let text = std::fs::read(output_dir.join(BEST).join(STATE)).ok()?;
+    let dir = output_dir.join(BEST);
+    Adapter::read_dir(&dir).ok()?;
+    let text = std::fs::read(dir.join(STATE)).ok()?;
     let best: BestState = serde_json::from_slice(&text).ok()?;
     Some(best.step)
+}
+
+/// Makes `output_dir/best` anew from the checkpoint of the same step, which holds the same adapter; false where there is none.
+pub fn rebuild_best(output_dir: &Path, (loss, step): (f64, u64)) -> Result<bool> {
+    let Ok(adapter) = Adapter::read_dir(&output_dir.join(format!("{PREFIX}{step}"))) else {
+        return Ok(false);
+    };
+    replace_dir(&output_dir.join(BEST), |dir| {
+        adapter.write_peft(dir, true)?;
+        write_json(&dir.join(STATE), &BestState { step, loss })
+    })?;
+    Ok(true)
 }
 
 /// Replaces the adapter in `output_dir` by that in `output_dir/best`.

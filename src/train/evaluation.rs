@@ -35,6 +35,21 @@ pub fn evaluate(
     batch_size: usize,
     mut done: impl FnMut(usize),
 ) -> Result<EvalRecord> {
+    let go_on = |rows| {
+        done(rows);
+        true
+    };
+    Ok(evaluate_while(model, adapter, data, batch_size, go_on)?.0)
+}
+
+/// [`evaluate`] as long as `go_on`, which is told the rows of every batch, is true; whether it came to the end of the data.
+pub(super) fn evaluate_while(
+    model: &Decoder,
+    adapter: &ActiveAdapter,
+    data: &Dataset,
+    batch_size: usize,
+    mut go_on: impl FnMut(usize) -> bool,
+) -> Result<(EvalRecord, bool)> {
     let began = Instant::now();
     let options = BatchOptions {
         batch_size: batch_size.max(1),
@@ -43,16 +58,20 @@ pub fn evaluate(
     };
     let mut batches = Batches::new(data, options, Cursor::default());
     let (mut total, mut tokens, mut correct) = (0.0, 0usize, 0usize);
-    for _ in 0..batches.n_batches() {
+    let mut to_do = batches.n_batches();
+    while to_do > 0 {
         let batch = batches.next_batch()?;
         let loss = model.evaluate(&sequences(&batch), &batch.targets, adapter)?;
         total += loss.total();
         tokens += loss.nll.len();
         correct += loss.correct.iter().filter(|c| **c).count();
-        done(batch.segments.len());
+        to_do -= 1;
+        if !go_on(batch.segments.len()) {
+            break;
+        }
     }
     let loss = total / tokens.max(1) as f64;
-    Ok(EvalRecord {
+    let record = EvalRecord {
         step: 0,
         epoch: 0.0,
         loss,
@@ -61,5 +80,6 @@ pub fn evaluate(
         rows: data.len(),
         seconds: began.elapsed().as_secs_f64(),
         wall_s: 0.0,
-    })
+    };
+    Ok((record, to_do == 0))
 }

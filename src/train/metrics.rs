@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::checkpoint::Progress;
 use super::tensorboard::EventFile;
 use super::{Error, Result};
 
@@ -110,18 +111,18 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens the sinks in `output_dir`. A fresh run begins new files; one that continues after `resumed` keeps what was said
-    /// up to that step and drops later steps, which it will make again.
+    /// Opens the sinks in `output_dir`. A fresh run begins new files; one that continues at `resumed` keeps what was said
+    /// up to there and drops what it will make again.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn open(output_dir: &Path, sinks: Sinks, resumed: Option<u64>) -> Result<Self> {
+    pub fn open(output_dir: &Path, sinks: Sinks, resumed: Option<&Progress>) -> Result<Self> {
         let lines = sinks
             .jsonl
             .then(|| {
                 let path = output_dir.join("metrics.jsonl");
                 match resumed {
-                    Some(step) => forget_after(&path, step)?,
+                    Some(progress) => forget_after(&path, progress)?,
                     None => match std::fs::remove_file(&path) {
                         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                             return Err(Error::io(&path, e));
@@ -139,7 +140,12 @@ impl Metrics {
             .transpose()?;
         let events = sinks
             .tensorboard
-            .then(|| EventFile::create(&output_dir.join("tb"), resumed.unwrap_or(0)))
+            .then(|| {
+                EventFile::create(
+                    &output_dir.join("tb"),
+                    resumed.map_or(0, |progress| progress.step),
+                )
+            })
             .transpose()?;
         Ok(Self { lines, events })
     }
@@ -197,8 +203,9 @@ impl EvalRecord {
     }
 }
 
-/// Rewrites `path` without what it says of steps beyond `step` and without a line that a killed run left half written.
-fn forget_after(path: &Path, step: u64) -> Result<()> {
+/// Rewrites `path` without what it says of steps, and of an evaluation, that are still to be made, and without a line that a
+/// killed run left half written.
+fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -207,8 +214,13 @@ fn forget_after(path: &Path, step: u64) -> Result<()> {
     let kept: Vec<&str> = text
         .lines()
         .filter(|line| {
-            serde_json::from_str::<serde_json::Value>(line)
-                .is_ok_and(|line| line["step"].as_u64().is_some_and(|at| at <= step))
+            let Ok(line) = serde_json::from_str::<serde_json::Value>(line) else {
+                return false;
+            };
+            let to_be_made = progress.evaluation_due && line["type"] == "eval";
+            line["step"]
+                .as_u64()
+                .is_some_and(|at| at < progress.step || (at == progress.step && !to_be_made))
         })
         .collect();
     let context = |e| Error::io(path, e);
@@ -291,7 +303,11 @@ mod tests {
         let mut text = std::fs::read_to_string(&path).expect("reads");
         text.push_str("{\"type\":\"eval\",\"ste");
         std::fs::write(&path, text).expect("writes");
-        let mut metrics = Metrics::open(dir.path(), BOTH, Some(4)).expect("opens");
+        let at_four = Progress {
+            step: 4,
+            ..Progress::default()
+        };
+        let mut metrics = Metrics::open(dir.path(), BOTH, Some(&at_four)).expect("opens");
         for step in [6, 8, 10] {
             metrics.write(&eval(step)).expect("writes");
         }

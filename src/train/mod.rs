@@ -4,6 +4,7 @@ pub mod audit;
 mod checkpoint;
 mod evaluation;
 mod identity;
+mod lock;
 pub mod memory;
 pub mod metrics;
 mod optimizer;
@@ -17,10 +18,12 @@ mod window;
 use std::path::{Path, PathBuf};
 
 pub use checkpoint::{
-    Checkpoint, Progress, best_step, checkpoints, latest_checkpoint, remove_partial, write_adapter,
+    Checkpoint, Progress, best_step, checkpoints, latest_checkpoint, rebuild_best, remove_partial,
+    write_adapter,
 };
 pub use evaluation::evaluate;
 pub use identity::{Drift, Identity};
+pub use lock::RunLock;
 pub use optimizer::{AdamW, AdamWSettings, SiteMoments, clip, global_norm};
 pub use run::{Event, Interrupt, Outcome, Trainer};
 pub use schedule::{Schedule, Shape};
@@ -58,6 +61,28 @@ pub enum Error {
     Site {
         /// Module path.
         site: String,
+    },
+    /// Another process trains into the same directory.
+    #[error(
+        "another run{} is writing to `{}`; wait for it, stop it, or set another train.output_dir",
+        process(.holder), .path.display()
+    )]
+    Busy {
+        /// The output directory.
+        path: PathBuf,
+        /// The id of the process, where it is known.
+        holder: String,
+    },
+    /// The best adapter, which is to remain at the end, is gone.
+    #[error(
+        "`{}`, the best adapter (of step {step}), is missing or damaged, and [train] load_best_model_at_end needs it; bring it back, or leave it to what later evaluations find with --set train.load_best_model_at_end=false",
+        .path.display()
+    )]
+    BestLost {
+        /// `best` of the output directory.
+        path: PathBuf,
+        /// The step it was of.
+        step: u64,
     },
     /// A file cannot be read or written.
     #[error("cannot access `{}`: {source}", .path.display())]
@@ -117,6 +142,13 @@ impl Error {
             path: path.to_owned(),
             source,
         }
+    }
+}
+
+fn process(id: &str) -> String {
+    match id {
+        "" => String::new(),
+        id => format!(" (process {id})"),
     }
 }
 

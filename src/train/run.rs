@@ -9,7 +9,7 @@ use monteclora_converters::AdapterConfig;
 
 use super::audit;
 use super::checkpoint::{self, Checkpoint, Progress};
-use super::evaluation::{evaluate, sequences};
+use super::evaluation::{evaluate_while, sequences};
 use super::identity::Identity;
 use super::metrics::{EvalRecord, EventRecord, Metrics, Record, TrainRecord};
 use super::optimizer::{AdamW, clip};
@@ -104,7 +104,7 @@ impl Trainer<'_> {
         let mut metrics = Metrics::open(
             self.output_dir,
             settings.sinks,
-            resumed.then_some(progress.step),
+            resumed.then_some(&progress),
         )?;
         let earlier = progress.wall_s;
         let wall = || earlier + began.elapsed().as_secs_f64();
@@ -125,6 +125,17 @@ impl Trainer<'_> {
         let mut batches = Batches::new(self.train, settings.batch_options(), progress.cursor);
         let mut interrupted = false;
         let mut last_task_loss = None;
+        if progress.evaluation_due {
+            // Of the step that the checkpoint is of: the run was interrupted within it.
+            let place = (self.epoch(&batches), wall());
+            self.assess(&state, &mut progress, place, &mut metrics, &mut watch)?;
+            interrupted = progress.evaluation_due;
+            if !interrupted {
+                self.save(&state, &optimizer, &mut progress, wall())?;
+                metrics.write(&event("checkpoint", progress.step, None))?;
+                watch(&Event::Saved(progress.step));
+            }
+        }
         while progress.step < total_steps && !progress.stopped_early && !interrupted {
             progress.window.begin();
             let factor = schedule.factor(progress.step);
@@ -159,54 +170,17 @@ impl Trainer<'_> {
                 watch(&Event::Train(record));
                 progress.window = Window::default();
             }
-            if let Some(valid) = self.valid
-                && (last || (settings.eval_steps > 0 && step.is_multiple_of(settings.eval_steps)))
-            {
-                let before = Instant::now();
-                let mut record = evaluate(
-                    self.model,
-                    &state.mean(),
-                    valid,
-                    settings.batch_size,
-                    |_| {},
-                )?;
-                if !record.loss.is_finite() {
-                    return Err(Error::NonFinite {
-                        step,
-                        what: "the validation loss",
-                        names: audit::largest_weights(&state)?,
-                    });
-                }
-                (record.step, record.epoch, record.wall_s) = (step, self.epoch(&batches), wall());
-                metrics.write(&Record::Eval(record.clone()))?;
-                if progress.best.is_none_or(|(loss, _)| record.loss < loss) {
-                    let best = (record.loss, step);
-                    checkpoint::write_best(self.output_dir, &state, self.adapter_config, best)?;
-                    progress.best = Some(best);
-                    progress.evaluations_without_improvement = 0;
-                    metrics.write(&event("best", step, None))?;
-                } else {
-                    progress.evaluations_without_improvement += 1;
-                }
-                watch(&Event::Eval(record));
-                progress.window.exclude(before.elapsed());
-                let patience = settings.early_stopping_patience;
-                progress.stopped_early =
-                    patience > 0 && progress.evaluations_without_improvement >= patience;
+            progress.evaluation_due = self.valid.is_some()
+                && (last || (settings.eval_steps > 0 && step.is_multiple_of(settings.eval_steps)));
+            if progress.evaluation_due {
+                let place = (self.epoch(&batches), wall());
+                self.assess(&state, &mut progress, place, &mut metrics, &mut watch)?;
             }
-            let ends = last || progress.stopped_early;
+            let ends = (last || progress.stopped_early) && !progress.evaluation_due;
             interrupted = self.interrupt.load(Ordering::Relaxed) && !ends;
             let due = step.is_multiple_of(settings.save_steps.max(1)) || ends;
             if (settings.save_steps > 0 && due) || interrupted {
-                progress.wall_s = wall();
-                checkpoint::write(
-                    self.output_dir,
-                    (&state, &optimizer),
-                    &progress,
-                    self.identity,
-                    self.adapter_config,
-                    settings.save_total_limit,
-                )?;
+                self.save(&state, &optimizer, &mut progress, wall())?;
                 metrics.write(&event("checkpoint", step, None))?;
                 watch(&Event::Saved(step));
             }
@@ -234,6 +208,84 @@ impl Trainer<'_> {
             best: progress.best,
             last_task_loss,
         })
+    }
+
+    /// Evaluates and keeps the adapter if it is the best so far; the evaluation stays due if the run is told to stop meanwhile.
+    fn assess(
+        &self,
+        state: &AdapterState,
+        progress: &mut Progress,
+        (epoch, wall_s): (f64, f64),
+        metrics: &mut Metrics,
+        watch: &mut impl FnMut(&Event),
+    ) -> Result<()> {
+        let Some(valid) = self.valid else {
+            progress.evaluation_due = false;
+            return Ok(());
+        };
+        let before = Instant::now();
+        tracing::debug!("step {}: evaluating {} rows", progress.step, valid.len());
+        let (mut record, complete) = evaluate_while(
+            self.model,
+            &state.mean(),
+            valid,
+            self.settings.batch_size,
+            |_| !self.interrupt.load(Ordering::Relaxed),
+        )?;
+        let pause = before.elapsed();
+        progress.window.exclude(pause);
+        if !complete {
+            return Ok(());
+        }
+        progress.evaluation_due = false;
+        let step = progress.step;
+        if !record.loss.is_finite() {
+            return Err(Error::NonFinite {
+                step,
+                what: "the validation loss",
+                names: audit::largest_weights(state)?,
+            });
+        }
+        let wall_s = wall_s + pause.as_secs_f64();
+        (record.step, record.epoch, record.wall_s) = (step, epoch, wall_s);
+        metrics.write(&Record::Eval(record.clone()))?;
+        if progress.best.is_none_or(|(loss, _)| record.loss < loss) {
+            let best = (record.loss, step);
+            checkpoint::write_best(self.output_dir, state, self.adapter_config, best)?;
+            progress.best = Some(best);
+            progress.evaluations_without_improvement = 0;
+            metrics.write(&Record::Event(EventRecord {
+                event: "best",
+                step,
+                wall_s,
+                detail: None,
+            }))?;
+        } else {
+            progress.evaluations_without_improvement += 1;
+        }
+        watch(&Event::Eval(record));
+        let patience = self.settings.early_stopping_patience;
+        progress.stopped_early =
+            patience > 0 && progress.evaluations_without_improvement >= patience;
+        Ok(())
+    }
+
+    fn save(
+        &self,
+        state: &AdapterState,
+        optimizer: &AdamW,
+        progress: &mut Progress,
+        wall_s: f64,
+    ) -> Result<()> {
+        progress.wall_s = wall_s;
+        checkpoint::write(
+            self.output_dir,
+            (state, optimizer),
+            progress,
+            self.identity,
+            self.adapter_config,
+            self.settings.save_total_limit,
+        )
     }
 
     fn epoch(&self, batches: &Batches<'_>) -> f64 {

@@ -1,8 +1,9 @@
 //! TensorBoard event files: scalars as protocol-buffer events in checksummed records.
 //!
 //! A record is `length: u64, crc(length), bytes, crc(bytes)`, little endian; the checksum is the rotated CRC-32C of TensorFlow's
-//! `record_writer.cc`. Field numbers are those of TensorFlow's `event.proto` and `summary.proto`. The libraries that write these
-//! files either need a protocol-buffer compiler on the user's machine or panic when the disk is full.
+//! `record_writer.cc`. Field numbers are those of TensorFlow's `event.proto` and `summary.proto`. Of the libraries that write these
+//! files, tboard needs a protocol-buffer compiler on the user's machine, tensorboard-rs panics when the disk is full, and tfrecord
+//! builds a compiler of its own and an HTTP client. tests/reference/check_tensorboard.py reads the files with TensorBoard itself.
 
 use std::fs::File;
 use std::io::Write;

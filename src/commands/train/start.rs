@@ -9,7 +9,8 @@ use super::super::{Usage, require_empty};
 use super::Prepared;
 use crate::session;
 use crate::train::{
-    AdapterState, Checkpoint, Error, best_step, checkpoints, latest_checkpoint, remove_partial,
+    AdapterState, Checkpoint, Error, RunLock, best_step, checkpoints, latest_checkpoint,
+    rebuild_best, remove_partial,
 };
 
 /// The point from which a run goes on.
@@ -18,6 +19,8 @@ pub(crate) struct Start {
     pub(super) state: AdapterState,
     /// The checkpoint that takes its place.
     pub(super) checkpoint: Option<Checkpoint>,
+    /// The output directory is this run's alone.
+    pub(super) _lock: RunLock,
 }
 
 /// What there is to do.
@@ -31,9 +34,18 @@ pub(super) enum Begin {
 impl Start {
     /// The beginning of a run in an output directory that is ready.
     pub(crate) fn fresh(prepared: &Prepared, device: &Device) -> Result<Self> {
+        Self::locked(
+            prepared,
+            device,
+            RunLock::take(&prepared.run.train.output_dir)?,
+        )
+    }
+
+    fn locked(prepared: &Prepared, device: &Device, lock: RunLock) -> Result<Self> {
         Ok(Self {
             state: initial(prepared, device)?,
             checkpoint: None,
+            _lock: lock,
         })
     }
 }
@@ -47,11 +59,12 @@ pub(super) fn begin(
 ) -> Result<Begin> {
     let output_dir = prepared.run.train.output_dir.as_path();
     make(output_dir)?;
+    let lock = RunLock::take(output_dir)?;
     if resume.is_none() {
         require_empty(output_dir, force)?;
     }
     remove_partial(output_dir)?;
-    let mut start = Start::fresh(prepared, device)?;
+    let mut start = Start::locked(prepared, device, lock)?;
     let read = |dir: &Path| {
         Checkpoint::read(
             dir,
@@ -101,14 +114,28 @@ pub(super) fn begin(
     if (step == total_steps || checkpoint.progress.stopped_early) && finished == Some(step) {
         return Ok(Begin::Finished(step));
     }
-    adjust(&mut checkpoint, output_dir, total_steps);
+    adjust(
+        &mut checkpoint,
+        output_dir,
+        total_steps,
+        prepared.settings.load_best_model_at_end,
+    )?;
     tracing::info!("continuing at step {step} of {total_steps}");
     start.checkpoint = Some(checkpoint);
     Ok(Begin::Run(Box::new(start)))
 }
 
-/// Says what changed since the checkpoint, and forgets a best adapter that this run may never make.
-fn adjust(checkpoint: &mut Checkpoint, output_dir: &Path, total_steps: u64) {
+/// Says what changed since the checkpoint, and sees to the best adapter: one that is gone is made again from the checkpoint of
+/// its step; without that, and where this run may never make the one that is there, later evaluations start the comparison anew.
+///
+/// # Errors
+/// [`Error::BestLost`] if the best adapter is gone for good and `needed` at the end.
+fn adjust(
+    checkpoint: &mut Checkpoint,
+    output_dir: &Path,
+    total_steps: u64,
+    needed: bool,
+) -> Result<(), Error> {
     let drift = &checkpoint.drift;
     if !drift.allowed.is_empty() {
         tracing::info!("changed since the checkpoint: {}", drift.allowed.join(", "));
@@ -120,19 +147,33 @@ fn adjust(checkpoint: &mut Checkpoint, output_dir: &Path, total_steps: u64) {
         );
     }
     let progress = &mut checkpoint.progress;
-    let found = best_step(output_dir);
-    let lost = match progress.best {
-        None => false,
-        Some(_) => found.is_none_or(|found| drift.changes_course() && found > progress.step),
+    let Some(best) = progress.best else {
+        return Ok(());
     };
-    if lost {
-        tracing::warn!(
-            "`{}` does not hold the best adapter of this checkpoint; the next evaluation starts the comparison again",
-            output_dir.join("best").display()
-        );
-        progress.best = None;
-        progress.evaluations_without_improvement = 0;
+    let found = best_step(output_dir);
+    let lost = found.is_none_or(|found| drift.changes_course() && found > progress.step);
+    let path = output_dir.join("best");
+    if !lost {
+        return Ok(());
     }
+    if rebuild_best(output_dir, best)? {
+        tracing::warn!(
+            "`{}` was made again from the checkpoint of step {}",
+            path.display(),
+            best.1
+        );
+        return Ok(());
+    }
+    if found.is_none() && needed {
+        return Err(Error::BestLost { path, step: best.1 });
+    }
+    tracing::warn!(
+        "`{}` does not hold the best adapter of this checkpoint; the next evaluation starts the comparison again",
+        path.display()
+    );
+    progress.best = None;
+    progress.evaluations_without_improvement = 0;
+    Ok(())
 }
 
 /// The checkpoint the user named; later ones of the same output directory would be mixed with what follows it.

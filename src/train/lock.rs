@@ -1,0 +1,92 @@
+//! One run at a time in an output directory.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Seek, Write};
+use std::path::{Path, PathBuf};
+
+use super::{Error, Result};
+
+/// An exclusive lock on an output directory, held by the process; the kernel releases it however the process ends.
+///
+/// The lock is on the file `.lock` of the directory, which names the process and goes away with it.
+#[derive(Debug)]
+pub struct RunLock {
+    path: PathBuf,
+    /// Open as long as the lock is held.
+    _file: File,
+}
+
+impl RunLock {
+    /// The file's name.
+    pub const NAME: &str = ".lock";
+
+    /// Takes the lock of `output_dir`.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while another process holds it; [`Error::Io`].
+    pub fn take(output_dir: &Path) -> Result<Self> {
+        let path = output_dir.join(Self::NAME);
+        let own = std::process::id().to_string();
+        loop {
+            let mut file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(&path)
+                .map_err(|e| Error::io(&path, e))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::Busy {
+                        path: output_dir.to_owned(),
+                        holder: std::fs::read_to_string(&path).unwrap_or_default(),
+                    });
+                }
+                Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {
+                    tracing::warn!(
+                        "the file system of `{}` has no locks: see to it that no other run writes there",
+                        output_dir.display()
+                    );
+                }
+                Err(TryLockError::Error(e)) => return Err(Error::io(&path, e)),
+            }
+            file.set_len(0)
+                .and_then(|()| file.rewind())
+                .and_then(|()| file.write_all(own.as_bytes()))
+                .map_err(|e| Error::io(&path, e))?;
+            // The last holder may have removed the file between our opening and locking it.
+            if std::fs::read_to_string(&path).is_ok_and(|found| found == own) {
+                return Ok(Self { path, _file: file });
+            }
+        }
+    }
+}
+
+impl Drop for RunLock {
+    /// Removes the file; one that stays behind is no harm.
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_has_one_holder_at_a_time() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let held = RunLock::take(dir.path()).expect("free");
+        let refused = RunLock::take(dir.path()).expect_err("held").to_string();
+        assert!(
+            refused.contains(&std::process::id().to_string())
+                && refused.contains(&dir.path().display().to_string()),
+            "{refused}"
+        );
+        drop(held);
+        assert_eq!(std::fs::read_dir(dir.path()).expect("lists").count(), 0);
+        // What a killed process leaves behind is taken over.
+        std::fs::write(dir.path().join(RunLock::NAME), "4194305").expect("writes");
+        drop(RunLock::take(dir.path()).expect("free"));
+    }
+}
