@@ -27,6 +27,25 @@ fn styled(template: &str) -> ProgressBar {
     }
 }
 
+/// Columns of the terminal that stderr is.
+fn columns() -> usize {
+    console::Term::stderr().size().1.into()
+}
+
+/// As many of `parts`, the first ones, as fit into a line of `columns`; at least one.
+fn fitting(parts: &[String], columns: usize) -> String {
+    let mut line = String::new();
+    for part in parts {
+        let gap = if line.is_empty() { "" } else { "  " };
+        if !line.is_empty() && line.chars().count() + gap.len() + part.chars().count() >= columns {
+            break;
+        }
+        line.push_str(gap);
+        line.push_str(part);
+    }
+    line
+}
+
 /// Shows a training run.
 #[derive(Debug)]
 pub struct TrainProgress {
@@ -35,7 +54,7 @@ pub struct TrainProgress {
     began: std::time::Instant,
     total: u64,
     /// What the last line of metrics said of rate, speed and memory.
-    latest: String,
+    latest: Vec<String>,
 }
 
 impl Default for TrainProgress {
@@ -43,11 +62,11 @@ impl Default for TrainProgress {
         Self {
             bar: std::io::stderr()
                 .is_terminal()
-                .then(|| styled("{msg} {wide_bar} {pos}/{len} [{elapsed} < {eta}]")),
+                .then(|| styled("{bar:12} {pos}/{len} [{elapsed} < {eta}] {wide_msg}")),
             first: 0,
             began: std::time::Instant::now(),
             total: 0,
-            latest: String::new(),
+            latest: Vec::new(),
         }
     }
 }
@@ -67,44 +86,46 @@ impl TrainProgress {
             Event::Step(step, loss) => {
                 if let Some(bar) = &self.bar {
                     bar.set_position(*step);
-                    bar.set_message(format!("loss {loss:.4}{}", self.latest));
+                    bar.set_message(format!("loss {loss:.4}  {}", self.latest.join("  ")));
                     if *step == self.total {
                         bar.finish();
                     }
                 }
             }
             Event::Train(record) => {
-                let memory = record.peak_memory_bytes.map_or(String::new(), |bytes| {
-                    format!("  peak {:.2} GB", bytes as f64 / 1e9)
-                });
-                self.latest = format!(
-                    "  lr {:.2e}  {:.0} tok/s{memory}",
-                    record.learning_rate, record.tokens_per_second
-                );
-                self.line(format!(
-                    "step {}/{}  {}  grad {:.3}{}  eta {}",
-                    record.step,
-                    self.total,
-                    losses(record),
-                    record.grad_norm,
-                    self.latest,
-                    self.eta(record.step)
-                ));
+                self.latest = vec![
+                    format!("lr {:.2e}", record.learning_rate),
+                    format!("{:.0} tok/s", record.tokens_per_second),
+                ];
+                if let Some(bytes) = record.peak_memory_bytes {
+                    self.latest
+                        .push(format!("peak {:.2} GB", bytes as f64 / 1e9));
+                }
+                let mut parts = vec![format!("step {}/{}", record.step, self.total)];
+                parts.extend(losses(record));
+                parts.push(format!("grad {:.3}", record.grad_norm));
+                parts.extend(self.latest.iter().cloned());
+                parts.push(format!("eta {}", self.eta(record.step)));
+                self.line(&parts);
             }
-            Event::Eval(record) => self.line(format!(
-                "step {}/{}  valid loss {:.4}  perplexity {:.3}  token accuracy {:.3}",
-                record.step, self.total, record.loss, record.perplexity, record.token_accuracy
-            )),
-            Event::Saved(step) => {
-                self.line(format!("step {step}/{}  checkpoint written", self.total))
-            }
+            Event::Eval(record) => self.line(&[
+                format!("step {}/{}", record.step, self.total),
+                format!("valid loss {:.4}", record.loss),
+                format!("perplexity {:.3}", record.perplexity),
+                format!("token accuracy {:.3}", record.token_accuracy),
+            ]),
+            Event::Saved(step) => self.line(&[
+                format!("step {step}/{}", self.total),
+                "checkpoint written".to_owned(),
+            ]),
         }
     }
 
-    fn line(&self, text: String) {
+    /// Whole on a line of the log; above the bar what fits, for the bar shows the rest and metrics.jsonl has all of it.
+    fn line(&self, parts: &[String]) {
         match &self.bar {
-            Some(bar) => bar.println(text),
-            None => tracing::info!("{text}"),
+            Some(bar) => bar.println(fitting(parts, columns())),
+            None => tracing::info!("{}", parts.join("  ")),
         }
     }
 
@@ -116,17 +137,29 @@ impl TrainProgress {
     }
 }
 
-/// The loss and what it is made of; plain LoRA has the task alone.
-fn losses(record: &TrainRecord) -> String {
+/// The loss, and what it is made of; plain LoRA has the task alone.
+fn losses(record: &TrainRecord) -> Vec<String> {
+    let loss = format!("loss {:.4}", record.loss);
     if record.kl_loss == 0.0 && record.entropy_loss == 0.0 {
-        return format!("loss {:.4}", record.loss);
+        return vec![loss];
     }
-    let mut text = format!(
-        "loss {:.4} = task {:.4} + kl {:.4}",
-        record.loss, record.task_loss, record.kl_loss
-    );
+    let mut parts = format!("(task {:.4} + kl {:.4}", record.task_loss, record.kl_loss);
     if record.entropy_loss > 0.0 {
-        text.push_str(&format!(" + mixture {:.4}", record.entropy_loss));
+        parts.push_str(&format!(" + mixture {:.4}", record.entropy_loss));
     }
-    text
+    vec![loss, parts + ")"]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_keeps_to_the_terminal() {
+        let parts = ["step 1/9", "loss 0.5", "lr 1e-3"].map(str::to_owned);
+        assert_eq!(fitting(&parts, 80), "step 1/9  loss 0.5  lr 1e-3");
+        assert_eq!(fitting(&parts, 27), "step 1/9  loss 0.5");
+        assert_eq!(fitting(&parts, 28), "step 1/9  loss 0.5  lr 1e-3");
+        assert_eq!(fitting(&parts, 1), "step 1/9");
+    }
 }
