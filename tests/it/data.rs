@@ -275,3 +275,37 @@ fn packed_rows_have_the_loss_and_gradients_of_single_rows() {
     }
     assert!(n_compared > 0);
 }
+
+/// A line of 5 MB without a break, and one of a million words, are dropped, cut or refused by their line, in bounded memory.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_line_of_any_length_is_handled() {
+    let dir = tempfile::tempdir().unwrap();
+    let normal = "{\"prompt\":\"a\",\"completion\":\"b\"}\n";
+    for text in ["x".repeat(5_000_000), "red ".repeat(1_000_000)] {
+        let row = serde_json::json!({"prompt": "p", "completion": text});
+        let config = crate::cli::run_toml(dir.path(), &format!("{normal}{row}\n{normal}"), "", "");
+        for (overlong, code, says) in [
+            (
+                "drop",
+                0,
+                "2 examples of 3 rows, 1 dropped for their length",
+            ),
+            ("truncate", 0, "3 examples of 3 rows, 1 truncated"),
+            ("error", 3, "rows.jsonl:2: row: "),
+        ] {
+            let script = "ulimit -v 4000000; exec \"$0\" train -c \"$1\" --dry-run --set \"$2\" --set data.max_seq_length=64";
+            let output = std::process::Command::new("bash")
+                .args(["-c", script, env!("CARGO_BIN_EXE_monteclora")])
+                .arg(&config)
+                .arg(format!("data.overlong={overlong:?}"))
+                .env("RAYON_NUM_THREADS", "2")
+                .output()
+                .unwrap();
+            let said = [&output.stdout[..], &output.stderr[..]].concat();
+            let said = String::from_utf8_lossy(&said);
+            assert_eq!(output.status.code(), Some(code), "{overlong}: {said}");
+            assert!(said.contains(says), "{overlong}: {said}");
+        }
+    }
+}

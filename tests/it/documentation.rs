@@ -293,6 +293,162 @@ fn commands(text: &str) -> Vec<String> {
     commands
 }
 
+/// README.md and the pages of docs/.
+fn pages() -> Vec<PathBuf> {
+    let mut pages: Vec<PathBuf> = std::fs::read_dir(docs())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
+        .collect();
+    pages.push(docs().join("../README.md"));
+    pages
+}
+
+/// A page without its blocks of code.
+fn prose(text: &str) -> String {
+    let mut inside = false;
+    text.lines()
+        .filter(|line| {
+            inside ^= line.trim_start().starts_with("```");
+            !inside
+        })
+        .map(|line| format!("{line}\n"))
+        .collect()
+}
+
+/// The anchors of a page's headings, as GitHub makes them.
+fn anchors(text: &str) -> Vec<String> {
+    prose(text)
+        .lines()
+        .filter(|line| line.starts_with('#'))
+        .map(|line| {
+            line.trim_start_matches('#')
+                .trim()
+                .to_lowercase()
+                .chars()
+                .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'))
+                .map(|c| if c == ' ' { '-' } else { c })
+                .collect()
+        })
+        .collect()
+}
+
+/// Every relative link leads to a file that is there, and to a heading of it where it names one.
+#[test]
+fn links_lead_somewhere() {
+    let mut n_links = 0;
+    for page in pages() {
+        let text = std::fs::read_to_string(&page).unwrap();
+        for link in prose(&text).split("](").skip(1) {
+            let link = link.split(')').next().unwrap();
+            if link.contains("://") || link.starts_with("mailto:") {
+                continue;
+            }
+            n_links += 1;
+            let (file, anchor) = match link.split_once('#') {
+                Some((file, anchor)) => (file, Some(anchor)),
+                None => (link, None),
+            };
+            let target = match file {
+                "" => page.clone(),
+                file => page.parent().unwrap().join(file),
+            };
+            assert!(
+                target.exists(),
+                "{}: ({link}): no such file",
+                page.display()
+            );
+            if let Some(anchor) = anchor {
+                let headings = anchors(&std::fs::read_to_string(&target).unwrap());
+                assert!(
+                    headings.iter().any(|heading| heading == anchor),
+                    "{}: ({link}): the headings are {headings:?}",
+                    page.display()
+                );
+            }
+        }
+    }
+    assert!(n_links > 20, "{n_links}");
+}
+
+/// The calls of `monteclora` in a page's console blocks and code spans, as words.
+#[cfg(feature = "mistralrs")]
+fn calls(text: &str) -> Vec<Vec<String>> {
+    let unfolded = text.replace("\\\n", " ");
+    let spans = prose(&unfolded);
+    let spans = spans.split('`').skip(1).step_by(2).map(str::to_owned);
+    let separators = |c| matches!(c, '|' | ';' | '&' | '\n' | '(' | ')');
+    commands(&unfolded)
+        .into_iter()
+        .chain(spans)
+        .flat_map(|command| {
+            command
+                .split(separators)
+                .map(|part| {
+                    part.split_whitespace()
+                        .take_while(|word| !word.starts_with('#'))
+                        .map(str::to_owned)
+                        .collect::<Vec<_>>()
+                })
+                .collect::<Vec<_>>()
+        })
+        .filter(|words| words.len() > 1 && words[0] == "monteclora")
+        .collect()
+}
+
+/// Every verb and every flag that the documentation shows is one of the command line's.
+#[cfg(feature = "mistralrs")]
+#[test]
+fn the_flags_shown_exist() {
+    use clap::CommandFactory;
+    let mut n_flags = 0;
+    for page in pages() {
+        for words in calls(&std::fs::read_to_string(&page).unwrap()) {
+            let shown = format!("{}: {}", page.display(), words.join(" "));
+            let mut command = monteclora::cli::Cli::command();
+            command.build();
+            let mut words = words[1..].iter().peekable();
+            while let Some(word) = words.peek() {
+                let Some(inner) = command.find_subcommand(word.as_str()).cloned() else {
+                    break;
+                };
+                command = inner;
+                words.next();
+            }
+            for word in words {
+                let long = word.strip_prefix("--").filter(|flag| !flag.is_empty());
+                let short = word.strip_prefix('-').filter(|flag| {
+                    flag.len() == 1 && flag.starts_with(|c: char| c.is_ascii_alphabetic())
+                });
+                let known = match (long, short) {
+                    (Some(flag), _) => {
+                        let flag = flag.split('=').next().unwrap();
+                        let flag = flag.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+                        command.get_arguments().any(|argument| {
+                            argument
+                                .get_long_and_visible_aliases()
+                                .is_some_and(|names| names.contains(&flag))
+                        })
+                    }
+                    (None, Some(flag)) => command.get_arguments().any(|argument| {
+                        argument
+                            .get_short()
+                            .is_some_and(|short| flag.starts_with(short))
+                    }),
+                    (None, None) => continue,
+                };
+                n_flags += 1;
+                assert!(
+                    known,
+                    "{shown}: {word} is no flag of `{}`",
+                    command.get_name()
+                );
+            }
+        }
+    }
+    assert!(n_flags > 60, "{n_flags}");
+}
+
 /// Every command of the tutorial, in its order and in one directory, on a tiny model in place of the one it names.
 #[test]
 fn the_tutorial_runs() {
