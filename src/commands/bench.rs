@@ -13,8 +13,10 @@ use serde_json::json;
 
 use super::{Usage, device, print, print_json, weight_type};
 use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs, DtypeArg};
+use crate::data::BatchOptions;
 use crate::hub;
 use crate::model::{Decoder, PassOptions, Projection, Sequences};
+use crate::train::memory::{MemoryEstimate, MemoryInputs};
 use crate::train::metrics::peak_memory_bytes;
 use crate::train::{AdamW, AdamWSettings, AdapterState, DrawForm};
 
@@ -105,7 +107,9 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let median = median_after_first(&seconds);
     let tokens_per_second = (args.batch * args.seq) as f64 / median;
     // Kibibytes over 1e6, as PEFT's script reports `ru_maxrss`.
-    let peak_gb = peak_memory_bytes().map(|b| b as f64 / 1024.0 / 1e6);
+    let gb = |bytes: u64| bytes as f64 / 1024.0 / 1e6;
+    let peak_gb = peak_memory_bytes().map(gb);
+    let estimate_gb = gb(estimate(args, &decoder, weights, &config, &sites).peak);
     let method = match args.method {
         BenchMethod::Monteclora => "monteclora",
         BenchMethod::Lora => "lora",
@@ -118,6 +122,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
             "step_s": seconds,
             "tokens_per_second": tokens_per_second,
             "peak_gb": peak_gb,
+            "estimate_gb": estimate_gb,
             "load_s": load_s,
             "threads": rayon::current_num_threads(),
         }));
@@ -128,6 +133,51 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         args.seq,
         peak_gb.map_or("?".to_owned(), |gb| format!("{gb:.2}"))
     ))
+}
+
+/// What `train --dry-run` says of a run with these batches.
+fn estimate(
+    args: &BenchTrainArgs,
+    decoder: &Decoder,
+    weights: DType,
+    config: &AdapterConfig,
+    sites: &[String],
+) -> MemoryEstimate {
+    let model = decoder.config();
+    let modules = Decoder::linear_modules(model);
+    let embedding = model.vocab_size * model.hidden_size;
+    // lm_head is among the modules, tied or not.
+    let products: usize = modules.iter().map(|m| m.in_features * m.out_features).sum();
+    let norms = (2 * model.num_hidden_layers + 1) * model.hidden_size;
+    let untied = if model.tie_word_embeddings {
+        0
+    } else {
+        embedding
+    };
+    let base_values = (products + norms + untied) as u64;
+    let sites: Vec<_> = modules
+        .into_iter()
+        .filter(|module| sites.contains(&module.name))
+        .map(|module| (module, args.rank))
+        .collect();
+    let value_bytes = weights.size_in_bytes() as u64;
+    MemoryEstimate::of(&MemoryInputs {
+        model,
+        base_values,
+        value_bytes,
+        base_bytes: 0,
+        sites: &sites,
+        posterior: config.monteclora.is_some(),
+        lengths: &vec![args.seq; args.batch],
+        trained_share: 1.0,
+        batches: BatchOptions {
+            batch_size: args.batch,
+            pack_tokens: None,
+            shuffle_seed: None,
+        },
+        dropout: false,
+        gradient_checkpointing: args.gradient_checkpointing,
+    })
 }
 
 /// Rate of `size` by `size` products on the CPU, as the decoder computes them.
