@@ -362,7 +362,14 @@ fn provenance(record: &Value) -> Vec<(String, String)> {
         entry(name, &record["base"][key]);
     }
     for set in ["train", "valid"] {
-        for key in ["path", "sha256", "examples", "tokens", "trained_tokens"] {
+        for key in [
+            "path",
+            "revision",
+            "sha256",
+            "examples",
+            "tokens",
+            "trained_tokens",
+        ] {
             entry(
                 &format!("{set} {}", key.replace('_', " ")),
                 &record[set][key],
