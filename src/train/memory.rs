@@ -10,9 +10,9 @@ use crate::model::ops::cross_entropy::CHUNK;
 /// Bytes of a value that is computed: float32, whatever the base's weights are held in.
 const F32: u64 = 4;
 /// Program, tokenizer, threads and their buffers.
-const PROCESS: u64 = 60 << 20;
+const PROCESS: u64 = 80 << 20;
 /// What the allocator holds beyond what is in use, as a share of what comes and goes in a step; measured.
-const HELD: f64 = 0.1;
+const HELD: f64 = 0.15;
 /// Epochs whose batches are planned to find the largest.
 const EPOCHS: u64 = 3;
 

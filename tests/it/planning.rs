@@ -115,3 +115,49 @@ fn init_writes_what_train_accepts() {
     assert_eq!(missing.code, 3, "{}", missing.stderr);
     assert!(!dir.path().join("x.toml").exists());
 }
+
+/// The estimate is within 20 % of the peak on models of real size (docs/fine-tune.md); on one that a test can afford, where the
+/// program itself and the allocator's mood weigh more, within 25 %.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_memory_estimate_is_near_the_peak() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = serde_json::json!({
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 16000, "tie_word_embeddings": true,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048,
+    });
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    for flags in [
+        &[][..],
+        &["--dtype", "bf16"],
+        &["--gradient-checkpointing"],
+        &["--method", "lora"],
+        &["--rank", "64"],
+    ] {
+        let model = dir.path().to_str().unwrap();
+        let bench = [
+            "bench",
+            "train",
+            "-m",
+            model,
+            "--random-weights",
+            "--batch",
+            "6",
+            "--seq",
+            "128",
+            "--steps",
+            "2",
+            "--json",
+        ];
+        let found = run(&[&bench[..], flags].concat());
+        assert_eq!(found.code, 0, "{}", found.stderr);
+        let found: Value = serde_json::from_str(&found.stdout).unwrap();
+        let gb = |key: &str| found[key].as_f64().unwrap();
+        let ratio = gb("estimate_gb") / gb("peak_gb");
+        assert!(
+            (0.75..1.25).contains(&ratio),
+            "{flags:?}: {ratio} of {found}"
+        );
+    }
+}
