@@ -322,20 +322,20 @@ fn what_the_hub_refuses_is_said_with_the_remedy() {
     }
     let data = "hf://datasets/org/rows";
     for (model, data, code, parts) in [
-        ("org/none", data, 2, ["org/none", "404", "check the name"]),
-        ("org/gated", data, 2, ["org/gated", "401", "HF_TOKEN"]),
+        ("org/none", data, 2, ["org/none", "(404)", "check the name"]),
+        ("org/gated", data, 2, ["org/gated", "(401)", "HF_TOKEN"]),
         ("org/empty", data, 2, ["org/empty", "config.json", "layout"]),
         (
             "org/tiny",
             "org/none",
             3,
-            ["org/none", "404", "check the name"],
+            ["org/none", "(404)", "check the name"],
         ),
         (
             "org/tiny",
             "hf://datasets/org/gated",
             3,
-            ["org/gated", "401", "HF_TOKEN"],
+            ["org/gated", "(401)", "HF_TOKEN"],
         ),
         (
             "org/tiny",
@@ -347,7 +347,7 @@ fn what_the_hub_refuses_is_said_with_the_remedy() {
             "org/tiny",
             "hf://datasets/org/rows@v9",
             3,
-            ["org/rows@v9", "404", "revision"],
+            ["org/rows@v9", "(404)", "revision"],
         ),
     ] {
         let config = hub.run_toml(model, data);
