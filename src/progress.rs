@@ -32,13 +32,13 @@ fn columns() -> usize {
     console::Term::stderr().size().1.into()
 }
 
-/// As many of `parts`, the first ones, as fit into a line of `columns`; at least one.
+/// Those of `parts` that fit into a line of `columns`, the first of them whatever its length.
 fn fitting(parts: &[String], columns: usize) -> String {
     let mut line = String::new();
     for part in parts {
         let gap = if line.is_empty() { "" } else { "  " };
         if !line.is_empty() && line.chars().count() + gap.len() + part.chars().count() >= columns {
-            break;
+            continue;
         }
         line.push_str(gap);
         line.push_str(part);
@@ -53,6 +53,8 @@ pub struct TrainProgress {
     first: u64,
     began: std::time::Instant,
     total: u64,
+    /// Of the last step.
+    loss: f64,
     /// What the last line of metrics said of rate, speed and memory.
     latest: Vec<String>,
 }
@@ -66,6 +68,7 @@ impl Default for TrainProgress {
             first: 0,
             began: std::time::Instant::now(),
             total: 0,
+            loss: 0.0,
             latest: Vec::new(),
         }
     }
@@ -84,9 +87,10 @@ impl TrainProgress {
                 }
             }
             Event::Step(step, loss) => {
+                self.loss = *loss;
+                self.say();
                 if let Some(bar) = &self.bar {
                     bar.set_position(*step);
-                    bar.set_message(format!("loss {loss:.4}  {}", self.latest.join("  ")));
                     if *step == self.total {
                         bar.finish();
                     }
@@ -101,6 +105,7 @@ impl TrainProgress {
                     self.latest
                         .push(format!("peak {:.2} GB", bytes as f64 / 1e9));
                 }
+                self.say();
                 let mut parts = vec![format!("step {}/{}", record.step, self.total)];
                 parts.extend(losses(record));
                 parts.push(format!("grad {:.3}", record.grad_norm));
@@ -121,7 +126,14 @@ impl TrainProgress {
         }
     }
 
-    /// Whole on a line of the log; above the bar what fits, for the bar shows the rest and metrics.jsonl has all of it.
+    /// Beside the bar, as much as fits.
+    fn say(&self) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("loss {:.4}  {}", self.loss, self.latest.join("  ")));
+        }
+    }
+
+    /// Whole on a line of the log; above the bar what fits, for metrics.jsonl has all of it.
     fn line(&self, parts: &[String]) {
         match &self.bar {
             Some(bar) => bar.println(fitting(parts, columns())),
@@ -160,6 +172,7 @@ mod tests {
         assert_eq!(fitting(&parts, 80), "step 1/9  loss 0.5  lr 1e-3");
         assert_eq!(fitting(&parts, 27), "step 1/9  loss 0.5");
         assert_eq!(fitting(&parts, 28), "step 1/9  loss 0.5  lr 1e-3");
+        assert_eq!(fitting(&parts, 18), "step 1/9  lr 1e-3");
         assert_eq!(fitting(&parts, 1), "step 1/9");
     }
 }

@@ -162,6 +162,11 @@ fn what_cannot_be_evaluated_is_refused_with_its_code() {
     assert_eq!(evaluate(&path, &["--ece-bins", "0"]).code, 2);
     let short = evaluate(&path, &["--max-seq-length", "10"]);
     assert_eq!(short.code, 3, "{}", short.stderr);
+    assert!(
+        short.stderr.contains("; raise --max-seq-length\n") && !short.stderr.contains("data."),
+        "{}",
+        short.stderr
+    );
 }
 
 /// clap's definition holds together, and its default of `--ece-bins` is that of run.toml.

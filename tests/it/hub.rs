@@ -244,6 +244,20 @@ fn a_model_and_a_data_set_are_fetched_once_and_recorded() {
     assert_eq!(fetched("data/train.jsonl"), 1);
     assert_eq!(fetched("README.md"), 0);
     let record = hub.record();
+    for key in [
+        "/config/train/max_steps",
+        "/seed",
+        "/versions/monteclora",
+        "/versions/candle",
+        "/versions/platform",
+        "/base/fingerprint",
+        "/train/sha256",
+        "/chat_template_sha256",
+        "/tokenizer_sha256",
+    ] {
+        let value = record.pointer(key);
+        assert!(value.is_some_and(|value| !value.is_null()), "{key}");
+    }
     assert_eq!(record["base"]["model_id"], "org/tiny");
     assert_eq!(record["base"]["revision"], OLD);
     assert_eq!(record["train"]["path"], "hf://datasets/org/rows");
