@@ -1,7 +1,10 @@
 //! The `Loader` that merges a collapsed adapter into its base while mistral.rs loads it.
 
+mod builder;
+mod fingerprint;
+mod format;
+
 use std::fs;
-use std::io::{Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,13 +16,17 @@ use mistralrs_core::{
     PagedAttentionConfig, Pipeline, TokenSource, TryIntoDType,
 };
 use monteclora_converters::{Adapter, ModelFiles, write_overlay};
-use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio::sync::Mutex;
 
+use self::fingerprint::base_fingerprint;
+use self::format::refuse_other_formats;
 use crate::chat_files::{write_chat_files, write_json};
 use crate::error::{Error, Result};
 use crate::model_config::{NormalisedConfig, normalise_config};
+
+pub use self::builder::MonteCloraLoaderBuilder;
+pub(crate) use self::builder::check_public_name;
 
 /// A loaded model, as every mistral.rs API takes it.
 pub type SharedPipeline = Arc<Mutex<dyn Pipeline + Send + Sync>>;
@@ -54,102 +61,6 @@ pub struct MonteCloraLoader {
     force: bool,
     silent: bool,
     staging_root: Option<PathBuf>,
-}
-
-/// Settings of a [`MonteCloraLoader`]; made by [`MonteCloraLoader::builder`].
-#[derive(Clone)]
-pub struct MonteCloraLoaderBuilder(MonteCloraLoader);
-
-impl MonteCloraLoaderBuilder {
-    /// Directory of a raw MonteCLoRA or plain LoRA adapter to merge. Without one the base is loaded as it is.
-    pub fn adapter(mut self, source: impl Into<PathBuf>) -> Self {
-        self.0.adapter = Some(source.into());
-        self
-    }
-
-    /// Element type of the weights. `auto`, the default, is f32 on a CPU and mistral.rs's choice elsewhere.
-    pub fn dtype(mut self, dtype: ModelDType) -> Self {
-        self.0.dtype = dtype;
-        self
-    }
-
-    /// Device to load to; the CPU by default.
-    pub fn device(mut self, device: Device) -> Self {
-        self.0.device = device;
-        self
-    }
-
-    /// Quantisation that mistral.rs applies while loading, after the merge.
-    pub fn in_situ_quant(mut self, isq: Option<IsqType>) -> Self {
-        self.0.isq = isq;
-        self
-    }
-
-    /// A chat template file (`.jinja`, or `.json` with `chat_template`) to use instead of the model's own.
-    pub fn chat_template(mut self, path: Option<PathBuf>) -> Self {
-        self.0.chat_template = path;
-        self
-    }
-
-    /// Placement of layers on devices. The default is automatic on accelerators and one device on a CPU.
-    pub fn device_map(mut self, device_map: DeviceMapSetting) -> Self {
-        self.0.device_map = Some(device_map);
-        self
-    }
-
-    /// Paged attention settings, passed through; none by default.
-    pub fn paged_attention(mut self, config: Option<PagedAttentionConfig>) -> Self {
-        self.0.paged_attention = config;
-        self
-    }
-
-    /// Loads an adapter even if it changes nothing.
-    pub fn force(mut self, force: bool) -> Self {
-        self.0.force = force;
-        self
-    }
-
-    /// Whether mistral.rs shows progress bars while it loads; it does not by default.
-    pub fn progress(mut self, progress: bool) -> Self {
-        self.0.silent = !progress;
-        self
-    }
-
-    /// Directory for the temporary overlay, which is as large as the merged tensors in float32. The system's by default.
-    pub fn staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
-        self.0.staging_root = Some(dir.into());
-        self
-    }
-
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] for a name that clients must not see or that cannot be routed, and for bf16 on a CPU.
-    pub fn build(self) -> Result<MonteCloraLoader> {
-        check_public_name(&self.0.name)?;
-        if self.0.device.is_cpu() && self.0.dtype == ModelDType::BF16 {
-            return Err(Error::setting(
-                "dtype",
-                "bf16 has no matrix product on a CPU here; use f32 or f16",
-            ));
-        }
-        Ok(self.0)
-    }
-}
-
-/// Refuses names that cannot be a model's public name: empty, a path, or with characters that routing needs.
-pub(crate) fn check_public_name(name: &str) -> Result<()> {
-    let allowed = |c: char| c.is_alphanumeric() || "-_.:/ ".contains(c);
-    let is_path = name.starts_with(['/', '.', '~']) || name.contains("..") || name.contains('\\');
-    if name.is_empty() || name == "default" || is_path || !name.chars().all(allowed) {
-        return Err(Error::setting(
-            "name",
-            format!(
-                "`{name}` cannot be a public model name; use letters, digits, `-`, `_`, `.`, `:` and `/`, not a path and not `default`"
-            ),
-        ));
-    }
-    Ok(())
 }
 
 /// Files ready for mistral.rs, in a directory that goes when this does.
@@ -479,126 +390,6 @@ impl Loader for MonteCloraLoader {
 
 fn resolve_dtype(dtype: &dyn TryIntoDType, device: &Device) -> anyhow::Result<DType> {
     dtype.try_into_dtype(&[device])
-}
-
-/// Refuses what is not a Hugging Face directory of full-precision safetensors, with the way there.
-fn refuse_other_formats(base: &Path) -> Result<()> {
-    let refuse = |path: &Path, code, message: &str, fix: &str| {
-        let problem =
-            monteclora_converters::Problem::new(code, path.display().to_string(), message, fix);
-        Err(Error::unsupported(base, vec![problem]))
-    };
-    let has_extension = |path: &Path, wanted: &str| {
-        path.extension()
-            .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
-    };
-    const GGUF: &str =
-        "`monteclora import-gguf FILE -o DIR` makes a full-precision model directory of it";
-    const UQFF: &str =
-        "use the full-precision model, and in_situ_quant to quantise it while loading";
-    if base.is_file() {
-        if has_extension(base, "gguf") {
-            return refuse(
-                base,
-                "gguf",
-                "an adapter cannot be merged into a GGUF file",
-                GGUF,
-            );
-        }
-        if has_extension(base, "uqff") {
-            return refuse(
-                base,
-                "uqff",
-                "an adapter cannot be merged into a UQFF file",
-                UQFF,
-            );
-        }
-    }
-    if !base.is_dir() {
-        return Err(Error::not_found(base, "there is no such model directory"));
-    }
-    let entries: Vec<PathBuf> = fs::read_dir(base)
-        .map_err(Error::io("read", base))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .collect();
-    let any = |wanted: &str| entries.iter().any(|path| has_extension(path, wanted));
-    if any("safetensors") {
-        return Ok(());
-    }
-    if any("gguf") {
-        return refuse(
-            base,
-            "gguf",
-            "holds GGUF files only, into which an adapter cannot be merged",
-            GGUF,
-        );
-    }
-    if any("uqff") {
-        return refuse(
-            base,
-            "uqff",
-            "holds UQFF files only, into which an adapter cannot be merged",
-            UQFF,
-        );
-    }
-    Ok(())
-}
-
-/// Bytes of each end of a weight file that go into the base's fingerprint.
-const SAMPLE: usize = 1 << 20;
-
-/// Files beside the weights that change what a base answers.
-const CONVERSATION_FILES: [&str; 6] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-];
-
-/// SHA-256 over the base's configuration, tokenizer and template, its tensors' names, types and shapes, and both ends of every
-/// weight file: reading tens of gigabytes whole would take as long as loading them.
-fn base_fingerprint(files: &ModelFiles) -> Result<String> {
-    let mut hasher = Sha256::new();
-    for (key, value) in files.config() {
-        hasher.update(format!("{key}={value}\n"));
-    }
-    for name in CONVERSATION_FILES {
-        match fs::read(files.dir().join(name)) {
-            Ok(bytes) => {
-                hasher.update(format!("{name} {}\n", bytes.len()));
-                hasher.update(bytes);
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::io("read", &files.dir().join(name))(error)),
-        }
-    }
-    for name in files.names() {
-        hasher.update(format!("{name} {:?}\n", files.info(name)));
-    }
-    for path in files.files() {
-        let (length, ends) = both_ends(path).map_err(Error::io("read", path))?;
-        hasher.update(length.to_le_bytes());
-        hasher.update(ends);
-    }
-    Ok(hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
-}
-
-/// The length of a file, and its first and last [`SAMPLE`] bytes.
-fn both_ends(path: &Path) -> std::io::Result<(u64, Vec<u8>)> {
-    let mut file = fs::File::open(path)?;
-    let length = file.metadata()?.len();
-    let sample = SAMPLE as u64;
-    let mut ends = Vec::new();
-    (&mut file).take(sample).read_to_end(&mut ends)?;
-    file.seek(SeekFrom::Start(length.saturating_sub(sample)))?;
-    file.take(sample).read_to_end(&mut ends)?;
-    Ok((length, ends))
 }
 
 pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

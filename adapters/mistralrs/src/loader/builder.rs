@@ -1,0 +1,105 @@
+//! The settings of a loader, checked when it is built.
+
+use std::path::PathBuf;
+
+use candle_core::Device;
+use mistralrs_core::{DeviceMapSetting, IsqType, ModelDType, PagedAttentionConfig};
+
+use super::MonteCloraLoader;
+use crate::error::{Error, Result};
+
+/// Settings of a [`MonteCloraLoader`]; made by [`MonteCloraLoader::builder`].
+#[derive(Clone)]
+pub struct MonteCloraLoaderBuilder(pub(super) MonteCloraLoader);
+
+impl MonteCloraLoaderBuilder {
+    /// Directory of a raw MonteCLoRA or plain LoRA adapter to merge. Without one the base is loaded as it is.
+    pub fn adapter(mut self, source: impl Into<PathBuf>) -> Self {
+        self.0.adapter = Some(source.into());
+        self
+    }
+
+    /// Element type of the weights. `auto`, the default, is f32 on a CPU and mistral.rs's choice elsewhere.
+    pub fn dtype(mut self, dtype: ModelDType) -> Self {
+        self.0.dtype = dtype;
+        self
+    }
+
+    /// Device to load to; the CPU by default.
+    pub fn device(mut self, device: Device) -> Self {
+        self.0.device = device;
+        self
+    }
+
+    /// Quantisation that mistral.rs applies while loading, after the merge.
+    pub fn in_situ_quant(mut self, isq: Option<IsqType>) -> Self {
+        self.0.isq = isq;
+        self
+    }
+
+    /// A chat template file (`.jinja`, or `.json` with `chat_template`) to use instead of the model's own.
+    pub fn chat_template(mut self, path: Option<PathBuf>) -> Self {
+        self.0.chat_template = path;
+        self
+    }
+
+    /// Placement of layers on devices. The default is automatic on accelerators and one device on a CPU.
+    pub fn device_map(mut self, device_map: DeviceMapSetting) -> Self {
+        self.0.device_map = Some(device_map);
+        self
+    }
+
+    /// Paged attention settings, passed through; none by default.
+    pub fn paged_attention(mut self, config: Option<PagedAttentionConfig>) -> Self {
+        self.0.paged_attention = config;
+        self
+    }
+
+    /// Loads an adapter even if it changes nothing.
+    pub fn force(mut self, force: bool) -> Self {
+        self.0.force = force;
+        self
+    }
+
+    /// Whether mistral.rs shows progress bars while it loads; it does not by default.
+    pub fn progress(mut self, progress: bool) -> Self {
+        self.0.silent = !progress;
+        self
+    }
+
+    /// Directory for the temporary overlay, which is as large as the merged tensors in float32. The system's by default.
+    pub fn staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.0.staging_root = Some(dir.into());
+        self
+    }
+
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a name that clients must not see or that cannot be routed, and for bf16 on a CPU.
+    pub fn build(self) -> Result<MonteCloraLoader> {
+        check_public_name(&self.0.name)?;
+        if self.0.device.is_cpu() && self.0.dtype == ModelDType::BF16 {
+            return Err(Error::setting(
+                "dtype",
+                "bf16 has no matrix product on a CPU here; use f32 or f16",
+            ));
+        }
+        Ok(self.0)
+    }
+}
+
+/// Refuses names that cannot be a model's public name: empty, a path, or with characters that routing needs.
+pub(crate) fn check_public_name(name: &str) -> Result<()> {
+    let allowed = |c: char| c.is_alphanumeric() || "-_.:/ ".contains(c);
+    let is_path = name.starts_with(['/', '.', '~']) || name.contains("..") || name.contains('\\');
+    if name.is_empty() || name == "default" || is_path || !name.chars().all(allowed) {
+        return Err(Error::setting(
+            "name",
+            format!(
+                "`{name}` cannot be a public model name; use letters, digits, `-`, `_`, `.`, `:` and `/`, not a path and not `default`"
+            ),
+        ));
+    }
+    Ok(())
+}
