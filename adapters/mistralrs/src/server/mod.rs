@@ -8,6 +8,7 @@ mod connection;
 mod context;
 mod exchange;
 mod guard;
+mod listen;
 mod metrics;
 mod models;
 mod registry;
@@ -91,7 +92,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds the address, then loads every model and adapter of `config`.
+    /// Binds the address, waiting up to 3 s for a port in use, then loads every model and adapter of `config`.
     ///
     /// Must be called on a multi-threaded runtime.
     ///
@@ -103,12 +104,10 @@ impl Server {
             true => SocketAddr::from(([127, 0, 0, 1], 0)),
             false => config.address,
         };
-        let listener = TcpListener::bind(wanted)
-            .await
-            .map_err(|error| listen_error(config.address, &error))?;
+        let listener = listen::bind(wanted, listen::PATIENCE).await?;
         let address = listener
             .local_addr()
-            .map_err(|error| listen_error(config.address, &error))?;
+            .map_err(|error| listen::listen_error(config.address, &error))?;
         let tls = config.tls.as_ref().map(TlsAcceptor::read).transpose()?;
         let registry = Registry::load(config).await?;
         let app = AppState {
@@ -247,18 +246,4 @@ pub fn serve(
     };
     runtime.shutdown_timeout(grace);
     outcome
-}
-
-fn listen_error(address: SocketAddr, error: &std::io::Error) -> Error {
-    let message = match error.kind() {
-        std::io::ErrorKind::AddrInUse => {
-            "the port is in use; stop the other program, or choose another port with --port"
-                .to_owned()
-        }
-        _ => error.to_string(),
-    };
-    Error::Listen {
-        address: address.to_string(),
-        message,
-    }
 }

@@ -1,0 +1,91 @@
+//! The listening socket, and how long a taken port is waited for.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::time::{Instant, sleep};
+
+use crate::error::{Error, Result};
+
+/// How long a taken port is waited for: a supervisor may start the next process while the former closes.
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Time between two attempts.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Binds `address`; while its port is in use it is tried again for `patience`.
+///
+/// # Errors
+/// [`Error::Listen`] with the address and, for a port that stays taken, the remedy. Anything else fails at once.
+pub(super) async fn bind(address: SocketAddr, patience: Duration) -> Result<TcpListener> {
+    let start = Instant::now();
+    let mut told = false;
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(listener),
+            Err(error)
+                if error.kind() == std::io::ErrorKind::AddrInUse && start.elapsed() < patience =>
+            {
+                if !told {
+                    tracing::warn!(
+                        "{address} is in use; trying again for {} s",
+                        patience.as_secs_f32()
+                    );
+                    told = true;
+                }
+                sleep(PAUSE).await;
+            }
+            Err(error) => return Err(listen_error(address, &error)),
+        }
+    }
+}
+
+/// Why `address` cannot be listened to.
+pub(super) fn listen_error(address: SocketAddr, error: &std::io::Error) -> Error {
+    let message = match error.kind() {
+        std::io::ErrorKind::AddrInUse => format!(
+            "port {} is in use; stop the other program, or choose another port with --port",
+            address.port()
+        ),
+        _ => error.to_string(),
+    };
+    Error::Listen {
+        address: address.to_string(),
+        message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn taken() -> (TcpListener, SocketAddr) {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        (listener, address)
+    }
+
+    #[tokio::test]
+    async fn a_port_that_becomes_free_is_taken() {
+        let (former, address) = taken().await;
+        let next = tokio::spawn(bind(address, Duration::from_secs(10)));
+        sleep(Duration::from_millis(300)).await;
+        assert!(!next.is_finished(), "the port is still the former's");
+        drop(former);
+        let listener = next.await.expect("no panic").expect("bound");
+        assert_eq!(listener.local_addr().expect("bound"), address);
+    }
+
+    #[tokio::test]
+    async fn a_port_that_stays_taken_is_named_with_the_remedy() {
+        let (_former, address) = taken().await;
+        let start = Instant::now();
+        let patience = Duration::from_millis(300);
+        let error = bind(address, patience).await.expect_err("taken");
+        assert!(start.elapsed() >= patience, "{:?}", start.elapsed());
+        let text = error.to_string();
+        let port = format!("port {} is in use", address.port());
+        assert!(text.contains(&port) && text.contains("--port"), "{text}");
+    }
+}
