@@ -106,7 +106,20 @@ fn serve(stream: TcpStream, state: &Mutex<State>) {
 }
 
 fn failure(code: &str, message: &str) -> Value {
-    json!({"error": {"message": message, "type": "invalid_request_error", "code": code}})
+    let kind = match code {
+        "internal_error" => "server_error",
+        _ => "invalid_request_error",
+    };
+    json!({"error": {"message": message, "type": kind, "code": code}})
+}
+
+/// What a request with a field that mistral.rs does not know, or a generation that is no SHA-256, is answered.
+fn refuse_body(body: &Value, known: &[&str]) -> Option<(u16, Value)> {
+    let fields = body.as_object().expect("an object");
+    let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+    let is_known = fields.keys().all(|key| known.contains(&key.as_str()));
+    let is_sound = body["expected_generation"].as_str().is_none_or(is_hash);
+    (!is_known || !is_sound).then(|| (422, failure("invalid_request_body", "not as declared")))
 }
 
 fn answer(method: &str, path: &str, body: &Value, state: &mut State) -> (u16, Value) {
@@ -131,7 +144,9 @@ fn answer(method: &str, path: &str, body: &Value, state: &mut State) -> (u16, Va
             let data: Vec<Value> = state.adapters.iter().map(|(a, e)| object(a, e)).collect();
             (
                 200,
-                json!({"object": "list", "data": data, "generations": [], "max_adapters": 16}),
+                json!({"object": "list", "data": data, "generations": [], "resident_generations": 0,
+                    "retired_generations": 0, "resident_bytes": 0, "max_adapters": 16, "max_rank": 256,
+                    "max_bytes": 8_u64 << 30}),
             )
         }
         ("POST", "/v1/load_lora_adapter") => {
@@ -139,12 +154,13 @@ fn answer(method: &str, path: &str, body: &Value, state: &mut State) -> (u16, Va
                 "lora_name",
                 "lora_path",
                 "load_inplace",
+                "replace",
                 "expected_generation",
+                "is_3d_lora_weight",
                 "model",
             ];
-            let fields = body.as_object().expect("an object");
-            if fields.keys().any(|key| !known.contains(&key.as_str())) {
-                return (422, failure("invalid_request_body", "unknown field"));
+            if let Some(refused) = refuse_body(body, &known) {
+                return refused;
             }
             let in_place = body["load_inplace"] == true;
             let expected = body["expected_generation"].as_str();
@@ -192,7 +208,16 @@ fn answer(method: &str, path: &str, body: &Value, state: &mut State) -> (u16, Va
             (200, answer)
         }
         ("POST", "/v1/unload_lora_adapter") => {
+            let known = ["lora_name", "expected_generation", "lora_int_id", "model"];
+            if let Some(refused) = refuse_body(body, &known) {
+                return refused;
+            }
             let alias = body["lora_name"].as_str().expect("a name");
+            let current = state.adapters.get(alias).map(|entry| entry.0.as_str());
+            let expected = body["expected_generation"].as_str();
+            if current.is_some() && expected.is_some() && expected != current {
+                return (409, failure("lora_generation_mismatch", "it moved"));
+            }
             match state.adapters.remove(alias) {
                 Some(entry) => (200, object(alias, &entry)),
                 None => (404, failure("lora_adapter_not_found", "not loaded")),
