@@ -8,14 +8,15 @@ use mistralrs_core::{
 };
 use mistralrs_server_core::chat_completion::parse_request;
 use mistralrs_server_core::openai::ChatCompletionRequest;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::channel;
 
 use super::App;
 use super::answer::ApiError;
 use super::exchange::Admission;
+use super::fields::only;
 use super::guard::Payload;
-use super::request::{Body, usage};
+use super::request::{Body, flag};
 use super::stop::StopFilter;
 use super::stream::{Kind, Streamed, now};
 use crate::engine::submit_tokenization;
@@ -29,6 +30,7 @@ const OWN_KEYS: &[&str] = &[
     "reasoning_effort",
     "parallel_tool_calls",
     "modalities",
+    "verbosity",
 ];
 
 /// Answers a conversation, streamed or not.
@@ -38,18 +40,13 @@ pub(crate) async fn chat_completions(
 ) -> Result<HttpResponse, ApiError> {
     let admission = Admission::new(&app)?;
     let mut body = Body::read(&app, &bytes, OWN_KEYS)?;
-    // What mistral.rs does anyway, and nothing else.
-    for (key, only) in [
-        ("parallel_tool_calls", json!(true)),
-        ("modalities", json!(["text"])),
-    ] {
-        if body.fields.remove(key).is_some_and(|value| value != only) {
-            return Err(ApiError::invalid(
-                key,
-                format!("`{key}` is supported as {only} only"),
-            ));
-        }
-    }
+    only(&mut body.fields, "modalities", &json!(["text"]))?;
+    only(&mut body.fields, "verbosity", &json!("medium"))?;
+    let one_tool_call = body.fields.contains_key("parallel_tool_calls")
+        && !flag(&body.fields, "parallel_tool_calls")?;
+    body.fields.remove("parallel_tool_calls");
+    read_response_format(&mut body.fields)?;
+    read_effort(&mut body.fields)?;
     let messages = body.fields.get_mut("messages").map(Value::take);
     body.fields
         .insert("messages".to_owned(), text_messages(messages)?);
@@ -59,53 +56,56 @@ pub(crate) async fn chat_completions(
         .await?;
     let mut exchange = body
         .hand_over(&app, admission, "messages", prompt_tokens)?
-        .send(&app, async |sender| {
-            let mut request = request;
-            request.response = sender;
-            Ok(request)
-        })
-        .await?;
+        .send(&app, request)?;
     if body.stream {
         return Ok(Streamed {
             kind: Kind::Chat,
-            model: body.lease.name.clone(),
+            lease: body.lease,
             exchange,
-            stop: StopFilter::new(body.stop),
+            stop: body.stop,
             include_usage: body.include_usage,
             lead: String::new(),
+            one_tool_call,
         }
         .into_response());
     }
-    let Response::Done(done) = exchange.answer().await? else {
-        return Err(ApiError::internal(
-            "the engine answered in another way than asked",
-        ));
-    };
-    let choices: Vec<Value> = done
-        .choices
-        .iter()
-        .map(|choice| {
+    let mut choices = Vec::new();
+    for (idx, response) in exchange.answers().await?.into_iter().enumerate() {
+        let Response::Done(done) = response else {
+            return Err(ApiError::internal(
+                "the engine answered in another way than asked",
+            ));
+        };
+        choices.extend(done.choices.into_iter().map(|choice| {
             let full = choice.message.content.as_deref();
             let cut = full.map(|text| StopFilter::cut(&body.stop, text));
             let stopped = cut.as_ref().is_some_and(|(_, stopped)| *stopped);
             let mut message = json!({"role": "assistant", "content": cut.map(|(text, _)| text)});
-            if let Some(calls) = &choice.message.tool_calls {
+            if let Some(mut calls) = choice.message.tool_calls {
+                if one_tool_call {
+                    calls.truncate(1);
+                }
                 message["tool_calls"] = json!(calls);
             }
             if let Some(reasoning) = &choice.message.reasoning_content {
                 message["reasoning_content"] = json!(reasoning);
             }
-            let reason = if stopped { "stop" } else { &choice.finish_reason };
-            json!({"index": choice.index, "message": message, "logprobs": null, "finish_reason": reason})
-        })
-        .collect();
+            let reason = if stopped {
+                "stop"
+            } else {
+                &choice.finish_reason
+            };
+            json!({"index": idx, "message": message, "logprobs": null, "finish_reason": reason})
+        }));
+    }
     Ok(Json(json!({
         "id": Kind::Chat.id(),
         "object": "chat.completion",
         "created": now(),
         "model": body.lease.name,
+        "system_fingerprint": body.lease.hash,
         "choices": choices,
-        "usage": usage(prompt_tokens, exchange.completion_tokens()),
+        "usage": exchange.usage(),
     }))
     .into_response())
 }
@@ -158,6 +158,53 @@ async fn count_prompt(app: &App, body: &Body, request: &NormalRequest) -> Result
     Ok(tokens.len())
 }
 
+/// Makes `response_format` what mistral.rs knows: any JSON object is one that fits an empty schema for objects.
+fn read_response_format(fields: &mut Map<String, Value>) -> Result<(), ApiError> {
+    let Some(format) = fields.get("response_format") else {
+        return Ok(());
+    };
+    match format["type"].as_str() {
+        Some("text") => {
+            fields.remove("response_format");
+        }
+        Some("json_object") => {
+            let schema = json!({"name": "object", "schema": {"type": "object"}});
+            let format = json!({"type": "json_schema", "json_schema": schema});
+            fields.insert("response_format".to_owned(), format);
+        }
+        Some("json_schema") if format["json_schema"]["schema"].is_object() => {}
+        _ => {
+            return Err(ApiError::invalid(
+                "response_format",
+                "`response_format` is text, json_object, or json_schema with a schema",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Makes `reasoning_effort` one of the three efforts of mistral.rs, which drops any other; `none` turns thinking off.
+fn read_effort(fields: &mut Map<String, Value>) -> Result<(), ApiError> {
+    let effort = match fields.get("reasoning_effort").map(Value::as_str) {
+        None | Some(Some("low" | "medium" | "high")) => return Ok(()),
+        Some(Some("none")) => {
+            fields.entry("enable_thinking").or_insert(json!(false));
+            fields.remove("reasoning_effort");
+            return Ok(());
+        }
+        Some(Some("minimal")) => "low",
+        Some(Some("xhigh")) => "high",
+        Some(_) => {
+            return Err(ApiError::invalid(
+                "reasoning_effort",
+                "`reasoning_effort` is none, minimal, low, medium, high or xhigh",
+            ));
+        }
+    };
+    fields.insert("reasoning_effort".to_owned(), json!(effort));
+    Ok(())
+}
+
 /// The messages with their text parts joined; anything but text is refused, since mistral.rs would go and fetch it.
 fn text_messages(messages: Option<Value>) -> Result<Value, ApiError> {
     let wrong = |at: &str, message: &str| ApiError::invalid(at, format!("{at}: {message}"));
@@ -178,6 +225,10 @@ fn text_messages(messages: Option<Value>) -> Result<Value, ApiError> {
                 &format!("{at}.role"),
                 "expected system, user, assistant or tool",
             ));
+        }
+        // What reasoning models call a system message; templates know only that.
+        if fields["role"] == "developer" {
+            fields.insert("role".to_owned(), json!("system"));
         }
         match fields.get("content") {
             Some(Value::String(_)) => {}
@@ -247,5 +298,47 @@ mod tests {
             let error = text_messages(messages).expect_err("must be refused");
             assert_eq!(error.body()["error"]["param"], at);
         }
+    }
+
+    #[test]
+    fn formats_and_efforts_become_those_of_mistralrs_or_are_refused() {
+        let read = |body: Value| {
+            let Value::Object(mut fields) = body else {
+                unreachable!("an object")
+            };
+            read_response_format(&mut fields).and_then(|()| read_effort(&mut fields))?;
+            Ok::<_, ApiError>(Value::Object(fields))
+        };
+        let same = json!({"reasoning_effort": "low", "response_format":
+            {"type": "json_schema", "json_schema": {"name": "n", "strict": true, "schema": {}}}});
+        assert_eq!(read(same.clone()).expect("known"), same);
+        let changed = read(
+            json!({"reasoning_effort": "minimal", "response_format": {"type": "json_object"}}),
+        );
+        let changed = changed.expect("known");
+        assert_eq!(changed["reasoning_effort"], "low");
+        assert_eq!(
+            changed["response_format"]["json_schema"]["schema"]["type"],
+            "object"
+        );
+        let off = read(json!({"reasoning_effort": "none", "response_format": {"type": "text"}}));
+        assert_eq!(off.expect("known"), json!({"enable_thinking": false}));
+        for (key, value) in [
+            ("response_format", json!("json")),
+            ("response_format", json!({"type": "xml"})),
+            ("response_format", json!({"type": "json_schema"})),
+            ("reasoning_effort", json!("utmost")),
+            ("reasoning_effort", json!(3)),
+        ] {
+            let error = read(json!({ key: value })).expect_err("unknown");
+            assert_eq!(error.body()["error"]["param"], key);
+        }
+    }
+
+    #[test]
+    fn a_developer_is_the_system() {
+        let messages = json!([{"role": "developer", "content": "be brief"}]);
+        let read = text_messages(Some(messages)).expect("text only");
+        assert_eq!(read[0]["role"], "system");
     }
 }

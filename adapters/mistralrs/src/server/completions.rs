@@ -3,16 +3,17 @@
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response as HttpResponse};
-use mistralrs_core::{Request, RequestMessage, Response};
+use mistralrs_core::{NormalRequest, Request, RequestMessage, Response};
 use mistralrs_server_core::completions::parse_request;
 use mistralrs_server_core::openai::CompletionRequest;
 use serde_json::{Value, json};
+use tokio::sync::mpsc::channel;
 
 use super::App;
 use super::answer::ApiError;
 use super::exchange::Admission;
 use super::guard::Payload;
-use super::request::{Body, flag, usage};
+use super::request::{Body, flag};
 use super::stop::StopFilter;
 use super::stream::{Kind, Streamed, now};
 use crate::engine::tokenize;
@@ -49,56 +50,60 @@ pub(crate) async fn completions(
         .copied()
         .collect();
     let prompt_tokens = tokens.len();
-    let host = app.registry.host().clone();
+    let mut request = prepare(&app, parsed)?;
+    request.messages = RequestMessage::CompletionTokens(tokens);
     let mut exchange = body
         .hand_over(&app, admission, "prompt", prompt_tokens)?
-        .send(&app, async |sender| {
-            let (request, _) = parse_request(parsed, host, sender)
-                .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))?;
-            let Request::Normal(mut request) = request else {
-                return Err(ApiError::internal(
-                    "a completion became another kind of request",
-                ));
-            };
-            request.messages = RequestMessage::CompletionTokens(tokens);
-            Ok(*request)
-        })
-        .await?;
+        .send(&app, request)?;
     let lead = if echo { prompt } else { String::new() };
     if body.stream {
         return Ok(Streamed {
             kind: Kind::Completion,
-            model: body.lease.name.clone(),
+            lease: body.lease,
             exchange,
-            stop: StopFilter::new(body.stop),
+            stop: body.stop,
             include_usage: body.include_usage,
             lead,
+            one_tool_call: false,
         }
         .into_response());
     }
-    let Response::CompletionDone(done) = exchange.answer().await? else {
-        return Err(ApiError::internal(
-            "the engine answered in another way than asked",
-        ));
-    };
-    let choices: Vec<Value> = done
-        .choices
-        .iter()
-        .map(|choice| {
+    let mut choices = Vec::new();
+    for (idx, response) in exchange.answers().await?.into_iter().enumerate() {
+        let Response::CompletionDone(done) = response else {
+            return Err(ApiError::internal(
+                "the engine answered in another way than asked",
+            ));
+        };
+        choices.extend(done.choices.iter().map(|choice| {
             let (text, stopped) = StopFilter::cut(&body.stop, &choice.text);
             let reason = if stopped { "stop" } else { &choice.finish_reason };
-            json!({"index": choice.index, "text": format!("{lead}{text}"), "logprobs": null, "finish_reason": reason})
-        })
-        .collect();
+            json!({"index": idx, "text": format!("{lead}{text}"), "logprobs": null, "finish_reason": reason})
+        }));
+    }
     Ok(Json(json!({
         "id": Kind::Completion.id(),
         "object": "text_completion",
         "created": now(),
         "model": body.lease.name,
+        "system_fingerprint": body.lease.hash,
         "choices": choices,
-        "usage": usage(prompt_tokens, exchange.completion_tokens()),
+        "usage": exchange.usage(),
     }))
     .into_response())
+}
+
+/// mistral.rs's own reading of grammar and sampling.
+fn prepare(app: &App, parsed: CompletionRequest) -> Result<NormalRequest, ApiError> {
+    let (sender, _) = channel(1);
+    let (request, _) = parse_request(parsed, app.registry.host().clone(), sender)
+        .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))?;
+    match request {
+        Request::Normal(request) => Ok(*request),
+        _ => Err(ApiError::internal(
+            "a completion became another kind of request",
+        )),
+    }
 }
 
 fn one_text(prompt: Option<&Value>) -> Result<String, ApiError> {

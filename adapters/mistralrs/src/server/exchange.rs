@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use mistralrs_core::{NormalRequest, Request, Response};
-use serde_json::Value;
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, channel, unbounded_channel};
+use serde_json::{Value, json};
+use tokio::sync::mpsc::{
+    Receiver, Sender, UnboundedReceiver, UnboundedSender, channel, unbounded_channel,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::App;
@@ -15,7 +17,6 @@ use super::answer::ApiError;
 use super::context::RequestContext;
 use super::metrics::{AnswerRecord, Counted, Metrics};
 use super::registry::Lease;
-use super::request::usage;
 use super::steps::Steps;
 
 /// Responses an engine may be ahead of the task that takes them.
@@ -60,35 +61,43 @@ impl Admission {
 pub(crate) struct Handover {
     pub(crate) admission: Admission,
     pub(crate) lease: Lease,
-    pub(crate) steps: Arc<Steps>,
+    /// One for each choice asked for.
+    pub(crate) steps: Vec<Arc<Steps>>,
     pub(crate) max_tokens: usize,
     pub(crate) prompt_tokens: usize,
 }
 
 impl Handover {
-    /// Gives the request that `build` makes to the engine.
-    pub(crate) async fn send(
-        self,
-        app: &App,
-        build: impl AsyncFnOnce(tokio::sync::mpsc::Sender<Response>) -> Result<NormalRequest, ApiError>,
-    ) -> Result<Exchange, ApiError> {
-        let (sender, engine) = channel(CHANNEL_SIZE);
-        let mut request = build(sender).await?;
-        request.model_id = Some(self.lease.engine_id().to_owned());
-        request.sampling_params.max_len = Some(self.max_tokens);
-        request.logits_processors = Some(vec![self.steps.clone()]);
-        let streaming = request.is_streaming;
-        let engine_input = app
-            .registry
-            .host()
+    /// Gives `request` to the engine, once for each choice.
+    ///
+    /// Choices are requests of their own, which take turns on a CPU and run together elsewhere.
+    pub(crate) fn send(self, app: &App, request: NormalRequest) -> Result<Exchange, ApiError> {
+        let host = app.registry.host();
+        let engine_input = host
             .get_sender(Some(self.lease.engine_id()))
             .map_err(|error| ApiError::internal(error.to_string()))?;
+        let choices = self.steps.iter().enumerate().map(|(idx, steps)| {
+            let (sender, engine) = channel(CHANNEL_SIZE);
+            let mut request = request.clone();
+            request.id = host.next_request_id();
+            request.response = sender;
+            request.model_id = Some(self.lease.engine_id().to_owned());
+            request.sampling_params.n_choices = 1;
+            request.sampling_params.max_len = Some(self.max_tokens);
+            request.logits_processors = Some(vec![steps.clone()]);
+            Choice {
+                idx,
+                request: Request::Normal(Box::new(request)),
+                engine,
+            }
+        });
+        let choices: Vec<Choice> = choices.collect();
         let (client, receiver) = unbounded_channel();
-        let end = Arc::new(End::default());
+        let complete = Arc::new(AtomicBool::new(false));
         let exchange = Exchange {
             receiver,
             steps: self.steps.clone(),
-            end: end.clone(),
+            complete: complete.clone(),
             max_tokens: self.max_tokens,
             prompt_tokens: self.prompt_tokens,
         };
@@ -96,33 +105,58 @@ impl Handover {
             deadline: self.admission.started + app.limits.request_timeout,
             metrics: app.metrics.clone(),
             context: RequestContext::current(),
-            streaming,
-            end,
+            streaming: request.is_streaming,
+            complete,
             handover: self,
         };
         // A task of its own, begun before the engine knows of the request: the client may go at any time, and the engine
         // must find a receiver whenever it answers.
-        let request = Request::Normal(Box::new(request));
         tokio::spawn(async move {
-            match keeper.turn(&client).await {
-                Ok(_turn) => {
-                    if engine_input.send(request).await.is_ok() {
-                        keeper.keep(engine, client).await;
-                    }
-                }
-                Err(outcome) => keeper.record(outcome),
-            }
+            let answers = choices
+                .into_iter()
+                .map(|choice| keeper.answer(choice, &engine_input, &client));
+            let outcomes = futures::future::join_all(answers).await;
+            keeper.record(outcomes.into_iter().max().unwrap_or(Outcome::Finished));
         });
         Ok(exchange)
     }
 }
 
-/// How an answer came to its end, as either side knows it.
-#[derive(Default)]
-struct End {
-    timed_out: AtomicBool,
-    /// The client has all it asked for.
-    complete: AtomicBool,
+/// One choice of a request, ready for the engine.
+struct Choice {
+    idx: usize,
+    request: Request,
+    engine: Receiver<Response>,
+}
+
+/// What the client's side hears of an answer.
+pub(crate) enum Event {
+    /// A response of the engine to the choice of this index.
+    Answer(usize, Response),
+    /// Nothing more comes for the choice of this index.
+    Over(usize),
+    /// The whole answer took too long.
+    TimedOut,
+}
+
+/// How an answer ended; of several choices, the last in this order counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Outcome {
+    Finished,
+    Canceled,
+    TimedOut,
+    Failed,
+}
+
+impl Outcome {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::Canceled => "canceled",
+            Self::TimedOut => "timeout",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 /// Takes an engine's responses as long as it sends any, holding the lease, so that the engine outlives the request.
@@ -130,35 +164,60 @@ struct Keeper {
     handover: Handover,
     deadline: Instant,
     streaming: bool,
-    end: Arc<End>,
+    /// The client has all it asked for.
+    complete: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
     context: Option<Arc<RequestContext>>,
 }
 
 impl Keeper {
+    /// Sees one choice through.
+    async fn answer(
+        &self,
+        choice: Choice,
+        engine_input: &Sender<Request>,
+        client: &UnboundedSender<Event>,
+    ) -> Outcome {
+        let outcome = match self.turn(client).await {
+            Err(outcome) => outcome,
+            Ok(_turn) => match engine_input.send(choice.request).await {
+                Err(_) => Outcome::Failed,
+                Ok(()) => self.keep(choice.idx, choice.engine, client).await,
+            },
+        };
+        // A client that is gone needs no word of it.
+        let _ = client.send(Event::Over(choice.idx));
+        outcome
+    }
+
     /// A turn at the engine, where it takes one request at a time; else how the wait for it ended.
     async fn turn(
         &self,
-        client: &UnboundedSender<Response>,
-    ) -> Result<Option<OwnedSemaphorePermit>, &'static str> {
+        client: &UnboundedSender<Event>,
+    ) -> Result<Option<OwnedSemaphorePermit>, Outcome> {
         let Some(turns) = self.handover.lease.turns() else {
             return Ok(None);
         };
         tokio::select! {
             biased;
-            () = client.closed() => Err("canceled"),
+            () = client.closed() => Err(self.left()),
             () = tokio::time::sleep_until(self.deadline.into()) => {
-                self.end.timed_out.store(true, Ordering::SeqCst);
-                Err("timeout")
+                let _ = client.send(Event::TimedOut);
+                Err(Outcome::TimedOut)
             }
-            turn = turns.acquire_owned() => turn.map(Some).map_err(|_| "failed"),
+            turn = turns.acquire_owned() => turn.map(Some).map_err(|_| Outcome::Failed),
         }
     }
 
-    async fn keep(self, mut engine: Receiver<Response>, client: UnboundedSender<Response>) {
-        let steps = &self.handover.steps;
-        let mut client = Some(client);
-        let mut outcome = "finished";
+    async fn keep(
+        &self,
+        idx: usize,
+        mut engine: Receiver<Response>,
+        client: &UnboundedSender<Event>,
+    ) -> Outcome {
+        let steps = &self.handover.steps[idx];
+        let mut is_awaited = true;
+        let mut outcome = Outcome::Finished;
         loop {
             tokio::select! {
                 biased;
@@ -167,37 +226,43 @@ impl Keeper {
                         break;
                     };
                     if is_failure(&response) {
-                        outcome = "failed";
+                        outcome = Outcome::Failed;
+                    }
+                    if is_awaited {
+                        // A client that is gone shows in `closed`.
+                        let _ = client.send(Event::Answer(idx, response));
                     }
                     // The only response, unless it is a stream.
-                    let last = !self.streaming;
-                    if let Some(client) = &client {
-                        // A client that is gone shows in `closed`.
-                        let _ = client.send(response);
-                    }
-                    if last {
+                    if !self.streaming {
                         break;
                     }
                 }
-                () = closed(client.as_ref()), if client.is_some() => {
-                    client = None;
-                    if !self.end.complete.load(Ordering::SeqCst) {
-                        outcome = "canceled";
-                    }
+                () = client.closed(), if is_awaited => {
+                    is_awaited = false;
+                    outcome = outcome.max(self.left());
                     steps.cancel();
                 }
-                () = tokio::time::sleep_until(self.deadline.into()), if client.is_some() => {
-                    self.end.timed_out.store(true, Ordering::SeqCst);
-                    client = None;
-                    outcome = "timeout";
+                () = tokio::time::sleep_until(self.deadline.into()), if is_awaited => {
+                    is_awaited = false;
+                    outcome = Outcome::TimedOut;
+                    let _ = client.send(Event::TimedOut);
                     steps.cancel();
                 }
             }
         }
-        self.record(outcome);
+        outcome
     }
 
-    fn record(&self, outcome: &'static str) {
+    /// What it means that the client no longer listens.
+    fn left(&self) -> Outcome {
+        if self.complete.load(Ordering::SeqCst) {
+            Outcome::Finished
+        } else {
+            Outcome::Canceled
+        }
+    }
+
+    fn record(&self, outcome: Outcome) {
         let Handover {
             admission,
             lease,
@@ -205,12 +270,13 @@ impl Keeper {
             prompt_tokens,
             ..
         } = &self.handover;
+        let first = steps.iter().filter_map(|steps| steps.first()).min();
         let record = AnswerRecord {
             prompt_tokens: *prompt_tokens,
-            completion_tokens: steps.count(),
+            completion_tokens: steps.iter().map(|steps| steps.count()).sum(),
             duration: admission.started.elapsed(),
-            time_to_first_token: steps.first().map(|first| first - admission.started),
-            outcome,
+            time_to_first_token: first.map(|first| first - admission.started),
+            outcome: outcome.name(),
         };
         self.metrics.answer(&lease.name, &record);
         tracing::info!(
@@ -221,15 +287,9 @@ impl Keeper {
             completion_tokens = record.completion_tokens,
             first_token_ms = record.time_to_first_token.map(|time| time.as_millis()),
             duration_ms = record.duration.as_millis(),
-            outcome,
+            outcome = record.outcome,
             "answered"
         );
-    }
-}
-
-async fn closed(client: Option<&UnboundedSender<Response>>) {
-    if let Some(client) = client {
-        client.closed().await;
     }
 }
 
@@ -245,56 +305,79 @@ fn is_failure(response: &Response) -> bool {
 
 /// The client's side of a request that an engine is working on. Dropping it ends the answer.
 pub(crate) struct Exchange {
-    pub(crate) receiver: UnboundedReceiver<Response>,
-    steps: Arc<Steps>,
-    end: Arc<End>,
+    receiver: UnboundedReceiver<Event>,
+    steps: Vec<Arc<Steps>>,
+    complete: Arc<AtomicBool>,
     max_tokens: usize,
-    pub(crate) prompt_tokens: usize,
+    prompt_tokens: usize,
 }
 
 impl Exchange {
-    /// Tokens generated so far, over all choices.
-    pub(crate) fn completion_tokens(&self) -> usize {
-        self.steps.count()
+    /// Choices asked for.
+    pub(crate) fn n_choices(&self) -> usize {
+        self.steps.len()
     }
 
-    /// Whether the answer was ended because it took too long.
-    pub(crate) fn timed_out(&self) -> bool {
-        self.end.timed_out.load(Ordering::SeqCst)
+    /// What the engine says next; none once it says nothing more.
+    pub(crate) async fn next(&mut self) -> Option<Event> {
+        self.receiver.recv().await
+    }
+
+    /// Notes that nothing more is wanted of the choice `idx`, and lets the engine stop with it.
+    pub(crate) fn end_choice(&self, idx: usize) {
+        self.steps[idx].cancel();
     }
 
     /// Notes that nothing more is wanted, and lets the engine stop.
     pub(crate) fn complete(&mut self) {
-        self.end.complete.store(true, Ordering::SeqCst);
+        self.complete.store(true, Ordering::SeqCst);
         self.receiver.close();
     }
 
-    /// Why a finished answer ended, where the engine has not said so.
-    pub(crate) fn finish_reason(&self) -> &'static str {
-        if self.completion_tokens() >= self.max_tokens {
+    /// Why the finished choice `idx` ended, where the engine has not said so.
+    pub(crate) fn finish_reason(&self, idx: usize) -> &'static str {
+        if self.steps[idx].count() >= self.max_tokens {
             "length"
         } else {
             "stop"
         }
     }
 
-    /// The final answer of a request that is not streamed.
-    pub(crate) async fn answer(&mut self) -> Result<Response, ApiError> {
-        match self.receiver.recv().await {
-            None if self.timed_out() => Err(ApiError::timed_out()),
-            None => Err(ApiError::internal("the engine stopped without an answer")),
-            Some(Response::ValidationError(error)) => {
-                Err(ApiError::invalid("messages", error.to_string()))
+    /// The final answers of a request that is not streamed, one for each choice.
+    pub(crate) async fn answers(&mut self) -> Result<Vec<Response>, ApiError> {
+        let silent = || ApiError::internal("the engine stopped without an answer");
+        let mut answers: Vec<Option<Response>> = self.steps.iter().map(|_| None).collect();
+        let mut n_over = 0;
+        while n_over < answers.len() {
+            match self.next().await {
+                None => return Err(silent()),
+                Some(Event::TimedOut) => return Err(ApiError::timed_out()),
+                Some(Event::Answer(idx, response)) => answers[idx] = Some(sound(response)?),
+                Some(Event::Over(idx)) if answers[idx].is_none() => return Err(silent()),
+                Some(Event::Over(_)) => n_over += 1,
             }
-            Some(Response::InternalError(error)) => Err(ApiError::internal(error.to_string())),
-            Some(Response::ModelError(message, _) | Response::CompletionModelError(message, _)) => {
-                Err(ApiError::internal(message))
-            }
-            Some(response) => Ok(response),
         }
+        Ok(answers.into_iter().flatten().collect())
     }
 
     pub(crate) fn usage(&self) -> Value {
-        usage(self.prompt_tokens, self.completion_tokens())
+        let completion_tokens: usize = self.steps.iter().map(|steps| steps.count()).sum();
+        json!({
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
+        })
+    }
+}
+
+/// `response`, unless it says that there is no answer.
+pub(crate) fn sound(response: Response) -> Result<Response, ApiError> {
+    match response {
+        Response::ValidationError(error) => Err(ApiError::invalid("messages", error.to_string())),
+        Response::InternalError(error) => Err(ApiError::internal(error.to_string())),
+        Response::ModelError(message, _) | Response::CompletionModelError(message, _) => {
+            Err(ApiError::internal(message))
+        }
+        response => Ok(response),
     }
 }

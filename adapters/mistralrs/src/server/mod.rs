@@ -7,6 +7,7 @@ mod completions;
 mod connection;
 mod context;
 mod exchange;
+mod fields;
 mod guard;
 mod listen;
 mod metrics;

@@ -1,5 +1,6 @@
 //! What chat and plain completions have in common: reading the body and checking it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::body::Bytes;
@@ -10,6 +11,7 @@ use super::App;
 use super::answer::ApiError;
 use super::context::RequestContext;
 use super::exchange::{Admission, Handover};
+use super::fields::keep_understood;
 use super::registry::Lease;
 use super::steps::{SeededDraw, Steps};
 
@@ -18,44 +20,6 @@ const MAX_CHOICES: u64 = 16;
 
 /// Sampling below this temperature is greedy, as in mistral.rs.
 const GREEDY: f64 = 1e-7;
-
-/// Keys that both endpoints understand.
-const COMMON: &[&str] = &[
-    "model",
-    "stream",
-    "stream_options",
-    "max_tokens",
-    "max_completion_tokens",
-    "n",
-    "stop",
-    "seed",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
-    "dry_multiplier",
-    "dry_base",
-    "dry_allowed_length",
-    "dry_sequence_breakers",
-    "grammar",
-    "tools",
-    "tool_choice",
-];
-
-/// Keys that change nothing about an answer: what a client keeps for itself, or where a provider runs it.
-const WITHOUT_EFFECT: &[&str] = &[
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-];
 
 /// A body that has passed the common checks.
 pub(crate) struct Body {
@@ -66,7 +30,8 @@ pub(crate) struct Body {
     pub(crate) include_usage: bool,
     pub(crate) stop: Vec<String>,
     pub(crate) max_tokens: Option<usize>,
-    pub(crate) n_choices: usize,
+    n_choices: usize,
+    bias: Arc<HashMap<u32, f32>>,
     seeded: Option<SeededDraw>,
 }
 
@@ -92,20 +57,24 @@ impl Body {
         RequestContext::set_model(&lease.name);
         fields.insert("model".to_owned(), json!(lease.engine_id()));
 
-        refuse_unknown(&fields, own)?;
-        fields.retain(|key, _| !WITHOUT_EFFECT.contains(&key.as_str()));
+        keep_understood(&mut fields, own)?;
         // mistral.rs 0.8.1 reports base-10 logarithms of filtered probabilities, which is not what clients expect.
         let wants_logprobs = |key| {
             fields
                 .get(key)
                 .is_some_and(|value: &Value| value != &json!(false))
         };
-        if wants_logprobs("logprobs") || wants_logprobs("top_logprobs") {
+        let wants_top = fields
+            .get("top_logprobs")
+            .is_some_and(|value| value != &json!(0));
+        if wants_logprobs("logprobs") || wants_top {
             return Err(ApiError::invalid(
                 "logprobs",
                 "log-probabilities are not supported",
             ));
         }
+        fields.remove("logprobs");
+        fields.remove("top_logprobs");
         check_range(&fields, "temperature", 0.0, 2.0)?;
         check_range(&fields, "top_p", 0.0, 1.0)?;
         check_range(&fields, "min_p", 0.0, 1.0)?;
@@ -125,22 +94,24 @@ impl Body {
             ));
         }
         fields.remove("best_of");
-        let stream = flag(&fields, "stream")?;
-        if stream && n_choices > 1 {
-            return Err(ApiError::invalid("n", "a stream has one choice"));
+        fields.remove("n");
+        if fields.get("tools") == Some(&json!([])) {
+            fields.remove("tools");
         }
-        if n_choices > 1 && lease.turns().is_some() {
+        if fields.get("tool_choice") == Some(&json!("required")) {
             return Err(ApiError::invalid(
-                "n",
-                "on a CPU an answer has one choice (mistral.rs 0.8.1 mixes up the sequences of a batch there); send the request several times",
+                "tool_choice",
+                "`tool_choice` is none, auto, or one function; mistral.rs 0.8.1 cannot require a call of any",
             ));
         }
+        let stream = flag(&fields, "stream")?;
         let include_usage = match fields.remove("stream_options") {
             Some(options) => usage_wanted(&options, stream)?,
             None => false,
         };
         let stop = stop_texts(&fields)?;
-        let seeded = seeded(&mut fields, n_choices)?;
+        let bias = token_bias(&mut fields)?;
+        let seeded = seeded(&mut fields)?;
         Ok(Self {
             fields,
             lease,
@@ -149,6 +120,7 @@ impl Body {
             stop,
             max_tokens,
             n_choices,
+            bias: Arc::new(bias),
             seeded,
         })
     }
@@ -190,53 +162,23 @@ impl Body {
             (None, Some(limit)) => limit.min(room),
             (None, None) => room,
         };
-        let steps = Steps::new(
-            self.n_choices,
-            self.lease.end_tokens.clone(),
-            self.seeded.clone(),
-            Some(app.metrics.waiting()),
-        );
+        let steps = (0..self.n_choices).map(|idx| {
+            Arc::new(Steps::new(
+                self.lease.end_tokens.clone(),
+                self.bias.clone(),
+                self.seeded.as_ref().map(|draw| draw.for_choice(idx)),
+                // The request waits for its first token, whichever choice has it.
+                (idx == 0).then(|| app.metrics.waiting()),
+            ))
+        });
         Ok(Handover {
             admission,
             lease: self.lease.clone(),
-            steps: Arc::new(steps),
+            steps: steps.collect(),
             max_tokens,
             prompt_tokens,
         })
     }
-}
-
-pub(crate) fn usage(prompt_tokens: usize, completion_tokens: usize) -> Value {
-    json!({
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    })
-}
-
-/// Refuses keys that neither the endpoint nor mistral.rs understands, rather than drop them.
-fn refuse_unknown(fields: &Map<String, Value>, own: &[&str]) -> Result<(), ApiError> {
-    let known = || COMMON.iter().chain(own).copied();
-    let unknown = fields.keys().find(|key| {
-        !known()
-            .chain(WITHOUT_EFFECT.iter().copied())
-            .any(|name| name == *key)
-    });
-    let Some(key) = unknown else {
-        return Ok(());
-    };
-    let nearest = known()
-        .map(|name| (strsim::jaro_winkler(key, name), name))
-        .max_by(|(a, _), (b, _)| a.total_cmp(b))
-        .filter(|(likeness, _)| *likeness > 0.85);
-    let hint = nearest
-        .map(|(_, name)| format!("; did you mean `{name}`?"))
-        .unwrap_or_default();
-    let shown: String = key.chars().take(64).collect();
-    Err(ApiError::invalid(
-        &shown,
-        format!("`{shown}` is not supported{hint}"),
-    ))
 }
 
 fn usage_wanted(options: &Value, stream: bool) -> Result<bool, ApiError> {
@@ -247,21 +189,49 @@ fn usage_wanted(options: &Value, stream: bool) -> Result<bool, ApiError> {
     let fields = options
         .as_object()
         .ok_or_else(|| wrong("`stream_options` must be an object"))?;
-    if let Some(key) = fields.keys().find(|key| *key != "include_usage") {
+    // Padding against eavesdroppers on the length of texts; a stream without it says the same.
+    const PADDING: &str = "include_obfuscation";
+    let unknown = |key: &&String| ![PADDING, "include_usage"].contains(&key.as_str());
+    if let Some(key) = fields.keys().find(unknown) {
         return Err(wrong(&format!("`stream_options.{key}` is not supported")));
     }
-    match fields.get("include_usage") {
+    let wanted = |key: &str| match fields.get(key) {
         None | Some(Value::Null) => Ok(false),
         Some(Value::Bool(wanted)) => Ok(*wanted),
-        Some(_) => Err(wrong("`include_usage` must be true or false")),
-    }
+        Some(_) => Err(wrong(&format!("`{key}` must be true or false"))),
+    };
+    wanted(PADDING)?;
+    wanted("include_usage")
+}
+
+/// The bias of every token named in `logit_bias`, which mistral.rs 0.8.1 reads and does not apply.
+fn token_bias(fields: &mut Map<String, Value>) -> Result<HashMap<u32, f32>, ApiError> {
+    let wrong = || {
+        ApiError::invalid(
+            "logit_bias",
+            "`logit_bias` must be an object of token ids with numbers from -100 to 100",
+        )
+    };
+    let Some(value) = fields.remove("logit_bias") else {
+        return Ok(HashMap::new());
+    };
+    let table = value.as_object().ok_or_else(wrong)?;
+    let entry = |(token, bias): (&String, &Value)| {
+        let bias = bias
+            .as_f64()
+            .filter(|bias| (-100.0..=100.0).contains(bias))?;
+        #[expect(clippy::cast_possible_truncation, reason = "logits are f32 themselves")]
+        let bias = bias as f32;
+        Some((token.parse().ok()?, bias))
+    };
+    table
+        .iter()
+        .map(|pair| entry(pair).ok_or_else(wrong))
+        .collect()
 }
 
 /// The draw that `seed` asks for; greedy answers need none. It takes over temperature, top-k, top-p and min-p.
-fn seeded(
-    fields: &mut Map<String, Value>,
-    n_choices: usize,
-) -> Result<Option<SeededDraw>, ApiError> {
+fn seeded(fields: &mut Map<String, Value>) -> Result<Option<SeededDraw>, ApiError> {
     let seed = match fields.remove("seed") {
         None => return Ok(None),
         Some(value) => value
@@ -273,12 +243,6 @@ fn seeded(
     let temperature = number("temperature").unwrap_or(0.0);
     if temperature < GREEDY {
         return Ok(None);
-    }
-    if n_choices > 1 {
-        return Err(ApiError::invalid(
-            "seed",
-            "`seed` fixes one choice; with `n` above 1 it is not supported",
-        ));
     }
     let draw = SeededDraw {
         seed,
@@ -374,47 +338,51 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_refused_with_the_nearest_name() {
-        refuse_unknown(&fields(json!({"user": "u", "top_k": 3})), &[]).expect("known");
-        refuse_unknown(&fields(json!({"prompt": "p"})), &["prompt"]).expect("known");
-        let error = refuse_unknown(&fields(json!({"max_token": 3})), &[]).expect_err("unknown");
-        assert_eq!(error.body()["error"]["param"], "max_token");
-        let message = error.body()["error"]["message"].to_string();
-        assert!(message.contains("did you mean `max_tokens`?"), "{message}");
-        let long = "x".repeat(10_000);
-        let error = refuse_unknown(&fields(json!({ long: 1 })), &[]).expect_err("unknown");
-        assert!(error.body().to_string().len() < 500);
-    }
-
-    #[test]
     fn a_seed_takes_over_sampling_and_is_not_needed_for_greedy_answers() {
         let mut greedy = fields(json!({"seed": 1, "temperature": 0, "top_p": 0.5}));
-        assert_eq!(seeded(&mut greedy, 1).expect("sound"), None);
+        assert_eq!(seeded(&mut greedy).expect("sound"), None);
         assert!(!greedy.contains_key("seed") && greedy.contains_key("top_p"));
 
         let mut body = fields(json!({"seed": -1, "temperature": 0.5, "top_p": 0.5, "top_k": 3}));
-        let draw = seeded(&mut body, 1).expect("sound").expect("a draw");
+        let draw = seeded(&mut body).expect("sound").expect("a draw");
         assert_eq!((draw.seed, draw.temperature), (u64::MAX, 0.5));
         assert_eq!((draw.top_k, draw.top_p), (Some(3), Some(0.5)));
         assert_eq!(Value::Object(body), json!({"temperature": 0.0}));
 
         for wrong in [json!({"seed": "x"}), json!({"seed": 1.5})] {
-            assert!(seeded(&mut fields(wrong), 1).is_err());
+            assert!(seeded(&mut fields(wrong)).is_err());
         }
-        assert!(seeded(&mut fields(json!({"seed": 1, "temperature": 1})), 2).is_err());
     }
 
     #[test]
     fn stream_options_are_read_or_refused() {
         assert!(usage_wanted(&json!({"include_usage": true}), true).expect("sound"));
         assert!(!usage_wanted(&json!({}), true).expect("sound"));
+        assert!(!usage_wanted(&json!({"include_obfuscation": true}), true).expect("sound"));
         for (wrong, stream) in [
             (json!({"include_usage": true}), false),
             (json!(3), true),
             (json!({"include_usage": 1}), true),
-            (json!({"include_obfuscation": true}), true),
+            (json!({"include_obfuscation": 1}), true),
+            (json!({"continuous_usage_stats": true}), true),
         ] {
             assert!(usage_wanted(&wrong, stream).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_bias_is_a_number_for_a_token() {
+        let mut body = fields(json!({"logit_bias": {"3": -100, "7": 0.5}}));
+        let bias = token_bias(&mut body).expect("sound");
+        assert_eq!(bias, HashMap::from([(3, -100.0), (7, 0.5)]));
+        assert!(body.is_empty());
+        for wrong in [
+            json!([]),
+            json!({"x": 1}),
+            json!({"1": "2"}),
+            json!({"1": 101}),
+        ] {
+            assert!(token_bias(&mut fields(json!({"logit_bias": wrong}))).is_err());
         }
     }
 }

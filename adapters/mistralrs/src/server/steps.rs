@@ -1,8 +1,8 @@
-//! A hook into every sampling step of one request: counts tokens, ends an answer nobody waits for, and draws with a seed.
+//! A hook into every sampling step of one choice: counts tokens, biases them, ends an answer nobody waits for, draws with a seed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
 
 use candle_core::Tensor;
@@ -13,53 +13,51 @@ use super::metrics::Counted;
 /// Added to the logit of a token that must be sampled; one that a grammar forbids stays at minus infinity.
 const CERTAIN: f32 = 1e6;
 
-/// The steps of one request.
+/// The steps of one choice of a request.
 ///
 /// mistral.rs 0.8.1 does not tell when the last token adds no text, so tokens are counted here. Nor must the receiver of a
 /// request be dropped to cancel it: the failed send fails the whole batch, and then stops the engine. A request is
-/// cancelled by making the end-of-text token certain at its next step.
+/// cancelled by making the end-of-text token certain at its next step. `logit_bias` is read by 0.8.1 and never used.
 pub(crate) struct Steps {
-    n_choices: usize,
-    /// A sample that a grammar forbids is drawn again at the same length, which is why lengths are told apart.
-    draws_by_length: Mutex<HashMap<usize, usize>>,
+    /// Lengths at which a token was drawn: one that a grammar forbids is drawn again at the same length.
+    lengths: Mutex<HashSet<usize>>,
     first: OnceLock<Instant>,
     /// Counts the request among those without a token.
     waiting: Mutex<Option<Counted>>,
     cancelled: AtomicBool,
     end_tokens: Vec<u32>,
+    /// Added to the logits of these tokens.
+    bias: Arc<HashMap<u32, f32>>,
     seeded: Option<SeededDraw>,
 }
 
 impl Steps {
     pub(crate) fn new(
-        n_choices: usize,
         end_tokens: Vec<u32>,
+        bias: Arc<HashMap<u32, f32>>,
         seeded: Option<SeededDraw>,
         waiting: Option<Counted>,
     ) -> Self {
         Self {
-            n_choices,
-            draws_by_length: Mutex::default(),
+            lengths: Mutex::default(),
             first: OnceLock::new(),
             waiting: Mutex::new(waiting),
             cancelled: AtomicBool::new(false),
             end_tokens,
+            bias,
             seeded,
         }
     }
 
-    fn draws(&self) -> MutexGuard<'_, HashMap<usize, usize>> {
-        self.draws_by_length
+    fn lengths(&self) -> MutexGuard<'_, HashSet<usize>> {
+        self.lengths
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Tokens sampled, over all choices.
+    /// Tokens sampled.
     pub(crate) fn count(&self) -> usize {
-        self.draws()
-            .values()
-            .map(|n_draws| *n_draws.min(&self.n_choices))
-            .sum()
+        self.lengths().len()
     }
 
     /// When the first token was sampled.
@@ -75,7 +73,10 @@ impl Steps {
 
 impl CustomLogitsProcessor for Steps {
     fn apply(&self, logits: &Tensor, context: &[u32]) -> candle_core::Result<Tensor> {
-        *self.draws().entry(context.len()).or_default() += 1;
+        if self.cancelled.load(Ordering::Relaxed) {
+            return favour(logits, &self.end_tokens);
+        }
+        self.lengths().insert(context.len());
         self.first.get_or_init(|| {
             let mut waiting = self
                 .waiting
@@ -84,29 +85,39 @@ impl CustomLogitsProcessor for Steps {
             waiting.take();
             Instant::now()
         });
-        if self.cancelled.load(Ordering::Relaxed) {
-            return favour(logits, &self.end_tokens);
-        }
+        let logits = if self.bias.is_empty() {
+            logits.clone()
+        } else {
+            biased(
+                logits,
+                self.bias.iter().map(|(token, bias)| (*token, *bias)),
+            )?
+        };
         match &self.seeded {
             Some(seeded) => {
                 let token = seeded.draw(&logits.to_vec1()?, context.len());
-                favour(logits, token.as_slice())
+                favour(&logits, token.as_slice())
             }
-            None => Ok(logits.clone()),
+            None => Ok(logits),
         }
     }
 }
 
 /// `logits` with `tokens` made certain.
 fn favour(logits: &Tensor, tokens: &[u32]) -> candle_core::Result<Tensor> {
+    biased(logits, tokens.iter().map(|token| (*token, CERTAIN)))
+}
+
+/// `logits` with something added to those of some tokens; what is not in the vocabulary is passed over.
+fn biased(
+    logits: &Tensor,
+    additions: impl Iterator<Item = (u32, f32)>,
+) -> candle_core::Result<Tensor> {
     let n = logits.elem_count();
     let mut bonus = vec![0f32; n];
-    for token in tokens {
-        if let Some(value) = usize::try_from(*token)
-            .ok()
-            .and_then(|at| bonus.get_mut(at))
-        {
-            *value = CERTAIN;
+    for (token, addition) in additions {
+        if let Some(value) = usize::try_from(token).ok().and_then(|at| bonus.get_mut(at)) {
+            *value = addition;
         }
     }
     let bonus = Tensor::from_vec(bonus, n, logits.device())?.to_dtype(logits.dtype())?;
@@ -127,6 +138,15 @@ pub(crate) struct SeededDraw {
 }
 
 impl SeededDraw {
+    /// The draw for the choice `idx` of the same request: the first has the request's seed, the others seeds made of it.
+    pub(crate) fn for_choice(&self, idx: usize) -> Self {
+        let mut draw = self.clone();
+        if idx > 0 {
+            draw.seed = mix(self.seed ^ mix(u64::try_from(idx).unwrap_or(u64::MAX)));
+        }
+        draw
+    }
+
     /// The token at `position`; none if no logit is finite.
     fn draw(&self, logits: &[f32], position: usize) -> Option<u32> {
         let mut order: Vec<(u32, f64)> = (0u32..)
@@ -243,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_cancelled_request_ends_unless_a_grammar_forbids_it() {
-        let steps = Steps::new(1, vec![2], None, None);
+        let steps = Steps::new(vec![2], Arc::default(), None, None);
         let logits = Tensor::new(&[3f32, 1.0, -5.0], &Device::Cpu).expect("a tensor");
         let best = |logits: &Tensor| {
             let row: Vec<f32> = steps
@@ -259,5 +279,36 @@ mod tests {
         let masked = Tensor::new(&[3f32, 1.0, f32::NEG_INFINITY], &Device::Cpu).expect("a tensor");
         assert_eq!(best(&masked), Some(0));
         assert_eq!(steps.count(), 1, "three draws at one length are one token");
+    }
+
+    #[test]
+    fn a_bias_changes_what_is_drawn_with_a_seed_and_without() {
+        let logits = Tensor::new(&[3f32, 1.0, 0.0], &Device::Cpu).expect("a tensor");
+        for seeded in [None, Some(plain(5))] {
+            let bias = Arc::new(HashMap::from([(0, -100.0), (2, 100.0), (999, 100.0)]));
+            let steps = Steps::new(vec![1], bias, seeded, None);
+            for length in 0..50 {
+                let row: Vec<f32> = steps
+                    .apply(&logits, &vec![0; length])
+                    .and_then(|logits| logits.to_vec1())
+                    .expect("a row");
+                assert!(row[2] > row[0] + 190.0 && row[2] > row[1] + 90.0, "{row:?}");
+            }
+            assert_eq!(steps.count(), 50);
+        }
+    }
+
+    #[test]
+    fn choices_draw_from_seeds_of_their_own() {
+        let logits = [0f32; 16];
+        let draws = |idx: usize| -> Vec<_> {
+            (0..20)
+                .map(|at| plain(9).for_choice(idx).draw(&logits, at))
+                .collect()
+        };
+        let plain: Vec<_> = (0..20).map(|at| plain(9).draw(&logits, at)).collect();
+        assert_eq!(draws(0), plain);
+        assert_ne!(draws(1), plain);
+        assert_ne!(draws(1), draws(2));
     }
 }

@@ -9,7 +9,8 @@ use mistralrs_core::Response;
 use serde_json::{Value, json};
 
 use super::answer::ApiError;
-use super::exchange::Exchange;
+use super::exchange::{Event as Heard, Exchange, sound};
+use super::registry::Lease;
 use super::stop::StopFilter;
 
 /// Which of the two endpoints a stream belongs to.
@@ -32,24 +33,38 @@ impl Kind {
 /// One streamed answer.
 pub(crate) struct Streamed {
     pub(crate) kind: Kind,
-    /// Public name.
-    pub(crate) model: String,
+    /// The generation that answers.
+    pub(crate) lease: Lease,
     pub(crate) exchange: Exchange,
-    pub(crate) stop: StopFilter,
+    /// Texts that end an answer.
+    pub(crate) stop: Vec<String>,
     pub(crate) include_usage: bool,
     /// Text to send before the first token's.
     pub(crate) lead: String,
+    /// Whether only the first of several tool calls is wanted.
+    pub(crate) one_tool_call: bool,
 }
 
 impl Streamed {
     pub(crate) fn into_response(self) -> HttpResponse {
-        let writer = Writer {
+        let choices = (0..self.exchange.n_choices()).map(|_| ChoiceState {
+            stop: StopFilter::new(self.stop.clone()),
+            ended: false,
+        });
+        let mut writer = Writer {
             id: self.kind.id(),
             created: now(),
             queue: VecDeque::new(),
-            finished: false,
+            choices: choices.collect(),
+            closed: false,
             streamed: self,
         };
+        let lead = std::mem::take(&mut writer.streamed.lead);
+        if !lead.is_empty() {
+            for idx in 0..writer.choices.len() {
+                writer.push_text(idx, &lead, &Value::Null, None);
+            }
+        }
         let events = futures::stream::unfold(writer, async |mut writer| {
             let data = writer.next().await?;
             Some((Ok::<_, Infallible>(Event::default().data(data)), writer))
@@ -67,60 +82,65 @@ pub(crate) fn now() -> u64 {
         .map_or(0, |elapsed| elapsed.as_secs())
 }
 
+/// How far one choice of a stream is.
+struct ChoiceState {
+    stop: StopFilter,
+    ended: bool,
+}
+
 struct Writer {
     id: String,
     created: u64,
     queue: VecDeque<String>,
-    finished: bool,
+    choices: Vec<ChoiceState>,
+    closed: bool,
     streamed: Streamed,
 }
 
 impl Writer {
     async fn next(&mut self) -> Option<String> {
-        if !self.streamed.lead.is_empty() {
-            let lead = std::mem::take(&mut self.streamed.lead);
-            self.push_text(&lead, &Value::Null, None);
-        }
-        while self.queue.is_empty() && !self.finished {
-            match self.streamed.exchange.receiver.recv().await {
-                Some(response) => self.take(response),
-                None if self.streamed.exchange.timed_out() => self.fail(ApiError::timed_out()),
+        while self.queue.is_empty() && !self.closed {
+            match self.streamed.exchange.next().await {
+                Some(Heard::Answer(idx, response)) => match sound(response) {
+                    Ok(response) => self.take(idx, response),
+                    Err(error) => self.fail(error),
+                },
                 // The last token added no text, and 0.8.1 then leaves its chunk out.
-                None => {
-                    let reason = self.streamed.exchange.finish_reason();
-                    self.finish(Value::Null, reason);
+                Some(Heard::Over(idx)) if !self.choices[idx].ended => {
+                    let reason = self.streamed.exchange.finish_reason(idx);
+                    self.finish(idx, Value::Null, reason);
                 }
+                Some(Heard::Over(_)) => {}
+                Some(Heard::TimedOut) => self.fail(ApiError::timed_out()),
+                None => self.fail(ApiError::internal("the engine stopped without an answer")),
             }
         }
         self.queue.pop_front()
     }
 
-    fn take(&mut self, response: Response) {
+    fn take(&mut self, idx: usize, response: Response) {
         match response {
             Response::Chunk(chunk) => {
                 for choice in chunk.choices {
                     let mut extra = json!({});
-                    if let Some(calls) = &choice.delta.tool_calls {
+                    if let Some(mut calls) = choice.delta.tool_calls {
+                        if self.streamed.one_tool_call {
+                            calls.retain(|call| call.index == 0);
+                        }
                         extra["tool_calls"] = json!(calls);
                     }
                     if let Some(reasoning) = &choice.delta.reasoning_content {
                         extra["reasoning_content"] = json!(reasoning);
                     }
                     let text = choice.delta.content.unwrap_or_default();
-                    self.take_text(&text, extra, choice.finish_reason.as_deref());
+                    self.take_text(idx, &text, extra, choice.finish_reason.as_deref());
                 }
             }
             Response::CompletionChunk(chunk) => {
                 for choice in chunk.choices {
-                    self.take_text(&choice.text, Value::Null, choice.finish_reason.as_deref());
+                    let reason = choice.finish_reason.as_deref();
+                    self.take_text(idx, &choice.text, Value::Null, reason);
                 }
-            }
-            Response::ValidationError(error) => {
-                self.fail(ApiError::invalid("messages", error.to_string()));
-            }
-            Response::InternalError(error) => self.fail(ApiError::internal(error.to_string())),
-            Response::ModelError(message, _) | Response::CompletionModelError(message, _) => {
-                self.fail(ApiError::internal(message));
             }
             _ => self.fail(ApiError::internal(
                 "the engine answered in another way than asked",
@@ -128,32 +148,36 @@ impl Writer {
         }
     }
 
-    fn take_text(&mut self, delta: &str, extra: Value, reason: Option<&str>) {
-        let (mut text, stopped) = self.streamed.stop.push(delta);
+    fn take_text(&mut self, idx: usize, delta: &str, extra: Value, reason: Option<&str>) {
+        let choice = &mut self.choices[idx];
+        if choice.ended {
+            return;
+        }
+        let (mut text, stopped) = choice.stop.push(delta);
         let reason = if stopped { Some("stop") } else { reason };
         if reason.is_some() && !stopped {
-            text.push_str(&self.streamed.stop.finish());
+            text.push_str(&choice.stop.finish());
         }
         let empty = text.is_empty() && extra.as_object().is_none_or(|extra| extra.is_empty());
         if !empty {
-            self.push_text(&text, &extra, None);
+            self.push_text(idx, &text, &extra, None);
         }
         if let Some(reason) = reason {
-            self.finish(json!({}), reason);
+            self.finish(idx, json!({}), reason);
         }
     }
 
-    fn push_text(&mut self, text: &str, extra: &Value, reason: Option<&str>) {
+    fn push_text(&mut self, idx: usize, text: &str, extra: &Value, reason: Option<&str>) {
         let chunk = match self.streamed.kind {
             Kind::Chat => {
                 let mut delta = json!({"role": "assistant", "content": text});
                 for (key, value) in extra.as_object().into_iter().flatten() {
                     delta[key] = value.clone();
                 }
-                json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": reason})
+                json!({"index": idx, "delta": delta, "logprobs": null, "finish_reason": reason})
             }
             Kind::Completion => {
-                json!({"index": 0, "text": text, "logprobs": null, "finish_reason": reason})
+                json!({"index": idx, "text": text, "logprobs": null, "finish_reason": reason})
             }
         };
         self.push(vec![chunk], None);
@@ -168,7 +192,8 @@ impl Writer {
             "id": self.id,
             "object": object,
             "created": self.created,
-            "model": self.streamed.model,
+            "model": self.streamed.lease.name,
+            "system_fingerprint": self.streamed.lease.hash,
             "choices": choices,
         });
         if let Some(usage) = usage {
@@ -177,14 +202,19 @@ impl Writer {
         self.queue.push_back(chunk.to_string());
     }
 
-    fn finish(&mut self, extra: Value, reason: &str) {
-        let held = self.streamed.stop.finish();
-        self.push_text(&held, &extra, Some(reason));
-        if self.streamed.include_usage {
-            let usage = self.streamed.exchange.usage();
-            self.push(Vec::new(), Some(usage));
+    /// Ends one choice, and with the last of them the stream.
+    fn finish(&mut self, idx: usize, extra: Value, reason: &str) {
+        let held = self.choices[idx].stop.finish();
+        self.push_text(idx, &held, &extra, Some(reason));
+        self.choices[idx].ended = true;
+        self.streamed.exchange.end_choice(idx);
+        if self.choices.iter().all(|choice| choice.ended) {
+            if self.streamed.include_usage {
+                let usage = self.streamed.exchange.usage();
+                self.push(Vec::new(), Some(usage));
+            }
+            self.close();
         }
-        self.close();
     }
 
     fn fail(&mut self, error: ApiError) {
@@ -194,7 +224,7 @@ impl Writer {
 
     fn close(&mut self) {
         self.queue.push_back("[DONE]".to_owned());
-        self.finished = true;
+        self.closed = true;
         self.streamed.exchange.complete();
     }
 }
