@@ -117,12 +117,13 @@ fn question(model: &str, max_tokens: usize) -> Value {
         "messages": [{"role": "user", "content": "Tell me something."}]})
 }
 
-/// The text of a whole stream, read line by line with `pause` between; any fault is an error.
-fn read_stream(response: Response, pause: Duration) -> Result<String, String> {
+/// The text of a whole stream and the generation that gave it, read line by line with `pause` between; any fault is an error.
+fn read_stream(response: Response, pause: Duration) -> Result<(String, String), String> {
     if response.status() != 200 {
         return Err(format!("status {}", response.status()));
     }
     let (mut text, mut reason, mut done) = (String::new(), None, false);
+    let mut generation = String::new();
     for line in BufReader::new(response).lines() {
         let line = line.map_err(|error| format!("cut: {error}"))?;
         std::thread::sleep(pause);
@@ -134,6 +135,14 @@ fn read_stream(response: Response, pause: Duration) -> Result<String, String> {
             continue;
         }
         let chunk: Value = serde_json::from_str(data).map_err(|error| error.to_string())?;
+        let found = chunk["system_fingerprint"]
+            .as_str()
+            .ok_or(chunk.to_string())?;
+        if generation.is_empty() {
+            found.clone_into(&mut generation);
+        } else if found != generation {
+            return Err(format!("{generation} went on as {found}"));
+        }
         let choice = &chunk["choices"][0];
         text.push_str(
             choice["delta"]["content"]
@@ -145,18 +154,18 @@ fn read_stream(response: Response, pause: Duration) -> Result<String, String> {
         }
     }
     match (done, reason.as_deref()) {
-        (true, Some("stop" | "length")) => Ok(text),
+        (true, Some("stop" | "length")) => Ok((text, generation)),
         other => Err(format!("ended with {other:?}")),
     }
 }
 
-fn whole_answer(site: &Site, server: &Server, model: &str) -> String {
+fn whole_answer(site: &Site, server: &Server, model: &str) -> (String, String) {
     let response = site.post(server, "/v1/chat/completions", &question(model, N_TOKENS));
     read_stream(response, Duration::ZERO).unwrap()
 }
 
 /// The whole stream of a client with a connection of its own.
-fn as_user(server: &Server, pause: Duration) -> Result<String, String> {
+fn as_user(server: &Server, pause: Duration) -> Result<(String, String), String> {
     let client = Client::new();
     let request = client.post(format!("{}/v1/chat/completions", server.url));
     let request = request
@@ -166,7 +175,7 @@ fn as_user(server: &Server, pause: Duration) -> Result<String, String> {
 }
 
 /// Sixteen clients stream all the time while the alias moves ten times, a corrupt adapter is pushed, slow clients read and rude
-/// ones leave: no stream fails or is cut, and the memory comes back.
+/// ones leave: no stream fails, is cut, or says anything but what its generation says when nobody else asks; the memory comes back.
 #[test]
 fn ten_swaps_under_sixteen_streams_lose_nothing() {
     let site = Site::new();
@@ -178,7 +187,8 @@ fn ten_swaps_under_sixteen_streams_lose_nothing() {
         whole_answer(&site, &server, "triage"),
         whole_answer(&site, &server, "other"),
     ];
-    assert_ne!(answers[0], answers[1]);
+    assert_ne!(answers[0].0, answers[1].0);
+    assert_eq!(answers[1].1, second);
     let unload = site.post(
         &server,
         "/v1/unload_lora_adapter",
@@ -206,10 +216,13 @@ fn ten_swaps_under_sixteen_streams_lose_nothing() {
         let mut clients = Vec::new();
         for idx in 0..16 {
             let pause = Duration::from_millis(if idx < 2 { 20 } else { 0 });
-            let (stop, complete, server) = (&stop, &complete, &server);
+            let (stop, complete, server, answers) = (&stop, &complete, &server, &answers);
             clients.push(scope.spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
-                    as_user(server, pause)?;
+                    let answer = as_user(server, pause)?;
+                    if !answers.contains(&answer) {
+                        return Err(format!("{answer:?} is none of {answers:?}"));
+                    }
                     complete.fetch_add(1, Ordering::Relaxed);
                 }
                 Ok::<(), String>(())

@@ -1,6 +1,7 @@
 //! The crate as a whole on small models with reference logits.
 
 mod abuse;
+mod choices;
 mod operation;
 mod parity;
 mod serving;

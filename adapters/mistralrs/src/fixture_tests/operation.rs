@@ -299,11 +299,6 @@ fn sampling_options_do_what_they_say_or_are_refused() {
         "the seed changes nothing"
     );
 
-    let mut several = chat("tuned", false);
-    several["n"] = json!(3);
-    let refusal = parse(server.post(path, &several), 400);
-    assert_eq!(refusal["error"]["param"], "n");
-
     let mut formatted = chat("tuned", false);
     formatted["max_tokens"] = json!(100);
     formatted["response_format"] = json!({"type": "json_schema",

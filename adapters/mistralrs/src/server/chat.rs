@@ -24,7 +24,6 @@ use crate::engine::submit_tokenization;
 /// Keys that only this endpoint has.
 const OWN_KEYS: &[&str] = &[
     "messages",
-    "top_logprobs",
     "response_format",
     "enable_thinking",
     "reasoning_effort",

@@ -19,7 +19,7 @@ use super::stream::{Kind, Streamed, now};
 use crate::engine::tokenize;
 
 /// Keys that only this endpoint has.
-const OWN_KEYS: &[&str] = &["prompt", "echo", "best_of"];
+const OWN_KEYS: &[&str] = &["prompt", "echo"];
 
 /// Continues a text, streamed or not.
 pub(crate) async fn completions(

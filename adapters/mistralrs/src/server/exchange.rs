@@ -132,7 +132,7 @@ struct Choice {
 /// What the client's side hears of an answer.
 pub(crate) enum Event {
     /// A response of the engine to the choice of this index.
-    Answer(usize, Response),
+    Answer(usize, Box<Response>),
     /// Nothing more comes for the choice of this index.
     Over(usize),
     /// The whole answer took too long.
@@ -230,7 +230,7 @@ impl Keeper {
                     }
                     if is_awaited {
                         // A client that is gone shows in `closed`.
-                        let _ = client.send(Event::Answer(idx, response));
+                        let _ = client.send(Event::Answer(idx, Box::new(response)));
                     }
                     // The only response, unless it is a stream.
                     if !self.streaming {
@@ -352,7 +352,7 @@ impl Exchange {
             match self.next().await {
                 None => return Err(silent()),
                 Some(Event::TimedOut) => return Err(ApiError::timed_out()),
-                Some(Event::Answer(idx, response)) => answers[idx] = Some(sound(response)?),
+                Some(Event::Answer(idx, response)) => answers[idx] = Some(sound(*response)?),
                 Some(Event::Over(idx)) if answers[idx].is_none() => return Err(silent()),
                 Some(Event::Over(_)) => n_over += 1,
             }

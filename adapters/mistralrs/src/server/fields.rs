@@ -23,6 +23,8 @@ const COMMON: &[&str] = &[
     "repetition_penalty",
     "logit_bias",
     "logprobs",
+    "top_logprobs",
+    "best_of",
     "dry_multiplier",
     "dry_base",
     "dry_allowed_length",
@@ -80,6 +82,7 @@ fn refuse_unknown(fields: &Map<String, Value>, own: &[&str]) -> Result<(), ApiEr
         return Ok(());
     };
     let nearest = known()
+        .chain(WITHOUT_EFFECT.iter().copied())
         .map(|name| (strsim::jaro_winkler(key, name), name))
         .max_by(|(a, _), (b, _)| a.total_cmp(b))
         .filter(|(likeness, _)| *likeness > 0.85);

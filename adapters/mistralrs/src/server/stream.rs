@@ -101,7 +101,7 @@ impl Writer {
     async fn next(&mut self) -> Option<String> {
         while self.queue.is_empty() && !self.closed {
             match self.streamed.exchange.next().await {
-                Some(Heard::Answer(idx, response)) => match sound(response) {
+                Some(Heard::Answer(idx, response)) => match sound(*response) {
                     Ok(response) => self.take(idx, response),
                     Err(error) => self.fail(error),
                 },
@@ -127,7 +127,9 @@ impl Writer {
                         if self.streamed.one_tool_call {
                             calls.retain(|call| call.index == 0);
                         }
-                        extra["tool_calls"] = json!(calls);
+                        if !calls.is_empty() {
+                            extra["tool_calls"] = json!(calls);
+                        }
                     }
                     if let Some(reasoning) = &choice.delta.reasoning_content {
                         extra["reasoning_content"] = json!(reasoning);
