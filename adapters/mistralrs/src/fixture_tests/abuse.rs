@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::servable;
-use super::serving::{Running, chat, events, parse, toml_for};
+use super::serving::{Running, chat, events, long_chat, parse, toml_for};
 
 /// Sends bytes as they are, and returns everything that comes back until the connection closes.
 fn raw(server: &Running, bytes: &[u8]) -> String {
@@ -306,10 +306,7 @@ fn slow_clients_are_cut_off_and_large_bodies_refused() {
 #[test]
 fn a_client_that_leaves_takes_nothing_with_it() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
-    let mut long = chat("tuned", true);
-    long["max_tokens"] = json!(400);
-    // At temperature 2 the tiny model goes on to the limit.
-    long["temperature"] = json!(2);
+    let long = long_chat("tuned", true);
     let whole = |text: &str| -> u64 {
         text.lines()
             .find_map(|line| line.strip_prefix(r#"monteclora_answers_total{outcome="canceled"} "#))
@@ -343,20 +340,9 @@ fn a_client_that_leaves_takes_nothing_with_it() {
             200,
         );
     }
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        let text = server.get("/metrics").text().expect("text");
-        if text.contains("monteclora_requests_in_flight 0\n") {
-            assert!(whole(&text) > 0, "{text}");
-            assert!(text.contains("monteclora_requests_waiting 0\n"), "{text}");
-            break;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "requests stay in flight:\n{text}"
-        );
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    let text = server.metrics_with("monteclora_requests_in_flight 0");
+    assert!(whole(&text) > 0, "{text}");
+    assert!(text.contains("monteclora_requests_waiting 0\n"), "{text}");
     server.finish().expect("a clean stop");
 }
 
@@ -367,9 +353,7 @@ fn what_is_too_much_is_turned_away_clearly() {
         "[limits]\nmax_concurrent_requests = 1\nmax_completion_tokens = 400\nmax_prompt_tokens = 100\n",
     ));
     let path = "/v1/chat/completions";
-    let mut long = chat("tuned", true);
-    long["max_tokens"] = json!(400);
-    long["temperature"] = json!(2);
+    let long = long_chat("tuned", true);
     let mut busy = server.post(path, &long);
     let refused = server.post(path, &chat("base", false));
     assert_eq!(refused.headers()["retry-after"], "1");

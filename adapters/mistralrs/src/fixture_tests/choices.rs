@@ -1,12 +1,11 @@
 //! Several choices of one request, and the bodies that common clients send.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::servable;
-use super::serving::{Running, chat, events, parse, toml_for};
+use super::serving::{Running, chat, events, long_chat, parse, toml_for};
 
 const PATH: &str = "/v1/chat/completions";
 
@@ -92,26 +91,13 @@ fn several_choices_are_answers_of_their_own() {
 #[test]
 fn who_leaves_between_choices_gives_the_turn_away() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
-    let mut long = chat("tuned", true);
+    let mut long = long_chat("tuned", true);
     long["n"] = json!(16);
-    long["max_tokens"] = json!(400);
-    // At temperature 2 the tiny model goes on to the limit.
-    long["temperature"] = json!(2);
-    let started = Instant::now();
     let whole = events(server.post(PATH, &long));
-    let alone = started.elapsed();
     assert_eq!(whole.last().map(String::as_str), Some("[DONE]"));
     drop(server.post(PATH, &long));
     parse(server.post(PATH, &chat("tuned", false)), 200);
-    let deadline = Instant::now() + alone.max(Duration::from_secs(10));
-    loop {
-        let metrics = server.get("/metrics").text().expect("readable");
-        if metrics.contains("monteclora_answers_total{outcome=\"canceled\"} 1") {
-            break;
-        }
-        assert!(Instant::now() < deadline, "nobody noticed: {metrics}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    server.metrics_with(r#"monteclora_answers_total{outcome="canceled"} 1"#);
     server.finish().expect("a clean stop");
 }
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use reqwest::blocking::{Client, Response};
 use serde_json::{Value, json};
@@ -80,6 +81,19 @@ impl Running {
             .expect("answered")
     }
 
+    /// The metrics, once they hold the line `line`.
+    pub(super) fn metrics_with(&self, line: &str) -> String {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let text = self.get("/metrics").text().expect("readable");
+            if text.lines().any(|found| found == line) {
+                return text;
+            }
+            assert!(Instant::now() < deadline, "no `{line}` in:\n{text}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     pub(super) fn finish(mut self) -> crate::Result<()> {
         drop(self.stop.take());
         self.thread
@@ -101,6 +115,14 @@ pub(super) fn toml_for(case: &Case, extra: &str) -> String {
 pub(super) fn chat(model: &str, stream: bool) -> Value {
     json!({"model": model, "stream": stream, "temperature": 0, "max_tokens": 12,
         "messages": [{"role": "user", "content": "Why?"}]})
+}
+
+/// A request whose answer is long: at temperature 2 the tiny model goes on to the limit.
+pub(super) fn long_chat(model: &str, stream: bool) -> Value {
+    let mut long = chat(model, stream);
+    long["max_tokens"] = json!(400);
+    long["temperature"] = json!(2);
+    long
 }
 
 /// Data of all events of a stream.

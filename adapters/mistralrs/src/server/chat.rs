@@ -68,14 +68,15 @@ pub(crate) async fn chat_completions(
         }
         .into_response());
     }
-    let mut choices = Vec::new();
-    for (idx, response) in exchange.answers().await?.into_iter().enumerate() {
-        let Response::Done(done) = response else {
-            return Err(ApiError::internal(
-                "the engine answered in another way than asked",
-            ));
-        };
-        choices.extend(done.choices.into_iter().map(|choice| {
+    let choices = exchange
+        .choices(|response| match response {
+            Response::Done(done) => Some(done.choices),
+            _ => None,
+        })
+        .await?;
+    let choices: Vec<Value> = choices
+        .into_iter()
+        .map(|(idx, choice)| {
             let full = choice.message.content.as_deref();
             let cut = full.map(|text| StopFilter::cut(&body.stop, text));
             let stopped = cut.as_ref().is_some_and(|(_, stopped)| *stopped);
@@ -95,8 +96,8 @@ pub(crate) async fn chat_completions(
                 &choice.finish_reason
             };
             json!({"index": idx, "message": message, "logprobs": null, "finish_reason": reason})
-        }));
-    }
+        })
+        .collect();
     Ok(Json(json!({
         "id": Kind::Chat.id(),
         "object": "chat.completion",
@@ -261,6 +262,7 @@ fn text_messages(messages: Option<Value>) -> Result<Value, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fields::tests::fields;
     use super::*;
 
     #[test]
@@ -302,9 +304,7 @@ mod tests {
     #[test]
     fn formats_and_efforts_become_those_of_mistralrs_or_are_refused() {
         let read = |body: Value| {
-            let Value::Object(mut fields) = body else {
-                unreachable!("an object")
-            };
+            let mut fields = fields(body);
             read_response_format(&mut fields).and_then(|()| read_effort(&mut fields))?;
             Ok::<_, ApiError>(Value::Object(fields))
         };

@@ -68,19 +68,20 @@ pub(crate) async fn completions(
         }
         .into_response());
     }
-    let mut choices = Vec::new();
-    for (idx, response) in exchange.answers().await?.into_iter().enumerate() {
-        let Response::CompletionDone(done) = response else {
-            return Err(ApiError::internal(
-                "the engine answered in another way than asked",
-            ));
-        };
-        choices.extend(done.choices.iter().map(|choice| {
+    let choices = exchange
+        .choices(|response| match response {
+            Response::CompletionDone(done) => Some(done.choices),
+            _ => None,
+        })
+        .await?;
+    let choices: Vec<Value> = choices
+        .into_iter()
+        .map(|(idx, choice)| {
             let (text, stopped) = StopFilter::cut(&body.stop, &choice.text);
             let reason = if stopped { "stop" } else { &choice.finish_reason };
             json!({"index": idx, "text": format!("{lead}{text}"), "logprobs": null, "finish_reason": reason})
-        }));
-    }
+        })
+        .collect();
     Ok(Json(json!({
         "id": Kind::Completion.id(),
         "object": "text_completion",

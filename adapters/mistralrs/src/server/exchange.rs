@@ -343,21 +343,30 @@ impl Exchange {
         }
     }
 
-    /// The final answers of a request that is not streamed, one for each choice.
-    pub(crate) async fn answers(&mut self) -> Result<Vec<Response>, ApiError> {
+    /// The choices of a request that is not streamed, each with its index; `of` takes them from the engine's final answer.
+    pub(crate) async fn choices<C>(
+        &mut self,
+        of: impl Fn(Response) -> Option<Vec<C>>,
+    ) -> Result<Vec<(usize, C)>, ApiError> {
         let silent = || ApiError::internal("the engine stopped without an answer");
-        let mut answers: Vec<Option<Response>> = self.steps.iter().map(|_| None).collect();
+        let other = || ApiError::internal("the engine answered in another way than asked");
+        let mut answers: Vec<Option<Vec<C>>> = self.steps.iter().map(|_| None).collect();
         let mut n_over = 0;
         while n_over < answers.len() {
             match self.next().await {
                 None => return Err(silent()),
                 Some(Event::TimedOut) => return Err(ApiError::timed_out()),
-                Some(Event::Answer(idx, response)) => answers[idx] = Some(sound(*response)?),
+                Some(Event::Answer(idx, response)) => {
+                    answers[idx] = Some(of(sound(*response)?).ok_or_else(other)?);
+                }
                 Some(Event::Over(idx)) if answers[idx].is_none() => return Err(silent()),
                 Some(Event::Over(_)) => n_over += 1,
             }
         }
-        Ok(answers.into_iter().flatten().collect())
+        let answers = answers.into_iter().flatten().enumerate();
+        Ok(answers
+            .flat_map(|(idx, choices)| choices.into_iter().map(move |choice| (idx, choice)))
+            .collect())
     }
 
     pub(crate) fn usage(&self) -> Value {

@@ -72,17 +72,12 @@ pub(crate) fn only(
 }
 
 fn refuse_unknown(fields: &Map<String, Value>, own: &[&str]) -> Result<(), ApiError> {
-    let known = || COMMON.iter().chain(own).copied();
-    let unknown = fields.keys().find(|key| {
-        !known()
-            .chain(WITHOUT_EFFECT.iter().copied())
-            .any(|name| name == *key)
-    });
+    let known = || COMMON.iter().chain(own).chain(WITHOUT_EFFECT).copied();
+    let unknown = fields.keys().find(|key| !known().any(|name| name == *key));
     let Some(key) = unknown else {
         return Ok(());
     };
     let nearest = known()
-        .chain(WITHOUT_EFFECT.iter().copied())
         .map(|name| (strsim::jaro_winkler(key, name), name))
         .max_by(|(a, _), (b, _)| a.total_cmp(b))
         .filter(|(likeness, _)| *likeness > 0.85);
@@ -97,15 +92,16 @@ fn refuse_unknown(fields: &Map<String, Value>, own: &[&str]) -> Result<(), ApiEr
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::json;
 
     use super::*;
 
-    fn fields(value: Value) -> Map<String, Value> {
+    /// The fields of an object, for tests of this folder.
+    pub(crate) fn fields(value: Value) -> Map<String, Value> {
         match value {
             Value::Object(fields) => fields,
-            _ => Map::new(),
+            other => unreachable!("not an object: {other}"),
         }
     }
 

@@ -328,14 +328,8 @@ fn stop_texts(fields: &Map<String, Value>) -> Result<Vec<String>, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fields::tests::fields;
     use super::*;
-
-    fn fields(value: Value) -> Map<String, Value> {
-        match value {
-            Value::Object(fields) => fields,
-            _ => Map::new(),
-        }
-    }
 
     #[test]
     fn a_seed_takes_over_sampling_and_is_not_needed_for_greedy_answers() {

@@ -1,0 +1,157 @@
+//! Sums of products against candle, and against themselves at other thread counts.
+
+use super::*;
+
+fn matrix(rows: usize, columns: usize, seed: f32) -> Tensor {
+    let values = (0..rows * columns)
+        .map(|i| ((i as f32 + seed) * 0.37).sin())
+        .collect::<Vec<_>>();
+    Tensor::from_vec(values, (rows, columns), &Device::Cpu).expect("shape fits")
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
+    Ok((a - b)?.abs()?.max_all()?.to_scalar::<f32>()?)
+}
+
+#[test]
+fn products_equal_candle() -> Result<()> {
+    for (m, n, k) in [
+        (1, 1, 1),
+        (3, 5, 7),
+        (33, 65, 129),
+        (130, 70, 90),
+        (70, 331, 45),
+    ] {
+        let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0));
+        assert!(largest_difference(&matmul_nt(&x, &w)?, &x.matmul(&w.t()?)?)? < 1e-4);
+        let v = matrix(k, n, 3.0);
+        assert!(largest_difference(&matmul_nn(&x, &v)?, &x.matmul(&v)?)? < 1e-4);
+        let (a, b) = (matrix(k, m, 4.0), matrix(k, n, 5.0));
+        let expected = a.t()?.contiguous()?.matmul(&b)?;
+        assert!(largest_difference(&matmul_tn(&a, &b)?, &expected)? < 1e-4);
+    }
+    Ok(())
+}
+
+/// Several products onto a matrix or a row, against candle, with and without bf16, and on a view that takes the plain path.
+#[test]
+fn sums_equal_candle() -> Result<()> {
+    for (m, n, k) in [(5, 7, 3), (67, 413, 2100), (40, 200, 33)] {
+        let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0));
+        let (h, b) = (matrix(m, 4, 3.0), matrix(4, n, 4.0));
+        let w16 = w.to_dtype(DType::BF16)?;
+        let v16 = w.t()?.contiguous()?.to_dtype(DType::BF16)?;
+        let rounded = w16.to_dtype(DType::F32)?;
+        for start in [matrix(m, n, 5.0), matrix(1, n, 6.0).flatten_all()?] {
+            let low_rank = (h.matmul(&b)? * 0.5)?.broadcast_add(&start)?;
+            let second = Product::scaled(Factor::Plain(&h), Factor::Plain(&b), 0.5);
+            let single = Product::new(Factor::Plain(&x), Factor::Transposed(&w));
+            let found = sum_of_products(Some(&start), &[single, second])?;
+            assert!(largest_difference(&found, &(x.matmul(&w.t()?)? + &low_rank)?)? < 2e-3);
+            let expected = (x.matmul(&rounded.t()?)? + &low_rank)?;
+            let transposed = Product::new(Factor::Plain(&x), Factor::Transposed(&w16));
+            let found = sum_of_products(Some(&start), &[transposed, second])?;
+            assert!(largest_difference(&found, &expected)? < 2e-3);
+            let plain = Product::new(Factor::Plain(&x), Factor::Plain(&v16));
+            let found = sum_of_products(Some(&start), &[plain, second])?;
+            assert!(largest_difference(&found, &expected)? < 2e-3);
+            let strided = matrix(k, m, 1.0).t()?;
+            let composed = sum_of_products(
+                Some(&start),
+                &[
+                    Product::new(Factor::Plain(&strided), Factor::Plain(&v16)),
+                    second,
+                ],
+            )?;
+            let expected = (strided.matmul(&rounded.t()?)? + &low_rank)?;
+            assert!(largest_difference(&composed, &expected)? < 2e-3);
+        }
+    }
+    Ok(())
+}
+
+/// bf16 products by the processor's instruction and by rounding and widening, against candle on rounded factors.
+#[test]
+fn brain_products_equal_rounded_factors() -> Result<()> {
+    for (m, n, k) in [
+        (1, 1, 1),
+        (5, 7, 3),
+        (8, 48, 32),
+        (67, 413, 2101),
+        (40, 200, 33),
+        (9, 97, 1026),
+    ] {
+        let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0).to_dtype(DType::BF16)?);
+        let v = w.t()?.contiguous()?;
+        let start = matrix(m, n, 5.0);
+        // Sums of k terms below one.
+        let bound = 1e-6 * (k as f32).max(100.0);
+        let (h, b) = (matrix(m, 4, 3.0), matrix(4, n, 4.0));
+        let low_rank = Product::new(Factor::Plain(&h), Factor::Plain(&b));
+        let wide = |t: &Tensor| t.to_dtype(DType::BF16)?.to_dtype(DType::F32);
+        let product = (wide(&x)?.matmul(&wide(&v)?)? * 0.5)?;
+        let expected = ((product + &start)? + h.matmul(&b)?)?;
+        for rhs in [Factor::Transposed(&w), Factor::Plain(&v)] {
+            let base =
+                Product::scaled(Factor::Plain(&x), rhs, 0.5).with_precision(Precision::Brain);
+            let products = [base, low_rank];
+            for kernel in [None, Kernel::detect()] {
+                let sum = sum_in_pieces(Some(&start), &products, (m, n), kernel)?
+                    .expect("contiguous matrices in memory");
+                let difference = largest_difference(&sum, &expected)?;
+                assert!(difference < bound, "{m} {n} {k}: {difference}");
+            }
+            let transposed = x.t()?.contiguous()?;
+            let base = Product::scaled(Factor::Transposed(&transposed), rhs, 0.5)
+                .with_precision(Precision::Brain);
+            let sum = sum_of_products(Some(&start), &[base, low_rank])?;
+            assert!(largest_difference(&sum, &expected)? < bound);
+        }
+    }
+    Ok(())
+}
+
+/// Where the cuts lie changes no bit.
+#[test]
+fn same_bytes_at_any_thread_count() -> Result<()> {
+    for (m, n, k) in [
+        (1, 576, 700),
+        (3, 484, 600),
+        (131, 576, 700),
+        (64, 484, 1500),
+        (37, 1540, 96),
+        (200, 100, 640),
+    ] {
+        let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0));
+        let v16 = matrix(k, n, 3.0).to_dtype(DType::BF16)?;
+        let mut all = Vec::new();
+        for threads in [1, 2, 3, 5, 16] {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .expect("a pool of threads");
+            let bits = pool.install(|| -> Result<Vec<u32>> {
+                let sum = sum_of_products(
+                    None,
+                    &[
+                        Product::new(Factor::Plain(&x), Factor::Transposed(&w)),
+                        Product::scaled(Factor::Plain(&x), Factor::Plain(&v16), 0.5),
+                    ],
+                )?;
+                let narrow = Product::new(Factor::Plain(&x), Factor::Plain(&v16))
+                    .with_precision(Precision::Brain);
+                let rounded = sum_of_products(Some(&sum), &[narrow])?;
+                let single = matmul_nt(&x, &w)?;
+                let values = Tensor::cat(&[sum, single, rounded], 0)?.flatten_all()?;
+                Ok(values
+                    .to_vec1::<f32>()?
+                    .iter()
+                    .map(|v| v.to_bits())
+                    .collect())
+            })?;
+            all.push(bits);
+        }
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{m} {n} {k}");
+    }
+    Ok(())
+}
