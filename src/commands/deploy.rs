@@ -38,7 +38,12 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
     }
     let was = match &deployed.previous {
         _ if deployed.unchanged => " (it was already)".to_owned(),
-        Some(previous) => format!(" (before: {previous}; `monteclora rollback` brings it back)"),
+        Some(previous) if deployed.can_roll_back => {
+            format!(" (before: {previous}; `monteclora rollback` brings it back)")
+        }
+        Some(previous) => format!(
+            " (before: {previous}, which was not deployed from here; deploy its directory to bring it back)"
+        ),
         None => String::new(),
     };
     print(&format!(

@@ -14,6 +14,8 @@ use super::error::Error;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Action {
+    /// It was being served when the first deployment came.
+    Adopt,
     /// It was deployed.
     Deploy,
     /// It came back.
@@ -120,6 +122,26 @@ impl Releases {
             });
         }
         Ok(relative)
+    }
+
+    /// Makes a release of what is being served from `source`, relative to the root, so that there is a way back to it.
+    ///
+    /// Nothing is done for a generation that was released before, or if the directory does not hold its content (any more).
+    ///
+    /// # Errors
+    /// As [`Self::store`] and [`Self::record`].
+    pub fn adopt(&mut self, generation: &str, source: &str) -> Result<(), Error> {
+        if self.find(generation).is_some() {
+            return Ok(());
+        }
+        let Ok(adapter) = Adapter::read(&self.root.join(source)) else {
+            return Ok(());
+        };
+        if !adapter.collapse().fingerprint().starts_with(generation) {
+            return Ok(());
+        }
+        let directory = self.store(&adapter)?;
+        self.record(Action::Adopt, generation, &directory, None)
     }
 
     /// Whether a release is still there.

@@ -40,6 +40,8 @@ pub struct Deployed {
     pub directory: PathBuf,
     /// Whether this content was being served already, so that nothing was swapped.
     pub unchanged: bool,
+    /// Whether a rollback can bring `previous` back.
+    pub can_roll_back: bool,
     /// What the canary answered.
     pub canary: Vec<Answered>,
     /// Whether the alias answers exactly as the canary did. Other traffic changes the rounding, so it need not.
@@ -77,6 +79,11 @@ pub fn deploy(
     check: &Check,
 ) -> Result<Deployed, Error> {
     let current = server.adapter(alias)?;
+    if let Some(current) = &current
+        && let Some(source) = &current.source
+    {
+        releases.adopt(&current.generation, source)?;
+    }
     let directory = releases.store(adapter)?;
     let path = portable(&directory);
     let canary_name = format!("{alias}-canary");
@@ -96,13 +103,20 @@ pub fn deploy(
         },
     })?;
     let previous = current.as_ref().map(|current| current.generation.clone());
+    let can_roll_back = previous
+        .as_deref()
+        .is_some_and(|previous| releases.find(previous).is_some());
     if previous.as_ref() == Some(&canary_generation) {
+        if !can_roll_back {
+            releases.record(Action::Adopt, &canary_generation, &directory, None)?;
+        }
         return Ok(Deployed {
             alias: alias.to_owned(),
             generation: canary_generation,
             previous,
             directory,
             unchanged: true,
+            can_roll_back: true,
             canary,
             same_answers: true,
         });
@@ -120,6 +134,7 @@ pub fn deploy(
                 previous,
                 directory,
                 unchanged: false,
+                can_roll_back,
                 canary,
             })
         }

@@ -409,6 +409,47 @@ fn deploy_status_and_rollback_through_the_command() {
     );
 }
 
+/// What serve.toml declares comes back by a rollback if it lies below the adapter root, and is known as the same content whether it
+/// holds the posterior or only its mean.
+#[test]
+fn what_was_served_before_the_first_deployment_can_come_back() {
+    let site = Site::new();
+    let raw = own().join("adapters/monteclora");
+    let declared = site.root().join("declared");
+    std::fs::create_dir(&declared).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(raw.join(file), declared.join(file)).unwrap();
+    }
+    site.configure(&[("triage", "declared")]);
+    let server = site.start();
+    let generation = site.served(&server)[1].2.clone();
+    let root = site.root().display().to_string();
+    let common = [
+        "--alias",
+        "triage",
+        "--server",
+        &server.url,
+        "--adapter-root",
+        &root,
+    ];
+    let run = |verb: &str, extra: &[&str]| {
+        let arguments: Vec<&str> = [verb].iter().chain(extra).chain(&common).copied().collect();
+        let (code, stdout, stderr) = monteclora(&arguments);
+        assert_eq!(code, 0, "{stderr}");
+        stdout
+    };
+    let said = run("deploy", &[&raw.display().to_string()]);
+    assert!(said.contains("it was already"), "{said}");
+    let said = run("deploy", &[&site.root().join(TWO).display().to_string()]);
+    assert!(
+        said.contains("`monteclora rollback` brings it back"),
+        "{said}"
+    );
+    assert_ne!(site.served(&server)[1].2, generation);
+    run("rollback", &[]);
+    assert_eq!(site.served(&server)[1].2, generation);
+}
+
 fn refused(arguments: &[&str], variables: &[(&str, &str)]) -> (i32, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_monteclora"))
         .arg("serve")

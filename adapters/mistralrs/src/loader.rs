@@ -120,13 +120,14 @@ impl MonteCloraLoader {
         Ok(normalised)
     }
 
-    /// A short hexadecimal name of what is loaded, equal on every machine: a hash of the adapter's content, or of the base's.
+    /// A short hexadecimal name of what is loaded, equal on every machine: a hash of the base's content, or of the adapter's
+    /// posterior mean, so that an adapter and its collapsed form are one generation.
     ///
     /// # Errors
     /// If the files cannot be read.
     pub fn generation(&self) -> Result<String> {
         let digest = match &self.adapter {
-            Some(source) => Adapter::read(source)?.fingerprint(),
+            Some(source) => Adapter::read(source)?.collapse().fingerprint(),
             None => base_fingerprint(&ModelFiles::open(&self.base)?)?,
         };
         Ok(digest.chars().take(12).collect())
