@@ -11,8 +11,8 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
-use super::servable;
 use super::serving::{Running, chat, events, parse, toml_for};
+use super::{Case, servable};
 
 /// Writes a self-signed certificate for localhost, and returns it.
 fn write_certificate(dir: &Path) -> CertificateDer<'static> {
@@ -277,6 +277,55 @@ fn a_budget_is_kept_and_freed_by_unloading() {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     server.finish().expect("a clean stop");
+}
+
+/// What a request leaves out is the model's own `generation_config.json`, where it has any, and temperature 1.
+#[test]
+fn a_request_that_does_not_say_is_sampled_as_the_model_is() {
+    let case = servable();
+    let copy = tempfile::tempdir().expect("a temporary directory");
+    for entry in fs::read_dir(&case.base).expect("readable") {
+        let path = entry.expect("readable").path();
+        let name = path.file_name().expect("a name");
+        fs::copy(&path, copy.path().join(name)).expect("copied");
+    }
+    let greedy = chat("tuned", false);
+    let mut silent = greedy.clone();
+    silent
+        .as_object_mut()
+        .expect("an object")
+        .remove("temperature");
+    let text = |answer: &Value| answer["choices"][0]["message"]["content"].to_string();
+    let answers = |settings: &str| {
+        fs::write(copy.path().join("generation_config.json"), settings).expect("written");
+        let case = Case {
+            base: copy.path().to_owned(),
+            ..servable()
+        };
+        let (server, _dir) = Running::start(&toml_for(&case, ""));
+        let ask = |body: &Value| text(&parse(server.post("/v1/chat/completions", body), 200));
+        let mut found: Vec<String> = (0..6).map(|_| ask(&silent)).collect();
+        found.push(ask(&greedy));
+        let mut seeded = silent.clone();
+        seeded["seed"] = json!(3);
+        found.push(ask(&seeded));
+        server.finish().expect("a clean stop");
+        found
+    };
+    let certain = answers(r#"{"do_sample": false}"#);
+    assert!(
+        certain.iter().all(|text| *text == certain[0]),
+        "{certain:?}"
+    );
+    let likeliest = answers(r#"{"do_sample": true, "temperature": 0.7, "top_k": 1}"#);
+    assert_eq!(likeliest, certain);
+    let sampled = answers(r#"{"do_sample": true}"#);
+    assert_eq!(sampled[6], certain[6]);
+    assert!(
+        sampled[..6].iter().any(|text| *text != sampled[0]),
+        "{sampled:?}"
+    );
+    assert_ne!(sampled[7], certain[6], "a seed makes no answer greedy");
 }
 
 #[test]

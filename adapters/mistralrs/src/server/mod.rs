@@ -6,6 +6,7 @@ mod chat;
 mod completions;
 mod connection;
 mod context;
+mod defaults;
 mod exchange;
 mod fields;
 mod guard;

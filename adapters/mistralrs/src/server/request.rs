@@ -81,6 +81,7 @@ impl Body {
         check_range(&fields, "presence_penalty", -2.0, 2.0)?;
         check_range(&fields, "frequency_penalty", -2.0, 2.0)?;
         check_range(&fields, "repetition_penalty", 1e-3, 1e3)?;
+        lease.sampling.fill(&mut fields);
 
         if let Some(max) = fields.remove("max_completion_tokens") {
             fields.insert("max_tokens".to_owned(), max);
@@ -240,7 +241,7 @@ fn seeded(fields: &mut Map<String, Value>) -> Result<Option<SeededDraw>, ApiErro
             .ok_or_else(|| ApiError::invalid("seed", "`seed` must be an integer"))?,
     };
     let number = |key: &str| fields.get(key).and_then(Value::as_f64);
-    let temperature = number("temperature").unwrap_or(0.0);
+    let temperature = number("temperature").unwrap_or(1.0);
     if temperature < GREEDY {
         return Ok(None);
     }

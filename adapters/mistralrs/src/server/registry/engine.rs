@@ -9,6 +9,7 @@ use mistralrs_core::{
 };
 use tokio::sync::Semaphore;
 
+use super::super::defaults::SamplingDefaults;
 use super::super::stream::now;
 use super::memory::{Memory, Reservation};
 use crate::chat_files::{TextFrame, text_frame};
@@ -131,6 +132,7 @@ pub(crate) struct Generation {
     pub(crate) frame: TextFrame,
     /// Tokens that end an answer.
     pub(crate) end_tokens: Vec<u32>,
+    pub(crate) sampling: SamplingDefaults,
     spec: Spec,
     engine_id: String,
     /// The one turn at an engine that computes on a CPU; see [`Generation::turns`].
@@ -253,6 +255,7 @@ impl Host {
             checked,
             engine_id,
             end_tokens,
+            sampling,
             memory,
             ..
         } = loaded;
@@ -264,6 +267,7 @@ impl Host {
             max_sequence_length: checked.max_sequence_length,
             frame: checked.frame,
             end_tokens,
+            sampling,
             turns: (checked.wanted.spec.device == DeviceLocation::Cpu)
                 .then(|| Arc::new(Semaphore::new(1))),
             spec: checked.wanted.spec,
@@ -279,6 +283,7 @@ struct Loaded {
     checked: Checked,
     pipeline: SharedPipeline,
     end_tokens: Vec<u32>,
+    sampling: SamplingDefaults,
     engine_id: String,
     memory: Reservation,
 }
@@ -288,10 +293,17 @@ impl Loaded {
         let memory = memory.reserve(checked.wanted.name(), checked.weight_bytes)?;
         blocking(move || {
             let pipeline = checked.wanted.loader.load()?;
-            let end_tokens = pipeline.blocking_lock().get_metadata().eos_tok.clone();
+            let (end_tokens, sampling) = {
+                let loaded = pipeline.blocking_lock();
+                (
+                    loaded.get_metadata().eos_tok.clone(),
+                    SamplingDefaults::of(loaded.generation_defaults().as_ref()),
+                )
+            };
             Ok(Self {
                 pipeline,
                 end_tokens,
+                sampling,
                 memory,
                 // The serial keeps ids apart when content returns while its former engine still drains.
                 engine_id: format!("{}@{}.{serial}", checked.wanted.name(), checked.hash),
