@@ -236,6 +236,24 @@ fn the_server_answers_as_openai_clients_expect() {
     assert_eq!(stream.last().map(String::as_str), Some("[DONE]"));
     assert!(stream[stream.len() - 2].contains("\"usage\""));
 
+    // mistral.rs cuts the white space off that an answer begins with.
+    let mut indented = completion.clone();
+    indented["echo"] = json!(false);
+    indented["max_tokens"] = json!(8);
+    indented["grammar"] = json!({"type": "regex", "value": " \n  a b"});
+    let whole = parse(server.post("/v1/completions", &indented), 200);
+    assert_eq!(whole["choices"][0]["text"], " \n  a b");
+    indented["stream"] = json!(true);
+    let stream = events(server.post("/v1/completions", &indented));
+    let pieces = stream[..stream.len() - 1].iter().map(|data| {
+        let chunk: Value = serde_json::from_str(data).expect("JSON");
+        chunk["choices"][0]["text"]
+            .as_str()
+            .expect("a text")
+            .to_owned()
+    });
+    assert_eq!(pieces.collect::<String>(), " \n  a b");
+
     wrong_requests(&server);
     server.finish().expect("a clean stop");
 }

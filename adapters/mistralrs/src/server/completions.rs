@@ -13,6 +13,7 @@ use super::App;
 use super::answer::ApiError;
 use super::exchange::Admission;
 use super::guard::Payload;
+use super::opening::{self, token_text};
 use super::request::{Body, flag};
 use super::stop::StopFilter;
 use super::stream::{Kind, Streamed, now};
@@ -52,6 +53,8 @@ pub(crate) async fn completions(
     let prompt_tokens = tokens.len();
     let mut request = prepare(&app, parsed)?;
     request.messages = RequestMessage::CompletionTokens(tokens);
+    // For the tokens that come along; see `opening`.
+    request.return_logprobs = true;
     let mut exchange = body
         .hand_over(&app, admission, "prompt", prompt_tokens)?
         .send(&app, request)?;
@@ -77,7 +80,10 @@ pub(crate) async fn completions(
     let choices: Vec<Value> = choices
         .into_iter()
         .map(|(idx, choice)| {
-            let (text, stopped) = StopFilter::cut(&body.stop, &choice.text);
+            let tokens = choice.logprobs.and_then(|logprobs| logprobs.content);
+            let tokens = tokens.iter().flatten().filter_map(token_text);
+            let text = opening::restore(&choice.text, tokens);
+            let (text, stopped) = StopFilter::cut(&body.stop, &text);
             let reason = if stopped { "stop" } else { &choice.finish_reason };
             json!({"index": idx, "text": format!("{lead}{text}"), "logprobs": null, "finish_reason": reason})
         })

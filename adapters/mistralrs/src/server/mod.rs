@@ -13,6 +13,7 @@ mod guard;
 mod listen;
 mod metrics;
 mod models;
+mod opening;
 mod registry;
 mod reload;
 mod request;

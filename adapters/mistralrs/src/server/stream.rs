@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::answer::ApiError;
 use super::exchange::{Event as Heard, Exchange, sound};
+use super::opening::{self, token_text};
 use super::registry::Lease;
 use super::stop::StopFilter;
 
@@ -49,6 +50,7 @@ impl Streamed {
     pub(crate) fn into_response(self) -> HttpResponse {
         let choices = (0..self.exchange.n_choices()).map(|_| ChoiceState {
             stop: StopFilter::new(self.stop.clone()),
+            begun: false,
             ended: false,
         });
         let mut writer = Writer {
@@ -85,6 +87,7 @@ pub(crate) fn now() -> u64 {
 /// How far one choice of a stream is.
 struct ChoiceState {
     stop: StopFilter,
+    begun: bool,
     ended: bool,
 }
 
@@ -135,13 +138,22 @@ impl Writer {
                         extra["reasoning_content"] = json!(reasoning);
                     }
                     let text = choice.delta.content.unwrap_or_default();
-                    self.take_text(idx, &text, extra, choice.finish_reason.as_deref());
+                    let begun = &mut self.choices[idx].begun;
+                    // As in a whole answer, which begins with its first character that is no white space.
+                    let text = if *begun { &text } else { text.trim_start() };
+                    *begun |= !text.is_empty();
+                    self.take_text(idx, text, extra, choice.finish_reason.as_deref());
                 }
             }
             Response::CompletionChunk(chunk) => {
                 for choice in chunk.choices {
                     let reason = choice.finish_reason.as_deref();
-                    self.take_text(idx, &choice.text, Value::Null, reason);
+                    let is_first = !std::mem::replace(&mut self.choices[idx].begun, true);
+                    let text = match choice.logprobs.as_ref().filter(|_| is_first) {
+                        Some(token) => opening::restore(&choice.text, token_text(token)),
+                        None => choice.text,
+                    };
+                    self.take_text(idx, &text, Value::Null, reason);
                 }
             }
             _ => self.fail(ApiError::internal(
