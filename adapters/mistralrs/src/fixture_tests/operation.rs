@@ -348,6 +348,22 @@ fn sampling_options_do_what_they_say_or_are_refused() {
         "the seed changes nothing"
     );
 
+    // Each of these leaves the likeliest token only.
+    let greedy = text(&parse(server.post(path, &chat("tuned", false)), 200));
+    for (key, value) in [
+        ("top_k", json!(1)),
+        ("top_p", json!(0)),
+        ("top_p", json!(1e-6)),
+        ("min_p", json!(1)),
+        ("min_p", json!(0.99999)),
+    ] {
+        let mut narrow = chat("tuned", false);
+        narrow["temperature"] = json!(1.5);
+        narrow[key] = value.clone();
+        let found = text(&parse(server.post(path, &narrow), 200));
+        assert_eq!(found, greedy, "{key} {value}");
+    }
+
     let mut formatted = chat("tuned", false);
     formatted["max_tokens"] = json!(100);
     formatted["response_format"] = json!({"type": "json_schema",

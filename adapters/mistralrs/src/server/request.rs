@@ -13,13 +13,11 @@ use super::context::RequestContext;
 use super::exchange::{Admission, Handover};
 use super::fields::keep_understood;
 use super::registry::Lease;
+use super::sampling::{keep_to_mistralrs, seeded};
 use super::steps::{SeededDraw, Steps};
 
 /// Most choices a request may ask for.
 const MAX_CHOICES: u64 = 16;
-
-/// Sampling below this temperature is greedy, as in mistral.rs.
-const GREEDY: f64 = 1e-7;
 
 /// A body that has passed the common checks.
 pub(crate) struct Body {
@@ -113,6 +111,7 @@ impl Body {
         let stop = stop_texts(&fields)?;
         let bias = token_bias(&mut fields)?;
         let seeded = seeded(&mut fields)?;
+        keep_to_mistralrs(&mut fields);
         Ok(Self {
             fields,
             lease,
@@ -231,34 +230,6 @@ fn token_bias(fields: &mut Map<String, Value>) -> Result<HashMap<u32, f32>, ApiE
         .collect()
 }
 
-/// The draw that `seed` asks for; greedy answers need none. It takes over temperature, top-k, top-p and min-p.
-fn seeded(fields: &mut Map<String, Value>) -> Result<Option<SeededDraw>, ApiError> {
-    let seed = match fields.remove("seed") {
-        None => return Ok(None),
-        Some(value) => value
-            .as_u64()
-            .or_else(|| value.as_i64().map(i64::cast_unsigned))
-            .ok_or_else(|| ApiError::invalid("seed", "`seed` must be an integer"))?,
-    };
-    let number = |key: &str| fields.get(key).and_then(Value::as_f64);
-    let temperature = number("temperature").unwrap_or(1.0);
-    if temperature < GREEDY {
-        return Ok(None);
-    }
-    let draw = SeededDraw {
-        seed,
-        temperature,
-        top_k: positive(fields, "top_k", u64::MAX)?,
-        top_p: number("top_p"),
-        min_p: number("min_p"),
-    };
-    for key in ["top_k", "top_p", "min_p"] {
-        fields.remove(key);
-    }
-    fields.insert("temperature".to_owned(), json!(0.0));
-    Ok(Some(draw))
-}
-
 fn check_range(
     fields: &Map<String, Value>,
     key: &str,
@@ -275,7 +246,12 @@ fn check_range(
     }
 }
 
-fn positive(fields: &Map<String, Value>, key: &str, most: u64) -> Result<Option<usize>, ApiError> {
+/// A whole number from 1 to `most`, if there is one.
+pub(super) fn positive(
+    fields: &Map<String, Value>,
+    key: &str,
+    most: u64,
+) -> Result<Option<usize>, ApiError> {
     match fields.get(key) {
         None => Ok(None),
         Some(value) => value
@@ -331,23 +307,6 @@ fn stop_texts(fields: &Map<String, Value>) -> Result<Vec<String>, ApiError> {
 mod tests {
     use super::super::fields::tests::fields;
     use super::*;
-
-    #[test]
-    fn a_seed_takes_over_sampling_and_is_not_needed_for_greedy_answers() {
-        let mut greedy = fields(json!({"seed": 1, "temperature": 0, "top_p": 0.5}));
-        assert_eq!(seeded(&mut greedy).expect("sound"), None);
-        assert!(!greedy.contains_key("seed") && greedy.contains_key("top_p"));
-
-        let mut body = fields(json!({"seed": -1, "temperature": 0.5, "top_p": 0.5, "top_k": 3}));
-        let draw = seeded(&mut body).expect("sound").expect("a draw");
-        assert_eq!((draw.seed, draw.temperature), (u64::MAX, 0.5));
-        assert_eq!((draw.top_k, draw.top_p), (Some(3), Some(0.5)));
-        assert_eq!(Value::Object(body), json!({"temperature": 0.0}));
-
-        for wrong in [json!({"seed": "x"}), json!({"seed": 1.5})] {
-            assert!(seeded(&mut fields(wrong)).is_err());
-        }
-    }
 
     #[test]
     fn stream_options_are_read_or_refused() {

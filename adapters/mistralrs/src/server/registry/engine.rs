@@ -9,7 +9,7 @@ use mistralrs_core::{
 };
 use tokio::sync::Semaphore;
 
-use super::super::defaults::SamplingDefaults;
+use super::super::sampling::SamplingDefaults;
 use super::super::stream::now;
 use super::memory::{Memory, Reservation};
 use crate::chat_files::{TextFrame, text_frame};
