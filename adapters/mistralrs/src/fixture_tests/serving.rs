@@ -147,6 +147,7 @@ fn the_server_answers_as_openai_clients_expect() {
     let (server, _dir) = Running::start(&toml_for(&case, ""));
 
     assert_eq!(parse(server.get("/healthz"), 200)["status"], "ok");
+    assert_eq!(parse(server.get("/health"), 200)["status"], "ok");
     assert_eq!(parse(server.get("/readyz"), 200)["status"], "ready");
     let models = parse(server.get("/v1/models"), 200);
     let names: Vec<_> = models["data"]

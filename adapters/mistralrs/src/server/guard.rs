@@ -21,7 +21,7 @@ use super::context::RequestContext;
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Routes that are asked every few seconds, and not worth a line each.
-const QUIET: &[&str] = &["/healthz", "/readyz", "/metrics"];
+const QUIET: &[&str] = &["/healthz", "/health", "/readyz", "/metrics"];
 
 /// Identifies, checks, logs and counts every request.
 pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {

@@ -31,6 +31,8 @@ pub(super) fn router(app: App) -> Router {
     let router = inference
         .merge(admin)
         .route("/healthz", get(models::healthz))
+        // The name that probes of mistral.rs and vLLM have.
+        .route("/health", get(models::healthz))
         .route("/readyz", get(models::readyz))
         .fallback(|| async {
             ApiError::new(
