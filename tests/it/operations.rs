@@ -319,6 +319,39 @@ fn killed_and_restarted_it_serves_the_same() {
     assert_eq!(names, ["base", "triage", "extra"]);
 }
 
+fn terminate(server: &Server) {
+    let process = server.child.id().to_string();
+    let sent = Command::new("kill").args(["-TERM", &process]).status();
+    assert!(sent.unwrap().success());
+}
+
+/// One signal lets the stream in flight finish, a second one does not.
+#[test]
+fn a_second_signal_ends_at_once() {
+    let site = Site::new();
+    site.configure(&[("triage", ONE)]);
+    for (n_signals, code) in [(1, 0), (2, 130)] {
+        let mut server = site.start();
+        let mut long = question("triage", 400);
+        long["n"] = json!(if n_signals == 1 { 1 } else { 16 });
+        long["temperature"] = json!(2);
+        let response = site.post(&server, "/v1/chat/completions", &long);
+        let mut lines = BufReader::new(response).lines();
+        lines.next().unwrap().unwrap();
+        terminate(&server);
+        if n_signals == 2 {
+            let address = server.url.strip_prefix("http://").unwrap();
+            while TcpStream::connect(address).is_ok() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            terminate(&server);
+        }
+        let is_whole = lines.any(|line| line.is_ok_and(|line| line == "data: [DONE]"));
+        assert_eq!(is_whole, n_signals == 1);
+        assert_eq!(server.child.wait().unwrap().code(), Some(code));
+    }
+}
+
 fn monteclora(arguments: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_monteclora"))
         .args(arguments)

@@ -16,7 +16,7 @@ pub struct LimitsSection {
     pub max_prompt_tokens: Option<usize>,
     /// Most tokens a request may ask for and gets where it does not say; what fits after the prompt by default.
     pub max_completion_tokens: Option<usize>,
-    /// Inference requests being worked on or queued; beyond, 503 with `Retry-After`.
+    /// Inference requests being worked on or queued, each choice of `n` counted; beyond, 503 with `Retry-After`.
     pub max_concurrent_requests: usize,
     /// Open connections; further ones wait to be accepted.
     pub max_connections: usize,
@@ -28,7 +28,7 @@ pub struct LimitsSection {
     pub write_timeout_s: u64,
     /// Time for a whole answer; generation then stops, with 504 or a last event that says so.
     pub request_timeout_s: u64,
-    /// Time for requests in flight to finish after SIGTERM.
+    /// Time for requests in flight to finish after SIGTERM; what is not done then ends with an error that says so.
     pub drain_timeout_s: u64,
 }
 

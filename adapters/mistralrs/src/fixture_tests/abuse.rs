@@ -1,7 +1,7 @@
 //! Requests that are wrong, too many, too large, too slow, or abandoned; and a server that goes on.
 
 use std::cell::Cell;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -344,6 +344,66 @@ fn a_client_that_leaves_takes_nothing_with_it() {
     assert!(whole(&text) > 0, "{text}");
     assert!(text.contains("monteclora_requests_waiting 0\n"), "{text}");
     server.finish().expect("a clean stop");
+}
+
+#[test]
+fn connections_beyond_the_limit_wait_for_one_to_close() {
+    let limits = "[limits]\nmax_connections = 2\n";
+    let (server, _dir) = Running::start(&toml_for(&servable(), limits));
+    let connect = || {
+        let mut stream = TcpStream::connect(server.address).expect("accepted");
+        let request = "GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        stream.write_all(request.as_bytes()).expect("sent");
+        stream
+    };
+    let answers = |stream: &mut TcpStream, limit: Duration| {
+        stream.set_read_timeout(Some(limit)).expect("set");
+        stream.read(&mut [0; 1024]).is_ok_and(|n| n > 0)
+    };
+    let patience = Duration::from_secs(20);
+    let mut first = connect();
+    assert!(answers(&mut first, patience));
+    let mut second = connect();
+    assert!(answers(&mut second, patience));
+    let mut third = connect();
+    assert!(!answers(&mut third, Duration::from_millis(300)));
+    drop(first);
+    assert!(answers(&mut third, patience));
+    drop((second, third));
+    server.finish().expect("a clean stop");
+}
+
+/// A stop lets an answer go on for as long as draining may take; what is not done then is told so.
+#[test]
+fn a_stop_waits_for_answers_up_to_its_limit() {
+    let stopped_while = |limits: &str, n: usize| {
+        let (server, _dir) = Running::start(&toml_for(&servable(), limits));
+        let mut long = long_chat("tuned", true);
+        long["n"] = json!(n);
+        let mut stream = BufReader::new(server.post("/v1/chat/completions", &long)).lines();
+        stream.next().expect("begun").expect("readable");
+        let started = Instant::now();
+        let reading = std::thread::spawn(move || {
+            let lines = stream.map(|line| line.expect("not cut"));
+            let data: Vec<String> = lines.filter(|line| !line.is_empty()).collect();
+            data
+        });
+        server.finish().expect("a clean stop");
+        (reading.join().expect("no panic"), started.elapsed())
+    };
+    let (whole, _) = stopped_while("", 1);
+    assert_eq!(whole.last().map(String::as_str), Some("data: [DONE]"));
+    let last: Value = serde_json::from_str(&whole[whole.len() - 2][6..]).expect("JSON");
+    assert!(last["choices"][0]["finish_reason"].is_string(), "{last}");
+
+    let (cut, elapsed) = stopped_while("[limits]\ndrain_timeout_s = 1\n", 16);
+    assert_eq!(cut.last().map(String::as_str), Some("data: [DONE]"));
+    let last: Value = serde_json::from_str(&cut[cut.len() - 2][6..]).expect("JSON");
+    assert_eq!(last["error"]["code"], "overloaded", "{last}");
+    assert!(
+        (Duration::from_secs(1)..Duration::from_secs(20)).contains(&elapsed),
+        "{elapsed:?}"
+    );
 }
 
 #[test]

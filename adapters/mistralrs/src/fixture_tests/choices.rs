@@ -1,6 +1,7 @@
 //! Several choices of one request, and the bodies that common clients send.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 
 use serde_json::{Value, json};
 
@@ -98,6 +99,44 @@ fn who_leaves_between_choices_gives_the_turn_away() {
     drop(server.post(PATH, &long));
     parse(server.post(PATH, &chat("tuned", false)), 200);
     server.metrics_with(r#"monteclora_answers_total{outcome="canceled"} 1"#);
+    server.finish().expect("a clean stop");
+}
+
+/// Where an engine takes one request at a time, another request comes between the choices of one that wants many.
+#[test]
+fn many_choices_let_others_come_between() {
+    let (server, _dir) = Running::start(&toml_for(&servable(), ""));
+    let mut many = long_chat("tuned", true);
+    many["n"] = json!(16);
+    let mut stream = BufReader::new(server.post(PATH, &many)).lines();
+    stream.next().expect("begun").expect("readable");
+    parse(server.post(PATH, &chat("tuned", false)), 200);
+    // Its end may be counted just after its answer has come.
+    let metrics = server.metrics_with(r#"monteclora_answers_total{outcome="finished"} 1"#);
+    assert!(
+        metrics.contains("monteclora_requests_in_flight 1\n"),
+        "{metrics}"
+    );
+    let rest: Vec<String> = stream.map(|line| line.expect("readable")).collect();
+    assert!(rest.contains(&"data: [DONE]".to_owned()));
+    server.finish().expect("a clean stop");
+}
+
+#[test]
+fn every_choice_takes_a_place() {
+    let limits = "[limits]\nmax_concurrent_requests = 4\n";
+    let (server, _dir) = Running::start(&toml_for(&servable(), limits));
+    let mut five = chat("tuned", false);
+    five["n"] = json!(5);
+    let refused = parse(server.post(PATH, &five), 400);
+    assert_eq!(refused["error"]["param"], "n");
+    let mut four = long_chat("tuned", true);
+    four["n"] = json!(4);
+    let stream = server.post(PATH, &four);
+    parse(server.post(PATH, &chat("base", false)), 503);
+    assert_eq!(events(stream).last().map(String::as_str), Some("[DONE]"));
+    server.metrics_with("monteclora_requests_in_flight 0");
+    parse(server.post(PATH, &chat("base", false)), 200);
     server.finish().expect("a clean stop");
 }
 

@@ -30,6 +30,9 @@ use crate::config::Limits;
 /// How long accepting rests after an error such as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long clients whose answers are cut have to be told so.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// Address of the other end, as a request extension.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Peer(pub(crate) SocketAddr);
@@ -41,6 +44,8 @@ pub(crate) struct Acceptor {
     pub(crate) tls: Option<Arc<TlsAcceptor>>,
     pub(crate) limits: Arc<Limits>,
     pub(crate) metrics: Arc<Metrics>,
+    /// Told true when the time to drain is over.
+    pub(crate) cut: watch::Sender<bool>,
 }
 
 impl Acceptor {
@@ -54,6 +59,7 @@ impl Acceptor {
             tls,
             limits,
             metrics,
+            cut,
         } = self;
         let (stopping, stopped) = watch::channel(false);
         let slots = Arc::new(Semaphore::new(limits.max_connections));
@@ -98,9 +104,13 @@ impl Acceptor {
         if timeout(limits.drain_timeout, drained).await.is_ok() {
             return 0;
         }
-        let cut = connections.len();
-        connections.shutdown().await;
-        cut
+        let n_cut = connections.len();
+        cut.send_replace(true);
+        let told = async { while connections.join_next().await.is_some() {} };
+        if timeout(LAST_WORDS, told).await.is_err() {
+            connections.shutdown().await;
+        }
+        n_cut
     }
 }
 

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use futures::StreamExt;
 use mistralrs_core::{NormalRequest, Request, Response};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{
     Receiver, Sender, UnboundedReceiver, UnboundedSender, channel, unbounded_channel,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::App;
 use super::answer::ApiError;
@@ -22,10 +23,10 @@ use super::steps::Steps;
 /// Responses an engine may be ahead of the task that takes them.
 const CHANNEL_SIZE: usize = 1024;
 
-/// A place among the requests that are worked on or queued.
+/// A place among the requests that are worked on or queued, for each choice asked for.
 pub(crate) struct Admission {
     started: Instant,
-    _permit: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
     _in_flight: Counted,
 }
 
@@ -35,13 +36,27 @@ impl Admission {
         if app.draining.load(Ordering::SeqCst) {
             return Err(ApiError::unavailable("the server is stopping"));
         }
-        let permit = Semaphore::try_acquire_owned(app.places.clone())
-            .map_err(|_| ApiError::unavailable("too many requests at a time; try again shortly"))?;
+        let permit = Semaphore::try_acquire_owned(app.places.clone()).map_err(|_| too_many())?;
         Ok(Self {
             started: Instant::now(),
-            _permit: permit,
+            permit,
             _in_flight: app.metrics.in_flight(),
         })
+    }
+
+    /// Takes places for all of `n_choices`, if there are any left.
+    pub(crate) fn widen(&mut self, app: &App, n_choices: usize) -> Result<(), ApiError> {
+        let most = app.limits.max_concurrent_requests;
+        if n_choices > most {
+            return Err(ApiError::invalid(
+                "n",
+                format!("`n` is {n_choices}; this server works on at most {most} at a time"),
+            ));
+        }
+        let more = u32::try_from(n_choices.saturating_sub(1)).map_err(|_| too_many())?;
+        let permit = Semaphore::try_acquire_many_owned(app.places.clone(), more);
+        self.permit.merge(permit.map_err(|_| too_many())?);
+        Ok(())
     }
 
     /// `work`, unless it takes longer than a whole answer may.
@@ -57,6 +72,10 @@ impl Admission {
     }
 }
 
+fn too_many() -> ApiError {
+    ApiError::unavailable("too many requests at a time; try again shortly")
+}
+
 /// What is needed to hand a request over.
 pub(crate) struct Handover {
     pub(crate) admission: Admission,
@@ -70,7 +89,8 @@ pub(crate) struct Handover {
 impl Handover {
     /// Gives `request` to the engine, once for each choice.
     ///
-    /// Choices are requests of their own, which take turns on a CPU and run together elsewhere.
+    /// Choices are requests of their own. They run together, but where an engine takes one request at a time: there each waits for
+    /// its turn when the former is over, so that other requests come between.
     pub(crate) fn send(self, app: &App, request: NormalRequest) -> Result<Exchange, ApiError> {
         let host = app.registry.host();
         let engine_input = host
@@ -103,6 +123,7 @@ impl Handover {
         };
         let keeper = Keeper {
             deadline: self.admission.started + app.limits.request_timeout,
+            cut: app.cut.subscribe(),
             metrics: app.metrics.clone(),
             context: RequestContext::current(),
             streaming: request.is_streaming,
@@ -115,7 +136,15 @@ impl Handover {
             let answers = choices
                 .into_iter()
                 .map(|choice| keeper.answer(choice, &engine_input, &client));
-            let outcomes = futures::future::join_all(answers).await;
+            let outcomes = match keeper.handover.lease.turns() {
+                Some(_) => {
+                    futures::stream::iter(answers)
+                        .then(|answer| answer)
+                        .collect()
+                        .await
+                }
+                None => futures::future::join_all(answers).await,
+            };
             keeper.record(outcomes.into_iter().max().unwrap_or(Outcome::Finished));
         });
         Ok(exchange)
@@ -135,8 +164,26 @@ pub(crate) enum Event {
     Answer(usize, Box<Response>),
     /// Nothing more comes for the choice of this index.
     Over(usize),
-    /// The whole answer took too long.
-    TimedOut,
+    /// The answer ends here: it took too long, or the server stops.
+    Ended(Ending),
+}
+
+/// Why an answer ends before its engine is done with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// It took longer than a whole answer may.
+    Timeout,
+    /// The server stops, and the time to drain is over.
+    Stopped,
+}
+
+impl From<Ending> for ApiError {
+    fn from(ending: Ending) -> Self {
+        match ending {
+            Ending::Timeout => Self::timed_out(),
+            Ending::Stopped => Self::unavailable("the server has stopped before the answer's end"),
+        }
+    }
 }
 
 /// How an answer ended; of several choices, the last in this order counts.
@@ -163,6 +210,8 @@ impl Outcome {
 struct Keeper {
     handover: Handover,
     deadline: Instant,
+    /// Becomes true when the time to drain is over.
+    cut: watch::Receiver<bool>,
     streaming: bool,
     /// The client has all it asked for.
     complete: Arc<AtomicBool>,
@@ -201,11 +250,21 @@ impl Keeper {
         tokio::select! {
             biased;
             () = client.closed() => Err(self.left()),
-            () = tokio::time::sleep_until(self.deadline.into()) => {
-                let _ = client.send(Event::TimedOut);
+            ending = self.ending() => {
+                let _ = client.send(Event::Ended(ending));
                 Err(Outcome::TimedOut)
             }
             turn = turns.acquire_owned() => turn.map(Some).map_err(|_| Outcome::Failed),
+        }
+    }
+
+    /// Completes when the answer has to end.
+    async fn ending(&self) -> Ending {
+        let mut cut = self.cut.clone();
+        tokio::select! {
+            () = tokio::time::sleep_until(self.deadline.into()) => Ending::Timeout,
+            // The sender lives as long as the server.
+            _ = cut.wait_for(|cut| *cut) => Ending::Stopped,
         }
     }
 
@@ -242,10 +301,10 @@ impl Keeper {
                     outcome = outcome.max(self.left());
                     steps.cancel();
                 }
-                () = tokio::time::sleep_until(self.deadline.into()), if is_awaited => {
+                ending = self.ending(), if is_awaited => {
                     is_awaited = false;
                     outcome = Outcome::TimedOut;
-                    let _ = client.send(Event::TimedOut);
+                    let _ = client.send(Event::Ended(ending));
                     steps.cancel();
                 }
             }
@@ -355,7 +414,7 @@ impl Exchange {
         while n_over < answers.len() {
             match self.next().await {
                 None => return Err(silent()),
-                Some(Event::TimedOut) => return Err(ApiError::timed_out()),
+                Some(Event::Ended(ending)) => return Err(ending.into()),
                 Some(Event::Answer(idx, response)) => {
                     answers[idx] = Some(of(sound(*response)?).ok_or_else(other)?);
                 }

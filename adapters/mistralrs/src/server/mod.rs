@@ -32,7 +32,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::{Mutex, Semaphore, watch};
 
 use crate::config::{Limits, ServeConfig};
 use crate::distributed::is_worker;
@@ -71,6 +71,8 @@ pub(crate) struct AppState {
     metrics: Arc<Metrics>,
     tls: Option<Arc<TlsAcceptor>>,
     draining: AtomicBool,
+    /// Becomes true when the time to drain is over: answers then end where they are.
+    cut: watch::Sender<bool>,
 }
 
 /// Who may ask.
@@ -132,6 +134,7 @@ impl Server {
             metrics: Arc::new(Metrics::new()),
             tls: tls.map(Arc::new),
             draining: AtomicBool::new(false),
+            cut: watch::Sender::new(false),
         };
         Ok(Self {
             listener,
@@ -171,6 +174,7 @@ impl Server {
             tls: app.tls.clone(),
             limits: app.limits.clone(),
             metrics: app.metrics.clone(),
+            cut: app.cut.clone(),
         };
         let stopping = async {
             stop.await;

@@ -135,10 +135,11 @@ impl Body {
     pub(crate) fn hand_over(
         &self,
         app: &App,
-        admission: Admission,
+        mut admission: Admission,
         prompt_param: &str,
         prompt_tokens: usize,
     ) -> Result<Handover, ApiError> {
+        admission.widen(app, self.n_choices)?;
         let context = self.lease.max_sequence_length;
         let longest = app
             .limits

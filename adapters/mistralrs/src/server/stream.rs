@@ -114,7 +114,7 @@ impl Writer {
                     self.finish(idx, Value::Null, reason);
                 }
                 Some(Heard::Over(_)) => {}
-                Some(Heard::TimedOut) => self.fail(ApiError::timed_out()),
+                Some(Heard::Ended(ending)) => self.fail(ending.into()),
                 None => self.fail(ApiError::internal("the engine stopped without an answer")),
             }
         }
