@@ -1,4 +1,6 @@
-//! A server in production: swaps under load, bad adapters and bad clients, kills and restarts, deployments.
+//! A server in production: swaps under load, bad adapters and bad clients, panics, kills and restarts.
+
+mod deployment;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -11,7 +13,7 @@ use reqwest::blocking::{Client, Response};
 use serde_json::{Value, json};
 
 use crate::fixtures::own;
-use crate::runtime::{Server, serve};
+use crate::runtime::{Server, serve, serve_with};
 
 /// A directory with serve.toml, keys, and two adapters of the tiny base below the adapter root.
 struct Site {
@@ -319,6 +321,94 @@ fn killed_and_restarted_it_serves_the_same() {
     assert_eq!(names, ["base", "triage", "extra"]);
 }
 
+/// A load in which mistral.rs panics, as it does for a token whose id is no number, is an error of that load alone.
+#[test]
+fn a_panic_inside_a_load_leaves_nothing_behind() {
+    let site = Site::new();
+    site.configure(&[("triage", ONE)]);
+    let base = site.dir.path().join("base");
+    std::fs::create_dir(&base).unwrap();
+    for entry in std::fs::read_dir(own().join("models/tiny-llama")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, base.join(path.file_name().unwrap())).unwrap();
+    }
+    let toml = std::fs::read_to_string(site.path("serve.toml")).unwrap();
+    let original = own().join("models/tiny-llama").display().to_string();
+    write(
+        &site.dir.path().join("serve.toml"),
+        &toml.replace(&original, "base"),
+    );
+    let staging = site.dir.path().join("staging");
+    std::fs::create_dir(&staging).unwrap();
+    let server = serve_with(
+        &["-c", &site.path("serve.toml")],
+        &[("TMPDIR", staging.to_str().unwrap())],
+    );
+    let (served, answer) = (site.served(&server), whole_answer(&site, &server, "triage"));
+    let resident = || {
+        [
+            "monteclora_resident_generations",
+            "monteclora_resident_weight_bytes",
+        ]
+        .map(|name| site.metric(&server, name).unwrap())
+    };
+    let before = resident();
+
+    let tokenizer = base.join("tokenizer.json");
+    let sound = std::fs::read_to_string(&tokenizer).unwrap();
+    let mut broken: Value = serde_json::from_str(&sound).unwrap();
+    broken["model"]["vocab"]["no number"] = json!("x");
+    write(&tokenizer, &broken.to_string());
+    let body = json!({"lora_name": "triage", "lora_path": TWO, "load_inplace": true});
+    let refused = site.post(&server, "/v1/load_lora_adapter", &body);
+    assert_eq!(refused.status(), 500);
+    let refused: Value = refused.json().unwrap();
+    assert_eq!(refused["error"]["code"], "internal_error");
+    assert_eq!(site.served(&server), served);
+    assert_eq!(whole_answer(&site, &server, "triage"), answer);
+    assert_eq!(resident(), before);
+    assert_eq!(std::fs::read_dir(&staging).unwrap().count(), 0);
+
+    write(&tokenizer, &sound);
+    assert_eq!(site.load(&server, "triage", TWO).0, 200);
+    assert_ne!(whole_answer(&site, &server, "triage"), answer);
+    assert_eq!(std::fs::read_dir(&staging).unwrap().count(), 0);
+}
+
+/// Killed while it loads, a server comes back with what it served before the load or after it.
+#[test]
+fn killed_within_a_load_it_comes_back_whole() {
+    let site = Site::new();
+    site.configure(&[("triage", ONE)]);
+    let server = site.start();
+    let before = site.served(&server);
+    let started = Instant::now();
+    assert_eq!(site.load(&server, "triage", TWO).0, 200);
+    let duration = started.elapsed();
+    let after = site.served(&server);
+    assert_eq!(site.load(&server, "triage", ONE).0, 200);
+    drop(server);
+    for eighth in [1, 3, 5, 7, 9] {
+        let mut server = site.start();
+        let found = site.served(&server);
+        assert!([&before, &after].contains(&&found), "{found:?}");
+        let body = json!({"lora_name": "triage", "lora_path": TWO, "load_inplace": true});
+        let request = site
+            .client
+            .post(format!("{}/v1/load_lora_adapter", server.url));
+        let loading =
+            std::thread::spawn(move || request.bearer_auth("admin-key").json(&body).send().is_ok());
+        std::thread::sleep(duration * eighth / 8);
+        server.child.kill().unwrap();
+        server.child.wait().unwrap();
+        loading.join().unwrap();
+    }
+    let server = site.start();
+    let found = site.served(&server);
+    assert!([&before, &after].contains(&&found), "{found:?}");
+    assert!(whole_answer(&site, &server, "triage").1 == found[1].2);
+}
+
 fn terminate(server: &Server) {
     let process = server.child.id().to_string();
     let sent = Command::new("kill").args(["-TERM", &process]).status();
@@ -350,137 +440,6 @@ fn a_second_signal_ends_at_once() {
         assert_eq!(is_whole, n_signals == 1);
         assert_eq!(server.child.wait().unwrap().code(), Some(code));
     }
-}
-
-fn monteclora(arguments: &[&str]) -> (i32, String, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_monteclora"))
-        .args(arguments)
-        .env("MONTECLORA_KEY", "admin-key")
-        .output()
-        .unwrap();
-    (
-        output.status.code().unwrap(),
-        String::from_utf8(output.stdout).unwrap(),
-        String::from_utf8(output.stderr).unwrap(),
-    )
-}
-
-#[test]
-fn deploy_status_and_rollback_through_the_command() {
-    let site = Site::new();
-    let server = site.start();
-    let root = site.root().display().to_string();
-    let adapter = |name: &str| own().join("adapters").join(name).display().to_string();
-    let run = |verb: &str, extra: &[&str]| {
-        let common = ["--server", &server.url, "--adapter-root", &root, "--json"];
-        let arguments: Vec<&str> = [verb].iter().chain(extra).chain(&common).copied().collect();
-        monteclora(&arguments)
-    };
-    let parsed = |(code, stdout, stderr): (i32, String, String)| -> Value {
-        assert_eq!(code, 0, "{stderr}");
-        serde_json::from_str(&stdout).unwrap()
-    };
-
-    let first = parsed(run(
-        "deploy",
-        &[&adapter("monteclora"), "--alias", "triage"],
-    ));
-    let generation = first["generation"].as_str().unwrap();
-    let directory = site.root().join(first["directory"].as_str().unwrap());
-    assert!(
-        directory.ends_with(generation),
-        "a release is named as the server names its content"
-    );
-    let config = std::fs::read_to_string(directory.join("adapter_config.json")).unwrap();
-    assert!(
-        !config.contains("monteclora_config"),
-        "releases are plain LoRA"
-    );
-    let second = parsed(run("deploy", &[&adapter(TWO), "--alias", "triage"]));
-    assert_eq!(second["previous"], first["generation"]);
-    assert_ne!(second["generation"], first["generation"]);
-
-    let (code, _, stderr) = run(
-        "deploy",
-        &[
-            &adapter("plain-lora"),
-            "--alias",
-            "triage",
-            "--expect",
-            "no model says this",
-        ],
-    );
-    assert_eq!(code, 1, "{stderr}");
-    assert!(stderr.contains("canary"), "{stderr}");
-    let (code, _, stderr) = run(
-        "deploy",
-        &[&adapter("must-refuse-dora"), "--alias", "triage"],
-    );
-    assert_eq!(code, 4, "{stderr}");
-
-    let status = parsed(run("status", &[]));
-    assert_eq!(status["ready"], true);
-    assert_eq!(status["adapters"][0]["generation"], second["generation"]);
-    assert_eq!(
-        status["adapters"].as_array().unwrap().len(),
-        1,
-        "no canary remains"
-    );
-    assert_eq!(status["releases"]["triage"].as_array().unwrap().len(), 2);
-    let back = parsed(run("rollback", &["--alias", "triage"]));
-    assert_eq!(back["generation"], first["generation"]);
-    assert_eq!(site.served(&server)[1].2, first["generation"]);
-
-    let (code, _, stderr) = run("rollback", &["--alias", "nobody"]);
-    assert_eq!(code, 2, "{stderr}");
-    let wrong = site.path("keys.txt");
-    let (code, _, stderr) = run("rollback", &["--alias", "triage", "--key-file", &wrong]);
-    assert_eq!(code, 2, "{stderr}");
-    assert!(
-        stderr.contains("--key-file") && !stderr.contains("user-key"),
-        "{stderr}"
-    );
-}
-
-/// What serve.toml declares comes back by a rollback if it lies below the adapter root, and is known as the same content whether it
-/// holds the posterior or only its mean.
-#[test]
-fn what_was_served_before_the_first_deployment_can_come_back() {
-    let site = Site::new();
-    let raw = own().join("adapters/monteclora");
-    let declared = site.root().join("declared");
-    std::fs::create_dir(&declared).unwrap();
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        std::fs::copy(raw.join(file), declared.join(file)).unwrap();
-    }
-    site.configure(&[("triage", "declared")]);
-    let server = site.start();
-    let generation = site.served(&server)[1].2.clone();
-    let root = site.root().display().to_string();
-    let common = [
-        "--alias",
-        "triage",
-        "--server",
-        &server.url,
-        "--adapter-root",
-        &root,
-    ];
-    let run = |verb: &str, extra: &[&str]| {
-        let arguments: Vec<&str> = [verb].iter().chain(extra).chain(&common).copied().collect();
-        let (code, stdout, stderr) = monteclora(&arguments);
-        assert_eq!(code, 0, "{stderr}");
-        stdout
-    };
-    let said = run("deploy", &[&raw.display().to_string()]);
-    assert!(said.contains("it was already"), "{said}");
-    let said = run("deploy", &[&site.root().join(TWO).display().to_string()]);
-    assert!(
-        said.contains("`monteclora rollback` brings it back"),
-        "{said}"
-    );
-    assert_ne!(site.served(&server)[1].2, generation);
-    run("rollback", &[]);
-    assert_eq!(site.served(&server)[1].2, generation);
 }
 
 fn refused(arguments: &[&str], variables: &[(&str, &str)]) -> (i32, String) {

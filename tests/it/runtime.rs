@@ -148,9 +148,14 @@ impl Drop for Server {
 }
 
 pub(crate) fn serve(arguments: &[&str]) -> Server {
+    serve_with(arguments, &[])
+}
+
+pub(crate) fn serve_with(arguments: &[&str], variables: &[(&str, &str)]) -> Server {
     let mut child = Command::new(env!("CARGO_BIN_EXE_monteclora"))
         .args(["serve", "--port", "0"])
         .args(arguments)
+        .envs(variables.iter().copied())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
