@@ -9,7 +9,7 @@ mod tests;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -17,7 +17,7 @@ pub use limits::{Limits, LimitsSection};
 pub use resolve::{Locate, ModelConfig, ServeConfig, TlsFiles, local_only};
 
 /// `serve.toml` as written, with mistral.rs `from-config` names.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServeFile {
     /// Where to listen.
@@ -37,7 +37,7 @@ pub struct ServeFile {
 }
 
 /// `[server]`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServerSection {
     /// Address or host name to bind.
@@ -65,7 +65,7 @@ impl Default for ServerSection {
 }
 
 /// `[runtime]`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RuntimeSection {
     /// Sequences an engine works on at a time. At least 1.
@@ -89,7 +89,7 @@ impl Default for RuntimeSection {
 /// `[auth]`. Without keys for inference the server binds to loopback only.
 ///
 /// Keys in the environment, `MONTECLORA_API_KEYS` and `MONTECLORA_ADMIN_KEYS`, are added to those of the files.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthSection {
     /// File of keys for inference: one a line, plain or `sha256:<hex>`.
@@ -99,7 +99,7 @@ pub struct AuthSection {
 }
 
 /// `[admin]`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdminSection {
     /// Whether adapters can be loaded and unloaded at run time.
@@ -112,7 +112,7 @@ pub struct AdminSection {
 }
 
 /// `[[models]]`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelSection {
     /// Model directory, or Hub id.
@@ -134,7 +134,7 @@ pub struct ModelSection {
 }
 
 /// `[models.quantization]`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuantizationSection {
     /// In-situ quantisation as mistral.rs names it: `"4"`, `"8"`, `"Q4K"`, ...
@@ -142,7 +142,7 @@ pub struct QuantizationSection {
 }
 
 /// `[models.device]`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DeviceSection {
     /// Run on the CPU although an accelerator is there.
@@ -150,7 +150,7 @@ pub struct DeviceSection {
 }
 
 /// `[[models.adapters]]`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdapterSection {
     /// `monteclora` or `lora`; either is recognised by its content.
