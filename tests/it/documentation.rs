@@ -6,8 +6,6 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
-
 use crate::cli::tiny;
 
 fn docs() -> PathBuf {
@@ -187,6 +185,38 @@ fn the_flags_shown_exist() {
         }
     }
     assert!(n_flags > 60, "{n_flags}");
+}
+
+/// Every serve.toml that is shipped: the example's, and those inside Kubernetes manifests.
+#[cfg(feature = "mistralrs")]
+#[test]
+fn every_serve_toml_shipped_is_valid() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let dir = tempfile::tempdir().unwrap();
+    let mut shipped = vec![root.join("examples/serve.toml")];
+    for entry in std::fs::read_dir(root.join("deploy")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let Some((_, block)) = text.split_once("\n  serve.toml: |\n") else {
+            continue;
+        };
+        let lines: Vec<&str> = block
+            .lines()
+            .map_while(|line| line.strip_prefix("    "))
+            .collect();
+        let copy = dir
+            .path()
+            .join(path.file_name().unwrap())
+            .with_extension("toml");
+        std::fs::write(&copy, lines.join("\n")).unwrap();
+        shipped.push(copy);
+    }
+    assert!(shipped.len() >= 3, "{shipped:?}");
+    for path in shipped {
+        let file =
+            mistralrs_monteclora::ServeFile::read(&path).unwrap_or_else(|error| panic!("{error}"));
+        assert!(!file.models[0].model_id.is_empty(), "{}", path.display());
+    }
 }
 
 /// Every command of the tutorial, in its order and in one directory, on a tiny model in place of the one it names.

@@ -256,10 +256,3 @@ fn a_server_answers_from_base_and_alias() {
     );
     assert_eq!(server.child.wait().unwrap().code(), Some(0));
 }
-
-#[test]
-fn the_shipped_serve_toml_is_valid() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/serve.toml");
-    let file = mistralrs_monteclora::ServeFile::read(std::path::Path::new(path)).unwrap();
-    assert_eq!(file.models[0].adapters[0].alias, "triage");
-}

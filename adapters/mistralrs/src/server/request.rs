@@ -15,6 +15,7 @@ use super::fields::keep_understood;
 use super::registry::Lease;
 use super::sampling::{keep_to_mistralrs, seeded};
 use super::steps::{SeededDraw, Steps};
+use crate::distributed::samples_in_step;
 
 /// Most choices a request may ask for.
 const MAX_CHOICES: u64 = 16;
@@ -111,6 +112,9 @@ impl Body {
         let stop = stop_texts(&fields)?;
         let bias = token_bias(&mut fields)?;
         let seeded = seeded(&mut fields)?;
+        if samples_in_step() {
+            refuse_hooks(&bias, seeded.as_ref())?;
+        }
         keep_to_mistralrs(&mut fields);
         Ok(Self {
             fields,
@@ -180,6 +184,19 @@ impl Body {
             prompt_tokens,
         })
     }
+}
+
+/// Refuses what is done in a hook of the sampling steps.
+fn refuse_hooks(bias: &HashMap<u32, f32>, seeded: Option<&SeededDraw>) -> Result<(), ApiError> {
+    let key = match (bias.is_empty(), seeded) {
+        (true, None) => return Ok(()),
+        (false, _) => "logit_bias",
+        (true, Some(_)) => "seed",
+    };
+    Err(ApiError::invalid(
+        key,
+        format!("`{key}` is not supported where a model is split over several processes"),
+    ))
 }
 
 fn usage_wanted(options: &Value, stream: bool) -> Result<bool, ApiError> {
@@ -308,6 +325,18 @@ fn stop_texts(fields: &Map<String, Value>) -> Result<Vec<String>, ApiError> {
 mod tests {
     use super::super::fields::tests::fields;
     use super::*;
+
+    #[test]
+    fn what_other_processes_would_not_do_is_refused() {
+        let none = HashMap::new();
+        refuse_hooks(&none, None).expect("nothing to refuse");
+        let mut sampled = fields(json!({"seed": 1, "temperature": 1}));
+        let draw = seeded(&mut sampled).expect("sound");
+        let error = refuse_hooks(&none, draw.as_ref()).expect_err("refused");
+        assert_eq!(error.body()["error"]["param"], "seed");
+        let error = refuse_hooks(&HashMap::from([(1, 1.0)]), None).expect_err("refused");
+        assert_eq!(error.body()["error"]["param"], "logit_bias");
+    }
 
     #[test]
     fn stream_options_are_read_or_refused() {

@@ -9,6 +9,7 @@ use candle_core::Tensor;
 use mistralrs_core::CustomLogitsProcessor;
 
 use super::metrics::Counted;
+use crate::distributed::samples_in_step;
 
 /// Added to the logit of a token that must be sampled; one that a grammar forbids stays at minus infinity.
 const CERTAIN: f32 = 1e6;
@@ -25,6 +26,7 @@ pub(crate) struct Steps {
     /// Counts the request among those without a token.
     waiting: Mutex<Option<Counted>>,
     cancelled: AtomicBool,
+    can_cancel: bool,
     end_tokens: Vec<u32>,
     /// Added to the logits of these tokens.
     bias: Arc<HashMap<u32, f32>>,
@@ -43,6 +45,7 @@ impl Steps {
             first: OnceLock::new(),
             waiting: Mutex::new(waiting),
             cancelled: AtomicBool::new(false),
+            can_cancel: !samples_in_step(),
             end_tokens,
             bias,
             seeded,
@@ -65,9 +68,9 @@ impl Steps {
         self.first.get().copied()
     }
 
-    /// Ends the answer at its next step.
+    /// Ends the answer at its next step, unless other processes would go on with it.
     pub(crate) fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Relaxed);
+        self.cancelled.store(self.can_cancel, Ordering::Relaxed);
     }
 }
 
