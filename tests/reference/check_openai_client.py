@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Holds `monteclora serve` against the unmodified `openai` package: chat, completions, streaming, models, errors.
+"""Holds `monteclora serve` against the unmodified `openai` package: chat, completions, streaming, structured output, tools,
+several clients at once, time-outs, models, errors.
 
     python3 -m venv venv && venv/bin/pip install openai
     monteclora serve -m BASE --adapter triage=ADAPTER --port 1234
@@ -8,6 +9,8 @@
 Prints one line a check and ends with status 1 if any of them fails. Not needed by the project's own tests.
 """
 
+import asyncio
+import json
 import sys
 
 import openai
@@ -57,6 +60,72 @@ def main() -> int:
     check("stop", " " not in stopped.choices[0].message.content and stopped.choices[0].finish_reason == "stop")
     several = client.chat.completions.create(model=base, messages=messages, n=2, temperature=1, max_tokens=4)
     check("n=2", len(several.choices) == 2)
+    stream = client.chat.completions.create(model=base, messages=messages, n=2, temperature=1, seed=1, max_tokens=8, stream=True)
+    texts_of, ends = ["", ""], [0, 0]
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts_of[choice.index] += choice.delta.content or ""
+            ends[choice.index] += choice.finish_reason is not None
+    check("stream n=2", ends == [1, 1] and texts_of[0] != texts_of[1], texts_of)
+    again = client.chat.completions.create(model=base, messages=messages, n=2, temperature=1, seed=1, max_tokens=8)
+    check("a seed repeats", [choice.message.content for choice in again.choices] == texts_of)
+    extra = client.chat.completions.create(
+        model=base, messages=messages, temperature=0, max_tokens=24, store=True, metadata={"k": "v"}, user="u", parallel_tool_calls=True
+    )
+    check("fields without effect", extra.choices[0].message.content == texts[base] and extra.system_fingerprint is not None)
+
+    asked = [{"role": "user", "content": "Name a city in France and its number of people, as JSON."}]
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "maximum": 9999999}},
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    for name, form in [
+        ("json_object", {"type": "json_object"}),
+        ("json_schema", {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": schema}}),
+    ]:
+        answer = client.chat.completions.create(model=base, messages=asked, temperature=0, max_tokens=200, response_format=form).choices[0]
+        try:
+            value = json.loads(answer.message.content)
+        except ValueError:
+            value = None
+        # A small model may ramble within JSON until the limit, which then cuts it.
+        check(name, isinstance(value, dict) or answer.finish_reason == "length", repr(answer.message.content)[:120])
+        if name == "json_schema" and value is not None:
+            check("json_schema keys", set(value) == {"city", "people"}, sorted(value))
+
+    tool = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": schema}}
+    try:
+        choice = client.chat.completions.create(model=base, messages=asked, tools=[tool], temperature=0, max_tokens=64).choices[0]
+        calls = choice.message.tool_calls or []
+        check("tools", bool(choice.message.content) or all(json.loads(call.function.arguments) for call in calls), choice.finish_reason)
+        forced = {"type": "function", "function": {"name": "weather"}}
+        choice = client.chat.completions.create(
+            model=base, messages=asked, tools=[tool], tool_choice=forced, temperature=0, max_tokens=128
+        ).choices[0]
+        calls = choice.message.tool_calls or []
+        check("a forced tool", bool(calls) and set(json.loads(calls[0].function.arguments)) == {"city", "people"}, choice.finish_reason)
+    except openai.BadRequestError as error:
+        check("tools, which the template does not take", True, str(error)[:120])
+
+    async def at_once(n):
+        async with openai.AsyncOpenAI(base_url=url, api_key=client.api_key, max_retries=0) as together:
+            calls = [
+                together.chat.completions.create(model=[base, adapter][idx % 2], messages=messages, temperature=0, max_tokens=24)
+                for idx in range(n)
+            ]
+            return [answer.choices[0].message.content for answer in await asyncio.gather(*calls)]
+
+    found = asyncio.run(at_once(8))
+    check("8 at once say what each says alone", found == [texts[base], texts[adapter]] * 4)
+    hasty = client.with_options(timeout=0.05)
+    try:
+        hasty.chat.completions.create(model=base, messages=messages, max_tokens=200)
+        check("a time-out of the client's", False, "no time-out")
+    except openai.APITimeoutError:
+        check("a time-out of the client's", True)
+
     whole = client.completions.create(model=adapter, prompt="The capital of France is", temperature=0, max_tokens=8)
     check("completions", bool(whole.choices[0].text) and whole.usage.completion_tokens <= 8, repr(whole.choices[0].text))
     parts = client.completions.create(model=adapter, prompt="The capital of France is", temperature=0, max_tokens=8, stream=True)
@@ -84,6 +153,11 @@ def main() -> int:
     raises("temperature below 0", openai.BadRequestError, lambda: chat(model=base, messages=messages, temperature=-1))
     raises("max_tokens of 0", openai.BadRequestError, lambda: chat(model=base, messages=messages, max_tokens=0))
     raises("too long", openai.BadRequestError, lambda: chat(model=base, messages=[{"role": "user", "content": "word " * 20000}]))
+    raises("unknown field", openai.BadRequestError, lambda: chat(model=base, messages=messages, extra_body={"max_token": 3}))
+    raises("log-probabilities", openai.BadRequestError, lambda: chat(model=base, messages=messages, logprobs=True))
+    picture = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]
+    raises("a picture", openai.BadRequestError, lambda: chat(model=base, messages=[{"role": "user", "content": picture}]))
+    raises("a retired model", openai.NotFoundError, lambda: client.models.retrieve("nobody"))
     raises("embeddings", openai.NotFoundError, lambda: client.embeddings.create(model=base, input="x"))
     if len(sys.argv) > 4:
         stranger = openai.OpenAI(base_url=url, api_key="wrong", max_retries=0)

@@ -328,6 +328,58 @@ fn a_request_that_does_not_say_is_sampled_as_the_model_is() {
     assert_ne!(sampled[7], certain[6], "a seed makes no answer greedy");
 }
 
+fn a_call_that_must_be_made_is_made(server: &Running) {
+    let tool = |name: &str, kinds: Value| {
+        json!({"type": "function", "function": {"name": name, "parameters": {"type": "object",
+            "properties": {"kind": {"enum": kinds}}, "required": ["kind"], "additionalProperties": false}}})
+    };
+    let mut asked = chat("tuned", false);
+    asked["max_tokens"] = json!(120);
+    asked["tools"] = json!([
+        tool("animal", json!(["cat", "dog"])),
+        tool("plant", json!(["oak"]))
+    ]);
+    for (choice, stream) in [
+        (json!("required"), false),
+        (
+            json!({"type": "function", "function": {"name": "plant"}}),
+            false,
+        ),
+        (
+            json!({"type": "function", "function": {"name": "plant"}}),
+            true,
+        ),
+    ] {
+        asked["tool_choice"] = choice.clone();
+        asked["stream"] = json!(stream);
+        let response = server.post("/v1/chat/completions", &asked);
+        let calls = if stream {
+            let data = events(response)
+                .into_iter()
+                .find(|data| data.contains("tool_calls"));
+            let chunk: Value = serde_json::from_str(&data.expect("a call")).expect("JSON");
+            chunk["choices"][0]["delta"]["tool_calls"].clone()
+        } else {
+            parse(response, 200)["choices"][0]["message"]["tool_calls"].clone()
+        };
+        let function = &calls[0]["function"];
+        let arguments = function["arguments"].as_str().expect("a text");
+        let arguments: Value = serde_json::from_str(arguments).expect("JSON");
+        if choice.is_object() {
+            assert_eq!(function["name"], "plant");
+            assert_eq!(arguments, json!({"kind": "oak"}));
+        } else {
+            assert!(["animal", "plant"].contains(&function["name"].as_str().expect("a name")));
+            assert!(arguments["kind"].is_string(), "{arguments}");
+        }
+    }
+    // Cut off in the middle, it is no call, and no failure either.
+    asked["max_tokens"] = json!(3);
+    asked["stream"] = json!(false);
+    let answer = parse(server.post("/v1/chat/completions", &asked), 200);
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+}
+
 #[test]
 fn sampling_options_do_what_they_say_or_are_refused() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
@@ -382,6 +434,9 @@ fn sampling_options_do_what_they_say_or_are_refused() {
     let status = server.post(path, &tools).status().as_u16();
     // A template that has no place for tools may refuse them.
     assert!(status == 200 || status == 400, "{status}");
+    if status == 200 {
+        a_call_that_must_be_made_is_made(&server);
+    }
 
     // Whatever the limit cuts, also a character, a stream says why it ended and that it did.
     for max_tokens in 1..=16 {

@@ -23,6 +23,7 @@ mod steps;
 mod stop;
 mod stream;
 mod tls;
+mod tools;
 
 use std::future::Future;
 use std::net::SocketAddr;

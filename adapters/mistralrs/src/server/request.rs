@@ -15,6 +15,7 @@ use super::fields::keep_understood;
 use super::registry::Lease;
 use super::sampling::{keep_to_mistralrs, seeded};
 use super::steps::{SeededDraw, Steps};
+use super::tools::hold_to_call;
 use crate::distributed::samples_in_step;
 
 /// Most choices a request may ask for.
@@ -98,12 +99,7 @@ impl Body {
         if fields.get("tools") == Some(&json!([])) {
             fields.remove("tools");
         }
-        if fields.get("tool_choice") == Some(&json!("required")) {
-            return Err(ApiError::invalid(
-                "tool_choice",
-                "`tool_choice` is none, auto, or one function; mistral.rs 0.8.1 cannot require a call of any",
-            ));
-        }
+        hold_to_call(&mut fields)?;
         let stream = flag(&fields, "stream")?;
         let include_usage = match fields.remove("stream_options") {
             Some(options) => usage_wanted(&options, stream)?,
