@@ -1,12 +1,15 @@
 //! The command: parse, dispatch, exit code.
 
-mod allocator;
-
 use std::process::ExitCode;
 
 use clap::Parser;
 use monteclora::cli::{Cli, Command};
-use monteclora::{commands, logging};
+use monteclora::{allocator, commands, logging};
+
+/// Training allocates and frees buffers of megabytes at every operation; the system's allocator returns each to the kernel and
+/// pays for its pages again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

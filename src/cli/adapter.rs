@@ -187,7 +187,11 @@ pub struct ParityArgs {
     /// Text to compare on; a built-in one by default.
     #[arg(long, conflicts_with = "reference")]
     pub prompt: Option<String>,
-    /// Fail with exit code 5 when the largest difference exceeds this.
+    /// Let mistral.rs quantise while loading, as `in_situ_quant` of serve.toml does: 8, Q4K, ... With an adapter, also
+    /// compares with the base that has the adapter merged into it, quantised alike.
+    #[arg(long, value_name = "TYPE")]
+    pub isq: Option<String>,
+    /// Fail with exit code 5 when the largest difference exceeds this; with --isq and an adapter, that to the merged base.
     #[arg(long)]
     pub tolerance: Option<f64>,
     /// One JSON object on stdout.

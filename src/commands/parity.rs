@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use mistralrs_monteclora::{MonteCloraLoader, prompt_logits};
-use monteclora_converters::{Adapter, ModelFiles, SafetensorsFile};
+use mistralrs_monteclora::{IsqType, MonteCloraLoader, parse_in_situ_quant, prompt_logits};
+use monteclora_converters::{Adapter, DType, ModelFiles, SafetensorsFile, merge_dir};
 use serde::Serialize;
 
 use super::{
@@ -55,6 +55,17 @@ pub(super) struct Parity {
     /// Our decoder against mistral.rs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) ours_vs_mistralrs: Option<Agreement>,
+    /// mistral.rs on the base with the adapter merged into it beforehand, against mistral.rs on both, quantised alike.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    merged_vs_mistralrs: Option<Agreement>,
+}
+
+/// Which decoders run, and how.
+#[derive(Clone, Copy)]
+struct Engines {
+    engine: EngineArg,
+    cpu: bool,
+    isq: Option<IsqType>,
 }
 
 struct Reference {
@@ -67,6 +78,16 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
     if weight_type(args.model.options.dtype)? != candle_core::DType::F32 {
         return Err(Usage("parity compares in f32; use --dtype auto or f32".to_owned()).into());
     }
+    let cpu = args.model.options.cpu;
+    let isq = match &args.isq {
+        Some(_) if args.engine == EngineArg::Ours => {
+            return Err(
+                Usage("--isq is mistral.rs's, which --engine ours leaves out".to_owned()).into(),
+            );
+        }
+        Some(name) => Some(parse_in_situ_quant(name, &device(cpu)?)?),
+        None => None,
+    };
     let adapter = args
         .adapter
         .as_ref()
@@ -97,24 +118,30 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
             config.max_position_embeddings,
         )?],
     };
-    let cpu = args.model.options.cpu;
     let report = compare(
         &base.dir,
         args.adapter.as_deref().zip(adapter.as_ref()),
         &sequences,
         reference.as_ref(),
-        args.engine,
-        cpu,
+        Engines {
+            engine: args.engine,
+            cpu,
+            isq,
+        },
     )?;
     if args.json {
         print_json(&report)?;
     } else {
         print(&describe(&report))?;
     }
-    let worst = report
-        .all()
-        .map(|(_, a)| a.max_abs_diff)
-        .fold(0.0, f64::max);
+    let worst = match &report.merged_vs_mistralrs {
+        // The other differences are those of the quantisation itself.
+        Some(merged) => merged.max_abs_diff,
+        None => report
+            .all()
+            .map(|(_, a)| a.max_abs_diff)
+            .fold(0.0, f64::max),
+    };
     match args.tolerance {
         Some(tolerance) if worst.is_nan() || worst > tolerance => Err(Numerical(format!(
             "the largest difference {worst:.3e} exceeds --tolerance {tolerance:.3e}"
@@ -132,6 +159,7 @@ impl Parity {
             ("mistral.rs - reference", &self.mistralrs),
             ("mistral.rs - reference (base)", &self.mistralrs_base),
             ("ours - mistral.rs", &self.ours_vs_mistralrs),
+            ("merged - mistral.rs", &self.merged_vs_mistralrs),
         ]
         .into_iter()
         .filter_map(|(name, agreement)| agreement.as_ref().map(|a| (name, a)))
@@ -144,7 +172,12 @@ pub(super) fn engines(
     adapter: (&Path, &Adapter),
     sequences: &[Vec<u32>],
 ) -> Result<Parity> {
-    compare(base, Some(adapter), sequences, None, EngineArg::Both, true)
+    let engines = Engines {
+        engine: EngineArg::Both,
+        cpu: true,
+        isq: None,
+    };
+    compare(base, Some(adapter), sequences, None, engines)
 }
 
 fn compare(
@@ -152,9 +185,9 @@ fn compare(
     adapter: Option<(&Path, &Adapter)>,
     sequences: &[Vec<u32>],
     reference: Option<&Reference>,
-    engine: EngineArg,
-    cpu: bool,
+    engines: Engines,
 ) -> Result<Parity> {
+    let Engines { engine, cpu, isq } = engines;
     let base_reference = reference.and_then(|r| r.base_logits.as_ref());
     let expected = match (adapter, base_reference) {
         (None, Some(base)) => Some(base),
@@ -169,6 +202,7 @@ fn compare(
         mistralrs: None,
         mistralrs_base: None,
         ours_vs_mistralrs: None,
+        merged_vs_mistralrs: None,
     };
     let mut ours = None;
     if engine != EngineArg::Mistralrs {
@@ -190,32 +224,40 @@ fn compare(
         ours = Some(logits);
     }
     if engine != EngineArg::Ours {
-        let logits = prompt_logits(
-            &loader(base, adapter.map(|(path, _)| path), cpu)?,
-            sequences,
-        )?;
+        let path = adapter.map(|(path, _)| path);
+        let logits = prompt_logits(&engines.loader(base, path)?, sequences)?;
         report.mistralrs = expected
             .map(|e| agreement(&logits, e, sequences))
             .transpose()?;
         if let Some(expected) = base_reference {
-            let plain = prompt_logits(&loader(base, None, cpu)?, sequences)?;
+            let plain = prompt_logits(&engines.loader(base, None)?, sequences)?;
             report.mistralrs_base = Some(agreement(&plain, expected, sequences)?);
         }
         if let Some(ours) = &ours {
             report.ours_vs_mistralrs = Some(agreement(ours, &logits, sequences)?);
         }
+        if let (Some((_, adapter)), Some(_)) = (adapter, isq) {
+            let dir = tempfile::tempdir().context("cannot create a temporary directory")?;
+            let merged = dir.path().join("merged");
+            merge_dir(&ModelFiles::open(base)?, adapter, &merged, Some(DType::F32))?;
+            let merged = prompt_logits(&engines.loader(&merged, None)?, sequences)?;
+            report.merged_vs_mistralrs = Some(agreement(&merged, &logits, sequences)?);
+        }
     }
     Ok(report)
 }
 
-fn loader(base: &Path, adapter: Option<&Path>, cpu: bool) -> Result<MonteCloraLoader> {
-    let mut builder = MonteCloraLoader::builder(base, "parity")
-        .dtype(mistralrs_monteclora::ModelDType::F32)
-        .device(device(cpu)?);
-    if let Some(adapter) = adapter {
-        builder = builder.adapter(adapter);
+impl Engines {
+    fn loader(self, base: &Path, adapter: Option<&Path>) -> Result<MonteCloraLoader> {
+        let mut builder = MonteCloraLoader::builder(base, "parity")
+            .dtype(mistralrs_monteclora::ModelDType::F32)
+            .device(device(self.cpu)?)
+            .in_situ_quant(self.isq);
+        if let Some(adapter) = adapter {
+            builder = builder.adapter(adapter);
+        }
+        Ok(builder.build()?)
     }
-    Ok(builder.build()?)
 }
 
 fn decoder_logits(

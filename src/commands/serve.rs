@@ -9,11 +9,13 @@ use mistralrs_monteclora::{
 };
 
 use super::Usage;
+use crate::allocator;
 use crate::cli::{DtypeArg, ServeArgs};
 use crate::hub::{self, HubOptions};
 
 pub(super) fn run(args: &ServeArgs) -> Result<()> {
-    let config = configuration(args)?;
+    let mut config = configuration(args)?;
+    config.reclaim = Some(allocator::return_freed_memory);
     let source: Option<Arc<ConfigSource>> = args.config.is_some().then(|| {
         let args = args.clone();
         let source: Arc<ConfigSource> = Arc::new(move || {

@@ -134,6 +134,43 @@ fn merged_models_give_the_adapters_logits() {
     assert!(compared > 0, "mistral.rs loaded none of the merged models");
 }
 
+/// Quantised while loading, base and adapter give the logits of the merged base, to the bit, and no longer ours.
+#[test]
+fn quantised_parity_is_with_the_merged_base() {
+    let mut compared = 0;
+    for case in adapters().iter().filter(|case| !case.must_be_refused()) {
+        let (model, adapter) = (
+            case.model.display().to_string(),
+            case.dir.display().to_string(),
+        );
+        let arguments = ["-m", &model, "-a", &adapter, "--prompt", "ab", "--json"];
+        let exact = ["--isq", "q8_0", "--tolerance", "0"];
+        let (code, stdout, stderr) = parity(&[&arguments[..], &exact].concat());
+        if code == 4 {
+            assert!(stderr.contains("mistral.rs"), "{}: {stderr}", case.name);
+            continue;
+        }
+        assert_eq!(code, 0, "{}: {stderr}", case.name);
+        let report: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+        let difference = |key: &str| report[key]["max_abs_diff"].as_f64().unwrap();
+        assert_eq!(difference("merged_vs_mistralrs"), 0.0, "{}", case.name);
+        assert!(difference("ours_vs_mistralrs") > 1e-4, "{}", case.name);
+        compared += 1;
+        for (wrong, reason) in [
+            (["--isq", "q9", "--engine", "both"], "q9"),
+            (["--isq", "8", "--engine", "ours"], "--engine ours"),
+        ] {
+            let (code, _, stderr) = parity(&[&arguments[..], &wrong].concat());
+            assert_eq!(code, 2, "{stderr}");
+            assert!(stderr.contains(reason), "{stderr}");
+        }
+        if compared == 2 {
+            break;
+        }
+    }
+    assert_eq!(compared, 2, "mistral.rs loaded too few of the cases");
+}
+
 pub(crate) struct Server {
     pub(crate) child: Child,
     pub(crate) url: String,

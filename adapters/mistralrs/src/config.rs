@@ -70,7 +70,8 @@ impl Default for ServerSection {
 pub struct RuntimeSection {
     /// Sequences an engine works on at a time. At least 1.
     pub max_seqs: usize,
-    /// Prompts whose key-value cache an engine keeps. Only 0: answers with it were not found to be those without it.
+    /// Prompts whose key-value cache an engine keeps. Only 0: with mistral.rs 0.8.1's, the turn after an
+    /// answer that was cut short is computed without one token, and on a CPU the cache grows without limit.
     pub prefix_cache_n: usize,
     /// Most memory for the weights of all engines together, in MiB; each adapter is a copy of its base.
     pub max_memory_mb: Option<u64>,

@@ -1,13 +1,13 @@
 //! One model in one private mistral.rs engine, driven from ordinary blocking code: logits, tokens and greedy answers.
 
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
 use mistralrs_core::{
     Constraint, CustomLogitsProcessor, DefaultSchedulerMethod, MistralRs, MistralRsBuilder,
-    NormalRequest, Pipeline, Request, RequestMessage, Response, SamplingParams, SchedulerConfig,
+    NormalRequest, Request, RequestMessage, Response, SamplingParams, SchedulerConfig,
     TokenizationRequest,
 };
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::error::{Error, Result};
-use crate::loader::{MonteCloraLoader, SharedPipeline};
+use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
 
 /// How long a dropped engine may take to give its memory back.
 const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
@@ -76,7 +76,7 @@ pub struct PromptLogits {
 /// ```
 pub struct Engine {
     host: Arc<MistralRs>,
-    pipeline: Weak<tokio::sync::Mutex<dyn Pipeline + Send + Sync>>,
+    pipeline: WeakPipeline,
     max_sequence_length: usize,
     runtime: Runtime,
 }
@@ -87,6 +87,10 @@ impl Engine {
     /// # Errors
     /// Those of [`MonteCloraLoader::load`], and [`Error::Engine`].
     pub fn start(loader: &MonteCloraLoader) -> Result<Self> {
+        Self::launch(loader, false)
+    }
+
+    fn launch(loader: &MonteCloraLoader, prefix_cache: bool) -> Result<Self> {
         let max_sequence_length = loader.check()?.max_sequence_length;
         let pipeline = loader.load()?;
         // A single-threaded runtime: mistral.rs then leaves out its warm-up request, which would fill a prefix cache.
@@ -98,7 +102,7 @@ impl Engine {
         let host = runtime.block_on(async {
             let scheduler = scheduler(&pipeline, loader, NonZeroUsize::MIN).await;
             MistralRsBuilder::new(pipeline, scheduler, false, None)
-                .with_no_prefix_cache(true)
+                .with_no_prefix_cache(!prefix_cache)
                 .build()
                 .await
         });
@@ -182,14 +186,7 @@ impl Engine {
     pub fn shut_down(self) -> Result<()> {
         let Self { host, pipeline, .. } = self;
         drop(host);
-        let start = Instant::now();
-        while pipeline.strong_count() > 0 {
-            if start.elapsed() > SHUT_DOWN_LIMIT {
-                return Err(Error::Engine("the engine did not stop in time".to_owned()));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
+        wait_until_gone(&pipeline)
     }
 
     fn check_length(&self, n_tokens: usize) -> Result<()> {
@@ -263,6 +260,21 @@ pub fn prompt_logits(loader: &MonteCloraLoader, sequences: &[Vec<u32>]) -> Resul
         .collect();
     engine.shut_down()?;
     logits
+}
+
+/// Blocks until a model whose engine was told to stop is out of memory.
+///
+/// # Errors
+/// [`Error::Engine`] if that does not happen within half a minute.
+pub(crate) fn wait_until_gone(pipeline: &WeakPipeline) -> Result<()> {
+    let start = Instant::now();
+    while pipeline.strong_count() > 0 {
+        if start.elapsed() > SHUT_DOWN_LIMIT {
+            return Err(Error::Engine("the engine did not stop in time".to_owned()));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// The scheduler for a loaded model: paged if it was loaded so, else at most `max_sequences` at a time.
@@ -410,5 +422,59 @@ impl CustomLogitsProcessor for GreedyRecorder {
             .unwrap_or_else(|poisoned| poisoned.into_inner());
         tokens.push(u32::try_from(best).map_err(candle_core::Error::wrap)?);
         Ok(logits.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture_tests::servable;
+
+    /// The raw logits after the last of `tokens`.
+    fn last_logits(engine: &Engine, tokens: &[u32]) -> Vec<f32> {
+        let (sender, mut receiver) = channel(1);
+        let mut request = engine.request(RequestMessage::CompletionTokens(tokens.to_vec()), sender);
+        request.return_raw_logits = true;
+        let answer = engine.exchange(request, &mut receiver);
+        let Response::Raw { logits_chunks, .. } = answer.expect("an answer") else {
+            panic!("no logits");
+        };
+        let last = logits_chunks.last().expect("logits");
+        let n_tokens = last.elem_count() / last.dims().last().expect("a shape");
+        let rows = last.reshape((n_tokens, ())).expect("whole rows");
+        let mut rows = rows.to_vec2::<f32>().expect("32-bit");
+        rows.pop().expect("a row")
+    }
+
+    /// Why `prefix_cache_n` is refused: after a cut answer, the next turn is computed with a key and value missing.
+    ///
+    /// mistral.rs 0.8.1 files the cache of an answer under all of its tokens, but the last of them was never computed. Once
+    /// this fails, a later version does it right, and the prefix cache can be supported.
+    #[test]
+    fn the_prefix_cache_of_mistralrs_loses_the_last_token_of_an_answer() {
+        let loader = servable().loader();
+        let engine = Engine::launch(&loader, true).expect("loads");
+        let prompt: Vec<u32> = (3..13).collect();
+        let (sender, mut receiver) = channel(1);
+        let mut request = engine.request(RequestMessage::CompletionTokens(prompt.clone()), sender);
+        request.sampling_params.max_len = Some(4);
+        let recorder = Arc::new(GreedyRecorder::default());
+        request.logits_processors = Some(vec![recorder.clone()]);
+        let answer = engine.exchange(request, &mut receiver);
+        answer.expect("an answer");
+        let next_turn = [prompt, recorder.take(), vec![3, 4]].concat();
+        let cached = last_logits(&engine, &next_turn);
+        engine.shut_down().expect("stops");
+
+        let engine = Engine::start(&loader).expect("loads");
+        let right = last_logits(&engine, &next_turn);
+        engine.shut_down().expect("stops");
+        let difference = |(a, b): (&f32, &f32)| (a - b).abs();
+        let largest = cached
+            .iter()
+            .zip(&right)
+            .map(difference)
+            .fold(0.0, f32::max);
+        assert!(largest > 0.01, "{largest}: the prefix cache is right now");
     }
 }

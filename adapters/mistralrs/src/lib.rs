@@ -32,6 +32,7 @@ mod keys;
 mod loader;
 mod memory;
 mod model_config;
+mod quantisation;
 mod server;
 
 #[cfg(test)]
@@ -46,6 +47,7 @@ pub use engine::{Answer, ChatMessage, Engine, PromptLogits, prompt_logits};
 pub use error::{Error, Result};
 pub use keys::KeySet;
 pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline};
-pub use mistralrs_core::ModelDType;
+pub use mistralrs_core::{IsqType, ModelDType};
 pub use model_config::{Architecture, NormalisedConfig, normalise_config};
+pub use quantisation::parse_in_situ_quant;
 pub use server::{Applied, ConfigSource, Reloaded, Server, serve};

@@ -7,7 +7,7 @@ mod format;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use candle_core::{DType, Device};
 use mistralrs_core::{
@@ -30,6 +30,9 @@ pub(crate) use self::builder::check_public_name;
 
 /// A loaded model, as every mistral.rs API takes it.
 pub type SharedPipeline = Arc<Mutex<dyn Pipeline + Send + Sync>>;
+
+/// Tells whether a loaded model is still in memory.
+pub(crate) type WeakPipeline = Weak<Mutex<dyn Pipeline + Send + Sync>>;
 
 /// Loads a base model, with or without a MonteCLoRA or LoRA adapter merged into it, into mistral.rs.
 ///

@@ -6,12 +6,13 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use mistralrs_core::{IsqType, ModelDType, parse_isq_value};
+use mistralrs_core::{IsqType, ModelDType};
 
 use super::{Limits, ModelSection, ServeFile};
 use crate::error::{Error, Result};
 use crate::keys::{ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, KeySet};
 use crate::loader::{MonteCloraLoader, check_public_name};
+use crate::quantisation::parse_in_situ_quant;
 
 /// Finds a model or adapter that is not a local directory, given its id and revision.
 pub type Locate<'a> = dyn Fn(&str, Option<&str>) -> Result<PathBuf> + 'a;
@@ -57,6 +58,9 @@ pub struct ServeConfig {
     pub models: Vec<ModelConfig>,
     /// Name that answers requests without `model`.
     pub default_model: String,
+    /// Called, on any thread, when a model was loaded or its weights were freed: where an allocator that keeps freed pages
+    /// hands them back to the system.
+    pub reclaim: Option<fn()>,
 }
 
 /// One base model and its adapters.
@@ -183,7 +187,7 @@ impl ServeFile {
         if self.runtime.prefix_cache_n > 0 {
             note(
                 "runtime.prefix_cache_n",
-                "must be 0: answers with the prefix cache of mistral.rs 0.8.1 were not found to be those without it"
+                "must be 0: with the prefix cache of mistral.rs 0.8.1 the turn after an answer that was cut short is wrong, and on a CPU it grows without limit"
                     .to_owned(),
             );
         }
@@ -263,6 +267,7 @@ impl ServeFile {
                 state_file,
                 models,
                 default_model,
+                reclaim: None,
             }),
             _ => Err(Error::setting("serve configuration", wrong.join("\n  "))),
         }
@@ -304,10 +309,10 @@ impl ModelSection {
         });
         let isq = match self.quantization.in_situ_quant.as_deref() {
             None => None,
-            Some(text) => match parse_isq_value(text, Some(&device)) {
+            Some(text) => match parse_in_situ_quant(text, &device) {
                 Ok(isq) => Some(isq),
-                Err(message) => {
-                    errors.push(format!("{at}.quantization.in_situ_quant: {message}"));
+                Err(error) => {
+                    errors.push(format!("{at}.quantization.{error}"));
                     None
                 }
             },

@@ -113,7 +113,7 @@ impl Registry {
             .iter()
             .map(|model| model.weight_bytes)
             .sum();
-        let memory = Memory::new(config.max_memory);
+        let memory = Memory::new(config.max_memory, config.reclaim);
         memory.check("all models and adapters", total)?;
         let first = checked
             .next()

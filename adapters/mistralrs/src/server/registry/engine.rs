@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak, mpsc};
+use std::time::Duration;
 
 use candle_core::DeviceLocation;
 use mistralrs_core::{
@@ -15,9 +16,9 @@ use super::memory::{Memory, Reservation};
 use crate::chat_files::{TextFrame, text_frame};
 use crate::config::{ModelConfig, ServeConfig};
 use crate::distributed::allow_another_model;
-use crate::engine::scheduler;
+use crate::engine::{scheduler, wait_until_gone};
 use crate::error::{Error, Result};
-use crate::loader::{MonteCloraLoader, SharedPipeline};
+use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
 
 /// Settings of every engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,6 +138,7 @@ pub(crate) struct Generation {
     engine_id: String,
     /// The one turn at an engine that computes on a CPU; see [`Generation::turns`].
     turns: Option<Arc<Semaphore>>,
+    pub(super) pipeline: WeakPipeline,
     memory: Option<Reservation>,
     reaper: Reaper,
 }
@@ -171,8 +173,11 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        let engine_id = std::mem::take(&mut self.engine_id);
-        self.reaper.remove(engine_id, self.memory.take());
+        self.reaper.remove(Retired {
+            engine_id: std::mem::take(&mut self.engine_id),
+            pipeline: self.pipeline.clone(),
+            _memory: self.memory.take(),
+        });
     }
 }
 
@@ -253,11 +258,11 @@ impl Host {
     fn lease(&self, loaded: Loaded) -> Lease {
         let Loaded {
             checked,
+            pipeline,
             engine_id,
             end_tokens,
             sampling,
             memory,
-            ..
         } = loaded;
         Arc::new(Generation {
             name: checked.wanted.name().to_owned(),
@@ -272,6 +277,7 @@ impl Host {
                 .then(|| Arc::new(Semaphore::new(1))),
             spec: checked.wanted.spec,
             engine_id,
+            pipeline: Arc::downgrade(&pipeline),
             memory: Some(memory),
             reaper: self.reaper.clone(),
         })
@@ -293,6 +299,7 @@ impl Loaded {
         let memory = memory.reserve(checked.wanted.name(), checked.weight_bytes)?;
         blocking(move || {
             let pipeline = checked.wanted.loader.load()?;
+            memory.reclaim();
             let (end_tokens, sampling) = {
                 let loaded = pipeline.blocking_lock();
                 (
@@ -314,34 +321,56 @@ impl Loaded {
     }
 }
 
+/// What freeing the weights may take once nobody holds them: a count of zero says that the destructor begins.
+const DESTRUCTION: Duration = Duration::from_millis(200);
+
+/// A generation that nobody needs any more.
+struct Retired {
+    engine_id: String,
+    pipeline: WeakPipeline,
+    /// Counted as in use until the weights are gone.
+    _memory: Option<Reservation>,
+}
+
 /// Removes engines whose last lease has gone, on a thread of its own: removal blocks, which a task must not do.
 #[derive(Clone)]
-struct Reaper(mpsc::Sender<(String, Option<Reservation>)>);
+struct Reaper(mpsc::Sender<Retired>);
 
 impl Reaper {
     fn spawn(host: Weak<MistralRs>) -> Result<Self> {
-        let (sender, receiver) = mpsc::channel::<(String, Option<Reservation>)>();
+        let (sender, receiver) = mpsc::channel::<Retired>();
         std::thread::Builder::new()
             .name("engine-reaper".to_owned())
             .spawn(move || {
-                for (engine_id, memory) in receiver {
+                for retired in receiver {
                     let Some(host) = host.upgrade() else {
                         return;
                     };
-                    match host.remove_model(&engine_id) {
-                        Ok(()) => tracing::info!(engine_id, "engine removed"),
-                        Err(error) => tracing::debug!(engine_id, error, "engine kept"),
+                    let engine_id = &retired.engine_id;
+                    if let Err(error) = host.remove_model(engine_id) {
+                        tracing::debug!(engine_id, error, "engine kept");
+                        continue;
                     }
-                    drop(memory);
+                    drop(host);
+                    // The engine ends at its next step and lets the weights go.
+                    match wait_until_gone(&retired.pipeline) {
+                        Ok(()) => {
+                            std::thread::sleep(DESTRUCTION);
+                            tracing::info!(engine_id, "engine removed");
+                        }
+                        Err(error) => {
+                            tracing::warn!(engine_id, %error, "its memory is not given back");
+                        }
+                    }
                 }
             })
             .map_err(|error| Error::Engine(format!("cannot start a thread: {error}")))?;
         Ok(Self(sender))
     }
 
-    fn remove(&self, engine_id: String, memory: Option<Reservation>) {
+    fn remove(&self, retired: Retired) {
         // With the reaper gone the whole host is going.
-        let _ = self.0.send((engine_id, memory));
+        let _ = self.0.send(retired);
     }
 }
 

@@ -10,6 +10,8 @@ pub(super) struct Memory {
     /// Bytes; none means no limit.
     budget: Option<u64>,
     used: Mutex<Used>,
+    /// See [`ServeConfig::reclaim`](crate::ServeConfig::reclaim).
+    reclaim: Option<fn()>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -19,9 +21,10 @@ struct Used {
 }
 
 impl Memory {
-    pub(super) fn new(budget: Option<u64>) -> Arc<Self> {
+    pub(super) fn new(budget: Option<u64>, reclaim: Option<fn()>) -> Arc<Self> {
         Arc::new(Self {
             budget,
+            reclaim,
             used: Mutex::default(),
         })
     }
@@ -48,6 +51,13 @@ impl Memory {
             memory: self.clone(),
             bytes: needed,
         })
+    }
+
+    /// Lets the allocator hand freed pages back to the system.
+    pub(super) fn reclaim(&self) {
+        if let Some(reclaim) = self.reclaim {
+            reclaim();
+        }
     }
 
     /// Generations in memory, and the bytes of their weights.
@@ -80,10 +90,16 @@ impl Reservation {
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
+
+    /// As [`Memory::reclaim`].
+    pub(super) fn reclaim(&self) {
+        self.memory.reclaim();
+    }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        self.memory.reclaim();
         let mut used = self.memory.used();
         used.bytes -= self.bytes;
         used.n_generations -= 1;
@@ -92,11 +108,13 @@ impl Drop for Reservation {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
     #[test]
     fn what_does_not_fit_is_refused_and_what_is_dropped_is_free_again() {
-        let memory = Memory::new(Some(100));
+        let memory = Memory::new(Some(100), None);
         let first = memory.reserve("a", 60).expect("fits");
         let error = memory.reserve("b", 41).expect_err("does not");
         assert!(
@@ -117,6 +135,19 @@ mod tests {
         assert_eq!(memory.in_use(), (1, 40));
         memory.check("c", 60).expect("fits");
         drop(second);
-        assert!(Memory::new(None).reserve("a", u64::MAX).is_ok());
+        assert!(Memory::new(None, None).reserve("a", u64::MAX).is_ok());
+    }
+
+    #[test]
+    fn freed_memory_is_handed_back() {
+        static HANDED_BACK: AtomicUsize = AtomicUsize::new(0);
+        let reclaim = || {
+            HANDED_BACK.fetch_add(1, Ordering::Relaxed);
+        };
+        let memory = Memory::new(None, Some(reclaim));
+        let first = memory.reserve("a", 1).expect("no limit");
+        assert_eq!(HANDED_BACK.load(Ordering::Relaxed), 0);
+        drop(first);
+        assert_eq!(HANDED_BACK.load(Ordering::Relaxed), 1);
     }
 }

@@ -169,6 +169,36 @@ fn only_the_difference_is_loaded() {
     });
 }
 
+/// What is counted as free is free: no engine, queue or log keeps a replaced model's weights.
+#[test]
+fn swaps_leave_nothing_in_memory() {
+    let site = Site::new();
+    run(async {
+        let registry = Registry::load(&site.config("", &[])).await.expect("loaded");
+        let before = registry.resident();
+        let mut replaced = Vec::new();
+        for swap in 0..12 {
+            let source = site.path(if swap % 2 == 0 { "one" } else { "two" });
+            let lease = registry
+                .load_adapter(load("a", &source))
+                .await
+                .expect("swapped");
+            assert!(lease.pipeline.strong_count() > 0, "it is served");
+            replaced.push(lease.pipeline.clone());
+        }
+        registry.unload_adapter("a", None).await.expect("unloaded");
+        let start = Instant::now();
+        while registry.resident().n_generations > before.n_generations {
+            assert!(start.elapsed() < Duration::from_secs(20), "they remain");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let remaining = replaced.iter().filter(|model| model.strong_count() > 0);
+        assert_eq!(remaining.count(), 0);
+        assert_eq!(registry.resident().weight_bytes, before.weight_bytes);
+        engines(&registry, 1).await;
+    });
+}
+
 #[test]
 fn a_restart_serves_what_was_loaded_at_run_time() {
     let site = Site::new();
