@@ -87,6 +87,12 @@ pub struct EvalArgs {
     /// Rows to evaluate on; rows with `choices` are scored as multiple choice too.
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
+    /// Posterior draws whose predictions are averaged and scored beside the mean; takes K times the mean's time.
+    #[arg(long, value_name = "K", requires = "adapter")]
+    pub posterior_samples: Option<usize>,
+    /// Seed of the draws; the same seed gives those of `sample`.
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
     /// Rows at a time.
     #[arg(long, default_value_t = 8)]
     pub batch_size: usize,

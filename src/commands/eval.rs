@@ -1,4 +1,4 @@
-//! `eval`: base and posterior mean side by side on a data file.
+//! `eval`: base, posterior mean and the average over posterior draws side by side on a data file.
 
 use anyhow::Result;
 use monteclora_converters::{Adapter, ModelFiles};
@@ -7,7 +7,9 @@ use serde::Serialize;
 use super::{Usage, device, print, print_json, require_fit, weight_type};
 use crate::cli::EvalArgs;
 use crate::data::{DataError, Dataset, EncodeOptions, Overlong, RowSchema, TrainOn, splits};
-use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Scores, score};
+use crate::eval::{
+    ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scores, posterior_draws, score,
+};
 use crate::model::{ActiveAdapter, Decoder, ModelConfig};
 use crate::{hub, progress, session};
 
@@ -22,7 +24,12 @@ struct Report {
     base: Scores,
     #[serde(skip_serializing_if = "Option::is_none")]
     mean: Option<Scores>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    posterior: Option<Scores>,
 }
+
+/// Most posterior draws: each is an adapter in memory.
+const MAX_DRAWS: usize = 1000;
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let weights = weight_type(args.model.options.dtype)?;
@@ -33,6 +40,13 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         if value == 0 {
             return Err(Usage(format!("{flag} 0: expected at least 1")).into());
         }
+    }
+    let n_draws = args.posterior_samples.unwrap_or(0);
+    if n_draws > MAX_DRAWS {
+        return Err(Usage(format!(
+            "--posterior-samples {n_draws}: expected at most {MAX_DRAWS}"
+        ))
+        .into());
     }
     let adapter = args
         .adapter
@@ -73,10 +87,16 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             LengthNormalisation::None
         },
     };
-    let scored = |name: &'static str, adapter: &ActiveAdapter| {
-        let bar = progress::items(name, (data.len() + choices.len()) as u64);
-        let scores = score(&decoder, adapter, &data, &choices, &options, |rows| {
-            bar.inc(rows as u64);
+    // Before the base is scored, so that an adapter without a posterior is refused at once.
+    let draws = match &adapter {
+        Some(adapter) if n_draws > 0 => posterior_draws(adapter, &decoder, args.seed, n_draws)?,
+        _ => Vec::new(),
+    };
+    let scored = |name: &'static str, predictor: Predictor<'_>| {
+        let steps = predictor.n_steps(data.len(), choices.len());
+        let bar = progress::items(name, steps as u64);
+        let scores = score(&decoder, predictor, &data, &choices, &options, |steps| {
+            bar.inc(steps as u64);
         });
         bar.finish_and_clear();
         scores
@@ -86,13 +106,17 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         choice_rows: choices.len(),
         ece_bins: (!choices.is_empty()).then_some(args.ece_bins),
         length_normalised: (!choices.is_empty()).then_some(args.length_normalised),
-        base: scored("base", &ActiveAdapter::default())?,
+        base: scored("base", Predictor::One(&ActiveAdapter::default()))?,
         mean: match &adapter {
             None => None,
             Some(adapter) => {
                 let active = ActiveAdapter::from_adapter(adapter, &config, decoder.device())?;
-                Some(scored("posterior mean", &active)?)
+                Some(scored("posterior mean", Predictor::One(&active))?)
             }
+        },
+        posterior: match draws.as_slice() {
+            [] => None,
+            draws => Some(scored("posterior draws", Predictor::Average(draws))?),
         },
     };
     if args.json {
@@ -117,6 +141,7 @@ fn table(report: &Report) -> String {
     let columns: Vec<(&str, &Scores)> = [
         ("base", Some(&report.base)),
         ("posterior mean", report.mean.as_ref()),
+        ("draws averaged", report.posterior.as_ref()),
     ]
     .into_iter()
     .filter_map(|(name, scores)| scores.map(|scores| (name, scores)))
@@ -134,6 +159,11 @@ fn table(report: &Report) -> String {
             let value = value(scores).map_or("-".to_owned(), |v| format!("{v:.4}"));
             text.push_str(&format!(" {value:>14}"));
         }
+    }
+    if let Some(draws) = report.posterior.as_ref().and_then(|scores| scores.draws) {
+        text.push_str(&format!(
+            "\n\ndraws averaged: the mean of the probabilities of {draws}"
+        ));
     }
     let plural = if report.rows == 1 { "" } else { "s" };
     text.push_str(&format!("\n\n{} row{plural}", report.rows));

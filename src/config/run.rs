@@ -495,7 +495,7 @@ impl RunConfig {
     pub fn unsupported(&self) -> Vec<String> {
         let checks = [(
             self.eval.posterior_samples > 0,
-            "[eval] posterior_samples: is not supported yet; set it to 0",
+            "[eval] posterior_samples: a run evaluates the posterior mean; set it to 0 and use `monteclora eval --posterior-samples` afterwards",
         )];
         checks
             .into_iter()

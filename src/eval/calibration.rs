@@ -1,5 +1,7 @@
 //! Scores of categorical predictions: accuracy, negative log-likelihood, calibration error, Brier score, error detection.
 
+use crate::model::log_mean_exp;
+
 /// One prediction: a distribution over the choices of a row, and which of them was right.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prediction {
@@ -22,6 +24,25 @@ impl Prediction {
             probabilities: scores.iter().map(|s| (s - log_sum).exp()).collect(),
             log_probability: scores[answer] - log_sum,
             answer,
+        })
+    }
+
+    /// The average of the probabilities of several predictions about one row, which say the same about its answer; `None` of none.
+    pub fn average(predictions: &[Self]) -> Option<Self> {
+        let first = predictions.first()?;
+        let n = predictions.len() as f64;
+        let probability = |choice: usize| {
+            predictions
+                .iter()
+                .map(|p| p.probabilities[choice])
+                .sum::<f64>()
+                / n
+        };
+        let of_answer: Vec<f64> = predictions.iter().map(|p| p.log_probability).collect();
+        Some(Self {
+            probabilities: (0..first.probabilities.len()).map(probability).collect(),
+            log_probability: log_mean_exp(&of_answer),
+            answer: first.answer,
         })
     }
 

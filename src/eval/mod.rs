@@ -2,10 +2,12 @@
 
 pub mod calibration;
 mod choices;
+mod draws;
 mod scores;
 
 pub use choices::{ChoiceRows, LengthNormalisation};
-pub use scores::{EvalOptions, Scores, score};
+pub use draws::posterior_draws;
+pub use scores::{EvalOptions, Predictor, Scores, score};
 
 /// A score that is not a number: the model or the adapter holds values it should not.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

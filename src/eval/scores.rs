@@ -4,13 +4,13 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::calibration::{
-    Bin, accuracy, brier, error_detection_auroc, expected_calibration_error,
+    Bin, Prediction, accuracy, brier, error_detection_auroc, expected_calibration_error,
     negative_log_likelihood, reliability,
 };
 use super::{ChoiceRows, LengthNormalisation, NotFinite};
 use crate::data::Dataset;
 use crate::model::{ActiveAdapter, Decoder};
-use crate::train::evaluate;
+use crate::train::{evaluate, evaluate_average};
 
 /// How a file is scored.
 #[derive(Debug, Clone, Copy)]
@@ -47,24 +47,41 @@ pub struct Scores {
     /// How well low confidence detects errors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auroc: Option<f64>,
+    /// Posterior draws whose predictions were averaged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub draws: Option<usize>,
     /// Predictions by confidence.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub reliability: Vec<Bin>,
 }
 
-/// Scores `adapter` on the rows of `data` and on those among them that have choices.
+/// Whose predictions are scored.
+#[derive(Debug, Clone, Copy)]
+pub enum Predictor<'a> {
+    /// One adapter's.
+    One(&'a ActiveAdapter),
+    /// The average over posterior draws, as probabilities: of the next token, and of a row's choices.
+    Average(&'a [ActiveAdapter]),
+}
+
+/// Scores a predictor on the rows of `data` and on those among them that have choices; `done` is told how many of
+/// [`Predictor::n_steps`] are done.
 ///
 /// # Errors
 /// Those of the data and of the decoder; [`NotFinite`].
 pub fn score(
     model: &Decoder,
-    adapter: &ActiveAdapter,
+    predictor: Predictor<'_>,
     data: &Dataset,
     choices: &ChoiceRows,
     options: &EvalOptions,
     mut done: impl FnMut(usize),
 ) -> Result<Scores> {
-    let tokens = evaluate(model, adapter, data, options.batch_size, &mut done)?;
+    let batch_size = options.batch_size;
+    let tokens = match predictor {
+        Predictor::One(adapter) => evaluate(model, adapter, data, batch_size, &mut done)?,
+        Predictor::Average(draws) => evaluate_average(model, draws, data, batch_size, &mut done)?,
+    };
     if !tokens.loss.is_finite() {
         return Err(NotFinite {
             what: "the loss".to_owned(),
@@ -75,13 +92,26 @@ pub fn score(
         loss: tokens.loss,
         perplexity: tokens.perplexity,
         token_accuracy: tokens.token_accuracy,
+        draws: match predictor {
+            Predictor::One(_) => None,
+            Predictor::Average(draws) => Some(draws.len()),
+        },
         ..Scores::default()
     };
     if choices.is_empty() {
         return Ok(scores);
     }
-    let log_likelihoods = choices.log_likelihoods(model, adapter, options.batch_size, &mut done)?;
-    let predictions = choices.predictions(&log_likelihoods, options.normalisation)?;
+    let mut of_draws = Vec::new();
+    for adapter in predictor.adapters() {
+        let log_likelihoods = choices.log_likelihoods(model, adapter, batch_size, &mut done)?;
+        of_draws.push(choices.predictions(&log_likelihoods, options.normalisation)?);
+    }
+    let predictions: Vec<Prediction> = (0..choices.len())
+        .filter_map(|row| {
+            let of_row: Vec<Prediction> = of_draws.iter().map(|draw| draw[row].clone()).collect();
+            Prediction::average(&of_row)
+        })
+        .collect();
     scores.accuracy = accuracy(&predictions);
     scores.nll = negative_log_likelihood(&predictions);
     scores.ece = expected_calibration_error(&predictions, options.ece_bins);
@@ -89,4 +119,18 @@ pub fn score(
     scores.auroc = error_detection_auroc(&predictions);
     scores.reliability = reliability(&predictions, options.ece_bins);
     Ok(scores)
+}
+
+impl<'a> Predictor<'a> {
+    fn adapters(self) -> &'a [ActiveAdapter] {
+        match self {
+            Self::One(adapter) => std::slice::from_ref(adapter),
+            Self::Average(draws) => draws,
+        }
+    }
+
+    /// Passes over rows that scoring takes: every row once, every row with choices once for each adapter.
+    pub fn n_steps(self, n_rows: usize, n_choice_rows: usize) -> usize {
+        n_rows + self.adapters().len() * n_choice_rows
+    }
 }

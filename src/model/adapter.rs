@@ -152,6 +152,17 @@ impl ActiveAdapter {
         }
     }
 
+    /// The same adapter with the B of `other` wherever the two have equal values there: draws of one posterior then hold
+    /// one B between them.
+    pub(crate) fn sharing_b(mut self, other: &Self) -> Self {
+        for (site, low_rank) in &mut self.sites {
+            if let Some(shared) = other.sites.get(site) {
+                low_rank.b = shared.b.clone();
+            }
+        }
+        self
+    }
+
     /// The matrices at `site`.
     pub fn get(&self, site: SiteId) -> Option<&LowRank> {
         self.sites.get(&site)

@@ -370,7 +370,7 @@ impl Decoder {
     }
 }
 
-fn split(targets: &[(usize, u32)]) -> (Vec<u32>, Vec<u32>) {
+pub(super) fn split(targets: &[(usize, u32)]) -> (Vec<u32>, Vec<u32>) {
     targets
         .iter()
         .map(|(row, label)| (*row as u32, *label))

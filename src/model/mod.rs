@@ -7,6 +7,7 @@ mod generate;
 mod layer;
 mod load;
 pub mod ops;
+mod predictive;
 
 use std::path::PathBuf;
 
@@ -14,6 +15,8 @@ pub use adapter::{ActiveAdapter, AdapterGradients, Projection, SiteId};
 pub use config::{Family, ModelConfig};
 pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
 pub use generate::{Generation, GenerationSettings};
+pub use predictive::Predictive;
+pub(crate) use predictive::log_mean_exp;
 
 /// What can go wrong in reading or running a decoder.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +72,9 @@ pub enum Error {
         /// Entries of the model's embedding.
         vocab_size: usize,
     },
+    /// An average over no adapters.
+    #[error("an average needs at least one adapter")]
+    NoAdapters,
     /// Weights cannot be held in this type.
     #[error("weights as {0}: the decoder holds them as f32 or bf16")]
     WeightType(&'static str),

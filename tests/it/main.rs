@@ -13,6 +13,7 @@ mod hub;
 #[cfg(feature = "mistralrs")]
 mod operations;
 mod planning;
+mod posterior;
 mod report;
 mod resume;
 #[cfg(feature = "mistralrs")]

@@ -429,7 +429,9 @@ fn what_is_not_supported_is_refused() {
     assert!(config.unsupported().is_empty());
     assert_eq!(
         problems(LEAST, &["eval.posterior_samples=4"]),
-        ["run.toml: [eval] posterior_samples: is not supported yet; set it to 0"]
+        [
+            "run.toml: [eval] posterior_samples: a run evaluates the posterior mean; set it to 0 and use `monteclora eval --posterior-samples` afterwards"
+        ]
     );
 }
 

@@ -1,0 +1,247 @@
+//! The posterior predictive, against plain averages over the directories that `sample` writes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::Device;
+use monteclora::data::{Dataset, EncodeOptions, Encoder, Overlong, TrainOn};
+use monteclora::model::{ActiveAdapter, Decoder, Sequences};
+use monteclora::session;
+use monteclora_converters::Adapter;
+use serde_json::{Value, json};
+
+use crate::cli::{own_adapter, run, tiny};
+use crate::fixtures::adapters;
+
+/// A posterior whose draws differ visibly, with its base and rows to score.
+struct Site {
+    dir: tempfile::TempDir,
+    model: PathBuf,
+    decoder: Decoder,
+}
+
+impl Site {
+    fn new(adapter: &Path, model: &Path, scaler: f64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let copy = dir.path().join("adapter");
+        fs::create_dir(&copy).unwrap();
+        let config = fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
+        let mut config: Value = serde_json::from_str(&config).unwrap();
+        config["monteclora_config"]["sample_scaler"] = json!(scaler);
+        fs::write(copy.join("adapter_config.json"), config.to_string()).unwrap();
+        let weights = "adapter_model.safetensors";
+        fs::copy(adapter.join(weights), copy.join(weights)).unwrap();
+        let rows = [
+            json!({"prompt": "is grass green", "completion": "yes", "choices": ["yes", "no"]}),
+            json!({"prompt": "is snow red", "choices": ["yes", "no", "who can tell"], "answer": 1}),
+            json!({"prompt": "say it", "completion": "once and again"}),
+        ];
+        let rows: String = rows.iter().map(|row| format!("{row}\n")).collect();
+        fs::write(dir.path().join("rows.jsonl"), rows).unwrap();
+        Self {
+            dir,
+            model: model.to_owned(),
+            decoder: Decoder::load(model, &Device::Cpu).unwrap(),
+        }
+    }
+
+    fn at(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    fn eval(&self, more: &[&str]) -> Value {
+        let (model, adapter, rows) = (
+            self.model.display().to_string(),
+            self.at("adapter"),
+            self.at("rows.jsonl"),
+        );
+        let mut arguments = vec!["eval", "-m", &model, "-a", &adapter, "--data", &rows];
+        arguments.extend(more);
+        arguments.push("--json");
+        let found = run(&arguments);
+        assert_eq!(found.code, 0, "{}", found.stderr);
+        serde_json::from_str(&found.stdout).unwrap()
+    }
+
+    /// The draws that `sample` writes for `seed`.
+    fn draws(&self, seed: &str, n_draws: usize) -> Vec<ActiveAdapter> {
+        let output = self.at(&format!("draws-{seed}"));
+        let (adapter, k) = (self.at("adapter"), n_draws.to_string());
+        let sampled = run(&[
+            "sample", &adapter, "-k", &k, "--seed", seed, "-o", &output, "--force",
+        ]);
+        assert_eq!(sampled.code, 0, "{}", sampled.stderr);
+        (0..n_draws)
+            .map(|index| {
+                let draw = Path::new(&output).join(format!("draw-{index:04}"));
+                let draw = Adapter::read(&draw).unwrap();
+                ActiveAdapter::from_adapter(&draw, self.decoder.config(), &Device::Cpu).unwrap()
+            })
+            .collect()
+    }
+
+    /// `[token]`: the probabilities of what follows each token.
+    fn probabilities(&self, tokens: &[u32], adapter: &ActiveAdapter) -> Vec<Vec<f64>> {
+        let logits = self.decoder.logits(&Sequences::new(&[tokens]), adapter);
+        let rows = logits.unwrap().to_vec2::<f32>().unwrap();
+        rows.into_iter()
+            .map(|row| {
+                let powers: Vec<f64> = row.iter().map(|v| f64::from(*v).exp()).collect();
+                let sum: f64 = powers.iter().sum();
+                powers.into_iter().map(|power| power / sum).collect()
+            })
+            .collect()
+    }
+
+    fn encoder(&self) -> Arc<Encoder> {
+        let options = EncodeOptions {
+            train_on: TrainOn::Assistant,
+            apply_chat_template: true,
+            max_seq_length: 256,
+            overlong: Overlong::Error,
+        };
+        session::encoder(&self.model, None, options).unwrap()
+    }
+}
+
+fn average(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let n = values.len() as f64;
+    values.sum::<f64>() / n
+}
+
+fn close(found: &Value, expected: f64, what: &str) {
+    let found = found.as_f64().unwrap_or_else(|| panic!("{what}: {found}"));
+    assert!(
+        (found - expected).abs() < 1e-4 * (1.0 + expected.abs()),
+        "{what}: {found} {expected}"
+    );
+}
+
+/// Bases and adapters with a posterior that our decoder runs.
+fn posteriors() -> Vec<(PathBuf, PathBuf)> {
+    let cases = adapters().into_iter().filter(|case| {
+        !case.must_be_refused()
+            && Adapter::read(&case.dir).is_ok_and(|adapter| adapter.sites[0].posterior.is_some())
+            && Decoder::load(&case.model, &Device::Cpu).is_ok()
+    });
+    let cases: Vec<_> = cases.map(|case| (case.dir, case.model)).collect();
+    assert!(!cases.is_empty(), "no case has a posterior");
+    cases
+}
+
+#[test]
+fn eval_averages_the_probabilities_of_the_draws() {
+    for (adapter, model) in posteriors() {
+        let site = Site::new(&adapter, &model, 0.2);
+        let draws = site.draws("9", 3);
+        let found = site.eval(&["--posterior-samples", "3", "--seed", "9"]);
+        let scores = &found["posterior"];
+        assert_eq!(scores["draws"], 3);
+        assert!(found["mean"].get("draws").is_none());
+        let encoder = site.encoder();
+        let rows = Path::new(&site.at("rows.jsonl")).to_owned();
+        let data = Dataset::open(&rows, None, encoder.clone()).unwrap();
+
+        let (mut loss, mut right, mut n_tokens) = (0.0, 0, 0);
+        for example in 0..data.len() {
+            let example = data.example(example).unwrap();
+            let tokens = &example.input_ids;
+            let of_draws: Vec<_> = draws
+                .iter()
+                .map(|draw| site.probabilities(tokens, draw))
+                .collect();
+            for position in (1..tokens.len()).filter(|position| example.loss_mask[*position]) {
+                let p: Vec<f64> = (0..of_draws[0][0].len())
+                    .map(|token| average(of_draws.iter().map(|draw| draw[position - 1][token])))
+                    .collect();
+                let label = tokens[position] as usize;
+                loss -= p[label].ln();
+                right += usize::from(p.iter().all(|other| *other <= p[label]));
+                n_tokens += 1;
+            }
+        }
+        close(&scores["loss"], loss / f64::from(n_tokens), "loss");
+        let accuracy = right as f64 / f64::from(n_tokens);
+        close(&scores["token_accuracy"], accuracy, "token accuracy");
+
+        let (mut nll, mut brier, mut n_rows) = (0.0, 0.0, 0.0);
+        for row in 0..data.len() {
+            let Some(set) = encoder.choice_tokens(&data.row(row).unwrap().1).unwrap() else {
+                continue;
+            };
+            let mut p = vec![0.0; set.choices.len()];
+            for draw in &draws {
+                let likelihoods: Vec<f64> = set
+                    .choices
+                    .iter()
+                    .map(|choice| {
+                        let p = site.probabilities(&choice.tokens, draw);
+                        (choice.n_prompt..choice.tokens.len())
+                            .map(|position| p[position - 1][choice.tokens[position] as usize])
+                            .product()
+                    })
+                    .collect();
+                let sum: f64 = likelihoods.iter().sum();
+                for (p, likelihood) in p.iter_mut().zip(likelihoods) {
+                    *p += likelihood / sum / draws.len() as f64;
+                }
+            }
+            nll -= p[set.answer].ln();
+            for (choice, p) in p.iter().enumerate() {
+                brier += (p - f64::from(u8::from(choice == set.answer))).powi(2);
+            }
+            n_rows += 1.0;
+        }
+        close(&scores["nll"], nll / n_rows, "NLL");
+        close(&scores["brier"], brier / n_rows, "Brier");
+        let mean = found["mean"]["loss"].as_f64().unwrap();
+        let away = (mean - loss / f64::from(n_tokens)).abs();
+        assert!(away > 1e-4, "the draws say what the mean says");
+    }
+}
+
+#[test]
+fn draws_without_noise_are_the_mean_and_a_seed_repeats() {
+    let (adapter, model) = &posteriors()[0];
+    let still = Site::new(adapter, model, 0.0).eval(&["--posterior-samples", "4"]);
+    for key in ["loss", "token_accuracy", "accuracy", "nll", "brier"] {
+        close(
+            &still["posterior"][key],
+            still["mean"][key].as_f64().unwrap(),
+            key,
+        );
+    }
+    let site = Site::new(adapter, model, 0.2);
+    let draws =
+        |seed| site.eval(&["--posterior-samples", "2", "--seed", seed])["posterior"].clone();
+    assert_eq!(draws("1"), draws("1"));
+    assert_ne!(draws("1"), draws("2"));
+    // The default seed is that of `sample`.
+    let unsaid = site.eval(&["--posterior-samples", "2"]);
+    assert_eq!(unsaid["posterior"], draws("42"));
+    let none = site.eval(&["--posterior-samples", "0"]);
+    assert!(none.get("posterior").is_none());
+}
+
+#[test]
+fn what_has_no_posterior_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    fs::write(&rows, "{\"prompt\": \"a\", \"completion\": \"b\"}\n").unwrap();
+    let (model, rows, plain) = (
+        tiny(),
+        rows.display().to_string(),
+        own_adapter("plain-lora"),
+    );
+    let eval = ["eval", "-m", &model, "--data", &rows];
+    let draws = ["--posterior-samples", "2"];
+    let without = run(&[&eval[..], &draws].concat());
+    assert_eq!(without.code, 2, "{}", without.stderr);
+    assert!(without.stderr.contains("--adapter"), "{}", without.stderr);
+    let found = run(&[&eval[..], &draws, &["-a", &plain]].concat());
+    assert_eq!(found.code, 4, "{}", found.stderr);
+    assert!(found.stderr.contains("posterior"), "{}", found.stderr);
+    let many = ["--posterior-samples", "100000", "-a", &plain];
+    assert_eq!(run(&[&eval[..], &many].concat()).code, 2);
+}
