@@ -316,7 +316,7 @@ pub(crate) async fn count_tokens(
     model: Option<&str>,
     messages: TemplateMessages,
 ) -> Result<Vec<u32>> {
-    tokenize(host, model, either::Either::Left(messages)).await
+    tokenize(host, model, either::Either::Left(messages), ()).await
 }
 
 /// Tokens of a conversation or of plain text, by the engine `model`.
@@ -324,6 +324,7 @@ pub(crate) async fn tokenize(
     host: &MistralRs,
     model: Option<&str>,
     text: either::Either<TemplateMessages, String>,
+    held: impl Send + 'static,
 ) -> Result<Vec<u32>> {
     let (response, receiver) = channel(1);
     let request = TokenizationRequest {
@@ -335,19 +336,23 @@ pub(crate) async fn tokenize(
         reasoning_effort: None,
         response,
     };
-    submit_tokenization(host, model, request, receiver).await
+    submit_tokenization(host, model, request, receiver, held).await
 }
 
 /// Sends a tokenization and waits for it. The receiver must be the request's own: the engine stops if it is gone.
+///
+/// The engine may be at it longer than the caller waits; `held` is kept as long.
 pub(crate) async fn submit_tokenization(
     host: &MistralRs,
     model: Option<&str>,
     request: TokenizationRequest,
     mut receiver: Receiver<anyhow::Result<Vec<u32>>>,
+    held: impl Send + 'static,
 ) -> Result<Vec<u32>> {
     let sender = host.get_sender(model).map_err(engine_error)?;
     // A task of its own: a caller that goes away must not take the receiver with it.
     let work = tokio::spawn(async move {
+        let _held = held;
         sender
             .send(Request::Tokenize(request))
             .await

@@ -70,7 +70,11 @@ fn several_choices_are_answers_of_their_own() {
     let mut streamed = greedy.clone();
     streamed["stream"] = json!(true);
     streamed["stream_options"] = json!({"include_usage": true});
-    let (found, usage) = gathered(&events(server.post(PATH, &streamed)), 3);
+    let chunks = events(server.post(PATH, &streamed));
+    // Clients add up what the chunks hold, so each choice says once who speaks.
+    let roles = chunks.iter().filter(|chunk| chunk.contains("\"role\""));
+    assert_eq!(roles.count(), 3);
+    let (found, usage) = gathered(&chunks, 3);
     let whole = choices[0]["message"]["content"].as_str().expect("a text");
     for (text, ends) in &found {
         // An incomplete character at the end is shown as U+FFFD by one way and left out by the other.

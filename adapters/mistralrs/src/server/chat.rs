@@ -51,7 +51,7 @@ pub(crate) async fn chat_completions(
         .insert("messages".to_owned(), text_messages(messages)?);
     let request = prepare(&app, &body).await?;
     let prompt_tokens = admission
-        .within(&app, count_prompt(&app, &body, &request))
+        .within(&app, count_prompt(&app, &body, &request, &admission))
         .await?;
     let mut exchange = body
         .hand_over(&app, admission, "messages", prompt_tokens)?
@@ -126,7 +126,12 @@ async fn prepare(app: &App, body: &Body) -> Result<NormalRequest, ApiError> {
 }
 
 /// Renders the conversation, which also shows whether the template takes it.
-async fn count_prompt(app: &App, body: &Body, request: &NormalRequest) -> Result<usize, ApiError> {
+async fn count_prompt(
+    app: &App,
+    body: &Body,
+    request: &NormalRequest,
+    admission: &Admission,
+) -> Result<usize, ApiError> {
     let RequestMessage::Chat {
         messages,
         enable_thinking,
@@ -152,7 +157,9 @@ async fn count_prompt(app: &App, body: &Body, request: &NormalRequest) -> Result
         response,
     };
     let engine_id = body.lease.engine_id();
-    let tokens = submit_tokenization(app.registry.host(), Some(engine_id), tokenization, receiver)
+    let held = (body.lease.clone(), admission.places());
+    let host = app.registry.host();
+    let tokens = submit_tokenization(host, Some(engine_id), tokenization, receiver, held)
         .await
         .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
     Ok(tokens.len())

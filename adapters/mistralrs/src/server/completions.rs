@@ -39,7 +39,8 @@ pub(crate) async fn completions(
     let engine_id = body.lease.engine_id();
     let tokenizing = async {
         let text = either::Either::Right(prompt.clone());
-        tokenize(app.registry.host(), Some(engine_id), text)
+        let held = (body.lease.clone(), admission.places());
+        tokenize(app.registry.host(), Some(engine_id), text, held)
             .await
             .map_err(|error| ApiError::invalid("prompt", error.to_string()))
     };

@@ -26,7 +26,7 @@ const CHANNEL_SIZE: usize = 1024;
 /// A place among the requests that are worked on or queued, for each choice asked for.
 pub(crate) struct Admission {
     started: Instant,
-    permit: OwnedSemaphorePermit,
+    places: Vec<Arc<OwnedSemaphorePermit>>,
     _in_flight: Counted,
 }
 
@@ -39,7 +39,7 @@ impl Admission {
         let permit = Semaphore::try_acquire_owned(app.places.clone()).map_err(|_| too_many())?;
         Ok(Self {
             started: Instant::now(),
-            permit,
+            places: vec![Arc::new(permit)],
             _in_flight: app.metrics.in_flight(),
         })
     }
@@ -55,8 +55,13 @@ impl Admission {
         }
         let more = u32::try_from(n_choices.saturating_sub(1)).map_err(|_| too_many())?;
         let permit = Semaphore::try_acquire_many_owned(app.places.clone(), more);
-        self.permit.merge(permit.map_err(|_| too_many())?);
+        self.places.push(Arc::new(permit.map_err(|_| too_many())?));
         Ok(())
+    }
+
+    /// What keeps the places taken, for work that may go on after the request.
+    pub(crate) fn places(&self) -> Vec<Arc<OwnedSemaphorePermit>> {
+        self.places.clone()
     }
 
     /// `work`, unless it takes longer than a whole answer may.
@@ -175,12 +180,15 @@ pub(crate) enum Ending {
     Timeout,
     /// The server stops, and the time to drain is over.
     Stopped,
+    /// The engine is no more.
+    Broken,
 }
 
 impl From<Ending> for ApiError {
     fn from(ending: Ending) -> Self {
         match ending {
             Ending::Timeout => Self::timed_out(),
+            Ending::Broken => Self::internal("the engine failed before the answer's end"),
             Ending::Stopped => Self::unavailable("the server has stopped before the answer's end"),
         }
     }
@@ -230,8 +238,14 @@ impl Keeper {
         let outcome = match self.turn(client).await {
             Err(outcome) => outcome,
             Ok(_turn) => match engine_input.send(choice.request).await {
-                Err(_) => Outcome::Failed,
-                Ok(()) => self.keep(choice.idx, choice.engine, client).await,
+                Err(_) => {
+                    let _ = client.send(Event::Ended(Ending::Broken));
+                    Outcome::Failed
+                }
+                Ok(()) => {
+                    self.keep(choice.idx, choice.engine, engine_input, client)
+                        .await
+                }
             },
         };
         // A client that is gone needs no word of it.
@@ -272,6 +286,7 @@ impl Keeper {
         &self,
         idx: usize,
         mut engine: Receiver<Response>,
+        engine_input: &Sender<Request>,
         client: &UnboundedSender<Event>,
     ) -> Outcome {
         let steps = &self.handover.steps[idx];
@@ -282,6 +297,11 @@ impl Keeper {
                 biased;
                 response = engine.recv() => {
                     let Some(response) = response else {
+                        // An engine that ends on its way, by a panic, lets go of its input before its answers.
+                        if engine_input.is_closed() {
+                            outcome = Outcome::Failed;
+                            let _ = client.send(Event::Ended(Ending::Broken));
+                        }
                         break;
                     };
                     if is_failure(&response) {

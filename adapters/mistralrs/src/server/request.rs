@@ -14,7 +14,7 @@ use super::exchange::{Admission, Handover};
 use super::fields::keep_understood;
 use super::registry::Lease;
 use super::sampling::{keep_to_mistralrs, seeded};
-use super::steps::{SeededDraw, Steps};
+use super::steps::{SeededDraw, Steps, StopWatch};
 use super::tools::hold_to_call;
 use crate::distributed::samples_in_step;
 
@@ -105,7 +105,7 @@ impl Body {
             Some(options) => usage_wanted(&options, stream)?,
             None => false,
         };
-        let stop = stop_texts(&fields)?;
+        let stop = stop_texts(&mut fields)?;
         let bias = token_bias(&mut fields)?;
         let seeded = seeded(&mut fields)?;
         if samples_in_step() {
@@ -168,6 +168,7 @@ impl Body {
                 self.lease.end_tokens.clone(),
                 self.bias.clone(),
                 self.seeded.as_ref().map(|draw| draw.for_choice(idx)),
+                StopWatch::new(&self.stop, &self.lease.tokenizer),
                 // The request waits for its first token, whichever choice has it.
                 (idx == 0).then(|| app.metrics.waiting()),
             ))
@@ -295,16 +296,18 @@ pub(crate) fn flag(fields: &Map<String, Value>, key: &str) -> Result<bool, ApiEr
     }
 }
 
-fn stop_texts(fields: &Map<String, Value>) -> Result<Vec<String>, ApiError> {
+/// The texts that end an answer. mistral.rs must not see them: 0.8.1 cuts an answer at a place in its bytes as they were before what
+/// is no UTF-8 was replaced, and panics where that is within a character.
+fn stop_texts(fields: &mut Map<String, Value>) -> Result<Vec<String>, ApiError> {
     let wrong = || {
         ApiError::invalid(
             "stop",
             "`stop` must be a text or a list of texts, none of them empty",
         )
     };
-    let texts = match fields.get("stop") {
+    let texts = match fields.remove("stop") {
         None => return Ok(Vec::new()),
-        Some(Value::String(text)) => vec![text.clone()],
+        Some(Value::String(text)) => vec![text],
         Some(Value::Array(list)) => list
             .iter()
             .map(|text| text.as_str().map(str::to_owned).ok_or_else(wrong))

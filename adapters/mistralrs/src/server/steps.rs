@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 use mistralrs_core::CustomLogitsProcessor;
+use tokenizers::Tokenizer;
 
 use super::metrics::Counted;
 use crate::distributed::samples_in_step;
@@ -31,6 +32,9 @@ pub(crate) struct Steps {
     /// Added to the logits of these tokens.
     bias: Arc<HashMap<u32, f32>>,
     seeded: Option<SeededDraw>,
+    stop: Option<StopWatch>,
+    /// Tokens of the prompt.
+    n_prompt: OnceLock<usize>,
 }
 
 impl Steps {
@@ -38,6 +42,7 @@ impl Steps {
         end_tokens: Vec<u32>,
         bias: Arc<HashMap<u32, f32>>,
         seeded: Option<SeededDraw>,
+        stop: Option<StopWatch>,
         waiting: Option<Counted>,
     ) -> Self {
         Self {
@@ -49,6 +54,8 @@ impl Steps {
             end_tokens,
             bias,
             seeded,
+            stop,
+            n_prompt: OnceLock::new(),
         }
     }
 
@@ -76,6 +83,11 @@ impl Steps {
 
 impl CustomLogitsProcessor for Steps {
     fn apply(&self, logits: &Tensor, context: &[u32]) -> candle_core::Result<Tensor> {
+        let n_prompt = *self.n_prompt.get_or_init(|| context.len());
+        let answer = context.get(n_prompt..).unwrap_or_default();
+        if self.stop.as_ref().is_some_and(|stop| stop.reached(answer)) {
+            self.cancel();
+        }
         if self.cancelled.load(Ordering::Relaxed) {
             return favour(logits, &self.end_tokens);
         }
@@ -103,6 +115,46 @@ impl CustomLogitsProcessor for Steps {
             }
             None => Ok(logits),
         }
+    }
+}
+
+/// Tells when an answer holds one of the texts that end it. What clients see is cut elsewhere, exactly; this ends the work.
+pub(crate) struct StopWatch {
+    texts: Vec<String>,
+    /// Special tokens among the texts, which are no text of an answer.
+    tokens: Vec<u32>,
+    tokenizer: Arc<Tokenizer>,
+    /// Tokens in which the longest text must show, each being a byte at least.
+    width: usize,
+}
+
+impl StopWatch {
+    /// A watch for `texts`, if there are any.
+    pub(crate) fn new(texts: &[String], tokenizer: &Arc<Tokenizer>) -> Option<Self> {
+        let longest = texts.iter().map(String::len).max()?;
+        let is_special = |token: &u32| {
+            let text = tokenizer.decode(&[*token], true);
+            text.is_ok_and(|text| text.is_empty())
+        };
+        let tokens = texts.iter().filter_map(|text| tokenizer.token_to_id(text));
+        Some(Self {
+            texts: texts.to_vec(),
+            tokens: tokens.filter(is_special).collect(),
+            tokenizer: tokenizer.clone(),
+            width: longest + 4,
+        })
+    }
+
+    fn reached(&self, answer: &[u32]) -> bool {
+        let Some(last) = answer.last() else {
+            return false;
+        };
+        let tail = &answer[answer.len().saturating_sub(self.width)..];
+        self.tokens.contains(last)
+            || self
+                .tokenizer
+                .decode(tail, true)
+                .is_ok_and(|text| self.texts.iter().any(|stop| text.contains(stop)))
     }
 }
 
@@ -266,7 +318,7 @@ mod tests {
 
     #[test]
     fn a_cancelled_request_ends_unless_a_grammar_forbids_it() {
-        let steps = Steps::new(vec![2], Arc::default(), None, None);
+        let steps = Steps::new(vec![2], Arc::default(), None, None, None);
         let logits = Tensor::new(&[3f32, 1.0, -5.0], &Device::Cpu).expect("a tensor");
         let best = |logits: &Tensor| {
             let row: Vec<f32> = steps
@@ -289,7 +341,7 @@ mod tests {
         let logits = Tensor::new(&[3f32, 1.0, 0.0], &Device::Cpu).expect("a tensor");
         for seeded in [None, Some(plain(5))] {
             let bias = Arc::new(HashMap::from([(0, -100.0), (2, 100.0), (999, 100.0)]));
-            let steps = Steps::new(vec![1], bias, seeded, None);
+            let steps = Steps::new(vec![1], bias, seeded, None, None);
             for length in 0..50 {
                 let row: Vec<f32> = steps
                     .apply(&logits, &vec![0; length])

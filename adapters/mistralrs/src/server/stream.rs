@@ -50,6 +50,7 @@ impl Streamed {
     pub(crate) fn into_response(self) -> HttpResponse {
         let choices = (0..self.exchange.n_choices()).map(|_| ChoiceState {
             stop: StopFilter::new(self.stop.clone()),
+            announced: false,
             begun: false,
             ended: false,
         });
@@ -87,6 +88,8 @@ pub(crate) fn now() -> u64 {
 /// How far one choice of a stream is.
 struct ChoiceState {
     stop: StopFilter,
+    /// Whether the client knows who speaks: only the first chunk says so, as clients add up what they get.
+    announced: bool,
     begun: bool,
     ended: bool,
 }
@@ -184,7 +187,10 @@ impl Writer {
     fn push_text(&mut self, idx: usize, text: &str, extra: &Value, reason: Option<&str>) {
         let chunk = match self.streamed.kind {
             Kind::Chat => {
-                let mut delta = json!({"role": "assistant", "content": text});
+                let mut delta = json!({"content": text});
+                if !std::mem::replace(&mut self.choices[idx].announced, true) {
+                    delta["role"] = json!("assistant");
+                }
                 for (key, value) in extra.as_object().into_iter().flatten() {
                     delta[key] = value.clone();
                 }

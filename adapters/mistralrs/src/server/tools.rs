@@ -38,20 +38,23 @@ pub(crate) fn hold_to_call(fields: &mut Map<String, Value>) -> Result<(), ApiErr
     }
     let tools = fields.get("tools").and_then(Value::as_array);
     let functions = tools.into_iter().flatten().map(|tool| &tool["function"]);
-    let calls: Vec<Value> = functions
+    let called: Vec<&Value> = functions
         .filter(|function| wanted.is_none() || function["name"].as_str() == wanted.as_deref())
-        .map(call_schema)
         .collect();
-    let mut schema = match calls.as_slice() {
-        [] => {
-            let wanted = wanted.map_or("a tool".to_owned(), |name| format!("`{name}`"));
-            return Err(wrong(format!(
-                "`tool_choice` asks for {wanted}, which `tools` does not have"
-            )));
-        }
-        [one] => one.clone(),
-        several => json!({"anyOf": several}),
-    };
+    if called.is_empty() {
+        let wanted = wanted.map_or("a tool".to_owned(), |name| format!("`{name}`"));
+        return Err(wrong(format!(
+            "`tool_choice` asks for {wanted}, which `tools` does not have"
+        )));
+    }
+    let mut calls = Vec::new();
+    let mut definitions = Map::new();
+    for (idx, function) in called.into_iter().enumerate() {
+        let place = format!("#/$defs/{idx}");
+        calls.push(call_schema(function, &place));
+        definitions.insert(idx.to_string(), parameters(function, &place));
+    }
+    let mut schema = json!({"anyOf": calls, "$defs": definitions});
     // Between the pieces of JSON at most a space: a small model may otherwise go on with white space to its limit.
     schema["x-guidance"] = json!({"whitespace_pattern": " "});
     fields.insert("tool_choice".to_owned(), json!("auto"));
@@ -62,18 +65,46 @@ pub(crate) fn hold_to_call(fields: &mut Map<String, Value>) -> Result<(), ApiErr
     Ok(())
 }
 
-/// The schema of a call of `function`.
-fn call_schema(function: &Value) -> Value {
-    let arguments = match &function["parameters"] {
-        Value::Null => json!({"type": "object"}),
-        parameters => parameters.clone(),
-    };
+/// The schema of a call of `function`, whose parameters are the definition `place` of the whole.
+fn call_schema(function: &Value, place: &str) -> Value {
     json!({
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+        "properties": {"name": {"const": function["name"]}, "arguments": {"$ref": place}},
         "required": ["name", "arguments"],
         "additionalProperties": false,
     })
+}
+
+/// The schema of the parameters of `function`, moved to `place` of a larger one: what it says about itself is said from there.
+fn parameters(function: &Value, place: &str) -> Value {
+    fn move_references(value: &mut Value, place: &str) {
+        match value {
+            Value::Object(fields) => {
+                for (key, value) in fields {
+                    match value {
+                        Value::String(text) if key == "$ref" && text.starts_with('#') => {
+                            text.replace_range(..1, place);
+                        }
+                        value => move_references(value, place),
+                    }
+                }
+            }
+            Value::Array(list) => {
+                for value in list {
+                    move_references(value, place);
+                }
+            }
+            _ => {}
+        }
+    }
+    match &function["parameters"] {
+        Value::Null => json!({"type": "object"}),
+        parameters => {
+            let mut parameters = parameters.clone();
+            move_references(&mut parameters, place);
+            parameters
+        }
+    }
 }
 
 #[cfg(test)]
@@ -90,6 +121,19 @@ mod tests {
     }
 
     #[test]
+    fn a_schema_is_moved_with_what_it_says_about_itself() {
+        let function = json!({"name": "f", "parameters": {"properties": {"a": {"$ref": "#/$defs/A"},
+            "b": {"items": [{"$ref": "#"}, {"$ref": "https://a.example/b"}]}}, "$defs": {"A": {"enum": ["#/"]}}}});
+        let moved = json!({"properties": {"a": {"$ref": "#/$defs/3/$defs/A"},
+            "b": {"items": [{"$ref": "#/$defs/3"}, {"$ref": "https://a.example/b"}]}}, "$defs": {"A": {"enum": ["#/"]}}});
+        assert_eq!(parameters(&function, "#/$defs/3"), moved);
+        assert_eq!(
+            parameters(&json!({}), "#/$defs/0"),
+            json!({"type": "object"})
+        );
+    }
+
+    #[test]
     fn a_call_that_must_be_made_becomes_a_schema() {
         for free in [json!("auto"), json!("none")] {
             let body = held(free.clone(), json!({"response_format": {"type": "text"}}));
@@ -101,7 +145,7 @@ mod tests {
         let body = held(one.clone(), json!({})).expect("known");
         assert_eq!(body["tool_choice"], "auto");
         let schema = &body["response_format"]["json_schema"]["schema"];
-        assert_eq!(schema["properties"]["name"]["const"], "b");
+        assert_eq!(schema["anyOf"][0]["properties"]["name"]["const"], "b");
         let text = json!({"response_format": {"type": "text"}});
         let any = held(json!("required"), text).expect("known");
         let schema = &any["response_format"]["json_schema"]["schema"];

@@ -1,13 +1,15 @@
 //! One loaded model: what it was made of, its engine in the host, and the removal of that engine when nobody needs it.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::DeviceLocation;
 use mistralrs_core::{
     AddModelConfig, EngineConfig, IsqType, MistralRs, MistralRsBuilder, ModelDType,
 };
+use tokenizers::Tokenizer;
 use tokio::sync::Semaphore;
 
 use super::super::sampling::SamplingDefaults;
@@ -16,7 +18,7 @@ use super::memory::{Memory, Reservation};
 use crate::chat_files::{TextFrame, text_frame};
 use crate::config::{ModelConfig, ServeConfig};
 use crate::distributed::allow_another_model;
-use crate::engine::{scheduler, wait_until_gone};
+use crate::engine::scheduler;
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
 
@@ -134,6 +136,7 @@ pub(crate) struct Generation {
     /// Tokens that end an answer.
     pub(crate) end_tokens: Vec<u32>,
     pub(crate) sampling: SamplingDefaults,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     spec: Spec,
     engine_id: String,
     /// The one turn at an engine that computes on a CPU; see [`Generation::turns`].
@@ -177,6 +180,7 @@ impl Drop for Generation {
             engine_id: std::mem::take(&mut self.engine_id),
             pipeline: self.pipeline.clone(),
             _memory: self.memory.take(),
+            released: Cell::default(),
         });
     }
 }
@@ -262,6 +266,7 @@ impl Host {
             engine_id,
             end_tokens,
             sampling,
+            tokenizer,
             memory,
         } = loaded;
         Arc::new(Generation {
@@ -273,6 +278,7 @@ impl Host {
             frame: checked.frame,
             end_tokens,
             sampling,
+            tokenizer,
             turns: (checked.wanted.spec.device == DeviceLocation::Cpu)
                 .then(|| Arc::new(Semaphore::new(1))),
             spec: checked.wanted.spec,
@@ -290,6 +296,7 @@ struct Loaded {
     pipeline: SharedPipeline,
     end_tokens: Vec<u32>,
     sampling: SamplingDefaults,
+    tokenizer: Arc<Tokenizer>,
     engine_id: String,
     memory: Reservation,
 }
@@ -300,17 +307,21 @@ impl Loaded {
         blocking(move || {
             let pipeline = checked.wanted.loader.load()?;
             memory.reclaim();
-            let (end_tokens, sampling) = {
+            let (end_tokens, sampling, tokenizer) = {
                 let loaded = pipeline.blocking_lock();
                 (
                     loaded.get_metadata().eos_tok.clone(),
                     SamplingDefaults::of(loaded.generation_defaults().as_ref()),
+                    loaded.tokenizer(),
                 )
             };
+            let tokenizer = tokenizer
+                .ok_or_else(|| Error::Engine("the model came without a tokenizer".to_owned()))?;
             Ok(Self {
                 pipeline,
                 end_tokens,
                 sampling,
+                tokenizer,
                 memory,
                 // The serial keeps ids apart when content returns while its former engine still drains.
                 engine_id: format!("{}@{}.{serial}", checked.wanted.name(), checked.hash),
@@ -330,6 +341,24 @@ struct Retired {
     pipeline: WeakPipeline,
     /// Counted as in use until the weights are gone.
     _memory: Option<Reservation>,
+    /// When nobody held the weights any more.
+    released: Cell<Option<Instant>>,
+}
+
+impl Retired {
+    /// Whether the engine, which ends at its next step, or the destructor of its weights may still be at it.
+    fn is_in_memory(&self) -> bool {
+        if self.pipeline.strong_count() > 0 {
+            return true;
+        }
+        let since = self.released.get().unwrap_or_else(Instant::now);
+        self.released.set(Some(since));
+        let is_gone = since.elapsed() >= DESTRUCTION;
+        if is_gone {
+            tracing::info!(engine_id = self.engine_id, "engine removed");
+        }
+        !is_gone
+    }
 }
 
 /// Removes engines whose last lease has gone, on a thread of its own: removal blocks, which a task must not do.
@@ -342,25 +371,29 @@ impl Reaper {
         std::thread::Builder::new()
             .name("engine-reaper".to_owned())
             .spawn(move || {
-                for retired in receiver {
+                let mut leaving = Vec::new();
+                loop {
+                    let retired = if leaving.is_empty() {
+                        receiver
+                            .recv()
+                            .map_err(|_| mpsc::RecvTimeoutError::Disconnected)
+                    } else {
+                        receiver.recv_timeout(DESTRUCTION)
+                    };
                     let Some(host) = host.upgrade() else {
                         return;
                     };
-                    let engine_id = &retired.engine_id;
-                    if let Err(error) = host.remove_model(engine_id) {
-                        tracing::debug!(engine_id, error, "engine kept");
-                        continue;
-                    }
-                    drop(host);
-                    // The engine ends at its next step and lets the weights go.
-                    match wait_until_gone(&retired.pipeline) {
-                        Ok(()) => {
-                            std::thread::sleep(DESTRUCTION);
-                            tracing::info!(engine_id, "engine removed");
+                    match retired {
+                        Ok(retired) => match host.remove_model(&retired.engine_id) {
+                            Ok(()) => leaving.push(retired),
+                            Err(error) => {
+                                tracing::debug!(retired.engine_id, error, "engine kept");
+                            }
+                        },
+                        Err(mpsc::RecvTimeoutError::Timeout) => {
+                            leaving.retain(Retired::is_in_memory);
                         }
-                        Err(error) => {
-                            tracing::warn!(engine_id, %error, "its memory is not given back");
-                        }
+                        Err(mpsc::RecvTimeoutError::Disconnected) => return,
                     }
                 }
             })
