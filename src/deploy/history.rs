@@ -35,6 +35,9 @@ pub struct Record {
     pub directory: PathBuf,
     /// The generation that it replaced.
     pub previous: Option<String>,
+    /// Name of the base that it was served on, where the server tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
 }
 
 /// The releases of one alias, below `adapter_root/alias`, for one command at a time.
@@ -130,7 +133,12 @@ impl Releases {
     ///
     /// # Errors
     /// As [`Self::store`] and [`Self::record`].
-    pub fn adopt(&mut self, generation: &str, source: &str) -> Result<(), Error> {
+    pub fn adopt(
+        &mut self,
+        generation: &str,
+        source: &str,
+        base: Option<&str>,
+    ) -> Result<(), Error> {
         if self.find(generation).is_some() {
             return Ok(());
         }
@@ -141,7 +149,7 @@ impl Releases {
             return Ok(());
         }
         let directory = self.store(&adapter)?;
-        self.record(Action::Adopt, generation, &directory, None)
+        self.record(Action::Adopt, generation, &directory, None, base)
     }
 
     /// Whether a release is still there.
@@ -159,6 +167,7 @@ impl Releases {
         generation: &str,
         directory: &Path,
         previous: Option<&str>,
+        base: Option<&str>,
     ) -> Result<(), Error> {
         let now = chrono::DateTime::<chrono::Utc>::from(SystemTime::now());
         self.history.push(Record {
@@ -167,6 +176,7 @@ impl Releases {
             generation: generation.to_owned(),
             directory: directory.to_owned(),
             previous: previous.map(str::to_owned),
+            base: base.map(str::to_owned),
         });
         let dir = self.root.join(&self.alias);
         let path = dir.join(HISTORY);
@@ -187,13 +197,22 @@ impl Releases {
         Ok(())
     }
 
-    /// The release that served before `current`: the last one in the history that is another and still there.
+    /// The release that `current` replaced when it last came; where that is not known or gone, the last one in the history before
+    /// it that is another and still there.
     pub fn before(&self, current: &str) -> Option<&Record> {
-        let end = self
+        let last = self
             .history
             .iter()
-            .rposition(|record| record.generation == current)
-            .unwrap_or(self.history.len());
+            .rposition(|record| record.generation == current);
+        let replaced = last.and_then(|last| {
+            let previous = self.history[last].previous.as_deref()?;
+            self.find(previous)
+                .filter(|record| record.generation != current)
+        });
+        if replaced.is_some() {
+            return replaced;
+        }
+        let end = last.unwrap_or(self.history.len());
         self.history[..end]
             .iter()
             .rev()

@@ -63,7 +63,8 @@ pub struct RolledBack {
     pub answers: Vec<Answered>,
 }
 
-/// Puts `adapter` into service as `alias`, on the base `model` if given, else on the server's choice.
+/// Puts `adapter` into service as `alias`, on the base `model` if given, else on that of the generation it replaces or the server's
+/// choice.
 ///
 /// The release is loaded under another name first and asked; only then it replaces the generation that was being served when
 /// this began, and is asked again. If that fails the former generation comes back.
@@ -82,13 +83,17 @@ pub fn deploy(
     if let Some(current) = &current
         && let Some(source) = &current.source
     {
-        releases.adopt(&current.generation, source)?;
+        releases.adopt(&current.generation, source, current.parent.as_deref())?;
     }
+    let former_base = current
+        .as_ref()
+        .and_then(|current| current.parent.as_deref());
+    let base = model.or(former_base);
     let directory = releases.store(adapter)?;
     let path = portable(&directory);
     let canary_name = format!("{alias}-canary");
     tracing::info!("loading the canary `{canary_name}`");
-    let canary_generation = server.load_over(&canary_name, &path, model)?;
+    let canary_generation = server.load_over(&canary_name, &path, base)?;
     let canary = ask(server, &canary_name, check);
     // Its memory is needed for the swap; a canary that stays is a nuisance, not a failure.
     if let Err(error) = server.unload(&canary_name, None) {
@@ -106,9 +111,11 @@ pub fn deploy(
     let can_roll_back = previous
         .as_deref()
         .is_some_and(|previous| releases.find(previous).is_some());
-    if previous.as_ref() == Some(&canary_generation) {
+    // Equal content on another base is another model.
+    let base_stays = former_base.is_none() || base == former_base;
+    if base_stays && previous.as_ref() == Some(&canary_generation) {
         if !can_roll_back {
-            releases.record(Action::Adopt, &canary_generation, &directory, None)?;
+            releases.record(Action::Adopt, &canary_generation, &directory, None, base)?;
         }
         return Ok(Deployed {
             alias: alias.to_owned(),
@@ -123,10 +130,11 @@ pub fn deploy(
     }
 
     tracing::info!("swapping `{alias}`");
-    let generation = server.load(alias, &path, model, previous.as_deref())?;
+    let generation = server.load(alias, &path, base, previous.as_deref())?;
     match verify(server, alias, &generation, check) {
         Ok(answers) => {
-            releases.record(Action::Deploy, &generation, &directory, previous.as_deref())?;
+            let previous_name = previous.as_deref();
+            releases.record(Action::Deploy, &generation, &directory, previous_name, base)?;
             Ok(Deployed {
                 alias: alias.to_owned(),
                 same_answers: answers == canary,
@@ -153,6 +161,7 @@ pub fn deploy(
                     &generation,
                     previous.as_deref(),
                     source.as_deref(),
+                    former_base,
                 ),
             })
         }
@@ -166,14 +175,23 @@ fn undo(
     failed: &str,
     previous: Option<&str>,
     source: Option<&str>,
+    base: Option<&str>,
 ) -> String {
     let outcome = match (previous, source) {
         (None, _) => server
             .unload(alias, Some(failed))
             .map(|()| format!("`{alias}` was unloaded")),
         (Some(previous), Some(source)) => server
-            .load(alias, source, None, Some(failed))
-            .map(|_| format!("`{alias}` was rolled back to {previous}")),
+            .load(alias, source, base, Some(failed))
+            .map(|now| {
+                if now == previous {
+                    format!("`{alias}` was rolled back to {previous}")
+                } else {
+                    format!(
+                        "`{alias}` answers from {now}, which is what `{source}` holds now: {previous} is no more"
+                    )
+                }
+            }),
         (Some(previous), None) => {
             return format!(
                 "`{alias}` still answers from {failed}: where {previous} came from is not known here"
@@ -210,7 +228,8 @@ pub fn roll_back(
         )));
     };
     let path = portable(&record.directory);
-    let generation = server.load(alias, &path, None, Some(&current.generation))?;
+    let base = record.base.as_deref().or(current.parent.as_deref());
+    let generation = server.load(alias, &path, base, Some(&current.generation))?;
     let answers = verify(server, alias, &generation, check).map_err(|reason| Error::Check {
         stage: "verification",
         reason,
@@ -221,6 +240,7 @@ pub fn roll_back(
         &generation,
         &record.directory,
         Some(&current.generation),
+        base,
     )?;
     Ok(RolledBack {
         alias: alias.to_owned(),

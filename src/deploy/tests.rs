@@ -20,6 +20,8 @@ struct State {
     /// Alias to generation and source.
     adapters: BTreeMap<String, (String, String)>,
     busy: usize,
+    /// Base that the list gives the adapters; mistral.rs 0.9 gives none.
+    parent: Option<String>,
     /// Model names whose questions fail.
     mute: Vec<String>,
     log: Vec<String>,
@@ -124,10 +126,12 @@ fn refuse_body(body: &Value, known: &[&str]) -> Option<(u16, Value)> {
 
 fn answer(method: &str, path: &str, body: &Value, state: &mut State) -> (u16, Value) {
     state.log.push(format!(
-        "{method} {path} {}",
-        body["lora_name"].as_str().unwrap_or_default()
+        "{method} {path} {} {}",
+        body["lora_name"].as_str().unwrap_or_default(),
+        body["model"].as_str().unwrap_or_default()
     ));
-    let object = |alias: &str, entry: &(String, String)| json!({"id": alias, "object": "lora_adapter", "source": entry.1, "generation": entry.0, "rank": 4, "bytes": 1});
+    let parent = state.parent.clone();
+    let object = |alias: &str, entry: &(String, String)| json!({"id": alias, "object": "lora_adapter", "source": entry.1, "parent": parent, "generation": entry.0, "rank": 4, "bytes": 1});
     match (method, path) {
         ("GET", "/health") => (200, json!({})),
         ("GET", "/v1/models") => {
@@ -350,6 +354,73 @@ fn deploy_swap_roll_back_and_the_history_of_it() {
     let (one, two) = (one.generation.as_str(), two.generation.as_str());
     assert_eq!(generations, [one, two, one, two]);
     assert_eq!(history[2].action, Action::Rollback);
+}
+
+/// What a release replaced is known from its record, whatever else came between.
+#[test]
+fn a_rollback_is_to_what_was_served_before() {
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let server = Imitation::start(root.path());
+    let client = server.client();
+    let [first, second] = adapters();
+    let mut third = second.clone();
+    third.sites.truncate(1);
+    let mut releases = Releases::open(root.path(), "a").expect("opened");
+    let mut go = |adapter: &Adapter| {
+        let done = deploy(&client, &mut releases, adapter, "a", None, &check(&[]));
+        done.expect("deployed").generation
+    };
+    let one = go(&first);
+    let two = go(&second);
+    assert_ne!(one, two);
+    server.with(|state| state.mute.push("a".to_owned()));
+    let failed = roll_back(&client, &mut releases, "a", None, &check(&[]));
+    let failed = failed.expect_err("mute").to_string();
+    assert!(failed.contains(&one), "{failed}");
+    server.with(|state| state.mute.clear());
+    let mut go = |adapter: &Adapter| {
+        let done = deploy(&client, &mut releases, adapter, "a", None, &check(&[]));
+        done.expect("deployed")
+    };
+    assert_eq!(go(&third).previous.as_ref(), Some(&one));
+    let back = roll_back(&client, &mut releases, "a", None, &check(&[])).expect("back");
+    assert_eq!(back.generation, one);
+}
+
+/// The way back leads to the former base, and says what it found where the former adapter was overwritten.
+#[test]
+fn an_undone_swap_says_what_is_served() {
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let server = Imitation::start(root.path());
+    let client = server.client();
+    let [first, second] = adapters();
+    let options = monteclora_converters::LoraOptions::default();
+    let by_hand = root.path().join("by-hand");
+    first.write_lora(&by_hand, &options).expect("written");
+    let former = client.load_over("a", "by-hand", None).expect("loaded");
+    server.with(|state| {
+        state.parent = Some("other".to_owned());
+        state.mute.push("a".to_owned());
+    });
+    std::fs::remove_dir_all(&by_hand).expect("removed");
+    let mut third = second.clone();
+    third.sites.truncate(1);
+    third.write_lora(&by_hand, &options).expect("written");
+    let mut releases = Releases::open(root.path(), "a").expect("opened");
+    let error = deploy(&client, &mut releases, &second, "a", None, &check(&[]));
+    let error = error.expect_err("mute").to_string();
+    let now = server.generation("a").expect("served");
+    assert_ne!(now, former);
+    assert!(
+        error.contains(&now) && !error.contains("was rolled back"),
+        "{error}"
+    );
+    let loads = server.with(|state| state.log.clone());
+    let loads = loads.iter().filter(|line| line.contains("/v1/load"));
+    assert!(
+        loads.skip(1).all(|line| line.ends_with(" other")),
+        "the canary, the swap and the way back are on the same base"
+    );
 }
 
 #[test]

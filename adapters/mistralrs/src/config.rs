@@ -185,8 +185,9 @@ impl ServeFile {
             path: path.to_path_buf(),
             message,
         })?;
-        let root = path.parent().unwrap_or(Path::new(""));
-        file.anchor(root);
+        // Whole paths, so that what is recorded of them means the same wherever the server is started from.
+        let path = std::path::absolute(path).map_err(Error::io("find", path))?;
+        file.anchor(path.parent().unwrap_or(Path::new("")));
         Ok(file)
     }
 

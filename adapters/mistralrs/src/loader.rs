@@ -69,6 +69,8 @@ pub struct MonteCloraLoader {
 /// Files ready for mistral.rs, in a directory that goes when this does.
 struct Staged {
     paths: LocalModelPaths<PathBuf>,
+    /// Fingerprint of the adapter that was merged.
+    adapter: Option<String>,
     _dir: TempDir,
 }
 
@@ -133,7 +135,7 @@ impl MonteCloraLoader {
             Some(source) => Adapter::read(source)?.collapse().fingerprint(),
             None => base_fingerprint(&ModelFiles::open(&self.base)?)?,
         };
-        Ok(digest.chars().take(12).collect())
+        Ok(shortened(&digest))
     }
 
     /// Estimated bytes of the weights in memory, from the headers of the base's files. The adapter changes nothing about it.
@@ -155,6 +157,21 @@ impl MonteCloraLoader {
     /// # Errors
     /// [`Error::Unsupported`] and [`Error::Format`] before mistral.rs is started; [`Error::Load`] if it fails itself.
     pub fn load(&self) -> Result<SharedPipeline> {
+        Ok(self.load_with_fingerprint()?.0)
+    }
+
+    /// As [`Self::load`], with the [`generation`](Self::generation) that the weights in memory are: files may change between a
+    /// check and a load.
+    pub(crate) fn load_generation(&self) -> Result<(SharedPipeline, String)> {
+        let (pipeline, adapter) = self.load_with_fingerprint()?;
+        let digest = match adapter {
+            Some(digest) => digest,
+            None => base_fingerprint(&ModelFiles::open(&self.base)?)?,
+        };
+        Ok((pipeline, shortened(&digest)))
+    }
+
+    fn load_with_fingerprint(&self) -> Result<(SharedPipeline, Option<String>)> {
         let dtype = match self.dtype {
             ModelDType::Auto if self.device.is_cpu() => ModelDType::F32,
             dtype => dtype,
@@ -177,7 +194,12 @@ impl MonteCloraLoader {
         self.load_from(&self.base, request)
     }
 
-    fn load_from<D>(&self, base: &Path, request: LoadRequest<D>) -> Result<SharedPipeline>
+    /// The model, and the fingerprint of the adapter in it.
+    fn load_from<D>(
+        &self,
+        base: &Path,
+        request: LoadRequest<D>,
+    ) -> Result<(SharedPipeline, Option<String>)>
     where
         D: TryIntoDType + Send + 'static,
     {
@@ -209,14 +231,15 @@ impl MonteCloraLoader {
             name: self.name.clone(),
             message,
         };
-        std::thread::Builder::new()
+        let pipeline = std::thread::Builder::new()
             .name("mistralrs-load".to_owned())
             .spawn(move || catch_unwind(AssertUnwindSafe(run)))
             .map_err(Error::io("start a thread for", base))?
             .join()
             .unwrap_or_else(Err)
             .map_err(|panic| failed(panic_text(panic.as_ref())))?
-            .map_err(|error| failed(format!("{error:#}")))
+            .map_err(|error| failed(format!("{error:#}")))?;
+        Ok((pipeline, staged.adapter.clone()))
     }
 
     fn open_base(&self, base: &Path) -> Result<(ModelFiles, NormalisedConfig)> {
@@ -287,6 +310,7 @@ impl MonteCloraLoader {
         write_json(&config, &normalised.json)?;
         // A later file wins in mistral.rs, so the merged tensors come last.
         let mut filenames: Vec<PathBuf> = files.files().to_vec();
+        let fingerprint = adapter.as_ref().map(Adapter::fingerprint);
         if let Some(adapter) = adapter {
             let overlay = dir.path().join("overlay.safetensors");
             write_overlay(&files, &adapter, &overlay)?;
@@ -304,9 +328,15 @@ impl MonteCloraLoader {
                 processor_config: None,
                 chat_template_json_filename: None,
             },
+            adapter: fingerprint,
             _dir: dir,
         })
     }
+}
+
+/// What clients see of a fingerprint.
+fn shortened(digest: &str) -> String {
+    digest.chars().take(12).collect()
 }
 
 /// What mistral.rs is asked for, owned so that it can move to another thread.
@@ -340,7 +370,7 @@ impl Loader for MonteCloraLoader {
             isq: in_situ_quant,
             paged_attention: paged_attn_config,
         };
-        Ok(self.load_from(&self.base, request)?)
+        Ok(self.load_from(&self.base, request)?.0)
     }
 
     /// Loads the model whose `config.json` is in `paths`; weights, tokenizer and template are taken from its directory.
@@ -380,7 +410,7 @@ impl Loader for MonteCloraLoader {
             isq: in_situ_quant,
             paged_attention: paged_attn_config,
         };
-        Ok(self.load_from(base, request)?)
+        Ok(self.load_from(base, request)?.0)
     }
 
     fn get_id(&self) -> String {

@@ -92,11 +92,12 @@ impl Registry {
             Some(file) => file.read()?,
             None => RunTimeState::default(),
         };
-        forget_overtaken(&mut state, &config.models);
         if let Some(file) = &state_file {
             // Found out now rather than when the first adapter is loaded.
             file.write(&state)?;
         }
+        let recorded = state.clone();
+        forget_overtaken(&mut state, &config.models);
         let plan = Plan {
             models: config.models.clone(),
             settings: EngineSettings::of(config),
@@ -133,6 +134,8 @@ impl Registry {
             let lease = registry.start(checked).await?;
             registry.publish(lease);
         }
+        // Not before all is served: a configuration that cannot be served overtakes nothing.
+        registry.plan.lock().await.record(&recorded)?;
         Ok(registry)
     }
 
@@ -183,6 +186,7 @@ impl Registry {
         let mut applied = Applied::default();
         let mut names = IndexMap::new();
         let mut new_bases = HashSet::new();
+        let mut kept = Vec::new();
         for checked in next.check().await? {
             let name = checked.wanted.name().to_owned();
             let current = self.read_table().names.get(&name).cloned();
@@ -192,6 +196,7 @@ impl Registry {
             };
             let lease = match current {
                 Some(lease) if parent_stays && checked.is(&lease) => {
+                    kept.push((lease.clone(), checked));
                     applied.kept.push(name.clone());
                     lease
                 }
@@ -208,6 +213,9 @@ impl Registry {
             names.insert(name, lease);
         }
         next.record(&plan.state)?;
+        for (lease, checked) in kept {
+            lease.is_also(&checked);
+        }
         let former = {
             let mut table = self.write_table();
             table.default_model.clone_from(&config.default_model);
@@ -229,10 +237,10 @@ impl Registry {
     /// Requests in flight finish on the generation they began with. On failure the old generation goes on serving.
     pub(crate) async fn load_adapter(&self, load: AdapterLoad<'_>) -> Result<Lease> {
         let mut plan = self.plan.lock().await;
-        let (current, default) = {
+        let (current, default_model) = {
             let table = self.read_table();
-            let default = table.names.get(&table.default_model).cloned();
-            (table.names.get(load.name).cloned(), default)
+            let current = table.names.get(load.name).cloned();
+            (current, table.default_model.clone())
         };
         check_expected(load.name, current.as_ref(), load.expected)?;
         let in_place = load.in_place || load.expected.is_some();
@@ -242,17 +250,30 @@ impl Registry {
         {
             return Err(Error::NameTaken(load.name.to_owned()));
         }
-        let default = default.map(|lease| lease.parent.clone().unwrap_or(lease.name.clone()));
+        let declared_parent = declared(&plan.models, load.name).map(|(parent, _)| parent);
+        let served_parent = current.as_ref().and_then(|lease| lease.parent.as_deref());
+        // The default model may be an adapter, and one that is not served now.
+        let default =
+            declared(&plan.models, &default_model).map_or(&*default_model, |(parent, _)| parent);
         let parent = load
             .model
-            .map(str::to_owned)
-            .or(current.as_ref().and_then(|lease| lease.parent.clone()))
-            .or(default);
+            .or(declared_parent)
+            .or(served_parent)
+            .unwrap_or(default);
+        if let Some(declared) = declared_parent.filter(|declared| *declared != parent) {
+            return Err(Error::setting(
+                "model",
+                format!(
+                    "serve.toml has `{}` on the base `{declared}`; load it there, or change the file",
+                    load.name
+                ),
+            ));
+        }
         let model = plan
             .models
             .iter()
-            .find(|model| Some(&model.name) == parent.as_ref())
-            .ok_or_else(|| Error::UnknownName(parent.unwrap_or_default()))?;
+            .find(|model| model.name == parent)
+            .ok_or_else(|| Error::UnknownName(parent.to_owned()))?;
         let wanted = Wanted::new(model, Some((load.name, load.source)), plan.settings)?;
         let checked = blocking(move || wanted.check()).await?;
         let change = Change {
@@ -264,15 +285,18 @@ impl Registry {
             generation: Some(checked.hash.clone()),
             replaces: declared(&plan.models, load.name).map(|(_, source)| source.to_path_buf()),
         };
-        let same_content = |lease: &Lease| {
-            lease.hash == checked.hash && lease.parent.as_ref() == Some(&change.parent)
-        };
-        let (lease, is_new) = match current.filter(same_content) {
-            Some(lease) => (lease, false),
-            None => (self.start(checked).await?, true),
-        };
-        plan.change(load.name, change)?;
-        Ok(if is_new { self.publish(lease) } else { lease })
+        match current.filter(|lease| checked.is(lease)) {
+            Some(lease) => {
+                plan.change(load.name, change)?;
+                lease.is_also(&checked);
+                Ok(lease)
+            }
+            None => {
+                let lease = self.start(checked).await?;
+                plan.change(load.name, change)?;
+                Ok(self.publish(lease))
+            }
+        }
     }
 
     /// Stops serving the adapter `name`; requests in flight finish.

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use candle_core::DeviceLocation;
@@ -36,15 +36,15 @@ impl EngineSettings {
     }
 }
 
-/// All that an engine is made of, the content of its files apart.
+/// All that an engine is made of, besides the base's files and the adapter, which the generation's hash stands for.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Spec {
     base: PathBuf,
-    source: Option<PathBuf>,
     dtype: ModelDType,
     isq: Option<IsqType>,
     device: DeviceLocation,
-    chat_template: Option<PathBuf>,
+    /// Content of the template that replaces the model's own.
+    chat_template: Option<Vec<u8>>,
     settings: EngineSettings,
 }
 
@@ -72,11 +72,14 @@ impl Wanted {
             parent: source.map(|_| model.name.clone()),
             spec: Spec {
                 base: model.base.clone(),
-                source: source.map(Path::to_path_buf),
                 dtype: model.dtype,
                 isq: model.isq,
                 device: model.device.location(),
-                chat_template: model.chat_template.clone(),
+                // One that cannot be read is found by the check.
+                chat_template: model
+                    .chat_template
+                    .as_ref()
+                    .and_then(|path| std::fs::read(path).ok()),
                 settings,
             },
         })
@@ -84,6 +87,10 @@ impl Wanted {
 
     pub(crate) fn name(&self) -> &str {
         self.loader.name()
+    }
+
+    fn source(&self) -> Option<PathBuf> {
+        self.loader.adapter().map(Path::to_path_buf)
     }
 
     /// Checks the files and hashes their content; blocking.
@@ -138,6 +145,8 @@ pub(crate) struct Generation {
     pub(crate) sampling: SamplingDefaults,
     pub(crate) tokenizer: Arc<Tokenizer>,
     spec: Spec,
+    /// The adapter's directory, of several with this content the one that was loaded last.
+    source: Mutex<Option<PathBuf>>,
     engine_id: String,
     /// The one turn at an engine that computes on a CPU; see [`Generation::turns`].
     turns: Option<Arc<Semaphore>>,
@@ -169,8 +178,19 @@ impl Generation {
     }
 
     /// The adapter's directory, which clients must not see as it is.
-    pub(crate) fn source(&self) -> Option<&Path> {
-        self.spec.source.as_deref()
+    pub(crate) fn source(&self) -> Option<PathBuf> {
+        self.lock_source().clone()
+    }
+
+    /// Notes that the same content was loaded from where `checked` was.
+    pub(crate) fn is_also(&self, checked: &Checked) {
+        *self.lock_source() = checked.wanted.source();
+    }
+
+    fn lock_source(&self) -> MutexGuard<'_, Option<PathBuf>> {
+        self.source
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -269,6 +289,7 @@ impl Host {
             tokenizer,
             memory,
         } = loaded;
+        let source = checked.wanted.source();
         Arc::new(Generation {
             name: checked.wanted.name().to_owned(),
             parent: checked.wanted.parent,
@@ -281,6 +302,7 @@ impl Host {
             tokenizer,
             turns: (checked.wanted.spec.device == DeviceLocation::Cpu)
                 .then(|| Arc::new(Semaphore::new(1))),
+            source: Mutex::new(source),
             spec: checked.wanted.spec,
             engine_id,
             pipeline: Arc::downgrade(&pipeline),
@@ -305,8 +327,17 @@ impl Loaded {
     async fn new(checked: Checked, serial: u64, memory: &Arc<Memory>) -> Result<Self> {
         let memory = memory.reserve(checked.wanted.name(), checked.weight_bytes)?;
         blocking(move || {
-            let pipeline = checked.wanted.loader.load()?;
+            let (pipeline, hash) = checked.wanted.loader.load_generation()?;
             memory.reclaim();
+            if hash != checked.hash {
+                return Err(Error::Load {
+                    name: checked.wanted.name().to_owned(),
+                    message: format!(
+                        "its files changed from {} to {hash} while it was loaded; load it again when nothing writes them",
+                        checked.hash
+                    ),
+                });
+            }
             let (end_tokens, sampling, tokenizer) = {
                 let loaded = pipeline.blocking_lock();
                 (

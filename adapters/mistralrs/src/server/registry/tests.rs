@@ -274,3 +274,129 @@ fn a_restart_serves_what_was_loaded_at_run_time() {
         "{error}"
     );
 }
+
+/// What is announced is what is in memory, also where a trainer writes while models are loaded.
+#[test]
+fn files_that_change_between_check_and_load_are_not_served() {
+    let site = Site::new();
+    run(async {
+        let config = site.config("", &[]);
+        let registry = Registry::load(&config).await.expect("loaded");
+        let source = site.path("one");
+        let adapter = Some(("a", source.as_path()));
+        let wanted = Wanted::new(&config.models[0], adapter, EngineSettings::of(&config));
+        let checked = blocking(|| wanted.and_then(Wanted::check)).await;
+        let other = "adapter_model.safetensors";
+        for file in ["adapter_config.json", other] {
+            fs::copy(site.path("two").join(file), source.join(file)).expect("overwritten");
+        }
+        let error = registry.start(checked.expect("sound")).await;
+        let error = error.err().expect("refused").to_string();
+        assert!(error.contains("changed"), "{error}");
+        engines(&registry, 1).await;
+    });
+}
+
+#[test]
+fn a_start_that_fails_forgets_nothing() {
+    let site = Site::new();
+    let config = site.config("", &[]);
+    run(async {
+        let registry = Registry::load(&config).await.expect("loaded");
+        let source = site.path("one");
+        registry
+            .load_adapter(load("b", &source))
+            .await
+            .expect("loaded");
+    });
+    fs::create_dir(site.path("broken")).expect("created");
+    let wrong = site.config("", &[("b", "broken")]);
+    run(async { assert!(Registry::load(&wrong).await.is_err()) });
+    run(async {
+        let registry = Registry::load(&config).await.expect("loaded");
+        assert!(
+            registry.lease(Some("b")).is_some(),
+            "it was loaded at run time"
+        );
+    });
+    // Where the configuration is sound, it wins, and for good.
+    let right = site.config("", &[("b", "two")]);
+    run(async { Registry::load(&right).await.expect("loaded") });
+    run(async {
+        let registry = Registry::load(&config).await.expect("loaded");
+        assert!(registry.lease(Some("b")).is_none());
+    });
+}
+
+#[test]
+fn an_adapter_is_loaded_on_the_base_that_the_file_gives_it() {
+    let site = Site::new();
+    let second = format!(
+        "[[models]]\nmodel_id = '{}'\nname = 'second'\ndevice.cpu = true",
+        site.base
+    );
+    run(async {
+        let mut config = site.config(&second, &[("b", "one")]);
+        config.default_model = "b".to_owned();
+        let registry = Registry::load(&config).await.expect("loaded");
+        let source = site.path("two");
+        let elsewhere = AdapterLoad {
+            model: Some("base"),
+            ..load("b", &source)
+        };
+        let error = registry.load_adapter(elsewhere).await;
+        let error = error.err().expect("refused").to_string();
+        assert!(error.contains("`second`"), "{error}");
+        registry.unload_adapter("b", None).await.expect("unloaded");
+        for name in ["b", "c"] {
+            let lease = registry.load_adapter(load(name, &source)).await;
+            assert_eq!(lease.expect("loaded").parent.as_deref(), Some("second"));
+        }
+    });
+}
+
+#[test]
+fn equal_content_from_elsewhere_is_the_same_adapter() {
+    let site = Site::new();
+    run(async {
+        let config = site.config("", &[]);
+        let registry = Registry::load(&config).await.expect("loaded");
+        let (one, copy) = (site.path("one"), site.path("copy"));
+        let first = registry
+            .load_adapter(load("a", &one))
+            .await
+            .expect("loaded");
+        fs::create_dir(&copy).expect("created");
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(one.join(file), copy.join(file)).expect("copied");
+        }
+        let second = registry
+            .load_adapter(load("a", &copy))
+            .await
+            .expect("loaded");
+        assert!(Arc::ptr_eq(&first, &second));
+        assert_eq!(first.source().as_ref(), Some(&copy));
+        let applied = registry.apply(&config).await.expect("applied");
+        assert_eq!(applied.kept, ["base", "a"]);
+    });
+}
+
+#[test]
+fn an_edited_template_is_another_model() {
+    let site = Site::new();
+    let template = site.dir.path().join("template.jinja");
+    let write = |end: &str| {
+        let text = "{% for message in messages %}{{ message.content }}{% endfor %}";
+        fs::write(&template, format!("{text}{end}")).expect("written");
+    };
+    write("");
+    run(async {
+        let config = site.config("chat_template = 'template.jinja'", &[]);
+        let registry = Registry::load(&config).await.expect("loaded");
+        let kept = registry.apply(&config).await.expect("applied").kept;
+        assert_eq!(kept, ["base"]);
+        write("!");
+        let replaced = registry.apply(&config).await.expect("applied").replaced;
+        assert_eq!(replaced, ["base"]);
+    });
+}
