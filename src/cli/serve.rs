@@ -82,9 +82,6 @@ pub struct DeployArgs {
     /// The canary.
     #[command(flatten)]
     pub check: CheckArgs,
-    /// Accept an adapter that changes nothing.
-    #[arg(long)]
-    pub force: bool,
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,

@@ -3,11 +3,14 @@
 use anyhow::Result;
 
 use super::deploy::{check, server};
-use super::{print, print_json};
+use super::{Usage, print, print_json};
 use crate::cli::RollbackArgs;
 use crate::deploy::{self, Releases};
 
 pub(super) fn run(args: &RollbackArgs) -> Result<()> {
+    if args.to.as_deref() == Some("") {
+        return Err(Usage("--to is empty; give a generation".to_owned()).into());
+    }
     let server = server(&args.server)?;
     let mut releases = Releases::open(&args.adapter_root, &args.alias)?;
     let done = deploy::roll_back(

@@ -62,6 +62,9 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
     }
     for (alias, history) in &releases {
         text.push_str(&format!("releases of {alias}, oldest first\n"));
+        if history.as_array().is_none_or(Vec::is_empty) {
+            text.push_str("  none\n");
+        }
         for record in history.as_array().into_iter().flatten() {
             let field = |key: &str| record[key].as_str().unwrap_or_default().to_owned();
             text.push_str(&format!(

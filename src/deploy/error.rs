@@ -48,6 +48,9 @@ pub enum Error {
         /// The server's words, with every problem.
         message: String,
     },
+    /// A name that is no adapter's.
+    #[error("`{0}` is a base model of the server; give the adapter another --alias")]
+    BaseName(String),
     /// Somebody else changed the alias meanwhile.
     #[error("the alias changed while this ran: {0}; look with `monteclora status`, and try again")]
     Conflict(String),
@@ -103,6 +106,7 @@ impl Error {
             Self::Url { .. }
             | Self::Unauthorized { .. }
             | Self::NoEndpoint { .. }
+            | Self::BaseName(_)
             | Self::NothingToRestore(_)
             | Self::Release { .. } => 2,
             Self::Refused { .. } | Self::Format(_) => 4,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use monteclora_converters::Adapter;
 use serde::Serialize;
 
-use super::client::AdapterServer;
+use super::client::{AdapterServer, ServedModel};
 use super::error::Error;
 use super::history::{Action, Releases};
 
@@ -80,6 +80,10 @@ pub fn deploy(
     check: &Check,
 ) -> Result<Deployed, Error> {
     let current = server.adapter(alias)?;
+    let is_base = |model: &ServedModel| model.id == alias && model.parent.is_none();
+    if current.is_none() && server.models()?.iter().any(is_base) {
+        return Err(Error::BaseName(alias.to_owned()));
+    }
     if let Some(current) = &current
         && let Some(source) = &current.source
     {

@@ -424,6 +424,27 @@ fn an_undone_swap_says_what_is_served() {
 }
 
 #[test]
+fn the_name_of_a_base_is_refused_before_anything_is_written() {
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let server = Imitation::start(root.path());
+    let [first, _] = adapters();
+    let mut releases = Releases::open(root.path(), "base").expect("opened");
+    let refused = deploy(
+        &server.client(),
+        &mut releases,
+        &first,
+        "base",
+        None,
+        &check(&[]),
+    );
+    let error = refused.expect_err("refused");
+    assert!(matches!(error, Error::BaseName(_)), "{error}");
+    assert_eq!(error.exit_code(), 2);
+    let written = std::fs::read_dir(root.path().join("base")).expect("there");
+    assert!(written.count() <= 1, "the lock at most");
+}
+
+#[test]
 fn a_bad_canary_changes_nothing_and_a_bad_swap_is_undone() {
     let root = tempfile::tempdir().expect("a temporary directory");
     let server = Imitation::start(root.path());

@@ -175,6 +175,13 @@ impl ServeFile {
     /// [`Error::NotFound`], or [`Error::Config`] naming every value of a wrong type, and every unknown key with the nearest
     /// known one.
     pub fn read(path: &Path) -> Result<Self> {
+        // A pipe would never end, or give nothing at a reload.
+        if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            return Err(Error::Config {
+                path: path.to_path_buf(),
+                message: "not a regular file".to_owned(),
+            });
+        }
         let text = fs::read_to_string(path).map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => {
                 Error::not_found(path, "the configuration does not exist")

@@ -43,7 +43,7 @@ pub enum Error {
     },
     /// An adapter whose update is zero at every site.
     #[error(
-        "the adapter `{}` changes nothing: B A = 0 at every site; train it, or load it with force if that is meant",
+        "the adapter `{}` changes nothing: B A = 0 at every site; train it first",
         .path.display()
     )]
     ZeroEffect {
@@ -92,6 +92,14 @@ pub enum Error {
         expected: String,
         /// The generation being served.
         found: String,
+    },
+    /// What is wrong with one of several models or adapters.
+    #[error("`{name}`: {source}")]
+    Of {
+        /// Its public name.
+        name: String,
+        /// What is wrong.
+        source: Box<Error>,
     },
     /// Several things at once.
     #[error("{}", join(.0))]
@@ -148,6 +156,7 @@ impl Error {
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => 2,
             Self::Io { .. } | Self::Engine(_) => 1,
             Self::Interrupted => 130,
+            Self::Of { source, .. } => source.exit_code(),
             Self::Several(errors) => errors.first().map_or(1, Self::exit_code),
         }
     }
@@ -166,6 +175,7 @@ impl Error {
         match self {
             Self::Format(error) => error.problems(),
             Self::Unsupported { problems, .. } => &problems.0,
+            Self::Of { source, .. } => source.problems(),
             _ => &[],
         }
     }

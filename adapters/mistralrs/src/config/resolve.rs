@@ -152,10 +152,17 @@ impl ServeFile {
             Some(_) => {}
         }
         let tls = match (&self.server.tls_cert, &self.server.tls_key) {
-            (Some(cert), Some(key)) => Some(TlsFiles {
-                cert: cert.clone(),
-                key: key.clone(),
-            }),
+            (Some(cert), Some(key)) => {
+                for (name, file) in [("server.tls_cert", cert), ("server.tls_key", key)] {
+                    if !file.is_file() {
+                        note(name, format!("`{}` is no file", file.display()));
+                    }
+                }
+                Some(TlsFiles {
+                    cert: cert.clone(),
+                    key: key.clone(),
+                })
+            }
             (None, None) => None,
             (Some(_), None) => {
                 note(

@@ -90,14 +90,23 @@ impl MonteCloraLoaderBuilder {
 }
 
 /// Refuses names that cannot be a model's public name: empty, a path, or with characters that routing needs.
+/// Longest public name, bytes.
+const MAX_NAME: usize = 200;
+
 pub(crate) fn check_public_name(name: &str) -> Result<()> {
-    let allowed = |c: char| c.is_alphanumeric() || "-_.:/ ".contains(c);
-    let is_path = name.starts_with(['/', '.', '~']) || name.contains("..") || name.contains('\\');
-    if name.is_empty() || name == "default" || is_path || !name.chars().all(allowed) {
+    let allowed = |c: char| c.is_alphanumeric() || "-_.:/".contains(c);
+    let is_path =
+        name.starts_with(['/', '.', '~', '-']) || name.contains("..") || name.contains('\\');
+    if name.is_empty()
+        || name.len() > MAX_NAME
+        || name == "default"
+        || is_path
+        || !name.chars().all(allowed)
+    {
         return Err(Error::setting(
             "name",
             format!(
-                "`{name}` cannot be a public model name; use letters, digits, `-`, `_`, `.`, `:` and `/`, not a path and not `default`"
+                "`{name}` cannot be a public model name; use up to {MAX_NAME} letters, digits, `-`, `_`, `.`, `:` and slashes, not a path, not `default`, no `-` first"
             ),
         ));
     }

@@ -19,7 +19,10 @@ use super::registry::{AdapterLoad, Lease};
 use super::reload::Reloaded;
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "an object with lora_name and lora_path"
+)]
 struct LoadRequest {
     lora_name: String,
     lora_path: PathBuf,
@@ -30,7 +33,7 @@ struct LoadRequest {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with lora_name")]
 struct UnloadRequest {
     lora_name: String,
     expected_generation: Option<String>,
@@ -174,6 +177,13 @@ fn confine(root: &Path, path: &Path) -> Result<PathBuf, ApiError> {
     if full == root || !full.starts_with(root) {
         return Err(outside());
     }
+    let unreadable = |_| ApiError::invalid("lora_path", "cannot be read as a directory");
+    for entry in full.read_dir().map_err(unreadable)? {
+        let file = entry.map_err(unreadable)?.path();
+        if file.is_symlink() && !file.canonicalize().is_ok_and(|file| file.starts_with(root)) {
+            return Err(outside());
+        }
+    }
     Ok(full)
 }
 
@@ -194,8 +204,25 @@ mod tests {
         );
         assert!(confine(&root, &root.join("a")).is_ok());
         #[cfg(unix)]
-        std::os::unix::fs::symlink(&secret, root.join("link")).expect("linked");
-        for path in ["..", "../secret", "a/../../secret", "/etc", ".", "", "link"] {
+        {
+            std::fs::write(secret.join("file"), "").expect("written");
+            std::os::unix::fs::symlink(&secret, root.join("link")).expect("linked");
+            for (dir, to) in [("leaves", secret.join("file")), ("stays", root.join("a"))] {
+                std::fs::create_dir(root.join(dir)).expect("created");
+                std::os::unix::fs::symlink(to, root.join(dir).join("file")).expect("linked");
+            }
+            confine(&root, Path::new("stays")).expect("a link within the root");
+        }
+        for path in [
+            "..",
+            "../secret",
+            "a/../../secret",
+            "/etc",
+            ".",
+            "",
+            "link",
+            "leaves",
+        ] {
             let error = confine(&root, Path::new(path)).expect_err("outside");
             assert_eq!(
                 error.body()["error"]["code"],
@@ -203,7 +230,10 @@ mod tests {
                 "{path}"
             );
         }
-        let missing = confine(&root, Path::new("a/c")).expect_err("missing");
-        assert_eq!(missing.body()["error"]["param"], "lora_path");
+        std::fs::write(root.join("a/file"), "").expect("written");
+        for wrong in ["a/c", "a/file"] {
+            let error = confine(&root, Path::new(wrong)).expect_err("no directory");
+            assert_eq!(error.body()["error"]["param"], "lora_path");
+        }
     }
 }

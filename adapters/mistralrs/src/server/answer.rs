@@ -42,11 +42,12 @@ impl ApiError {
         error
     }
 
-    pub(crate) fn unauthorized() -> Self {
+    /// `key` says whose.
+    pub(crate) fn unauthorized(key: &str) -> Self {
         Self::new(
             StatusCode::UNAUTHORIZED,
             "invalid_api_key",
-            "a valid key is needed, sent as `Authorization: Bearer KEY`",
+            format!("{key} is needed, sent as `Authorization: Bearer KEY`"),
         )
     }
 
@@ -189,7 +190,11 @@ impl ApiError {
     /// Why a configuration that was read again is not used: 422 for all that is wrong with the file itself.
     pub(crate) fn from_reload(error: Error) -> Self {
         match error {
-            Error::Setting { .. } | Error::NotFound { .. } | Error::Several(_) => Self::new(
+            Error::Setting { .. }
+            | Error::NotFound { .. }
+            | Error::Config { .. }
+            | Error::Of { .. }
+            | Error::Several(_) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "configuration_refused",
                 error.to_string(),

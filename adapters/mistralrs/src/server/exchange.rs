@@ -194,11 +194,22 @@ impl From<Ending> for ApiError {
     }
 }
 
+impl From<Ending> for Outcome {
+    fn from(ending: Ending) -> Self {
+        match ending {
+            Ending::Timeout => Self::TimedOut,
+            Ending::Stopped => Self::Stopped,
+            Ending::Broken => Self::Failed,
+        }
+    }
+}
+
 /// How an answer ended; of several choices, the last in this order counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Outcome {
     Finished,
     Canceled,
+    Stopped,
     TimedOut,
     Failed,
 }
@@ -208,6 +219,7 @@ impl Outcome {
         match self {
             Self::Finished => "finished",
             Self::Canceled => "canceled",
+            Self::Stopped => "stopped",
             Self::TimedOut => "timeout",
             Self::Failed => "failed",
         }
@@ -266,7 +278,7 @@ impl Keeper {
             () = client.closed() => Err(self.left()),
             ending = self.ending() => {
                 let _ = client.send(Event::Ended(ending));
-                Err(Outcome::TimedOut)
+                Err(ending.into())
             }
             turn = turns.acquire_owned() => turn.map(Some).map_err(|_| Outcome::Failed),
         }
@@ -323,9 +335,13 @@ impl Keeper {
                 }
                 ending = self.ending(), if is_awaited => {
                     is_awaited = false;
-                    outcome = Outcome::TimedOut;
+                    outcome = ending.into();
                     let _ = client.send(Event::Ended(ending));
                     steps.cancel();
+                    // The process is about to end, with the engine and whatever else it is at.
+                    if ending == Ending::Stopped {
+                        break;
+                    }
                 }
             }
         }

@@ -79,7 +79,7 @@ pub(crate) async fn require_key(
     if keys.api.is_empty() || key.is_some_and(|key| keys.api.holds(key) | keys.admin.holds(key)) {
         Ok(next.run(request).await)
     } else {
-        Err(ApiError::unauthorized())
+        Err(ApiError::unauthorized("a valid key"))
     }
 }
 
@@ -96,7 +96,7 @@ pub(crate) async fn require_admin_key(
     if open || key.is_some_and(|key| keys.admin.holds(key)) {
         Ok(next.run(request).await)
     } else {
-        Err(ApiError::unauthorized())
+        Err(ApiError::unauthorized("an administrator's key"))
     }
 }
 

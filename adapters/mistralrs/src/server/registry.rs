@@ -244,10 +244,10 @@ impl Registry {
         };
         check_expected(load.name, current.as_ref(), load.expected)?;
         let in_place = load.in_place || load.expected.is_some();
-        if current
-            .as_ref()
-            .is_some_and(|lease| lease.parent.is_none() || !in_place)
-        {
+        if current.as_ref().is_some_and(|lease| lease.parent.is_none()) {
+            return Err(not_an_adapter(load.name));
+        }
+        if current.is_some() && !in_place {
             return Err(Error::NameTaken(load.name.to_owned()));
         }
         let declared_parent = declared(&plan.models, load.name).map(|(parent, _)| parent);
@@ -306,10 +306,7 @@ impl Registry {
         check_expected(name, current.as_ref(), expected)?;
         let lease = current.ok_or_else(|| Error::UnknownName(name.to_owned()))?;
         let Some(parent) = lease.parent.clone() else {
-            return Err(Error::setting(
-                "lora_name",
-                format!("`{name}` is a base model, not an adapter"),
-            ));
+            return Err(not_an_adapter(name));
         };
         let replaces = declared(&plan.models, name).map(|(_, source)| source.to_path_buf());
         if replaces.is_some() {
@@ -323,7 +320,14 @@ impl Registry {
         } else {
             plan.forget(name)?;
         }
-        self.write_table().names.shift_remove(name);
+        let mut table = self.write_table();
+        table.names.shift_remove(name);
+        if table.default_model == name {
+            tracing::warn!(
+                name,
+                "the default model is unloaded: requests that name none are refused"
+            );
+        }
         Ok(lease)
     }
 
@@ -377,7 +381,10 @@ impl Plan {
                             "the adapter `{name}`, loaded at run time, cannot be served again: {error}; restore it, or remove its entry"
                         ),
                     },
-                    _ => error,
+                    _ => Error::Of {
+                        name,
+                        source: Box::new(error),
+                    },
                 }),
             }
         }
@@ -466,6 +473,13 @@ fn forget_overtaken(state: &mut RunTimeState, models: &[ModelConfig]) {
             "a change made at run time gives way to the changed configuration"
         );
     }
+}
+
+fn not_an_adapter(name: &str) -> Error {
+    Error::setting(
+        "lora_name",
+        format!("`{name}` is a base model, not an adapter; give another name"),
+    )
 }
 
 fn check_expected(name: &str, current: Option<&Lease>, expected: Option<&str>) -> Result<()> {
