@@ -19,7 +19,7 @@ pub use data::{
     ColorArg, DataCheckArgs, DataCommand, DataPreviewArgs, DataSourceArgs, DataStatsArgs,
 };
 pub use serve::{CheckArgs, DeployArgs, RollbackArgs, ServeArgs, ServerArgs, StatusArgs};
-pub use train::{EvalArgs, InitArgs, QuickstartArgs, ReportArgs, TrainArgs};
+pub use train::{EvalArgs, InitArgs, PredictArgs, QuickstartArgs, ReportArgs, TrainArgs};
 
 /// Fine-tune language models with MonteCLoRA (Bayesian LoRA) and serve the result with mistral.rs.
 #[derive(Debug, Parser)]
@@ -57,6 +57,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Scores of a base and an adapter on a data file: loss, perplexity, token accuracy, multiple choice, calibration.
     Eval(EvalArgs),
+    /// Answers to a prompt or to the rows of a file, and how sure the posterior is of them.
+    Predict(PredictArgs),
     /// One self-contained HTML page about a training run.
     Report(ReportArgs),
     /// Data files: every bad row, rows with what is trained marked, lengths.

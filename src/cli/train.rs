@@ -113,6 +113,45 @@ pub struct EvalArgs {
     pub json: bool,
 }
 
+/// `predict`
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("question").required(true).args(["prompt", "data"]))]
+pub struct PredictArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory; its posterior mean answers.
+    #[arg(short, long)]
+    pub adapter: Option<PathBuf>,
+    /// The user's message.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Rows to answer; their own answers are not looked at. Rows with `choices` are answered by one of them.
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Posterior draws that say how sure the answer is; takes about 2 K times the time of the answer.
+    #[arg(long, value_name = "K", requires = "adapter")]
+    pub posterior_samples: Option<usize>,
+    /// Seed of the draws; the same seed gives those of `sample`.
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    /// Most tokens of an answer.
+    #[arg(long, default_value_t = 256)]
+    pub max_tokens: usize,
+    /// Questions at a time.
+    #[arg(long, default_value_t = 8)]
+    pub batch_size: usize,
+    /// Take prompts as bare text instead of as a conversation.
+    #[arg(long)]
+    pub no_chat_template: bool,
+    /// Compare choices by log-likelihood a token instead of the log-likelihood of the whole choice.
+    #[arg(long)]
+    pub length_normalised: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `report`
 #[derive(Debug, Args)]
 pub struct ReportArgs {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use monteclora_converters::{Adapter, ModelFiles};
 use serde::Serialize;
 
-use super::{Usage, device, print, print_json, require_fit, weight_type};
+use super::{Usage, device, draws_asked, print, print_json, require_fit, weight_type};
 use crate::cli::EvalArgs;
 use crate::data::{DataError, Dataset, EncodeOptions, Overlong, RowSchema, TrainOn, splits};
 use crate::eval::{
@@ -28,9 +28,6 @@ struct Report {
     posterior: Option<Scores>,
 }
 
-/// Most posterior draws: each is an adapter in memory.
-const MAX_DRAWS: usize = 1000;
-
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let weights = weight_type(args.model.options.dtype)?;
     for (flag, value) in [
@@ -41,13 +38,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             return Err(Usage(format!("{flag} 0: expected at least 1")).into());
         }
     }
-    let n_draws = args.posterior_samples.unwrap_or(0);
-    if n_draws > MAX_DRAWS {
-        return Err(Usage(format!(
-            "--posterior-samples {n_draws}: expected at most {MAX_DRAWS}"
-        ))
-        .into());
-    }
+    let n_draws = draws_asked(args.posterior_samples)?;
     let adapter = args
         .adapter
         .as_ref()

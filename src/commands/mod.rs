@@ -17,6 +17,7 @@ mod inspect;
 mod merge;
 #[cfg(feature = "mistralrs")]
 mod parity;
+mod predict;
 mod quickstart;
 mod report;
 #[cfg(feature = "mistralrs")]
@@ -73,6 +74,7 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Init(args) => init::run(args),
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Predict(args) => predict::run(args),
         Command::Report(args) => report::run(args),
         Command::Data(command) => data::run(command),
         Command::Collapse(args) => collapse::run(args),
@@ -201,6 +203,19 @@ fn format_code(error: &monteclora_converters::Error) -> Option<u8> {
         Error::UnknownTarget(_) | Error::Setting { .. } | Error::Exists { .. } => Some(2),
         Error::Io { .. } => None,
         _ => Some(4),
+    }
+}
+
+/// What `--posterior-samples` asks for.
+fn draws_asked(posterior_samples: Option<usize>) -> Result<usize> {
+    /// Each is an adapter in memory.
+    const MOST: usize = 1000;
+    match posterior_samples.unwrap_or(0) {
+        n_draws if n_draws > MOST => Err(Usage(format!(
+            "--posterior-samples {n_draws}: expected at most {MOST}"
+        ))
+        .into()),
+        n_draws => Ok(n_draws),
     }
 }
 

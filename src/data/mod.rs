@@ -30,7 +30,7 @@ pub use example::{
 pub use row_file::RowFile;
 pub use rows::{
     Choices, FieldNames, FieldProblem, Message, Role, Row, RowContent, RowFormat, parse_named_row,
-    parse_row,
+    parse_question, parse_row,
 };
 pub use source::{Source, Split, directory_has, splits};
 pub use stats::{Bin, LengthSummary, Stats, histogram};

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use fields::FieldNames;
-pub use read::{parse_named_row, parse_row};
+pub use read::{parse_named_row, parse_question, parse_row};
 
 /// Who speaks in a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -46,6 +46,17 @@ impl Prediction {
         })
     }
 
+    /// The distribution over the choices.
+    pub fn probabilities(&self) -> &[f64] {
+        &self.probabilities
+    }
+
+    /// Entropy of the distribution, nats.
+    pub fn entropy(&self) -> f64 {
+        let positive = self.probabilities.iter().filter(|p| **p > 0.0);
+        -positive.map(|p| p * p.ln()).sum::<f64>()
+    }
+
     /// The most likely choice; the first of several.
     pub fn choice(&self) -> usize {
         (1..self.probabilities.len()).fold(0, |best, idx| {

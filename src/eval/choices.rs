@@ -65,6 +65,11 @@ impl ChoiceRows {
         Ok(Self { rows })
     }
 
+    /// Rows that are tokens already.
+    pub fn new(rows: Vec<ChoiceSet>) -> Self {
+        Self { rows }
+    }
+
     /// The number of rows with choices.
     pub fn len(&self) -> usize {
         self.rows.len()

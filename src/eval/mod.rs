@@ -3,10 +3,12 @@
 pub mod calibration;
 mod choices;
 mod draws;
+mod predict;
 mod scores;
 
 pub use choices::{ChoiceRows, LengthNormalisation};
 pub use draws::posterior_draws;
+pub use predict::{Answer, Answerer, ChoiceProbability, Question, Uncertainty};
 pub use scores::{EvalOptions, Predictor, Scores, score};
 
 /// A score that is not a number: the model or the adapter holds values it should not.

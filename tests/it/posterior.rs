@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Device;
-use monteclora::data::{Dataset, EncodeOptions, Encoder, Overlong, TrainOn};
+use monteclora::data::{
+    ChoiceSet, ChoiceTokens, Dataset, EncodeOptions, Encoder, Overlong, TrainOn, parse_question,
+};
 use monteclora::model::{ActiveAdapter, Decoder, Sequences};
 use monteclora::session;
 use monteclora_converters::Adapter;
@@ -94,6 +96,45 @@ impl Site {
             .collect()
     }
 
+    /// The distribution over the choices of a row.
+    fn choices(&self, set: &ChoiceSet, adapter: &ActiveAdapter) -> Vec<f64> {
+        let likelihood = |choice: &ChoiceTokens| -> f64 {
+            let p = self.probabilities(&choice.tokens, adapter);
+            (choice.n_prompt..choice.tokens.len())
+                .map(|position| p[position - 1][choice.tokens[position] as usize])
+                .product()
+        };
+        let likelihoods: Vec<f64> = set.choices.iter().map(likelihood).collect();
+        let sum: f64 = likelihoods.iter().sum();
+        likelihoods.into_iter().map(|l| l / sum).collect()
+    }
+
+    /// The greedy answer and whether a stop token ended it, one whole pass a token.
+    fn greedy(&self, prompt: &[u32], adapter: &ActiveAdapter, most: usize) -> (Vec<u32>, bool) {
+        let encoder = self.encoder();
+        let stops = encoder.tokenizer().stop_ids(encoder.template());
+        let mut tokens = prompt.to_vec();
+        while tokens.len() < prompt.len() + most {
+            let p = self.probabilities(&tokens, adapter).pop().unwrap();
+            let best = (0..p.len()).max_by(|a, b| p[*a].total_cmp(&p[*b])).unwrap() as u32;
+            if stops.contains(&best) {
+                return (tokens[prompt.len()..].to_vec(), true);
+            }
+            tokens.push(best);
+        }
+        (tokens[prompt.len()..].to_vec(), false)
+    }
+
+    fn predict(&self, more: &[&str]) -> Value {
+        let (model, adapter) = (self.model.display().to_string(), self.at("adapter"));
+        let mut arguments = vec!["predict", "-m", &model, "-a", &adapter, "--max-tokens", "6"];
+        arguments.extend(more);
+        arguments.push("--json");
+        let found = run(&arguments);
+        assert_eq!(found.code, 0, "{}", found.stderr);
+        serde_json::from_str::<Value>(&found.stdout).unwrap()["answers"].clone()
+    }
+
     fn encoder(&self) -> Arc<Encoder> {
         let options = EncodeOptions {
             train_on: TrainOn::Assistant,
@@ -170,23 +211,10 @@ fn eval_averages_the_probabilities_of_the_draws() {
             let Some(set) = encoder.choice_tokens(&data.row(row).unwrap().1).unwrap() else {
                 continue;
             };
-            let mut p = vec![0.0; set.choices.len()];
-            for draw in &draws {
-                let likelihoods: Vec<f64> = set
-                    .choices
-                    .iter()
-                    .map(|choice| {
-                        let p = site.probabilities(&choice.tokens, draw);
-                        (choice.n_prompt..choice.tokens.len())
-                            .map(|position| p[position - 1][choice.tokens[position] as usize])
-                            .product()
-                    })
-                    .collect();
-                let sum: f64 = likelihoods.iter().sum();
-                for (p, likelihood) in p.iter_mut().zip(likelihoods) {
-                    *p += likelihood / sum / draws.len() as f64;
-                }
-            }
+            let of_draws: Vec<_> = draws.iter().map(|draw| site.choices(&set, draw)).collect();
+            let p: Vec<f64> = (0..set.choices.len())
+                .map(|choice| average(of_draws.iter().map(|draw| draw[choice])))
+                .collect();
             nll -= p[set.answer].ln();
             for (choice, p) in p.iter().enumerate() {
                 brier += (p - f64::from(u8::from(choice == set.answer))).powi(2);
@@ -244,4 +272,187 @@ fn what_has_no_posterior_is_refused() {
     assert!(found.stderr.contains("posterior"), "{}", found.stderr);
     let many = ["--posterior-samples", "100000", "-a", &plain];
     assert_eq!(run(&[&eval[..], &many].concat()).code, 2);
+}
+
+fn entropy(p: &[f64]) -> f64 {
+    -p.iter()
+        .filter(|p| **p > 0.0)
+        .map(|p| p * p.ln())
+        .sum::<f64>()
+}
+
+/// `(H(mean), mean of H)` of several distributions.
+fn entropies(of_draws: &[&[f64]]) -> (f64, f64) {
+    let mean: Vec<f64> = (0..of_draws[0].len())
+        .map(|idx| average(of_draws.iter().map(|draw| draw[idx])))
+        .collect();
+    (
+        entropy(&mean),
+        average(of_draws.iter().map(|draw| entropy(draw))),
+    )
+}
+
+#[test]
+fn predict_says_what_the_draws_say() {
+    let rows = [
+        json!({"prompt": "is grass green", "choices": ["yes", "no", "who can tell"]}),
+        json!({"prompt": "say it"}),
+        json!({"messages": [{"role": "user", "content": "and again"}]}),
+    ];
+    for (adapter, model) in posteriors() {
+        let site = Site::new(&adapter, &model, 0.2);
+        let path = site.at("questions.jsonl");
+        let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+        fs::write(&path, lines).unwrap();
+        let draws = site.draws("9", 3);
+        let asked = ["--data", &path, "--posterior-samples", "3", "--seed", "9"];
+        let answers = site.predict(&asked);
+        assert_eq!(answers.as_array().unwrap().len(), 3);
+        let encoder = site.encoder();
+        let mean = Adapter::read(Path::new(&site.at("adapter"))).unwrap();
+        let mean = ActiveAdapter::from_adapter(&mean, site.decoder.config(), &Device::Cpu).unwrap();
+        for (row, answer) in rows.iter().zip(answers.as_array().unwrap()) {
+            let uncertainty = &answer["uncertainty"];
+            assert_eq!(uncertainty["draws"], 3);
+            let row = parse_question(row.to_string().as_bytes()).unwrap();
+            let (predictive, expected, n_agreeing) = match encoder.choice_tokens(&row).unwrap() {
+                Some(set) => {
+                    let of_draws: Vec<_> =
+                        draws.iter().map(|draw| site.choices(&set, draw)).collect();
+                    let found = answer["choices"].as_array().unwrap();
+                    let mut best = 0;
+                    for (idx, choice) in found.iter().enumerate() {
+                        let p = average(of_draws.iter().map(|draw| draw[idx]));
+                        let away = of_draws.iter().map(|draw| (draw[idx] - p).powi(2));
+                        close(&choice["probability"], p, "probability");
+                        close(&choice["std"], average(away).sqrt(), "std");
+                        if choice["probability"].as_f64() > found[best]["probability"].as_f64() {
+                            best = idx;
+                        }
+                    }
+                    assert_eq!(answer["text"], found[best]["text"]);
+                    let agrees = |draw: &&Vec<f64>| draw.iter().all(|p| *p <= draw[best]);
+                    let slices: Vec<&[f64]> = of_draws.iter().map(Vec::as_slice).collect();
+                    let (predictive, expected) = entropies(&slices);
+                    (predictive, expected, of_draws.iter().filter(agrees).count())
+                }
+                None => {
+                    assert!(answer.get("choices").is_none());
+                    let prompt = encoder.row_prompt(&row).unwrap();
+                    let (tokens, stopped) = site.greedy(&prompt, &mean, 6);
+                    let text = encoder.tokenizer().decode(&tokens, true).unwrap();
+                    assert_eq!(answer["text"], text.as_str());
+                    let whole = [prompt.as_slice(), &tokens].concat();
+                    let of_draws: Vec<_> = draws
+                        .iter()
+                        .map(|draw| site.probabilities(&whole, draw))
+                        .collect();
+                    let n_steps = tokens.len() + usize::from(stopped);
+                    let steps = (prompt.len() - 1..prompt.len() - 1 + n_steps).map(|position| {
+                        let slices: Vec<&[f64]> =
+                            of_draws.iter().map(|draw| &*draw[position]).collect();
+                        entropies(&slices)
+                    });
+                    let steps: Vec<_> = steps.collect();
+                    let agrees = |draw: &&ActiveAdapter| {
+                        site.greedy(&prompt, draw, 6) == (tokens.clone(), stopped)
+                    };
+                    (
+                        average(steps.iter().map(|step| step.0)),
+                        average(steps.iter().map(|step| step.1)),
+                        draws.iter().filter(agrees).count(),
+                    )
+                }
+            };
+            close(
+                &uncertainty["predictive_entropy"],
+                predictive,
+                "predictive entropy",
+            );
+            close(
+                &uncertainty["expected_entropy"],
+                expected,
+                "expected entropy",
+            );
+            let between = &uncertainty["mutual_information"];
+            close(between, predictive - expected, "mutual information");
+            assert!(between.as_f64().unwrap() > 1e-6, "the draws say the same");
+            close(
+                &uncertainty["agreement"],
+                n_agreeing as f64 / 3.0,
+                "agreement",
+            );
+        }
+    }
+}
+
+#[test]
+fn one_draw_or_none_knows_nothing_of_disagreement() {
+    let (adapter, model) = &posteriors()[0];
+    let site = Site::new(adapter, model, 0.2);
+    let rows = site.at("rows.jsonl");
+    let number = |value: &Value| value.as_f64().unwrap();
+    let one = site.predict(&["--data", &rows, "--posterior-samples", "1"]);
+    for answer in one.as_array().unwrap() {
+        let found = &answer["uncertainty"];
+        assert!(number(&found["mutual_information"]) < 1e-5, "{found}");
+        assert!([0.0, 1.0].contains(&number(&found["agreement"])), "{found}");
+        for choice in answer["choices"].as_array().into_iter().flatten() {
+            assert_eq!(choice["std"], 0.0);
+        }
+    }
+    let still = Site::new(adapter, model, 0.0);
+    let rows = still.at("rows.jsonl");
+    let still = still.predict(&["--data", &rows, "--posterior-samples", "3"]);
+    let plain = site.predict(&["--data", &rows]);
+    for (answer, plain) in still
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(plain.as_array().unwrap())
+    {
+        assert_eq!(answer["text"], plain["text"]);
+        assert_eq!(answer["uncertainty"]["agreement"], 1.0);
+        assert!(number(&answer["uncertainty"]["mutual_information"]) < 1e-5);
+        assert!(plain.get("uncertainty").is_none());
+    }
+    let prompt = site.predict(&["--prompt", "say it"]);
+    assert_eq!(prompt[0]["text"], plain[2]["text"]);
+}
+
+#[test]
+fn what_cannot_be_predicted_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    fs::write(
+        &rows,
+        "{\"prompt\": \"a\"}\n{\"text\": \"b\"}\n{\"prompt\": 3}\n",
+    )
+    .unwrap();
+    let (model, rows) = (tiny(), rows.display().to_string());
+    let predict = |more: &[&str]| run(&[&["predict", "-m", &model], more].concat());
+    let bad = predict(&["--data", &rows]);
+    assert_eq!(bad.code, 3, "{}", bad.stderr);
+    for line in ["rows.jsonl:2: ", "rows.jsonl:3: prompt"] {
+        assert!(bad.stderr.contains(line), "{}", bad.stderr);
+    }
+    assert_eq!(predict(&[]).code, 2);
+    assert_eq!(predict(&["--prompt", "a", "--data", &rows]).code, 2);
+    assert_eq!(
+        predict(&["--prompt", "a", "--posterior-samples", "2"]).code,
+        2
+    );
+    assert_eq!(predict(&["--prompt", "a", "--max-tokens", "0"]).code, 2);
+    let long = predict(&["--prompt", "a", "--max-tokens", "100000"]);
+    assert_eq!(long.code, 2);
+    assert!(
+        long.stderr.contains("lower --max-tokens"),
+        "{}",
+        long.stderr
+    );
+    let plain = own_adapter("plain-lora");
+    let plain = predict(&["--prompt", "a", "-a", &plain, "--posterior-samples", "2"]);
+    assert_eq!(plain.code, 4, "{}", plain.stderr);
+    let base = predict(&["--prompt", "a", "--max-tokens", "3"]);
+    assert_eq!(base.code, 0, "{}", base.stderr);
 }

@@ -24,17 +24,7 @@ pub fn parse_named_row(
     format: Option<RowFormat>,
     names: &FieldNames,
 ) -> Result<(RowFormat, Row), Vec<FieldProblem>> {
-    let mut object = match json::parse(bytes) {
-        Ok(Value::Object(object)) => object,
-        Ok(other) => {
-            return Err(vec![FieldProblem::new(
-                "row",
-                format!("found {}", kind(&other)),
-                "expected one JSON object a line",
-            )]);
-        }
-        Err(problem) => return Err(vec![problem]),
-    };
+    let mut object = object(bytes)?;
     names.apply(&mut object);
     checked_row(&mut object, format).map_err(|problems| {
         problems
@@ -42,6 +32,55 @@ pub fn parse_named_row(
             .map(|problem| names.in_file_words(problem))
             .collect()
     })
+}
+
+/// Parses a row that is to be answered: as [`parse_row`], but it need not hold the answer, and one that it holds means nothing.
+///
+/// # Errors
+/// Every problem of the row.
+pub fn parse_question(bytes: &[u8]) -> Result<Row, Vec<FieldProblem>> {
+    let mut object = object(bytes)?;
+    let has_choices = object.get("choices").is_some_and(Value::is_array);
+    if has_choices && object.get("answer").is_none_or(Value::is_null) {
+        object.insert("answer".to_owned(), 0.into());
+    } else if !has_choices {
+        if object.contains_key("prompt") && !object.contains_key("completion") {
+            object.insert("completion".to_owned(), UNKNOWN.into());
+        }
+        if object.contains_key("instruction") && !object.contains_key("output") {
+            object.insert("output".to_owned(), UNKNOWN.into());
+        }
+        if let Some(Value::Array(messages)) = object.get_mut("messages")
+            && is_unanswered(messages)
+        {
+            messages
+                .push(serde_json::json!({ "role": Role::Assistant.name(), "content": UNKNOWN }));
+        }
+    }
+    checked_row(&mut object, None).map(|(_, row)| row)
+}
+
+/// Stands in the place of an answer that nobody looks at.
+const UNKNOWN: &str = "?";
+
+fn object(bytes: &[u8]) -> Result<Map<String, Value>, Vec<FieldProblem>> {
+    match json::parse(bytes) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(other) => Err(vec![FieldProblem::new(
+            "row",
+            format!("found {}", kind(&other)),
+            "expected one JSON object a line",
+        )]),
+        Err(problem) => Err(vec![problem]),
+    }
+}
+
+/// Whether a conversation ends before the assistant's turn.
+fn is_unanswered(messages: &[Value]) -> bool {
+    messages
+        .last()
+        .and_then(|message| message.get("role"))
+        .is_some_and(|role| role != Role::Assistant.name())
 }
 
 fn checked_row(
@@ -73,10 +112,7 @@ fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), FieldProb
     };
     let prompt_alone = object.contains_key("prompt") && !object.contains_key("completion");
     let unanswered = match object.get("messages") {
-        Some(Value::Array(messages)) => messages
-            .last()
-            .and_then(|message| message.get("role"))
-            .is_some_and(|role| role != Role::Assistant.name()),
+        Some(Value::Array(messages)) => is_unanswered(messages),
         _ => false,
     };
     if !prompt_alone && !unanswered {

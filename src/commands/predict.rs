@@ -1,0 +1,249 @@
+//! `predict`: answers, and what the posterior says about them.
+
+use std::path::Path;
+
+use anyhow::Result;
+use monteclora_converters::{Adapter, ModelFiles};
+use serde::Serialize;
+
+use super::{Usage, device, draws_asked, print, print_json, require_fit, weight_type};
+use crate::cli::PredictArgs;
+use crate::data::{
+    DataError, EncodeOptions, Encoder, FieldProblem, Message, Overlong, Problems, Role, Row,
+    RowError, RowProblem, Source, TrainOn, parse_question, splits,
+};
+use crate::eval::{Answer, Answerer, LengthNormalisation, Question, posterior_draws};
+use crate::model::{ActiveAdapter, Decoder, GenerationSettings, ModelConfig};
+use crate::{hub, progress, session};
+
+#[derive(Debug, Serialize)]
+struct Report {
+    answers: Vec<Answer>,
+}
+
+pub(super) fn run(args: &PredictArgs) -> Result<()> {
+    let weights = weight_type(args.model.options.dtype)?;
+    for (flag, value) in [
+        ("--batch-size", args.batch_size),
+        ("--max-tokens", args.max_tokens),
+    ] {
+        if value == 0 {
+            return Err(Usage(format!("{flag} 0: expected at least 1")).into());
+        }
+    }
+    let n_draws = draws_asked(args.posterior_samples)?;
+    let adapter = args
+        .adapter
+        .as_ref()
+        .map(|path| Adapter::read(path))
+        .transpose()?;
+    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
+    let config = ModelConfig::read(&base.dir)?;
+    if let Some(adapter) = &adapter {
+        require_fit(adapter, &ModelFiles::open(&base.dir)?)?;
+    }
+    let options = EncodeOptions {
+        train_on: TrainOn::Assistant,
+        apply_chat_template: !args.no_chat_template,
+        max_seq_length: config.max_position_embeddings,
+        overlong: Overlong::Error,
+    };
+    let template = args.model.options.chat_template.as_deref();
+    let encoder = session::encoder(&base.dir, template, options)?;
+    encoder.tokenizer().check_vocab(config.vocab_size)?;
+    let reader = Reader {
+        encoder: &encoder,
+        room: config
+            .max_position_embeddings
+            .saturating_sub(args.max_tokens),
+        max_tokens: args.max_tokens,
+    };
+    let source = match (&args.data, &args.prompt) {
+        (Some(data), _) => Some(reader.checked(data)?),
+        _ => None,
+    };
+    let alone = match &args.prompt {
+        Some(prompt) => vec![reader.prompt(prompt, !args.no_chat_template)?],
+        None => Vec::new(),
+    };
+
+    let decoder = Decoder::load_as(&base.dir, &device(args.model.options.cpu)?, weights)?;
+    let (mean, draws) = match &adapter {
+        None => (ActiveAdapter::default(), Vec::new()),
+        Some(adapter) => (
+            ActiveAdapter::from_adapter(adapter, &config, decoder.device())?,
+            match n_draws {
+                0 => Vec::new(),
+                n_draws => posterior_draws(adapter, &decoder, args.seed, n_draws)?,
+            },
+        ),
+    };
+    let answerer = Answerer {
+        decoder: &decoder,
+        mean: &mean,
+        draws: &draws,
+        tokenizer: encoder.tokenizer(),
+        generation: GenerationSettings {
+            max_new_tokens: args.max_tokens,
+            stop_tokens: encoder.tokenizer().stop_ids(encoder.template()),
+            batch_size: args.batch_size,
+        },
+        normalisation: if args.length_normalised {
+            LengthNormalisation::Tokens
+        } else {
+            LengthNormalisation::None
+        },
+    };
+    let mut report = Report {
+        answers: answerer.answer(&alone)?,
+    };
+    if let Some(source) = &source {
+        let bar = progress::items("questions", source.n_rows() as u64);
+        let rows: Vec<usize> = (0..source.n_rows()).collect();
+        for rows in rows.chunks(args.batch_size) {
+            let questions = rows
+                .iter()
+                .map(|row| reader.question(source, *row)?.map_err(as_data_error))
+                .collect::<Result<Vec<_>, DataError>>()?;
+            report.answers.extend(answerer.answer(&questions)?);
+            bar.inc(rows.len() as u64);
+        }
+        bar.finish_and_clear();
+    }
+    if args.json {
+        return print_json(&report);
+    }
+    let lines: Vec<String> = report.answers.iter().map(describe).collect();
+    print(&lines.join("\n\n"))
+}
+
+/// Turns rows into questions.
+struct Reader<'a> {
+    encoder: &'a Encoder,
+    /// Tokens that a prompt may have.
+    room: usize,
+    max_tokens: usize,
+}
+
+impl Reader<'_> {
+    /// The rows to answer, after looking at all of them: what is wrong with any is said before the first is answered.
+    fn checked(&self, data: &Path) -> Result<Source> {
+        let split = splits(data)?.last().copied().unwrap_or_default();
+        let source = Source::open(data, split)?;
+        let mut problems = Problems::default();
+        for row in 0..source.n_rows() {
+            for problem in self.question(&source, row)?.err().into_iter().flatten() {
+                problems.push(problem);
+            }
+        }
+        if problems.is_empty() {
+            Ok(source)
+        } else {
+            Err(DataError::Rows(problems).in_flags().into())
+        }
+    }
+
+    fn question(
+        &self,
+        source: &Source,
+        row: usize,
+    ) -> Result<Result<Question, Vec<RowProblem>>, DataError> {
+        let (path, line) = source.place(row);
+        let at_row = |problem: FieldProblem| RowProblem {
+            path: path.to_owned(),
+            line,
+            field: problem.field,
+            problem: problem.problem,
+            fix: problem.fix,
+        };
+        let row = match parse_question(&source.row_bytes(row)?) {
+            Ok(row) => row,
+            Err(problems) => return Ok(Err(problems.into_iter().map(at_row).collect())),
+        };
+        match self.of_row(&row) {
+            Ok(question) => Ok(Ok(question)),
+            Err(RowError::Problem(problem)) => Ok(Err(vec![at_row(problem)])),
+            Err(RowError::Other(error)) => Err(error),
+        }
+    }
+
+    fn of_row(&self, row: &Row) -> Result<Question, RowError> {
+        if let (Some(set), Some(choices)) = (self.encoder.choice_tokens(row)?, &row.choices) {
+            return Ok(Question::Choice {
+                set,
+                texts: choices.texts.clone(),
+            });
+        }
+        let prompt = self.encoder.row_prompt(row)?;
+        let problem = match prompt.as_slice() {
+            [] => Some("the prompt has no tokens".to_owned()),
+            prompt => self.too_long(prompt),
+        };
+        match problem {
+            None => Ok(Question::Open(prompt)),
+            Some(problem) => Err(RowError::Problem(FieldProblem {
+                field: "row".to_owned(),
+                problem,
+                fix: "lower --max-tokens, or change the row".to_owned(),
+            })),
+        }
+    }
+
+    fn prompt(&self, text: &str, as_conversation: bool) -> Result<Question> {
+        let prompt = if as_conversation {
+            let messages = [Message::new(Role::User, text)];
+            self.encoder.prompt_tokens(&messages, &[])?
+        } else {
+            self.encoder.plain_prompt_tokens(text)?
+        };
+        if prompt.is_empty() {
+            return Err(Usage("--prompt has no tokens".to_owned()).into());
+        }
+        match self.too_long(&prompt) {
+            None => Ok(Question::Open(prompt)),
+            Some(problem) => Err(Usage(format!("--prompt: {problem}; lower --max-tokens")).into()),
+        }
+    }
+
+    fn too_long(&self, prompt: &[u32]) -> Option<String> {
+        (prompt.len() > self.room).then(|| {
+            format!(
+                "{} tokens, and --max-tokens {} more do not fit into the model's {}",
+                prompt.len(),
+                self.max_tokens,
+                self.encoder.options().max_seq_length
+            )
+        })
+    }
+}
+
+/// A row that was sound before, and no longer is.
+fn as_data_error(found: Vec<RowProblem>) -> DataError {
+    let mut problems = Problems::default();
+    for problem in found {
+        problems.push(problem);
+    }
+    DataError::Rows(problems)
+}
+
+fn describe(answer: &Answer) -> String {
+    let mut text = answer.text.trim().to_owned();
+    for choice in &answer.choices {
+        let spread = choice
+            .std
+            .map_or_else(String::new, |std| format!(" +- {std:.3}"));
+        let name = choice.text.trim();
+        text.push_str(&format!("\n  {:.3}{spread}  {name}", choice.probability));
+    }
+    if let Some(found) = &answer.uncertainty {
+        text.push_str(&format!(
+            "\n  entropy {:.4} nats = {:.4} within a draw + {:.4} between draws; {:.0} % of {} draws agree",
+            found.predictive_entropy,
+            found.expected_entropy,
+            found.mutual_information,
+            100.0 * found.agreement,
+            found.draws
+        ));
+    }
+    text
+}
