@@ -99,6 +99,10 @@ pub fn deploy(
     tracing::info!("loading the canary `{canary_name}`");
     let canary_generation = server.load_over(&canary_name, &path, base)?;
     let canary = ask(server, &canary_name, check);
+    // What was asked is what is swapped in: on the same base, whichever the server chose.
+    let listed = server.adapter(&canary_name).ok().flatten();
+    let canary_base = listed.and_then(|canary| canary.parent);
+    let base = base.or(canary_base.as_deref());
     // Its memory is needed for the swap; a canary that stays is a nuisance, not a failure.
     if let Err(error) = server.unload(&canary_name, None) {
         tracing::warn!("the canary `{canary_name}` is still loaded: {error}");
@@ -139,6 +143,8 @@ pub fn deploy(
         Ok(answers) => {
             let previous_name = previous.as_deref();
             releases.record(Action::Deploy, &generation, &directory, previous_name, base)?;
+            // The same content on another base has the same name, and no way back by it.
+            let can_roll_back = can_roll_back && previous_name != Some(&*generation);
             Ok(Deployed {
                 alias: alias.to_owned(),
                 same_answers: answers == canary,

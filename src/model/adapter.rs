@@ -152,8 +152,7 @@ impl ActiveAdapter {
         }
     }
 
-    /// The same adapter with the B of `other` wherever the two have equal values there: draws of one posterior then hold
-    /// one B between them.
+    /// The same adapter with the B of `other`: draws of one posterior differ in A only, and so hold one B between them.
     pub(crate) fn sharing_b(mut self, other: &Self) -> Self {
         for (site, low_rank) in &mut self.sites {
             if let Some(shared) = other.sites.get(site) {

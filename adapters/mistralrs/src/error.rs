@@ -74,6 +74,18 @@ pub enum Error {
         /// The reason mistral.rs gave.
         message: String,
     },
+    /// Files that were written to while they were checked and loaded.
+    #[error(
+        "the files of `{name}` changed from {checked} to {loaded} while it was loaded; load it again when nothing writes them"
+    )]
+    FilesChanged {
+        /// The public name of the model.
+        name: String,
+        /// Generation that was checked.
+        checked: String,
+        /// Generation that was loaded.
+        loaded: String,
+    },
     /// An engine refused a request or stopped.
     #[error("mistral.rs: {0}")]
     Engine(String),
@@ -152,7 +164,10 @@ impl Error {
             | Self::GenerationMoved { .. }
             | Self::OverBudget { .. }
             | Self::Listen { .. } => 2,
-            Self::Unsupported { .. } | Self::ZeroEffect { .. } | Self::Load { .. } => 4,
+            Self::Unsupported { .. }
+            | Self::ZeroEffect { .. }
+            | Self::Load { .. }
+            | Self::FilesChanged { .. } => 4,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => 2,
             Self::Io { .. } | Self::Engine(_) => 1,
             Self::Interrupted => 130,

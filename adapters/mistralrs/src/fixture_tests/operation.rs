@@ -381,6 +381,25 @@ fn a_call_that_must_be_made_is_made(server: &Running) {
     assert_eq!(answer["choices"][0]["finish_reason"], "length");
 }
 
+/// A grammar may not allow the end that a stop text asks for.
+#[test]
+fn a_stop_text_ends_an_answer_that_a_grammar_holds() {
+    let (server, _dir) = Running::start(&toml_for(&servable(), ""));
+    let mut body = chat("tuned", false);
+    body["max_tokens"] = json!(100);
+    body["response_format"] = json!({"type": "json_object"});
+    let whole = parse(server.post("/v1/chat/completions", &body), 200);
+    let whole = whole["choices"][0]["message"]["content"].as_str();
+    let text: Vec<char> = whole.expect("a text").chars().collect();
+    let stop: String = text[2..4].iter().collect();
+    body["stop"] = json!([stop]);
+    let cut = parse(server.post("/v1/chat/completions", &body), 200);
+    assert_eq!(cut["choices"][0]["finish_reason"], "stop");
+    let n_tokens = cut["usage"]["completion_tokens"].as_u64();
+    assert!(n_tokens.expect("counted") < 10, "{cut}");
+    server.finish().expect("a clean stop");
+}
+
 /// mistral.rs 0.8.1 panics over a stop text behind bytes that are no character, so it is not told of any.
 #[test]
 fn a_stop_text_behind_broken_characters_ends_the_answer_early() {
@@ -472,6 +491,10 @@ fn sampling_options_do_what_they_say_or_are_refused() {
     let status = server.post(path, &tools).status().as_u16();
     // A template that has no place for tools may refuse them.
     assert!(status == 200 || status == 400, "{status}");
+    let choice =
+        json!({"prompt": "a", "max_tokens": 2, "tools": tools["tools"], "tool_choice": "required"});
+    let refused = parse(server.post("/v1/completions", &choice), 400);
+    assert!(["tools", "tool_choice"].contains(&refused["error"]["param"].as_str().expect("a key")));
     if status == 200 {
         a_call_that_must_be_made_is_made(&server);
     }

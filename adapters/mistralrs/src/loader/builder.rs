@@ -89,10 +89,10 @@ impl MonteCloraLoaderBuilder {
     }
 }
 
-/// Refuses names that cannot be a model's public name: empty, a path, or with characters that routing needs.
 /// Longest public name, bytes.
 const MAX_NAME: usize = 200;
 
+/// Refuses names that cannot be a model's public name: empty, a path, or with characters that routing needs.
 pub(crate) fn check_public_name(name: &str) -> Result<()> {
     let allowed = |c: char| c.is_alphanumeric() || "-_.:/".contains(c);
     let is_path =

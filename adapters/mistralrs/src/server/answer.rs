@@ -169,6 +169,7 @@ impl From<Error> for ApiError {
         let (status, code) = match &error {
             Error::NameTaken(_) => (StatusCode::CONFLICT, "name_taken"),
             Error::GenerationMoved { .. } => (StatusCode::CONFLICT, "generation_moved"),
+            Error::FilesChanged { .. } => (StatusCode::CONFLICT, "files_changed"),
             Error::UnknownName(_) => (StatusCode::NOT_FOUND, "model_not_found"),
             Error::Engine(_) | Error::Io { .. } | Error::Load { .. } => {
                 return Self::internal(error.to_string());

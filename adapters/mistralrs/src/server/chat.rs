@@ -24,6 +24,8 @@ use crate::engine::submit_tokenization;
 /// Keys that only this endpoint has.
 const OWN_KEYS: &[&str] = &[
     "messages",
+    "tools",
+    "tool_choice",
     "response_format",
     "enable_thinking",
     "reasoning_effort",

@@ -30,8 +30,6 @@ const COMMON: &[&str] = &[
     "dry_allowed_length",
     "dry_sequence_breakers",
     "grammar",
-    "tools",
-    "tool_choice",
 ];
 
 /// Keys that change nothing about an answer: what a client keeps for itself, where a provider runs it, or how fast it comes.

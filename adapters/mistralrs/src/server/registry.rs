@@ -63,7 +63,7 @@ pub(crate) struct AdapterLoad<'a> {
     pub(crate) name: &'a str,
     /// Adapter directory.
     pub(crate) source: &'a Path,
-    /// Base model; by default that of the adapter it replaces, else the default model or its base.
+    /// Base model; by default that of the name in serve.toml, else of the adapter it replaces, else the default model or its base.
     pub(crate) model: Option<&'a str>,
     /// Whether it may replace an adapter of this name.
     pub(crate) in_place: bool,
@@ -363,9 +363,8 @@ impl Plan {
     async fn check(&self) -> Result<Vec<Checked>> {
         let mut errors = Vec::new();
         let mut checked = Vec::new();
-        for (wanted, from_state) in self.wanted()? {
-            let name = wanted.name().to_owned();
-            match blocking(move || wanted.check()).await {
+        for (name, wanted, from_state) in self.wanted() {
+            match blocking(move || wanted?.check()).await {
                 Ok(found) => {
                     if let Some(change) = from_state
                         && change.generation.as_ref() != Some(&found.hash)
@@ -393,10 +392,11 @@ impl Plan {
     }
 
     /// What the file declares, with the changes made at run time, which are given along.
-    fn wanted(&self) -> Result<Vec<(Wanted, Option<&Change>)>> {
+    fn wanted(&self) -> Vec<(String, Result<Wanted>, Option<&Change>)> {
         let mut wanted = Vec::new();
         for model in &self.models {
-            wanted.push((Wanted::new(model, None, self.settings)?, None));
+            let base = Wanted::new(model, None, self.settings);
+            wanted.push((model.name.clone(), base, None));
             // In the file's order, then what was added at run time.
             let declared = model.adapters.iter().map(|(alias, source)| {
                 let change = self.state.adapters.get(alias);
@@ -424,11 +424,11 @@ impl Plan {
                 let Some(source) = recorded.as_deref().or(source) else {
                     continue;
                 };
-                let adapter = Some((alias, source));
-                wanted.push((Wanted::new(model, adapter, self.settings)?, change));
+                let adapter = Wanted::new(model, Some((alias, source)), self.settings);
+                wanted.push((alias.to_owned(), adapter, change));
             }
         }
-        Ok(wanted)
+        wanted
     }
 
     /// Records a change of `name`, in the file first.

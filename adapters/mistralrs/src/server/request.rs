@@ -105,7 +105,16 @@ impl Body {
             Some(options) => usage_wanted(&options, stream)?,
             None => false,
         };
-        let stop = stop_texts(&mut fields)?;
+        let stop = stop_texts(&fields)?;
+        // mistral.rs 0.8.1 cuts an answer at a place in its bytes as they were before what is no UTF-8 was replaced, and panics
+        // where that is within a character. It need not know of stop texts, but where nothing here can end an answer.
+        let is_held = fields.contains_key("grammar")
+            || fields
+                .get("response_format")
+                .is_some_and(|format| format["type"] != "text");
+        if !is_held && !samples_in_step() {
+            fields.remove("stop");
+        }
         let bias = token_bias(&mut fields)?;
         let seeded = seeded(&mut fields)?;
         if samples_in_step() {
@@ -296,18 +305,17 @@ pub(crate) fn flag(fields: &Map<String, Value>, key: &str) -> Result<bool, ApiEr
     }
 }
 
-/// The texts that end an answer. mistral.rs must not see them: 0.8.1 cuts an answer at a place in its bytes as they were before what
-/// is no UTF-8 was replaced, and panics where that is within a character.
-fn stop_texts(fields: &mut Map<String, Value>) -> Result<Vec<String>, ApiError> {
+/// The texts that end an answer.
+fn stop_texts(fields: &Map<String, Value>) -> Result<Vec<String>, ApiError> {
     let wrong = || {
         ApiError::invalid(
             "stop",
             "`stop` must be a text or a list of texts, none of them empty",
         )
     };
-    let texts = match fields.remove("stop") {
+    let texts = match fields.get("stop") {
         None => return Ok(Vec::new()),
-        Some(Value::String(text)) => vec![text],
+        Some(Value::String(text)) => vec![text.clone()],
         Some(Value::Array(list)) => list
             .iter()
             .map(|text| text.as_str().map(str::to_owned).ok_or_else(wrong))

@@ -196,6 +196,9 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
+        if let Some(memory) = &mut self.memory {
+            memory.leave();
+        }
         self.reaper.remove(Retired {
             engine_id: std::mem::take(&mut self.engine_id),
             pipeline: self.pipeline.clone(),
@@ -325,17 +328,26 @@ struct Loaded {
 
 impl Loaded {
     async fn new(checked: Checked, serial: u64, memory: &Arc<Memory>) -> Result<Self> {
-        let memory = memory.reserve(checked.wanted.name(), checked.weight_bytes)?;
+        let begun = Instant::now();
+        let memory = loop {
+            match memory.reserve(checked.wanted.name(), checked.weight_bytes) {
+                // Who unloads one adapter to load another need not know how long that takes.
+                Err(Error::OverBudget { .. })
+                    if memory.is_leaving() && begun.elapsed() < PATIENCE =>
+                {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                outcome => break outcome?,
+            }
+        };
         blocking(move || {
             let (pipeline, hash) = checked.wanted.loader.load_generation()?;
             memory.reclaim();
             if hash != checked.hash {
-                return Err(Error::Load {
+                return Err(Error::FilesChanged {
                     name: checked.wanted.name().to_owned(),
-                    message: format!(
-                        "its files changed from {} to {hash} while it was loaded; load it again when nothing writes them",
-                        checked.hash
-                    ),
+                    checked: checked.hash,
+                    loaded: hash,
                 });
             }
             let (end_tokens, sampling, tokenizer) = {
@@ -362,6 +374,9 @@ impl Loaded {
         .await
     }
 }
+
+/// How long a load waits for the memory of what was unloaded before it.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What freeing the weights may take once nobody holds them: a count of zero says that the destructor begins.
 const DESTRUCTION: Duration = Duration::from_millis(200);

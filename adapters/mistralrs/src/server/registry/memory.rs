@@ -17,6 +17,8 @@ pub(super) struct Memory {
 #[derive(Debug, Clone, Copy, Default)]
 struct Used {
     n_generations: usize,
+    /// Those of them whose memory is about to be free.
+    n_leaving: usize,
     bytes: u64,
 }
 
@@ -50,7 +52,13 @@ impl Memory {
         Ok(Reservation {
             memory: self.clone(),
             bytes: needed,
+            is_leaving: false,
         })
+    }
+
+    /// Whether some of what is in use will be free in a moment.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.used().n_leaving > 0
     }
 
     /// Lets the allocator hand freed pages back to the system.
@@ -84,11 +92,19 @@ impl Memory {
 pub(super) struct Reservation {
     memory: Arc<Memory>,
     bytes: u64,
+    is_leaving: bool,
 }
 
 impl Reservation {
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Notes that nobody needs the memory any more, and that it is free as soon as the engine has ended.
+    pub(super) fn leave(&mut self) {
+        if !std::mem::replace(&mut self.is_leaving, true) {
+            self.memory.used().n_leaving += 1;
+        }
     }
 
     /// As [`Memory::reclaim`].
@@ -103,6 +119,7 @@ impl Drop for Reservation {
         let mut used = self.memory.used();
         used.bytes -= self.bytes;
         used.n_generations -= 1;
+        used.n_leaving -= usize::from(self.is_leaving);
     }
 }
 

@@ -199,6 +199,28 @@ fn swaps_leave_nothing_in_memory() {
     });
 }
 
+/// Who unloads to load need not wait in between.
+#[test]
+fn memory_that_is_about_to_be_free_is_waited_for() {
+    let site = Site::new();
+    run(async {
+        let mut config = site.config("", &[]);
+        let (one, two) = (site.path("one"), site.path("two"));
+        let bytes = config.models[0].loader("base", None);
+        let bytes = bytes.and_then(|loader| loader.weight_bytes());
+        config.max_memory = Some(2 * bytes.expect("estimated"));
+        let registry = Registry::load(&config).await.expect("loaded");
+        for source in [&one, &two, &one] {
+            let lease = registry.load_adapter(load("a", source)).await;
+            drop(lease.expect("it fits"));
+            // While it is served there is room for no other.
+            let other = registry.load_adapter(load("b", &two)).await;
+            assert!(matches!(other, Err(Error::OverBudget { .. })));
+            registry.unload_adapter("a", None).await.expect("unloaded");
+        }
+    });
+}
+
 #[test]
 fn a_restart_serves_what_was_loaded_at_run_time() {
     let site = Site::new();
