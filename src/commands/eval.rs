@@ -1,17 +1,17 @@
 //! `eval`: base, posterior mean and the average over posterior draws side by side on a data file.
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, ModelFiles};
 use serde::Serialize;
 
-use super::{Usage, device, draws_asked, print, print_json, require_fit, weight_type};
+use super::opened::{Opened, require_positive};
+use super::{device, draws_asked, print, print_json, weight_type};
 use crate::cli::EvalArgs;
-use crate::data::{DataError, Dataset, EncodeOptions, Overlong, RowSchema, TrainOn, splits};
+use crate::data::{DataError, Dataset, RowSchema, splits};
 use crate::eval::{
     ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scores, posterior_draws, score,
 };
-use crate::model::{ActiveAdapter, Decoder, ModelConfig};
-use crate::{hub, progress, session};
+use crate::model::{ActiveAdapter, Decoder};
+use crate::progress;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -30,39 +30,25 @@ struct Report {
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let weights = weight_type(args.model.options.dtype)?;
-    for (flag, value) in [
+    require_positive(&[
         ("--batch-size", args.batch_size),
         ("--ece-bins", args.ece_bins),
-    ] {
-        if value == 0 {
-            return Err(Usage(format!("{flag} 0: expected at least 1")).into());
-        }
-    }
+    ])?;
     let n_draws = draws_asked(args.posterior_samples)?;
-    let adapter = args
-        .adapter
-        .as_ref()
-        .map(|path| Adapter::read(path))
-        .transpose()?;
-    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
-    let config = ModelConfig::read(&base.dir)?;
-    if let Some(adapter) = &adapter {
-        require_fit(adapter, &ModelFiles::open(&base.dir)?)?;
-    }
-    let encode_options = EncodeOptions {
-        train_on: TrainOn::Assistant,
-        apply_chat_template: !args.no_chat_template,
-        max_seq_length: args
-            .max_seq_length
-            .unwrap_or(config.max_position_embeddings.min(1024)),
-        overlong: Overlong::Error,
-    };
-    let encoder = session::encoder(
-        &base.dir,
-        args.model.options.chat_template.as_deref(),
-        encode_options,
+    let Opened {
+        adapter,
+        base,
+        config,
+        encoder,
+    } = Opened::new(
+        &args.model,
+        args.adapter.as_deref(),
+        !args.no_chat_template,
+        |config| {
+            args.max_seq_length
+                .unwrap_or(config.max_position_embeddings.min(1024))
+        },
     )?;
-    encoder.tokenizer().check_vocab(config.vocab_size)?;
     // Of a directory, what was kept for the end.
     let split = splits(&args.data)?.last().copied().unwrap_or_default();
     let data = Dataset::open_split(&args.data, split, RowSchema::default(), encoder)

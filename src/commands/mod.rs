@@ -15,6 +15,7 @@ mod import_gguf;
 mod init;
 mod inspect;
 mod merge;
+mod opened;
 #[cfg(feature = "mistralrs")]
 mod parity;
 mod predict;

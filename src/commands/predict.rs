@@ -3,18 +3,18 @@
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, ModelFiles};
 use serde::Serialize;
 
-use super::{Usage, device, draws_asked, print, print_json, require_fit, weight_type};
+use super::opened::{Opened, require_positive};
+use super::{Usage, device, draws_asked, print, print_json, weight_type};
 use crate::cli::PredictArgs;
 use crate::data::{
-    DataError, EncodeOptions, Encoder, FieldProblem, Message, Overlong, Problems, Role, Row,
-    RowError, RowProblem, Source, TrainOn, parse_question, splits,
+    DataError, Encoder, FieldProblem, Message, Problems, Role, Row, RowError, RowProblem, Source,
+    parse_question, splits,
 };
 use crate::eval::{Answer, Answerer, LengthNormalisation, Question, posterior_draws};
-use crate::model::{ActiveAdapter, Decoder, GenerationSettings, ModelConfig};
-use crate::{hub, progress, session};
+use crate::model::{ActiveAdapter, Decoder, GenerationSettings};
+use crate::progress;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -23,34 +23,22 @@ struct Report {
 
 pub(super) fn run(args: &PredictArgs) -> Result<()> {
     let weights = weight_type(args.model.options.dtype)?;
-    for (flag, value) in [
+    require_positive(&[
         ("--batch-size", args.batch_size),
         ("--max-tokens", args.max_tokens),
-    ] {
-        if value == 0 {
-            return Err(Usage(format!("{flag} 0: expected at least 1")).into());
-        }
-    }
+    ])?;
     let n_draws = draws_asked(args.posterior_samples)?;
-    let adapter = args
-        .adapter
-        .as_ref()
-        .map(|path| Adapter::read(path))
-        .transpose()?;
-    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
-    let config = ModelConfig::read(&base.dir)?;
-    if let Some(adapter) = &adapter {
-        require_fit(adapter, &ModelFiles::open(&base.dir)?)?;
-    }
-    let options = EncodeOptions {
-        train_on: TrainOn::Assistant,
-        apply_chat_template: !args.no_chat_template,
-        max_seq_length: config.max_position_embeddings,
-        overlong: Overlong::Error,
-    };
-    let template = args.model.options.chat_template.as_deref();
-    let encoder = session::encoder(&base.dir, template, options)?;
-    encoder.tokenizer().check_vocab(config.vocab_size)?;
+    let Opened {
+        adapter,
+        base,
+        config,
+        encoder,
+    } = Opened::new(
+        &args.model,
+        args.adapter.as_deref(),
+        !args.no_chat_template,
+        |config| config.max_position_embeddings,
+    )?;
     let reader = Reader {
         encoder: &encoder,
         room: config

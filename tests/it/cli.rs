@@ -21,7 +21,11 @@ pub(crate) struct Run {
 }
 
 pub(crate) fn run(arguments: &[&str]) -> Run {
-    let output = monteclora().args(arguments).output().unwrap();
+    outcome(monteclora().args(arguments))
+}
+
+pub(crate) fn outcome(command: &mut Command) -> Run {
+    let output = command.output().unwrap();
     Run {
         code: output.status.code().unwrap(),
         stdout: String::from_utf8(output.stdout).unwrap(),

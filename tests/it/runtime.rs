@@ -3,19 +3,12 @@
 use std::io::BufRead;
 use std::process::{Child, Command, Stdio};
 
+use crate::cli::run;
 use crate::fixtures::{adapters, own};
 
 fn parity(arguments: &[&str]) -> (i32, String, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_monteclora"))
-        .arg("parity")
-        .args(arguments)
-        .output()
-        .unwrap();
-    (
-        output.status.code().unwrap(),
-        String::from_utf8(output.stdout).unwrap(),
-        String::from_utf8(output.stderr).unwrap(),
-    )
+    let run = run(&[&["parity"], arguments].concat());
+    (run.code, run.stdout, run.stderr)
 }
 
 /// Both decoders give PEFT's logits for every recorded adapter, or the case is refused; mistral.rs may also refuse a base that

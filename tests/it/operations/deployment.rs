@@ -1,23 +1,15 @@
 //! `deploy`, `status` and `rollback` against a running server.
 
-use std::process::Command;
-
 use serde_json::Value;
 
 use super::{Site, TWO};
+use crate::cli::outcome;
 use crate::fixtures::own;
 
 fn monteclora(arguments: &[&str]) -> (i32, String, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_monteclora"))
-        .args(arguments)
-        .env("MONTECLORA_KEY", "admin-key")
-        .output()
-        .unwrap();
-    (
-        output.status.code().unwrap(),
-        String::from_utf8(output.stdout).unwrap(),
-        String::from_utf8(output.stderr).unwrap(),
-    )
+    let mut command = crate::cli::monteclora();
+    let run = outcome(command.args(arguments).env("MONTECLORA_KEY", "admin-key"));
+    (run.code, run.stdout, run.stderr)
 }
 
 #[test]
