@@ -15,6 +15,7 @@ pub fn keep_freed_memory() {
 /// Hands freed memory back to the kernel now.
 ///
 /// mimalloc does so on its own while it is asked for memory, which an idle server does not do.
+#[cfg(feature = "mistralrs")]
 pub(crate) fn return_freed_memory() {
     // SAFETY: takes no pointers; mimalloc allows it on any thread, at any time.
     unsafe { libmimalloc_sys::mi_collect(true) };
