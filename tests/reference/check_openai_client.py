@@ -14,6 +14,17 @@ import json
 import sys
 
 import openai
+import pydantic
+
+
+class Place(pydantic.BaseModel):
+    city: str
+
+
+class Weather(pydantic.BaseModel):
+    """A schema that refers to another."""
+
+    place: Place
 
 
 def main() -> int:
@@ -106,6 +117,15 @@ def main() -> int:
         ).choices[0]
         calls = choice.message.tool_calls or []
         check("a forced tool", bool(calls) and set(json.loads(calls[0].function.arguments)) == {"city", "people"}, choice.finish_reason)
+        # The client adds up the chunks of a stream by itself.
+        parts = dict(model=base, messages=asked, temperature=0, max_tokens=256)
+        with client.chat.completions.stream(
+            **parts, tools=[openai.pydantic_function_tool(Weather)], tool_choice="required"
+        ) as stream:
+            choice = stream.get_final_completion().choices[0]
+        message = choice.message
+        parsed = message.tool_calls[0].function.parsed_arguments if message.tool_calls else None
+        check("a required tool, streamed", message.role == "assistant" and isinstance(parsed, Weather), parsed)
     except openai.BadRequestError as error:
         check("tools, which the template does not take", True, str(error)[:120])
 
