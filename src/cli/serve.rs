@@ -29,6 +29,9 @@ pub struct ServeArgs {
     /// Port to bind.
     #[arg(long)]
     pub port: Option<u16>,
+    /// Serve adapters that change nothing, B A being zero.
+    #[arg(long)]
+    pub force: bool,
     /// How it is fetched and run.
     #[command(flatten)]
     pub options: ModelOptions,
@@ -82,6 +85,9 @@ pub struct DeployArgs {
     /// The canary.
     #[command(flatten)]
     pub check: CheckArgs,
+    /// Accept an adapter that changes nothing; the server has to be one that runs with --force too.
+    #[arg(long)]
+    pub force: bool,
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,

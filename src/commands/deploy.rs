@@ -18,7 +18,7 @@ const KEY_VARIABLE: &str = "MONTECLORA_KEY";
 const DEFAULT_PROMPT: &str = "Say in one sentence what you can do.";
 
 pub(super) fn run(args: &DeployArgs) -> Result<()> {
-    let adapter = read_effective(&args.adapter, false)?;
+    let adapter = read_effective(&args.adapter, args.force)?;
     if let Some(model_id) = &args.model_id {
         let base = hub::locate(model_id, &hub::HubOptions::default())?;
         require_fit(&adapter, &ModelFiles::open(&base.dir)?)?;

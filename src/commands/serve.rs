@@ -14,8 +14,7 @@ use crate::cli::{DtypeArg, ServeArgs};
 use crate::hub::{self, HubOptions};
 
 pub(super) fn run(args: &ServeArgs) -> Result<()> {
-    let mut config = configuration(args)?;
-    config.reclaim = Some(allocator::return_freed_memory);
+    let config = configuration(args)?;
     let source: Option<Arc<ConfigSource>> = args.config.is_some().then(|| {
         let args = args.clone();
         let source: Arc<ConfigSource> = Arc::new(move || {
@@ -71,7 +70,10 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
                 message: format!("{error:#}"),
             })
     };
-    Ok(file.resolve(&locate)?)
+    let mut config = file.resolve(&locate)?;
+    config.force = args.force;
+    config.reclaim = Some(allocator::return_freed_memory);
+    Ok(config)
 }
 
 fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {

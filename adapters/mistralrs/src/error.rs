@@ -43,7 +43,7 @@ pub enum Error {
     },
     /// An adapter whose update is zero at every site.
     #[error(
-        "the adapter `{}` changes nothing: B A = 0 at every site; train it first",
+        "the adapter `{}` changes nothing: B A = 0 at every site; train it first, or start the server with --force if that is meant",
         .path.display()
     )]
     ZeroEffect {

@@ -95,6 +95,12 @@ impl MonteCloraLoader {
         })
     }
 
+    /// As [`MonteCloraLoaderBuilder::force`].
+    pub(crate) fn forced(mut self, force: bool) -> Self {
+        self.force = force;
+        self
+    }
+
     /// The public name.
     pub fn name(&self) -> &str {
         &self.name

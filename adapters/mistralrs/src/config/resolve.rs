@@ -58,6 +58,8 @@ pub struct ServeConfig {
     pub models: Vec<ModelConfig>,
     /// Name that answers requests without `model`.
     pub default_model: String,
+    /// Whether adapters that change nothing are served; they are refused otherwise.
+    pub force: bool,
     /// Called, on any thread, when a model was loaded or its weights were freed: where an allocator that keeps freed pages
     /// hands them back to the system.
     pub reclaim: Option<fn()>,
@@ -274,6 +276,7 @@ impl ServeFile {
                 state_file,
                 models,
                 default_model,
+                force: false,
                 reclaim: None,
             }),
             _ => Err(Error::setting("serve configuration", wrong.join("\n  "))),

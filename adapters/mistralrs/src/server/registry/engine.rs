@@ -26,12 +26,14 @@ use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct EngineSettings {
     max_seqs: std::num::NonZeroUsize,
+    force: bool,
 }
 
 impl EngineSettings {
     pub(crate) fn of(config: &ServeConfig) -> Self {
         Self {
             max_seqs: config.max_seqs,
+            force: config.force,
         }
     }
 }
@@ -68,7 +70,7 @@ impl Wanted {
             None => (model.name.as_str(), None),
         };
         Ok(Self {
-            loader: model.loader(name, source)?,
+            loader: model.loader(name, source)?.forced(settings.force),
             parent: source.map(|_| model.name.clone()),
             spec: Spec {
                 base: model.base.clone(),

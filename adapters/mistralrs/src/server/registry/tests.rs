@@ -422,3 +422,36 @@ fn an_edited_template_is_another_model() {
         assert_eq!(replaced, ["base"]);
     });
 }
+
+#[test]
+fn an_adapter_without_effect_is_served_on_demand_only() {
+    let site = Site::new();
+    let mut adapter = monteclora_converters::Adapter::read(&site.path("one")).expect("sound");
+    for target in &mut adapter.sites {
+        let shape = target.lora_b.shape().to_vec();
+        let zeros = vec![0.0; shape.iter().product()];
+        target.lora_b = monteclora_converters::Tensor::from_f32(&shape, zeros).expect("a tensor");
+    }
+    let still = site.path("still");
+    let options = monteclora_converters::LoraOptions::default();
+    let plain = adapter.collapse();
+    plain.write_lora(&still, &options).expect("written");
+    run(async {
+        let mut config = site.config("", &[]);
+        let registry = Registry::load(&config).await.expect("loaded");
+        let error = registry.load_adapter(load("a", &still)).await;
+        let error = error.err().expect("refused").to_string();
+        assert!(error.contains("--force"), "{error}");
+        drop(registry);
+        config.force = true;
+        let registry = Registry::load(&config).await.expect("loaded");
+        registry
+            .load_adapter(load("a", &still))
+            .await
+            .expect("it is meant");
+        // A restart with it serves it again.
+        drop(registry);
+        let registry = Registry::load(&config).await.expect("loaded");
+        assert!(registry.lease(Some("a")).is_some());
+    });
+}
