@@ -58,15 +58,17 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let options = EvalOptions {
         batch_size: args.batch_size,
         ece_bins: args.ece_bins,
-        normalisation: if args.length_normalised {
-            LengthNormalisation::Tokens
-        } else {
-            LengthNormalisation::None
-        },
+        normalisation: LengthNormalisation::per_token(args.length_normalised),
     };
     // Before the base is scored, so that an adapter without a posterior is refused at once.
-    let draws = match &adapter {
-        Some(adapter) if n_draws > 0 => posterior_draws(adapter, &decoder, args.seed, n_draws)?,
+    let mean = adapter
+        .as_ref()
+        .map(|adapter| ActiveAdapter::from_adapter(adapter, &config, decoder.device()))
+        .transpose()?;
+    let draws = match adapter.as_ref().zip(mean.as_ref()) {
+        Some((adapter, mean)) if n_draws > 0 => {
+            posterior_draws(adapter, mean, &decoder, args.seed, n_draws)?
+        }
         _ => Vec::new(),
     };
     let scored = |name: &'static str, predictor: Predictor<'_>| {
@@ -84,13 +86,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         ece_bins: (!choices.is_empty()).then_some(args.ece_bins),
         length_normalised: (!choices.is_empty()).then_some(args.length_normalised),
         base: scored("base", Predictor::One(&ActiveAdapter::default()))?,
-        mean: match &adapter {
-            None => None,
-            Some(adapter) => {
-                let active = ActiveAdapter::from_adapter(adapter, &config, decoder.device())?;
-                Some(scored("posterior mean", Predictor::One(&active))?)
-            }
-        },
+        mean: mean
+            .as_ref()
+            .map(|mean| scored("posterior mean", Predictor::One(mean)))
+            .transpose()?,
         posterior: match draws.as_slice() {
             [] => None,
             draws => Some(scored("posterior draws", Predictor::Average(draws))?),

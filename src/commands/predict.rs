@@ -58,13 +58,14 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
     let decoder = Decoder::load_as(&base.dir, &device(args.model.options.cpu)?, weights)?;
     let (mean, draws) = match &adapter {
         None => (ActiveAdapter::default(), Vec::new()),
-        Some(adapter) => (
-            ActiveAdapter::from_adapter(adapter, &config, decoder.device())?,
-            match n_draws {
+        Some(adapter) => {
+            let mean = ActiveAdapter::from_adapter(adapter, &config, decoder.device())?;
+            let draws = match n_draws {
                 0 => Vec::new(),
-                n_draws => posterior_draws(adapter, &decoder, args.seed, n_draws)?,
-            },
-        ),
+                n_draws => posterior_draws(adapter, &mean, &decoder, args.seed, n_draws)?,
+            };
+            (mean, draws)
+        }
     };
     let answerer = Answerer {
         decoder: &decoder,
@@ -76,11 +77,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
             stop_tokens: encoder.tokenizer().stop_ids(encoder.template()),
             batch_size: args.batch_size,
         },
-        normalisation: if args.length_normalised {
-            LengthNormalisation::Tokens
-        } else {
-            LengthNormalisation::None
-        },
+        normalisation: LengthNormalisation::per_token(args.length_normalised),
     };
     let mut report = Report {
         answers: answerer.answer(&alone)?,
@@ -137,13 +134,7 @@ impl Reader<'_> {
         row: usize,
     ) -> Result<Result<Question, Vec<RowProblem>>, DataError> {
         let (path, line) = source.place(row);
-        let at_row = |problem: FieldProblem| RowProblem {
-            path: path.to_owned(),
-            line,
-            field: problem.field,
-            problem: problem.problem,
-            fix: problem.fix,
-        };
+        let at_row = |problem: FieldProblem| RowProblem::new(path, line, problem);
         let row = match parse_question(&source.row_bytes(row)?) {
             Ok(row) => row,
             Err(problems) => return Ok(Err(problems.into_iter().map(at_row).collect())),

@@ -366,23 +366,19 @@ fn a_rollback_is_to_what_was_served_before() {
     let mut third = second.clone();
     third.sites.truncate(1);
     let mut releases = Releases::open(root.path(), "a").expect("opened");
-    let mut go = |adapter: &Adapter| {
-        let done = deploy(&client, &mut releases, adapter, "a", None, &check(&[]));
-        done.expect("deployed").generation
+    let go = |releases: &mut Releases, adapter: &Adapter| {
+        let done = deploy(&client, releases, adapter, "a", None, &check(&[]));
+        done.expect("deployed")
     };
-    let one = go(&first);
-    let two = go(&second);
+    let one = go(&mut releases, &first).generation;
+    let two = go(&mut releases, &second).generation;
     assert_ne!(one, two);
     server.with(|state| state.mute.push("a".to_owned()));
     let failed = roll_back(&client, &mut releases, "a", None, &check(&[]));
     let failed = failed.expect_err("mute").to_string();
     assert!(failed.contains(&one), "{failed}");
     server.with(|state| state.mute.clear());
-    let mut go = |adapter: &Adapter| {
-        let done = deploy(&client, &mut releases, adapter, "a", None, &check(&[]));
-        done.expect("deployed")
-    };
-    assert_eq!(go(&third).previous.as_ref(), Some(&one));
+    assert_eq!(go(&mut releases, &third).previous.as_ref(), Some(&one));
     let back = roll_back(&client, &mut releases, "a", None, &check(&[])).expect("back");
     assert_eq!(back.generation, one);
 }

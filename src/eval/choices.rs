@@ -19,6 +19,13 @@ pub enum LengthNormalisation {
     Tokens,
 }
 
+impl LengthNormalisation {
+    /// What `--length-normalised` asks for.
+    pub fn per_token(is_wanted: bool) -> Self {
+        if is_wanted { Self::Tokens } else { Self::None }
+    }
+}
+
 /// The rows of a data file that have choices, as tokens.
 #[derive(Debug)]
 pub struct ChoiceRows {
@@ -49,13 +56,9 @@ impl ChoiceRows {
             }
             match data.encoder().choice_tokens(&row) {
                 Ok(choices) => rows.extend(choices),
-                Err(RowError::Problem(problem)) => problems.push(RowProblem {
-                    path: data.path().to_owned(),
-                    line,
-                    field: problem.field,
-                    problem: problem.problem,
-                    fix: problem.fix,
-                }),
+                Err(RowError::Problem(problem)) => {
+                    problems.push(RowProblem::new(data.path(), line, problem));
+                }
                 Err(RowError::Other(error)) => return Err(error),
             }
         }
@@ -121,6 +124,29 @@ impl ChoiceRows {
             done(rows.len());
         }
         Ok(scores)
+    }
+
+    /// `[row][adapter]`: the distribution over the choices of every row that each of `adapters` gives.
+    ///
+    /// # Errors
+    /// Those of the decoder; [`NotFinite`].
+    pub fn distributions(
+        &self,
+        model: &Decoder,
+        adapters: &[ActiveAdapter],
+        batch_size: usize,
+        normalisation: LengthNormalisation,
+        mut done: impl FnMut(usize),
+    ) -> Result<Vec<Vec<Prediction>>> {
+        let mut found: Vec<Vec<Prediction>> = self.rows.iter().map(|_| Vec::new()).collect();
+        for adapter in adapters {
+            let scores = self.log_likelihoods(model, adapter, batch_size, &mut done)?;
+            let predictions = self.predictions(&scores, normalisation)?;
+            for (row, prediction) in found.iter_mut().zip(predictions) {
+                row.push(prediction);
+            }
+        }
+        Ok(found)
     }
 
     /// The distribution over the choices of every row: softmax of [`Self::log_likelihoods`].

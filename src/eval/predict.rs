@@ -98,7 +98,19 @@ impl Answerer<'_> {
             }
         }
         let mut open = self.open(&prompts)?.into_iter();
-        let mut chosen = self.predictions(sets)?.into_iter();
+        // Without draws the mean is all there is.
+        let adapters = match self.draws {
+            [] => std::slice::from_ref(self.mean),
+            draws => draws,
+        };
+        let chosen = ChoiceRows::new(sets).distributions(
+            self.decoder,
+            adapters,
+            self.generation.batch_size,
+            self.normalisation,
+            |_| {},
+        )?;
+        let mut chosen = chosen.into_iter();
         let answers = questions.iter().filter_map(|question| match question {
             Question::Open(_) => open.next(),
             Question::Choice { texts, .. } => Some(self.choose(texts, &chosen.next()?)),
@@ -169,25 +181,6 @@ impl Answerer<'_> {
                     values.take(n).sum::<f64>() / n.max(1) as f64
                 };
                 found.push((mean(&mut predictive), mean(&mut expected)));
-            }
-        }
-        Ok(found)
-    }
-
-    /// `[row][draw]`: distributions over the choices; of the mean alone where there are no draws.
-    fn predictions(&self, sets: Vec<ChoiceSet>) -> Result<Vec<Vec<Prediction>>> {
-        let rows = ChoiceRows::new(sets);
-        let mut found: Vec<Vec<Prediction>> = (0..rows.len()).map(|_| Vec::new()).collect();
-        let adapters = match self.draws {
-            [] => std::slice::from_ref(self.mean),
-            draws => draws,
-        };
-        for adapter in adapters {
-            let batch_size = self.generation.batch_size;
-            let scores = rows.log_likelihoods(self.decoder, adapter, batch_size, |_| {})?;
-            let predictions = rows.predictions(&scores, self.normalisation)?;
-            for (row, prediction) in found.iter_mut().zip(predictions) {
-                row.push(prediction);
             }
         }
         Ok(found)

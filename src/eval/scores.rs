@@ -101,16 +101,12 @@ pub fn score(
     if choices.is_empty() {
         return Ok(scores);
     }
-    let mut of_draws = Vec::new();
-    for adapter in predictor.adapters() {
-        let log_likelihoods = choices.log_likelihoods(model, adapter, batch_size, &mut done)?;
-        of_draws.push(choices.predictions(&log_likelihoods, options.normalisation)?);
-    }
-    let predictions: Vec<Prediction> = (0..choices.len())
-        .filter_map(|row| {
-            let of_row: Vec<Prediction> = of_draws.iter().map(|draw| draw[row].clone()).collect();
-            Prediction::average(&of_row)
-        })
+    let adapters = predictor.adapters();
+    let normalisation = options.normalisation;
+    let of_draws = choices.distributions(model, adapters, batch_size, normalisation, &mut done)?;
+    let predictions: Vec<Prediction> = of_draws
+        .iter()
+        .filter_map(|row| Prediction::average(row))
         .collect();
     scores.accuracy = accuracy(&predictions);
     scores.nll = negative_log_likelihood(&predictions);

@@ -186,7 +186,14 @@ impl Engine {
     pub fn shut_down(self) -> Result<()> {
         let Self { host, pipeline, .. } = self;
         drop(host);
-        wait_until_gone(&pipeline)
+        let start = Instant::now();
+        while pipeline.strong_count() > 0 {
+            if start.elapsed() > SHUT_DOWN_LIMIT {
+                return Err(Error::Engine("the engine did not stop in time".to_owned()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     fn check_length(&self, n_tokens: usize) -> Result<()> {
@@ -260,21 +267,6 @@ pub fn prompt_logits(loader: &MonteCloraLoader, sequences: &[Vec<u32>]) -> Resul
         .collect();
     engine.shut_down()?;
     logits
-}
-
-/// Blocks until a model whose engine was told to stop is out of memory.
-///
-/// # Errors
-/// [`Error::Engine`] if that does not happen within half a minute.
-pub(crate) fn wait_until_gone(pipeline: &WeakPipeline) -> Result<()> {
-    let start = Instant::now();
-    while pipeline.strong_count() > 0 {
-        if start.elapsed() > SHUT_DOWN_LIMIT {
-            return Err(Error::Engine("the engine did not stop in time".to_owned()));
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
 }
 
 /// The scheduler for a loaded model: paged if it was loaded so, else at most `max_sequences` at a time.

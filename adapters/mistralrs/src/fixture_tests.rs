@@ -4,6 +4,7 @@ mod abuse;
 mod choices;
 mod operation;
 mod parity;
+mod requests;
 mod serving;
 
 use std::fs;

@@ -42,10 +42,15 @@ impl Site {
     }
 
     fn put(&self, name: &str, case: &Case) {
+        self.copy(&case.adapter, name);
+    }
+
+    /// Makes the adapter `name` what lies in `from`.
+    fn copy(&self, from: &Path, name: &str) {
         let to = self.path(name);
         fs::create_dir_all(&to).expect("created");
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
-            fs::copy(case.adapter.join(file), to.join(file)).expect("copied");
+            fs::copy(from.join(file), to.join(file)).expect("copied");
         }
     }
 
@@ -308,10 +313,7 @@ fn files_that_change_between_check_and_load_are_not_served() {
         let adapter = Some(("a", source.as_path()));
         let wanted = Wanted::new(&config.models[0], adapter, EngineSettings::of(&config));
         let checked = blocking(|| wanted.and_then(Wanted::check)).await;
-        let other = "adapter_model.safetensors";
-        for file in ["adapter_config.json", other] {
-            fs::copy(site.path("two").join(file), source.join(file)).expect("overwritten");
-        }
+        site.copy(&site.path("two"), "one");
         let error = registry.start(checked.expect("sound")).await;
         let error = error.err().expect("refused").to_string();
         assert!(error.contains("changed"), "{error}");
@@ -388,10 +390,7 @@ fn equal_content_from_elsewhere_is_the_same_adapter() {
             .load_adapter(load("a", &one))
             .await
             .expect("loaded");
-        fs::create_dir(&copy).expect("created");
-        for file in ["adapter_config.json", "adapter_model.safetensors"] {
-            fs::copy(one.join(file), copy.join(file)).expect("copied");
-        }
+        site.copy(&one, "copy");
         let second = registry
             .load_adapter(load("a", &copy))
             .await

@@ -1,0 +1,255 @@
+//! What requests may ask for: sampling, stop texts, tools, formats.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use super::serving::{Running, chat, events, parse, toml_for};
+use super::{Case, servable};
+
+/// What a request leaves out is the model's own `generation_config.json`, where it has any, and temperature 1.
+#[test]
+fn a_request_that_does_not_say_is_sampled_as_the_model_is() {
+    let case = servable();
+    let copy = tempfile::tempdir().expect("a temporary directory");
+    for entry in fs::read_dir(&case.base).expect("readable") {
+        let path = entry.expect("readable").path();
+        let name = path.file_name().expect("a name");
+        fs::copy(&path, copy.path().join(name)).expect("copied");
+    }
+    let greedy = chat("tuned", false);
+    let mut silent = greedy.clone();
+    silent
+        .as_object_mut()
+        .expect("an object")
+        .remove("temperature");
+    let text = |answer: &Value| answer["choices"][0]["message"]["content"].to_string();
+    let answers = |settings: &str| {
+        fs::write(copy.path().join("generation_config.json"), settings).expect("written");
+        let case = Case {
+            base: copy.path().to_owned(),
+            ..servable()
+        };
+        let (server, _dir) = Running::start(&toml_for(&case, ""));
+        let ask = |body: &Value| text(&parse(server.post("/v1/chat/completions", body), 200));
+        let mut found: Vec<String> = (0..6).map(|_| ask(&silent)).collect();
+        found.push(ask(&greedy));
+        let mut seeded = silent.clone();
+        seeded["seed"] = json!(3);
+        found.push(ask(&seeded));
+        server.finish().expect("a clean stop");
+        found
+    };
+    let certain = answers(r#"{"do_sample": false}"#);
+    assert!(
+        certain.iter().all(|text| *text == certain[0]),
+        "{certain:?}"
+    );
+    let likeliest = answers(r#"{"do_sample": true, "temperature": 0.7, "top_k": 1}"#);
+    assert_eq!(likeliest, certain);
+    let sampled = answers(r#"{"do_sample": true}"#);
+    assert_eq!(sampled[6], certain[6]);
+    assert!(
+        sampled[..6].iter().any(|text| *text != sampled[0]),
+        "{sampled:?}"
+    );
+    assert_ne!(sampled[7], certain[6], "a seed makes no answer greedy");
+}
+
+fn a_call_that_must_be_made_is_made(server: &Running) {
+    let tool = |name: &str, kinds: Value| {
+        json!({"type": "function", "function": {"name": name, "parameters": {"type": "object",
+            "properties": {"kind": {"$ref": "#/$defs/Kind"}}, "required": ["kind"], "additionalProperties": false,
+            "$defs": {"Kind": {"enum": kinds}}}}})
+    };
+    let mut asked = chat("tuned", false);
+    asked["max_tokens"] = json!(120);
+    asked["tools"] = json!([
+        tool("animal", json!(["cat", "dog"])),
+        tool("plant", json!(["oak"]))
+    ]);
+    for (choice, stream) in [
+        (json!("required"), false),
+        (
+            json!({"type": "function", "function": {"name": "plant"}}),
+            false,
+        ),
+        (
+            json!({"type": "function", "function": {"name": "plant"}}),
+            true,
+        ),
+    ] {
+        asked["tool_choice"] = choice.clone();
+        asked["stream"] = json!(stream);
+        let response = server.post("/v1/chat/completions", &asked);
+        let calls = if stream {
+            let data = events(response)
+                .into_iter()
+                .find(|data| data.contains("tool_calls"));
+            let chunk: Value = serde_json::from_str(&data.expect("a call")).expect("JSON");
+            chunk["choices"][0]["delta"]["tool_calls"].clone()
+        } else {
+            parse(response, 200)["choices"][0]["message"]["tool_calls"].clone()
+        };
+        let function = &calls[0]["function"];
+        let arguments = function["arguments"].as_str().expect("a text");
+        let arguments: Value = serde_json::from_str(arguments).expect("JSON");
+        if choice.is_object() {
+            assert_eq!(function["name"], "plant");
+            assert_eq!(arguments, json!({"kind": "oak"}));
+        } else {
+            assert!(["animal", "plant"].contains(&function["name"].as_str().expect("a name")));
+            assert!(arguments["kind"].is_string(), "{arguments}");
+        }
+    }
+    // Cut off in the middle, it is no call, and no failure either.
+    asked["max_tokens"] = json!(3);
+    asked["stream"] = json!(false);
+    let answer = parse(server.post("/v1/chat/completions", &asked), 200);
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+}
+
+/// A grammar may not allow the end that a stop text asks for.
+#[test]
+fn a_stop_text_ends_an_answer_that_a_grammar_holds() {
+    let (server, _dir) = Running::start(&toml_for(&servable(), ""));
+    let mut body = chat("tuned", false);
+    body["max_tokens"] = json!(100);
+    body["response_format"] = json!({"type": "json_object"});
+    let whole = parse(server.post("/v1/chat/completions", &body), 200);
+    let whole = whole["choices"][0]["message"]["content"].as_str();
+    let text: Vec<char> = whole.expect("a text").chars().collect();
+    let stop: String = text[2..4].iter().collect();
+    body["stop"] = json!([stop]);
+    let cut = parse(server.post("/v1/chat/completions", &body), 200);
+    assert_eq!(cut["choices"][0]["finish_reason"], "stop");
+    let n_tokens = cut["usage"]["completion_tokens"].as_u64();
+    assert!(n_tokens.expect("counted") < 10, "{cut}");
+    server.finish().expect("a clean stop");
+}
+
+/// mistral.rs 0.8.1 panics over a stop text behind bytes that are no character, so it is not told of any.
+#[test]
+fn a_stop_text_behind_broken_characters_ends_the_answer_early() {
+    let case = servable();
+    let tokenizer = tokenizers::Tokenizer::from_file(case.base.join("tokenizer.json"));
+    let tokenizer = tokenizer.expect("a tokenizer");
+    let byte = ["\u{122}", "<0x80>"]
+        .iter()
+        .find_map(|token| tokenizer.token_to_id(token));
+    let letters = (tokenizer.token_to_id("a"), tokenizer.token_to_id("b"));
+    let (Some(byte), (Some(a), Some(b))) = (byte, letters) else {
+        return;
+    };
+    let (server, _dir) = Running::start(&toml_for(&case, ""));
+    let mut body = chat("tuned", false);
+    body["temperature"] = json!(2);
+    body["max_tokens"] = json!(40);
+    body["logit_bias"] = json!({byte.to_string(): 100, a.to_string(): 100, b.to_string(): 100});
+    body["stop"] = json!(["ab"]);
+    let mut n_behind = 0;
+    for seed in 0..16 {
+        body["seed"] = json!(seed);
+        let answer = parse(server.post("/v1/chat/completions", &body), 200);
+        let choice = &answer["choices"][0];
+        let text = choice["message"]["content"].as_str().expect("a text");
+        assert!(!text.contains("ab"), "{text:?}");
+        if choice["finish_reason"] != "stop" {
+            continue;
+        }
+        let n_tokens = text.chars().count() + 2;
+        assert_eq!(answer["usage"]["completion_tokens"], n_tokens, "{text:?}");
+        n_behind += usize::from(text.contains('\u{fffd}'));
+    }
+    assert!(n_behind > 0, "no stop text came behind a lone byte");
+    server.finish().expect("a clean stop");
+}
+
+#[test]
+fn sampling_options_do_what_they_say_or_are_refused() {
+    let (server, _dir) = Running::start(&toml_for(&servable(), ""));
+    let path = "/v1/chat/completions";
+    let text = |answer: &Value| answer["choices"][0]["message"]["content"].to_string();
+
+    let mut seeded = chat("tuned", false);
+    seeded["temperature"] = json!(1.5);
+    seeded["seed"] = json!(11);
+    let first = text(&parse(server.post(path, &seeded), 200));
+    assert_eq!(text(&parse(server.post(path, &seeded), 200)), first);
+    let others = (0..5).map(|seed| {
+        seeded["seed"] = json!(seed);
+        text(&parse(server.post(path, &seeded), 200))
+    });
+    assert!(
+        others.into_iter().any(|other| other != first),
+        "the seed changes nothing"
+    );
+
+    // Each of these leaves the likeliest token only.
+    let greedy = text(&parse(server.post(path, &chat("tuned", false)), 200));
+    for (key, value) in [
+        ("top_k", json!(1)),
+        ("top_p", json!(0)),
+        ("top_p", json!(1e-6)),
+        ("min_p", json!(1)),
+        ("min_p", json!(0.99999)),
+    ] {
+        let mut narrow = chat("tuned", false);
+        narrow["temperature"] = json!(1.5);
+        narrow[key] = value.clone();
+        let found = text(&parse(server.post(path, &narrow), 200));
+        assert_eq!(found, greedy, "{key} {value}");
+    }
+
+    let mut formatted = chat("tuned", false);
+    formatted["max_tokens"] = json!(100);
+    formatted["response_format"] = json!({"type": "json_schema",
+        "json_schema": {"name": "animal", "schema": {"enum": ["cat", "dog"]}}});
+    let answer = parse(server.post(path, &formatted), 200);
+    let content = answer["choices"][0]["message"]["content"]
+        .as_str()
+        .expect("a text");
+    let value: String = serde_json::from_str(content).expect("JSON");
+    assert!(["cat", "dog"].contains(&value.as_str()), "{content}");
+
+    let tool = json!({"type": "function", "function": {"name": "f", "description": "d",
+        "parameters": {"type": "object", "properties": {}}}});
+    let mut tools = chat("tuned", false);
+    tools["tools"] = json!([tool]);
+    let status = server.post(path, &tools).status().as_u16();
+    // A template that has no place for tools may refuse them.
+    assert!(status == 200 || status == 400, "{status}");
+    let choice =
+        json!({"prompt": "a", "max_tokens": 2, "tools": tools["tools"], "tool_choice": "required"});
+    let refused = parse(server.post("/v1/completions", &choice), 400);
+    assert!(["tools", "tool_choice"].contains(&refused["error"]["param"].as_str().expect("a key")));
+    if status == 200 {
+        a_call_that_must_be_made_is_made(&server);
+    }
+
+    // Whatever the limit cuts, also a character, a stream says why it ended and that it did.
+    for max_tokens in 1..=16 {
+        let mut cut = chat("tuned", true);
+        cut["max_tokens"] = json!(max_tokens);
+        let stream = events(server.post(path, &cut));
+        assert_eq!(stream.last().map(String::as_str), Some("[DONE]"));
+        let last: Value = serde_json::from_str(&stream[stream.len() - 2]).expect("JSON");
+        let reason = &last["choices"][0]["finish_reason"];
+        assert!(reason == "length" || reason == "stop", "{last}");
+    }
+    let stopped = {
+        let whole = parse(server.post(path, &chat("tuned", false)), 200);
+        let content = whole["choices"][0]["message"]["content"]
+            .as_str()
+            .expect("a text");
+        content.chars().filter(|c| c.is_ascii()).nth(2)
+    };
+    if let Some(stop) = stopped {
+        let mut body = chat("tuned", true);
+        body["stop"] = json!(stop.to_string());
+        let stream = events(server.post(path, &body));
+        assert_eq!(stream.last().map(String::as_str), Some("[DONE]"));
+        assert!(stream[stream.len() - 2].contains("\"finish_reason\":\"stop\""));
+    }
+    server.finish().expect("a clean stop");
+}
