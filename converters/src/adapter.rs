@@ -8,11 +8,13 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::config::AdapterConfig;
-use crate::config_read;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
-use crate::{gguf_lora, json, low_rank, mlx, peft_read};
+use crate::formats::peft::config_read;
+use crate::formats::peft::read as peft_read;
+use crate::formats::{gguf_lora, mlx};
+use crate::tensors::dtype::DType;
+use crate::tensors::tensor::Tensor;
+use crate::{json, low_rank};
 
 /// What an adapter was read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

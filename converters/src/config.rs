@@ -8,8 +8,9 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Problems, Result};
+use crate::formats::peft::{config_read, config_write};
+use crate::json;
 use crate::site_pattern::SitePatterns;
-use crate::{config_read, config_write, json};
 
 /// Backtracking steps after which a pattern is given up: patterns come from files that may be hostile.
 const BACKTRACK_LIMIT: usize = 100_000;

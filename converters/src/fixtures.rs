@@ -7,9 +7,9 @@ use serde_json::Value;
 
 use crate::adapter::{Adapter, Format, Site, SitePosterior};
 use crate::config::{AdapterConfig, MonteCloraSettings, TargetModules};
-use crate::dtype::DType;
-use crate::safetensors_file::SafetensorsFile;
-use crate::tensor::Tensor;
+use crate::tensors::dtype::DType;
+use crate::tensors::safetensors_file::SafetensorsFile;
+use crate::tensors::tensor::Tensor;
 
 /// One recorded adapter.
 pub(crate) struct Case {

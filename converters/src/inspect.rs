@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::MonteCloraSettings;
-use crate::dtype::DType;
 use crate::error::{Problem, Result};
+use crate::tensors::dtype::DType;
 use crate::validate::read_alone;
 
 /// PEFT keeps every variance of the noise at or above this, before the factor `sample_scaler`.
@@ -235,7 +235,7 @@ fn mean_variance(posterior: &SitePosterior, rank: usize) -> Result<f64> {
 mod tests {
     use super::*;
     use crate::fixtures;
-    use crate::tensor::Tensor;
+    use crate::tensors::tensor::Tensor;
 
     #[test]
     fn norms_agree_with_the_update_formed_in_full() {

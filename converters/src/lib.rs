@@ -57,33 +57,18 @@
 //! ```
 
 mod adapter;
-mod check;
 mod config;
-mod config_read;
-mod config_write;
-mod derived;
-mod dtype;
 mod error;
 mod files;
-mod gguf;
-mod gguf_lora;
-mod gguf_write;
+mod formats;
 mod inspect;
 mod json;
-mod lora_export;
 mod low_rank;
 mod merge;
-mod mlx;
 mod model_files;
-mod peft_read;
-mod peft_write;
-mod runtime;
-mod safetensors_file;
-mod safetensors_write;
-mod shards;
 mod site_pattern;
 mod targets;
-mod tensor;
+mod tensors;
 mod validate;
 
 #[cfg(test)]
@@ -93,17 +78,17 @@ mod round_trips;
 
 pub use adapter::{Adapter, Format, Site, SitePosterior};
 pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
-pub use dtype::DType;
 pub use error::{Error, Problem, Problems, Result, UnknownTarget, UnknownTargets};
-pub use gguf::{GgufArray, GgufFile, GgufTensor, GgufValue, ggml_block};
-pub use gguf_lora::is_gguf;
+pub use formats::gguf_lora::is_gguf;
+pub use formats::lora_export::{LoraOptions, LoraReport};
 pub use inspect::{AdapterSummary, SiteSummary, summarise};
-pub use lora_export::{LoraOptions, LoraReport};
 pub use merge::{MergeReport, OverlayReport, merge_dir, write_overlay};
 pub use model_files::ModelFiles;
-pub use runtime::Runtime;
-pub use safetensors_file::SafetensorsFile;
-pub use safetensors_write::write_safetensors;
 pub use targets::LinearModule;
-pub use tensor::Tensor;
+pub use tensors::dtype::DType;
+pub use tensors::gguf::{GgufArray, GgufFile, GgufTensor, GgufValue, ggml_block};
+pub use tensors::safetensors_file::SafetensorsFile;
+pub use tensors::safetensors_write::write_safetensors;
+pub use tensors::tensor::Tensor;
+pub use validate::runtime::Runtime;
 pub use validate::{validate, validate_path};

@@ -10,13 +10,13 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::adapter::{Adapter, Site};
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::low_rank::product_rows;
 use crate::model_files::ModelFiles;
-use crate::safetensors_write::{Slot, stream};
-use crate::tensor::Tensor;
+use crate::tensors::dtype::DType;
+use crate::tensors::safetensors_write::{Slot, stream};
+use crate::tensors::tensor::Tensor;
 
 /// Weights are merged in blocks of rows of about this many elements, so memory does not grow with the matrix.
 const BLOCK_ELEMENTS: usize = 1 << 20;
@@ -393,7 +393,7 @@ fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Resu
 mod tests {
     use super::*;
     use crate::fixtures;
-    use crate::safetensors_file::SafetensorsFile;
+    use crate::tensors::safetensors_file::SafetensorsFile;
 
     #[test]
     fn overlay_and_merged_directory_hold_base_plus_update() {

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::json;
-use crate::safetensors_file::SafetensorsFile;
-use crate::shards::ShardSet;
 use crate::targets::LinearModule;
-use crate::tensor::Tensor;
+use crate::tensors::dtype::DType;
+use crate::tensors::safetensors_file::SafetensorsFile;
+use crate::tensors::shards::ShardSet;
+use crate::tensors::tensor::Tensor;
 
 /// A model in a directory: `model.safetensors`, or shards with or without `model.safetensors.index.json`.
 #[derive(Debug, Clone)]
@@ -179,7 +179,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::safetensors_write::write_safetensors;
+    use crate::tensors::safetensors_write::write_safetensors;
 
     const INDEX: &str = "model.safetensors.index.json";
     const SINGLE: &str = "model.safetensors";

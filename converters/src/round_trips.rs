@@ -10,16 +10,16 @@ use serde_json::{Map, Value, json};
 
 use crate::adapter::{Adapter, Format, Site, SitePosterior};
 use crate::config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
-use crate::dtype::DType;
 use crate::fixtures::Stream;
-use crate::lora_export::LoraOptions;
+use crate::formats::lora_export::LoraOptions;
 use crate::merge::merge_dir;
 use crate::model_files::ModelFiles;
-use crate::runtime::Runtime;
-use crate::safetensors_file::SafetensorsFile;
-use crate::safetensors_write::write_safetensors;
 use crate::targets::Matcher;
-use crate::tensor::Tensor;
+use crate::tensors::dtype::DType;
+use crate::tensors::safetensors_file::SafetensorsFile;
+use crate::tensors::safetensors_write::write_safetensors;
+use crate::tensors::tensor::Tensor;
+use crate::validate::runtime::Runtime;
 use crate::validate::validate_path;
 
 const N_LAYERS: usize = 3;

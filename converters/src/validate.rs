@@ -6,14 +6,18 @@ use serde_json::Value;
 
 use crate::adapter::{Adapter, Format};
 use crate::config::{AdapterConfig, TargetModules};
-use crate::dtype::DType;
 use crate::error::{Problem, Result};
+use crate::formats::gguf_lora;
+use crate::formats::peft::read as peft_read;
+use crate::json;
 use crate::model_files::ModelFiles;
-use crate::runtime::Runtime;
-use crate::shards::ShardSet;
 use crate::targets::OUTPUT_HEAD;
-use crate::{gguf_lora, json, peft_read};
+use crate::tensors::dtype::DType;
+use crate::tensors::shards::ShardSet;
+use crate::validate::runtime::Runtime;
 
+mod check;
+pub(crate) mod runtime;
 mod unreadable;
 
 const EXPORT: &str = "monteclora collapse writes the posterior mean as plain LoRA: one rank, one alpha, a list of modules";

@@ -1,7 +1,7 @@
 //! What runtimes make of adapters that are more than `B A`, and that are therefore refused here.
 
 use crate::error::Problem;
-use crate::runtime::Runtime;
+use crate::validate::runtime::Runtime;
 
 /// What becomes of one feature in one runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::files::write_file;
-use crate::tensor::{Tensor, element_count};
+use crate::tensors::dtype::DType;
+use crate::tensors::tensor::{Tensor, element_count};
 
 /// Name, type and shape of a tensor that is about to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,7 +141,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::safetensors_file::SafetensorsFile;
+    use crate::tensors::safetensors_file::SafetensorsFile;
 
     fn tensors() -> impl Strategy<Value = BTreeMap<String, Tensor>> {
         let dtype = prop_oneof![

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use memmap2::Mmap;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{Tensor, element_count};
+use crate::tensors::dtype::DType;
+use crate::tensors::tensor::{Tensor, element_count};
 
 /// Largest header that is read, the limit of the reference implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;

@@ -5,9 +5,9 @@ use std::fs;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::dtype::DType;
 use crate::fixtures::{self, Stream};
-use crate::safetensors_write::write_safetensors;
+use crate::tensors::dtype::DType;
+use crate::tensors::safetensors_write::write_safetensors;
 
 /// A good MonteCLoRA adapter of one site, to be spoilt.
 struct Spoilt {

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use crate::derived::Derivation;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::tensors::derived::Derivation;
+use crate::tensors::dtype::DType;
 
 /// Where the bytes live.
 #[derive(Clone)]

@@ -3,7 +3,7 @@
 use serde_json::{Map, Number, Value, json};
 
 use crate::config::{AdapterConfig, ExcludeModules, TargetModules};
-use crate::config_read::AUTHORS;
+use crate::formats::peft::config_read::AUTHORS;
 
 /// Every key of PEFT 0.20's `LoraConfig` with the value that switches it off. PEFT 0.21's `kasa_config` is left out:
 /// PEFT 0.20 would warn, and its absence means the same.

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 use memmap2::Mmap;
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::safetensors_file::map_file;
-use crate::tensor::{Tensor, element_count};
+use crate::tensors::dtype::DType;
+use crate::tensors::safetensors_file::map_file;
+use crate::tensors::tensor::{Tensor, element_count};
 
 /// Most metadata entries, tensors, and array elements in all that are believed. Counts come from the file, so nothing
 /// is allocated on their word alone.

@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-use crate::dtype::DType;
-use crate::tensor::Tensor;
+use crate::tensors::dtype::DType;
+use crate::tensors::tensor::Tensor;
 
 /// Elements converted at a time by one thread.
 const BLOCK_ELEMENTS: usize = 1 << 16;

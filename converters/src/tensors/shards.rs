@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::json;
-use crate::safetensors_file::SafetensorsFile;
-use crate::tensor::Tensor;
+use crate::tensors::dtype::DType;
+use crate::tensors::safetensors_file::SafetensorsFile;
+use crate::tensors::tensor::Tensor;
 
 /// Most shards of one set; each is mapped, and a process can only have so many mappings.
 const MAX_SHARDS: usize = 1 << 12;

@@ -8,13 +8,13 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::adapter::{Adapter, Site};
-use crate::config_write;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::peft_read::{CONFIG_FILE, PREFIX, Role, SAMPLER_FIELDS, WEIGHTS_FILE};
-use crate::safetensors_write::{Slot, stream};
-use crate::tensor::Tensor;
+use crate::formats::peft::config_write;
+use crate::formats::peft::read::{CONFIG_FILE, PREFIX, Role, SAMPLER_FIELDS, WEIGHTS_FILE};
+use crate::tensors::dtype::DType;
+use crate::tensors::safetensors_write::{Slot, stream};
+use crate::tensors::tensor::Tensor;
 
 impl Adapter {
     /// Writes `adapter_config.json` and `adapter_model.safetensors` as PEFT does, with MonteCLoRA's sampler if there is

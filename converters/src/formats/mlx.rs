@@ -7,13 +7,13 @@ use serde_json::{Map, Value, json};
 
 use crate::adapter::{Adapter, Format, Site};
 use crate::config::{AdapterConfig, TargetModules};
-use crate::config_write;
 use crate::error::{Error, Problem, Problems, Result};
-use crate::lora_export::{LoraOptions, LoraReport};
-use crate::peft_read::{CONFIG_FILE, non_finite};
-use crate::peft_write::replace_files;
-use crate::safetensors_file::SafetensorsFile;
-use crate::tensor::Tensor;
+use crate::formats::lora_export::{LoraOptions, LoraReport};
+use crate::formats::peft::config_write;
+use crate::formats::peft::read::{CONFIG_FILE, non_finite};
+use crate::formats::peft::write::replace_files;
+use crate::tensors::safetensors_file::SafetensorsFile;
+use crate::tensors::tensor::Tensor;
 
 /// mlx-lm's name for the weights.
 const WEIGHTS_FILE: &str = "adapters.safetensors";

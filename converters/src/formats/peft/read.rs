@@ -5,14 +5,15 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
+use super::config_read;
 use crate::adapter::{Adapter, Format, Site, SitePosterior};
 use crate::config::AdapterConfig;
 use crate::error::{Error, Problem, Problems, Result};
-use crate::shards::ShardSet;
+use crate::json;
 use crate::site_pattern::SitePatterns;
 use crate::targets::Matcher;
-use crate::tensor::Tensor;
-use crate::{config_read, json};
+use crate::tensors::shards::ShardSet;
+use crate::tensors::tensor::Tensor;
 
 /// File names of a PEFT directory.
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";

@@ -9,12 +9,12 @@ use serde_json::{Map, Value, json};
 
 use crate::adapter::{Adapter, Format, Site};
 use crate::config::{AdapterConfig, TargetModules};
-use crate::config_write::number;
-use crate::derived::holds_scaled;
-use crate::dtype::DType;
 use crate::error::Result;
-use crate::peft_write;
+use crate::formats::peft::config_write::number;
+use crate::formats::peft::write;
 use crate::targets::{OUTPUT_HEAD, ends_in};
+use crate::tensors::derived::holds_scaled;
+use crate::tensors::dtype::DType;
 
 /// How a plain LoRA is written.
 #[derive(Debug, Clone, Default)]
@@ -132,7 +132,7 @@ impl Adapter {
     /// ```
     pub fn write_lora(&self, dir: &Path, options: &LoraOptions) -> Result<LoraReport> {
         let (plain, report) = self.to_lora(options.dtype)?;
-        peft_write::write_dir(dir, options.overwrite, &config_json(&plain.config), &plain)?;
+        write::write_dir(dir, options.overwrite, &config_json(&plain.config), &plain)?;
         Ok(report)
     }
 
@@ -334,7 +334,7 @@ mod tests {
 
     use super::*;
     use crate::fixtures;
-    use crate::tensor::Tensor;
+    use crate::tensors::tensor::Tensor;
 
     fn worst_difference(left: &Adapter, right: &Adapter) -> f32 {
         let mut worst = 0f32;

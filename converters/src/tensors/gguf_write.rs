@@ -3,10 +3,10 @@
 use std::io::Write;
 use std::path::Path;
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::files::write_file;
-use crate::tensor::Tensor;
+use crate::tensors::dtype::DType;
+use crate::tensors::tensor::Tensor;
 
 const ALIGNMENT: usize = 32;
 

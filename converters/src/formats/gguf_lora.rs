@@ -10,14 +10,14 @@ use serde_json::{Map, Value};
 
 use crate::adapter::{Adapter, Format, Site};
 use crate::config::{AdapterConfig, TargetModules};
-use crate::dtype::DType;
 use crate::error::{Error, Problem, Problems, Result};
-use crate::gguf::GgufFile;
-use crate::gguf_write::{Entry, dtype_of, write_gguf};
-use crate::lora_export::LoraReport;
-use crate::peft_read::non_finite;
+use crate::formats::lora_export::LoraReport;
+use crate::formats::peft::read::non_finite;
 use crate::targets::OUTPUT_HEAD;
-use crate::tensor::Tensor;
+use crate::tensors::dtype::DType;
+use crate::tensors::gguf::GgufFile;
+use crate::tensors::gguf_write::{Entry, dtype_of, write_gguf};
+use crate::tensors::tensor::Tensor;
 
 /// Leaves of a decoder layer: Hugging Face's name, llama.cpp's name.
 const LEAVES: [(&str, &str); 7] = [
