@@ -142,7 +142,7 @@ impl Adapter {
     /// configuration too: see [`Self::read_for`].
     ///
     /// # Errors
-    /// [`Error::NotFound`] if there is none; [`Error::Refused`] with everything that is not understood.
+    /// `not-found` if there is none; a refusal with everything that is not understood.
     ///
     /// ```
     /// use monteclora_converters::{Adapter, Format};

@@ -7,7 +7,7 @@ use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Problems, Result};
+use crate::error::{Error, Result};
 use crate::formats::peft::{config_read, config_write};
 use crate::json;
 use crate::site_pattern::SitePatterns;
@@ -136,7 +136,7 @@ impl AdapterConfig {
     /// Reads the text of an `adapter_config.json`; `origin` is named in errors.
     ///
     /// # Errors
-    /// [`Error::Json`] if it is no JSON, [`Error::Refused`] with every key that is not understood.
+    /// `json` if it is no JSON, a refusal with every key that is not understood.
     ///
     /// ```
     /// use monteclora_converters::AdapterConfig;
@@ -150,14 +150,8 @@ impl AdapterConfig {
     pub fn from_json(text: &str, origin: &Path) -> Result<Self> {
         let mut problems = Vec::new();
         let config = config_read::from_object(json::parse_object(text, origin)?, &mut problems);
-        if problems.is_empty() {
-            Ok(config)
-        } else {
-            Err(Error::Refused {
-                path: origin.to_path_buf(),
-                problems: Problems(problems),
-            })
-        }
+        Error::refuse_any(origin, problems)?;
+        Ok(config)
     }
 
     /// The object that PEFT 0.20 and later read without a warning: every key they know, sorted.

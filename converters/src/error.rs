@@ -1,116 +1,23 @@
-//! The one error type of this crate, and the problem records that reports are made of.
+//! The one error type of this crate, and the exit code of any error.
 
-use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
-
-/// How many problems a message lists before it only counts the rest.
-const LISTED: usize = 20;
+use crate::problem::{Problem, Problems};
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
-
-/// One thing that is wrong with an adapter or a model, with its remedy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Problem {
-    /// Stable machine-readable name, such as `dora` or `shape`.
-    pub code: &'static str,
-    /// File, configuration key, tensor or module concerned.
-    #[serde(rename = "where")]
-    pub location: String,
-    /// What is wrong.
-    pub message: String,
-    /// What the user can do about it.
-    pub fix: String,
-}
-
-impl Problem {
-    /// A problem at `location`.
-    pub fn new(
-        code: &'static str,
-        location: impl Into<String>,
-        message: impl Into<String>,
-        fix: impl Into<String>,
-    ) -> Self {
-        Self {
-            code,
-            location: location.into(),
-            message: message.into(),
-            fix: fix.into(),
-        }
-    }
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.location, self.message)?;
-        if !self.fix.is_empty() {
-            write!(f, "; {}", self.fix)?;
-        }
-        Ok(())
-    }
-}
-
-/// Problems one a line; the first 20 are spelt out and the rest counted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problems(pub Vec<Problem>);
-
-impl fmt::Display for Problems {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for problem in self.0.iter().take(LISTED) {
-            write!(f, "\n  {problem}")?;
-        }
-        if self.0.len() > LISTED {
-            write!(f, "\n  and {} more", self.0.len() - LISTED)?;
-        }
-        Ok(())
-    }
-}
-
-/// One entry of `target_modules` that names nothing in the base model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct UnknownTarget {
-    /// The entry as written.
-    pub entry: String,
-    /// Nearest real module names and the number of sites each has, best first.
-    pub nearest: Vec<(String, usize)>,
-}
-
-/// Unknown targets one a line.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UnknownTargets(pub Vec<UnknownTarget>);
-
-impl fmt::Display for UnknownTargets {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for unknown in self.0.iter().take(LISTED) {
-            write!(f, "\n  `{}`", unknown.entry)?;
-            for (idx, (name, n_sites)) in unknown.nearest.iter().enumerate() {
-                let lead = if idx == 0 { "; nearest:" } else { "," };
-                let plural = if *n_sites == 1 { "site" } else { "sites" };
-                write!(f, "{lead} `{name}` ({n_sites} {plural})")?;
-            }
-        }
-        if self.0.len() > LISTED {
-            write!(f, "\n  and {} more", self.0.len() - LISTED)?;
-        }
-        Ok(())
-    }
-}
 
 /// What can go wrong when adapters and models are read, checked and written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file or directory that should be there is not.
-    #[error("`{}`: {message}", .path.display())]
-    NotFound {
-        /// The path looked for.
-        path: PathBuf,
-        /// What was expected there, and the remedy.
-        message: String,
-    },
+    /// One thing that stops the work.
+    #[error(transparent)]
+    Problem(#[from] Problem),
+    /// A refusal, with every offender.
+    #[error(transparent)]
+    Problems(#[from] Problems),
     /// The operating system refused.
     #[error("cannot {action} `{}`", .path.display())]
     Io {
@@ -122,96 +29,37 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// Text that is not the JSON it should be.
-    #[error("`{}` is not valid JSON", .path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Position and reason.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// A container (safetensors, GGUF, index) whose structure is wrong.
-    #[error("`{}`: {message}", .path.display())]
-    Malformed {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong and where, naming the tensor if there is one.
-        message: String,
-    },
-    /// An adapter that is not understood; every offender is listed.
-    #[error("`{}` is refused:{problems}", .path.display())]
-    Refused {
-        /// The adapter.
-        path: PathBuf,
-        /// All that is wrong with it.
-        problems: Problems,
-    },
-    /// An adapter that does not fit the base model; every offender is listed.
-    #[error("the adapter does not fit the base `{}`:{problems}", .base.display())]
-    Incompatible {
-        /// The base model's directory.
-        base: PathBuf,
-        /// All that does not fit.
-        problems: Problems,
-    },
-    /// Entries of `target_modules` that match no linear module of the base.
-    #[error("target_modules names modules that the base does not have:{0}")]
-    UnknownTarget(UnknownTargets),
-    /// A setting with a value that cannot be used.
-    #[error("{key}: {message}")]
-    Setting {
-        /// The configuration key.
-        key: String,
-        /// What is wrong with its value.
-        message: String,
-    },
-    /// A tensor whose values cannot be used.
-    #[error("{tensor}: {message}")]
-    Tensor {
-        /// The tensor.
-        tensor: String,
-        /// What is wrong with it.
-        message: String,
-    },
-    /// A quantised base, into which nothing can be merged exactly.
-    #[error(
-        "the base `{}` is quantised ({method}): an update cannot be merged into quantised weights; use the full-precision model",
-        .base.display()
-    )]
-    Quantised {
-        /// The base model's directory.
-        base: PathBuf,
-        /// The quantisation found.
-        method: String,
-    },
-    /// The destination exists and may not be replaced.
-    #[error("`{}` exists and is not empty; choose another directory or allow overwriting", .path.display())]
-    Exists {
-        /// The destination.
-        path: PathBuf,
-    },
 }
 
 impl Error {
+    /// Stable machine-readable name: that of the problem, or of the first of several; `io` if the system refused.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Problem(problem) => problem.code,
+            Self::Problems(problems) => problems.list.first().map_or("", |problem| problem.code),
+            Self::Io { .. } => "io",
+        }
+    }
+
     /// Whether the cause is a path that does not exist.
     pub fn is_not_found(&self) -> bool {
         match self {
-            Self::NotFound { .. } => true,
+            Self::Problem(problem) => problem.code == "not-found",
+            Self::Problems(_) => false,
             Self::Io { source, .. } => source.kind() == io::ErrorKind::NotFound,
-            _ => false,
         }
     }
 
     /// The problems behind a refusal, if this is one.
     pub fn problems(&self) -> &[Problem] {
         match self {
-            Self::Refused { problems, .. } | Self::Incompatible { problems, .. } => &problems.0,
+            Self::Problems(problems) => &problems.list,
             _ => &[],
         }
     }
 
-    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    /// The system refused to `action` (read, write, ...) `path`.
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::Io {
             action,
@@ -220,33 +68,96 @@ impl Error {
         }
     }
 
-    pub(crate) fn malformed(path: &Path, message: impl Into<String>) -> Self {
-        Self::Malformed {
-            path: path.to_path_buf(),
-            message: message.into(),
-        }
+    /// A file whose structure is wrong; exit code 4.
+    pub fn malformed(path: &Path, message: impl Into<String>) -> Self {
+        Problem::new("malformed", quoted(path), message, "").into()
     }
 
-    pub(crate) fn not_found(path: &Path, message: impl Into<String>) -> Self {
-        Self::NotFound {
-            path: path.to_path_buf(),
-            message: message.into(),
-        }
+    /// A file that is not the JSON it should be; exit code 4.
+    pub fn json(path: &Path, source: &serde_json::Error) -> Self {
+        let message = format!("{} is not valid JSON: {source}", quoted(path));
+        Problem::sentence("json", message).into()
     }
 
-    pub(crate) fn setting(key: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::Setting {
-            key: key.into(),
-            message: message.into(),
-        }
+    /// A file or directory that should be there is not; exit code 2.
+    pub fn not_found(path: &Path, message: impl Into<String>) -> Self {
+        let problem = Problem::new("not-found", quoted(path), message, "");
+        problem.exit(2).into()
     }
 
-    pub(crate) fn tensor(tensor: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::Tensor {
-            tensor: tensor.into(),
-            message: message.into(),
-        }
+    /// A destination that exists and may not be replaced; exit code 2.
+    pub fn exists(path: &Path, fix: &str) -> Self {
+        let message = format!("{} exists and is not empty; {fix}", quoted(path));
+        Problem::sentence("exists", message).exit(2).into()
     }
+
+    /// A quantised base, into which nothing can be merged exactly; exit code 4.
+    pub fn quantised(base: &Path, method: &str) -> Self {
+        let message = format!(
+            "the base {} is quantised ({method}): an update cannot be merged into quantised weights; use the full-precision model",
+            quoted(base)
+        );
+        Problem::sentence("quantised-base", message).into()
+    }
+
+    /// A setting with a value that cannot be used; exit code 2.
+    pub fn setting(key: impl Into<String>, message: impl Into<String>) -> Self {
+        Problem::new("setting", key, message, "").exit(2).into()
+    }
+
+    /// A tensor whose values cannot be used; exit code 4.
+    pub fn tensor(tensor: impl Into<String>, message: impl Into<String>) -> Self {
+        Problem::new("tensor", tensor, message, "").into()
+    }
+
+    /// Fails with every one of `problems` of the file or directory at `path`, if there are any.
+    ///
+    /// # Errors
+    /// If `problems` is not empty.
+    pub fn refuse_any(path: &Path, problems: Vec<Problem>) -> Result<()> {
+        Ok(Problems::refuse_any(
+            format!("{} is refused", quoted(path)),
+            problems,
+        )?)
+    }
+}
+
+fn quoted(path: &Path) -> String {
+    format!("`{}`", path.display())
+}
+
+/// The exit code of a process that ends with `error`: the first of its chain that knows one gives it, a [`Problem`] its
+/// own, the first of several [`Problems`] its own, a path that does not exist 2. If none does, it is 1.
+///
+/// `other` is asked first at every link of the chain: an enum that holds an error transparently hides it from the chain,
+/// and tells here what it holds.
+pub fn exit_code(
+    error: &(dyn std::error::Error + 'static),
+    other: impl Fn(&(dyn std::error::Error + 'static)) -> Option<u8>,
+) -> u8 {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    chain
+        .filter_map(|error| other(error).or_else(|| own_code(error)))
+        .next()
+        .unwrap_or(1)
+}
+
+fn own_code(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    if let Some(error) = error.downcast_ref::<Error>() {
+        return match error {
+            Error::Problem(problem) => Some(problem.exit),
+            Error::Problems(problems) => Some(problems.exit()),
+            Error::Io { .. } => None,
+        };
+    }
+    if let Some(problem) = error.downcast_ref::<Problem>() {
+        return Some(problem.exit);
+    }
+    if let Some(problems) = error.downcast_ref::<Problems>() {
+        return Some(problems.exit());
+    }
+    let error = error.downcast_ref::<io::Error>()?;
+    (error.kind() == io::ErrorKind::NotFound).then_some(2)
 }
 
 #[cfg(test)]
@@ -254,21 +165,47 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_lists_are_cut_after_twenty_and_counted() {
-        let problems = (0..23)
-            .map(|idx| Problem::new("x", format!("t{idx}"), "bad", ""))
-            .collect();
-        let text = Problems(problems).to_string();
-        assert!(text.contains("t19: bad") && !text.contains("t20: bad"));
-        assert!(text.ends_with("and 3 more"));
+    fn the_first_of_the_chain_that_knows_an_exit_code_gives_it() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outside")]
+        struct Outside(#[source] Error);
+        let exit_code = |error: &(dyn std::error::Error + 'static)| exit_code(error, |_| None);
+
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let path = Path::new("x");
+        for (error, expected) in [
+            (Error::io("read", path)(missing()), 2),
+            (Error::io("read", path)(io::Error::other("full")), 1),
+            (Error::not_found(path, "gone"), 2),
+            (Error::setting("r", "0"), 2),
+            (Error::exists(path, "choose another"), 2),
+            (Error::malformed(path, "torn"), 4),
+            (Error::from(Problem::sentence("x", "y").exit(5)), 5),
+        ] {
+            assert_eq!(exit_code(&error), expected, "{error}");
+            assert_eq!(exit_code(&Outside(error)), expected);
+        }
+        assert_eq!(exit_code(&missing()), 2);
+        assert_eq!(exit_code(&Problem::usage("no")), 2);
+        let refused = Error::refuse_any(path, vec![Problem::new("dora", "use_dora", "", "")]);
+        assert_eq!(exit_code(&refused.expect_err("one")), 4);
     }
 
     #[test]
-    fn a_problem_serialises_as_code_where_message_fix() {
-        let json = serde_json::to_value(Problem::new("c", "w", "m", "f")).expect("plain strings");
+    fn errors_name_the_path_and_the_condition() {
+        let path = Path::new("a/b");
+        assert_eq!(Error::not_found(path, "gone").to_string(), "`a/b`: gone");
         assert_eq!(
-            json,
-            serde_json::json!({"code": "c", "where": "w", "message": "m", "fix": "f"})
+            Error::exists(path, "choose another directory").to_string(),
+            "`a/b` exists and is not empty; choose another directory"
         );
+        let source = serde_json::from_str::<u8>("x").expect_err("no number");
+        let error = Error::json(path, &source);
+        assert!(
+            error
+                .to_string()
+                .starts_with("`a/b` is not valid JSON: expected value")
+        );
+        assert_eq!((error.code(), error.is_not_found()), ("json", false));
     }
 }

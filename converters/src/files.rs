@@ -8,6 +8,9 @@ use tempfile::{Builder, NamedTempFile, TempDir};
 
 use crate::error::{Error, Result};
 
+/// What to do about a destination that exists.
+pub(crate) const OVERWRITE: &str = "choose another directory or allow overwriting";
+
 /// The directory in which a sibling of `path` is made.
 fn parent_of(path: &Path) -> &Path {
     match path.parent() {
@@ -79,12 +82,10 @@ pub(crate) fn is_occupied(path: &Path) -> Result<bool> {
 /// directory is followed.
 ///
 /// # Errors
-/// [`Error::Exists`] if `path` exists and is not an empty directory; [`Error::NotFound`] if it is a link to nothing.
+/// `exists` if `path` exists and is not an empty directory; `not-found` if it is a link to nothing.
 pub(crate) fn write_new_dir(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if is_occupied(path)? {
-        return Err(Error::Exists {
-            path: path.to_path_buf(),
-        });
+        return Err(Error::exists(path, OVERWRITE));
     }
     let followed;
     let path = if path.is_symlink() {
@@ -143,9 +144,6 @@ mod tests {
         let out = dir.path().join("out");
         fs::create_dir(&out).expect("writable");
         write_new_dir(&out, fill).expect("empty");
-        assert!(matches!(
-            write_new_dir(&out, fill),
-            Err(Error::Exists { .. })
-        ));
+        assert!(write_new_dir(&out, fill).is_err_and(|error| error.code() == "exists"));
     }
 }

@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::MonteCloraSettings;
-use crate::error::{Problem, Result};
+use crate::error::Result;
+use crate::problem::Problem;
 use crate::tensors::dtype::DType;
 use crate::validate::read_alone;
 

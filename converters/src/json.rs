@@ -100,10 +100,8 @@ impl<'de> Visitor<'de> for StrictSeed<'_> {
 
 /// Parses `text`, which came from `origin`, as one JSON object.
 pub(crate) fn parse_object(text: &str, origin: &Path) -> Result<Map<String, Value>> {
-    let Strict(value) = serde_json::from_str(text).map_err(|source| Error::Json {
-        path: origin.to_path_buf(),
-        source,
-    })?;
+    let Strict(value) =
+        serde_json::from_str(text).map_err(|source| Error::json(origin, &source))?;
     match value {
         Value::Object(map) => Ok(map),
         _ => Err(Error::malformed(origin, "expected a JSON object")),

@@ -75,7 +75,7 @@ impl Rounding {
 /// one block of rows; the adapter is checked against the base first.
 ///
 /// # Errors
-/// [`Error::Quantised`] for a quantised base, [`Error::Incompatible`] if the adapter does not fit, [`Error::Tensor`] if
+/// `quantised-base` for a quantised base, a refusal if the adapter does not fit, `tensor` if
 /// the head is adapted but tied to the embedding (merging would change both) or a merged weight is not finite.
 pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result<OverlayReport> {
     check(base, adapter)?;
@@ -109,7 +109,7 @@ pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result
 /// F32, stored as `dtype` (`None` keeps each tensor's own type); tokenizer, configuration and other files are copied.
 ///
 /// # Errors
-/// As [`write_overlay`]; [`Error::Exists`] if `out_dir` is not empty.
+/// As [`write_overlay`]; `exists` if `out_dir` is not empty.
 pub fn merge_dir(
     base: &ModelFiles,
     adapter: &Adapter,
@@ -202,10 +202,7 @@ fn base_tensor(base: &ModelFiles, name: &str) -> Result<Tensor> {
 
 fn check(base: &ModelFiles, adapter: &Adapter) -> Result<()> {
     if let Some(method) = base.quantization() {
-        return Err(Error::Quantised {
-            base: base.dir().to_path_buf(),
-            method,
-        });
+        return Err(Error::quantised(base.dir(), &method));
     }
     adapter.require_fit(base)?;
     for site in &adapter.sites {
@@ -456,10 +453,9 @@ mod tests {
                 .is_some_and(|(dtype, _)| dtype == DType::BF16)
         }));
         assert_eq!(merged.config()["dtype"], "bfloat16");
-        assert!(matches!(
-            merge_dir(&base, &adapter, &out, None),
-            Err(Error::Exists { .. })
-        ));
+        assert!(
+            merge_dir(&base, &adapter, &out, None).is_err_and(|error| error.code() == "exists")
+        );
     }
 
     #[test]
@@ -471,7 +467,12 @@ mod tests {
         let base = ModelFiles::open(&case.model_dir).expect("a model");
         let out = dir.path().join("overlay.safetensors");
         let misfit = write_overlay(&base, &fixtures::small_adapter(9, false), &out);
-        assert!(matches!(misfit, Err(Error::Incompatible { .. })));
+        assert!(
+            misfit
+                .expect_err("other sizes")
+                .to_string()
+                .starts_with("the adapter does not fit the base")
+        );
         let quantised = dir.path().join("quantised");
         fs::create_dir(&quantised).expect("writable");
         fs::copy(&base.files()[0], quantised.join("model.safetensors")).expect("writable");
@@ -483,7 +484,7 @@ mod tests {
         let base = ModelFiles::open(&quantised).expect("headers are fine");
         let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
         let refused = write_overlay(&base, &adapter, &out);
-        assert!(matches!(refused, Err(Error::Quantised { .. })));
+        assert_eq!(refused.expect_err("quantised").code(), "quantised-base");
         assert!(!out.exists());
     }
 }

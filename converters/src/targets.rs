@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use fancy_regex::Regex;
 
 use crate::config::{AdapterConfig, ExcludeModules, TargetModules, compile, is_match};
-use crate::error::{Error, Result, UnknownTarget, UnknownTargets};
+use crate::error::{Error, Result};
+use crate::problem::{Problem, Problems};
 
 /// How many near names an error offers for one that is unknown.
 const N_NEAREST: usize = 3;
@@ -142,7 +143,7 @@ impl AdapterConfig {
     /// `layers_to_transform` apply. Unlike PEFT, an entry that names nothing is an error.
     ///
     /// # Errors
-    /// [`Error::UnknownTarget`] with every entry that names no module; [`Error::Setting`] for a pattern that cannot be
+    /// A refusal with every entry that names no module; `setting` for a pattern that cannot be
     /// used, or if nothing is left.
     ///
     /// ```
@@ -171,10 +172,7 @@ impl AdapterConfig {
                         .iter()
                         .any(|module| ends_in(&module.name, name))
                 })
-                .map(|name| UnknownTarget {
-                    entry: name.clone(),
-                    nearest: nearest(name, base_linears),
-                })
+                .map(|name| unknown_target(name, base_linears))
                 .collect(),
             TargetModules::Regex(pattern) => {
                 let regex = matcher.targets.as_ref();
@@ -188,17 +186,15 @@ impl AdapterConfig {
                 if any {
                     Vec::new()
                 } else {
-                    vec![UnknownTarget {
-                        entry: pattern.clone(),
-                        nearest: nearest(pattern, base_linears),
-                    }]
+                    vec![unknown_target(pattern, base_linears)]
                 }
             }
             TargetModules::AllLinear => Vec::new(),
         };
-        if !unknown.is_empty() {
-            return Err(Error::UnknownTarget(UnknownTargets(unknown)));
-        }
+        Problems::refuse_any(
+            "target_modules names modules that the base does not have",
+            unknown,
+        )?;
         let mut sites = Vec::new();
         for module in base_linears {
             if matcher.matches(&module.name)? {
@@ -213,6 +209,22 @@ impl AdapterConfig {
         }
         Ok(sites)
     }
+}
+
+/// An entry of `target_modules` that names nothing, with the names it may stand for.
+fn unknown_target(entry: &str, modules: &[LinearModule]) -> Problem {
+    let near: Vec<String> = nearest(entry, modules)
+        .iter()
+        .map(|(name, n_sites)| {
+            let plural = if *n_sites == 1 { "site" } else { "sites" };
+            format!("`{name}` ({n_sites} {plural})")
+        })
+        .collect();
+    let fix = match near.is_empty() {
+        true => String::new(),
+        false => format!("nearest: {}", near.join(", ")),
+    };
+    Problem::new("unknown-target", format!("`{entry}`"), "", fix).exit(2)
 }
 
 /// The real names most like `entry`, of as many components, with the number of modules each one names.
@@ -355,11 +367,19 @@ mod tests {
     fn every_unknown_entry_is_listed_with_its_nearest_names() {
         let error =
             resolve(|config| config.target_modules = list(&["qproj", "v_proj", "self_attn.vproj"]));
-        let Err(Error::UnknownTarget(UnknownTargets(unknown))) = error else {
-            panic!("two entries are unknown");
-        };
+        let error = error.expect_err("two entries are unknown");
+        let unknown = error.problems();
         assert_eq!(unknown.len(), 2);
-        assert_eq!(unknown[0].nearest[0], ("q_proj".to_owned(), 3));
-        assert_eq!(unknown[1].nearest[0], ("self_attn.v_proj".to_owned(), 3));
+        assert!(
+            unknown[0]
+                .to_string()
+                .starts_with("`qproj`; nearest: `q_proj` (3 sites), `")
+        );
+        assert!(
+            unknown[1]
+                .to_string()
+                .starts_with("`self_attn.vproj`; nearest: `self_attn.v_proj` (3 sites)")
+        );
+        assert_eq!(crate::exit_code(&error, |_| None), 2);
     }
 }

@@ -6,11 +6,12 @@ use serde_json::Value;
 
 use crate::adapter::{Adapter, Format};
 use crate::config::{AdapterConfig, TargetModules};
-use crate::error::{Problem, Result};
+use crate::error::Result;
 use crate::formats::gguf_lora;
 use crate::formats::peft::read as peft_read;
 use crate::json;
 use crate::model_files::ModelFiles;
+use crate::problem::Problem;
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
 use crate::tensors::shards::ShardSet;

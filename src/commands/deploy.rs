@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use monteclora_converters::ModelFiles;
 
-use super::{print, print_json, read_effective, require_fit};
+use super::{print, print_json, read_effective};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
 use crate::deploy::{self, AdapterServer, Check, Releases};
 use crate::hub;
@@ -21,7 +21,7 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
     let adapter = read_effective(&args.adapter, args.force)?;
     if let Some(model_id) = &args.model_id {
         let base = hub::locate(model_id, &hub::HubOptions::default())?;
-        require_fit(&adapter, &ModelFiles::open(&base.dir)?)?;
+        adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
     }
     let server = server(&args.server)?;
     let mut releases = Releases::open(&args.adapter_root, &args.alias)?;

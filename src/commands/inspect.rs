@@ -103,10 +103,17 @@ fn table(summary: &AdapterSummary) -> String {
         );
     }
     if !summary.problems.is_empty() {
+        let problems = Problems {
+            heading: Some(format!(
+                "{} worth knowing",
+                count(summary.problems.len(), "thing")
+            )),
+            list: summary.problems.clone(),
+        };
         text.push_str(&format!(
-            "\n\n{} worth knowing:{}",
-            count(summary.problems.len(), "thing"),
-            Problems(summary.problems.clone())
+            "
+
+{problems}"
         ));
     }
     text

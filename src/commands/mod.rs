@@ -104,7 +104,12 @@ pub fn run(command: &Command) -> Result<()> {
 
 /// Exit code of an error: 2 usage and missing paths, 3 data, 4 adapters and models, 5 numerical, 130 interrupted, else 1.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    error.chain().find_map(classify).unwrap_or(1)
+    exit_code_of(error.as_ref())
+}
+
+/// Exit code of an error that an enum below holds.
+fn exit_code_of(error: &(dyn std::error::Error + 'static)) -> u8 {
+    monteclora_converters::exit_code(error, classify)
 }
 
 fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
@@ -117,16 +122,13 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(error) = error.downcast_ref::<DataError>() {
         return Some(error.exit_code());
     }
-    if let Some(error) = error.downcast_ref::<monteclora_converters::Error>() {
-        return format_code(error);
-    }
     if let Some(error) = error.downcast_ref::<model::Error>() {
         return match error {
             model::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 Some(2)
             }
             model::Error::Io { .. } | model::Error::Candle(_) => None,
-            model::Error::Format(error) => format_code(error),
+            model::Error::Format(error) => Some(exit_code_of(error)),
             model::Error::Method(error) => classify(error),
             _ => Some(4),
         };
@@ -140,7 +142,7 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
             train::Error::Data(error) => Some(error.exit_code()),
             train::Error::Model(error) => classify(error),
             train::Error::Method(error) => classify(error),
-            train::Error::Format(error) => format_code(error),
+            train::Error::Format(error) => Some(exit_code_of(error)),
             _ => None,
         };
     }
@@ -149,7 +151,7 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
             monteclora_adapters::Error::NonFinite { .. } => Some(5),
             monteclora_adapters::Error::NoPosterior { .. } => Some(4),
             monteclora_adapters::Error::Setting { .. } => Some(2),
-            monteclora_adapters::Error::Format(error) => format_code(error),
+            monteclora_adapters::Error::Format(error) => Some(exit_code_of(error)),
             _ => None,
         };
     }
@@ -160,7 +162,7 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
                 Some(2)
             }
             ImportError::Io { .. } => None,
-            ImportError::Gguf(error) => format_code(error),
+            ImportError::Gguf(error) => Some(exit_code_of(error)),
             _ => Some(4),
         };
     }
@@ -178,7 +180,7 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     #[cfg(feature = "mistralrs")]
     if let Some(error) = error.downcast_ref::<crate::deploy::Error>() {
         return match error {
-            crate::deploy::Error::Format(error) => format_code(error),
+            crate::deploy::Error::Format(error) => Some(exit_code_of(error)),
             error => Some(error.exit_code()),
         };
     }
@@ -195,16 +197,6 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(5);
     }
     error.is::<Interrupted>().then_some(130)
-}
-
-fn format_code(error: &monteclora_converters::Error) -> Option<u8> {
-    use monteclora_converters::Error;
-    match error {
-        error if error.is_not_found() => Some(2),
-        Error::UnknownTarget(_) | Error::Setting { .. } | Error::Exists { .. } => Some(2),
-        Error::Io { .. } => None,
-        _ => Some(4),
-    }
 }
 
 /// What `--posterior-samples` asks for.
@@ -306,21 +298,5 @@ pub(crate) fn require_effect(
         "`{}` changes nothing: B A is zero at every site; was it saved before training? Pass --force to go on",
         path.display()
     ))
-    .into())
-}
-
-/// Fails with every problem of `adapter` on `base`, before anything is loaded.
-pub(crate) fn require_fit(
-    adapter: &monteclora_converters::Adapter,
-    base: &monteclora_converters::ModelFiles,
-) -> Result<()> {
-    let problems = adapter.check_against(base)?;
-    if problems.is_empty() {
-        return Ok(());
-    }
-    Err(monteclora_converters::Error::Incompatible {
-        base: base.dir().to_owned(),
-        problems: monteclora_converters::Problems(problems),
-    }
     .into())
 }

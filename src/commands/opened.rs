@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use monteclora_converters::{Adapter, ModelFiles};
 
-use super::{Usage, require_fit};
+use super::Usage;
 use crate::cli::ModelArgs;
 use crate::data::{EncodeOptions, Encoder, Overlong, TrainOn};
 use crate::hub::{self, Located};
@@ -32,7 +32,7 @@ impl Opened {
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = ModelConfig::read(&base.dir)?;
         if let Some(adapter) = &adapter {
-            require_fit(adapter, &ModelFiles::open(&base.dir)?)?;
+            adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
         }
         let options = EncodeOptions {
             train_on: TrainOn::Assistant,

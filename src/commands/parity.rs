@@ -7,9 +7,7 @@ use mistralrs_monteclora::{IsqType, MonteCloraLoader, parse_in_situ_quant, promp
 use monteclora_converters::{Adapter, DType, ModelFiles, SafetensorsFile, merge_dir};
 use serde::Serialize;
 
-use super::{
-    Numerical, Usage, device, print, print_json, read_effective, require_fit, weight_type,
-};
+use super::{Numerical, Usage, device, print, print_json, read_effective, weight_type};
 use crate::cli::{EngineArg, ParityArgs};
 use crate::data::{EncodeOptions, Overlong, TrainOn};
 use crate::hub;
@@ -96,7 +94,7 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
     let config = ModelConfig::read(&base.dir)?;
     if let Some(adapter) = &adapter {
-        require_fit(adapter, &ModelFiles::open(&base.dir)?)?;
+        adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
     }
     let reference = args
         .reference

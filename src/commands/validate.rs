@@ -64,7 +64,7 @@ fn by_remedy(problems: &[Problem]) -> String {
     let mut text = String::new();
     for fix in fixes {
         for problem in problems.iter().filter(|problem| problem.fix == fix) {
-            text.push_str(&format!("{}: {}\n", problem.location, problem.message));
+            text.push_str(&format!("{}: {}\n", problem.at, problem.message));
         }
         if !fix.is_empty() {
             text.push_str(&format!("  fix: {fix}\n"));

@@ -129,13 +129,8 @@ pub enum ImportError {
     #[error(transparent)]
     Gguf(#[from] monteclora_converters::Error),
     /// The model cannot be represented; every reason is listed.
-    #[error("`{}` is refused:{problems}", .path.display())]
-    Refused {
-        /// The GGUF file.
-        path: PathBuf,
-        /// All that stands against it.
-        problems: Problems,
-    },
+    #[error(transparent)]
+    Refused(Problems),
     /// A tensor whose values cannot be used.
     #[error("`{}`: {tensor}: {message}", .path.display())]
     Weight {
@@ -230,10 +225,10 @@ impl Findings {
     }
 
     fn refuse(self, file: &Path) -> ImportError {
-        ImportError::Refused {
-            path: file.to_path_buf(),
-            problems: Problems(self.problems),
-        }
+        ImportError::Refused(Problems {
+            heading: Some(format!("`{}` is refused", file.display())),
+            list: self.problems,
+        })
     }
 }
 

@@ -31,13 +31,13 @@ fn imported(file: &GgufBuilder) -> (tempfile::TempDir, PathBuf, ImportReport) {
 fn refused(file: &GgufBuilder) -> Vec<(String, String)> {
     let dir = tempfile::tempdir().expect("temporary directory");
     match import(file, dir.path(), &ImportOptions::default()) {
-        Err(ImportError::Refused { problems, .. }) => {
+        Err(ImportError::Refused(problems)) => {
             let left: Vec<_> = fs::read_dir(dir.path()).expect("readable").collect();
             assert_eq!(left.len(), 1, "only the source is left");
             problems
-                .0
+                .list
                 .into_iter()
-                .map(|problem| (problem.code.to_owned(), problem.location))
+                .map(|problem| (problem.code.to_owned(), problem.at))
                 .collect()
         }
         other => panic!("expected a refusal, found {other:?}"),

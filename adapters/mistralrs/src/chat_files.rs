@@ -322,13 +322,8 @@ fn read_text(path: &Path) -> Result<Option<String>> {
 }
 
 fn parse_json(path: &Path, text: &str) -> Result<Value> {
-    serde_json::from_str(text).map_err(|source| {
-        monteclora_converters::Error::Json {
-            path: path.to_path_buf(),
-            source,
-        }
-        .into()
-    })
+    serde_json::from_str(text)
+        .map_err(|source| monteclora_converters::Error::json(path, &source).into())
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
@@ -381,7 +376,7 @@ mod tests {
         let found = error
             .problems()
             .iter()
-            .any(|problem| problem.location == location);
+            .any(|problem| problem.at == location);
         assert!(found, "{location} is not named in {error}");
     }
 

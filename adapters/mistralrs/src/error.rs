@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use monteclora_converters::{Error as FormatError, Problem, Problems};
+use monteclora_converters::{Error as FormatError, Problem, Problems, exit_code};
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -34,13 +34,8 @@ pub enum Error {
         source: io::Error,
     },
     /// A base model that mistral.rs 0.8.1 would refuse, or answer wrongly with; every reason is listed.
-    #[error("mistral.rs 0.8.1 cannot serve `{}` correctly:{problems}", .base.display())]
-    Unsupported {
-        /// The base model.
-        base: PathBuf,
-        /// All that stands in the way.
-        problems: Problems,
-    },
+    #[error(transparent)]
+    Unsupported(Problems),
     /// An adapter whose update is zero at every site.
     #[error(
         "the adapter `{}` changes nothing: B A = 0 at every site; train it first, or start the server with --force if that is meant",
@@ -150,12 +145,7 @@ impl Error {
     /// 2 for configuration, usage and missing paths, 4 for malformed or incompatible adapters and models, 1 for the rest.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Format(error) => match error {
-                FormatError::UnknownTarget(_) | FormatError::Setting { .. } => 2,
-                error if error.is_not_found() => 2,
-                FormatError::Io { .. } => 1,
-                _ => 4,
-            },
+            Self::Format(error) => exit_code(error, |_| None).into(),
             Self::NotFound { .. }
             | Self::Setting { .. }
             | Self::Config { .. }
@@ -164,7 +154,7 @@ impl Error {
             | Self::GenerationMoved { .. }
             | Self::OverBudget { .. }
             | Self::Listen { .. } => 2,
-            Self::Unsupported { .. }
+            Self::Unsupported(_)
             | Self::ZeroEffect { .. }
             | Self::Load { .. }
             | Self::FilesChanged { .. } => 4,
@@ -189,7 +179,7 @@ impl Error {
     pub fn problems(&self) -> &[Problem] {
         match self {
             Self::Format(error) => error.problems(),
-            Self::Unsupported { problems, .. } => &problems.0,
+            Self::Unsupported(problems) => &problems.list,
             Self::Of { source, .. } => source.problems(),
             _ => &[],
         }
@@ -219,10 +209,13 @@ impl Error {
     }
 
     pub(crate) fn unsupported(base: &Path, problems: Vec<Problem>) -> Self {
-        Self::Unsupported {
-            base: base.to_path_buf(),
-            problems: Problems(problems),
-        }
+        Self::Unsupported(Problems {
+            heading: Some(format!(
+                "mistral.rs 0.8.1 cannot serve `{}` correctly",
+                base.display()
+            )),
+            list: problems,
+        })
     }
 }
 

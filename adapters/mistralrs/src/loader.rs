@@ -252,11 +252,7 @@ impl MonteCloraLoader {
         refuse_other_formats(base)?;
         let files = ModelFiles::open(base)?;
         if let Some(method) = files.quantization() {
-            return Err(monteclora_converters::Error::Quantised {
-                base: base.to_path_buf(),
-                method,
-            }
-            .into());
+            return Err(monteclora_converters::Error::quantised(base, &method).into());
         }
         let mut config = files.config().clone();
         if files.ties_embeddings() {
@@ -276,14 +272,7 @@ impl MonteCloraLoader {
             return Ok(None);
         };
         let adapter = Adapter::read(source)?;
-        let problems = adapter.check_against(files)?;
-        if !problems.is_empty() {
-            return Err(monteclora_converters::Error::Incompatible {
-                base: files.dir().to_path_buf(),
-                problems: monteclora_converters::Problems(problems),
-            }
-            .into());
-        }
+        adapter.require_fit(files)?;
         if !self.force && !adapter.has_effect()? {
             return Err(Error::ZeroEffect {
                 path: source.clone(),

@@ -10,9 +10,11 @@ use serde_json::{Map, Value};
 
 use crate::adapter::{Adapter, Format, Site};
 use crate::config::{AdapterConfig, TargetModules};
-use crate::error::{Error, Problem, Problems, Result};
+use crate::error::{Error, Result};
+use crate::files::OVERWRITE;
 use crate::formats::lora_export::LoraReport;
 use crate::formats::peft::read::non_finite;
+use crate::problem::Problem;
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
 use crate::tensors::gguf::GgufFile;
@@ -149,7 +151,7 @@ impl Adapter {
     /// architecture and the head counts: for Llama and Mistral the rows of q and k are reordered as llama.cpp stores them.
     ///
     /// # Errors
-    /// [`Error::Refused`] with every site that has no GGUF name; as [`Adapter::to_lora`]; [`Error::Exists`] if `path`
+    /// A refusal with every site that has no GGUF name; as [`Adapter::to_lora`]; `exists` if `path`
     /// exists and `overwrite` is false.
     ///
     /// ```
@@ -192,9 +194,7 @@ impl Adapter {
         overwrite: bool,
     ) -> Result<LoraReport> {
         if path.exists() && !overwrite {
-            return Err(Error::Exists {
-                path: path.to_path_buf(),
-            });
+            return Err(Error::exists(path, OVERWRITE));
         }
         let architecture = Architecture::from_config(base_config)?;
         let (plain, mut report) = self.to_lora(dtype)?;
@@ -239,12 +239,7 @@ impl Adapter {
                 architecture.reorder(&site.name, &site.lora_b, true)?,
             ));
         }
-        if !problems.is_empty() {
-            return Err(Error::Refused {
-                path: path.to_path_buf(),
-                problems: Problems(problems),
-            });
-        }
+        Error::refuse_any(path, problems)?;
         let metadata = [
             (
                 "general.architecture",
@@ -263,7 +258,7 @@ impl Adapter {
     /// if alpha is 0, as llama.cpp has it.
     ///
     /// # Errors
-    /// [`Error::NotFound`] if there is no such file; [`Error::Refused`] with everything that is not understood.
+    /// `not-found` if there is no such file; a refusal with everything that is not understood.
     pub fn read_gguf(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
         let file = GgufFile::open(path)?;
         read_file(path, &file, Some(&Architecture::from_config(base_config)?))
@@ -330,12 +325,7 @@ fn read_file(path: &Path, file: &GgufFile, architecture: Option<&Architecture>) 
         });
     }
     problems.extend(non_finite(&sites));
-    if !problems.is_empty() {
-        return Err(Error::Refused {
-            path: path.to_path_buf(),
-            problems: Problems(problems),
-        });
-    }
+    Error::refuse_any(path, problems)?;
     Ok(Adapter {
         config: config_of(&sites),
         sites,

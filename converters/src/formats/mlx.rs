@@ -7,11 +7,12 @@ use serde_json::{Map, Value, json};
 
 use crate::adapter::{Adapter, Format, Site};
 use crate::config::{AdapterConfig, TargetModules};
-use crate::error::{Error, Problem, Problems, Result};
+use crate::error::{Error, Result};
 use crate::formats::lora_export::{LoraOptions, LoraReport};
 use crate::formats::peft::config_write;
 use crate::formats::peft::read::{CONFIG_FILE, non_finite};
 use crate::formats::peft::write::replace_files;
+use crate::problem::Problem;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::tensor::Tensor;
 
@@ -29,7 +30,7 @@ impl Adapter {
     /// Reads an mlx-lm adapter directory. The update is `scale * lora_b^T lora_a^T`; A and B are transposed when their bytes are asked for.
     ///
     /// # Errors
-    /// [`Error::NotFound`] if a file is missing; [`Error::Refused`] with everything that is not understood.
+    /// `not-found` if a file is missing; a refusal with everything that is not understood.
     pub fn read_mlx(dir: &Path) -> Result<Self> {
         let keys = crate::json::read_object(&dir.join(CONFIG_FILE))?;
         let weights = SafetensorsFile::open(dir.join(WEIGHTS_FILE))?;
@@ -102,12 +103,7 @@ impl Adapter {
             }
         }
         problems.extend(non_finite(&sites));
-        if !problems.is_empty() {
-            return Err(Error::Refused {
-                path: dir.to_path_buf(),
-                problems: Problems(problems),
-            });
-        }
+        Error::refuse_any(dir, problems)?;
         Ok(Self {
             config: AdapterConfig {
                 base_model_name_or_path: keys

@@ -173,7 +173,7 @@ impl GgufFile {
     /// Opens and checks a file.
     ///
     /// # Errors
-    /// [`Error::NotFound`] if there is no such file; [`Error::Malformed`], naming key or tensor, if it is truncated,
+    /// `not-found` if there is no such file; `malformed`, naming key or tensor, if it is truncated,
     /// its counts cannot be true, or a tensor does not lie in the file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();

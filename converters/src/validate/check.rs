@@ -1,8 +1,9 @@
 //! Whether an adapter fits a base model, from headers alone.
 
 use crate::adapter::Adapter;
-use crate::error::{Error, Problem, Problems, Result};
+use crate::error::Result;
 use crate::model_files::ModelFiles;
+use crate::problem::{Problem, Problems};
 use crate::targets::{LinearModule, Matcher, nearest};
 
 impl Adapter {
@@ -62,15 +63,15 @@ impl Adapter {
     }
 
     /// [`Self::check_against`] as an error.
-    pub(crate) fn require_fit(&self, base: &ModelFiles) -> Result<()> {
-        let problems = self.check_against(base)?;
-        if problems.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Incompatible {
-            base: base.dir().to_path_buf(),
-            problems: Problems(problems),
-        })
+    ///
+    /// # Errors
+    /// With everything that does not fit.
+    pub fn require_fit(&self, base: &ModelFiles) -> Result<()> {
+        let heading = format!(
+            "the adapter does not fit the base `{}`",
+            base.dir().display()
+        );
+        Ok(Problems::refuse_any(heading, self.check_against(base)?)?)
     }
 }
 

@@ -1,6 +1,6 @@
 //! What runtimes make of adapters that are more than `B A`, and that are therefore refused here.
 
-use crate::error::Problem;
+use crate::problem::Problem;
 use crate::validate::runtime::Runtime;
 
 /// What becomes of one feature in one runtime.
@@ -78,7 +78,7 @@ pub(super) fn fates(found: &[Problem], runtime: Runtime) -> Vec<Problem> {
         }
         problems.push(Problem::new(
             problem.code,
-            &problem.location,
+            &problem.at,
             format!("{runtime} {message}"),
             &problem.fix,
         ));

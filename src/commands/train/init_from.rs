@@ -5,7 +5,7 @@ use monteclora_converters::{
     Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, TargetModules,
 };
 
-use super::super::{Usage, require_fit};
+use super::super::Usage;
 use crate::config::{LoraConfig, Method, ModuleSelection};
 
 /// Reads `lora.init_from` and makes `lora` and `config` those of the adapter where run.toml does not say otherwise.
@@ -22,7 +22,7 @@ pub(super) fn read(
         return Ok(None);
     };
     let adapter = Adapter::read(&dir)?;
-    require_fit(&adapter, files)?;
+    adapter.require_fit(files)?;
     let mut problems = contradictions(lora, config, &adapter, modules)?;
     let settings = posterior(lora, &adapter, &mut problems);
     if !problems.is_empty() {

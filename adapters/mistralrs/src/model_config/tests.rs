@@ -25,7 +25,7 @@ fn refused(architecture: Architecture, changes: Value, key: &str) {
     assert!(
         problems
             .iter()
-            .any(|problem| problem.location == format!("config.json: {key}")),
+            .any(|problem| problem.at == format!("config.json: {key}")),
         "{key} is not named in {problems:?}"
     );
 }
@@ -152,10 +152,7 @@ fn tensors_that_would_be_ignored_or_missed_are_named() {
     assert_eq!(check(&names), []);
     names.insert("model.layers.1.self_attn.q_proj.bias".to_owned());
     names.remove("model.norm.weight");
-    let found: Vec<_> = check(&names)
-        .into_iter()
-        .map(|p| (p.code, p.location))
-        .collect();
+    let found: Vec<_> = check(&names).into_iter().map(|p| (p.code, p.at)).collect();
     assert_eq!(
         found,
         [

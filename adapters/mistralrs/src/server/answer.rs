@@ -101,7 +101,7 @@ impl ApiError {
         let problems = error.problems().iter().map(|problem| {
             Problem::new(
                 problem.code,
-                relative(&problem.location),
+                relative(&problem.at),
                 relative(&problem.message),
                 relative(&problem.fix),
             )
@@ -135,7 +135,7 @@ impl ApiError {
             let listed = self.problems.iter().map(|problem| {
                 json!({
                     "code": problem.code,
-                    "where": without_paths(&problem.location),
+                    "where": without_paths(&problem.at),
                     "message": without_paths(&problem.message),
                     "fix": without_paths(&problem.fix),
                 })

@@ -4,7 +4,7 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use crate::config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
-use crate::error::Problem;
+use crate::problem::Problem;
 
 /// Largest rank that is believed.
 const MAX_RANK: u64 = 1 << 16;
@@ -539,12 +539,12 @@ mod tests {
         assert!(
             problems
                 .iter()
-                .any(|problem| problem.location == "monteclora_config.surprise")
+                .any(|problem| problem.at == "monteclora_config.surprise")
         );
         assert!(
             problems
                 .iter()
-                .any(|problem| problem.location == "monteclora_config.num_samples")
+                .any(|problem| problem.at == "monteclora_config.num_samples")
         );
         assert_eq!(
             codes.iter().filter(|code| **code == "config-value").count(),

@@ -8,8 +8,9 @@ use rayon::prelude::*;
 use super::config_read;
 use crate::adapter::{Adapter, Format, Site, SitePosterior};
 use crate::config::AdapterConfig;
-use crate::error::{Error, Problem, Problems, Result};
+use crate::error::{Error, Result};
 use crate::json;
+use crate::problem::Problem;
 use crate::site_pattern::SitePatterns;
 use crate::targets::Matcher;
 use crate::tensors::shards::ShardSet;
@@ -106,12 +107,7 @@ pub(crate) fn read_dir(dir: &Path, with_posterior: bool) -> Result<Adapter> {
         })
         .collect::<Vec<Site>>();
     problems.extend(non_finite(&sites));
-    if !problems.is_empty() {
-        return Err(Error::Refused {
-            path: dir.to_path_buf(),
-            problems: Problems(problems),
-        });
-    }
+    Error::refuse_any(dir, problems)?;
     let format = if config.monteclora.is_some() {
         Format::PeftMonteclora
     } else {
@@ -127,13 +123,15 @@ pub(crate) fn read_dir(dir: &Path, with_posterior: bool) -> Result<Adapter> {
 
 /// Turns an error about a setting into a problem.
 fn note(problems: &mut Vec<Problem>, error: &Error) {
-    let (location, message) = match error {
-        Error::Setting { key, message } => (key.clone(), message.clone()),
+    let (at, message) = match error {
+        Error::Problem(problem) if problem.code == "setting" => {
+            (problem.at.clone(), problem.message.clone())
+        }
         other => (CONFIG_FILE.to_owned(), other.to_string()),
     };
     problems.push(Problem::new(
         "config-value",
-        location,
+        at,
         message,
         "correct adapter_config.json",
     ));
@@ -155,7 +153,7 @@ fn open_weights(dir: &Path, problems: &mut Vec<Problem>) -> Result<Option<ShardS
                 return Ok(None);
             }
             match &error {
-                Error::NotFound { message, .. } if message.starts_with("no ") => {
+                Error::Problem(problem) if problem.message.starts_with("no ") => {
                     Err(Error::not_found(
                         &dir.join(WEIGHTS_FILE),
                         "a PEFT adapter directory must hold this file",

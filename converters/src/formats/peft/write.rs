@@ -25,7 +25,7 @@ impl Adapter {
     /// other files are left alone; an interruption may leave it without `adapter_config.json`, never with a mixture.
     ///
     /// # Errors
-    /// [`Error::Exists`] if `dir` is not empty and `overwrite` is false.
+    /// `exists` if `dir` is not empty and `overwrite` is false.
     ///
     /// ```
     /// use monteclora_converters::Adapter;
@@ -236,10 +236,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         fs::write(dir.path().join("run.json"), "{}").expect("writable");
         let adapter = fixtures::small_adapter(3, true);
-        assert!(matches!(
-            adapter.write_peft(dir.path(), false),
-            Err(Error::Exists { .. })
-        ));
+        assert!(
+            adapter
+                .write_peft(dir.path(), false)
+                .is_err_and(|error| error.code() == "exists")
+        );
         adapter.write_peft(dir.path(), true).expect("written");
         // The files being replaced may be the ones the tensors are mapped from.
         let read = Adapter::read_dir(dir.path()).expect("our own output");

@@ -62,7 +62,7 @@ impl Spoilt {
 
     fn codes(&self) -> Vec<&'static str> {
         let error = self.read().expect_err("spoilt");
-        assert!(matches!(error, Error::Refused { .. }), "{error}");
+        assert!(error.to_string().contains("is refused:"), "{error}");
         error
             .problems()
             .iter()
@@ -86,7 +86,7 @@ impl Spoilt {
 fn fixtures_that_must_be_refused_are_refused_by_name() {
     for case in fixtures::cases().iter().filter(|case| case.must_refuse) {
         let error = Adapter::read_dir(&case.dir).expect_err(&case.name);
-        assert!(matches!(error, Error::Refused { .. }), "{error}");
+        assert!(error.to_string().contains("is refused:"), "{error}");
         let reason = case.name.trim_start_matches("must-refuse-");
         let codes: Vec<&str> = error
             .problems()
