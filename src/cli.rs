@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use adapter::{
     CollapseArgs, ConvertArgs, ConvertDtypeArg, EngineArg, ImportDtypeArg, ImportGgufArgs,
-    InspectArgs, MergeArgs, ParityArgs, SampleArgs, SourceFormatArg, TargetFormatArg, ValidateArgs,
+    InspectArgs, MergeArgs, ParityArgs, SampleArgs, ValidateArgs,
 };
 pub use bench::{BenchCommand, BenchMatmulArgs, BenchMethod, BenchTrainArgs};
 pub use data::{

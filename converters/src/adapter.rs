@@ -1,47 +1,14 @@
 //! An adapter: its configuration and, for every site, the factors and the posterior.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use serde::Serialize;
-use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result};
-use crate::formats::peft::config_read;
-use crate::formats::peft::read as peft_read;
-use crate::formats::{gguf_lora, mlx};
+use crate::low_rank;
 use crate::tensors::dtype::DType;
 use crate::tensors::tensor::Tensor;
-use crate::{json, low_rank};
-
-/// What an adapter was read from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Format {
-    /// A PEFT directory with the whole MonteCLoRA posterior.
-    PeftMonteclora,
-    /// A PEFT directory with a plain LoRA.
-    PeftLora,
-    /// An mlx-lm adapter directory.
-    Mlx,
-    /// A GGUF LoRA of llama.cpp.
-    GgufLora,
-}
-
-impl Format {
-    /// The name used in reports, such as `peft-monteclora`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::PeftMonteclora => "peft-monteclora",
-            Self::PeftLora => "peft-lora",
-            Self::Mlx => "mlx",
-            Self::GgufLora => "gguf-lora",
-        }
-    }
-}
 
 /// The variational parameters of one site beyond the mean.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,99 +90,19 @@ pub struct Adapter {
     pub config: AdapterConfig,
     /// Adapted modules, sorted by name.
     pub sites: Vec<Site>,
-    /// What it was read from.
-    pub format: Format,
+    /// What it was read from: the name of the format, and what of it, such as `peft-lora`.
+    pub format: &'static str,
     /// Free-form metadata of the weight file.
     pub metadata: BTreeMap<String, String>,
 }
 
-/// The directory that a path given by a user means: itself, or that of the file in it.
-pub(crate) fn dir_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if path.is_file() => parent,
-        _ => path,
-    }
-}
-
 impl Adapter {
-    /// Reads an adapter directory, PEFT's or mlx-lm's, or one of the two files in it. A GGUF LoRA needs the base's
-    /// configuration too: see [`Self::read_for`].
-    ///
-    /// # Errors
-    /// `not-found` if there is none; a refusal with everything that is not understood.
-    ///
-    /// ```
-    /// use monteclora_converters::{Adapter, Format};
-    /// # use monteclora_converters::{Tensor, write_safetensors};
-    /// # let dir = tempfile::tempdir().expect("a temporary directory");
-    /// # std::fs::write(
-    /// #     dir.path().join("adapter_config.json"),
-    /// #     r#"{"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}"#,
-    /// # ).expect("writable");
-    /// # let site = "base_model.model.model.layers.0.self_attn.q_proj";
-    /// # write_safetensors(dir.path().join("adapter_model.safetensors"), [
-    /// #     (format!("{site}.lora_A.weight"), Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?),
-    /// #     (format!("{site}.lora_B.weight"), Tensor::from_f32(&[2, 1], vec![0.5, 0.0])?),
-    /// # ], &Default::default())?;
-    /// let adapter = Adapter::read(dir.path())?;
-    /// assert_eq!(adapter.format, Format::PeftLora);
-    /// let site = &adapter.sites[0];
-    /// assert_eq!(site.name, "model.layers.0.self_attn.q_proj");
-    /// assert_eq!(site.scaling, 2.0);
-    /// assert_eq!(site.delta_f32()?, [1.0, 2.0, 0.0, 0.0]); // 2 * B A
-    /// # Ok::<(), monteclora_converters::Error>(())
-    /// ```
-    pub fn read(path: &Path) -> Result<Self> {
-        if gguf_lora::is_gguf(path) {
-            return Err(Error::malformed(
-                path,
-                "a GGUF LoRA can only be used with the base model's configuration (the order of the rows of q and k \
-                 depends on it); convert it to a directory first, with the base at hand",
-            ));
-        }
-        let dir = dir_of(path);
-        let config = dir.join(peft_read::CONFIG_FILE);
-        if config.is_file() && mlx::is_mlx(&json::read_object(&config)?) {
-            return Self::read_mlx(dir);
-        }
-        Self::read_dir(dir)
-    }
-
-    /// Reads an adapter of any format, a GGUF LoRA included, that was made for the base with this `config.json`.
-    ///
-    /// # Errors
-    /// As [`Self::read`] and [`Self::read_gguf`].
-    pub fn read_for(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
-        if gguf_lora::is_gguf(path) {
-            Self::read_gguf(path, base_config)
-        } else {
-            Self::read(path)
-        }
-    }
-
-    /// Reads a PEFT directory: `adapter_config.json` and `adapter_model.safetensors` (or its shards).
-    ///
-    /// # Errors
-    /// As [`Self::read`].
-    pub fn read_dir(dir: &Path) -> Result<Self> {
-        peft_read::read_dir(dir, true)
-    }
-
-    /// Reads only the posterior mean of a PEFT directory, as plain LoRA: `monteclora_config` and the sampler's tensors
-    /// are left unread even if they are incomplete.
-    ///
-    /// # Errors
-    /// As [`Self::read`].
-    pub fn read_dir_as_lora(dir: &Path) -> Result<Self> {
-        peft_read::read_dir(dir, false)
-    }
-
     /// The posterior mean as a plain LoRA. No number changes: the sampler and `monteclora_config` are dropped.
     #[must_use]
     pub fn collapse(&self) -> Self {
         let mut mean = self.clone();
         mean.config.monteclora = None;
-        mean.format = Format::PeftLora;
+        mean.format = mean.config.peft_format();
         for site in &mut mean.sites {
             site.posterior = None;
         }
@@ -240,17 +127,6 @@ impl Adapter {
             }
         }
         Ok(converted)
-    }
-
-    /// Whether the configuration comes from the authors' own code (LCS2-IIITD/MonteCLoRA). It saves A and B only, so such
-    /// an adapter is its mean: no posterior is stored, and its `sample_scaler`, applied twice there, has no meaning here.
-    pub fn is_authors_dialect(&self) -> bool {
-        let other = &self.config.other;
-        let is_off = other.get("use_monteclora") == Some(&Value::Bool(false));
-        !is_off
-            && config_read::AUTHORS
-                .iter()
-                .any(|key| other.contains_key(*key))
     }
 
     /// Whether the adapter changes any weight: false if B A = 0 at every site.

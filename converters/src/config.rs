@@ -1,15 +1,11 @@
 //! The adapter's configuration, `adapter_config.json`, resolved.
 
-use std::path::Path;
-
 use fancy_regex::{Regex, RegexBuilder};
 use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::formats::peft::{config_read, config_write};
-use crate::json;
 use crate::site_pattern::SitePatterns;
 
 /// Backtracking steps after which a pattern is given up: patterns come from files that may be hostile.
@@ -133,30 +129,12 @@ impl Default for AdapterConfig {
 }
 
 impl AdapterConfig {
-    /// Reads the text of an `adapter_config.json`; `origin` is named in errors.
-    ///
-    /// # Errors
-    /// `json` if it is no JSON, a refusal with every key that is not understood.
-    ///
-    /// ```
-    /// use monteclora_converters::AdapterConfig;
-    /// let text = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"],
-    ///     "rank_pattern": {"layers.1.self_attn.q_proj": 6}}"#;
-    /// let config = AdapterConfig::from_json(text, "adapter_config.json".as_ref())?;
-    /// assert_eq!(config.rank_for("model.layers.1.self_attn.q_proj")?, 6);
-    /// assert_eq!(config.scaling_for("model.layers.0.self_attn.q_proj")?, 2.0);
-    /// # Ok::<(), monteclora_converters::Error>(())
-    /// ```
-    pub fn from_json(text: &str, origin: &Path) -> Result<Self> {
-        let mut problems = Vec::new();
-        let config = config_read::from_object(json::parse_object(text, origin)?, &mut problems);
-        Error::refuse_any(origin, problems)?;
-        Ok(config)
-    }
-
-    /// The object that PEFT 0.20 and later read without a warning: every key they know, sorted.
-    pub fn to_json(&self) -> Value {
-        config_write::to_json(self)
+    /// What a PEFT directory with this configuration holds: `peft-monteclora` or `peft-lora`.
+    pub fn peft_format(&self) -> &'static str {
+        match self.monteclora {
+            Some(_) => "peft-monteclora",
+            None => "peft-lora",
+        }
     }
 
     /// Rank of a module.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::adapter::{Adapter, Format, Site, SitePosterior};
+use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::{AdapterConfig, MonteCloraSettings, TargetModules};
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::SafetensorsFile;
@@ -159,13 +159,9 @@ pub(crate) fn small_adapter(seed: u64, monteclora: bool) -> Adapter {
         }
     }
     Adapter {
+        format: config.peft_format(),
         config,
         sites,
-        format: if monteclora {
-            Format::PeftMonteclora
-        } else {
-            Format::PeftLora
-        },
         metadata: BTreeMap::from([("format".into(), "pt".into())]),
     }
 }

@@ -1,6 +1,174 @@
-//! The formats in which adapters are kept.
+//! The formats in which adapters are kept: each a file behind one trait, and the list of them.
+
+use std::fmt;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::adapter::Adapter;
+use crate::error::Result;
+use crate::problem::Problem;
+use crate::validate::runtime::Runtime;
+use lora::{LoraOptions, LoraReport};
 
 pub(crate) mod gguf_lora;
-pub(crate) mod lora_export;
+pub(crate) mod lora;
 pub(crate) mod mlx;
 pub(crate) mod peft;
+
+/// One way to keep an adapter on disk.
+///
+/// A format is a file that implements this and a line in [`FORMATS`]; the command line, `inspect` and `validate` know
+/// formats by that list alone.
+pub trait Format: fmt::Debug + Sync {
+    /// Name on the command line. What an adapter was read from, [`Adapter::format`], begins with it.
+    fn name(&self) -> &'static str;
+
+    /// What it is called in a sentence, such as "mlx-lm directory".
+    fn label(&self) -> &'static str;
+
+    /// What is read, in the words of the command line's help; `None` if it is not offered there.
+    fn reads(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// What is written, in the words of the command line's help; `None` for a format that is only read.
+    fn writes(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The usual name of the file, for a format that is one file and no directory.
+    fn file_name(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Whether the `config.json` of the base is needed to read and to write it.
+    fn needs_base(&self) -> bool {
+        false
+    }
+
+    /// Whether it holds PEFT's settings, which a runtime may refuse or leave unread.
+    fn has_peft_settings(&self) -> bool {
+        false
+    }
+
+    /// The runtimes that read it.
+    fn runtimes(&self) -> &'static [Runtime];
+
+    /// Whether what is at `path` is of this format, by content and name.
+    fn sniff(&self, path: &Path) -> bool;
+
+    /// Reads the adapter at `path`, made for the base with this `config.json`.
+    ///
+    /// # Errors
+    /// A refusal with everything that is not understood; `not-found` if there is nothing.
+    fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter>;
+
+    /// Reads what can be known without a base: names, shapes and norms are right, updates need not be.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    fn read_without_base(&self, path: &Path) -> Result<Adapter> {
+        self.read(path, None)
+    }
+
+    /// Writes `adapter` to `path`.
+    ///
+    /// # Errors
+    /// If the format cannot hold it, or `path` is not free.
+    fn write(
+        &self,
+        _adapter: &Adapter,
+        _path: &Path,
+        _options: &LoraOptions,
+        _base_config: Option<&Map<String, Value>>,
+    ) -> Result<Written> {
+        Err(Problem::usage(format!("a {} is only read", self.label())).into())
+    }
+}
+
+/// Every format. Reading tries them in this order, and takes what none knows for the first.
+pub const FORMATS: [&dyn Format; 4] = [&peft::Peft, &lora::Lora, &gguf_lora::GgufLora, &mlx::Mlx];
+
+/// What writing an adapter came to.
+#[derive(Debug)]
+pub struct Written {
+    /// What was written, such as "PEFT MonteCLoRA".
+    pub what: &'static str,
+    /// What changed against the source.
+    pub report: LoraReport,
+    /// What the format itself did to every site.
+    pub note: Option<&'static str>,
+}
+
+/// The format of what is at `path`.
+pub fn format_of(path: &Path) -> &'static dyn Format {
+    // A file is what it is, whatever lies beside it.
+    let files = FORMATS
+        .into_iter()
+        .filter(|format| format.file_name().is_some());
+    let known = files.chain(FORMATS).find(|format| format.sniff(path));
+    known.unwrap_or(FORMATS[0])
+}
+
+/// The format called `name` on the command line, or that of [`Adapter::format`].
+pub fn format_named(name: &str) -> Option<&'static dyn Format> {
+    let first = name.split('-').next();
+    FORMATS
+        .into_iter()
+        .find(|format| first == Some(format.name()))
+}
+
+/// Reads the adapter at `path`, of any format, as far as it can be known without its base.
+pub(crate) fn read_without_base(path: &Path) -> Result<Adapter> {
+    format_of(path).read_without_base(path)
+}
+
+/// The directory that a path given by a user means: itself, or that of the file in it.
+pub(crate) fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if path.is_file() => parent,
+        _ => path,
+    }
+}
+
+impl Adapter {
+    /// Reads an adapter of any format, from its directory or a file in it. A GGUF LoRA needs the base's configuration
+    /// too: see [`Self::read_for`].
+    ///
+    /// # Errors
+    /// `not-found` if there is none; a refusal with everything that is not understood.
+    ///
+    /// ```
+    /// use monteclora_converters::Adapter;
+    /// # use monteclora_converters::{Tensor, write_safetensors};
+    /// # let dir = tempfile::tempdir().expect("a temporary directory");
+    /// # std::fs::write(
+    /// #     dir.path().join("adapter_config.json"),
+    /// #     r#"{"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}"#,
+    /// # ).expect("writable");
+    /// # let site = "base_model.model.model.layers.0.self_attn.q_proj";
+    /// # write_safetensors(dir.path().join("adapter_model.safetensors"), [
+    /// #     (format!("{site}.lora_A.weight"), Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?),
+    /// #     (format!("{site}.lora_B.weight"), Tensor::from_f32(&[2, 1], vec![0.5, 0.0])?),
+    /// # ], &Default::default())?;
+    /// let adapter = Adapter::read(dir.path())?;
+    /// assert_eq!(adapter.format, "peft-lora");
+    /// let site = &adapter.sites[0];
+    /// assert_eq!(site.name, "model.layers.0.self_attn.q_proj");
+    /// assert_eq!(site.scaling, 2.0);
+    /// assert_eq!(site.delta_f32()?, [1.0, 2.0, 0.0, 0.0]); // 2 * B A
+    /// # Ok::<(), monteclora_converters::Error>(())
+    /// ```
+    pub fn read(path: &Path) -> Result<Self> {
+        format_of(path).read(path, None)
+    }
+
+    /// Reads an adapter of any format, a GGUF LoRA included, that was made for the base with this `config.json`.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_for(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
+        format_of(path).read(path, Some(base_config))
+    }
+}

@@ -7,9 +7,9 @@ use serde::Serialize;
 use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::MonteCloraSettings;
 use crate::error::Result;
+use crate::formats::read_without_base;
 use crate::problem::Problem;
 use crate::tensors::dtype::DType;
-use crate::validate::read_alone;
 
 /// PEFT keeps every variance of the noise at or above this, before the factor `sample_scaler`.
 const MIN_VARIANCE: f64 = 1e-3;
@@ -80,7 +80,7 @@ impl Adapter {
             .collect::<Result<Vec<_>>>()?;
         let n_parameters = self.sites.iter().map(n_parameters).sum();
         Ok(AdapterSummary {
-            format: self.format.name(),
+            format: self.format,
             r: self.config.r,
             lora_alpha: self.config.lora_alpha,
             n_sites: self.sites.len(),
@@ -161,7 +161,7 @@ impl Adapter {
 /// # Ok::<(), monteclora_converters::Error>(())
 /// ```
 pub fn summarise(path: &Path) -> Result<AdapterSummary> {
-    read_alone(path)?.summary()
+    read_without_base(path)?.summary()
 }
 
 /// Half the distance from 1 to the next number of the type.

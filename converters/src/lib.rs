@@ -10,7 +10,7 @@
 //!
 //! ```
 //! use monteclora_converters::{
-//!     Adapter, AdapterConfig, Format, LoraOptions, ModelFiles, Runtime, Site, TargetModules, Tensor, merge_dir, validate_path,
+//!     Adapter, AdapterConfig, LoraOptions, ModelFiles, Runtime, Site, TargetModules, Tensor, merge_dir, validate_path,
 //!     write_safetensors,
 //! };
 //!
@@ -40,7 +40,7 @@
 //!     lora_b: Tensor::from_f32(&[2, 1], vec![0.0, 1.0])?,
 //!     posterior: None,
 //! };
-//! let adapter = Adapter { config, sites: vec![site], format: Format::PeftLora, metadata: Default::default() };
+//! let adapter = Adapter { config, sites: vec![site], format: "peft-lora", metadata: Default::default() };
 //! adapter.write_peft(&dir.join("out"), false)?;
 //!
 //! // Read, check against the base and a runtime, export, merge.
@@ -77,11 +77,12 @@ mod fixtures;
 #[cfg(test)]
 mod round_trips;
 
-pub use adapter::{Adapter, Format, Site, SitePosterior};
+pub use adapter::{Adapter, Site, SitePosterior};
 pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
 pub use error::{Error, Result, exit_code};
 pub use formats::gguf_lora::is_gguf;
-pub use formats::lora_export::{LoraOptions, LoraReport};
+pub use formats::lora::{LoraOptions, LoraReport};
+pub use formats::{FORMATS, Format, Written, format_named, format_of};
 pub use inspect::{AdapterSummary, SiteSummary, summarise};
 pub use merge::{MergeReport, OverlayReport, merge_dir, write_overlay};
 pub use model_files::ModelFiles;

@@ -8,10 +8,10 @@ use std::path::Path;
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::adapter::{Adapter, Format, Site, SitePosterior};
+use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
 use crate::fixtures::Stream;
-use crate::formats::lora_export::LoraOptions;
+use crate::formats::lora::LoraOptions;
 use crate::merge::merge_dir;
 use crate::model_files::ModelFiles;
 use crate::targets::Matcher;
@@ -189,14 +189,10 @@ fn adapter(config: &AdapterConfig, seed: u64) -> Option<Adapter> {
             name,
         });
     }
-    let format = match config.monteclora {
-        Some(_) => Format::PeftMonteclora,
-        None => Format::PeftLora,
-    };
     (!sites.is_empty()).then(|| Adapter {
         config: config.clone(),
         sites,
-        format,
+        format: config.peft_format(),
         metadata: BTreeMap::from([
             ("format".into(), "pt".into()),
             ("note".into(), "kept".into()),

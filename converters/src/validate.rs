@@ -4,11 +4,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::adapter::{Adapter, Format};
+use crate::adapter::Adapter;
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::Result;
-use crate::formats::gguf_lora;
 use crate::formats::peft::read as peft_read;
+use crate::formats::{Format, dir_of, format_named, read_without_base};
 use crate::json;
 use crate::model_files::ModelFiles;
 use crate::problem::Problem;
@@ -51,12 +51,12 @@ pub fn validate_path(
 ) -> Result<Vec<Problem>> {
     let read = match base {
         Some(base) => Adapter::read_for(path, base.config()),
-        None => read_alone(path),
+        None => read_without_base(path),
     };
     match read {
         Ok(adapter) => {
             let mut problems = validate(&adapter, base, runtimes)?;
-            if matches!(adapter.format, Format::PeftLora | Format::PeftMonteclora) {
+            if has_peft_settings(&adapter) {
                 check_form(path, runtimes, &mut problems)?;
             }
             Ok(problems)
@@ -69,15 +69,6 @@ pub fn validate_path(
             Ok(found.iter().cloned().chain(fates).collect())
         }
         Err(error) => Err(error),
-    }
-}
-
-/// Reads any format; the rows of a GGUF LoRA stay as they are stored, which changes no norm.
-pub(crate) fn read_alone(path: &Path) -> Result<Adapter> {
-    if gguf_lora::is_gguf(path) {
-        gguf_lora::read_as_stored(path)
-    } else {
-        Adapter::read(path)
     }
 }
 
@@ -108,10 +99,13 @@ pub fn validate(
             problems: &mut problems,
         };
         check_rank(adapter, &mut report);
-        if !check_format(adapter.format, &mut report) {
+        if let Some(format) = format_named(adapter.format)
+            && !format.runtimes().contains(runtime)
+        {
+            report.unread_format(adapter.format, format);
             continue;
         }
-        if adapter.format != Format::GgufLora {
+        if has_peft_settings(adapter) {
             check_config(&adapter.config, &mut report);
         }
         check_sites(adapter, base, &mut report);
@@ -136,29 +130,29 @@ impl Report<'_> {
             fix,
         ));
     }
+
+    /// The runtime does not read the format at all.
+    fn unread_format(&mut self, name: &str, format: &dyn Format) {
+        let label = format.label();
+        let plural = match label.strip_suffix('y') {
+            Some(stem) => format!("{stem}ies"),
+            None => format!("{label}s"),
+        };
+        let target = match self.runtime {
+            Runtime::LlamaCpp => "gguf",
+            _ => "lora",
+        };
+        self.add(
+            "format",
+            name,
+            &format!("does not read {plural}"),
+            &format!("convert it: monteclora convert --to {target}"),
+        );
+    }
 }
 
-/// Whether the runtime reads the format at all.
-fn check_format(format: Format, report: &mut Report<'_>) -> bool {
-    let (what, fix) = match (format, report.runtime) {
-        (Format::PeftLora | Format::PeftMonteclora, _) | (Format::GgufLora, Runtime::LlamaCpp) => {
-            return true;
-        }
-        (Format::Mlx, Runtime::LlamaCpp) => (
-            "does not read mlx-lm directories",
-            "convert it: monteclora convert --to gguf",
-        ),
-        (Format::Mlx, _) => (
-            "does not read mlx-lm directories",
-            "convert it: monteclora convert --to lora",
-        ),
-        (Format::GgufLora, _) => (
-            "does not read GGUF LoRAs",
-            "convert it: monteclora convert --to lora",
-        ),
-    };
-    report.add("format", format.name(), what, fix);
-    false
+fn has_peft_settings(adapter: &Adapter) -> bool {
+    format_named(adapter.format).is_some_and(Format::has_peft_settings)
 }
 
 /// Ranks above what a runtime takes without being told otherwise, or at all.
@@ -343,7 +337,7 @@ fn check_coverage(adapter: &Adapter, base: &ModelFiles, report: &mut Report<'_>)
 /// What is in the files of a PEFT directory but no longer in an [`Adapter`]: shards, the adapter's name within the
 /// tensors' names, targets that are left to the reader.
 fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) -> Result<()> {
-    let dir = crate::adapter::dir_of(path);
+    let dir = dir_of(path);
     let weights = ShardSet::open(dir, peft_read::WEIGHTS_STEM)?;
     let is_sharded = weights
         .paths
@@ -520,11 +514,11 @@ mod tests {
     #[test]
     fn formats_that_a_runtime_does_not_read_are_named_with_the_conversion() {
         let mut adapter = fixtures::small_adapter(22, false);
-        adapter.format = Format::Mlx;
+        adapter.format = "mlx";
         for runtime in Runtime::ALL {
             assert_eq!(codes(&adapter, runtime), ["format"], "{runtime}");
         }
-        adapter.format = Format::GgufLora;
+        adapter.format = "gguf-lora";
         for runtime in Runtime::ALL {
             let expected: &[&str] = match runtime {
                 Runtime::LlamaCpp => &[],

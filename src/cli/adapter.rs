@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, ValueEnum};
+use monteclora_converters::FORMATS;
 
 use super::ModelArgs;
 
@@ -22,32 +24,25 @@ pub struct CollapseArgs {
     pub json: bool,
 }
 
-/// Formats that `convert` reads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum SourceFormatArg {
-    /// By content and extension.
-    #[default]
-    Auto,
-    /// PEFT directory, LoRA or MonteCLoRA.
-    #[value(alias = "lora")]
-    Peft,
-    /// mlx-lm adapter directory.
-    Mlx,
-    /// GGUF LoRA file.
-    Gguf,
+/// The formats that `convert` reads. Those that are read as another is are taken and not shown.
+fn read_formats() -> Vec<PossibleValue> {
+    let formats = FORMATS.iter().map(|format| {
+        let value = PossibleValue::new(format.name());
+        match format.reads() {
+            Some(help) => value.help(help),
+            None => value.hide(true),
+        }
+    });
+    let auto = PossibleValue::new("auto").help("By content and extension");
+    std::iter::once(auto).chain(formats).collect()
 }
 
-/// Formats that `convert` writes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum TargetFormatArg {
-    /// PEFT directory with the whole posterior, if there is one.
-    Peft,
-    /// Plain LoRA that mistral.rs, vLLM and PEFT all accept: the posterior mean.
-    Lora,
-    /// One GGUF file for llama.cpp: the posterior mean.
-    Gguf,
-    /// mlx-lm adapter directory: the posterior mean.
-    Mlx,
+/// The formats that `convert` writes.
+fn written_formats() -> Vec<PossibleValue> {
+    let formats = FORMATS.iter();
+    formats
+        .filter_map(|format| Some(PossibleValue::new(format.name()).help(format.writes()?)))
+        .collect()
 }
 
 /// Element types that `convert` writes.
@@ -70,11 +65,11 @@ pub struct ConvertArgs {
     #[arg(short, long, value_name = "DST")]
     pub output: PathBuf,
     /// Format to write.
-    #[arg(long, value_enum)]
-    pub to: TargetFormatArg,
+    #[arg(long, value_parser = PossibleValuesParser::new(written_formats()))]
+    pub to: String,
     /// Format to read.
-    #[arg(long, value_enum, default_value_t)]
-    pub from: SourceFormatArg,
+    #[arg(long, value_parser = PossibleValuesParser::new(read_formats()), default_value = "auto")]
+    pub from: String,
     /// Base model, for GGUF: its config.json tells the head counts.
     #[arg(short, long = "model-id", value_name = "MODEL")]
     pub model_id: Option<String>,

@@ -6,7 +6,7 @@ use monteclora_adapters::{
     Draw, LowRank, Noise, Objective, Regulariser, Spread, SpreadGradient, initial_a, initial_spread,
 };
 use monteclora_converters as formats;
-use monteclora_converters::{Adapter, AdapterConfig, Format, MonteCloraSettings, SitePosterior};
+use monteclora_converters::{Adapter, AdapterConfig, MonteCloraSettings, SitePosterior};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -300,10 +300,7 @@ impl AdapterState {
         Ok(Adapter {
             config: config.clone(),
             sites,
-            format: match self.settings {
-                Some(_) => Format::PeftMonteclora,
-                None => Format::PeftLora,
-            },
+            format: config.peft_format(),
             metadata: std::iter::once(("format".to_owned(), "pt".to_owned())).collect(),
         })
     }

@@ -331,7 +331,7 @@ fn draws_are_repeatable_and_need_a_posterior() {
             .iter()
             .map(|path| {
                 let dir = Path::new(path.as_str().unwrap());
-                assert_eq!(Adapter::read(dir).unwrap().format.name(), "peft-lora");
+                assert_eq!(Adapter::read(dir).unwrap().format, "peft-lora");
                 std::fs::read(dir.join("adapter_model.safetensors")).unwrap()
             })
             .collect::<Vec<_>>()

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use monteclora::config::RunConfig;
-use monteclora_converters::{Adapter, Format};
+use monteclora_converters::Adapter;
 use serde_json::Value;
 
 use crate::fixtures::own;
@@ -485,7 +485,7 @@ fn runs_start_from_an_adapter() {
         "lora.monteclora.num_samples=3",
     ]);
     let adapter = Adapter::read(&case.at("out")).unwrap();
-    assert_eq!(adapter.format, Format::PeftMonteclora);
+    assert_eq!(adapter.format, "peft-monteclora");
     let before = Adapter::read(Path::new(&plain)).unwrap();
     for (site, old) in adapter.sites.iter().zip(&before.sites) {
         let moved = crate::fixtures::largest_difference(

@@ -8,11 +8,13 @@ use std::path::Path;
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, Format, Site};
+use super::lora::LoraOptions;
+use super::{Format, Written};
+use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
 use crate::files::OVERWRITE;
-use crate::formats::lora_export::LoraReport;
+use crate::formats::lora::LoraReport;
 use crate::formats::peft::read::non_finite;
 use crate::problem::Problem;
 use crate::targets::OUTPUT_HEAD;
@@ -20,6 +22,7 @@ use crate::tensors::dtype::DType;
 use crate::tensors::gguf::GgufFile;
 use crate::tensors::gguf_write::{Entry, dtype_of, write_gguf};
 use crate::tensors::tensor::Tensor;
+use crate::validate::runtime::Runtime;
 
 /// Leaves of a decoder layer: Hugging Face's name, llama.cpp's name.
 const LEAVES: [(&str, &str); 7] = [
@@ -32,6 +35,81 @@ const LEAVES: [(&str, &str); 7] = [
     ("mlp.down_proj", "ffn_down"),
 ];
 const UNSUPPORTED: &str = "convert it with llama.cpp's own tools, or merge it into the base";
+
+/// llama.cpp's adapter file.
+#[derive(Debug)]
+pub(crate) struct GgufLora;
+
+impl Format for GgufLora {
+    fn name(&self) -> &'static str {
+        "gguf"
+    }
+
+    fn label(&self) -> &'static str {
+        "GGUF LoRA"
+    }
+
+    fn reads(&self) -> Option<&'static str> {
+        Some("GGUF LoRA file")
+    }
+
+    fn writes(&self) -> Option<&'static str> {
+        Some("One GGUF file for llama.cpp: the posterior mean")
+    }
+
+    fn file_name(&self) -> Option<&'static str> {
+        Some("adapter.gguf")
+    }
+
+    fn needs_base(&self) -> bool {
+        true
+    }
+
+    fn runtimes(&self) -> &'static [Runtime] {
+        &[Runtime::LlamaCpp]
+    }
+
+    fn sniff(&self, path: &Path) -> bool {
+        is_gguf(path)
+    }
+
+    fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
+        Adapter::read_gguf(path, required(base_config, path)?)
+    }
+
+    /// The rows of q and k stay in the order in which they are stored, which changes no norm.
+    fn read_without_base(&self, path: &Path) -> Result<Adapter> {
+        read_file(path, &GgufFile::open(path)?, None)
+    }
+
+    fn write(
+        &self,
+        adapter: &Adapter,
+        path: &Path,
+        options: &LoraOptions,
+        base_config: Option<&Map<String, Value>>,
+    ) -> Result<Written> {
+        let base_config = required(base_config, path)?;
+        Ok(Written {
+            what: "GGUF LoRA",
+            report: adapter.write_gguf(path, base_config, options.dtype, options.overwrite)?,
+            note: Some("for Llama and Mistral the rows of B of q and k are in llama.cpp's order"),
+        })
+    }
+}
+
+fn required<'a>(
+    base_config: Option<&'a Map<String, Value>>,
+    path: &Path,
+) -> Result<&'a Map<String, Value>> {
+    base_config.ok_or_else(|| {
+        Error::malformed(
+            path,
+            "a GGUF LoRA can only be used with the base model's configuration (the order of the rows of q and k \
+             depends on it); convert it to a directory first, with the base at hand",
+        )
+    })
+}
 
 /// What GGUF needs to know of a base model.
 struct Architecture {
@@ -53,13 +131,6 @@ pub fn is_gguf(path: &Path) -> bool {
                     .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
         }
     }
-}
-
-/// Reads a GGUF LoRA without its base: the rows of q and k stay in the order in which they are stored, so norms are
-/// right and updates are not.
-pub(crate) fn read_as_stored(path: &Path) -> Result<Adapter> {
-    let file = GgufFile::open(path)?;
-    read_file(path, &file, None)
 }
 
 impl Architecture {
@@ -156,7 +227,7 @@ impl Adapter {
     ///
     /// ```
     /// use monteclora_converters::Adapter;
-    /// # use monteclora_converters::{AdapterConfig, Format, Site, TargetModules, Tensor};
+    /// # use monteclora_converters::{AdapterConfig, Site, TargetModules, Tensor};
     /// # let adapter = Adapter {
     /// #     config: AdapterConfig {
     /// #         r: 1,
@@ -173,7 +244,7 @@ impl Adapter {
     /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
     /// #         posterior: None,
     /// #     }],
-    /// #     format: Format::PeftLora,
+    /// #     format: "peft-lora",
     /// #     metadata: Default::default(),
     /// # };
     /// # let dir = tempfile::tempdir().expect("a temporary directory");
@@ -329,7 +400,7 @@ fn read_file(path: &Path, file: &GgufFile, architecture: Option<&Architecture>) 
     Ok(Adapter {
         config: config_of(&sites),
         sites,
-        format: Format::GgufLora,
+        format: "gguf-lora",
         metadata: BTreeMap::new(),
     })
 }

@@ -5,25 +5,74 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::adapter::{Adapter, Format, Site};
+use super::{Format, Written, dir_of};
+use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
-use crate::formats::lora_export::{LoraOptions, LoraReport};
+use crate::formats::lora::{LoraOptions, LoraReport};
 use crate::formats::peft::config_write;
 use crate::formats::peft::read::{CONFIG_FILE, non_finite};
 use crate::formats::peft::write::replace_files;
+use crate::json;
 use crate::problem::Problem;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::tensor::Tensor;
+use crate::validate::runtime::Runtime;
 
 /// mlx-lm's name for the weights.
 const WEIGHTS_FILE: &str = "adapters.safetensors";
 const RETRAIN: &str =
     "only LoRA on linear layers can be converted; fuse it with mlx_lm.fuse, or train without it";
 
-/// Whether these are the keys of an mlx-lm configuration.
-pub(crate) fn is_mlx(keys: &Map<String, Value>) -> bool {
-    keys.contains_key("lora_parameters") && !keys.contains_key("peft_type")
+/// mlx-lm's adapter directory.
+#[derive(Debug)]
+pub(crate) struct Mlx;
+
+impl Format for Mlx {
+    fn name(&self) -> &'static str {
+        "mlx"
+    }
+
+    fn label(&self) -> &'static str {
+        "mlx-lm directory"
+    }
+
+    fn reads(&self) -> Option<&'static str> {
+        Some("mlx-lm adapter directory")
+    }
+
+    fn writes(&self) -> Option<&'static str> {
+        Some("mlx-lm adapter directory: the posterior mean")
+    }
+
+    fn runtimes(&self) -> &'static [Runtime] {
+        &[]
+    }
+
+    fn sniff(&self, path: &Path) -> bool {
+        let keys = json::read_object(&dir_of(path).join(CONFIG_FILE));
+        keys.is_ok_and(|keys| {
+            keys.contains_key("lora_parameters") && !keys.contains_key("peft_type")
+        })
+    }
+
+    fn read(&self, path: &Path, _base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
+        Adapter::read_mlx(dir_of(path))
+    }
+
+    fn write(
+        &self,
+        adapter: &Adapter,
+        path: &Path,
+        options: &LoraOptions,
+        _base_config: Option<&Map<String, Value>>,
+    ) -> Result<Written> {
+        Ok(Written {
+            what: "mlx-lm adapter",
+            report: adapter.write_mlx(path, options)?,
+            note: Some("A and B are transposed, as mlx-lm stores them"),
+        })
+    }
 }
 
 impl Adapter {
@@ -32,7 +81,7 @@ impl Adapter {
     /// # Errors
     /// `not-found` if a file is missing; a refusal with everything that is not understood.
     pub fn read_mlx(dir: &Path) -> Result<Self> {
-        let keys = crate::json::read_object(&dir.join(CONFIG_FILE))?;
+        let keys = json::read_object(&dir.join(CONFIG_FILE))?;
         let weights = SafetensorsFile::open(dir.join(WEIGHTS_FILE))?;
         let mut problems = Vec::new();
         let parameters = Parameters::read(&keys, &mut problems);
@@ -122,7 +171,7 @@ impl Adapter {
                 ..AdapterConfig::default()
             },
             sites,
-            format: Format::Mlx,
+            format: "mlx",
             metadata: weights.metadata().clone(),
         })
     }
@@ -135,7 +184,7 @@ impl Adapter {
     ///
     /// ```
     /// use monteclora_converters::{Adapter, LoraOptions, SafetensorsFile};
-    /// # use monteclora_converters::{AdapterConfig, Format, Site, TargetModules, Tensor};
+    /// # use monteclora_converters::{AdapterConfig, Site, TargetModules, Tensor};
     /// # let adapter = Adapter {
     /// #     config: AdapterConfig {
     /// #         r: 1,
@@ -152,7 +201,7 @@ impl Adapter {
     /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
     /// #         posterior: None,
     /// #     }],
-    /// #     format: Format::PeftLora,
+    /// #     format: "peft-lora",
     /// #     metadata: Default::default(),
     /// # };
     /// # let dir = tempfile::tempdir().expect("a temporary directory");
@@ -340,7 +389,7 @@ mod tests {
             let out = dir.path().join("out");
             plain.write_mlx(&out, &LoraOptions::default()).expect("written");
             let read = Adapter::read(&out).expect("our own output");
-            prop_assert_eq!(read.format, Format::Mlx);
+            prop_assert_eq!(read.format, "mlx");
             prop_assert_eq!(&read.sites, &plain.sites);
             prop_assert_eq!(read.config.lora_dropout, plain.config.lora_dropout);
             let again = dir.path().join("again");
@@ -374,7 +423,7 @@ mod tests {
             adapter
                 .write_mlx(&out, &LoraOptions::default())
                 .expect("written");
-            let keys = crate::json::read_object(&out.join(CONFIG_FILE)).expect("our own output");
+            let keys = json::read_object(&out.join(CONFIG_FILE)).expect("our own output");
             (
                 keys["lora_parameters"]["keys"].clone(),
                 keys["num_layers"].clone(),
@@ -416,7 +465,7 @@ mod tests {
             .write_mlx(&out, &LoraOptions::default())
             .expect("written");
         let path = out.join(CONFIG_FILE);
-        let mut config = Value::Object(crate::json::read_object(&path).expect("our own output"));
+        let mut config = Value::Object(json::read_object(&path).expect("our own output"));
         let rank = config["lora_parameters"]["rank"].as_u64().expect("a rank");
         config["lora_parameters"]["alpha"] = json!(rank);
         std::fs::write(&path, config.to_string()).expect("writable");

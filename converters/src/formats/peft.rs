@@ -1,6 +1,154 @@
-//! PEFT's adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
+//! PEFT's adapter directory: `adapter_config.json` and `adapter_model.safetensors`, with the whole posterior if there is
+//! one.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::lora::{LoraOptions, LoraReport};
+use super::{Format, Written, dir_of};
+use crate::adapter::Adapter;
+use crate::config::AdapterConfig;
+use crate::error::{Error, Result};
+use crate::json;
+use crate::tensors::dtype::DType;
+use crate::validate::runtime::Runtime;
 
 pub(crate) mod config_read;
 pub(crate) mod config_write;
 pub(crate) mod read;
 pub(crate) mod write;
+
+/// PEFT's directory, LoRA or MonteCLoRA.
+#[derive(Debug)]
+pub(crate) struct Peft;
+
+impl Format for Peft {
+    fn name(&self) -> &'static str {
+        "peft"
+    }
+
+    fn label(&self) -> &'static str {
+        "PEFT directory"
+    }
+
+    fn reads(&self) -> Option<&'static str> {
+        Some("PEFT directory, LoRA or MonteCLoRA")
+    }
+
+    fn writes(&self) -> Option<&'static str> {
+        Some("PEFT directory with the whole posterior, if there is one")
+    }
+
+    fn has_peft_settings(&self) -> bool {
+        true
+    }
+
+    fn runtimes(&self) -> &'static [Runtime] {
+        &Runtime::ALL
+    }
+
+    fn sniff(&self, path: &Path) -> bool {
+        let keys = json::read_object(&dir_of(path).join(read::CONFIG_FILE));
+        keys.is_ok_and(|keys| keys.contains_key("peft_type"))
+    }
+
+    fn read(&self, path: &Path, _base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
+        Adapter::read_dir(dir_of(path))
+    }
+
+    /// Writes every setting and the whole posterior as they are.
+    fn write(
+        &self,
+        adapter: &Adapter,
+        path: &Path,
+        options: &LoraOptions,
+        _base_config: Option<&Map<String, Value>>,
+    ) -> Result<Written> {
+        let written = match options.dtype {
+            Some(dtype) => adapter.with_dtype(dtype)?,
+            None => adapter.clone(),
+        };
+        written.write_peft(path, options.overwrite)?;
+        let kept = AdapterConfig::from_json(&written.config.to_json().to_string(), path)?.other;
+        let dropped = adapter.config.other.keys();
+        let pairs = adapter.sites.iter().zip(&written.sites);
+        let converted = pairs.filter(|(old, new)| {
+            [(&old.lora_a, &new.lora_a), (&old.lora_b, &new.lora_b)]
+                .iter()
+                .any(|(old, new)| old.dtype() != new.dtype() || old.dtype() == DType::F64)
+        });
+        let has_posterior = adapter.config.monteclora.is_some();
+        Ok(Written {
+            what: if has_posterior { "PEFT MonteCLoRA" } else { "PEFT LoRA" },
+            report: LoraReport {
+                r: adapter.config.r,
+                lora_alpha: adapter.config.lora_alpha,
+                converted: converted.map(|(site, _)| site.name.clone()).collect(),
+                dropped_keys: dropped.filter(|key| !kept.contains_key(*key)).cloned().collect(),
+                ..LoraReport::default()
+            },
+            note: has_posterior.then_some(
+                "the whole posterior is kept; the sampler's last random draw, which is no parameter, is written as I and 1/N",
+            ),
+        })
+    }
+}
+
+impl Adapter {
+    /// Reads a PEFT directory: `adapter_config.json` and `adapter_model.safetensors` (or its shards).
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_dir(dir: &Path) -> Result<Self> {
+        read::read_dir(dir, true)
+    }
+
+    /// Reads only the posterior mean of a PEFT directory, as plain LoRA: `monteclora_config` and the sampler's tensors
+    /// are left unread even if they are incomplete.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_dir_as_lora(dir: &Path) -> Result<Self> {
+        read::read_dir(dir, false)
+    }
+
+    /// Whether the configuration comes from the authors' own code (LCS2-IIITD/MonteCLoRA). It saves A and B only, so such
+    /// an adapter is its mean: no posterior is stored, and its `sample_scaler`, applied twice there, has no meaning here.
+    pub fn is_authors_dialect(&self) -> bool {
+        let other = &self.config.other;
+        let is_off = other.get("use_monteclora") == Some(&Value::Bool(false));
+        !is_off
+            && config_read::AUTHORS
+                .iter()
+                .any(|key| other.contains_key(*key))
+    }
+}
+
+impl AdapterConfig {
+    /// Reads the text of an `adapter_config.json`; `origin` is named in errors.
+    ///
+    /// # Errors
+    /// `json` if it is no JSON, a refusal with every key that is not understood.
+    ///
+    /// ```
+    /// use monteclora_converters::AdapterConfig;
+    /// let text = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"],
+    ///     "rank_pattern": {"layers.1.self_attn.q_proj": 6}}"#;
+    /// let config = AdapterConfig::from_json(text, "adapter_config.json".as_ref())?;
+    /// assert_eq!(config.rank_for("model.layers.1.self_attn.q_proj")?, 6);
+    /// assert_eq!(config.scaling_for("model.layers.0.self_attn.q_proj")?, 2.0);
+    /// # Ok::<(), monteclora_converters::Error>(())
+    /// ```
+    pub fn from_json(text: &str, origin: &Path) -> Result<Self> {
+        let mut problems = Vec::new();
+        let config = config_read::from_object(json::parse_object(text, origin)?, &mut problems);
+        Error::refuse_any(origin, problems)?;
+        Ok(config)
+    }
+
+    /// The object that PEFT 0.20 and later read without a warning: every key they know, sorted.
+    pub fn to_json(&self) -> Value {
+        config_write::to_json(self)
+    }
+}

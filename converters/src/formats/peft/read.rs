@@ -6,7 +6,7 @@ use std::path::Path;
 use rayon::prelude::*;
 
 use super::config_read;
-use crate::adapter::{Adapter, Format, Site, SitePosterior};
+use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result};
 use crate::json;
@@ -108,15 +108,10 @@ pub(crate) fn read_dir(dir: &Path, with_posterior: bool) -> Result<Adapter> {
         .collect::<Vec<Site>>();
     problems.extend(non_finite(&sites));
     Error::refuse_any(dir, problems)?;
-    let format = if config.monteclora.is_some() {
-        Format::PeftMonteclora
-    } else {
-        Format::PeftLora
-    };
     Ok(Adapter {
+        format: config.peft_format(),
         config,
         sites,
-        format,
         metadata,
     })
 }

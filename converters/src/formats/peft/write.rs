@@ -29,7 +29,7 @@ impl Adapter {
     ///
     /// ```
     /// use monteclora_converters::Adapter;
-    /// # use monteclora_converters::{AdapterConfig, Format, Site, TargetModules, Tensor};
+    /// # use monteclora_converters::{AdapterConfig, Site, TargetModules, Tensor};
     /// # let adapter = Adapter {
     /// #     config: AdapterConfig {
     /// #         r: 1,
@@ -46,7 +46,7 @@ impl Adapter {
     /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
     /// #         posterior: None,
     /// #     }],
-    /// #     format: Format::PeftLora,
+    /// #     format: "peft-lora",
     /// #     metadata: Default::default(),
     /// # };
     /// # let dir = tempfile::tempdir().expect("a temporary directory");

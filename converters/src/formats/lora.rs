@@ -1,4 +1,4 @@
-//! The posterior mean as a plain LoRA in the one form that mistral.rs, vLLM and PEFT all read alike.
+//! The posterior mean as a plain LoRA, a PEFT directory in the one form that mistral.rs, vLLM and PEFT all read alike.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -7,7 +7,9 @@ use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::adapter::{Adapter, Format, Site};
+use super::peft::Peft;
+use super::{Format, Written};
+use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::Result;
 use crate::formats::peft::config_write::number;
@@ -15,6 +17,56 @@ use crate::formats::peft::write;
 use crate::targets::{OUTPUT_HEAD, ends_in};
 use crate::tensors::derived::holds_scaled;
 use crate::tensors::dtype::DType;
+use crate::validate::runtime::Runtime;
+
+/// A PEFT directory with one rank, one alpha and a list of modules.
+#[derive(Debug)]
+pub(crate) struct Lora;
+
+impl Format for Lora {
+    fn name(&self) -> &'static str {
+        "lora"
+    }
+
+    fn label(&self) -> &'static str {
+        "plain LoRA"
+    }
+
+    fn writes(&self) -> Option<&'static str> {
+        Some("Plain LoRA that mistral.rs, vLLM and PEFT all accept: the posterior mean")
+    }
+
+    fn has_peft_settings(&self) -> bool {
+        true
+    }
+
+    fn runtimes(&self) -> &'static [Runtime] {
+        &Runtime::ALL
+    }
+
+    /// What is read as PEFT's is plain or not by what it holds.
+    fn sniff(&self, _path: &Path) -> bool {
+        false
+    }
+
+    fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
+        Peft.read(path, base_config)
+    }
+
+    fn write(
+        &self,
+        adapter: &Adapter,
+        path: &Path,
+        options: &LoraOptions,
+        _base_config: Option<&Map<String, Value>>,
+    ) -> Result<Written> {
+        Ok(Written {
+            what: "plain LoRA",
+            report: adapter.write_lora(path, options)?,
+            note: None,
+        })
+    }
+}
 
 /// How a plain LoRA is written.
 #[derive(Debug, Clone, Default)]
@@ -91,7 +143,6 @@ impl Adapter {
             other: Map::new(),
             ..plain.config
         };
-        plain.format = Format::PeftLora;
         Ok((plain, report))
     }
 
@@ -102,7 +153,7 @@ impl Adapter {
     ///
     /// ```
     /// use monteclora_converters::{Adapter, LoraOptions};
-    /// # use monteclora_converters::{AdapterConfig, Format, Site, TargetModules, Tensor};
+    /// # use monteclora_converters::{AdapterConfig, Site, TargetModules, Tensor};
     /// # let adapter = Adapter {
     /// #     config: AdapterConfig {
     /// #         r: 1,
@@ -119,7 +170,7 @@ impl Adapter {
     /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
     /// #         posterior: None,
     /// #     }],
-    /// #     format: Format::PeftLora,
+    /// #     format: "peft-lora",
     /// #     metadata: Default::default(),
     /// # };
     /// # let dir = tempfile::tempdir().expect("a temporary directory");
@@ -367,7 +418,7 @@ mod tests {
             let read = Adapter::read_dir(&out).expect("our own output");
             // One rounding of B to f32 where a scale is baked in, and another order of the products.
             prop_assert!(worst_difference(&adapter, &read) <= 1e-6);
-            prop_assert_eq!(read.format, Format::PeftLora);
+            prop_assert_eq!(read.format, "peft-lora");
             prop_assert_eq!(report.resolved_keys.contains(&"use_rslora".to_owned()), adapter.config.use_rslora);
             for (before, after) in adapter.sites.iter().zip(&read.sites) {
                 prop_assert_eq!((after.rank, after.alpha), (report.r, report.lora_alpha));
