@@ -288,21 +288,6 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Writes JSON to a sibling and renames it.
-pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    use anyhow::Context;
-    let directory = path.parent().unwrap_or(Path::new("."));
-    let context = || format!("cannot write `{}`", path.display());
-    let mut file = tempfile::Builder::new()
-        .prefix(".partial-")
-        .tempfile_in(directory)
-        .with_context(context)?;
-    serde_json::to_writer_pretty(&mut file, value).with_context(context)?;
-    file.as_file().sync_all().with_context(context)?;
-    file.persist(path).with_context(context)?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     #[test]

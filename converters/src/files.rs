@@ -1,13 +1,16 @@
-//! Files and directories that are either complete or absent.
+//! Files and directories that are either complete or absent: written beside their place, synced, renamed.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use serde::Serialize;
 use tempfile::{Builder, NamedTempFile, TempDir};
 
 use crate::error::{Error, Result};
 
+/// How the names of what is not complete yet begin: what a killed process leaves, no later run reads.
+pub const PARTIAL: &str = ".partial-";
 /// What to do about a destination that exists.
 pub(crate) const OVERWRITE: &str = "choose another directory or allow overwriting";
 
@@ -19,44 +22,77 @@ fn parent_of(path: &Path) -> &Path {
     }
 }
 
-/// Writes `path` through a temporary sibling: `fill` writes, then the file is synced and renamed.
-pub(crate) fn write_file(
+/// A temporary sibling of `path`, made by `make` with the permissions that the umask leaves of `mode`.
+fn beside<T>(
     path: &Path,
-    fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>,
-) -> Result<()> {
-    let parent = parent_of(path);
-    let temporary = prepare_file(path, fill)?;
-    temporary
-        .persist(path)
-        .map_err(|error| Error::io("write", path)(error.error))?;
-    sync_dir(parent)
-}
-
-/// The first half of [`write_file`]: a complete, synced temporary sibling of `path`.
-pub(crate) fn prepare_file(
-    path: &Path,
-    fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>,
-) -> Result<NamedTempFile> {
+    mode: u32,
+    make: impl FnOnce(&Builder<'_, '_>, &Path) -> std::io::Result<T>,
+) -> Result<T> {
     let parent = parent_of(path);
     fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
     let mut builder = Builder::new();
-    builder.prefix(".partial-");
+    builder.prefix(PARTIAL);
     #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o666));
-    }
-    let temporary = builder
-        .tempfile_in(parent)
-        .map_err(Error::io("create", path))?;
+    builder.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(mode));
+    make(&builder, parent).map_err(Error::io("create", path))
+}
+
+/// An empty temporary directory beside `path`, removed when it is dropped.
+///
+/// # Errors
+/// If the system refuses.
+pub fn dir_beside(path: &Path) -> Result<TempDir> {
+    beside(path, 0o777, |builder, parent| builder.tempdir_in(parent))
+}
+
+/// Writes `path` through a temporary sibling: `fill` writes, then the file is synced and renamed. A reader sees what was
+/// there before, or all of the new.
+///
+/// # Errors
+/// If `fill` fails or the system refuses; nothing has changed then.
+pub fn write_file<E: From<Error>>(
+    path: &Path,
+    fill: impl FnOnce(&mut BufWriter<&File>) -> Result<(), E>,
+) -> Result<(), E> {
+    let temporary = prepare_file(path, fill)?;
+    let failed = |error: tempfile::PersistError| Error::io("write", path)(error.error);
+    temporary.persist(path).map_err(failed)?;
+    Ok(sync_dir(parent_of(path))?)
+}
+
+/// [`write_file`] with a whole text.
+///
+/// # Errors
+/// If the system refuses.
+pub fn write_text(path: &Path, text: &str) -> Result<()> {
+    write_file(path, |writer| {
+        writer
+            .write_all(text.as_bytes())
+            .map_err(Error::io("write", path))
+    })
+}
+
+/// [`write_file`] with a value as indented JSON, without a newline at the end.
+///
+/// # Errors
+/// If the system refuses, or the value is none that JSON can hold.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::json(path, &error))?;
+    write_text(path, &text)
+}
+
+/// The first half of [`write_file`]: a complete, synced temporary sibling of `path`.
+pub(crate) fn prepare_file<E: From<Error>>(
+    path: &Path,
+    fill: impl FnOnce(&mut BufWriter<&File>) -> Result<(), E>,
+) -> Result<NamedTempFile, E> {
+    let temporary = beside(path, 0o666, |builder, parent| builder.tempfile_in(parent))?;
     let mut writer = BufWriter::with_capacity(1 << 20, temporary.as_file());
     fill(&mut writer)?;
     writer.flush().map_err(Error::io("write", path))?;
     drop(writer);
-    temporary
-        .as_file()
-        .sync_all()
-        .map_err(Error::io("write", path))?;
+    let file = temporary.as_file();
+    file.sync_all().map_err(Error::io("write", path))?;
     Ok(temporary)
 }
 
@@ -77,43 +113,63 @@ pub(crate) fn is_occupied(path: &Path) -> Result<bool> {
     }
 }
 
-/// Makes the directory `path` appear at once: `fill` writes into a temporary sibling, which is then renamed. What a
-/// killed process leaves of one, `.partial-` and a random name, no later run reads or reuses. A link to an empty
-/// directory is followed.
+/// Makes the directory `path` appear at once, as [`replace_dir`] does, where there was none or an empty one. A link to an
+/// empty directory is followed.
 ///
 /// # Errors
 /// `exists` if `path` exists and is not an empty directory; `not-found` if it is a link to nothing.
-pub(crate) fn write_new_dir(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub fn write_new_dir<E: From<Error>>(
+    path: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
     if is_occupied(path)? {
-        return Err(Error::exists(path, OVERWRITE));
+        return Err(Error::exists(path, OVERWRITE).into());
     }
-    let followed;
-    let path = if path.is_symlink() {
-        followed = fs::canonicalize(path).map_err(|_| {
+    let followed = match path.is_symlink() {
+        true => fs::canonicalize(path).map_err(|_| {
             Error::not_found(path, "is a link to nothing; remove it or make its target")
-        })?;
-        &followed
-    } else {
-        path
+        })?,
+        false => path.to_path_buf(),
     };
-    let parent = parent_of(path);
-    fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-    let mut builder = Builder::new();
-    builder.prefix(".partial-");
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o777));
-    }
-    let temporary: TempDir = builder
-        .tempdir_in(parent)
-        .map_err(Error::io("create", path))?;
+    publish(&followed, fill, |from| fs::rename(from, &followed))
+}
+
+/// Makes the directory `path` what `fill` writes: into a temporary sibling, which is then synced and renamed. What was
+/// there before steps aside, and comes back if the new one cannot take its place.
+///
+/// # Errors
+/// If `fill` fails or the system refuses.
+pub fn replace_dir<E: From<Error>>(
+    path: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let aside = dir_beside(path)?;
+    // A directory cannot be renamed over a full one.
+    let old = aside.path().join("old");
+    publish(path, fill, |from| {
+        match fs::rename(path, &old) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        fs::rename(from, path).inspect_err(|_| {
+            let _ = fs::rename(&old, path);
+        })
+    })
+}
+
+/// Fills a sibling of `path`, which `rename` then gives its place.
+fn publish<E: From<Error>>(
+    path: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), E>,
+    rename: impl FnOnce(&Path) -> std::io::Result<()>,
+) -> Result<(), E> {
+    let temporary = dir_beside(path)?;
     fill(temporary.path())?;
     sync_dir(temporary.path())?;
-    fs::rename(temporary.path(), path).map_err(Error::io("write", path))?;
+    rename(temporary.path()).map_err(Error::io("write", path))?;
     // The directory has moved: there is nothing left to remove.
-    let _: PathBuf = temporary.keep();
-    sync_dir(parent)
+    let _ = temporary.keep();
+    Ok(sync_dir(parent_of(path))?)
 }
 
 #[cfg(test)]
@@ -125,12 +181,12 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let failed = write_new_dir(&dir.path().join("out"), |inside| {
             fs::write(inside.join("half"), "x").expect("writable");
-            Err(Error::setting("x", "stop"))
+            Err::<(), _>(Error::setting("x", "stop"))
         });
         assert!(failed.is_err());
         let failed = write_file(&dir.path().join("file"), |writer| {
             writer.write_all(b"half").expect("writable");
-            Err(Error::setting("x", "stop"))
+            Err::<(), _>(Error::setting("x", "stop"))
         });
         assert!(failed.is_err());
         assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 0);

@@ -59,7 +59,7 @@
 mod adapter;
 mod config;
 mod error;
-mod files;
+pub mod files;
 mod formats;
 mod inspect;
 mod json;

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::adapter::{Adapter, Site};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::formats::peft::config_write::to_text;
 use crate::low_rank::product_rows;
 use crate::model_files::ModelFiles;
 use crate::tensors::dtype::DType;
@@ -167,7 +168,10 @@ pub fn merge_dir(
         }
         if base.files().len() > 1 {
             let index = json!({"metadata": {"total_size": n_bytes}, "weight_map": weight_map});
-            write_json(&inside.join("model.safetensors.index.json"), &index)?;
+            files::write_text(
+                &inside.join("model.safetensors.index.json"),
+                &to_text(&index),
+            )?;
         }
         copy_other_files(base, inside, dtype)
     })?;
@@ -322,14 +326,6 @@ fn copy_into(
     Ok(())
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
-    files::write_file(path, |writer| {
-        writer
-            .write_all(format!("{value:#}\n").as_bytes())
-            .map_err(Error::io("write", path))
-    })
-}
-
 /// Copies everything beside the weights; `config.json` gets the new type.
 fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Result<()> {
     const WEIGHTS: [&str; 9] = [
@@ -381,7 +377,7 @@ fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Resu
             "torch_dtype"
         };
         config.insert(key.into(), name.into());
-        write_json(&out.join("config.json"), &Value::Object(config))?;
+        files::write_text(&out.join("config.json"), &to_text(&Value::Object(config)))?;
     }
     Ok(())
 }

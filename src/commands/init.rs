@@ -1,9 +1,7 @@
 //! `init`: a commented run.toml for a model and a data file.
 
-use std::io::Write;
-use std::path::Path;
-
-use anyhow::{Context, Result};
+use anyhow::Result;
+use monteclora_converters::files;
 
 use super::train::{Prepared, prepare};
 use super::{Usage, dry_run, print, weight_type};
@@ -60,7 +58,7 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
     let text = text(args, &suggestion, Some(&prepared));
     // What is written must be what `train` accepts.
     prepare(parse(&text)?, Some(base))?;
-    write(&args.output, &text)?;
+    files::write_text(&args.output, &text)?;
     let mut said = vec![format!("wrote {}", args.output.display())];
     said.extend(suggestion.notes.iter().map(|note| format!("note: {note}")));
     said.push(format!(
@@ -246,20 +244,4 @@ report_to = ["jsonl"]              # add "tensorboard" for event files in output
         accumulation = suggestion.accumulation,
         checkpointing = suggestion.checkpointing,
     )
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    let context = || format!("cannot write `{}`", path.display());
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::Builder::new()
-        .prefix(".run-")
-        .suffix(".toml")
-        .tempfile_in(parent)
-        .with_context(context)?;
-    file.write_all(text.as_bytes()).with_context(context)?;
-    file.persist(path).with_context(context)?;
-    Ok(())
 }

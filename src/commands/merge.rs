@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{Adapter, DType, MergeReport, ModelFiles, merge_dir};
+use monteclora_converters::{Adapter, DType, MergeReport, ModelFiles, files, merge_dir};
 use serde_json::json;
 
 use super::export::{count, require_apart};
@@ -72,12 +72,7 @@ fn text(output: &Path, report: &MergeReport) -> String {
 /// Merges into a sibling of `output` and moves the files over those of the model there.
 fn replace(output: &Path, merge: impl FnOnce(&Path) -> Result<MergeReport>) -> Result<MergeReport> {
     let context = || format!("cannot replace the model in `{}`", output.display());
-    let parent = output.canonicalize().with_context(context)?;
-    let parent = parent.parent().unwrap_or(Path::new("/"));
-    let sibling = tempfile::Builder::new()
-        .prefix(".partial-")
-        .tempdir_in(parent)
-        .with_context(context)?;
+    let sibling = files::dir_beside(&output.canonicalize().with_context(context)?)?;
     let made = sibling.path().join("model");
     let report = merge(&made)?;
     // Weights of the old model would be read with the new ones.

@@ -148,7 +148,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         &mean_answers,
     )?;
     report.total_s = began.elapsed().as_secs_f64();
-    crate::session::write_json(&out.join("quickstart.json"), &report)?;
+    monteclora_converters::files::write_json(&out.join("quickstart.json"), &report)?;
     if args.json {
         print_json(&report)?;
     } else {

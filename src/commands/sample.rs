@@ -1,9 +1,9 @@
 //! `sample`: posterior draws as plain LoRA.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use monteclora_converters::LoraOptions;
+use monteclora_converters::{LoraOptions, files};
 use serde_json::json;
 
 use super::export::{count, require_apart};
@@ -24,17 +24,9 @@ pub(super) fn run(args: &SampleArgs) -> Result<()> {
     require_empty(output, args.force)?;
     // The first draw tells whether there is a posterior, before anything is written.
     let mut draw = monteclora_adapters::sample(&adapter, args.seed, 0)?;
-    let parent = match output.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
     let context = || format!("cannot write `{}`", output.display());
-    std::fs::create_dir_all(parent).with_context(context)?;
     // All draws or none: they are made in a sibling.
-    let sibling = tempfile::Builder::new()
-        .prefix(".partial-")
-        .tempdir_in(parent)
-        .with_context(context)?;
+    let sibling = files::dir_beside(output)?;
     let mut names = Vec::new();
     for index in 0..args.k {
         if index > 0 {

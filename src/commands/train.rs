@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use candle_core::DType;
 use monteclora_adapters::Precision;
-use monteclora_converters::{Adapter, AdapterConfig, ModelFiles};
+use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, files};
 use serde_json::json;
 use start::Begin;
 
@@ -241,7 +241,7 @@ pub(super) fn execute(
     let output_dir = prepared.run.train.output_dir.as_path();
     let run_json = output_dir.join("run.json");
     let mut record = record(prepared, &start.state, &device)?;
-    session::write_json(&run_json, &record)?;
+    files::write_json(&run_json, &record)?;
     let precision = match prepared.run.train.bf16 {
         true => Precision::Brain,
         false => Precision::Single,
@@ -279,7 +279,7 @@ pub(super) fn execute(
         })?;
     if !outcome.interrupted {
         record.finished_step = Some(outcome.steps);
-        session::write_json(&run_json, &record)?;
+        files::write_json(&run_json, &record)?;
     }
     Ok((outcome, decoder))
 }

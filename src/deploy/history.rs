@@ -1,11 +1,10 @@
 //! Releases of one alias on disk: a directory named by its content for each, and the record of what was served when.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use monteclora_converters::{Adapter, LoraOptions};
+use monteclora_converters::{Adapter, LoraOptions, files};
 use serde::{Deserialize, Serialize};
 
 use super::error::Error;
@@ -180,21 +179,10 @@ impl Releases {
         });
         let dir = self.root.join(&self.alias);
         let path = dir.join(HISTORY);
-        let failed = |error| Error::io("write", &path)(error);
-        let mut builder = tempfile::Builder::new();
-        // For everyone whom the umask lets: `status` is run by others too.
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            builder.permissions(fs::Permissions::from_mode(0o666));
-        }
-        let mut file = builder.tempfile_in(&dir).map_err(failed)?;
-        serde_json::to_writer_pretty(file.as_file_mut(), &self.history)
-            .map_err(|error| failed(error.into()))?;
-        file.as_file_mut().write_all(b"\n").map_err(failed)?;
-        file.as_file().sync_all().map_err(failed)?;
-        file.persist(&path).map_err(|error| failed(error.error))?;
-        Ok(())
+        let mut text = serde_json::to_string_pretty(&self.history)
+            .map_err(|error| Error::io("write", &path)(error.into()))?;
+        text.push('\n');
+        Ok(files::write_text(&path, &text)?)
     }
 
     /// The release that `current` replaced when it last came; where that is not known or gone, the last one in the history before

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::Spread;
-use monteclora_converters::{self as formats, Adapter, AdapterConfig, SafetensorsFile};
+use monteclora_converters::{self as formats, Adapter, AdapterConfig, SafetensorsFile, files};
 use serde::{Deserialize, Serialize};
 
 use super::identity::{Drift, Identity};
@@ -20,8 +20,6 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "trainer_state.json";
 const BEST: &str = "best";
 const PREFIX: &str = "checkpoint-";
-/// What is still being written; the converters' name for it.
-const PARTIAL: &str = ".partial-";
 
 /// How far a run has come; with the adapter and the moments, all that continues it exactly. Noise, order and dropout are
 /// functions of the seed and of these counters.
@@ -177,14 +175,14 @@ pub(super) fn write(
         window: progress.window.stored(),
         ..progress.clone()
     };
-    replace_dir(&target, |dir| {
+    files::replace_dir(&target, |dir| -> Result<()> {
         write_adapter(dir, state, config)?;
         write_moments(&dir.join(OPTIMIZER), state, optimizer)?;
         let storing = Storing {
             progress: &stored,
             run,
         };
-        write_json(&dir.join(STATE), &storing)
+        Ok(files::write_json(&dir.join(STATE), &storing)?)
     })?;
     if keep > 0 {
         let mut others = checkpoints(output_dir)?;
@@ -204,10 +202,13 @@ pub(super) fn write_best(
     config: &AdapterConfig,
     best: (f64, u64),
 ) -> Result<()> {
-    replace_dir(&output_dir.join(BEST), |dir| {
+    files::replace_dir(&output_dir.join(BEST), |dir| -> Result<()> {
         write_adapter(dir, state, config)?;
         let (loss, step) = best;
-        write_json(&dir.join(STATE), &BestState { step, loss })
+        Ok(files::write_json(
+            &dir.join(STATE),
+            &BestState { step, loss },
+        )?)
     })
 }
 
@@ -225,9 +226,12 @@ pub fn rebuild_best(output_dir: &Path, (loss, step): (f64, u64)) -> Result<bool>
     let Ok(adapter) = Adapter::read_dir(&output_dir.join(format!("{PREFIX}{step}"))) else {
         return Ok(false);
     };
-    replace_dir(&output_dir.join(BEST), |dir| {
+    files::replace_dir(&output_dir.join(BEST), |dir| -> Result<()> {
         adapter.write_peft(dir, true)?;
-        write_json(&dir.join(STATE), &BestState { step, loss })
+        Ok(files::write_json(
+            &dir.join(STATE),
+            &BestState { step, loss },
+        )?)
     })?;
     Ok(true)
 }
@@ -244,46 +248,14 @@ struct BestState {
     loss: f64,
 }
 
-/// Makes `target` what `fill` writes: filled beside its place, synced and renamed, so that it is either complete or absent.
-fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let parent = target.parent().unwrap_or(Path::new("."));
-    let mut partial = tempfile::Builder::new();
-    partial.prefix(PARTIAL);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        partial.permissions(std::fs::Permissions::from_mode(0o777));
-    }
-    let partial = partial
-        .tempdir_in(parent)
-        .map_err(|e| Error::io(parent, e))?;
-    fill(partial.path())?;
-    sync(partial.path())?;
-    // A directory cannot be renamed over a full one: the old one steps aside first.
-    let aside = tempfile::Builder::new()
-        .prefix(PARTIAL)
-        .tempdir_in(parent)
-        .map_err(|e| Error::io(parent, e))?;
-    match std::fs::rename(target, aside.path()) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(target, e)),
-        _ => {}
-    }
-    let filled = partial.keep();
-    std::fs::rename(&filled, target).map_err(|e| Error::io(target, e))?;
-    sync(parent)
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let context = |e| Error::io(path, e);
-    let json = serde_json::to_vec_pretty(value).map_err(|e| context(e.into()))?;
-    std::fs::write(path, json).map_err(context)?;
-    sync(path)
-}
-
 /// Removes what a killed run left half written in `output_dir`.
 pub fn remove_partial(output_dir: &Path) -> Result<()> {
     for entry in entries(output_dir)? {
-        if entry.file_name().to_string_lossy().starts_with(PARTIAL) {
+        if entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(files::PARTIAL)
+        {
             let path = entry.path();
             let removed = if path.is_dir() {
                 std::fs::remove_dir_all(&path)
@@ -294,12 +266,6 @@ pub fn remove_partial(output_dir: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn sync(path: &Path) -> Result<()> {
-    std::fs::File::open(path)
-        .and_then(|f| f.sync_all())
-        .map_err(|e| Error::io(path, e))
 }
 
 fn entries(output_dir: &Path) -> Result<Vec<std::fs::DirEntry>> {

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use monteclora_converters::files;
 use serde::Serialize;
 
 use super::checkpoint::Progress;
@@ -223,18 +224,12 @@ fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
                 .is_some_and(|at| at < progress.step || (at == progress.step && !to_be_made))
         })
         .collect();
-    let context = |e| Error::io(path, e);
-    let directory = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new()
-        .prefix(".partial-")
-        .tempfile_in(directory)
-        .map_err(context)?;
-    for line in kept {
-        writeln!(file, "{line}").map_err(context)?;
-    }
-    file.as_file().sync_all().map_err(context)?;
-    file.persist(path).map_err(|e| context(e.error))?;
-    Ok(())
+    files::write_file(path, |writer| {
+        for line in kept {
+            writeln!(writer, "{line}").map_err(|e| Error::io(path, e))?;
+        }
+        Ok(())
+    })
 }
 
 /// Largest resident memory of this process so far, bytes; none where the system does not tell.

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use monteclora_converters::{Error as FormatError, files};
 use serde::{Deserialize, Serialize};
 
 use crate::config::ModelConfig;
@@ -97,20 +97,21 @@ impl StateFile {
 
     /// Replaces the file at once: a reader, or a restart, sees the old state or the new one.
     pub(crate) fn write(&self, state: &RunTimeState) -> Result<()> {
-        let failed = |error| Error::io("write", &self.path)(error);
-        let dir = self.path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
-        serde_json::to_writer_pretty(file.as_file_mut(), state)
-            .map_err(|error| failed(error.into()))?;
-        file.as_file_mut().write_all(b"\n").map_err(failed)?;
-        file.as_file().sync_all().map_err(failed)?;
-        file.persist(&self.path)
-            .map_err(|error| failed(error.error))?;
-        // Some file systems refuse to sync a directory; the rename is atomic without it.
-        if let Ok(dir) = fs::File::open(dir) {
-            let _ = dir.sync_all();
-        }
-        Ok(())
+        let mut text = serde_json::to_string_pretty(state)
+            .map_err(|error| Error::io("write", &self.path)(error.into()))?;
+        text.push('\n');
+        files::write_text(&self.path, &text).map_err(|error| match error {
+            FormatError::Io {
+                action,
+                path,
+                source,
+            } => Error::Io {
+                action,
+                path,
+                source,
+            },
+            error => error.into(),
+        })
     }
 
     /// The path to record for an adapter.
