@@ -13,7 +13,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::config::{
-    self, Length, LoraConfig, LrSchedulerType, Method, ModuleSelection, Report, RunConfig,
+    self, LoraConfig, LrSchedulerType, Method, ModuleSelection, Report, RunConfig,
 };
 use crate::data::{ChatTemplate, Dataset, EncodeOptions, Encoder, Tokenizer};
 use crate::hub::Located;
@@ -91,14 +91,10 @@ pub fn objective(lora: &LoraConfig) -> Objective {
 /// What the training loop is told by a run's configuration.
 pub fn train_settings(run: &RunConfig, max_seq_length: usize) -> TrainSettings {
     let train = &run.train;
-    let (num_train_epochs, max_steps) = match train.length {
-        Length::Epochs(epochs) => (epochs, None),
-        Length::Steps(steps) => (0.0, Some(steps)),
-    };
     TrainSettings {
         seed: run.seed,
-        num_train_epochs,
-        max_steps,
+        num_train_epochs: train.num_train_epochs.unwrap_or_default(),
+        max_steps: train.max_steps,
         batch_size: train.per_device_train_batch_size,
         pack_tokens: run.data.packing.then_some(max_seq_length),
         gradient_accumulation_steps: train.gradient_accumulation_steps,

@@ -167,7 +167,7 @@ fn field_names(entries: &[String]) -> Result<FieldNames> {
             }
         }
     }
-    Ok(FieldNames::new(names).map_err(|problem| Usage(format!("--field: {problem}")))?)
+    Ok(FieldNames::try_from(names).map_err(|problem| Usage(format!("--field: {problem}")))?)
 }
 
 /// A source in words: the path, and the split where the path has several.

@@ -85,48 +85,29 @@ impl Document {
             return;
         };
         let path = path.trim();
-        let mut table = &mut self.table;
-        let (parents, key) = path
-            .rsplit_once('.')
-            .map_or((None, path), |(parents, key)| (Some(parents), key));
-        for parent in parents.into_iter().flat_map(|parents| parents.split('.')) {
-            let inner = table
-                .entry(parent)
-                .or_insert_with(|| Value::Table(Table::new()));
-            match inner {
-                Value::Table(inner) => table = inner,
-                _ => {
-                    self.problems
-                        .push(format!("--set {path}: `{parent}` is not a table"));
-                    return;
-                }
+        match insert(&mut self.table, path, override_value(value.trim())) {
+            Ok(()) => {
+                self.origins.insert(path.to_owned(), Origin::Override);
             }
+            Err(parent) => self
+                .problems
+                .push(format!("--set {path}: `{parent}` is not a table")),
         }
-        table.insert(key.to_owned(), override_value(value.trim()));
-        self.origins.insert(path.to_owned(), Origin::Override);
     }
 
     fn check_keys(&mut self, schema: &Schema) {
         let mut problems = Vec::new();
         for (section, fields) in schema {
-            let Some(table) = self.table_at(section) else {
-                continue;
-            };
-            let children: Vec<&str> = schema
-                .iter()
-                .filter_map(|(child, _)| child_of(section, child))
-                .collect();
-            for key in table.keys() {
-                if fields.contains(&key.as_str()) || children.contains(&key.as_str()) {
-                    continue;
+            for key in self.table_at(section).into_iter().flat_map(Table::keys) {
+                if !fields.contains(&key.as_str()) {
+                    let path = join(section, key);
+                    let remedy = remedy(key, section, fields, schema);
+                    problems.push((
+                        self.line(&path),
+                        self.place(&path),
+                        format!("unknown key `{key}`; {remedy}"),
+                    ));
                 }
-                let path = join(section, key);
-                let remedy = remedy(key, section, fields, &children, schema);
-                problems.push((
-                    self.line(&path),
-                    self.place(&path),
-                    format!("unknown key `{key}`; {remedy}"),
-                ));
             }
         }
         // In the file's order; overrides come last.
@@ -145,46 +126,66 @@ impl Document {
         }
     }
 
-    fn table_at(&self, section: &str) -> Option<&Table> {
-        let mut table = &self.table;
-        for name in section.split('.').filter(|name| !name.is_empty()) {
-            table = table.get(name)?.as_table()?;
-        }
-        Some(table)
+    fn value_at(&self, path: &str) -> Option<&Value> {
+        let (section, key) = path.rsplit_once('.').unwrap_or(("", path));
+        self.table_at(section)?.get(key)
     }
 
-    /// Reads a section key by key, so that every value of a wrong type is reported. `T`'s fields are optional.
-    pub(super) fn section<T: DeserializeOwned + Default>(&mut self, section: &str) -> T {
-        let known = field_names::<T>();
-        let holder = section.rsplit_once('.').map_or("", |(parent, _)| parent);
-        let name = section.rsplit('.').next().unwrap_or_default();
-        if !section.is_empty()
-            && let Some(value) = self.table_at(holder).and_then(|table| table.get(name))
-            && !value.is_table()
-        {
-            let found = value.type_str();
-            self.problem(section, format!("found {found}, expected a table"));
-            return T::default();
+    fn table_at(&self, section: &str) -> Option<&Table> {
+        match section {
+            "" => Some(&self.table),
+            section => self.value_at(section)?.as_table(),
         }
-        let entries: Vec<(String, Value)> = self
-            .table_at(section)
-            .into_iter()
-            .flatten()
-            .filter(|(key, _)| known.contains(&key.as_str()))
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .collect();
-        let mut good = Table::new();
-        for (key, value) in entries {
-            let mut single = Table::new();
-            single.insert(key.clone(), value.clone());
-            match single.try_into::<T>() {
-                Ok(_) => {
-                    good.insert(key, value);
-                }
-                Err(error) => self.problem(&join(section, &key), error.message()),
+    }
+
+    /// Puts the values of `defaults` below a section: for the keys that it does not give.
+    pub(super) fn defaults(&mut self, section: &str, defaults: Table) {
+        for (key, value) in defaults {
+            let path = join(section, &key);
+            if self.value_at(&path).is_none() {
+                // Where the section is no table, reading says so.
+                let _ = insert(&mut self.table, &path, value);
             }
         }
-        good.try_into().unwrap_or_default()
+    }
+
+    /// The value of one key, if it is there and sound.
+    pub(super) fn value<T: DeserializeOwned>(&self, path: &str) -> Option<T> {
+        self.value_at(path)?.clone().try_into().ok()
+    }
+
+    /// Reads key by key, so that every value of a wrong type is reported; every field of `T` has a default.
+    pub(super) fn read<T: DeserializeOwned + Default>(&mut self, schema: &Schema) -> T {
+        let mut sound = Table::new();
+        let mut problems = Vec::new();
+        for (section, fields) in schema {
+            if let Some(value) = self.value_at(section).filter(|value| !value.is_table()) {
+                let found = value.type_str();
+                problems.push((
+                    (*section).to_owned(),
+                    format!("found {found}, expected a table"),
+                ));
+            }
+            for (key, value) in self.table_at(section).into_iter().flatten() {
+                let path = join(section, key);
+                if !fields.contains(&key.as_str()) || is_section(&path, schema) {
+                    continue;
+                }
+                let mut single = Table::new();
+                // Nothing is in the way in an empty table, and sections are tables.
+                let _ = insert(&mut single, &path, value.clone());
+                match single.try_into::<T>() {
+                    Ok(_) => {
+                        let _ = insert(&mut sound, &path, value.clone());
+                    }
+                    Err(error) => problems.push((path, error.message().to_owned())),
+                }
+            }
+        }
+        for (path, message) in problems {
+            self.problem(&path, message);
+        }
+        sound.try_into().unwrap_or_default()
     }
 
     /// Adds a problem of a key; `path` is the key with its section, such as `lora.r`.
@@ -218,9 +219,9 @@ impl Document {
         self.origins.contains_key(path)
     }
 
-    /// The file's name, for messages about no key.
-    pub(super) fn name(&self) -> &str {
-        &self.name
+    /// Adds a problem of the file as a whole.
+    pub(super) fn file_problem(&mut self, message: &str) {
+        self.problems.push(format!("{}: {message}", self.name));
     }
 
     /// The problems found, in the order they were found.
@@ -238,49 +239,55 @@ fn override_value(text: &str) -> Value {
         .unwrap_or_else(|| Value::String(text.to_owned()))
 }
 
-fn remedy(key: &str, section: &str, fields: &[&str], children: &[&str], schema: &Schema) -> String {
-    let names = || fields.iter().chain(children).copied();
-    if let Some(nearest) = nearest(key, names()) {
-        return if children.contains(&nearest) {
-            format!("did you mean [{}]?", join(section, nearest))
+/// Puts a value at a path, with the tables that lead there.
+///
+/// # Errors
+/// The name on the way that is no table.
+fn insert<'a>(mut table: &mut Table, path: &'a str, value: Value) -> Result<(), &'a str> {
+    let (parents, key) = path.rsplit_once('.').unwrap_or(("", path));
+    for parent in parents.split('.').filter(|parent| !parent.is_empty()) {
+        let inner = table
+            .entry(parent)
+            .or_insert_with(|| Value::Table(Table::new()));
+        table = inner.as_table_mut().ok_or(parent)?;
+    }
+    table.insert(key.to_owned(), value);
+    Ok(())
+}
+
+fn is_section(path: &str, schema: &Schema) -> bool {
+    schema.iter().any(|(section, _)| *section == path)
+}
+
+fn remedy(key: &str, section: &str, fields: &[&str], schema: &Schema) -> String {
+    if let Some(nearest) = nearest(key, fields) {
+        let path = join(section, nearest);
+        return if is_section(&path, schema) {
+            format!("did you mean [{path}]?")
         } else {
             format!("did you mean `{nearest}`?")
         };
     }
-    if let Some((owner, _)) = schema.iter().find(|(_, fields)| fields.contains(&key)) {
-        return match *owner {
-            "" => "it belongs at the top of the file".to_owned(),
-            owner => format!("it belongs in [{owner}]"),
-        };
+    let owns = |(section, fields): &&(&str, &[&str])| {
+        fields.contains(&key) && !is_section(&join(section, key), schema)
+    };
+    match schema.iter().find(owns) {
+        Some(("", _)) => "it belongs at the top of the file".to_owned(),
+        Some((owner, _)) => format!("it belongs in [{owner}]"),
+        None => format!("known keys: {}", fields.join(", ")),
     }
-    format!("known keys: {}", names().collect::<Vec<_>>().join(", "))
 }
 
 /// The most similar name, if it is similar enough to be a slip.
-fn nearest<'a>(key: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+fn nearest<'a>(key: &str, names: &[&'a str]) -> Option<&'a str> {
     names
-        .map(|name| {
-            (
-                strsim::jaro_winkler(key, name),
-                strsim::damerau_levenshtein(key, name),
-                name,
-            )
-        })
-        .filter(|(similarity, distance, name)| {
-            *similarity > 0.8 && *distance <= name.len().div_ceil(3)
+        .iter()
+        .map(|name| (strsim::jaro_winkler(key, name), *name))
+        .filter(|(similarity, name)| {
+            *similarity > 0.8 && strsim::damerau_levenshtein(key, name) <= name.len().div_ceil(3)
         })
         .max_by(|left, right| left.0.total_cmp(&right.0))
-        .map(|(_, _, name)| name)
-}
-
-/// `b` for ("a", "a.b").
-fn child_of<'a>(section: &str, path: &'a str) -> Option<&'a str> {
-    let child = if section.is_empty() {
-        path
-    } else {
-        path.strip_prefix(section)?.strip_prefix('.')?
-    };
-    (!child.is_empty() && !child.contains('.')).then_some(child)
+        .map(|(_, name)| name)
 }
 
 fn join(section: &str, key: &str) -> String {

@@ -1,17 +1,16 @@
-//! run.toml: file form -> overrides -> checked, resolved form.
+//! run.toml: text -> overrides -> one structure per section, checked once.
 //!
 //! Command line > file > defaults. Relative paths are relative to the current directory, as in axolotl and mlx-lm, and
 //! not to the file.
 
+mod check;
 mod document;
 mod error;
-mod file;
-mod resolve;
 mod run;
 
 pub use error::ConfigError;
 pub use run::{
-    DataConfig, DataFormat, DtypeChoice, EvalConfig, Length, LoraConfig, LrSchedulerType, Method,
+    DataConfig, DataFormat, DtypeChoice, EvalConfig, LoraConfig, LrSchedulerType, Method,
     ModelConfig, ModuleSelection, MonteCloraConfig, Objective, Preset, Report, RunConfig,
     TrainConfig,
 };

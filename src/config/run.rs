@@ -1,17 +1,17 @@
-//! The resolved run: plain, valid, with the defaults of every section in one place each.
+//! The sections of run.toml: one structure each, with its keys as PEFT and Hugging Face spell them and its defaults.
 
 use std::path::PathBuf;
 
 use indexmap::IndexMap;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
-use super::file::OneOrMany;
 use crate::data::{
     BatchOptions, EncodeOptions, FieldNames, Overlong, RowFormat, RowSchema, TrainOn,
 };
 
 /// A training run, checked. Made by [`RunConfig::load`]; serialises to the JSON that run.json records.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct RunConfig {
     /// Root of every random stream: initial values, order of rows, dropout, noise.
     pub seed: u64,
@@ -30,11 +30,23 @@ pub struct RunConfig {
     pub notes: Vec<String>,
 }
 
-/// The seed of a run that names none.
-pub(super) const DEFAULT_SEED: u64 = 42;
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self {
+            seed: 42,
+            model: ModelConfig::default(),
+            data: DataConfig::default(),
+            lora: LoraConfig::default(),
+            train: TrainConfig::default(),
+            eval: EvalConfig::default(),
+            notes: Vec::new(),
+        }
+    }
+}
 
 /// `[model]`: the frozen base.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
     /// A local directory, a Hub id, or a local GGUF file. Required: empty in the default.
     pub model_id: String,
@@ -62,7 +74,8 @@ pub enum DtypeChoice {
 }
 
 /// `[data]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
     /// Training rows: a file, a directory with train and perhaps valid files, or a data set on the Hub
     /// (`hf://datasets/ORG/NAME`). Required: empty in the default.
@@ -175,9 +188,40 @@ pub enum Method {
     LoraFa,
 }
 
+/// One value or a list of them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected one value or a list of them")]
+enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> From<OneOrMany<T>> for Vec<T> {
+    fn from(values: OneOrMany<T>) -> Self {
+        match values {
+            OneOrMany::One(value) => vec![value],
+            OneOrMany::Many(values) => values,
+        }
+    }
+}
+
+/// A list, of which a single value stands for itself.
+fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(source: D) -> Result<Vec<T>, D::Error> {
+    OneOrMany::deserialize(source).map(Vec::from)
+}
+
+/// As [`list`], of a key that may be absent.
+fn some_list<'de, D, T>(source: D) -> Result<Option<Vec<T>>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    list(source).map(Some)
+}
+
 /// Which modules a list or pattern selects; PEFT's rules.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(into = "OneOrMany<String>")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "OneOrMany<String>", into = "OneOrMany<String>")]
 pub enum ModuleSelection {
     /// Every linear layer of the decoder blocks.
     AllLinear,
@@ -185,6 +229,16 @@ pub enum ModuleSelection {
     Names(Vec<String>),
     /// A regular expression that matches the whole path.
     Regex(String),
+}
+
+impl From<OneOrMany<String>> for ModuleSelection {
+    fn from(value: OneOrMany<String>) -> Self {
+        match value {
+            OneOrMany::One(name) if name.eq_ignore_ascii_case("all-linear") => Self::AllLinear,
+            OneOrMany::One(pattern) => Self::Regex(pattern),
+            OneOrMany::Many(names) => Self::Names(names),
+        }
+    }
 }
 
 impl From<ModuleSelection> for OneOrMany<String> {
@@ -198,7 +252,8 @@ impl From<ModuleSelection> for OneOrMany<String> {
 }
 
 /// `[lora]`
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct LoraConfig {
     /// What is trained.
     pub method: Method,
@@ -218,8 +273,10 @@ pub struct LoraConfig {
     /// Which of them are not.
     pub exclude_modules: Option<ModuleSelection>,
     /// Indices of the layers that are adapted; `None` is all.
+    #[serde(deserialize_with = "some_list")]
     pub layers_to_transform: Option<Vec<usize>>,
     /// Names of the list that the layers are in, where it is not the usual one.
+    #[serde(deserialize_with = "list")]
     pub layers_pattern: Vec<String>,
     /// Rank by module pattern; the first that matches, in the file's order.
     pub rank_pattern: IndexMap<String, usize>,
@@ -291,7 +348,8 @@ pub enum Objective {
 }
 
 /// `[lora.monteclora]`, with PEFT's names.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct MonteCloraConfig {
     /// The preset that the other values started from.
     pub preset: Preset,
@@ -343,17 +401,6 @@ impl Default for MonteCloraConfig {
     }
 }
 
-/// How long a run is.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub enum Length {
-    /// Passes over the training rows, above 0; a part of a pass is allowed.
-    #[serde(rename = "num_train_epochs")]
-    Epochs(f64),
-    /// Optimiser steps, at least 1.
-    #[serde(rename = "max_steps")]
-    Steps(u64),
-}
-
 /// How the learning rate falls after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -377,13 +424,17 @@ pub enum Report {
 }
 
 /// `[train]`, with Hugging Face's names.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
     /// Where the adapter goes. Required: empty in the default.
     pub output_dir: PathBuf,
-    /// `num_train_epochs` or `max_steps`.
-    #[serde(flatten)]
-    pub length: Length,
+    /// Passes over the training rows, above 0; a part of a pass is allowed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_train_epochs: Option<f64>,
+    /// Optimiser steps, at least 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u64>,
     /// Examples (packs, with packing) that go through the model at once, at least 1.
     pub per_device_train_batch_size: usize,
     /// Batches an optimiser step, at least 1.
@@ -424,6 +475,7 @@ pub struct TrainConfig {
     /// Evaluations without improvement that end the run; 0 is off, and so is a run without `data.valid`.
     pub early_stopping_patience: u64,
     /// Where metrics go.
+    #[serde(deserialize_with = "list")]
     pub report_to: Vec<Report>,
     /// Whether blocks are computed again in the backward pass to save memory.
     pub gradient_checkpointing: bool,
@@ -436,7 +488,8 @@ impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             output_dir: PathBuf::new(),
-            length: Length::Epochs(1.0),
+            num_train_epochs: Some(1.0),
+            max_steps: None,
             per_device_train_batch_size: 8,
             gradient_accumulation_steps: 1,
             learning_rate: 5e-4,
@@ -464,7 +517,8 @@ impl Default for TrainConfig {
 }
 
 /// `[eval]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct EvalConfig {
     /// Posterior draws averaged beside the mean; 0 is none.
     pub posterior_samples: usize,
@@ -489,18 +543,5 @@ impl RunConfig {
             pack_tokens: self.data.packing.then_some(max_seq_length),
             shuffle_seed: Some(self.seed),
         }
-    }
-
-    /// What this configuration asks for and the trainer cannot do; refused when the file is read, never ignored.
-    pub fn unsupported(&self) -> Vec<String> {
-        let checks = [(
-            self.eval.posterior_samples > 0,
-            "[eval] posterior_samples: a run evaluates the posterior mean; set it to 0 and use `monteclora eval --posterior-samples` afterwards",
-        )];
-        checks
-            .into_iter()
-            .filter(|(asked, _)| *asked)
-            .map(|(_, message)| message.to_owned())
-            .collect()
     }
 }

@@ -24,15 +24,17 @@ const FIELDS: [&str; 12] = [
 
 /// Field of a row -> its name in the file, such as `prompt = "question"`; what is not listed keeps its own name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "IndexMap<String, String>")]
 pub struct FieldNames(IndexMap<String, String>);
 
-impl FieldNames {
+impl TryFrom<IndexMap<String, String>> for FieldNames {
+    type Error = String;
+
     /// Checks a mapping.
     ///
     /// # Errors
     /// What is wrong with it: an unknown field, or one name for two fields.
-    pub fn new(names: IndexMap<String, String>) -> Result<Self, String> {
+    fn try_from(names: IndexMap<String, String>) -> Result<Self, String> {
         for (idx, (field, name)) in names.iter().enumerate() {
             if !FIELDS.contains(&field.as_str()) {
                 let nearest = FIELDS
@@ -57,7 +59,9 @@ impl FieldNames {
         }
         Ok(Self(names))
     }
+}
 
+impl FieldNames {
     /// Whether every field has its own name.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -100,12 +104,8 @@ mod tests {
     use super::*;
 
     fn names(pairs: &[(&str, &str)]) -> Result<FieldNames, String> {
-        FieldNames::new(
-            pairs
-                .iter()
-                .map(|(field, name)| ((*field).to_owned(), (*name).to_owned()))
-                .collect(),
-        )
+        let owned = |(field, name): &(&str, &str)| ((*field).to_owned(), (*name).to_owned());
+        FieldNames::try_from(pairs.iter().map(owned).collect::<IndexMap<_, _>>())
     }
 
     #[test]

@@ -234,12 +234,9 @@ fn sharegpt_tool_calls_are_the_assistants() {
 
 #[test]
 fn fields_of_other_names() {
-    let names = FieldNames::new(
-        [("prompt", "question"), ("completion", "answer")]
-            .map(|(field, name)| (field.to_owned(), name.to_owned()))
-            .into(),
-    )
-    .expect("good");
+    let names = [("prompt", "question"), ("completion", "answer")]
+        .map(|(field, name)| (field.to_owned(), name.to_owned()));
+    let names = FieldNames::try_from(indexmap::IndexMap::from(names)).expect("good");
     let read = |text: &str| parse_named_row(text.as_bytes(), None, &names);
     let (format, row) = read(r#"{"question":"q","answer":"a"}"#).expect("a good row");
     assert_eq!(format, RowFormat::PromptCompletion);

@@ -203,12 +203,9 @@ impl Reference {
             let mut enumerations: BTreeMap<String, String> = BTreeMap::new();
             let mut keys = Vec::new();
             for item in items(self.sources, structure) {
-                match item.kind.as_str() {
-                    // The sections themselves.
-                    kind if self.sections.iter().any(|(_, s)| kind.contains(s)) => {}
-                    // Two keys, one of which is given.
-                    "Length" => keys.extend(items(self.sources, "Length")),
-                    _ => keys.push(item),
+                // Not the sections themselves.
+                if !self.sections.iter().any(|(_, s)| item.kind.contains(s)) {
+                    keys.push(item);
                 }
             }
             for item in keys {
