@@ -4,13 +4,11 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::opened::{Opened, require_positive};
-use super::{device, draws_asked, print, print_json, weight_type};
+use super::{print, print_json};
 use crate::cli::EvalArgs;
 use crate::data::{DataError, Dataset, RowSchema, splits};
-use crate::eval::{
-    ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scores, posterior_draws, score,
-};
-use crate::model::{ActiveAdapter, Decoder};
+use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scores, score};
+use crate::model::ActiveAdapter;
 use crate::progress;
 
 #[derive(Debug, Serialize)]
@@ -29,20 +27,14 @@ struct Report {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
-    let weights = weight_type(args.model.options.dtype)?;
     require_positive(&[
         ("--batch-size", args.batch_size),
         ("--ece-bins", args.ece_bins),
     ])?;
-    let n_draws = draws_asked(args.posterior_samples)?;
-    let Opened {
-        adapter,
-        base,
-        config,
-        encoder,
-    } = Opened::new(
+    let opened = Opened::new(
         &args.model,
         args.adapter.as_deref(),
+        args.posterior_samples,
         !args.no_chat_template,
         |config| {
             args.max_seq_length
@@ -51,32 +43,20 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     )?;
     // Of a directory, what was kept for the end.
     let split = splits(&args.data)?.last().copied().unwrap_or_default();
+    let encoder = opened.encoder.clone();
     let data = Dataset::open_split(&args.data, split, RowSchema::default(), encoder)
         .map_err(DataError::in_flags)?;
     let choices = ChoiceRows::read(&data)?;
-    let decoder = Decoder::load_as(&base.dir, &device(args.model.options.cpu)?, weights)?;
+    let loaded = opened.load(args.seed)?;
     let options = EvalOptions {
         batch_size: args.batch_size,
         ece_bins: args.ece_bins,
         normalisation: LengthNormalisation::per_token(args.length_normalised),
     };
-    // Before the base is scored, so that an adapter without a posterior is refused at once.
-    let mean = adapter
-        .as_ref()
-        .map(|adapter| ActiveAdapter::from_adapter(adapter, &config, decoder.device()))
-        .transpose()?;
-    let draws = match adapter.as_ref().zip(mean.as_ref()) {
-        Some((adapter, mean)) if n_draws > 0 => {
-            posterior_draws(adapter, mean, &decoder, args.seed, n_draws)?
-        }
-        _ => Vec::new(),
-    };
     let scored = |name: &'static str, predictor: Predictor<'_>| {
-        let steps = predictor.n_steps(data.len(), choices.len());
-        let bar = progress::items(name, steps as u64);
-        let scores = score(&decoder, predictor, &data, &choices, &options, |steps| {
-            bar.inc(steps as u64);
-        });
+        let bar = progress::items(name, data.len() as u64);
+        let done = |rows| bar.inc(rows as u64);
+        let scores = score(&loaded.decoder, predictor, &data, &choices, &options, done);
         bar.finish_and_clear();
         scores
     };
@@ -86,11 +66,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         ece_bins: (!choices.is_empty()).then_some(args.ece_bins),
         length_normalised: (!choices.is_empty()).then_some(args.length_normalised),
         base: scored("base", Predictor::One(&ActiveAdapter::default()))?,
-        mean: mean
-            .as_ref()
+        mean: (loaded.mean.as_ref())
             .map(|mean| scored("posterior mean", Predictor::One(mean)))
             .transpose()?,
-        posterior: match draws.as_slice() {
+        posterior: match loaded.draws.as_slice() {
             [] => None,
             draws => Some(scored("posterior draws", Predictor::Average(draws))?),
         },

@@ -199,19 +199,6 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     error.is::<Interrupted>().then_some(130)
 }
 
-/// What `--posterior-samples` asks for.
-fn draws_asked(posterior_samples: Option<usize>) -> Result<usize> {
-    /// Each is an adapter in memory.
-    const MOST: usize = 1000;
-    match posterior_samples.unwrap_or(0) {
-        n_draws if n_draws > MOST => Err(Usage(format!(
-            "--posterior-samples {n_draws}: expected at most {MOST}"
-        ))
-        .into()),
-        n_draws => Ok(n_draws),
-    }
-}
-
 /// The device that computes: an accelerator if the build has one and `cpu` is false.
 pub(crate) fn device(cpu: bool) -> Result<Device> {
     let device = if cpu {

@@ -4,30 +4,53 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
+use candle_core::DType;
 use monteclora_converters::{Adapter, ModelFiles};
 
-use super::Usage;
+use super::{Usage, device, weight_type};
 use crate::cli::ModelArgs;
 use crate::data::{EncodeOptions, Encoder, Overlong, TrainOn};
+use crate::eval::posterior_draws;
 use crate::hub::{self, Located};
-use crate::model::ModelConfig;
+use crate::model::{ActiveAdapter, Decoder, ModelConfig};
 use crate::session;
 
 /// All of it checked, and no weights of the base read.
 pub(super) struct Opened {
-    pub(super) adapter: Option<Adapter>,
-    pub(super) base: Located,
     pub(super) config: ModelConfig,
     pub(super) encoder: Arc<Encoder>,
+    adapter: Option<Adapter>,
+    base: Located,
+    weights: DType,
+    n_draws: usize,
+    cpu: bool,
+}
+
+/// The base in memory, with what the adapter makes of it.
+pub(super) struct Loaded {
+    pub(super) decoder: Decoder,
+    /// The adapter's posterior mean, if there is an adapter.
+    pub(super) mean: Option<ActiveAdapter>,
+    /// Draws of its posterior, if they are asked for.
+    pub(super) draws: Vec<ActiveAdapter>,
 }
 
 impl Opened {
     pub(super) fn new(
         model: &ModelArgs,
         adapter: Option<&Path>,
+        posterior_samples: Option<usize>,
         apply_chat_template: bool,
         max_seq_length: impl FnOnce(&ModelConfig) -> usize,
     ) -> Result<Self> {
+        /// Each is an adapter in memory.
+        const MOST: usize = 1000;
+        let weights = weight_type(model.options.dtype)?;
+        let n_draws = posterior_samples.unwrap_or(0);
+        if n_draws > MOST {
+            let problem = format!("--posterior-samples {n_draws}: expected at most {MOST}");
+            return Err(Usage(problem).into());
+        }
         let adapter = adapter.map(Adapter::read).transpose()?;
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = ModelConfig::read(&base.dir)?;
@@ -48,7 +71,27 @@ impl Opened {
             base,
             config,
             encoder,
+            weights,
+            n_draws,
+            cpu: model.options.cpu,
         })
+    }
+
+    /// Loads the base. Draws are made before anything is computed, so that an adapter without a posterior is refused at once.
+    pub(super) fn load(&self, seed: u64) -> Result<Loaded> {
+        let decoder = Decoder::load_as(&self.base.dir, &device(self.cpu)?, self.weights)?;
+        let mut loaded = Loaded {
+            decoder,
+            mean: None,
+            draws: Vec::new(),
+        };
+        if let Some(adapter) = &self.adapter {
+            let decoder = &loaded.decoder;
+            let mean = ActiveAdapter::from_adapter(adapter, &self.config, decoder.device())?;
+            loaded.draws = posterior_draws(adapter, &mean, decoder, seed, self.n_draws)?;
+            loaded.mean = Some(mean);
+        }
+        Ok(loaded)
     }
 }
 

@@ -6,14 +6,14 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::opened::{Opened, require_positive};
-use super::{Usage, device, draws_asked, print, print_json, weight_type};
+use super::{Usage, print, print_json};
 use crate::cli::PredictArgs;
 use crate::data::{
     DataError, Encoder, FieldProblem, Message, Problems, Role, Row, RowError, RowProblem, Source,
     parse_question, splits,
 };
-use crate::eval::{Answer, Answerer, LengthNormalisation, Question, posterior_draws};
-use crate::model::{ActiveAdapter, Decoder, GenerationSettings};
+use crate::eval::{Answer, Answerer, LengthNormalisation, Question};
+use crate::model::GenerationSettings;
 use crate::progress;
 
 #[derive(Debug, Serialize)]
@@ -22,25 +22,20 @@ struct Report {
 }
 
 pub(super) fn run(args: &PredictArgs) -> Result<()> {
-    let weights = weight_type(args.model.options.dtype)?;
     require_positive(&[
         ("--batch-size", args.batch_size),
         ("--max-tokens", args.max_tokens),
     ])?;
-    let n_draws = draws_asked(args.posterior_samples)?;
-    let Opened {
-        adapter,
-        base,
-        config,
-        encoder,
-    } = Opened::new(
+    let opened = Opened::new(
         &args.model,
         args.adapter.as_deref(),
+        args.posterior_samples,
         !args.no_chat_template,
         |config| config.max_position_embeddings,
     )?;
+    let (encoder, config) = (&opened.encoder, &opened.config);
     let reader = Reader {
-        encoder: &encoder,
+        encoder,
         room: config
             .max_position_embeddings
             .saturating_sub(args.max_tokens),
@@ -55,22 +50,11 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         None => Vec::new(),
     };
 
-    let decoder = Decoder::load_as(&base.dir, &device(args.model.options.cpu)?, weights)?;
-    let (mean, draws) = match &adapter {
-        None => (ActiveAdapter::default(), Vec::new()),
-        Some(adapter) => {
-            let mean = ActiveAdapter::from_adapter(adapter, &config, decoder.device())?;
-            let draws = match n_draws {
-                0 => Vec::new(),
-                n_draws => posterior_draws(adapter, &mean, &decoder, args.seed, n_draws)?,
-            };
-            (mean, draws)
-        }
-    };
+    let loaded = opened.load(args.seed)?;
     let answerer = Answerer {
-        decoder: &decoder,
-        mean: &mean,
-        draws: &draws,
+        decoder: &loaded.decoder,
+        mean: &loaded.mean.unwrap_or_default(),
+        draws: &loaded.draws,
         tokenizer: encoder.tokenizer(),
         generation: GenerationSettings {
             max_new_tokens: args.max_tokens,

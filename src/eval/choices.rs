@@ -1,13 +1,11 @@
 //! Multiple-choice rows: the log-likelihood of every choice in the place of the answer.
 
-use std::collections::BTreeSet;
-
-use anyhow::Result;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::NotFinite;
 use super::calibration::Prediction;
 use crate::data::{ChoiceSet, DataError, Dataset, Problems, RowError, RowProblem};
-use crate::model::{ActiveAdapter, Decoder, Sequences};
+use crate::model::{ActiveAdapter, Decoder, Error, Sequences};
 
 /// What is compared between choices.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,14 +27,7 @@ impl LengthNormalisation {
 /// The rows of a data file that have choices, as tokens.
 #[derive(Debug)]
 pub struct ChoiceRows {
-    rows: Vec<ChoiceSet>,
-}
-
-/// Sequences to run for one row, and where each choice's tokens are predicted in them.
-struct Plan {
-    inputs: Vec<Vec<u32>>,
-    /// `[choice][token]`: index into `inputs`, position in it, label.
-    targets: Vec<Vec<(usize, usize, u32)>>,
+    by_example: BTreeMap<usize, ChoiceSet>,
 }
 
 impl ChoiceRows {
@@ -45,7 +36,7 @@ impl ChoiceRows {
     /// # Errors
     /// [`DataError::Rows`] with every row whose choices cannot be scored; errors of the model's template or tokenizer.
     pub fn read(data: &Dataset) -> Result<Self, DataError> {
-        let mut rows = Vec::new();
+        let mut by_example = BTreeMap::new();
         let mut problems = Problems::default();
         let mut seen = BTreeSet::new();
         for example in 0..data.len() {
@@ -55,7 +46,7 @@ impl ChoiceRows {
                 continue;
             }
             match data.encoder().choice_tokens(&row) {
-                Ok(choices) => rows.extend(choices),
+                Ok(choices) => by_example.extend(choices.map(|choices| (example, choices))),
                 Err(RowError::Problem(problem)) => {
                     problems.push(RowProblem::new(data.path(), line, problem));
                 }
@@ -65,150 +56,129 @@ impl ChoiceRows {
         if !problems.is_empty() {
             return Err(DataError::Rows(problems));
         }
-        Ok(Self { rows })
-    }
-
-    /// Rows that are tokens already.
-    pub fn new(rows: Vec<ChoiceSet>) -> Self {
-        Self { rows }
+        Ok(Self { by_example })
     }
 
     /// The number of rows with choices.
     pub fn len(&self) -> usize {
-        self.rows.len()
+        self.by_example.len()
     }
 
     /// Whether no row has choices.
     pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        self.by_example.is_empty()
     }
 
-    /// The log-likelihood of every choice of every row, nats.
-    ///
-    /// # Errors
-    /// Those of the decoder.
-    pub fn log_likelihoods(
-        &self,
-        model: &Decoder,
-        adapter: &ActiveAdapter,
-        batch_size: usize,
-        mut done: impl FnMut(usize),
-    ) -> Result<Vec<Vec<f64>>> {
-        let mut scores = Vec::with_capacity(self.rows.len());
-        for rows in self.rows.chunks(batch_size.max(1)) {
-            let plans: Vec<Plan> = rows.iter().map(Plan::new).collect();
-            let inputs: Vec<&Vec<u32>> = plans.iter().flat_map(|plan| &plan.inputs).collect();
-            let mut starts = Vec::with_capacity(inputs.len());
-            let mut n_tokens = 0;
-            for input in &inputs {
-                starts.push(n_tokens);
-                n_tokens += input.len();
-            }
-            let mut targets = Vec::new();
-            let mut first_input = 0;
-            for plan in &plans {
-                for (input, position, label) in plan.targets.iter().flatten() {
-                    targets.push((starts[first_input + input] + position, *label));
-                }
-                first_input += plan.inputs.len();
-            }
-            let loss = model.evaluate(&Sequences::new(&inputs), &targets, adapter)?;
-            let mut nll = loss.nll.iter().map(|v| f64::from(*v));
-            for plan in &plans {
-                let row = plan
-                    .targets
-                    .iter()
-                    .map(|choice| -nll.by_ref().take(choice.len()).sum::<f64>());
-                scores.push(row.collect());
-            }
-            done(rows.len());
-        }
-        Ok(scores)
+    /// The choices of the row that an example was made from; of several such examples the first has them.
+    pub fn of(&self, example: usize) -> Option<&ChoiceSet> {
+        self.by_example.get(&example)
     }
 
-    /// `[row][adapter]`: the distribution over the choices of every row that each of `adapters` gives.
-    ///
-    /// # Errors
-    /// Those of the decoder; [`NotFinite`].
-    pub fn distributions(
-        &self,
-        model: &Decoder,
-        adapters: &[ActiveAdapter],
-        batch_size: usize,
-        normalisation: LengthNormalisation,
-        mut done: impl FnMut(usize),
-    ) -> Result<Vec<Vec<Prediction>>> {
-        let mut found: Vec<Vec<Prediction>> = self.rows.iter().map(|_| Vec::new()).collect();
-        for adapter in adapters {
-            let scores = self.log_likelihoods(model, adapter, batch_size, &mut done)?;
-            let predictions = self.predictions(&scores, normalisation)?;
-            for (row, prediction) in found.iter_mut().zip(predictions) {
-                row.push(prediction);
-            }
-        }
-        Ok(found)
-    }
-
-    /// The distribution over the choices of every row: softmax of [`Self::log_likelihoods`].
-    ///
-    /// # Errors
-    /// [`NotFinite`] for log-likelihoods that are not numbers.
-    pub fn predictions(
-        &self,
-        log_likelihoods: &[Vec<f64>],
-        normalisation: LengthNormalisation,
-    ) -> Result<Vec<Prediction>, NotFinite> {
-        self.rows
-            .iter()
-            .zip(log_likelihoods)
-            .enumerate()
-            .map(|(idx, (row, scores))| {
-                let scores: Vec<f64> = scores
-                    .iter()
-                    .zip(&row.choices)
-                    .map(|(score, choice)| match normalisation {
-                        LengthNormalisation::None => *score,
-                        LengthNormalisation::Tokens => {
-                            score / (choice.tokens.len() - choice.n_prompt) as f64
-                        }
-                    })
-                    .collect();
-                Prediction::from_log_scores(&scores, row.answer).ok_or_else(|| NotFinite {
-                    what: format!("the likelihood of a choice of row {} with choices", idx + 1),
-                })
-            })
-            .collect()
+    /// The choices of every row, in the file's order.
+    pub fn sets(&self) -> impl Iterator<Item = &ChoiceSet> {
+        self.by_example.values()
     }
 }
 
-impl Plan {
+/// The log-likelihood of every choice of every row under `adapter`, nats; one forward pass over all of them.
+///
+/// # Errors
+/// Those of the decoder.
+pub fn log_likelihoods<'a>(
+    rows: impl IntoIterator<Item = &'a ChoiceSet>,
+    model: &Decoder,
+    adapter: &ActiveAdapter,
+) -> Result<Vec<Vec<f64>>, Error> {
+    let (mut sequences, mut targets) = (Sequences::default(), Vec::new());
+    let places: Vec<Places> = rows
+        .into_iter()
+        .map(|row| Places::new(row, &mut sequences, &mut targets, None))
+        .collect();
+    let nll = model.evaluate(&sequences, &targets, adapter)?.nll;
+    let log_p: Vec<f64> = nll.into_iter().map(|nll| -f64::from(nll)).collect();
+    Ok(places
+        .iter()
+        .map(|row| row.log_likelihoods(&log_p))
+        .collect())
+}
+
+/// Where the tokens of each choice of a row are predicted: `[choice][token]`, an index into the targets of a batch.
+#[derive(Debug, PartialEq)]
+pub(super) struct Places(Vec<Vec<usize>>);
+
+impl Places {
+    /// Appends what the choices need to a batch. `own` is a segment that is there already and may serve: that of the row's
+    /// own answer.
+    ///
     /// Every choice needs all its tokens but the last as input. An input that begins another is not run on its own, so
-    /// choices of one token share one pass over the prompt.
-    fn new(set: &ChoiceSet) -> Self {
+    /// choices of one token share one pass over the prompt, and the right one is read off the pass over the answer.
+    pub(super) fn new(
+        set: &ChoiceSet,
+        sequences: &mut Sequences,
+        targets: &mut Vec<(usize, u32)>,
+        own: Option<usize>,
+    ) -> Self {
         let input = |idx: usize| {
             let tokens = &set.choices[idx].tokens;
             &tokens[..tokens.len() - 1]
         };
         let mut longest_first: Vec<usize> = (0..set.choices.len()).collect();
         longest_first.sort_by_key(|idx| std::cmp::Reverse(input(*idx).len()));
-        let mut inputs: Vec<Vec<u32>> = Vec::new();
-        let mut targets = vec![Vec::new(); set.choices.len()];
+        let mut segments = Vec::from_iter(own);
+        let mut places = vec![Vec::new(); set.choices.len()];
         for idx in longest_first {
-            let needed = input(idx);
-            let place = match inputs.iter().position(|input| input.starts_with(needed)) {
-                Some(place) => place,
-                None => {
-                    inputs.push(needed.to_vec());
-                    inputs.len() - 1
-                }
-            };
+            let found = segments
+                .iter()
+                .find(|segment| sequences.sequence(**segment).starts_with(input(idx)))
+                .copied();
+            let segment = found.unwrap_or_else(|| {
+                segments.push(sequences.push(input(idx)));
+                sequences.segments.len() - 1
+            });
+            let start = sequences.segments[segment].query_start;
             let choice = &set.choices[idx];
-            targets[idx] = (choice.n_prompt..choice.tokens.len())
-                .map(|position| (place, position - 1, choice.tokens[position]))
+            places[idx] = (choice.n_prompt..choice.tokens.len())
+                .map(|position| {
+                    let target = (start + position - 1, choice.tokens[position]);
+                    let known = targets.iter().position(|known| *known == target);
+                    known.unwrap_or_else(|| {
+                        targets.push(target);
+                        targets.len() - 1
+                    })
+                })
                 .collect();
         }
-        Self { inputs, targets }
+        Self(places)
     }
+
+    /// The log-likelihood of every choice, from that of every target of the batch.
+    pub(super) fn log_likelihoods(&self, of_targets: &[f64]) -> Vec<f64> {
+        let sum = |choice: &Vec<usize>| choice.iter().map(|target| of_targets[*target]).sum();
+        self.0.iter().map(sum).collect()
+    }
+}
+
+/// The distribution over the choices of the `row`-th row with choices: softmax of its log-likelihoods.
+///
+/// # Errors
+/// Log-likelihoods that are not numbers.
+pub(super) fn prediction(
+    set: &ChoiceSet,
+    log_likelihoods: &[f64],
+    normalisation: LengthNormalisation,
+    row: usize,
+) -> Result<Prediction, NotFinite> {
+    let scores: Vec<f64> = log_likelihoods
+        .iter()
+        .zip(&set.choices)
+        .map(|(score, choice)| match normalisation {
+            LengthNormalisation::None => *score,
+            LengthNormalisation::Tokens => score / (choice.tokens.len() - choice.n_prompt) as f64,
+        })
+        .collect();
+    Prediction::from_log_scores(&scores, set.answer).ok_or_else(|| NotFinite {
+        what: format!("the likelihood of a choice of row {} with choices", row + 1),
+    })
 }
 
 #[cfg(test)]
@@ -231,22 +201,45 @@ mod tests {
 
     #[test]
     fn answers_of_one_token_share_the_prompt() {
-        let plan = Plan::new(&set(&[1, 2, 3], &[&[7], &[8], &[9]]));
-        assert_eq!(plan.inputs, [vec![1, 2, 3]]);
+        let (mut sequences, mut targets) = (Sequences::default(), Vec::new());
+        let set = set(&[1, 2, 3], &[&[7], &[8], &[9]]);
+        let places = Places::new(&set, &mut sequences, &mut targets, None);
+        assert_eq!(sequences.tokens, [1, 2, 3]);
+        assert_eq!(targets, [(2, 7), (2, 8), (2, 9)]);
         assert_eq!(
-            plan.targets,
-            [vec![(0, 2, 7)], vec![(0, 2, 8)], vec![(0, 2, 9)]]
+            places.log_likelihoods(&[-1.0, -2.0, -3.0]),
+            [-1.0, -2.0, -3.0]
         );
     }
 
     #[test]
-    fn longer_answers_run_on_their_own() {
-        let plan = Plan::new(&set(&[1, 2], &[&[7], &[8, 9], &[8, 5, 6]]));
-        assert_eq!(plan.inputs, [vec![1, 2, 8, 5], vec![1, 2, 8]][..1]);
-        assert_eq!(plan.targets[0], [(0, 1, 7)]);
-        assert_eq!(plan.targets[1], [(0, 1, 8), (0, 2, 9)]);
-        assert_eq!(plan.targets[2], [(0, 1, 8), (0, 2, 5), (0, 3, 6)]);
-        let apart = Plan::new(&set(&[1], &[&[7, 7], &[8, 8]]));
-        assert_eq!(apart.inputs.len(), 2);
+    fn longer_answers_share_what_they_begin_with() {
+        let (mut sequences, mut targets) = (Sequences::default(), Vec::new());
+        let row = set(&[1, 2], &[&[7], &[8, 9], &[8, 5, 6]]);
+        let places = Places::new(&row, &mut sequences, &mut targets, None);
+        assert_eq!(sequences.tokens, [1, 2, 8, 5]);
+        // The longest comes first, and the others are read off it.
+        assert_eq!(targets, [(1, 8), (2, 5), (3, 6), (2, 9), (1, 7)]);
+        assert_eq!(places, Places(vec![vec![4], vec![0, 3], vec![0, 1, 2]]));
+        let mut apart = Sequences::default();
+        Places::new(
+            &set(&[1], &[&[7, 7], &[8, 8]]),
+            &mut apart,
+            &mut Vec::new(),
+            None,
+        );
+        assert_eq!(apart.segments.len(), 2);
+    }
+
+    #[test]
+    fn the_right_answer_is_read_off_the_pass_over_the_row() {
+        // Another row, then prompt, answer and end.
+        let mut sequences = Sequences::new(&[vec![4, 4], vec![1, 2, 8, 9, 0]]);
+        let mut targets = vec![(0, 4), (3, 8), (4, 9), (5, 0)];
+        let row = set(&[1, 2], &[&[8, 9], &[7, 7]]);
+        let places = Places::new(&row, &mut sequences, &mut targets, Some(1));
+        assert_eq!(sequences.tokens[7..], [1, 2, 7]);
+        assert_eq!(targets[4..], [(8, 7), (9, 7)]);
+        assert_eq!(places, Places(vec![vec![1, 2], vec![4, 5]]));
     }
 }

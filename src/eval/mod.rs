@@ -6,7 +6,7 @@ mod draws;
 mod predict;
 mod scores;
 
-pub use choices::{ChoiceRows, LengthNormalisation};
+pub use choices::{ChoiceRows, LengthNormalisation, log_likelihoods};
 pub use draws::posterior_draws;
 pub use predict::{Answer, Answerer, ChoiceProbability, Question, Uncertainty};
 pub use scores::{EvalOptions, Predictor, Scores, score};

@@ -3,8 +3,9 @@
 use anyhow::Result;
 use serde::Serialize;
 
+use super::LengthNormalisation;
 use super::calibration::Prediction;
-use super::{ChoiceRows, LengthNormalisation};
+use super::choices::{log_likelihoods, prediction};
 use crate::data::{ChoiceSet, Tokenizer};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings, Sequences};
 
@@ -94,28 +95,37 @@ impl Answerer<'_> {
         for question in questions {
             match question {
                 Question::Open(prompt) => prompts.push(prompt.clone()),
-                Question::Choice { set, .. } => sets.push(set.clone()),
+                Question::Choice { set, .. } => sets.push(set),
             }
         }
         let mut open = self.open(&prompts)?.into_iter();
-        // Without draws the mean is all there is.
-        let adapters = match self.draws {
-            [] => std::slice::from_ref(self.mean),
-            draws => draws,
-        };
-        let chosen = ChoiceRows::new(sets).distributions(
-            self.decoder,
-            adapters,
-            self.generation.batch_size,
-            self.normalisation,
-            |_| {},
-        )?;
-        let mut chosen = chosen.into_iter();
+        let mut chosen = self.chosen(&sets)?.into_iter();
         let answers = questions.iter().filter_map(|question| match question {
             Question::Open(_) => open.next(),
             Question::Choice { texts, .. } => Some(self.choose(texts, &chosen.next()?)),
         });
         Ok(answers.collect())
+    }
+
+    /// `[row][adapter]`: the distribution over the choices of every row that each draw gives; without draws, the mean.
+    fn chosen(&self, sets: &[&ChoiceSet]) -> Result<Vec<Vec<Prediction>>> {
+        let adapters = match self.draws {
+            [] => std::slice::from_ref(self.mean),
+            draws => draws,
+        };
+        let mut found = vec![Vec::with_capacity(adapters.len()); sets.len()];
+        let batch_size = self.generation.batch_size.max(1);
+        for adapter in adapters {
+            let batches = sets.chunks(batch_size);
+            let scores = batches
+                .map(|sets| log_likelihoods(sets.iter().copied(), self.decoder, adapter))
+                .collect::<Result<Vec<_>, _>>()?
+                .concat();
+            for (row, (set, scores)) in sets.iter().zip(&scores).enumerate() {
+                found[row].push(prediction(set, scores, self.normalisation, row)?);
+            }
+        }
+        Ok(found)
     }
 
     fn open(&self, prompts: &[Vec<u32>]) -> Result<Vec<Answer>> {

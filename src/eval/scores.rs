@@ -7,10 +7,11 @@ use super::calibration::{
     Bin, Prediction, accuracy, brier, error_detection_auroc, expected_calibration_error,
     negative_log_likelihood, reliability,
 };
+use super::choices::{Places, prediction};
 use super::{ChoiceRows, LengthNormalisation, NotFinite};
-use crate::data::Dataset;
-use crate::model::{ActiveAdapter, Decoder};
-use crate::train::{evaluate, evaluate_average};
+use crate::data::{BatchOptions, Batches, Cursor, Dataset};
+use crate::model::{ActiveAdapter, Decoder, Sequences, TaskLoss};
+use crate::train::sequences;
 
 /// How a file is scored.
 #[derive(Debug, Clone, Copy)]
@@ -64,8 +65,30 @@ pub enum Predictor<'a> {
     Average(&'a [ActiveAdapter]),
 }
 
-/// Scores a predictor on the rows of `data` and on those among them that have choices; `done` is told how many of
-/// [`Predictor::n_steps`] are done.
+impl Predictor<'_> {
+    /// One forward pass of each adapter: the loss at `targets`, and `[adapter][target]`, the log-probability of the label.
+    fn pass(
+        self,
+        model: &Decoder,
+        sequences: &Sequences,
+        targets: &[(usize, u32)],
+    ) -> Result<(TaskLoss, Vec<Vec<f64>>)> {
+        match self {
+            Self::One(adapter) => {
+                let loss = model.evaluate(sequences, targets, adapter)?;
+                let log_p = loss.nll.iter().map(|nll| -f64::from(*nll)).collect();
+                Ok((loss, vec![log_p]))
+            }
+            Self::Average(draws) => {
+                let found = model.evaluate_average(sequences, targets, draws)?;
+                Ok((found.loss, found.label_log_p))
+            }
+        }
+    }
+}
+
+/// Scores a predictor on the rows of `data` and on those among them that have choices, which the same forward pass scores;
+/// `done` is told the rows of every batch.
 ///
 /// # Errors
 /// Those of the data and of the decoder; [`NotFinite`].
@@ -77,21 +100,48 @@ pub fn score(
     options: &EvalOptions,
     mut done: impl FnMut(usize),
 ) -> Result<Scores> {
-    let batch_size = options.batch_size;
-    let tokens = match predictor {
-        Predictor::One(adapter) => evaluate(model, adapter, data, batch_size, &mut done)?,
-        Predictor::Average(draws) => evaluate_average(model, draws, data, batch_size, &mut done)?,
+    let batch_options = BatchOptions {
+        batch_size: options.batch_size,
+        pack_tokens: None,
+        shuffle_seed: None,
     };
-    if !tokens.loss.is_finite() {
+    let mut batches = Batches::new(data, batch_options, Cursor::default());
+    let (mut total, mut n_tokens, mut n_correct) = (0.0, 0, 0);
+    // `[row][adapter][choice]`
+    let mut of_choices: Vec<Vec<Vec<f64>>> = Vec::with_capacity(choices.len());
+    for _ in 0..batches.n_batches() {
+        let batch = batches.next_batch()?;
+        let (mut sequences, mut targets) = (sequences(&batch), batch.targets);
+        let n_answers = targets.len();
+        let rows = batch.examples.iter().enumerate();
+        let places: Vec<Places> = rows
+            .filter_map(|(segment, example)| Some((segment, choices.of(*example)?)))
+            .map(|(segment, set)| Places::new(set, &mut sequences, &mut targets, Some(segment)))
+            .collect();
+        let (loss, label_log_p) = predictor.pass(model, &sequences, &targets)?;
+        total += loss.nll[..n_answers]
+            .iter()
+            .map(|nll| f64::from(*nll))
+            .sum::<f64>();
+        n_tokens += n_answers;
+        n_correct += loss.correct[..n_answers].iter().filter(|c| **c).count();
+        of_choices.extend(places.iter().map(|row| {
+            let adapters = label_log_p.iter();
+            adapters.map(|log_p| row.log_likelihoods(log_p)).collect()
+        }));
+        done(batch.examples.len());
+    }
+    let loss = total / n_tokens.max(1) as f64;
+    if !loss.is_finite() {
         return Err(NotFinite {
             what: "the loss".to_owned(),
         }
         .into());
     }
     let mut scores = Scores {
-        loss: tokens.loss,
-        perplexity: tokens.perplexity,
-        token_accuracy: tokens.token_accuracy,
+        loss,
+        perplexity: loss.exp(),
+        token_accuracy: n_correct as f64 / n_tokens.max(1) as f64,
         draws: match predictor {
             Predictor::One(_) => None,
             Predictor::Average(draws) => Some(draws.len()),
@@ -101,13 +151,14 @@ pub fn score(
     if choices.is_empty() {
         return Ok(scores);
     }
-    let adapters = predictor.adapters();
-    let normalisation = options.normalisation;
-    let of_draws = choices.distributions(model, adapters, batch_size, normalisation, &mut done)?;
-    let predictions: Vec<Prediction> = of_draws
-        .iter()
-        .filter_map(|row| Prediction::average(row))
-        .collect();
+    let mut predictions = Vec::with_capacity(choices.len());
+    for (row, (set, adapters)) in choices.sets().zip(&of_choices).enumerate() {
+        let of_draws = adapters
+            .iter()
+            .map(|scores| prediction(set, scores, options.normalisation, row))
+            .collect::<Result<Vec<_>, _>>()?;
+        predictions.extend(Prediction::average(&of_draws));
+    }
     scores.accuracy = accuracy(&predictions);
     scores.nll = negative_log_likelihood(&predictions);
     scores.ece = expected_calibration_error(&predictions, options.ece_bins);
@@ -115,18 +166,4 @@ pub fn score(
     scores.auroc = error_detection_auroc(&predictions);
     scores.reliability = reliability(&predictions, options.ece_bins);
     Ok(scores)
-}
-
-impl<'a> Predictor<'a> {
-    fn adapters(self) -> &'a [ActiveAdapter] {
-        match self {
-            Self::One(adapter) => std::slice::from_ref(adapter),
-            Self::Average(draws) => draws,
-        }
-    }
-
-    /// Passes over rows that scoring takes: every row once, every row with choices once for each adapter.
-    pub fn n_steps(self, n_rows: usize, n_choice_rows: usize) -> usize {
-        n_rows + self.adapters().len() * n_choice_rows
-    }
 }

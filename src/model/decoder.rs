@@ -31,7 +31,7 @@ pub struct Decoder {
 }
 
 /// Ragged sequences of a batch, concatenated; nothing is padded.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Sequences {
     /// Token ids, `[tokens]`.
     pub tokens: Vec<u32>,
@@ -44,24 +44,31 @@ pub struct Sequences {
 impl Sequences {
     /// Concatenates `sequences`, each starting at position 0.
     pub fn new<S: AsRef<[u32]>>(sequences: &[S]) -> Self {
-        let mut batch = Self {
-            tokens: Vec::new(),
-            positions: Vec::new(),
-            segments: Vec::new(),
-        };
+        let mut batch = Self::default();
         for sequence in sequences {
-            let sequence = sequence.as_ref();
-            let start = batch.tokens.len();
-            batch.tokens.extend_from_slice(sequence);
-            batch.positions.extend(0..sequence.len() as u32);
-            batch.segments.push(Segment {
-                query_start: start,
-                query_len: sequence.len(),
-                key_start: start,
-                key_len: sequence.len(),
-            });
+            batch.push(sequence.as_ref());
         }
         batch
+    }
+
+    /// Appends a sequence that starts at position 0, and returns its index.
+    pub fn push(&mut self, sequence: &[u32]) -> usize {
+        let start = self.tokens.len();
+        self.tokens.extend_from_slice(sequence);
+        self.positions.extend(0..sequence.len() as u32);
+        self.segments.push(Segment {
+            query_start: start,
+            query_len: sequence.len(),
+            key_start: start,
+            key_len: sequence.len(),
+        });
+        self.segments.len() - 1
+    }
+
+    /// The tokens of a sequence.
+    pub fn sequence(&self, index: usize) -> &[u32] {
+        let segment = &self.segments[index];
+        &self.tokens[segment.query_start..][..segment.query_len]
     }
 }
 

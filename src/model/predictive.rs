@@ -16,6 +16,8 @@ const LOGITS: usize = 1 << 23;
 pub struct Predictive {
     /// `-ln (1/K sum_k p_k(label))` in nats, and whether the label is the most likely token of the average.
     pub loss: TaskLoss,
+    /// `[adapter][target]`: `ln p_k(label)`.
+    pub label_log_p: Vec<Vec<f64>>,
     /// Entropy of the average distribution, nats.
     pub predictive_entropy: Vec<f64>,
     /// Average of the K entropies, nats: what remains unsure if the weights were known. Never above the predictive entropy
@@ -58,6 +60,7 @@ impl Decoder {
                 correct: Vec::with_capacity(labels.len()),
                 gradients: None,
             },
+            label_log_p: vec![Vec::with_capacity(labels.len()); adapters.len()],
             predictive_entropy: Vec::with_capacity(labels.len()),
             expected_entropy: Vec::with_capacity(labels.len()),
         };
@@ -66,14 +69,15 @@ impl Decoder {
             let labels = &labels[start..labels.len().min(start + chunk)];
             let index = Tensor::new(labels, &self.device)?.unsqueeze(1)?;
             let mut average: Option<Tensor> = None;
-            let mut of_labels = Vec::with_capacity(adapters.len());
             let mut entropies = Vec::with_capacity(adapters.len());
-            for (normed, adapter) in normed.iter().zip(adapters) {
+            for ((normed, adapter), of_labels) in
+                normed.iter().zip(adapters).zip(&mut result.label_log_p)
+            {
                 let hidden = normed.narrow(0, start, labels.len())?.contiguous()?;
                 let site = adapter.get(SiteId::Head);
                 let logits = self.head.forward(&hidden, site, None, None)?.0;
                 let log_p = log_softmax(&logits.to_dtype(DType::F32)?)?;
-                of_labels.push(to_f64(&log_p.gather(&index, 1)?)?);
+                of_labels.extend(to_f64(&log_p.gather(&index, 1)?)?);
                 let p = log_p.exp()?;
                 entropies.push(entropy(&p, &log_p)?);
                 average = Some(match average {
@@ -91,7 +95,11 @@ impl Decoder {
                 result.predictive_entropy.extend(entropy(&p, &log_p)?);
             }
             for row in 0..labels.len() {
-                let of_draws: Vec<f64> = of_labels.iter().map(|draw| draw[row]).collect();
+                let of_draws: Vec<f64> = result
+                    .label_log_p
+                    .iter()
+                    .map(|draw| draw[start + row])
+                    .collect();
                 result.loss.nll.push(-log_mean_exp(&of_draws) as f32);
                 let sum: f64 = entropies.iter().map(|draw| draw[row]).sum();
                 result.expected_entropy.push(sum / adapters.len() as f64);

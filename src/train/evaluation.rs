@@ -6,7 +6,7 @@ use super::Result;
 use super::metrics::EvalRecord;
 use crate::data::{Batch, BatchOptions, Batches, Cursor, Dataset};
 use crate::model::ops::attention::Segment;
-use crate::model::{ActiveAdapter, Decoder, Sequences, TaskLoss};
+use crate::model::{ActiveAdapter, Decoder, Sequences};
 
 /// The decoder's view of a batch.
 pub(crate) fn sequences(batch: &Batch) -> Sequences {
@@ -26,56 +26,11 @@ pub(crate) fn sequences(batch: &Batch) -> Sequences {
     }
 }
 
-/// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order; `done` is told the rows of
-/// every batch.
-pub fn evaluate(
-    model: &Decoder,
-    adapter: &ActiveAdapter,
-    data: &Dataset,
-    batch_size: usize,
-    mut done: impl FnMut(usize),
-) -> Result<EvalRecord> {
-    let go_on = |rows| {
-        done(rows);
-        true
-    };
-    Ok(evaluate_while(model, adapter, data, batch_size, go_on)?.0)
-}
-
-/// As [`evaluate`], of the average of the predictions of `adapters`; see [`Decoder::evaluate_average`].
-pub fn evaluate_average(
-    model: &Decoder,
-    adapters: &[ActiveAdapter],
-    data: &Dataset,
-    batch_size: usize,
-    mut done: impl FnMut(usize),
-) -> Result<EvalRecord> {
-    let loss = |sequences: &Sequences, targets: &[(usize, u32)]| {
-        Ok(model.evaluate_average(sequences, targets, adapters)?.loss)
-    };
-    let go_on = |rows| {
-        done(rows);
-        true
-    };
-    Ok(losses_while(loss, data, batch_size, go_on)?.0)
-}
-
-/// [`evaluate`] as long as `go_on`, which is told the rows of every batch, is true; whether it came to the end of the data.
+/// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order, as long as `go_on`, which
+/// is told the rows of every batch, is true; whether it came to the end of the data.
 pub(super) fn evaluate_while(
     model: &Decoder,
     adapter: &ActiveAdapter,
-    data: &Dataset,
-    batch_size: usize,
-    go_on: impl FnMut(usize) -> bool,
-) -> Result<(EvalRecord, bool)> {
-    let loss = |sequences: &Sequences, targets: &[(usize, u32)]| {
-        Ok(model.evaluate(sequences, targets, adapter)?)
-    };
-    losses_while(loss, data, batch_size, go_on)
-}
-
-fn losses_while(
-    loss: impl Fn(&Sequences, &[(usize, u32)]) -> Result<TaskLoss>,
     data: &Dataset,
     batch_size: usize,
     mut go_on: impl FnMut(usize) -> bool,
@@ -91,7 +46,7 @@ fn losses_while(
     let mut to_do = batches.n_batches();
     while to_do > 0 {
         let batch = batches.next_batch()?;
-        let loss = loss(&sequences(&batch), &batch.targets)?;
+        let loss = model.evaluate(&sequences(&batch), &batch.targets, adapter)?;
         total += loss.total();
         tokens += loss.nll.len();
         correct += loss.correct.iter().filter(|c| **c).count();

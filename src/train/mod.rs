@@ -21,7 +21,7 @@ pub use checkpoint::{
     Checkpoint, Progress, best_step, checkpoints, latest_checkpoint, rebuild_best, remove_partial,
     write_adapter,
 };
-pub use evaluation::{evaluate, evaluate_average};
+pub(crate) use evaluation::sequences;
 pub use identity::{Drift, Identity};
 pub use lock::RunLock;
 pub use optimizer::{AdamW, AdamWSettings, SiteMoments, clip, global_norm};

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::Device;
 use monteclora::cli::Cli;
 use monteclora::data::{EncodeOptions, Overlong, TrainOn, parse_row};
-use monteclora::eval::{ChoiceRows, LengthNormalisation};
+use monteclora::eval::{ChoiceRows, LengthNormalisation, log_likelihoods};
 use monteclora::model::{ActiveAdapter, Decoder, Sequences};
 use monteclora::session;
 use serde_json::{Value, json};
@@ -51,7 +51,7 @@ fn choices_are_scored_by_their_likelihood_in_the_answers_place() {
     let decoder = Decoder::load(&model, &Device::Cpu).unwrap();
     let choices = ChoiceRows::read(&data).unwrap();
     let base = ActiveAdapter::default();
-    let scores = choices.log_likelihoods(&decoder, &base, 2, |_| {}).unwrap();
+    let scores = log_likelihoods(choices.sets(), &decoder, &base).unwrap();
 
     let mut expected = Vec::new();
     for row in rows() {
