@@ -57,6 +57,7 @@
 //! ```
 
 mod adapter;
+pub mod architecture;
 mod config;
 mod error;
 pub mod files;

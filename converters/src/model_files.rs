@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use crate::architecture;
 use crate::error::{Error, Result};
 use crate::json;
 use crate::targets::LinearModule;
@@ -124,16 +125,11 @@ impl ModelFiles {
             })
     }
 
-    /// Whether the output head is the embedding: as `config.json` declares, or if it is silent, when no head is stored.
+    /// Whether the output head is the embedding: as `config.json` says, or if it is silent, as transformers assumes of the family;
+    /// of an unknown one, when no head is stored.
     pub fn ties_embeddings(&self) -> bool {
-        match self
-            .config
-            .get("tie_word_embeddings")
-            .and_then(Value::as_bool)
-        {
-            Some(ties) => ties,
-            None => self.info("lm_head.weight").is_none(),
-        }
+        architecture::ties_embeddings(&self.config)
+            .unwrap_or_else(|| self.info("lm_head.weight").is_none())
     }
 
     /// Every linear projection that an adapter can target, sorted by name: the two-dimensional `.weight` tensors that

@@ -15,7 +15,7 @@ use crate::cli::{DataCommand, DataSourceArgs};
 use crate::config::{DataConfig, RunConfig};
 use crate::data::{Encoder, FieldNames, Overlong, RowSchema, Split, splits};
 use crate::hub::{self, HubOptions};
-use crate::model::ModelConfig;
+use crate::model::read_shape;
 use crate::session;
 
 pub(super) fn run(command: &DataCommand) -> Result<()> {
@@ -95,7 +95,7 @@ impl Request {
             return Ok(None);
         };
         let base = hub::locate(&model.id, &model.options)?;
-        let config = ModelConfig::read(&base.dir)?;
+        let config = read_shape(&base.dir)?;
         let limit = self.data.max_seq_length_for(config.max_position_embeddings);
         let encoder = session::encoder(
             &base.dir,

@@ -8,7 +8,7 @@ use super::{Usage, dry_run, print, weight_type};
 use crate::cli::{DtypeArg, InitArgs};
 use crate::config::RunConfig;
 use crate::hub;
-use crate::model::ModelConfig;
+use crate::model::read_shape;
 use crate::system::available_memory_bytes;
 
 /// Share of the available memory that a suggested run may take by its estimate.
@@ -40,7 +40,7 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
         .into());
     }
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
-    let model = ModelConfig::read(&base.dir)?;
+    let model = read_shape(&base.dir)?;
     // Every row is read as a run reads it, with nothing left out but what the model itself cannot hold.
     let limit = model.max_position_embeddings;
     let probe = Suggestion {

@@ -124,10 +124,7 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     if let Some(error) = error.downcast_ref::<model::Error>() {
         return match error {
-            model::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-                Some(2)
-            }
-            model::Error::Io { .. } | model::Error::Candle(_) => None,
+            model::Error::Candle(_) => None,
             model::Error::Format(error) => Some(exit_code_of(error)),
             model::Error::Method(error) => classify(error),
             _ => Some(4),

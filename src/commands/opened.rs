@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use candle_core::DType;
+use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, ModelFiles};
 
 use super::{Usage, device, weight_type};
@@ -12,12 +13,12 @@ use crate::cli::ModelArgs;
 use crate::data::{EncodeOptions, Encoder, Overlong, TrainOn};
 use crate::eval::posterior_draws;
 use crate::hub::{self, Located};
-use crate::model::{ActiveAdapter, Decoder, ModelConfig};
+use crate::model::{ActiveAdapter, Decoder, read_shape};
 use crate::session;
 
 /// All of it checked, and no weights of the base read.
 pub(super) struct Opened {
-    pub(super) config: ModelConfig,
+    pub(super) config: ModelShape,
     pub(super) encoder: Arc<Encoder>,
     adapter: Option<Adapter>,
     base: Located,
@@ -41,7 +42,7 @@ impl Opened {
         adapter: Option<&Path>,
         posterior_samples: Option<usize>,
         apply_chat_template: bool,
-        max_seq_length: impl FnOnce(&ModelConfig) -> usize,
+        max_seq_length: impl FnOnce(&ModelShape) -> usize,
     ) -> Result<Self> {
         /// Each is an adapter in memory.
         const MOST: usize = 1000;
@@ -53,7 +54,7 @@ impl Opened {
         }
         let adapter = adapter.map(Adapter::read).transpose()?;
         let base = hub::locate(&model.model_id, &model.options.hub())?;
-        let config = ModelConfig::read(&base.dir)?;
+        let config = read_shape(&base.dir)?;
         if let Some(adapter) = &adapter {
             adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
         }

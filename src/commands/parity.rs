@@ -11,7 +11,7 @@ use super::{Numerical, Usage, device, print, print_json, read_effective, weight_
 use crate::cli::{EngineArg, ParityArgs};
 use crate::data::{EncodeOptions, Overlong, TrainOn};
 use crate::hub;
-use crate::model::{ActiveAdapter, Decoder, ModelConfig, Sequences};
+use crate::model::{ActiveAdapter, Decoder, Sequences, read_shape};
 use crate::session;
 
 /// Over 200 tokens of prose, figures, code and other scripts.
@@ -92,7 +92,7 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
         .map(|path| read_effective(path, false))
         .transpose()?;
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
-    let config = ModelConfig::read(&base.dir)?;
+    let config = read_shape(&base.dir)?;
     if let Some(adapter) = &adapter {
         adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
     }

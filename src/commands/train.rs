@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use candle_core::DType;
 use monteclora_adapters::Precision;
+use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, files};
 use serde_json::json;
 use start::Begin;
@@ -21,7 +22,7 @@ use crate::cli::TrainArgs;
 use crate::config::{DtypeChoice, RunConfig};
 use crate::data::{Dataset, Split};
 use crate::hub::{self, HubOptions, Located};
-use crate::model::{Decoder, ModelConfig};
+use crate::model::{Decoder, read_shape};
 use crate::progress::TrainProgress;
 use crate::session::{self, BaseRecord, DataRecord, RunRecord, Versions};
 use crate::train::{
@@ -33,7 +34,7 @@ pub(super) struct Prepared {
     pub(super) run: RunConfig,
     pub(super) base: Located,
     pub(super) files: ModelFiles,
-    pub(super) model_config: ModelConfig,
+    pub(super) model_config: ModelShape,
     pub(super) adapter_config: AdapterConfig,
     pub(super) init_from: Option<Adapter>,
     pub(super) sites: Vec<String>,
@@ -165,7 +166,7 @@ pub(super) fn prepare(mut run: RunConfig, base: Option<Located>) -> Result<Prepa
             },
         )?,
     };
-    let model_config = ModelConfig::read(&base.dir)?;
+    let model_config = read_shape(&base.dir)?;
     let files = ModelFiles::open(&base.dir)?;
     let modules = Decoder::linear_modules(&model_config);
     let mut adapter_config = session::adapter_config(&run.lora, &base);

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::LowRank;
+use monteclora_converters::architecture::ModelShape;
 
-use super::{Error, ModelConfig, Result};
+use super::{Error, Result};
 
 /// The projections of a block, in the order of Hugging Face checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -71,7 +72,7 @@ impl SiteId {
     }
 
     /// All sites of a decoder, blocks first.
-    pub fn all(config: &ModelConfig) -> impl Iterator<Item = Self> + use<> {
+    pub fn all(config: &ModelShape) -> impl Iterator<Item = Self> + use<> {
         let layers = config.num_hidden_layers;
         (0..layers)
             .flat_map(|layer| Projection::ALL.map(|p| Self::Block(layer, p)))
@@ -79,7 +80,7 @@ impl SiteId {
     }
 
     /// `(in_features, out_features)`.
-    pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
+    pub fn shape(self, config: &ModelShape) -> (usize, usize) {
         let hidden = config.hidden_size;
         let queries = config.num_attention_heads * config.head_dim;
         let keys = config.num_key_value_heads * config.head_dim;
@@ -113,7 +114,7 @@ impl ActiveAdapter {
     /// The posterior mean of `adapter` on `device`, after checking that every site exists with its shape.
     pub fn from_adapter(
         adapter: &monteclora_converters::Adapter,
-        config: &ModelConfig,
+        config: &ModelShape,
         device: &Device,
     ) -> Result<Self> {
         let known: BTreeMap<String, SiteId> = SiteId::all(config)

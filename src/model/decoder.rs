@@ -5,23 +5,23 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::{FrozenLinear, Precision};
+use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
 
 use super::adapter::{ActiveAdapter, AdapterGradients, SiteId};
-use super::config::ModelConfig;
 use super::generate::LayerCache;
 use super::layer::{Kept, Layer, Pass};
 use super::load;
 use super::ops::attention::Segment;
 use super::ops::rope::Rotation;
 use super::ops::{cross_entropy, rms_norm};
-use super::{Error, Result};
+use super::{Error, Result, read_shape};
 
 /// A frozen decoder on one device: weights in f32 or bf16, norms and arithmetic in f32 unless [`Decoder::with_precision`] says
 /// otherwise.
 #[derive(Debug)]
 pub struct Decoder {
-    pub(super) config: ModelConfig,
+    pub(super) config: ModelShape,
     pub(super) directory: PathBuf,
     pub(super) embedding: Tensor,
     pub(super) layers: Vec<Layer>,
@@ -146,7 +146,7 @@ impl Decoder {
     /// Loads a Hugging Face directory in float32 on `device`.
     ///
     /// # Errors
-    /// What [`ModelConfig::read`] refuses; missing or misshapen tensors, all of them at once.
+    /// What [`read_shape`] refuses; missing or misshapen tensors, all of them at once.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         Self::load_as(dir, device, DType::F32)
     }
@@ -157,7 +157,7 @@ impl Decoder {
     /// # Errors
     /// As [`Self::load`]; [`Error::WeightType`] for any other type.
     pub fn load_as(dir: &Path, device: &Device, weights: DType) -> Result<Self> {
-        let config = ModelConfig::read(dir)?;
+        let config = read_shape(dir)?;
         let files = ModelFiles::open(dir)?;
         load::decoder(config, dir, load::Source::Files(&files), device, weights)
     }
@@ -167,7 +167,7 @@ impl Decoder {
     /// # Errors
     /// As [`Self::load_as`].
     pub fn random(dir: &Path, device: &Device, weights: DType, seed: u64) -> Result<Self> {
-        let config = ModelConfig::read(dir)?;
+        let config = read_shape(dir)?;
         load::decoder(config, dir, load::Source::Random(seed), device, weights)
     }
 
@@ -184,7 +184,7 @@ impl Decoder {
     }
 
     /// Sizes and switches.
-    pub fn config(&self) -> &ModelConfig {
+    pub fn config(&self) -> &ModelShape {
         &self.config
     }
 
@@ -199,17 +199,8 @@ impl Decoder {
     }
 
     /// Every projection that can carry an adapter, by module path.
-    pub fn linear_modules(config: &ModelConfig) -> Vec<LinearModule> {
-        SiteId::all(config)
-            .map(|site| {
-                let (in_features, out_features) = site.shape(config);
-                LinearModule {
-                    name: site.name(),
-                    in_features,
-                    out_features,
-                }
-            })
-            .collect()
+    pub fn linear_modules(config: &ModelShape) -> Vec<LinearModule> {
+        config.linear_modules()
     }
 
     fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
@@ -228,7 +219,11 @@ impl Decoder {
     }
 
     pub(super) fn rotation(&self, positions: &[u32]) -> Result<Rotation> {
-        Rotation::new(positions, &self.config.inverse_frequencies, &self.device)
+        Rotation::new(
+            positions,
+            &self.config.ropes[0].inverse_frequencies,
+            &self.device,
+        )
     }
 
     /// Normalised hidden states `[tokens, hidden]`, without keeping anything for a backward pass.

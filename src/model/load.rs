@@ -9,10 +9,10 @@ use monteclora_adapters::FrozenLinear;
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_converters as formats;
 use monteclora_converters::ModelFiles;
+use monteclora_converters::architecture::{Extent, ModelShape, NormPlace, Role};
 use rayon::prelude::*;
 
 use super::adapter::{Projection, SiteId};
-use super::config::{Family, ModelConfig};
 use super::decoder::Decoder;
 use super::layer::Layer;
 use super::ops::attention::Heads;
@@ -32,7 +32,7 @@ const RANDOM_BOUND: f32 = 0.034_641_016;
 
 struct Loader<'a> {
     source: Source<'a>,
-    config: &'a ModelConfig,
+    config: &'a ModelShape,
     device: &'a Device,
     /// Type of embedding and projections.
     weights: DType,
@@ -115,6 +115,12 @@ impl Loader<'_> {
             )
         };
         let linear = |projection| self.linear(SiteId::Block(index, projection));
+        let on_heads = NormPlace::On(Role::Query, Extent::Head);
+        let has_head_norms = config
+            .family
+            .norms
+            .iter()
+            .any(|norm| norm.place == on_heads);
         Ok(Layer {
             index,
             input_norm: norm("input_layernorm")?,
@@ -128,15 +134,15 @@ impl Loader<'_> {
                 linear(Projection::Up)?,
                 linear(Projection::Down)?,
             ],
-            head_norms: match config.family {
-                Family::Qwen3 => Some((head_norm("q_norm")?, head_norm("k_norm")?)),
-                _ => None,
+            head_norms: match has_head_norms {
+                true => Some((head_norm("q_norm")?, head_norm("k_norm")?)),
+                false => None,
             },
             heads: Heads {
                 query: config.num_attention_heads,
                 key_value: config.num_key_value_heads,
                 dim: config.head_dim,
-                window: config.windows[index],
+                window: config.layers[index].window,
             },
             eps: config.rms_norm_eps,
         })
@@ -193,7 +199,7 @@ fn random(seed: u64, name: &str, columns: usize, shape: &[usize], dtype: DType) 
 
 /// Builds the decoder that `config` describes from `source`.
 pub(super) fn decoder(
-    config: ModelConfig,
+    config: ModelShape,
     dir: &Path,
     source: Source<'_>,
     device: &Device,

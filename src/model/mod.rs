@@ -1,7 +1,6 @@
 //! The frozen decoder: Llama, Mistral, Qwen2 and Qwen3, any of whose projections can carry an adapter.
 
 mod adapter;
-mod config;
 mod decoder;
 mod generate;
 mod layer;
@@ -9,10 +8,12 @@ mod load;
 pub mod ops;
 mod predictive;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use monteclora_converters::Problem;
+use monteclora_converters::architecture::{Activation, ModelShape};
 
 pub use adapter::{ActiveAdapter, AdapterGradients, Projection, SiteId};
-pub use config::{Family, ModelConfig};
 pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
 pub use generate::{Generation, GenerationSettings};
 pub use predictive::Predictive;
@@ -22,32 +23,6 @@ pub(crate) use predictive::log_mean_exp;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file of the model cannot be read.
-    #[error("cannot read `{}`: {source}", .path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A file of the model is not JSON.
-    #[error("`{}` is not valid JSON: {source}", .path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: serde_json::Error,
-    },
-    /// A configuration key is missing, malformed or not supported.
-    #[error("{}: {key}: {problem}", .path.display())]
-    Config {
-        /// The configuration file.
-        path: PathBuf,
-        /// The key.
-        key: String,
-        /// What is wrong and what is accepted.
-        problem: String,
-    },
     /// Tensors of the checkpoint are missing or have another shape.
     #[error("`{}` does not hold the model its config.json describes: {}", .path.display(), .problems.join("; "))]
     Weights {
@@ -91,3 +66,21 @@ pub enum Error {
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// The sizes and options of the model in `dir`, read from its config.json.
+///
+/// # Errors
+/// As [`ModelShape::read`], and what this decoder does not compute.
+pub fn read_shape(dir: &Path) -> Result<ModelShape> {
+    let shape = ModelShape::read(dir)?;
+    if shape.activation != Activation::Silu {
+        let problem = Problem::new(
+            "model-config",
+            format!("config.json: {}", shape.family.activation_key),
+            format!("activation `{}` is not supported", shape.activation.name()),
+            "only silu is",
+        );
+        return Err(monteclora_converters::Error::refused(dir, vec![problem]).into());
+    }
+    Ok(shape)
+}

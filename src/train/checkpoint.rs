@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::Spread;
+use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{self as formats, Adapter, AdapterConfig, SafetensorsFile, files};
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +15,6 @@ use super::state::AdapterState;
 use super::window::Window;
 use super::{Error, Result};
 use crate::data::Cursor;
-use crate::model::ModelConfig;
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "trainer_state.json";
@@ -86,7 +86,7 @@ impl Checkpoint {
     pub fn read(
         dir: &Path,
         like: &AdapterState,
-        model: &ModelConfig,
+        model: &ModelShape,
         settings: AdamWSettings,
         run: &Identity,
     ) -> Result<Self> {

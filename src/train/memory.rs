@@ -1,10 +1,10 @@
 //! Resident memory at the peak of a run on a CPU, from its structure and before it starts.
 
 use monteclora_converters::LinearModule;
+use monteclora_converters::architecture::ModelShape;
 use serde::Serialize;
 
 use crate::data::{BatchOptions, epoch_plan};
-use crate::model::ModelConfig;
 use crate::model::ops::cross_entropy::CHUNK;
 
 /// Bytes of a value that is computed: float32, whatever the base's weights are held in.
@@ -20,7 +20,7 @@ const EPOCHS: u64 = 3;
 #[derive(Debug, Clone)]
 pub struct MemoryInputs<'a> {
     /// Sizes of the base.
-    pub model: &'a ModelConfig,
+    pub model: &'a ModelShape,
     /// Values in the base's tensors.
     pub base_values: u64,
     /// Bytes of one of them in memory: 4 for float32, 2 for bfloat16.
@@ -139,12 +139,12 @@ fn largest_batch(lengths: &[usize], options: &BatchOptions) -> u64 {
 mod tests {
     use super::*;
     use crate::data::test_support::tiny_llama;
-    use crate::model::Decoder;
+    use crate::model::{Decoder, read_shape};
     use monteclora_converters::ModelFiles;
 
     /// An estimate on the tiny model, changed by `change`.
     fn estimate(change: impl FnOnce(&mut MemoryInputs<'_>)) -> MemoryEstimate {
-        let model = ModelConfig::read(&tiny_llama()).expect("reads");
+        let model = read_shape(&tiny_llama()).expect("reads");
         let files = ModelFiles::open(tiny_llama()).expect("opens");
         let base_values = files
             .names()
@@ -201,12 +201,11 @@ mod tests {
         assert!(lean.activations < base.activations);
 
         let plain = estimate(|inputs| inputs.posterior = false);
-        let a: usize =
-            4 * Decoder::linear_modules(&ModelConfig::read(&tiny_llama()).expect("reads"))
-                .iter()
-                .filter(|module| module.name != "lm_head")
-                .map(|module| module.in_features)
-                .sum::<usize>();
+        let a: usize = 4 * Decoder::linear_modules(&read_shape(&tiny_llama()).expect("reads"))
+            .iter()
+            .filter(|module| module.name != "lm_head")
+            .map(|module| module.in_features)
+            .sum::<usize>();
         assert_eq!(base.adapter - plain.adapter, 2 * F32 * a as u64);
 
         let dropped = estimate(|inputs| inputs.dropout = true);
@@ -227,7 +226,7 @@ mod tests {
     /// Kept activations of the tiny model, counted by hand from its config.json.
     #[test]
     fn activations_are_counted_by_hand() {
-        let model = ModelConfig::read(&tiny_llama()).expect("reads");
+        let model = read_shape(&tiny_llama()).expect("reads");
         let (h, i) = (model.hidden_size, model.intermediate_size);
         let (q, kv) = (
             model.num_attention_heads * model.head_dim,

@@ -6,12 +6,13 @@ use monteclora_adapters::{
     Draw, LowRank, Noise, Objective, Regulariser, Spread, SpreadGradient, initial_a, initial_spread,
 };
 use monteclora_converters as formats;
+use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, AdapterConfig, MonteCloraSettings, SitePosterior};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
-use crate::model::{ActiveAdapter, AdapterGradients, ModelConfig, SiteId};
+use crate::model::{ActiveAdapter, AdapterGradients, SiteId};
 
 /// Trainable parameters of one site.
 #[derive(Debug, Clone)]
@@ -98,7 +99,7 @@ impl AdapterState {
     pub fn initial(
         config: &AdapterConfig,
         names: &[String],
-        model: &ModelConfig,
+        model: &ModelShape,
         objective: Objective,
         seed: u64,
         device: &Device,
@@ -140,7 +141,7 @@ impl AdapterState {
     pub fn from_adapter(
         adapter: &Adapter,
         settings: Option<&MonteCloraSettings>,
-        model: &ModelConfig,
+        model: &ModelShape,
         objective: Objective,
         seed: u64,
         device: &Device,

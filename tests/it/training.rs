@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use monteclora::config::RunConfig;
 use monteclora::data::Dataset;
 use monteclora::model::{AdapterGradients, Dropout, PassOptions, Sequences};
-use monteclora::model::{Decoder, ModelConfig};
+use monteclora::model::{Decoder, read_shape};
 use monteclora::session;
 use monteclora::train::{
     AdapterState, Checkpoint, DrawForm, Event, Identity, SiteGradient, TrainSettings, Trainer,
@@ -61,7 +61,7 @@ fn setup(overrides: &[&str]) -> Setup {
     );
     let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
     let run = RunConfig::from_toml(&text, "run.toml", &overrides).unwrap();
-    let model_config = ModelConfig::read(&model).unwrap();
+    let model_config = read_shape(&model).unwrap();
     let base = monteclora::hub::locate(model.to_str().unwrap(), &Default::default()).unwrap();
     let adapter_config = session::adapter_config(&run.lora, &base);
     let sites = adapter_config

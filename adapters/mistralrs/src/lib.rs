@@ -31,8 +31,8 @@ mod error;
 mod keys;
 mod loader;
 mod memory;
-mod model_config;
 mod quantisation;
+mod quirks_0_8;
 mod server;
 
 #[cfg(test)]
@@ -48,6 +48,6 @@ pub use error::{Error, Result};
 pub use keys::KeySet;
 pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline};
 pub use mistralrs_core::{IsqType, ModelDType};
-pub use model_config::{Architecture, NormalisedConfig, normalise_config};
 pub use quantisation::parse_in_situ_quant;
+pub use quirks_0_8::model_config::{NormalisedConfig, normalise_config};
 pub use server::{Applied, ConfigSource, Reloaded, Server, serve};

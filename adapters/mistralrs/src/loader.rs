@@ -23,7 +23,7 @@ use self::fingerprint::base_fingerprint;
 use self::format::refuse_other_formats;
 use crate::chat_files::{write_chat_files, write_json};
 use crate::error::{Error, Result};
-use crate::model_config::{NormalisedConfig, normalise_config};
+use crate::quirks_0_8::model_config::{NormalisedConfig, normalise_config};
 
 pub use self::builder::MonteCloraLoaderBuilder;
 pub(crate) use self::builder::check_public_name;
@@ -254,12 +254,8 @@ impl MonteCloraLoader {
         if let Some(method) = files.quantization() {
             return Err(monteclora_converters::Error::quantised(base, &method).into());
         }
-        let mut config = files.config().clone();
-        if files.ties_embeddings() {
-            config.insert("tie_word_embeddings".to_owned(), true.into());
-        }
-        let normalised =
-            normalise_config(&config).map_err(|problems| Error::unsupported(base, problems))?;
+        let normalised = normalise_config(files.config())
+            .map_err(|problems| Error::unsupported(base, problems))?;
         let problems = normalised.check_tensors(files.names());
         if !problems.is_empty() {
             return Err(Error::unsupported(base, problems));

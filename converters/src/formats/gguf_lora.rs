@@ -11,29 +11,19 @@ use serde_json::{Map, Value};
 use super::lora::LoraOptions;
 use super::{Format, Written};
 use crate::adapter::{Adapter, Site};
+use crate::architecture::{self, FAMILIES, Family, HEAD, Role};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
 use crate::files::OVERWRITE;
 use crate::formats::lora::LoraReport;
 use crate::formats::peft::read::non_finite;
 use crate::problem::Problem;
-use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
 use crate::tensors::gguf::GgufFile;
 use crate::tensors::gguf_write::{Entry, dtype_of, write_gguf};
 use crate::tensors::tensor::Tensor;
 use crate::validate::runtime::Runtime;
 
-/// Leaves of a decoder layer: Hugging Face's name, llama.cpp's name.
-const LEAVES: [(&str, &str); 7] = [
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-];
 const UNSUPPORTED: &str = "convert it with llama.cpp's own tools, or merge it into the base";
 
 /// llama.cpp's adapter file.
@@ -112,10 +102,10 @@ fn required<'a>(
 }
 
 /// What GGUF needs to know of a base model.
-struct Architecture {
-    name: &'static str,
-    /// Heads of q and of k whose rows llama.cpp stores in another order, if it does.
-    permuted: Option<(usize, usize)>,
+struct Base {
+    family: &'static Family,
+    /// Query heads, and key and value heads, if llama.cpp stores their rows in another order.
+    interleaved: Option<(usize, usize)>,
 }
 
 /// Whether `path` is a GGUF file, by its first bytes, or by its name if it cannot be read.
@@ -133,50 +123,29 @@ pub fn is_gguf(path: &Path) -> bool {
     }
 }
 
-impl Architecture {
+impl Base {
     /// From the base's `config.json`.
     fn from_config(config: &Map<String, Value>) -> Result<Self> {
-        let kind = config
-            .get("model_type")
-            .and_then(Value::as_str)
-            .unwrap_or_default();
-        let heads = |key: &str| {
-            let value = config.get(key).and_then(Value::as_u64);
-            value
-                .and_then(|n| usize::try_from(n).ok())
-                .filter(|n| *n > 0)
-        };
-        match kind {
-            "llama" | "mistral" => {
-                let q = heads("num_attention_heads").ok_or_else(|| {
-                    Error::setting("num_attention_heads", "missing in the base's config.json")
-                })?;
-                let k = heads("num_key_value_heads").unwrap_or(q);
-                Ok(Self {
-                    name: "llama",
-                    permuted: Some((q, k)),
-                })
-            }
-            "qwen2" => Ok(Self {
-                name: "qwen2",
-                permuted: None,
-            }),
-            "qwen3" => Ok(Self {
-                name: "qwen3",
-                permuted: None,
-            }),
-            other => Err(Error::setting(
-                "model_type",
-                format!("GGUF names are known for llama, mistral, qwen2 and qwen3, not `{other}`"),
-            )),
-        }
+        let wrong = |problem: Problem| problem.exit(2);
+        let family = architecture::family(config).map_err(wrong)?;
+        let heads = family
+            .gguf
+            .interleaved
+            .then(|| architecture::heads(family, config));
+        Ok(Self {
+            family,
+            interleaved: heads.transpose().map_err(wrong)?,
+        })
     }
 
     /// B with its rows in llama.cpp's order, or back in Hugging Face's.
     fn reorder(&self, module: &str, b: &Tensor, to_gguf: bool) -> Result<Tensor> {
-        let n_heads = match self.permuted {
-            Some((q, _)) if module.ends_with("q_proj") => q,
-            Some((_, k)) if module.ends_with("k_proj") => k,
+        let roles = split(module, "model.layers.")
+            .and_then(|(_, leaf)| self.family.projection(leaf))
+            .map(|projection| projection.parts);
+        let n_heads = match (self.interleaved, roles) {
+            (Some((query, _)), Some([Role::Query])) => query,
+            (Some((_, key)), Some([Role::Key])) => key,
             _ => return Ok(b.clone()),
         };
         let n_rows = b.shape().first().copied().unwrap_or(0);
@@ -195,26 +164,31 @@ impl Architecture {
     }
 }
 
-/// llama.cpp's name of a module.
-fn to_gguf_name(module: &str) -> Option<String> {
-    if module == OUTPUT_HEAD {
-        return Some("output".into());
-    }
-    let (layer, leaf) = module.strip_prefix("model.layers.")?.split_once('.')?;
-    let layer: usize = layer.parse().ok()?;
-    let (_, short) = LEAVES.iter().find(|(long, _)| *long == leaf)?;
-    Some(format!("blk.{layer}.{short}"))
+/// Number of a block and what follows it.
+fn split<'a>(name: &'a str, prefix: &str) -> Option<(usize, &'a str)> {
+    let (layer, leaf) = name.strip_prefix(prefix)?.split_once('.')?;
+    Some((layer.parse().ok()?, leaf))
 }
 
-/// Hugging Face's name of a module.
-fn from_gguf_name(name: &str) -> Option<String> {
-    if name == "output" {
-        return Some(OUTPUT_HEAD.into());
+/// llama.cpp's name of a module.
+fn to_gguf_name(family: &Family, module: &str) -> Option<String> {
+    if module == HEAD.name {
+        return Some(HEAD.gguf_name.to_owned());
     }
-    let (layer, short) = name.strip_prefix("blk.")?.split_once('.')?;
-    let layer: usize = layer.parse().ok()?;
-    let (long, _) = LEAVES.iter().find(|(_, known)| *known == short)?;
-    Some(format!("model.layers.{layer}.{long}"))
+    let (layer, leaf) = split(module, "model.layers.")?;
+    let projection = family.projection(leaf)?;
+    Some(format!("blk.{layer}.{}", projection.gguf_name))
+}
+
+/// Hugging Face's name of a module, by the first of `families` that has it.
+fn from_gguf_name(families: &[&Family], name: &str) -> Option<String> {
+    if name == HEAD.gguf_name {
+        return Some(HEAD.name.to_owned());
+    }
+    let (layer, short) = split(name, "blk.")?;
+    let mut known = families.iter();
+    let projection = known.find_map(|family| family.projection(short))?;
+    Some(format!("model.layers.{layer}.{}", projection.name))
 }
 
 impl Adapter {
@@ -267,7 +241,7 @@ impl Adapter {
         if path.exists() && !overwrite {
             return Err(Error::exists(path, OVERWRITE));
         }
-        let architecture = Architecture::from_config(base_config)?;
+        let base = Base::from_config(base_config)?;
         let (plain, mut report) = self.to_lora(dtype)?;
         report.dropped_keys.extend(plain.config.described(&[
             "base_model_name_or_path",
@@ -281,12 +255,9 @@ impl Adapter {
             .extend(notes.map(|key| format!("metadata {key}")));
         let mut problems = Vec::new();
         let mut tensors = Vec::new();
-        let is_tied = base_config
-            .get("tie_word_embeddings")
-            .and_then(Value::as_bool)
-            == Some(true);
+        let is_tied = architecture::ties_embeddings(base_config) == Some(true);
         for site in &plain.sites {
-            if site.name == OUTPUT_HEAD && is_tied {
+            if site.name == HEAD.name && is_tied {
                 problems.push(Problem::new(
                     "lm-head",
                     &site.name,
@@ -295,7 +266,7 @@ impl Adapter {
                 ));
                 continue;
             }
-            let Some(name) = to_gguf_name(&site.name) else {
+            let Some(name) = to_gguf_name(base.family, &site.name) else {
                 problems.push(Problem::new(
                     "no-gguf-name",
                     &site.name,
@@ -307,14 +278,14 @@ impl Adapter {
             tensors.push((format!("{name}.weight.lora_a"), site.lora_a.clone()));
             tensors.push((
                 format!("{name}.weight.lora_b"),
-                architecture.reorder(&site.name, &site.lora_b, true)?,
+                base.reorder(&site.name, &site.lora_b, true)?,
             ));
         }
         Error::refuse_any(path, problems)?;
         let metadata = [
             (
                 "general.architecture",
-                Entry::Text(architecture.name.into()),
+                Entry::Text(base.family.gguf.architecture.into()),
             ),
             ("general.type", Entry::Text("adapter".into())),
             ("adapter.type", Entry::Text("lora".into())),
@@ -332,17 +303,18 @@ impl Adapter {
     /// `not-found` if there is no such file; a refusal with everything that is not understood.
     pub fn read_gguf(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
         let file = GgufFile::open(path)?;
-        read_file(path, &file, Some(&Architecture::from_config(base_config)?))
+        read_file(path, &file, Some(&Base::from_config(base_config)?))
     }
 }
 
-/// Every site of `file`; without an architecture the rows of B stay as they are stored.
-fn read_file(path: &Path, file: &GgufFile, architecture: Option<&Architecture>) -> Result<Adapter> {
+/// Every site of `file`; without a base the rows of B stay as they are stored.
+fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapter> {
     let mut problems = Vec::new();
-    let alpha = check_metadata(file, architecture, &mut problems);
+    let alpha = check_metadata(file, base, &mut problems);
+    let families = families(file, base);
     let mut parts: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
     for name in file.names() {
-        match read_part(file, name) {
+        match read_part(file, name, &families) {
             Ok((module, idx, tensor)) => parts.entry(module).or_default()[idx] = Some(tensor),
             Err(problem) => problems.push(problem),
         }
@@ -387,8 +359,8 @@ fn read_file(path: &Path, file: &GgufFile, architecture: Option<&Architecture>) 
             alpha,
             scaling: alpha / rank as f64,
             lora_a,
-            lora_b: match architecture {
-                Some(architecture) => architecture.reorder(&module, &b, false)?,
+            lora_b: match base {
+                Some(base) => base.reorder(&module, &b, false)?,
                 None => b,
             },
             posterior: None,
@@ -405,15 +377,23 @@ fn read_file(path: &Path, file: &GgufFile, architecture: Option<&Architecture>) 
     })
 }
 
+/// The families that may name the file's tensors: the base's, or without one all, those of the file's architecture first.
+fn families(file: &GgufFile, base: Option<&Base>) -> Vec<&'static Family> {
+    if let Some(base) = base {
+        return vec![base.family];
+    }
+    let architecture = file.metadata().get("general.architecture");
+    let architecture = architecture.and_then(|value| value.as_str());
+    let mut families = FAMILIES.to_vec();
+    families.sort_by_key(|family| Some(family.gguf.architecture) != architecture);
+    families
+}
+
 /// Checks kind and architecture; gives alpha.
-fn check_metadata(
-    file: &GgufFile,
-    architecture: Option<&Architecture>,
-    problems: &mut Vec<Problem>,
-) -> f64 {
+fn check_metadata(file: &GgufFile, base: Option<&Base>, problems: &mut Vec<Problem>) -> f64 {
     let metadata = file.metadata();
     let expected = [("general.type", "adapter"), ("adapter.type", "lora")];
-    let name = architecture.map(|architecture| ("general.architecture", architecture.name));
+    let name = base.map(|base| ("general.architecture", base.family.gguf.architecture));
     for (key, expected) in expected.into_iter().chain(name) {
         let found = metadata.get(key).and_then(|value| value.as_str());
         if found != Some(expected) {
@@ -455,13 +435,17 @@ fn check_metadata(
 }
 
 /// Module, place (0 for A, 1 for B) and values of one tensor.
-fn read_part(file: &GgufFile, name: &str) -> Result<(String, usize, Tensor), Problem> {
+fn read_part(
+    file: &GgufFile,
+    name: &str,
+    families: &[&Family],
+) -> Result<(String, usize, Tensor), Problem> {
     let refuse = |code, message: String| Problem::new(code, name, message, UNSUPPORTED);
     let place = name
         .strip_suffix(".weight.lora_a")
         .map(|base| (base, 0))
         .or_else(|| name.strip_suffix(".weight.lora_b").map(|base| (base, 1)));
-    let module = place.and_then(|(base, idx)| Some((from_gguf_name(base)?, idx)));
+    let module = place.and_then(|(base, idx)| Some((from_gguf_name(families, base)?, idx)));
     let (Some((module, idx)), Some(tensor)) = (module, file.tensor(name)) else {
         return Err(refuse("unknown-tensor", "not understood".into()));
     };
@@ -550,11 +534,11 @@ mod tests {
 
     #[test]
     fn rows_of_q_are_reordered_as_llama_cpp_stores_them() {
-        let architecture = Architecture::from_config(&llama()).expect("known");
+        let base = Base::from_config(&llama()).expect("known");
         let rows: Vec<f32> = (0u8..8).map(f32::from).collect();
         let b = Tensor::from_f32(&[8, 1], rows).expect("sized");
-        let there = architecture
-            .reorder("x.q_proj", &b, true)
+        let there = base
+            .reorder("model.layers.0.self_attn.q_proj", &b, true)
             .expect("even heads");
         // Two heads of four rows: halves (0, 1 | 2, 3) become pairs (0, 2), (1, 3).
         assert_eq!(
@@ -562,25 +546,22 @@ mod tests {
             [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
         );
         assert_eq!(
-            architecture
-                .reorder("x.q_proj", &there, false)
+            base.reorder("model.layers.0.self_attn.q_proj", &there, false)
                 .expect("even heads"),
             b
         );
         assert_eq!(
-            architecture
-                .reorder("x.v_proj", &b, true)
+            base.reorder("model.layers.0.self_attn.v_proj", &b, true)
                 .expect("untouched"),
             b
         );
         assert!(
-            architecture
-                .reorder(
-                    "x.k_proj",
-                    &Tensor::from_f32(&[3, 1], vec![0.0; 3]).expect("sized"),
-                    true
-                )
-                .is_err()
+            base.reorder(
+                "model.layers.0.self_attn.k_proj",
+                &Tensor::from_f32(&[3, 1], vec![0.0; 3]).expect("sized"),
+                true
+            )
+            .is_err()
         );
     }
 

@@ -1,0 +1,417 @@
+//! The one reader of config.json: what it says, what transformers assumes where it is silent, and a refusal of the rest.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::{
+    Activation, Bias, Family, Layer, Llama3Scaling, ModelShape, Multiplier, Multipliers, Rope,
+    RopeKind, Windows,
+};
+use crate::error::{Error, Result};
+use crate::model_files::ModelFiles;
+use crate::problem::Problem;
+
+/// More layers than any model has.
+const MAX_LAYERS: usize = 1 << 16;
+
+const CORRECT: &str = "correct config.json";
+
+impl ModelShape {
+    /// Reads `config.json` in `dir`.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::read_config`]; a refusal with every key that is missing, malformed or not understood.
+    pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        Self::from_config(&ModelFiles::read_config(dir)?)
+            .map_err(|problems| Error::refused(dir, problems))
+    }
+
+    /// Reads the contents of a `config.json`.
+    ///
+    /// # Errors
+    /// Every key that is missing, malformed or not understood.
+    pub fn from_config(config: &Map<String, Value>) -> Result<Self, Vec<Problem>> {
+        let family = family(config).map_err(|problem| vec![problem])?;
+        let mut keys = Keys {
+            config,
+            problems: Vec::new(),
+        };
+        let shape = keys.shape(family);
+        match keys.problems.is_empty() {
+            true => Ok(shape),
+            false => Err(keys.problems),
+        }
+    }
+}
+
+/// The family by `model_type`, or, where that is absent, by the class in `architectures`.
+pub(crate) fn family(config: &Map<String, Value>) -> Result<&'static Family, Problem> {
+    type Name = fn(&Family) -> &'static str;
+    let model_type = config.get("model_type").and_then(Value::as_str);
+    let class = || config.get("architectures")?.get(0)?.as_str();
+    let (key, found, name): (_, _, Name) = match (model_type, class()) {
+        (None, Some(class)) => ("architectures", class, |family| family.class_name),
+        (found, _) => ("model_type", found.unwrap_or("absent"), |family| {
+            family.model_type
+        }),
+    };
+    let mut families = super::FAMILIES.iter().copied();
+    families
+        .find(|family| name(family) == found)
+        .ok_or_else(|| {
+            let known: Vec<_> = super::FAMILIES.iter().map(|family| name(family)).collect();
+            Problem::new(
+                "architecture",
+                format!("config.json: {key}"),
+                format!("`{found}` is not supported"),
+                format!("supported are {}", known.join(", ")),
+            )
+        })
+}
+
+/// Query heads, and key and value heads, of a config.json of which nothing else is needed.
+///
+/// # Errors
+/// The first thing that is wrong with these keys.
+pub(crate) fn heads(
+    family: &Family,
+    config: &Map<String, Value>,
+) -> Result<(usize, usize), Problem> {
+    let mut keys = Keys {
+        config,
+        problems: Vec::new(),
+    };
+    let heads = keys.heads(family);
+    keys.problems.into_iter().next().map_or(Ok(heads), Err)
+}
+
+/// Whether the output head is the embedding, if the configuration or its family says so.
+pub(crate) fn ties_embeddings(config: &Map<String, Value>) -> Option<bool> {
+    let written = config.get("tie_word_embeddings").and_then(Value::as_bool);
+    written.or_else(|| Some(family(config).ok()?.defaults.tie_word_embeddings))
+}
+
+/// Reads keys of a configuration and gathers what is wrong with them; a bad value is replaced by a harmless one so that the
+/// other keys can still be checked.
+struct Keys<'a> {
+    config: &'a Map<String, Value>,
+    problems: Vec<Problem>,
+}
+
+impl Keys<'_> {
+    fn problem(&mut self, key: &str, message: impl Into<String>, fix: &str) {
+        let location = format!("config.json: {key}");
+        self.problems
+            .push(Problem::new("model-config", location, message, fix));
+    }
+
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.config.get(key).filter(|value| !value.is_null())
+    }
+
+    fn shape(&mut self, family: &'static Family) -> ModelShape {
+        self.refuse_quantised();
+        let defaults = &family.defaults;
+        let hidden_size = self.size("hidden_size");
+        let num_hidden_layers = self.size("num_hidden_layers");
+        if num_hidden_layers > MAX_LAYERS {
+            let message = format!("{num_hidden_layers} layers; at most {MAX_LAYERS} are read");
+            self.problem("num_hidden_layers", message, CORRECT);
+        }
+        let (num_attention_heads, num_key_value_heads) = self.heads(family);
+        if !num_attention_heads.is_multiple_of(num_key_value_heads) {
+            let message = format!(
+                "{num_attention_heads} attention heads are not a multiple of {num_key_value_heads}"
+            );
+            self.problem("num_key_value_heads", message, CORRECT);
+        }
+        let head_dim = self
+            .optional_size("head_dim", defaults.head_dim)
+            .unwrap_or(hidden_size / num_attention_heads);
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            let message = format!("{head_dim} is odd; rotary embedding needs pairs");
+            self.problem("head_dim", message, CORRECT);
+        }
+        let rope = self.rope(defaults.rope_theta, head_dim);
+        ModelShape {
+            family,
+            vocab_size: self.size("vocab_size"),
+            hidden_size,
+            intermediate_size: self.size("intermediate_size"),
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            rms_norm_eps: self.number("rms_norm_eps", defaults.rms_norm_eps),
+            max_position_embeddings: self
+                .optional_size("max_position_embeddings", None)
+                .unwrap_or(defaults.max_position_embeddings),
+            tie_word_embeddings: self.flag("tie_word_embeddings", defaults.tie_word_embeddings),
+            activation: self.activation(family),
+            multipliers: self.multipliers(family),
+            bias_keys: self.bias_keys(family),
+            ropes: vec![rope],
+            layers: self
+                .windows(family, num_hidden_layers.min(MAX_LAYERS))
+                .into_iter()
+                .map(|window| Layer {
+                    window,
+                    rope: Some(0),
+                })
+                .collect(),
+        }
+    }
+
+    fn heads(&mut self, family: &Family) -> (usize, usize) {
+        let query = self.size("num_attention_heads");
+        let key_value =
+            self.optional_size("num_key_value_heads", family.defaults.num_key_value_heads);
+        (query, key_value.unwrap_or(query))
+    }
+
+    /// A key that must be there.
+    fn size(&mut self, key: &str) -> usize {
+        if self.get(key).is_none() {
+            let message = "missing; is this the config.json of a decoder?";
+            self.problem(key, message, CORRECT);
+        }
+        self.optional_size(key, None).unwrap_or(1)
+    }
+
+    /// `default` where the key is absent, nothing where it is null.
+    fn optional_size(&mut self, key: &str, default: Option<usize>) -> Option<usize> {
+        if !self.config.contains_key(key) {
+            return default;
+        }
+        let value = self.get(key)?;
+        match value.as_u64() {
+            Some(size) if (1..1 << 32).contains(&size) => Some(size as usize),
+            _ => {
+                let message = format!("expected a positive whole number, found {value}");
+                self.problem(key, message, CORRECT);
+                Some(1)
+            }
+        }
+    }
+
+    fn number(&mut self, key: &str, default: f64) -> f64 {
+        let value = self.get(key).cloned();
+        self.positive(key, value.as_ref()).unwrap_or(default)
+    }
+
+    /// `value`, of `key`, as a number above 0.
+    fn positive(&mut self, key: &str, value: Option<&Value>) -> Option<f64> {
+        let value = value?;
+        let number = value.as_f64().filter(|x| x.is_finite() && *x > 0.0);
+        if number.is_none() {
+            let message = format!("expected a positive number, found {value}");
+            self.problem(key, message, CORRECT);
+        }
+        number
+    }
+
+    fn flag(&mut self, key: &str, default: bool) -> bool {
+        match self.get(key) {
+            None => default,
+            Some(Value::Bool(value)) => *value,
+            Some(value) => {
+                let message = format!("expected true or false, found {value}");
+                self.problem(key, message, CORRECT);
+                default
+            }
+        }
+    }
+
+    fn refuse_quantised(&mut self) {
+        for key in ["quantization_config", "compression_config"] {
+            if let Some(value) = self.get(key) {
+                let method = value.get("quant_method").and_then(Value::as_str);
+                let message = format!(
+                    "the weights are quantised ({})",
+                    method.unwrap_or("unknown")
+                );
+                let fix = "use the full-precision checkpoint, or `import-gguf` for a GGUF file";
+                self.problem(key, message, fix);
+            }
+        }
+    }
+
+    /// Both names of the key are looked at, so that neither is dropped silently.
+    fn activation(&mut self, family: &Family) -> Activation {
+        let mut activation = family.defaults.activation;
+        for key in ["hidden_act", "hidden_activation"] {
+            let Some(value) = self.get(key) else { continue };
+            let found = value.as_str().and_then(Activation::named);
+            match found {
+                Some(found) if key == family.activation_key => activation = found,
+                Some(found) if found == activation => {}
+                _ => {
+                    let message = format!(
+                        "activation `{}` is not supported",
+                        value.as_str().unwrap_or("?")
+                    );
+                    self.problem(key, message, CORRECT);
+                }
+            }
+        }
+        activation
+    }
+
+    fn multipliers(&mut self, family: &Family) -> Multipliers {
+        let mut factors = Multipliers::default();
+        for (multiplier, key) in family.multipliers {
+            let value = self.get(key).cloned();
+            let Some(value) = self.positive(key, value.as_ref()) else {
+                continue;
+            };
+            match multiplier {
+                Multiplier::Embedding => factors.embedding = value,
+                Multiplier::Attention => factors.attention = Some(value),
+                Multiplier::Residual => factors.residual = value,
+                Multiplier::LogitsDivisor => factors.logits_divisor = value,
+            }
+        }
+        factors
+    }
+
+    fn bias_keys(&mut self, family: &Family) -> Vec<&'static str> {
+        let mut keys: Vec<&'static str> = Vec::new();
+        for projection in family.projections {
+            if let Bias::Key(key) = projection.bias
+                && !keys.contains(&key)
+            {
+                keys.push(key);
+            }
+        }
+        keys.retain(|key| self.flag(key, false));
+        keys
+    }
+
+    /// The rotary embedding. `rope_parameters` is how transformers 5 writes what 4 wrote as `rope_scaling` and `rope_theta`;
+    /// where both are there the older key wins, as in transformers 5.
+    fn rope(&mut self, default_theta: f64, head_dim: usize) -> Rope {
+        let mut fields = Map::new();
+        let mut source = "rope_parameters";
+        for key in ["rope_parameters", "rope_scaling"] {
+            match self.get(key) {
+                None => {}
+                Some(Value::Object(found)) => {
+                    source = key;
+                    let mut found = found.clone();
+                    found.retain(|_, value| !value.is_null());
+                    // `type` is what `rope_type` was called before transformers 4.43.
+                    if let Some(kind) = found.shift_remove("type") {
+                        found.entry("rope_type").or_insert(kind);
+                    }
+                    fields.extend(found);
+                }
+                Some(other) => {
+                    let message = format!("expected an object, found {other}");
+                    self.problem(key, message, CORRECT);
+                }
+            }
+        }
+        let either = |name: &str| fields.get(name).or(self.get(name)).cloned();
+        let (theta, partial) = (either("rope_theta"), either("partial_rotary_factor"));
+        let theta = self.positive("rope_theta", theta.as_ref());
+        let partial = self.positive("partial_rotary_factor", partial.as_ref());
+        if partial.is_some_and(|partial| partial != 1.0) {
+            self.problem("partial_rotary_factor", "only 1.0 is supported", "");
+        }
+        let kind = fields
+            .get("rope_type")
+            .map_or("default".to_owned(), |kind| {
+                kind.as_str().map_or(kind.to_string(), str::to_owned)
+            });
+        let mut needed = |name: &str| {
+            let key = format!("{source}.{name}");
+            if !fields.contains_key(name) {
+                let message = format!("missing; rope type `{kind}` needs it");
+                self.problem(&key, message, CORRECT);
+            }
+            self.positive(&key, fields.get(name)).unwrap_or(1.0)
+        };
+        let kind = match kind.as_str() {
+            "default" => RopeKind::Default,
+            "linear" => RopeKind::Linear {
+                factor: needed("factor"),
+            },
+            "llama3" => RopeKind::Llama3(Llama3Scaling {
+                factor: needed("factor"),
+                low_freq_factor: needed("low_freq_factor"),
+                high_freq_factor: needed("high_freq_factor"),
+                original_max_position_embeddings: needed("original_max_position_embeddings")
+                    as usize,
+            }),
+            other => {
+                let message = format!("`{other}` is not supported");
+                let fix = "supported are default, linear, llama3";
+                self.problem(&format!("{source}.rope_type"), message, fix);
+                RopeKind::Default
+            }
+        };
+        Rope::new(kind, theta.unwrap_or(default_theta), head_dim)
+    }
+
+    /// Each layer's window.
+    fn windows(&mut self, family: &Family, n_layers: usize) -> Vec<Option<usize>> {
+        let none = vec![None; n_layers];
+        let window = match family.windows {
+            Windows::No => return none,
+            _ => self.optional_size("sliding_window", family.defaults.sliding_window),
+        };
+        let Windows::From(first) = family.windows else {
+            return vec![window; n_layers];
+        };
+        let slides = self.flag("use_sliding_window", false);
+        if let Some(kinds) = self.get("layer_types") {
+            // Without `use_sliding_window` transformers knows no window but the one that is written down.
+            let window = window.filter(|_| slides || self.get("sliding_window").is_some());
+            let kinds: Option<Vec<_>> = kinds.as_array().and_then(|kinds| {
+                kinds
+                    .iter()
+                    .map(|kind| match kind.as_str() {
+                        Some("full_attention") => Some(None),
+                        Some("sliding_attention") => window.map(Some),
+                        _ => None,
+                    })
+                    .collect()
+            });
+            return match kinds {
+                Some(kinds) if kinds.len() == n_layers => kinds,
+                Some(kinds) => {
+                    let message = format!("has {} entries for {n_layers} layers", kinds.len());
+                    self.problem("layer_types", message, CORRECT);
+                    none
+                }
+                None => {
+                    let message = "expected a list of full_attention and, if there is a sliding_window, sliding_attention";
+                    self.problem("layer_types", message, CORRECT);
+                    none
+                }
+            };
+        }
+        // 0 is a layer, so this is no size.
+        let first = match self
+            .get("max_window_layers")
+            .map(|v| (v.as_u64(), v.to_string()))
+        {
+            None => first,
+            Some((Some(first), _)) => first as usize,
+            Some((None, found)) => {
+                let message = format!("expected a whole number, found {found}");
+                self.problem("max_window_layers", message, CORRECT);
+                first
+            }
+        };
+        let window = window.filter(|_| slides);
+        (0..n_layers)
+            .map(|layer| window.filter(|_| layer >= first))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,322 @@
+//! The words in which a decoder family is described.
+
+use super::ModelShape;
+
+/// A decoder family: everything about it that is not a number of one model.
+#[derive(Debug)]
+pub struct Family {
+    /// `model_type` of config.json.
+    pub model_type: &'static str,
+    /// The class of transformers, as `architectures` of config.json names it.
+    pub class_name: &'static str,
+    /// What absent keys mean.
+    pub defaults: Defaults,
+    /// The linear modules of a block, in the order of checkpoints; fused ones keep their name.
+    pub projections: &'static [Projection],
+    /// The norms of a block.
+    pub norms: &'static [Norm],
+    /// The key that names the activation.
+    pub activation_key: &'static str,
+    /// Which layers see only a window.
+    pub windows: Windows,
+    /// Factors that config.json may set, each under its key.
+    pub multipliers: &'static [(Multiplier, &'static str)],
+    /// llama.cpp's side.
+    pub gguf: Gguf,
+    /// Keys that the server's runtime reads of this family's configuration besides the sizes that all have; what a key outside
+    /// of these changes cannot be served. `None`: the runtime does not have the family.
+    pub runtime_keys: Option<&'static [&'static str]>,
+}
+
+/// What transformers assumes where config.json is silent.
+#[derive(Debug, Clone, Copy)]
+pub struct Defaults {
+    /// `num_key_value_heads`; `None` is the number of query heads, which a null always is.
+    pub num_key_value_heads: Option<usize>,
+    /// `head_dim`; `None` is the width divided by the heads, which a null always is.
+    pub head_dim: Option<usize>,
+    /// `max_position_embeddings`.
+    pub max_position_embeddings: usize,
+    /// `rms_norm_eps`.
+    pub rms_norm_eps: f64,
+    /// `rope_theta`.
+    pub rope_theta: f64,
+    /// `tie_word_embeddings`.
+    pub tie_word_embeddings: bool,
+    /// `sliding_window`; a null is always none.
+    pub sliding_window: Option<usize>,
+    /// The activation.
+    pub activation: Activation,
+}
+
+/// A linear module of a block.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Projection {
+    /// Path inside the block, such as `self_attn.q_proj`.
+    pub name: &'static str,
+    /// llama.cpp's name inside the block, such as `attn_q`.
+    pub gguf_name: &'static str,
+    /// What its rows are, in order; more than one where projections are fused.
+    pub parts: &'static [Role],
+    /// Whether it has a bias.
+    pub bias: Bias,
+}
+
+/// What rows of a projection compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Queries of attention.
+    Query,
+    /// Keys of attention.
+    Key,
+    /// Values of attention.
+    Value,
+    /// Attention's output.
+    Output,
+    /// Gate of the feed-forward layer, to which the activation applies.
+    Gate,
+    /// What the gate multiplies.
+    Up,
+    /// The feed-forward layer's output.
+    Down,
+    /// Logits.
+    Head,
+}
+
+impl Role {
+    /// `(in_features, out_features)` in a model of these sizes.
+    pub fn features(self, shape: &ModelShape) -> (usize, usize) {
+        let hidden = shape.hidden_size;
+        match self {
+            Self::Query => (hidden, shape.query_width()),
+            Self::Key | Self::Value => (hidden, shape.key_value_width()),
+            Self::Output => (shape.query_width(), hidden),
+            Self::Gate | Self::Up => (hidden, shape.intermediate_size),
+            Self::Down => (shape.intermediate_size, hidden),
+            Self::Head => (hidden, shape.vocab_size),
+        }
+    }
+}
+
+/// Whether a projection has a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bias {
+    /// Never.
+    No,
+    /// Always.
+    Yes,
+    /// As this key says; absent means no.
+    Key(&'static str),
+}
+
+/// A norm of a block, over the root mean square.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Norm {
+    /// Path inside the block, such as `input_layernorm`.
+    pub name: &'static str,
+    /// llama.cpp's name inside the block, such as `attn_norm`.
+    pub gguf_name: &'static str,
+    /// Where it applies.
+    pub place: NormPlace,
+}
+
+/// Where a norm applies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormPlace {
+    /// To attention's input.
+    BeforeAttention,
+    /// To attention's output, before it is added to the residual.
+    AfterAttention,
+    /// To the feed-forward layer's input.
+    BeforeFeedForward,
+    /// To the feed-forward layer's output, before it is added to the residual.
+    AfterFeedForward,
+    /// To the output of the projection with this role.
+    On(Role, Extent),
+}
+
+/// What one mean square is taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// Each head by itself.
+    Head,
+    /// The whole projection.
+    Whole,
+}
+
+/// The non-linearity of the gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `x` times the normal distribution function.
+    Gelu,
+    /// The approximation of [`Self::Gelu`] by tanh.
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+impl Activation {
+    /// Transformers' names of each, the usual one first.
+    const NAMES: [(Self, &[&str]); 4] = [
+        (Self::Silu, &["silu", "swish"]),
+        (Self::Gelu, &["gelu"]),
+        (Self::GeluTanh, &["gelu_pytorch_tanh", "gelu_new"]),
+        (Self::Relu, &["relu"]),
+    ];
+
+    /// By one of transformers' names.
+    pub fn named(name: &str) -> Option<Self> {
+        let mut known = Self::NAMES.iter();
+        known.find_map(|(activation, names)| names.contains(&name).then_some(*activation))
+    }
+
+    /// Transformers' usual name.
+    pub fn name(self) -> &'static str {
+        let mut known = Self::NAMES.iter();
+        known
+            .find_map(|(activation, names)| (*activation == self).then(|| names[0]))
+            .unwrap_or("")
+    }
+}
+
+/// Which layers see only the last `sliding_window` tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Windows {
+    /// None; the key is not read.
+    No,
+    /// All, if the key gives a window.
+    All,
+    /// Those that `layer_types` calls sliding; without it, and if `use_sliding_window`, those from `max_window_layers` on, which
+    /// is this if absent.
+    From(usize),
+}
+
+/// A factor in the computation, 1 (for attention `head_dim^-1/2`) where it is not set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Multiplier {
+    /// On embeddings.
+    Embedding,
+    /// On queries times keys.
+    Attention,
+    /// On what a sublayer adds to the residual.
+    Residual,
+    /// By what logits are divided.
+    LogitsDivisor,
+}
+
+/// llama.cpp's side of a family.
+#[derive(Debug, Clone, Copy)]
+pub struct Gguf {
+    /// `general.architecture`.
+    pub architecture: &'static str,
+    /// Whether the two halves of each query and key head are interleaved, row by row.
+    pub interleaved: bool,
+}
+
+/// The output head.
+pub(crate) const HEAD: Projection = Projection {
+    name: "lm_head",
+    gguf_name: "output",
+    parts: &[Role::Head],
+    bias: Bias::No,
+};
+
+/// The seven projections of a block that keeps each by itself.
+pub(super) const fn separate(qkv: Bias, output: Bias, feed_forward: Bias) -> [Projection; 7] {
+    const fn one(
+        name: &'static str,
+        gguf_name: &'static str,
+        parts: &'static [Role],
+        bias: Bias,
+    ) -> Projection {
+        Projection {
+            name,
+            gguf_name,
+            parts,
+            bias,
+        }
+    }
+    [
+        one("self_attn.q_proj", "attn_q", &[Role::Query], qkv),
+        one("self_attn.k_proj", "attn_k", &[Role::Key], qkv),
+        one("self_attn.v_proj", "attn_v", &[Role::Value], qkv),
+        one("self_attn.o_proj", "attn_output", &[Role::Output], output),
+        one("mlp.gate_proj", "ffn_gate", &[Role::Gate], feed_forward),
+        one("mlp.up_proj", "ffn_up", &[Role::Up], feed_forward),
+        one("mlp.down_proj", "ffn_down", &[Role::Down], feed_forward),
+    ]
+}
+
+impl Norm {
+    /// Llama's before attention.
+    pub(super) const BEFORE_ATTENTION: Self = Self {
+        name: "input_layernorm",
+        gguf_name: "attn_norm",
+        place: NormPlace::BeforeAttention,
+    };
+    /// Llama's before the feed-forward layer, whose name says where it stands.
+    pub(super) const BEFORE_FEED_FORWARD: Self = Self {
+        name: "post_attention_layernorm",
+        gguf_name: "ffn_norm",
+        place: NormPlace::BeforeFeedForward,
+    };
+}
+
+impl Family {
+    /// What most families are; each file says how its own differs.
+    pub(super) const PLAIN: Self = Self {
+        model_type: "",
+        class_name: "",
+        defaults: Defaults {
+            num_key_value_heads: None,
+            head_dim: None,
+            max_position_embeddings: 2048,
+            rms_norm_eps: 1e-6,
+            rope_theta: 10_000.0,
+            tie_word_embeddings: false,
+            sliding_window: None,
+            activation: Activation::Silu,
+        },
+        projections: &separate(Bias::No, Bias::No, Bias::No),
+        norms: &[Norm::BEFORE_ATTENTION, Norm::BEFORE_FEED_FORWARD],
+        activation_key: "hidden_act",
+        windows: Windows::No,
+        multipliers: &[],
+        gguf: Gguf {
+            architecture: "",
+            interleaved: false,
+        },
+        runtime_keys: None,
+    };
+
+    /// The family whose `model_type` this is.
+    pub fn named(model_type: &str) -> Option<&'static Self> {
+        let mut known = super::FAMILIES.iter().copied();
+        known.find(|family| family.model_type == model_type)
+    }
+
+    /// The families that llama.cpp keeps under this name, the preferred one first.
+    pub fn of_gguf(architecture: &str) -> impl Iterator<Item = &'static Self> {
+        let known = super::FAMILIES.iter().copied();
+        known.filter(move |family| family.gguf.architecture == architecture)
+    }
+
+    /// The projection with this path in a block, or this name in llama.cpp's.
+    pub fn projection(&self, name: &str) -> Option<&'static Projection> {
+        let mut known = self.projections.iter();
+        known.find(|projection| projection.name == name || projection.gguf_name == name)
+    }
+
+    /// Whether the server's runtime reads `key` of this family's configuration.
+    pub fn runtime_reads(&self, key: &str) -> bool {
+        self.runtime_keys.is_some_and(|keys| keys.contains(&key))
+    }
+}
+
+impl PartialEq for Family {
+    fn eq(&self, other: &Self) -> bool {
+        self.model_type == other.model_type
+    }
+}

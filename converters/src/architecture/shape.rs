@@ -1,0 +1,235 @@
+//! A model's sizes and options, and the modules and tensors that follow from them.
+
+use super::family::HEAD;
+use super::{Activation, Bias, Extent, Family, NormPlace, Projection, Role, Rope};
+use crate::targets::LinearModule;
+
+/// A decoder as its config.json describes it: sizes, options, and for each layer what it does differently.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelShape {
+    /// What is not a number: modules, norms, names.
+    pub family: &'static Family,
+    /// Vocabulary entries.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub num_hidden_layers: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads; divides the query heads.
+    pub num_key_value_heads: usize,
+    /// Entries of a head, an even number; need not be `hidden_size / num_attention_heads`.
+    pub head_dim: usize,
+    /// Added to the mean square in every norm.
+    pub rms_norm_eps: f64,
+    /// Longest sequence the model was made for.
+    pub max_position_embeddings: usize,
+    /// Whether the output head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// The non-linearity of the gate.
+    pub activation: Activation,
+    /// Factors in the computation.
+    pub multipliers: Multipliers,
+    /// Keys of biases that are set; see [`Bias::Key`].
+    pub bias_keys: Vec<&'static str>,
+    /// The rotary embeddings that layers use.
+    pub ropes: Vec<Rope>,
+    /// One entry per block.
+    pub layers: Vec<Layer>,
+}
+
+/// What a layer does in its own way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layer {
+    /// Keys a query may look back on, itself included; all when none.
+    pub window: Option<usize>,
+    /// Which of [`ModelShape::ropes`] rotates queries and keys, if any does.
+    pub rope: Option<usize>,
+}
+
+/// Factors in the computation; see [`super::Multiplier`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Multipliers {
+    /// On embeddings; 1 without one.
+    pub embedding: f64,
+    /// On queries times keys; `head_dim^-1/2` where none is set.
+    pub attention: Option<f64>,
+    /// On what a sublayer adds to the residual; 1 without one.
+    pub residual: f64,
+    /// By what logits are divided; 1 without one.
+    pub logits_divisor: f64,
+}
+
+impl Default for Multipliers {
+    fn default() -> Self {
+        Self {
+            embedding: 1.0,
+            attention: None,
+            residual: 1.0,
+            logits_divisor: 1.0,
+        }
+    }
+}
+
+/// A linear module that can carry an adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Module {
+    /// Path, such as `model.layers.0.self_attn.q_proj` or `lm_head`.
+    pub name: String,
+    /// Its block; none for the output head.
+    pub layer: Option<usize>,
+    /// What it computes.
+    pub projection: &'static Projection,
+    /// Width of its input.
+    pub in_features: usize,
+    /// Width of its output, all parts together.
+    pub out_features: usize,
+    /// Whether it has a bias.
+    pub has_bias: bool,
+}
+
+/// A tensor that a checkpoint holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorShape {
+    /// Name in a Hugging Face directory.
+    pub name: String,
+    /// Name in a GGUF file.
+    pub gguf_name: String,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Whether llama.cpp stores the rows of each head interleaved.
+    pub interleaved: bool,
+}
+
+impl ModelShape {
+    /// Width of all query heads together.
+    pub fn query_width(&self) -> usize {
+        self.num_attention_heads * self.head_dim
+    }
+
+    /// Width of all key heads together, and of all value heads.
+    pub fn key_value_width(&self) -> usize {
+        self.num_key_value_heads * self.head_dim
+    }
+
+    /// Every linear module: the blocks' in the order of checkpoints, then the output head, also where it is the embedding.
+    pub fn modules(&self) -> impl Iterator<Item = Module> + '_ {
+        (0..self.num_hidden_layers)
+            .flat_map(move |layer| {
+                let projections = self.family.projections.iter();
+                projections.map(move |projection| self.module(Some(layer), projection))
+            })
+            .chain([self.module(None, &HEAD)])
+    }
+
+    /// As [`Self::modules`], by what an adapter needs of each.
+    pub fn linear_modules(&self) -> Vec<LinearModule> {
+        self.modules()
+            .map(|module| LinearModule {
+                name: module.name,
+                in_features: module.in_features,
+                out_features: module.out_features,
+            })
+            .collect()
+    }
+
+    fn module(&self, layer: Option<usize>, projection: &'static Projection) -> Module {
+        let features = projection.parts.iter().map(|role| role.features(self));
+        Module {
+            name: match layer {
+                Some(layer) => format!("model.layers.{layer}.{}", projection.name),
+                None => projection.name.to_owned(),
+            },
+            layer,
+            projection,
+            in_features: features.clone().next().map_or(0, |(inputs, _)| inputs),
+            out_features: features.map(|(_, outputs)| outputs).sum(),
+            has_bias: match projection.bias {
+                Bias::No => false,
+                Bias::Yes => true,
+                Bias::Key(key) => self.bias_keys.contains(&key),
+            },
+        }
+    }
+
+    /// Entries of a norm's weight.
+    pub fn norm_width(&self, place: NormPlace) -> usize {
+        match place {
+            NormPlace::On(_, Extent::Head) => self.head_dim,
+            NormPlace::On(role, Extent::Whole) => role.features(self).1,
+            _ => self.hidden_size,
+        }
+    }
+
+    /// Every tensor that a checkpoint of this model holds; the output head only where it is not the embedding.
+    pub fn tensors(&self) -> Vec<TensorShape> {
+        let plain = |name: &str, gguf_name: &str, shape: &[usize]| TensorShape {
+            name: format!("{name}.weight"),
+            gguf_name: format!("{gguf_name}.weight"),
+            shape: shape.to_vec(),
+            interleaved: false,
+        };
+        let mut tensors = vec![
+            plain(
+                EMBEDDING,
+                "token_embd",
+                &[self.vocab_size, self.hidden_size],
+            ),
+            plain(FINAL_NORM, "output_norm", &[self.hidden_size]),
+        ];
+        for layer in 0..self.num_hidden_layers {
+            tensors.extend(self.family.norms.iter().map(|norm| {
+                plain(
+                    &format!("model.layers.{layer}.{}", norm.name),
+                    &format!("blk.{layer}.{}", norm.gguf_name),
+                    &[self.norm_width(norm.place)],
+                )
+            }));
+        }
+        for module in self.modules() {
+            if module.layer.is_none() && self.tie_word_embeddings {
+                continue;
+            }
+            let (name, gguf_name) = (&module.name, module.gguf_name());
+            let interleaved = self.family.interleaves(module.projection);
+            tensors.push(TensorShape {
+                interleaved,
+                ..plain(name, &gguf_name, &[module.out_features, module.in_features])
+            });
+            if module.has_bias {
+                tensors.push(TensorShape {
+                    name: format!("{name}.bias"),
+                    gguf_name: format!("{gguf_name}.bias"),
+                    shape: vec![module.out_features],
+                    interleaved,
+                });
+            }
+        }
+        tensors
+    }
+}
+
+/// The embedding's module path.
+const EMBEDDING: &str = "model.embed_tokens";
+/// The last norm's module path.
+const FINAL_NORM: &str = "model.norm";
+
+impl Module {
+    /// llama.cpp's name.
+    pub fn gguf_name(&self) -> String {
+        match self.layer {
+            Some(layer) => format!("blk.{layer}.{}", self.projection.gguf_name),
+            None => self.projection.gguf_name.to_owned(),
+        }
+    }
+}
+
+impl Family {
+    /// Whether llama.cpp stores the rows of this projection's heads interleaved.
+    pub fn interleaves(&self, projection: &Projection) -> bool {
+        self.gguf.interleaved && matches!(projection.parts, [Role::Query | Role::Key])
+    }
+}
