@@ -2,10 +2,11 @@
 //!
 //! On the CPU products go straight to `gemm`, which candle uses too, so that a product can be added to its destination.
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{Device, Tensor};
 use gemm::Parallelism;
 
 use crate::error::Result;
+use crate::weights::lend;
 
 /// Products with fewer multiply-adds than this stay on the calling thread.
 pub(crate) const PARALLEL_FROM: usize = 1 << 18;
@@ -142,23 +143,13 @@ pub fn on_cpu<const N: usize, R>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> R,
 ) -> Result<Option<R>> {
-    let eligible = tensors
-        .iter()
-        .all(|t| matches!(t.device(), Device::Cpu) && t.dtype() == DType::F32 && t.is_contiguous());
-    if !eligible {
+    let lent = tensors.map(lend::<f32>);
+    if lent.iter().any(Option::is_none) {
         return Ok(None);
     }
-    let guards = tensors.map(|t| t.storage_and_layout());
-    let mut slices: [&[f32]; N] = [&[]; N];
-    for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
-        let Storage::Cpu(CpuStorage::F32(values)) = &**storage else {
-            return Ok(None);
-        };
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            return Ok(None);
-        };
-        *slice = &values[start..end];
-    }
+    let slices = lent
+        .each_ref()
+        .map(|lent| lent.as_deref().unwrap_or_default());
     Ok(Some(f(slices)))
 }
 

@@ -1,217 +1,152 @@
-//! A frozen projection that may carry a low-rank adapter: forward, and the backward that computes no gradient of the base.
+//! A frozen projection that an [`Update`] may change: forward, and the backward that computes no gradient of the base.
+
+use std::sync::Arc;
 
 use candle_core::Tensor;
 
 use crate::error::{Result, expect_shape};
-use crate::product::{self, Factor, Precision, Product, sum_of_products};
+use crate::product::{Factor, Precision, Product, sum_of_products};
+use crate::update::{Pulled, Update};
+use crate::weights::Weight;
 
 /// A projection of the base model; its weight is never a variable.
 #[derive(Debug, Clone)]
 pub struct FrozenLinear {
-    weight: Tensor,
+    weight: Arc<dyn Weight>,
     bias: Option<Tensor>,
     precision: Precision,
 }
 
-/// The low-rank path of a site, `y += scaling * (x A^T) B^T`.
-#[derive(Debug, Clone)]
-pub struct LowRank {
-    /// A (the mean, or the effective A of a draw), `[r, in]`.
-    pub a: Tensor,
-    /// B, `[out, r]`.
-    pub b: Tensor,
-    /// `alpha / r`, or `alpha / sqrt r` with `use_rslora`.
-    pub scaling: f64,
-}
-
-/// What the backward pass of an adapted projection needs besides its input.
-#[derive(Debug, Clone)]
-pub struct Saved {
-    /// `x A^T`, `[tokens, r]`; none without an adapter.
-    hidden: Option<Tensor>,
-    /// The adapter's input when dropout changed it.
-    dropped: Option<Tensor>,
-}
-
-/// Gradients of one projection.
-#[derive(Debug, Clone)]
-pub struct Gradients {
-    /// With respect to the input, `[tokens, in]`.
-    pub input: Option<Tensor>,
-    /// With respect to A and B of the adapter.
-    pub adapter: Option<(Tensor, Tensor)>,
-}
-
-/// One projection's part in the gradient of an input that several may share.
-#[derive(Debug, Clone, Copy)]
+/// One projection in the backward pass, with the gradient of its output.
+#[derive(Debug)]
 pub struct Branch<'a> {
-    /// The projection.
-    pub linear: &'a FrozenLinear,
-    /// Gradient of its output, `[tokens, out]`.
-    pub upstream: &'a Tensor,
-    /// Its adapter, with [`LowRank::hidden_gradient`] of the same upstream.
-    pub adapter: Option<(&'a LowRank, &'a Tensor)>,
+    linear: &'a FrozenLinear,
+    update: Option<&'a dyn Update>,
+    pulled: Pulled,
     /// The mask its forward pass was given.
-    pub dropout: Option<&'a Tensor>,
+    dropout: Option<Tensor>,
 }
 
-/// `dx = sum_branches g W + (g_hidden A) * mask`, `[tokens, in]`, accumulated in one buffer.
+/// `dx = sum_branches g W + (what the update adds) * mask`, `[tokens, in]`, of an input that several projections may share,
+/// accumulated in one buffer.
 pub fn input_gradient(branches: &[Branch<'_>]) -> Result<Tensor> {
     let mut products = Vec::with_capacity(2 * branches.len());
     for branch in branches {
-        let weight = Factor::Plain(&branch.linear.weight);
-        let through_w = Product::new(Factor::Plain(branch.upstream), weight);
+        let weight = Factor::Plain(branch.linear.weight());
+        let through_w = Product::new(Factor::Plain(&branch.pulled.frozen), weight);
         products.push(through_w.with_precision(branch.linear.precision));
-        if let (Some((adapter, grad_hidden)), None) = (branch.adapter, branch.dropout) {
-            products.push(Product::new(
-                Factor::Plain(grad_hidden),
-                Factor::Plain(&adapter.a),
-            ));
+        if branch.dropout.is_none() {
+            products.extend(branch.input_terms());
         }
     }
     let mut total = sum_of_products(None, &products)?;
     for branch in branches {
-        if let (Some((adapter, grad_hidden)), Some(mask)) = (branch.adapter, branch.dropout) {
-            let through_a = product::matmul_nn(grad_hidden, &adapter.a)?;
-            total = (total + (through_a * mask)?)?;
+        let terms = branch.input_terms();
+        if let (Some(mask), false) = (&branch.dropout, terms.is_empty()) {
+            total = (total + (sum_of_products(None, &terms)? * mask)?)?;
         }
     }
     Ok(total)
 }
 
-impl LowRank {
-    /// Gradient of `x A^T` for `upstream` `[tokens, out]`: `scaling g B`, `[tokens, r]`.
-    pub fn hidden_gradient(&self, upstream: &Tensor) -> Result<Tensor> {
-        let up_b = Product::scaled(
-            Factor::Plain(upstream),
-            Factor::Plain(&self.b),
-            self.scaling,
-        );
-        sum_of_products(None, &[up_b])
+impl Branch<'_> {
+    fn input_terms(&self) -> Vec<Product<'_>> {
+        self.update
+            .map_or_else(Vec::new, |update| update.input_terms(&self.pulled))
     }
 
-    /// Gradients of A and B: `dA = g_hidden^T drop(x)`, `dB = scaling g^T (drop(x) A^T)`; none where the forward pass ran without
-    /// an adapter.
-    pub fn gradients(
-        &self,
-        x: &Tensor,
-        saved: &Saved,
-        upstream: &Tensor,
-        grad_hidden: &Tensor,
-    ) -> Result<Option<(Tensor, Tensor)>> {
-        let Some(hidden) = &saved.hidden else {
-            return Ok(None);
-        };
-        let grad_a = product::matmul_tn(grad_hidden, saved.dropped.as_ref().unwrap_or(x))?;
-        let through_b = Product::scaled(
-            Factor::Transposed(upstream),
-            Factor::Plain(hidden),
-            self.scaling,
-        );
-        Ok(Some((grad_a, sum_of_products(None, &[through_b])?)))
+    /// Gradients of the update's factors at the projection's input `x`; none without an update.
+    pub fn gradients(&self, x: &Tensor, saved: &[Tensor]) -> Result<Vec<Tensor>> {
+        match self.update {
+            Some(update) => update.gradients(x, saved, &self.pulled),
+            None => Ok(Vec::new()),
+        }
     }
 }
 
 impl FrozenLinear {
     /// A projection with `weight` `[out, in]` and optional `bias` `[out]`.
-    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        let (out, _) = weight.dims2()?;
+    pub fn new(weight: Arc<dyn Weight>, bias: Option<Tensor>) -> Result<Self> {
+        let (out, _) = weight.dims()?;
         if let Some(bias) = &bias {
             expect_shape("bias", &[out], bias.dims())?;
         }
         Ok(Self {
-            weight: weight.detach(),
+            weight,
             bias,
             precision: Precision::Single,
         })
     }
 
-    /// The same projection with products of its weight computed in `precision`, forward and backward; the low-rank path stays f32.
+    /// The same projection with products of its weight computed in `precision`, forward and backward; the update stays f32.
     pub fn with_precision(self, precision: Precision) -> Self {
         Self { precision, ..self }
     }
 
     /// The weight, `[out, in]`.
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
+    pub fn weight(&self) -> &dyn Weight {
+        self.weight.as_ref()
     }
 
-    /// Number of inputs.
-    pub fn in_features(&self) -> usize {
-        self.weight.dims()[1]
+    /// What the product is added to: `residual + b`, whichever there is of them.
+    pub fn start(&self, residual: Option<&Tensor>) -> Result<Option<Tensor>> {
+        Ok(match (residual, &self.bias) {
+            (Some(residual), Some(bias)) => Some(residual.broadcast_add(bias)?),
+            (residual, bias) => residual.or(bias.as_ref()).cloned(),
+        })
     }
 
-    /// Number of outputs.
-    pub fn out_features(&self) -> usize {
-        self.weight.dims()[0]
+    /// `start + x W^T + more` for `x` `[tokens, in]`, in one sum of products.
+    pub fn product(
+        &self,
+        x: &Tensor,
+        more: &[Product<'_>],
+        start: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let base = Product::new(Factor::Plain(x), Factor::Transposed(self.weight()));
+        let mut products = vec![base.with_precision(self.precision)];
+        products.extend_from_slice(more);
+        sum_of_products(start, &products)
     }
 
-    /// `x W^T + b + scaling (drop(x) A^T) B^T` for `x` `[tokens, in]`; `dropout` is a mask `[tokens, in]` of `0` and
-    /// `1/(1-p)` on the adapter's input. With `residual` `[tokens, out]` the result is added to it.
+    /// The projection at `x` `[tokens, in]`, changed by `update`, with what the backward pass needs; see [`Update::forward`].
     pub fn forward(
         &self,
         x: &Tensor,
-        adapter: Option<&LowRank>,
+        update: Option<&dyn Update>,
         dropout: Option<&Tensor>,
         residual: Option<&Tensor>,
-    ) -> Result<(Tensor, Saved)> {
-        let both = match (residual, &self.bias) {
-            (Some(residual), Some(bias)) => Some(residual.broadcast_add(bias)?),
-            _ => None,
-        };
-        let start = both.as_ref().or(residual).or(self.bias.as_ref());
-        let base = Product::new(Factor::Plain(x), Factor::Transposed(&self.weight))
-            .with_precision(self.precision);
-        let Some(adapter) = adapter else {
-            let saved = Saved {
-                hidden: None,
-                dropped: None,
-            };
-            return Ok((sum_of_products(start, &[base])?, saved));
-        };
-        let dropped = dropout.map(|mask| x * mask).transpose()?;
-        let hidden = product::matmul_nt(dropped.as_ref().unwrap_or(x), &adapter.a)?; // [tokens, r]
-        let low_rank = Product::scaled(
-            Factor::Plain(&hidden),
-            Factor::Transposed(&adapter.b),
-            adapter.scaling,
-        );
-        let y = sum_of_products(start, &[base, low_rank])?;
-        let hidden = Some(hidden);
-        Ok((y, Saved { hidden, dropped }))
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        match update {
+            Some(update) => update.forward(self, x, dropout, residual),
+            None => {
+                let start = self.start(residual)?;
+                Ok((self.product(x, &[], start.as_ref())?, Vec::new()))
+            }
+        }
     }
 
-    /// Gradients for `upstream` `[tokens, out]` at input `x` `[tokens, in]`:
-    /// `dx = g W + scaling ((g B) A) * mask`, `dA = scaling (g B)^T drop(x)`, `dB = scaling g^T (drop(x) A^T)`.
-    ///
-    /// The base's own gradient is never formed. `dx` is left out when `input` is false (the first layer needs none).
-    pub fn backward(
-        &self,
-        x: &Tensor,
-        saved: &Saved,
+    /// Begins the backward pass at `upstream` `[tokens, out]`, the gradient of the output of [`Self::forward`] with the same
+    /// `update` and `dropout`. The base's own gradient is never formed.
+    pub fn backward<'a>(
+        &'a self,
         upstream: &Tensor,
-        adapter: Option<&LowRank>,
-        dropout: Option<&Tensor>,
-        input: bool,
-    ) -> Result<Gradients> {
-        let grad_hidden = adapter
-            .map(|adapter| adapter.hidden_gradient(upstream))
-            .transpose()?;
-        let pair = adapter.zip(grad_hidden.as_ref());
-        let branch = Branch {
-            linear: self,
-            upstream,
-            adapter: pair,
-            dropout,
-        };
-        Ok(Gradients {
-            input: input.then(|| input_gradient(&[branch])).transpose()?,
-            adapter: match pair {
-                Some((adapter, grad_hidden)) => {
-                    adapter.gradients(x, saved, upstream, grad_hidden)?
-                }
-                None => None,
+        saved: &[Tensor],
+        update: Option<&'a dyn Update>,
+        dropout: Option<Tensor>,
+    ) -> Result<Branch<'a>> {
+        let pulled = match update {
+            Some(update) => update.pull(upstream, saved)?,
+            None => Pulled {
+                frozen: upstream.clone(),
+                own: Vec::new(),
             },
+        };
+        Ok(Branch {
+            linear: self,
+            update,
+            pulled,
+            dropout,
         })
     }
 }
@@ -219,6 +154,7 @@ impl FrozenLinear {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::update::LowRank;
     use candle_core::{DType, Device, Var};
 
     fn matrix(rows: usize, columns: usize, seed: f64) -> Result<Tensor> {
@@ -263,7 +199,7 @@ mod tests {
             let plain = (x.matmul(&weight.t()?)?.broadcast_add(&bias)?
                 + (path.matmul(&a.t()?)?.matmul(&b.t()?)? * 0.5)?)?;
             let grads = (&plain * &upstream)?.sum_all()?.backward()?;
-            let linear = FrozenLinear::new(weight, Some(bias))?;
+            let linear = FrozenLinear::new(Arc::new(weight), Some(bias))?;
             let adapter = LowRank {
                 a: a.as_tensor().detach(),
                 b: b.as_tensor().detach(),
@@ -276,21 +212,11 @@ mod tests {
             let (onto, _) =
                 linear.forward(&input, Some(&adapter), mask.as_ref(), Some(&residual))?;
             assert!(largest_difference(&onto, &(&residual + &plain)?)? < 1e-5);
-            let ours = linear.backward(
-                &input,
-                &saved,
-                &upstream,
-                Some(&adapter),
-                mask.as_ref(),
-                true,
-            )?;
-            let (grad_a, grad_b) = ours.adapter.expect("an adapter was given");
-            let pairs = [
-                (ours.input.expect("was asked for"), &x),
-                (grad_a, &a),
-                (grad_b, &b),
-            ];
-            for (ours, var) in pairs {
+            let branch = linear.backward(&upstream, &saved, Some(&adapter), mask)?;
+            let mut ours = vec![input_gradient(std::slice::from_ref(&branch))?];
+            ours.extend(branch.gradients(&input, &saved)?);
+            assert_eq!(ours.len(), 1 + adapter.factors().len());
+            for (ours, var) in ours.into_iter().zip([&x, &a, &b]) {
                 let theirs = grads
                     .get(var.as_tensor())
                     .expect("a variable has a gradient");
@@ -303,7 +229,7 @@ mod tests {
     /// B = 0 gives the base layer exactly.
     #[test]
     fn zero_b_is_the_base() -> Result<()> {
-        let linear = FrozenLinear::new(matrix(6, 5, 1.0)?, None)?;
+        let linear = FrozenLinear::new(Arc::new(matrix(6, 5, 1.0)?), None)?;
         let x = matrix(4, 5, 2.0)?;
         let adapter = LowRank {
             a: matrix(3, 5, 3.0)?,

@@ -1,55 +1,61 @@
 //! Sums of matrix products on any device.
 
+mod bf16;
 mod pieces;
 #[cfg(test)]
 mod tests;
 
 use candle_core::{DType, Device, Tensor};
 
+use self::bf16::Kernel;
 use self::pieces::sum_in_pieces;
-use crate::brain::Kernel;
 use crate::error::{Result, expect_shape};
+use crate::weights::Weight;
 
 /// Accelerated CPU backends of candle replace `gemm`; then their product is used.
 const OWN_GEMM: bool = !cfg!(any(feature = "mkl", feature = "accelerate"));
 
-/// One factor of a product: a row-major matrix, taken as it is or transposed.
-#[derive(Debug, Clone, Copy)]
-pub enum Factor<'a> {
+/// One factor of a product: a row-major matrix, taken as it is or transposed. A tensor is a [`Weight`], too.
+#[derive(Debug)]
+pub enum Factor<'a, M: ?Sized> {
     /// The matrix itself.
-    Plain(&'a Tensor),
+    Plain(&'a M),
     /// Its transpose.
-    Transposed(&'a Tensor),
+    Transposed(&'a M),
 }
 
-impl<'a> Factor<'a> {
-    fn tensor(self) -> &'a Tensor {
+impl<M: ?Sized> Copy for Factor<'_, M> {}
+
+impl<M: ?Sized> Clone for Factor<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<'a, M: Weight + ?Sized> Factor<'a, M> {
+    fn matrix(self) -> &'a M {
         match self {
-            Self::Plain(tensor) | Self::Transposed(tensor) => tensor,
+            Self::Plain(matrix) | Self::Transposed(matrix) => matrix,
         }
     }
 
+    fn is_transposed(self) -> bool {
+        matches!(self, Self::Transposed(_))
+    }
+
     fn dims(self) -> Result<(usize, usize)> {
-        let (rows, columns) = self.tensor().dims2()?;
+        let (rows, columns) = self.matrix().dims()?;
         Ok(match self {
             Self::Plain(_) => (rows, columns),
             Self::Transposed(_) => (columns, rows),
         })
     }
 
-    /// Distances between rows and between columns of the factor, in elements.
-    fn strides(self) -> (usize, usize) {
-        let columns = self.tensor().dims()[1];
-        match self {
-            Self::Plain(_) => (columns, 1),
-            Self::Transposed(_) => (1, columns),
-        }
-    }
-
     fn view(self) -> Result<Tensor> {
+        let tensor = self.matrix().tensor()?;
         Ok(match self {
-            Self::Plain(tensor) => tensor.clone(),
-            Self::Transposed(tensor) => tensor.t()?,
+            Self::Plain(_) => tensor,
+            Self::Transposed(_) => tensor.t()?,
         })
     }
 }
@@ -57,21 +63,21 @@ impl<'a> Factor<'a> {
 /// How the numbers of a product are multiplied. Sums are f32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
-    /// In f32; a bfloat16 factor is widened.
+    /// In f32; a weight of another type is widened.
     #[default]
     Single,
-    /// Both factors in bfloat16, the left one rounded to nearest: relative error `2^-9` a factor. Twice as fast as f32 on
+    /// A bfloat16 weight as it is, the left factor rounded to nearest: relative error `2^-9` a factor. Twice as fast as f32 on
     /// processors with AVX512-BF16 (`vdpbf16ps`, which takes denormals as zero) and on GPUs; elsewhere the same rounding, then f32.
-    Brain,
+    Bf16,
 }
 
 /// One term of [`sum_of_products`]: `scale * lhs rhs`.
 #[derive(Debug, Clone, Copy)]
 pub struct Product<'a> {
     /// Left factor, f32.
-    pub lhs: Factor<'a>,
-    /// Right factor, f32 or bfloat16.
-    pub rhs: Factor<'a>,
+    pub lhs: Factor<'a, Tensor>,
+    /// Right factor, a weight of any kind or a tensor.
+    pub rhs: Factor<'a, dyn Weight + 'a>,
     /// Factor of the whole term.
     pub scale: f64,
     /// How it is multiplied.
@@ -80,7 +86,7 @@ pub struct Product<'a> {
 
 impl<'a> Product<'a> {
     /// `lhs rhs` in f32.
-    pub fn new(lhs: Factor<'a>, rhs: Factor<'a>) -> Self {
+    pub fn new(lhs: Factor<'a, Tensor>, rhs: Factor<'a, dyn Weight + 'a>) -> Self {
         Self {
             lhs,
             rhs,
@@ -90,7 +96,7 @@ impl<'a> Product<'a> {
     }
 
     /// `scale * lhs rhs` in f32.
-    pub fn scaled(lhs: Factor<'a>, rhs: Factor<'a>, scale: f64) -> Self {
+    pub fn scaled(lhs: Factor<'a, Tensor>, rhs: Factor<'a, dyn Weight + 'a>, scale: f64) -> Self {
         Self {
             scale,
             ..Self::new(lhs, rhs)
@@ -107,11 +113,11 @@ impl<'a> Product<'a> {
         let term = match self.precision {
             Precision::Single => lhs.matmul(&rhs.to_dtype(lhs.dtype())?)?,
             // candle's CPU has no bf16 product of this shape everywhere, and would round the sums.
-            Precision::Brain if matches!(lhs.device(), Device::Cpu) => {
+            Precision::Bf16 if matches!(lhs.device(), Device::Cpu) => {
                 let rounded = lhs.to_dtype(DType::BF16)?.to_dtype(lhs.dtype())?;
                 rounded.matmul(&rhs.to_dtype(lhs.dtype())?)?
             }
-            Precision::Brain => lhs
+            Precision::Bf16 => lhs
                 .to_dtype(DType::BF16)?
                 .matmul(&rhs.to_dtype(DType::BF16)?)?
                 .to_dtype(lhs.dtype())?,
@@ -125,7 +131,7 @@ impl<'a> Product<'a> {
 }
 
 /// `start + sum_i scale_i lhs_i rhs_i`; every product must give the same `[m, n]`, and `start`, where given, is `[m, n]` or a row
-/// `[n]` for all rows. A right factor may be bfloat16; sums and result are f32.
+/// `[n]` for all rows. Sums and result are f32.
 ///
 /// # Errors
 /// [`crate::Error::Shape`] when inner or outer sizes disagree; candle's errors.
@@ -161,7 +167,7 @@ pub fn sum_of_products(start: Option<&Tensor>, products: &[Product<'_>]) -> Resu
 }
 
 /// `x w^T`: `[m, k]` by `[n, k]` gives `[m, n]`.
-pub fn matmul_nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+pub fn matmul_nt(x: &Tensor, w: &dyn Weight) -> Result<Tensor> {
     sum_of_products(
         None,
         &[Product::new(Factor::Plain(x), Factor::Transposed(w))],
@@ -169,12 +175,12 @@ pub fn matmul_nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 }
 
 /// `g w`: `[m, k]` by `[k, n]` gives `[m, n]`.
-pub fn matmul_nn(g: &Tensor, w: &Tensor) -> Result<Tensor> {
+pub fn matmul_nn(g: &Tensor, w: &dyn Weight) -> Result<Tensor> {
     sum_of_products(None, &[Product::new(Factor::Plain(g), Factor::Plain(w))])
 }
 
 /// `a^T b`: `[k, m]` by `[k, n]` gives `[m, n]`.
-pub fn matmul_tn(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+pub fn matmul_tn(a: &Tensor, b: &dyn Weight) -> Result<Tensor> {
     sum_of_products(
         None,
         &[Product::new(Factor::Transposed(a), Factor::Plain(b))],

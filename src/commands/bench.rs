@@ -7,6 +7,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::product::{Factor, Product, sum_of_products};
+use monteclora_adapters::weights::{Bf16, Weight};
 use monteclora_adapters::{Objective, Precision};
 use monteclora_converters::{AdapterConfig, MonteCloraSettings, TargetModules};
 use serde_json::json;
@@ -23,7 +24,7 @@ use crate::train::{AdamW, AdamWSettings, AdapterState, DrawForm};
 pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let (weights, precision) = match (args.bf16, args.model.options.dtype) {
         (false, dtype) => (weight_type(dtype)?, Precision::Single),
-        (true, DtypeArg::Auto | DtypeArg::Bf16) => (DType::BF16, Precision::Brain),
+        (true, DtypeArg::Auto | DtypeArg::Bf16) => (DType::BF16, Precision::Bf16),
         (true, _) => {
             let message = "--bf16 holds the weights in bfloat16; leave out --dtype or give bf16";
             return Err(Usage(message.to_owned()).into());
@@ -187,11 +188,11 @@ pub(super) fn matmul(args: &BenchMatmulArgs) -> Result<()> {
     }
     let shape = (args.size, args.size);
     let factor = Tensor::full(0.5f32, shape, &Device::Cpu)?;
-    let (weight, precision) = match args.bf16 {
-        true => (factor.to_dtype(DType::BF16)?, Precision::Brain),
-        false => (factor.clone(), Precision::Single),
+    let (weight, precision): (Box<dyn Weight>, _) = match args.bf16 {
+        true => (Box::new(Bf16::new(&factor)?), Precision::Bf16),
+        false => (Box::new(factor.clone()), Precision::Single),
     };
-    let product = Product::new(Factor::Plain(&factor), Factor::Plain(&weight));
+    let product = Product::new(Factor::Plain(&factor), Factor::Plain(weight.as_ref()));
     let product = product.with_precision(precision);
     let mut seconds = Vec::with_capacity(args.steps);
     for _ in 0..args.steps {

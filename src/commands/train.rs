@@ -244,7 +244,7 @@ pub(super) fn execute(
     let mut record = record(prepared, &start.state, &device)?;
     files::write_json(&run_json, &record)?;
     let precision = match prepared.run.train.bf16 {
-        true => Precision::Brain,
+        true => Precision::Bf16,
         false => Precision::Single,
     };
     let decoder =

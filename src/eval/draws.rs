@@ -20,8 +20,8 @@ pub fn posterior_draws(
     (0..n_draws as u64)
         .map(|index| {
             let drawn = monteclora_adapters::sample(adapter, seed, index)?;
-            let active = ActiveAdapter::from_adapter(&drawn, decoder.config(), decoder.device())?;
-            Ok(active.sharing_b(mean))
+            let (config, device) = (decoder.config(), decoder.device());
+            Ok(ActiveAdapter::from_draw(&drawn, mean, config, device)?)
         })
         .collect()
 }

@@ -1,9 +1,10 @@
-//! Sites of a decoder and the low-rank matrices that are active at them.
+//! Sites of a decoder and the updates that are active at them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use monteclora_adapters::LowRank;
+use monteclora_adapters::{LowRank, Update};
 use monteclora_converters::architecture::ModelShape;
 
 use super::{Error, Result};
@@ -97,17 +98,20 @@ impl SiteId {
     }
 }
 
-/// The low-rank matrices active in a forward pass.
+/// The updates active in a forward pass.
 #[derive(Debug, Clone, Default)]
 pub struct ActiveAdapter {
-    sites: BTreeMap<SiteId, LowRank>,
+    sites: BTreeMap<SiteId, Arc<dyn Update>>,
 }
 
 impl ActiveAdapter {
     /// An adapter of the given sites.
-    pub fn new(sites: impl IntoIterator<Item = (SiteId, LowRank)>) -> Self {
+    pub fn new<U: Into<Arc<dyn Update>>>(sites: impl IntoIterator<Item = (SiteId, U)>) -> Self {
         Self {
-            sites: sites.into_iter().collect(),
+            sites: sites
+                .into_iter()
+                .map(|(site, update)| (site, update.into()))
+                .collect(),
         }
     }
 
@@ -117,78 +121,90 @@ impl ActiveAdapter {
         config: &ModelShape,
         device: &Device,
     ) -> Result<Self> {
-        let known: BTreeMap<String, SiteId> = SiteId::all(config)
-            .map(|site| (site.name(), site))
-            .collect();
-        let mut problems = Vec::new();
-        let mut sites = BTreeMap::new();
-        for site in &adapter.sites {
-            let Some(id) = known.get(&site.name) else {
-                problems.push(format!("{}: the base has no such projection", site.name));
-                continue;
-            };
-            let (found, expected) = ((site.in_features(), site.out_features()), id.shape(config));
-            if found != expected {
-                problems.push(format!(
-                    "{}: the adapter is for {} -> {}, the base has {} -> {}",
-                    site.name, found.0, found.1, expected.0, expected.1
-                ));
-                continue;
-            }
-            let tensor = |values: &monteclora_converters::Tensor| -> Result<Tensor> {
-                let cpu = Tensor::from_vec(values.to_f32()?, values.shape(), &Device::Cpu)?;
-                Ok(cpu.to_device(device)?)
-            };
-            let low_rank = LowRank {
-                a: tensor(&site.lora_a)?,
-                b: tensor(&site.lora_b)?,
-                scaling: site.scaling,
-            };
-            sites.insert(*id, low_rank);
-        }
-        if problems.is_empty() {
-            Ok(Self { sites })
-        } else {
-            Err(Error::Adapter { problems })
-        }
+        Ok(Self::new(low_rank(adapter, config, device)?))
     }
 
-    /// The same adapter with the B of `other`: draws of one posterior differ in A only, and so hold one B between them.
-    pub(crate) fn sharing_b(mut self, other: &Self) -> Self {
-        for (site, low_rank) in &mut self.sites {
-            if let Some(shared) = other.sites.get(site) {
-                low_rank.b = shared.b.clone();
+    /// A posterior draw of the adapter that `mean` comes from: draws differ in A only, and so hold one B between them.
+    pub(crate) fn from_draw(
+        drawn: &monteclora_converters::Adapter,
+        mean: &Self,
+        config: &ModelShape,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut sites = low_rank(drawn, config, device)?;
+        for (site, low_rank) in &mut sites {
+            if let Some([_, b]) = mean.get(*site).map(Update::factors).as_deref() {
+                low_rank.b = Tensor::clone(b);
             }
         }
-        self
+        Ok(Self::new(sites))
     }
 
-    /// The matrices at `site`.
-    pub fn get(&self, site: SiteId) -> Option<&LowRank> {
-        self.sites.get(&site)
+    /// The update at `site`.
+    pub fn get(&self, site: SiteId) -> Option<&dyn Update> {
+        self.sites.get(&site).map(Arc::as_ref)
     }
 
-    /// Sites with their matrices, in order.
-    pub fn iter(&self) -> impl Iterator<Item = (&SiteId, &LowRank)> {
-        self.sites.iter()
+    /// Sites in order.
+    pub fn sites(&self) -> impl Iterator<Item = SiteId> {
+        self.sites.keys().copied()
     }
 }
 
-/// Gradients of the loss with respect to the active A and B of each site.
+/// The low-rank matrices of `adapter` on `device` in the order of the sites, after checking that every site exists with its shape.
+pub(crate) fn low_rank(
+    adapter: &monteclora_converters::Adapter,
+    config: &ModelShape,
+    device: &Device,
+) -> Result<BTreeMap<SiteId, LowRank>> {
+    let known: BTreeMap<String, SiteId> = SiteId::all(config)
+        .map(|site| (site.name(), site))
+        .collect();
+    let mut problems = Vec::new();
+    let mut sites = BTreeMap::new();
+    for site in &adapter.sites {
+        let Some(id) = known.get(&site.name) else {
+            problems.push(format!("{}: the base has no such projection", site.name));
+            continue;
+        };
+        let (found, expected) = ((site.in_features(), site.out_features()), id.shape(config));
+        if found != expected {
+            problems.push(format!(
+                "{}: the adapter is for {} -> {}, the base has {} -> {}",
+                site.name, found.0, found.1, expected.0, expected.1
+            ));
+            continue;
+        }
+        let tensor = |values: &monteclora_converters::Tensor| -> Result<Tensor> {
+            let cpu = Tensor::from_vec(values.to_f32()?, values.shape(), &Device::Cpu)?;
+            Ok(cpu.to_device(device)?)
+        };
+        let low_rank = LowRank {
+            a: tensor(&site.lora_a)?,
+            b: tensor(&site.lora_b)?,
+            scaling: site.scaling,
+        };
+        sites.insert(*id, low_rank);
+    }
+    if problems.is_empty() {
+        Ok(sites)
+    } else {
+        Err(Error::Adapter { problems })
+    }
+}
+
+/// Gradients of the loss with respect to the factors of each site's update.
 #[derive(Debug, Clone, Default)]
 pub struct AdapterGradients {
-    sites: BTreeMap<SiteId, (Tensor, Tensor)>,
+    sites: BTreeMap<SiteId, Vec<Tensor>>,
 }
 
 impl AdapterGradients {
-    /// Adds gradients of A `[r, in]` and B `[out, r]` at `site`.
-    pub(crate) fn add(&mut self, site: SiteId, gradients: Option<(Tensor, Tensor)>) -> Result<()> {
-        if let Some((a, b)) = gradients {
-            let sum = match self.sites.remove(&site) {
-                None => (a, b),
-                Some((sum_a, sum_b)) => ((sum_a + a)?, (sum_b + b)?),
-            };
-            self.sites.insert(site, sum);
+    /// Adds gradients of the factors at `site`, in the order of [`Update::factors`]; none where there is no update.
+    pub(crate) fn add(&mut self, site: SiteId, gradients: Vec<Tensor>) -> Result<()> {
+        if !gradients.is_empty() {
+            let before = self.sites.remove(&site).unwrap_or_default();
+            self.sites.insert(site, sum_of_factors(before, gradients)?);
         }
         Ok(())
     }
@@ -196,13 +212,22 @@ impl AdapterGradients {
     /// Adds all gradients of `other`: another micro-batch of the same step.
     pub fn add_all(&mut self, other: Self) -> Result<()> {
         for (site, gradients) in other.sites {
-            self.add(site, Some(gradients))?;
+            self.add(site, gradients)?;
         }
         Ok(())
     }
 
-    /// Gradients with respect to A and B at `site`.
-    pub fn get(&self, site: SiteId) -> Option<&(Tensor, Tensor)> {
-        self.sites.get(&site)
+    /// Gradients of the factors at `site`, in the order of [`Update::factors`].
+    pub fn get(&self, site: SiteId) -> Option<&[Tensor]> {
+        self.sites.get(&site).map(Vec::as_slice)
     }
+}
+
+/// Adds the gradients of one update's factors to those `before`, if there are any.
+pub(crate) fn sum_of_factors(before: Vec<Tensor>, more: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    if before.is_empty() {
+        return Ok(more);
+    }
+    let sums = before.iter().zip(&more).map(|(sum, more)| sum + more);
+    Ok(sums.collect::<candle_core::Result<_>>()?)
 }

@@ -1,9 +1,11 @@
 //! The whole decoder: hidden states, logits, and the task loss with the gradients of the active adapter.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::noise::{Key, Purpose};
+use monteclora_adapters::weights::Weight;
 use monteclora_adapters::{FrozenLinear, Precision};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
@@ -23,7 +25,7 @@ use super::{Error, Result, read_shape};
 pub struct Decoder {
     pub(super) config: ModelShape,
     pub(super) directory: PathBuf,
-    pub(super) embedding: Tensor,
+    pub(super) embedding: Arc<dyn Weight>,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Tensor,
     pub(super) head: FrozenLinear,
@@ -211,11 +213,7 @@ impl Decoder {
                 vocab_size,
             });
         }
-        let index = Tensor::new(tokens, &self.device)?;
-        Ok(self
-            .embedding
-            .index_select(&index, 0)?
-            .to_dtype(DType::F32)?)
+        Ok(self.embedding.gather(tokens)?)
     }
 
     pub(super) fn rotation(&self, positions: &[u32]) -> Result<Rotation> {
@@ -335,16 +333,16 @@ impl Decoder {
             Some(scale),
         )?;
         let mut gradients = AdapterGradients::default();
-        gradients.add(SiteId::Head, loss.grad_adapter)?;
+        gradients.add(SiteId::Head, loss.grad_factors)?;
         if let Some(grad_normed) = loss.grad_hidden {
             let grad_selected = rms_norm::backward(&selected, &self.norm, eps, &grad_normed, None)?;
             let zeros = Tensor::zeros(x.dims(), DType::F32, &self.device)?;
             let mut upstream = zeros.index_add(&index, &grad_selected, 0)?;
             // Blocks below the lowest adapted one need no gradient at all.
             let lowest = adapter
-                .iter()
-                .filter_map(|(site, _)| match site {
-                    SiteId::Block(layer, _) => Some(*layer),
+                .sites()
+                .filter_map(|site| match site {
+                    SiteId::Block(layer, _) => Some(layer),
                     SiteId::Head => None,
                 })
                 .min();

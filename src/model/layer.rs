@@ -1,7 +1,7 @@
 //! One block of the decoder: forward, and backward from what the forward kept.
 
 use candle_core::Tensor;
-use monteclora_adapters::{Branch, FrozenLinear, LowRank, Saved, input_gradient};
+use monteclora_adapters::{Branch, FrozenLinear, input_gradient};
 
 use super::Result;
 use super::adapter::{ActiveAdapter, AdapterGradients, Projection, SiteId};
@@ -46,7 +46,8 @@ pub(crate) struct Kept {
     middle: Tensor,
     gate: Tensor,
     up: Tensor,
-    saved: [Saved; 7],
+    /// What the update of each projection keeps.
+    saved: [Vec<Tensor>; 7],
 }
 
 impl Layer {
@@ -60,7 +61,7 @@ impl Layer {
         x: &Tensor,
         pass: &Pass<'_>,
         residual: Option<&Tensor>,
-    ) -> Result<(Tensor, Saved)> {
+    ) -> Result<(Tensor, Vec<Tensor>)> {
         let site = self.site(projection);
         let mask = self.mask(site, x, pass)?;
         let linear = &self.projections[projection as usize];
@@ -155,24 +156,27 @@ impl Layer {
         gradients: &mut AdapterGradients,
         input: bool,
     ) -> Result<Option<Tensor>> {
-        let down = self.part(Projection::Down, upstream, &kept.gate, pass)?;
-        let through_down = input_gradient(&[down.branch()])?;
+        let down = self.branch(Projection::Down, upstream, &kept.gate, kept, pass)?;
+        let through_down = input_gradient(std::slice::from_ref(&down))?;
         let swiglu::Backward {
             activated,
             grad_gate,
             grad_up,
         } = swiglu::backward(&kept.gate, &kept.up, &through_down)?;
         drop(through_down);
-        down.finish(&activated, kept, gradients)?;
+        self.finish(Projection::Down, &down, &activated, kept, gradients)?;
         drop((down, activated));
 
         let normed = rms_norm::forward(&kept.middle, &self.post_norm, self.eps)?;
-        let gate = self.part(Projection::Gate, &grad_gate, &normed, pass)?;
-        let up = self.part(Projection::Up, &grad_up, &normed, pass)?;
-        gate.finish(&normed, kept, gradients)?;
-        up.finish(&normed, kept, gradients)?;
-        let grad_normed = input_gradient(&[gate.branch(), up.branch()])?;
-        drop((gate, up));
+        let branches = [
+            self.branch(Projection::Gate, &grad_gate, &normed, kept, pass)?,
+            self.branch(Projection::Up, &grad_up, &normed, kept, pass)?,
+        ];
+        for (projection, branch) in [Projection::Gate, Projection::Up].iter().zip(&branches) {
+            self.finish(*projection, branch, &normed, kept, gradients)?;
+        }
+        let grad_normed = input_gradient(&branches)?;
+        drop(branches);
         drop((grad_gate, grad_up));
         let grad_middle = rms_norm::backward(
             &kept.middle,
@@ -183,9 +187,10 @@ impl Layer {
         )?;
 
         let attended = &kept.attended;
-        let output = self.part(Projection::Output, &grad_middle, &attended.output, pass)?;
-        output.finish(&attended.output, kept, gradients)?;
-        let grad_attended = input_gradient(&[output.branch()])?;
+        let through = &attended.output;
+        let output = self.branch(Projection::Output, &grad_middle, through, kept, pass)?;
+        self.finish(Projection::Output, &output, through, kept, gradients)?;
+        let grad_attended = input_gradient(&[output])?;
         let (grad_q, grad_k, grad_v) = attention::backward(
             (&kept.q, &kept.k, &kept.v),
             attended,
@@ -201,18 +206,18 @@ impl Layer {
         }
 
         let normed = rms_norm::forward(x, &self.input_norm, self.eps)?;
-        let parts = [
-            self.part(Projection::Query, &grad_q, &normed, pass)?,
-            self.part(Projection::Key, &grad_k, &normed, pass)?,
-            self.part(Projection::Value, &grad_v, &normed, pass)?,
+        let branches = [
+            self.branch(Projection::Query, &grad_q, &normed, kept, pass)?,
+            self.branch(Projection::Key, &grad_k, &normed, kept, pass)?,
+            self.branch(Projection::Value, &grad_v, &normed, kept, pass)?,
         ];
-        for part in &parts {
-            part.finish(&normed, kept, gradients)?;
+        for (projection, branch) in Projection::ALL.iter().zip(&branches) {
+            self.finish(*projection, branch, &normed, kept, gradients)?;
         }
         if !input {
             return Ok(None);
         }
-        let grad_normed = input_gradient(&parts.each_ref().map(Part::branch))?;
+        let grad_normed = input_gradient(&branches)?;
         let grad = rms_norm::backward(
             x,
             &self.input_norm,
@@ -224,60 +229,33 @@ impl Layer {
     }
 
     /// `projection` with the gradient of its output; `like` has the shape of its input.
-    fn part<'a>(
+    fn branch<'a>(
         &'a self,
         projection: Projection,
-        upstream: &'a Tensor,
+        upstream: &Tensor,
         like: &Tensor,
+        kept: &Kept,
         pass: &Pass<'a>,
-    ) -> Result<Part<'a>> {
+    ) -> Result<Branch<'a>> {
         let site = self.site(projection);
-        let adapter = match pass.adapter.get(site) {
-            None => None,
-            Some(adapter) => Some((adapter, adapter.hidden_gradient(upstream)?)),
-        };
-        Ok(Part {
-            site,
-            projection,
-            linear: &self.projections[projection as usize],
-            upstream,
-            adapter,
-            mask: self.mask(site, like, pass)?,
-        })
-    }
-}
-
-/// A projection in the backward pass.
-struct Part<'a> {
-    site: SiteId,
-    projection: Projection,
-    linear: &'a FrozenLinear,
-    upstream: &'a Tensor,
-    /// The adapter and the gradient of its hidden activation.
-    adapter: Option<(&'a LowRank, Tensor)>,
-    mask: Option<Tensor>,
-}
-
-impl Part<'_> {
-    fn branch(&self) -> Branch<'_> {
-        Branch {
-            linear: self.linear,
-            upstream: self.upstream,
-            adapter: self
-                .adapter
-                .as_ref()
-                .map(|(adapter, grad)| (*adapter, grad)),
-            dropout: self.mask.as_ref(),
-        }
+        let (linear, saved) = (
+            &self.projections[projection as usize],
+            &kept.saved[projection as usize],
+        );
+        let mask = self.mask(site, like, pass)?;
+        Ok(linear.backward(upstream, saved, pass.adapter.get(site), mask)?)
     }
 
-    /// Adds the gradients of A and B, at the projection's input `x`, to `gradients`.
-    fn finish(&self, x: &Tensor, kept: &Kept, gradients: &mut AdapterGradients) -> Result<()> {
-        let Some((adapter, grad_hidden)) = &self.adapter else {
-            return Ok(());
-        };
-        let saved = &kept.saved[self.projection as usize];
-        let pair = adapter.gradients(x, saved, self.upstream, grad_hidden)?;
-        gradients.add(self.site, pair)
+    /// Adds the gradients of the update of `projection`, at its input `x`, to `gradients`.
+    fn finish(
+        &self,
+        projection: Projection,
+        branch: &Branch<'_>,
+        x: &Tensor,
+        kept: &Kept,
+        gradients: &mut AdapterGradients,
+    ) -> Result<()> {
+        let of_factors = branch.gradients(x, &kept.saved[projection as usize])?;
+        gradients.add(self.site(projection), of_factors)
     }
 }

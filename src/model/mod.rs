@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use monteclora_converters::Problem;
 use monteclora_converters::architecture::{Activation, ModelShape};
 
+pub(crate) use adapter::low_rank;
 pub use adapter::{ActiveAdapter, AdapterGradients, Projection, SiteId};
 pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
 pub use generate::{Generation, GenerationSettings};

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
-use crate::model::{ActiveAdapter, AdapterGradients, SiteId};
+use crate::model::{ActiveAdapter, AdapterGradients, SiteId, low_rank};
 
 /// Trainable parameters of one site.
 #[derive(Debug, Clone)]
@@ -146,9 +146,8 @@ impl AdapterState {
         seed: u64,
         device: &Device,
     ) -> Result<Self> {
-        let active = ActiveAdapter::from_adapter(adapter, model, device)?;
         let mut sites = Vec::with_capacity(adapter.sites.len());
-        for (id, low_rank) in active.iter() {
+        for (id, low_rank) in low_rank(adapter, model, device)? {
             let name = id.name();
             let site = adapter
                 .sites
@@ -169,12 +168,12 @@ impl AdapterState {
                 ))),
             };
             sites.push(SiteState {
-                id: *id,
+                id,
                 name,
                 alpha: site.alpha,
                 scaling: low_rank.scaling,
-                a: low_rank.a.clone(),
-                b: low_rank.b.clone(),
+                a: low_rank.a,
+                b: low_rank.b,
                 spread,
             });
         }
@@ -344,9 +343,10 @@ impl DrawnAdapter {
             .par_iter()
             .zip(&self.draws)
             .map(|(site, draw)| {
-                let (a, b) = task.get(site.id).ok_or_else(|| Error::Site {
-                    site: site.name.clone(),
-                })?;
+                let Some([a, b]) = task.get(site.id) else {
+                    let site = site.name.clone();
+                    return Err(Error::Site { site });
+                };
                 let spread = draw
                     .as_ref()
                     .map(|(draw, regulariser)| draw.backward(Some(a), regulariser, weight))

@@ -262,7 +262,7 @@ fn packed_rows_have_the_loss_and_gradients_of_single_rows() {
         else {
             continue;
         };
-        for (one, many) in [(&one.0, &many.0), (&one.1, &many.1)] {
+        for (one, many) in one.iter().zip(many) {
             let norm = |tensor: &candle_core::Tensor| {
                 let square = tensor.sqr().unwrap().sum_all().unwrap();
                 square.to_scalar::<f32>().unwrap().sqrt()

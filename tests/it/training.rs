@@ -364,7 +364,7 @@ fn bf16_products_train_alike() {
         (losses, bytes(out.path()))
     };
     let (exact, exact_bytes) = run(Precision::Single);
-    let (narrow, narrow_bytes) = run(Precision::Brain);
+    let (narrow, narrow_bytes) = run(Precision::Bf16);
     assert_ne!(exact_bytes, narrow_bytes);
     let fall = exact[0] - exact[exact.len() - 1];
     for (exact, narrow) in exact.iter().zip(&narrow) {

@@ -2,66 +2,136 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, Device, Storage, Tensor};
+use candle_core::{Device, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
+use super::bf16::{Kernel, Matrix, PackedRows};
 use super::{Factor, Precision, Product};
-use crate::brain::{Kernel, PackedRows, Weights};
 use crate::error::Result;
 use crate::linalg::{PARALLEL_FROM, Strided, raw_gemm};
-use crate::simd::vectorised;
+use crate::weights::{Access, Lent, lend};
 
 /// Columns a piece has at least; fewer would leave the kernel's registers half empty.
 const PIECE_FROM: usize = 96;
 
-/// Rows from which a result is cut.
+/// Rows from which a result is cut by the number of threads.
 const PIECE_ROWS: usize = 16;
 
-/// Rows of a bf16 factor that are widened to f32 at a time.
-const WIDENED_ROWS: usize = 2048;
+/// Columns a piece of fewer rows has at least: `gemm` sums a single row in another order up to 256 of them.
+const FEW_ROWS_PIECE_FROM: usize = 272;
 
-#[derive(Clone, Copy)]
-enum Values<'a> {
-    Single(&'a [f32]),
-    Brain(&'a [bf16]),
-}
+/// Inner size up to which a product is computed at once; see [`depth_at_a_time`].
+const DEPTH: usize = 2048;
 
 /// A product whose factors lie in memory.
+struct Term<'a> {
+    product: &'a Product<'a>,
+    operands: Operands<'a>,
+    /// Inner size.
+    k: usize,
+    /// Columns of the right factor as it lies in memory.
+    stride: usize,
+}
+
 enum Operands<'a> {
+    /// In f32; a right factor that is not lent is widened.
     Single {
-        lhs: Strided<'a>,
-        rhs: Values<'a>,
-        /// Distances between rows and between columns of the right factor.
-        rhs_strides: (usize, usize),
-        k: usize,
-        scale: f32,
+        left: Lent<'a, f32>,
+        /// The left factor in bf16's steps, where they were asked for.
+        rounded: Option<Vec<f32>>,
+        right: Option<Lent<'a, f32>>,
     },
-    /// Both factors in bf16, for the processor's own instruction.
-    Brain {
+    /// Both in bf16, for the processor's own instruction.
+    Bf16 {
         kernel: Kernel,
-        lhs: PackedRows,
-        rhs: Weights<'a>,
-        k: usize,
-        scale: f32,
+        left: PackedRows,
+        right: Lent<'a, bf16>,
     },
 }
 
-impl Operands<'_> {
-    fn k(&self) -> usize {
-        match self {
-            Self::Single { k, .. } | Self::Brain { k, .. } => *k,
-        }
+impl<'a> Term<'a> {
+    /// None unless the factors are contiguous and in memory.
+    fn new(product: &'a Product<'a>, kernel: Option<Kernel>) -> Result<Option<Self>> {
+        let Product {
+            lhs,
+            rhs,
+            precision,
+            ..
+        } = product;
+        let (m, k) = lhs.dims()?;
+        let weight = rhs.matrix();
+        let Some(left) = lend::<f32>(lhs.matrix()) else {
+            return Ok(None);
+        };
+        let narrow = match (precision, lhs, kernel) {
+            (Precision::Bf16, Factor::Plain(_), Some(kernel)) => {
+                Some(kernel).zip(weight.lend_bf16())
+            }
+            _ => None,
+        };
+        let operands = match (narrow, weight.access()) {
+            (Some((kernel, right)), _) => Operands::Bf16 {
+                kernel,
+                left: kernel.pack_rows(&left, (m, k)),
+                right,
+            },
+            (None, Access::Elsewhere) => return Ok(None),
+            (None, access) => Operands::Single {
+                rounded: (*precision == Precision::Bf16).then(|| round(&left)),
+                left,
+                right: match access {
+                    Access::Lent(values) => Some(values),
+                    _ => None,
+                },
+            },
+        };
+        Ok(Some(Self {
+            product,
+            operands,
+            k,
+            stride: weight.dims()?.1,
+        }))
     }
 
     fn is_widened(&self) -> bool {
-        matches!(
-            self,
-            Self::Single {
-                rhs: Values::Brain(_),
-                ..
+        matches!(self.operands, Operands::Single { right: None, .. })
+    }
+
+    /// Rows `rows` and columns `columns` of the right factor; `buffer` is for those that are widened.
+    fn right<'b>(
+        &self,
+        lent: Option<&'b [f32]>,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        buffer: &'b mut Vec<f32>,
+    ) -> Strided<'b> {
+        let transposed = self.product.rhs.is_transposed();
+        // As it lies in memory.
+        let (rows, columns) = if transposed {
+            (columns, rows)
+        } else {
+            (rows, columns)
+        };
+        let (data, stride) = match lent {
+            Some(values) => {
+                let from = rows.start * self.stride + columns.start;
+                (&values[from.min(values.len())..], self.stride)
             }
-        )
+            None => {
+                buffer.resize(rows.len() * columns.len(), 0.0);
+                self.product
+                    .rhs
+                    .matrix()
+                    .widen(rows, columns.clone(), buffer);
+                (&**buffer, columns.len())
+            }
+        };
+        if transposed {
+            Strided::transposed(data, stride)
+        } else {
+            Strided::rows(data, stride)
+        }
     }
 }
 
@@ -71,7 +141,7 @@ struct Destination(*mut f32);
 // SAFETY: the pieces' columns are disjoint, and the buffer outlives them all.
 unsafe impl Sync for Destination {}
 
-/// The sum of [`super::sum_of_products`], unless a tensor is elsewhere, is not contiguous, or has another type.
+/// The sum of [`super::sum_of_products`], unless a factor is elsewhere, is not contiguous, or has another type.
 #[cfg_attr(
     not(target_arch = "x86_64"),
     expect(
@@ -86,90 +156,24 @@ pub(super) fn sum_in_pieces(
     (m, n): (usize, usize),
     kernel: Option<Kernel>,
 ) -> Result<Option<Tensor>> {
-    let tensors: Vec<&Tensor> = products
+    let lent = start.map(lend::<f32>);
+    let terms: Option<Vec<Term<'_>>> = products
         .iter()
-        .flat_map(|product| [product.lhs.tensor(), product.rhs.tensor()])
-        .chain(start)
-        .collect();
-    if tensors.is_empty()
-        || !tensors
-            .iter()
-            .all(|t| matches!(t.device(), Device::Cpu) && t.is_contiguous())
-    {
+        .map(|product| Term::new(product, kernel))
+        .collect::<Result<_>>()?;
+    let (Some(terms), None | Some(Some(_))) = (terms.filter(|t| !t.is_empty()), &lent) else {
         return Ok(None);
-    }
-    let guards: Vec<_> = tensors.iter().map(|t| t.storage_and_layout()).collect();
-    let mut values = Vec::with_capacity(guards.len());
-    for (storage, layout) in &guards {
-        let Some((from, to)) = layout.contiguous_offsets() else {
-            return Ok(None);
-        };
-        values.push(match &**storage {
-            Storage::Cpu(CpuStorage::F32(all)) => Values::Single(&all[from..to]),
-            Storage::Cpu(CpuStorage::BF16(all)) => Values::Brain(&all[from..to]),
-            _ => return Ok(None),
-        });
-    }
-    let mut rounded = Vec::with_capacity(products.len());
-    for (product, pair) in products.iter().zip(values.chunks_exact(2)) {
-        let Values::Single(left) = pair[0] else {
-            return Ok(None);
-        };
-        rounded.push(match (product.precision, kernel, product.lhs, pair[1]) {
-            (Precision::Brain, Some(_), Factor::Plain(_), Values::Brain(_)) => None,
-            (Precision::Brain, ..) => Some(round(left)),
-            (Precision::Single, ..) => None,
-        });
-    }
-    let mut operands = Vec::with_capacity(products.len());
-    for ((product, pair), rounded) in products.iter().zip(values.chunks_exact(2)).zip(&rounded) {
-        let (Values::Single(left), right) = (pair[0], pair[1]) else {
-            return Ok(None);
-        };
-        let k = product.lhs.dims()?.1;
-        let scale = product.scale as f32;
-        operands.push(match (product.precision, kernel, rounded, right) {
-            (Precision::Brain, Some(kernel), None, Values::Brain(data)) => Operands::Brain {
-                kernel,
-                lhs: kernel.pack_rows(left, (m, k)),
-                rhs: Weights {
-                    data,
-                    stride: product.rhs.tensor().dims()[1],
-                    transposed: matches!(product.rhs, Factor::Transposed(_)),
-                },
-                k,
-                scale,
-            },
-            _ => {
-                let (row, column) = product.lhs.strides();
-                Operands::Single {
-                    lhs: Strided {
-                        data: rounded.as_deref().unwrap_or(left),
-                        row,
-                        column,
-                    },
-                    rhs: right,
-                    rhs_strides: product.rhs.strides(),
-                    k,
-                    scale,
-                }
-            }
-        });
-    }
-    let start = match (start, values.last()) {
-        (None, _) => None,
-        (Some(_), Some(Values::Single(start))) => Some(*start),
-        _ => return Ok(None),
     };
+    let start = lent.as_ref().and_then(Option::as_deref);
     let mut sum: Vec<f32> = Vec::with_capacity(m * n);
     let destination = Destination(sum.as_mut_ptr());
-    let pieces = n_pieces((m, n), &operands);
+    let pieces = n_pieces((m, n), &terms);
     if pieces == 1 {
-        piece(&destination, (m, n), 0..n, start, &operands, true);
+        piece(&destination, (m, n), 0..n, start, &terms, true);
     } else {
         (0..pieces).into_par_iter().for_each(|index| {
             let columns = cut(index, pieces, n)..cut(index + 1, pieces, n);
-            piece(&destination, (m, n), columns, start, &operands, false);
+            piece(&destination, (m, n), columns, start, &terms, false);
         });
     }
     // SAFETY: the capacity is m * n, and the pieces have written every column of every row.
@@ -180,19 +184,33 @@ pub(super) fn sum_in_pieces(
 /// Number of tasks the columns of the result are divided among.
 ///
 /// `gemm` sums an element in an order that depends on the inner size alone, except for very small results, which are not cut; so
-/// where the cuts lie changes no bit, and a test compares thread counts. Pieces beat `gemm`'s own threads because it packs the
-/// left factor on one of them.
-fn n_pieces((m, n): (usize, usize), operands: &[Operands<'_>]) -> usize {
+/// where the cuts lie changes no bit, and tests compare thread counts and kinds of weights. Pieces beat `gemm`'s own threads
+/// because it packs the left factor on one of them.
+fn n_pieces((m, n): (usize, usize), terms: &[Term<'_>]) -> usize {
     let threads = rayon::current_num_threads();
-    let work: usize = operands.iter().map(|o| m * n * o.k()).sum();
+    let work: usize = terms.iter().map(|term| m * n * term.k).sum();
     let most = (n / PIECE_FROM).max(1);
-    if operands.iter().any(Operands::is_widened) {
+    if terms.iter().any(Term::is_widened) {
         // The cuts bound the memory for widened values too, so they do not depend on the threads.
-        most.min(2 * n.div_ceil(512))
+        if m < PIECE_ROWS {
+            (n / FEW_ROWS_PIECE_FROM).max(1)
+        } else {
+            most.min(2 * n.div_ceil(512))
+        }
     } else if work < PARALLEL_FROM || m < PIECE_ROWS || most < threads {
         1
     } else {
         threads
+    }
+}
+
+/// How much of an inner size of `k` is multiplied at a time: for every kind of weight the same, since it is the order of the
+/// sum. It is a multiple of the parts that `gemm` itself cuts `k` into, at most 512 of one size, so the cuts change no bit there.
+fn depth_at_a_time(k: usize) -> usize {
+    if k <= DEPTH {
+        k.max(1)
+    } else {
+        4 * k.div_ceil(k.div_ceil(DEPTH / 4))
     }
 }
 
@@ -211,7 +229,7 @@ fn piece(
     (m, n): (usize, usize),
     columns: Range<usize>,
     start: Option<&[f32]>,
-    operands: &[Operands<'_>],
+    terms: &[Term<'_>],
     parallel: bool,
 ) {
     let width = columns.len();
@@ -229,48 +247,45 @@ fn piece(
     }
     let mut accumulate = start.is_some();
     let mut widened = Vec::new();
-    for operand in operands {
-        match operand {
-            Operands::Brain {
+    for term in terms {
+        let scale = term.product.scale as f32;
+        match &term.operands {
+            Operands::Bf16 {
                 kernel,
-                lhs,
-                rhs,
-                scale,
-                ..
+                left,
+                right,
             } => {
+                let right = Matrix {
+                    data: right,
+                    stride: term.stride,
+                    transposed: term.product.rhs.is_transposed(),
+                };
                 let columns = columns.clone();
                 // SAFETY: the destination has m rows of n floats, of which this writes columns that no other piece touches, and
                 // reads them only once `accumulate` says they are written.
-                unsafe { kernel.product(lhs, *rhs, columns, destination.0, n, accumulate, *scale) };
+                unsafe {
+                    kernel.product(left, right, columns, destination.0, n, accumulate, scale)
+                };
                 accumulate = true;
             }
             Operands::Single {
-                lhs,
-                rhs,
-                rhs_strides: (row, column),
-                k,
-                scale,
+                left,
+                rounded,
+                right,
             } => {
-                let depth = match rhs {
-                    Values::Single(_) => (*k).max(1),
-                    Values::Brain(_) => WIDENED_ROWS,
+                let left = rounded.as_deref().unwrap_or(left);
+                let lhs = match term.product.lhs {
+                    Factor::Plain(_) => Strided::rows(left, term.k),
+                    Factor::Transposed(_) => Strided::transposed(left, m),
                 };
-                for from in (0..(*k).max(1)).step_by(depth) {
-                    let k = depth.min(k - from);
-                    let rhs = match rhs {
-                        Values::Single(data) => Strided {
-                            data: &data[(from * row + columns.start * column).min(data.len())..],
-                            row: *row,
-                            column: *column,
-                        },
-                        Values::Brain(data) => {
-                            let (rows, columns) = (from..from + k, columns.clone());
-                            widen(data, (*row, *column), rows, columns, &mut widened)
-                        }
-                    };
+                let depth = depth_at_a_time(term.k);
+                for from in (0..term.k.max(1)).step_by(depth) {
+                    let inner = from..term.k.min(from + depth);
+                    let k = inner.len();
+                    let rhs = term.right(right.as_deref(), inner, columns.clone(), &mut widened);
                     let lhs = Strided {
                         data: &lhs.data[(from * lhs.column).min(lhs.data.len())..],
-                        ..*lhs
+                        ..lhs
                     };
                     assert!(
                         lhs.holds(m, k) && rhs.holds(k, width),
@@ -287,7 +302,7 @@ fn piece(
                             accumulate,
                             lhs,
                             rhs,
-                            *scale,
+                            scale,
                             parallel,
                         );
                     }
@@ -305,38 +320,4 @@ fn round(values: &[f32]) -> Vec<f32> {
         .with_min_len(1 << 12)
         .map(|v| bf16::from_f32(*v).to_f32())
         .collect()
-}
-
-/// Rows `rows` and columns `columns` of a bf16 factor as f32, in the factor's own order of memory.
-fn widen<'a>(
-    data: &[bf16],
-    (row, column): (usize, usize),
-    rows: Range<usize>,
-    columns: Range<usize>,
-    buffer: &'a mut Vec<f32>,
-) -> Strided<'a> {
-    let by_row = column == 1;
-    // Runs of neighbours in memory: columns of a plain factor, rows of a transposed one.
-    let (runs, run, stride) = if by_row {
-        (rows, columns, row)
-    } else {
-        (columns, rows, column)
-    };
-    buffer.resize(runs.len() * run.len(), 0.0);
-    for (target, index) in buffer.chunks_exact_mut(run.len().max(1)).zip(runs) {
-        let source = &data[index * stride + run.start..index * stride + run.end];
-        vectorised(
-            #[inline(always)]
-            || {
-                for (wide, narrow) in target.iter_mut().zip(source) {
-                    *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
-                }
-            },
-        );
-    }
-    if by_row {
-        Strided::rows(buffer, run.len())
-    } else {
-        Strided::transposed(buffer, run.len())
-    }
 }

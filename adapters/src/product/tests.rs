@@ -1,6 +1,7 @@
 //! Sums of products against candle, and against themselves at other thread counts.
 
 use super::*;
+use crate::weights::{Access, Bf16};
 
 fn matrix(rows: usize, columns: usize, seed: f32) -> Tensor {
     let values = (0..rows * columns)
@@ -39,9 +40,8 @@ fn sums_equal_candle() -> Result<()> {
     for (m, n, k) in [(5, 7, 3), (67, 413, 2100), (40, 200, 33)] {
         let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0));
         let (h, b) = (matrix(m, 4, 3.0), matrix(4, n, 4.0));
-        let w16 = w.to_dtype(DType::BF16)?;
-        let v16 = w.t()?.contiguous()?.to_dtype(DType::BF16)?;
-        let rounded = w16.to_dtype(DType::F32)?;
+        let (w16, v16) = (Bf16::new(&w)?, Bf16::new(&w.t()?.contiguous()?)?);
+        let rounded = w16.tensor()?.to_dtype(DType::F32)?;
         for start in [matrix(m, n, 5.0), matrix(1, n, 6.0).flatten_all()?] {
             let low_rank = (h.matmul(&b)? * 0.5)?.broadcast_add(&start)?;
             let second = Product::scaled(Factor::Plain(&h), Factor::Plain(&b), 0.5);
@@ -72,7 +72,7 @@ fn sums_equal_candle() -> Result<()> {
 
 /// bf16 products by the processor's instruction and by rounding and widening, against candle on rounded factors.
 #[test]
-fn brain_products_equal_rounded_factors() -> Result<()> {
+fn bf16_products_equal_rounded_factors() -> Result<()> {
     for (m, n, k) in [
         (1, 1, 1),
         (5, 7, 3),
@@ -81,8 +81,9 @@ fn brain_products_equal_rounded_factors() -> Result<()> {
         (40, 200, 33),
         (9, 97, 1026),
     ] {
-        let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0).to_dtype(DType::BF16)?);
+        let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0));
         let v = w.t()?.contiguous()?;
+        let (w16, v16) = (Bf16::new(&w)?, Bf16::new(&v)?);
         let start = matrix(m, n, 5.0);
         // Sums of k terms below one.
         let bound = 1e-6 * (k as f32).max(100.0);
@@ -91,9 +92,8 @@ fn brain_products_equal_rounded_factors() -> Result<()> {
         let wide = |t: &Tensor| t.to_dtype(DType::BF16)?.to_dtype(DType::F32);
         let product = (wide(&x)?.matmul(&wide(&v)?)? * 0.5)?;
         let expected = ((product + &start)? + h.matmul(&b)?)?;
-        for rhs in [Factor::Transposed(&w), Factor::Plain(&v)] {
-            let base =
-                Product::scaled(Factor::Plain(&x), rhs, 0.5).with_precision(Precision::Brain);
+        for rhs in [Factor::Transposed(&w16 as &dyn Weight), Factor::Plain(&v16)] {
+            let base = Product::scaled(Factor::Plain(&x), rhs, 0.5).with_precision(Precision::Bf16);
             let products = [base, low_rank];
             for kernel in [None, Kernel::detect()] {
                 let sum = sum_in_pieces(Some(&start), &products, (m, n), kernel)?
@@ -103,7 +103,7 @@ fn brain_products_equal_rounded_factors() -> Result<()> {
             }
             let transposed = x.t()?.contiguous()?;
             let base = Product::scaled(Factor::Transposed(&transposed), rhs, 0.5)
-                .with_precision(Precision::Brain);
+                .with_precision(Precision::Bf16);
             let sum = sum_of_products(Some(&start), &[base, low_rank])?;
             assert!(largest_difference(&sum, &expected)? < bound);
         }
@@ -123,7 +123,7 @@ fn same_bytes_at_any_thread_count() -> Result<()> {
         (200, 100, 640),
     ] {
         let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0));
-        let v16 = matrix(k, n, 3.0).to_dtype(DType::BF16)?;
+        let v16 = Bf16::new(&matrix(k, n, 3.0))?;
         let mut all = Vec::new();
         for threads in [1, 2, 3, 5, 16] {
             let pool = rayon::ThreadPoolBuilder::new()
@@ -139,7 +139,7 @@ fn same_bytes_at_any_thread_count() -> Result<()> {
                     ],
                 )?;
                 let narrow = Product::new(Factor::Plain(&x), Factor::Plain(&v16))
-                    .with_precision(Precision::Brain);
+                    .with_precision(Precision::Bf16);
                 let rounded = sum_of_products(Some(&sum), &[narrow])?;
                 let single = matmul_nt(&x, &w)?;
                 let values = Tensor::cat(&[sum, single, rounded], 0)?.flatten_all()?;
@@ -152,6 +152,66 @@ fn same_bytes_at_any_thread_count() -> Result<()> {
             all.push(bits);
         }
         assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{m} {n} {k}");
+    }
+    Ok(())
+}
+
+/// A weight that does not lend what another one of the same values does.
+#[derive(Debug)]
+struct Widening(Tensor);
+
+impl Weight for Widening {
+    fn dims(&self) -> Result<(usize, usize)> {
+        Weight::dims(&self.0)
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    fn access(&self) -> Access<'_> {
+        Access::Widened
+    }
+
+    fn widen(
+        &self,
+        rows: std::ops::Range<usize>,
+        columns: std::ops::Range<usize>,
+        out: &mut [f32],
+    ) {
+        self.0.widen(rows, columns, out);
+    }
+
+    fn tensor(&self) -> Result<Tensor> {
+        self.0.tensor()
+    }
+}
+
+/// How a weight is held changes no bit: every kind is summed in one order.
+#[test]
+fn same_bytes_lent_and_widened() -> Result<()> {
+    for n in [5, 64, 96, 200, 259, 300, 576, 1100] {
+        for k in [3, 64, 300, 513, 2048, 2049, 3000, 5000] {
+            for m in [1, 2, 3, 15, 16, 40] {
+                let x = matrix(m, k, 1.0);
+                let (w, v) = (matrix(n, k, 2.0), matrix(k, n, 3.0));
+                let (wide_w, wide_v) = (Widening(w.clone()), Widening(v.clone()));
+                let pairs: [[Factor<'_, dyn Weight>; 2]; 2] = [
+                    [Factor::Transposed(&w), Factor::Transposed(&wide_w)],
+                    [Factor::Plain(&v), Factor::Plain(&wide_v)],
+                ];
+                for factors in pairs {
+                    let [lent, widened] = factors.map(|rhs| {
+                        let sum = sum_of_products(None, &[Product::new(Factor::Plain(&x), rhs)])?;
+                        let values = sum.flatten_all()?.to_vec1::<f32>()?;
+                        Ok::<_, crate::Error>(
+                            values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
+                        )
+                    });
+                    assert_eq!(lent?, widened?, "{m} {n} {k}");
+                }
+            }
+        }
     }
     Ok(())
 }

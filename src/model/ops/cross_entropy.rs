@@ -4,11 +4,12 @@ use std::sync::Mutex;
 
 use candle_core::{CpuStorage, D, DType, Device, InplaceOp1, Layout, Tensor};
 use monteclora_adapters::simd::{largest, vectorised};
-use monteclora_adapters::{FrozenLinear, LowRank};
+use monteclora_adapters::{FrozenLinear, Update, input_gradient};
 use rayon::prelude::*;
 
 use super::swiglu::exp;
 use crate::model::Result;
+use crate::model::adapter::sum_of_factors;
 
 /// Labelled positions whose logits exist at the same time.
 pub(crate) const CHUNK: usize = 256;
@@ -22,14 +23,14 @@ pub struct CrossEntropy {
     pub correct: Vec<bool>,
     /// With respect to the head's input, `[labels, hidden]`.
     pub grad_hidden: Option<Tensor>,
-    /// With respect to A and B of an adapted head.
-    pub grad_adapter: Option<(Tensor, Tensor)>,
+    /// With respect to the factors of the head's update; none without one.
+    pub grad_factors: Vec<Tensor>,
 }
 
 /// Evaluates `hidden` `[labels, hidden]` (normalised) against `targets` `[labels]`; with `scale` also the gradient.
 pub fn evaluate(
     head: &FrozenLinear,
-    adapter: Option<&LowRank>,
+    update: Option<&dyn Update>,
     hidden: &Tensor,
     targets: &[u32],
     scale: Option<f64>,
@@ -39,24 +40,21 @@ pub fn evaluate(
         nll: Vec::with_capacity(labels),
         correct: Vec::with_capacity(labels),
         grad_hidden: None,
-        grad_adapter: None,
+        grad_factors: Vec::new(),
     };
     let mut grads = Vec::new();
     for start in (0..labels).step_by(CHUNK) {
         let targets = &targets[start..labels.min(start + CHUNK)];
         let chunk = hidden.narrow(0, start, targets.len())?.contiguous()?;
-        let (logits, saved) = head.forward(&chunk, adapter, None, None)?;
+        let (logits, saved) = head.forward(&chunk, update, None, None)?;
         let (nll, correct, grad_logits) = softmax_loss(logits, targets, scale)?;
         result.nll.extend(nll);
         result.correct.extend(correct);
         if let Some(grad_logits) = grad_logits {
-            let gradients = head.backward(&chunk, &saved, &grad_logits, adapter, None, true)?;
-            grads.extend(gradients.input);
-            result.grad_adapter = match (result.grad_adapter.take(), gradients.adapter) {
-                (Some((a, b)), Some((more_a, more_b))) => Some(((a + more_a)?, (b + more_b)?)),
-                (None, more) => more,
-                (before, None) => before,
-            };
+            let branch = head.backward(&grad_logits, &saved, update, None)?;
+            let of_factors = branch.gradients(&chunk, &saved)?;
+            grads.push(input_gradient(&[branch])?);
+            result.grad_factors = sum_of_factors(result.grad_factors, of_factors)?;
         }
     }
     if !grads.is_empty() {
@@ -183,10 +181,10 @@ mod tests {
     #[test]
     fn equals_candle_on_uneven_chunks() -> Result<()> {
         let (labels, hidden, vocab) = (CHUNK * 2 + 5, 7, 37);
-        let head = FrozenLinear::new(matrix(vocab, hidden, 0.3), None)?;
+        let head = FrozenLinear::new(std::sync::Arc::new(matrix(vocab, hidden, 0.3)), None)?;
         let x = Var::from_tensor(&matrix(labels, hidden, 0.8))?;
         let targets: Vec<u32> = (0..labels as u32).map(|i| (i * 5) % vocab as u32).collect();
-        let logits = (x.matmul(&head.weight().t()?)? * 1.0)?;
+        let logits = (x.matmul(&head.weight().tensor()?.t()?)? * 1.0)?;
         let loss = candle_nn::loss::cross_entropy(
             &logits,
             &Tensor::new(targets.as_slice(), &Device::Cpu)?,

@@ -115,7 +115,7 @@ fn attention_gradient() -> Result<()> {
 #[test]
 fn cross_entropy_gradient() -> Result<()> {
     let labels = cross_entropy::CHUNK + 3;
-    let head = FrozenLinear::new(matrix(29, 11, 0.3), None)?;
+    let head = FrozenLinear::new(std::sync::Arc::new(matrix(29, 11, 0.3)), None)?;
     let hidden = matrix(labels, 11, 0.8);
     let targets: Vec<u32> = (0..labels as u32).map(|i| (i * 5) % 29).collect();
     let found = cross_entropy::evaluate(&head, None, &hidden, &targets, Some(0.25))?;

@@ -14,7 +14,7 @@ use half::bf16;
     not(target_arch = "x86_64"),
     expect(dead_code, reason = "there is no kernel to read them")
 )]
-pub(crate) struct Weights<'a> {
+pub(crate) struct Matrix<'a> {
     /// Its elements.
     pub data: &'a [bf16],
     /// Distance between rows of the matrix in memory.
@@ -30,7 +30,7 @@ pub(crate) use avx512::{Kernel, PackedRows};
 
 #[cfg(not(target_arch = "x86_64"))]
 mod absent {
-    use super::{Range, Weights};
+    use super::{Matrix, Range};
 
     /// Proof that the instructions exist; here there is none.
     #[derive(Debug, Clone, Copy)]
@@ -57,7 +57,7 @@ mod absent {
         pub(crate) unsafe fn product(
             self,
             _: &PackedRows,
-            _: Weights<'_>,
+            _: Matrix<'_>,
             _: Range<usize>,
             _: *mut f32,
             _: usize,
@@ -84,7 +84,7 @@ mod avx512 {
     use half::slice::HalfFloatSliceExt;
     use rayon::prelude::*;
 
-    use super::{Range, Weights};
+    use super::{Matrix, Range};
 
     /// f32 lanes of a register.
     const LANES: usize = 16;
@@ -157,7 +157,7 @@ mod avx512 {
         pub(crate) unsafe fn product(
             self,
             lhs: &PackedRows,
-            rhs: Weights<'_>,
+            rhs: Matrix<'_>,
             columns: Range<usize>,
             destination: *mut f32,
             n: usize,
@@ -232,12 +232,7 @@ mod avx512 {
 
     /// `depth` and `columns` of the transpose of `w`, that is rows `columns` of `w`, as `out[pair][column]`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn pack_transposed(
-        w: Weights<'_>,
-        depth: Range<usize>,
-        columns: Range<usize>,
-        out: &mut [u32],
-    ) {
+    fn pack_transposed(w: Matrix<'_>, depth: Range<usize>, columns: Range<usize>, out: &mut [u32]) {
         let data = w.data.reinterpret_cast();
         for vector in 0..VECTORS {
             let first = (columns.start + vector * LANES).min(columns.end);
@@ -264,7 +259,7 @@ mod avx512 {
 
     /// `depth` (rows) and `columns` of `w` as `out[pair][column]`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn pack_plain(w: Weights<'_>, depth: Range<usize>, columns: Range<usize>, out: &mut [u32]) {
+    fn pack_plain(w: Matrix<'_>, depth: Range<usize>, columns: Range<usize>, out: &mut [u32]) {
         let data: &[u16] = w.data.reinterpret_cast();
         let load = |row: usize, columns: Range<usize>| -> __m256i {
             if row >= depth.end || columns.is_empty() {

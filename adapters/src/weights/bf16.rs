@@ -1,0 +1,93 @@
+//! Weights in bfloat16: half the memory, widened piece by piece or multiplied as they are.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use monteclora_converters as formats;
+
+use super::{Access, Kind, Lent, Weight, lend};
+use crate::error::Result;
+use crate::simd::vectorised;
+
+pub(super) const KIND: Kind = Kind {
+    name: "bf16",
+    hold: |values, device| {
+        let tensor = Tensor::from_vec(narrow(values)?, values.shape(), &Device::Cpu)?;
+        Ok(Arc::new(Bf16(tensor.to_device(device)?)))
+    },
+};
+
+/// A matrix in bfloat16.
+#[derive(Debug, Clone)]
+pub struct Bf16(Tensor);
+
+impl Bf16 {
+    /// `matrix` rounded to nearest.
+    ///
+    /// # Errors
+    /// What candle cannot convert.
+    pub fn new(matrix: &Tensor) -> Result<Self> {
+        Ok(Self(matrix.to_dtype(DType::BF16)?))
+    }
+}
+
+impl Weight for Bf16 {
+    fn dims(&self) -> Result<(usize, usize)> {
+        Ok(self.0.dims2()?)
+    }
+
+    fn bytes(&self) -> usize {
+        Weight::bytes(&self.0)
+    }
+
+    fn access(&self) -> Access<'_> {
+        match self.lend_bf16() {
+            Some(_) => Access::Widened,
+            None => Access::Elsewhere,
+        }
+    }
+
+    fn widen(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let stride = self.0.dims().last().copied().unwrap_or_default();
+        let Some(values) = self.lend_bf16() else {
+            return;
+        };
+        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
+            let row = &values[row * stride..][columns.clone()];
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (wide, narrow) in out.iter_mut().zip(row) {
+                        *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+                    }
+                },
+            );
+        }
+    }
+
+    fn lend_bf16(&self) -> Option<Lent<'_, bf16>> {
+        lend(&self.0)
+    }
+
+    fn tensor(&self) -> Result<Tensor> {
+        Ok(self.0.clone())
+    }
+}
+
+/// The values as bf16, without a copy in f32 in between.
+fn narrow(tensor: &formats::Tensor) -> Result<Vec<bf16>> {
+    let bytes = tensor.bytes();
+    Ok(match tensor.dtype() {
+        formats::DType::BF16 => bytes
+            .chunks_exact(2)
+            .map(|b| bf16::from_le_bytes([b[0], b[1]]))
+            .collect(),
+        formats::DType::F32 => bytes
+            .chunks_exact(4)
+            .map(|b| bf16::from_f32(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+            .collect(),
+        _ => tensor.to_f32()?.into_iter().map(bf16::from_f32).collect(),
+    })
+}
