@@ -94,5 +94,5 @@ pub use tensors::gguf::{GgufArray, GgufFile, GgufTensor, GgufValue, ggml_block};
 pub use tensors::safetensors_file::SafetensorsFile;
 pub use tensors::safetensors_write::write_safetensors;
 pub use tensors::tensor::Tensor;
-pub use validate::runtime::Runtime;
+pub use validate::runtime::{MISTRALRS, Runtime};
 pub use validate::{validate, validate_path};

@@ -315,7 +315,7 @@ fn check_targets(config: &AdapterConfig, report: &mut Report<'_>) {
     }
 }
 
-/// mistral.rs 0.8.1 matches names anywhere in a path and demands tensors for every hit.
+/// [`Runtime::Mistralrs`] matches names anywhere in a path and demands tensors for every hit.
 fn check_coverage(adapter: &Adapter, base: &ModelFiles, report: &mut Report<'_>) {
     let TargetModules::List(names) = &adapter.config.target_modules else {
         return;

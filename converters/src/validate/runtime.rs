@@ -5,11 +5,14 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
+/// The mistral.rs that serves adapters here, as messages name it.
+pub const MISTRALRS: &str = "mistral.rs 0.8.1";
+
 /// A program that reads adapters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Runtime {
-    /// mistral.rs 0.8.1, its own LoRA path. Serving through this project merges instead and has none of its limits.
+    /// [`MISTRALRS`], its own LoRA path. Serving through this project merges instead and has none of its limits.
     Mistralrs,
     /// mistral.rs 0.9.1 and later.
     Mistralrs09,

@@ -18,8 +18,8 @@ enum Fate {
 
 use Fate::{Applied, Ignored, Refused, RefusedOrIgnored};
 
-/// Code of the problem, then the fate in mistral.rs 0.8.1, mistral.rs 0.9, vLLM, llama.cpp and PEFT. From the sources
-/// of mistral.rs 0.8.1 (`lora/mod.rs`) and 0.9 (`validate_dynamic`), of vLLM (`peft_helper.py`) and of llama.cpp
+/// Code of the problem, then the fate in each of [`Runtime::ALL`]. From the sources of mistral.rs (`lora/mod.rs`, and 0.9's
+/// `validate_dynamic`), of vLLM (`peft_helper.py`) and of llama.cpp
 /// (`convert_lora_to_gguf.py`, which stops at tensors that are neither A nor B, and reads no key but `lora_alpha`).
 const FATES: [(&str, [Fate; 5]); 11] = [
     ("dora", [Ignored, Refused, Refused, Refused, Applied]),
