@@ -165,7 +165,7 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     #[cfg(feature = "mistralrs")]
     if let Some(error) = error.downcast_ref::<mistralrs_monteclora::Error>() {
-        return u8::try_from(error.exit_code()).ok();
+        return Some(error.exit_code());
     }
     if let Some(error) = error.downcast_ref::<crate::report::Error>() {
         return match error {

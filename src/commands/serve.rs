@@ -1,6 +1,6 @@
 //! `serve`: mistral.rs's OpenAI-compatible server with adapters loaded.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -20,10 +20,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<()> {
         let source: Arc<ConfigSource> = Arc::new(move || {
             configuration(&args).map_err(|error| match error.downcast::<ServeError>() {
                 Ok(error) => error,
-                Err(error) => ServeError::Setting {
-                    key: "configuration".to_owned(),
-                    message: format!("{error:#}"),
-                },
+                Err(error) => ServeError::setting("configuration", format!("{error:#}")),
             })
         });
         source
@@ -65,10 +62,7 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
         };
         hub::locate(id, &options)
             .map(|located| located.dir)
-            .map_err(|error| ServeError::NotFound {
-                path: PathBuf::from(id),
-                message: format!("{error:#}"),
-            })
+            .map_err(|error| ServeError::not_found(Path::new(id), format!("{error:#}")))
     };
     let mut config = file.resolve(&locate)?;
     config.force = args.force;

@@ -8,6 +8,8 @@ use monteclora_converters::Problem;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::quirks_0_8::special_tokens::TextFrame;
+use crate::quirks_0_8::{special_tokens, template_variables, tokenizer_panics};
 
 /// The files written, all in the staging directory.
 pub(crate) struct ChatFiles {
@@ -18,8 +20,7 @@ pub(crate) struct ChatFiles {
 
 /// Reads the conversation side of the model in `base` and writes it, normalised, into `out`.
 ///
-/// - `tokenizer.json` without post-processor, padding and truncation. mistral.rs encodes rendered conversations with
-///   special tokens on, so a tokenizer that adds BOS would add a second one to a template that prints it.
+/// - `tokenizer.json` without post-processor, padding and truncation.
 /// - `tokenizer_config.json` with only the template and the special tokens; an unset token is the empty text.
 /// - `generation_config.json` with every end-of-sequence id that the model names.
 pub(crate) fn write_chat_files(
@@ -35,10 +36,8 @@ pub(crate) fn write_chat_files(
             "missing; a model directory needs its tokenizer in this form",
         )
     })?;
-    check_tokenizer(&tokenizer, &mut problems);
-    for key in ["post_processor", "padding", "truncation"] {
-        tokenizer[key] = Value::Null;
-    }
+    problems.extend(tokenizer_panics::problems(&tokenizer));
+    special_tokens::leave_out(&mut tokenizer);
     let vocabulary = Vocabulary::new(&tokenizer);
 
     let settings = read_json(&base.join("tokenizer_config.json"))?.unwrap_or_else(|| json!({}));
@@ -65,15 +64,9 @@ pub(crate) fn write_chat_files(
         "unk_token": token("unk_token").unwrap_or_default(),
     });
     let mut template = find_template(base, template_override, &settings)?;
-    // mistral.rs defines this variable, in a form of its own; transformers leaves it to the template's default.
-    for_each_text(&mut template, &|text| {
-        *text = text.replace("date_string", "model_date_string")
-    });
-    match &eos {
-        Some(eos) => chat["eos_token"] = json!(eos),
-        None => for_each_text(&mut template, &|text| {
-            text.insert_str(0, "{% set eos_token = '' %}");
-        }),
+    template_variables::keep_to_transformers(&mut template, eos.is_some());
+    if let Some(eos) = &eos {
+        chat["eos_token"] = json!(eos);
     }
     if !template.is_null() {
         chat["chat_template"] = template;
@@ -92,38 +85,6 @@ pub(crate) fn write_chat_files(
     write_json(&files.template, &chat)?;
     write_json(&files.generation, &generation)?;
     Ok(files)
-}
-
-/// What mistral.rs 0.8.1 needs of a tokenizer.json, where it would panic or answer with garbled spaces.
-fn check_tokenizer(tokenizer: &Value, problems: &mut Vec<Problem>) {
-    let mut problem = |key: &str, message: &str| {
-        problems.push(Problem::new(
-            "tokenizer",
-            format!("tokenizer.json: {key}"),
-            message,
-            "save the tokenizer again with a current transformers, as a byte-level or byte-fallback BPE",
-        ));
-    };
-    if !tokenizer["model"]["vocab"].is_object() {
-        problem("model.vocab", "expected an object from token to id");
-    }
-    let added = tokenizer["added_tokens"].as_array();
-    if !added.is_some_and(|list| {
-        list.iter()
-            .all(|t| t["id"].is_u64() && t["content"].is_string())
-    }) {
-        problem(
-            "added_tokens",
-            "expected a list of tokens with id and content",
-        );
-    }
-    let decoder = tokenizer["decoder"].to_string();
-    if !decoder.contains("\"ByteLevel\"") && !decoder.contains("\"ByteFallback\"") {
-        problem(
-            "decoder",
-            "neither ByteLevel nor ByteFallback, so that answers could not be decoded",
-        );
-    }
 }
 
 /// The texts of all tokens, and those of the added ones by id.
@@ -202,19 +163,6 @@ fn find_template(base: &Path, explicit: Option<&Path>, settings: &Value) -> Resu
     }
 }
 
-/// Applies `change` to the template, or to each of several named ones.
-fn for_each_text(template: &mut Value, change: &dyn Fn(&mut String)) {
-    match template {
-        Value::String(text) => change(text),
-        Value::Array(named) => {
-            for entry in named {
-                for_each_text(&mut entry["template"], change);
-            }
-        }
-        _ => {}
-    }
-}
-
 /// The generation settings that mistral.rs reads; end-of-sequence ids come from config.json where there is no file.
 fn generation_config(
     base: &Path,
@@ -267,50 +215,10 @@ fn generation_config(
     Ok(generation)
 }
 
-/// Tokens that a tokenizer puts before and after plain text.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct TextFrame {
-    pub(crate) prefix: Vec<u32>,
-    pub(crate) suffix: Vec<u32>,
-}
-
-/// Reads the frame from the post-processor of the model's `tokenizer.json`, which mistral.rs does not get to see.
+/// What the model's own `tokenizer.json`, which mistral.rs does not get to see, puts around plain text.
 pub(crate) fn text_frame(base: &Path) -> Result<TextFrame> {
     let tokenizer = read_json(&base.join("tokenizer.json"))?.unwrap_or(Value::Null);
-    let mut frame = TextFrame::default();
-    add_frame(&tokenizer["post_processor"], &mut frame);
-    Ok(frame)
-}
-
-fn add_frame(processor: &Value, frame: &mut TextFrame) {
-    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    match processor["type"].as_str() {
-        Some("Sequence") => {
-            for inner in processor["processors"].as_array().into_iter().flatten() {
-                add_frame(inner, frame);
-            }
-        }
-        Some("TemplateProcessing") => {
-            let mut before_text = true;
-            for piece in processor["single"].as_array().into_iter().flatten() {
-                let special = &piece["SpecialToken"]["id"];
-                before_text &= piece.get("Sequence").is_none();
-                let name = special.as_str().unwrap_or_default();
-                let ids = processor["special_tokens"][name]["ids"].as_array();
-                let ids = ids.into_iter().flatten().filter_map(id);
-                if before_text {
-                    frame.prefix.extend(ids);
-                } else {
-                    frame.suffix.extend(ids);
-                }
-            }
-        }
-        Some("BertProcessing" | "RobertaProcessing") => {
-            frame.prefix.extend(id(&processor["cls"][1]));
-            frame.suffix.extend(id(&processor["sep"][1]));
-        }
-        _ => {}
-    }
+    Ok(TextFrame::of(&tokenizer))
 }
 
 fn read_text(path: &Path) -> Result<Option<String>> {
@@ -389,25 +297,6 @@ mod tests {
             json!({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "", "chat_template": "{{ bos_token }}x"})
         );
         assert_eq!(generation, json!({"eos_token_id": [1]}));
-    }
-
-    #[test]
-    fn the_frame_of_plain_text_is_kept() {
-        let mut frame = TextFrame::default();
-        let processor = json!({"type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "b"}}, {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "e"}}],
-            "special_tokens": {"b": {"ids": [7]}, "e": {"ids": [8, 9]}}});
-        add_frame(
-            &json!({"type": "Sequence", "processors": [{"type": "ByteLevel"}, processor]}),
-            &mut frame,
-        );
-        assert_eq!(
-            frame,
-            TextFrame {
-                prefix: vec![7],
-                suffix: vec![8, 9]
-            }
-        );
     }
 
     #[test]

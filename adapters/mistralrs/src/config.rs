@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::field_names::field_names;
 
-pub use limits::{Limits, LimitsSection};
+pub use limits::LimitsSection;
 pub use resolve::{Locate, ModelConfig, ServeConfig, TlsFiles, local_only};
 
 /// `serve.toml` as written, with mistral.rs `from-config` names.
@@ -70,7 +71,7 @@ impl Default for ServerSection {
 pub struct RuntimeSection {
     /// Sequences an engine works on at a time. At least 1.
     pub max_seqs: usize,
-    /// Prompts whose key-value cache an engine keeps. Only 0: with mistral.rs 0.8.1's, the turn after an
+    /// Prompts whose key-value cache an engine keeps. Only 0: with mistral.rs's, the turn after an
     /// answer that was cut short is computed without one token, and on a CPU the cache grows without limit.
     pub prefix_cache_n: usize,
     /// Most memory for the weights of all engines together, in MiB; each adapter is a copy of its base.
@@ -177,10 +178,7 @@ impl ServeFile {
     pub fn read(path: &Path) -> Result<Self> {
         // A pipe would never end, or give nothing at a reload.
         if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
-            return Err(Error::Config {
-                path: path.to_path_buf(),
-                message: "not a regular file".to_owned(),
-            });
+            return Err(Error::config(path, "not a regular file"));
         }
         let text = fs::read_to_string(path).map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => {
@@ -188,10 +186,8 @@ impl ServeFile {
             }
             _ => Error::io("read", path)(source),
         })?;
-        let mut file = parse::parse(&text, environment()).map_err(|message| Error::Config {
-            path: path.to_path_buf(),
-            message,
-        })?;
+        let mut file =
+            parse::parse(&text, environment()).map_err(|message| Error::config(path, message))?;
         // Whole paths, so that what is recorded of them means the same wherever the server is started from.
         let path = std::path::absolute(path).map_err(Error::io("find", path))?;
         file.anchor(path.parent().unwrap_or(Path::new("")));
@@ -238,57 +234,18 @@ fn environment() -> impl Iterator<Item = (String, String)> {
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
-/// Every key of the file's form, by table. Tested against the structures.
-const KEYS: &[(&str, &[&str])] = &[
-    (
-        "",
-        &[
-            "server",
-            "runtime",
-            "limits",
-            "auth",
-            "admin",
-            "models",
-            "default_model_id",
-        ],
-    ),
-    (
-        "server",
-        &["host", "port", "tls_cert", "tls_key", "allowed_origins"],
-    ),
-    ("runtime", &["max_seqs", "prefix_cache_n", "max_memory_mb"]),
-    (
-        "limits",
-        &[
-            "max_body_bytes",
-            "max_header_bytes",
-            "max_prompt_tokens",
-            "max_completion_tokens",
-            "max_concurrent_requests",
-            "max_connections",
-            "header_timeout_s",
-            "body_timeout_s",
-            "write_timeout_s",
-            "request_timeout_s",
-            "drain_timeout_s",
-        ],
-    ),
-    ("auth", &["api_keys_file", "admin_keys_file"]),
-    ("admin", &["enabled", "adapter_root", "state_file"]),
-    (
-        "models",
-        &[
-            "model_id",
-            "revision",
-            "name",
-            "dtype",
-            "chat_template",
-            "quantization",
-            "device",
-            "adapters",
-        ],
-    ),
-    ("models.quantization", &["in_situ_quant"]),
-    ("models.device", &["cpu"]),
-    ("models.adapters", &["type", "alias", "source", "revision"]),
-];
+/// Every key of the file's form, by table.
+fn keys() -> [(&'static str, &'static [&'static str]); 10] {
+    [
+        ("", field_names::<ServeFile>()),
+        ("server", field_names::<ServerSection>()),
+        ("runtime", field_names::<RuntimeSection>()),
+        ("limits", field_names::<LimitsSection>()),
+        ("auth", field_names::<AuthSection>()),
+        ("admin", field_names::<AdminSection>()),
+        ("models", field_names::<ModelSection>()),
+        ("models.quantization", field_names::<QuantizationSection>()),
+        ("models.device", field_names::<DeviceSection>()),
+        ("models.adapters", field_names::<AdapterSection>()),
+    ]
+}

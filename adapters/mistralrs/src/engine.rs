@@ -1,21 +1,22 @@
 //! One model in one private mistral.rs engine, driven from ordinary blocking code: logits, tokens and greedy answers.
 
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
 use mistralrs_core::{
-    Constraint, CustomLogitsProcessor, DefaultSchedulerMethod, MistralRs, MistralRsBuilder,
-    NormalRequest, Request, RequestMessage, Response, SamplingParams, SchedulerConfig,
-    TokenizationRequest,
+    CustomLogitsProcessor, DefaultSchedulerMethod, MistralRs, MistralRsBuilder, NormalRequest,
+    Request, RequestMessage, Response, SamplingParams, SchedulerConfig, TokenizationRequest,
 };
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
+use crate::quirks_0_8::abandoned_requests::submit_tokenization;
 
 /// How long a dropped engine may take to give its memory back.
 const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
@@ -90,7 +91,7 @@ impl Engine {
         Self::launch(loader, false)
     }
 
-    fn launch(loader: &MonteCloraLoader, prefix_cache: bool) -> Result<Self> {
+    pub(crate) fn launch(loader: &MonteCloraLoader, prefix_cache: bool) -> Result<Self> {
         let max_sequence_length = loader.check()?.max_sequence_length;
         let pipeline = loader.load()?;
         // A single-threaded runtime: mistral.rs then leaves out its warm-up request, which would fill a prefix cache.
@@ -209,32 +210,24 @@ impl Engine {
         Ok(())
     }
 
-    fn request(&self, messages: RequestMessage, response: Sender<Response>) -> NormalRequest {
-        NormalRequest {
-            id: self.host.next_request_id(),
-            messages,
-            // Temperature 0 is an argmax over the logits; without one mistral.rs samples at temperature 1.
-            sampling_params: SamplingParams {
-                temperature: Some(0.0),
-                max_len: Some(1),
-                ..SamplingParams::neutral()
-            },
-            response,
-            return_logprobs: false,
-            is_streaming: false,
-            constraint: Constraint::None,
-            suffix: None,
-            tools: None,
-            tool_choice: None,
-            logits_processors: None,
-            return_raw_logits: false,
-            web_search_options: None,
-            model_id: None,
-            truncate_sequence: false,
-        }
+    /// A greedy request for one token.
+    pub(crate) fn request(
+        &self,
+        messages: RequestMessage,
+        response: Sender<Response>,
+    ) -> NormalRequest {
+        // Temperature 0 is an argmax over the logits; without one mistral.rs samples at temperature 1.
+        let params = SamplingParams {
+            temperature: Some(0.0),
+            max_len: Some(1),
+            ..SamplingParams::neutral()
+        };
+        let id = self.host.next_request_id();
+        NormalRequest::new_simple(messages, params, response, id, None, None)
     }
 
-    fn exchange(
+    /// The first response to `request`, whose receiver is `receiver`.
+    pub(crate) fn exchange(
         &self,
         request: NormalRequest,
         receiver: &mut Receiver<Response>,
@@ -331,34 +324,6 @@ pub(crate) async fn tokenize(
     submit_tokenization(host, model, request, receiver, held).await
 }
 
-/// Sends a tokenization and waits for it. The receiver must be the request's own: the engine stops if it is gone.
-///
-/// The engine may be at it longer than the caller waits; `held` is kept as long.
-pub(crate) async fn submit_tokenization(
-    host: &MistralRs,
-    model: Option<&str>,
-    request: TokenizationRequest,
-    mut receiver: Receiver<anyhow::Result<Vec<u32>>>,
-    held: impl Send + 'static,
-) -> Result<Vec<u32>> {
-    let sender = host.get_sender(model).map_err(engine_error)?;
-    // A task of its own: a caller that goes away must not take the receiver with it.
-    let work = tokio::spawn(async move {
-        let _held = held;
-        sender
-            .send(Request::Tokenize(request))
-            .await
-            .map_err(engine_error)?;
-        receiver
-            .recv()
-            .await
-            .ok_or_else(|| Error::Engine("the engine stopped without an answer".to_owned()))
-    });
-    work.await
-        .map_err(engine_error)??
-        .map_err(|error| Error::Engine(error.root_cause().to_string()))
-}
-
 fn logits_of(chunks: &[Tensor], n_tokens: usize) -> candle_core::Result<Result<PromptLogits>> {
     let mut values = Vec::new();
     let mut n_positions = 0;
@@ -392,16 +357,11 @@ pub(crate) fn failure(response: Response) -> String {
 
 /// Notes the token that an argmax picks at each step, ties resolved as in mistral.rs: the last of the largest.
 #[derive(Default)]
-struct GreedyRecorder(Mutex<Vec<u32>>);
+pub(crate) struct GreedyRecorder(Mutex<Vec<u32>>);
 
 impl GreedyRecorder {
-    fn take(&self) -> Vec<u32> {
-        std::mem::take(
-            &mut *self
-                .0
-                .lock()
-                .unwrap_or_else(|poisoned| poisoned.into_inner()),
-        )
+    pub(crate) fn take(&self) -> Vec<u32> {
+        std::mem::take(&mut *self.0.lock())
     }
 }
 
@@ -413,65 +373,8 @@ impl CustomLogitsProcessor for GreedyRecorder {
             .enumerate()
             .max_by(|(_, a), (_, b)| a.total_cmp(b))
             .map_or(0, |(token, _)| token);
-        let mut tokens = self
-            .0
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        tokens.push(u32::try_from(best).map_err(candle_core::Error::wrap)?);
+        let best = u32::try_from(best).map_err(candle_core::Error::wrap)?;
+        self.0.lock().push(best);
         Ok(logits.clone())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fixture_tests::servable;
-
-    /// The raw logits after the last of `tokens`.
-    fn last_logits(engine: &Engine, tokens: &[u32]) -> Vec<f32> {
-        let (sender, mut receiver) = channel(1);
-        let mut request = engine.request(RequestMessage::CompletionTokens(tokens.to_vec()), sender);
-        request.return_raw_logits = true;
-        let answer = engine.exchange(request, &mut receiver);
-        let Response::Raw { logits_chunks, .. } = answer.expect("an answer") else {
-            panic!("no logits");
-        };
-        let last = logits_chunks.last().expect("logits");
-        let n_tokens = last.elem_count() / last.dims().last().expect("a shape");
-        let rows = last.reshape((n_tokens, ())).expect("whole rows");
-        let mut rows = rows.to_vec2::<f32>().expect("32-bit");
-        rows.pop().expect("a row")
-    }
-
-    /// Why `prefix_cache_n` is refused: after a cut answer, the next turn is computed with a key and value missing.
-    ///
-    /// mistral.rs 0.8.1 files the cache of an answer under all of its tokens, but the last of them was never computed. Once
-    /// this fails, a later version does it right, and the prefix cache can be supported.
-    #[test]
-    fn the_prefix_cache_of_mistralrs_loses_the_last_token_of_an_answer() {
-        let loader = servable().loader();
-        let engine = Engine::launch(&loader, true).expect("loads");
-        let prompt: Vec<u32> = (3..13).collect();
-        let (sender, mut receiver) = channel(1);
-        let mut request = engine.request(RequestMessage::CompletionTokens(prompt.clone()), sender);
-        request.sampling_params.max_len = Some(4);
-        let recorder = Arc::new(GreedyRecorder::default());
-        request.logits_processors = Some(vec![recorder.clone()]);
-        let answer = engine.exchange(request, &mut receiver);
-        answer.expect("an answer");
-        let next_turn = [prompt, recorder.take(), vec![3, 4]].concat();
-        let cached = last_logits(&engine, &next_turn);
-        engine.shut_down().expect("stops");
-
-        let engine = Engine::start(&loader).expect("loads");
-        let right = last_logits(&engine, &next_turn);
-        engine.shut_down().expect("stops");
-        let difference = |(a, b): (&f32, &f32)| (a - b).abs();
-        let largest = cached
-            .iter()
-            .zip(&right)
-            .map(difference)
-            .fold(0.0, f32::max);
-        assert!(largest > 0.01, "{largest}: the prefix cache is right now");
     }
 }

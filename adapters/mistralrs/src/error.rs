@@ -1,9 +1,9 @@
-//! The one error type of this crate and the process exit code that each kind stands for.
+//! The one error type of this crate, and the process exit code of each.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use monteclora_converters::{Error as FormatError, Problem, Problems, exit_code};
+use monteclora_converters::{Error as FormatError, MISTRALRS, Problem, Problems};
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -15,14 +15,12 @@ pub enum Error {
     /// The adapter or the base model's files are missing, malformed or do not fit each other.
     #[error(transparent)]
     Format(#[from] FormatError),
-    /// A file or directory that should be there is not.
-    #[error("`{}`: {message}", .path.display())]
-    NotFound {
-        /// The path looked for.
-        path: PathBuf,
-        /// What was expected there, and the remedy.
-        message: String,
-    },
+    /// One thing that its [`code`](Error::code) names.
+    #[error(transparent)]
+    Problem(#[from] Problem),
+    /// A base model that mistral.rs would refuse, or answer wrongly with; every reason is listed.
+    #[error(transparent)]
+    Unsupported(Problems),
     /// The operating system refused.
     #[error("cannot {action} `{}`: {source}", .path.display())]
     Io {
@@ -33,73 +31,9 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
-    /// A base model that mistral.rs 0.8.1 would refuse, or answer wrongly with; every reason is listed.
-    #[error(transparent)]
-    Unsupported(Problems),
-    /// An adapter whose update is zero at every site.
-    #[error(
-        "the adapter `{}` changes nothing: B A = 0 at every site; train it first, or start the server with --force if that is meant",
-        .path.display()
-    )]
-    ZeroEffect {
-        /// The adapter.
-        path: PathBuf,
-    },
-    /// A setting with a value that cannot be used.
-    #[error("{key}: {message}")]
-    Setting {
-        /// The configuration key or builder setting.
-        key: String,
-        /// What is wrong with its value, and the remedy.
-        message: String,
-    },
-    /// A configuration file that cannot be understood.
-    #[error("`{}`: {message}", .path.display())]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// Position, key and remedy, one problem a line.
-        message: String,
-    },
-    /// mistral.rs failed to load a model whose files passed every check of ours.
-    #[error("mistral.rs could not load `{name}`: {message}")]
-    Load {
-        /// The public name of the model.
-        name: String,
-        /// The reason mistral.rs gave.
-        message: String,
-    },
-    /// Files that were written to while they were checked and loaded.
-    #[error(
-        "the files of `{name}` changed from {checked} to {loaded} while it was loaded; load it again when nothing writes them"
-    )]
-    FilesChanged {
-        /// The public name of the model.
-        name: String,
-        /// Generation that was checked.
-        checked: String,
-        /// Generation that was loaded.
-        loaded: String,
-    },
     /// An engine refused a request or stopped.
     #[error("mistral.rs: {0}")]
     Engine(String),
-    /// A name that is already served.
-    #[error("the name `{0}` is already served; unload it first, or load in place")]
-    NameTaken(String),
-    /// A name that is not served.
-    #[error("the model `{0}` does not exist")]
-    UnknownName(String),
-    /// A compare-and-swap whose expectation no longer holds.
-    #[error("`{name}` is at generation {found}, not {expected}")]
-    GenerationMoved {
-        /// The public name.
-        name: String,
-        /// The generation the caller expected.
-        expected: String,
-        /// The generation being served.
-        found: String,
-    },
     /// What is wrong with one of several models or adapters.
     #[error("`{name}`: {source}")]
     Of {
@@ -111,67 +45,58 @@ pub enum Error {
     /// Several things at once.
     #[error("{}", join(.0))]
     Several(Vec<Error>),
+}
+
+/// Codes of problems that are told apart.
+pub(crate) mod code {
+    /// A setting with a value that cannot be used.
+    pub(crate) const SETTING: &str = "setting";
+    /// A file or directory that should be there is not.
+    pub(crate) const NOT_FOUND: &str = "not-found";
+    /// A configuration file that cannot be understood.
+    pub(crate) const CONFIG: &str = "config";
+    /// mistral.rs failed to load a model whose files passed every check of ours.
+    pub(crate) const LOAD: &str = "load";
+    /// Files that were written to while they were checked and loaded.
+    pub(crate) const FILES_CHANGED: &str = "files_changed";
+    /// A name that is already served.
+    pub(crate) const NAME_TAKEN: &str = "name_taken";
+    /// A name that is not served.
+    pub(crate) const MODEL_NOT_FOUND: &str = "model_not_found";
+    /// A compare-and-swap whose expectation no longer holds.
+    pub(crate) const GENERATION_MOVED: &str = "generation_moved";
     /// A load that would take more memory than the configuration allows.
-    #[error(
-        "`{name}` needs about {} MiB for its weights; {} MiB are in use and runtime.max_memory_mb allows {} MiB; unload an adapter first, or allow more",
-        .needed >> 20, .in_use >> 20, .budget >> 20
-    )]
-    OverBudget {
-        /// What was to be loaded.
-        name: String,
-        /// Estimated bytes of its weights.
-        needed: u64,
-        /// Bytes of what is loaded already.
-        in_use: u64,
-        /// Bytes allowed.
-        budget: u64,
-    },
-    /// A stop that did not wait for requests in flight.
-    #[error("stopped by a second signal while requests were in flight")]
-    Interrupted,
+    pub(crate) const OVER_BUDGET: &str = "over_memory_budget";
     /// The server could not listen on its address.
-    #[error("cannot listen on {address}: {message}")]
-    Listen {
-        /// The address asked for.
-        address: String,
-        /// Why not, and the remedy.
-        message: String,
-    },
+    pub(crate) const LISTEN: &str = "listen";
+    /// A stop that did not wait for requests in flight.
+    pub(crate) const INTERRUPTED: &str = "interrupted";
+    /// An adapter whose update is zero at every site.
+    pub(crate) const ZERO_EFFECT: &str = "zero-effect";
 }
 
 impl Error {
-    /// The exit code that a command line should end with.
-    ///
-    /// 2 for configuration, usage and missing paths, 4 for malformed or incompatible adapters and models, 1 for the rest.
-    pub fn exit_code(&self) -> i32 {
+    /// Stable name of a problem; empty for what has none.
+    pub fn code(&self) -> &'static str {
         match self {
-            Self::Format(error) => exit_code(error, |_| None).into(),
-            Self::NotFound { .. }
-            | Self::Setting { .. }
-            | Self::Config { .. }
-            | Self::NameTaken(_)
-            | Self::UnknownName(_)
-            | Self::GenerationMoved { .. }
-            | Self::OverBudget { .. }
-            | Self::Listen { .. } => 2,
-            Self::Unsupported(_)
-            | Self::ZeroEffect { .. }
-            | Self::Load { .. }
-            | Self::FilesChanged { .. } => 4,
-            Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => 2,
-            Self::Io { .. } | Self::Engine(_) => 1,
-            Self::Interrupted => 130,
-            Self::Of { source, .. } => source.exit_code(),
-            Self::Several(errors) => errors.first().map_or(1, Self::exit_code),
+            Self::Problem(problem) => problem.code,
+            Self::Format(error) => error.code(),
+            _ => "",
         }
     }
 
-    /// Success if there is no error, else all of them as one.
-    pub(crate) fn all(mut errors: Vec<Self>) -> Result<()> {
-        match errors.len() {
-            0 => Ok(()),
-            1 => Err(errors.remove(0)),
-            _ => Err(Self::Several(errors)),
+    /// The exit code that a command line should end with.
+    ///
+    /// 2 for configuration, usage and missing paths, 4 for malformed or incompatible adapters and models, 1 for the rest.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Format(error) => monteclora_converters::exit_code(error, |_| None),
+            Self::Problem(problem) => problem.exit,
+            Self::Unsupported(problems) => problems.exit(),
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => 2,
+            Self::Io { .. } | Self::Engine(_) => 1,
+            Self::Of { source, .. } => source.exit_code(),
+            Self::Several(errors) => errors.first().map_or(1, Self::exit_code),
         }
     }
 
@@ -185,6 +110,45 @@ impl Error {
         }
     }
 
+    /// A setting with a value that cannot be used.
+    pub fn setting(key: impl Into<String>, message: impl Into<String>) -> Self {
+        let problem = Problem::new(code::SETTING, key, message, "");
+        problem.exit(2).into()
+    }
+
+    /// A file or directory that should be there is not.
+    pub fn not_found(path: &Path, message: impl Into<String>) -> Self {
+        Self::at(code::NOT_FOUND, path, message)
+    }
+
+    /// A configuration file that cannot be understood.
+    pub(crate) fn config(path: &Path, message: impl Into<String>) -> Self {
+        Self::at(code::CONFIG, path, message)
+    }
+
+    fn at(code: &'static str, path: &Path, message: impl Into<String>) -> Self {
+        let problem = Problem::new(code, format!("`{}`", path.display()), message, "");
+        problem.exit(2).into()
+    }
+
+    /// A request that cannot be done now, or a use that is wrong: exit code 2.
+    pub(crate) fn refused(code: &'static str, message: impl Into<String>) -> Self {
+        Problem::sentence(code, message).exit(2).into()
+    }
+
+    pub(crate) fn unknown_name(name: &str) -> Self {
+        let message = format!("the model `{name}` does not exist");
+        Self::refused(code::MODEL_NOT_FOUND, message)
+    }
+
+    pub(crate) fn unsupported(base: &Path, list: Vec<Problem>) -> Self {
+        let heading = format!("{MISTRALRS} cannot serve `{}` correctly", base.display());
+        Self::Unsupported(Problems {
+            heading: Some(heading),
+            list,
+        })
+    }
+
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::Io {
@@ -194,28 +158,13 @@ impl Error {
         }
     }
 
-    pub(crate) fn setting(key: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::Setting {
-            key: key.into(),
-            message: message.into(),
+    /// Success if there is no error, else all of them as one.
+    pub(crate) fn all(mut errors: Vec<Self>) -> Result<()> {
+        match errors.len() {
+            0 => Ok(()),
+            1 => Err(errors.remove(0)),
+            _ => Err(Self::Several(errors)),
         }
-    }
-
-    pub(crate) fn not_found(path: &Path, message: impl Into<String>) -> Self {
-        Self::NotFound {
-            path: path.to_path_buf(),
-            message: message.into(),
-        }
-    }
-
-    pub(crate) fn unsupported(base: &Path, problems: Vec<Problem>) -> Self {
-        Self::Unsupported(Problems {
-            heading: Some(format!(
-                "mistral.rs 0.8.1 cannot serve `{}` correctly",
-                base.display()
-            )),
-            list: problems,
-        })
     }
 }
 

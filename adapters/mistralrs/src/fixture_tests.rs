@@ -5,7 +5,7 @@ mod choices;
 mod operation;
 mod parity;
 mod requests;
-mod serving;
+pub(crate) mod serving;
 
 use std::fs;
 use std::path::{Path, PathBuf};

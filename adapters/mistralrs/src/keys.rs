@@ -29,13 +29,10 @@ impl KeySet {
     /// Reads one key a line, plain or `sha256:<hex>`; empty lines and lines that begin with `#` are skipped.
     ///
     /// # Errors
-    /// [`Error::Config`] for a malformed line, or a file without a key.
+    /// [`Error::Problem`] for a malformed line, or a file without a key.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
-        let bad = |message: String| Error::Config {
-            path: path.to_path_buf(),
-            message,
-        };
+        let bad = |message: String| Error::config(path, message);
         let mut keys = Self::default();
         for (idx, line) in text.lines().enumerate() {
             let line = line.trim();
@@ -54,7 +51,7 @@ impl KeySet {
     /// The keys of a text that separates them by commas or white space; `source` names it in errors.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a malformed hash.
+    /// [`Error::Problem`] for a malformed hash.
     pub fn parse_list(source: &str, text: &str) -> Result<Self> {
         let mut keys = Self::default();
         let items = text.split(|c: char| c == ',' || c.is_whitespace());

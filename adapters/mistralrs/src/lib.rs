@@ -7,8 +7,8 @@
 //! - [`serve`], the OpenAI-compatible server that `serve.toml` describes ([`ServeFile`]).
 //!
 //! The adapter is merged in float32 into the tensors it touches, which go into a temporary overlay that mistral.rs reads
-//! after the base's own files. mistral.rs's own LoRA path is not used: version 0.8.1 drops most PEFT settings silently.
-//! For the same reason the base's configuration is rewritten first, and what 0.8.1 cannot represent is refused by name.
+//! after the base's own files. mistral.rs's own LoRA path is not used: it drops most PEFT settings silently.
+//! For the same reason the base's configuration is rewritten first, and what mistral.rs cannot represent is refused by name.
 //!
 //! ```no_run
 //! use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
@@ -25,9 +25,9 @@
 
 mod chat_files;
 mod config;
-mod distributed;
 mod engine;
 mod error;
+mod field_names;
 mod keys;
 mod loader;
 mod memory;
@@ -39,9 +39,9 @@ mod server;
 mod fixture_tests;
 
 pub use config::{
-    AdapterSection, AdminSection, AuthSection, DeviceSection, Limits, LimitsSection, Locate,
-    ModelConfig, ModelSection, QuantizationSection, RuntimeSection, ServeConfig, ServeFile,
-    ServerSection, TlsFiles, local_only,
+    AdapterSection, AdminSection, AuthSection, DeviceSection, LimitsSection, Locate, ModelConfig,
+    ModelSection, QuantizationSection, RuntimeSection, ServeConfig, ServeFile, ServerSection,
+    TlsFiles, local_only,
 };
 pub use engine::{Answer, ChatMessage, Engine, PromptLogits, prompt_logits};
 pub use error::{Error, Result};

@@ -5,7 +5,6 @@ mod fingerprint;
 mod format;
 
 use std::fs;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
@@ -15,15 +14,16 @@ use mistralrs_core::{
     ModelDType, ModelKind, ModelPaths, NormalLoaderBuilder, NormalSpecificConfig,
     PagedAttentionConfig, Pipeline, TokenSource, TryIntoDType,
 };
-use monteclora_converters::{Adapter, ModelFiles, write_overlay};
+use monteclora_converters::{Adapter, ModelFiles, Problem, write_overlay};
 use tempfile::TempDir;
 use tokio::sync::Mutex;
 
 use self::fingerprint::base_fingerprint;
 use self::format::refuse_other_formats;
 use crate::chat_files::{write_chat_files, write_json};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, code};
 use crate::quirks_0_8::model_config::{NormalisedConfig, normalise_config};
+use crate::quirks_0_8::thread_locals::on_fresh_thread;
 
 pub use self::builder::MonteCloraLoaderBuilder;
 pub(crate) use self::builder::check_public_name;
@@ -38,7 +38,7 @@ pub(crate) type WeakPipeline = Weak<Mutex<dyn Pipeline + Send + Sync>>;
 ///
 /// The adapter is read, checked against the base's headers, collapsed to its posterior mean and merged in float32; only
 /// the merged tensors are written, to a temporary overlay that is removed when the load ends. Each load runs on a thread
-/// of its own, because mistral.rs 0.8.1 keeps quantisation and adapter settings in thread-locals that it never clears.
+/// of its own, because mistral.rs keeps quantisation and adapter settings in thread-locals that it never clears.
 ///
 /// # Example
 /// ```no_run
@@ -161,7 +161,7 @@ impl MonteCloraLoader {
     /// Merges, loads and cleans up.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] and [`Error::Format`] before mistral.rs is started; [`Error::Load`] if it fails itself.
+    /// [`Error::Unsupported`] and [`Error::Format`] before mistral.rs is started; [`Error::Problem`] if it fails itself.
     pub fn load(&self) -> Result<SharedPipeline> {
         Ok(self.load_with_fingerprint()?.0)
     }
@@ -233,16 +233,12 @@ impl MonteCloraLoader {
                 request.paged_attention,
             )
         };
-        let failed = |message: String| Error::Load {
-            name: self.name.clone(),
-            message,
+        let failed = |message: String| {
+            let message = format!("mistral.rs could not load `{}`: {message}", self.name);
+            Problem::sentence(code::LOAD, message)
         };
-        let pipeline = std::thread::Builder::new()
-            .name("mistralrs-load".to_owned())
-            .spawn(move || catch_unwind(AssertUnwindSafe(run)))
+        let pipeline = on_fresh_thread(run)
             .map_err(Error::io("start a thread for", base))?
-            .join()
-            .unwrap_or_else(Err)
             .map_err(|panic| failed(panic_text(panic.as_ref())))?
             .map_err(|error| failed(format!("{error:#}")))?;
         Ok((pipeline, staged.adapter.clone()))
@@ -270,9 +266,11 @@ impl MonteCloraLoader {
         let adapter = Adapter::read(source)?;
         adapter.require_fit(files)?;
         if !self.force && !adapter.has_effect()? {
-            return Err(Error::ZeroEffect {
-                path: source.clone(),
-            });
+            let message = format!(
+                "the adapter `{}` changes nothing: B A = 0 at every site; train it first, or start the server with --force if that is meant",
+                source.display()
+            );
+            return Err(Problem::sentence(code::ZERO_EFFECT, message).into());
         }
         Ok(Some(adapter.collapse()))
     }

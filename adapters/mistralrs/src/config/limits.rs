@@ -1,11 +1,9 @@
 //! `[limits]`: what one client, or all of them together, may take.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
 
 /// `[limits]` as written. Sizes are in bytes, times in seconds; every one is at least 1.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsSection {
     /// Largest request body; larger ones are answered with 413.
@@ -50,74 +48,34 @@ impl Default for LimitsSection {
     }
 }
 
-/// `[limits]`, checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
-    /// Largest request body in bytes.
-    pub max_body_bytes: usize,
-    /// Largest request head in bytes.
-    pub max_header_bytes: usize,
-    /// Longest prompt in tokens.
-    pub max_prompt_tokens: Option<usize>,
-    /// Most tokens a request may ask for.
-    pub max_completion_tokens: Option<usize>,
-    /// Inference requests at a time.
-    pub max_concurrent_requests: usize,
-    /// Connections at a time.
-    pub max_connections: usize,
-    /// Time for the head of a request.
-    pub header_timeout: Duration,
-    /// Time for the body of a request.
-    pub body_timeout: Duration,
-    /// Time an answer may stay unread.
-    pub write_timeout: Duration,
-    /// Time for a whole answer.
-    pub request_timeout: Duration,
-    /// Time to drain.
-    pub drain_timeout: Duration,
-}
-
 /// hyper's own lower bound for the buffer of a request head.
 const LEAST_HEADER_BYTES: usize = 8 << 10;
 
 impl LimitsSection {
-    /// The limits; what is wrong with them goes to `errors`.
-    pub(super) fn resolve(&self, errors: &mut Vec<String>) -> Limits {
-        let mut at_least_one = |key: &str, is_zero: bool| {
-            if is_zero {
-                errors.push(format!("limits.{key}: must be at least 1"));
-            }
-        };
-        at_least_one("max_body_bytes", self.max_body_bytes == 0);
-        at_least_one("max_prompt_tokens", self.max_prompt_tokens == Some(0));
-        at_least_one(
-            "max_completion_tokens",
-            self.max_completion_tokens == Some(0),
-        );
-        at_least_one("max_concurrent_requests", self.max_concurrent_requests == 0);
-        at_least_one("max_connections", self.max_connections == 0);
-        at_least_one("header_timeout_s", self.header_timeout_s == 0);
-        at_least_one("body_timeout_s", self.body_timeout_s == 0);
-        at_least_one("write_timeout_s", self.write_timeout_s == 0);
-        at_least_one("request_timeout_s", self.request_timeout_s == 0);
-        at_least_one("drain_timeout_s", self.drain_timeout_s == 0);
+    /// What is wrong with them goes to `errors`.
+    pub(super) fn check(&self, errors: &mut Vec<String>) {
+        let zeros = [
+            ("max_body_bytes", self.max_body_bytes == 0),
+            ("max_prompt_tokens", self.max_prompt_tokens == Some(0)),
+            (
+                "max_completion_tokens",
+                self.max_completion_tokens == Some(0),
+            ),
+            ("max_concurrent_requests", self.max_concurrent_requests == 0),
+            ("max_connections", self.max_connections == 0),
+            ("header_timeout_s", self.header_timeout_s == 0),
+            ("body_timeout_s", self.body_timeout_s == 0),
+            ("write_timeout_s", self.write_timeout_s == 0),
+            ("request_timeout_s", self.request_timeout_s == 0),
+            ("drain_timeout_s", self.drain_timeout_s == 0),
+        ];
+        for (key, _) in zeros.iter().filter(|(_, is_zero)| *is_zero) {
+            errors.push(format!("limits.{key}: must be at least 1"));
+        }
         if self.max_header_bytes < LEAST_HEADER_BYTES {
             errors.push(format!(
                 "limits.max_header_bytes: must be at least {LEAST_HEADER_BYTES}"
             ));
-        }
-        Limits {
-            max_body_bytes: self.max_body_bytes,
-            max_header_bytes: self.max_header_bytes,
-            max_prompt_tokens: self.max_prompt_tokens,
-            max_completion_tokens: self.max_completion_tokens,
-            max_concurrent_requests: self.max_concurrent_requests,
-            max_connections: self.max_connections,
-            header_timeout: Duration::from_secs(self.header_timeout_s),
-            body_timeout: Duration::from_secs(self.body_timeout_s),
-            write_timeout: Duration::from_secs(self.write_timeout_s),
-            request_timeout: Duration::from_secs(self.request_timeout_s),
-            drain_timeout: Duration::from_secs(self.drain_timeout_s),
         }
     }
 }

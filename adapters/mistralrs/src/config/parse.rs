@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
 
-use super::{KEYS, ServeFile};
+use super::{ServeFile, keys};
 
 /// What the names of overriding environment variables begin with.
 const PREFIX: &str = "MONTECLORA_";
@@ -118,7 +118,7 @@ impl Problems {
     fn unknown_keys(&mut self, value: &Value, kind: &str, at: &str) {
         match value {
             Value::Table(table) => {
-                let Some((_, known)) = KEYS.iter().find(|(name, _)| *name == kind) else {
+                let Some((_, known)) = keys().into_iter().find(|(name, _)| *name == kind) else {
                     return;
                 };
                 for (key, value) in table {

@@ -1,6 +1,7 @@
 //! From `serve.toml` to what the server runs on: every setting checked, every path found, no default left open.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -8,11 +9,12 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use mistralrs_core::{IsqType, ModelDType};
 
-use super::{Limits, ModelSection, ServeFile};
+use super::{AdminSection, LimitsSection, ModelSection, ServeFile, ServerSection};
 use crate::error::{Error, Result};
 use crate::keys::{ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, KeySet};
 use crate::loader::{MonteCloraLoader, check_public_name};
 use crate::quantisation::parse_in_situ_quant;
+use crate::quirks_0_8::prefix_cache;
 
 /// Finds a model or adapter that is not a local directory, given its id and revision.
 pub type Locate<'a> = dyn Fn(&str, Option<&str>) -> Result<PathBuf> + 'a;
@@ -41,7 +43,7 @@ pub struct ServeConfig {
     /// Most bytes for the weights of all engines together.
     pub max_memory: Option<u64>,
     /// What clients may take.
-    pub limits: Limits,
+    pub limits: LimitsSection,
     /// Certificate and key, where HTTPS is spoken.
     pub tls: Option<TlsFiles>,
     /// Web origins whose pages may call the server.
@@ -119,147 +121,62 @@ impl ServeFile {
     }
 
     fn resolve_with(&self, locate: &Locate<'_>) -> Result<ServeConfig> {
-        let mut wrong = Vec::new();
-        let mut note = |key: &str, message: String| wrong.push(format!("{key}: {message}"));
-
-        let mut keys = |key: &str, path: &Option<PathBuf>, variable: &str| {
-            KeySet::gather(path.as_deref(), variable).unwrap_or_else(|error| {
-                note(key, error.to_string());
-                KeySet::default()
-            })
-        };
+        let mut wrong = Wrong::default();
         let auth = &self.auth;
-        let api_keys = keys("auth.api_keys_file", &auth.api_keys_file, API_KEYS_VARIABLE);
-        let admin_keys = keys(
+        let api_keys = wrong.keys(
+            "auth.api_keys_file",
+            auth.api_keys_file.as_deref(),
+            API_KEYS_VARIABLE,
+        );
+        let admin_keys = wrong.keys(
             "auth.admin_keys_file",
-            &auth.admin_keys_file,
+            auth.admin_keys_file.as_deref(),
             ADMIN_KEYS_VARIABLE,
         );
-        let address = (self.server.host.as_str(), self.server.port)
-            .to_socket_addrs()
-            .ok()
-            .and_then(|mut addresses| addresses.next());
-        match address {
-            None => note(
-                "server.host",
-                format!("`{}` is not an address of this machine", self.server.host),
-            ),
-            Some(address) if !address.ip().is_loopback() && api_keys.is_empty() => note(
-                "server.host",
-                format!(
-                    "{} is reachable from outside and there are no keys; set auth.api_keys_file or {API_KEYS_VARIABLE}, or bind to 127.0.0.1",
-                    address.ip()
-                ),
-            ),
-            Some(_) => {}
-        }
-        let tls = match (&self.server.tls_cert, &self.server.tls_key) {
-            (Some(cert), Some(key)) => {
-                for (name, file) in [("server.tls_cert", cert), ("server.tls_key", key)] {
-                    if !file.is_file() {
-                        note(name, format!("`{}` is no file", file.display()));
-                    }
-                }
-                Some(TlsFiles {
-                    cert: cert.clone(),
-                    key: key.clone(),
-                })
-            }
-            (None, None) => None,
-            (Some(_), None) => {
-                note(
-                    "server.tls_key",
-                    "needed where tls_cert is given".to_owned(),
-                );
-                None
-            }
-            (None, Some(_)) => {
-                note(
-                    "server.tls_cert",
-                    "needed where tls_key is given".to_owned(),
-                );
-                None
-            }
-        };
+        let address = self.server.address(&api_keys, &mut wrong);
+        let tls = self.server.tls(&mut wrong);
         for origin in &self.server.allowed_origins {
             if !is_origin(origin) {
-                note(
-                    "server.allowed_origins",
-                    format!("`{origin}` is not `*` or an origin such as `https://app.example`"),
-                );
+                let expected = "is not `*` or an origin such as `https://app.example`";
+                wrong.note("server.allowed_origins", format!("`{origin}` {expected}"));
             }
         }
         let max_seqs = NonZeroUsize::new(self.runtime.max_seqs);
         if max_seqs.is_none() {
-            note("runtime.max_seqs", "must be at least 1".to_owned());
+            wrong.note("runtime.max_seqs", "must be at least 1");
         }
         if self.runtime.prefix_cache_n > 0 {
-            note(
-                "runtime.prefix_cache_n",
-                "must be 0: with the prefix cache of mistral.rs 0.8.1 the turn after an answer that was cut short is wrong, and on a CPU it grows without limit"
-                    .to_owned(),
-            );
+            wrong.note("runtime.prefix_cache_n", prefix_cache::refusal());
         }
-        let adapter_root = match (&self.admin.adapter_root, self.admin.enabled) {
-            (_, false) => None,
-            (None, true) => {
-                note(
-                    "admin.adapter_root",
-                    "needed where admin.enabled is true".to_owned(),
-                );
-                None
-            }
-            (Some(root), true) => match root.canonicalize() {
-                Ok(root) if root.is_dir() => Some(root),
-                _ => {
-                    note(
-                        "admin.adapter_root",
-                        format!("`{}` is not a directory", root.display()),
-                    );
-                    None
-                }
-            },
-        };
+        let adapter_root = self.admin.root(&mut wrong);
         let state_file = adapter_root.as_ref().map(|root| {
             let default = || root.join(STATE_FILE_NAME);
             self.admin.state_file.clone().unwrap_or_else(default)
         });
         if self.admin.enabled && admin_keys.is_empty() && !api_keys.is_empty() {
-            note(
-                "auth.admin_keys_file",
-                "needed where administration is enabled on a server with keys".to_owned(),
-            );
+            let needed = "needed where administration is enabled on a server with keys";
+            wrong.note("auth.admin_keys_file", needed);
         }
         if self.models.is_empty() {
-            note(
-                "models",
-                "at least one [[models]] section is needed".to_owned(),
-            );
+            wrong.note("models", "at least one [[models]] section is needed");
         }
-
-        let limits = self.limits.resolve(&mut wrong);
-
+        self.limits.check(&mut wrong.0);
         let mut names = BTreeMap::new();
         let mut models = Vec::new();
         for (idx, section) in self.models.iter().enumerate() {
             let at = format!("models[{idx}]");
             models.extend(section.resolve(&at, locate, &mut names, &mut wrong));
         }
-        let mut note = |key: &str, message: String| wrong.push(format!("{key}: {message}"));
-        let default_model = match (&self.default_model_id, models.first()) {
-            (Some(name), _) if names.contains_key(name) => name.clone(),
-            (Some(name), _) => {
-                note(
-                    "default_model_id",
-                    format!("`{name}` is not a model or alias of this file"),
-                );
-                String::new()
-            }
-            (None, Some(model)) => model.name.clone(),
-            (None, None) => String::new(),
-        };
-        match (wrong.is_empty(), address, max_seqs) {
-            (true, Some(address), Some(max_seqs)) => Ok(ServeConfig {
+        if let Some(name) = &self.default_model_id
+            && !names.contains_key(name)
+        {
+            let message = format!("`{name}` is not a model or alias of this file");
+            wrong.note("default_model_id", message);
+        }
+        let first = models.first().map(|model| model.name.clone());
+        let default_model = self.default_model_id.clone().or(first);
+        match (wrong.0.is_empty(), address, max_seqs, default_model) {
+            (true, Some(address), Some(max_seqs), Some(default_model)) => Ok(ServeConfig {
                 address,
                 max_seqs,
                 host: self.server.host.clone(),
@@ -267,7 +184,7 @@ impl ServeFile {
                     .runtime
                     .max_memory_mb
                     .map(|mb| mb.saturating_mul(1 << 20)),
-                limits,
+                limits: self.limits.clone(),
                 tls,
                 allowed_origins: self.server.allowed_origins.clone(),
                 api_keys,
@@ -279,18 +196,95 @@ impl ServeFile {
                 force: false,
                 reclaim: None,
             }),
-            _ => Err(Error::setting("serve configuration", wrong.join("\n  "))),
+            _ => Err(Error::setting("serve configuration", wrong.0.join("\n  "))),
         }
     }
 }
+
+/// All that is wrong, a setting each.
+#[derive(Default)]
+struct Wrong(Vec<String>);
+
+impl Wrong {
+    fn note(&mut self, key: &str, message: impl Display) {
+        self.0.push(format!("{key}: {message}"));
+    }
+
+    /// The keys of a file and a variable; none if they cannot be read.
+    fn keys(&mut self, key: &str, path: Option<&Path>, variable: &str) -> KeySet {
+        KeySet::gather(path, variable).unwrap_or_else(|error| {
+            self.note(key, error);
+            KeySet::default()
+        })
+    }
+}
+
+impl ServerSection {
+    fn address(&self, api_keys: &KeySet, wrong: &mut Wrong) -> Option<SocketAddr> {
+        let found = (self.host.as_str(), self.port).to_socket_addrs();
+        let address = found.ok().and_then(|mut addresses| addresses.next());
+        match address {
+            None => wrong.note(
+                "server.host",
+                format!("`{}` is not an address of this machine", self.host),
+            ),
+            Some(address) if !address.ip().is_loopback() && api_keys.is_empty() => wrong.note(
+                "server.host",
+                format!(
+                    "{} is reachable from outside and there are no keys; set auth.api_keys_file or {API_KEYS_VARIABLE}, or bind to 127.0.0.1",
+                    address.ip()
+                ),
+            ),
+            Some(_) => {}
+        }
+        address
+    }
+
+    fn tls(&self, wrong: &mut Wrong) -> Option<TlsFiles> {
+        match (self.tls_cert.clone(), self.tls_key.clone()) {
+            (Some(cert), Some(key)) => {
+                for (name, file) in [("server.tls_cert", &cert), ("server.tls_key", &key)] {
+                    if !file.is_file() {
+                        wrong.note(name, format!("`{}` is no file", file.display()));
+                    }
+                }
+                return Some(TlsFiles { cert, key });
+            }
+            (Some(_), None) => wrong.note("server.tls_key", "needed where tls_cert is given"),
+            (None, Some(_)) => wrong.note("server.tls_cert", "needed where tls_key is given"),
+            (None, None) => {}
+        }
+        None
+    }
+}
+
+impl AdminSection {
+    /// The adapter root, where administration is on.
+    fn root(&self, wrong: &mut Wrong) -> Option<PathBuf> {
+        if !self.enabled {
+            return None;
+        }
+        let Some(root) = &self.adapter_root else {
+            wrong.note("admin.adapter_root", "needed where admin.enabled is true");
+            return None;
+        };
+        let found = root.canonicalize().ok().filter(|root| root.is_dir());
+        if found.is_none() {
+            let message = format!("`{}` is not a directory", root.display());
+            wrong.note("admin.adapter_root", message);
+        }
+        found
+    }
+}
+
 impl ModelSection {
-    /// The model, or nothing if `errors` got an entry that prevents it.
+    /// The model, or nothing if `wrong` got an entry that prevents it.
     fn resolve(
         &self,
         at: &str,
         locate: &Locate<'_>,
         names: &mut BTreeMap<String, String>,
-        errors: &mut Vec<String>,
+        wrong: &mut Wrong,
     ) -> Option<ModelConfig> {
         let name = self.name.clone().unwrap_or_else(|| {
             let last = Path::new(&self.model_id).file_name();
@@ -298,86 +292,63 @@ impl ModelSection {
                 .unwrap_or_default()
         });
         if self.model_id.is_empty() {
-            errors.push(format!("{at}.model_id: missing"));
+            wrong.note(&format!("{at}.model_id"), "missing");
             return None;
         }
-        claim(&name, &format!("{at}.name"), names, errors);
-        let dtype = self
-            .dtype
-            .as_deref()
-            .unwrap_or("auto")
-            .parse::<ModelDType>();
-        if dtype.is_err() {
-            let found = self.dtype.as_deref().unwrap_or_default();
-            errors.push(format!(
-                "{at}.dtype: `{found}` is not auto, f32, f16 or bf16"
-            ));
-        }
+        claim(&name, &format!("{at}.name"), names, wrong);
+        let given = self.dtype.as_deref().unwrap_or("auto");
+        let dtype = given.parse::<ModelDType>().unwrap_or_else(|_| {
+            let message = format!("`{given}` is not auto, f32, f16 or bf16");
+            wrong.note(&format!("{at}.dtype"), message);
+            ModelDType::default()
+        });
         let device = default_device(self.device.cpu).unwrap_or_else(|error| {
-            errors.push(format!("{at}.{error}"));
+            wrong.0.push(format!("{at}.{error}"));
             Device::Cpu
         });
-        let isq = match self.quantization.in_situ_quant.as_deref() {
-            None => None,
-            Some(text) => match parse_in_situ_quant(text, &device) {
-                Ok(isq) => Some(isq),
-                Err(error) => {
-                    errors.push(format!("{at}.quantization.{error}"));
-                    None
-                }
-            },
-        };
+        let isq = self.quantization.in_situ_quant.as_deref().and_then(|text| {
+            parse_in_situ_quant(text, &device)
+                .map_err(|error| wrong.0.push(format!("{at}.quantization.{error}")))
+                .ok()
+        });
         if let Some(template) = self.chat_template.as_ref().filter(|path| !path.is_file()) {
-            errors.push(format!(
-                "{at}.chat_template: there is no file `{}`",
-                template.display()
-            ));
+            let message = format!("there is no file `{}`", template.display());
+            wrong.note(&format!("{at}.chat_template"), message);
         }
-        let mut find =
-            |at: String, id: &str, revision: Option<&str>| match find(id, revision, locate) {
-                Ok(path) => path,
-                Err(error) => {
-                    errors.push(format!("{at}: {error}"));
-                    PathBuf::new()
-                }
-            };
-        let base = find(
-            format!("{at}.model_id"),
-            &self.model_id,
-            self.revision.as_deref(),
-        );
-        let sources: Vec<PathBuf> = self
-            .adapters
-            .iter()
-            .enumerate()
-            .filter(|(_, adapter)| !adapter.source.is_empty())
-            .map(|(idx, adapter)| {
-                let at = format!("{at}.adapters[{idx}].source");
-                find(at, &adapter.source, adapter.revision.as_deref())
+        let mut find = |at: &str, id: &str, revision: Option<&str>| {
+            find(id, revision, locate).unwrap_or_else(|error| {
+                wrong.note(at, error);
+                PathBuf::new()
             })
-            .collect();
-        let mut sources = sources.into_iter();
-        let mut adapters = Vec::new();
+        };
+        let revision = self.revision.as_deref();
+        let base = find(&format!("{at}.model_id"), &self.model_id, revision);
+        let mut sources = Vec::new();
         for (idx, adapter) in self.adapters.iter().enumerate() {
+            let at = format!("{at}.adapters[{idx}].source");
+            sources.push(match adapter.source.as_str() {
+                "" => None,
+                source => Some(find(&at, source, adapter.revision.as_deref())),
+            });
+        }
+        let mut adapters = Vec::new();
+        for (idx, (adapter, source)) in self.adapters.iter().zip(sources).enumerate() {
             let at = format!("{at}.adapters[{idx}]");
-            claim(&adapter.alias, &format!("{at}.alias"), names, errors);
-            if let Some(kind) = adapter
-                .kind
-                .as_deref()
-                .filter(|kind| !["monteclora", "lora"].contains(kind))
-            {
-                errors.push(format!("{at}.type: `{kind}` is not monteclora or lora"));
+            claim(&adapter.alias, &format!("{at}.alias"), names, wrong);
+            let kind = adapter.kind.as_deref().unwrap_or("lora");
+            if !["monteclora", "lora"].contains(&kind) {
+                let message = format!("`{kind}` is not monteclora or lora");
+                wrong.note(&format!("{at}.type"), message);
             }
-            if adapter.source.is_empty() {
-                errors.push(format!("{at}.source: missing"));
-                continue;
+            match source {
+                Some(source) => adapters.push((adapter.alias.clone(), source)),
+                None => wrong.note(&format!("{at}.source"), "missing"),
             }
-            adapters.extend(sources.next().map(|source| (adapter.alias.clone(), source)));
         }
         Some(ModelConfig {
             name,
             base,
-            dtype: dtype.unwrap_or_default(),
+            dtype,
             isq,
             device,
             chat_template: self.chat_template.clone(),
@@ -396,11 +367,11 @@ fn is_origin(text: &str) -> bool {
 }
 
 /// Records a public name, or why it cannot be one.
-fn claim(name: &str, at: &str, names: &mut BTreeMap<String, String>, errors: &mut Vec<String>) {
-    if let Err(Error::Setting { message, .. }) = check_public_name(name) {
-        errors.push(format!("{at}: {message}"));
+fn claim(name: &str, at: &str, names: &mut BTreeMap<String, String>, wrong: &mut Wrong) {
+    if let Err(Error::Problem(problem)) = check_public_name(name) {
+        wrong.note(at, problem.message);
     } else if let Some(first) = names.insert(name.to_owned(), at.to_owned()) {
-        errors.push(format!("{at}: `{name}` is already the name at {first}"));
+        wrong.note(at, format!("`{name}` is already the name at {first}"));
     }
 }
 

@@ -128,7 +128,7 @@ fn a_stop_text_ends_an_answer_that_a_grammar_holds() {
     server.finish().expect("a clean stop");
 }
 
-/// mistral.rs 0.8.1 panics over a stop text behind bytes that are no character, so it is not told of any.
+/// mistral.rs panics over a stop text behind bytes that are no character, so it is not told of any.
 #[test]
 fn a_stop_text_behind_broken_characters_ends_the_answer_early() {
     let case = servable();

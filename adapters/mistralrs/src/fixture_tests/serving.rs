@@ -12,23 +12,23 @@ use serde_json::{Value, json};
 use super::{Case, cases, servable};
 use crate::config::ServeConfig;
 use crate::server::Server;
-use crate::{Error, ServeFile, local_only};
+use crate::{ServeFile, local_only};
 
 /// A running server, stopped when dropped.
-pub(super) struct Running {
-    pub(super) address: SocketAddr,
+pub(crate) struct Running {
+    pub(crate) address: SocketAddr,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<crate::Result<()>>>,
-    pub(super) client: Client,
+    pub(crate) client: Client,
 }
 
 impl Running {
-    pub(super) fn start(toml: &str) -> (Self, tempfile::TempDir) {
+    pub(crate) fn start(toml: &str) -> (Self, tempfile::TempDir) {
         Self::start_changed(toml, |_| {})
     }
 
     /// Starts with what `toml` says once `change` has been over it.
-    pub(super) fn start_changed(
+    pub(crate) fn start_changed(
         toml: &str,
         change: impl FnOnce(&mut ServeConfig),
     ) -> (Self, tempfile::TempDir) {
@@ -65,15 +65,15 @@ impl Running {
         (running, dir)
     }
 
-    pub(super) fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
 
-    pub(super) fn get(&self, path: &str) -> Response {
+    pub(crate) fn get(&self, path: &str) -> Response {
         self.client.get(self.url(path)).send().expect("answered")
     }
 
-    pub(super) fn post(&self, path: &str, body: &Value) -> Response {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Response {
         self.client
             .post(self.url(path))
             .json(body)
@@ -82,7 +82,7 @@ impl Running {
     }
 
     /// The metrics, once they hold the line `line`.
-    pub(super) fn metrics_with(&self, line: &str) -> String {
+    pub(crate) fn metrics_with(&self, line: &str) -> String {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             let text = self.get("/metrics").text().expect("readable");
@@ -94,7 +94,7 @@ impl Running {
         }
     }
 
-    pub(super) fn finish(mut self) -> crate::Result<()> {
+    pub(crate) fn finish(mut self) -> crate::Result<()> {
         drop(self.stop.take());
         self.thread
             .take()
@@ -104,7 +104,7 @@ impl Running {
     }
 }
 
-pub(super) fn toml_for(case: &Case, extra: &str) -> String {
+pub(crate) fn toml_for(case: &Case, extra: &str) -> String {
     format!(
         "{extra}\n[server]\nport = 0\n[[models]]\nmodel_id = '{}'\nname = 'base'\ndevice.cpu = true\n[[models.adapters]]\nalias = 'tuned'\nsource = '{}'\n",
         case.base.display(),
@@ -112,13 +112,13 @@ pub(super) fn toml_for(case: &Case, extra: &str) -> String {
     )
 }
 
-pub(super) fn chat(model: &str, stream: bool) -> Value {
+pub(crate) fn chat(model: &str, stream: bool) -> Value {
     json!({"model": model, "stream": stream, "temperature": 0, "max_tokens": 12,
         "messages": [{"role": "user", "content": "Why?"}]})
 }
 
 /// A request whose answer is long: at temperature 2 the tiny model goes on to the limit.
-pub(super) fn long_chat(model: &str, stream: bool) -> Value {
+pub(crate) fn long_chat(model: &str, stream: bool) -> Value {
     let mut long = chat(model, stream);
     long["max_tokens"] = json!(400);
     long["temperature"] = json!(2);
@@ -126,7 +126,7 @@ pub(super) fn long_chat(model: &str, stream: bool) -> Value {
 }
 
 /// Data of all events of a stream.
-pub(super) fn events(response: Response) -> Vec<String> {
+pub(crate) fn events(response: Response) -> Vec<String> {
     BufReader::new(response)
         .lines()
         .map(|line| line.expect("readable"))
@@ -134,7 +134,7 @@ pub(super) fn events(response: Response) -> Vec<String> {
         .collect()
 }
 
-pub(super) fn parse(response: Response, status: u16) -> Value {
+pub(crate) fn parse(response: Response, status: u16) -> Value {
     let found = response.status().as_u16();
     let text = response.text().expect("readable");
     assert_eq!(found, status, "{text}");
@@ -475,7 +475,7 @@ fn a_port_in_use_is_reported_before_anything_is_loaded() {
     let error =
         crate::serve(&config, None, |_| panic!("must not become ready")).expect_err("taken");
     assert!(
-        matches!(error, Error::Listen { .. }) && error.to_string().contains("in use"),
+        error.code() == "listen" && error.to_string().contains("in use"),
         "{error}"
     );
 }

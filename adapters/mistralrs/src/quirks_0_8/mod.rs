@@ -1,3 +1,19 @@
-//! What is done for mistral.rs 0.8.1 alone; a move to another version begins with this folder.
+//! What mistral.rs 0.8.1 does otherwise than is needed here. Each file works around one thing; a later version deletes the folder.
 
+pub(crate) mod abandoned_requests;
+pub(crate) mod batches_on_a_cpu;
+pub(crate) mod dropped_efforts;
+pub(crate) mod first_white_space;
+pub(crate) mod forced_tools;
+pub(crate) mod log_probabilities;
+pub(crate) mod lost_last_chunk;
 pub(crate) mod model_config;
+pub(crate) mod narrow_sampling;
+pub(crate) mod prefix_cache;
+pub(crate) mod special_tokens;
+pub(crate) mod split_models;
+pub(crate) mod stop_texts;
+pub(crate) mod template_variables;
+pub(crate) mod thread_locals;
+pub(crate) mod token_bias;
+pub(crate) mod tokenizer_panics;

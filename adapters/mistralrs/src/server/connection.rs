@@ -1,6 +1,5 @@
 //! Connections: accepting, HTTPS, the time each step may take, and draining.
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -9,12 +8,10 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
-use axum::response::Response;
 use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper::service::Service;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -25,7 +22,7 @@ use tokio::time::{Sleep, sleep, timeout};
 
 use super::metrics::Metrics;
 use super::tls::TlsAcceptor;
-use crate::config::Limits;
+use crate::config::LimitsSection;
 
 /// How long accepting rests after an error such as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -42,7 +39,7 @@ pub(crate) struct Acceptor {
     pub(crate) listener: TcpListener,
     pub(crate) router: Router,
     pub(crate) tls: Option<Arc<TlsAcceptor>>,
-    pub(crate) limits: Arc<Limits>,
+    pub(crate) limits: Arc<LimitsSection>,
     pub(crate) metrics: Arc<Metrics>,
     /// Told true when the time to drain is over.
     pub(crate) cut: watch::Sender<bool>,
@@ -101,7 +98,10 @@ impl Acceptor {
         // Receivers that are gone have nothing left to stop.
         let _ = stopping.send(true);
         let drained = async { while connections.join_next().await.is_some() {} };
-        if timeout(limits.drain_timeout, drained).await.is_ok() {
+        if timeout(Duration::from_secs(limits.drain_timeout_s), drained)
+            .await
+            .is_ok()
+        {
             return 0;
         }
         let n_cut = connections.len();
@@ -117,7 +117,7 @@ impl Acceptor {
 struct Connection {
     service: TowerToHyperService<Router>,
     peer: SocketAddr,
-    limits: Arc<Limits>,
+    limits: Arc<LimitsSection>,
     stopped: watch::Receiver<bool>,
 }
 
@@ -127,11 +127,16 @@ impl Connection {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%peer, %error, "cannot turn off Nagle's algorithm");
         }
-        let stream = WriteDeadline::new(stream, self.limits.write_timeout);
+        let stream = WriteDeadline::new(stream, Duration::from_secs(self.limits.write_timeout_s));
         let Some(tls) = tls else {
             return self.http1(stream).await;
         };
-        match timeout(self.limits.header_timeout, tls.accept(stream)).await {
+        match timeout(
+            Duration::from_secs(self.limits.header_timeout_s),
+            tls.accept(stream),
+        )
+        .await
+        {
             Ok(Ok(stream)) => self.http1(stream).await,
             Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
             Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
@@ -139,13 +144,23 @@ impl Connection {
     }
 
     async fn http1(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let Self {
+            service,
+            peer,
+            limits,
+            mut stopped,
+        } = self;
+        // The router is told who asks.
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Peer(peer));
+            service.call(request)
+        });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(self.limits.header_timeout)
-            .max_buf_size(self.limits.max_header_bytes)
-            .serve_connection(TokioIo::new(stream), self.service());
+            .header_read_timeout(Duration::from_secs(limits.header_timeout_s))
+            .max_buf_size(limits.max_header_bytes)
+            .serve_connection(TokioIo::new(stream), service);
         tokio::pin!(connection);
-        let mut stopped = self.stopped;
         let outcome = tokio::select! {
             outcome = connection.as_mut() => outcome,
             () = told_to_stop(&mut stopped) => {
@@ -153,50 +168,15 @@ impl Connection {
                 connection.await
             }
         };
-        log_end(self.peer, outcome);
-    }
-
-    /// The router, told who asks.
-    fn service(
-        &self,
-    ) -> impl Service<
-        Request<Incoming>,
-        Response = Response<Body>,
-        Error = Infallible,
-        Future: Send + 'static,
-    > + Clone
-    + use<> {
-        let (service, peer) = (self.service.clone(), Peer(self.peer));
-        Tagged { service, peer }
-    }
-}
-
-#[derive(Clone)]
-struct Tagged {
-    service: TowerToHyperService<Router>,
-    peer: Peer,
-}
-
-impl Service<Request<Incoming>> for Tagged {
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future = <TowerToHyperService<Router> as Service<Request<Incoming>>>::Future;
-
-    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
-        request.extensions_mut().insert(self.peer);
-        self.service.call(request)
+        if let Err(error) = outcome {
+            tracing::debug!(%peer, %error, "connection ended early");
+        }
     }
 }
 
 async fn told_to_stop(stopped: &mut watch::Receiver<bool>) {
     // A sender that is gone has stopped too.
     let _ = stopped.wait_for(|stopped| *stopped).await;
-}
-
-fn log_end(peer: SocketAddr, outcome: hyper::Result<()>) {
-    if let Err(error) = outcome {
-        tracing::debug!(%peer, %error, "connection ended early");
-    }
 }
 
 /// A stream whose writes fail once the other end has not read for too long.

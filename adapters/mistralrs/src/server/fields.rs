@@ -1,36 +1,13 @@
-//! Which keys of a request's body are understood, which change nothing, and what is said about the others.
+//! The keys of a request's body: those that are understood, those that change nothing, and what is said about the others.
 
+use std::fmt::Display;
+
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::answer::ApiError;
-
-/// Keys that both endpoints understand.
-const COMMON: &[&str] = &[
-    "model",
-    "stream",
-    "stream_options",
-    "max_tokens",
-    "max_completion_tokens",
-    "n",
-    "stop",
-    "seed",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
-    "top_logprobs",
-    "best_of",
-    "dry_multiplier",
-    "dry_base",
-    "dry_allowed_length",
-    "dry_sequence_breakers",
-    "grammar",
-];
+use super::api_error::ApiError;
+use crate::field_names::field_names;
 
 /// Keys that change nothing about an answer: what a client keeps for itself, where a provider runs it, or how fast it comes.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -44,35 +21,24 @@ const WITHOUT_EFFECT: &[&str] = &[
     "prediction",
 ];
 
-/// Takes keys without effect out, and refuses those that neither the endpoint nor mistral.rs understands, rather than drop them.
-pub(crate) fn keep_understood(
-    fields: &mut Map<String, Value>,
-    own: &[&str],
-) -> Result<(), ApiError> {
-    refuse_unknown(fields, own)?;
-    fields.retain(|key, _| !WITHOUT_EFFECT.contains(&key.as_str()));
-    Ok(())
+/// The object in `bytes`, without the keys whose value is null: clients write that for "not given".
+pub(crate) fn object(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
+    let value: Value = serde_json::from_slice(bytes)
+        .map_err(|error| ApiError::invalid("body", format!("not valid JSON: {error}")))?;
+    let Value::Object(mut fields) = value else {
+        return Err(ApiError::invalid("body", "expected a JSON object"));
+    };
+    fields.retain(|_, value| !value.is_null());
+    Ok(fields)
 }
 
-/// Takes `key` out if it asks for what is done anyway; anything else is refused.
-pub(crate) fn only(
-    fields: &mut Map<String, Value>,
-    key: &str,
-    done: &Value,
+/// Refuses keys that are neither `known` nor without effect, rather than drop them.
+pub(crate) fn refuse_unknown(
+    fields: &Map<String, Value>,
+    known: &[&[&str]],
 ) -> Result<(), ApiError> {
-    match fields.remove(key) {
-        Some(value) if value != *done => Err(ApiError::invalid(
-            key,
-            format!("`{key}` is supported as {done} only"),
-        )),
-        _ => Ok(()),
-    }
-}
-
-fn refuse_unknown(fields: &Map<String, Value>, own: &[&str]) -> Result<(), ApiError> {
-    let known = || COMMON.iter().chain(own).chain(WITHOUT_EFFECT).copied();
-    let unknown = fields.keys().find(|key| !known().any(|name| name == *key));
-    let Some(key) = unknown else {
+    let known = || known.iter().copied().flatten().chain(WITHOUT_EFFECT);
+    let Some(key) = fields.keys().find(|key| !known().any(|name| name == key)) else {
         return Ok(());
     };
     let nearest = known()
@@ -89,42 +55,126 @@ fn refuse_unknown(fields: &Map<String, Value>, own: &[&str]) -> Result<(), ApiEr
     ))
 }
 
+/// Takes the keys of `T` out of `fields` and reads them. The error names the first that is wrong.
+pub(crate) fn take<T: DeserializeOwned>(fields: &mut Map<String, Value>) -> Result<T, ApiError> {
+    let own = take_keys::<T>(fields);
+    T::deserialize(&own).map_err(|error| {
+        // serde does not say which key it was at.
+        let wrong = own
+            .as_object()
+            .into_iter()
+            .flatten()
+            .find_map(|(key, value)| {
+                let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
+                Some((key, T::deserialize(&alone).err()?))
+            });
+        match wrong {
+            Some((key, error)) => ApiError::invalid(key, format!("`{key}` {error}")),
+            None => ApiError::invalid("body", error.to_string()),
+        }
+    })
+}
+
+/// As [`take`], for keys that have the types of mistral.rs.
+pub(crate) fn take_theirs<T: DeserializeOwned>(
+    fields: &mut Map<String, Value>,
+) -> Result<T, ApiError> {
+    theirs(take_keys::<T>(fields))
+}
+
+/// `value` as a type of mistral.rs.
+pub(crate) fn theirs<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
+    serde_json::from_value(value).map_err(|error| ApiError::invalid("body", error.to_string()))
+}
+
+fn take_keys<T: DeserializeOwned>(fields: &mut Map<String, Value>) -> Value {
+    let own = field_names::<T>()
+        .iter()
+        .filter_map(|key| fields.remove_entry(*key));
+    Value::Object(own.collect())
+}
+
+/// Reads a value with `read`; the error is what it `must` be, to be said after its key.
+pub(crate) fn checked<'de, D: Deserializer<'de>, T>(
+    deserializer: D,
+    must: impl Display,
+    read: impl FnOnce(&Value) -> Option<T>,
+) -> Result<T, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    read(&value).ok_or_else(|| D::Error::custom(must))
+}
+
+/// True or false.
+pub(crate) fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    checked(deserializer, "must be true or false", Value::as_bool)
+}
+
+/// Takes what is done anyway; anything else is refused.
+pub(crate) fn only(key: &str, value: Option<&Value>, done: &Value) -> Result<(), ApiError> {
+    match value {
+        Some(value) if value != done => Err(ApiError::invalid(
+            key,
+            format!("`{key}` is supported as {done} only"),
+        )),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use serde_json::json;
 
     use super::*;
 
-    /// The fields of an object, for tests of this folder.
-    pub(crate) fn fields(value: Value) -> Map<String, Value> {
-        match value {
-            Value::Object(fields) => fields,
-            other => unreachable!("not an object: {other}"),
-        }
+    fn fields(value: Value) -> Map<String, Value> {
+        object(value.to_string().as_bytes()).expect("an object")
+    }
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    struct Some {
+        #[serde(default, deserialize_with = "flag")]
+        first: bool,
+        #[serde(default, rename = "2nd")]
+        second: Option<usize>,
     }
 
     #[test]
     fn what_is_not_understood_is_refused_with_the_nearest_name() {
-        let mut some = fields(json!({"user": "u", "top_k": 3}));
-        keep_understood(&mut some, &[]).expect("known");
-        assert_eq!(Value::Object(some), json!({"top_k": 3}));
-        refuse_unknown(&fields(json!({"prompt": "p"})), &["prompt"]).expect("known");
-        let error = refuse_unknown(&fields(json!({"max_token": 3})), &[]).expect_err("unknown");
+        let known = [&["max_tokens"][..], &["top_k"][..]];
+        refuse_unknown(&fields(json!({"user": "u", "top_k": 3})), &known).expect("known");
+        let error = refuse_unknown(&fields(json!({"max_token": 3})), &known).expect_err("unknown");
         assert_eq!(error.body()["error"]["param"], "max_token");
         let message = error.body()["error"]["message"].to_string();
         assert!(message.contains("did you mean `max_tokens`?"), "{message}");
         let long = "x".repeat(10_000);
-        let error = refuse_unknown(&fields(json!({ long: 1 })), &[]).expect_err("unknown");
+        let error = refuse_unknown(&fields(json!({ long: 1 })), &known).expect_err("unknown");
         assert!(error.body().to_string().len() < 500);
     }
 
     #[test]
+    fn a_structures_keys_are_taken_and_a_wrong_one_is_named() {
+        assert_eq!(field_names::<Some>(), ["first", "2nd"]);
+        let mut body = fields(json!({"first": true, "third": 3, "2nd": null}));
+        let (first, second) = (true, None);
+        assert_eq!(
+            take::<Some>(&mut body).expect("sound"),
+            Some { first, second }
+        );
+        assert_eq!(Value::Object(body), json!({"third": 3}));
+        let error = take::<Some>(&mut fields(json!({"2nd": 1, "first": 3}))).expect_err("wrong");
+        assert_eq!(error.body()["error"]["param"], "first");
+        let message = &error.body()["error"]["message"];
+        assert_eq!(message, "`first` must be true or false");
+        let error = take_theirs::<Some>(&mut fields(json!({"2nd": "x"}))).expect_err("wrong");
+        assert_eq!(error.body()["error"]["param"], "body");
+    }
+
+    #[test]
     fn what_is_done_anyway_may_be_asked_for() {
-        let mut body = fields(json!({"verbosity": "medium"}));
-        only(&mut body, "verbosity", &json!("medium")).expect("the usual");
-        only(&mut body, "verbosity", &json!("medium")).expect("nothing asked");
-        let mut body = fields(json!({"verbosity": "high"}));
-        let error = only(&mut body, "verbosity", &json!("medium")).expect_err("another");
+        let medium = json!("medium");
+        only("verbosity", Some(&medium), &medium).expect("the usual");
+        only("verbosity", None, &medium).expect("nothing asked");
+        let error = only("verbosity", Some(&json!("high")), &medium).expect_err("another");
         assert_eq!(error.body()["error"]["param"], "verbosity");
     }
 }

@@ -3,25 +3,23 @@
 use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, FailedToBufferBody};
 use axum::extract::{FromRequest, MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use futures::{FutureExt, StreamExt};
+use futures::FutureExt;
 
 use super::App;
-use super::answer::ApiError;
+use super::api_error::ApiError;
 use super::connection::Peer;
 use super::context::RequestContext;
 
 /// Header with the id of a request, in both directions.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// Routes that are asked every few seconds, and not worth a line each.
-const QUIET: &[&str] = &["/healthz", "/health", "/readyz", "/metrics"];
 
 /// Identifies, checks, logs and counts every request.
 pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
@@ -56,7 +54,8 @@ pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) 
     app.metrics.request(&route, context.model(), status);
     let duration_ms = started.elapsed().as_millis();
     let peer = peer.map(tracing::field::display);
-    if QUIET.contains(&route.as_str()) {
+    // Probes ask every few seconds, and are not worth a line each.
+    if route.starts_with('/') && !route.starts_with("/v1/") {
         tracing::debug!(request_id = context.id(), peer, %method, route, status, duration_ms, "request");
     } else {
         let model = Some(context.model()).filter(|model| !model.is_empty());
@@ -68,35 +67,32 @@ pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) 
     response
 }
 
-/// Needs a key for inference, where there are any; an administrator's is good too.
-pub(crate) async fn require_key(
-    State(app): State<App>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    let keys = app.keys();
-    let key = bearer(request.headers());
-    if keys.api.is_empty() || key.is_some_and(|key| keys.api.holds(key) | keys.admin.holds(key)) {
-        Ok(next.run(request).await)
-    } else {
-        Err(ApiError::unauthorized("a valid key"))
-    }
+/// Who may ask; each includes those before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Right {
+    Anyone,
+    /// Who has a key for inference, where there are any, or an administrator's.
+    Inference,
+    /// Who has an administrator's key; anyone where there is no key at all, as the server is then on loopback, and whoever
+    /// reaches it is its operator.
+    Administrator,
 }
 
-/// Needs an administrator's key.
-pub(crate) async fn require_admin_key(
-    State(app): State<App>,
+/// Lets those through who have the right.
+pub(crate) async fn require(
+    State((app, right)): State<(App, Right)>,
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
     let keys = app.keys();
     let key = bearer(request.headers());
-    // Without any key the server is on loopback, and whoever reaches it is its operator.
-    let open = keys.admin.is_empty() && keys.api.is_empty();
-    if open || key.is_some_and(|key| keys.admin.holds(key)) {
-        Ok(next.run(request).await)
-    } else {
-        Err(ApiError::unauthorized("an administrator's key"))
+    let open = keys.api.is_empty();
+    let is_user = open || key.is_some_and(|key| keys.api.holds(key) | keys.admin.holds(key));
+    let is_admin = open && keys.admin.is_empty() || key.is_some_and(|key| keys.admin.holds(key));
+    match right {
+        Right::Inference if !is_user => Err(ApiError::unauthorized("a valid key")),
+        Right::Administrator if !is_admin => Err(ApiError::unauthorized("an administrator's key")),
+        _ => Ok(next.run(request).await),
     }
 }
 
@@ -119,7 +115,7 @@ fn refuse_strangers(app: &App, request: &Request) -> Result<(), ApiError> {
                 .map(|authority| authority.as_str())
         });
     // A name that an attacker's DNS points to loopback makes a page there same-origin. Keys stop that; else the name must.
-    let known_host = host.is_none_or(|host| is_own_host(host, &app.host));
+    let known_host = host.is_none_or(|host| is_own_host(host, &app.config.host));
     if app.keys().api.is_empty() && !known_host {
         return Err(forbidden(
             "host_not_allowed",
@@ -134,7 +130,7 @@ fn refuse_strangers(app: &App, request: &Request) -> Result<(), ApiError> {
     let same = origin
         .split_once("://")
         .is_some_and(|(_, authority)| Some(authority) == host);
-    if same || app.allowed_origins.iter().any(allowed) {
+    if same || app.config.allowed_origins.iter().any(allowed) {
         Ok(())
     } else {
         Err(forbidden(
@@ -167,36 +163,29 @@ impl FromRequest<App> for Payload {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
-        let limit = app.limits.max_body_bytes;
+        let limits = &app.config.limits;
+        let too_large = || ApiError::too_large(limits.max_body_bytes);
+        // What says that it is too large need not be read; the router's own limit holds for the rest.
         let declared = request
             .headers()
             .get(header::CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-        if declared.is_some_and(|length| length > limit) {
-            return Err(ApiError::too_large(limit));
+        if declared.is_some_and(|length| length > limits.max_body_bytes) {
+            return Err(too_large());
         }
-        let read = async {
-            let mut stream = request.into_body().into_data_stream();
-            let mut bytes = Vec::with_capacity(declared.unwrap_or(0));
-            while let Some(part) = stream.next().await {
-                let part =
-                    part.map_err(|_| ApiError::invalid("body", "the request body broke off"))?;
-                if bytes.len() + part.len() > limit {
-                    return Err(ApiError::too_large(limit));
-                }
-                bytes.extend_from_slice(&part);
-            }
-            Ok(Self(bytes.into()))
-        };
-        tokio::time::timeout(app.limits.body_timeout, read)
-            .await
-            .unwrap_or_else(|_| {
-                Err(ApiError::new(
-                    StatusCode::REQUEST_TIMEOUT,
-                    "body_timeout",
-                    "the request body took too long to arrive",
-                ))
-            })
+        let patience = Duration::from_secs(limits.body_timeout_s);
+        match tokio::time::timeout(patience, Bytes::from_request(request, app)).await {
+            Ok(Ok(bytes)) => Ok(Self(bytes)),
+            Ok(Err(BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(
+                _,
+            )))) => Err(too_large()),
+            Ok(Err(_)) => Err(ApiError::invalid("body", "the request body broke off")),
+            Err(_) => Err(ApiError::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "body_timeout",
+                "the request body took too long to arrive",
+            )),
+        }
     }
 }
 

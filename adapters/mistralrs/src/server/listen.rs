@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, code};
 
 /// How long a taken port is waited for: a supervisor may start the next process while the former closes.
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
@@ -17,7 +17,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Binds `address`; while its port is in use it is tried again for `patience`.
 ///
 /// # Errors
-/// [`Error::Listen`] with the address and, for a port that stays taken, the remedy. Anything else fails at once.
+/// [`code::LISTEN`] with the address and, for a port that stays taken, the remedy. Anything else fails at once.
 pub(super) async fn bind(address: SocketAddr, patience: Duration) -> Result<TcpListener> {
     let start = Instant::now();
     let mut told = false;
@@ -50,10 +50,10 @@ pub(super) fn listen_error(address: SocketAddr, error: &std::io::Error) -> Error
         ),
         _ => error.to_string(),
     };
-    Error::Listen {
-        address: address.to_string(),
-        message,
-    }
+    Error::refused(
+        code::LISTEN,
+        format!("cannot listen on {address}: {message}"),
+    )
 }
 
 #[cfg(test)]

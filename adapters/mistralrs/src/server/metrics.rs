@@ -1,8 +1,8 @@
 //! What `/metrics` shows, in the OpenMetrics text form that Prometheus reads.
 
-use std::sync::Mutex;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -48,128 +48,57 @@ struct GenerationLabels {
 
 type Seconds = Family<ModelLabels, Histogram, fn() -> Histogram>;
 
-/// Counters and gauges of one server.
-pub(crate) struct Metrics {
-    exposition: Mutex<MetricRegistry>,
-    requests: Family<RequestLabels, Counter>,
-    prompt_tokens: Family<ModelLabels, Counter>,
-    completion_tokens: Family<ModelLabels, Counter>,
-    answers: Family<OutcomeLabels, Counter>,
-    duration: Seconds,
-    time_to_first_token: Seconds,
-    in_flight: Gauge,
-    waiting: Gauge,
-    connections: Gauge,
-    loads: Family<OutcomeLabels, Counter>,
-    reloads: Family<OutcomeLabels, Counter>,
-    models: Gauge,
-    adapters: Gauge,
-    generations: Gauge,
-    weight_bytes: Gauge,
-    served: Family<GenerationLabels, Gauge>,
+fn seconds() -> Seconds {
+    Family::new_with_constructor(|| Histogram::new(SECONDS))
+}
+
+/// Declares [`Metrics`]: name, type, first value and help of each, in the order shown.
+macro_rules! metrics {
+    ($($name:ident: $kind:ty = $new:expr, $help:literal;)*) => {
+        /// Counters and gauges of one server.
+        pub(crate) struct Metrics {
+            exposition: Mutex<MetricRegistry>,
+            $($name: $kind,)*
+        }
+
+        impl Metrics {
+            pub(crate) fn new() -> Self {
+                let mut exposition = MetricRegistry::with_prefix("monteclora");
+                $(
+                    let $name: $kind = $new;
+                    exposition.register(stringify!($name), $help, $name.clone());
+                )*
+                Self {
+                    exposition: Mutex::new(exposition),
+                    $($name,)*
+                }
+            }
+        }
+    };
+}
+
+metrics! {
+    requests: Family<RequestLabels, Counter> = Family::default(), "Requests by route, model and status";
+    prompt_tokens: Family<ModelLabels, Counter> = Family::default(), "Tokens of prompts";
+    completion_tokens: Family<ModelLabels, Counter> = Family::default(), "Tokens generated";
+    answers: Family<OutcomeLabels, Counter> = Family::default(),
+        "Answers by how they ended: finished, canceled (the client left), timeout, failed";
+    request_duration_seconds: Seconds = seconds(), "From the request to the last token";
+    time_to_first_token_seconds: Seconds = seconds(), "From the request to the first token";
+    requests_in_flight: Gauge = Gauge::default(), "Inference requests being worked on or queued";
+    requests_waiting: Gauge = Gauge::default(), "Those of them without a first token yet";
+    connections: Gauge = Gauge::default(), "Open connections";
+    adapter_loads: Family<OutcomeLabels, Counter> = Family::default(), "Adapters loaded at run time, by outcome";
+    reloads: Family<OutcomeLabels, Counter> = Family::default(), "Configurations re-read, by outcome";
+    models: Gauge = Gauge::default(), "Base models served";
+    adapters: Gauge = Gauge::default(), "Adapters served";
+    resident_generations: Gauge = Gauge::default(),
+        "Models in memory, those that only finish their last requests included";
+    resident_weight_bytes: Gauge = Gauge::default(), "Their weights, estimated";
+    generation: Family<GenerationLabels, Gauge> = Family::default(), "What each name serves; always 1";
 }
 
 impl Metrics {
-    pub(crate) fn new() -> Self {
-        let histogram: fn() -> Histogram = || Histogram::new(SECONDS);
-        let mut metrics = Self {
-            exposition: Mutex::new(MetricRegistry::with_prefix("monteclora")),
-            requests: Family::default(),
-            prompt_tokens: Family::default(),
-            completion_tokens: Family::default(),
-            answers: Family::default(),
-            duration: Family::new_with_constructor(histogram),
-            time_to_first_token: Family::new_with_constructor(histogram),
-            in_flight: Gauge::default(),
-            waiting: Gauge::default(),
-            connections: Gauge::default(),
-            loads: Family::default(),
-            reloads: Family::default(),
-            models: Gauge::default(),
-            adapters: Gauge::default(),
-            generations: Gauge::default(),
-            weight_bytes: Gauge::default(),
-            served: Family::default(),
-        };
-        let to = metrics
-            .exposition
-            .get_mut()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        to.register(
-            "requests",
-            "Requests by route, model and status",
-            metrics.requests.clone(),
-        );
-        to.register(
-            "prompt_tokens",
-            "Tokens of prompts",
-            metrics.prompt_tokens.clone(),
-        );
-        to.register(
-            "completion_tokens",
-            "Tokens generated",
-            metrics.completion_tokens.clone(),
-        );
-        to.register(
-            "answers",
-            "Answers by how they ended: finished, canceled (the client left), timeout, failed",
-            metrics.answers.clone(),
-        );
-        to.register(
-            "request_duration_seconds",
-            "From the request to the last token",
-            metrics.duration.clone(),
-        );
-        to.register(
-            "time_to_first_token_seconds",
-            "From the request to the first token",
-            metrics.time_to_first_token.clone(),
-        );
-        to.register(
-            "requests_in_flight",
-            "Inference requests being worked on or queued",
-            metrics.in_flight.clone(),
-        );
-        to.register(
-            "requests_waiting",
-            "Those of them without a first token yet",
-            metrics.waiting.clone(),
-        );
-        to.register(
-            "connections",
-            "Open connections",
-            metrics.connections.clone(),
-        );
-        to.register(
-            "adapter_loads",
-            "Adapters loaded at run time, by outcome",
-            metrics.loads.clone(),
-        );
-        to.register(
-            "reloads",
-            "Configurations re-read, by outcome",
-            metrics.reloads.clone(),
-        );
-        to.register("models", "Base models served", metrics.models.clone());
-        to.register("adapters", "Adapters served", metrics.adapters.clone());
-        to.register(
-            "resident_generations",
-            "Models in memory, those that only finish their last requests included",
-            metrics.generations.clone(),
-        );
-        to.register(
-            "resident_weight_bytes",
-            "Their weights, estimated",
-            metrics.weight_bytes.clone(),
-        );
-        to.register(
-            "generation",
-            "What each name serves; always 1",
-            metrics.served.clone(),
-        );
-        metrics
-    }
-
     /// Counts a request that has its status. `model` is the name of one that is served, or empty.
     pub(crate) fn request(&self, route: &str, model: &str, status: u16) {
         let labels = RequestLabels {
@@ -192,11 +121,11 @@ impl Metrics {
         self.completion_tokens
             .get_or_create(&labels)
             .inc_by(count(answer.completion_tokens));
-        self.duration
+        self.request_duration_seconds
             .get_or_create(&labels)
             .observe(answer.duration.as_secs_f64());
         if let Some(time) = answer.time_to_first_token {
-            self.time_to_first_token
+            self.time_to_first_token_seconds
                 .get_or_create(&labels)
                 .observe(time.as_secs_f64());
         }
@@ -208,7 +137,9 @@ impl Metrics {
 
     /// Counts an attempt to load an adapter.
     pub(crate) fn load(&self, outcome: &'static str) {
-        self.loads.get_or_create(&OutcomeLabels { outcome }).inc();
+        self.adapter_loads
+            .get_or_create(&OutcomeLabels { outcome })
+            .inc();
     }
 
     /// Counts a configuration that was read again.
@@ -223,12 +154,12 @@ impl Metrics {
 
     /// Counts an inference request while the result is held.
     pub(crate) fn in_flight(&self) -> Counted {
-        Counted::new(&self.in_flight)
+        Counted::new(&self.requests_in_flight)
     }
 
     /// Counts an inference request without a token while the result is held.
     pub(crate) fn waiting(&self) -> Counted {
-        Counted::new(&self.waiting)
+        Counted::new(&self.requests_waiting)
     }
 
     /// The whole text, with what `resident` says about models.
@@ -237,10 +168,7 @@ impl Metrics {
     /// None in practice: writing to a text cannot fail.
     pub(crate) fn render(&self, resident: &Resident) -> Result<String, std::fmt::Error> {
         // Held throughout, so that two scrapes do not mix.
-        let exposition = self
-            .exposition
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let exposition = self.exposition.lock();
         let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         let adapters = resident
             .served
@@ -249,17 +177,18 @@ impl Metrics {
             .count();
         self.adapters.set(number(adapters));
         self.models.set(number(resident.served.len() - adapters));
-        self.generations.set(number(resident.n_generations));
-        self.weight_bytes
+        self.resident_generations
+            .set(number(resident.n_generations));
+        self.resident_weight_bytes
             .set(i64::try_from(resident.weight_bytes).unwrap_or(i64::MAX));
-        self.served.clear();
+        self.generation.clear();
         for lease in &resident.served {
             let labels = GenerationLabels {
                 name: lease.name.clone(),
                 parent: lease.parent.clone().unwrap_or_default(),
                 generation: lease.hash.clone(),
             };
-            self.served.get_or_create(&labels).set(1);
+            self.generation.get_or_create(&labels).set(1);
         }
         let mut text = String::new();
         encode(&mut text, &exposition)?;

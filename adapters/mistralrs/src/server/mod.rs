@@ -1,44 +1,40 @@
 //! The OpenAI-compatible server: binds, loads every model, answers, and drains when told to stop.
 
-mod admin;
-mod answer;
-mod chat;
-mod completions;
+mod answers;
+pub(crate) mod api_error;
 mod connection;
 mod context;
-mod exchange;
-mod fields;
+mod endpoints;
+pub(crate) mod fields;
 mod guard;
+mod job;
 mod listen;
 mod metrics;
-mod models;
-mod opening;
 mod registry;
 mod reload;
 mod request;
-mod routes;
-mod sampling;
+pub(crate) mod sampling;
+pub(crate) mod seeded;
 mod signals;
 mod steps;
 mod stop;
-mod stream;
 mod tls;
-mod tools;
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use monteclora_converters::Problem;
+use parking_lot::RwLock;
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Semaphore, watch};
 
-use crate::config::{Limits, ServeConfig};
-use crate::distributed::is_worker;
-use crate::error::{Error, Result};
+use crate::config::ServeConfig;
+use crate::error::{Error, Result, code};
 use crate::keys::KeySet;
+use crate::quirks_0_8::split_models::is_worker;
 use connection::Acceptor;
 use metrics::Metrics;
 pub use registry::Applied;
@@ -53,20 +49,14 @@ pub(crate) type App = Arc<AppState>;
 /// State of one server.
 pub(crate) struct AppState {
     registry: Registry,
+    /// What it was started with; models and keys may have changed since.
+    config: ServeConfig,
     keys: RwLock<Arc<Keys>>,
-    adapter_root: Option<PathBuf>,
-    /// Address that is bound.
+    /// Address that is bound; the configured port may be 0.
     address: SocketAddr,
-    /// Address as configured, whose port may be 0.
-    configured: SocketAddr,
-    /// `server.host` as configured.
-    host: String,
-    max_memory: Option<u64>,
     /// Where a changed configuration comes from.
     source: OnceLock<Arc<ConfigSource>>,
     reloading: Mutex<()>,
-    allowed_origins: Vec<String>,
-    limits: Arc<Limits>,
     /// Places for inference requests.
     places: Arc<Semaphore>,
     metrics: Arc<Metrics>,
@@ -84,10 +74,7 @@ pub(crate) struct Keys {
 
 impl AppState {
     fn keys(&self) -> Arc<Keys> {
-        self.keys
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.keys.read().clone()
     }
 }
 
@@ -103,7 +90,7 @@ impl Server {
     /// Must be called on a multi-threaded runtime.
     ///
     /// # Errors
-    /// [`Error::Listen`] before anything is loaded; otherwise the first model's or adapter's error.
+    /// [`Error::Problem`] before anything is loaded; otherwise the first model's or adapter's error.
     pub async fn start(config: &ServeConfig) -> Result<Self> {
         // A worker of a distributed model listens to its first process only, and must not take that one's port.
         let wanted = match is_worker() {
@@ -122,15 +109,10 @@ impl Server {
                 api: config.api_keys.clone(),
                 admin: config.admin_keys.clone(),
             })),
-            adapter_root: config.adapter_root.clone(),
+            config: config.clone(),
             address,
-            configured: config.address,
-            max_memory: config.max_memory,
             source: OnceLock::new(),
             reloading: Mutex::new(()),
-            host: config.host.clone(),
-            allowed_origins: config.allowed_origins.clone(),
-            limits: Arc::new(config.limits.clone()),
             places: Arc::new(Semaphore::new(config.limits.max_concurrent_requests)),
             metrics: Arc::new(Metrics::new()),
             tls: tls.map(Arc::new),
@@ -171,9 +153,9 @@ impl Server {
         let Self { listener, app } = self;
         let acceptor = Acceptor {
             listener,
-            router: routes::router(app.clone()),
+            router: endpoints::router(app.clone()),
             tls: app.tls.clone(),
-            limits: app.limits.clone(),
+            limits: Arc::new(app.config.limits.clone()),
             metrics: app.metrics.clone(),
             cut: app.cut.clone(),
         };
@@ -186,8 +168,8 @@ impl Server {
         if n_cut > 0 {
             tracing::warn!(
                 n_cut,
-                "connections still busy after {:?} are cut",
-                app.limits.drain_timeout
+                "connections still busy after {} s are cut",
+                app.config.limits.drain_timeout_s
             );
         }
     }
@@ -199,7 +181,7 @@ impl Server {
 /// With a `source`, SIGHUP reads the configuration again.
 ///
 /// # Errors
-/// Those of [`Server::start`]; [`Error::Interrupted`] after a second signal.
+/// Those of [`Server::start`]; [`Error::Problem`], whose exit code is 130, after a second signal.
 pub fn serve(
     config: &ServeConfig,
     source: Option<Arc<ConfigSource>>,
@@ -245,13 +227,20 @@ pub fn serve(
         }
         tokio::select! {
             () = running => Ok(()),
-            () = signals.next() => Err(Error::Interrupted),
+            () = signals.next() => Err(interrupted()),
         }
     });
-    let grace = match outcome {
-        Err(Error::Interrupted) => Duration::ZERO,
+    let grace = match &outcome {
+        Err(error) if error.code() == code::INTERRUPTED => Duration::ZERO,
         _ => Duration::from_secs(5),
     };
     runtime.shutdown_timeout(grace);
     outcome
+}
+
+fn interrupted() -> Error {
+    let message = "stopped by a second signal while requests were in flight";
+    Problem::sentence(code::INTERRUPTED, message)
+        .exit(130)
+        .into()
 }

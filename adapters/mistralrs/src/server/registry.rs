@@ -2,23 +2,25 @@
 
 mod engine;
 mod memory;
+mod reaper;
 mod state;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
 
 use indexmap::IndexMap;
 use mistralrs_core::MistralRs;
+use parking_lot::RwLock;
 use serde::Serialize;
 use tokio::sync::Mutex;
 
 use crate::config::{ModelConfig, ServeConfig};
-use crate::distributed::allow_another_model;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, code};
+use crate::quirks_0_8::split_models::allow_another_model;
 use engine::{Checked, EngineSettings, Host, Wanted, blocking};
 pub(crate) use engine::{Generation, Lease};
 use memory::Memory;
@@ -145,7 +147,7 @@ impl Registry {
 
     /// The generation that answers for `name` now; without a name, or for `default`, the default model's.
     pub(crate) fn lease(&self, name: Option<&str>) -> Option<Lease> {
-        let table = self.read_table();
+        let table = self.table.read();
         let name = match name {
             None | Some("default") => &table.default_model,
             Some(name) => name,
@@ -155,7 +157,7 @@ impl Registry {
 
     /// Everything served, bases before their adapters.
     pub(crate) fn list(&self) -> Vec<Lease> {
-        self.read_table().names.values().cloned().collect()
+        self.table.read().names.values().cloned().collect()
     }
 
     /// What is in memory.
@@ -189,7 +191,7 @@ impl Registry {
         let mut kept = Vec::new();
         for checked in next.check().await? {
             let name = checked.wanted.name().to_owned();
-            let current = self.read_table().names.get(&name).cloned();
+            let current = self.table.read().names.get(&name).cloned();
             let parent_stays = match &checked.wanted.parent {
                 Some(parent) => !new_bases.contains(parent),
                 None => true,
@@ -214,14 +216,14 @@ impl Registry {
         }
         next.record(&plan.state)?;
         for (lease, checked) in kept {
-            lease.is_also(&checked);
+            lease.set_source(&checked);
         }
         let former = {
-            let mut table = self.write_table();
+            let mut table = self.table.write();
             table.default_model.clone_from(&config.default_model);
             std::mem::replace(&mut table.names, names)
         };
-        let still = self.read_table();
+        let still = self.table.read();
         applied.removed = former
             .into_keys()
             .filter(|name| !still.names.contains_key(name))
@@ -238,7 +240,7 @@ impl Registry {
     pub(crate) async fn load_adapter(&self, load: AdapterLoad<'_>) -> Result<Lease> {
         let mut plan = self.plan.lock().await;
         let (current, default_model) = {
-            let table = self.read_table();
+            let table = self.table.read();
             let current = table.names.get(load.name).cloned();
             (current, table.default_model.clone())
         };
@@ -248,7 +250,9 @@ impl Registry {
             return Err(not_an_adapter(load.name));
         }
         if current.is_some() && !in_place {
-            return Err(Error::NameTaken(load.name.to_owned()));
+            let taken = "is already served; unload it first, or load in place";
+            let message = format!("the name `{}` {taken}", load.name);
+            return Err(Error::refused(code::NAME_TAKEN, message));
         }
         let declared_parent = declared(&plan.models, load.name).map(|(parent, _)| parent);
         let served_parent = current.as_ref().and_then(|lease| lease.parent.as_deref());
@@ -273,7 +277,7 @@ impl Registry {
             .models
             .iter()
             .find(|model| model.name == parent)
-            .ok_or_else(|| Error::UnknownName(parent.to_owned()))?;
+            .ok_or_else(|| Error::unknown_name(parent))?;
         let wanted = Wanted::new(model, Some((load.name, load.source)), plan.settings)?;
         let checked = blocking(move || wanted.check()).await?;
         let change = Change {
@@ -288,7 +292,7 @@ impl Registry {
         match current.filter(|lease| checked.is(lease)) {
             Some(lease) => {
                 plan.change(load.name, change)?;
-                lease.is_also(&checked);
+                lease.set_source(&checked);
                 Ok(lease)
             }
             None => {
@@ -302,9 +306,9 @@ impl Registry {
     /// Stops serving the adapter `name`; requests in flight finish.
     pub(crate) async fn unload_adapter(&self, name: &str, expected: Option<&str>) -> Result<Lease> {
         let mut plan = self.plan.lock().await;
-        let current = self.read_table().names.get(name).cloned();
+        let current = self.table.read().names.get(name).cloned();
         check_expected(name, current.as_ref(), expected)?;
-        let lease = current.ok_or_else(|| Error::UnknownName(name.to_owned()))?;
+        let lease = current.ok_or_else(|| Error::unknown_name(name))?;
         let Some(parent) = lease.parent.clone() else {
             return Err(not_an_adapter(name));
         };
@@ -320,7 +324,7 @@ impl Registry {
         } else {
             plan.forget(name)?;
         }
-        let mut table = self.write_table();
+        let mut table = self.table.write();
         table.names.shift_remove(name);
         if table.default_model == name {
             tracing::warn!(
@@ -337,24 +341,12 @@ impl Registry {
     }
 
     fn publish(&self, lease: Lease) -> Lease {
-        self.write_table()
+        self.table
+            .write()
             .names
             .insert(lease.name.clone(), lease.clone());
         tracing::info!(name = lease.name, generation = lease.hash, "serving");
         lease
-    }
-
-    // A poisoned table is still a whole one: each change is a single insert, removal or replacement.
-    fn read_table(&self) -> std::sync::RwLockReadGuard<'_, Table> {
-        self.table
-            .read()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    fn write_table(&self) -> std::sync::RwLockWriteGuard<'_, Table> {
-        self.table
-            .write()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -374,12 +366,12 @@ impl Plan {
                     checked.push(found);
                 }
                 Err(error) => errors.push(match (from_state, &self.state_file) {
-                    (Some(_), Some(file)) => Error::Config {
-                        path: file.path().to_path_buf(),
-                        message: format!(
+                    (Some(_), Some(file)) => Error::config(
+                        file.path(),
+                        format!(
                             "the adapter `{name}`, loaded at run time, cannot be served again: {error}; restore it, or remove its entry"
                         ),
-                    },
+                    ),
                     _ => Error::Of {
                         name,
                         source: Box::new(error),
@@ -485,11 +477,10 @@ fn not_an_adapter(name: &str) -> Error {
 fn check_expected(name: &str, current: Option<&Lease>, expected: Option<&str>) -> Result<()> {
     let found = current.map_or("none", |lease| lease.hash.as_str());
     match expected {
-        Some(expected) if expected != found => Err(Error::GenerationMoved {
-            name: name.to_owned(),
-            expected: expected.to_owned(),
-            found: found.to_owned(),
-        }),
+        Some(expected) if expected != found => Err(Error::refused(
+            code::GENERATION_MOVED,
+            format!("`{name}` is at generation {found}, not {expected}"),
+        )),
         _ => Ok(()),
     }
 }

@@ -1,6 +1,6 @@
 //! Re-reading the configuration while the server runs: models and adapters, keys, and the certificate.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -75,7 +75,7 @@ impl AppState {
             api: config.api_keys,
             admin: config.admin_keys,
         };
-        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
+        *self.keys.write() = Arc::new(keys);
         Ok(Reloaded {
             applied,
             needs_restart,
@@ -87,19 +87,19 @@ impl AppState {
         [
             (
                 "server.host or server.port",
-                self.configured != config.address,
+                self.config.address != config.address,
             ),
             (
                 "server.allowed_origins",
-                self.allowed_origins != config.allowed_origins,
+                self.config.allowed_origins != config.allowed_origins,
             ),
             ("server.tls_cert", tls_turned),
             (
                 "runtime.max_memory_mb",
-                self.max_memory != config.max_memory,
+                self.config.max_memory != config.max_memory,
             ),
-            ("limits", *self.limits != config.limits),
-            ("admin", self.adapter_root != config.adapter_root),
+            ("limits", self.config.limits != config.limits),
+            ("admin", self.config.adapter_root != config.adapter_root),
         ]
         .into_iter()
         .filter_map(|(section, differs)| differs.then_some(section))

@@ -1,176 +1,185 @@
-//! What chat and plain completions have in common: reading the body and checking it.
+//! What every request for generated text has in common: reading it, checking it, and giving it to an engine.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use axum::body::Bytes;
+use mistralrs_core::{Constraint, DrySamplingParams, NormalRequest, SamplingParams};
+use mistralrs_server_core::openai::Grammar;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
 
 use super::App;
-use super::answer::ApiError;
+use super::api_error::ApiError;
 use super::context::RequestContext;
-use super::exchange::{Admission, Handover};
-use super::fields::keep_understood;
+use super::fields::{checked, flag, object, refuse_unknown, take, take_theirs};
+use super::job::{Admission, Job, RunningJob};
 use super::registry::Lease;
-use super::sampling::{keep_to_mistralrs, seeded};
-use super::steps::{SeededDraw, Steps, StopWatch};
-use super::tools::hold_to_call;
-use crate::distributed::samples_in_step;
+use super::sampling::Sampling;
+use super::seeded::SeededDraw;
+use super::steps::Steps;
+use super::stop::StopWatch;
+use crate::field_names::field_names;
+use crate::quirks_0_8::split_models::{refuse_hooks, samples_in_step};
+use crate::quirks_0_8::{log_probabilities, narrow_sampling, stop_texts};
 
 /// Most choices a request may ask for.
-const MAX_CHOICES: u64 = 16;
+const MAX_CHOICES: usize = 16;
 
-/// A body that has passed the common checks.
-pub(crate) struct Body {
-    pub(crate) fields: Map<String, Value>,
+/// Keys that every endpoint for generated text understands.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct CommonKeys {
+    #[serde(deserialize_with = "flag")]
+    stream: bool,
+    stream_options: Option<Value>,
+    #[serde(deserialize_with = "positive")]
+    max_tokens: Option<usize>,
+    #[serde(deserialize_with = "n_choices")]
+    n: Option<usize>,
+    #[serde(deserialize_with = "n_choices")]
+    best_of: Option<usize>,
+    #[serde(deserialize_with = "stop_list")]
+    stop: Vec<String>,
+    #[serde(deserialize_with = "seed")]
+    seed: Option<u64>,
+    #[serde(deserialize_with = "temperature")]
+    temperature: Option<f64>,
+    #[serde(deserialize_with = "share")]
+    top_p: Option<f64>,
+    #[serde(deserialize_with = "top_k")]
+    top_k: Option<usize>,
+    #[serde(deserialize_with = "share")]
+    min_p: Option<f64>,
+    #[serde(deserialize_with = "penalty")]
+    presence_penalty: Option<f32>,
+    #[serde(deserialize_with = "penalty")]
+    frequency_penalty: Option<f32>,
+    #[serde(deserialize_with = "factor")]
+    repetition_penalty: Option<f32>,
+    #[serde(deserialize_with = "token_bias")]
+    logit_bias: HashMap<u32, f32>,
+    logprobs: Option<Value>,
+    top_logprobs: Option<Value>,
+}
+
+/// Those of them that have the types of mistral.rs.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct TheirKeys {
+    dry_multiplier: Option<f32>,
+    dry_base: Option<f32>,
+    dry_allowed_length: Option<usize>,
+    dry_sequence_breakers: Option<Vec<String>>,
+    grammar: Option<Grammar>,
+}
+
+/// Keys that are understood besides those of [`CommonKeys`] and [`TheirKeys`].
+const OTHER_KEYS: &[&str] = &["model", "max_completion_tokens"];
+
+/// A request that has passed the common checks.
+pub(crate) struct Asked {
     /// The generation that answers.
     pub(crate) lease: Lease,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
+    /// Texts that end an answer.
     pub(crate) stop: Vec<String>,
-    pub(crate) max_tokens: Option<usize>,
+    /// What holds the answer to a form.
+    pub(crate) constraint: Constraint,
+    sampling: Sampling,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    dry: Option<DrySamplingParams>,
+    max_tokens: Option<usize>,
     n_choices: usize,
     bias: Arc<HashMap<u32, f32>>,
     seeded: Option<SeededDraw>,
 }
 
-impl Body {
-    /// Reads and checks a body, whose keys are the common ones and `own`; `model` becomes the engine's id.
-    pub(crate) fn read(app: &App, bytes: &Bytes, own: &[&str]) -> Result<Self, ApiError> {
-        let value: Value = serde_json::from_slice(bytes)
-            .map_err(|error| ApiError::invalid("body", format!("not valid JSON: {error}")))?;
-        let Value::Object(mut fields) = value else {
-            return Err(ApiError::invalid("body", "expected a JSON object"));
-        };
-        // Clients write null for "not given", which mistral.rs's types take only in places.
-        fields.retain(|_, value| !value.is_null());
-        let name = match fields.get("model") {
-            None => None,
-            Some(Value::String(name)) => Some(name.as_str()),
-            Some(_) => return Err(ApiError::invalid("model", "expected the name of a model")),
-        };
-        let lease = app
-            .registry
-            .lease(name)
-            .ok_or_else(|| ApiError::unknown_model(name.unwrap_or("default")))?;
-        RequestContext::set_model(&lease.name);
-        fields.insert("model".to_owned(), json!(lease.engine_id()));
-
-        keep_understood(&mut fields, own)?;
-        // mistral.rs 0.8.1 reports base-10 logarithms of filtered probabilities, which is not what clients expect.
-        let wants_logprobs = |key| {
-            fields
-                .get(key)
-                .is_some_and(|value: &Value| value != &json!(false))
-        };
-        let wants_top = fields
-            .get("top_logprobs")
-            .is_some_and(|value| value != &json!(0));
-        if wants_logprobs("logprobs") || wants_top {
-            return Err(ApiError::invalid(
-                "logprobs",
-                "log-probabilities are not supported",
-            ));
-        }
-        fields.remove("logprobs");
-        fields.remove("top_logprobs");
-        check_range(&fields, "temperature", 0.0, 2.0)?;
-        check_range(&fields, "top_p", 0.0, 1.0)?;
-        check_range(&fields, "min_p", 0.0, 1.0)?;
-        check_range(&fields, "presence_penalty", -2.0, 2.0)?;
-        check_range(&fields, "frequency_penalty", -2.0, 2.0)?;
-        check_range(&fields, "repetition_penalty", 1e-3, 1e3)?;
-        lease.sampling.fill(&mut fields);
-
+impl Asked {
+    /// Reads and checks a body, whose keys are the common ones and those of `Own`.
+    pub(crate) fn read<Own: DeserializeOwned>(
+        app: &App,
+        bytes: &[u8],
+    ) -> Result<(Self, Own), ApiError> {
+        let mut fields = object(bytes)?;
+        let lease = leased(app, &fields)?;
+        let (common, theirs) = (field_names::<CommonKeys>(), field_names::<TheirKeys>());
+        let known = [common, theirs, OTHER_KEYS, field_names::<Own>()];
+        refuse_unknown(&fields, &known)?;
         if let Some(max) = fields.remove("max_completion_tokens") {
             fields.insert("max_tokens".to_owned(), max);
         }
-        let max_tokens = positive(&fields, "max_tokens", u64::MAX)?;
-        let n_choices = positive(&fields, "n", MAX_CHOICES)?.unwrap_or(1);
-        if positive(&fields, "best_of", MAX_CHOICES)?.is_some_and(|best| best != n_choices) {
+        let common: CommonKeys = take(&mut fields)?;
+        let their: TheirKeys = take_theirs(&mut fields)?;
+        log_probabilities::refuse(common.logprobs.as_ref(), common.top_logprobs.as_ref())?;
+        let n_choices = common.n.unwrap_or(1);
+        if common.best_of.is_some_and(|best| best != n_choices) {
             return Err(ApiError::invalid(
                 "best_of",
                 "only the value of `n` is supported",
             ));
         }
-        fields.remove("best_of");
-        fields.remove("n");
-        if fields.get("tools") == Some(&json!([])) {
-            fields.remove("tools");
-        }
-        hold_to_call(&mut fields)?;
-        let stream = flag(&fields, "stream")?;
-        let include_usage = match fields.remove("stream_options") {
-            Some(options) => usage_wanted(&options, stream)?,
+        let include_usage = match &common.stream_options {
+            Some(options) => usage_wanted(options, common.stream)?,
             None => false,
         };
-        let stop = stop_texts(&fields)?;
-        // mistral.rs 0.8.1 cuts an answer at a place in its bytes as they were before what is no UTF-8 was replaced, and panics
-        // where that is within a character. It need not know of stop texts, but where nothing here can end an answer.
-        let is_held = fields.contains_key("grammar")
-            || fields
-                .get("response_format")
-                .is_some_and(|format| format["type"] != "text");
-        if !is_held && !samples_in_step() {
-            fields.remove("stop");
-        }
-        let bias = token_bias(&mut fields)?;
-        let seeded = seeded(&mut fields)?;
-        if samples_in_step() {
-            refuse_hooks(&bias, seeded.as_ref())?;
-        }
-        keep_to_mistralrs(&mut fields);
-        Ok(Self {
-            fields,
+        let asked = Sampling {
+            temperature: common.temperature,
+            top_k: common.top_k,
+            top_p: common.top_p,
+            min_p: common.min_p,
+            repetition_penalty: common.repetition_penalty,
+        };
+        let mut sampling = asked.or(&lease.sampling);
+        let seeded = sampling.seeded(common.seed);
+        refuse_hooks(samples_in_step(), &common.logit_bias, seeded.as_ref())?;
+        narrow_sampling::say_otherwise(&mut sampling);
+        let asked = Self {
             lease,
-            stream,
+            stream: common.stream,
             include_usage,
-            stop,
-            max_tokens,
+            stop: common.stop,
+            sampling,
+            presence_penalty: common.presence_penalty,
+            frequency_penalty: common.frequency_penalty,
+            dry: their.dry()?,
+            constraint: their.constraint(),
+            max_tokens: common.max_tokens,
             n_choices,
-            bias: Arc::new(bias),
+            bias: Arc::new(common.logit_bias),
             seeded,
-        })
+        };
+        Ok((asked, take(&mut fields)?))
     }
 
-    /// The rest of the body as mistral.rs's own request type.
-    pub(crate) fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        serde_json::from_value(Value::Object(self.fields.clone()))
-            .map_err(|error| ApiError::invalid("body", error.to_string()))
-    }
-
-    /// What the engine needs besides the request itself, with as many tokens as fit after a prompt of `prompt_tokens`.
-    pub(crate) fn hand_over(
+    /// Gives `request`, whose prompt has `n_prompt` tokens and came under the key `prompt`, to the engine, once for each choice.
+    pub(crate) fn start(
         &self,
         app: &App,
         mut admission: Admission,
-        prompt_param: &str,
-        prompt_tokens: usize,
-    ) -> Result<Handover, ApiError> {
+        prompt: &str,
+        n_prompt: usize,
+        mut request: NormalRequest,
+    ) -> Result<RunningJob, ApiError> {
         admission.widen(app, self.n_choices)?;
-        let context = self.lease.max_sequence_length;
-        let longest = app
-            .limits
-            .max_prompt_tokens
-            .map_or(context - 1, |limit| limit.min(context - 1));
-        if prompt_tokens == 0 || prompt_tokens > longest {
-            return Err(ApiError::invalid(
-                prompt_param,
-                format!("the prompt has {prompt_tokens} tokens; this model takes 1 to {longest}"),
-            ));
-        }
-        let room = context - prompt_tokens;
-        let max_tokens = match (self.max_tokens, app.limits.max_completion_tokens) {
-            (Some(asked), Some(limit)) if asked > limit => {
-                return Err(ApiError::invalid(
-                    "max_tokens",
-                    format!("`max_tokens` is {asked}; this server gives at most {limit}"),
-                ));
-            }
-            (Some(asked), _) => asked.min(room),
-            (None, Some(limit)) => limit.min(room),
-            (None, None) => room,
+        let max_tokens = self.max_tokens(app, prompt, n_prompt)?;
+        request.is_streaming = self.stream;
+        request.constraint = self.constraint.clone();
+        request.sampling_params = SamplingParams {
+            temperature: self.sampling.temperature,
+            top_k: self.sampling.top_k,
+            top_p: self.sampling.top_p,
+            min_p: self.sampling.min_p,
+            top_n_logprobs: 1,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            repetition_penalty: self.sampling.repetition_penalty,
+            stop_toks: stop_texts::told(&self.stop, &self.constraint),
+            max_len: Some(max_tokens),
+            dry_params: self.dry.clone(),
+            ..SamplingParams::neutral()
         };
         let steps = (0..self.n_choices).map(|idx| {
             Arc::new(Steps::new(
@@ -182,27 +191,69 @@ impl Body {
                 (idx == 0).then(|| app.metrics.waiting()),
             ))
         });
-        Ok(Handover {
-            admission,
-            lease: self.lease.clone(),
-            steps: steps.collect(),
-            max_tokens,
-            prompt_tokens,
-        })
+        let job = Job::new(self.lease.clone(), steps.collect(), max_tokens, n_prompt);
+        job.start(app, admission, &request)
+    }
+
+    /// As many tokens as are wanted, may be asked for, and fit after the prompt.
+    fn max_tokens(&self, app: &App, prompt: &str, n_prompt: usize) -> Result<usize, ApiError> {
+        let limits = &app.config.limits;
+        let context = self.lease.max_sequence_length;
+        let longest = limits.max_prompt_tokens.unwrap_or(context);
+        let longest = longest.min(context - 1);
+        if n_prompt == 0 || n_prompt > longest {
+            return Err(ApiError::invalid(
+                prompt,
+                format!("the prompt has {n_prompt} tokens; this model takes 1 to {longest}"),
+            ));
+        }
+        let room = context - n_prompt;
+        match (self.max_tokens, limits.max_completion_tokens) {
+            (Some(asked), Some(limit)) if asked > limit => Err(ApiError::invalid(
+                "max_tokens",
+                format!("`max_tokens` is {asked}; this server gives at most {limit}"),
+            )),
+            (asked, limit) => Ok(asked.or(limit).unwrap_or(room).min(room)),
+        }
     }
 }
 
-/// Refuses what is done in a hook of the sampling steps.
-fn refuse_hooks(bias: &HashMap<u32, f32>, seeded: Option<&SeededDraw>) -> Result<(), ApiError> {
-    let key = match (bias.is_empty(), seeded) {
-        (true, None) => return Ok(()),
-        (false, _) => "logit_bias",
-        (true, Some(_)) => "seed",
+impl TheirKeys {
+    fn dry(&self) -> Result<Option<DrySamplingParams>, ApiError> {
+        let Some(multiplier) = self.dry_multiplier else {
+            return Ok(None);
+        };
+        let breakers = self.dry_sequence_breakers.clone();
+        let (base, length) = (self.dry_base, self.dry_allowed_length);
+        DrySamplingParams::new_with_defaults(multiplier, breakers, base, length)
+            .map(Some)
+            .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))
+    }
+
+    fn constraint(self) -> Constraint {
+        match self.grammar {
+            None => Constraint::None,
+            Some(Grammar::Regex(regex)) => Constraint::Regex(regex),
+            Some(Grammar::Lark(lark)) => Constraint::Lark(lark),
+            Some(Grammar::JsonSchema(schema)) => Constraint::JsonSchema(schema),
+            Some(Grammar::Llguidance(grammar)) => Constraint::Llguidance(grammar),
+        }
+    }
+}
+
+/// The generation that answers for the `model` that is named.
+fn leased(app: &App, fields: &Map<String, Value>) -> Result<Lease, ApiError> {
+    let name = match fields.get("model") {
+        None => None,
+        Some(Value::String(name)) => Some(name.as_str()),
+        Some(_) => return Err(ApiError::invalid("model", "expected the name of a model")),
     };
-    Err(ApiError::invalid(
-        key,
-        format!("`{key}` is not supported where a model is split over several processes"),
-    ))
+    let lease = app
+        .registry
+        .lease(name)
+        .ok_or_else(|| ApiError::unknown_model(name.unwrap_or("default")))?;
+    RequestContext::set_model(&lease.name);
+    Ok(lease)
 }
 
 fn usage_wanted(options: &Value, stream: bool) -> Result<bool, ApiError> {
@@ -228,122 +279,102 @@ fn usage_wanted(options: &Value, stream: bool) -> Result<bool, ApiError> {
     wanted("include_usage")
 }
 
-/// The bias of every token named in `logit_bias`, which mistral.rs 0.8.1 reads and does not apply.
-fn token_bias(fields: &mut Map<String, Value>) -> Result<HashMap<u32, f32>, ApiError> {
-    let wrong = || {
-        ApiError::invalid(
-            "logit_bias",
-            "`logit_bias` must be an object of token ids with numbers from -100 to 100",
-        )
-    };
-    let Some(value) = fields.remove("logit_bias") else {
-        return Ok(HashMap::new());
-    };
-    let table = value.as_object().ok_or_else(wrong)?;
-    let entry = |(token, bias): (&String, &Value)| {
-        let bias = bias
-            .as_f64()
-            .filter(|bias| (-100.0..=100.0).contains(bias))?;
-        #[expect(clippy::cast_possible_truncation, reason = "logits are f32 themselves")]
-        let bias = bias as f32;
-        Some((token.parse().ok()?, bias))
-    };
-    table
-        .iter()
-        .map(|pair| entry(pair).ok_or_else(wrong))
-        .collect()
+fn positive<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    checked(deserializer, "must be a positive integer", |value| {
+        whole(value).filter(|number| *number > 0).map(Some)
+    })
 }
 
-fn check_range(
-    fields: &Map<String, Value>,
-    key: &str,
-    low: f64,
-    high: f64,
-) -> Result<(), ApiError> {
-    match fields.get(key).map(Value::as_f64) {
-        None => Ok(()),
-        Some(Some(number)) if (low..=high).contains(&number) => Ok(()),
-        Some(_) => Err(ApiError::invalid(
-            key,
-            format!("`{key}` must be a number from {low} to {high}"),
-        )),
-    }
+fn n_choices<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    let must = format!("must be a positive integer up to {MAX_CHOICES}");
+    checked(deserializer, must, |value| {
+        let number = whole(value).filter(|number| (1..=MAX_CHOICES).contains(number));
+        number.map(Some)
+    })
 }
 
-/// A whole number from 1 to `most`, if there is one.
-pub(super) fn positive(
-    fields: &Map<String, Value>,
-    key: &str,
-    most: u64,
-) -> Result<Option<usize>, ApiError> {
-    match fields.get(key) {
-        None => Ok(None),
-        Some(value) => value
-            .as_u64()
-            .filter(|number| (1..=most).contains(number))
-            .and_then(|number| usize::try_from(number).ok())
-            .map(Some)
-            .ok_or_else(|| {
-                let upper = if most == u64::MAX {
-                    String::new()
-                } else {
-                    format!(" up to {most}")
-                };
-                ApiError::invalid(key, format!("`{key}` must be a positive integer{upper}"))
-            }),
-    }
+/// 0 and -1 are vLLM's ways of asking for none.
+fn top_k<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    checked(deserializer, "must be a positive integer", |value| {
+        let none = (value.as_i64() == Some(-1)).then_some(0);
+        none.or_else(|| whole(value)).map(Some)
+    })
 }
 
-pub(crate) fn flag(fields: &Map<String, Value>, key: &str) -> Result<bool, ApiError> {
-    match fields.get(key) {
-        None => Ok(false),
-        Some(Value::Bool(value)) => Ok(*value),
-        Some(_) => Err(ApiError::invalid(
-            key,
-            format!("`{key}` must be true or false"),
-        )),
-    }
+fn whole(value: &Value) -> Option<usize> {
+    usize::try_from(value.as_u64()?).ok()
+}
+
+fn seed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    checked(deserializer, "must be an integer", |value| {
+        let negative = || value.as_i64().map(i64::cast_unsigned);
+        value.as_u64().or_else(negative).map(Some)
+    })
+}
+
+fn number<'de, D: Deserializer<'de>>(d: D, low: f64, high: f64) -> Result<Option<f64>, D::Error> {
+    checked(
+        d,
+        format!("must be a number from {low} to {high}"),
+        |value| {
+            let number = value
+                .as_f64()
+                .filter(|number| (low..=high).contains(number));
+            number.map(Some)
+        },
+    )
+}
+
+fn temperature<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    number(deserializer, 0.0, 2.0)
+}
+
+fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    number(deserializer, 0.0, 1.0)
+}
+
+fn penalty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f32>, D::Error> {
+    Ok(number(deserializer, -2.0, 2.0)?.map(single))
+}
+
+fn factor<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f32>, D::Error> {
+    Ok(number(deserializer, 1e-3, 1e3)?.map(single))
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "logits are f32 themselves")]
+fn single(number: f64) -> f32 {
+    number as f32
+}
+
+/// What is added to the logit of each token named.
+fn token_bias<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HashMap<u32, f32>, D::Error> {
+    let must = "must be an object of token ids with numbers from -100 to 100";
+    checked(deserializer, must, |value| {
+        let entry = |(token, bias): (&String, &Value)| {
+            let bias = bias.as_f64().filter(|bias| bias.abs() <= 100.0)?;
+            Some((token.parse().ok()?, single(bias)))
+        };
+        value.as_object()?.iter().map(entry).collect()
+    })
 }
 
 /// The texts that end an answer.
-fn stop_texts(fields: &Map<String, Value>) -> Result<Vec<String>, ApiError> {
-    let wrong = || {
-        ApiError::invalid(
-            "stop",
-            "`stop` must be a text or a list of texts, none of them empty",
-        )
-    };
-    let texts = match fields.get("stop") {
-        None => return Ok(Vec::new()),
-        Some(Value::String(text)) => vec![text.clone()],
-        Some(Value::Array(list)) => list
-            .iter()
-            .map(|text| text.as_str().map(str::to_owned).ok_or_else(wrong))
-            .collect::<Result<_, _>>()?,
-        Some(_) => return Err(wrong()),
-    };
-    if texts.iter().any(String::is_empty) {
-        return Err(wrong());
-    }
-    Ok(texts)
+fn stop_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let must = "must be a text or a list of texts, none of them empty";
+    checked(deserializer, must, |value| {
+        let text = |value: &Value| Some(value.as_str().filter(|text| !text.is_empty())?.to_owned());
+        match value {
+            Value::Array(list) => list.iter().map(text).collect(),
+            value => Some(vec![text(value)?]),
+        }
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::fields::tests::fields;
-    use super::*;
+    use serde_json::json;
 
-    #[test]
-    fn what_other_processes_would_not_do_is_refused() {
-        let none = HashMap::new();
-        refuse_hooks(&none, None).expect("nothing to refuse");
-        let mut sampled = fields(json!({"seed": 1, "temperature": 1}));
-        let draw = seeded(&mut sampled).expect("sound");
-        let error = refuse_hooks(&none, draw.as_ref()).expect_err("refused");
-        assert_eq!(error.body()["error"]["param"], "seed");
-        let error = refuse_hooks(&HashMap::from([(1, 1.0)]), None).expect_err("refused");
-        assert_eq!(error.body()["error"]["param"], "logit_bias");
-    }
+    use super::*;
 
     #[test]
     fn stream_options_are_read_or_refused() {
@@ -361,19 +392,49 @@ mod tests {
         }
     }
 
+    fn read(body: &Value) -> Result<CommonKeys, ApiError> {
+        take(&mut object(body.to_string().as_bytes())?)
+    }
+
     #[test]
-    fn a_bias_is_a_number_for_a_token() {
-        let mut body = fields(json!({"logit_bias": {"3": -100, "7": 0.5}}));
-        let bias = token_bias(&mut body).expect("sound");
-        assert_eq!(bias, HashMap::from([(3, -100.0), (7, 0.5)]));
-        assert!(body.is_empty());
-        for wrong in [
-            json!([]),
-            json!({"x": 1}),
-            json!({"1": "2"}),
-            json!({"1": 101}),
+    fn what_is_given_is_read() {
+        let body = json!({"logit_bias": {"3": -100, "7": 0.5}, "seed": -1, "stop": "x", "top_k": -1, "n": 16,
+            "presence_penalty": -2, "max_tokens": null});
+        let keys = read(&body).expect("sound");
+        assert_eq!(keys.logit_bias, HashMap::from([(3, -100.0), (7, 0.5)]));
+        assert_eq!((keys.seed, keys.top_k), (Some(u64::MAX), Some(0)));
+        assert_eq!((keys.stop, keys.n), (vec!["x".to_owned()], Some(16)));
+        assert_eq!((keys.presence_penalty, keys.max_tokens), (Some(-2.0), None));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_what_it_must_be() {
+        for (key, value, must) in [
+            ("logit_bias", json!([]), "an object of token ids"),
+            ("logit_bias", json!({"x": 1}), "an object of token ids"),
+            ("logit_bias", json!({"1": "2"}), "an object of token ids"),
+            ("logit_bias", json!({"1": 101}), "an object of token ids"),
+            ("seed", json!("x"), "an integer"),
+            ("seed", json!(1.5), "an integer"),
+            ("n", json!(17), "a positive integer up to 16"),
+            ("max_tokens", json!(0), "a positive integer"),
+            ("top_k", json!(-2), "a positive integer"),
+            ("top_p", json!(1.5), "a number from 0 to 1"),
+            (
+                "repetition_penalty",
+                json!(0),
+                "a number from 0.001 to 1000",
+            ),
+            ("stop", json!([""]), "a text or a list of texts"),
+            ("stream", json!(1), "true or false"),
         ] {
-            assert!(token_bias(&mut fields(json!({"logit_bias": wrong}))).is_err());
+            let error = read(&json!({ key: value })).err().expect("refused").body();
+            assert_eq!(error["error"]["param"], key);
+            let message = error["error"]["message"].to_string();
+            assert!(
+                message.contains(&format!("`{key}` must be {must}")),
+                "{message}"
+            );
         }
     }
 }

@@ -1,4 +1,8 @@
-//! Stop texts: cuts an answer at the first of them, however the text arrives.
+//! Stop texts: cuts an answer at the first of them, however the text arrives, and tells when its work is done.
+
+use std::sync::Arc;
+
+use tokenizers::Tokenizer;
 
 /// Cuts text at the first stop text, and holds back what may be the beginning of one.
 #[derive(Default)]
@@ -53,6 +57,46 @@ impl StopFilter {
             shown.push_str(&filter.finish());
         }
         (shown, stopped)
+    }
+}
+
+/// Tells when an answer holds one of the texts that end it. What clients see is cut elsewhere, exactly; this ends the work.
+pub(crate) struct StopWatch {
+    texts: Vec<String>,
+    /// Special tokens among the texts, which are no text of an answer.
+    tokens: Vec<u32>,
+    tokenizer: Arc<Tokenizer>,
+    /// Tokens in which the longest text must show, each being a byte at least.
+    width: usize,
+}
+
+impl StopWatch {
+    /// A watch for `texts`, if there are any.
+    pub(crate) fn new(texts: &[String], tokenizer: &Arc<Tokenizer>) -> Option<Self> {
+        let longest = texts.iter().map(String::len).max()?;
+        let is_special = |token: &u32| {
+            let text = tokenizer.decode(&[*token], true);
+            text.is_ok_and(|text| text.is_empty())
+        };
+        let tokens = texts.iter().filter_map(|text| tokenizer.token_to_id(text));
+        Some(Self {
+            texts: texts.to_vec(),
+            tokens: tokens.filter(is_special).collect(),
+            tokenizer: tokenizer.clone(),
+            width: longest + 4,
+        })
+    }
+
+    pub(crate) fn reached(&self, answer: &[u32]) -> bool {
+        let Some(last) = answer.last() else {
+            return false;
+        };
+        let tail = &answer[answer.len().saturating_sub(self.width)..];
+        self.tokens.contains(last)
+            || self
+                .tokenizer
+                .decode(tail, true)
+                .is_ok_and(|text| self.texts.iter().any(|stop| text.contains(stop)))
     }
 }
 

@@ -1,8 +1,9 @@
 //! HTTPS: certificate and key from PEM files, re-read without dropping a connection.
 
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
+use parking_lot::RwLock;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::Accept;
 use tokio_rustls::rustls::ServerConfig;
@@ -27,23 +28,16 @@ impl TlsAcceptor {
 
     /// Uses the certificate of `fresh` for connections from now on.
     pub(crate) fn replace(&self, fresh: Self) {
-        let fresh = fresh.0.into_inner().unwrap_or_else(PoisonError::into_inner);
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        *self.0.write() = fresh.0.into_inner();
     }
 
     pub(crate) fn accept<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) -> Accept<S> {
-        self.0
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .accept(stream)
+        self.0.read().accept(stream)
     }
 }
 
 fn server_config(files: &TlsFiles) -> Result<Arc<ServerConfig>> {
-    let bad = |path: &Path, message: String| Error::Config {
-        path: path.to_path_buf(),
-        message,
-    };
+    let bad = |path: &Path, message: String| Error::config(path, message);
     let cert = std::fs::read(&files.cert).map_err(Error::io("read", &files.cert))?;
     let key = std::fs::read(&files.key).map_err(Error::io("read", &files.key))?;
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&cert)

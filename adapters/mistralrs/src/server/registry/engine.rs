@@ -1,26 +1,30 @@
-//! One loaded model: what it was made of, its engine in the host, and the removal of that engine when nobody needs it.
+//! One loaded model: what it was made of, and its engine in the host.
 
-use std::cell::Cell;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, Weak, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_core::DeviceLocation;
 use mistralrs_core::{
-    AddModelConfig, EngineConfig, IsqType, MistralRs, MistralRsBuilder, ModelDType,
+    AddModelConfig, IsqType, MistralRs, MistralRsBuilder, ModelDType, SchedulerConfig,
 };
+use monteclora_converters::Problem;
+use parking_lot::Mutex;
 use tokenizers::Tokenizer;
 use tokio::sync::Semaphore;
 
-use super::super::sampling::SamplingDefaults;
-use super::super::stream::now;
 use super::memory::{Memory, Reservation};
-use crate::chat_files::{TextFrame, text_frame};
+use super::reaper::{Reaper, Retired};
+use crate::chat_files::text_frame;
 use crate::config::{ModelConfig, ServeConfig};
-use crate::distributed::allow_another_model;
 use crate::engine::scheduler;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, code};
 use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
+use crate::quirks_0_8::special_tokens::TextFrame;
+use crate::quirks_0_8::split_models::allow_another_model;
+use crate::quirks_0_8::{batches_on_a_cpu, prefix_cache};
+use crate::server::answers::now;
+use crate::server::sampling::Sampling;
 
 /// Settings of every engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,13 +148,13 @@ pub(crate) struct Generation {
     pub(crate) frame: TextFrame,
     /// Tokens that end an answer.
     pub(crate) end_tokens: Vec<u32>,
-    pub(crate) sampling: SamplingDefaults,
+    pub(crate) sampling: Sampling,
     pub(crate) tokenizer: Arc<Tokenizer>,
     spec: Spec,
     /// The adapter's directory, of several with this content the one that was loaded last.
     source: Mutex<Option<PathBuf>>,
     engine_id: String,
-    /// The one turn at an engine that computes on a CPU; see [`Generation::turns`].
+    /// The one turn at an engine that computes on a CPU.
     turns: Option<Arc<Semaphore>>,
     pub(super) pipeline: WeakPipeline,
     memory: Option<Reservation>,
@@ -166,10 +170,6 @@ impl Generation {
     }
 
     /// What a request holds while the engine works on it, where the engine may work on one sequence at a time only.
-    ///
-    /// On a CPU mistral.rs 0.8.1 decodes a batch wrongly: its attention for single queries (`flash_attn_cpu_single_q`) has
-    /// scratch space for every head but not for every sequence, so all sequences get the attention of the last one. Its
-    /// scheduler does not keep to `max_seqs` when waiting sequences take over, so the turn is taken before it.
     pub(crate) fn turns(&self) -> Option<Arc<Semaphore>> {
         self.turns.clone()
     }
@@ -181,18 +181,12 @@ impl Generation {
 
     /// The adapter's directory, which clients must not see as it is.
     pub(crate) fn source(&self) -> Option<PathBuf> {
-        self.lock_source().clone()
+        self.source.lock().clone()
     }
 
     /// Notes that the same content was loaded from where `checked` was.
-    pub(crate) fn is_also(&self, checked: &Checked) {
-        *self.lock_source() = checked.wanted.source();
-    }
-
-    fn lock_source(&self) -> MutexGuard<'_, Option<PathBuf>> {
-        self.source
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    pub(crate) fn set_source(&self, checked: &Checked) {
+        *self.source.lock() = checked.wanted.source();
     }
 }
 
@@ -201,12 +195,9 @@ impl Drop for Generation {
         if let Some(memory) = &mut self.memory {
             memory.leave();
         }
-        self.reaper.remove(Retired {
-            engine_id: std::mem::take(&mut self.engine_id),
-            pipeline: self.pipeline.clone(),
-            _memory: self.memory.take(),
-            released: Cell::default(),
-        });
+        let engine_id = std::mem::take(&mut self.engine_id);
+        let retired = Retired::new(engine_id, self.pipeline.clone(), self.memory.take());
+        self.reaper.remove(retired);
     }
 }
 
@@ -225,13 +216,7 @@ impl Host {
         memory: Arc<Memory>,
     ) -> Result<(Self, Lease)> {
         let loaded = Loaded::new(first, serial, &memory).await?;
-        let settings = loaded.checked.wanted.spec.settings;
-        let schedule = scheduler(
-            &loaded.pipeline,
-            &loaded.checked.wanted.loader,
-            settings.max_seqs,
-        )
-        .await;
+        let schedule = loaded.schedule().await;
         let inner = MistralRsBuilder::new(loaded.pipeline.clone(), schedule, false, None)
             .with_model_id(loaded.engine_id.clone())
             .with_no_prefix_cache(true)
@@ -251,24 +236,13 @@ impl Host {
     pub(crate) async fn add(&self, checked: Checked, serial: u64) -> Result<Lease> {
         allow_another_model()?;
         let loaded = Loaded::new(checked, serial, &self.memory).await?;
-        let settings = loaded.checked.wanted.spec.settings;
-        let schedule = scheduler(
-            &loaded.pipeline,
-            &loaded.checked.wanted.loader,
-            settings.max_seqs,
-        )
-        .await;
-        let engine = EngineConfig {
-            no_prefix_cache: true,
-            throughput_logging_enabled: false,
-            ..EngineConfig::default()
-        };
+        let schedule = loaded.schedule().await;
         self.inner
             .add_model(
                 loaded.engine_id.clone(),
                 loaded.pipeline.clone(),
                 schedule,
-                AddModelConfig::new(engine),
+                AddModelConfig::new(prefix_cache::engine_without()),
             )
             .await
             .map_err(Error::Engine)?;
@@ -305,8 +279,7 @@ impl Host {
             end_tokens,
             sampling,
             tokenizer,
-            turns: (checked.wanted.spec.device == DeviceLocation::Cpu)
-                .then(|| Arc::new(Semaphore::new(1))),
+            turns: batches_on_a_cpu::turns(checked.wanted.spec.device),
             source: Mutex::new(source),
             spec: checked.wanted.spec,
             engine_id,
@@ -322,20 +295,27 @@ struct Loaded {
     checked: Checked,
     pipeline: SharedPipeline,
     end_tokens: Vec<u32>,
-    sampling: SamplingDefaults,
+    sampling: Sampling,
     tokenizer: Arc<Tokenizer>,
     engine_id: String,
     memory: Reservation,
 }
 
 impl Loaded {
+    async fn schedule(&self) -> SchedulerConfig {
+        let Wanted { loader, spec, .. } = &self.checked.wanted;
+        scheduler(&self.pipeline, loader, spec.settings.max_seqs).await
+    }
+
     async fn new(checked: Checked, serial: u64, memory: &Arc<Memory>) -> Result<Self> {
         let begun = Instant::now();
         let memory = loop {
             match memory.reserve(checked.wanted.name(), checked.weight_bytes) {
                 // Who unloads one adapter to load another need not know how long that takes.
-                Err(Error::OverBudget { .. })
-                    if memory.is_leaving() && begun.elapsed() < PATIENCE =>
+                Err(error)
+                    if error.code() == code::OVER_BUDGET
+                        && memory.is_leaving()
+                        && begun.elapsed() < PATIENCE =>
                 {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
@@ -346,17 +326,18 @@ impl Loaded {
             let (pipeline, hash) = checked.wanted.loader.load_generation()?;
             memory.reclaim();
             if hash != checked.hash {
-                return Err(Error::FilesChanged {
-                    name: checked.wanted.name().to_owned(),
-                    checked: checked.hash,
-                    loaded: hash,
-                });
+                let message = format!(
+                    "the files of `{}` changed from {} to {hash} while it was loaded; load it again when nothing writes them",
+                    checked.wanted.name(),
+                    checked.hash
+                );
+                return Err(Problem::sentence(code::FILES_CHANGED, message).into());
             }
             let (end_tokens, sampling, tokenizer) = {
                 let loaded = pipeline.blocking_lock();
                 (
                     loaded.get_metadata().eos_tok.clone(),
-                    SamplingDefaults::of(loaded.generation_defaults().as_ref()),
+                    Sampling::of(loaded.generation_defaults().as_ref()),
                     loaded.tokenizer(),
                 )
             };
@@ -379,81 +360,6 @@ impl Loaded {
 
 /// How long a load waits for the memory of what was unloaded before it.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// What freeing the weights may take once nobody holds them: a count of zero says that the destructor begins.
-const DESTRUCTION: Duration = Duration::from_millis(200);
-
-/// A generation that nobody needs any more.
-struct Retired {
-    engine_id: String,
-    pipeline: WeakPipeline,
-    /// Counted as in use until the weights are gone.
-    _memory: Option<Reservation>,
-    /// When nobody held the weights any more.
-    released: Cell<Option<Instant>>,
-}
-
-impl Retired {
-    /// Whether the engine, which ends at its next step, or the destructor of its weights may still be at it.
-    fn is_in_memory(&self) -> bool {
-        if self.pipeline.strong_count() > 0 {
-            return true;
-        }
-        let since = self.released.get().unwrap_or_else(Instant::now);
-        self.released.set(Some(since));
-        let is_gone = since.elapsed() >= DESTRUCTION;
-        if is_gone {
-            tracing::info!(engine_id = self.engine_id, "engine removed");
-        }
-        !is_gone
-    }
-}
-
-/// Removes engines whose last lease has gone, on a thread of its own: removal blocks, which a task must not do.
-#[derive(Clone)]
-struct Reaper(mpsc::Sender<Retired>);
-
-impl Reaper {
-    fn spawn(host: Weak<MistralRs>) -> Result<Self> {
-        let (sender, receiver) = mpsc::channel::<Retired>();
-        std::thread::Builder::new()
-            .name("engine-reaper".to_owned())
-            .spawn(move || {
-                let mut leaving = Vec::new();
-                loop {
-                    let retired = if leaving.is_empty() {
-                        receiver
-                            .recv()
-                            .map_err(|_| mpsc::RecvTimeoutError::Disconnected)
-                    } else {
-                        receiver.recv_timeout(DESTRUCTION)
-                    };
-                    let Some(host) = host.upgrade() else {
-                        return;
-                    };
-                    match retired {
-                        Ok(retired) => match host.remove_model(&retired.engine_id) {
-                            Ok(()) => leaving.push(retired),
-                            Err(error) => {
-                                tracing::debug!(retired.engine_id, error, "engine kept");
-                            }
-                        },
-                        Err(mpsc::RecvTimeoutError::Timeout) => {
-                            leaving.retain(Retired::is_in_memory);
-                        }
-                        Err(mpsc::RecvTimeoutError::Disconnected) => return,
-                    }
-                }
-            })
-            .map_err(|error| Error::Engine(format!("cannot start a thread: {error}")))?;
-        Ok(Self(sender))
-    }
-
-    fn remove(&self, retired: Retired) {
-        // With the reaper gone the whole host is going.
-        let _ = self.0.send(retired);
-    }
-}
 
 /// Runs `work` where it may block.
 pub(crate) async fn blocking<T: Send + 'static>(

@@ -1,8 +1,10 @@
 //! The memory budget: what the weights of all engines take together, and what they may take.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use parking_lot::Mutex;
+
+use crate::error::{Error, Result, code};
 
 /// What is in use, and how much may be.
 #[derive(Debug)]
@@ -31,21 +33,17 @@ impl Memory {
         })
     }
 
-    fn used(&self) -> MutexGuard<'_, Used> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether `needed` bytes fit besides what is in use.
     pub(super) fn check(&self, name: &str, needed: u64) -> Result<()> {
-        self.fits(name, needed, self.used().bytes)
+        self.fits(name, needed, self.used.lock().bytes)
     }
 
     /// Counts `needed` bytes as in use until the result is dropped.
     ///
     /// # Errors
-    /// [`Error::OverBudget`] if they do not fit.
+    /// [`code::OVER_BUDGET`] if they do not fit.
     pub(super) fn reserve(self: &Arc<Self>, name: &str, needed: u64) -> Result<Reservation> {
-        let mut used = self.used();
+        let mut used = self.used.lock();
         self.fits(name, needed, used.bytes)?;
         used.bytes += needed;
         used.n_generations += 1;
@@ -58,7 +56,7 @@ impl Memory {
 
     /// Whether some of what is in use will be free in a moment.
     pub(super) fn is_leaving(&self) -> bool {
-        self.used().n_leaving > 0
+        self.used.lock().n_leaving > 0
     }
 
     /// Lets the allocator hand freed pages back to the system.
@@ -70,18 +68,21 @@ impl Memory {
 
     /// Generations in memory, and the bytes of their weights.
     pub(super) fn in_use(&self) -> (usize, u64) {
-        let used = self.used();
+        let used = self.used.lock();
         (used.n_generations, used.bytes)
     }
 
     fn fits(&self, name: &str, needed: u64, in_use: u64) -> Result<()> {
         match self.budget {
-            Some(budget) if in_use.saturating_add(needed) > budget => Err(Error::OverBudget {
-                name: name.to_owned(),
-                needed,
-                in_use,
-                budget,
-            }),
+            Some(budget) if in_use.saturating_add(needed) > budget => Err(Error::refused(
+                code::OVER_BUDGET,
+                format!(
+                    "`{name}` needs about {} MiB for its weights; {} MiB are in use and runtime.max_memory_mb allows {} MiB; unload an adapter first, or allow more",
+                    needed >> 20,
+                    in_use >> 20,
+                    budget >> 20
+                ),
+            )),
             _ => Ok(()),
         }
     }
@@ -103,7 +104,7 @@ impl Reservation {
     /// Notes that nobody needs the memory any more, and that it is free as soon as the engine has ended.
     pub(super) fn leave(&mut self) {
         if !std::mem::replace(&mut self.is_leaving, true) {
-            self.memory.used().n_leaving += 1;
+            self.memory.used.lock().n_leaving += 1;
         }
     }
 
@@ -116,7 +117,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.memory.reclaim();
-        let mut used = self.memory.used();
+        let mut used = self.memory.used.lock();
         used.bytes -= self.bytes;
         used.n_generations -= 1;
         used.n_leaving -= usize::from(self.is_leaving);
@@ -131,26 +132,18 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_and_what_is_dropped_is_free_again() {
-        let memory = Memory::new(Some(100), None);
-        let first = memory.reserve("a", 60).expect("fits");
-        let error = memory.reserve("b", 41).expect_err("does not");
-        assert!(
-            matches!(
-                error,
-                Error::OverBudget {
-                    needed: 41,
-                    in_use: 60,
-                    budget: 100,
-                    ..
-                }
-            ),
-            "{error}"
-        );
-        let second = memory.reserve("b", 40).expect("fits exactly");
-        assert_eq!(memory.in_use(), (2, 100));
+        let mb = |n: u64| n << 20;
+        let memory = Memory::new(Some(mb(100)), None);
+        let first = memory.reserve("a", mb(60)).expect("fits");
+        let error = memory.reserve("b", mb(41)).expect_err("does not");
+        assert_eq!(error.code(), code::OVER_BUDGET);
+        let numbers = "needs about 41 MiB for its weights; 60 MiB are in use and runtime.max_memory_mb allows 100 MiB";
+        assert!(error.to_string().contains(numbers), "{error}");
+        let second = memory.reserve("b", mb(40)).expect("fits exactly");
+        assert_eq!(memory.in_use(), (2, mb(100)));
         drop(first);
-        assert_eq!(memory.in_use(), (1, 40));
-        memory.check("c", 60).expect("fits");
+        assert_eq!(memory.in_use(), (1, mb(40)));
+        memory.check("c", mb(60)).expect("fits");
         drop(second);
         assert!(Memory::new(None, None).reserve("a", u64::MAX).is_ok());
     }

@@ -78,7 +78,7 @@ impl StateFile {
     /// The recorded state; an empty one if there is no file.
     ///
     /// # Errors
-    /// [`Error::Config`] for a file that is not one of ours.
+    /// [`code::CONFIG`](crate::error::code::CONFIG) for a file that is not one of ours.
     pub(crate) fn read(&self) -> Result<RunTimeState> {
         let text = match fs::read_to_string(&self.path) {
             Ok(text) => text,
@@ -87,11 +87,11 @@ impl StateFile {
             }
             Err(error) => return Err(Error::io("read", &self.path)(error)),
         };
-        serde_json::from_str(&text).map_err(|error| Error::Config {
-            path: self.path.clone(),
-            message: format!(
+        serde_json::from_str(&text).map_err(|error| {
+            let message = format!(
                 "not a record of adapters loaded at run time ({error}); remove it to serve what serve.toml says"
-            ),
+            );
+            Error::config(&self.path, message)
         })
     }
 

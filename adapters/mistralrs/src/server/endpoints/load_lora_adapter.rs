@@ -1,22 +1,17 @@
-//! Loading and unloading adapters at run time, confined to the adapter root.
+//! `POST /v1/load_lora_adapter`: loads an adapter at run time, confined to the adapter root.
 
-use std::future::Future;
 use std::path::{Component, Path, PathBuf};
-use std::pin::Pin;
 
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 
-use super::App;
-use super::answer::ApiError;
-use super::context::RequestContext;
-use super::guard::Payload;
-use super::registry::{AdapterLoad, Lease};
-use super::reload::Reloaded;
+use super::{detached, parse};
+use crate::server::App;
+use crate::server::api_error::ApiError;
+use crate::server::guard::Payload;
+use crate::server::registry::{AdapterLoad, Lease};
 
 #[derive(Deserialize)]
 #[serde(
@@ -32,18 +27,19 @@ struct LoadRequest {
     model: Option<String>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an object with lora_name")]
-struct UnloadRequest {
+#[derive(Serialize)]
+pub(super) struct Loaded {
+    status: &'static str,
     lora_name: String,
-    expected_generation: Option<String>,
+    generation: String,
+    parent: Option<String>,
+    weight_bytes: u64,
 }
 
-/// `POST /v1/load_lora_adapter`.
-pub(crate) async fn load(
+pub(super) async fn handle(
     State(app): State<App>,
     Payload(body): Payload,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Loaded>, ApiError> {
     let request: LoadRequest = parse(&body)?;
     let outcome = detached(async move {
         let outcome = load_confined(&app, &request).await;
@@ -55,17 +51,18 @@ pub(crate) async fn load(
         outcome
     });
     let lease = outcome.await?;
-    Ok(Json(json!({
-        "status": "success",
-        "lora_name": lease.name,
-        "generation": lease.hash,
-        "parent": lease.parent,
-        "weight_bytes": lease.weight_bytes(),
-    })))
+    Ok(Json(Loaded {
+        status: "success",
+        lora_name: lease.name.clone(),
+        generation: lease.hash.clone(),
+        parent: lease.parent.clone(),
+        weight_bytes: lease.weight_bytes(),
+    }))
 }
 
 async fn load_confined(app: &App, request: &LoadRequest) -> Result<Lease, ApiError> {
     let root = app
+        .config
         .adapter_root
         .as_ref()
         .ok_or_else(|| ApiError::internal("there is no adapter root"))?;
@@ -80,72 +77,7 @@ async fn load_confined(app: &App, request: &LoadRequest) -> Result<Lease, ApiErr
     app.registry
         .load_adapter(load)
         .await
-        .map_err(|error| ApiError::below(root, error))
-}
-
-/// Runs `work` to its end even if the client leaves: half a change is none that anybody asked for.
-async fn detached<T: Send + 'static>(
-    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
-) -> Result<T, ApiError> {
-    let work: Pin<Box<dyn Future<Output = _> + Send>> = match RequestContext::current() {
-        Some(context) => Box::pin(context.scope(work)),
-        None => Box::pin(work),
-    };
-    tokio::spawn(work)
-        .await
-        .map_err(|error| ApiError::internal(error.to_string()))?
-}
-
-/// `POST /v1/unload_lora_adapter`.
-pub(crate) async fn unload(
-    State(app): State<App>,
-    Payload(body): Payload,
-) -> Result<Json<Value>, ApiError> {
-    let request: UnloadRequest = parse(&body)?;
-    app.registry
-        .unload_adapter(&request.lora_name, request.expected_generation.as_deref())
-        .await?;
-    Ok(Json(
-        json!({"status": "success", "lora_name": request.lora_name}),
-    ))
-}
-
-/// `POST /v1/reload`.
-pub(crate) async fn reload(State(app): State<App>) -> Result<Json<Reloaded>, ApiError> {
-    let reloaded = detached(async move { app.reload().await.map_err(ApiError::from_reload) });
-    Ok(Json(reloaded.await?))
-}
-
-/// `GET /v1/lora_adapters`.
-pub(crate) async fn list(State(app): State<App>) -> Json<Value> {
-    let leases = app.registry.list();
-    let root = app.adapter_root.as_deref();
-    // Relative to the root; where an adapter outside it lies is nobody's business.
-    let source = |lease: &Lease| {
-        let path = lease.source()?.canonicalize().ok()?;
-        Some(path.strip_prefix(root?).ok()?.to_path_buf())
-    };
-    let data: Vec<Value> = leases
-        .iter()
-        .filter(|lease| lease.parent.is_some())
-        .map(|lease| {
-            json!({
-                "id": lease.name,
-                "object": "lora_adapter",
-                "lora_name": lease.name,
-                "source": source(lease),
-                "parent": lease.parent,
-                "generation": lease.hash,
-                "created": lease.created,
-                "weight_bytes": lease.weight_bytes(),
-            })
-        })
-        .collect();
-    Json(json!({"object": "list", "data": data}))
-}
-
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|error| ApiError::invalid("body", error.to_string()))
+        .map_err(|error| ApiError::below(root, &error))
 }
 
 /// The canonical form of `path` if that lies below the canonical `root`.

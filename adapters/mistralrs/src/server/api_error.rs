@@ -9,7 +9,7 @@ use monteclora_converters::Problem;
 use serde_json::{Value, json};
 
 use super::context::RequestContext;
-use crate::error::Error;
+use crate::error::{Error, code};
 
 /// Seconds after which a client that was turned away may try again.
 const RETRY_AFTER: u32 = 1;
@@ -95,24 +95,33 @@ impl ApiError {
     }
 
     /// `error`, with what lies below `root` shown relative to it.
-    pub(crate) fn below(root: &Path, error: Error) -> Self {
+    pub(crate) fn below(root: &Path, error: &Error) -> Self {
         let prefix = format!("{}/", root.display());
-        let relative = |text: &str| text.replace(&prefix, "");
+        Self::of(error, |text| text.replace(&prefix, ""))
+    }
+
+    /// `error`, with its texts as `show` gives them.
+    fn of(error: &Error, show: impl Fn(&str) -> String) -> Self {
+        let bad_request = (StatusCode::BAD_REQUEST, "invalid_request");
+        let (status, code) = match (error, error.code()) {
+            (Error::Engine(_) | Error::Io { .. }, _) | (_, code::LOAD) => {
+                return Self::internal(error.to_string());
+            }
+            (Error::Problem(_), code::SETTING | code::NOT_FOUND) => bad_request,
+            (_, code @ (code::NAME_TAKEN | code::GENERATION_MOVED | code::FILES_CHANGED)) => {
+                (StatusCode::CONFLICT, code)
+            }
+            (_, code @ code::MODEL_NOT_FOUND) => (StatusCode::NOT_FOUND, code),
+            (_, code @ code::OVER_BUDGET) => (StatusCode::UNPROCESSABLE_ENTITY, code),
+            _ => (StatusCode::UNPROCESSABLE_ENTITY, "adapter_refused"),
+        };
+        let mut answer = Self::new(status, code, show(&error.to_string()));
+        let shown = |text: &str| without_paths(&show(text));
         let problems = error.problems().iter().map(|problem| {
-            Problem::new(
-                problem.code,
-                relative(&problem.at),
-                relative(&problem.message),
-                relative(&problem.fix),
-            )
+            let (at, message) = (shown(&problem.at), shown(&problem.message));
+            Problem::new(problem.code, at, message, shown(&problem.fix))
         });
-        let problems: Vec<Problem> = problems.collect();
-        let message = without_paths(&relative(&error.to_string()));
-        let mut answer = Self::from(error);
-        if !answer.is_server_error() {
-            answer.message = message;
-        }
-        answer.problems = problems;
+        answer.problems = problems.collect();
         answer
     }
 
@@ -132,15 +141,7 @@ impl ApiError {
             "message": self.message, "type": kind, "param": self.param, "code": self.code,
         });
         if !self.problems.is_empty() {
-            let listed = self.problems.iter().map(|problem| {
-                json!({
-                    "code": problem.code,
-                    "where": without_paths(&problem.at),
-                    "message": without_paths(&problem.message),
-                    "fix": without_paths(&problem.fix),
-                })
-            });
-            error["problems"] = Value::Array(listed.collect());
+            error["problems"] = json!(self.problems);
         }
         json!({ "error": error })
     }
@@ -166,41 +167,21 @@ impl IntoResponse for ApiError {
 
 impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
-        let (status, code) = match &error {
-            Error::NameTaken(_) => (StatusCode::CONFLICT, "name_taken"),
-            Error::GenerationMoved { .. } => (StatusCode::CONFLICT, "generation_moved"),
-            Error::FilesChanged { .. } => (StatusCode::CONFLICT, "files_changed"),
-            Error::UnknownName(_) => (StatusCode::NOT_FOUND, "model_not_found"),
-            Error::Engine(_) | Error::Io { .. } | Error::Load { .. } => {
-                return Self::internal(error.to_string());
-            }
-            Error::Setting { .. } | Error::NotFound { .. } => {
-                (StatusCode::BAD_REQUEST, "invalid_request")
-            }
-            Error::OverBudget { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "over_memory_budget"),
-            _ => (StatusCode::UNPROCESSABLE_ENTITY, "adapter_refused"),
-        };
-        let problems = error.problems().to_vec();
-        let mut answer = Self::new(status, code, error.to_string());
-        answer.problems = problems;
-        answer
+        Self::of(&error, str::to_owned)
     }
 }
 
 impl ApiError {
     /// Why a configuration that was read again is not used: 422 for all that is wrong with the file itself.
     pub(crate) fn from_reload(error: Error) -> Self {
-        match error {
-            Error::Setting { .. }
-            | Error::NotFound { .. }
-            | Error::Config { .. }
-            | Error::Of { .. }
-            | Error::Several(_) => Self::new(
+        match (&error, error.code()) {
+            (Error::Of { .. } | Error::Several(_), _)
+            | (Error::Problem(_), code::SETTING | code::NOT_FOUND | code::CONFIG) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "configuration_refused",
                 error.to_string(),
             ),
-            other => other.into(),
+            _ => error.into(),
         }
     }
 }

@@ -1,0 +1,38 @@
+//! What the fields of a structure are called where it is read from.
+
+use serde::de::{DeserializeOwned, IntoDeserializer, Visitor, value};
+use serde::{Deserializer, forward_to_deserialize_any};
+
+/// The names of the fields of the structure `T`, as they are read.
+pub(crate) fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
+    let mut names: &[&str] = &[];
+    // It reads nothing: the names are all there is to hear.
+    let _ = T::deserialize(Names(&mut names));
+    names
+}
+
+/// Notes what a structure says its fields are.
+struct Names<'a>(&'a mut &'static [&'static str]);
+
+impl<'de> Deserializer<'de> for Names<'_> {
+    type Error = value::Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        ().into_deserializer().deserialize_any(visitor)
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Self::Error> {
+        *self.0 = fields;
+        self.deserialize_any(visitor)
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit
+        unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}

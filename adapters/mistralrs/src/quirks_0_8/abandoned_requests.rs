@@ -1,0 +1,46 @@
+//! Requests whose client has left: mistral.rs 0.8.1 takes a receiver that is gone for a failure, fails the whole batch over it and then
+//! stops the engine. So a receiver stays until its answer has come, and an answer nobody waits for is made to end.
+
+use candle_core::Tensor;
+use mistralrs_core::{MistralRs, Request, TokenizationRequest};
+use tokio::sync::mpsc::Receiver;
+
+use super::token_bias;
+use crate::engine::engine_error;
+use crate::error::{Error, Result};
+
+/// Added to the logit of a token that must be sampled; one that a grammar forbids stays at minus infinity.
+const CERTAIN: f32 = 1e6;
+
+/// `logits` with `tokens` made certain: with those that end an answer, it ends at this step.
+pub(crate) fn make_certain(logits: &Tensor, tokens: &[u32]) -> candle_core::Result<Tensor> {
+    token_bias::add(logits, tokens.iter().map(|token| (*token, CERTAIN)))
+}
+
+/// Sends a tokenization and waits for it. The receiver must be the request's own.
+///
+/// The engine may be at it longer than the caller waits; `held` is kept as long.
+pub(crate) async fn submit_tokenization(
+    host: &MistralRs,
+    model: Option<&str>,
+    request: TokenizationRequest,
+    mut receiver: Receiver<anyhow::Result<Vec<u32>>>,
+    held: impl Send + 'static,
+) -> Result<Vec<u32>> {
+    let sender = host.get_sender(model).map_err(engine_error)?;
+    // A task of its own: a caller that goes away must not take the receiver with it.
+    let work = tokio::spawn(async move {
+        let _held = held;
+        sender
+            .send(Request::Tokenize(request))
+            .await
+            .map_err(engine_error)?;
+        receiver
+            .recv()
+            .await
+            .ok_or_else(|| Error::Engine("the engine stopped without an answer".to_owned()))
+    });
+    work.await
+        .map_err(engine_error)??
+        .map_err(|error| Error::Engine(error.root_cause().to_string()))
+}

@@ -1,0 +1,37 @@
+//! Efforts of reasoning other than low, medium and high, which mistral.rs 0.8.1 drops without a word.
+
+use serde::{Deserialize, Deserializer};
+
+use crate::server::fields::checked;
+
+/// What `reasoning_effort` asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// No thinking at all.
+    Off,
+    /// One of the three that there are, by its name.
+    At(&'static str),
+}
+
+impl Effort {
+    /// What mistral.rs is told of it.
+    pub(crate) fn told(self) -> Option<&'static str> {
+        match self {
+            Self::Off => None,
+            Self::At(name) => Some(name),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Effort {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let must = "is none, minimal, low, medium, high or xhigh";
+        checked(deserializer, must, |value| match value.as_str()? {
+            "none" => Some(Self::Off),
+            "minimal" | "low" => Some(Self::At("low")),
+            "medium" => Some(Self::At("medium")),
+            "high" | "xhigh" => Some(Self::At("high")),
+            _ => None,
+        })
+    }
+}

@@ -1,0 +1,300 @@
+//! Answers as clients get them: whole, or as server-sent events that end with a chunk that says why, and `[DONE]`.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+
+use axum::response::sse::{Event, KeepAlive};
+use axum::response::{IntoResponse, Response as HttpResponse, Sse};
+use mistralrs_core::{Response, ToolCallResponse};
+use serde::Serialize;
+
+use super::api_error::ApiError;
+use super::job::{RunningJob, Usage};
+use super::registry::Lease;
+use super::request::Asked;
+use super::stop::StopFilter;
+
+/// What an engine says of one choice: all of it, or the next piece of a stream.
+#[derive(Debug, Default)]
+pub(crate) struct Piece {
+    pub(crate) text: Option<String>,
+    pub(crate) tool_calls: Option<Vec<ToolCallResponse>>,
+    pub(crate) reasoning: Option<String>,
+    pub(crate) finish_reason: Option<String>,
+}
+
+impl Piece {
+    fn is_empty(&self) -> bool {
+        let text = self.text.as_deref().unwrap_or_default();
+        text.is_empty() && self.tool_calls.is_none() && self.reasoning.is_none()
+    }
+}
+
+/// How one endpoint shows its answers.
+pub(crate) trait Form: Send + 'static {
+    /// What comes before an answer's first token.
+    fn lead(&self) -> &str {
+        ""
+    }
+
+    /// What `response` says, if it is of the kind that was asked for; `begun` is for each choice of a stream, and false at first.
+    fn read(&self, response: Response, begun: &mut bool) -> Option<Vec<Piece>>;
+
+    /// The whole answer: all of each choice, with its index.
+    fn whole(&self, head: &Head, pieces: Vec<(usize, Piece)>, usage: Usage) -> HttpResponse;
+
+    /// One piece of the choice `idx`, which may be its first.
+    fn chunk(&self, head: &Head, idx: usize, piece: Piece, is_first: bool) -> String;
+
+    /// What says at a stream's end how many tokens it took.
+    fn last_chunk(&self, head: &Head, usage: Usage) -> String;
+}
+
+/// What stands at the head of every answer, and of every chunk of one.
+pub(crate) struct Head {
+    id: String,
+    created: u64,
+    /// The generation that answers.
+    lease: Lease,
+}
+
+impl Head {
+    /// An answer under this head.
+    pub(crate) fn over<C: Serialize>(
+        &self,
+        object: &'static str,
+        choices: Vec<C>,
+        usage: Option<Usage>,
+    ) -> impl Serialize {
+        Headed {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.lease.name,
+            system_fingerprint: &self.lease.hash,
+            choices,
+            usage,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Headed<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: Vec<C>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Usage>,
+}
+
+/// One choice of an answer or a chunk, with what is `said` under a key of its own.
+#[derive(Serialize)]
+pub(crate) struct Choice<S> {
+    index: usize,
+    #[serde(flatten)]
+    said: S,
+    logprobs: (),
+    finish_reason: Option<String>,
+}
+
+impl<S> Choice<S> {
+    pub(crate) fn new(index: usize, finish_reason: Option<String>, said: S) -> Self {
+        Self {
+            index,
+            said,
+            logprobs: (),
+            finish_reason,
+        }
+    }
+}
+
+/// `chunk` as the data of an event.
+pub(crate) fn data(chunk: &impl Serialize) -> String {
+    serde_json::to_string(chunk).expect("structures of texts and numbers have a JSON form")
+}
+
+/// The answer of `job` to what was `asked`, in `form`; ids begin with `prefix`.
+pub(crate) async fn answer(
+    asked: Asked,
+    mut job: RunningJob,
+    prefix: &str,
+    form: impl Form,
+) -> Result<HttpResponse, ApiError> {
+    let head = Head {
+        id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
+        created: now(),
+        lease: asked.lease,
+    };
+    if asked.stream {
+        return Ok(Stream::new(head, job, form, &asked.stop, asked.include_usage).into_response());
+    }
+    let mut pieces = Vec::new();
+    for (idx, response) in job.responses().await?.into_iter().enumerate() {
+        let read = form.read(response, &mut false).ok_or_else(another_kind)?;
+        for mut piece in read {
+            let cut = piece.text.map(|text| StopFilter::cut(&asked.stop, &text));
+            if cut.as_ref().is_some_and(|(_, stopped)| *stopped) {
+                piece.finish_reason = Some("stop".to_owned());
+            }
+            piece.text = cut.map(|(text, _)| text);
+            pieces.push((idx, piece));
+        }
+    }
+    Ok(form.whole(&head, pieces, job.usage()))
+}
+
+fn another_kind() -> ApiError {
+    ApiError::internal("the engine answered in another way than asked")
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |elapsed| elapsed.as_secs())
+}
+
+/// How far one choice of a stream is.
+struct ChoiceState {
+    stop: StopFilter,
+    /// Whether a chunk of it was shown.
+    shown: bool,
+    begun: bool,
+    ended: bool,
+}
+
+/// One streamed answer.
+struct Stream<F> {
+    head: Head,
+    job: RunningJob,
+    form: F,
+    include_usage: bool,
+    queue: VecDeque<String>,
+    choices: Vec<ChoiceState>,
+    closed: bool,
+}
+
+impl<F: Form> Stream<F> {
+    fn new(head: Head, job: RunningJob, form: F, stop: &[String], include_usage: bool) -> Self {
+        let choices = (0..job.n_choices()).map(|_| ChoiceState {
+            stop: StopFilter::new(stop.to_vec()),
+            shown: false,
+            begun: false,
+            ended: false,
+        });
+        let mut stream = Self {
+            choices: choices.collect(),
+            head,
+            job,
+            form,
+            include_usage,
+            queue: VecDeque::new(),
+            closed: false,
+        };
+        let lead = stream.form.lead().to_owned();
+        for idx in (0..stream.choices.len()).filter(|_| !lead.is_empty()) {
+            let text = Some(lead.clone());
+            stream.show(
+                idx,
+                Piece {
+                    text,
+                    ..Piece::default()
+                },
+            );
+        }
+        stream
+    }
+
+    fn into_response(self) -> HttpResponse {
+        let events = futures::stream::unfold(self, async |mut stream| {
+            let data = stream.next().await?;
+            Some((Ok::<_, Infallible>(Event::default().data(data)), stream))
+        });
+        Sse::new(events)
+            .keep_alive(KeepAlive::default())
+            .into_response()
+    }
+
+    async fn next(&mut self) -> Option<String> {
+        while self.queue.is_empty() && !self.closed {
+            match self.job.next().await {
+                Ok((idx, Some(response))) => {
+                    match self.form.read(response, &mut self.choices[idx].begun) {
+                        Some(pieces) => pieces.into_iter().for_each(|piece| self.take(idx, piece)),
+                        None => self.fail(&another_kind()),
+                    }
+                }
+                Ok((idx, None)) if !self.choices[idx].ended => {
+                    let reason = self.job.finish_reason(idx).to_owned();
+                    self.finish(idx, reason);
+                }
+                Ok((_, None)) => {}
+                Err(error) => self.fail(&error),
+            }
+        }
+        self.queue.pop_front()
+    }
+
+    fn take(&mut self, idx: usize, mut piece: Piece) {
+        let choice = &mut self.choices[idx];
+        if choice.ended {
+            return;
+        }
+        let (mut text, stopped) = choice.stop.push(piece.text.as_deref().unwrap_or_default());
+        let reason = match stopped {
+            true => Some("stop".to_owned()),
+            false => piece.finish_reason.take(),
+        };
+        if reason.is_some() && !stopped {
+            text.push_str(&choice.stop.finish());
+        }
+        piece.text = Some(text);
+        piece.finish_reason = None;
+        if !piece.is_empty() {
+            self.show(idx, piece);
+        }
+        if let Some(reason) = reason {
+            self.finish(idx, reason);
+        }
+    }
+
+    fn show(&mut self, idx: usize, piece: Piece) {
+        let is_first = !std::mem::replace(&mut self.choices[idx].shown, true);
+        let chunk = self.form.chunk(&self.head, idx, piece, is_first);
+        self.queue.push_back(chunk);
+    }
+
+    /// Ends one choice, and with the last of them the stream.
+    fn finish(&mut self, idx: usize, reason: String) {
+        let text = self.choices[idx].stop.finish();
+        let last = Piece {
+            text: Some(text),
+            finish_reason: Some(reason),
+            ..Piece::default()
+        };
+        self.show(idx, last);
+        self.choices[idx].ended = true;
+        self.job.end_choice(idx);
+        if self.choices.iter().all(|choice| choice.ended) {
+            if self.include_usage {
+                let usage = self.form.last_chunk(&self.head, self.job.usage());
+                self.queue.push_back(usage);
+            }
+            self.close();
+        }
+    }
+
+    fn fail(&mut self, error: &ApiError) {
+        self.queue.push_back(error.body().to_string());
+        self.close();
+    }
+
+    fn close(&mut self) {
+        self.queue.push_back("[DONE]".to_owned());
+        self.closed = true;
+        self.job.complete();
+    }
+}

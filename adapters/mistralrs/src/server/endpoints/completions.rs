@@ -1,0 +1,151 @@
+//! `POST /v1/completions`: plain text, no template.
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response as HttpResponse};
+use either::Either;
+use mistralrs_core::{NormalRequest, RequestMessage, Response, SamplingParams};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
+use tokio::sync::mpsc::channel;
+
+use crate::engine::tokenize;
+use crate::quirks_0_8::first_white_space::{restore, token_text};
+use crate::server::App;
+use crate::server::answers::{Choice, Form, Head, Piece, answer, data};
+use crate::server::api_error::ApiError;
+use crate::server::fields::{checked, flag};
+use crate::server::guard::Payload;
+use crate::server::job::{Admission, Usage};
+use crate::server::request::Asked;
+
+/// Keys that only this endpoint has.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct CompletionKeys {
+    #[serde(deserialize_with = "one_text")]
+    prompt: Option<String>,
+    #[serde(deserialize_with = "flag")]
+    echo: bool,
+}
+
+/// What `prompt` must be.
+const ONE_TEXT: &str = "must be one text";
+
+/// Continues a text, streamed or not.
+pub(super) async fn handle(
+    State(app): State<App>,
+    Payload(bytes): Payload,
+) -> Result<HttpResponse, ApiError> {
+    let admission = Admission::new(&app)?;
+    let (asked, keys): (Asked, CompletionKeys) = Asked::read(&app, &bytes)?;
+    let prompt = keys
+        .prompt
+        .ok_or_else(|| ApiError::invalid("prompt", format!("`prompt` {ONE_TEXT}")))?;
+    // The tokenizer that mistral.rs has adds nothing, so what the model's own puts around plain text is added here.
+    let tokenizing = async {
+        let text = Either::Right(prompt.clone());
+        let held = (asked.lease.clone(), admission.places());
+        tokenize(
+            app.registry.host(),
+            Some(asked.lease.engine_id()),
+            text,
+            held,
+        )
+        .await
+        .map_err(|error| ApiError::invalid("prompt", error.to_string()))
+    };
+    let text = admission.within(&app, tokenizing).await?;
+    let frame = &asked.lease.frame;
+    let tokens = [&*frame.prefix, &text, &frame.suffix].concat();
+    let (n_prompt, messages) = (tokens.len(), RequestMessage::CompletionTokens(tokens));
+    let (nobody, _) = channel(1);
+    let params = SamplingParams::neutral();
+    let mut request = NormalRequest::new_simple(messages, params, nobody, 0, None, None);
+    // For the tokens that come along; see `first_white_space`.
+    request.return_logprobs = true;
+    let job = asked.start(&app, admission, "prompt", n_prompt, request)?;
+    let lead = if keys.echo { prompt } else { String::new() };
+    answer(asked, job, "cmpl", CompletionForm { lead }).await
+}
+
+fn one_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    checked(deserializer, ONE_TEXT, |value| {
+        let text = match value {
+            Value::Array(list) if list.len() == 1 => &list[0],
+            value => value,
+        };
+        Some(Some(text.as_str()?.to_owned()))
+    })
+}
+
+/// Answers as texts.
+struct CompletionForm {
+    /// What stands before each.
+    lead: String,
+}
+
+/// What a choice says, or a chunk adds to it.
+#[derive(Serialize)]
+struct Said {
+    text: String,
+}
+
+const OBJECT: &str = "text_completion";
+
+impl Form for CompletionForm {
+    fn lead(&self) -> &str {
+        &self.lead
+    }
+
+    fn read(&self, response: Response, begun: &mut bool) -> Option<Vec<Piece>> {
+        match response {
+            Response::CompletionDone(done) => {
+                let choices = done.choices.into_iter().map(|choice| {
+                    let tokens = choice.logprobs.and_then(|logprobs| logprobs.content);
+                    let tokens = tokens.iter().flatten().filter_map(token_text);
+                    Piece {
+                        text: Some(restore(&choice.text, tokens)),
+                        finish_reason: Some(choice.finish_reason),
+                        ..Piece::default()
+                    }
+                });
+                Some(choices.collect())
+            }
+            Response::CompletionChunk(chunk) => {
+                let choices = chunk.choices.into_iter().map(|choice| {
+                    let is_first = !std::mem::replace(begun, true);
+                    let text = match choice.logprobs.as_ref().filter(|_| is_first) {
+                        Some(token) => restore(&choice.text, token_text(token)),
+                        None => choice.text,
+                    };
+                    Piece {
+                        text: Some(text),
+                        finish_reason: choice.finish_reason,
+                        ..Piece::default()
+                    }
+                });
+                Some(choices.collect())
+            }
+            _ => None,
+        }
+    }
+
+    fn whole(&self, head: &Head, pieces: Vec<(usize, Piece)>, usage: Usage) -> HttpResponse {
+        let choices = pieces.into_iter().map(|(idx, piece)| {
+            let text = format!("{}{}", self.lead, piece.text.unwrap_or_default());
+            Choice::new(idx, piece.finish_reason, Said { text })
+        });
+        Json(head.over(OBJECT, choices.collect(), Some(usage))).into_response()
+    }
+
+    fn chunk(&self, head: &Head, idx: usize, piece: Piece, _is_first: bool) -> String {
+        let text = piece.text.unwrap_or_default();
+        let choice = Choice::new(idx, piece.finish_reason, Said { text });
+        data(&head.over(OBJECT, vec![choice], None))
+    }
+
+    fn last_chunk(&self, head: &Head, usage: Usage) -> String {
+        data(&head.over(OBJECT, Vec::<Said>::new(), Some(usage)))
+    }
+}

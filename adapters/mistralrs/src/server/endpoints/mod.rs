@@ -1,0 +1,188 @@
+//! The endpoints: each in a file of its own, and a line in the list.
+
+mod chat_completions;
+mod completions;
+mod health;
+mod load_lora_adapter;
+mod lora_adapters;
+mod metrics;
+mod model;
+mod models;
+mod ready;
+mod reload;
+#[cfg(test)]
+mod tests;
+mod unload_lora_adapter;
+
+use std::future::Future;
+use std::pin::Pin;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::handler::Handler;
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::middleware::from_fn_with_state;
+use axum::routing::{self, MethodRouter};
+use serde::de::DeserializeOwned;
+use tower_http::cors::{AllowOrigin, CorsLayer};
+
+use super::api_error::ApiError;
+use super::context::RequestContext;
+use super::guard::{self, Right};
+use super::{App, AppState};
+
+/// Every endpoint there is: mistral.rs's own router, with its unguarded administration, is not mounted.
+fn endpoints() -> Vec<Endpoint> {
+    use Right::{Administrator, Anyone, Inference};
+    vec![
+        post("/v1/chat/completions", Inference, chat_completions::handle),
+        post("/v1/completions", Inference, completions::handle),
+        get("/v1/models", Inference, models::handle),
+        get("/v1/models/{*name}", Inference, model::handle),
+        get("/healthz", Anyone, health::handle),
+        get("/health", Anyone, health::handle),
+        get("/readyz", Anyone, ready::handle),
+        get("/metrics", Administrator, metrics::handle),
+        post(
+            "/v1/load_lora_adapter",
+            Administrator,
+            load_lora_adapter::handle,
+        )
+        .when(is_administered),
+        post(
+            "/v1/unload_lora_adapter",
+            Administrator,
+            unload_lora_adapter::handle,
+        )
+        .when(is_administered),
+        get("/v1/lora_adapters", Administrator, lora_adapters::handle).when(is_administered),
+        post("/v1/reload", Administrator, reload::handle).when(is_reloadable),
+    ]
+}
+
+/// One entry of the list.
+struct Endpoint {
+    method: Method,
+    path: &'static str,
+    right: Right,
+    /// Whether a server offers it.
+    when: fn(&AppState) -> bool,
+    route: MethodRouter<App>,
+}
+
+impl Endpoint {
+    fn when(mut self, when: fn(&AppState) -> bool) -> Self {
+        self.when = when;
+        self
+    }
+}
+
+fn get<H: Handler<T, App>, T: 'static>(path: &'static str, right: Right, handler: H) -> Endpoint {
+    let (method, route) = (Method::GET, routing::get(handler));
+    Endpoint {
+        method,
+        path,
+        right,
+        when: |_| true,
+        route,
+    }
+}
+
+fn post<H: Handler<T, App>, T: 'static>(path: &'static str, right: Right, handler: H) -> Endpoint {
+    let (method, route) = (Method::POST, routing::post(handler));
+    Endpoint {
+        method,
+        path,
+        right,
+        when: |_| true,
+        route,
+    }
+}
+
+fn is_administered(app: &AppState) -> bool {
+    app.config.adapter_root.is_some()
+}
+
+fn is_reloadable(app: &AppState) -> bool {
+    is_administered(app) && app.source.get().is_some()
+}
+
+/// The endpoints that `app` offers, and what stands before them.
+pub(super) fn router(app: App) -> Router {
+    let mut router = Router::new();
+    for endpoint in endpoints() {
+        if (endpoint.when)(&app) {
+            let (method, path, right) = (endpoint.method, endpoint.path, endpoint.right);
+            tracing::debug!(%method, path, ?right, "endpoint");
+            let rights = from_fn_with_state((app.clone(), right), guard::require);
+            router = router.route(path, endpoint.route.layer(rights));
+        }
+    }
+    let refuse = |status, code, message| async move { ApiError::new(status, code, message) };
+    let router = router
+        .fallback(move || {
+            refuse(
+                StatusCode::NOT_FOUND,
+                "not_found",
+                "there is no such endpoint",
+            )
+        })
+        .method_not_allowed_fallback(move || {
+            refuse(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method_not_allowed",
+                "this endpoint takes another method",
+            )
+        })
+        .layer(DefaultBodyLimit::max(app.config.limits.max_body_bytes))
+        .layer(from_fn_with_state(app.clone(), guard::guard));
+    match cors(&app.config.allowed_origins) {
+        Some(cors) => router.layer(cors),
+        None => router,
+    }
+    .with_state(app)
+}
+
+/// What browsers are told about `origins`; nothing, which they take for a no, where there are none.
+fn cors(origins: &[String]) -> Option<CorsLayer> {
+    if origins.is_empty() {
+        return None;
+    }
+    let origins = match origins.iter().any(|origin| origin == "*") {
+        true => AllowOrigin::any(),
+        // The configuration has checked that an origin is plain ASCII.
+        false => AllowOrigin::list(
+            origins
+                .iter()
+                .filter_map(|origin| HeaderValue::from_str(origin).ok()),
+        ),
+    };
+    Some(
+        CorsLayer::new()
+            .allow_origin(origins)
+            .allow_methods([Method::GET, Method::POST])
+            .allow_headers([
+                header::AUTHORIZATION,
+                header::CONTENT_TYPE,
+                guard::REQUEST_ID,
+            ])
+            .expose_headers([guard::REQUEST_ID]),
+    )
+}
+
+/// Runs `work` to its end even if the client leaves: half a change is none that anybody asked for.
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    let work: Pin<Box<dyn Future<Output = _> + Send>> = match RequestContext::current() {
+        Some(context) => Box::pin(context.scope(work)),
+        None => Box::pin(work),
+    };
+    tokio::spawn(work)
+        .await
+        .map_err(|error| ApiError::internal(error.to_string()))?
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(body).map_err(|error| ApiError::invalid("body", error.to_string()))
+}

@@ -1,0 +1,38 @@
+//! `POST /v1/unload_lora_adapter`: stops serving an adapter; requests in flight finish.
+
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+
+use super::parse;
+use crate::server::App;
+use crate::server::api_error::ApiError;
+use crate::server::guard::Payload;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "an object with lora_name")]
+struct UnloadRequest {
+    lora_name: String,
+    expected_generation: Option<String>,
+}
+
+#[derive(Serialize)]
+pub(super) struct Unloaded {
+    status: &'static str,
+    lora_name: String,
+}
+
+pub(super) async fn handle(
+    State(app): State<App>,
+    Payload(body): Payload,
+) -> Result<Json<Unloaded>, ApiError> {
+    let request: UnloadRequest = parse(&body)?;
+    let expected = request.expected_generation.as_deref();
+    app.registry
+        .unload_adapter(&request.lora_name, expected)
+        .await?;
+    Ok(Json(Unloaded {
+        status: "success",
+        lora_name: request.lora_name,
+    }))
+}

@@ -1,0 +1,468 @@
+//! A job: one request in an engine's hands, from its admission to its last token, whether or not the client stays.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use mistralrs_core::{NormalRequest, Request, Response};
+use serde::Serialize;
+use tokio::sync::mpsc::{
+    Receiver, Sender, UnboundedReceiver, UnboundedSender, channel, unbounded_channel,
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use super::App;
+use super::api_error::ApiError;
+use super::context::RequestContext;
+use super::metrics::{AnswerRecord, Counted, Metrics};
+use super::registry::Lease;
+use super::steps::Steps;
+use crate::quirks_0_8::lost_last_chunk::finish_reason;
+
+/// Responses an engine may be ahead of the task that takes them.
+const CHANNEL_SIZE: usize = 1024;
+
+/// A place among the requests that are worked on or queued, for each choice asked for.
+pub(crate) struct Admission {
+    started: Instant,
+    places: Vec<Arc<OwnedSemaphorePermit>>,
+    _in_flight: Counted,
+}
+
+impl Admission {
+    /// A place, unless all are taken or the server is stopping.
+    pub(crate) fn new(app: &App) -> Result<Self, ApiError> {
+        if app.draining.load(Ordering::SeqCst) {
+            return Err(ApiError::unavailable("the server is stopping"));
+        }
+        let permit = Semaphore::try_acquire_owned(app.places.clone()).map_err(|_| too_many())?;
+        Ok(Self {
+            started: Instant::now(),
+            places: vec![Arc::new(permit)],
+            _in_flight: app.metrics.in_flight(),
+        })
+    }
+
+    /// Takes places for all of `n_choices`, if there are any left.
+    pub(crate) fn widen(&mut self, app: &App, n_choices: usize) -> Result<(), ApiError> {
+        let most = app.config.limits.max_concurrent_requests;
+        if n_choices > most {
+            return Err(ApiError::invalid(
+                "n",
+                format!("`n` is {n_choices}; this server works on at most {most} at a time"),
+            ));
+        }
+        let more = u32::try_from(n_choices.saturating_sub(1)).map_err(|_| too_many())?;
+        let permit = Semaphore::try_acquire_many_owned(app.places.clone(), more);
+        self.places.push(Arc::new(permit.map_err(|_| too_many())?));
+        Ok(())
+    }
+
+    /// What keeps the places taken, for work that may go on after the request.
+    pub(crate) fn places(&self) -> Vec<Arc<OwnedSemaphorePermit>> {
+        self.places.clone()
+    }
+
+    /// `work`, unless it takes longer than a whole answer may.
+    pub(crate) async fn within<T>(
+        &self,
+        app: &App,
+        work: impl Future<Output = Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
+        let deadline = self.started + timeout(app);
+        tokio::time::timeout_at(deadline.into(), work)
+            .await
+            .unwrap_or_else(|_| Err(ApiError::timed_out()))
+    }
+}
+
+/// What a whole answer may take.
+fn timeout(app: &App) -> Duration {
+    Duration::from_secs(app.config.limits.request_timeout_s)
+}
+
+fn too_many() -> ApiError {
+    ApiError::unavailable("too many requests at a time; try again shortly")
+}
+
+/// What an engine is given to do.
+pub(crate) struct Job {
+    lease: Lease,
+    /// One for each choice asked for.
+    steps: Vec<Arc<Steps>>,
+    max_tokens: usize,
+    prompt_tokens: usize,
+    /// The client has all it asked for.
+    complete: AtomicBool,
+}
+
+/// How a job ended; of several choices, the last in this order counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum JobEnd {
+    Finished,
+    /// The client left.
+    Canceled,
+    /// The server stops, and the time to drain is over.
+    Stopped,
+    /// It took longer than a whole answer may.
+    TimedOut,
+    /// The engine is no more, or said that it failed.
+    Failed,
+}
+
+impl JobEnd {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::Canceled => "canceled",
+            Self::Stopped => "stopped",
+            Self::TimedOut => "timeout",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// What a client hears that waits for more.
+    fn error(self) -> ApiError {
+        match self {
+            Self::TimedOut => ApiError::timed_out(),
+            Self::Stopped => {
+                ApiError::unavailable("the server has stopped before the answer's end")
+            }
+            Self::Finished | Self::Canceled | Self::Failed => {
+                ApiError::internal("the engine failed before the answer's end")
+            }
+        }
+    }
+}
+
+/// What the client's side is told: of the choice of this index, a response or that nothing more comes; or that the job ends here.
+type Message = Result<(usize, Option<Response>), JobEnd>;
+
+impl Job {
+    pub(crate) fn new(
+        lease: Lease,
+        steps: Vec<Arc<Steps>>,
+        max_tokens: usize,
+        prompt_tokens: usize,
+    ) -> Self {
+        Self {
+            lease,
+            steps,
+            max_tokens,
+            prompt_tokens,
+            complete: AtomicBool::new(false),
+        }
+    }
+
+    /// Gives `request` to the engine, once for each choice.
+    ///
+    /// Choices are requests of their own. They run together, but where an engine takes one request at a time: there each waits for
+    /// its turn when the former is over, so that other requests come between.
+    pub(crate) fn start(
+        self,
+        app: &App,
+        admission: Admission,
+        request: &NormalRequest,
+    ) -> Result<RunningJob, ApiError> {
+        let engine_input = app
+            .registry
+            .host()
+            .get_sender(Some(self.lease.engine_id()))
+            .map_err(|error| ApiError::internal(error.to_string()))?;
+        let choices: Vec<Choice> = (0..self.steps.len())
+            .map(|idx| self.choice(app, request, idx))
+            .collect();
+        let job = Arc::new(self);
+        let (client, receiver) = unbounded_channel();
+        let worker = Worker {
+            job: job.clone(),
+            deadline: admission.started + timeout(app),
+            admission,
+            engine_input,
+            client,
+            cut: app.cut.subscribe(),
+            metrics: app.metrics.clone(),
+            context: RequestContext::current(),
+            streaming: request.is_streaming,
+        };
+        // A task of its own, begun before the engine knows of the request: the client may go at any time, and the engine
+        // must find a receiver whenever it answers.
+        tokio::spawn(worker.run(choices));
+        Ok(RunningJob { job, receiver })
+    }
+
+    fn choice(&self, app: &App, request: &NormalRequest, idx: usize) -> Choice {
+        let (sender, engine) = channel(CHANNEL_SIZE);
+        let mut request = request.clone();
+        request.id = app.registry.host().next_request_id();
+        request.response = sender;
+        request.model_id = Some(self.lease.engine_id().to_owned());
+        request.logits_processors = Some(vec![self.steps[idx].clone()]);
+        Choice {
+            idx,
+            request: Request::Normal(Box::new(request)),
+            engine,
+        }
+    }
+
+    /// Tokens sampled for all choices.
+    fn completion_tokens(&self) -> usize {
+        self.steps.iter().map(|steps| steps.count()).sum()
+    }
+
+    /// What it means that the client no longer listens.
+    fn left(&self) -> JobEnd {
+        if self.complete.load(Ordering::SeqCst) {
+            JobEnd::Finished
+        } else {
+            JobEnd::Canceled
+        }
+    }
+}
+
+/// One choice of a request, ready for the engine.
+struct Choice {
+    idx: usize,
+    request: Request,
+    engine: Receiver<Response>,
+}
+
+/// Takes an engine's responses as long as it sends any, holding the lease, so that the engine outlives the request.
+struct Worker {
+    job: Arc<Job>,
+    admission: Admission,
+    deadline: Instant,
+    engine_input: Sender<Request>,
+    client: UnboundedSender<Message>,
+    /// Becomes true when the time to drain is over.
+    cut: watch::Receiver<bool>,
+    streaming: bool,
+    metrics: Arc<Metrics>,
+    context: Option<Arc<RequestContext>>,
+}
+
+impl Worker {
+    async fn run(self, choices: Vec<Choice>) {
+        let answers = choices.into_iter().map(|choice| self.answer(choice));
+        let ends: Vec<JobEnd> = match self.job.lease.turns() {
+            Some(_) => {
+                let one_by_one = futures::stream::iter(answers).then(|answer| answer);
+                one_by_one.collect().await
+            }
+            None => futures::future::join_all(answers).await,
+        };
+        self.record(ends.into_iter().max().unwrap_or(JobEnd::Finished));
+    }
+
+    /// A client that is gone needs no word, and shows in `closed`.
+    fn tell(&self, message: Message) {
+        let _ = self.client.send(message);
+    }
+
+    /// Sees one choice through.
+    async fn answer(&self, choice: Choice) -> JobEnd {
+        let idx = choice.idx;
+        let end = match self.turn().await {
+            Err(end) => end,
+            Ok(_turn) => match self.engine_input.send(choice.request).await {
+                Ok(()) => self.listen(idx, choice.engine).await,
+                Err(_) => self.end(JobEnd::Failed),
+            },
+        };
+        self.tell(Ok((idx, None)));
+        end
+    }
+
+    fn end(&self, end: JobEnd) -> JobEnd {
+        self.tell(Err(end));
+        end
+    }
+
+    /// A turn at the engine, where it takes one request at a time; else how the wait for it ended.
+    async fn turn(&self) -> Result<Option<OwnedSemaphorePermit>, JobEnd> {
+        let Some(turns) = self.job.lease.turns() else {
+            return Ok(None);
+        };
+        tokio::select! {
+            biased;
+            () = self.client.closed() => Err(self.job.left()),
+            end = self.overdue() => Err(self.end(end)),
+            turn = turns.acquire_owned() => turn.map(Some).map_err(|_| JobEnd::Failed),
+        }
+    }
+
+    /// Completes when the answer has to end.
+    async fn overdue(&self) -> JobEnd {
+        let mut cut = self.cut.clone();
+        tokio::select! {
+            () = tokio::time::sleep_until(self.deadline.into()) => JobEnd::TimedOut,
+            // The sender lives as long as the server.
+            _ = cut.wait_for(|cut| *cut) => JobEnd::Stopped,
+        }
+    }
+
+    /// Passes on what the engine says, until it says nothing more; what nobody waits for any longer is made to end.
+    async fn listen(&self, idx: usize, mut engine: Receiver<Response>) -> JobEnd {
+        let mut is_awaited = true;
+        let mut end = JobEnd::Finished;
+        loop {
+            tokio::select! {
+                biased;
+                response = engine.recv() => {
+                    let Some(response) = response else {
+                        // An engine that ends on its way, by a panic, lets go of its input before its answers.
+                        if self.engine_input.is_closed() {
+                            end = self.end(JobEnd::Failed);
+                        }
+                        return end;
+                    };
+                    if is_failure(&response) {
+                        end = JobEnd::Failed;
+                    }
+                    if is_awaited {
+                        self.tell(Ok((idx, Some(response))));
+                    }
+                    // The only response, unless it is a stream.
+                    if !self.streaming {
+                        return end;
+                    }
+                }
+                () = self.client.closed(), if is_awaited => {
+                    is_awaited = false;
+                    end = end.max(self.job.left());
+                    self.job.steps[idx].cancel();
+                }
+                overdue = self.overdue(), if is_awaited => {
+                    is_awaited = false;
+                    end = self.end(overdue);
+                    self.job.steps[idx].cancel();
+                    // The process is about to end, with the engine and whatever else it is at.
+                    if overdue == JobEnd::Stopped {
+                        return end;
+                    }
+                }
+            }
+        }
+    }
+
+    fn record(&self, end: JobEnd) {
+        let (job, started) = (&self.job, self.admission.started);
+        let first = job.steps.iter().filter_map(|steps| steps.first()).min();
+        let record = AnswerRecord {
+            prompt_tokens: job.prompt_tokens,
+            completion_tokens: job.completion_tokens(),
+            duration: started.elapsed(),
+            time_to_first_token: first.map(|first| first - started),
+            outcome: end.name(),
+        };
+        self.metrics.answer(&job.lease.name, &record);
+        tracing::info!(
+            request_id = self.context.as_ref().map(|context| context.id()),
+            model = job.lease.name,
+            generation = job.lease.hash,
+            prompt_tokens = record.prompt_tokens,
+            completion_tokens = record.completion_tokens,
+            first_token_ms = record.time_to_first_token.map(|time| time.as_millis()),
+            duration_ms = record.duration.as_millis(),
+            outcome = record.outcome,
+            "answered"
+        );
+    }
+}
+
+fn is_failure(response: &Response) -> bool {
+    matches!(
+        response,
+        Response::ValidationError(_)
+            | Response::InternalError(_)
+            | Response::ModelError(..)
+            | Response::CompletionModelError(..)
+    )
+}
+
+/// The client's side of a job that an engine is working on. Dropping it ends the answer.
+pub(crate) struct RunningJob {
+    job: Arc<Job>,
+    receiver: UnboundedReceiver<Message>,
+}
+
+impl RunningJob {
+    /// Choices asked for.
+    pub(crate) fn n_choices(&self) -> usize {
+        self.job.steps.len()
+    }
+
+    /// What the engine says next of the choice of this index; no response means that it says no more of it.
+    pub(crate) async fn next(&mut self) -> Result<(usize, Option<Response>), ApiError> {
+        match self.receiver.recv().await {
+            Some(Ok((idx, response))) => Ok((idx, response.map(sound).transpose()?)),
+            Some(Err(end)) => Err(end.error()),
+            None => Err(silent()),
+        }
+    }
+
+    /// The response to each choice of a request that is not streamed.
+    pub(crate) async fn responses(&mut self) -> Result<Vec<Response>, ApiError> {
+        let mut responses: Vec<Option<Response>> = (0..self.n_choices()).map(|_| None).collect();
+        let mut n_over = 0;
+        while n_over < responses.len() {
+            match self.next().await? {
+                (idx, Some(response)) => responses[idx] = Some(response),
+                (idx, None) if responses[idx].is_none() => return Err(silent()),
+                (_, None) => n_over += 1,
+            }
+        }
+        Ok(responses.into_iter().flatten().collect())
+    }
+
+    /// Notes that nothing more is wanted of the choice `idx`, and lets the engine stop with it.
+    pub(crate) fn end_choice(&self, idx: usize) {
+        self.job.steps[idx].cancel();
+    }
+
+    /// Notes that nothing more is wanted, and lets the engine stop.
+    pub(crate) fn complete(&mut self) {
+        self.job.complete.store(true, Ordering::SeqCst);
+        self.receiver.close();
+    }
+
+    /// Why the finished choice `idx` ended, where the engine has not said so.
+    pub(crate) fn finish_reason(&self, idx: usize) -> &'static str {
+        finish_reason(self.job.steps[idx].count(), self.job.max_tokens)
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        let completion_tokens = self.job.completion_tokens();
+        Usage {
+            prompt_tokens: self.job.prompt_tokens,
+            completion_tokens,
+            total_tokens: self.job.prompt_tokens + completion_tokens,
+        }
+    }
+}
+
+/// Tokens of a request and its answers.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+}
+
+fn silent() -> ApiError {
+    ApiError::internal("the engine stopped without an answer")
+}
+
+/// `response`, unless it says that there is no answer.
+fn sound(response: Response) -> Result<Response, ApiError> {
+    match response {
+        Response::ValidationError(error) => Err(ApiError::invalid("messages", error.to_string())),
+        Response::InternalError(error) => Err(ApiError::internal(error.to_string())),
+        Response::ModelError(message, _) | Response::CompletionModelError(message, _) => {
+            Err(ApiError::internal(message))
+        }
+        response => Ok(response),
+    }
+}
