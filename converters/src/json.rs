@@ -1,108 +1,143 @@
 //! JSON read strictly: bounded size, bounded depth, bounded number of values, no key twice.
 
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::fmt;
 use std::path::Path;
 
-use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Number, Value};
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor,
+};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
 /// Largest configuration or index file that is read, in bytes.
 pub(crate) const MAX_JSON_BYTES: u64 = 16 << 20;
 
-/// Most values of one text. A value takes many times the memory of the two bytes in which it can be written.
-const MAX_VALUES: usize = 1 << 20;
-
-/// A [`Value`] in whose objects no key occurs twice. Depth is bounded by `serde_json` (128).
-struct Strict(Value);
-
-impl<'de> Deserialize<'de> for Strict {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let n_left = Cell::new(MAX_VALUES);
-        StrictSeed(&n_left).deserialize(deserializer).map(Strict)
-    }
+/// What a text may hold at most.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Values in all. One takes many times the memory of the two bytes in which it can be written.
+    pub values: usize,
+    /// Keys of one object.
+    pub keys: usize,
+    /// Bytes of one key.
+    pub key_bytes: usize,
 }
 
-/// Reads one value while the number of those left is counted down.
+impl Limits {
+    /// For configuration files, whose length is bounded.
+    pub const FILE: Self = Self {
+        values: 1 << 20,
+        ..Self::NONE
+    };
+    /// For text of the user's own.
+    pub const NONE: Self = Self {
+        values: usize::MAX,
+        keys: usize::MAX,
+        key_bytes: usize::MAX,
+    };
+}
+
+/// Parses `text`, in whose objects no key may occur twice. Depth is bounded by `serde_json` (128).
+///
+/// # Errors
+/// If it is not JSON, exceeds `limits`, has a key twice, or is no `T`.
+pub fn parse<T: DeserializeOwned>(text: &str, limits: Limits) -> serde_json::Result<T> {
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let n_left = Cell::new(limits.values);
+    let walk = Walk {
+        n_left: &n_left,
+        limits,
+    };
+    walk.deserialize(&mut deserializer)?;
+    deserializer.end()?;
+    serde_json::from_str(text)
+}
+
+/// Looks at one value, and keeps nothing, while the number of those left is counted down.
 #[derive(Clone, Copy)]
-struct StrictSeed<'a>(&'a Cell<usize>);
+struct Walk<'a> {
+    n_left: &'a Cell<usize>,
+    limits: Limits,
+}
 
-impl<'de> DeserializeSeed<'de> for StrictSeed<'_> {
-    type Value = Value;
+impl<'de> DeserializeSeed<'de> for Walk<'_> {
+    type Value = ();
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
-        let left = self.0.get().checked_sub(1);
-        self.0
-            .set(left.ok_or_else(|| de::Error::custom(format!("more than {MAX_VALUES} values")))?);
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        let left = self.n_left.get().checked_sub(1);
+        self.n_left.set(
+            left.ok_or_else(|| {
+                D::Error::custom(format!("more than {} values", self.limits.values))
+            })?,
+        );
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for StrictSeed<'_> {
-    type Value = Value;
+impl<'de> Visitor<'de> for Walk<'_> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a JSON value")
     }
 
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(Value::Bool(value))
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(value.into())
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(value.into())
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Value, E> {
-        Number::from_f64(value)
-            .map(Value::Number)
-            .ok_or_else(|| E::custom("number is not finite"))
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(value.into())
+    fn visit_str<E>(self, _: &str) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_string<E>(self, value: String) -> Result<Value, E> {
-        Ok(Value::String(value))
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        while seq.next_element_seed(self)?.is_some() {}
+        Ok(())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
-        let mut values = Vec::new();
-        while let Some(value) = seq.next_element_seed(self)? {
-            values.push(value);
-        }
-        Ok(Value::Array(values))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
-        let mut map = Map::new();
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<(), A::Error> {
+        let mut keys = HashSet::new();
+        let limits = self.limits;
+        let refuse = |message: String| Err(A::Error::custom(message));
         while let Some(key) = access.next_key::<String>()? {
-            if map.contains_key(&key) {
-                return Err(de::Error::custom(format!("key `{key}` occurs twice")));
+            if key.len() > limits.key_bytes {
+                let (n, most) = (key.len(), limits.key_bytes);
+                return refuse(format!("a name of {n} bytes; at most {most} are read"));
             }
-            let value = access.next_value_seed(self)?;
-            map.insert(key, value);
+            if keys.len() == limits.keys {
+                return refuse(format!("more than {} keys in one object", limits.keys));
+            }
+            if keys.contains(&key) {
+                return refuse(format!("key `{key}` occurs twice"));
+            }
+            access.next_value_seed(self)?;
+            keys.insert(key);
         }
-        Ok(Value::Object(map))
+        Ok(())
     }
 }
 
 /// Parses `text`, which came from `origin`, as one JSON object.
 pub(crate) fn parse_object(text: &str, origin: &Path) -> Result<Map<String, Value>> {
-    let Strict(value) =
-        serde_json::from_str(text).map_err(|source| Error::json(origin, &source))?;
-    match value {
+    match parse(text, Limits::FILE).map_err(|source| Error::json(origin, &source))? {
         Value::Object(map) => Ok(map),
         _ => Err(Error::malformed(origin, "expected a JSON object")),
     }
@@ -158,7 +193,7 @@ mod tests {
 
     #[test]
     fn the_number_of_values_is_bounded() {
-        let text = format!(r#"{{"a": [{}0]}}"#, "0,".repeat(MAX_VALUES));
+        let text = format!(r#"{{"a": [{}0]}}"#, "0,".repeat(Limits::FILE.values));
         let error = parse(&text).expect_err("too many");
         assert!(format!("{error:?}").contains("values"));
     }

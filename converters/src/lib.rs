@@ -63,7 +63,7 @@ mod error;
 pub mod files;
 mod formats;
 mod inspect;
-mod json;
+pub mod json;
 mod low_rank;
 mod merge;
 mod model_files;

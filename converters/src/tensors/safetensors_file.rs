@@ -7,9 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use safetensors::tensor::TensorInfo;
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::json;
 use crate::tensors::dtype::DType;
 use crate::tensors::tensor::{Tensor, element_count};
 
@@ -22,6 +25,13 @@ const MAX_DIMS: usize = 16;
 const MAX_TENSORS: usize = 1 << 18;
 const MAX_METADATA: usize = 1 << 14;
 const MAX_NAME_BYTES: usize = 1 << 12;
+const LIMITS: json::Limits = json::Limits {
+    values: 16 * MAX_TENSORS,
+    keys: 2 * MAX_TENSORS,
+    key_bytes: MAX_NAME_BYTES,
+};
+/// What an entry may say of its tensor.
+const FIELDS: [&str; 3] = ["dtype", "shape", "data_offsets"];
 
 /// A safetensors file whose header has been checked and whose data is mapped, not read.
 ///
@@ -81,8 +91,18 @@ impl SafetensorsFile {
         if header_bytes.first() != Some(&b'{') {
             return Err(Error::malformed(path, "the header does not start with `{`"));
         }
+        let header = std::str::from_utf8(header_bytes)
+            .map_err(|_| Error::malformed(path, "the header is not UTF-8"))?;
         let header: Header =
-            serde_json::from_slice(header_bytes).map_err(|source| Error::json(path, &source))?;
+            json::parse(header, LIMITS).map_err(|source| Error::json(path, &source))?;
+        if header.entries.len() > MAX_TENSORS {
+            let message = format!("more than {MAX_TENSORS} tensors; split the file into shards");
+            return Err(Error::malformed(path, message));
+        }
+        if header.metadata.len() > MAX_METADATA {
+            let message = format!("more than {MAX_METADATA} entries of metadata");
+            return Err(Error::malformed(path, message));
+        }
         let tensors = check_layout(path, header.entries, data_start, map.len())?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -144,47 +164,54 @@ pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
 /// Checks that the entries tile the data section and gives their place in the file.
 fn check_layout(
     path: &Path,
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, TensorInfo>,
     data_start: usize,
     file_len: usize,
 ) -> Result<BTreeMap<String, Info>> {
-    let mut order: Vec<(&String, &Entry)> = entries.iter().collect();
-    order.sort_by_key(|(_, entry)| entry.data_offsets);
-    let mut expected_start = 0u64;
-    for (name, entry) in order {
-        let [start, end] = entry.data_offsets;
-        let dtype = entry.dtype.0;
-        let n_bytes = element_count(&entry.shape.0)
-            .and_then(|n| n.checked_mul(dtype.size()))
-            .ok_or_else(|| {
-                Error::malformed(
-                    path,
-                    format!("tensor `{name}`: shape {:?} overflows", entry.shape.0),
-                )
-            })?;
-        if end.checked_sub(start) != Some(n_bytes as u64) {
-            return Err(Error::malformed(
+    let mut entries: Vec<(String, TensorInfo)> = entries.into_iter().collect();
+    entries.sort_by_key(|(_, entry)| entry.data_offsets);
+    let mut expected_start = 0;
+    let mut tensors = BTreeMap::new();
+    for (name, entry) in entries {
+        let refuse = |message: String| {
+            Err(Error::malformed(
                 path,
-                format!(
-                    "tensor `{name}`: {dtype} {:?} takes {n_bytes} bytes but its offsets are {start}..{end}",
-                    entry.shape.0
-                ),
+                format!("tensor `{name}`: {message}"),
+            ))
+        };
+        let (start, end) = entry.data_offsets;
+        let shape = entry.shape;
+        if shape.len() > MAX_DIMS {
+            return refuse(format!("more than {MAX_DIMS} dimensions"));
+        }
+        let Some(dtype) = DType::from_name(&entry.dtype.to_string()) else {
+            return refuse(format!("unknown element type `{}`", entry.dtype));
+        };
+        let Some(n_bytes) = element_count(&shape).and_then(|n| n.checked_mul(dtype.size())) else {
+            return refuse(format!("shape {shape:?} overflows"));
+        };
+        if end.checked_sub(start) != Some(n_bytes) {
+            return refuse(format!(
+                "{dtype} {shape:?} takes {n_bytes} bytes but its offsets are {start}..{end}"
             ));
         }
         if start != expected_start {
-            let what = if start < expected_start {
-                "overlaps another tensor"
-            } else {
-                "leaves bytes that belong to no tensor"
+            let what = match start < expected_start {
+                true => "overlaps another tensor",
+                false => "leaves bytes that belong to no tensor",
             };
-            return Err(Error::malformed(
-                path,
-                format!("tensor `{name}`: starts at {start}, which {what}"),
-            ));
+            return refuse(format!("starts at {start}, which {what}"));
         }
         expected_start = end;
+        let info = Info {
+            dtype,
+            shape: shape.into(),
+            start,
+            len: n_bytes,
+        };
+        tensors.insert(name, info);
     }
-    let n_data = (file_len - data_start) as u64;
+    let n_data = file_len - data_start;
     if expected_start != n_data {
         return Err(Error::malformed(
             path,
@@ -193,90 +220,17 @@ fn check_layout(
             ),
         ));
     }
-    // Every range ends at or before the end of the mapped file, so it fits usize.
-    Ok(entries
-        .into_iter()
-        .map(|(name, entry)| {
-            let [start, end] = entry.data_offsets;
-            let info = Info {
-                dtype: entry.dtype.0,
-                shape: entry.shape.0,
-                start: data_start + start as usize,
-                len: (end - start) as usize,
-            };
-            (name, info)
-        })
-        .collect())
+    for info in tensors.values_mut() {
+        info.start += data_start;
+    }
+    Ok(tensors)
 }
 
-/// The header as written, keys known to be distinct.
+/// The header as written; the entries are read by the reference implementation's types.
+#[derive(Default)]
 struct Header {
     metadata: BTreeMap<String, String>,
-    entries: BTreeMap<String, Entry>,
-}
-
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Entry {
-    dtype: ElementType,
-    shape: Shape,
-    data_offsets: [u64; 2],
-}
-
-struct ElementType(DType);
-
-impl<'de> Deserialize<'de> for ElementType {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(ElementTypeVisitor)
-    }
-}
-
-struct ElementTypeVisitor;
-
-impl Visitor<'_> for ElementTypeVisitor {
-    type Value = ElementType;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an element type")
-    }
-
-    fn visit_str<E: de::Error>(self, name: &str) -> Result<ElementType, E> {
-        DType::from_name(name).map(ElementType).ok_or_else(|| {
-            let shown: String = name.chars().take(32).collect();
-            E::custom(format!("unknown element type `{shown}`"))
-        })
-    }
-}
-
-struct Shape(Arc<[usize]>);
-
-impl<'de> Deserialize<'de> for Shape {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_seq(ShapeVisitor)
-    }
-}
-
-struct ShapeVisitor;
-
-impl<'de> Visitor<'de> for ShapeVisitor {
-    type Value = Shape;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list of dimensions")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Shape, A::Error> {
-        let mut dims = Vec::new();
-        while let Some(dim) = seq.next_element()? {
-            if dims.len() == MAX_DIMS {
-                return Err(de::Error::custom(format!(
-                    "more than {MAX_DIMS} dimensions"
-                )));
-            }
-            dims.push(dim);
-        }
-        Ok(Shape(dims.into()))
-    }
+    entries: BTreeMap<String, TensorInfo>,
 }
 
 impl<'de> Deserialize<'de> for Header {
@@ -295,104 +249,26 @@ impl<'de> Visitor<'de> for HeaderVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Header, A::Error> {
-        let mut metadata = None;
-        let mut entries = BTreeMap::new();
-        while let Some(name) = access.next_key::<Name>()?.map(|name| name.0) {
+        let mut header = Header::default();
+        while let Some(name) = access.next_key::<String>()? {
             if name == "__metadata__" {
-                if metadata
-                    .replace(access.next_value::<Metadata>()?.0)
-                    .is_some()
-                {
-                    return Err(occurs_twice(&name));
-                }
+                header.metadata = access.next_value()?;
                 continue;
             }
-            if entries.len() == MAX_TENSORS {
-                return Err(de::Error::custom(format!(
-                    "more than {MAX_TENSORS} tensors; split the file into shards"
-                )));
+            let refuse = |message: String| A::Error::custom(format!("tensor `{name}`: {message}"));
+            let fields: Map<String, Value> =
+                access.next_value().map_err(|e| refuse(e.to_string()))?;
+            if let Some(field) = fields
+                .keys()
+                .find(|field| !FIELDS.contains(&field.as_str()))
+            {
+                return Err(refuse(format!("unknown field `{field}`")));
             }
-            if entries.contains_key(&name) {
-                return Err(occurs_twice(&name));
-            }
-            let entry = access.next_value().map_err(|error: A::Error| {
-                de::Error::custom(format!("tensor `{name}`: {error}"))
-            })?;
-            entries.insert(name, entry);
+            let entry = TensorInfo::deserialize(Value::Object(fields));
+            let entry = entry.map_err(|error| refuse(error.to_string()))?;
+            header.entries.insert(name, entry);
         }
-        Ok(Header {
-            metadata: metadata.unwrap_or_default(),
-            entries,
-        })
-    }
-}
-
-fn occurs_twice<E: de::Error>(name: &str) -> E {
-    E::custom(format!("key `{name}` occurs twice"))
-}
-
-/// A key of bounded length.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
-struct Name(String);
-
-impl<'de> Deserialize<'de> for Name {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(NameVisitor)
-    }
-}
-
-struct NameVisitor;
-
-impl Visitor<'_> for NameVisitor {
-    type Value = Name;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a name")
-    }
-
-    fn visit_str<E: de::Error>(self, name: &str) -> Result<Name, E> {
-        if name.len() > MAX_NAME_BYTES {
-            return Err(E::custom(format!(
-                "a name of {} bytes; at most {MAX_NAME_BYTES} are read",
-                name.len()
-            )));
-        }
-        Ok(Name(name.to_owned()))
-    }
-}
-
-/// `__metadata__`: texts under distinct names.
-struct Metadata(BTreeMap<String, String>);
-
-impl<'de> Deserialize<'de> for Metadata {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(MetadataVisitor)
-    }
-}
-
-struct MetadataVisitor;
-
-impl<'de> Visitor<'de> for MetadataVisitor {
-    type Value = Metadata;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("metadata, an object of texts")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Metadata, A::Error> {
-        let mut entries = BTreeMap::new();
-        while let Some(Name(name)) = access.next_key()? {
-            if entries.len() == MAX_METADATA {
-                return Err(de::Error::custom(format!(
-                    "more than {MAX_METADATA} entries of metadata"
-                )));
-            }
-            if entries.contains_key(&name) {
-                return Err(occurs_twice(&name));
-            }
-            entries.insert(name, access.next_value()?);
-        }
-        Ok(Metadata(entries))
+        Ok(header)
     }
 }
 

@@ -1,9 +1,7 @@
 //! JSON as strictly as a data file needs it: repeated keys are refused, and what is wrong is said in the reader's words.
 
-use std::fmt;
-
-use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Value};
+use monteclora_converters::json;
+use serde_json::Value;
 
 use super::FieldProblem;
 
@@ -33,7 +31,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, FieldProblem> {
             "save the file as UTF-8: `iconv -f LATIN1 -t UTF-8 FILE` if it is Latin-1",
         )
     })?;
-    let unique: Unique = serde_json::from_str(text).map_err(|error| {
+    json::parse(text, json::Limits::NONE).map_err(|error| {
         let message = error.to_string();
         let message = message.split(" at line ").next().unwrap_or_default();
         let place = match error.line() {
@@ -42,14 +40,13 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, FieldProblem> {
         };
         if error.is_data() {
             return refuse(
-                format!("{message} at {place}"),
+                format!("{} at {place}", message.replace('`', "\"")),
                 "keep one of them; which one was meant cannot be told",
             );
         }
         let (hint, fix) = explain(text, error.line(), error.column());
         refuse(format!("not valid JSON at {place}: {message}{hint}"), fix)
-    })?;
-    Ok(unique.0)
+    })
 }
 
 /// What the text at an error's place suggests.
@@ -85,73 +82,6 @@ fn explain(text: &str, line: usize, column: usize) -> (&'static str, &'static st
         );
     }
     ("", FIX)
-}
-
-/// A value in which no object names a key twice.
-struct Unique(Value);
-
-impl<'de> Deserialize<'de> for Unique {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(UniqueVisitor).map(Self)
-    }
-}
-
-struct UniqueVisitor;
-
-impl<'de> Visitor<'de> for UniqueVisitor {
-    type Value = Value;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("JSON")
-    }
-
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_string<E>(self, value: String) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
-        let mut list = Vec::new();
-        while let Some(Unique(value)) = access.next_element()? {
-            list.push(value);
-        }
-        Ok(Value::Array(list))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
-        let mut object = Map::new();
-        while let Some(key) = access.next_key::<String>()? {
-            if object.contains_key(&key) {
-                return Err(A::Error::custom(format_args!("key \"{key}\" occurs twice")));
-            }
-            let Unique(value) = access.next_value()?;
-            object.insert(key, value);
-        }
-        Ok(Value::Object(object))
-    }
 }
 
 #[cfg(test)]
