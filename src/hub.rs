@@ -181,11 +181,7 @@ fn imported(file: &Path) -> anyhow::Result<PathBuf> {
         metadata.len(),
         metadata.modified().ok()
     );
-    let digest: String = Sha256::digest(identity.as_bytes())
-        .iter()
-        .take(8)
-        .map(|b| format!("{b:02x}"))
-        .collect();
+    let digest = format!("{:.16x}", Sha256::digest(identity.as_bytes()));
     let stem = file.file_stem().and_then(|s| s.to_str()).unwrap_or("model");
     let models = cache_dir().join("models");
     let dir = models.join(format!("{stem}-{digest}"));

@@ -1,11 +1,14 @@
-//! Whether an adapter meets the base it was trained on, by the record that training left beside it.
+//! Whether an adapter and a base belong together: by names and shapes, and by the record that training left beside the adapter.
 
 use std::path::Path;
 
-use monteclora_converters::{ModelFiles, Problem};
+use anyhow::Result;
+use monteclora_converters::{Adapter, ModelFiles, Problem};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
-use crate::session::fingerprint;
+/// Bytes of each end of a file that go into a fingerprint.
+const SAMPLE: usize = 1 << 20;
 
 /// A warning if the run.json beside `adapter` (or above it, for a checkpoint) names a base of another fingerprint. An adapter
 /// without a record, such as a collapsed one, cannot be told and passes.
@@ -51,6 +54,55 @@ pub fn other_base(adapter: &Path, base: &ModelFiles) -> std::io::Result<Option<P
         ),
         "give the base it was trained on, or compare both with `monteclora eval`",
     )))
+}
+
+/// Reads an adapter and refuses one that changes nothing, unless `force`.
+pub fn read_effective(path: &Path, force: bool) -> Result<Adapter> {
+    let adapter = Adapter::read(path)?;
+    require_effect(&adapter, path, force)?;
+    Ok(adapter)
+}
+
+/// Refuses an adapter that changes nothing, unless `force`.
+pub fn require_effect(adapter: &Adapter, path: &Path, force: bool) -> Result<()> {
+    if force || adapter.has_effect()? {
+        return Ok(());
+    }
+    let message = format!(
+        "`{}` changes nothing: B A is zero at every site; was it saved before training? Pass --force to go on",
+        path.display()
+    );
+    Err(Problem::sentence("no-effect", message).into())
+}
+
+/// Identity of a base without reading all of it: SHA-256 over config.json and, for every weight file, its length and its
+/// first and last MiB (the first holds every tensor's name, type, shape and place).
+pub fn fingerprint(files: &ModelFiles) -> std::io::Result<String> {
+    use std::io::{Read, Seek, SeekFrom};
+    let mut hasher = Sha256::new();
+    hasher.update(std::fs::read(files.config_path())?);
+    for path in files.files() {
+        let mut file = std::fs::File::open(path)?;
+        let length = file.metadata()?.len();
+        hasher.update(length.to_le_bytes());
+        let mut buffer = vec![0; SAMPLE.min(length as usize)];
+        file.read_exact(&mut buffer)?;
+        hasher.update(&buffer);
+        file.seek(SeekFrom::End(-(buffer.len() as i64)))?;
+        file.read_exact(&mut buffer)?;
+        hasher.update(&buffer);
+    }
+    Ok(format!("{:x}", hasher.finalize()))
+}
+
+/// SHA-256 of a file's bytes, or none where it is missing.
+pub fn file_sha256(path: &Path) -> Option<String> {
+    std::fs::read(path).ok().map(|bytes| sha256(&bytes))
+}
+
+/// SHA-256 in lower-case hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
 }
 
 #[cfg(test)]

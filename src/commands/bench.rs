@@ -9,10 +9,10 @@ use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::product::{Factor, Product, sum_of_products};
 use monteclora_adapters::weights::{Bf16, Weight};
 use monteclora_adapters::{Objective, Precision};
-use monteclora_converters::{AdapterConfig, MonteCloraSettings, TargetModules};
+use monteclora_converters::{AdapterConfig, MonteCloraSettings, Problem, TargetModules};
 use serde_json::json;
 
-use super::{Usage, device, print, print_json, weight_type};
+use super::{device, print, print_json, weight_type};
 use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs, DtypeArg};
 use crate::data::BatchOptions;
 use crate::hub;
@@ -27,14 +27,13 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         (true, DtypeArg::Auto | DtypeArg::Bf16) => (DType::BF16, Precision::Bf16),
         (true, _) => {
             let message = "--bf16 holds the weights in bfloat16; leave out --dtype or give bf16";
-            return Err(Usage(message.to_owned()).into());
+            return Err(Problem::usage(message.to_owned()).into());
         }
     };
     let counts = [args.batch, args.num_samples, args.rank];
     if counts.contains(&0) || args.seq < 2 || args.steps < 2 {
-        return Err(Usage(
-            "bench train needs --seq and --steps of at least 2; --batch, --num-samples and --rank of at least 1"
-                .to_owned(),
+        return Err(Problem::usage(
+            "bench train needs --seq and --steps of at least 2; --batch, --num-samples and --rank of at least 1",
         )
         .into());
     }
@@ -184,7 +183,7 @@ fn estimate(
 /// Rate of `size` by `size` products on the CPU, as the decoder computes them.
 pub(super) fn matmul(args: &BenchMatmulArgs) -> Result<()> {
     if args.size == 0 || args.steps < 2 {
-        return Err(Usage("bench matmul needs --size >= 1 and --steps >= 2".to_owned()).into());
+        return Err(Problem::usage("bench matmul needs --size >= 1 and --steps >= 2").into());
     }
     let shape = (args.size, args.size);
     let factor = Tensor::full(0.5f32, shape, &Device::Cpu)?;

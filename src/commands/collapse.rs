@@ -4,8 +4,10 @@ use anyhow::Result;
 use monteclora_converters::LoraOptions;
 
 use super::export::{Export, require_apart};
-use super::{read_effective, require_empty};
+
 use crate::cli::CollapseArgs;
+use crate::output::require_empty;
+use crate::provenance::read_effective;
 
 pub(super) fn run(args: &CollapseArgs) -> Result<()> {
     let adapter = read_effective(&args.adapter, args.force)?;

@@ -4,14 +4,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use monteclora_converters::{
-    Adapter, DType, Format, LoraOptions, ModelFiles, format_named, format_of,
+    Adapter, DType, Format, LoraOptions, ModelFiles, Problem, format_named, format_of,
 };
 use serde_json::{Map, Value};
 
 use super::export::{Export, require_apart};
-use super::{Usage, require_effect, require_empty};
 use crate::cli::{ConvertArgs, ConvertDtypeArg};
 use crate::hub::{self, HubOptions};
+use crate::output::require_empty;
+use crate::provenance::require_effect;
 
 pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     let output = &args.output;
@@ -51,7 +52,7 @@ fn read(args: &ConvertArgs) -> Result<Adapter> {
 
 fn require_new_file(output: &Path, label: &str, name: &str, force: bool) -> Result<()> {
     if output.is_dir() {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "`{}` is a directory; a {label} is one file, such as `{}`",
             output.display(),
             output.join(name).display()
@@ -59,7 +60,7 @@ fn require_new_file(output: &Path, label: &str, name: &str, force: bool) -> Resu
         .into());
     }
     if output.exists() && !force {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "`{}` exists; choose another file or pass --force",
             output.display()
         ))
@@ -74,7 +75,7 @@ fn base_config(args: &ConvertArgs, format: &dyn Format) -> Result<Option<Map<Str
         return Ok(None);
     }
     let id = args.model_id.as_deref().ok_or_else(|| {
-        Usage(format!(
+        Problem::usage(format!(
             "a {} needs its base's config.json (head counts, for the order of the rows of q and k); give the base with -m",
             format.label()
         ))

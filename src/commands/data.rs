@@ -9,14 +9,13 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use indexmap::IndexMap;
+use monteclora_converters::Problem;
 
-use super::Usage;
 use crate::cli::{DataCommand, DataSourceArgs};
 use crate::config::{DataConfig, RunConfig};
 use crate::data::{Encoder, FieldNames, Overlong, RowSchema, Split, splits};
 use crate::hub::{self, HubOptions};
 use crate::model::read_shape;
-use crate::session;
 
 pub(super) fn run(command: &DataCommand) -> Result<()> {
     match command {
@@ -79,7 +78,7 @@ impl Request {
             data.fields = field_names(&args.fields)?;
         }
         if data.max_seq_length.is_some_and(|length| length < 2) {
-            return Err(Usage("--max-seq-length: expected at least 2".to_owned()).into());
+            return Err(Problem::usage("--max-seq-length: expected at least 2").into());
         }
         Ok(Self {
             sources: sources(args, &data)?,
@@ -97,7 +96,7 @@ impl Request {
         let base = hub::locate(&model.id, &model.options)?;
         let config = read_shape(&base.dir)?;
         let limit = self.data.max_seq_length_for(config.max_position_embeddings);
-        let encoder = session::encoder(
+        let encoder = Encoder::from_dir(
             &base.dir,
             model.chat_template.as_deref(),
             self.data.encode_options(limit),
@@ -110,8 +109,8 @@ impl Request {
     fn measuring_encoder(&mut self) -> Result<(Arc<Encoder>, usize)> {
         let asked = self.data.max_seq_length;
         let Some((encoder, limit)) = self.encoder()? else {
-            return Err(Usage(
-                "tokens are those of a model: give one with -m, or a run.toml with -c".to_owned(),
+            return Err(Problem::usage(
+                "tokens are those of a model: give one with -m, or a run.toml with -c",
             )
             .into());
         };
@@ -122,7 +121,7 @@ impl Request {
         self.data.max_seq_length = asked;
         encoder
             .map(|encoder| (encoder, limit))
-            .ok_or_else(|| Usage("give a model with -m".to_owned()).into())
+            .ok_or_else(|| Problem::usage("give a model with -m").into())
     }
 }
 
@@ -130,7 +129,7 @@ fn sources(args: &DataSourceArgs, data: &DataConfig) -> Result<Vec<(PathBuf, Spl
     let wanted = |split: Split| args.split.is_none_or(|asked| asked == split);
     if args.files.is_empty() {
         if data.train.as_os_str().is_empty() {
-            return Err(Usage("give data files, or a run.toml with -c".to_owned()).into());
+            return Err(Problem::usage("give data files, or a run.toml with -c").into());
         }
         let configured = [
             (Some(&data.train), Split::Train),
@@ -160,14 +159,15 @@ fn field_names(entries: &[String]) -> Result<FieldNames> {
                 names.insert(field.to_owned(), name.to_owned());
             }
             _ => {
-                return Err(Usage(format!(
+                return Err(Problem::usage(format!(
                     "--field {entry}: expected FIELD=NAME, such as prompt=question"
                 ))
                 .into());
             }
         }
     }
-    Ok(FieldNames::try_from(names).map_err(|problem| Usage(format!("--field: {problem}")))?)
+    Ok(FieldNames::try_from(names)
+        .map_err(|problem| Problem::usage(format!("--field: {problem}")))?)
 }
 
 /// A source in words: the path, and the split where the path has several.

@@ -4,12 +4,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use monteclora_converters::ModelFiles;
+use monteclora_converters::{ModelFiles, Problem};
 
-use super::{print, print_json, read_effective};
+use super::{print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
 use crate::deploy::{self, AdapterServer, Check, Releases};
 use crate::hub;
+use crate::provenance::read_effective;
 
 /// Environment variable with the key for the server.
 const KEY_VARIABLE: &str = "MONTECLORA_KEY";
@@ -68,12 +69,12 @@ pub(super) fn server(args: &ServerArgs) -> Result<AdapterServer> {
 
 fn read_key(path: &Path) -> Result<String> {
     let text = std::fs::read_to_string(path)
-        .map_err(|error| super::Usage(format!("--key-file {}: {error}", path.display())))?;
+        .map_err(|error| Problem::usage(format!("--key-file {}: {error}", path.display())))?;
     let mut lines = text.lines().map(str::trim);
     lines
         .find(|line| !line.is_empty() && !line.starts_with('#'))
         .map(str::to_owned)
-        .context(super::Usage(format!(
+        .context(Problem::usage(format!(
             "--key-file {} holds no key",
             path.display()
         )))

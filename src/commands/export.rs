@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, LoraReport};
+use monteclora_converters::{Adapter, LoraReport, Problem};
 use serde::Serialize;
 
-use super::{Usage, print, print_json};
+use super::{print, print_json};
 
 /// How many names of a list are shown.
 const SHOWN: usize = 3;
@@ -149,7 +149,7 @@ pub(super) fn require_apart(source: &Path, output: &Path) -> Result<()> {
         _ => source_path,
     };
     if source_dir == output_path {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "`{}` is the source; give another destination with -o",
             output.display()
         ))

@@ -4,17 +4,19 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::{AdapterSummary, GgufFile, ModelFiles, Problems, is_gguf, summarise};
+use monteclora_converters::{
+    AdapterSummary, GgufFile, ModelFiles, Problem, Problems, is_gguf, summarise,
+};
 use serde_json::{Value, json};
 
 use super::export::count;
-use super::{Usage, print, print_json};
+use super::{print, print_json};
 use crate::cli::InspectArgs;
 
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
     let path = &args.path;
     if !path.exists() {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "`{}`: no such file or directory; give an adapter, or a model directory",
             path.display()
         ))

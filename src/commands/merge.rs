@@ -7,9 +7,11 @@ use monteclora_converters::{Adapter, DType, MergeReport, ModelFiles, files, merg
 use serde_json::json;
 
 use super::export::{count, require_apart};
-use super::{print, print_json, require_effect, require_empty};
+use super::{print, print_json};
 use crate::cli::{DtypeArg, MergeArgs};
 use crate::hub;
+use crate::output::require_empty;
+use crate::provenance::require_effect;
 
 pub(super) fn run(args: &MergeArgs) -> Result<()> {
     let output = &args.output;

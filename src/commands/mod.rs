@@ -1,4 +1,4 @@
-//! Glue: one file a verb.
+//! Glue: one file per command.
 
 mod bench;
 mod collapse;
@@ -32,43 +32,33 @@ mod train;
 mod validate;
 
 use std::io::Write;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
+use monteclora_converters::Problem;
 use serde::Serialize;
 
 use crate::cli::{BenchCommand, Command, DtypeArg};
 
-/// Wrong use of the command line, exit code 2.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct Usage(pub(crate) String);
+/// Data that cannot be used; the rows have been named.
+fn bad_data(message: impl Into<String>) -> anyhow::Error {
+    Problem::sentence("data", message).exit(3).into()
+}
 
-/// An adapter or model that failed its checks, exit code 4.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct Incompatible(pub(crate) String);
+/// Numbers that are not what they should be.
+fn numerical(message: impl Into<String>) -> anyhow::Error {
+    Problem::sentence("numbers", message).exit(5).into()
+}
 
-/// Data that cannot be used, exit code 3; the rows have been named.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct BadData(pub(crate) String);
+/// A run that was interrupted and can be resumed.
+fn interrupted(message: impl Into<String>) -> anyhow::Error {
+    Problem::sentence("interrupted", message).exit(130).into()
+}
 
-/// Numbers that are not what they should be, exit code 5.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct Numerical(pub(crate) String);
-
-/// A run that was interrupted and can be resumed, exit code 130.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct Interrupted(pub(crate) String);
-
-/// Runs a verb.
+/// Runs a command.
 ///
 /// # Errors
-/// Whatever the verb fails with; [`exit_code`] classifies it.
+/// Whatever the command fails with; [`exit_code`] classifies it.
 pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Quickstart(args) => quickstart::run(args),
@@ -181,19 +171,13 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
             error => Some(error.exit_code()),
         };
     }
-    if error.is::<Usage>() || error.is::<hub::Error>() {
+    if error.is::<hub::Error>() {
         return Some(2);
     }
-    if error.is::<BadData>() {
-        return Some(3);
-    }
-    if error.is::<Incompatible>() {
-        return Some(4);
-    }
-    if error.is::<Numerical>() || error.is::<crate::eval::NotFinite>() {
+    if error.is::<crate::eval::NotFinite>() {
         return Some(5);
     }
-    error.is::<Interrupted>().then_some(130)
+    error.downcast_ref::<Problem>().map(|problem| problem.exit)
 }
 
 /// The device that computes: an accelerator if the build has one and `cpu` is false.
@@ -213,9 +197,8 @@ pub(crate) fn weight_type(dtype: DtypeArg) -> Result<DType> {
     match dtype {
         DtypeArg::Auto | DtypeArg::F32 => Ok(DType::F32),
         DtypeArg::Bf16 => Ok(DType::BF16),
-        DtypeArg::F16 => Err(Usage(
-            "--dtype f16: our decoder holds weights as f32 or bf16; use auto, f32 or bf16"
-                .to_owned(),
+        DtypeArg::F16 => Err(Problem::usage(
+            "--dtype f16: our decoder holds weights as f32 or bf16; use auto, f32 or bf16",
         )
         .into()),
     }
@@ -232,55 +215,4 @@ pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
 pub(crate) fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", text.trim_end_matches('\n')).context("cannot write to standard output")
-}
-
-/// Refuses a directory that holds something, unless `force`.
-pub(crate) fn require_empty(dir: &Path, force: bool) -> Result<()> {
-    let counts = |name: &std::ffi::OsStr| name != crate::train::RunLock::NAME;
-    let occupied = match std::fs::read_dir(dir) {
-        Ok(mut entries) => entries.any(|entry| entry.is_ok_and(|entry| counts(&entry.file_name()))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-            return Err(Usage(format!(
-                "`{}` is a file; give a directory with -o",
-                dir.display()
-            ))
-            .into());
-        }
-        Err(error) => {
-            return Err(error)
-                .with_context(|| format!("cannot use `{}` as output directory", dir.display()));
-        }
-    };
-    if occupied && !force {
-        return Err(Usage(format!(
-            "`{}` exists and is not empty; choose another directory or pass --force",
-            dir.display()
-        ))
-        .into());
-    }
-    Ok(())
-}
-
-/// Reads an adapter and refuses one that changes nothing, unless `force`.
-pub(crate) fn read_effective(path: &Path, force: bool) -> Result<monteclora_converters::Adapter> {
-    let adapter = monteclora_converters::Adapter::read(path)?;
-    require_effect(&adapter, path, force)?;
-    Ok(adapter)
-}
-
-/// Refuses an adapter that changes nothing, unless `force`.
-pub(crate) fn require_effect(
-    adapter: &monteclora_converters::Adapter,
-    path: &Path,
-    force: bool,
-) -> Result<()> {
-    if force || adapter.has_effect()? {
-        return Ok(());
-    }
-    Err(Incompatible(format!(
-        "`{}` changes nothing: B A is zero at every site; was it saved before training? Pass --force to go on",
-        path.display()
-    ))
-    .into())
 }

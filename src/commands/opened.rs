@@ -6,15 +6,14 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::DType;
 use monteclora_converters::architecture::ModelShape;
-use monteclora_converters::{Adapter, ModelFiles};
+use monteclora_converters::{Adapter, ModelFiles, Problem};
 
-use super::{Usage, device, weight_type};
+use super::{device, weight_type};
 use crate::cli::ModelArgs;
 use crate::data::{EncodeOptions, Encoder, Overlong, TrainOn};
 use crate::eval::posterior_draws;
 use crate::hub::{self, Located};
 use crate::model::{ActiveAdapter, Decoder, read_shape};
-use crate::session;
 
 /// All of it checked, and no weights of the base read.
 pub(super) struct Opened {
@@ -50,7 +49,7 @@ impl Opened {
         let n_draws = posterior_samples.unwrap_or(0);
         if n_draws > MOST {
             let problem = format!("--posterior-samples {n_draws}: expected at most {MOST}");
-            return Err(Usage(problem).into());
+            return Err(Problem::usage(problem).into());
         }
         let adapter = adapter.map(Adapter::read).transpose()?;
         let base = hub::locate(&model.model_id, &model.options.hub())?;
@@ -65,7 +64,7 @@ impl Opened {
             overlong: Overlong::Error,
         };
         let template = model.options.chat_template.as_deref();
-        let encoder = session::encoder(&base.dir, template, options)?;
+        let encoder = Encoder::from_dir(&base.dir, template, options)?;
         encoder.tokenizer().check_vocab(config.vocab_size)?;
         Ok(Self {
             adapter,
@@ -99,7 +98,7 @@ impl Opened {
 /// Refuses flags that are 0.
 pub(super) fn require_positive(flags: &[(&str, usize)]) -> Result<()> {
     match flags.iter().find(|(_, value)| *value == 0) {
-        Some((flag, _)) => Err(Usage(format!("{flag} 0: expected at least 1")).into()),
+        Some((flag, _)) => Err(Problem::usage(format!("{flag} 0: expected at least 1")).into()),
         None => Ok(()),
     }
 }

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use anyhow::Result;
+use monteclora_converters::Problem;
 use serde::Serialize;
 
 use super::opened::{Opened, require_positive};
-use super::{Usage, print, print_json};
+use super::{print, print_json};
 use crate::cli::PredictArgs;
 use crate::data::{
     DataError, Encoder, FieldProblem, Message, Problems, Role, Row, RowError, RowProblem, Source,
@@ -160,11 +161,13 @@ impl Reader<'_> {
             self.encoder.plain_prompt_tokens(text)?
         };
         if prompt.is_empty() {
-            return Err(Usage("--prompt has no tokens".to_owned()).into());
+            return Err(Problem::usage("--prompt has no tokens").into());
         }
         match self.too_long(&prompt) {
             None => Ok(Question::Open(prompt)),
-            Some(problem) => Err(Usage(format!("--prompt: {problem}; lower --max-tokens")).into()),
+            Some(problem) => {
+                Err(Problem::usage(format!("--prompt: {problem}; lower --max-tokens")).into())
+            }
         }
     }
 

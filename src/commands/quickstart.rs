@@ -4,17 +4,22 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{Adapter, LoraOptions};
+use monteclora_converters::{Adapter, LoraOptions, files};
 use serde::Serialize;
 
-use super::train::{Prepared, Start, execute, prepare, stop_on_signals};
-use super::{Interrupted, print, print_json, read_effective, require_empty};
+use super::train::stop_on_signals;
+use super::{interrupted, numerical, print, print_json};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
-use crate::data::{Dataset, RowContent};
+use crate::data::Dataset;
+use crate::eval::Recital;
 use crate::hub::{self, HubOptions, Located};
-use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
-use crate::{progress, smollm2};
+use crate::model::{ActiveAdapter, Decoder, Generation};
+use crate::output::require_empty;
+use crate::progress::{self, TrainProgress};
+use crate::provenance::read_effective;
+use crate::smollm2;
+use crate::train::{Event, Prepared, Start};
 
 const TRAIN: &str = include_str!("../../examples/tickets/train.jsonl");
 const VALID: &str = include_str!("../../examples/tickets/valid.jsonl");
@@ -91,20 +96,21 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         .into_iter()
         .collect();
     let config = RunConfig::from_toml(&text, &paths.run.display().to_string(), &overrides)?;
-    let prepared = prepare(config, Some(base.clone()))?;
+    let prepared = Prepared::new(config, Some(base.clone()))?;
 
     let device = candle_core::Device::Cpu;
     std::fs::create_dir_all(&paths.adapter)
         .with_context(|| format!("cannot create `{}`", paths.adapter.display()))?;
     let start = Start::fresh(&prepared, &device)?;
-    let (outcome, decoder) = execute(&prepared, start, device, stop_on_signals()?)?;
+    let mut progress = TrainProgress::default();
+    let show = |event: &Event| progress.show(event);
+    let (outcome, decoder) = prepared.train(start, &device, stop_on_signals()?, show)?;
     if outcome.interrupted {
-        return Err(Interrupted(format!(
+        return Err(interrupted(format!(
             "interrupted at step {}; continue with `monteclora train -c {} --resume auto`",
             outcome.steps,
             paths.run.display()
-        ))
-        .into());
+        )));
     }
     let adapter = read_effective(&paths.adapter, false)?;
     adapter.write_lora(
@@ -120,12 +126,14 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         None,
         prepared.train.encoder().clone(),
     )?;
-    let questions = Questions::new(&test)?;
-    let base_answers = questions.answer("base model", &decoder, &ActiveAdapter::default())?;
+    let tickets = Recital::new(&test, MAX_NEW_TOKENS, DECODE_BATCH)?;
+    let base_answers = answer(&tickets, "base model", &decoder, &ActiveAdapter::default())?;
     let mean = ActiveAdapter::from_adapter(&adapter, decoder.config(), decoder.device())?;
-    let mean_answers = questions.answer("posterior mean", &decoder, &mean)?;
+    let mean_answers = answer(&tickets, "posterior mean", &decoder, &mean)?;
     drop(decoder);
-    questions.write(&out.join("answers.jsonl"), &base_answers, &mean_answers)?;
+    let answers = out.join("answers.jsonl");
+    std::fs::write(&answers, tickets.lines(&base_answers, &mean_answers)?)
+        .with_context(|| format!("cannot write `{}`", answers.display()))?;
 
     let mut report = Report {
         model: base.name.clone(),
@@ -134,8 +142,12 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         steps: outcome.steps,
         train_s: outcome.seconds,
         total_s: 0.0,
-        base: questions.score(&base_answers)?,
-        mean: questions.score(&mean_answers)?,
+        base: Score {
+            exact_match: tickets.exact_match(&base_answers)?,
+        },
+        mean: Score {
+            exact_match: tickets.exact_match(&mean_answers)?,
+        },
         parity: None,
         served: None,
     };
@@ -144,23 +156,37 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         &prepared,
         &paths,
         &adapter,
-        &questions,
+        &tickets,
         &mean_answers,
     )?;
     report.total_s = began.elapsed().as_secs_f64();
-    monteclora_converters::files::write_json(&out.join("quickstart.json"), &report)?;
+    files::write_json(&out.join("quickstart.json"), &report)?;
     if args.json {
         print_json(&report)?;
     } else {
         print(&describe(&report, &paths))?;
     }
     match &report.served {
-        Some(served) if !served.equal => Err(super::Numerical(
-            "mistral.rs and our decoder gave different tokens for the same question".to_owned(),
-        )
-        .into()),
+        Some(served) if !served.equal => Err(numerical(
+            "mistral.rs and our decoder gave different tokens for the same question",
+        )),
         _ => Ok(()),
     }
+}
+
+/// The answers to the test tickets, with a bar.
+fn answer(
+    tickets: &Recital<'_>,
+    name: &'static str,
+    decoder: &Decoder,
+    adapter: &ActiveAdapter,
+) -> Result<Vec<Generation>> {
+    let n_tickets = tickets.prompts.len();
+    tracing::info!("answering {n_tickets} test tickets with the {name}");
+    let bar = progress::items(name, n_tickets as u64);
+    let answers = tickets.answers(decoder, adapter, |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    Ok(answers)
 }
 
 /// Writes data, run.toml and serve.toml into the output directory, so that every step can be repeated by hand.
@@ -203,96 +229,6 @@ fn lay_out(out: &Path, base: &Located, args: &QuickstartArgs) -> Result<Paths> {
     Ok(paths)
 }
 
-/// The test rows as prompts with the expected answers.
-struct Questions<'a> {
-    data: &'a Dataset,
-    prompts: Vec<Vec<u32>>,
-    texts: Vec<Vec<crate::data::Message>>,
-    expected: Vec<String>,
-    settings: GenerationSettings,
-}
-
-impl<'a> Questions<'a> {
-    fn new(data: &'a Dataset) -> Result<Self> {
-        let encoder = data.encoder();
-        let mut questions = Self {
-            prompts: Vec::new(),
-            texts: Vec::new(),
-            expected: Vec::new(),
-            settings: GenerationSettings {
-                max_new_tokens: MAX_NEW_TOKENS,
-                stop_tokens: encoder.tokenizer().stop_ids(encoder.template()),
-                batch_size: DECODE_BATCH,
-            },
-            data,
-        };
-        for index in 0..data.len() {
-            let (_, row) = data.row(index)?;
-            let RowContent::Conversation { messages, .. } = &row.content else {
-                continue;
-            };
-            let Some((answer, prompt)) = messages.split_last() else {
-                continue;
-            };
-            questions.prompts.push(encoder.prompt_tokens(prompt, &[])?);
-            questions.texts.push(prompt.to_vec());
-            questions.expected.push(answer.content().to_owned());
-        }
-        Ok(questions)
-    }
-
-    fn answer(
-        &self,
-        name: &'static str,
-        decoder: &Decoder,
-        adapter: &ActiveAdapter,
-    ) -> Result<Vec<Generation>> {
-        tracing::info!(
-            "answering {} test tickets with the {name}",
-            self.prompts.len()
-        );
-        let bar = progress::items(name, self.prompts.len() as u64);
-        let answers = decoder.generate(&self.prompts, adapter, &self.settings, |done| {
-            bar.set_position(done as u64)
-        })?;
-        bar.finish_and_clear();
-        Ok(answers)
-    }
-
-    fn text(&self, answer: &Generation) -> Result<String> {
-        Ok(self
-            .data
-            .encoder()
-            .tokenizer()
-            .decode(&answer.tokens, true)?)
-    }
-
-    /// One line a test ticket, to read what the two models said.
-    fn write(&self, path: &Path, base: &[Generation], mean: &[Generation]) -> Result<()> {
-        let mut lines = String::new();
-        for (index, (base, mean)) in base.iter().zip(mean).enumerate() {
-            let line = serde_json::json!({
-                "ticket": self.texts[index].last().map(crate::data::Message::content),
-                "expected": self.expected[index],
-                "base": self.text(base)?,
-                "mean": self.text(mean)?,
-            });
-            lines.push_str(&format!("{line}\n"));
-        }
-        std::fs::write(path, lines).with_context(|| format!("cannot write `{}`", path.display()))
-    }
-
-    fn score(&self, answers: &[Generation]) -> Result<Score> {
-        let mut exact = 0usize;
-        for (answer, expected) in answers.iter().zip(&self.expected) {
-            exact += usize::from(answer.stopped && self.text(answer)?.trim() == expected);
-        }
-        Ok(Score {
-            exact_match: exact as f64 / answers.len().max(1) as f64,
-        })
-    }
-}
-
 /// Loads the collapsed adapter into mistral.rs, compares logits and asks the first test ticket.
 #[cfg(feature = "mistralrs")]
 fn served(
@@ -300,14 +236,22 @@ fn served(
     prepared: &Prepared,
     paths: &Paths,
     adapter: &Adapter,
-    questions: &Questions<'_>,
+    tickets: &Recital<'_>,
     answers: &[Generation],
 ) -> Result<()> {
+    use crate::eval::{Engines, compare};
     use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
     tracing::info!("loading the collapsed adapter into mistral.rs");
     let base = prepared.base.dir.as_path();
-    let sequences: Vec<Vec<u32>> = questions.prompts.iter().take(3).cloned().collect();
-    let parity = super::parity::engines(base, (&paths.collapsed, adapter), &sequences)?;
+    let sequences: Vec<Vec<u32>> = tickets.prompts.iter().take(3).cloned().collect();
+    let engines = Engines {
+        ours: true,
+        mistralrs: true,
+        device: candle_core::Device::Cpu,
+        isq: None,
+    };
+    let adapter = Some((paths.collapsed.as_path(), adapter));
+    let parity = compare(base, adapter, &sequences, None, &engines)?;
     report.parity = parity.ours_vs_mistralrs.as_ref().map(|a| ParityScore {
         positions: parity.positions,
         max_abs_diff: a.max_abs_diff,
@@ -318,7 +262,7 @@ fn served(
         .device(candle_core::Device::Cpu)
         .build()?;
     let engine = Engine::start(&loader)?;
-    let messages: Vec<ChatMessage> = questions.texts[0]
+    let messages: Vec<ChatMessage> = tickets.questions[0]
         .iter()
         .map(|m| ChatMessage::new(m.role().name(), m.content()))
         .collect();
@@ -330,16 +274,16 @@ fn served(
         .token_ids
         .iter()
         .copied()
-        .take_while(|t| !questions.settings.stop_tokens.contains(t))
+        .take_while(|t| !tickets.settings.stop_tokens.contains(t))
         .collect();
     report.served = Some(Served {
-        question: questions.texts[0]
+        question: tickets.questions[0]
             .last()
             .map(|m| m.content().to_owned())
             .unwrap_or_default(),
         answer: answer.text,
         model: "triage".to_owned(),
-        ours: questions.text(ours)?,
+        ours: tickets.text(ours)?,
         equal: theirs == ours.tokens,
     });
     Ok(())
@@ -351,7 +295,7 @@ fn served(
     _: &Prepared,
     _: &Paths,
     _: &Adapter,
-    _: &Questions<'_>,
+    _: &Recital<'_>,
     _: &[Generation],
 ) -> Result<()> {
     tracing::warn!("built without the feature `mistralrs`: nothing is served");

@@ -1,16 +1,16 @@
 //! `report`: one self-contained HTML page about a run.
 
 use anyhow::Result;
-use monteclora_converters::files;
+use monteclora_converters::{Problem, files};
 
-use super::{Usage, print};
+use super::print;
 use crate::cli::ReportArgs;
 use crate::report::RunFiles;
 
 pub(super) fn run(args: &ReportArgs) -> Result<()> {
     let dir = &args.output_dir;
     if !dir.is_dir() {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "`{}`: no such directory; give the output_dir of a training run",
             dir.display()
         ))

@@ -1,15 +1,16 @@
 //! `rollback`: the generation that an alias had before.
 
 use anyhow::Result;
+use monteclora_converters::Problem;
 
 use super::deploy::{check, server};
-use super::{Usage, print, print_json};
+use super::{print, print_json};
 use crate::cli::RollbackArgs;
 use crate::deploy::{self, Releases};
 
 pub(super) fn run(args: &RollbackArgs) -> Result<()> {
     if args.to.as_deref() == Some("") {
-        return Err(Usage("--to is empty; give a generation".to_owned()).into());
+        return Err(Problem::usage("--to is empty; give a generation").into());
     }
     let server = server(&args.server)?;
     let mut releases = Releases::open(&args.adapter_root, &args.alias)?;

@@ -3,16 +3,18 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{LoraOptions, files};
+use monteclora_converters::{LoraOptions, Problem, files};
 use serde_json::json;
 
 use super::export::{count, require_apart};
-use super::{Usage, print, print_json, read_effective, require_empty};
+use super::{print, print_json};
 use crate::cli::SampleArgs;
+use crate::output::require_empty;
+use crate::provenance::read_effective;
 
 pub(super) fn run(args: &SampleArgs) -> Result<()> {
     if args.k == 0 || args.k > 10_000 {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "-k {}: give a number of draws from 1 to 10000",
             args.k
         ))

@@ -7,8 +7,8 @@ use anyhow::Result;
 use mistralrs_monteclora::{
     AdapterSection, ConfigSource, Error as ServeError, ModelSection, ServeConfig, ServeFile, serve,
 };
+use monteclora_converters::Problem;
 
-use super::Usage;
 use crate::allocator;
 use crate::cli::{DtypeArg, ServeArgs};
 use crate::hub::{self, HubOptions};
@@ -45,7 +45,7 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
             ..ServeFile::from_environment()?
         },
         (None, None) => {
-            return Err(Usage("serve needs -c serve.toml, or -m BASE".to_owned()).into());
+            return Err(Problem::usage("serve needs -c serve.toml, or -m BASE").into());
         }
     };
     if let Some(host) = &args.host {
@@ -72,7 +72,7 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
 
 fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {
     if model_id.ends_with(".gguf") {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "serve does not load GGUF: run `monteclora import-gguf {model_id} -o DIR` and serve DIR"
         ))
         .into());
@@ -89,7 +89,9 @@ fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {
                     revision: None,
                 })
             }
-            _ => Err(Usage(format!("--adapter {text}: expected ALIAS=PATH"))),
+            _ => Err(Problem::usage(format!(
+                "--adapter {text}: expected ALIAS=PATH"
+            ))),
         })
         .collect::<Result<Vec<_>, _>>()?;
     let dtype = match args.options.dtype {

@@ -5,7 +5,7 @@ use monteclora_converters::{ModelFiles, Problem, Runtime, validate_path};
 use serde_json::json;
 
 use super::export::count;
-use super::{Incompatible, print, print_json};
+use super::{print, print_json};
 use crate::cli::ValidateArgs;
 use crate::hub::{self, HubOptions};
 use crate::provenance;
@@ -44,11 +44,10 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     }
     match problems.len() {
         0 => Ok(()),
-        n => Err(Incompatible(format!(
-            "`{}` has {}",
-            args.adapter.display(),
-            count(n, "problem")
-        ))
+        n => Err(Problem::sentence(
+            "problems",
+            format!("`{}` has {}", args.adapter.display(), count(n, "problem")),
+        )
         .into()),
     }
 }

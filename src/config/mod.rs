@@ -3,6 +3,7 @@
 //! Command line > file > defaults. Relative paths are relative to the current directory, as in axolotl and mlx-lm, and
 //! not to the file.
 
+mod adapter;
 mod check;
 mod document;
 mod error;

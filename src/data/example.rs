@@ -1,6 +1,9 @@
 //! The one place that turns a conversation into tokens: for training with a loss mask, for evaluation and for generation.
 
 use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -160,6 +163,20 @@ impl Encoder {
             template,
             options,
         }
+    }
+
+    /// That of the model in `dir`; `chat_template` is a file in place of the model's own.
+    ///
+    /// # Errors
+    /// Tokenizer or template that are missing or malformed.
+    pub fn from_dir(
+        dir: &Path,
+        chat_template: Option<&Path>,
+        options: EncodeOptions,
+    ) -> Result<Arc<Self>, DataError> {
+        let tokenizer = Tokenizer::from_dir(dir)?;
+        let template = ChatTemplate::from_dir(dir, chat_template, SystemTime::now())?;
+        Ok(Arc::new(Self::new(tokenizer, template, options)))
     }
 
     /// The tokenizer.

@@ -203,12 +203,7 @@ impl<R: Read> Hashing<R> {
     /// The hash of everything, what has not been read yet included.
     fn finish(mut self) -> io::Result<String> {
         io::copy(&mut self, &mut io::sink())?;
-        Ok(self
-            .hasher
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect())
+        Ok(format!("{:x}", self.hasher.finalize()))
     }
 }
 
@@ -257,10 +252,7 @@ mod tests {
         let file = RowFile::open(&packed).expect("opens");
         assert_eq!((file.n_rows(), file.line_number(1)), (2, 3));
         assert_eq!(file.row_bytes(1).expect("reads"), b"{\"a\":2}");
-        let expected: String = Sha256::digest(&bytes)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let expected = format!("{:x}", Sha256::digest(&bytes));
         assert_eq!(file.sha256(), expected);
         std::fs::write(&packed, &bytes[..bytes.len() - 6]).expect("writes");
         let error = RowFile::open(&packed).expect_err("cut short");

@@ -108,11 +108,7 @@ impl Source {
             hasher.update(file.sha256());
             hasher.update("\n");
         }
-        hasher
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        format!("{:x}", hasher.finalize())
     }
 
     /// The file and line of a row.

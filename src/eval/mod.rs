@@ -3,12 +3,18 @@
 pub mod calibration;
 mod choices;
 mod draws;
+#[cfg(feature = "mistralrs")]
+mod parity;
 mod predict;
+mod recital;
 mod scores;
 
 pub use choices::{ChoiceRows, LengthNormalisation, log_likelihoods};
 pub use draws::posterior_draws;
+#[cfg(feature = "mistralrs")]
+pub use parity::{Agreement, Engines, Parity, Reference, compare};
 pub use predict::{Answer, Answerer, ChoiceProbability, Question, Uncertainty};
+pub use recital::Recital;
 pub use scores::{EvalOptions, Predictor, Scores, score};
 
 /// A score that is not a number: the model or the adapter holds values it should not.

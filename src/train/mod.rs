@@ -4,14 +4,20 @@ pub mod audit;
 mod checkpoint;
 mod evaluation;
 mod identity;
+mod init_from;
 mod lock;
 pub mod memory;
 pub mod metrics;
 mod optimizer;
+mod plan;
+mod prepare;
+pub mod record;
 mod run;
 mod schedule;
 mod settings;
+mod start;
 mod state;
+mod suggest;
 mod tensorboard;
 mod window;
 
@@ -25,10 +31,14 @@ pub(crate) use evaluation::sequences;
 pub use identity::{Drift, Identity};
 pub use lock::RunLock;
 pub use optimizer::{AdamW, AdamWSettings, SiteMoments, clip, global_norm};
+pub use plan::{Advice, BatchShape, Plan};
+pub use prepare::Prepared;
 pub use run::{Event, Interrupt, Outcome, Trainer};
 pub use schedule::{Schedule, Shape};
 pub use settings::TrainSettings;
+pub use start::{Begin, Start, begin};
 pub use state::{AdapterState, DrawForm, DrawnAdapter, RegulariserMeans, SiteGradient, SiteState};
+pub use suggest::Suggestion;
 pub use window::Window;
 
 /// What can go wrong in training.

@@ -3,6 +3,7 @@
 use super::metrics::Sinks;
 use super::optimizer::AdamWSettings;
 use super::schedule::{Schedule, Shape};
+use crate::config::{LrSchedulerType, Method, Report, RunConfig};
 use crate::data::{BatchOptions, Batches, Cursor, Dataset};
 
 /// Everything the loop is told.
@@ -57,6 +58,50 @@ pub struct TrainSettings {
 }
 
 impl TrainSettings {
+    /// What a run's configuration says, given the length limit.
+    pub fn new(run: &RunConfig, max_seq_length: usize) -> Self {
+        let train = &run.train;
+        Self {
+            seed: run.seed,
+            num_train_epochs: train.num_train_epochs.unwrap_or_default(),
+            max_steps: train.max_steps,
+            batch_size: train.per_device_train_batch_size,
+            pack_tokens: run.data.packing.then_some(max_seq_length),
+            gradient_accumulation_steps: train.gradient_accumulation_steps,
+            learning_rate: train.learning_rate,
+            variational_learning_rate: train.variational_learning_rate,
+            shape: match train.lr_scheduler_type {
+                LrSchedulerType::Linear => Shape::Linear,
+                LrSchedulerType::Cosine => Shape::Cosine,
+                LrSchedulerType::Constant => Shape::Constant,
+            },
+            warmup_ratio: train.warmup_ratio,
+            warmup_steps: train.warmup_steps,
+            kl_warmup_ratio: (run.lora.monteclora.as_ref()).map_or(0.0, |m| m.kl_warmup_ratio),
+            adamw: AdamWSettings {
+                beta1: train.adam_beta1,
+                beta2: train.adam_beta2,
+                epsilon: train.adam_epsilon,
+                weight_decay: train.weight_decay,
+                train_a: run.lora.method != Method::LoraFa,
+                loraplus_lr_ratio: train.loraplus_lr_ratio,
+            },
+            max_grad_norm: train.max_grad_norm,
+            lora_dropout: run.lora.lora_dropout,
+            gradient_checkpointing: train.gradient_checkpointing,
+            logging_steps: train.logging_steps,
+            eval_steps: train.eval_steps,
+            save_steps: train.save_steps,
+            save_total_limit: train.save_total_limit,
+            load_best_model_at_end: train.load_best_model_at_end,
+            early_stopping_patience: train.early_stopping_patience,
+            sinks: Sinks {
+                jsonl: train.report_to.contains(&Report::Jsonl),
+                tensorboard: train.report_to.contains(&Report::Tensorboard),
+            },
+        }
+    }
+
     /// How training rows are put into batches.
     pub(super) fn batch_options(&self) -> BatchOptions {
         BatchOptions {

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use candle_core::Device;
-use monteclora::data::{BatchOptions, Batches, Cursor, Dataset, EncodeOptions, Overlong, TrainOn};
+use monteclora::data::{
+    BatchOptions, Batches, Cursor, Dataset, EncodeOptions, Encoder, Overlong, TrainOn,
+};
 use monteclora::model::ops::attention::Segment;
 use monteclora::model::{ActiveAdapter, AdapterGradients, Decoder, PassOptions, Sequences, SiteId};
-use monteclora::session;
 use monteclora_converters::Adapter;
 
 use crate::cli::{monteclora, run, tiny};
@@ -230,7 +231,7 @@ fn packed_rows_have_the_loss_and_gradients_of_single_rows() {
         .collect();
     let file = write(dir.path(), "train.jsonl", &rows);
     let model = own().join("models/tiny-llama");
-    let encoder = session::encoder(
+    let encoder = Encoder::from_dir(
         &model,
         None,
         EncodeOptions {

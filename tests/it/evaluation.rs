@@ -4,10 +4,9 @@ use std::path::Path;
 
 use candle_core::Device;
 use monteclora::cli::Cli;
-use monteclora::data::{EncodeOptions, Overlong, TrainOn, parse_row};
+use monteclora::data::{EncodeOptions, Encoder, Overlong, TrainOn, parse_row};
 use monteclora::eval::{ChoiceRows, LengthNormalisation, log_likelihoods};
 use monteclora::model::{ActiveAdapter, Decoder, Sequences};
-use monteclora::session;
 use serde_json::{Value, json};
 
 use crate::cli::{run, tiny};
@@ -46,7 +45,7 @@ fn choices_are_scored_by_their_likelihood_in_the_answers_place() {
         max_seq_length: 256,
         overlong: Overlong::Error,
     };
-    let encoder = session::encoder(&model, None, options).unwrap();
+    let encoder = Encoder::from_dir(&model, None, options).unwrap();
     let data = monteclora::data::Dataset::open(&path, None, encoder.clone()).unwrap();
     let decoder = Decoder::load(&model, &Device::Cpu).unwrap();
     let choices = ChoiceRows::read(&data).unwrap();

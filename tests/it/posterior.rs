@@ -9,7 +9,6 @@ use monteclora::data::{
     ChoiceSet, ChoiceTokens, Dataset, EncodeOptions, Encoder, Overlong, TrainOn, parse_question,
 };
 use monteclora::model::{ActiveAdapter, Decoder, Sequences};
-use monteclora::session;
 use monteclora_converters::Adapter;
 use serde_json::{Value, json};
 
@@ -142,7 +141,7 @@ impl Site {
             max_seq_length: 256,
             overlong: Overlong::Error,
         };
-        session::encoder(&self.model, None, options).unwrap()
+        Encoder::from_dir(&self.model, None, options).unwrap()
     }
 }
 

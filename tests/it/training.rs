@@ -6,10 +6,9 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{DType, Device};
 use monteclora::config::RunConfig;
-use monteclora::data::Dataset;
+use monteclora::data::{Dataset, Encoder};
 use monteclora::model::{AdapterGradients, Dropout, PassOptions, Sequences};
 use monteclora::model::{Decoder, read_shape};
-use monteclora::session;
 use monteclora::train::{
     AdapterState, Checkpoint, DrawForm, Event, Identity, SiteGradient, TrainSettings, Trainer,
 };
@@ -63,11 +62,11 @@ fn setup(overrides: &[&str]) -> Setup {
     let run = RunConfig::from_toml(&text, "run.toml", &overrides).unwrap();
     let model_config = read_shape(&model).unwrap();
     let base = monteclora::hub::locate(model.to_str().unwrap(), &Default::default()).unwrap();
-    let adapter_config = session::adapter_config(&run.lora, &base);
+    let adapter_config = run.lora.adapter_config(&base);
     let sites = adapter_config
         .resolve_targets(&Decoder::linear_modules(&model_config))
         .unwrap();
-    let encoder = session::encoder(&model, None, run.data.encode_options(256)).unwrap();
+    let encoder = Encoder::from_dir(&model, None, run.data.encode_options(256)).unwrap();
     Setup {
         decoder: Decoder::load(&model, &Device::Cpu).unwrap(),
         data: Dataset::open(&rows, None, encoder).unwrap(),
@@ -80,11 +79,11 @@ fn setup(overrides: &[&str]) -> Setup {
 
 impl Setup {
     fn settings(&self) -> TrainSettings {
-        session::train_settings(&self.run, 256)
+        TrainSettings::new(&self.run, 256)
     }
 
     fn state(&self) -> AdapterState {
-        let objective = session::objective(&self.run.lora);
+        let objective = self.run.lora.objective();
         AdapterState::initial(
             &self.adapter_config,
             &self.sites,

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::{Request, title};
 use crate::cli::DataCheckArgs;
-use crate::commands::{BadData, print, print_json};
+use crate::commands::{bad_data, print, print_json};
 use crate::data::{RowProblem, Source, Survey};
 
 pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
@@ -104,5 +104,7 @@ pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
         0 => String::new(),
         n => format!(", {n} of mixed formats"),
     };
-    Err(BadData(format!("{n_bad} of {n_rows} rows cannot be used{mixed}")).into())
+    Err(bad_data(format!(
+        "{n_bad} of {n_rows} rows cannot be used{mixed}"
+    )))
 }

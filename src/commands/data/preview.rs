@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{Request, title};
 use crate::cli::{ColorArg, DataPreviewArgs};
-use crate::commands::{BadData, print, print_json};
+use crate::commands::{bad_data, print, print_json};
 use crate::data::{DataError, Encoder, Example, RowError, RowProblem, Source, parse_named_row};
 
 /// How trained text is marked.
@@ -66,7 +66,7 @@ pub(in crate::commands) fn run(args: &DataPreviewArgs) -> Result<()> {
                 .collect()
         };
         if rows.is_empty() {
-            return Err(BadData(format!(
+            return Err(bad_data(format!(
                 "{}: no row begins in line {}",
                 title(path, *split),
                 args.lines
@@ -74,8 +74,7 @@ pub(in crate::commands) fn run(args: &DataPreviewArgs) -> Result<()> {
                     .map(usize::to_string)
                     .collect::<Vec<_>>()
                     .join(", ")
-            ))
-            .into());
+            )));
         }
         for row_idx in rows {
             let (file, line) = source.place(row_idx);
@@ -138,7 +137,9 @@ pub(in crate::commands) fn run(args: &DataPreviewArgs) -> Result<()> {
         print_json(&json!({ "rows": shown }))?;
     }
     if n_bad > 0 {
-        return Err(BadData(format!("{n_bad} of the rows shown cannot be used")).into());
+        return Err(bad_data(format!(
+            "{n_bad} of the rows shown cannot be used"
+        )));
     }
     Ok(())
 }

@@ -4,27 +4,27 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::Device;
+use monteclora_converters::Problem;
 
-use super::super::{Usage, require_empty};
-use super::Prepared;
-use crate::session;
-use crate::train::{
-    AdapterState, Checkpoint, Error, RunLock, best_step, checkpoints, latest_checkpoint,
+use super::record::finished_step;
+use super::{
+    AdapterState, Checkpoint, Error, Prepared, RunLock, best_step, checkpoints, latest_checkpoint,
     rebuild_best, remove_partial,
 };
+use crate::output::require_empty;
 
 /// The point from which a run goes on.
-pub(crate) struct Start {
+pub struct Start {
     /// The adapter as it is at step 0.
     pub(super) state: AdapterState,
     /// The checkpoint that takes its place.
     pub(super) checkpoint: Option<Checkpoint>,
     /// The output directory is this run's alone.
-    pub(super) _lock: RunLock,
+    _lock: RunLock,
 }
 
 /// What there is to do.
-pub(super) enum Begin {
+pub enum Begin {
     /// Steps are left.
     Run(Box<Start>),
     /// The run ended at this step and run.toml asks for no more.
@@ -33,7 +33,10 @@ pub(super) enum Begin {
 
 impl Start {
     /// The beginning of a run in an output directory that is ready.
-    pub(crate) fn fresh(prepared: &Prepared, device: &Device) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if another run writes there; initial values that cannot be made.
+    pub fn fresh(prepared: &Prepared, device: &Device) -> Result<Self> {
         Self::locked(
             prepared,
             device,
@@ -51,7 +54,10 @@ impl Start {
 }
 
 /// Decides what `resume` (`auto`, a directory, or none) means in the output directory, and makes that directory.
-pub(super) fn begin(
+///
+/// # Errors
+/// A directory that cannot be used, is not empty or is in use; a checkpoint that is damaged or of another run.
+pub fn begin(
     prepared: &Prepared,
     resume: Option<&str>,
     force: bool,
@@ -88,7 +94,7 @@ pub(super) fn begin(
         })?,
         Some(dir) => Some(named(Path::new(dir), output_dir, force, read)?),
     };
-    let finished = session::finished_step(&output_dir.join("run.json"));
+    let finished = finished_step(&output_dir.join("run.json"));
     let Some(mut checkpoint) = checkpoint else {
         match (resume, finished) {
             (Some("auto"), Some(step)) => return Ok(Begin::Finished(step)),
@@ -102,7 +108,7 @@ pub(super) fn begin(
     };
     let (step, total_steps) = (checkpoint.progress.step, prepared.total_steps);
     if step > total_steps {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "[train] max_steps or num_train_epochs: the run would end at step {total_steps}, before the checkpoint at step {step}; raise it"
         ))
         .into());
@@ -184,7 +190,7 @@ fn named(
     read: impl Fn(&Path) -> Result<Checkpoint, Error>,
 ) -> Result<Checkpoint> {
     if !dir.join("trainer_state.json").is_file() {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "--resume {}: not a checkpoint directory; give `auto` or a directory such as {}",
             dir.display(),
             output_dir.join("checkpoint-200").display()
@@ -197,7 +203,7 @@ fn named(
         .filter(|(step, _)| *step > checkpoint.progress.step)
         .collect();
     if let (Some((_, newest)), false) = (later.last(), force) {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "`{}` is later than `{}`; --resume auto continues from it, --force discards it",
             newest.display(),
             dir.display()
@@ -226,7 +232,7 @@ fn make(output_dir: &Path) -> Result<()> {
     let tried = std::fs::create_dir_all(output_dir)
         .and_then(|()| tempfile::tempfile_in(output_dir).map(drop));
     tried.map_err(|error| {
-        Usage(format!(
+        Problem::usage(format!(
             "[train] output_dir: cannot write to `{}`: {error}",
             output_dir.display()
         ))
@@ -235,7 +241,7 @@ fn make(output_dir: &Path) -> Result<()> {
 }
 
 fn initial(prepared: &Prepared, device: &Device) -> Result<AdapterState> {
-    let objective = session::objective(&prepared.run.lora);
+    let objective = prepared.run.lora.objective();
     let model_config = &prepared.model_config;
     let seed = prepared.run.seed;
     let state = match &prepared.init_from {

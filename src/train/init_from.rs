@@ -2,11 +2,10 @@
 
 use anyhow::Result;
 use monteclora_converters::{
-    Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, TargetModules,
+    Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, Problem,
 };
 
-use super::super::Usage;
-use crate::config::{LoraConfig, Method, ModuleSelection};
+use crate::config::{LoraConfig, Method, MonteCloraConfig};
 
 /// Reads `lora.init_from` and makes `lora` and `config` those of the adapter where run.toml does not say otherwise.
 ///
@@ -26,7 +25,7 @@ pub(super) fn read(
     let mut problems = contradictions(lora, config, &adapter, modules)?;
     let settings = posterior(lora, &adapter, &mut problems);
     if !problems.is_empty() {
-        return Err(Usage(format!(
+        return Err(Problem::usage(format!(
             "run.toml contradicts the adapter `{}` it starts from:\n  {}\nleave these keys out to take the adapter's values",
             dir.display(),
             problems.join("\n  ")
@@ -48,11 +47,7 @@ pub(super) fn read(
     (lora.r, lora.lora_alpha, lora.use_rslora) = (theirs.r, theirs.lora_alpha, theirs.use_rslora);
     lora.rank_pattern = theirs.rank_pattern.clone();
     lora.alpha_pattern = theirs.alpha_pattern.clone();
-    lora.target_modules = match &theirs.target_modules {
-        TargetModules::AllLinear => ModuleSelection::AllLinear,
-        TargetModules::List(names) => ModuleSelection::Names(names.clone()),
-        TargetModules::Regex(pattern) => ModuleSelection::Regex(pattern.clone()),
-    };
+    lora.target_modules = theirs.target_modules.clone().into();
     lora.layers_to_transform = theirs.layers_to_transform.clone();
     if let (Some(run), Some(settings)) = (&mut lora.monteclora, &settings) {
         run.num_samples = settings.num_samples;
@@ -80,32 +75,34 @@ fn contradictions(
 ) -> Result<Vec<String>> {
     let theirs = &adapter.config;
     let mut problems = Vec::new();
-    let mut differs = |key: &str, ours: String, theirs: String| {
-        if ours != theirs && lora.given.iter().any(|given| given == key) {
+    for (key, ours, theirs) in [
+        ("r", lora.r.to_string(), theirs.r.to_string()),
+        (
+            "lora_alpha",
+            lora.lora_alpha.to_string(),
+            theirs.lora_alpha.to_string(),
+        ),
+        (
+            "use_rslora",
+            lora.use_rslora.to_string(),
+            theirs.use_rslora.to_string(),
+        ),
+        (
+            "rank_pattern",
+            format!("{:?}", lora.rank_pattern),
+            format!("{:?}", theirs.rank_pattern),
+        ),
+        (
+            "alpha_pattern",
+            format!("{:?}", lora.alpha_pattern),
+            format!("{:?}", theirs.alpha_pattern),
+        ),
+    ] {
+        let key = format!("lora.{key}");
+        if ours != theirs && lora.given.contains(&key) {
             problems.push(format!("{key}: {ours}, the adapter has {theirs}"));
         }
-    };
-    differs("lora.r", lora.r.to_string(), theirs.r.to_string());
-    differs(
-        "lora.lora_alpha",
-        lora.lora_alpha.to_string(),
-        theirs.lora_alpha.to_string(),
-    );
-    differs(
-        "lora.use_rslora",
-        lora.use_rslora.to_string(),
-        theirs.use_rslora.to_string(),
-    );
-    differs(
-        "lora.rank_pattern",
-        format!("{:?}", lora.rank_pattern),
-        format!("{:?}", theirs.rank_pattern),
-    );
-    differs(
-        "lora.alpha_pattern",
-        format!("{:?}", lora.alpha_pattern),
-        format!("{:?}", theirs.alpha_pattern),
-    );
+    }
     let targets: Vec<&str> = lora
         .given
         .iter()
@@ -135,47 +132,31 @@ fn posterior(
     adapter: &Adapter,
     problems: &mut Vec<String>,
 ) -> Option<MonteCloraSettings> {
-    let run = lora
-        .monteclora
-        .as_ref()
-        .map(crate::session::monteclora_settings)?;
+    let run = lora.monteclora.as_ref().map(MonteCloraConfig::settings)?;
     let Some(theirs) = &adapter.config.monteclora else {
         return Some(run);
     };
-    let given = |key: &str| {
-        lora.given
-            .iter()
-            .any(|given| given.strip_prefix("lora.monteclora.") == Some(key))
-    };
+    let given = |key: &str| lora.given.contains(&format!("lora.monteclora.{key}"));
     if given("num_samples") && run.num_samples != theirs.num_samples {
         problems.push(format!(
             "lora.monteclora.num_samples: {}, the adapter has {}",
             run.num_samples, theirs.num_samples
         ));
     }
+    let mut settings = theirs.clone();
+    settings.buffer_size = run.buffer_size;
     let ours = |key: &str| given(key) || given("preset");
-    Some(MonteCloraSettings {
-        num_samples: theirs.num_samples,
-        sample_scaler: if ours("sample_scaler") {
-            run.sample_scaler
-        } else {
-            theirs.sample_scaler
-        },
-        kl_loss_weight: if ours("kl_loss_weight") {
-            run.kl_loss_weight
-        } else {
-            theirs.kl_loss_weight
-        },
-        dirichlet_prior: if ours("dirichlet_prior") {
-            run.dirichlet_prior
-        } else {
-            theirs.dirichlet_prior
-        },
-        use_entropy: if ours("use_entropy") {
-            run.use_entropy
-        } else {
-            theirs.use_entropy
-        },
-        buffer_size: run.buffer_size,
-    })
+    if ours("sample_scaler") {
+        settings.sample_scaler = run.sample_scaler;
+    }
+    if ours("kl_loss_weight") {
+        settings.kl_loss_weight = run.kl_loss_weight;
+    }
+    if ours("dirichlet_prior") {
+        settings.dirichlet_prior = run.dirichlet_prior;
+    }
+    if ours("use_entropy") {
+        settings.use_entropy = run.use_entropy;
+    }
+    Some(settings)
 }

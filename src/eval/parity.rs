@@ -1,0 +1,339 @@
+//! Logits of our decoder, of mistral.rs and of a recorded reference, compared.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use mistralrs_monteclora::{IsqType, MonteCloraLoader, prompt_logits};
+use monteclora_converters::{Adapter, DType, ModelFiles, Problem, SafetensorsFile, merge_dir};
+use serde::Serialize;
+
+use crate::model::{ActiveAdapter, Decoder, Sequences};
+
+/// Logits of one sequence, row-major `[tokens, vocab]`.
+type Logits = Vec<f32>;
+
+/// How far two sets of logits are apart.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Agreement {
+    /// Largest absolute difference.
+    pub max_abs_diff: f64,
+    /// Mean absolute difference.
+    pub mean_abs_diff: f64,
+    /// Share of positions with the same most likely token.
+    pub top1_agreement: f64,
+    /// First position, over all sequences in order, whose most likely tokens differ.
+    pub first_divergence: Option<usize>,
+}
+
+/// The report of `parity`.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Parity {
+    /// Positions compared.
+    pub positions: usize,
+    /// Our decoder against the reference.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ours: Option<Agreement>,
+    /// Our decoder without the adapter against the reference's base.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ours_base: Option<Agreement>,
+    /// mistral.rs against the reference.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mistralrs: Option<Agreement>,
+    /// mistral.rs without the adapter against the reference's base.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mistralrs_base: Option<Agreement>,
+    /// Our decoder against mistral.rs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ours_vs_mistralrs: Option<Agreement>,
+    /// mistral.rs on the base with the adapter merged into it beforehand, against mistral.rs on both, quantised alike.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub merged_vs_mistralrs: Option<Agreement>,
+}
+
+/// Which decoders run, and how.
+#[derive(Debug, Clone)]
+pub struct Engines {
+    /// Whether ours does.
+    pub ours: bool,
+    /// Whether mistral.rs does.
+    pub mistralrs: bool,
+    /// Where they compute.
+    pub device: Device,
+    /// How mistral.rs quantises the base when it loads it.
+    pub isq: Option<IsqType>,
+}
+
+/// Recorded logits.
+pub struct Reference {
+    /// The sequences that they belong to.
+    pub sequences: Vec<Vec<u32>>,
+    logits: Vec<Logits>,
+    base_logits: Option<Vec<Logits>>,
+}
+
+impl Parity {
+    /// What was compared, by name.
+    pub fn all(&self) -> impl Iterator<Item = (&'static str, &Agreement)> {
+        [
+            ("ours - reference", &self.ours),
+            ("ours - reference (base)", &self.ours_base),
+            ("mistral.rs - reference", &self.mistralrs),
+            ("mistral.rs - reference (base)", &self.mistralrs_base),
+            ("ours - mistral.rs", &self.ours_vs_mistralrs),
+            ("merged - mistral.rs", &self.merged_vs_mistralrs),
+        ]
+        .into_iter()
+        .filter_map(|(name, agreement)| agreement.as_ref().map(|a| (name, a)))
+    }
+
+    /// The largest difference that counts: with a merged base that of its like, since the others are those of the
+    /// quantisation itself.
+    pub fn worst(&self) -> f64 {
+        match &self.merged_vs_mistralrs {
+            Some(merged) => merged.max_abs_diff,
+            None => self.all().map(|(_, a)| a.max_abs_diff).fold(0.0, f64::max),
+        }
+    }
+}
+
+/// Runs `sequences` through the engines, with and without the adapter where the reference knows both, and compares.
+///
+/// # Errors
+/// Models that do not load; logits of different sizes.
+pub fn compare(
+    base: &Path,
+    adapter: Option<(&Path, &Adapter)>,
+    sequences: &[Vec<u32>],
+    reference: Option<&Reference>,
+    engines: &Engines,
+) -> Result<Parity> {
+    let base_reference = reference.and_then(|r| r.base_logits.as_ref());
+    let expected = match (adapter, base_reference) {
+        (None, Some(base)) => Some(base),
+        _ => reference.map(|r| &r.logits),
+    };
+    // Both with and without the adapter, where the reference knows both.
+    let base_reference = base_reference.filter(|_| adapter.is_some());
+    let mut report = Parity {
+        positions: sequences.iter().map(Vec::len).sum(),
+        ..Parity::default()
+    };
+    let mut ours = None;
+    if engines.ours {
+        let decoder = Decoder::load(base, &engines.device)?;
+        let active = match adapter {
+            Some((_, adapter)) => {
+                ActiveAdapter::from_adapter(adapter, decoder.config(), decoder.device())?
+            }
+            None => ActiveAdapter::default(),
+        };
+        let logits = decoder_logits(&decoder, &active, sequences)?;
+        report.ours = expected
+            .map(|e| agreement(&logits, e, sequences))
+            .transpose()?;
+        if let Some(expected) = base_reference {
+            let plain = decoder_logits(&decoder, &ActiveAdapter::default(), sequences)?;
+            report.ours_base = Some(agreement(&plain, expected, sequences)?);
+        }
+        ours = Some(logits);
+    }
+    if engines.mistralrs {
+        let path = adapter.map(|(path, _)| path);
+        let logits = prompt_logits(&engines.loader(base, path)?, sequences)?;
+        report.mistralrs = expected
+            .map(|e| agreement(&logits, e, sequences))
+            .transpose()?;
+        if let Some(expected) = base_reference {
+            let plain = prompt_logits(&engines.loader(base, None)?, sequences)?;
+            report.mistralrs_base = Some(agreement(&plain, expected, sequences)?);
+        }
+        if let Some(ours) = &ours {
+            report.ours_vs_mistralrs = Some(agreement(ours, &logits, sequences)?);
+        }
+        if let (Some((_, adapter)), Some(_)) = (adapter, engines.isq) {
+            let dir = tempfile::tempdir().context("cannot create a temporary directory")?;
+            let merged = dir.path().join("merged");
+            merge_dir(&ModelFiles::open(base)?, adapter, &merged, Some(DType::F32))?;
+            let merged = prompt_logits(&engines.loader(&merged, None)?, sequences)?;
+            report.merged_vs_mistralrs = Some(agreement(&merged, &logits, sequences)?);
+        }
+    }
+    Ok(report)
+}
+
+impl Engines {
+    fn loader(&self, base: &Path, adapter: Option<&Path>) -> Result<MonteCloraLoader> {
+        let mut builder = MonteCloraLoader::builder(base, "parity")
+            .dtype(mistralrs_monteclora::ModelDType::F32)
+            .device(self.device.clone())
+            .in_situ_quant(self.isq);
+        if let Some(adapter) = adapter {
+            builder = builder.adapter(adapter);
+        }
+        Ok(builder.build()?)
+    }
+}
+
+fn decoder_logits(
+    decoder: &Decoder,
+    adapter: &ActiveAdapter,
+    sequences: &[Vec<u32>],
+) -> Result<Vec<Logits>> {
+    sequences
+        .iter()
+        .map(|tokens| {
+            let logits = decoder.logits(&Sequences::new(&[tokens]), adapter)?;
+            Ok(logits.flatten_all()?.to_vec1::<f32>()?)
+        })
+        .collect()
+}
+
+impl Reference {
+    /// Reads `input_ids`, `logits` and, where it is there, `base_logits` of a model with `vocab_size` tokens.
+    ///
+    /// # Errors
+    /// Tensors that are missing or do not belong to such a model.
+    pub fn read(path: &Path, vocab_size: usize) -> Result<Self> {
+        let file = SafetensorsFile::open(path)?;
+        let malformed = |problem: String| {
+            Problem::new("reference", format!("`{}`", path.display()), problem, "")
+        };
+        let tensor = |name: &str| {
+            file.get(name).ok_or_else(|| {
+                malformed(format!(
+                    "{name}: missing; a reference holds input_ids and logits"
+                ))
+            })
+        };
+        let ids = tensor("input_ids")?;
+        let [rows, length] = ids.shape()[..] else {
+            return Err(malformed(format!(
+                "input_ids: expected two dimensions, found {:?}",
+                ids.shape()
+            ))
+            .into());
+        };
+        let values: Vec<i64> = match ids.dtype() {
+            DType::I64 => ids
+                .bytes()
+                .chunks_exact(8)
+                .map(|b| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
+                .collect(),
+            DType::U32 | DType::I32 => ids
+                .bytes()
+                .chunks_exact(4)
+                .map(|b| i64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+                .collect(),
+            other => {
+                return Err(
+                    malformed(format!("input_ids: expected I64 or U32, found {other}")).into(),
+                );
+            }
+        };
+        let sequences = values
+            .chunks_exact(length.max(1))
+            .map(|row| {
+                row.iter()
+                    .map(|id| {
+                        u32::try_from(*id)
+                            .map_err(|_| malformed(format!("input_ids: {id} is no token id")))
+                    })
+                    .collect::<Result<Vec<u32>, _>>()
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let logits = |name: &str| -> Result<Vec<Logits>> {
+            let tensor = tensor(name)?;
+            if tensor.shape() != [rows, length, vocab_size] {
+                return Err(malformed(format!(
+                "{name}: expected shape {:?}, found {:?}; does the reference belong to this model?",
+                [rows, length, vocab_size],
+                tensor.shape()
+            ))
+            .into());
+            }
+            let values = tensor
+                .to_f32()
+                .with_context(|| format!("`{}`: {name}", path.display()))?;
+            Ok(values
+                .chunks_exact((length * vocab_size).max(1))
+                .map(<[f32]>::to_vec)
+                .collect())
+        };
+        Ok(Self {
+            logits: logits("logits")?,
+            base_logits: file
+                .info("base_logits")
+                .is_some()
+                .then(|| logits("base_logits"))
+                .transpose()?,
+            sequences,
+        })
+    }
+}
+
+fn agreement(left: &[Logits], right: &[Logits], sequences: &[Vec<u32>]) -> Result<Agreement> {
+    let (mut largest, mut sum, mut count) = (0f64, 0f64, 0usize);
+    let (mut positions, mut agreeing, mut first_divergence) = (0, 0, None);
+    for ((left, right), tokens) in left.iter().zip(right).zip(sequences) {
+        if left.len() != right.len() || tokens.is_empty() {
+            let (left, right) = (left.len(), right.len());
+            let message = format!("logits of {left} and {right} values are not comparable");
+            return Err(Problem::sentence("logits", message).into());
+        }
+        let vocab = left.len() / tokens.len();
+        for (a, b) in left.chunks_exact(vocab).zip(right.chunks_exact(vocab)) {
+            for (a, b) in a.iter().zip(b) {
+                let difference = f64::from((a - b).abs());
+                // A NaN must not vanish in a maximum.
+                largest = if difference.is_nan() {
+                    f64::INFINITY
+                } else {
+                    largest.max(difference)
+                };
+                sum += difference;
+            }
+            count += vocab;
+            if argmax(a) == argmax(b) {
+                agreeing += 1;
+            } else {
+                first_divergence.get_or_insert(positions);
+            }
+            positions += 1;
+        }
+    }
+    Ok(Agreement {
+        max_abs_diff: largest,
+        mean_abs_diff: sum / count.max(1) as f64,
+        top1_agreement: agreeing as f64 / positions.max(1) as f64,
+        first_divergence,
+    })
+}
+
+fn argmax(row: &[f32]) -> usize {
+    let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.map_or(0, |(index, _)| index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agreement_finds_the_first_divergence_and_the_largest_difference() -> Result<()> {
+        let left = vec![vec![1.0, 2.0, 3.0, 0.0, 5.0, 1.0]];
+        let right = vec![vec![1.0, 2.5, 3.0, 0.0, 5.0, 6.0]];
+        let found = agreement(&left, &right, &[vec![7, 8]])?;
+        assert_eq!(found.max_abs_diff, 5.0);
+        assert_eq!(found.top1_agreement, 0.5);
+        assert_eq!(found.first_divergence, Some(1));
+        Ok(())
+    }
+
+    #[test]
+    fn nan_is_never_agreement() -> Result<()> {
+        let found = agreement(&[vec![f32::NAN, 0.0]], &[vec![0.0, 0.0]], &[vec![1]])?;
+        assert_eq!(found.max_abs_diff, f64::INFINITY);
+        Ok(())
+    }
+}

@@ -1,0 +1,296 @@
+//! What a run will do and what it will need, known before its base is loaded.
+
+use anyhow::Result;
+use monteclora_converters::LinearModule;
+use serde::Serialize;
+
+use super::Prepared;
+use super::memory::{MemoryEstimate, MemoryInputs};
+use crate::data::{BatchOptions, Batches, Cursor, Dataset, Stats};
+use crate::model::Decoder;
+use crate::system::available_memory_bytes;
+
+/// Sequences and ranks are not advised below these.
+const MIN_LENGTH: usize = 64;
+const MIN_RANK: usize = 4;
+
+/// A change that lowers the memory of a run, with what it would then take.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Advice {
+    /// The keys to set, as `--set` takes them.
+    pub set: Vec<String>,
+    /// The estimate with this change and those before it.
+    pub memory_estimate_bytes: u64,
+}
+
+/// What `train --dry-run` reports.
+#[derive(Debug, Serialize)]
+pub struct Plan<'a> {
+    /// The adapted modules.
+    pub sites: &'a [String],
+    /// Values that are trained.
+    pub trainable_parameters: usize,
+    /// Optimiser steps of the whole run.
+    pub total_steps: u64,
+    /// Those of one pass over the rows.
+    pub steps_per_epoch: usize,
+    /// Training rows.
+    pub train: &'a Stats,
+    /// Validation rows.
+    pub valid: Option<&'a Stats>,
+    /// `peak` of `memory`.
+    pub memory_estimate_bytes: u64,
+    /// The estimate by its parts.
+    pub memory: MemoryEstimate,
+    /// What the machine has left.
+    pub available_memory_bytes: Option<u64>,
+    /// What to change where that is not enough.
+    pub advice: Vec<Advice>,
+}
+
+/// A run's batches, where they are not those of its configuration.
+pub struct BatchShape {
+    /// Examples, or packs, at once.
+    pub batch_size: usize,
+    /// Tokens a pack holds, where rows are packed.
+    pub pack_tokens: Option<usize>,
+    /// Longer examples count as this long.
+    pub longest: usize,
+    /// Whether blocks are computed again in the backward pass.
+    pub gradient_checkpointing: bool,
+}
+
+impl Prepared {
+    /// What the run will do and need.
+    ///
+    /// # Errors
+    /// As [`Self::ranks`].
+    pub fn plan(&self) -> Result<Plan<'_>> {
+        let sites = self.ranks()?;
+        let memory = self.estimate(&sites);
+        let available = available_memory_bytes();
+        let advice = match available {
+            Some(available) if memory.peak > available => self.advice(&sites, available),
+            _ => Vec::new(),
+        };
+        let posterior = self.adapter_config.monteclora.as_ref();
+        let trainable = sites.iter().map(|(module, rank)| {
+            let spread = posterior.map_or(0, |settings| rank + settings.num_samples);
+            rank * (module.in_features + module.out_features) + spread
+        });
+        let options = self.settings.batch_options();
+        let batches = Batches::new(&self.train, options, Cursor::default());
+        Ok(Plan {
+            sites: &self.sites,
+            trainable_parameters: trainable.sum(),
+            total_steps: self.total_steps,
+            steps_per_epoch: (batches.n_batches())
+                .div_ceil(self.settings.gradient_accumulation_steps.max(1)),
+            train: self.train.stats(),
+            valid: self.valid.as_ref().map(Dataset::stats),
+            memory_estimate_bytes: memory.peak,
+            memory,
+            available_memory_bytes: available,
+            advice,
+        })
+    }
+
+    /// The adapted modules with their ranks.
+    ///
+    /// # Errors
+    /// A pattern that is no regular expression.
+    pub fn ranks(&self) -> Result<Vec<(LinearModule, usize)>> {
+        Decoder::linear_modules(&self.model_config)
+            .into_iter()
+            .filter(|module| self.sites.contains(&module.name))
+            .map(|module| {
+                let rank = self.adapter_config.rank_for(&module.name)?;
+                Ok((module, rank))
+            })
+            .collect()
+    }
+
+    /// What decides the memory of a run.
+    fn inputs<'a>(
+        &'a self,
+        sites: &'a [(LinearModule, usize)],
+        lengths: &'a [usize],
+    ) -> MemoryInputs<'a> {
+        let stats = self.train.stats();
+        MemoryInputs {
+            model: &self.model_config,
+            base_values: self
+                .files
+                .names()
+                .filter_map(|name| self.files.info(name))
+                .map(|(_, shape)| shape.iter().product::<usize>() as u64)
+                .sum(),
+            value_bytes: self.weights.size_in_bytes() as u64,
+            base_bytes: self
+                .files
+                .files()
+                .iter()
+                .filter_map(|path| std::fs::metadata(path).ok())
+                .map(|metadata| metadata.len())
+                .sum(),
+            sites,
+            posterior: self.adapter_config.monteclora.is_some(),
+            lengths,
+            trained_share: stats.trained_tokens.total as f64 / stats.tokens.total.max(1) as f64,
+            batches: self.settings.batch_options(),
+            dropout: self.settings.lora_dropout > 0.0,
+            gradient_checkpointing: self.settings.gradient_checkpointing,
+        }
+    }
+
+    /// The memory of the run.
+    pub fn estimate(&self, sites: &[(LinearModule, usize)]) -> MemoryEstimate {
+        MemoryEstimate::of(&self.inputs(sites, &self.train.lengths()))
+    }
+
+    /// The memory of the run with other batches.
+    pub fn estimate_with(
+        &self,
+        sites: &[(LinearModule, usize)],
+        shape: &BatchShape,
+    ) -> MemoryEstimate {
+        let mut lengths = self.train.lengths();
+        for length in &mut lengths {
+            *length = (*length).min(shape.longest);
+        }
+        MemoryEstimate::of(&MemoryInputs {
+            batches: BatchOptions {
+                batch_size: shape.batch_size,
+                pack_tokens: shape.pack_tokens,
+                ..self.settings.batch_options()
+            },
+            gradient_checkpointing: shape.gradient_checkpointing,
+            ..self.inputs(sites, &lengths)
+        })
+    }
+
+    /// What to change until a run fits into `available` bytes: a smaller batch with as much more accumulation, checkpointing,
+    /// shorter sequences, a smaller rank. Each adds to those before, and what would not help is left out.
+    pub fn advice(&self, sites: &[(LinearModule, usize)], available: u64) -> Vec<Advice> {
+        let settings = &self.settings;
+        let (mut sites, mut lengths) = (sites.to_vec(), self.train.lengths());
+        let mut batches = settings.batch_options();
+        let mut checkpointing = settings.gradient_checkpointing;
+        let mut lowest = self.estimate(&sites).peak;
+        let mut advice = Vec::new();
+        for kind in 0..4 {
+            let mut set = Vec::new();
+            // Halved until it fits or can shrink no more.
+            while lowest > available {
+                match kind {
+                    0 if batches.batch_size > 1 => {
+                        batches.batch_size /= 2;
+                        let accumulation = (settings.batch_size
+                            * settings.gradient_accumulation_steps)
+                            .div_ceil(batches.batch_size);
+                        set = vec![
+                            format!("train.per_device_train_batch_size={}", batches.batch_size),
+                            format!("train.gradient_accumulation_steps={accumulation}"),
+                        ];
+                    }
+                    1 if !checkpointing => {
+                        checkpointing = true;
+                        set = vec!["train.gradient_checkpointing=true".to_owned()];
+                    }
+                    2 => {
+                        let longest = lengths.iter().copied().max().unwrap_or(0);
+                        let limit = batches.pack_tokens.unwrap_or(longest) / 2;
+                        if limit < MIN_LENGTH {
+                            break;
+                        }
+                        for length in &mut lengths {
+                            *length = (*length).min(limit);
+                        }
+                        batches.pack_tokens = batches.pack_tokens.map(|_| limit);
+                        set = vec![format!("data.max_seq_length={limit}")];
+                        if longest > limit {
+                            set.push("data.overlong=truncate".to_owned());
+                        }
+                    }
+                    3 if sites.iter().any(|(_, rank)| *rank > MIN_RANK) => {
+                        for (_, rank) in &mut sites {
+                            *rank = (*rank / 2).max(MIN_RANK);
+                        }
+                        let rank = sites
+                            .iter()
+                            .map(|(_, rank)| *rank)
+                            .max()
+                            .unwrap_or(MIN_RANK);
+                        set = vec![format!("lora.r={rank}")];
+                    }
+                    _ => break,
+                }
+                let changed = MemoryInputs {
+                    batches,
+                    gradient_checkpointing: checkpointing,
+                    ..self.inputs(&sites, &lengths)
+                };
+                lowest = MemoryEstimate::of(&changed).peak;
+            }
+            if !set.is_empty() {
+                advice.push(Advice {
+                    set,
+                    memory_estimate_bytes: lowest,
+                });
+            }
+        }
+        advice
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::RunConfig;
+    use crate::data::test_support::{tiny_llama, write_temp};
+
+    #[test]
+    fn advice_comes_in_order_and_reaches_its_aim() {
+        let row = r#"{"prompt":"what is red","completion":"a rose, a cherry, a tomato, a brick, a fire engine and a stop sign, all of them"}"#;
+        let (dir, rows) = write_temp(&format!("{row}\n").repeat(64));
+        let text = format!(
+            "[model]\nmodel_id = {:?}\n[data]\ntrain = {rows:?}\n[train]\noutput_dir = {:?}\nper_device_train_batch_size = 4\n",
+            tiny_llama(),
+            dir.path().join("out")
+        );
+        let run = RunConfig::from_toml(&text, "run.toml", &[]).expect("resolves");
+        let prepared = Prepared::new(run, None).expect("prepares");
+        let sites = prepared.ranks().expect("ranks");
+        let peak = prepared.estimate(&sites).peak;
+        assert_eq!(prepared.advice(&sites, peak), []);
+
+        // A little less is reached by a smaller batch alone, and the effective batch stays.
+        let little = prepared.advice(&sites, peak - 1);
+        assert_eq!(
+            little[0].set,
+            [
+                "train.per_device_train_batch_size=2",
+                "train.gradient_accumulation_steps=2"
+            ]
+        );
+        assert_eq!(little.len(), 1);
+        assert!(little[0].memory_estimate_bytes < peak);
+
+        // What cannot be reached names everything, each step lower than the one before.
+        let all = prepared.advice(&sites, 1);
+        let keys: Vec<&str> = all
+            .iter()
+            .map(|change| change.set[0].split('=').next().unwrap_or_default())
+            .collect();
+        assert_eq!(
+            keys,
+            [
+                "train.per_device_train_batch_size",
+                "train.gradient_checkpointing",
+                "data.max_seq_length",
+                "lora.r"
+            ]
+        );
+        assert!(all.is_sorted_by(|a, b| a.memory_estimate_bytes >= b.memory_estimate_bytes));
+    }
+}

@@ -1,0 +1,232 @@
+//! Everything about a run that can be checked before its base is loaded, and the run itself.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device};
+use monteclora_adapters::Precision;
+use monteclora_converters::architecture::ModelShape;
+use monteclora_converters::files::write_json;
+use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, Problem};
+
+use super::record::{BaseRecord, DataRecord, RunRecord, Versions};
+use super::{
+    AdapterState, Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints,
+    init_from,
+};
+use crate::config::{DtypeChoice, RunConfig};
+use crate::data::{Dataset, Encoder, Split};
+use crate::hub::{self, HubOptions, Located};
+use crate::model::{Decoder, read_shape};
+use crate::provenance::{file_sha256, fingerprint, sha256};
+
+/// Everything checked that can be checked before the base is loaded.
+pub struct Prepared {
+    /// The configuration, with the shape of the adapter that the run starts from.
+    pub run: RunConfig,
+    /// The base.
+    pub base: Located,
+    /// Its files.
+    pub files: ModelFiles,
+    /// Its sizes.
+    pub model_config: ModelShape,
+    /// The adapter's configuration, in PEFT's terms.
+    pub adapter_config: AdapterConfig,
+    /// The adapter that the run starts from.
+    pub init_from: Option<Adapter>,
+    /// The adapted modules.
+    pub sites: Vec<String>,
+    /// Training rows.
+    pub train: Dataset,
+    /// Validation rows.
+    pub valid: Option<Dataset>,
+    /// What the training loop is told.
+    pub settings: TrainSettings,
+    /// How the base's weights are held.
+    pub weights: DType,
+    /// Optimiser steps of the whole run.
+    pub total_steps: u64,
+    pub(super) identity: Identity,
+    hashes: Hashes,
+}
+
+/// Hashes of what a run reads besides its data.
+struct Hashes {
+    /// See [`fingerprint`].
+    fingerprint: String,
+    chat_template_sha256: Option<String>,
+    tokenizer_sha256: Option<String>,
+}
+
+impl Prepared {
+    /// Checks configuration, base, adapted modules and data; `base` replaces the model of the configuration.
+    ///
+    /// # Errors
+    /// What is wrong with any of them.
+    pub fn new(mut run: RunConfig, base: Option<Located>) -> Result<Self> {
+        for note in &run.notes {
+            tracing::warn!("{note}");
+        }
+        let weights = match run.model.dtype {
+            DtypeChoice::Auto if run.train.bf16 => DType::BF16,
+            DtypeChoice::Auto | DtypeChoice::F32 => DType::F32,
+            DtypeChoice::Bf16 => DType::BF16,
+            DtypeChoice::F16 => {
+                return Err(Problem::usage(
+                "[model] dtype: the trainer holds weights as f32 or bf16; use \"auto\", \"f32\" or \"bf16\"",
+            )
+            .into());
+            }
+        };
+        let base = match base {
+            Some(base) => base,
+            None => hub::locate(
+                &run.model.model_id,
+                &HubOptions {
+                    revision: run.model.revision.clone(),
+                    token_source: String::new(),
+                },
+            )?,
+        };
+        let model_config = read_shape(&base.dir)?;
+        let files = ModelFiles::open(&base.dir)?;
+        let modules = Decoder::linear_modules(&model_config);
+        let mut adapter_config = run.lora.adapter_config(&base);
+        let init_from = init_from::read(&mut run.lora, &mut adapter_config, &files, &modules)?;
+        let sites = match &init_from {
+            None => adapter_config.resolve_targets(&modules)?,
+            Some(adapter) => adapter.sites.iter().map(|site| site.name.clone()).collect(),
+        };
+        let max_seq_length = run
+            .data
+            .max_seq_length_for(model_config.max_position_embeddings);
+        let encoder = Encoder::from_dir(
+            &base.dir,
+            run.model.chat_template.as_deref(),
+            run.data.encode_options(max_seq_length),
+        )?;
+        encoder.tokenizer().check_vocab(model_config.vocab_size)?;
+        let open = |path: &Path, split| {
+            Dataset::open_split(path, split, run.data.row_schema(), encoder.clone())
+        };
+        let train = open(&run.data.train, Split::Train)?;
+        let valid = run
+            .data
+            .valid
+            .as_ref()
+            .map(|path| open(path, Split::Valid))
+            .transpose()?;
+        let settings = TrainSettings::new(&run, max_seq_length);
+        let hashes = Hashes {
+            fingerprint: fingerprint(&files)
+                .with_context(|| format!("cannot read the weights in `{}`", base.dir.display()))?,
+            chat_template_sha256: encoder.template().map(|t| sha256(t.source().as_bytes())),
+            tokenizer_sha256: file_sha256(&base.dir.join("tokenizer.json")),
+        };
+        let identity = Identity::new(
+            &serde_json::to_value(&run)?,
+            [
+                ("base", Some(&hashes.fingerprint)),
+                ("tokenizer", hashes.tokenizer_sha256.as_deref()),
+                ("chat_template", hashes.chat_template_sha256.as_deref()),
+                ("data.train", Some(train.sha256().as_str())),
+                ("data.valid", valid.as_ref().map(Dataset::sha256).as_deref()),
+            ],
+        );
+        Ok(Self {
+            total_steps: settings.total_steps(&train),
+            hashes,
+            identity,
+            run,
+            base,
+            files,
+            model_config,
+            adapter_config,
+            init_from,
+            sites,
+            train,
+            valid,
+            settings,
+            weights,
+        })
+    }
+
+    /// Loads the base and trains; returns the decoder for further use.
+    ///
+    /// # Errors
+    /// Those of the base, of the training loop and of the output directory.
+    pub fn train(
+        &self,
+        start: Start,
+        device: &Device,
+        interrupt: Interrupt,
+        on_event: impl FnMut(&Event),
+    ) -> Result<(Outcome, Decoder)> {
+        let output_dir = self.run.train.output_dir.as_path();
+        let run_json = output_dir.join("run.json");
+        let mut record = self.record(&start.state, device)?;
+        write_json(&run_json, &record)?;
+        let precision = match self.run.train.bf16 {
+            true => Precision::Bf16,
+            false => Precision::Single,
+        };
+        let decoder =
+            Decoder::load_as(&self.base.dir, device, self.weights)?.with_precision(precision);
+        let trainer = Trainer {
+            model: &decoder,
+            train: &self.train,
+            valid: self.valid.as_ref(),
+            settings: &self.settings,
+            adapter_config: &self.adapter_config,
+            output_dir,
+            identity: &self.identity,
+            interrupt,
+        };
+        tracing::info!(
+            "training {} of {} sites: {} parameters, {} examples, {} steps",
+            start.state.sites.len(),
+            Decoder::linear_modules(&self.model_config).len(),
+            start.state.n_parameters(),
+            self.train.len(),
+            self.total_steps
+        );
+        let outcome = trainer
+            .run(start.state, start.checkpoint, on_event)
+            .inspect_err(|_| {
+                if let Ok(Some((_, last))) = checkpoints(output_dir).map(|mut all| all.pop()) {
+                    tracing::warn!(
+                        "the last checkpoint, `{}`, is intact; --resume auto continues from it",
+                        last.display()
+                    );
+                }
+            })?;
+        if !outcome.interrupted {
+            record.finished_step = Some(outcome.steps);
+            write_json(&run_json, &record)?;
+        }
+        Ok((outcome, decoder))
+    }
+
+    fn record(&self, state: &AdapterState, device: &Device) -> Result<RunRecord> {
+        let hashes = &self.hashes;
+        Ok(RunRecord {
+            config: serde_json::to_value(&self.run)?,
+            seed: self.run.seed,
+            monteclora: env!("CARGO_PKG_VERSION"),
+            versions: Versions::here(device),
+            base: BaseRecord {
+                model_id: self.base.name.clone(),
+                revision: self.base.revision.clone(),
+                fingerprint: hashes.fingerprint.clone(),
+            },
+            train: DataRecord::new(&self.train),
+            valid: self.valid.as_ref().map(DataRecord::new),
+            chat_template_sha256: hashes.chat_template_sha256.clone(),
+            tokenizer_sha256: hashes.tokenizer_sha256.clone(),
+            sites: self.sites.clone(),
+            trainable_parameters: state.n_parameters(),
+            total_steps: self.total_steps,
+            finished_step: None,
+        })
+    }
+}

@@ -1,0 +1,115 @@
+//! Settings that suit a data file and a machine.
+
+use anyhow::Result;
+
+use super::{BatchShape, Prepared};
+use crate::data::Overlong;
+use crate::system::available_memory_bytes;
+
+/// Share of the available memory that a suggested run may take by its estimate.
+const SHARE: f64 = 0.7;
+/// Tokens that an optimiser step should see at least, as far as the data have them.
+const STEP_TOKENS: usize = 2048;
+/// Sequences are suggested up to this length; longer ones are named.
+const LONGEST: usize = 4096;
+
+/// What the data and the machine suggest.
+#[derive(Debug)]
+pub struct Suggestion {
+    /// Length limit, tokens.
+    pub max_seq_length: usize,
+    /// What happens to longer examples.
+    pub overlong: Overlong,
+    /// Whether short examples share a pack.
+    pub packing: bool,
+    /// Examples, or packs, at once.
+    pub batch_size: usize,
+    /// Batches per optimiser step.
+    pub accumulation: usize,
+    /// Whether blocks are computed again in the backward pass.
+    pub checkpointing: bool,
+    /// Passes over the rows.
+    pub epochs: usize,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+impl Suggestion {
+    /// Suggestions for a run over the rows of `prepared` on a model of `limit` positions.
+    ///
+    /// # Errors
+    /// As [`Prepared::ranks`].
+    pub fn new(prepared: &Prepared, limit: usize) -> Result<Self> {
+        let stats = prepared.train.stats();
+        let mut notes = Vec::new();
+        if stats.n_dropped > 0 {
+            notes.push(format!(
+                "{} examples are longer than the model's {limit} tokens and will be dropped",
+                stats.n_dropped
+            ));
+        }
+        let capped = stats.tokens.max > LONGEST;
+        if capped {
+            notes.push(format!(
+            "the longest example has {} tokens; max_seq_length is set to {LONGEST} and longer ones are dropped",
+            stats.tokens.max
+        ));
+        }
+        // The next multiple of 64, so that a few more rows of the kind still fit.
+        let longest = stats
+            .tokens
+            .max
+            .min(LONGEST)
+            .next_multiple_of(64)
+            .min(limit);
+        let tokens = stats.tokens.total as usize;
+        let mean = tokens.div_ceil(stats.n_examples.max(1));
+        // Packing evens out the size of batches where examples are much shorter than the longest.
+        let packing = 2 * mean < longest && stats.n_examples >= 16;
+        let sites = prepared.ranks()?;
+        let row_tokens = if packing { longest } else { mean };
+        let wanted = STEP_TOKENS
+            .div_ceil(row_tokens)
+            .clamp(1, 16)
+            .next_power_of_two();
+        let budget = available_memory_bytes().map(|bytes| (bytes as f64 * SHARE) as u64);
+        let fits = |batch_size: usize, checkpointing: bool| {
+            let shape = BatchShape {
+                batch_size,
+                pack_tokens: packing.then_some(longest),
+                longest,
+                gradient_checkpointing: checkpointing,
+            };
+            let needed = prepared.estimate_with(&sites, &shape).peak;
+            budget.is_none_or(|budget| needed <= budget)
+        };
+        let mut batch_size = wanted;
+        while batch_size > 1 && !fits(batch_size, false) {
+            batch_size /= 2;
+        }
+        let checkpointing = !fits(batch_size, false);
+        if !fits(batch_size, checkpointing) {
+            notes.push("by the estimate this will not fit into the available memory; --dry-run tells what to change".to_owned());
+        }
+        let steps_an_epoch = if packing {
+            tokens.div_ceil(longest * wanted)
+        } else {
+            stats.n_examples.div_ceil(wanted)
+        };
+        Ok(Self {
+            max_seq_length: longest,
+            overlong: if capped || stats.n_dropped > 0 {
+                Overlong::Drop
+            } else {
+                Overlong::Error
+            },
+            packing,
+            batch_size,
+            accumulation: wanted / batch_size,
+            checkpointing,
+            // Small data are read more often, up to about a hundred steps.
+            epochs: 100usize.div_ceil(steps_an_epoch.max(1)).clamp(1, 3),
+            notes,
+        })
+    }
+}
