@@ -112,7 +112,7 @@ pub fn cache_dir() -> PathBuf {
 /// Finds the model `id`.
 ///
 /// # Errors
-/// [`Error`] for what is not there; [`crate::gguf_import::ImportError`] for a GGUF file that cannot be imported.
+/// [`Error`] for what is not there; what [`import_gguf`] says of a GGUF file that cannot be imported.
 pub fn locate(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
     let path = Path::new(id);
     if path.is_dir() {

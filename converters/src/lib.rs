@@ -62,6 +62,7 @@ mod config;
 mod error;
 pub mod files;
 mod formats;
+pub mod gguf_base;
 mod inspect;
 pub mod json;
 mod low_rank;

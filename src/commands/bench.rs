@@ -16,7 +16,7 @@ use super::{device, print, print_json, weight_type};
 use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs, DtypeArg};
 use crate::data::BatchOptions;
 use crate::hub;
-use crate::model::{Decoder, PassOptions, Projection, Sequences};
+use crate::model::{Decoder, PassOptions, Sequences};
 use crate::train::memory::{MemoryEstimate, MemoryInputs};
 use crate::train::metrics::peak_memory_bytes;
 use crate::train::{AdamW, AdamWSettings, AdapterState, DrawForm};
@@ -46,11 +46,12 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         Decoder::load_as(&base.dir, &device, weights)?
     }
     .with_precision(precision);
-    let leaf = |p: Projection| p.path().rsplit('.').next().unwrap_or_default().to_owned();
+    let projections = decoder.config().family.projections.iter();
+    let leaves = projections.map(|projection| projection.leaf().to_owned());
     let config = AdapterConfig {
         r: args.rank,
         lora_alpha: 2.0 * args.rank as f64,
-        target_modules: TargetModules::List(Projection::ALL.map(leaf).to_vec()),
+        target_modules: TargetModules::List(leaves.collect()),
         monteclora: (args.method == BenchMethod::Monteclora).then(|| MonteCloraSettings {
             num_samples: args.num_samples,
             use_entropy: true,

@@ -1,17 +1,18 @@
 //! `import-gguf`: a GGUF base model to a Hugging Face directory.
 
 use anyhow::Result;
+use monteclora_converters::DType;
 
 use super::{print, print_json};
 use crate::cli::{ImportDtypeArg, ImportGgufArgs};
-use crate::gguf_import::{ImportDType, ImportOptions, import_gguf};
+use crate::gguf_import::{ImportOptions, import_gguf};
 use crate::progress;
 
 pub(super) fn run(args: &ImportGgufArgs) -> Result<()> {
     let options = ImportOptions {
         dtype: match args.dtype {
-            ImportDtypeArg::F32 => ImportDType::F32,
-            ImportDtypeArg::Bf16 => ImportDType::Bf16,
+            ImportDtypeArg::F32 => DType::F32,
+            ImportDtypeArg::Bf16 => DType::BF16,
         },
         force: args.force,
         ..ImportOptions::default()

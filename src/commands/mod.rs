@@ -103,9 +103,7 @@ fn exit_code_of(error: &(dyn std::error::Error + 'static)) -> u8 {
 }
 
 fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
-    use crate::{
-        config::ConfigError, data::DataError, gguf_import::ImportError, hub, model, train,
-    };
+    use crate::{config::ConfigError, data::DataError, hub, model, train};
     if let Some(error) = error.downcast_ref::<ConfigError>() {
         return Some(error.exit_code());
     }
@@ -140,17 +138,6 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
             monteclora_adapters::Error::Setting { .. } => Some(2),
             monteclora_adapters::Error::Format(error) => Some(exit_code_of(error)),
             _ => None,
-        };
-    }
-    if let Some(error) = error.downcast_ref::<ImportError>() {
-        return match error {
-            ImportError::Exists { .. } => Some(2),
-            ImportError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-                Some(2)
-            }
-            ImportError::Io { .. } => None,
-            ImportError::Gguf(error) => Some(exit_code_of(error)),
-            _ => Some(4),
         };
     }
     #[cfg(feature = "mistralrs")]

@@ -1,236 +1,91 @@
-//! A GGUF base model turned into a Hugging Face directory: weights, configuration, tokenizer and chat template.
-//!
-//! What GGUF does not say is decided here and reported in [`ImportReport::notes`]; what cannot be decided is refused by
-//! name. The directory appears complete or not at all.
+//! GGUF base models imported: candle decodes their blocks, and their tokenizer is tried before anything is written.
 
-mod architecture;
-mod bpe;
-mod config;
-mod output;
-mod pre_tokenizer;
-mod rope;
-mod sentencepiece;
-mod source;
-mod tensors;
-#[cfg(test)]
-mod testing;
-mod tokenizer;
-mod weights;
+use std::borrow::Cow;
+use std::path::Path;
 
-use std::collections::BTreeMap;
-use std::io;
-use std::path::{Path, PathBuf};
+use candle_core::Device;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use monteclora_converters::Result;
+use monteclora_converters::gguf_base::{self, BLOCK_FORMATS, Tools};
+use serde_json::Value;
+use tokenizers::Tokenizer;
 
-use monteclora_converters::{Problem, Problems};
-use serde::Serialize;
+pub use monteclora_converters::gguf_base::{ImportOptions, ImportReport};
 
-use source::Source;
-
-/// Element type of the written weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum ImportDType {
-    /// 32-bit floats: every value of the file exactly.
-    #[default]
-    F32,
-    /// Half the size; each value is rounded to the nearest bfloat16.
-    Bf16,
-}
-
-impl ImportDType {
-    fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
-        }
-    }
-
-    fn safetensors_name(self) -> &'static str {
-        match self {
-            Self::F32 => "F32",
-            Self::Bf16 => "BF16",
-        }
-    }
-
-    fn config_name(self) -> &'static str {
-        match self {
-            Self::F32 => "float32",
-            Self::Bf16 => "bfloat16",
-        }
-    }
-}
-
-/// How a model is imported.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ImportOptions {
-    /// Element type of the written weights.
-    pub dtype: ImportDType,
-    /// Whether a destination that is not empty is replaced.
-    pub force: bool,
-    /// Largest data size of one safetensors file, bytes; a tensor is never split. 5 GB as in Hugging Face's own writers.
-    pub max_shard_bytes: u64,
-}
-
-impl Default for ImportOptions {
-    fn default() -> Self {
-        Self {
-            dtype: ImportDType::default(),
-            force: false,
-            max_shard_bytes: 5_000_000_000,
-        }
-    }
-}
-
-/// What was imported, and what had to be decided.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct ImportReport {
-    /// `model_type` of the written config.json.
-    pub model_type: String,
-    /// Weights written; a tied output layer is counted once.
-    pub n_parameters: u64,
-    /// Tensors written.
-    pub n_tensors: usize,
-    /// How many of the file's tensors had which block format.
-    pub block_formats: BTreeMap<String, usize>,
-    /// Element type written.
-    pub dtype: ImportDType,
-    /// Whether the output layer shares the embedding.
-    pub tie_word_embeddings: bool,
-    /// Names of the files written, sorted.
-    pub files: Vec<String>,
-    /// Decisions where the file left a choice, and what was not carried over.
-    pub notes: Vec<String>,
-}
-
-/// Why a GGUF file was not imported.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ImportError {
-    /// The operating system refused.
-    #[error("cannot {action} `{}`", .path.display())]
-    Io {
-        /// What was being done: "read", "write", ...
-        action: &'static str,
-        /// The path concerned.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        source: io::Error,
-    },
-    /// The destination may not be replaced.
-    #[error("`{}` exists and is not empty; choose another directory or pass --force", .path.display())]
-    Exists {
-        /// The destination.
-        path: PathBuf,
-    },
-    /// The file is not a well-formed GGUF file.
-    #[error(transparent)]
-    Gguf(#[from] monteclora_converters::Error),
-    /// The model cannot be represented; every reason is listed.
-    #[error(transparent)]
-    Refused(Problems),
-    /// A tensor whose values cannot be used.
-    #[error("`{}`: {tensor}: {message}", .path.display())]
-    Weight {
-        /// The GGUF file.
-        path: PathBuf,
-        /// The tensor's name in the file.
-        tensor: String,
-        /// What is wrong with it.
-        message: String,
-    },
-}
-
-impl ImportError {
-    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_path_buf();
-        move |source| Self::Io {
-            action,
-            path,
-            source,
-        }
-    }
-}
+/// Text that any tokenizer must give back unchanged. It is in normal form C, for tokenizers that normalise.
+const PROBE: &str = "Hello  world,\n\n\tit's 12345 na\u{ef}ve caf\u{e9}s in \u{6771}\u{4eac} \u{1f642}! { \"a\": [1.5] }  \r\n end";
 
 /// Imports the model in `file` into the new directory `out_dir`; `progress` is told the bytes written and their total.
 ///
-/// Weights are dequantised to float32 (the products ggml computes), the query and key rows of the llama architecture
-/// put back into Hugging Face's rotary order, and written a few megabytes at a time. Beside them: config.json,
-/// generation_config.json, tokenizer.json, tokenizer_config.json and, if the file holds one, chat_template.jinja.
-///
 /// # Errors
-/// [`ImportError::Refused`] with every reason for a model that cannot be represented, [`ImportError::Gguf`] for a file
-/// that is not well formed, [`ImportError::Weight`] for a weight that is not finite, [`ImportError::Exists`] for a
-/// destination that holds something, [`ImportError::Io`]. Nothing is left behind.
+/// As [`gguf_base::import_gguf`].
 pub fn import_gguf(
     file: &Path,
     out_dir: &Path,
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<ImportReport, ImportError> {
-    output::check_destination(out_dir, options.force)?;
-    let source = Source::open(file)?;
-    let mut findings = Findings::default();
-    let architecture = architecture::read(&source, &mut findings);
-    let vocabulary = tokenizer::read(&source, &mut findings);
-    let (Some(architecture), Some(vocabulary)) = (architecture, vocabulary) else {
-        return Err(findings.refuse(file));
+) -> Result<ImportReport> {
+    let tools = Tools {
+        dequantize: &|ggml_type, bytes| {
+            let block_format = block_format(ggml_type).ok_or("not supported")?;
+            dequantize(bytes, block_format).map_err(|error| error.to_string())
+        },
+        check_tokenizer: &check_tokenizer,
     };
-    let plan = tensors::plan(&source, &architecture, &mut findings);
-    tokenizer::check(&vocabulary, architecture.vocab_size, &mut findings);
-    if !findings.problems.is_empty() {
-        return Err(findings.refuse(file));
-    }
-
-    let directory = output::Directory::create(out_dir)?;
-    config::write(&directory, &architecture, &vocabulary, options.dtype)?;
-    tokenizer::write(&directory, &vocabulary, architecture.context_length)?;
-    weights::write(&directory, &source, &plan, options, progress)?;
-    let files = directory.publish(options.force)?;
-    Ok(ImportReport {
-        model_type: architecture.family.model_type().to_owned(),
-        n_parameters: plan.iter().map(tensors::Planned::n_elements).sum(),
-        n_tensors: plan.len(),
-        block_formats: source.block_formats(),
-        dtype: options.dtype,
-        tie_word_embeddings: architecture.tied,
-        files,
-        notes: findings.notes,
-    })
+    gguf_base::import_gguf(file, out_dir, options, &tools, progress)
 }
 
-/// What reading has come across so far.
-#[derive(Debug, Default)]
-struct Findings {
-    problems: Vec<Problem>,
-    notes: Vec<String>,
+/// candle's name of a ggml type, which is the one reported.
+fn block_format(ggml_type: u32) -> Option<GgmlDType> {
+    use GgmlDType::{BF16, F16, F32, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    let (_, name) = BLOCK_FORMATS
+        .iter()
+        .find(|(number, _)| *number == ggml_type)?;
+    [
+        F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K,
+    ]
+    .into_iter()
+    .find(|format| format!("{format:?}") == *name)
 }
 
-impl Findings {
-    fn problem(
-        &mut self,
-        code: &'static str,
-        location: impl Into<String>,
-        message: impl Into<String>,
-        fix: impl Into<String>,
-    ) {
-        self.problems
-            .push(Problem::new(code, location, message, fix));
-    }
+/// Dequantises whole, aligned blocks.
+fn dequantize(bytes: &[u8], block_format: GgmlDType) -> candle_core::Result<Vec<f32>> {
+    let n_elements = bytes.len() / block_format.type_size() * block_format.block_size();
+    let storage = QStorage::from_data(Cow::Borrowed(bytes), &Device::Cpu, block_format)?;
+    QTensor::new(storage, n_elements)?
+        .dequantize(&Device::Cpu)?
+        .to_vec1()
+}
 
-    fn note(&mut self, note: impl Into<String>) {
-        self.notes.push(note.into());
-    }
-
-    fn refuse(self, file: &Path) -> ImportError {
-        ImportError::Refused(Problems {
-            heading: Some(format!("`{}` is refused", file.display())),
-            list: self.problems,
+/// Checks that a tokenizer.json loads, keeps the numbers of its added tokens and gives text back as it was.
+fn check_tokenizer(json: &Value) -> Vec<String> {
+    let tokenizer = match Tokenizer::from_bytes(json.to_string()) {
+        Ok(tokenizer) => tokenizer,
+        Err(error) => return vec![format!("the tokenizer does not load: {error}")],
+    };
+    let added = json["added_tokens"].as_array().into_iter().flatten();
+    let mut problems: Vec<String> = added
+        .map(|token| {
+            (
+                token["content"].as_str().unwrap_or_default(),
+                token["id"].as_u64(),
+            )
         })
+        .filter(|(content, id)| tokenizer.token_to_id(content).map(u64::from) != *id)
+        .map(|(content, _)| format!("token `{content}` does not keep its number"))
+        .collect();
+    let read_back = tokenizer
+        .encode(PROBE, false)
+        .and_then(|encoding| tokenizer.decode(encoding.get_ids(), false));
+    match read_back {
+        Ok(text) if text == PROBE => {}
+        Ok(text) => problems.push(format!("the tokenizer turns {PROBE:?} into {text:?}")),
+        Err(error) => problems.push(format!("the tokenizer fails: {error}")),
     }
+    problems
 }
 
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;

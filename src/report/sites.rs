@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use monteclora_converters::SiteSummary;
+use monteclora_converters::architecture::FAMILIES;
 
 use super::chart::number;
 
@@ -47,16 +48,13 @@ fn place(name: &str) -> Option<(usize, &str)> {
     Some((block, leaf))
 }
 
-/// Projections in the order of a block; others follow as they come.
-const ORDER: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
+/// Place of a projection in the order of the known families' blocks; others follow as they come.
+fn order(leaf: &str) -> usize {
+    let known = FAMILIES.iter().flat_map(|family| family.projections);
+    known
+        .take_while(|projection| projection.leaf() != leaf)
+        .count()
+}
 
 /// The grid; sites outside the blocks are left to the table. Empty without a site in a block.
 pub(super) fn grid(sites: &[SiteSummary], shown: Shown) -> String {
@@ -71,12 +69,7 @@ pub(super) fn grid(sites: &[SiteSummary], shown: Shown) -> String {
     if blocks.is_empty() {
         return String::new();
     }
-    leaves.sort_by_key(|leaf| {
-        ORDER
-            .iter()
-            .position(|known| known == leaf)
-            .unwrap_or(ORDER.len())
-    });
+    leaves.sort_by_key(|leaf| order(leaf));
     let finite = sites
         .iter()
         .map(|site| shown.value(site))
@@ -164,5 +157,6 @@ mod tests {
             Some((12, "down_proj"))
         );
         assert_eq!(place("lm_head"), None);
+        assert!(order("q_proj") < order("o_proj") && order("down_proj") < order("other"));
     }
 }

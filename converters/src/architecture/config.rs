@@ -5,8 +5,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::{
-    Activation, Bias, Family, Layer, Llama3Scaling, ModelShape, Multiplier, Multipliers, Rope,
-    RopeKind, Windows,
+    Activation, Family, Layer, Llama3Scaling, ModelShape, Multiplier, Multipliers, Rope, RopeKind,
+    Windows,
 };
 use crate::error::{Error, Result};
 use crate::model_files::ModelFiles;
@@ -151,7 +151,11 @@ impl Keys<'_> {
             tie_word_embeddings: self.flag("tie_word_embeddings", defaults.tie_word_embeddings),
             activation: self.activation(family),
             multipliers: self.multipliers(family),
-            bias_keys: self.bias_keys(family),
+            bias_keys: {
+                let mut keys = family.bias_keys();
+                keys.retain(|key| self.flag(key, false));
+                keys
+            },
             ropes: vec![rope],
             layers: self
                 .windows(family, num_hidden_layers.min(MAX_LAYERS))
@@ -274,19 +278,6 @@ impl Keys<'_> {
             }
         }
         factors
-    }
-
-    fn bias_keys(&mut self, family: &Family) -> Vec<&'static str> {
-        let mut keys: Vec<&'static str> = Vec::new();
-        for projection in family.projections {
-            if let Bias::Key(key) = projection.bias
-                && !keys.contains(&key)
-            {
-                keys.push(key);
-            }
-        }
-        keys.retain(|key| self.flag(key, false));
-        keys
     }
 
     /// The rotary embedding. `rope_parameters` is how transformers 5 writes what 4 wrote as `rope_scaling` and `rope_theta`;

@@ -83,6 +83,15 @@ pub enum Role {
     Head,
 }
 
+impl Projection {
+    /// The last part of its path, such as `q_proj`.
+    pub fn leaf(&self) -> &'static str {
+        self.name
+            .rsplit_once('.')
+            .map_or(self.name, |(_, leaf)| leaf)
+    }
+}
+
 impl Role {
     /// `(in_features, out_features)` in a model of these sizes.
     pub fn features(self, shape: &ModelShape) -> (usize, usize) {
@@ -307,6 +316,19 @@ impl Family {
     pub fn projection(&self, name: &str) -> Option<&'static Projection> {
         let mut known = self.projections.iter();
         known.find(|projection| projection.name == name || projection.gguf_name == name)
+    }
+
+    /// The keys that say whether there are biases.
+    pub fn bias_keys(&self) -> Vec<&'static str> {
+        let mut keys = Vec::new();
+        for projection in self.projections {
+            if let Bias::Key(key) = projection.bias
+                && !keys.contains(&key)
+            {
+                keys.push(key);
+            }
+        }
+        keys
     }
 
     /// Whether the server's runtime reads `key` of this family's configuration.

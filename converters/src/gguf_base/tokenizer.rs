@@ -1,13 +1,14 @@
 //! The vocabulary of a GGUF file as tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
 use std::collections::HashSet;
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use tokenizers::Tokenizer;
 
-use super::output::Directory;
 use super::source::Source;
-use super::{Findings, ImportError, bpe, sentencepiece};
+use super::{Findings, Tools, bpe, sentencepiece, write_json};
+use crate::error::Result;
+use crate::files::write_text;
 
 /// `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +50,7 @@ pub(super) struct Vocabulary {
     pub(super) pad: Option<u32>,
     unknown: Option<u32>,
     /// Tokens that end an answer: EOS and the end of a turn.
-    pub(super) ends: Vec<u32>,
+    ends: Vec<u32>,
     add_bos: bool,
     add_eos: bool,
     chat_template: Option<String>,
@@ -57,9 +58,6 @@ pub(super) struct Vocabulary {
 
 /// Ends of a turn; of those that are control tokens, the ones in the chat template end an answer.
 const TURN_ENDS: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"];
-
-/// Text that any tokenizer must give back unchanged. It is in normal form C, for tokenizers that normalise.
-const PROBE: &str = "Hello  world,\n\n\tit's 12345 na\u{ef}ve caf\u{e9}s in \u{6771}\u{4eac} \u{1f642}! { \"a\": [1.5] }  \r\n end";
 
 /// Reads the vocabulary; `None` if a problem leaves it incomplete.
 pub(super) fn read(source: &Source, findings: &mut Findings) -> Option<Vocabulary> {
@@ -321,9 +319,13 @@ fn post_processor(first: Option<(&str, u32)>, last: Option<(&str, u32)>) -> Valu
     json!({"type": "TemplateProcessing", "single": part("A", 0), "pair": pair, "special_tokens": special})
 }
 
-/// Checks that the tokenizer loads, has the file's numbers and gives text back as it was.
-pub(super) fn check(vocabulary: &Vocabulary, n_rows: usize, findings: &mut Findings) {
-    const KEY: &str = "tokenizer.ggml";
+/// Checks that the tokenizer works and fits the embedding.
+pub(super) fn check(
+    vocabulary: &Vocabulary,
+    n_rows: usize,
+    tools: &Tools<'_>,
+    findings: &mut Findings,
+) {
     if vocabulary.tokens.len() > n_rows {
         let message = format!(
             "{} tokens, but the embedding has {n_rows} rows",
@@ -331,60 +333,25 @@ pub(super) fn check(vocabulary: &Vocabulary, n_rows: usize, findings: &mut Findi
         );
         findings.problem("tokenizer", "tokenizer.ggml.tokens", message, "");
     }
-    let tokenizer = match Tokenizer::from_bytes(vocabulary.tokenizer.to_string()) {
-        Ok(tokenizer) => tokenizer,
-        Err(error) => {
-            findings.problem(
-                "tokenizer",
-                KEY,
-                format!("the tokenizer does not load: {error}"),
-                "",
-            );
-            return;
-        }
-    };
-    for added in vocabulary.tokenizer["added_tokens"]
-        .as_array()
-        .into_iter()
-        .flatten()
-    {
-        let (content, id) = (
-            added["content"].as_str().unwrap_or_default(),
-            added["id"].as_u64(),
-        );
-        if tokenizer.token_to_id(content).map(u64::from) != id {
-            findings.problem(
-                "tokenizer",
-                KEY,
-                format!("token `{content}` does not keep its number"),
-                "",
-            );
-        }
+    for message in (tools.check_tokenizer)(&vocabulary.tokenizer) {
+        findings.problem("tokenizer", "tokenizer.ggml", message, "");
     }
-    let read_back = tokenizer
-        .encode(PROBE, false)
-        .and_then(|encoding| tokenizer.decode(encoding.get_ids(), false));
-    match read_back {
-        Ok(text) if text == PROBE => {}
-        Ok(text) => {
-            let message = format!("the tokenizer turns {PROBE:?} into {text:?}");
-            findings.problem("tokenizer", KEY, message, "");
-        }
-        Err(error) => findings.problem(
-            "tokenizer",
-            KEY,
-            format!("the tokenizer fails: {error}"),
-            "",
-        ),
+}
+
+impl Vocabulary {
+    /// generation_config.json.
+    pub(super) fn generation(&self) -> Value {
+        let ends = match self.ends.as_slice() {
+            [] => Value::Null,
+            [end] => json!(end),
+            ends => json!(ends),
+        };
+        json!({"bos_token_id": self.bos, "eos_token_id": ends, "pad_token_id": self.pad})
     }
 }
 
 /// Writes the two or three files.
-pub(super) fn write(
-    directory: &Directory,
-    vocabulary: &Vocabulary,
-    context_length: usize,
-) -> Result<(), ImportError> {
+pub(super) fn write(dir: &Path, vocabulary: &Vocabulary, context_length: usize) -> Result<()> {
     let text_of = |id: Option<u32>| {
         id.and_then(|id| vocabulary.tokens.get(id as usize))
             .map(|token| token.text.as_str())
@@ -401,10 +368,10 @@ pub(super) fn write(
         "clean_up_tokenization_spaces": false,
         "model_max_length": context_length,
     });
-    directory.write_json("tokenizer.json", &vocabulary.tokenizer)?;
-    directory.write_json("tokenizer_config.json", &config)?;
+    write_json(dir, "tokenizer.json", &vocabulary.tokenizer)?;
+    write_json(dir, "tokenizer_config.json", &config)?;
     match &vocabulary.chat_template {
-        Some(template) => directory.write_text("chat_template.jinja", template),
+        Some(template) => write_text(&dir.join("chat_template.jinja"), template),
         None => Ok(()),
     }
 }

@@ -1,42 +1,8 @@
 //! Rotary frequency scaling: what the file says, and Llama 3's parameters recovered from its frequency factors.
 
-use std::f64::consts::PI;
-
 use super::Findings;
 use super::source::Source;
-
-/// Llama 3's `rope_scaling`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Llama3Scaling {
-    pub(super) factor: f64,
-    pub(super) low_freq_factor: f64,
-    pub(super) high_freq_factor: f64,
-    pub(super) original_max_position_embeddings: usize,
-}
-
-impl Llama3Scaling {
-    /// By what each of the `head_dim / 2` rotary frequencies is divided.
-    ///
-    /// `1` for wavelengths below `original / high_freq_factor`, `factor` above `original / low_freq_factor`, between them
-    /// `1 / ((1 - s) / factor + s)` with `s = (original / wavelength - low) / (high - low)`, as in Llama 3.1's release.
-    pub(super) fn factors(&self, head_dim: usize, rope_theta: f64) -> Vec<f64> {
-        let original = self.original_max_position_embeddings as f64;
-        (0..head_dim / 2)
-            .map(|idx| {
-                let wavelength = 2.0 * PI * rope_theta.powf(2.0 * idx as f64 / head_dim as f64);
-                if wavelength < original / self.high_freq_factor {
-                    1.0
-                } else if wavelength > original / self.low_freq_factor {
-                    self.factor
-                } else {
-                    let smooth = (original / wavelength - self.low_freq_factor)
-                        / (self.high_freq_factor - self.low_freq_factor);
-                    1.0 / ((1.0 - smooth) / self.factor + smooth)
-                }
-            })
-            .collect()
-    }
-}
+use crate::architecture::Llama3Scaling;
 
 /// Reads the scaling of a model, `None` if it has none.
 ///
@@ -91,27 +57,4 @@ pub(super) fn read(
         scaling.factor
     ));
     Some(scaling)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn factors_grow_from_one_to_the_full_factor() {
-        let scaling = Llama3Scaling {
-            factor: 32.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 8192,
-        };
-        let factors = scaling.factors(64, 500_000.0);
-        assert_eq!(factors.first(), Some(&1.0));
-        assert_eq!(factors.last(), Some(&32.0));
-        assert!(factors.windows(2).all(|pair| pair[0] <= pair[1]));
-        let between = factors
-            .iter()
-            .filter(|factor| **factor > 1.0 && **factor < 32.0);
-        assert!(between.count() > 0);
-    }
 }

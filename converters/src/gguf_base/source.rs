@@ -1,12 +1,10 @@
-//! The GGUF file as this import sees it: typed metadata, row-major shapes and the block formats that can be dequantised.
+//! The GGUF file as this import sees it: typed metadata, row-major shapes and the block formats that are read.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::quantized::GgmlDType;
-use monteclora_converters::{GgufArray, GgufFile, GgufValue};
-
-use super::ImportError;
+use crate::error::Result;
+use crate::tensors::gguf::{GgufArray, GgufFile, GgufValue, ggml_block};
 
 /// An opened GGUF file.
 #[derive(Debug)]
@@ -21,13 +19,12 @@ pub(super) struct SourceTensor<'a> {
     pub(super) shape: Vec<usize>,
     /// Raw blocks.
     pub(super) bytes: &'a [u8],
-    ggml_type: u32,
+    pub(super) ggml_type: u32,
 }
 
 impl Source {
-    pub(super) fn open(path: &Path) -> Result<Self, ImportError> {
-        let file = GgufFile::open(path)?;
-        Ok(Self { file })
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        GgufFile::open(path).map(|file| Self { file })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -111,14 +108,17 @@ impl Source {
         ))
     }
 
+    /// Whether the first block has a bias for the projection that llama.cpp calls `name`.
+    pub(super) fn has_bias(&self, name: &str) -> bool {
+        self.tensor(&format!("blk.0.{name}.bias")).is_some()
+    }
+
     /// How many tensors have which block format.
     pub(super) fn block_formats(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for tensor in self.file.names().filter_map(|name| self.file.tensor(name)) {
-            let name = match block_format(tensor.ggml_type) {
-                Some(dtype) => format!("{dtype:?}"),
-                None => format!("type {}", tensor.ggml_type),
-            };
+            let name = block_format(tensor.ggml_type)
+                .map_or_else(|| format!("type {}", tensor.ggml_type), str::to_owned);
             *counts.entry(name).or_default() += 1;
         }
         counts
@@ -135,24 +135,20 @@ impl<'a> SourceTensor<'a> {
         }
     }
 
-    /// The block format, if it can be dequantised.
-    pub(super) fn block_format(&self) -> Option<GgmlDType> {
-        block_format(self.ggml_type)
-    }
-
     /// Why this tensor cannot be dequantised, or not be reordered by rows, if it cannot.
     pub(super) fn unreadable(&self, by_row: bool) -> Option<String> {
-        let Some(dtype) = self.block_format() else {
+        let Some(name) = block_format(self.ggml_type) else {
             return Some(format!("ggml type {} is not supported", self.ggml_type));
         };
-        (by_row && self.shape.len() == 1 && dtype.block_size() != 1)
-            .then(|| format!("a vector in {dtype:?} blocks cannot be reordered"))
+        let is_block = ggml_block(self.ggml_type).is_none_or(|(elements, _)| elements != 1);
+        (by_row && self.shape.len() == 1 && is_block)
+            .then(|| format!("a vector in {name} blocks cannot be reordered"))
     }
 
     /// The values of a float32 tensor.
     pub(super) fn floats(&self) -> Option<Vec<f32>> {
         let (values, rest) = self.bytes.as_chunks::<4>();
-        (self.block_format() == Some(GgmlDType::F32) && rest.is_empty()).then(|| {
+        (self.ggml_type == 0 && rest.is_empty()).then(|| {
             values
                 .iter()
                 .map(|value| f32::from_le_bytes(*value))
@@ -161,22 +157,25 @@ impl<'a> SourceTensor<'a> {
     }
 }
 
-/// ggml's type numbers; Q8_1 and Q8_K are intermediate forms that no file stores.
-pub(super) fn block_format(ggml_type: u32) -> Option<GgmlDType> {
-    Some(match ggml_type {
-        0 => GgmlDType::F32,
-        1 => GgmlDType::F16,
-        2 => GgmlDType::Q4_0,
-        3 => GgmlDType::Q4_1,
-        6 => GgmlDType::Q5_0,
-        7 => GgmlDType::Q5_1,
-        8 => GgmlDType::Q8_0,
-        10 => GgmlDType::Q2K,
-        11 => GgmlDType::Q3K,
-        12 => GgmlDType::Q4K,
-        13 => GgmlDType::Q5K,
-        14 => GgmlDType::Q6K,
-        30 => GgmlDType::BF16,
-        _ => return None,
-    })
+/// The block formats that are read: ggml's type numbers and their names. Q8_1 and Q8_K are intermediate forms that no file
+/// stores.
+pub const BLOCK_FORMATS: [(u32, &str); 13] = [
+    (0, "F32"),
+    (1, "F16"),
+    (2, "Q4_0"),
+    (3, "Q4_1"),
+    (6, "Q5_0"),
+    (7, "Q5_1"),
+    (8, "Q8_0"),
+    (10, "Q2K"),
+    (11, "Q3K"),
+    (12, "Q4K"),
+    (13, "Q5K"),
+    (14, "Q6K"),
+    (30, "BF16"),
+];
+
+fn block_format(ggml_type: u32) -> Option<&'static str> {
+    let mut known = BLOCK_FORMATS.iter();
+    known.find_map(|(number, name)| (*number == ggml_type).then_some(*name))
 }

@@ -1,0 +1,184 @@
+//! A GGUF base model turned into a Hugging Face directory: weights, configuration, tokenizer and chat template.
+//!
+//! What GGUF does not say is decided here and reported in [`ImportReport::notes`]; what cannot be decided is refused by
+//! name. The directory appears complete or not at all. Block formats and tokenizers are the caller's: see [`Tools`].
+
+mod bpe;
+mod model;
+mod pre_tokenizer;
+mod rope;
+mod sentencepiece;
+mod source;
+mod tokenizer;
+mod weights;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::architecture::ModelShape;
+use crate::error::{Error, Result};
+use crate::files::{is_occupied, replace_dir, write_new_dir, write_text};
+use crate::problem::Problem;
+use crate::tensors::dtype::DType;
+use source::Source;
+
+/// How a model is imported.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImportOptions {
+    /// Element type of the written weights: F32 keeps every value of the file exactly, BF16 rounds to half the size.
+    pub dtype: DType,
+    /// Whether a destination that is not empty is replaced.
+    pub force: bool,
+    /// Largest data size of one safetensors file, bytes; a tensor is never split. 5 GB as in Hugging Face's own writers.
+    pub max_shard_bytes: u64,
+}
+
+impl Default for ImportOptions {
+    fn default() -> Self {
+        Self {
+            dtype: DType::F32,
+            force: false,
+            max_shard_bytes: 5_000_000_000,
+        }
+    }
+}
+
+/// The values of whole, aligned blocks of a ggml type, or why they cannot be told.
+pub type Dequantize = dyn Fn(u32, &[u8]) -> Result<Vec<f32>, String>;
+
+/// What this crate leaves to the caller's libraries; problems are told as text.
+pub struct Tools<'a> {
+    /// Asked for the types in [`BLOCK_FORMATS`] only.
+    pub dequantize: &'a Dequantize,
+    /// What is wrong with a tokenizer.json.
+    pub check_tokenizer: &'a dyn Fn(&Value) -> Vec<String>,
+}
+
+pub use source::BLOCK_FORMATS;
+
+/// What was imported, and what had to be decided.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct ImportReport {
+    /// `model_type` of the written config.json.
+    pub model_type: String,
+    /// Weights written; a tied output layer is counted once.
+    pub n_parameters: u64,
+    /// Tensors written.
+    pub n_tensors: usize,
+    /// How many of the file's tensors had which block format.
+    pub block_formats: BTreeMap<String, usize>,
+    /// Element type written: `f32` or `bf16`.
+    pub dtype: String,
+    /// Whether the output layer shares the embedding.
+    pub tie_word_embeddings: bool,
+    /// Names of the files written, sorted.
+    pub files: Vec<String>,
+    /// Decisions where the file left a choice, and what was not carried over.
+    pub notes: Vec<String>,
+}
+
+/// Imports the model in `file` into the new directory `out_dir`; `progress` is told the bytes written and their total.
+///
+/// Weights are dequantised to float32 (the products ggml computes), the query and key rows of the llama architecture
+/// put back into Hugging Face's rotary order, and written a few megabytes at a time. Beside them: config.json,
+/// generation_config.json, tokenizer.json, tokenizer_config.json and, if the file holds one, chat_template.jinja.
+///
+/// # Errors
+/// A refusal with every reason for a model that cannot be represented; `malformed` for a file that is not well formed or a
+/// weight that is not finite; `exists` for a destination that holds something. Nothing is left behind.
+pub fn import_gguf(
+    file: &Path,
+    out_dir: &Path,
+    options: &ImportOptions,
+    tools: &Tools<'_>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<ImportReport> {
+    if !options.force && is_occupied(out_dir)? {
+        let fix = "choose another directory or pass --force";
+        return Err(Error::exists(out_dir, fix));
+    }
+    let source = Source::open(file)?;
+    let mut findings = Findings::default();
+    let config = model::read(&source, &mut findings);
+    let vocabulary = tokenizer::read(&source, &mut findings);
+    let (Some(mut config), Some(vocabulary)) = (config, vocabulary) else {
+        return Err(Error::refused(file, findings.problems));
+    };
+    let shape =
+        ModelShape::from_config(&config).map_err(|problems| Error::refused(file, problems))?;
+    let plan = weights::plan(&source, &shape, &mut findings);
+    tokenizer::check(&vocabulary, shape.vocab_size, tools, &mut findings);
+    Error::refuse_any(file, findings.problems)?;
+
+    let (torch_dtype, dtype) = match options.dtype {
+        DType::BF16 => ("bfloat16", "bf16"),
+        _ => ("float32", "f32"),
+    };
+    for (key, value) in [
+        ("bos_token_id", json!(vocabulary.bos)),
+        ("eos_token_id", json!(vocabulary.eos)),
+        ("pad_token_id", json!(vocabulary.pad)),
+        ("torch_dtype", json!(torch_dtype)),
+    ] {
+        config.insert(key.to_owned(), value);
+    }
+    let mut files = Vec::new();
+    let fill = |dir: &Path| {
+        write_json(dir, "config.json", &Value::Object(config))?;
+        write_json(dir, "generation_config.json", &vocabulary.generation())?;
+        tokenizer::write(dir, &vocabulary, shape.max_position_embeddings)?;
+        weights::write(dir, &source, &plan, &shape, options, tools, progress)?;
+        for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+            let name = entry.map_err(Error::io("read", dir))?.file_name();
+            files.push(name.to_string_lossy().into_owned());
+        }
+        files.sort();
+        Ok::<(), Error>(())
+    };
+    match options.force {
+        true => replace_dir(out_dir, fill)?,
+        false => write_new_dir(out_dir, fill)?,
+    }
+    Ok(ImportReport {
+        model_type: shape.family.model_type.to_owned(),
+        n_parameters: plan.iter().map(weights::n_elements).sum(),
+        n_tensors: plan.len(),
+        block_formats: source.block_formats(),
+        dtype: dtype.to_owned(),
+        tie_word_embeddings: shape.tie_word_embeddings,
+        files,
+        notes: findings.notes,
+    })
+}
+
+fn write_json(dir: &Path, name: &str, value: &Value) -> Result<()> {
+    write_text(&dir.join(name), &format!("{value:#}\n"))
+}
+
+/// What reading has come across so far.
+#[derive(Debug, Default)]
+struct Findings {
+    problems: Vec<Problem>,
+    notes: Vec<String>,
+}
+
+impl Findings {
+    fn problem(
+        &mut self,
+        code: &'static str,
+        at: impl Into<String>,
+        message: impl Into<String>,
+        fix: impl Into<String>,
+    ) {
+        self.problems.push(Problem::new(code, at, message, fix));
+    }
+
+    fn note(&mut self, note: impl Into<String>) {
+        self.notes.push(note.into());
+    }
+}
