@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
 
-use crate::fixtures::{adapters, own};
+use crate::fixtures::{adapters, must_be_refused, own};
 use crate::training::write_rows;
 
 pub(crate) fn monteclora() -> Command {
@@ -320,7 +320,7 @@ fn adapters_that_do_not_fit_or_are_not_understood_are_refused() {
     write_rows(&rows);
     let rows = rows.display().to_string();
     let out = dir.path().join("x").display().to_string();
-    for case in adapters().into_iter().filter(|c| c.must_be_refused()) {
+    for case in must_be_refused() {
         let (model, adapter) = (
             case.model.display().to_string(),
             case.dir.display().to_string(),

@@ -7,9 +7,9 @@ use monteclora::model::{
 use monteclora_adapters::LowRank;
 use monteclora_converters::{Adapter, SafetensorsFile};
 
-use crate::fixtures::{adapters, floats, integers, largest_difference};
+use crate::fixtures::{adapters, floats, integers, largest_difference, usable};
 
-fn rows(file: &SafetensorsFile) -> Vec<Vec<u32>> {
+pub(crate) fn rows(file: &SafetensorsFile) -> Vec<Vec<u32>> {
     integers(file, "input_ids")
         .into_iter()
         .map(|row| {
@@ -20,7 +20,7 @@ fn rows(file: &SafetensorsFile) -> Vec<Vec<u32>> {
         .collect()
 }
 
-fn logits(decoder: &Decoder, rows: &[Vec<u32>], adapter: &ActiveAdapter) -> Vec<f32> {
+pub(crate) fn logits(decoder: &Decoder, rows: &[Vec<u32>], adapter: &ActiveAdapter) -> Vec<f32> {
     let logits = decoder.logits(&Sequences::new(rows), adapter).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
@@ -34,7 +34,7 @@ fn every_adapter_case_gives_pefts_logits_or_is_refused() {
             assert!(error.contains("refused"), "{}: {error}", case.name);
             continue;
         }
-        let expected = SafetensorsFile::open(case.dir.join("expected.safetensors")).unwrap();
+        let expected = SafetensorsFile::open(&case.expected).unwrap();
         let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
         let rows = rows(&expected);
         let base = logits(&decoder, &rows, &ActiveAdapter::default());
@@ -65,7 +65,7 @@ fn every_adapter_case_gives_pefts_logits_or_is_refused() {
 #[test]
 fn batches_are_independent_and_the_cache_is_exact() {
     let mut seen = std::collections::BTreeSet::new();
-    for case in adapters().into_iter().filter(|c| !c.must_be_refused()) {
+    for case in usable() {
         if !seen.insert(case.model.clone()) {
             continue;
         }
@@ -116,7 +116,7 @@ fn batches_are_independent_and_the_cache_is_exact() {
 #[test]
 fn gradients_are_finite_differences() {
     let mut seen = std::collections::BTreeSet::new();
-    for case in adapters().into_iter().filter(|c| !c.must_be_refused()) {
+    for case in usable() {
         if !seen.insert(case.model.clone()) {
             continue;
         }

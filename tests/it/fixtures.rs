@@ -1,88 +1,149 @@
 //! Where the recorded cases are, and how they are read.
 
+mod walk;
+
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
+use monteclora::model::Decoder;
 use monteclora_converters::SafetensorsFile;
 
-/// The folder named by `MONTECLORA_FIXTURES`, or the project's copy.
-pub(crate) fn root() -> PathBuf {
-    match std::env::var_os("MONTECLORA_FIXTURES") {
-        Some(dir) => PathBuf::from(dir),
-        None => own(),
-    }
-}
-
-/// The project's copy, for tests that need a case by name.
-pub(crate) fn own() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/fixtures"))
-}
+pub(crate) use walk::{own, walk};
 
 /// A recorded adapter.
 pub(crate) struct AdapterCase {
     pub(crate) name: String,
     pub(crate) dir: PathBuf,
     pub(crate) model: PathBuf,
+    /// What was computed from both.
+    pub(crate) expected: PathBuf,
 }
 
 impl AdapterCase {
+    /// `root/adapters/NAME`, whose base is a model of the same root.
+    fn new(dir: PathBuf) -> Self {
+        let case = std::fs::read_to_string(dir.join("case.json")).unwrap();
+        let case: serde_json::Value = serde_json::from_str(&case).unwrap();
+        let root = dir.parent().and_then(Path::parent).unwrap();
+        Self {
+            name: dir.file_name().unwrap().to_str().unwrap().to_owned(),
+            model: root.join("models").join(case["model"].as_str().unwrap()),
+            expected: dir.join("expected.safetensors"),
+            dir,
+        }
+    }
+
+    /// `root/architectures/KIND`: a model and an adapter for it.
+    fn of_architecture(dir: &Path) -> Self {
+        Self {
+            name: dir.file_name().unwrap().to_str().unwrap().to_owned(),
+            dir: dir.join("adapter"),
+            model: dir.join("model"),
+            expected: dir.join("expected.safetensors"),
+        }
+    }
+
     /// Whether every consumer must refuse it.
     pub(crate) fn must_be_refused(&self) -> bool {
         self.name.starts_with("must-refuse")
     }
 
-    /// Allowed difference in logits: the case `bf16` was computed in bfloat16.
+    /// Allowed difference in logits: what was computed in bfloat16 has 8 bits of mantissa.
     pub(crate) fn tolerance(&self) -> f64 {
-        if self.name.contains("bf16") {
-            0.05
-        } else {
-            1e-4
-        }
+        if self.is_rounded() { 0.05 } else { 1e-4 }
+    }
+
+    /// Allowed difference in the weights' updates.
+    pub(crate) fn delta_tolerance(&self) -> f64 {
+        if self.is_rounded() { 1e-2 } else { 1e-5 }
+    }
+
+    /// Whether the reference was computed in bfloat16 and stored in float32.
+    fn is_rounded(&self) -> bool {
+        let expected = SafetensorsFile::open(&self.expected).unwrap();
+        floats(&expected, "logits")
+            .iter()
+            .all(|value| value.to_bits() & 0xffff == 0)
     }
 }
 
-/// Every adapter directory present.
+/// Every adapter that is there.
 pub(crate) fn adapters() -> Vec<AdapterCase> {
-    let root = root();
-    let mut cases: Vec<AdapterCase> = subdirectories(&root.join("adapters"))
+    walk("adapters/")
         .into_iter()
-        .map(|dir| {
-            let case: serde_json::Value =
-                serde_json::from_str(&std::fs::read_to_string(dir.join("case.json")).unwrap())
-                    .unwrap();
-            AdapterCase {
-                name: dir.file_name().unwrap().to_str().unwrap().to_owned(),
-                model: root.join("models").join(case["model"].as_str().unwrap()),
-                dir,
-            }
-        })
-        .collect();
-    cases.sort_by(|a, b| a.name.cmp(&b.name));
-    assert!(!cases.is_empty(), "no adapter case in {}", root.display());
+        .map(AdapterCase::new)
+        .collect()
+}
+
+/// Every adapter that is read and used; at least one.
+pub(crate) fn usable() -> Vec<AdapterCase> {
+    let mut cases = adapters();
+    cases.retain(|case| !case.must_be_refused());
+    assert!(!cases.is_empty(), "every adapter is one to refuse");
     cases
 }
 
-/// Every recorded training run present.
-pub(crate) fn trajectories() -> Vec<PathBuf> {
-    subdirectories(&root())
-        .into_iter()
-        .filter(|dir| {
-            dir.file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .starts_with("trajectory")
-        })
+/// The project's adapters that must be refused, and those of the folder that is walked.
+pub(crate) fn must_be_refused() -> Vec<AdapterCase> {
+    with_own(
+        adapters()
+            .into_iter()
+            .filter(AdapterCase::must_be_refused)
+            .collect(),
+        &["must-refuse-dora", "must-refuse-modules-to-save"],
+    )
+}
+
+/// `cases` and those of the project's copy with these names, each once.
+pub(crate) fn with_own(mut cases: Vec<AdapterCase>, names: &[&str]) -> Vec<AdapterCase> {
+    for case in names.iter().map(|name| named(name)) {
+        if cases.iter().all(|other| other.dir != case.dir) {
+            cases.push(case);
+        }
+    }
+    cases
+}
+
+/// Every architecture that is there, whether it is supported or not.
+pub(crate) fn architectures() -> Vec<AdapterCase> {
+    let dirs = walk("architectures/");
+    dirs.iter()
+        .map(|dir| AdapterCase::of_architecture(dir))
         .collect()
 }
 
-fn subdirectories(dir: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(dir) else {
-        return Vec::new();
+/// The architectures that are there and supported, or the project's own.
+pub(crate) fn supported_architectures() -> Vec<AdapterCase> {
+    let mut cases = architectures();
+    cases.retain(|case| Decoder::load(&case.model, &Device::Cpu).is_ok());
+    if cases.is_empty() {
+        cases.push(AdapterCase::of_architecture(
+            &own().join("architectures/qwen3"),
+        ));
+    }
+    cases
+}
+
+/// Every usable adapter of the project's copy, those for architectures included.
+pub(crate) fn own_usable() -> Vec<AdapterCase> {
+    let folder = |name: &str| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(own().join(name)).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
     };
-    entries
-        .map(|e| e.unwrap().path())
-        .filter(|p| p.is_dir())
-        .collect()
+    let adapters = folder("adapters").into_iter().map(AdapterCase::new);
+    let mut cases: Vec<AdapterCase> = adapters.filter(|case| !case.must_be_refused()).collect();
+    let architectures = folder("architectures");
+    cases.extend(
+        architectures
+            .iter()
+            .map(|dir| AdapterCase::of_architecture(dir)),
+    );
+    cases
+}
+
+/// An adapter of the project's copy.
+pub(crate) fn named(name: &str) -> AdapterCase {
+    AdapterCase::new(own().join("adapters").join(name))
 }
 
 /// A tensor's values.

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
+mod architectures;
 mod cli;
 mod data;
 mod decoder;
@@ -9,6 +10,7 @@ mod documentation;
 mod evaluation;
 mod fixtures;
 mod formats;
+mod hashes;
 mod hub;
 #[cfg(feature = "mistralrs")]
 mod operations;

@@ -8,7 +8,7 @@ use monteclora::train::{AdamW, AdamWSettings, AdapterState, SiteState};
 use monteclora_adapters::{Noise, Objective, Spread};
 use monteclora_converters::{MonteCloraSettings, SafetensorsFile};
 
-use crate::fixtures::{floats, integers, largest_difference, root, trajectories};
+use crate::fixtures::{floats, integers, largest_difference, walk};
 
 const PREFIX: &str = "base_model.model.";
 
@@ -130,7 +130,8 @@ fn replay(dir: &Path) {
             .unwrap(),
     };
     let decoder = Decoder::load(
-        &root()
+        &dir.parent()
+            .unwrap()
             .join("models")
             .join(recorded.case["model"].as_str().unwrap()),
         &Device::Cpu,
@@ -220,7 +221,7 @@ fn replay(dir: &Path) {
 
 #[test]
 fn every_recorded_run_is_reproduced() {
-    for dir in trajectories() {
+    for dir in walk("trajectory") {
         replay(&dir);
     }
 }
