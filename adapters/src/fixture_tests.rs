@@ -1,22 +1,15 @@
 //! The draw and its gradients against PEFT's recorded numbers, and the fast draw against the literal one.
 
-use std::path::PathBuf;
+#[path = "../../tests/it/fixtures/walk.rs"]
+mod walk;
+
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use monteclora_converters::{MonteCloraSettings, SafetensorsFile};
 
 use crate::noise::Key;
 use crate::{Draw, Noise, Objective, Regulariser, Result, Spread};
-
-fn fixtures() -> PathBuf {
-    match std::env::var_os("MONTECLORA_FIXTURES") {
-        Some(dir) => PathBuf::from(dir),
-        None => PathBuf::from(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/data/fixtures"
-        )),
-    }
-}
 
 struct Case {
     file: SafetensorsFile,
@@ -25,27 +18,36 @@ struct Case {
 
 impl Case {
     fn all() -> Vec<Self> {
-        let dir = fixtures().join("sampler");
-        let Ok(text) = std::fs::read_to_string(dir.join("cases.json")) else {
-            return Vec::new();
-        };
-        let cases: Vec<serde_json::Value> =
-            serde_json::from_str(&text).expect("cases.json is a list");
-        cases
+        let files = walk::walk("sampler/case");
+        let files = files
             .iter()
-            .map(|case| Self {
-                file: SafetensorsFile::open(dir.join(format!("case{}.safetensors", case["case"])))
-                    .expect("a readable case"),
-                settings: MonteCloraSettings {
-                    num_samples: case["num_samples"].as_u64().expect("num_samples") as usize,
-                    sample_scaler: case["sample_scaler"].as_f64().expect("sample_scaler"),
-                    kl_loss_weight: case["kl_loss_weight"].as_f64().expect("kl_loss_weight"),
-                    dirichlet_prior: case["dirichlet_prior"].as_f64().expect("dirichlet_prior"),
-                    use_entropy: case["use_entropy"].as_bool().expect("use_entropy"),
-                    ..MonteCloraSettings::default()
-                },
-            })
-            .collect()
+            .filter(|path| path.extension().is_some_and(|e| e == "safetensors"));
+        let cases: Vec<Self> = files.map(|path| Self::read(path)).collect();
+        assert!(!cases.is_empty(), "no sampler case");
+        cases
+    }
+
+    /// `caseI.safetensors`, whose settings are those of case I in `cases.json`.
+    fn read(path: &Path) -> Self {
+        let settings = std::fs::read_to_string(path.with_file_name("cases.json"));
+        let settings: Vec<serde_json::Value> =
+            serde_json::from_str(&settings.expect("cases.json")).expect("a list");
+        let name = path.file_stem().expect("a file");
+        let case = settings
+            .iter()
+            .find(|case| name == format!("case{}", case["case"]).as_str())
+            .expect("its settings");
+        Self {
+            file: SafetensorsFile::open(path).expect("a readable case"),
+            settings: MonteCloraSettings {
+                num_samples: case["num_samples"].as_u64().expect("num_samples") as usize,
+                sample_scaler: case["sample_scaler"].as_f64().expect("sample_scaler"),
+                kl_loss_weight: case["kl_loss_weight"].as_f64().expect("kl_loss_weight"),
+                dirichlet_prior: case["dirichlet_prior"].as_f64().expect("dirichlet_prior"),
+                use_entropy: case["use_entropy"].as_bool().expect("use_entropy"),
+                ..MonteCloraSettings::default()
+            },
+        }
     }
 
     fn values(&self, name: &str) -> Vec<f32> {

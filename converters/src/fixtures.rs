@@ -1,5 +1,8 @@
 //! Adapters for tests: the recorded cases on disk, and small random ones.
 
+#[path = "../../tests/it/fixtures/walk.rs"]
+mod walk;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -7,6 +10,7 @@ use serde_json::Value;
 
 use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::{AdapterConfig, MonteCloraSettings, TargetModules};
+use crate::model_files::ModelFiles;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::tensor::Tensor;
@@ -16,48 +20,88 @@ pub(crate) struct Case {
     pub(crate) name: String,
     pub(crate) dir: PathBuf,
     pub(crate) model_dir: PathBuf,
-    pub(crate) must_refuse: bool,
+    expected: PathBuf,
 }
 
-fn root() -> PathBuf {
-    std::env::var_os("MONTECLORA_FIXTURES").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/fixtures"),
-        PathBuf::from,
-    )
-}
+/// The families that the converters know in every format.
+const FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
-/// Every case directory present. A packaged crate has none.
-pub(crate) fn cases() -> Vec<Case> {
-    let Ok(entries) = std::fs::read_dir(root().join("adapters")) else {
-        return Vec::new();
-    };
-    let mut cases = Vec::new();
-    for entry in entries {
-        let dir = entry.expect("readable").path();
-        let name = dir
-            .file_name()
-            .and_then(|name| name.to_str())
-            .expect("utf-8")
-            .to_owned();
-        let text =
-            std::fs::read_to_string(dir.join("case.json")).expect("every case has case.json");
+impl Case {
+    /// `root/adapters/NAME`, whose base is a model of the same root.
+    fn of_adapter(dir: PathBuf) -> Self {
+        let text = std::fs::read_to_string(dir.join("case.json")).expect("every case has one");
         let case: Value = serde_json::from_str(&text).expect("JSON");
-        cases.push(Case {
-            must_refuse: name.starts_with("must-refuse-"),
-            model_dir: root()
+        let root = dir.parent().and_then(Path::parent).expect("two above");
+        Self {
+            model_dir: root
                 .join("models")
                 .join(case["model"].as_str().expect("a model's name")),
-            name,
+            expected: dir.join("expected.safetensors"),
+            name: name(&dir),
             dir,
-        });
+        }
     }
-    cases.sort_by(|left, right| left.name.cmp(&right.name));
+
+    /// `root/architectures/KIND`.
+    fn of_architecture(dir: &Path) -> Self {
+        Self {
+            name: name(dir),
+            dir: dir.join("adapter"),
+            model_dir: dir.join("model"),
+            expected: dir.join("expected.safetensors"),
+        }
+    }
+
+    fn must_refuse(&self) -> bool {
+        self.name.starts_with("must-refuse-")
+    }
+}
+
+fn name(dir: &Path) -> String {
+    let name = dir.file_name().expect("a directory's name");
+    name.to_string_lossy().into_owned()
+}
+
+/// An adapter of the project's copy.
+pub(crate) fn named(name: &str) -> Case {
+    Case::of_adapter(walk::own().join("adapters").join(name))
+}
+
+/// Every adapter that is there to be used, those for architectures that the converters know included.
+pub(crate) fn usable() -> Vec<Case> {
+    let mut cases: Vec<Case> = walk::walk("adapters/")
+        .into_iter()
+        .map(Case::of_adapter)
+        .collect();
+    cases.retain(|case| !case.must_refuse());
+    assert!(!cases.is_empty(), "every adapter is one to refuse");
+    let architectures = walk::walk("architectures/");
+    cases.extend(
+        architectures
+            .iter()
+            .map(|dir| Case::of_architecture(dir))
+            .filter(|case| {
+                let config = ModelFiles::read_config(&case.model_dir).expect("a model");
+                FAMILIES
+                    .iter()
+                    .any(|family| config["model_type"] == *family)
+            }),
+    );
     cases
+}
+
+/// The project's adapters that must be refused, and those of the folder that is walked.
+pub(crate) fn must_be_refused() -> Vec<Case> {
+    let own = ["must-refuse-dora", "must-refuse-modules-to-save"].map(named);
+    let walked = walk::walk("adapters/").into_iter().map(Case::of_adapter);
+    own.into_iter()
+        .chain(walked.filter(Case::must_refuse))
+        .collect()
 }
 
 /// Asserts that the adapter's updates are the recorded ones, all of them and no others.
 pub(crate) fn assert_deltas(case: &Case, adapter: &Adapter) {
-    let expected = SafetensorsFile::open(case.dir.join("expected.safetensors")).expect("recorded");
+    let expected = SafetensorsFile::open(&case.expected).expect("recorded");
     let recorded: Vec<&str> = expected
         .names()
         .filter_map(|name| name.strip_prefix("delta."))
@@ -68,12 +112,11 @@ pub(crate) fn assert_deltas(case: &Case, adapter: &Adapter) {
         .map(|site| site.name.as_str())
         .collect();
     assert_eq!(sites, recorded, "{}", case.name);
-    // The case computed in bfloat16 recorded rounded updates.
-    let tolerance = if case.name.contains("bf16") {
-        1e-2
-    } else {
-        1e-5
-    };
+    // A case computed in bfloat16 recorded rounded updates.
+    let logits = expected.get("logits").expect("recorded");
+    let logits = logits.to_f32().expect("float");
+    let is_rounded = logits.iter().all(|value| value.to_bits() & 0xffff == 0);
+    let tolerance = if is_rounded { 1e-2 } else { 1e-5 };
     for site in &adapter.sites {
         let delta = expected
             .get(&format!("delta.{}", site.name))

@@ -12,11 +12,7 @@ pub(crate) fn write_temp(text: &str) -> (tempfile::TempDir, PathBuf) {
 
 /// The fixtures' model directory, whose tokenizer is bytes plus `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`.
 pub(crate) fn tiny_llama() -> PathBuf {
-    let root = std::env::var_os("MONTECLORA_FIXTURES").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/fixtures"),
-        PathBuf::from,
-    );
-    root.join("models/tiny-llama")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/fixtures/models/tiny-llama")
 }
 
 /// A copy of the tiny model's directory with another template, and `<s>` added as BOS where `with_bos`.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
 
-use crate::fixtures::{adapters, must_be_refused, own};
+use crate::fixtures::{adapters, must_be_refused, own, supported_architectures, with_own};
 use crate::training::write_rows;
 
 pub(crate) fn monteclora() -> Command {
@@ -184,7 +184,8 @@ fn train_collapse_sample_merge_inspect_validate_eval() {
 fn convert_round_trips() {
     use monteclora_converters::Adapter;
     let dir = tempfile::tempdir().unwrap();
-    for case in adapters() {
+    let cases = with_own(adapters(), &["must-refuse-dora"]);
+    for case in cases.into_iter().chain(supported_architectures()) {
         let (model, source) = (
             case.model.display().to_string(),
             case.dir.display().to_string(),

@@ -6,7 +6,10 @@ use monteclora_converters::{Adapter, ModelFiles, SafetensorsFile, Tensor};
 use serde_json::Value;
 
 use crate::cli::{Run, own_adapter, run, tiny};
-use crate::fixtures::{AdapterCase, adapters, floats, largest_difference, named, own, usable};
+use crate::fixtures::{
+    AdapterCase, adapters, floats, largest_difference, named, own, supported_architectures, usable,
+    with_own,
+};
 
 fn ok(arguments: &[&str]) -> Run {
     let done = run(arguments);
@@ -52,7 +55,7 @@ fn in_every_format(case: &AdapterCase, dir: &Path) -> Vec<(&'static str, PathBuf
 /// Merging gives base plus the recorded update, whatever format the adapter went through.
 #[test]
 fn merge_reproduces_every_update_through_every_format() {
-    for case in &usable() {
+    for case in usable().iter().chain(&supported_architectures()) {
         let dir = tempfile::tempdir().unwrap();
         let expected = SafetensorsFile::open(&case.expected).unwrap();
         let base = ModelFiles::open(&case.model).unwrap();
@@ -151,7 +154,7 @@ fn inspect_reads_every_format_and_models() {
 #[test]
 fn validate_reports_everything_and_fails_with_4() {
     let dir = tempfile::tempdir().unwrap();
-    for case in adapters() {
+    for case in with_own(adapters(), &["must-refuse-dora"]) {
         let done = run(&[
             "validate",
             text(&case.dir),

@@ -1,7 +1,7 @@
 //! The bytes that the converters write: SHA-256 of every file that each command makes of the project's fixtures,
 //! in `tests/data/hashes`.
 //!
-//! A change of these bytes is a change that users see, so it is made on purpose: `MONTECLORA_RECORD=1` writes the lists anew.
+//! A change of these bytes is a change that users see, so it is made on purpose: `UPDATE_HASHES=1` writes the lists anew.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -101,7 +101,7 @@ fn hold(list: &str, found: &Hashes) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/data/hashes")
         .join(list);
-    if std::env::var_os("MONTECLORA_RECORD").is_some() {
+    if std::env::var_os("UPDATE_HASHES").is_some() {
         let lines = found.iter().map(|(name, hash)| format!("{hash}  {name}\n"));
         std::fs::write(&path, lines.collect::<String>()).unwrap();
         return;

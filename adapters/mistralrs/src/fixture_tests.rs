@@ -6,6 +6,8 @@ mod operation;
 mod parity;
 mod requests;
 pub(crate) mod serving;
+#[path = "../../../tests/it/fixtures/walk.rs"]
+mod walk;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,10 +21,36 @@ pub(crate) struct Case {
     pub(crate) name: String,
     pub(crate) adapter: PathBuf,
     pub(crate) base: PathBuf,
+    expected: PathBuf,
 }
 
 impl Case {
-    pub(crate) fn must_refuse(&self) -> bool {
+    /// `root/adapters/NAME`, whose base is a model of the same root.
+    fn of_adapter(dir: PathBuf) -> Self {
+        let text = fs::read_to_string(dir.join("case.json")).expect("every case has one");
+        let case: Value = serde_json::from_str(&text).expect("valid");
+        let root = dir.parent().and_then(Path::parent).expect("two above");
+        Self {
+            name: name(&dir),
+            base: root
+                .join("models")
+                .join(case["model"].as_str().expect("a model")),
+            expected: dir.join("expected.safetensors"),
+            adapter: dir,
+        }
+    }
+
+    /// `root/architectures/KIND`.
+    fn of_architecture(dir: &Path) -> Self {
+        Self {
+            name: name(dir),
+            adapter: dir.join("adapter"),
+            base: dir.join("model"),
+            expected: dir.join("expected.safetensors"),
+        }
+    }
+
+    fn must_refuse(&self) -> bool {
         self.name.starts_with("must-refuse-")
     }
 
@@ -40,43 +68,30 @@ impl Case {
     }
 }
 
-fn fixtures() -> PathBuf {
-    std::env::var_os("MONTECLORA_FIXTURES").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/fixtures"),
-        PathBuf::from,
-    )
+fn name(dir: &Path) -> String {
+    let name = dir.file_name().expect("a directory's name");
+    name.to_string_lossy().into_owned()
 }
 
-pub(crate) fn cases() -> Vec<Case> {
-    let root = fixtures();
-    let mut cases: Vec<Case> = fs::read_dir(root.join("adapters"))
-        .expect("the fixtures are there")
-        .map(|entry| {
-            let adapter = entry.expect("readable").path();
-            let text = fs::read_to_string(adapter.join("case.json")).expect("every case has one");
-            let case: Value = serde_json::from_str(&text).expect("valid");
-            Case {
-                name: adapter
-                    .file_name()
-                    .expect("named")
-                    .to_string_lossy()
-                    .into_owned(),
-                base: root
-                    .join("models")
-                    .join(case["model"].as_str().expect("a model")),
-                adapter,
-            }
-        })
-        .collect();
-    cases.sort_by(|a, b| a.name.cmp(&b.name));
-    assert!(!cases.is_empty());
-    cases
+/// Every recorded adapter and architecture that is there.
+fn cases() -> Vec<Case> {
+    let adapters = walk::walk("adapters/").into_iter().map(Case::of_adapter);
+    let architectures = walk::walk("architectures/");
+    let architectures = architectures.iter().map(|dir| Case::of_architecture(dir));
+    adapters.chain(architectures).collect()
 }
 
+/// An adapter of the project's copy.
+fn named(name: &str) -> Case {
+    Case::of_adapter(walk::own().join("adapters").join(name))
+}
+
+/// An adapter of the project's copy that can be served.
 pub(crate) fn servable() -> Case {
-    let servable = |case: &Case| !case.must_refuse() && case.loader().check().is_ok();
-    cases()
-        .into_iter()
-        .find(servable)
-        .expect("a case that can be served")
+    named("all-linear")
+}
+
+/// Another one on the same base.
+pub(crate) fn servable_too() -> Case {
+    named("bf16")
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-use super::{Case, cases, servable};
+use super::{Case, cases, named, servable};
 use crate::{ChatMessage, Engine, Error, MonteCloraLoader};
 
 /// `input_ids` as rows, and the named logits as one row-major vector a sequence.
@@ -17,7 +17,7 @@ struct Expected {
 }
 
 fn expected(case: &Case) -> Expected {
-    let bytes = fs::read(case.adapter.join("expected.safetensors")).expect("readable");
+    let bytes = fs::read(&case.expected).expect("readable");
     let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
     let ids = tensors.tensor("input_ids").expect("input_ids");
     let length = ids.shape()[1];
@@ -68,8 +68,9 @@ fn max_difference(found: &[f32], expected: &[f32]) -> f32 {
 #[test]
 fn logits_equal_the_references() {
     let mut n_compared = 0;
-    for case in cases().iter().filter(|case| !case.must_refuse()) {
-        let expected = expected(case);
+    let walked = cases().into_iter().filter(|case| !case.must_refuse());
+    for case in walked.chain([servable()]) {
+        let expected = expected(&case);
         for (loader, name) in [
             (case.base_loader(), "base_logits"),
             (case.loader(), "logits"),
@@ -107,7 +108,9 @@ fn logits_equal_the_references() {
 
 #[test]
 fn adapters_that_would_be_served_wrongly_are_refused_before_loading() {
-    for case in cases().iter().filter(|case| case.must_refuse()) {
+    let own = ["must-refuse-dora", "must-refuse-modules-to-save"].map(named);
+    let walked = cases().into_iter().filter(Case::must_refuse);
+    for case in own.into_iter().chain(walked) {
         let error = case.loader().check().expect_err("must be refused");
         assert_eq!(error.exit_code(), 4, "{}: {error}", case.name);
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use reqwest::blocking::{Client, Response};
 use serde_json::{Value, json};
 
-use super::{Case, cases, servable};
+use super::{Case, servable, servable_too};
 use crate::config::ServeConfig;
 use crate::server::Server;
 use crate::{ServeFile, local_only};
@@ -333,12 +333,7 @@ fn wrong_requests(server: &Running) {
 
 #[test]
 fn adapters_come_and_go_under_traffic_and_keys_separate_rights() {
-    let mut on_same_base = cases();
-    let case = servable();
-    on_same_base
-        .retain(|other| !other.must_refuse() && other.base == case.base && other.name != case.name);
-    // Any content will do under another name.
-    let other = on_same_base.first().unwrap_or(&case);
+    let (case, other) = (servable(), servable_too());
     let extra = "[auth]\napi_keys_file = 'keys.txt'\nadmin_keys_file = 'admin.txt'\n[admin]\nenabled = true\nadapter_root = 'adapters'\n";
     // The sections before [[models]] are in any order.
     let (mut server, dir) = Running::start(&toml_for(&case, extra));

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::fixture_tests::{Case, cases, servable};
+use crate::fixture_tests::{Case, servable, servable_too};
 use crate::{ServeFile, local_only};
 
 /// A directory with a `serve.toml`, an adapter root, and copies of two adapters of one base in it.
@@ -16,16 +16,7 @@ struct Site {
 
 impl Site {
     fn new() -> Self {
-        let first = servable();
-        let second = cases()
-            .into_iter()
-            .find(|case| {
-                case.base == first.base
-                    && case.name != first.name
-                    && !case.must_refuse()
-                    && case.loader().check().is_ok()
-            })
-            .expect("two adapters on one base");
+        let (first, second) = (servable(), servable_too());
         let dir = tempfile::tempdir().expect("a temporary directory");
         let site = Self {
             dir,
