@@ -183,9 +183,9 @@ fn train_collapse_sample_merge_inspect_validate_eval() {
 #[test]
 fn convert_round_trips() {
     use monteclora_converters::Adapter;
-    let dir = tempfile::tempdir().unwrap();
     let cases = with_own(adapters(), &["must-refuse-dora"]);
     for case in cases.into_iter().chain(supported_architectures()) {
+        let dir = tempfile::tempdir().unwrap();
         let (model, source) = (
             case.model.display().to_string(),
             case.dir.display().to_string(),

@@ -59,6 +59,15 @@ fn every_adapter_case_is_served_right_or_refused() {
             assert!(stderr.contains("mistral.rs"), "{}: {stderr}", case.name);
             continue;
         }
+        if code == 2 {
+            // The text is longer than the window, in which mistral.rs computes something else.
+            assert!(
+                stderr.contains("this model takes 1 to"),
+                "{}: {stderr}",
+                case.name
+            );
+            continue;
+        }
         assert_eq!(code, 0, "{}: {stderr}", case.name);
         let report: serde_json::Value = serde_json::from_str(&stdout).unwrap();
         for key in ["mistralrs", "mistralrs_base"] {
@@ -83,9 +92,9 @@ fn every_adapter_case_is_served_right_or_refused() {
 #[test]
 fn merged_models_give_the_adapters_logits() {
     use monteclora_converters::{SafetensorsFile, write_safetensors};
-    let dir = tempfile::tempdir().unwrap();
     let mut compared = 0;
     for case in with_own(usable(), &["all-linear"]) {
+        let dir = tempfile::tempdir().unwrap();
         let merged = dir.path().join(&case.name);
         let status = Command::new(env!("CARGO_BIN_EXE_monteclora"))
             .args(["merge", "--dtype", "f32", "-m"])
