@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::adapter::{Adapter, Site, SitePosterior};
+use crate::architecture::FAMILIES;
 use crate::config::{AdapterConfig, MonteCloraSettings, TargetModules};
 use crate::model_files::ModelFiles;
 use crate::tensors::dtype::DType;
@@ -22,9 +23,6 @@ pub(crate) struct Case {
     pub(crate) model_dir: PathBuf,
     expected: PathBuf,
 }
-
-/// The families that the converters know in every format.
-const FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
 impl Case {
     /// `root/adapters/NAME`, whose base is a model of the same root.
@@ -84,7 +82,7 @@ pub(crate) fn usable() -> Vec<Case> {
                 let config = ModelFiles::read_config(&case.model_dir).expect("a model");
                 FAMILIES
                     .iter()
-                    .any(|family| config["model_type"] == *family)
+                    .any(|family| config["model_type"] == family.model_type)
             }),
     );
     cases

@@ -117,27 +117,33 @@ pub(crate) fn supported_architectures() -> Vec<AdapterCase> {
     let mut cases = architectures();
     cases.retain(|case| Decoder::load(&case.model, &Device::Cpu).is_ok());
     if cases.is_empty() {
-        cases.push(AdapterCase::of_architecture(
-            &own().join("architectures/qwen3"),
-        ));
+        cases = own_architectures();
     }
     cases
 }
 
+/// The architectures of the project's copy.
+pub(crate) fn own_architectures() -> Vec<AdapterCase> {
+    let dirs = subdirectories("architectures");
+    dirs.iter()
+        .map(|dir| AdapterCase::of_architecture(dir))
+        .collect()
+}
+
+/// The folders in one of the project's copy; at least one.
+fn subdirectories(folder: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(own().join(folder)).unwrap();
+    let found: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    assert!(!found.is_empty(), "{folder}");
+    found
+}
+
 /// Every usable adapter of the project's copy, those for architectures included.
 pub(crate) fn own_usable() -> Vec<AdapterCase> {
-    let folder = |name: &str| -> Vec<PathBuf> {
-        let entries = std::fs::read_dir(own().join(name)).unwrap();
-        entries.map(|entry| entry.unwrap().path()).collect()
-    };
-    let adapters = folder("adapters").into_iter().map(AdapterCase::new);
+    let adapters = subdirectories("adapters").into_iter();
+    let adapters = adapters.map(AdapterCase::new);
     let mut cases: Vec<AdapterCase> = adapters.filter(|case| !case.must_be_refused()).collect();
-    let architectures = folder("architectures");
-    cases.extend(
-        architectures
-            .iter()
-            .map(|dir| AdapterCase::of_architecture(dir)),
-    );
+    cases.extend(own_architectures());
     cases
 }
 
