@@ -16,7 +16,7 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
-use crate::quirks_0_8::abandoned_requests::submit_tokenization;
+use crate::quirks_0_8::abandoned_requests::tokenize;
 
 /// How long a dropped engine may take to give its memory back.
 const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
@@ -141,11 +141,10 @@ impl Engine {
     /// # Errors
     /// [`Error::Engine`] if the model has no chat template or the template refuses the conversation.
     pub fn tokenize_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
-        self.runtime.block_on(count_tokens(
-            &self.host,
-            None,
-            messages_for_template(messages),
-        ))
+        let text = either::Either::Left(messages_for_template(messages));
+        let request = |response| plain_tokenization(text, response);
+        self.runtime
+            .block_on(tokenize(&self.host, None, request, ()))
     }
 
     /// Answers a conversation greedily (the most probable token each time) with at most `max_tokens` tokens.
@@ -295,24 +294,12 @@ fn messages_for_template(messages: &[ChatMessage]) -> TemplateMessages {
         .collect()
 }
 
-/// Renders and tokenises a conversation in the engine `model`.
-pub(crate) async fn count_tokens(
-    host: &MistralRs,
-    model: Option<&str>,
-    messages: TemplateMessages,
-) -> Result<Vec<u32>> {
-    tokenize(host, model, either::Either::Left(messages), ()).await
-}
-
-/// Tokens of a conversation or of plain text, by the engine `model`.
-pub(crate) async fn tokenize(
-    host: &MistralRs,
-    model: Option<&str>,
+/// A request for the tokens of a conversation or of plain text.
+pub(crate) fn plain_tokenization(
     text: either::Either<TemplateMessages, String>,
-    held: impl Send + 'static,
-) -> Result<Vec<u32>> {
-    let (response, receiver) = channel(1);
-    let request = TokenizationRequest {
+    response: Sender<anyhow::Result<Vec<u32>>>,
+) -> TokenizationRequest {
+    TokenizationRequest {
         text,
         tools: None,
         add_generation_prompt: true,
@@ -320,8 +307,7 @@ pub(crate) async fn tokenize(
         enable_thinking: None,
         reasoning_effort: None,
         response,
-    };
-    submit_tokenization(host, model, request, receiver, held).await
+    }
 }
 
 fn logits_of(chunks: &[Tensor], n_tokens: usize) -> candle_core::Result<Result<PromptLogits>> {

@@ -54,23 +54,11 @@ const LEAST_HEADER_BYTES: usize = 8 << 10;
 impl LimitsSection {
     /// What is wrong with them goes to `errors`.
     pub(super) fn check(&self, errors: &mut Vec<String>) {
-        let zeros = [
-            ("max_body_bytes", self.max_body_bytes == 0),
-            ("max_prompt_tokens", self.max_prompt_tokens == Some(0)),
-            (
-                "max_completion_tokens",
-                self.max_completion_tokens == Some(0),
-            ),
-            ("max_concurrent_requests", self.max_concurrent_requests == 0),
-            ("max_connections", self.max_connections == 0),
-            ("header_timeout_s", self.header_timeout_s == 0),
-            ("body_timeout_s", self.body_timeout_s == 0),
-            ("write_timeout_s", self.write_timeout_s == 0),
-            ("request_timeout_s", self.request_timeout_s == 0),
-            ("drain_timeout_s", self.drain_timeout_s == 0),
-        ];
-        for (key, _) in zeros.iter().filter(|(_, is_zero)| *is_zero) {
-            errors.push(format!("limits.{key}: must be at least 1"));
+        let values = serde_json::to_value(self).unwrap_or_default();
+        for (key, value) in values.as_object().into_iter().flatten() {
+            if *value == 0 && key != "max_header_bytes" {
+                errors.push(format!("limits.{key}: must be at least 1"));
+            }
         }
         if self.max_header_bytes < LEAST_HEADER_BYTES {
             errors.push(format!(

@@ -3,39 +3,37 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use monteclora_converters::Problem;
+
 use crate::error::{Error, Result};
+
+/// Extensions of formats that an adapter cannot be merged into, with the way there.
+const OTHERS: [(&str, &str); 2] = [
+    (
+        "gguf",
+        "`monteclora import-gguf FILE -o DIR` makes a full-precision model directory of it",
+    ),
+    (
+        "uqff",
+        "use the full-precision model, and in_situ_quant to quantise it while loading",
+    ),
+];
 
 /// Refuses what is not a Hugging Face directory of full-precision safetensors, with the way there.
 pub(super) fn refuse_other_formats(base: &Path) -> Result<()> {
-    let refuse = |path: &Path, code, message: &str, fix: &str| {
-        let problem =
-            monteclora_converters::Problem::new(code, path.display().to_string(), message, fix);
+    let refuse = |code, message: String, fix| {
+        let problem = Problem::new(code, base.display().to_string(), message, fix);
         Err(Error::unsupported(base, vec![problem]))
     };
     let has_extension = |path: &Path, wanted: &str| {
         path.extension()
             .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
     };
-    const GGUF: &str =
-        "`monteclora import-gguf FILE -o DIR` makes a full-precision model directory of it";
-    const UQFF: &str =
-        "use the full-precision model, and in_situ_quant to quantise it while loading";
-    if base.is_file() {
-        if has_extension(base, "gguf") {
-            return refuse(
-                base,
-                "gguf",
-                "an adapter cannot be merged into a GGUF file",
-                GGUF,
-            );
-        }
-        if has_extension(base, "uqff") {
-            return refuse(
-                base,
-                "uqff",
-                "an adapter cannot be merged into a UQFF file",
-                UQFF,
-            );
+    for (extension, fix) in OTHERS {
+        if base.is_file() && has_extension(base, extension) {
+            let name = extension.to_uppercase();
+            let message = format!("an adapter cannot be merged into a {name} file");
+            return refuse(extension, message, fix);
         }
     }
     if !base.is_dir() {
@@ -46,24 +44,13 @@ pub(super) fn refuse_other_formats(base: &Path) -> Result<()> {
         .filter_map(|entry| Some(entry.ok()?.path()))
         .collect();
     let any = |wanted: &str| entries.iter().any(|path| has_extension(path, wanted));
-    if any("safetensors") {
-        return Ok(());
-    }
-    if any("gguf") {
-        return refuse(
-            base,
-            "gguf",
-            "holds GGUF files only, into which an adapter cannot be merged",
-            GGUF,
-        );
-    }
-    if any("uqff") {
-        return refuse(
-            base,
-            "uqff",
-            "holds UQFF files only, into which an adapter cannot be merged",
-            UQFF,
-        );
+    for (extension, fix) in OTHERS {
+        if !any("safetensors") && any(extension) {
+            let name = extension.to_uppercase();
+            let message =
+                format!("holds {name} files only, into which an adapter cannot be merged");
+            return refuse(extension, message, fix);
+        }
     }
     Ok(())
 }

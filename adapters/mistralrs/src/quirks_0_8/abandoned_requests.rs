@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 use mistralrs_core::{MistralRs, Request, TokenizationRequest};
-use tokio::sync::mpsc::Receiver;
+use tokio::sync::mpsc::{Sender, channel};
 
 use super::token_bias;
 use crate::engine::engine_error;
@@ -17,24 +17,22 @@ pub(crate) fn make_certain(logits: &Tensor, tokens: &[u32]) -> candle_core::Resu
     token_bias::add(logits, tokens.iter().map(|token| (*token, CERTAIN)))
 }
 
-/// Sends a tokenization and waits for it. The receiver must be the request's own.
+/// The tokens that the engine `model` makes of `request`, which is given where to answer.
 ///
 /// The engine may be at it longer than the caller waits; `held` is kept as long.
-pub(crate) async fn submit_tokenization(
+pub(crate) async fn tokenize(
     host: &MistralRs,
     model: Option<&str>,
-    request: TokenizationRequest,
-    mut receiver: Receiver<anyhow::Result<Vec<u32>>>,
+    request: impl FnOnce(Sender<anyhow::Result<Vec<u32>>>) -> TokenizationRequest,
     held: impl Send + 'static,
 ) -> Result<Vec<u32>> {
-    let sender = host.get_sender(model).map_err(engine_error)?;
+    let engine = host.get_sender(model).map_err(engine_error)?;
+    let (sender, mut receiver) = channel(1);
+    let request = Request::Tokenize(request(sender));
     // A task of its own: a caller that goes away must not take the receiver with it.
     let work = tokio::spawn(async move {
         let _held = held;
-        sender
-            .send(Request::Tokenize(request))
-            .await
-            .map_err(engine_error)?;
+        engine.send(request).await.map_err(engine_error)?;
         receiver
             .recv()
             .await

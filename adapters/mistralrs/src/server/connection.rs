@@ -4,7 +4,6 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -14,11 +13,12 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::{sleep, timeout};
+use tokio_io_timeout::TimeoutWriter;
 
 use super::metrics::Metrics;
 use super::tls::TlsAcceptor;
@@ -127,7 +127,7 @@ impl Connection {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%peer, %error, "cannot turn off Nagle's algorithm");
         }
-        let stream = WriteDeadline::new(stream, Duration::from_secs(self.limits.write_timeout_s));
+        let stream = with_write_timeout(stream, Duration::from_secs(self.limits.write_timeout_s));
         let Some(tls) = tls else {
             return self.http1(stream).await;
         };
@@ -179,89 +179,11 @@ async fn told_to_stop(stopped: &mut watch::Receiver<bool>) {
     let _ = stopped.wait_for(|stopped| *stopped).await;
 }
 
-/// A stream whose writes fail once the other end has not read for too long.
-struct WriteDeadline<S> {
-    stream: S,
-    limit: Duration,
-    stalled: Option<Pin<Box<Sleep>>>,
-}
-
-impl<S> WriteDeadline<S> {
-    fn new(stream: S, limit: Duration) -> Self {
-        Self {
-            stream,
-            limit,
-            stalled: None,
-        }
-    }
-
-    /// Passes `outcome` on, unless nothing has been written for the whole limit.
-    fn guard<T>(
-        &mut self,
-        context: &mut Context<'_>,
-        outcome: Poll<std::io::Result<T>>,
-    ) -> Poll<std::io::Result<T>> {
-        if outcome.is_ready() {
-            self.stalled = None;
-            return outcome;
-        }
-        let limit = self.limit;
-        let timer = self.stalled.get_or_insert_with(|| Box::pin(sleep(limit)));
-        timer
-            .as_mut()
-            .poll(context)
-            .map(|()| Err(std::io::ErrorKind::TimedOut.into()))
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for WriteDeadline<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for WriteDeadline<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        let outcome = Pin::new(&mut self.stream).poll_write(context, buffer);
-        self.guard(context, outcome)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffers: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
-        let outcome = Pin::new(&mut self.stream).poll_write_vectored(context, buffers);
-        self.guard(context, outcome)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        let outcome = Pin::new(&mut self.stream).poll_flush(context);
-        self.guard(context, outcome)
-    }
-
-    fn poll_shutdown(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        let outcome = Pin::new(&mut self.stream).poll_shutdown(context);
-        self.guard(context, outcome)
-    }
+/// `stream`, whose writes fail once the other end has not read for as long as `limit`.
+fn with_write_timeout<S: AsyncWrite>(stream: S, limit: Duration) -> Pin<Box<TimeoutWriter<S>>> {
+    let mut stream = TimeoutWriter::new(stream);
+    stream.set_timeout(Some(limit));
+    Box::pin(stream)
 }
 
 #[cfg(test)]
@@ -273,13 +195,13 @@ mod tests {
     #[tokio::test]
     async fn a_write_that_nobody_reads_fails_after_the_limit_and_one_that_is_read_does_not() {
         let (near, mut far) = tokio::io::duplex(16);
-        let mut stream = WriteDeadline::new(near, Duration::from_millis(50));
+        let mut stream = with_write_timeout(near, Duration::from_millis(50));
         stream.write_all(&[0; 16]).await.expect("there is room");
         let error = stream.write_all(&[0; 1]).await.expect_err("nobody reads");
         assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
 
         let (near, reader) = tokio::io::duplex(16);
-        let mut stream = WriteDeadline::new(near, Duration::from_secs(5));
+        let mut stream = with_write_timeout(near, Duration::from_secs(5));
         let read = tokio::spawn(async move {
             let mut reader = reader;
             let mut sink = Vec::new();

@@ -1,9 +1,7 @@
-//! A job: one request in an engine's hands, from its admission to its last token, whether or not the client stays.
+//! A job: one request in an engine's hands, until its last token, whether or not the client stays.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use mistralrs_core::{NormalRequest, Request, Response};
@@ -11,81 +9,19 @@ use serde::Serialize;
 use tokio::sync::mpsc::{
     Receiver, Sender, UnboundedReceiver, UnboundedSender, channel, unbounded_channel,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::App;
+use super::admission::Admission;
 use super::api_error::ApiError;
 use super::context::RequestContext;
-use super::metrics::{AnswerRecord, Counted, Metrics};
+use super::metrics::{AnswerRecord, Metrics};
 use super::registry::Lease;
 use super::steps::Steps;
 use crate::quirks_0_8::lost_last_chunk::finish_reason;
 
 /// Responses an engine may be ahead of the task that takes them.
 const CHANNEL_SIZE: usize = 1024;
-
-/// A place among the requests that are worked on or queued, for each choice asked for.
-pub(crate) struct Admission {
-    started: Instant,
-    places: Vec<Arc<OwnedSemaphorePermit>>,
-    _in_flight: Counted,
-}
-
-impl Admission {
-    /// A place, unless all are taken or the server is stopping.
-    pub(crate) fn new(app: &App) -> Result<Self, ApiError> {
-        if app.draining.load(Ordering::SeqCst) {
-            return Err(ApiError::unavailable("the server is stopping"));
-        }
-        let permit = Semaphore::try_acquire_owned(app.places.clone()).map_err(|_| too_many())?;
-        Ok(Self {
-            started: Instant::now(),
-            places: vec![Arc::new(permit)],
-            _in_flight: app.metrics.in_flight(),
-        })
-    }
-
-    /// Takes places for all of `n_choices`, if there are any left.
-    pub(crate) fn widen(&mut self, app: &App, n_choices: usize) -> Result<(), ApiError> {
-        let most = app.config.limits.max_concurrent_requests;
-        if n_choices > most {
-            return Err(ApiError::invalid(
-                "n",
-                format!("`n` is {n_choices}; this server works on at most {most} at a time"),
-            ));
-        }
-        let more = u32::try_from(n_choices.saturating_sub(1)).map_err(|_| too_many())?;
-        let permit = Semaphore::try_acquire_many_owned(app.places.clone(), more);
-        self.places.push(Arc::new(permit.map_err(|_| too_many())?));
-        Ok(())
-    }
-
-    /// What keeps the places taken, for work that may go on after the request.
-    pub(crate) fn places(&self) -> Vec<Arc<OwnedSemaphorePermit>> {
-        self.places.clone()
-    }
-
-    /// `work`, unless it takes longer than a whole answer may.
-    pub(crate) async fn within<T>(
-        &self,
-        app: &App,
-        work: impl Future<Output = Result<T, ApiError>>,
-    ) -> Result<T, ApiError> {
-        let deadline = self.started + timeout(app);
-        tokio::time::timeout_at(deadline.into(), work)
-            .await
-            .unwrap_or_else(|_| Err(ApiError::timed_out()))
-    }
-}
-
-/// What a whole answer may take.
-fn timeout(app: &App) -> Duration {
-    Duration::from_secs(app.config.limits.request_timeout_s)
-}
-
-fn too_many() -> ApiError {
-    ApiError::unavailable("too many requests at a time; try again shortly")
-}
 
 /// What an engine is given to do.
 pub(crate) struct Job {
@@ -178,7 +114,6 @@ impl Job {
         let (client, receiver) = unbounded_channel();
         let worker = Worker {
             job: job.clone(),
-            deadline: admission.started + timeout(app),
             admission,
             engine_input,
             client,
@@ -233,7 +168,6 @@ struct Choice {
 struct Worker {
     job: Arc<Job>,
     admission: Admission,
-    deadline: Instant,
     engine_input: Sender<Request>,
     client: UnboundedSender<Message>,
     /// Becomes true when the time to drain is over.
@@ -297,7 +231,7 @@ impl Worker {
     async fn overdue(&self) -> JobEnd {
         let mut cut = self.cut.clone();
         tokio::select! {
-            () = tokio::time::sleep_until(self.deadline.into()) => JobEnd::TimedOut,
+            () = tokio::time::sleep_until(self.admission.deadline.into()) => JobEnd::TimedOut,
             // The sender lives as long as the server.
             _ = cut.wait_for(|cut| *cut) => JobEnd::Stopped,
         }

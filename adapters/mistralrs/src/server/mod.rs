@@ -1,5 +1,6 @@
 //! The OpenAI-compatible server: binds, loads every model, answers, and drains when told to stop.
 
+mod admission;
 mod answers;
 pub(crate) mod api_error;
 mod connection;
@@ -40,7 +41,7 @@ use metrics::Metrics;
 pub use registry::Applied;
 use registry::Registry;
 pub use reload::{ConfigSource, Reloaded};
-use signals::{Hangups, StopSignals};
+use signals::Signals;
 use tls::TlsAcceptor;
 
 /// What every handler sees.
@@ -193,8 +194,8 @@ pub fn serve(
         .map_err(|error| Error::Engine(format!("cannot start a runtime: {error}")))?;
     let outcome = runtime.block_on(async {
         // Listening for signals starts before loading, so that a stop during a long load is not lost.
-        let mut signals = StopSignals::new()?;
-        let mut hangups = source.as_ref().map(|_| Hangups::new()).transpose()?;
+        let mut signals = Signals::of_stop()?;
+        let mut hangups = source.as_ref().map(|_| Signals::of_reload()).transpose()?;
         let mut server = tokio::select! {
             server = Server::start(config) => server?,
             () = signals.next() => return Ok(()),

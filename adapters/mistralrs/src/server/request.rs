@@ -3,23 +3,28 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use mistralrs_core::{Constraint, DrySamplingParams, NormalRequest, SamplingParams};
+use mistralrs_core::{
+    Constraint, DrySamplingParams, NormalRequest, SamplingParams, TokenizationRequest,
+};
 use mistralrs_server_core::openai::Grammar;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
+use tokio::sync::mpsc::Sender;
 
 use super::App;
+use super::admission::Admission;
 use super::api_error::ApiError;
 use super::context::RequestContext;
 use super::fields::{checked, flag, object, refuse_unknown, take, take_theirs};
-use super::job::{Admission, Job, RunningJob};
+use super::job::{Job, RunningJob};
 use super::registry::Lease;
 use super::sampling::Sampling;
 use super::seeded::SeededDraw;
 use super::steps::Steps;
 use super::stop::StopWatch;
 use crate::field_names::field_names;
+use crate::quirks_0_8::abandoned_requests::tokenize;
 use crate::quirks_0_8::split_models::{refuse_hooks, samples_in_step};
 use crate::quirks_0_8::{log_probabilities, narrow_sampling, stop_texts};
 
@@ -152,6 +157,24 @@ impl Asked {
             seeded,
         };
         Ok((asked, take(&mut fields)?))
+    }
+
+    /// The tokens that the engine makes of `request`, whose text came under the key `prompt`.
+    pub(crate) async fn tokens(
+        &self,
+        app: &App,
+        admission: &Admission,
+        prompt: &str,
+        request: impl FnOnce(Sender<anyhow::Result<Vec<u32>>>) -> TokenizationRequest,
+    ) -> Result<Vec<u32>, ApiError> {
+        let (host, engine) = (app.registry.host(), Some(self.lease.engine_id()));
+        let held = (self.lease.clone(), admission.places());
+        let tokens = async {
+            tokenize(host, engine, request, held)
+                .await
+                .map_err(|error| ApiError::invalid(prompt, error.to_string()))
+        };
+        admission.within(tokens).await
     }
 
     /// Gives `request`, whose prompt has `n_prompt` tokens and came under the key `prompt`, to the engine, once for each choice.

@@ -2,81 +2,60 @@
 
 use crate::error::{Error, Result};
 
-/// The signals that ask for an end: SIGTERM, and SIGINT from the keyboard.
-#[cfg(unix)]
-pub(super) struct StopSignals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+/// Signals of one meaning, whichever of them comes.
+pub(super) struct Signals {
+    #[cfg(unix)]
+    each: Vec<tokio::signal::unix::Signal>,
+    #[cfg(not(unix))]
+    ctrl_c: bool,
 }
 
 #[cfg(unix)]
-impl StopSignals {
-    pub(super) fn new() -> Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        let watch = |kind| {
-            signal(kind)
-                .map_err(|error| Error::Engine(format!("cannot listen for signals: {error}")))
-        };
-        Ok(Self {
-            terminate: watch(SignalKind::terminate())?,
-            interrupt: watch(SignalKind::interrupt())?,
-        })
+impl Signals {
+    /// Those that ask for an end: SIGTERM, and SIGINT from the keyboard.
+    pub(super) fn of_stop() -> Result<Self> {
+        use tokio::signal::unix::SignalKind;
+        Self::of(&[SignalKind::terminate(), SignalKind::interrupt()])
     }
 
+    /// SIGHUP, which asks to read the configuration again.
+    pub(super) fn of_reload() -> Result<Self> {
+        Self::of(&[tokio::signal::unix::SignalKind::hangup()])
+    }
+
+    fn of(kinds: &[tokio::signal::unix::SignalKind]) -> Result<Self> {
+        let each: std::io::Result<_> = kinds
+            .iter()
+            .map(|kind| tokio::signal::unix::signal(*kind))
+            .collect();
+        let each =
+            each.map_err(|error| Error::Engine(format!("cannot listen for signals: {error}")))?;
+        Ok(Self { each })
+    }
+
+    /// Completes when the next of them comes.
     pub(super) async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
+        let each = self.each.iter_mut().map(|signal| Box::pin(signal.recv()));
+        futures::future::select_all(each).await;
     }
 }
 
-/// SIGHUP, which asks to read the configuration again.
-#[cfg(unix)]
-pub(super) struct Hangups(tokio::signal::unix::Signal);
-
-#[cfg(unix)]
-impl Hangups {
-    pub(super) fn new() -> Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        signal(SignalKind::hangup())
-            .map(Self)
-            .map_err(|error| Error::Engine(format!("cannot listen for signals: {error}")))
-    }
-
-    pub(super) async fn next(&mut self) {
-        self.0.recv().await;
-    }
-}
-
-/// There is no such signal here.
 #[cfg(not(unix))]
-pub(super) struct Hangups;
-
-#[cfg(not(unix))]
-impl Hangups {
-    pub(super) fn new() -> Result<Self> {
-        Ok(Self)
+impl Signals {
+    /// The one that asks for an end: ctrl-c.
+    pub(super) fn of_stop() -> Result<Self> {
+        Ok(Self { ctrl_c: true })
     }
 
-    pub(super) async fn next(&mut self) {
-        std::future::pending().await
-    }
-}
-
-/// The signal that asks for an end: ctrl-c.
-#[cfg(not(unix))]
-pub(super) struct StopSignals;
-
-#[cfg(not(unix))]
-impl StopSignals {
-    pub(super) fn new() -> Result<Self> {
-        Ok(Self)
+    /// There is no such signal here.
+    pub(super) fn of_reload() -> Result<Self> {
+        Ok(Self { ctrl_c: false })
     }
 
+    /// Completes when the next of them comes.
     pub(super) async fn next(&mut self) {
         // Without a handler the only way to stop is the task manager, which needs none.
-        if tokio::signal::ctrl_c().await.is_err() {
+        if !self.ctrl_c || tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }
     }

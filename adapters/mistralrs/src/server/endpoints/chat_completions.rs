@@ -13,15 +13,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::channel;
 
-use crate::quirks_0_8::abandoned_requests::submit_tokenization;
 use crate::quirks_0_8::dropped_efforts::Effort;
 use crate::quirks_0_8::forced_tools::ToolUse;
 use crate::server::App;
+use crate::server::admission::Admission;
 use crate::server::answers::{Choice, Form, Head, Piece, answer, data};
 use crate::server::api_error::ApiError;
 use crate::server::fields::{flag, only, theirs};
 use crate::server::guard::Payload;
-use crate::server::job::{Admission, Usage};
+use crate::server::job::Usage;
 use crate::server::request::Asked;
 
 /// Keys that only this endpoint has.
@@ -76,9 +76,7 @@ pub(super) async fn handle(
             "this kind of grammar is not supported",
         ));
     }
-    let n_prompt = admission
-        .within(&app, count_prompt(&app, &asked, &request, &admission))
-        .await?;
+    let n_prompt = count_prompt(&app, &asked, &request, &admission).await?;
     let job = asked.start(&app, admission, "messages", n_prompt, request)?;
     answer(asked, job, "chatcmpl", form).await
 }
@@ -181,8 +179,7 @@ async fn count_prompt(
     else {
         return Err(ApiError::invalid("messages", "only text is supported"));
     };
-    let (response, receiver) = channel(1);
-    let tokenization = TokenizationRequest {
+    let tokens = |response| TokenizationRequest {
         text: either::Either::Left(messages.clone()),
         tools: request.tools.clone(),
         add_generation_prompt: true,
@@ -191,12 +188,7 @@ async fn count_prompt(
         reasoning_effort: *reasoning_effort,
         response,
     };
-    let engine_id = asked.lease.engine_id();
-    let held = (asked.lease.clone(), admission.places());
-    let host = app.registry.host();
-    let tokens = submit_tokenization(host, Some(engine_id), tokenization, receiver, held)
-        .await
-        .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
+    let tokens = asked.tokens(app, admission, "messages", tokens).await?;
     Ok(tokens.len())
 }
 

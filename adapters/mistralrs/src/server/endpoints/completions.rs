@@ -9,14 +9,15 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use tokio::sync::mpsc::channel;
 
-use crate::engine::tokenize;
+use crate::engine::plain_tokenization;
 use crate::quirks_0_8::first_white_space::{restore, token_text};
 use crate::server::App;
+use crate::server::admission::Admission;
 use crate::server::answers::{Choice, Form, Head, Piece, answer, data};
 use crate::server::api_error::ApiError;
 use crate::server::fields::{checked, flag};
 use crate::server::guard::Payload;
-use crate::server::job::{Admission, Usage};
+use crate::server::job::Usage;
 use crate::server::request::Asked;
 
 /// Keys that only this endpoint has.
@@ -43,19 +44,9 @@ pub(super) async fn handle(
         .prompt
         .ok_or_else(|| ApiError::invalid("prompt", format!("`prompt` {ONE_TEXT}")))?;
     // The tokenizer that mistral.rs has adds nothing, so what the model's own puts around plain text is added here.
-    let tokenizing = async {
-        let text = Either::Right(prompt.clone());
-        let held = (asked.lease.clone(), admission.places());
-        tokenize(
-            app.registry.host(),
-            Some(asked.lease.engine_id()),
-            text,
-            held,
-        )
-        .await
-        .map_err(|error| ApiError::invalid("prompt", error.to_string()))
-    };
-    let text = admission.within(&app, tokenizing).await?;
+    let text = Either::Right(prompt.clone());
+    let request = |response| plain_tokenization(text, response);
+    let text = asked.tokens(&app, &admission, "prompt", request).await?;
     let frame = &asked.lease.frame;
     let tokens = [&*frame.prefix, &text, &frame.suffix].concat();
     let (n_prompt, messages) = (tokens.len(), RequestMessage::CompletionTokens(tokens));
