@@ -78,9 +78,9 @@ impl FrozenLinear {
         })
     }
 
-    /// The same projection with products of its weight computed in `precision`, forward and backward; the update stays f32.
-    pub fn with_precision(self, precision: Precision) -> Self {
-        Self { precision, ..self }
+    /// Products of the weight are computed in `precision`, forward and backward; the update's stay f32.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
     }
 
     /// The weight, `[out, in]`.

@@ -1,23 +1,23 @@
 //! The whole decoder: hidden states, logits, and the task loss with the gradients of the active adapter.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use monteclora_adapters::Precision;
 use monteclora_adapters::noise::{Key, Purpose};
-use monteclora_adapters::weights::Weight;
-use monteclora_adapters::{FrozenLinear, Precision};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
 
-use super::adapter::{ActiveAdapter, AdapterGradients, SiteId};
+use super::adapter::{ActiveAdapter, AdapterGradients};
+use super::block::{Block, Kept};
 use super::generate::LayerCache;
-use super::layer::{Kept, Layer, Pass};
 use super::load;
-use super::ops::attention::Segment;
-use super::ops::rope::Rotation;
-use super::ops::{cross_entropy, rms_norm};
-use super::{Error, Result, read_shape};
+use super::parts::Pass;
+use super::parts::attention::Segment;
+use super::parts::embedding::Embedding;
+use super::parts::head::Head;
+use super::parts::rotary::Rotation;
+use super::{Result, read_shape};
 
 /// A frozen decoder on one device: weights in f32 or bf16, norms and arithmetic in f32 unless [`Decoder::with_precision`] says
 /// otherwise.
@@ -25,10 +25,9 @@ use super::{Error, Result, read_shape};
 pub struct Decoder {
     pub(super) config: ModelShape,
     pub(super) directory: PathBuf,
-    pub(super) embedding: Arc<dyn Weight>,
-    pub(super) layers: Vec<Layer>,
-    pub(super) norm: Tensor,
-    pub(super) head: FrozenLinear,
+    pub(super) embedding: Embedding,
+    pub(super) blocks: Vec<Block>,
+    pub(super) head: Head,
     pub(super) device: Device,
 }
 
@@ -74,7 +73,7 @@ impl Sequences {
     }
 }
 
-/// Dropout on the adapters' inputs; a function of seed, step, site, row and position alone.
+/// Dropout on the adapters' inputs; a function of seed, step, module, row and position alone.
 #[derive(Debug, Clone)]
 pub struct Dropout {
     /// Probability that an input is dropped, in `[0, 1)`.
@@ -88,14 +87,14 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    pub(super) fn mask(&self, site: SiteId, segments: &[Segment], like: &Tensor) -> Result<Tensor> {
+    pub(super) fn mask(&self, module: &str, segments: &[Segment], like: &Tensor) -> Result<Tensor> {
         let (tokens, columns) = like.dims2()?;
         let keep = (1.0 / (1.0 - self.probability)) as f32;
         let mut mask = vec![0f32; tokens * columns];
         for (segment, row) in segments.iter().zip(&self.rows) {
             let key = Key::new(
                 self.seed ^ row.wrapping_mul(0x9e37_79b9_7f4a_7c15),
-                &site.name(),
+                module,
                 self.step,
             );
             let start = segment.query_start * columns;
@@ -108,12 +107,8 @@ impl Dropout {
                 };
             }
         }
-        Ok(Tensor::from_vec(mask, (tokens, columns), &Device::Cpu)?
-            .to_device(&self.device(like))?)
-    }
-
-    fn device(&self, like: &Tensor) -> Device {
-        like.device().clone()
+        let mask = Tensor::from_vec(mask, (tokens, columns), &Device::Cpu)?;
+        Ok(mask.to_device(like.device())?)
     }
 }
 
@@ -124,7 +119,7 @@ pub struct TaskLoss {
     pub nll: Vec<f32>,
     /// Whether each target was the most likely token.
     pub correct: Vec<bool>,
-    /// Gradients of the adapter's sites.
+    /// Gradients of the adapter's modules.
     pub gradients: Option<AdapterGradients>,
 }
 
@@ -175,12 +170,9 @@ impl Decoder {
 
     /// The same decoder with products of its frozen weights computed in `precision`, forward and backward.
     pub fn with_precision(mut self, precision: Precision) -> Self {
-        self.head = self.head.with_precision(precision);
-        for layer in &mut self.layers {
-            layer.projections = layer
-                .projections
-                .each_ref()
-                .map(|linear| linear.clone().with_precision(precision));
+        self.head.linear.set_precision(precision);
+        for projection in self.blocks.iter_mut().flat_map(Block::projections_mut) {
+            projection.linear.set_precision(precision);
         }
         self
     }
@@ -205,53 +197,36 @@ impl Decoder {
         config.linear_modules()
     }
 
-    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
-        let vocab_size = self.config.vocab_size;
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= vocab_size) {
-            return Err(Error::Token {
-                token: *token,
-                vocab_size,
-            });
-        }
-        Ok(self.embedding.gather(tokens)?)
+    fn rotations(&self, positions: &[u32]) -> Result<Vec<Rotation>> {
+        let ropes = self.config.ropes.iter();
+        ropes
+            .map(|rope| Rotation::new(positions, &rope.inverse_frequencies, &self.device))
+            .collect()
     }
 
-    pub(super) fn rotation(&self, positions: &[u32]) -> Result<Rotation> {
-        Rotation::new(
-            positions,
-            &self.config.ropes[0].inverse_frequencies,
-            &self.device,
-        )
-    }
-
-    /// Normalised hidden states `[tokens, hidden]`, without keeping anything for a backward pass.
+    /// Hidden states before the last norm, `[tokens, hidden]`, without keeping anything for a backward pass.
     pub(super) fn hidden(
         &self,
         sequences: &Sequences,
         adapter: &ActiveAdapter,
         mut caches: Option<&mut [LayerCache]>,
     ) -> Result<Tensor> {
-        let rotation = self.rotation(&sequences.positions)?;
         let pass = Pass {
-            rotation: &rotation,
+            rotations: &self.rotations(&sequences.positions)?,
             segments: &sequences.segments,
             adapter,
             dropout: None,
         };
-        let mut x = self.embed(&sequences.tokens)?;
-        for (index, layer) in self.layers.iter().enumerate() {
+        let mut x = self.embedding.forward(&sequences.tokens)?;
+        for (index, block) in self.blocks.iter().enumerate() {
             let cache = caches.as_deref_mut().map(|caches| &mut caches[index]);
-            x = layer.forward(&x, &pass, cache)?.0;
+            x = block.forward(&x, &pass, cache)?.0;
         }
         Ok(x)
     }
 
     pub(super) fn head_logits(&self, hidden: &Tensor, adapter: &ActiveAdapter) -> Result<Tensor> {
-        let normed = rms_norm::forward(hidden, &self.norm, self.config.rms_norm_eps)?;
-        Ok(self
-            .head
-            .forward(&normed, adapter.get(SiteId::Head), None, None)?
-            .0)
+        self.head.logits(&self.head.norm.forward(hidden)?, adapter)
     }
 
     /// Logits of every position, `[tokens, vocab]`.
@@ -270,14 +245,7 @@ impl Decoder {
         let hidden = self.hidden(sequences, adapter, None)?;
         let (rows, labels) = split(targets);
         let selected = hidden.index_select(&Tensor::new(rows, &self.device)?, 0)?;
-        let normed = rms_norm::forward(&selected, &self.norm, self.config.rms_norm_eps)?;
-        let loss = cross_entropy::evaluate(
-            &self.head,
-            adapter.get(SiteId::Head),
-            &normed,
-            &labels,
-            None,
-        )?;
+        let loss = self.head.losses(&selected, &labels, adapter, None)?;
         Ok(TaskLoss {
             nll: loss.nll,
             correct: loss.correct,
@@ -285,7 +253,7 @@ impl Decoder {
         })
     }
 
-    /// Losses at `targets`, and the gradients of `scale` times their sum at every site of `adapter`.
+    /// Losses at `targets`, and the gradients of `scale` times their sum at every module of `adapter`.
     pub fn loss_and_gradients(
         &self,
         sequences: &Sequences,
@@ -306,57 +274,39 @@ impl Decoder {
         scale: f64,
         options: PassOptions<'_>,
     ) -> Result<TaskLoss> {
-        let rotation = self.rotation(&sequences.positions)?;
         let pass = Pass {
-            rotation: &rotation,
+            rotations: &self.rotations(&sequences.positions)?,
             segments: &sequences.segments,
             adapter,
             dropout: options.dropout,
         };
-        let mut tape: Vec<(Tensor, Option<Kept>)> = Vec::with_capacity(self.layers.len());
-        let mut x = self.embed(&sequences.tokens)?;
-        for layer in &self.layers {
-            let (y, kept) = layer.forward(&x, &pass, None)?;
+        let mut tape: Vec<(Tensor, Option<Kept>)> = Vec::with_capacity(self.blocks.len());
+        let mut x = self.embedding.forward(&sequences.tokens)?;
+        for block in &self.blocks {
+            let (y, kept) = block.forward(&x, &pass, None)?;
             tape.push((x, (!options.checkpointing).then_some(kept)));
             x = y;
         }
         let (rows, labels) = split(targets);
         let index = Tensor::new(rows, &self.device)?;
         let selected = x.index_select(&index, 0)?;
-        let eps = self.config.rms_norm_eps;
-        let normed = rms_norm::forward(&selected, &self.norm, eps)?;
-        let loss = cross_entropy::evaluate(
-            &self.head,
-            adapter.get(SiteId::Head),
-            &normed,
-            &labels,
-            Some(scale),
-        )?;
+        let loss = self.head.losses(&selected, &labels, adapter, Some(scale))?;
         let mut gradients = AdapterGradients::default();
-        gradients.add(SiteId::Head, loss.grad_factors)?;
-        if let Some(grad_normed) = loss.grad_hidden {
-            let grad_selected = rms_norm::backward(&selected, &self.norm, eps, &grad_normed, None)?;
+        gradients.add(self.head.id, loss.grad_factors)?;
+        // Blocks below the lowest adapted one need no gradient at all.
+        let is_adapted = |block: &Block| block.projections().any(|p| adapter.get(p.id).is_some());
+        let lowest = self.blocks.iter().position(is_adapted);
+        if let (Some(grad_selected), Some(lowest)) = (loss.grad_hidden, lowest) {
             let zeros = Tensor::zeros(x.dims(), DType::F32, &self.device)?;
             let mut upstream = zeros.index_add(&index, &grad_selected, 0)?;
-            // Blocks below the lowest adapted one need no gradient at all.
-            let lowest = adapter
-                .sites()
-                .filter_map(|site| match site {
-                    SiteId::Block(layer, _) => Some(layer),
-                    SiteId::Head => None,
-                })
-                .min();
             while let Some((x, kept)) = tape.pop() {
-                let layer = &self.layers[tape.len()];
-                if lowest.is_none_or(|lowest| layer.index < lowest) {
-                    break;
-                }
+                let block = &self.blocks[tape.len()];
                 let kept = match kept {
                     Some(kept) => kept,
-                    None => layer.forward(&x, &pass, None)?.1,
+                    None => block.forward(&x, &pass, None)?.1,
                 };
-                let input = Some(layer.index) != lowest;
-                match layer.backward(&x, &kept, &upstream, &pass, &mut gradients, input)? {
+                let wanted = tape.len() > lowest;
+                match block.backward(&x, &kept, &upstream, &pass, &mut gradients, wanted)? {
                     Some(grad) => upstream = grad,
                     None => break,
                 }

@@ -5,7 +5,7 @@ use candle_core::{D, Tensor};
 use super::Result;
 use super::adapter::ActiveAdapter;
 use super::decoder::{Decoder, Sequences};
-use super::ops::attention::Segment;
+use super::parts::attention::Segment;
 
 /// Rotated keys and values of one layer for the sequences that are still running, one after the other.
 #[derive(Debug, Clone, Default)]
@@ -118,7 +118,7 @@ impl Decoder {
                 stopped: false,
             })
             .collect();
-        let mut caches = vec![LayerCache::default(); self.layers.len()];
+        let mut caches = vec![LayerCache::default(); self.blocks.len()];
         let mut running: Vec<usize> = (0..prompts.len()).collect();
         let mut lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
         let mut sequences = Sequences::new(prompts);

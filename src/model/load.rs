@@ -8,14 +8,20 @@ use monteclora_adapters::FrozenLinear;
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::weights::{Kind, Weight};
 use monteclora_converters as formats;
-use monteclora_converters::ModelFiles;
-use monteclora_converters::architecture::{Extent, ModelShape, NormPlace, Role};
+use monteclora_converters::architecture::{ModelShape, Module, Multiplier, NormPlace, Role};
+use monteclora_converters::{ModelFiles, Problem};
 use rayon::prelude::*;
 
-use super::adapter::{Projection, SiteId};
+use super::adapter::ModuleId;
+use super::block::{Block, Sublayer};
 use super::decoder::Decoder;
-use super::layer::Layer;
-use super::ops::attention::Heads;
+use super::parts::activation::Gate;
+use super::parts::attention::{Attention, Heads};
+use super::parts::embedding::Embedding;
+use super::parts::feed_forward::FeedForward;
+use super::parts::head::Head;
+use super::parts::norm::Norm;
+use super::parts::projections::{Projection, Projections};
 use super::{Error, Result};
 
 /// Where a decoder's tensors come from.
@@ -32,7 +38,7 @@ const RANDOM_BOUND: f32 = 0.034_641_016;
 
 struct Loader<'a> {
     source: Source<'a>,
-    config: &'a ModelShape,
+    shape: &'a ModelShape,
     device: &'a Device,
     /// How embedding and projections are held.
     kind: &'static Kind,
@@ -92,13 +98,28 @@ impl Loader<'_> {
         Ok(cpu.to_device(self.device)?)
     }
 
-    fn norm(&self, name: &str, len: usize) -> Result<Tensor> {
-        self.vector(&self.required(&format!("{name}.weight"), &[len])?)
+    fn norm(&self, name: &str, width: usize) -> Result<Norm> {
+        Ok(Norm {
+            weight: self.vector(&self.required(&format!("{name}.weight"), &[width])?)?,
+            eps: self.shape.rms_norm_eps,
+        })
     }
 
-    fn linear(&self, site: SiteId) -> Result<FrozenLinear> {
-        let (in_features, out_features) = site.shape(self.config);
-        let name = site.name();
+    /// The norm of block `layer` at a place that `is_there` accepts, if it has one.
+    fn norm_at(&self, layer: usize, is_there: impl Fn(NormPlace) -> bool) -> Result<Option<Norm>> {
+        let mut norms = self.shape.family.norms.iter();
+        norms
+            .find(|norm| is_there(norm.place))
+            .map(|norm| {
+                let name = format!("model.layers.{layer}.{}", norm.name);
+                self.norm(&name, self.shape.norm_width(norm.place))
+            })
+            .transpose()
+    }
+
+    fn linear(&self, module: &Module) -> Result<FrozenLinear> {
+        let (out_features, in_features) = (module.out_features, module.in_features);
+        let name = &module.name;
         let weight = self.matrix(&format!("{name}.weight"), [out_features, in_features])?;
         // A bias in the file is used whatever the configuration calls it: dropping it would be silently wrong.
         let bias = self.optional(&format!("{name}.bias"), &[out_features])?;
@@ -106,45 +127,123 @@ impl Loader<'_> {
         Ok(FrozenLinear::new(weight, bias)?)
     }
 
-    fn layer(&self, index: usize) -> Result<Layer> {
-        let config = self.config;
-        let prefix = format!("model.layers.{index}");
-        let norm = |name: &str| self.norm(&format!("{prefix}.{name}"), config.hidden_size);
-        let head_norm =
-            |name: &str| self.norm(&format!("{prefix}.self_attn.{name}"), config.head_dim);
-        let linear = |projection| self.linear(SiteId::Block(index, projection));
-        let on_heads = NormPlace::On(Role::Query, Extent::Head);
-        let has_head_norms = config
-            .family
-            .norms
-            .iter()
-            .any(|norm| norm.place == on_heads);
-        Ok(Layer {
-            index,
-            input_norm: norm("input_layernorm")?,
-            post_norm: norm("post_attention_layernorm")?,
-            projections: [
-                linear(Projection::Query)?,
-                linear(Projection::Key)?,
-                linear(Projection::Value)?,
-                linear(Projection::Output)?,
-                linear(Projection::Gate)?,
-                linear(Projection::Up)?,
-                linear(Projection::Down)?,
-            ],
-            head_norms: match has_head_norms {
-                true => Some((head_norm("q_norm")?, head_norm("k_norm")?)),
-                false => None,
+    /// The modules of block `layer` that compute `roles`, one after the other.
+    fn projections(&self, layer: usize, roles: &[Role]) -> Result<Projections> {
+        let computes = |module: &Module| module.projection.parts.iter().all(|p| roles.contains(p));
+        ModuleId::all(self.shape)
+            .filter(|(_, module)| module.layer == Some(layer) && computes(module))
+            .map(|(id, module)| {
+                let parts = module.projection.parts.iter();
+                Ok(Projection {
+                    id,
+                    linear: self.linear(&module)?,
+                    parts: parts.map(|role| role.features(self.shape).1).collect(),
+                    name: module.name,
+                })
+            })
+            .collect::<Result<_>>()
+            .map(Projections)
+    }
+
+    fn block(&self, layer: usize) -> Result<Block> {
+        let shape = self.shape;
+        let options = shape.layers[layer];
+        let at = |place| self.norm_at(layer, |found| found == place);
+        let on = |role| {
+            self.norm_at(
+                layer,
+                |found| matches!(found, NormPlace::On(on, _) if on == role),
+            )
+        };
+        Ok(Block {
+            attention: Sublayer {
+                before: at(NormPlace::BeforeAttention)?,
+                part: Attention {
+                    inner: self.projections(layer, ATTENTION)?,
+                    output: self.projections(layer, &[Role::Output])?,
+                    norms: [on(Role::Query)?, on(Role::Key)?],
+                    heads: Heads {
+                        query: shape.num_attention_heads,
+                        key_value: shape.num_key_value_heads,
+                        dim: shape.head_dim,
+                        window: options.window,
+                    },
+                    rope: options.rope,
+                },
+                after: at(NormPlace::AfterAttention)?,
             },
-            heads: Heads {
-                query: config.num_attention_heads,
-                key_value: config.num_key_value_heads,
-                dim: config.head_dim,
-                window: config.layers[index].window,
+            feed_forward: Sublayer {
+                before: at(NormPlace::BeforeFeedForward)?,
+                part: FeedForward {
+                    inner: self.projections(layer, FEED_FORWARD)?,
+                    down: self.projections(layer, &[Role::Down])?,
+                    gate: Gate::of(shape.activation).ok_or_else(|| {
+                        candle_core::Error::Msg("an activation that is not computed".to_owned())
+                    })?,
+                },
+                after: at(NormPlace::AfterFeedForward)?,
             },
-            eps: config.rms_norm_eps,
         })
     }
+}
+
+/// What attention's modules compute of its input.
+const ATTENTION: &[Role] = &[Role::Query, Role::Key, Role::Value];
+/// What the feed-forward layer's modules compute of its input.
+const FEED_FORWARD: &[Role] = &[Role::Gate, Role::Up];
+
+/// What this decoder does not compute of a model, each by its name in config.json or in the checkpoint.
+pub(super) fn not_computed(shape: &ModelShape) -> Vec<Problem> {
+    let family = shape.family;
+    let refused = |name: &str, message: String, fix: &str| {
+        Problem::new("model-config", format!("config.json: {name}"), message, fix)
+    };
+    let mut problems = Vec::new();
+    if Gate::of(shape.activation).is_none() {
+        let message = format!("activation `{}` is not supported", shape.activation.name());
+        problems.push(refused(family.activation_key, message, "only silu is"));
+    }
+    let factors = &shape.multipliers;
+    for (multiplier, key) in family.multipliers {
+        let is_set = match multiplier {
+            Multiplier::Embedding => factors.embedding != 1.0,
+            Multiplier::Attention => factors.attention.is_some(),
+            Multiplier::Residual => factors.residual != 1.0,
+            Multiplier::LogitsDivisor => factors.logits_divisor != 1.0,
+        };
+        if is_set {
+            let message = "a factor is not supported".to_owned();
+            problems.push(refused(key, message, "only 1 is"));
+        }
+    }
+    for norm in family.norms {
+        if let NormPlace::On(role, _) = norm.place
+            && !matches!(role, Role::Query | Role::Key)
+        {
+            let message = format!("the norm `{}` is not supported", norm.name);
+            problems.push(refused(
+                "model_type",
+                message,
+                "only those on queries and keys are",
+            ));
+        }
+    }
+    for roles in [ATTENTION, &[Role::Output], FEED_FORWARD, &[Role::Down]] {
+        let parts = family
+            .projections
+            .iter()
+            .flat_map(|projection| projection.parts);
+        let found: Vec<Role> = parts.copied().filter(|role| roles.contains(role)).collect();
+        if found != roles {
+            let message = format!("projections of {found:?} are not supported");
+            problems.push(refused(
+                "model_type",
+                message,
+                "a block has one of each role, in order",
+            ));
+        }
+    }
+    problems
 }
 
 fn zeros(shape: &[usize]) -> Result<formats::Tensor> {
@@ -178,7 +277,7 @@ pub(super) fn decoder(
     let kind = Kind::find(weights.as_str()).ok_or(Error::WeightType(weights.as_str()))?;
     let loader = Loader {
         source,
-        config: &config,
+        shape: &config,
         device,
         kind,
         problems: Mutex::new(Vec::new()),
@@ -187,15 +286,20 @@ pub(super) fn decoder(
         "model.embed_tokens.weight",
         [config.vocab_size, config.hidden_size],
     )?;
-    let head = if config.tie_word_embeddings {
-        FrozenLinear::new(embedding.clone(), None)?
-    } else {
-        loader.linear(SiteId::Head)?
+    let (id, head) = ModuleId::all(&config)
+        .last()
+        .ok_or_else(|| candle_core::Error::Msg("a decoder without a head".to_owned()))?;
+    let head = Head {
+        id,
+        norm: loader.norm("model.norm", config.hidden_size)?,
+        linear: match config.tie_word_embeddings {
+            true => FrozenLinear::new(embedding.clone(), None)?,
+            false => loader.linear(&head)?,
+        },
     };
-    let norm = loader.norm("model.norm", config.hidden_size)?;
-    let layers = (0..config.num_hidden_layers)
+    let blocks = (0..config.num_hidden_layers)
         .into_par_iter()
-        .map(|index| loader.layer(index))
+        .map(|layer| loader.block(layer))
         .collect::<Result<Vec<_>>>()?;
     let mut problems = loader.problems.into_inner().unwrap_or_default();
     if !problems.is_empty() {
@@ -212,9 +316,8 @@ pub(super) fn decoder(
     }
     Ok(Decoder {
         directory: dir.to_owned(),
-        embedding,
-        layers,
-        norm,
+        embedding: Embedding(embedding),
+        blocks,
         head,
         device: device.clone(),
         config,
@@ -224,7 +327,7 @@ pub(super) fn decoder(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ops::testing::matrix;
+    use crate::model::parts::testing::matrix;
     use crate::model::{ActiveAdapter, PassOptions, Sequences};
     use monteclora_adapters::LowRank;
 
@@ -238,36 +341,34 @@ mod tests {
                 "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}"#,
         )?;
         let narrow = Decoder::random(dir.path(), &Device::Cpu, DType::BF16, 3)?;
-        assert_eq!(narrow.embedding.bytes(), 2 * 301 * 24);
+        assert_eq!(narrow.embedding.0.bytes(), 2 * 301 * 24);
         let mut wide = Decoder::random(dir.path(), &Device::Cpu, DType::F32, 3)?;
         let round = |weight: &dyn Weight| -> Result<Arc<dyn Weight>> {
             let rounded = weight.tensor()?.to_dtype(DType::BF16)?;
             Ok(Arc::new(rounded.to_dtype(DType::F32)?))
         };
-        wide.embedding = round(wide.embedding.as_ref())?;
-        wide.head = FrozenLinear::new(round(wide.head.weight())?, None)?;
-        for layer in &mut wide.layers {
-            for linear in &mut layer.projections {
-                *linear = FrozenLinear::new(round(linear.weight())?, None)?;
-            }
+        wide.embedding.0 = round(wide.embedding.0.as_ref())?;
+        wide.head.linear = FrozenLinear::new(round(wide.head.linear.weight())?, None)?;
+        for projection in wide.blocks.iter_mut().flat_map(Block::projections_mut) {
+            projection.linear = FrozenLinear::new(round(projection.linear.weight())?, None)?;
         }
-        let site = SiteId::Block(0, Projection::Down);
-        let (inputs, outputs) = site.shape(narrow.config());
-        let adapter = ActiveAdapter::new([(
-            site,
-            LowRank {
-                a: matrix(3, inputs, 0.1),
-                b: matrix(outputs, 3, 0.2),
-                scaling: 2.0,
-            },
-        )]);
+        let name = "model.layers.0.mlp.down_proj";
+        let (id, module) = ModuleId::all(narrow.config())
+            .find(|(_, module)| module.name == name)
+            .expect("every block has one");
+        let low_rank = LowRank {
+            a: matrix(3, module.in_features, 0.1),
+            b: matrix(module.out_features, 3, 0.2),
+            scaling: 2.0,
+        };
+        let adapter = ActiveAdapter::new([(id, low_rank)]);
         let sequences = Sequences::new(&[vec![5u32, 9, 300, 7, 0], vec![1, 2, 3]]);
         let targets = [(0, 9), (2, 7), (6, 3)];
         let run = |decoder: &Decoder| -> Result<(Tensor, Tensor)> {
             let pass = PassOptions::default();
             let loss = decoder.loss_and_gradients(&sequences, &targets, &adapter, 1.0, pass)?;
             let gradients = loss.gradients.unwrap_or_default();
-            let of_factors = gradients.get(site).expect("the site is adapted");
+            let of_factors = gradients.get(id).expect("the module is adapted");
             let flat = of_factors.iter().map(Tensor::flatten_all);
             let both = Tensor::cat(&flat.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
             Ok((decoder.logits(&sequences, &adapter)?, both))

@@ -1,22 +1,22 @@
-//! The frozen decoder: Llama, Mistral, Qwen2 and Qwen3, any of whose projections can carry an adapter.
+//! The frozen decoder, any of whose projections can carry an update.
 
 mod adapter;
+mod block;
 mod decoder;
 mod generate;
-mod layer;
 mod load;
-pub mod ops;
+pub(crate) mod parts;
 mod predictive;
 
 use std::path::{Path, PathBuf};
 
-use monteclora_converters::Problem;
-use monteclora_converters::architecture::{Activation, ModelShape};
+use monteclora_converters::architecture::ModelShape;
 
 pub(crate) use adapter::low_rank;
-pub use adapter::{ActiveAdapter, AdapterGradients, Projection, SiteId};
+pub use adapter::{ActiveAdapter, AdapterGradients, ModuleId};
 pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
 pub use generate::{Generation, GenerationSettings};
+pub use parts::attention::Segment;
 pub use predictive::Predictive;
 pub(crate) use predictive::log_mean_exp;
 
@@ -74,14 +74,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// As [`ModelShape::read`], and what this decoder does not compute.
 pub fn read_shape(dir: &Path) -> Result<ModelShape> {
     let shape = ModelShape::read(dir)?;
-    if shape.activation != Activation::Silu {
-        let problem = Problem::new(
-            "model-config",
-            format!("config.json: {}", shape.family.activation_key),
-            format!("activation `{}` is not supported", shape.activation.name()),
-            "only silu is",
-        );
-        return Err(monteclora_converters::Error::refused(dir, vec![problem]).into());
+    let problems = load::not_computed(&shape);
+    if problems.is_empty() {
+        return Ok(shape);
     }
-    Ok(shape)
+    Err(monteclora_converters::Error::refused(dir, problems).into())
 }

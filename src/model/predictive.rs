@@ -2,10 +2,9 @@
 
 use candle_core::{D, DType, Tensor};
 
-use super::adapter::{ActiveAdapter, SiteId};
+use super::adapter::ActiveAdapter;
 use super::decoder::{Decoder, Sequences, TaskLoss, split};
-use super::ops::cross_entropy::CHUNK;
-use super::ops::rms_norm;
+use super::parts::head::CHUNK;
 use super::{Error, Result};
 
 /// Logits that exist at a time for one draw; a dozen tensors of this size are alive at most.
@@ -51,7 +50,7 @@ impl Decoder {
                 let selected = self
                     .hidden(sequences, adapter, None)?
                     .index_select(&rows, 0)?;
-                rms_norm::forward(&selected, &self.norm, self.config.rms_norm_eps)
+                self.head.norm.forward(&selected)
             })
             .collect::<Result<Vec<Tensor>>>()?;
         let mut result = Predictive {
@@ -74,8 +73,7 @@ impl Decoder {
                 normed.iter().zip(adapters).zip(&mut result.label_log_p)
             {
                 let hidden = normed.narrow(0, start, labels.len())?.contiguous()?;
-                let site = adapter.get(SiteId::Head);
-                let logits = self.head.forward(&hidden, site, None, None)?.0;
+                let logits = self.head.logits(&hidden, adapter)?;
                 let log_p = log_softmax(&logits.to_dtype(DType::F32)?)?;
                 of_labels.extend(to_f64(&log_p.gather(&index, 1)?)?);
                 let p = log_p.exp()?;

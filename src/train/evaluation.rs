@@ -5,8 +5,7 @@ use std::time::Instant;
 use super::Result;
 use super::metrics::EvalRecord;
 use crate::data::{Batch, BatchOptions, Batches, Cursor, Dataset};
-use crate::model::ops::attention::Segment;
-use crate::model::{ActiveAdapter, Decoder, Sequences};
+use crate::model::{ActiveAdapter, Decoder, Segment, Sequences};
 
 /// The decoder's view of a batch.
 pub(crate) fn sequences(batch: &Batch) -> Sequences {

@@ -5,7 +5,7 @@ use monteclora_converters::architecture::ModelShape;
 use serde::Serialize;
 
 use crate::data::{BatchOptions, epoch_plan};
-use crate::model::ops::cross_entropy::CHUNK;
+use crate::model::parts::head::CHUNK;
 
 /// Bytes of a value that is computed: float32, whatever the base's weights are held in.
 const F32: u64 = 4;

@@ -12,13 +12,13 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
-use crate::model::{ActiveAdapter, AdapterGradients, SiteId, low_rank};
+use crate::model::{ActiveAdapter, AdapterGradients, ModuleId, low_rank};
 
 /// Trainable parameters of one site.
 #[derive(Debug, Clone)]
 pub struct SiteState {
     /// Where it is.
-    pub id: SiteId,
+    pub id: ModuleId,
     /// Module path.
     pub name: String,
     /// Alpha of this site.
@@ -104,13 +104,11 @@ impl AdapterState {
         seed: u64,
         device: &Device,
     ) -> Result<Self> {
-        let sites = SiteId::all(model)
-            .filter_map(|id| {
-                let name = id.name();
-                names.contains(&name).then_some((id, name))
-            })
-            .map(|(id, name)| {
-                let (in_features, out_features) = id.shape(model);
+        let sites = ModuleId::all(model)
+            .filter(|(_, module)| names.contains(&module.name))
+            .map(|(id, module)| {
+                let (in_features, out_features) = (module.in_features, module.out_features);
+                let name = module.name;
                 let rank = config.rank_for(&name)?;
                 let a = Tensor::from_vec(
                     initial_a(seed, &name, rank, in_features),
@@ -147,8 +145,12 @@ impl AdapterState {
         device: &Device,
     ) -> Result<Self> {
         let mut sites = Vec::with_capacity(adapter.sites.len());
-        for (id, low_rank) in low_rank(adapter, model, device)? {
-            let name = id.name();
+        let mut low_rank = low_rank(adapter, model, device)?;
+        for (id, module) in ModuleId::all(model) {
+            let Some(low_rank) = low_rank.remove(&id) else {
+                continue;
+            };
+            let name = module.name;
             let site = adapter
                 .sites
                 .iter()

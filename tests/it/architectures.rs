@@ -2,7 +2,7 @@
 //! other one is refused by name.
 
 use candle_core::{Device, Tensor};
-use monteclora::model::{ActiveAdapter, Decoder, PassOptions, Sequences, SiteId};
+use monteclora::model::{ActiveAdapter, Decoder, ModuleId, PassOptions, Sequences};
 use monteclora_converters::architecture::FAMILIES;
 use monteclora_converters::{Adapter, SafetensorsFile};
 use serde_json::Value;
@@ -135,12 +135,12 @@ fn loss_and_gradients_are_those_of_peft() {
             );
             let gradients = loss.gradients.as_ref().unwrap();
             let mut n_compared = 0;
-            for site in SiteId::all(decoder.config()) {
-                let Some([a, b]) = gradients.get(site) else {
+            for (id, module) in ModuleId::all(decoder.config()) {
+                let Some([a, b]) = gradients.get(id) else {
                     continue;
                 };
                 for (leaf, found) in [("lora_A", a), ("lora_B", b)] {
-                    let name = format!("grad.{}.{leaf}.weight", site.name());
+                    let name = format!("grad.{}.{leaf}.weight", module.name);
                     close(&case.name, &name, found, &floats(&expected, &name));
                     n_compared += 1;
                 }

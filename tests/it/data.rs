@@ -6,8 +6,9 @@ use candle_core::Device;
 use monteclora::data::{
     BatchOptions, Batches, Cursor, Dataset, EncodeOptions, Encoder, Overlong, TrainOn,
 };
-use monteclora::model::ops::attention::Segment;
-use monteclora::model::{ActiveAdapter, AdapterGradients, Decoder, PassOptions, Sequences, SiteId};
+use monteclora::model::{
+    ActiveAdapter, AdapterGradients, Decoder, ModuleId, PassOptions, Segment, Sequences,
+};
 use monteclora_converters::Adapter;
 
 use crate::cli::{monteclora, run, tiny};
@@ -258,9 +259,8 @@ fn packed_rows_have_the_loss_and_gradients_of_single_rows() {
     assert!(n_single == 13 && n_packed < 6, "{n_packed} packs");
     assert!((single / packed - 1.0).abs() < 1e-6, "{single} {packed}");
     let mut n_compared = 0;
-    for site in SiteId::all(decoder.config()) {
-        let (Some(one), Some(many)) = (single_gradients.get(site), packed_gradients.get(site))
-        else {
+    for (id, module) in ModuleId::all(decoder.config()) {
+        let (Some(one), Some(many)) = (single_gradients.get(id), packed_gradients.get(id)) else {
             continue;
         };
         for (one, many) in one.iter().zip(many) {
@@ -269,8 +269,12 @@ fn packed_rows_have_the_loss_and_gradients_of_single_rows() {
                 square.to_scalar::<f32>().unwrap().sqrt()
             };
             let difference = norm(&(one - many).unwrap());
-            assert!(norm(one) > 0.0, "{site:?} receives no gradient");
-            assert!(difference <= 1e-5 * norm(one), "{site:?}: {difference}");
+            assert!(norm(one) > 0.0, "{} receives no gradient", module.name);
+            assert!(
+                difference <= 1e-5 * norm(one),
+                "{}: {difference}",
+                module.name
+            );
             n_compared += 1;
         }
     }

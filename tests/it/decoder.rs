@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use monteclora::model::{
-    ActiveAdapter, Decoder, GenerationSettings, PassOptions, Sequences, SiteId,
+    ActiveAdapter, Decoder, GenerationSettings, ModuleId, PassOptions, Sequences,
 };
 use monteclora_adapters::LowRank;
 use monteclora_converters::{Adapter, SafetensorsFile};
@@ -128,7 +128,7 @@ fn wave(n: usize, phase: f64, size: f64) -> Vec<f32> {
 /// A decoder, rows for it, and an adapter of rank 3 on every site.
 struct Backward {
     decoder: Decoder,
-    sites: Vec<(SiteId, LowRank)>,
+    sites: Vec<(ModuleId, LowRank)>,
     sequences: Sequences,
     targets: Vec<(usize, u32)>,
 }
@@ -136,10 +136,10 @@ struct Backward {
 impl Backward {
     fn new(model: &Path) -> Self {
         let decoder = Decoder::load(model, &Device::Cpu).unwrap();
-        let sites = SiteId::all(decoder.config())
+        let sites = ModuleId::all(decoder.config())
             .enumerate()
-            .map(|(index, site)| {
-                let (n_in, n_out) = site.shape(decoder.config());
+            .map(|(index, (site, module))| {
+                let (n_in, n_out) = (module.in_features, module.out_features);
                 let (a, b) = (
                     wave(3 * n_in, index as f64, 0.1),
                     wave(n_out * 3, index as f64 + 0.5, 0.1),
@@ -160,8 +160,13 @@ impl Backward {
         }
     }
 
+    fn name(&self, site: ModuleId) -> String {
+        let mut all = ModuleId::all(self.decoder.config());
+        all.find(|(id, _)| *id == site).unwrap().1.name
+    }
+
     /// Of A and of B, for each of the sites.
-    fn gradients(&self, checkpointing: bool) -> Vec<(SiteId, Vec<f32>, Vec<f32>)> {
+    fn gradients(&self, checkpointing: bool) -> Vec<(ModuleId, Vec<f32>, Vec<f32>)> {
         let options = PassOptions {
             dropout: None,
             checkpointing,
@@ -176,7 +181,7 @@ impl Backward {
             .iter()
             .map(|(site, _)| {
                 let Some([a, b]) = gradients.get(*site) else {
-                    panic!("{} has no gradients", site.name());
+                    panic!("{} has no gradients", self.name(*site));
                 };
                 (*site, flat(a), flat(b))
             })
@@ -184,7 +189,7 @@ impl Backward {
     }
 
     /// The loss's slope when A, or B, of `site` moves along `direction`, by steps of a length.
-    fn slope(&self, site: SiteId, of_a: bool, direction: &[f32], step: f64) -> f64 {
+    fn slope(&self, site: ModuleId, of_a: bool, direction: &[f32], step: f64) -> f64 {
         let at = |step: f64| {
             let moved = self.sites.iter().map(|(id, low_rank)| {
                 let mut low_rank = low_rank.clone();
@@ -221,8 +226,8 @@ fn recomputed_activations_give_the_same_gradients() {
         let backward = Backward::new(&model);
         let (kept, recomputed) = (backward.gradients(false), backward.gradients(true));
         for ((site, a, b), (_, a2, b2)) in kept.iter().zip(&recomputed) {
-            assert_eq!(a, a2, "{}: {}", model.display(), site.name());
-            assert_eq!(b, b2, "{}: {}", model.display(), site.name());
+            assert_eq!(a, a2, "{}: {}", model.display(), backward.name(*site));
+            assert_eq!(b, b2, "{}: {}", model.display(), backward.name(*site));
         }
     }
 }
@@ -252,7 +257,7 @@ fn gradients_are_finite_differences() {
                         is_close,
                         "{}: {} {which}: {slope} is no difference of losses; largest {largest}",
                         model.display(),
-                        site.name()
+                        backward.name(site)
                     );
                 }
             }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use monteclora::model::{ActiveAdapter, Decoder, PassOptions, Sequences, SiteId};
+use monteclora::model::{ActiveAdapter, Decoder, ModuleId, PassOptions, Sequences};
 use monteclora::train::{AdamW, AdamWSettings, AdapterState, SiteState};
 use monteclora_adapters::{Noise, Objective, Spread};
 use monteclora_converters::{MonteCloraSettings, SafetensorsFile};
@@ -57,14 +57,14 @@ impl Recorded {
             self.case["r"].as_f64().unwrap(),
             self.case["lora_alpha"].as_f64().unwrap(),
         );
-        let sites = SiteId::all(decoder.config())
-            .filter(|id| {
+        let sites = ModuleId::all(decoder.config())
+            .map(|(id, module)| (id, module.name))
+            .filter(|(_, name)| {
                 self.file
                     .names()
-                    .any(|n| n.starts_with("init.") && n.contains(&format!("{}.lora_A", id.name())))
+                    .any(|n| n.starts_with("init.") && n.contains(&format!("{name}.lora_A")))
             })
-            .map(|id| {
-                let name = id.name();
+            .map(|(id, name)| {
                 let [a, b, s, theta] = self.names("init", &name);
                 SiteState {
                     id,

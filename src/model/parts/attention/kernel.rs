@@ -26,15 +26,15 @@ pub struct Segment {
 
 /// Sizes that do not change within a layer.
 #[derive(Debug, Clone, Copy)]
-pub struct Heads {
+pub(crate) struct Heads {
     /// Query heads.
-    pub query: usize,
+    pub(crate) query: usize,
     /// Key and value heads; divides `query`.
-    pub key_value: usize,
+    pub(crate) key_value: usize,
     /// Entries a head.
-    pub dim: usize,
+    pub(crate) dim: usize,
     /// Keys a query may look back on, itself included; all when none.
-    pub window: Option<usize>,
+    pub(crate) window: Option<usize>,
 }
 
 impl Heads {
@@ -56,14 +56,14 @@ impl Heads {
 
 /// Output and the logarithm of each softmax's denominator, `[query heads, tokens]` (empty off the CPU path).
 #[derive(Debug, Clone)]
-pub struct Attended {
+pub(crate) struct Attended {
     /// `[tokens, query heads * dim]`.
-    pub output: Tensor,
+    pub(crate) output: Tensor,
     log_sums: Vec<f32>,
 }
 
 /// `softmax(q k^T / sqrt(dim)) v` within each segment; `q` `[tokens, heads * dim]`, `k`, `v` `[keys, key_value * dim]`.
-pub fn forward(
+pub(crate) fn forward(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
@@ -93,7 +93,7 @@ pub fn forward(
 ///
 /// With `P` the probabilities: `dV = P^T dO`, `dS = P * (dO V^T - rowsum(dO * O))`, `dQ = dS K / sqrt(dim)`,
 /// `dK = dS^T Q / sqrt(dim)`; key/value gradients sum over the query heads of a group.
-pub fn backward(
+pub(crate) fn backward(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     attended: &Attended,
     upstream: &Tensor,
@@ -138,8 +138,8 @@ pub fn backward(
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{largest_difference, matrix};
     use super::*;
+    use crate::model::parts::testing::{largest_difference, matrix};
     use proptest::prelude::*;
 
     fn segments(lengths: &[(usize, usize)]) -> Vec<Segment> {

@@ -1,18 +1,73 @@
-//! Operations of the decoder, each a forward and a hand-written backward, on any device; f32 on the CPU has its own loops.
+//! The parts of a decoder, a file each: a forward and a hand-written backward, on any device; f32 on the CPU has its own loops.
 
-pub mod attention;
-pub mod cross_entropy;
+pub(crate) mod activation;
+pub(crate) mod attention;
+pub(crate) mod embedding;
+pub(crate) mod feed_forward;
 #[cfg(test)]
-mod finite_differences;
-pub mod rms_norm;
-pub mod rope;
-pub mod swiglu;
+pub(crate) mod finite_differences;
+pub(crate) mod head;
+pub(crate) mod norm;
+pub(crate) mod projections;
+pub(crate) mod rotary;
 
+use std::fmt::Debug;
 use std::mem::MaybeUninit;
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::simd::vectorised;
 use rayon::prelude::*;
+
+use self::attention::Segment;
+use self::rotary::Rotation;
+use super::Result;
+use super::adapter::{ActiveAdapter, AdapterGradients};
+use super::decoder::Dropout;
+use super::generate::LayerCache;
+
+/// What all blocks of one pass share.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pass<'a> {
+    pub(crate) rotations: &'a [Rotation],
+    pub(crate) segments: &'a [Segment],
+    pub(crate) adapter: &'a ActiveAdapter,
+    pub(crate) dropout: Option<&'a Dropout>,
+}
+
+/// What a sublayer of a block computes, between its norms.
+pub(crate) trait Part: Debug {
+    /// Activations that the backward pass reads.
+    type Kept: Debug;
+
+    /// The part at `x` `[tokens, hidden]`, added to `residual` where that is given.
+    fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass<'_>,
+        residual: Option<&Tensor>,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<(Tensor, Self::Kept)>;
+
+    /// Adds the gradients of the part's updates to `gradients`, and returns that of `x`, which `input` computes again, if it is
+    /// `wanted`.
+    fn backward(
+        &self,
+        input: &dyn Fn() -> Result<Tensor>,
+        kept: &Self::Kept,
+        upstream: Tensor,
+        pass: &Pass<'_>,
+        gradients: &mut AdapterGradients,
+        wanted: bool,
+    ) -> Result<Option<Tensor>>;
+}
+
+/// As many tensors as the caller's projections have parts.
+fn parts<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
+    let found = tensors.len();
+    tensors
+        .try_into()
+        .map_err(|_| candle_core::Error::Msg(format!("{found} parts instead of {N}")).into())
+}
 
 /// Elements of a buffer that a task writes; fewer are handled on the calling thread.
 const TASK: usize = 1 << 14;

@@ -2,24 +2,27 @@
 
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::FrozenLinear;
+use monteclora_converters::architecture::Activation;
 
-use super::attention::{self, Heads, Segment};
-use super::rope::Rotation;
+use super::activation::Gate;
+use super::attention::kernel::{self as attention, Heads, Segment};
+use super::head;
+use super::norm::Norm;
+use super::rotary::Rotation;
 use super::testing::matrix;
-use super::{cross_entropy, rms_norm, swiglu};
 use crate::model::Result;
 
 /// Step of the differences: truncation and f32 rounding are both below the tolerance there.
 const STEP: f64 = 1e-2;
 
-fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
+pub(crate) fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
     let product = (a.to_dtype(DType::F64)? * b.to_dtype(DType::F64)?)?;
     Ok(product.sum_all()?.to_scalar::<f64>()?)
 }
 
 /// Holds `gradients` against the differences of `value` along the gradient itself and along another direction, one input at a
 /// time; the tolerance is relative to the product of the norms, which a direction along the gradient attains.
-fn check(
+pub(crate) fn check(
     inputs: &[Tensor],
     gradients: &[Tensor],
     value: impl Fn(&[Tensor]) -> Result<f64>,
@@ -50,9 +53,10 @@ fn check(
 fn rms_norm_gradient() -> Result<()> {
     let weight = matrix(1, 37, 0.7).flatten_all()?;
     let (x, upstream) = (matrix(21, 37, 0.1), matrix(21, 37, 0.3));
-    let gradient = rms_norm::backward(&x, &weight, 1e-5, &upstream, None)?;
+    let norm = Norm { weight, eps: 1e-5 };
+    let gradient = norm.backward(&x, &upstream, None)?;
     check(&[x], &[gradient], |inputs| {
-        dot(&rms_norm::forward(&inputs[0], &weight, 1e-5)?, &upstream)
+        dot(&norm.forward(&inputs[0])?, &upstream)
     })
 }
 
@@ -70,9 +74,10 @@ fn rotation_gradient() -> Result<()> {
 fn gated_activation_gradient() -> Result<()> {
     let (gate, up) = ((matrix(19, 53, 0.1) * 4.0)?, matrix(19, 53, 0.5));
     let upstream = matrix(19, 53, 0.9);
-    let found = swiglu::backward(&gate, &up, &upstream)?;
+    let silu = Gate::of(Activation::Silu).expect("computed");
+    let found = (silu.backward)(&gate, &up, &upstream)?;
     check(&[gate, up], &[found.grad_gate, found.grad_up], |inputs| {
-        dot(&swiglu::forward(&inputs[0], &inputs[1])?, &upstream)
+        dot(&(silu.forward)(&inputs[0], &inputs[1])?, &upstream)
     })
 }
 
@@ -114,14 +119,14 @@ fn attention_gradient() -> Result<()> {
 
 #[test]
 fn cross_entropy_gradient() -> Result<()> {
-    let labels = cross_entropy::CHUNK + 3;
-    let head = FrozenLinear::new(std::sync::Arc::new(matrix(29, 11, 0.3)), None)?;
+    let labels = head::CHUNK + 3;
+    let linear = FrozenLinear::new(std::sync::Arc::new(matrix(29, 11, 0.3)), None)?;
     let hidden = matrix(labels, 11, 0.8);
     let targets: Vec<u32> = (0..labels as u32).map(|i| (i * 5) % 29).collect();
-    let found = cross_entropy::evaluate(&head, None, &hidden, &targets, Some(0.25))?;
+    let found = head::evaluate(&linear, None, &hidden, &targets, Some(0.25))?;
     let gradient = found.grad_hidden.expect("a scale was given");
     check(&[hidden], &[gradient], |inputs| {
-        let loss = cross_entropy::evaluate(&head, None, &inputs[0], &targets, None)?;
+        let loss = head::evaluate(&linear, None, &inputs[0], &targets, None)?;
         Ok(0.25 * loss.nll.iter().map(|v| f64::from(*v)).sum::<f64>())
     })
 }

@@ -1,4 +1,4 @@
-//! Cross entropy of labelled positions only, through the output head in chunks, value and gradient in one pass.
+//! The last norm, the output head, and the cross entropy of labelled positions, value and gradient in one pass over chunks.
 
 use std::sync::Mutex;
 
@@ -7,28 +7,61 @@ use monteclora_adapters::simd::{largest, vectorised};
 use monteclora_adapters::{FrozenLinear, Update, input_gradient};
 use rayon::prelude::*;
 
-use super::swiglu::exp;
+use super::activation::exp;
+use super::norm::Norm;
 use crate::model::Result;
-use crate::model::adapter::sum_of_factors;
+use crate::model::adapter::{ActiveAdapter, ModuleId, sum_of_factors};
 
 /// Labelled positions whose logits exist at the same time.
 pub(crate) const CHUNK: usize = 256;
 
-/// Losses of a batch's labelled positions and, when asked for, the gradient of `scale` times their sum.
-#[derive(Debug, Clone)]
-pub struct CrossEntropy {
-    /// Negative log-likelihood of each label, nats.
-    pub nll: Vec<f32>,
-    /// Whether the label was the most likely token.
-    pub correct: Vec<bool>,
-    /// With respect to the head's input, `[labels, hidden]`.
-    pub grad_hidden: Option<Tensor>,
-    /// With respect to the factors of the head's update; none without one.
-    pub grad_factors: Vec<Tensor>,
+/// The last norm and the projection to the vocabulary.
+#[derive(Debug)]
+pub(crate) struct Head {
+    pub(crate) id: ModuleId,
+    pub(crate) norm: Norm,
+    pub(crate) linear: FrozenLinear,
 }
 
-/// Evaluates `hidden` `[labels, hidden]` (normalised) against `targets` `[labels]`; with `scale` also the gradient.
-pub fn evaluate(
+impl Head {
+    /// Logits of `hidden` `[tokens, hidden]`, which [`Self::norm`] has normalised.
+    pub(crate) fn logits(&self, hidden: &Tensor, adapter: &ActiveAdapter) -> Result<Tensor> {
+        let update = adapter.get(self.id);
+        Ok(self.linear.forward(hidden, update, None, None)?.0)
+    }
+
+    /// Losses of `hidden` `[labels, hidden]`, not normalised, against `targets` `[labels]`; with `scale` also the gradient.
+    pub(crate) fn losses(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        adapter: &ActiveAdapter,
+        scale: Option<f64>,
+    ) -> Result<CrossEntropy> {
+        let (normed, update) = (self.norm.forward(hidden)?, adapter.get(self.id));
+        let mut losses = evaluate(&self.linear, update, &normed, targets, scale)?;
+        if let Some(grad) = losses.grad_hidden {
+            losses.grad_hidden = Some(self.norm.backward(hidden, &grad, None)?);
+        }
+        Ok(losses)
+    }
+}
+
+/// Losses of a batch's labelled positions and, when asked for, the gradient of `scale` times their sum.
+#[derive(Debug, Clone)]
+pub(crate) struct CrossEntropy {
+    /// Negative log-likelihood of each label, nats.
+    pub(crate) nll: Vec<f32>,
+    /// Whether the label was the most likely token.
+    pub(crate) correct: Vec<bool>,
+    /// With respect to the head's input, `[labels, hidden]`.
+    pub(crate) grad_hidden: Option<Tensor>,
+    /// With respect to the factors of the head's update; none without one.
+    pub(crate) grad_factors: Vec<Tensor>,
+}
+
+/// Evaluates `hidden` (normalised) against `targets` `[labels]`; with `scale` also the gradient.
+pub(super) fn evaluate(
     head: &FrozenLinear,
     update: Option<&dyn Update>,
     hidden: &Tensor,

@@ -8,14 +8,18 @@ use crate::model::Result;
 
 /// Cosines and sines of a batch's positions, each `[tokens, head_dim / 2]`.
 #[derive(Debug, Clone)]
-pub struct Rotation {
+pub(crate) struct Rotation {
     cos: Tensor,
     sin: Tensor,
 }
 
 impl Rotation {
     /// Angles `position * inverse_frequency`, in f32 as Hugging Face computes them.
-    pub fn new(positions: &[u32], inverse_frequencies: &[f32], device: &Device) -> Result<Self> {
+    pub(crate) fn new(
+        positions: &[u32],
+        inverse_frequencies: &[f32],
+        device: &Device,
+    ) -> Result<Self> {
         let shape = (positions.len(), inverse_frequencies.len());
         let angles = positions
             .iter()
@@ -31,12 +35,12 @@ impl Rotation {
     }
 
     /// Rotates `x` `[tokens, heads * head_dim]`: `(a, b) -> (a cos - b sin, b cos + a sin)` for the halves of each head.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.rotate(x, 1.0)
     }
 
     /// Gradient with respect to `x`: the rotation by the negative angle.
-    pub fn backward(&self, upstream: &Tensor) -> Result<Tensor> {
+    pub(crate) fn backward(&self, upstream: &Tensor) -> Result<Tensor> {
         self.rotate(upstream, -1.0)
     }
 

@@ -7,8 +7,45 @@ use monteclora_adapters::simd::dot;
 use super::build_rows;
 use crate::model::Result;
 
+/// A norm over every run of as many entries as its weight has: the residual stream, a whole projection, or each head of one.
+#[derive(Debug)]
+pub(crate) struct Norm {
+    pub(crate) weight: Tensor,
+    /// Added to the mean square.
+    pub(crate) eps: f64,
+}
+
+impl Norm {
+    fn runs(&self, x: &Tensor) -> Result<Tensor> {
+        let width = self.weight.dims1()?;
+        Ok(match x.dims2()? {
+            (_, columns) if columns == width => x.clone(),
+            (rows, columns) => x.reshape((rows * columns / width, width))?,
+        })
+    }
+
+    /// The norm of `x` `[tokens, n]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = forward(&self.runs(x)?, &self.weight, self.eps)?;
+        Ok(y.reshape(x.dims())?)
+    }
+
+    /// Gradient with respect to `x`, added to `residual`, the gradient of the path around the norm, where there is one.
+    pub(crate) fn backward(
+        &self,
+        x: &Tensor,
+        upstream: &Tensor,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (runs, of_runs) = (self.runs(x)?, self.runs(upstream)?);
+        let around = residual.map(|around| self.runs(around)).transpose()?;
+        let grad = backward(&runs, &self.weight, self.eps, &of_runs, around.as_ref())?;
+        Ok(grad.reshape(x.dims())?)
+    }
+}
+
 /// `y = w * x / sqrt(mean(x^2) + eps)` over the last dimension; `x` `[rows, n]`, `w` `[n]`.
-pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
     let fast = on_cpu([x, weight], |[x, w]| {
         build_rows(
@@ -35,7 +72,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 
 /// Gradient with respect to `x`: with `g' = g * w` and `z = x / rms`, `dx = (g' - z mean(g' z)) / rms`; added to `residual`, the
 /// gradient of the path around the norm, where there is one.
-pub fn backward(
+fn backward(
     x: &Tensor,
     weight: &Tensor,
     eps: f64,

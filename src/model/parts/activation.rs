@@ -1,13 +1,36 @@
-//! The gated activation `silu(gate) * up`.
+//! Gated activations, `act(gate) * up`.
 
 use candle_core::Tensor;
 use monteclora_adapters::linalg::on_cpu;
+use monteclora_converters::architecture::Activation;
 
 use super::build_rows;
 use crate::model::Result;
 
-/// `gate / (1 + exp(-gate)) * up`, both `[tokens, n]`.
-pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+/// A gated activation of gate and up, both `[tokens, n]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gate {
+    /// `act(gate) * up`.
+    pub(crate) forward: fn(&Tensor, &Tensor) -> Result<Tensor>,
+    /// Its gradients for that of its result.
+    pub(crate) backward: fn(&Tensor, &Tensor, &Tensor) -> Result<Backward>,
+}
+
+impl Gate {
+    /// The one with this activation, if it is computed.
+    pub(crate) fn of(activation: Activation) -> Option<Self> {
+        match activation {
+            Activation::Silu => Some(Self {
+                forward: silu,
+                backward: silu_backward,
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// `gate / (1 + exp(-gate)) * up`.
+fn silu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (rows, columns) = gate.dims2()?;
     let fast = on_cpu([gate, up], |[gate, up]| {
         build_rows(
@@ -33,17 +56,17 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 
 /// What the backward pass of a gated activation gives, each `[tokens, n]`.
 #[derive(Debug, Clone)]
-pub struct Backward {
+pub(crate) struct Backward {
     /// `silu(gate) * up` once more, which the pass comes by anyway: nobody has to keep it.
-    pub activated: Tensor,
+    pub(crate) activated: Tensor,
     /// Gradient with respect to the gate.
-    pub grad_gate: Tensor,
+    pub(crate) grad_gate: Tensor,
     /// Gradient with respect to the other factor.
-    pub grad_up: Tensor,
+    pub(crate) grad_up: Tensor,
 }
 
 /// Gradients with respect to gate and up: with `s = sigmoid(gate)`, `(g up s (1 + gate (1 - s)), g gate s)`.
-pub fn backward(gate: &Tensor, up: &Tensor, upstream: &Tensor) -> Result<Backward> {
+fn silu_backward(gate: &Tensor, up: &Tensor, upstream: &Tensor) -> Result<Backward> {
     let (rows, columns) = gate.dims2()?;
     let fast = on_cpu([gate, up, upstream], |[gate, up, upstream]| {
         build_rows(
@@ -132,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn fast_path_equals_the_plain_one_and_its_gradient() -> Result<()> {
+    fn silu_equals_the_plain_one_and_its_gradient() -> Result<()> {
         for (rows, columns) in [(1, 1), (7, 33), (129, 200)] {
             let (gate, up) = (
                 (matrix(rows, columns, 0.1) * 6.0)?,
@@ -141,14 +164,14 @@ mod tests {
             let upstream = matrix(rows, columns, 0.9);
             let (gate_var, up_var) = (Var::from_tensor(&gate)?, Var::from_tensor(&up)?);
             let plain = (gate_var.silu()? * up_var.as_tensor())?;
-            assert!(largest_difference(&forward(&gate, &up)?, &plain) < 1e-5);
+            assert!(largest_difference(&silu(&gate, &up)?, &plain) < 1e-5);
             let grads = (&plain * &upstream)?.sum_all()?.backward()?;
             let by_gate = grads.get(gate_var.as_tensor()).expect("gate");
             let by_up = grads.get(up_var.as_tensor()).expect("up");
             // A transposed view is not contiguous, so it takes the path for other devices.
             let strided = gate.t()?.contiguous()?.t()?;
             for gate in [&gate, &strided] {
-                let found = backward(gate, &up, &upstream)?;
+                let found = silu_backward(gate, &up, &upstream)?;
                 assert!(largest_difference(&found.activated, &plain) < 1e-5);
                 assert!(largest_difference(&found.grad_gate, by_gate) < 1e-4);
                 assert!(largest_difference(&found.grad_up, by_up) < 1e-4);

@@ -8,8 +8,8 @@ use monteclora_adapters::simd::{dot, largest, vectorised};
 use rayon::prelude::*;
 
 use super::{Heads, Segment};
-use crate::model::ops::build_rows;
-use crate::model::ops::swiglu::exp;
+use crate::model::parts::activation::exp;
+use crate::model::parts::build_rows;
 
 /// Query rows handled at a time; keys above the diagonal of a block are never multiplied.
 const BLOCK: usize = 64;

@@ -1,0 +1,359 @@
+//! One block of the decoder: sublayers that add to the residual stream, composed from what the architecture says.
+
+use candle_core::Tensor;
+
+use super::Result;
+use super::adapter::AdapterGradients;
+use super::generate::LayerCache;
+use super::parts::attention::Attention;
+use super::parts::feed_forward::FeedForward;
+use super::parts::norm::Norm;
+use super::parts::projections::Projection;
+use super::parts::{Part, Pass};
+
+/// A block: attention, then the feed-forward layer.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) attention: Sublayer<Attention>,
+    pub(crate) feed_forward: Sublayer<FeedForward>,
+}
+
+/// `x + after(part(before(x)))`, where each norm may be missing.
+#[derive(Debug)]
+pub(crate) struct Sublayer<P> {
+    pub(crate) before: Option<Norm>,
+    pub(crate) part: P,
+    pub(crate) after: Option<Norm>,
+}
+
+/// Activations of a block that the backward pass reads; the rest is cheap and computed again.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    attention: KeptSublayer<Attention>,
+    middle: Tensor,
+    feed_forward: KeptSublayer<FeedForward>,
+}
+
+#[derive(Debug)]
+struct KeptSublayer<P: Part> {
+    part: P::Kept,
+    /// The part's output, where a norm follows.
+    output: Option<Tensor>,
+}
+
+impl<P: Part> Sublayer<P> {
+    fn input(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.before {
+            Some(norm) => norm.forward(x),
+            None => Ok(x.clone()),
+        }
+    }
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass<'_>,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<(Tensor, KeptSublayer<P>)> {
+        let input = self.input(x)?;
+        // Without a norm in between, the part adds its output to the residual itself.
+        let residual = self.after.is_none().then_some(x);
+        let (y, part) = self.part.forward(&input, pass, residual, cache)?;
+        Ok(match &self.after {
+            None => (y, KeptSublayer { part, output: None }),
+            Some(norm) => {
+                let sum = (x + norm.forward(&y)?)?;
+                let output = Some(y);
+                (sum, KeptSublayer { part, output })
+            }
+        })
+    }
+
+    /// Adds the gradients of this sublayer's updates at `x` to `gradients`, and returns that of `x` if it is `wanted`.
+    fn backward(
+        &self,
+        x: &Tensor,
+        kept: &KeptSublayer<P>,
+        upstream: &Tensor,
+        pass: &Pass<'_>,
+        gradients: &mut AdapterGradients,
+        wanted: bool,
+    ) -> Result<Option<Tensor>> {
+        let through_norm = match (&self.after, &kept.output) {
+            (Some(norm), Some(y)) => norm.backward(y, upstream, None)?,
+            _ => upstream.clone(),
+        };
+        let input = || self.input(x);
+        let part = &self.part;
+        let grad = part.backward(&input, &kept.part, through_norm, pass, gradients, wanted)?;
+        grad.map(|grad| match &self.before {
+            Some(norm) => norm.backward(x, &grad, Some(upstream)),
+            None => Ok((upstream + grad)?),
+        })
+        .transpose()
+    }
+}
+
+impl Block {
+    /// Its linear modules.
+    pub(crate) fn projections(&self) -> impl Iterator<Item = &Projection> {
+        let (attention, feed_forward) = (&self.attention.part, &self.feed_forward.part);
+        [
+            &attention.inner,
+            &attention.output,
+            &feed_forward.inner,
+            &feed_forward.down,
+        ]
+        .into_iter()
+        .flat_map(|projections| &projections.0)
+    }
+
+    /// Its linear modules.
+    pub(crate) fn projections_mut(&mut self) -> impl Iterator<Item = &mut Projection> {
+        let (attention, feed_forward) = (&mut self.attention.part, &mut self.feed_forward.part);
+        let lists = [
+            &mut attention.inner,
+            &mut attention.output,
+            &mut feed_forward.inner,
+            &mut feed_forward.down,
+        ];
+        lists.into_iter().flat_map(|projections| &mut projections.0)
+    }
+
+    /// The block at `x` `[tokens, hidden]`; with a cache, keys and values of earlier tokens take part.
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass<'_>,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<(Tensor, Kept)> {
+        let (middle, attention) = self.attention.forward(x, pass, cache)?;
+        let (y, feed_forward) = self.feed_forward.forward(&middle, pass, None)?;
+        let kept = Kept {
+            attention,
+            middle,
+            feed_forward,
+        };
+        Ok((y, kept))
+    }
+
+    /// Adds the gradients of this block's updates to `gradients` and returns that of `x` if it is `wanted`.
+    pub(crate) fn backward(
+        &self,
+        x: &Tensor,
+        kept: &Kept,
+        upstream: &Tensor,
+        pass: &Pass<'_>,
+        gradients: &mut AdapterGradients,
+        wanted: bool,
+    ) -> Result<Option<Tensor>> {
+        let Kept {
+            attention,
+            middle,
+            feed_forward,
+        } = kept;
+        let sublayer = &self.feed_forward;
+        let grad = sublayer.backward(middle, feed_forward, upstream, pass, gradients, true)?;
+        match grad {
+            Some(grad) => self
+                .attention
+                .backward(x, attention, &grad, pass, gradients, wanted),
+            None => Ok(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use candle_core::Device;
+    use monteclora_adapters::{FrozenLinear, LowRank};
+    use monteclora_converters::architecture::Activation;
+
+    use super::*;
+    use crate::model::adapter::{ActiveAdapter, ModuleId};
+    use crate::model::parts::activation::Gate;
+    use crate::model::parts::attention::{Heads, Segment};
+    use crate::model::parts::finite_differences::{check, dot};
+    use crate::model::parts::projections::Projections;
+    use crate::model::parts::rotary::Rotation;
+    use crate::model::parts::testing::{largest_difference, matrix};
+
+    const HIDDEN: usize = 12;
+    const INNER: usize = 10;
+    const HEADS: Heads = Heads {
+        query: 4,
+        key_value: 2,
+        dim: 6,
+        window: Some(4),
+    };
+    /// Outputs of queries, keys, values, attention, gate, up and down.
+    const WIDTHS: [usize; 7] = [24, 12, 12, HIDDEN, INNER, INNER, HIDDEN];
+
+    fn norm(width: usize, seed: f64) -> Result<Norm> {
+        let weight = (matrix(1, width, seed).flatten_all()? + 1.5)?;
+        // So large that the norms behind small outputs do not bend faster than the differences resolve.
+        Ok(Norm { weight, eps: 1.0 })
+    }
+
+    fn weight(role: usize) -> Tensor {
+        let inputs = match role {
+            3 => WIDTHS[0],
+            6 => INNER,
+            _ => HIDDEN,
+        };
+        (matrix(WIDTHS[role], inputs, role as f64) * 0.1).expect("a product")
+    }
+
+    /// Modules of `roles`, each by itself or fused into the first one.
+    fn projections(roles: std::ops::Range<usize>, fused: bool) -> Result<Projections> {
+        let groups: Vec<Vec<usize>> = match fused {
+            true => vec![roles.collect()],
+            false => roles.map(|role| vec![role]).collect(),
+        };
+        let group = |roles: &Vec<usize>| -> Result<Projection> {
+            let weights: Vec<Tensor> = roles.iter().map(|role| weight(*role)).collect();
+            Ok(Projection {
+                id: ModuleId(roles[0]),
+                name: format!("module {}", roles[0]),
+                linear: FrozenLinear::new(Arc::new(Tensor::cat(&weights, 0)?), None)?,
+                parts: roles.iter().map(|role| WIDTHS[*role]).collect(),
+            })
+        };
+        let list: Result<_> = groups.iter().map(group).collect();
+        Ok(Projections(list?))
+    }
+
+    /// A block with norms around both sublayers where asked for, and on whole projections.
+    fn block(before: bool, after: bool, fused: bool, rope: Option<usize>) -> Result<Block> {
+        let place = |there: bool, seed| there.then(|| norm(HIDDEN, seed)).transpose();
+        Ok(Block {
+            attention: Sublayer {
+                before: place(before, 0.1)?,
+                part: Attention {
+                    inner: projections(0..3, fused)?,
+                    output: projections(3..4, false)?,
+                    norms: match after {
+                        true => [Some(norm(24, 0.5)?), Some(norm(6, 0.6)?)],
+                        false => [None, None],
+                    },
+                    heads: HEADS,
+                    rope,
+                },
+                after: place(after, 0.2)?,
+            },
+            feed_forward: Sublayer {
+                before: place(before, 0.3)?,
+                part: FeedForward {
+                    inner: projections(4..6, fused)?,
+                    down: projections(6..7, false)?,
+                    gate: Gate::of(Activation::Silu).expect("computed"),
+                },
+                after: place(after, 0.4)?,
+            },
+        })
+    }
+
+    fn updates(block: &Block) -> Result<Vec<(ModuleId, LowRank)>> {
+        block
+            .projections()
+            .map(|projection| {
+                let (outputs, inputs) = projection.linear.weight().dims()?;
+                let seed = projection.id.0 as f64;
+                let low_rank = LowRank {
+                    a: (matrix(2, inputs, seed + 0.3) * 0.1)?,
+                    b: (matrix(outputs, 2, seed + 0.7) * 0.1)?,
+                    scaling: 0.8,
+                };
+                Ok((projection.id, low_rank))
+            })
+            .collect()
+    }
+
+    fn segments() -> Vec<Segment> {
+        let segment = |start, len| Segment {
+            query_start: start,
+            query_len: len,
+            key_start: start,
+            key_len: len,
+        };
+        vec![segment(0, 7), segment(7, 4)]
+    }
+
+    fn rotations() -> Result<Vec<Rotation>> {
+        let positions = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3];
+        Ok(vec![Rotation::new(
+            &positions,
+            &[1.0, 0.3, 0.1],
+            &Device::Cpu,
+        )?])
+    }
+
+    /// Every composition that an architecture can ask for: the gradient of the input and of every factor.
+    #[test]
+    fn gradients_are_finite_differences() -> Result<()> {
+        let (segments, rotations) = (segments(), rotations()?);
+        for (before, after, fused, rope) in [
+            (true, false, false, Some(0)),
+            (false, true, true, None),
+            (true, true, true, Some(0)),
+            (false, false, false, None),
+        ] {
+            let block = block(before, after, fused, rope)?;
+            let updates = updates(&block)?;
+            let (x, upstream) = (matrix(11, HIDDEN, 0.9), matrix(11, HIDDEN, 0.2));
+            let run = |inputs: &[Tensor], gradients: Option<&mut AdapterGradients>| {
+                let moved = updates.iter().zip(inputs[1..].chunks_exact(2));
+                let adapter = ActiveAdapter::new(moved.map(|((id, update), factors)| {
+                    let [a, b] = [0, 1].map(|i| factors[i].clone());
+                    (*id, LowRank { a, b, ..*update })
+                }));
+                let pass = Pass {
+                    rotations: &rotations,
+                    segments: &segments,
+                    adapter: &adapter,
+                    dropout: None,
+                };
+                let (y, kept) = block.forward(&inputs[0], &pass, None)?;
+                match gradients {
+                    Some(sums) => block.backward(&inputs[0], &kept, &upstream, &pass, sums, true),
+                    None => Ok(Some(y)),
+                }
+            };
+            let mut inputs = vec![x];
+            for (_, update) in &updates {
+                inputs.extend([update.a.clone(), update.b.clone()]);
+            }
+            let mut sums = AdapterGradients::default();
+            let mut gradients = vec![run(&inputs, Some(&mut sums))?.expect("wanted")];
+            for (id, _) in &updates {
+                gradients.extend_from_slice(sums.get(*id).expect("has an update"));
+            }
+            assert_eq!(gradients.len(), inputs.len());
+            check(&inputs, &gradients, |inputs| {
+                dot(&run(inputs, None)?.expect("an output"), &upstream)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Fused modules compute what separate ones of the same rows do.
+    #[test]
+    fn fused_modules_equal_separate_ones() -> Result<()> {
+        let (segments, rotations) = (segments(), rotations()?);
+        let pass = Pass {
+            rotations: &rotations,
+            segments: &segments,
+            adapter: &ActiveAdapter::default(),
+            dropout: None,
+        };
+        let x = matrix(11, HIDDEN, 0.9);
+        let [fused, separate] = [true, false].map(|fused| {
+            let block = block(true, true, fused, Some(0))?;
+            Ok::<_, crate::model::Error>(block.forward(&x, &pass, None)?.0)
+        });
+        assert!(largest_difference(&fused?, &separate?) < 1e-5);
+        Ok(())
+    }
+}

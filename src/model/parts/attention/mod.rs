@@ -1,0 +1,133 @@
+//! Causal self-attention with its projections, the norms on queries and keys, and the rotation.
+
+pub(super) mod kernel;
+
+use candle_core::Tensor;
+
+use kernel::Attended;
+pub(crate) use kernel::Heads;
+pub use kernel::Segment;
+
+use super::norm::Norm;
+use super::projections::{Projections, Saved};
+use super::rotary::Rotation;
+use super::{Part, Pass};
+use crate::model::Result;
+use crate::model::adapter::AdapterGradients;
+use crate::model::generate::LayerCache;
+
+/// An attention layer.
+#[derive(Debug)]
+pub(crate) struct Attention {
+    /// Queries, keys and values.
+    pub(crate) inner: Projections,
+    pub(crate) output: Projections,
+    /// Norms on queries and on keys.
+    pub(crate) norms: [Option<Norm>; 2],
+    pub(crate) heads: Heads,
+    /// Which of the pass's rotations applies to queries and keys, if any does.
+    pub(crate) rope: Option<usize>,
+}
+
+/// What its backward pass reads.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    /// Queries and keys before their norms, where they have some.
+    raw: [Option<Tensor>; 2],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Attended,
+    saved: [Saved; 2],
+}
+
+impl Attention {
+    fn rotation<'a>(&self, pass: &Pass<'a>) -> Option<&'a Rotation> {
+        self.rope.and_then(|rope| pass.rotations.get(rope))
+    }
+}
+
+impl Part for Attention {
+    type Kept = Kept;
+
+    /// With a cache, keys and values of earlier tokens take part.
+    fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass<'_>,
+        residual: Option<&Tensor>,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<(Tensor, Kept)> {
+        let (outputs, saved_inner) = self.inner.forward(x, pass, None)?;
+        let [q, k, mut v] = super::parts(outputs)?;
+        let mut raw = [None, None];
+        let mut turned = Vec::with_capacity(2);
+        for ((mut x, norm), raw) in [q, k].into_iter().zip(&self.norms).zip(&mut raw) {
+            if let Some(norm) = norm {
+                x = norm.forward(raw.insert(x))?;
+            }
+            if let Some(rotation) = self.rotation(pass) {
+                x = rotation.forward(&x)?;
+            }
+            turned.push(x);
+        }
+        let [q, mut k] = super::parts(turned)?;
+        if let Some(cache) = cache {
+            (k, v) = cache.extend(&k, &v, pass.segments)?;
+        }
+        let attended = kernel::forward(&q, &k, &v, pass.segments, self.heads)?;
+        let (outputs, saved_output) = self.output.forward(&attended.output, pass, residual)?;
+        let [y] = super::parts(outputs)?;
+        let kept = Kept {
+            raw,
+            q,
+            k,
+            v,
+            attended,
+            saved: [saved_inner, saved_output],
+        };
+        Ok((y, kept))
+    }
+
+    fn backward(
+        &self,
+        input: &dyn Fn() -> Result<Tensor>,
+        kept: &Kept,
+        upstream: Tensor,
+        pass: &Pass<'_>,
+        gradients: &mut AdapterGradients,
+        wanted: bool,
+    ) -> Result<Option<Tensor>> {
+        let [saved_inner, saved_output] = &kept.saved;
+        let attended = &kept.attended;
+        let output = self
+            .output
+            .backward(&[upstream], &attended.output, saved_output, pass)?;
+        output.finish(&attended.output, saved_output, gradients)?;
+        let through_output = output.input_gradient()?;
+        drop(output);
+        let (grad_q, grad_k, grad_v) = kernel::backward(
+            (&kept.q, &kept.k, &kept.v),
+            attended,
+            &through_output,
+            pass.segments,
+            self.heads,
+        )?;
+        let mut upstream = Vec::with_capacity(3);
+        for ((mut grad, norm), raw) in [grad_q, grad_k].into_iter().zip(&self.norms).zip(&kept.raw)
+        {
+            if let Some(rotation) = self.rotation(pass) {
+                grad = rotation.backward(&grad)?;
+            }
+            if let (Some(norm), Some(raw)) = (norm, raw) {
+                grad = norm.backward(raw, &grad, None)?;
+            }
+            upstream.push(grad);
+        }
+        upstream.push(grad_v);
+        let x = input()?;
+        let inner = self.inner.backward(&upstream, &x, saved_inner, pass)?;
+        inner.finish(&x, saved_inner, gradients)?;
+        wanted.then(|| inner.input_gradient()).transpose()
+    }
+}

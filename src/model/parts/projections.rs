@@ -1,0 +1,118 @@
+//! The linear modules that read one input: a list, so that fused ones keep their names.
+
+use candle_core::Tensor;
+use monteclora_adapters::{Branch, FrozenLinear, input_gradient};
+
+use super::Pass;
+use crate::model::Result;
+use crate::model::adapter::{AdapterGradients, ModuleId};
+
+/// A linear module, which may carry an update.
+#[derive(Debug)]
+pub(crate) struct Projection {
+    pub(crate) id: ModuleId,
+    /// Its path; dropout depends on it.
+    pub(crate) name: String,
+    pub(crate) linear: FrozenLinear,
+    /// Widths of what its rows compute, in order; more than one where projections are fused.
+    pub(crate) parts: Vec<usize>,
+}
+
+/// Modules that read one input.
+#[derive(Debug)]
+pub(crate) struct Projections(pub(crate) Vec<Projection>);
+
+/// What each module's update keeps for the backward pass.
+pub(crate) type Saved = Vec<Vec<Tensor>>;
+
+/// Modules in the backward pass.
+pub(crate) struct Branches<'a> {
+    ids: Vec<ModuleId>,
+    branches: Vec<Branch<'a>>,
+}
+
+impl Projection {
+    fn mask(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Option<Tensor>> {
+        match (pass.dropout, pass.adapter.get(self.id)) {
+            (Some(dropout), Some(_)) => Ok(Some(dropout.mask(&self.name, pass.segments, x)?)),
+            _ => Ok(None),
+        }
+    }
+}
+
+impl Projections {
+    /// What the modules compute of `x` `[tokens, in]`, part by part; with `residual` a single part is added to it.
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass<'_>,
+        residual: Option<&Tensor>,
+    ) -> Result<(Vec<Tensor>, Saved)> {
+        let (mut outputs, mut saved) = (Vec::new(), Vec::with_capacity(self.0.len()));
+        for Projection {
+            id, linear, parts, ..
+        } in &self.0
+        {
+            let mask = self.0[saved.len()].mask(x, pass)?;
+            let (y, kept) = linear.forward(x, pass.adapter.get(*id), mask.as_ref(), residual)?;
+            match parts.as_slice() {
+                [_] => outputs.push(y),
+                fused => {
+                    let mut start = 0;
+                    for width in fused {
+                        outputs.push(y.narrow(1, start, *width)?.contiguous()?);
+                        start += width;
+                    }
+                }
+            }
+            saved.push(kept);
+        }
+        Ok((outputs, saved))
+    }
+
+    /// Begins the backward pass at `upstream`, the gradients of the parts; `like` has the shape of the input.
+    pub(crate) fn backward<'a>(
+        &'a self,
+        upstream: &[Tensor],
+        like: &Tensor,
+        saved: &Saved,
+        pass: &Pass<'a>,
+    ) -> Result<Branches<'a>> {
+        let mut upstream = upstream.iter();
+        let mut branches = Vec::with_capacity(self.0.len());
+        for (projection, saved) in self.0.iter().zip(saved) {
+            let parts: Vec<&Tensor> = upstream.by_ref().take(projection.parts.len()).collect();
+            let joined = match parts.as_slice() {
+                [one] => Tensor::clone(one),
+                fused => Tensor::cat(fused, 1)?,
+            };
+            let update = pass.adapter.get(projection.id);
+            let mask = projection.mask(like, pass)?;
+            branches.push(projection.linear.backward(&joined, saved, update, mask)?);
+        }
+        Ok(Branches {
+            ids: self.0.iter().map(|projection| projection.id).collect(),
+            branches,
+        })
+    }
+}
+
+impl Branches<'_> {
+    /// Adds the gradients of the updates, at the modules' input `x`, to `gradients`.
+    pub(crate) fn finish(
+        &self,
+        x: &Tensor,
+        saved: &Saved,
+        gradients: &mut AdapterGradients,
+    ) -> Result<()> {
+        for ((id, branch), saved) in self.ids.iter().zip(&self.branches).zip(saved) {
+            gradients.add(*id, branch.gradients(x, saved)?)?;
+        }
+        Ok(())
+    }
+
+    /// Gradient of the input.
+    pub(crate) fn input_gradient(&self) -> Result<Tensor> {
+        Ok(input_gradient(&self.branches)?)
+    }
+}
