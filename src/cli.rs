@@ -46,7 +46,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// The verbs.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// The whole job on a real model in minutes: train, compare with the base, collapse, serve.

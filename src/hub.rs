@@ -9,62 +9,13 @@ use std::path::{Path, PathBuf};
 use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
+use monteclora_converters::Problem;
 use sha2::{Digest, Sha256};
 
-pub use dataset::{DatasetError, DatasetId, DatasetRepo};
+pub use dataset::{DatasetId, DatasetRepo};
 pub use refusal::Refusal;
 
 use crate::gguf_import::{ImportOptions, import_gguf};
-
-/// A model that cannot be found or fetched.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// Nothing by this name, and the Hub does not answer.
-    #[error(
-        "model `{id}` is neither a local directory nor in the local cache, and the Hub cannot be reached ({reason}); check the name, \
-         connect to the network, or give a local directory or .gguf file with -m"
-    )]
-    Unreachable {
-        /// What was asked for.
-        id: String,
-        /// Why the Hub failed.
-        reason: String,
-    },
-    /// The Hub answers, and does not give the model.
-    #[error("model `{id}`: {refusal}")]
-    Refused {
-        /// What was asked for.
-        id: String,
-        /// What the Hub said and what to do.
-        refusal: Refusal,
-    },
-    /// The path is not a model.
-    #[error("`{}`: {problem}", .path.display())]
-    Path {
-        /// The path.
-        path: PathBuf,
-        /// What is wrong and the remedy.
-        problem: String,
-    },
-    /// The token source is malformed or empty.
-    #[error("--token-source {source_text}: {problem}")]
-    Token {
-        /// As given, without a literal token.
-        source_text: String,
-        /// What is wrong.
-        problem: String,
-    },
-    /// The cache directory cannot be used.
-    #[error("cannot use the cache directory `{}`; set MONTECLORA_CACHE to a writable one", .path.display())]
-    Cache {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-}
 
 /// A model found: its directory, and its name as the user gave it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,7 +63,7 @@ pub fn cache_dir() -> PathBuf {
 /// Finds the model `id`.
 ///
 /// # Errors
-/// [`Error`] for what is not there; what [`import_gguf`] says of a GGUF file that cannot be imported.
+/// What is not there; a GGUF file that cannot be imported.
 pub fn locate(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
     let path = Path::new(id);
     if path.is_dir() {
@@ -123,28 +74,24 @@ pub fn locate(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
         .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
     {
         if !path.is_file() {
-            return Err(Error::Path {
-                path: path.to_owned(),
-                problem: "no such file; give a .gguf file, a model directory or a Hub id"
-                    .to_owned(),
-            }
-            .into());
+            return Err(not_a_model(
+                id,
+                "no such file; give a .gguf file, a model directory or a Hub id",
+            ));
         }
         return Ok(local(&imported(path)?, id));
     }
     if path.exists() {
-        return Err(Error::Path {
-            path: path.to_owned(),
-            problem: "not a model; give a model directory, a .gguf file or a Hub id".to_owned(),
-        }
-        .into());
+        return Err(not_a_model(
+            id,
+            "not a model; give a model directory, a .gguf file or a Hub id",
+        ));
     }
     if !is_hub_id(id) {
-        return Err(Error::Path {
-            path: path.to_owned(),
-            problem: "no such directory; give a model directory, a .gguf file or a Hub id such as org/name".to_owned(),
-        }
-        .into());
+        return Err(not_a_model(
+            id,
+            "no such directory; give a model directory, a .gguf file or a Hub id such as org/name",
+        ));
     }
     from_hub(id, options)
 }
@@ -169,9 +116,11 @@ fn is_hub_id(id: &str) -> bool {
 
 /// Imports a GGUF file into the cache, once for its path, size and time of change.
 fn imported(file: &Path) -> anyhow::Result<PathBuf> {
-    let unusable = |source| Error::Path {
-        path: file.to_owned(),
-        problem: format!("cannot be read: {source}"),
+    let unusable = |source: std::io::Error| {
+        not_a_model(
+            &file.display().to_string(),
+            &format!("cannot be read: {source}"),
+        )
     };
     let canonical = file.canonicalize().map_err(unusable)?;
     let metadata = canonical.metadata().map_err(unusable)?;
@@ -188,9 +137,11 @@ fn imported(file: &Path) -> anyhow::Result<PathBuf> {
     if dir.join("config.json").is_file() {
         return Ok(dir);
     }
-    std::fs::create_dir_all(&models).map_err(|source| Error::Cache {
-        path: models,
-        source,
+    std::fs::create_dir_all(&models).map_err(|source| {
+        Problem::usage(format!(
+            "cannot use the cache directory `{}`; set MONTECLORA_CACHE to a writable one: {source}",
+            models.display()
+        ))
     })?;
     tracing::info!("importing {} into the cache", file.display());
     import_gguf(file, &dir, &ImportOptions::default(), &mut |_, _| {})?;
@@ -226,25 +177,24 @@ fn from_hub(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
     let fetched = info.and_then(|info| fetch(&api, &repo, &info));
     match fetched {
         Ok(Some(dir)) => Ok(located(dir)),
-        Ok(None) => Err(Error::Path {
-            path: PathBuf::from(id),
-            problem:
-                "the repository has no config.json; is it a model, and in Hugging Face's layout?"
-                    .to_owned(),
-        }
-        .into()),
-        Err(error) => Err(match Refusal::of(&error) {
-            Some(refusal) => Error::Refused {
-                id: id.to_owned(),
-                refusal,
-            },
-            None => Error::Unreachable {
-                id: id.to_owned(),
-                reason: error.to_string(),
-            },
-        }
+        Ok(None) => Err(not_a_model(
+            id,
+            "the repository has no config.json; is it a model, and in Hugging Face's layout?",
+        )),
+        Err(error) => Err(Problem::usage(match Refusal::of(&error) {
+            Some(refusal) => format!("model `{id}`: {refusal}"),
+            None => format!(
+                "model `{id}` is neither a local directory nor in the local cache, and the Hub cannot be reached ({error}); check the name, \
+                 connect to the network, or give a local directory or .gguf file with -m"
+            ),
+        })
         .into()),
     }
+}
+
+/// What is no model, and the remedy.
+fn not_a_model(name: &str, problem: &str) -> anyhow::Error {
+    Problem::usage(format!("`{name}`: {problem}")).into()
 }
 
 fn cached(repo: &Repo) -> Option<PathBuf> {
@@ -288,7 +238,7 @@ fn fetch(api: &Api, repo: &Repo, info: &RepoInfo) -> Result<Option<PathBuf>, Api
 }
 
 /// A client of the Hub with the token that `token_source` names.
-fn builder(token_source: &str) -> Result<ApiBuilder, Error> {
+fn builder(token_source: &str) -> Result<ApiBuilder, Problem> {
     let builder = ApiBuilder::from_env().with_progress(std::io::stderr().is_terminal());
     Ok(match token(token_source)? {
         Some(token) => builder.with_token(token),
@@ -298,11 +248,10 @@ fn builder(token_source: &str) -> Result<ApiBuilder, Error> {
 
 /// The token that a source names; `None` leaves the choice to the Hub client: for `cache`, where HF_TOKEN is not set, that of
 /// `huggingface-cli login`.
-fn token(source: &str) -> Result<Option<Option<String>>, Error> {
-    let refuse = |problem: &str| Error::Token {
-        source_text: source.split(':').next().unwrap_or_default().to_owned(),
-        problem: problem.to_owned(),
-    };
+fn token(source: &str) -> Result<Option<Option<String>>, Problem> {
+    // Without what may be a literal token.
+    let kind = source.split(':').next().unwrap_or_default();
+    let refuse = |problem: &str| Problem::usage(format!("--token-source {kind}: {problem}"));
     match source.split_once(':') {
         None if source.is_empty() || source == "cache" => Ok(std::env::var("HF_TOKEN")
             .ok()

@@ -83,9 +83,32 @@ pub struct Problems {
     pub heading: Option<String>,
     /// The problems, in the order found.
     pub list: Vec<Problem>,
+    /// Those that were only counted.
+    pub n_more: usize,
 }
 
 impl Problems {
+    /// `list` under `heading`.
+    pub fn under(heading: impl Into<String>, list: Vec<Problem>) -> Self {
+        Self {
+            heading: Some(heading.into()),
+            ..Self::from(list)
+        }
+    }
+
+    /// Adds a problem; what a message would not spell out is only counted, so that any number takes no more memory.
+    pub fn push(&mut self, problem: Problem) {
+        match self.list.len() < LISTED {
+            true => self.list.push(problem),
+            false => self.n_more += 1,
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
     /// Fails with all of `list` under `heading`, if there are any.
     ///
     /// # Errors
@@ -94,10 +117,7 @@ impl Problems {
         if list.is_empty() {
             return Ok(());
         }
-        Err(Self {
-            heading: Some(heading.into()),
-            list,
-        })
+        Err(Self::under(heading, list))
     }
 
     /// The exit code: that of the first problem.
@@ -109,16 +129,22 @@ impl Problems {
 impl From<Vec<Problem>> for Problems {
     fn from(list: Vec<Problem>) -> Self {
         Self {
-            heading: None,
             list,
+            ..Self::default()
         }
+    }
+}
+
+impl<P: Into<Problem>> FromIterator<P> for Problems {
+    fn from_iter<I: IntoIterator<Item = P>>(problems: I) -> Self {
+        Self::from(Vec::from_iter(problems.into_iter().map(Into::into)))
     }
 }
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let lines = self.list.iter().take(LISTED).map(Problem::to_string);
-        let more = self.list.len().saturating_sub(LISTED);
+        let more = self.list.len().saturating_sub(LISTED) + self.n_more;
         let rest = (more > 0).then(|| format!("and {more} more"));
         let lines: Vec<String> = lines.chain(rest).collect();
         match &self.heading {
@@ -148,6 +174,10 @@ mod tests {
         assert!(text.starts_with("`x` is refused:\n  t0: bad\n  t1: bad\n"));
         assert!(text.ends_with("\n  and 3 more"));
         assert_eq!(Problems::refuse_any("fine", Vec::new()), Ok(()));
+        let mut counted = Problems::default();
+        (0..23).for_each(|idx| counted.push(Problem::new("x", format!("t{idx}"), "bad", "")));
+        assert_eq!(counted.list.len(), 20);
+        assert!(counted.to_string().ends_with("t19: bad\nand 3 more"));
     }
 
     #[test]

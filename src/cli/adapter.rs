@@ -1,4 +1,4 @@
-//! Arguments of the verbs that turn or look into adapters and models.
+//! Arguments of the commands that turn or look into adapters and models.
 
 use std::path::PathBuf;
 

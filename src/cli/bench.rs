@@ -1,4 +1,4 @@
-//! Arguments of the `bench` verbs.
+//! Arguments of the `bench` commands.
 
 use clap::{Args, Subcommand, ValueEnum};
 

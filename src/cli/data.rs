@@ -1,4 +1,4 @@
-//! Arguments of the `data` verbs.
+//! Arguments of the `data` commands.
 
 use std::path::PathBuf;
 

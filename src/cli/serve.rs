@@ -1,4 +1,4 @@
-//! Arguments of the verbs around a server.
+//! Arguments of the commands around a server.
 
 use std::path::PathBuf;
 

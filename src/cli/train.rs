@@ -1,4 +1,4 @@
-//! Arguments of the verbs around a training run.
+//! Arguments of the commands around a training run.
 
 use std::path::PathBuf;
 

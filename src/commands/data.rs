@@ -47,27 +47,25 @@ impl Request {
             .as_ref()
             .map(|path| RunConfig::load(path, &args.overrides))
             .transpose()?;
-        let mut model = config.as_ref().map(|config| RequestedModel {
-            id: config.model.model_id.clone(),
-            options: HubOptions {
-                revision: config.model.revision.clone(),
-                token_source: args.token_source.clone(),
-            },
-            chat_template: config.model.chat_template.clone(),
-        });
-        if let Some(id) = &args.model_id {
-            model = Some(RequestedModel {
-                id: id.clone(),
+        let token_source = args.token_source.clone();
+        let requested =
+            |id: &str, revision: &Option<String>, template: Option<&PathBuf>| RequestedModel {
+                id: id.to_owned(),
                 options: HubOptions {
-                    revision: args.revision.clone(),
-                    token_source: args.token_source.clone(),
+                    revision: revision.clone(),
+                    token_source,
                 },
-                chat_template: None,
-            });
-        }
-        if let (Some(model), Some(template)) = (&mut model, &args.chat_template) {
-            model.chat_template = Some(template.clone());
-        }
+                chat_template: args.chat_template.as_ref().or(template).cloned(),
+            };
+        let model = match (&args.model_id, &config) {
+            (Some(id), _) => Some(requested(id, &args.revision, None)),
+            (None, Some(RunConfig { model, .. })) => Some(requested(
+                &model.model_id,
+                &model.revision,
+                model.chat_template.as_ref(),
+            )),
+            (None, None) => None,
+        };
         let mut data = config.map(|config| config.data).unwrap_or_default();
         data.format = args.format.unwrap_or(data.format);
         data.train_on = args.train_on.unwrap_or(data.train_on);
@@ -88,40 +86,34 @@ impl Request {
         })
     }
 
-    /// The model's encoder and the length limit in tokens.
-    fn encoder(&self) -> Result<Option<(Arc<Encoder>, usize)>> {
-        let Some(model) = &self.model else {
-            return Ok(None);
-        };
+    /// The model's encoder, if there is a model.
+    fn encoder(&self) -> Result<Option<Arc<Encoder>>> {
+        let encoder = |model| Ok(self.encoder_of(model, false)?.0);
+        self.model.as_ref().map(encoder).transpose()
+    }
+
+    /// An encoder that takes rows of any length whole, and the length limit in tokens.
+    fn measuring_encoder(&self) -> Result<(Arc<Encoder>, usize)> {
+        match &self.model {
+            Some(model) => self.encoder_of(model, true),
+            None => Err(Problem::usage(
+                "tokens are those of a model: give one with -m, or a run.toml with -c",
+            )
+            .into()),
+        }
+    }
+
+    fn encoder_of(&self, model: &RequestedModel, whole: bool) -> Result<(Arc<Encoder>, usize)> {
         let base = hub::locate(&model.id, &model.options)?;
         let config = read_shape(&base.dir)?;
         let limit = self.data.max_seq_length_for(config.max_position_embeddings);
-        let encoder = Encoder::from_dir(
-            &base.dir,
-            model.chat_template.as_deref(),
-            self.data.encode_options(limit),
-        )?;
+        let mut options = self.data.encode_options(limit);
+        if whole {
+            (options.max_seq_length, options.overlong) = (usize::MAX, Overlong::Error);
+        }
+        let encoder = Encoder::from_dir(&base.dir, model.chat_template.as_deref(), options)?;
         encoder.tokenizer().check_vocab(config.vocab_size)?;
-        Ok(Some((encoder, limit)))
-    }
-
-    /// As [`Self::encoder`], for verbs that cannot do without; rows of any length are encoded whole.
-    fn measuring_encoder(&mut self) -> Result<(Arc<Encoder>, usize)> {
-        let asked = self.data.max_seq_length;
-        let Some((encoder, limit)) = self.encoder()? else {
-            return Err(Problem::usage(
-                "tokens are those of a model: give one with -m, or a run.toml with -c",
-            )
-            .into());
-        };
-        drop(encoder);
-        self.data.max_seq_length = Some(usize::MAX);
-        self.data.overlong = Overlong::Error;
-        let encoder = self.encoder()?.map(|(encoder, _)| encoder);
-        self.data.max_seq_length = asked;
-        encoder
-            .map(|encoder| (encoder, limit))
-            .ok_or_else(|| Problem::usage("give a model with -m").into())
+        Ok((encoder, limit))
     }
 }
 

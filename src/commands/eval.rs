@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::opened::{Opened, require_positive};
 use super::{print, print_json};
 use crate::cli::EvalArgs;
-use crate::data::{DataError, Dataset, RowSchema, splits};
+use crate::data::{Dataset, RowSchema, splits};
 use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scores, score};
 use crate::model::ActiveAdapter;
 use crate::progress;
@@ -44,8 +44,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     // Of a directory, what was kept for the end.
     let split = splits(&args.data)?.last().copied().unwrap_or_default();
     let encoder = opened.encoder.clone();
-    let data = Dataset::open_split(&args.data, split, RowSchema::default(), encoder)
-        .map_err(DataError::in_flags)?;
+    let data = Dataset::open_split(&args.data, split, RowSchema::default(), encoder)?;
     let choices = ChoiceRows::read(&data)?;
     let loaded = opened.load(args.seed)?;
     let options = EvalOptions {

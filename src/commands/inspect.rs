@@ -105,18 +105,9 @@ fn table(summary: &AdapterSummary) -> String {
         );
     }
     if !summary.problems.is_empty() {
-        let problems = Problems {
-            heading: Some(format!(
-                "{} worth knowing",
-                count(summary.problems.len(), "thing")
-            )),
-            list: summary.problems.clone(),
-        };
-        text.push_str(&format!(
-            "
-
-{problems}"
-        ));
+        let list = summary.problems.clone();
+        let heading = format!("{} worth knowing", count(list.len(), "thing"));
+        text.push_str(&format!("\n\n{}", Problems::under(heading, list)));
     }
     text
 }

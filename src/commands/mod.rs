@@ -103,13 +103,7 @@ fn exit_code_of(error: &(dyn std::error::Error + 'static)) -> u8 {
 }
 
 fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
-    use crate::{config::ConfigError, data::DataError, hub, model, train};
-    if let Some(error) = error.downcast_ref::<ConfigError>() {
-        return Some(error.exit_code());
-    }
-    if let Some(error) = error.downcast_ref::<DataError>() {
-        return Some(error.exit_code());
-    }
+    use crate::{model, report, train};
     if let Some(error) = error.downcast_ref::<model::Error>() {
         return match error {
             model::Error::Candle(_) => None,
@@ -124,7 +118,6 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
             train::Error::Busy { .. } | train::Error::BestLost { .. } => Some(2),
             train::Error::Drift { drift, .. } => Some(if drift.data { 3 } else { 2 }),
             train::Error::Checkpoint { .. } | train::Error::Torn { .. } => Some(4),
-            train::Error::Data(error) => Some(error.exit_code()),
             train::Error::Model(error) => classify(error),
             train::Error::Method(error) => classify(error),
             train::Error::Format(error) => Some(exit_code_of(error)),
@@ -144,27 +137,11 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(error) = error.downcast_ref::<mistralrs_monteclora::Error>() {
         return Some(error.exit_code());
     }
-    if let Some(error) = error.downcast_ref::<crate::report::Error>() {
-        return match error {
-            crate::report::Error::NotARun(_) => Some(2),
-            crate::report::Error::Record { .. } => Some(4),
-            _ => None,
-        };
+    match error.downcast_ref::<report::Error>()? {
+        report::Error::NotARun(_) => Some(2),
+        report::Error::Record { .. } => Some(4),
+        _ => None,
     }
-    #[cfg(feature = "mistralrs")]
-    if let Some(error) = error.downcast_ref::<crate::deploy::Error>() {
-        return match error {
-            crate::deploy::Error::Format(error) => Some(exit_code_of(error)),
-            error => Some(error.exit_code()),
-        };
-    }
-    if error.is::<hub::Error>() {
-        return Some(2);
-    }
-    if error.is::<crate::eval::NotFinite>() {
-        return Some(5);
-    }
-    error.downcast_ref::<Problem>().map(|problem| problem.exit)
 }
 
 /// The device that computes: an accelerator if the build has one and `cpu` is false.

@@ -10,7 +10,7 @@ use monteclora_converters::{Adapter, ModelFiles, Problem};
 
 use super::{device, weight_type};
 use crate::cli::ModelArgs;
-use crate::data::{EncodeOptions, Encoder, Overlong, TrainOn};
+use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 use crate::eval::posterior_draws;
 use crate::hub::{self, Located};
 use crate::model::{ActiveAdapter, Decoder, read_shape};
@@ -62,6 +62,7 @@ impl Opened {
             apply_chat_template,
             max_seq_length: max_seq_length(&config),
             overlong: Overlong::Error,
+            remedies: Remedies::Flags,
         };
         let template = model.options.chat_template.as_deref();
         let encoder = Encoder::from_dir(&base.dir, template, options)?;

@@ -8,7 +8,7 @@ use monteclora_converters::{ModelFiles, Problem};
 
 use super::{device, numerical, print, print_json, weight_type};
 use crate::cli::{EngineArg, ParityArgs};
-use crate::data::{EncodeOptions, Encoder, Overlong, TrainOn};
+use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 use crate::eval::{Engines, Parity, Reference, compare};
 use crate::hub;
 use crate::model::read_shape;
@@ -91,6 +91,7 @@ fn tokens(dir: &Path, text: &str, limit: usize) -> Result<Vec<u32>> {
         apply_chat_template: false,
         max_seq_length: limit,
         overlong: Overlong::Error,
+        remedies: Remedies::Keys,
     };
     let mut ids = Encoder::from_dir(dir, None, options)?.plain_prompt_tokens(text)?;
     if ids.is_empty() {
@@ -100,12 +101,26 @@ fn tokens(dir: &Path, text: &str, limit: usize) -> Result<Vec<u32>> {
     Ok(ids)
 }
 
+/// What is compared, in words.
+const NAMES: [(&str, &str); 6] = [
+    ("ours", "ours - reference"),
+    ("ours_base", "ours - reference (base)"),
+    ("mistralrs", "mistral.rs - reference"),
+    ("mistralrs_base", "mistral.rs - reference (base)"),
+    ("ours_vs_mistralrs", "ours - mistral.rs"),
+    ("merged_vs_mistralrs", "merged - mistral.rs"),
+];
+
 fn describe(report: &Parity) -> String {
     let mut text = format!(
         "{} positions\n{:<30} {:>12} {:>12} {:>10} {:>18}\n",
         report.positions, "", "max |diff|", "mean |diff|", "top-1", "first divergence"
     );
-    for (name, a) in report.all() {
+    for (name, a) in &report.compared {
+        let name = NAMES
+            .iter()
+            .find(|(key, _)| key == name)
+            .map_or(*name, |(_, name)| name);
         let first = a
             .first_divergence
             .map_or("none".to_owned(), |p| p.to_string());

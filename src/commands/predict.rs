@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::Problem;
+use monteclora_converters::{Problem, Problems};
 use serde::Serialize;
 
 use super::opened::{Opened, require_positive};
 use super::{print, print_json};
 use crate::cli::PredictArgs;
 use crate::data::{
-    DataError, Encoder, FieldProblem, Message, Problems, Role, Row, RowError, RowProblem, Source,
+    DataError, Encoder, Message, Role, Row, RowError, RowProblem, Source, field_problem,
     parse_question, splits,
 };
 use crate::eval::{Answer, Answerer, LengthNormalisation, Question};
@@ -73,7 +73,11 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         for rows in rows.chunks(args.batch_size) {
             let questions = rows
                 .iter()
-                .map(|row| reader.question(source, *row)?.map_err(as_data_error))
+                .map(|row| {
+                    // A row that was sound before, and no longer is.
+                    let sound = reader.question(source, *row)?;
+                    sound.map_err(|found| DataError::from(Problems::from_iter(found)))
+                })
                 .collect::<Result<Vec<_>, DataError>>()?;
             report.answers.extend(answerer.answer(&questions)?);
             bar.inc(rows.len() as u64);
@@ -103,13 +107,13 @@ impl Reader<'_> {
         let mut problems = Problems::default();
         for row in 0..source.n_rows() {
             for problem in self.question(&source, row)?.err().into_iter().flatten() {
-                problems.push(problem);
+                problems.push(problem.into());
             }
         }
         if problems.is_empty() {
             Ok(source)
         } else {
-            Err(DataError::Rows(problems).in_flags().into())
+            Err(problems.into())
         }
     }
 
@@ -119,16 +123,15 @@ impl Reader<'_> {
         row: usize,
     ) -> Result<Result<Question, Vec<RowProblem>>, DataError> {
         let (path, line) = source.place(row);
-        let at_row = |problem: FieldProblem| RowProblem::new(path, line, problem);
-        let row = match parse_question(&source.row_bytes(row)?) {
-            Ok(row) => row,
-            Err(problems) => return Ok(Err(problems.into_iter().map(at_row).collect())),
+        let at_row = |problem| RowProblem::new(path, line, problem);
+        let problems = match parse_question(&source.row_bytes(row)?) {
+            Ok(row) => match self.of_row(&row) {
+                Ok(question) => return Ok(Ok(question)),
+                Err(error) => vec![error.of_row()?],
+            },
+            Err(problems) => problems,
         };
-        match self.of_row(&row) {
-            Ok(question) => Ok(Ok(question)),
-            Err(RowError::Problem(problem)) => Ok(Err(vec![at_row(problem)])),
-            Err(RowError::Other(error)) => Err(error),
-        }
+        Ok(Err(problems.into_iter().map(at_row).collect()))
     }
 
     fn of_row(&self, row: &Row) -> Result<Question, RowError> {
@@ -145,11 +148,11 @@ impl Reader<'_> {
         };
         match problem {
             None => Ok(Question::Open(prompt)),
-            Some(problem) => Err(RowError::Problem(FieldProblem {
-                field: "row".to_owned(),
+            Some(problem) => Err(RowError::Problem(field_problem(
+                "row",
                 problem,
-                fix: "lower --max-tokens, or change the row".to_owned(),
-            })),
+                "lower --max-tokens, or change the row",
+            ))),
         }
     }
 
@@ -181,15 +184,6 @@ impl Reader<'_> {
             )
         })
     }
-}
-
-/// A row that was sound before, and no longer is.
-fn as_data_error(found: Vec<RowProblem>) -> DataError {
-    let mut problems = Problems::default();
-    for problem in found {
-        problems.push(problem);
-    }
-    DataError::Rows(problems)
 }
 
 fn describe(answer: &Answer) -> String {

@@ -252,11 +252,14 @@ fn served(
     };
     let adapter = Some((paths.collapsed.as_path(), adapter));
     let parity = compare(base, adapter, &sequences, None, &engines)?;
-    report.parity = parity.ours_vs_mistralrs.as_ref().map(|a| ParityScore {
-        positions: parity.positions,
-        max_abs_diff: a.max_abs_diff,
-        top1_agreement: a.top1_agreement,
-    });
+    report.parity = parity
+        .compared
+        .get("ours_vs_mistralrs")
+        .map(|a| ParityScore {
+            positions: parity.positions,
+            max_abs_diff: a.max_abs_diff,
+            top1_agreement: a.top1_agreement,
+        });
     let loader = MonteCloraLoader::builder(base, "triage")
         .adapter(&paths.collapsed)
         .device(candle_core::Device::Cpu)

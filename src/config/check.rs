@@ -5,11 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use monteclora_converters::{Problem, Problems};
 use toml::Table;
 
 use super::{
-    document::{Document, Schema, field_names},
-    error::ConfigError,
+    document::{Document, Schema, field_names, one},
     run::{
         DataConfig, DtypeChoice, EvalConfig, LoraConfig, Method, ModelConfig, ModuleSelection,
         MonteCloraConfig, Preset, RunConfig, TrainConfig,
@@ -21,21 +21,23 @@ impl RunConfig {
     /// Reads a file, applies `key.path=value` overrides, fills in defaults and checks everything.
     ///
     /// # Errors
-    /// [`ConfigError::Read`], [`ConfigError::Syntax`], and [`ConfigError::Invalid`] with every problem: unknown keys,
-    /// values of a wrong type or out of range, contradictions, and what is not supported.
-    pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
+    /// A file that cannot be read or is not TOML; every problem of a file that is: unknown keys, values of a wrong type or
+    /// out of range, contradictions, and what is not supported.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self, Problems> {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|source| {
+            one(format!(
+                "cannot read `{name}`; give the path of a TOML file with -c: {source}"
+            ))
         })?;
-        Self::from_toml(&text, &path.display().to_string(), overrides)
+        Self::from_toml(&text, &name, overrides)
     }
 
     /// As [`Self::load`], from text; `name` stands for the file in messages.
     ///
     /// # Errors
-    /// [`ConfigError::Syntax`], [`ConfigError::Invalid`].
-    pub fn from_toml(text: &str, name: &str, overrides: &[String]) -> Result<Self, ConfigError> {
+    /// As [`Self::load`].
+    pub fn from_toml(text: &str, name: &str, overrides: &[String]) -> Result<Self, Problems> {
         const PRESETS: &str = "lora.monteclora";
         let schema = schema();
         let mut document = Document::parse(text, name, overrides, &schema)?;
@@ -58,10 +60,11 @@ impl RunConfig {
         train(&mut document, &mut config.train, &config.lora);
         eval(&mut document, &config.eval);
         let problems = document.into_problems();
-        if problems.is_empty() {
-            Ok(config)
-        } else {
-            Err(ConfigError::Invalid { problems })
+        match problems.is_empty() {
+            true => Ok(config),
+            false => Err(Problems::from_iter(
+                problems.into_iter().map(Problem::usage),
+            )),
         }
     }
 }

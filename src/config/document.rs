@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use monteclora_converters::{Problem, Problems};
 use serde::{
     Deserializer,
     de::{DeserializeOwned, Error as _, Visitor, value},
@@ -11,8 +12,6 @@ use toml::{
     Spanned, Table, Value,
     de::{DeTable, DeValue},
 };
-
-use super::error::ConfigError;
 
 /// The tables of a file and the keys of each; the table of name "" is the top.
 pub(super) type Schema = Vec<(&'static str, &'static [&'static str])>;
@@ -39,17 +38,19 @@ impl Document {
     /// An override's value is TOML; what is not valid TOML is taken as a string.
     ///
     /// # Errors
-    /// [`ConfigError::Syntax`]; unknown keys are collected as problems.
+    /// Text that is not TOML; unknown keys are collected as problems.
     pub(super) fn parse(
         text: &str,
         name: &str,
         overrides: &[String],
         schema: &Schema,
-    ) -> Result<Self, ConfigError> {
-        let syntax = |error: toml::de::Error| ConfigError::Syntax {
-            name: name.to_owned(),
-            line: error.span().map_or(1, |span| line_of(text, span.start)),
-            message: error.message().to_owned(),
+    ) -> Result<Self, Problems> {
+        let syntax = |error: toml::de::Error| {
+            let line = error.span().map_or(1, |span| line_of(text, span.start));
+            one(format!(
+                "{name}:{line}: not valid TOML: {}",
+                error.message()
+            ))
         };
         let spanned = DeTable::parse(text).map_err(syntax)?;
         let mut document = Self {
@@ -228,6 +229,11 @@ impl Document {
     pub(super) fn into_problems(self) -> Vec<String> {
         self.problems
     }
+}
+
+/// What stops before anything else can be found.
+pub(super) fn one(message: String) -> Problems {
+    Problems::from(vec![Problem::usage(message)])
 }
 
 fn override_value(text: &str) -> Value {

@@ -6,10 +6,8 @@
 mod adapter;
 mod check;
 mod document;
-mod error;
 mod run;
 
-pub use error::ConfigError;
 pub use run::{
     DataConfig, DataFormat, DtypeChoice, EvalConfig, LoraConfig, LrSchedulerType, Method,
     ModelConfig, ModuleSelection, MonteCloraConfig, Objective, Preset, Report, RunConfig,

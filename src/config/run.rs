@@ -6,7 +6,7 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::data::{
-    BatchOptions, EncodeOptions, FieldNames, Overlong, RowFormat, RowSchema, TrainOn,
+    BatchOptions, EncodeOptions, FieldNames, Overlong, Remedies, RowFormat, RowSchema, TrainOn,
 };
 
 /// A training run, checked. Made by [`RunConfig::load`]; serialises to the JSON that run.json records.
@@ -138,6 +138,7 @@ impl DataConfig {
             apply_chat_template: self.apply_chat_template,
             max_seq_length,
             overlong: self.overlong,
+            remedies: Remedies::Keys,
         }
     }
 }

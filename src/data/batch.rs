@@ -227,7 +227,7 @@ mod tests {
 
     use super::*;
     use crate::data::{
-        example::{EncodeOptions, Encoder, Overlong, TrainOn},
+        example::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn},
         test_support::{tiny_llama, write_temp},
         tokenizer::Tokenizer,
     };
@@ -346,6 +346,7 @@ mod tests {
             apply_chat_template: true,
             max_seq_length: 16,
             overlong: Overlong::Error,
+            remedies: Remedies::Keys,
         };
         let tokenizer = Tokenizer::from_dir(&tiny_llama()).expect("loads");
         let encoder = std::sync::Arc::new(Encoder::new(tokenizer, None, options));

@@ -2,10 +2,12 @@
 
 use std::{path::Path, sync::Arc};
 
+use monteclora_converters::Problems;
+
 use super::{
     batch::Batch,
-    error::{DataError, Problems},
-    example::{EncodedRow, Encoder, Example, RowError},
+    error::{DataError, bad_data, changed},
+    example::{EncodedRow, Encoder, Example},
     rows::{Row, RowFormat, parse_named_row},
     source::{Source, Split},
     stats::Stats,
@@ -40,8 +42,8 @@ impl Dataset {
     /// Reads, checks and measures every row of a split.
     ///
     /// # Errors
-    /// As [`Source::open`]; [`DataError::Rows`] with all bad rows; [`DataError::MixedFormats`];
-    /// [`DataError::AllDropped`]; errors of the model's template or tokenizer.
+    /// As [`Source::open`]; all bad rows; rows of several formats, or all of them too long; errors of the model's template
+    /// or tokenizer.
     pub fn open_split(
         name: &Path,
         split: Split,
@@ -51,19 +53,23 @@ impl Dataset {
         let source = Source::open(name, split)?;
         let mut problems = Problems::default();
         let survey = Survey::take(&source, &schema, Some(&encoder), |problem| {
-            problems.push(problem);
+            problems.push(problem.into());
         })?;
         let format = match survey.format(&source)? {
             Some(format) if problems.is_empty() => format,
-            _ => return Err(DataError::Rows(problems)),
+            _ => return Err(problems.into()),
         };
         let stats = survey.stats.clone();
         let entries = survey.into_entries();
         if entries.is_empty() {
-            return Err(DataError::AllDropped {
-                path: name.to_owned(),
-                max_seq_length: encoder.options().max_seq_length,
-            });
+            return Err(bad_data(
+                "all-dropped",
+                format!(
+                    "every row of `{}` is longer than max_seq_length {}; raise data.max_seq_length, or set data.overlong = \"truncate\"",
+                    name.display(),
+                    encoder.options().max_seq_length
+                ),
+            ));
         }
         Ok(Self {
             source,
@@ -122,7 +128,7 @@ impl Dataset {
     /// The row that an example was made from, with its line number.
     ///
     /// # Errors
-    /// [`DataError::Read`]; [`DataError::Changed`] if the file is no longer what was checked.
+    /// A file that cannot be read, or is no longer what was checked.
     pub fn row(&self, example_idx: usize) -> Result<(usize, Row), DataError> {
         let row_idx = self.entries[example_idx].row as usize;
         let (path, line) = self.source.place(row_idx);
@@ -146,8 +152,7 @@ impl Dataset {
         };
         let EncodedRow { mut examples, .. } = match self.encoder.encode_row(&row) {
             Ok(encoded) => encoded,
-            Err(RowError::Problem(_)) => return Err(changed()),
-            Err(RowError::Other(error)) => return Err(error),
+            Err(error) => return Err(error.of_row().map_or_else(|error| error, |_| changed())),
         };
         let part = entry.part as usize;
         if part >= examples.len() {
@@ -175,19 +180,13 @@ impl Dataset {
     }
 }
 
-fn changed(path: &Path, line: usize) -> DataError {
-    DataError::Changed {
-        path: path.to_owned(),
-        line,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use monteclora_converters::exit_code;
+
     use super::*;
     use crate::data::{
-        error::MAX_SHOWN,
-        example::{EncodeOptions, Overlong, TrainOn},
+        example::{EncodeOptions, Overlong, Remedies, TrainOn},
         template::ChatTemplate,
         test_support::{THINKING, model_with_template, tiny_llama, write_temp},
         tokenizer::Tokenizer,
@@ -199,6 +198,7 @@ mod tests {
             apply_chat_template: true,
             max_seq_length,
             overlong,
+            remedies: Remedies::Keys,
         };
         let tokenizer = Tokenizer::from_dir(dir).expect("tokenizer");
         let template = ChatTemplate::from_dir(dir, None, std::time::UNIX_EPOCH).expect("template");
@@ -229,19 +229,16 @@ mod tests {
                 path.display()
             )
         );
-        assert_eq!(error.exit_code(), 3);
+        assert_eq!(exit_code(&error, |_| None), 3);
     }
 
     #[test]
     fn every_bad_row_is_reported_and_the_rest_counted() {
         let error = open(&(conversation("assistant") + &"{\n".repeat(25))).expect_err("refused");
         let text = error.to_string();
-        assert_eq!(text.lines().count(), MAX_SHOWN + 1);
+        assert_eq!(text.lines().count(), 21);
         assert!(text.ends_with("and 5 more"), "{text}");
-        let DataError::Rows(problems) = error else {
-            panic!("{error}");
-        };
-        assert_eq!((problems.total(), problems.shown()[0].line), (25, 2));
+        assert!(error.problems()[0].at.contains(":2: "), "{text}");
     }
 
     #[test]
@@ -287,7 +284,7 @@ mod tests {
         let (_dir, path) = write_temp(&long);
         let error = Dataset::open(&path, None, encoder(&tiny_llama(), 200, Overlong::Drop))
             .expect_err("nothing left");
-        assert!(matches!(error, DataError::AllDropped { .. }), "{error}");
+        assert_eq!(error.code(), "all-dropped", "{error}");
     }
 
     #[test]
@@ -316,9 +313,10 @@ mod tests {
             .expect("reads")
             .replace("hello", "h\u{e9}lo");
         std::fs::write(&path, changed.replace("\"hi\"", "\"h\"")).expect("writes");
-        assert!(matches!(
-            dataset.example(0),
-            Err(DataError::Changed { line: 1, .. })
-        ));
+        let error = dataset.example(0).expect_err("changed");
+        assert!(
+            error.to_string().contains(":1: the file changed"),
+            "{error}"
+        );
     }
 }

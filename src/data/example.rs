@@ -5,12 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use monteclora_converters::Problem;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    error::DataError,
-    rows::{FieldProblem, Message, Role, Row, RowContent},
+    error::{DataError, field_problem, tokenizer_failed},
+    rows::{Message, Role, Row, RowContent},
     template::ChatTemplate,
     tokenizer::Tokenizer,
 };
@@ -43,6 +44,34 @@ pub enum Overlong {
     Truncate,
 }
 
+/// Whose words a remedy is in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Remedies {
+    /// Keys of run.toml.
+    #[default]
+    Keys,
+    /// Flags of a command without run.toml; what only run.toml can set is left out.
+    Flags,
+}
+
+impl Remedies {
+    /// A remedy, or a setting of run.toml in its place.
+    fn or_set(self, remedy: &str, setting: &str) -> String {
+        match self {
+            Self::Keys => format!("{remedy}, or set data.{setting}"),
+            Self::Flags => remedy.to_owned(),
+        }
+    }
+
+    /// A higher length limit, or a setting in its place.
+    fn raise_limit(self, setting: &str) -> String {
+        match self {
+            Self::Keys => self.or_set("raise data.max_seq_length", setting),
+            Self::Flags => "raise --max-seq-length".to_owned(),
+        }
+    }
+}
+
 /// How rows become examples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EncodeOptions {
@@ -54,6 +83,8 @@ pub struct EncodeOptions {
     pub max_seq_length: usize,
     /// What happens to a longer one.
     pub overlong: Overlong,
+    /// Whose words remedies are in.
+    pub remedies: Remedies,
 }
 
 /// One training sequence.
@@ -109,23 +140,34 @@ pub struct ChoiceTokens {
 #[derive(Debug)]
 pub enum RowError {
     /// The row is at fault.
-    Problem(FieldProblem),
+    Problem(Problem),
     /// The model or the tokenizer is at fault.
     Other(DataError),
 }
 
 impl RowError {
-    fn new(field: impl Into<String>, problem: impl Into<String>, fix: &str) -> Self {
-        Self::Problem(FieldProblem::new(field, problem, fix))
+    /// What is wrong with the row.
+    ///
+    /// # Errors
+    /// The model or the tokenizer is at fault.
+    pub fn of_row(self) -> Result<Problem, DataError> {
+        match self {
+            Self::Problem(problem) => Ok(problem),
+            Self::Other(error) => Err(error),
+        }
+    }
+
+    fn new(field: impl Into<String>, problem: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self::Problem(field_problem(field, problem, fix))
     }
 }
 
 impl From<DataError> for RowError {
     fn from(error: DataError) -> Self {
         match error {
-            DataError::Render { .. } => Self::new(
+            DataError::Problem(problem) if problem.code == "render" => Self::new(
                 "messages",
-                error.to_string(),
+                problem.message,
                 "correct the row, or give another template with --chat-template",
             ),
             other => Self::Other(other),
@@ -197,7 +239,7 @@ impl Encoder {
     /// The tokens of a conversation that the model is to continue, generation prompt included.
     ///
     /// # Errors
-    /// [`DataError::NoTemplate`], [`DataError::Render`], [`DataError::Tokenize`].
+    /// A model without a template; a template that refuses the conversation; text that cannot be tokenised.
     pub fn prompt_tokens(
         &self,
         messages: &[Message],
@@ -215,7 +257,7 @@ impl Encoder {
     /// The tokens of a bare prompt, with the tokenizer's BOS and no template.
     ///
     /// # Errors
-    /// [`DataError::Tokenize`].
+    /// Text that cannot be tokenised.
     pub fn plain_prompt_tokens(&self, prompt: &str) -> Result<Vec<u32>, DataError> {
         let mut ids = self.tokenizer.prefix_ids().to_vec();
         ids.extend(self.tokenizer.encode(prompt, false)?);
@@ -374,13 +416,17 @@ impl Encoder {
     }
 
     fn chat_template(&self) -> Result<&ChatTemplate, DataError> {
-        self.template.as_ref().ok_or(DataError::NoTemplate)
+        self.template.as_ref().ok_or_else(|| {
+            Problem::usage(
+                "the model has no chat template; give one with --chat-template, or take rows of prompt and completion as they are (data.apply_chat_template = false, or --no-chat-template)",
+            )
+            .into()
+        })
     }
 
     fn end_token(&self) -> Result<u32, DataError> {
-        self.tokenizer.eos_id().ok_or_else(|| DataError::Tokenize {
-            message: "the model names no end token; set eos_token in tokenizer_config.json"
-                .to_owned(),
+        self.tokenizer.eos_id().ok_or_else(|| {
+            tokenizer_failed("the model names no end token; set eos_token in tokenizer_config.json")
         })
     }
 
@@ -428,7 +474,9 @@ impl Encoder {
             return Err(RowError::new(
                 "messages",
                 "no assistant turn to train on",
-                "add one, or set data.train_on = \"all\"",
+                self.options
+                    .remedies
+                    .or_set("add one", "train_on = \"all\""),
             ));
         }
         let mut rendered = Vec::with_capacity(turns.len());
@@ -439,7 +487,10 @@ impl Encoder {
                 return Err(RowError::new(
                     format!("messages[{turn}]"),
                     "the chat template does not begin this turn with its generation prompt, so the trained tokens cannot be told",
-                    "give a template that does with --chat-template, or set data.train_on = \"all\"",
+                    self.options.remedies.or_set(
+                        "give a template that does with --chat-template",
+                        "train_on = \"all\"",
+                    ),
                 ));
             }
             rendered.push((prompt.len(), text));
@@ -483,7 +534,9 @@ impl Encoder {
                 return Err(RowError::new(
                     format!("messages[{idx}]"),
                     "a later message changes how the chat template prints this one, so the tokens without weight cannot be told",
-                    "remove the weight, or set data.train_on = \"assistant\"",
+                    self.options
+                        .remedies
+                        .or_set("remove the weight", "train_on = \"assistant\""),
                 ));
             }
             context.push(before.len()..with.len());
@@ -538,7 +591,9 @@ impl Encoder {
             return Err(RowError::new(
                 field,
                 "no token to train on",
-                "add an answer, or set data.train_on = \"all\"",
+                self.options
+                    .remedies
+                    .or_set("add an answer", "train_on = \"all\""),
             ));
         }
         if n_tokens > limit {
@@ -547,7 +602,9 @@ impl Encoder {
                     return Err(RowError::new(
                         "row",
                         format!("{n_tokens} tokens, more than max_seq_length {limit}"),
-                        "raise data.max_seq_length, or set data.overlong to \"drop\" or \"truncate\"",
+                        self.options
+                            .remedies
+                            .raise_limit("overlong to \"drop\" or \"truncate\""),
                     ));
                 }
                 Overlong::Drop => {
@@ -563,7 +620,7 @@ impl Encoder {
                             format!(
                                 "no token to train on in the first {limit} of {n_tokens} tokens"
                             ),
-                            "raise data.max_seq_length, or set data.overlong = \"drop\"",
+                            self.options.remedies.raise_limit("overlong = \"drop\""),
                         ));
                     }
                     encoded.n_truncated += 1;

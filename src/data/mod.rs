@@ -22,14 +22,15 @@ mod tokenizer;
 
 pub use batch::{Batch, BatchOptions, Batches, Cursor, epoch_order, epoch_plan, pack_efficiency};
 pub use dataset::Dataset;
-pub use error::{DataError, MAX_SHOWN, Problems, RowProblem};
+pub(crate) use error::field_problem;
+pub use error::{DataError, RowProblem};
 pub use example::{
-    ChoiceSet, ChoiceTokens, EncodeOptions, EncodedRow, Encoder, Example, Overlong, RowError,
-    TrainOn,
+    ChoiceSet, ChoiceTokens, EncodeOptions, EncodedRow, Encoder, Example, Overlong, Remedies,
+    RowError, TrainOn,
 };
 pub use row_file::RowFile;
 pub use rows::{
-    Choices, FieldNames, FieldProblem, Message, Role, Row, RowContent, RowFormat, parse_named_row,
+    Choices, FieldNames, Message, Role, Row, RowContent, RowFormat, parse_named_row,
     parse_question, parse_row,
 };
 pub use source::{Source, Split, directory_has, splits};

@@ -15,7 +15,7 @@ use flate2::read::MultiGzDecoder;
 use sha2::{Digest, Sha256};
 
 use self::spans::{Span, index};
-use super::error::DataError;
+use super::error::{DataError, bad_data, changed, packed, unreadable};
 
 /// An indexed file of rows. Memory is 24 bytes a row, whatever the rows hold.
 ///
@@ -33,13 +33,9 @@ impl RowFile {
     /// Reads the file once for the places of its rows and its hash.
     ///
     /// # Errors
-    /// [`DataError::Read`], [`DataError::Empty`], [`DataError::Array`], [`DataError::Unpack`], [`DataError::Parquet`], and
-    /// [`DataError::NoParquet`] for a Parquet file in a build without it.
+    /// A file that cannot be read or unpacked, holds no row, or is a Parquet file in a build without it; a malformed array.
     pub fn open(path: &Path) -> Result<Self, DataError> {
-        let read_error = |source| DataError::Read {
-            path: path.to_owned(),
-            source,
-        };
+        let read_error = |source| unreadable(path, source);
         let file = File::open(path).map_err(read_error)?;
         if file.metadata().map_err(read_error)?.is_dir() {
             return Err(read_error(io::Error::from(io::ErrorKind::IsADirectory)));
@@ -69,9 +65,13 @@ impl RowFile {
         )?;
         let sha256 = reader.finish().map_err(read_error)?;
         if spans.is_empty() {
-            return Err(DataError::Empty {
-                path: path.to_owned(),
-            });
+            return Err(bad_data(
+                "empty",
+                format!(
+                    "`{}` holds no row; expected one JSON object a line, or an array of them",
+                    path.display()
+                ),
+            ));
         }
         Ok(Self {
             path: path.to_owned(),
@@ -104,13 +104,10 @@ impl RowFile {
     /// The bytes of a row.
     ///
     /// # Errors
-    /// [`DataError::Read`]; [`DataError::Changed`] if the row is no longer what was indexed.
+    /// A file that cannot be read; a row that is no longer what was indexed.
     pub fn row_bytes(&self, row_idx: usize) -> Result<Vec<u8>, DataError> {
         let span = self.spans[row_idx];
-        let changed = || DataError::Changed {
-            path: self.path.clone(),
-            line: span.line as usize,
-        };
+        let changed = || changed(&self.path, span.line as usize);
         let mut bytes = vec![0; span.n_bytes as usize];
         {
             // A poisoned lock only means that another reader panicked; the position is set anew below.
@@ -119,10 +116,7 @@ impl RowFile {
                 .and_then(|_| file.read_exact(&mut bytes))
                 .map_err(|source| match source.kind() {
                     io::ErrorKind::UnexpectedEof => changed(),
-                    _ => DataError::Read {
-                        path: self.path.clone(),
-                        source,
-                    },
+                    _ => unreadable(&self.path, source),
                 })?;
         }
         if span.is_of(&bytes) {
@@ -166,10 +160,7 @@ fn unpack(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Resul
         write(&mut spool)?;
         Ok(spool)
     };
-    unpack().map_err(|source| DataError::Unpack {
-        path: path.to_owned(),
-        source,
-    })
+    unpack().map_err(|source: io::Error| packed(path, source))
 }
 
 #[cfg(feature = "parquet")]
@@ -181,9 +172,15 @@ fn parquet_rows(path: &Path, file: File) -> Result<File, DataError> {
 
 #[cfg(not(feature = "parquet"))]
 fn parquet_rows(path: &Path, _file: File) -> Result<File, DataError> {
-    Err(DataError::NoParquet {
-        path: path.to_owned(),
-    })
+    let message = format!(
+        "`{}` is a Parquet file, and this build cannot read those; build with `--features parquet`, or convert it to JSON Lines",
+        path.display()
+    );
+    Err(
+        monteclora_converters::Problem::sentence("no-parquet", message)
+            .exit(2)
+            .into(),
+    )
 }
 
 /// A reader that hashes what passes through it.
@@ -256,24 +253,23 @@ mod tests {
         assert_eq!(file.sha256(), expected);
         std::fs::write(&packed, &bytes[..bytes.len() - 6]).expect("writes");
         let error = RowFile::open(&packed).expect_err("cut short");
-        assert!(matches!(error, DataError::Unpack { .. }), "{error}");
+        assert_eq!(error.code(), "unpack", "{error}");
     }
 
     #[test]
     fn unusable_files_are_refused() {
         let missing = RowFile::open(Path::new("no/such.jsonl")).expect_err("missing");
-        assert_eq!(
-            missing.to_string(),
-            "cannot read `no/such.jsonl`; give the path of a data file"
+        let text = missing.to_string();
+        assert!(
+            text.starts_with("cannot read `no/such.jsonl`; give the path of a data file: No such"),
+            "{text}"
         );
-        assert_eq!(missing.exit_code(), 3);
+        assert_eq!(monteclora_converters::exit_code(&missing, |_| None), 3);
+        let code = |path: &Path| RowFile::open(path).expect_err("refused").code();
         let (_dir, path) = write_temp(" \n\n");
-        assert!(matches!(RowFile::open(&path), Err(DataError::Empty { .. })));
+        assert_eq!(code(&path), "empty");
         let dir = tempfile::tempdir().expect("temporary directory");
-        assert!(matches!(
-            RowFile::open(dir.path()),
-            Err(DataError::Read { .. })
-        ));
+        assert_eq!(code(dir.path()), "read");
     }
 
     #[test]
@@ -282,10 +278,11 @@ mod tests {
         let file = RowFile::open(&path).expect("opens");
         std::fs::write(&path, "{\"a\":2}\n").expect("writes");
         for (row, line) in [(0, 1), (1, 2)] {
-            assert!(matches!(
-                file.row_bytes(row),
-                Err(DataError::Changed { line: found, .. }) if found == line
-            ));
+            let text = file.row_bytes(row).expect_err("changed").to_string();
+            assert!(
+                text.contains(&format!(":{line}: the file changed")),
+                "{text}"
+            );
         }
     }
 

@@ -4,8 +4,11 @@ mod fields;
 mod json;
 mod read;
 
+use monteclora_converters::Problem;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+use super::error::field_problem;
 
 pub use fields::FieldNames;
 pub use read::{parse_named_row, parse_question, parse_row};
@@ -134,7 +137,7 @@ impl RowFormat {
 
     /// Decides by keys; the first that fits in this order: messages, conversations, prompt and completion,
     /// instruction and output, text.
-    fn detect(object: &Map<String, Value>) -> Result<Self, FieldProblem> {
+    fn detect(object: &Map<String, Value>) -> Result<Self, Problem> {
         let has = |key: &str| object.contains_key(key);
         if has("messages") {
             Ok(Self::Messages)
@@ -153,7 +156,7 @@ impl RowFormat {
             } else {
                 format!("no known format has the keys {}", keys.join(", "))
             };
-            Err(FieldProblem::new(
+            Err(field_problem(
                 "row",
                 found,
                 "expected messages, prompt and completion, instruction and output, conversations, or text",
@@ -199,31 +202,6 @@ pub struct Row {
     pub content: RowContent,
     /// The optional `choices`.
     pub choices: Option<Choices>,
-}
-
-/// A problem of one field, before the file and line are known.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FieldProblem {
-    /// The field, such as `messages[2].role`.
-    pub field: String,
-    /// What is wrong.
-    pub problem: String,
-    /// What to do about it.
-    pub fix: String,
-}
-
-impl FieldProblem {
-    pub(super) fn new(
-        field: impl Into<String>,
-        problem: impl Into<String>,
-        fix: impl Into<String>,
-    ) -> Self {
-        Self {
-            field: field.into(),
-            problem: problem.into(),
-            fix: fix.into(),
-        }
-    }
 }
 
 #[cfg(test)]

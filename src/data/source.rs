@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::{error::DataError, row_file::RowFile};
+use super::{
+    error::{DataError, bad_data, unreadable},
+    row_file::RowFile,
+};
 use crate::hub;
 
 /// Part of a data set.
@@ -64,7 +67,7 @@ impl Source {
     /// or a bare `ORG/NAME` where nothing local is called so.
     ///
     /// # Errors
-    /// As [`RowFile::open`]; [`DataError::Files`] if the files of the split cannot be told or fetched.
+    /// As [`RowFile::open`]; files of the split that cannot be told or fetched.
     pub fn open(name: &Path, split: Split) -> Result<Self, DataError> {
         let (files, revision) = files(name, split)?;
         let files = files
@@ -135,7 +138,7 @@ impl Source {
 /// The splits that `name` holds; a single file is taken for the training rows.
 ///
 /// # Errors
-/// [`DataError::Files`] for a directory or data set without data files.
+/// A directory or data set without data files.
 pub fn splits(name: &Path) -> Result<Vec<Split>, DataError> {
     let Some(listing) = Listing::of(name)? else {
         return Ok(vec![Split::Train]);
@@ -172,10 +175,7 @@ impl Listing {
     /// `None` for what is a file, or nothing at all.
     fn of(name: &Path) -> Result<Option<Self>, DataError> {
         if name.is_dir() {
-            let names = local_names(name).map_err(|source| DataError::Read {
-                path: name.to_owned(),
-                source,
-            })?;
+            let names = local_names(name).map_err(|source| unreadable(name, source))?;
             return Ok(Some(Self {
                 names,
                 place: Place::Directory(name.to_owned()),
@@ -187,10 +187,8 @@ impl Listing {
         let Some(wanted) = hub::DatasetId::parse(id).filter(|_| !has_data_extension(id)) else {
             return Ok(None);
         };
-        let (repo, names) = hub::DatasetRepo::open(&wanted).map_err(|error| DataError::Files {
-            name: id.to_owned(),
-            problem: error.to_string(),
-        })?;
+        let (repo, names) =
+            hub::DatasetRepo::open(&wanted).map_err(|problem| files_problem(name, &problem))?;
         let names = names
             .into_iter()
             .filter(|file| has_data_extension(file) && wanted.holds(file))
@@ -207,11 +205,7 @@ fn files(name: &Path, split: Split) -> Result<(Vec<PathBuf>, Option<String>), Da
     let Some(listing) = Listing::of(name)? else {
         return Ok((vec![name.to_owned()], None));
     };
-    let problem = |problem: String| DataError::Files {
-        name: name.display().to_string(),
-        problem,
-    };
-    let found = select(&listing.names, split).map_err(problem)?;
+    let found = select(&listing.names, split).map_err(|problem| files_problem(name, &problem))?;
     if found.is_empty() {
         return Err(nothing(name, split, &listing.names));
     }
@@ -219,7 +213,7 @@ fn files(name: &Path, split: Split) -> Result<(Vec<PathBuf>, Option<String>), Da
         .iter()
         .map(|file| match &listing.place {
             Place::Directory(dir) => Ok(dir.join(file)),
-            Place::Hub(repo) => repo.get(file).map_err(|error| problem(error.to_string())),
+            Place::Hub(repo) => (repo.get(file)).map_err(|problem| files_problem(name, &problem)),
         })
         .collect::<Result<_, _>>()?;
     let revision = match &listing.place {
@@ -235,13 +229,16 @@ fn nothing(name: &Path, split: Split, names: &[String]) -> DataError {
     } else {
         format!("it holds {}", shortened(names))
     };
-    DataError::Files {
-        name: name.display().to_string(),
-        problem: format!(
-            "no {0} rows: {held}; name a file {0}.jsonl, or give the path of the file",
-            split.name()
-        ),
-    }
+    let problem = format!(
+        "no {0} rows: {held}; name a file {0}.jsonl, or give the path of the file",
+        split.name()
+    );
+    files_problem(name, &problem)
+}
+
+/// A directory or data set whose files cannot be told apart, or not be had.
+fn files_problem(name: &Path, problem: &str) -> DataError {
+    bad_data("files", format!("`{}`: {problem}", name.display()))
 }
 
 fn shortened(names: &[String]) -> String {

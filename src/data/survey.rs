@@ -1,13 +1,14 @@
 //! One pass over all rows: what is wrong with them, which formats they have, how long their examples are.
 
-use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf};
+use std::{collections::BTreeMap, fmt::Write as _};
 
+use monteclora_converters::Problem;
 use rayon::prelude::*;
 
 use super::{
-    error::{DataError, RowProblem},
-    example::{Encoder, RowError},
-    rows::{FieldNames, FieldProblem, RowFormat, parse_named_row},
+    error::{DataError, RowProblem, bad_data},
+    example::Encoder,
+    rows::{FieldNames, RowFormat, parse_named_row},
     source::Source,
     stats::Stats,
 };
@@ -59,7 +60,7 @@ pub struct Survey {
 /// A row, read and encoded.
 struct Surveyed {
     format: Option<RowFormat>,
-    problems: Vec<FieldProblem>,
+    problems: Vec<Problem>,
     lengths: Vec<(u32, u32)>,
     n_dropped: usize,
     n_truncated: usize,
@@ -139,7 +140,7 @@ impl Survey {
     /// The format of all rows that have one; `None` if no row has.
     ///
     /// # Errors
-    /// [`DataError::MixedFormats`].
+    /// Rows of several formats.
     pub fn format(&self, source: &Source) -> Result<Option<RowFormat>, DataError> {
         if self.formats.len() < 2 {
             return Ok(self.formats.keys().next().copied());
@@ -157,10 +158,13 @@ impl Survey {
                 lines.join(", ")
             );
         }
-        Err(DataError::MixedFormats {
-            path: PathBuf::from(source.name()),
-            found,
-        })
+        Err(bad_data(
+            "mixed-formats",
+            format!(
+                "`{}` mixes formats: {found}; split the file, or set data.format",
+                source.name().display()
+            ),
+        ))
     }
 
     /// The number of tokens of every example, in the order of the rows.
@@ -222,10 +226,10 @@ fn survey_row(
                     .push((small(example.input_ids.len()), small(example.n_trained())));
             }
         }
-        Err(RowError::Problem(problem)) => {
-            surveyed.problems.push(schema.fields.in_file_words(problem))
+        Err(error) => {
+            let problem = schema.fields.in_file_words(error.of_row()?);
+            surveyed.problems.push(problem);
         }
-        Err(RowError::Other(error)) => return Err(error),
     }
     Ok(surveyed)
 }

@@ -9,10 +9,11 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use minijinja::{Environment, Error, ErrorKind, Value, value::Kwargs};
+use monteclora_converters::Problem;
 use serde::Serialize;
 
 use super::{
-    error::DataError,
+    error::{DataError, bad_data, model_file},
     rows::Message,
     tokenizer::{read_json, special_token},
 };
@@ -49,8 +50,7 @@ impl ChatTemplate {
     /// `now` is what the template takes for the current time; a resumed run passes the time of its first start.
     ///
     /// # Errors
-    /// [`DataError::Missing`] for an override that cannot be read, [`DataError::Model`] and
-    /// [`DataError::TemplateSyntax`] for a malformed file.
+    /// An override that cannot be read; a malformed file.
     pub fn from_dir(
         dir: &Path,
         override_file: Option<&Path>,
@@ -93,9 +93,12 @@ impl ChatTemplate {
         let mut add = |name: &'static str, source: String| {
             environment
                 .add_template_owned(name, source)
-                .map_err(|error| DataError::TemplateSyntax {
-                    path: origin.clone(),
-                    message: describe(&error),
+                .map_err(|error| {
+                    let message = format!(
+                        "the chat template is not valid Jinja: {}; give a corrected one with --chat-template",
+                        describe(&error)
+                    );
+                    model_file(&origin, message)
                 })
         };
         add("default", source.clone())?;
@@ -135,7 +138,7 @@ impl ChatTemplate {
     /// The text of a conversation.
     ///
     /// # Errors
-    /// [`DataError::Render`] with the template's own message.
+    /// The template's own message.
     pub fn render(
         &self,
         messages: &[Message],
@@ -172,8 +175,12 @@ impl ChatTemplate {
             .get_template(named)
             .or_else(|_| self.environment.get_template("default"))
             .and_then(|template| template.render(Value::from_serialize(context)))
-            .map_err(|error| DataError::Render {
-                message: describe(&error),
+            .map_err(|error| {
+                let reason = describe(&error);
+                bad_data(
+                    "render",
+                    format!("the chat template refuses the conversation: {reason}"),
+                )
             })
     }
 }
@@ -226,12 +233,11 @@ fn find_sources(
     {
         None | Some(Ok(None)) => Ok(None),
         Some(Ok(Some(sources))) => Ok(Some((path, sources))),
-        Some(Err(message)) => Err(DataError::Model { path, message }),
+        Some(Err(message)) => Err(model_file(&path, message)),
     };
     if let Some(path) = override_file {
-        let text = std::fs::read_to_string(path).map_err(|source| DataError::Missing {
-            path: path.to_owned(),
-            source,
+        let text = std::fs::read_to_string(path).map_err(|source| {
+            Problem::usage(format!("cannot read `{}`: {source}", path.display()))
         })?;
         if path
             .extension()
@@ -240,10 +246,7 @@ fn find_sources(
             let json = read_json(path)?;
             return from_json(path.to_owned(), json.as_ref())?
                 .map(Some)
-                .ok_or_else(|| DataError::Model {
-                    path: path.to_owned(),
-                    message: "has no key `chat_template`".to_owned(),
-                });
+                .ok_or_else(|| model_file(path, "has no key `chat_template`"));
         }
         return Ok(Some((
             path.to_owned(),
@@ -266,10 +269,7 @@ fn find_sources(
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => {
-            return Err(DataError::Model {
-                path,
-                message: format!("cannot be read: {error}"),
-            });
+            return Err(model_file(&path, format!("cannot be read: {error}")));
         }
     }
     if let Some(found) = from_json(dir.join("tokenizer_config.json"), config)? {
@@ -421,6 +421,7 @@ mod tests {
         rows::Role,
         test_support::{LLAMA3_LIKE, NO_SYSTEM, model_with_template, tiny_llama},
     };
+    use monteclora_converters::exit_code;
 
     fn load(template: &str) -> ChatTemplate {
         let dir = model_with_template(template, true);
@@ -561,13 +562,16 @@ mod tests {
     fn broken_files_are_named() {
         let dir = model_with_template("{% for %}", false);
         let error = ChatTemplate::from_dir(dir.path(), None, UNIX_EPOCH).expect_err("syntax");
-        assert_eq!(error.exit_code(), 4);
+        assert_eq!(exit_code(&error, |_| None), 4);
         assert!(error.to_string().contains("is not valid Jinja"), "{error}");
         let error = ChatTemplate::from_dir(dir.path(), Some(Path::new("no.jinja")), UNIX_EPOCH)
             .expect_err("missing");
-        assert_eq!(
-            (error.to_string().as_str(), error.exit_code()),
-            ("cannot read `no.jinja`", 2)
+        assert!(
+            error
+                .to_string()
+                .starts_with("cannot read `no.jinja`: No such"),
+            "{error}"
         );
+        assert_eq!(exit_code(&error, |_| None), 2);
     }
 }

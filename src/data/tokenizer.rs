@@ -8,7 +8,10 @@ use std::{
 
 use serde_json::Value;
 
-use super::{error::DataError, template::ChatTemplate};
+use super::{
+    error::{DataError, model_file, tokenizer_failed},
+    template::ChatTemplate,
+};
 
 /// End-of-turn tokens that mistral.rs also stops at when the chat template mentions them.
 const TURN_ENDS: [&str; 8] = [
@@ -45,13 +48,10 @@ impl Tokenizer {
     /// where that has none, `config.json`. Truncation and padding stored in the file are switched off.
     ///
     /// # Errors
-    /// [`DataError::Model`] for a missing or malformed file, or an end token that is not in the vocabulary.
+    /// A missing or malformed file, or an end token that is not in the vocabulary.
     pub fn from_dir(dir: &Path) -> Result<Self, DataError> {
         let path = dir.join("tokenizer.json");
-        let model_error = |message: String| DataError::Model {
-            path: path.clone(),
-            message,
-        };
+        let model_error = |message: String| model_file(&path, message);
         let bytes = std::fs::read(&path).map_err(|error| {
             model_error(format!(
                 "cannot be read ({error}); a model directory needs a tokenizer.json"
@@ -123,24 +123,17 @@ impl Tokenizer {
     /// The ids of a text; `add_special_tokens` as in Hugging Face's tokenizers.
     ///
     /// # Errors
-    /// [`DataError::Tokenize`].
+    /// Text or ids that the tokenizer cannot handle.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, DataError> {
         self.inner
             .encode_fast(text, add_special_tokens)
             .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|error| DataError::Tokenize {
-                message: error.to_string(),
-            })
+            .map_err(tokenizer_failed)
     }
 
     /// The ids of a text with the bytes they stand for, no special tokens added.
     pub(super) fn encode_spans(&self, text: &str) -> Result<Vec<SpannedToken>, DataError> {
-        let encoding = self
-            .inner
-            .encode(text, false)
-            .map_err(|error| DataError::Tokenize {
-                message: error.to_string(),
-            })?;
+        let encoding = self.inner.encode(text, false).map_err(tokenizer_failed)?;
         Ok(encoding
             .get_ids()
             .iter()
@@ -155,13 +148,11 @@ impl Tokenizer {
     /// The text of ids.
     ///
     /// # Errors
-    /// [`DataError::Tokenize`].
+    /// Text or ids that the tokenizer cannot handle.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, DataError> {
         self.inner
             .decode(ids, skip_special_tokens)
-            .map_err(|error| DataError::Tokenize {
-                message: error.to_string(),
-            })
+            .map_err(tokenizer_failed)
     }
 
     /// The ids that this tokenizer puts before every text: BOS, or nothing.
@@ -213,7 +204,7 @@ impl Tokenizer {
     /// Checks that the model has an embedding for every id.
     ///
     /// # Errors
-    /// [`DataError::Vocabulary`] with the largest offender.
+    /// The largest offender.
     pub fn check_vocab(&self, model_vocab: usize) -> Result<(), DataError> {
         match self
             .inner
@@ -221,12 +212,12 @@ impl Tokenizer {
             .into_iter()
             .max_by_key(|(_, id)| *id)
         {
-            Some((token, id)) if id as usize >= model_vocab => Err(DataError::Vocabulary {
-                path: self.path.clone(),
-                token,
-                id,
-                model_vocab,
-            }),
+            Some((token, id)) if id as usize >= model_vocab => {
+                let message = format!(
+                    "token `{token}` has id {id}, but the model has {model_vocab} embeddings; the tokenizer belongs to another model"
+                );
+                Err(model_file(&self.path, message))
+            }
             _ => Ok(()),
         }
     }
@@ -234,10 +225,7 @@ impl Tokenizer {
 
 /// A JSON file of the model; absent is `None`.
 pub(super) fn read_json(path: &Path) -> Result<Option<Value>, DataError> {
-    let model_error = |message: String| DataError::Model {
-        path: path.to_owned(),
-        message,
-    };
+    let model_error = |message: String| model_file(path, message);
     match std::fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map(Some)
@@ -270,6 +258,7 @@ fn end_ids(config: Option<&Value>) -> Vec<u32> {
 mod tests {
     use super::*;
     use crate::data::test_support::{LLAMA3_LIKE, model_with_template, tiny_llama};
+    use monteclora_converters::exit_code;
 
     #[test]
     fn encode_then_decode_is_the_identity() {
@@ -326,7 +315,7 @@ mod tests {
                 .contains("has id 258, but the model has 100 embeddings"),
             "{error}"
         );
-        assert_eq!(error.exit_code(), 4);
+        assert_eq!(exit_code(&error, |_| None), 4);
     }
 
     #[test]

@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use monteclora_converters::Problem;
 use reqwest::blocking::{Client, RequestBuilder, Response};
 use reqwest::{StatusCode, Url};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::error::Error;
+use super::error::{Error, protocol};
 
 const LOAD: &str = "/v1/load_lora_adapter";
 const UNLOAD: &str = "/v1/unload_lora_adapter";
@@ -50,21 +51,20 @@ impl AdapterServer {
     /// The server at `url`; `timeout` bounds each request, of which loading a model is the longest.
     ///
     /// # Errors
-    /// [`Error::Url`] for what is not an http or https address.
+    /// What is not an http or https address.
     pub fn new(url: &str, key: Option<String>, timeout: Duration) -> Result<Self, Error> {
-        let wrong = |problem: &str| Error::Url {
-            url: url.rsplit('@').next().unwrap_or_default().to_owned(),
-            problem: problem.to_owned(),
-        };
+        // Without what may be a secret.
+        let shown = url.rsplit('@').next().unwrap_or_default();
+        let wrong = |problem: &str| Problem::usage(format!("--server {shown}: {problem}"));
         let base =
             Url::parse(url).map_err(|_| wrong("not an address such as http://127.0.0.1:1234"))?;
         if !["http", "https"].contains(&base.scheme()) {
-            return Err(wrong("only http and https are spoken"));
+            return Err(wrong("only http and https are spoken").into());
         }
         if base.password().is_some() || !base.username().is_empty() {
-            return Err(wrong(
-                "holds a password; give the key with --key-file or MONTECLORA_KEY",
-            ));
+            return Err(
+                wrong("holds a password; give the key with --key-file or MONTECLORA_KEY").into(),
+            );
         }
         let host = base.host_str().unwrap_or_default();
         let is_local = host == "localhost" || host == "[::1]" || host.starts_with("127.");
@@ -92,7 +92,7 @@ impl AdapterServer {
     /// Whether it takes requests; `None` if it has no endpoint that tells.
     ///
     /// # Errors
-    /// [`Error::Unreachable`].
+    /// A server that does not answer.
     pub fn is_ready(&self) -> Result<Option<bool>, Error> {
         for path in ["/readyz", "/health"] {
             let response = self.send(path, self.client.get(self.address(path)))?;
@@ -107,7 +107,7 @@ impl AdapterServer {
     /// Everything that requests may name.
     ///
     /// # Errors
-    /// [`Error`] if the server does not answer as expected.
+    /// A server that does not answer as expected.
     pub fn models(&self) -> Result<Vec<ServedModel>, Error> {
         let list = self.get("/v1/models")?;
         let model = |entry: &Value| {
@@ -123,7 +123,7 @@ impl AdapterServer {
     /// The adapters served.
     ///
     /// # Errors
-    /// [`Error::NoEndpoint`] if the server has no adapter administration.
+    /// `no-endpoint` if the server has no adapter administration.
     pub fn adapters(&self) -> Result<Vec<ServedAdapter>, Error> {
         let list = self.get(LIST)?;
         let adapter = |entry: &Value| {
@@ -151,7 +151,7 @@ impl AdapterServer {
     /// With `replacing` it takes the place of that generation and of no other; without, the name has to be free.
     ///
     /// # Errors
-    /// [`Error::Refused`] with the server's reasons, [`Error::Conflict`] if the alias is not what was expected.
+    /// `refused` with the server's reasons, `conflict` if the alias is not what was expected.
     pub fn load(
         &self,
         name: &str,
@@ -202,7 +202,7 @@ impl AdapterServer {
     /// The greedy answer of `model` to one question.
     ///
     /// # Errors
-    /// [`Error::Protocol`] for an answer that is an error, empty, or cut short.
+    /// An answer that is an error, empty, or cut short.
     pub fn ask(&self, model: &str, prompt: &str) -> Result<String, Error> {
         const CHAT: &str = "/v1/chat/completions";
         let body = json!({
@@ -252,18 +252,21 @@ impl AdapterServer {
         if let Some(key) = &self.key {
             request = request.bearer_auth(key);
         }
-        request.send().map_err(|error| Error::Unreachable {
-            url: format!("{}{path}", self.url()),
-            reason: root_cause(&error),
-        })
+        request.send().map_err(|error| self.silent(path, &error))
+    }
+
+    fn silent(&self, path: &str, error: &reqwest::Error) -> Error {
+        let message = format!(
+            "{}{path} does not answer: {}",
+            self.url(),
+            root_cause(error)
+        );
+        Problem::sentence("unreachable", message).exit(1).into()
     }
 
     fn read(&self, path: &str, response: Response) -> Result<Value, Error> {
         let status = response.status();
-        let body = response.text().map_err(|error| Error::Unreachable {
-            url: format!("{}{path}", self.url()),
-            reason: root_cause(&error),
-        })?;
+        let body = (response.text()).map_err(|error| self.silent(path, &error))?;
         let value: Option<Value> = serde_json::from_str(&body).ok();
         if status.is_success() {
             return value.ok_or_else(|| protocol(path, "the answer is not JSON"));
@@ -274,32 +277,34 @@ impl AdapterServer {
             .and_then(|value| value["error"]["code"].as_str());
         let missing = matches!(is_endpoint, None | Some("not_found"));
         Err(match status {
-            StatusCode::UNAUTHORIZED => Error::Unauthorized {
-                endpoint: path.to_owned(),
-                message,
-            },
+            StatusCode::UNAUTHORIZED => Problem::new(
+                "unauthorized",
+                path,
+                format!("the server wants another key ({message})"),
+                "give the administrator's with --key-file or MONTECLORA_KEY",
+            )
+            .exit(2)
+            .into(),
             StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED if missing => {
-                Error::NoEndpoint {
-                    endpoint: path.to_owned(),
-                    remedy: ENABLE,
-                }
+                Problem::new("no-endpoint", path, "there is no such endpoint", ENABLE)
+                    .exit(2)
+                    .into()
             }
-            StatusCode::CONFLICT => Error::Conflict(message),
+            StatusCode::CONFLICT => Problem::sentence(
+                "conflict",
+                format!(
+                    "the alias changed while this ran: {message}; look with `monteclora status`, and try again"
+                ),
+            )
+            .exit(1)
+            .into(),
             status if status.is_client_error() && [LOAD, UNLOAD].contains(&path) => {
-                Error::Refused {
-                    status: status.as_u16(),
-                    message,
-                }
+                let status = status.as_u16();
+                let message = format!("the server refuses the adapter (status {status}): {message}");
+                Problem::sentence("refused", message).into()
             }
             status => protocol(path, &format!("status {}: {message}", status.as_u16())),
         })
-    }
-}
-
-fn protocol(endpoint: &str, problem: &str) -> Error {
-    Error::Protocol {
-        endpoint: endpoint.to_owned(),
-        problem: problem.to_owned(),
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use monteclora_converters::{Adapter, LoraOptions, files};
 use serde::{Deserialize, Serialize};
 
-use super::error::Error;
+use super::error::{Error, release};
 
 /// Why a generation came into service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,13 +53,13 @@ impl Releases {
     /// Opens the releases of `alias`; only one process can at a time.
     ///
     /// # Errors
-    /// [`Error::Release`] if another deployment of this alias runs, or the history cannot be understood.
+    /// Another deployment of this alias runs, or the history cannot be understood.
     pub fn open(root: &Path, alias: &str) -> Result<Self, Error> {
         if !root.is_dir() {
-            return Err(Error::Release {
-                path: root.to_owned(),
-                problem: "no such directory; --adapter-root is the server's adapter root as it is seen from here".to_owned(),
-            });
+            return Err(release(
+                root,
+                "no such directory; --adapter-root is the server's adapter root as it is seen from here",
+            ));
         }
         let alias = PathBuf::from(directory_name(alias));
         let dir = root.join(&alias);
@@ -67,10 +67,9 @@ impl Releases {
         let lock_path = dir.join(".lock");
         let lock = File::create(&lock_path).map_err(Error::io("write", &lock_path))?;
         lock.try_lock().map_err(|error| match error {
-            fs::TryLockError::WouldBlock => Error::Release {
-                path: dir.clone(),
-                problem: "another deployment of this alias is running".to_owned(),
-            },
+            fs::TryLockError::WouldBlock => {
+                release(&dir, "another deployment of this alias is running")
+            }
             fs::TryLockError::Error(error) => Error::io("lock", &lock_path)(error),
         })?;
         Ok(Self {
@@ -84,7 +83,7 @@ impl Releases {
     /// What was served, oldest first, without the right to change it.
     ///
     /// # Errors
-    /// [`Error::Release`] if the history cannot be understood.
+    /// A history that cannot be understood.
     pub fn history_of(root: &Path, alias: &str) -> Result<Vec<Record>, Error> {
         read_history(&root.join(directory_name(alias)))
     }
@@ -100,7 +99,7 @@ impl Releases {
     /// released before is found again.
     ///
     /// # Errors
-    /// [`Error::Release`] if a directory of this name holds something else.
+    /// A directory of this name that holds something else.
     pub fn store(&self, adapter: &Adapter) -> Result<PathBuf, Error> {
         let (plain, _) = adapter.to_lora(None)?;
         let fingerprint = plain.fingerprint();
@@ -118,10 +117,10 @@ impl Releases {
                 fs::set_permissions(&file, permissions).map_err(Error::io("protect", &file))?;
             }
         } else if Adapter::read(&path)?.fingerprint() != fingerprint {
-            return Err(Error::Release {
-                path,
-                problem: "was changed since it was released; remove it and deploy again".to_owned(),
-            });
+            return Err(release(
+                &path,
+                "was changed since it was released; remove it and deploy again",
+            ));
         }
         Ok(relative)
     }
@@ -159,7 +158,7 @@ impl Releases {
     /// Adds a record.
     ///
     /// # Errors
-    /// [`Error::Io`]
+    /// A file that cannot be written.
     pub fn record(
         &mut self,
         action: Action,
@@ -221,10 +220,8 @@ const HISTORY: &str = "history.json";
 fn read_history(dir: &Path) -> Result<Vec<Record>, Error> {
     let path = dir.join(HISTORY);
     match fs::read_to_string(&path) {
-        Ok(text) => serde_json::from_str(&text).map_err(|error| Error::Release {
-            path,
-            problem: format!("not a deployment history: {error}"),
-        }),
+        Ok(text) => serde_json::from_str(&text)
+            .map_err(|error| release(&path, format!("not a deployment history: {error}"))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(Error::io("read", &path)(error)),
     }

@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use monteclora_converters::Adapter;
+use monteclora_converters::{Adapter, Problem};
 use serde::Serialize;
 
 use super::client::{AdapterServer, ServedModel};
-use super::error::Error;
+use super::error::{Error, failed, nothing_to_restore};
 use super::history::{Action, Releases};
 
 /// What every new generation is asked, and what its answers must hold.
@@ -82,7 +82,9 @@ pub fn deploy(
     let current = server.adapter(alias)?;
     let is_base = |model: &ServedModel| model.id == alias && model.parent.is_none();
     if current.is_none() && server.models()?.iter().any(is_base) {
-        return Err(Error::BaseName(alias.to_owned()));
+        let message =
+            format!("`{alias}` is a base model of the server; give the adapter another --alias");
+        return Err(Problem::usage(message).into());
     }
     if let Some(current) = &current
         && let Some(source) = &current.source
@@ -107,13 +109,12 @@ pub fn deploy(
     if let Err(error) = server.unload(&canary_name, None) {
         tracing::warn!("the canary `{canary_name}` is still loaded: {error}");
     }
-    let canary = canary.map_err(|reason| Error::Check {
-        stage: "canary",
-        reason,
-        outcome: match &current {
+    let canary = canary.map_err(|reason| {
+        let outcome = match &current {
             Some(current) => format!("`{alias}` still answers from {}", current.generation),
             None => format!("`{alias}` was not loaded"),
-        },
+        };
+        failed("canary", reason, outcome)
     })?;
     let previous = current.as_ref().map(|current| current.generation.clone());
     let can_roll_back = previous
@@ -162,18 +163,15 @@ pub fn deploy(
                 let released = released.map(|record| portable(&record.directory));
                 released.or_else(|| current.as_ref()?.source.clone())
             });
-            Err(Error::Check {
-                stage: "verification",
-                reason,
-                outcome: undo(
-                    server,
-                    alias,
-                    &generation,
-                    previous.as_deref(),
-                    source.as_deref(),
-                    former_base,
-                ),
-            })
+            let outcome = undo(
+                server,
+                alias,
+                &generation,
+                previous.as_deref(),
+                source.as_deref(),
+                former_base,
+            );
+            Err(failed("verification", reason, outcome))
         }
     }
 }
@@ -216,7 +214,7 @@ fn undo(
 /// Brings back the generation that `alias` had before, or the one that `to` begins.
 ///
 /// # Errors
-/// [`Error::NothingToRestore`]; otherwise where it stopped, and what is served now.
+/// No generation to go back to; otherwise where it stopped, and what is served now.
 pub fn roll_back(
     server: &AdapterServer,
     releases: &mut Releases,
@@ -225,7 +223,7 @@ pub fn roll_back(
     check: &Check,
 ) -> Result<RolledBack, Error> {
     let current = server.adapter(alias)?.ok_or_else(|| {
-        Error::NothingToRestore(format!("the server has no adapter `{alias}` to roll back"))
+        nothing_to_restore(format!("the server has no adapter `{alias}` to roll back"))
     })?;
     let record = match to {
         Some(to) => releases.find(to),
@@ -233,17 +231,16 @@ pub fn roll_back(
     };
     let Some(record) = record.cloned() else {
         let wanted = to.map_or("an earlier generation".to_owned(), |to| format!("`{to}`"));
-        return Err(Error::NothingToRestore(format!(
+        return Err(nothing_to_restore(format!(
             "{wanted} of `{alias}` is not among its releases; `monteclora status --adapter-root` lists them"
         )));
     };
     let path = portable(&record.directory);
     let base = record.base.as_deref().or(current.parent.as_deref());
     let generation = server.load(alias, &path, base, Some(&current.generation))?;
-    let answers = verify(server, alias, &generation, check).map_err(|reason| Error::Check {
-        stage: "verification",
-        reason,
-        outcome: format!("`{alias}` answers from {generation}"),
+    let answers = verify(server, alias, &generation, check).map_err(|reason| {
+        let outcome = format!("`{alias}` answers from {generation}");
+        failed("verification", reason, outcome)
     })?;
     releases.record(
         Action::Rollback,

@@ -2,9 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::NotFinite;
+use monteclora_converters::{Problem, Problems};
+
 use super::calibration::Prediction;
-use crate::data::{ChoiceSet, DataError, Dataset, Problems, RowError, RowProblem};
+use super::not_finite;
+use crate::data::{ChoiceSet, DataError, Dataset, RowProblem};
 use crate::model::{ActiveAdapter, Decoder, Error, Sequences};
 
 /// What is compared between choices.
@@ -34,7 +36,7 @@ impl ChoiceRows {
     /// Reads the rows with choices.
     ///
     /// # Errors
-    /// [`DataError::Rows`] with every row whose choices cannot be scored; errors of the model's template or tokenizer.
+    /// Every row whose choices cannot be scored; errors of the model's template or tokenizer.
     pub fn read(data: &Dataset) -> Result<Self, DataError> {
         let mut by_example = BTreeMap::new();
         let mut problems = Problems::default();
@@ -47,14 +49,14 @@ impl ChoiceRows {
             }
             match data.encoder().choice_tokens(&row) {
                 Ok(choices) => by_example.extend(choices.map(|choices| (example, choices))),
-                Err(RowError::Problem(problem)) => {
-                    problems.push(RowProblem::new(data.path(), line, problem));
+                Err(error) => {
+                    let problem = RowProblem::new(data.path(), line, error.of_row()?);
+                    problems.push(problem.into());
                 }
-                Err(RowError::Other(error)) => return Err(error),
             }
         }
         if !problems.is_empty() {
-            return Err(DataError::Rows(problems));
+            return Err(problems.into());
         }
         Ok(Self { by_example })
     }
@@ -167,7 +169,7 @@ pub(super) fn prediction(
     log_likelihoods: &[f64],
     normalisation: LengthNormalisation,
     row: usize,
-) -> Result<Prediction, NotFinite> {
+) -> Result<Prediction, Problem> {
     let scores: Vec<f64> = log_likelihoods
         .iter()
         .zip(&set.choices)
@@ -176,8 +178,11 @@ pub(super) fn prediction(
             LengthNormalisation::Tokens => score / (choice.tokens.len() - choice.n_prompt) as f64,
         })
         .collect();
-    Prediction::from_log_scores(&scores, set.answer).ok_or_else(|| NotFinite {
-        what: format!("the likelihood of a choice of row {} with choices", row + 1),
+    Prediction::from_log_scores(&scores, set.answer).ok_or_else(|| {
+        not_finite(&format!(
+            "the likelihood of a choice of row {} with choices",
+            row + 1
+        ))
     })
 }
 

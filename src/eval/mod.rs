@@ -9,6 +9,8 @@ mod predict;
 mod recital;
 mod scores;
 
+use monteclora_converters::Problem;
+
 pub use choices::{ChoiceRows, LengthNormalisation, log_likelihoods};
 pub use draws::posterior_draws;
 #[cfg(feature = "mistralrs")]
@@ -18,11 +20,9 @@ pub use recital::Recital;
 pub use scores::{EvalOptions, Predictor, Scores, score};
 
 /// A score that is not a number: the model or the adapter holds values it should not.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{what} is not finite; are the weights of the model and of the adapter sound? `monteclora inspect` tells"
-)]
-pub struct NotFinite {
-    /// What was computed.
-    pub what: String,
+fn not_finite(what: &str) -> Problem {
+    let message = format!(
+        "{what} is not finite; are the weights of the model and of the adapter sound? `monteclora inspect` tells"
+    );
+    Problem::sentence("not-finite", message).exit(5)
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::Device;
+use indexmap::IndexMap;
 use mistralrs_monteclora::{IsqType, MonteCloraLoader, prompt_logits};
 use monteclora_converters::{Adapter, DType, ModelFiles, Problem, SafetensorsFile, merge_dir};
 use serde::Serialize;
@@ -27,28 +28,15 @@ pub struct Agreement {
 }
 
 /// The report of `parity`.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Parity {
     /// Positions compared.
     pub positions: usize,
-    /// Our decoder against the reference.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ours: Option<Agreement>,
-    /// Our decoder without the adapter against the reference's base.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ours_base: Option<Agreement>,
-    /// mistral.rs against the reference.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mistralrs: Option<Agreement>,
-    /// mistral.rs without the adapter against the reference's base.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mistralrs_base: Option<Agreement>,
-    /// Our decoder against mistral.rs.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ours_vs_mistralrs: Option<Agreement>,
-    /// mistral.rs on the base with the adapter merged into it beforehand, against mistral.rs on both, quantised alike.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub merged_vs_mistralrs: Option<Agreement>,
+    /// What was compared, by name: ours and mistral.rs's against the reference (and those without the adapter against the
+    /// reference's base), ours against mistral.rs's, and mistral.rs's on the base with the adapter merged into it beforehand
+    /// against those on both, quantised alike.
+    #[serde(flatten)]
+    pub compared: IndexMap<&'static str, Agreement>,
 }
 
 /// Which decoders run, and how.
@@ -73,27 +61,26 @@ pub struct Reference {
 }
 
 impl Parity {
-    /// What was compared, by name.
-    pub fn all(&self) -> impl Iterator<Item = (&'static str, &Agreement)> {
-        [
-            ("ours - reference", &self.ours),
-            ("ours - reference (base)", &self.ours_base),
-            ("mistral.rs - reference", &self.mistralrs),
-            ("mistral.rs - reference (base)", &self.mistralrs_base),
-            ("ours - mistral.rs", &self.ours_vs_mistralrs),
-            ("merged - mistral.rs", &self.merged_vs_mistralrs),
-        ]
-        .into_iter()
-        .filter_map(|(name, agreement)| agreement.as_ref().map(|a| (name, a)))
-    }
-
     /// The largest difference that counts: with a merged base that of its like, since the others are those of the
     /// quantisation itself.
     pub fn worst(&self) -> f64 {
-        match &self.merged_vs_mistralrs {
-            Some(merged) => merged.max_abs_diff,
-            None => self.all().map(|(_, a)| a.max_abs_diff).fold(0.0, f64::max),
+        let largest = |agreement: &Agreement| agreement.max_abs_diff;
+        match self.compared.get("merged_vs_mistralrs") {
+            Some(merged) => largest(merged),
+            None => self.compared.values().map(largest).fold(0.0, f64::max),
         }
+    }
+
+    fn compare(
+        &mut self,
+        name: &'static str,
+        left: &[Logits],
+        right: &[Logits],
+        sequences: &[Vec<u32>],
+    ) -> Result<()> {
+        self.compared
+            .insert(name, agreement(left, right, sequences)?);
+        Ok(())
     }
 }
 
@@ -117,7 +104,7 @@ pub fn compare(
     let base_reference = base_reference.filter(|_| adapter.is_some());
     let mut report = Parity {
         positions: sequences.iter().map(Vec::len).sum(),
-        ..Parity::default()
+        compared: IndexMap::new(),
     };
     let mut ours = None;
     if engines.ours {
@@ -129,34 +116,34 @@ pub fn compare(
             None => ActiveAdapter::default(),
         };
         let logits = decoder_logits(&decoder, &active, sequences)?;
-        report.ours = expected
-            .map(|e| agreement(&logits, e, sequences))
-            .transpose()?;
+        if let Some(expected) = expected {
+            report.compare("ours", &logits, expected, sequences)?;
+        }
         if let Some(expected) = base_reference {
             let plain = decoder_logits(&decoder, &ActiveAdapter::default(), sequences)?;
-            report.ours_base = Some(agreement(&plain, expected, sequences)?);
+            report.compare("ours_base", &plain, expected, sequences)?;
         }
         ours = Some(logits);
     }
     if engines.mistralrs {
         let path = adapter.map(|(path, _)| path);
         let logits = prompt_logits(&engines.loader(base, path)?, sequences)?;
-        report.mistralrs = expected
-            .map(|e| agreement(&logits, e, sequences))
-            .transpose()?;
+        if let Some(expected) = expected {
+            report.compare("mistralrs", &logits, expected, sequences)?;
+        }
         if let Some(expected) = base_reference {
             let plain = prompt_logits(&engines.loader(base, None)?, sequences)?;
-            report.mistralrs_base = Some(agreement(&plain, expected, sequences)?);
+            report.compare("mistralrs_base", &plain, expected, sequences)?;
         }
         if let Some(ours) = &ours {
-            report.ours_vs_mistralrs = Some(agreement(ours, &logits, sequences)?);
+            report.compare("ours_vs_mistralrs", ours, &logits, sequences)?;
         }
         if let (Some((_, adapter)), Some(_)) = (adapter, engines.isq) {
             let dir = tempfile::tempdir().context("cannot create a temporary directory")?;
             let merged = dir.path().join("merged");
             merge_dir(&ModelFiles::open(base)?, adapter, &merged, Some(DType::F32))?;
             let merged = prompt_logits(&engines.loader(&merged, None)?, sequences)?;
-            report.merged_vs_mistralrs = Some(agreement(&merged, &logits, sequences)?);
+            report.compare("merged_vs_mistralrs", &merged, &logits, sequences)?;
         }
     }
     Ok(report)

@@ -88,7 +88,7 @@ impl Answerer<'_> {
     /// Answers `questions`, all in memory at once, in their order.
     ///
     /// # Errors
-    /// Those of the decoder; [`super::NotFinite`].
+    /// Those of the decoder; scores that are not finite.
     pub fn answer(&self, questions: &[Question]) -> Result<Vec<Answer>> {
         let mut prompts = Vec::new();
         let mut sets = Vec::new();

@@ -8,7 +8,7 @@ use super::calibration::{
     negative_log_likelihood, reliability,
 };
 use super::choices::{Places, prediction};
-use super::{ChoiceRows, LengthNormalisation, NotFinite};
+use super::{ChoiceRows, LengthNormalisation, not_finite};
 use crate::data::{BatchOptions, Batches, Cursor, Dataset};
 use crate::model::{ActiveAdapter, Decoder, Sequences, TaskLoss};
 use crate::train::sequences;
@@ -91,7 +91,7 @@ impl Predictor<'_> {
 /// `done` is told the rows of every batch.
 ///
 /// # Errors
-/// Those of the data and of the decoder; [`NotFinite`].
+/// Those of the data and of the decoder; scores that are not finite.
 pub fn score(
     model: &Decoder,
     predictor: Predictor<'_>,
@@ -133,10 +133,7 @@ pub fn score(
     }
     let loss = total / n_tokens.max(1) as f64;
     if !loss.is_finite() {
-        return Err(NotFinite {
-            what: "the loss".to_owned(),
-        }
-        .into());
+        return Err(not_finite("the loss").into());
     }
     let mut scores = Scores {
         loss,

@@ -67,57 +67,29 @@ enum Place {
     Cached(CacheRepo),
 }
 
-/// A data set that cannot be had.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DatasetError {
-    /// Not here, and the Hub does not answer.
-    #[error(
-        "neither a local file or directory nor in the local cache, and the Hub cannot be reached ({reason}); check the name, connect to \
-         the network, or give a local file"
-    )]
-    Unreachable {
-        /// Why.
-        reason: String,
-    },
-    /// The Hub answers, and does not give it.
-    #[error("no local file or directory has this name, and {0}")]
-    Refused(Refusal),
-    /// A file of the data set cannot be had.
-    #[error("`{file}`: {problem}")]
-    File {
-        /// The file's name in the data set.
-        file: String,
-        /// Why, and what to do.
-        problem: String,
-    },
-}
-
 impl DatasetRepo {
     /// The data set with the names of all its files. The token is that of `HF_TOKEN` or `huggingface-cli login`.
     ///
     /// # Errors
-    /// [`DatasetError`] if it is neither on the Hub nor in the cache.
-    pub fn open(wanted: &DatasetId) -> Result<(Self, Vec<String>), DatasetError> {
+    /// Why it is neither on the Hub nor in the cache.
+    pub fn open(wanted: &DatasetId) -> Result<(Self, Vec<String>), String> {
         let at = |revision: &str| {
             Repo::with_revision(wanted.id.clone(), RepoType::Dataset, revision.to_owned())
         };
         let repo = at(&wanted.revision);
         let cache = Cache::from_env();
         let online = || {
-            let api = super::builder("").map_err(|error| DatasetError::Unreachable {
-                reason: error.to_string(),
-            })?;
+            let api = super::builder("").map_err(|problem| unreachable(&problem.to_string()))?;
             let asked = || {
                 let api = api.build()?;
                 let info = api.repo(repo.clone()).info()?;
                 Ok((api.repo(at(&info.sha)), info))
             };
             asked().map_err(|error| match Refusal::of(&error) {
-                Some(refusal) => DatasetError::Refused(refusal),
-                None => DatasetError::Unreachable {
-                    reason: error.to_string(),
-                },
+                Some(refusal) => {
+                    format!("no local file or directory has this name, and {refusal}")
+                }
+                None => unreachable(&error.to_string()),
             })
         };
         match online() {
@@ -145,12 +117,9 @@ impl DatasetRepo {
     /// A local copy of a file.
     ///
     /// # Errors
-    /// [`DatasetError::File`].
-    pub fn get(&self, name: &str) -> Result<PathBuf, DatasetError> {
-        let file = |problem: String| DatasetError::File {
-            file: name.to_owned(),
-            problem,
-        };
+    /// Why not, and what to do.
+    pub fn get(&self, name: &str) -> Result<PathBuf, String> {
+        let file = |problem: String| format!("`{name}`: {problem}");
         match &self.place {
             Place::Online(api, asked) => {
                 let path = api.get(name).map_err(|error| match Refusal::of(&error) {
@@ -168,6 +137,13 @@ impl DatasetRepo {
             }),
         }
     }
+}
+
+fn unreachable(reason: &str) -> String {
+    format!(
+        "neither a local file or directory nor in the local cache, and the Hub cannot be reached ({reason}); check the name, connect to \
+         the network, or give a local file"
+    )
 }
 
 /// The commit that the revision points at in the cache, and the files of its snapshot; none where nothing was fetched.

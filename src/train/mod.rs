@@ -129,16 +129,13 @@ pub enum Error {
         /// All that changed.
         drift: Drift,
     },
-    /// The data cannot be read.
-    #[error(transparent)]
-    Data(#[from] crate::data::DataError),
     /// The decoder failed.
     #[error(transparent)]
     Model(#[from] crate::model::Error),
     /// The method's mathematics failed.
     #[error(transparent)]
     Method(#[from] monteclora_adapters::Error),
-    /// Reading or writing an adapter failed.
+    /// Reading data, or reading or writing an adapter, failed.
     #[error(transparent)]
     Format(#[from] monteclora_converters::Error),
     /// A candle operation failed.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::Device;
 use monteclora::data::{
-    BatchOptions, Batches, Cursor, Dataset, EncodeOptions, Encoder, Overlong, TrainOn,
+    BatchOptions, Batches, Cursor, Dataset, EncodeOptions, Encoder, Overlong, Remedies, TrainOn,
 };
 use monteclora::model::{
     ActiveAdapter, AdapterGradients, Decoder, ModuleId, PassOptions, Segment, Sequences,
@@ -240,6 +240,7 @@ fn packed_rows_have_the_loss_and_gradients_of_single_rows() {
             apply_chat_template: true,
             max_seq_length: 256,
             overlong: Overlong::Error,
+            remedies: Remedies::Keys,
         },
     )
     .unwrap();

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::Device;
 use monteclora::cli::Cli;
-use monteclora::data::{EncodeOptions, Encoder, Overlong, TrainOn, parse_row};
+use monteclora::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn, parse_row};
 use monteclora::eval::{ChoiceRows, LengthNormalisation, log_likelihoods};
 use monteclora::model::{ActiveAdapter, Decoder, Sequences};
 use serde_json::{Value, json};
@@ -44,6 +44,7 @@ fn choices_are_scored_by_their_likelihood_in_the_answers_place() {
         apply_chat_template: true,
         max_seq_length: 256,
         overlong: Overlong::Error,
+        remedies: Remedies::Keys,
     };
     let encoder = Encoder::from_dir(&model, None, options).unwrap();
     let data = monteclora::data::Dataset::open(&path, None, encoder.clone()).unwrap();

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use monteclora::data::{
-    ChoiceSet, ChoiceTokens, Dataset, EncodeOptions, Encoder, Overlong, TrainOn, parse_question,
+    ChoiceSet, ChoiceTokens, Dataset, EncodeOptions, Encoder, Overlong, Remedies, TrainOn,
+    parse_question,
 };
 use monteclora::model::{ActiveAdapter, Decoder, Sequences};
 use monteclora_converters::Adapter;
@@ -140,6 +141,7 @@ impl Site {
             apply_chat_template: true,
             max_seq_length: 256,
             overlong: Overlong::Error,
+            remedies: Remedies::Keys,
         };
         Encoder::from_dir(&self.model, None, options).unwrap()
     }

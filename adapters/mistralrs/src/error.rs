@@ -143,10 +143,7 @@ impl Error {
 
     pub(crate) fn unsupported(base: &Path, list: Vec<Problem>) -> Self {
         let heading = format!("{MISTRALRS} cannot serve `{}` correctly", base.display());
-        Self::Unsupported(Problems {
-            heading: Some(heading),
-            list,
-        })
+        Self::Unsupported(Problems::under(heading, list))
     }
 
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {

@@ -10,7 +10,7 @@ use crate::data::{RowProblem, Source, Survey};
 
 pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
     let request = Request::new(&args.source)?;
-    let encoder = request.encoder()?.map(|(encoder, _)| encoder);
+    let encoder = request.encoder()?;
     let mut files = Vec::new();
     let mut problems: Vec<RowProblem> = Vec::new();
     let mut broken: Vec<String> = Vec::new();

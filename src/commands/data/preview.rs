@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{Request, title};
 use crate::cli::{ColorArg, DataPreviewArgs};
 use crate::commands::{bad_data, print, print_json};
-use crate::data::{DataError, Encoder, Example, RowError, RowProblem, Source, parse_named_row};
+use crate::data::{DataError, Encoder, Example, RowProblem, Source, parse_named_row};
 
 /// How trained text is marked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,7 @@ impl Marks {
 }
 
 pub(in crate::commands) fn run(args: &DataPreviewArgs) -> Result<()> {
-    let mut request = Request::new(&args.source)?;
+    let request = Request::new(&args.source)?;
     let (encoder, limit) = request.measuring_encoder()?;
     let marks = Marks::new(args.color);
     let mut shown = Vec::new();
@@ -167,23 +167,15 @@ fn encoded(
     let (path, line) = source.place(row_idx);
     let schema = &request.schema;
     let bytes = source.row_bytes(row_idx)?;
-    let (format, row) = match parse_named_row(&bytes, schema.format, &schema.fields) {
-        Ok(found) => found,
-        Err(problems) => {
-            return Ok(Err(problems
-                .into_iter()
-                .map(|problem| RowProblem::new(path, line, problem))
-                .collect()));
-        }
+    let problems = match parse_named_row(&bytes, schema.format, &schema.fields) {
+        Ok((format, row)) => match encoder.encode_row(&row) {
+            Ok(encoded) => return Ok(Ok((format.name(), encoded.examples))),
+            Err(error) => vec![schema.fields.in_file_words(error.of_row()?)],
+        },
+        Err(problems) => problems,
     };
-    match encoder.encode_row(&row) {
-        Ok(encoded) => Ok(Ok((format.name(), encoded.examples))),
-        Err(RowError::Problem(problem)) => {
-            let problem = schema.fields.in_file_words(problem);
-            Ok(Err(vec![RowProblem::new(path, line, problem)]))
-        }
-        Err(RowError::Other(error)) => Err(error),
-    }
+    let at_row = |problem| RowProblem::new(path, line, problem);
+    Ok(Err(problems.into_iter().map(at_row).collect()))
 }
 
 /// The text in runs of trained and untrained tokens, special tokens included.

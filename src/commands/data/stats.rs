@@ -1,30 +1,29 @@
 //! `data stats`: how long the rows are, and what that means for max_seq_length and packing.
 
 use anyhow::Result;
+use monteclora_converters::Problems;
 use serde_json::json;
 
 use super::{Request, title};
 use crate::cli::DataStatsArgs;
 use crate::commands::{print, print_json};
-use crate::data::{
-    Bin, DataError, LengthSummary, Problems, Source, Survey, histogram, pack_efficiency,
-};
+use crate::data::{Bin, LengthSummary, Source, Survey, histogram, pack_efficiency};
 
 /// Widest bar of a histogram, in characters.
 const BAR: usize = 40;
 
 pub(in crate::commands) fn run(args: &DataStatsArgs) -> Result<()> {
-    let mut request = Request::new(&args.source)?;
+    let request = Request::new(&args.source)?;
     let (encoder, limit) = request.measuring_encoder()?;
     let mut files = Vec::new();
     for (path, split) in &request.sources {
         let source = Source::open(path, *split)?;
         let mut problems = Problems::default();
         let survey = Survey::take(&source, &request.schema, Some(&encoder), |problem| {
-            problems.push(problem);
+            problems.push(problem.into());
         })?;
         if !problems.is_empty() {
-            return Err(DataError::Rows(problems).into());
+            return Err(problems.into());
         }
         let format = survey.format(&source)?;
         let lengths = survey.lengths();

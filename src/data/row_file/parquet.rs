@@ -15,19 +15,15 @@ use parquet::{
 };
 use serde_json::Value;
 
-use crate::data::error::DataError;
+use crate::data::error::{DataError, bad_data, packed};
 
 /// Writes one line a row. A column without a value, at any depth, is a key that is left out: a table has no other
 /// way to say that a message has no `tool_calls`.
 ///
 /// # Errors
-/// [`DataError::Parquet`] for a file that is cut short or damaged and for columns that cannot be read as text, by name;
-/// [`DataError::Unpack`] if `out` cannot be written.
+/// A file that is cut short or damaged, and columns that cannot be read as text, by name; `out` cannot be written.
 pub(super) fn write_json_lines(path: &Path, file: File, out: &mut File) -> Result<(), DataError> {
-    let refuse = |problem: String| DataError::Parquet {
-        path: path.to_owned(),
-        problem,
-    };
+    let refuse = |problem: String| bad_data("parquet", format!("`{}`: {problem}", path.display()));
     let reader = SerializedFileReader::new(file).map_err(|error| {
         refuse(format!(
             "not a whole Parquet file ({error}); fetch or write it again"
@@ -44,10 +40,7 @@ pub(super) fn write_json_lines(path: &Path, file: File, out: &mut File) -> Resul
             "{column}row {row} cannot be read ({error}); fetch or write the file again"
         ))
     };
-    let unpack = |source| DataError::Unpack {
-        path: path.to_owned(),
-        source,
-    };
+    let unpack = |source: std::io::Error| packed(path, source);
     let mut out = BufWriter::with_capacity(1 << 20, out);
     let rows = reader
         .get_row_iter(None)
@@ -242,7 +235,7 @@ mod tests {
         let refused = |bytes: &[u8]| {
             std::fs::write(&path, bytes).expect("writes");
             let error = RowFile::open(&path).expect_err("refused");
-            assert!(matches!(error, DataError::Parquet { .. }), "{error}");
+            assert_eq!(error.code(), "parquet", "{error}");
             error.to_string()
         };
         for n_bytes in [0, 3, 4, 100, whole.len() - 1] {

@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use crate::data::error::DataError;
+use crate::data::error::{DataError, bad_data, unreadable};
 
 /// Where one row lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,11 +117,15 @@ impl<'a> ArrayScan<'a> {
     }
 
     fn problem(&self, problem: impl Into<String>) -> DataError {
-        DataError::Array {
-            path: self.path.to_owned(),
-            line: self.line as usize,
-            problem: problem.into(),
-        }
+        bad_data(
+            "array",
+            format!(
+                "{}:{}: row: {}; correct the array, or write one JSON object a line",
+                self.path.display(),
+                self.line,
+                problem.into()
+            ),
+        )
     }
 
     fn feed(&mut self, chunk: &[u8]) -> Result<(), DataError> {
@@ -209,10 +213,7 @@ impl<'a> ArrayScan<'a> {
             let n_bytes = self.offset + at as u64 - offset;
             self.spans.push(Span {
                 offset,
-                n_bytes: length(n_bytes, line).map_err(|source| DataError::Read {
-                    path: self.path.to_owned(),
-                    source,
-                })?,
+                n_bytes: length(n_bytes, line).map_err(|source| unreadable(self.path, source))?,
                 line,
                 crc: crc.finalize(),
             });
@@ -243,10 +244,7 @@ mod tests {
 
     fn rows(text: &str, capacity: usize) -> Result<Vec<(String, u32)>, String> {
         let reader = BufReader::with_capacity(capacity, text.as_bytes());
-        let read_error = |source| DataError::Read {
-            path: "t".into(),
-            source,
-        };
+        let read_error = |source| unreadable(Path::new("t"), source);
         let spans =
             index(reader, Path::new("t.json"), &read_error).map_err(|error| error.to_string())?;
         Ok(spans

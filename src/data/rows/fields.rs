@@ -1,10 +1,9 @@
 //! The names that a data file gives to the fields of a row.
 
 use indexmap::IndexMap;
+use monteclora_converters::Problem;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-
-use super::FieldProblem;
 
 /// The fields of a row that may be called otherwise in a file.
 const FIELDS: [&str; 12] = [
@@ -87,13 +86,10 @@ impl FieldNames {
     }
 
     /// A problem in the file's words.
-    pub(crate) fn in_file_words(&self, mut problem: FieldProblem) -> FieldProblem {
-        let end = problem
-            .field
-            .find(['[', '.'])
-            .unwrap_or(problem.field.len());
-        if let Some(name) = self.0.get(&problem.field[..end]) {
-            problem.field.replace_range(..end, name);
+    pub(crate) fn in_file_words(&self, mut problem: Problem) -> Problem {
+        let end = problem.at.find(['[', '.']).unwrap_or(problem.at.len());
+        if let Some(name) = self.0.get(&problem.at[..end]) {
+            problem.at.replace_range(..end, name);
         }
         problem
     }
@@ -102,6 +98,7 @@ impl FieldNames {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::error::field_problem;
 
     fn names(pairs: &[(&str, &str)]) -> Result<FieldNames, String> {
         let owned = |(field, name): &(&str, &str)| ((*field).to_owned(), (*name).to_owned());
@@ -118,8 +115,8 @@ mod tests {
             serde_json::to_value(&*object).expect("JSON"),
             serde_json::json!({"prompt": "q", "completion": "p"})
         );
-        let problem = names.in_file_words(FieldProblem::new("completion", "p", "f"));
-        assert_eq!(problem.field, "prompt");
+        let problem = names.in_file_words(field_problem("completion", "p", "f"));
+        assert_eq!(problem.at, "prompt");
     }
 
     #[test]

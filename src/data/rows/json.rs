@@ -1,9 +1,9 @@
 //! JSON as strictly as a data file needs it: repeated keys are refused, and what is wrong is said in the reader's words.
 
-use monteclora_converters::json;
+use monteclora_converters::{Problem, json};
 use serde_json::Value;
 
-use super::FieldProblem;
+use crate::data::error::field_problem;
 
 const FIX: &str = "expected one JSON object a line";
 
@@ -11,8 +11,8 @@ const FIX: &str = "expected one JSON object a line";
 ///
 /// # Errors
 /// What is wrong, with the column in bytes from 1 (and the line within the row, where the row spans several).
-pub(super) fn parse(bytes: &[u8]) -> Result<Value, FieldProblem> {
-    let refuse = |problem: String, fix: &str| FieldProblem::new("row", problem, fix);
+pub(super) fn parse(bytes: &[u8]) -> Result<Value, Problem> {
+    let refuse = |problem: String, fix: &str| field_problem("row", problem, fix);
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err(refuse(
             "the file is UTF-16".to_owned(),
@@ -90,7 +90,7 @@ mod tests {
 
     fn problem(bytes: &[u8]) -> String {
         let problem = parse(bytes).expect_err("refused");
-        format!("{}; {}", problem.problem, problem.fix)
+        format!("{}; {}", problem.message, problem.fix)
     }
 
     #[test]

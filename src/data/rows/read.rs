@@ -1,8 +1,10 @@
 //! One JSON object -> a checked row; every problem is collected, none hides another.
 
+use monteclora_converters::Problem;
 use serde_json::{Map, Value};
 
-use super::{Choices, FieldNames, FieldProblem, Message, Role, Row, RowContent, RowFormat, json};
+use super::{Choices, FieldNames, Message, Role, Row, RowContent, RowFormat, json};
+use crate::data::error::field_problem;
 
 /// Parses and checks one row whose fields have their own names. With `format` absent it is detected by the keys.
 ///
@@ -11,7 +13,7 @@ use super::{Choices, FieldNames, FieldProblem, Message, Role, Row, RowContent, R
 pub fn parse_row(
     bytes: &[u8],
     format: Option<RowFormat>,
-) -> Result<(RowFormat, Row), Vec<FieldProblem>> {
+) -> Result<(RowFormat, Row), Vec<Problem>> {
     parse_named_row(bytes, format, &FieldNames::default())
 }
 
@@ -23,7 +25,7 @@ pub fn parse_named_row(
     bytes: &[u8],
     format: Option<RowFormat>,
     names: &FieldNames,
-) -> Result<(RowFormat, Row), Vec<FieldProblem>> {
+) -> Result<(RowFormat, Row), Vec<Problem>> {
     let mut object = object(bytes)?;
     names.apply(&mut object);
     checked_row(&mut object, format).map_err(|problems| {
@@ -38,7 +40,7 @@ pub fn parse_named_row(
 ///
 /// # Errors
 /// Every problem of the row.
-pub fn parse_question(bytes: &[u8]) -> Result<Row, Vec<FieldProblem>> {
+pub fn parse_question(bytes: &[u8]) -> Result<Row, Vec<Problem>> {
     let mut object = object(bytes)?;
     let has_choices = object.get("choices").is_some_and(Value::is_array);
     if has_choices && object.get("answer").is_none_or(Value::is_null) {
@@ -63,10 +65,10 @@ pub fn parse_question(bytes: &[u8]) -> Result<Row, Vec<FieldProblem>> {
 /// Stands in the place of an answer that nobody looks at.
 const UNKNOWN: &str = "?";
 
-fn object(bytes: &[u8]) -> Result<Map<String, Value>, Vec<FieldProblem>> {
+fn object(bytes: &[u8]) -> Result<Map<String, Value>, Vec<Problem>> {
     match json::parse(bytes) {
         Ok(Value::Object(object)) => Ok(object),
-        Ok(other) => Err(vec![FieldProblem::new(
+        Ok(other) => Err(vec![field_problem(
             "row",
             format!("found {}", kind(&other)),
             "expected one JSON object a line",
@@ -86,7 +88,7 @@ fn is_unanswered(messages: &[Value]) -> bool {
 fn checked_row(
     object: &mut Map<String, Value>,
     format: Option<RowFormat>,
-) -> Result<(RowFormat, Row), Vec<FieldProblem>> {
+) -> Result<(RowFormat, Row), Vec<Problem>> {
     complete_with_answer(object).map_err(|problem| vec![problem])?;
     let format = match format {
         Some(format) => format,
@@ -106,7 +108,7 @@ fn checked_row(
 
 /// A row of `choices` and `answer` need not repeat the answer: it becomes the completion of a prompt that has none, or the
 /// assistant turn of a conversation that ends before one.
-fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), FieldProblem> {
+fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), Problem> {
     let Some(Value::Array(choices)) = object.get("choices") else {
         return Ok(());
     };
@@ -126,7 +128,7 @@ fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), FieldProb
         None => None,
     };
     let Some(right) = right.cloned() else {
-        return Err(FieldProblem::new(
+        return Err(field_problem(
             "answer",
             match object.get("answer") {
                 None => "is missing".to_owned(),
@@ -146,7 +148,7 @@ fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), FieldProb
 /// Reads fields and collects what is wrong with them; `None` stands for a field with a problem.
 struct Reader<'a> {
     object: &'a Map<String, Value>,
-    problems: Vec<FieldProblem>,
+    problems: Vec<Problem>,
 }
 
 impl Reader<'_> {
@@ -156,7 +158,7 @@ impl Reader<'_> {
         problem: impl Into<String>,
         fix: impl Into<String>,
     ) {
-        self.problems.push(FieldProblem::new(field, problem, fix));
+        self.problems.push(field_problem(field, problem, fix));
     }
 
     fn content(&mut self, format: RowFormat) -> Option<RowContent> {

@@ -2,14 +2,14 @@
 
 use super::*;
 
-fn parse(text: &str) -> Result<(RowFormat, Row), Vec<FieldProblem>> {
+fn parse(text: &str) -> Result<(RowFormat, Row), Vec<Problem>> {
     parse_row(text.as_bytes(), None)
 }
 
 /// The first problem as `field: problem; fix`.
 fn first(text: &str) -> String {
     let problem = &parse(text).expect_err("refused")[0];
-    format!("{}: {}; {}", problem.field, problem.problem, problem.fix)
+    format!("{}: {}; {}", problem.at, problem.message, problem.fix)
 }
 
 fn turns(text: &str) -> Vec<(Role, String)> {
@@ -90,7 +90,7 @@ fn every_problem_of_a_row_is_reported() {
         r#"{"messages":[{"role":"asistant","content":"a"},{"role":"user"},{"content":3},7]}"#,
     )
     .expect_err("refused");
-    let fields: Vec<_> = problems.iter().map(|problem| &problem.field[..]).collect();
+    let fields: Vec<_> = problems.iter().map(|problem| &problem.at[..]).collect();
     assert_eq!(
         fields,
         [
@@ -248,5 +248,5 @@ fn fields_of_other_names() {
         }
     );
     let problems = read(r#"{"question":"q","answer":3}"#).expect_err("refused");
-    assert_eq!(problems[0].field, "answer");
+    assert_eq!(problems[0].at, "answer");
 }
