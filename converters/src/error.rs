@@ -112,7 +112,10 @@ impl Error {
 
     /// The file or directory at `path` is not taken, for all of `problems`; exit code 4.
     pub fn refused(path: &Path, problems: Vec<Problem>) -> Self {
-        Self::Problems(Problems::under(format!("{} is refused", quoted(path)), problems))
+        Self::Problems(Problems::under(
+            format!("{} is refused", quoted(path)),
+            problems,
+        ))
     }
 
     /// Fails with every one of `problems` of the file or directory at `path`, if there are any.

@@ -181,7 +181,7 @@ impl Releases {
         let mut text = serde_json::to_string_pretty(&self.history)
             .map_err(|error| Error::io("write", &path)(error.into()))?;
         text.push('\n');
-        Ok(files::write_text(&path, &text)?)
+        files::write_text(&path, &text)
     }
 
     /// The release that `current` replaced when it last came; where that is not known or gone, the last one in the history before
