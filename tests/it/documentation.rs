@@ -31,14 +31,15 @@ fn commands(text: &str) -> Vec<String> {
     commands
 }
 
-/// README.md and the pages of docs/.
+/// The pages of docs/ and those at the root.
 fn pages() -> Vec<PathBuf> {
     let mut pages: Vec<PathBuf> = std::fs::read_dir(docs())
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
         .collect();
-    pages.push(docs().join("../README.md"));
+    let at_root = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"];
+    pages.extend(at_root.map(|name| docs().join("..").join(name)));
     pages
 }
 

@@ -7,6 +7,7 @@ mod cli;
 mod data;
 mod decoder;
 mod documentation;
+mod doors;
 mod evaluation;
 mod fixtures;
 mod formats;

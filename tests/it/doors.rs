@@ -1,0 +1,128 @@
+//! Everything in a registry has a fixture that makes it true, and a row in the documentation.
+//!
+//! These tests read the project's own `tests/data` and `docs`. The list of endpoints is held beside it, in
+//! `adapters/mistralrs/src/server/endpoints/tests.rs`.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use monteclora_adapters::weights::KINDS;
+use monteclora_converters::architecture::FAMILIES;
+use monteclora_converters::{
+    Adapter, FORMATS, LoraOptions, ModelFiles, SafetensorsFile, format_of,
+};
+
+use crate::cli::tiny;
+use crate::fixtures::{floats, largest_difference, named, own_architectures};
+
+fn below_root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// A row of a table in `page` begins with each of `names`, as code.
+fn rows(page: &str, names: impl IntoIterator<Item = &'static str>) {
+    let text = std::fs::read_to_string(below_root("docs").join(page)).unwrap();
+    let mut n_names = 0;
+    for name in names {
+        n_names += 1;
+        let row = format!("| `{name}` |");
+        assert!(
+            text.lines().any(|line| line.starts_with(&row)),
+            "docs/{page} has no row that begins with {row}"
+        );
+    }
+    assert!(n_names > 0, "{page}: nothing is registered");
+}
+
+#[test]
+fn everything_registered_has_a_row_in_the_docs() {
+    rows("models.md", FAMILIES.iter().map(|family| family.model_type));
+    rows("models.md", KINDS.iter().map(|kind| kind.name));
+    rows("convert.md", FORMATS.iter().map(|format| format.name()));
+}
+
+/// What the fixture of a family holds is tested in `architectures`.
+#[test]
+fn every_family_has_a_fixture() {
+    let found: Vec<String> = own_architectures()
+        .iter()
+        .map(|case| {
+            let config = ModelFiles::read_config(&case.model).unwrap();
+            config["model_type"].as_str().unwrap().to_owned()
+        })
+        .collect();
+    for family in FAMILIES {
+        assert!(
+            found
+                .iter()
+                .any(|model_type| model_type == family.model_type),
+            "{}: no model of it in tests/data/fixtures/architectures",
+            family.model_type
+        );
+    }
+}
+
+/// `tests/data/weights/KIND.safetensors`: a tensor as a model stores it, and the values that the weight computes with.
+#[test]
+fn every_weight_widens_to_the_values_of_its_fixture() {
+    for kind in KINDS {
+        let fixture = below_root("tests/data/weights").join(format!("{}.safetensors", kind.name));
+        let file = SafetensorsFile::open(&fixture)
+            .unwrap_or_else(|error| panic!("{}: {error}", fixture.display()));
+        let (stored, values) = (file.get("stored").unwrap(), floats(&file, "values"));
+        let weight = (kind.hold)(&stored, &Device::Cpu).unwrap();
+        let (n_rows, n_columns) = weight.dims().unwrap();
+        assert_eq!([n_rows, n_columns], *stored.shape(), "{}", kind.name);
+        let mut widened = vec![f32::NAN; values.len()];
+        weight.widen(0..n_rows, 0..n_columns, &mut widened);
+        assert_eq!(widened, values, "{}", kind.name);
+        // A part, and rows in any order, as the embedding reads them.
+        let mut part = vec![f32::NAN; 2];
+        weight.widen(1..2, 1..3, &mut part);
+        assert_eq!(part, values[n_columns + 1..n_columns + 3], "{}", kind.name);
+        let gathered = weight.gather(&[2, 0]).unwrap().flatten_all().unwrap();
+        let expected = [&values[2 * n_columns..3 * n_columns], &values[..n_columns]].concat();
+        assert_eq!(
+            gathered.to_vec1::<f32>().unwrap(),
+            expected,
+            "{}",
+            kind.name
+        );
+    }
+}
+
+/// `tests/data/formats/NAME/` holds the adapter `layers-to-transform`: it is recognised and read, and written if the format
+/// can be written, with the updates that PEFT recorded.
+#[test]
+fn every_format_reads_its_fixture_and_what_it_writes() {
+    let case = named("layers-to-transform");
+    let expected = SafetensorsFile::open(&case.expected).unwrap();
+    let base = ModelFiles::read_config(Path::new(&tiny())).unwrap();
+    let hold = |name: &str, adapter: &Adapter| {
+        assert_eq!(adapter.sites.len(), 3, "{name}");
+        for site in &adapter.sites {
+            let recorded = floats(&expected, &format!("delta.{}", site.name));
+            let difference = largest_difference(&site.delta_f32().unwrap(), &recorded);
+            assert!(difference <= 1e-5, "{name}: {}: {difference}", site.name);
+        }
+    };
+    for format in FORMATS {
+        let name = format.name();
+        let folder = below_root("tests/data/formats").join(name);
+        let source = folder.join(format.file_name().unwrap_or("adapter"));
+        assert!(source.exists(), "{} is not there", source.display());
+        if format.reads().is_some() {
+            assert_eq!(format_of(&source).name(), name);
+        }
+        let adapter = format.read(&source, Some(&base)).unwrap();
+        hold(name, &adapter);
+        if format.writes().is_some() {
+            let dir = tempfile::tempdir().unwrap();
+            let output = dir.path().join(format.file_name().unwrap_or("adapter"));
+            format
+                .write(&adapter, &output, &LoraOptions::default(), Some(&base))
+                .unwrap();
+            hold(name, &format.read(&output, Some(&base)).unwrap());
+        }
+    }
+}
