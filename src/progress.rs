@@ -152,14 +152,20 @@ impl TrainProgress {
 /// The loss, and what it is made of; plain LoRA has the task alone.
 fn losses(record: &TrainRecord) -> Vec<String> {
     let loss = format!("loss {:.4}", record.loss);
-    if record.kl_loss == 0.0 && record.entropy_loss == 0.0 {
+    let parts = record.metrics.iter();
+    let parts: Vec<(&str, f64)> = parts
+        .filter_map(|(metric, value)| Some((metric.in_loss?, *value)))
+        .collect();
+    if parts.iter().all(|(_, value)| *value == 0.0) {
         return vec![loss];
     }
-    let mut parts = format!("(task {:.4} + kl {:.4}", record.task_loss, record.kl_loss);
-    if record.entropy_loss > 0.0 {
-        parts.push_str(&format!(" + mixture {:.4}", record.entropy_loss));
+    let mut text = format!("(task {:.4}", record.task_loss);
+    for (idx, (name, value)) in parts.into_iter().enumerate() {
+        if idx == 0 || value > 0.0 {
+            text.push_str(&format!(" + {name} {value:.4}"));
+        }
     }
-    vec![loss, parts + ")"]
+    vec![loss, text + ")"]
 }
 
 #[cfg(test)]

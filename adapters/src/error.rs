@@ -1,5 +1,7 @@
 //! The one error type of this crate.
 
+use monteclora_converters::Problem;
+
 /// What can go wrong in the method's mathematics.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -14,36 +16,18 @@ pub enum Error {
         /// The shape that was given.
         found: Vec<usize>,
     },
-    /// A setting is outside its range.
-    #[error("{key} = {value}: {need}")]
-    Setting {
-        /// The setting's name.
-        key: &'static str,
-        /// Its value as given.
-        value: String,
-        /// What is accepted.
-        need: &'static str,
-    },
-    /// A draw or a divergence is NaN or infinite.
-    #[error("{site}: {what} is not finite; lower the learning rate or sample_scaler")]
-    NonFinite {
-        /// Module path of the adapted projection.
-        site: String,
-        /// The quantity.
-        what: &'static str,
-    },
-    /// An adapter has no posterior to sample from.
-    #[error("{site}: plain LoRA has no posterior to sample; give a MonteCLoRA adapter")]
-    NoPosterior {
-        /// Module path of the adapted projection.
-        site: String,
-    },
     /// A candle operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
-    /// Reading or writing an adapter failed.
+    /// What a user can mend, or reading or writing an adapter failed.
     #[error(transparent)]
     Format(#[from] monteclora_converters::Error),
+}
+
+impl From<Problem> for Error {
+    fn from(problem: Problem) -> Self {
+        Self::Format(problem.into())
+    }
 }
 
 /// Result of this crate.

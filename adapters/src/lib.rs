@@ -5,27 +5,18 @@
 //! noise as an argument; [`noise`] alone draws it, counter-based. Gradients are exact vector-Jacobian products written by
 //! hand, so that nothing is ever computed for the frozen base.
 
-pub mod divergence;
-mod draw;
 mod error;
 pub mod linalg;
 mod linear;
-mod mixture;
+pub mod methods;
 pub mod noise;
-mod posterior;
 pub mod product;
 pub mod simd;
 mod update;
 pub mod weights;
 
-#[cfg(test)]
-mod fixture_tests;
-
-pub use divergence::Objective;
-pub use draw::{Draw, Noise, Regulariser, Spread, SpreadGradient};
 pub use error::{Error, Result};
 pub use linear::{Branch, FrozenLinear, input_gradient};
-pub use mixture::MixtureWeights;
-pub use posterior::{initial_a, initial_spread, sample};
+pub use methods::monteclora::sample;
 pub use product::Precision;
 pub use update::{LowRank, Pulled, Update};

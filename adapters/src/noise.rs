@@ -25,7 +25,7 @@ pub enum Purpose {
     /// Initial value of A.
     InitialA = 4,
     /// Initial values of the variational parameters.
-    InitialSpread = 5,
+    InitialVariational = 5,
     /// Dropout on the adapter's input.
     Dropout = 6,
 }
@@ -62,29 +62,6 @@ impl Key {
         rng
     }
 
-    /// `count` standard normal values, values `0..count` of the stream.
-    pub fn normals(&self, purpose: Purpose, count: usize) -> Vec<f64> {
-        let mut rng = self.stream(purpose);
-        (0..count).map(|_| normal(&mut rng)).collect()
-    }
-
-    /// `count` standard normal values in single precision, generated in parallel chunks.
-    pub fn normals_f32(&self, purpose: Purpose, count: usize) -> Vec<f32> {
-        use rayon::prelude::*;
-        let mut values = vec![0f32; count];
-        values
-            .par_chunks_mut(CHUNK)
-            .enumerate()
-            .for_each(|(chunk_idx, chunk)| {
-                let mut rng = self.stream(purpose);
-                rng.set_word_pos((chunk_idx * CHUNK) as u128 * 2);
-                for value in chunk {
-                    *value = normal(&mut rng) as f32;
-                }
-            });
-        values
-    }
-
     /// `count` values uniform in `[0, 1)`, two words a value.
     pub fn uniforms(&self, purpose: Purpose, count: usize) -> Vec<f64> {
         let mut rng = self.stream(purpose);
@@ -100,6 +77,39 @@ impl Key {
         (0..count)
             .map(|_| (rng.next_u32() >> 8) as f32 * (0.5f32).powi(24))
             .collect()
+    }
+}
+
+/// Where the standard normal noise of one module at one step comes from: its [`Key`], or a recording.
+pub trait Noise {
+    /// `count` standard normal values, values `0..count` of the stream for `purpose`.
+    fn normals(&self, purpose: Purpose, count: usize) -> Vec<f64>;
+
+    /// The same in single precision.
+    fn normals_f32(&self, purpose: Purpose, count: usize) -> Vec<f32>;
+}
+
+impl Noise for Key {
+    fn normals(&self, purpose: Purpose, count: usize) -> Vec<f64> {
+        let mut rng = self.stream(purpose);
+        (0..count).map(|_| normal(&mut rng)).collect()
+    }
+
+    /// Generated in parallel chunks.
+    fn normals_f32(&self, purpose: Purpose, count: usize) -> Vec<f32> {
+        use rayon::prelude::*;
+        let mut values = vec![0f32; count];
+        values
+            .par_chunks_mut(CHUNK)
+            .enumerate()
+            .for_each(|(chunk_idx, chunk)| {
+                let mut rng = self.stream(purpose);
+                rng.set_word_pos((chunk_idx * CHUNK) as u128 * 2);
+                for value in chunk {
+                    *value = normal(&mut rng) as f32;
+                }
+            });
+        values
     }
 }
 

@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
+use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Preset};
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::product::{Factor, Product, sum_of_products};
 use monteclora_adapters::weights::{Bf16, Weight};
-use monteclora_adapters::{Objective, Precision};
-use monteclora_converters::{AdapterConfig, MonteCloraSettings, Problem, TargetModules};
+use monteclora_adapters::{Precision, methods};
+use monteclora_converters::{AdapterConfig, Problem, TargetModules};
 use serde_json::json;
 
 use super::{device, print, print_json, weight_type};
@@ -19,7 +20,7 @@ use crate::hub;
 use crate::model::{Decoder, PassOptions, Sequences};
 use crate::train::memory::{MemoryEstimate, MemoryInputs};
 use crate::train::metrics::peak_memory_bytes;
-use crate::train::{AdamW, AdamWSettings, AdapterState, DrawForm};
+use crate::train::{AdamW, AdamWSettings, AdapterState};
 
 pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let (weights, precision) = match (args.bf16, args.model.options.dtype) {
@@ -52,22 +53,21 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         r: args.rank,
         lora_alpha: 2.0 * args.rank as f64,
         target_modules: TargetModules::List(leaves.collect()),
-        monteclora: (args.method == BenchMethod::Monteclora).then(|| MonteCloraSettings {
-            num_samples: args.num_samples,
-            use_entropy: true,
-            ..MonteCloraSettings::default()
-        }),
         ..AdapterConfig::default()
     };
     let sites = config.resolve_targets(&Decoder::linear_modules(decoder.config()))?;
-    let mut state = AdapterState::initial(
-        &config,
-        &sites,
-        decoder.config(),
-        Objective::Exact,
-        0,
-        &device,
-    )?;
+    let name = match args.method {
+        BenchMethod::Monteclora => "monteclora",
+        BenchMethod::Lora => "lora",
+    };
+    let config_of = MonteCloraConfig {
+        num_samples: args.num_samples,
+        use_entropy: true,
+        ..MonteCloraConfig::preset(Preset::Peft)
+    };
+    let method = (methods::find(name)?.new)(&serde_json::to_value(config_of)?)?;
+    let model = decoder.config();
+    let mut state = AdapterState::initial(method, &config, &sites, model, 0, &device)?;
     let mut optimizer = AdamW::new(AdamWSettings::default(), &state)?;
     let vocab = decoder.config().vocab_size as f64;
     let rows: Vec<Vec<u32>> = (0..args.batch)
@@ -91,7 +91,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let mut seconds = Vec::with_capacity(args.steps);
     for step in 0..args.steps {
         let began = Instant::now();
-        let drawn = state.draw(0, step as u64, DrawForm::Collapsed)?;
+        let drawn = state.draw(0, step as u64, 1.0)?;
         let loss =
             decoder.loss_and_gradients(&sequences, &targets, &drawn.active, scale, options)?;
         if let Some(gradients) = &loss.gradients {
@@ -110,14 +110,10 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     // Kibibytes over 1e6, as PEFT's script reports `ru_maxrss`.
     let gb = |bytes: u64| bytes as f64 / 1024.0 / 1e6;
     let peak_gb = peak_memory_bytes().map(gb);
-    let estimate_gb = gb(estimate(args, &decoder, weights, &config, &sites).peak);
-    let method = match args.method {
-        BenchMethod::Monteclora => "monteclora",
-        BenchMethod::Lora => "lora",
-    };
+    let estimate_gb = gb(estimate(args, &decoder, weights, &state).peak);
     if args.json {
         return print_json(&json!({
-            "method": method,
+            "method": name,
             "batch": args.batch,
             "seq": args.seq,
             "step_s": seconds,
@@ -129,7 +125,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         }));
     }
     print(&format!(
-        "{method}, batch {} x {}: {median:.3} s a step (median), {tokens_per_second:.0} tokens/s, peak {} GB",
+        "{name}, batch {} x {}: {median:.3} s a step (median), {tokens_per_second:.0} tokens/s, peak {} GB",
         args.batch,
         args.seq,
         peak_gb.map_or("?".to_owned(), |gb| format!("{gb:.2}"))
@@ -141,8 +137,7 @@ fn estimate(
     args: &BenchTrainArgs,
     decoder: &Decoder,
     weights: DType,
-    config: &AdapterConfig,
-    sites: &[String],
+    state: &AdapterState,
 ) -> MemoryEstimate {
     let model = decoder.config();
     let modules = Decoder::linear_modules(model);
@@ -156,11 +151,7 @@ fn estimate(
         embedding
     };
     let base_values = (products + norms + untied) as u64;
-    let sites: Vec<_> = modules
-        .into_iter()
-        .filter(|module| sites.contains(&module.name))
-        .map(|module| (module, args.rank))
-        .collect();
+    let sites: Vec<_> = state.modules.iter().map(|(_, m)| m.clone()).collect();
     let value_bytes = weights.size_in_bytes() as u64;
     MemoryEstimate::of(&MemoryInputs {
         model,
@@ -168,7 +159,7 @@ fn estimate(
         value_bytes,
         base_bytes: 0,
         sites: &sites,
-        posterior: config.monteclora.is_some(),
+        method: state.method.as_ref(),
         lengths: &vec![args.seq; args.batch],
         trained_share: 1.0,
         batches: BatchOptions {

@@ -92,11 +92,7 @@ fn method(prepared: &Prepared) -> String {
     } else {
         "alpha / r"
     };
-    let method = match (&lora.monteclora, prepared.settings.adamw.train_a) {
-        (Some(settings), _) => format!("monteclora, N {}", settings.num_samples),
-        (None, true) => "lora".to_owned(),
-        (None, false) => "lora-fa".to_owned(),
-    };
+    let method = prepared.method.summary();
     format!(
         "{method}, r {}, alpha {}, scaling {scaling}",
         lora.r, lora.lora_alpha

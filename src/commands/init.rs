@@ -1,12 +1,13 @@
 //! `init`: a commented run.toml for a model and a data file.
 
 use anyhow::Result;
+use monteclora_adapters::methods::monteclora::Preset;
 use monteclora_converters::{Problem, files};
 use serde::Serialize;
 
 use super::{print, weight_type};
 use crate::cli::{DtypeArg, InitArgs};
-use crate::config::{DataConfig, LoraConfig, Preset, RunConfig, TrainConfig};
+use crate::config::{DataConfig, LoraConfig, RunConfig, TrainConfig};
 use crate::data::Overlong;
 use crate::hub;
 use crate::model::read_shape;

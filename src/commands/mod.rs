@@ -114,10 +114,6 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     if let Some(error) = error.downcast_ref::<train::Error>() {
         return match error {
-            train::Error::NonFinite { .. } | train::Error::Audit { .. } => Some(5),
-            train::Error::Busy { .. } | train::Error::BestLost { .. } => Some(2),
-            train::Error::Drift { drift, .. } => Some(if drift.data { 3 } else { 2 }),
-            train::Error::Checkpoint { .. } | train::Error::Torn { .. } => Some(4),
             train::Error::Model(error) => classify(error),
             train::Error::Method(error) => classify(error),
             train::Error::Format(error) => Some(exit_code_of(error)),
@@ -126,9 +122,6 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     if let Some(error) = error.downcast_ref::<monteclora_adapters::Error>() {
         return match error {
-            monteclora_adapters::Error::NonFinite { .. } => Some(5),
-            monteclora_adapters::Error::NoPosterior { .. } => Some(4),
-            monteclora_adapters::Error::Setting { .. } => Some(2),
             monteclora_adapters::Error::Format(error) => Some(exit_code_of(error)),
             _ => None,
         };
@@ -138,9 +131,8 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(error.exit_code());
     }
     match error.downcast_ref::<report::Error>()? {
-        report::Error::NotARun(_) => Some(2),
-        report::Error::Record { .. } => Some(4),
-        _ => None,
+        report::Error::Format(error) => Some(exit_code_of(error)),
+        report::Error::Page(_) => None,
     }
 }
 

@@ -1,9 +1,11 @@
 //! What run.toml asks of an adapter, in the terms of PEFT and of the method.
 
-use monteclora_adapters as adapters;
-use monteclora_converters::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
+use std::sync::Arc;
 
-use super::{LoraConfig, ModuleSelection, MonteCloraConfig, Objective};
+use monteclora_adapters::methods::{self, Method};
+use monteclora_converters::{AdapterConfig, ExcludeModules, TargetModules};
+
+use super::{LoraConfig, ModuleSelection};
 use crate::hub::Located;
 
 impl LoraConfig {
@@ -31,31 +33,19 @@ impl LoraConfig {
             use_rslora: self.use_rslora,
             task_type: Some("CAUSAL_LM".to_owned()),
             inference_mode: true,
-            monteclora: self.monteclora.as_ref().map(MonteCloraConfig::settings),
+            monteclora: self.monteclora.as_ref().map(Into::into),
             ..AdapterConfig::default()
         }
     }
 
-    /// The divergences' formulas that `[lora.monteclora]` asks for.
-    pub fn objective(&self) -> adapters::Objective {
-        match self.monteclora.as_ref().map(|m| m.objective) {
-            Some(Objective::Peft) => adapters::Objective::Peft,
-            _ => adapters::Objective::Exact,
-        }
-    }
-}
-
-impl MonteCloraConfig {
-    /// The method's settings in PEFT's terms; PEFT allocates its noise buffer even for inference, so it is written as 1.
-    pub fn settings(&self) -> MonteCloraSettings {
-        MonteCloraSettings {
-            num_samples: self.num_samples,
-            sample_scaler: self.sample_scaler,
-            kl_loss_weight: self.kl_loss_weight,
-            dirichlet_prior: self.dirichlet_prior,
-            use_entropy: self.use_entropy,
-            buffer_size: 1,
-        }
+    /// What is trained, with the settings of its section.
+    ///
+    /// # Errors
+    /// Settings that the method does not take.
+    pub fn method(&self) -> anyhow::Result<Arc<dyn Method>> {
+        let section = serde_json::to_value(self)?;
+        let kind = methods::find(self.method.0)?;
+        Ok((kind.new)(&section[kind.name])?)
     }
 }
 

@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use monteclora_adapters::methods::monteclora::{self, MonteCloraConfig, Preset};
 use monteclora_converters::{Problem, Problems};
 use toml::Table;
 
@@ -12,7 +13,7 @@ use super::{
     document::{Document, Schema, field_names, one},
     run::{
         DataConfig, DtypeChoice, EvalConfig, LoraConfig, Method, ModelConfig, ModuleSelection,
-        MonteCloraConfig, Preset, RunConfig, TrainConfig,
+        RunConfig, TrainConfig,
     },
 };
 use crate::data::{Split, directory_has};
@@ -253,9 +254,9 @@ fn lora(document: &mut Document, config: &mut LoraConfig) {
     }
     // Checked even where the method does not use it: the section stays in the file for the next run.
     if let Some(posterior) = &config.monteclora {
-        monteclora(document, posterior);
+        posterior_ranges(document, posterior);
     }
-    if config.method != Method::MonteClora {
+    if config.method != Method(monteclora::KIND.name) {
         config.monteclora = None;
     }
     if config.init_from.is_some() {
@@ -264,7 +265,7 @@ fn lora(document: &mut Document, config: &mut LoraConfig) {
     }
 }
 
-fn monteclora(document: &mut Document, config: &MonteCloraConfig) {
+fn posterior_ranges(document: &mut Document, config: &MonteCloraConfig) {
     let key = |name: &str| format!("lora.monteclora.{name}");
     document.count(&key("num_samples"), 1, config.num_samples as u64);
     document.above_zero(&key("sample_scaler"), config.sample_scaler);

@@ -10,6 +10,5 @@ mod run;
 
 pub use run::{
     DataConfig, DataFormat, DtypeChoice, EvalConfig, LoraConfig, LrSchedulerType, Method,
-    ModelConfig, ModuleSelection, MonteCloraConfig, Objective, Preset, Report, RunConfig,
-    TrainConfig,
+    ModelConfig, ModuleSelection, Report, RunConfig, TrainConfig,
 };

@@ -1,8 +1,12 @@
 //! The sections of run.toml: one structure each, with its keys as PEFT and Hugging Face spell them and its defaults.
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use indexmap::IndexMap;
+use monteclora_adapters::methods::METHODS;
+use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Preset};
+use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::data::{
@@ -176,17 +180,20 @@ impl DataFormat {
     }
 }
 
-/// What is trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Method {
-    /// LoRA with a variational posterior over A.
-    #[serde(rename = "monteclora")]
-    MonteClora,
-    /// Plain LoRA.
-    Lora,
-    /// LoRA with A frozen at its initial value.
-    LoraFa,
+/// What is trained: the name of a registered method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Method(pub &'static str);
+
+impl<'de> Deserialize<'de> for Method {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        static NAMES: LazyLock<Vec<&str>> =
+            LazyLock::new(|| METHODS.iter().map(|kind| kind.name).collect());
+        let given = String::deserialize(deserializer)?;
+        let known = NAMES.iter().find(|name| **name == given);
+        known
+            .map(|name| Self(name))
+            .ok_or_else(|| D::Error::unknown_variant(&given, &NAMES))
+    }
 }
 
 /// One value or a list of them.
@@ -292,7 +299,7 @@ pub struct LoraConfig {
 impl Default for LoraConfig {
     fn default() -> Self {
         Self {
-            method: Method::MonteClora,
+            method: Method(METHODS[0].name),
             init_from: None,
             given: Vec::new(),
             r: 16,
@@ -307,98 +314,6 @@ impl Default for LoraConfig {
             use_rslora: false,
             monteclora: Some(MonteCloraConfig::default()),
         }
-    }
-}
-
-/// A named set of [`MonteCloraConfig`] values; explicit keys win.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Preset {
-    /// PEFT 0.21's defaults.
-    Peft,
-    /// The values of the paper's GLUE experiments (arXiv:2411.04358).
-    Paper,
-    /// Equal to `paper`.
-    #[default]
-    Recommended,
-}
-
-impl Preset {
-    /// Learning rate of the variational parameters over that of A and B, where none is given.
-    ///
-    /// Adam moves a value by about the learning rate a step, whatever the gradient's size. The variational parameters start
-    /// as U[0, 1), so that at A's rate of a few 1e-4 a run of a thousand steps barely moves them; ten times the
-    /// rate lets them cross their own range. PEFT has one rate for all.
-    pub fn variational_rate_ratio(self) -> f64 {
-        match self {
-            Self::Peft => 1.0,
-            Self::Paper | Self::Recommended => 10.0,
-        }
-    }
-}
-
-/// Which divergences are minimised.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Objective {
-    /// The divergences themselves.
-    #[default]
-    Exact,
-    /// PEFT's formulas, for parity with it.
-    Peft,
-}
-
-/// `[lora.monteclora]`, with PEFT's names.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct MonteCloraConfig {
-    /// The preset that the other values started from.
-    pub preset: Preset,
-    /// Which divergences are minimised.
-    pub objective: Objective,
-    /// Components of the mixture N, at least 1.
-    pub num_samples: usize,
-    /// Scale of the noise on A, above 0.
-    pub sample_scaler: f64,
-    /// Weight of the divergences in the loss, at least 0.
-    pub kl_loss_weight: f64,
-    /// Concentration of the Dirichlet prior, above 0.
-    pub dirichlet_prior: f64,
-    /// Whether the sum of squared mixture weights is added to the loss.
-    pub use_entropy: bool,
-    /// Share of the steps over which the weight of the divergences rises from 0 to `kl_loss_weight`, in [0, 1].
-    pub kl_warmup_ratio: f64,
-}
-
-impl MonteCloraConfig {
-    /// The values of a preset.
-    pub fn preset(preset: Preset) -> Self {
-        let recommended = Self {
-            preset,
-            objective: Objective::Exact,
-            num_samples: 4,
-            sample_scaler: 5e-3,
-            kl_loss_weight: 1e-5,
-            dirichlet_prior: 1.0,
-            use_entropy: true,
-            kl_warmup_ratio: 0.0,
-        };
-        match preset {
-            Preset::Paper | Preset::Recommended => recommended,
-            Preset::Peft => Self {
-                num_samples: 8,
-                sample_scaler: 1e-4,
-                dirichlet_prior: 0.1,
-                use_entropy: false,
-                ..recommended
-            },
-        }
-    }
-}
-
-impl Default for MonteCloraConfig {
-    fn default() -> Self {
-        Self::preset(Preset::default())
     }
 }
 

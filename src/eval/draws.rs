@@ -9,7 +9,7 @@ use crate::model::{ActiveAdapter, Decoder};
 /// `mean`, which is the adapter's own.
 ///
 /// # Errors
-/// [`monteclora_adapters::Error::NoPosterior`] for a plain LoRA; an adapter that does not fit the decoder.
+/// For a plain LoRA, and for an adapter that does not fit the decoder.
 pub fn posterior_draws(
     adapter: &Adapter,
     mean: &ActiveAdapter,

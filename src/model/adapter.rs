@@ -68,7 +68,7 @@ impl ActiveAdapter {
 }
 
 /// The low-rank matrices of `adapter` on `device` in the order of the modules, after checking that every module exists with its shape.
-pub(crate) fn low_rank(
+fn low_rank(
     adapter: &monteclora_converters::Adapter,
     config: &ModelShape,
     device: &Device,

@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 
 use monteclora_converters::architecture::ModelShape;
 
-pub(crate) use adapter::low_rank;
 pub use adapter::{ActiveAdapter, AdapterGradients, ModuleId};
 pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
 pub use generate::{Generation, GenerationSettings};

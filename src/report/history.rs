@@ -3,63 +3,24 @@
 use std::io::BufRead;
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
-/// A `train` line. Numbers that were not finite are absent.
+/// What a `train` or an `eval` line measured.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
-pub struct TrainPoint {
+pub struct Point {
     /// Optimiser steps made.
     pub step: u64,
-    /// Passes over the data.
-    pub epoch: Option<f64>,
-    /// Task loss plus regulariser, nats.
-    pub loss: Option<f64>,
-    /// Task loss, nats.
-    pub task_loss: Option<f64>,
-    /// Weighted divergences, nats.
-    pub kl_loss: Option<f64>,
-    /// Dirichlet divergence, nats.
-    pub kl_dirichlet: Option<f64>,
-    /// Wishart divergence, nats.
-    pub kl_wishart: Option<f64>,
-    /// Gaussian divergence, nats.
-    pub kl_gaussian: Option<f64>,
-    /// Sum of squared mixture weights.
-    pub entropy_loss: Option<f64>,
-    /// Norm of all gradients before clipping.
-    pub grad_norm: Option<f64>,
-    /// Learning rate.
-    pub learning_rate: Option<f64>,
-    /// Tokens read.
-    pub tokens: Option<f64>,
-    /// Tokens with a loss.
-    pub trained_tokens: Option<f64>,
-    /// Tokens a second.
-    pub tokens_per_second: Option<f64>,
-    /// Largest resident memory so far, bytes.
-    pub peak_memory_bytes: Option<f64>,
-    /// Seconds since the run began.
-    pub wall_s: Option<f64>,
+    /// Numbers by their key; those that were not finite are null.
+    #[serde(flatten)]
+    pub values: Map<String, Value>,
 }
 
-/// An `eval` line.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-pub struct EvalPoint {
-    /// Optimiser steps made.
-    pub step: u64,
-    /// Passes over the data.
-    pub epoch: Option<f64>,
-    /// Validation loss, nats.
-    pub loss: Option<f64>,
-    /// `exp(loss)`.
-    pub perplexity: Option<f64>,
-    /// Share of tokens that were the most likely one.
-    pub token_accuracy: Option<f64>,
-    /// Seconds the evaluation took.
-    pub seconds: Option<f64>,
-    /// Seconds since the run began.
-    pub wall_s: Option<f64>,
+impl Point {
+    /// The number at `key`, where there is one.
+    pub fn get(&self, key: &str) -> Option<f64> {
+        self.values.get(key)?.as_f64()
+    }
 }
 
 /// An `event` line.
@@ -78,9 +39,9 @@ pub struct EventPoint {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct History {
     /// Training, by step.
-    pub train: Vec<TrainPoint>,
+    pub train: Vec<Point>,
     /// Evaluations, by step.
-    pub eval: Vec<EvalPoint>,
+    pub eval: Vec<Point>,
     /// Events, in the order they happened.
     pub events: Vec<EventPoint>,
     /// Lines that are not JSON, as a killed run may leave one.
@@ -90,8 +51,8 @@ pub struct History {
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum Line {
-    Train(TrainPoint),
-    Eval(EvalPoint),
+    Train(Point),
+    Eval(Point),
     Event(EventPoint),
     #[serde(other)]
     Unknown,
@@ -111,17 +72,17 @@ impl History {
             }
             match serde_json::from_slice(&line) {
                 Ok(Line::Train(point)) => {
-                    back_to(&mut history.train, point.step, |p| p.step);
+                    back_to(&mut history.train, point.step);
                     history.train.push(point);
                 }
                 Ok(Line::Eval(point)) => {
-                    back_to(&mut history.eval, point.step, |p| p.step);
+                    back_to(&mut history.eval, point.step);
                     history.eval.push(point);
                 }
                 Ok(Line::Event(point)) => {
                     if matches!(point.event.as_str(), "started" | "resumed") {
-                        back_to(&mut history.train, point.step + 1, |p| p.step);
-                        back_to(&mut history.eval, point.step + 1, |p| p.step);
+                        back_to(&mut history.train, point.step + 1);
+                        back_to(&mut history.eval, point.step + 1);
                     }
                     history.events.push(point);
                 }
@@ -133,15 +94,10 @@ impl History {
     }
 
     /// The evaluation of lowest loss; the first of several.
-    pub fn best(&self) -> Option<&EvalPoint> {
-        self.eval
-            .iter()
-            .filter(|point| point.loss.is_some())
-            .min_by(|a, b| {
-                a.loss
-                    .unwrap_or(f64::MAX)
-                    .total_cmp(&b.loss.unwrap_or(f64::MAX))
-            })
+    pub fn best(&self) -> Option<&Point> {
+        let with_loss = self.eval.iter().filter_map(|p| Some((p.get("loss")?, p)));
+        let best = with_loss.min_by(|(a, _), (b, _)| a.total_cmp(b));
+        best.map(|(_, point)| point)
     }
 
     /// How the run ended, or that nothing says it did.
@@ -174,8 +130,8 @@ impl History {
     }
 }
 
-fn back_to<T>(points: &mut Vec<T>, step: u64, step_of: impl Fn(&T) -> u64) {
-    while points.last().is_some_and(|point| step_of(point) >= step) {
+fn back_to(points: &mut Vec<Point>, step: u64) {
+    while points.last().is_some_and(|point| point.step >= step) {
         points.pop();
     }
 }
@@ -212,7 +168,7 @@ mod tests {
         let curve: Vec<_> = history
             .train
             .iter()
-            .map(|p| (p.step, p.task_loss))
+            .map(|p| (p.step, p.get("task_loss")))
             .collect();
         assert_eq!(curve, [(10, Some(3.0)), (20, Some(2.0)), (30, Some(1.0))]);
         assert_eq!(history.n_unreadable, 1);
@@ -240,7 +196,7 @@ mod tests {
     #[test]
     fn what_was_not_finite_is_absent() {
         let history = read(&[&train(1, "null")]);
-        assert_eq!(history.train[0].task_loss, None);
+        assert_eq!(history.train[0].get("task_loss"), None);
         assert_eq!(history.best(), None);
     }
 }

@@ -7,35 +7,18 @@ mod sites;
 
 use std::path::{Path, PathBuf};
 
-use monteclora_converters::{Adapter, AdapterSummary};
+use monteclora_converters::{Adapter, AdapterSummary, Error as FormatError, Problem};
 use serde_json::Value;
 
-pub use history::{EvalPoint, EventPoint, History, TrainPoint};
+pub use history::{EventPoint, History, Point};
 
 /// What keeps a page from being made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Not the output directory of a run.
-    #[error("`{}` holds neither run.json nor metrics.jsonl; give the output_dir of a training run", .0.display())]
-    NotARun(PathBuf),
-    /// A file cannot be read.
-    #[error("cannot read `{}`", .path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// run.json is not what training writes.
-    #[error("`{}` is not valid JSON: {source}", .path.display())]
-    Record {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: serde_json::Error,
-    },
+    /// Not the output directory of a run, or a file that cannot be read.
+    #[error(transparent)]
+    Format(#[from] monteclora_converters::Error),
     /// The page's template does not fit its values.
     #[error("cannot lay out the page: {0}")]
     Page(#[from] minijinja::Error),
@@ -58,39 +41,22 @@ impl RunFiles {
     /// Reads what is in `dir`.
     ///
     /// # Errors
-    /// [`Error::NotARun`], [`Error::Io`], [`Error::Record`]. A missing or unreadable adapter is noted, not an error.
+    /// If `dir` is not that of a run, or a file cannot be read. A missing or unreadable adapter is noted, not an error.
     pub fn read(dir: &Path) -> Result<Self, Error> {
         let (record_path, metrics_path) = (dir.join("run.json"), dir.join("metrics.jsonl"));
-        let record = match std::fs::read_to_string(&record_path) {
-            Ok(text) => Some(serde_json::from_str(&text).map_err(|source| Error::Record {
-                path: record_path,
-                source,
-            })?),
-            Err(e) if missing(&e) => None,
-            Err(source) => {
-                return Err(Error::Io {
-                    path: record_path,
-                    source,
-                });
-            }
-        };
-        let history = match std::fs::File::open(&metrics_path) {
-            Ok(file) => Some(
-                History::read(std::io::BufReader::new(file)).map_err(|source| Error::Io {
-                    path: metrics_path,
-                    source,
-                })?,
-            ),
-            Err(e) if missing(&e) => None,
-            Err(source) => {
-                return Err(Error::Io {
-                    path: metrics_path,
-                    source,
-                });
-            }
-        };
+        let record = if_there(&record_path, std::fs::read_to_string(&record_path))?
+            .map(|text| serde_json::from_str(&text))
+            .transpose()
+            .map_err(|e| FormatError::json(&record_path, &e))?;
+        let history = std::fs::File::open(&metrics_path)
+            .and_then(|file| History::read(std::io::BufReader::new(file)));
+        let history = if_there(&metrics_path, history)?;
         if record.is_none() && history.is_none() {
-            return Err(Error::NotARun(dir.to_owned()));
+            return Err(FormatError::from(Problem::usage(format!(
+                "`{}` holds neither run.json nor metrics.jsonl; give the output_dir of a training run",
+                dir.display()
+            )))
+            .into());
         }
         let (mut adapter, mut adapter_problem) = (None, None);
         let checkpoint = crate::train::checkpoints(dir)
@@ -121,9 +87,12 @@ impl RunFiles {
     }
 }
 
-fn missing(error: &std::io::Error) -> bool {
-    matches!(
-        error.kind(),
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
-    )
+/// What was read of `path`, unless it is not there.
+fn if_there<T>(path: &Path, read: std::io::Result<T>) -> Result<Option<T>, Error> {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    match read {
+        Ok(value) => Ok(Some(value)),
+        Err(e) if matches!(e.kind(), NotFound | NotADirectory) => Ok(None),
+        Err(e) => Err(FormatError::io("read", path)(e).into()),
+    }
 }

@@ -1,11 +1,12 @@
 //! The page: what the template is given.
 
 use minijinja::{Environment, Value as Text, context};
+use monteclora_adapters::methods::{METHODS, Metric};
 use serde::Serialize;
 use serde_json::Value;
 
 use super::chart::{Chart, Series, number};
-use super::history::{History, TrainPoint};
+use super::history::History;
 use super::sites::{self, Shown};
 use super::{Error, RunFiles};
 
@@ -108,135 +109,128 @@ fn title(run: &RunFiles) -> String {
 }
 
 fn cards(run: &RunFiles) -> Vec<Card> {
-    let history = &run.history;
-    let mut cards = Vec::new();
-    let mut card = |label, value: Option<String>, note: String| {
-        if let Some(value) = value {
-            cards.push(Card { label, value, note });
-        }
-    };
+    let (record, history) = (&run.record, &run.history);
     let last = history.train.last();
-    let planned = run.record["total_steps"].as_u64();
-    let step = last.map(|p| p.step);
-    card(
-        "steps",
-        step.map(|step| step.to_string()),
-        planned.map_or(String::new(), |planned| format!("of {planned}")),
-    );
-    card(
-        "training loss",
-        last.and_then(|p| p.task_loss).map(number),
-        "task only, last report".to_owned(),
-    );
-    card(
-        "best validation loss",
-        history.best().and_then(|p| p.loss).map(number),
-        history
-            .best()
-            .map_or(String::new(), |p| format!("at step {}", p.step)),
-    );
-    card(
-        "trainable parameters",
-        run.record["trainable_parameters"].as_u64().map(grouped),
-        run.record["sites"]
-            .as_array()
-            .map_or(String::new(), |sites| format!("at {} sites", sites.len())),
-    );
-    card(
-        "tokens",
-        last.and_then(|p| p.tokens).map(|n| grouped(n as u64)),
-        last.and_then(|p| p.trained_tokens)
-            .map_or(String::new(), |n| {
-                format!("{} with a loss", grouped(n as u64))
-            }),
-    );
-    let mut speeds: Vec<f64> = history
-        .train
-        .iter()
-        .filter_map(|p| p.tokens_per_second)
-        .collect();
+    let latest = |key| last.and_then(|p| p.get(key));
+    let all = |key| history.train.iter().filter_map(move |p| p.get(key));
+    let count = |n: f64| grouped(n as u64);
+    let best = history.best();
+    let sites = record["sites"].as_array();
+    let mut speeds: Vec<f64> = all("tokens_per_second").collect();
     speeds.sort_by(f64::total_cmp);
-    card(
-        "tokens a second",
-        speeds.get(speeds.len() / 2).copied().map(number),
-        "median".to_owned(),
-    );
-    let peak = history
-        .train
-        .iter()
-        .filter_map(|p| p.peak_memory_bytes)
-        .reduce(f64::max);
-    card(
-        "peak memory",
-        peak.map(|bytes| format!("{:.2} GB", bytes / 1e9)),
-        "resident".to_owned(),
-    );
-    card(
-        "time",
-        last.and_then(|p| p.wall_s).map(duration),
-        String::new(),
-    );
-    cards
+    let speed = speeds.get(speeds.len() / 2).copied().map(number);
+    let peak = all("peak_memory_bytes").reduce(f64::max);
+    let said = |note: &str| Some(note.to_owned());
+    let cards = [
+        (
+            "steps",
+            last.map(|p| p.step.to_string()),
+            record["total_steps"].as_u64().map(|n| format!("of {n}")),
+        ),
+        (
+            "training loss",
+            latest("task_loss").map(number),
+            said("task only, last report"),
+        ),
+        (
+            "best validation loss",
+            best.and_then(|p| p.get("loss")).map(number),
+            best.map(|p| format!("at step {}", p.step)),
+        ),
+        (
+            "trainable parameters",
+            record["trainable_parameters"].as_u64().map(grouped),
+            sites.map(|sites| format!("at {} sites", sites.len())),
+        ),
+        (
+            "tokens",
+            latest("tokens").map(count),
+            latest("trained_tokens").map(|n| format!("{} with a loss", count(n))),
+        ),
+        ("tokens a second", speed, said("median")),
+        (
+            "peak memory",
+            peak.map(|bytes| format!("{:.2} GB", bytes / 1e9)),
+            said("resident"),
+        ),
+        ("time", latest("wall_s").map(duration), None),
+    ];
+    let shown = cards.into_iter().filter_map(|(label, value, note)| {
+        Some(Card {
+            label,
+            value: value?,
+            note: note.unwrap_or_default(),
+        })
+    });
+    shown.collect()
 }
 
-type Get = fn(&TrainPoint) -> Option<f64>;
+/// What methods report, each once: parts of the loss, or the others; in the order of their colours.
+fn metrics(in_loss: bool) -> Vec<&'static Metric> {
+    let all = METHODS.iter().flat_map(|kind| kind.metrics);
+    let mut found: Vec<_> = all.filter(|m| m.in_loss.is_some() == in_loss).collect();
+    found.sort_by_key(|metric| (metric.colour, metric.key));
+    found.dedup_by_key(|metric| metric.key);
+    found
+}
 
 fn figures(history: &History) -> Vec<Figure> {
-    let line = |name, colour, get: Get| Series {
+    let line = |name, colour, key: &str| Series {
         name,
         colour,
         marked: false,
-        points: history.train.iter().map(|p| (p.step, get(p))).collect(),
+        points: history.train.iter().map(|p| (p.step, p.get(key))).collect(),
+    };
+    let reported = |in_loss| {
+        let metrics = metrics(in_loss).into_iter();
+        metrics.map(|m| line(m.label, m.colour, m.key)).collect()
     };
     let valid = Series {
         name: "validation",
         colour: 2,
         marked: history.eval.len() <= 60,
-        points: history.eval.iter().map(|p| (p.step, p.loss)).collect(),
+        points: history
+            .eval
+            .iter()
+            .map(|p| (p.step, p.get("loss")))
+            .collect(),
     };
     let charts: [(&str, &str, bool, Vec<Series>); 6] = [
         (
             "Loss",
             "negative log-likelihood a trained token, nats",
             false,
-            vec![line("training", 1, |p| p.task_loss), valid],
+            vec![line("training", 1, "task_loss"), valid],
         ),
         (
             "Divergences",
             "mean over sites, nats, before the weight; logarithmic",
             true,
-            vec![
-                line("Gaussian", 1, |p| p.kl_gaussian),
-                line("Wishart", 2, |p| p.kl_wishart),
-                line("Dirichlet", 3, |p| p.kl_dirichlet),
-            ],
+            reported(false),
         ),
         (
             "Regulariser",
             "what is added to the task loss, nats; logarithmic",
             true,
-            vec![
-                line("weighted divergences", 1, |p| p.kl_loss),
-                line("sum of squared weights", 4, |p| p.entropy_loss),
-            ],
+            reported(true),
         ),
         (
             "Learning rate",
             "of A and B",
             false,
-            vec![line("learning rate", 5, |p| p.learning_rate)],
+            vec![line("learning rate", 5, "learning_rate")],
         ),
         (
             "Gradient norm",
             "all parameters, before clipping; logarithmic",
             true,
-            vec![line("gradient norm", 3, |p| p.grad_norm)],
+            vec![line("gradient norm", 3, "grad_norm")],
         ),
         (
             "Throughput",
             "tokens a second",
             false,
-            vec![line("tokens a second", 4, |p| p.tokens_per_second)],
+            vec![line("tokens a second", 4, "tokens_per_second")],
         ),
     ];
     charts
@@ -292,10 +286,10 @@ fn evaluations(history: &History) -> (Vec<Text>, usize) {
         .map(|(_, p)| {
             context! {
                 step => p.step,
-                epoch => p.epoch.map(|v| format!("{v:.2}")),
-                loss => p.loss.map(|v| format!("{v:.4}")),
-                perplexity => p.perplexity.map(number),
-                token_accuracy => p.token_accuracy.map(|v| format!("{v:.4}")),
+                epoch => p.get("epoch").map(|v| format!("{v:.2}")),
+                loss => p.get("loss").map(|v| format!("{v:.4}")),
+                perplexity => p.get("perplexity").map(number),
+                token_accuracy => p.get("token_accuracy").map(|v| format!("{v:.4}")),
                 best => Some(p.step) == best,
             }
         })
@@ -306,33 +300,19 @@ fn evaluations(history: &History) -> (Vec<Text>, usize) {
 
 /// The configuration's tables, each value in one line.
 fn sections(config: &Value) -> Vec<Section> {
-    let Value::Object(top) = config else {
-        return Vec::new();
-    };
-    let mut found = vec![Section {
-        name: String::new(),
-        entries: Vec::new(),
-    }];
-    for (key, value) in top {
-        match value {
-            Value::Object(_) => table(key, value, &mut found),
-            value => found[0].entries.push((key.clone(), plain(value))),
-        }
-    }
+    let mut found = Vec::new();
+    table("", config, &mut found);
     found.retain(|section| !section.entries.is_empty());
     found
 }
 
 fn table(name: &str, value: &Value, found: &mut Vec<Section>) {
-    let Value::Object(table) = value else {
-        return;
-    };
     let (mut entries, mut nested) = (Vec::new(), Vec::new());
-    for (key, value) in table {
+    for (key, value) in value.as_object().into_iter().flatten() {
         match value {
             Value::Null => {}
-            Value::Object(inner) if inner.is_empty() => {}
             Value::Array(inner) if inner.is_empty() => {}
+            Value::Object(_) if name.is_empty() => nested.push((key.clone(), value)),
             Value::Object(_) => nested.push((format!("{name}.{key}"), value)),
             value => entries.push((key.clone(), plain(value))),
         }
@@ -342,7 +322,7 @@ fn table(name: &str, value: &Value, found: &mut Vec<Section>) {
         entries,
     });
     for (name, value) in nested {
-        self::table(&name, value, found);
+        table(&name, value, found);
     }
 }
 

@@ -1,111 +1,72 @@
-//! The gradient audit: every trainable matrix must receive a gradient when it should, or training is silently wrong.
+//! The gradient audit: every trainable parameter must receive a gradient when it should, or training is silently wrong.
 
-use candle_core::Tensor;
-use monteclora_adapters::linalg::on_cpu;
+use monteclora_adapters::methods::{Storage, Value};
+use monteclora_converters::Problem;
 use rayon::prelude::*;
 
-use super::state::{AdapterState, SiteGradient};
-use super::{Error, Result};
+use super::state::AdapterState;
+use super::{Result, list};
 
-/// Refuses gradients that are missing: B's at the first step, A's from the second on (B starts at zero, which hides A's at
-/// the first).
+/// Refuses gradients that are missing at `step`, the first or the second.
 ///
 /// # Errors
-/// [`Error::Audit`] with every site whose gradient is zero.
-pub fn first_steps(
-    state: &AdapterState,
-    gradients: &[SiteGradient],
-    step: u64,
-    train_a: bool,
-) -> Result<()> {
+/// With every parameter whose gradient is zero where it must not be.
+pub fn first_steps(state: &AdapterState, gradients: &[Vec<Value>], step: u64) -> Result<()> {
     let mut silent = Vec::new();
-    for (site, gradient) in state.sites.iter().zip(gradients) {
-        if step == 0 && is_zero(&gradient.b)? {
-            silent.push(format!("{}.lora_B", site.name));
-        }
-        if step > 0 && train_a && is_zero(&gradient.a)? {
-            silent.push(format!("{}.lora_A", site.name));
+    for (owner, gradients) in state.owners.iter().zip(gradients) {
+        for (parameter, gradient) in owner.parameters.iter().zip(gradients) {
+            if parameter.reached == Some(step) && gradient.largest()? == 0.0 {
+                silent.push(format!("{}.{}", owner.name, parameter.name));
+            }
         }
     }
     if silent.is_empty() {
         return Ok(());
     }
-    Err(Error::Audit { step, silent })
+    let at = format!("step {}", step + 1);
+    let message = format!("no gradient reaches {}", list(&silent));
+    Err(Problem::new("no-gradient", at, message, "").exit(5).into())
 }
 
-/// Names every site whose gradient is not finite.
-pub fn non_finite_sites(state: &AdapterState, gradients: &[SiteGradient]) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for (site, gradient) in state.sites.iter().zip(gradients) {
-        let spread = gradient.spread.as_ref().is_some_and(|s| {
-            s.log_std
-                .iter()
-                .chain(&s.log_concentration)
-                .any(|g| !g.is_finite())
-        });
-        if spread || !all_finite(&gradient.a)? || !all_finite(&gradient.b)? {
-            names.push(site.name.clone());
-        }
-    }
-    Ok(names)
-}
-
-/// Names every site with a weight that is not finite.
-pub fn non_finite_weights(state: &AdapterState) -> Result<Vec<String>> {
-    let bad = state
-        .sites
-        .par_iter()
-        .map(|site| {
-            let spread = site.spread.as_ref().is_some_and(|s| {
-                s.log_std
-                    .iter()
-                    .chain(&s.log_concentration)
-                    .any(|value| !value.is_finite())
-            });
-            Ok(spread || !all_finite(&site.a)? || !all_finite(&site.b)?)
+/// Names every owner of `values` with one that is not finite.
+pub fn non_finite<'a>(
+    state: &AdapterState,
+    values: impl Fn(usize) -> &'a [Value] + Sync,
+) -> Result<Vec<String>> {
+    let bad = (0..state.owners.len())
+        .into_par_iter()
+        .map(|idx| {
+            for value in values(idx) {
+                if !value.is_finite()? {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
         })
         .collect::<Result<Vec<bool>>>()?;
-    let names = state.sites.iter().zip(bad);
-    Ok(names
+    let owners = state.owners.iter().zip(bad);
+    Ok(owners
         .filter(|(_, bad)| *bad)
-        .map(|(site, _)| site.name.clone())
+        .map(|(owner, _)| owner.name.clone())
         .collect())
 }
 
-/// The three sites with the largest weights, for a loss that is not finite while every weight is.
+/// The three owners with the largest weights, for a loss that is not finite while every weight is.
 pub fn largest_weights(state: &AdapterState) -> Result<Vec<String>> {
-    let mut sizes = state
-        .sites
-        .iter()
-        .map(|site| {
-            let size = |t: &Tensor| -> Result<f32> {
-                Ok(t.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?)
-            };
-            Ok((size(&site.a)?.max(size(&site.b)?), &site.name))
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let mut sizes = Vec::with_capacity(state.owners.len());
+    for owner in &state.owners {
+        let mut size = 0f64;
+        for (parameter, value) in owner.parameters.iter().zip(&owner.values) {
+            if parameter.storage == Storage::Tensor {
+                size = size.max(value.largest()?);
+            }
+        }
+        sizes.push((size, &owner.name));
+    }
     sizes.sort_by(|a, b| b.0.total_cmp(&a.0));
     Ok(sizes
         .into_iter()
         .take(3)
         .map(|(size, name)| format!("{name} (largest weight {size:.1e})"))
         .collect())
-}
-
-fn all_finite(tensor: &Tensor) -> Result<bool> {
-    let fast = on_cpu([tensor], |[values]| values.iter().all(|v| v.is_finite()))?;
-    match fast {
-        Some(finite) => Ok(finite),
-        // An infinite or missing value makes this product NaN.
-        None => Ok(tensor
-            .zeros_like()?
-            .mul(tensor)?
-            .sum_all()?
-            .to_scalar::<f32>()?
-            == 0.0),
-    }
-}
-
-fn is_zero(tensor: &Tensor) -> Result<bool> {
-    Ok(tensor.abs()?.sum_all()?.to_scalar::<f32>()? == 0.0)
 }

@@ -1,7 +1,6 @@
 //! What a run is made of, so that a run that continues can tell what changed since its checkpoint.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -83,7 +82,8 @@ impl Identity {
             if FREE.contains(&key) || key.starts_with("eval.") || key == "lora.init_from" {
                 drift.allowed.push(key.to_owned());
             } else {
-                let (then, now) = (Shown(then), Shown(now));
+                let shown = |v: Option<&Value>| v.map_or("absent".to_owned(), Value::to_string);
+                let (then, now) = (shown(then), shown(now));
                 drift
                     .refused
                     .push(format!("{key}: {then} at the checkpoint, {now} now"));
@@ -99,17 +99,6 @@ impl Identity {
             drift.refused.push(format!("{what}: {change}"));
         }
         drift
-    }
-}
-
-struct Shown<'a>(Option<&'a Value>);
-
-impl fmt::Display for Shown<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(value) => write!(f, "{value}"),
-            None => f.write_str("absent"),
-        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Starting from an existing adapter: its shape stands, and what run.toml says against it is refused.
 
 use anyhow::Result;
+use monteclora_adapters::methods::monteclora::MonteCloraConfig;
 use monteclora_converters::{
     Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, Problem,
 };
 
-use crate::config::{LoraConfig, Method, MonteCloraConfig};
+use crate::config::LoraConfig;
 
 /// Reads `lora.init_from` and makes `lora` and `config` those of the adapter where run.toml does not say otherwise.
 ///
@@ -32,15 +33,11 @@ pub(super) fn read(
         ))
         .into());
     }
-    if adapter.config.monteclora.is_some() && lora.method != Method::MonteClora {
+    if adapter.config.monteclora.is_some() && lora.monteclora.is_none() {
         tracing::warn!(
             "`{}` has a posterior, which method \"{}\" drops",
             dir.display(),
-            if lora.method == Method::LoraFa {
-                "lora-fa"
-            } else {
-                "lora"
-            }
+            lora.method.0
         );
     }
     let theirs = &adapter.config;
@@ -50,11 +47,12 @@ pub(super) fn read(
     lora.target_modules = theirs.target_modules.clone().into();
     lora.layers_to_transform = theirs.layers_to_transform.clone();
     if let (Some(run), Some(settings)) = (&mut lora.monteclora, &settings) {
-        run.num_samples = settings.num_samples;
-        run.sample_scaler = settings.sample_scaler;
-        run.kl_loss_weight = settings.kl_loss_weight;
-        run.dirichlet_prior = settings.dirichlet_prior;
-        run.use_entropy = settings.use_entropy;
+        *run = MonteCloraConfig {
+            preset: run.preset,
+            objective: run.objective,
+            kl_warmup_ratio: run.kl_warmup_ratio,
+            ..MonteCloraConfig::from(settings)
+        };
     }
     *config = AdapterConfig {
         base_model_name_or_path: config.base_model_name_or_path.take(),
@@ -132,7 +130,7 @@ fn posterior(
     adapter: &Adapter,
     problems: &mut Vec<String>,
 ) -> Option<MonteCloraSettings> {
-    let run = lora.monteclora.as_ref().map(MonteCloraConfig::settings)?;
+    let run = MonteCloraSettings::from(lora.monteclora.as_ref()?);
     let Some(theirs) = &adapter.config.monteclora else {
         return Some(run);
     };

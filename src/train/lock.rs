@@ -4,6 +4,8 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 
+use monteclora_converters::Problem;
+
 use super::{Error, Result};
 
 /// An exclusive lock on an output directory, held by the process; the kernel releases it however the process ends.
@@ -23,7 +25,7 @@ impl RunLock {
     /// Takes the lock of `output_dir`.
     ///
     /// # Errors
-    /// [`Error::Busy`] while another process holds it; [`Error::Io`].
+    /// While another process holds it, and if the file cannot be written.
     pub fn take(output_dir: &Path) -> Result<Self> {
         let path = output_dir.join(Self::NAME);
         let own = std::process::id().to_string();
@@ -33,14 +35,19 @@ impl RunLock {
                 .truncate(false)
                 .write(true)
                 .open(&path)
-                .map_err(|e| Error::io(&path, e))?;
+                .map_err(Error::io(&path))?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
-                    return Err(Error::Busy {
-                        path: output_dir.to_owned(),
-                        holder: std::fs::read_to_string(&path).unwrap_or_default(),
-                    });
+                    let holder = match std::fs::read_to_string(&path).unwrap_or_default() {
+                        id if id.is_empty() => id,
+                        id => format!(" (process {id})"),
+                    };
+                    return Err(Problem::usage(format!(
+                        "another run{holder} is writing to `{}`; wait for it, stop it, or set another train.output_dir",
+                        output_dir.display()
+                    ))
+                    .into());
                 }
                 Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {
                     tracing::warn!(
@@ -48,12 +55,12 @@ impl RunLock {
                         output_dir.display()
                     );
                 }
-                Err(TryLockError::Error(e)) => return Err(Error::io(&path, e)),
+                Err(TryLockError::Error(e)) => return Err(Error::io(&path)(e)),
             }
             file.set_len(0)
                 .and_then(|()| file.rewind())
                 .and_then(|()| file.write_all(own.as_bytes()))
-                .map_err(|e| Error::io(&path, e))?;
+                .map_err(Error::io(&path))?;
             // The last holder may have removed the file between our opening and locking it.
             if std::fs::read_to_string(&path).is_ok_and(|found| found == own) {
                 return Ok(Self { path, _file: file });

@@ -1,6 +1,6 @@
 //! Resident memory at the peak of a run on a CPU, from its structure and before it starts.
 
-use monteclora_converters::LinearModule;
+use monteclora_adapters::methods::{Method, Module, Storage};
 use monteclora_converters::architecture::ModelShape;
 use serde::Serialize;
 
@@ -27,10 +27,10 @@ pub struct MemoryInputs<'a> {
     pub value_bytes: u64,
     /// Bytes of the base's files, which are mapped while they are read.
     pub base_bytes: u64,
-    /// Adapted modules with the rank of each.
-    pub sites: &'a [(LinearModule, usize)],
-    /// Whether A is perturbed.
-    pub posterior: bool,
+    /// Adapted modules.
+    pub sites: &'a [Module],
+    /// What is trained there.
+    pub method: &'a dyn Method,
     /// Tokens of every example.
     pub lengths: &'a [usize],
     /// Share of the tokens that carry loss, in (0, 1].
@@ -80,14 +80,14 @@ impl MemoryEstimate {
         let ranks: u64 = inputs
             .sites
             .iter()
-            .filter(|(module, _)| in_blocks(&module.name))
-            .map(|(module, rank)| {
+            .filter(|module| in_blocks(&module.name))
+            .map(|module| {
                 let dropped = if inputs.dropout {
                     module.in_features
                 } else {
                     0
                 };
-                (rank + dropped) as u64
+                (module.rank + dropped) as u64
             })
             .sum();
         let inside = hidden + 2 * query + 2 * key_value + 2 * middle;
@@ -100,14 +100,19 @@ impl MemoryEstimate {
         let block_working = 5 * middle + 6 * hidden;
         let labels = ((batch_tokens as f64 * inputs.trained_share).ceil() as u64).max(1);
         let logits = labels.min(CHUNK as u64) * model.vocab_size as u64 + 4 * labels * hidden;
-        let (a, b) = inputs.sites.iter().fold((0, 0), |(a, b), (module, rank)| {
-            (
-                a + (rank * module.in_features) as u64,
-                b + (rank * module.out_features) as u64,
-            )
-        });
-        // Value, two gradients (of the task and of the whole loss), two moments; a posterior also has the draw and its noise.
-        let adapter = (if inputs.posterior { 7 } else { 5 } * a + 5 * b) * F32;
+        // Value, two gradients (of the task and of the whole loss), two moments, and what the method's draw holds; vectors are
+        // a few numbers.
+        let adapter = F32
+            * inputs
+                .sites
+                .iter()
+                .map(|module| {
+                    let parameters = inputs.method.parameters(module);
+                    let tensors = parameters.iter().filter(|p| p.storage == Storage::Tensor);
+                    let n_values: usize = tensors.map(|p| p.n_values()).sum();
+                    (5 * n_values + inputs.method.working_values(module)) as u64
+                })
+                .sum::<u64>();
         let weights = inputs.base_values * inputs.value_bytes;
         let activations = batch_tokens * kept * F32;
         let working = (batch_tokens * block_working).max(logits) * F32;
@@ -140,10 +145,15 @@ mod tests {
     use super::*;
     use crate::data::test_support::tiny_llama;
     use crate::model::{Decoder, read_shape};
+    use monteclora_adapters::methods;
     use monteclora_converters::ModelFiles;
 
     /// An estimate on the tiny model, changed by `change`.
     fn estimate(change: impl FnOnce(&mut MemoryInputs<'_>)) -> MemoryEstimate {
+        estimate_of("monteclora", change)
+    }
+
+    fn estimate_of(name: &str, change: impl FnOnce(&mut MemoryInputs<'_>)) -> MemoryEstimate {
         let model = read_shape(&tiny_llama()).expect("reads");
         let files = ModelFiles::open(tiny_llama()).expect("opens");
         let base_values = files
@@ -154,15 +164,24 @@ mod tests {
         let sites: Vec<_> = Decoder::linear_modules(&model)
             .into_iter()
             .filter(|module| module.name != "lm_head")
-            .map(|module| (module, 4))
+            .map(|module| Module {
+                name: module.name,
+                in_features: module.in_features,
+                out_features: module.out_features,
+                rank: 4,
+                alpha: 8.0,
+                scaling: 2.0,
+            })
             .collect();
+        let kind = methods::find(name).expect("registered");
+        let method = (kind.new)(&serde_json::json!({})).expect("made");
         let mut inputs = MemoryInputs {
             model: &model,
             base_values,
             value_bytes: F32,
             base_bytes: 0,
             sites: &sites,
-            posterior: true,
+            method: method.as_ref(),
             lengths: &[100; 8],
             trained_share: 0.5,
             batches: BatchOptions {
@@ -200,7 +219,7 @@ mod tests {
         let lean = estimate(|inputs| inputs.gradient_checkpointing = true);
         assert!(lean.activations < base.activations);
 
-        let plain = estimate(|inputs| inputs.posterior = false);
+        let plain = estimate_of("lora", |_| {});
         let a: usize = 4 * Decoder::linear_modules(&read_shape(&tiny_llama()).expect("reads"))
             .iter()
             .filter(|module| module.name != "lm_head")

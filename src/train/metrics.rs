@@ -4,12 +4,14 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use monteclora_adapters::methods::{Metric, in_loss};
 use monteclora_converters::files;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
-use super::checkpoint::Progress;
+use super::progress::Progress;
 use super::tensorboard::EventFile;
 use super::{Error, Result};
+use crate::config::Report;
 
 /// A line of the file.
 #[derive(Debug, Clone, Serialize)]
@@ -34,16 +36,9 @@ pub struct TrainRecord {
     pub loss: f64,
     /// Mean negative log-likelihood of the trained tokens, nats.
     pub task_loss: f64,
-    /// Weighted divergences, mean over sites.
-    pub kl_loss: f64,
-    /// Dirichlet divergence, mean over sites, unweighted.
-    pub kl_dirichlet: f64,
-    /// Wishart divergence.
-    pub kl_wishart: f64,
-    /// Gaussian divergence.
-    pub kl_gaussian: f64,
-    /// Sum of squared mixture weights.
-    pub entropy_loss: f64,
+    /// Means over the modules of what the method reports.
+    #[serde(flatten, serialize_with = "by_key")]
+    pub metrics: Vec<(&'static Metric, f64)>,
     /// Norm of all gradients before clipping.
     pub grad_norm: f64,
     /// Learning rate of the last step.
@@ -90,18 +85,6 @@ pub struct EventRecord {
     pub step: u64,
     /// Seconds since the run began.
     pub wall_s: f64,
-    /// A path or a number that belongs to the event.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub detail: Option<String>,
-}
-
-/// Which sinks a run reports to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sinks {
-    /// `metrics.jsonl` in the output directory.
-    pub jsonl: bool,
-    /// Event files in `tb/` of the output directory.
-    pub tensorboard: bool,
 }
 
 /// Writes records to the sinks of a run.
@@ -116,31 +99,27 @@ impl Metrics {
     /// up to there and drops what it will make again.
     ///
     /// # Errors
-    /// [`Error::Io`].
-    pub fn open(output_dir: &Path, sinks: Sinks, resumed: Option<&Progress>) -> Result<Self> {
+    /// If a file cannot be written.
+    pub fn open(output_dir: &Path, sinks: &[Report], resumed: Option<&Progress>) -> Result<Self> {
         let lines = sinks
-            .jsonl
+            .contains(&Report::Jsonl)
             .then(|| {
                 let path = output_dir.join("metrics.jsonl");
-                match resumed {
-                    Some(progress) => forget_after(&path, progress)?,
-                    None => match std::fs::remove_file(&path) {
-                        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                            return Err(Error::io(&path, e));
-                        }
-                        _ => {}
-                    },
+                if let Some(progress) = resumed {
+                    forget_after(&path, progress)?;
                 }
                 let file = OpenOptions::new()
                     .create(true)
-                    .append(true)
+                    .write(true)
+                    .append(resumed.is_some())
+                    .truncate(resumed.is_none())
                     .open(&path)
-                    .map_err(|e| Error::io(&path, e))?;
-                Ok((path, file))
+                    .map_err(Error::io(&path))?;
+                Ok::<_, Error>((path, file))
             })
             .transpose()?;
         let events = sinks
-            .tensorboard
+            .contains(&Report::Tensorboard)
             .then(|| {
                 EventFile::create(
                     &output_dir.join("tb"),
@@ -154,12 +133,12 @@ impl Metrics {
     /// Writes one line in one call, so that a killed run leaves whole lines.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// If a file cannot be written.
     pub fn write(&mut self, record: &Record) -> Result<()> {
         if let Some((path, file)) = &mut self.lines {
-            let mut line = serde_json::to_vec(record).map_err(|e| Error::io(path, e.into()))?;
+            let mut line = serde_json::to_vec(record).map_err(|e| Error::io(path)(e.into()))?;
             line.push(b'\n');
-            file.write_all(&line).map_err(|e| Error::io(path, e))?;
+            file.write_all(&line).map_err(Error::io(path))?;
         }
         let Some(events) = &mut self.events else {
             return Ok(());
@@ -172,21 +151,56 @@ impl Metrics {
     }
 }
 
+fn by_key<S: Serializer>(
+    metrics: &[(&'static Metric, f64)],
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_map(metrics.iter().map(|(metric, value)| (metric.key, value)))
+}
+
 impl TrainRecord {
+    /// The means since the last line.
+    pub(super) fn new(
+        progress: &Progress,
+        metrics: &'static [Metric],
+        (epoch, wall_s): (f64, f64),
+        learning_rate: f64,
+    ) -> Self {
+        let window = &progress.window;
+        let mean = |sum: f64| sum / window.steps.max(1) as f64;
+        let sums = window.sums(metrics);
+        Self {
+            step: progress.step,
+            epoch,
+            loss: mean(window.task_loss + in_loss(metrics, &sums)),
+            task_loss: mean(window.task_loss),
+            metrics: metrics.iter().zip(sums.into_iter().map(mean)).collect(),
+            grad_norm: mean(window.grad_norm),
+            learning_rate,
+            tokens: progress.tokens,
+            trained_tokens: progress.trained_tokens,
+            tokens_per_second: window.tokens as f64 / window.elapsed().max(1e-9),
+            peak_memory_bytes: peak_memory_bytes(),
+            wall_s,
+        }
+    }
+
     fn scalars(&self) -> Vec<(&'static str, f64)> {
         let mut scalars = vec![
             ("train/loss", self.loss),
             ("train/task_loss", self.task_loss),
-            ("divergence/weighted", self.kl_loss),
-            ("divergence/dirichlet", self.kl_dirichlet),
-            ("divergence/wishart", self.kl_wishart),
-            ("divergence/gaussian", self.kl_gaussian),
-            ("divergence/sum_of_squared_weights", self.entropy_loss),
+        ];
+        scalars.extend(
+            self.metrics
+                .iter()
+                .map(|(metric, value)| (metric.tag, *value)),
+        );
+        scalars.extend([
             ("train/grad_norm", self.grad_norm),
             ("train/learning_rate", self.learning_rate),
             ("train/epoch", self.epoch),
             ("speed/tokens_per_second", self.tokens_per_second),
-        ];
+        ]);
         if let Some(bytes) = self.peak_memory_bytes {
             scalars.push(("speed/peak_memory_bytes", bytes as f64));
         }
@@ -210,7 +224,7 @@ fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(Error::io(path, e)),
+        Err(e) => return Err(Error::io(path)(e)),
     };
     let kept: Vec<&str> = text
         .lines()
@@ -226,7 +240,7 @@ fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
         .collect();
     files::write_file(path, |writer| {
         for line in kept {
-            writeln!(writer, "{line}").map_err(|e| Error::io(path, e))?;
+            writeln!(writer, "{line}").map_err(Error::io(path))?;
         }
         Ok(())
     })
@@ -250,7 +264,6 @@ mod tests {
             event: "started",
             step: 0,
             wall_s: 0.5,
-            detail: None,
         });
         let line = serde_json::to_string(&record).expect("serialises");
         assert_eq!(
@@ -271,10 +284,7 @@ mod tests {
         })
     }
 
-    const BOTH: Sinks = Sinks {
-        jsonl: true,
-        tensorboard: true,
-    };
+    const BOTH: &[Report] = &[Report::Jsonl, Report::Tensorboard];
 
     /// Killed at step 8 in the middle of a line, resumed from 4: every step is there once.
     #[test]
@@ -322,11 +332,7 @@ mod tests {
     #[test]
     fn sinks_are_opened_only_where_asked_for() {
         let dir = tempfile::tempdir().expect("a directory");
-        let none = Sinks {
-            jsonl: false,
-            tensorboard: false,
-        };
-        let mut metrics = Metrics::open(dir.path(), none, None).expect("opens");
+        let mut metrics = Metrics::open(dir.path(), &[], None).expect("opens");
         metrics.write(&eval(1)).expect("writes");
         assert_eq!(std::fs::read_dir(dir.path()).expect("lists").count(), 0);
     }

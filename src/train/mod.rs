@@ -11,6 +11,7 @@ pub mod metrics;
 mod optimizer;
 mod plan;
 mod prepare;
+mod progress;
 pub mod record;
 mod run;
 mod schedule;
@@ -19,123 +20,40 @@ mod start;
 mod state;
 mod suggest;
 mod tensorboard;
-mod window;
 
-use std::path::{Path, PathBuf};
+use std::fmt::Display;
+use std::path::Path;
+
+use monteclora_converters::Problem;
 
 pub use checkpoint::{
-    Checkpoint, Progress, best_step, checkpoints, latest_checkpoint, rebuild_best, remove_partial,
-    write_adapter,
+    Checkpoint, best_step, checkpoints, latest_checkpoint, rebuild_best, remove_partial,
 };
 pub(crate) use evaluation::sequences;
 pub use identity::{Drift, Identity};
 pub use lock::RunLock;
-pub use optimizer::{AdamW, AdamWSettings, SiteMoments, clip, global_norm};
+pub use optimizer::{AdamW, AdamWSettings, Moments, clip};
 pub use plan::{Advice, BatchShape, Plan};
 pub use prepare::Prepared;
+pub use progress::{Progress, Window};
 pub use run::{Event, Interrupt, Outcome, Trainer};
-pub use schedule::{Schedule, Shape};
+pub use schedule::Schedule;
 pub use settings::TrainSettings;
 pub use start::{Begin, Start, begin};
-pub use state::{AdapterState, DrawForm, DrawnAdapter, RegulariserMeans, SiteGradient, SiteState};
+pub use state::{AdapterState, DrawnAdapter, Gradients, modules};
 pub use suggest::Suggestion;
-pub use window::Window;
 
 /// What can go wrong in training.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A loss or gradient is NaN or infinite; nothing was updated with it.
-    #[error(
-        "step {step}: {what} is not finite{}; lower train.learning_rate or lora.monteclora.sample_scaler, or set train.max_grad_norm",
-        sites(.names)
-    )]
-    NonFinite {
-        /// Optimiser step, from 1.
-        step: u64,
-        /// The loss, the validation loss, the gradient or a weight.
-        what: &'static str,
-        /// Sites concerned.
-        names: Vec<String>,
-    },
-    /// Gradients that should be there are zero.
-    #[error("step {}: no gradient reaches {}", .step + 1, sites_list(.silent))]
-    Audit {
-        /// Optimiser step, from 0.
-        step: u64,
-        /// Parameters without a gradient.
-        silent: Vec<String>,
-    },
-    /// Internal bookkeeping lost a site.
-    #[error("{site}: no gradient was computed for this site")]
-    Site {
-        /// Module path.
-        site: String,
-    },
-    /// Another process trains into the same directory.
-    #[error(
-        "another run{} is writing to `{}`; wait for it, stop it, or set another train.output_dir",
-        process(.holder), .path.display()
-    )]
-    Busy {
-        /// The output directory.
-        path: PathBuf,
-        /// The id of the process, where it is known.
-        holder: String,
-    },
-    /// The best adapter, which is to remain at the end, is gone.
-    #[error(
-        "`{}`, the best adapter (of step {step}), is missing or damaged, and [train] load_best_model_at_end needs it; bring it back, or leave it to what later evaluations find with --set train.load_best_model_at_end=false",
-        .path.display()
-    )]
-    BestLost {
-        /// `best` of the output directory.
-        path: PathBuf,
-        /// The step it was of.
-        step: u64,
-    },
-    /// A file cannot be read or written.
-    #[error("cannot access `{}`: {source}", .path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A checkpoint of which a file is missing or damaged.
-    #[error("`{}` is not a complete checkpoint: {problem}", .path.display())]
-    Torn {
-        /// The checkpoint directory.
-        path: PathBuf,
-        /// What is missing or damaged.
-        problem: String,
-    },
-    /// A checkpoint does not belong to this run.
-    #[error("`{}` cannot be resumed: {problem}", .path.display())]
-    Checkpoint {
-        /// The checkpoint directory.
-        path: PathBuf,
-        /// What does not fit.
-        problem: String,
-    },
-    /// What the run is made of changed since the checkpoint.
-    #[error(
-        "`{}` cannot be resumed, for the run would not be the same:\n  {}\nundo the changes, or begin another run in another output_dir (`lora.init_from` can start it from this adapter)",
-        .path.display(), .drift.refused.join("\n  ")
-    )]
-    Drift {
-        /// The checkpoint directory.
-        path: PathBuf,
-        /// All that changed.
-        drift: Drift,
-    },
     /// The decoder failed.
     #[error(transparent)]
     Model(#[from] crate::model::Error),
     /// The method's mathematics failed.
     #[error(transparent)]
     Method(#[from] monteclora_adapters::Error),
-    /// Reading data, or reading or writing an adapter, failed.
+    /// What a user can mend, or a file that cannot be read or written.
     #[error(transparent)]
     Format(#[from] monteclora_converters::Error),
     /// A candle operation failed.
@@ -144,35 +62,47 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
-        Self::Io {
-            path: path.to_owned(),
-            source,
-        }
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let context = monteclora_converters::Error::io("access", path);
+        move |source| context(source).into()
+    }
+
+    /// A checkpoint of which a file is missing or damaged; an earlier one may be whole.
+    fn torn(dir: &Path, problem: impl Display) -> Self {
+        let dir = dir.display();
+        let message = format!("`{dir}` is not a complete checkpoint: {problem}");
+        Problem::sentence(TORN, message).into()
+    }
+
+    fn is_torn(&self) -> bool {
+        matches!(self, Self::Format(error) if error.code() == TORN)
+    }
+
+    /// A number that is NaN or infinite; nothing was updated with it.
+    fn not_finite(step: u64, what: &str, names: &[String]) -> Self {
+        let at = match names {
+            [] => String::new(),
+            names => format!(" at {}", list(names)),
+        };
+        let message = format!("{what} is not finite{at}");
+        let fix = "lower train.learning_rate or lora.monteclora.sample_scaler, or set train.max_grad_norm";
+        let problem = Problem::new("not-finite", format!("step {step}"), message, fix);
+        problem.exit(5).into()
     }
 }
 
-fn process(id: &str) -> String {
-    match id {
-        "" => String::new(),
-        id => format!(" (process {id})"),
+impl From<Problem> for Error {
+    fn from(problem: Problem) -> Self {
+        Self::Format(problem.into())
     }
 }
 
-fn sites(names: &[String]) -> String {
-    if names.is_empty() {
-        return String::new();
-    }
-    format!(" at {}", sites_list(names))
-}
+/// The code of a torn checkpoint's problem.
+const TORN: &str = "torn-checkpoint";
 
-fn sites_list(names: &[String]) -> String {
-    let shown = names
-        .iter()
-        .take(20)
-        .map(String::as_str)
-        .collect::<Vec<_>>()
-        .join(", ");
+/// The first twenty of `names`, and how many more there are.
+fn list(names: &[String]) -> String {
+    let shown = names[..names.len().min(20)].join(", ");
     match names.len().saturating_sub(20) {
         0 => shown,
         more => format!("{shown} and {more} more"),

@@ -2,11 +2,11 @@
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::linalg::on_cpu;
-use monteclora_adapters::{Spread, SpreadGradient};
+use monteclora_adapters::methods::{Group, Owner, Value};
 use rayon::prelude::*;
 
 use super::Result;
-use super::state::{AdapterState, SiteGradient, round_spread};
+use super::state::{AdapterState, Gradients};
 
 /// Hyperparameters; the learning rates come with each step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -17,11 +17,10 @@ pub struct AdamWSettings {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay of A and B; the variational parameters have none, it would pull them to an arbitrary value.
+    /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Whether A is trained (LoRA-FA freezes it).
-    pub train_a: bool,
-    /// Learning rate of B over that of A, at least 1 in LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+    /// Learning rate of [`Group::Output`] over that of [`Group::Weight`], at least 1 in LoRA+ (Hayou et al. 2024,
+    /// arXiv:2402.12354).
     pub loraplus_lr_ratio: f64,
 }
 
@@ -32,22 +31,13 @@ impl Default for AdamWSettings {
             beta2: 0.999,
             epsilon: 1e-8,
             weight_decay: 0.0,
-            train_a: true,
             loraplus_lr_ratio: 1.0,
         }
     }
 }
 
-/// First and second moments of one site.
-#[derive(Debug, Clone)]
-pub struct SiteMoments {
-    /// Of A.
-    pub a: (Tensor, Tensor),
-    /// Of B.
-    pub b: (Tensor, Tensor),
-    /// Of `s` and `theta`.
-    pub spread: Option<(Spread, Spread)>,
-}
+/// First and second moment of one value.
+pub type Moments = (Value, Value);
 
 /// Optimiser state.
 #[derive(Debug, Clone)]
@@ -56,8 +46,8 @@ pub struct AdamW {
     pub settings: AdamWSettings,
     /// Updates made so far.
     pub step: u64,
-    /// Moments, in the order of the sites.
-    pub moments: Vec<SiteMoments>,
+    /// Moments, in the order of the owners and their values.
+    pub moments: Vec<Vec<Moments>>,
 }
 
 /// One update's constants.
@@ -73,27 +63,12 @@ struct Update {
 impl AdamW {
     /// Zero moments for `state`.
     pub fn new(settings: AdamWSettings, state: &AdapterState) -> Result<Self> {
+        let zeros = |value: &Value| Ok((value.zeros_like()?, value.zeros_like()?));
         let moments = state
-            .sites
+            .owners
             .iter()
-            .map(|site| {
-                let zeros = |t: &Tensor| -> Result<(Tensor, Tensor)> {
-                    Ok((t.zeros_like()?, t.zeros_like()?))
-                };
-                let spread = site.spread.as_ref().map(|s| {
-                    let zero = Spread {
-                        log_std: vec![0.0; s.log_std.len()],
-                        log_concentration: vec![0.0; s.log_concentration.len()],
-                    };
-                    (zero.clone(), zero)
-                });
-                Ok(SiteMoments {
-                    a: zeros(&site.a)?,
-                    b: zeros(&site.b)?,
-                    spread,
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
+            .map(|owner| owner.values.iter().map(zeros).collect())
+            .collect::<Result<_>>()?;
         Ok(Self {
             settings,
             step: 0,
@@ -101,46 +76,48 @@ impl AdamW {
         })
     }
 
-    /// Moves every parameter of `state` against its gradient; `spread_rate` is the learning rate of `s` and `theta`.
+    /// Moves every parameter of `state` against its gradient; `variational_rate` is the learning rate of
+    /// [`Group::Variational`].
     pub fn step(
         &mut self,
         state: &mut AdapterState,
-        gradients: &[SiteGradient],
+        gradients: &[Vec<Value>],
         learning_rate: f64,
-        spread_rate: f64,
+        variational_rate: f64,
     ) -> Result<()> {
         self.step += 1;
         let step = self.step as i32;
-        let update = Update {
-            settings: self.settings,
-            correction1: 1.0 - self.settings.beta1.powi(step),
-            correction2: 1.0 - self.settings.beta2.powi(step),
+        let settings = self.settings;
+        let weight = Update {
+            settings,
+            correction1: 1.0 - settings.beta1.powi(step),
+            correction2: 1.0 - settings.beta2.powi(step),
             learning_rate,
-            weight_decay: self.settings.weight_decay,
+            weight_decay: settings.weight_decay,
         };
-        let b_update = Update {
-            learning_rate: learning_rate * self.settings.loraplus_lr_ratio,
-            ..update
+        let update = |group| match group {
+            Group::Frozen => None,
+            Group::Weight => Some(weight),
+            Group::Output => Some(Update {
+                learning_rate: learning_rate * settings.loraplus_lr_ratio,
+                ..weight
+            }),
+            Group::Variational => Some(Update {
+                learning_rate: variational_rate,
+                weight_decay: 0.0,
+                ..weight
+            }),
         };
-        let spread_update = Update {
-            learning_rate: spread_rate,
-            weight_decay: 0.0,
-            ..update
-        };
-        state
-            .sites
-            .par_iter_mut()
-            .zip(&mut self.moments)
+        let owners = state.owners.par_iter_mut().zip(&mut self.moments);
+        owners
             .zip(gradients)
-            .try_for_each(|((site, moments), gradient)| {
-                if self.settings.train_a {
-                    update.apply(&mut site.a, &mut moments.a, &gradient.a)?;
-                }
-                b_update.apply(&mut site.b, &mut moments.b, &gradient.b)?;
-                if let (Some(spread), Some(moments), Some(gradient)) =
-                    (&mut site.spread, &mut moments.spread, &gradient.spread)
+            .try_for_each(|((owner, moments), gradients)| {
+                let values = owner.values.iter_mut().zip(moments).zip(gradients);
+                for (parameter, ((value, moments), gradient)) in owner.parameters.iter().zip(values)
                 {
-                    spread_update.apply_spread(spread, moments, gradient);
+                    if let Some(update) = update(parameter.group) {
+                        update.apply(value, moments, gradient)?;
+                    }
                 }
                 Ok(())
             })
@@ -149,10 +126,28 @@ impl AdamW {
 
 impl Update {
     /// `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`, `x = (1 - lr wd) x - lr m / c1 / (sqrt(v / c2) + eps)`.
-    fn apply(
+    fn apply(&self, value: &mut Value, moments: &mut Moments, gradient: &Value) -> Result<()> {
+        match (value, moments, gradient) {
+            (Value::Tensor(x), (Value::Tensor(m), Value::Tensor(v)), Value::Tensor(g)) => {
+                self.apply_tensor(x, (m, v), g)
+            }
+            (Value::Vector(x), (Value::Vector(m), Value::Vector(v)), Value::Vector(g)) => {
+                self.apply_vector(x, (m, v), g);
+                Ok(())
+            }
+            (value, _, gradient) => Err(monteclora_adapters::Error::Shape {
+                what: "a gradient or a moment".to_owned(),
+                expected: value.shape(),
+                found: gradient.shape(),
+            }
+            .into()),
+        }
+    }
+
+    fn apply_tensor(
         &self,
         value: &mut Tensor,
-        (m, v): &mut (Tensor, Tensor),
+        (m, v): (&mut Tensor, &mut Tensor),
         gradient: &Tensor,
     ) -> Result<()> {
         let Update { settings, .. } = *self;
@@ -190,95 +185,36 @@ impl Update {
         Ok(())
     }
 
-    fn apply_spread(
-        &self,
-        value: &mut Spread,
-        (m, v): &mut (Spread, Spread),
-        gradient: &SpreadGradient,
-    ) {
-        self.apply_slice(
-            &mut value.log_std,
-            &mut m.log_std,
-            &mut v.log_std,
-            &gradient.log_std,
-        );
-        self.apply_slice(
-            &mut value.log_concentration,
-            &mut m.log_concentration,
-            &mut v.log_concentration,
-            &gradient.log_concentration,
-        );
-        let rounded = round_spread(std::mem::replace(
-            value,
-            Spread {
-                log_std: Vec::new(),
-                log_concentration: Vec::new(),
-            },
-        ));
-        *value = rounded;
-    }
-
-    fn apply_slice(&self, x: &mut [f64], m: &mut [f64], v: &mut [f64], g: &[f64]) {
+    fn apply_vector(&self, x: &mut [f64], (m, v): (&mut [f64], &mut [f64]), g: &[f64]) {
         let Update { settings, .. } = *self;
+        let decay = 1.0 - self.learning_rate * self.weight_decay;
         for (((x, m), v), g) in x.iter_mut().zip(m).zip(v).zip(g) {
             *m = settings.beta1 * *m + (1.0 - settings.beta1) * g;
             *v = settings.beta2 * *v + (1.0 - settings.beta2) * g * g;
-            *x -= self.learning_rate / self.correction1 * *m
-                / ((*v / self.correction2).sqrt() + settings.epsilon);
+            let moved = *x * decay
+                - self.learning_rate / self.correction1 * *m
+                    / ((*v / self.correction2).sqrt() + settings.epsilon);
+            *x = f64::from(moved as f32);
         }
     }
 }
 
-/// Euclidean norm of all gradients together, in double precision.
-pub fn global_norm(gradients: &[SiteGradient]) -> Result<f64> {
+/// Scales all gradients so that their norm, of all together and in double precision, is at most `max_norm`, as
+/// `torch.nn.utils.clip_grad_norm_` does; returns the norm before. A `max_norm` of 0 leaves them alone, and what is frozen
+/// counts too.
+pub fn clip(gradients: &mut Gradients, max_norm: f64) -> Result<f64> {
     let squares = gradients
         .par_iter()
-        .map(|gradient| {
-            let spread = gradient.spread.as_ref().map_or(0.0, |s| {
-                s.log_std
-                    .iter()
-                    .chain(&s.log_concentration)
-                    .map(|g| g * g)
-                    .sum()
-            });
-            Ok(sum_of_squares(&gradient.a)? + sum_of_squares(&gradient.b)? + spread)
-        })
+        .map(|gradients| Ok(Owner::sum_of_squares(gradients)?))
         .collect::<Result<Vec<f64>>>()?;
-    Ok(squares.iter().sum::<f64>().sqrt())
-}
-
-fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
-    let fast = on_cpu([tensor], |[values]| {
-        values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum()
-    })?;
-    match fast {
-        Some(sum) => Ok(sum),
-        None => Ok(f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?)),
-    }
-}
-
-/// Scales all gradients so that their norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does; returns the norm
-/// before. A `max_norm` of 0 leaves them alone.
-pub fn clip(gradients: &mut [SiteGradient], max_norm: f64) -> Result<f64> {
-    let norm = global_norm(gradients)?;
+    let norm = squares.iter().sum::<f64>().sqrt();
     let factor = max_norm / (norm + 1e-6);
     if max_norm > 0.0 && factor < 1.0 {
-        gradients
-            .par_iter_mut()
-            .try_for_each(|gradient| -> Result<()> {
-                gradient.a = (&gradient.a * factor)?;
-                gradient.b = (&gradient.b * factor)?;
-                if let Some(spread) = &mut gradient.spread {
-                    for value in spread
-                        .log_std
-                        .iter_mut()
-                        .chain(&mut spread.log_concentration)
-                    {
-                        *value *= factor;
-                    }
-                }
-                Ok(())
-            })?;
+        let values = gradients.par_iter_mut().flatten();
+        values.try_for_each(|gradient| -> Result<()> {
+            *gradient = gradient.scaled(factor)?;
+            Ok(())
+        })?;
     }
     Ok(norm)
 }
@@ -300,7 +236,7 @@ mod tests {
             ..Default::default()
         };
         let mut reference = candle_nn::AdamW::new(vec![var.clone()], params)?;
-        let (mut x, mut moments) = (start.clone(), (start.zeros_like()?, start.zeros_like()?));
+        let (mut x, mut m, mut v) = (start.clone(), start.zeros_like()?, start.zeros_like()?);
         for step in 1..=20 {
             let loss = (var.as_tensor() - &target)?.sqr()?.sum_all()?;
             reference.backward_step(&loss)?;
@@ -316,7 +252,7 @@ mod tests {
                 learning_rate: 0.05,
                 weight_decay: 0.1,
             };
-            update.apply(&mut x, &mut moments, &gradient)?;
+            update.apply_tensor(&mut x, (&mut m, &mut v), &gradient)?;
         }
         let difference = (&x - var.as_tensor())?
             .abs()?

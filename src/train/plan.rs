@@ -1,13 +1,12 @@
 //! What a run will do and what it will need, known before its base is loaded.
 
 use anyhow::Result;
-use monteclora_converters::LinearModule;
+use monteclora_adapters::methods::{Module, Parameter};
 use serde::Serialize;
 
-use super::Prepared;
 use super::memory::{MemoryEstimate, MemoryInputs};
+use super::{Prepared, modules};
 use crate::data::{BatchOptions, Batches, Cursor, Dataset, Stats};
-use crate::model::Decoder;
 use crate::system::available_memory_bytes;
 
 /// Sequences and ranks are not advised below these.
@@ -64,28 +63,26 @@ impl Prepared {
     /// What the run will do and need.
     ///
     /// # Errors
-    /// As [`Self::ranks`].
+    /// As [`Self::modules`].
     pub fn plan(&self) -> Result<Plan<'_>> {
-        let sites = self.ranks()?;
+        let sites = self.modules()?;
         let memory = self.estimate(&sites);
         let available = available_memory_bytes();
         let advice = match available {
             Some(available) if memory.peak > available => self.advice(&sites, available),
             _ => Vec::new(),
         };
-        let posterior = self.adapter_config.monteclora.as_ref();
-        let trainable = sites.iter().map(|(module, rank)| {
-            let spread = posterior.map_or(0, |settings| rank + settings.num_samples);
-            rank * (module.in_features + module.out_features) + spread
-        });
-        let options = self.settings.batch_options();
-        let batches = Batches::new(&self.train, options, Cursor::default());
+        let mut parameters = self.method.shared(&sites);
+        for module in &sites {
+            parameters.extend(self.method.parameters(module));
+        }
+        let batches = Batches::new(&self.train, self.settings.batches, Cursor::default());
         Ok(Plan {
             sites: &self.sites,
-            trainable_parameters: trainable.sum(),
+            trainable_parameters: parameters.iter().map(Parameter::n_values).sum(),
             total_steps: self.total_steps,
             steps_per_epoch: (batches.n_batches())
-                .div_ceil(self.settings.gradient_accumulation_steps.max(1)),
+                .div_ceil(self.settings.train.gradient_accumulation_steps.max(1)),
             train: self.train.stats(),
             valid: self.valid.as_ref().map(Dataset::stats),
             memory_estimate_bytes: memory.peak,
@@ -95,27 +92,17 @@ impl Prepared {
         })
     }
 
-    /// The adapted modules with their ranks.
+    /// The adapted modules.
     ///
     /// # Errors
     /// A pattern that is no regular expression.
-    pub fn ranks(&self) -> Result<Vec<(LinearModule, usize)>> {
-        Decoder::linear_modules(&self.model_config)
-            .into_iter()
-            .filter(|module| self.sites.contains(&module.name))
-            .map(|module| {
-                let rank = self.adapter_config.rank_for(&module.name)?;
-                Ok((module, rank))
-            })
-            .collect()
+    pub fn modules(&self) -> Result<Vec<Module>> {
+        let modules = modules(&self.adapter_config, &self.sites, &self.model_config)?;
+        Ok(modules.into_iter().map(|(_, module)| module).collect())
     }
 
     /// What decides the memory of a run.
-    fn inputs<'a>(
-        &'a self,
-        sites: &'a [(LinearModule, usize)],
-        lengths: &'a [usize],
-    ) -> MemoryInputs<'a> {
+    fn inputs<'a>(&'a self, sites: &'a [Module], lengths: &'a [usize]) -> MemoryInputs<'a> {
         let stats = self.train.stats();
         MemoryInputs {
             model: &self.model_config,
@@ -134,26 +121,22 @@ impl Prepared {
                 .map(|metadata| metadata.len())
                 .sum(),
             sites,
-            posterior: self.adapter_config.monteclora.is_some(),
+            method: self.method.as_ref(),
             lengths,
             trained_share: stats.trained_tokens.total as f64 / stats.tokens.total.max(1) as f64,
-            batches: self.settings.batch_options(),
+            batches: self.settings.batches,
             dropout: self.settings.lora_dropout > 0.0,
-            gradient_checkpointing: self.settings.gradient_checkpointing,
+            gradient_checkpointing: self.settings.train.gradient_checkpointing,
         }
     }
 
     /// The memory of the run.
-    pub fn estimate(&self, sites: &[(LinearModule, usize)]) -> MemoryEstimate {
+    pub fn estimate(&self, sites: &[Module]) -> MemoryEstimate {
         MemoryEstimate::of(&self.inputs(sites, &self.train.lengths()))
     }
 
     /// The memory of the run with other batches.
-    pub fn estimate_with(
-        &self,
-        sites: &[(LinearModule, usize)],
-        shape: &BatchShape,
-    ) -> MemoryEstimate {
+    pub fn estimate_with(&self, sites: &[Module], shape: &BatchShape) -> MemoryEstimate {
         let mut lengths = self.train.lengths();
         for length in &mut lengths {
             *length = (*length).min(shape.longest);
@@ -162,7 +145,7 @@ impl Prepared {
             batches: BatchOptions {
                 batch_size: shape.batch_size,
                 pack_tokens: shape.pack_tokens,
-                ..self.settings.batch_options()
+                ..self.settings.batches
             },
             gradient_checkpointing: shape.gradient_checkpointing,
             ..self.inputs(sites, &lengths)
@@ -171,10 +154,10 @@ impl Prepared {
 
     /// What to change until a run fits into `available` bytes: a smaller batch with as much more accumulation, checkpointing,
     /// shorter sequences, a smaller rank. Each adds to those before, and what would not help is left out.
-    pub fn advice(&self, sites: &[(LinearModule, usize)], available: u64) -> Vec<Advice> {
-        let settings = &self.settings;
+    pub fn advice(&self, sites: &[Module], available: u64) -> Vec<Advice> {
+        let settings = &self.settings.train;
         let (mut sites, mut lengths) = (sites.to_vec(), self.train.lengths());
-        let mut batches = settings.batch_options();
+        let mut batches = self.settings.batches;
         let mut checkpointing = settings.gradient_checkpointing;
         let mut lowest = self.estimate(&sites).peak;
         let mut advice = Vec::new();
@@ -185,7 +168,7 @@ impl Prepared {
                 match kind {
                     0 if batches.batch_size > 1 => {
                         batches.batch_size /= 2;
-                        let accumulation = (settings.batch_size
+                        let accumulation = (settings.per_device_train_batch_size
                             * settings.gradient_accumulation_steps)
                             .div_ceil(batches.batch_size);
                         set = vec![
@@ -212,15 +195,12 @@ impl Prepared {
                             set.push("data.overlong=truncate".to_owned());
                         }
                     }
-                    3 if sites.iter().any(|(_, rank)| *rank > MIN_RANK) => {
-                        for (_, rank) in &mut sites {
-                            *rank = (*rank / 2).max(MIN_RANK);
+                    3 if sites.iter().any(|site| site.rank > MIN_RANK) => {
+                        for site in &mut sites {
+                            site.rank = (site.rank / 2).max(MIN_RANK);
                         }
-                        let rank = sites
-                            .iter()
-                            .map(|(_, rank)| *rank)
-                            .max()
-                            .unwrap_or(MIN_RANK);
+                        let rank = sites.iter().map(|site| site.rank).max();
+                        let rank = rank.unwrap_or(MIN_RANK);
                         set = vec![format!("lora.r={rank}")];
                     }
                     _ => break,
@@ -260,7 +240,7 @@ mod tests {
         );
         let run = RunConfig::from_toml(&text, "run.toml", &[]).expect("resolves");
         let prepared = Prepared::new(run, None).expect("prepares");
-        let sites = prepared.ranks().expect("ranks");
+        let sites = prepared.modules().expect("ranks");
         let peak = prepared.estimate(&sites).peak;
         assert_eq!(prepared.advice(&sites, peak), []);
 

@@ -1,10 +1,12 @@
 //! Everything about a run that can be checked before its base is loaded, and the run itself.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use monteclora_adapters::Precision;
+use monteclora_adapters::methods::Method;
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::write_json;
 use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, Problem};
@@ -32,6 +34,8 @@ pub struct Prepared {
     pub model_config: ModelShape,
     /// The adapter's configuration, in PEFT's terms.
     pub adapter_config: AdapterConfig,
+    /// What is trained.
+    pub method: Arc<dyn Method>,
     /// The adapter that the run starts from.
     pub init_from: Option<Adapter>,
     /// The adapted modules.
@@ -134,6 +138,7 @@ impl Prepared {
             ],
         );
         Ok(Self {
+            method: run.lora.method()?,
             total_steps: settings.total_steps(&train),
             hashes,
             identity,
@@ -164,7 +169,7 @@ impl Prepared {
     ) -> Result<(Outcome, Decoder)> {
         let output_dir = self.run.train.output_dir.as_path();
         let run_json = output_dir.join("run.json");
-        let mut record = self.record(&start.state, device)?;
+        let mut record = self.record(&start.from.state, device)?;
         write_json(&run_json, &record)?;
         let precision = match self.run.train.bf16 {
             true => Precision::Bf16,
@@ -184,22 +189,20 @@ impl Prepared {
         };
         tracing::info!(
             "training {} of {} sites: {} parameters, {} examples, {} steps",
-            start.state.sites.len(),
+            start.from.state.modules.len(),
             Decoder::linear_modules(&self.model_config).len(),
-            start.state.n_parameters(),
+            start.from.state.n_parameters(),
             self.train.len(),
             self.total_steps
         );
-        let outcome = trainer
-            .run(start.state, start.checkpoint, on_event)
-            .inspect_err(|_| {
-                if let Ok(Some((_, last))) = checkpoints(output_dir).map(|mut all| all.pop()) {
-                    tracing::warn!(
-                        "the last checkpoint, `{}`, is intact; --resume auto continues from it",
-                        last.display()
-                    );
-                }
-            })?;
+        let outcome = trainer.run(start.from, on_event).inspect_err(|_| {
+            if let Ok(Some((_, last))) = checkpoints(output_dir).map(|mut all| all.pop()) {
+                tracing::warn!(
+                    "the last checkpoint, `{}`, is intact; --resume auto continues from it",
+                    last.display()
+                );
+            }
+        })?;
         if !outcome.interrupted {
             record.finished_step = Some(outcome.steps);
             write_json(&run_json, &record)?;

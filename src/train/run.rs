@@ -5,18 +5,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use monteclora_adapters::methods::{Step, in_loss};
 use monteclora_converters::AdapterConfig;
 
 use super::audit;
-use super::checkpoint::{self, Checkpoint, Progress};
+use super::checkpoint::{self, Checkpoint};
 use super::evaluation::{evaluate_while, sequences};
 use super::identity::Identity;
 use super::metrics::{EvalRecord, EventRecord, Metrics, Record, TrainRecord};
-use super::optimizer::{AdamW, clip};
+use super::optimizer::clip;
+use super::progress::{StepResult, Window};
+use super::schedule::Schedule;
 use super::settings::TrainSettings;
-use super::state::{AdapterState, DrawForm};
-use super::window::{StepResult, Window};
 use super::{Error, Result};
+use crate::config::LrSchedulerType;
 use crate::data::{Batches, Dataset};
 use crate::model::{AdapterGradients, Decoder, Dropout, PassOptions};
 
@@ -78,243 +80,226 @@ pub struct Trainer<'a> {
 }
 
 impl Trainer<'_> {
-    /// Trains `state`, from `resume` or from the beginning, and leaves the adapter in the output directory.
+    /// Trains on `from` where it stands, and leaves the adapter in the output directory.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] and [`Error::Audit`] before anything is written with the bad step; errors of files and data.
-    /// The last checkpoint stays as it is.
-    pub fn run(
-        &self,
-        mut state: AdapterState,
-        resume: Option<Checkpoint>,
-        mut watch: impl FnMut(&Event),
-    ) -> Result<Outcome> {
-        let settings = self.settings;
-        let total_steps = settings.total_steps(self.train);
-        let schedule = settings.schedule(total_steps);
-        let kl_schedule = settings.kl_schedule(total_steps);
-        let mut optimizer = AdamW::new(settings.adamw, &state)?;
-        let mut progress = Progress::default();
-        let began = Instant::now();
-        let resumed = resume.is_some();
-        if let Some(checkpoint) = resume {
-            (state, optimizer, progress) =
-                (checkpoint.state, checkpoint.optimizer, checkpoint.progress);
-        }
-        let mut metrics = Metrics::open(
-            self.output_dir,
-            settings.sinks,
-            resumed.then_some(&progress),
-        )?;
-        let earlier = progress.wall_s;
-        let wall = || earlier + began.elapsed().as_secs_f64();
-        let event = |event: &'static str, step: u64, detail: Option<String>| {
-            Record::Event(EventRecord {
-                event,
-                step,
-                wall_s: wall(),
-                detail,
-            })
+    /// A number that is not finite or a gradient that is missing, before anything is written with the bad step; errors of files
+    /// and data. The last checkpoint stays as it is.
+    pub fn run(&self, from: Checkpoint, watch: impl FnMut(&Event)) -> Result<Outcome> {
+        let (settings, progress) = (self.settings, &from.progress);
+        let resumed = progress.step > 0;
+        let report_to = &settings.train.report_to;
+        let mut run = Run {
+            trainer: self,
+            metrics: Metrics::open(self.output_dir, report_to, resumed.then_some(progress))?,
+            batches: Batches::new(self.train, settings.batches, progress.cursor),
+            total_steps: settings.total_steps(self.train),
+            earlier: progress.wall_s,
+            began: Instant::now(),
+            at: from,
+            watch,
         };
-        metrics.write(&event(
-            if resumed { "resumed" } else { "started" },
-            progress.step,
-            None,
-        ))?;
-        watch(&Event::Started(progress.step, total_steps));
-        let mut batches = Batches::new(self.train, settings.batch_options(), progress.cursor);
-        let mut interrupted = false;
-        let mut last_task_loss = None;
-        if progress.evaluation_due {
-            // Of the step that the checkpoint is of: the run was interrupted within it.
-            let place = (self.epoch(&batches), wall());
-            self.assess(&state, &mut progress, place, &mut metrics, &mut watch)?;
-            interrupted = progress.evaluation_due;
-            if !interrupted {
-                self.save(&state, &optimizer, &mut progress, wall())?;
-                metrics.write(&event("checkpoint", progress.step, None))?;
-                watch(&Event::Saved(progress.step));
-            }
-        }
-        while progress.step < total_steps && !progress.stopped_early && !interrupted {
-            progress.window.begin();
-            let factor = schedule.factor(progress.step);
-            let kl_factor = kl_schedule.factor(progress.step);
-            let result = self.step(
-                &mut state,
-                &mut optimizer,
-                &mut batches,
-                progress.step,
-                (factor, kl_factor),
-            )?;
-            progress.step += 1;
-            progress.cursor = batches.cursor();
-            progress.tokens += result.tokens;
-            progress.trained_tokens += result.trained_tokens;
-            progress.window.add(&result);
-            last_task_loss = Some(result.task_loss);
-            let step = progress.step;
-            watch(&Event::Step(
-                step,
-                result.task_loss + result.regulariser.total(),
-            ));
-            let last = step == total_steps;
-            if last || step.is_multiple_of(settings.logging_steps.max(1)) {
-                let record = progress.window.record(
-                    &progress,
-                    self.epoch(&batches),
-                    settings.learning_rate * factor,
-                    wall(),
-                );
-                metrics.write(&Record::Train(record.clone()))?;
-                watch(&Event::Train(record));
-                progress.window = Window::default();
-            }
-            progress.evaluation_due = self.valid.is_some()
-                && (last || (settings.eval_steps > 0 && step.is_multiple_of(settings.eval_steps)));
-            if progress.evaluation_due {
-                let place = (self.epoch(&batches), wall());
-                self.assess(&state, &mut progress, place, &mut metrics, &mut watch)?;
-            }
-            let ends = (last || progress.stopped_early) && !progress.evaluation_due;
-            interrupted = self.interrupt.load(Ordering::Relaxed) && !ends;
-            let due = step.is_multiple_of(settings.save_steps.max(1)) || ends;
-            if (settings.save_steps > 0 && due) || interrupted {
-                self.save(&state, &optimizer, &mut progress, wall())?;
-                metrics.write(&event("checkpoint", step, None))?;
-                watch(&Event::Saved(step));
-            }
-        }
+        run.event(if resumed { "resumed" } else { "started" })?;
+        (run.watch)(&Event::Started(run.at.progress.step, run.total_steps));
+        let (interrupted, last_task_loss) = run.steps()?;
         if interrupted {
-            metrics.write(&event("interrupted", progress.step, None))?;
+            run.event("interrupted")?;
         } else {
-            if progress.stopped_early {
-                metrics.write(&event("early_stop", progress.step, None))?;
+            if run.at.progress.stopped_early {
+                run.event("early_stop")?;
             }
-            match progress.best {
-                Some((_, best)) if settings.load_best_model_at_end && best != progress.step => {
-                    checkpoint::restore_best(self.output_dir)?;
-                }
-                _ => checkpoint::write_adapter(self.output_dir, &state, self.adapter_config)?,
+            let (progress, load_best) = (&run.at.progress, settings.train.load_best_model_at_end);
+            let is_best = progress.best.is_none_or(|(_, step)| step == progress.step);
+            if load_best && !is_best {
+                checkpoint::restore_best(self.output_dir)?;
+            } else {
+                let adapter = run.at.state.to_adapter(self.adapter_config)?;
+                adapter.write_peft(self.output_dir, true)?;
             }
-            metrics.write(&event("finished", progress.step, None))?;
+            run.event("finished")?;
         }
+        let progress = &run.at.progress;
         Ok(Outcome {
             steps: progress.step,
-            total_steps,
+            total_steps: run.total_steps,
             interrupted,
             stopped_early: progress.stopped_early,
-            seconds: began.elapsed().as_secs_f64(),
+            seconds: run.began.elapsed().as_secs_f64(),
             best: progress.best,
             last_task_loss,
         })
     }
+}
+
+/// A run under way.
+struct Run<'a, W> {
+    trainer: &'a Trainer<'a>,
+    at: Checkpoint,
+    metrics: Metrics,
+    batches: Batches<'a>,
+    total_steps: u64,
+    /// Seconds of the processes before this one.
+    earlier: f64,
+    began: Instant,
+    watch: W,
+}
+
+impl<W: FnMut(&Event)> Run<'_, W> {
+    fn wall(&self) -> f64 {
+        self.earlier + self.began.elapsed().as_secs_f64()
+    }
+
+    fn epoch(&self) -> f64 {
+        let cursor = self.batches.cursor();
+        cursor.epoch as f64 + cursor.batch as f64 / self.batches.n_batches().max(1) as f64
+    }
+
+    fn event(&mut self, event: &'static str) -> Result<()> {
+        let (step, wall_s) = (self.at.progress.step, self.wall());
+        let record = EventRecord {
+            event,
+            step,
+            wall_s,
+        };
+        self.metrics.write(&Record::Event(record))
+    }
+
+    /// Makes the steps that are left; whether it was interrupted, and the task loss of the last step.
+    fn steps(&mut self) -> Result<(bool, Option<f64>)> {
+        let settings = &self.trainer.settings.train;
+        let schedule = self.trainer.settings.schedule(self.total_steps);
+        let method = self.at.state.method.clone();
+        let (constant, metrics) = (LrSchedulerType::Constant, method.kind().metrics);
+        let warmup = Schedule::new(constant, method.warmup_ratio(), self.total_steps);
+        let mut last_task_loss = None;
+        if self.at.progress.evaluation_due {
+            // Of the step that the checkpoint is of: the run was interrupted within it.
+            self.assess()?;
+            if self.at.progress.evaluation_due {
+                return Ok((true, None));
+            }
+            self.save()?;
+        }
+        while self.at.progress.step < self.total_steps && !self.at.progress.stopped_early {
+            let made = self.at.progress.step;
+            self.at.progress.window.begin();
+            let rate = schedule.factor(made);
+            let result = self.step(made, rate, warmup.factor(made))?;
+            let step = made + 1;
+            let cursor = self.batches.cursor();
+            let progress = &mut self.at.progress;
+            (progress.step, progress.cursor) = (step, cursor);
+            progress.tokens += result.tokens;
+            progress.trained_tokens += result.trained_tokens;
+            progress.window.add(&result, metrics);
+            last_task_loss = Some(result.task_loss);
+            let loss = result.task_loss + in_loss(metrics, &result.metrics);
+            (self.watch)(&Event::Step(step, loss));
+            let last = step == self.total_steps;
+            if last || step.is_multiple_of(settings.logging_steps.max(1)) {
+                let (place, rate) = ((self.epoch(), self.wall()), settings.learning_rate * rate);
+                let record = TrainRecord::new(&self.at.progress, metrics, place, rate);
+                self.metrics.write(&Record::Train(record.clone()))?;
+                (self.watch)(&Event::Train(record));
+                self.at.progress.window = Window::default();
+            }
+            let every = settings.eval_steps;
+            let due = last || (every > 0 && step.is_multiple_of(every));
+            self.at.progress.evaluation_due = due && self.trainer.valid.is_some();
+            if self.at.progress.evaluation_due {
+                self.assess()?;
+            }
+            let progress = &self.at.progress;
+            let ends = (last || progress.stopped_early) && !progress.evaluation_due;
+            let interrupted = self.trainer.interrupt.load(Ordering::Relaxed) && !ends;
+            let due = step.is_multiple_of(settings.save_steps.max(1)) || ends;
+            if (settings.save_steps > 0 && due) || interrupted {
+                self.save()?;
+            }
+            if interrupted {
+                return Ok((true, last_task_loss));
+            }
+        }
+        Ok((false, last_task_loss))
+    }
 
     /// Evaluates and keeps the adapter if it is the best so far; the evaluation stays due if the run is told to stop meanwhile.
-    fn assess(
-        &self,
-        state: &AdapterState,
-        progress: &mut Progress,
-        (epoch, wall_s): (f64, f64),
-        metrics: &mut Metrics,
-        watch: &mut impl FnMut(&Event),
-    ) -> Result<()> {
-        let Some(valid) = self.valid else {
-            progress.evaluation_due = false;
+    fn assess(&mut self) -> Result<()> {
+        let trainer = self.trainer;
+        let Some(valid) = trainer.valid else {
+            self.at.progress.evaluation_due = false;
             return Ok(());
         };
         let before = Instant::now();
-        tracing::debug!("step {}: evaluating {} rows", progress.step, valid.len());
+        let step = self.at.progress.step;
+        tracing::debug!("step {step}: evaluating {} rows", valid.len());
         let (mut record, complete) = evaluate_while(
-            self.model,
-            &state.mean(),
+            trainer.model,
+            &self.at.state.mean()?,
             valid,
-            self.settings.batch_size,
-            |_| !self.interrupt.load(Ordering::Relaxed),
+            trainer.settings.batches.batch_size,
+            |_| !trainer.interrupt.load(Ordering::Relaxed),
         )?;
-        let pause = before.elapsed();
-        progress.window.exclude(pause);
+        self.at.progress.window.exclude(before.elapsed());
         if !complete {
             return Ok(());
         }
-        progress.evaluation_due = false;
-        let step = progress.step;
         if !record.loss.is_finite() {
-            return Err(Error::NonFinite {
-                step,
-                what: "the validation loss",
-                names: audit::largest_weights(state)?,
-            });
+            let names = audit::largest_weights(&self.at.state)?;
+            return Err(Error::not_finite(step, "the validation loss", &names));
         }
-        let wall_s = wall_s + pause.as_secs_f64();
-        (record.step, record.epoch, record.wall_s) = (step, epoch, wall_s);
-        metrics.write(&Record::Eval(record.clone()))?;
+        (record.step, record.epoch, record.wall_s) = (step, self.epoch(), self.wall());
+        self.metrics.write(&Record::Eval(record.clone()))?;
+        let progress = &mut self.at.progress;
+        progress.evaluation_due = false;
+        progress.evaluations_without_improvement += 1;
         if progress.best.is_none_or(|(loss, _)| record.loss < loss) {
             let best = (record.loss, step);
-            checkpoint::write_best(self.output_dir, state, self.adapter_config, best)?;
+            let adapter = self.at.state.to_adapter(trainer.adapter_config)?;
+            checkpoint::write_best(trainer.output_dir, &adapter, best)?;
             progress.best = Some(best);
             progress.evaluations_without_improvement = 0;
-            metrics.write(&Record::Event(EventRecord {
-                event: "best",
-                step,
-                wall_s,
-                detail: None,
-            }))?;
-        } else {
-            progress.evaluations_without_improvement += 1;
+            self.event("best")?;
         }
-        watch(&Event::Eval(record));
-        let patience = self.settings.early_stopping_patience;
+        (self.watch)(&Event::Eval(record));
+        let patience = trainer.settings.train.early_stopping_patience;
+        let progress = &mut self.at.progress;
         progress.stopped_early =
             patience > 0 && progress.evaluations_without_improvement >= patience;
         Ok(())
     }
 
-    fn save(
-        &self,
-        state: &AdapterState,
-        optimizer: &AdamW,
-        progress: &mut Progress,
-        wall_s: f64,
-    ) -> Result<()> {
-        progress.wall_s = wall_s;
-        checkpoint::write(
-            self.output_dir,
-            (state, optimizer),
-            progress,
-            self.identity,
-            self.adapter_config,
-            self.settings.save_total_limit,
-        )
-    }
-
-    fn epoch(&self, batches: &Batches<'_>) -> f64 {
-        let cursor = batches.cursor();
-        cursor.epoch as f64 + cursor.batch as f64 / batches.n_batches().max(1) as f64
+    fn save(&mut self) -> Result<()> {
+        self.at.progress.wall_s = self.wall();
+        let (trainer, keep) = (self.trainer, self.trainer.settings.train.save_total_limit);
+        let config = trainer.adapter_config;
+        checkpoint::write(trainer.output_dir, &self.at, trainer.identity, config, keep)?;
+        self.event("checkpoint")?;
+        (self.watch)(&Event::Saved(self.at.progress.step));
+        Ok(())
     }
 
     /// One optimiser step: one posterior draw, its micro-batches, one update.
-    fn step(
-        &self,
-        state: &mut AdapterState,
-        optimizer: &mut AdamW,
-        batches: &mut Batches<'_>,
-        step: u64,
-        (factor, kl_factor): (f64, f64),
-    ) -> Result<StepResult> {
-        let settings = self.settings;
+    fn step(&mut self, step: u64, rate: f64, weight: f64) -> Result<StepResult> {
+        let Self {
+            trainer: Trainer {
+                model, settings, ..
+            },
+            at: Checkpoint {
+                state, optimizer, ..
+            },
+            batches,
+            total_steps,
+            ..
+        } = self;
         let mut micro = vec![batches.next_batch()?];
         // Accumulation ends with the epoch, so that every row counts once an epoch.
-        while micro.len() < settings.gradient_accumulation_steps && !batches.at_epoch_start() {
+        while micro.len() < settings.train.gradient_accumulation_steps && !batches.at_epoch_start()
+        {
             micro.push(batches.next_batch()?);
         }
         let trained_tokens: usize = micro.iter().map(|b| b.targets.len()).sum();
-        let tempered = (kl_factor < 1.0).then(|| state.with_kl_factor(kl_factor));
-        let drawn =
-            tempered
-                .as_ref()
-                .unwrap_or(state)
-                .draw(settings.seed, step, DrawForm::Collapsed)?;
+        let drawn = state.draw(settings.seed, step, weight)?;
         // The loss is the mean over the trained tokens of the whole step, however it is cut into micro-batches.
         let scale = 1.0 / trained_tokens.max(1) as f64;
         let mut task = AdapterGradients::default();
@@ -329,9 +314,9 @@ impl Trainer<'_> {
             });
             let options = PassOptions {
                 dropout: dropout.as_ref(),
-                checkpointing: settings.gradient_checkpointing,
+                checkpointing: settings.train.gradient_checkpointing,
             };
-            let loss = self.model.loss_and_gradients(
+            let loss = model.loss_and_gradients(
                 &sequences(batch),
                 &batch.targets,
                 &drawn.active,
@@ -348,46 +333,42 @@ impl Trainer<'_> {
             }
         }
         let task_loss = total * scale;
-        let regulariser = drawn.regulariser();
-        if !(task_loss + regulariser.total()).is_finite() {
-            return Err(Error::NonFinite {
-                step: step + 1,
-                what: "the loss",
-                names: audit::largest_weights(state)?,
-            });
+        let metrics = drawn.metrics(state);
+        let refuse = |what, names: Vec<String>| Error::not_finite(step + 1, what, &names);
+        if !(task_loss + in_loss(state.method.kind().metrics, &metrics)).is_finite() {
+            return Err(refuse("the loss", audit::largest_weights(state)?));
         }
-        let mut gradients = drawn.backward(state, &task)?;
-        let grad_norm = clip(&mut gradients, settings.max_grad_norm)?;
+        let unclipped = drawn.backward(state, &task)?;
+        let mut gradients = unclipped.clone();
+        let grad_norm = clip(&mut gradients, settings.train.max_grad_norm)?;
         if !grad_norm.is_finite() {
-            let names = audit::non_finite_sites(state, &gradients)?;
-            return Err(Error::NonFinite {
-                step: step + 1,
-                what: "the gradient",
-                names,
-            });
+            let names = audit::non_finite(state, |idx| &gradients[idx])?;
+            return Err(refuse("the gradient", names));
         }
         // Queries and keys get no gradient where every target sees a single key.
         if step < 2 && looks_back {
-            audit::first_steps(state, &gradients, step, settings.adamw.train_a)?;
+            audit::first_steps(state, &gradients, step)?;
         }
-        let spread_rate = settings.variational_learning_rate * factor;
-        optimizer.step(
-            state,
-            &gradients,
-            settings.learning_rate * factor,
-            spread_rate,
-        )?;
-        let names = audit::non_finite_weights(state)?;
+        let rates = [
+            settings.train.learning_rate,
+            settings.train.variational_learning_rate,
+        ];
+        let [learning_rate, variational_rate] = rates.map(|peak| peak * rate);
+        optimizer.step(state, &gradients, learning_rate, variational_rate)?;
+        let method = state.method.clone();
+        let made = Step {
+            index: step,
+            total: *total_steps,
+            trained_tokens,
+        };
+        method.after_step(&mut state.owners, &unclipped, made)?;
+        let names = audit::non_finite(state, |idx| &state.owners[idx].values)?;
         if !names.is_empty() {
-            return Err(Error::NonFinite {
-                step: step + 1,
-                what: "a weight",
-                names,
-            });
+            return Err(refuse("a weight", names));
         }
         Ok(StepResult {
             task_loss,
-            regulariser,
+            metrics,
             grad_norm,
             tokens: micro.iter().map(|b| b.tokens.len() as u64).sum(),
             trained_tokens: trained_tokens as u64,

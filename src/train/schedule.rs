@@ -1,21 +1,12 @@
 //! Learning-rate schedules with linear warm-up, as in transformers.
 
-/// Shape of the learning rate after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
-    /// Falls linearly to zero at the last step.
-    Linear,
-    /// Falls along half a cosine to zero at the last step.
-    Cosine,
-    /// Stays.
-    Constant,
-}
+use crate::config::LrSchedulerType;
 
 /// A schedule over a known number of steps.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
     /// Shape after the warm-up.
-    pub shape: Shape,
+    pub shape: LrSchedulerType,
     /// Steps of linear warm-up.
     pub warmup_steps: u64,
     /// All steps.
@@ -24,7 +15,7 @@ pub struct Schedule {
 
 impl Schedule {
     /// Warm-up over `ceil(ratio * total_steps)` steps.
-    pub fn new(shape: Shape, warmup_ratio: f64, total_steps: u64) -> Self {
+    pub fn new(shape: LrSchedulerType, warmup_ratio: f64, total_steps: u64) -> Self {
         Self {
             shape,
             warmup_steps: (warmup_ratio * total_steps as f64).ceil() as u64,
@@ -42,9 +33,9 @@ impl Schedule {
         let span = (self.total_steps.saturating_sub(self.warmup_steps)).max(1) as f64;
         let progress = ((step - self.warmup_steps) as f64 / span).min(1.0);
         match self.shape {
-            Shape::Constant => 1.0,
-            Shape::Linear => 1.0 - progress,
-            Shape::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+            LrSchedulerType::Constant => 1.0,
+            LrSchedulerType::Linear => 1.0 - progress,
+            LrSchedulerType::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
         }
     }
 }
@@ -55,7 +46,7 @@ mod tests {
 
     #[test]
     fn warms_up_and_falls_to_zero() {
-        for shape in [Shape::Linear, Shape::Cosine] {
+        for shape in [LrSchedulerType::Linear, LrSchedulerType::Cosine] {
             let schedule = Schedule::new(shape, 0.1, 100);
             assert_eq!(schedule.factor(0), 0.1);
             assert_eq!(schedule.factor(4), 0.5);
@@ -65,7 +56,13 @@ mod tests {
             assert!(schedule.factor(100).abs() < 1e-12);
             assert!((11u64..=100).all(|s| schedule.factor(s) < schedule.factor(s - 1)));
         }
-        assert_eq!(Schedule::new(Shape::Constant, 0.0, 10).factor(0), 1.0);
-        assert_eq!(Schedule::new(Shape::Linear, 0.0, 1).factor(0), 1.0);
+        assert_eq!(
+            Schedule::new(LrSchedulerType::Constant, 0.0, 10).factor(0),
+            1.0
+        );
+        assert_eq!(
+            Schedule::new(LrSchedulerType::Linear, 0.0, 1).factor(0),
+            1.0
+        );
     }
 }

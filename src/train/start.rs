@@ -15,10 +15,7 @@ use crate::output::require_empty;
 
 /// The point from which a run goes on.
 pub struct Start {
-    /// The adapter as it is at step 0.
-    pub(super) state: AdapterState,
-    /// The checkpoint that takes its place.
-    pub(super) checkpoint: Option<Checkpoint>,
+    pub(super) from: Checkpoint,
     /// The output directory is this run's alone.
     _lock: RunLock,
 }
@@ -35,7 +32,7 @@ impl Start {
     /// The beginning of a run in an output directory that is ready.
     ///
     /// # Errors
-    /// [`Error::Busy`] if another run writes there; initial values that cannot be made.
+    /// If another run writes there; initial values that cannot be made.
     pub fn fresh(prepared: &Prepared, device: &Device) -> Result<Self> {
         Self::locked(
             prepared,
@@ -45,9 +42,17 @@ impl Start {
     }
 
     fn locked(prepared: &Prepared, device: &Device, lock: RunLock) -> Result<Self> {
+        let (method, model) = (prepared.method.clone(), &prepared.model_config);
+        let seed = prepared.run.seed;
+        let state = match &prepared.init_from {
+            None => {
+                let config = &prepared.adapter_config;
+                AdapterState::initial(method, config, &prepared.sites, model, seed, device)?
+            }
+            Some(adapter) => AdapterState::from_adapter(method, adapter, model, seed, device)?,
+        };
         Ok(Self {
-            state: initial(prepared, device)?,
-            checkpoint: None,
+            from: Checkpoint::fresh(state, prepared.settings.adamw())?,
             _lock: lock,
         })
     }
@@ -74,10 +79,10 @@ pub fn begin(
     let read = |dir: &Path| {
         Checkpoint::read(
             dir,
-            &start.state,
-            &prepared.model_config,
-            prepared.settings.adamw,
+            &start.from.state,
+            prepared.settings.adamw(),
             &prepared.identity,
+            device,
         )
     };
     let checkpoint = match resume {
@@ -114,7 +119,7 @@ pub fn begin(
         .into());
     }
     // The patience may have been raised since.
-    let patience = prepared.settings.early_stopping_patience;
+    let patience = prepared.settings.train.early_stopping_patience;
     checkpoint.progress.stopped_early =
         patience > 0 && checkpoint.progress.evaluations_without_improvement >= patience;
     if (step == total_steps || checkpoint.progress.stopped_early) && finished == Some(step) {
@@ -124,10 +129,10 @@ pub fn begin(
         &mut checkpoint,
         output_dir,
         total_steps,
-        prepared.settings.load_best_model_at_end,
+        prepared.settings.train.load_best_model_at_end,
     )?;
     tracing::info!("continuing at step {step} of {total_steps}");
-    start.checkpoint = Some(checkpoint);
+    start.from = checkpoint;
     Ok(Begin::Run(Box::new(start)))
 }
 
@@ -135,7 +140,7 @@ pub fn begin(
 /// its step; without that, and where this run may never make the one that is there, later evaluations start the comparison anew.
 ///
 /// # Errors
-/// [`Error::BestLost`] if the best adapter is gone for good and `needed` at the end.
+/// If the best adapter is gone for good and `needed` at the end.
 fn adjust(
     checkpoint: &mut Checkpoint,
     output_dir: &Path,
@@ -171,7 +176,12 @@ fn adjust(
         return Ok(());
     }
     if found.is_none() && needed {
-        return Err(Error::BestLost { path, step: best.1 });
+        return Err(Problem::usage(format!(
+            "`{}`, the best adapter (of step {}), is missing or damaged, and [train] load_best_model_at_end needs it; bring it back, or leave it to what later evaluations find with --set train.load_best_model_at_end=false",
+            path.display(),
+            best.1
+        ))
+        .into());
     }
     tracing::warn!(
         "`{}` does not hold the best adapter of this checkpoint; the next evaluation starts the comparison again",
@@ -238,25 +248,4 @@ fn make(output_dir: &Path) -> Result<()> {
         ))
         .into()
     })
-}
-
-fn initial(prepared: &Prepared, device: &Device) -> Result<AdapterState> {
-    let objective = prepared.run.lora.objective();
-    let model_config = &prepared.model_config;
-    let seed = prepared.run.seed;
-    let state = match &prepared.init_from {
-        None => AdapterState::initial(
-            &prepared.adapter_config,
-            &prepared.sites,
-            model_config,
-            objective,
-            seed,
-            device,
-        )?,
-        Some(adapter) => {
-            let settings = prepared.adapter_config.monteclora.as_ref();
-            AdapterState::from_adapter(adapter, settings, model_config, objective, seed, device)?
-        }
-    };
-    Ok(state)
 }

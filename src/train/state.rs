@@ -1,302 +1,178 @@
-//! The trainable adapter: A, B and the variational parameters of every site, a posterior draw of it, and its gradients.
+//! The trainable adapter: a method's parameters at every module, a draw of all updates, and their gradients.
 
-use candle_core::{Device, Tensor};
-use monteclora_adapters::noise::Key;
-use monteclora_adapters::{
-    Draw, LowRank, Noise, Objective, Regulariser, Spread, SpreadGradient, initial_a, initial_spread,
-};
-use monteclora_converters as formats;
+use std::sync::Arc;
+
+use candle_core::Device;
+use monteclora_adapters::Update;
+use monteclora_adapters::methods::{self, Drawn, Method, Module, Owner, Value};
+use monteclora_adapters::noise::{Key, Noise};
 use monteclora_converters::architecture::ModelShape;
-use monteclora_converters::{Adapter, AdapterConfig, MonteCloraSettings, SitePosterior};
+use monteclora_converters::{Adapter, AdapterConfig, Problem, Site};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
-use super::{Error, Result};
-use crate::model::{ActiveAdapter, AdapterGradients, ModuleId, low_rank};
-
-/// Trainable parameters of one site.
-#[derive(Debug, Clone)]
-pub struct SiteState {
-    /// Where it is.
-    pub id: ModuleId,
-    /// Module path.
-    pub name: String,
-    /// Alpha of this site.
-    pub alpha: f64,
-    /// Factor on `B A`.
-    pub scaling: f64,
-    /// Mean of A, `[r, in]`.
-    pub a: Tensor,
-    /// B, `[out, r]`.
-    pub b: Tensor,
-    /// Variational parameters; none for plain LoRA. Every value is representable in f32, so that a file holds it exactly.
-    pub spread: Option<Spread>,
-}
-
-/// Gradient of the whole loss at one site.
-#[derive(Debug, Clone)]
-pub struct SiteGradient {
-    /// With respect to A, `[r, in]`.
-    pub a: Tensor,
-    /// With respect to B, `[out, r]`.
-    pub b: Tensor,
-    /// With respect to the variational parameters.
-    pub spread: Option<SpreadGradient>,
-}
+use super::Result;
+use crate::model::{ActiveAdapter, AdapterGradients, ModuleId};
 
 /// The whole adapter in training.
 #[derive(Debug, Clone)]
 pub struct AdapterState {
-    /// Sites, blocks first.
-    pub sites: Vec<SiteState>,
-    /// Settings of the posterior; none for plain LoRA.
-    pub settings: Option<MonteCloraSettings>,
-    /// Formulas of the divergences.
-    pub objective: Objective,
+    /// What is trained.
+    pub method: Arc<dyn Method>,
+    /// Adapted modules with their places, blocks first.
+    pub modules: Vec<(ModuleId, Module)>,
+    /// Parameters with their values: those of every module, in the same order, then those that all share, if any.
+    pub owners: Vec<Owner>,
 }
 
-/// Which form the posterior draw takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DrawForm {
-    /// One Gaussian a site.
-    Collapsed,
-    /// PEFT's literal `N` Gaussians: the plain reference.
-    Literal,
-}
+/// One gradient for every value of an [`AdapterState`], in its order.
+pub type Gradients = Vec<Vec<Value>>;
 
-/// One posterior draw of the whole adapter with its regulariser.
+/// One draw of the whole adapter with its regulariser.
 #[derive(Debug)]
 pub struct DrawnAdapter {
     /// What the forward pass runs with.
     pub active: ActiveAdapter,
-    draws: Vec<Option<(Draw, Regulariser)>>,
+    draws: Vec<Box<dyn Drawn>>,
 }
 
-/// Means over sites of the regulariser's parts, nats; all zero for plain LoRA.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct RegulariserMeans {
-    /// Dirichlet divergence.
-    pub dirichlet: f64,
-    /// Wishart divergence.
-    pub wishart: f64,
-    /// Gaussian divergence.
-    pub gaussian: f64,
-    /// Weighted divergences.
-    pub weighted_kl: f64,
-    /// Sum of squared mixture weights.
-    pub sum_of_squares: f64,
-}
-
-impl RegulariserMeans {
-    /// What is added to the task loss.
-    pub fn total(&self) -> f64 {
-        self.weighted_kl + self.sum_of_squares
-    }
+/// The modules `names` of `model` as `config` adapts them, blocks first.
+pub fn modules(
+    config: &AdapterConfig,
+    names: &[String],
+    model: &ModelShape,
+) -> Result<Vec<(ModuleId, Module)>> {
+    ModuleId::all(model)
+        .filter(|(_, module)| names.contains(&module.name))
+        .map(|(id, module)| {
+            let name = module.name;
+            let module = Module {
+                in_features: module.in_features,
+                out_features: module.out_features,
+                rank: config.rank_for(&name)?,
+                alpha: config.alpha_for(&name)?,
+                scaling: config.scaling_for(&name)?,
+                name,
+            };
+            Ok((id, module))
+        })
+        .collect()
 }
 
 impl AdapterState {
-    /// A fresh adapter at `names`: A uniform, B zero, spread uniform as in PEFT, all functions of `seed` and site name.
+    /// A fresh adapter at `names`, a function of `seed` and the modules' names.
     pub fn initial(
+        method: Arc<dyn Method>,
         config: &AdapterConfig,
         names: &[String],
         model: &ModelShape,
-        objective: Objective,
         seed: u64,
         device: &Device,
     ) -> Result<Self> {
-        let sites = ModuleId::all(model)
-            .filter(|(_, module)| names.contains(&module.name))
-            .map(|(id, module)| {
-                let (in_features, out_features) = (module.in_features, module.out_features);
-                let name = module.name;
-                let rank = config.rank_for(&name)?;
-                let a = Tensor::from_vec(
-                    initial_a(seed, &name, rank, in_features),
-                    (rank, in_features),
-                    &Device::Cpu,
-                )?;
-                Ok(SiteState {
-                    alpha: config.alpha_for(&name)?,
-                    scaling: config.scaling_for(&name)?,
-                    a: a.to_device(device)?,
-                    b: Tensor::zeros((out_features, rank), candle_core::DType::F32, device)?,
-                    spread: config.monteclora.as_ref().map(|settings| {
-                        round_spread(initial_spread(seed, &name, rank, settings.num_samples))
-                    }),
-                    id,
-                    name,
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Self {
-            sites,
-            settings: config.monteclora.clone(),
-            objective,
-        })
+        Self::new(method, modules(config, names, model)?, &[], seed, device)
     }
 
-    /// Continues from `adapter`; a site of plain LoRA gets a fresh spread when `settings` ask for a posterior.
+    /// Continues from `adapter`; parameters that it does not hold begin as in a fresh one.
     pub fn from_adapter(
+        method: Arc<dyn Method>,
         adapter: &Adapter,
-        settings: Option<&MonteCloraSettings>,
         model: &ModelShape,
-        objective: Objective,
         seed: u64,
         device: &Device,
     ) -> Result<Self> {
-        let mut sites = Vec::with_capacity(adapter.sites.len());
-        let mut low_rank = low_rank(adapter, model, device)?;
-        for (id, module) in ModuleId::all(model) {
-            let Some(low_rank) = low_rank.remove(&id) else {
-                continue;
-            };
-            let name = module.name;
-            let site = adapter
-                .sites
-                .iter()
-                .find(|s| s.name == name)
-                .ok_or_else(|| Error::Site { site: name.clone() })?;
-            let spread = match (settings, &site.posterior) {
-                (None, _) => None,
-                (Some(_), Some(posterior)) => Some(Spread {
-                    log_std: widen(&posterior.log_std)?,
-                    log_concentration: widen(&posterior.log_concentration)?,
-                }),
-                (Some(settings), None) => Some(round_spread(initial_spread(
-                    seed,
-                    &name,
-                    site.rank,
-                    settings.num_samples,
-                ))),
-            };
-            sites.push(SiteState {
-                id,
-                name,
-                alpha: site.alpha,
-                scaling: low_rank.scaling,
-                a: low_rank.a,
-                b: low_rank.b,
-                spread,
-            });
-        }
+        // Checks that the base has every module, in its shape.
+        ActiveAdapter::from_adapter(adapter, model, device)?;
+        let modules = ModuleId::all(model)
+            .filter_map(|(id, module)| {
+                let site = adapter.sites.iter().find(|site| site.name == module.name)?;
+                Some((id, Module::from(site)))
+            })
+            .collect();
+        Self::new(method, modules, &adapter.sites, seed, device)
+    }
+
+    /// The same modules with the values that `sites` hold.
+    pub(super) fn with_values_of(&self, sites: &[Site], device: &Device) -> Result<Self> {
+        Self::new(self.method.clone(), self.modules.clone(), sites, 0, device)
+    }
+
+    fn new(
+        method: Arc<dyn Method>,
+        modules: Vec<(ModuleId, Module)>,
+        sites: &[Site],
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        let described: Vec<Module> = modules.iter().map(|(_, module)| module.clone()).collect();
+        let stored = |module: &Module| sites.iter().find(|site| site.name == module.name);
+        let owners = methods::owners(method.as_ref(), &described, stored, seed, device)?;
         Ok(Self {
-            sites,
-            settings: settings.cloned(),
-            objective,
+            method,
+            modules,
+            owners,
         })
     }
 
-    /// Number of trainable values.
+    /// Number of values, those that a method keeps as they are included.
     pub fn n_parameters(&self) -> usize {
-        self.sites
-            .iter()
-            .map(|site| {
-                let spread = site
-                    .spread
-                    .as_ref()
-                    .map_or(0, |s| s.log_std.len() + s.log_concentration.len());
-                site.a.elem_count() + site.b.elem_count() + spread
-            })
-            .sum()
+        self.owners.iter().map(Owner::n_values).sum()
     }
 
-    /// The same adapter with the weight of its divergences multiplied by `factor`; tensors are shared.
-    pub(super) fn with_kl_factor(&self, factor: f64) -> Self {
-        let mut state = self.clone();
-        if let Some(settings) = &mut state.settings {
-            settings.kl_loss_weight *= factor;
-        }
-        state
+    /// The values that the method is handed for module `idx`: its own and the shared ones.
+    fn values(&self, idx: usize) -> Vec<&Value> {
+        let shared = self.owners[self.modules.len()..].iter();
+        std::iter::once(&self.owners[idx])
+            .chain(shared)
+            .flat_map(|owner| &owner.values)
+            .collect()
     }
 
-    /// The posterior mean, for evaluation.
-    pub fn mean(&self) -> ActiveAdapter {
-        ActiveAdapter::new(
-            self.sites
-                .iter()
-                .map(|site| (site.id, site.low_rank(site.a.clone()))),
-        )
-    }
-
-    /// Draws every site with its own noise at optimiser step `step` of `seed`.
-    pub fn draw(&self, seed: u64, step: u64, form: DrawForm) -> Result<DrawnAdapter> {
-        self.draw_with(|site, spread| {
-            let (rank, in_features) = site.a.dims2()?;
-            let key = Key::new(seed, &site.name, step);
-            let num_samples = spread.log_concentration.len();
-            Ok(match form {
-                DrawForm::Collapsed => {
-                    Noise::collapsed(key, rank, in_features, num_samples, &site.a)?
-                }
-                DrawForm::Literal => Noise::literal(key, rank, in_features, num_samples),
-            })
-        })
-    }
-
-    /// Draws every site with the noise that `noise` gives for it.
-    pub fn draw_with(
+    /// The modules with the updates that `update` makes of their values.
+    fn active(
         &self,
-        noise: impl Fn(&SiteState, &Spread) -> Result<Noise> + Sync,
+        mut update: impl FnMut(usize, &Module) -> Result<Arc<dyn Update>>,
+    ) -> Result<ActiveAdapter> {
+        let modules = self.modules.iter().enumerate();
+        let updates = modules.map(|(idx, (id, module))| Ok((*id, update(idx, module)?)));
+        Ok(ActiveAdapter::new(updates.collect::<Result<Vec<_>>>()?))
+    }
+
+    /// The updates at their means, for evaluation.
+    pub fn mean(&self) -> Result<ActiveAdapter> {
+        self.active(|idx, module| Ok(self.method.mean(module, &self.values(idx))?))
+    }
+
+    /// Draws every module with its own noise at optimiser step `step` of `seed`; `weight` is a factor on the regulariser.
+    pub fn draw(&self, seed: u64, step: u64, weight: f64) -> Result<DrawnAdapter> {
+        self.draw_with(weight, |module| Key::new(seed, &module.name, step))
+    }
+
+    /// Draws every module with the noise that `noise` gives for it.
+    pub fn draw_with<N: Noise>(
+        &self,
+        weight: f64,
+        noise: impl Fn(&Module) -> N + Sync,
     ) -> Result<DrawnAdapter> {
-        let draws = self
-            .sites
-            .par_iter()
-            .map(|site| {
-                let (Some(settings), Some(spread)) = (&self.settings, &site.spread) else {
-                    return Ok(None);
-                };
-                let draw = Draw::new(
-                    &site.a,
-                    spread,
-                    settings.sample_scaler,
-                    noise(site, spread)?,
-                )?;
-                let regulariser = Regulariser::new(&draw, spread, settings, self.objective);
-                Ok(Some((draw, regulariser)))
+        let draws = (0..self.modules.len())
+            .into_par_iter()
+            .map(|idx| {
+                let module = &self.modules[idx].1;
+                let values = self.values(idx);
+                Ok(self.method.draw(module, &values, &noise(module), weight)?)
             })
             .collect::<Result<Vec<_>>>()?;
-        let active = self.sites.iter().zip(&draws).map(|(site, draw)| {
-            let a = draw.as_ref().map_or(&site.a, |(draw, _)| &draw.effective_a);
-            (site.id, site.low_rank(a.clone()))
-        });
         Ok(DrawnAdapter {
-            active: ActiveAdapter::new(active),
+            active: self.active(|idx, _| Ok(draws[idx].update()))?,
             draws,
         })
     }
 
     /// The adapter as it is written to disk.
     pub fn to_adapter(&self, config: &AdapterConfig) -> Result<Adapter> {
-        let narrow = |values: &[f64]| {
-            formats::Tensor::from_f32(&[values.len()], values.iter().map(|v| *v as f32).collect())
-        };
-        let matrix = |tensor: &Tensor| -> Result<formats::Tensor> {
-            let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-            Ok(formats::Tensor::from_f32(tensor.dims(), values)?)
-        };
         let mut sites = self
-            .sites
+            .modules
             .iter()
-            .map(|site| {
-                Ok(formats::Site {
-                    name: site.name.clone(),
-                    rank: site.a.dims2()?.0,
-                    alpha: site.alpha,
-                    scaling: site.scaling,
-                    lora_a: matrix(&site.a)?,
-                    lora_b: matrix(&site.b)?,
-                    posterior: site
-                        .spread
-                        .as_ref()
-                        .map(|spread| -> Result<SitePosterior> {
-                            Ok(SitePosterior {
-                                log_std: narrow(&spread.log_std)?,
-                                log_concentration: narrow(&spread.log_concentration)?,
-                            })
-                        })
-                        .transpose()?,
-                })
-            })
+            .enumerate()
+            .map(|(idx, (_, module))| Ok(self.method.export(module, &self.values(idx))?))
             .collect::<Result<Vec<_>>>()?;
         sites.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Adapter {
@@ -308,69 +184,47 @@ impl AdapterState {
     }
 }
 
-impl SiteState {
-    fn low_rank(&self, a: Tensor) -> LowRank {
-        LowRank {
-            a,
-            b: self.b.clone(),
-            scaling: self.scaling,
-        }
-    }
-}
-
 impl DrawnAdapter {
-    /// Means of the regulariser's parts over the sites.
-    pub fn regulariser(&self) -> RegulariserMeans {
-        let mut means = RegulariserMeans::default();
+    /// Means over the modules of what `state`'s method reports.
+    pub fn metrics(&self, state: &AdapterState) -> Vec<f64> {
+        let mut means = vec![0.0; state.method.kind().metrics.len()];
         let weight = 1.0 / self.draws.len().max(1) as f64;
-        for (_, part) in self.draws.iter().flatten() {
-            means.dirichlet += weight * part.dirichlet;
-            means.wishart += weight * part.wishart;
-            means.gaussian += weight * part.gaussian;
-            means.weighted_kl += weight * part.weighted_kl;
-            means.sum_of_squares += weight * part.sum_of_squares;
+        for draw in &self.draws {
+            for (mean, value) in means.iter_mut().zip(draw.metrics()) {
+                *mean += weight * value;
+            }
         }
         means
     }
 
-    /// Gradients of task loss plus regulariser for the task's gradients at the active matrices, in the order of the sites.
-    pub fn backward(
-        &self,
-        state: &AdapterState,
-        task: &AdapterGradients,
-    ) -> Result<Vec<SiteGradient>> {
+    /// Gradients of task loss plus regulariser for the task's gradients at the active updates.
+    pub fn backward(&self, state: &AdapterState, task: &AdapterGradients) -> Result<Gradients> {
         let weight = 1.0 / self.draws.len().max(1) as f64;
-        state
-            .sites
+        let mut gradients = state
+            .modules
             .par_iter()
             .zip(&self.draws)
-            .map(|(site, draw)| {
-                let Some([a, b]) = task.get(site.id) else {
-                    let site = site.name.clone();
-                    return Err(Error::Site { site });
-                };
-                let spread = draw
-                    .as_ref()
-                    .map(|(draw, regulariser)| draw.backward(Some(a), regulariser, weight))
-                    .transpose()?;
-                Ok(SiteGradient {
-                    a: a.clone(),
-                    b: b.clone(),
-                    spread,
-                })
+            .map(|((id, module), draw)| {
+                let upstream = task.get(*id).ok_or_else(|| {
+                    let message = "no gradient was computed for this site";
+                    Problem::new("no-gradient", &module.name, message, "").exit(1)
+                })?;
+                Ok(draw.pullback(upstream, weight)?)
             })
-            .collect()
-    }
-}
-
-fn widen(values: &formats::Tensor) -> Result<Vec<f64>> {
-    Ok(values.to_f32()?.into_iter().map(f64::from).collect())
-}
-
-pub(super) fn round_spread(spread: Spread) -> Spread {
-    let round = |values: Vec<f64>| values.into_iter().map(|v| f64::from(v as f32)).collect();
-    Spread {
-        log_std: round(spread.log_std),
-        log_concentration: round(spread.log_concentration),
+            .collect::<Result<Gradients>>()?;
+        let mut shared: Option<Vec<Value>> = None;
+        for (gradient, owner) in gradients.iter_mut().zip(&state.owners) {
+            let part = gradient.split_off(owner.values.len());
+            shared = Some(match shared {
+                None => part,
+                Some(sum) => sum
+                    .iter()
+                    .zip(&part)
+                    .map(|(sum, part)| Ok(sum.plus(part)?))
+                    .collect::<Result<_>>()?,
+            });
+        }
+        gradients.extend(shared.filter(|values| !values.is_empty()));
+        Ok(gradients)
     }
 }

@@ -38,7 +38,7 @@ impl Suggestion {
     /// Suggestions for a run over the rows of `prepared` on a model of `limit` positions.
     ///
     /// # Errors
-    /// As [`Prepared::ranks`].
+    /// As [`Prepared::modules`].
     pub fn new(prepared: &Prepared, limit: usize) -> Result<Self> {
         let stats = prepared.train.stats();
         let mut notes = Vec::new();
@@ -66,7 +66,7 @@ impl Suggestion {
         let mean = tokens.div_ceil(stats.n_examples.max(1));
         // Packing evens out the size of batches where examples are much shorter than the longest.
         let packing = 2 * mean < longest && stats.n_examples >= 16;
-        let sites = prepared.ranks()?;
+        let sites = prepared.modules()?;
         let row_tokens = if packing { longest } else { mean };
         let wanted = STEP_TOKENS
             .div_ceil(row_tokens)

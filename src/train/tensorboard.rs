@@ -29,9 +29,9 @@ impl EventFile {
     /// Starts a file in `dir` for a run that continues after `step`; TensorBoard drops what older files hold beyond it.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// If a file cannot be written.
     pub(super) fn create(dir: &Path, step: u64) -> Result<Self> {
-        std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let (wall, process) = (now(), std::process::id());
         // Names sort by time, then by what started within the same second.
         let mut number = 0;
@@ -44,7 +44,7 @@ impl EventFile {
             match File::create_new(&path) {
                 Ok(file) => break (path, file),
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
-                Err(e) => return Err(Error::io(&path, e)),
+                Err(e) => return Err(Error::io(&path)(e)),
             }
         };
         let mut events = Self { path, file };
@@ -65,7 +65,7 @@ impl EventFile {
     /// Writes scalars of one step in one call, so that a killed run leaves whole records.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// If a file cannot be written.
     pub(super) fn write(&mut self, step: u64, scalars: &[(&str, f64)]) -> Result<()> {
         let mut summary = Message::default();
         for (tag, value) in scalars {
@@ -88,9 +88,7 @@ impl EventFile {
         record.extend(checksum(&length).to_le_bytes());
         record.extend(bytes);
         record.extend(checksum(bytes).to_le_bytes());
-        self.file
-            .write_all(&record)
-            .map_err(|e| Error::io(&self.path, e))
+        self.file.write_all(&record).map_err(Error::io(&self.path))
     }
 }
 

@@ -4,16 +4,20 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use monteclora::config::RunConfig;
 use monteclora::data::{Dataset, Encoder};
 use monteclora::model::{AdapterGradients, Dropout, PassOptions, Sequences};
 use monteclora::model::{Decoder, read_shape};
 use monteclora::train::{
-    AdapterState, Checkpoint, DrawForm, Event, Identity, SiteGradient, TrainSettings, Trainer,
+    AdapterState, Checkpoint, Event, Gradients, Identity, TrainSettings, Trainer,
 };
-use monteclora_adapters::Precision;
-use monteclora_converters::{Adapter, AdapterConfig, SafetensorsFile};
+use monteclora_adapters::methods::{
+    Drawn, Group, Kind, Method, Module, Owner, Parameter, Step, Storage, Value,
+};
+use monteclora_adapters::noise::{Key, Noise, Purpose};
+use monteclora_adapters::{LowRank, Precision, Update};
+use monteclora_converters::{Adapter, AdapterConfig, SafetensorsFile, Site};
 
 use crate::fixtures::own;
 
@@ -83,12 +87,11 @@ impl Setup {
     }
 
     fn state(&self) -> AdapterState {
-        let objective = self.run.lora.objective();
         AdapterState::initial(
+            self.run.lora.method().unwrap(),
             &self.adapter_config,
             &self.sites,
             self.decoder.config(),
-            objective,
             self.run.seed,
             &Device::Cpu,
         )
@@ -108,8 +111,9 @@ impl Setup {
             interrupt: Arc::new(AtomicBool::new(false)),
         };
         let mut losses = Vec::new();
+        let fresh = Checkpoint::fresh(self.state(), settings.adamw()).unwrap();
         trainer
-            .run(self.state(), resume, |event| {
+            .run(resume.unwrap_or(fresh), |event| {
                 if let Event::Step(_, loss) = event {
                     losses.push(*loss);
                 }
@@ -156,9 +160,9 @@ fn runs_are_reproducible_and_resume_exactly() {
     let read = Checkpoint::read(
         &whole.path().join("checkpoint-4"),
         &setup.state(),
-        setup.decoder.config(),
-        settings.adamw,
+        settings.adamw(),
         &Identity::default(),
+        &Device::Cpu,
     )
     .unwrap();
     assert_eq!(read.progress.step, 4);
@@ -194,11 +198,17 @@ fn accumulation_equals_the_large_batch() {
             "train.max_steps=5",
         ]);
         let mut small = setup.settings();
-        small.pack_tokens = small.pack_tokens.map(|_| 120);
+        small.batches.pack_tokens = small.batches.pack_tokens.map(|_| 120);
         let mut large = small.clone();
         // Six rows: a step of four and one of two in every epoch.
-        (small.batch_size, small.gradient_accumulation_steps) = (1, 4);
-        (large.batch_size, large.gradient_accumulation_steps) = (4, 1);
+        (
+            small.batches.batch_size,
+            small.train.gradient_accumulation_steps,
+        ) = (1, 4);
+        (
+            large.batches.batch_size,
+            large.train.gradient_accumulation_steps,
+        ) = (4, 1);
         let [a, b] = [(); 2].map(|()| tempfile::tempdir().unwrap());
         let losses = [
             setup.train(&small, a.path(), None),
@@ -217,13 +227,16 @@ fn accumulation_equals_the_large_batch() {
 fn gradients_of_micro_batches_sum_to_those_of_the_large_batch() {
     let setup = setup(&["lora.lora_dropout=0.3"]);
     let mut state = setup.state();
-    for site in &mut state.sites {
+    for owner in &mut state.owners {
         // B is zero at first, which would hide the gradients of A and of the posterior.
-        site.b = (site.b.ones_like().unwrap() * 0.02).unwrap();
+        let Value::Tensor(b) = &owner.values[1] else {
+            panic!("B is a matrix");
+        };
+        owner.values[1] = Value::Tensor((b.ones_like().unwrap() * 0.02).unwrap());
     }
-    let drawn = state.draw(3, 7, DrawForm::Collapsed).unwrap();
+    let drawn = state.draw(3, 7, 1.0).unwrap();
     let n_targets = setup.data.batch(&[0, 1, 2, 3, 4, 5]).unwrap().targets.len();
-    let gradients = |batches: &[&[usize]]| -> Vec<SiteGradient> {
+    let gradients = |batches: &[&[usize]]| -> Gradients {
         let mut sum = AdapterGradients::default();
         for rows in batches {
             let batch = setup.data.batch(rows).unwrap();
@@ -257,24 +270,17 @@ fn gradients_of_micro_batches_sum_to_those_of_the_large_batch() {
         drawn.backward(&state, &sum).unwrap()
     };
     let large = gradients(&[&[0, 1, 2, 3, 4, 5]]);
-    let flat = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     for cut in [
         &[&[3][..], &[0, 5], &[1, 2, 4]][..],
         &[&[5, 4], &[3, 2], &[1, 0]],
     ] {
         for (small, large) in gradients(cut).iter().zip(&large) {
-            let pairs = [(&small.a, &large.a), (&small.b, &large.b)];
-            for (x, y) in pairs {
-                let (x, y) = (flat(x), flat(y));
+            assert_eq!(small.len(), 4, "A, B and the variational parameters");
+            for (small, large) in small.iter().zip(large) {
+                let [x, y] = [small, large].map(|v| v.to_format().unwrap().to_f32().unwrap());
                 assert!(y.iter().any(|g| g.abs() > 1e-5), "no gradient to compare");
                 let difference = crate::fixtures::largest_difference(&x, &y);
                 assert!(difference < 1e-6, "{difference}");
-            }
-            let (x, y) = (small.spread.as_ref(), large.spread.as_ref());
-            let (x, y) = (x.unwrap(), y.unwrap());
-            let pairs = x.log_std.iter().zip(&y.log_std);
-            for (x, y) in pairs.chain(x.log_concentration.iter().zip(&y.log_concentration)) {
-                assert!((x - y).abs() < 1e-6, "{x} against {y}");
             }
         }
     }
@@ -386,11 +392,269 @@ fn the_controls_are_what_they_say() {
     let out = tempfile::tempdir().unwrap();
     frozen.train(&frozen.settings(), out.path(), None);
     let adapter = Adapter::read(out.path()).unwrap();
-    for site in &frozen.state().sites {
-        let written = adapter.sites.iter().find(|s| s.name == site.name).unwrap();
+    for owner in &frozen.state().owners {
+        let written = adapter.sites.iter().find(|s| s.name == owner.name).unwrap();
         assert_eq!(
             written.lora_a.to_f32().unwrap(),
-            site.a.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            owner.values[0].to_format().unwrap().to_f32().unwrap()
         );
     }
+}
+
+/// A method that needs everything the door offers: A keeps its initial value and PEFT has no place for it, a gate over the
+/// ranks is shared by all modules, and each step also shrinks the gate without asking the gradient. `A = diag(gate) A_0`.
+#[derive(Debug)]
+struct Gated;
+
+static GATED: Kind = Kind {
+    name: "gated",
+    about: "LoRA with a gate.",
+    metrics: &[],
+    new: |_| Ok(Arc::new(Gated)),
+};
+
+#[derive(Debug)]
+struct GatedDraw {
+    update: Arc<dyn Update>,
+    a: Tensor,
+    gate: Vec<f64>,
+}
+
+fn gated(a: &Tensor, gate: &[f64]) -> candle_core::Result<Tensor> {
+    let gate: Vec<f32> = gate.iter().map(|g| *g as f32).collect();
+    a.broadcast_mul(&Tensor::from_vec(gate, (a.dim(0)?, 1), a.device())?)
+}
+
+impl Drawn for GatedDraw {
+    fn update(&self) -> Arc<dyn Update> {
+        self.update.clone()
+    }
+
+    fn pullback(
+        &self,
+        upstream: &[Tensor],
+        _weight: f64,
+    ) -> monteclora_adapters::Result<Vec<Value>> {
+        let rows = (&upstream[0] * &self.a)?.sum(1)?.to_vec1::<f32>()?;
+        Ok(vec![
+            Value::Tensor(gated(&upstream[0], &self.gate)?),
+            Value::Tensor(upstream[1].clone()),
+            Value::Vector(rows.into_iter().map(f64::from).collect()),
+        ])
+    }
+}
+
+impl Method for Gated {
+    fn kind(&self) -> &'static Kind {
+        &GATED
+    }
+
+    fn parameters(&self, module: &Module) -> Vec<Parameter> {
+        let parameter = |name, group, shape: [usize; 2], peft| Parameter {
+            name,
+            peft,
+            shape: shape.to_vec(),
+            storage: Storage::Tensor,
+            group,
+            reached: None,
+        };
+        let (rank, b) = (module.rank, Some("lora_B.weight"));
+        vec![
+            parameter("basis", Group::Frozen, [rank, module.in_features], None),
+            parameter("lora_B", Group::Output, [module.out_features, rank], b),
+        ]
+    }
+
+    fn initial(&self, module: &Module, key: Key) -> Vec<Vec<f32>> {
+        let a = key.uniforms(Purpose::InitialA, module.rank * module.in_features);
+        let b = key.uniforms(
+            Purpose::InitialVariational,
+            module.rank * module.out_features,
+        );
+        [a, b]
+            .map(|values| values.into_iter().map(|u| 0.1 * u as f32).collect())
+            .into()
+    }
+
+    fn shared(&self, modules: &[Module]) -> Vec<Parameter> {
+        vec![Parameter {
+            name: "gate",
+            peft: None,
+            shape: vec![modules[0].rank],
+            storage: Storage::Vector,
+            group: Group::Weight,
+            reached: Some(0),
+        }]
+    }
+
+    fn initial_shared(&self, modules: &[Module], _key: Key) -> Vec<Vec<f32>> {
+        vec![vec![1.0; modules[0].rank]]
+    }
+
+    fn mean(
+        &self,
+        module: &Module,
+        values: &[&Value],
+    ) -> monteclora_adapters::Result<Arc<dyn Update>> {
+        let [Value::Tensor(a), Value::Tensor(b), Value::Vector(gate)] = values else {
+            panic!("basis, B and the shared gate: {values:?}");
+        };
+        Ok(Arc::new(LowRank {
+            a: gated(a, gate)?,
+            b: b.clone(),
+            scaling: module.scaling,
+        }))
+    }
+
+    fn export(&self, module: &Module, values: &[&Value]) -> monteclora_adapters::Result<Site> {
+        let mean = self.mean(module, values)?;
+        let factors = mean.factors();
+        let matrix = |at: usize| Value::Tensor(factors[at].clone()).to_format();
+        Ok(Site {
+            name: module.name.clone(),
+            rank: module.rank,
+            alpha: module.alpha,
+            scaling: module.scaling,
+            lora_a: matrix(0)?,
+            lora_b: matrix(1)?,
+            posterior: None,
+        })
+    }
+
+    fn draw(
+        &self,
+        module: &Module,
+        values: &[&Value],
+        _noise: &dyn Noise,
+        _weight: f64,
+    ) -> monteclora_adapters::Result<Box<dyn Drawn>> {
+        let update = self.mean(module, values)?;
+        match values {
+            [Value::Tensor(a), _, Value::Vector(gate)] => Ok(Box::new(GatedDraw {
+                update,
+                a: a.clone(),
+                gate: gate.clone(),
+            })),
+            _ => panic!("basis, B and the shared gate"),
+        }
+    }
+
+    fn after_step(
+        &self,
+        owners: &mut [Owner],
+        gradients: &[Vec<Value>],
+        step: Step,
+    ) -> monteclora_adapters::Result<()> {
+        let shared = owners.last_mut().expect("the shared gate");
+        assert_eq!(gradients.last().map(Vec::len), Some(1));
+        let Value::Vector(gate) = &mut shared.values[0] else {
+            panic!("the gate is a vector");
+        };
+        for value in gate {
+            *value = f64::from((*value * (1.0 - 0.01 / (step.index + 1) as f64)) as f32);
+        }
+        Ok(())
+    }
+}
+
+/// What modules share gets the sum of their gradients, which is the slope of the loss; a run of such a method resumes to the
+/// byte, and what it writes is the plain LoRA it computes with.
+#[test]
+fn a_method_may_share_parameters_and_step_without_a_gradient() {
+    let setup = setup(&[
+        "train.save_steps=3",
+        "train.weight_decay=0.1",
+        "lora.method=lora",
+    ]);
+    let state = || {
+        AdapterState::initial(
+            Arc::new(Gated),
+            &setup.adapter_config,
+            &setup.sites,
+            setup.decoder.config(),
+            setup.run.seed,
+            &Device::Cpu,
+        )
+        .unwrap()
+    };
+    let batch = setup.data.batch(&[0, 3]).unwrap();
+    let tokens: Vec<&[u32]> = batch
+        .segments
+        .iter()
+        .map(|(start, len)| &batch.tokens[*start..start + len])
+        .collect();
+    let sequences = Sequences::new(&tokens);
+    let fresh = state();
+    let drawn = fresh.draw(1, 0, 1.0).unwrap();
+    let loss = setup
+        .decoder
+        .loss_and_gradients(
+            &sequences,
+            &batch.targets,
+            &drawn.active,
+            1.0,
+            PassOptions::default(),
+        )
+        .unwrap();
+    let gradients = drawn.backward(&fresh, &loss.gradients.unwrap()).unwrap();
+    assert_eq!(gradients.len(), fresh.modules.len() + 1);
+    let Some([Value::Vector(slopes)]) = gradients.last().map(Vec::as_slice) else {
+        panic!("one gradient of the gate");
+    };
+    for (rank, slope) in slopes.iter().enumerate() {
+        let at = |delta: f64| {
+            let mut moved = state();
+            let Value::Vector(gate) = &mut moved.owners.last_mut().unwrap().values[0] else {
+                panic!("the gate is a vector");
+            };
+            gate[rank] += delta;
+            let mean = moved.mean().unwrap();
+            let loss = setup.decoder.evaluate(&sequences, &batch.targets, &mean);
+            loss.unwrap().total()
+        };
+        let numeric = (at(0.05) - at(-0.05)) / 0.1;
+        let scale = slopes.iter().fold(0f64, |m, v| m.max(v.abs()));
+        assert!((slope - numeric).abs() < 0.02 * scale, "{slope} {numeric}");
+    }
+
+    let settings = setup.settings();
+    let [whole, stopped] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let train = |out: &Path, resume: Option<Checkpoint>| {
+        let trainer = Trainer {
+            model: &setup.decoder,
+            train: &setup.data,
+            valid: None,
+            settings: &settings,
+            adapter_config: &setup.adapter_config,
+            output_dir: out,
+            identity: &Identity::default(),
+            interrupt: Arc::new(AtomicBool::new(false)),
+        };
+        let fresh = Checkpoint::fresh(state(), settings.adamw()).unwrap();
+        trainer.run(resume.unwrap_or(fresh), |_| {}).unwrap();
+    };
+    train(whole.path(), None);
+    let read = Checkpoint::read(
+        &whole.path().join("checkpoint-3"),
+        &state(),
+        settings.adamw(),
+        &Identity::default(),
+        &Device::Cpu,
+    )
+    .unwrap();
+    let Value::Vector(gate) = &read.state.owners.last().unwrap().values[0] else {
+        panic!("the gate is a vector");
+    };
+    assert!(gate.iter().all(|value| *value != 1.0), "{gate:?}");
+    let active = read.state.mean().unwrap();
+    let written = Adapter::read(&whole.path().join("checkpoint-3")).unwrap();
+    for (id, module) in &read.state.modules {
+        let site = written.sites.iter().find(|site| site.name == module.name);
+        let factors = active.get(*id).unwrap().factors();
+        let a = Value::Tensor(factors[0].clone()).to_format().unwrap();
+        let (ours, theirs) = (a.to_f32().unwrap(), site.unwrap().lora_a.to_f32().unwrap());
+        assert_eq!(ours, theirs);
+    }
+    train(stopped.path(), Some(read));
+    assert_eq!(bytes(whole.path()), bytes(stopped.path()));
 }

@@ -1,12 +1,17 @@
 //! Recorded PEFT training runs, step by step: the literal draw, PEFT's objective and AdamW from the recorded values and noise.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use monteclora::model::{ActiveAdapter, Decoder, ModuleId, PassOptions, Sequences};
-use monteclora::train::{AdamW, AdamWSettings, AdapterState, SiteState};
-use monteclora_adapters::{Noise, Objective, Spread};
-use monteclora_converters::{MonteCloraSettings, SafetensorsFile};
+use monteclora::train::{AdamW, AdamWSettings, AdapterState};
+use monteclora_adapters::methods::monteclora::{
+    Form, MonteClora, MonteCloraConfig, Objective, Preset,
+};
+use monteclora_adapters::methods::{Method, Module, Owner, Value, in_loss};
+use monteclora_adapters::noise::{Noise, Purpose};
+use monteclora_converters::SafetensorsFile;
 
 use crate::fixtures::{floats, integers, largest_difference, walk};
 
@@ -39,11 +44,6 @@ impl Recorded {
         .unwrap_or_else(|| panic!("{kind} {site} {leaf}"))
     }
 
-    fn tensor(&self, name: &str) -> Tensor {
-        let shape = self.file.info(name).unwrap().1.to_vec();
-        Tensor::from_vec(floats(&self.file, name), shape, &Device::Cpu).unwrap()
-    }
-
     fn wide(&self, name: &str) -> Vec<f64> {
         floats(&self.file, name)
             .into_iter()
@@ -53,56 +53,95 @@ impl Recorded {
 
     fn state(&self, decoder: &Decoder) -> AdapterState {
         let settings = &self.case["monteclora_config"];
-        let (r, alpha) = (
-            self.case["r"].as_f64().unwrap(),
+        let (rank, alpha) = (
+            self.case["r"].as_u64().unwrap() as usize,
             self.case["lora_alpha"].as_f64().unwrap(),
         );
-        let sites = ModuleId::all(decoder.config())
-            .map(|(id, module)| (id, module.name))
-            .filter(|(_, name)| {
+        let method: Arc<dyn Method> = Arc::new(MonteClora(MonteCloraConfig {
+            objective: Objective::Peft,
+            num_samples: settings["num_samples"].as_u64().unwrap() as usize,
+            sample_scaler: settings["sample_scaler"].as_f64().unwrap(),
+            kl_loss_weight: settings["kl_loss_weight"].as_f64().unwrap(),
+            dirichlet_prior: settings["dirichlet_prior"].as_f64().unwrap(),
+            use_entropy: settings["use_entropy"].as_bool().unwrap(),
+            form: Form::Literal,
+            ..MonteCloraConfig::preset(Preset::Peft)
+        }));
+        let modules: Vec<(ModuleId, Module)> = ModuleId::all(decoder.config())
+            .filter(|(_, module)| {
+                let name = &module.name;
                 self.file
                     .names()
                     .any(|n| n.starts_with("init.") && n.contains(&format!("{name}.lora_A")))
             })
-            .map(|(id, name)| {
-                let [a, b, s, theta] = self.names("init", &name);
-                SiteState {
-                    id,
+            .map(|(id, module)| {
+                let module = Module {
+                    name: module.name,
+                    in_features: module.in_features,
+                    out_features: module.out_features,
+                    rank,
                     alpha,
-                    scaling: alpha / r,
-                    a: self.tensor(&a),
-                    b: self.tensor(&b),
-                    spread: Some(Spread {
-                        log_std: self.wide(&s),
-                        log_concentration: self.wide(&theta),
-                    }),
-                    name,
+                    scaling: alpha / rank as f64,
+                };
+                (id, module)
+            })
+            .collect();
+        let owners = modules
+            .iter()
+            .map(|(_, module)| {
+                let parameters = method.parameters(module);
+                let names = self.names("init", &module.name);
+                let values = parameters.iter().zip(names).map(|(parameter, name)| {
+                    let values = floats(&self.file, &name);
+                    Value::new(parameter.storage, &parameter.shape, values, &Device::Cpu).unwrap()
+                });
+                Owner {
+                    name: module.name.clone(),
+                    values: values.collect(),
+                    parameters,
                 }
             })
             .collect();
         AdapterState {
-            sites,
-            settings: Some(MonteCloraSettings {
-                num_samples: settings["num_samples"].as_u64().unwrap() as usize,
-                sample_scaler: settings["sample_scaler"].as_f64().unwrap(),
-                kl_loss_weight: settings["kl_loss_weight"].as_f64().unwrap(),
-                dirichlet_prior: settings["dirichlet_prior"].as_f64().unwrap(),
-                use_entropy: settings["use_entropy"].as_bool().unwrap(),
-                ..MonteCloraSettings::default()
-            }),
-            objective: Objective::Peft,
+            method,
+            modules,
+            owners,
+        }
+    }
+}
+
+/// The recorded noise of one module at one step. Of the Wishart draw only the diagonal is recorded and used: one normal a row
+/// whose square it is.
+struct RecordedNoise<'a> {
+    recorded: &'a Recorded,
+    prefix: String,
+    module: String,
+}
+
+impl RecordedNoise<'_> {
+    fn name(&self, leaf: &str) -> String {
+        self.recorded.name(&self.prefix, &self.module, leaf)
+    }
+}
+
+impl Noise for RecordedNoise<'_> {
+    fn normals(&self, purpose: Purpose, count: usize) -> Vec<f64> {
+        match purpose {
+            Purpose::Mixture => self.recorded.wide(&self.name("z_dirichlet")),
+            Purpose::Wishart => {
+                let rank = count.isqrt();
+                let wishart = self.recorded.wide(&self.name("z_wishart"));
+                let diagonal = |at: usize| at.is_multiple_of(rank + 1);
+                let normal = |(at, w): (usize, &f64)| if diagonal(at) { w.sqrt() } else { 0.0 };
+                wishart.iter().enumerate().map(normal).collect()
+            }
+            other => panic!("{other:?} is not drawn in training"),
         }
     }
 
-    fn noise(&self, step: usize, site: &SiteState) -> Noise {
-        let rank = site.a.dims()[0];
-        let name = |leaf: &str| self.name(&format!("noise.{step}"), &site.name, leaf);
-        let wishart = self.wide(&name("z_wishart"));
-        Noise::Literal {
-            gaussian: floats(&self.file, &name("z_mvn")),
-            wishart_diagonal: (0..rank).map(|k| wishart[k * rank + k]).collect(),
-            mixture: self.wide(&name("z_dirichlet")),
-        }
+    fn normals_f32(&self, purpose: Purpose, _count: usize) -> Vec<f32> {
+        assert_eq!(purpose, Purpose::Gaussian);
+        floats(&self.recorded.file, &self.name("z_mvn"))
     }
 }
 
@@ -115,12 +154,8 @@ fn close(what: &str, ours: &[f32], expected: &[f32], tolerance: f64) {
     );
 }
 
-fn flat(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-fn narrow(values: &[f64]) -> Vec<f32> {
-    values.iter().map(|v| *v as f32).collect()
+fn flat(value: &Value) -> Vec<f32> {
+    value.to_format().unwrap().to_f32().unwrap()
 }
 
 fn replay(dir: &Path) {
@@ -153,12 +188,16 @@ fn replay(dir: &Path) {
     }
     let losses = floats(&recorded.file, "losses_task_reg_total");
     let mut state = recorded.state(&decoder);
-    assert!(!state.sites.is_empty());
+    assert!(!state.modules.is_empty());
     let mut optimizer = AdamW::new(AdamWSettings::default(), &state).unwrap();
     let scale = 1.0 / targets.len() as f64;
     for (step, expected) in losses.chunks_exact(3).enumerate() {
         let drawn = state
-            .draw_with(|site, _| Ok(recorded.noise(step, site)))
+            .draw_with(1.0, |module| RecordedNoise {
+                recorded: &recorded,
+                prefix: format!("noise.{step}"),
+                module: module.name.clone(),
+            })
             .unwrap();
         let loss = decoder
             .loss_and_gradients(
@@ -169,7 +208,9 @@ fn replay(dir: &Path) {
                 PassOptions::default(),
             )
             .unwrap();
-        let (task, regulariser) = (loss.total() * scale, drawn.regulariser().total());
+        let metrics = drawn.metrics(&state);
+        let regulariser = in_loss(state.method.kind().metrics, &metrics);
+        let task = loss.total() * scale;
         for (ours, theirs) in [task, regulariser, task + regulariser]
             .into_iter()
             .zip(expected)
@@ -183,37 +224,27 @@ fn replay(dir: &Path) {
             .backward(&state, loss.gradients.as_ref().unwrap())
             .unwrap();
         if step == 0 {
-            for (site, gradient) in state.sites.iter().zip(&gradients) {
-                let spread = gradient.spread.as_ref().unwrap();
-                let ours = [
-                    flat(&gradient.a),
-                    flat(&gradient.b),
-                    narrow(&spread.log_std),
-                    narrow(&spread.log_concentration),
-                ];
-                for (name, ours) in recorded.names("grad0", &site.name).iter().zip(ours) {
-                    close(name, &ours, &floats(&recorded.file, name), 1e-3);
+            for (owner, gradient) in state.owners.iter().zip(&gradients) {
+                for (name, ours) in recorded.names("grad0", &owner.name).iter().zip(gradient) {
+                    close(name, &flat(ours), &floats(&recorded.file, name), 1e-3);
                 }
             }
         }
         optimizer.step(&mut state, &gradients, 1e-2, 1e-2).unwrap();
     }
-    for site in &state.sites {
-        let spread = site.spread.as_ref().unwrap();
-        let ours = [
-            flat(&site.a),
-            flat(&site.b),
-            narrow(&spread.log_std),
-            narrow(&spread.log_concentration),
-        ];
-        for (name, ours) in recorded.names("final", &site.name).iter().zip(ours) {
-            let difference = largest_difference(&ours, &floats(&recorded.file, name));
+    for owner in &state.owners {
+        for (name, ours) in recorded
+            .names("final", &owner.name)
+            .iter()
+            .zip(&owner.values)
+        {
+            let difference = largest_difference(&flat(ours), &floats(&recorded.file, name));
             assert!(difference < 1e-3, "{name}: {difference}");
         }
     }
-    let mean: ActiveAdapter = state.mean();
+    let mean: ActiveAdapter = state.mean().unwrap();
     let difference = largest_difference(
-        &flat(&decoder.logits(&sequences, &mean).unwrap()),
+        &flat(&Value::Tensor(decoder.logits(&sequences, &mean).unwrap())),
         &floats(&recorded.file, "final_logits"),
     );
     assert!(difference < 1e-3, "final logits differ by {difference}");

@@ -1,8 +1,10 @@
 //! Defaults, presets, overrides, and every refusal word for word.
 
+use monteclora_adapters::methods::monteclora::{Form, Objective};
+
 use super::*;
 use crate::{
-    config::run::{DataFormat, DtypeChoice, LrSchedulerType, Objective, Preset, Report},
+    config::run::{DataFormat, DtypeChoice, LrSchedulerType, Report},
     data::{Overlong, TrainOn},
 };
 
@@ -235,6 +237,7 @@ fn presets_give_way_to_explicit_keys() {
             dirichlet_prior: 0.1,
             use_entropy: false,
             kl_warmup_ratio: 0.0,
+            form: Form::Collapsed,
         }
     );
     let paper = MonteCloraConfig::preset(Preset::Paper);

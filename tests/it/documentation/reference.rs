@@ -3,9 +3,13 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use monteclora_adapters::methods::{Kind, METHODS};
 use serde_json::Value;
 
 use super::docs;
+
+/// The type whose values are the registry of methods.
+const METHOD: &str = "Method";
 
 /// A field of a structure or a variant of an enumeration.
 struct Item {
@@ -16,6 +20,14 @@ struct Item {
 
 /// The fields (`pub name: Type,`) or variants (`Name,`, `Name(Type),`) of `name`, with their documentation and serde names.
 fn items(sources: &[&str], name: &str) -> Vec<Item> {
+    if name == METHOD {
+        let item = |kind: &&Kind| Item {
+            name: kind.name.to_owned(),
+            kind: String::new(),
+            text: kind.about.to_owned(),
+        };
+        return METHODS.iter().map(item).collect();
+    }
     let (source, start) = sources
         .iter()
         .find_map(|source| {
@@ -120,10 +132,8 @@ fn words(sources: &[&str], kind: &str) -> String {
 }
 
 fn is_enumeration(sources: &[&str], kind: &str) -> bool {
-    kind != "ModuleSelection"
-        && sources
-            .iter()
-            .any(|source| source.contains(&format!("pub enum {kind} {{")))
+    let defined = |source: &&str| source.contains(&format!("pub enum {kind} {{"));
+    kind == METHOD || (kind != "ModuleSelection" && sources.iter().any(defined))
 }
 
 /// Rustdoc's links as plain code, and a table's separator kept apart.
@@ -270,6 +280,7 @@ fn the_configuration_reference_is_that_of_the_code() {
         ),
         sources: &[
             include_str!("../../../src/config/run.rs"),
+            include_str!("../../../adapters/src/methods/monteclora.rs"),
             include_str!("../../../src/data/example.rs"),
         ],
         sections: vec![

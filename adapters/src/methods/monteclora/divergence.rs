@@ -1,6 +1,7 @@
 //! Divergences from the priors, and the objective that weighs them.
 //!
-//! `exact` holds the true divergences; `peft` holds PEFT 0.21's formulas, kept for parity and computed in differences of
+//! The objective `exact` holds the true divergences, the Gaussian one in expectation over the Wishart draw; `peft` holds PEFT
+//! 0.21's formulas, a wrong sign and the sampled covariance among them, kept for parity and computed in differences of
 //! log-gamma, so that they stay finite for every `num_samples`.
 
 use special::Gamma;
@@ -8,27 +9,17 @@ use statrs::function::gamma::{digamma, ln_gamma};
 
 /// A scalar and its gradient with respect to one vector of parameters.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Term {
+pub(super) struct Term {
     /// Value in nats.
-    pub value: f64,
+    pub(super) value: f64,
     /// Gradient, one entry a parameter.
-    pub gradient: Vec<f64>,
-}
-
-/// Which formulas the divergences follow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Objective {
-    /// True divergences, the Gaussian one in expectation over the Wishart draw.
-    #[default]
-    Exact,
-    /// PEFT 0.21's formulas: a wrong sign in the Dirichlet term, and the Gaussian term at the sampled covariance.
-    Peft,
+    pub(super) gradient: Vec<f64>,
 }
 
 /// `KL(Dir(exp theta) || Dir(prior 1))` and its gradient with respect to `theta`, `[N]`.
 ///
 /// `ln G(S) - sum ln G(a_i) - ln G(N a0) + N ln G(a0) + sum (a_i - a0)(psi(a_i) - psi(S))` with `a = exp theta`, `S = sum a`.
-pub fn dirichlet_kl(theta: &[f64], prior: f64) -> Term {
+pub(super) fn dirichlet_kl(theta: &[f64], prior: f64) -> Term {
     let n = theta.len() as f64;
     let alpha: Vec<f64> = theta.iter().map(|t| t.exp()).collect();
     let total: f64 = alpha.iter().sum();
@@ -48,7 +39,7 @@ pub fn dirichlet_kl(theta: &[f64], prior: f64) -> Term {
 
 /// PEFT's Dirichlet term: the divergence with the sign of `sum (ln G(a_i) - ln G(a0))` reversed, so
 /// `KL + 2 sum (ln G(a_i) - ln G(a0))`. It can be negative.
-pub fn dirichlet_peft(theta: &[f64], prior: f64) -> Term {
+pub(super) fn dirichlet_peft(theta: &[f64], prior: f64) -> Term {
     let mut term = dirichlet_kl(theta, prior);
     for (t, gradient) in theta.iter().zip(&mut term.gradient) {
         let alpha = t.exp();
@@ -59,7 +50,7 @@ pub fn dirichlet_peft(theta: &[f64], prior: f64) -> Term {
 }
 
 /// `KL(W_r(diag exp 2s, r) || W_r(I, r)) = r/2 sum_k (exp(2 s_k) - 2 s_k - 1)` and its gradient with respect to `s`, `[r]`.
-pub fn wishart_kl(log_std: &[f64]) -> Term {
+pub(super) fn wishart_kl(log_std: &[f64]) -> Term {
     let r = log_std.len() as f64;
     Term {
         value: 0.5
@@ -79,7 +70,7 @@ pub fn wishart_kl(log_std: &[f64]) -> Term {
 /// `N/2 sum_k (r exp(2 s_k) - 2 s_k - psi(r/2) - ln 2 - 1)`.
 ///
 /// Its minimum is `N r/2 (ln(r/2) - psi(r/2))`, at `exp(2 s) = 1/r`.
-pub fn expected_gaussian_kl(log_std: &[f64], num_samples: usize) -> Term {
+pub(super) fn expected_gaussian_kl(log_std: &[f64], num_samples: usize) -> Term {
     let r = log_std.len() as f64;
     let half_n = 0.5 * num_samples as f64;
     let constant = digamma(0.5 * r) + std::f64::consts::LN_2 + 1.0;
@@ -98,7 +89,7 @@ pub fn expected_gaussian_kl(log_std: &[f64], num_samples: usize) -> Term {
 
 /// PEFT's Gaussian term at the drawn diagonal covariance, `N/2 sum_k (Sigma_kk - ln Sigma_kk - 1)`, and its gradient with
 /// respect to `Sigma_kk`, `[r]`.
-pub fn sampled_gaussian_kl(covariance: &[f64], num_samples: usize) -> Term {
+pub(super) fn sampled_gaussian_kl(covariance: &[f64], num_samples: usize) -> Term {
     let half_n = 0.5 * num_samples as f64;
     Term {
         value: half_n * covariance.iter().map(|c| c - c.ln() - 1.0).sum::<f64>(),
@@ -202,7 +193,7 @@ mod tests {
     /// The expected Gaussian term against its Monte Carlo mean over chi-square draws, within five standard errors.
     #[test]
     fn expectation_matches_sampling() {
-        use crate::noise::{Key, Purpose};
+        use crate::noise::{Key, Noise, Purpose};
         let s = [0.3f64, -0.4, 0.1, 0.6];
         let draws = 20_000;
         let normals = Key::new(5, "mc", 0).normals(Purpose::Wishart, draws * 16);

@@ -1,19 +1,21 @@
 //! The draw and its gradients against PEFT's recorded numbers, and the fast draw against the literal one.
 
-#[path = "../../tests/it/fixtures/walk.rs"]
+#[path = "../../../../tests/it/fixtures/walk.rs"]
 mod walk;
 
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use monteclora_converters::{MonteCloraSettings, SafetensorsFile};
+use monteclora_converters::SafetensorsFile;
 
+use super::draw::{Draw, Gaussian, StandardNoise};
+use super::{Form, MonteCloraConfig, Objective};
+use crate::Result;
 use crate::noise::Key;
-use crate::{Draw, Noise, Objective, Regulariser, Result, Spread};
 
 struct Case {
     file: SafetensorsFile,
-    settings: MonteCloraSettings,
+    settings: MonteCloraConfig,
 }
 
 impl Case {
@@ -39,13 +41,13 @@ impl Case {
             .expect("its settings");
         Self {
             file: SafetensorsFile::open(path).expect("a readable case"),
-            settings: MonteCloraSettings {
+            settings: MonteCloraConfig {
                 num_samples: case["num_samples"].as_u64().expect("num_samples") as usize,
                 sample_scaler: case["sample_scaler"].as_f64().expect("sample_scaler"),
                 kl_loss_weight: case["kl_loss_weight"].as_f64().expect("kl_loss_weight"),
                 dirichlet_prior: case["dirichlet_prior"].as_f64().expect("dirichlet_prior"),
                 use_entropy: case["use_entropy"].as_bool().expect("use_entropy"),
-                ..MonteCloraSettings::default()
+                ..MonteCloraConfig::default()
             },
         }
     }
@@ -83,22 +85,25 @@ impl Case {
 #[test]
 fn every_sampler_case_is_reproduced() -> Result<()> {
     for case in Case::all() {
-        let spread = Spread {
-            log_std: case.wide("std_prior"),
-            log_concentration: case.wide("expert_weights_prior"),
+        let (log_std, log_concentration) =
+            (case.wide("std_prior"), case.wide("expert_weights_prior"));
+        let rank = log_std.len();
+        let draw = |objective, weight| {
+            let noise = StandardNoise {
+                gaussian: Gaussian::Literal(case.values("z_mvn")),
+                chi_square: diagonal(&case.wide("z_wishart"), rank),
+                mixture: case.wide("z_dirichlet"),
+            };
+            let settings = MonteCloraConfig {
+                objective,
+                ..case.settings.clone()
+            };
+            let at = (&log_std[..], &log_concentration[..]);
+            Draw::new(&settings, weight, &case.tensor("lora_A"), at, noise)
         };
-        let rank = spread.log_std.len();
-        let noise = Noise::Literal {
-            gaussian: case.values("z_mvn"),
-            wishart_diagonal: diagonal(&case.wide("z_wishart"), rank),
-            mixture: case.wide("z_dirichlet"),
-        };
-        let draw = Draw::new(
-            &case.tensor("lora_A"),
-            &spread,
-            case.settings.sample_scaler,
-            noise,
-        )?;
+        let exact = draw(Objective::Exact, 1.0)?;
+        let peft = draw(Objective::Peft, 1.0)?;
+        let draw = &exact;
         case.assert_close("expert_weights", &draw.mixture.weights);
         assert_eq!(case.wide("gaussian_var").len(), rank * rank);
         let variance = diagonal(&case.wide("gaussian_var"), rank);
@@ -114,25 +119,19 @@ fn every_sampler_case_is_reproduced() -> Result<()> {
             .collect();
         case.assert_close("effective_A", &effective);
 
-        let none = Regulariser::new(&draw, &spread, &case.settings, Objective::Exact);
-        let from_upstream = draw.backward(Some(&case.tensor("upstream")), &none, 0.0)?;
-        case.assert_close("grad_std_from_upstream", &from_upstream.log_std);
-        case.assert_close(
-            "grad_weights_from_upstream",
-            &from_upstream.log_concentration,
-        );
+        let (log_std, log_concentration) = draw.backward(Some(&case.tensor("upstream")), 0.0)?;
+        case.assert_close("grad_std_from_upstream", &log_std);
+        case.assert_close("grad_weights_from_upstream", &log_concentration);
 
-        let peft = Regulariser::new(&draw, &spread, &case.settings, Objective::Peft);
         case.assert_close("dirichlet_kl_peft", &[peft.dirichlet]);
         case.assert_close("wishart_kl", &[peft.wishart]);
         case.assert_close("gaussian_kl", &[peft.gaussian]);
         case.assert_close("weighted_kl", &[peft.weighted_kl]);
         case.assert_close("sum_of_squares", &[peft.sum_of_squares]);
-        let from_loss = draw.backward(None, &peft, 1.0)?;
-        case.assert_close("grad_std_from_loss", &from_loss.log_std);
-        case.assert_close("grad_weights_from_loss", &from_loss.log_concentration);
+        let (log_std, log_concentration) = peft.backward(None, 1.0)?;
+        case.assert_close("grad_std_from_loss", &log_std);
+        case.assert_close("grad_weights_from_loss", &log_concentration);
 
-        let exact = Regulariser::new(&draw, &spread, &case.settings, Objective::Exact);
         case.assert_close("dirichlet_kl_true", &[exact.dirichlet]);
     }
     Ok(())
@@ -146,21 +145,22 @@ fn diagonal(matrix: &[f64], n: usize) -> Vec<f64> {
 #[test]
 fn collapsed_reference_vector() -> Result<()> {
     let (rank, in_features) = (2, 3);
-    let spread = Spread {
-        log_std: vec![0.25, 0.75],
-        log_concentration: vec![0.1, 0.5, 0.9],
-    };
     let eps: Vec<f32> = (0..6).map(|i| ((i % 5) as f32 - 2.0) / 2.0).collect();
     let gaussian = Tensor::from_vec(eps, (in_features, rank), &Device::Cpu)?
         .t()?
         .contiguous()?;
-    let noise = Noise::Collapsed {
-        gaussian,
+    let noise = StandardNoise {
+        gaussian: Gaussian::Collapsed(gaussian),
         chi_square: vec![1.5, 2.5],
         mixture: vec![0.3, -0.6, 0.9],
     };
     let zero = Tensor::zeros((rank, in_features), candle_core::DType::F32, &Device::Cpu)?;
-    let draw = Draw::new(&zero, &spread, 0.01, noise)?;
+    let settings = MonteCloraConfig {
+        sample_scaler: 0.01,
+        ..MonteCloraConfig::default()
+    };
+    let at = (&[0.25, 0.75][..], &[0.1, 0.5, 0.9][..]);
+    let draw = Draw::new(&settings, 1.0, &zero, at, noise)?;
     let delta = draw
         .effective_a
         .t()?
@@ -181,66 +181,50 @@ fn collapsed_reference_vector() -> Result<()> {
     Ok(())
 }
 
-fn small_spread() -> Spread {
-    Spread {
-        log_std: vec![0.3, -0.2, 0.6],
-        log_concentration: vec![0.2, 0.9, -0.4, 0.5],
-    }
-}
+/// `s` and `theta` of a module of rank 3 with 4 components.
+const SMALL: [f64; 7] = [0.3, -0.2, 0.6, 0.2, 0.9, -0.4, 0.5];
 
-fn noise(form: &str, key: Key, like: &Tensor) -> Result<Noise> {
-    match form {
-        "collapsed" => Noise::collapsed(key, 3, 2, 4, like),
-        _ => Ok(Noise::literal(key, 3, 2, 4)),
-    }
+fn small_draw(settings: &MonteCloraConfig, at: &[f64], key: Key) -> Result<Draw> {
+    let a = Tensor::zeros((3, 2), candle_core::DType::F32, &Device::Cpu)?;
+    let noise = StandardNoise::new(settings.form, &key, 4, &a)?;
+    Draw::new(settings, 1.0, &a, at.split_at(3), noise)
 }
 
 #[test]
 fn gradients_of_both_forms_are_finite_differences() -> Result<()> {
-    let a = Tensor::zeros((3, 2), candle_core::DType::F32, &Device::Cpu)?;
     let upstream = Tensor::new(&[[0.5f32, -1.0], [2.0, 0.3], [-0.7, 1.1]], &Device::Cpu)?;
-    let settings = MonteCloraSettings {
-        num_samples: 4,
-        kl_loss_weight: 1e-3,
-        dirichlet_prior: 0.5,
-        use_entropy: true,
-        ..MonteCloraSettings::default()
-    };
-    for form in ["collapsed", "literal"] {
+    for form in [Form::Collapsed, Form::Literal] {
         for objective in [Objective::Exact, Objective::Peft] {
-            let loss = |spread: &Spread| -> Result<(f64, Draw, Regulariser)> {
-                let noise = noise(form, Key::new(3, "site", 1), &a)?;
-                let draw = Draw::new(&a, spread, 0.5, noise)?;
-                let regulariser = Regulariser::new(&draw, spread, &settings, objective);
+            let settings = MonteCloraConfig {
+                objective,
+                form,
+                num_samples: 4,
+                sample_scaler: 0.5,
+                kl_loss_weight: 1e-3,
+                dirichlet_prior: 0.5,
+                use_entropy: true,
+                ..MonteCloraConfig::default()
+            };
+            let loss = |at: &[f64]| -> Result<f64> {
+                let draw = small_draw(&settings, at, Key::new(3, "site", 1))?;
                 let task = (&draw.effective_a * &upstream)?
                     .flatten_all()?
                     .to_vec1::<f32>()?;
                 let task: f64 = task.into_iter().map(f64::from).sum();
-                Ok((task + 0.25 * regulariser.total(), draw, regulariser))
+                Ok(task + 0.25 * (draw.weighted_kl + draw.sum_of_squares))
             };
-            let spread = small_spread();
-            let (_, draw, regulariser) = loss(&spread)?;
-            let gradient = draw.backward(Some(&upstream), &regulariser, 0.25)?;
-            let numeric = |move_by: &dyn Fn(&mut Spread, f64)| -> Result<f64> {
-                let at = |delta: f64| -> Result<f64> {
-                    let mut moved = spread.clone();
-                    move_by(&mut moved, delta);
-                    Ok(loss(&moved)?.0)
+            let draw = small_draw(&settings, &SMALL, Key::new(3, "site", 1))?;
+            let (log_std, log_concentration) = draw.backward(Some(&upstream), 0.25)?;
+            for (k, ours) in log_std.iter().chain(&log_concentration).enumerate() {
+                let moved = |delta: f64| {
+                    let mut at = SMALL;
+                    at[k] += delta;
+                    loss(&at)
                 };
-                Ok((at(1e-3)? - at(-1e-3)?) / 2e-3)
-            };
-            for (k, ours) in gradient.log_std.iter().enumerate() {
-                let expected = numeric(&|s, delta| s.log_std[k] += delta)?;
+                let expected = (moved(1e-3)? - moved(-1e-3)?) / 2e-3;
                 assert!(
                     (ours - expected).abs() < 2e-3,
-                    "{form} {objective:?} s[{k}]: {ours} {expected}"
-                );
-            }
-            for (n, ours) in gradient.log_concentration.iter().enumerate() {
-                let expected = numeric(&|s, delta| s.log_concentration[n] += delta)?;
-                assert!(
-                    (ours - expected).abs() < 2e-3,
-                    "{form} {objective:?} theta[{n}]: {ours} {expected}"
+                    "{form:?} {objective:?} [{k}]: {ours} {expected}"
                 );
             }
         }
@@ -252,18 +236,16 @@ fn gradients_of_both_forms_are_finite_differences() -> Result<()> {
 /// norm over 6,000 independent draws each, at the 0.1 % level, so a correct pair fails in 0.3 % of seeds; this one was not chosen.
 #[test]
 fn fast_and_literal_draw_have_the_same_law() -> Result<()> {
-    let a = Tensor::zeros((3, 2), candle_core::DType::F32, &Device::Cpu)?;
-    let spread = small_spread();
     let n = 6000;
-    let statistics = |form: &str, seed: u64| -> Result<[Vec<f64>; 3]> {
+    let statistics = |form: Form, seed: u64| -> Result<[Vec<f64>; 3]> {
+        let settings = MonteCloraConfig {
+            form,
+            sample_scaler: 1.0,
+            ..MonteCloraConfig::default()
+        };
         let mut collected = [Vec::new(), Vec::new(), Vec::new()];
         for step in 0..n {
-            let draw = Draw::new(
-                &a,
-                &spread,
-                1.0,
-                noise(form, Key::new(seed, "law", step), &a)?,
-            )?;
+            let draw = small_draw(&settings, &SMALL, Key::new(seed, "law", step))?;
             let v: Vec<f64> = draw
                 .effective_a
                 .flatten_all()?
@@ -277,7 +259,10 @@ fn fast_and_literal_draw_have_the_same_law() -> Result<()> {
         }
         Ok(collected)
     };
-    let (fast, literal) = (statistics("collapsed", 1)?, statistics("literal", 2)?);
+    let (fast, literal) = (
+        statistics(Form::Collapsed, 1)?,
+        statistics(Form::Literal, 2)?,
+    );
     for (index, (mut x, mut y)) in fast.into_iter().zip(literal).enumerate() {
         x.sort_by(f64::total_cmp);
         y.sort_by(f64::total_cmp);

@@ -10,14 +10,14 @@ const FLOOR: f64 = 1e-6;
 /// `pi = softmax(mu + sqrt(d) * z)`: the Laplace approximation of a Dirichlet (Srivastava and Sutton 2017, arXiv:1703.01488,
 /// eq. 5) with its diagonal covariance, as PEFT 0.21 draws it.
 #[derive(Debug, Clone)]
-pub struct MixtureWeights {
+pub(super) struct MixtureWeights {
     alpha: Vec<f64>,
     clipped: Vec<bool>,
     variance: Vec<f64>,
     variance_clipped: Vec<bool>,
     noise: Vec<f64>,
     /// The weights `pi`, `[N]`, positive, summing to one.
-    pub weights: Vec<f64>,
+    pub(super) weights: Vec<f64>,
 }
 
 impl MixtureWeights {
@@ -25,7 +25,7 @@ impl MixtureWeights {
     ///
     /// # Panics
     /// Never: slices of different length are cut to the shorter one by the caller's checks.
-    pub fn draw(theta: &[f64], noise: &[f64]) -> Self {
+    pub(super) fn draw(theta: &[f64], noise: &[f64]) -> Self {
         let n = theta.len() as f64;
         let alpha: Vec<f64> = theta.iter().map(|t| t.exp().max(FLOOR)).collect();
         let clipped = theta.iter().map(|t| t.exp() < FLOOR).collect();
@@ -53,12 +53,12 @@ impl MixtureWeights {
     }
 
     /// The norm `||pi||_2` of the weights.
-    pub fn norm(&self) -> f64 {
+    pub(super) fn norm(&self) -> f64 {
         self.weights.iter().map(|w| w * w).sum::<f64>().sqrt()
     }
 
     /// Vector-Jacobian product: gradient with respect to `theta`, `[N]`, for a gradient `upstream` on the weights, `[N]`.
-    pub fn backward(&self, upstream: &[f64]) -> Vec<f64> {
+    pub(super) fn backward(&self, upstream: &[f64]) -> Vec<f64> {
         let n = self.weights.len() as f64;
         let inner: f64 = self.weights.iter().zip(upstream).map(|(w, u)| w * u).sum();
         let logits: Vec<f64> = self

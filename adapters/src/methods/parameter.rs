@@ -1,0 +1,242 @@
+//! Named parameters and their values.
+
+use candle_core::{Device, Tensor};
+use monteclora_converters::{self as formats, Site};
+
+use crate::error::Result;
+use crate::linalg::on_cpu;
+
+/// Which learning rate and which decay a parameter has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// Not moved by the optimiser.
+    Frozen,
+    /// The learning rate and the weight decay as they are.
+    Weight,
+    /// The learning rate times LoRA+'s ratio.
+    Output,
+    /// The variational parameters' rate, without decay, which would pull them to an arbitrary value.
+    Variational,
+}
+
+/// How a parameter is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// A tensor of float32, on the device.
+    Tensor,
+    /// A few numbers in double precision on the host, rounded to float32 after every update, so that a file holds them exactly.
+    Vector,
+}
+
+/// A named parameter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Parameter {
+    /// Its name within its owner, as checkpoints have it.
+    pub name: &'static str,
+    /// PEFT's name of its tensor below the module; none where an adapter's files have no place for it.
+    pub peft: Option<&'static str>,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// How it is held.
+    pub storage: Storage,
+    /// How it is moved.
+    pub group: Group,
+    /// The step, 0 or 1, by which a gradient must have reached it, or training is silently wrong; none where zero is a
+    /// gradient like others. A factor behind one that starts at zero is reached at the second step.
+    pub reached: Option<u64>,
+}
+
+impl Parameter {
+    /// Number of its values.
+    pub fn n_values(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// The value, a moment or the gradient of a parameter.
+#[derive(Debug, Clone)]
+pub enum Value {
+    /// Of one held as [`Storage::Tensor`].
+    Tensor(Tensor),
+    /// Of one held as [`Storage::Vector`].
+    Vector(Vec<f64>),
+}
+
+impl Value {
+    /// `values` of `shape` held as `storage`.
+    pub fn new(
+        storage: Storage,
+        shape: &[usize],
+        values: Vec<f32>,
+        device: &Device,
+    ) -> Result<Self> {
+        Ok(match storage {
+            Storage::Tensor => {
+                Self::Tensor(Tensor::from_vec(values, shape, &Device::Cpu)?.to_device(device)?)
+            }
+            Storage::Vector => Self::Vector(values.into_iter().map(f64::from).collect()),
+        })
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> Vec<usize> {
+        match self {
+            Self::Tensor(tensor) => tensor.dims().to_vec(),
+            Self::Vector(values) => vec![values.len()],
+        }
+    }
+
+    /// Zeros of the same form.
+    pub fn zeros_like(&self) -> Result<Self> {
+        Ok(match self {
+            Self::Tensor(tensor) => Self::Tensor(tensor.zeros_like()?),
+            Self::Vector(values) => Self::Vector(vec![0.0; values.len()]),
+        })
+    }
+
+    /// The sum with another of the same form.
+    pub fn plus(&self, other: &Self) -> Result<Self> {
+        Ok(match (self, other) {
+            (Self::Tensor(a), Self::Tensor(b)) => Self::Tensor((a + b)?),
+            (Self::Vector(a), Self::Vector(b)) => {
+                Self::Vector(a.iter().zip(b).map(|(a, b)| a + b).collect())
+            }
+            _ => return Err(unlike(&self.shape(), &other.shape())),
+        })
+    }
+
+    /// `factor` times it.
+    pub fn scaled(&self, factor: f64) -> Result<Self> {
+        Ok(match self {
+            Self::Tensor(tensor) => Self::Tensor((tensor * factor)?),
+            Self::Vector(values) => Self::Vector(values.iter().map(|v| v * factor).collect()),
+        })
+    }
+
+    /// Whether every entry is finite.
+    pub fn is_finite(&self) -> Result<bool> {
+        let tensor = match self {
+            Self::Tensor(tensor) => tensor,
+            Self::Vector(values) => return Ok(values.iter().all(|v| v.is_finite())),
+        };
+        let fast = on_cpu([tensor], |[values]| values.iter().all(|v| v.is_finite()))?;
+        match fast {
+            Some(finite) => Ok(finite),
+            // An infinite or missing value makes this product NaN.
+            None => Ok(tensor
+                .zeros_like()?
+                .mul(tensor)?
+                .sum_all()?
+                .to_scalar::<f32>()?
+                == 0.0),
+        }
+    }
+
+    /// Largest magnitude of an entry.
+    pub fn largest(&self) -> Result<f64> {
+        Ok(match self {
+            Self::Tensor(tensor) => {
+                let largest = tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+                f64::from(largest)
+            }
+            Self::Vector(values) => values.iter().fold(0.0, |largest, v| v.abs().max(largest)),
+        })
+    }
+
+    /// As converters take it, in float32.
+    pub fn to_format(&self) -> Result<formats::Tensor> {
+        let values = match self {
+            Self::Tensor(tensor) => tensor.flatten_all()?.to_vec1::<f32>()?,
+            Self::Vector(values) => values.iter().map(|v| *v as f32).collect(),
+        };
+        Ok(formats::Tensor::from_f32(&self.shape(), values)?)
+    }
+}
+
+/// What a method gets that was not given the values of its own parameters.
+pub(super) fn unlike(expected: &[usize], found: &[usize]) -> crate::Error {
+    crate::Error::Shape {
+        what: "the parameters of a module".to_owned(),
+        expected: expected.to_vec(),
+        found: found.to_vec(),
+    }
+}
+
+/// The parameters of one module, or those that all share.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    /// The module's path, or `shared`.
+    pub name: String,
+    /// What they are.
+    pub parameters: Vec<Parameter>,
+    /// Their values, in the same order.
+    pub values: Vec<Value>,
+}
+
+impl Owner {
+    /// `parameters` as `site` holds them, where it does, and otherwise as they are at the start.
+    pub(super) fn new(
+        name: &str,
+        parameters: Vec<Parameter>,
+        site: Option<&Site>,
+        initial: impl FnOnce() -> Vec<Vec<f32>>,
+        device: &Device,
+    ) -> Result<Self> {
+        let stored: Vec<_> = parameters
+            .iter()
+            .map(|p| site.zip(p.peft).and_then(|(site, name)| stored(site, name)))
+            .collect();
+        let initial = match stored.iter().all(Option::is_some) {
+            true => vec![Vec::new(); parameters.len()],
+            false => initial(),
+        };
+        let values = parameters.iter().zip(stored).zip(initial);
+        let values = values.map(|((p, stored), initial)| match stored {
+            Some(tensor) => Value::new(p.storage, tensor.shape(), tensor.to_f32()?, device),
+            None => Value::new(p.storage, &p.shape, initial, device),
+        });
+        Ok(Self {
+            name: name.to_owned(),
+            values: values.collect::<Result<_>>()?,
+            parameters,
+        })
+    }
+
+    /// Number of values of all parameters.
+    pub fn n_values(&self) -> usize {
+        self.parameters.iter().map(Parameter::n_values).sum()
+    }
+
+    /// Euclidean norm of `gradients` of the parameters, squared, in double precision: tensors first, then all vectors together.
+    pub fn sum_of_squares(gradients: &[Value]) -> Result<f64> {
+        let mut total = 0.0;
+        let mut vectors = 0.0;
+        for gradient in gradients {
+            match gradient {
+                Value::Tensor(tensor) => {
+                    let fast = on_cpu([tensor], |[values]| {
+                        values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum()
+                    })?;
+                    total += match fast {
+                        Some(sum) => sum,
+                        None => f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?),
+                    };
+                }
+                Value::Vector(values) => values.iter().for_each(|g| vectors += g * g),
+            }
+        }
+        Ok(total + vectors)
+    }
+}
+
+/// The tensor of `site` that PEFT calls `name`.
+fn stored<'a>(site: &'a Site, name: &str) -> Option<&'a formats::Tensor> {
+    let posterior = site.posterior.as_ref();
+    match name {
+        "lora_A.weight" => Some(&site.lora_a),
+        "lora_B.weight" => Some(&site.lora_b),
+        "lora_monteclora_sampler.std_prior" => posterior.map(|p| &p.log_std),
+        "lora_monteclora_sampler.expert_weights_prior" => posterior.map(|p| &p.log_concentration),
+        _ => None,
+    }
+}
