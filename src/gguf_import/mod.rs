@@ -86,6 +86,4 @@ fn check_tokenizer(json: &Value) -> Vec<String> {
 }
 
 #[cfg(test)]
-mod testing;
-#[cfg(test)]
 mod tests;

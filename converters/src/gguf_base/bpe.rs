@@ -6,14 +6,14 @@ use serde_json::{Map, Value, json};
 
 use super::Findings;
 use super::pre_tokenizer::{self, PreTokenizer};
-use super::source::Source;
 use super::tokenizer::{Parts, Token, TokenKind};
+use crate::tensors::gguf::GgufFile;
 
 /// Reads merges and splitting rules; `None` if a problem leaves them incomplete.
-pub(super) fn read(source: &Source, tokens: &[Token], findings: &mut Findings) -> Option<Parts> {
+pub(super) fn read(source: &GgufFile, tokens: &[Token], findings: &mut Findings) -> Option<Parts> {
     let rules = rules(source, findings)?;
     let Some(merges) = source.texts("tokenizer.ggml.merges") else {
-        findings.problem("tokenizer", "tokenizer.ggml.merges", "missing", "");
+        findings.tokenizer("tokenizer.ggml.merges", "missing");
         return None;
     };
     // llama.cpp fills holes in the vocabulary with unused tokens of this form; they have no text.
@@ -36,7 +36,7 @@ pub(super) fn read(source: &Source, tokens: &[Token], findings: &mut Findings) -
     let n_bad = merges.iter().filter(bad).count();
     if let Some(first) = merges.iter().find(bad) {
         let message = format!("{n_bad} merges are not pairs of tokens, the first is `{first}`");
-        findings.problem("tokenizer", "tokenizer.ggml.merges", message, "");
+        findings.tokenizer("tokenizer.ggml.merges", message);
         return None;
     }
     Some(Parts {
@@ -59,7 +59,7 @@ pub(super) fn read(source: &Source, tokens: &[Token], findings: &mut Findings) -
     })
 }
 
-fn rules(source: &Source, findings: &mut Findings) -> Option<PreTokenizer> {
+fn rules(source: &GgufFile, findings: &mut Findings) -> Option<PreTokenizer> {
     const KEY: &str = "tokenizer.ggml.pre";
     let Some(name) = source.text(KEY) else {
         let message = "missing: the file does not say how text is split before merging";

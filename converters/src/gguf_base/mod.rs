@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::files::{is_occupied, replace_dir, write_new_dir, write_text};
 use crate::problem::Problem;
 use crate::tensors::dtype::DType;
-use source::Source;
+use crate::tensors::gguf::GgufFile;
 
 /// How a model is imported.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,7 +102,7 @@ pub fn import_gguf(
         let fix = "choose another directory or pass --force";
         return Err(Error::exists(out_dir, fix));
     }
-    let source = Source::open(file)?;
+    let source = GgufFile::open(file)?;
     let mut findings = Findings::default();
     let config = model::read(&source, &mut findings);
     let vocabulary = tokenizer::read(&source, &mut findings);
@@ -176,6 +176,11 @@ impl Findings {
         fix: impl Into<String>,
     ) {
         self.problems.push(Problem::new(code, at, message, fix));
+    }
+
+    /// Something wrong with the vocabulary under `key`.
+    fn tokenizer(&mut self, key: &str, message: impl Into<String>) {
+        self.problem("tokenizer", key, message, "");
     }
 
     fn note(&mut self, note: impl Into<String>) {

@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::source::Source;
 use super::{Findings, rope};
 use crate::architecture::{Bias, FAMILIES, Family, Windows};
+use crate::tensors::gguf::GgufFile;
 
 /// Largest value accepted for a dimension: their products stay far from overflow.
 const DIMENSION_MAX: u64 = 1 << 28;
@@ -26,7 +26,7 @@ const NEUTRAL: [(&str, f64); 9] = [
 ];
 
 /// The config.json, with nulls where the vocabulary and the written type belong; `None` if a problem leaves it incomplete.
-pub(super) fn read(source: &Source, findings: &mut Findings) -> Option<Map<String, Value>> {
+pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<String, Value>> {
     let n_problems = findings.problems.len();
     check_container(source, findings);
     let name = architecture(source, findings)?;
@@ -69,10 +69,10 @@ pub(super) fn read(source: &Source, findings: &mut Findings) -> Option<Map<Strin
         );
         keys.refuse("heads", "attention.head_count", message);
     }
-    if n_layers > source.n_tensors().min(LAYERS_MAX) {
+    if n_layers > source.names().count().min(LAYERS_MAX) {
         let message = format!(
             "{n_layers} blocks in a file of {} tensors",
-            source.n_tensors()
+            source.names().count()
         );
         keys.refuse("layers", "block_count", message);
     }
@@ -173,7 +173,7 @@ pub(super) fn read(source: &Source, findings: &mut Findings) -> Option<Map<Strin
     (findings.problems.len() == n_problems).then_some(config)
 }
 
-fn architecture<'a>(source: &'a Source, findings: &mut Findings) -> Option<&'a str> {
+fn architecture<'a>(source: &'a GgufFile, findings: &mut Findings) -> Option<&'a str> {
     const KEY: &str = "general.architecture";
     let Some(name) = source.text(KEY) else {
         findings.problem("metadata", KEY, "missing or not a string", "");
@@ -214,9 +214,9 @@ fn family(
     found.map(|(idx, family)| (family, idx > 0))
 }
 
-fn vocab_size(source: &Source, hidden_size: usize, findings: &mut Findings) -> Option<usize> {
+fn vocab_size(source: &GgufFile, hidden_size: usize, findings: &mut Findings) -> Option<usize> {
     const NAME: &str = "token_embd.weight";
-    match source.tensor(NAME).map(|tensor| tensor.shape).as_deref() {
+    match source.tensor(NAME).map(|tensor| tensor.dims()).as_deref() {
         Some([rows, columns]) if *rows > 0 && *columns == hidden_size => return Some(*rows),
         Some(shape) => {
             let message =
@@ -227,7 +227,7 @@ fn vocab_size(source: &Source, hidden_size: usize, findings: &mut Findings) -> O
     }
     None
 }
-fn check_container(source: &Source, findings: &mut Findings) {
+fn check_container(source: &GgufFile, findings: &mut Findings) {
     match source.text("general.type") {
         None | Some("model") => {}
         Some(other) => {
@@ -255,7 +255,7 @@ fn check_container(source: &Source, findings: &mut Findings) {
 
 /// Typed look-up of `<architecture>.<key>`; what is missing or malformed becomes a problem and a harmless value.
 struct Keys<'a> {
-    source: &'a Source,
+    source: &'a GgufFile,
     findings: &'a mut Findings,
     prefix: &'a str,
 }

@@ -1,15 +1,15 @@
 //! Rotary frequency scaling: what the file says, and Llama 3's parameters recovered from its frequency factors.
 
 use super::Findings;
-use super::source::Source;
 use crate::architecture::Llama3Scaling;
+use crate::tensors::gguf::GgufFile;
 
 /// Reads the scaling of a model, `None` if it has none.
 ///
 /// llama.cpp stores Llama 3's scaling as the factors alone. Every published model has low 1, high 4 and an original
 /// length of 8192; the factor is the last entry. That guess is accepted only if it reproduces all entries.
 pub(super) fn read(
-    source: &Source,
+    source: &GgufFile,
     prefix: &str,
     head_dim: usize,
     rope_theta: f64,

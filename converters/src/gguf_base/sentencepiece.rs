@@ -6,13 +6,13 @@ use std::collections::HashMap;
 use serde_json::{Map, Value, json};
 
 use super::Findings;
-use super::source::Source;
 use super::tokenizer::{Parts, Token, TokenKind};
+use crate::tensors::gguf::GgufFile;
 
 const SPACE: &str = "\u{2581}";
 
 /// Reads scores and the rules around them; `None` if a problem leaves them incomplete.
-pub(super) fn read(source: &Source, tokens: &[Token], findings: &mut Findings) -> Option<Parts> {
+pub(super) fn read(source: &GgufFile, tokens: &[Token], findings: &mut Findings) -> Option<Parts> {
     let scores = match source.floats("tokenizer.ggml.scores") {
         Some(scores)
             if scores.len() == tokens.len() && scores.iter().all(|score| !score.is_nan()) =>
@@ -20,11 +20,9 @@ pub(super) fn read(source: &Source, tokens: &[Token], findings: &mut Findings) -
             scores
         }
         _ => {
-            findings.problem(
-                "tokenizer",
+            findings.tokenizer(
                 "tokenizer.ggml.scores",
                 "missing, or not one number for each token",
-                "",
             );
             return None;
         }
@@ -34,7 +32,7 @@ pub(super) fn read(source: &Source, tokens: &[Token], findings: &mut Findings) -
         "tokenizer.ggml.precompiled_charsmap",
     ] {
         if source.has(key) && source.boolean(key) != Some(false) {
-            findings.problem("tokenizer", key, "this normalisation is not supported", "");
+            findings.tokenizer(key, "this normalisation is not supported");
             return None;
         }
     }

@@ -1,63 +1,29 @@
 //! The GGUF file as this import sees it: typed metadata, row-major shapes and the block formats that are read.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use crate::error::Result;
-use crate::tensors::gguf::{GgufArray, GgufFile, GgufValue, ggml_block};
+use crate::tensors::gguf::{GgufArray, GgufFile, GgufTensor, GgufValue, ggml_block};
 
-/// An opened GGUF file.
-#[derive(Debug)]
-pub(super) struct Source {
-    file: GgufFile,
-}
-
-/// A tensor of the file.
-#[derive(Debug, Clone)]
-pub(super) struct SourceTensor<'a> {
-    /// Slowest dimension first, GGUF's order reversed.
-    pub(super) shape: Vec<usize>,
-    /// Raw blocks.
-    pub(super) bytes: &'a [u8],
-    pub(super) ggml_type: u32,
-}
-
-impl Source {
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        GgufFile::open(path).map(|file| Self { file })
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        self.file.path()
-    }
-
-    fn value(&self, key: &str) -> Option<&GgufValue> {
-        self.file.metadata().get(key)
-    }
-
+impl GgufFile {
     pub(super) fn has(&self, key: &str) -> bool {
-        self.file.metadata().contains_key(key)
-    }
-
-    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
-        self.file.metadata().keys().map(String::as_str)
+        self.metadata().contains_key(key)
     }
 
     pub(super) fn text(&self, key: &str) -> Option<&str> {
-        self.value(key)?.as_str()
+        self.metadata().get(key)?.as_str()
     }
 
     pub(super) fn boolean(&self, key: &str) -> Option<bool> {
-        self.value(key)?.as_bool()
+        self.metadata().get(key)?.as_bool()
     }
 
     pub(super) fn integer(&self, key: &str) -> Option<u64> {
-        self.value(key)?.as_u64()
+        self.metadata().get(key)?.as_u64()
     }
 
     /// A number; what was stored as a float32 is read as the shortest decimal that denotes it, so that 1e-5 stays 1e-5.
     pub(super) fn number(&self, key: &str) -> Option<f64> {
-        let value = self.value(key)?.as_f64()?;
+        let value = self.metadata().get(key)?.as_f64()?;
         let narrow = value as f32;
         if f64::from(narrow) == value {
             narrow.to_string().parse().ok()
@@ -67,45 +33,28 @@ impl Source {
     }
 
     pub(super) fn texts(&self, key: &str) -> Option<&[String]> {
-        self.value(key)?.as_strings()
+        self.metadata().get(key)?.as_strings()
     }
 
     /// Whole numbers, of which those beyond `i64` count as -1.
     pub(super) fn integers(&self, key: &str) -> Option<Vec<i64>> {
-        match self.value(key)? {
+        match self.metadata().get(key)? {
             GgufValue::Array(GgufArray::Signed(values)) => Some(values.clone()),
-            GgufValue::Array(GgufArray::Unsigned(values)) => Some(
-                values
+            GgufValue::Array(GgufArray::Unsigned(values)) => {
+                let signed = values
                     .iter()
-                    .map(|value| i64::try_from(*value).unwrap_or(-1))
-                    .collect(),
-            ),
+                    .map(|value| i64::try_from(*value).unwrap_or(-1));
+                Some(signed.collect())
+            }
             _ => None,
         }
     }
 
     pub(super) fn floats(&self, key: &str) -> Option<&[f64]> {
-        match self.value(key)? {
+        match self.metadata().get(key)? {
             GgufValue::Array(GgufArray::Float(values)) => Some(values),
             _ => None,
         }
-    }
-
-    pub(super) fn n_tensors(&self) -> usize {
-        self.file.names().count()
-    }
-
-    pub(super) fn tensor_names(&self) -> impl Iterator<Item = &str> {
-        self.file.names()
-    }
-
-    pub(super) fn tensor(&self, name: &str) -> Option<SourceTensor<'_>> {
-        let tensor = self.file.tensor(name)?;
-        Some(SourceTensor::new(
-            tensor.shape,
-            tensor.bytes,
-            tensor.ggml_type,
-        ))
     }
 
     /// Whether the first block has a bias for the projection that llama.cpp calls `name`.
@@ -116,7 +65,7 @@ impl Source {
     /// How many tensors have which block format.
     pub(super) fn block_formats(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
-        for tensor in self.file.names().filter_map(|name| self.file.tensor(name)) {
+        for tensor in self.names().filter_map(|name| self.tensor(name)) {
             let name = block_format(tensor.ggml_type)
                 .map_or_else(|| format!("type {}", tensor.ggml_type), str::to_owned);
             *counts.entry(name).or_default() += 1;
@@ -125,14 +74,10 @@ impl Source {
     }
 }
 
-impl<'a> SourceTensor<'a> {
-    /// A tensor with its dimensions in GGUF's order.
-    pub(super) fn new(dimensions: &[usize], bytes: &'a [u8], ggml_type: u32) -> Self {
-        Self {
-            shape: dimensions.iter().rev().copied().collect(),
-            bytes,
-            ggml_type,
-        }
+impl GgufTensor<'_> {
+    /// Dimensions, outermost first.
+    pub(super) fn dims(&self) -> Vec<usize> {
+        self.shape.iter().rev().copied().collect()
     }
 
     /// Why this tensor cannot be dequantised, or not be reordered by rows, if it cannot.

@@ -5,10 +5,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::source::Source;
 use super::{Findings, Tools, bpe, sentencepiece, write_json};
 use crate::error::Result;
 use crate::files::write_text;
+use crate::tensors::gguf::GgufFile;
 
 /// `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +60,7 @@ pub(super) struct Vocabulary {
 const TURN_ENDS: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"];
 
 /// Reads the vocabulary; `None` if a problem leaves it incomplete.
-pub(super) fn read(source: &Source, findings: &mut Findings) -> Option<Vocabulary> {
+pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabulary> {
     let n_problems = findings.problems.len();
     let tokens = tokens(source, findings)?;
     let parts = match source.text("tokenizer.ggml.model") {
@@ -119,20 +119,11 @@ pub(super) fn read(source: &Source, findings: &mut Findings) -> Option<Vocabular
         }
     }
 
-    let flag = |key: &str, default: bool| {
-        source
-            .boolean(&format!("tokenizer.ggml.{key}"))
-            .unwrap_or(default)
-    };
     let mut wanted = |key: &str, default: bool, id: Option<u32>| {
-        let add = flag(key, default);
+        let key = format!("tokenizer.ggml.{key}");
+        let add = source.boolean(&key).unwrap_or(default);
         if add && id.is_none() {
-            findings.problem(
-                "tokenizer",
-                format!("tokenizer.ggml.{key}"),
-                "set, but there is no such token",
-                "",
-            );
+            findings.tokenizer(&key, "set, but there is no such token");
         }
         add
     };
@@ -176,28 +167,18 @@ pub(super) fn read(source: &Source, findings: &mut Findings) -> Option<Vocabular
     })
 }
 
-fn tokens(source: &Source, findings: &mut Findings) -> Option<Vec<Token>> {
+fn tokens(source: &GgufFile, findings: &mut Findings) -> Option<Vec<Token>> {
     const KEY: &str = "tokenizer.ggml.tokens";
     const TYPES: &str = "tokenizer.ggml.token_type";
     let Some(texts) = source.texts(KEY).filter(|texts| !texts.is_empty()) else {
-        findings.problem(
-            "tokenizer",
-            KEY,
-            "missing: the file holds no vocabulary",
-            "",
-        );
+        findings.tokenizer(KEY, "missing: the file holds no vocabulary");
         return None;
     };
     let kinds = match source.integers(TYPES) {
         Some(kinds) if kinds.len() == texts.len() => kinds,
         None if !source.has(TYPES) => vec![1; texts.len()],
         _ => {
-            findings.problem(
-                "tokenizer",
-                TYPES,
-                "is not one whole number for each token",
-                "",
-            );
+            findings.tokenizer(TYPES, "is not one whole number for each token");
             return None;
         }
     };
@@ -205,12 +186,7 @@ fn tokens(source: &Source, findings: &mut Findings) -> Option<Vec<Token>> {
     let mut tokens = Vec::with_capacity(texts.len());
     for ((id, text), kind) in (0u32..).zip(texts).zip(kinds) {
         if !seen.insert(text) {
-            findings.problem(
-                "tokenizer",
-                KEY,
-                format!("token {id} `{text}` occurs twice"),
-                "",
-            );
+            findings.tokenizer(KEY, format!("token {id} `{text}` occurs twice"));
         }
         let kind = match kind {
             2 => TokenKind::Unknown,
@@ -231,7 +207,7 @@ fn tokens(source: &Source, findings: &mut Findings) -> Option<Vec<Token>> {
 
 /// A token id of the metadata; all ones means none.
 fn special_id(
-    source: &Source,
+    source: &GgufFile,
     key: &str,
     tokens: &[Token],
     findings: &mut Findings,
@@ -243,18 +219,20 @@ fn special_id(
         Some(Ok(u32::MAX)) => None,
         Some(Ok(id)) if (id as usize) < tokens.len() => Some(id),
         _ => {
-            findings.problem("tokenizer", key, "is not the number of a token", "");
+            findings.tokenizer(key, "is not the number of a token");
             None
         }
     }
 }
 
-fn describe(source: &Source, template: Option<&str>, pad: Option<u32>, findings: &mut Findings) {
+fn describe(source: &GgufFile, template: Option<&str>, pad: Option<u32>, findings: &mut Findings) {
     if template.is_none() {
         findings.note("the file has no chat template: conversations cannot be rendered");
     }
     let others: Vec<&str> = source
+        .metadata()
         .keys()
+        .map(String::as_str)
         .filter(|key| key.starts_with("tokenizer.chat_template."))
         .collect();
     if !others.is_empty() {
@@ -331,7 +309,7 @@ pub(super) fn check(
             "{} tokens, but the embedding has {n_rows} rows",
             vocabulary.tokens.len()
         );
-        findings.problem("tokenizer", "tokenizer.ggml.tokens", message, "");
+        findings.tokenizer("tokenizer.ggml.tokens", message);
     }
     for message in (tools.check_tokenizer)(&vocabulary.tokenizer) {
         findings.problem("tokenizer", "tokenizer.ggml", message, "");

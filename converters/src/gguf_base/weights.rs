@@ -6,13 +6,12 @@ use std::path::Path;
 use half::bf16;
 use serde_json::{Map, Value, json};
 
-use super::source::{Source, SourceTensor};
 use super::{Findings, ImportOptions, Tools, write_json};
 use crate::architecture::{ModelShape, TensorShape};
 use crate::error::{Error, Result};
 use crate::files::write_file;
 use crate::tensors::dtype::DType;
-use crate::tensors::gguf::ggml_block;
+use crate::tensors::gguf::{GgufFile, GgufTensor, ggml_block};
 use crate::tensors::safetensors_write::{Slot, stream};
 
 /// Elements dequantised at a time, about: 4 MB of float32.
@@ -28,7 +27,7 @@ pub(super) fn n_elements(tensor: &TensorShape) -> u64 {
 
 /// Every tensor of the model in the order of its names; what is missing, superfluous or misshapen becomes a problem.
 pub(super) fn plan(
-    source: &Source,
+    source: &GgufFile,
     shape: &ModelShape,
     findings: &mut Findings,
 ) -> Vec<TensorShape> {
@@ -40,8 +39,8 @@ pub(super) fn plan(
             None => {
                 findings.problem("missing", name, "missing", "the file holds no whole model");
             }
-            Some(tensor) if tensor.shape != planned.shape => {
-                let message = format!("shape {:?}, expected {:?}", tensor.shape, planned.shape);
+            Some(tensor) if tensor.dims() != planned.shape => {
+                let message = format!("shape {:?}, expected {:?}", tensor.dims(), planned.shape);
                 findings.problem("shape", name, message, "");
             }
             Some(tensor) => {
@@ -57,7 +56,7 @@ pub(super) fn plan(
         .iter()
         .map(|planned| planned.gguf_name.as_str())
         .collect();
-    for name in source.tensor_names() {
+    for name in source.names() {
         // Read as rotary scaling.
         if name != "rope_freqs.weight" && !known.contains(name) {
             let message = format!("has no place in a {} model", shape.family.class_name);
@@ -70,7 +69,7 @@ pub(super) fn plan(
 /// Writes model.safetensors, or its shards and their index.
 pub(super) fn write(
     dir: &Path,
-    source: &Source,
+    source: &GgufFile,
     plan: &[TensorShape],
     shape: &ModelShape,
     options: &ImportOptions,
@@ -171,7 +170,7 @@ fn interleaved_row(row: usize, head: usize) -> usize {
 
 /// The rows of one tensor in the order they are written, some at a time.
 struct Rows<'a> {
-    tensor: SourceTensor<'a>,
+    tensor: GgufTensor<'a>,
     /// Size of the heads whose rows are interleaved.
     head: Option<usize>,
     n_rows: usize,
@@ -182,15 +181,16 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn new(tensor: SourceTensor<'a>, head: Option<usize>) -> Result<Self, String> {
+    fn new(tensor: GgufTensor<'a>, head: Option<usize>) -> Result<Self, String> {
         let (block, block_bytes) =
             ggml_block(tensor.ggml_type).ok_or("its block format is not supported")?;
-        let row_elements = match (tensor.shape.as_slice(), head) {
+        let shape = tensor.dims();
+        let row_elements = match (shape.as_slice(), head) {
             // A reordered vector is a column: its elements move one by one.
             ([_], Some(_)) => 1,
             (shape, _) => shape.last().copied().unwrap_or(1),
         };
-        let n_elements: usize = tensor.shape.iter().product();
+        let n_elements: usize = shape.iter().product();
         let n_rows = n_elements.checked_div(row_elements).unwrap_or(0);
         let row_bytes = row_elements / block * block_bytes;
         if n_rows.checked_mul(row_bytes) != Some(tensor.bytes.len()) {

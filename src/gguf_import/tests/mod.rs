@@ -1,5 +1,7 @@
 //! The import as a whole, on small GGUF files written by the tests.
 
+mod gguf_file;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,8 +14,8 @@ use tokenizers::Tokenizer;
 use monteclora_converters::architecture::Llama3Scaling;
 use monteclora_converters::{DType, Error};
 
-use super::testing::{GgufBuilder, Meta};
 use super::*;
+use gguf_file::{GgufBuilder, Meta};
 
 fn import(file: &GgufBuilder, dir: &Path, options: &ImportOptions) -> Result<ImportReport> {
     import_gguf(&file.write(dir), &dir.join("out"), options, &mut |_, _| {})
