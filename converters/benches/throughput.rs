@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use monteclora_converters::{Adapter, DType, LoraOptions, Tensor, write_safetensors};
+use monteclora_converters::{Adapter, DType, LoraOptions, Tensor, format_named, write_safetensors};
 use serde_json::json;
 
 /// Two factors of 4 MB a site.
@@ -130,7 +130,14 @@ fn main() {
         ),
         (
             "convert to mlx",
-            Box::new(|| drop(read().write_mlx(&out, &options(None)).expect("written"))),
+            Box::new(|| {
+                drop(
+                    format_named("mlx")
+                        .expect("listed")
+                        .write(&read(), &out, &options(None), None)
+                        .expect("written"),
+                )
+            }),
         ),
         (
             "convert to bf16",

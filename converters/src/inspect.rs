@@ -236,6 +236,9 @@ fn mean_variance(posterior: &SitePosterior, rank: usize) -> Result<f64> {
 mod tests {
     use super::*;
     use crate::fixtures;
+    use crate::formats::Format;
+    use crate::formats::gguf_lora::GgufLora;
+    use crate::formats::lora::LoraOptions;
     use crate::tensors::tensor::Tensor;
 
     #[test]
@@ -314,8 +317,16 @@ mod tests {
         // Heads of two rows for q, and no k, whose three rows fit no head.
         adapter.sites.retain(|site| site.name.ends_with("q_proj"));
         let path = dir.path().join("adapter.gguf");
-        adapter
-            .write_gguf(&path, config.as_object().expect("an object"), None, false)
+        GgufLora
+            .write(
+                &adapter,
+                &path,
+                &LoraOptions {
+                    dtype: None,
+                    overwrite: false,
+                },
+                Some(config.as_object().expect("an object")),
+            )
             .expect("written");
         let here = summarise(&path).expect("readable");
         let (plain, _) = adapter.to_lora(None).expect("float");

@@ -75,8 +75,10 @@ mod tensors;
 mod validate;
 
 #[cfg(test)]
+#[path = "tests/fixtures.rs"]
 mod fixtures;
 #[cfg(test)]
+#[path = "tests/round_trips.rs"]
 mod round_trips;
 
 pub use adapter::{Adapter, Site, SitePosterior};

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use monteclora_converters::{Adapter, GgufFile, LoraOptions, ModelFiles, SafetensorsFile};
 use proptest::prelude::*;
-use readers::{READERS, file_of, join, seed};
+use readers::{READERS, file_of, format_called, join, seed};
 
 /// Inputs that a fuzzer or a person found to be trouble once, by reader.
 fn corpus() -> Vec<(&'static str, Vec<u8>)> {
@@ -129,7 +129,7 @@ fn valid_inputs_are_accepted() {
     SafetensorsFile::open(put("x.safetensors", &seed("safetensors"))).expect("valid");
     GgufFile::open(put("x.gguf", &seed("gguf"))).expect("valid");
     let lora = put("lora.gguf", &seed("gguf_lora"));
-    Adapter::read_gguf(&lora, &readers::llama_config()).expect("valid");
+    Adapter::read_for(&lora, &readers::llama_config()).expect("valid");
     for (name, weights) in [
         ("peft", "adapter_model.safetensors"),
         ("mlx", "adapters.safetensors"),
@@ -305,8 +305,16 @@ fn links_in_the_destination_are_replaced_not_written_through() {
 
     let gguf = dir.path().join("x.gguf");
     symlink(&precious, &gguf).expect("linked");
-    adapter
-        .write_gguf(&gguf, &readers::llama_config(), None, true)
+    format_called("gguf")
+        .write(
+            &adapter,
+            &gguf,
+            &LoraOptions {
+                dtype: None,
+                overwrite: true,
+            },
+            Some(&readers::llama_config()),
+        )
         .expect("written");
     assert_eq!(fs::read(&precious).expect("there"), b"keep");
 

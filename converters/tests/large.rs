@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use monteclora_converters::{Adapter, DType, LoraOptions, ModelFiles, Tensor, merge_dir};
+use monteclora_converters::{
+    Adapter, DType, Format, LoraOptions, ModelFiles, Tensor, format_named, merge_dir,
+};
 use serde_json::json;
 
 const JOB: &str = "MONTECLORA_TEST_JOB";
@@ -18,6 +20,11 @@ const RANK: usize = 16;
 const SITES: usize = 24;
 /// What a job may add to the memory it started with: the largest tensor and 64 MB.
 const LIMIT_KIB: u64 = (WIDTH * RANK * 4 / 1024 + (64 << 10)) as u64;
+
+/// A format by its name on the command line.
+fn format_called(name: &str) -> &'static dyn Format {
+    format_named(name).expect("a format that is listed")
+}
 
 /// Anonymous memory of this process now, in KiB.
 fn anonymous_kib() -> u64 {
@@ -123,10 +130,22 @@ fn child() {
     let read = || Adapter::read(&input).expect("valid");
     let increase = peak_increase(|| match job.to_str().expect("a name") {
         "lora" => drop(read().write_lora(&out, &options).expect("written")),
-        "mlx" => drop(read().write_mlx(&out, &options).expect("written")),
+        "mlx" => drop(
+            format_called("mlx")
+                .write(&read(), &out, &options, None)
+                .expect("written"),
+        ),
         "gguf" => drop(
-            read()
-                .write_gguf(&out, &gguf_config(), None, false)
+            format_called("gguf")
+                .write(
+                    &read(),
+                    &out,
+                    &LoraOptions {
+                        dtype: None,
+                        overwrite: false,
+                    },
+                    Some(&gguf_config()),
+                )
                 .expect("written"),
         ),
         "from_mlx" => read().write_peft(&out, false).expect("written"),

@@ -15,10 +15,8 @@ use crate::architecture::{self, FAMILIES, Family, HEAD, Role};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
 use crate::files::OVERWRITE;
-use crate::formats::lora::LoraReport;
 use crate::formats::peft::read::non_finite;
 use crate::problem::Problem;
-use crate::tensors::dtype::DType;
 use crate::tensors::gguf::GgufFile;
 use crate::tensors::gguf_write::{Entry, dtype_of, write_gguf};
 use crate::tensors::tensor::Tensor;
@@ -63,8 +61,14 @@ impl Format for GgufLora {
         is_gguf(path)
     }
 
+    /// The scaling is alpha over each site's own rank, or 1 if alpha is 0, as llama.cpp has it.
     fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
-        Adapter::read_gguf(path, required(base_config, path)?)
+        let file = GgufFile::open(path)?;
+        read_file(
+            path,
+            &file,
+            Some(&Base::from_config(required(base_config, path)?)?),
+        )
     }
 
     /// The rows of q and k stay in the order in which they are stored, which changes no norm.
@@ -72,6 +76,7 @@ impl Format for GgufLora {
         read_file(path, &GgufFile::open(path)?, None)
     }
 
+    /// Writes the posterior mean; for Llama and Mistral the rows of q and k are reordered as llama.cpp stores them.
     fn write(
         &self,
         adapter: &Adapter,
@@ -80,9 +85,64 @@ impl Format for GgufLora {
         base_config: Option<&Map<String, Value>>,
     ) -> Result<Written> {
         let base_config = required(base_config, path)?;
+        if path.exists() && !options.overwrite {
+            return Err(Error::exists(path, OVERWRITE));
+        }
+        let base = Base::from_config(base_config)?;
+        let (plain, mut report) = adapter.to_lora(options.dtype)?;
+        report.dropped_keys.extend(plain.config.described(&[
+            "base_model_name_or_path",
+            "revision",
+            "task_type",
+            "lora_dropout",
+        ]));
+        let notes = plain.metadata.keys().filter(|key| *key != "format");
+        report
+            .dropped_keys
+            .extend(notes.map(|key| format!("metadata {key}")));
+        let mut problems = Vec::new();
+        let mut tensors = Vec::new();
+        let is_tied = architecture::ties_embeddings(base_config) == Some(true);
+        for site in &plain.sites {
+            if site.name == HEAD.name && is_tied {
+                problems.push(Problem::new(
+                    "lm-head",
+                    &site.name,
+                    "is tied to the embedding in this base, and llama.cpp has no such tensor then",
+                    UNSUPPORTED,
+                ));
+                continue;
+            }
+            let Some(name) = to_gguf_name(base.family, &site.name) else {
+                problems.push(Problem::new(
+                    "no-gguf-name",
+                    &site.name,
+                    "has no name in llama.cpp",
+                    UNSUPPORTED,
+                ));
+                continue;
+            };
+            tensors.push((format!("{name}.weight.lora_a"), site.lora_a.clone()));
+            tensors.push((
+                format!("{name}.weight.lora_b"),
+                base.reorder(&site.name, &site.lora_b, true)?,
+            ));
+        }
+        Error::refuse_any(path, problems)?;
+        let metadata = [
+            (
+                "general.architecture",
+                Entry::Text(base.family.gguf.architecture.into()),
+            ),
+            ("general.type", Entry::Text("adapter".into())),
+            ("adapter.type", Entry::Text("lora".into())),
+            ("adapter.lora.alpha", Entry::F32(report.lora_alpha as f32)),
+            ("general.quantization_version", Entry::U32(2)),
+        ];
+        write_gguf(path, &metadata, &tensors)?;
         Ok(Written {
             what: "GGUF LoRA",
-            report: adapter.write_gguf(path, base_config, options.dtype, options.overwrite)?,
+            report,
             note: Some("for Llama and Mistral the rows of B of q and k are in llama.cpp's order"),
         })
     }
@@ -189,122 +249,6 @@ fn from_gguf_name(families: &[&Family], name: &str) -> Option<String> {
     let mut known = families.iter();
     let projection = known.find_map(|family| family.projection(short))?;
     Some(format!("model.layers.{layer}.{}", projection.name))
-}
-
-impl Adapter {
-    /// Writes the posterior mean as one GGUF file for llama.cpp. `base_config` is the base's `config.json`, for the
-    /// architecture and the head counts: for Llama and Mistral the rows of q and k are reordered as llama.cpp stores them.
-    ///
-    /// # Errors
-    /// A refusal with every site that has no GGUF name; as [`Adapter::to_lora`]; `exists` if `path`
-    /// exists and `overwrite` is false.
-    ///
-    /// ```
-    /// use monteclora_converters::Adapter;
-    /// # use monteclora_converters::{AdapterConfig, Site, TargetModules, Tensor};
-    /// # let adapter = Adapter {
-    /// #     config: AdapterConfig {
-    /// #         r: 1,
-    /// #         lora_alpha: 2.0,
-    /// #         target_modules: TargetModules::List(vec!["q_proj".into()]),
-    /// #         ..AdapterConfig::default()
-    /// #     },
-    /// #     sites: vec![Site {
-    /// #         name: "model.layers.0.self_attn.q_proj".into(),
-    /// #         rank: 1,
-    /// #         alpha: 2.0,
-    /// #         scaling: 2.0,
-    /// #         lora_a: Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?,
-    /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
-    /// #         posterior: None,
-    /// #     }],
-    /// #     format: "peft-lora",
-    /// #     metadata: Default::default(),
-    /// # };
-    /// # let dir = tempfile::tempdir().expect("a temporary directory");
-    /// // The base's config.json, as `ModelFiles::read_config` gives it.
-    /// # let config = r#"{"model_type": "llama", "num_attention_heads": 1}"#;
-    /// let base_config = serde_json::from_str(config).expect("an object");
-    /// let path = dir.path().join("adapter.gguf");
-    /// adapter.write_gguf(&path, &base_config, None, false)?;
-    /// let read = Adapter::read_gguf(&path, &base_config)?;
-    /// assert_eq!(read.sites, adapter.sites);
-    /// # Ok::<(), monteclora_converters::Error>(())
-    /// ```
-    pub fn write_gguf(
-        &self,
-        path: &Path,
-        base_config: &Map<String, Value>,
-        dtype: Option<DType>,
-        overwrite: bool,
-    ) -> Result<LoraReport> {
-        if path.exists() && !overwrite {
-            return Err(Error::exists(path, OVERWRITE));
-        }
-        let base = Base::from_config(base_config)?;
-        let (plain, mut report) = self.to_lora(dtype)?;
-        report.dropped_keys.extend(plain.config.described(&[
-            "base_model_name_or_path",
-            "revision",
-            "task_type",
-            "lora_dropout",
-        ]));
-        let notes = plain.metadata.keys().filter(|key| *key != "format");
-        report
-            .dropped_keys
-            .extend(notes.map(|key| format!("metadata {key}")));
-        let mut problems = Vec::new();
-        let mut tensors = Vec::new();
-        let is_tied = architecture::ties_embeddings(base_config) == Some(true);
-        for site in &plain.sites {
-            if site.name == HEAD.name && is_tied {
-                problems.push(Problem::new(
-                    "lm-head",
-                    &site.name,
-                    "is tied to the embedding in this base, and llama.cpp has no such tensor then",
-                    UNSUPPORTED,
-                ));
-                continue;
-            }
-            let Some(name) = to_gguf_name(base.family, &site.name) else {
-                problems.push(Problem::new(
-                    "no-gguf-name",
-                    &site.name,
-                    "has no name in llama.cpp",
-                    UNSUPPORTED,
-                ));
-                continue;
-            };
-            tensors.push((format!("{name}.weight.lora_a"), site.lora_a.clone()));
-            tensors.push((
-                format!("{name}.weight.lora_b"),
-                base.reorder(&site.name, &site.lora_b, true)?,
-            ));
-        }
-        Error::refuse_any(path, problems)?;
-        let metadata = [
-            (
-                "general.architecture",
-                Entry::Text(base.family.gguf.architecture.into()),
-            ),
-            ("general.type", Entry::Text("adapter".into())),
-            ("adapter.type", Entry::Text("lora".into())),
-            ("adapter.lora.alpha", Entry::F32(report.lora_alpha as f32)),
-            ("general.quantization_version", Entry::U32(2)),
-        ];
-        write_gguf(path, &metadata, &tensors)?;
-        Ok(report)
-    }
-
-    /// Reads a GGUF LoRA made for the base with this `config.json`. The scaling is alpha over each site's own rank, or 1
-    /// if alpha is 0, as llama.cpp has it.
-    ///
-    /// # Errors
-    /// `not-found` if there is no such file; a refusal with everything that is not understood.
-    pub fn read_gguf(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
-        let file = GgufFile::open(path)?;
-        read_file(path, &file, Some(&Base::from_config(base_config)?))
-    }
 }
 
 /// Every site of `file`; without a base the rows of B stay as they are stored.
@@ -517,10 +461,18 @@ mod tests {
             let base = ModelFiles::open(&case.model_dir).expect("a model");
             let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
             let path = dir.path().join("x.gguf");
-            adapter
-                .write_gguf(&path, base.config(), None, false)
+            GgufLora
+                .write(
+                    &adapter,
+                    &path,
+                    &LoraOptions {
+                        dtype: None,
+                        overwrite: false,
+                    },
+                    Some(base.config()),
+                )
                 .expect("written");
-            let read = Adapter::read_gguf(&path, base.config()).expect("our own output");
+            let read = Adapter::read_for(&path, base.config()).expect("our own output");
             fixtures::assert_deltas(case, &read);
             assert_eq!(read.check_against(&base).expect("plain names"), []);
             for site in &read.sites {
@@ -573,12 +525,32 @@ mod tests {
         for site in &mut adapter.sites {
             site.name = site.name.replace("self_attn", "attention");
         }
-        let error = adapter
-            .write_gguf(&path, &llama(), None, false)
+        let error = GgufLora
+            .write(
+                &adapter,
+                &path,
+                &LoraOptions {
+                    dtype: None,
+                    overwrite: false,
+                },
+                Some(&llama()),
+            )
             .expect_err("unknown names");
         assert_eq!(error.problems().len(), 4);
         assert!(!path.exists());
-        assert!(adapter.write_gguf(&path, &Map::new(), None, false).is_err());
+        assert!(
+            GgufLora
+                .write(
+                    &adapter,
+                    &path,
+                    &LoraOptions {
+                        dtype: None,
+                        overwrite: false
+                    },
+                    Some(&Map::new())
+                )
+                .is_err()
+        );
     }
 
     #[test]
@@ -595,7 +567,7 @@ mod tests {
             ],
         )
         .expect("written");
-        let error = Adapter::read_gguf(&path, &llama()).expect_err("a model");
+        let error = Adapter::read_for(&path, &llama()).expect_err("a model");
         let codes: Vec<&str> = error
             .problems()
             .iter()

@@ -5,14 +5,13 @@ use std::path::Path;
 
 use indexmap::IndexMap;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::peft::Peft;
 use super::{Format, Written};
 use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::Result;
-use crate::formats::peft::config_write::number;
 use crate::formats::peft::write;
 use crate::targets::{OUTPUT_HEAD, ends_in};
 use crate::tensors::derived::holds_scaled;
@@ -150,37 +149,6 @@ impl Adapter {
     ///
     /// # Errors
     /// As [`Self::to_lora`] and [`Self::write_peft`].
-    ///
-    /// ```
-    /// use monteclora_converters::{Adapter, LoraOptions};
-    /// # use monteclora_converters::{AdapterConfig, Site, TargetModules, Tensor};
-    /// # let adapter = Adapter {
-    /// #     config: AdapterConfig {
-    /// #         r: 1,
-    /// #         lora_alpha: 2.0,
-    /// #         target_modules: TargetModules::List(vec!["q_proj".into()]),
-    /// #         ..AdapterConfig::default()
-    /// #     },
-    /// #     sites: vec![Site {
-    /// #         name: "model.layers.0.self_attn.q_proj".into(),
-    /// #         rank: 1,
-    /// #         alpha: 2.0,
-    /// #         scaling: 2.0,
-    /// #         lora_a: Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?,
-    /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
-    /// #         posterior: None,
-    /// #     }],
-    /// #     format: "peft-lora",
-    /// #     metadata: Default::default(),
-    /// # };
-    /// # let dir = tempfile::tempdir().expect("a temporary directory");
-    /// let report = adapter.write_lora(&dir.path().join("lora"), &LoraOptions::default())?;
-    /// assert_eq!((report.r, report.lora_alpha), (1, 2.0));
-    /// assert!(report.baked.is_empty(), "one scaling everywhere, so B keeps its bytes");
-    /// let read = Adapter::read(&dir.path().join("lora"))?;
-    /// assert_eq!(read.sites, adapter.sites);
-    /// # Ok::<(), monteclora_converters::Error>(())
-    /// ```
     pub fn write_lora(&self, dir: &Path, options: &LoraOptions) -> Result<LoraReport> {
         let (plain, report) = self.to_lora(options.dtype)?;
         write::write_dir(dir, options.overwrite, &config_json(&plain.config), &plain)?;
@@ -344,37 +312,15 @@ fn rewrite(
     Ok(())
 }
 
-/// The keys that every consumer knows, sorted; PEFT versions without MonteCLoRA read them without a warning.
+/// The keys that every consumer knows; PEFT versions without MonteCLoRA read them without a warning.
+const KNOWN_EVERYWHERE: &str = "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode \
+     init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout modules_to_save peft_type r rank_pattern \
+     revision target_modules task_type use_dora use_rslora";
+
 fn config_json(config: &AdapterConfig) -> Value {
-    let targets = match &config.target_modules {
-        TargetModules::List(names) => json!(names),
-        TargetModules::Regex(pattern) => json!(pattern),
-        TargetModules::AllLinear => json!("all-linear"),
-    };
-    let mut value = json!({
-        "alpha_pattern": {},
-        "auto_mapping": null,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "layers_pattern": null,
-        "layers_to_transform": null,
-        "lora_alpha": number(config.lora_alpha),
-        "lora_dropout": config.lora_dropout,
-        "modules_to_save": null,
-        "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": {},
-        "revision": config.revision,
-        "target_modules": targets,
-        "task_type": config.task_type,
-        "use_dora": false,
-        "use_rslora": false,
-    });
-    if let Some(object) = value.as_object_mut() {
-        object.sort_keys();
+    let mut value = config.to_json();
+    if let Some(keys) = value.as_object_mut() {
+        keys.retain(|key, _| KNOWN_EVERYWHERE.split(' ').any(|known| known == key));
     }
     value
 }

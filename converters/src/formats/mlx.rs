@@ -9,7 +9,7 @@ use super::{Format, Written, dir_of};
 use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
-use crate::formats::lora::{LoraOptions, LoraReport};
+use crate::formats::lora::LoraOptions;
 use crate::formats::peft::config_write;
 use crate::formats::peft::read::{CONFIG_FILE, non_finite};
 use crate::formats::peft::write::replace_files;
@@ -56,31 +56,9 @@ impl Format for Mlx {
         })
     }
 
+    /// The update is `scale * lora_b^T lora_a^T`; A and B are transposed when their bytes are asked for.
     fn read(&self, path: &Path, _base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
-        Adapter::read_mlx(dir_of(path))
-    }
-
-    fn write(
-        &self,
-        adapter: &Adapter,
-        path: &Path,
-        options: &LoraOptions,
-        _base_config: Option<&Map<String, Value>>,
-    ) -> Result<Written> {
-        Ok(Written {
-            what: "mlx-lm adapter",
-            report: adapter.write_mlx(path, options)?,
-            note: Some("A and B are transposed, as mlx-lm stores them"),
-        })
-    }
-}
-
-impl Adapter {
-    /// Reads an mlx-lm adapter directory. The update is `scale * lora_b^T lora_a^T`; A and B are transposed when their bytes are asked for.
-    ///
-    /// # Errors
-    /// `not-found` if a file is missing; a refusal with everything that is not understood.
-    pub fn read_mlx(dir: &Path) -> Result<Self> {
+        let dir = dir_of(path);
         let keys = json::read_object(&dir.join(CONFIG_FILE))?;
         let weights = SafetensorsFile::open(dir.join(WEIGHTS_FILE))?;
         let mut problems = Vec::new();
@@ -153,7 +131,7 @@ impl Adapter {
         }
         problems.extend(non_finite(&sites));
         Error::refuse_any(dir, problems)?;
-        Ok(Self {
+        Ok(Adapter {
             config: AdapterConfig {
                 base_model_name_or_path: keys
                     .get("model")
@@ -176,45 +154,16 @@ impl Adapter {
         })
     }
 
-    /// Writes the posterior mean as an mlx-lm adapter directory: one rank, one scale. Modules are named as mlx-lm does,
-    /// within a layer, if every layer carries the same ones; else by their full paths, which it takes too.
-    ///
-    /// # Errors
-    /// As [`Adapter::to_lora`] and [`Adapter::write_peft`].
-    ///
-    /// ```
-    /// use monteclora_converters::{Adapter, LoraOptions, SafetensorsFile};
-    /// # use monteclora_converters::{AdapterConfig, Site, TargetModules, Tensor};
-    /// # let adapter = Adapter {
-    /// #     config: AdapterConfig {
-    /// #         r: 1,
-    /// #         lora_alpha: 2.0,
-    /// #         target_modules: TargetModules::List(vec!["q_proj".into()]),
-    /// #         ..AdapterConfig::default()
-    /// #     },
-    /// #     sites: vec![Site {
-    /// #         name: "model.layers.0.self_attn.q_proj".into(),
-    /// #         rank: 1,
-    /// #         alpha: 2.0,
-    /// #         scaling: 2.0,
-    /// #         lora_a: Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?,
-    /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
-    /// #         posterior: None,
-    /// #     }],
-    /// #     format: "peft-lora",
-    /// #     metadata: Default::default(),
-    /// # };
-    /// # let dir = tempfile::tempdir().expect("a temporary directory");
-    /// let out = dir.path().join("mlx");
-    /// adapter.write_mlx(&out, &LoraOptions::default())?;
-    /// let file = SafetensorsFile::open(out.join("adapters.safetensors"))?;
-    /// let names: Vec<&str> = file.names().collect();
-    /// assert_eq!(names[0], "model.layers.0.self_attn.q_proj.lora_a");
-    /// assert_eq!(Adapter::read(&out)?.sites, adapter.sites);
-    /// # Ok::<(), monteclora_converters::Error>(())
-    /// ```
-    pub fn write_mlx(&self, dir: &Path, options: &LoraOptions) -> Result<LoraReport> {
-        let (plain, mut report) = self.to_lora(options.dtype)?;
+    /// Writes the posterior mean: one rank, one scale. Modules are named as mlx-lm does, within a layer, if every layer
+    /// carries the same ones; else by their full paths, which it takes too.
+    fn write(
+        &self,
+        adapter: &Adapter,
+        path: &Path,
+        options: &LoraOptions,
+        _base_config: Option<&Map<String, Value>>,
+    ) -> Result<Written> {
+        let (plain, mut report) = adapter.to_lora(options.dtype)?;
         report
             .dropped_keys
             .extend(plain.config.described(&["revision", "task_type"]));
@@ -239,13 +188,17 @@ impl Adapter {
         }
         let text = config_write::to_text(&config);
         replace_files(
-            dir,
+            path,
             options.overwrite,
             (CONFIG_FILE, &text),
             (WEIGHTS_FILE, &tensors),
             &metadata,
         )?;
-        Ok(report)
+        Ok(Written {
+            what: "mlx-lm adapter",
+            report,
+            note: Some("A and B are transposed, as mlx-lm stores them"),
+        })
     }
 }
 
@@ -387,13 +340,13 @@ mod tests {
             let dir = tempfile::tempdir().expect("temporary directory");
             let (plain, _) = fixtures::small_adapter(seed, true).to_lora(None).expect("float");
             let out = dir.path().join("out");
-            plain.write_mlx(&out, &LoraOptions::default()).expect("written");
+            Mlx.write(&plain, &out, &LoraOptions::default(), None).expect("written");
             let read = Adapter::read(&out).expect("our own output");
             prop_assert_eq!(read.format, "mlx");
             prop_assert_eq!(&read.sites, &plain.sites);
             prop_assert_eq!(read.config.lora_dropout, plain.config.lora_dropout);
             let again = dir.path().join("again");
-            read.write_mlx(&again, &LoraOptions::default()).expect("written");
+            Mlx.write(&read, &again, &LoraOptions::default(), None).expect("written");
             prop_assert_eq!(
                 std::fs::read(out.join(WEIGHTS_FILE)).expect("readable"),
                 std::fs::read(again.join(WEIGHTS_FILE)).expect("readable")
@@ -407,8 +360,7 @@ mod tests {
             let dir = tempfile::tempdir().expect("temporary directory");
             let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
             let out = dir.path().join("out");
-            adapter
-                .write_mlx(&out, &LoraOptions::default())
+            Mlx.write(&adapter, &out, &LoraOptions::default(), None)
                 .expect("written");
             fixtures::assert_deltas(case, &Adapter::read(&out).expect("our own output"));
         }
@@ -420,8 +372,7 @@ mod tests {
         let mut adapter = fixtures::small_adapter(2, false);
         let keys = |adapter: &Adapter, name: &str| {
             let out = dir.path().join(name);
-            adapter
-                .write_mlx(&out, &LoraOptions::default())
+            Mlx.write(&adapter, &out, &LoraOptions::default(), None)
                 .expect("written");
             let keys = json::read_object(&out.join(CONFIG_FILE)).expect("our own output");
             (
@@ -445,8 +396,7 @@ mod tests {
         let out = dir.path().join("out");
         let mut adapter = fixtures::small_adapter(3, false);
         adapter.sites[0].name = "model.embed_tokens".into();
-        adapter
-            .write_mlx(&out, &LoraOptions::default())
+        Mlx.write(&adapter, &out, &LoraOptions::default(), None)
             .expect("written");
         let error = Adapter::read(&out).expect_err("an embedding");
         assert!(
@@ -461,9 +411,13 @@ mod tests {
     fn an_alpha_that_would_change_the_scale_in_some_versions_is_refused() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let out = dir.path().join("out");
-        fixtures::small_adapter(4, false)
-            .write_mlx(&out, &LoraOptions::default())
-            .expect("written");
+        Mlx.write(
+            &fixtures::small_adapter(4, false),
+            &out,
+            &LoraOptions::default(),
+            None,
+        )
+        .expect("written");
         let path = out.join(CONFIG_FILE);
         let mut config = Value::Object(json::read_object(&path).expect("our own output"));
         let rank = config["lora_parameters"]["rank"].as_u64().expect("a rank");
@@ -480,9 +434,13 @@ mod tests {
     fn what_is_not_lora_is_refused() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let out = dir.path().join("out");
-        fixtures::small_adapter(1, false)
-            .write_mlx(&out, &LoraOptions::default())
-            .expect("written");
+        Mlx.write(
+            &fixtures::small_adapter(1, false),
+            &out,
+            &LoraOptions::default(),
+            None,
+        )
+        .expect("written");
         let config = json!({"fine_tune_type": "dora", "lora_parameters": {"rank": 99, "alpha": 3}});
         std::fs::write(out.join(CONFIG_FILE), config.to_string()).expect("writable");
         let error = Adapter::read(&out).expect_err("spoilt");

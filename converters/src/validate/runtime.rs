@@ -24,14 +24,8 @@ pub enum Runtime {
     Peft,
 }
 
-/// Names as on the command line.
-const NAMES: [(Runtime, &str); 5] = [
-    (Runtime::Mistralrs, "mistralrs"),
-    (Runtime::Mistralrs09, "mistralrs-0.9"),
-    (Runtime::Vllm, "vllm"),
-    (Runtime::LlamaCpp, "llamacpp"),
-    (Runtime::Peft, "peft"),
-];
+/// Names on the command line, in the order of [`Runtime::ALL`].
+const NAMES: [&str; 5] = ["mistralrs", "mistralrs-0.9", "vllm", "llamacpp", "peft"];
 
 impl Runtime {
     /// Every runtime that is known.
@@ -46,11 +40,7 @@ impl Runtime {
 
 impl fmt::Display for Runtime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = NAMES
-            .iter()
-            .find(|(runtime, _)| runtime == self)
-            .map_or("?", |(_, name)| name);
-        f.write_str(name)
+        f.write_str(NAMES[*self as usize])
     }
 }
 
@@ -58,17 +48,12 @@ impl FromStr for Runtime {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        NAMES
-            .iter()
-            .find(|(_, name)| *name == text)
-            .map(|(runtime, _)| *runtime)
-            .ok_or_else(|| {
-                let known: Vec<&str> = NAMES.iter().map(|(_, name)| *name).collect();
-                Error::setting(
-                    "runtime",
-                    format!("unknown runtime `{text}`; expected {}", known.join(", ")),
-                )
-            })
+        let at = NAMES.iter().position(|name| *name == text);
+        at.map(|at| Self::ALL[at]).ok_or_else(|| {
+            let known = NAMES.join(", ");
+            let message = format!("unknown runtime `{text}`; expected {known}");
+            Error::setting("runtime", message)
+        })
     }
 }
 

@@ -3,57 +3,23 @@
 use crate::problem::Problem;
 use crate::validate::runtime::Runtime;
 
-/// What becomes of one feature in one runtime.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    /// Applied as it was trained.
-    Applied,
-    /// The adapter is not loaded.
-    Refused,
-    /// Left unread: the adapter loads and computes something else.
-    Ignored,
-    /// Refused by newer versions, left unread by older ones.
-    RefusedOrIgnored,
-}
-
-use Fate::{Applied, Ignored, Refused, RefusedOrIgnored};
-
-/// Code of the problem, then the fate in each of [`Runtime::ALL`]. From the sources of mistral.rs (`lora/mod.rs`, and 0.9's
-/// `validate_dynamic`), of vLLM (`peft_helper.py`) and of llama.cpp
-/// (`convert_lora_to_gguf.py`, which stops at tensors that are neither A nor B, and reads no key but `lora_alpha`).
-const FATES: [(&str, [Fate; 5]); 11] = [
-    ("dora", [Ignored, Refused, Refused, Refused, Applied]),
-    ("bias", [Ignored, Refused, Refused, Refused, Applied]),
-    (
-        "modules-to-save",
-        [Ignored, Refused, Refused, Refused, Applied],
-    ),
-    ("embedding", [Ignored, Refused, Applied, Applied, Applied]),
-    (
-        "trainable-tokens",
-        [Ignored, Refused, Refused, Refused, Applied],
-    ),
-    (
-        "layer-replication",
-        [Ignored, Refused, RefusedOrIgnored, Ignored, Applied],
-    ),
-    (
-        "alora",
-        [Ignored, Refused, RefusedOrIgnored, Applied, Applied],
-    ),
-    ("arrow", [Ignored, Refused, Ignored, Ignored, Applied]),
-    (
-        "qalora",
-        [Ignored, Refused, RefusedOrIgnored, Ignored, Applied],
-    ),
-    (
-        "bdlora",
-        [Ignored, Refused, RefusedOrIgnored, Ignored, Applied],
-    ),
-    (
-        "init",
-        [Ignored, Refused, RefusedOrIgnored, Ignored, Applied],
-    ),
+/// Code of the problem, then what becomes of the feature in each of [`Runtime::ALL`]: a, applied as it was trained; r,
+/// refused; i, left unread, so the adapter loads and computes something else; n, refused by newer versions and left
+/// unread by older ones. From the sources of mistral.rs (`lora/mod.rs`, later `validate_dynamic`), of vLLM
+/// (`peft_helper.py`) and of llama.cpp (`convert_lora_to_gguf.py`, which stops at tensors that are neither A nor B, and
+/// reads no key but `lora_alpha`).
+const FATES: [(&str, &str); 11] = [
+    ("dora", "irrra"),
+    ("bias", "irrra"),
+    ("modules-to-save", "irrra"),
+    ("embedding", "iraaa"),
+    ("trainable-tokens", "irrra"),
+    ("layer-replication", "irnia"),
+    ("alora", "irnaa"),
+    ("arrow", "iriia"),
+    ("qalora", "irnia"),
+    ("bdlora", "irnia"),
+    ("init", "irnia"),
 ];
 
 /// For problems that were found while reading: what `runtime` does about each kind of them, at the first place.
@@ -62,16 +28,14 @@ pub(super) fn fates(found: &[Problem], runtime: Runtime) -> Vec<Problem> {
     let mut problems: Vec<Problem> = Vec::new();
     for problem in found {
         let row = FATES.iter().find(|(code, _)| *code == problem.code);
-        let Some(fate) = row.and_then(|(_, fates)| fates.get(column?)) else {
-            continue;
-        };
+        let fate = row.and_then(|(_, fates)| fates.chars().nth(column?));
         let message = match fate {
-            Applied => continue,
-            Refused => "refuses the adapter",
-            Ignored => "leaves it unread, so the result would silently be wrong",
-            RefusedOrIgnored => {
+            Some('r') => "refuses the adapter",
+            Some('i') => "leaves it unread, so the result would silently be wrong",
+            Some('n') => {
                 "refuses the adapter in newer versions; older ones leave it unread and are silently wrong"
             }
+            _ => continue,
         };
         if problems.iter().any(|other| other.code == problem.code) {
             continue;

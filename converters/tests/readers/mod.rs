@@ -5,9 +5,15 @@
 use std::path::{Path, PathBuf};
 
 use monteclora_converters::{
-    Adapter, DType, GgufFile, LoraOptions, ModelFiles, SafetensorsFile, Tensor, merge_dir,
+    Adapter, DType, Format, GgufFile, LoraOptions, ModelFiles, SafetensorsFile, Tensor,
+    format_named, merge_dir,
 };
 use serde_json::{Map, Value, json};
+
+/// A format by its name on the command line.
+pub(crate) fn format_called(name: &str) -> &'static dyn Format {
+    format_named(name).expect("a format that is listed")
+}
 
 /// Takes bytes that may be hostile.
 pub(crate) type Reader = fn(&[u8]);
@@ -92,7 +98,10 @@ fn check_adapter(adapter: &Adapter, dir: &Path) {
         overwrite: false,
     };
     let mlx = dir.join("mlx");
-    if adapter.write_mlx(&mlx, &small).is_err() {
+    if format_called("mlx")
+        .write(&adapter, &mlx, &small, None)
+        .is_err()
+    {
         assert!(!mlx.exists(), "a failed write leaves nothing");
     }
 }
@@ -129,7 +138,7 @@ pub(crate) fn mlx(input: &[u8]) {
     let (config, weights) = split(input);
     put(dir.path(), "adapter_config.json", config);
     put(dir.path(), "adapters.safetensors", weights);
-    if let Ok(adapter) = Adapter::read_mlx(dir.path()) {
+    if let Ok(adapter) = format_called("mlx").read(dir.path(), None) {
         check_adapter(&adapter, dir.path());
     }
 }
@@ -156,10 +165,18 @@ pub(crate) fn llama_config() -> Map<String, Value> {
 pub(crate) fn gguf_lora(input: &[u8]) {
     let dir = scratch();
     let path = put(dir.path(), "x.gguf", input);
-    if let Ok(adapter) = Adapter::read_gguf(&path, &llama_config()) {
+    if let Ok(adapter) = Adapter::read_for(&path, &llama_config()) {
         check_adapter(&adapter, dir.path());
         let again = dir.path().join("y.gguf");
-        let written = adapter.write_gguf(&again, &llama_config(), None, false);
+        let written = format_called("gguf").write(
+            &adapter,
+            &again,
+            &LoraOptions {
+                dtype: None,
+                overwrite: false,
+            },
+            Some(&llama_config()),
+        );
         assert_eq!(written.is_ok(), again.exists());
     }
 }
@@ -203,7 +220,15 @@ pub(crate) fn model_config(input: &[u8]) {
     let _ = adapter.check_against(&model).expect("plain names");
     let _ = adapter.config.resolve_targets(&modules);
     let gguf = dir.path().join("x.gguf");
-    let written = adapter.write_gguf(&gguf, model.config(), None, false);
+    let written = format_called("gguf").write(
+        &adapter,
+        &gguf,
+        &LoraOptions {
+            dtype: None,
+            overwrite: false,
+        },
+        Some(model.config()),
+    );
     assert_eq!(written.is_ok(), gguf.exists());
     let out = dir.path().join("merged");
     match merge_dir(&model, &adapter, &out, Some(DType::BF16)) {
@@ -331,8 +356,9 @@ fn gguf_model() -> Vec<u8> {
 fn gguf_adapter() -> Vec<u8> {
     let dir = scratch();
     let path = dir.path().join("x.gguf");
-    small_adapter(&dir)
-        .write_gguf(&path, &llama_config(), None, false)
+    let (adapter, options) = (small_adapter(&dir), LoraOptions::default());
+    format_called("gguf")
+        .write(&adapter, &path, &options, Some(&llama_config()))
         .expect("a writable directory");
     std::fs::read(&path).expect("our own output")
 }

@@ -13,67 +13,26 @@ const MAX_COUNT: u64 = 1 << 20;
 
 const RETRAIN: &str = "only LoRA and MonteCLoRA on linear layers can be converted; train without it, or merge it with the tool that made it";
 
-/// PEFT keys that change the model unless they are null, false or empty, with what they stand for.
-const CHANGES_MODEL: [(&str, &str, &str); 18] = [
-    (
-        "use_dora",
-        "dora",
-        "DoRA scales every row of the merged weight",
-    ),
-    ("lora_bias", "bias", "a trained bias on B"),
-    (
-        "modules_to_save",
-        "modules-to-save",
-        "modules that were fully trained",
-    ),
-    (
-        "trainable_token_indices",
-        "trainable-tokens",
-        "trained token embeddings",
-    ),
-    (
-        "target_parameters",
-        "target-parameters",
-        "LoRA on bare parameters, not on linear modules",
-    ),
-    (
-        "layer_replication",
-        "layer-replication",
-        "layers that the base does not have",
-    ),
-    (
-        "alora_invocation_tokens",
-        "alora",
-        "activated LoRA: the update depends on the tokens",
-    ),
-    (
-        "arrow_config",
-        "arrow",
-        "Arrow routing: the update depends on the input",
-    ),
-    ("use_qalora", "qalora", "QALoRA pools the input of A"),
-    ("use_bdlora", "bdlora", "block-diagonal LoRA"),
-    ("megatron_config", "megatron", "Megatron's parallel layers"),
-    (
-        "fan_in_fan_out",
-        "fan-in-fan-out",
-        "transposed base weights (Conv1D)",
-    ),
-    ("kasa_config", "kasa", "KaSA changes the base weights"),
-    ("velora_config", "velora", "VeLoRA"),
-    ("corda_config", "corda", "CorDA changes the base weights"),
-    (
-        "lora_ga_config",
-        "lora-ga",
-        "LoRA-GA changes the base weights",
-    ),
-    ("loftq_config", "loftq", "LoftQ changes the base weights"),
-    (
-        "ensure_weight_tying",
-        "weight-tying",
-        "adapters shared between tied layers",
-    ),
-];
+/// PEFT keys that change the model unless they are null, false or empty: key, code, and what they stand for.
+const CHANGES_MODEL: &str = "\
+use_dora | dora | DoRA scales every row of the merged weight
+lora_bias | bias | a trained bias on B
+modules_to_save | modules-to-save | modules that were fully trained
+trainable_token_indices | trainable-tokens | trained token embeddings
+target_parameters | target-parameters | LoRA on bare parameters, not on linear modules
+layer_replication | layer-replication | layers that the base does not have
+alora_invocation_tokens | alora | activated LoRA: the update depends on the tokens
+arrow_config | arrow | Arrow routing: the update depends on the input
+use_qalora | qalora | QALoRA pools the input of A
+use_bdlora | bdlora | block-diagonal LoRA
+megatron_config | megatron | Megatron's parallel layers
+fan_in_fan_out | fan-in-fan-out | transposed base weights (Conv1D)
+kasa_config | kasa | KaSA changes the base weights
+velora_config | velora | VeLoRA
+corda_config | corda | CorDA changes the base weights
+lora_ga_config | lora-ga | LoRA-GA changes the base weights
+loftq_config | loftq | LoftQ changes the base weights
+ensure_weight_tying | weight-tying | adapters shared between tied layers";
 
 /// PEFT keys that say how training was set up; their values cannot change what the adapter computes.
 const NEUTRAL: [(&str, &str); 6] = [
@@ -313,7 +272,13 @@ fn refuse_other_methods(reader: &mut Reader<'_>) {
             RETRAIN,
         ));
     }
-    for (key, code, meaning) in CHANGES_MODEL {
+    for row in CHANGES_MODEL.lines() {
+        let mut columns = row.split(" | ");
+        let (Some(key), Some(code), Some(meaning)) =
+            (columns.next(), columns.next(), columns.next())
+        else {
+            continue;
+        };
         if let Some(value) = reader.keys.shift_remove(key)
             && !is_off(&value)
         {

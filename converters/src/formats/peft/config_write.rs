@@ -42,56 +42,41 @@ pub(crate) fn to_json(config: &AdapterConfig) -> Value {
         .iter()
         .filter(|(key, _)| !AUTHORS.contains(&key.as_str()));
     keys.extend(kept.map(|(key, value)| (key.clone(), value.clone())));
-    let mut set = |key: &str, value: Value| keys.insert(key.to_owned(), value);
-    set(
-        "base_model_name_or_path",
-        json!(config.base_model_name_or_path),
-    );
-    set("revision", json!(config.revision));
-    set("r", json!(config.r));
-    set("lora_alpha", number(config.lora_alpha));
-    set("lora_dropout", json!(config.lora_dropout));
-    set(
-        "target_modules",
-        match &config.target_modules {
+    let alphas = config.alpha_pattern.iter();
+    let alphas: Map<String, Value> = alphas
+        .map(|(key, alpha)| (key.clone(), number(*alpha)))
+        .collect();
+    let mut settings = json!(config.monteclora);
+    if let Some(settings) = settings.as_object_mut() {
+        settings.sort_keys();
+    }
+    let set = json!({
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "r": config.r,
+        "lora_alpha": number(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "target_modules": match &config.target_modules {
             TargetModules::List(names) => json!(names),
             TargetModules::Regex(pattern) => json!(pattern),
             TargetModules::AllLinear => json!("all-linear"),
         },
-    );
-    set(
-        "exclude_modules",
-        match &config.exclude_modules {
-            None => Value::Null,
-            Some(ExcludeModules::List(names)) => json!(names),
-            Some(ExcludeModules::Regex(pattern)) => json!(pattern),
-        },
-    );
-    set("layers_to_transform", json!(config.layers_to_transform));
-    set("layers_pattern", json!(config.layers_pattern));
-    set("rank_pattern", json!(config.rank_pattern));
-    let alphas: Map<String, Value> = config
-        .alpha_pattern
-        .iter()
-        .map(|(key, alpha)| (key.clone(), number(*alpha)))
-        .collect();
-    set("alpha_pattern", Value::Object(alphas));
-    set("use_rslora", json!(config.use_rslora));
-    set("task_type", json!(config.task_type));
-    set("inference_mode", json!(config.inference_mode));
-    set(
-        "monteclora_config",
-        match &config.monteclora {
-            None => Value::Null,
-            Some(settings) => {
-                let mut value = json!(settings);
-                if let Some(object) = value.as_object_mut() {
-                    object.sort_keys();
-                }
-                value
-            }
-        },
-    );
+        "exclude_modules": config.exclude_modules.as_ref().map(|excluded| match excluded {
+            ExcludeModules::List(names) => json!(names),
+            ExcludeModules::Regex(pattern) => json!(pattern),
+        }),
+        "layers_to_transform": config.layers_to_transform,
+        "layers_pattern": config.layers_pattern,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": alphas,
+        "use_rslora": config.use_rslora,
+        "task_type": config.task_type,
+        "inference_mode": config.inference_mode,
+        "monteclora_config": settings,
+    });
+    if let Value::Object(set) = set {
+        keys.extend(set);
+    }
     keys.sort_keys();
     Value::Object(keys)
 }

@@ -26,36 +26,6 @@ impl Adapter {
     ///
     /// # Errors
     /// `exists` if `dir` is not empty and `overwrite` is false.
-    ///
-    /// ```
-    /// use monteclora_converters::Adapter;
-    /// # use monteclora_converters::{AdapterConfig, Site, TargetModules, Tensor};
-    /// # let adapter = Adapter {
-    /// #     config: AdapterConfig {
-    /// #         r: 1,
-    /// #         lora_alpha: 2.0,
-    /// #         target_modules: TargetModules::List(vec!["q_proj".into()]),
-    /// #         ..AdapterConfig::default()
-    /// #     },
-    /// #     sites: vec![Site {
-    /// #         name: "model.layers.0.self_attn.q_proj".into(),
-    /// #         rank: 1,
-    /// #         alpha: 2.0,
-    /// #         scaling: 2.0,
-    /// #         lora_a: Tensor::from_f32(&[1, 2], vec![1.0, 2.0])?,
-    /// #         lora_b: Tensor::from_f32(&[2, 1], vec![0.5, 1.0])?,
-    /// #         posterior: None,
-    /// #     }],
-    /// #     format: "peft-lora",
-    /// #     metadata: Default::default(),
-    /// # };
-    /// # let dir = tempfile::tempdir().expect("a temporary directory");
-    /// let out = dir.path().join("out");
-    /// adapter.write_peft(&out, false)?;
-    /// let read = Adapter::read(&out)?;
-    /// assert_eq!((read.config, read.sites), (adapter.config, adapter.sites));
-    /// # Ok::<(), monteclora_converters::Error>(())
-    /// ```
     pub fn write_peft(&self, dir: &Path, overwrite: bool) -> Result<()> {
         write_dir(dir, overwrite, &self.config.to_json(), self)
     }

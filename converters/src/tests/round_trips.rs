@@ -11,7 +11,10 @@ use serde_json::{Map, Value, json};
 use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
 use crate::fixtures::Stream;
+use crate::formats::Format;
+use crate::formats::gguf_lora::GgufLora;
 use crate::formats::lora::LoraOptions;
+use crate::formats::mlx::Mlx;
 use crate::merge::merge_dir;
 use crate::model_files::ModelFiles;
 use crate::targets::Matcher;
@@ -281,13 +284,13 @@ proptest! {
         let problems = validate_path(&at("lora"), Some(&base), &Runtime::ALL).expect("readable");
         prop_assert!(problems.iter().all(|problem| problem.code == "lm-head"), "{:?}", problems);
 
-        adapter.write_mlx(&at("mlx"), &options).expect("written");
+        Mlx.write(&adapter, &at("mlx"), &options, None).expect("written");
         let mlx = Adapter::read(&at("mlx")).expect("our own output");
         prop_assert_eq!(&mlx.sites, &plain.sites);
         prop_assert_eq!(&mlx.metadata["note"], "kept");
 
         let gguf_path = at("adapter.gguf");
-        adapter.write_gguf(&gguf_path, base.config(), None, false).expect("written");
+        GgufLora.write(&adapter, &gguf_path, &LoraOptions { dtype: None, overwrite: false }, Some(base.config())).expect("written");
         let gguf = Adapter::read_for(&gguf_path, base.config()).expect("our own output");
         prop_assert_eq!(&gguf.sites, &plain.sites);
 
