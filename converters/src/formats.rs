@@ -1,5 +1,6 @@
 //! The formats in which adapters are kept: each a file behind one trait, and the list of them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
@@ -8,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::problem::Problem;
+use crate::tensors::tensor::Tensor;
 use crate::validate::runtime::Runtime;
 use lora::{LoraOptions, LoraReport};
 
@@ -129,6 +131,40 @@ pub(crate) fn dir_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if path.is_file() => parent,
         _ => path,
+    }
+}
+
+/// A and B of every module, in the order of their names, as a file gives them.
+#[derive(Debug, Default)]
+struct Pairs(BTreeMap<String, [Option<Tensor>; 2]>);
+
+impl Pairs {
+    /// The pairs that are complete; what is missing becomes a problem of the file called `file`.
+    fn complete(
+        self,
+        file: &str,
+        [fix_empty, fix]: [&str; 2],
+        problems: &mut Vec<Problem>,
+    ) -> Vec<(String, Tensor, Tensor)> {
+        if self.0.is_empty() {
+            problems.push(Problem::new(
+                "no-tensors",
+                file,
+                "holds no adapter tensor",
+                fix_empty,
+            ));
+        }
+        let mut pairs = Vec::with_capacity(self.0.len());
+        for (module, pair) in self.0 {
+            match pair {
+                [Some(a), Some(b)] => pairs.push((module, a, b)),
+                _ => {
+                    let message = "lora_a or lora_b missing";
+                    problems.push(Problem::new("incomplete-site", module, message, fix));
+                }
+            }
+        }
+        pairs
     }
 }
 

@@ -190,63 +190,36 @@ fn check_rank(adapter: &Adapter, report: &mut Report<'_>) {
     }
 }
 
-/// Settings that a runtime refuses or leaves unread.
+/// Settings that a runtime refuses or leaves unread: the key, the code, where, the runtimes, and what they do. Those that
+/// are not named read every form, or go by the tensors; up to 0.8 mistral.rs leaves unknown keys and tensors unread, which
+/// leaves the posterior mean. llama.cpp and later mistral.rs take alpha over each site's own rank, as PEFT does.
+const SETTINGS: &str = "\
+monteclora_config | monteclora | monteclora_config | mistralrs-0.9 | refuses it, and the sampler's tensors too
+monteclora_config | monteclora | adapter_model.safetensors | vllm | refuses the sampler's tensors
+monteclora_config | monteclora | adapter_model.safetensors | llamacpp | converts nothing: its script stops at the sampler's tensors
+use_rslora | rslora | use_rslora | mistralrs llamacpp | leaves it unread, so the update would silently have the wrong scale
+alpha_pattern | alpha-pattern | alpha_pattern | mistralrs llamacpp | leaves it unread, so the update would silently have the wrong scale
+alpha_pattern | alpha-pattern | alpha_pattern | vllm | leaves it unread in most released versions, so the update would silently have the wrong scale
+rank_pattern | rank-pattern | rank_pattern | mistralrs | leaves it unread, so sites of another rank fail to load
+rank_pattern | rank-pattern | rank_pattern | vllm | leaves it unread in most released versions, so sites of another rank would silently have the wrong scale
+target_modules | target-modules-form | target_modules | mistralrs | reads only a list of names
+layers_to_transform | target-modules-form | layers_to_transform | mistralrs | leaves it unread, so modules without tensors fail to load
+exclude_modules | target-modules-form | exclude_modules | mistralrs | leaves it unread, so modules without tensors fail to load";
+
+/// Looks every setting in use up in [`SETTINGS`].
 fn check_config(config: &AdapterConfig, report: &mut Report<'_>) {
-    let ignored = "leaves it unread, so the update would silently have the wrong scale";
-    if config.monteclora.is_some() {
-        let refused = match report.runtime {
-            // Unknown keys and tensors are left unread there, which leaves the posterior mean.
-            Runtime::Mistralrs | Runtime::Peft => None,
-            Runtime::Mistralrs09 => Some((
-                "monteclora_config",
-                "refuses it, and the sampler's tensors too",
-            )),
-            Runtime::Vllm => Some(("adapter_model.safetensors", "refuses the sampler's tensors")),
-            Runtime::LlamaCpp => Some((
-                "adapter_model.safetensors",
-                "converts nothing: its script stops at the sampler's tensors",
-            )),
-        };
-        if let Some((location, message)) = refused {
-            report.add("monteclora", location, message, EXPORT);
+    let mut in_use = config.resolved_keys();
+    in_use.extend(config.monteclora.as_ref().map(|_| "monteclora_config"));
+    let runtime = report.runtime.to_string();
+    for row in SETTINGS.lines() {
+        let columns: Vec<&str> = row.split(" | ").collect();
+        if let [key, code, at, runtimes, message] = columns[..]
+            && in_use.contains(&key)
+            && runtimes.split(' ').any(|named| named == runtime)
+        {
+            report.add(code, at, message, EXPORT);
         }
     }
-    if config.use_rslora && matches!(report.runtime, Runtime::Mistralrs | Runtime::LlamaCpp) {
-        report.add("rslora", "use_rslora", ignored, EXPORT);
-    }
-    if !config.alpha_pattern.is_empty() {
-        match report.runtime {
-            Runtime::Mistralrs | Runtime::LlamaCpp => {
-                report.add("alpha-pattern", "alpha_pattern", ignored, EXPORT);
-            }
-            Runtime::Vllm => report.add(
-                "alpha-pattern",
-                "alpha_pattern",
-                "leaves it unread in most released versions, so the update would silently have the wrong scale",
-                EXPORT,
-            ),
-            Runtime::Mistralrs09 | Runtime::Peft => {}
-        }
-    }
-    if !config.rank_pattern.is_empty() {
-        match report.runtime {
-            Runtime::Mistralrs => report.add(
-                "rank-pattern",
-                "rank_pattern",
-                "leaves it unread, so sites of another rank fail to load",
-                EXPORT,
-            ),
-            Runtime::Vllm => report.add(
-                "rank-pattern",
-                "rank_pattern",
-                "leaves it unread in most released versions, so sites of another rank would silently have the wrong scale",
-                EXPORT,
-            ),
-            // Both take alpha over each site's own rank, as PEFT does.
-            Runtime::Mistralrs09 | Runtime::LlamaCpp | Runtime::Peft => {}
-        }
-    }
-    check_targets(config, report);
 }
 
 /// The head, and element types.
@@ -282,34 +255,6 @@ fn check_sites(adapter: &Adapter, base: Option<&ModelFiles>, report: &mut Report
                 &site.name,
                 "fails to load float64",
                 "monteclora collapse turns float64 into float32",
-            );
-        }
-    }
-}
-
-/// Forms of `target_modules` and of the keys that confine it. The others go by the tensors, or read every form.
-fn check_targets(config: &AdapterConfig, report: &mut Report<'_>) {
-    if report.runtime != Runtime::Mistralrs {
-        return;
-    }
-    if !matches!(config.target_modules, TargetModules::List(_)) {
-        report.add(
-            "target-modules-form",
-            "target_modules",
-            "reads only a list of names",
-            EXPORT,
-        );
-    }
-    for (key, is_set) in [
-        ("layers_to_transform", config.layers_to_transform.is_some()),
-        ("exclude_modules", config.exclude_modules.is_some()),
-    ] {
-        if is_set {
-            report.add(
-                "target-modules-form",
-                key,
-                "leaves it unread, so modules without tensors fail to load",
-                EXPORT,
             );
         }
     }

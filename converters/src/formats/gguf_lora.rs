@@ -9,7 +9,7 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use super::lora::LoraOptions;
-use super::{Format, Written};
+use super::{Format, Pairs, Written};
 use crate::adapter::{Adapter, Site};
 use crate::architecture::{self, FAMILIES, Family, HEAD, Role};
 use crate::config::{AdapterConfig, TargetModules};
@@ -256,44 +256,25 @@ fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapte
     let mut problems = Vec::new();
     let alpha = check_metadata(file, base, &mut problems);
     let families = families(file, base);
-    let mut parts: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
+    let mut pairs = Pairs::default();
     for name in file.names() {
         match read_part(file, name, &families) {
-            Ok((module, idx, tensor)) => parts.entry(module).or_default()[idx] = Some(tensor),
+            Ok((module, idx, tensor)) => {
+                pairs.0.entry(module).or_default()[idx] = Some(tensor);
+            }
             Err(problem) => problems.push(problem),
         }
     }
-    if parts.is_empty() {
-        problems.push(Problem::new(
-            "no-tensors",
-            path.display().to_string(),
-            "holds no adapter tensor",
-            UNSUPPORTED,
-        ));
-    }
     let mut sites = Vec::new();
-    for (module, pair) in parts {
-        let [Some(lora_a), Some(b)] = pair else {
-            problems.push(Problem::new(
-                "incomplete-site",
-                module,
-                "lora_a or lora_b missing",
-                "make the file again",
-            ));
-            continue;
-        };
+    let (shown, again) = (path.display().to_string(), "make the file again");
+    for (module, lora_a, b) in pairs.complete(&shown, [UNSUPPORTED, again], &mut problems) {
         let rank = match (lora_a.shape(), b.shape()) {
             ([r_a, n_in], [n_out, r_b]) if r_a == r_b && r_a * n_in * n_out > 0 => *r_a,
             _ => {
                 let message = format!(
                     "expected lora_a [r, in] and lora_b [out, r], found {lora_a:?} and {b:?}"
                 );
-                problems.push(Problem::new(
-                    "shape",
-                    module,
-                    message,
-                    "make the file again",
-                ));
+                problems.push(Problem::new("shape", module, message, again));
                 continue;
             }
         };

@@ -93,7 +93,7 @@ pub struct LoraReport {
     pub dropped_posterior: bool,
     /// Settings that stand for themselves no longer: what they meant is in the rank, in alpha, in B and in the list of
     /// modules.
-    pub resolved_keys: Vec<String>,
+    pub resolved_keys: Vec<&'static str>,
     /// Configuration keys and metadata without effect that were left out.
     pub dropped_keys: Vec<String>,
 }
@@ -203,7 +203,7 @@ impl Adapter {
 
 impl AdapterConfig {
     /// Keys in use that the uniform form does without.
-    fn resolved_keys(&self) -> Vec<String> {
+    pub(crate) fn resolved_keys(&self) -> Vec<&'static str> {
         let is_list = matches!(self.target_modules, TargetModules::List(_));
         let in_use = [
             ("use_rslora", self.use_rslora),
@@ -214,11 +214,8 @@ impl AdapterConfig {
             ("layers_to_transform", self.layers_to_transform.is_some()),
             ("layers_pattern", self.layers_pattern.is_some()),
         ];
-        in_use
-            .into_iter()
-            .filter(|(_, is_used)| *is_used)
-            .map(|(key, _)| key.to_owned())
-            .collect()
+        let used = in_use.into_iter().filter(|(_, is_used)| *is_used);
+        used.map(|(key, _)| key).collect()
     }
 
     /// Descriptive keys that are set, of those in `keys`.
@@ -365,7 +362,7 @@ mod tests {
             // One rounding of B to f32 where a scale is baked in, and another order of the products.
             prop_assert!(worst_difference(&adapter, &read) <= 1e-6);
             prop_assert_eq!(read.format, "peft-lora");
-            prop_assert_eq!(report.resolved_keys.contains(&"use_rslora".to_owned()), adapter.config.use_rslora);
+            prop_assert_eq!(report.resolved_keys.contains(&"use_rslora"), adapter.config.use_rslora);
             for (before, after) in adapter.sites.iter().zip(&read.sites) {
                 prop_assert_eq!((after.rank, after.alpha), (report.r, report.lora_alpha));
                 prop_assert!(after.lora_a.bytes().starts_with(&before.lora_a.bytes()));

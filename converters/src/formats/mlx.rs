@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{Format, Written, dir_of};
+use super::{Format, Pairs, Written, dir_of};
 use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
@@ -16,7 +16,6 @@ use crate::formats::peft::write::replace_files;
 use crate::json;
 use crate::problem::Problem;
 use crate::tensors::safetensors_file::SafetensorsFile;
-use crate::tensors::tensor::Tensor;
 use crate::validate::runtime::Runtime;
 
 /// mlx-lm's name for the weights.
@@ -63,7 +62,7 @@ impl Format for Mlx {
         let weights = SafetensorsFile::open(dir.join(WEIGHTS_FILE))?;
         let mut problems = Vec::new();
         let parameters = Parameters::read(&keys, &mut problems);
-        let mut parts: BTreeMap<&str, [Option<Tensor>; 2]> = BTreeMap::new();
+        let mut pairs = Pairs::default();
         for name in weights.names() {
             let place = match name.rsplit_once('.') {
                 Some((module, "lora_a")) => Some((module, 0)),
@@ -80,7 +79,7 @@ impl Format for Mlx {
                 Some((module, idx))
                     if !module.split('.').any(str::is_empty) && !module.contains(['/', '\\']) =>
                 {
-                    parts.entry(module).or_default()[idx] = weights.get(name);
+                    pairs.0.entry(module.to_owned()).or_default()[idx] = weights.get(name);
                 }
                 _ => problems.push(Problem::new(
                     "unknown-tensor",
@@ -90,29 +89,13 @@ impl Format for Mlx {
                 )),
             }
         }
-        if parts.is_empty() {
-            problems.push(Problem::new(
-                "no-tensors",
-                WEIGHTS_FILE,
-                "holds no adapter tensor",
-                "save the adapter again",
-            ));
-        }
         let mut sites = Vec::new();
-        for (module, tensors) in parts {
-            let [Some(a), Some(b)] = tensors else {
-                problems.push(Problem::new(
-                    "incomplete-site",
-                    module,
-                    "lora_a or lora_b missing",
-                    "save the adapter again",
-                ));
-                continue;
-            };
+        let fix = "save the adapter again";
+        for (module, a, b) in pairs.complete(WEIGHTS_FILE, [fix, fix], &mut problems) {
             match (a.shape(), b.shape()) {
                 ([_, r_a], [r_b, _]) if *r_a == parameters.rank && r_a == r_b && a.dtype().is_float() && b.dtype().is_float() => {
                     sites.push(Site {
-                        name: module.to_owned(),
+                        name: module,
                         rank: parameters.rank,
                         alpha: parameters.alpha(),
                         scaling: parameters.alpha() / parameters.rank as f64,

@@ -178,6 +178,7 @@ impl GgufFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let map = map_file(path)?;
+        let refuse = |message: String| Error::malformed(path, message);
         let mut cursor = Cursor {
             path,
             bytes: &map,
@@ -185,7 +186,7 @@ impl GgufFile {
             n_elements: 0,
         };
         if cursor.take(4, "the magic")? != b"GGUF" {
-            return Err(Error::malformed(path, "not a GGUF file"));
+            return Err(refuse("not a GGUF file".into()));
         }
         let version = cursor.u32("the version")?;
         if !matches!(version, 2 | 3) {
@@ -194,10 +195,9 @@ impl GgufFile {
             } else {
                 ""
             };
-            return Err(Error::malformed(
-                path,
-                format!("GGUF version {version}{hint}; versions 2 and 3, little-endian, are read"),
-            ));
+            return Err(refuse(format!(
+                "GGUF version {version}{hint}; versions 2 and 3, little-endian, are read"
+            )));
         }
         let n_tensors = cursor.count(MAX_TENSORS, "tensors")?;
         let n_entries = cursor.count(MAX_ENTRIES, "metadata entries")?;
@@ -207,10 +207,7 @@ impl GgufFile {
             let kind = cursor.u32(&key)?;
             let value = cursor.value(kind, &key)?;
             if metadata.insert(key.clone(), value).is_some() {
-                return Err(Error::malformed(
-                    path,
-                    format!("metadata key `{key}` occurs twice"),
-                ));
+                return Err(refuse(format!("metadata key `{key}` occurs twice")));
             }
         }
         let headers = (0..n_tensors)
@@ -372,6 +369,10 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
+    fn refuse<T>(&self, message: String) -> Result<T> {
+        Err(Error::malformed(self.path, message))
+    }
+
     fn take(&mut self, n_bytes: u64, what: &str) -> Result<&'a [u8]> {
         let rest = &self.bytes[self.at..];
         match usize::try_from(n_bytes).ok().and_then(|n| rest.get(..n)) {
@@ -379,12 +380,9 @@ impl<'a> Cursor<'a> {
                 self.at += taken.len();
                 Ok(taken)
             }
-            None => Err(Error::malformed(
-                self.path,
-                format!(
-                    "ends inside {what}: {n_bytes} bytes announced, {} left",
-                    rest.len()
-                ),
+            None => self.refuse(format!(
+                "ends inside {what}: {n_bytes} bytes announced, {} left",
+                rest.len()
             )),
         }
     }
@@ -406,10 +404,7 @@ impl<'a> Cursor<'a> {
     fn count(&mut self, max: u64, what: &str) -> Result<u64> {
         let count = self.u64(what)?;
         if count > max {
-            return Err(Error::malformed(
-                self.path,
-                format!("announces {count} {what}; at most {max} are read"),
-            ));
+            return self.refuse(format!("announces {count} {what}; at most {max} are read"));
         }
         Ok(count)
     }
@@ -439,7 +434,7 @@ impl<'a> Cursor<'a> {
             7 => GgufValue::Bool(self.flag(key)?),
             8 => GgufValue::String(self.string(key)?),
             9 => GgufValue::Array(self.array(key)?),
-            _ => return Err(self.unknown_kind(kind, key)),
+            _ => return self.refuse(format!("`{key}`: value type {kind} is not read")),
         })
     }
 
@@ -448,9 +443,8 @@ impl<'a> Cursor<'a> {
         let n = self.count(MAX_ELEMENTS, key)?;
         self.n_elements += n;
         if self.n_elements > MAX_ELEMENTS {
-            return Err(Error::malformed(
-                self.path,
-                format!("`{key}`: more than {MAX_ELEMENTS} array elements in all"),
+            return self.refuse(format!(
+                "`{key}`: more than {MAX_ELEMENTS} array elements in all"
             ));
         }
         let each = 0..n;
@@ -466,7 +460,7 @@ impl<'a> Cursor<'a> {
             6 | 12 => GgufArray::Float(each.map(|_| self.float(kind, key)).collect::<Result<_>>()?),
             7 => GgufArray::Bool(each.map(|_| self.flag(key)).collect::<Result<_>>()?),
             8 => GgufArray::String(each.map(|_| self.string(key)).collect::<Result<_>>()?),
-            _ => return Err(self.unknown_kind(kind, key)),
+            _ => return self.refuse(format!("`{key}`: value type {kind} is not read")),
         })
     }
 
@@ -499,24 +493,16 @@ impl<'a> Cursor<'a> {
         match self.word(key)? {
             [0] => Ok(false),
             [1] => Ok(true),
-            [other] => Err(Error::malformed(
-                self.path,
-                format!("`{key}`: {other} is not a flag"),
-            )),
+            [other] => self.refuse(format!("`{key}`: {other} is not a flag")),
         }
-    }
-
-    fn unknown_kind(&self, kind: u32, key: &str) -> Error {
-        Error::malformed(self.path, format!("`{key}`: value type {kind} is not read"))
     }
 
     fn tensor(&mut self) -> Result<Header> {
         let name = self.name("a tensor's name")?;
         let n_dims = self.u32(&name)?;
         if n_dims > MAX_DIMS {
-            return Err(Error::malformed(
-                self.path,
-                format!("tensor `{name}`: {n_dims} dimensions; at most {MAX_DIMS} are read"),
+            return self.refuse(format!(
+                "tensor `{name}`: {n_dims} dimensions; at most {MAX_DIMS} are read"
             ));
         }
         let shape = (0..n_dims)

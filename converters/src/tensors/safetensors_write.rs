@@ -42,23 +42,27 @@ pub fn write_safetensors(
         }
         by_name.insert(name, tensor);
     }
-    let slots = by_name
-        .iter()
-        .map(|(name, tensor)| Slot {
-            name: name.clone(),
-            dtype: tensor.dtype(),
-            shape: tensor.shape().to_vec(),
-        })
-        .collect();
     write_file(path, |writer| {
-        stream(path, writer, slots, metadata, |slot, out| {
-            match by_name.get(&slot.name) {
-                Some(tensor) => out
-                    .write_all(&tensor.bytes())
-                    .map_err(Error::io("write", path)),
-                None => Ok(()),
-            }
-        })
+        write_tensors(path, writer, &by_name, metadata)
+    })
+}
+
+/// Writes header and data of whole tensors, as [`write_safetensors`] does.
+pub(crate) fn write_tensors(
+    path: &Path,
+    writer: &mut impl Write,
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let slots = tensors.iter().map(|(name, tensor)| Slot {
+        name: name.clone(),
+        dtype: tensor.dtype(),
+        shape: tensor.shape().to_vec(),
+    });
+    stream(path, writer, slots.collect(), metadata, |slot, out| {
+        let bytes = tensors.get(&slot.name).map(Tensor::bytes);
+        out.write_all(&bytes.unwrap_or_default())
+            .map_err(Error::io("write", path))
     })
 }
 

@@ -13,7 +13,7 @@ use crate::files;
 use crate::formats::peft::config_write;
 use crate::formats::peft::read::{CONFIG_FILE, PREFIX, Role, SAMPLER_FIELDS, WEIGHTS_FILE};
 use crate::tensors::dtype::DType;
-use crate::tensors::safetensors_write::{Slot, stream};
+use crate::tensors::safetensors_write::write_tensors;
 use crate::tensors::tensor::Tensor;
 
 impl Adapter {
@@ -60,37 +60,16 @@ pub(crate) fn replace_files(
     (weights_name, tensors): (&str, &BTreeMap<String, Tensor>),
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
-    let write_weights = |path: &Path| {
-        files::prepare_file(path, |writer| {
-            let slots = tensors
-                .iter()
-                .map(|(name, tensor)| Slot {
-                    name: name.clone(),
-                    dtype: tensor.dtype(),
-                    shape: tensor.shape().to_vec(),
-                })
-                .collect();
-            stream(path, writer, slots, metadata, |slot, out| {
-                match tensors.get(&slot.name) {
-                    Some(tensor) => out
-                        .write_all(&tensor.bytes())
-                        .map_err(Error::io("write", path)),
-                    None => Ok(()),
-                }
-            })
-        })
-    };
-    let write_config = |path: &Path| {
-        files::prepare_file(path, |writer| {
-            writer
-                .write_all(text.as_bytes())
-                .map_err(Error::io("write", path))
-        })
-    };
     let write_into = |dir: &Path| {
         let (weights_path, config_path) = (dir.join(weights_name), dir.join(config_name));
-        let weights = write_weights(&weights_path)?;
-        let config = write_config(&config_path)?;
+        let weights = files::prepare_file(&weights_path, |writer| {
+            write_tensors(&weights_path, writer, tensors, metadata)
+        })?;
+        let config = files::prepare_file(&config_path, |writer| {
+            writer
+                .write_all(text.as_bytes())
+                .map_err(Error::io("write", &config_path))
+        })?;
         match fs::remove_file(&config_path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io("replace", &config_path)(error));
