@@ -1,6 +1,6 @@
 //! Adapters for tests: the recorded cases on disk, and small random ones.
 
-#[path = "../../tests/it/fixtures/walk.rs"]
+#[path = "../../../tests/it/fixtures/walk.rs"]
 mod walk;
 
 use std::collections::BTreeMap;
