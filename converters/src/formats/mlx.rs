@@ -355,7 +355,7 @@ mod tests {
         let mut adapter = fixtures::small_adapter(2, false);
         let keys = |adapter: &Adapter, name: &str| {
             let out = dir.path().join(name);
-            Mlx.write(&adapter, &out, &LoraOptions::default(), None)
+            Mlx.write(adapter, &out, &LoraOptions::default(), None)
                 .expect("written");
             let keys = json::read_object(&out.join(CONFIG_FILE)).expect("our own output");
             (
