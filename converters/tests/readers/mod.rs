@@ -99,7 +99,7 @@ fn check_adapter(adapter: &Adapter, dir: &Path) {
     };
     let mlx = dir.join("mlx");
     if format_called("mlx")
-        .write(&adapter, &mlx, &small, None)
+        .write(adapter, &mlx, &small, None)
         .is_err()
     {
         assert!(!mlx.exists(), "a failed write leaves nothing");
