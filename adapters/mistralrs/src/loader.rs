@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use mistralrs_core::{
     AdapterPaths, AutoDeviceMapParams, DeviceMapSetting, IsqType, Loader, LocalModelPaths,
     ModelDType, ModelKind, ModelPaths, NormalLoaderBuilder, NormalSpecificConfig,
@@ -190,7 +190,7 @@ impl MonteCloraLoader {
             }
         });
         let request = LoadRequest {
-            dtype,
+            dtype: Box::new(dtype),
             device: self.device.clone(),
             silent: self.silent,
             mapper,
@@ -201,14 +201,11 @@ impl MonteCloraLoader {
     }
 
     /// The model, and the fingerprint of the adapter in it.
-    fn load_from<D>(
+    fn load_from(
         &self,
         base: &Path,
-        request: LoadRequest<D>,
-    ) -> Result<(SharedPipeline, Option<String>)>
-    where
-        D: TryIntoDType + Send + 'static,
-    {
+        request: LoadRequest,
+    ) -> Result<(SharedPipeline, Option<String>)> {
         let staged = self.stage(base)?;
         let paths: Box<dyn ModelPaths + Send> = Box::new(staged.paths.clone());
         let name = self.name.clone();
@@ -225,7 +222,7 @@ impl MonteCloraLoader {
             let paths: Box<dyn ModelPaths> = paths;
             loader.load_model_from_path(
                 &paths,
-                &request.dtype,
+                &*request.dtype,
                 &request.device,
                 request.silent,
                 request.mapper,
@@ -329,8 +326,8 @@ fn shortened(digest: &str) -> String {
 }
 
 /// What mistral.rs is asked for, owned so that it can move to another thread.
-struct LoadRequest<D> {
-    dtype: D,
+struct LoadRequest {
+    dtype: Box<dyn TryIntoDType + Send>,
     device: Device,
     silent: bool,
     mapper: DeviceMapSetting,
@@ -352,7 +349,7 @@ impl Loader for MonteCloraLoader {
         paged_attn_config: Option<PagedAttentionConfig>,
     ) -> anyhow::Result<SharedPipeline> {
         let request = LoadRequest {
-            dtype: resolve_dtype(dtype, device)?,
+            dtype: Box::new(dtype.try_into_dtype(&[device])?),
             device: device.clone(),
             silent,
             mapper,
@@ -392,7 +389,7 @@ impl Loader for MonteCloraLoader {
             .into());
         }
         let request = LoadRequest {
-            dtype: resolve_dtype(dtype, device)?,
+            dtype: Box::new(dtype.try_into_dtype(&[device])?),
             device: device.clone(),
             silent,
             mapper,
@@ -409,10 +406,6 @@ impl Loader for MonteCloraLoader {
     fn get_kind(&self) -> ModelKind {
         ModelKind::Normal
     }
-}
-
-fn resolve_dtype(dtype: &dyn TryIntoDType, device: &Device) -> anyhow::Result<DType> {
-    dtype.try_into_dtype(&[device])
 }
 
 pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

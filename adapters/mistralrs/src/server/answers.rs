@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 
+use axum::Json;
 use axum::response::sse::{Event, KeepAlive};
 use axum::response::{IntoResponse, Response as HttpResponse, Sse};
 use mistralrs_core::{Response, ToolCallResponse};
@@ -32,6 +33,15 @@ impl Piece {
 
 /// How one endpoint shows its answers.
 pub(crate) trait Form: Send + 'static {
+    /// What ids begin with.
+    const ID: &'static str;
+    /// What a whole answer says it is.
+    const WHOLE: &'static str;
+    /// What a chunk of one says it is.
+    const CHUNK: &'static str;
+    /// What a choice says, under a key of its own.
+    type Said: Serialize;
+
     /// What comes before an answer's first token.
     fn lead(&self) -> &str {
         ""
@@ -40,32 +50,49 @@ pub(crate) trait Form: Send + 'static {
     /// What `response` says, if it is of the kind that was asked for; `begun` is for each choice of a stream, and false at first.
     fn read(&self, response: Response, begun: &mut bool) -> Option<Vec<Piece>>;
 
-    /// The whole answer: all of each choice, with its index.
-    fn whole(&self, head: &Head, pieces: Vec<(usize, Piece)>, usage: Usage) -> HttpResponse;
+    /// All of a choice.
+    fn whole(&self, piece: Piece) -> Self::Said;
 
-    /// One piece of the choice `idx`, which may be its first.
-    fn chunk(&self, head: &Head, idx: usize, piece: Piece, is_first: bool) -> String;
-
-    /// What says at a stream's end how many tokens it took.
-    fn last_chunk(&self, head: &Head, usage: Usage) -> String;
+    /// What a chunk, which may be its first, adds to a choice.
+    fn chunk(&self, piece: Piece, is_first: bool) -> Self::Said;
 }
 
 /// What stands at the head of every answer, and of every chunk of one.
-pub(crate) struct Head {
+struct Head {
     id: String,
     created: u64,
     /// The generation that answers.
     lease: Lease,
 }
 
+#[derive(Serialize)]
+struct Headed<'a, S> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: Vec<Choice<S>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Usage>,
+}
+
+#[derive(Serialize)]
+struct Choice<S> {
+    index: usize,
+    #[serde(flatten)]
+    said: S,
+    logprobs: (),
+    finish_reason: Option<String>,
+}
+
 impl Head {
-    /// An answer under this head.
-    pub(crate) fn over<C: Serialize>(
+    fn over<S>(
         &self,
         object: &'static str,
-        choices: Vec<C>,
+        choices: Vec<Choice<S>>,
         usage: Option<Usage>,
-    ) -> impl Serialize {
+    ) -> Headed<'_, S> {
         Headed {
             id: &self.id,
             object,
@@ -78,72 +105,39 @@ impl Head {
     }
 }
 
-#[derive(Serialize)]
-struct Headed<'a, C> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'a str,
-    choices: Vec<C>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Usage>,
-}
-
-/// One choice of an answer or a chunk, with what is `said` under a key of its own.
-#[derive(Serialize)]
-pub(crate) struct Choice<S> {
-    index: usize,
-    #[serde(flatten)]
-    said: S,
-    logprobs: (),
-    finish_reason: Option<String>,
-}
-
-impl<S> Choice<S> {
-    pub(crate) fn new(index: usize, finish_reason: Option<String>, said: S) -> Self {
-        Self {
-            index,
-            said,
-            logprobs: (),
-            finish_reason,
-        }
-    }
-}
-
-/// `chunk` as the data of an event.
-pub(crate) fn data(chunk: &impl Serialize) -> String {
-    serde_json::to_string(chunk).expect("structures of texts and numbers have a JSON form")
-}
-
-/// The answer of `job` to what was `asked`, in `form`; ids begin with `prefix`.
-pub(crate) async fn answer(
+/// The answer of `job` to what was `asked`, in `form`.
+pub(crate) async fn answer<F: Form>(
     asked: Asked,
     mut job: RunningJob,
-    prefix: &str,
-    form: impl Form,
+    form: F,
 ) -> Result<HttpResponse, ApiError> {
     let head = Head {
-        id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
+        id: format!("{}-{}", F::ID, uuid::Uuid::new_v4().simple()),
         created: now(),
         lease: asked.lease,
     };
     if asked.stream {
         return Ok(Stream::new(head, job, form, &asked.stop, asked.include_usage).into_response());
     }
-    let mut pieces = Vec::new();
-    for (idx, response) in job.responses().await?.into_iter().enumerate() {
-        let read = form.read(response, &mut false).ok_or_else(another_kind)?;
-        for mut piece in read {
+    let mut choices = Vec::new();
+    for (index, response) in job.responses().await?.into_iter().enumerate() {
+        for mut piece in form.read(response, &mut false).ok_or_else(another_kind)? {
             let cut = piece.text.map(|text| StopFilter::cut(&asked.stop, &text));
-            if cut.as_ref().is_some_and(|(_, stopped)| *stopped) {
-                piece.finish_reason = Some("stop".to_owned());
-            }
+            let stopped = cut.as_ref().is_some_and(|(_, stopped)| *stopped);
             piece.text = cut.map(|(text, _)| text);
-            pieces.push((idx, piece));
+            choices.push(Choice {
+                index,
+                logprobs: (),
+                finish_reason: match stopped {
+                    true => Some("stop".to_owned()),
+                    false => piece.finish_reason.take(),
+                },
+                said: form.whole(piece),
+            });
         }
     }
-    Ok(form.whole(&head, pieces, job.usage()))
+    let usage = Some(job.usage());
+    Ok(Json(head.over(F::WHOLE, choices, usage)).into_response())
 }
 
 fn another_kind() -> ApiError {
@@ -261,10 +255,21 @@ impl<F: Form> Stream<F> {
         }
     }
 
-    fn show(&mut self, idx: usize, piece: Piece) {
-        let is_first = !std::mem::replace(&mut self.choices[idx].shown, true);
-        let chunk = self.form.chunk(&self.head, idx, piece, is_first);
-        self.queue.push_back(chunk);
+    fn show(&mut self, index: usize, mut piece: Piece) {
+        let is_first = !std::mem::replace(&mut self.choices[index].shown, true);
+        let choice = Choice {
+            index,
+            logprobs: (),
+            finish_reason: piece.finish_reason.take(),
+            said: self.form.chunk(piece, is_first),
+        };
+        self.push(vec![choice], None);
+    }
+
+    fn push(&mut self, choices: Vec<Choice<F::Said>>, usage: Option<Usage>) {
+        let chunk = serde_json::to_string(&self.head.over(F::CHUNK, choices, usage));
+        let text = chunk.expect("structures of texts and numbers have a JSON form");
+        self.queue.push_back(text);
     }
 
     /// Ends one choice, and with the last of them the stream.
@@ -280,8 +285,7 @@ impl<F: Form> Stream<F> {
         self.job.end_choice(idx);
         if self.choices.iter().all(|choice| choice.ended) {
             if self.include_usage {
-                let usage = self.form.last_chunk(&self.head, self.job.usage());
-                self.queue.push_back(usage);
+                self.push(Vec::new(), Some(self.job.usage()));
             }
             self.close();
         }

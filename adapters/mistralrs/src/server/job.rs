@@ -25,13 +25,13 @@ const CHANNEL_SIZE: usize = 1024;
 
 /// What an engine is given to do.
 pub(crate) struct Job {
-    lease: Lease,
+    pub(crate) lease: Lease,
     /// One for each choice asked for.
-    steps: Vec<Arc<Steps>>,
-    max_tokens: usize,
-    prompt_tokens: usize,
-    /// The client has all it asked for.
-    complete: AtomicBool,
+    pub(crate) steps: Vec<Arc<Steps>>,
+    pub(crate) max_tokens: usize,
+    pub(crate) prompt_tokens: usize,
+    /// The client has all it asked for; false at first.
+    pub(crate) complete: AtomicBool,
 }
 
 /// How a job ended; of several choices, the last in this order counts.
@@ -77,21 +77,6 @@ impl JobEnd {
 type Message = Result<(usize, Option<Response>), JobEnd>;
 
 impl Job {
-    pub(crate) fn new(
-        lease: Lease,
-        steps: Vec<Arc<Steps>>,
-        max_tokens: usize,
-        prompt_tokens: usize,
-    ) -> Self {
-        Self {
-            lease,
-            steps,
-            max_tokens,
-            prompt_tokens,
-            complete: AtomicBool::new(false),
-        }
-    }
-
     /// Gives `request` to the engine, once for each choice.
     ///
     /// Choices are requests of their own. They run together, but where an engine takes one request at a time: there each waits for

@@ -218,17 +218,12 @@ impl Registry {
         for (lease, checked) in kept {
             lease.set_source(&checked);
         }
-        let former = {
-            let mut table = self.table.write();
-            table.default_model.clone_from(&config.default_model);
-            std::mem::replace(&mut table.names, names)
+        let former = self.list().into_iter().map(|lease| lease.name.clone());
+        applied.removed = former.filter(|name| !names.contains_key(name)).collect();
+        *self.table.write() = Table {
+            names,
+            default_model: config.default_model.clone(),
         };
-        let still = self.table.read();
-        applied.removed = former
-            .into_keys()
-            .filter(|name| !still.names.contains_key(name))
-            .collect();
-        drop(still);
         *plan = next;
         tracing::info!(?applied, "configuration applied");
         Ok(applied)
@@ -291,13 +286,13 @@ impl Registry {
         };
         match current.filter(|lease| checked.is(lease)) {
             Some(lease) => {
-                plan.change(load.name, change)?;
+                plan.change(load.name, Some(change))?;
                 lease.set_source(&checked);
                 Ok(lease)
             }
             None => {
                 let lease = self.start(checked).await?;
-                plan.change(load.name, change)?;
+                plan.change(load.name, Some(change))?;
                 Ok(self.publish(lease))
             }
         }
@@ -312,18 +307,13 @@ impl Registry {
         let Some(parent) = lease.parent.clone() else {
             return Err(not_an_adapter(name));
         };
-        let replaces = declared(&plan.models, name).map(|(_, source)| source.to_path_buf());
-        if replaces.is_some() {
-            let change = Change {
-                parent,
-                path: None,
-                generation: None,
-                replaces,
-            };
-            plan.change(name, change)?;
-        } else {
-            plan.forget(name)?;
-        }
+        let change = declared(&plan.models, name).map(|(_, source)| Change {
+            parent,
+            path: None,
+            generation: None,
+            replaces: Some(source.to_path_buf()),
+        });
+        plan.change(name, change)?;
         let mut table = self.table.write();
         table.names.shift_remove(name);
         if table.default_model == name {
@@ -403,40 +393,29 @@ impl Plan {
             });
             let added = added.map(|(alias, change)| (alias.as_str(), None, Some(change)));
             for (alias, source, change) in declared.chain(added) {
-                let recorded = match (change, &self.state_file) {
-                    (Some(Change { path: None, .. }), _) => continue,
-                    (
-                        Some(Change {
-                            path: Some(path), ..
-                        }),
-                        Some(file),
-                    ) => Some(file.absolute(path)),
-                    _ => None,
-                };
-                let Some(source) = recorded.as_deref().or(source) else {
+                if change.is_some_and(|change| change.path.is_none()) {
                     continue;
-                };
-                let adapter = Wanted::new(model, Some((alias, source)), self.settings);
-                wanted.push((alias.to_owned(), adapter, change));
+                }
+                let recorded = change.and_then(|change| {
+                    let file = self.state_file.as_ref()?;
+                    Some(file.absolute(change.path.as_ref()?))
+                });
+                if let Some(source) = recorded.as_deref().or(source) {
+                    let adapter = Wanted::new(model, Some((alias, source)), self.settings);
+                    wanted.push((alias.to_owned(), adapter, change));
+                }
             }
         }
         wanted
     }
 
-    /// Records a change of `name`, in the file first.
-    fn change(&mut self, name: &str, change: Change) -> Result<()> {
+    /// Records a change of `name`, or that there is none any more; on failure it is as before.
+    fn change(&mut self, name: &str, change: Option<Change>) -> Result<()> {
         let former = self.state.clone();
-        self.state.adapters.insert(name.to_owned(), change);
-        self.record_or_restore(former)
-    }
-
-    fn forget(&mut self, name: &str) -> Result<()> {
-        let former = self.state.clone();
-        self.state.adapters.remove(name);
-        self.record_or_restore(former)
-    }
-
-    fn record_or_restore(&mut self, former: RunTimeState) -> Result<()> {
+        match change {
+            Some(change) => self.state.adapters.insert(name.to_owned(), change),
+            None => self.state.adapters.remove(name),
+        };
         let outcome = self.record(&former);
         if outcome.is_err() {
             self.state = former;

@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use mistralrs_core::{
     Constraint, DrySamplingParams, NormalRequest, SamplingParams, TokenizationRequest,
 };
 use mistralrs_server_core::openai::Grammar;
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
@@ -205,16 +207,23 @@ impl Asked {
             ..SamplingParams::neutral()
         };
         let steps = (0..self.n_choices).map(|idx| {
-            Arc::new(Steps::new(
-                self.lease.end_tokens.clone(),
-                self.bias.clone(),
-                self.seeded.as_ref().map(|draw| draw.for_choice(idx)),
-                StopWatch::new(&self.stop, &self.lease.tokenizer),
+            Arc::new(Steps {
+                end_tokens: self.lease.end_tokens.clone(),
+                bias: self.bias.clone(),
+                seeded: self.seeded.as_ref().map(|draw| draw.for_choice(idx)),
+                stop: StopWatch::new(&self.stop, &self.lease.tokenizer),
                 // The request waits for its first token, whichever choice has it.
-                (idx == 0).then(|| app.metrics.waiting()),
-            ))
+                waiting: Mutex::new((idx == 0).then(|| app.metrics.waiting())),
+                ..Steps::default()
+            })
         });
-        let job = Job::new(self.lease.clone(), steps.collect(), max_tokens, n_prompt);
+        let job = Job {
+            lease: self.lease.clone(),
+            steps: steps.collect(),
+            max_tokens,
+            prompt_tokens: n_prompt,
+            complete: AtomicBool::default(),
+        };
         job.start(app, admission, &request)
     }
 

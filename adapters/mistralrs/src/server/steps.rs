@@ -19,45 +19,24 @@ use crate::quirks_0_8::token_bias;
 /// The steps of one choice of a request: mistral.rs does not tell of every token, nor does it bias them or draw with a seed.
 ///
 /// A request is cancelled by making the end-of-text token certain at its next step.
+#[derive(Default)]
 pub(crate) struct Steps {
     /// Lengths at which a token was drawn: one that a grammar forbids is drawn again at the same length.
-    lengths: Mutex<HashSet<usize>>,
-    first: OnceLock<Instant>,
+    pub(super) lengths: Mutex<HashSet<usize>>,
+    pub(super) first: OnceLock<Instant>,
     /// Counts the request among those without a token.
-    waiting: Mutex<Option<Counted>>,
-    cancelled: AtomicBool,
-    can_cancel: bool,
-    end_tokens: Vec<u32>,
+    pub(super) waiting: Mutex<Option<Counted>>,
+    pub(super) cancelled: AtomicBool,
+    pub(super) end_tokens: Vec<u32>,
     /// Added to the logits of these tokens.
-    bias: Arc<HashMap<u32, f32>>,
-    seeded: Option<SeededDraw>,
-    stop: Option<StopWatch>,
+    pub(super) bias: Arc<HashMap<u32, f32>>,
+    pub(super) seeded: Option<SeededDraw>,
+    pub(super) stop: Option<StopWatch>,
     /// Tokens of the prompt.
-    n_prompt: OnceLock<usize>,
+    pub(super) n_prompt: OnceLock<usize>,
 }
 
 impl Steps {
-    pub(crate) fn new(
-        end_tokens: Vec<u32>,
-        bias: Arc<HashMap<u32, f32>>,
-        seeded: Option<SeededDraw>,
-        stop: Option<StopWatch>,
-        waiting: Option<Counted>,
-    ) -> Self {
-        Self {
-            lengths: Mutex::default(),
-            first: OnceLock::new(),
-            waiting: Mutex::new(waiting),
-            cancelled: AtomicBool::new(false),
-            can_cancel: !samples_in_step(),
-            end_tokens,
-            bias,
-            seeded,
-            stop,
-            n_prompt: OnceLock::new(),
-        }
-    }
-
     /// Tokens sampled.
     pub(crate) fn count(&self) -> usize {
         self.lengths.lock().len()
@@ -70,7 +49,7 @@ impl Steps {
 
     /// Ends the answer at its next step, unless other processes would go on with it.
     pub(crate) fn cancel(&self) {
-        self.cancelled.store(self.can_cancel, Ordering::Relaxed);
+        self.cancelled.store(!samples_in_step(), Ordering::Relaxed);
     }
 }
 
@@ -116,7 +95,10 @@ mod tests {
 
     #[test]
     fn a_cancelled_request_ends_unless_a_grammar_forbids_it() {
-        let steps = Steps::new(vec![2], Arc::default(), None, None, None);
+        let steps = Steps {
+            end_tokens: vec![2],
+            ..Steps::default()
+        };
         let logits = Tensor::new(&[3f32, 1.0, -5.0], &Device::Cpu).expect("a tensor");
         let best = |logits: &Tensor| {
             let row: Vec<f32> = steps
@@ -139,7 +121,11 @@ mod tests {
         let logits = Tensor::new(&[3f32, 1.0, 0.0], &Device::Cpu).expect("a tensor");
         for seeded in [None, Some(plain(5))] {
             let bias = Arc::new(HashMap::from([(0, -100.0), (2, 100.0), (999, 100.0)]));
-            let steps = Steps::new(vec![1], bias, seeded, None, None);
+            let steps = Steps {
+                bias,
+                seeded,
+                ..Steps::default()
+            };
             for length in 0..50 {
                 let row: Vec<f32> = steps
                     .apply(&logits, &vec![0; length])

@@ -1,8 +1,7 @@
 //! `POST /v1/chat/completions`: a conversation, by the model's own chat template.
 
-use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response as HttpResponse};
+use axum::response::Response as HttpResponse;
 use mistralrs_core::{
     Constraint, NormalRequest, Request, RequestMessage, Response, TokenizationRequest,
     ToolCallResponse,
@@ -17,11 +16,10 @@ use crate::quirks_0_8::dropped_efforts::Effort;
 use crate::quirks_0_8::forced_tools::ToolUse;
 use crate::server::App;
 use crate::server::admission::Admission;
-use crate::server::answers::{Choice, Form, Head, Piece, answer, data};
+use crate::server::answers::{Form, Piece, answer};
 use crate::server::api_error::ApiError;
 use crate::server::fields::{flag, only, theirs};
 use crate::server::guard::Payload;
-use crate::server::job::Usage;
 use crate::server::request::Asked;
 
 /// Keys that only this endpoint has.
@@ -78,7 +76,7 @@ pub(super) async fn handle(
     }
     let n_prompt = count_prompt(&app, &asked, &request, &admission).await?;
     let job = asked.start(&app, admission, "messages", n_prompt, request)?;
-    answer(asked, job, "chatcmpl", form).await
+    answer(asked, job, form).await
 }
 
 impl ChatKeys {
@@ -280,9 +278,12 @@ struct More {
 
 const ROLE: &str = "assistant";
 
-const CHUNK: &str = "chat.completion.chunk";
-
 impl Form for ChatForm {
+    const ID: &'static str = "chatcmpl";
+    const WHOLE: &'static str = "chat.completion";
+    const CHUNK: &'static str = "chat.completion.chunk";
+    type Said = Said;
+
     fn read(&self, response: Response, begun: &mut bool) -> Option<Vec<Piece>> {
         match response {
             Response::Done(done) => {
@@ -318,38 +319,26 @@ impl Form for ChatForm {
         }
     }
 
-    fn whole(&self, head: &Head, pieces: Vec<(usize, Piece)>, usage: Usage) -> HttpResponse {
-        let choices = pieces.into_iter().map(|(idx, piece)| {
-            let (role, content) = (ROLE, piece.text);
-            let more = More {
+    fn whole(&self, piece: Piece) -> Said {
+        Said::Message {
+            role: ROLE,
+            content: piece.text,
+            more: More {
                 tool_calls: piece.tool_calls,
                 reasoning_content: piece.reasoning,
-            };
-            let said = Said::Message {
-                role,
-                content,
-                more,
-            };
-            Choice::new(idx, piece.finish_reason, said)
-        });
-        Json(head.over("chat.completion", choices.collect(), Some(usage))).into_response()
+            },
+        }
     }
 
-    fn chunk(&self, head: &Head, idx: usize, piece: Piece, is_first: bool) -> String {
-        let said = Said::Delta {
+    fn chunk(&self, piece: Piece, is_first: bool) -> Said {
+        Said::Delta {
             content: piece.text.unwrap_or_default(),
             role: is_first.then_some(ROLE),
             more: More {
                 tool_calls: piece.tool_calls,
                 reasoning_content: piece.reasoning,
             },
-        };
-        let choice = Choice::new(idx, piece.finish_reason, said);
-        data(&head.over(CHUNK, vec![choice], None))
-    }
-
-    fn last_chunk(&self, head: &Head, usage: Usage) -> String {
-        data(&head.over(CHUNK, Vec::<Said>::new(), Some(usage)))
+        }
     }
 }
 

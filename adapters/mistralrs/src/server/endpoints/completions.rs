@@ -1,8 +1,7 @@
 //! `POST /v1/completions`: plain text, no template.
 
-use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response as HttpResponse};
+use axum::response::Response as HttpResponse;
 use either::Either;
 use mistralrs_core::{NormalRequest, RequestMessage, Response, SamplingParams};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -13,11 +12,10 @@ use crate::engine::plain_tokenization;
 use crate::quirks_0_8::first_white_space::{restore, token_text};
 use crate::server::App;
 use crate::server::admission::Admission;
-use crate::server::answers::{Choice, Form, Head, Piece, answer, data};
+use crate::server::answers::{Form, Piece, answer};
 use crate::server::api_error::ApiError;
 use crate::server::fields::{checked, flag};
 use crate::server::guard::Payload;
-use crate::server::job::Usage;
 use crate::server::request::Asked;
 
 /// Keys that only this endpoint has.
@@ -57,7 +55,7 @@ pub(super) async fn handle(
     request.return_logprobs = true;
     let job = asked.start(&app, admission, "prompt", n_prompt, request)?;
     let lead = if keys.echo { prompt } else { String::new() };
-    answer(asked, job, "cmpl", CompletionForm { lead }).await
+    answer(asked, job, CompletionForm { lead }).await
 }
 
 fn one_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
@@ -82,9 +80,12 @@ struct Said {
     text: String,
 }
 
-const OBJECT: &str = "text_completion";
-
 impl Form for CompletionForm {
+    const ID: &'static str = "cmpl";
+    const WHOLE: &'static str = "text_completion";
+    const CHUNK: &'static str = Self::WHOLE;
+    type Said = Said;
+
     fn lead(&self) -> &str {
         &self.lead
     }
@@ -122,21 +123,16 @@ impl Form for CompletionForm {
         }
     }
 
-    fn whole(&self, head: &Head, pieces: Vec<(usize, Piece)>, usage: Usage) -> HttpResponse {
-        let choices = pieces.into_iter().map(|(idx, piece)| {
-            let text = format!("{}{}", self.lead, piece.text.unwrap_or_default());
-            Choice::new(idx, piece.finish_reason, Said { text })
-        });
-        Json(head.over(OBJECT, choices.collect(), Some(usage))).into_response()
-    }
-
-    fn chunk(&self, head: &Head, idx: usize, piece: Piece, _is_first: bool) -> String {
+    fn whole(&self, piece: Piece) -> Said {
         let text = piece.text.unwrap_or_default();
-        let choice = Choice::new(idx, piece.finish_reason, Said { text });
-        data(&head.over(OBJECT, vec![choice], None))
+        Said {
+            text: format!("{}{text}", self.lead),
+        }
     }
 
-    fn last_chunk(&self, head: &Head, usage: Usage) -> String {
-        data(&head.over(OBJECT, Vec::<Said>::new(), Some(usage)))
+    fn chunk(&self, piece: Piece, _is_first: bool) -> Said {
+        Said {
+            text: piece.text.unwrap_or_default(),
+        }
     }
 }

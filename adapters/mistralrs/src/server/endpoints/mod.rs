@@ -71,6 +71,16 @@ struct Endpoint {
 }
 
 impl Endpoint {
+    fn new(method: Method, path: &'static str, right: Right, route: MethodRouter<App>) -> Self {
+        Self {
+            method,
+            path,
+            right,
+            when: |_| true,
+            route,
+        }
+    }
+
     fn when(mut self, when: fn(&AppState) -> bool) -> Self {
         self.when = when;
         self
@@ -78,25 +88,11 @@ impl Endpoint {
 }
 
 fn get<H: Handler<T, App>, T: 'static>(path: &'static str, right: Right, handler: H) -> Endpoint {
-    let (method, route) = (Method::GET, routing::get(handler));
-    Endpoint {
-        method,
-        path,
-        right,
-        when: |_| true,
-        route,
-    }
+    Endpoint::new(Method::GET, path, right, routing::get(handler))
 }
 
 fn post<H: Handler<T, App>, T: 'static>(path: &'static str, right: Right, handler: H) -> Endpoint {
-    let (method, route) = (Method::POST, routing::post(handler));
-    Endpoint {
-        method,
-        path,
-        right,
-        when: |_| true,
-        route,
-    }
+    Endpoint::new(Method::POST, path, right, routing::post(handler))
 }
 
 fn is_administered(app: &AppState) -> bool {
