@@ -94,10 +94,8 @@ pub(crate) struct Asked {
     pub(crate) stop: Vec<String>,
     /// What holds the answer to a form.
     pub(crate) constraint: Constraint,
-    sampling: Sampling,
-    presence_penalty: Option<f32>,
-    frequency_penalty: Option<f32>,
-    dry: Option<DrySamplingParams>,
+    /// How tokens are sampled, but for what depends on the prompt and the constraint.
+    sampling: SamplingParams,
     max_tokens: Option<usize>,
     n_choices: usize,
     bias: Arc<HashMap<u32, f32>>,
@@ -148,10 +146,18 @@ impl Asked {
             stream: common.stream,
             include_usage,
             stop: common.stop,
-            sampling,
-            presence_penalty: common.presence_penalty,
-            frequency_penalty: common.frequency_penalty,
-            dry: their.dry()?,
+            sampling: SamplingParams {
+                temperature: sampling.temperature,
+                top_k: sampling.top_k,
+                top_p: sampling.top_p,
+                min_p: sampling.min_p,
+                top_n_logprobs: 1,
+                frequency_penalty: common.frequency_penalty,
+                presence_penalty: common.presence_penalty,
+                repetition_penalty: sampling.repetition_penalty,
+                dry_params: their.dry()?,
+                ..SamplingParams::neutral()
+            },
             constraint: their.constraint(),
             max_tokens: common.max_tokens,
             n_choices,
@@ -193,18 +199,9 @@ impl Asked {
         request.is_streaming = self.stream;
         request.constraint = self.constraint.clone();
         request.sampling_params = SamplingParams {
-            temperature: self.sampling.temperature,
-            top_k: self.sampling.top_k,
-            top_p: self.sampling.top_p,
-            min_p: self.sampling.min_p,
-            top_n_logprobs: 1,
-            frequency_penalty: self.frequency_penalty,
-            presence_penalty: self.presence_penalty,
-            repetition_penalty: self.sampling.repetition_penalty,
             stop_toks: stop_texts::told(&self.stop, &self.constraint),
             max_len: Some(max_tokens),
-            dry_params: self.dry.clone(),
-            ..SamplingParams::neutral()
+            ..self.sampling.clone()
         };
         let steps = (0..self.n_choices).map(|idx| {
             Arc::new(Steps {

@@ -195,9 +195,11 @@ impl Drop for Generation {
         if let Some(memory) = &mut self.memory {
             memory.leave();
         }
-        let engine_id = std::mem::take(&mut self.engine_id);
-        let retired = Retired::new(engine_id, self.pipeline.clone(), self.memory.take());
-        self.reaper.remove(retired);
+        self.reaper.remove(Retired {
+            engine_id: std::mem::take(&mut self.engine_id),
+            pipeline: self.pipeline.clone(),
+            _memory: self.memory.take(),
+        });
     }
 }
 

@@ -1,6 +1,5 @@
 //! The removal of engines that nobody needs any more.
 
-use std::cell::Cell;
 use std::sync::{Weak, mpsc};
 use std::time::{Duration, Instant};
 
@@ -15,36 +14,20 @@ const DESTRUCTION: Duration = Duration::from_millis(200);
 
 /// A generation that nobody needs any more.
 pub(super) struct Retired {
-    engine_id: String,
-    pipeline: WeakPipeline,
+    pub(super) engine_id: String,
+    pub(super) pipeline: WeakPipeline,
     /// Counted as in use until the weights are gone.
-    _memory: Option<Reservation>,
-    /// When nobody held the weights any more.
-    released: Cell<Option<Instant>>,
+    pub(super) _memory: Option<Reservation>,
 }
 
 impl Retired {
-    pub(super) fn new(
-        engine_id: String,
-        pipeline: WeakPipeline,
-        memory: Option<Reservation>,
-    ) -> Self {
-        Self {
-            engine_id,
-            pipeline,
-            _memory: memory,
-            released: Cell::default(),
-        }
-    }
-
-    /// Whether the engine, which ends at its next step, or the destructor of its weights may still be at it.
-    fn is_in_memory(&self) -> bool {
+    /// Whether the engine, which ends at its next step, or the destructor of its weights may still be at it; `released` is when
+    /// nobody held the weights any more.
+    fn is_in_memory(&self, released: &mut Option<Instant>) -> bool {
         if self.pipeline.strong_count() > 0 {
             return true;
         }
-        let since = self.released.get().unwrap_or_else(Instant::now);
-        self.released.set(Some(since));
-        let is_gone = since.elapsed() >= DESTRUCTION;
+        let is_gone = released.get_or_insert_with(Instant::now).elapsed() >= DESTRUCTION;
         if is_gone {
             tracing::info!(engine_id = self.engine_id, "engine removed");
         }
@@ -76,13 +59,14 @@ impl Reaper {
                     };
                     match retired {
                         Ok(retired) => match host.remove_model(&retired.engine_id) {
-                            Ok(()) => leaving.push(retired),
+                            Ok(()) => leaving.push((retired, None)),
                             Err(error) => {
                                 tracing::debug!(retired.engine_id, error, "engine kept");
                             }
                         },
                         Err(mpsc::RecvTimeoutError::Timeout) => {
-                            leaving.retain(Retired::is_in_memory);
+                            leaving
+                                .retain_mut(|(retired, released)| retired.is_in_memory(released));
                         }
                         Err(mpsc::RecvTimeoutError::Disconnected) => return,
                     }
