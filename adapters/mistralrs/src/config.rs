@@ -173,7 +173,7 @@ impl ServeFile {
     /// `MONTECLORA_MODELS__0__DTYPE=f16` that of the first model.
     ///
     /// # Errors
-    /// [`Error::NotFound`], or [`Error::Config`] naming every value of a wrong type, and every unknown key with the nearest
+    /// [`Error::Problem`] where there is no such file, else naming every value of a wrong type, and every unknown key with the nearest
     /// known one.
     pub fn read(path: &Path) -> Result<Self> {
         // A pipe would never end, or give nothing at a reload.
@@ -197,7 +197,7 @@ impl ServeFile {
     /// What the environment alone says, for a server without a file.
     ///
     /// # Errors
-    /// [`Error::Setting`] naming every variable that cannot be used.
+    /// [`Error::Problem`] naming every variable that cannot be used.
     pub fn from_environment() -> Result<Self> {
         parse::parse("", environment()).map_err(|message| Error::setting("environment", message))
     }

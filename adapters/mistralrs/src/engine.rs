@@ -123,7 +123,7 @@ impl Engine {
     /// Raw logits of all positions of `tokens`.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an empty or too long prompt; [`Error::Engine`] if mistral.rs fails.
+    /// [`Error::Problem`] for an empty or too long prompt; [`Error::Engine`] if mistral.rs fails.
     pub fn prompt_logits(&self, tokens: &[u32]) -> Result<PromptLogits> {
         self.check_length(tokens.len())?;
         let (sender, mut receiver) = channel(1);

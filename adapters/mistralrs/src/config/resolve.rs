@@ -90,7 +90,7 @@ impl ModelConfig {
     /// The loader for this base, with the adapter in `source` if one is given, under the public name `name`.
     ///
     /// # Errors
-    /// [`Error::Setting`] as in [`crate::MonteCloraLoaderBuilder::build`].
+    /// [`Error::Problem`] as in [`crate::MonteCloraLoaderBuilder::build`].
     pub fn loader(&self, name: &str, source: Option<&Path>) -> Result<MonteCloraLoader> {
         let mut builder = MonteCloraLoader::builder(&self.base, name)
             .dtype(self.dtype)
@@ -110,7 +110,7 @@ impl ServeFile {
     /// `locate` is asked for what is not a local path; for what may have to be fetched, only once everything else is right.
     ///
     /// # Errors
-    /// [`Error::Setting`] with every wrong setting.
+    /// [`Error::Problem`] with every wrong setting.
     pub fn resolve(&self, locate: &Locate<'_>) -> Result<ServeConfig> {
         let without_fetching = |id: &str, revision: Option<&str>| match is_hub_id(id) {
             true => Ok(PathBuf::from(id)),
@@ -399,7 +399,7 @@ fn is_hub_id(id: &str) -> bool {
 /// Finds nothing: for programs that take local directories only.
 ///
 /// # Errors
-/// Always [`Error::NotFound`].
+/// Always [`Error::Problem`].
 pub fn local_only(id: &str, _revision: Option<&str>) -> Result<PathBuf> {
     Err(Error::not_found(
         Path::new(id),

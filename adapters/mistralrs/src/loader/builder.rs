@@ -76,7 +76,7 @@ impl MonteCloraLoaderBuilder {
     /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a name that clients must not see or that cannot be routed, and for bf16 on a CPU.
+    /// [`Error::Problem`] for a name that clients must not see or that cannot be routed, and for bf16 on a CPU.
     pub fn build(self) -> Result<MonteCloraLoader> {
         check_public_name(&self.0.name)?;
         if self.0.device.is_cpu() && self.0.dtype == ModelDType::BF16 {

@@ -21,7 +21,7 @@ impl TlsAcceptor {
     /// Reads certificate and key.
     ///
     /// # Errors
-    /// [`Error::Config`] for a file that is not PEM, or a key that is not the certificate's.
+    /// [`Error::Problem`] for a file that is not PEM, or a key that is not the certificate's.
     pub(crate) fn read(files: &TlsFiles) -> Result<Self> {
         Ok(Self(RwLock::new(server_config(files)?.into())))
     }
