@@ -103,37 +103,14 @@ fn exit_code_of(error: &(dyn std::error::Error + 'static)) -> u8 {
 }
 
 fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
-    use crate::{model, report, train};
-    if let Some(error) = error.downcast_ref::<model::Error>() {
-        return match error {
-            model::Error::Candle(_) => None,
-            model::Error::Format(error) => Some(exit_code_of(error)),
-            model::Error::Method(error) => classify(error),
-            _ => Some(4),
-        };
-    }
-    if let Some(error) = error.downcast_ref::<train::Error>() {
-        return match error {
-            train::Error::Model(error) => classify(error),
-            train::Error::Method(error) => classify(error),
-            train::Error::Format(error) => Some(exit_code_of(error)),
-            _ => None,
-        };
-    }
-    if let Some(error) = error.downcast_ref::<monteclora_adapters::Error>() {
-        return match error {
-            monteclora_adapters::Error::Format(error) => Some(exit_code_of(error)),
-            _ => None,
-        };
+    if let Some(monteclora_adapters::Error::Format(error)) = error.downcast_ref() {
+        return Some(exit_code_of(error));
     }
     #[cfg(feature = "mistralrs")]
     if let Some(error) = error.downcast_ref::<mistralrs_monteclora::Error>() {
         return Some(error.exit_code());
     }
-    match error.downcast_ref::<report::Error>()? {
-        report::Error::Format(error) => Some(exit_code_of(error)),
-        report::Error::Page(_) => None,
-    }
+    None
 }
 
 /// The device that computes: an accelerator if the build has one and `cpu` is false.

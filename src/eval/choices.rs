@@ -1,5 +1,6 @@
 //! Multiple-choice rows: the log-likelihood of every choice in the place of the answer.
 
+use monteclora_adapters::Error;
 use std::collections::{BTreeMap, BTreeSet};
 
 use monteclora_converters::{Problem, Problems};
@@ -7,7 +8,7 @@ use monteclora_converters::{Problem, Problems};
 use super::calibration::Prediction;
 use super::not_finite;
 use crate::data::{ChoiceSet, DataError, Dataset, RowProblem};
-use crate::model::{ActiveAdapter, Decoder, Error, Sequences};
+use crate::model::{ActiveAdapter, Decoder, Sequences};
 
 /// What is compared between choices.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

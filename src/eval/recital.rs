@@ -1,7 +1,7 @@
 //! Exact match: answers that must be found again word for word.
 
 use crate::data::{DataError, Dataset, Message, RowContent};
-use crate::model::{self, ActiveAdapter, Decoder, Generation, GenerationSettings};
+use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
 
 /// Conversations whose last turn is to be found again, word for word.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ impl<'a> Recital<'a> {
         decoder: &Decoder,
         adapter: &ActiveAdapter,
         done: impl FnMut(usize),
-    ) -> Result<Vec<Generation>, model::Error> {
+    ) -> monteclora_adapters::Result<Vec<Generation>> {
         decoder.generate(&self.prompts, adapter, &self.settings, done)
     }
 

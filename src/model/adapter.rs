@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::{LowRank, Update};
+use monteclora_converters::Problem;
 use monteclora_converters::architecture::{ModelShape, Module};
 
-use super::{Error, Result};
+use monteclora_adapters::Result;
 
 /// A linear module of a decoder: its place in [`ModelShape::modules`], blocks first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,7 +107,9 @@ fn low_rank(
     if problems.is_empty() {
         Ok(modules)
     } else {
-        Err(Error::Adapter { problems })
+        let problems = problems.join("; ");
+        let message = format!("the adapter does not fit this base: {problems}");
+        Err(Problem::sentence("adapter", message).into())
     }
 }
 

@@ -2,7 +2,6 @@
 
 use candle_core::Tensor;
 
-use super::Result;
 use super::adapter::AdapterGradients;
 use super::generate::LayerCache;
 use super::parts::attention::Attention;
@@ -10,6 +9,7 @@ use super::parts::feed_forward::FeedForward;
 use super::parts::norm::Norm;
 use super::parts::projections::Projection;
 use super::parts::{Part, Pass};
+use monteclora_adapters::Result;
 
 /// A block: attention, then the feed-forward layer.
 #[derive(Debug)]
@@ -351,7 +351,7 @@ mod tests {
         let x = matrix(11, HIDDEN, 0.9);
         let [fused, separate] = [true, false].map(|fused| {
             let block = block(true, true, fused, Some(0))?;
-            Ok::<_, crate::model::Error>(block.forward(&x, &pass, None)?.0)
+            Ok::<_, monteclora_adapters::Error>(block.forward(&x, &pass, None)?.0)
         });
         assert!(largest_difference(&fused?, &separate?) < 1e-5);
         Ok(())

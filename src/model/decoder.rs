@@ -152,7 +152,7 @@ impl Decoder {
     /// piece by piece where they are multiplied.
     ///
     /// # Errors
-    /// As [`Self::load`]; [`Error::WeightType`] for any other type.
+    /// As [`Self::load`]; any other type is refused.
     pub fn load_as(dir: &Path, device: &Device, weights: DType) -> Result<Self> {
         let config = read_shape(dir)?;
         let files = ModelFiles::open(dir)?;

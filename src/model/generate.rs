@@ -2,10 +2,10 @@
 
 use candle_core::{D, Tensor};
 
-use super::Result;
 use super::adapter::ActiveAdapter;
 use super::decoder::{Decoder, Sequences};
 use super::parts::attention::Segment;
+use monteclora_adapters::Result;
 
 /// Rotated keys and values of one layer for the sequences that are still running, one after the other.
 #[derive(Debug, Clone, Default)]

@@ -22,7 +22,7 @@ use super::parts::feed_forward::FeedForward;
 use super::parts::head::Head;
 use super::parts::norm::Norm;
 use super::parts::projections::{Projection, Projections};
-use super::{Error, Result};
+use monteclora_adapters::Result;
 
 /// Where a decoder's tensors come from.
 #[derive(Debug, Clone, Copy)]
@@ -87,10 +87,7 @@ impl Loader<'_> {
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Arc<dyn Weight>> {
-        Ok((self.kind.hold)(
-            &self.required(name, &shape)?,
-            self.device,
-        )?)
+        (self.kind.hold)(&self.required(name, &shape)?, self.device)
     }
 
     fn vector(&self, tensor: &formats::Tensor) -> Result<Tensor> {
@@ -124,7 +121,7 @@ impl Loader<'_> {
         // A bias in the file is used whatever the configuration calls it: dropping it would be silently wrong.
         let bias = self.optional(&format!("{name}.bias"), &[out_features])?;
         let bias = bias.map(|bias| self.vector(&bias)).transpose()?;
-        Ok(FrozenLinear::new(weight, bias)?)
+        FrozenLinear::new(weight, bias)
     }
 
     /// The modules of block `layer` that compute `roles`, one after the other.
@@ -274,7 +271,11 @@ pub(super) fn decoder(
     device: &Device,
     weights: DType,
 ) -> Result<Decoder> {
-    let kind = Kind::find(weights.as_str()).ok_or(Error::WeightType(weights.as_str()))?;
+    let kind = Kind::find(weights.as_str()).ok_or_else(|| {
+        let given = weights.as_str();
+        let message = format!("weights as {given}: the decoder holds them as f32 or bf16");
+        Problem::sentence("weight-type", message)
+    })?;
     let loader = Loader {
         source,
         shape: &config,
@@ -309,10 +310,10 @@ pub(super) fn decoder(
         if hidden > 0 {
             problems.push(format!("and {hidden} more"));
         }
-        return Err(Error::Weights {
-            path: dir.to_owned(),
-            problems,
-        });
+        let (dir, problems) = (dir.display(), problems.join("; "));
+        let message =
+            format!("`{dir}` does not hold the model its config.json describes: {problems}");
+        return Err(Problem::sentence("weights", message).into());
     }
     Ok(Decoder {
         directory: dir.to_owned(),

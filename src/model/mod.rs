@@ -8,7 +8,7 @@ mod load;
 pub(crate) mod parts;
 mod predictive;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use monteclora_converters::architecture::ModelShape;
 
@@ -19,53 +19,7 @@ pub use parts::attention::Segment;
 pub use predictive::Predictive;
 pub(crate) use predictive::log_mean_exp;
 
-/// What can go wrong in reading or running a decoder.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// Tensors of the checkpoint are missing or have another shape.
-    #[error("`{}` does not hold the model its config.json describes: {}", .path.display(), .problems.join("; "))]
-    Weights {
-        /// The model directory.
-        path: PathBuf,
-        /// One line a tensor.
-        problems: Vec<String>,
-    },
-    /// An adapter names sites that the base does not have, or of another shape.
-    #[error("the adapter does not fit this base: {}", .problems.join("; "))]
-    Adapter {
-        /// One line a site.
-        problems: Vec<String>,
-    },
-    /// Token ids outside the vocabulary.
-    #[error(
-        "token id {token} is outside the vocabulary of {vocab_size}; does the tokenizer belong to this model?"
-    )]
-    Token {
-        /// The offending id.
-        token: u32,
-        /// Entries of the model's embedding.
-        vocab_size: usize,
-    },
-    /// An average over no adapters.
-    #[error("an average needs at least one adapter")]
-    NoAdapters,
-    /// Weights cannot be held in this type.
-    #[error("weights as {0}: the decoder holds them as f32 or bf16")]
-    WeightType(&'static str),
-    /// Reading tensors failed.
-    #[error(transparent)]
-    Format(#[from] monteclora_converters::Error),
-    /// The method's mathematics failed.
-    #[error(transparent)]
-    Method(#[from] monteclora_adapters::Error),
-    /// A candle operation failed.
-    #[error(transparent)]
-    Candle(#[from] candle_core::Error),
-}
-
-/// Result of this module.
-pub type Result<T> = std::result::Result<T, Error>;
+use monteclora_adapters::Result;
 
 /// The sizes and options of the model in `dir`, read from its config.json.
 ///

@@ -1,11 +1,12 @@
 //! The average of several adapters' predictions: the posterior predictive, where the adapters are draws.
 
 use candle_core::{D, DType, Tensor};
+use monteclora_converters::Problem;
 
 use super::adapter::ActiveAdapter;
 use super::decoder::{Decoder, Sequences, TaskLoss, split};
 use super::parts::head::CHUNK;
-use super::{Error, Result};
+use monteclora_adapters::Result;
 
 /// Logits that exist at a time for one draw; a dozen tensors of this size are alive at most.
 const LOGITS: usize = 1 << 23;
@@ -32,7 +33,7 @@ impl Decoder {
     /// numbers, and the logits of a few targets at a time.
     ///
     /// # Errors
-    /// [`Error::NoAdapters`] for none; those of [`Decoder::evaluate`].
+    /// For none; those of [`Decoder::evaluate`].
     pub fn evaluate_average(
         &self,
         sequences: &Sequences,
@@ -40,7 +41,8 @@ impl Decoder {
         adapters: &[ActiveAdapter],
     ) -> Result<Predictive> {
         if adapters.is_empty() {
-            return Err(Error::NoAdapters);
+            let message = "an average needs at least one adapter";
+            return Err(Problem::sentence("no-adapters", message).into());
         }
         let (rows, labels) = split(targets);
         let rows = Tensor::new(rows, &self.device)?;

@@ -7,22 +7,10 @@ mod sites;
 
 use std::path::{Path, PathBuf};
 
-use monteclora_converters::{Adapter, AdapterSummary, Error as FormatError, Problem};
+use monteclora_converters::{Adapter, AdapterSummary, Error, Problem, Result};
 use serde_json::Value;
 
 pub use history::{EventPoint, History, Point};
-
-/// What keeps a page from being made.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// Not the output directory of a run, or a file that cannot be read.
-    #[error(transparent)]
-    Format(#[from] monteclora_converters::Error),
-    /// The page's template does not fit its values.
-    #[error("cannot lay out the page: {0}")]
-    Page(#[from] minijinja::Error),
-}
 
 /// Everything that an output directory tells about a run.
 #[derive(Debug)]
@@ -42,20 +30,20 @@ impl RunFiles {
     ///
     /// # Errors
     /// If `dir` is not that of a run, or a file cannot be read. A missing or unreadable adapter is noted, not an error.
-    pub fn read(dir: &Path) -> Result<Self, Error> {
+    pub fn read(dir: &Path) -> Result<Self> {
         let (record_path, metrics_path) = (dir.join("run.json"), dir.join("metrics.jsonl"));
         let record = if_there(&record_path, std::fs::read_to_string(&record_path))?
             .map(|text| serde_json::from_str(&text))
             .transpose()
-            .map_err(|e| FormatError::json(&record_path, &e))?;
+            .map_err(|e| Error::json(&record_path, &e))?;
         let history = std::fs::File::open(&metrics_path)
             .and_then(|file| History::read(std::io::BufReader::new(file)));
         let history = if_there(&metrics_path, history)?;
         if record.is_none() && history.is_none() {
-            return Err(FormatError::from(Problem::usage(format!(
+            return Err(Problem::usage(format!(
                 "`{}` holds neither run.json nor metrics.jsonl; give the output_dir of a training run",
                 dir.display()
-            )))
+            ))
             .into());
         }
         let (mut adapter, mut adapter_problem) = (None, None);
@@ -81,18 +69,21 @@ impl RunFiles {
     /// The page.
     ///
     /// # Errors
-    /// [`Error::Page`].
-    pub fn html(&self) -> Result<String, Error> {
-        page::html(self)
+    /// If the page's template does not fit its values.
+    pub fn html(&self) -> Result<String> {
+        page::html(self).map_err(|e| {
+            let message = format!("cannot lay out the page: {e}");
+            Problem::sentence("page", message).exit(1).into()
+        })
     }
 }
 
 /// What was read of `path`, unless it is not there.
-fn if_there<T>(path: &Path, read: std::io::Result<T>) -> Result<Option<T>, Error> {
+fn if_there<T>(path: &Path, read: std::io::Result<T>) -> Result<Option<T>> {
     use std::io::ErrorKind::{NotADirectory, NotFound};
     match read {
         Ok(value) => Ok(Some(value)),
         Err(e) if matches!(e.kind(), NotFound | NotADirectory) => Ok(None),
-        Err(e) => Err(FormatError::io("read", path)(e).into()),
+        Err(e) => Err(Error::io("read", path)(e)),
     }
 }

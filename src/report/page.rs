@@ -5,10 +5,10 @@ use monteclora_adapters::methods::{METHODS, Metric};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::RunFiles;
 use super::chart::{Chart, Series, number};
 use super::history::History;
 use super::sites::{self, Shown};
-use super::{Error, RunFiles};
 
 /// Rows of the evaluation table that are shown at most.
 const MAX_EVALUATIONS: usize = 40;
@@ -41,7 +41,7 @@ struct Section {
     entries: Vec<(String, String)>,
 }
 
-pub(super) fn html(run: &RunFiles) -> Result<String, Error> {
+pub(super) fn html(run: &RunFiles) -> Result<String, minijinja::Error> {
     let mut environment = Environment::new();
     // The name's ending turns escaping on.
     environment.add_template("page.html", include_str!("page.html"))?;
@@ -78,7 +78,7 @@ pub(super) fn html(run: &RunFiles) -> Result<String, Error> {
         .iter()
         .filter(|event| event.event == "checkpoint")
         .count();
-    Ok(environment.get_template("page.html")?.render(context! {
+    environment.get_template("page.html")?.render(context! {
         title => title(run),
         method => plain(&config["lora"]["method"]),
         status => history.status(),
@@ -94,7 +94,7 @@ pub(super) fn html(run: &RunFiles) -> Result<String, Error> {
         n_checkpoints,
         config => sections(config),
         provenance => provenance(&run.record),
-    })?)
+    })
 }
 
 fn title(run: &RunFiles) -> String {

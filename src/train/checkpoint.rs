@@ -1,5 +1,7 @@
 //! Checkpoints: adapter, moments and progress, each directory complete or absent.
 
+use super::io_error;
+use monteclora_adapters::{Error, Result};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,11 +17,12 @@ use super::identity::{Drift, Identity};
 use super::optimizer::{AdamW, AdamWSettings};
 use super::progress::Progress;
 use super::state::AdapterState;
-use super::{Error, Result};
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "trainer_state.json";
 const BEST: &str = "best";
+/// The code of the problem of a checkpoint of which a file is missing or damaged; an earlier one may be whole.
+const TORN: &str = "torn-checkpoint";
 const PREFIX: &str = "checkpoint-";
 
 /// `trainer_state.json`.
@@ -69,7 +72,13 @@ impl Checkpoint {
             let message = format!("`{}` cannot be resumed{problem}", dir.display());
             Problem::sentence("checkpoint", message)
         };
-        let torn = |problem: String| Error::torn(dir, problem);
+        let torn = |problem: String| {
+            let message = format!(
+                "`{}` is not a complete checkpoint: {problem}",
+                dir.display()
+            );
+            Error::from(Problem::sentence(TORN, message))
+        };
         let stored: Stored = std::fs::read(dir.join(STATE))
             .map_err(|e| torn(format!("{STATE}: {e}")))
             .and_then(|text| {
@@ -135,7 +144,7 @@ pub(super) fn write(
         others.retain(|(other, _)| *other != step);
         let excess = (others.len() + 1).saturating_sub(keep);
         for (_, oldest) in others.drain(..excess) {
-            std::fs::remove_dir_all(&oldest).map_err(Error::io(&oldest))?;
+            std::fs::remove_dir_all(&oldest).map_err(io_error(&oldest))?;
         }
     }
     Ok(())
@@ -199,7 +208,7 @@ pub fn remove_partial(output_dir: &Path) -> Result<()> {
             } else {
                 std::fs::remove_file(&path)
             };
-            removed.map_err(Error::io(&path))?;
+            removed.map_err(io_error(&path))?;
         }
     }
     Ok(())
@@ -209,9 +218,9 @@ fn entries(output_dir: &Path) -> Result<Vec<std::fs::DirEntry>> {
     match std::fs::read_dir(output_dir) {
         Ok(entries) => entries
             .collect::<std::io::Result<_>>()
-            .map_err(Error::io(output_dir)),
+            .map_err(io_error(output_dir)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(e) => Err(Error::io(output_dir)(e)),
+        Err(e) => Err(io_error(output_dir)(e)),
     }
 }
 
@@ -236,11 +245,11 @@ pub fn checkpoints(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 pub fn latest_checkpoint(
     output_dir: &Path,
     mut read: impl FnMut(&Path) -> Result<Checkpoint>,
-    mut skipped: impl FnMut(&Error),
+    mut skipped: impl FnMut(&formats::Error),
 ) -> Result<Option<Checkpoint>> {
     for (_, dir) in checkpoints(output_dir)?.into_iter().rev() {
         match read(&dir) {
-            Err(error) if error.is_torn() => skipped(&error),
+            Err(Error::Format(error)) if error.code() == TORN => skipped(&error),
             found => return found.map(Some),
         }
     }

@@ -1,8 +1,8 @@
 //! Evaluation on held-out rows: loss, perplexity and token accuracy of an adapter.
 
+use monteclora_adapters::Result;
 use std::time::Instant;
 
-use super::Result;
 use super::metrics::EvalRecord;
 use crate::data::{Batch, BatchOptions, Batches, Cursor, Dataset};
 use crate::model::{ActiveAdapter, Decoder, Segment, Sequences};

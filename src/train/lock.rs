@@ -1,12 +1,12 @@
 //! One run at a time in an output directory.
 
+use super::io_error;
+use monteclora_adapters::Result;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 
 use monteclora_converters::Problem;
-
-use super::{Error, Result};
 
 /// An exclusive lock on an output directory, held by the process; the kernel releases it however the process ends.
 ///
@@ -35,7 +35,7 @@ impl RunLock {
                 .truncate(false)
                 .write(true)
                 .open(&path)
-                .map_err(Error::io(&path))?;
+                .map_err(io_error(&path))?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
@@ -55,12 +55,12 @@ impl RunLock {
                         output_dir.display()
                     );
                 }
-                Err(TryLockError::Error(e)) => return Err(Error::io(&path)(e)),
+                Err(TryLockError::Error(e)) => return Err(io_error(&path)(e)),
             }
             file.set_len(0)
                 .and_then(|()| file.rewind())
                 .and_then(|()| file.write_all(own.as_bytes()))
-                .map_err(Error::io(&path))?;
+                .map_err(io_error(&path))?;
             // The last holder may have removed the file between our opening and locking it.
             if std::fs::read_to_string(&path).is_ok_and(|found| found == own) {
                 return Ok(Self { path, _file: file });

@@ -1,5 +1,7 @@
 //! What a run reports, and where to: `metrics.jsonl`, one JSON object a line with its `type` first, and TensorBoard.
 
+use super::io_error;
+use monteclora_adapters::{Error, Result};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,7 +12,6 @@ use serde::{Serialize, Serializer};
 
 use super::progress::Progress;
 use super::tensorboard::EventFile;
-use super::{Error, Result};
 use crate::config::Report;
 
 /// A line of the file.
@@ -114,7 +115,7 @@ impl Metrics {
                     .append(resumed.is_some())
                     .truncate(resumed.is_none())
                     .open(&path)
-                    .map_err(Error::io(&path))?;
+                    .map_err(io_error(&path))?;
                 Ok::<_, Error>((path, file))
             })
             .transpose()?;
@@ -136,9 +137,9 @@ impl Metrics {
     /// If a file cannot be written.
     pub fn write(&mut self, record: &Record) -> Result<()> {
         if let Some((path, file)) = &mut self.lines {
-            let mut line = serde_json::to_vec(record).map_err(|e| Error::io(path)(e.into()))?;
+            let mut line = serde_json::to_vec(record).map_err(|e| io_error(path)(e.into()))?;
             line.push(b'\n');
-            file.write_all(&line).map_err(Error::io(path))?;
+            file.write_all(&line).map_err(io_error(path))?;
         }
         let Some(events) = &mut self.events else {
             return Ok(());
@@ -224,7 +225,7 @@ fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(Error::io(path)(e)),
+        Err(e) => return Err(io_error(path)(e)),
     };
     let kept: Vec<&str> = text
         .lines()
@@ -240,7 +241,7 @@ fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
         .collect();
     files::write_file(path, |writer| {
         for line in kept {
-            writeln!(writer, "{line}").map_err(Error::io(path))?;
+            writeln!(writer, "{line}").map_err(io_error(path))?;
         }
         Ok(())
     })

@@ -21,9 +21,9 @@ mod state;
 mod suggest;
 mod tensorboard;
 
-use std::fmt::Display;
 use std::path::Path;
 
+use monteclora_adapters::Error;
 use monteclora_converters::Problem;
 
 pub use checkpoint::{
@@ -43,62 +43,24 @@ pub use start::{Begin, Start, begin};
 pub use state::{AdapterState, DrawnAdapter, Gradients, modules};
 pub use suggest::Suggestion;
 
-/// What can go wrong in training.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// The decoder failed.
-    #[error(transparent)]
-    Model(#[from] crate::model::Error),
-    /// The method's mathematics failed.
-    #[error(transparent)]
-    Method(#[from] monteclora_adapters::Error),
-    /// What a user can mend, or a file that cannot be read or written.
-    #[error(transparent)]
-    Format(#[from] monteclora_converters::Error),
-    /// A candle operation failed.
-    #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+/// A file of a run that cannot be read or written.
+fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let context = monteclora_converters::Error::io("access", path);
+    move |source| context(source).into()
 }
 
-impl Error {
-    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
-        let context = monteclora_converters::Error::io("access", path);
-        move |source| context(source).into()
-    }
-
-    /// A checkpoint of which a file is missing or damaged; an earlier one may be whole.
-    fn torn(dir: &Path, problem: impl Display) -> Self {
-        let dir = dir.display();
-        let message = format!("`{dir}` is not a complete checkpoint: {problem}");
-        Problem::sentence(TORN, message).into()
-    }
-
-    fn is_torn(&self) -> bool {
-        matches!(self, Self::Format(error) if error.code() == TORN)
-    }
-
-    /// A number that is NaN or infinite; nothing was updated with it.
-    fn not_finite(step: u64, what: &str, names: &[String]) -> Self {
-        let at = match names {
-            [] => String::new(),
-            names => format!(" at {}", list(names)),
-        };
-        let message = format!("{what} is not finite{at}");
-        let fix = "lower train.learning_rate or lora.monteclora.sample_scaler, or set train.max_grad_norm";
-        let problem = Problem::new("not-finite", format!("step {step}"), message, fix);
-        problem.exit(5).into()
-    }
+/// A number that is NaN or infinite; nothing was updated with it.
+fn not_finite(step: u64, what: &str, names: &[String]) -> Error {
+    let at = match names {
+        [] => String::new(),
+        names => format!(" at {}", list(names)),
+    };
+    let message = format!("{what} is not finite{at}");
+    let fix =
+        "lower train.learning_rate or lora.monteclora.sample_scaler, or set train.max_grad_norm";
+    let problem = Problem::new("not-finite", format!("step {step}"), message, fix);
+    problem.exit(5).into()
 }
-
-impl From<Problem> for Error {
-    fn from(problem: Problem) -> Self {
-        Self::Format(problem.into())
-    }
-}
-
-/// The code of a torn checkpoint's problem.
-const TORN: &str = "torn-checkpoint";
 
 /// The first twenty of `names`, and how many more there are.
 fn list(names: &[String]) -> String {
@@ -108,6 +70,3 @@ fn list(names: &[String]) -> String {
         more => format!("{shown} and {more} more"),
     }
 }
-
-/// Result of this module.
-pub type Result<T> = std::result::Result<T, Error>;

@@ -1,11 +1,11 @@
 //! AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2), and gradient clipping.
 
 use candle_core::{Device, Tensor};
+use monteclora_adapters::Result;
 use monteclora_adapters::linalg::on_cpu;
 use monteclora_adapters::methods::{Group, Owner, Value};
 use rayon::prelude::*;
 
-use super::Result;
 use super::state::{AdapterState, Gradients};
 
 /// Hyperparameters; the learning rates come with each step.
@@ -139,8 +139,7 @@ impl Update {
                 what: "a gradient or a moment".to_owned(),
                 expected: value.shape(),
                 found: gradient.shape(),
-            }
-            .into()),
+            }),
         }
     }
 
@@ -205,7 +204,7 @@ impl Update {
 pub fn clip(gradients: &mut Gradients, max_norm: f64) -> Result<f64> {
     let squares = gradients
         .par_iter()
-        .map(|gradients| Ok(Owner::sum_of_squares(gradients)?))
+        .map(|gradients| Owner::sum_of_squares(gradients))
         .collect::<Result<Vec<f64>>>()?;
     let norm = squares.iter().sum::<f64>().sqrt();
     let factor = max_norm / (norm + 1e-6);

@@ -1,5 +1,7 @@
 //! The training loop.
 
+use super::not_finite;
+use monteclora_adapters::Result;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +19,6 @@ use super::optimizer::clip;
 use super::progress::{StepResult, Window};
 use super::schedule::Schedule;
 use super::settings::TrainSettings;
-use super::{Error, Result};
 use crate::config::LrSchedulerType;
 use crate::data::{Batches, Dataset};
 use crate::model::{AdapterGradients, Decoder, Dropout, PassOptions};
@@ -246,7 +247,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         }
         if !record.loss.is_finite() {
             let names = audit::largest_weights(&self.at.state)?;
-            return Err(Error::not_finite(step, "the validation loss", &names));
+            return Err(not_finite(step, "the validation loss", &names));
         }
         (record.step, record.epoch, record.wall_s) = (step, self.epoch(), self.wall());
         self.metrics.write(&Record::Eval(record.clone()))?;
@@ -334,7 +335,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         }
         let task_loss = total * scale;
         let metrics = drawn.metrics(state);
-        let refuse = |what, names: Vec<String>| Error::not_finite(step + 1, what, &names);
+        let refuse = |what, names: Vec<String>| not_finite(step + 1, what, &names);
         if !(task_loss + in_loss(state.method.kind().metrics, &metrics)).is_finite() {
             return Err(refuse("the loss", audit::largest_weights(state)?));
         }

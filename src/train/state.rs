@@ -1,5 +1,6 @@
 //! The trainable adapter: a method's parameters at every module, a draw of all updates, and their gradients.
 
+use monteclora_adapters::Result;
 use std::sync::Arc;
 
 use candle_core::Device;
@@ -10,7 +11,6 @@ use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, AdapterConfig, Problem, Site};
 use rayon::prelude::*;
 
-use super::Result;
 use crate::model::{ActiveAdapter, AdapterGradients, ModuleId};
 
 /// The whole adapter in training.
@@ -138,7 +138,7 @@ impl AdapterState {
 
     /// The updates at their means, for evaluation.
     pub fn mean(&self) -> Result<ActiveAdapter> {
-        self.active(|idx, module| Ok(self.method.mean(module, &self.values(idx))?))
+        self.active(|idx, module| self.method.mean(module, &self.values(idx)))
     }
 
     /// Draws every module with its own noise at optimiser step `step` of `seed`; `weight` is a factor on the regulariser.
@@ -157,7 +157,7 @@ impl AdapterState {
             .map(|idx| {
                 let module = &self.modules[idx].1;
                 let values = self.values(idx);
-                Ok(self.method.draw(module, &values, &noise(module), weight)?)
+                self.method.draw(module, &values, &noise(module), weight)
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(DrawnAdapter {
@@ -172,7 +172,7 @@ impl AdapterState {
             .modules
             .iter()
             .enumerate()
-            .map(|(idx, (_, module))| Ok(self.method.export(module, &self.values(idx))?))
+            .map(|(idx, (_, module))| self.method.export(module, &self.values(idx)))
             .collect::<Result<Vec<_>>>()?;
         sites.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Adapter {
@@ -209,7 +209,7 @@ impl DrawnAdapter {
                     let message = "no gradient was computed for this site";
                     Problem::new("no-gradient", &module.name, message, "").exit(1)
                 })?;
-                Ok(draw.pullback(upstream, weight)?)
+                draw.pullback(upstream, weight)
             })
             .collect::<Result<Gradients>>()?;
         let mut shared: Option<Vec<Value>> = None;
@@ -220,7 +220,7 @@ impl DrawnAdapter {
                 Some(sum) => sum
                     .iter()
                     .zip(&part)
-                    .map(|(sum, part)| Ok(sum.plus(part)?))
+                    .map(|(sum, part)| sum.plus(part))
                     .collect::<Result<_>>()?,
             });
         }

@@ -5,14 +5,14 @@
 //! files, tboard needs a protocol-buffer compiler on the user's machine, tensorboard-rs panics when the disk is full, and tfrecord
 //! builds a compiler of its own and an HTTP client. tests/reference/check_tensorboard.py reads the files with TensorBoard itself.
 
+use super::io_error;
+use monteclora_adapters::Result;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use crc::{CRC_32_ISCSI, Crc};
-
-use super::{Error, Result};
 
 const CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 /// `SessionLog.START`: what earlier files say from its step on is forgotten.
@@ -31,7 +31,7 @@ impl EventFile {
     /// # Errors
     /// If a file cannot be written.
     pub(super) fn create(dir: &Path, step: u64) -> Result<Self> {
-        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        std::fs::create_dir_all(dir).map_err(io_error(dir))?;
         let (wall, process) = (now(), std::process::id());
         // Names sort by time, then by what started within the same second.
         let mut number = 0;
@@ -44,7 +44,7 @@ impl EventFile {
             match File::create_new(&path) {
                 Ok(file) => break (path, file),
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
-                Err(e) => return Err(Error::io(&path)(e)),
+                Err(e) => return Err(io_error(&path)(e)),
             }
         };
         let mut events = Self { path, file };
@@ -88,7 +88,7 @@ impl EventFile {
         record.extend(checksum(&length).to_le_bytes());
         record.extend(bytes);
         record.extend(checksum(bytes).to_le_bytes());
-        self.file.write_all(&record).map_err(Error::io(&self.path))
+        self.file.write_all(&record).map_err(io_error(&self.path))
     }
 }
 

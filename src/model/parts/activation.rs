@@ -5,7 +5,7 @@ use monteclora_adapters::linalg::on_cpu;
 use monteclora_converters::architecture::Activation;
 
 use super::build_rows;
-use crate::model::Result;
+use monteclora_adapters::Result;
 
 /// A gated activation of gate and up, both `[tokens, n]`.
 #[derive(Debug, Clone, Copy)]

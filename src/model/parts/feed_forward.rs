@@ -5,9 +5,9 @@ use candle_core::Tensor;
 use super::activation::{Backward, Gate};
 use super::projections::{Projections, Saved};
 use super::{Part, Pass};
-use crate::model::Result;
 use crate::model::adapter::AdapterGradients;
 use crate::model::generate::LayerCache;
+use monteclora_adapters::Result;
 
 /// A gated feed-forward layer.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use super::head;
 use super::norm::Norm;
 use super::rotary::Rotation;
 use super::testing::matrix;
-use crate::model::Result;
+use monteclora_adapters::Result;
 
 /// Step of the differences: truncation and f32 rounding are both below the tolerance there.
 const STEP: f64 = 1e-2;

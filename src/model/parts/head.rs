@@ -9,8 +9,8 @@ use rayon::prelude::*;
 
 use super::activation::exp;
 use super::norm::Norm;
-use crate::model::Result;
 use crate::model::adapter::{ActiveAdapter, ModuleId, sum_of_factors};
+use monteclora_adapters::Result;
 
 /// Labelled positions whose logits exist at the same time.
 pub(crate) const CHUNK: usize = 256;

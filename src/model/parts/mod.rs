@@ -20,10 +20,10 @@ use rayon::prelude::*;
 
 use self::attention::Segment;
 use self::rotary::Rotation;
-use super::Result;
 use super::adapter::{ActiveAdapter, AdapterGradients};
 use super::decoder::Dropout;
 use super::generate::LayerCache;
+use monteclora_adapters::Result;
 
 /// What all blocks of one pass share.
 #[derive(Debug, Clone, Copy)]

@@ -5,7 +5,7 @@ use monteclora_adapters::linalg::on_cpu;
 use monteclora_adapters::simd::dot;
 
 use super::build_rows;
-use crate::model::Result;
+use monteclora_adapters::Result;
 
 /// A norm over every run of as many entries as its weight has: the residual stream, a whole projection, or each head of one.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use monteclora_adapters::linalg::on_cpu;
 
 use super::build_rows;
-use crate::model::Result;
+use monteclora_adapters::Result;
 
 /// Cosines and sines of a batch's positions, each `[tokens, head_dim / 2]`.
 #[derive(Debug, Clone)]

@@ -8,7 +8,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use monteclora_adapters::linalg::on_cpu;
 
-use crate::model::Result;
+use monteclora_adapters::Result;
 use plain::PlainSegment;
 
 /// One sequence of a batch: its rows among the queries and among the keys. The last query sees the last key.

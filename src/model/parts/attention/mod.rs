@@ -12,9 +12,9 @@ use super::norm::Norm;
 use super::projections::{Projections, Saved};
 use super::rotary::Rotation;
 use super::{Part, Pass};
-use crate::model::Result;
 use crate::model::adapter::AdapterGradients;
 use crate::model::generate::LayerCache;
+use monteclora_adapters::Result;
 
 /// An attention layer.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Tensor};
 
 use super::{Heads, Segment};
-use crate::model::Result;
+use monteclora_adapters::Result;
 
 /// One segment as batched matrices.
 pub(super) struct PlainSegment {
