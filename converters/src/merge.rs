@@ -328,17 +328,7 @@ fn copy_into(
 
 /// Copies everything beside the weights; `config.json` gets the new type.
 fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Result<()> {
-    const WEIGHTS: [&str; 9] = [
-        "safetensors",
-        "bin",
-        "pt",
-        "pth",
-        "gguf",
-        "h5",
-        "msgpack",
-        "onnx",
-        "ckpt",
-    ];
+    const WEIGHTS: &str = "safetensors bin pt pth gguf h5 msgpack onnx ckpt";
     let written: BTreeSet<_> = base
         .files()
         .iter()
@@ -353,7 +343,7 @@ fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Resu
         let is_weights = path
             .extension()
             .and_then(|extension| extension.to_str())
-            .is_some_and(|extension| WEIGHTS.contains(&extension));
+            .is_some_and(|extension| WEIGHTS.split(' ').any(|known| known == extension));
         if is_weights || name.ends_with(".index.json") || written.contains(file_name) {
             continue;
         }

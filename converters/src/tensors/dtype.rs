@@ -78,51 +78,28 @@ impl DType {
 
     /// Decodes little-endian elements, or `None` if the type is not one of F64, F32, F16, BF16.
     pub(crate) fn decode(self, bytes: &[u8]) -> Option<Vec<f32>> {
+        fn each<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+            bytes.as_chunks().0.iter().map(|b| read(*b)).collect()
+        }
         Some(match self {
-            Self::F32 => bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| f32::from_le_bytes(*b))
-                .collect(),
-            Self::F64 => bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| f64::from_le_bytes(*b) as f32)
-                .collect(),
-            Self::F16 => bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| f16::from_le_bytes(*b).to_f32())
-                .collect(),
-            Self::BF16 => bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| bf16::from_le_bytes(*b).to_f32())
-                .collect(),
+            Self::F32 => each(bytes, f32::from_le_bytes),
+            Self::F64 => each(bytes, |b| f64::from_le_bytes(b) as f32),
+            Self::F16 => each(bytes, |b| f16::from_le_bytes(b).to_f32()),
+            Self::BF16 => each(bytes, |b| bf16::from_le_bytes(b).to_f32()),
             _ => return None,
         })
     }
 
     /// Encodes values as little-endian elements, rounding to nearest, ties to even; `None` as for [`Self::decode`].
     pub(crate) fn encode(self, values: &[f32]) -> Option<Vec<u8>> {
+        fn each<const N: usize>(values: &[f32], write: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+            values.iter().flat_map(|v| write(*v)).collect()
+        }
         Some(match self {
-            Self::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Self::F64 => values
-                .iter()
-                .flat_map(|v| f64::from(*v).to_le_bytes())
-                .collect(),
-            Self::F16 => values
-                .iter()
-                .flat_map(|v| f16::from_f32(*v).to_le_bytes())
-                .collect(),
-            Self::BF16 => values
-                .iter()
-                .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
-                .collect(),
+            Self::F32 => each(values, f32::to_le_bytes),
+            Self::F64 => each(values, |v| f64::from(v).to_le_bytes()),
+            Self::F16 => each(values, |v| f16::from_f32(v).to_le_bytes()),
+            Self::BF16 => each(values, |v| bf16::from_f32(v).to_le_bytes()),
             _ => return None,
         })
     }

@@ -18,24 +18,19 @@ pub(crate) enum Entry {
     Text(String),
 }
 
-/// ggml's number for a float type that both sides know.
+/// The float types that both sides know, with ggml's numbers.
+const FLOATS: [(DType, u32); 3] = [(DType::F32, 0), (DType::F16, 1), (DType::BF16, 30)];
+
+/// ggml's number for a float type.
 pub(crate) fn ggml_type(dtype: DType) -> Option<u32> {
-    match dtype {
-        DType::F32 => Some(0),
-        DType::F16 => Some(1),
-        DType::BF16 => Some(30),
-        _ => None,
-    }
+    let mut known = FLOATS.iter();
+    known.find_map(|(known, number)| (*known == dtype).then_some(*number))
 }
 
 /// The float type behind ggml's number.
 pub(crate) fn dtype_of(ggml_type: u32) -> Option<DType> {
-    match ggml_type {
-        0 => Some(DType::F32),
-        1 => Some(DType::F16),
-        30 => Some(DType::BF16),
-        _ => None,
-    }
+    let mut known = FLOATS.iter();
+    known.find_map(|(dtype, number)| (*number == ggml_type).then_some(*dtype))
 }
 
 /// Writes metadata and matrices in the order given. A tensor's shape is outermost first, as everywhere here; GGUF gets

@@ -78,20 +78,16 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
     if index_path.exists() {
         let mut index = json::read_object(&index_path)?;
         let Some(Value::Object(weight_map)) = index.remove("weight_map") else {
-            return Err(Error::malformed(
-                &index_path,
-                "`weight_map` is not an object",
-            ));
+            let message = "`weight_map` is not an object";
+            return Err(Error::malformed(&index_path, message));
         };
         let mut names = Vec::new();
         for (tensor, file) in &weight_map {
             let Some(file) = file.as_str().filter(|file| is_plain_file_name(file)) else {
-                return Err(Error::malformed(
-                    &index_path,
-                    format!(
-                        "tensor `{tensor}`: {file} is not the name of a file in this directory"
-                    ),
-                ));
+                let message = format!(
+                    "tensor `{tensor}`: {file} is not the name of a file in this directory"
+                );
+                return Err(Error::malformed(&index_path, message));
             };
             names.push(file.to_owned());
         }
@@ -104,57 +100,40 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
             .map(String::as_str)
             .collect();
         if !missing.is_empty() {
-            return Err(Error::not_found(
-                dir,
-                format!(
-                    "{} shards listed in {index_name} are missing: {}; fetch the model again",
-                    missing.len(),
-                    listed(&missing)
-                ),
-            ));
+            let (n, list) = (missing.len(), listed(&missing));
+            let message = format!(
+                "{n} shards listed in {index_name} are missing: {list}; fetch the model again"
+            );
+            return Err(Error::not_found(dir, message));
         }
         return Ok((names, Some(weight_map)));
     }
     if dir.join(&single).exists() {
         return Ok((vec![single], None));
     }
-    let mut names = Vec::new();
+    let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io("read", dir))? {
         let name = entry.map_err(Error::io("read", dir))?.file_name();
-        if let Some(name) = name.to_str()
-            && shard_number(stem, name).is_some()
-        {
-            names.push(name.to_owned());
+        let Some(name) = name.to_str() else { continue };
+        if let Some(number) = shard_number(stem, name) {
+            found.insert(name.to_owned(), number);
         }
     }
-    names.sort();
-    check_number(dir, names.len())?;
-    let Some(total) = names
-        .first()
-        .and_then(|name| shard_number(stem, name))
-        .map(|(_, total)| total)
-    else {
-        return Err(Error::not_found(
-            dir,
-            format!(
-                "no {single} and no shards; only safetensors weights are read, convert .bin checkpoints first"
-            ),
-        ));
+    check_number(dir, found.len())?;
+    let Some((_, total)) = found.values().next().copied() else {
+        let message = format!(
+            "no {single} and no shards; only safetensors weights are read, convert .bin checkpoints first"
+        );
+        return Err(Error::not_found(dir, message));
     };
-    let present: Vec<(usize, usize)> = names
-        .iter()
-        .filter_map(|name| shard_number(stem, name))
-        .collect();
-    if present.len() != total
-        || present
-            .iter()
-            .enumerate()
-            .any(|(idx, found)| *found != (idx + 1, total))
-    {
-        return Err(Error::not_found(
-            dir,
-            format!("the shards are incomplete: found {}", listed(&names)),
-        ));
+    let is_complete = found
+        .values()
+        .copied()
+        .eq((1..=total).map(|idx| (idx, total)));
+    let names: Vec<String> = found.into_keys().collect();
+    if !is_complete {
+        let message = format!("the shards are incomplete: found {}", listed(&names));
+        return Err(Error::not_found(dir, message));
     }
     Ok((names, None))
 }

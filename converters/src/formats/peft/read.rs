@@ -198,6 +198,14 @@ fn is_of_authors_sampler(name: &str) -> bool {
     name.split('.').any(|part| part.starts_with("mc_sampler"))
 }
 
+/// Parts of names, those with a dot at the start of a component: the code of the refusal, its message and its remedy.
+const REFUSED_PARTS: &str = "\
+lora_magnitude_vector | dora | the magnitudes of DoRA | merge it into the base with PEFT (merge_and_unload), or train without DoRA
+.lora_embedding_ | embedding | LoRA on an embedding | train without adapting embeddings
+trainable_tokens | trainable-tokens | trained token embeddings | train without trainable_token_indices
+token_adapter | trainable-tokens | trained token embeddings | train without trainable_token_indices
+.mc_sampler | unknown-tensor | the sampler of the authors' code, whose noise has another scale than PEFT's | convert it to plain LoRA explicitly to use the mean";
+
 /// Module and place of the tensor called `name`.
 fn place(name: &str) -> Result<(String, Role), Problem> {
     let refuse = |code, message: &str, fix: &str| Err(Problem::new(code, name, message, fix));
@@ -212,36 +220,13 @@ fn place(name: &str) -> Result<(String, Role), Problem> {
             "save the adapter again",
         );
     }
-    if name.contains("lora_magnitude_vector") {
-        return refuse(
-            "dora",
-            "the magnitudes of DoRA",
-            "merge it into the base with PEFT (merge_and_unload), or train without DoRA",
-        );
-    }
-    if components
-        .iter()
-        .any(|part| part.starts_with("lora_embedding_"))
-    {
-        return refuse(
-            "embedding",
-            "LoRA on an embedding",
-            "train without adapting embeddings",
-        );
-    }
-    if name.contains("trainable_tokens") || name.contains("token_adapter") {
-        return refuse(
-            "trainable-tokens",
-            "trained token embeddings",
-            "train without trainable_token_indices",
-        );
-    }
-    if is_of_authors_sampler(name) {
-        return refuse(
-            "unknown-tensor",
-            "the sampler of the authors' code, whose noise has another scale than PEFT's",
-            "convert it to plain LoRA explicitly to use the mean",
-        );
+    let dotted = format!(".{name}");
+    for row in REFUSED_PARTS.lines() {
+        if let [part, code, message, fix] = row.split(" | ").collect::<Vec<_>>()[..]
+            && dotted.contains(part)
+        {
+            return refuse(code, message, fix);
+        }
     }
     let Some(rest) = name.strip_prefix(PREFIX) else {
         return refuse(
