@@ -48,45 +48,25 @@ impl<'a> Strided<'a> {
     }
 }
 
-/// `dst = alpha * lhs rhs`, or `dst += alpha * lhs rhs` with `accumulate`; `dst` is `[m, n]` with rows `dst_row` apart.
+/// `dst = scale * lhs rhs`, or `dst += scale * lhs rhs` with `accumulate`, on the calling thread; `dst` is row-major `[m, n]`.
 ///
 /// # Panics
 /// When a slice is too short for the shape: the caller's shapes are wrong, and reading on would be out of bounds.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "a matrix product has this many sizes"
-)]
 pub fn gemm_f32(
     (m, n, k): (usize, usize, usize),
     dst: &mut [f32],
-    dst_row: usize,
-    accumulate: bool,
     lhs: Strided<'_>,
     rhs: Strided<'_>,
-    alpha: f32,
-    parallel: bool,
+    scale: f32,
+    accumulate: bool,
 ) {
     assert!(
-        lhs.holds(m, k) && rhs.holds(k, n),
-        "matrix product: a factor is too short"
+        lhs.holds(m, k) && rhs.holds(k, n) && m * n <= dst.len(),
+        "matrix product: a slice is too short"
     );
-    assert!(
-        m == 0 || n == 0 || (m - 1) * dst_row + n <= dst.len(),
-        "matrix product: the destination is too short"
-    );
-    // SAFETY: the assertions above bound every access, and `dst` is borrowed mutably, so it overlaps neither factor.
-    unsafe {
-        raw_gemm(
-            (m, n, k),
-            dst.as_mut_ptr(),
-            dst_row,
-            accumulate,
-            lhs,
-            rhs,
-            alpha,
-            parallel,
-        )
-    }
+    let dst = dst.as_mut_ptr();
+    // SAFETY: the assertion above bounds every access, and `dst` is borrowed mutably, so it overlaps neither factor.
+    unsafe { raw_gemm((m, n, k), dst, n, accumulate, lhs, rhs, scale, false) }
 }
 
 /// The product itself, into memory that may be uninitialised unless `accumulate` is set.
@@ -104,7 +84,7 @@ pub(crate) unsafe fn raw_gemm(
     accumulate: bool,
     lhs: Strided<'_>,
     rhs: Strided<'_>,
-    alpha: f32,
+    scale: f32,
     parallel: bool,
 ) {
     let parallelism = if parallel && m * n * k >= PARALLEL_FROM {
@@ -129,7 +109,7 @@ pub(crate) unsafe fn raw_gemm(
             rhs.column as isize,
             rhs.row as isize,
             1.0,
-            alpha,
+            scale,
             false,
             false,
             false,
@@ -202,18 +182,8 @@ mod tests {
     #[test]
     fn products_accumulate() {
         let mut dst = vec![1.0, 2.0, 3.0, 4.0];
-        let lhs = [1.0, 2.0];
-        let rhs = [3.0, 4.0];
-        gemm_f32(
-            (2, 2, 1),
-            &mut dst,
-            2,
-            true,
-            Strided::rows(&lhs, 1),
-            Strided::rows(&rhs, 2),
-            2.0,
-            false,
-        );
+        let (lhs, rhs) = (Strided::rows(&[1.0, 2.0], 1), Strided::rows(&[3.0, 4.0], 2));
+        gemm_f32((2, 2, 1), &mut dst, lhs, rhs, 2.0, true);
         assert_eq!(dst, [7.0, 10.0, 15.0, 20.0]);
     }
 }

@@ -1,5 +1,6 @@
 //! Sums of matrix products on any device.
 
+#[cfg(target_arch = "x86_64")]
 mod bf16;
 mod pieces;
 #[cfg(test)]
@@ -7,7 +8,6 @@ mod tests;
 
 use candle_core::{DType, Device, Tensor};
 
-use self::bf16::Kernel;
 use self::pieces::sum_in_pieces;
 use crate::error::{Result, expect_shape};
 use crate::weights::Weight;
@@ -152,7 +152,7 @@ pub fn sum_of_products(start: Option<&Tensor>, products: &[Product<'_>]) -> Resu
         let expected: &[usize] = if start.rank() == 1 { &[n] } else { &[m, n] };
         expect_shape("start of a sum of products", expected, start.dims())?;
     }
-    if OWN_GEMM && let Some(sum) = sum_in_pieces(start, products, (m, n), Kernel::detect())? {
+    if OWN_GEMM && let Some(sum) = sum_in_pieces(start, products, (m, n), true)? {
         return Ok(sum);
     }
     let mut total = start.cloned();
@@ -172,11 +172,6 @@ pub fn matmul_nt(x: &Tensor, w: &dyn Weight) -> Result<Tensor> {
         None,
         &[Product::new(Factor::Plain(x), Factor::Transposed(w))],
     )
-}
-
-/// `g w`: `[m, k]` by `[k, n]` gives `[m, n]`.
-pub fn matmul_nn(g: &Tensor, w: &dyn Weight) -> Result<Tensor> {
-    sum_of_products(None, &[Product::new(Factor::Plain(g), Factor::Plain(w))])
 }
 
 /// `a^T b`: `[k, m]` by `[k, n]` gives `[m, n]`.

@@ -175,7 +175,7 @@ mod tests {
     use crate::model::adapter::{ActiveAdapter, ModuleId};
     use crate::model::parts::activation::Gate;
     use crate::model::parts::attention::{Heads, Segment};
-    use crate::model::parts::finite_differences::{check, dot};
+    use crate::model::parts::gradient_tests::{check, dot};
     use crate::model::parts::projections::Projections;
     use crate::model::parts::rotary::Rotation;
     use crate::model::parts::testing::{largest_difference, matrix};

@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
 use super::bf16::{Kernel, Matrix, PackedRows};
 use super::{Factor, Precision, Product};
 use crate::error::Result;
@@ -43,6 +44,7 @@ enum Operands<'a> {
         right: Option<Lent<'a, f32>>,
     },
     /// Both in bf16, for the processor's own instruction.
+    #[cfg(target_arch = "x86_64")]
     Bf16 {
         kernel: Kernel,
         left: PackedRows,
@@ -51,8 +53,12 @@ enum Operands<'a> {
 }
 
 impl<'a> Term<'a> {
-    /// None unless the factors are contiguous and in memory.
-    fn new(product: &'a Product<'a>, kernel: Option<Kernel>) -> Result<Option<Self>> {
+    /// None unless the factors are contiguous and in memory; with `instruction` the processor's own for bf16 is used.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(unused_variables, reason = "there is no such instruction")
+    )]
+    fn new(product: &'a Product<'a>, instruction: bool) -> Result<Option<Self>> {
         let Product {
             lhs,
             rhs,
@@ -61,37 +67,43 @@ impl<'a> Term<'a> {
         } = product;
         let (m, k) = lhs.dims()?;
         let weight = rhs.matrix();
+        let stride = weight.dims()?.1;
         let Some(left) = lend::<f32>(lhs.matrix()) else {
             return Ok(None);
         };
-        let narrow = match (precision, lhs, kernel) {
-            (Precision::Bf16, Factor::Plain(_), Some(kernel)) => {
-                Some(kernel).zip(weight.lend_bf16())
-            }
-            _ => None,
+        let term = |operands| {
+            Ok(Some(Self {
+                product,
+                operands,
+                k,
+                stride,
+            }))
         };
-        let operands = match (narrow, weight.access()) {
-            (Some((kernel, right)), _) => Operands::Bf16 {
+        let narrow = *precision == Precision::Bf16;
+        #[cfg(target_arch = "x86_64")]
+        if instruction
+            && narrow
+            && !lhs.is_transposed()
+            && let Some(kernel) = Kernel::detect()
+            && let Some(right) = weight.lend_bf16()
+        {
+            let left = kernel.pack_rows(&left, (m, k));
+            return term(Operands::Bf16 {
                 kernel,
-                left: kernel.pack_rows(&left, (m, k)),
-                right,
-            },
-            (None, Access::Elsewhere) => return Ok(None),
-            (None, access) => Operands::Single {
-                rounded: (*precision == Precision::Bf16).then(|| round(&left)),
                 left,
-                right: match access {
-                    Access::Lent(values) => Some(values),
-                    _ => None,
-                },
-            },
+                right,
+            });
+        }
+        let right = match weight.access() {
+            Access::Lent(values) => Some(values),
+            Access::Widened => None,
+            Access::Elsewhere => return Ok(None),
         };
-        Ok(Some(Self {
-            product,
-            operands,
-            k,
-            stride: weight.dims()?.1,
-        }))
+        term(Operands::Single {
+            rounded: narrow.then(|| round(&left)),
+            left,
+            right,
+        })
     }
 
     fn is_widened(&self) -> bool {
@@ -142,24 +154,16 @@ struct Destination(*mut f32);
 unsafe impl Sync for Destination {}
 
 /// The sum of [`super::sum_of_products`], unless a factor is elsewhere, is not contiguous, or has another type.
-#[cfg_attr(
-    not(target_arch = "x86_64"),
-    expect(
-        unused_variables,
-        unreachable_code,
-        reason = "there is no kernel to pass operands to"
-    )
-)]
 pub(super) fn sum_in_pieces(
     start: Option<&Tensor>,
     products: &[Product<'_>],
     (m, n): (usize, usize),
-    kernel: Option<Kernel>,
+    instruction: bool,
 ) -> Result<Option<Tensor>> {
     let lent = start.map(lend::<f32>);
     let terms: Option<Vec<Term<'_>>> = products
         .iter()
-        .map(|product| Term::new(product, kernel))
+        .map(|product| Term::new(product, instruction))
         .collect::<Result<_>>()?;
     let (Some(terms), None | Some(Some(_))) = (terms.filter(|t| !t.is_empty()), &lent) else {
         return Ok(None);
@@ -250,6 +254,7 @@ fn piece(
     for term in terms {
         let scale = term.product.scale as f32;
         match &term.operands {
+            #[cfg(target_arch = "x86_64")]
             Operands::Bf16 {
                 kernel,
                 left,

@@ -26,7 +26,8 @@ fn products_equal_candle() -> Result<()> {
         let (x, w) = (matrix(m, k, 1.0), matrix(n, k, 2.0));
         assert!(largest_difference(&matmul_nt(&x, &w)?, &x.matmul(&w.t()?)?)? < 1e-4);
         let v = matrix(k, n, 3.0);
-        assert!(largest_difference(&matmul_nn(&x, &v)?, &x.matmul(&v)?)? < 1e-4);
+        let plain = Product::new(Factor::Plain(&x), Factor::Plain(&v));
+        assert!(largest_difference(&sum_of_products(None, &[plain])?, &x.matmul(&v)?)? < 1e-4);
         let (a, b) = (matrix(k, m, 4.0), matrix(k, n, 5.0));
         let expected = a.t()?.contiguous()?.matmul(&b)?;
         assert!(largest_difference(&matmul_tn(&a, &b)?, &expected)? < 1e-4);
@@ -95,7 +96,7 @@ fn bf16_products_equal_rounded_factors() -> Result<()> {
         for rhs in [Factor::Transposed(&w16 as &dyn Weight), Factor::Plain(&v16)] {
             let base = Product::scaled(Factor::Plain(&x), rhs, 0.5).with_precision(Precision::Bf16);
             let products = [base, low_rank];
-            for kernel in [None, Kernel::detect()] {
+            for kernel in [false, true] {
                 let sum = sum_in_pieces(Some(&start), &products, (m, n), kernel)?
                     .expect("contiguous matrices in memory");
                 let difference = largest_difference(&sum, &expected)?;
@@ -190,9 +191,9 @@ impl Weight for Widening {
 /// How a weight is held changes no bit: every kind is summed in one order.
 #[test]
 fn same_bytes_lent_and_widened() -> Result<()> {
-    for n in [5, 64, 96, 200, 259, 300, 576, 1100] {
-        for k in [3, 64, 300, 513, 2048, 2049, 3000, 5000] {
-            for m in [1, 2, 3, 15, 16, 40] {
+    for n in [5, 64, 200, 259, 576, 1100] {
+        for k in [3, 300, 2048, 2049, 5000] {
+            for m in [1, 2, 15, 16, 40] {
                 let x = matrix(m, k, 1.0);
                 let (w, v) = (matrix(n, k, 2.0), matrix(k, n, 3.0));
                 let (wide_w, wide_v) = (Widening(w.clone()), Widening(v.clone()));

@@ -5,7 +5,7 @@ pub(crate) mod attention;
 pub(crate) mod embedding;
 pub(crate) mod feed_forward;
 #[cfg(test)]
-pub(crate) mod finite_differences;
+pub(crate) mod gradient_tests;
 pub(crate) mod head;
 pub(crate) mod norm;
 pub(crate) mod projections;

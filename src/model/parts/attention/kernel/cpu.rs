@@ -56,15 +56,14 @@ pub(super) fn forward(
                 let rows = BLOCK.min(segment.query_len - first);
                 let from = heads.visible(segment, first).start;
                 let columns = heads.visible(segment, first + rows - 1).end - from;
+                let (scores_of, rows_of) = ((rows, columns, dim), (rows, dim, columns));
                 scores.clear();
                 scores.resize(rows * columns, 0.0);
                 let queries = head(q, segment.query_start + first, *h, heads.query, dim);
                 let keys = head(k, segment.key_start + from, kv, heads.key_value, dim);
                 gemm_f32(
-                    (rows, columns, dim),
+                    scores_of,
                     &mut scores,
-                    columns,
-                    false,
                     queries,
                     turned(keys),
                     heads.scale(),
@@ -82,10 +81,8 @@ pub(super) fn forward(
                 );
                 let values = head(v, segment.key_start + from, kv, heads.key_value, dim);
                 gemm_f32(
-                    (rows, dim, columns),
+                    rows_of,
                     &mut out[first * dim..],
-                    dim,
-                    false,
                     Strided::rows(&scores, columns),
                     values,
                     1.0,
@@ -230,6 +227,8 @@ impl Backward<'_> {
                 let rows = BLOCK.min(segment.query_len - first);
                 let from = self.heads.visible(segment, first).start;
                 let columns = self.heads.visible(segment, first + rows - 1).end - from;
+                let (scores_of, rows_of) = ((rows, columns, dim), (rows, dim, columns));
+                let keys_of = (columns, dim, rows);
                 let row0 = segment.query_start + first;
                 let queries = head(self.q, row0, h, query, dim);
                 let upstream = head(self.upstream, row0, h, query, dim);
@@ -240,20 +239,16 @@ impl Backward<'_> {
                     buffer.resize(rows * columns, 0f32);
                 }
                 gemm_f32(
-                    (rows, columns, dim),
+                    scores_of,
                     &mut probabilities,
-                    columns,
-                    false,
                     queries,
                     turned(keys),
                     scale,
                     false,
                 );
                 gemm_f32(
-                    (rows, columns, dim),
+                    scores_of,
                     &mut grad_scores,
-                    columns,
-                    false,
                     upstream,
                     turned(values),
                     1.0,
@@ -282,38 +277,18 @@ impl Backward<'_> {
                 );
                 let block_k = &mut dk[from * dim..];
                 let turned_scores = Strided::transposed(&grad_scores, columns);
-                gemm_f32(
-                    (columns, dim, rows),
-                    block_k,
-                    dim,
-                    true,
-                    turned_scores,
-                    queries,
-                    scale,
-                    false,
-                );
+                gemm_f32(keys_of, block_k, turned_scores, queries, scale, true);
                 let turned_probabilities = Strided::transposed(&probabilities, columns);
                 gemm_f32(
-                    (columns, dim, rows),
+                    keys_of,
                     &mut dv[from * dim..],
-                    dim,
-                    true,
                     turned_probabilities,
                     upstream,
                     1.0,
-                    false,
+                    true,
                 );
                 let scores = Strided::rows(&grad_scores, columns);
-                gemm_f32(
-                    (rows, dim, columns),
-                    &mut dq[first * dim..],
-                    dim,
-                    false,
-                    scores,
-                    keys,
-                    scale,
-                    false,
-                );
+                gemm_f32(rows_of, &mut dq[first * dim..], scores, keys, scale, false);
             }
             dqs.push(dq);
         }
