@@ -33,6 +33,23 @@ pub(crate) fn outcome(command: &mut Command) -> Run {
     }
 }
 
+/// A command that succeeds.
+pub(crate) fn ok(arguments: &[&str]) -> Run {
+    let done = run(arguments);
+    assert_eq!(
+        done.code, 0,
+        "{arguments:?}: {}{}",
+        done.stdout, done.stderr
+    );
+    done
+}
+
+/// What a command that succeeds prints with `--json`.
+pub(crate) fn json(arguments: &[&str]) -> serde_json::Value {
+    let done = ok(&[arguments, &["--json"]].concat());
+    serde_json::from_str(&done.stdout).unwrap()
+}
+
 pub(crate) fn tiny() -> String {
     own().join("models/tiny-llama").display().to_string()
 }
@@ -63,119 +80,111 @@ fn train(path: &Path) -> Run {
     run(&["train", "-c", path.to_str().unwrap()])
 }
 
+/// A finished run of the tiny model in `out`, with its rows and run.toml beside it.
+struct Trained {
+    dir: tempfile::TempDir,
+    config: PathBuf,
+}
+
+impl Trained {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let config = run_toml(dir.path(), "", "", "learning_rate = 1e-2");
+        let trained = train(&config);
+        assert_eq!(trained.code, 0, "{}", trained.stderr);
+        Self { dir, config }
+    }
+
+    fn at(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+}
+
 #[test]
-fn train_collapse_sample_merge_inspect_validate_eval() {
+fn a_dry_run_writes_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let at = |name: &str| dir.path().join(name).display().to_string();
     let config = run_toml(dir.path(), "", "", "learning_rate = 1e-2");
-    let dry = run(&["train", "-c", config.to_str().unwrap(), "--dry-run"]);
-    assert_eq!(dry.code, 0, "{}", dry.stderr);
+    let dry = ok(&["train", "-c", config.to_str().unwrap(), "--dry-run"]);
     assert!(
         dry.stdout.contains("21 (") && dry.stdout.contains("nothing was written"),
         "{}",
         dry.stdout
     );
     assert!(!dir.path().join("out").exists());
+}
 
-    let trained = train(&config);
-    assert_eq!(trained.code, 0, "{}", trained.stderr);
-    let record: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(dir.path().join("out/run.json")).unwrap())
-            .unwrap();
+#[test]
+fn a_run_records_its_configuration_and_is_not_written_over() {
+    let trained = Trained::new();
+    let record = std::fs::read_to_string(trained.at("out/run.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_str(&record).unwrap();
     assert_eq!(record["config"]["lora"]["monteclora"]["objective"], "exact");
     assert_eq!(record["config"]["seed"], 42);
 
-    let again = train(&config);
+    let again = train(&trained.config);
     assert_eq!(again.code, 2);
     assert!(
         again.stderr.contains("not empty") && again.stderr.contains("--force"),
         "{}",
         again.stderr
     );
+}
 
-    let collapsed = run(&["collapse", &at("out"), "-o", &at("lora")]);
-    assert_eq!(collapsed.code, 0, "{}", collapsed.stderr);
-    let mut files: Vec<_> = std::fs::read_dir(at("lora"))
+#[test]
+fn a_collapsed_run_is_two_files_that_runtimes_take() {
+    let trained = Trained::new();
+    let lora = trained.at("lora");
+    ok(&["collapse", &trained.at("out"), "-o", &lora]);
+    let mut files: Vec<_> = std::fs::read_dir(&lora)
         .unwrap()
         .map(|e| e.unwrap().file_name())
         .collect();
     files.sort();
     assert_eq!(files, ["adapter_config.json", "adapter_model.safetensors"]);
+    let runtimes = ["--for", "mistralrs", "--for", "peft", "--json"];
+    ok(&[&["validate", &lora, "-m", &tiny()], &runtimes[..]].concat());
+}
 
-    let sampled = run(&[
-        "sample",
-        &at("out"),
-        "-k",
-        "2",
-        "--seed",
-        "7",
-        "-o",
-        &at("draws"),
-    ]);
-    assert_eq!(sampled.code, 0, "{}", sampled.stderr);
+#[test]
+fn draws_of_a_run_differ() {
+    let trained = Trained::new();
+    let (out, draws) = (trained.at("out"), trained.at("draws"));
+    ok(&["sample", &out, "-k", "2", "--seed", "7", "-o", &draws]);
     let weights = |name: &str| {
-        std::fs::read(dir.path().join(name).join("adapter_model.safetensors")).unwrap()
+        std::fs::read(
+            Path::new(&draws)
+                .join(name)
+                .join("adapter_model.safetensors"),
+        )
+        .unwrap()
     };
-    assert_ne!(weights("draws/draw-0000"), weights("draws/draw-0001"));
+    assert_ne!(weights("draw-0000"), weights("draw-0001"));
+}
 
-    let inspected = run(&["inspect", &at("out"), "--json"]);
-    let summary: serde_json::Value = serde_json::from_str(&inspected.stdout).unwrap();
+#[test]
+fn inspect_shows_the_posterior_of_a_run() {
+    let trained = Trained::new();
+    let summary = json(&["inspect", &trained.at("out")]);
     assert_eq!(summary["format"], "peft-monteclora");
     assert_eq!(summary["n_sites"], 21);
     assert!(summary["sites"][0]["noise_to_signal"].as_f64().unwrap() > 0.0);
+}
 
-    let validated = run(&[
-        "validate",
-        &at("lora"),
-        "-m",
-        &tiny(),
-        "--for",
-        "mistralrs",
-        "--for",
-        "peft",
-        "--json",
-    ]);
-    assert_eq!(
-        validated.code, 0,
-        "{}{}",
-        validated.stdout, validated.stderr
+#[test]
+fn a_trained_adapter_scores_better_and_its_merged_model_as_well() {
+    let trained = Trained::new();
+    let (out, rows, merged) = (
+        trained.at("out"),
+        trained.at("rows.jsonl"),
+        trained.at("merged"),
     );
+    let loss = |scores: &serde_json::Value, of: &str| scores[of]["loss"].as_f64().unwrap();
+    let scores = json(&["eval", "-m", &tiny(), "-a", &out, "--data", &rows]);
+    assert!(loss(&scores, "mean") < loss(&scores, "base"));
 
-    let evaluated = run(&[
-        "eval",
-        "-m",
-        &tiny(),
-        "-a",
-        &at("out"),
-        "--data",
-        &at("rows.jsonl"),
-        "--json",
-    ]);
-    assert_eq!(evaluated.code, 0, "{}", evaluated.stderr);
-    let scores: serde_json::Value = serde_json::from_str(&evaluated.stdout).unwrap();
-    assert!(scores["mean"]["loss"].as_f64().unwrap() < scores["base"]["loss"].as_f64().unwrap());
-
-    let merged = run(&[
-        "merge",
-        "-m",
-        &tiny(),
-        "-a",
-        &at("out"),
-        "-o",
-        &at("merged"),
-    ]);
-    assert_eq!(merged.code, 0, "{}", merged.stderr);
-    let alone = run(&[
-        "eval",
-        "-m",
-        &at("merged"),
-        "--data",
-        &at("rows.jsonl"),
-        "--json",
-    ]);
-    let alone: serde_json::Value = serde_json::from_str(&alone.stdout).unwrap();
-    let difference =
-        alone["base"]["loss"].as_f64().unwrap() - scores["mean"]["loss"].as_f64().unwrap();
+    ok(&["merge", "-m", &tiny(), "-a", &out, "-o", &merged]);
+    let alone = json(&["eval", "-m", &merged, "--data", &rows]);
+    let difference = loss(&alone, "base") - loss(&scores, "mean");
     assert!(difference.abs() < 1e-4, "{difference}");
 }
 

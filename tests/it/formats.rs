@@ -5,22 +5,11 @@ use std::path::{Path, PathBuf};
 use monteclora_converters::{Adapter, ModelFiles, SafetensorsFile, Tensor};
 use serde_json::Value;
 
-use crate::cli::{Run, own_adapter, run, tiny};
+use crate::cli::{json, ok, own_adapter, run, tiny};
 use crate::fixtures::{
     AdapterCase, adapters, floats, largest_difference, named, own, supported_architectures, usable,
     with_own,
 };
-
-fn ok(arguments: &[&str]) -> Run {
-    let done = run(arguments);
-    assert_eq!(done.code, 0, "{arguments:?}: {}", done.stderr);
-    done
-}
-
-fn json(arguments: &[&str]) -> Value {
-    let done = ok(&[arguments, &["--json"]].concat());
-    serde_json::from_str(&done.stdout).unwrap()
-}
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use monteclora_converters::Adapter;
 use sha2::{Digest, Sha256};
 
-use crate::cli::run;
+use crate::cli::ok;
 use crate::fixtures::{AdapterCase, own_usable};
 
 /// File below a scratch directory: hash.
@@ -61,11 +61,6 @@ fn write(case: &AdapterCase, scratch: &Path) {
             &at("sample"),
         ]);
     }
-}
-
-fn ok(arguments: &[&str]) {
-    let done = run(arguments);
-    assert_eq!(done.code, 0, "{arguments:?}: {}", done.stderr);
 }
 
 /// Adds the files below `root/inside`.
