@@ -6,13 +6,14 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
+use monteclora_adapters::methods::METHODS;
 use monteclora_adapters::weights::KINDS;
 use monteclora_converters::architecture::FAMILIES;
 use monteclora_converters::{
     Adapter, FORMATS, LoraOptions, ModelFiles, SafetensorsFile, format_of,
 };
 
-use crate::cli::tiny;
+use crate::cli::{ok, run_toml, tiny};
 use crate::fixtures::{floats, largest_difference, named, own_architectures};
 
 fn below_root(path: &str) -> PathBuf {
@@ -38,6 +39,7 @@ fn rows(page: &str, names: impl IntoIterator<Item = &'static str>) {
 fn everything_registered_has_a_row_in_the_docs() {
     rows("models.md", FAMILIES.iter().map(|family| family.model_type));
     rows("models.md", KINDS.iter().map(|kind| kind.name));
+    rows("fine-tune.md", METHODS.iter().map(|method| method.name));
     rows("convert.md", FORMATS.iter().map(|format| format.name()));
 }
 
@@ -59,6 +61,30 @@ fn every_family_has_a_fixture() {
             "{}: no model of it in tests/data/fixtures/architectures",
             family.model_type
         );
+    }
+}
+
+/// `tests/data/methods/NAME.toml` is what a run.toml has in `[lora]`; equal runs give equal adapters.
+#[test]
+fn every_method_trains_by_its_fixture() {
+    for method in METHODS {
+        let fixture = below_root("tests/data/methods").join(format!("{}.toml", method.name));
+        let settings = std::fs::read_to_string(&fixture)
+            .unwrap_or_else(|error| panic!("{}: {error}", fixture.display()));
+        assert!(
+            settings.contains(&format!("method = {:?}", method.name)),
+            "{settings}"
+        );
+        let adapters = [(); 2].map(|()| {
+            let dir = tempfile::tempdir().unwrap();
+            let config = run_toml(dir.path(), "", &settings, "learning_rate = 1e-2");
+            ok(&["train", "-c", config.to_str().unwrap()]);
+            let metrics = std::fs::read_to_string(dir.path().join("out/metrics.jsonl")).unwrap();
+            assert!(metrics.lines().count() >= 3, "{}: {metrics}", method.name);
+            Adapter::read(&dir.path().join("out")).unwrap()
+        });
+        assert!(!adapters[0].sites.is_empty(), "{}", method.name);
+        assert_eq!(adapters[0].sites, adapters[1].sites, "{}", method.name);
     }
 }
 
