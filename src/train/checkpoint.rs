@@ -127,7 +127,8 @@ pub(super) fn write(
     keep: usize,
 ) -> Result<()> {
     let mut progress = checkpoint.progress.clone();
-    progress.window = progress.window.stored();
+    let metrics = checkpoint.state.method.kind().metrics;
+    progress.window = progress.window.stored(metrics);
     let step = progress.step;
     files::replace_dir(&output_dir.join(format!("{PREFIX}{step}")), |dir| {
         let adapter = checkpoint.state.to_adapter(config)?;

@@ -75,12 +75,17 @@ impl Window {
     }
 
     /// The window as a checkpoint keeps it: the time so far as a number.
-    pub(super) fn stored(&self) -> Self {
-        Self {
-            seconds: self.elapsed(),
-            since: None,
-            ..self.clone()
+    pub(super) fn stored(&self, metrics: &[Metric]) -> Self {
+        let mut window = self.clone();
+        (window.seconds, window.since) = (self.elapsed(), None);
+        for metric in metrics {
+            // Before the first step of a window there is none.
+            window
+                .regulariser
+                .entry(metric.stored.to_owned())
+                .or_default();
         }
+        window
     }
 
     pub(super) fn add(&mut self, result: &StepResult, metrics: &[Metric]) {
