@@ -1,20 +1,19 @@
 //! Where a model is: a local directory, a GGUF file imported once into the cache, or a Hub id; and data sets on the Hub.
 
+mod client;
 mod dataset;
-mod refusal;
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
+use anyhow::Result;
 use hf_hub::api::RepoInfo;
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
+use hf_hub::api::sync::{Api, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
-use monteclora_converters::Problem;
 use sha2::{Digest, Sha256};
 
-pub use dataset::{DatasetId, DatasetRepo};
-pub use refusal::Refusal;
+pub use self::dataset::{DatasetId, DatasetRepo};
 
+use self::client::{builder, is_hub_id, problem, refusal};
 use crate::gguf_import::{ImportOptions, import_gguf};
 
 /// A model found: its directory, and its name as the user gave it.
@@ -37,16 +36,6 @@ pub struct HubOptions {
     pub token_source: String,
 }
 
-impl crate::cli::ModelOptions {
-    /// How the Hub is asked for this model.
-    pub fn hub(&self) -> HubOptions {
-        HubOptions {
-            revision: self.revision.clone(),
-            token_source: self.token_source.clone(),
-        }
-    }
-}
-
 /// `MONTECLORA_CACHE`, or `monteclora` in the user's cache directory.
 pub fn cache_dir() -> PathBuf {
     let variable = |name: &str| {
@@ -63,64 +52,48 @@ pub fn cache_dir() -> PathBuf {
 /// Finds the model `id`.
 ///
 /// # Errors
-/// What is not there; a GGUF file that cannot be imported.
-pub fn locate(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
+/// A [`monteclora_converters::Problem`] for what is not there; what [`import_gguf`] says of a GGUF file that cannot be imported.
+pub fn locate(id: &str, options: &HubOptions) -> Result<Located> {
     let path = Path::new(id);
+    let local = |dir: PathBuf| Located {
+        dir,
+        name: id.to_owned(),
+        revision: None,
+    };
+    let refused = |message: &str, fix: &str| Err(problem(format!("`{id}`"), message, fix).into());
     if path.is_dir() {
-        return Ok(local(path, id));
+        return Ok(local(path.to_owned()));
     }
-    if path
-        .extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
-    {
+    let extension = path.extension().unwrap_or_default();
+    if extension.eq_ignore_ascii_case("gguf") {
         if !path.is_file() {
-            return Err(not_a_model(
-                id,
-                "no such file; give a .gguf file, a model directory or a Hub id",
-            ));
+            return refused(
+                "no such file",
+                "give a .gguf file, a model directory or a Hub id",
+            );
         }
-        return Ok(local(&imported(path)?, id));
+        return Ok(local(imported(path)?));
     }
     if path.exists() {
-        return Err(not_a_model(
-            id,
-            "not a model; give a model directory, a .gguf file or a Hub id",
-        ));
+        return refused(
+            "not a model",
+            "give a model directory, a .gguf file or a Hub id",
+        );
     }
     if !is_hub_id(id) {
-        return Err(not_a_model(
-            id,
-            "no such directory; give a model directory, a .gguf file or a Hub id such as org/name",
-        ));
+        return refused(
+            "no such directory",
+            "give a model directory, a .gguf file or a Hub id such as org/name",
+        );
     }
     from_hub(id, options)
 }
 
-fn local(dir: &Path, id: &str) -> Located {
-    Located {
-        dir: dir.to_owned(),
-        name: id.to_owned(),
-        revision: None,
-    }
-}
-
-fn is_hub_id(id: &str) -> bool {
-    let part = |p: &str| {
-        !p.is_empty()
-            && !p.starts_with('.')
-            && p.chars()
-                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    matches!(id.split('/').collect::<Vec<_>>()[..], [org, name] if part(org) && part(name))
-}
-
 /// Imports a GGUF file into the cache, once for its path, size and time of change.
-fn imported(file: &Path) -> anyhow::Result<PathBuf> {
-    let unusable = |source: std::io::Error| {
-        not_a_model(
-            &file.display().to_string(),
-            &format!("cannot be read: {source}"),
-        )
+fn imported(file: &Path) -> Result<PathBuf> {
+    let unusable = |source| {
+        let at = format!("`{}`", file.display());
+        problem(at, format!("cannot be read: {source}"), "")
     };
     let canonical = file.canonicalize().map_err(unusable)?;
     let metadata = canonical.metadata().map_err(unusable)?;
@@ -138,10 +111,9 @@ fn imported(file: &Path) -> anyhow::Result<PathBuf> {
         return Ok(dir);
     }
     std::fs::create_dir_all(&models).map_err(|source| {
-        Problem::usage(format!(
-            "cannot use the cache directory `{}`; set MONTECLORA_CACHE to a writable one: {source}",
-            models.display()
-        ))
+        let message = format!("cannot use the cache directory `{}`", models.display());
+        let fix = format!("set MONTECLORA_CACHE to a writable one: {source}");
+        problem("", message, &fix)
     })?;
     tracing::info!("importing {} into the cache", file.display());
     import_gguf(file, &dir, &ImportOptions::default(), &mut |_, _| {})?;
@@ -149,12 +121,9 @@ fn imported(file: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// A model that was fetched before is taken as it was then; its commit is that of its snapshot.
-fn from_hub(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
-    let revision = options
-        .revision
-        .clone()
-        .unwrap_or_else(|| "main".to_owned());
-    let repo = Repo::with_revision(id.to_owned(), RepoType::Model, revision);
+fn from_hub(id: &str, options: &HubOptions) -> Result<Located> {
+    let revision = options.revision.as_deref().unwrap_or("main");
+    let repo = Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned());
     let located = |dir: PathBuf| Located {
         revision: dir.file_name().and_then(|n| n.to_str()).map(str::to_owned),
         dir,
@@ -174,47 +143,39 @@ fn from_hub(id: &str, options: &HubOptions) -> anyhow::Result<Located> {
         }
         return Ok(found);
     }
-    let fetched = info.and_then(|info| fetch(&api, &repo, &info));
-    match fetched {
-        Ok(Some(dir)) => Ok(located(dir)),
-        Ok(None) => Err(not_a_model(
-            id,
-            "the repository has no config.json; is it a model, and in Hugging Face's layout?",
-        )),
-        Err(error) => Err(Problem::usage(match Refusal::of(&error) {
-            Some(refusal) => format!("model `{id}`: {refusal}"),
-            None => format!(
-                "model `{id}` is neither a local directory nor in the local cache, and the Hub cannot be reached ({error}); check the name, \
-                 connect to the network, or give a local directory or .gguf file with -m"
+    let fetched = info
+        .and_then(|info| fetch(&api, &repo, &info))
+        .map_err(|error| match refusal(&error) {
+            Some(refusal) => problem(format!("model `{id}`"), refusal, ""),
+            None => problem(
+                "",
+                format!(
+                    "model `{id}` is neither a local directory nor in the local cache, and the Hub cannot be reached ({error})"
+                ),
+                "check the name, connect to the network, or give a local directory or .gguf file with -m",
             ),
-        })
-        .into()),
-    }
-}
-
-/// What is no model, and the remedy.
-fn not_a_model(name: &str, problem: &str) -> anyhow::Error {
-    Problem::usage(format!("`{name}`: {problem}")).into()
+        })?;
+    let dir = fetched.ok_or_else(|| {
+        problem(
+            format!("`{id}`"),
+            "the repository has no config.json",
+            "is it a model, and in Hugging Face's layout?",
+        )
+    })?;
+    Ok(located(dir))
 }
 
 fn cached(repo: &Repo) -> Option<PathBuf> {
-    let dir = Cache::from_env()
-        .repo(repo.clone())
-        .get("config.json")?
-        .parent()?
-        .to_owned();
-    monteclora_converters::ModelFiles::open(&dir)
-        .is_ok()
-        .then_some(dir)
+    let config = Cache::from_env().repo(repo.clone()).get("config.json")?;
+    let dir = config.parent()?;
+    let is_whole = monteclora_converters::ModelFiles::open(dir).is_ok();
+    is_whole.then(|| dir.to_owned())
 }
 
 /// Fetches the files of one commit, whatever the branch does meanwhile, and only then lets the cache point at it.
 fn fetch(api: &Api, repo: &Repo, info: &RepoInfo) -> Result<Option<PathBuf>, ApiError> {
-    let pinned = api.repo(Repo::with_revision(
-        repo.url(),
-        RepoType::Model,
-        info.sha.clone(),
-    ));
+    let commit = Repo::with_revision(repo.url(), RepoType::Model, info.sha.clone());
+    let pinned = api.repo(commit);
     let mut dir = None;
     for sibling in &info.siblings {
         let name = sibling.rfilename.as_str();
@@ -230,74 +191,6 @@ fn fetch(api: &Api, repo: &Repo, info: &RepoInfo) -> Result<Option<PathBuf>, Api
             }
         }
     }
-    Cache::from_env()
-        .repo(repo.clone())
-        .create_ref(&info.sha)
-        .map_err(ApiError::from)?;
+    Cache::from_env().repo(repo.clone()).create_ref(&info.sha)?;
     Ok(dir)
-}
-
-/// A client of the Hub with the token that `token_source` names.
-fn builder(token_source: &str) -> Result<ApiBuilder, Problem> {
-    let builder = ApiBuilder::from_env().with_progress(std::io::stderr().is_terminal());
-    Ok(match token(token_source)? {
-        Some(token) => builder.with_token(token),
-        None => builder,
-    })
-}
-
-/// The token that a source names; `None` leaves the choice to the Hub client: for `cache`, where HF_TOKEN is not set, that of
-/// `huggingface-cli login`.
-fn token(source: &str) -> Result<Option<Option<String>>, Problem> {
-    // Without what may be a literal token.
-    let kind = source.split(':').next().unwrap_or_default();
-    let refuse = |problem: &str| Problem::usage(format!("--token-source {kind}: {problem}"));
-    match source.split_once(':') {
-        None if source.is_empty() || source == "cache" => Ok(std::env::var("HF_TOKEN")
-            .ok()
-            .filter(|token| !token.is_empty())
-            .map(Some)),
-        None if source == "none" => Ok(Some(None)),
-        Some(("literal", token)) => Ok(Some(Some(token.to_owned()))),
-        Some(("env", name)) => std::env::var(name)
-            .map(|token| Some(Some(token)))
-            .map_err(|_| refuse("the variable is not set")),
-        Some(("path", path)) => std::fs::read_to_string(path)
-            .map(|token| Some(Some(token.trim().to_owned())))
-            .map_err(|_| refuse("the file cannot be read")),
-        _ => Err(refuse(
-            "expected literal:TOKEN, env:VARIABLE, path:FILE, cache or none",
-        )),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hub_ids_are_two_plain_parts() {
-        assert!(is_hub_id("HuggingFaceTB/SmolLM2-135M-Instruct"));
-        for id in [
-            "model",
-            "a/b/c",
-            "/abs/path",
-            "../up",
-            "a/..",
-            "a/",
-            "a b/c",
-        ] {
-            assert!(!is_hub_id(id), "{id}");
-        }
-    }
-
-    #[test]
-    fn token_sources() {
-        assert!(matches!(token("none"), Ok(Some(None))));
-        assert!(matches!(token("literal:x"), Ok(Some(Some(t))) if t == "x"));
-        let error = token("secret-by-mistake:abc")
-            .expect_err("unknown kind")
-            .to_string();
-        assert!(!error.contains("abc"));
-    }
 }

@@ -38,7 +38,8 @@ use candle_core::{DType, Device};
 use monteclora_converters::Problem;
 use serde::Serialize;
 
-use crate::cli::{BenchCommand, Command, DtypeArg};
+use crate::cli::{BenchCommand, Command, DtypeArg, ModelOptions};
+use crate::hub::HubOptions;
 
 /// Data that cannot be used; the rows have been named.
 fn bad_data(message: impl Into<String>) -> anyhow::Error {
@@ -111,6 +112,16 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(error.exit_code());
     }
     None
+}
+
+impl ModelOptions {
+    /// How the Hub is asked for this model.
+    fn hub(&self) -> HubOptions {
+        HubOptions {
+            revision: self.revision.clone(),
+            token_source: self.token_source.clone(),
+        }
+    }
 }
 
 /// The device that computes: an accelerator if the build has one and `cpu` is false.

@@ -3,15 +3,15 @@
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::{Problem, Problems};
+use monteclora_converters::{Error, Problem, Problems};
 use serde::Serialize;
 
 use super::opened::{Opened, require_positive};
 use super::{print, print_json};
 use crate::cli::PredictArgs;
 use crate::data::{
-    DataError, Encoder, Message, Role, Row, RowError, RowProblem, Source, field_problem,
-    parse_question, splits,
+    Encoder, Message, Role, Row, RowProblem, Source, fault_of_row, field_problem, parse_question,
+    splits,
 };
 use crate::eval::{Answer, Answerer, LengthNormalisation, Question};
 use crate::model::GenerationSettings;
@@ -59,7 +59,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         tokenizer: encoder.tokenizer(),
         generation: GenerationSettings {
             max_new_tokens: args.max_tokens,
-            stop_tokens: encoder.tokenizer().stop_ids(encoder.template()),
+            stop_tokens: encoder.stop_ids(),
             batch_size: args.batch_size,
         },
         normalisation: LengthNormalisation::per_token(args.length_normalised),
@@ -76,9 +76,9 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
                 .map(|row| {
                     // A row that was sound before, and no longer is.
                     let sound = reader.question(source, *row)?;
-                    sound.map_err(|found| DataError::from(Problems::from_iter(found)))
+                    sound.map_err(|found| Error::from(Problems::from_iter(found)))
                 })
-                .collect::<Result<Vec<_>, DataError>>()?;
+                .collect::<Result<Vec<_>, Error>>()?;
             report.answers.extend(answerer.answer(&questions)?);
             bar.inc(rows.len() as u64);
         }
@@ -121,20 +121,20 @@ impl Reader<'_> {
         &self,
         source: &Source,
         row: usize,
-    ) -> Result<Result<Question, Vec<RowProblem>>, DataError> {
+    ) -> Result<Result<Question, Vec<RowProblem>>, Error> {
         let (path, line) = source.place(row);
         let at_row = |problem| RowProblem::new(path, line, problem);
         let problems = match parse_question(&source.row_bytes(row)?) {
             Ok(row) => match self.of_row(&row) {
                 Ok(question) => return Ok(Ok(question)),
-                Err(error) => vec![error.of_row()?],
+                Err(error) => vec![fault_of_row(error)?],
             },
             Err(problems) => problems,
         };
         Ok(Err(problems.into_iter().map(at_row).collect()))
     }
 
-    fn of_row(&self, row: &Row) -> Result<Question, RowError> {
+    fn of_row(&self, row: &Row) -> Result<Question, Error> {
         if let (Some(set), Some(choices)) = (self.encoder.choice_tokens(row)?, &row.choices) {
             return Ok(Question::Choice {
                 set,
@@ -148,11 +148,10 @@ impl Reader<'_> {
         };
         match problem {
             None => Ok(Question::Open(prompt)),
-            Some(problem) => Err(RowError::Problem(field_problem(
-                "row",
-                problem,
-                "lower --max-tokens, or change the row",
-            ))),
+            Some(problem) => {
+                let fix = "lower --max-tokens, or change the row";
+                Err(field_problem("row", problem, fix).into())
+            }
         }
     }
 

@@ -2,13 +2,14 @@
 
 use std::collections::VecDeque;
 
+use monteclora_converters::Error;
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{dataset::Dataset, error::DataError, example::Example};
+use super::{dataset::Dataset, example::Example};
 
 /// Sequences laid end to end. Attention is causal within a segment and never crosses one, and positions restart, so
 /// that nothing is padded and a sequence gives the same result in any company.
@@ -39,6 +40,20 @@ impl Batch {
         for (idx, (&token, _)) in next.enumerate().filter(|(_, (_, trained))| **trained) {
             self.targets.push((start + idx, token));
         }
+    }
+}
+
+impl Dataset {
+    /// Several examples as one batch.
+    ///
+    /// # Errors
+    /// As [`Self::row`].
+    pub fn batch(&self, example_indices: &[usize]) -> Result<Batch, Error> {
+        let mut batch = Batch::default();
+        for &idx in example_indices {
+            batch.push(idx, &self.example(idx)?);
+        }
+        Ok(batch)
     }
 }
 
@@ -207,7 +222,7 @@ impl<'a> Batches<'a> {
     ///
     /// # Errors
     /// As [`Dataset::row`]; the cursor then stays where it is.
-    pub fn next_batch(&mut self) -> Result<Batch, DataError> {
+    pub fn next_batch(&mut self) -> Result<Batch, Error> {
         if self.cursor.batch >= self.plan.len() {
             self.cursor = Cursor {
                 epoch: self.cursor.epoch + 1,

@@ -2,13 +2,12 @@
 
 use std::{path::Path, sync::Arc};
 
-use monteclora_converters::Problems;
+use monteclora_converters::{Error, Problems};
 
 use super::{
-    batch::Batch,
-    error::{DataError, bad_data, changed},
-    example::{EncodedRow, Encoder, Example},
-    rows::{Row, RowFormat, parse_named_row},
+    error::{bad_data, changed, fault_of_row},
+    example::{Encoder, Example},
+    rows::{Row, RowFormat},
     source::{Source, Split},
     stats::Stats,
     survey::{Entry, RowSchema, Survey},
@@ -35,49 +34,46 @@ impl Dataset {
         path: &Path,
         format: Option<RowFormat>,
         encoder: Arc<Encoder>,
-    ) -> Result<Self, DataError> {
+    ) -> Result<Self, Error> {
         Self::open_split(path, Split::Train, format.into(), encoder)
     }
 
     /// Reads, checks and measures every row of a split.
     ///
     /// # Errors
-    /// As [`Source::open`]; all bad rows; rows of several formats, or all of them too long; errors of the model's template
+    /// As [`Source::open`]; all bad rows; rows of several formats, or none short enough; errors of the model's template
     /// or tokenizer.
     pub fn open_split(
         name: &Path,
         split: Split,
         schema: RowSchema,
         encoder: Arc<Encoder>,
-    ) -> Result<Self, DataError> {
+    ) -> Result<Self, Error> {
         let source = Source::open(name, split)?;
         let mut problems = Problems::default();
         let survey = Survey::take(&source, &schema, Some(&encoder), |problem| {
             problems.push(problem.into());
         })?;
-        let format = match survey.format(&source)? {
-            Some(format) if problems.is_empty() => format,
-            _ => return Err(problems.into()),
-        };
-        let stats = survey.stats.clone();
-        let entries = survey.into_entries();
-        if entries.is_empty() {
+        let format = survey.format(&source)?;
+        if !problems.is_empty() {
+            return Err(problems.into());
+        }
+        let (Some(format), false) = (format, survey.entries.is_empty()) else {
+            let (path, limit) = (name.display(), encoder.options().max_seq_length);
             return Err(bad_data(
                 "all-dropped",
                 format!(
-                    "every row of `{}` is longer than max_seq_length {}; raise data.max_seq_length, or set data.overlong = \"truncate\"",
-                    name.display(),
-                    encoder.options().max_seq_length
+                    "every row of `{path}` is longer than max_seq_length {limit}; raise data.max_seq_length, or set data.overlong = \"truncate\""
                 ),
             ));
-        }
+        };
         Ok(Self {
             source,
             format,
             schema,
             encoder,
-            entries,
-            stats,
+            entries: survey.entries,
+            stats: survey.stats,
         })
     }
 
@@ -89,10 +85,8 @@ impl Dataset {
 
     /// The number of tokens of every example, in file order.
     pub fn lengths(&self) -> Vec<usize> {
-        self.entries
-            .iter()
-            .map(|entry| entry.n_tokens as usize)
-            .collect()
+        let lengths = self.entries.iter().map(|entry| entry.n_tokens as usize);
+        lengths.collect()
     }
 
     /// The rows' format.
@@ -128,12 +122,12 @@ impl Dataset {
     /// The row that an example was made from, with its line number.
     ///
     /// # Errors
-    /// A file that cannot be read, or is no longer what was checked.
-    pub fn row(&self, example_idx: usize) -> Result<(usize, Row), DataError> {
+    /// If the file cannot be read, or is no longer what was checked.
+    pub fn row(&self, example_idx: usize) -> Result<(usize, Row), Error> {
         let row_idx = self.entries[example_idx].row as usize;
         let (path, line) = self.source.place(row_idx);
         let bytes = self.source.row_bytes(row_idx)?;
-        match parse_named_row(&bytes, Some(self.format), &self.schema.fields) {
+        match self.schema.parse(&bytes) {
             Ok((_, row)) => Ok((line, row)),
             Err(_) => Err(changed(path, line)),
         }
@@ -143,47 +137,25 @@ impl Dataset {
     ///
     /// # Errors
     /// As [`Self::row`].
-    pub fn example(&self, example_idx: usize) -> Result<Example, DataError> {
+    pub fn example(&self, example_idx: usize) -> Result<Example, Error> {
         let entry = self.entries[example_idx];
-        let (_, row) = self.row(example_idx)?;
-        let changed = || {
-            let (path, line) = self.source.place(entry.row as usize);
-            changed(path, line)
+        let (line, row) = self.row(example_idx)?;
+        let examples = match self.encoder.encode_row(&row) {
+            Ok(encoded) => encoded.examples,
+            Err(error) => fault_of_row(error).map(|_| Vec::new())?,
         };
-        let EncodedRow { mut examples, .. } = match self.encoder.encode_row(&row) {
-            Ok(encoded) => encoded,
-            Err(error) => return Err(error.of_row().map_or_else(|error| error, |_| changed())),
-        };
-        let part = entry.part as usize;
-        if part >= examples.len() {
-            return Err(changed());
-        }
-        let example = examples.swap_remove(part);
-        if example.input_ids.len() != entry.n_tokens as usize
-            || example.n_trained() != entry.n_trained as usize
-        {
-            return Err(changed());
-        }
-        Ok(example)
-    }
-
-    /// Several examples as one batch.
-    ///
-    /// # Errors
-    /// As [`Self::row`].
-    pub fn batch(&self, example_indices: &[usize]) -> Result<Batch, DataError> {
-        let mut batch = Batch::default();
-        for &idx in example_indices {
-            batch.push(idx, &self.example(idx)?);
-        }
-        Ok(batch)
+        let example = examples.into_iter().nth(entry.part as usize);
+        example
+            .filter(|example| {
+                example.input_ids.len() == entry.n_tokens as usize
+                    && example.n_trained() == entry.n_trained as usize
+            })
+            .ok_or_else(|| changed(self.source.place(entry.row as usize).0, line))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use monteclora_converters::exit_code;
-
     use super::*;
     use crate::data::{
         example::{EncodeOptions, Overlong, Remedies, TrainOn},
@@ -205,7 +177,7 @@ mod tests {
         Arc::new(Encoder::new(tokenizer, template, options))
     }
 
-    fn open(text: &str) -> Result<Dataset, DataError> {
+    fn open(text: &str) -> Result<Dataset, Error> {
         let (_dir, path) = write_temp(text);
         Dataset::open(&path, None, encoder(&tiny_llama(), 200, Overlong::Error))
     }
@@ -229,7 +201,7 @@ mod tests {
                 path.display()
             )
         );
-        assert_eq!(exit_code(&error, |_| None), 3);
+        assert_eq!(monteclora_converters::exit_code(&error, |_| None), 3);
     }
 
     #[test]
@@ -238,7 +210,7 @@ mod tests {
         let text = error.to_string();
         assert_eq!(text.lines().count(), 21);
         assert!(text.ends_with("and 5 more"), "{text}");
-        assert!(error.problems()[0].at.contains(":2: "), "{text}");
+        assert!(error.problems()[0].at.ends_with("train.jsonl:2: row"));
     }
 
     #[test]
@@ -284,7 +256,7 @@ mod tests {
         let (_dir, path) = write_temp(&long);
         let error = Dataset::open(&path, None, encoder(&tiny_llama(), 200, Overlong::Drop))
             .expect_err("nothing left");
-        assert_eq!(error.code(), "all-dropped", "{error}");
+        assert!(error.to_string().starts_with("every row of `"), "{error}");
     }
 
     #[test]
@@ -313,10 +285,8 @@ mod tests {
             .expect("reads")
             .replace("hello", "h\u{e9}lo");
         std::fs::write(&path, changed.replace("\"hi\"", "\"h\"")).expect("writes");
-        let error = dataset.example(0).expect_err("changed");
-        assert!(
-            error.to_string().contains(":1: the file changed"),
-            "{error}"
-        );
+        let error = dataset.example(0).expect_err("changed").to_string();
+        let expected = "train.jsonl:1: the file changed after it was checked; start again";
+        assert!(error.ends_with(expected), "{error}");
     }
 }

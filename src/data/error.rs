@@ -1,14 +1,42 @@
-//! Problems of rows, and of the files, templates and tokenizers that they are read with.
+//! What is wrong with data, templates and tokenizers: problems of a row, and of a file as a whole.
 
 use std::{
-    fmt::{self, Display},
+    fmt, io,
     path::{Path, PathBuf},
 };
 
-use monteclora_converters::Problem;
+use monteclora_converters::{Error, Problem};
 use serde::Serialize;
 
-pub use monteclora_converters::Error as DataError;
+/// Marks what is wrong with a row.
+const ROW: &str = "row";
+/// Marks a conversation that the chat template refuses.
+pub(super) const RENDER: &str = "render";
+
+/// A problem of one field of a row, before the file and line are known; exit code 3.
+pub fn field_problem(
+    field: impl Into<String>,
+    problem: impl Into<String>,
+    fix: impl Into<String>,
+) -> Problem {
+    Problem::new(ROW, field, problem, fix).exit(3)
+}
+
+/// The row's problem behind an error of encoding it.
+///
+/// # Errors
+/// The error itself, where the model or the tokenizer is at fault.
+pub fn fault_of_row(error: Error) -> Result<Problem, Error> {
+    match error {
+        Error::Problem(problem) if problem.code == ROW => Ok(problem),
+        Error::Problem(problem) if problem.code == RENDER => Ok(field_problem(
+            "messages",
+            problem.message,
+            "correct the row, or give another template with --chat-template",
+        )),
+        other => Err(other),
+    }
+}
 
 /// One thing wrong with one row of a data file.
 ///
@@ -28,7 +56,8 @@ pub struct RowProblem {
 }
 
 impl RowProblem {
-    pub(crate) fn new(path: &Path, line: usize, problem: Problem) -> Self {
+    /// A problem of the row that begins at `line` of `path`.
+    pub fn new(path: &Path, line: usize, problem: Problem) -> Self {
         Self {
             path: path.to_owned(),
             line,
@@ -39,68 +68,55 @@ impl RowProblem {
     }
 }
 
+impl fmt::Display for RowProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Problem::from(self.clone()).fmt(f)
+    }
+}
+
 impl From<RowProblem> for Problem {
-    fn from(row: RowProblem) -> Self {
-        let at = format!("{}:{}: {}", row.path.display(), row.line, row.field);
-        Self::new("row", at, row.problem, row.fix).exit(3)
+    fn from(found: RowProblem) -> Self {
+        let at = format!("{}:{}: {}", found.path.display(), found.line, found.field);
+        field_problem(at, found.problem, found.fix)
     }
 }
 
-impl Display for RowProblem {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Problem::from(self.clone()).fmt(formatter)
-    }
-}
-
-/// What is wrong with a field of a row, before file and line are known.
-pub(crate) fn field_problem(
-    field: impl Into<String>,
-    problem: impl Into<String>,
-    fix: impl Into<String>,
-) -> Problem {
-    Problem::new("row", field, problem, fix).exit(3)
-}
-
-/// Data that cannot be used.
-pub(super) fn bad_data(code: &'static str, message: impl Into<String>) -> DataError {
+/// Data that cannot be used, in a sentence; exit code 3.
+pub(super) fn bad_data(code: &'static str, message: String) -> Error {
     Problem::sentence(code, message).exit(3).into()
 }
 
-/// A data file that cannot be read.
-pub(super) fn unreadable(path: &Path, reason: impl Display) -> DataError {
-    let path = path.display();
-    bad_data(
-        "read",
-        format!("cannot read `{path}`; give the path of a data file: {reason}"),
-    )
+/// A data file that is missing or cannot be read.
+pub(super) fn unreadable(path: &Path) -> impl Fn(io::Error) -> Error {
+    move |source| {
+        let path = path.display();
+        let message = format!("cannot read `{path}`; give the path of a data file: {source}");
+        bad_data("read", message)
+    }
 }
 
 /// A packed file that cannot be unpacked.
-pub(super) fn packed(path: &Path, reason: impl Display) -> DataError {
-    let path = path.display();
-    bad_data(
-        "unpack",
-        format!(
-            "`{path}` cannot be unpacked into a temporary file; is it whole, and is there room in TMPDIR?: {reason}"
-        ),
-    )
+pub(super) fn not_unpacked(path: &Path) -> impl Fn(io::Error) -> Error {
+    move |source| {
+        let path = path.display();
+        bad_data(
+            "unpack",
+            format!(
+                "`{path}` cannot be unpacked into a temporary file; is it whole, and is there room in TMPDIR?: {source}"
+            ),
+        )
+    }
 }
 
-/// A row that is not what it was when it was checked.
-pub(super) fn changed(path: &Path, line: usize) -> DataError {
-    let path = path.display();
-    bad_data(
+/// A data file that is not what it was when it was checked.
+pub(super) fn changed(path: &Path, line: usize) -> Error {
+    let at = format!("{}:{line}", path.display());
+    Problem::new(
         "changed",
-        format!("{path}:{line}: the file changed after it was checked; start again"),
+        at,
+        "the file changed after it was checked",
+        "start again",
     )
-}
-
-/// A malformed file of the model.
-pub(super) fn model_file(path: &Path, message: impl Into<String>) -> DataError {
-    Problem::new("model", format!("`{}`", path.display()), message, "").into()
-}
-
-/// Text or tokens that the tokenizer cannot handle.
-pub(super) fn tokenizer_failed(reason: impl Display) -> DataError {
-    bad_data("tokenizer", format!("the tokenizer failed: {reason}"))
+    .exit(3)
+    .into()
 }

@@ -5,16 +5,31 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use monteclora_converters::Problem;
+use monteclora_converters::{Error, Problem};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    error::{DataError, field_problem, tokenizer_failed},
+    error::{bad_data, field_problem},
     rows::{Message, Role, Row, RowContent},
     template::ChatTemplate,
-    tokenizer::Tokenizer,
+    tokenizer::{SpannedToken, Tokenizer},
 };
+
+/// What trains every token of a conversation.
+const ALL: &str = "train_on = \"all\"";
+
+/// End-of-turn tokens that mistral.rs also stops at when the chat template mentions them.
+const TURN_ENDS: [&str; 8] = [
+    "<|im_end|>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<|eot_id|>",
+    "<|message|>",
+    "<|start|>",
+    "<|channel|>",
+];
 
 /// Which turns of a conversation carry loss. Prompt rows train the completion and text rows everything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -99,16 +114,21 @@ pub struct Example {
 impl Example {
     /// The number of tokens that are predicted.
     pub fn n_trained(&self) -> usize {
-        self.loss_mask
-            .iter()
-            .skip(1)
-            .filter(|trained| **trained)
-            .count()
+        let predicted = self.loss_mask.iter().skip(1);
+        predicted.filter(|trained| **trained).count()
+    }
+
+    /// From the first trained token to behind the last; empty at the end where none is trained.
+    fn trained_range(&self) -> Range<usize> {
+        let mask = &self.loss_mask;
+        let first = mask.iter().position(|trained| *trained);
+        let last = mask.iter().rposition(|trained| *trained);
+        first.unwrap_or(mask.len())..last.map_or(mask.len(), |last| last + 1)
     }
 }
 
 /// What one row became.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EncodedRow {
     /// The examples that are left; more than one where the template rewrites earlier turns.
     pub examples: Vec<Example>,
@@ -134,45 +154,6 @@ pub struct ChoiceTokens {
     pub tokens: Vec<u32>,
     /// How many of them are the prompt, at least 1.
     pub n_prompt: usize,
-}
-
-/// Why a row has no tokens.
-#[derive(Debug)]
-pub enum RowError {
-    /// The row is at fault.
-    Problem(Problem),
-    /// The model or the tokenizer is at fault.
-    Other(DataError),
-}
-
-impl RowError {
-    /// What is wrong with the row.
-    ///
-    /// # Errors
-    /// The model or the tokenizer is at fault.
-    pub fn of_row(self) -> Result<Problem, DataError> {
-        match self {
-            Self::Problem(problem) => Ok(problem),
-            Self::Other(error) => Err(error),
-        }
-    }
-
-    fn new(field: impl Into<String>, problem: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self::Problem(field_problem(field, problem, fix))
-    }
-}
-
-impl From<DataError> for RowError {
-    fn from(error: DataError) -> Self {
-        match error {
-            DataError::Problem(problem) if problem.code == "render" => Self::new(
-                "messages",
-                problem.message,
-                "correct the row, or give another template with --chat-template",
-            ),
-            other => Self::Other(other),
-        }
-    }
 }
 
 /// Turns rows and prompts into tokens with one model's tokenizer and chat template.
@@ -215,7 +196,7 @@ impl Encoder {
         dir: &Path,
         chat_template: Option<&Path>,
         options: EncodeOptions,
-    ) -> Result<Arc<Self>, DataError> {
+    ) -> Result<Arc<Self>, Error> {
         let tokenizer = Tokenizer::from_dir(dir)?;
         let template = ChatTemplate::from_dir(dir, chat_template, SystemTime::now())?;
         Ok(Arc::new(Self::new(tokenizer, template, options)))
@@ -236,29 +217,34 @@ impl Encoder {
         &self.options
     }
 
+    /// The ids at which generation stops: the tokenizer's ends, and the well-known end-of-turn tokens that the
+    /// template mentions, as mistral.rs decides it.
+    pub fn stop_ids(&self) -> Vec<u32> {
+        let mut ids = self.tokenizer.eos_ids().to_vec();
+        let template = self.template.as_ref().map_or("", ChatTemplate::source);
+        let mentioned = TURN_ENDS.iter().filter(|token| template.contains(**token));
+        for id in mentioned.filter_map(|token| self.tokenizer.token_to_id(token)) {
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
+        ids
+    }
+
     /// The tokens of a conversation that the model is to continue, generation prompt included.
     ///
     /// # Errors
-    /// A model without a template; a template that refuses the conversation; text that cannot be tokenised.
-    pub fn prompt_tokens(
-        &self,
-        messages: &[Message],
-        tools: &[Value],
-    ) -> Result<Vec<u32>, DataError> {
+    /// If there is no template, or it or the tokenizer refuses.
+    pub fn prompt_tokens(&self, messages: &[Message], tools: &[Value]) -> Result<Vec<u32>, Error> {
         let text = self.chat_template()?.render(messages, tools, true)?;
-        Ok(self
-            .tokenizer
-            .encode_spans(&text)?
-            .into_iter()
-            .map(|token| token.id)
-            .collect())
+        Ok(ids(self.tokenizer.encode_spans(&text)?))
     }
 
     /// The tokens of a bare prompt, with the tokenizer's BOS and no template.
     ///
     /// # Errors
-    /// Text that cannot be tokenised.
-    pub fn plain_prompt_tokens(&self, prompt: &str) -> Result<Vec<u32>, DataError> {
+    /// If the tokenizer refuses.
+    pub fn plain_prompt_tokens(&self, prompt: &str) -> Result<Vec<u32>, Error> {
         let mut ids = self.tokenizer.prefix_ids().to_vec();
         ids.extend(self.tokenizer.encode(prompt, false)?);
         Ok(ids)
@@ -268,30 +254,30 @@ impl Encoder {
     ///
     /// # Errors
     /// As [`Self::encode_row`]; text rows have no prompt.
-    pub fn row_prompt(&self, row: &Row) -> Result<Vec<u32>, RowError> {
+    pub fn row_prompt(&self, row: &Row) -> Result<Vec<u32>, Error> {
         match &row.content {
             RowContent::Conversation { messages, tools } => {
-                let end = last_assistant(messages).unwrap_or(messages.len());
-                Ok(self.prompt_tokens(&messages[..end], tools)?)
+                let end = last(Role::Assistant, messages).unwrap_or(messages.len());
+                self.prompt_tokens(&messages[..end], tools)
             }
             RowContent::Prompt { prompt, .. } if self.options.apply_chat_template => {
-                Ok(self.prompt_tokens(&[Message::new(Role::User, prompt)], &[])?)
+                self.prompt_tokens(&[Message::new(Role::User, prompt)], &[])
             }
-            RowContent::Prompt { prompt, .. } => Ok(self.plain_prompt_tokens(prompt)?),
-            RowContent::Text(_) => Err(RowError::new(
+            RowContent::Prompt { prompt, .. } => self.plain_prompt_tokens(prompt),
+            RowContent::Text(_) => refuse(
                 "text",
                 "a text row has no prompt",
                 "expected messages, or prompt and completion",
-            )),
+            ),
         }
     }
 
     /// The examples of a row.
     ///
     /// # Errors
-    /// [`RowError::Problem`] for a row that the template refuses, that has no token to train on, or that is too long
-    /// where [`Overlong::Error`] holds.
-    pub fn encode_row(&self, row: &Row) -> Result<EncodedRow, RowError> {
+    /// For a row that the template refuses, that has no token to train on, or that is too long where
+    /// [`Overlong::Error`] holds; [`super::fault_of_row`] tells these from faults of the model.
+    pub fn encode_row(&self, row: &Row) -> Result<EncodedRow, Error> {
         let (field, examples) = match &row.content {
             RowContent::Conversation { messages, tools } => (
                 "messages",
@@ -302,23 +288,16 @@ impl Encoder {
                 ("completion", vec![example])
             }
             RowContent::Text(text) => {
-                let mut ids = self.plain_prompt_tokens(text)?;
-                ids.push(self.end_token()?);
-                let loss_mask = vec![true; ids.len()];
-                (
-                    "text",
-                    vec![Example {
-                        input_ids: ids,
-                        loss_mask,
-                    }],
-                )
+                let mut input_ids = self.plain_prompt_tokens(text)?;
+                input_ids.push(self.end_token()?);
+                let example = Example {
+                    loss_mask: vec![true; input_ids.len()],
+                    input_ids,
+                };
+                ("text", vec![example])
             }
         };
-        let mut encoded = EncodedRow {
-            examples: Vec::with_capacity(examples.len()),
-            n_dropped: 0,
-            n_truncated: 0,
-        };
+        let mut encoded = EncodedRow::default();
         for example in examples {
             self.fit(field, example, &mut encoded)?;
         }
@@ -328,94 +307,80 @@ impl Encoder {
     /// The tokens of a row's choices, each in the place of the answer; `None` for a row without.
     ///
     /// # Errors
-    /// As [`Self::encode_row`], and a [`RowError::Problem`] for a choice without tokens.
-    pub fn choice_tokens(&self, row: &Row) -> Result<Option<ChoiceSet>, RowError> {
-        let Some(choices) = &row.choices else {
+    /// As [`Self::encode_row`], and for a choice without tokens.
+    pub fn choice_tokens(&self, row: &Row) -> Result<Option<ChoiceSet>, Error> {
+        let Some(asked) = &row.choices else {
             return Ok(None);
         };
-        let mut answers = Vec::with_capacity(choices.texts.len());
-        for (idx, text) in choices.texts.iter().enumerate() {
-            let example = match &row.content {
-                RowContent::Prompt { prompt, .. } => {
-                    Some(self.prompt_and_completion(prompt, text)?)
-                }
-                RowContent::Conversation { messages, tools } => match last_assistant(messages) {
-                    Some(end) => {
-                        let mut messages = messages[..=end].to_vec();
-                        messages[end] = messages[end].with_content(text);
-                        self.conversation(&messages, tools, TrainOn::LastAssistant)?
-                            .pop()
-                    }
-                    None => None,
-                },
-                RowContent::Text(_) => None,
-            };
-            let Some(Example {
-                input_ids,
-                loss_mask,
-            }) = example
-            else {
-                return Err(RowError::new(
-                    "choices",
-                    "the row has no answer that they could replace",
-                    "expected an assistant turn, or prompt and completion",
-                ));
-            };
-            let start = loss_mask
-                .iter()
-                .position(|trained| *trained)
-                .unwrap_or(input_ids.len());
-            let mut end = loss_mask
-                .iter()
-                .rposition(|trained| *trained)
-                .map_or(start, |end| end + 1);
-            if end > start && self.tokenizer.is_special(input_ids[end - 1]) {
-                end -= 1;
-            }
-            let mut problem = None;
-            if start == end {
-                problem = Some((
-                    "has no tokens".to_owned(),
-                    "expected an answer of at least one token",
-                ));
-            } else if start == 0 {
-                problem = Some((
-                    "follows nothing".to_owned(),
-                    "expected a prompt of at least one token",
-                ));
-            } else if end > self.options.max_seq_length {
-                problem = Some((
-                    format!(
-                        "{end} tokens with its prompt, more than max_seq_length {}",
-                        self.options.max_seq_length
-                    ),
-                    "raise max_seq_length, or shorten the row",
-                ));
-            }
-            if let Some((problem, fix)) = problem {
-                return Err(RowError::new(format!("choices[{idx}]"), problem, fix));
-            }
-            answers.push(ChoiceTokens {
-                tokens: input_ids[..end].to_vec(),
-                n_prompt: start,
-            });
-        }
+        let texts = asked.texts.iter().enumerate();
+        let choices = texts.map(|(idx, text)| self.choice(&row.content, idx, text));
         Ok(Some(ChoiceSet {
-            choices: answers,
-            answer: choices.answer,
+            choices: choices.collect::<Result<_, _>>()?,
+            answer: asked.answer,
         }))
+    }
+
+    fn choice(&self, content: &RowContent, idx: usize, text: &str) -> Result<ChoiceTokens, Error> {
+        let answered = match content {
+            RowContent::Prompt { prompt, .. } => Some(self.prompt_and_completion(prompt, text)?),
+            RowContent::Conversation { messages, tools } => match last(Role::Assistant, messages) {
+                Some(end) => {
+                    let mut messages = messages[..=end].to_vec();
+                    messages[end] = messages[end].with_content(text);
+                    self.conversation(&messages, tools, TrainOn::LastAssistant)?
+                        .pop()
+                }
+                None => None,
+            },
+            RowContent::Text(_) => None,
+        };
+        let Some(mut example) = answered else {
+            return refuse(
+                "choices",
+                "the row has no answer that they could replace",
+                "expected an assistant turn, or prompt and completion",
+            );
+        };
+        let Range { start, mut end } = example.trained_range();
+        if end > start && self.tokenizer.is_special(example.input_ids[end - 1]) {
+            end -= 1;
+        }
+        let limit = self.options.max_seq_length;
+        let field = || format!("choices[{idx}]");
+        if start == end {
+            let fix = "expected an answer of at least one token";
+            return refuse(field(), "has no tokens", fix);
+        }
+        if start == 0 {
+            let fix = "expected a prompt of at least one token";
+            return refuse(field(), "follows nothing", fix);
+        }
+        if end > limit {
+            let problem = format!("{end} tokens with its prompt, more than max_seq_length {limit}");
+            let fix = "raise max_seq_length, or shorten the row";
+            return refuse(field(), problem, fix);
+        }
+        example.input_ids.truncate(end);
+        Ok(ChoiceTokens {
+            tokens: example.input_ids,
+            n_prompt: start,
+        })
     }
 
     /// Whether an example's last trained token is an end, so that the model learns to stop there.
     pub(super) fn ends(&self, example: &Example) -> bool {
-        example
-            .loss_mask
-            .iter()
-            .rposition(|trained| *trained)
-            .is_some_and(|idx| self.tokenizer.is_special(example.input_ids[idx]))
+        let trained = example.trained_range();
+        !trained.is_empty()
+            && self
+                .tokenizer
+                .is_special(example.input_ids[trained.end - 1])
     }
 
-    fn chat_template(&self) -> Result<&ChatTemplate, DataError> {
+    fn or_set(&self, remedy: &str, setting: &str) -> String {
+        self.options.remedies.or_set(remedy, setting)
+    }
+
+    fn chat_template(&self) -> Result<&ChatTemplate, Error> {
         self.template.as_ref().ok_or_else(|| {
             Problem::usage(
                 "the model has no chat template; give one with --chat-template, or take rows of prompt and completion as they are (data.apply_chat_template = false, or --no-chat-template)",
@@ -424,13 +389,14 @@ impl Encoder {
         })
     }
 
-    fn end_token(&self) -> Result<u32, DataError> {
+    fn end_token(&self) -> Result<u32, Error> {
         self.tokenizer.eos_id().ok_or_else(|| {
-            tokenizer_failed("the model names no end token; set eos_token in tokenizer_config.json")
+            let message = "the tokenizer failed: the model names no end token; set eos_token in tokenizer_config.json";
+            bad_data("tokenizer", message.to_owned())
         })
     }
 
-    fn prompt_and_completion(&self, prompt: &str, completion: &str) -> Result<Example, RowError> {
+    fn prompt_and_completion(&self, prompt: &str, completion: &str) -> Result<Example, Error> {
         if self.options.apply_chat_template {
             let messages = [
                 Message::new(Role::User, prompt),
@@ -440,18 +406,14 @@ impl Encoder {
             return Ok(examples.swap_remove(0));
         }
         let mut input_ids = self.plain_prompt_tokens(prompt)?;
-        let n_prompt = input_ids.len();
+        let mut loss_mask = vec![false; input_ids.len()];
         let completion = self.tokenizer.encode(completion, false)?;
         if completion.is_empty() {
-            return Err(RowError::new(
-                "completion",
-                "has no tokens",
-                "expected the text to learn",
-            ));
+            return refuse("completion", "has no tokens", "expected the text to learn");
         }
         input_ids.extend(completion);
         input_ids.push(self.end_token()?);
-        let loss_mask = (0..input_ids.len()).map(|idx| idx >= n_prompt).collect();
+        loss_mask.resize(input_ids.len(), true);
         Ok(Example {
             input_ids,
             loss_mask,
@@ -464,54 +426,39 @@ impl Encoder {
         messages: &[Message],
         tools: &[Value],
         train_on: TrainOn,
-    ) -> Result<Vec<Example>, RowError> {
+    ) -> Result<Vec<Example>, Error> {
         let template = self.chat_template()?;
         if train_on == TrainOn::All {
             return Ok(vec![self.whole_conversation(template, messages, tools)?]);
         }
-        let turns = trained_turns(messages, train_on);
-        if turns.is_empty() {
-            return Err(RowError::new(
-                "messages",
-                "no assistant turn to train on",
-                self.options
-                    .remedies
-                    .or_set("add one", "train_on = \"all\""),
-            ));
-        }
-        let mut rendered = Vec::with_capacity(turns.len());
-        for &turn in &turns {
+        let mut turns = Vec::new();
+        for turn in trained_turns(messages, train_on) {
             let prompt = template.render(&messages[..turn], tools, true)?;
             let text = template.render(&messages[..=turn], tools, false)?;
             if !text.starts_with(&prompt) {
-                return Err(RowError::new(
+                return refuse(
                     format!("messages[{turn}]"),
                     "the chat template does not begin this turn with its generation prompt, so the trained tokens cannot be told",
-                    self.options.remedies.or_set(
-                        "give a template that does with --chat-template",
-                        "train_on = \"all\"",
-                    ),
-                ));
+                    self.or_set("give a template that does with --chat-template", ALL),
+                );
             }
-            rendered.push((prompt.len(), text));
+            turns.push((prompt.len()..text.len(), text));
         }
         // The last trained turn's text holds everything that is needed: what follows it carries no loss.
-        let whole = &rendered[rendered.len() - 1].1;
-        if rendered
-            .iter()
-            .all(|(_, text)| whole.starts_with(text.as_str()))
-        {
-            let ranges: Vec<_> = rendered
-                .iter()
-                .map(|(start, text)| *start..text.len())
-                .collect();
+        let Some((_, whole)) = turns.last() else {
+            return refuse(
+                "messages",
+                "no assistant turn to train on",
+                self.or_set("add one", ALL),
+            );
+        };
+        if turns.iter().all(|(_, text)| whole.starts_with(text)) {
+            let ranges: Vec<_> = turns.iter().map(|(range, _)| range.clone()).collect();
             return Ok(vec![self.masked(whole, &ranges)?]);
         }
-        rendered
+        turns
             .iter()
-            .map(
-                |(start, text)| Ok(self.masked(text, std::slice::from_ref(&(*start..text.len())))?),
-            )
+            .map(|(range, text)| self.masked(text, std::slice::from_ref(range)))
             .collect()
     }
 
@@ -521,7 +468,7 @@ impl Encoder {
         template: &ChatTemplate,
         messages: &[Message],
         tools: &[Value],
-    ) -> Result<Example, RowError> {
+    ) -> Result<Example, Error> {
         let text = template.render(messages, tools, false)?;
         let mut context = Vec::new();
         for idx in (0..messages.len()).filter(|idx| !messages[*idx].trained()) {
@@ -531,34 +478,29 @@ impl Encoder {
             };
             let with = template.render(&messages[..=idx], tools, false)?;
             if !text.starts_with(&with) || !with.starts_with(&before) {
-                return Err(RowError::new(
+                return refuse(
                     format!("messages[{idx}]"),
                     "a later message changes how the chat template prints this one, so the tokens without weight cannot be told",
-                    self.options
-                        .remedies
-                        .or_set("remove the weight", "train_on = \"assistant\""),
-                ));
+                    self.or_set("remove the weight", "train_on = \"assistant\""),
+                );
             }
             context.push(before.len()..with.len());
         }
         let tokens = self.tokenizer.encode_spans(&text)?;
-        let loss_mask = tokens
-            .iter()
-            .map(|token| !context.iter().any(|range| covers(range, &token.bytes)))
-            .collect();
+        let is_context = |token| context.iter().any(|range| covers(range, token));
         Ok(Example {
-            input_ids: tokens.into_iter().map(|token| token.id).collect(),
-            loss_mask,
+            loss_mask: tokens.iter().map(|token| !is_context(token)).collect(),
+            input_ids: ids(tokens),
         })
     }
 
     /// Tokenises a rendered conversation and trains the tokens of the byte ranges, each up to its end-of-turn token.
-    fn masked(&self, text: &str, ranges: &[Range<usize>]) -> Result<Example, DataError> {
+    fn masked(&self, text: &str, ranges: &[Range<usize>]) -> Result<Example, Error> {
         let tokens = self.tokenizer.encode_spans(text)?;
         let mut loss_mask = vec![false; tokens.len()];
         for range in ranges {
             let inside: Vec<usize> = (0..tokens.len())
-                .filter(|&idx| covers(range, &tokens[idx].bytes))
+                .filter(|&idx| covers(range, &tokens[idx]))
                 .collect();
             let end_of_turn = inside
                 .iter()
@@ -573,7 +515,7 @@ impl Encoder {
             }
         }
         Ok(Example {
-            input_ids: tokens.into_iter().map(|token| token.id).collect(),
+            input_ids: ids(tokens),
             loss_mask,
         })
     }
@@ -584,28 +526,20 @@ impl Encoder {
         field: &str,
         mut example: Example,
         encoded: &mut EncodedRow,
-    ) -> Result<(), RowError> {
+    ) -> Result<(), Error> {
         let limit = self.options.max_seq_length;
         let n_tokens = example.input_ids.len();
         if example.n_trained() == 0 {
-            return Err(RowError::new(
-                field,
-                "no token to train on",
-                self.options
-                    .remedies
-                    .or_set("add an answer", "train_on = \"all\""),
-            ));
+            let fix = self.or_set("add an answer", ALL);
+            return refuse(field, "no token to train on", fix);
         }
         if n_tokens > limit {
             match self.options.overlong {
                 Overlong::Error => {
-                    return Err(RowError::new(
-                        "row",
-                        format!("{n_tokens} tokens, more than max_seq_length {limit}"),
-                        self.options
-                            .remedies
-                            .raise_limit("overlong to \"drop\" or \"truncate\""),
-                    ));
+                    let problem = format!("{n_tokens} tokens, more than max_seq_length {limit}");
+                    let setting = "overlong to \"drop\" or \"truncate\"";
+                    let fix = self.options.remedies.raise_limit(setting);
+                    return refuse("row", problem, fix);
                 }
                 Overlong::Drop => {
                     encoded.n_dropped += 1;
@@ -614,17 +548,14 @@ impl Encoder {
                 Overlong::Truncate => {
                     example.input_ids.truncate(limit);
                     example.loss_mask.truncate(limit);
-                    if example.n_trained() == 0 {
-                        return Err(RowError::new(
-                            field,
-                            format!(
-                                "no token to train on in the first {limit} of {n_tokens} tokens"
-                            ),
-                            self.options.remedies.raise_limit("overlong = \"drop\""),
-                        ));
-                    }
                     encoded.n_truncated += 1;
                 }
+            }
+            if example.n_trained() == 0 {
+                let problem =
+                    format!("no token to train on in the first {limit} of {n_tokens} tokens");
+                let fix = self.options.remedies.raise_limit("overlong = \"drop\"");
+                return refuse(field, problem, fix);
             }
         }
         encoded.examples.push(example);
@@ -632,31 +563,39 @@ impl Encoder {
     }
 }
 
-/// Whether a token holds text of the range. A token that begins before the range and reaches into it counts: it
-/// holds part of the answer. Byte-level tokenizers report white space as an empty span at its end.
-fn covers(range: &Range<usize>, token: &Range<usize>) -> bool {
-    token.end > range.start && (token.start < range.end || token.end == range.end)
+fn ids(tokens: Vec<SpannedToken>) -> Vec<u32> {
+    tokens.into_iter().map(|token| token.id).collect()
 }
 
-fn last_assistant(messages: &[Message]) -> Option<usize> {
-    messages
-        .iter()
-        .rposition(|message| message.role() == Role::Assistant)
+/// The row is at fault.
+fn refuse<T>(
+    field: impl Into<String>,
+    problem: impl Into<String>,
+    fix: impl Into<String>,
+) -> Result<T, Error> {
+    Err(field_problem(field, problem, fix).into())
+}
+
+/// Whether a token holds text of the range. A token that begins before the range and reaches into it counts: it
+/// holds part of the answer. Byte-level tokenizers report white space as an empty span at its end.
+fn covers(range: &Range<usize>, token: &SpannedToken) -> bool {
+    let Range { start, end } = token.bytes;
+    end > range.start && (start < range.end || end == range.end)
+}
+
+fn last(role: Role, messages: &[Message]) -> Option<usize> {
+    messages.iter().rposition(|message| message.role() == role)
 }
 
 /// The assistant turns that carry loss, in order.
-fn trained_turns(messages: &[Message], train_on: TrainOn) -> Vec<usize> {
+fn trained_turns(messages: &[Message], train_on: TrainOn) -> impl Iterator<Item = usize> {
     let first = match train_on {
         TrainOn::Assistant | TrainOn::All => 0,
-        TrainOn::LastAssistant => last_assistant(messages).unwrap_or(messages.len()),
-        TrainOn::Completion => messages
-            .iter()
-            .rposition(|message| message.role() == Role::User)
-            .map_or(0, |user| user + 1),
+        TrainOn::LastAssistant => last(Role::Assistant, messages).unwrap_or(messages.len()),
+        TrainOn::Completion => last(Role::User, messages).map_or(0, |user| user + 1),
     };
     (first..messages.len())
         .filter(|&idx| messages[idx].role() == Role::Assistant && messages[idx].trained())
-        .collect()
 }
 
 #[cfg(test)]

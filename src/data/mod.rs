@@ -22,11 +22,10 @@ mod tokenizer;
 
 pub use batch::{Batch, BatchOptions, Batches, Cursor, epoch_order, epoch_plan, pack_efficiency};
 pub use dataset::Dataset;
-pub(crate) use error::field_problem;
-pub use error::{DataError, RowProblem};
+pub use error::{RowProblem, fault_of_row, field_problem};
 pub use example::{
     ChoiceSet, ChoiceTokens, EncodeOptions, EncodedRow, Encoder, Example, Overlong, Remedies,
-    RowError, TrainOn,
+    TrainOn,
 };
 pub use row_file::RowFile;
 pub use rows::{

@@ -12,10 +12,11 @@ use std::{
 };
 
 use flate2::read::MultiGzDecoder;
+use monteclora_converters::Error;
 use sha2::{Digest, Sha256};
 
 use self::spans::{Span, index};
-use super::error::{DataError, bad_data, changed, packed, unreadable};
+use super::error::{bad_data, changed, not_unpacked, unreadable};
 
 /// An indexed file of rows. Memory is 24 bytes a row, whatever the rows hold.
 ///
@@ -33,43 +34,42 @@ impl RowFile {
     /// Reads the file once for the places of its rows and its hash.
     ///
     /// # Errors
-    /// A file that cannot be read or unpacked, holds no row, or is a Parquet file in a build without it; a malformed array.
-    pub fn open(path: &Path) -> Result<Self, DataError> {
-        let read_error = |source| unreadable(path, source);
-        let file = File::open(path).map_err(read_error)?;
-        if file.metadata().map_err(read_error)?.is_dir() {
-            return Err(read_error(io::Error::from(io::ErrorKind::IsADirectory)));
+    /// For a file that cannot be read or unpacked, that holds no row, or whose array is none; for a Parquet file in a build
+    /// that cannot read it.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let read_error = unreadable(path);
+        let unpack_error = not_unpacked(path);
+        let file = File::open(path).map_err(&read_error)?;
+        if file.metadata().map_err(&read_error)?.is_dir() {
+            return Err(read_error(io::ErrorKind::IsADirectory.into()));
         }
-        let (mut file, packed_hash) = match packing(path, &file).map_err(read_error)? {
+        let (mut file, packed_hash) = match packing(path, &file).map_err(&read_error)? {
             Packing::None => (file, None),
             Packing::Gzip => {
+                let mut spool = tempfile::tempfile().map_err(&unpack_error)?;
                 let mut reader = Hashing::new(file);
-                let unpacked = unpack(path, |spool| {
-                    io::copy(&mut MultiGzDecoder::new(&mut reader), spool).map(|_| ())
-                })?;
-                (unpacked, Some(reader.finish().map_err(read_error)?))
+                io::copy(&mut MultiGzDecoder::new(&mut reader), &mut spool)
+                    .map_err(&unpack_error)?;
+                (spool, Some(reader.finish().map_err(&read_error)?))
             }
             Packing::Parquet => {
-                let mut reader = Hashing::new(file.try_clone().map_err(read_error)?);
-                io::copy(&mut reader, &mut io::sink()).map_err(read_error)?;
-                let hash = reader.finish().map_err(read_error)?;
-                (parquet_rows(path, file)?, Some(hash))
+                let reader = Hashing::new(file.try_clone().map_err(&read_error)?);
+                let hash = reader.finish().map_err(&read_error)?;
+                let mut spool = tempfile::tempfile().map_err(&unpack_error)?;
+                write_parquet_rows(path, file, &mut spool)?;
+                (spool, Some(hash))
             }
         };
-        file.rewind().map_err(read_error)?;
+        file.rewind().map_err(&read_error)?;
         let mut reader = Hashing::new(&mut file);
-        let spans = index(
-            BufReader::with_capacity(1 << 20, &mut reader),
-            path,
-            &read_error,
-        )?;
-        let sha256 = reader.finish().map_err(read_error)?;
+        let spans = index(BufReader::with_capacity(1 << 20, &mut reader), path)?;
+        let sha256 = reader.finish().map_err(&read_error)?;
         if spans.is_empty() {
+            let path = path.display();
             return Err(bad_data(
                 "empty",
                 format!(
-                    "`{}` holds no row; expected one JSON object a line, or an array of them",
-                    path.display()
+                    "`{path}` holds no row; expected one JSON object a line, or an array of them"
                 ),
             ));
         }
@@ -104,25 +104,22 @@ impl RowFile {
     /// The bytes of a row.
     ///
     /// # Errors
-    /// A file that cannot be read; a row that is no longer what was indexed.
-    pub fn row_bytes(&self, row_idx: usize) -> Result<Vec<u8>, DataError> {
+    /// If the file cannot be read, or the row is no longer what was indexed.
+    pub fn row_bytes(&self, row_idx: usize) -> Result<Vec<u8>, Error> {
         let span = self.spans[row_idx];
-        let changed = || changed(&self.path, span.line as usize);
         let mut bytes = vec![0; span.n_bytes as usize];
-        {
-            // A poisoned lock only means that another reader panicked; the position is set anew below.
-            let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-            file.seek(SeekFrom::Start(span.offset))
-                .and_then(|_| file.read_exact(&mut bytes))
-                .map_err(|source| match source.kind() {
-                    io::ErrorKind::UnexpectedEof => changed(),
-                    _ => unreadable(&self.path, source),
-                })?;
-        }
-        if span.is_of(&bytes) {
-            Ok(bytes)
-        } else {
-            Err(changed())
+        // A poisoned lock only means that another reader panicked; the position is set anew.
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let read = file
+            .seek(SeekFrom::Start(span.offset))
+            .and_then(|_| file.read_exact(&mut bytes));
+        drop(file);
+        match read {
+            Ok(()) if span.is_of(&bytes) => Ok(bytes),
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+                Err(unreadable(&self.path)(error))
+            }
+            _ => Err(changed(&self.path, span.line as usize)),
         }
     }
 }
@@ -135,52 +132,28 @@ enum Packing {
 
 /// By content, so that a wrong extension does no harm.
 fn packing(path: &Path, mut file: &File) -> io::Result<Packing> {
-    let mut magic = [0; 4];
-    let mut n_read = 0;
-    while n_read < magic.len() {
-        match file.read(&mut magic[n_read..])? {
-            0 => break,
-            more => n_read += more,
-        }
-    }
+    let mut magic = Vec::new();
+    file.take(4).read_to_end(&mut magic)?;
     file.rewind()?;
-    let extension = path.extension().and_then(|name| name.to_str());
-    Ok(match &magic[..n_read] {
+    let extension = path.extension().unwrap_or_default();
+    Ok(match magic.as_slice() {
         [0x1f, 0x8b, ..] => Packing::Gzip,
         b"PAR1" => Packing::Parquet,
-        _ if extension.is_some_and(|name| name.eq_ignore_ascii_case("parquet")) => Packing::Parquet,
+        _ if extension.eq_ignore_ascii_case("parquet") => Packing::Parquet,
         _ => Packing::None,
     })
 }
 
-/// An unnamed temporary file with what `write` writes.
-fn unpack(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<File, DataError> {
-    let unpack = || {
-        let mut spool = tempfile::tempfile()?;
-        write(&mut spool)?;
-        Ok(spool)
-    };
-    unpack().map_err(|source: io::Error| packed(path, source))
-}
-
 #[cfg(feature = "parquet")]
-fn parquet_rows(path: &Path, file: File) -> Result<File, DataError> {
-    let mut spool = unpack(path, |_| Ok(()))?;
-    parquet::write_json_lines(path, file, &mut spool)?;
-    Ok(spool)
-}
+use parquet::write_json_lines as write_parquet_rows;
 
 #[cfg(not(feature = "parquet"))]
-fn parquet_rows(path: &Path, _file: File) -> Result<File, DataError> {
-    let message = format!(
+fn write_parquet_rows(path: &Path, _file: File, _out: &mut File) -> Result<(), Error> {
+    Err(monteclora_converters::Problem::usage(format!(
         "`{}` is a Parquet file, and this build cannot read those; build with `--features parquet`, or convert it to JSON Lines",
         path.display()
-    );
-    Err(
-        monteclora_converters::Problem::sentence("no-parquet", message)
-            .exit(2)
-            .into(),
-    )
+    ))
+    .into())
 }
 
 /// A reader that hashes what passes through it.
@@ -253,23 +226,34 @@ mod tests {
         assert_eq!(file.sha256(), expected);
         std::fs::write(&packed, &bytes[..bytes.len() - 6]).expect("writes");
         let error = RowFile::open(&packed).expect_err("cut short");
-        assert_eq!(error.code(), "unpack", "{error}");
+        assert!(
+            error
+                .to_string()
+                .contains("cannot be unpacked into a temporary file"),
+            "{error}"
+        );
     }
 
     #[test]
     fn unusable_files_are_refused() {
         let missing = RowFile::open(Path::new("no/such.jsonl")).expect_err("missing");
-        let text = missing.to_string();
-        assert!(
-            text.starts_with("cannot read `no/such.jsonl`; give the path of a data file: No such"),
-            "{text}"
+        assert_eq!(
+            missing.to_string(),
+            "cannot read `no/such.jsonl`; give the path of a data file: No such file or directory (os error 2)"
         );
         assert_eq!(monteclora_converters::exit_code(&missing, |_| None), 3);
-        let code = |path: &Path| RowFile::open(path).expect_err("refused").code();
         let (_dir, path) = write_temp(" \n\n");
-        assert_eq!(code(&path), "empty");
         let dir = tempfile::tempdir().expect("temporary directory");
-        assert_eq!(code(dir.path()), "read");
+        for (path, part) in [
+            (
+                path.as_path(),
+                "holds no row; expected one JSON object a line",
+            ),
+            (dir.path(), "give the path of a data file: is a directory"),
+        ] {
+            let error = RowFile::open(path).expect_err("refused").to_string();
+            assert!(error.contains(part), "{error}");
+        }
     }
 
     #[test]
@@ -278,11 +262,12 @@ mod tests {
         let file = RowFile::open(&path).expect("opens");
         std::fs::write(&path, "{\"a\":2}\n").expect("writes");
         for (row, line) in [(0, 1), (1, 2)] {
-            let text = file.row_bytes(row).expect_err("changed").to_string();
-            assert!(
-                text.contains(&format!(":{line}: the file changed")),
-                "{text}"
+            let error = file.row_bytes(row).expect_err("changed").to_string();
+            let expected = format!(
+                "{}:{line}: the file changed after it was checked; start again",
+                path.display()
             );
+            assert_eq!(error, expected);
         }
     }
 

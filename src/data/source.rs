@@ -2,13 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use monteclora_converters::{Error, Problem};
 use sha2::{Digest, Sha256};
 
-use super::{
-    error::{DataError, bad_data, unreadable},
-    row_file::RowFile,
-};
-use crate::hub;
+use super::{error::unreadable, row_file::RowFile};
+use crate::hub::{DatasetId, DatasetRepo};
 
 /// Part of a data set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -67,8 +65,8 @@ impl Source {
     /// or a bare `ORG/NAME` where nothing local is called so.
     ///
     /// # Errors
-    /// As [`RowFile::open`]; files of the split that cannot be told or fetched.
-    pub fn open(name: &Path, split: Split) -> Result<Self, DataError> {
+    /// As [`RowFile::open`]; if the files of the split cannot be told or fetched.
+    pub fn open(name: &Path, split: Split) -> Result<Self, Error> {
         let (files, revision) = files(name, split)?;
         let files = files
             .iter()
@@ -106,12 +104,8 @@ impl Source {
         if let [file] = &self.files[..] {
             return file.sha256().to_owned();
         }
-        let mut hasher = Sha256::new();
-        for file in &self.files {
-            hasher.update(file.sha256());
-            hasher.update("\n");
-        }
-        format!("{:x}", hasher.finalize())
+        let hashes = self.files.iter().map(|file| format!("{}\n", file.sha256()));
+        format!("{:x}", Sha256::digest(hashes.collect::<String>()))
     }
 
     /// The file and line of a row.
@@ -124,7 +118,7 @@ impl Source {
     ///
     /// # Errors
     /// As [`RowFile::row_bytes`].
-    pub fn row_bytes(&self, row_idx: usize) -> Result<Vec<u8>, DataError> {
+    pub fn row_bytes(&self, row_idx: usize) -> Result<Vec<u8>, Error> {
         let (file, idx) = self.locate(row_idx);
         file.row_bytes(idx)
     }
@@ -138,107 +132,86 @@ impl Source {
 /// The splits that `name` holds; a single file is taken for the training rows.
 ///
 /// # Errors
-/// A directory or data set without data files.
-pub fn splits(name: &Path) -> Result<Vec<Split>, DataError> {
-    let Some(listing) = Listing::of(name)? else {
+/// For a directory or data set without data files.
+pub fn splits(name: &Path) -> Result<Vec<Split>, Error> {
+    let Some((names, _)) = listing(name)? else {
         return Ok(vec![Split::Train]);
     };
     let present: Vec<Split> = Split::ALL
         .into_iter()
-        .filter(|split| select(&listing.names, *split).is_ok_and(|found| !found.is_empty()))
+        .filter(|split| holds(&names, *split))
         .collect();
     if present.is_empty() {
-        return Err(nothing(name, Split::Train, &listing.names));
+        return Err(nothing(name, Split::Train, &names));
     }
     Ok(present)
 }
 
 /// Whether a local directory holds rows of a split. Never asks the network.
 pub fn directory_has(name: &Path, split: Split) -> bool {
-    name.is_dir()
-        && local_names(name)
-            .is_ok_and(|names| select(&names, split).is_ok_and(|found| !found.is_empty()))
+    name.is_dir() && local_names(name).is_ok_and(|names| holds(&names, split))
 }
 
-/// The files of a directory or of a data set on the Hub, by name.
-struct Listing {
-    names: Vec<String>,
-    place: Place,
+fn holds(names: &[String], split: Split) -> bool {
+    select(names, split).is_ok_and(|found| !found.is_empty())
 }
 
-enum Place {
-    Directory(PathBuf),
-    Hub(hub::DatasetRepo),
-}
+/// The names of the files of a directory, or of a data set on the Hub.
+type Listing = (Vec<String>, Option<DatasetRepo>);
 
-impl Listing {
-    /// `None` for what is a file, or nothing at all.
-    fn of(name: &Path) -> Result<Option<Self>, DataError> {
-        if name.is_dir() {
-            let names = local_names(name).map_err(|source| unreadable(name, source))?;
-            return Ok(Some(Self {
-                names,
-                place: Place::Directory(name.to_owned()),
-            }));
-        }
-        let Some(id) = name.to_str().filter(|_| !name.exists()) else {
-            return Ok(None);
-        };
-        let Some(wanted) = hub::DatasetId::parse(id).filter(|_| !has_data_extension(id)) else {
-            return Ok(None);
-        };
-        let (repo, names) =
-            hub::DatasetRepo::open(&wanted).map_err(|problem| files_problem(name, &problem))?;
-        let names = names
-            .into_iter()
-            .filter(|file| has_data_extension(file) && wanted.holds(file))
-            .collect();
-        Ok(Some(Self {
-            names,
-            place: Place::Hub(repo),
-        }))
+/// `None` for what is a file, or nothing at all.
+fn listing(name: &Path) -> Result<Option<Listing>, Error> {
+    if name.is_dir() {
+        let names = local_names(name).map_err(unreadable(name))?;
+        return Ok(Some((names, None)));
     }
+    let id = name
+        .to_str()
+        .filter(|id| !name.exists() && !has_data_extension(id));
+    let Some(wanted) = id.and_then(DatasetId::parse) else {
+        return Ok(None);
+    };
+    let (repo, mut names) =
+        DatasetRepo::open(&wanted).map_err(|error| refused(name, error.to_string()))?;
+    names.retain(|file| has_data_extension(file) && wanted.holds(file));
+    Ok(Some((names, Some(repo))))
 }
 
 /// The local files of a split, and the commit of a data set on the Hub.
-fn files(name: &Path, split: Split) -> Result<(Vec<PathBuf>, Option<String>), DataError> {
-    let Some(listing) = Listing::of(name)? else {
+fn files(name: &Path, split: Split) -> Result<(Vec<PathBuf>, Option<String>), Error> {
+    let Some((names, repo)) = listing(name)? else {
         return Ok((vec![name.to_owned()], None));
     };
-    let found = select(&listing.names, split).map_err(|problem| files_problem(name, &problem))?;
+    let found = select(&names, split).map_err(|problem| refused(name, problem))?;
     if found.is_empty() {
-        return Err(nothing(name, split, &listing.names));
+        return Err(nothing(name, split, &names));
     }
-    let files = found
-        .iter()
-        .map(|file| match &listing.place {
-            Place::Directory(dir) => Ok(dir.join(file)),
-            Place::Hub(repo) => (repo.get(file)).map_err(|problem| files_problem(name, &problem)),
-        })
-        .collect::<Result<_, _>>()?;
-    let revision = match &listing.place {
-        Place::Directory(_) => None,
-        Place::Hub(repo) => Some(repo.commit().to_owned()),
+    let local = |file: &String| match &repo {
+        None => Ok(name.join(file)),
+        Some(repo) => repo
+            .get(file)
+            .map_err(|error| refused(name, error.to_string())),
     };
-    Ok((files, revision))
+    let files = found.iter().map(local).collect::<Result<_, _>>()?;
+    Ok((files, repo.map(|repo| repo.commit().to_owned())))
 }
 
-fn nothing(name: &Path, split: Split, names: &[String]) -> DataError {
-    let held = if names.is_empty() {
-        "it holds no .jsonl, .json or .parquet file".to_owned()
-    } else {
-        format!("it holds {}", shortened(names))
+/// A directory or Hub data set whose files cannot be told apart or had; exit code 3.
+fn refused(name: &Path, problem: String) -> Error {
+    let at = format!("`{}`", name.display());
+    Problem::new("files", at, problem, "").exit(3).into()
+}
+
+fn nothing(name: &Path, split: Split, names: &[String]) -> Error {
+    let held = match names {
+        [] => "it holds no .jsonl, .json or .parquet file".to_owned(),
+        names => format!("it holds {}", shortened(names)),
     };
     let problem = format!(
         "no {0} rows: {held}; name a file {0}.jsonl, or give the path of the file",
         split.name()
     );
-    files_problem(name, &problem)
-}
-
-/// A directory or data set whose files cannot be told apart, or not be had.
-fn files_problem(name: &Path, problem: &str) -> DataError {
-    bad_data("files", format!("`{}`: {problem}", name.display()))
+    refused(name, problem)
 }
 
 fn shortened(names: &[String]) -> String {
@@ -255,7 +228,7 @@ fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
-        let Some(name) = entry.file_name().to_str().map(str::to_owned) else {
+        let Ok(name) = entry.file_name().into_string() else {
             continue;
         };
         if name.starts_with('.') {

@@ -1,14 +1,14 @@
 //! One pass over all rows: what is wrong with them, which formats they have, how long their examples are.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::collections::BTreeMap;
 
-use monteclora_converters::Problem;
+use monteclora_converters::{Error, Problem};
 use rayon::prelude::*;
 
 use super::{
-    error::{DataError, RowProblem, bad_data},
+    error::{RowProblem, bad_data, fault_of_row},
     example::Encoder,
-    rows::{FieldNames, RowFormat, parse_named_row},
+    rows::{FieldNames, Row, RowFormat, parse_named_row},
     source::Source,
     stats::Stats,
 };
@@ -32,8 +32,26 @@ impl From<Option<RowFormat>> for RowSchema {
     fn from(format: Option<RowFormat>) -> Self {
         Self {
             format,
-            fields: FieldNames::default(),
+            ..Self::default()
         }
+    }
+}
+
+impl RowSchema {
+    /// Reads and checks one row.
+    ///
+    /// # Errors
+    /// Every problem of the row, in the source's words.
+    pub fn parse(&self, bytes: &[u8]) -> Result<(RowFormat, Row), Vec<Problem>> {
+        parse_named_row(bytes, self.format, &self.fields)
+    }
+
+    /// The row's problem behind an error of encoding it, in the source's words.
+    ///
+    /// # Errors
+    /// The error itself, where the model or the tokenizer is at fault.
+    pub fn fault_of_row(&self, error: Error) -> Result<Problem, Error> {
+        Ok(self.fields.in_file_words(fault_of_row(error)?))
     }
 }
 
@@ -54,13 +72,15 @@ pub struct Survey {
     /// Bad rows.
     pub n_bad_rows: usize,
     formats: BTreeMap<RowFormat, (usize, Vec<String>)>,
-    entries: Vec<Entry>,
+    pub(super) entries: Vec<Entry>,
 }
 
 /// A row, read and encoded.
+#[derive(Default)]
 struct Surveyed {
     format: Option<RowFormat>,
     problems: Vec<Problem>,
+    /// Of each example, its tokens and those that are trained.
     lengths: Vec<(u32, u32)>,
     n_dropped: usize,
     n_truncated: usize,
@@ -77,23 +97,24 @@ impl Survey {
         schema: &RowSchema,
         encoder: Option<&Encoder>,
         mut on_problem: impl FnMut(RowProblem),
-    ) -> Result<Self, DataError> {
+    ) -> Result<Self, Error> {
         let mut survey = Self::default();
-        survey.stats.n_rows = source.n_rows();
-        let mut start = 0;
-        while start < source.n_rows() {
-            let end = source.n_rows().min(start + CHUNK);
-            let rows = (start..end)
+        let n_rows = source.n_rows();
+        for start in (0..n_rows).step_by(CHUNK) {
+            let chunk = start..n_rows.min(start + CHUNK);
+            let rows: Vec<_> = chunk
+                .clone()
                 .into_par_iter()
                 .map(|idx| survey_row(&source.row_bytes(idx)?, schema, encoder))
-                .collect::<Vec<_>>();
-            for (row_idx, row) in (start..end).zip(rows) {
+                .collect();
+            for (row_idx, row) in chunk.zip(rows) {
                 survey.add(source, row_idx, row?, &mut on_problem);
             }
-            start = end;
         }
-        survey.stats.n_examples = survey.entries.len();
-        survey.stats.set_lengths(
+        let stats = &mut survey.stats;
+        stats.n_rows = n_rows;
+        stats.n_examples = survey.entries.len();
+        stats.set_lengths(
             survey.entries.iter().map(|entry| entry.n_tokens).collect(),
             survey.entries.iter().map(|entry| entry.n_trained).collect(),
         );
@@ -127,64 +148,48 @@ impl Survey {
         self.stats.n_truncated += row.n_truncated;
         self.stats.n_without_end += row.n_without_end;
         self.stats.n_split_rows += usize::from(row.lengths.len() + row.n_dropped > 1);
-        for (part, (n_tokens, n_trained)) in row.lengths.into_iter().enumerate() {
-            self.entries.push(Entry {
+        let parts = row.lengths.into_iter().enumerate();
+        self.entries
+            .extend(parts.map(|(part, (n_tokens, n_trained))| Entry {
                 row: small(row_idx),
                 part: small(part),
                 n_tokens,
                 n_trained,
-            });
-        }
+            }));
     }
 
     /// The format of all rows that have one; `None` if no row has.
     ///
     /// # Errors
-    /// Rows of several formats.
-    pub fn format(&self, source: &Source) -> Result<Option<RowFormat>, DataError> {
+    /// If there are several.
+    pub fn format(&self, source: &Source) -> Result<Option<RowFormat>, Error> {
         if self.formats.len() < 2 {
             return Ok(self.formats.keys().next().copied());
         }
-        let mut found = String::new();
-        for (format, (n_rows, lines)) in &self.formats {
+        let formats = self.formats.iter().map(|(format, (n_rows, lines))| {
             let plural = if *n_rows == 1 { "row" } else { "rows" };
             let more = if *n_rows > lines.len() { ", ..." } else { "" };
-            let separator = if found.is_empty() { "" } else { "; " };
-            // Writing to a string does not fail.
-            let _ = write!(
-                found,
-                "{separator}{} in {n_rows} {plural} (line {}{more})",
-                format.name(),
-                lines.join(", ")
-            );
-        }
+            let (name, lines) = (format.name(), lines.join(", "));
+            format!("{name} in {n_rows} {plural} (line {lines}{more})")
+        });
+        let found = formats.collect::<Vec<_>>().join("; ");
+        let path = source.name().display();
         Err(bad_data(
             "mixed-formats",
-            format!(
-                "`{}` mixes formats: {found}; split the file, or set data.format",
-                source.name().display()
-            ),
+            format!("`{path}` mixes formats: {found}; split the file, or set data.format"),
         ))
     }
 
     /// The number of tokens of every example, in the order of the rows.
     pub fn lengths(&self) -> Vec<usize> {
-        self.entries
-            .iter()
-            .map(|entry| entry.n_tokens as usize)
-            .collect()
+        let lengths = self.entries.iter().map(|entry| entry.n_tokens as usize);
+        lengths.collect()
     }
 
     /// The number of trained tokens of every example, in the order of the rows.
     pub fn trained_lengths(&self) -> Vec<usize> {
-        self.entries
-            .iter()
-            .map(|entry| entry.n_trained as usize)
-            .collect()
-    }
-
-    pub(super) fn into_entries(self) -> Vec<Entry> {
-        self.entries
+        let lengths = self.entries.iter().map(|entry| entry.n_trained as usize);
+        lengths.collect()
     }
 }
 
@@ -193,16 +198,9 @@ fn survey_row(
     bytes: &[u8],
     schema: &RowSchema,
     encoder: Option<&Encoder>,
-) -> Result<Surveyed, DataError> {
-    let mut surveyed = Surveyed {
-        format: None,
-        problems: Vec::new(),
-        lengths: Vec::new(),
-        n_dropped: 0,
-        n_truncated: 0,
-        n_without_end: 0,
-    };
-    let row = match parse_named_row(bytes, schema.format, &schema.fields) {
+) -> Result<Surveyed, Error> {
+    let mut surveyed = Surveyed::default();
+    let row = match schema.parse(bytes) {
         Ok((format, row)) => {
             surveyed.format = Some(format);
             row
@@ -221,15 +219,13 @@ fn survey_row(
             surveyed.n_truncated = encoded.n_truncated;
             for example in &encoded.examples {
                 surveyed.n_without_end += usize::from(!encoder.ends(example));
+                let n_tokens = small(example.input_ids.len());
                 surveyed
                     .lengths
-                    .push((small(example.input_ids.len()), small(example.n_trained())));
+                    .push((n_tokens, small(example.n_trained())));
             }
         }
-        Err(error) => {
-            let problem = schema.fields.in_file_words(error.of_row()?);
-            surveyed.problems.push(problem);
-        }
+        Err(error) => surveyed.problems.push(schema.fault_of_row(error)?),
     }
     Ok(surveyed)
 }

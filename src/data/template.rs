@@ -1,19 +1,22 @@
 //! The model's chat template: found, normalised and rendered as mistral.rs and transformers do.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fmt::Write as _,
     path::{Path, PathBuf},
+    sync::LazyLock,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use chrono::{DateTime, Utc};
-use minijinja::{Environment, Error, ErrorKind, Value, value::Kwargs};
-use monteclora_converters::Problem;
-use serde::Serialize;
+use fancy_regex::Regex;
+use minijinja::{Environment, ErrorKind, Value, filters, value::Kwargs};
+use monteclora_converters::{Error, Problem};
+use serde_json::Value as Json;
 
 use super::{
-    error::{DataError, bad_data, model_file},
+    error::{RENDER, bad_data},
     rows::Message,
     tokenizer::{read_json, special_token},
 };
@@ -50,20 +53,20 @@ impl ChatTemplate {
     /// `now` is what the template takes for the current time; a resumed run passes the time of its first start.
     ///
     /// # Errors
-    /// An override that cannot be read; a malformed file.
+    /// For an override that cannot be read, or a malformed file.
     pub fn from_dir(
         dir: &Path,
         override_file: Option<&Path>,
         now: SystemTime,
-    ) -> Result<Option<Self>, DataError> {
+    ) -> Result<Option<Self>, Error> {
         let config = read_json(&dir.join("tokenizer_config.json"))?;
         let special_map = read_json(&dir.join("special_tokens_map.json"))?;
         let special_tokens = ["bos_token", "eos_token", "unk_token", "pad_token"]
             .into_iter()
             .filter_map(|key| {
-                special_token(config.as_ref(), key)
-                    .or_else(|| special_token(special_map.as_ref(), key))
-                    .map(|token| (key, token))
+                let token = special_token(config.as_ref(), key)
+                    .or_else(|| special_token(special_map.as_ref(), key));
+                Some((key, token?))
             })
             .collect();
         let Some((origin, sources)) = find_sources(dir, override_file, config.as_ref())? else {
@@ -77,7 +80,7 @@ impl ChatTemplate {
         sources: Sources,
         special_tokens: BTreeMap<&'static str, String>,
         now: SystemTime,
-    ) -> Result<Self, DataError> {
+    ) -> Result<Self, Error> {
         let now = utc(now);
         let mut environment = Environment::new();
         environment
@@ -86,32 +89,29 @@ impl ChatTemplate {
         environment.set_trim_blocks(true);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| {
-            Err::<String, _>(Error::new(ErrorKind::InvalidOperation, message))
+            Err::<String, _>(invalid(message))
         });
         environment.add_function("strftime_now", move |format: String| strftime(now, &format));
         let source = normalise(&sources.default);
-        let mut add = |name: &'static str, source: String| {
+        let tool_use = sources.tool_use.as_deref().map(normalise);
+        for (name, source) in [("default", Some(source.clone())), ("tool_use", tool_use)] {
+            let Some(source) = source else { continue };
             environment
                 .add_template_owned(name, source)
                 .map_err(|error| {
-                    let message = format!(
-                        "the chat template is not valid Jinja: {}; give a corrected one with --chat-template",
-                        describe(&error)
-                    );
-                    model_file(&origin, message)
-                })
-        };
-        add("default", source.clone())?;
-        if let Some(tool_use) = sources.tool_use {
-            add("tool_use", normalise(&tool_use))?;
+                    let problem = describe(&error);
+                    Error::malformed(
+                        &origin,
+                        format!("the chat template is not valid Jinja: {problem}; give a corrected one with --chat-template"),
+                    )
+                })?;
         }
-        let date_string = strftime(now, "%d, %B, %Y").unwrap_or_default();
         Ok(Self {
             environment,
             origin,
             source,
             special_tokens,
-            date_string,
+            date_string: strftime(now, "%d, %B, %Y").unwrap_or_default(),
         })
     }
 
@@ -138,13 +138,13 @@ impl ChatTemplate {
     /// The text of a conversation.
     ///
     /// # Errors
-    /// The template's own message.
+    /// With the template's own message.
     pub fn render(
         &self,
         messages: &[Message],
-        tools: &[serde_json::Value],
+        tools: &[Json],
         add_generation_prompt: bool,
-    ) -> Result<String, DataError> {
+    ) -> Result<String, Error> {
         let messages: Vec<_> = messages.iter().map(Message::fields).collect();
         let mut context: BTreeMap<&str, Value> = self
             .special_tokens
@@ -156,6 +156,7 @@ impl ChatTemplate {
         context.insert("enable_thinking", true.into());
         context.insert("reasoning_effort", "medium".into());
         context.insert("date_string", self.date_string.as_str().into());
+        let mut named = "default";
         if !tools.is_empty() {
             let builtin: Vec<&str> = tools
                 .iter()
@@ -165,21 +166,17 @@ impl ChatTemplate {
             context.insert("tools", Value::from_serialize(tools));
             context.insert("xml_tools", Value::from_serialize(tools));
             context.insert("builtin_tools", Value::from_serialize(builtin));
+            named = "tool_use";
         }
-        let named = if tools.is_empty() {
-            "default"
-        } else {
-            "tool_use"
-        };
         self.environment
             .get_template(named)
             .or_else(|_| self.environment.get_template("default"))
             .and_then(|template| template.render(Value::from_serialize(context)))
             .map_err(|error| {
-                let reason = describe(&error);
+                let refusal = describe(&error);
                 bad_data(
-                    "render",
-                    format!("the chat template refuses the conversation: {reason}"),
+                    RENDER,
+                    format!("the chat template refuses the conversation: {refusal}"),
                 )
             })
     }
@@ -192,32 +189,30 @@ struct Sources {
 }
 
 impl Sources {
-    /// A string, or a list of `{"name", "template"}`.
-    fn from_json(value: &serde_json::Value) -> Result<Option<Self>, String> {
-        match value {
-            serde_json::Value::Null => Ok(None),
-            serde_json::Value::String(text) => Ok(Some(Self {
-                default: text.clone(),
-                tool_use: None,
-            })),
-            serde_json::Value::Array(list) => {
+    fn text(default: String) -> Self {
+        Self {
+            default,
+            tool_use: None,
+        }
+    }
+
+    /// What a file of the model has as `chat_template`: a string, or a list of `{"name", "template"}`.
+    fn from_json(json: Option<&Json>) -> Result<Option<Self>, &'static str> {
+        match json.and_then(|json| json.get("chat_template")) {
+            None | Some(Json::Null) => Ok(None),
+            Some(Json::String(text)) => Ok(Some(Self::text(text.clone()))),
+            Some(Json::Array(list)) => {
                 let named = |wanted: &str| {
-                    list.iter()
-                        .find(|entry| {
-                            entry.get("name").and_then(|name| name.as_str()) == Some(wanted)
-                        })
-                        .and_then(|entry| entry.get("template")?.as_str())
-                        .map(str::to_owned)
+                    let entry = list.iter().find(|entry| entry["name"] == wanted)?;
+                    Some(entry["template"].as_str()?.to_owned())
                 };
-                match named("default") {
-                    Some(default) => Ok(Some(Self {
-                        default,
-                        tool_use: named("tool_use"),
-                    })),
-                    None => Err("chat_template lists no template named `default`; give one with --chat-template".to_owned()),
-                }
+                let default = named("default").ok_or("chat_template lists no template named `default`; give one with --chat-template")?;
+                Ok(Some(Self {
+                    default,
+                    tool_use: named("tool_use"),
+                }))
             }
-            _ => Err("chat_template is neither a string nor a list of named templates".to_owned()),
+            Some(_) => Err("chat_template is neither a string nor a list of named templates"),
         }
     }
 }
@@ -225,184 +220,89 @@ impl Sources {
 fn find_sources(
     dir: &Path,
     override_file: Option<&Path>,
-    config: Option<&serde_json::Value>,
-) -> Result<Option<(PathBuf, Sources)>, DataError> {
-    let from_json = |path: PathBuf, json: Option<&serde_json::Value>| match json
-        .and_then(|json| json.get("chat_template"))
-        .map(Sources::from_json)
-    {
-        None | Some(Ok(None)) => Ok(None),
-        Some(Ok(Some(sources))) => Ok(Some((path, sources))),
-        Some(Err(message)) => Err(model_file(&path, message)),
+    config: Option<&Json>,
+) -> Result<Option<(PathBuf, Sources)>, Error> {
+    let from_json = |path: &Path, json: Option<&Json>| match Sources::from_json(json) {
+        Ok(sources) => Ok(sources.map(|sources| (path.to_owned(), sources))),
+        Err(message) => Err(Error::malformed(path, message)),
     };
     if let Some(path) = override_file {
         let text = std::fs::read_to_string(path).map_err(|source| {
             Problem::usage(format!("cannot read `{}`: {source}", path.display()))
         })?;
-        if path
-            .extension()
-            .is_some_and(|extension| extension == "json")
-        {
-            let json = read_json(path)?;
-            return from_json(path.to_owned(), json.as_ref())?
-                .map(Some)
-                .ok_or_else(|| model_file(path, "has no key `chat_template`"));
+        if path.extension().is_none_or(|extension| extension != "json") {
+            return Ok(Some((path.to_owned(), Sources::text(text))));
         }
-        return Ok(Some((
-            path.to_owned(),
-            Sources {
-                default: text,
-                tool_use: None,
-            },
-        )));
+        let found = from_json(path, read_json(path)?.as_ref())?;
+        return found
+            .map(Some)
+            .ok_or_else(|| Error::malformed(path, "has no key `chat_template`"));
     }
     let path = dir.join("chat_template.jinja");
     match std::fs::read_to_string(&path) {
-        Ok(default) => {
-            return Ok(Some((
-                path,
-                Sources {
-                    default,
-                    tool_use: None,
-                },
-            )));
-        }
+        Ok(text) => return Ok(Some((path, Sources::text(text)))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => {
-            return Err(model_file(&path, format!("cannot be read: {error}")));
-        }
+        Err(error) => return Err(Error::malformed(&path, format!("cannot be read: {error}"))),
     }
-    if let Some(found) = from_json(dir.join("tokenizer_config.json"), config)? {
+    if let Some(found) = from_json(&dir.join("tokenizer_config.json"), config)? {
         return Ok(Some(found));
     }
     let path = dir.join("chat_template.json");
-    let json = read_json(&path)?;
-    from_json(path, json.as_ref())
+    from_json(&path, read_json(&path)?.as_ref())
 }
 
-/// Rewrites what Jinja2 allows and minijinja does not.
+/// Rewrites what Jinja2 allows and minijinja does not:
+///
+/// - `[::-1]` -> `|reverse`;
+/// - `range(x, -1, -1)` -> `range((x) + 1)|reverse`, as minijinja has no negative steps. mistral.rs leaves out `x` itself,
+///   which Python does not;
+/// - `{% generation %}`, which marks trained text for transformers and prints nothing, becomes a block that is always
+///   taken, so that whitespace control stays what it was.
 fn normalise(source: &str) -> String {
-    let source = source.replace("[::-1]", "|reverse");
-    let source = rewrite_descending_ranges(&source);
-    rewrite_generation_blocks(&source)
-}
-
-/// `range(x, -1, -1)` -> `range((x) + 1)|reverse`: minijinja has no negative steps. mistral.rs leaves out `x` itself,
-/// which Python does not.
-fn rewrite_descending_ranges(source: &str) -> String {
-    let mut rewritten = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("range(") {
-        let (before, call) = rest.split_at(start);
-        rewritten.push_str(before);
-        let inner = &call["range(".len()..];
-        let tail = inner.find(',').and_then(|comma| {
-            let compact: String = inner[comma..]
-                .chars()
-                .take(24)
-                .filter(|c| !c.is_whitespace())
-                .collect();
-            compact.starts_with(",-1,-1)").then_some(comma)
-        });
-        match tail {
-            Some(comma) => {
-                let end = inner[comma..]
-                    .find(')')
-                    .map_or(inner.len(), |end| comma + end + 1);
-                let _ = write!(rewritten, "range(({}) + 1)|reverse", &inner[..comma]);
-                rest = &inner[end..];
-            }
-            None => {
-                rewritten.push_str("range(");
-                rest = inner;
-            }
-        }
-    }
-    rewritten.push_str(rest);
-    rewritten
-}
-
-/// `{% generation %}` marks trained text for transformers and prints nothing: it becomes a block that is always
-/// taken, so that whitespace control stays what it was.
-fn rewrite_generation_blocks(source: &str) -> String {
-    let mut rewritten = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
-        rewritten.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            rest = tag;
-            break;
-        };
-        let body = &tag[2..end];
-        let name = body.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
-        let replacement = match name {
-            "generation" => Some("if true"),
-            "endgeneration" => Some("endif"),
-            _ => None,
-        };
-        match replacement {
-            Some(replacement) => {
-                let _ = write!(rewritten, "{{%{}%}}", body.replace(name, replacement));
-            }
-            None => rewritten.push_str(&tag[..end + 2]),
-        }
-        rest = &tag[end + 2..];
-    }
-    rewritten.push_str(rest);
-    rewritten
+    static RULES: LazyLock<[(Regex, &str); 4]> = LazyLock::new(|| {
+        [
+            (r"\[::-1\]", "|reverse"),
+            (
+                r"range\(([^,]*),\s*-\s*1\s*,\s*-\s*1\s*\)",
+                "range(($1) + 1)|reverse",
+            ),
+            (r"\{%([\s+-]*)generation([\s+-]*)%\}", "{%${1}if true$2%}"),
+            (r"\{%([\s+-]*)endgeneration([\s+-]*)%\}", "{%${1}endif$2%}"),
+        ]
+        .map(|(pattern, by)| (Regex::new(pattern).expect("a constant pattern"), by))
+    });
+    let rewrite = |source: Cow<'_, str>, (pattern, by): &(Regex, &str)| {
+        pattern.replace_all(&source, *by).into_owned().into()
+    };
+    RULES.iter().fold(source.into(), rewrite).into_owned()
 }
 
 fn utc(now: SystemTime) -> DateTime<Utc> {
-    let seconds = now
-        .duration_since(UNIX_EPOCH)
-        .ok()
-        .and_then(|elapsed| i64::try_from(elapsed.as_secs()).ok())
-        .unwrap_or_default();
+    let elapsed = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seconds = i64::try_from(elapsed.as_secs()).unwrap_or_default();
     DateTime::from_timestamp(seconds, 0).unwrap_or_default()
 }
 
-fn strftime(now: DateTime<Utc>, format: &str) -> Result<String, Error> {
+fn strftime(now: DateTime<Utc>, format: &str) -> Result<String, minijinja::Error> {
     let mut text = String::new();
-    write!(text, "{}", now.format(format)).map_err(|_| {
-        Error::new(
-            ErrorKind::InvalidOperation,
-            format!("strftime_now: bad format `{format}`"),
-        )
-    })?;
+    write!(text, "{}", now.format(format))
+        .map_err(|_| invalid(format!("strftime_now: bad format `{format}`")))?;
     Ok(text)
 }
 
-/// mistral.rs's `tojson`: compact, or indented by `indent`, with HTML's characters escaped.
-fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
-    let serialisation = |error: serde_json::Error| {
-        Error::new(ErrorKind::BadSerialization, "cannot serialise to JSON").with_source(error)
-    };
-    let json = match kwargs.get::<Option<usize>>("indent")? {
-        Some(indent) => {
-            let spaces = " ".repeat(indent.min(16));
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
-            let mut bytes = Vec::new();
-            let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, formatter);
-            value.serialize(&mut serializer).map_err(serialisation)?;
-            String::from_utf8_lossy(&bytes).into_owned()
-        }
-        None => serde_json::to_string(value).map_err(serialisation)?,
-    };
-    let mut escaped = String::with_capacity(json.len());
-    for character in json.chars() {
-        match character {
-            '<' | '>' | '&' | '\'' => {
-                let _ = write!(escaped, "\\u{:04x}", u32::from(character));
-            }
-            other => escaped.push(other),
-        }
-    }
-    Ok(Value::from_safe_string(escaped))
+fn invalid(message: String) -> minijinja::Error {
+    minijinja::Error::new(ErrorKind::InvalidOperation, message)
+}
+
+/// mistral.rs's `tojson`: compact, or indented by `indent`, with HTML's characters escaped; other options are ignored.
+fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, minijinja::Error> {
+    let indent = kwargs.get::<Option<usize>>("indent")?;
+    let indent = indent.map(|indent| Value::from(indent.min(16)));
+    filters::tojson(value, indent, std::iter::empty::<(&str, Value)>().collect())
 }
 
 /// The template's own words where it raised them, the engine's and the line otherwise.
-fn describe(error: &Error) -> String {
+fn describe(error: &minijinja::Error) -> String {
     let detail = error
         .detail()
         .map_or_else(|| error.kind().to_string(), str::to_owned);
@@ -421,7 +321,6 @@ mod tests {
         rows::Role,
         test_support::{LLAMA3_LIKE, NO_SYSTEM, model_with_template, tiny_llama},
     };
-    use monteclora_converters::exit_code;
 
     fn load(template: &str) -> ChatTemplate {
         let dir = model_with_template(template, true);
@@ -562,16 +461,14 @@ mod tests {
     fn broken_files_are_named() {
         let dir = model_with_template("{% for %}", false);
         let error = ChatTemplate::from_dir(dir.path(), None, UNIX_EPOCH).expect_err("syntax");
-        assert_eq!(exit_code(&error, |_| None), 4);
+        assert_eq!(monteclora_converters::exit_code(&error, |_| None), 4);
         assert!(error.to_string().contains("is not valid Jinja"), "{error}");
         let error = ChatTemplate::from_dir(dir.path(), Some(Path::new("no.jinja")), UNIX_EPOCH)
             .expect_err("missing");
-        assert!(
-            error
-                .to_string()
-                .starts_with("cannot read `no.jinja`: No such"),
-            "{error}"
+        assert_eq!(
+            error.to_string(),
+            "cannot read `no.jinja`: No such file or directory (os error 2)"
         );
-        assert_eq!(exit_code(&error, |_| None), 2);
+        assert_eq!(monteclora_converters::exit_code(&error, |_| None), 2);
     }
 }

@@ -6,24 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use monteclora_converters::Error;
 use serde_json::Value;
 
-use super::{
-    error::{DataError, model_file, tokenizer_failed},
-    template::ChatTemplate,
-};
-
-/// End-of-turn tokens that mistral.rs also stops at when the chat template mentions them.
-const TURN_ENDS: [&str; 8] = [
-    "<|im_end|>",
-    "<end_of_turn>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "<|eot_id|>",
-    "<|message|>",
-    "<|start|>",
-    "<|channel|>",
-];
+use super::error::bad_data;
 
 /// A token with the bytes of the text that it stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,8 +24,8 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
     prefix_ids: Vec<u32>,
+    /// The special tokens and the ends.
     special_ids: HashSet<u32>,
-    eos_id: Option<u32>,
     eos_ids: Vec<u32>,
 }
 
@@ -48,44 +34,38 @@ impl Tokenizer {
     /// where that has none, `config.json`. Truncation and padding stored in the file are switched off.
     ///
     /// # Errors
-    /// A missing or malformed file, or an end token that is not in the vocabulary.
-    pub fn from_dir(dir: &Path) -> Result<Self, DataError> {
+    /// For a missing or malformed file, or an end token that is not in the vocabulary.
+    pub fn from_dir(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("tokenizer.json");
-        let model_error = |message: String| model_file(&path, message);
+        let malformed = |message: String| Error::malformed(&path, message);
         let bytes = std::fs::read(&path).map_err(|error| {
-            model_error(format!(
+            malformed(format!(
                 "cannot be read ({error}); a model directory needs a tokenizer.json"
             ))
         })?;
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| model_error(format!("not a Hugging Face tokenizer: {error}")))?;
+            .map_err(|error| malformed(format!("not a Hugging Face tokenizer: {error}")))?;
         inner.with_padding(None);
         inner
             .with_truncation(None)
-            .map_err(|error| model_error(error.to_string()))?;
-        let special_ids = inner
-            .get_added_tokens_decoder()
-            .into_iter()
-            .filter(|(_, token)| token.special)
-            .map(|(id, _)| id)
-            .collect();
+            .map_err(|error| malformed(error.to_string()))?;
+        let added = inner.get_added_tokens_decoder().into_iter();
+        let special_ids = added.filter_map(|(id, token)| token.special.then_some(id));
 
         let config = read_json(&dir.join("tokenizer_config.json"))?;
-        let eos_id = match special_token(config.as_ref(), "eos_token") {
-            Some(token) => Some(inner.token_to_id(&token).ok_or_else(|| {
-                model_error(format!(
+        let mut eos_ids = Vec::new();
+        if let Some(token) = special_token(config.as_ref(), "eos_token") {
+            eos_ids.push(inner.token_to_id(&token).ok_or_else(|| {
+                malformed(format!(
                     "has no token `{token}`, which tokenizer_config.json names as eos_token"
                 ))
-            })?),
-            None => None,
-        };
-        let mut eos_ids: Vec<u32> = eos_id.into_iter().collect();
+            })?);
+        }
         for name in ["generation_config.json", "config.json"] {
             let ids = end_ids(read_json(&dir.join(name))?.as_ref());
-            let found = !ids.is_empty();
-            for id in ids {
+            for &id in &ids {
                 if inner.id_to_token(id).is_none() {
-                    return Err(model_error(format!(
+                    return Err(malformed(format!(
                         "has no token {id}, which {name} names as eos_token_id"
                     )));
                 }
@@ -93,16 +73,16 @@ impl Tokenizer {
                     eos_ids.push(id);
                 }
             }
-            if found {
+            if !ids.is_empty() {
                 break;
             }
         }
+        let special_ids = special_ids.chain(eos_ids.iter().copied()).collect();
         let mut tokenizer = Self {
             inner,
-            path: path.clone(),
+            path,
             prefix_ids: Vec::new(),
             special_ids,
-            eos_id: eos_id.or_else(|| eos_ids.first().copied()),
             eos_ids,
         };
         tokenizer.prefix_ids = tokenizer.find_prefix()?;
@@ -110,7 +90,7 @@ impl Tokenizer {
     }
 
     /// The ids that the tokenizer puts before a text (BOS), found by encoding one with and without.
-    fn find_prefix(&self) -> Result<Vec<u32>, DataError> {
+    fn find_prefix(&self) -> Result<Vec<u32>, Error> {
         let plain = self.encode("a", false)?;
         let full = self.encode("a", true)?;
         let start = full
@@ -123,21 +103,17 @@ impl Tokenizer {
     /// The ids of a text; `add_special_tokens` as in Hugging Face's tokenizers.
     ///
     /// # Errors
-    /// Text or ids that the tokenizer cannot handle.
-    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, DataError> {
-        self.inner
-            .encode_fast(text, add_special_tokens)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(tokenizer_failed)
+    /// If the tokenizer cannot handle it.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
+        let encoding = self.inner.encode_fast(text, add_special_tokens);
+        Ok(encoding.map_err(failed)?.get_ids().to_vec())
     }
 
     /// The ids of a text with the bytes they stand for, no special tokens added.
-    pub(super) fn encode_spans(&self, text: &str) -> Result<Vec<SpannedToken>, DataError> {
-        let encoding = self.inner.encode(text, false).map_err(tokenizer_failed)?;
-        Ok(encoding
-            .get_ids()
-            .iter()
-            .zip(encoding.get_offsets())
+    pub(super) fn encode_spans(&self, text: &str) -> Result<Vec<SpannedToken>, Error> {
+        let encoding = self.inner.encode(text, false).map_err(failed)?;
+        let spans = encoding.get_ids().iter().zip(encoding.get_offsets());
+        Ok(spans
             .map(|(&id, &(start, end))| SpannedToken {
                 id,
                 bytes: start..end,
@@ -148,11 +124,9 @@ impl Tokenizer {
     /// The text of ids.
     ///
     /// # Errors
-    /// Text or ids that the tokenizer cannot handle.
-    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, DataError> {
-        self.inner
-            .decode(ids, skip_special_tokens)
-            .map_err(tokenizer_failed)
+    /// If the tokenizer cannot handle them.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, Error> {
+        self.inner.decode(ids, skip_special_tokens).map_err(failed)
     }
 
     /// The ids that this tokenizer puts before every text: BOS, or nothing.
@@ -163,7 +137,7 @@ impl Tokenizer {
     /// The token that ends a plain completion or text in training: `eos_token` of tokenizer_config.json,
     /// else the first `eos_token_id`.
     pub fn eos_id(&self) -> Option<u32> {
-        self.eos_id
+        self.eos_ids.first().copied()
     }
 
     /// Every id that the model's files name as an end.
@@ -171,24 +145,9 @@ impl Tokenizer {
         &self.eos_ids
     }
 
-    /// The ids at which generation stops: [`Self::eos_ids`] and the well-known end-of-turn tokens that the
-    /// template mentions, as mistral.rs decides it.
-    pub fn stop_ids(&self, template: Option<&ChatTemplate>) -> Vec<u32> {
-        let mut ids = self.eos_ids.clone();
-        for token in TURN_ENDS {
-            if template.is_some_and(|template| template.source().contains(token))
-                && let Some(id) = self.inner.token_to_id(token)
-                && !ids.contains(&id)
-            {
-                ids.push(id);
-            }
-        }
-        ids
-    }
-
     /// Whether an id is one of the tokenizer's special tokens or an end.
     pub(super) fn is_special(&self, id: u32) -> bool {
-        self.special_ids.contains(&id) || self.eos_ids.contains(&id)
+        self.special_ids.contains(&id)
     }
 
     /// The id of a token given by its name.
@@ -204,34 +163,36 @@ impl Tokenizer {
     /// Checks that the model has an embedding for every id.
     ///
     /// # Errors
-    /// The largest offender.
-    pub fn check_vocab(&self, model_vocab: usize) -> Result<(), DataError> {
-        match self
-            .inner
-            .get_vocab(true)
-            .into_iter()
-            .max_by_key(|(_, id)| *id)
-        {
-            Some((token, id)) if id as usize >= model_vocab => {
-                let message = format!(
+    /// Naming the largest offender.
+    pub fn check_vocab(&self, model_vocab: usize) -> Result<(), Error> {
+        let vocabulary = self.inner.get_vocab(true).into_iter();
+        match vocabulary.max_by_key(|(_, id)| *id) {
+            Some((token, id)) if id as usize >= model_vocab => Err(Error::malformed(
+                &self.path,
+                format!(
                     "token `{token}` has id {id}, but the model has {model_vocab} embeddings; the tokenizer belongs to another model"
-                );
-                Err(model_file(&self.path, message))
-            }
+                ),
+            )),
             _ => Ok(()),
         }
     }
 }
 
+/// Text or tokens that the tokenizer cannot handle.
+fn failed(error: tokenizers::Error) -> Error {
+    bad_data("tokenizer", format!("the tokenizer failed: {error}"))
+}
+
 /// A JSON file of the model; absent is `None`.
-pub(super) fn read_json(path: &Path) -> Result<Option<Value>, DataError> {
-    let model_error = |message: String| model_file(path, message);
+pub(super) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
+    let malformed = |message: String| Err(Error::malformed(path, message));
     match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|error| model_error(format!("not valid JSON: {error}"))),
+        Ok(bytes) => match serde_json::from_slice(&bytes) {
+            Ok(json) => Ok(Some(json)),
+            Err(error) => malformed(format!("not valid JSON: {error}")),
+        },
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(model_error(format!("cannot be read: {error}"))),
+        Err(error) => malformed(format!("cannot be read: {error}")),
     }
 }
 
@@ -258,7 +219,6 @@ fn end_ids(config: Option<&Value>) -> Vec<u32> {
 mod tests {
     use super::*;
     use crate::data::test_support::{LLAMA3_LIKE, model_with_template, tiny_llama};
-    use monteclora_converters::exit_code;
 
     #[test]
     fn encode_then_decode_is_the_identity() {
@@ -315,7 +275,7 @@ mod tests {
                 .contains("has id 258, but the model has 100 embeddings"),
             "{error}"
         );
-        assert_eq!(exit_code(&error, |_| None), 4);
+        assert_eq!(monteclora_converters::exit_code(&error, |_| None), 4);
     }
 
     #[test]

@@ -3,11 +3,11 @@
 use monteclora_adapters::Error;
 use std::collections::{BTreeMap, BTreeSet};
 
-use monteclora_converters::{Problem, Problems};
+use monteclora_converters::{self as converters, Problem, Problems};
 
 use super::calibration::Prediction;
 use super::not_finite;
-use crate::data::{ChoiceSet, DataError, Dataset, RowProblem};
+use crate::data::{ChoiceSet, Dataset, RowProblem, fault_of_row};
 use crate::model::{ActiveAdapter, Decoder, Sequences};
 
 /// What is compared between choices.
@@ -38,7 +38,7 @@ impl ChoiceRows {
     ///
     /// # Errors
     /// Every row whose choices cannot be scored; errors of the model's template or tokenizer.
-    pub fn read(data: &Dataset) -> Result<Self, DataError> {
+    pub fn read(data: &Dataset) -> Result<Self, converters::Error> {
         let mut by_example = BTreeMap::new();
         let mut problems = Problems::default();
         let mut seen = BTreeSet::new();
@@ -51,7 +51,7 @@ impl ChoiceRows {
             match data.encoder().choice_tokens(&row) {
                 Ok(choices) => by_example.extend(choices.map(|choices| (example, choices))),
                 Err(error) => {
-                    let problem = RowProblem::new(data.path(), line, error.of_row()?);
+                    let problem = RowProblem::new(data.path(), line, fault_of_row(error)?);
                     problems.push(problem.into());
                 }
             }

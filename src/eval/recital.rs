@@ -1,6 +1,8 @@
 //! Exact match: answers that must be found again word for word.
 
-use crate::data::{DataError, Dataset, Message, RowContent};
+use monteclora_converters::Error;
+
+use crate::data::{Dataset, Message, RowContent};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
 
 /// Conversations whose last turn is to be found again, word for word.
@@ -21,11 +23,7 @@ impl<'a> Recital<'a> {
     ///
     /// # Errors
     /// Rows that cannot be read or rendered.
-    pub fn new(
-        data: &'a Dataset,
-        max_new_tokens: usize,
-        batch_size: usize,
-    ) -> Result<Self, DataError> {
+    pub fn new(data: &'a Dataset, max_new_tokens: usize, batch_size: usize) -> Result<Self, Error> {
         let encoder = data.encoder();
         let mut found = Self {
             prompts: Vec::new(),
@@ -33,7 +31,7 @@ impl<'a> Recital<'a> {
             expected: Vec::new(),
             settings: GenerationSettings {
                 max_new_tokens,
-                stop_tokens: encoder.tokenizer().stop_ids(encoder.template()),
+                stop_tokens: encoder.stop_ids(),
                 batch_size,
             },
             data,
@@ -70,7 +68,7 @@ impl<'a> Recital<'a> {
     ///
     /// # Errors
     /// Those of the tokenizer.
-    pub fn text(&self, answer: &Generation) -> Result<String, DataError> {
+    pub fn text(&self, answer: &Generation) -> Result<String, Error> {
         self.data.encoder().tokenizer().decode(&answer.tokens, true)
     }
 
@@ -78,7 +76,7 @@ impl<'a> Recital<'a> {
     ///
     /// # Errors
     /// Those of the tokenizer.
-    pub fn lines(&self, base: &[Generation], mean: &[Generation]) -> Result<String, DataError> {
+    pub fn lines(&self, base: &[Generation], mean: &[Generation]) -> Result<String, Error> {
         let mut lines = String::new();
         for (index, (base, mean)) in base.iter().zip(mean).enumerate() {
             let line = serde_json::json!({
@@ -96,7 +94,7 @@ impl<'a> Recital<'a> {
     ///
     /// # Errors
     /// Those of the tokenizer.
-    pub fn exact_match(&self, answers: &[Generation]) -> Result<f64, DataError> {
+    pub fn exact_match(&self, answers: &[Generation]) -> Result<f64, Error> {
         let mut exact = 0usize;
         for (answer, expected) in answers.iter().zip(&self.expected) {
             exact += usize::from(answer.stopped && self.text(answer)?.trim() == expected);

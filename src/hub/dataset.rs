@@ -1,11 +1,12 @@
 //! A data set on the Hub: how it is named, which files it holds, and getting one of them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::ApiRepo;
+use hf_hub::api::sync::{ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use monteclora_converters::Problem;
 
-use super::{Refusal, is_hub_id};
+use super::client::{builder, is_hub_id, problem, refusal};
 
 /// `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`, or `ORG/NAME` alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,92 +22,76 @@ pub struct DatasetId {
 impl DatasetId {
     /// `None` for a text of another form.
     pub fn parse(text: &str) -> Option<Self> {
-        let main = || "main".to_owned();
-        let Some(rest) = text.strip_prefix("hf://datasets/") else {
-            return is_hub_id(text).then(|| Self {
-                id: text.to_owned(),
-                revision: main(),
-                folder: String::new(),
-            });
+        let (id, revision, folder) = match text.strip_prefix("hf://datasets/") {
+            None => (text.to_owned(), "main", ""),
+            Some(rest) => {
+                let mut parts = rest.splitn(3, '/');
+                let (org, name) = (parts.next()?, parts.next()?);
+                let (name, revision) = name.split_once('@').unwrap_or((name, "main"));
+                (
+                    format!("{org}/{name}"),
+                    revision,
+                    parts.next().unwrap_or(""),
+                )
+            }
         };
-        let mut parts = rest.splitn(3, '/');
-        let (org, name) = (parts.next()?, parts.next()?);
-        let (name, revision) = match name.split_once('@') {
-            Some((name, revision)) if !revision.is_empty() => (name, revision.to_owned()),
-            Some(_) => return None,
-            None => (name, main()),
-        };
-        let id = format!("{org}/{name}");
-        is_hub_id(&id).then(|| Self {
+        (is_hub_id(&id) && !revision.is_empty()).then(|| Self {
             id,
-            revision,
-            folder: parts.next().unwrap_or("").trim_end_matches('/').to_owned(),
+            revision: revision.to_owned(),
+            folder: folder.trim_end_matches('/').to_owned(),
         })
     }
 
     /// Whether a file of the data set is meant.
     pub fn holds(&self, file: &str) -> bool {
-        self.folder.is_empty()
-            || file == self.folder
-            || file
-                .strip_prefix(self.folder.as_str())
-                .is_some_and(|rest| rest.starts_with('/'))
+        Path::new(file).starts_with(&self.folder)
     }
 }
 
 /// A data set whose files can be had, all of one commit: from the Hub, or from the local cache where the Hub does not answer.
 pub struct DatasetRepo {
-    place: Place,
+    /// The repository at the commit, where the Hub answers.
+    online: Option<ApiRepo>,
+    /// The repository as it was asked for.
+    cache: CacheRepo,
     commit: String,
-}
-
-enum Place {
-    /// The Hub answers; the repository at the commit, and as it was asked for.
-    Online(Box<ApiRepo>, CacheRepo),
-    /// It does not, but the data set has been fetched before.
-    Cached(CacheRepo),
 }
 
 impl DatasetRepo {
     /// The data set with the names of all its files. The token is that of `HF_TOKEN` or `huggingface-cli login`.
     ///
     /// # Errors
-    /// Why it is neither on the Hub nor in the cache.
-    pub fn open(wanted: &DatasetId) -> Result<(Self, Vec<String>), String> {
+    /// If it is neither on the Hub nor in the cache.
+    pub fn open(wanted: &DatasetId) -> Result<(Self, Vec<String>), Problem> {
         let at = |revision: &str| {
             Repo::with_revision(wanted.id.clone(), RepoType::Dataset, revision.to_owned())
         };
         let repo = at(&wanted.revision);
         let cache = Cache::from_env();
-        let online = || {
-            let api = super::builder("").map_err(|problem| unreachable(&problem.to_string()))?;
-            let asked = || {
-                let api = api.build()?;
-                let info = api.repo(repo.clone()).info()?;
-                Ok((api.repo(at(&info.sha)), info))
-            };
-            asked().map_err(|error| match Refusal::of(&error) {
-                Some(refusal) => {
-                    format!("no local file or directory has this name, and {refusal}")
-                }
-                None => unreachable(&error.to_string()),
-            })
+        let api = builder("")?;
+        let asked = || -> Result<_, ApiError> {
+            let api = api.build()?;
+            let info = api.repo(repo.clone()).info()?;
+            Ok((api.repo(at(&info.sha)), info))
         };
-        match online() {
+        let (online, commit, mut names) = match asked() {
             Ok((api, info)) => {
                 let names = info.siblings.into_iter().map(|file| file.rfilename);
-                let mut names: Vec<_> = names.collect();
-                names.sort();
-                let place = Place::Online(Box::new(api), cache.repo(repo));
-                let commit = info.sha;
-                Ok((Self { place, commit }, names))
+                (Some(api), info.sha, names.collect())
             }
             Err(error) => {
-                let (commit, names) = cached_names(&cache, &repo).ok_or(error)?;
-                let place = Place::Cached(cache.repo(repo));
-                Ok((Self { place, commit }, names))
+                let (commit, names) =
+                    cached_names(&cache, &repo).ok_or_else(|| not_given(&error))?;
+                (None, commit, names)
             }
-        }
+        };
+        names.sort();
+        let found = Self {
+            online,
+            cache: cache.repo(repo),
+            commit,
+        };
+        Ok((found, names))
     }
 
     /// The commit that the files are of.
@@ -117,33 +102,41 @@ impl DatasetRepo {
     /// A local copy of a file.
     ///
     /// # Errors
-    /// Why not, and what to do.
-    pub fn get(&self, name: &str) -> Result<PathBuf, String> {
-        let file = |problem: String| format!("`{name}`: {problem}");
-        match &self.place {
-            Place::Online(api, asked) => {
-                let path = api.get(name).map_err(|error| match Refusal::of(&error) {
-                    Some(refusal) => file(refusal.to_string()),
-                    None => file(format!("cannot be fetched ({error}); try again")),
-                })?;
-                // Without the Hub, the name is then taken for this commit.
-                asked
-                    .create_ref(&self.commit)
-                    .map_err(|error| file(format!("cannot be cached: {error}")))?;
-                Ok(path)
-            }
-            Place::Cached(cache) => cache.get(name).ok_or_else(|| {
-                file("the Hub cannot be reached, and the file is not in the cache; connect to the network".to_owned())
-            }),
-        }
+    /// If it can neither be fetched nor is in the cache.
+    pub fn get(&self, name: &str) -> Result<PathBuf, Problem> {
+        let refused = |message: String, fix: &str| problem(format!("`{name}`"), message, fix);
+        let Some(api) = &self.online else {
+            return self.cache.get(name).ok_or_else(|| {
+                let message = "the Hub cannot be reached, and the file is not in the cache";
+                refused(message.to_owned(), "connect to the network")
+            });
+        };
+        let path = api.get(name).map_err(|error| match refusal(&error) {
+            Some(refusal) => refused(refusal, ""),
+            None => refused(format!("cannot be fetched ({error})"), "try again"),
+        })?;
+        // Without the Hub, the name is then taken for this commit.
+        self.cache
+            .create_ref(&self.commit)
+            .map_err(|error| refused(format!("cannot be cached: {error}"), ""))?;
+        Ok(path)
     }
 }
 
-fn unreachable(reason: &str) -> String {
-    format!(
-        "neither a local file or directory nor in the local cache, and the Hub cannot be reached ({reason}); check the name, connect to \
-         the network, or give a local file"
-    )
+fn not_given(error: &ApiError) -> Problem {
+    match refusal(error) {
+        Some(refusal) => {
+            let message = format!("no local file or directory has this name, and {refusal}");
+            problem("", message, "")
+        }
+        None => problem(
+            "",
+            format!(
+                "neither a local file or directory nor in the local cache, and the Hub cannot be reached ({error})"
+            ),
+            "check the name, connect to the network, or give a local file",
+        ),
+    }
 }
 
 /// The commit that the revision points at in the cache, and the files of its snapshot; none where nothing was fetched.
@@ -151,32 +144,23 @@ fn cached_names(cache: &Cache, repo: &Repo) -> Option<(String, Vec<String>)> {
     let root = cache.path().join(repo.folder_name());
     let commit = std::fs::read_to_string(root.join("refs").join(repo.revision())).ok()?;
     let commit = commit.trim().to_owned();
-    let snapshot = root.join("snapshots").join(&commit);
     let mut names = Vec::new();
-    let mut folders = vec![String::new()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(snapshot.join(&folder))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let Some(name) = entry.file_name().to_str().map(str::to_owned) else {
-                continue;
-            };
-            let name = if folder.is_empty() {
-                name
-            } else {
-                format!("{folder}/{name}")
-            };
-            if entry.path().is_dir() {
-                folders.push(name);
-            } else {
-                names.push(name);
-            }
+    names_below(&root.join("snapshots").join(&commit), "", &mut names);
+    (!names.is_empty()).then_some((commit, names))
+}
+
+fn names_below(dir: &Path, prefix: &str, names: &mut Vec<String>) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
+        let name = format!("{prefix}{name}");
+        if entry.path().is_dir() {
+            names_below(&entry.path(), &format!("{name}/"), names);
+        } else {
+            names.push(name);
         }
     }
-    names.sort();
-    (!names.is_empty()).then_some((commit, names))
 }
 
 #[cfg(test)]

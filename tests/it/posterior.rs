@@ -112,7 +112,7 @@ impl Site {
     /// The greedy answer and whether a stop token ended it, one whole pass a token.
     fn greedy(&self, prompt: &[u32], adapter: &ActiveAdapter, most: usize) -> (Vec<u32>, bool) {
         let encoder = self.encoder();
-        let stops = encoder.tokenizer().stop_ids(encoder.template());
+        let stops = encoder.stop_ids();
         let mut tokens = prompt.to_vec();
         while tokens.len() < prompt.len() + most {
             let p = self.probabilities(&tokens, adapter).pop().unwrap();

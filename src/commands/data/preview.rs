@@ -3,12 +3,13 @@
 use std::io::IsTerminal;
 
 use anyhow::Result;
+use monteclora_converters::Error;
 use serde_json::json;
 
 use super::{Request, title};
 use crate::cli::{ColorArg, DataPreviewArgs};
 use crate::commands::{bad_data, print, print_json};
-use crate::data::{DataError, Encoder, Example, RowProblem, Source, parse_named_row};
+use crate::data::{Encoder, Example, RowProblem, Source};
 
 /// How trained text is marked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,14 +164,12 @@ fn encoded(
     row_idx: usize,
     request: &Request,
     encoder: &Encoder,
-) -> Result<Result<Encoded, Vec<RowProblem>>, DataError> {
+) -> Result<Result<Encoded, Vec<RowProblem>>, Error> {
     let (path, line) = source.place(row_idx);
-    let schema = &request.schema;
-    let bytes = source.row_bytes(row_idx)?;
-    let problems = match parse_named_row(&bytes, schema.format, &schema.fields) {
+    let problems = match request.schema.parse(&source.row_bytes(row_idx)?) {
         Ok((format, row)) => match encoder.encode_row(&row) {
             Ok(encoded) => return Ok(Ok((format.name(), encoded.examples))),
-            Err(error) => vec![schema.fields.in_file_words(error.of_row()?)],
+            Err(error) => vec![request.schema.fault_of_row(error)?],
         },
         Err(problems) => problems,
     };
@@ -179,7 +178,7 @@ fn encoded(
 }
 
 /// The text in runs of trained and untrained tokens, special tokens included.
-fn segments(encoder: &Encoder, example: &Example) -> Result<Vec<(String, bool)>, DataError> {
+fn segments(encoder: &Encoder, example: &Example) -> Result<Vec<(String, bool)>, Error> {
     let mut runs: Vec<(Vec<u32>, bool)> = Vec::new();
     for (idx, &id) in example.input_ids.iter().enumerate() {
         // The first token has no predecessor and is never predicted.
@@ -195,7 +194,7 @@ fn segments(encoder: &Encoder, example: &Example) -> Result<Vec<(String, bool)>,
 }
 
 /// One token a line: place, id, a star where it is trained, its text.
-fn token_table(encoder: &Encoder, example: &Example) -> Result<String, DataError> {
+fn token_table(encoder: &Encoder, example: &Example) -> Result<String, Error> {
     let mut table = String::new();
     for (idx, &id) in example.input_ids.iter().enumerate() {
         let mark = if idx > 0 && example.loss_mask[idx] {

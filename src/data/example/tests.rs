@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::data::{
+    error::fault_of_row,
     rows::parse_row,
     test_support::{LLAMA3_LIKE, NO_SYSTEM, THINKING, model_with_template, tiny_llama},
 };
@@ -64,12 +65,10 @@ fn text(encoder: &Encoder, ids: &[u32]) -> String {
 }
 
 fn problem(encoder: &Encoder, json: &str) -> String {
-    match encoder.encode_row(&row(json)) {
-        Err(RowError::Problem(problem)) => {
-            format!("{}: {}; {}", problem.at, problem.message, problem.fix)
-        }
-        other => panic!("expected a problem of the row, found {other:?}"),
-    }
+    let error = encoder.encode_row(&row(json)).expect_err("refused");
+    fault_of_row(error)
+        .expect("a problem of the row")
+        .to_string()
 }
 
 const TWO_TURNS: &str = r#"{"messages":[{"role":"system","content":"S"},{"role":"user","content":"U1"},
@@ -331,13 +330,14 @@ fn rows_that_train_nothing_are_refused() {
 fn a_model_without_a_template_says_so() {
     let tokenizer = Tokenizer::from_dir(&tiny_llama()).expect("tokenizer");
     let encoder = Encoder::new(tokenizer, None, OPTIONS);
-    let error = encoder
-        .encode_row(&row(TWO_TURNS))
-        .expect_err("no template");
+    let error = encoder.encode_row(&row(TWO_TURNS)).expect_err("refused");
+    let error = fault_of_row(error).expect_err("the model's fault");
     assert!(
-        matches!(&error, RowError::Other(error) if error.to_string().starts_with("the model has no chat template")),
-        "{error:?}"
+        error
+            .to_string()
+            .starts_with("the model has no chat template; ")
     );
+    assert_eq!(monteclora_converters::exit_code(&error, |_| None), 2);
     assert!(encoder.encode_row(&row(r#"{"text":"abc"}"#)).is_ok());
 }
 

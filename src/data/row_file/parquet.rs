@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use monteclora_converters::Error;
 use parquet::{
     basic::{Compression, ConvertedType, LogicalType, Type as Physical},
     errors::ParquetError,
@@ -15,14 +16,14 @@ use parquet::{
 };
 use serde_json::Value;
 
-use crate::data::error::{DataError, bad_data, packed};
+use crate::data::error::{bad_data, not_unpacked};
 
 /// Writes one line a row. A column without a value, at any depth, is a key that is left out: a table has no other
 /// way to say that a message has no `tool_calls`.
 ///
 /// # Errors
-/// A file that is cut short or damaged, and columns that cannot be read as text, by name; `out` cannot be written.
-pub(super) fn write_json_lines(path: &Path, file: File, out: &mut File) -> Result<(), DataError> {
+/// For a file that is cut short or damaged and for columns that cannot be read as text, by name; if `out` cannot be written.
+pub(super) fn write_json_lines(path: &Path, file: File, out: &mut File) -> Result<(), Error> {
     let refuse = |problem: String| bad_data("parquet", format!("`{}`: {problem}", path.display()));
     let reader = SerializedFileReader::new(file).map_err(|error| {
         refuse(format!(
@@ -40,7 +41,7 @@ pub(super) fn write_json_lines(path: &Path, file: File, out: &mut File) -> Resul
             "{column}row {row} cannot be read ({error}); fetch or write the file again"
         ))
     };
-    let unpack = |source: std::io::Error| packed(path, source);
+    let unpack = not_unpacked(path);
     let mut out = BufWriter::with_capacity(1 << 20, out);
     let rows = reader
         .get_row_iter(None)
@@ -51,7 +52,7 @@ pub(super) fn write_json_lines(path: &Path, file: File, out: &mut File) -> Resul
             .to_json_value();
         leave_out_nulls(&mut value);
         serde_json::to_writer(&mut out, &value).map_err(|error| unpack(error.into()))?;
-        out.write_all(b"\n").map_err(unpack)?;
+        out.write_all(b"\n").map_err(&unpack)?;
     }
     out.flush().map_err(unpack)
 }
@@ -219,7 +220,7 @@ mod tests {
         ] {
             let path = stored(name);
             let error = RowFile::open(&path).expect_err("refused");
-            assert_eq!(error.exit_code(), 3);
+            assert_eq!(monteclora_converters::exit_code(&error, |_| None), 3);
             let text = error.to_string();
             for part in [&*path.display().to_string(), &format!("`{column}`"), says] {
                 assert!(text.contains(part), "{text} does not say {part}");
@@ -234,9 +235,7 @@ mod tests {
         let whole = std::fs::read(stored("prompt_completion.parquet")).expect("reads");
         let refused = |bytes: &[u8]| {
             std::fs::write(&path, bytes).expect("writes");
-            let error = RowFile::open(&path).expect_err("refused");
-            assert_eq!(error.code(), "parquet", "{error}");
-            error.to_string()
+            RowFile::open(&path).expect_err("refused").to_string()
         };
         for n_bytes in [0, 3, 4, 100, whole.len() - 1] {
             let text = refused(&whole[..n_bytes]);

@@ -5,7 +5,9 @@ use std::{
     path::Path,
 };
 
-use crate::data::error::{DataError, bad_data, unreadable};
+use monteclora_converters::{Error, Problem};
+
+use crate::data::error::{RowProblem, field_problem, unreadable};
 
 /// Where one row lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +20,19 @@ pub(super) struct Span {
 }
 
 impl Span {
+    fn new(path: &Path, offset: u64, n_bytes: u64, line: u32, crc: u32) -> Result<Self, Error> {
+        let n_bytes = u32::try_from(n_bytes).map_err(|_| {
+            let message = format!("the row at line {line} is longer than 4 GiB");
+            unreadable(path)(io::Error::other(message))
+        })?;
+        Ok(Self {
+            offset,
+            n_bytes,
+            line,
+            crc,
+        })
+    }
+
     /// Whether these are the bytes that were indexed.
     pub(super) fn is_of(&self, bytes: &[u8]) -> bool {
         crc32fast::hash(bytes) == self.crc
@@ -26,34 +41,29 @@ impl Span {
 
 /// The rows of a stream; whether it is an array is told by its first character. Only one row is held at a time in
 /// lines, and only the state of the scan in an array.
-pub(super) fn index(
-    mut reader: impl BufRead,
-    path: &Path,
-    read_error: &dyn Fn(io::Error) -> DataError,
-) -> Result<Vec<Span>, DataError> {
+pub(super) fn index(mut reader: impl BufRead, path: &Path) -> Result<Vec<Span>, Error> {
+    let read_error = unreadable(path);
     let mut spans = Vec::new();
     let mut buffer = Vec::new();
     let mut offset = 0u64;
     let mut line = 0u32;
     loop {
         buffer.clear();
-        let n_read = reader.read_until(b'\n', &mut buffer).map_err(read_error)?;
+        let n_read = reader.read_until(b'\n', &mut buffer).map_err(&read_error)?;
         if n_read == 0 {
             return Ok(spans);
         }
         line = line.saturating_add(1);
-        let mark = if offset == 0 && buffer.starts_with(b"\xef\xbb\xbf") {
-            3
-        } else {
-            0
-        };
+        let has_mark = offset == 0 && buffer.starts_with(b"\xef\xbb\xbf");
+        let mark = if has_mark { 3 } else { 0 };
+        let start = offset + mark as u64;
         let content = buffer[mark..].trim_ascii_end();
         if let Some(&first) = content.trim_ascii_start().first() {
             if spans.is_empty() && first == b'[' {
-                let mut array = ArrayScan::new(path, offset + mark as u64, line);
+                let mut array = ArrayScan::new(path, start, line);
                 array.feed(&buffer[mark..])?;
                 loop {
-                    let chunk = reader.fill_buf().map_err(read_error)?;
+                    let chunk = reader.fill_buf().map_err(&read_error)?;
                     if chunk.is_empty() {
                         return array.finish();
                     }
@@ -62,20 +72,11 @@ pub(super) fn index(
                     reader.consume(n_bytes);
                 }
             }
-            spans.push(Span {
-                offset: offset + mark as u64,
-                n_bytes: length(content.len() as u64, line).map_err(read_error)?,
-                line,
-                crc: crc32fast::hash(content),
-            });
+            let crc = crc32fast::hash(content);
+            spans.push(Span::new(path, start, content.len() as u64, line, crc)?);
         }
         offset += n_read as u64;
     }
-}
-
-fn length(n_bytes: u64, line: u32) -> io::Result<u32> {
-    u32::try_from(n_bytes)
-        .map_err(|_| io::Error::other(format!("the row at line {line} is longer than 4 GiB")))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,19 +117,13 @@ impl<'a> ArrayScan<'a> {
         }
     }
 
-    fn problem(&self, problem: impl Into<String>) -> DataError {
-        bad_data(
-            "array",
-            format!(
-                "{}:{}: row: {}; correct the array, or write one JSON object a line",
-                self.path.display(),
-                self.line,
-                problem.into()
-            ),
-        )
+    fn refuse<T>(&self, line: u32, problem: &str) -> Result<T, Error> {
+        let fix = "correct the array, or write one JSON object a line";
+        let problem = field_problem("row", problem, fix);
+        Err(Problem::from(RowProblem::new(self.path, line as usize, problem)).into())
     }
 
-    fn feed(&mut self, chunk: &[u8]) -> Result<(), DataError> {
+    fn feed(&mut self, chunk: &[u8]) -> Result<(), Error> {
         let mut from = 0;
         let mut at = 0;
         while at < chunk.len() {
@@ -182,20 +177,19 @@ impl<'a> ArrayScan<'a> {
     }
 
     /// A byte between elements; true if it begins one.
-    fn between(&mut self, byte: u8, at: usize) -> Result<bool, DataError> {
+    fn between(&mut self, byte: u8, at: usize) -> Result<bool, Error> {
         if matches!(byte, b' ' | b'\t' | b'\r' | b'\n') {
             return Ok(false);
         }
+        let refuse = |problem| self.refuse(self.line, problem);
         match (self.expects, byte) {
             (Expects::Opening, b'[') => self.expects = Expects::FirstValue,
             (Expects::FirstValue | Expects::Comma, b']') => self.expects = Expects::End,
             (Expects::Comma, b',') => self.expects = Expects::Value,
-            (Expects::Value, b']') => return Err(self.problem("a comma before the closing `]`")),
-            (Expects::Comma, _) => return Err(self.problem("no comma between two elements")),
-            (Expects::End, _) => {
-                return Err(self.problem("text after the closing `]`"));
-            }
-            (_, b',') => return Err(self.problem("a comma without an element before it")),
+            (Expects::Value, b']') => return refuse("a comma before the closing `]`"),
+            (Expects::Comma, _) => return refuse("no comma between two elements"),
+            (Expects::End, _) => return refuse("text after the closing `]`"),
+            (_, b',') => return refuse("a comma without an element before it"),
             _ => {
                 let offset = self.offset + at as u64;
                 self.start = Some((offset, self.line, crc32fast::Hasher::new()));
@@ -207,30 +201,25 @@ impl<'a> ArrayScan<'a> {
         Ok(false)
     }
 
-    fn close(&mut self, rest: &[u8], at: usize) -> Result<(), DataError> {
+    fn close(&mut self, rest: &[u8], at: usize) -> Result<(), Error> {
         if let Some((offset, line, mut crc)) = self.start.take() {
             crc.update(rest);
             let n_bytes = self.offset + at as u64 - offset;
-            self.spans.push(Span {
-                offset,
-                n_bytes: length(n_bytes, line).map_err(|source| unreadable(self.path, source))?,
-                line,
-                crc: crc.finalize(),
-            });
+            let span = Span::new(self.path, offset, n_bytes, line, crc.finalize())?;
+            self.spans.push(span);
             self.expects = Expects::Comma;
         }
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Vec<Span>, DataError> {
-        if let Some((_, line, _)) = self.start {
-            self.line = line;
-            return Err(self.problem("the file ends within the element that begins here"));
+    fn finish(self) -> Result<Vec<Span>, Error> {
+        match self.start {
+            Some((_, line, _)) => {
+                self.refuse(line, "the file ends within the element that begins here")
+            }
+            None if self.expects == Expects::End => Ok(self.spans),
+            None => self.refuse(self.line, "the file ends before the closing `]`"),
         }
-        if self.expects != Expects::End {
-            return Err(self.problem("the file ends before the closing `]`"));
-        }
-        Ok(self.spans)
     }
 }
 
@@ -244,9 +233,7 @@ mod tests {
 
     fn rows(text: &str, capacity: usize) -> Result<Vec<(String, u32)>, String> {
         let reader = BufReader::with_capacity(capacity, text.as_bytes());
-        let read_error = |source| unreadable(Path::new("t"), source);
-        let spans =
-            index(reader, Path::new("t.json"), &read_error).map_err(|error| error.to_string())?;
+        let spans = index(reader, Path::new("t.json")).map_err(|error| error.to_string())?;
         Ok(spans
             .into_iter()
             .map(|span| {

@@ -36,12 +36,11 @@ impl TryFrom<IndexMap<String, String>> for FieldNames {
     fn try_from(names: IndexMap<String, String>) -> Result<Self, String> {
         for (idx, (field, name)) in names.iter().enumerate() {
             if !FIELDS.contains(&field.as_str()) {
+                let nearness = |known: &str| strsim::jaro_winkler(known, field);
                 let nearest = FIELDS
                     .iter()
-                    .max_by(|a, b| {
-                        strsim::jaro_winkler(a, field).total_cmp(&strsim::jaro_winkler(b, field))
-                    })
-                    .filter(|nearest| strsim::jaro_winkler(nearest, field) > 0.8)
+                    .max_by(|a, b| nearness(a).total_cmp(&nearness(b)))
+                    .filter(|nearest| nearness(nearest) > 0.8)
                     .map_or(String::new(), |nearest| {
                         format!(" (did you mean `{nearest}`?)")
                     });
@@ -68,20 +67,15 @@ impl FieldNames {
 
     /// Gives the fields of an object their own names; what had such a name without being meant is left out.
     pub(super) fn apply(&self, object: &mut Map<String, Value>) {
-        let found: Vec<_> = self
-            .0
-            .iter()
+        let names = self.0.iter();
+        let found: Vec<_> = names
             .map(|(field, name)| (field, object.shift_remove(name)))
             .collect();
         for (field, value) in found {
             match value {
-                Some(value) => {
-                    object.insert(field.clone(), value);
-                }
-                None => {
-                    object.shift_remove(field);
-                }
-            }
+                Some(value) => object.insert(field.clone(), value),
+                None => object.shift_remove(field),
+            };
         }
     }
 
@@ -98,7 +92,6 @@ impl FieldNames {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::error::field_problem;
 
     fn names(pairs: &[(&str, &str)]) -> Result<FieldNames, String> {
         let owned = |(field, name): &(&str, &str)| ((*field).to_owned(), (*name).to_owned());
@@ -115,7 +108,7 @@ mod tests {
             serde_json::to_value(&*object).expect("JSON"),
             serde_json::json!({"prompt": "q", "completion": "p"})
         );
-        let problem = names.in_file_words(field_problem("completion", "p", "f"));
+        let problem = names.in_file_words(Problem::new("row", "completion", "p", "f"));
         assert_eq!(problem.at, "prompt");
     }
 

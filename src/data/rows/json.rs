@@ -49,39 +49,37 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, Problem> {
     })
 }
 
+/// What people write where JSON is wanted: what it begins with, how it is called, and the remedy.
+const HABITS: [(&[&str], &str, &str); 3] = [
+    (
+        &["NaN", "Infinity"],
+        " (NaN and Infinity are not JSON)",
+        "write null or a string in its place",
+    ),
+    (
+        &["None", "True", "False"],
+        " (a Python literal)",
+        "write null, true or false: use json.dumps, not str",
+    ),
+    (
+        &["'"],
+        " (single quotes)",
+        "write strings in double quotes: use json.dumps, not str",
+    ),
+];
+
 /// What the text at an error's place suggests.
 fn explain(text: &str, line: usize, column: usize) -> (&'static str, &'static str) {
     let line = text.split('\n').nth(line.saturating_sub(1)).unwrap_or("");
     // The column may point at the last byte that was looked at, or one past it.
-    let around = |name: &str| {
-        (column.saturating_sub(name.len() + 1)..=column).any(|at| {
-            line.get(at..)
-                .is_some_and(|rest: &str| rest.starts_with(name))
-        })
+    let around = |name: &&str| {
+        (column.saturating_sub(name.len() + 1)..=column)
+            .any(|at| line.get(at..).is_some_and(|rest| rest.starts_with(name)))
     };
-    for name in ["NaN", "Infinity"] {
-        if around(name) {
-            return (
-                " (NaN and Infinity are not JSON)",
-                "write null or a string in its place",
-            );
-        }
-    }
-    for name in ["None", "True", "False"] {
-        if around(name) {
-            return (
-                " (a Python literal)",
-                "write null, true or false: use json.dumps, not str",
-            );
-        }
-    }
-    if around("'") {
-        return (
-            " (single quotes)",
-            "write strings in double quotes: use json.dumps, not str",
-        );
-    }
-    ("", FIX)
+    HABITS
+        .iter()
+        .find(|(names, ..)| names.iter().any(around))
+        .map_or(("", FIX), |(_, hint, fix)| (hint, fix))
 }
 
 #[cfg(test)]

@@ -1,9 +1,13 @@
 //! One JSON object -> a checked row; every problem is collected, none hides another.
 
 use monteclora_converters::Problem;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::{Choices, FieldNames, Message, Role, Row, RowContent, RowFormat, json};
+use super::{
+    fields::FieldNames,
+    json::parse,
+    row::{Choices, Message, Role, Row, RowContent, RowFormat},
+};
 use crate::data::error::field_problem;
 
 /// Parses and checks one row whose fields have their own names. With `format` absent it is detected by the keys.
@@ -28,12 +32,9 @@ pub fn parse_named_row(
 ) -> Result<(RowFormat, Row), Vec<Problem>> {
     let mut object = object(bytes)?;
     names.apply(&mut object);
-    checked_row(&mut object, format).map_err(|problems| {
-        problems
-            .into_iter()
-            .map(|problem| names.in_file_words(problem))
-            .collect()
-    })
+    let in_file_words = |problem| names.in_file_words(problem);
+    checked_row(&mut object, format)
+        .map_err(|problems| problems.into_iter().map(in_file_words).collect())
 }
 
 /// Parses a row that is to be answered: as [`parse_row`], but it need not hold the answer, and one that it holds means nothing.
@@ -46,17 +47,13 @@ pub fn parse_question(bytes: &[u8]) -> Result<Row, Vec<Problem>> {
     if has_choices && object.get("answer").is_none_or(Value::is_null) {
         object.insert("answer".to_owned(), 0.into());
     } else if !has_choices {
-        if object.contains_key("prompt") && !object.contains_key("completion") {
-            object.insert("completion".to_owned(), UNKNOWN.into());
+        for (question, answer) in [("prompt", "completion"), ("instruction", "output")] {
+            if object.contains_key(question) && !object.contains_key(answer) {
+                object.insert(answer.to_owned(), UNKNOWN.into());
+            }
         }
-        if object.contains_key("instruction") && !object.contains_key("output") {
-            object.insert("output".to_owned(), UNKNOWN.into());
-        }
-        if let Some(Value::Array(messages)) = object.get_mut("messages")
-            && is_unanswered(messages)
-        {
-            messages
-                .push(serde_json::json!({ "role": Role::Assistant.name(), "content": UNKNOWN }));
+        if let Some(messages) = unanswered(&mut object) {
+            messages.push(answer_turn(UNKNOWN.into()));
         }
     }
     checked_row(&mut object, None).map(|(_, row)| row)
@@ -66,7 +63,7 @@ pub fn parse_question(bytes: &[u8]) -> Result<Row, Vec<Problem>> {
 const UNKNOWN: &str = "?";
 
 fn object(bytes: &[u8]) -> Result<Map<String, Value>, Vec<Problem>> {
-    match json::parse(bytes) {
+    match parse(bytes) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(other) => Err(vec![field_problem(
             "row",
@@ -77,12 +74,15 @@ fn object(bytes: &[u8]) -> Result<Map<String, Value>, Vec<Problem>> {
     }
 }
 
-/// Whether a conversation ends before the assistant's turn.
-fn is_unanswered(messages: &[Value]) -> bool {
-    messages
-        .last()
-        .and_then(|message| message.get("role"))
-        .is_some_and(|role| role != Role::Assistant.name())
+/// The messages of a conversation that ends before the assistant's turn.
+fn unanswered(object: &mut Map<String, Value>) -> Option<&mut Vec<Value>> {
+    let messages = object.get_mut("messages")?.as_array_mut()?;
+    let last = messages.last()?.get("role")?;
+    (last != Role::Assistant.name()).then_some(messages)
+}
+
+fn answer_turn(content: Value) -> Value {
+    json!({ "role": Role::Assistant.name(), "content": content })
 }
 
 fn checked_row(
@@ -112,37 +112,32 @@ fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), Problem> 
     let Some(Value::Array(choices)) = object.get("choices") else {
         return Ok(());
     };
-    let prompt_alone = object.contains_key("prompt") && !object.contains_key("completion");
-    let unanswered = match object.get("messages") {
-        Some(Value::Array(messages)) => is_unanswered(messages),
-        _ => false,
-    };
-    if !prompt_alone && !unanswered {
-        return Ok(());
-    }
-    let right = match object.get("answer") {
-        Some(Value::Number(number)) => number
-            .as_u64()
-            .and_then(|idx| choices.get(usize::try_from(idx).ok()?)),
-        Some(answer) => choices.iter().find(|choice| *choice == answer),
-        None => None,
-    };
-    let Some(right) = right.cloned() else {
-        return Err(field_problem(
-            "answer",
-            match object.get("answer") {
-                None => "is missing".to_owned(),
-                Some(answer) => format!("found {answer}, which is none of the choices"),
-            },
-            "expected the index of the right choice, from 0, or its text",
-        ));
-    };
-    if prompt_alone {
-        object.insert("completion".to_owned(), right);
-    } else if let Some(Value::Array(messages)) = object.get_mut("messages") {
-        messages.push(serde_json::json!({ "role": Role::Assistant.name(), "content": right }));
+    let answer = object.get("answer");
+    let right = right_choice(choices, answer).map(|idx| choices[idx].clone());
+    let right = right.ok_or_else(|| {
+        let found = match answer {
+            None => "is missing".to_owned(),
+            Some(answer) => format!("found {answer}, which is none of the choices"),
+        };
+        let fix = "expected the index of the right choice, from 0, or its text";
+        field_problem("answer", found, fix)
+    });
+    if object.contains_key("prompt") && !object.contains_key("completion") {
+        object.insert("completion".to_owned(), right?);
+    } else if let Some(messages) = unanswered(object) {
+        messages.push(answer_turn(right?));
     }
     Ok(())
+}
+
+/// The choice that `answer` means, by its index or by being it.
+fn right_choice(choices: &[Value], answer: Option<&Value>) -> Option<usize> {
+    match answer? {
+        Value::Number(number) => usize::try_from(number.as_u64()?)
+            .ok()
+            .filter(|idx| *idx < choices.len()),
+        answer => choices.iter().position(|choice| choice == answer),
+    }
 }
 
 /// Reads fields and collects what is wrong with them; `None` stands for a field with a problem.
@@ -151,54 +146,50 @@ struct Reader<'a> {
     problems: Vec<Problem>,
 }
 
-impl Reader<'_> {
-    fn refuse(
+impl<'a> Reader<'a> {
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.object.get(key).filter(|value| !value.is_null())
+    }
+
+    fn refuse<T>(
         &mut self,
         field: impl Into<String>,
         problem: impl Into<String>,
-        fix: impl Into<String>,
-    ) {
+        fix: &str,
+    ) -> Option<T> {
         self.problems.push(field_problem(field, problem, fix));
+        None
     }
 
     fn content(&mut self, format: RowFormat) -> Option<RowContent> {
         match format {
             RowFormat::Messages => {
-                let messages = self.list("messages").map(|list| {
-                    list.iter()
-                        .enumerate()
-                        .map(|(idx, value)| self.message("messages", idx, value))
-                        .collect::<Vec<_>>()
-                });
+                let messages = self.messages("messages", Self::message);
                 let tools = self.tools();
-                self.conversation(messages?, tools)
+                Some(RowContent::Conversation {
+                    messages: messages?,
+                    tools: tools?,
+                })
             }
             RowFormat::Sharegpt => {
-                let turns = self.list("conversations").map(|list| {
-                    list.iter()
-                        .enumerate()
-                        .map(|(idx, value)| self.turn(idx, value))
-                        .collect::<Vec<_>>()
-                });
-                let system = self.optional_text("system");
+                let turns = self.messages("conversations", Self::turn);
+                let system = self.system();
                 let tools = self.tools();
-                let mut messages = turns?;
-                if let Some(system) = system.filter(|text| !text.is_empty()) {
-                    messages.insert(0, Some(Message::new(Role::System, system)));
-                }
-                self.conversation(messages, tools)
+                Some(RowContent::Conversation {
+                    messages: system.into_iter().chain(turns?).collect(),
+                    tools: tools?,
+                })
             }
             RowFormat::Alpaca => {
                 let instruction = self.text("instruction");
-                let input = self.optional_text("input").unwrap_or_default();
+                let input = self.optional_text("input");
                 let output = self.text("output");
-                let system = self.optional_text("system").filter(|text| !text.is_empty());
-                let mut user = instruction?;
-                if !input.is_empty() {
-                    user = format!("{user}\n\n{input}");
-                }
-                let mut messages = Vec::new();
-                messages.extend(system.map(|text| Message::new(Role::System, text)));
+                let system = self.system();
+                let user = match (instruction?, input) {
+                    (instruction, Some(input)) => format!("{instruction}\n\n{input}"),
+                    (instruction, None) => instruction,
+                };
+                let mut messages: Vec<_> = system.into_iter().collect();
                 messages.push(Message::new(Role::User, user));
                 messages.push(Message::new(Role::Assistant, output?));
                 Some(RowContent::Conversation {
@@ -207,10 +198,23 @@ impl Reader<'_> {
                 })
             }
             RowFormat::PromptCompletion
-                if self.object.get("prompt").is_some_and(Value::is_array)
-                    && self.object.get("completion").is_some_and(Value::is_array) =>
+                if ["prompt", "completion"]
+                    .iter()
+                    .all(|key| self.object.get(*key).is_some_and(Value::is_array)) =>
             {
-                self.prompt_and_completion_messages()
+                // TRL's conversational form: two lists of messages, of which the prompt's are context.
+                let mut messages = self.messages("prompt", Self::message);
+                for message in messages.iter_mut().flatten() {
+                    message.trained = false;
+                }
+                let completion = self.messages("completion", Self::message);
+                let tools = self.tools();
+                let mut messages = messages?;
+                messages.extend(completion?);
+                Some(RowContent::Conversation {
+                    messages,
+                    tools: tools?,
+                })
             }
             RowFormat::PromptCompletion => {
                 let prompt = self.text("prompt");
@@ -224,88 +228,63 @@ impl Reader<'_> {
         }
     }
 
-    /// TRL's conversational form: two lists of messages, of which the prompt's are context.
-    fn prompt_and_completion_messages(&mut self) -> Option<RowContent> {
-        let mut messages = Vec::new();
-        for key in ["prompt", "completion"] {
-            for (idx, value) in self.list(key)?.iter().enumerate() {
-                let message = self.message(key, idx, value).map(|message| Message {
-                    trained: message.trained && key == "completion",
-                    ..message
-                });
-                messages.push(message);
+    /// The messages of a list, each by `read`, which is told its place.
+    fn messages(
+        &mut self,
+        key: &str,
+        read: fn(&mut Self, &str, &Value) -> Option<Message>,
+    ) -> Option<Vec<Message>> {
+        const FIX: &str = "expected a list of messages";
+        let list = match self.object.get(key) {
+            Some(Value::Array(list)) if list.is_empty() => {
+                return self.refuse(key, "is empty", "expected at least one message");
             }
-        }
-        let tools = self.tools();
-        self.conversation(messages, tools)
+            Some(Value::Array(list)) => list,
+            other => return self.refuse(key, missing_or_wrong(other), FIX),
+        };
+        let places = list.iter().enumerate();
+        // All are read before the first bad one is given up.
+        let messages: Vec<_> = places
+            .map(|(idx, value)| read(self, &format!("{key}[{idx}]"), value))
+            .collect();
+        messages.into_iter().collect()
     }
 
-    fn conversation(
-        &self,
-        messages: Vec<Option<Message>>,
-        tools: Option<Vec<Value>>,
-    ) -> Option<RowContent> {
-        Some(RowContent::Conversation {
-            messages: messages.into_iter().collect::<Option<_>>()?,
-            tools: tools?,
-        })
-    }
-
-    fn message(&mut self, key: &str, idx: usize, value: &Value) -> Option<Message> {
-        let field = |name: &str| format!("{key}[{idx}].{name}");
+    fn message(&mut self, at: &str, value: &Value) -> Option<Message> {
+        let field = |name: &str| format!("{at}.{name}");
         let Value::Object(object) = value else {
-            self.refuse(
-                format!("{key}[{idx}]"),
+            return self.refuse(
+                at,
                 format!("found {}", kind(value)),
                 "expected an object with role and content",
             );
-            return None;
         };
-        let role = match object.get("role") {
-            Some(Value::String(name)) => {
-                let role = Role::from_name(name);
-                if role.is_none() {
-                    self.refuse(
-                        field("role"),
-                        format!("unknown role \"{name}\""),
-                        "expected system, user, assistant or tool",
-                    );
-                }
-                role
-            }
-            other => {
-                self.refuse(
-                    field("role"),
-                    missing_or_wrong(other),
-                    "expected system, user, assistant or tool",
-                );
-                None
-            }
-        };
+        let role = self.role(
+            field("role"),
+            object.get("role"),
+            Role::from_name,
+            "expected system, user, assistant or tool",
+        );
         let calls_tools = object
             .get("tool_calls")
             .and_then(Value::as_array)
             .is_some_and(|calls| !calls.is_empty());
         let content = match object.get("content") {
-            Some(Value::String(text)) => Some(text.clone()),
             Some(Value::Array(parts)) => self.parts(&field("content"), parts),
             None | Some(Value::Null) if calls_tools => Some(String::new()),
-            other => {
-                self.refuse(
-                    field("content"),
-                    missing_or_wrong(other),
-                    "expected a string, or tool_calls in its place",
-                );
-                None
-            }
+            other => self.string(
+                field("content"),
+                other,
+                "expected a string, or tool_calls in its place",
+            ),
         };
-        let trained = match object.get("weight").map(|weight| (weight, weight.as_f64())) {
-            None | Some((Value::Null, _)) => true,
-            Some((_, Some(weight))) if weight == 0.0 || weight == 1.0 => weight == 1.0,
-            Some((other, _)) => {
-                self.refuse(field("weight"), format!("found {other}"), "expected 0 or 1");
-                true
-            }
+        let trained = match object.get("weight") {
+            None | Some(Value::Null) => true,
+            Some(weight) if weight.as_f64() == Some(0.0) => false,
+            Some(weight) if weight.as_f64() == Some(1.0) => true,
+            Some(other) => self
+                .refuse(field("weight"), format!("found {other}"), "expected 0 or 1")
+                .unwrap_or(true),
         };
         let mut fields = object.clone();
         fields.shift_remove("weight");
@@ -321,50 +300,34 @@ impl Reader<'_> {
     fn parts(&mut self, field: &str, parts: &[Value]) -> Option<String> {
         let mut text = String::new();
         for (idx, part) in parts.iter().enumerate() {
-            match (
-                part.get("type").and_then(Value::as_str),
-                part.get("text").and_then(Value::as_str),
-            ) {
+            let named = |key: &str| part.get(key).and_then(Value::as_str);
+            match (named("type"), named("text")) {
                 (Some("text"), Some(part)) => text.push_str(part),
                 (part_type, _) => {
-                    self.refuse(
+                    return self.refuse(
                         format!("{field}[{idx}]"),
                         format!("part of type `{}`", part_type.unwrap_or("unknown")),
                         "only {\"type\": \"text\", \"text\": ...} can be trained",
                     );
-                    return None;
                 }
             }
         }
         Some(text)
     }
 
-    fn turn(&mut self, idx: usize, value: &Value) -> Option<Message> {
-        const ROLES: &str = "expected system, human, gpt or tool (also user, assistant, function_call, observation)";
-        let field = |name: &str| format!("conversations[{idx}].{name}");
-        if value.get("from").and_then(Value::as_str) == Some("function_call") {
-            return self.tool_call(field("value"), value.get("value"));
+    fn turn(&mut self, at: &str, value: &Value) -> Option<Message> {
+        let field = |name: &str| format!("{at}.{name}");
+        let (from, said) = (value.get("from"), value.get("value"));
+        if from.is_some_and(|from| from == "function_call") {
+            return self.tool_call(field("value"), said);
         }
-        let role = match value.get("from") {
-            Some(Value::String(name)) => {
-                let role = Role::from_sharegpt(name);
-                if role.is_none() {
-                    self.refuse(field("from"), format!("unknown role \"{name}\""), ROLES);
-                }
-                role
-            }
-            other => {
-                self.refuse(field("from"), missing_or_wrong(other), ROLES);
-                None
-            }
-        };
-        let text = match value.get("value") {
-            Some(Value::String(text)) => Some(text.clone()),
-            other => {
-                self.refuse(field("value"), missing_or_wrong(other), "expected a string");
-                None
-            }
-        };
+        let role = self.role(
+            field("from"),
+            from,
+            Role::from_sharegpt,
+            "expected system, human, gpt or tool (also user, assistant, function_call, observation)",
+        );
+        let text = self.string(field("value"), said, "expected a string");
         Some(Message::new(role?, text?))
     }
 
@@ -376,146 +339,127 @@ impl Reader<'_> {
         };
         let calls = match calls {
             Some(Value::Array(calls)) => calls,
-            Some(call) => vec![call],
-            None => Vec::new(),
+            call => call.into_iter().collect(),
         };
         let named = |call: &Value| call.get("name").is_some_and(Value::is_string);
         if calls.is_empty() || !calls.iter().all(named) {
-            self.refuse(
+            return self.refuse(
                 field,
                 "is not a function call",
                 "expected {\"name\": ..., \"arguments\": ...} as a string",
             );
-            return None;
         }
-        let calls: Vec<Value> = calls
-            .into_iter()
-            .map(|call| serde_json::json!({"type": "function", "function": call}))
-            .collect();
+        let typed = |call| json!({"type": "function", "function": call});
+        let calls: Vec<Value> = calls.into_iter().map(typed).collect();
         let mut message = Message::new(Role::Assistant, "");
         message.fields.insert("tool_calls".to_owned(), calls.into());
         Some(message)
     }
 
-    fn text(&mut self, key: &str) -> Option<String> {
-        match self.object.get(key) {
+    fn role(
+        &mut self,
+        field: String,
+        value: Option<&Value>,
+        named: fn(&str) -> Option<Role>,
+        fix: &str,
+    ) -> Option<Role> {
+        let name = self.string(field.clone(), value, fix)?;
+        named(&name).or_else(|| self.refuse(field, format!("unknown role \"{name}\""), fix))
+    }
+
+    fn string(
+        &mut self,
+        field: impl Into<String>,
+        value: Option<&Value>,
+        fix: &str,
+    ) -> Option<String> {
+        match value {
             Some(Value::String(text)) => Some(text.clone()),
-            Some(Value::Array(_)) if key == "prompt" || key == "completion" => {
-                self.refuse(
-                    key,
-                    "found an array",
-                    "expected a string, or a list of messages in both prompt and completion",
-                );
-                None
-            }
-            other => {
-                self.refuse(key, missing_or_wrong(other), "expected a string");
-                None
-            }
+            other => self.refuse(field, missing_or_wrong(other), fix),
         }
     }
 
+    fn text(&mut self, key: &str) -> Option<String> {
+        let value = self.object.get(key);
+        let may_be_messages = key == "prompt" || key == "completion";
+        let fix = if may_be_messages && value.is_some_and(Value::is_array) {
+            "expected a string, or a list of messages in both prompt and completion"
+        } else {
+            "expected a string"
+        };
+        self.string(key, value, fix)
+    }
+
+    /// A text that is there and not empty.
     fn optional_text(&mut self, key: &str) -> Option<String> {
-        match self.object.get(key) {
-            None | Some(Value::Null) => None,
-            Some(_) => self.text(key),
-        }
+        self.get(key)?;
+        self.text(key).filter(|text| !text.is_empty())
     }
 
-    fn list(&mut self, key: &str) -> Option<Vec<Value>> {
-        match self.object.get(key) {
-            Some(Value::Array(list)) if !list.is_empty() => Some(list.clone()),
-            Some(Value::Array(_)) => {
-                self.refuse(key, "is empty", "expected at least one message");
-                None
-            }
-            other => {
-                self.refuse(key, missing_or_wrong(other), "expected a list of messages");
-                None
-            }
-        }
+    fn system(&mut self) -> Option<Message> {
+        let text = self.optional_text("system")?;
+        Some(Message::new(Role::System, text))
     }
 
     fn tools(&mut self) -> Option<Vec<Value>> {
-        match self.object.get("tools") {
-            None | Some(Value::Null) => Some(Vec::new()),
+        const FIX: &str = "expected a list of tools";
+        match self.get("tools") {
+            None => Some(Vec::new()),
             Some(Value::Array(tools)) => Some(tools.clone()),
             Some(Value::String(text)) if text.trim().is_empty() => Some(Vec::new()),
             // Tables without nested columns keep them as text.
             Some(Value::String(text)) => match serde_json::from_str(text) {
                 Ok(Value::Array(tools)) => Some(tools),
-                _ => {
-                    self.refuse(
-                        "tools",
-                        "found a string that is not a JSON list",
-                        "expected a list of tools",
-                    );
-                    None
-                }
+                _ => self.refuse("tools", "found a string that is not a JSON list", FIX),
             },
-            other => {
-                self.refuse("tools", missing_or_wrong(other), "expected a list of tools");
-                None
-            }
+            other => self.refuse("tools", missing_or_wrong(other), FIX),
         }
     }
 
     /// The right answer is `answer` (an index or the text), or the trained text where that is one of the choices.
     fn choices(&mut self, content: &RowContent) -> Option<Choices> {
-        let texts: Option<Vec<String>> = match self.object.get("choices") {
-            None | Some(Value::Null) => return None,
-            Some(Value::Array(list)) if list.len() >= 2 => list
-                .iter()
-                .map(|value| value.as_str().map(str::to_owned))
-                .collect(),
-            Some(_) => None,
-        };
-        let Some(texts) = texts else {
-            self.refuse(
+        let choices = self.get("choices")?;
+        let list = choices.as_array().filter(|list| list.len() >= 2);
+        let texts = list.and_then(|list| {
+            let texts = list.iter().map(|value| value.as_str().map(str::to_owned));
+            texts.collect::<Option<Vec<_>>>()
+        });
+        let (Some(list), Some(texts)) = (list, texts) else {
+            return self.refuse(
                 "choices",
                 "is not a list of answers",
                 "expected at least two strings",
             );
-            return None;
         };
         let trained = match content {
             RowContent::Prompt { completion, .. } => completion.as_str(),
             RowContent::Conversation { messages, .. } => messages
                 .iter()
-                .rev()
-                .find(|message| message.role == Role::Assistant)
+                .rfind(|message| message.role == Role::Assistant)
                 .map_or("", Message::content),
             RowContent::Text(_) => "",
         };
-        let answer = match self.object.get("answer") {
-            Some(Value::Number(number)) => number
-                .as_u64()
-                .and_then(|number| usize::try_from(number).ok())
-                .filter(|number| *number < texts.len()),
-            Some(Value::String(text)) if texts.contains(text) => {
-                texts.iter().position(|choice| choice == text)
-            }
-            _ => texts.iter().position(|choice| choice == trained),
-        };
-        if answer.is_none() {
-            self.refuse(
+        let named = self.get("answer");
+        let mut answer = right_choice(list, named);
+        if !named.is_some_and(Value::is_number) {
+            answer = answer.or_else(|| texts.iter().position(|choice| choice == trained));
+        }
+        let Some(answer) = answer else {
+            return self.refuse(
                 "choices",
                 "none of them is the row's answer",
                 "expected the completion among them, or `answer` with its index from 0",
             );
-        }
-        Some(Choices {
-            answer: answer?,
-            texts,
-        })
+        };
+        Some(Choices { answer, texts })
     }
 }
 
 fn missing_or_wrong(value: Option<&Value>) -> String {
-    value.map_or_else(
-        || "is missing".to_owned(),
-        |value| format!("found {}", kind(value)),
-    )
+    match value {
+        None => "is missing".to_owned(),
+        Some(value) => format!("found {}", kind(value)),
+    }
 }
 
 fn kind(value: &Value) -> &'static str {

@@ -1,5 +1,7 @@
 //! Every format read and every problem of a row, word for word.
 
+use monteclora_converters::Problem;
+
 use super::*;
 
 fn parse(text: &str) -> Result<(RowFormat, Row), Vec<Problem>> {
@@ -8,8 +10,7 @@ fn parse(text: &str) -> Result<(RowFormat, Row), Vec<Problem>> {
 
 /// The first problem as `field: problem; fix`.
 fn first(text: &str) -> String {
-    let problem = &parse(text).expect_err("refused")[0];
-    format!("{}: {}; {}", problem.at, problem.message, problem.fix)
+    parse(text).expect_err("refused")[0].to_string()
 }
 
 fn turns(text: &str) -> Vec<(Role, String)> {
