@@ -145,7 +145,7 @@ fn packing(path: &Path, mut file: &File) -> io::Result<Packing> {
 }
 
 #[cfg(feature = "parquet")]
-use parquet::write_json_lines as write_parquet_rows;
+use self::parquet::write_json_lines as write_parquet_rows;
 
 #[cfg(not(feature = "parquet"))]
 fn write_parquet_rows(path: &Path, _file: File, _out: &mut File) -> Result<(), Error> {
