@@ -12,7 +12,7 @@ use mistralrs_core::{
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::mpsc::{Sender, channel};
 
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
@@ -126,10 +126,8 @@ impl Engine {
     /// [`Error::Problem`] for an empty or too long prompt; [`Error::Engine`] if mistral.rs fails.
     pub fn prompt_logits(&self, tokens: &[u32]) -> Result<PromptLogits> {
         self.check_length(tokens.len())?;
-        let (sender, mut receiver) = channel(1);
-        let mut request = self.request(RequestMessage::CompletionTokens(tokens.to_vec()), sender);
-        request.return_raw_logits = true;
-        match self.exchange(request, &mut receiver)? {
+        let prompt = RequestMessage::CompletionTokens(tokens.to_vec());
+        match self.exchange(prompt, |request| request.return_raw_logits = true)? {
             Response::Raw { logits_chunks, .. } => logits_of(&logits_chunks, tokens.len())
                 .map_err(|error| Error::Engine(error.to_string()))?,
             other => Err(Error::Engine(failure(other))),
@@ -154,18 +152,18 @@ impl Engine {
     pub fn ask(&self, messages: &[ChatMessage], max_tokens: usize) -> Result<Answer> {
         let prompt_tokens = self.tokenize_chat(messages)?.len();
         self.check_length(prompt_tokens)?;
-        let (sender, mut receiver) = channel(1);
         let chat = RequestMessage::Chat {
             messages: messages_for_template(messages),
             enable_thinking: None,
             reasoning_effort: None,
         };
-        let mut request = self.request(chat, sender);
         let room = self.max_sequence_length - prompt_tokens;
-        request.sampling_params.max_len = Some(max_tokens.min(room).max(1));
         let recorder = Arc::new(GreedyRecorder::default());
-        request.logits_processors = Some(vec![recorder.clone()]);
-        match self.exchange(request, &mut receiver)? {
+        let response = self.exchange(chat, |request| {
+            request.sampling_params.max_len = Some(max_tokens.min(room).max(1));
+            request.logits_processors = Some(vec![recorder.clone()]);
+        })?;
+        match response {
             Response::Done(mut done) if !done.choices.is_empty() => {
                 let choice = done.choices.swap_remove(0);
                 Ok(Answer {
@@ -198,23 +196,19 @@ impl Engine {
 
     fn check_length(&self, n_tokens: usize) -> Result<()> {
         if n_tokens == 0 || n_tokens > self.max_sequence_length {
-            return Err(Error::setting(
-                "prompt",
-                format!(
-                    "{n_tokens} tokens, but this model takes 1 to {}",
-                    self.max_sequence_length
-                ),
-            ));
+            let most = self.max_sequence_length;
+            let message = format!("{n_tokens} tokens, but this model takes 1 to {most}");
+            return Err(Error::setting("prompt", message));
         }
         Ok(())
     }
 
-    /// A greedy request for one token.
-    pub(crate) fn request(
+    /// The first response to a greedy request for one token, or for what `change` makes of it.
+    pub(crate) fn exchange(
         &self,
         messages: RequestMessage,
-        response: Sender<Response>,
-    ) -> NormalRequest {
+        change: impl FnOnce(&mut NormalRequest),
+    ) -> Result<Response> {
         // Temperature 0 is an argmax over the logits; without one mistral.rs samples at temperature 1.
         let params = SamplingParams {
             temperature: Some(0.0),
@@ -222,25 +216,14 @@ impl Engine {
             ..SamplingParams::neutral()
         };
         let id = self.host.next_request_id();
-        NormalRequest::new_simple(messages, params, response, id, None, None)
-    }
-
-    /// The first response to `request`, whose receiver is `receiver`.
-    pub(crate) fn exchange(
-        &self,
-        request: NormalRequest,
-        receiver: &mut Receiver<Response>,
-    ) -> Result<Response> {
-        let sender = self.host.get_sender(None).map_err(engine_error)?;
+        let (sender, mut receiver) = channel(1);
+        let mut request = NormalRequest::new_simple(messages, params, sender, id, None, None);
+        change(&mut request);
+        let request = Request::Normal(Box::new(request));
+        let engine = self.host.get_sender(None).map_err(engine_error)?;
         self.runtime.block_on(async {
-            sender
-                .send(Request::Normal(Box::new(request)))
-                .await
-                .map_err(engine_error)?;
-            receiver
-                .recv()
-                .await
-                .ok_or_else(|| Error::Engine("the engine stopped without an answer".to_owned()))
+            engine.send(request).await.map_err(engine_error)?;
+            receiver.recv().await.ok_or_else(silent)
         })
     }
 }
@@ -269,7 +252,7 @@ pub(crate) async fn scheduler(
 ) -> SchedulerConfig {
     let cache = pipeline.lock().await.get_metadata().cache_config.clone();
     match cache {
-        Some(config) if loader.wants_paged_attention() => SchedulerConfig::PagedAttentionMeta {
+        Some(config) if loader.paged_attention.is_some() => SchedulerConfig::PagedAttentionMeta {
             max_num_seqs: max_sequences.get(),
             config,
         },
@@ -332,8 +315,13 @@ pub(crate) fn engine_error(error: impl std::fmt::Display) -> Error {
     Error::Engine(error.to_string())
 }
 
+/// What is said of an engine that ends before it answers.
+pub(crate) fn silent() -> Error {
+    Error::Engine("the engine stopped without an answer".to_owned())
+}
+
 /// The reason in a response that is not an answer.
-pub(crate) fn failure(response: Response) -> String {
+fn failure(response: Response) -> String {
     match response {
         Response::InternalError(error) | Response::ValidationError(error) => error.to_string(),
         Response::ModelError(message, _) | Response::CompletionModelError(message, _) => message,

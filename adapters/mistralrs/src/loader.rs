@@ -60,8 +60,8 @@ pub struct MonteCloraLoader {
     isq: Option<IsqType>,
     chat_template: Option<PathBuf>,
     device_map: Option<DeviceMapSetting>,
-    paged_attention: Option<PagedAttentionConfig>,
-    force: bool,
+    pub(crate) paged_attention: Option<PagedAttentionConfig>,
+    pub(crate) force: bool,
     silent: bool,
     staging_root: Option<PathBuf>,
 }
@@ -95,12 +95,6 @@ impl MonteCloraLoader {
         })
     }
 
-    /// As [`MonteCloraLoaderBuilder::force`].
-    pub(crate) fn forced(mut self, force: bool) -> Self {
-        self.force = force;
-        self
-    }
-
     /// The public name.
     pub fn name(&self) -> &str {
         &self.name
@@ -116,17 +110,12 @@ impl MonteCloraLoader {
         self.adapter.as_deref()
     }
 
-    /// Whether paged attention was asked for.
-    pub(crate) fn wants_paged_attention(&self) -> bool {
-        self.paged_attention.is_some()
-    }
-
     /// Checks base and adapter without loading weights, and returns the base's configuration for mistral.rs.
     ///
     /// # Errors
     /// Everything that [`Self::load`] would refuse before it starts mistral.rs.
     pub fn check(&self) -> Result<NormalisedConfig> {
-        let (files, normalised) = self.open_base(&self.base)?;
+        let (files, normalised) = self.open_base()?;
         self.open_adapter(&files)?;
         Ok(normalised)
     }
@@ -182,6 +171,16 @@ impl MonteCloraLoader {
             ModelDType::Auto if self.device.is_cpu() => ModelDType::F32,
             dtype => dtype,
         };
+        self.load_as(Box::new(dtype))
+    }
+
+    /// The model with elements of `dtype`, and the fingerprint of the adapter in it.
+    fn load_as(
+        &self,
+        dtype: Box<dyn TryIntoDType + Send>,
+    ) -> Result<(SharedPipeline, Option<String>)> {
+        let staged = self.stage()?;
+        let paths: Box<dyn ModelPaths + Send> = Box::new(staged.paths.clone());
         let mapper = self.device_map.clone().unwrap_or_else(|| {
             if self.device.is_cpu() {
                 DeviceMapSetting::dummy()
@@ -189,32 +188,13 @@ impl MonteCloraLoader {
                 DeviceMapSetting::Auto(AutoDeviceMapParams::default_text())
             }
         });
-        let request = LoadRequest {
-            dtype: Box::new(dtype),
-            device: self.device.clone(),
-            silent: self.silent,
-            mapper,
-            isq: self.isq,
-            paged_attention: self.paged_attention,
-        };
-        self.load_from(&self.base, request)
-    }
-
-    /// The model, and the fingerprint of the adapter in it.
-    fn load_from(
-        &self,
-        base: &Path,
-        request: LoadRequest,
-    ) -> Result<(SharedPipeline, Option<String>)> {
-        let staged = self.stage(base)?;
-        let paths: Box<dyn ModelPaths + Send> = Box::new(staged.paths.clone());
-        let name = self.name.clone();
+        let asked = self.clone();
         let run = move || {
             let loader = NormalLoaderBuilder::new(
                 NormalSpecificConfig::default(),
                 None,
                 None,
-                Some(name),
+                Some(asked.name),
                 false,
                 None,
             )
@@ -222,12 +202,12 @@ impl MonteCloraLoader {
             let paths: Box<dyn ModelPaths> = paths;
             loader.load_model_from_path(
                 &paths,
-                &*request.dtype,
-                &request.device,
-                request.silent,
-                request.mapper,
-                request.isq,
-                request.paged_attention,
+                &*dtype,
+                &asked.device,
+                asked.silent,
+                mapper,
+                asked.isq,
+                asked.paged_attention,
             )
         };
         let failed = |message: String| {
@@ -235,13 +215,14 @@ impl MonteCloraLoader {
             Problem::sentence(code::LOAD, message)
         };
         let pipeline = on_fresh_thread(run)
-            .map_err(Error::io("start a thread for", base))?
+            .map_err(Error::io("start a thread for", &self.base))?
             .map_err(|panic| failed(panic_text(panic.as_ref())))?
             .map_err(|error| failed(format!("{error:#}")))?;
         Ok((pipeline, staged.adapter.clone()))
     }
 
-    fn open_base(&self, base: &Path) -> Result<(ModelFiles, NormalisedConfig)> {
+    fn open_base(&self) -> Result<(ModelFiles, NormalisedConfig)> {
+        let base = &self.base;
         refuse_other_formats(base)?;
         let files = ModelFiles::open(base)?;
         if let Some(method) = files.quantization() {
@@ -272,8 +253,9 @@ impl MonteCloraLoader {
         Ok(Some(adapter.collapse()))
     }
 
-    fn stage(&self, base: &Path) -> Result<Staged> {
-        let (files, normalised) = self.open_base(base)?;
+    fn stage(&self) -> Result<Staged> {
+        let base = &self.base;
+        let (files, normalised) = self.open_base()?;
         let adapter = self.open_adapter(&files)?;
         let mut builder = tempfile::Builder::new();
         builder.prefix("monteclora-");
@@ -325,16 +307,6 @@ fn shortened(digest: &str) -> String {
     digest.chars().take(12).collect()
 }
 
-/// What mistral.rs is asked for, owned so that it can move to another thread.
-struct LoadRequest {
-    dtype: Box<dyn TryIntoDType + Send>,
-    device: Device,
-    silent: bool,
-    mapper: DeviceMapSetting,
-    isq: Option<IsqType>,
-    paged_attention: Option<PagedAttentionConfig>,
-}
-
 impl Loader for MonteCloraLoader {
     /// Loads the base directory given to the builder; nothing is fetched, so revision and token are not used.
     fn load_model_from_hf(
@@ -348,15 +320,16 @@ impl Loader for MonteCloraLoader {
         in_situ_quant: Option<IsqType>,
         paged_attn_config: Option<PagedAttentionConfig>,
     ) -> anyhow::Result<SharedPipeline> {
-        let request = LoadRequest {
-            dtype: Box::new(dtype.try_into_dtype(&[device])?),
+        let dtype = dtype.try_into_dtype(&[device])?;
+        let loader = Self {
             device: device.clone(),
             silent,
-            mapper,
+            device_map: Some(mapper),
             isq: in_situ_quant,
             paged_attention: paged_attn_config,
+            ..self.clone()
         };
-        Ok(self.load_from(&self.base, request)?.0)
+        Ok(loader.load_as(Box::new(dtype))?.0)
     }
 
     /// Loads the model whose `config.json` is in `paths`; weights, tokenizer and template are taken from its directory.
@@ -379,24 +352,23 @@ impl Loader for MonteCloraLoader {
             .map(|file| file.display().to_string())
             .collect();
         if !strangers.is_empty() {
-            return Err(Error::setting(
-                "paths",
-                format!(
-                    "weights outside the model directory of config.json: {}",
-                    strangers.join(", ")
-                ),
-            )
-            .into());
+            let strangers = strangers.join(", ");
+            let message =
+                format!("weights outside the model directory of config.json: {strangers}");
+            return Err(Error::setting("paths", message).into());
         }
-        let request = LoadRequest {
-            dtype: Box::new(dtype.try_into_dtype(&[device])?),
-            device: device.clone(),
+        let mut loader = self.clone();
+        loader.base = base.to_path_buf();
+        loader.load_model_from_hf(
+            None,
+            TokenSource::None,
+            dtype,
+            device,
             silent,
             mapper,
-            isq: in_situ_quant,
-            paged_attention: paged_attn_config,
-        };
-        Ok(self.load_from(base, request)?.0)
+            in_situ_quant,
+            paged_attn_config,
+        )
     }
 
     fn get_id(&self) -> String {

@@ -316,7 +316,11 @@ impl ModelSection {
             wrong.note(&format!("{at}.chat_template"), message);
         }
         let mut find = |at: &str, id: &str, revision: Option<&str>| {
-            find(id, revision, locate).unwrap_or_else(|error| {
+            let local = Path::new(id);
+            if local.exists() {
+                return local.to_path_buf();
+            }
+            locate(id, revision).unwrap_or_else(|error| {
                 wrong.note(at, error);
                 PathBuf::new()
             })
@@ -375,15 +379,6 @@ fn claim(name: &str, at: &str, names: &mut BTreeMap<String, String>, wrong: &mut
     }
 }
 
-fn find(id: &str, revision: Option<&str>, locate: &Locate<'_>) -> Result<PathBuf> {
-    let local = Path::new(id);
-    if local.exists() {
-        Ok(local.to_path_buf())
-    } else {
-        locate(id, revision)
-    }
-}
-
 /// Whether `id` has the form `organisation/name`, which a path to something local can have too.
 fn is_hub_id(id: &str) -> bool {
     let part = |part: &str| {
@@ -401,10 +396,8 @@ fn is_hub_id(id: &str) -> bool {
 /// # Errors
 /// Always [`Error::Problem`].
 pub fn local_only(id: &str, _revision: Option<&str>) -> Result<PathBuf> {
-    Err(Error::not_found(
-        Path::new(id),
-        "there is no such directory",
-    ))
+    let message = "there is no such directory";
+    Err(Error::not_found(Path::new(id), message))
 }
 
 /// The accelerator this build supports, or the CPU.
@@ -416,10 +409,6 @@ fn default_device(cpu: bool) -> Result<Device> {
     } else {
         Device::cuda_if_available(0)
     };
-    found.map_err(|error| {
-        Error::setting(
-            "device",
-            format!("{error}; set cpu = true to run on the CPU"),
-        )
-    })
+    let remedy = "set cpu = true to run on the CPU";
+    found.map_err(|error| Error::setting("device", format!("{error}; {remedy}")))
 }

@@ -6,7 +6,7 @@ use mistralrs_core::{MistralRs, Request, TokenizationRequest};
 use tokio::sync::mpsc::{Sender, channel};
 
 use super::token_bias;
-use crate::engine::engine_error;
+use crate::engine::{engine_error, silent};
 use crate::error::{Error, Result};
 
 /// Added to the logit of a token that must be sampled; one that a grammar forbids stays at minus infinity.
@@ -33,10 +33,7 @@ pub(crate) async fn tokenize(
     let work = tokio::spawn(async move {
         let _held = held;
         engine.send(request).await.map_err(engine_error)?;
-        receiver
-            .recv()
-            .await
-            .ok_or_else(|| Error::Engine("the engine stopped without an answer".to_owned()))
+        receiver.recv().await.ok_or_else(silent)
     });
     work.await
         .map_err(engine_error)??

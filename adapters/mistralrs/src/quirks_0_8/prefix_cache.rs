@@ -23,18 +23,14 @@ pub(crate) fn engine_without() -> EngineConfig {
 mod tests {
     use std::sync::Arc;
 
-    use mistralrs_core::{RequestMessage, Response};
-    use tokio::sync::mpsc::channel;
-
     use crate::engine::{Engine, GreedyRecorder};
     use crate::fixture_tests::servable;
+    use mistralrs_core::{RequestMessage, Response};
 
     /// The raw logits after the last of `tokens`.
     fn last_logits(engine: &Engine, tokens: &[u32]) -> Vec<f32> {
-        let (sender, mut receiver) = channel(1);
-        let mut request = engine.request(RequestMessage::CompletionTokens(tokens.to_vec()), sender);
-        request.return_raw_logits = true;
-        let answer = engine.exchange(request, &mut receiver);
+        let prompt = RequestMessage::CompletionTokens(tokens.to_vec());
+        let answer = engine.exchange(prompt, |request| request.return_raw_logits = true);
         let Response::Raw { logits_chunks, .. } = answer.expect("an answer") else {
             panic!("no logits");
         };
@@ -52,12 +48,14 @@ mod tests {
         let loader = servable().loader();
         let engine = Engine::launch(&loader, true).expect("loads");
         let prompt: Vec<u32> = (3..13).collect();
-        let (sender, mut receiver) = channel(1);
-        let mut request = engine.request(RequestMessage::CompletionTokens(prompt.clone()), sender);
-        request.sampling_params.max_len = Some(4);
         let recorder = Arc::new(GreedyRecorder::default());
-        request.logits_processors = Some(vec![recorder.clone()]);
-        let answer = engine.exchange(request, &mut receiver);
+        let answer = engine.exchange(
+            RequestMessage::CompletionTokens(prompt.clone()),
+            |request| {
+                request.sampling_params.max_len = Some(4);
+                request.logits_processors = Some(vec![recorder.clone()]);
+            },
+        );
         answer.expect("an answer");
         let next_turn = [prompt, recorder.take(), vec![3, 4]].concat();
         let cached = last_logits(&engine, &next_turn);

@@ -32,7 +32,7 @@ impl Admission {
             started,
             deadline: started + Duration::from_secs(app.config.limits.request_timeout_s),
             places: vec![Arc::new(permit)],
-            _in_flight: app.metrics.in_flight(),
+            _in_flight: Counted::new(&app.metrics.requests_in_flight),
         })
     }
 

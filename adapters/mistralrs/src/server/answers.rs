@@ -25,6 +25,14 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
+    pub(crate) fn of(text: String, finish_reason: Option<String>) -> Self {
+        Self {
+            text: Some(text),
+            finish_reason,
+            ..Self::default()
+        }
+    }
+
     fn is_empty(&self) -> bool {
         let text = self.text.as_deref().unwrap_or_default();
         text.is_empty() && self.tool_calls.is_none() && self.reasoning.is_none()
@@ -190,14 +198,7 @@ impl<F: Form> Stream<F> {
         };
         let lead = stream.form.lead().to_owned();
         for idx in (0..stream.choices.len()).filter(|_| !lead.is_empty()) {
-            let text = Some(lead.clone());
-            stream.show(
-                idx,
-                Piece {
-                    text,
-                    ..Piece::default()
-                },
-            );
+            stream.show(idx, Piece::of(lead.clone(), None));
         }
         stream
     }
@@ -275,12 +276,7 @@ impl<F: Form> Stream<F> {
     /// Ends one choice, and with the last of them the stream.
     fn finish(&mut self, idx: usize, reason: String) {
         let text = self.choices[idx].stop.finish();
-        let last = Piece {
-            text: Some(text),
-            finish_reason: Some(reason),
-            ..Piece::default()
-        };
-        self.show(idx, last);
+        self.show(idx, Piece::of(text, Some(reason)));
         self.choices[idx].ended = true;
         self.job.end_choice(idx);
         if self.choices.iter().all(|choice| choice.ended) {

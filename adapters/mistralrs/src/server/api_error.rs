@@ -4,6 +4,7 @@ use std::path::Path;
 
 use axum::Json;
 use axum::http::StatusCode;
+use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::response::{IntoResponse, Response};
 use monteclora_converters::Problem;
 use serde_json::{Value, json};
@@ -12,7 +13,7 @@ use super::context::RequestContext;
 use crate::error::{Error, code};
 
 /// Seconds after which a client that was turned away may try again.
-const RETRY_AFTER: u32 = 1;
+const SECONDS: &str = "1";
 
 /// An error answer: `{"error": {message, type, param, code}}`.
 #[derive(Debug, Clone)]
@@ -64,7 +65,7 @@ impl ApiError {
     /// A failure of ours. What it was goes to the log; a client has nothing to do with it.
     pub(crate) fn internal(cause: impl Into<String>) -> Self {
         let context = RequestContext::current();
-        let request_id = context.as_ref().map(|context| context.id());
+        let request_id = context.as_ref().map(|context| &context.id);
         tracing::error!(request_id, cause = cause.into(), "internal error");
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
@@ -83,14 +84,6 @@ impl ApiError {
             StatusCode::GATEWAY_TIMEOUT,
             "timeout",
             "the answer took longer than this server allows; ask for fewer tokens",
-        )
-    }
-
-    pub(crate) fn too_large(limit: usize) -> Self {
-        Self::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "body_too_large",
-            format!("the request body is larger than {limit} bytes"),
         )
     }
 
@@ -149,19 +142,16 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body())).into_response();
-        if self.status == StatusCode::UNAUTHORIZED {
-            let challenge = axum::http::HeaderValue::from_static("Bearer");
-            response
-                .headers_mut()
-                .insert(axum::http::header::WWW_AUTHENTICATE, challenge);
+        let header = match self.status {
+            StatusCode::UNAUTHORIZED => Some([(WWW_AUTHENTICATE, "Bearer")]),
+            StatusCode::SERVICE_UNAVAILABLE => Some([(RETRY_AFTER, SECONDS)]),
+            _ => None,
+        };
+        let answer = (self.status, Json(self.body()));
+        match header {
+            Some(header) => (header, answer).into_response(),
+            None => answer.into_response(),
         }
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            response
-                .headers_mut()
-                .insert(axum::http::header::RETRY_AFTER, RETRY_AFTER.into());
-        }
-        response
     }
 }
 

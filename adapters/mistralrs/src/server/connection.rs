@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_io_timeout::TimeoutWriter;
 
-use super::metrics::Metrics;
+use super::metrics::{Counted, Metrics};
 use super::tls::TlsAcceptor;
 use crate::config::LimitsSection;
 
@@ -50,14 +50,7 @@ impl Acceptor {
     ///
     /// Returns the number of connections that had to be cut.
     pub(crate) async fn run(self, stop: impl Future<Output = ()>) -> usize {
-        let Self {
-            listener,
-            router,
-            tls,
-            limits,
-            metrics,
-            cut,
-        } = self;
+        let limits = &self.limits;
         let (stopping, stopped) = watch::channel(false);
         let slots = Arc::new(Semaphore::new(limits.max_connections));
         let mut connections = JoinSet::new();
@@ -66,7 +59,7 @@ impl Acceptor {
             let accepted = async {
                 // The semaphore is never closed.
                 let slot = slots.clone().acquire_owned().await.ok();
-                (slot, listener.accept().await)
+                (slot, self.listener.accept().await)
             };
             let (slot, accepted) = tokio::select! {
                 () = &mut stop => break,
@@ -82,19 +75,18 @@ impl Acceptor {
                 }
             };
             let connection = Connection {
-                service: TowerToHyperService::new(router.clone()),
+                service: TowerToHyperService::new(self.router.clone()),
                 peer,
                 limits: limits.clone(),
                 stopped: stopped.clone(),
             };
-            let (tls, metrics) = (tls.clone(), metrics.clone());
+            let (tls, counted) = (self.tls.clone(), Counted::new(&self.metrics.connections));
             connections.spawn(async move {
-                let _slot = slot;
-                let _counted = metrics.connection();
+                let _held = (slot, counted);
                 connection.serve(stream, tls.as_deref()).await;
             });
         }
-        drop(listener);
+        drop(self.listener);
         // Receivers that are gone have nothing left to stop.
         let _ = stopping.send(true);
         let drained = async { while connections.join_next().await.is_some() {} };
@@ -105,7 +97,7 @@ impl Acceptor {
             return 0;
         }
         let n_cut = connections.len();
-        cut.send_replace(true);
+        self.cut.send_replace(true);
         let told = async { while connections.join_next().await.is_some() {} };
         if timeout(LAST_WORDS, told).await.is_err() {
             connections.shutdown().await;
@@ -143,27 +135,22 @@ impl Connection {
         }
     }
 
-    async fn http1(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
-        let Self {
-            service,
-            peer,
-            limits,
-            mut stopped,
-        } = self;
+    async fn http1(mut self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let peer = self.peer;
         // The router is told who asks.
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(Peer(peer));
-            service.call(request)
+            self.service.call(request)
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(Duration::from_secs(limits.header_timeout_s))
-            .max_buf_size(limits.max_header_bytes)
+            .header_read_timeout(Duration::from_secs(self.limits.header_timeout_s))
+            .max_buf_size(self.limits.max_header_bytes)
             .serve_connection(TokioIo::new(stream), service);
         tokio::pin!(connection);
         let outcome = tokio::select! {
             outcome = connection.as_mut() => outcome,
-            () = told_to_stop(&mut stopped) => {
+            () = told_to_stop(&mut self.stopped) => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }

@@ -13,7 +13,7 @@ const MAX_ID_LENGTH: usize = 128;
 /// One request's id, and the model that answers it once that is known.
 #[derive(Debug)]
 pub(crate) struct RequestContext {
-    id: String,
+    pub(crate) id: String,
     model: OnceLock<String>,
 }
 
@@ -46,10 +46,6 @@ impl RequestContext {
         }
     }
 
-    pub(crate) fn id(&self) -> &str {
-        &self.id
-    }
-
     /// Public name of the model, or nothing.
     pub(crate) fn model(&self) -> &str {
         self.model.get().map_or("", String::as_str)
@@ -67,12 +63,12 @@ mod tests {
 
     #[test]
     fn a_clients_id_is_kept_if_it_is_plain() {
-        assert_eq!(RequestContext::new(Some("req-1:a_b.c")).id(), "req-1:a_b.c");
+        assert_eq!(RequestContext::new(Some("req-1:a_b.c")).id, "req-1:a_b.c");
         let long = "x".repeat(MAX_ID_LENGTH + 1);
         for odd in ["", "a b", "a\nb", "é", long.as_str()] {
-            assert_eq!(RequestContext::new(Some(odd)).id().len(), 36, "{odd:?}");
+            assert_eq!(RequestContext::new(Some(odd)).id.len(), 36, "{odd:?}");
         }
         let (a, b) = (RequestContext::new(None), RequestContext::new(None));
-        assert_ne!(a.id(), b.id());
+        assert_ne!(a.id, b.id);
     }
 }

@@ -56,12 +56,12 @@ pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) 
     let peer = peer.map(tracing::field::display);
     // Probes ask every few seconds, and are not worth a line each.
     if route.starts_with('/') && !route.starts_with("/v1/") {
-        tracing::debug!(request_id = context.id(), peer, %method, route, status, duration_ms, "request");
+        tracing::debug!(request_id = context.id, peer, %method, route, status, duration_ms, "request");
     } else {
         let model = Some(context.model()).filter(|model| !model.is_empty());
-        tracing::info!(request_id = context.id(), peer, %method, route, model, status, duration_ms, "request");
+        tracing::info!(request_id = context.id, peer, %method, route, model, status, duration_ms, "request");
     }
-    if let Ok(id) = HeaderValue::from_str(context.id()) {
+    if let Ok(id) = HeaderValue::from_str(&context.id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
@@ -164,7 +164,13 @@ impl FromRequest<App> for Payload {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
         let limits = &app.config.limits;
-        let too_large = || ApiError::too_large(limits.max_body_bytes);
+        let too_large = || {
+            let message = format!(
+                "the request body is larger than {} bytes",
+                limits.max_body_bytes
+            );
+            ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+        };
         // What says that it is too large need not be read; the router's own limit holds for the rest.
         let declared = request
             .headers()

@@ -278,7 +278,7 @@ impl Worker {
         };
         self.metrics.answer(&job.lease.name, &record);
         tracing::info!(
-            request_id = self.context.as_ref().map(|context| context.id()),
+            request_id = self.context.as_ref().map(|context| &context.id),
             model = job.lease.name,
             generation = job.lease.hash,
             prompt_tokens = record.prompt_tokens,

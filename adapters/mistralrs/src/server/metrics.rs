@@ -11,7 +11,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry as MetricRegistry;
 
-use super::registry::Resident;
+use super::registry::Lease;
 
 /// Media type of the text.
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -22,7 +22,7 @@ const SECONDS: [f64; 14] = [
 ];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RequestLabels {
+pub(crate) struct RequestLabels {
     route: String,
     /// Public name of a model that is served, so that clients cannot make up labels.
     model: String,
@@ -30,17 +30,17 @@ struct RequestLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ModelLabels {
+pub(crate) struct ModelLabels {
     model: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OutcomeLabels {
+pub(crate) struct OutcomeLabels {
     outcome: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct GenerationLabels {
+pub(crate) struct GenerationLabels {
     name: String,
     parent: String,
     generation: String,
@@ -58,7 +58,7 @@ macro_rules! metrics {
         /// Counters and gauges of one server.
         pub(crate) struct Metrics {
             exposition: Mutex<MetricRegistry>,
-            $($name: $kind,)*
+            $(pub(super) $name: $kind,)*
         }
 
         impl Metrics {
@@ -129,60 +129,29 @@ impl Metrics {
                 .get_or_create(&labels)
                 .observe(time.as_secs_f64());
         }
-        let outcome = OutcomeLabels {
-            outcome: answer.outcome,
-        };
-        self.answers.get_or_create(&outcome).inc();
+        count_outcome(&self.answers, answer.outcome);
     }
 
-    /// Counts an attempt to load an adapter.
-    pub(crate) fn load(&self, outcome: &'static str) {
-        self.adapter_loads
-            .get_or_create(&OutcomeLabels { outcome })
-            .inc();
-    }
-
-    /// Counts a configuration that was read again.
-    pub(crate) fn reload(&self, outcome: &'static str) {
-        self.reloads.get_or_create(&OutcomeLabels { outcome }).inc();
-    }
-
-    /// Counts a connection while the result is held.
-    pub(crate) fn connection(&self) -> Counted {
-        Counted::new(&self.connections)
-    }
-
-    /// Counts an inference request while the result is held.
-    pub(crate) fn in_flight(&self) -> Counted {
-        Counted::new(&self.requests_in_flight)
-    }
-
-    /// Counts an inference request without a token while the result is held.
-    pub(crate) fn waiting(&self) -> Counted {
-        Counted::new(&self.requests_waiting)
-    }
-
-    /// The whole text, with what `resident` says about models.
+    /// The whole text, with what is served and what is in memory: generations, and the bytes of their weights.
     ///
     /// # Errors
     /// None in practice: writing to a text cannot fail.
-    pub(crate) fn render(&self, resident: &Resident) -> Result<String, std::fmt::Error> {
+    pub(crate) fn render(
+        &self,
+        served: &[Lease],
+        (n_generations, weight_bytes): (usize, u64),
+    ) -> Result<String, std::fmt::Error> {
         // Held throughout, so that two scrapes do not mix.
         let exposition = self.exposition.lock();
         let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
-        let adapters = resident
-            .served
-            .iter()
-            .filter(|lease| lease.parent.is_some())
-            .count();
+        let adapters = served.iter().filter(|lease| lease.parent.is_some()).count();
         self.adapters.set(number(adapters));
-        self.models.set(number(resident.served.len() - adapters));
-        self.resident_generations
-            .set(number(resident.n_generations));
+        self.models.set(number(served.len() - adapters));
+        self.resident_generations.set(number(n_generations));
         self.resident_weight_bytes
-            .set(i64::try_from(resident.weight_bytes).unwrap_or(i64::MAX));
+            .set(i64::try_from(weight_bytes).unwrap_or(i64::MAX));
         self.generation.clear();
-        for lease in &resident.served {
+        for lease in served {
             let labels = GenerationLabels {
                 name: lease.name.clone(),
                 parent: lease.parent.clone().unwrap_or_default(),
@@ -194,6 +163,11 @@ impl Metrics {
         encode(&mut text, &exposition)?;
         Ok(text)
     }
+}
+
+/// Counts something that ended with `outcome`.
+pub(crate) fn count_outcome(ends: &Family<OutcomeLabels, Counter>, outcome: &'static str) {
+    ends.get_or_create(&OutcomeLabels { outcome }).inc();
 }
 
 /// One answer, when it has ended.
@@ -210,7 +184,7 @@ pub(crate) struct AnswerRecord {
 pub(crate) struct Counted(Gauge);
 
 impl Counted {
-    fn new(gauge: &Gauge) -> Self {
+    pub(crate) fn new(gauge: &Gauge) -> Self {
         gauge.inc();
         Self(gauge.clone())
     }
@@ -241,14 +215,10 @@ mod tests {
                 outcome: "finished",
             },
         );
-        metrics.load("refused");
-        let counted = metrics.in_flight();
-        let resident = Resident {
-            served: Vec::new(),
-            n_generations: 2,
-            weight_bytes: 1 << 30,
-        };
-        let text = metrics.render(&resident).expect("text");
+        count_outcome(&metrics.adapter_loads, "refused");
+        let counted = Counted::new(&metrics.requests_in_flight);
+        let in_use = (2, 1 << 30);
+        let text = metrics.render(&[], in_use).expect("text");
         for line in [
             "monteclora_requests_total{route=\"/v1/chat/completions\",model=\"triage\",status=\"200\"} 2",
             "monteclora_prompt_tokens_total{model=\"triage\"} 7",
@@ -266,7 +236,7 @@ mod tests {
         }
         assert!(text.ends_with("# EOF\n"));
         drop(counted);
-        let text = metrics.render(&resident).expect("text");
+        let text = metrics.render(&[], in_use).expect("text");
         assert!(text.contains("monteclora_requests_in_flight 0\n"));
     }
 }

@@ -73,6 +73,15 @@ pub(crate) struct Keys {
     admin: KeySet,
 }
 
+impl Keys {
+    fn of(config: &ServeConfig) -> Arc<Self> {
+        Arc::new(Self {
+            api: config.api_keys.clone(),
+            admin: config.admin_keys.clone(),
+        })
+    }
+}
+
 impl AppState {
     fn keys(&self) -> Arc<Keys> {
         self.keys.read().clone()
@@ -106,10 +115,7 @@ impl Server {
         let registry = Registry::load(config).await?;
         let app = AppState {
             registry,
-            keys: RwLock::new(Arc::new(Keys {
-                api: config.api_keys.clone(),
-                admin: config.admin_keys.clone(),
-            })),
+            keys: RwLock::new(Keys::of(config)),
             config: config.clone(),
             address,
             source: OnceLock::new(),

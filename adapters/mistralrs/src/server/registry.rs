@@ -10,7 +10,6 @@ mod tests;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use indexmap::IndexMap;
 use mistralrs_core::MistralRs;
@@ -31,7 +30,6 @@ pub(crate) struct Registry {
     table: RwLock<Table>,
     /// Held while it changes, so that changes are decided one after the other.
     plan: Mutex<Plan>,
-    next_serial: AtomicU64,
     host: Host,
 }
 
@@ -46,16 +44,6 @@ struct Plan {
     settings: EngineSettings,
     state: RunTimeState,
     state_file: Option<StateFile>,
-}
-
-/// What is in memory.
-pub(crate) struct Resident {
-    /// Everything served.
-    pub(crate) served: Vec<Lease>,
-    /// Generations loaded, those that only finish their last requests included.
-    pub(crate) n_generations: usize,
-    /// Their weights, estimated.
-    pub(crate) weight_bytes: u64,
 }
 
 /// An adapter to be loaded at run time.
@@ -89,52 +77,37 @@ pub struct Applied {
 impl Registry {
     /// Loads what `config` and the state file say, checking all of it before the first model is loaded.
     pub(crate) async fn load(config: &ServeConfig) -> Result<Self> {
-        let state_file = state_file(config);
-        let mut state = match &state_file {
-            Some(file) => file.read()?,
-            None => RunTimeState::default(),
-        };
+        let state_file = StateFile::of(config);
+        let mut recorded = RunTimeState::default();
         if let Some(file) = &state_file {
-            // Found out now rather than when the first adapter is loaded.
-            file.write(&state)?;
+            recorded = file.read()?;
+            // That it cannot be written is found out now rather than when the first adapter is loaded.
+            file.write(&recorded)?;
         }
-        let recorded = state.clone();
-        forget_overtaken(&mut state, &config.models);
-        let plan = Plan {
-            models: config.models.clone(),
-            settings: EngineSettings::of(config),
-            state,
-            state_file,
-        };
+        let plan = Plan::of(config, recorded.clone(), state_file);
         let checked = plan.check().await?;
         if checked.len() > 1 {
             allow_another_model()?;
         }
-        let mut checked = checked.into_iter();
-        let total = checked
-            .as_slice()
-            .iter()
-            .map(|model| model.weight_bytes)
-            .sum();
+        let total = checked.iter().map(|model| model.weight_bytes).sum();
         let memory = Memory::new(config.max_memory, config.reclaim);
         memory.check("all models and adapters", total)?;
+        let mut checked = checked.into_iter();
         let first = checked
             .next()
             .ok_or_else(|| Error::setting("models", "at least one model is needed"))?;
-        let (host, lease) = Host::start(first, 0, memory).await?;
+        let (host, lease) = Host::start(first, memory).await?;
         let registry = Self {
             table: RwLock::new(Table {
                 names: IndexMap::new(),
                 default_model: config.default_model.clone(),
             }),
             plan: Mutex::new(plan),
-            next_serial: AtomicU64::new(1),
             host,
         };
         registry.publish(lease);
         for checked in checked {
-            let lease = registry.start(checked).await?;
-            registry.publish(lease);
+            registry.publish(registry.host.add(checked).await?);
         }
         // Not before all is served: a configuration that cannot be served overtakes nothing.
         registry.plan.lock().await.record(&recorded)?;
@@ -142,7 +115,7 @@ impl Registry {
     }
 
     pub(crate) fn host(&self) -> &Arc<MistralRs> {
-        self.host.mistralrs()
+        &self.host.inner
     }
 
     /// The generation that answers for `name` now; without a name, or for `default`, the default model's.
@@ -160,14 +133,9 @@ impl Registry {
         self.table.read().names.values().cloned().collect()
     }
 
-    /// What is in memory.
-    pub(crate) fn resident(&self) -> Resident {
-        let (n_generations, weight_bytes) = self.host.in_use();
-        Resident {
-            served: self.list(),
-            n_generations,
-            weight_bytes,
-        }
+    /// Generations in memory, those that only finish their last requests included, and the estimated bytes of their weights.
+    pub(crate) fn in_use(&self) -> (usize, u64) {
+        self.host.memory.in_use()
     }
 
     /// Serves what `config` says: loads what is new or has changed, removes what is gone, and leaves the rest alone.
@@ -176,15 +144,8 @@ impl Registry {
     /// Everything new is loaded before anything old is let go; on failure all stays as it was.
     pub(crate) async fn apply(&self, config: &ServeConfig) -> Result<Applied> {
         let mut plan = self.plan.lock().await;
-        let mut state = plan.state.clone();
-        forget_overtaken(&mut state, &config.models);
-        let next = Plan {
-            models: config.models.clone(),
-            settings: EngineSettings::of(config),
-            state,
-            // Where the state is kept does not change while the server runs.
-            state_file: plan.state_file.clone(),
-        };
+        // Where the state is kept does not change while the server runs.
+        let next = Plan::of(config, plan.state.clone(), plan.state_file.clone());
         let mut applied = Applied::default();
         let mut names = IndexMap::new();
         let mut new_bases = HashSet::new();
@@ -192,10 +153,8 @@ impl Registry {
         for checked in next.check().await? {
             let name = checked.wanted.name().to_owned();
             let current = self.table.read().names.get(&name).cloned();
-            let parent_stays = match &checked.wanted.parent {
-                Some(parent) => !new_bases.contains(parent),
-                None => true,
-            };
+            let parent = checked.wanted.parent.as_ref();
+            let parent_stays = parent.is_none_or(|parent| !new_bases.contains(parent));
             let lease = match current {
                 Some(lease) if parent_stays && checked.is(&lease) => {
                     kept.push((lease.clone(), checked));
@@ -209,7 +168,7 @@ impl Registry {
                     };
                     list.push(name.clone());
                     new_bases.insert(name.clone());
-                    self.start(checked).await?
+                    self.host.add(checked).await?
                 }
             };
             names.insert(name, lease);
@@ -234,11 +193,8 @@ impl Registry {
     /// Requests in flight finish on the generation they began with. On failure the old generation goes on serving.
     pub(crate) async fn load_adapter(&self, load: AdapterLoad<'_>) -> Result<Lease> {
         let mut plan = self.plan.lock().await;
-        let (current, default_model) = {
-            let table = self.table.read();
-            let current = table.names.get(load.name).cloned();
-            (current, table.default_model.clone())
-        };
+        let current = self.table.read().names.get(load.name).cloned();
+        let default_model = self.table.read().default_model.clone();
         check_expected(load.name, current.as_ref(), load.expected)?;
         let in_place = load.in_place || load.expected.is_some();
         if current.as_ref().is_some_and(|lease| lease.parent.is_none()) {
@@ -291,7 +247,7 @@ impl Registry {
                 Ok(lease)
             }
             None => {
-                let lease = self.start(checked).await?;
+                let lease = self.host.add(checked).await?;
                 plan.change(load.name, Some(change))?;
                 Ok(self.publish(lease))
             }
@@ -325,11 +281,6 @@ impl Registry {
         Ok(lease)
     }
 
-    async fn start(&self, checked: Checked) -> Result<Lease> {
-        let serial = self.next_serial.fetch_add(1, Ordering::Relaxed);
-        self.host.add(checked, serial).await
-    }
-
     fn publish(&self, lease: Lease) -> Lease {
         self.table
             .write()
@@ -341,6 +292,22 @@ impl Registry {
 }
 
 impl Plan {
+    /// What `config` asks for, with the changes in `state` that it has not overtaken.
+    fn of(config: &ServeConfig, mut state: RunTimeState, state_file: Option<StateFile>) -> Self {
+        for name in state.prune(&config.models) {
+            tracing::warn!(
+                name,
+                "a change made at run time gives way to the changed configuration"
+            );
+        }
+        Self {
+            models: config.models.clone(),
+            settings: EngineSettings::of(config),
+            state,
+            state_file,
+        }
+    }
+
     /// Everything that ought to be served, checked: bases before their adapters. Every problem is in the error.
     async fn check(&self) -> Result<Vec<Checked>> {
         let mut errors = Vec::new();
@@ -357,7 +324,7 @@ impl Plan {
                 }
                 Err(error) => errors.push(match (from_state, &self.state_file) {
                     (Some(_), Some(file)) => Error::config(
-                        file.path(),
+                        &file.path,
                         format!(
                             "the adapter `{name}`, loaded at run time, cannot be served again: {error}; restore it, or remove its entry"
                         ),
@@ -398,7 +365,7 @@ impl Plan {
                 }
                 let recorded = change.and_then(|change| {
                     let file = self.state_file.as_ref()?;
-                    Some(file.absolute(change.path.as_ref()?))
+                    Some(file.root.join(change.path.as_ref()?))
                 });
                 if let Some(source) = recorded.as_deref().or(source) {
                     let adapter = Wanted::new(model, Some((alias, source)), self.settings);
@@ -429,20 +396,6 @@ impl Plan {
             Some(file) if self.state != *former => file.write(&self.state),
             _ => Ok(()),
         }
-    }
-}
-
-fn state_file(config: &ServeConfig) -> Option<StateFile> {
-    let (path, root) = (config.state_file.clone()?, config.adapter_root.clone()?);
-    Some(StateFile::new(path, root))
-}
-
-fn forget_overtaken(state: &mut RunTimeState, models: &[ModelConfig]) {
-    for name in state.prune(models) {
-        tracing::warn!(
-            name,
-            "a change made at run time gives way to the changed configuration"
-        );
     }
 }
 

@@ -1,9 +1,8 @@
 //! Re-reading the configuration while the server runs: models and adapters, keys, and the certificate.
 
-use std::sync::Arc;
-
 use serde::Serialize;
 
+use super::metrics::count_outcome;
 use super::registry::Applied;
 use super::tls::TlsAcceptor;
 use super::{AppState, Keys};
@@ -32,12 +31,12 @@ impl AppState {
         let outcome = self.try_reload().await;
         match &outcome {
             Ok(reloaded) => {
-                self.metrics.reload("success");
+                count_outcome(&self.metrics.reloads, "success");
                 let needs_restart = &reloaded.needs_restart;
                 tracing::info!(?needs_restart, "configuration read again");
             }
             Err(error) => {
-                self.metrics.reload("failure");
+                count_outcome(&self.metrics.reloads, "failure");
                 tracing::error!(%error, "the new configuration is not used");
             }
         }
@@ -71,11 +70,7 @@ impl AppState {
             tls.replace(certificate);
         }
         let needs_restart = self.restart_reasons(&config);
-        let keys = Keys {
-            api: config.api_keys,
-            admin: config.admin_keys,
-        };
-        *self.keys.write() = Arc::new(keys);
+        *self.keys.write() = Keys::of(&config);
         Ok(Reloaded {
             applied,
             needs_restart,

@@ -20,6 +20,7 @@ use super::api_error::ApiError;
 use super::context::RequestContext;
 use super::fields::{checked, flag, object, refuse_unknown, take, take_theirs};
 use super::job::{Job, RunningJob};
+use super::metrics::Counted;
 use super::registry::Lease;
 use super::sampling::Sampling;
 use super::seeded::SeededDraw;
@@ -210,7 +211,9 @@ impl Asked {
                 seeded: self.seeded.as_ref().map(|draw| draw.for_choice(idx)),
                 stop: StopWatch::new(&self.stop, &self.lease.tokenizer),
                 // The request waits for its first token, whichever choice has it.
-                waiting: Mutex::new((idx == 0).then(|| app.metrics.waiting())),
+                waiting: Mutex::new(
+                    (idx == 0).then(|| Counted::new(&app.metrics.requests_waiting)),
+                ),
                 ..Steps::default()
             })
         });

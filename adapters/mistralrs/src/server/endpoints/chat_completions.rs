@@ -2,6 +2,7 @@
 
 use axum::extract::State;
 use axum::response::Response as HttpResponse;
+use either::Either;
 use mistralrs_core::{
     Constraint, NormalRequest, Request, RequestMessage, Response, TokenizationRequest,
     ToolCallResponse,
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::channel;
 
+use crate::engine::plain_tokenization;
 use crate::quirks_0_8::dropped_efforts::Effort;
 use crate::quirks_0_8::forced_tools::ToolUse;
 use crate::server::App;
@@ -24,7 +26,6 @@ use crate::server::request::Asked;
 
 /// Keys that only this endpoint has.
 #[derive(Deserialize)]
-#[serde(default)]
 struct ChatKeys {
     messages: Option<Value>,
     tools: Option<Value>,
@@ -32,26 +33,14 @@ struct ChatKeys {
     response_format: Option<Value>,
     enable_thinking: Option<Value>,
     reasoning_effort: Option<Effort>,
-    #[serde(deserialize_with = "flag")]
+    #[serde(default = "yes", deserialize_with = "flag")]
     parallel_tool_calls: bool,
     modalities: Option<Value>,
     verbosity: Option<Value>,
 }
 
-impl Default for ChatKeys {
-    fn default() -> Self {
-        Self {
-            messages: None,
-            tools: None,
-            tool_choice: None,
-            response_format: None,
-            enable_thinking: None,
-            reasoning_effort: None,
-            parallel_tool_calls: true,
-            modalities: None,
-            verbosity: None,
-        }
-    }
+fn yes() -> bool {
+    true
 }
 
 /// Answers a conversation, streamed or not.
@@ -178,13 +167,10 @@ async fn count_prompt(
         return Err(ApiError::invalid("messages", "only text is supported"));
     };
     let tokens = |response| TokenizationRequest {
-        text: either::Either::Left(messages.clone()),
         tools: request.tools.clone(),
-        add_generation_prompt: true,
-        add_special_tokens: true,
         enable_thinking: *enable_thinking,
         reasoning_effort: *reasoning_effort,
-        response,
+        ..plain_tokenization(Either::Left(messages.clone()), response)
     };
     let tokens = asked.tokens(app, admission, "messages", tokens).await?;
     Ok(tokens.len())

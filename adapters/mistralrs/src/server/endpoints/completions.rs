@@ -96,11 +96,7 @@ impl Form for CompletionForm {
                 let choices = done.choices.into_iter().map(|choice| {
                     let tokens = choice.logprobs.and_then(|logprobs| logprobs.content);
                     let tokens = tokens.iter().flatten().filter_map(token_text);
-                    Piece {
-                        text: Some(restore(&choice.text, tokens)),
-                        finish_reason: Some(choice.finish_reason),
-                        ..Piece::default()
-                    }
+                    Piece::of(restore(&choice.text, tokens), Some(choice.finish_reason))
                 });
                 Some(choices.collect())
             }
@@ -111,11 +107,7 @@ impl Form for CompletionForm {
                         Some(token) => restore(&choice.text, token_text(token)),
                         None => choice.text,
                     };
-                    Piece {
-                        text: Some(text),
-                        finish_reason: choice.finish_reason,
-                        ..Piece::default()
-                    }
+                    Piece::of(text, choice.finish_reason)
                 });
                 Some(choices.collect())
             }

@@ -5,12 +5,14 @@ use std::path::{Component, Path, PathBuf};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde_json::{Value, json};
 
 use super::{detached, parse};
 use crate::server::App;
 use crate::server::api_error::ApiError;
 use crate::server::guard::Payload;
+use crate::server::metrics::count_outcome;
 use crate::server::registry::{AdapterLoad, Lease};
 
 #[derive(Deserialize)]
@@ -27,37 +29,29 @@ struct LoadRequest {
     model: Option<String>,
 }
 
-#[derive(Serialize)]
-pub(super) struct Loaded {
-    status: &'static str,
-    lora_name: String,
-    generation: String,
-    parent: Option<String>,
-    weight_bytes: u64,
-}
-
 pub(super) async fn handle(
     State(app): State<App>,
     Payload(body): Payload,
-) -> Result<Json<Loaded>, ApiError> {
+) -> Result<Json<Value>, ApiError> {
     let request: LoadRequest = parse(&body)?;
     let outcome = detached(async move {
         let outcome = load_confined(&app, &request).await;
-        app.metrics.load(match &outcome {
+        let how = match &outcome {
             Ok(_) => "success",
             Err(error) if error.is_server_error() => "failure",
             Err(_) => "refused",
-        });
+        };
+        count_outcome(&app.metrics.adapter_loads, how);
         outcome
     });
     let lease = outcome.await?;
-    Ok(Json(Loaded {
-        status: "success",
-        lora_name: lease.name.clone(),
-        generation: lease.hash.clone(),
-        parent: lease.parent.clone(),
-        weight_bytes: lease.weight_bytes(),
-    }))
+    Ok(Json(json!({
+        "status": "success",
+        "lora_name": lease.name,
+        "generation": lease.hash,
+        "parent": lease.parent,
+        "weight_bytes": lease.weight_bytes(),
+    })))
 }
 
 async fn load_confined(app: &App, request: &LoadRequest) -> Result<Lease, ApiError> {

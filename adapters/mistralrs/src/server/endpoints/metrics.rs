@@ -11,7 +11,7 @@ use crate::server::metrics::CONTENT_TYPE;
 pub(super) async fn handle(State(app): State<App>) -> Result<Response, ApiError> {
     let text = app
         .metrics
-        .render(&app.registry.resident())
+        .render(&app.registry.list(), app.registry.in_use())
         .map_err(|error| ApiError::internal(error.to_string()))?;
     Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response())
 }

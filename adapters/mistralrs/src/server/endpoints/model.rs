@@ -2,16 +2,17 @@
 
 use axum::Json;
 use axum::extract::{Path, State};
+use serde_json::Value;
 
-use super::models::Model;
+use super::models::model;
 use crate::server::App;
 use crate::server::api_error::ApiError;
 
 pub(super) async fn handle(
     State(app): State<App>,
     Path(name): Path<String>,
-) -> Result<Json<Model>, ApiError> {
+) -> Result<Json<Value>, ApiError> {
     let lease = app.registry.lease(Some(&name));
     let lease = lease.ok_or_else(|| ApiError::unknown_model(&name))?;
-    Ok(Json(Model::of(&lease)))
+    Ok(Json(model(&lease)))
 }

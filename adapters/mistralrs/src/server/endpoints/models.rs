@@ -2,57 +2,30 @@
 
 use axum::Json;
 use axum::extract::State;
-use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::server::App;
 use crate::server::registry::Generation;
 
 /// A list of `data`.
-#[derive(Serialize)]
-pub(super) struct List<T> {
-    object: &'static str,
-    data: Vec<T>,
-}
-
-impl<T> FromIterator<T> for List<T> {
-    fn from_iter<I: IntoIterator<Item = T>>(items: I) -> Self {
-        Self {
-            object: "list",
-            data: items.into_iter().collect(),
-        }
-    }
+pub(super) fn list(data: impl Iterator<Item = Value>) -> Json<Value> {
+    Json(json!({"object": "list", "data": Value::from_iter(data)}))
 }
 
 /// One name.
-#[derive(Serialize)]
-pub(super) struct Model {
-    id: String,
-    object: &'static str,
-    created: u64,
-    owned_by: &'static str,
-    root: String,
-    parent: Option<String>,
-    generation: String,
-    max_model_len: usize,
+pub(super) fn model(generation: &Generation) -> Value {
+    json!({
+        "id": generation.name,
+        "object": "model",
+        "created": generation.created,
+        "owned_by": "monteclora",
+        "root": generation.parent.as_ref().unwrap_or(&generation.name),
+        "parent": generation.parent,
+        "generation": generation.hash,
+        "max_model_len": generation.max_sequence_length,
+    })
 }
 
-impl Model {
-    pub(super) fn of(generation: &Generation) -> Self {
-        let (name, parent) = (generation.name.clone(), generation.parent.clone());
-        Self {
-            root: parent.clone().unwrap_or_else(|| name.clone()),
-            id: name,
-            object: "model",
-            created: generation.created,
-            owned_by: "monteclora",
-            parent,
-            generation: generation.hash.clone(),
-            max_model_len: generation.max_sequence_length,
-        }
-    }
-}
-
-pub(super) async fn handle(State(app): State<App>) -> Json<List<Model>> {
-    let served = app.registry.list();
-    Json(served.iter().map(|lease| Model::of(lease)).collect())
+pub(super) async fn handle(State(app): State<App>) -> Json<Value> {
+    list(app.registry.list().iter().map(|lease| model(lease)))
 }

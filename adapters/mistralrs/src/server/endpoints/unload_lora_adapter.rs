@@ -2,7 +2,8 @@
 
 use axum::Json;
 use axum::extract::State;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde_json::{Value, json};
 
 use super::parse;
 use crate::server::App;
@@ -16,23 +17,12 @@ struct UnloadRequest {
     expected_generation: Option<String>,
 }
 
-#[derive(Serialize)]
-pub(super) struct Unloaded {
-    status: &'static str,
-    lora_name: String,
-}
-
 pub(super) async fn handle(
     State(app): State<App>,
     Payload(body): Payload,
-) -> Result<Json<Unloaded>, ApiError> {
+) -> Result<Json<Value>, ApiError> {
     let request: UnloadRequest = parse(&body)?;
-    let expected = request.expected_generation.as_deref();
-    app.registry
-        .unload_adapter(&request.lora_name, expected)
-        .await?;
-    Ok(Json(Unloaded {
-        status: "success",
-        lora_name: request.lora_name,
-    }))
+    let (name, expected) = (request.lora_name, request.expected_generation.as_deref());
+    app.registry.unload_adapter(&name, expected).await?;
+    Ok(Json(json!({"status": "success", "lora_name": name})))
 }

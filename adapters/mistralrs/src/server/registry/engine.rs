@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::DeviceLocation;
 use mistralrs_core::{
-    AddModelConfig, IsqType, MistralRs, MistralRsBuilder, ModelDType, SchedulerConfig,
+    AddModelConfig, DefaultSchedulerMethod, IsqType, MistralRs, MistralRsBuilder, ModelDType,
+    SchedulerConfig,
 };
 use monteclora_converters::Problem;
 use parking_lot::Mutex;
@@ -17,7 +19,6 @@ use super::memory::{Memory, Reservation};
 use super::reaper::{Reaper, Retired};
 use crate::chat_files::text_frame;
 use crate::config::{ModelConfig, ServeConfig};
-use crate::engine::scheduler;
 use crate::error::{Error, Result, code};
 use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
 use crate::quirks_0_8::special_tokens::TextFrame;
@@ -73,8 +74,10 @@ impl Wanted {
             Some((alias, source)) => (alias, Some(source)),
             None => (model.name.as_str(), None),
         };
+        let mut loader = model.loader(name, source)?;
+        loader.force = settings.force;
         Ok(Self {
-            loader: model.loader(name, source)?.forced(settings.force),
+            loader,
             parent: source.map(|_| model.name.clone()),
             spec: Spec {
                 base: model.base.clone(),
@@ -158,7 +161,8 @@ pub(crate) struct Generation {
     turns: Option<Arc<Semaphore>>,
     pub(super) pipeline: WeakPipeline,
     memory: Option<Reservation>,
-    reaper: Reaper,
+    /// None as long as it has no engine.
+    reaper: Option<Reaper>,
 }
 
 /// A generation that is in use: it stays loaded as long as this is held.
@@ -195,121 +199,23 @@ impl Drop for Generation {
         if let Some(memory) = &mut self.memory {
             memory.leave();
         }
-        self.reaper.remove(Retired {
-            engine_id: std::mem::take(&mut self.engine_id),
-            pipeline: self.pipeline.clone(),
-            _memory: self.memory.take(),
-        });
+        if let Some(reaper) = &self.reaper {
+            reaper.remove(Retired {
+                engine_id: std::mem::take(&mut self.engine_id),
+                pipeline: self.pipeline.clone(),
+                _memory: self.memory.take(),
+            });
+        }
     }
 }
 
-/// mistral.rs's host, and the thread that removes engines from it.
-pub(crate) struct Host {
-    inner: Arc<MistralRs>,
-    memory: Arc<Memory>,
-    reaper: Reaper,
-}
-
-impl Host {
-    /// Starts a host with its first model, which it cannot be without.
-    pub(crate) async fn start(
-        first: Checked,
+impl Generation {
+    /// Loads what was checked, and returns it without an engine; the weights are to become one's.
+    async fn load(
+        checked: Checked,
         serial: u64,
-        memory: Arc<Memory>,
-    ) -> Result<(Self, Lease)> {
-        let loaded = Loaded::new(first, serial, &memory).await?;
-        let schedule = loaded.schedule().await;
-        let inner = MistralRsBuilder::new(loaded.pipeline.clone(), schedule, false, None)
-            .with_model_id(loaded.engine_id.clone())
-            .with_no_prefix_cache(true)
-            .build()
-            .await;
-        let reaper = Reaper::spawn(Arc::downgrade(&inner))?;
-        let host = Self {
-            inner,
-            memory,
-            reaper,
-        };
-        let lease = host.lease(loaded);
-        Ok((host, lease))
-    }
-
-    /// Loads one more model and starts its engine.
-    pub(crate) async fn add(&self, checked: Checked, serial: u64) -> Result<Lease> {
-        allow_another_model()?;
-        let loaded = Loaded::new(checked, serial, &self.memory).await?;
-        let schedule = loaded.schedule().await;
-        self.inner
-            .add_model(
-                loaded.engine_id.clone(),
-                loaded.pipeline.clone(),
-                schedule,
-                AddModelConfig::new(prefix_cache::engine_without()),
-            )
-            .await
-            .map_err(Error::Engine)?;
-        Ok(self.lease(loaded))
-    }
-
-    pub(crate) fn mistralrs(&self) -> &Arc<MistralRs> {
-        &self.inner
-    }
-
-    /// Generations in memory, and the bytes of their weights.
-    pub(crate) fn in_use(&self) -> (usize, u64) {
-        self.memory.in_use()
-    }
-
-    fn lease(&self, loaded: Loaded) -> Lease {
-        let Loaded {
-            checked,
-            pipeline,
-            engine_id,
-            end_tokens,
-            sampling,
-            tokenizer,
-            memory,
-        } = loaded;
-        let source = checked.wanted.source();
-        Arc::new(Generation {
-            name: checked.wanted.name().to_owned(),
-            parent: checked.wanted.parent,
-            hash: checked.hash,
-            created: now(),
-            max_sequence_length: checked.max_sequence_length,
-            frame: checked.frame,
-            end_tokens,
-            sampling,
-            tokenizer,
-            turns: batches_on_a_cpu::turns(checked.wanted.spec.device),
-            source: Mutex::new(source),
-            spec: checked.wanted.spec,
-            engine_id,
-            pipeline: Arc::downgrade(&pipeline),
-            memory: Some(memory),
-            reaper: self.reaper.clone(),
-        })
-    }
-}
-
-/// A model in memory that has no engine yet.
-struct Loaded {
-    checked: Checked,
-    pipeline: SharedPipeline,
-    end_tokens: Vec<u32>,
-    sampling: Sampling,
-    tokenizer: Arc<Tokenizer>,
-    engine_id: String,
-    memory: Reservation,
-}
-
-impl Loaded {
-    async fn schedule(&self) -> SchedulerConfig {
-        let Wanted { loader, spec, .. } = &self.checked.wanted;
-        scheduler(&self.pipeline, loader, spec.settings.max_seqs).await
-    }
-
-    async fn new(checked: Checked, serial: u64, memory: &Arc<Memory>) -> Result<Self> {
+        memory: &Arc<Memory>,
+    ) -> Result<(SharedPipeline, Self)> {
         let begun = Instant::now();
         let memory = loop {
             match memory.reserve(checked.wanted.name(), checked.weight_bytes) {
@@ -325,13 +231,13 @@ impl Loaded {
             }
         };
         blocking(move || {
-            let (pipeline, hash) = checked.wanted.loader.load_generation()?;
+            let wanted = checked.wanted;
+            let (name, hash) = (wanted.name().to_owned(), checked.hash);
+            let (pipeline, found) = wanted.loader.load_generation()?;
             memory.reclaim();
-            if hash != checked.hash {
+            if found != hash {
                 let message = format!(
-                    "the files of `{}` changed from {} to {hash} while it was loaded; load it again when nothing writes them",
-                    checked.wanted.name(),
-                    checked.hash
+                    "the files of `{name}` changed from {hash} to {found} while it was loaded; load it again when nothing writes them"
                 );
                 return Err(Problem::sentence(code::FILES_CHANGED, message).into());
             }
@@ -345,18 +251,82 @@ impl Loaded {
             };
             let tokenizer = tokenizer
                 .ok_or_else(|| Error::Engine("the model came without a tokenizer".to_owned()))?;
-            Ok(Self {
-                pipeline,
+            let generation = Self {
+                // The serial keeps ids apart when content returns while its former engine still drains.
+                engine_id: format!("{name}@{hash}.{serial}"),
+                source: Mutex::new(wanted.source()),
+                name,
+                parent: wanted.parent,
+                hash,
+                created: now(),
+                max_sequence_length: checked.max_sequence_length,
+                frame: checked.frame,
                 end_tokens,
                 sampling,
                 tokenizer,
-                memory,
-                // The serial keeps ids apart when content returns while its former engine still drains.
-                engine_id: format!("{}@{}.{serial}", checked.wanted.name(), checked.hash),
-                checked,
-            })
+                turns: batches_on_a_cpu::turns(wanted.spec.device),
+                spec: wanted.spec,
+                pipeline: Arc::downgrade(&pipeline),
+                memory: Some(memory),
+                reaper: None,
+            };
+            Ok((pipeline, generation))
         })
         .await
+    }
+
+    fn schedule(&self) -> SchedulerConfig {
+        SchedulerConfig::DefaultScheduler {
+            method: DefaultSchedulerMethod::Fixed(self.spec.settings.max_seqs),
+        }
+    }
+
+    /// In use, to be removed by `reaper` in the end.
+    fn leased(mut self, reaper: &Reaper) -> Lease {
+        self.reaper = Some(reaper.clone());
+        Arc::new(self)
+    }
+}
+
+/// mistral.rs's host, and the thread that removes engines from it.
+pub(crate) struct Host {
+    pub(super) inner: Arc<MistralRs>,
+    pub(super) memory: Arc<Memory>,
+    reaper: Reaper,
+    /// Of the next generation.
+    serial: AtomicU64,
+}
+
+impl Host {
+    /// Starts a host with its first model, which it cannot be without.
+    pub(crate) async fn start(first: Checked, memory: Arc<Memory>) -> Result<(Self, Lease)> {
+        let (pipeline, generation) = Generation::load(first, 0, &memory).await?;
+        let inner = MistralRsBuilder::new(pipeline, generation.schedule(), false, None)
+            .with_model_id(generation.engine_id.clone())
+            .with_no_prefix_cache(true)
+            .build()
+            .await;
+        let reaper = Reaper::spawn(Arc::downgrade(&inner))?;
+        let lease = generation.leased(&reaper);
+        let host = Self {
+            inner,
+            memory,
+            reaper,
+            serial: AtomicU64::new(1),
+        };
+        Ok((host, lease))
+    }
+
+    /// Loads one more model and starts its engine.
+    pub(crate) async fn add(&self, checked: Checked) -> Result<Lease> {
+        allow_another_model()?;
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
+        let (pipeline, generation) = Generation::load(checked, serial, &self.memory).await?;
+        let config = AddModelConfig::new(prefix_cache::engine_without());
+        let (id, schedule) = (generation.engine_id.clone(), generation.schedule());
+        let added = self.inner.add_model(id, pipeline, schedule, config);
+        added.await.map_err(Error::Engine)?;
+        Ok(generation.leased(&self.reaper))
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use monteclora_converters::{Error as FormatError, files};
 use serde::{Deserialize, Serialize};
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result};
 
 /// Changes made at run time to what `serve.toml` says, by public name.
@@ -62,17 +62,17 @@ pub(crate) fn declared<'a>(models: &'a [ModelConfig], name: &str) -> Option<(&'a
 /// Where the state is kept.
 #[derive(Debug, Clone)]
 pub(crate) struct StateFile {
-    path: PathBuf,
-    root: PathBuf,
+    pub(super) path: PathBuf,
+    /// What recorded paths are relative to.
+    pub(super) root: PathBuf,
 }
 
 impl StateFile {
-    pub(crate) fn new(path: PathBuf, root: PathBuf) -> Self {
-        Self { path, root }
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    pub(crate) fn of(config: &ServeConfig) -> Option<Self> {
+        Some(Self {
+            path: config.state_file.clone()?,
+            root: config.adapter_root.clone()?,
+        })
     }
 
     /// The recorded state; an empty one if there is no file.
@@ -117,10 +117,5 @@ impl StateFile {
     /// The path to record for an adapter.
     pub(crate) fn relative(&self, source: &Path) -> PathBuf {
         source.strip_prefix(&self.root).unwrap_or(source).into()
-    }
-
-    /// The adapter directory of a recorded path.
-    pub(crate) fn absolute(&self, path: &Path) -> PathBuf {
-        self.root.join(path)
     }
 }

@@ -171,7 +171,7 @@ fn swaps_leave_nothing_in_memory() {
     let site = Site::new();
     run(async {
         let registry = Registry::load(&site.config("", &[])).await.expect("loaded");
-        let before = registry.resident();
+        let before = registry.in_use();
         let mut replaced = Vec::new();
         for swap in 0..12 {
             let source = site.path(if swap % 2 == 0 { "one" } else { "two" });
@@ -184,13 +184,13 @@ fn swaps_leave_nothing_in_memory() {
         }
         registry.unload_adapter("a", None).await.expect("unloaded");
         let start = Instant::now();
-        while registry.resident().n_generations > before.n_generations {
+        while registry.in_use().0 > before.0 {
             assert!(start.elapsed() < Duration::from_secs(20), "they remain");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         let remaining = replaced.iter().filter(|model| model.strong_count() > 0);
         assert_eq!(remaining.count(), 0);
-        assert_eq!(registry.resident().weight_bytes, before.weight_bytes);
+        assert_eq!(registry.in_use().1, before.1);
         engines(&registry, 1).await;
     });
 }
@@ -301,7 +301,7 @@ fn files_that_change_between_check_and_load_are_not_served() {
         let wanted = Wanted::new(&config.models[0], adapter, EngineSettings::of(&config));
         let checked = blocking(|| wanted.and_then(Wanted::check)).await;
         site.copy(&site.path("two"), "one");
-        let error = registry.start(checked.expect("sound")).await;
+        let error = registry.host.add(checked.expect("sound")).await;
         let error = error.err().expect("refused").to_string();
         assert!(error.contains("changed"), "{error}");
         engines(&registry, 1).await;
