@@ -11,7 +11,6 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Context;
 use mistralrs_core::{
     AddModelConfig, DefaultSchedulerMethod, EngineConfig, MistralRs, MistralRsBuilder,
     NormalRequest, Request, RequestMessage, Response, SamplingParams, SchedulerConfig,
@@ -80,30 +79,23 @@ async fn start(
     let schedule = || SchedulerConfig::DefaultScheduler {
         method: DefaultSchedulerMethod::Fixed(n_requests),
     };
-    let mut host: Option<Arc<MistralRs>> = None;
-    for loader in loaders {
-        let name = loader.name().to_owned();
-        let pipeline = tokio::task::spawn_blocking(move || loader.load()).await??;
-        match &host {
-            None => {
-                let builder = MistralRsBuilder::new(pipeline, schedule(), false, None)
-                    .with_disable_eos_stop(true)
-                    .with_no_prefix_cache(true);
-                host = Some(builder.build().await);
-            }
-            Some(host) => {
-                let engine = EngineConfig {
-                    disable_eos_stop: true,
-                    no_prefix_cache: true,
-                    ..EngineConfig::default()
-                };
-                host.add_model(name, pipeline, schedule(), AddModelConfig::new(engine))
-                    .await
-                    .map_err(anyhow::Error::msg)?;
-            }
-        }
-    }
-    host.context("there is no model")
+    let load = |loader: MonteCloraLoader| tokio::task::spawn_blocking(move || loader.load());
+    let [base, adapted] = loaders;
+    let name = adapted.name().to_owned();
+    let host = MistralRsBuilder::new(load(base).await??, schedule(), false, None)
+        .with_disable_eos_stop(true)
+        .with_no_prefix_cache(true)
+        .build()
+        .await;
+    let engine = AddModelConfig::new(EngineConfig {
+        disable_eos_stop: true,
+        no_prefix_cache: true,
+        ..EngineConfig::default()
+    });
+    host.add_model(name, load(adapted).await??, schedule(), engine)
+        .await
+        .map_err(anyhow::Error::msg)?;
+    Ok(host)
 }
 
 /// Sends all requests of a round at once, and returns the number of tokens generated when the last is answered.

@@ -101,7 +101,7 @@ impl Engine {
             .map_err(|error| Error::Engine(format!("cannot start a runtime: {error}")))?;
         let weak = Arc::downgrade(&pipeline);
         let host = runtime.block_on(async {
-            let scheduler = scheduler(&pipeline, loader, NonZeroUsize::MIN).await;
+            let scheduler = scheduler(&pipeline, loader).await;
             MistralRsBuilder::new(pipeline, scheduler, false, None)
                 .with_no_prefix_cache(!prefix_cache)
                 .build()
@@ -244,20 +244,16 @@ pub fn prompt_logits(loader: &MonteCloraLoader, sequences: &[Vec<u32>]) -> Resul
     logits
 }
 
-/// The scheduler for a loaded model: paged if it was loaded so, else at most `max_sequences` at a time.
-pub(crate) async fn scheduler(
-    pipeline: &SharedPipeline,
-    loader: &MonteCloraLoader,
-    max_sequences: NonZeroUsize,
-) -> SchedulerConfig {
+/// The scheduler of one sequence at a time for a loaded model: paged if it was loaded so.
+async fn scheduler(pipeline: &SharedPipeline, loader: &MonteCloraLoader) -> SchedulerConfig {
     let cache = pipeline.lock().await.get_metadata().cache_config.clone();
     match cache {
         Some(config) if loader.paged_attention.is_some() => SchedulerConfig::PagedAttentionMeta {
-            max_num_seqs: max_sequences.get(),
+            max_num_seqs: 1,
             config,
         },
         _ => SchedulerConfig::DefaultScheduler {
-            method: DefaultSchedulerMethod::Fixed(max_sequences),
+            method: DefaultSchedulerMethod::Fixed(NonZeroUsize::MIN),
         },
     }
 }

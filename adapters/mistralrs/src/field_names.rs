@@ -11,6 +11,21 @@ pub(crate) fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
     names
 }
 
+/// A word about the one of `names` that is most like `key`, if it is more than `least` like it: 0 is nothing alike, 1 the same.
+pub(crate) fn suggestion<'a>(
+    key: &str,
+    names: impl IntoIterator<Item = &'a &'a str>,
+    least: f64,
+) -> String {
+    names
+        .into_iter()
+        .map(|name| (strsim::jaro_winkler(key, name), name))
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .filter(|(likeness, _)| *likeness > least)
+        .map(|(_, name)| format!("; did you mean `{name}`?"))
+        .unwrap_or_default()
+}
+
 /// Notes what a structure says its fields are.
 struct Names<'a>(&'a mut &'static [&'static str]);
 

@@ -6,6 +6,7 @@ use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
 
 use super::{ServeFile, keys};
+use crate::field_names::suggestion;
 
 /// What the names of overriding environment variables begin with.
 const PREFIX: &str = "MONTECLORA_";
@@ -126,7 +127,8 @@ impl Problems {
                     if known.contains(&key.as_str()) {
                         self.unknown_keys(value, &kind, &at);
                     } else {
-                        self.push(&at, &format!("unknown key{}", nearest(key, known)));
+                        let hint = suggestion(key, known, f64::NEG_INFINITY);
+                        self.push(&at, &format!("unknown key{hint}"));
                     }
                 }
             }
@@ -207,15 +209,6 @@ fn insert(table: &mut Table, path: &[String], value: Value) -> Result<(), String
     }
     place.insert(last.clone(), value);
     Ok(())
-}
-
-/// The known key that is most like `key`.
-fn nearest(key: &str, known: &[&str]) -> String {
-    known
-        .iter()
-        .max_by(|a, b| strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b)))
-        .map(|name| format!("; did you mean `{name}`?"))
-        .unwrap_or_default()
 }
 
 fn join(prefix: &str, key: &str) -> String {

@@ -80,10 +80,8 @@ impl MonteCloraLoaderBuilder {
     pub fn build(self) -> Result<MonteCloraLoader> {
         check_public_name(&self.0.name)?;
         if self.0.device.is_cpu() && self.0.dtype == ModelDType::BF16 {
-            return Err(Error::setting(
-                "dtype",
-                "bf16 has no matrix product on a CPU here; use f32 or f16",
-            ));
+            let message = "bf16 has no matrix product on a CPU here; use f32 or f16";
+            return Err(Error::setting("dtype", message));
         }
         Ok(self.0)
     }
@@ -103,12 +101,10 @@ pub(crate) fn check_public_name(name: &str) -> Result<()> {
         || is_path
         || !name.chars().all(allowed)
     {
-        return Err(Error::setting(
-            "name",
-            format!(
-                "`{name}` cannot be a public model name; use up to {MAX_NAME} letters, digits, `-`, `_`, `.`, `:` and slashes, not a path, not `default`, no `-` first"
-            ),
-        ));
+        let message = format!(
+            "`{name}` cannot be a public model name; use up to {MAX_NAME} letters, digits, `-`, `_`, `.`, `:` and slashes, not a path, not `default`, no `-` first"
+        );
+        return Err(Error::setting("name", message));
     }
     Ok(())
 }

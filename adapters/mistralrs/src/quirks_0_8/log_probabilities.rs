@@ -8,10 +8,8 @@ use crate::server::api_error::ApiError;
 pub(crate) fn refuse(logprobs: Option<&Value>, top: Option<&Value>) -> Result<(), ApiError> {
     let wanted = |value: Option<&Value>, none: Value| value.is_some_and(|value| *value != none);
     if wanted(logprobs, json!(false)) || wanted(top, json!(0)) {
-        return Err(ApiError::invalid(
-            "logprobs",
-            "log-probabilities are not supported",
-        ));
+        let message = "log-probabilities are not supported";
+        return Err(ApiError::invalid("logprobs", message));
     }
     Ok(())
 }

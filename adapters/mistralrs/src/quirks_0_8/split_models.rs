@@ -27,13 +27,11 @@ pub(crate) fn samples_in_step() -> bool {
 /// Refuses a second model: workers load the first one and serve it for ever, so that loading another waits for them in vain.
 pub(crate) fn allow_another_model() -> Result<()> {
     if samples_in_step() {
-        return Err(Error::setting(
-            "models",
-            format!(
-                "{MISTRALRS} runs one model in each set of processes under NCCL or a ring; merge the adapter with \
-                 `monteclora merge` and serve the result alone, or set MISTRALRS_NO_NCCL=1"
-            ),
-        ));
+        let message = format!(
+            "{MISTRALRS} runs one model in each set of processes under NCCL or a ring; merge the adapter with \
+             `monteclora merge` and serve the result alone, or set MISTRALRS_NO_NCCL=1"
+        );
+        return Err(Error::setting("models", message));
     }
     Ok(())
 }
@@ -52,10 +50,8 @@ pub(crate) fn refuse_hooks(
     if !in_step {
         return Ok(());
     }
-    Err(ApiError::invalid(
-        key,
-        format!("`{key}` is not supported where a model is split over several processes"),
-    ))
+    let message = format!("`{key}` is not supported where a model is split over several processes");
+    Err(ApiError::invalid(key, message))
 }
 
 #[cfg(test)]

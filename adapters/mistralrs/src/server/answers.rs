@@ -160,15 +160,14 @@ pub(crate) fn now() -> u64 {
 }
 
 /// How far one choice of a stream is.
+#[derive(Default)]
 struct ChoiceState {
     stop: StopFilter,
-    /// Whether a chunk of it was shown.
     shown: bool,
     begun: bool,
     ended: bool,
 }
 
-/// One streamed answer.
 struct Stream<F> {
     head: Head,
     job: RunningJob,
@@ -183,9 +182,7 @@ impl<F: Form> Stream<F> {
     fn new(head: Head, job: RunningJob, form: F, stop: &[String], include_usage: bool) -> Self {
         let choices = (0..job.n_choices()).map(|_| ChoiceState {
             stop: StopFilter::new(stop.to_vec()),
-            shown: false,
-            begun: false,
-            ended: false,
+            ..ChoiceState::default()
         });
         let mut stream = Self {
             choices: choices.collect(),

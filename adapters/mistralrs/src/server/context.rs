@@ -29,7 +29,6 @@ impl RequestContext {
         }
     }
 
-    /// Runs `work` with this context.
     pub(crate) async fn scope<T>(self: Arc<Self>, work: impl Future<Output = T>) -> T {
         CURRENT.scope(self, work).await
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use super::api_error::ApiError;
-use crate::field_names::field_names;
+use crate::field_names::{field_names, suggestion};
 
 /// Keys that change nothing about an answer: what a client keeps for itself, where a provider runs it, or how fast it comes.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -41,18 +41,10 @@ pub(crate) fn refuse_unknown(
     let Some(key) = fields.keys().find(|key| !known().any(|name| name == key)) else {
         return Ok(());
     };
-    let nearest = known()
-        .map(|name| (strsim::jaro_winkler(key, name), name))
-        .max_by(|(a, _), (b, _)| a.total_cmp(b))
-        .filter(|(likeness, _)| *likeness > 0.85);
-    let hint = nearest
-        .map(|(_, name)| format!("; did you mean `{name}`?"))
-        .unwrap_or_default();
+    let hint = suggestion(key, known(), 0.85);
     let shown: String = key.chars().take(64).collect();
-    Err(ApiError::invalid(
-        &shown,
-        format!("`{shown}` is not supported{hint}"),
-    ))
+    let message = format!("`{shown}` is not supported{hint}");
+    Err(ApiError::invalid(&shown, message))
 }
 
 /// Takes the keys of `T` out of `fields` and reads them. The error names the first that is wrong.
@@ -104,7 +96,6 @@ pub(crate) fn checked<'de, D: Deserializer<'de>, T>(
     read(&value).ok_or_else(|| D::Error::custom(must))
 }
 
-/// True or false.
 pub(crate) fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     checked(deserializer, "must be true or false", Value::as_bool)
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, FailedToBufferBody};
 use axum::extract::{FromRequest, MatchedPath, Request, State};
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -104,16 +105,9 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
 
 /// Refuses web pages that are not allowed here: a browser would send their requests to loopback as if they were its user's.
 fn refuse_strangers(app: &App, request: &Request) -> Result<(), ApiError> {
-    let host = request
-        .headers()
-        .get(header::HOST)
-        .and_then(|host| host.to_str().ok())
-        .or_else(|| {
-            request
-                .uri()
-                .authority()
-                .map(|authority| authority.as_str())
-        });
+    let named = request.headers().get(header::HOST);
+    let authority = || request.uri().authority().map(Authority::as_str);
+    let host = named.and_then(|host| host.to_str().ok()).or_else(authority);
     // A name that an attacker's DNS points to loopback makes a page there same-origin. Keys stop that; else the name must.
     let known_host = host.is_none_or(|host| is_own_host(host, &app.config.host));
     if app.keys().api.is_empty() && !known_host {

@@ -38,11 +38,9 @@ pub(crate) struct Job {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum JobEnd {
     Finished,
-    /// The client left.
     Canceled,
     /// The server stops, and the time to drain is over.
     Stopped,
-    /// It took longer than a whole answer may.
     TimedOut,
     /// The engine is no more, or said that it failed.
     Failed,
@@ -90,7 +88,7 @@ impl Job {
         let engine_input = app
             .registry
             .host()
-            .get_sender(Some(self.lease.engine_id()))
+            .get_sender(Some(&self.lease.engine_id))
             .map_err(|error| ApiError::internal(error.to_string()))?;
         let choices: Vec<Choice> = (0..self.steps.len())
             .map(|idx| self.choice(app, request, idx))
@@ -118,7 +116,7 @@ impl Job {
         let mut request = request.clone();
         request.id = app.registry.host().next_request_id();
         request.response = sender;
-        request.model_id = Some(self.lease.engine_id().to_owned());
+        request.model_id = Some(self.lease.engine_id.clone());
         request.logits_processors = Some(vec![self.steps[idx].clone()]);
         Choice {
             idx,
@@ -127,7 +125,6 @@ impl Job {
         }
     }
 
-    /// Tokens sampled for all choices.
     fn completion_tokens(&self) -> usize {
         self.steps.iter().map(|steps| steps.count()).sum()
     }
@@ -142,7 +139,6 @@ impl Job {
     }
 }
 
-/// One choice of a request, ready for the engine.
 struct Choice {
     idx: usize,
     request: Request,
@@ -165,7 +161,7 @@ struct Worker {
 impl Worker {
     async fn run(self, choices: Vec<Choice>) {
         let answers = choices.into_iter().map(|choice| self.answer(choice));
-        let ends: Vec<JobEnd> = match self.job.lease.turns() {
+        let ends: Vec<JobEnd> = match &self.job.lease.turns {
             Some(_) => {
                 let one_by_one = futures::stream::iter(answers).then(|answer| answer);
                 one_by_one.collect().await
@@ -201,7 +197,7 @@ impl Worker {
 
     /// A turn at the engine, where it takes one request at a time; else how the wait for it ended.
     async fn turn(&self) -> Result<Option<OwnedSemaphorePermit>, JobEnd> {
-        let Some(turns) = self.job.lease.turns() else {
+        let Some(turns) = self.job.lease.turns.clone() else {
             return Ok(None);
         };
         tokio::select! {
@@ -308,7 +304,6 @@ pub(crate) struct RunningJob {
 }
 
 impl RunningJob {
-    /// Choices asked for.
     pub(crate) fn n_choices(&self) -> usize {
         self.job.steps.len()
     }

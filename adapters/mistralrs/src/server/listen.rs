@@ -50,10 +50,8 @@ pub(super) fn listen_error(address: SocketAddr, error: &std::io::Error) -> Error
         ),
         _ => error.to_string(),
     };
-    Error::refused(
-        code::LISTEN,
-        format!("cannot listen on {address}: {message}"),
-    )
+    let message = format!("cannot listen on {address}: {message}");
+    Error::refused(code::LISTEN, message)
 }
 
 #[cfg(test)]

@@ -47,7 +47,6 @@ use tls::TlsAcceptor;
 /// What every handler sees.
 pub(crate) type App = Arc<AppState>;
 
-/// State of one server.
 pub(crate) struct AppState {
     registry: Registry,
     /// What it was started with; models and keys may have changed since.
@@ -58,7 +57,6 @@ pub(crate) struct AppState {
     /// Where a changed configuration comes from.
     source: OnceLock<Arc<ConfigSource>>,
     reloading: Mutex<()>,
-    /// Places for inference requests.
     places: Arc<Semaphore>,
     metrics: Arc<Metrics>,
     tls: Option<Arc<TlsAcceptor>>,
@@ -198,7 +196,7 @@ pub fn serve(
         .enable_all()
         .build()
         .map_err(|error| Error::Engine(format!("cannot start a runtime: {error}")))?;
-    let outcome = runtime.block_on(async {
+    let outcome: Result<()> = runtime.block_on(async {
         // Listening for signals starts before loading, so that a stop during a long load is not lost.
         let mut signals = Signals::of_stop()?;
         let mut hangups = source.as_ref().map(|_| Signals::of_reload()).transpose()?;
@@ -234,7 +232,10 @@ pub fn serve(
         }
         tokio::select! {
             () = running => Ok(()),
-            () = signals.next() => Err(interrupted()),
+            () = signals.next() => {
+                let message = "stopped by a second signal while requests were in flight";
+                Err(Problem::sentence(code::INTERRUPTED, message).exit(130).into())
+            }
         }
     });
     let grace = match &outcome {
@@ -243,11 +244,4 @@ pub fn serve(
     };
     runtime.shutdown_timeout(grace);
     outcome
-}
-
-fn interrupted() -> Error {
-    let message = "stopped by a second signal while requests were in flight";
-    Problem::sentence(code::INTERRUPTED, message)
-        .exit(130)
-        .into()
 }

@@ -38,7 +38,6 @@ struct Table {
     default_model: String,
 }
 
-/// What ought to be served.
 struct Plan {
     models: Vec<ModelConfig>,
     settings: EngineSettings,
@@ -49,9 +48,7 @@ struct Plan {
 /// An adapter to be loaded at run time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AdapterLoad<'a> {
-    /// Public name.
     pub(crate) name: &'a str,
-    /// Adapter directory.
     pub(crate) source: &'a Path,
     /// Base model; by default that of the name in serve.toml, else of the adapter it replaces, else the default model or its base.
     pub(crate) model: Option<&'a str>,
@@ -188,8 +185,6 @@ impl Registry {
         Ok(applied)
     }
 
-    /// Loads an adapter.
-    ///
     /// Requests in flight finish on the generation they began with. On failure the old generation goes on serving.
     pub(crate) async fn load_adapter(&self, load: AdapterLoad<'_>) -> Result<Lease> {
         let mut plan = self.plan.lock().await;
@@ -216,13 +211,11 @@ impl Registry {
             .or(served_parent)
             .unwrap_or(default);
         if let Some(declared) = declared_parent.filter(|declared| *declared != parent) {
-            return Err(Error::setting(
-                "model",
-                format!(
-                    "serve.toml has `{}` on the base `{declared}`; load it there, or change the file",
-                    load.name
-                ),
-            ));
+            let message = format!(
+                "serve.toml has `{}` on the base `{declared}`; load it there, or change the file",
+                load.name
+            );
+            return Err(Error::setting("model", message));
         }
         let model = plan
             .models
@@ -352,11 +345,8 @@ impl Plan {
                 (alias.as_str(), Some(source.as_path()), change)
             });
             let added = self.state.adapters.iter().filter(|(alias, change)| {
-                let is_declared = model
-                    .adapters
-                    .iter()
-                    .any(|(declared, _)| declared == *alias);
-                change.parent == model.name && !is_declared
+                let mut declared = model.adapters.iter().map(|(alias, _)| alias);
+                change.parent == model.name && !declared.any(|declared| declared == *alias)
             });
             let added = added.map(|(alias, change)| (alias.as_str(), None, Some(change)));
             for (alias, source, change) in declared.chain(added) {
@@ -400,10 +390,8 @@ impl Plan {
 }
 
 fn not_an_adapter(name: &str) -> Error {
-    Error::setting(
-        "lora_name",
-        format!("`{name}` is a base model, not an adapter; give another name"),
-    )
+    let message = format!("`{name}` is a base model, not an adapter; give another name");
+    Error::setting("lora_name", message)
 }
 
 fn check_expected(name: &str, current: Option<&Lease>, expected: Option<&str>) -> Result<()> {

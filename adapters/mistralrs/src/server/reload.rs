@@ -45,12 +45,9 @@ impl AppState {
 
     async fn try_reload(&self) -> Result<Reloaded> {
         let _one_at_a_time = self.reloading.lock().await;
-        let source = self.source.get().cloned().ok_or_else(|| {
-            Error::setting(
-                "configuration",
-                "the server was started without a file to read again",
-            )
-        })?;
+        let none = "the server was started without a file to read again";
+        let source = self.source.get().cloned();
+        let source = source.ok_or_else(|| Error::setting("configuration", none))?;
         let config = tokio::task::spawn_blocking(move || source())
             .await
             .map_err(|error| Error::Engine(format!("reading stopped unexpectedly: {error}")))??;
@@ -77,24 +74,18 @@ impl AppState {
         })
     }
 
-    fn restart_reasons(&self, config: &ServeConfig) -> Vec<&'static str> {
-        let tls_turned = self.tls.is_some() != config.tls.is_some();
+    fn restart_reasons(&self, new: &ServeConfig) -> Vec<&'static str> {
+        let old = &self.config;
         [
-            (
-                "server.host or server.port",
-                self.config.address != config.address,
-            ),
+            ("server.host or server.port", old.address != new.address),
             (
                 "server.allowed_origins",
-                self.config.allowed_origins != config.allowed_origins,
+                old.allowed_origins != new.allowed_origins,
             ),
-            ("server.tls_cert", tls_turned),
-            (
-                "runtime.max_memory_mb",
-                self.config.max_memory != config.max_memory,
-            ),
-            ("limits", self.config.limits != config.limits),
-            ("admin", self.config.adapter_root != config.adapter_root),
+            ("server.tls_cert", self.tls.is_some() != new.tls.is_some()),
+            ("runtime.max_memory_mb", old.max_memory != new.max_memory),
+            ("limits", old.limits != new.limits),
+            ("admin", old.adapter_root != new.adapter_root),
         ]
         .into_iter()
         .filter_map(|(section, differs)| differs.then_some(section))

@@ -122,10 +122,8 @@ impl Asked {
         log_probabilities::refuse(common.logprobs.as_ref(), common.top_logprobs.as_ref())?;
         let n_choices = common.n.unwrap_or(1);
         if common.best_of.is_some_and(|best| best != n_choices) {
-            return Err(ApiError::invalid(
-                "best_of",
-                "only the value of `n` is supported",
-            ));
+            let message = "only the value of `n` is supported";
+            return Err(ApiError::invalid("best_of", message));
         }
         let include_usage = match &common.stream_options {
             Some(options) => usage_wanted(options, common.stream)?,
@@ -176,7 +174,7 @@ impl Asked {
         prompt: &str,
         request: impl FnOnce(Sender<anyhow::Result<Vec<u32>>>) -> TokenizationRequest,
     ) -> Result<Vec<u32>, ApiError> {
-        let (host, engine) = (app.registry.host(), Some(self.lease.engine_id()));
+        let (host, engine) = (app.registry.host(), Some(&*self.lease.engine_id));
         let held = (self.lease.clone(), admission.places());
         let tokens = async {
             tokenize(host, engine, request, held)
@@ -345,16 +343,11 @@ fn seed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Er
 }
 
 fn number<'de, D: Deserializer<'de>>(d: D, low: f64, high: f64) -> Result<Option<f64>, D::Error> {
-    checked(
-        d,
-        format!("must be a number from {low} to {high}"),
-        |value| {
-            let number = value
-                .as_f64()
-                .filter(|number| (low..=high).contains(number));
-            number.map(Some)
-        },
-    )
+    let must = format!("must be a number from {low} to {high}");
+    checked(d, must, |value| {
+        let number = value.as_f64()?;
+        (low..=high).contains(&number).then_some(Some(number))
+    })
 }
 
 fn temperature<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {

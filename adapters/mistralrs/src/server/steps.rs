@@ -28,11 +28,9 @@ pub(crate) struct Steps {
     pub(super) waiting: Mutex<Option<Counted>>,
     pub(super) cancelled: AtomicBool,
     pub(super) end_tokens: Vec<u32>,
-    /// Added to the logits of these tokens.
     pub(super) bias: Arc<HashMap<u32, f32>>,
     pub(super) seeded: Option<SeededDraw>,
     pub(super) stop: Option<StopWatch>,
-    /// Tokens of the prompt.
     pub(super) n_prompt: OnceLock<usize>,
 }
 
@@ -42,7 +40,6 @@ impl Steps {
         self.lengths.lock().len()
     }
 
-    /// When the first token was sampled.
     pub(crate) fn first(&self) -> Option<Instant> {
         self.first.get().copied()
     }

@@ -49,7 +49,6 @@ impl StopFilter {
         std::mem::take(&mut self.held)
     }
 
-    /// Cuts a complete text.
     pub(crate) fn cut(stops: &[String], text: &str) -> (String, bool) {
         let mut filter = Self::new(stops.to_vec());
         let (mut shown, stopped) = filter.push(text);

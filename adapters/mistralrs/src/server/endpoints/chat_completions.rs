@@ -58,10 +58,8 @@ pub(super) async fn handle(
     keys.hold(&mut asked.constraint)?;
     let request = keys.request(&app, &asked).await?;
     if matches!(asked.constraint, Constraint::Llguidance(_)) {
-        return Err(ApiError::invalid(
-            "grammar",
-            "this kind of grammar is not supported",
-        ));
+        let message = "this kind of grammar is not supported";
+        return Err(ApiError::invalid("grammar", message));
     }
     let n_prompt = count_prompt(&app, &asked, &request, &admission).await?;
     let job = asked.start(&app, admission, "messages", n_prompt, request)?;
@@ -86,20 +84,16 @@ impl ChatKeys {
                 (true, _) => Some("grammar"),
             };
             if let Some(key) = other {
-                return Err(ApiError::invalid(
-                    "tool_choice",
-                    format!(
-                        "`{key}` and a `tool_choice` that insists on a call exclude each other"
-                    ),
-                ));
+                let message = format!(
+                    "`{key}` and a `tool_choice` that insists on a call exclude each other"
+                );
+                return Err(ApiError::invalid("tool_choice", message));
             }
             *constraint = Constraint::JsonSchema(choice.schema(self.tools())?);
         } else if let Some(schema) = format.map(schema).transpose()?.flatten() {
             if !matches!(constraint, Constraint::None) {
-                return Err(ApiError::invalid(
-                    "body",
-                    "Request `grammar` and `response_format` were both provided but are mutually exclusive.",
-                ));
+                let message = "Request `grammar` and `response_format` were both provided but are mutually exclusive.";
+                return Err(ApiError::invalid("body", message));
             }
             *constraint = Constraint::JsonSchema(schema);
         }
@@ -113,7 +107,7 @@ impl ChatKeys {
             (thinking, _) => thinking,
         };
         let request = json!({
-            "model": asked.lease.engine_id(),
+            "model": asked.lease.engine_id,
             "tools": self.tools(),
             "enable_thinking": thinking,
             "reasoning_effort": self.reasoning_effort.and_then(Effort::told),

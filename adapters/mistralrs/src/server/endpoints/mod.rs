@@ -115,19 +115,17 @@ pub(super) fn router(app: App) -> Router {
         }
     }
     let refuse = |status, code, message| async move { ApiError::new(status, code, message) };
+    let (no_path, no_method) = (
+        "there is no such endpoint",
+        "this endpoint takes another method",
+    );
     let router = router
-        .fallback(move || {
-            refuse(
-                StatusCode::NOT_FOUND,
-                "not_found",
-                "there is no such endpoint",
-            )
-        })
+        .fallback(move || refuse(StatusCode::NOT_FOUND, "not_found", no_path))
         .method_not_allowed_fallback(move || {
             refuse(
                 StatusCode::METHOD_NOT_ALLOWED,
                 "method_not_allowed",
-                "this endpoint takes another method",
+                no_method,
             )
         })
         .layer(DefaultBodyLimit::max(app.config.limits.max_body_bytes))

@@ -118,9 +118,7 @@ impl Wanted {
 /// A model whose files passed every check.
 pub(crate) struct Checked {
     pub(crate) wanted: Wanted,
-    /// Hash of the content.
     pub(crate) hash: String,
-    /// Estimated memory.
     pub(crate) weight_bytes: u64,
     max_sequence_length: usize,
     frame: TextFrame,
@@ -142,23 +140,21 @@ pub(crate) struct Generation {
     pub(crate) name: String,
     /// Base model's name, for an adapter.
     pub(crate) parent: Option<String>,
-    /// Hash of the content.
     pub(crate) hash: String,
     /// Seconds since 1970.
     pub(crate) created: u64,
     pub(crate) max_sequence_length: usize,
     /// Tokens that the model's tokenizer puts around plain text.
     pub(crate) frame: TextFrame,
-    /// Tokens that end an answer.
     pub(crate) end_tokens: Vec<u32>,
     pub(crate) sampling: Sampling,
     pub(crate) tokenizer: Arc<Tokenizer>,
     spec: Spec,
     /// The adapter's directory, of several with this content the one that was loaded last.
     source: Mutex<Option<PathBuf>>,
-    engine_id: String,
-    /// The one turn at an engine that computes on a CPU.
-    turns: Option<Arc<Semaphore>>,
+    pub(crate) engine_id: String,
+    /// What a request holds while the engine works on it, where the engine may work on one sequence at a time only.
+    pub(crate) turns: Option<Arc<Semaphore>>,
     pub(super) pipeline: WeakPipeline,
     memory: Option<Reservation>,
     /// None as long as it has no engine.
@@ -169,18 +165,8 @@ pub(crate) struct Generation {
 pub(crate) type Lease = Arc<Generation>;
 
 impl Generation {
-    pub(crate) fn engine_id(&self) -> &str {
-        &self.engine_id
-    }
-
-    /// What a request holds while the engine works on it, where the engine may work on one sequence at a time only.
-    pub(crate) fn turns(&self) -> Option<Arc<Semaphore>> {
-        self.turns.clone()
-    }
-
-    /// Estimated bytes of the weights.
     pub(crate) fn weight_bytes(&self) -> u64 {
-        self.memory.as_ref().map_or(0, Reservation::bytes)
+        self.memory.as_ref().map_or(0, |memory| memory.bytes)
     }
 
     /// The adapter's directory, which clients must not see as it is.

@@ -92,15 +92,11 @@ impl Memory {
 #[derive(Debug)]
 pub(super) struct Reservation {
     memory: Arc<Memory>,
-    bytes: u64,
+    pub(super) bytes: u64,
     is_leaving: bool,
 }
 
 impl Reservation {
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     /// Notes that nobody needs the memory any more, and that it is free as soon as the engine has ended.
     pub(super) fn leave(&mut self) {
         if !std::mem::replace(&mut self.is_leaving, true) {

@@ -25,7 +25,6 @@ pub(crate) struct Change {
     pub(crate) parent: String,
     /// Adapter directory, relative to the adapter root where it lies below; nothing if the name was unloaded.
     pub(crate) path: Option<PathBuf>,
-    /// Hash of the content when it was loaded.
     pub(crate) generation: Option<String>,
     /// What `serve.toml` gave this name to when the change was made. If that is no longer so, the file wins.
     pub(crate) replaces: Option<PathBuf>,
@@ -59,7 +58,6 @@ pub(crate) fn declared<'a>(models: &'a [ModelConfig], name: &str) -> Option<(&'a
     })
 }
 
-/// Where the state is kept.
 #[derive(Debug, Clone)]
 pub(crate) struct StateFile {
     pub(super) path: PathBuf,
