@@ -123,16 +123,12 @@ impl ServeFile {
     fn resolve_with(&self, locate: &Locate<'_>) -> Result<ServeConfig> {
         let mut wrong = Wrong::default();
         let auth = &self.auth;
-        let api_keys = wrong.keys(
-            "auth.api_keys_file",
+        let (api, admin) = (
             auth.api_keys_file.as_deref(),
-            API_KEYS_VARIABLE,
-        );
-        let admin_keys = wrong.keys(
-            "auth.admin_keys_file",
             auth.admin_keys_file.as_deref(),
-            ADMIN_KEYS_VARIABLE,
         );
+        let api_keys = wrong.keys("auth.api_keys_file", api, API_KEYS_VARIABLE);
+        let admin_keys = wrong.keys("auth.admin_keys_file", admin, ADMIN_KEYS_VARIABLE);
         let address = self.server.address(&api_keys, &mut wrong);
         let tls = self.server.tls(&mut wrong);
         for origin in &self.server.allowed_origins {
@@ -173,6 +169,8 @@ impl ServeFile {
             let message = format!("`{name}` is not a model or alias of this file");
             wrong.note("default_model_id", message);
         }
+        let max_memory = self.runtime.max_memory_mb;
+        let max_memory = max_memory.map(|mb| mb.saturating_mul(1 << 20));
         let first = models.first().map(|model| model.name.clone());
         let default_model = self.default_model_id.clone().or(first);
         match (wrong.0.is_empty(), address, max_seqs, default_model) {
@@ -180,10 +178,7 @@ impl ServeFile {
                 address,
                 max_seqs,
                 host: self.server.host.clone(),
-                max_memory: self
-                    .runtime
-                    .max_memory_mb
-                    .map(|mb| mb.saturating_mul(1 << 20)),
+                max_memory,
                 limits: self.limits.clone(),
                 tls,
                 allowed_origins: self.server.allowed_origins.clone(),

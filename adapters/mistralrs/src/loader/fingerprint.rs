@@ -47,11 +47,7 @@ pub(super) fn base_fingerprint(files: &ModelFiles) -> Result<String> {
         hasher.update(length.to_le_bytes());
         hasher.update(ends);
     }
-    Ok(hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    Ok(format!("{:x}", hasher.finalize()))
 }
 
 /// The length of a file, and its first and last [`SAMPLE`] bytes.

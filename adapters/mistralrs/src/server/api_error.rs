@@ -45,19 +45,14 @@ impl ApiError {
 
     /// `key` says whose.
     pub(crate) fn unauthorized(key: &str) -> Self {
-        Self::new(
-            StatusCode::UNAUTHORIZED,
-            "invalid_api_key",
-            format!("{key} is needed, sent as `Authorization: Bearer KEY`"),
-        )
+        let message = format!("{key} is needed, sent as `Authorization: Bearer KEY`");
+        Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
     }
 
     pub(crate) fn unknown_model(name: &str) -> Self {
-        let mut error = Self::new(
-            StatusCode::NOT_FOUND,
-            "model_not_found",
-            format!("the model `{name}` does not exist; the list of models shows what is served"),
-        );
+        let message =
+            format!("the model `{name}` does not exist; the list of models shows what is served");
+        let mut error = Self::new(StatusCode::NOT_FOUND, "model_not_found", message);
         error.param = Some("model".to_owned());
         error
     }
@@ -80,11 +75,8 @@ impl ApiError {
     }
 
     pub(crate) fn timed_out() -> Self {
-        Self::new(
-            StatusCode::GATEWAY_TIMEOUT,
-            "timeout",
-            "the answer took longer than this server allows; ask for fewer tokens",
-        )
+        let message = "the answer took longer than this server allows; ask for fewer tokens";
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
     }
 
     /// `error`, with what lies below `root` shown relative to it.

@@ -171,11 +171,8 @@ impl Server {
         };
         let n_cut = acceptor.run(stopping).await;
         if n_cut > 0 {
-            tracing::warn!(
-                n_cut,
-                "connections still busy after {} s are cut",
-                app.config.limits.drain_timeout_s
-            );
+            let limit = app.config.limits.drain_timeout_s;
+            tracing::warn!(n_cut, "connections still busy after {limit} s are cut");
         }
     }
 }

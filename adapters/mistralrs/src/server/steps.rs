@@ -68,10 +68,8 @@ impl CustomLogitsProcessor for Steps {
         let logits = if self.bias.is_empty() {
             logits.clone()
         } else {
-            token_bias::add(
-                logits,
-                self.bias.iter().map(|(token, bias)| (*token, *bias)),
-            )?
+            let bias = self.bias.iter().map(|(token, bias)| (*token, *bias));
+            token_bias::add(logits, bias)?
         };
         match &self.seeded {
             Some(seeded) => {

@@ -55,11 +55,8 @@ pub(super) async fn handle(
 }
 
 async fn load_confined(app: &App, request: &LoadRequest) -> Result<Lease, ApiError> {
-    let root = app
-        .config
-        .adapter_root
-        .as_ref()
-        .ok_or_else(|| ApiError::internal("there is no adapter root"))?;
+    let root = app.config.adapter_root.as_ref();
+    let root = root.ok_or_else(|| ApiError::internal("there is no adapter root"))?;
     let source = confine(root, &request.lora_path)?;
     let load = AdapterLoad {
         name: &request.lora_name,
@@ -83,10 +80,7 @@ fn confine(root: &Path, path: &Path) -> Result<PathBuf, ApiError> {
             "lora_path must lie below the adapter root",
         )
     };
-    let climbs = path
-        .components()
-        .any(|part| matches!(part, Component::ParentDir));
-    if climbs {
+    if path.components().any(|part| part == Component::ParentDir) {
         return Err(outside());
     }
     let full = root.join(path).canonicalize().map_err(|_| {
@@ -94,10 +88,8 @@ fn confine(root: &Path, path: &Path) -> Result<PathBuf, ApiError> {
         if path.is_absolute() && !path.starts_with(root) {
             return outside();
         }
-        ApiError::invalid(
-            "lora_path",
-            "there is no such adapter below the adapter root",
-        )
+        let message = "there is no such adapter below the adapter root";
+        ApiError::invalid("lora_path", message)
     })?;
     // Symlinks are resolved by now, so one that leaves the root shows.
     if full == root || !full.starts_with(root) {
