@@ -15,8 +15,6 @@ use crate::problem::Problem;
 /// More layers than any model has.
 const MAX_LAYERS: usize = 1 << 16;
 
-const CORRECT: &str = "correct config.json";
-
 impl ModelShape {
     /// Reads `config.json` in `dir`.
     ///
@@ -101,7 +99,11 @@ struct Keys<'a> {
 }
 
 impl Keys<'_> {
-    fn problem(&mut self, key: &str, message: impl Into<String>, fix: &str) {
+    fn problem(&mut self, key: &str, message: impl Into<String>) {
+        self.refuse(key, message, "correct config.json");
+    }
+
+    fn refuse(&mut self, key: &str, message: impl Into<String>, fix: &str) {
         let location = format!("config.json: {key}");
         self.problems
             .push(Problem::new("model-config", location, message, fix));
@@ -118,21 +120,21 @@ impl Keys<'_> {
         let num_hidden_layers = self.size("num_hidden_layers");
         if num_hidden_layers > MAX_LAYERS {
             let message = format!("{num_hidden_layers} layers; at most {MAX_LAYERS} are read");
-            self.problem("num_hidden_layers", message, CORRECT);
+            self.problem("num_hidden_layers", message);
         }
         let (num_attention_heads, num_key_value_heads) = self.heads(family);
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
             let message = format!(
                 "{num_attention_heads} attention heads are not a multiple of {num_key_value_heads}"
             );
-            self.problem("num_key_value_heads", message, CORRECT);
+            self.problem("num_key_value_heads", message);
         }
         let head_dim = self
             .optional_size("head_dim", defaults.head_dim)
             .unwrap_or(hidden_size / num_attention_heads);
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             let message = format!("{head_dim} is odd; rotary embedding needs pairs");
-            self.problem("head_dim", message, CORRECT);
+            self.problem("head_dim", message);
         }
         let rope = self.rope(defaults.rope_theta, head_dim);
         ModelShape {
@@ -179,7 +181,7 @@ impl Keys<'_> {
     fn size(&mut self, key: &str) -> usize {
         if self.get(key).is_none() {
             let message = "missing; is this the config.json of a decoder?";
-            self.problem(key, message, CORRECT);
+            self.problem(key, message);
         }
         self.optional_size(key, None).unwrap_or(1)
     }
@@ -194,7 +196,7 @@ impl Keys<'_> {
             Some(size) if (1..1 << 32).contains(&size) => Some(size as usize),
             _ => {
                 let message = format!("expected a positive whole number, found {value}");
-                self.problem(key, message, CORRECT);
+                self.problem(key, message);
                 Some(1)
             }
         }
@@ -211,7 +213,7 @@ impl Keys<'_> {
         let number = value.as_f64().filter(|x| x.is_finite() && *x > 0.0);
         if number.is_none() {
             let message = format!("expected a positive number, found {value}");
-            self.problem(key, message, CORRECT);
+            self.problem(key, message);
         }
         number
     }
@@ -222,7 +224,7 @@ impl Keys<'_> {
             Some(Value::Bool(value)) => *value,
             Some(value) => {
                 let message = format!("expected true or false, found {value}");
-                self.problem(key, message, CORRECT);
+                self.problem(key, message);
                 default
             }
         }
@@ -237,7 +239,7 @@ impl Keys<'_> {
                     method.unwrap_or("unknown")
                 );
                 let fix = "use the full-precision checkpoint, or `import-gguf` for a GGUF file";
-                self.problem(key, message, fix);
+                self.refuse(key, message, fix);
             }
         }
     }
@@ -256,7 +258,7 @@ impl Keys<'_> {
                         "activation `{}` is not supported",
                         value.as_str().unwrap_or("?")
                     );
-                    self.problem(key, message, CORRECT);
+                    self.problem(key, message);
                 }
             }
         }
@@ -300,7 +302,7 @@ impl Keys<'_> {
                 }
                 Some(other) => {
                     let message = format!("expected an object, found {other}");
-                    self.problem(key, message, CORRECT);
+                    self.problem(key, message);
                 }
             }
         }
@@ -309,7 +311,7 @@ impl Keys<'_> {
         let theta = self.positive("rope_theta", theta.as_ref());
         let partial = self.positive("partial_rotary_factor", partial.as_ref());
         if partial.is_some_and(|partial| partial != 1.0) {
-            self.problem("partial_rotary_factor", "only 1.0 is supported", "");
+            self.refuse("partial_rotary_factor", "only 1.0 is supported", "");
         }
         let kind = fields
             .get("rope_type")
@@ -320,7 +322,7 @@ impl Keys<'_> {
             let key = format!("{source}.{name}");
             if !fields.contains_key(name) {
                 let message = format!("missing; rope type `{kind}` needs it");
-                self.problem(&key, message, CORRECT);
+                self.problem(&key, message);
             }
             self.positive(&key, fields.get(name)).unwrap_or(1.0)
         };
@@ -339,7 +341,7 @@ impl Keys<'_> {
             other => {
                 let message = format!("`{other}` is not supported");
                 let fix = "supported are default, linear, llama3";
-                self.problem(&format!("{source}.rope_type"), message, fix);
+                self.refuse(&format!("{source}.rope_type"), message, fix);
                 RopeKind::Default
             }
         };
@@ -374,12 +376,12 @@ impl Keys<'_> {
                 Some(kinds) if kinds.len() == n_layers => kinds,
                 Some(kinds) => {
                     let message = format!("has {} entries for {n_layers} layers", kinds.len());
-                    self.problem("layer_types", message, CORRECT);
+                    self.problem("layer_types", message);
                     none
                 }
                 None => {
                     let message = "expected a list of full_attention and, if there is a sliding_window, sliding_attention";
-                    self.problem("layer_types", message, CORRECT);
+                    self.problem("layer_types", message);
                     none
                 }
             };
@@ -393,7 +395,7 @@ impl Keys<'_> {
             Some((Some(first), _)) => first as usize,
             Some((None, found)) => {
                 let message = format!("expected a whole number, found {found}");
-                self.problem("max_window_layers", message, CORRECT);
+                self.problem("max_window_layers", message);
                 first
             }
         };

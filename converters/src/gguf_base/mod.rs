@@ -130,7 +130,7 @@ pub fn import_gguf(
     let mut files = Vec::new();
     let fill = |dir: &Path| {
         write_json(dir, "config.json", &Value::Object(config))?;
-        write_json(dir, "generation_config.json", &vocabulary.generation())?;
+        write_json(dir, "generation_config.json", &vocabulary.generation)?;
         tokenizer::write(dir, &vocabulary, shape.max_position_embeddings)?;
         weights::write(dir, &source, &plan, &shape, options, tools, progress)?;
         for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {

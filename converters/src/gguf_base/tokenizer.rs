@@ -43,16 +43,14 @@ pub(super) struct Parts {
 /// All that is written about text.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Vocabulary {
+    n_tokens: usize,
     tokenizer: Value,
-    tokens: Vec<Token>,
+    /// tokenizer_config.json without the length.
+    config: Value,
+    pub(super) generation: Value,
     pub(super) bos: Option<u32>,
     pub(super) eos: Option<u32>,
     pub(super) pad: Option<u32>,
-    unknown: Option<u32>,
-    /// Tokens that end an answer: EOS and the end of a turn.
-    ends: Vec<u32>,
-    add_bos: bool,
-    add_eos: bool,
     chat_template: Option<String>,
 }
 
@@ -81,39 +79,28 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabul
         }
     };
     let mut special = |name: &str| {
-        special_id(
-            source,
-            &format!("tokenizer.ggml.{name}_token_id"),
-            &tokens,
-            findings,
-        )
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        special_id(source, &key, &tokens, findings)
     };
     let (bos, eos, pad) = (special("bos"), special("eos"), special("padding"));
-    let unknown = special("unknown").or_else(|| {
-        tokens
-            .iter()
-            .find(|token| token.kind == TokenKind::Unknown)
-            .map(|token| token.id)
-    });
+    let mut unknowns = tokens
+        .iter()
+        .filter(|token| token.kind == TokenKind::Unknown);
+    let unknown = special("unknown").or_else(|| Some(unknowns.next()?.id));
     let turn_ends = [special("eot"), special("eom")];
     let chat_template = source.text("tokenizer.chat_template").map(str::to_owned);
 
+    let ends_turns = |token: &&Token| {
+        let text = token.text.as_str();
+        let mut templates = chat_template.iter();
+        token.kind == TokenKind::Control
+            && TURN_ENDS.contains(&text)
+            && templates.any(|template| template.contains(text))
+    };
+    let in_template = tokens.iter().filter(ends_turns).map(|token| token.id);
+    let named = eos.into_iter().chain(turn_ends.into_iter().flatten());
     let mut ends: Vec<u32> = Vec::new();
-    let in_template = tokens
-        .iter()
-        .filter(|token| {
-            token.kind == TokenKind::Control
-                && TURN_ENDS.contains(&token.text.as_str())
-                && chat_template
-                    .as_ref()
-                    .is_some_and(|template| template.contains(&token.text))
-        })
-        .map(|token| token.id);
-    for end in eos
-        .into_iter()
-        .chain(turn_ends.into_iter().flatten())
-        .chain(in_template)
-    {
+    for end in named.chain(in_template) {
         if !ends.contains(&end) {
             ends.push(end);
         }
@@ -153,16 +140,31 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabul
         "decoder": parts.decoder,
         "model": parts.model,
     });
+    let token = |id: Option<u32>| id.and_then(text_of).map(|(text, _)| text);
+    let config = json!({
+        // The class that takes tokenizer.json as it is, in transformers 4 and 5.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": add_bos,
+        "add_eos_token": add_eos,
+        "bos_token": token(bos),
+        "eos_token": token(eos),
+        "pad_token": token(pad),
+        "unk_token": token(unknown),
+        "clean_up_tokenization_spaces": false,
+    });
+    let ends = match ends.as_slice() {
+        [] => Value::Null,
+        [end] => json!(end),
+        ends => json!(ends),
+    };
     Some(Vocabulary {
+        n_tokens: tokens.len(),
         tokenizer,
-        tokens,
+        config,
+        generation: json!({"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": pad}),
         bos,
         eos,
         pad,
-        unknown,
-        ends,
-        add_bos,
-        add_eos,
         chat_template,
     })
 }
@@ -304,11 +306,9 @@ pub(super) fn check(
     tools: &Tools<'_>,
     findings: &mut Findings,
 ) {
-    if vocabulary.tokens.len() > n_rows {
-        let message = format!(
-            "{} tokens, but the embedding has {n_rows} rows",
-            vocabulary.tokens.len()
-        );
+    if vocabulary.n_tokens > n_rows {
+        let n_tokens = vocabulary.n_tokens;
+        let message = format!("{n_tokens} tokens, but the embedding has {n_rows} rows");
         findings.tokenizer("tokenizer.ggml.tokens", message);
     }
     for message in (tools.check_tokenizer)(&vocabulary.tokenizer) {
@@ -316,36 +316,10 @@ pub(super) fn check(
     }
 }
 
-impl Vocabulary {
-    /// generation_config.json.
-    pub(super) fn generation(&self) -> Value {
-        let ends = match self.ends.as_slice() {
-            [] => Value::Null,
-            [end] => json!(end),
-            ends => json!(ends),
-        };
-        json!({"bos_token_id": self.bos, "eos_token_id": ends, "pad_token_id": self.pad})
-    }
-}
-
 /// Writes the two or three files.
 pub(super) fn write(dir: &Path, vocabulary: &Vocabulary, context_length: usize) -> Result<()> {
-    let text_of = |id: Option<u32>| {
-        id.and_then(|id| vocabulary.tokens.get(id as usize))
-            .map(|token| token.text.as_str())
-    };
-    let config = json!({
-        // The class that takes tokenizer.json as it is, in transformers 4 and 5.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": vocabulary.add_bos,
-        "add_eos_token": vocabulary.add_eos,
-        "bos_token": text_of(vocabulary.bos),
-        "eos_token": text_of(vocabulary.eos),
-        "pad_token": text_of(vocabulary.pad),
-        "unk_token": text_of(vocabulary.unknown),
-        "clean_up_tokenization_spaces": false,
-        "model_max_length": context_length,
-    });
+    let mut config = vocabulary.config.clone();
+    config["model_max_length"] = context_length.into();
     write_json(dir, "tokenizer.json", &vocabulary.tokenizer)?;
     write_json(dir, "tokenizer_config.json", &config)?;
     match &vocabulary.chat_template {
