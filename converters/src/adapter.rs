@@ -119,10 +119,8 @@ impl Adapter {
             for tensor in [&mut site.lora_a, &mut site.lora_b] {
                 *tensor = tensor.to_dtype(dtype)?;
                 if let Some(at) = tensor.first_non_finite() {
-                    return Err(Error::tensor(
-                        &site.name,
-                        format!("element {at} does not fit {dtype}; choose F32"),
-                    ));
+                    let message = format!("element {at} does not fit {dtype}; choose F32");
+                    return Err(Error::tensor(&site.name, message));
                 }
             }
         }
@@ -151,12 +149,8 @@ impl Adapter {
             digest.update(bytes);
         };
         let settings = self.config.monteclora.as_ref();
-        field(
-            settings
-                .map(|settings| format!("{settings:?}"))
-                .unwrap_or_default()
-                .as_bytes(),
-        );
+        let settings = settings.map(|settings| format!("{settings:?}"));
+        field(settings.unwrap_or_default().as_bytes());
         for site in &self.sites {
             field(site.name.as_bytes());
             field(&site.scaling.to_bits().to_le_bytes());
@@ -169,11 +163,8 @@ impl Adapter {
                 field(&tensor.bytes());
             }
         }
-        digest
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        let bytes = digest.finalize();
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }
 

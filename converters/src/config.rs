@@ -1,8 +1,8 @@
 //! The adapter's configuration, `adapter_config.json`, resolved.
 
-use fancy_regex::{Regex, RegexBuilder};
+use fancy_regex::{Captures, Regex, RegexBuilder};
 use indexmap::IndexMap;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -12,18 +12,25 @@ use crate::site_pattern::SitePatterns;
 const BACKTRACK_LIMIT: usize = 100_000;
 
 /// Which modules of the base carry the adapter.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
 pub enum TargetModules {
     /// Module names: each is a full path or the end of one, after a dot.
     List(Vec<String>),
     /// One regular expression (Python syntax) that must match the whole path.
     Regex(String),
     /// Every linear module but the output head.
+    #[serde(serialize_with = "all_linear")]
     AllLinear,
 }
 
+fn all_linear<S: Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str("all-linear")
+}
+
 /// Modules that are left out of the targets.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
 pub enum ExcludeModules {
     /// Module names: each is a full path or the end of one, after a dot.
     List(Vec<String>),
@@ -69,7 +76,7 @@ impl Default for MonteCloraSettings {
 }
 
 /// What `adapter_config.json` says, checked. [`Default`] gives PEFT's defaults with no target.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AdapterConfig {
     /// Path or Hub id of the base model.
     pub base_model_name_or_path: Option<String>,
@@ -100,8 +107,10 @@ pub struct AdapterConfig {
     /// PEFT's note that the adapter was saved for inference.
     pub inference_mode: bool,
     /// MonteCLoRA's settings; `None` for a plain LoRA.
+    #[serde(rename = "monteclora_config")]
     pub monteclora: Option<MonteCloraSettings>,
     /// Keys without effect on the weights, kept as they were.
+    #[serde(skip)]
     pub other: Map<String, Value>,
 }
 
@@ -172,28 +181,48 @@ impl AdapterConfig {
     }
 }
 
-/// Compiles `expression`, made from the user's `pattern`, with bounded backtracking.
-pub(crate) fn compile(setting: &str, pattern: &str, expression: &str) -> Result<Regex> {
-    RegexBuilder::new(expression)
-        .backtrack_limit(BACKTRACK_LIMIT)
-        .delegate_size_limit(1 << 20)
-        .build()
-        .map_err(|error| {
-            Error::setting(
-                setting,
-                format!("`{pattern}` is not a regular expression that can be used: {error}"),
-            )
-        })
+/// A regular expression made from what the user wrote, with bounded backtracking.
+pub(crate) struct Pattern<'a> {
+    setting: &'static str,
+    text: &'a str,
+    regex: Regex,
 }
 
-/// Whether `regex`, made from the user's `pattern`, matches `module`.
-pub(crate) fn is_match(setting: &str, pattern: &str, regex: &Regex, module: &str) -> Result<bool> {
-    regex.is_match(module).map_err(|error| {
-        Error::setting(
+impl<'a> Pattern<'a> {
+    /// `expression`, made from the `text` of `setting`.
+    pub(crate) fn new(setting: &'static str, text: &'a str, expression: &str) -> Result<Self> {
+        let regex = RegexBuilder::new(expression)
+            .backtrack_limit(BACKTRACK_LIMIT)
+            .delegate_size_limit(1 << 20)
+            .build()
+            .map_err(|error| {
+                let why = "is not a regular expression that can be used";
+                Error::setting(setting, format!("`{text}` {why}: {error}"))
+            })?;
+        Ok(Self {
             setting,
-            format!("`{pattern}` cannot be matched against `{module}`: {error}"),
-        )
-    })
+            text,
+            regex,
+        })
+    }
+
+    pub(crate) fn is_match(&self, module: &str) -> Result<bool> {
+        self.answer(module, self.regex.is_match(module))
+    }
+
+    pub(crate) fn captures<'m>(&self, module: &'m str) -> Result<Option<Captures<'m>>> {
+        self.answer(module, self.regex.captures(module))
+    }
+
+    fn answer<T>(&self, module: &str, answer: Result<T, fancy_regex::Error>) -> Result<T> {
+        answer.map_err(|error| {
+            let message = format!(
+                "`{}` cannot be matched against `{module}`: {error}",
+                self.text
+            );
+            Error::setting(self.setting, message)
+        })
+    }
 }
 
 #[cfg(test)]

@@ -112,10 +112,8 @@ impl Error {
 
     /// The file or directory at `path` is not taken, for all of `problems`; exit code 4.
     pub fn refused(path: &Path, problems: Vec<Problem>) -> Self {
-        Self::Problems(Problems::under(
-            format!("{} is refused", quoted(path)),
-            problems,
-        ))
+        let heading = format!("{} is refused", quoted(path));
+        Self::Problems(Problems::under(heading, problems))
     }
 
     /// Fails with every one of `problems` of the file or directory at `path`, if there are any.
@@ -123,10 +121,10 @@ impl Error {
     /// # Errors
     /// If `problems` is not empty.
     pub fn refuse_any(path: &Path, problems: Vec<Problem>) -> Result<()> {
-        Ok(Problems::refuse_any(
-            format!("{} is refused", quoted(path)),
-            problems,
-        )?)
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(Self::refused(path, problems)),
+        }
     }
 }
 

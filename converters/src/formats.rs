@@ -23,39 +23,8 @@ pub(crate) mod peft;
 /// A format is a file that implements this and a line in [`FORMATS`]; the command line, `inspect` and `validate` know
 /// formats by that list alone.
 pub trait Format: fmt::Debug + Sync {
-    /// Name on the command line. What an adapter was read from, [`Adapter::format`], begins with it.
-    fn name(&self) -> &'static str;
-
-    /// What it is called in a sentence, such as "mlx-lm directory".
-    fn label(&self) -> &'static str;
-
-    /// What is read, in the words of the command line's help; `None` if it is not offered there.
-    fn reads(&self) -> Option<&'static str> {
-        None
-    }
-
-    /// What is written, in the words of the command line's help; `None` for a format that is only read.
-    fn writes(&self) -> Option<&'static str> {
-        None
-    }
-
-    /// The usual name of the file, for a format that is one file and no directory.
-    fn file_name(&self) -> Option<&'static str> {
-        None
-    }
-
-    /// Whether the `config.json` of the base is needed to read and to write it.
-    fn needs_base(&self) -> bool {
-        false
-    }
-
-    /// Whether it holds PEFT's settings, which a runtime may refuse or leave unread.
-    fn has_peft_settings(&self) -> bool {
-        false
-    }
-
-    /// The runtimes that read it.
-    fn runtimes(&self) -> &'static [Runtime];
+    /// What there is to say about it.
+    fn about(&self) -> &'static About;
 
     /// Whether what is at `path` is of this format, by content and name.
     fn sniff(&self, path: &Path) -> bool;
@@ -85,12 +54,33 @@ pub trait Format: fmt::Debug + Sync {
         _options: &LoraOptions,
         _base_config: Option<&Map<String, Value>>,
     ) -> Result<Written> {
-        Err(Problem::usage(format!("a {} is only read", self.label())).into())
+        Err(Problem::usage(format!("a {} is only read", self.about().label)).into())
     }
 }
 
 /// Every format. Reading tries them in this order, and takes what none knows for the first.
 pub const FORMATS: [&dyn Format; 4] = [&peft::Peft, &lora::Lora, &gguf_lora::GgufLora, &mlx::Mlx];
+
+/// What the command line, `inspect` and `validate` know of a format.
+#[derive(Debug)]
+pub struct About {
+    /// Name on the command line. What an adapter was read from, [`Adapter::format`], begins with it.
+    pub name: &'static str,
+    /// What it is called in a sentence, such as "mlx-lm directory".
+    pub label: &'static str,
+    /// What is read, in the words of the command line's help; `None` if it is not offered there.
+    pub reads: Option<&'static str>,
+    /// What is written, in the words of the command line's help; `None` for a format that is only read.
+    pub writes: Option<&'static str>,
+    /// The usual name of the file, for a format that is one file and no directory.
+    pub file_name: Option<&'static str>,
+    /// Whether the `config.json` of the base is needed to read and to write it.
+    pub needs_base: bool,
+    /// Whether it holds PEFT's settings, which a runtime may refuse or leave unread.
+    pub has_peft_settings: bool,
+    /// The runtimes that read it.
+    pub runtimes: &'static [Runtime],
+}
 
 /// What writing an adapter came to.
 #[derive(Debug)]
@@ -108,7 +98,7 @@ pub fn format_of(path: &Path) -> &'static dyn Format {
     // A file is what it is, whatever lies beside it.
     let files = FORMATS
         .into_iter()
-        .filter(|format| format.file_name().is_some());
+        .filter(|format| format.about().file_name.is_some());
     let known = files.chain(FORMATS).find(|format| format.sniff(path));
     known.unwrap_or(FORMATS[0])
 }
@@ -118,7 +108,7 @@ pub fn format_named(name: &str) -> Option<&'static dyn Format> {
     let first = name.split('-').next();
     FORMATS
         .into_iter()
-        .find(|format| first == Some(format.name()))
+        .find(|format| first == Some(format.about().name))
 }
 
 /// Reads the adapter at `path`, of any format, as far as it can be known without its base.
@@ -147,12 +137,8 @@ impl Pairs {
         problems: &mut Vec<Problem>,
     ) -> Vec<(String, Tensor, Tensor)> {
         if self.0.is_empty() {
-            problems.push(Problem::new(
-                "no-tensors",
-                file,
-                "holds no adapter tensor",
-                fix_empty,
-            ));
+            let message = "holds no adapter tensor";
+            problems.push(Problem::new("no-tensors", file, message, fix_empty));
         }
         let mut pairs = Vec::with_capacity(self.0.len());
         for (module, pair) in self.0 {

@@ -94,23 +94,17 @@ impl Adapter {
     fn health(&self, sites: &[SiteSummary]) -> Vec<Problem> {
         let mut problems = Vec::new();
         if !sites.iter().any(|site| site.norm_delta > 0.0) {
-            problems.push(Problem::new(
-                "no-effect",
-                "adapter",
-                "B A is zero at every site, so the adapter changes nothing",
-                "train it first",
-            ));
+            problems.push(no_effect());
         }
         if self.is_authors_dialect() {
-            problems.push(Problem::new(
-                "posterior-not-stored",
-                "adapter_config.json",
-                "written by the authors' own code, which saves A and B and no sampler: this is a plain LoRA, and there is nothing to draw from",
-                "use it as it is; for posterior draws train with PEFT 0.20 or later, or with monteclora train",
-            ));
+            let message = "written by the authors' own code, which saves A and B and no sampler: this is a plain LoRA, and there is nothing to draw from";
+            let fix = "use it as it is; for posterior draws train with PEFT 0.20 or later, or with monteclora train";
+            let at = "adapter_config.json";
+            problems.push(Problem::new("posterior-not-stored", at, message, fix));
         }
         for dtype in [DType::BF16, DType::F16] {
-            let unit = unit_roundoff(dtype);
+            // Half the distance from 1 to the next number of the type.
+            let unit = 2f64.powi(if dtype == DType::BF16 { -8 } else { -11 });
             let below: Vec<(&str, f64)> = sites
                 .iter()
                 .filter_map(|site| Some((site.name.as_str(), site.noise_to_signal?)))
@@ -122,16 +116,15 @@ impl Adapter {
             else {
                 continue;
             };
-            problems.push(Problem::new(
-                "spread-below-rounding",
-                *name,
-                format!(
-                    "at {} of {} sites the posterior's spread is below the rounding of {dtype}: noise to signal is {smallest:.1e} here, {unit:.1e} is needed",
-                    below.len(),
-                    sites.len()
-                ),
-                format!("draw and serve posterior samples in F32; in {dtype} they would round to the mean"),
-            ));
+            let message = format!(
+                "at {} of {} sites the posterior's spread is below the rounding of {dtype}: noise to signal is {smallest:.1e} here, {unit:.1e} is needed",
+                below.len(),
+                sites.len()
+            );
+            let fix = format!(
+                "draw and serve posterior samples in F32; in {dtype} they would round to the mean"
+            );
+            problems.push(Problem::new("spread-below-rounding", *name, message, fix));
         }
         problems
     }
@@ -164,13 +157,10 @@ pub fn summarise(path: &Path) -> Result<AdapterSummary> {
     read_without_base(path)?.summary()
 }
 
-/// Half the distance from 1 to the next number of the type.
-fn unit_roundoff(dtype: DType) -> f64 {
-    match dtype {
-        DType::BF16 => 2f64.powi(-8),
-        DType::F16 => 2f64.powi(-11),
-        _ => 2f64.powi(-24),
-    }
+/// The problem of an adapter whose B A is zero everywhere.
+pub(crate) fn no_effect() -> Problem {
+    let message = "B A is zero at every site, so the adapter changes nothing";
+    Problem::new("no-effect", "adapter", message, "train it first")
 }
 
 fn n_parameters(site: &Site) -> usize {

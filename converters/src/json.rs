@@ -155,13 +155,9 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
         return Err(Error::malformed(path, "not a regular file"));
     }
     if metadata.len() > MAX_JSON_BYTES {
-        return Err(Error::malformed(
-            path,
-            format!(
-                "{} bytes of JSON; at most {MAX_JSON_BYTES} are read",
-                metadata.len()
-            ),
-        ));
+        let n_bytes = metadata.len();
+        let message = format!("{n_bytes} bytes of JSON; at most {MAX_JSON_BYTES} are read");
+        return Err(Error::malformed(path, message));
     }
     std::fs::read_to_string(path).map_err(Error::io("read", path))
 }

@@ -86,7 +86,7 @@ pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModule
 pub use error::{Error, Result, exit_code};
 pub use formats::gguf_lora::is_gguf;
 pub use formats::lora::{LoraOptions, LoraReport};
-pub use formats::{FORMATS, Format, Written, format_named, format_of};
+pub use formats::{About, FORMATS, Format, Written, format_named, format_of};
 pub use inspect::{AdapterSummary, SiteSummary, summarise};
 pub use merge::{MergeReport, OverlayReport, merge_dir, write_overlay};
 pub use model_files::ModelFiles;

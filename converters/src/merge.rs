@@ -119,10 +119,8 @@ pub fn merge_dir(
 ) -> Result<MergeReport> {
     check(base, adapter)?;
     if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float() || *dtype == DType::F64) {
-        return Err(Error::setting(
-            "dtype",
-            format!("a model cannot be stored as {dtype}; choose F32, BF16 or F16"),
-        ));
+        let message = format!("a model cannot be stored as {dtype}; choose F32, BF16 or F16");
+        return Err(Error::setting("dtype", message));
     }
     let sites = weights_of(adapter);
     let mut rounding = Rounding::default();
@@ -154,8 +152,8 @@ pub fn merge_dir(
                     let weight = base_tensor(base, &slot.name)?;
                     match sites.get(&slot.name) {
                         Some(site) => {
-                            rounding =
-                                rounding.add(merge_into(sink, &out, &weight, site, slot.dtype)?);
+                            let block = merge_into(sink, &out, &weight, site, slot.dtype)?;
+                            rounding = rounding.add(block);
                             Ok(())
                         }
                         None => {
@@ -168,10 +166,8 @@ pub fn merge_dir(
         }
         if base.files().len() > 1 {
             let index = json!({"metadata": {"total_size": n_bytes}, "weight_map": weight_map});
-            files::write_text(
-                &inside.join("model.safetensors.index.json"),
-                &to_text(&index),
-            )?;
+            let path = inside.join("model.safetensors.index.json");
+            files::write_text(&path, &to_text(&index))?;
         }
         copy_other_files(base, inside, dtype)
     })?;
@@ -192,9 +188,8 @@ pub fn merge_dir(
 
 /// Sites by the name of the weight they change.
 fn weights_of(adapter: &Adapter) -> BTreeMap<String, &Site> {
-    adapter
-        .sites
-        .iter()
+    let sites = adapter.sites.iter();
+    sites
         .map(|site| (format!("{}.weight", site.name), site))
         .collect()
 }
@@ -211,10 +206,8 @@ fn check(base: &ModelFiles, adapter: &Adapter) -> Result<()> {
     adapter.require_fit(base)?;
     for site in &adapter.sites {
         if site.name == crate::targets::OUTPUT_HEAD && base.ties_embeddings() {
-            return Err(Error::tensor(
-                &site.name,
-                "is tied to the embedding in this base: merging would change the embedding too; train without lm_head",
-            ));
+            let message = "is tied to the embedding in this base: merging would change the embedding too; train without lm_head";
+            return Err(Error::tensor(&site.name, message));
         }
     }
     Ok(())
@@ -236,27 +229,20 @@ fn merge_into(
     let b_blocks = b.chunks(rows * site.rank.max(1));
     let mut total = Rounding::default();
     let mut delta = Vec::new();
+    let not_real = || {
+        let message = format!("the base's weight is {}", weight.dtype());
+        Error::tensor(&site.name, message)
+    };
     for (weight_block, b_block) in weight_blocks.zip(b_blocks) {
-        let not_real = || {
-            Error::tensor(
-                &site.name,
-                format!("the base's weight is {}", weight.dtype()),
-            )
-        };
         let old = weight.dtype().decode(weight_block).ok_or_else(not_real)?;
         delta.resize(old.len(), 0.0);
         product_rows(&mut delta, b_block, &a, site.rank, site.scaling_f32());
-        let merged: Vec<f32> = old
-            .iter()
-            .zip(&delta)
-            .map(|(old, delta)| old + delta)
-            .collect();
+        let pairs = old.iter().zip(&delta);
+        let merged: Vec<f32> = pairs.map(|(old, delta)| old + delta).collect();
         let stored = dtype.encode(&merged).ok_or_else(not_real)?;
         if dtype.first_non_finite(&stored).is_some() {
-            return Err(Error::tensor(
-                &site.name,
-                format!("a merged weight is NaN, infinite or does not fit {dtype}"),
-            ));
+            let message = format!("a merged weight is NaN, infinite or does not fit {dtype}");
+            return Err(Error::tensor(&site.name, message));
         }
         if dtype != DType::F32 || weight.dtype() == DType::F64 {
             let read_back = dtype.decode(&stored).ok_or_else(not_real)?;
@@ -297,29 +283,17 @@ fn copy_into(
     dtype: DType,
 ) -> Result<()> {
     if tensor.dtype() == dtype {
-        return sink
-            .write_all(&tensor.bytes())
-            .map_err(Error::io("write", path));
+        let written = sink.write_all(&tensor.bytes());
+        return written.map_err(Error::io("write", path));
     }
-    for block in tensor
-        .bytes()
-        .chunks(BLOCK_ELEMENTS * tensor.dtype().size())
-    {
-        let not_real = || {
-            Error::tensor(
-                name,
-                format!("{} cannot be stored as {dtype}", tensor.dtype()),
-            )
-        };
-        let values = tensor.dtype().decode(block).ok_or_else(not_real)?;
+    let old = tensor.dtype();
+    let not_real = || Error::tensor(name, format!("{old} cannot be stored as {dtype}"));
+    for block in tensor.bytes().chunks(BLOCK_ELEMENTS * old.size()) {
+        let values = old.decode(block).ok_or_else(not_real)?;
         let stored = dtype.encode(&values).ok_or_else(not_real)?;
-        if tensor.dtype().first_non_finite(block).is_none()
-            && dtype.first_non_finite(&stored).is_some()
-        {
-            return Err(Error::tensor(
-                name,
-                format!("a weight does not fit {dtype}; choose BF16 or F32"),
-            ));
+        if old.first_non_finite(block).is_none() && dtype.first_non_finite(&stored).is_some() {
+            let message = format!("a weight does not fit {dtype}; choose BF16 or F32");
+            return Err(Error::tensor(name, message));
         }
         sink.write_all(&stored).map_err(Error::io("write", path))?;
     }
@@ -329,29 +303,20 @@ fn copy_into(
 /// Copies everything beside the weights; `config.json` gets the new type.
 fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Result<()> {
     const WEIGHTS: &str = "safetensors bin pt pth gguf h5 msgpack onnx ckpt";
-    let written: BTreeSet<_> = base
-        .files()
-        .iter()
-        .filter_map(|path| path.file_name())
-        .collect();
+    let written = base.files().iter().filter_map(|path| path.file_name());
+    let written: BTreeSet<_> = written.collect();
     for entry in fs::read_dir(base.dir()).map_err(Error::io("read", base.dir()))? {
         let path = entry.map_err(Error::io("read", base.dir()))?.path();
         let (Some(file_name), true) = (path.file_name(), path.is_file()) else {
             continue;
         };
         let name = file_name.to_string_lossy();
-        let is_weights = path
-            .extension()
-            .and_then(|extension| extension.to_str())
-            .is_some_and(|extension| WEIGHTS.split(' ').any(|known| known == extension));
-        if is_weights || name.ends_with(".index.json") || written.contains(file_name) {
-            continue;
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        let is_weights = extension.is_some_and(|found| WEIGHTS.split(' ').any(|w| w == found));
+        let is_made = written.contains(file_name) || name == "config.json" && dtype.is_some();
+        if !is_weights && !is_made && !name.ends_with(".index.json") {
+            fs::copy(&path, out.join(file_name)).map_err(Error::io("copy", &path))?;
         }
-        let target = out.join(file_name);
-        if name == "config.json" && dtype.is_some() {
-            continue;
-        }
-        fs::copy(&path, &target).map_err(Error::io("copy", &path))?;
     }
     if let Some(dtype) = dtype {
         let mut config = base.config().clone();
@@ -361,11 +326,8 @@ fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Resu
             _ => "float32",
         };
         // transformers 5 writes `dtype`, earlier versions `torch_dtype`.
-        let key = if config.contains_key("dtype") {
-            "dtype"
-        } else {
-            "torch_dtype"
-        };
+        let is_new = config.contains_key("dtype");
+        let key = if is_new { "dtype" } else { "torch_dtype" };
         config.insert(key.into(), name.into());
         files::write_text(&out.join("config.json"), &to_text(&Value::Object(config)))?;
     }

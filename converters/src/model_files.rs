@@ -47,10 +47,8 @@ impl ModelFiles {
     pub fn read_config(dir: impl AsRef<Path>) -> Result<Map<String, Value>> {
         let path = dir.as_ref().join("config.json");
         if !path.exists() {
-            return Err(Error::not_found(
-                &path,
-                "a Hugging Face model directory must hold config.json",
-            ));
+            let message = "a Hugging Face model directory must hold config.json";
+            return Err(Error::not_found(&path, message));
         }
         json::read_object(&path)
     }
@@ -112,17 +110,16 @@ impl ModelFiles {
             ".weight_scale_inv",
             ".SCB",
         ];
-        self.names()
-            .find(|name| MARKS.iter().any(|mark| name.ends_with(mark)))
-            .map(|name| format!("tensor `{name}`"))
-            .or_else(|| {
-                self.names()
-                    .find(|name| {
-                        name.ends_with("proj.weight")
-                            && self.info(name).is_some_and(|(dtype, _)| !dtype.is_float())
-                    })
-                    .map(|name| format!("tensor `{name}` is not floating point"))
-            })
+        let is_marked = |name: &&str| MARKS.iter().any(|mark| name.ends_with(mark));
+        if let Some(name) = self.names().find(is_marked) {
+            return Some(format!("tensor `{name}`"));
+        }
+        let is_no_float = |name: &&str| {
+            let is_float = self.info(name).is_none_or(|(dtype, _)| dtype.is_float());
+            name.ends_with("proj.weight") && !is_float
+        };
+        let name = self.names().find(is_no_float)?;
+        Some(format!("tensor `{name}` is not floating point"))
     }
 
     /// Whether the output head is the embedding: as `config.json` says, or if it is silent, as transformers assumes of the family;

@@ -1,9 +1,8 @@
 //! `rank_pattern` and `alpha_pattern`: keys prepared once, then asked for every module.
 
-use fancy_regex::Regex;
 use indexmap::IndexMap;
 
-use crate::config::{compile, is_match};
+use crate::config::Pattern;
 use crate::error::{Error, Result};
 
 /// Most keys of one pattern table, and most of them that are true expressions: each is tried on each module.
@@ -12,16 +11,13 @@ const MAX_EXPRESSIONS: usize = 1 << 10;
 
 /// A table of values by pattern; the first key, in file order, that matches a module's path or the end of it after a
 /// dot gives the module's value.
-pub(crate) struct SitePatterns<'a, T> {
-    setting: &'static str,
-    rows: Vec<(&'a str, Key, T)>,
-}
+pub(crate) struct SitePatterns<'a, T>(Vec<(Key<'a>, T)>);
 
 /// A key as it is matched.
-enum Key {
+enum Key<'a> {
     /// Names and dots alone, which is what tools write: characters, `None` for any one.
     Plain(Vec<Option<u8>>),
-    Expression(Box<Regex>),
+    Expression(Box<Pattern<'a>>),
 }
 
 impl<'a, T: Copy> SitePatterns<'a, T> {
@@ -33,33 +29,28 @@ impl<'a, T: Copy> SitePatterns<'a, T> {
                 Some(characters) => Key::Plain(characters),
                 None => {
                     n_expressions += 1;
-                    Key::Expression(Box::new(compile(
-                        setting,
-                        key,
-                        &format!("^(.*\\.)?({key})$"),
-                    )?))
+                    let pattern = Pattern::new(setting, key, &format!("^(.*\\.)?({key})$"))?;
+                    Key::Expression(Box::new(pattern))
                 }
             };
             if rows.len() == MAX_KEYS || n_expressions > MAX_EXPRESSIONS {
-                return Err(Error::setting(
-                    setting,
-                    format!(
-                        "{} keys; at most {MAX_KEYS} names and {MAX_EXPRESSIONS} regular expressions are read: put several modules into one expression",
-                        table.len()
-                    ),
-                ));
+                let message = format!(
+                    "{} keys; at most {MAX_KEYS} names and {MAX_EXPRESSIONS} regular expressions are read: put several modules into one expression",
+                    table.len()
+                );
+                return Err(Error::setting(setting, message));
             }
-            rows.push((key.as_str(), prepared, *value));
+            rows.push((prepared, *value));
         }
-        Ok(Self { setting, rows })
+        Ok(Self(rows))
     }
 
     /// The module's value, if a key matches.
     pub(crate) fn find(&self, module: &str) -> Result<Option<T>> {
-        for (key, prepared, value) in &self.rows {
-            let matches = match prepared {
+        for (key, value) in &self.0 {
+            let matches = match key {
                 Key::Plain(characters) => ends_in(module.as_bytes(), characters),
-                Key::Expression(regex) => is_match(self.setting, key, regex, module)?,
+                Key::Expression(pattern) => pattern.is_match(module)?,
             };
             if matches {
                 return Ok(Some(*value));
@@ -99,6 +90,7 @@ fn ends_in(module: &[u8], characters: &[Option<u8>]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use fancy_regex::Regex;
     use proptest::prelude::*;
 
     use super::*;

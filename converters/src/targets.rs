@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use fancy_regex::Regex;
-
-use crate::config::{AdapterConfig, ExcludeModules, TargetModules, compile, is_match};
+use crate::config::{AdapterConfig, ExcludeModules, Pattern, TargetModules};
 use crate::error::{Error, Result};
 use crate::problem::{Problem, Problems};
 
@@ -32,106 +30,90 @@ pub(crate) fn ends_in(module: &str, name: &str) -> bool {
         .is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
+/// Modules by name or by pattern.
+enum Rule<'a> {
+    Names(&'a [String]),
+    Pattern(Pattern<'a>),
+    AllLinear,
+}
+
+impl<'a> Rule<'a> {
+    fn pattern(setting: &'static str, pattern: &'a str) -> Result<Self> {
+        let whole = format!("^(?:{pattern})\\z");
+        Ok(Self::Pattern(Pattern::new(setting, pattern, &whole)?))
+    }
+
+    fn names(&self, module: &str) -> Result<bool> {
+        match self {
+            Self::Names(names) => Ok(names.iter().any(|name| ends_in(module, name))),
+            Self::Pattern(pattern) => pattern.is_match(module),
+            Self::AllLinear => Ok(module != OUTPUT_HEAD),
+        }
+    }
+}
+
 /// A configuration's target rules with their patterns compiled.
 pub(crate) struct Matcher<'a> {
-    config: &'a AdapterConfig,
-    targets: Option<Regex>,
-    excluded: Option<Regex>,
-    layers: Vec<(&'a str, Regex)>,
+    targets: Rule<'a>,
+    excluded: Rule<'a>,
+    /// Layers to which targets are confined, unless there are none, and where a path has its layer's number.
+    layers: &'a [usize],
+    layer_patterns: Vec<Pattern<'a>>,
 }
 
 impl<'a> Matcher<'a> {
     pub(crate) fn new(config: &'a AdapterConfig) -> Result<Self> {
-        let full =
-            |setting, pattern: &str| compile(setting, pattern, &format!("^(?:{pattern})\\z"));
         let targets = match &config.target_modules {
-            TargetModules::Regex(pattern) => Some(full("target_modules", pattern)?),
-            _ => None,
+            TargetModules::Regex(pattern) => Rule::pattern("target_modules", pattern)?,
+            TargetModules::List(names) => Rule::Names(names),
+            TargetModules::AllLinear => Rule::AllLinear,
         };
         let excluded = match &config.exclude_modules {
-            Some(ExcludeModules::Regex(pattern)) => Some(full("exclude_modules", pattern)?),
-            _ => None,
+            Some(ExcludeModules::Regex(pattern)) => Rule::pattern("exclude_modules", pattern)?,
+            Some(ExcludeModules::List(names)) => Rule::Names(names),
+            None => Rule::Names(&[]),
         };
-        let mut layers = Vec::new();
-        match (&config.layers_to_transform, &config.layers_pattern) {
-            (None, _) => {}
-            (Some(numbers), _) if numbers.is_empty() => {}
+        let layers = config.layers_to_transform.as_deref().unwrap_or_default();
+        let pattern = |text, expression: &str| Pattern::new("layers_pattern", text, expression);
+        let layer_patterns = match &config.layers_pattern {
+            _ if layers.is_empty() => Vec::new(),
             // Without a pattern the first numbered component counts, whatever precedes it.
-            (Some(_), None) => layers.push((
-                "",
-                compile("layers_pattern", "", r"^.*?\.[^.]*\.(?P<idx>\d+)\.")?,
-            )),
-            (Some(_), Some(patterns)) => {
-                for pattern in patterns {
-                    let expression = format!(r"^(?:.*?\.)?{pattern}\.(?P<idx>\d+)\.");
-                    layers.push((
-                        pattern.as_str(),
-                        compile("layers_pattern", pattern, &expression)?,
-                    ));
-                }
-            }
-        }
+            None => vec![pattern("", r"^.*?\.[^.]*\.(?P<idx>\d+)\.")?],
+            Some(patterns) => patterns
+                .iter()
+                .map(|text| pattern(text, &format!(r"^(?:.*?\.)?{text}\.(?P<idx>\d+)\.")))
+                .collect::<Result<_>>()?,
+        };
         Ok(Self {
-            config,
             targets,
             excluded,
             layers,
+            layer_patterns,
         })
-    }
-
-    /// Whether the module is excluded by name.
-    pub(crate) fn is_excluded(&self, module: &str) -> Result<bool> {
-        match (&self.config.exclude_modules, &self.excluded) {
-            (Some(ExcludeModules::Regex(pattern)), Some(regex)) => {
-                is_match("exclude_modules", pattern, regex, module)
-            }
-            (Some(ExcludeModules::List(names)), _) => {
-                Ok(names.iter().any(|name| ends_in(module, name)))
-            }
-            _ => Ok(false),
-        }
     }
 
     /// Whether the module carries the adapter.
     pub(crate) fn matches(&self, module: &str) -> Result<bool> {
-        if self.is_excluded(module)? {
+        if self.excluded.names(module)? {
             return Ok(false);
         }
-        match (&self.config.target_modules, &self.targets) {
-            (TargetModules::Regex(pattern), Some(regex)) => {
-                is_match("target_modules", pattern, regex, module)
-            }
-            (TargetModules::List(names), _) => {
-                if names.iter().any(|name| name == module) {
-                    // PEFT does not confine modules that are named in full to certain layers.
-                    return Ok(true);
-                }
-                Ok(names.iter().any(|name| ends_in(module, name)) && self.in_layers(module)?)
-            }
-            _ => Ok(module != OUTPUT_HEAD),
+        match &self.targets {
+            // PEFT does not confine modules that are named in full to certain layers.
+            Rule::Names(names) if names.iter().any(|name| name == module) => Ok(true),
+            Rule::Names(_) => Ok(self.targets.names(module)? && self.in_layers(module)?),
+            rule => rule.names(module),
         }
     }
 
     fn in_layers(&self, module: &str) -> Result<bool> {
-        let numbers = match &self.config.layers_to_transform {
-            Some(numbers) if !numbers.is_empty() => numbers,
-            _ => return Ok(true),
-        };
-        for (pattern, regex) in &self.layers {
-            let captures = regex.captures(module).map_err(|error| {
-                Error::setting(
-                    "layers_pattern",
-                    format!("`{pattern}` cannot be matched against `{module}`: {error}"),
-                )
-            })?;
+        for pattern in &self.layer_patterns {
+            let found = pattern.captures(module)?;
             // The first pattern that matches decides.
-            if let Some(number) =
-                captures.and_then(|found| found.name("idx")?.as_str().parse().ok())
-            {
-                return Ok(numbers.contains(&number));
+            if let Some(number) = found.and_then(|found| found.name("idx")?.as_str().parse().ok()) {
+                return Ok(self.layers.contains(&number));
             }
         }
-        Ok(false)
+        Ok(self.layers.is_empty())
     }
 }
 
@@ -164,37 +146,30 @@ impl AdapterConfig {
     /// ```
     pub fn resolve_targets(&self, base_linears: &[LinearModule]) -> Result<Vec<String>> {
         let matcher = Matcher::new(self)?;
-        let unknown = match &self.target_modules {
-            TargetModules::List(names) => names
-                .iter()
-                .filter(|name| {
-                    !base_linears
-                        .iter()
-                        .any(|module| ends_in(&module.name, name))
-                })
-                .map(|name| unknown_target(name, base_linears))
-                .collect(),
-            TargetModules::Regex(pattern) => {
-                let regex = matcher.targets.as_ref();
-                let mut any = false;
-                for module in base_linears {
-                    any = any
-                        || regex.map_or(Ok(false), |regex| {
-                            is_match("target_modules", pattern, regex, &module.name)
-                        })?;
-                }
-                if any {
-                    Vec::new()
-                } else {
-                    vec![unknown_target(pattern, base_linears)]
+        let names_any = |rule: &Rule<'_>| -> Result<bool> {
+            for module in base_linears {
+                if rule.names(&module.name)? {
+                    return Ok(true);
                 }
             }
-            TargetModules::AllLinear => Vec::new(),
+            Ok(false)
         };
-        Problems::refuse_any(
-            "target_modules names modules that the base does not have",
-            unknown,
-        )?;
+        let mut unknown = Vec::new();
+        match &self.target_modules {
+            TargetModules::List(names) => {
+                for name in names {
+                    if !names_any(&Rule::Names(std::slice::from_ref(name)))? {
+                        unknown.push(unknown_target(name, base_linears));
+                    }
+                }
+            }
+            TargetModules::Regex(pattern) if !names_any(&matcher.targets)? => {
+                unknown.push(unknown_target(pattern, base_linears));
+            }
+            _ => {}
+        }
+        let heading = "target_modules names modules that the base does not have";
+        Problems::refuse_any(heading, unknown)?;
         let mut sites = Vec::new();
         for module in base_linears {
             if matcher.matches(&module.name)? {

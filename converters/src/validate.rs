@@ -9,6 +9,7 @@ use crate::config::{AdapterConfig, TargetModules};
 use crate::error::Result;
 use crate::formats::peft::read as peft_read;
 use crate::formats::{Format, dir_of, format_named, read_without_base};
+use crate::inspect::no_effect;
 use crate::json;
 use crate::model_files::ModelFiles;
 use crate::problem::Problem;
@@ -62,11 +63,14 @@ pub fn validate_path(
             Ok(problems)
         }
         Err(error) if !error.problems().is_empty() => {
-            let found = error.problems().to_vec();
-            let fates = runtimes
-                .iter()
-                .flat_map(|runtime| unreadable::fates(&found, *runtime));
-            Ok(found.iter().cloned().chain(fates).collect())
+            let found = error.problems();
+            let mut problems = found.to_vec();
+            problems.extend(
+                runtimes
+                    .iter()
+                    .flat_map(|runtime| unreadable::fates(found, *runtime)),
+            );
+            Ok(problems)
         }
         Err(error) => Err(error),
     }
@@ -83,12 +87,7 @@ pub fn validate(
 ) -> Result<Vec<Problem>> {
     let mut problems = Vec::new();
     if !adapter.has_effect()? {
-        problems.push(Problem::new(
-            "no-effect",
-            "adapter",
-            "B A is zero at every site, so the adapter changes nothing",
-            "train it first",
-        ));
+        problems.push(no_effect());
     }
     if let Some(base) = base {
         problems.extend(adapter.check_against(base)?);
@@ -100,7 +99,7 @@ pub fn validate(
         };
         check_rank(adapter, &mut report);
         if let Some(format) = format_named(adapter.format)
-            && !format.runtimes().contains(runtime)
+            && !format.about().runtimes.contains(runtime)
         {
             report.unread_format(adapter.format, format);
             continue;
@@ -133,26 +132,21 @@ impl Report<'_> {
 
     /// The runtime does not read the format at all.
     fn unread_format(&mut self, name: &str, format: &dyn Format) {
-        let label = format.label();
-        let plural = match label.strip_suffix('y') {
-            Some(stem) => format!("{stem}ies"),
-            None => format!("{label}s"),
+        let label = format.about().label;
+        let message = match label.strip_suffix('y') {
+            Some(stem) => format!("does not read {stem}ies"),
+            None => format!("does not read {label}s"),
         };
-        let target = match self.runtime {
-            Runtime::LlamaCpp => "gguf",
-            _ => "lora",
+        let fix = match self.runtime {
+            Runtime::LlamaCpp => "convert it: monteclora convert --to gguf",
+            _ => "convert it: monteclora convert --to lora",
         };
-        self.add(
-            "format",
-            name,
-            &format!("does not read {plural}"),
-            &format!("convert it: monteclora convert --to {target}"),
-        );
+        self.add("format", name, &message, fix);
     }
 }
 
 fn has_peft_settings(adapter: &Adapter) -> bool {
-    format_named(adapter.format).is_some_and(Format::has_peft_settings)
+    format_named(adapter.format).is_some_and(|format| format.about().has_peft_settings)
 }
 
 /// Ranks above what a runtime takes without being told otherwise, or at all.
@@ -163,31 +157,27 @@ fn check_rank(adapter: &Adapter, report: &mut Report<'_>) {
         return;
     };
     let rank = site.rank;
-    match report.runtime {
+    let (most, fix) = match report.runtime {
         Runtime::Vllm if rank > VLLM_RANKS[0] => {
             match VLLM_RANKS.iter().find(|choice| rank <= **choice) {
-                Some(choice) => report.add(
-                    "rank-limit",
-                    "r",
-                    &format!("takes ranks up to 16 by default; this is {rank}"),
-                    &format!("start vLLM with --max-lora-rank {choice}"),
+                Some(choice) => (
+                    "16 by default",
+                    &*format!("start vLLM with --max-lora-rank {choice}"),
                 ),
-                None => report.add(
-                    "rank-limit",
-                    "r",
-                    &format!("takes ranks up to 512; this is {rank}"),
+                None => (
+                    "512",
                     "merge the adapter into the base, or train with a lower rank",
                 ),
             }
         }
-        Runtime::Mistralrs09 if rank > 256 => report.add(
-            "rank-limit",
-            "r",
-            &format!("takes ranks up to 256 by default; this is {rank}"),
+        Runtime::Mistralrs09 if rank > 256 => (
+            "256 by default",
             "raise lora_max_rank, or train with a lower rank",
         ),
-        _ => {}
-    }
+        _ => return,
+    };
+    let message = format!("takes ranks up to {most}; this is {rank}");
+    report.add("rank-limit", "r", &message, fix);
 }
 
 /// Settings that a runtime refuses or leaves unread: the key, the code, where, the runtimes, and what they do. Those that
@@ -226,36 +216,27 @@ fn check_config(config: &AdapterConfig, report: &mut Report<'_>) {
 fn check_sites(adapter: &Adapter, base: Option<&ModelFiles>, report: &mut Report<'_>) {
     let is_tied = base.map(ModelFiles::ties_embeddings);
     for site in &adapter.sites {
-        if site.name == OUTPUT_HEAD {
-            let head = match (report.runtime, is_tied) {
-                (Runtime::Mistralrs | Runtime::LlamaCpp, Some(false)) | (Runtime::Peft, _) => None,
-                (Runtime::Mistralrs, _) => {
-                    Some("silently leaves the head unadapted where it is tied to the embedding")
-                }
-                (Runtime::Mistralrs09, _) => Some("refuses LoRA on the head"),
-                (Runtime::Vllm, _) => Some("does not apply LoRA on the head in every version"),
-                (Runtime::LlamaCpp, _) => Some(
-                    "has no head to adapt where it is tied to the embedding, and fails to load",
-                ),
-            };
-            if let Some(message) = head {
-                report.add(
-                    "lm-head",
-                    &site.name,
-                    message,
-                    "merge the adapter into the base, or train without lm_head",
-                );
+        let head = match (report.runtime, is_tied) {
+            _ if site.name != OUTPUT_HEAD => None,
+            (Runtime::Mistralrs | Runtime::LlamaCpp, Some(false)) | (Runtime::Peft, _) => None,
+            (Runtime::Mistralrs, _) => {
+                Some("silently leaves the head unadapted where it is tied to the embedding")
             }
+            (Runtime::Mistralrs09, _) => Some("refuses LoRA on the head"),
+            (Runtime::Vllm, _) => Some("does not apply LoRA on the head in every version"),
+            (Runtime::LlamaCpp, _) => {
+                Some("has no head to adapt where it is tied to the embedding, and fails to load")
+            }
+        };
+        if let Some(message) = head {
+            let fix = "merge the adapter into the base, or train without lm_head";
+            report.add("lm-head", &site.name, message, fix);
         }
         let types = [site.lora_a.dtype(), site.lora_b.dtype()];
         let fails = matches!(report.runtime, Runtime::Mistralrs | Runtime::Mistralrs09);
         if types.contains(&DType::F64) && fails {
-            report.add(
-                "dtype",
-                &site.name,
-                "fails to load float64",
-                "monteclora collapse turns float64 into float32",
-            );
+            let fix = "monteclora collapse turns float64 into float32";
+            report.add("dtype", &site.name, "fails to load float64", fix);
         }
     }
 }
@@ -269,12 +250,8 @@ fn check_coverage(adapter: &Adapter, base: &ModelFiles, report: &mut Report<'_>)
         let is_hit = names.iter().any(|name| module.name.contains(name.as_str()));
         let is_site = adapter.sites.iter().any(|site| site.name == module.name);
         if is_hit && !is_site && module.name != OUTPUT_HEAD {
-            report.add(
-                "uncovered-target",
-                &module.name,
-                "looks for target_modules anywhere in a path and finds them here, where there are no tensors: it fails to load",
-                EXPORT,
-            );
+            let message = "looks for target_modules anywhere in a path and finds them here, where there are no tensors: it fails to load";
+            report.add("uncovered-target", &module.name, message, EXPORT);
         }
     }
 }
@@ -299,67 +276,50 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
         })
         .collect();
     let keys = json::read_object(&dir.join(peft_read::CONFIG_FILE))?;
-    let has_targets = keys
-        .get("target_modules")
-        .is_some_and(|value| *value != Value::Null);
+    let targets = keys.get("target_modules");
     for runtime in runtimes {
         let mut report = Report {
             runtime: *runtime,
             problems,
         };
         if is_sharded {
-            report.add(
-                "sharded",
-                "adapter_model-*.safetensors",
-                "looks for one adapter_model.safetensors only",
-                "monteclora collapse writes one file",
-            );
+            let message = "looks for one adapter_model.safetensors only";
+            let fix = "monteclora collapse writes one file";
+            report.add("sharded", "adapter_model-*.safetensors", message, fix);
         }
-        let unread: Vec<&str> = named
-            .iter()
-            .copied()
-            .filter(|name| match runtime {
-                Runtime::Mistralrs09 => false,
-                // PEFT gives every adapter that it loads this name unless told otherwise.
-                Runtime::Peft => !name.ends_with(".default.weight"),
-                _ => true,
-            })
-            .collect();
-        if let Some(first) = unread.first() {
-            let message = match runtime {
+        let is_unread = |name: &&&str| match runtime {
+            Runtime::Mistralrs09 => false,
+            // PEFT gives every adapter that it loads this name unless told otherwise.
+            Runtime::Peft => !name.ends_with(".default.weight"),
+            _ => true,
+        };
+        if let Some(first) = named.iter().find(is_unread) {
+            let mut message = match runtime {
                 Runtime::Peft => {
                     "does not find a tensor whose name holds the adapter's: it would have no effect"
                 }
                 _ => "does not recognise a tensor whose name holds the adapter's",
-            };
-            let others = match unread.len() {
-                1 => String::new(),
-                n => format!(" (and {} more)", n - 1),
-            };
+            }
+            .to_owned();
+            let n_others = named.iter().filter(is_unread).count() - 1;
+            if n_others > 0 {
+                message += &format!(" (and {n_others} more)");
+            }
             report.add(
                 "adapter-name",
                 first,
-                &format!("{message}{others}"),
+                &message,
                 "monteclora collapse drops the name",
             );
         }
-        if !has_targets {
-            match runtime {
-                Runtime::Mistralrs | Runtime::Mistralrs09 => report.add(
-                    "target-modules-form",
-                    "target_modules",
-                    "cannot read null",
-                    EXPORT,
-                ),
-                Runtime::Vllm if !keys.contains_key("target_modules") => report.add(
-                    "target-modules-form",
-                    "target_modules",
-                    "refuses a configuration without this key",
-                    EXPORT,
-                ),
-                _ => {}
+        let message = match (runtime, targets) {
+            (Runtime::Mistralrs | Runtime::Mistralrs09, None | Some(Value::Null)) => {
+                "cannot read null"
             }
-        }
+            (Runtime::Vllm, None) => "refuses a configuration without this key",
+            _ => continue,
+        };
+        report.add("target-modules-form", "target_modules", message, EXPORT);
     }
     Ok(())
 }

@@ -27,8 +27,8 @@ pub struct CollapseArgs {
 /// The formats that `convert` reads. Those that are read as another is are taken and not shown.
 fn read_formats() -> Vec<PossibleValue> {
     let formats = FORMATS.iter().map(|format| {
-        let value = PossibleValue::new(format.name());
-        match format.reads() {
+        let value = PossibleValue::new(format.about().name);
+        match format.about().reads {
             Some(help) => value.help(help),
             None => value.hide(true),
         }
@@ -41,7 +41,9 @@ fn read_formats() -> Vec<PossibleValue> {
 fn written_formats() -> Vec<PossibleValue> {
     let formats = FORMATS.iter();
     formats
-        .filter_map(|format| Some(PossibleValue::new(format.name()).help(format.writes()?)))
+        .filter_map(|format| {
+            Some(PossibleValue::new(format.about().name).help(format.about().writes?))
+        })
         .collect()
 }
 

@@ -18,8 +18,8 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     let output = &args.output;
     require_apart(&args.source, output)?;
     let to = format_named(&args.to).context("a format that the command line lists")?;
-    match to.file_name() {
-        Some(name) => require_new_file(output, to.label(), name, args.force)?,
+    match to.about().file_name {
+        Some(name) => require_new_file(output, to.about().label, name, args.force)?,
         None => require_empty(output, args.force)?,
     }
     let adapter = read(args)?;
@@ -71,13 +71,13 @@ fn require_new_file(output: &Path, label: &str, name: &str, force: bool) -> Resu
 
 /// `config.json` of the base if the format asks for it; the base's weights are not needed.
 fn base_config(args: &ConvertArgs, format: &dyn Format) -> Result<Option<Map<String, Value>>> {
-    if !format.needs_base() {
+    if !format.about().needs_base {
         return Ok(None);
     }
     let id = args.model_id.as_deref().ok_or_else(|| {
         Problem::usage(format!(
             "a {} needs its base's config.json (head counts, for the order of the rows of q and k); give the base with -m",
-            format.label()
+            format.about().label
         ))
     })?;
     let dir = hub::locate(id, &HubOptions::default())?.dir;

@@ -40,7 +40,10 @@ fn everything_registered_has_a_row_in_the_docs() {
     rows("models.md", FAMILIES.iter().map(|family| family.model_type));
     rows("models.md", KINDS.iter().map(|kind| kind.name));
     rows("fine-tune.md", METHODS.iter().map(|method| method.name));
-    rows("convert.md", FORMATS.iter().map(|format| format.name()));
+    rows(
+        "convert.md",
+        FORMATS.iter().map(|format| format.about().name),
+    );
 }
 
 /// What the fixture of a family holds is tested in `architectures`.
@@ -133,18 +136,20 @@ fn every_format_reads_its_fixture_and_what_it_writes() {
         }
     };
     for format in FORMATS {
-        let name = format.name();
+        let name = format.about().name;
         let folder = below_root("tests/data/formats").join(name);
-        let source = folder.join(format.file_name().unwrap_or("adapter"));
+        let source = folder.join(format.about().file_name.unwrap_or("adapter"));
         assert!(source.exists(), "{} is not there", source.display());
-        if format.reads().is_some() {
-            assert_eq!(format_of(&source).name(), name);
+        if format.about().reads.is_some() {
+            assert_eq!(format_of(&source).about().name, name);
         }
         let adapter = format.read(&source, Some(&base)).unwrap();
         hold(name, &adapter);
-        if format.writes().is_some() {
+        if format.about().writes.is_some() {
             let dir = tempfile::tempdir().unwrap();
-            let output = dir.path().join(format.file_name().unwrap_or("adapter"));
+            let output = dir
+                .path()
+                .join(format.about().file_name.unwrap_or("adapter"));
             format
                 .write(&adapter, &output, &LoraOptions::default(), Some(&base))
                 .unwrap();

@@ -5,11 +5,10 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use super::lora::LoraOptions;
-use super::{Format, Pairs, Written};
+use super::{About, Format, Pairs, Written};
 use crate::adapter::{Adapter, Site};
 use crate::architecture::{self, FAMILIES, Family, HEAD, Role};
 use crate::config::{AdapterConfig, TargetModules};
@@ -29,32 +28,17 @@ const UNSUPPORTED: &str = "convert it with llama.cpp's own tools, or merge it in
 pub(crate) struct GgufLora;
 
 impl Format for GgufLora {
-    fn name(&self) -> &'static str {
-        "gguf"
-    }
-
-    fn label(&self) -> &'static str {
-        "GGUF LoRA"
-    }
-
-    fn reads(&self) -> Option<&'static str> {
-        Some("GGUF LoRA file")
-    }
-
-    fn writes(&self) -> Option<&'static str> {
-        Some("One GGUF file for llama.cpp: the posterior mean")
-    }
-
-    fn file_name(&self) -> Option<&'static str> {
-        Some("adapter.gguf")
-    }
-
-    fn needs_base(&self) -> bool {
-        true
-    }
-
-    fn runtimes(&self) -> &'static [Runtime] {
-        &[Runtime::LlamaCpp]
+    fn about(&self) -> &'static About {
+        &About {
+            name: "gguf",
+            label: "GGUF LoRA",
+            reads: Some("GGUF LoRA file"),
+            writes: Some("One GGUF file for llama.cpp: the posterior mean"),
+            file_name: Some("adapter.gguf"),
+            needs_base: true,
+            has_peft_settings: false,
+            runtimes: &[Runtime::LlamaCpp],
+        }
     }
 
     fn sniff(&self, path: &Path) -> bool {
@@ -64,11 +48,8 @@ impl Format for GgufLora {
     /// The scaling is alpha over each site's own rank, or 1 if alpha is 0, as llama.cpp has it.
     fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
         let file = GgufFile::open(path)?;
-        read_file(
-            path,
-            &file,
-            Some(&Base::from_config(required(base_config, path)?)?),
-        )
+        let base = Base::from_config(required(base_config, path)?)?;
+        read_file(path, &file, Some(&base))
     }
 
     /// The rows of q and k stay in the order in which they are stored, which changes no norm.
@@ -104,29 +85,22 @@ impl Format for GgufLora {
         let mut tensors = Vec::new();
         let is_tied = architecture::ties_embeddings(base_config) == Some(true);
         for site in &plain.sites {
+            let mut refuse = |code, message| {
+                problems.push(Problem::new(code, &site.name, message, UNSUPPORTED));
+            };
             if site.name == HEAD.name && is_tied {
-                problems.push(Problem::new(
-                    "lm-head",
-                    &site.name,
-                    "is tied to the embedding in this base, and llama.cpp has no such tensor then",
-                    UNSUPPORTED,
-                ));
+                let message =
+                    "is tied to the embedding in this base, and llama.cpp has no such tensor then";
+                refuse("lm-head", message);
                 continue;
             }
             let Some(name) = to_gguf_name(base.family, &site.name) else {
-                problems.push(Problem::new(
-                    "no-gguf-name",
-                    &site.name,
-                    "has no name in llama.cpp",
-                    UNSUPPORTED,
-                ));
+                refuse("no-gguf-name", "has no name in llama.cpp");
                 continue;
             };
+            let lora_b = base.reorder(&site.name, &site.lora_b, true)?;
             tensors.push((format!("{name}.weight.lora_a"), site.lora_a.clone()));
-            tensors.push((
-                format!("{name}.weight.lora_b"),
-                base.reorder(&site.name, &site.lora_b, true)?,
-            ));
+            tensors.push((format!("{name}.weight.lora_b"), lora_b));
         }
         Error::refuse_any(path, problems)?;
         let metadata = [
@@ -171,14 +145,11 @@ struct Base {
 /// Whether `path` is a GGUF file, by its first bytes, or by its name if it cannot be read.
 pub fn is_gguf(path: &Path) -> bool {
     let mut magic = [0; 4];
-    let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
-    match read {
+    match File::open(path).and_then(|mut file| file.read_exact(&mut magic)) {
         Ok(()) => magic == *b"GGUF",
         Err(_) => {
-            !path.is_dir()
-                && path
-                    .extension()
-                    .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+            let mut extension = path.extension().into_iter();
+            !path.is_dir() && extension.any(|extension| extension.eq_ignore_ascii_case("gguf"))
         }
     }
 }
@@ -209,15 +180,10 @@ impl Base {
             _ => return Ok(b.clone()),
         };
         let n_rows = b.shape().first().copied().unwrap_or(0);
-        if n_rows == 0
-            || n_heads
-                .checked_mul(2)
-                .is_none_or(|halves| n_rows % halves != 0)
-        {
-            return Err(Error::tensor(
-                module,
-                format!("{n_rows} rows cannot be split over {n_heads} heads in halves"),
-            ));
+        let halves = n_heads.checked_mul(2);
+        if n_rows == 0 || halves.is_none_or(|halves| n_rows % halves != 0) {
+            let message = format!("{n_rows} rows cannot be split over {n_heads} heads in halves");
+            return Err(Error::tensor(module, message));
         }
         // Hugging Face keeps the halves of a rotated pair apart, llama.cpp side by side.
         b.head_rows(n_rows / n_heads, to_gguf)
@@ -307,8 +273,7 @@ fn families(file: &GgufFile, base: Option<&Base>) -> Vec<&'static Family> {
     if let Some(base) = base {
         return vec![base.family];
     }
-    let architecture = file.metadata().get("general.architecture");
-    let architecture = architecture.and_then(|value| value.as_str());
+    let architecture = file.text("general.architecture");
     let mut families = FAMILIES.to_vec();
     families.sort_by_key(|family| Some(family.gguf.architecture) != architecture);
     families
@@ -316,47 +281,40 @@ fn families(file: &GgufFile, base: Option<&Base>) -> Vec<&'static Family> {
 
 /// Checks kind and architecture; gives alpha.
 fn check_metadata(file: &GgufFile, base: Option<&Base>, problems: &mut Vec<Problem>) -> f64 {
-    let metadata = file.metadata();
+    let mut refuse = |code, key: &str, message: &str, fix| {
+        problems.push(Problem::new(code, key, message, fix));
+    };
     let expected = [("general.type", "adapter"), ("adapter.type", "lora")];
     let name = base.map(|base| ("general.architecture", base.family.gguf.architecture));
     for (key, expected) in expected.into_iter().chain(name) {
-        let found = metadata.get(key).and_then(|value| value.as_str());
+        let found = file.text(key);
         if found != Some(expected) {
             let message = format!("expected {expected}, found {}", found.unwrap_or("nothing"));
-            problems.push(Problem::new(
+            refuse(
                 "gguf-metadata",
                 key,
-                message,
+                &message,
                 "give a LoRA made for this base",
-            ));
+            );
         }
     }
-    for key in metadata
-        .keys()
-        .filter(|key| key.starts_with("adapter.alora"))
-    {
-        problems.push(Problem::new(
-            "alora",
-            key,
-            "activated LoRA: the update depends on the tokens",
+    let metadata = file.metadata();
+    let is_alora = |key: &&String| key.starts_with("adapter.alora");
+    for key in metadata.keys().filter(is_alora) {
+        let message = "activated LoRA: the update depends on the tokens";
+        refuse("alora", key, message, UNSUPPORTED);
+    }
+    const ALPHA: &str = "adapter.lora.alpha";
+    let alpha = metadata.get(ALPHA).and_then(|value| value.as_f64());
+    alpha.filter(|alpha| alpha.is_finite()).unwrap_or_else(|| {
+        refuse(
+            "gguf-metadata",
+            ALPHA,
+            "missing or not a number",
             UNSUPPORTED,
-        ));
-    }
-    let alpha = metadata
-        .get("adapter.lora.alpha")
-        .and_then(|value| value.as_f64());
-    match alpha.filter(|alpha| alpha.is_finite()) {
-        Some(alpha) => alpha,
-        None => {
-            problems.push(Problem::new(
-                "gguf-metadata",
-                "adapter.lora.alpha",
-                "missing or not a number",
-                UNSUPPORTED,
-            ));
-            1.0
-        }
-    }
+        );
+        1.0
+    })
 }
 
 /// Module, place (0 for A, 1 for B) and values of one tensor.
@@ -366,22 +324,19 @@ fn read_part(
     families: &[&Family],
 ) -> Result<(String, usize, Tensor), Problem> {
     let refuse = |code, message: String| Problem::new(code, name, message, UNSUPPORTED);
-    let place = name
-        .strip_suffix(".weight.lora_a")
-        .map(|base| (base, 0))
-        .or_else(|| name.strip_suffix(".weight.lora_b").map(|base| (base, 1)));
-    let module = place.and_then(|(base, idx)| Some((from_gguf_name(families, base)?, idx)));
+    let mut places = [(".weight.lora_a", 0), (".weight.lora_b", 1)].into_iter();
+    let module = places.find_map(|(suffix, idx)| {
+        Some((from_gguf_name(families, name.strip_suffix(suffix)?)?, idx))
+    });
     let (Some((module, idx)), Some(tensor)) = (module, file.tensor(name)) else {
         return Err(refuse("unknown-tensor", "not understood".into()));
     };
     let dtype = dtype_of(tensor.ggml_type).ok_or_else(|| {
-        refuse(
-            "dtype",
-            format!("ggml type {} is quantised or unknown", tensor.ggml_type),
-        )
+        let message = format!("ggml type {} is quantised or unknown", tensor.ggml_type);
+        refuse("dtype", message)
     })?;
-    // GGUF counts dimensions from the innermost; trailing ones may be left out.
-    let mut shape: Vec<usize> = tensor.shape.iter().rev().copied().collect();
+    // Trailing dimensions may be left out.
+    let mut shape = tensor.dims();
     while shape.len() < 2 {
         shape.insert(0, 1);
     }
@@ -399,21 +354,13 @@ fn config_of(sites: &[Site]) -> AdapterConfig {
         .find(|site| site.rank == r)
         .map_or(1.0, |site| site.alpha);
     let key = |site: &Site| site.name.replace('.', "\\.");
-    let rank_pattern: IndexMap<String, usize> = sites
-        .iter()
-        .filter(|site| site.rank != r)
-        .map(|site| (key(site), site.rank))
-        .collect();
-    let alpha_pattern: IndexMap<String, f64> = sites
-        .iter()
-        .filter(|site| site.alpha != lora_alpha)
-        .map(|site| (key(site), site.alpha))
-        .collect();
+    let other_rank = sites.iter().filter(|site| site.rank != r);
+    let other_alpha = sites.iter().filter(|site| site.alpha != lora_alpha);
     AdapterConfig {
         r,
         lora_alpha,
-        rank_pattern,
-        alpha_pattern,
+        rank_pattern: other_rank.map(|site| (key(site), site.rank)).collect(),
+        alpha_pattern: other_alpha.map(|site| (key(site), site.alpha)).collect(),
         target_modules: TargetModules::List(sites.iter().map(|site| site.name.clone()).collect()),
         task_type: Some("CAUSAL_LM".into()),
         inference_mode: true,

@@ -3,15 +3,14 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::peft::Peft;
-use super::{Format, Written};
+use super::{About, Format, Written};
 use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::peft::write;
 use crate::targets::{OUTPUT_HEAD, ends_in};
 use crate::tensors::derived::holds_scaled;
@@ -23,24 +22,19 @@ use crate::validate::runtime::Runtime;
 pub(crate) struct Lora;
 
 impl Format for Lora {
-    fn name(&self) -> &'static str {
-        "lora"
-    }
-
-    fn label(&self) -> &'static str {
-        "plain LoRA"
-    }
-
-    fn writes(&self) -> Option<&'static str> {
-        Some("Plain LoRA that mistral.rs, vLLM and PEFT all accept: the posterior mean")
-    }
-
-    fn has_peft_settings(&self) -> bool {
-        true
-    }
-
-    fn runtimes(&self) -> &'static [Runtime] {
-        &Runtime::ALL
+    fn about(&self) -> &'static About {
+        &About {
+            name: "lora",
+            label: "plain LoRA",
+            reads: None,
+            writes: Some(
+                "Plain LoRA that mistral.rs, vLLM and PEFT all accept: the posterior mean",
+            ),
+            file_name: None,
+            needs_base: false,
+            has_peft_settings: true,
+            runtimes: &Runtime::ALL,
+        }
     }
 
     /// What is read as PEFT's is plain or not by what it holds.
@@ -132,15 +126,12 @@ impl Adapter {
             r: rank,
             lora_alpha: alpha,
             target_modules: TargetModules::List(self.exported_targets()),
-            exclude_modules: None,
-            layers_to_transform: None,
-            layers_pattern: None,
-            rank_pattern: IndexMap::new(),
-            alpha_pattern: IndexMap::new(),
-            use_rslora: false,
             inference_mode: true,
-            other: Map::new(),
-            ..plain.config
+            base_model_name_or_path: plain.config.base_model_name_or_path,
+            revision: plain.config.revision,
+            lora_dropout: plain.config.lora_dropout,
+            task_type: plain.config.task_type,
+            ..AdapterConfig::default()
         };
         Ok((plain, report))
     }
@@ -181,21 +172,13 @@ impl Adapter {
 
     /// Whether the sites, apart from those outside numbered layers, are all layers from 0 times all leaves.
     fn has_every_leaf_in_every_layer(&self, leaves: &BTreeSet<String>) -> bool {
-        let mut layers: BTreeSet<usize> = BTreeSet::new();
-        for site in &self.sites {
-            layers.extend(
-                site.name
-                    .split('.')
-                    .find_map(|part| part.parse::<usize>().ok()),
-            );
-        }
+        let layer = |site: &Site| site.name.split('.').find_map(|part| part.parse().ok());
+        let layers: BTreeSet<usize> = self.sites.iter().filter_map(layer).collect();
         let is_contiguous = layers.iter().enumerate().all(|(idx, layer)| idx == *layer);
         is_contiguous
             && leaves.iter().all(|leaf| {
                 let numbered = self.sites.iter().filter(|site| ends_in(&site.name, leaf));
-                let seen: BTreeSet<Option<usize>> = numbered
-                    .map(|site| site.name.split('.').find_map(|part| part.parse().ok()))
-                    .collect();
+                let seen: BTreeSet<Option<usize>> = numbered.map(layer).collect();
                 seen == BTreeSet::from([None]) || seen.len() == layers.len()
             })
     }
@@ -246,10 +229,8 @@ fn uniform_alpha(sites: &[Site], rank: usize) -> f64 {
         if !is_usable {
             continue;
         }
-        let n_sites = sites
-            .iter()
-            .filter(|other| other.scaling == site.scaling)
-            .count();
+        let alike = sites.iter().filter(|other| other.scaling == site.scaling);
+        let n_sites = alike.count();
         if best.is_none_or(|(n, other)| (n_sites, alpha) > (n, other)) {
             best = Some((n_sites, alpha));
         }
@@ -294,10 +275,8 @@ fn rewrite(
         if !tensor.is_mapped()
             && let Some(at) = tensor.first_non_finite()
         {
-            return Err(crate::error::Error::tensor(
-                &site.name,
-                format!("element {at} does not fit {target}; export as F32"),
-            ));
+            let message = format!("element {at} does not fit {target}; export as F32");
+            return Err(Error::tensor(&site.name, message));
         }
     }
     if types != [site.lora_a.dtype(), site.lora_b.dtype()] {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{Format, Pairs, Written, dir_of};
+use super::{About, Format, Pairs, Written, dir_of};
 use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
@@ -16,7 +16,6 @@ use crate::formats::peft::write::replace_files;
 use crate::json;
 use crate::problem::Problem;
 use crate::tensors::safetensors_file::SafetensorsFile;
-use crate::validate::runtime::Runtime;
 
 /// mlx-lm's name for the weights.
 const WEIGHTS_FILE: &str = "adapters.safetensors";
@@ -28,24 +27,17 @@ const RETRAIN: &str =
 pub(crate) struct Mlx;
 
 impl Format for Mlx {
-    fn name(&self) -> &'static str {
-        "mlx"
-    }
-
-    fn label(&self) -> &'static str {
-        "mlx-lm directory"
-    }
-
-    fn reads(&self) -> Option<&'static str> {
-        Some("mlx-lm adapter directory")
-    }
-
-    fn writes(&self) -> Option<&'static str> {
-        Some("mlx-lm adapter directory: the posterior mean")
-    }
-
-    fn runtimes(&self) -> &'static [Runtime] {
-        &[]
+    fn about(&self) -> &'static About {
+        &About {
+            name: "mlx",
+            label: "mlx-lm directory",
+            reads: Some("mlx-lm adapter directory"),
+            writes: Some("mlx-lm adapter directory: the posterior mean"),
+            file_name: None,
+            needs_base: false,
+            has_peft_settings: false,
+            runtimes: &[],
+        }
     }
 
     fn sniff(&self, path: &Path) -> bool {
@@ -70,23 +62,19 @@ impl Format for Mlx {
                 _ => None,
             };
             match place {
-                Some((module, _)) if is_embedding(module) => problems.push(Problem::new(
-                    "embedding",
-                    name,
-                    "LoRA on an embedding",
-                    "train without adapting embeddings",
-                )),
+                Some((module, _)) if is_embedding(module) => {
+                    let fix = "train without adapting embeddings";
+                    problems.push(Problem::new("embedding", name, "LoRA on an embedding", fix));
+                }
                 Some((module, idx))
                     if !module.split('.').any(str::is_empty) && !module.contains(['/', '\\']) =>
                 {
                     pairs.0.entry(module.to_owned()).or_default()[idx] = weights.get(name);
                 }
-                _ => problems.push(Problem::new(
-                    "unknown-tensor",
-                    name,
-                    "not understood",
-                    RETRAIN,
-                )),
+                _ => {
+                    let message = "not understood";
+                    problems.push(Problem::new("unknown-tensor", name, message, RETRAIN));
+                }
             }
         }
         let mut sites = Vec::new();
@@ -114,12 +102,10 @@ impl Format for Mlx {
         }
         problems.extend(non_finite(&sites));
         Error::refuse_any(dir, problems)?;
+        let model = keys.get("model").and_then(Value::as_str);
         Ok(Adapter {
             config: AdapterConfig {
-                base_model_name_or_path: keys
-                    .get("model")
-                    .and_then(Value::as_str)
-                    .map(str::to_owned),
+                base_model_name_or_path: model.map(str::to_owned),
                 r: parameters.rank,
                 lora_alpha: parameters.alpha(),
                 lora_dropout: parameters.dropout,
@@ -242,15 +228,14 @@ impl Parameters {
         };
         match keys.get("fine_tune_type").and_then(Value::as_str) {
             None | Some("lora") => {}
-            Some(kind) => refuse(
-                if kind == "dora" {
+            Some(kind) => {
+                let code = if kind == "dora" {
                     "dora"
                 } else {
                     "fine-tune-type"
-                },
-                "fine_tune_type",
-                format!("{kind} is not lora"),
-            ),
+                };
+                refuse(code, "fine_tune_type", format!("{kind} is not lora"));
+            }
         }
         let Some(Value::Object(given)) = keys.get("lora_parameters") else {
             refuse("config-value", "lora_parameters", "missing".into());
@@ -266,15 +251,12 @@ impl Parameters {
             if key == "alpha" {
                 // Where alpha is the rank, both readings agree.
                 if value.as_f64() != rank {
-                    refuse(
-                        "ambiguous-scale",
-                        key,
-                        format!(
-                            "early versions of mlx-lm multiplied scale by alpha / rank, later ones leave alpha ({value}) unread, \
-                             so the scale depends on the version that trained it; remove alpha if it was a later one, else set scale \
-                             to scale * alpha / rank first"
-                        ),
+                    let message = format!(
+                        "early versions of mlx-lm multiplied scale by alpha / rank, later ones leave alpha ({value}) unread, \
+                         so the scale depends on the version that trained it; remove alpha if it was a later one, else set scale \
+                         to scale * alpha / rank first"
                     );
+                    refuse("ambiguous-scale", key, message);
                 }
                 continue;
             }
@@ -293,11 +275,8 @@ impl Parameters {
                 _ => None,
             };
             if understood.is_none() {
-                refuse(
-                    "config-value",
-                    key,
-                    format!("{value} is not understood in lora_parameters"),
-                );
+                let message = format!("{value} is not understood in lora_parameters");
+                refuse("config-value", key, message);
             }
         }
         parameters

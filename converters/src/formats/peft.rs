@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::lora::{LoraOptions, LoraReport};
-use super::{Format, Written, dir_of};
+use super::{About, Format, Written, dir_of};
 use crate::adapter::Adapter;
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result};
@@ -24,28 +24,17 @@ pub(crate) mod write;
 pub(crate) struct Peft;
 
 impl Format for Peft {
-    fn name(&self) -> &'static str {
-        "peft"
-    }
-
-    fn label(&self) -> &'static str {
-        "PEFT directory"
-    }
-
-    fn reads(&self) -> Option<&'static str> {
-        Some("PEFT directory, LoRA or MonteCLoRA")
-    }
-
-    fn writes(&self) -> Option<&'static str> {
-        Some("PEFT directory with the whole posterior, if there is one")
-    }
-
-    fn has_peft_settings(&self) -> bool {
-        true
-    }
-
-    fn runtimes(&self) -> &'static [Runtime] {
-        &Runtime::ALL
+    fn about(&self) -> &'static About {
+        &About {
+            name: "peft",
+            label: "PEFT directory",
+            reads: Some("PEFT directory, LoRA or MonteCLoRA"),
+            writes: Some("PEFT directory with the whole posterior, if there is one"),
+            file_name: None,
+            needs_base: false,
+            has_peft_settings: true,
+            runtimes: &Runtime::ALL,
+        }
     }
 
     fn sniff(&self, path: &Path) -> bool {

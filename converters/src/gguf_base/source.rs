@@ -9,7 +9,7 @@ impl GgufFile {
         self.metadata().contains_key(key)
     }
 
-    pub(super) fn text(&self, key: &str) -> Option<&str> {
+    pub(crate) fn text(&self, key: &str) -> Option<&str> {
         self.metadata().get(key)?.as_str()
     }
 
@@ -76,7 +76,7 @@ impl GgufFile {
 
 impl GgufTensor<'_> {
     /// Dimensions, outermost first.
-    pub(super) fn dims(&self) -> Vec<usize> {
+    pub(crate) fn dims(&self) -> Vec<usize> {
         self.shape.iter().rev().copied().collect()
     }
 

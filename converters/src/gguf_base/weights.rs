@@ -3,14 +3,12 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use half::bf16;
 use serde_json::{Map, Value, json};
 
 use super::{Findings, ImportOptions, Tools, write_json};
 use crate::architecture::{ModelShape, TensorShape};
 use crate::error::{Error, Result};
 use crate::files::write_file;
-use crate::tensors::dtype::DType;
 use crate::tensors::gguf::{GgufFile, GgufTensor, ggml_block};
 use crate::tensors::safetensors_write::{Slot, stream};
 
@@ -110,7 +108,7 @@ pub(super) fn write(
                 let head = planned.interleaved.then_some(shape.head_dim);
                 let mut rows = Rows::new(tensor, head).map_err(wrong)?;
                 while let Some(values) = rows.next_chunk(tools).map_err(wrong)? {
-                    let bytes = encode(&values, options.dtype);
+                    let bytes = options.dtype.encode(&values).unwrap_or_default();
                     out.write_all(&bytes).map_err(Error::io("write", &path))?;
                     written += bytes.len() as u64;
                     progress(written, total);
@@ -147,16 +145,6 @@ fn split(
     }
     shards.extend(plan.get(begin..));
     shards
-}
-
-fn encode(values: &[f32], dtype: DType) -> Vec<u8> {
-    let values = values.iter();
-    match dtype {
-        DType::BF16 => values
-            .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-            .collect(),
-        _ => values.flat_map(|value| value.to_le_bytes()).collect(),
-    }
 }
 
 /// The row in llama.cpp's order that is row `row` in Hugging Face's, for heads of `head` rows.

@@ -64,25 +64,18 @@ impl SafetensorsFile {
         let path = path.as_ref();
         let map = map_file(path)?;
         let n_bytes = map.len() as u64;
+        let refuse = |message: String| Err(Error::malformed(path, message));
         let Some((length, _)) = map.split_first_chunk::<8>() else {
-            return Err(Error::malformed(
-                path,
-                format!("not a safetensors file: only {n_bytes} bytes"),
-            ));
+            return refuse(format!("not a safetensors file: only {n_bytes} bytes"));
         };
         let header_len = u64::from_le_bytes(*length);
+        let what = format!("header of {header_len} bytes");
         if header_len > MAX_HEADER_BYTES {
-            return Err(Error::malformed(
-                path,
-                format!("header of {header_len} bytes; at most {MAX_HEADER_BYTES} are read"),
-            ));
+            return refuse(format!("{what}; at most {MAX_HEADER_BYTES} are read"));
         }
         if header_len > n_bytes - 8 {
-            return Err(Error::malformed(
-                path,
-                format!(
-                    "header of {header_len} bytes in a file of {n_bytes}: the file is truncated"
-                ),
+            return refuse(format!(
+                "{what} in a file of {n_bytes}: the file is truncated"
             ));
         }
         let data_start = usize::try_from(header_len + 8)
@@ -96,12 +89,12 @@ impl SafetensorsFile {
         let header: Header =
             json::parse(header, LIMITS).map_err(|source| Error::json(path, &source))?;
         if header.entries.len() > MAX_TENSORS {
-            let message = format!("more than {MAX_TENSORS} tensors; split the file into shards");
-            return Err(Error::malformed(path, message));
+            return refuse(format!(
+                "more than {MAX_TENSORS} tensors; split the file into shards"
+            ));
         }
         if header.metadata.len() > MAX_METADATA {
-            let message = format!("more than {MAX_METADATA} entries of metadata");
-            return Err(Error::malformed(path, message));
+            return refuse(format!("more than {MAX_METADATA} entries of metadata"));
         }
         let tensors = check_layout(path, header.entries, data_start, map.len())?;
         Ok(Self {
@@ -174,10 +167,8 @@ fn check_layout(
     let mut tensors = BTreeMap::new();
     for (name, entry) in entries {
         let refuse = |message: String| {
-            Err(Error::malformed(
-                path,
-                format!("tensor `{name}`: {message}"),
-            ))
+            let message = format!("tensor `{name}`: {message}");
+            Err(Error::malformed(path, message))
         };
         let (start, end) = entry.data_offsets;
         let shape = entry.shape;
@@ -206,22 +197,17 @@ fn check_layout(
         let info = Info {
             dtype,
             shape: shape.into(),
-            start,
+            start: data_start + start,
             len: n_bytes,
         };
         tensors.insert(name, info);
     }
     let n_data = file_len - data_start;
     if expected_start != n_data {
-        return Err(Error::malformed(
-            path,
-            format!(
-                "the header describes {expected_start} bytes of data but the file has {n_data}"
-            ),
-        ));
-    }
-    for info in tensors.values_mut() {
-        info.start += data_start;
+        let message = format!(
+            "the header describes {expected_start} bytes of data but the file has {n_data}"
+        );
+        return Err(Error::malformed(path, message));
     }
     Ok(tensors)
 }

@@ -1,5 +1,6 @@
 //! Writing safetensors: streaming, and equal input gives equal bytes.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
@@ -35,10 +36,8 @@ pub fn write_safetensors(
     let mut by_name = BTreeMap::new();
     for (name, tensor) in tensors {
         if by_name.contains_key(&name) {
-            return Err(Error::malformed(
-                path,
-                format!("tensor `{name}` given twice"),
-            ));
+            let message = format!("tensor `{name}` given twice");
+            return Err(Error::malformed(path, message));
         }
         by_name.insert(name, tensor);
     }
@@ -92,10 +91,7 @@ pub(crate) fn stream(
     metadata: &BTreeMap<String, String>,
     mut produce: impl FnMut(&Slot, &mut dyn Write) -> Result<()>,
 ) -> Result<()> {
-    slots.sort_by(|left, right| {
-        (std::cmp::Reverse(left.dtype.size()), &left.name)
-            .cmp(&(std::cmp::Reverse(right.dtype.size()), &right.name))
-    });
+    slots.sort_by_cached_key(|slot| (Reverse(slot.dtype.size()), slot.name.clone()));
     let mut header = Map::new();
     if !metadata.is_empty() {
         header.insert("__metadata__".into(), json!(metadata));
@@ -131,10 +127,8 @@ pub(crate) fn stream(
         produce(slot, &mut counted)?;
         let n_bytes = counted.n_bytes;
         if n_bytes != length {
-            return Err(Error::tensor(
-                &slot.name,
-                format!("{n_bytes} bytes written where {length} were announced"),
-            ));
+            let message = format!("{n_bytes} bytes written where {length} were announced");
+            return Err(Error::tensor(&slot.name, message));
         }
     }
     Ok(())

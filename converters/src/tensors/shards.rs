@@ -41,10 +41,8 @@ impl ShardSet {
             let shard = SafetensorsFile::open(&path)?;
             for tensor in shard.names() {
                 if let Some(other) = set.owner.insert(tensor.to_owned(), shard_idx) {
-                    return Err(Error::malformed(
-                        &path,
-                        format!("tensor `{tensor}` is also stored in `{}`", names[other]),
-                    ));
+                    let message = format!("tensor `{tensor}` is also stored in `{}`", names[other]);
+                    return Err(Error::malformed(&path, message));
                 }
             }
             set.paths.push(path);
@@ -94,11 +92,8 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
         names.sort();
         names.dedup();
         check_number(&index_path, names.len())?;
-        let missing: Vec<&str> = names
-            .iter()
-            .filter(|name| !dir.join(name).exists())
-            .map(String::as_str)
-            .collect();
+        let is_missing = |name: &&String| !dir.join(name).exists();
+        let missing: Vec<&String> = names.iter().filter(is_missing).collect();
         if !missing.is_empty() {
             let (n, list) = (missing.len(), listed(&missing));
             let message = format!(
@@ -126,10 +121,8 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
         );
         return Err(Error::not_found(dir, message));
     };
-    let is_complete = found
-        .values()
-        .copied()
-        .eq((1..=total).map(|idx| (idx, total)));
+    let expected = (1..=total).map(|idx| (idx, total));
+    let is_complete = found.values().copied().eq(expected);
     let names: Vec<String> = found.into_keys().collect();
     if !is_complete {
         let message = format!("the shards are incomplete: found {}", listed(&names));
@@ -140,10 +133,8 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
 
 fn check_number(path: &Path, n_shards: usize) -> Result<()> {
     if n_shards > MAX_SHARDS {
-        return Err(Error::malformed(
-            path,
-            format!("{n_shards} shards; at most {MAX_SHARDS} are read"),
-        ));
+        let message = format!("{n_shards} shards; at most {MAX_SHARDS} are read");
+        return Err(Error::malformed(path, message));
     }
     Ok(())
 }
@@ -185,10 +176,8 @@ fn check_index(
 ) -> Result<()> {
     for (tensor, file) in index {
         if owner.get(tensor).map(|idx| names[*idx].as_str()) != file.as_str() {
-            return Err(Error::malformed(
-                path,
-                format!("tensor `{tensor}` is not in the shard the index names, {file}"),
-            ));
+            let message = format!("tensor `{tensor}` is not in the shard the index names, {file}");
+            return Err(Error::malformed(path, message));
         }
     }
     Ok(())

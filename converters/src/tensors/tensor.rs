@@ -49,6 +49,10 @@ pub(crate) fn element_count(shape: &[usize]) -> Option<usize> {
         .try_fold(1usize, |product, dim| product.checked_mul(*dim))
 }
 
+fn unfit(message: String) -> Error {
+    Error::tensor("tensor", message)
+}
+
 impl Tensor {
     /// A tensor over owned little-endian bytes.
     ///
@@ -57,9 +61,10 @@ impl Tensor {
     pub fn from_bytes(dtype: DType, shape: &[usize], bytes: Vec<u8>) -> Result<Self> {
         let expected = element_count(shape).and_then(|n| n.checked_mul(dtype.size()));
         if expected != Some(bytes.len()) {
+            let message = format!("got {} bytes of data", bytes.len());
             return Err(Error::tensor(
                 format!("{dtype} tensor of shape {shape:?}"),
-                format!("got {} bytes of data", bytes.len()),
+                message,
             ));
         }
         Ok(Self {
@@ -82,10 +87,8 @@ impl Tensor {
     /// # Errors
     /// If the number of values is not that of `shape`, or `dtype` is not F64, F32, F16 or BF16.
     pub fn from_f32_as(shape: &[usize], values: &[f32], dtype: DType) -> Result<Self> {
-        let bytes = dtype.encode(values).ok_or_else(|| {
-            Error::tensor("tensor", format!("cannot hold real numbers as {dtype}"))
-        })?;
-        Self::from_bytes(dtype, shape, bytes)
+        let wrong = || unfit(format!("cannot hold real numbers as {dtype}"));
+        Self::from_bytes(dtype, shape, dtype.encode(values).ok_or_else(wrong)?)
     }
 
     /// A view of mapped bytes; the caller has checked that the range holds `shape` in `dtype`.
@@ -148,12 +151,8 @@ impl Tensor {
     /// # Errors
     /// If the type is not F64, F32, F16 or BF16.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
-        self.dtype.decode(&self.bytes()).ok_or_else(|| {
-            Error::tensor(
-                "tensor",
-                format!("{} cannot be read as real numbers", self.dtype),
-            )
-        })
+        let wrong = || unfit(format!("{} cannot be read as real numbers", self.dtype));
+        self.dtype.decode(&self.bytes()).ok_or_else(wrong)
     }
 
     /// The same values in another float type, converted when they are asked for.
@@ -170,10 +169,7 @@ impl Tensor {
     /// Every value times `factor`, in f32, as `dtype`.
     pub(crate) fn scaled(&self, factor: f32, dtype: DType) -> Result<Self> {
         if !self.dtype.is_float() || !dtype.is_float() {
-            return Err(Error::tensor(
-                "tensor",
-                format!("{} cannot become {dtype}", self.dtype),
-            ));
+            return Err(unfit(format!("{} cannot become {dtype}", self.dtype)));
         }
         Ok(self.derived(Derivation::Scaled { factor }, dtype, &self.shape))
     }
@@ -197,10 +193,10 @@ impl Tensor {
         let fits =
             element_count(&shape).is_some_and(|n| n.checked_mul(self.dtype.size()).is_some());
         if old_rows > n_rows || old_columns > n_columns || !fits {
-            return Err(Error::tensor(
-                "tensor",
-                format!("shape {:?} cannot be enlarged to {shape:?}", self.shape),
-            ));
+            let old = &self.shape;
+            return Err(unfit(format!(
+                "shape {old:?} cannot be enlarged to {shape:?}"
+            )));
         }
         Ok(self.derived(Derivation::Padded, self.dtype, &shape))
     }
@@ -209,21 +205,17 @@ impl Tensor {
     pub(crate) fn head_rows(&self, head: usize, pairs: bool) -> Result<Self> {
         let [n_rows, _] = self.dims2()?;
         if head == 0 || !head.is_multiple_of(2) || !n_rows.is_multiple_of(head) {
-            return Err(Error::tensor(
-                "tensor",
-                format!("{n_rows} rows are not heads of {head} in halves"),
-            ));
+            return Err(unfit(format!(
+                "{n_rows} rows are not heads of {head} in halves"
+            )));
         }
-        Ok(self.derived(
-            Derivation::HeadRows { head, pairs },
-            self.dtype,
-            &self.shape,
-        ))
+        let derivation = Derivation::HeadRows { head, pairs };
+        Ok(self.derived(derivation, self.dtype, &self.shape))
     }
 
     fn dims2(&self) -> Result<[usize; 2]> {
         <[usize; 2]>::try_from(&*self.shape)
-            .map_err(|_| Error::tensor("tensor", format!("shape {:?} is no matrix", self.shape)))
+            .map_err(|_| unfit(format!("shape {:?} is no matrix", self.shape)))
     }
 
     fn derived(&self, derivation: Derivation, dtype: DType, shape: &[usize]) -> Self {

@@ -4,7 +4,9 @@ use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::model_files::ModelFiles;
 use crate::problem::{Problem, Problems};
-use crate::targets::{LinearModule, Matcher, nearest};
+use crate::targets::{Matcher, nearest};
+
+const OTHER_BASE: &str = "use the base model that the adapter was trained on";
 
 impl Adapter {
     /// Everything that keeps the adapter from fitting `base`: sites the base does not have, shapes that disagree, and
@@ -14,49 +16,44 @@ impl Adapter {
     /// If a pattern of the configuration cannot be used.
     pub fn check_against(&self, base: &ModelFiles) -> Result<Vec<Problem>> {
         if let Some(method) = base.quantization() {
-            return Ok(vec![Problem::new(
-                "quantised-base",
-                base.dir().display().to_string(),
-                format!(
-                    "the base is quantised ({method}), so its weights have other names and shapes"
-                ),
-                "use the full-precision model",
-            )]);
+            let at = base.dir().display().to_string();
+            let message = format!(
+                "the base is quantised ({method}), so its weights have other names and shapes"
+            );
+            let fix = "use the full-precision model";
+            return Ok(vec![Problem::new("quantised-base", at, message, fix)]);
         }
         let linears = base.linear_modules();
-        let find = |name: &str| linears.iter().find(|module| module.name == name);
         let mut problems = Vec::new();
         for site in &self.sites {
-            match find(&site.name) {
-                None => problems.push(unknown_site(&site.name, &linears)),
+            let found = (site.out_features(), site.in_features());
+            let module = linears.iter().find(|module| module.name == site.name);
+            let (code, message) = match module {
+                Some(module) if found == (module.out_features, module.in_features) => continue,
                 Some(module) => {
-                    let found = (site.out_features(), site.in_features());
-                    let expected = (module.out_features, module.in_features);
-                    if found != expected {
-                        problems.push(Problem::new(
-                            "shape",
-                            &site.name,
-                            format!(
-                                "the adapter is made for a weight of {} x {}, the base's is {} x {}",
-                                found.0, found.1, expected.0, expected.1
-                            ),
-                            "use the base model that the adapter was trained on",
-                        ));
-                    }
+                    let message = format!(
+                        "the adapter is made for a weight of {} x {}, the base's is {} x {}",
+                        found.0, found.1, module.out_features, module.in_features
+                    );
+                    ("shape", message)
                 }
-            }
+                None => {
+                    let near = nearest(&site.name, &linears).into_iter();
+                    let near: Vec<String> = near.map(|(near, _)| format!("`{near}`")).collect();
+                    let message = "the base has no linear module of this name; nearest: ";
+                    ("unknown-site", message.to_owned() + &near.join(", "))
+                }
+            };
+            problems.push(Problem::new(code, &site.name, message, OTHER_BASE));
         }
         let matcher = Matcher::new(&self.config)?;
         for module in &linears {
-            if matcher.matches(&module.name)?
-                && !self.sites.iter().any(|site| site.name == module.name)
-            {
-                problems.push(Problem::new(
-                    "missing-site",
-                    &module.name,
-                    "targeted by the configuration, but the adapter has no tensors for it",
-                    "use the base model that the adapter was trained on, or correct target_modules",
-                ));
+            let has_tensors = self.sites.iter().any(|site| site.name == module.name);
+            if matcher.matches(&module.name)? && !has_tensors {
+                let message =
+                    "targeted by the configuration, but the adapter has no tensors for it";
+                let fix = format!("{OTHER_BASE}, or correct target_modules");
+                problems.push(Problem::new("missing-site", &module.name, message, fix));
             }
         }
         Ok(problems)
@@ -67,28 +64,10 @@ impl Adapter {
     /// # Errors
     /// With everything that does not fit.
     pub fn require_fit(&self, base: &ModelFiles) -> Result<()> {
-        let heading = format!(
-            "the adapter does not fit the base `{}`",
-            base.dir().display()
-        );
+        let dir = base.dir().display();
+        let heading = format!("the adapter does not fit the base `{dir}`");
         Ok(Problems::refuse_any(heading, self.check_against(base)?)?)
     }
-}
-
-fn unknown_site(name: &str, linears: &[LinearModule]) -> Problem {
-    let near: Vec<String> = nearest(name, linears)
-        .into_iter()
-        .map(|(near, _)| format!("`{near}`"))
-        .collect();
-    Problem::new(
-        "unknown-site",
-        name,
-        format!(
-            "the base has no linear module of this name; nearest: {}",
-            near.join(", ")
-        ),
-        "use the base model that the adapter was trained on",
-    )
 }
 
 #[cfg(test)]

@@ -85,12 +85,12 @@ impl Reader<'_> {
         if shown.len() > 80 {
             shown = format!("{}...", shown.chars().take(77).collect::<String>());
         }
-        self.problems.push(Problem::new(
-            "config-value",
-            key,
-            format!("expected {expected}, found {shown}"),
-            "correct adapter_config.json",
-        ));
+        let message = format!("expected {expected}, found {shown}");
+        self.push("config-value", key, message, "correct adapter_config.json");
+    }
+
+    fn push(&mut self, code: &'static str, key: &str, message: impl Into<String>, fix: &str) {
+        self.problems.push(Problem::new(code, key, message, fix));
     }
 
     /// Takes `key`; null counts as absent.
@@ -106,16 +106,13 @@ impl Reader<'_> {
         expected: &str,
         read: impl FnOnce(&Value) -> Option<T>,
     ) -> T {
-        match self.take(key) {
-            None => default,
-            Some(value) => match read(&value) {
-                Some(result) => result,
-                None => {
-                    self.wrong(key, &value, expected);
-                    default
-                }
-            },
-        }
+        let Some(value) = self.take(key) else {
+            return default;
+        };
+        read(&value).unwrap_or_else(|| {
+            self.wrong(key, &value, expected);
+            default
+        })
     }
 
     fn flag(&mut self, key: &str) -> bool {
@@ -136,11 +133,8 @@ fn count(value: &Value, max: u64) -> Option<usize> {
 }
 
 fn strings(value: &Value) -> Option<Vec<String>> {
-    let names = value
-        .as_array()?
-        .iter()
-        .map(|name| name.as_str().map(str::to_owned));
-    names.collect()
+    let names = value.as_array()?.iter();
+    names.map(|name| name.as_str().map(str::to_owned)).collect()
 }
 
 fn pattern<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<IndexMap<String, T>> {
@@ -186,10 +180,7 @@ pub(crate) fn from_object(keys: Map<String, Value>, problems: &mut Vec<Problem>)
         ),
         layers_to_transform: reader.read("layers_to_transform", None, "layer numbers", |value| {
             let layers = match value {
-                Value::Array(layers) => layers
-                    .iter()
-                    .map(layer_number)
-                    .collect::<Option<Vec<_>>>()?,
+                Value::Array(layers) => layers.iter().map(layer_number).collect::<Option<_>>()?,
                 single => vec![layer_number(single)?],
             };
             Some(Some(layers).filter(|layers| !layers.is_empty()))
@@ -225,13 +216,11 @@ pub(crate) fn from_object(keys: Map<String, Value>, problems: &mut Vec<Problem>)
         monteclora: read_monteclora(&mut reader),
         other: Map::new(),
     };
-    check_layers(&config, reader.problems);
+    check_layers(&config, &mut reader);
     read_init(&mut reader, &mut config);
-    config.other.extend(
-        std::mem::take(&mut reader.keys)
-            .into_iter()
-            .filter_map(|(key, value)| keep_or_refuse(key, value, reader.problems)),
-    );
+    let mut rest = reader.keys;
+    rest.retain(|key, value| keep_or_refuse(key, value, reader.problems));
+    config.other.extend(rest);
     config.other.sort_keys();
     config
 }
@@ -249,38 +238,32 @@ fn layer_number(value: &Value) -> Option<usize> {
 fn refuse_other_methods(reader: &mut Reader<'_>) {
     match reader.take("peft_type") {
         Some(Value::String(kind)) if kind == "LORA" => {}
-        Some(kind) => reader.problems.push(Problem::new(
-            "peft-type",
-            "peft_type",
-            format!("{kind} is not LORA"),
-            RETRAIN,
-        )),
-        None => reader.problems.push(Problem::new(
-            "peft-type",
-            "peft_type",
-            "missing, so this is not known to be a LoRA adapter",
-            "add \"peft_type\": \"LORA\" if it is one",
-        )),
+        Some(kind) => {
+            reader.push(
+                "peft-type",
+                "peft_type",
+                format!("{kind} is not LORA"),
+                RETRAIN,
+            );
+        }
+        None => {
+            let message = "missing, so this is not known to be a LoRA adapter";
+            let fix = "add \"peft_type\": \"LORA\" if it is one";
+            reader.push("peft-type", "peft_type", message, fix);
+        }
     }
     if let Some(bias) = reader.take("bias")
         && bias.as_str() != Some("none")
     {
-        reader.problems.push(Problem::new(
-            "bias",
-            "bias",
-            format!("{bias}: biases of the base were trained with the adapter"),
-            RETRAIN,
-        ));
+        let message = format!("{bias}: biases of the base were trained with the adapter");
+        reader.push("bias", "bias", message, RETRAIN);
     }
     for row in CHANGES_MODEL.lines() {
-        let mut columns = row.split(" | ");
-        let (Some(key), Some(code), Some(meaning)) =
-            (columns.next(), columns.next(), columns.next())
-        else {
-            continue;
-        };
-        if let Some(value) = reader.keys.shift_remove(key)
-            && !is_off(&value)
+        if let [key, code, meaning] = row.split(" | ").collect::<Vec<_>>()[..]
+            && reader
+                .keys
+                .shift_remove(key)
+                .is_some_and(|value| !is_off(&value))
         {
             let fix = match code {
                 "dora" | "modules-to-save" => {
@@ -288,12 +271,8 @@ fn refuse_other_methods(reader: &mut Reader<'_>) {
                 }
                 _ => RETRAIN,
             };
-            reader.problems.push(Problem::new(
-                code,
-                key,
-                format!("{meaning}; this cannot be expressed as B A"),
-                fix,
-            ));
+            let message = format!("{meaning}; this cannot be expressed as B A");
+            reader.push(code, key, message, fix);
         }
     }
 }
@@ -313,21 +292,15 @@ fn read_targets(reader: &mut Reader<'_>) -> TargetModules {
             // PEFT holds a set, so the order in the file says nothing.
             Some(names) => TargetModules::List(sorted(names)),
             None => {
-                reader.wrong(
-                    "target_modules",
-                    &value,
-                    "a list of names, a pattern or \"all-linear\"",
-                );
+                let expected = "a list of names, a pattern or \"all-linear\"";
+                reader.wrong("target_modules", &value, expected);
                 missing
             }
         },
         _ => {
-            reader.problems.push(Problem::new(
-                "config-value",
-                "target_modules",
-                "empty: it is not known which modules the adapter belongs to",
-                "list the adapted modules in adapter_config.json",
-            ));
+            let message = "empty: it is not known which modules the adapter belongs to";
+            let fix = "list the adapted modules in adapter_config.json";
+            reader.push("config-value", "target_modules", message, fix);
             missing
         }
     }
@@ -343,6 +316,7 @@ fn read_monteclora(reader: &mut Reader<'_>) -> Option<MonteCloraSettings> {
     };
     let mut settings = MonteCloraSettings::default();
     for (key, value) in &keys {
+        let at = format!("monteclora_config.{key}");
         let known = match key.as_str() {
             "num_samples" => count(value, MAX_COUNT).map(|n| settings.num_samples = n),
             "buffer_size" => count(value, MAX_COUNT).map(|n| settings.buffer_size = n),
@@ -353,49 +327,35 @@ fn read_monteclora(reader: &mut Reader<'_>) -> Option<MonteCloraSettings> {
                 .map(|number| settings.dirichlet_prior = number),
             "use_entropy" => value.as_bool().map(|flag| settings.use_entropy = flag),
             _ => {
-                reader.problems.push(Problem::new(
-                    "unknown-key",
-                    format!("monteclora_config.{key}"),
-                    "unknown key, on which PEFT fails too",
-                    "remove it",
-                ));
+                let message = "unknown key, on which PEFT fails too";
+                reader.push("unknown-key", &at, message, "remove it");
                 Some(())
             }
         };
         if known.is_none() {
-            reader.wrong(
-                &format!("monteclora_config.{key}"),
-                value,
-                "a number in range (or a flag)",
-            );
+            reader.wrong(&at, value, "a number in range (or a flag)");
         }
     }
     Some(settings)
 }
 
 /// The combinations that PEFT refuses.
-fn check_layers(config: &AdapterConfig, problems: &mut Vec<Problem>) {
+fn check_layers(config: &AdapterConfig, reader: &mut Reader<'_>) {
     let is_list = matches!(config.target_modules, TargetModules::List(_));
     for (key, is_set) in [
         ("layers_to_transform", config.layers_to_transform.is_some()),
         ("layers_pattern", config.layers_pattern.is_some()),
     ] {
         if is_set && !is_list {
-            problems.push(Problem::new(
-                "config-value",
-                key,
-                "cannot be used when target_modules is a string",
-                "list the modules, or put the layers into the pattern",
-            ));
+            let message = "cannot be used when target_modules is a string";
+            let fix = "list the modules, or put the layers into the pattern";
+            reader.push("config-value", key, message, fix);
         }
     }
     if config.layers_pattern.is_some() && config.layers_to_transform.is_none() {
-        problems.push(Problem::new(
-            "config-value",
-            "layers_pattern",
-            "has no effect without layers_to_transform",
-            "set layers_to_transform too, or remove it",
-        ));
+        let message = "has no effect without layers_to_transform";
+        let fix = "set layers_to_transform too, or remove it";
+        reader.push("config-value", "layers_pattern", message, fix);
     }
 }
 
@@ -404,44 +364,35 @@ fn read_init(reader: &mut Reader<'_>, config: &mut AdapterConfig) {
     let Some(value) = reader.take("init_lora_weights") else {
         return;
     };
-    match &value {
-        Value::Bool(true) => {}
-        Value::Bool(false) => {
-            config.other.insert("init_lora_weights".into(), value);
-        }
-        Value::String(kind) if KIND_INITS.contains(&kind.to_ascii_lowercase().as_str()) => {
-            config.other.insert("init_lora_weights".into(), value);
-        }
-        _ => reader.problems.push(Problem::new(
-            "init",
-            "init_lora_weights",
-            format!("{value} changes the base weights, so the update is not relative to the published base"),
-            "convert it to a plain LoRA in PEFT (path_initial_model_for_weight_conversion)",
-        )),
+    let is_harmless = match &value {
+        Value::Bool(true) => return,
+        Value::String(kind) => KIND_INITS.contains(&kind.to_ascii_lowercase().as_str()),
+        other => *other == Value::Bool(false),
+    };
+    if is_harmless {
+        config.other.insert("init_lora_weights".into(), value);
+        return;
     }
+    let message = format!(
+        "{value} changes the base weights, so the update is not relative to the published base"
+    );
+    let fix = "convert it to a plain LoRA in PEFT (path_initial_model_for_weight_conversion)";
+    reader.push("init", "init_lora_weights", message, fix);
 }
 
-/// Keeps a key that has no effect; refuses any other.
-fn keep_or_refuse(
-    key: String,
-    value: Value,
-    problems: &mut Vec<Problem>,
-) -> Option<(String, Value)> {
+/// Whether a remaining key is kept: one that has no effect is, one with its default need not be, any other is refused.
+fn keep_or_refuse(key: &str, value: &Value, problems: &mut Vec<Problem>) -> bool {
     if let Some((_, default)) = NEUTRAL.iter().find(|(known, _)| *known == key) {
         let text = value.to_string();
-        let is_default = value.is_null() || text == *default;
-        return (!is_default).then_some((key, value));
+        return !value.is_null() && text != *default;
     }
-    if is_off(&value) || AUTHORS.contains(&key.as_str()) {
-        return Some((key, value));
+    let is_kept = is_off(value) || AUTHORS.contains(&key);
+    if !is_kept {
+        let message = "unknown key with a value that may change the result";
+        let fix = "remove it if it is known to have no effect";
+        problems.push(Problem::new("unknown-key", key, message, fix));
     }
-    problems.push(Problem::new(
-        "unknown-key",
-        &key,
-        "unknown key with a value that may change the result",
-        "remove it if it is known to have no effect",
-    ));
-    None
+    is_kept
 }
 
 #[cfg(test)]

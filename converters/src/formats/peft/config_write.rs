@@ -1,8 +1,8 @@
 //! From [`AdapterConfig`] to the keys of `adapter_config.json`.
 
-use serde_json::{Map, Number, Value, json};
+use serde_json::{Value, json};
 
-use crate::config::{AdapterConfig, ExcludeModules, TargetModules};
+use crate::config::AdapterConfig;
 use crate::formats::peft::config_read::AUTHORS;
 
 /// Every key of PEFT 0.20's `LoraConfig` with the value that switches it off. PEFT 0.21's `kasa_config` is left out:
@@ -24,11 +24,13 @@ fn switched_off() -> Value {
 }
 
 /// A whole number is written as one, as PEFT does for alpha.
-pub(crate) fn number(value: f64) -> Value {
-    if value.fract() == 0.0 && value.abs() < 1e15 {
-        return Value::from(value as i64);
+fn number(value: f64) -> Value {
+    let is_whole = value.fract() == 0.0 && value.abs() < 1e15;
+    if is_whole {
+        json!(value as i64)
+    } else {
+        json!(value)
     }
-    Number::from_f64(value).map_or(Value::Null, Value::Number)
 }
 
 /// All keys, sorted.
@@ -42,38 +44,14 @@ pub(crate) fn to_json(config: &AdapterConfig) -> Value {
         .iter()
         .filter(|(key, _)| !AUTHORS.contains(&key.as_str()));
     keys.extend(kept.map(|(key, value)| (key.clone(), value.clone())));
-    let alphas = config.alpha_pattern.iter();
-    let alphas: Map<String, Value> = alphas
-        .map(|(key, alpha)| (key.clone(), number(*alpha)))
-        .collect();
-    let mut settings = json!(config.monteclora);
-    if let Some(settings) = settings.as_object_mut() {
+    let mut set = json!(config);
+    set["lora_alpha"] = number(config.lora_alpha);
+    for (key, alpha) in &config.alpha_pattern {
+        set["alpha_pattern"][key] = number(*alpha);
+    }
+    if let Some(settings) = set["monteclora_config"].as_object_mut() {
         settings.sort_keys();
     }
-    let set = json!({
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "revision": config.revision,
-        "r": config.r,
-        "lora_alpha": number(config.lora_alpha),
-        "lora_dropout": config.lora_dropout,
-        "target_modules": match &config.target_modules {
-            TargetModules::List(names) => json!(names),
-            TargetModules::Regex(pattern) => json!(pattern),
-            TargetModules::AllLinear => json!("all-linear"),
-        },
-        "exclude_modules": config.exclude_modules.as_ref().map(|excluded| match excluded {
-            ExcludeModules::List(names) => json!(names),
-            ExcludeModules::Regex(pattern) => json!(pattern),
-        }),
-        "layers_to_transform": config.layers_to_transform,
-        "layers_pattern": config.layers_pattern,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": alphas,
-        "use_rslora": config.use_rslora,
-        "task_type": config.task_type,
-        "inference_mode": config.inference_mode,
-        "monteclora_config": settings,
-    });
     if let Value::Object(set) = set {
         keys.extend(set);
     }
@@ -91,9 +69,10 @@ mod tests {
     use std::path::Path;
 
     use proptest::prelude::*;
+    use serde_json::Map;
 
     use super::*;
-    use crate::config::MonteCloraSettings;
+    use crate::config::{ExcludeModules, MonteCloraSettings, TargetModules};
 
     fn names() -> impl Strategy<Value = Vec<String>> {
         prop::collection::btree_set("[a-z_.]{1,8}", 1..4)

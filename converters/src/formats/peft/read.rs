@@ -22,6 +22,8 @@ pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub(crate) const WEIGHTS_STEM: &str = "adapter_model";
 /// What PEFT puts before a module's path.
 pub(crate) const PREFIX: &str = "base_model.model.";
+const ABSENT: &str = "a PEFT adapter directory must hold this file";
+const SAVE_AGAIN: &str = "save the adapter again";
 const SAMPLER: &str = "lora_monteclora_sampler";
 
 /// A tensor's place in a site.
@@ -53,10 +55,7 @@ pub(crate) fn read_dir(dir: &Path, with_posterior: bool) -> Result<Adapter> {
         return Err(Error::not_found(dir, "there is no such adapter directory"));
     }
     if !config_path.exists() {
-        return Err(Error::not_found(
-            &config_path,
-            "a PEFT adapter directory must hold this file",
-        ));
+        return Err(Error::not_found(&config_path, ABSENT));
     }
     let mut problems = Vec::new();
     let mut config = config_read::from_object(json::read_object(&config_path)?, &mut problems);
@@ -69,11 +68,12 @@ pub(crate) fn read_dir(dir: &Path, with_posterior: bool) -> Result<Adapter> {
             metadata.extend(shard.metadata().clone());
         }
         if sites.is_empty() && problems.is_empty() {
+            let message = "holds no adapter tensor";
             problems.push(Problem::new(
                 "no-tensors",
                 WEIGHTS_FILE,
-                "holds no adapter tensor",
-                "save the adapter again",
+                message,
+                SAVE_AGAIN,
             ));
         }
     }
@@ -84,15 +84,11 @@ pub(crate) fn read_dir(dir: &Path, with_posterior: bool) -> Result<Adapter> {
         }
     }
     let is_posterior_lost = check_posterior_is_declared(&config, &sites, &mut problems);
-    let matcher = Matcher::new(&config)
-        .map_err(|error| note(&mut problems, &error))
-        .ok();
-    let ranks = SitePatterns::new("rank_pattern", &config.rank_pattern)
-        .map_err(|error| note(&mut problems, &error))
-        .ok();
-    let alphas = SitePatterns::new("alpha_pattern", &config.alpha_pattern)
-        .map_err(|error| note(&mut problems, &error))
-        .ok();
+    let matcher = noted(Matcher::new(&config), &mut problems);
+    let ranks = SitePatterns::new("rank_pattern", &config.rank_pattern);
+    let ranks = noted(ranks, &mut problems);
+    let alphas = SitePatterns::new("alpha_pattern", &config.alpha_pattern);
+    let alphas = noted(alphas, &mut problems);
     let sites = sites
         .into_iter()
         .filter_map(|(name, parts)| {
@@ -116,49 +112,37 @@ pub(crate) fn read_dir(dir: &Path, with_posterior: bool) -> Result<Adapter> {
     })
 }
 
-/// Turns an error about a setting into a problem.
-fn note(problems: &mut Vec<Problem>, error: &Error) {
-    let (at, message) = match error {
-        Error::Problem(problem) if problem.code == "setting" => {
-            (problem.at.clone(), problem.message.clone())
-        }
-        other => (CONFIG_FILE.to_owned(), other.to_string()),
+/// What was made of a setting; an error becomes a problem.
+fn noted<T>(made: Result<T>, problems: &mut Vec<Problem>) -> Option<T> {
+    let (at, message) = match made {
+        Ok(made) => return Some(made),
+        Err(Error::Problem(problem)) if problem.code == "setting" => (problem.at, problem.message),
+        Err(other) => (CONFIG_FILE.to_owned(), other.to_string()),
     };
-    problems.push(Problem::new(
-        "config-value",
-        at,
-        message,
-        "correct adapter_config.json",
-    ));
+    let fix = "correct adapter_config.json";
+    problems.push(Problem::new("config-value", at, message, fix));
+    None
 }
 
 /// Opens the weights; a pickle alone is a problem, nothing at all an error.
 fn open_weights(dir: &Path, problems: &mut Vec<Problem>) -> Result<Option<ShardSet>> {
-    match ShardSet::open(dir, WEIGHTS_STEM) {
-        Ok(weights) => Ok(Some(weights)),
-        Err(error) if error.is_not_found() => {
-            const PICKLE: &str = "adapter_model.bin";
-            if dir.join(PICKLE).exists() {
-                problems.push(Problem::new(
-                    "pickle",
-                    PICKLE,
-                    "a pickle runs code when it is read, so it is not read",
-                    "save the adapter as safetensors: PeftModel.save_pretrained(..., safe_serialization=True)",
-                ));
-                return Ok(None);
-            }
-            match &error {
-                Error::Problem(problem) if problem.message.starts_with("no ") => {
-                    Err(Error::not_found(
-                        &dir.join(WEIGHTS_FILE),
-                        "a PEFT adapter directory must hold this file",
-                    ))
-                }
-                _ => Err(error),
-            }
-        }
-        Err(error) => Err(error),
+    const PICKLE: &str = "adapter_model.bin";
+    let error = match ShardSet::open(dir, WEIGHTS_STEM) {
+        Err(error) if error.is_not_found() => error,
+        opened => return opened.map(Some),
+    };
+    if dir.join(PICKLE).exists() {
+        let message = "a pickle runs code when it is read, so it is not read";
+        let fix = "save the adapter as safetensors: PeftModel.save_pretrained(..., safe_serialization=True)";
+        problems.push(Problem::new("pickle", PICKLE, message, fix));
+        return Ok(None);
     }
+    Err(match error {
+        Error::Problem(problem) if problem.message.starts_with("no ") => {
+            Error::not_found(&dir.join(WEIGHTS_FILE), ABSENT)
+        }
+        error => error,
+    })
 }
 
 /// Gives every tensor its site and place, or notes why it has none.
@@ -172,22 +156,19 @@ fn sort_tensors(
         if !with_posterior && is_of_authors_sampler(name) {
             continue;
         }
-        match place(name) {
-            Ok((module, role)) => {
-                let Some(tensor) = weights.get(name) else {
-                    continue;
-                };
-                let parts = sites.entry(module).or_default();
-                if let Some((other, _)) = parts.insert(role, (name.to_owned(), tensor)) {
-                    problems.push(Problem::new(
-                        "ambiguous",
-                        name,
-                        format!("stands for the same tensor as {other}"),
-                        "save one adapter alone",
-                    ));
-                }
+        let (module, role) = match place(name) {
+            Ok(place) => place,
+            Err(problem) => {
+                problems.push(problem);
+                continue;
             }
-            Err(problem) => problems.push(problem),
+        };
+        let tensor = weights.get(name).map(|tensor| (name.to_owned(), tensor));
+        let parts = sites.entry(module).or_default();
+        if let Some((other, _)) = tensor.and_then(|tensor| parts.insert(role, tensor)) {
+            let message = format!("stands for the same tensor as {other}");
+            let fix = "save one adapter alone";
+            problems.push(Problem::new("ambiguous", name, message, fix));
         }
     }
     sites
@@ -214,11 +195,7 @@ fn place(name: &str) -> Result<(String, Role), Problem> {
         || name.contains(['/', '\\'])
         || name.chars().any(char::is_control)
     {
-        return refuse(
-            "tensor-name",
-            "not the name of a tensor",
-            "save the adapter again",
-        );
+        return refuse("tensor-name", "not the name of a tensor", SAVE_AGAIN);
     }
     let dotted = format!(".{name}");
     for row in REFUSED_PARTS.lines() {
@@ -253,11 +230,8 @@ fn place(name: &str) -> Result<(String, Role), Problem> {
         ("lora_A", "weight") => Some(Role::A),
         ("lora_B", "weight") => Some(Role::B),
         ("lora_A" | "lora_B", "bias") => {
-            return refuse(
-                "bias",
-                "a bias of the adapter",
-                "train with lora_bias=False",
-            );
+            let fix = "train with lora_bias=False";
+            return refuse("bias", "a bias of the adapter", fix);
         }
         (SAMPLER, field) => SAMPLER_FIELDS
             .iter()
@@ -321,121 +295,80 @@ fn assemble(
 ) -> Option<Site> {
     let before = problems.len();
     let config = rules.config;
-    let fix_shape = "save the adapter again, or correct adapter_config.json";
-    let (a, b) = match (parts.remove(&Role::A), parts.remove(&Role::B)) {
-        (Some(a), Some(b)) => (a, b),
-        (a, b) => {
-            let missing = match (a.is_some(), b.is_some()) {
-                (true, _) => "lora_B",
-                (_, true) => "lora_A",
-                _ => "lora_A and lora_B",
-            };
-            problems.push(Problem::new(
-                "incomplete-site",
-                &name,
-                format!("{missing} missing"),
-                "save the adapter again",
-            ));
-            return None;
-        }
+    let pair = (parts.remove(&Role::A), parts.remove(&Role::B));
+    let (Some(a), Some(b)) = pair else {
+        let missing = match pair {
+            (Some(_), _) => "lora_B missing",
+            (_, Some(_)) => "lora_A missing",
+            _ => "lora_A and lora_B missing",
+        };
+        problems.push(Problem::new("incomplete-site", name, missing, SAVE_AGAIN));
+        return None;
     };
     for (tensor_name, tensor) in [&a, &b].into_iter().chain(parts.values()) {
         if !tensor.dtype().is_float() {
-            problems.push(Problem::new(
-                "dtype",
-                tensor_name,
-                format!("{} is not a type for weights", tensor.dtype()),
-                "save the adapter in float32, float16 or bfloat16",
-            ));
+            let message = format!("{} is not a type for weights", tensor.dtype());
+            let fix = "save the adapter in float32, float16 or bfloat16";
+            problems.push(Problem::new("dtype", tensor_name, message, fix));
         }
     }
-    let rank = rules
-        .ranks
-        .find(&name)
-        .map_err(|error| note(problems, &error))
-        .ok()?
-        .unwrap_or(config.r);
-    let alpha = rules
-        .alphas
-        .find(&name)
-        .map_err(|error| note(problems, &error))
-        .ok()?
-        .unwrap_or(config.lora_alpha);
+    let rank = noted(rules.ranks.find(&name), problems)?.unwrap_or(config.r);
+    let alpha = noted(rules.alphas.find(&name), problems)?.unwrap_or(config.lora_alpha);
     let mut expect = |(tensor_name, tensor): &(String, Tensor), expected: &[Option<usize>]| {
         let found = tensor.shape();
+        let mut dims = found.iter().zip(expected);
         let agrees = found.len() == expected.len()
-            && found
-                .iter()
-                .zip(expected)
-                .all(|(found, expected)| expected.is_none_or(|size| size == *found) && *found > 0);
+            && dims.all(|(found, wanted)| wanted.is_none_or(|size| size == *found) && *found > 0);
         if !agrees {
-            let expected: Vec<String> = expected
-                .iter()
-                .map(|size| size.map_or("any".to_owned(), |size| size.to_string()))
-                .collect();
-            problems.push(Problem::new(
-                "shape",
-                tensor_name,
-                format!(
-                    "expected shape [{}] by r, rank_pattern and num_samples, found {found:?}",
-                    expected.join(", ")
-                ),
-                fix_shape,
-            ));
+            let size =
+                |size: &Option<usize>| size.map_or("any".to_owned(), |size| size.to_string());
+            let expected = expected.iter().map(size).collect::<Vec<_>>().join(", ");
+            let message = format!(
+                "expected shape [{expected}] by r, rank_pattern and num_samples, found {found:?}"
+            );
+            let fix = "save the adapter again, or correct adapter_config.json";
+            problems.push(Problem::new("shape", tensor_name, message, fix));
         }
     };
     expect(&a, &[Some(rank), None]);
     expect(&b, &[None, Some(rank)]);
-    let posterior = match &config.monteclora {
-        Some(monteclora) if rules.expects_posterior => {
-            let n = Some(monteclora.num_samples);
-            for (role, shape) in [
-                (Role::LogStd, &[Some(rank)][..]),
-                (Role::LogConcentration, &[n]),
-                (Role::LastCovariance, &[Some(rank), Some(rank)]),
-                (Role::LastWeights, &[n]),
-            ] {
-                if let Some(part) = parts.get(&role) {
-                    expect(part, shape);
-                }
+    let mut posterior = None;
+    if let (Some(monteclora), true) = (&config.monteclora, rules.expects_posterior) {
+        let n = Some(monteclora.num_samples);
+        for (role, shape) in [
+            (Role::LogStd, &[Some(rank)][..]),
+            (Role::LogConcentration, &[n]),
+            (Role::LastCovariance, &[Some(rank), Some(rank)]),
+            (Role::LastWeights, &[n]),
+        ] {
+            if let Some(part) = parts.get(&role) {
+                expect(part, shape);
             }
-            match (
-                parts.remove(&Role::LogStd),
-                parts.remove(&Role::LogConcentration),
-            ) {
-                (Some((_, log_std)), Some((_, log_concentration))) => Some(SitePosterior {
+        }
+        let mut take = |role| Some(parts.remove(&role)?.1);
+        match (take(Role::LogStd), take(Role::LogConcentration)) {
+            (Some(log_std), Some(log_concentration)) => {
+                posterior = Some(SitePosterior {
                     log_std,
                     log_concentration,
-                }),
-                (log_std, _) => {
-                    let missing = if log_std.is_some() {
-                        "expert_weights_prior"
-                    } else {
-                        "std_prior"
-                    };
-                    problems.push(Problem::new(
-                        "sampler-incomplete",
-                        &name,
-                        format!("{SAMPLER}.{missing} missing"),
-                        "save the adapter again, or convert it to plain LoRA explicitly to use the mean",
-                    ));
-                    None
-                }
+                });
+            }
+            (log_std, _) => {
+                let missing = log_std.map_or("std_prior", |_| "expert_weights_prior");
+                let message = format!("{SAMPLER}.{missing} missing");
+                let fix = "save the adapter again, or convert it to plain LoRA explicitly to use the mean";
+                problems.push(Problem::new("sampler-incomplete", &name, message, fix));
             }
         }
-        _ => None,
-    };
-    if let Some(matcher) = rules.matcher {
-        match matcher.matches(&name) {
-            Ok(true) => {}
-            Ok(false) => problems.push(Problem::new(
-                "not-targeted",
-                &name,
-                "has tensors but is not among target_modules, so PEFT would leave them unused",
-                "correct target_modules, exclude_modules or layers_to_transform",
-            )),
-            Err(error) => note(problems, &error),
-        }
+    }
+    let is_targeted = rules
+        .matcher
+        .and_then(|matcher| noted(matcher.matches(&name), problems));
+    if is_targeted == Some(false) {
+        let message =
+            "has tensors but is not among target_modules, so PEFT would leave them unused";
+        let fix = "correct target_modules, exclude_modules or layers_to_transform";
+        problems.push(Problem::new("not-targeted", &name, message, fix));
     }
     (problems.len() == before).then(|| Site {
         rank,

@@ -116,10 +116,8 @@ fn sampler(site: &Site) -> Result<Vec<(&'static str, Tensor)>> {
     let Some(posterior) = &site.posterior else {
         return Ok(Vec::new());
     };
-    let (rank, n) = (
-        posterior.log_std.n_elements(),
-        posterior.log_concentration.n_elements(),
-    );
+    let rank = posterior.log_std.n_elements();
+    let n = posterior.log_concentration.n_elements();
     let mut written = Vec::new();
     for (field, role) in SAMPLER_FIELDS {
         let tensor = match role {
