@@ -7,6 +7,10 @@
 
 mod config;
 mod family;
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
 mod rope;
 mod shape;
 
@@ -20,19 +24,10 @@ pub use shape::{Layer, ModelShape, Module, Multipliers, TensorShape};
 pub(crate) use config::{family, heads, ties_embeddings};
 pub(crate) use family::HEAD;
 
-/// Declares the families' files and lists them; the first of several with one GGUF architecture is preferred.
-macro_rules! families {
-    ($($family:ident,)*) => {
-        $(mod $family;)*
-
-        /// Every family that is known.
-        pub const FAMILIES: &[&Family] = &[$(&$family::FAMILY),*];
-    };
-}
-
-families! {
-    llama,
-    mistral,
-    qwen2,
-    qwen3,
-}
+/// Every family that is known; the first of several with one GGUF architecture is preferred.
+pub const FAMILIES: &[&Family] = &[
+    &llama::FAMILY,
+    &mistral::FAMILY,
+    &qwen2::FAMILY,
+    &qwen3::FAMILY,
+];
