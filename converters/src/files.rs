@@ -8,6 +8,7 @@ use serde::Serialize;
 use tempfile::{Builder, NamedTempFile, TempDir};
 
 use crate::error::{Error, Result};
+use crate::problem::Problem;
 
 /// How the names of what is not complete yet begin: what a killed process leaves, no later run reads.
 pub const PARTIAL: &str = ".partial-";
@@ -138,11 +139,15 @@ pub fn write_new_dir<E: From<Error>>(
 /// there before steps aside, and comes back if the new one cannot take its place.
 ///
 /// # Errors
-/// If `fill` fails or the system refuses.
+/// If `path` is no directory, `fill` fails or the system refuses.
 pub fn replace_dir<E: From<Error>>(
     path: &Path,
     fill: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<(), E> {
+    if !path.is_dir() && path.symlink_metadata().is_ok() {
+        let message = format!("`{}` is a file; give a directory with -o", path.display());
+        return Err(Error::from(Problem::usage(message)).into());
+    }
     let aside = dir_beside(path)?;
     // A directory cannot be renamed over a full one.
     let old = aside.path().join("old");
@@ -175,6 +180,16 @@ fn publish<E: From<Error>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_not_replaced_by_a_directory() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let file = dir.path().join("notes");
+        fs::write(&file, "kept").expect("writable");
+        let refused = replace_dir(&file, |_| Ok::<(), Error>(())).expect_err("a file");
+        assert!(refused.to_string().contains("is a file"), "{refused}");
+        assert_eq!(fs::read_to_string(&file).expect("it is there"), "kept");
+    }
 
     #[test]
     fn a_failed_write_leaves_nothing_behind() {

@@ -59,7 +59,7 @@ pub trait Format: fmt::Debug + Sync {
 }
 
 /// Every format. Reading tries them in this order, and takes what none knows for the first.
-pub const FORMATS: [&dyn Format; 4] = [&peft::Peft, &lora::Lora, &gguf_lora::GgufLora, &mlx::Mlx];
+pub const FORMATS: [&dyn Format; 4] = [&peft::Peft, &lora::Lora, &mlx::Mlx, &gguf_lora::GgufLora];
 
 /// What the command line, `inspect` and `validate` know of a format.
 #[derive(Debug)]

@@ -46,6 +46,14 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
 
 fn read(args: &ConvertArgs) -> Result<Adapter> {
     let from = format_named(&args.from).unwrap_or_else(|| format_of(&args.source));
+    if args.from != "auto" && from.about().file_name.is_none() && args.source.is_file() {
+        return Err(Problem::usage(format!(
+            "`{}` is a file; --from {} reads a directory",
+            args.source.display(),
+            args.from
+        ))
+        .into());
+    }
     let base = base_config(args, from)?;
     Ok(from.read(&args.source, base.as_ref())?)
 }

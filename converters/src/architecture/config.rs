@@ -47,13 +47,16 @@ impl ModelShape {
 /// The family by `model_type`, or, where that is absent, by the class in `architectures`.
 pub(crate) fn family(config: &Map<String, Value>) -> Result<&'static Family, Problem> {
     type Name = fn(&Family) -> &'static str;
-    let model_type = config.get("model_type").and_then(Value::as_str);
+    let model_type = config.get("model_type").filter(|value| !value.is_null());
     let class = || config.get("architectures")?.get(0)?.as_str();
     let (key, found, name): (_, _, Name) = match (model_type, class()) {
-        (None, Some(class)) => ("architectures", class, |family| family.class_name),
-        (found, _) => ("model_type", found.unwrap_or("absent"), |family| {
-            family.model_type
+        (None, Some(class)) => ("architectures", class.to_owned(), |family| {
+            family.class_name
         }),
+        (found, _) => {
+            let found = found.map_or("absent".to_owned(), plain);
+            ("model_type", found, |family| family.model_type)
+        }
     };
     let mut families = super::FAMILIES.iter().copied();
     families
@@ -67,6 +70,11 @@ pub(crate) fn family(config: &Map<String, Value>) -> Result<&'static Family, Pro
                 format!("supported are {}", known.join(", ")),
             )
         })
+}
+
+/// A text as it is, and any other value as JSON writes it.
+fn plain(value: &Value) -> String {
+    value.as_str().map_or(value.to_string(), str::to_owned)
 }
 
 /// Query heads, and key and value heads, of a config.json of which nothing else is needed.
@@ -109,6 +117,13 @@ impl Keys<'_> {
             .push(Problem::new("model-config", location, message, fix));
     }
 
+    /// Whether none of `keys` has a problem already: what follows from a bad value is no problem of its own.
+    fn sound(&self, keys: &[&str]) -> bool {
+        let is_at = |problem: &Problem, key| problem.at.strip_prefix("config.json: ") == Some(key);
+        let mut problems = self.problems.iter();
+        !problems.any(|problem| keys.iter().any(|key| is_at(problem, key)))
+    }
+
     fn get(&self, key: &str) -> Option<&Value> {
         self.config.get(key).filter(|value| !value.is_null())
     }
@@ -123,7 +138,8 @@ impl Keys<'_> {
             self.problem("num_hidden_layers", message);
         }
         let (num_attention_heads, num_key_value_heads) = self.heads(family);
-        if !num_attention_heads.is_multiple_of(num_key_value_heads) {
+        let heads = ["num_attention_heads", "num_key_value_heads"];
+        if !num_attention_heads.is_multiple_of(num_key_value_heads) && self.sound(&heads) {
             let message = format!(
                 "{num_attention_heads} attention heads are not a multiple of {num_key_value_heads}"
             );
@@ -132,7 +148,11 @@ impl Keys<'_> {
         let head_dim = self
             .optional_size("head_dim", defaults.head_dim)
             .unwrap_or(hidden_size / num_attention_heads);
-        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+        let from: &[&str] = match self.get("head_dim") {
+            Some(_) => &["head_dim"],
+            None => &["hidden_size", "num_attention_heads"],
+        };
+        if (head_dim == 0 || !head_dim.is_multiple_of(2)) && self.sound(from) {
             let message = format!("{head_dim} is odd; rotary embedding needs pairs");
             self.problem("head_dim", message);
         }
@@ -254,11 +274,8 @@ impl Keys<'_> {
                 Some(found) if key == family.activation_key => activation = found,
                 Some(found) if found == activation => {}
                 _ => {
-                    let message = format!(
-                        "activation `{}` is not supported",
-                        value.as_str().unwrap_or("?")
-                    );
-                    self.problem(key, message);
+                    let message = format!("activation `{}` is not supported", plain(value));
+                    self.refuse(key, message, &format!("only {} is", activation.name()));
                 }
             }
         }
@@ -310,14 +327,11 @@ impl Keys<'_> {
         let (theta, partial) = (either("rope_theta"), either("partial_rotary_factor"));
         let theta = self.positive("rope_theta", theta.as_ref());
         let partial = self.positive("partial_rotary_factor", partial.as_ref());
-        if partial.is_some_and(|partial| partial != 1.0) {
-            self.refuse("partial_rotary_factor", "only 1.0 is supported", "");
+        if let Some(partial) = partial.filter(|partial| *partial != 1.0) {
+            let message = format!("{partial} is not supported");
+            self.refuse("partial_rotary_factor", message, "only 1.0 is");
         }
-        let kind = fields
-            .get("rope_type")
-            .map_or("default".to_owned(), |kind| {
-                kind.as_str().map_or(kind.to_string(), str::to_owned)
-            });
+        let kind = fields.get("rope_type").map_or("default".to_owned(), plain);
         let mut needed = |name: &str| {
             let key = format!("{source}.{name}");
             if !fields.contains_key(name) {
@@ -374,6 +388,7 @@ impl Keys<'_> {
             });
             return match kinds {
                 Some(kinds) if kinds.len() == n_layers => kinds,
+                Some(_) if !self.sound(&["num_hidden_layers"]) => none,
                 Some(kinds) => {
                     let message = format!("has {} entries for {n_layers} layers", kinds.len());
                     self.problem("layer_types", message);

@@ -250,6 +250,12 @@ impl<'de> Visitor<'de> for HeaderVisitor {
             {
                 return Err(refuse(format!("unknown field `{field}`")));
             }
+            if let Some(Value::String(dtype)) = fields.get("dtype")
+                && DType::from_name(dtype).is_none()
+            {
+                let shown: String = dtype.chars().take(32).collect();
+                return Err(refuse(format!("unknown element type `{shown}`")));
+            }
             let entry = TensorInfo::deserialize(Value::Object(fields));
             let entry = entry.map_err(|error| refuse(error.to_string()))?;
             header.entries.insert(name, entry);

@@ -211,3 +211,53 @@ fn every_family_is_found_by_its_names() {
         }
     }
 }
+
+/// What follows from a bad value is not reported beside it.
+#[test]
+fn one_report_for_one_cause() {
+    for (model_type, changes, at) in [
+        ("llama", json!({"head_dim": "x"}), "head_dim"),
+        ("llama", json!({"head_dim": 0}), "head_dim"),
+        (
+            "llama",
+            json!({"num_attention_heads": null}),
+            "num_attention_heads",
+        ),
+        (
+            "qwen2",
+            json!({"hidden_size": null, "head_dim": null}),
+            "hidden_size",
+        ),
+        (
+            "qwen3",
+            json!({"num_hidden_layers": -1, "layer_types": ["full_attention", "full_attention"]}),
+            "num_hidden_layers",
+        ),
+        (
+            "llama",
+            json!({"model_type": 0, "architectures": ["LlamaForCausalLM"]}),
+            "model_type",
+        ),
+    ] {
+        let problems = ModelShape::from_config(&config(model_type, changes)).expect_err(at);
+        let found: Vec<&str> = problems.iter().map(|problem| problem.at.as_str()).collect();
+        assert_eq!(found, [format!("config.json: {at}")], "{problems:?}");
+    }
+}
+
+#[test]
+fn a_refusal_shows_the_value_and_what_is_accepted() {
+    let changes = json!({"hidden_act": 3, "partial_rotary_factor": 1.5});
+    let problems = ModelShape::from_config(&config("llama", changes)).expect_err("both");
+    let text: Vec<String> = problems.iter().map(ToString::to_string).collect();
+    assert!(
+        text.iter()
+            .any(|t| t.ends_with("activation `3` is not supported; only silu is")),
+        "{text:?}"
+    );
+    assert!(
+        text.iter()
+            .any(|t| t.ends_with("1.5 is not supported; only 1.0 is")),
+        "{text:?}"
+    );
+}
