@@ -15,12 +15,13 @@ use serde_json::json;
 
 use super::{device, print, print_json, weight_type};
 use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs, DtypeArg};
+use crate::config::TrainConfig;
 use crate::data::BatchOptions;
 use crate::hub;
 use crate::model::{Decoder, PassOptions, Sequences};
 use crate::train::memory::{MemoryEstimate, MemoryInputs};
 use crate::train::metrics::peak_memory_bytes;
-use crate::train::{AdamW, AdamWSettings, AdapterState};
+use crate::train::{AdamW, AdapterState};
 
 pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let (weights, precision) = match (args.bf16, args.model.options.dtype) {
@@ -68,7 +69,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let method = (methods::find(name)?.new)(&serde_json::to_value(config_of)?)?;
     let model = decoder.config();
     let mut state = AdapterState::initial(method, &config, &sites, model, 0, &device)?;
-    let mut optimizer = AdamW::new(AdamWSettings::default(), &state)?;
+    let (mut optimizer, adamw) = (AdamW::new(&state)?, TrainConfig::default());
     let vocab = decoder.config().vocab_size as f64;
     let rows: Vec<Vec<u32>> = (0..args.batch)
         .map(|row| {
@@ -96,7 +97,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
             decoder.loss_and_gradients(&sequences, &targets, &drawn.active, scale, options)?;
         if let Some(gradients) = &loss.gradients {
             let gradients = drawn.backward(&state, gradients)?;
-            optimizer.step(&mut state, &gradients, 2e-4, 2e-4)?;
+            optimizer.step(&adamw, &mut state, &gradients, 2e-4, 2e-4)?;
         }
         seconds.push(began.elapsed().as_secs_f64());
         tracing::debug!(

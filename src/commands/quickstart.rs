@@ -19,7 +19,7 @@ use crate::output::require_empty;
 use crate::progress::{self, TrainProgress};
 use crate::provenance::read_effective;
 use crate::smollm2;
-use crate::train::{Event, Prepared, Start};
+use crate::train::{Event, Prepared, RunLock, Start};
 
 const TRAIN: &str = include_str!("../../examples/tickets/train.jsonl");
 const VALID: &str = include_str!("../../examples/tickets/valid.jsonl");
@@ -101,7 +101,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let device = candle_core::Device::Cpu;
     std::fs::create_dir_all(&paths.adapter)
         .with_context(|| format!("cannot create `{}`", paths.adapter.display()))?;
-    let start = Start::fresh(&prepared, &device)?;
+    let start = Start::new(&prepared, &device, RunLock::take(&paths.adapter)?)?;
     let mut progress = TrainProgress::default();
     let show = |event: &Event| progress.show(event);
     let (outcome, decoder) = prepared.train(start, &device, stop_on_signals()?, show)?;

@@ -1,11 +1,11 @@
 //! The gradient audit: every trainable parameter must receive a gradient when it should, or training is silently wrong.
 
-use super::list;
 use monteclora_adapters::Result;
 use monteclora_adapters::methods::{Storage, Value};
 use monteclora_converters::Problem;
 use rayon::prelude::*;
 
+use super::list;
 use super::state::AdapterState;
 
 /// Refuses gradients that are missing at `step`, the first or the second.

@@ -14,7 +14,7 @@ use monteclora_converters::{
 use serde::{Deserialize, Serialize};
 
 use super::identity::{Drift, Identity};
-use super::optimizer::{AdamW, AdamWSettings};
+use super::optimizer::AdamW;
 use super::progress::Progress;
 use super::state::AdapterState;
 
@@ -48,9 +48,9 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// The beginning of a run with `state`.
-    pub fn fresh(state: AdapterState, settings: AdamWSettings) -> Result<Self> {
+    pub fn fresh(state: AdapterState) -> Result<Self> {
         Ok(Self {
-            optimizer: AdamW::new(settings, &state)?,
+            optimizer: AdamW::new(&state)?,
             state,
             progress: Progress::default(),
             drift: Drift::default(),
@@ -61,13 +61,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// When a file is missing or damaged, and when it belongs to another run.
-    pub fn read(
-        dir: &Path,
-        like: &AdapterState,
-        settings: AdamWSettings,
-        run: &Identity,
-        device: &Device,
-    ) -> Result<Self> {
+    pub fn read(dir: &Path, like: &AdapterState, run: &Identity, device: &Device) -> Result<Self> {
         let refuse = |problem: String| {
             let message = format!("`{}` cannot be resumed{problem}", dir.display());
             Problem::sentence("checkpoint", message)
@@ -79,11 +73,9 @@ impl Checkpoint {
             );
             Error::from(Problem::sentence(TORN, message))
         };
-        let stored: Stored = std::fs::read(dir.join(STATE))
-            .map_err(|e| torn(format!("{STATE}: {e}")))
-            .and_then(|text| {
-                serde_json::from_slice(&text).map_err(|e| torn(format!("{STATE}: {e}")))
-            })?;
+        let in_state = |e: &dyn std::fmt::Display| torn(format!("{STATE}: {e}"));
+        let text = std::fs::read(dir.join(STATE)).map_err(|e| in_state(&e))?;
+        let stored: Stored = serde_json::from_slice(&text).map_err(|e| in_state(&e))?;
         let (progress, drift) = (stored.progress.into_owned(), stored.run.drift(run));
         if !drift.refused.is_empty() {
             let problem = refuse(format!(
@@ -108,7 +100,7 @@ impl Checkpoint {
             }
         }
         let path = dir.join(OPTIMIZER);
-        let optimizer = read_moments(&path, &mut state, settings, progress.step, device, &torn)?;
+        let optimizer = read_moments(&path, &mut state, progress.step, device, &torn)?;
         Ok(Self {
             state,
             optimizer,
@@ -165,7 +157,7 @@ pub(super) fn write_best(
 }
 
 /// The step that `output_dir/best` is of; none where there is no complete one.
-pub fn best_step(output_dir: &Path) -> Option<u64> {
+pub(super) fn best_step(output_dir: &Path) -> Option<u64> {
     let dir = output_dir.join(BEST);
     Adapter::read_dir(&dir).ok()?;
     let text = std::fs::read(dir.join(STATE)).ok()?;
@@ -174,7 +166,7 @@ pub fn best_step(output_dir: &Path) -> Option<u64> {
 }
 
 /// Makes `output_dir/best` anew from the checkpoint of the same step, which holds the same adapter; false where there is none.
-pub fn rebuild_best(output_dir: &Path, best: (f64, u64)) -> Result<bool> {
+pub(super) fn rebuild_best(output_dir: &Path, best: (f64, u64)) -> Result<bool> {
     let checkpoint = output_dir.join(format!("{PREFIX}{}", best.1));
     let Ok(adapter) = Adapter::read_dir(&checkpoint) else {
         return Ok(false);
@@ -196,21 +188,17 @@ struct BestState {
 }
 
 /// Removes what a killed run left half written in `output_dir`.
-pub fn remove_partial(output_dir: &Path) -> Result<()> {
+pub(super) fn remove_partial(output_dir: &Path) -> Result<()> {
     for entry in entries(output_dir)? {
-        if entry
-            .file_name()
-            .to_string_lossy()
-            .starts_with(files::PARTIAL)
-        {
-            let path = entry.path();
-            let removed = if path.is_dir() {
-                std::fs::remove_dir_all(&path)
-            } else {
-                std::fs::remove_file(&path)
-            };
-            removed.map_err(io_error(&path))?;
+        let path = entry.path();
+        if !(entry.file_name().to_string_lossy()).starts_with(files::PARTIAL) {
+            continue;
         }
+        let removed = match path.is_dir() {
+            true => std::fs::remove_dir_all(&path),
+            false => std::fs::remove_file(&path),
+        };
+        removed.map_err(io_error(&path))?;
     }
     Ok(())
 }
@@ -239,18 +227,19 @@ pub fn checkpoints(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// The newest complete checkpoint of `output_dir`, as `read` reads it; torn ones are told to `skipped` and passed over.
+/// The newest complete checkpoint of `output_dir`, as `read` reads it; torn ones are named and passed over.
 ///
 /// # Errors
 /// What `read` fails with, unless the checkpoint is torn.
-pub fn latest_checkpoint(
+pub(super) fn latest_checkpoint(
     output_dir: &Path,
-    mut read: impl FnMut(&Path) -> Result<Checkpoint>,
-    mut skipped: impl FnMut(&formats::Error),
+    read: impl Fn(&Path) -> Result<Checkpoint>,
 ) -> Result<Option<Checkpoint>> {
     for (_, dir) in checkpoints(output_dir)?.into_iter().rev() {
         match read(&dir) {
-            Err(Error::Format(error)) if error.code() == TORN => skipped(&error),
+            Err(Error::Format(error)) if error.code() == TORN => {
+                tracing::warn!("{error}; skipped");
+            }
             found => return found.map(Some),
         }
     }
@@ -293,7 +282,6 @@ fn write_moments(path: &Path, at: &Checkpoint) -> Result<()> {
 fn read_moments(
     path: &Path,
     state: &mut AdapterState,
-    settings: AdamWSettings,
     step: u64,
     device: &Device,
     refuse: &dyn Fn(String) -> Error,
@@ -333,9 +321,5 @@ fn read_moments(
         }
         moments.push(of_owner);
     }
-    Ok(AdamW {
-        settings,
-        step,
-        moments,
-    })
+    Ok(AdamW { step, moments })
 }

@@ -1,6 +1,7 @@
 //! Evaluation on held-out rows: loss, perplexity and token accuracy of an adapter.
 
 use monteclora_adapters::Result;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::metrics::EvalRecord;
@@ -25,15 +26,15 @@ pub(crate) fn sequences(batch: &Batch) -> Sequences {
     }
 }
 
-/// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order, as long as `go_on`, which
-/// is told the rows of every batch, is true; whether it came to the end of the data.
-pub(super) fn evaluate_while(
+/// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order; none where it was told to
+/// stop before the end of the data.
+pub(super) fn evaluate(
     model: &Decoder,
     adapter: &ActiveAdapter,
     data: &Dataset,
     batch_size: usize,
-    mut go_on: impl FnMut(usize) -> bool,
-) -> Result<(EvalRecord, bool)> {
+    interrupt: &AtomicBool,
+) -> Result<Option<EvalRecord>> {
     let began = Instant::now();
     let options = BatchOptions {
         batch_size: batch_size.max(1),
@@ -42,20 +43,18 @@ pub(super) fn evaluate_while(
     };
     let mut batches = Batches::new(data, options, Cursor::default());
     let (mut total, mut tokens, mut correct) = (0.0, 0usize, 0usize);
-    let mut to_do = batches.n_batches();
-    while to_do > 0 {
+    for to_do in (0..batches.n_batches()).rev() {
         let batch = batches.next_batch()?;
         let loss = model.evaluate(&sequences(&batch), &batch.targets, adapter)?;
         total += loss.total();
         tokens += loss.nll.len();
         correct += loss.correct.iter().filter(|c| **c).count();
-        to_do -= 1;
-        if !go_on(batch.segments.len()) {
-            break;
+        if to_do > 0 && interrupt.load(Ordering::Relaxed) {
+            return Ok(None);
         }
     }
     let loss = total / tokens.max(1) as f64;
-    let record = EvalRecord {
+    Ok(Some(EvalRecord {
         step: 0,
         epoch: 0.0,
         loss,
@@ -64,6 +63,5 @@ pub(super) fn evaluate_while(
         rows: data.len(),
         seconds: began.elapsed().as_secs_f64(),
         wall_s: 0.0,
-    };
-    Ok((record, to_do == 0))
+    }))
 }

@@ -1,6 +1,6 @@
 //! Starting from an existing adapter: its shape stands, and what run.toml says against it is refused.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use monteclora_adapters::methods::monteclora::MonteCloraConfig;
 use monteclora_converters::{
     Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, Problem,
@@ -26,12 +26,11 @@ pub(super) fn read(
     let mut problems = contradictions(lora, config, &adapter, modules)?;
     let settings = posterior(lora, &adapter, &mut problems);
     if !problems.is_empty() {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "run.toml contradicts the adapter `{}` it starts from:\n  {}\nleave these keys out to take the adapter's values",
             dir.display(),
             problems.join("\n  ")
-        ))
-        .into());
+        )));
     }
     if adapter.config.monteclora.is_some() && lora.monteclora.is_none() {
         tracing::warn!(
@@ -73,34 +72,17 @@ fn contradictions(
 ) -> Result<Vec<String>> {
     let theirs = &adapter.config;
     let mut problems = Vec::new();
-    for (key, ours, theirs) in [
-        ("r", lora.r.to_string(), theirs.r.to_string()),
-        (
-            "lora_alpha",
-            lora.lora_alpha.to_string(),
-            theirs.lora_alpha.to_string(),
-        ),
-        (
-            "use_rslora",
-            lora.use_rslora.to_string(),
-            theirs.use_rslora.to_string(),
-        ),
-        (
-            "rank_pattern",
-            format!("{:?}", lora.rank_pattern),
-            format!("{:?}", theirs.rank_pattern),
-        ),
-        (
-            "alpha_pattern",
-            format!("{:?}", lora.alpha_pattern),
-            format!("{:?}", theirs.alpha_pattern),
-        ),
-    ] {
-        let key = format!("lora.{key}");
-        if ours != theirs && lora.given.contains(&key) {
-            problems.push(format!("{key}: {ours}, the adapter has {theirs}"));
-        }
+    macro_rules! compare {
+        ($($key:ident $shown:literal)*) => {$(
+            let key = concat!("lora.", stringify!($key));
+            if lora.$key != theirs.$key && lora.given.iter().any(|given| given == key) {
+                let (ours, theirs) = (&lora.$key, &theirs.$key);
+                let shown = format!(concat!($shown, ", the adapter has ", $shown), ours, theirs);
+                problems.push(format!("{key}: {shown}"));
+            }
+        )*};
     }
+    compare!(r "{}" lora_alpha "{}" use_rslora "{}" rank_pattern "{:?}" alpha_pattern "{:?}");
     let targets: Vec<&str> = lora
         .given
         .iter()
@@ -144,17 +126,9 @@ fn posterior(
     let mut settings = theirs.clone();
     settings.buffer_size = run.buffer_size;
     let ours = |key: &str| given(key) || given("preset");
-    if ours("sample_scaler") {
-        settings.sample_scaler = run.sample_scaler;
+    macro_rules! take {
+        ($($key:ident)*) => {$(if ours(stringify!($key)) { settings.$key = run.$key; })*};
     }
-    if ours("kl_loss_weight") {
-        settings.kl_loss_weight = run.kl_loss_weight;
-    }
-    if ours("dirichlet_prior") {
-        settings.dirichlet_prior = run.dirichlet_prior;
-    }
-    if ours("use_entropy") {
-        settings.use_entropy = run.use_entropy;
-    }
+    take!(sample_scaler kl_loss_weight dirichlet_prior use_entropy);
     Some(settings)
 }

@@ -75,21 +75,12 @@ impl MemoryEstimate {
         let query = (model.num_attention_heads * model.head_dim) as u64;
         let key_value = (model.num_key_value_heads * model.head_dim) as u64;
         let blocks = model.num_hidden_layers as u64;
-        let in_blocks = |name: &str| name.contains(".layers.");
         // Of all blocks together.
-        let ranks: u64 = inputs
-            .sites
-            .iter()
-            .filter(|module| in_blocks(&module.name))
-            .map(|module| {
-                let dropped = if inputs.dropout {
-                    module.in_features
-                } else {
-                    0
-                };
-                (module.rank + dropped) as u64
-            })
-            .sum();
+        let sites = inputs.sites.iter();
+        let ranks: u64 = sites
+            .filter(|module| module.name.contains(".layers."))
+            .map(|module| module.rank + usize::from(inputs.dropout) * module.in_features)
+            .sum::<usize>() as u64;
         let inside = hidden + 2 * query + 2 * key_value + 2 * middle;
         let kept = if inputs.gradient_checkpointing {
             blocks * hidden + inside + ranks.div_ceil(blocks.max(1))

@@ -1,8 +1,8 @@
 //! What a run reports, and where to: `metrics.jsonl`, one JSON object a line with its `type` first, and TensorBoard.
 
 use super::io_error;
-use monteclora_adapters::{Error, Result};
-use std::fs::{File, OpenOptions};
+use monteclora_adapters::Result;
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,14 @@ pub enum Record {
     /// An evaluation on the validation rows with the posterior mean.
     Eval(EvalRecord),
     /// Something that happened.
-    Event(EventRecord),
+    Event {
+        /// `started`, `resumed`, `checkpoint`, `best`, `early_stop`, `interrupted` or `finished`.
+        event: &'static str,
+        /// Optimiser steps made.
+        step: u64,
+        /// Seconds since the run began.
+        wall_s: f64,
+    },
 }
 
 /// What training measures.
@@ -77,21 +84,10 @@ pub struct EvalRecord {
     pub wall_s: f64,
 }
 
-/// Something that happened in a run.
-#[derive(Debug, Clone, Serialize)]
-pub struct EventRecord {
-    /// `started`, `resumed`, `checkpoint`, `best`, `early_stop`, `interrupted` or `finished`.
-    pub event: &'static str,
-    /// Optimiser steps made.
-    pub step: u64,
-    /// Seconds since the run began.
-    pub wall_s: f64,
-}
-
 /// Writes records to the sinks of a run.
 #[derive(Debug)]
 pub struct Metrics {
-    lines: Option<(PathBuf, File)>,
+    lines: Option<(File, PathBuf)>,
     events: Option<EventFile>,
 }
 
@@ -102,32 +98,24 @@ impl Metrics {
     /// # Errors
     /// If a file cannot be written.
     pub fn open(output_dir: &Path, sinks: &[Report], resumed: Option<&Progress>) -> Result<Self> {
-        let lines = sinks
-            .contains(&Report::Jsonl)
-            .then(|| {
+        let lines = match sinks.contains(&Report::Jsonl) {
+            true => {
                 let path = output_dir.join("metrics.jsonl");
                 if let Some(progress) = resumed {
                     forget_after(&path, progress)?;
+                } else {
+                    File::create(&path).map_err(io_error(&path))?;
                 }
-                let file = OpenOptions::new()
-                    .create(true)
-                    .write(true)
-                    .append(resumed.is_some())
-                    .truncate(resumed.is_none())
-                    .open(&path)
-                    .map_err(io_error(&path))?;
-                Ok::<_, Error>((path, file))
-            })
-            .transpose()?;
-        let events = sinks
-            .contains(&Report::Tensorboard)
-            .then(|| {
-                EventFile::create(
-                    &output_dir.join("tb"),
-                    resumed.map_or(0, |progress| progress.step),
-                )
-            })
-            .transpose()?;
+                let file = File::options().create(true).append(true).open(&path);
+                Some((file.map_err(io_error(&path))?, path))
+            }
+            false => None,
+        };
+        let step = resumed.map_or(0, |progress| progress.step);
+        let events = match sinks.contains(&Report::Tensorboard) {
+            true => Some(EventFile::create(&output_dir.join("tb"), step)?),
+            false => None,
+        };
         Ok(Self { lines, events })
     }
 
@@ -136,7 +124,7 @@ impl Metrics {
     /// # Errors
     /// If a file cannot be written.
     pub fn write(&mut self, record: &Record) -> Result<()> {
-        if let Some((path, file)) = &mut self.lines {
+        if let Some((file, path)) = &mut self.lines {
             let mut line = serde_json::to_vec(record).map_err(|e| io_error(path)(e.into()))?;
             line.push(b'\n');
             file.write_all(&line).map_err(io_error(path))?;
@@ -147,7 +135,7 @@ impl Metrics {
         match record {
             Record::Train(record) => events.write(record.step, &record.scalars()),
             Record::Eval(record) => events.write(record.step, &record.scalars()),
-            Record::Event(_) => Ok(()),
+            Record::Event { .. } => Ok(()),
         }
     }
 }
@@ -191,20 +179,16 @@ impl TrainRecord {
             ("train/loss", self.loss),
             ("train/task_loss", self.task_loss),
         ];
-        scalars.extend(
-            self.metrics
-                .iter()
-                .map(|(metric, value)| (metric.tag, *value)),
-        );
+        let metrics = self.metrics.iter();
+        scalars.extend(metrics.map(|(metric, value)| (metric.tag, *value)));
         scalars.extend([
             ("train/grad_norm", self.grad_norm),
             ("train/learning_rate", self.learning_rate),
             ("train/epoch", self.epoch),
             ("speed/tokens_per_second", self.tokens_per_second),
         ]);
-        if let Some(bytes) = self.peak_memory_bytes {
-            scalars.push(("speed/peak_memory_bytes", bytes as f64));
-        }
+        let bytes = self.peak_memory_bytes.map(|bytes| bytes as f64);
+        scalars.extend(bytes.map(|bytes| ("speed/peak_memory_bytes", bytes)));
         scalars
     }
 }
@@ -261,11 +245,11 @@ mod tests {
 
     #[test]
     fn the_type_comes_first() {
-        let record = Record::Event(EventRecord {
+        let record = Record::Event {
             event: "started",
             step: 0,
             wall_s: 0.5,
-        });
+        };
         let line = serde_json::to_string(&record).expect("serialises");
         assert_eq!(
             line,

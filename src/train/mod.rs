@@ -12,7 +12,7 @@ mod optimizer;
 mod plan;
 mod prepare;
 mod progress;
-pub mod record;
+mod record;
 mod run;
 mod schedule;
 mod settings;
@@ -26,14 +26,12 @@ use std::path::Path;
 use monteclora_adapters::Error;
 use monteclora_converters::Problem;
 
-pub use checkpoint::{
-    Checkpoint, best_step, checkpoints, latest_checkpoint, rebuild_best, remove_partial,
-};
+pub use checkpoint::{Checkpoint, checkpoints};
 pub(crate) use evaluation::sequences;
 pub use identity::{Drift, Identity};
 pub use lock::RunLock;
-pub use optimizer::{AdamW, AdamWSettings, Moments, clip};
-pub use plan::{Advice, BatchShape, Plan};
+pub use optimizer::{AdamW, Moments, clip};
+pub use plan::{Advice, Plan};
 pub use prepare::Prepared;
 pub use progress::{Progress, Window};
 pub use run::{Event, Interrupt, Outcome, Trainer};

@@ -7,34 +7,7 @@ use monteclora_adapters::methods::{Group, Owner, Value};
 use rayon::prelude::*;
 
 use super::state::{AdapterState, Gradients};
-
-/// Hyperparameters; the learning rates come with each step.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdamWSettings {
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub epsilon: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// Learning rate of [`Group::Output`] over that of [`Group::Weight`], at least 1 in LoRA+ (Hayou et al. 2024,
-    /// arXiv:2402.12354).
-    pub loraplus_lr_ratio: f64,
-}
-
-impl Default for AdamWSettings {
-    fn default() -> Self {
-        Self {
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 0.0,
-            loraplus_lr_ratio: 1.0,
-        }
-    }
-}
+use crate::config::TrainConfig;
 
 /// First and second moment of one value.
 pub type Moments = (Value, Value);
@@ -42,8 +15,6 @@ pub type Moments = (Value, Value);
 /// Optimiser state.
 #[derive(Debug, Clone)]
 pub struct AdamW {
-    /// Hyperparameters.
-    pub settings: AdamWSettings,
     /// Updates made so far.
     pub step: u64,
     /// Moments, in the order of the owners and their values.
@@ -52,8 +23,8 @@ pub struct AdamW {
 
 /// One update's constants.
 #[derive(Debug, Clone, Copy)]
-struct Update {
-    settings: AdamWSettings,
+struct Update<'a> {
+    settings: &'a TrainConfig,
     correction1: f64,
     correction2: f64,
     learning_rate: f64,
@@ -62,24 +33,22 @@ struct Update {
 
 impl AdamW {
     /// Zero moments for `state`.
-    pub fn new(settings: AdamWSettings, state: &AdapterState) -> Result<Self> {
+    pub fn new(state: &AdapterState) -> Result<Self> {
         let zeros = |value: &Value| Ok((value.zeros_like()?, value.zeros_like()?));
         let moments = state
             .owners
             .iter()
             .map(|owner| owner.values.iter().map(zeros).collect())
             .collect::<Result<_>>()?;
-        Ok(Self {
-            settings,
-            step: 0,
-            moments,
-        })
+        Ok(Self { step: 0, moments })
     }
 
     /// Moves every parameter of `state` against its gradient; `variational_rate` is the learning rate of
-    /// [`Group::Variational`].
+    /// [`Group::Variational`], and `settings` gives the constants, LoRA+'s ratio (Hayou et al. 2024, arXiv:2402.12354) among
+    /// them, but not the rates.
     pub fn step(
         &mut self,
+        settings: &TrainConfig,
         state: &mut AdapterState,
         gradients: &[Vec<Value>],
         learning_rate: f64,
@@ -87,11 +56,10 @@ impl AdamW {
     ) -> Result<()> {
         self.step += 1;
         let step = self.step as i32;
-        let settings = self.settings;
         let weight = Update {
             settings,
-            correction1: 1.0 - settings.beta1.powi(step),
-            correction2: 1.0 - settings.beta2.powi(step),
+            correction1: 1.0 - settings.adam_beta1.powi(step),
+            correction2: 1.0 - settings.adam_beta2.powi(step),
             learning_rate,
             weight_decay: settings.weight_decay,
         };
@@ -124,7 +92,7 @@ impl AdamW {
     }
 }
 
-impl Update {
+impl Update<'_> {
     /// `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`, `x = (1 - lr wd) x - lr m / c1 / (sqrt(v / c2) + eps)`.
     fn apply(&self, value: &mut Value, moments: &mut Moments, gradient: &Value) -> Result<()> {
         match (value, moments, gradient) {
@@ -149,50 +117,45 @@ impl Update {
         (m, v): (&mut Tensor, &mut Tensor),
         gradient: &Tensor,
     ) -> Result<()> {
-        let Update { settings, .. } = *self;
+        let (beta1, beta2) = (self.settings.adam_beta1, self.settings.adam_beta2);
         let decay = 1.0 - self.learning_rate * self.weight_decay;
         let rate = self.learning_rate / self.correction1;
-        let root = self.correction2.sqrt();
+        let (root, epsilon) = (self.correction2.sqrt(), self.settings.adam_epsilon);
         let shape = value.shape().clone();
         let fast = on_cpu([value, m, v, gradient], |[x, m, v, g]| {
-            let (b1, b2) = (settings.beta1 as f32, settings.beta2 as f32);
-            let (c1, c2) = ((1.0 - settings.beta1) as f32, (1.0 - settings.beta2) as f32);
+            let (b1, b2) = (beta1 as f32, beta2 as f32);
+            let (c1, c2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
             let new_m: Vec<f32> = m.iter().zip(g).map(|(m, g)| b1 * m + c1 * g).collect();
             let new_v: Vec<f32> = v.iter().zip(g).map(|(v, g)| b2 * v + c2 * g * g).collect();
-            let (decay, rate, root, eps) = (
-                decay as f32,
-                rate as f32,
-                root as f32,
-                settings.epsilon as f32,
-            );
+            let [decay, rate, root, eps] = [decay, rate, root, epsilon].map(|v| v as f32);
             let moved = x.iter().zip(&new_m).zip(&new_v);
             let new_x: Vec<f32> = moved
                 .map(|((x, m), v)| x * decay - rate * m / (v.sqrt() / root + eps))
                 .collect();
-            (new_x, new_m, new_v)
+            [new_x, new_m, new_v]
         })?;
-        if let Some((new_x, new_m, new_v)) = fast {
-            *value = Tensor::from_vec(new_x, shape.clone(), &Device::Cpu)?;
-            *m = Tensor::from_vec(new_m, shape.clone(), &Device::Cpu)?;
-            *v = Tensor::from_vec(new_v, shape, &Device::Cpu)?;
+        if let Some(new) = fast {
+            for (tensor, values) in [value, m, v].into_iter().zip(new) {
+                *tensor = Tensor::from_vec(values, &shape, &Device::Cpu)?;
+            }
             return Ok(());
         }
-        *m = ((&*m * settings.beta1)? + (gradient * (1.0 - settings.beta1))?)?;
-        *v = ((&*v * settings.beta2)? + (gradient.sqr()? * (1.0 - settings.beta2))?)?;
-        let denominator = ((v.sqrt()? / root)? + settings.epsilon)?;
+        *m = ((&*m * beta1)? + (gradient * (1.0 - beta1))?)?;
+        *v = ((&*v * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+        let denominator = ((v.sqrt()? / root)? + epsilon)?;
         *value = ((&*value * decay)? - ((&*m * rate)? / denominator)?)?;
         Ok(())
     }
 
     fn apply_vector(&self, x: &mut [f64], (m, v): (&mut [f64], &mut [f64]), g: &[f64]) {
-        let Update { settings, .. } = *self;
+        let (beta1, beta2) = (self.settings.adam_beta1, self.settings.adam_beta2);
         let decay = 1.0 - self.learning_rate * self.weight_decay;
         for (((x, m), v), g) in x.iter_mut().zip(m).zip(v).zip(g) {
-            *m = settings.beta1 * *m + (1.0 - settings.beta1) * g;
-            *v = settings.beta2 * *v + (1.0 - settings.beta2) * g * g;
+            *m = beta1 * *m + (1.0 - beta1) * g;
+            *v = beta2 * *v + (1.0 - beta2) * g * g;
             let moved = *x * decay
                 - self.learning_rate / self.correction1 * *m
-                    / ((*v / self.correction2).sqrt() + settings.epsilon);
+                    / ((*v / self.correction2).sqrt() + self.settings.adam_epsilon);
             *x = f64::from(moved as f32);
         }
     }
@@ -240,12 +203,8 @@ mod tests {
             let loss = (var.as_tensor() - &target)?.sqr()?.sum_all()?;
             reference.backward_step(&loss)?;
             let gradient = ((&x - &target)? * 2.0)?;
-            let settings = AdamWSettings {
-                weight_decay: 0.1,
-                ..Default::default()
-            };
             let update = Update {
-                settings,
+                settings: &TrainConfig::default(),
                 correction1: 1.0 - 0.9f64.powi(step),
                 correction2: 1.0 - 0.999f64.powi(step),
                 learning_rate: 0.05,

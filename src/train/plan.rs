@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::memory::{MemoryEstimate, MemoryInputs};
 use super::{Prepared, modules};
-use crate::data::{BatchOptions, Batches, Cursor, Dataset, Stats};
+use crate::data::{Batches, Cursor, Dataset, Stats};
 use crate::system::available_memory_bytes;
 
 /// Sequences and ranks are not advised below these.
@@ -45,18 +45,6 @@ pub struct Plan<'a> {
     pub available_memory_bytes: Option<u64>,
     /// What to change where that is not enough.
     pub advice: Vec<Advice>,
-}
-
-/// A run's batches, where they are not those of its configuration.
-pub struct BatchShape {
-    /// Examples, or packs, at once.
-    pub batch_size: usize,
-    /// Tokens a pack holds, where rows are packed.
-    pub pack_tokens: Option<usize>,
-    /// Longer examples count as this long.
-    pub longest: usize,
-    /// Whether blocks are computed again in the backward pass.
-    pub gradient_checkpointing: bool,
 }
 
 impl Prepared {
@@ -102,7 +90,11 @@ impl Prepared {
     }
 
     /// What decides the memory of a run.
-    fn inputs<'a>(&'a self, sites: &'a [Module], lengths: &'a [usize]) -> MemoryInputs<'a> {
+    pub(super) fn inputs<'a>(
+        &'a self,
+        sites: &'a [Module],
+        lengths: &'a [usize],
+    ) -> MemoryInputs<'a> {
         let stats = self.train.stats();
         MemoryInputs {
             model: &self.model_config,
@@ -133,23 +125,6 @@ impl Prepared {
     /// The memory of the run.
     pub fn estimate(&self, sites: &[Module]) -> MemoryEstimate {
         MemoryEstimate::of(&self.inputs(sites, &self.train.lengths()))
-    }
-
-    /// The memory of the run with other batches.
-    pub fn estimate_with(&self, sites: &[Module], shape: &BatchShape) -> MemoryEstimate {
-        let mut lengths = self.train.lengths();
-        for length in &mut lengths {
-            *length = (*length).min(shape.longest);
-        }
-        MemoryEstimate::of(&MemoryInputs {
-            batches: BatchOptions {
-                batch_size: shape.batch_size,
-                pack_tokens: shape.pack_tokens,
-                ..self.settings.batches
-            },
-            gradient_checkpointing: shape.gradient_checkpointing,
-            ..self.inputs(sites, &lengths)
-        })
     }
 
     /// What to change until a run fits into `available` bytes: a smaller batch with as much more accumulation, checkpointing,

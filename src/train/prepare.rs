@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use monteclora_adapters::Precision;
 use monteclora_adapters::methods::Method;
@@ -11,10 +11,8 @@ use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::write_json;
 use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, Problem};
 
-use super::record::{BaseRecord, DataRecord, RunRecord, Versions};
 use super::{
-    AdapterState, Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints,
-    init_from,
+    Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints, init_from,
 };
 use crate::config::{DtypeChoice, RunConfig};
 use crate::data::{Dataset, Encoder, Split};
@@ -51,15 +49,10 @@ pub struct Prepared {
     /// Optimiser steps of the whole run.
     pub total_steps: u64,
     pub(super) identity: Identity,
-    hashes: Hashes,
-}
-
-/// Hashes of what a run reads besides its data.
-struct Hashes {
     /// See [`fingerprint`].
-    fingerprint: String,
-    chat_template_sha256: Option<String>,
-    tokenizer_sha256: Option<String>,
+    pub(super) fingerprint: String,
+    pub(super) chat_template_sha256: Option<String>,
+    pub(super) tokenizer_sha256: Option<String>,
 }
 
 impl Prepared {
@@ -75,12 +68,9 @@ impl Prepared {
             DtypeChoice::Auto if run.train.bf16 => DType::BF16,
             DtypeChoice::Auto | DtypeChoice::F32 => DType::F32,
             DtypeChoice::Bf16 => DType::BF16,
-            DtypeChoice::F16 => {
-                return Err(Problem::usage(
+            DtypeChoice::F16 => bail!(Problem::usage(
                 "[model] dtype: the trainer holds weights as f32 or bf16; use \"auto\", \"f32\" or \"bf16\"",
-            )
-            .into());
-            }
+            )),
         };
         let base = match base {
             Some(base) => base,
@@ -114,25 +104,19 @@ impl Prepared {
             Dataset::open_split(path, split, run.data.row_schema(), encoder.clone())
         };
         let train = open(&run.data.train, Split::Train)?;
-        let valid = run
-            .data
-            .valid
-            .as_ref()
-            .map(|path| open(path, Split::Valid))
-            .transpose()?;
+        let valid = run.data.valid.as_deref();
+        let valid = valid.map(|path| open(path, Split::Valid)).transpose()?;
         let settings = TrainSettings::new(&run, max_seq_length);
-        let hashes = Hashes {
-            fingerprint: fingerprint(&files)
-                .with_context(|| format!("cannot read the weights in `{}`", base.dir.display()))?,
-            chat_template_sha256: encoder.template().map(|t| sha256(t.source().as_bytes())),
-            tokenizer_sha256: file_sha256(&base.dir.join("tokenizer.json")),
-        };
+        let fingerprint = fingerprint(&files)
+            .with_context(|| format!("cannot read the weights in `{}`", base.dir.display()))?;
+        let chat_template_sha256 = encoder.template().map(|t| sha256(t.source().as_bytes()));
+        let tokenizer_sha256 = file_sha256(&base.dir.join("tokenizer.json"));
         let identity = Identity::new(
             &serde_json::to_value(&run)?,
             [
-                ("base", Some(&hashes.fingerprint)),
-                ("tokenizer", hashes.tokenizer_sha256.as_deref()),
-                ("chat_template", hashes.chat_template_sha256.as_deref()),
+                ("base", Some(&fingerprint)),
+                ("tokenizer", tokenizer_sha256.as_deref()),
+                ("chat_template", chat_template_sha256.as_deref()),
                 ("data.train", Some(train.sha256().as_str())),
                 ("data.valid", valid.as_ref().map(Dataset::sha256).as_deref()),
             ],
@@ -140,8 +124,10 @@ impl Prepared {
         Ok(Self {
             method: run.lora.method()?,
             total_steps: settings.total_steps(&train),
-            hashes,
             identity,
+            fingerprint,
+            chat_template_sha256,
+            tokenizer_sha256,
             run,
             base,
             files,
@@ -169,14 +155,14 @@ impl Prepared {
     ) -> Result<(Outcome, Decoder)> {
         let output_dir = self.run.train.output_dir.as_path();
         let run_json = output_dir.join("run.json");
-        let mut record = self.record(&start.from.state, device)?;
-        write_json(&run_json, &record)?;
+        let parameters = start.from.state.n_parameters();
+        write_json(&run_json, &self.record(parameters, device, None)?)?;
         let precision = match self.run.train.bf16 {
             true => Precision::Bf16,
             false => Precision::Single,
         };
-        let decoder =
-            Decoder::load_as(&self.base.dir, device, self.weights)?.with_precision(precision);
+        let decoder = Decoder::load_as(&self.base.dir, device, self.weights)?;
+        let decoder = decoder.with_precision(precision);
         let trainer = Trainer {
             model: &decoder,
             train: &self.train,
@@ -188,10 +174,9 @@ impl Prepared {
             interrupt,
         };
         tracing::info!(
-            "training {} of {} sites: {} parameters, {} examples, {} steps",
+            "training {} of {} sites: {parameters} parameters, {} examples, {} steps",
             start.from.state.modules.len(),
             Decoder::linear_modules(&self.model_config).len(),
-            start.from.state.n_parameters(),
             self.train.len(),
             self.total_steps
         );
@@ -204,32 +189,9 @@ impl Prepared {
             }
         })?;
         if !outcome.interrupted {
-            record.finished_step = Some(outcome.steps);
+            let record = self.record(parameters, device, Some(outcome.steps))?;
             write_json(&run_json, &record)?;
         }
         Ok((outcome, decoder))
-    }
-
-    fn record(&self, state: &AdapterState, device: &Device) -> Result<RunRecord> {
-        let hashes = &self.hashes;
-        Ok(RunRecord {
-            config: serde_json::to_value(&self.run)?,
-            seed: self.run.seed,
-            monteclora: env!("CARGO_PKG_VERSION"),
-            versions: Versions::here(device),
-            base: BaseRecord {
-                model_id: self.base.name.clone(),
-                revision: self.base.revision.clone(),
-                fingerprint: hashes.fingerprint.clone(),
-            },
-            train: DataRecord::new(&self.train),
-            valid: self.valid.as_ref().map(DataRecord::new),
-            chat_template_sha256: hashes.chat_template_sha256.clone(),
-            tokenizer_sha256: hashes.tokenizer_sha256.clone(),
-            sites: self.sites.clone(),
-            trainable_parameters: state.n_parameters(),
-            total_steps: self.total_steps,
-            finished_step: None,
-        })
     }
 }

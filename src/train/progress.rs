@@ -80,10 +80,7 @@ impl Window {
         (window.seconds, window.since) = (self.elapsed(), None);
         for metric in metrics {
             // Before the first step of a window there is none.
-            window
-                .regulariser
-                .entry(metric.stored.to_owned())
-                .or_default();
+            let _ = window.sum(metric);
         }
         window
     }
@@ -92,13 +89,16 @@ impl Window {
         self.steps += 1;
         self.task_loss += result.task_loss;
         for (metric, value) in metrics.iter().zip(&result.metrics) {
-            *self
-                .regulariser
-                .entry(metric.stored.to_owned())
-                .or_default() += value;
+            *self.sum(metric) += value;
         }
         self.grad_norm += result.grad_norm;
         self.tokens += result.tokens;
+    }
+
+    fn sum(&mut self, metric: &Metric) -> &mut f64 {
+        self.regulariser
+            .entry(metric.stored.to_owned())
+            .or_default()
     }
 
     /// Sums of what the method reports.
@@ -109,9 +109,7 @@ impl Window {
 
     /// Seconds of the steps.
     pub(super) fn elapsed(&self) -> f64 {
-        self.seconds
-            + self
-                .since
-                .map_or(0.0, |since| since.elapsed().as_secs_f64())
+        let since = self.since.map(|since| since.elapsed().as_secs_f64());
+        self.seconds + since.unwrap_or_default()
     }
 }

@@ -1,24 +1,23 @@
 //! The training loop.
 
-use super::not_finite;
-use monteclora_adapters::Result;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use monteclora_adapters::Result;
 use monteclora_adapters::methods::{Step, in_loss};
 use monteclora_converters::AdapterConfig;
 
-use super::audit;
 use super::checkpoint::{self, Checkpoint};
-use super::evaluation::{evaluate_while, sequences};
+use super::evaluation::{evaluate, sequences};
 use super::identity::Identity;
-use super::metrics::{EvalRecord, EventRecord, Metrics, Record, TrainRecord};
+use super::metrics::{EvalRecord, Metrics, Record, TrainRecord};
 use super::optimizer::clip;
 use super::progress::{StepResult, Window};
 use super::schedule::Schedule;
 use super::settings::TrainSettings;
+use super::{audit, not_finite};
 use crate::config::LrSchedulerType;
 use crate::data::{Batches, Dataset};
 use crate::model::{AdapterGradients, Decoder, Dropout, PassOptions};
@@ -157,12 +156,11 @@ impl<W: FnMut(&Event)> Run<'_, W> {
 
     fn event(&mut self, event: &'static str) -> Result<()> {
         let (step, wall_s) = (self.at.progress.step, self.wall());
-        let record = EventRecord {
+        self.metrics.write(&Record::Event {
             event,
             step,
             wall_s,
-        };
-        self.metrics.write(&Record::Event(record))
+        })
     }
 
     /// Makes the steps that are left; whether it was interrupted, and the task loss of the last step.
@@ -234,17 +232,12 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         let before = Instant::now();
         let step = self.at.progress.step;
         tracing::debug!("step {step}: evaluating {} rows", valid.len());
-        let (mut record, complete) = evaluate_while(
-            trainer.model,
-            &self.at.state.mean()?,
-            valid,
-            trainer.settings.batches.batch_size,
-            |_| !trainer.interrupt.load(Ordering::Relaxed),
-        )?;
+        let (batch_size, mean) = (trainer.settings.batches.batch_size, self.at.state.mean()?);
+        let record = evaluate(trainer.model, &mean, valid, batch_size, &trainer.interrupt)?;
         self.at.progress.window.exclude(before.elapsed());
-        if !complete {
+        let Some(mut record) = record else {
             return Ok(());
-        }
+        };
         if !record.loss.is_finite() {
             let names = audit::largest_weights(&self.at.state)?;
             return Err(not_finite(step, "the validation loss", &names));
@@ -282,17 +275,8 @@ impl<W: FnMut(&Event)> Run<'_, W> {
 
     /// One optimiser step: one posterior draw, its micro-batches, one update.
     fn step(&mut self, step: u64, rate: f64, weight: f64) -> Result<StepResult> {
-        let Self {
-            trainer: Trainer {
-                model, settings, ..
-            },
-            at: Checkpoint {
-                state, optimizer, ..
-            },
-            batches,
-            total_steps,
-            ..
-        } = self;
+        let (model, settings) = (self.trainer.model, self.trainer.settings);
+        let (state, batches) = (&mut self.at.state, &mut self.batches);
         let mut micro = vec![batches.next_batch()?];
         // Accumulation ends with the epoch, so that every row counts once an epoch.
         while micro.len() < settings.train.gradient_accumulation_steps && !batches.at_epoch_start()
@@ -317,18 +301,10 @@ impl<W: FnMut(&Event)> Run<'_, W> {
                 dropout: dropout.as_ref(),
                 checkpointing: settings.train.gradient_checkpointing,
             };
-            let loss = model.loss_and_gradients(
-                &sequences(batch),
-                &batch.targets,
-                &drawn.active,
-                scale,
-                options,
-            )?;
+            let (input, targets) = (sequences(batch), &batch.targets);
+            let loss = model.loss_and_gradients(&input, targets, &drawn.active, scale, options)?;
             total += loss.total();
-            looks_back |= batch
-                .targets
-                .iter()
-                .any(|(row, _)| batch.positions[*row] > 0);
+            looks_back |= targets.iter().any(|(row, _)| batch.positions[*row] > 0);
             if let Some(gradients) = loss.gradients {
                 task.add_all(gradients)?;
             }
@@ -350,16 +326,23 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         if step < 2 && looks_back {
             audit::first_steps(state, &gradients, step)?;
         }
-        let rates = [
+        let [learning_rate, variational_rate] = [
             settings.train.learning_rate,
             settings.train.variational_learning_rate,
-        ];
-        let [learning_rate, variational_rate] = rates.map(|peak| peak * rate);
-        optimizer.step(state, &gradients, learning_rate, variational_rate)?;
+        ]
+        .map(|peak| peak * rate);
+        let optimizer = &mut self.at.optimizer;
+        optimizer.step(
+            &settings.train,
+            state,
+            &gradients,
+            learning_rate,
+            variational_rate,
+        )?;
         let method = state.method.clone();
         let made = Step {
             index: step,
-            total: *total_steps,
+            total: self.total_steps,
             trained_tokens,
         };
         method.after_step(&mut state.owners, &unclipped, made)?;

@@ -1,6 +1,5 @@
 //! What the training loop is told.
 
-use super::optimizer::AdamWSettings;
 use super::schedule::Schedule;
 use crate::config::{RunConfig, TrainConfig};
 use crate::data::{BatchOptions, Batches, Cursor, Dataset};
@@ -26,17 +25,6 @@ impl TrainSettings {
             lora_dropout: run.lora.lora_dropout,
             batches: run.batch_options(max_seq_length),
             train: run.train.clone(),
-        }
-    }
-
-    /// AdamW's constants.
-    pub fn adamw(&self) -> AdamWSettings {
-        AdamWSettings {
-            beta1: self.train.adam_beta1,
-            beta2: self.train.adam_beta2,
-            epsilon: self.train.adam_epsilon,
-            weight_decay: self.train.weight_decay,
-            loraplus_lr_ratio: self.train.loraplus_lr_ratio,
         }
     }
 

@@ -2,15 +2,13 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use monteclora_converters::Problem;
 
+use super::checkpoint::{best_step, latest_checkpoint, rebuild_best, remove_partial};
 use super::record::finished_step;
-use super::{
-    AdapterState, Checkpoint, Error, Prepared, RunLock, best_step, checkpoints, latest_checkpoint,
-    rebuild_best, remove_partial,
-};
+use super::{AdapterState, Checkpoint, Error, Prepared, RunLock, checkpoints};
 use crate::output::require_empty;
 
 /// The point from which a run goes on.
@@ -29,19 +27,11 @@ pub enum Begin {
 }
 
 impl Start {
-    /// The beginning of a run in an output directory that is ready.
+    /// The beginning of a run in an output directory that is ready and its own by `lock`.
     ///
     /// # Errors
-    /// If another run writes there; initial values that cannot be made.
-    pub fn fresh(prepared: &Prepared, device: &Device) -> Result<Self> {
-        Self::locked(
-            prepared,
-            device,
-            RunLock::take(&prepared.run.train.output_dir)?,
-        )
-    }
-
-    fn locked(prepared: &Prepared, device: &Device, lock: RunLock) -> Result<Self> {
+    /// Initial values that cannot be made.
+    pub fn new(prepared: &Prepared, device: &Device, lock: RunLock) -> Result<Self> {
         let (method, model) = (prepared.method.clone(), &prepared.model_config);
         let seed = prepared.run.seed;
         let state = match &prepared.init_from {
@@ -52,7 +42,7 @@ impl Start {
             Some(adapter) => AdapterState::from_adapter(method, adapter, model, seed, device)?,
         };
         Ok(Self {
-            from: Checkpoint::fresh(state, prepared.settings.adamw())?,
+            from: Checkpoint::fresh(state)?,
             _lock: lock,
         })
     }
@@ -75,16 +65,9 @@ pub fn begin(
         require_empty(output_dir, force)?;
     }
     remove_partial(output_dir)?;
-    let mut start = Start::locked(prepared, device, lock)?;
-    let read = |dir: &Path| {
-        Checkpoint::read(
-            dir,
-            &start.from.state,
-            prepared.settings.adamw(),
-            &prepared.identity,
-            device,
-        )
-    };
+    let mut start = Start::new(prepared, device, lock)?;
+    let (initial, identity) = (&start.from.state, &prepared.identity);
+    let read = |dir: &Path| Checkpoint::read(dir, initial, identity, device);
     let checkpoint = match resume {
         None => {
             // --force: what an earlier run left would later be taken for this one's.
@@ -94,9 +77,7 @@ pub fn begin(
             discard(&output_dir.join("best"))?;
             None
         }
-        Some("auto") => latest_checkpoint(output_dir, read, |torn| {
-            tracing::warn!("{torn}; skipped");
-        })?,
+        Some("auto") => latest_checkpoint(output_dir, read)?,
         Some(dir) => Some(named(Path::new(dir), output_dir, force, read)?),
     };
     let finished = finished_step(&output_dir.join("run.json"));
@@ -113,10 +94,9 @@ pub fn begin(
     };
     let (step, total_steps) = (checkpoint.progress.step, prepared.total_steps);
     if step > total_steps {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "[train] max_steps or num_train_epochs: the run would end at step {total_steps}, before the checkpoint at step {step}; raise it"
-        ))
-        .into());
+        )));
     }
     // The patience may have been raised since.
     let patience = prepared.settings.train.early_stopping_patience;
@@ -125,12 +105,7 @@ pub fn begin(
     if (step == total_steps || checkpoint.progress.stopped_early) && finished == Some(step) {
         return Ok(Begin::Finished(step));
     }
-    adjust(
-        &mut checkpoint,
-        output_dir,
-        total_steps,
-        prepared.settings.train.load_best_model_at_end,
-    )?;
+    adjust(&mut checkpoint, prepared)?;
     tracing::info!("continuing at step {step} of {total_steps}");
     start.from = checkpoint;
     Ok(Begin::Run(Box::new(start)))
@@ -140,13 +115,10 @@ pub fn begin(
 /// its step; without that, and where this run may never make the one that is there, later evaluations start the comparison anew.
 ///
 /// # Errors
-/// If the best adapter is gone for good and `needed` at the end.
-fn adjust(
-    checkpoint: &mut Checkpoint,
-    output_dir: &Path,
-    total_steps: u64,
-    needed: bool,
-) -> Result<(), Error> {
+/// If the best adapter is gone for good and needed at the end.
+fn adjust(checkpoint: &mut Checkpoint, prepared: &Prepared) -> Result<()> {
+    let output_dir = prepared.run.train.output_dir.as_path();
+    let needed = prepared.settings.train.load_best_model_at_end;
     let drift = &checkpoint.drift;
     if !drift.allowed.is_empty() {
         tracing::info!("changed since the checkpoint: {}", drift.allowed.join(", "));
@@ -154,7 +126,8 @@ fn adjust(
     let length = |key: &String| key == "train.max_steps" || key == "train.num_train_epochs";
     if drift.allowed.iter().any(length) {
         tracing::warn!(
-            "the run has another length now: the learning rate's schedule spans {total_steps} steps from here on"
+            "the run has another length now: the learning rate's schedule spans {} steps from here on",
+            prepared.total_steps
         );
     }
     let progress = &mut checkpoint.progress;
@@ -176,12 +149,11 @@ fn adjust(
         return Ok(());
     }
     if found.is_none() && needed {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "`{}`, the best adapter (of step {}), is missing or damaged, and [train] load_best_model_at_end needs it; bring it back, or leave it to what later evaluations find with --set train.load_best_model_at_end=false",
             path.display(),
             best.1
-        ))
-        .into());
+        )));
     }
     tracing::warn!(
         "`{}` does not hold the best adapter of this checkpoint; the next evaluation starts the comparison again",
@@ -200,12 +172,11 @@ fn named(
     read: impl Fn(&Path) -> Result<Checkpoint, Error>,
 ) -> Result<Checkpoint> {
     if !dir.join("trainer_state.json").is_file() {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "--resume {}: not a checkpoint directory; give `auto` or a directory such as {}",
             dir.display(),
             output_dir.join("checkpoint-200").display()
-        ))
-        .into());
+        )));
     }
     let checkpoint = read(dir)?;
     let later: Vec<_> = checkpoints(output_dir)?
@@ -213,12 +184,11 @@ fn named(
         .filter(|(step, _)| *step > checkpoint.progress.step)
         .collect();
     if let (Some((_, newest)), false) = (later.last(), force) {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "`{}` is later than `{}`; --resume auto continues from it, --force discards it",
             newest.display(),
             dir.display()
-        ))
-        .into());
+        )));
     }
     for (_, later) in later {
         discard(&later)?;

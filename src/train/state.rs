@@ -168,10 +168,8 @@ impl AdapterState {
 
     /// The adapter as it is written to disk.
     pub fn to_adapter(&self, config: &AdapterConfig) -> Result<Adapter> {
-        let mut sites = self
-            .modules
-            .iter()
-            .enumerate()
+        let modules = self.modules.iter().enumerate();
+        let mut sites = modules
             .map(|(idx, (_, module))| self.method.export(module, &self.values(idx)))
             .collect::<Result<Vec<_>>>()?;
         sites.sort_by(|a, b| a.name.cmp(&b.name));
@@ -217,11 +215,10 @@ impl DrawnAdapter {
             let part = gradient.split_off(owner.values.len());
             shared = Some(match shared {
                 None => part,
-                Some(sum) => sum
-                    .iter()
-                    .zip(&part)
-                    .map(|(sum, part)| sum.plus(part))
-                    .collect::<Result<_>>()?,
+                Some(sum) => {
+                    let pairs = sum.iter().zip(&part);
+                    pairs.map(|(a, b)| a.plus(b)).collect::<Result<_>>()?
+                }
             });
         }
         gradients.extend(shared.filter(|values| !values.is_empty()));

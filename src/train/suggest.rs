@@ -2,8 +2,9 @@
 
 use anyhow::Result;
 
-use super::{BatchShape, Prepared};
-use crate::data::Overlong;
+use super::Prepared;
+use super::memory::{MemoryEstimate, MemoryInputs};
+use crate::data::{BatchOptions, Overlong};
 use crate::system::available_memory_bytes;
 
 /// Share of the available memory that a suggested run may take by its estimate.
@@ -56,32 +57,32 @@ impl Suggestion {
         ));
         }
         // The next multiple of 64, so that a few more rows of the kind still fit.
-        let longest = stats
-            .tokens
-            .max
-            .min(LONGEST)
-            .next_multiple_of(64)
-            .min(limit);
+        let longest = stats.tokens.max.min(LONGEST);
+        let longest = longest.next_multiple_of(64).min(limit);
         let tokens = stats.tokens.total as usize;
         let mean = tokens.div_ceil(stats.n_examples.max(1));
         // Packing evens out the size of batches where examples are much shorter than the longest.
         let packing = 2 * mean < longest && stats.n_examples >= 16;
         let sites = prepared.modules()?;
         let row_tokens = if packing { longest } else { mean };
-        let wanted = STEP_TOKENS
-            .div_ceil(row_tokens)
-            .clamp(1, 16)
-            .next_power_of_two();
+        let wanted = STEP_TOKENS.div_ceil(row_tokens).clamp(1, 16);
+        let wanted = wanted.next_power_of_two();
         let budget = available_memory_bytes().map(|bytes| (bytes as f64 * SHARE) as u64);
-        let fits = |batch_size: usize, checkpointing: bool| {
-            let shape = BatchShape {
-                batch_size,
-                pack_tokens: packing.then_some(longest),
-                longest,
-                gradient_checkpointing: checkpointing,
+        let mut lengths = prepared.train.lengths();
+        for length in &mut lengths {
+            *length = (*length).min(longest);
+        }
+        let fits = |batch_size: usize, gradient_checkpointing: bool| {
+            let inputs = MemoryInputs {
+                batches: BatchOptions {
+                    batch_size,
+                    pack_tokens: packing.then_some(longest),
+                    ..prepared.settings.batches
+                },
+                gradient_checkpointing,
+                ..prepared.inputs(&sites, &lengths)
             };
-            let needed = prepared.estimate_with(&sites, &shape).peak;
-            budget.is_none_or(|budget| needed <= budget)
+            budget.is_none_or(|budget| MemoryEstimate::of(&inputs).peak <= budget)
         };
         let mut batch_size = wanted;
         while batch_size > 1 && !fits(batch_size, false) {

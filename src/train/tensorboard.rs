@@ -48,17 +48,11 @@ impl EventFile {
             }
         };
         let mut events = Self { path, file };
-        let mut version = Message::default();
-        version.double(1, wall);
-        version.bytes(3, b"brain.Event:2");
-        events.record(&version.0)?;
-        let mut session = Message::default();
-        session.varint(1, SESSION_START);
-        let mut start = Message::default();
-        start.double(1, wall);
-        start.varint(2, step + 1);
-        start.bytes(7, &session.0);
-        events.record(&start.0)?;
+        let version = Message::default().double(1, wall);
+        events.record(version.bytes(3, b"brain.Event:2"))?;
+        let session = Message::default().varint(1, SESSION_START);
+        let start = Message::default().double(1, wall).varint(2, step + 1);
+        events.record(start.bytes(7, &session.0))?;
         Ok(events)
     }
 
@@ -69,25 +63,20 @@ impl EventFile {
     pub(super) fn write(&mut self, step: u64, scalars: &[(&str, f64)]) -> Result<()> {
         let mut summary = Message::default();
         for (tag, value) in scalars {
-            let mut entry = Message::default();
-            entry.bytes(1, tag.as_bytes());
-            entry.float(2, *value as f32);
-            summary.bytes(1, &entry.0);
+            let entry = Message::default().bytes(1, tag.as_bytes());
+            summary = summary.bytes(1, &entry.float(2, *value as f32).0);
         }
-        let mut event = Message::default();
-        event.double(1, now());
-        event.varint(2, step);
-        event.bytes(5, &summary.0);
-        self.record(&event.0)
+        let event = Message::default().double(1, now()).varint(2, step);
+        self.record(event.bytes(5, &summary.0))
     }
 
-    fn record(&mut self, bytes: &[u8]) -> Result<()> {
+    fn record(&mut self, Message(bytes): Message) -> Result<()> {
         let length = (bytes.len() as u64).to_le_bytes();
         let mut record = Vec::with_capacity(bytes.len() + 16);
         record.extend(length);
         record.extend(checksum(&length).to_le_bytes());
-        record.extend(bytes);
-        record.extend(checksum(bytes).to_le_bytes());
+        record.extend(&bytes);
+        record.extend(checksum(&bytes).to_le_bytes());
         self.file.write_all(&record).map_err(io_error(&self.path))
     }
 }
@@ -119,29 +108,34 @@ impl Message {
         self.0.push(value as u8);
     }
 
-    fn key(&mut self, field: u64, wire_type: u64) {
+    fn key(mut self, field: u64, wire_type: u64) -> Self {
         self.raw_varint(field << 3 | wire_type);
+        self
     }
 
-    fn varint(&mut self, field: u64, value: u64) {
-        self.key(field, 0);
-        self.raw_varint(value);
+    fn varint(self, field: u64, value: u64) -> Self {
+        let mut message = self.key(field, 0);
+        message.raw_varint(value);
+        message
     }
 
-    fn double(&mut self, field: u64, value: f64) {
-        self.key(field, 1);
-        self.0.extend(value.to_le_bytes());
+    fn double(self, field: u64, value: f64) -> Self {
+        self.key(field, 1).raw(&value.to_le_bytes())
     }
 
-    fn bytes(&mut self, field: u64, value: &[u8]) {
-        self.key(field, 2);
-        self.raw_varint(value.len() as u64);
-        self.0.extend(value);
+    fn bytes(self, field: u64, value: &[u8]) -> Self {
+        let mut message = self.key(field, 2);
+        message.raw_varint(value.len() as u64);
+        message.raw(value)
     }
 
-    fn float(&mut self, field: u64, value: f32) {
-        self.key(field, 5);
-        self.0.extend(value.to_le_bytes());
+    fn float(self, field: u64, value: f32) -> Self {
+        self.key(field, 5).raw(&value.to_le_bytes())
+    }
+
+    fn raw(mut self, bytes: &[u8]) -> Self {
+        self.0.extend(bytes);
+        self
     }
 }
 

@@ -111,7 +111,7 @@ impl Setup {
             interrupt: Arc::new(AtomicBool::new(false)),
         };
         let mut losses = Vec::new();
-        let fresh = Checkpoint::fresh(self.state(), settings.adamw()).unwrap();
+        let fresh = Checkpoint::fresh(self.state()).unwrap();
         trainer
             .run(resume.unwrap_or(fresh), |event| {
                 if let Event::Step(_, loss) = event {
@@ -160,7 +160,6 @@ fn runs_are_reproducible_and_resume_exactly() {
     let read = Checkpoint::read(
         &whole.path().join("checkpoint-4"),
         &setup.state(),
-        settings.adamw(),
         &Identity::default(),
         &Device::Cpu,
     )
@@ -630,14 +629,13 @@ fn a_method_may_share_parameters_and_step_without_a_gradient() {
             identity: &Identity::default(),
             interrupt: Arc::new(AtomicBool::new(false)),
         };
-        let fresh = Checkpoint::fresh(state(), settings.adamw()).unwrap();
+        let fresh = Checkpoint::fresh(state()).unwrap();
         trainer.run(resume.unwrap_or(fresh), |_| {}).unwrap();
     };
     train(whole.path(), None);
     let read = Checkpoint::read(
         &whole.path().join("checkpoint-3"),
         &state(),
-        settings.adamw(),
         &Identity::default(),
         &Device::Cpu,
     )

@@ -4,8 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
+use monteclora::config::TrainConfig;
 use monteclora::model::{ActiveAdapter, Decoder, ModuleId, PassOptions, Sequences};
-use monteclora::train::{AdamW, AdamWSettings, AdapterState};
+use monteclora::train::{AdamW, AdapterState};
 use monteclora_adapters::methods::monteclora::{
     Form, MonteClora, MonteCloraConfig, Objective, Preset,
 };
@@ -189,7 +190,7 @@ fn replay(dir: &Path) {
     let losses = floats(&recorded.file, "losses_task_reg_total");
     let mut state = recorded.state(&decoder);
     assert!(!state.modules.is_empty());
-    let mut optimizer = AdamW::new(AdamWSettings::default(), &state).unwrap();
+    let mut optimizer = AdamW::new(&state).unwrap();
     let scale = 1.0 / targets.len() as f64;
     for (step, expected) in losses.chunks_exact(3).enumerate() {
         let drawn = state
@@ -230,7 +231,9 @@ fn replay(dir: &Path) {
                 }
             }
         }
-        optimizer.step(&mut state, &gradients, 1e-2, 1e-2).unwrap();
+        optimizer
+            .step(&TrainConfig::default(), &mut state, &gradients, 1e-2, 1e-2)
+            .unwrap();
     }
     for owner in &state.owners {
         for (name, ours) in recorded
