@@ -15,9 +15,7 @@ pub use adapter::{
     InspectArgs, MergeArgs, ParityArgs, SampleArgs, ValidateArgs,
 };
 pub use bench::{BenchCommand, BenchMatmulArgs, BenchMethod, BenchTrainArgs};
-pub use data::{
-    ColorArg, DataCheckArgs, DataCommand, DataPreviewArgs, DataSourceArgs, DataStatsArgs,
-};
+pub use data::{ColorArg, DataCheckArgs, DataCommand, DataPreviewArgs, DataSourceArgs};
 pub use serve::{CheckArgs, DeployArgs, RollbackArgs, ServeArgs, ServerArgs, StatusArgs};
 pub use train::{EvalArgs, InitArgs, PredictArgs, QuickstartArgs, ReportArgs, TrainArgs};
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use monteclora_converters::Problem;
 
 /// Refuses a directory that holds something, unless `force`.
@@ -15,11 +15,10 @@ pub fn require_empty(dir: &Path, force: bool) -> Result<()> {
         Ok(mut entries) => entries.any(|entry| entry.is_ok_and(|entry| counts(&entry.file_name()))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
         Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-            return Err(Problem::usage(format!(
+            bail!(Problem::usage(format!(
                 "`{}` is a file; give a directory with -o",
                 dir.display()
-            ))
-            .into());
+            )));
         }
         Err(error) => {
             return Err(error)
@@ -27,11 +26,10 @@ pub fn require_empty(dir: &Path, force: bool) -> Result<()> {
         }
     };
     if occupied && !force {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "`{}` exists and is not empty; choose another directory or pass --force",
             dir.display()
-        ))
-        .into());
+        )));
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ pub enum DataCommand {
     /// Rows as the model sees them, with the trained tokens marked.
     Preview(DataPreviewArgs),
     /// Lengths in tokens, how many rows are overlong, how full packs get.
-    Stats(DataStatsArgs),
+    Stats(DataCheckArgs),
 }
 
 /// Which rows, and how they are turned into tokens.
@@ -62,10 +62,10 @@ pub struct DataSourceArgs {
     pub no_chat_template: bool,
 }
 
-/// `data check`
+/// `data check` and `data stats`
 #[derive(Debug, Args)]
 pub struct DataCheckArgs {
-    /// What is checked.
+    /// What is checked or measured.
     #[command(flatten)]
     pub source: DataSourceArgs,
     /// One JSON object on stdout.
@@ -103,17 +103,6 @@ pub struct DataPreviewArgs {
     /// When trained tokens are coloured; otherwise they stand in brackets.
     #[arg(long, value_enum, default_value_t)]
     pub color: ColorArg,
-    /// One JSON object on stdout.
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `data stats`
-#[derive(Debug, Args)]
-pub struct DataStatsArgs {
-    /// What is measured.
-    #[command(flatten)]
-    pub source: DataSourceArgs,
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Preset};
 use monteclora_adapters::noise::{Key, Purpose};
@@ -29,15 +29,14 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         (true, DtypeArg::Auto | DtypeArg::Bf16) => (DType::BF16, Precision::Bf16),
         (true, _) => {
             let message = "--bf16 holds the weights in bfloat16; leave out --dtype or give bf16";
-            return Err(Problem::usage(message.to_owned()).into());
+            bail!(Problem::usage(message.to_owned()));
         }
     };
     let counts = [args.batch, args.num_samples, args.rank];
     if counts.contains(&0) || args.seq < 2 || args.steps < 2 {
-        return Err(Problem::usage(
+        bail!(Problem::usage(
             "bench train needs --seq and --steps of at least 2; --batch, --num-samples and --rank of at least 1",
-        )
-        .into());
+        ));
     }
     let began = Instant::now();
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
@@ -176,7 +175,9 @@ fn estimate(
 /// Rate of `size` by `size` products on the CPU, as the decoder computes them.
 pub(super) fn matmul(args: &BenchMatmulArgs) -> Result<()> {
     if args.size == 0 || args.steps < 2 {
-        return Err(Problem::usage("bench matmul needs --size >= 1 and --steps >= 2").into());
+        bail!(Problem::usage(
+            "bench matmul needs --size >= 1 and --steps >= 2"
+        ));
     }
     let shape = (args.size, args.size);
     let factor = Tensor::full(0.5f32, shape, &Device::Cpu)?;

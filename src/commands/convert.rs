@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use monteclora_converters::{
     Adapter, DType, Format, LoraOptions, ModelFiles, Problem, format_named, format_of,
 };
@@ -60,19 +60,17 @@ fn read(args: &ConvertArgs) -> Result<Adapter> {
 
 fn require_new_file(output: &Path, label: &str, name: &str, force: bool) -> Result<()> {
     if output.is_dir() {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "`{}` is a directory; a {label} is one file, such as `{}`",
             output.display(),
             output.join(name).display()
-        ))
-        .into());
+        )));
     }
     if output.exists() && !force {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "`{}` exists; choose another file or pass --force",
             output.display()
-        ))
-        .into());
+        )));
     }
     Ok(())
 }

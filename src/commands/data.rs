@@ -7,7 +7,7 @@ mod stats;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use indexmap::IndexMap;
 use monteclora_converters::Problem;
 
@@ -76,7 +76,7 @@ impl Request {
             data.fields = field_names(&args.fields)?;
         }
         if data.max_seq_length.is_some_and(|length| length < 2) {
-            return Err(Problem::usage("--max-seq-length: expected at least 2").into());
+            bail!(Problem::usage("--max-seq-length: expected at least 2"));
         }
         Ok(Self {
             sources: sources(args, &data)?,
@@ -121,7 +121,7 @@ fn sources(args: &DataSourceArgs, data: &DataConfig) -> Result<Vec<(PathBuf, Spl
     let wanted = |split: Split| args.split.is_none_or(|asked| asked == split);
     if args.files.is_empty() {
         if data.train.as_os_str().is_empty() {
-            return Err(Problem::usage("give data files, or a run.toml with -c").into());
+            bail!(Problem::usage("give data files, or a run.toml with -c"));
         }
         let configured = [
             (Some(&data.train), Split::Train),
@@ -151,10 +151,9 @@ fn field_names(entries: &[String]) -> Result<FieldNames> {
                 names.insert(field.to_owned(), name.to_owned());
             }
             _ => {
-                return Err(Problem::usage(format!(
+                bail!(Problem::usage(format!(
                     "--field {entry}: expected FIELD=NAME, such as prompt=question"
-                ))
-                .into());
+                )));
             }
         }
     }

@@ -3,8 +3,8 @@
 use anyhow::Result;
 use serde::Serialize;
 
+use super::answer;
 use super::opened::{Opened, require_positive};
-use super::{print, print_json};
 use crate::cli::EvalArgs;
 use crate::data::{Dataset, RowSchema, splits};
 use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scores, score};
@@ -73,10 +73,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             draws => Some(scored("posterior draws", Predictor::Average(draws))?),
         },
     };
-    if args.json {
-        return print_json(&report);
-    }
-    print(&table(&report))
+    answer(args.json, &report, || table(&report))
 }
 
 /// One score a line, one model a column.

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use monteclora_converters::{Adapter, LoraReport, Problem};
 use serde::Serialize;
 
-use super::{print, print_json};
+use super::{answer, print};
 
 /// How many names of a list are shown.
 const SHOWN: usize = 3;
@@ -61,11 +61,7 @@ impl<'a> Export<'a> {
 
     /// Prints one JSON object, or the text.
     pub(super) fn print(&self, json: bool) -> Result<()> {
-        if json {
-            print_json(self)
-        } else {
-            print(&self.text())
-        }
+        answer(json, self, || self.text())
     }
 
     fn text(&self) -> String {
@@ -149,11 +145,10 @@ pub(super) fn require_apart(source: &Path, output: &Path) -> Result<()> {
         _ => source_path,
     };
     if source_dir == output_path {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "`{}` is the source; give another destination with -o",
             output.display()
-        ))
-        .into());
+        )));
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `init`: a commented run.toml for a model and a data file.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use monteclora_adapters::methods::monteclora::Preset;
 use monteclora_converters::{Problem, files};
 use serde::Serialize;
@@ -16,11 +16,10 @@ use crate::train::{Prepared, Suggestion};
 pub(super) fn run(args: &InitArgs) -> Result<()> {
     weight_type(args.model.options.dtype)?;
     if args.output.exists() && !args.force {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "`{}` exists; choose another with -o or pass --force",
             args.output.display()
-        ))
-        .into());
+        )));
     }
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
     let model = read_shape(&base.dir)?;

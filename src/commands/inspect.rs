@@ -3,24 +3,23 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use monteclora_converters::{
     AdapterSummary, GgufFile, ModelFiles, Problem, Problems, is_gguf, summarise,
 };
 use serde_json::{Value, json};
 
 use super::export::count;
-use super::{print, print_json};
+use super::{answer, print, print_json};
 use crate::cli::InspectArgs;
 
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
     let path = &args.path;
     if !path.exists() {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "`{}`: no such file or directory; give an adapter, or a model directory",
             path.display()
-        ))
-        .into());
+        )));
     }
     if is_gguf(path) {
         let file = GgufFile::open(path)?;
@@ -38,10 +37,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
         return model(path, args.json);
     }
     let summary = summarise(path)?;
-    if args.json {
-        return print_json(&summary);
-    }
-    print(&table(&summary))
+    answer(args.json, &summary, || table(&summary))
 }
 
 fn table(summary: &AdapterSummary) -> String {

@@ -148,6 +148,14 @@ pub(crate) fn weight_type(dtype: DtypeArg) -> Result<DType> {
     }
 }
 
+/// Writes what a command found to stdout: one JSON object, or text.
+fn answer(json: bool, found: &impl Serialize, text: impl FnOnce() -> String) -> Result<()> {
+    match json {
+        true => print_json(found),
+        false => print(&text()),
+    }
+}
+
 /// Writes one JSON object to stdout.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
     let mut out = std::io::stdout().lock();

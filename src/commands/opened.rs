@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use candle_core::DType;
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, ModelFiles, Problem};
@@ -49,7 +49,7 @@ impl Opened {
         let n_draws = posterior_samples.unwrap_or(0);
         if n_draws > MOST {
             let problem = format!("--posterior-samples {n_draws}: expected at most {MOST}");
-            return Err(Problem::usage(problem).into());
+            bail!(Problem::usage(problem));
         }
         let adapter = adapter.map(Adapter::read).transpose()?;
         let base = hub::locate(&model.model_id, &model.options.hub())?;

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use mistralrs_monteclora::parse_in_situ_quant;
 use monteclora_converters::{ModelFiles, Problem};
 
-use super::{device, numerical, print, print_json, weight_type};
+use super::{answer, device, numerical, weight_type};
 use crate::cli::{EngineArg, ParityArgs};
 use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 use crate::eval::{Engines, Parity, Reference, compare};
@@ -19,13 +19,15 @@ const BUILT_IN_TEXT: &str = include_str!("parity.txt");
 
 pub(super) fn run(args: &ParityArgs) -> Result<()> {
     if weight_type(args.model.options.dtype)? != candle_core::DType::F32 {
-        return Err(Problem::usage("parity compares in f32; use --dtype auto or f32").into());
+        bail!(Problem::usage(
+            "parity compares in f32; use --dtype auto or f32"
+        ));
     }
     let device = device(args.model.options.cpu)?;
     let isq = match &args.isq {
         Some(_) if args.engine == EngineArg::Ours => {
             let problem = "--isq is mistral.rs's, which --engine ours leaves out";
-            return Err(Problem::usage(problem).into());
+            bail!(Problem::usage(problem));
         }
         Some(name) => Some(parse_in_situ_quant(name, &device)?),
         None => None,
@@ -46,10 +48,9 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
         .map(|path| Reference::read(path, config.vocab_size))
         .transpose()?;
     if reference.is_none() && args.engine != EngineArg::Both {
-        return Err(Problem::usage(
+        bail!(Problem::usage(
             "--engine ours or mistralrs needs --reference FILE; without one, the two are compared",
-        )
-        .into());
+        ));
     }
     let sequences = match &reference {
         Some(reference) => reference.sequences.clone(),
@@ -71,11 +72,7 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
             isq,
         },
     )?;
-    if args.json {
-        print_json(&report)?;
-    } else {
-        print(&describe(&report))?;
-    }
+    answer(args.json, &report, || describe(&report))?;
     let worst = report.worst();
     match args.tolerance {
         Some(tolerance) if worst.is_nan() || worst > tolerance => Err(numerical(format!(
@@ -95,7 +92,7 @@ fn tokens(dir: &Path, text: &str, limit: usize) -> Result<Vec<u32>> {
     };
     let mut ids = Encoder::from_dir(dir, None, options)?.plain_prompt_tokens(text)?;
     if ids.is_empty() {
-        return Err(Problem::usage("--prompt: the text has no tokens").into());
+        bail!(Problem::usage("--prompt: the text has no tokens"));
     }
     ids.truncate(limit);
     Ok(ids)

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use monteclora_converters::{Error, Problem, Problems};
 use serde::Serialize;
 
@@ -163,7 +163,7 @@ impl Reader<'_> {
             self.encoder.plain_prompt_tokens(text)?
         };
         if prompt.is_empty() {
-            return Err(Problem::usage("--prompt has no tokens").into());
+            bail!(Problem::usage("--prompt has no tokens"));
         }
         match self.too_long(&prompt) {
             None => Ok(Question::Open(prompt)),

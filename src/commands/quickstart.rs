@@ -8,7 +8,7 @@ use monteclora_converters::{Adapter, LoraOptions, files};
 use serde::Serialize;
 
 use super::train::stop_on_signals;
-use super::{interrupted, numerical, print, print_json};
+use super::{answer, interrupted, numerical};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
 use crate::data::Dataset;
@@ -161,11 +161,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     )?;
     report.total_s = began.elapsed().as_secs_f64();
     files::write_json(&out.join("quickstart.json"), &report)?;
-    if args.json {
-        print_json(&report)?;
-    } else {
-        print(&describe(&report, &paths))?;
-    }
+    answer(args.json, &report, || describe(&report, &paths))?;
     match &report.served {
         Some(served) if !served.equal => Err(numerical(
             "mistral.rs and our decoder gave different tokens for the same question",

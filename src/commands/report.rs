@@ -1,6 +1,6 @@
 //! `report`: one self-contained HTML page about a run.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use monteclora_converters::{Problem, files};
 
 use super::print;
@@ -10,11 +10,10 @@ use crate::report::RunFiles;
 pub(super) fn run(args: &ReportArgs) -> Result<()> {
     let dir = &args.output_dir;
     if !dir.is_dir() {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "`{}`: no such directory; give the output_dir of a training run",
             dir.display()
-        ))
-        .into());
+        )));
     }
     let page = RunFiles::read(dir)?.html()?;
     let target = args

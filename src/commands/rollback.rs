@@ -1,16 +1,16 @@
 //! `rollback`: the generation that an alias had before.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use monteclora_converters::Problem;
 
+use super::answer;
 use super::deploy::{check, server};
-use super::{print, print_json};
 use crate::cli::RollbackArgs;
 use crate::deploy::{self, Releases};
 
 pub(super) fn run(args: &RollbackArgs) -> Result<()> {
     if args.to.as_deref() == Some("") {
-        return Err(Problem::usage("--to is empty; give a generation").into());
+        bail!(Problem::usage("--to is empty; give a generation"));
     }
     let server = server(&args.server)?;
     let mut releases = Releases::open(&args.adapter_root, &args.alias)?;
@@ -21,14 +21,13 @@ pub(super) fn run(args: &RollbackArgs) -> Result<()> {
         args.to.as_deref(),
         &check(&args.check),
     )?;
-    if args.json {
-        return print_json(&done);
-    }
-    print(&format!(
-        "{} answers from {} (before: {})\n  release {}",
-        done.alias,
-        done.generation,
-        done.previous,
-        done.directory.display()
-    ))
+    answer(args.json, &done, || {
+        format!(
+            "{} answers from {} (before: {})\n  release {}",
+            done.alias,
+            done.generation,
+            done.previous,
+            done.directory.display()
+        )
+    })
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use monteclora_converters::{LoraOptions, Problem, files};
 use serde_json::json;
 
@@ -14,11 +14,10 @@ use crate::provenance::read_effective;
 
 pub(super) fn run(args: &SampleArgs) -> Result<()> {
     if args.k == 0 || args.k > 10_000 {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "-k {}: give a number of draws from 1 to 10000",
             args.k
-        ))
-        .into());
+        )));
     }
     let output = &args.output;
     let adapter = read_effective(&args.adapter, args.force)?;

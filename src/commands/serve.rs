@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use mistralrs_monteclora::{
     AdapterSection, ConfigSource, Error as ServeError, ModelSection, ServeConfig, ServeFile, serve,
 };
@@ -45,7 +45,7 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
             ..ServeFile::from_environment()?
         },
         (None, None) => {
-            return Err(Problem::usage("serve needs -c serve.toml, or -m BASE").into());
+            bail!(Problem::usage("serve needs -c serve.toml, or -m BASE"));
         }
     };
     if let Some(host) = &args.host {
@@ -72,10 +72,9 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
 
 fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {
     if model_id.ends_with(".gguf") {
-        return Err(Problem::usage(format!(
+        bail!(Problem::usage(format!(
             "serve does not load GGUF: run `monteclora import-gguf {model_id} -o DIR` and serve DIR"
-        ))
-        .into());
+        )));
     }
     let adapters = args
         .adapters

@@ -13,38 +13,43 @@ use crate::data::{
     BatchOptions, EncodeOptions, FieldNames, Overlong, Remedies, RowFormat, RowSchema, TrainOn,
 };
 
-/// A training run, checked. Made by [`RunConfig::load`]; serialises to the JSON that run.json records.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct RunConfig {
-    /// Root of every random stream: initial values, order of rows, dropout, noise.
-    pub seed: u64,
-    /// `[model]`
-    pub model: ModelConfig,
-    /// `[data]`
-    pub data: DataConfig,
-    /// `[lora]`
-    pub lora: LoraConfig,
-    /// `[train]`
-    pub train: TrainConfig,
-    /// `[eval]`
-    pub eval: EvalConfig,
-    /// What was asked for and has no effect, for the user to read.
-    #[serde(skip)]
-    pub notes: Vec<String>,
+/// Declares a section with the default of every key beside it.
+macro_rules! section {
+    (
+        $(#[$about:meta])*
+        pub struct $name:ident { $($(#[$meta:meta])* pub $key:ident: $type:ty = $default:expr,)* }
+    ) => {
+        $(#[$about])*
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name { $($(#[$meta])* pub $key: $type,)* }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($key: $default,)* }
+            }
+        }
+    };
 }
 
-impl Default for RunConfig {
-    fn default() -> Self {
-        Self {
-            seed: 42,
-            model: ModelConfig::default(),
-            data: DataConfig::default(),
-            lora: LoraConfig::default(),
-            train: TrainConfig::default(),
-            eval: EvalConfig::default(),
-            notes: Vec::new(),
-        }
+section! {
+    /// A training run, checked. Made by [`RunConfig::load`]; serialises to the JSON that run.json records.
+    pub struct RunConfig {
+        /// Root of every random stream: initial values, order of rows, dropout, noise.
+        pub seed: u64 = 42,
+        /// `[model]`
+        pub model: ModelConfig = ModelConfig::default(),
+        /// `[data]`
+        pub data: DataConfig = DataConfig::default(),
+        /// `[lora]`
+        pub lora: LoraConfig = LoraConfig::default(),
+        /// `[train]`
+        pub train: TrainConfig = TrainConfig::default(),
+        /// `[eval]`
+        pub eval: EvalConfig = EvalConfig::default(),
+        /// What was asked for and has no effect, for the user to read.
+        #[serde(skip)]
+        pub notes: Vec<String> = Vec::new(),
     }
 }
 
@@ -77,46 +82,30 @@ pub enum DtypeChoice {
     F16,
 }
 
-/// `[data]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct DataConfig {
-    /// Training rows: a file, a directory with train and perhaps valid files, or a data set on the Hub
-    /// (`hf://datasets/ORG/NAME`). Required: empty in the default.
-    pub train: PathBuf,
-    /// Validation rows; without, evaluation, best model and early stopping are off. By default those of the directory
-    /// that `train` names, if it has any.
-    pub valid: Option<PathBuf>,
-    /// Format of the rows.
-    pub format: DataFormat,
-    /// Field -> its name in the files, such as `{ prompt = "question", completion = "answer" }`.
-    #[serde(skip_serializing_if = "FieldNames::is_empty")]
-    pub fields: FieldNames,
-    /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
-    pub apply_chat_template: bool,
-    /// Which turns of a conversation carry loss.
-    pub train_on: TrainOn,
-    /// Longest example in tokens, at least 2; `None` is min(1024, the model's max_position_embeddings).
-    pub max_seq_length: Option<usize>,
-    /// What happens to a longer one.
-    pub overlong: Overlong,
-    /// Whether examples are put together up to `max_seq_length` tokens; the batch size then counts packs.
-    pub packing: bool,
-}
-
-impl Default for DataConfig {
-    fn default() -> Self {
-        Self {
-            train: PathBuf::new(),
-            valid: None,
-            format: DataFormat::Auto,
-            fields: FieldNames::default(),
-            apply_chat_template: true,
-            train_on: TrainOn::Assistant,
-            max_seq_length: None,
-            overlong: Overlong::Error,
-            packing: true,
-        }
+section! {
+    /// `[data]`
+    pub struct DataConfig {
+        /// Training rows: a file, a directory with train and perhaps valid files, or a data set on the Hub
+        /// (`hf://datasets/ORG/NAME`). Required: empty in the default.
+        pub train: PathBuf = PathBuf::new(),
+        /// Validation rows; without, evaluation, best model and early stopping are off. By default those of the directory
+        /// that `train` names, if it has any.
+        pub valid: Option<PathBuf> = None,
+        /// Format of the rows.
+        pub format: DataFormat = DataFormat::Auto,
+        /// Field -> its name in the files, such as `{ prompt = "question", completion = "answer" }`.
+        #[serde(skip_serializing_if = "FieldNames::is_empty")]
+        pub fields: FieldNames = FieldNames::default(),
+        /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
+        pub apply_chat_template: bool = true,
+        /// Which turns of a conversation carry loss.
+        pub train_on: TrainOn = TrainOn::Assistant,
+        /// Longest example in tokens, at least 2; `None` is min(1024, the model's max_position_embeddings).
+        pub max_seq_length: Option<usize> = None,
+        /// What happens to a longer one.
+        pub overlong: Overlong = Overlong::Error,
+        /// Whether examples are put together up to `max_seq_length` tokens; the batch size then counts packs.
+        pub packing: bool = true,
     }
 }
 
@@ -259,61 +248,40 @@ impl From<ModuleSelection> for OneOrMany<String> {
     }
 }
 
-/// `[lora]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LoraConfig {
-    /// What is trained.
-    pub method: Method,
-    /// An adapter directory to start from; its shape then stands for the keys of this section that were not given.
-    pub init_from: Option<PathBuf>,
-    /// With `init_from`, the keys of `[lora]` and `[lora.monteclora]` that were given, as dotted paths.
-    #[serde(skip)]
-    pub given: Vec<String>,
-    /// Rank, at least 1.
-    pub r: usize,
-    /// Above 0. The update is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
-    pub lora_alpha: f64,
-    /// Probability that an input of A is zeroed in training, in [0, 1).
-    pub lora_dropout: f64,
-    /// Which modules are adapted.
-    pub target_modules: ModuleSelection,
-    /// Which of them are not.
-    pub exclude_modules: Option<ModuleSelection>,
-    /// Indices of the layers that are adapted; `None` is all.
-    #[serde(deserialize_with = "some_list")]
-    pub layers_to_transform: Option<Vec<usize>>,
-    /// Names of the list that the layers are in, where it is not the usual one.
-    #[serde(deserialize_with = "list")]
-    pub layers_pattern: Vec<String>,
-    /// Rank by module pattern; the first that matches, in the file's order.
-    pub rank_pattern: IndexMap<String, usize>,
-    /// Alpha by module pattern; the first that matches, in the file's order.
-    pub alpha_pattern: IndexMap<String, f64>,
-    /// Scale by the square root of the rank.
-    pub use_rslora: bool,
-    /// `[lora.monteclora]`; `None` for the other methods, whose files may keep the section.
-    pub monteclora: Option<MonteCloraConfig>,
-}
-
-impl Default for LoraConfig {
-    fn default() -> Self {
-        Self {
-            method: Method(METHODS[0].name),
-            init_from: None,
-            given: Vec::new(),
-            r: 16,
-            lora_alpha: 32.0,
-            lora_dropout: 0.0,
-            target_modules: ModuleSelection::AllLinear,
-            exclude_modules: None,
-            layers_to_transform: None,
-            layers_pattern: Vec::new(),
-            rank_pattern: IndexMap::new(),
-            alpha_pattern: IndexMap::new(),
-            use_rslora: false,
-            monteclora: Some(MonteCloraConfig::default()),
-        }
+section! {
+    /// `[lora]`
+    pub struct LoraConfig {
+        /// What is trained.
+        pub method: Method = Method(METHODS[0].name),
+        /// An adapter directory to start from; its shape then stands for the keys of this section that were not given.
+        pub init_from: Option<PathBuf> = None,
+        /// With `init_from`, the keys of `[lora]` and `[lora.monteclora]` that were given, as dotted paths.
+        #[serde(skip)]
+        pub given: Vec<String> = Vec::new(),
+        /// Rank, at least 1.
+        pub r: usize = 16,
+        /// Above 0. The update is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        pub lora_alpha: f64 = 32.0,
+        /// Probability that an input of A is zeroed in training, in [0, 1).
+        pub lora_dropout: f64 = 0.0,
+        /// Which modules are adapted.
+        pub target_modules: ModuleSelection = ModuleSelection::AllLinear,
+        /// Which of them are not.
+        pub exclude_modules: Option<ModuleSelection> = None,
+        /// Indices of the layers that are adapted; `None` is all.
+        #[serde(deserialize_with = "some_list")]
+        pub layers_to_transform: Option<Vec<usize>> = None,
+        /// Names of the list that the layers are in, where it is not the usual one.
+        #[serde(deserialize_with = "list")]
+        pub layers_pattern: Vec<String> = Vec::new(),
+        /// Rank by module pattern; the first that matches, in the file's order.
+        pub rank_pattern: IndexMap<String, usize> = IndexMap::new(),
+        /// Alpha by module pattern; the first that matches, in the file's order.
+        pub alpha_pattern: IndexMap<String, f64> = IndexMap::new(),
+        /// Scale by the square root of the rank.
+        pub use_rslora: bool = false,
+        /// `[lora.monteclora]`; `None` for the other methods, whose files may keep the section.
+        pub monteclora: Option<MonteCloraConfig> = Some(MonteCloraConfig::default()),
     }
 }
 
@@ -339,115 +307,74 @@ pub enum Report {
     Tensorboard,
 }
 
-/// `[train]`, with Hugging Face's names.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct TrainConfig {
-    /// Where the adapter goes. Required: empty in the default.
-    pub output_dir: PathBuf,
-    /// Passes over the training rows, above 0; a part of a pass is allowed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub num_train_epochs: Option<f64>,
-    /// Optimiser steps, at least 1.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_steps: Option<u64>,
-    /// Examples (packs, with packing) that go through the model at once, at least 1.
-    pub per_device_train_batch_size: usize,
-    /// Batches an optimiser step, at least 1.
-    pub gradient_accumulation_steps: usize,
-    /// Largest learning rate of A and B, above 0.
-    pub learning_rate: f64,
-    /// Largest learning rate of the variational parameters, above 0; by default [`Preset::variational_rate_ratio`] times
-    /// `learning_rate`.
-    pub variational_learning_rate: f64,
-    /// Learning rate of B over that of A, above 0; LoRA+ recommends 16 (Hayou et al. 2024, arXiv:2402.12354).
-    pub loraplus_lr_ratio: f64,
-    /// How the learning rate falls.
-    pub lr_scheduler_type: LrSchedulerType,
-    /// Share of the steps over which the learning rate rises from 0, in [0, 1].
-    pub warmup_ratio: f64,
-    /// Steps over which it rises; takes the place of `warmup_ratio`.
-    pub warmup_steps: Option<u64>,
-    /// AdamW's decoupled decay, at least 0.
-    pub weight_decay: f64,
-    /// AdamW's decay of the first moment, in [0, 1).
-    pub adam_beta1: f64,
-    /// AdamW's decay of the second moment, in [0, 1).
-    pub adam_beta2: f64,
-    /// AdamW's epsilon, above 0.
-    pub adam_epsilon: f64,
-    /// Largest norm of the whole gradient, at least 0; 0 is no limit.
-    pub max_grad_norm: f64,
-    /// Optimiser steps between `train` lines of metrics.jsonl, at least 1.
-    pub logging_steps: u64,
-    /// Optimiser steps between evaluations, at least 1.
-    pub eval_steps: u64,
-    /// Optimiser steps between checkpoints, at least 1.
-    pub save_steps: u64,
-    /// Checkpoints kept; 0 is all.
-    pub save_total_limit: usize,
-    /// Whether the adapter of the lowest validation loss is the one written at the end; off without `data.valid`.
-    pub load_best_model_at_end: bool,
-    /// Evaluations without improvement that end the run; 0 is off, and so is a run without `data.valid`.
-    pub early_stopping_patience: u64,
-    /// Where metrics go.
-    #[serde(deserialize_with = "list")]
-    pub report_to: Vec<Report>,
-    /// Whether blocks are computed again in the backward pass to save memory.
-    pub gradient_checkpointing: bool,
-    /// Mixed precision: products with frozen weights in bfloat16, faster on processors with AVX512-BF16; sums, adapter and
-    /// everything else stay f32. Weights are then held in bfloat16 (`model.dtype` "auto" or "bf16").
-    pub bf16: bool,
-}
-
-impl Default for TrainConfig {
-    fn default() -> Self {
-        Self {
-            output_dir: PathBuf::new(),
-            num_train_epochs: Some(1.0),
-            max_steps: None,
-            per_device_train_batch_size: 8,
-            gradient_accumulation_steps: 1,
-            learning_rate: 5e-4,
-            variational_learning_rate: 5e-4 * Preset::default().variational_rate_ratio(),
-            loraplus_lr_ratio: 1.0,
-            lr_scheduler_type: LrSchedulerType::Linear,
-            warmup_ratio: 0.03,
-            warmup_steps: None,
-            weight_decay: 0.0,
-            adam_beta1: 0.9,
-            adam_beta2: 0.999,
-            adam_epsilon: 1e-8,
-            max_grad_norm: 1.0,
-            logging_steps: 10,
-            eval_steps: 100,
-            save_steps: 100,
-            save_total_limit: 3,
-            load_best_model_at_end: true,
-            early_stopping_patience: 0,
-            report_to: vec![Report::Jsonl],
-            gradient_checkpointing: false,
-            bf16: false,
-        }
+section! {
+    /// `[train]`, with Hugging Face's names.
+    pub struct TrainConfig {
+        /// Where the adapter goes. Required: empty in the default.
+        pub output_dir: PathBuf = PathBuf::new(),
+        /// Passes over the training rows, above 0; a part of a pass is allowed.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub num_train_epochs: Option<f64> = Some(1.0),
+        /// Optimiser steps, at least 1.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub max_steps: Option<u64> = None,
+        /// Examples (packs, with packing) that go through the model at once, at least 1.
+        pub per_device_train_batch_size: usize = 8,
+        /// Batches an optimiser step, at least 1.
+        pub gradient_accumulation_steps: usize = 1,
+        /// Largest learning rate of A and B, above 0.
+        pub learning_rate: f64 = 5e-4,
+        /// Largest learning rate of the variational parameters, above 0; by default [`Preset::variational_rate_ratio`] times
+        /// `learning_rate`.
+        pub variational_learning_rate: f64 = 5e-4 * Preset::default().variational_rate_ratio(),
+        /// Learning rate of B over that of A, above 0; LoRA+ recommends 16 (Hayou et al. 2024, arXiv:2402.12354).
+        pub loraplus_lr_ratio: f64 = 1.0,
+        /// How the learning rate falls.
+        pub lr_scheduler_type: LrSchedulerType = LrSchedulerType::Linear,
+        /// Share of the steps over which the learning rate rises from 0, in [0, 1].
+        pub warmup_ratio: f64 = 0.03,
+        /// Steps over which it rises; takes the place of `warmup_ratio`.
+        pub warmup_steps: Option<u64> = None,
+        /// AdamW's decoupled decay, at least 0.
+        pub weight_decay: f64 = 0.0,
+        /// AdamW's decay of the first moment, in [0, 1).
+        pub adam_beta1: f64 = 0.9,
+        /// AdamW's decay of the second moment, in [0, 1).
+        pub adam_beta2: f64 = 0.999,
+        /// AdamW's epsilon, above 0.
+        pub adam_epsilon: f64 = 1e-8,
+        /// Largest norm of the whole gradient, at least 0; 0 is no limit.
+        pub max_grad_norm: f64 = 1.0,
+        /// Optimiser steps between `train` lines of metrics.jsonl, at least 1.
+        pub logging_steps: u64 = 10,
+        /// Optimiser steps between evaluations, at least 1.
+        pub eval_steps: u64 = 100,
+        /// Optimiser steps between checkpoints, at least 1.
+        pub save_steps: u64 = 100,
+        /// Checkpoints kept; 0 is all.
+        pub save_total_limit: usize = 3,
+        /// Whether the adapter of the lowest validation loss is the one written at the end; off without `data.valid`.
+        pub load_best_model_at_end: bool = true,
+        /// Evaluations without improvement that end the run; 0 is off, and so is a run without `data.valid`.
+        pub early_stopping_patience: u64 = 0,
+        /// Where metrics go.
+        #[serde(deserialize_with = "list")]
+        pub report_to: Vec<Report> = vec![Report::Jsonl],
+        /// Whether blocks are computed again in the backward pass to save memory.
+        pub gradient_checkpointing: bool = false,
+        /// Mixed precision: products with frozen weights in bfloat16, faster on processors with AVX512-BF16; sums, adapter and
+        /// everything else stay f32. Weights are then held in bfloat16 (`model.dtype` "auto" or "bf16").
+        pub bf16: bool = false,
     }
 }
 
-/// `[eval]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EvalConfig {
-    /// Posterior draws averaged beside the mean; 0 is none.
-    pub posterior_samples: usize,
-    /// Bins of the expected calibration error, at least 1.
-    pub ece_bins: usize,
-}
-
-impl Default for EvalConfig {
-    fn default() -> Self {
-        Self {
-            posterior_samples: 0,
-            ece_bins: 15,
-        }
+section! {
+    /// `[eval]`
+    pub struct EvalConfig {
+        /// Posterior draws averaged beside the mean; 0 is none.
+        pub posterior_samples: usize = 0,
+        /// Bins of the expected calibration error, at least 1.
+        pub ece_bins: usize = 15,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use indexmap::IndexMap;
 use mistralrs_monteclora::{IsqType, MonteCloraLoader, prompt_logits};
@@ -195,11 +195,10 @@ impl Reference {
         };
         let ids = tensor("input_ids")?;
         let [rows, length] = ids.shape()[..] else {
-            return Err(malformed(format!(
+            bail!(malformed(format!(
                 "input_ids: expected two dimensions, found {:?}",
                 ids.shape()
-            ))
-            .into());
+            )));
         };
         let values: Vec<i64> = match ids.dtype() {
             DType::I64 => ids
@@ -232,12 +231,11 @@ impl Reference {
         let logits = |name: &str| -> Result<Vec<Logits>> {
             let tensor = tensor(name)?;
             if tensor.shape() != [rows, length, vocab_size] {
-                return Err(malformed(format!(
-                "{name}: expected shape {:?}, found {:?}; does the reference belong to this model?",
-                [rows, length, vocab_size],
-                tensor.shape()
-            ))
-            .into());
+                bail!(malformed(format!(
+                    "{name}: expected shape {:?}, found {:?}; does the reference belong to this model?",
+                    [rows, length, vocab_size],
+                    tensor.shape()
+                )));
             }
             let values = tensor
                 .to_f32()
@@ -266,7 +264,7 @@ fn agreement(left: &[Logits], right: &[Logits], sequences: &[Vec<u32>]) -> Resul
         if left.len() != right.len() || tokens.is_empty() {
             let (left, right) = (left.len(), right.len());
             let message = format!("logits of {left} and {right} values are not comparable");
-            return Err(Problem::sentence("logits", message).into());
+            bail!(Problem::sentence("logits", message));
         }
         let vocab = left.len() / tokens.len();
         for (a, b) in left.chunks_exact(vocab).zip(right.chunks_exact(vocab)) {

@@ -1,6 +1,6 @@
 //! All scores of one model on one data file.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::calibration::{
@@ -133,7 +133,7 @@ pub fn score(
     }
     let loss = total / n_tokens.max(1) as f64;
     if !loss.is_finite() {
-        return Err(not_finite("the loss").into());
+        bail!(not_finite("the loss"));
     }
     let mut scores = Scores {
         loss,

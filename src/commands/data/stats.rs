@@ -1,18 +1,18 @@
 //! `data stats`: how long the rows are, and what that means for max_seq_length and packing.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use monteclora_converters::Problems;
 use serde_json::json;
 
 use super::{Request, title};
-use crate::cli::DataStatsArgs;
+use crate::cli::DataCheckArgs;
 use crate::commands::{print, print_json};
 use crate::data::{Bin, LengthSummary, Source, Survey, histogram, pack_efficiency};
 
 /// Widest bar of a histogram, in characters.
 const BAR: usize = 40;
 
-pub(in crate::commands) fn run(args: &DataStatsArgs) -> Result<()> {
+pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
     let request = Request::new(&args.source)?;
     let (encoder, limit) = request.measuring_encoder()?;
     let mut files = Vec::new();
@@ -23,7 +23,7 @@ pub(in crate::commands) fn run(args: &DataStatsArgs) -> Result<()> {
             problems.push(problem.into());
         })?;
         if !problems.is_empty() {
-            return Err(problems.into());
+            bail!(problems);
         }
         let format = survey.format(&source)?;
         let lengths = survey.lengths();

@@ -80,6 +80,8 @@ fn items(sources: &[&str], name: &str) -> Vec<Item> {
             let (name, kind) = match line.strip_prefix("pub ") {
                 Some(field) => {
                     let (name, kind) = field.split_once(": ").unwrap();
+                    // In a section of run.toml the default follows.
+                    let kind = kind.split(" = ").next().unwrap();
                     (name.to_owned(), kind.to_owned())
                 }
                 None => match line.split_once('(') {
