@@ -3,8 +3,8 @@
 use anyhow::Result;
 use serde::Serialize;
 
-use super::answer;
 use super::opened::{Opened, require_positive};
+use super::show;
 use crate::cli::EvalArgs;
 use crate::data::{Dataset, RowSchema, splits};
 use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scores, score};
@@ -73,7 +73,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             draws => Some(scored("posterior draws", Predictor::Average(draws))?),
         },
     };
-    answer(args.json, &report, || table(&report))
+    show(args.json, &report, || table(&report))
 }
 
 /// One score a line, one model a column.

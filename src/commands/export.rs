@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use monteclora_converters::{Adapter, LoraReport, Problem};
 use serde::Serialize;
 
-use super::{answer, print};
+use super::show;
 
 /// How many names of a list are shown.
 const SHOWN: usize = 3;
@@ -61,7 +61,7 @@ impl<'a> Export<'a> {
 
     /// Prints one JSON object, or the text.
     pub(super) fn print(&self, json: bool) -> Result<()> {
-        answer(json, self, || self.text())
+        show(json, self, || self.text())
     }
 
     fn text(&self) -> String {

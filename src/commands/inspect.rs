@@ -10,7 +10,7 @@ use monteclora_converters::{
 use serde_json::{Value, json};
 
 use super::export::count;
-use super::{answer, print, print_json};
+use super::{print, print_json, show};
 use crate::cli::InspectArgs;
 
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
@@ -37,7 +37,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
         return model(path, args.json);
     }
     let summary = summarise(path)?;
-    answer(args.json, &summary, || table(&summary))
+    show(args.json, &summary, || table(&summary))
 }
 
 fn table(summary: &AdapterSummary) -> String {

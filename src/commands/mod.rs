@@ -149,7 +149,7 @@ pub(crate) fn weight_type(dtype: DtypeArg) -> Result<DType> {
 }
 
 /// Writes what a command found to stdout: one JSON object, or text.
-fn answer(json: bool, found: &impl Serialize, text: impl FnOnce() -> String) -> Result<()> {
+fn show(json: bool, found: &impl Serialize, text: impl FnOnce() -> String) -> Result<()> {
     match json {
         true => print_json(found),
         false => print(&text()),

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use mistralrs_monteclora::parse_in_situ_quant;
 use monteclora_converters::{ModelFiles, Problem};
 
-use super::{answer, device, numerical, weight_type};
+use super::{device, numerical, show, weight_type};
 use crate::cli::{EngineArg, ParityArgs};
 use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 use crate::eval::{Engines, Parity, Reference, compare};
@@ -72,7 +72,7 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
             isq,
         },
     )?;
-    answer(args.json, &report, || describe(&report))?;
+    show(args.json, &report, || describe(&report))?;
     let worst = report.worst();
     match args.tolerance {
         Some(tolerance) if worst.is_nan() || worst > tolerance => Err(numerical(format!(

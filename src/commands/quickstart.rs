@@ -8,7 +8,7 @@ use monteclora_converters::{Adapter, LoraOptions, files};
 use serde::Serialize;
 
 use super::train::stop_on_signals;
-use super::{answer, interrupted, numerical};
+use super::{interrupted, numerical, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
 use crate::data::Dataset;
@@ -103,8 +103,8 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         .with_context(|| format!("cannot create `{}`", paths.adapter.display()))?;
     let start = Start::new(&prepared, &device, RunLock::take(&paths.adapter)?)?;
     let mut progress = TrainProgress::default();
-    let show = |event: &Event| progress.show(event);
-    let (outcome, decoder) = prepared.train(start, &device, stop_on_signals()?, show)?;
+    let event = |event: &Event| progress.show(event);
+    let (outcome, decoder) = prepared.train(start, &device, stop_on_signals()?, event)?;
     if outcome.interrupted {
         return Err(interrupted(format!(
             "interrupted at step {}; continue with `monteclora train -c {} --resume auto`",
@@ -161,7 +161,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     )?;
     report.total_s = began.elapsed().as_secs_f64();
     files::write_json(&out.join("quickstart.json"), &report)?;
-    answer(args.json, &report, || describe(&report, &paths))?;
+    show(args.json, &report, || describe(&report, &paths))?;
     match &report.served {
         Some(served) if !served.equal => Err(numerical(
             "mistral.rs and our decoder gave different tokens for the same question",

@@ -3,8 +3,8 @@
 use anyhow::{Result, bail};
 use monteclora_converters::Problem;
 
-use super::answer;
 use super::deploy::{check, server};
+use super::show;
 use crate::cli::RollbackArgs;
 use crate::deploy::{self, Releases};
 
@@ -21,7 +21,7 @@ pub(super) fn run(args: &RollbackArgs) -> Result<()> {
         args.to.as_deref(),
         &check(&args.check),
     )?;
-    answer(args.json, &done, || {
+    show(args.json, &done, || {
         format!(
             "{} answers from {} (before: {})\n  release {}",
             done.alias,
