@@ -8,7 +8,10 @@ mod train;
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Deserialize;
+use serde::de::value::{Error, StringDeserializer};
 
 pub use adapter::{
     CollapseArgs, ConvertArgs, ConvertDtypeArg, EngineArg, ImportDtypeArg, ImportGgufArgs,
@@ -18,6 +21,8 @@ pub use bench::{BenchCommand, BenchMatmulArgs, BenchMethod, BenchTrainArgs};
 pub use data::{ColorArg, DataCheckArgs, DataCommand, DataPreviewArgs, DataSourceArgs};
 pub use serve::{CheckArgs, DeployArgs, RollbackArgs, ServeArgs, ServerArgs, StatusArgs};
 pub use train::{EvalArgs, InitArgs, PredictArgs, QuickstartArgs, ReportArgs, TrainArgs};
+
+use crate::config::{DTYPES, DtypeChoice};
 
 /// Fine-tune language models with MonteCLoRA (Bayesian LoRA) and serve the result with mistral.rs.
 #[derive(Debug, Parser)]
@@ -103,18 +108,12 @@ pub enum Command {
     Bench(BenchCommand),
 }
 
-/// Element type of the base.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum DtypeArg {
-    /// f32 on a CPU.
-    #[default]
-    Auto,
-    /// Half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// Single precision.
-    F32,
+/// The element types of a base: `auto`, and the narrowest of the others first.
+fn dtypes() -> impl TypedValueParser<Value = DtypeChoice> {
+    let (auto, others) = DTYPES.split_at(1);
+    let all = auto.iter().chain(others.iter().rev());
+    PossibleValuesParser::new(all.map(|[name, _, help]| PossibleValue::new(*name).help(*help)))
+        .try_map(|name| DtypeChoice::deserialize(StringDeserializer::<Error>::new(name)))
 }
 
 /// Which base model, and where it runs; the names are those of mistral.rs.
@@ -135,8 +134,8 @@ pub struct ModelOptions {
     #[arg(long)]
     pub revision: Option<String>,
     /// Element type of the base's weights in memory.
-    #[arg(long, value_enum, default_value_t)]
-    pub dtype: DtypeArg,
+    #[arg(long, value_parser = dtypes(), default_value = "auto")]
+    pub dtype: DtypeChoice,
     /// Stay on the CPU where the build supports an accelerator.
     #[arg(long)]
     pub cpu: bool,

@@ -4,18 +4,18 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Preset};
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::product::{Factor, Product, sum_of_products};
-use monteclora_adapters::weights::{Bf16, Weight};
+use monteclora_adapters::weights::{BF16, Bf16, Kind, Weight};
 use monteclora_adapters::{Precision, methods};
 use monteclora_converters::{AdapterConfig, Problem, TargetModules};
 use serde_json::json;
 
 use super::{device, print, print_json, weight_type};
-use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs, DtypeArg};
-use crate::config::TrainConfig;
+use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs};
+use crate::config::{DtypeChoice, TrainConfig};
 use crate::data::BatchOptions;
 use crate::hub;
 use crate::model::{Decoder, PassOptions, Sequences};
@@ -26,7 +26,7 @@ use crate::train::{AdamW, AdapterState};
 pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let (weights, precision) = match (args.bf16, args.model.options.dtype) {
         (false, dtype) => (weight_type(dtype)?, Precision::Single),
-        (true, DtypeArg::Auto | DtypeArg::Bf16) => (DType::BF16, Precision::Bf16),
+        (true, DtypeChoice("auto" | "bf16")) => (&BF16, Precision::Bf16),
         (true, _) => {
             let message = "--bf16 holds the weights in bfloat16; leave out --dtype or give bf16";
             bail!(Problem::usage(message.to_owned()));
@@ -136,27 +136,26 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
 fn estimate(
     args: &BenchTrainArgs,
     decoder: &Decoder,
-    weights: DType,
+    kind: &Kind,
     state: &AdapterState,
 ) -> MemoryEstimate {
     let model = decoder.config();
     let modules = Decoder::linear_modules(model);
-    let embedding = model.vocab_size * model.hidden_size;
+    let embedding = (kind.bytes)(model.vocab_size, model.hidden_size);
     // lm_head is among the modules, tied or not.
-    let products: usize = modules.iter().map(|m| m.in_features * m.out_features).sum();
-    let norms = (2 * model.num_hidden_layers + 1) * model.hidden_size;
+    let products = modules
+        .iter()
+        .map(|m| (kind.bytes)(m.out_features, m.in_features));
+    let norms = (kind.bytes)(2 * model.num_hidden_layers + 1, model.hidden_size);
     let untied = if model.tie_word_embeddings {
         0
     } else {
         embedding
     };
-    let base_values = (products + norms + untied) as u64;
     let sites: Vec<_> = state.modules.iter().map(|(_, m)| m.clone()).collect();
-    let value_bytes = weights.size_in_bytes() as u64;
     MemoryEstimate::of(&MemoryInputs {
         model,
-        base_values,
-        value_bytes,
+        weights: (products.sum::<usize>() + norms + untied) as u64,
         base_bytes: 0,
         sites: &sites,
         method: state.method.as_ref(),

@@ -6,7 +6,7 @@ use monteclora_converters::{Problem, files};
 use serde::Serialize;
 
 use super::{print, weight_type};
-use crate::cli::{DtypeArg, InitArgs};
+use crate::cli::InitArgs;
 use crate::config::{DataConfig, LoraConfig, RunConfig, TrainConfig};
 use crate::data::Overlong;
 use crate::hub;
@@ -71,9 +71,8 @@ fn text(args: &InitArgs, suggestion: &Suggestion, prepared: Option<&Prepared>) -
     if let Some(revision) = &options.revision {
         model.push_str(&format!("\nrevision = {}", quoted(revision)));
     }
-    if options.dtype != DtypeArg::Auto {
-        let name = format!("{:?}", options.dtype).to_lowercase();
-        model.push_str(&format!("\ndtype = {}", quoted(name)));
+    if options.dtype.0 != "auto" {
+        model.push_str(&format!("\ndtype = {}", quoted(options.dtype.0)));
     }
     if let Some(template) = &options.chat_template {
         model.push_str(&format!("\nchat_template = {}", quoted(template.display())));

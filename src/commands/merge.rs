@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{Adapter, DType, MergeReport, ModelFiles, files, merge_dir};
+use monteclora_converters::{Adapter, DType, MergeReport, ModelFiles, Problem, files, merge_dir};
 use serde_json::json;
 
 use super::export::{count, require_apart};
 use super::{print, print_json};
-use crate::cli::{DtypeArg, MergeArgs};
+use crate::cli::MergeArgs;
 use crate::hub;
 use crate::output::require_empty;
 use crate::provenance::require_effect;
@@ -23,11 +23,11 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
     let files = ModelFiles::open(&base.dir)?;
     let adapter = Adapter::read_for(&args.adapter, files.config())?;
     require_effect(&adapter, &args.adapter, args.force)?;
-    let dtype = match args.model.options.dtype {
-        DtypeArg::Auto => None,
-        DtypeArg::F32 => Some(DType::F32),
-        DtypeArg::Bf16 => Some(DType::BF16),
-        DtypeArg::F16 => Some(DType::F16),
+    let dtype = match args.model.options.dtype.0 {
+        "auto" => None,
+        name => Some(DType::from_name(&name.to_uppercase()).ok_or_else(|| {
+            Problem::usage(format!("--dtype {name}: a model's files have no such type"))
+        })?),
     };
     let is_occupied = std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
     let report = if is_occupied {

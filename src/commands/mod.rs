@@ -34,11 +34,13 @@ mod validate;
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device};
+use candle_core::Device;
+use monteclora_adapters::weights::{F32, Kind};
 use monteclora_converters::Problem;
 use serde::Serialize;
 
-use crate::cli::{BenchCommand, Command, DtypeArg, ModelOptions};
+use crate::cli::{BenchCommand, Command, ModelOptions};
+use crate::config::DtypeChoice;
 use crate::hub::HubOptions;
 
 /// Data that cannot be used; the rows have been named.
@@ -137,15 +139,9 @@ pub(crate) fn device(cpu: bool) -> Result<Device> {
 }
 
 /// How our decoder holds the base's weights; it computes in f32, and what it cannot do is refused rather than ignored.
-pub(crate) fn weight_type(dtype: DtypeArg) -> Result<DType> {
-    match dtype {
-        DtypeArg::Auto | DtypeArg::F32 => Ok(DType::F32),
-        DtypeArg::Bf16 => Ok(DType::BF16),
-        DtypeArg::F16 => Err(Problem::usage(
-            "--dtype f16: our decoder holds weights as f32 or bf16; use auto, f32 or bf16",
-        )
-        .into()),
-    }
+pub(crate) fn weight_type(dtype: DtypeChoice) -> Result<&'static Kind> {
+    let holder = format!("--dtype {}: our decoder", dtype.0);
+    Ok(dtype.kind(&F32, &holder, "")?)
 }
 
 /// Writes what a command found to stdout: one JSON object, or text.

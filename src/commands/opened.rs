@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use candle_core::DType;
+use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, ModelFiles, Problem};
 
@@ -21,7 +21,7 @@ pub(super) struct Opened {
     pub(super) encoder: Arc<Encoder>,
     adapter: Option<Adapter>,
     base: Located,
-    weights: DType,
+    weights: &'static Kind,
     n_draws: usize,
     cpu: bool,
 }

@@ -18,7 +18,7 @@ use crate::provenance::read_effective;
 const BUILT_IN_TEXT: &str = include_str!("parity.txt");
 
 pub(super) fn run(args: &ParityArgs) -> Result<()> {
-    if weight_type(args.model.options.dtype)? != candle_core::DType::F32 {
+    if weight_type(args.model.options.dtype)?.name != "f32" {
         bail!(Problem::usage(
             "parity compares in f32; use --dtype auto or f32"
         ));

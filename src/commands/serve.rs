@@ -10,7 +10,7 @@ use mistralrs_monteclora::{
 use monteclora_converters::Problem;
 
 use crate::allocator;
-use crate::cli::{DtypeArg, ServeArgs};
+use crate::cli::ServeArgs;
 use crate::hub::{self, HubOptions};
 
 pub(super) fn run(args: &ServeArgs) -> Result<()> {
@@ -93,14 +93,11 @@ fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {
             ))),
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let dtype = match args.options.dtype {
-        DtypeArg::Auto => None,
-        other => Some(format!("{other:?}").to_lowercase()),
-    };
+    let dtype = args.options.dtype.0;
     let mut section = ModelSection {
         model_id: model_id.to_owned(),
         revision: args.options.revision.clone(),
-        dtype,
+        dtype: (dtype != "auto").then(|| dtype.to_owned()),
         chat_template: args.options.chat_template.clone(),
         adapters,
         ..ModelSection::default()

@@ -12,8 +12,8 @@ use toml::Table;
 use super::{
     document::{Document, Schema, field_names, one},
     run::{
-        DataConfig, DtypeChoice, EvalConfig, LoraConfig, Method, ModelConfig, ModuleSelection,
-        RunConfig, TrainConfig,
+        DataConfig, EvalConfig, LoraConfig, Method, ModelConfig, ModuleSelection, RunConfig,
+        TrainConfig,
     },
 };
 use crate::data::{Split, directory_has};
@@ -50,8 +50,7 @@ impl RunConfig {
         model(&mut document, &config.model);
         document.that(
             "train.bf16",
-            !config.train.bf16
-                || matches!(config.model.dtype, DtypeChoice::Auto | DtypeChoice::Bf16),
+            !config.train.bf16 || matches!(config.model.dtype.0, "auto" | "bf16"),
             "holds the frozen weights in bfloat16; set model.dtype to \"bf16\" or \"auto\"",
         );
         lora(&mut document, &mut config.lora);

@@ -9,6 +9,6 @@ mod document;
 mod run;
 
 pub use run::{
-    DataConfig, DataFormat, DtypeChoice, EvalConfig, LoraConfig, LrSchedulerType, Method,
+    DTYPES, DataConfig, DataFormat, DtypeChoice, EvalConfig, LoraConfig, LrSchedulerType, Method,
     ModelConfig, ModuleSelection, Report, RunConfig, TrainConfig,
 };

@@ -6,6 +6,8 @@ use std::sync::LazyLock;
 use indexmap::IndexMap;
 use monteclora_adapters::methods::METHODS;
 use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Preset};
+use monteclora_adapters::weights::{KINDS, Kind};
+use monteclora_converters::Problem;
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -67,19 +69,71 @@ pub struct ModelConfig {
     pub chat_template: Option<PathBuf>,
 }
 
-/// Type of the base's weights.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DtypeChoice {
-    /// f32 on a CPU.
-    #[default]
-    Auto,
-    /// 32 bits.
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// 16 bits.
-    F16,
+/// Every type of the base's weights: its name, and what the reference of run.toml and a command's help say of it. They are
+/// the registered kinds, with `f16` for what is merged or served.
+pub static DTYPES: LazyLock<Vec<[&str; 3]>> = LazyLock::new(|| {
+    let kinds = KINDS.iter().map(|kind| [kind.name, kind.about, kind.help]);
+    let mut all = vec![["auto", "f32 on a CPU", "f32 on a CPU"]];
+    all.extend(kinds.chain([["f16", "16 bits", "Half precision"]]));
+    all
+});
+
+/// One of [`DTYPES`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct DtypeChoice(pub &'static str);
+
+impl Default for DtypeChoice {
+    fn default() -> Self {
+        Self("auto")
+    }
+}
+
+impl<'de> Deserialize<'de> for DtypeChoice {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        static NAMES: LazyLock<Vec<&str>> =
+            LazyLock::new(|| DTYPES.iter().map(|[name, ..]| *name).collect());
+        registered(deserializer, &NAMES).map(Self)
+    }
+}
+
+impl DtypeChoice {
+    /// How weights are held; `auto` stands for a kind.
+    ///
+    /// # Errors
+    /// None holds them so: `holder` and the names, between `quote`s, say what can be asked for.
+    pub fn kind(
+        self,
+        auto: &'static Kind,
+        holder: &str,
+        quote: &str,
+    ) -> Result<&'static Kind, Problem> {
+        if self == Self::default() {
+            return Ok(auto);
+        }
+        let list = |first: Option<&'static str>, quote| {
+            let names = first.into_iter().chain(KINDS.iter().map(|kind| kind.name));
+            let names: Vec<_> = names.map(|name| format!("{quote}{name}{quote}")).collect();
+            let names = names.join(", ");
+            let split = names.rsplit_once(", ");
+            split.map_or(names.clone(), |(before, last)| {
+                format!("{before} or {last}")
+            })
+        };
+        Kind::find(self.0).ok_or_else(|| {
+            let (held, names) = (list(None, ""), list(Some("auto"), quote));
+            Problem::usage(format!("{holder} holds weights as {held}; use {names}"))
+        })
+    }
+}
+
+/// One of `names`.
+fn registered<'de, D: Deserializer<'de>>(
+    source: D,
+    names: &'static [&'static str],
+) -> Result<&'static str, D::Error> {
+    let given = String::deserialize(source)?;
+    let known = names.iter().copied().find(|name| *name == given);
+    known.ok_or_else(|| D::Error::unknown_variant(&given, names))
 }
 
 section! {
@@ -177,11 +231,7 @@ impl<'de> Deserialize<'de> for Method {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         static NAMES: LazyLock<Vec<&str>> =
             LazyLock::new(|| METHODS.iter().map(|kind| kind.name).collect());
-        let given = String::deserialize(deserializer)?;
-        let known = NAMES.iter().find(|name| **name == given);
-        known
-            .map(|name| Self(name))
-            .ok_or_else(|| D::Error::unknown_variant(&given, &NAMES))
+        registered(deserializer, &NAMES).map(Self)
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::Precision;
 use monteclora_adapters::noise::{Key, Purpose};
+use monteclora_adapters::weights::{F32, Kind};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
 
@@ -145,15 +146,14 @@ impl Decoder {
     /// # Errors
     /// What [`read_shape`] refuses; missing or misshapen tensors, all of them at once.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        Self::load_as(dir, device, DType::F32)
+        Self::load_as(dir, device, &F32)
     }
 
-    /// Loads a Hugging Face directory with embedding and projections held as `weights`: f32, or bf16 at half the memory, widened
-    /// piece by piece where they are multiplied.
+    /// Loads a Hugging Face directory with embedding and projections held as `weights`.
     ///
     /// # Errors
-    /// As [`Self::load`]; any other type is refused.
-    pub fn load_as(dir: &Path, device: &Device, weights: DType) -> Result<Self> {
+    /// As [`Self::load`].
+    pub fn load_as(dir: &Path, device: &Device, weights: &'static Kind) -> Result<Self> {
         let config = read_shape(dir)?;
         let files = ModelFiles::open(dir)?;
         load::decoder(config, dir, load::Source::Files(&files), device, weights)
@@ -163,7 +163,7 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Self::load_as`].
-    pub fn random(dir: &Path, device: &Device, weights: DType, seed: u64) -> Result<Self> {
+    pub fn random(dir: &Path, device: &Device, weights: &'static Kind, seed: u64) -> Result<Self> {
         let config = read_shape(dir)?;
         load::decoder(config, dir, load::Source::Random(seed), device, weights)
     }

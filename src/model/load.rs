@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use monteclora_adapters::FrozenLinear;
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::weights::{Kind, Weight};
@@ -269,13 +269,8 @@ pub(super) fn decoder(
     dir: &Path,
     source: Source<'_>,
     device: &Device,
-    weights: DType,
+    kind: &'static Kind,
 ) -> Result<Decoder> {
-    let kind = Kind::find(weights.as_str()).ok_or_else(|| {
-        let given = weights.as_str();
-        let message = format!("weights as {given}: the decoder holds them as f32 or bf16");
-        Problem::sentence("weight-type", message)
-    })?;
     let loader = Loader {
         source,
         shape: &config,
@@ -330,7 +325,9 @@ mod tests {
     use super::*;
     use crate::model::parts::testing::matrix;
     use crate::model::{ActiveAdapter, PassOptions, Sequences};
+    use candle_core::DType;
     use monteclora_adapters::LowRank;
+    use monteclora_adapters::weights::{BF16, F32};
 
     /// bf16 is how weights are held, not how is computed: a decoder with the same rounded weights in f32 agrees to the bit.
     #[test]
@@ -341,9 +338,9 @@ mod tests {
             r#"{"model_type": "llama", "vocab_size": 301, "hidden_size": 24, "intermediate_size": 210, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}"#,
         )?;
-        let narrow = Decoder::random(dir.path(), &Device::Cpu, DType::BF16, 3)?;
+        let narrow = Decoder::random(dir.path(), &Device::Cpu, &BF16, 3)?;
         assert_eq!(narrow.embedding.0.bytes(), 2 * 301 * 24);
-        let mut wide = Decoder::random(dir.path(), &Device::Cpu, DType::F32, 3)?;
+        let mut wide = Decoder::random(dir.path(), &Device::Cpu, &F32, 3)?;
         let round = |weight: &dyn Weight| -> Result<Arc<dyn Weight>> {
             let rounded = weight.tensor()?.to_dtype(DType::BF16)?;
             Ok(Arc::new(rounded.to_dtype(DType::F32)?))

@@ -21,10 +21,8 @@ const EPOCHS: u64 = 3;
 pub struct MemoryInputs<'a> {
     /// Sizes of the base.
     pub model: &'a ModelShape,
-    /// Values in the base's tensors.
-    pub base_values: u64,
-    /// Bytes of one of them in memory: 4 for float32, 2 for bfloat16.
-    pub value_bytes: u64,
+    /// Bytes of the base's tensors in memory.
+    pub weights: u64,
     /// Bytes of the base's files, which are mapped while they are read.
     pub base_bytes: u64,
     /// Adapted modules.
@@ -104,7 +102,7 @@ impl MemoryEstimate {
                     (5 * n_values + inputs.method.working_values(module)) as u64
                 })
                 .sum::<u64>();
-        let weights = inputs.base_values * inputs.value_bytes;
+        let weights = inputs.weights;
         let activations = batch_tokens * kept * F32;
         let working = (batch_tokens * block_working).max(logits) * F32;
         let moving = adapter + activations + working;
@@ -147,7 +145,7 @@ mod tests {
     fn estimate_of(name: &str, change: impl FnOnce(&mut MemoryInputs<'_>)) -> MemoryEstimate {
         let model = read_shape(&tiny_llama()).expect("reads");
         let files = ModelFiles::open(tiny_llama()).expect("opens");
-        let base_values = files
+        let base_values: u64 = files
             .names()
             .filter_map(|name| files.info(name))
             .map(|(_, shape)| shape.iter().product::<usize>() as u64)
@@ -168,8 +166,7 @@ mod tests {
         let method = (kind.new)(&serde_json::json!({})).expect("made");
         let mut inputs = MemoryInputs {
             model: &model,
-            base_values,
-            value_bytes: F32,
+            weights: F32 * base_values,
             base_bytes: 0,
             sites: &sites,
             method: method.as_ref(),
@@ -198,7 +195,7 @@ mod tests {
         );
         assert_eq!((twice.weights, twice.adapter), (base.weights, base.adapter));
 
-        let half = estimate(|inputs| inputs.value_bytes = 2);
+        let half = estimate(|inputs| inputs.weights /= 2);
         assert_eq!(
             (2 * half.weights, half.activations),
             (base.weights, base.activations)

@@ -98,13 +98,15 @@ impl Prepared {
         let stats = self.train.stats();
         MemoryInputs {
             model: &self.model_config,
-            base_values: self
+            weights: self
                 .files
                 .names()
                 .filter_map(|name| self.files.info(name))
-                .map(|(_, shape)| shape.iter().product::<usize>() as u64)
+                .map(|(_, shape)| {
+                    let (columns, rows) = shape.split_last().unwrap_or((&1, &[]));
+                    (self.weights.bytes)(rows.iter().product(), *columns) as u64
+                })
                 .sum(),
-            value_bytes: self.weights.size_in_bytes() as u64,
             base_bytes: self
                 .files
                 .files()

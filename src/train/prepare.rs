@@ -3,18 +3,19 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device};
+use anyhow::{Context, Result};
+use candle_core::Device;
 use monteclora_adapters::Precision;
 use monteclora_adapters::methods::Method;
+use monteclora_adapters::weights::{BF16, F32, Kind};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::write_json;
-use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, Problem};
+use monteclora_converters::{Adapter, AdapterConfig, ModelFiles};
 
 use super::{
     Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints, init_from,
 };
-use crate::config::{DtypeChoice, RunConfig};
+use crate::config::RunConfig;
 use crate::data::{Dataset, Encoder, Split};
 use crate::hub::{self, HubOptions, Located};
 use crate::model::{Decoder, read_shape};
@@ -45,7 +46,7 @@ pub struct Prepared {
     /// What the training loop is told.
     pub settings: TrainSettings,
     /// How the base's weights are held.
-    pub weights: DType,
+    pub weights: &'static Kind,
     /// Optimiser steps of the whole run.
     pub total_steps: u64,
     pub(super) identity: Identity,
@@ -64,14 +65,8 @@ impl Prepared {
         for note in &run.notes {
             tracing::warn!("{note}");
         }
-        let weights = match run.model.dtype {
-            DtypeChoice::Auto if run.train.bf16 => DType::BF16,
-            DtypeChoice::Auto | DtypeChoice::F32 => DType::F32,
-            DtypeChoice::Bf16 => DType::BF16,
-            DtypeChoice::F16 => bail!(Problem::usage(
-                "[model] dtype: the trainer holds weights as f32 or bf16; use \"auto\", \"f32\" or \"bf16\"",
-            )),
-        };
+        let auto = if run.train.bf16 { &BF16 } else { &F32 };
+        let weights = (run.model.dtype).kind(auto, "[model] dtype: the trainer", "\"")?;
         let base = match base {
             Some(base) => base,
             None => hub::locate(

@@ -102,6 +102,7 @@ fn every_weight_widens_to_the_values_of_its_fixture() {
         let weight = (kind.hold)(&stored, &Device::Cpu).unwrap();
         let (n_rows, n_columns) = weight.dims().unwrap();
         assert_eq!([n_rows, n_columns], *stored.shape(), "{}", kind.name);
+        assert_eq!((kind.bytes)(n_rows, n_columns), weight.bytes());
         let mut widened = vec![f32::NAN; values.len()];
         weight.widen(0..n_rows, 0..n_columns, &mut widened);
         assert_eq!(widened, values, "{}", kind.name);
@@ -117,6 +118,21 @@ fn every_weight_widens_to_the_values_of_its_fixture() {
             "{}",
             kind.name
         );
+    }
+}
+
+/// A name in run.toml or after `--dtype` is all that it takes.
+#[test]
+fn every_weight_holds_the_tiny_model() {
+    for kind in KINDS {
+        let dir = tempfile::tempdir().unwrap();
+        let config = run_toml(dir.path(), "", "", "learning_rate = 1e-2");
+        let text = std::fs::read_to_string(&config).unwrap();
+        let dtype = format!("dtype = {:?}\n[data]", kind.name);
+        std::fs::write(&config, text.replace("[data]", &dtype)).unwrap();
+        ok(&["train", "-c", config.to_str().unwrap()]);
+        let rows = dir.path().join("rows.jsonl").display().to_string();
+        ok(&["eval", "-m", &tiny(), "--data", &rows, "--dtype", kind.name]);
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use monteclora::config::RunConfig;
 use monteclora::data::{Dataset, Encoder};
 use monteclora::model::{AdapterGradients, Dropout, PassOptions, Sequences};
@@ -16,6 +16,7 @@ use monteclora_adapters::methods::{
     Drawn, Group, Kind, Method, Module, Owner, Parameter, Step, Storage, Value,
 };
 use monteclora_adapters::noise::{Key, Noise, Purpose};
+use monteclora_adapters::weights::BF16;
 use monteclora_adapters::{LowRank, Precision, Update};
 use monteclora_converters::{Adapter, AdapterConfig, SafetensorsFile, Site};
 
@@ -360,7 +361,7 @@ fn bf16_products_train_alike() {
     let run = |precision: Precision| {
         let mut setup = setup(&["train.max_steps=12"]);
         let model = own().join("models/tiny-llama");
-        setup.decoder = Decoder::load_as(&model, &Device::Cpu, DType::BF16)
+        setup.decoder = Decoder::load_as(&model, &Device::Cpu, &BF16)
             .unwrap()
             .with_precision(precision);
         let out = tempfile::tempdir().unwrap();

@@ -11,8 +11,12 @@ use super::{Access, Kind, Lent, Weight, lend};
 use crate::error::Result;
 use crate::simd::vectorised;
 
-pub(super) const KIND: Kind = Kind {
+/// bfloat16, at half the memory.
+pub static KIND: Kind = Kind {
     name: "bf16",
+    about: "bfloat16",
+    help: "bfloat16",
+    bytes: |rows, columns| 2 * rows * columns,
     hold: |values, device| {
         let tensor = Tensor::from_vec(narrow(values)?, values.shape(), &Device::Cpu)?;
         Ok(Arc::new(Bf16(tensor.to_device(device)?)))

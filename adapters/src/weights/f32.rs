@@ -8,8 +8,12 @@ use candle_core::{Device, Tensor};
 use super::{Access, Kind, Weight, lend};
 use crate::error::Result;
 
-pub(super) const KIND: Kind = Kind {
+/// float32, as it is computed with.
+pub static KIND: Kind = Kind {
     name: "f32",
+    about: "32 bits",
+    help: "Single precision",
+    bytes: |rows, columns| 4 * rows * columns,
     hold: |values, device| {
         let tensor = Tensor::from_vec(values.to_f32()?, values.shape(), &Device::Cpu)?;
         Ok(Arc::new(tensor.to_device(device)?))

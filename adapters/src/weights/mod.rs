@@ -12,16 +12,23 @@ use candle_core::{Device, Storage, Tensor, WithDType};
 
 use crate::error::Result;
 
-pub use self::bf16::Bf16;
+pub use self::bf16::{Bf16, KIND as BF16};
+pub use self::f32::KIND as F32;
 
-/// Every kind.
-pub const KINDS: &[Kind] = &[f32::KIND, bf16::KIND];
+/// Every kind, the widest first.
+pub static KINDS: &[&Kind] = &[&F32, &BF16];
 
 /// One way of holding a frozen matrix.
 #[derive(Debug, Clone, Copy)]
 pub struct Kind {
-    /// Its name, as candle spells element types.
+    /// Its name, as `model.dtype` and `--dtype` take it.
     pub name: &'static str,
+    /// What the reference of run.toml says of it.
+    pub about: &'static str,
+    /// What a command's help says of it.
+    pub help: &'static str,
+    /// Bytes that a matrix of so many rows and columns takes up.
+    pub bytes: fn(usize, usize) -> usize,
     /// Makes a weight of a file's tensor `[rows, columns]` on a device.
     pub hold: fn(&monteclora_converters::Tensor, &Device) -> Result<Arc<dyn Weight>>,
 }
@@ -29,7 +36,7 @@ pub struct Kind {
 impl Kind {
     /// The kind called `name`.
     pub fn find(name: &str) -> Option<&'static Self> {
-        KINDS.iter().find(|kind| kind.name == name)
+        KINDS.iter().copied().find(|kind| kind.name == name)
     }
 }
 

@@ -86,7 +86,7 @@ fn problems(text: &str, overrides: &[&str]) -> Vec<String> {
 fn three_keys_are_enough() {
     let config = good(LEAST, &[]);
     assert_eq!(config.seed, 42);
-    assert_eq!(config.model.dtype, DtypeChoice::Auto);
+    assert_eq!(config.model.dtype, DtypeChoice("auto"));
     assert_eq!(
         config.data,
         DataConfig {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use monteclora::config::DTYPES;
 use monteclora_adapters::methods::{Kind, METHODS};
 use serde_json::Value;
 
@@ -10,6 +11,9 @@ use super::docs;
 
 /// The type whose values are the registry of methods.
 const METHOD: &str = "Method";
+
+/// The type whose values are the registry of weights, `auto` and `f16`.
+const DTYPE: &str = "DtypeChoice";
 
 /// A field of a structure or a variant of an enumeration.
 struct Item {
@@ -27,6 +31,14 @@ fn items(sources: &[&str], name: &str) -> Vec<Item> {
             text: kind.about.to_owned(),
         };
         return METHODS.iter().map(item).collect();
+    }
+    if name == DTYPE {
+        let item = |[name, about, _]: &[&str; 3]| Item {
+            name: (*name).to_owned(),
+            kind: String::new(),
+            text: format!("{about}."),
+        };
+        return DTYPES.iter().map(item).collect();
     }
     let (source, start) = sources
         .iter()
@@ -135,7 +147,7 @@ fn words(sources: &[&str], kind: &str) -> String {
 
 fn is_enumeration(sources: &[&str], kind: &str) -> bool {
     let defined = |source: &&str| source.contains(&format!("pub enum {kind} {{"));
-    kind == METHOD || (kind != "ModuleSelection" && sources.iter().any(defined))
+    [METHOD, DTYPE].contains(&kind) || (kind != "ModuleSelection" && sources.iter().any(defined))
 }
 
 /// Rustdoc's links as plain code, and a table's separator kept apart.
