@@ -311,10 +311,7 @@ mod tests {
             .write(
                 &adapter,
                 &path,
-                &LoraOptions {
-                    dtype: None,
-                    overwrite: false,
-                },
+                &LoraOptions::default(),
                 Some(config.as_object().expect("an object")),
             )
             .expect("written");

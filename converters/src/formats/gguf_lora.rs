@@ -393,10 +393,7 @@ mod tests {
                 .write(
                     &adapter,
                     &path,
-                    &LoraOptions {
-                        dtype: None,
-                        overwrite: false,
-                    },
+                    &LoraOptions::default(),
                     Some(base.config()),
                 )
                 .expect("written");
@@ -454,29 +451,13 @@ mod tests {
             site.name = site.name.replace("self_attn", "attention");
         }
         let error = GgufLora
-            .write(
-                &adapter,
-                &path,
-                &LoraOptions {
-                    dtype: None,
-                    overwrite: false,
-                },
-                Some(&llama()),
-            )
+            .write(&adapter, &path, &LoraOptions::default(), Some(&llama()))
             .expect_err("unknown names");
         assert_eq!(error.problems().len(), 4);
         assert!(!path.exists());
         assert!(
             GgufLora
-                .write(
-                    &adapter,
-                    &path,
-                    &LoraOptions {
-                        dtype: None,
-                        overwrite: false
-                    },
-                    Some(&Map::new())
-                )
+                .write(&adapter, &path, &LoraOptions::default(), Some(&Map::new()))
                 .is_err()
         );
     }

@@ -283,6 +283,18 @@ mod tests {
         open_bytes(&bytes)
     }
 
+    /// Also those that the format's reference knows and nothing here can read.
+    #[test]
+    fn an_unknown_element_type_is_named() {
+        for dtype in ["XX", "f32", "F8_E4M3FNUZ", "F4"] {
+            let header =
+                format!(r#"{{"a":{{"dtype":"{dtype}","shape":[1],"data_offsets":[0,1]}}}}"#);
+            let error = with_header(&header, &[0]).expect_err(dtype).to_string();
+            let expected = format!("tensor `a`: unknown element type `{dtype}`");
+            assert!(error.contains(&expected), "{error}");
+        }
+    }
+
     #[test]
     fn an_honest_file_is_read_even_if_unaligned() {
         let header = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
