@@ -141,8 +141,8 @@ impl Engine {
     pub fn tokenize_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
         let text = either::Either::Left(messages_for_template(messages));
         let request = |response| plain_tokenization(text, response);
-        self.runtime
-            .block_on(tokenize(&self.host, None, request, ()))
+        let engine = self.host.get_sender(None).map_err(engine_error)?;
+        self.runtime.block_on(tokenize(engine, request, ()))
     }
 
     /// Answers a conversation greedily (the most probable token each time) with at most `max_tokens` tokens.
@@ -192,6 +192,11 @@ impl Engine {
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn pipeline(&self) -> Option<SharedPipeline> {
+        self.pipeline.upgrade()
     }
 
     fn check_length(&self, n_tokens: usize) -> Result<()> {

@@ -71,6 +71,8 @@ pub(crate) mod code {
     pub(crate) const LISTEN: &str = "listen";
     /// A stop that did not wait for requests in flight.
     pub(crate) const INTERRUPTED: &str = "interrupted";
+    /// An engine that cannot be started, or does not answer.
+    pub(crate) const ENGINE_UNAVAILABLE: &str = "engine_unavailable";
     /// An adapter whose update is zero at every site.
     pub(crate) const ZERO_EFFECT: &str = "zero-effect";
 }
@@ -134,6 +136,20 @@ impl Error {
     /// A request that cannot be done now, or a use that is wrong: exit code 2.
     pub(crate) fn refused(code: &'static str, message: impl Into<String>) -> Self {
         Problem::sentence(code, message).exit(2).into()
+    }
+
+    /// An engine that cannot be started, or does not answer, because of `cause`.
+    pub(crate) fn engine_unavailable(cause: &str) -> Self {
+        let message = format!(
+            "no engine for it: {cause}; what was served before is served further. Look at the log, and at what the system lets \
+             this process have (memory, `ulimit -u`, a container's limit of pids), then try again"
+        );
+        Problem::sentence(code::ENGINE_UNAVAILABLE, message).into()
+    }
+
+    /// The system starts no more threads.
+    pub(crate) fn no_threads(cause: &io::Error) -> Self {
+        Self::engine_unavailable(&format!("the system starts no more threads ({cause})"))
     }
 
     pub(crate) fn unknown_name(name: &str) -> Self {

@@ -2,6 +2,7 @@
 
 mod abuse;
 mod choices;
+mod engines;
 mod operation;
 mod parity;
 mod requests;

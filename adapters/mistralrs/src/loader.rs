@@ -22,6 +22,7 @@ use self::fingerprint::base_fingerprint;
 use self::format::refuse_other_formats;
 use crate::chat_files::{write_chat_files, write_json};
 use crate::error::{Error, Result, code};
+use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::model_config::{NormalisedConfig, normalise_config};
 use crate::quirks_0_8::thread_locals::on_fresh_thread;
 
@@ -100,6 +101,10 @@ impl MonteCloraLoader {
         &self.name
     }
 
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The base model's directory.
     pub fn base(&self) -> &Path {
         &self.base
@@ -157,13 +162,15 @@ impl MonteCloraLoader {
 
     /// As [`Self::load`], with the [`generation`](Self::generation) that the weights in memory are: files may change between a
     /// check and a load.
-    pub(crate) fn load_generation(&self) -> Result<(SharedPipeline, String)> {
+    pub(crate) fn load_generation(&self) -> Result<(NormalModel, String)> {
         let (pipeline, adapter) = self.load_with_fingerprint()?;
         let digest = match adapter {
             Some(digest) => digest,
             None => base_fingerprint(&ModelFiles::open(&self.base)?)?,
         };
-        Ok((pipeline, shortened(&digest)))
+        // SAFETY: `load_as` has it from a `NormalLoader`, as nothing else returns.
+        let model = unsafe { NormalModel::new(pipeline) };
+        Ok((model, shortened(&digest)))
     }
 
     fn load_with_fingerprint(&self) -> Result<(SharedPipeline, Option<String>)> {
@@ -215,7 +222,7 @@ impl MonteCloraLoader {
             Problem::sentence(code::LOAD, message)
         };
         let pipeline = on_fresh_thread(run)
-            .map_err(Error::io("start a thread for", &self.base))?
+            .map_err(|error| Error::no_threads(&error))?
             .map_err(|panic| failed(panic_text(panic.as_ref())))?
             .map_err(|error| failed(format!("{error:#}")))?;
         Ok((pipeline, staged.adapter.clone()))

@@ -2,7 +2,7 @@
 //! stops the engine. So a receiver stays until its answer has come, and an answer nobody waits for is made to end.
 
 use candle_core::Tensor;
-use mistralrs_core::{MistralRs, Request, TokenizationRequest};
+use mistralrs_core::{Request, TokenizationRequest};
 use tokio::sync::mpsc::{Sender, channel};
 
 use super::token_bias;
@@ -17,16 +17,14 @@ pub(crate) fn make_certain(logits: &Tensor, tokens: &[u32]) -> candle_core::Resu
     token_bias::add(logits, tokens.iter().map(|token| (*token, CERTAIN)))
 }
 
-/// The tokens that the engine `model` makes of `request`, which is given where to answer.
+/// The tokens that an engine, which takes requests at `engine`, makes of `request`, which is given where to answer.
 ///
 /// The engine may be at it longer than the caller waits; `held` is kept as long.
 pub(crate) async fn tokenize(
-    host: &MistralRs,
-    model: Option<&str>,
+    engine: Sender<Request>,
     request: impl FnOnce(Sender<anyhow::Result<Vec<u32>>>) -> TokenizationRequest,
     held: impl Send + 'static,
 ) -> Result<Vec<u32>> {
-    let engine = host.get_sender(model).map_err(engine_error)?;
     let (sender, mut receiver) = channel(1);
     let request = Request::Tokenize(request(sender));
     // A task of its own: a caller that goes away must not take the receiver with it.

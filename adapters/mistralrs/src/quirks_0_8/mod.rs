@@ -6,6 +6,7 @@ pub(crate) mod dropped_efforts;
 pub(crate) mod first_white_space;
 pub(crate) mod forced_tools;
 pub(crate) mod log_probabilities;
+pub(crate) mod logger_threads;
 pub(crate) mod lost_last_chunk;
 pub(crate) mod model_config;
 pub(crate) mod narrow_sampling;

@@ -1,6 +1,5 @@
 //! The prefix cache of mistral.rs 0.8.1, which computes the turn after a cut answer with a key and value missing.
 
-use mistralrs_core::EngineConfig;
 use monteclora_converters::MISTRALRS;
 
 /// Why `prefix_cache_n` must be 0.
@@ -8,15 +7,6 @@ pub(crate) fn refusal() -> String {
     format!(
         "must be 0: with the prefix cache of {MISTRALRS} the turn after an answer that was cut short is wrong, and on a CPU it grows without limit"
     )
-}
-
-/// Settings of an engine without it.
-pub(crate) fn engine_without() -> EngineConfig {
-    EngineConfig {
-        no_prefix_cache: true,
-        throughput_logging_enabled: false,
-        ..EngineConfig::default()
-    }
 }
 
 #[cfg(test)]

@@ -85,13 +85,9 @@ impl Job {
         admission: Admission,
         request: &NormalRequest,
     ) -> Result<RunningJob, ApiError> {
-        let engine_input = app
-            .registry
-            .host()
-            .get_sender(Some(&self.lease.engine_id))
-            .map_err(|error| ApiError::internal(error.to_string()))?;
+        let engine_input = self.lease.input()?;
         let choices: Vec<Choice> = (0..self.steps.len())
-            .map(|idx| self.choice(app, request, idx))
+            .map(|idx| self.choice(request, idx))
             .collect();
         let job = Arc::new(self);
         let (client, receiver) = unbounded_channel();
@@ -111,12 +107,13 @@ impl Job {
         Ok(RunningJob { job, receiver })
     }
 
-    fn choice(&self, app: &App, request: &NormalRequest, idx: usize) -> Choice {
+    fn choice(&self, request: &NormalRequest, idx: usize) -> Choice {
         let (sender, engine) = channel(CHANNEL_SIZE);
         let mut request = request.clone();
-        request.id = app.registry.host().next_request_id();
+        request.id = self.lease.host().next_request_id();
         request.response = sender;
-        request.model_id = Some(self.lease.engine_id.clone());
+        // Its engine has the host for itself.
+        request.model_id = None;
         request.logits_processors = Some(vec![self.steps[idx].clone()]);
         Choice {
             idx,

@@ -1,18 +1,18 @@
 //! The swap table: which engine answers for which public name, and how that changes without losing a request.
 
+mod alive;
 mod engine;
 mod memory;
 mod reaper;
+mod slots;
 mod state;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::Arc;
 
 use indexmap::IndexMap;
-use mistralrs_core::MistralRs;
 use parking_lot::RwLock;
 use serde::Serialize;
 use tokio::sync::Mutex;
@@ -20,9 +20,11 @@ use tokio::sync::Mutex;
 use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result, code};
 use crate::quirks_0_8::split_models::allow_another_model;
-use engine::{Checked, EngineSettings, Host, Wanted, blocking};
+use alive::Readiness;
+use engine::{Checked, EngineSettings, Host, Wanted};
 pub(crate) use engine::{Generation, Lease};
 use memory::Memory;
+pub(crate) use slots::blocking;
 use state::{Change, RunTimeState, StateFile, declared};
 
 /// All that is served.
@@ -31,6 +33,7 @@ pub(crate) struct Registry {
     /// Held while it changes, so that changes are decided one after the other.
     plan: Mutex<Plan>,
     host: Host,
+    readiness: Readiness,
 }
 
 struct Table {
@@ -89,30 +92,30 @@ impl Registry {
         let total = checked.iter().map(|model| model.weight_bytes).sum();
         let memory = Memory::new(config.max_memory, config.reclaim);
         memory.check("all models and adapters", total)?;
-        let mut checked = checked.into_iter();
-        let first = checked
-            .next()
-            .ok_or_else(|| Error::setting("models", "at least one model is needed"))?;
-        let (host, lease) = Host::start(first, memory).await?;
+        let first = config.models.first();
+        let first =
+            first.ok_or_else(|| Error::setting("models", "at least one model is needed"))?;
         let registry = Self {
             table: RwLock::new(Table {
                 names: IndexMap::new(),
                 default_model: config.default_model.clone(),
             }),
             plan: Mutex::new(plan),
-            host,
+            host: Host::start(memory)?,
+            readiness: Readiness::default(),
         };
-        registry.publish(lease);
-        for checked in checked {
-            registry.publish(registry.host.add(checked).await?);
+        for (n_served, checked) in checked.into_iter().enumerate() {
+            registry.publish(registry.host.add(checked, n_served).await?);
         }
+        // Threads are taken now rather than when the first adapter is loaded.
+        let settings = EngineSettings::of(config);
+        registry
+            .host
+            .keep_one_ready(&first.device, settings)
+            .await?;
         // Not before all is served: a configuration that cannot be served overtakes nothing.
         registry.plan.lock().await.record(&recorded)?;
         Ok(registry)
-    }
-
-    pub(crate) fn host(&self) -> &Arc<MistralRs> {
-        &self.host.inner
     }
 
     /// The generation that answers for `name` now; without a name, or for `default`, the default model's.
@@ -147,6 +150,7 @@ impl Registry {
         let mut names = IndexMap::new();
         let mut new_bases = HashSet::new();
         let mut kept = Vec::new();
+        let mut n_wanted = self.table.read().names.len();
         for checked in next.check().await? {
             let name = checked.wanted.name().to_owned();
             let current = self.table.read().names.get(&name).cloned();
@@ -165,7 +169,9 @@ impl Registry {
                     };
                     list.push(name.clone());
                     new_bases.insert(name.clone());
-                    self.host.add(checked).await?
+                    let lease = self.host.add(checked, n_wanted).await?;
+                    n_wanted += 1;
+                    lease
                 }
             };
             names.insert(name, lease);
@@ -240,7 +246,8 @@ impl Registry {
                 Ok(lease)
             }
             None => {
-                let lease = self.host.add(checked).await?;
+                let n_wanted = self.table.read().names.len();
+                let lease = self.host.add(checked, n_wanted).await?;
                 plan.change(load.name, Some(change))?;
                 Ok(self.publish(lease))
             }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::metrics::count_outcome;
-use super::registry::Applied;
+use super::registry::{Applied, blocking};
 use super::tls::TlsAcceptor;
 use super::{AppState, Keys};
 use crate::config::ServeConfig;
@@ -48,9 +48,7 @@ impl AppState {
         let none = "the server was started without a file to read again";
         let source = self.source.get().cloned();
         let source = source.ok_or_else(|| Error::setting("configuration", none))?;
-        let config = tokio::task::spawn_blocking(move || source())
-            .await
-            .map_err(|error| Error::Engine(format!("reading stopped unexpectedly: {error}")))??;
+        let config = blocking(move || source()).await?;
         if config.api_keys.is_empty() && !self.address.ip().is_loopback() {
             return Err(Error::setting(
                 "auth.api_keys_file",

@@ -169,15 +169,14 @@ impl Asked {
     /// The tokens that the engine makes of `request`, whose text came under the key `prompt`.
     pub(crate) async fn tokens(
         &self,
-        app: &App,
         admission: &Admission,
         prompt: &str,
         request: impl FnOnce(Sender<anyhow::Result<Vec<u32>>>) -> TokenizationRequest,
     ) -> Result<Vec<u32>, ApiError> {
-        let (host, engine) = (app.registry.host(), Some(&*self.lease.engine_id));
+        let engine = self.lease.input()?;
         let held = (self.lease.clone(), admission.places());
         let tokens = async {
-            tokenize(host, engine, request, held)
+            tokenize(engine, request, held)
                 .await
                 .map_err(|error| ApiError::invalid(prompt, error.to_string()))
         };

@@ -56,12 +56,12 @@ pub(super) async fn handle(
         one_tool_call: !keys.parallel_tool_calls,
     };
     keys.hold(&mut asked.constraint)?;
-    let request = keys.request(&app, &asked).await?;
+    let request = keys.request(&asked).await?;
     if matches!(asked.constraint, Constraint::Llguidance(_)) {
         let message = "this kind of grammar is not supported";
         return Err(ApiError::invalid("grammar", message));
     }
-    let n_prompt = count_prompt(&app, &asked, &request, &admission).await?;
+    let n_prompt = count_prompt(&asked, &request, &admission).await?;
     let job = asked.start(&app, admission, "messages", n_prompt, request)?;
     answer(asked, job, form).await
 }
@@ -101,20 +101,20 @@ impl ChatKeys {
     }
 
     /// mistral.rs's own reading of conversation and tools.
-    async fn request(self, app: &App, asked: &Asked) -> Result<NormalRequest, ApiError> {
+    async fn request(self, asked: &Asked) -> Result<NormalRequest, ApiError> {
         let thinking = match (self.enable_thinking.clone(), self.reasoning_effort) {
             (None, Some(Effort::Off)) => Some(json!(false)),
             (thinking, _) => thinking,
         };
         let request = json!({
-            "model": asked.lease.engine_id,
+            "model": "default",
             "tools": self.tools(),
             "enable_thinking": thinking,
             "reasoning_effort": self.reasoning_effort.and_then(Effort::told),
             "messages": text_messages(self.messages)?,
         });
         let (sender, _) = channel(1);
-        let (request, _) = parse_request(theirs(request)?, app.registry.host().clone(), sender)
+        let (request, _) = parse_request(theirs(request)?, asked.lease.host().clone(), sender)
             .await
             .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))?;
         match request {
@@ -147,7 +147,6 @@ fn schema(format: &Value) -> Result<Option<Value>, ApiError> {
 
 /// Renders the conversation, which also shows whether the template takes it.
 async fn count_prompt(
-    app: &App,
     asked: &Asked,
     request: &NormalRequest,
     admission: &Admission,
@@ -166,7 +165,7 @@ async fn count_prompt(
         reasoning_effort: *reasoning_effort,
         ..plain_tokenization(Either::Left(messages.clone()), response)
     };
-    let tokens = asked.tokens(app, admission, "messages", tokens).await?;
+    let tokens = asked.tokens(admission, "messages", tokens).await?;
     Ok(tokens.len())
 }
 

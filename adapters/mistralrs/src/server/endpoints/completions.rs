@@ -44,7 +44,7 @@ pub(super) async fn handle(
     // The tokenizer that mistral.rs has adds nothing, so what the model's own puts around plain text is added here.
     let text = Either::Right(prompt.clone());
     let request = |response| plain_tokenization(text, response);
-    let text = asked.tokens(&app, &admission, "prompt", request).await?;
+    let text = asked.tokens(&admission, "prompt", request).await?;
     let frame = &asked.lease.frame;
     let tokens = [&*frame.prefix, &text, &frame.suffix].concat();
     let (n_prompt, messages) = (tokens.len(), RequestMessage::CompletionTokens(tokens));

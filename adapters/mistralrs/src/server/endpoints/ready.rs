@@ -1,6 +1,7 @@
-//! `GET /readyz`: whether the server takes requests; not while it drains.
+//! `GET /readyz`: whether the server takes requests, and every engine answers; not while it drains.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
@@ -10,9 +11,15 @@ use serde_json::{Value, json};
 use crate::server::App;
 
 pub(super) async fn handle(State(app): State<App>) -> (StatusCode, Json<Value>) {
-    let (code, status) = match app.draining.load(Ordering::SeqCst) {
-        true => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
-        false => (StatusCode::OK, "ready"),
-    };
-    (code, Json(json!({ "status": status })))
+    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+    if app.draining.load(Ordering::SeqCst) {
+        return (unavailable, Json(json!({"status": "draining"})));
+    }
+    let limit = Duration::from_secs(app.config.limits.request_timeout_s);
+    let silent = app.registry.silent(limit).await;
+    if silent.is_empty() {
+        return (StatusCode::OK, Json(json!({"status": "ready"})));
+    }
+    let body = json!({"status": "unavailable", "models": silent});
+    (unavailable, Json(body))
 }

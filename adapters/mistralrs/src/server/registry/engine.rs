@@ -2,28 +2,28 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use candle_core::DeviceLocation;
-use mistralrs_core::{
-    AddModelConfig, DefaultSchedulerMethod, IsqType, MistralRs, MistralRsBuilder, ModelDType,
-    SchedulerConfig,
-};
+use candle_core::{Device, DeviceLocation};
+use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
 use monteclora_converters::Problem;
 use parking_lot::Mutex;
 use tokenizers::Tokenizer;
 use tokio::sync::Semaphore;
+use tokio::sync::mpsc::Sender;
 
+use super::alive::Pulse;
 use super::memory::{Memory, Reservation};
 use super::reaper::{Reaper, Retired};
+use super::slots::{Occupied, Slot, Slots, blocking};
 use crate::chat_files::text_frame;
 use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result, code};
-use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
+use crate::loader::MonteCloraLoader;
+use crate::quirks_0_8::batches_on_a_cpu;
+use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::special_tokens::TextFrame;
-use crate::quirks_0_8::split_models::allow_another_model;
-use crate::quirks_0_8::{batches_on_a_cpu, prefix_cache};
+use crate::quirks_0_8::split_models::{allow_another_model, samples_in_step};
 use crate::server::answers::now;
 use crate::server::sampling::Sampling;
 
@@ -152,19 +152,37 @@ pub(crate) struct Generation {
     spec: Spec,
     /// The adapter's directory, of several with this content the one that was loaded last.
     source: Mutex<Option<PathBuf>>,
-    pub(crate) engine_id: String,
     /// What a request holds while the engine works on it, where the engine may work on one sequence at a time only.
     pub(crate) turns: Option<Arc<Semaphore>>,
-    pub(super) pipeline: WeakPipeline,
+    /// None only while it is dropped.
+    engine: Option<Occupied>,
+    pub(super) pulse: Pulse,
     memory: Option<Reservation>,
-    /// None as long as it has no engine.
-    reaper: Option<Reaper>,
+    reaper: Reaper,
 }
 
 /// A generation that is in use: it stays loaded as long as this is held.
 pub(crate) type Lease = Arc<Generation>;
 
 impl Generation {
+    pub(super) fn slot(&self) -> &Slot {
+        let engine = self.engine.as_ref();
+        &engine.expect("it is taken only when this is dropped").slot
+    }
+
+    /// The host of its engine, and of no other.
+    pub(crate) fn host(&self) -> &Arc<MistralRs> {
+        self.slot().host()
+    }
+
+    /// Where its engine takes requests.
+    ///
+    /// # Errors
+    /// If the engine has ended and cannot be started again.
+    pub(crate) fn input(&self) -> Result<Sender<Request>> {
+        self.slot().input()
+    }
+
     pub(crate) fn weight_bytes(&self) -> u64 {
         self.memory.as_ref().map_or(0, |memory| memory.bytes)
     }
@@ -185,23 +203,29 @@ impl Drop for Generation {
         if let Some(memory) = &mut self.memory {
             memory.leave();
         }
-        if let Some(reaper) = &self.reaper {
-            reaper.remove(Retired {
-                engine_id: std::mem::take(&mut self.engine_id),
-                pipeline: self.pipeline.clone(),
-                _memory: self.memory.take(),
+        if let Some(engine) = self.engine.take() {
+            self.reaper.remove(Retired {
+                name: std::mem::take(&mut self.name),
+                generation: std::mem::take(&mut self.hash),
+                engine,
+                memory: self.memory.take(),
             });
         }
     }
 }
 
-impl Generation {
-    /// Loads what was checked, and returns it without an engine; the weights are to become one's.
-    async fn load(
-        checked: Checked,
-        serial: u64,
-        memory: &Arc<Memory>,
-    ) -> Result<(SharedPipeline, Self)> {
+/// A model in memory that has no engine yet.
+struct Loaded {
+    checked: Checked,
+    model: NormalModel,
+    end_tokens: Vec<u32>,
+    sampling: Sampling,
+    tokenizer: Arc<Tokenizer>,
+    memory: Reservation,
+}
+
+impl Loaded {
+    async fn load(checked: Checked, memory: &Arc<Memory>) -> Result<Self> {
         let begun = Instant::now();
         let memory = loop {
             match memory.reserve(checked.wanted.name(), checked.weight_bytes) {
@@ -217,18 +241,17 @@ impl Generation {
             }
         };
         blocking(move || {
-            let wanted = checked.wanted;
-            let (name, hash) = (wanted.name().to_owned(), checked.hash);
-            let (pipeline, found) = wanted.loader.load_generation()?;
+            let (model, found) = checked.wanted.loader.load_generation()?;
             memory.reclaim();
-            if found != hash {
+            if found != checked.hash {
+                let (name, hash) = (checked.wanted.name(), &checked.hash);
                 let message = format!(
                     "the files of `{name}` changed from {hash} to {found} while it was loaded; load it again when nothing writes them"
                 );
                 return Err(Problem::sentence(code::FILES_CHANGED, message).into());
             }
             let (end_tokens, sampling, tokenizer) = {
-                let loaded = pipeline.blocking_lock();
+                let loaded = model.shared().blocking_lock();
                 (
                     loaded.get_metadata().eos_tok.clone(),
                     Sampling::of(loaded.generation_defaults().as_ref()),
@@ -237,93 +260,122 @@ impl Generation {
             };
             let tokenizer = tokenizer
                 .ok_or_else(|| Error::Engine("the model came without a tokenizer".to_owned()))?;
-            let generation = Self {
-                // The serial keeps ids apart when content returns while its former engine still drains.
-                engine_id: format!("{name}@{hash}.{serial}"),
-                source: Mutex::new(wanted.source()),
-                name,
-                parent: wanted.parent,
-                hash,
-                created: now(),
-                max_sequence_length: checked.max_sequence_length,
-                frame: checked.frame,
+            Ok(Self {
+                checked,
+                model,
                 end_tokens,
                 sampling,
                 tokenizer,
-                turns: batches_on_a_cpu::turns(wanted.spec.device),
-                spec: wanted.spec,
-                pipeline: Arc::downgrade(&pipeline),
-                memory: Some(memory),
-                reaper: None,
-            };
-            Ok((pipeline, generation))
+                memory,
+            })
         })
         .await
     }
 
-    fn schedule(&self) -> SchedulerConfig {
-        SchedulerConfig::DefaultScheduler {
-            method: DefaultSchedulerMethod::Fixed(self.spec.settings.max_seqs),
-        }
-    }
-
-    /// In use, to be removed by `reaper` in the end.
-    fn leased(mut self, reaper: &Reaper) -> Lease {
-        self.reaper = Some(reaper.clone());
-        Arc::new(self)
+    /// In use, with the engine of `slot`, or one that ends with it; blocking.
+    fn with_engine(self, slot: Option<Slot>, reaper: &Reaper) -> Result<Lease> {
+        let checked = self.checked;
+        let wanted = checked.wanted;
+        let engine = match slot {
+            Some(slot) => slot.occupy(self.model)?,
+            None => Occupied::with(self.model, wanted.spec.settings.max_seqs)?,
+        };
+        Ok(Arc::new(Generation {
+            name: wanted.name().to_owned(),
+            source: Mutex::new(wanted.source()),
+            parent: wanted.parent,
+            hash: checked.hash,
+            created: now(),
+            max_sequence_length: checked.max_sequence_length,
+            frame: checked.frame,
+            end_tokens: self.end_tokens,
+            sampling: self.sampling,
+            tokenizer: self.tokenizer,
+            turns: batches_on_a_cpu::turns(wanted.spec.device),
+            spec: wanted.spec,
+            engine: Some(engine),
+            pulse: Pulse::default(),
+            memory: Some(self.memory),
+            reaper: reaper.clone(),
+        }))
     }
 }
 
-/// mistral.rs's host, and the thread that removes engines from it.
+/// The engines of a registry, their memory, and the thread that takes models away from them.
 pub(crate) struct Host {
-    pub(super) inner: Arc<MistralRs>,
     pub(super) memory: Arc<Memory>,
+    pub(super) slots: Arc<Slots>,
     reaper: Reaper,
-    /// Of the next generation.
-    serial: AtomicU64,
 }
 
 impl Host {
-    /// Starts a host with its first model, which it cannot be without.
-    pub(crate) async fn start(first: Checked, memory: Arc<Memory>) -> Result<(Self, Lease)> {
-        let (pipeline, generation) = Generation::load(first, 0, &memory).await?;
-        let inner = MistralRsBuilder::new(pipeline, generation.schedule(), false, None)
-            .with_model_id(generation.engine_id.clone())
-            .with_no_prefix_cache(true)
-            .build()
-            .await;
-        let reaper = Reaper::spawn(Arc::downgrade(&inner))?;
-        let lease = generation.leased(&reaper);
-        let host = Self {
-            inner,
+    pub(super) fn start(memory: Arc<Memory>) -> Result<Self> {
+        let slots = Arc::new(Slots::default());
+        Ok(Self {
+            reaper: Reaper::spawn(slots.clone())?,
             memory,
-            reaper,
-            serial: AtomicU64::new(1),
-        };
-        Ok((host, lease))
+            slots,
+        })
     }
 
-    /// Loads one more model and starts its engine.
-    pub(crate) async fn add(&self, checked: Checked) -> Result<Lease> {
-        allow_another_model()?;
-        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
-        let (pipeline, generation) = Generation::load(checked, serial, &self.memory).await?;
-        let config = AddModelConfig::new(prefix_cache::engine_without());
-        let (id, schedule) = (generation.engine_id.clone(), generation.schedule());
-        let added = self.inner.add_model(id, pipeline, schedule, config);
-        added.await.map_err(Error::Engine)?;
-        Ok(generation.leased(&self.reaper))
+    /// Loads a model and gives it an engine, which has answered a request when this returns.
+    ///
+    /// `n_wanted` generations are served, or about to be; those beyond only finish their last requests.
+    pub(crate) async fn add(&self, checked: Checked, n_wanted: usize) -> Result<Lease> {
+        if n_wanted > 0 {
+            allow_another_model()?;
+        }
+        let name = checked.wanted.name().to_owned();
+        let slot = match samples_in_step() {
+            true => None,
+            false => Some(self.slot(&checked, n_wanted).await?),
+        };
+        let loaded = match Loaded::load(checked, &self.memory).await {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                slot.into_iter().for_each(|slot| self.slots.put(slot));
+                return Err(error);
+            }
+        };
+        let reaper = self.reaper.clone();
+        let lease = blocking(move || loaded.with_engine(slot, &reaper)).await?;
+        match lease.prove(FIRST_ANSWER).await {
+            Ok(()) => Ok(lease),
+            Err(error) => {
+                tracing::error!(name, %error, "a new engine did not answer");
+                Err(Error::engine_unavailable(&format!(
+                    "that of `{name}` did not answer its first request"
+                )))
+            }
+        }
+    }
+
+    async fn slot(&self, checked: &Checked, n_wanted: usize) -> Result<Slot> {
+        let (loader, max_seqs) = (
+            &checked.wanted.loader,
+            checked.wanted.spec.settings.max_seqs,
+        );
+        let one_is_leaving = || self.memory.in_use().0 > n_wanted;
+        self.slots
+            .take(loader.device(), max_seqs, one_is_leaving)
+            .await
+    }
+
+    /// Sees to it that the next load to `device` finds an engine that runs already.
+    pub(super) async fn keep_one_ready(
+        &self,
+        device: &Device,
+        settings: EngineSettings,
+    ) -> Result<()> {
+        match samples_in_step() {
+            true => Ok(()),
+            false => self.slots.keep_one_ready(device, settings.max_seqs).await,
+        }
     }
 }
+
+/// How long an engine may take for the first token that it is asked for.
+const FIRST_ANSWER: Duration = Duration::from_secs(60);
 
 /// How long a load waits for the memory of what was unloaded before it.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Runs `work` where it may block.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::Engine(format!("loading stopped unexpectedly: {error}")))?
-}

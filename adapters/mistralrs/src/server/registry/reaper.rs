@@ -1,83 +1,104 @@
-//! The removal of engines that nobody needs any more.
+//! The thread that takes models away from engines when nobody needs them any more.
 
-use std::sync::{Weak, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use mistralrs_core::MistralRs;
-
 use super::memory::Reservation;
+use super::slots::{Occupied, Slots};
 use crate::error::{Error, Result};
 use crate::loader::WeakPipeline;
 
 /// What freeing the weights may take once nobody holds them: a count of zero says that the destructor begins.
 const DESTRUCTION: Duration = Duration::from_millis(200);
 
+/// How often it is looked whether an idle engine has become superfluous.
+const LOOK: Duration = Duration::from_secs(5);
+
 /// A generation that nobody needs any more.
 pub(super) struct Retired {
-    pub(super) engine_id: String,
-    pub(super) pipeline: WeakPipeline,
+    pub(super) name: String,
+    pub(super) generation: String,
+    pub(super) engine: Occupied,
     /// Counted as in use until the weights are gone.
-    pub(super) _memory: Option<Reservation>,
+    pub(super) memory: Option<Reservation>,
 }
 
-impl Retired {
-    /// Whether the engine, which ends at its next step, or the destructor of its weights may still be at it; `released` is when
-    /// nobody held the weights any more.
-    fn is_in_memory(&self, released: &mut Option<Instant>) -> bool {
+/// A model whose engine does not give it away, but ends with it.
+struct Leaving {
+    pipeline: WeakPipeline,
+    /// When nobody held the weights any more.
+    released: Option<Instant>,
+    _memory: Option<Reservation>,
+}
+
+impl Leaving {
+    /// Whether the engine, which ends at its next step, or the destructor of its weights may still be at it.
+    fn is_in_memory(&mut self) -> bool {
         if self.pipeline.strong_count() > 0 {
             return true;
         }
-        let is_gone = released.get_or_insert_with(Instant::now).elapsed() >= DESTRUCTION;
-        if is_gone {
-            tracing::info!(engine_id = self.engine_id, "engine removed");
-        }
-        !is_gone
+        self.released.get_or_insert_with(Instant::now).elapsed() < DESTRUCTION
     }
 }
 
-/// Removes engines whose last lease has gone, on a thread of its own: removal blocks, which a task must not do.
+/// Empties engines whose last lease has gone, on a thread of its own: that blocks, which a task must not do.
 #[derive(Clone)]
 pub(super) struct Reaper(mpsc::Sender<Retired>);
 
 impl Reaper {
-    pub(super) fn spawn(host: Weak<MistralRs>) -> Result<Self> {
+    pub(super) fn spawn(slots: Arc<Slots>) -> Result<Self> {
         let (sender, receiver) = mpsc::channel::<Retired>();
         std::thread::Builder::new()
             .name("engine-reaper".to_owned())
             .spawn(move || {
-                let mut leaving = Vec::new();
+                let mut leaving: Vec<Leaving> = Vec::new();
+                let mut has_more_than_needed = false;
                 loop {
-                    let retired = if leaving.is_empty() {
-                        receiver
+                    let retired = match (leaving.is_empty(), has_more_than_needed) {
+                        (false, _) => receiver.recv_timeout(DESTRUCTION),
+                        (true, true) => receiver.recv_timeout(LOOK),
+                        (true, false) => receiver
                             .recv()
-                            .map_err(|_| mpsc::RecvTimeoutError::Disconnected)
-                    } else {
-                        receiver.recv_timeout(DESTRUCTION)
-                    };
-                    let Some(host) = host.upgrade() else {
-                        return;
+                            .map_err(|_| mpsc::RecvTimeoutError::Disconnected),
                     };
                     match retired {
-                        Ok(retired) => match host.remove_model(&retired.engine_id) {
-                            Ok(()) => leaving.push((retired, None)),
-                            Err(error) => {
-                                tracing::debug!(retired.engine_id, error, "engine kept");
-                            }
-                        },
+                        Ok(retired) => leaving.extend(empty(retired, &slots)),
                         Err(mpsc::RecvTimeoutError::Timeout) => {
-                            leaving
-                                .retain_mut(|(retired, released)| retired.is_in_memory(released));
+                            leaving.retain_mut(Leaving::is_in_memory);
                         }
                         Err(mpsc::RecvTimeoutError::Disconnected) => return,
                     }
+                    has_more_than_needed = slots.trim();
                 }
             })
-            .map_err(|error| Error::Engine(format!("cannot start a thread: {error}")))?;
+            .map_err(|error| Error::no_threads(&error))?;
         Ok(Self(sender))
     }
 
     pub(super) fn remove(&self, retired: Retired) {
-        // With the reaper gone the whole host is going.
+        // With the reaper gone all the engines are going.
         let _ = self.0.send(retired);
+    }
+}
+
+/// Frees the model of `retired` and makes its engine an idle one of `slots`; what is not free at once is returned.
+fn empty(retired: Retired, slots: &Slots) -> Option<Leaving> {
+    let (name, generation) = (retired.name, retired.generation);
+    match retired.engine.vacate() {
+        Ok(slot) => {
+            // Before the engine is there for the next model, which may need the memory.
+            drop(retired.memory);
+            slots.put(slot);
+            tracing::info!(name, generation, "removed");
+            None
+        }
+        Err(pipeline) => {
+            tracing::warn!(name, generation, "removed together with its engine");
+            Some(Leaving {
+                pipeline,
+                released: None,
+                _memory: retired.memory,
+            })
+        }
     }
 }

@@ -1,0 +1,98 @@
+//! The thread that each engine leaves behind: mistral.rs 0.8.1 starts one for the log of throughput with every engine it makes, and
+//! nothing ends its loop (`IntervalLogger::new`), so that an engine for each load is a thread for each load.
+//!
+//! So engines are kept: one whose model is no longer needed gets another. mistral.rs has no way to do that. What an engine steps is
+//! behind a lock, though, and what two locks hold can be exchanged. An engine without a model of ours has a [`placeholder`], so
+//! that it holds no weights.
+
+mod placeholder;
+
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+
+use mistralrs_core::Pipeline;
+use tokio::sync::MutexGuard;
+
+use crate::loader::SharedPipeline;
+pub(crate) use placeholder::placeholder;
+
+/// A model that mistral.rs's `NormalLoader` has loaded.
+#[derive(Clone)]
+pub(crate) struct NormalModel(SharedPipeline);
+
+/// Another one held the model for too long.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum NotExchanged {
+    /// The engine steps it, and does not come to an end.
+    Busy,
+    /// The two are not of one type after all.
+    Unlike,
+}
+
+type Content = dyn Pipeline + Send + Sync;
+
+impl NormalModel {
+    /// # Safety
+    /// `pipeline` must be what `NormalLoader::load_model_from_path` returned.
+    pub(crate) unsafe fn new(pipeline: SharedPipeline) -> Self {
+        Self(pipeline)
+    }
+
+    pub(crate) fn shared(&self) -> &SharedPipeline {
+        &self.0
+    }
+
+    /// Exchanges the contents of the two: whoever steps the one steps what the other was from now on. Blocking.
+    ///
+    /// No sequence may be in the hands of an engine of either: it would go on with another model.
+    ///
+    /// # Errors
+    /// If either is in use for longer than `patience`.
+    pub(crate) fn exchange(&self, other: &Self, patience: Duration) -> Result<(), NotExchanged> {
+        let deadline = Instant::now() + patience;
+        let mut first = self.lock(deadline)?;
+        let mut second = other.lock(deadline)?;
+        let (first, second): (&mut Content, &mut Content) = (&mut *first, &mut *second);
+        let size = size_of_val(first);
+        let is_alike = size == size_of_val(second) && align_of_val(first) == align_of_val(second);
+        let (first, second) = (&raw mut *first, &raw mut *second);
+        if !is_alike || !have_one_type(first, second) {
+            return Err(NotExchanged::Unlike);
+        }
+        // SAFETY: By the condition of `new` both are a `NormalPipeline`: `NormalLoader` makes no other pipeline, at one place of its
+        // source, and size, alignment and the table of methods, compared above, agree. Both are `size` bytes long. They do not
+        // overlap, as two locks are held, and nothing else refers to either while they are: the locks hand out no
+        // reference that outlives a guard, and they are not pinned. Exchanging the bytes of two values of one type is what
+        // `mem::swap` does, which any value that is not pinned bears.
+        unsafe { std::ptr::swap_nonoverlapping(first.cast::<u8>(), second.cast::<u8>(), size) };
+        Ok(())
+    }
+
+    fn lock(&self, deadline: Instant) -> Result<MutexGuard<'_, Content>, NotExchanged> {
+        loop {
+            match self.0.try_lock() {
+                Ok(guard) => return Ok(guard),
+                Err(_) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(_) => return Err(NotExchanged::Busy),
+            }
+        }
+    }
+}
+
+/// Whether both have the methods of one type: pointers that agree in their address are equal if these agree, too.
+fn have_one_type(first: *const Content, second: *const Content) -> bool {
+    let distance = second.addr().wrapping_sub(first.addr());
+    #[expect(
+        ambiguous_wide_pointer_comparisons,
+        reason = "the tables of methods are what is compared; they are made at one place, so equal types have one"
+    )]
+    let are_equal = first.wrapping_byte_add(distance) == second;
+    are_equal
+}
+
+/// Threads of one engine: its own, those of its runtime, that of its log, and one that is only there while it starts.
+pub(crate) fn threads_of_an_engine() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get) + 3
+}

@@ -1,0 +1,333 @@
+//! Slots: engines that outlive their models, and get another when the one they have is no longer needed.
+
+use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use candle_core::Device;
+use mistralrs_core::{
+    DefaultSchedulerMethod, MistralRs, MistralRsBuilder, NormalRequest, Request, RequestMessage,
+    Response, SamplingParams, SchedulerConfig,
+};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::mpsc::{Sender, channel};
+
+use crate::engine::{engine_error, silent};
+use crate::error::{Error, Result};
+use crate::loader::{WeakPipeline, panic_text};
+use crate::quirks_0_8::logger_threads::{
+    NormalModel, NotExchanged, placeholder, threads_of_an_engine,
+};
+use crate::quirks_0_8::thread_locals::on_fresh_thread;
+
+/// Idle slots that are kept for good: the next load finds an engine that runs already.
+const KEPT: usize = 1;
+
+/// How long further ones are kept, for what comes in waves.
+const KEPT_FOR: Duration = Duration::from_secs(60);
+
+/// How long a load waits for the engine of a generation that finishes its last requests, before it starts one more.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long an engine without a request may step its model.
+const LAST_STEP: Duration = Duration::from_secs(10);
+
+/// How long the thread of an engine that has ended may take to end, too.
+const LAST_BREATH: Duration = Duration::from_millis(200);
+
+/// One engine, in a host of its own: what fails in one, also under a lock of mistral.rs's, fails in that one only.
+pub(crate) struct Slot {
+    host: Arc<MistralRs>,
+    /// Where the engine takes requests. It is kept, because mistral.rs starts an engine anew when it is asked for one that has ended.
+    input: RwLock<Sender<Request>>,
+    /// Whether it has answered a request since it was started.
+    is_proved: AtomicBool,
+    /// What the engine steps.
+    model: NormalModel,
+    max_seqs: NonZeroUsize,
+}
+
+impl Slot {
+    /// Starts an engine for `model`; blocking.
+    fn start(model: NormalModel, max_seqs: NonZeroUsize) -> Result<Self> {
+        require_threads(threads_of_an_engine())?;
+        let pipeline = model.shared().clone();
+        let scheduler = SchedulerConfig::DefaultScheduler {
+            method: DefaultSchedulerMethod::Fixed(max_seqs),
+        };
+        let start = move || -> Result<_> {
+            // With one of several threads mistral.rs would ask the engine something, and wait for the answer without a limit.
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .build()
+                .map_err(engine_error)?;
+            let host = runtime.block_on(
+                MistralRsBuilder::new(pipeline, scheduler, false, None)
+                    .with_no_prefix_cache(true)
+                    .build(),
+            );
+            let input = host.get_sender(None).map_err(engine_error)?;
+            Ok((host, input))
+        };
+        let (host, input) = on_fresh_thread(start)
+            .map_err(|error| Error::no_threads(&error))?
+            .map_err(|panic| Error::engine_unavailable(&panic_text(panic.as_ref())))??;
+        Ok(Self {
+            host,
+            input: RwLock::new(input),
+            is_proved: AtomicBool::new(false),
+            model,
+            max_seqs,
+        })
+    }
+
+    pub(crate) fn host(&self) -> &Arc<MistralRs> {
+        &self.host
+    }
+
+    /// Whether the engine has ended, by a panic.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.input.read().is_closed()
+    }
+
+    /// Whether it has answered a request since it was started; one that was started again after a panic may panic again.
+    pub(crate) fn is_proved(&self) -> bool {
+        self.is_proved.load(Ordering::SeqCst)
+    }
+
+    /// Where the engine takes requests. One that has ended is started again.
+    ///
+    /// # Errors
+    /// If it cannot be started again.
+    pub(crate) fn input(&self) -> Result<Sender<Request>> {
+        let input = self.input.read().clone();
+        if !input.is_closed() {
+            return Ok(input);
+        }
+        let mut input = self.input.write();
+        let deadline = Instant::now() + LAST_BREATH;
+        while input.is_closed() {
+            // mistral.rs starts threads while it holds a lock, which a panic would poison.
+            require_threads(threads_of_an_engine())?;
+            self.is_proved.store(false, Ordering::SeqCst);
+            let host = &self.host;
+            let sender = catch_unwind(AssertUnwindSafe(|| host.get_sender(None)))
+                .map_err(|panic| Error::engine_unavailable(&panic_text(panic.as_ref())))?;
+            *input = sender.map_err(engine_error)?;
+            // It is started again once its thread has ended, which is soon after its input has.
+            if input.is_closed() {
+                if Instant::now() > deadline {
+                    return Err(silent());
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        Ok(input.clone())
+    }
+
+    /// Asks for one token. Nothing else may be asked meanwhile where the engine takes one request at a time.
+    ///
+    /// The engine may be at it for longer than the caller waits; `held` is kept as long.
+    ///
+    /// # Errors
+    /// If the engine cannot answer, or says that it failed.
+    pub(crate) async fn probe(&self, held: impl Send + 'static) -> Result<()> {
+        let (sender, mut receiver) = channel(1);
+        let params = SamplingParams {
+            temperature: Some(0.0),
+            max_len: Some(1),
+            ..SamplingParams::neutral()
+        };
+        let prompt = RequestMessage::CompletionTokens(vec![0]);
+        let id = self.host.next_request_id();
+        let request = NormalRequest::new_simple(prompt, params, sender, id, None, None);
+        let input = self.input()?;
+        // A task of its own: the engine must find a receiver whenever it answers.
+        let work = tokio::spawn(async move {
+            let _held = held;
+            let request = Request::Normal(Box::new(request));
+            input.send(request).await.map_err(engine_error)?;
+            receiver.recv().await.ok_or_else(silent)
+        });
+        match work.await.map_err(engine_error)?? {
+            Response::ValidationError(error) | Response::InternalError(error) => {
+                Err(engine_error(error))
+            }
+            Response::ModelError(message, _) | Response::CompletionModelError(message, _) => {
+                Err(Error::Engine(message))
+            }
+            _ => {
+                self.is_proved.store(true, Ordering::SeqCst);
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives the engine `model` instead of its placeholder; blocking.
+    pub(super) fn occupy(self, model: NormalModel) -> Result<Occupied> {
+        match self.model.exchange(&model, LAST_STEP) {
+            Ok(()) => {
+                // With this model it has to prove itself anew.
+                self.is_proved.store(false, Ordering::SeqCst);
+                Ok(Occupied {
+                    slot: self,
+                    placeholder: Some(model),
+                })
+            }
+            Err(NotExchanged::Unlike) => {
+                tracing::warn!("a model is of an unknown kind; it gets an engine of its own");
+                Occupied::with(model, self.max_seqs)
+            }
+            Err(NotExchanged::Busy) => Err(Error::engine_unavailable("an idle one is busy")),
+        }
+    }
+}
+
+/// A slot whose engine has a model.
+pub(crate) struct Occupied {
+    pub(crate) slot: Slot,
+    /// What the engine had before; none if it was started with its model, and ends with it.
+    placeholder: Option<NormalModel>,
+}
+
+impl Occupied {
+    /// An engine that never has another model than `model`; blocking.
+    pub(super) fn with(model: NormalModel, max_seqs: NonZeroUsize) -> Result<Self> {
+        Ok(Self {
+            slot: Slot::start(model, max_seqs)?,
+            placeholder: None,
+        })
+    }
+
+    /// Takes the model out and frees it; blocking.
+    ///
+    /// # Errors
+    /// If the engine does not give it away. It then ends when it can, and the model with it.
+    pub(super) fn vacate(self) -> std::result::Result<Slot, WeakPipeline> {
+        let Self { slot, placeholder } = self;
+        let is_free = !slot.has_ended()
+            && placeholder
+                .is_some_and(|placeholder| slot.model.exchange(&placeholder, LAST_STEP).is_ok());
+        match is_free {
+            true => Ok(slot),
+            false => Err(Arc::downgrade(slot.model.shared())),
+        }
+    }
+}
+
+/// The idle slots of a registry.
+#[derive(Default)]
+pub(crate) struct Slots {
+    /// With the time since when.
+    idle: Mutex<Vec<(Slot, Instant)>>,
+}
+
+impl Slots {
+    /// A slot whose engine runs `max_seqs` sequences: an idle one, or else a new one on `device`.
+    ///
+    /// While `one_is_leaving`, that one's is waited for.
+    pub(super) async fn take(
+        &self,
+        device: &Device,
+        max_seqs: NonZeroUsize,
+        one_is_leaving: impl Fn() -> bool,
+    ) -> Result<Slot> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(slot) = self.pop(max_seqs) {
+                return Ok(slot);
+            }
+            if !one_is_leaving() || Instant::now() > deadline {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Self::make(device.clone(), max_seqs).await
+    }
+
+    fn pop(&self, max_seqs: NonZeroUsize) -> Option<Slot> {
+        let mut idle = self.idle.lock();
+        // After a change of `runtime.max_seqs` the former ones are of no use.
+        idle.retain(|(slot, _)| slot.max_seqs == max_seqs && !slot.has_ended());
+        idle.pop().map(|(slot, _)| slot)
+    }
+
+    /// Sees to it that the next load finds a slot.
+    pub(super) async fn keep_one_ready(
+        &self,
+        device: &Device,
+        max_seqs: NonZeroUsize,
+    ) -> Result<()> {
+        if self.idle.lock().is_empty() {
+            let slot = Self::make(device.clone(), max_seqs).await?;
+            self.put(slot);
+        }
+        Ok(())
+    }
+
+    async fn make(device: Device, max_seqs: NonZeroUsize) -> Result<Slot> {
+        blocking(move || Slot::start(placeholder(&device)?, max_seqs)).await
+    }
+
+    pub(super) fn put(&self, slot: Slot) {
+        self.idle.lock().push((slot, Instant::now()));
+    }
+
+    /// Ends the engines of slots that nobody has needed for some time; whether there may be more of them later.
+    pub(super) fn trim(&self) -> bool {
+        let mut idle = self.idle.lock();
+        // The one that was in use last is taken first, so the first is idle for the longest time.
+        while idle.len() > KEPT && idle[0].1.elapsed() > KEPT_FOR {
+            idle.remove(0);
+        }
+        idle.len() > KEPT
+    }
+}
+
+/// Runs `work` on a thread of its own, where it may block.
+///
+/// # Errors
+/// Those of `work`, and [`Error::no_threads`]: a pool of threads that cannot have another one panics.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("loading".to_owned())
+        .spawn(move || {
+            let outcome = catch_unwind(AssertUnwindSafe(work));
+            // Nobody may be waiting any more.
+            let _ = sender.send(outcome);
+        })
+        .map_err(|error| Error::no_threads(&error))?;
+    let stopped = |cause: String| Error::Engine(format!("loading stopped unexpectedly: {cause}"));
+    receiver
+        .await
+        .map_err(|error| stopped(error.to_string()))?
+        .map_err(|panic| stopped(panic_text(panic.as_ref())))?
+}
+
+/// Finds out whether `n` threads can be started now. mistral.rs and its runtime panic where they cannot.
+fn require_threads(n: usize) -> Result<()> {
+    let gate = Arc::new(Mutex::new(()));
+    let closed = gate.lock();
+    let mut threads = Vec::new();
+    let mut outcome = Ok(());
+    while threads.len() < n && outcome.is_ok() {
+        let gate = gate.clone();
+        let thread = std::thread::Builder::new()
+            .name("engine-room".to_owned())
+            .spawn(move || drop(gate.lock()));
+        match thread {
+            Ok(thread) => threads.push(thread),
+            Err(error) => outcome = Err(Error::no_threads(&error)),
+        }
+    }
+    drop(closed);
+    for thread in threads {
+        // It does nothing that could panic.
+        let _ = thread.join();
+    }
+    outcome
+}
