@@ -1,74 +1,49 @@
-//! Loads a base model with an adapter merged in, inside mistral.rs, and answers one question.
+//! Asks a base model with an adapter one question.
 //!
 //! ```text
 //! cargo run --release -p mistralrs-monteclora --example chat -- models/SmolLM2-135M-Instruct out "I was charged twice."
 //! ```
-//!
-//! The loader is an ordinary mistral.rs `Loader`: what it returns goes into `MistralRsBuilder` like any other model.
 
-use std::num::NonZeroUsize;
+use std::io::{Write, stdout};
+use std::path::Path;
 
-use mistralrs_core::{
-    DefaultSchedulerMethod, MistralRsBuilder, NormalRequest, Request, RequestMessage, Response,
-    SamplingParams, SchedulerConfig,
-};
-use mistralrs_monteclora::MonteCloraLoader;
+use mistralrs_monteclora::MonteCloraModelBuilder;
+use mistralrs_monteclora::mistralrs::{RequestBuilder, TextMessageRole};
 
 #[tokio::main]
-#[expect(clippy::print_stdout, reason = "the answer is the program's result")]
 async fn main() -> anyhow::Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let (Some(base), Some(adapter), Some(question)) =
-        (arguments.next(), arguments.next(), arguments.next())
-    else {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [base, adapter, question] = &arguments[..] else {
         anyhow::bail!("usage: chat BASE_DIRECTORY ADAPTER_DIRECTORY QUESTION");
     };
-    let loader = MonteCloraLoader::builder(base, "assistant")
-        .adapter(adapter)
-        .progress(true)
-        .build()?;
-    let pipeline = tokio::task::spawn_blocking(move || loader.load()).await??;
-    let scheduler = SchedulerConfig::DefaultScheduler {
-        method: DefaultSchedulerMethod::Fixed(NonZeroUsize::MIN),
-    };
-    let host = MistralRsBuilder::new(pipeline, scheduler, false, None)
-        .build()
-        .await;
+    run(base.as_ref(), adapter.as_ref(), question, &mut stdout()).await
+}
 
-    let (sender, mut receiver) = tokio::sync::mpsc::channel(1);
-    let turn = [("role", "user"), ("content", question.as_str())]
-        .map(|(key, text)| (key.to_owned(), either::Either::Left(text.to_owned())));
-    let request = NormalRequest::new_simple(
-        RequestMessage::Chat {
-            messages: vec![turn.into_iter().collect()],
-            enable_thinking: None,
-            reasoning_effort: None,
-        },
-        SamplingParams {
-            // 0 is greedy; without a temperature mistral.rs samples at 1.
-            temperature: Some(0.0),
-            max_len: Some(128),
-            ..SamplingParams::neutral()
-        },
-        sender,
-        host.next_request_id(),
-        None,
-        None,
-    );
-    host.get_sender(None)?
-        .send(Request::Normal(Box::new(request)))
+/// Writes the answer, and how long it is.
+pub(crate) async fn run(
+    base: &Path,
+    adapter: &Path,
+    question: &str,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    let model = MonteCloraModelBuilder::new(base)
+        .with_adapter("assistant", adapter)
+        .without_base() // the adapter alone answers: one copy of the weights
+        .build()
         .await?;
-    match receiver.recv().await {
-        Some(Response::Done(done)) => {
-            for choice in done.choices {
-                println!("{}", choice.message.content.unwrap_or_default());
-            }
-            Ok(())
-        }
-        Some(Response::ValidationError(error) | Response::InternalError(error)) => {
-            anyhow::bail!("refused: {error}")
-        }
-        Some(Response::ModelError(message, _)) => anyhow::bail!("failed: {message}"),
-        _ => anyhow::bail!("no answer"),
+    // Greedy, as nothing else is said; `set_sampler_temperature` and its like change that.
+    let request = RequestBuilder::new()
+        .add_message(TextMessageRole::User, question)
+        .set_sampler_max_len(128);
+    let answer = model.send_chat_request(request).await?;
+    for choice in &answer.choices {
+        writeln!(
+            out,
+            "{}",
+            choice.message.content.as_deref().unwrap_or_default()
+        )?;
+        let n_tokens = answer.usage.completion_tokens;
+        writeln!(out, "({n_tokens} tokens, {})", choice.finish_reason)?;
     }
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! The crate as a whole on small models with reference logits.
 
 mod abuse;
+mod application;
 mod choices;
 mod engines;
 mod operation;

@@ -23,6 +23,10 @@
 //! # Ok::<(), mistralrs_monteclora::Error>(())
 //! ```
 
+#[cfg(test)]
+extern crate self as mistralrs_monteclora;
+
+mod application;
 mod chat_files;
 mod config;
 mod engine;
@@ -38,6 +42,7 @@ mod server;
 #[cfg(test)]
 mod fixture_tests;
 
+pub use application::{MonteCloraModel, MonteCloraModelBuilder, MonteCloraStream, Turn};
 pub use config::{
     AdapterSection, AdminSection, AuthSection, DeviceSection, LimitsSection, Locate, ModelConfig,
     ModelSection, QuantizationSection, RuntimeSection, ServeConfig, ServeFile, ServerSection,
@@ -47,6 +52,7 @@ pub use engine::{Answer, ChatMessage, Engine, PromptLogits, prompt_logits};
 pub use error::{Error, Result};
 pub use keys::KeySet;
 pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline};
+pub use mistralrs;
 pub use mistralrs_core::{IsqType, ModelDType};
 pub use quantisation::parse_in_situ_quant;
 pub use quirks_0_8::model_config::{NormalisedConfig, normalise_config};

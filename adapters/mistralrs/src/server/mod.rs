@@ -17,8 +17,8 @@ mod request;
 pub(crate) mod sampling;
 pub(crate) mod seeded;
 mod signals;
-mod steps;
-mod stop;
+pub(crate) mod steps;
+pub(crate) mod stop;
 mod tls;
 
 use std::future::Future;

@@ -35,6 +35,20 @@ pub(crate) struct Steps {
 }
 
 impl Steps {
+    /// Those of an answer outside the server.
+    pub(crate) fn for_answer(
+        end_tokens: Vec<u32>,
+        bias: HashMap<u32, f32>,
+        stop: Option<StopWatch>,
+    ) -> Self {
+        Self {
+            end_tokens,
+            bias: Arc::new(bias),
+            stop,
+            ..Self::default()
+        }
+    }
+
     /// Tokens sampled.
     pub(crate) fn count(&self) -> usize {
         self.lengths.lock().len()

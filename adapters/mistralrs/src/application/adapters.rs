@@ -1,0 +1,131 @@
+//! Adapters that are loaded, swapped and unloaded while requests are answered.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::model::MonteCloraModel;
+use super::served::Served;
+use crate::engine::engine_error;
+use crate::error::{Error, Result, code};
+use crate::quirks_0_8::split_models::allow_another_model;
+
+/// How long an engine without a request may step its model.
+const LAST_STEP: Duration = Duration::from_secs(10);
+
+/// How long a removed engine may take to give its memory back.
+const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
+
+impl MonteCloraModel {
+    /// Loads the adapter in `source` and serves it under the new name `alias`.
+    ///
+    /// It takes the memory of one more copy of the model.
+    ///
+    /// # Errors
+    /// If the name is taken, or for whatever [`MonteCloraLoader::load`](crate::MonteCloraLoader::load) refuses.
+    pub async fn load_adapter(
+        &self,
+        alias: impl Into<String>,
+        source: impl Into<PathBuf>,
+    ) -> Result<()> {
+        let alias = alias.into();
+        let _change = self.changes.lock().await;
+        if self.served.read().contains_key(&alias) {
+            let message = format!("the name `{alias}` is already served; swap or unload it");
+            return Err(Error::refused(code::NAME_TAKEN, message));
+        }
+        allow_another_model()?;
+        let served = Arc::new(self.recipe.load(&alias, Some(source.into())).await?);
+        self.recipe.add(&self.host, &served).await?;
+        self.served.write().insert(alias, served);
+        Ok(())
+    }
+
+    /// Serves the adapter in `source` under the name `alias`, instead of the one that answers there now.
+    ///
+    /// The new one is loaded while the old one answers. Requests that have begun finish on the old one, those that come after them
+    /// get the new one; then the old one's memory is given back. Meanwhile both are in memory. On a CPU, requests wait for each other
+    /// anyway. On an accelerator, requests that come while the last ones of the old adapter finish wait for them.
+    ///
+    /// The engine stays, so that no thread is left behind and `mistralrs` knows the model under the same name.
+    ///
+    /// # Errors
+    /// If `alias` is not an adapter, or for whatever [`MonteCloraLoader::load`](crate::MonteCloraLoader::load) refuses. The old one
+    /// answers on then.
+    pub async fn swap_adapter(&self, alias: &str, source: impl Into<PathBuf>) -> Result<()> {
+        let _change = self.changes.lock().await;
+        let served = self.adapter(alias)?;
+        let other = self.recipe.load(alias, Some(source.into())).await?;
+        let turns = served.all_turns().await.map_err(engine_error)?;
+        // The weights that come out are freed there, too.
+        let exchange = move || {
+            let _turns = turns;
+            served.model.exchange(&other.model, LAST_STEP)
+        };
+        tokio::task::spawn_blocking(exchange)
+            .await
+            .map_err(engine_error)?
+            .map_err(|reason| {
+                Error::Engine(format!(
+                    "the weights of `{alias}` cannot be exchanged: {reason:?}"
+                ))
+            })
+    }
+
+    /// Stops serving the adapter `alias`: requests that have begun, or wait for their turn, finish, then its memory is given back.
+    ///
+    /// If it was the default model, the first of those that stay is. mistral.rs leaves one sleeping thread behind.
+    ///
+    /// # Errors
+    /// If `alias` is not an adapter, or is all that is served.
+    pub async fn unload_adapter(&self, alias: &str) -> Result<()> {
+        let _change = self.changes.lock().await;
+        let served = self.adapter(alias)?;
+        let others = self.served.read();
+        let Some(next) = others.keys().find(|name| *name != alias).cloned() else {
+            let message = format!("`{alias}` is all that is served; swap it, or drop the model");
+            return Err(Error::refused(code::NAME_TAKEN, message));
+        };
+        drop(others);
+        if self
+            .get_default_model_id()
+            .map_err(engine_error)?
+            .as_deref()
+            == Some(alias)
+        {
+            self.set_default_model_id(&next).map_err(engine_error)?;
+        }
+        self.served.write().shift_remove(alias);
+        let turns = served.all_turns().await.map_err(engine_error)?;
+        let (host, alias) = (self.host.clone(), alias.to_owned());
+        let weights = Arc::downgrade(served.model.shared());
+        // mistral.rs blocks there, which a task must not do.
+        let remove = move || {
+            let _turns = turns;
+            host.remove_model(&alias).map_err(Error::Engine)?;
+            drop(served);
+            let start = Instant::now();
+            while weights.strong_count() > 0 {
+                if start.elapsed() > SHUT_DOWN_LIMIT {
+                    return Err(Error::Engine("the engine did not stop in time".to_owned()));
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Ok(())
+        };
+        tokio::task::spawn_blocking(remove)
+            .await
+            .map_err(engine_error)?
+    }
+
+    /// What is served under `alias`, which must be an adapter.
+    fn adapter(&self, alias: &str) -> Result<Arc<Served>> {
+        let served = self.served.read().get(alias).cloned();
+        let served = served.ok_or_else(|| Error::unknown_name(alias))?;
+        if !served.is_adapter {
+            let message = format!("`{alias}` is the base model, not an adapter");
+            return Err(Error::setting("alias", message));
+        }
+        Ok(served)
+    }
+}

@@ -1,0 +1,14 @@
+//! The plugin as an application uses it: a builder in the style of mistral.rs, and a model with mistral.rs's own calls.
+
+mod adapters;
+mod builder;
+mod exchange;
+mod model;
+mod request;
+mod served;
+mod stream;
+
+pub use builder::MonteCloraModelBuilder;
+pub use model::MonteCloraModel;
+pub use served::Turn;
+pub use stream::MonteCloraStream;

@@ -1,0 +1,448 @@
+//! A model with the calls of `mistralrs::Model`, each guarded where mistral.rs alone would answer wrongly.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use either::Either;
+use indexmap::IndexMap;
+use mistralrs::error::{Error as SdkError, Result as SdkResult};
+use mistralrs::schemars::{JsonSchema, schema_for};
+use mistralrs::{
+    ChatCompletionResponse, Constraint, MistralRs, MistralRsConfig, Model, RequestBuilder,
+    RequestLike, RequestMessage, Response, ResponseOk, TextMessageRole, TextMessages, Tool,
+};
+use mistralrs_core::{MistralRsError, TokenizationRequest};
+use parking_lot::RwLock;
+use serde::de::DeserializeOwned;
+
+use super::builder::Recipe;
+use super::exchange::send;
+use super::request::{Prepared, Wanted, check_template, prepare};
+use super::served::{Served, Turn};
+use super::stream::{MonteCloraStream, StreamState};
+use crate::quirks_0_8::abandoned_requests::tokenize;
+use crate::server::stop::StopFilter;
+
+/// A base model and adapters on it, each under its name, in one [`MistralRs`]; built by
+/// [`MonteCloraModelBuilder`](super::MonteCloraModelBuilder).
+///
+/// Its calls are those of [`mistralrs::Model`], with the same arguments and answers. What they add:
+///
+/// - On a CPU, an engine gets one request at a time, in the order of asking: mistral.rs decodes batches wrongly there. Each name
+///   has an engine of its own. On accelerators up to `max_num_seqs` requests of a name run together.
+/// - A future or a stream that is dropped ends its answer at the next token, and harms no other. mistral.rs alone stops the engine.
+/// - Structured output ends with the model's own end-of-turn tokens, and a tool that must be called is called.
+/// - `logits_bias`, stop texts, `top_p: 0` and `min_p` without `top_p` do what they say.
+/// - A stream's last chunk has a `finish_reason`.
+/// - What would have no effect is refused by name: `set_adapters`, `n_choices` above 1, web search, images.
+///
+/// For all else there is [`turn`](Self::turn), which lends the [`mistralrs::Model`] itself.
+///
+/// A request that sets no temperature is sampled as mistral.rs does it: [`TextMessages`] and [`RequestBuilder`] begin with
+/// `SamplingParams::deterministic()`, which is greedy; `SamplingParams::neutral()` samples at temperature 1.
+///
+/// # Example
+/// ```no_run
+/// use mistralrs_monteclora::MonteCloraModelBuilder;
+///
+/// # async fn example() -> anyhow::Result<()> {
+/// let model = MonteCloraModelBuilder::new("models/SmolLM2-135M-Instruct")
+///     .with_adapter("triage", "out")
+///     .build()
+///     .await?;
+/// println!("{}", model.chat("I was charged twice.").await?);
+/// # Ok(())
+/// # }
+/// ```
+pub struct MonteCloraModel {
+    pub(super) model: Model,
+    pub(super) host: Arc<MistralRs>,
+    /// By name, the base first.
+    pub(super) served: RwLock<IndexMap<String, Arc<Served>>>,
+    pub(super) recipe: Recipe,
+    /// Held while what is served changes.
+    pub(super) changes: tokio::sync::Mutex<()>,
+}
+
+impl MonteCloraModel {
+    /// Generate with the model (streaming).
+    ///
+    /// # Errors
+    /// If the request cannot be answered as it is.
+    pub async fn stream_chat_request<R: RequestLike>(
+        &self,
+        request: R,
+    ) -> SdkResult<MonteCloraStream> {
+        self.stream_chat_request_with_model(request, None).await
+    }
+
+    /// Generate with a specific model (streaming). `None` is the default model.
+    ///
+    /// # Errors
+    /// If there is no such model, or the request cannot be answered as it is.
+    pub async fn stream_chat_request_with_model<R: RequestLike>(
+        &self,
+        request: R,
+        model_id: Option<&str>,
+    ) -> SdkResult<MonteCloraStream> {
+        let served = self.find(model_id)?;
+        let mut prepared = prepare(request, &served, Wanted::Stream)?;
+        self.fit(&served, &mut prepared).await?;
+        let state = StreamState::new(
+            served.name.clone(),
+            prepared.steps.clone(),
+            prepared.max_tokens,
+            std::mem::take(&mut prepared.stops),
+        );
+        Ok(MonteCloraStream {
+            receiver: send(&self.host, &served, prepared).await?,
+            state,
+            _host: self.host.clone(),
+        })
+    }
+
+    /// Generate with the model (non-streaming).
+    ///
+    /// # Errors
+    /// If the request cannot be answered as it is, or the engine fails.
+    pub async fn send_chat_request<R: RequestLike>(
+        &self,
+        request: R,
+    ) -> SdkResult<ChatCompletionResponse> {
+        self.send_chat_request_with_model(request, None).await
+    }
+
+    /// Send a chat request to a specific model. `None` is the default model.
+    ///
+    /// # Errors
+    /// If there is no such model, the request cannot be answered as it is, or the engine fails.
+    pub async fn send_chat_request_with_model<R: RequestLike>(
+        &self,
+        request: R,
+        model_id: Option<&str>,
+    ) -> SdkResult<ChatCompletionResponse> {
+        let served = self.find(model_id)?;
+        let mut prepared = prepare(request, &served, Wanted::Answer)?;
+        self.fit(&served, &mut prepared).await?;
+        let stops = std::mem::take(&mut prepared.stops);
+        let ResponseOk::Done(mut response) = self.first(&served, prepared).await? else {
+            return Err(SdkError::UnexpectedResponse { expected: "Done" });
+        };
+        for choice in &mut response.choices {
+            if let Some(text) = &mut choice.message.content {
+                let (shown, is_cut) = StopFilter::cut(&stops, text);
+                *text = shown;
+                if is_cut {
+                    choice.finish_reason = "stop".to_owned();
+                }
+            }
+        }
+        Ok(response)
+    }
+
+    /// Generate with the model, returning raw logits of the prompt's positions, in chunks, and the prompt's tokens.
+    ///
+    /// # Errors
+    /// If the request cannot be answered as it is, or the engine fails.
+    pub async fn send_raw_chat_request<R: RequestLike>(
+        &self,
+        request: R,
+    ) -> SdkResult<(Vec<Tensor>, Vec<u32>)> {
+        self.send_raw_chat_request_with_model(request, None).await
+    }
+
+    /// As [`send_raw_chat_request`](Self::send_raw_chat_request), with a specific model. `None` is the default model.
+    ///
+    /// # Errors
+    /// If there is no such model, the request cannot be answered as it is, or the engine fails.
+    pub async fn send_raw_chat_request_with_model<R: RequestLike>(
+        &self,
+        request: R,
+        model_id: Option<&str>,
+    ) -> SdkResult<(Vec<Tensor>, Vec<u32>)> {
+        let served = self.find(model_id)?;
+        let prepared = prepare(request, &served, Wanted::RawLogits)?;
+        match self.first(&served, prepared).await? {
+            ResponseOk::Raw {
+                logits_chunks,
+                tokens,
+            } => Ok((logits_chunks, tokens)),
+            _ => Err(SdkError::UnexpectedResponse { expected: "Raw" }),
+        }
+    }
+
+    /// Quick chat: send a single user message and get the assistant's text reply.
+    ///
+    /// # Errors
+    /// As for [`send_chat_request`](Self::send_chat_request).
+    pub async fn chat(&self, message: impl ToString) -> SdkResult<String> {
+        let messages = TextMessages::new().add_message(TextMessageRole::User, message);
+        text_of(self.send_chat_request(messages).await?)
+    }
+
+    /// Send a chat request constrained to a JSON schema derived from `T`, then deserialize the response into it.
+    ///
+    /// # Errors
+    /// As for [`send_chat_request`](Self::send_chat_request), and if the answer was cut off before its end.
+    pub async fn generate_structured<T: DeserializeOwned + JsonSchema>(
+        &self,
+        messages: impl Into<RequestBuilder>,
+    ) -> SdkResult<T> {
+        self.generate_structured_with_model(messages, None).await
+    }
+
+    /// Send a structured request to a specific model. `None` is the default model.
+    ///
+    /// # Errors
+    /// As for [`generate_structured`](Self::generate_structured), and if there is no such model.
+    pub async fn generate_structured_with_model<T: DeserializeOwned + JsonSchema>(
+        &self,
+        messages: impl Into<RequestBuilder>,
+        model_id: Option<&str>,
+    ) -> SdkResult<T> {
+        let schema = serde_json::to_value(schema_for!(T))?;
+        let request = messages
+            .into()
+            .set_constraint(Constraint::JsonSchema(schema));
+        let response = self.send_chat_request_with_model(request, model_id).await?;
+        Ok(serde_json::from_str(&text_of(response)?)?)
+    }
+
+    /// Tokenize some text or messages. `tools` and `add_generation_prompt` are only used for messages.
+    ///
+    /// # Errors
+    /// If the template refuses the messages, or there is none.
+    pub async fn tokenize(
+        &self,
+        text: Either<TextMessages, String>,
+        tools: Option<Vec<Tool>>,
+        add_special_tokens: bool,
+        add_generation_prompt: bool,
+        enable_thinking: Option<bool>,
+    ) -> SdkResult<Vec<u32>> {
+        self.tokenize_with_model(
+            text,
+            tools,
+            add_special_tokens,
+            add_generation_prompt,
+            enable_thinking,
+            None,
+        )
+        .await
+    }
+
+    /// Tokenize some text or messages using a specific model. `None` is the default model.
+    ///
+    /// # Errors
+    /// As for [`tokenize`](Self::tokenize), and if there is no such model.
+    pub async fn tokenize_with_model(
+        &self,
+        text: Either<TextMessages, String>,
+        tools: Option<Vec<Tool>>,
+        add_special_tokens: bool,
+        add_generation_prompt: bool,
+        enable_thinking: Option<bool>,
+        model_id: Option<&str>,
+    ) -> SdkResult<Vec<u32>> {
+        let served = self.find(model_id)?;
+        let is_plain = text.is_right();
+        if !is_plain {
+            check_template(&served)?;
+        }
+        let request = |response| TokenizationRequest {
+            text: text.map_left(Into::into),
+            tools,
+            add_special_tokens,
+            add_generation_prompt,
+            response,
+            enable_thinking,
+            reasoning_effort: None,
+        };
+        let tokens = tokenize(&self.host, Some(&served.name), request, ())
+            .await
+            .map_err(inference)?;
+        if !(is_plain && add_special_tokens) {
+            return Ok(tokens);
+        }
+        let frame = &served.frame;
+        Ok([frame.prefix.clone(), tokens, frame.suffix.clone()].concat())
+    }
+
+    /// Detokenize some tokens.
+    ///
+    /// # Errors
+    /// If a token is not in the vocabulary.
+    pub async fn detokenize(
+        &self,
+        tokens: Vec<u32>,
+        skip_special_tokens: bool,
+    ) -> SdkResult<String> {
+        self.detokenize_with_model(tokens, skip_special_tokens, None)
+            .await
+    }
+
+    /// Detokenize some tokens using a specific model. `None` is the default model.
+    ///
+    /// # Errors
+    /// As for [`detokenize`](Self::detokenize), and if there is no such model.
+    pub async fn detokenize_with_model(
+        &self,
+        tokens: Vec<u32>,
+        skip_special_tokens: bool,
+        model_id: Option<&str>,
+    ) -> SdkResult<String> {
+        let served = self.find(model_id)?;
+        served
+            .tokenizer
+            .decode(&tokens, skip_special_tokens)
+            .map_err(SdkError::Inference)
+    }
+
+    /// Retrieve some information about the default model.
+    ///
+    /// # Errors
+    /// If its engine is gone.
+    pub fn config(&self) -> SdkResult<MistralRsConfig> {
+        self.config_with_model(None)
+    }
+
+    /// Retrieve some information about a specific model. `None` is the default model.
+    ///
+    /// # Errors
+    /// If there is no such model.
+    pub fn config_with_model(&self, model_id: Option<&str>) -> SdkResult<MistralRsConfig> {
+        self.model.config_with_model(model_id)
+    }
+
+    /// The maximum sequence length of the default model, tokens.
+    ///
+    /// # Errors
+    /// If its engine is gone.
+    pub fn max_sequence_length(&self) -> SdkResult<Option<usize>> {
+        self.max_sequence_length_with_model(None)
+    }
+
+    /// The maximum sequence length of a specific model, tokens. `None` is the default model.
+    ///
+    /// # Errors
+    /// If there is no such model.
+    pub fn max_sequence_length_with_model(
+        &self,
+        model_id: Option<&str>,
+    ) -> SdkResult<Option<usize>> {
+        self.model.max_sequence_length_with_model(model_id)
+    }
+
+    /// The names of all models: the base first, then the adapters in the order of their loading.
+    ///
+    /// # Errors
+    /// None; the result is that of [`Model::list_models`].
+    pub fn list_models(&self) -> SdkResult<Vec<String>> {
+        Ok(self.served.read().keys().cloned().collect())
+    }
+
+    /// The name of the model that answers where none is named.
+    ///
+    /// # Errors
+    /// If an engine panicked while models changed.
+    pub fn get_default_model_id(&self) -> SdkResult<Option<String>> {
+        self.model.get_default_model_id()
+    }
+
+    /// Sets the model that answers where none is named.
+    ///
+    /// # Errors
+    /// If there is no such model.
+    pub fn set_default_model_id(&self, model_id: &str) -> SdkResult<()> {
+        self.model.set_default_model_id(model_id)
+    }
+
+    /// Waits for a turn at a model's engine, and lends the [`Model`] for what this type has no call for. `None` is the default model.
+    ///
+    /// # Errors
+    /// If there is no such model.
+    pub async fn turn(&self, model_id: Option<&str>) -> SdkResult<Turn<'_>> {
+        let served = self.find(model_id)?;
+        Ok(Turn {
+            _permit: served.turn().await?,
+            model: &self.model,
+        })
+    }
+
+    /// The underlying [`Model`], without any guard.
+    ///
+    /// On a CPU, two requests to one name at a time then get wrong answers; a future or stream that is dropped before its end
+    /// stops the engine; and a swap changes the weights under what is in flight.
+    pub fn inner(&self) -> &Model {
+        &self.model
+    }
+
+    /// The underlying [`Model`], for code that takes nothing else. The warning of [`inner`](Self::inner) holds for it.
+    pub fn into_inner(self) -> Model {
+        self.model
+    }
+
+    /// What is served under `name`, or by default.
+    pub(super) fn find(&self, name: Option<&str>) -> SdkResult<Arc<Served>> {
+        let name = match name {
+            Some(name) => name.to_owned(),
+            None => self
+                .model
+                .get_default_model_id()?
+                .ok_or(MistralRsError::EnginePoisoned)?,
+        };
+        let served = self.served.read().get(&name).cloned();
+        served.ok_or_else(|| MistralRsError::ModelNotFound(name).into())
+    }
+
+    /// Limits an answer to the room that its prompt leaves.
+    async fn fit(&self, served: &Served, prepared: &mut Prepared) -> SdkResult<()> {
+        let RequestMessage::Chat {
+            messages,
+            enable_thinking,
+            reasoning_effort,
+        } = &prepared.request.messages
+        else {
+            return Ok(());
+        };
+        let mut tools = prepared.request.tools.clone().unwrap_or_default();
+        tools.extend(self.recipe.tools());
+        let request = |response| TokenizationRequest {
+            text: Either::Left(messages.clone()),
+            tools: Some(tools),
+            add_special_tokens: true,
+            add_generation_prompt: true,
+            response,
+            enable_thinking: *enable_thinking,
+            reasoning_effort: *reasoning_effort,
+        };
+        let tokens = tokenize(&self.host, Some(&served.name), request, ()).await;
+        let refused = |error: crate::Error| SdkError::RequestValidation(error.to_string());
+        prepared.fit(tokens.map_err(refused)?.len(), served);
+        Ok(())
+    }
+
+    /// What the engine says first.
+    async fn first(&self, served: &Served, prepared: Prepared) -> SdkResult<ResponseOk> {
+        let mut receiver = send(&self.host, served, prepared).await?;
+        let response: Option<Response> = receiver.recv().await;
+        let silent = || SdkError::Channel("the engine stopped without an answer".into());
+        Ok(response.ok_or_else(silent)?.as_result()?)
+    }
+}
+
+fn inference(error: crate::Error) -> SdkError {
+    SdkError::Inference(Box::new(error))
+}
+
+/// The text of the first choice.
+fn text_of(response: ChatCompletionResponse) -> SdkResult<String> {
+    response
+        .choices
+        .into_iter()
+        .next()
+        .and_then(|choice| choice.message.content)
+        .ok_or(SdkError::UnexpectedResponse {
+            expected: "content",
+        })
+}
