@@ -1,8 +1,9 @@
 //! Serves MonteCLoRA and LoRA adapters from [mistral.rs](https://github.com/EricLBuehler/mistral.rs), collapsed to the posterior mean.
 //!
-//! Three ways in, each resting on the one before:
+//! Four ways in:
 //!
-//! - [`MonteCloraLoader`], a mistral.rs [`Loader`](mistralrs_core::Loader) for any application built on mistral.rs;
+//! - [`MonteCloraModelBuilder`], for applications: built as with [`mistralrs::TextModelBuilder`], with the calls of [`mistralrs::Model`];
+//! - [`MonteCloraLoader`], a mistral.rs [`Loader`](mistralrs_core::Loader) for programs that build [`mistralrs::MistralRs`] themselves;
 //! - [`Engine`], one model driven from blocking code: raw logits, token ids, greedy answers;
 //! - [`serve`], the OpenAI-compatible server that `serve.toml` describes ([`ServeFile`]).
 //!
@@ -11,16 +12,16 @@
 //! For the same reason the base's configuration is rewritten first, and what mistral.rs cannot represent is refused by name.
 //!
 //! ```no_run
-//! use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
+//! use mistralrs_monteclora::MonteCloraModelBuilder;
 //!
-//! let loader = MonteCloraLoader::builder("models/SmolLM2-135M-Instruct", "triage")
-//!     .adapter("out") // raw MonteCLoRA or plain LoRA, as PEFT writes them
-//!     .build()?;
-//! let engine = Engine::start(&loader)?;
-//! let answer = engine.ask(&[ChatMessage::new("user", "I was charged twice.")], 64)?;
-//! assert_eq!(answer.finish_reason, "stop");
-//! engine.shut_down()?;
-//! # Ok::<(), mistralrs_monteclora::Error>(())
+//! # async fn example() -> anyhow::Result<()> {
+//! let model = MonteCloraModelBuilder::new("models/SmolLM2-135M-Instruct")
+//!     .with_adapter("triage", "out") // raw MonteCLoRA or plain LoRA, as PEFT writes them
+//!     .build()
+//!     .await?;
+//! println!("{}", model.chat("I was charged twice.").await?);
+//! # Ok(())
+//! # }
 //! ```
 
 #[cfg(test)]
@@ -41,6 +42,11 @@ mod server;
 
 #[cfg(test)]
 mod fixture_tests;
+
+/// Compiles the code of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 pub use application::{MonteCloraModel, MonteCloraModelBuilder, MonteCloraStream, Turn};
 pub use config::{

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mistralrs::MistralRs;
+
 use super::model::MonteCloraModel;
 use super::served::Served;
 use crate::engine::engine_error;
@@ -81,12 +83,16 @@ impl MonteCloraModel {
     pub async fn unload_adapter(&self, alias: &str) -> Result<()> {
         let _change = self.changes.lock().await;
         let served = self.adapter(alias)?;
-        let others = self.served.read();
-        let Some(next) = others.keys().find(|name| *name != alias).cloned() else {
+        let next = self
+            .served
+            .read()
+            .keys()
+            .find(|name| *name != alias)
+            .cloned();
+        let Some(next) = next else {
             let message = format!("`{alias}` is all that is served; swap it, or drop the model");
-            return Err(Error::refused(code::NAME_TAKEN, message));
+            return Err(Error::setting("alias", message));
         };
-        drop(others);
         if self
             .get_default_model_id()
             .map_err(engine_error)?
@@ -96,24 +102,8 @@ impl MonteCloraModel {
             self.set_default_model_id(&next).map_err(engine_error)?;
         }
         self.served.write().shift_remove(alias);
-        let turns = served.all_turns().await.map_err(engine_error)?;
-        let (host, alias) = (self.host.clone(), alias.to_owned());
-        let weights = Arc::downgrade(served.model.shared());
-        // mistral.rs blocks there, which a task must not do.
-        let remove = move || {
-            let _turns = turns;
-            host.remove_model(&alias).map_err(Error::Engine)?;
-            drop(served);
-            let start = Instant::now();
-            while weights.strong_count() > 0 {
-                if start.elapsed() > SHUT_DOWN_LIMIT {
-                    return Err(Error::Engine("the engine did not stop in time".to_owned()));
-                }
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            Ok(())
-        };
-        tokio::task::spawn_blocking(remove)
+        // A task of its own: what is no longer served is removed, whether or not the caller waits for it.
+        tokio::spawn(remove(self.host.clone(), served))
             .await
             .map_err(engine_error)?
     }
@@ -128,4 +118,27 @@ impl MonteCloraModel {
         }
         Ok(served)
     }
+}
+
+/// Removes the engine of `served` from `host` once it has nothing to do, and waits until its memory is free.
+async fn remove(host: Arc<MistralRs>, served: Arc<Served>) -> Result<()> {
+    let turns = served.all_turns().await.map_err(engine_error)?;
+    let weights = Arc::downgrade(served.model.shared());
+    // mistral.rs blocks there, which a task must not do.
+    let remove = move || {
+        let _turns = turns;
+        host.remove_model(&served.name).map_err(Error::Engine)?;
+        drop(served);
+        let start = Instant::now();
+        while weights.strong_count() > 0 {
+            if start.elapsed() > SHUT_DOWN_LIMIT {
+                return Err(Error::Engine("the engine did not stop in time".to_owned()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    };
+    tokio::task::spawn_blocking(remove)
+        .await
+        .map_err(engine_error)?
 }

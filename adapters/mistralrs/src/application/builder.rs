@@ -21,7 +21,6 @@ use super::served::Served;
 use crate::engine::engine_error;
 use crate::error::{Error, Result};
 use crate::loader::MonteCloraLoader;
-use crate::quirks_0_8::prefix_cache;
 use crate::quirks_0_8::split_models::allow_another_model;
 
 /// Configures a [`MonteCloraModel`]: a base model, the adapters on it, and how they are loaded and run.
@@ -71,6 +70,9 @@ pub struct MonteCloraModelBuilder {
     tool_callbacks: HashMap<String, Arc<ToolCallback>>,
     tool_callbacks_with_tools: HashMap<String, ToolCallbackWithTool>,
 }
+
+/// The name of a model, and the adapter in it.
+type Named = (String, Option<PathBuf>);
 
 impl MonteCloraModelBuilder {
     /// A model from the Hugging Face directory `base`.
@@ -272,7 +274,7 @@ impl MonteCloraModelBuilder {
     }
 
     /// Every name with its adapter, the base first; and the name of the default model.
-    fn names(&self) -> Result<(Vec<(String, Option<PathBuf>)>, String)> {
+    fn names(&self) -> Result<(Vec<Named>, String)> {
         if !self.base.is_dir() {
             let message = "there is no such directory; nothing is downloaded here: fetch the model first, \
                 as with `hf download NAME --local-dir DIRECTORY`, and name its directory";
@@ -378,7 +380,9 @@ impl Recipe {
                 throughput_logging_enabled: builder.throughput_logging,
                 tool_callbacks: builder.tool_callbacks,
                 tool_callbacks_with_tools: builder.tool_callbacks_with_tools,
-                ..prefix_cache::engine_without()
+                // It answers wrongly: see `quirks_0_8::prefix_cache`.
+                no_prefix_cache: true,
+                ..EngineConfig::default()
             },
         })
     }
@@ -405,7 +409,7 @@ impl Recipe {
     }
 
     /// Checks the files of all of `names`, with every problem in the error.
-    async fn check(&self, names: Vec<(String, Option<PathBuf>)>) -> Result<()> {
+    async fn check(&self, names: Vec<Named>) -> Result<()> {
         let loaders: Vec<(String, Result<MonteCloraLoader>)> = names
             .into_iter()
             .map(|(name, adapter)| {

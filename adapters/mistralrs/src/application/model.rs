@@ -258,9 +258,8 @@ impl MonteCloraModel {
             enable_thinking,
             reasoning_effort: None,
         };
-        let tokens = tokenize(&self.host, Some(&served.name), request, ())
-            .await
-            .map_err(inference)?;
+        let engine = self.host.get_sender(Some(&served.name))?;
+        let tokens = tokenize(engine, request, ()).await.map_err(inference)?;
         if !(is_plain && add_special_tokens) {
             return Ok(tokens);
         }
@@ -416,7 +415,7 @@ impl MonteCloraModel {
             enable_thinking: *enable_thinking,
             reasoning_effort: *reasoning_effort,
         };
-        let tokens = tokenize(&self.host, Some(&served.name), request, ()).await;
+        let tokens = tokenize(self.host.get_sender(Some(&served.name))?, request, ()).await;
         let refused = |error: crate::Error| SdkError::RequestValidation(error.to_string());
         prepared.fit(tokens.map_err(refused)?.len(), served);
         Ok(())
