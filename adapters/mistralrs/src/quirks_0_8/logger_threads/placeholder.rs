@@ -60,7 +60,10 @@ fn files(dir: &Path) -> anyhow::Result<LocalModelPaths<std::path::PathBuf>> {
     );
     fs::write(&config, config_json().to_string())?;
     fs::write(&tokenizer, tokenizer_json().to_string())?;
-    fs::write(&template, json!({"eos_token": "<end>"}).to_string())?;
+    fs::write(
+        &template,
+        json!({"eos_token": "<end>", "chat_template": "{{ messages }}"}).to_string(),
+    )?;
     candle_core::safetensors::save(&tensors()?, &weights)?;
     Ok(LocalModelPaths {
         tokenizer_filename: tokenizer,

@@ -19,6 +19,10 @@ const QUESTION: Duration = Duration::from_secs(2);
 /// How old an answer may be that is given to several who ask: anybody may ask.
 const FRESH: Duration = Duration::from_millis(500);
 
+/// Leases of a generation that no request has, while its engine is at a question: the table's, that of whoever asks, that of the question and the
+/// one that is kept until the engine has answered it.
+const WITHOUT_WORK: usize = 4;
+
 /// Who did not answer when last asked.
 #[derive(Default)]
 pub(super) struct Readiness(tokio::sync::Mutex<Option<(Instant, Vec<String>)>>);
@@ -125,7 +129,6 @@ async fn is_alive(lease: Lease, limit: Duration) -> bool {
     match tokio::time::timeout(QUESTION, answered).await {
         Ok(Ok(outcome)) => *outcome == Some(true),
         Ok(Err(_)) => false,
-        // The table has it, the question and this one.
-        Err(_) => Arc::strong_count(&lease) > 3 && question.asked.elapsed() < limit,
+        Err(_) => Arc::strong_count(&lease) > WITHOUT_WORK && question.asked.elapsed() < limit,
     }
 }

@@ -305,7 +305,12 @@ impl Loaded {
 pub(crate) struct Host {
     pub(super) memory: Arc<Memory>,
     pub(super) slots: Arc<Slots>,
+    /// How long an engine may take for the first token that it is asked for.
+    pub(super) first_answer: Duration,
     reaper: Reaper,
+    /// Done to a new engine before it is asked; what it returns is kept until it has answered, or has not.
+    #[cfg(test)]
+    pub(super) hinder: Option<fn(&Generation) -> Box<dyn Send>>,
 }
 
 impl Host {
@@ -315,6 +320,9 @@ impl Host {
             reaper: Reaper::spawn(slots.clone())?,
             memory,
             slots,
+            first_answer: FIRST_ANSWER,
+            #[cfg(test)]
+            hinder: None,
         })
     }
 
@@ -339,7 +347,9 @@ impl Host {
         };
         let reaper = self.reaper.clone();
         let lease = blocking(move || loaded.with_engine(slot, &reaper)).await?;
-        match lease.prove(FIRST_ANSWER).await {
+        #[cfg(test)]
+        let _hindrance = self.hinder.map(|hinder| hinder(&lease));
+        match lease.prove(self.first_answer).await {
             Ok(()) => Ok(lease),
             Err(error) => {
                 tracing::error!(name, %error, "a new engine did not answer");
@@ -374,7 +384,7 @@ impl Host {
     }
 }
 
-/// How long an engine may take for the first token that it is asked for.
+/// Loading a model takes as long as reading it; one token takes far less.
 const FIRST_ANSWER: Duration = Duration::from_secs(60);
 
 /// How long a load waits for the memory of what was unloaded before it.

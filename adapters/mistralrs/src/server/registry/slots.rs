@@ -86,6 +86,11 @@ impl Slot {
         &self.host
     }
 
+    #[cfg(test)]
+    pub(super) fn model(&self) -> &NormalModel {
+        &self.model
+    }
+
     /// Whether the engine has ended, by a panic.
     pub(crate) fn has_ended(&self) -> bool {
         self.input.read().is_closed()
