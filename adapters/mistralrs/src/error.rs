@@ -141,10 +141,11 @@ impl Error {
     /// An engine that cannot be started, or does not answer, because of `cause`.
     pub(crate) fn engine_unavailable(cause: &str) -> Self {
         let message = format!(
-            "no engine for it: {cause}; what was served before is served further. Look at the log, and at what the system lets \
-             this process have (memory, `ulimit -u`, a container's limit of pids), then try again"
+            "no engine for it: {cause}; look at the log, and at what the system lets this process have (memory, `ulimit -u`, \
+             a container's limit of pids), then try again"
         );
-        Problem::sentence(code::ENGINE_UNAVAILABLE, message).into()
+        let problem = Problem::sentence(code::ENGINE_UNAVAILABLE, message);
+        problem.exit(1).into()
     }
 
     /// The system starts no more threads.

@@ -109,10 +109,10 @@ impl Registry {
         }
         // Threads are taken now rather than when the first adapter is loaded.
         let settings = EngineSettings::of(config);
-        registry
-            .host
-            .keep_one_ready(&first.device, settings)
-            .await?;
+        let ready = registry.host.keep_one_ready(&first.device, settings);
+        if let Err(error) = ready.await {
+            tracing::warn!(%error, "nothing can be loaded while this lasts");
+        }
         // Not before all is served: a configuration that cannot be served overtakes nothing.
         registry.plan.lock().await.record(&recorded)?;
         Ok(registry)

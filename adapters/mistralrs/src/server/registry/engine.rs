@@ -310,8 +310,11 @@ pub(crate) struct Host {
     reaper: Reaper,
     /// Done to a new engine before it is asked; what it returns is kept until it has answered, or has not.
     #[cfg(test)]
-    pub(super) hinder: Option<fn(&Generation) -> Box<dyn Send>>,
+    pub(super) hinder: Option<Hinder>,
 }
+
+#[cfg(test)]
+type Hinder = fn(&Generation) -> Box<dyn Send>;
 
 impl Host {
     pub(super) fn start(memory: Arc<Memory>) -> Result<Self> {
