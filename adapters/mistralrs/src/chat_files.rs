@@ -1,15 +1,16 @@
 //! Writes the tokenizer, chat template and end-of-turn tokens for mistral.rs so that a conversation becomes exactly the tokens transformers makes of it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use monteclora_converters::Problem;
 use serde_json::{Map, Value, json};
 
+use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::quirks_0_8::special_tokens::TextFrame;
-use crate::quirks_0_8::{special_tokens, template_variables, tokenizer_panics};
+use crate::quirks_0_8::{conversations, special_tokens, template_variables, tokenizer_panics};
 
 /// The files written, all in the staging directory.
 pub(crate) struct ChatFiles {
@@ -21,11 +22,13 @@ pub(crate) struct ChatFiles {
 /// Reads the conversation side of the model in `base` and writes it, normalised, into `out`.
 ///
 /// - `tokenizer.json` without post-processor, padding and truncation.
-/// - `tokenizer_config.json` with only the template and the special tokens; an unset token is the empty text.
+/// - `tokenizer_config.json` with only the template and the special tokens; an unset token is the empty text. Where it is
+///   `rendered` here, the template takes a conversation that is written out already.
 /// - `generation_config.json` with every end-of-sequence id that the model names.
 pub(crate) fn write_chat_files(
     base: &Path,
     template_override: Option<&Path>,
+    rendered: bool,
     config: &Map<String, Value>,
     out: &Path,
 ) -> Result<ChatFiles> {
@@ -40,13 +43,8 @@ pub(crate) fn write_chat_files(
     special_tokens::leave_out(&mut tokenizer);
     let vocabulary = Vocabulary::new(&tokenizer);
 
-    let settings = read_json(&base.join("tokenizer_config.json"))?.unwrap_or_else(|| json!({}));
-    let special = read_json(&base.join("special_tokens_map.json"))?.unwrap_or_else(|| json!({}));
-    let token = |key: &str| {
-        [&settings, &special]
-            .into_iter()
-            .find_map(|file| token_text(file.get(key)?))
-    };
+    let settings = Settings::read(base)?;
+    let token = |key| settings.token(key);
     let eos = token("eos_token");
     if let Some(eos) = eos
         .as_deref()
@@ -63,12 +61,18 @@ pub(crate) fn write_chat_files(
         "bos_token": token("bos_token").unwrap_or_default(),
         "unk_token": token("unk_token").unwrap_or_default(),
     });
-    let mut template = find_template(base, template_override, &settings)?;
-    template_variables::keep_to_transformers(&mut template, eos.is_some());
     if let Some(eos) = &eos {
         chat["eos_token"] = json!(eos);
     }
-    if !template.is_null() {
+    if let Some((place, mut template)) = find_template(base, template_override, &settings.config)? {
+        if let Err(found) = ChatTemplate::compile(&place, &template, BTreeMap::new()) {
+            problems.extend(found);
+        }
+        if rendered {
+            template = conversations::passing_on(template);
+        } else {
+            template_variables::keep_to_transformers(&mut template, eos.is_some());
+        }
         chat["chat_template"] = template;
     }
     let generation = generation_config(base, config, &vocabulary, &mut problems)?;
@@ -130,37 +134,83 @@ fn token_text(value: &Value) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// The template in mistral.rs's order: explicit, `chat_template.jinja`, `tokenizer_config.json`, `chat_template.json`.
-fn find_template(base: &Path, explicit: Option<&Path>, settings: &Value) -> Result<Value> {
+/// What a model says about its special tokens.
+struct Settings {
+    config: Value,
+    special: Value,
+}
+
+impl Settings {
+    fn read(base: &Path) -> Result<Self> {
+        let read = |name| -> Result<Value> {
+            let file = read_json(&base.join(name))?;
+            Ok(file.unwrap_or_else(|| json!({})))
+        };
+        Ok(Self {
+            config: read("tokenizer_config.json")?,
+            special: read("special_tokens_map.json")?,
+        })
+    }
+
+    fn token(&self, key: &str) -> Option<String> {
+        let mut files = [&self.config, &self.special].into_iter();
+        files.find_map(|file| token_text(file.get(key)?))
+    }
+}
+
+/// The template of the model in `base`, or the one in `template_override`; none if there is none.
+///
+/// # Errors
+/// [`Error::Unsupported`] for one that does not compile.
+pub(crate) fn chat_template(
+    base: &Path,
+    template_override: Option<&Path>,
+) -> Result<Option<ChatTemplate>> {
+    let settings = Settings::read(base)?;
+    let Some((place, template)) = find_template(base, template_override, &settings.config)? else {
+        return Ok(None);
+    };
+    // A token that a model does not have prints nothing.
+    let tokens = ["bos_token", "eos_token", "unk_token"]
+        .map(|key| (key, settings.token(key).unwrap_or_default()));
+    ChatTemplate::compile(&place, &template, BTreeMap::from(tokens))
+        .map(Some)
+        .map_err(|problems| Error::unsupported(base, problems))
+}
+
+/// The template in mistral.rs's order, and where it stands: explicit, `chat_template.jinja`, `tokenizer_config.json`,
+/// `chat_template.json`.
+fn find_template(
+    base: &Path,
+    explicit: Option<&Path>,
+    settings: &Value,
+) -> Result<Option<(String, Value)>> {
+    let keyed = |name: &str, file: &Value| {
+        let template = file.get("chat_template").filter(|value| !value.is_null())?;
+        Some((format!("{name}: chat_template"), template.clone()))
+    };
     if let Some(path) = explicit {
         let text = read_text(path)?
             .ok_or_else(|| Error::not_found(path, "the chat template does not exist"))?;
-        return if path
-            .extension()
-            .is_some_and(|extension| extension == "json")
-        {
-            Ok(parse_json(path, &text)?["chat_template"].take())
-        } else {
-            Ok(Value::String(text))
-        };
-    }
-    if let Some(text) = read_text(&base.join("chat_template.jinja"))? {
-        return Ok(Value::String(text));
-    }
-    match settings.get("chat_template") {
-        Some(Value::String(text)) => return Ok(json!(text)),
-        Some(Value::Array(named)) => {
-            let kept = named.iter().filter_map(|entry| {
-                Some(json!({"name": entry["name"].as_str()?, "template": entry["template"].as_str()?}))
-            });
-            return Ok(Value::Array(kept.collect()));
+        let name = path.display().to_string();
+        if path.extension().is_none_or(|kind| kind != "json") {
+            return Ok(Some((name, Value::String(text))));
         }
-        _ => {}
+        let found = keyed(&name, &parse_json(path, &text)?);
+        return found
+            .map(Some)
+            .ok_or_else(|| Error::config(path, "it has no key `chat_template`"));
     }
-    match read_json(&base.join("chat_template.json"))? {
-        Some(mut file) => Ok(file["chat_template"].take()),
-        None => Ok(Value::Null),
+    let name = "chat_template.jinja";
+    if let Some(text) = read_text(&base.join(name))? {
+        return Ok(Some((name.to_owned(), Value::String(text))));
     }
+    if let Some(found) = keyed("tokenizer_config.json", settings) {
+        return Ok(Some(found));
+    }
+    let name = "chat_template.json";
+    let file = read_json(&base.join(name))?;
+    Ok(file.and_then(|file| keyed(name, &file)))
 }
 
 /// The generation settings that mistral.rs reads; end-of-sequence ids come from config.json where there is no file.
@@ -270,7 +320,13 @@ mod tests {
         change(&base, &mut tokenizer);
         write_json(&base.join("tokenizer.json"), &tokenizer).expect("written");
         let config = json!({"eos_token_id": [1]});
-        let files = write_chat_files(&base, None, config.as_object().expect("an object"), &out)?;
+        let files = write_chat_files(
+            &base,
+            None,
+            false,
+            config.as_object().expect("an object"),
+            &out,
+        )?;
         let read = |path: &Path| read_json(path).expect("readable").expect("written");
         Ok((
             read(&files.tokenizer),

@@ -14,9 +14,11 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::{Sender, channel};
 
+use crate::chat_template::{ChatTemplate, Conversation, Refusal};
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
 use crate::quirks_0_8::abandoned_requests::tokenize;
+use crate::quirks_0_8::conversations::rendered;
 
 /// How long a dropped engine may take to give its memory back.
 const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
@@ -79,6 +81,7 @@ pub struct Engine {
     host: Arc<MistralRs>,
     pipeline: WeakPipeline,
     max_sequence_length: usize,
+    template: Option<ChatTemplate>,
     runtime: Runtime,
 }
 
@@ -92,7 +95,10 @@ impl Engine {
     }
 
     pub(crate) fn launch(loader: &MonteCloraLoader, prefix_cache: bool) -> Result<Self> {
+        let mut loader = loader.clone();
+        loader.rendered = true;
         let max_sequence_length = loader.check()?.max_sequence_length;
+        let template = loader.chat_template()?;
         let pipeline = loader.load()?;
         // A single-threaded runtime: mistral.rs then leaves out its warm-up request, which would fill a prefix cache.
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -101,7 +107,7 @@ impl Engine {
             .map_err(|error| Error::Engine(format!("cannot start a runtime: {error}")))?;
         let weak = Arc::downgrade(&pipeline);
         let host = runtime.block_on(async {
-            let scheduler = scheduler(&pipeline, loader).await;
+            let scheduler = scheduler(&pipeline, &loader).await;
             MistralRsBuilder::new(pipeline, scheduler, false, None)
                 .with_no_prefix_cache(!prefix_cache)
                 .build()
@@ -111,6 +117,7 @@ impl Engine {
             host,
             pipeline: weak,
             max_sequence_length,
+            template,
             runtime,
         })
     }
@@ -137,26 +144,47 @@ impl Engine {
     /// The token ids that mistral.rs makes of a conversation, with the opening of the assistant's turn appended.
     ///
     /// # Errors
-    /// [`Error::Engine`] if the model has no chat template or the template refuses the conversation.
+    /// [`Error::Problem`] if the model has no chat template; [`Error::Engine`] if the template refuses the conversation.
     pub fn tokenize_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
-        let text = either::Either::Left(messages_for_template(messages));
+        self.tokenize(self.render(messages)?)
+    }
+
+    fn tokenize(&self, text: String) -> Result<Vec<u32>> {
+        let text = either::Either::Right(text);
         let request = |response| plain_tokenization(text, response);
         let engine = self.host.get_sender(None).map_err(engine_error)?;
         self.runtime.block_on(tokenize(engine, request, ()))
     }
 
+    /// The text of a conversation, with the opening of the assistant's turn.
+    fn render(&self, messages: &[ChatMessage]) -> Result<String> {
+        let template = self.template.as_ref().ok_or_else(|| {
+            let message = "the model has no chat template; give one with `--chat-template`";
+            Error::setting("chat_template", message)
+        })?;
+        let messages = messages.iter().map(|message| {
+            let fields = [("role", &message.role), ("content", &message.content)];
+            let fields = fields.map(|(key, text)| (key.to_owned(), text.clone().into()));
+            fields.into_iter().collect()
+        });
+        let conversation = Conversation {
+            messages: messages.collect(),
+            ..Conversation::default()
+        };
+        template
+            .render(&conversation)
+            .map_err(|Refusal(reason)| Error::Engine(format!("the chat template {reason}")))
+    }
+
     /// Answers a conversation greedily (the most probable token each time) with at most `max_tokens` tokens.
     ///
     /// # Errors
-    /// [`Error::Engine`] if mistral.rs refuses the conversation or fails.
+    /// Those of [`Self::tokenize_chat`], and [`Error::Engine`] if mistral.rs fails.
     pub fn ask(&self, messages: &[ChatMessage], max_tokens: usize) -> Result<Answer> {
-        let prompt_tokens = self.tokenize_chat(messages)?.len();
+        let text = self.render(messages)?;
+        let prompt_tokens = self.tokenize(text.clone())?.len();
         self.check_length(prompt_tokens)?;
-        let chat = RequestMessage::Chat {
-            messages: messages_for_template(messages),
-            enable_thinking: None,
-            reasoning_effort: None,
-        };
+        let chat = rendered(text);
         let room = self.max_sequence_length - prompt_tokens;
         let recorder = Arc::new(GreedyRecorder::default());
         let response = self.exchange(chat, |request| {
@@ -265,18 +293,6 @@ async fn scheduler(pipeline: &SharedPipeline, loader: &MonteCloraLoader) -> Sche
 
 /// Messages in the form of mistral.rs.
 pub(crate) type TemplateMessages = Vec<indexmap::IndexMap<String, mistralrs_core::MessageContent>>;
-
-fn messages_for_template(messages: &[ChatMessage]) -> TemplateMessages {
-    messages
-        .iter()
-        .map(|message| {
-            [("role", &message.role), ("content", &message.content)]
-                .into_iter()
-                .map(|(key, text)| (key.to_owned(), either::Either::Left(text.clone())))
-                .collect()
-        })
-        .collect()
-}
 
 /// A request for the tokens of a conversation or of plain text.
 pub(crate) fn plain_tokenization(

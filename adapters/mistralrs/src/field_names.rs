@@ -11,19 +11,29 @@ pub(crate) fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
     names
 }
 
-/// A word about the one of `names` that is most like `key`, if it is more than `least` like it: 0 is nothing alike, 1 the same.
+/// A word about the [`nearest`] one of `names`.
 pub(crate) fn suggestion<'a>(
     key: &str,
     names: impl IntoIterator<Item = &'a &'a str>,
     least: f64,
 ) -> String {
+    nearest(key, names, least)
+        .map(|name| format!("; did you mean `{name}`?"))
+        .unwrap_or_default()
+}
+
+/// The one of `names` that is most like `key`, if it is more than `least` like it: 0 is nothing alike, 1 the same.
+pub(crate) fn nearest<'a>(
+    key: &str,
+    names: impl IntoIterator<Item = &'a &'a str>,
+    least: f64,
+) -> Option<&'a str> {
     names
         .into_iter()
-        .map(|name| (strsim::jaro_winkler(key, name), name))
+        .map(|name| (strsim::jaro_winkler(key, name), *name))
         .max_by(|(a, _), (b, _)| a.total_cmp(b))
         .filter(|(likeness, _)| *likeness > least)
-        .map(|(_, name)| format!("; did you mean `{name}`?"))
-        .unwrap_or_default()
+        .map(|(_, name)| name)
 }
 
 /// Notes what a structure says its fields are.

@@ -3,6 +3,8 @@
 mod abuse;
 mod application;
 mod choices;
+mod connections;
+mod conversations;
 mod engines;
 mod operation;
 mod parity;

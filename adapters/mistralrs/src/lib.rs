@@ -29,6 +29,7 @@ extern crate self as mistralrs_monteclora;
 
 mod application;
 mod chat_files;
+mod chat_template;
 mod config;
 mod engine;
 mod error;

@@ -20,7 +20,8 @@ use tokio::sync::Mutex;
 
 use self::fingerprint::base_fingerprint;
 use self::format::refuse_other_formats;
-use crate::chat_files::{write_chat_files, write_json};
+use crate::chat_files::{chat_template, write_chat_files, write_json};
+use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result, code};
 use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::model_config::{NormalisedConfig, normalise_config};
@@ -63,6 +64,8 @@ pub struct MonteCloraLoader {
     device_map: Option<DeviceMapSetting>,
     pub(crate) paged_attention: Option<PagedAttentionConfig>,
     pub(crate) force: bool,
+    /// Whether the engine gets conversations written out, by the template that [`Self::chat_template`] gives.
+    pub(crate) rendered: bool,
     silent: bool,
     staging_root: Option<PathBuf>,
 }
@@ -91,6 +94,7 @@ impl MonteCloraLoader {
             device_map: None,
             paged_attention: None,
             force: false,
+            rendered: false,
             silent: true,
             staging_root: None,
         })
@@ -122,7 +126,13 @@ impl MonteCloraLoader {
     pub fn check(&self) -> Result<NormalisedConfig> {
         let (files, normalised) = self.open_base()?;
         self.open_adapter(&files)?;
+        self.chat_template()?;
         Ok(normalised)
+    }
+
+    /// The model's chat template, or the one that replaces it; none if there is none.
+    pub(crate) fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        chat_template(&self.base, self.chat_template.as_deref())
     }
 
     /// A short hexadecimal name of what is loaded, equal on every machine: a hash of the base's content, or of the adapter's
@@ -278,6 +288,7 @@ impl MonteCloraLoader {
         let chat = write_chat_files(
             base,
             self.chat_template.as_deref(),
+            self.rendered,
             files.config(),
             dir.path(),
         )?;

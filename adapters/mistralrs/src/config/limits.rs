@@ -20,6 +20,9 @@ pub struct LimitsSection {
     pub max_connections: usize,
     /// Time for the head of a request to arrive, and for a TLS handshake.
     pub header_timeout_s: u64,
+    /// Time a connection may stay open between two requests. Longer than a load balancer's, which is often 60, so that it is
+    /// never the server that closes first.
+    pub keep_alive_timeout_s: u64,
     /// Time for the body of a request to arrive; slower ones are answered with 408.
     pub body_timeout_s: u64,
     /// Time a client may leave an answer unread before its connection is closed.
@@ -40,6 +43,7 @@ impl Default for LimitsSection {
             max_concurrent_requests: 256,
             max_connections: 1024,
             header_timeout_s: 30,
+            keep_alive_timeout_s: 75,
             body_timeout_s: 30,
             write_timeout_s: 60,
             request_timeout_s: 600,

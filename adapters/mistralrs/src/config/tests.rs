@@ -25,6 +25,7 @@ const COMPLETE: &str = r#"
         max_concurrent_requests = 3
         max_connections = 4
         header_timeout_s = 5
+        keep_alive_timeout_s = 75
         body_timeout_s = 6
         write_timeout_s = 7
         request_timeout_s = 8

@@ -290,7 +290,7 @@ fn wrong_requests(server: &Running) {
             400,
             "web_search_options",
         ),
-        (with("tools", json!("x")), 400, "body"),
+        (with("tools", json!("x")), 400, "tools"),
         (json!([1]), 400, "body"),
     ];
     for (body, status, param) in refused {

@@ -2,7 +2,7 @@
 
 pub(crate) mod abandoned_requests;
 pub(crate) mod batches_on_a_cpu;
-pub(crate) mod dropped_efforts;
+pub(crate) mod conversations;
 pub(crate) mod first_white_space;
 pub(crate) mod forced_tools;
 pub(crate) mod log_probabilities;

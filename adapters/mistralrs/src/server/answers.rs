@@ -13,7 +13,7 @@ use super::api_error::ApiError;
 use super::job::{RunningJob, Usage};
 use super::registry::Lease;
 use super::request::Asked;
-use super::stop::StopFilter;
+use super::stop::{StopFilter, whole_characters};
 
 /// What an engine says of one choice: all of it, or the next piece of a stream.
 #[derive(Debug, Default)]
@@ -130,7 +130,8 @@ pub(crate) async fn answer<F: Form>(
     let mut choices = Vec::new();
     for (index, response) in job.responses().await?.into_iter().enumerate() {
         for mut piece in form.read(response, &mut false).ok_or_else(another_kind)? {
-            let cut = piece.text.map(|text| StopFilter::cut(&asked.stop, &text));
+            let text = piece.text.as_deref().map(whole_characters);
+            let cut = text.map(|text| StopFilter::cut(&asked.stop, text));
             let stopped = cut.as_ref().is_some_and(|(_, stopped)| *stopped);
             piece.text = cut.map(|(text, _)| text);
             choices.push(Choice {

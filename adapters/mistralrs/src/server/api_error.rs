@@ -27,10 +27,15 @@ pub(crate) struct ApiError {
 
 impl ApiError {
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self::about_urls(status, code, without_paths(&message.into()))
+    }
+
+    /// An error whose message names paths of URLs, which are no secret, and none of files.
+    pub(crate) fn about_urls(status: StatusCode, code: &'static str, message: String) -> Self {
         Self {
             status,
             code,
-            message: without_paths(&message.into()),
+            message,
             param: None,
             problems: Vec::new(),
         }

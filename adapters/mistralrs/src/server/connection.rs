@@ -1,5 +1,6 @@
 //! Connections: accepting, HTTPS, the time each step may take, and draining.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use axum::Router;
 use hyper::Request;
 use hyper::body::Incoming;
+use hyper::header::{CONNECTION, EXPECT, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -21,6 +23,7 @@ use tokio::time::{sleep, timeout};
 use tokio_io_timeout::TimeoutWriter;
 
 use super::metrics::{Counted, Metrics};
+use super::phases::{Phased, Phases, SharedBody, UntilIdle};
 use super::tls::TlsAcceptor;
 use crate::config::LimitsSection;
 
@@ -135,16 +138,35 @@ impl Connection {
     }
 
     async fn http1(mut self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
-        let peer = self.peer;
-        // The router is told who asks.
-        let service = service_fn(move |mut request: Request<Incoming>| {
+        let (peer, limits) = (self.peer, &self.limits);
+        let phases = Phases::new(
+            Duration::from_secs(limits.header_timeout_s),
+            Duration::from_secs(limits.keep_alive_timeout_s),
+        );
+        let stream = Phased::new(stream, phases.clone());
+        let service = service_fn(move |request: Request<Incoming>| {
+            phases.answer();
+            let is_waiting = request.headers().contains_key(EXPECT);
+            let mut request = request.map(SharedBody::new);
+            let mut body = request.body().clone();
+            // The router is told who asks.
             request.extensions_mut().insert(Peer(peer));
-            self.service.call(request)
+            let (answer, phases) = (self.service.call(request), phases.clone());
+            async move {
+                let mut response = answer.await?;
+                if !body.is_used_up(is_waiting).await {
+                    phases.leave_unread();
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(CONNECTION, close);
+                }
+                Ok::<_, Infallible>(response.map(|body| UntilIdle { body, phases }))
+            }
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(Duration::from_secs(self.limits.header_timeout_s))
-            .max_buf_size(self.limits.max_header_bytes)
+            // hyper's one limit would hold for heads and for the pauses between requests.
+            .header_read_timeout(None)
+            .max_buf_size(limits.max_header_bytes)
             .serve_connection(TokioIo::new(stream), service);
         tokio::pin!(connection);
         let outcome = tokio::select! {

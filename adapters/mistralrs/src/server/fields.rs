@@ -71,12 +71,54 @@ pub(crate) fn take<T: DeserializeOwned>(fields: &mut Map<String, Value>) -> Resu
 pub(crate) fn take_theirs<T: DeserializeOwned>(
     fields: &mut Map<String, Value>,
 ) -> Result<T, ApiError> {
-    theirs(take_keys::<T>(fields))
+    take(fields)
 }
 
-/// `value` as a type of mistral.rs.
-pub(crate) fn theirs<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
-    serde_json::from_value(value).map_err(|error| ApiError::invalid("body", error.to_string()))
+/// `value`, which came under the key `at`, as a type of mistral.rs.
+pub(crate) fn theirs<T: DeserializeOwned>(at: &str, value: Value) -> Result<T, ApiError> {
+    serde_json::from_value(value).map_err(|error| ApiError::invalid(at, format!("`{at}`: {error}")))
+}
+
+/// A request that is wrong at `at`, which `must` be something else.
+pub(crate) fn wrong(at: &str, must: &str) -> ApiError {
+    ApiError::invalid(at, format!("`{at}` {must}"))
+}
+
+/// The object at `at`, without the keys whose value is null.
+pub(crate) fn object_at(at: &str, value: Value) -> Result<Map<String, Value>, ApiError> {
+    let Value::Object(mut fields) = value else {
+        return Err(wrong(at, "must be an object"));
+    };
+    fields.retain(|_, value| !value.is_null());
+    Ok(fields)
+}
+
+/// The entries of the list at `at`, each with its place.
+pub(crate) fn entries(at: &str, value: Value) -> Result<Vec<(String, Value)>, ApiError> {
+    let Value::Array(list) = value else {
+        return Err(wrong(at, "must be a list"));
+    };
+    let entries = list.into_iter().enumerate();
+    Ok(entries
+        .map(|(idx, entry)| (format!("{at}[{idx}]"), entry))
+        .collect())
+}
+
+/// Refuses keys of the object at `at` that are not `known`, rather than drop them.
+pub(crate) fn refuse_others(
+    at: &str,
+    fields: &Map<String, Value>,
+    known: &[&str],
+) -> Result<(), ApiError> {
+    let Some(key) = fields.keys().find(|key| !known.contains(&key.as_str())) else {
+        return Ok(());
+    };
+    let hint = suggestion(key, known, 0.85);
+    let shown: String = key.chars().take(64).collect();
+    Err(wrong(
+        &format!("{at}.{shown}"),
+        &format!("is not supported{hint}"),
+    ))
 }
 
 fn take_keys<T: DeserializeOwned>(fields: &mut Map<String, Value>) -> Value {
@@ -98,6 +140,10 @@ pub(crate) fn checked<'de, D: Deserializer<'de>, T>(
 
 pub(crate) fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     checked(deserializer, "must be true or false", Value::as_bool)
+}
+
+pub(crate) fn maybe<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
+    flag(deserializer).map(Some)
 }
 
 /// Takes what is done anyway; anything else is refused.
@@ -157,7 +203,7 @@ mod tests {
         let message = &error.body()["error"]["message"];
         assert_eq!(message, "`first` must be true or false");
         let error = take_theirs::<Some>(&mut fields(json!({"2nd": "x"}))).expect_err("wrong");
-        assert_eq!(error.body()["error"]["param"], "body");
+        assert_eq!(error.body()["error"]["param"], "2nd");
     }
 
     #[test]

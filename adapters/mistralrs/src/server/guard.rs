@@ -165,6 +165,15 @@ impl FromRequest<App> for Payload {
             );
             ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
         };
+        // gzip has been taken off by now.
+        if let Some(encoding) = other_encoding(request.headers()) {
+            let message = format!("bodies are read plain or with gzip, not with `{encoding}`");
+            return Err(ApiError::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "unsupported_encoding",
+                message,
+            ));
+        }
         // What says that it is too large need not be read; the router's own limit holds for the rest.
         let declared = request
             .headers()
@@ -179,7 +188,10 @@ impl FromRequest<App> for Payload {
             Ok(Err(BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(
                 _,
             )))) => Err(too_large()),
-            Ok(Err(_)) => Err(ApiError::invalid("body", "the request body broke off")),
+            Ok(Err(_)) => Err(ApiError::invalid(
+                "body",
+                "the request body broke off, or is not the gzip that it says it is",
+            )),
             Err(_) => Err(ApiError::new(
                 StatusCode::REQUEST_TIMEOUT,
                 "body_timeout",
@@ -187,6 +199,13 @@ impl FromRequest<App> for Payload {
             )),
         }
     }
+}
+
+/// The encoding of a body that is not there as it is.
+fn other_encoding(headers: &HeaderMap) -> Option<String> {
+    let encoding = headers.get(header::CONTENT_ENCODING)?;
+    let name: String = encoding.to_str().unwrap_or("?").chars().take(64).collect();
+    (!["", "identity"].contains(&name.as_str())).then_some(name)
 }
 
 #[cfg(test)]

@@ -357,9 +357,9 @@ impl RunningJob {
 /// Tokens of a request and its answers.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Usage {
-    prompt_tokens: usize,
-    completion_tokens: usize,
-    total_tokens: usize,
+    pub(crate) prompt_tokens: usize,
+    pub(crate) completion_tokens: usize,
+    pub(crate) total_tokens: usize,
 }
 
 fn silent() -> ApiError {

@@ -3,14 +3,18 @@
 mod admission;
 mod answers;
 pub(crate) mod api_error;
+mod chat;
 mod connection;
 mod context;
+mod effort;
 mod endpoints;
 pub(crate) mod fields;
 mod guard;
 mod job;
 mod listen;
+mod messages;
 mod metrics;
+mod phases;
 mod registry;
 mod reload;
 mod request;
@@ -20,6 +24,7 @@ mod signals;
 pub(crate) mod steps;
 pub(crate) mod stop;
 mod tls;
+mod tools;
 
 use std::future::Future;
 use std::net::SocketAddr;

@@ -59,6 +59,12 @@ impl StopFilter {
     }
 }
 
+/// `text` without the beginning of a character at its end, which a stream holds back too: there an answer was cut in the middle
+/// of one, whose bytes show as U+FFFD.
+pub(crate) fn whole_characters(text: &str) -> &str {
+    text.trim_end_matches(char::REPLACEMENT_CHARACTER)
+}
+
 /// Tells when an answer holds one of the texts that end it. What clients see is cut elsewhere, exactly; this ends the work.
 pub(crate) struct StopWatch {
     texts: Vec<String>,

@@ -2,27 +2,24 @@
 
 use axum::extract::State;
 use axum::response::Response as HttpResponse;
-use either::Either;
-use mistralrs_core::{
-    Constraint, NormalRequest, Request, RequestMessage, Response, TokenizationRequest,
-    ToolCallResponse,
-};
-use mistralrs_server_core::chat_completion::parse_request;
-use mistralrs_server_core::openai::JsonSchemaResponseFormat;
+use mistralrs_core::{Response, ToolCallResponse};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
-use tokio::sync::mpsc::channel;
+use serde_json::{Map, Value, json};
 
-use crate::engine::plain_tokenization;
-use crate::quirks_0_8::dropped_efforts::Effort;
+use crate::chat_template::{ChatTemplate, Conversation, End};
+use crate::quirks_0_8::first_white_space::{restore, token_text};
 use crate::quirks_0_8::forced_tools::ToolUse;
 use crate::server::App;
 use crate::server::admission::Admission;
 use crate::server::answers::{Form, Piece, answer};
 use crate::server::api_error::ApiError;
-use crate::server::fields::{flag, only, theirs};
+use crate::server::chat::{Chat, Keys, set_thinking, template, variables};
+use crate::server::effort::Effort;
+use crate::server::fields::{flag, maybe, object_at, only, refuse_others, wrong};
 use crate::server::guard::Payload;
+use crate::server::messages::Messages;
 use crate::server::request::Asked;
+use crate::server::tools;
 
 /// Keys that only this endpoint has.
 #[derive(Deserialize)]
@@ -31,8 +28,14 @@ struct ChatKeys {
     tools: Option<Value>,
     tool_choice: Option<ToolUse>,
     response_format: Option<Value>,
-    enable_thinking: Option<Value>,
+    #[serde(default, deserialize_with = "maybe")]
+    enable_thinking: Option<bool>,
     reasoning_effort: Option<Effort>,
+    chat_template_kwargs: Option<Value>,
+    #[serde(default, deserialize_with = "maybe")]
+    add_generation_prompt: Option<bool>,
+    #[serde(default, deserialize_with = "flag")]
+    continue_final_message: bool,
     #[serde(default = "yes", deserialize_with = "flag")]
     parallel_tool_calls: bool,
     modalities: Option<Value>,
@@ -52,178 +55,113 @@ pub(super) async fn handle(
     let (mut asked, keys): (Asked, ChatKeys) = Asked::read(&app, &bytes)?;
     only("modalities", keys.modalities.as_ref(), &json!(["text"]))?;
     only("verbosity", keys.verbosity.as_ref(), &json!("medium"))?;
+    let one_tool_call = !keys.parallel_tool_calls;
+    let chat = keys.chat(template(&asked, "messages")?)?;
     let form = ChatForm {
-        one_tool_call: !keys.parallel_tool_calls,
+        one_tool_call,
+        continues: chat.conversation.end == End::Open,
     };
-    keys.hold(&mut asked.constraint)?;
-    let request = keys.request(&asked).await?;
-    if matches!(asked.constraint, Constraint::Llguidance(_)) {
-        let message = "this kind of grammar is not supported";
-        return Err(ApiError::invalid("grammar", message));
-    }
-    let n_prompt = count_prompt(&asked, &request, &admission).await?;
-    let job = asked.start(&app, admission, "messages", n_prompt, request)?;
+    let job = chat.start(&app, &mut asked, admission).await?;
     answer(asked, job, form).await
 }
 
 impl ChatKeys {
-    fn tools(&self) -> Option<&Value> {
-        self.tools.as_ref().filter(|tools| **tools != json!([]))
-    }
-
-    /// Holds the answer to the response format, or to a call that must be made.
-    fn hold(&self, constraint: &mut Constraint) -> Result<(), ApiError> {
-        let format = self.response_format.as_ref();
-        let is_free = format.is_none_or(|format| *format == json!({"type": "text"}));
-        if let Some(choice) = &self.tool_choice
-            && choice.must_call()
-        {
-            let other = match (is_free, &*constraint) {
-                (false, _) => Some("response_format"),
-                (true, Constraint::None) => None,
-                (true, _) => Some("grammar"),
-            };
-            if let Some(key) = other {
-                let message = format!(
-                    "`{key}` and a `tool_choice` that insists on a call exclude each other"
-                );
-                return Err(ApiError::invalid("tool_choice", message));
-            }
-            *constraint = Constraint::JsonSchema(choice.schema(self.tools())?);
-        } else if let Some(schema) = format.map(schema).transpose()?.flatten() {
-            if !matches!(constraint, Constraint::None) {
-                let message = "Request `grammar` and `response_format` were both provided but are mutually exclusive.";
-                return Err(ApiError::invalid("body", message));
-            }
-            *constraint = Constraint::JsonSchema(schema);
-        }
-        Ok(())
-    }
-
-    /// mistral.rs's own reading of conversation and tools.
-    async fn request(self, asked: &Asked) -> Result<NormalRequest, ApiError> {
-        let thinking = match (self.enable_thinking.clone(), self.reasoning_effort) {
-            (None, Some(Effort::Off)) => Some(json!(false)),
-            (thinking, _) => thinking,
-        };
-        let request = json!({
-            "model": "default",
-            "tools": self.tools(),
-            "enable_thinking": thinking,
-            "reasoning_effort": self.reasoning_effort.and_then(Effort::told),
-            "messages": text_messages(self.messages)?,
-        });
-        let (sender, _) = channel(1);
-        let (request, _) = parse_request(theirs(request)?, asked.lease.host().clone(), sender)
-            .await
-            .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))?;
-        match request {
-            Request::Normal(mut request) => {
-                request.tool_choice = self.tool_choice.map(|choice| choice.told());
-                Ok(*request)
-            }
-            _ => Err(ApiError::internal(
-                "a chat request became another kind of request",
-            )),
-        }
+    fn chat(self, template: &ChatTemplate) -> Result<Chat, ApiError> {
+        let tools = tools::read(self.tools)?;
+        let has_tools = !tools.is_empty();
+        let messages = Messages::read("messages", self.messages, template, has_tools)?;
+        let at = "chat_template_kwargs";
+        let mut variables = variables(at, self.chat_template_kwargs, template, has_tools)?;
+        set_thinking(&mut variables, self.enable_thinking, self.reasoning_effort)?;
+        let end = end(
+            self.add_generation_prompt,
+            self.continue_final_message,
+            &messages,
+        )?;
+        Ok(Chat {
+            keys: Keys {
+                messages: "messages",
+                format: "response_format",
+            },
+            conversation: Conversation {
+                messages: messages.list,
+                tools,
+                variables,
+                end,
+            },
+            tool_choice: self.tool_choice,
+            schema: self.response_format.map(schema).transpose()?.flatten(),
+        })
     }
 }
 
-/// The schema that `response_format` holds an answer to: any JSON object is one that fits an empty schema for objects.
-fn schema(format: &Value) -> Result<Option<Value>, ApiError> {
-    match format["type"].as_str() {
-        Some("text") => Ok(None),
-        Some("json_object") => Ok(Some(json!({"type": "object"}))),
-        Some("json_schema") if format["json_schema"]["schema"].is_object() => {
-            let read: JsonSchemaResponseFormat = theirs(format["json_schema"].clone())?;
-            Ok(Some(read.schema))
-        }
-        _ => Err(ApiError::invalid(
-            "response_format",
-            "`response_format` is text, json_object, or json_schema with a schema",
+/// How the prompt ends: vLLM's keys, and the `prefix` of Mistral's and DeepSeek's interfaces.
+fn end(opens: Option<bool>, continues: bool, messages: &Messages) -> Result<End, ApiError> {
+    if !continues && !messages.is_prefix {
+        return Ok(match opens {
+            Some(false) => End::Closed,
+            _ => End::Opening,
+        });
+    }
+    let key = match continues {
+        true => "continue_final_message",
+        false => "prefix",
+    };
+    if opens == Some(true) {
+        let message =
+            format!("excludes `{key}`: the answer is a new turn, or continues the last one");
+        return Err(wrong("add_generation_prompt", &message));
+    }
+    let last = messages.list.last();
+    let is_text =
+        last.is_some_and(|last| last["role"] == "assistant" && !last.contains_key("tool_calls"));
+    match is_text {
+        true => Ok(End::Open),
+        false => Err(wrong(
+            key,
+            "needs a text of the assistant as the last message",
         )),
     }
 }
 
-/// Renders the conversation, which also shows whether the template takes it.
-async fn count_prompt(
-    asked: &Asked,
-    request: &NormalRequest,
-    admission: &Admission,
-) -> Result<usize, ApiError> {
-    let RequestMessage::Chat {
-        messages,
-        enable_thinking,
-        reasoning_effort,
-    } = &request.messages
-    else {
-        return Err(ApiError::invalid("messages", "only text is supported"));
-    };
-    let tokens = |response| TokenizationRequest {
-        tools: request.tools.clone(),
-        enable_thinking: *enable_thinking,
-        reasoning_effort: *reasoning_effort,
-        ..plain_tokenization(Either::Left(messages.clone()), response)
-    };
-    let tokens = asked.tokens(admission, "messages", tokens).await?;
-    Ok(tokens.len())
-}
-
-/// The messages with their text parts joined; anything but text is refused, since mistral.rs would go and fetch it.
-fn text_messages(messages: Option<Value>) -> Result<Value, ApiError> {
-    let Some(Value::Array(mut messages)) = messages else {
-        return Err(wrong("messages", "expected a list of messages"));
-    };
-    if messages.is_empty() {
-        return Err(wrong("messages", "expected at least one message"));
-    }
-    for (idx, message) in messages.iter_mut().enumerate() {
-        read_message(&format!("messages[{idx}]"), message)?;
-    }
-    Ok(Value::Array(messages))
-}
-
-fn wrong(at: &str, message: &str) -> ApiError {
-    ApiError::invalid(at, format!("{at}: {message}"))
-}
-
-fn read_message(at: &str, message: &mut Value) -> Result<(), ApiError> {
-    let Some(fields) = message.as_object_mut() else {
-        return Err(wrong(at, "expected an object with role and content"));
-    };
-    fields.retain(|_, value| !value.is_null());
-    match fields.get("role").and_then(Value::as_str) {
-        None => {
-            let expected = "expected system, user, assistant or tool";
-            return Err(wrong(&format!("{at}.role"), expected));
+/// The schema that `response_format` holds an answer to: any JSON object is one that fits an empty schema for objects.
+fn schema(format: Value) -> Result<Option<Value>, ApiError> {
+    let at = "response_format";
+    let mut format = object_at(at, format)?;
+    let kind = format.get("type").cloned().unwrap_or_default();
+    let known: &[&str] = match kind.as_str() {
+        Some("json_schema") => &["type", "json_schema"],
+        Some("text" | "json_object") => &["type"],
+        _ => {
+            let must = "must be \"text\", \"json_object\" or \"json_schema\"";
+            return Err(wrong(&format!("{at}.type"), must));
         }
-        // What reasoning models call a system message; templates know only that.
-        Some("developer") => drop(fields.insert("role".to_owned(), json!("system"))),
-        Some(_) => {}
-    }
-    let content = match fields.get("content") {
-        Some(Value::String(_)) => return Ok(()),
-        None if fields.contains_key("tool_calls") => return Ok(()),
-        Some(Value::Array(parts)) => {
-            let texts = parts.iter().map(|part| {
-                let is_text = part["type"].as_str().is_none_or(|kind| kind == "text");
-                part["text"].as_str().filter(|_| is_text)
-            });
-            let texts: Option<Vec<&str>> = texts.collect();
-            texts.ok_or("only text parts are supported")
-        }
-        _ => Err("expected a text"),
     };
-    let texts = content.map_err(|message| wrong(&format!("{at}.content"), message))?;
-    let text = json!(texts.join("\n"));
-    fields.insert("content".to_owned(), text);
-    Ok(())
+    refuse_others(at, &format, known)?;
+    match kind.as_str() {
+        Some("json_schema") => {
+            let at = format!("{at}.json_schema");
+            let mut named = object_at(&at, format.remove("json_schema").unwrap_or_default())?;
+            refuse_others(&at, &named, &["name", "description", "schema", "strict"])?;
+            match named.remove("schema") {
+                Some(schema @ Value::Object(_)) => Ok(Some(schema)),
+                _ => Err(wrong(
+                    &format!("{at}.schema"),
+                    "must be a JSON schema, an object",
+                )),
+            }
+        }
+        Some("json_object") => Ok(Some(json!({"type": "object"}))),
+        _ => Ok(None),
+    }
 }
 
 /// Answers as messages, and as deltas of one.
-struct ChatForm {
+pub(super) struct ChatForm {
     /// Whether only the first of several tool calls is wanted.
-    one_tool_call: bool,
+    pub(super) one_tool_call: bool,
+    /// Whether the answer continues a text, so that white space at its beginning belongs to it.
+    pub(super) continues: bool,
 }
 
 /// What a choice says, and what a chunk adds to it.
@@ -267,7 +205,14 @@ impl Form for ChatForm {
         match response {
             Response::Done(done) => {
                 let choices = done.choices.into_iter().map(|choice| Piece {
-                    text: choice.message.content,
+                    text: choice.message.content.map(|text| {
+                        let tokens = choice.logprobs.and_then(|logprobs| logprobs.content);
+                        let tokens = tokens.iter().flatten().filter_map(token_text);
+                        match self.continues {
+                            true => restore(&text, tokens),
+                            false => text,
+                        }
+                    }),
                     tool_calls: choice.message.tool_calls.map(|mut calls| {
                         calls.truncate(if self.one_tool_call { 1 } else { usize::MAX });
                         calls
@@ -282,11 +227,21 @@ impl Form for ChatForm {
                     let mut calls = choice.delta.tool_calls.unwrap_or_default();
                     calls.retain(|call| !self.one_tool_call || call.index == 0);
                     let text = choice.delta.content.unwrap_or_default();
-                    // As in a whole answer, which begins with its first character that is no white space.
-                    let text = if *begun { &*text } else { text.trim_start() };
-                    *begun |= !text.is_empty();
+                    let is_first = !*begun;
+                    let text = match choice
+                        .logprobs
+                        .as_ref()
+                        .filter(|_| self.continues && is_first)
+                    {
+                        Some(token) => restore(&text, token_text(token)),
+                        None if self.continues => text,
+                        // As in a whole answer, which begins with its first character that is no white space.
+                        None if is_first => text.trim_start().to_owned(),
+                        None => text,
+                    };
+                    *begun |= self.continues || !text.is_empty();
                     Piece {
-                        text: Some(text.to_owned()),
+                        text: Some(text),
                         tool_calls: Some(calls).filter(|calls| !calls.is_empty()),
                         reasoning: choice.delta.reasoning_content,
                         finish_reason: choice.finish_reason,
@@ -325,110 +280,149 @@ impl Form for ChatForm {
 mod tests {
     use super::*;
 
-    #[test]
-    fn text_parts_are_joined_and_texts_kept() {
-        let messages = json!([
-            {"role": "system", "content": "s", "name": null},
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-        ]);
-        let expected =
-            json!([{"role": "system", "content": "s"}, {"role": "user", "content": "a\nb"}]);
-        assert_eq!(text_messages(Some(messages)).expect("text only"), expected);
-    }
-
-    #[test]
-    fn what_is_not_a_conversation_in_text_is_refused_where_it_is() {
-        let image = json!({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}});
-        let cases = [
-            (None, "messages"),
-            (Some(json!("hello")), "messages"),
-            (Some(json!([])), "messages"),
-            (Some(json!(["hello"])), "messages[0]"),
-            (Some(json!([{"content": "x"}])), "messages[0].role"),
-            (Some(json!([{"role": "user"}])), "messages[0].content"),
-            (
-                Some(json!([{"role": "user", "content": 3}])),
-                "messages[0].content",
-            ),
-            (
-                Some(json!([{"role": "user", "content": [image]}])),
-                "messages[0].content",
-            ),
-        ];
-        for (messages, at) in cases {
-            let error = text_messages(messages).expect_err("must be refused");
-            assert_eq!(error.body()["error"]["param"], at);
-        }
-    }
-
     fn keys(body: Value) -> Result<ChatKeys, ApiError> {
         let mut fields = crate::server::fields::object(body.to_string().as_bytes())?;
         crate::server::fields::take(&mut fields)
     }
 
-    /// What an answer is held to.
-    fn held(body: Value) -> Result<Constraint, ApiError> {
-        let mut constraint = match body.get("grammar") {
-            Some(_) => Constraint::Regex("x".to_owned()),
-            None => Constraint::None,
-        };
-        keys(body)?.hold(&mut constraint)?;
-        Ok(constraint)
+    fn plain() -> ChatTemplate {
+        let source =
+            json!("{% for m in messages %}{{ m.content }}{% endfor %}{{ tools }}{{ day }}");
+        ChatTemplate::compile("here", &source, Default::default()).expect("valid")
+    }
+
+    fn read(mut body: Value) -> Result<Chat, ApiError> {
+        if body["messages"].is_null() {
+            body["messages"] =
+                json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]);
+        }
+        keys(body)?.chat(&plain())
     }
 
     #[test]
     fn formats_become_schemas_or_are_refused() {
-        let schema = |body: Value| match held(body) {
-            Ok(Constraint::JsonSchema(schema)) => Some(schema),
-            Ok(Constraint::None) => None,
-            _ => panic!("another constraint"),
+        let schema = |format: Value| {
+            read(json!({"response_format": format}))
+                .expect("sound")
+                .schema
         };
-        let any = json!({"response_format": {"type": "json_object"}});
-        assert_eq!(schema(any), Some(json!({"type": "object"})));
-        let text = json!({"response_format": {"type": "text"}});
-        assert_eq!(schema(text), None);
+        assert_eq!(
+            schema(json!({"type": "json_object"})),
+            Some(json!({"type": "object"}))
+        );
+        assert_eq!(schema(json!({"type": "text"})), None);
         let own = json!({"name": "n", "strict": true, "schema": {"enum": [1]}});
-        let own = json!({"response_format": {"type": "json_schema", "json_schema": own}});
-        assert_eq!(schema(own), Some(json!({"enum": [1]})));
-        let tool = json!({"type": "function", "function": {"name": "a"}});
-        let (both, none) = (json!([tool]), json!([]));
-        let grammar = json!({"type": "regex", "value": "x"});
-        for (body, param) in [
-            (json!({"response_format": "json"}), "response_format"),
+        assert_eq!(
+            schema(json!({"type": "json_schema", "json_schema": own})),
+            Some(json!({"enum": [1]}))
+        );
+        for (format, at) in [
+            (json!("json"), "response_format"),
+            (json!({}), "response_format.type"),
+            (json!({"type": "xml"}), "response_format.type"),
             (
-                json!({"response_format": {"type": "xml"}}),
-                "response_format",
+                json!({"type": "json_object", "schema": {}}),
+                "response_format.schema",
             ),
             (
-                json!({"response_format": {"type": "json_schema"}}),
-                "response_format",
+                json!({"type": "json_schema"}),
+                "response_format.json_schema",
             ),
             (
-                json!({"response_format": {"type": "json_object"}, "grammar": grammar}),
-                "body",
+                json!({"type": "json_schema", "json_schema": {"name": "n"}}),
+                "response_format.json_schema.schema",
             ),
             (
-                json!({"tool_choice": "required", "tools": none}),
-                "tool_choice",
+                json!({"type": "json_schema", "json_schema": {"schema": {}, "foo": 1}}),
+                "response_format.json_schema.foo",
+            ),
+        ] {
+            let error = read(json!({"response_format": format}))
+                .err()
+                .expect("refused");
+            assert_eq!(error.body()["error"]["param"], at);
+        }
+    }
+
+    #[test]
+    fn a_prompt_ends_as_it_is_asked_to() {
+        let prefix = json!([{"role": "assistant", "content": "y", "prefix": true}]);
+        for (body, expected) in [
+            (json!({}), End::Opening),
+            (json!({"add_generation_prompt": true}), End::Opening),
+            (json!({"add_generation_prompt": false}), End::Closed),
+            (json!({"continue_final_message": true}), End::Open),
+            (
+                json!({"continue_final_message": true, "add_generation_prompt": false}),
+                End::Open,
+            ),
+            (json!({"messages": prefix}), End::Open),
+        ] {
+            assert_eq!(read(body).expect("sound").conversation.end, expected);
+        }
+        let user = json!([{"role": "user", "content": "x"}]);
+        for (body, at) in [
+            (
+                json!({"continue_final_message": true, "add_generation_prompt": true}),
+                "add_generation_prompt",
             ),
             (
-                json!({"tool_choice": "required", "tools": both, "grammar": grammar}),
-                "tool_choice",
+                json!({"messages": prefix, "add_generation_prompt": true}),
+                "add_generation_prompt",
             ),
             (
-                json!({"tool_choice": tool, "tools": both, "response_format": {"type": "json_object"}}),
-                "tool_choice",
+                json!({"continue_final_message": true, "messages": user}),
+                "continue_final_message",
             ),
+            (
+                json!({"continue_final_message": 1}),
+                "continue_final_message",
+            ),
+            (
+                json!({"add_generation_prompt": "no"}),
+                "add_generation_prompt",
+            ),
+        ] {
+            let error = read(body).err().expect("refused");
+            assert_eq!(error.body()["error"]["param"], at);
+        }
+    }
+
+    #[test]
+    fn variables_reach_templates_that_read_them() {
+        let of = |kwargs: Value| read(json!({"chat_template_kwargs": kwargs}));
+        let read_day = of(json!({"day": ["Monday"], "enable_thinking": false})).expect("sound");
+        assert_eq!(read_day.conversation.variables["day"], json!(["Monday"]));
+        for (kwargs, at) in [
+            (json!([]), "chat_template_kwargs"),
+            (json!({"night": 1}), "chat_template_kwargs.night"),
+            (
+                json!({"enable_thinking": true}),
+                "chat_template_kwargs.enable_thinking",
+            ),
+            (json!({"tools": []}), "chat_template_kwargs.tools"),
+        ] {
+            let error = of(kwargs).err().expect("refused");
+            assert_eq!(error.body()["error"]["param"], at);
+        }
+        let twice =
+            json!({"enable_thinking": true, "chat_template_kwargs": {"enable_thinking": false}});
+        let error = read(twice).err().expect("refused");
+        assert_eq!(error.body()["error"]["param"], "enable_thinking");
+    }
+
+    #[test]
+    fn values_of_a_wrong_type_are_named() {
+        for (body, at) in [
             (json!({"tool_choice": "any"}), "tool_choice"),
             (json!({"reasoning_effort": "utmost"}), "reasoning_effort"),
             (json!({"reasoning_effort": 3}), "reasoning_effort"),
+            (json!({"enable_thinking": "yes"}), "enable_thinking"),
+            (json!({"parallel_tool_calls": 1}), "parallel_tool_calls"),
         ] {
-            let error = held(body).err().expect("refused");
-            assert_eq!(error.body()["error"]["param"], param);
+            let error = keys(body).err().expect("refused");
+            assert_eq!(error.body()["error"]["param"], at);
         }
-        let forced =
-            json!({"tool_choice": "required", "tools": both, "response_format": {"type": "text"}});
-        assert!(schema(forced).is_some());
     }
 
     #[test]
@@ -444,12 +438,5 @@ mod tests {
             assert_eq!(effort.told(), told);
             assert_eq!(effort == Effort::Off, told.is_none());
         }
-    }
-
-    #[test]
-    fn a_developer_is_the_system() {
-        let messages = json!([{"role": "developer", "content": "be brief"}]);
-        let read = text_messages(Some(messages)).expect("text only");
-        assert_eq!(read[0]["role"], "system");
     }
 }

@@ -12,24 +12,32 @@ mod ready;
 mod reload;
 #[cfg(test)]
 mod tests;
+mod unknown;
 mod unload_lora_adapter;
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::handler::Handler;
-use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{self, MethodRouter};
 use serde::de::DeserializeOwned;
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use serde_json::{Map, Value};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
+use tower_http::decompression::RequestDecompressionLayer;
 
 use super::api_error::ApiError;
 use super::context::RequestContext;
+use super::fields::object;
 use super::guard::{self, Right};
 use super::{App, AppState};
+use crate::field_names::field_names;
+use unknown::Offered;
 
 /// Every endpoint there is: mistral.rs's own router, with its unguarded administration, is not mounted.
 fn endpoints() -> Vec<Endpoint> {
@@ -106,29 +114,28 @@ fn is_reloadable(app: &AppState) -> bool {
 /// The endpoints that `app` offers, and what stands before them.
 pub(super) fn router(app: App) -> Router {
     let mut router = Router::new();
+    let mut offered = Vec::new();
     for endpoint in endpoints() {
         if (endpoint.when)(&app) {
             let (method, path, right) = (endpoint.method, endpoint.path, endpoint.right);
             tracing::debug!(%method, path, ?right, "endpoint");
             let rights = from_fn_with_state((app.clone(), right), guard::require);
             router = router.route(path, endpoint.route.layer(rights));
+            offered.push(Offered { method, path });
         }
     }
-    let refuse = |status, code, message| async move { ApiError::new(status, code, message) };
-    let (no_path, no_method) = (
-        "there is no such endpoint",
-        "this endpoint takes another method",
-    );
+    let offered: Arc<[Offered]> = offered.into();
+    let others = offered.clone();
     let router = router
-        .fallback(move || refuse(StatusCode::NOT_FOUND, "not_found", no_path))
-        .method_not_allowed_fallback(move || {
-            refuse(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "method_not_allowed",
-                no_method,
-            )
+        .fallback(move |method: Method, uri: Uri| async move {
+            unknown::no_path(&offered, &method, uri.path())
+        })
+        .method_not_allowed_fallback(move |method: Method, uri: Uri| async move {
+            unknown::no_method(&others, &method, uri.path())
         })
         .layer(DefaultBodyLimit::max(app.config.limits.max_body_bytes))
+        // What has another encoding goes on to be refused by its name.
+        .layer(RequestDecompressionLayer::new().pass_through_unaccepted(true))
         .layer(from_fn_with_state(app.clone(), guard::guard));
     match cors(&app.config.allowed_origins) {
         Some(cors) => router.layer(cors),
@@ -137,7 +144,13 @@ pub(super) fn router(app: App) -> Router {
     .with_state(app)
 }
 
+/// How long a browser may take an answer about `origins` for granted.
+const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
+
 /// What browsers are told about `origins`; nothing, which they take for a no, where there are none.
+///
+/// Every header may be sent that a page wants to send: SDKs have a dozen of their own, and a page that may send its user's key
+/// gains nothing by another one.
 fn cors(origins: &[String]) -> Option<CorsLayer> {
     if origins.is_empty() {
         return None;
@@ -154,13 +167,10 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
     Some(
         CorsLayer::new()
             .allow_origin(origins)
-            .allow_methods([Method::GET, Method::POST])
-            .allow_headers([
-                header::AUTHORIZATION,
-                header::CONTENT_TYPE,
-                guard::REQUEST_ID,
-            ])
-            .expose_headers([guard::REQUEST_ID]),
+            .allow_methods([Method::GET, Method::POST, Method::OPTIONS])
+            .allow_headers(AllowHeaders::mirror_request())
+            .expose_headers([guard::REQUEST_ID, header::RETRY_AFTER])
+            .max_age(PREFLIGHT_AGE),
     )
 }
 
@@ -177,6 +187,27 @@ async fn detached<T: Send + 'static>(
         .map_err(|error| ApiError::internal(error.to_string()))?
 }
 
+/// The object in `body`. The error names the key that is wrong.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|error| ApiError::invalid("body", error.to_string()))
+    let fields = object(body)?;
+    let read = |fields: &Map<String, Value>| T::deserialize(Value::Object(fields.clone()));
+    read(&fields).map_err(|error| {
+        let message = error.to_string();
+        let named = |name: &&&str| message.contains(&format!("`{name}`"));
+        let wrong = match message.starts_with("missing field") {
+            true => field_names::<T>().iter().find(named).copied(),
+            // serde does not say which key it was at: the one without which the error is another.
+            false => fields.keys().map(String::as_str).find(|key| {
+                let mut others = fields.clone();
+                others.remove(*key);
+                read(&others)
+                    .err()
+                    .is_none_or(|other| other.to_string() != message)
+            }),
+        };
+        match wrong {
+            Some(key) => ApiError::invalid(key, format!("`{key}`: {message}")),
+            None => ApiError::invalid("body", message),
+        }
+    })
 }

@@ -105,3 +105,25 @@ fn every_endpoint_has_a_row_in_the_docs() {
         assert!(found, "docs/serve.md has no row with {name}");
     }
 }
+
+#[test]
+fn a_wrong_key_of_an_administrators_request_is_named() {
+    #[derive(Debug, serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "only read")]
+    struct Two {
+        first: String,
+        second: usize,
+    }
+    for (body, key) in [
+        (json!({"first": 1, "second": 2}), "first"),
+        (json!({"first": "x", "second": "y"}), "second"),
+        (json!({"first": "x", "second": 2, "third": 3}), "third"),
+        (json!({"first": "x"}), "second"),
+        (json!({"first": null, "second": 2}), "first"),
+        (json!([]), "body"),
+    ] {
+        let error = super::parse::<Two>(body.to_string().as_bytes());
+        assert_eq!(error.expect_err("refused").body()["error"]["param"], key);
+    }
+}

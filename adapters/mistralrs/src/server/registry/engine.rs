@@ -17,6 +17,7 @@ use super::memory::{Memory, Reservation};
 use super::reaper::{Reaper, Retired};
 use super::slots::{Occupied, Slot, Slots, blocking};
 use crate::chat_files::text_frame;
+use crate::chat_template::ChatTemplate;
 use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result, code};
 use crate::loader::MonteCloraLoader;
@@ -76,6 +77,7 @@ impl Wanted {
         };
         let mut loader = model.loader(name, source)?;
         loader.force = settings.force;
+        loader.rendered = true;
         Ok(Self {
             loader,
             parent: source.map(|_| model.name.clone()),
@@ -149,6 +151,8 @@ pub(crate) struct Generation {
     pub(crate) end_tokens: Vec<u32>,
     pub(crate) sampling: Sampling,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    /// What conversations are written out by; none for a model that only continues texts.
+    pub(crate) template: Option<ChatTemplate>,
     spec: Spec,
     /// The adapter's directory, of several with this content the one that was loaded last.
     source: Mutex<Option<PathBuf>>,
@@ -221,6 +225,7 @@ struct Loaded {
     end_tokens: Vec<u32>,
     sampling: Sampling,
     tokenizer: Arc<Tokenizer>,
+    template: Option<ChatTemplate>,
     memory: Reservation,
 }
 
@@ -261,12 +266,13 @@ impl Loaded {
             let tokenizer = tokenizer
                 .ok_or_else(|| Error::Engine("the model came without a tokenizer".to_owned()))?;
             Ok(Self {
-                checked,
                 model,
                 end_tokens,
                 sampling,
                 tokenizer,
+                template: checked.wanted.loader.chat_template()?,
                 memory,
+                checked,
             })
         })
         .await
@@ -291,6 +297,7 @@ impl Loaded {
             end_tokens: self.end_tokens,
             sampling: self.sampling,
             tokenizer: self.tokenizer,
+            template: self.template,
             turns: batches_on_a_cpu::turns(wanted.spec.device),
             spec: wanted.spec,
             engine: Some(engine),

@@ -1,8 +1,8 @@
-//! Efforts of reasoning other than low, medium and high, which mistral.rs 0.8.1 drops without a word.
+//! How hard a model is to think: OpenAI's efforts, as the three that chat templates know.
 
 use serde::{Deserialize, Deserializer};
 
-use crate::server::fields::checked;
+use super::fields::checked;
 
 /// What `reasoning_effort` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub(crate) enum Effort {
 }
 
 impl Effort {
-    /// What mistral.rs is told of it.
+    /// What a chat template is told of it.
     pub(crate) fn told(self) -> Option<&'static str> {
         match self {
             Self::Off => None,

@@ -1,0 +1,306 @@
+//! A model's chat template: compiled when the model is loaded, and rendered to the text that its engine gets.
+
+mod analysis;
+mod python;
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use minijinja::value::Kwargs;
+use minijinja::{Environment, ErrorKind, Value as JinjaValue, filters};
+use monteclora_converters::Problem;
+use serde_json::{Map, Value, json};
+
+use self::analysis::Names;
+use crate::loader::panic_text;
+
+/// The template for conversations without tools, and the one for those with tools, as `tokenizer_config.json` lists them.
+const DEFAULT: &str = "default";
+const TOOL_USE: &str = "tool_use";
+
+/// Variables that hold the tools: the usual one, SmolLM3's, and the names of Llama 3's and Harmony's own tools.
+const TOOL_VARIABLES: [&str; 3] = ["tools", "xml_tools", "builtin_tools"];
+
+/// Tool names that templates of Llama 3 and Harmony take for built in.
+const BUILTIN_TOOLS: [&str; 6] = [
+    "browser",
+    "python",
+    "code_interpreter",
+    "web_search",
+    "brave_search",
+    "wolfram_alpha",
+];
+
+/// Most spaces that `tojson` indents by; Python has no limit, and memory has.
+const MOST_INDENT: usize = 16;
+
+/// A compiled template with the model's special tokens.
+///
+/// Blocks are trimmed as in transformers; Python's string methods, `raise_exception`, `strftime_now` and `tojson` exist. Besides
+/// the conversation a template sees what mistral.rs gives it: `enable_thinking` is true and `reasoning_effort` "medium" unless
+/// the request says otherwise, and `tojson` escapes `<`, `>`, `&` and `'`.
+#[derive(Debug)]
+pub(crate) struct ChatTemplate {
+    environment: Environment<'static>,
+    special_tokens: BTreeMap<&'static str, String>,
+    /// What each of the templates reads, by its name.
+    names: BTreeMap<&'static str, Names>,
+}
+
+/// What a template is to write out.
+#[derive(Debug, Default)]
+pub(crate) struct Conversation {
+    pub(crate) messages: Vec<Map<String, Value>>,
+    pub(crate) tools: Vec<Value>,
+    /// Variables beside those that every conversation has.
+    pub(crate) variables: Map<String, Value>,
+    pub(crate) end: End,
+}
+
+/// How a rendered conversation ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum End {
+    /// With the opening of the assistant's turn.
+    #[default]
+    Opening,
+    /// With the last message.
+    Closed,
+    /// In the last message, which the answer continues.
+    Open,
+}
+
+/// Why a conversation cannot be written out, in words that follow "the chat template".
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Refusal(pub(crate) String);
+
+impl ChatTemplate {
+    /// Compiles `template`, a text or a list of named ones, which came from `place`.
+    ///
+    /// # Errors
+    /// Every reason why it is none.
+    pub(crate) fn compile(
+        place: &str,
+        template: &Value,
+        special_tokens: BTreeMap<&'static str, String>,
+    ) -> Result<Self, Vec<Problem>> {
+        let sources = sources(place, template).map_err(|problem| vec![problem])?;
+        let mut environment = environment();
+        let mut problems = Vec::new();
+        for (name, source) in sources {
+            let added = environment.add_template_owned(name, python::to_minijinja(&source));
+            if let Err(error) = added {
+                let at = match template {
+                    Value::String(_) => place.to_owned(),
+                    _ => format!("{place}: {name}"),
+                };
+                let message = format!("not valid Jinja: {}", describe(&error));
+                problems.push(problem(at, message));
+            }
+        }
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let names = [DEFAULT, TOOL_USE].into_iter().filter_map(|name| {
+            let template = environment.get_template(name).ok()?;
+            Some((name, Names::of(&template)))
+        });
+        Ok(Self {
+            names: names.collect(),
+            environment,
+            special_tokens,
+        })
+    }
+
+    fn name(&self, has_tools: bool) -> &'static str {
+        match has_tools && self.names.contains_key(TOOL_USE) {
+            true => TOOL_USE,
+            false => DEFAULT,
+        }
+    }
+
+    /// Whether it shows the model which tools there are.
+    pub(crate) fn takes_tools(&self) -> bool {
+        let names = &self.names[self.name(true)];
+        TOOL_VARIABLES.iter().any(|name| names.reads(name)) || self.names.contains_key(TOOL_USE)
+    }
+
+    /// Whether it reads the variable `name` of a conversation with tools, or without.
+    pub(crate) fn reads(&self, name: &str, has_tools: bool) -> bool {
+        self.names[self.name(has_tools)].reads(name)
+    }
+
+    /// Whether it may read the key `key` of a message.
+    pub(crate) fn mentions(&self, key: &str, has_tools: bool) -> bool {
+        self.names[self.name(has_tools)].mentions(key)
+    }
+
+    /// The text of a conversation.
+    ///
+    /// # Errors
+    /// With the template's own message.
+    pub(crate) fn render(&self, conversation: &Conversation) -> Result<String, Refusal> {
+        let marker = match conversation.end {
+            End::Open => Some(Marker::new()),
+            End::Opening | End::Closed => None,
+        };
+        let mut messages = conversation.messages.clone();
+        let mut continued = String::new();
+        if let (Some(marker), Some(last)) = (&marker, messages.last_mut()) {
+            let content = last.get("content").and_then(Value::as_str);
+            continued = content.unwrap_or_default().to_owned();
+            last.insert("content".to_owned(), json!(marker.after(&continued)));
+        }
+        let tools = &conversation.tools;
+        let mut context: BTreeMap<&str, JinjaValue> = self
+            .special_tokens
+            .iter()
+            .map(|(key, token)| (*key, JinjaValue::from(token.as_str())))
+            .collect();
+        let opens = conversation.end == End::Opening;
+        context.insert("add_generation_prompt", opens.into());
+        context.insert("messages", JinjaValue::from_serialize(&messages));
+        context.insert("enable_thinking", true.into());
+        context.insert("reasoning_effort", "medium".into());
+        if !tools.is_empty() {
+            let built_in = tools
+                .iter()
+                .filter_map(|tool| tool["function"]["name"].as_str())
+                .filter(|name| BUILTIN_TOOLS.contains(name));
+            let built_in: Vec<&str> = built_in.collect();
+            context.insert("tools", JinjaValue::from_serialize(tools));
+            context.insert("xml_tools", JinjaValue::from_serialize(tools));
+            context.insert("builtin_tools", JinjaValue::from_serialize(built_in));
+        }
+        for (name, value) in &conversation.variables {
+            context.insert(name, JinjaValue::from_serialize(value));
+        }
+        let name = self.name(!tools.is_empty());
+        // minijinja may panic over what a template does, such as a slice of an empty text from behind its end.
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let template = self.environment.get_template(name)?;
+            template.render(JinjaValue::from_serialize(context))
+        }));
+        let text = match outcome {
+            Ok(Ok(text)) => text,
+            Ok(Err(error)) => {
+                let reason = format!("refuses the conversation: {}", describe(&error));
+                return Err(Refusal(reason));
+            }
+            Err(panic) => {
+                let text = panic_text(panic.as_ref());
+                return Err(Refusal(format!("cannot be rendered: {text}")));
+            }
+        };
+        match marker {
+            Some(marker) => marker.cut(&text, &continued).ok_or_else(|| {
+                Refusal(
+                    "does not show the last message as it is, so that it cannot be continued"
+                        .to_owned(),
+                )
+            }),
+            None => Ok(text),
+        }
+    }
+}
+
+/// A text that stands for the end of the message that is continued: what the template writes after it is cut off, as transformers
+/// does (`continue_final_message` in its `chat_template_utils`).
+struct Marker(String);
+
+impl Marker {
+    fn new() -> Self {
+        Self(format!("END-OF-MESSAGE-{}", uuid::Uuid::new_v4().simple()))
+    }
+
+    /// A space tells whether the template keeps white space at the end of a message.
+    fn after(&self, content: &str) -> String {
+        format!("{content}{} ", self.0)
+    }
+
+    /// `text` up to the marker, if it shows what is `continued`.
+    fn cut(&self, text: &str, continued: &str) -> Option<String> {
+        let (before, after) = text.rsplit_once(&self.0)?;
+        let before = match after.starts_with(' ') {
+            true => before,
+            false => before.trim_end(),
+        };
+        before.contains(continued.trim()).then(|| before.to_owned())
+    }
+}
+
+fn problem(at: impl Into<String>, message: impl Into<String>) -> Problem {
+    let fix =
+        "correct it, or give another one with `chat_template` in serve.toml or `--chat-template`";
+    Problem::new("chat-template", at, message, fix)
+}
+
+/// The templates in what a file has as `chat_template`, by their names.
+fn sources(place: &str, template: &Value) -> Result<Vec<(&'static str, String)>, Problem> {
+    let list = match template {
+        Value::String(text) => return Ok(vec![(DEFAULT, text.clone())]),
+        Value::Array(list) => list,
+        _ => {
+            let message = "neither a text nor a list of named templates";
+            return Err(problem(place, message));
+        }
+    };
+    let mut sources = Vec::new();
+    for name in [DEFAULT, TOOL_USE] {
+        let Some(entry) = list.iter().find(|entry| entry["name"] == name) else {
+            continue;
+        };
+        match entry["template"].as_str() {
+            Some(text) => sources.push((name, text.to_owned())),
+            None => {
+                let message = format!("the template named `{name}` is no text");
+                return Err(problem(place, message));
+            }
+        }
+    }
+    if sources.first().is_none_or(|(name, _)| *name != DEFAULT) {
+        return Err(problem(place, "a list without a template named `default`"));
+    }
+    Ok(sources)
+}
+
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_lstrip_blocks(true);
+    environment.set_trim_blocks(true);
+    environment.add_filter("tojson", tojson);
+    environment.add_function("raise_exception", |message: String| {
+        Err::<String, _>(invalid(message))
+    });
+    environment.add_function("strftime_now", python::strftime_now);
+    environment
+}
+
+fn invalid(message: String) -> minijinja::Error {
+    minijinja::Error::new(ErrorKind::InvalidOperation, message)
+}
+
+/// Compact, or indented by `indent`; Python's other options are ignored, as by mistral.rs.
+fn tojson(value: &JinjaValue, kwargs: Kwargs) -> Result<JinjaValue, minijinja::Error> {
+    let indent = kwargs.get::<Option<usize>>("indent")?;
+    let indent = indent.map(|indent| JinjaValue::from(indent.min(MOST_INDENT)));
+    filters::tojson(
+        value,
+        indent,
+        std::iter::empty::<(&str, JinjaValue)>().collect(),
+    )
+}
+
+/// The template's own words where it raised them, else the engine's; and the line.
+fn describe(error: &minijinja::Error) -> String {
+    let detail = error
+        .detail()
+        .map_or_else(|| error.kind().to_string(), str::to_owned);
+    match error.line() {
+        Some(line) => format!("{detail} (line {line} of the template)"),
+        None => detail,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,260 @@
+//! Conversations: what an engine is given is what mistral.rs itself makes of them; models without a template; templates that are none.
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use either::Either;
+use mistralrs_core::{DefaultSchedulerMethod, MistralRsBuilder, SchedulerConfig};
+use serde_json::{Value, json};
+
+use super::serving::{Running, chat, events, parse, toml_for};
+use super::{Case, servable};
+use crate::engine::plain_tokenization;
+use crate::quirks_0_8::abandoned_requests::tokenize;
+use crate::{ChatMessage, Engine, MonteCloraLoader};
+
+/// A copy of the base of `case`, and what `change` does to it.
+fn changed_base(case: &Case, change: impl FnOnce(&Path)) -> (Case, tempfile::TempDir) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for entry in fs::read_dir(&case.base).expect("readable") {
+        let path = entry.expect("readable").path();
+        fs::copy(&path, dir.path().join(path.file_name().expect("a name"))).expect("copied");
+    }
+    change(dir.path());
+    let case = Case {
+        base: dir.path().to_owned(),
+        ..servable()
+    };
+    (case, dir)
+}
+
+/// The base with `template` as its own.
+pub(crate) fn with_template(template: &str) -> (Case, tempfile::TempDir) {
+    changed_base(&servable(), |dir| {
+        fs::write(dir.join("chat_template.jinja"), template).expect("written");
+    })
+}
+
+fn without_template() -> (Case, tempfile::TempDir) {
+    changed_base(&servable(), |dir| {
+        for name in ["chat_template.jinja", "chat_template.json"] {
+            let _ = fs::remove_file(dir.join(name));
+        }
+        let path = dir.join("tokenizer_config.json");
+        let text = fs::read_to_string(&path).unwrap_or_else(|_| "{}".to_owned());
+        let mut config: Value = serde_json::from_str(&text).expect("valid");
+        config
+            .as_object_mut()
+            .expect("an object")
+            .remove("chat_template");
+        fs::write(path, config.to_string()).expect("written");
+    })
+}
+
+/// A template that shows tools, calls and answers of tools.
+pub(crate) const TOOLS: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+
+#[test]
+fn an_engine_gets_the_tokens_that_mistralrs_makes_itself() {
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference");
+    let read = |name: &str| fs::read_to_string(reference.join(name)).expect("readable");
+    let conversation = [
+        ChatMessage::new("system", "Be brief."),
+        ChatMessage::new("user", " Why <b>1 < 2</b>? é "),
+        ChatMessage::new("assistant", "So.\n"),
+        ChatMessage::new("user", "And {{ x }}?"),
+    ];
+    let messages = || {
+        let fields = conversation.iter().map(|message| {
+            let fields = [("role", &message.role), ("content", &message.content)];
+            let fields = fields.map(|(key, text)| (key.to_owned(), Either::Left(text.clone())));
+            fields.into_iter().collect()
+        });
+        fields.collect()
+    };
+    for template in [
+        read("llama3-like.jinja"),
+        read("qwen3-like.jinja"),
+        "\n\n  {% for m in messages %}\n  {{ m.content | tojson }} {% if enable_thinking %}\nx{% endif %}\n{% endfor %}{{ reasoning_effort }}{{ bos_token }}\n".to_owned(),
+        "{% for m in messages[::-1] %}{{ m.content.strip().upper() }}{% endfor %}".to_owned(),
+    ] {
+        let (case, _dir) = with_template(&template);
+        let loader = MonteCloraLoader::builder(&case.base, "base").build().expect("sound");
+        let engine = Engine::start(&loader).expect("loads");
+        let ours = engine.tokenize_chat(&conversation).expect("tokens");
+        engine.shut_down().expect("stops");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let theirs = runtime.expect("a runtime").block_on(async {
+            let method = DefaultSchedulerMethod::Fixed(NonZeroUsize::MIN);
+            let schedule = SchedulerConfig::DefaultScheduler { method };
+            let pipeline = loader.load().expect("loads");
+            let host = MistralRsBuilder::new(pipeline, schedule, false, None).build().await;
+            let request = |response| plain_tokenization(Either::Left(messages()), response);
+            tokenize(host.get_sender(None).expect("an engine"), request, ()).await.expect("tokens")
+        });
+        assert_eq!(ours, theirs, "{template}");
+        assert!(!ours.is_empty());
+    }
+}
+
+#[test]
+fn a_model_without_a_template_continues_texts_and_refuses_conversations() {
+    let (case, _dir) = without_template();
+    let (server, _dir) = Running::start(&toml_for(&case, ""));
+    for stream in [false, true] {
+        let refused = parse(
+            server.post("/v1/chat/completions", &chat("tuned", stream)),
+            400,
+        );
+        assert_eq!(refused["error"]["param"], "messages");
+        let message = refused["error"]["message"].as_str().expect("a text");
+        assert!(
+            message.contains("--chat-template") && message.contains("serve.toml"),
+            "{message}"
+        );
+    }
+    let text = json!({"model": "tuned", "prompt": "Why", "max_tokens": 3});
+    let answer = parse(server.post("/v1/completions", &text), 200);
+    assert!(answer["choices"][0]["text"].is_string());
+    server.finish().expect("a clean stop");
+
+    let loader = MonteCloraLoader::builder(&case.base, "base")
+        .build()
+        .expect("sound");
+    let engine = Engine::start(&loader).expect("loads");
+    let error = engine
+        .ask(&[ChatMessage::new("user", "Why?")], 3)
+        .expect_err("refused");
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("--chat-template"), "{error}");
+    engine.shut_down().expect("stops");
+}
+
+#[test]
+fn a_template_that_is_none_refuses_the_load() {
+    let refuse = |case: &Case, template: Option<&Path>, place: &str| {
+        let loader = MonteCloraLoader::builder(&case.base, "base")
+            .chat_template(template.map(Path::to_owned));
+        let loader = loader.build().expect("sound");
+        for error in [loader.check().err(), loader.load().err()] {
+            let error = error.expect("refused");
+            assert_eq!(error.exit_code(), 4, "{error}");
+            assert!(error.problems()[0].at.ends_with(place), "{error}");
+            assert!(
+                error.to_string().contains("line 2 of the template"),
+                "{error}"
+            );
+        }
+    };
+    let broken = "{{ messages }}\n{% for m in %}{% endfor %}";
+    let (case, dir) = with_template(broken);
+    refuse(&case, None, "chat_template.jinja");
+    let own = dir.path().join("mine.jinja");
+    fs::write(&own, broken).expect("written");
+    refuse(&servable(), Some(&own), "mine.jinja");
+    let (case, _dir) = changed_base(&servable(), |dir| {
+        let _ = fs::remove_file(dir.join("chat_template.jinja"));
+        let list = json!({"chat_template": [{"name": "default", "template": "x"}, {"name": "tool_use", "template": broken}]});
+        fs::write(dir.join("tokenizer_config.json"), list.to_string()).expect("written");
+    });
+    refuse(
+        &case,
+        None,
+        "tokenizer_config.json: chat_template: tool_use",
+    );
+}
+
+#[test]
+fn tools_need_a_template_that_shows_them() {
+    let tool =
+        json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
+    let mut asked = chat("tuned", false);
+    asked["tools"] = json!([tool]);
+    let (case, _dir) = with_template("{% for m in messages %}{{ m.content }}{% endfor %}");
+    let (server, _dir) = Running::start(&toml_for(&case, ""));
+    for choice in [json!("auto"), json!("required"), json!("none")] {
+        asked["tool_choice"] = choice;
+        let refused = parse(server.post("/v1/chat/completions", &asked), 400);
+        assert_eq!(refused["error"]["param"], "tools");
+    }
+    let mut none = chat("tuned", false);
+    (none["tools"], none["tool_choice"]) = (json!([]), json!("none"));
+    parse(server.post("/v1/chat/completions", &none), 200);
+    server.finish().expect("a clean stop");
+
+    let (case, _dir) = with_template(TOOLS);
+    let (server, _dir) = Running::start(&toml_for(&case, ""));
+    let n_prompt = |body: &Value| {
+        let answer = parse(server.post("/v1/chat/completions", body), 200);
+        answer["usage"]["prompt_tokens"].as_u64().expect("counted")
+    };
+    asked["tool_choice"] = json!("auto");
+    assert!(
+        n_prompt(&asked) > n_prompt(&none) + 20,
+        "the model sees the tool"
+    );
+    server.finish().expect("a clean stop");
+}
+
+/// What is generated after a prefix is what would be generated after the same text.
+#[test]
+fn an_answer_continues_the_last_message() {
+    let (case, _dir) = with_template(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+    );
+    let (server, _dir) = Running::start(&toml_for(&case, ""));
+    let text = |stream: bool, body: &Value| {
+        let mut body = body.clone();
+        body["stream"] = json!(stream);
+        let response = server.post("/v1/chat/completions", &body);
+        if !stream {
+            let answer = parse(response, 200);
+            let n_prompt = answer["usage"]["prompt_tokens"].as_u64();
+            return (
+                answer["choices"][0]["message"]["content"]
+                    .as_str()
+                    .expect("a text")
+                    .to_owned(),
+                n_prompt,
+            );
+        }
+        let chunks = events(response);
+        let pieces = chunks.iter().filter_map(|data| {
+            let chunk: Value = serde_json::from_str(data).ok()?;
+            Some(chunk["choices"][0]["delta"]["content"].as_str()?.to_owned())
+        });
+        (pieces.collect(), None)
+    };
+    let plain = json!({"model": "tuned", "temperature": 0, "max_tokens": 12, "prompt": "[user]Why?[end][assistant]Because"});
+    let plain = parse(server.post("/v1/completions", &plain), 200);
+    let expected = plain["choices"][0]["text"].as_str().expect("a text");
+    let n_frame = server_frame(&case);
+    for (key, prefix) in [("prefix", true), ("continue_final_message", false)] {
+        let mut body = chat("tuned", false);
+        let mut last = json!({"role": "assistant", "content": "Because"});
+        if prefix {
+            last["prefix"] = json!(true);
+        } else {
+            body[key] = json!(true);
+            body["add_generation_prompt"] = json!(false);
+        }
+        body["messages"] = json!([{"role": "user", "content": "Why?"}, last]);
+        let (whole, n_prompt) = text(false, &body);
+        assert_eq!(
+            n_prompt.expect("counted") + n_frame,
+            plain["usage"]["prompt_tokens"].as_u64().expect("counted")
+        );
+        if n_frame == 0 {
+            assert_eq!(whole, expected.trim_end_matches('\u{fffd}'), "{key}");
+        }
+        assert_eq!(text(true, &body).0, whole, "{key}");
+    }
+    server.finish().expect("a clean stop");
+}
+
+/// Tokens that the tokenizer of `case` puts around a plain text, and around no conversation.
+fn server_frame(case: &Case) -> u64 {
+    let frame = crate::chat_files::text_frame(&case.base).expect("readable");
+    (frame.prefix.len() + frame.suffix.len()) as u64
+}

@@ -1,0 +1,251 @@
+//! A conversation on its way to an engine: written out by the model's template, and its answer held to what was asked for.
+
+use either::Either;
+use mistralrs_core::{Constraint, NormalRequest, SamplingParams};
+use monteclora_converters::MISTRALRS;
+use serde_json::{Map, Value, json};
+use tokio::sync::mpsc::channel;
+
+use super::App;
+use super::admission::Admission;
+use super::api_error::ApiError;
+use super::effort::Effort;
+use super::fields::wrong;
+use super::job::RunningJob;
+use super::request::Asked;
+use super::tools;
+use crate::chat_template::{ChatTemplate, Conversation, End, Refusal};
+use crate::engine::plain_tokenization;
+use crate::quirks_0_8::conversations::rendered;
+use crate::quirks_0_8::forced_tools::ToolUse;
+
+/// What an endpoint calls the parts of a conversation.
+pub(crate) struct Keys {
+    pub(crate) messages: &'static str,
+    pub(crate) format: &'static str,
+}
+
+/// A conversation and what is asked of its answer.
+pub(crate) struct Chat {
+    pub(crate) keys: Keys,
+    pub(crate) conversation: Conversation,
+    pub(crate) tool_choice: Option<ToolUse>,
+    /// The schema that an answer in JSON is held to.
+    pub(crate) schema: Option<Value>,
+}
+
+/// The template of the model that is asked.
+pub(crate) fn template<'a>(asked: &'a Asked, messages: &str) -> Result<&'a ChatTemplate, ApiError> {
+    asked.lease.template.as_ref().ok_or_else(|| {
+        let message = format!(
+            "the model `{}` has no chat template, so that it continues texts only (`completions`); give it one with `chat_template` in \
+             serve.toml or `--chat-template`",
+            asked.lease.name
+        );
+        ApiError::invalid(messages, message)
+    })
+}
+
+impl Chat {
+    /// Gives the conversation to the engine.
+    pub(crate) async fn start(
+        self,
+        app: &App,
+        asked: &mut Asked,
+        admission: Admission,
+    ) -> Result<RunningJob, ApiError> {
+        let template = template(asked, self.keys.messages)?;
+        tools::refuse_unseen(&self.conversation.tools, template)?;
+        let text = template
+            .render(&self.conversation)
+            .map_err(|Refusal(reason)| {
+                let message = format!("the model's chat template {reason}");
+                ApiError::invalid(self.keys.messages, message)
+            })?;
+        self.hold(&mut asked.constraint)?;
+        refuse_unsupported(&asked.constraint)?;
+        let prompt = Either::Right(text.clone());
+        let request = |response| plain_tokenization(prompt, response);
+        let tokens = asked
+            .tokens(&admission, self.keys.messages, request)
+            .await?;
+        let continues = self.conversation.end == End::Open;
+        let (nobody, _) = channel(1);
+        let mut request = NormalRequest::new_simple(
+            rendered(text),
+            SamplingParams::neutral(),
+            nobody,
+            0,
+            tools::told(self.conversation.tools)?,
+            self.tool_choice.map(|choice| choice.told()),
+        );
+        // For the white space that a continuation may begin with; see `first_white_space`.
+        request.return_logprobs = continues;
+        asked.start(app, admission, self.keys.messages, tokens.len(), request)
+    }
+
+    /// Holds the answer to its schema, or to a call that must be made.
+    fn hold(&self, constraint: &mut Constraint) -> Result<(), ApiError> {
+        let is_free = matches!(constraint, Constraint::None);
+        let tools = &self.conversation.tools;
+        if let Some(choice) = self
+            .tool_choice
+            .as_ref()
+            .filter(|choice| choice.must_call())
+        {
+            let other = match (&self.schema, is_free) {
+                (Some(_), _) => self.keys.format,
+                (None, false) => "grammar",
+                (None, true) => {
+                    let schema = choice.schema(Some(&json!(tools)))?;
+                    *constraint = Constraint::JsonSchema(schema);
+                    return Ok(());
+                }
+            };
+            let message =
+                format!("`{other}` and a `tool_choice` that insists on a call exclude each other");
+            return Err(ApiError::invalid("tool_choice", message));
+        }
+        if let Some(schema) = &self.schema {
+            if !is_free {
+                let message = format!("`grammar` and `{}` exclude each other", self.keys.format);
+                return Err(ApiError::invalid(self.keys.format, message));
+            }
+            *constraint = Constraint::JsonSchema(schema.clone());
+        }
+        Ok(())
+    }
+}
+
+/// Variables that every conversation has, and that a request cannot set.
+const FIXED_VARIABLES: &[&str] = &[
+    "messages",
+    "tools",
+    "xml_tools",
+    "builtin_tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "chat_template",
+];
+
+/// The variables of `asked`, which came under the key `at`: those that the template reads.
+pub(crate) fn variables(
+    at: &str,
+    asked: Option<Value>,
+    template: &ChatTemplate,
+    has_tools: bool,
+) -> Result<Map<String, Value>, ApiError> {
+    let fields = match asked {
+        None => Map::new(),
+        Some(Value::Object(fields)) => fields,
+        Some(_) => return Err(wrong(at, "must be an object of variables")),
+    };
+    for (name, value) in &fields {
+        let shown: String = name.chars().take(64).collect();
+        let place = format!("{at}.{shown}");
+        if FIXED_VARIABLES.contains(&name.as_str()) {
+            let message = "is set by the request itself and cannot be given as a variable";
+            return Err(wrong(&place, message));
+        }
+        // Who asks for no thinking gets none of a model that does not think.
+        let is_met = name == "enable_thinking" && *value == false;
+        if !is_met && !template.reads(name, has_tools) {
+            let message = "is not read by this model's chat template";
+            return Err(wrong(&place, message));
+        }
+    }
+    Ok(fields)
+}
+
+/// Sets the variables for what is asked about thinking.
+pub(crate) fn set_thinking(
+    variables: &mut Map<String, Value>,
+    enable: Option<bool>,
+    effort: Option<Effort>,
+) -> Result<(), ApiError> {
+    let enable = match (enable, effort) {
+        (None, Some(Effort::Off)) => Some(false),
+        (enable, _) => enable,
+    };
+    let told = [
+        ("enable_thinking", enable.map(Value::from)),
+        (
+            "reasoning_effort",
+            effort.and_then(Effort::told).map(Value::from),
+        ),
+    ];
+    for (name, value) in told {
+        let Some(value) = value else { continue };
+        let other = variables.insert(name.to_owned(), value.clone());
+        if other.is_some_and(|other| other != value) {
+            let message = format!("`chat_template_kwargs.{name}` says otherwise");
+            return Err(wrong(name, &message));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses grammars that no engine takes.
+fn refuse_unsupported(constraint: &Constraint) -> Result<(), ApiError> {
+    if matches!(constraint, Constraint::Llguidance(_)) {
+        let message = format!("this kind of grammar is not supported with {MISTRALRS}");
+        return Err(ApiError::invalid("grammar", message));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[test]
+    fn an_answer_is_held_to_one_thing() {
+        let tool = json!({"type": "function", "function": {"name": "a"}});
+        let hold = |choice: Value, tools: &[Value], schema: Option<Value>, grammar: bool| {
+            let chat = Chat {
+                keys: Keys {
+                    messages: "messages",
+                    format: "response_format",
+                },
+                conversation: Conversation {
+                    tools: tools.to_vec(),
+                    ..Conversation::default()
+                },
+                tool_choice: Some(ToolUse::deserialize(choice).expect("a choice")),
+                schema,
+            };
+            let mut constraint = match grammar {
+                true => Constraint::Regex("x".to_owned()),
+                false => Constraint::None,
+            };
+            chat.hold(&mut constraint).map(|()| constraint)
+        };
+        let (tools, object) = (std::slice::from_ref(&tool), Some(json!({"type": "object"})));
+        for (choice, schema, grammar) in [
+            ("auto", None, true),
+            ("auto", object.clone(), false),
+            ("required", None, false),
+        ] {
+            let held = hold(json!(choice), tools, schema, grammar).expect("one thing");
+            assert!(!matches!(held, Constraint::None));
+        }
+        assert!(matches!(
+            hold(json!("none"), &[], None, false),
+            Ok(Constraint::None)
+        ));
+        for (choice, tools, schema, grammar, at) in [
+            (json!("required"), &[][..], None, false, "tool_choice"),
+            (json!("required"), tools, None, true, "tool_choice"),
+            (tool.clone(), tools, object.clone(), false, "tool_choice"),
+            (json!("auto"), tools, object, true, "response_format"),
+        ] {
+            let error = hold(choice, tools, schema, grammar).err().expect("refused");
+            assert_eq!(error.body()["error"]["param"], at);
+        }
+    }
+}
