@@ -4,7 +4,7 @@ use axum::extract::State;
 use axum::response::Response as HttpResponse;
 use mistralrs_core::{Response, ToolCallResponse};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::chat_template::{ChatTemplate, Conversation, End};
 use crate::quirks_0_8::first_white_space::{restore, token_text};
@@ -167,7 +167,7 @@ pub(super) struct ChatForm {
 /// What a choice says, and what a chunk adds to it.
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Said {
+pub(super) enum Said {
     Message {
         role: &'static str,
         content: Option<String>,
@@ -186,7 +186,7 @@ enum Said {
 
 /// What goes along with a text.
 #[derive(Serialize)]
-struct More {
+pub(super) struct More {
     #[serde(skip_serializing_if = "Option::is_none")]
     tool_calls: Option<Vec<ToolCallResponse>>,
     #[serde(skip_serializing_if = "Option::is_none")]
