@@ -13,6 +13,8 @@ pub(crate) mod serving;
 #[path = "../../../tests/it/fixtures/walk.rs"]
 mod walk;
 
+pub(crate) use conversations::{TOOLS, with_template};
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

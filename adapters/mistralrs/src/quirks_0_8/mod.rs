@@ -18,3 +18,4 @@ pub(crate) mod template_variables;
 pub(crate) mod thread_locals;
 pub(crate) mod token_bias;
 pub(crate) mod tokenizer_panics;
+pub(crate) mod unreadable_calls;

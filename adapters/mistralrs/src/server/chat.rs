@@ -18,6 +18,7 @@ use crate::chat_template::{ChatTemplate, Conversation, End, Refusal};
 use crate::engine::plain_tokenization;
 use crate::quirks_0_8::conversations::rendered;
 use crate::quirks_0_8::forced_tools::ToolUse;
+use crate::quirks_0_8::unreadable_calls;
 
 /// What an endpoint calls the parts of a conversation.
 pub(crate) struct Keys {
@@ -62,6 +63,9 @@ impl Chat {
                 let message = format!("the model's chat template {reason}");
                 ApiError::invalid(self.keys.messages, message)
             })?;
+        if !self.conversation.tools.is_empty() {
+            asked.stop.push(unreadable_calls::BEGINNING.to_owned());
+        }
         self.hold(&mut asked.constraint)?;
         refuse_unsupported(&asked.constraint)?;
         let prompt = Either::Right(text.clone());

@@ -10,6 +10,7 @@ mod model;
 mod models;
 mod ready;
 mod reload;
+mod responses;
 #[cfg(test)]
 mod tests;
 mod unknown;
@@ -45,6 +46,7 @@ fn endpoints() -> Vec<Endpoint> {
     vec![
         post("/v1/chat/completions", Inference, chat_completions::handle),
         post("/v1/completions", Inference, completions::handle),
+        post("/v1/responses", Inference, responses::handle),
         get("/v1/models", Inference, models::handle),
         get("/v1/models/{*name}", Inference, model::handle),
         get("/healthz", Anyone, health::handle),

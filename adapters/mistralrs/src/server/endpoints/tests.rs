@@ -26,6 +26,11 @@ fn samples() -> Vec<(&'static str, Value, u16)> {
             json!({"prompt": "Why", "max_tokens": 2}),
             200,
         ),
+        (
+            "POST /v1/responses",
+            json!({"input": "Why?", "max_output_tokens": 2}),
+            200,
+        ),
         ("GET /v1/models", none.clone(), 200),
         ("GET /v1/models/NAME", none.clone(), 404),
         ("GET /healthz", none.clone(), 200),

@@ -1,0 +1,156 @@
+//! `POST /v1/responses`: a conversation as OpenAI's Responses interface has it. Nothing is stored.
+
+mod events;
+mod input;
+mod output;
+mod settings;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response as HttpResponse};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value, json};
+
+use self::events::Events;
+use self::output::{Answer, Parts};
+use self::settings::Settings;
+use super::chat_completions::ChatForm;
+use crate::chat_template::{Conversation, End};
+use crate::server::App;
+use crate::server::admission::Admission;
+use crate::server::answers::Form;
+use crate::server::api_error::ApiError;
+use crate::server::chat::{Chat, Keys, set_thinking, template};
+use crate::server::fields::{checked, maybe, object, refuse_unknown, take};
+use crate::server::guard::Payload;
+use crate::server::messages::Messages;
+use crate::server::request::Asked;
+
+/// Keys of this endpoint alone.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct ResponseKeys {
+    input: Option<Value>,
+    instructions: Option<Value>,
+    #[serde(deserialize_with = "positive")]
+    max_output_tokens: Option<usize>,
+    tools: Option<Value>,
+    tool_choice: Option<Value>,
+    #[serde(deserialize_with = "maybe")]
+    parallel_tool_calls: Option<bool>,
+    text: Option<Value>,
+    reasoning: Option<Value>,
+    truncation: Option<Value>,
+    include: Option<Value>,
+    #[serde(deserialize_with = "maybe")]
+    background: Option<bool>,
+    #[serde(deserialize_with = "maybe")]
+    store: Option<bool>,
+    top_logprobs: Option<Value>,
+    max_tool_calls: Option<Value>,
+    metadata: Option<Value>,
+    user: Option<Value>,
+    stream_options: Option<Value>,
+    previous_response_id: Option<Value>,
+    conversation: Option<Value>,
+    prompt: Option<Value>,
+}
+
+/// Keys that mean here what they mean for chat.
+const SHARED: &[&str] = &[
+    "model",
+    "stream",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+];
+
+#[derive(Deserialize)]
+struct NoKeys {}
+
+/// Answers a conversation, streamed or not.
+pub(super) async fn handle(
+    State(app): State<App>,
+    Payload(bytes): Payload,
+) -> Result<HttpResponse, ApiError> {
+    let admission = Admission::new(&app)?;
+    let mut fields = object(&bytes)?;
+    let own = crate::field_names::field_names::<ResponseKeys>();
+    refuse_unknown(&fields, &[own, SHARED])?;
+    let keys: ResponseKeys = take(&mut fields)?;
+    let mut shared: Map<String, Value> = SHARED
+        .iter()
+        .filter_map(|key| fields.remove_entry(*key))
+        .collect();
+    if let Some(most) = keys.max_output_tokens {
+        shared.insert("max_tokens".to_owned(), json!(most));
+    }
+    let shared = Value::Object(shared);
+    let (mut asked, NoKeys {}) = Asked::read(&app, shared.to_string().as_bytes())?;
+    let settings = Settings::read(keys, &shared, &asked.lease)?;
+    let chat = settings.chat(&asked)?;
+    let form = ChatForm {
+        one_tool_call: !settings.parallel_tool_calls,
+        continues: false,
+    };
+    let (stream, lease) = (asked.stream, asked.lease.clone());
+    let mut job = chat.start(&app, &mut asked, admission).await?;
+    let answer = Answer::new(settings, lease);
+    if stream {
+        return Ok(Events::new(answer, job, form, &asked.stop).into_response());
+    }
+    let mut parts = Parts::default();
+    let mut reason = "stop".to_owned();
+    for response in job.responses().await? {
+        let pieces = form.read(response, &mut false);
+        let pieces = pieces.ok_or_else(|| ApiError::internal("not an answer to a conversation"))?;
+        for piece in pieces {
+            reason = parts.take(piece).unwrap_or(reason);
+        }
+    }
+    if parts.cut(&asked.stop) {
+        reason = "stop".to_owned();
+    }
+    Ok(Json(answer.ended(&parts, &reason, job.usage())).into_response())
+}
+
+impl Settings {
+    fn chat(&self, asked: &Asked) -> Result<Chat, ApiError> {
+        let keys = Keys {
+            messages: "input",
+            format: "text.format",
+        };
+        let template = template(asked, keys.messages)?;
+        let has_tools = !self.tools.is_empty();
+        let messages = Value::Array(self.messages.clone());
+        let messages = Messages::read(keys.messages, Some(messages), template, has_tools)?;
+        let mut variables = Map::new();
+        set_thinking(&mut variables, None, self.effort)?;
+        Ok(Chat {
+            keys,
+            conversation: Conversation {
+                messages: messages.list,
+                tools: self.tools.clone(),
+                variables,
+                end: End::Opening,
+            },
+            tool_choice: self.tool_choice.clone(),
+            schema: self.schema.clone(),
+        })
+    }
+}
+
+fn positive<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    checked(deserializer, "must be a positive integer", |value| {
+        let number = usize::try_from(value.as_u64()?).ok()?;
+        (number > 0).then_some(Some(number))
+    })
+}
+
+#[cfg(test)]
+mod tests;
