@@ -72,6 +72,7 @@ mod problem;
 mod site_pattern;
 mod targets;
 mod tensors;
+mod trained_base;
 mod validate;
 
 #[cfg(test)]
@@ -97,5 +98,6 @@ pub use tensors::gguf::{GgufArray, GgufFile, GgufTensor, GgufValue, ggml_block};
 pub use tensors::safetensors_file::SafetensorsFile;
 pub use tensors::safetensors_write::write_safetensors;
 pub use tensors::tensor::Tensor;
+pub use trained_base::{base_fingerprint, base_sample, other_base};
 pub use validate::runtime::{MISTRALRS, Runtime};
 pub use validate::{validate, validate_path};

@@ -1,14 +1,13 @@
 //! `validate`: every problem at once.
 
 use anyhow::{Context, Result};
-use monteclora_converters::{ModelFiles, Problem, Runtime, validate_path};
+use monteclora_converters::{ModelFiles, Problem, Runtime, other_base, validate_path};
 use serde_json::json;
 
 use super::export::count;
 use super::{print, print_json};
 use crate::cli::ValidateArgs;
 use crate::hub::{self, HubOptions};
-use crate::provenance;
 
 pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     let runtimes = args
@@ -25,7 +24,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     let problems = validate_path(&args.adapter, base.as_ref(), &runtimes)?;
     // Only an adapter that fits is worth asking which base it belongs to.
     let warning = match &base {
-        Some(base) if problems.is_empty() => provenance::other_base(&args.adapter, base)
+        Some(base) if problems.is_empty() => other_base(&args.adapter, base)
             .with_context(|| format!("cannot read `{}`", base.dir().display()))?,
         _ => None,
     };

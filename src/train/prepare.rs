@@ -10,7 +10,7 @@ use monteclora_adapters::methods::Method;
 use monteclora_adapters::weights::{BF16, F32, Kind};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::write_json;
-use monteclora_converters::{Adapter, AdapterConfig, ModelFiles};
+use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, base_fingerprint};
 
 use super::{
     Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints, init_from,
@@ -19,7 +19,7 @@ use crate::config::RunConfig;
 use crate::data::{Dataset, Encoder, Split};
 use crate::hub::{self, HubOptions, Located};
 use crate::model::{Decoder, read_shape};
-use crate::provenance::{file_sha256, fingerprint, sha256};
+use crate::provenance::{file_sha256, sha256};
 
 /// Everything checked that can be checked before the base is loaded.
 pub struct Prepared {
@@ -50,7 +50,7 @@ pub struct Prepared {
     /// Optimiser steps of the whole run.
     pub total_steps: u64,
     pub(super) identity: Identity,
-    /// See [`fingerprint`].
+    /// See [`base_fingerprint`].
     pub(super) fingerprint: String,
     pub(super) chat_template_sha256: Option<String>,
     pub(super) tokenizer_sha256: Option<String>,
@@ -102,7 +102,7 @@ impl Prepared {
         let valid = run.data.valid.as_deref();
         let valid = valid.map(|path| open(path, Split::Valid)).transpose()?;
         let settings = TrainSettings::new(&run, max_seq_length);
-        let fingerprint = fingerprint(&files)
+        let fingerprint = base_fingerprint(&files)
             .with_context(|| format!("cannot read the weights in `{}`", base.dir.display()))?;
         let chat_template_sha256 = encoder.template().map(|t| sha256(t.source().as_bytes()));
         let tokenizer_sha256 = file_sha256(&base.dir.join("tokenizer.json"));

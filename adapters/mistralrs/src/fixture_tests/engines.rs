@@ -75,6 +75,44 @@ fn a_busy_model_stays_where_it_is() {
     engine.shut_down().expect("stops");
 }
 
+/// Who serves an adapter on another base than it was trained on is told.
+#[test]
+fn an_adapter_of_another_base_is_loaded_with_a_warning() {
+    let case = servable();
+    let admin = "[admin]\nenabled = true\nadapter_root = 'adapters'\n";
+    let (server, dir) = Running::start(&toml_for(&case, admin));
+    let base = monteclora_converters::ModelFiles::open(&case.base).expect("opens");
+    let own = monteclora_converters::base_fingerprint(&base).expect("reads");
+    let root = dir.path().join("adapters");
+    let warnings = |name: &str, fingerprint: &str| -> Value {
+        let to = root.join(name);
+        fs::create_dir(&to).expect("created");
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(case.adapter.join(file), to.join(file)).expect("copied");
+        }
+        let base = json!({"model_id": "/srv/models/mine", "fingerprint": fingerprint});
+        let record = json!({ "base": base }).to_string();
+        fs::write(to.join("run.json"), record).expect("written");
+        let load = json!({"lora_name": "new", "lora_path": name, "load_inplace": true});
+        parse(server.post("/v1/load_lora_adapter", &load), 200)["warnings"].clone()
+    };
+    assert_eq!(warnings("same", &own), json!([]));
+    // Content that is served already, from a place that says something else about it.
+    let told = warnings("other", "0123456789abcdef");
+    assert_eq!(told[0]["code"], "other-base", "{told}");
+    let message = told[0]["message"].as_str().expect("text");
+    assert!(
+        message.contains("trained on `mine` with fingerprint 0123456789ab"),
+        "{told}"
+    );
+    let paths = ["/srv", case.base.to_str().expect("UTF-8")];
+    assert!(
+        !paths.iter().any(|path| told.to_string().contains(path)),
+        "{told}"
+    );
+    server.finish().expect("a clean stop");
+}
+
 const INNER: &str = "fixture_tests::engines::swaps_in_a_process_of_their_own";
 
 /// Threads and memory are a process's, so the tests that run beside must not be in it.

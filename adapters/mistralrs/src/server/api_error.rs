@@ -174,6 +174,13 @@ impl ApiError {
     }
 }
 
+/// `problem` with every path in it shortened.
+pub(crate) fn without_paths_in(problem: &Problem) -> Problem {
+    let [at, message, fix] =
+        [&problem.at, &problem.message, &problem.fix].map(|text| without_paths(text));
+    Problem::new(problem.code, at, message, fix)
+}
+
 /// Shortens every absolute path in a message to its last part, and cuts a stack trace off.
 pub(crate) fn without_paths(message: &str) -> String {
     let message = without_trace(message);

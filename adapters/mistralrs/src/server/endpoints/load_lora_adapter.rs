@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{detached, parse};
 use crate::server::App;
-use crate::server::api_error::ApiError;
+use crate::server::api_error::{ApiError, without_paths_in};
 use crate::server::guard::Payload;
 use crate::server::metrics::count_outcome;
 use crate::server::registry::{AdapterLoad, Lease};
@@ -51,6 +51,7 @@ pub(super) async fn handle(
         "generation": lease.hash,
         "parent": lease.parent,
         "weight_bytes": lease.weight_bytes(),
+        "warnings": lease.warnings().iter().map(without_paths_in).collect::<Vec<_>>(),
     })))
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, DeviceLocation};
 use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
-use monteclora_converters::Problem;
+use monteclora_converters::{ModelFiles, Problem, other_base};
 use parking_lot::Mutex;
 use tokenizers::Tokenizer;
 use tokio::sync::Semaphore;
@@ -107,8 +107,16 @@ impl Wanted {
     /// Checks the files and hashes their content; blocking.
     pub(crate) fn check(self) -> Result<Checked> {
         let max_sequence_length = self.loader.check()?.max_sequence_length;
+        let warning = match self.loader.adapter() {
+            Some(adapter) => {
+                let base = ModelFiles::open(self.loader.base())?;
+                other_base(adapter, &base).map_err(Error::io("read", self.loader.base()))?
+            }
+            None => None,
+        };
         Ok(Checked {
             max_sequence_length,
+            warnings: warning.into_iter().collect(),
             hash: self.loader.generation()?,
             frame: text_frame(self.loader.base())?,
             weight_bytes: self.loader.weight_bytes()?,
@@ -124,9 +132,27 @@ pub(crate) struct Checked {
     pub(crate) weight_bytes: u64,
     max_sequence_length: usize,
     frame: TextFrame,
+    /// What may be wrong with it; it is served nevertheless.
+    warnings: Vec<Problem>,
+}
+
+/// Where an adapter was loaded from, and what was found there.
+struct Source {
+    dir: Option<PathBuf>,
+    warnings: Vec<Problem>,
 }
 
 impl Checked {
+    fn source(&self) -> Source {
+        for warning in &self.warnings {
+            tracing::warn!(name = self.wanted.name(), "{warning}");
+        }
+        Source {
+            dir: self.wanted.source(),
+            warnings: self.warnings.clone(),
+        }
+    }
+
     /// Whether `lease` is this very model already.
     pub(crate) fn is(&self, lease: &Generation) -> bool {
         lease.hash == self.hash
@@ -154,8 +180,8 @@ pub(crate) struct Generation {
     /// What conversations are written out by; none for a model that only continues texts.
     pub(crate) template: Option<ChatTemplate>,
     spec: Spec,
-    /// The adapter's directory, of several with this content the one that was loaded last.
-    source: Mutex<Option<PathBuf>>,
+    /// Of several directories with this content the one that was loaded last.
+    source: Mutex<Source>,
     /// What a request holds while the engine works on it, where the engine may work on one sequence at a time only.
     pub(crate) turns: Option<Arc<Semaphore>>,
     /// None only while it is dropped.
@@ -193,12 +219,17 @@ impl Generation {
 
     /// The adapter's directory, which clients must not see as it is.
     pub(crate) fn source(&self) -> Option<PathBuf> {
-        self.source.lock().clone()
+        self.source.lock().dir.clone()
+    }
+
+    /// What may be wrong with it, with paths that clients must not see as they are.
+    pub(crate) fn warnings(&self) -> Vec<Problem> {
+        self.source.lock().warnings.clone()
     }
 
     /// Notes that the same content was loaded from where `checked` was.
     pub(crate) fn set_source(&self, checked: &Checked) {
-        *self.source.lock() = checked.wanted.source();
+        *self.source.lock() = checked.source();
     }
 }
 
@@ -281,6 +312,7 @@ impl Loaded {
     /// In use, with the engine of `slot`, or one that ends with it; blocking.
     fn with_engine(self, slot: Option<Slot>, reaper: &Reaper) -> Result<Lease> {
         let checked = self.checked;
+        let source = checked.source();
         let wanted = checked.wanted;
         let engine = match slot {
             Some(slot) => slot.occupy(self.model)?,
@@ -288,7 +320,7 @@ impl Loaded {
         };
         Ok(Arc::new(Generation {
             name: wanted.name().to_owned(),
-            source: Mutex::new(wanted.source()),
+            source: Mutex::new(source),
             parent: wanted.parent,
             hash: checked.hash,
             created: now(),

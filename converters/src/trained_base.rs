@@ -1,0 +1,241 @@
+//! The base that an adapter was trained on: what training records of it, and whether another directory holds the same weights.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::model_files::ModelFiles;
+use crate::problem::Problem;
+use crate::tensors::tensor::Tensor;
+
+/// Bytes of each end of a file that go into a fingerprint.
+const END: usize = 1 << 20;
+
+/// Matrices that a sample is taken of, at most.
+const SAMPLED: usize = 32;
+/// Elements of each of them.
+const ELEMENTS: usize = 4;
+
+/// Largest root mean square of the differences of two samples, relative to that of the elements, at which they are those of one model.
+/// bfloat16, the coarsest element type that weights are cast to, rounds by at most 2^-8 of an element.
+const SAME: f64 = 0.005;
+
+/// Identity of a base's files without reading all of them: SHA-256 over config.json and, for every weight file, its length and its
+/// first and last MiB (the first holds every tensor's name, type, shape and place).
+///
+/// The same weights of another element type, in other files, or with a config.json that is written otherwise have another one: see
+/// [`base_sample`].
+///
+/// # Errors
+/// The files cannot be read.
+pub fn base_fingerprint(files: &ModelFiles) -> io::Result<String> {
+    let mut hasher = Sha256::new();
+    hasher.update(std::fs::read(files.config_path())?);
+    for path in files.files() {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        hasher.update(length.to_le_bytes());
+        let mut buffer = vec![0; END.min(usize::try_from(length).unwrap_or(END))];
+        file.read_exact(&mut buffer)?;
+        hasher.update(&buffer);
+        file.seek(SeekFrom::Start(length - buffer.len() as u64))?;
+        file.read_exact(&mut buffer)?;
+        hasher.update(&buffer);
+    }
+    Ok(format!("{:x}", hasher.finalize()))
+}
+
+/// A few elements of a base's matrices, by which its weights are recognised whatever their element type and files; none if they are
+/// not stored as floats.
+pub fn base_sample(files: &ModelFiles) -> Vec<f32> {
+    let is_matrix = |name: &&str| {
+        let info = files.info(name);
+        name.contains(".layers.") && info.is_some_and(|(_, shape)| shape.len() == 2)
+    };
+    let mut names: Vec<&str> = files.names().filter(is_matrix).collect();
+    names.sort_unstable();
+    let n = names.len().min(SAMPLED);
+    let chosen = (0..n).map(|idx| names[idx * names.len() / n]);
+    chosen
+        .filter_map(|name| files.get(name))
+        .flat_map(|tensor| elements(&tensor))
+        .collect()
+}
+
+/// Some elements from all over `tensor`.
+fn elements(tensor: &Tensor) -> Vec<f32> {
+    let (dtype, bytes) = (tensor.dtype(), tensor.bytes());
+    let element = |idx: usize| {
+        let at = (2 * idx + 1) * tensor.n_elements() / (2 * ELEMENTS) * dtype.size();
+        let bytes = bytes.get(at..at + dtype.size())?.to_vec();
+        let element = Tensor::from_bytes(dtype, &[1], bytes).ok()?;
+        element.to_f32().ok()?.pop()
+    };
+    (0..ELEMENTS).filter_map(element).collect()
+}
+
+/// How far two samples are apart, relative to the first; none if they are not samples of models of one shape.
+fn difference(expected: &[f32], found: &[f32]) -> Option<f64> {
+    if expected.is_empty() || expected.len() != found.len() {
+        return None;
+    }
+    let square = |x: f32| f64::from(x).powi(2);
+    let norm: f64 = expected.iter().map(|x| square(*x)).sum();
+    let apart: f64 = expected.iter().zip(found).map(|(x, y)| square(x - y)).sum();
+    Some((apart / norm.max(f64::MIN_POSITIVE)).sqrt())
+}
+
+/// A warning if the run.json beside `adapter` (or above it, for a checkpoint) records another base. An adapter without a record,
+/// such as a collapsed one, cannot be told and passes.
+///
+/// The files are compared by [`base_fingerprint`]; where that differs, the weights by [`base_sample`], which older records lack.
+///
+/// # Errors
+/// The base's files cannot be read. A record that cannot be read is no error: nothing depends on it.
+pub fn other_base(adapter: &Path, base: &ModelFiles) -> io::Result<Option<Problem>> {
+    let dir = if adapter.is_file() {
+        adapter.parent().unwrap_or(adapter)
+    } else {
+        adapter
+    };
+    let record = [Some(dir), dir.parent()]
+        .into_iter()
+        .flatten()
+        .find_map(|dir| {
+            let text = std::fs::read_to_string(dir.join("run.json")).ok()?;
+            serde_json::from_str::<Value>(&text).ok()
+        });
+    let Some(record) = record else {
+        return Ok(None);
+    };
+    let trained = &record["base"];
+    let Some(expected) = trained["fingerprint"].as_str() else {
+        return Ok(None);
+    };
+    let found = base_fingerprint(base)?;
+    if found == expected {
+        return Ok(None);
+    }
+    let sample: Option<Vec<f32>> = serde_json::from_value(trained["sample"].clone()).ok();
+    let what = match sample.filter(|sample| !sample.is_empty()) {
+        None => {
+            "other files, and the record does not say whether these hold other weights".to_owned()
+        }
+        Some(sample) => match difference(&sample, &base_sample(base)) {
+            Some(apart) if apart <= SAME => return Ok(None),
+            Some(apart) => format!("its weights differ by about {:.1} %", apart * 100.0),
+            None => "its matrices are others".to_owned(),
+        },
+    };
+    let short = |hash: &str| hash.chars().take(12).collect::<String>();
+    let revision = trained["revision"]
+        .as_str()
+        .map_or(String::new(), |revision| format!(" at {revision}"));
+    Ok(Some(Problem::new(
+        "other-base",
+        base.dir().display().to_string(),
+        format!(
+            "the adapter was trained on `{}`{revision} with fingerprint {}, this base has {}: {what}",
+            trained["model_id"].as_str().unwrap_or("another base"),
+            short(expected),
+            short(&found)
+        ),
+        "give the base it was trained on, or compare both with `monteclora eval`",
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::tensors::dtype::DType;
+    use crate::tensors::safetensors_write::write_safetensors;
+
+    /// Copies the base `from` to `to`, its tensors as `change` makes them, in as many files as it has layers or so.
+    fn copy(from: &ModelFiles, to: &Path, change: impl Fn(&str, Tensor) -> Tensor) -> ModelFiles {
+        std::fs::create_dir_all(to).expect("created");
+        let mut config = from.config().clone();
+        config.insert("transformers_version".to_owned(), "another".into());
+        let config = serde_json::to_string_pretty(&config).expect("text");
+        std::fs::write(to.join("config.json"), config).expect("written");
+        let names: Vec<&str> = from.names().collect();
+        let shards: Vec<_> = names.chunks(5).collect();
+        for (idx, shard) in shards.iter().enumerate() {
+            let name = format!("model-{:05}-of-{:05}.safetensors", idx + 1, shards.len());
+            let tensors = shard.iter().map(|name| {
+                let tensor = from.get(name).expect("it is there");
+                ((*name).to_owned(), change(name, tensor))
+            });
+            write_safetensors(to.join(name), tensors, &Default::default()).expect("written");
+        }
+        ModelFiles::open(to).expect("opens")
+    }
+
+    fn base() -> ModelFiles {
+        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        let dir = dir.join("../tests/data/fixtures/models/tiny-llama");
+        ModelFiles::open(dir).expect("opens")
+    }
+
+    #[test]
+    fn the_base_of_the_run_is_recognised_in_other_files_and_types() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let base = base();
+        let out = dir.path().join("out");
+        let checkpoint = out.join("checkpoint-5");
+        std::fs::create_dir_all(&checkpoint).expect("created");
+        let record = |fingerprint: &str, sample: Option<&[f32]>| {
+            let record = serde_json::json!({"base": {
+                "model_id": "org/base", "revision": "abc", "fingerprint": fingerprint, "sample": sample,
+            }});
+            std::fs::write(out.join("run.json"), record.to_string()).expect("written");
+        };
+        let warning = |adapter: &Path, base: &ModelFiles| {
+            let warning = other_base(adapter, base).expect("reads");
+            warning.map(|warning| warning.to_string())
+        };
+        assert_eq!(warning(&out, &base), None, "no record");
+        let sample = base_sample(&base);
+        let fingerprint = base_fingerprint(&base).expect("reads");
+        assert!(sample.len() > 32 && sample.iter().any(|x| *x != 0.0));
+        record(&fingerprint, None);
+        assert_eq!(warning(&out, &base), None, "the very files");
+
+        let to = |name: &str| dir.path().join(name);
+        let same = copy(&base, &to("same"), |_, tensor| tensor);
+        let cast = |dtype| move |_: &str, tensor: Tensor| tensor.to_dtype(dtype).expect("floats");
+        let half = copy(&base, &to("f16"), cast(DType::F16));
+        let brain = copy(&base, &to("bf16"), cast(DType::BF16));
+        let tuned = copy(&base, &to("tuned"), |_, tensor| {
+            let values = tensor.to_f32().expect("floats");
+            let changed = values.iter().enumerate();
+            let changed = changed.map(|(idx, x)| x * if idx % 2 == 0 { 1.02 } else { 0.98 });
+            Tensor::from_f32(tensor.shape(), changed.collect()).expect("a tensor")
+        });
+        record(&fingerprint, Some(&sample));
+        for other in [&same, &half, &brain] {
+            assert_ne!(base_fingerprint(other).expect("reads"), fingerprint);
+            assert_eq!(warning(&out, other), None, "{:?}", other.dir());
+        }
+        let text = warning(&out, &tuned).expect("other weights");
+        assert!(text.contains("differ by about 2.0 %"), "{text}");
+
+        // A record without a sample cannot tell, and says so.
+        record("0123456789abcdef", None);
+        for adapter in [&out, &checkpoint] {
+            let text = warning(adapter, &same).expect("other files");
+            let named = "`org/base` at abc with fingerprint 0123456789ab";
+            assert!(
+                text.contains(named) && text.contains("does not say"),
+                "{text}"
+            );
+        }
+        record("0123456789abcdef", Some(&sample[1..]));
+        let text = warning(&out, &same).expect("other shapes");
+        assert!(text.contains("its matrices are others"), "{text}");
+    }
+}
