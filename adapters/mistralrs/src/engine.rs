@@ -310,6 +310,16 @@ pub(crate) fn plain_tokenization(
     }
 }
 
+/// The rows of raw logits, one at a time in 32 bits: all of a long prompt's are gigabytes.
+pub(crate) fn rows_of(
+    chunk: &Tensor,
+) -> candle_core::Result<impl Iterator<Item = candle_core::Result<Vec<f32>>>> {
+    let vocab_size = chunk.dim(candle_core::D::Minus1)?;
+    let rows = chunk.reshape(((), vocab_size))?;
+    let n = rows.dim(0)?;
+    Ok((0..n).map(move |idx| rows.get(idx)?.to_dtype(DType::F32)?.to_vec1()))
+}
+
 fn logits_of(chunks: &[Tensor], n_tokens: usize) -> candle_core::Result<Result<PromptLogits>> {
     let mut values = Vec::new();
     let mut n_positions = 0;

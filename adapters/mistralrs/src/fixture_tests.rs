@@ -6,9 +6,11 @@ mod choices;
 mod connections;
 mod conversations;
 mod engines;
+mod forms;
 mod operation;
 mod parity;
 mod requests;
+mod scores;
 pub(crate) mod serving;
 #[path = "../../../tests/it/fixtures/walk.rs"]
 mod walk;

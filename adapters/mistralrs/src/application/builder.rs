@@ -433,8 +433,7 @@ impl Recipe {
     /// Loads the base, with the adapter in `adapter` if one is given, as the model `name`.
     pub(super) async fn load(&self, name: &str, adapter: Option<PathBuf>) -> Result<Served> {
         let loader = self.loader(name, adapter.as_deref())?;
-        let max_num_seqs = self.max_num_seqs;
-        blocking(move || Served::new(&loader, loader.load()?, max_num_seqs)).await
+        blocking(move || Served::new(&loader, loader.load()?)).await
     }
 
     /// Tools that mistral.rs adds to every request.

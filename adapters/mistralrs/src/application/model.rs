@@ -86,7 +86,7 @@ impl MonteCloraModel {
         model_id: Option<&str>,
     ) -> SdkResult<MonteCloraStream> {
         let served = self.find(model_id)?;
-        let mut prepared = prepare(request, &served, Wanted::Stream)?;
+        let mut prepared = prepare(request, &served, Wanted::Stream).await?;
         self.fit(&served, &mut prepared).await?;
         let state = StreamState::new(
             served.name.clone(),
@@ -122,7 +122,7 @@ impl MonteCloraModel {
         model_id: Option<&str>,
     ) -> SdkResult<ChatCompletionResponse> {
         let served = self.find(model_id)?;
-        let mut prepared = prepare(request, &served, Wanted::Answer)?;
+        let mut prepared = prepare(request, &served, Wanted::Answer).await?;
         self.fit(&served, &mut prepared).await?;
         let stops = std::mem::take(&mut prepared.stops);
         let ResponseOk::Done(mut response) = self.first(&served, prepared).await? else {
@@ -161,7 +161,7 @@ impl MonteCloraModel {
         model_id: Option<&str>,
     ) -> SdkResult<(Vec<Tensor>, Vec<u32>)> {
         let served = self.find(model_id)?;
-        let prepared = prepare(request, &served, Wanted::RawLogits)?;
+        let prepared = prepare(request, &served, Wanted::RawLogits).await?;
         match self.first(&served, prepared).await? {
             ResponseOk::Raw {
                 logits_chunks,

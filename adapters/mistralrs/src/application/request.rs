@@ -8,6 +8,7 @@ use mistralrs::{
     ToolChoice,
 };
 use mistralrs_core::CustomLogitsProcessor;
+use mistralrs_core::llguidance::Matcher;
 use tokio::sync::mpsc::channel;
 
 use super::served::Served;
@@ -16,6 +17,7 @@ use crate::quirks_0_8::narrow_sampling;
 use crate::server::sampling::Sampling;
 use crate::server::steps::Steps;
 use crate::server::stop::StopWatch;
+use crate::server::vocabulary::Held;
 
 /// What is wanted of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +52,7 @@ fn refused<T>(message: impl Into<String>) -> SdkResult<T> {
 }
 
 /// Makes `request` ready for the engine of `served`.
-pub(super) fn prepare<R: RequestLike>(
+pub(super) async fn prepare<R: RequestLike>(
     mut request: R,
     served: &Served,
     wanted: Wanted,
@@ -91,10 +93,12 @@ pub(super) fn prepare<R: RequestLike>(
     };
     let constraint = request.take_constraint();
     let (constraint, tool_choice) = hold_to_tool(constraint, tools.as_deref(), tool_choice)?;
+    let matcher = compile(constraint, served).await?;
     let steps = Arc::new(Steps::for_answer(
         served.end_tokens.clone(),
         sampling.logits_bias.take().unwrap_or_default(),
         StopWatch::new(&stops, &served.tokenizer),
+        matcher.as_ref().map(Held::new),
     ));
     // Those of the caller see the model's logits first.
     let mut processors = request.take_logits_processors().unwrap_or_default();
@@ -110,7 +114,8 @@ pub(super) fn prepare<R: RequestLike>(
         response,
         is_streaming: wanted == Wanted::Stream,
         id: 0,
-        constraint,
+        // The steps hold the answer, with the model's own end tokens.
+        constraint: Constraint::None,
         suffix: None,
         tools,
         tool_choice,
@@ -126,6 +131,22 @@ pub(super) fn prepare<R: RequestLike>(
         stops,
         max_tokens,
     })
+}
+
+/// What holds an answer to `constraint`.
+async fn compile(constraint: Constraint, served: &Served) -> SdkResult<Option<Matcher>> {
+    if matches!(constraint, Constraint::None) {
+        return Ok(None);
+    }
+    let vocabulary = served.vocabulary.clone();
+    let compiled = tokio::task::spawn_blocking(move || vocabulary.compile(&constraint)).await;
+    match compiled {
+        Ok(Ok(matcher)) => Ok(matcher),
+        Ok(Err(cause)) => refused(format!(
+            "the constraint cannot be used as a grammar: {cause}"
+        )),
+        Err(error) => Err(SdkError::Channel(error.to_string())),
+    }
 }
 
 /// Refuses conversations with a model that has no template for them.

@@ -1,19 +1,19 @@
 //! One model of an application: what its requests need to know of it, and the turns at its engine.
 
-use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::sync::Arc;
 
 use mistralrs::Model;
 use mistralrs::error::{Error as SdkError, Result as SdkResult};
 use tokenizers::Tokenizer;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline};
-use crate::quirks_0_8::batches_on_a_cpu;
+use crate::quirks_0_8::batches_on_a_cpu::Turns;
 use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::special_tokens::TextFrame;
+use crate::server::vocabulary::Vocabulary;
 
 /// A loaded model under its name.
 pub(super) struct Served {
@@ -27,17 +27,13 @@ pub(super) struct Served {
     pub(super) tokenizer: Arc<Tokenizer>,
     /// Tokens that the model's tokenizer puts around plain text.
     pub(super) frame: TextFrame,
-    turns: Arc<Semaphore>,
-    n_turns: u32,
+    pub(super) vocabulary: Arc<Vocabulary>,
+    turns: Turns,
 }
 
 impl Served {
-    /// What `loader` has loaded as `pipeline`, whose engine works on up to `max_num_seqs` sequences at a time; blocking.
-    pub(super) fn new(
-        loader: &MonteCloraLoader,
-        pipeline: SharedPipeline,
-        max_num_seqs: NonZeroUsize,
-    ) -> Result<Self> {
+    /// What `loader` has loaded as `pipeline`, which an engine is to work with; blocking.
+    pub(super) fn new(loader: &MonteCloraLoader, pipeline: SharedPipeline) -> Result<Self> {
         let (end_tokens, max_sequence_length, has_template, tokenizer, device) = {
             let loaded = pipeline.blocking_lock();
             let template = loaded.get_chat_template();
@@ -51,41 +47,35 @@ impl Served {
         };
         let tokenizer = tokenizer
             .ok_or_else(|| Error::Engine("the model came without a tokenizer".to_owned()))?;
-        let n_turns = match batches_on_a_cpu::turns(device) {
-            Some(_) => 1,
-            None => u32::try_from(max_num_seqs.get()).unwrap_or(u32::MAX),
-        };
         Ok(Self {
             name: loader.name().to_owned(),
             is_adapter: loader.adapter().is_some(),
             // SAFETY: `MonteCloraLoader` loads by `NormalLoader`.
             model: unsafe { NormalModel::new(pipeline) },
+            vocabulary: Arc::new(Vocabulary::new(tokenizer.clone(), &end_tokens)),
             end_tokens,
             has_template,
             max_sequence_length,
             tokenizer,
             frame: crate::chat_files::text_frame(loader.base())?,
-            turns: Arc::new(Semaphore::new(n_turns as usize)),
-            n_turns,
+            turns: Turns::new(device),
         })
     }
 
     /// A turn at the engine, in the order of asking.
     pub(super) async fn turn(&self) -> SdkResult<OwnedSemaphorePermit> {
-        self.take(1).await
+        self.take(false).await
     }
 
     /// All turns at the engine: nothing is at work then, and nothing begins.
     pub(super) async fn all_turns(&self) -> SdkResult<OwnedSemaphorePermit> {
-        self.take(self.n_turns).await
+        self.take(true).await
     }
 
-    async fn take(&self, n: u32) -> SdkResult<OwnedSemaphorePermit> {
-        let turns = self.turns.clone().acquire_many_owned(n);
-        // Nothing closes it.
-        turns
-            .await
-            .map_err(|error| SdkError::Channel(error.to_string()))
+    async fn take(&self, alone: bool) -> SdkResult<OwnedSemaphorePermit> {
+        // Nothing closes them.
+        let turn = self.turns.take(alone).await;
+        turn.map_err(|error| SdkError::Channel(error.to_string()))
     }
 }
 

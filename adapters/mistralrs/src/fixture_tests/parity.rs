@@ -11,12 +11,12 @@ use super::{Case, cases, named, servable};
 use crate::{ChatMessage, Engine, Error, MonteCloraLoader};
 
 /// `input_ids` as rows, and the named logits as one row-major vector a sequence.
-struct Expected {
-    sequences: Vec<Vec<u32>>,
-    logits: HashMap<String, Vec<Vec<f32>>>,
+pub(super) struct Expected {
+    pub(super) sequences: Vec<Vec<u32>>,
+    pub(super) logits: HashMap<String, Vec<Vec<f32>>>,
 }
 
-fn expected(case: &Case) -> Expected {
+pub(super) fn expected(case: &Case) -> Expected {
     let bytes = fs::read(&case.expected).expect("readable");
     let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
     let ids = tensors.tensor("input_ids").expect("input_ids");
@@ -51,7 +51,7 @@ fn expected(case: &Case) -> Expected {
 }
 
 /// References computed in bfloat16, which carries 8 bits of mantissa, are compared loosely.
-fn tolerance(reference: &[f32]) -> f32 {
+pub(super) fn tolerance(reference: &[f32]) -> f32 {
     let is_half = reference.iter().all(|value| value.to_bits() & 0xffff == 0);
     if is_half { 0.06 } else { 1e-3 }
 }

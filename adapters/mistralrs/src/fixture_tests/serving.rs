@@ -284,7 +284,7 @@ fn wrong_requests(server: &Running) {
         (with("n", json!(0)), 400, "n"),
         (with("n", json!(1000)), 400, "n"),
         (with("stop", json!([""])), 400, "stop"),
-        (with("logprobs", json!(true)), 400, "logprobs"),
+        (with("logprobs", json!(3)), 400, "logprobs"),
         (
             with("web_search_options", json!({})),
             400,

@@ -10,7 +10,7 @@ use crate::engine::{engine_error, silent};
 use crate::error::{Error, Result};
 
 /// Added to the logit of a token that must be sampled; one that a grammar forbids stays at minus infinity.
-const CERTAIN: f32 = 1e6;
+pub(crate) const CERTAIN: f32 = 1e6;
 
 /// `logits` with `tokens` made certain: with those that end an answer, it ends at this step.
 pub(crate) fn make_certain(logits: &Tensor, tokens: &[u32]) -> candle_core::Result<Tensor> {

@@ -1,15 +1,67 @@
-//! Batches on a CPU, which mistral.rs 0.8.1 decodes wrongly.
+//! Batches that mistral.rs 0.8.1 decodes wrongly or not at all.
 
 use std::sync::Arc;
 
 use candle_core::DeviceLocation;
-use tokio::sync::Semaphore;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
-/// The one turn at an engine on `device`, to be held while it works on a request; none where it may take several at a time.
+/// The turns at one engine, each to be held while it works on a request.
 ///
-/// Its attention for single queries (`flash_attn_cpu_single_q`) has scratch space for every head but not for every sequence, so
-/// all sequences get the attention of the last one. Its scheduler does not keep to `max_seqs` when waiting sequences take over,
-/// so the turn is taken before it.
-pub(crate) fn turns(device: DeviceLocation) -> Option<Arc<Semaphore>> {
-    (device == DeviceLocation::Cpu).then(|| Arc::new(Semaphore::new(1)))
+/// On a CPU there is one: the attention for single queries (`flash_attn_cpu_single_q`) has scratch space for every head but not for
+/// every sequence, so all sequences of a batch get the attention of the last one. The scheduler does not keep to `max_seqs` when
+/// waiting sequences take over, so the turn is taken before it.
+///
+/// Elsewhere there are many, and a request for raw logits takes all of them: the engine asserts that all sequences of a batch ask for
+/// them or none does, and ends in a panic.
+#[derive(Debug, Clone)]
+pub(crate) struct Turns {
+    free: Arc<Semaphore>,
+    all: u32,
+}
+
+/// More than there can be requests.
+const MANY: u32 = 1 << 20;
+
+impl Turns {
+    pub(crate) fn new(device: DeviceLocation) -> Self {
+        let all = if device == DeviceLocation::Cpu {
+            1
+        } else {
+            MANY
+        };
+        let free = Arc::new(Semaphore::new(all as usize));
+        Self { free, all }
+    }
+
+    /// Whether one request has to wait for the other.
+    pub(crate) fn one_by_one(&self) -> bool {
+        self.all == 1
+    }
+
+    /// A turn; or, `alone`, one at which nobody else has one.
+    pub(crate) async fn take(&self, alone: bool) -> Result<OwnedSemaphorePermit, AcquireError> {
+        let n = if alone { self.all } else { 1 };
+        self.free.clone().acquire_many_owned(n).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn a_cpu_has_one_turn_and_raw_logits_are_computed_alone() {
+        let taken = |turns: &Turns, alone| turns.take(alone).now_or_never().map(Result::ok);
+        let cpu = Turns::new(DeviceLocation::Cpu);
+        let first = taken(&cpu, false);
+        assert!(cpu.one_by_one() && first.is_some() && taken(&cpu, false).is_none());
+        let gpu = Turns::new(DeviceLocation::Cuda { gpu_id: 0 });
+        let both = (taken(&gpu, false), taken(&gpu, false));
+        assert!(both.0.is_some() && both.1.is_some() && taken(&gpu, true).is_none());
+        drop(both);
+        let alone = taken(&gpu, true);
+        assert!(alone.is_some() && taken(&gpu, false).is_none());
+    }
 }

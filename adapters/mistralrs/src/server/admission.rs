@@ -36,16 +36,24 @@ impl Admission {
         })
     }
 
-    /// Takes places for all of `n_choices`, if there are any left.
-    pub(crate) fn widen(&mut self, app: &App, n_choices: usize) -> Result<(), ApiError> {
+    /// Takes places for `n_choices` for each of `n_prompts`, if there are any left.
+    pub(crate) fn widen(
+        &mut self,
+        app: &App,
+        n_choices: usize,
+        n_prompts: usize,
+    ) -> Result<(), ApiError> {
         let most = app.config.limits.max_concurrent_requests;
-        if n_choices > most {
-            return Err(ApiError::invalid(
-                "n",
-                format!("`n` is {n_choices}; this server works on at most {most} at a time"),
-            ));
+        let n = n_choices * n_prompts;
+        if n > most {
+            let (key, asked) = match n_prompts {
+                1 => ("n", format!("`n` is {n}")),
+                _ => ("prompt", format!("the prompts ask for {n} answers")),
+            };
+            let message = format!("{asked}; this server works on at most {most} at a time");
+            return Err(ApiError::invalid(key, message));
         }
-        let more = u32::try_from(n_choices.saturating_sub(1)).map_err(|_| too_many())?;
+        let more = u32::try_from(n.saturating_sub(1)).map_err(|_| too_many())?;
         let permit = Semaphore::try_acquire_many_owned(app.places.clone(), more);
         self.places.push(Arc::new(permit.map_err(|_| too_many())?));
         Ok(())

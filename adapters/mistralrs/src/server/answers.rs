@@ -8,9 +8,11 @@ use axum::response::sse::{Event, KeepAlive};
 use axum::response::{IntoResponse, Response as HttpResponse, Sse};
 use mistralrs_core::{Response, ToolCallResponse};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::api_error::ApiError;
 use super::job::{RunningJob, Usage};
+use super::logprobs::{Cursor, Shown};
 use super::registry::Lease;
 use super::request::Asked;
 use super::stop::{StopFilter, whole_characters};
@@ -22,6 +24,8 @@ pub(crate) struct Piece {
     pub(crate) tool_calls: Option<Vec<ToolCallResponse>>,
     pub(crate) reasoning: Option<String>,
     pub(crate) finish_reason: Option<String>,
+    /// The scores of its tokens, where they are wanted.
+    pub(crate) scores: Vec<Shown>,
 }
 
 impl Piece {
@@ -35,7 +39,10 @@ impl Piece {
 
     fn is_empty(&self) -> bool {
         let text = self.text.as_deref().unwrap_or_default();
-        text.is_empty() && self.tool_calls.is_none() && self.reasoning.is_none()
+        text.is_empty()
+            && self.tool_calls.is_none()
+            && self.reasoning.is_none()
+            && self.scores.is_empty()
     }
 }
 
@@ -50,16 +57,22 @@ pub(crate) trait Form: Send + 'static {
     /// What a choice says, under a key of its own.
     type Said: Serialize;
 
-    /// What comes before an answer's first token.
-    fn lead(&self) -> &str {
+    /// Whether white space at the beginning of an answer is cut.
+    fn is_trimmed(&self) -> bool;
+
+    /// What comes before the first token of the choice `idx`.
+    fn lead(&self, _idx: usize) -> &str {
         ""
     }
+
+    /// How scores are shown; `n_before` characters of the choice came before them, and it is moved on.
+    fn logprobs(&self, scores: &[Shown], n_before: &mut usize) -> Value;
 
     /// What `response` says, if it is of the kind that was asked for; `begun` is for each choice of a stream, and false at first.
     fn read(&self, response: Response, begun: &mut bool) -> Option<Vec<Piece>>;
 
-    /// All of a choice.
-    fn whole(&self, piece: Piece) -> Self::Said;
+    /// All of the choice `idx`, its lead included.
+    fn whole(&self, idx: usize, piece: Piece) -> Self::Said;
 
     /// What a chunk, which may be its first, adds to a choice.
     fn chunk(&self, piece: Piece, is_first: bool) -> Self::Said;
@@ -90,7 +103,7 @@ struct Choice<S> {
     index: usize,
     #[serde(flatten)]
     said: S,
-    logprobs: (),
+    logprobs: Option<Value>,
     finish_reason: Option<String>,
 }
 
@@ -129,19 +142,27 @@ pub(crate) async fn answer<F: Form>(
     }
     let mut choices = Vec::new();
     for (index, response) in job.responses().await?.into_iter().enumerate() {
-        for mut piece in form.read(response, &mut false).ok_or_else(another_kind)? {
+        let pieces = match response {
+            Some(response) => form.read(response, &mut false).ok_or_else(another_kind)?,
+            None => vec![Piece::of(String::new(), Some("length".to_owned()))],
+        };
+        for mut piece in pieces {
             let text = piece.text.as_deref().map(whole_characters);
             let cut = text.map(|text| StopFilter::cut(&asked.stop, text));
             let stopped = cut.as_ref().is_some_and(|(_, stopped)| *stopped);
             piece.text = cut.map(|(text, _)| text);
+            if stopped {
+                piece.finish_reason = Some("stop".to_owned());
+            }
+            let mut scores = Scoring::new(form.is_trimmed());
+            let shown = scores.lead(&job, index);
+            let shown = [shown, scores.piece(&job, index, &piece, stopped)].concat();
+            let wanted = asked.n_top.is_some();
             choices.push(Choice {
                 index,
-                logprobs: (),
-                finish_reason: match stopped {
-                    true => Some("stop".to_owned()),
-                    false => piece.finish_reason.take(),
-                },
-                said: form.whole(piece),
+                logprobs: wanted.then(|| form.logprobs(&shown, &mut scores.n_characters)),
+                finish_reason: piece.finish_reason.take(),
+                said: form.whole(index, piece),
             });
         }
     }
@@ -160,10 +181,57 @@ pub(crate) fn now() -> u64 {
         .map_or(0, |elapsed| elapsed.as_secs())
 }
 
+/// How far one choice's scores are shown.
+#[derive(Default)]
+struct Scoring {
+    cursor: Cursor,
+    /// Characters of the choice that were shown with scores.
+    n_characters: usize,
+}
+
+impl Scoring {
+    fn new(trimmed: bool) -> Self {
+        Self {
+            cursor: Cursor::new(trimmed),
+            n_characters: 0,
+        }
+    }
+
+    /// The scores of the prompt, where it is shown.
+    fn lead(&self, job: &RunningJob, idx: usize) -> Vec<Shown> {
+        let Some(scores) = &job.plan(idx).scores else {
+            return Vec::new();
+        };
+        let mut prompt = Cursor::new(false);
+        prompt.finish(job.vocabulary(), scores.scores(), |_| false)
+    }
+
+    /// The scores that go along with `piece`; all that are left with the last one, unless a stop text has cut the answer.
+    fn piece(&mut self, job: &RunningJob, idx: usize, piece: &Piece, stopped: bool) -> Vec<Shown> {
+        let steps = &job.plan(idx).steps;
+        let Some(scores) = &steps.scores else {
+            return Vec::new();
+        };
+        let (vocabulary, scores) = (job.vocabulary(), scores.recorded.lock());
+        let length = |text: &Option<String>| text.as_deref().unwrap_or_default().len();
+        let n_bytes = length(&piece.text) + length(&piece.reasoning);
+        let mut shown = self.cursor.advance(vocabulary, &scores, n_bytes);
+        if piece.finish_reason.is_some() && !stopped {
+            shown.extend(
+                self.cursor
+                    .finish(vocabulary, &scores, |token| steps.ends(token)),
+            );
+        }
+        shown
+    }
+}
+
 /// How far one choice of a stream is.
 #[derive(Default)]
 struct ChoiceState {
+    scoring: Scoring,
     stop: StopFilter,
+    led: bool,
     shown: bool,
     begun: bool,
     ended: bool,
@@ -181,11 +249,13 @@ struct Stream<F> {
 
 impl<F: Form> Stream<F> {
     fn new(head: Head, job: RunningJob, form: F, stop: &[String], include_usage: bool) -> Self {
+        let is_trimmed = form.is_trimmed();
         let choices = (0..job.n_choices()).map(|_| ChoiceState {
             stop: StopFilter::new(stop.to_vec()),
+            scoring: Scoring::new(is_trimmed),
             ..ChoiceState::default()
         });
-        let mut stream = Self {
+        Self {
             choices: choices.collect(),
             head,
             job,
@@ -193,12 +263,23 @@ impl<F: Form> Stream<F> {
             include_usage,
             queue: VecDeque::new(),
             closed: false,
-        };
-        let lead = stream.form.lead().to_owned();
-        for idx in (0..stream.choices.len()).filter(|_| !lead.is_empty()) {
-            stream.show(idx, Piece::of(lead.clone(), None));
         }
-        stream
+    }
+
+    /// Shows what comes before the first token of the choice `idx`, with its scores, which are known by then.
+    fn lead(&mut self, idx: usize) {
+        if std::mem::replace(&mut self.choices[idx].led, true) {
+            return;
+        }
+        let scores = self.choices[idx].scoring.lead(&self.job, idx);
+        let text = self.form.lead(idx).to_owned();
+        if !text.is_empty() || !scores.is_empty() {
+            let lead = Piece {
+                scores,
+                ..Piece::of(text, None)
+            };
+            self.show(idx, lead);
+        }
     }
 
     fn into_response(self) -> HttpResponse {
@@ -215,14 +296,16 @@ impl<F: Form> Stream<F> {
         while self.queue.is_empty() && !self.closed {
             match self.job.next().await {
                 Ok((idx, Some(response))) => {
+                    self.lead(idx);
                     match self.form.read(response, &mut self.choices[idx].begun) {
                         Some(pieces) => pieces.into_iter().for_each(|piece| self.take(idx, piece)),
                         None => self.fail(&another_kind()),
                     }
                 }
                 Ok((idx, None)) if !self.choices[idx].ended => {
+                    self.lead(idx);
                     let reason = self.job.finish_reason(idx).to_owned();
-                    self.finish(idx, reason);
+                    self.finish(idx, reason, false);
                 }
                 Ok((_, None)) => {}
                 Err(error) => self.fail(&error),
@@ -246,19 +329,23 @@ impl<F: Form> Stream<F> {
         }
         piece.text = Some(text);
         piece.finish_reason = None;
+        piece.scores = choice.scoring.piece(&self.job, idx, &piece, stopped);
         if !piece.is_empty() {
             self.show(idx, piece);
         }
         if let Some(reason) = reason {
-            self.finish(idx, reason);
+            self.finish(idx, reason, stopped);
         }
     }
 
     fn show(&mut self, index: usize, mut piece: Piece) {
         let is_first = !std::mem::replace(&mut self.choices[index].shown, true);
+        let n_characters = &mut self.choices[index].scoring.n_characters;
+        let scores = std::mem::take(&mut piece.scores);
+        let logprobs = (!scores.is_empty()).then(|| self.form.logprobs(&scores, n_characters));
         let choice = Choice {
             index,
-            logprobs: (),
+            logprobs,
             finish_reason: piece.finish_reason.take(),
             said: self.form.chunk(piece, is_first),
         };
@@ -271,10 +358,12 @@ impl<F: Form> Stream<F> {
         self.queue.push_back(text);
     }
 
-    /// Ends one choice, and with the last of them the stream.
-    fn finish(&mut self, idx: usize, reason: String) {
-        let text = self.choices[idx].stop.finish();
-        self.show(idx, Piece::of(text, Some(reason)));
+    /// Ends one choice, which a stop text may have cut, and with the last of them the stream.
+    fn finish(&mut self, idx: usize, reason: String, stopped: bool) {
+        let choice = &mut self.choices[idx];
+        let mut last = Piece::of(choice.stop.finish(), Some(reason));
+        last.scores = choice.scoring.piece(&self.job, idx, &last, stopped);
+        self.show(idx, last);
         self.choices[idx].ended = true;
         self.job.end_choice(idx);
         if self.choices.iter().all(|choice| choice.ended) {

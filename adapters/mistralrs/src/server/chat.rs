@@ -2,7 +2,6 @@
 
 use either::Either;
 use mistralrs_core::{Constraint, NormalRequest, SamplingParams};
-use monteclora_converters::MISTRALRS;
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::channel;
 
@@ -12,7 +11,8 @@ use super::api_error::ApiError;
 use super::effort::Effort;
 use super::fields::wrong;
 use super::job::RunningJob;
-use super::request::Asked;
+use super::request::{Asked, Prompt};
+use super::structured::{Form, exclusive};
 use super::tools;
 use crate::chat_template::{ChatTemplate, Conversation, End, Refusal};
 use crate::engine::plain_tokenization;
@@ -66,8 +66,7 @@ impl Chat {
         if !self.conversation.tools.is_empty() {
             asked.stop.push(unreadable_calls::BEGINNING.to_owned());
         }
-        self.hold(&mut asked.constraint)?;
-        refuse_unsupported(&asked.constraint)?;
+        asked.form = self.form(asked.form.take())?;
         let prompt = Either::Right(text.clone());
         let request = |response| plain_tokenization(prompt, response);
         let tokens = asked
@@ -85,39 +84,32 @@ impl Chat {
         );
         // For the white space that a continuation may begin with; see `first_white_space`.
         request.return_logprobs = continues;
-        asked.start(app, admission, self.keys.messages, tokens.len(), request)
+        let prompt = Prompt {
+            request,
+            n_tokens: tokens.len(),
+            scored: None,
+        };
+        let key = self.keys.messages;
+        asked.start(app, admission, key, vec![prompt]).await
     }
 
-    /// Holds the answer to its schema, or to a call that must be made.
-    fn hold(&self, constraint: &mut Constraint) -> Result<(), ApiError> {
-        let is_free = matches!(constraint, Constraint::None);
-        let tools = &self.conversation.tools;
-        if let Some(choice) = self
-            .tool_choice
-            .as_ref()
-            .filter(|choice| choice.must_call())
-        {
-            let other = match (&self.schema, is_free) {
-                (Some(_), _) => self.keys.format,
-                (None, false) => "grammar",
-                (None, true) => {
-                    let schema = choice.schema(Some(&json!(tools)))?;
-                    *constraint = Constraint::JsonSchema(schema);
-                    return Ok(());
-                }
-            };
-            let message =
-                format!("`{other}` and a `tool_choice` that insists on a call exclude each other");
-            return Err(ApiError::invalid("tool_choice", message));
-        }
-        if let Some(schema) = &self.schema {
-            if !is_free {
-                let message = format!("`grammar` and `{}` exclude each other", self.keys.format);
-                return Err(ApiError::invalid(self.keys.format, message));
+    /// What holds the answer: its schema, a call that must be made, or the form that is `asked` for otherwise.
+    fn form(&self, asked: Option<Form>) -> Result<Option<Form>, ApiError> {
+        let held = |key: &str, schema| Form::new(key, Constraint::JsonSchema(schema));
+        let schema = self.schema.clone();
+        let format = schema.map(|schema| held(self.keys.format, schema));
+        let call = match &self.tool_choice {
+            Some(choice) if choice.must_call() => {
+                let tools = json!(self.conversation.tools);
+                Some(held("tool_choice", choice.schema(Some(&tools))?))
             }
-            *constraint = Constraint::JsonSchema(schema.clone());
+            _ => None,
+        };
+        let mut forms = [asked, format, call].into_iter().flatten();
+        match (forms.next(), forms.next()) {
+            (Some(first), Some(second)) => Err(exclusive(&first.key, &second.key)),
+            (form, _) => Ok(form),
         }
-        Ok(())
     }
 }
 
@@ -192,15 +184,6 @@ pub(crate) fn set_thinking(
     Ok(())
 }
 
-/// Refuses grammars that no engine takes.
-fn refuse_unsupported(constraint: &Constraint) -> Result<(), ApiError> {
-    if matches!(constraint, Constraint::Llguidance(_)) {
-        let message = format!("this kind of grammar is not supported with {MISTRALRS}");
-        return Err(ApiError::invalid("grammar", message));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use serde::Deserialize;
@@ -223,11 +206,8 @@ mod tests {
                 tool_choice: Some(ToolUse::deserialize(choice).expect("a choice")),
                 schema,
             };
-            let mut constraint = match grammar {
-                true => Constraint::Regex("x".to_owned()),
-                false => Constraint::None,
-            };
-            chat.hold(&mut constraint).map(|()| constraint)
+            let regex = || Form::new("grammar", Constraint::Regex("x".to_owned()));
+            chat.form(grammar.then(regex))
         };
         let (tools, object) = (std::slice::from_ref(&tool), Some(json!({"type": "object"})));
         for (choice, schema, grammar) in [
@@ -236,12 +216,9 @@ mod tests {
             ("required", None, false),
         ] {
             let held = hold(json!(choice), tools, schema, grammar).expect("one thing");
-            assert!(!matches!(held, Constraint::None));
+            assert!(held.is_some());
         }
-        assert!(matches!(
-            hold(json!("none"), &[], None, false),
-            Ok(Constraint::None)
-        ));
+        assert!(matches!(hold(json!("none"), &[], None, false), Ok(None)));
         for (choice, tools, schema, grammar, at) in [
             (json!("required"), &[][..], None, false, "tool_choice"),
             (json!("required"), tools, None, true, "tool_choice"),

@@ -67,13 +67,6 @@ pub(crate) fn take<T: DeserializeOwned>(fields: &mut Map<String, Value>) -> Resu
     })
 }
 
-/// As [`take`], for keys that have the types of mistral.rs.
-pub(crate) fn take_theirs<T: DeserializeOwned>(
-    fields: &mut Map<String, Value>,
-) -> Result<T, ApiError> {
-    take(fields)
-}
-
 /// `value`, which came under the key `at`, as a type of mistral.rs.
 pub(crate) fn theirs<T: DeserializeOwned>(at: &str, value: Value) -> Result<T, ApiError> {
     serde_json::from_value(value).map_err(|error| ApiError::invalid(at, format!("`{at}`: {error}")))
@@ -202,7 +195,7 @@ mod tests {
         assert_eq!(error.body()["error"]["param"], "first");
         let message = &error.body()["error"]["message"];
         assert_eq!(message, "`first` must be true or false");
-        let error = take_theirs::<Some>(&mut fields(json!({"2nd": "x"}))).expect_err("wrong");
+        let error = take::<Some>(&mut fields(json!({"2nd": "x"}))).expect_err("wrong");
         assert_eq!(error.body()["error"]["param"], "2nd");
     }
 

@@ -4,20 +4,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures::StreamExt;
-use mistralrs_core::{NormalRequest, Request, Response};
+use mistralrs_core::{NormalRequest, Request, Response, SamplingParams};
 use serde::Serialize;
 use tokio::sync::mpsc::{
     Receiver, Sender, UnboundedReceiver, UnboundedSender, channel, unbounded_channel,
 };
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, watch};
 
 use super::App;
 use super::admission::Admission;
 use super::api_error::ApiError;
 use super::context::RequestContext;
+use super::logprobs::TokenScore;
 use super::metrics::{AnswerRecord, Metrics};
 use super::registry::Lease;
 use super::steps::Steps;
+use super::vocabulary::Vocabulary;
+use crate::engine::rows_of;
 use crate::quirks_0_8::lost_last_chunk::finish_reason;
 
 /// Responses an engine may be ahead of the task that takes them.
@@ -27,11 +30,74 @@ const CHANNEL_SIZE: usize = 1024;
 pub(crate) struct Job {
     pub(crate) lease: Lease,
     /// One for each choice asked for.
-    pub(crate) steps: Vec<Arc<Steps>>,
-    pub(crate) max_tokens: usize,
+    pub(crate) plans: Vec<Plan>,
     pub(crate) prompt_tokens: usize,
     /// The client has all it asked for; false at first.
     pub(crate) complete: AtomicBool,
+}
+
+/// How one choice is made.
+pub(crate) struct Plan {
+    pub(crate) steps: Arc<Steps>,
+    pub(crate) request: NormalRequest,
+    /// 0 asks for the prompt alone.
+    pub(crate) max_tokens: usize,
+    /// The scores of its prompt, which choices share.
+    pub(crate) scores: Option<Arc<PromptScores>>,
+}
+
+/// The scores of the tokens of a prompt, computed once.
+pub(crate) struct PromptScores {
+    tokens: Vec<u32>,
+    n_top: usize,
+    computed: OnceCell<Vec<TokenScore>>,
+}
+
+impl PromptScores {
+    pub(crate) fn new(tokens: Vec<u32>, n_top: usize) -> Self {
+        Self {
+            tokens,
+            n_top,
+            computed: OnceCell::new(),
+        }
+    }
+
+    /// One for each token, once they are computed.
+    pub(crate) fn scores(&self) -> &[TokenScore] {
+        self.computed.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// The scores from the engine's raw logits; row t of them predicts token t + 1.
+    fn of(&self, response: &Response) -> Result<Vec<TokenScore>, String> {
+        let Response::Raw { logits_chunks, .. } = response else {
+            return Err("the engine gave no logits".to_owned());
+        };
+        let mut scores: Vec<TokenScore> = self
+            .tokens
+            .first()
+            .map(|token| TokenScore::first(*token))
+            .into_iter()
+            .collect();
+        let mut next = self.tokens.iter().skip(1);
+        for chunk in logits_chunks {
+            for row in rows_of(chunk).map_err(|error| error.to_string())? {
+                let row = row.map_err(|error| error.to_string())?;
+                // The last row predicts what comes after the prompt.
+                scores.extend(
+                    next.next()
+                        .map(|token| TokenScore::new(&row, *token, self.n_top)),
+                );
+            }
+        }
+        match scores.len() == self.tokens.len() {
+            true => Ok(scores),
+            false => Err(format!(
+                "logits for {} of {} tokens",
+                scores.len(),
+                self.tokens.len()
+            )),
+        }
+    }
 }
 
 /// How a job ended; of several choices, the last in this order counts.
@@ -75,7 +141,7 @@ impl JobEnd {
 type Message = Result<(usize, Option<Response>), JobEnd>;
 
 impl Job {
-    /// Gives `request` to the engine, once for each choice.
+    /// Gives each choice's request to the engine.
     ///
     /// Choices are requests of their own. They run together, but where an engine takes one request at a time: there each waits for
     /// its turn when the former is over, so that other requests come between.
@@ -83,12 +149,9 @@ impl Job {
         self,
         app: &App,
         admission: Admission,
-        request: &NormalRequest,
+        streaming: bool,
     ) -> Result<RunningJob, ApiError> {
         let engine_input = self.lease.input()?;
-        let choices: Vec<Choice> = (0..self.steps.len())
-            .map(|idx| self.choice(request, idx))
-            .collect();
         let job = Arc::new(self);
         let (client, receiver) = unbounded_channel();
         let worker = Worker {
@@ -99,31 +162,16 @@ impl Job {
             cut: app.cut.subscribe(),
             metrics: app.metrics.clone(),
             context: RequestContext::current(),
-            streaming: request.is_streaming,
+            streaming,
         };
         // A task of its own, begun before the engine knows of the request: the client may go at any time, and the engine
         // must find a receiver whenever it answers.
-        tokio::spawn(worker.run(choices));
+        tokio::spawn(worker.run());
         Ok(RunningJob { job, receiver })
     }
 
-    fn choice(&self, request: &NormalRequest, idx: usize) -> Choice {
-        let (sender, engine) = channel(CHANNEL_SIZE);
-        let mut request = request.clone();
-        request.id = self.lease.host().next_request_id();
-        request.response = sender;
-        // Its engine has the host for itself.
-        request.model_id = None;
-        request.logits_processors = Some(vec![self.steps[idx].clone()]);
-        Choice {
-            idx,
-            request: Request::Normal(Box::new(request)),
-            engine,
-        }
-    }
-
     fn completion_tokens(&self) -> usize {
-        self.steps.iter().map(|steps| steps.count()).sum()
+        self.plans.iter().map(|plan| plan.steps.count()).sum()
     }
 
     /// What it means that the client no longer listens.
@@ -134,12 +182,6 @@ impl Job {
             JobEnd::Canceled
         }
     }
-}
-
-struct Choice {
-    idx: usize,
-    request: Request,
-    engine: Receiver<Response>,
 }
 
 /// Takes an engine's responses as long as it sends any, holding the lease, so that the engine outlives the request.
@@ -156,14 +198,13 @@ struct Worker {
 }
 
 impl Worker {
-    async fn run(self, choices: Vec<Choice>) {
-        let answers = choices.into_iter().map(|choice| self.answer(choice));
-        let ends: Vec<JobEnd> = match &self.job.lease.turns {
-            Some(_) => {
-                let one_by_one = futures::stream::iter(answers).then(|answer| answer);
-                one_by_one.collect().await
-            }
-            None => futures::future::join_all(answers).await,
+    async fn run(self) {
+        let answers = (0..self.job.plans.len()).map(|idx| self.answer(idx));
+        let ends: Vec<JobEnd> = if self.job.lease.turns.one_by_one() {
+            let one_by_one = futures::stream::iter(answers).then(|answer| answer);
+            one_by_one.collect().await
+        } else {
+            futures::future::join_all(answers).await
         };
         self.record(ends.into_iter().max().unwrap_or(JobEnd::Finished));
     }
@@ -174,17 +215,76 @@ impl Worker {
     }
 
     /// Sees one choice through.
-    async fn answer(&self, choice: Choice) -> JobEnd {
-        let idx = choice.idx;
-        let end = match self.turn().await {
+    async fn answer(&self, idx: usize) -> JobEnd {
+        let plan = &self.job.plans[idx];
+        let end = match self.score(plan).await {
             Err(end) => end,
-            Ok(_turn) => match self.engine_input.send(choice.request).await {
-                Ok(()) => self.listen(idx, choice.engine).await,
-                Err(_) => self.end(JobEnd::Failed),
-            },
+            Ok(()) if plan.max_tokens == 0 => JobEnd::Finished,
+            Ok(()) => self.generate(idx, plan).await,
         };
         self.tell(Ok((idx, None)));
         end
+    }
+
+    /// Computes the scores of the prompt, if they are wanted and nobody has done it.
+    async fn score(&self, plan: &Plan) -> Result<(), JobEnd> {
+        let Some(scores) = &plan.scores else {
+            return Ok(());
+        };
+        let compute = async || {
+            let _turn = self.turn(true).await?;
+            let mut request = plan.request.clone();
+            request.return_raw_logits = true;
+            request.is_streaming = false;
+            // One token is the least that the engine makes.
+            request.sampling_params = SamplingParams {
+                max_len: Some(1),
+                ..SamplingParams::neutral()
+            };
+            let mut engine = self.send(request).await?;
+            let Some(response) = engine.recv().await else {
+                return Err(self.end(JobEnd::Failed));
+            };
+            let scores = scores.clone();
+            let computed = tokio::task::spawn_blocking(move || scores.of(&response));
+            match computed.await.map_err(|error| error.to_string()).flatten() {
+                Ok(computed) => Ok(computed),
+                Err(cause) => {
+                    tracing::error!(cause, "a prompt could not be scored");
+                    Err(self.end(JobEnd::Failed))
+                }
+            }
+        };
+        scores.computed.get_or_try_init(compute).await.map(drop)
+    }
+
+    async fn generate(&self, idx: usize, plan: &Plan) -> JobEnd {
+        let turn = match self.turn(false).await {
+            Ok(turn) => turn,
+            Err(end) => return end,
+        };
+        let mut request = plan.request.clone();
+        request.logits_processors = Some(vec![plan.steps.clone()]);
+        let end = match self.send(request).await {
+            Ok(engine) => self.listen(idx, engine).await,
+            Err(end) => end,
+        };
+        drop(turn);
+        end
+    }
+
+    /// Gives `request` to the engine; what it answers.
+    async fn send(&self, mut request: NormalRequest) -> Result<Receiver<Response>, JobEnd> {
+        let (sender, engine) = channel(CHANNEL_SIZE);
+        request.id = self.job.lease.host().next_request_id();
+        request.response = sender;
+        // Its engine has the host for itself.
+        request.model_id = None;
+        let request = Request::Normal(Box::new(request));
+        match self.engine_input.send(request).await {
+            Ok(()) => Ok(engine),
+            Err(_) => Err(self.end(JobEnd::Failed)),
+        }
     }
 
     fn end(&self, end: JobEnd) -> JobEnd {
@@ -192,16 +292,13 @@ impl Worker {
         end
     }
 
-    /// A turn at the engine, where it takes one request at a time; else how the wait for it ended.
-    async fn turn(&self) -> Result<Option<OwnedSemaphorePermit>, JobEnd> {
-        let Some(turns) = self.job.lease.turns.clone() else {
-            return Ok(None);
-        };
+    /// A turn at the engine; else how the wait for it ended.
+    async fn turn(&self, alone: bool) -> Result<OwnedSemaphorePermit, JobEnd> {
         tokio::select! {
             biased;
             () = self.client.closed() => Err(self.job.left()),
             end = self.overdue() => Err(self.end(end)),
-            turn = turns.acquire_owned() => turn.map(Some).map_err(|_| JobEnd::Failed),
+            turn = self.job.lease.turns.take(alone) => turn.map_err(|_| JobEnd::Failed),
         }
     }
 
@@ -244,12 +341,12 @@ impl Worker {
                 () = self.client.closed(), if is_awaited => {
                     is_awaited = false;
                     end = end.max(self.job.left());
-                    self.job.steps[idx].cancel();
+                    self.job.plans[idx].steps.cancel();
                 }
                 overdue = self.overdue(), if is_awaited => {
                     is_awaited = false;
                     end = self.end(overdue);
-                    self.job.steps[idx].cancel();
+                    self.job.plans[idx].steps.cancel();
                     // The process is about to end, with the engine and whatever else it is at.
                     if overdue == JobEnd::Stopped {
                         return end;
@@ -261,7 +358,7 @@ impl Worker {
 
     fn record(&self, end: JobEnd) {
         let (job, started) = (&self.job, self.admission.started);
-        let first = job.steps.iter().filter_map(|steps| steps.first()).min();
+        let first = job.plans.iter().filter_map(|plan| plan.steps.first()).min();
         let record = AnswerRecord {
             prompt_tokens: job.prompt_tokens,
             completion_tokens: job.completion_tokens(),
@@ -302,7 +399,7 @@ pub(crate) struct RunningJob {
 
 impl RunningJob {
     pub(crate) fn n_choices(&self) -> usize {
-        self.job.steps.len()
+        self.job.plans.len()
     }
 
     /// What the engine says next of the choice of this index; no response means that it says no more of it.
@@ -314,23 +411,35 @@ impl RunningJob {
         }
     }
 
-    /// The response to each choice of a request that is not streamed.
-    pub(crate) async fn responses(&mut self) -> Result<Vec<Response>, ApiError> {
+    /// The tokens of the model that answers.
+    pub(crate) fn vocabulary(&self) -> &Vocabulary {
+        &self.job.lease.vocabulary
+    }
+
+    /// How the choice `idx` is made.
+    pub(crate) fn plan(&self, idx: usize) -> &Plan {
+        &self.job.plans[idx]
+    }
+
+    /// The response to each choice of a request that is not streamed; none where only the prompt was wanted.
+    pub(crate) async fn responses(&mut self) -> Result<Vec<Option<Response>>, ApiError> {
         let mut responses: Vec<Option<Response>> = (0..self.n_choices()).map(|_| None).collect();
         let mut n_over = 0;
         while n_over < responses.len() {
             match self.next().await? {
                 (idx, Some(response)) => responses[idx] = Some(response),
-                (idx, None) if responses[idx].is_none() => return Err(silent()),
+                (idx, None) if responses[idx].is_none() && self.plan(idx).max_tokens > 0 => {
+                    return Err(silent());
+                }
                 (_, None) => n_over += 1,
             }
         }
-        Ok(responses.into_iter().flatten().collect())
+        Ok(responses)
     }
 
     /// Notes that nothing more is wanted of the choice `idx`, and lets the engine stop with it.
     pub(crate) fn end_choice(&self, idx: usize) {
-        self.job.steps[idx].cancel();
+        self.job.plans[idx].steps.cancel();
     }
 
     /// Notes that nothing more is wanted, and lets the engine stop.
@@ -341,7 +450,8 @@ impl RunningJob {
 
     /// Why the finished choice `idx` ended, where the engine has not said so.
     pub(crate) fn finish_reason(&self, idx: usize) -> &'static str {
-        finish_reason(self.job.steps[idx].count(), self.job.max_tokens)
+        let plan = &self.job.plans[idx];
+        finish_reason(plan.steps.count(), plan.max_tokens)
     }
 
     pub(crate) fn usage(&self) -> Usage {

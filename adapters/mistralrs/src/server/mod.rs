@@ -12,6 +12,7 @@ pub(crate) mod fields;
 mod guard;
 mod job;
 mod listen;
+mod logprobs;
 mod messages;
 mod metrics;
 mod phases;
@@ -23,8 +24,10 @@ pub(crate) mod seeded;
 mod signals;
 pub(crate) mod steps;
 pub(crate) mod stop;
+mod structured;
 mod tls;
 mod tools;
+pub(crate) mod vocabulary;
 
 use std::future::Future;
 use std::net::SocketAddr;

@@ -4,32 +4,36 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use mistralrs_core::llguidance::Matcher;
 use mistralrs_core::{
     Constraint, DrySamplingParams, NormalRequest, SamplingParams, TokenizationRequest,
 };
-use mistralrs_server_core::openai::Grammar;
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::Sender;
 
 use super::App;
 use super::admission::Admission;
 use super::api_error::ApiError;
 use super::context::RequestContext;
-use super::fields::{checked, flag, object, refuse_unknown, take, take_theirs};
-use super::job::{Job, RunningJob};
+use super::fields::{checked, flag, object, only, refuse_unknown, take};
+use super::job::{Job, Plan, PromptScores, RunningJob};
+use super::logprobs::MOST_ALTERNATIVES;
 use super::metrics::Counted;
 use super::registry::Lease;
 use super::sampling::Sampling;
 use super::seeded::SeededDraw;
-use super::steps::Steps;
+use super::steps::{Penalties, Rules, Scores, Steps};
 use super::stop::StopWatch;
+use super::structured::{Form, FormKeys};
+use super::vocabulary::Held;
 use crate::field_names::field_names;
 use crate::quirks_0_8::abandoned_requests::tokenize;
+use crate::quirks_0_8::narrow_sampling;
 use crate::quirks_0_8::split_models::{refuse_hooks, samples_in_step};
-use crate::quirks_0_8::{log_probabilities, narrow_sampling, stop_texts};
+use crate::quirks_0_8::stop_texts;
 
 /// Most choices a request may ask for.
 const MAX_CHOICES: usize = 16;
@@ -41,14 +45,20 @@ struct CommonKeys {
     #[serde(deserialize_with = "flag")]
     stream: bool,
     stream_options: Option<Value>,
-    #[serde(deserialize_with = "positive")]
+    #[serde(deserialize_with = "whole_number")]
     max_tokens: Option<usize>,
+    #[serde(deserialize_with = "whole_number")]
+    min_tokens: Option<usize>,
     #[serde(deserialize_with = "n_choices")]
     n: Option<usize>,
     #[serde(deserialize_with = "n_choices")]
     best_of: Option<usize>,
     #[serde(deserialize_with = "stop_list")]
     stop: Vec<String>,
+    #[serde(deserialize_with = "token_list")]
+    stop_token_ids: Vec<u32>,
+    #[serde(deserialize_with = "flag")]
+    ignore_eos: bool,
     #[serde(deserialize_with = "seed")]
     seed: Option<u64>,
     #[serde(deserialize_with = "temperature")]
@@ -71,19 +81,33 @@ struct CommonKeys {
     top_logprobs: Option<Value>,
 }
 
-/// Those of them that have the types of mistral.rs.
+/// Those for the penalty on repeated sequences (DRY).
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct TheirKeys {
+struct DryKeys {
+    #[serde(deserialize_with = "factor_or_none")]
     dry_multiplier: Option<f32>,
+    #[serde(deserialize_with = "factor")]
     dry_base: Option<f32>,
+    #[serde(deserialize_with = "whole_number")]
     dry_allowed_length: Option<usize>,
+    #[serde(deserialize_with = "breakers")]
     dry_sequence_breakers: Option<Vec<String>>,
-    grammar: Option<Grammar>,
 }
 
-/// Keys that are understood besides those of [`CommonKeys`] and [`TheirKeys`].
+/// vLLM's keys that are understood with the value that says what is done anyway.
+const AS_DONE: &[(&str, bool)] = &[
+    ("skip_special_tokens", true),
+    ("spaces_between_special_tokens", true),
+    ("include_stop_str_in_output", false),
+    ("use_beam_search", false),
+];
+
+/// Keys that are understood besides those of the structures here.
 const OTHER_KEYS: &[&str] = &["model", "max_completion_tokens"];
+
+/// How an endpoint asks for log-probabilities: the number of alternatives, or none for no log-probabilities at all.
+pub(crate) type AskedScores = fn(Option<&Value>, Option<&Value>) -> Result<Option<usize>, ApiError>;
 
 /// A request that has passed the common checks.
 pub(crate) struct Asked {
@@ -94,13 +118,25 @@ pub(crate) struct Asked {
     /// Texts that end an answer.
     pub(crate) stop: Vec<String>,
     /// What holds the answer to a form.
-    pub(crate) constraint: Constraint,
+    pub(crate) form: Option<Form>,
+    /// How many alternatives are told of each token, if log-probabilities are wanted.
+    pub(crate) n_top: Option<usize>,
+    pub(crate) n_choices: usize,
+    /// Whether a prompt may be all that is wanted.
+    pub(crate) may_be_empty: bool,
     /// How tokens are sampled, but for what depends on the prompt and the constraint.
     sampling: SamplingParams,
     max_tokens: Option<usize>,
-    n_choices: usize,
-    bias: Arc<HashMap<u32, f32>>,
-    seeded: Option<SeededDraw>,
+    rules: Arc<Rules>,
+    draw: Option<SeededDraw>,
+}
+
+/// A prompt for an engine.
+pub(crate) struct Prompt {
+    pub(crate) request: NormalRequest,
+    pub(crate) n_tokens: usize,
+    /// Its tokens, if they are to be scored.
+    pub(crate) scored: Option<Vec<u32>>,
 }
 
 impl Asked {
@@ -108,18 +144,30 @@ impl Asked {
     pub(crate) fn read<Own: DeserializeOwned>(
         app: &App,
         bytes: &[u8],
+        scores: AskedScores,
     ) -> Result<(Self, Own), ApiError> {
         let mut fields = object(bytes)?;
         let lease = leased(app, &fields)?;
-        let (common, theirs) = (field_names::<CommonKeys>(), field_names::<TheirKeys>());
-        let known = [common, theirs, OTHER_KEYS, field_names::<Own>()];
+        let as_done: Vec<&str> = AS_DONE.iter().map(|(key, _)| *key).collect();
+        let known = [
+            field_names::<CommonKeys>(),
+            field_names::<DryKeys>(),
+            field_names::<FormKeys>(),
+            OTHER_KEYS,
+            &as_done,
+            field_names::<Own>(),
+        ];
         refuse_unknown(&fields, &known)?;
+        for (key, value) in AS_DONE {
+            only(key, fields.remove(*key).as_ref(), &json!(value))?;
+        }
         if let Some(max) = fields.remove("max_completion_tokens") {
             fields.insert("max_tokens".to_owned(), max);
         }
         let common: CommonKeys = take(&mut fields)?;
-        let their: TheirKeys = take_theirs(&mut fields)?;
-        log_probabilities::refuse(common.logprobs.as_ref(), common.top_logprobs.as_ref())?;
+        let dry = take::<DryKeys>(&mut fields)?.params()?;
+        let form = take::<FormKeys>(&mut fields)?.form()?;
+        let n_top = scores(common.logprobs.as_ref(), common.top_logprobs.as_ref())?;
         let n_choices = common.n.unwrap_or(1);
         if common.best_of.is_some_and(|best| best != n_choices) {
             let message = "only the value of `n` is supported";
@@ -129,6 +177,8 @@ impl Asked {
             Some(options) => usage_wanted(options, common.stream)?,
             None => false,
         };
+        let in_step = samples_in_step();
+        common.check(n_top, dry.as_ref(), in_step)?;
         let asked = Sampling {
             temperature: common.temperature,
             top_k: common.top_k,
@@ -137,31 +187,46 @@ impl Asked {
             repetition_penalty: common.repetition_penalty,
         };
         let mut sampling = asked.or(&lease.sampling);
-        let seeded = sampling.seeded(common.seed);
-        refuse_hooks(samples_in_step(), &common.logit_bias, seeded.as_ref())?;
+        let draw = sampling.seeded(common.seed, n_top.is_some());
+        refuse_hooks(in_step, &common.logit_bias, draw.as_ref())?;
         narrow_sampling::say_otherwise(&mut sampling);
+        // Where several processes sample, each has to penalise by itself, as mistral.rs does.
+        let theirs = |penalty: Option<f32>| penalty.filter(|_| in_step);
+        let ours = |penalty: Option<f32>| penalty.filter(|_| !in_step).unwrap_or_default();
         let asked = Self {
             lease,
             stream: common.stream,
             include_usage,
             stop: common.stop,
+            form,
+            n_top,
+            n_choices,
+            may_be_empty: false,
             sampling: SamplingParams {
                 temperature: sampling.temperature,
                 top_k: sampling.top_k,
                 top_p: sampling.top_p,
                 min_p: sampling.min_p,
                 top_n_logprobs: 1,
-                frequency_penalty: common.frequency_penalty,
-                presence_penalty: common.presence_penalty,
-                repetition_penalty: sampling.repetition_penalty,
-                dry_params: their.dry()?,
+                frequency_penalty: theirs(common.frequency_penalty),
+                presence_penalty: theirs(common.presence_penalty),
+                repetition_penalty: theirs(sampling.repetition_penalty),
+                dry_params: dry,
                 ..SamplingParams::neutral()
             },
-            constraint: their.constraint(),
             max_tokens: common.max_tokens,
-            n_choices,
-            bias: Arc::new(common.logit_bias),
-            seeded,
+            rules: Arc::new(Rules {
+                bias: common.logit_bias,
+                penalties: Penalties {
+                    frequency: ours(common.frequency_penalty),
+                    presence: ours(common.presence_penalty),
+                    repetition: ours(sampling.repetition_penalty),
+                },
+                min_tokens: common.min_tokens.unwrap_or(0),
+                ignore_eos: common.ignore_eos,
+                stop_tokens: common.stop_token_ids,
+            }),
+            draw,
         };
         Ok((asked, take(&mut fields)?))
     }
@@ -183,45 +248,86 @@ impl Asked {
         admission.within(tokens).await
     }
 
-    /// Gives `request`, whose prompt has `n_prompt` tokens and came under the key `prompt`, to the engine, once for each choice.
-    pub(crate) fn start(
+    /// Gives `prompts`, which came under `key`, to the engine, each once for each choice. Choices of the first prompt come first.
+    pub(crate) async fn start(
         &self,
         app: &App,
         mut admission: Admission,
-        prompt: &str,
-        n_prompt: usize,
-        mut request: NormalRequest,
+        key: &str,
+        prompts: Vec<Prompt>,
     ) -> Result<RunningJob, ApiError> {
-        admission.widen(app, self.n_choices)?;
-        let max_tokens = self.max_tokens(app, prompt, n_prompt)?;
-        request.is_streaming = self.stream;
-        request.constraint = self.constraint.clone();
-        request.sampling_params = SamplingParams {
-            stop_toks: stop_texts::told(&self.stop, &self.constraint),
-            max_len: Some(max_tokens),
-            ..self.sampling.clone()
-        };
-        let steps = (0..self.n_choices).map(|idx| {
-            Arc::new(Steps {
-                end_tokens: self.lease.end_tokens.clone(),
-                bias: self.bias.clone(),
-                seeded: self.seeded.as_ref().map(|draw| draw.for_choice(idx)),
-                stop: StopWatch::new(&self.stop, &self.lease.tokenizer),
-                // The request waits for its first token, whichever choice has it.
-                waiting: Mutex::new(
-                    (idx == 0).then(|| Counted::new(&app.metrics.requests_waiting)),
-                ),
-                ..Steps::default()
-            })
-        });
+        let matcher = admission.within(self.matcher()).await?;
+        admission.widen(app, self.n_choices, prompts.len())?;
+        let mut plans = Vec::new();
+        let mut n_prompt_tokens = 0;
+        for mut prompt in prompts {
+            let max_tokens = self.max_tokens(app, key, prompt.n_tokens)?;
+            n_prompt_tokens += prompt.n_tokens;
+            prompt.request.is_streaming = self.stream;
+            prompt.request.constraint = match (&self.form, samples_in_step()) {
+                (Some(form), true) => form.constraint.clone(),
+                _ => Constraint::None,
+            };
+            prompt.request.sampling_params = SamplingParams {
+                stop_toks: stop_texts::told(&self.stop, &self.rules.stop_tokens),
+                max_len: Some(max_tokens),
+                ..self.sampling.clone()
+            };
+            let scores = prompt.scored.take();
+            let scores = scores
+                .map(|tokens| Arc::new(PromptScores::new(tokens, self.n_top.unwrap_or_default())));
+            for _ in 0..self.n_choices {
+                plans.push(Plan {
+                    steps: Arc::new(self.steps(app, plans.len(), matcher.as_ref())),
+                    request: prompt.request.clone(),
+                    max_tokens,
+                    scores: scores.clone(),
+                });
+            }
+        }
         let job = Job {
             lease: self.lease.clone(),
-            steps: steps.collect(),
-            max_tokens,
-            prompt_tokens: n_prompt,
+            plans,
+            prompt_tokens: n_prompt_tokens,
             complete: AtomicBool::default(),
         };
-        job.start(app, admission, &request)
+        job.start(app, admission, self.stream)
+    }
+
+    /// The steps of the choice `idx` of all.
+    fn steps(&self, app: &App, idx: usize, matcher: Option<&Matcher>) -> Steps {
+        let scores = |n_top| Scores {
+            n_top,
+            ..Scores::default()
+        };
+        Steps {
+            end_tokens: self.lease.end_tokens.clone(),
+            rules: self.rules.clone(),
+            draw: self.draw.as_ref().map(|draw| draw.for_choice(idx)),
+            grammar: matcher.map(Held::new),
+            stop: StopWatch::new(&self.stop, &self.lease.tokenizer),
+            scores: self.n_top.map(scores),
+            // The request waits for its first token, whichever choice has it.
+            waiting: Mutex::new((idx == 0).then(|| Counted::new(&app.metrics.requests_waiting))),
+            ..Steps::default()
+        }
+    }
+
+    /// Compiles the form, but where mistral.rs has to do it in every process.
+    async fn matcher(&self) -> Result<Option<Matcher>, ApiError> {
+        let Some(form) = self.form.clone().filter(|_| !samples_in_step()) else {
+            return Ok(None);
+        };
+        let vocabulary = self.lease.vocabulary.clone();
+        let compiled = tokio::task::spawn_blocking(move || {
+            vocabulary.compile(&form.constraint).map_err(|cause| {
+                let key = &form.key;
+                ApiError::invalid(key, format!("`{key}` cannot be used as a grammar: {cause}"))
+            })
+        });
+        compiled
+            .await
+            .map_err(|error| ApiError::internal(error.to_string()))?
     }
 
     /// As many tokens as are wanted, may be asked for, and fit after the prompt.
@@ -229,45 +335,125 @@ impl Asked {
         let limits = &app.config.limits;
         let context = self.lease.max_sequence_length;
         let longest = limits.max_prompt_tokens.unwrap_or(context);
-        let longest = longest.min(context - 1);
+        let only_prompt = self.max_tokens == Some(0);
+        let longest = longest.min(context - usize::from(!only_prompt));
         if n_prompt == 0 || n_prompt > longest {
             return Err(ApiError::invalid(
                 prompt,
                 format!("the prompt has {n_prompt} tokens; this model takes 1 to {longest}"),
             ));
         }
-        let room = context - n_prompt;
-        match (self.max_tokens, limits.max_completion_tokens) {
-            (Some(asked), Some(limit)) if asked > limit => Err(ApiError::invalid(
-                "max_tokens",
-                format!("`max_tokens` is {asked}; this server gives at most {limit}"),
-            )),
-            (asked, limit) => Ok(asked.or(limit).unwrap_or(room).min(room)),
+        if only_prompt && !self.may_be_empty {
+            let message = "`max_tokens` must be a positive integer";
+            return Err(ApiError::invalid("max_tokens", message));
         }
+        let room = context - n_prompt;
+        let given = match (self.max_tokens, limits.max_completion_tokens) {
+            (Some(asked), Some(limit)) if asked > limit => {
+                return Err(ApiError::invalid(
+                    "max_tokens",
+                    format!("`max_tokens` is {asked}; this server gives at most {limit}"),
+                ));
+            }
+            (asked, limit) => asked.or(limit).unwrap_or(room).min(room),
+        };
+        let least = self.rules.min_tokens;
+        if least > given {
+            let message = format!("`min_tokens` is {least}, but this answer may have {given}");
+            return Err(ApiError::invalid("min_tokens", message));
+        }
+        Ok(given)
     }
 }
 
-impl TheirKeys {
-    fn dry(&self) -> Result<Option<DrySamplingParams>, ApiError> {
+impl CommonKeys {
+    /// Refuses what cannot be done together.
+    fn check(
+        &self,
+        n_top: Option<usize>,
+        dry: Option<&DrySamplingParams>,
+        in_step: bool,
+    ) -> Result<(), ApiError> {
+        if n_top.is_some() && dry.is_some_and(|dry| dry.multiplier != 0.0) {
+            let message = "`logprobs` and `dry_multiplier` exclude each other: what the model says is not known under that penalty";
+            return Err(ApiError::invalid("dry_multiplier", message));
+        }
+        if self.min_tokens.is_some_and(|least| least > 0) && !self.stop.is_empty() {
+            let message =
+                "`min_tokens` and `stop` exclude each other; `stop_token_ids` goes with it";
+            return Err(ApiError::invalid("min_tokens", message));
+        }
+        let hooks = [
+            ("logprobs", n_top.is_some()),
+            ("min_tokens", self.min_tokens.is_some_and(|least| least > 0)),
+            ("ignore_eos", self.ignore_eos),
+        ];
+        if let Some((key, _)) = hooks.iter().find(|(_, asked)| in_step && *asked) {
+            let message =
+                format!("`{key}` is not supported where a model is split over several processes");
+            return Err(ApiError::invalid(key, message));
+        }
+        Ok(())
+    }
+}
+
+impl DryKeys {
+    fn params(self) -> Result<Option<DrySamplingParams>, ApiError> {
         let Some(multiplier) = self.dry_multiplier else {
             return Ok(None);
         };
-        let breakers = self.dry_sequence_breakers.clone();
         let (base, length) = (self.dry_base, self.dry_allowed_length);
-        DrySamplingParams::new_with_defaults(multiplier, breakers, base, length)
+        DrySamplingParams::new_with_defaults(multiplier, self.dry_sequence_breakers, base, length)
             .map(Some)
-            .map_err(|error| ApiError::invalid("body", error.root_cause().to_string()))
+            .map_err(|error| ApiError::invalid("dry_multiplier", error.root_cause().to_string()))
     }
+}
 
-    fn constraint(self) -> Constraint {
-        match self.grammar {
-            None => Constraint::None,
-            Some(Grammar::Regex(regex)) => Constraint::Regex(regex),
-            Some(Grammar::Lark(lark)) => Constraint::Lark(lark),
-            Some(Grammar::JsonSchema(schema)) => Constraint::JsonSchema(schema),
-            Some(Grammar::Llguidance(grammar)) => Constraint::Llguidance(grammar),
+/// `logprobs` is true or false, and `top_logprobs` the number of alternatives, as in a chat.
+pub(crate) fn scores_of_chat(
+    logprobs: Option<&Value>,
+    top: Option<&Value>,
+) -> Result<Option<usize>, ApiError> {
+    let wanted = match logprobs {
+        None | Some(Value::Bool(false)) => false,
+        Some(Value::Bool(true)) => true,
+        Some(_) => {
+            let message = "`logprobs` must be true or false";
+            return Err(ApiError::invalid("logprobs", message));
         }
+    };
+    let n_top = n_alternatives("top_logprobs", top)?;
+    if n_top.is_some_and(|n| n > 0) && !wanted {
+        let message = "`top_logprobs` needs `logprobs`: true";
+        return Err(ApiError::invalid("top_logprobs", message));
     }
+    Ok(wanted.then(|| n_top.unwrap_or(0)))
+}
+
+/// `logprobs` is the number of alternatives, as in a completion.
+pub(crate) fn scores_of_completion(
+    logprobs: Option<&Value>,
+    top: Option<&Value>,
+) -> Result<Option<usize>, ApiError> {
+    if top.is_some() {
+        let message =
+            "`top_logprobs` belongs to chats; here `logprobs` is the number of alternatives";
+        return Err(ApiError::invalid("top_logprobs", message));
+    }
+    n_alternatives("logprobs", logprobs.filter(|value| **value != false))
+}
+
+fn n_alternatives(key: &str, value: Option<&Value>) -> Result<Option<usize>, ApiError> {
+    let Some(value) = value else {
+        return Ok(None);
+    };
+    let number = whole(value).filter(|number| *number <= MOST_ALTERNATIVES);
+    number.map(Some).ok_or_else(|| {
+        ApiError::invalid(
+            key,
+            format!("`{key}` must be an integer from 0 to {MOST_ALTERNATIVES}"),
+        )
+    })
 }
 
 /// The generation that answers for the `model` that is named.
@@ -308,10 +494,12 @@ fn usage_wanted(options: &Value, stream: bool) -> Result<bool, ApiError> {
     wanted("include_usage")
 }
 
-fn positive<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
-    checked(deserializer, "must be a positive integer", |value| {
-        whole(value).filter(|number| *number > 0).map(Some)
-    })
+fn whole_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    checked(
+        deserializer,
+        "must be a whole number, not below 0",
+        |value| whole(value).map(Some),
+    )
 }
 
 fn n_choices<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
@@ -365,6 +553,10 @@ fn factor<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f32>, D::
     Ok(number(deserializer, 1e-3, 1e3)?.map(single))
 }
 
+fn factor_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f32>, D::Error> {
+    Ok(number(deserializer, 0.0, 1e3)?.map(single))
+}
+
 #[expect(clippy::cast_possible_truncation, reason = "logits are f32 themselves")]
 fn single(number: f64) -> f32 {
     number as f32
@@ -379,6 +571,21 @@ fn token_bias<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HashMap<u32,
             Some((token.parse().ok()?, single(bias)))
         };
         value.as_object()?.iter().map(entry).collect()
+    })
+}
+
+fn token_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u32>, D::Error> {
+    checked(deserializer, "must be a list of token ids", |value| {
+        let id = |value: &Value| u32::try_from(value.as_u64()?).ok();
+        value.as_array()?.iter().map(id).collect()
+    })
+}
+
+fn breakers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
+    checked(deserializer, "must be a list of texts", |value| {
+        let text = |value: &Value| Some(value.as_str()?.to_owned());
+        let texts: Option<Vec<String>> = value.as_array()?.iter().map(text).collect();
+        texts.map(Some)
     })
 }
 
@@ -432,6 +639,58 @@ mod tests {
     }
 
     #[test]
+    fn log_probabilities_are_asked_for_as_in_each_api() {
+        let chat = |logprobs: Value, top: Value| {
+            let given = |value: Value| Some(value).filter(|value| !value.is_null());
+            scores_of_chat(given(logprobs).as_ref(), given(top).as_ref())
+        };
+        let none = Value::Null;
+        assert_eq!(chat(none.clone(), none.clone()).expect("sound"), None);
+        assert_eq!(chat(json!(false), json!(0)).expect("sound"), None);
+        assert_eq!(chat(json!(true), none.clone()).expect("sound"), Some(0));
+        assert_eq!(chat(json!(true), json!(20)).expect("sound"), Some(20));
+        for (logprobs, top, key) in [
+            (json!(1), none.clone(), "logprobs"),
+            (none, json!(3), "top_logprobs"),
+            (json!(true), json!(21), "top_logprobs"),
+            (json!(true), json!("3"), "top_logprobs"),
+        ] {
+            let error = chat(logprobs, top).expect_err("refused");
+            assert_eq!(error.body()["error"]["param"], key);
+        }
+        assert_eq!(scores_of_completion(None, None).expect("sound"), None);
+        for (given, expected) in [
+            (json!(false), None),
+            (json!(0), Some(0)),
+            (json!(5), Some(5)),
+        ] {
+            let found = scores_of_completion(Some(&given), None).expect("sound");
+            assert_eq!(found, expected);
+        }
+        assert!(scores_of_completion(Some(&json!(true)), None).is_err());
+        assert!(scores_of_completion(Some(&json!(1)), Some(&json!(1))).is_err());
+    }
+
+    #[test]
+    fn what_cannot_be_done_together_is_refused() {
+        let dry = DryKeys {
+            dry_multiplier: Some(0.8),
+            ..DryKeys::default()
+        };
+        let dry = dry.params().expect("sound").expect("asked for");
+        let keys = read(&json!({"min_tokens": 2, "stop": "x", "ignore_eos": true})).expect("sound");
+        let plain = CommonKeys::default();
+        plain.check(Some(0), None, false).expect("nothing else");
+        for (error, key) in [
+            (plain.check(Some(0), Some(&dry), false), "dry_multiplier"),
+            (plain.check(Some(0), None, true), "logprobs"),
+            (keys.check(None, None, false), "min_tokens"),
+        ] {
+            assert_eq!(error.expect_err("refused").body()["error"]["param"], key);
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named_with_what_it_must_be() {
         for (key, value, must) in [
             ("logit_bias", json!([]), "an object of token ids"),
@@ -441,7 +700,10 @@ mod tests {
             ("seed", json!("x"), "an integer"),
             ("seed", json!(1.5), "an integer"),
             ("n", json!(17), "a positive integer up to 16"),
-            ("max_tokens", json!(0), "a positive integer"),
+            ("max_tokens", json!(-1), "a whole number"),
+            ("min_tokens", json!("3"), "a whole number"),
+            ("stop_token_ids", json!([-1]), "a list of token ids"),
+            ("ignore_eos", json!(0), "true or false"),
             ("top_k", json!(-2), "a positive integer"),
             ("top_p", json!(1.5), "a number from 0 to 1"),
             (

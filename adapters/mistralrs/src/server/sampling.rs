@@ -2,10 +2,7 @@
 
 use mistralrs_core::ModelGenerationDefaults;
 
-use super::seeded::SeededDraw;
-
-/// Sampling below this temperature is greedy, as in mistral.rs.
-const GREEDY: f64 = 1e-7;
+use super::seeded::{GREEDY, SeededDraw};
 
 /// Temperature where neither the request nor the model has one; OpenAI's, vLLM's and mistral.rs's.
 const TEMPERATURE: f64 = 1.0;
@@ -59,22 +56,27 @@ impl Sampling {
         }
     }
 
-    /// The draw that `seed` asks for; greedy answers need none. It takes over temperature, top-k, top-p and min-p.
-    pub(crate) fn seeded(&mut self, seed: Option<u64>) -> Option<SeededDraw> {
-        let seed = seed?;
+    /// The draw that `seed` asks for; greedy answers need none, unless every token has to be `known`. It takes over temperature,
+    /// top-k, top-p and min-p.
+    pub(crate) fn seeded(&mut self, seed: Option<u64>, known: bool) -> Option<SeededDraw> {
         let temperature = self.temperature.unwrap_or(TEMPERATURE);
-        if temperature < GREEDY {
+        if !known && (seed.is_none() || temperature < GREEDY) {
             return None;
         }
         self.temperature = Some(0.0);
         Some(SeededDraw {
-            seed,
+            seed: seed.unwrap_or_else(random_seed),
             temperature,
             top_k: self.top_k.take(),
             top_p: self.top_p.take(),
             min_p: self.min_p.take(),
         })
     }
+}
+
+/// Another one at every call.
+fn random_seed() -> u64 {
+    uuid::Uuid::new_v4().as_u64_pair().1
 }
 
 #[cfg(test)]
@@ -129,7 +131,7 @@ mod tests {
             top_p: Some(0.5),
             ..Sampling::default()
         };
-        assert_eq!(greedy.seeded(Some(1)), None);
+        assert_eq!(greedy.seeded(Some(1), false), None);
         assert_eq!(greedy.top_p, Some(0.5));
 
         let mut sampled = Sampling {
@@ -138,8 +140,8 @@ mod tests {
             top_k: Some(3),
             ..Sampling::default()
         };
-        assert_eq!(sampled.clone().seeded(None), None);
-        let draw = sampled.seeded(Some(u64::MAX)).expect("a draw");
+        assert_eq!(sampled.clone().seeded(None, false), None);
+        let draw = sampled.seeded(Some(u64::MAX), false).expect("a draw");
         assert_eq!((draw.seed, draw.temperature), (u64::MAX, 0.5));
         assert_eq!((draw.top_k, draw.top_p), (Some(3), Some(0.5)));
         let left = Sampling {
@@ -147,5 +149,9 @@ mod tests {
             ..Sampling::default()
         };
         assert_eq!(sampled, left);
+        let known = greedy.seeded(None, true).expect("a draw");
+        assert_eq!((known.temperature, known.top_p), (0.0, Some(0.5)));
+        let again = Sampling::default().seeded(None, true).expect("a draw");
+        assert_ne!(known.seed, again.seed);
     }
 }

@@ -1,4 +1,7 @@
-//! Draws that a request's `seed` fixes: token t is a function of the logits, the seed and t.
+//! Draws of tokens: token t is a function of the logits, the seed and t.
+
+/// Sampling below this temperature is greedy, as in mistral.rs.
+pub(crate) const GREEDY: f64 = 1e-7;
 
 /// The Gumbel-max trick with noise that is a function of (seed, position, token).
 ///
@@ -6,7 +9,7 @@
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct SeededDraw {
     pub(crate) seed: u64,
-    /// Above 0.
+    /// 0 takes the most probable token.
     pub(crate) temperature: f64,
     pub(crate) top_k: Option<usize>,
     pub(crate) top_p: Option<f64>,
@@ -25,6 +28,13 @@ impl SeededDraw {
 
     /// The token at `position`; none if no logit is finite.
     pub(crate) fn draw(&self, logits: &[f32], position: usize) -> Option<u32> {
+        if self.temperature < GREEDY {
+            // Of equals the last, as mistral.rs takes it.
+            let finite = (0u32..).zip(logits).filter(|(_, logit)| logit.is_finite());
+            return finite
+                .max_by(|(_, a), (_, b)| a.total_cmp(b))
+                .map(|(token, _)| token);
+        }
         let mut order: Vec<(u32, f64)> = (0u32..)
             .zip(logits)
             .filter(|(_, logit)| logit.is_finite())

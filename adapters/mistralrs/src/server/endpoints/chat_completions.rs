@@ -17,8 +17,9 @@ use crate::server::chat::{Chat, Keys, set_thinking, template, variables};
 use crate::server::effort::Effort;
 use crate::server::fields::{flag, maybe, object_at, only, refuse_others, wrong};
 use crate::server::guard::Payload;
+use crate::server::logprobs::{Shown, for_chat};
 use crate::server::messages::Messages;
-use crate::server::request::Asked;
+use crate::server::request::{Asked, scores_of_chat};
 use crate::server::tools;
 
 /// Keys that only this endpoint has.
@@ -52,7 +53,7 @@ pub(super) async fn handle(
     Payload(bytes): Payload,
 ) -> Result<HttpResponse, ApiError> {
     let admission = Admission::new(&app)?;
-    let (mut asked, keys): (Asked, ChatKeys) = Asked::read(&app, &bytes)?;
+    let (mut asked, keys): (Asked, ChatKeys) = Asked::read(&app, &bytes, scores_of_chat)?;
     only("modalities", keys.modalities.as_ref(), &json!(["text"]))?;
     only("verbosity", keys.verbosity.as_ref(), &json!("medium"))?;
     let one_tool_call = !keys.parallel_tool_calls;
@@ -201,6 +202,14 @@ impl Form for ChatForm {
     const CHUNK: &'static str = "chat.completion.chunk";
     type Said = Said;
 
+    fn is_trimmed(&self) -> bool {
+        !self.continues
+    }
+
+    fn logprobs(&self, scores: &[Shown], _n_before: &mut usize) -> Value {
+        for_chat(scores)
+    }
+
     fn read(&self, response: Response, begun: &mut bool) -> Option<Vec<Piece>> {
         match response {
             Response::Done(done) => {
@@ -219,6 +228,7 @@ impl Form for ChatForm {
                     }),
                     reasoning: choice.message.reasoning_content,
                     finish_reason: Some(choice.finish_reason),
+                    scores: Vec::new(),
                 });
                 Some(choices.collect())
             }
@@ -245,6 +255,7 @@ impl Form for ChatForm {
                         tool_calls: Some(calls).filter(|calls| !calls.is_empty()),
                         reasoning: choice.delta.reasoning_content,
                         finish_reason: choice.finish_reason,
+                        scores: Vec::new(),
                     }
                 });
                 Some(choices.collect())
@@ -253,7 +264,7 @@ impl Form for ChatForm {
         }
     }
 
-    fn whole(&self, piece: Piece) -> Said {
+    fn whole(&self, _idx: usize, piece: Piece) -> Said {
         Said::Message {
             role: ROLE,
             content: piece.text,

@@ -16,62 +16,131 @@ use crate::server::answers::{Form, Piece, answer};
 use crate::server::api_error::ApiError;
 use crate::server::fields::{checked, flag};
 use crate::server::guard::Payload;
-use crate::server::request::Asked;
+use crate::server::logprobs::{Shown, for_completion};
+use crate::server::request::{Asked, Prompt, scores_of_completion};
 
 /// Keys that only this endpoint has.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct CompletionKeys {
-    #[serde(deserialize_with = "one_text")]
-    prompt: Option<String>,
+    #[serde(deserialize_with = "prompts")]
+    prompt: Vec<Given>,
     #[serde(deserialize_with = "flag")]
     echo: bool,
 }
 
-/// What `prompt` must be.
-const ONE_TEXT: &str = "must be one text";
+/// A prompt as it is given.
+#[derive(Debug, Clone, PartialEq)]
+enum Given {
+    Text(String),
+    Tokens(Vec<u32>),
+}
 
-/// Continues a text, streamed or not.
+/// What `prompt` must be.
+const PROMPTS: &str = "must be a text, a list of token ids, or a list of such, none of them empty";
+
+/// Continues texts, streamed or not.
 pub(super) async fn handle(
     State(app): State<App>,
     Payload(bytes): Payload,
 ) -> Result<HttpResponse, ApiError> {
     let admission = Admission::new(&app)?;
-    let (asked, keys): (Asked, CompletionKeys) = Asked::read(&app, &bytes)?;
-    let prompt = keys
-        .prompt
-        .ok_or_else(|| ApiError::invalid("prompt", format!("`prompt` {ONE_TEXT}")))?;
-    // The tokenizer that mistral.rs has adds nothing, so what the model's own puts around plain text is added here.
-    let text = Either::Right(prompt.clone());
-    let request = |response| plain_tokenization(text, response);
-    let text = asked.tokens(&admission, "prompt", request).await?;
-    let frame = &asked.lease.frame;
-    let tokens = [&*frame.prefix, &text, &frame.suffix].concat();
-    let (n_prompt, messages) = (tokens.len(), RequestMessage::CompletionTokens(tokens));
+    let (mut asked, keys): (Asked, CompletionKeys) =
+        Asked::read(&app, &bytes, scores_of_completion)?;
+    if keys.prompt.is_empty() {
+        return Err(ApiError::invalid("prompt", format!("`prompt` {PROMPTS}")));
+    }
+    asked.may_be_empty = keys.echo;
+    let mut prompts = Vec::new();
+    let mut leads = Vec::new();
+    for given in keys.prompt {
+        let (text, tokens) = tokens(&asked, &admission, given).await?;
+        leads.push(if keys.echo { text } else { String::new() });
+        let scored = keys.echo && asked.n_top.is_some();
+        prompts.push(prompt(tokens, scored));
+    }
+    let form = CompletionForm {
+        leads,
+        n_choices: asked.n_choices,
+    };
+    let job = asked.start(&app, admission, "prompt", prompts).await?;
+    answer(asked, job, form).await
+}
+
+/// The text and the tokens of a prompt.
+async fn tokens(
+    asked: &Asked,
+    admission: &Admission,
+    given: Given,
+) -> Result<(String, Vec<u32>), ApiError> {
+    match given {
+        Given::Text(text) => {
+            let plain = Either::Right(text.clone());
+            let request = |response| plain_tokenization(plain, response);
+            let inner = asked.tokens(admission, "prompt", request).await?;
+            // The tokenizer that mistral.rs has adds nothing, so what the model's own puts around plain text is added here.
+            let frame = &asked.lease.frame;
+            Ok((text, [&*frame.prefix, &inner, &frame.suffix].concat()))
+        }
+        Given::Tokens(tokens) => {
+            let vocabulary = &asked.lease.vocabulary;
+            if let Some(unknown) = tokens.iter().find(|token| !vocabulary.has(**token)) {
+                let message =
+                    format!("`prompt` has the token id {unknown}, which this model does not have");
+                return Err(ApiError::invalid("prompt", message));
+            }
+            let bytes: Vec<u8> = tokens
+                .iter()
+                .flat_map(|token| vocabulary.text_bytes(*token))
+                .collect();
+            Ok((String::from_utf8_lossy(&bytes).into_owned(), tokens))
+        }
+    }
+}
+
+fn prompt(tokens: Vec<u32>, scored: bool) -> Prompt {
+    let n_tokens = tokens.len();
+    let scored = scored.then(|| tokens.clone());
+    let messages = RequestMessage::CompletionTokens(tokens);
     let (nobody, _) = channel(1);
     let params = SamplingParams::neutral();
     let mut request = NormalRequest::new_simple(messages, params, nobody, 0, None, None);
     // For the tokens that come along; see `first_white_space`.
     request.return_logprobs = true;
-    let job = asked.start(&app, admission, "prompt", n_prompt, request)?;
-    let lead = if keys.echo { prompt } else { String::new() };
-    answer(asked, job, CompletionForm { lead }).await
+    Prompt {
+        request,
+        n_tokens,
+        scored,
+    }
 }
 
-fn one_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-    checked(deserializer, ONE_TEXT, |value| {
-        let text = match value {
-            Value::Array(list) if list.len() == 1 => &list[0],
-            value => value,
-        };
-        Some(Some(text.as_str()?.to_owned()))
+fn prompts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Given>, D::Error> {
+    checked(deserializer, PROMPTS, |value| {
+        if let Some(one) = one_prompt(value) {
+            return Some(vec![one]);
+        }
+        value.as_array()?.iter().map(one_prompt).collect()
     })
+}
+
+fn one_prompt(value: &Value) -> Option<Given> {
+    let id = |value: &Value| u32::try_from(value.as_u64()?).ok();
+    match value {
+        Value::String(text) => Some(Given::Text(text.clone())),
+        Value::Array(list) if !list.is_empty() => {
+            let ids: Option<Vec<u32>> = list.iter().map(id).collect();
+            ids.map(Given::Tokens)
+        }
+        _ => None,
+    }
 }
 
 /// Answers as texts.
 struct CompletionForm {
-    /// What stands before each.
-    lead: String,
+    /// What stands before the answers to each prompt.
+    leads: Vec<String>,
+    /// For each prompt.
+    n_choices: usize,
 }
 
 /// What a choice says, or a chunk adds to it.
@@ -86,8 +155,16 @@ impl Form for CompletionForm {
     const CHUNK: &'static str = Self::WHOLE;
     type Said = Said;
 
-    fn lead(&self) -> &str {
-        &self.lead
+    fn is_trimmed(&self) -> bool {
+        false
+    }
+
+    fn lead(&self, idx: usize) -> &str {
+        &self.leads[idx / self.n_choices]
+    }
+
+    fn logprobs(&self, scores: &[Shown], n_before: &mut usize) -> Value {
+        for_completion(scores, n_before)
     }
 
     fn read(&self, response: Response, begun: &mut bool) -> Option<Vec<Piece>> {
@@ -115,16 +192,50 @@ impl Form for CompletionForm {
         }
     }
 
-    fn whole(&self, piece: Piece) -> Said {
+    fn whole(&self, idx: usize, piece: Piece) -> Said {
         let text = piece.text.unwrap_or_default();
         Said {
-            text: format!("{}{text}", self.lead),
+            text: format!("{}{text}", self.lead(idx)),
         }
     }
 
     fn chunk(&self, piece: Piece, _is_first: bool) -> Said {
         Said {
             text: piece.text.unwrap_or_default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn prompts_are_texts_or_tokens_one_or_many() {
+        let read = |prompt: Value| {
+            let keys = CompletionKeys::deserialize(json!({ "prompt": prompt }));
+            keys.map(|keys| keys.prompt).ok()
+        };
+        let text = |text: &str| Given::Text(text.to_owned());
+        let tokens = |tokens: &[u32]| Given::Tokens(tokens.to_vec());
+        assert_eq!(read(json!("a")), Some(vec![text("a")]));
+        assert_eq!(read(json!(["a", "b"])), Some(vec![text("a"), text("b")]));
+        assert_eq!(read(json!([1, 2])), Some(vec![tokens(&[1, 2])]));
+        assert_eq!(
+            read(json!([[1, 2], [3]])),
+            Some(vec![tokens(&[1, 2]), tokens(&[3])])
+        );
+        for wrong in [
+            json!(3),
+            json!([-1]),
+            json!([[]]),
+            json!([1.5]),
+            json!({"a": 1}),
+            json!(["a", 3.5]),
+        ] {
+            assert_eq!(read(wrong.clone()), None, "{wrong}");
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::server::chat::{Chat, Keys, set_thinking, template};
 use crate::server::fields::{checked, maybe, object, refuse_unknown, take};
 use crate::server::guard::Payload;
 use crate::server::messages::Messages;
-use crate::server::request::Asked;
+use crate::server::request::{Asked, scores_of_chat};
 
 /// Keys of this endpoint alone.
 #[derive(Default, Deserialize)]
@@ -91,7 +91,7 @@ pub(super) async fn handle(
         shared.insert("max_tokens".to_owned(), json!(most));
     }
     let shared = Value::Object(shared);
-    let (mut asked, NoKeys {}) = Asked::read(&app, shared.to_string().as_bytes())?;
+    let (mut asked, NoKeys {}) = Asked::read(&app, shared.to_string().as_bytes(), scores_of_chat)?;
     let settings = Settings::read(keys, &shared, &asked.lease)?;
     let chat = settings.chat(&asked)?;
     let form = ChatForm {
@@ -107,7 +107,7 @@ pub(super) async fn handle(
     let mut parts = Parts::default();
     let mut reason = "stop".to_owned();
     for response in job.responses().await? {
-        let pieces = form.read(response, &mut false);
+        let pieces = response.and_then(|response| form.read(response, &mut false));
         let pieces = pieces.ok_or_else(|| ApiError::internal("not an answer to a conversation"))?;
         for piece in pieces {
             reason = parts.take(piece).unwrap_or(reason);

@@ -65,10 +65,7 @@ impl Generation {
     /// # Errors
     /// If there is none within `limit`, or the engine fails.
     pub(super) async fn prove(self: &Arc<Self>, limit: Duration) -> Result<()> {
-        let turn = match &self.turns {
-            Some(turns) => Some(turns.clone().acquire_owned().await.map_err(engine_error)?),
-            None => None,
-        };
+        let turn = self.turns.take(false).await.map_err(engine_error)?;
         let held = (self.clone(), turn);
         match tokio::time::timeout(limit, self.slot().probe(held)).await {
             Ok(outcome) => outcome,

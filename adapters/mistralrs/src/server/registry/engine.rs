@@ -9,7 +9,6 @@ use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
 use monteclora_converters::{ModelFiles, Problem, other_base};
 use parking_lot::Mutex;
 use tokenizers::Tokenizer;
-use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Sender;
 
 use super::alive::Pulse;
@@ -21,12 +20,13 @@ use crate::chat_template::ChatTemplate;
 use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result, code};
 use crate::loader::MonteCloraLoader;
-use crate::quirks_0_8::batches_on_a_cpu;
+use crate::quirks_0_8::batches_on_a_cpu::Turns;
 use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::special_tokens::TextFrame;
 use crate::quirks_0_8::split_models::{allow_another_model, samples_in_step};
 use crate::server::answers::now;
 use crate::server::sampling::Sampling;
+use crate::server::vocabulary::Vocabulary;
 
 /// Settings of every engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -179,11 +179,12 @@ pub(crate) struct Generation {
     pub(crate) tokenizer: Arc<Tokenizer>,
     /// What conversations are written out by; none for a model that only continues texts.
     pub(crate) template: Option<ChatTemplate>,
+    pub(crate) vocabulary: Arc<Vocabulary>,
     spec: Spec,
     /// Of several directories with this content the one that was loaded last.
     source: Mutex<Source>,
-    /// What a request holds while the engine works on it, where the engine may work on one sequence at a time only.
-    pub(crate) turns: Option<Arc<Semaphore>>,
+    /// What a request holds while the engine works on it.
+    pub(crate) turns: Turns,
     /// None only while it is dropped.
     engine: Option<Occupied>,
     pub(super) pulse: Pulse,
@@ -326,11 +327,12 @@ impl Loaded {
             created: now(),
             max_sequence_length: checked.max_sequence_length,
             frame: checked.frame,
+            vocabulary: Arc::new(Vocabulary::new(self.tokenizer.clone(), &self.end_tokens)),
             end_tokens: self.end_tokens,
             sampling: self.sampling,
             tokenizer: self.tokenizer,
             template: self.template,
-            turns: batches_on_a_cpu::turns(wanted.spec.device),
+            turns: Turns::new(wanted.spec.device),
             spec: wanted.spec,
             engine: Some(engine),
             pulse: Pulse::default(),

@@ -1,0 +1,290 @@
+//! A model's tokens as bytes, and the grammars that hold its answers to a form.
+
+use std::sync::{Arc, OnceLock};
+
+use mistralrs_core::Constraint;
+use mistralrs_core::llguidance::api::TopLevelGrammar;
+use mistralrs_core::llguidance::toktrie::TokEnv;
+use mistralrs_core::llguidance::{Matcher, ParserFactory};
+use parking_lot::Mutex;
+use tokenizers::Tokenizer;
+use toktrie_hf_tokenizers::{ByteTokenizer, ByteTokenizerEnv};
+
+/// White space that JSON may have between its parts: enough for any layout, and no more, since a small model may otherwise write
+/// nothing else up to its limit.
+const JSON_WHITE_SPACE: &str = r"[ \t\r\n]{1,20}";
+
+/// The vocabulary of one model, with the tokens that end an answer of this model.
+///
+/// mistral.rs gives its grammars the end token that llguidance finds by its text, such as `<|endoftext|>`, which need not be the
+/// model's (`<|im_end|>`): an answer would go on after the last brace. These are the ids of `generation_config.json`,
+/// `tokenizer_config.json` and `config.json`, as the engine has them.
+pub(crate) struct Vocabulary {
+    tokenizer: Arc<Tokenizer>,
+    end_tokens: Vec<u32>,
+    /// Made at the first use: a large vocabulary takes a good part of a second.
+    made: OnceLock<Result<Made, String>>,
+}
+
+struct Made {
+    env: TokEnv,
+    factory: ParserFactory,
+}
+
+impl Vocabulary {
+    pub(crate) fn new(tokenizer: Arc<Tokenizer>, end_tokens: &[u32]) -> Self {
+        Self {
+            tokenizer,
+            end_tokens: end_tokens.to_vec(),
+            made: OnceLock::new(),
+        }
+    }
+
+    fn made(&self) -> Result<&Made, String> {
+        let make = || {
+            let mut tokenizer = ByteTokenizer::from_tokenizer((*self.tokenizer).clone())?;
+            let size = tokenizer.tokrx_info().vocab_size;
+            let mut ends = self.end_tokens.clone();
+            ends.retain(|token| *token < size);
+            if !ends.is_empty() {
+                tokenizer.set_eos_tokens(&ends);
+            }
+            let env = ByteTokenizerEnv::new(tokenizer, None)?.to_env();
+            let mut factory = ParserFactory::new_simple(&env)?;
+            factory.quiet();
+            anyhow::Ok(Made { env, factory })
+        };
+        let made = self
+            .made
+            .get_or_init(|| make().map_err(|error| error.to_string()));
+        made.as_ref().map_err(String::clone)
+    }
+
+    /// The matcher of `constraint`. Compiling may take a while: not for the threads that serve requests.
+    ///
+    /// # Errors
+    /// What is wrong with the grammar.
+    pub(crate) fn compile(&self, constraint: &Constraint) -> Result<Option<Matcher>, String> {
+        let grammar = match constraint {
+            Constraint::None => return Ok(None),
+            Constraint::Regex(regex) => TopLevelGrammar::from_regex(regex),
+            Constraint::Lark(lark) => TopLevelGrammar::from_lark(lark.clone()),
+            Constraint::JsonSchema(schema) => {
+                TopLevelGrammar::from_json_schema(with_bounded_white_space(schema))
+            }
+            Constraint::Llguidance(grammar) => grammar.clone(),
+        };
+        let parser = self.made()?.factory.create_parser(grammar);
+        let parser = parser.map_err(|error| error.to_string())?;
+        let mut matcher = Matcher::new(Ok(parser));
+        // Some faults, such as a rule that never ends, only show at the first step.
+        let mask = matcher.compute_mask().map_err(|error| error.to_string())?;
+        if mask.is_zero() {
+            return Err("no text of this model's vocabulary fits it".to_owned());
+        }
+        Ok(Some(matcher))
+    }
+
+    /// The bytes of `token`; those of its name, if it is a special one.
+    pub(crate) fn bytes(&self, token: u32) -> Vec<u8> {
+        match self.made() {
+            Ok(made) => made.env.tok_trie().decode_ext(&[token], true),
+            Err(_) => self
+                .tokenizer
+                .id_to_token(token)
+                .map_or_else(Vec::new, String::into_bytes),
+        }
+    }
+
+    /// The bytes that `token` adds to a text: none, if it is a special one.
+    pub(crate) fn text_bytes(&self, token: u32) -> Vec<u8> {
+        match self.made() {
+            Ok(made) => made.env.tok_trie().decode_ext(&[token], false),
+            Err(_) => self.bytes(token),
+        }
+    }
+
+    pub(crate) fn has(&self, token: u32) -> bool {
+        self.tokenizer.id_to_token(token).is_some()
+    }
+}
+
+fn with_bounded_white_space(schema: &serde_json::Value) -> serde_json::Value {
+    let mut schema = schema.clone();
+    if let Some(fields) = schema.as_object_mut() {
+        let bounded = serde_json::json!({"whitespace_pattern": JSON_WHITE_SPACE});
+        fields.entry("x-guidance").or_insert(bounded);
+    }
+    schema
+}
+
+/// A grammar along one answer.
+pub(crate) struct Held {
+    matcher: Mutex<Matcher>,
+    /// Tokens of the answer that the matcher has seen.
+    n_seen: Mutex<usize>,
+}
+
+impl Held {
+    /// A grammar at the beginning of an answer; each answer needs one of its own.
+    pub(crate) fn new(matcher: &Matcher) -> Self {
+        Self {
+            matcher: Mutex::new(matcher.deep_clone()),
+            n_seen: Mutex::new(0),
+        }
+    }
+
+    /// Sets the logits of what may not come after `answer` to minus infinity; false if the answer is complete, or can only end.
+    ///
+    /// # Errors
+    /// What stopped the grammar.
+    pub(crate) fn mask(&self, answer: &[u32], logits: &mut [f32]) -> Result<bool, String> {
+        let mut matcher = self.matcher.lock();
+        let mut n_seen = self.n_seen.lock();
+        let new = answer.get(*n_seen..).unwrap_or_default();
+        if matcher.is_stopped() {
+            return Ok(false);
+        }
+        if !new.is_empty() {
+            matcher
+                .consume_tokens(new)
+                .map_err(|error| error.to_string())?;
+            *n_seen = answer.len();
+        }
+        if matcher.is_stopped() {
+            return Ok(false);
+        }
+        let mask = matcher.compute_mask().map_err(|error| error.to_string())?;
+        for (token, logit) in (0u32..).zip(logits.iter_mut()) {
+            let within = usize::try_from(token).is_ok_and(|token| token < mask.len());
+            if !(within && mask.is_allowed(token)) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A byte-level vocabulary with two tokens that look like ends; the id of `<|endoftext|>` is 0, that of `<|im_end|>` is 1.
+    pub(crate) fn two_ends(end_tokens: &[u32]) -> Vocabulary {
+        let printable = ('!'..='~')
+            .map(String::from)
+            .chain(["Ġ", "Ċ"].map(String::from));
+        let texts = ["<|endoftext|>", "<|im_end|>"].map(String::from);
+        let texts = texts.into_iter().chain(printable);
+        let vocabulary: serde_json::Map<_, _> = (0u32..)
+            .zip(texts)
+            .map(|(id, text)| (text, json!(id)))
+            .collect();
+        let special = |id: u32, content: &str| json!({"id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false});
+        let tokenizer = json!({
+            "version": "1.0", "added_tokens": [special(0, "<|endoftext|>"), special(1, "<|im_end|>")],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        });
+        let tokenizer = tokenizer
+            .to_string()
+            .parse::<Tokenizer>()
+            .expect("a tokenizer");
+        Vocabulary::new(Arc::new(tokenizer), end_tokens)
+    }
+
+    fn ids(vocabulary: &Vocabulary, text: &str) -> Vec<u32> {
+        let encoding = vocabulary.tokenizer.encode(text, false).expect("text");
+        encoding.get_ids().to_vec()
+    }
+
+    /// What may come after `answer`, or that it is complete.
+    fn after(held: &Held, answer: &[u32]) -> Option<Vec<u32>> {
+        let mut logits = vec![0f32; 98];
+        let goes_on = held.mask(answer, &mut logits).expect("sound");
+        let kept = (0u32..).zip(logits).filter(|(_, logit)| *logit == 0.0);
+        goes_on.then(|| kept.map(|(token, _)| token).collect())
+    }
+
+    #[test]
+    fn a_grammar_ends_with_the_models_own_tokens() {
+        for ends in [&[0u32][..], &[1], &[1, 0]] {
+            let vocabulary = two_ends(ends);
+            let compiled = vocabulary.compile(&Constraint::Regex("ab*".to_owned()));
+            let held = Held::new(&compiled.expect("sound").expect("a grammar"));
+            assert_eq!(after(&held, &[]), Some(ids(&vocabulary, "a")));
+            let mut expected = [ids(&vocabulary, "b"), ends.to_vec()].concat();
+            expected.sort_unstable();
+            assert_eq!(after(&held, &ids(&vocabulary, "a")), Some(expected));
+        }
+        let vocabulary = two_ends(&[1]);
+        let schema = Constraint::JsonSchema(json!({"const": 1}));
+        let held = Held::new(
+            &vocabulary
+                .compile(&schema)
+                .expect("sound")
+                .expect("a grammar"),
+        );
+        // Nothing else fits after the only text: the answer is over without an end token.
+        assert_eq!(after(&held, &ids(&vocabulary, "1")), None);
+    }
+
+    #[test]
+    fn answers_of_one_grammar_do_not_mix() {
+        let vocabulary = two_ends(&[1]);
+        let matcher = vocabulary.compile(&Constraint::Regex("ab|cd".to_owned()));
+        let matcher = matcher.expect("sound").expect("a grammar");
+        let (first, second) = (Held::new(&matcher), Held::new(&matcher));
+        assert_eq!(
+            after(&first, &ids(&vocabulary, "a")),
+            Some(ids(&vocabulary, "b"))
+        );
+        assert_eq!(
+            after(&second, &ids(&vocabulary, "c")),
+            Some(ids(&vocabulary, "d"))
+        );
+    }
+
+    #[test]
+    fn white_space_between_parts_of_json_is_bounded() {
+        let vocabulary = two_ends(&[1]);
+        let schema = Constraint::JsonSchema(json!({"type": "array", "items": {"const": 1}}));
+        let held = Held::new(
+            &vocabulary
+                .compile(&schema)
+                .expect("sound")
+                .expect("a grammar"),
+        );
+        let space = ids(&vocabulary, "\n")[0];
+        let mut answer = ids(&vocabulary, "[");
+        let mut n_spaces = 0;
+        while after(&held, &answer).is_some_and(|next| next.contains(&space)) {
+            answer.push(space);
+            n_spaces += 1;
+            assert!(n_spaces < 100, "white space without an end");
+        }
+        assert!(n_spaces >= 16, "{n_spaces} are too few for an indentation");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_grammar_is_said() {
+        let vocabulary = two_ends(&[1]);
+        for (idx, wrong) in [
+            Constraint::Lark("start: start".to_owned()),
+            Constraint::Lark("start: (".to_owned()),
+            Constraint::Regex("(".to_owned()),
+            Constraint::JsonSchema(json!({"type": "nothing"})),
+            Constraint::JsonSchema(json!({"$ref": "#/nowhere"})),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let message = vocabulary.compile(&wrong).err();
+            let message = message.unwrap_or_else(|| panic!("grammar {idx} is taken"));
+            assert!(!message.is_empty(), "grammar {idx}");
+        }
+    }
+}
