@@ -11,6 +11,15 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+#[cfg(feature = "mistralrs")]
+use {
+    tracing::Metadata,
+    tracing::level_filters::LevelFilter,
+    tracing::subscriber::Interest,
+    tracing_subscriber::Layer,
+    tracing_subscriber::layer::{Context, SubscriberExt},
+};
 
 use crate::cli::LogFormat;
 
@@ -26,11 +35,51 @@ pub fn init(verbose: u8, format: LogFormat) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
     match format {
-        LogFormat::Text => builder
-            .with_target(false)
-            .with_ansi(std::io::stderr().is_terminal())
-            .init(),
-        LogFormat::Json => builder.event_format(JsonLines).init(),
+        LogFormat::Text => watched(
+            builder
+                .with_target(false)
+                .with_ansi(std::io::stderr().is_terminal())
+                .finish(),
+        ),
+        LogFormat::Json => watched(builder.event_format(JsonLines).finish()),
+    }
+}
+
+#[cfg(not(feature = "mistralrs"))]
+fn watched(subscriber: impl SubscriberInitExt) {
+    subscriber.init();
+}
+
+/// Makes `subscriber` that of the process. Before it is asked, threads that engines have left behind end.
+#[cfg(feature = "mistralrs")]
+fn watched<S>(subscriber: S)
+where
+    S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync + 'static,
+{
+    mistralrs_monteclora::watch_throughput_logs();
+    subscriber.with(EndsThreads).init();
+}
+
+#[cfg(feature = "mistralrs")]
+struct EndsThreads;
+
+#[cfg(feature = "mistralrs")]
+impl<S: Subscriber> Layer<S> for EndsThreads {
+    /// Whatever the log shows, that event comes here.
+    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
+        match mistralrs_monteclora::is_throughput_log(metadata) {
+            true => Interest::sometimes(),
+            false => Interest::always(),
+        }
+    }
+
+    fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
+        mistralrs_monteclora::end_throughput_log(metadata);
+        true
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(LevelFilter::INFO)
     }
 }
 

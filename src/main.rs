@@ -13,6 +13,11 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    #[cfg(feature = "mistralrs")]
+    // SAFETY: no other thread has been started.
+    unsafe {
+        mistralrs_monteclora::spare_engine_threads();
+    }
     logging::init(cli.verbose, cli.log_format);
     // A server lives long and idles; a run wants its memory back at the next step.
     if matches!(

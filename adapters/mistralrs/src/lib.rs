@@ -62,5 +62,8 @@ pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline};
 pub use mistralrs;
 pub use mistralrs_core::{IsqType, ModelDType};
 pub use quantisation::parse_in_situ_quant;
+pub use quirks_0_8::logger_threads::{
+    end_throughput_log, is_throughput_log, spare_engine_threads, watch_throughput_logs,
+};
 pub use quirks_0_8::model_config::{NormalisedConfig, normalise_config};
 pub use server::{Applied, ConfigSource, Reloaded, Server, serve};

@@ -5,15 +5,19 @@
 //! behind a lock, though, and what two locks hold can be exchanged. An engine without a model of ours has a [`placeholder`], so
 //! that it holds no weights.
 
+mod end;
 mod placeholder;
 
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mistralrs_core::Pipeline;
 use tokio::sync::MutexGuard;
 
 use crate::loader::SharedPipeline;
+pub(crate) use end::end_log_of;
+pub use end::{end_throughput_log, is_throughput_log, watch_throughput_logs};
 pub(crate) use placeholder::placeholder;
 
 /// A model that mistral.rs's `NormalLoader` has loaded.
@@ -94,5 +98,40 @@ fn have_one_type(first: *const Content, second: *const Content) -> bool {
 
 /// Threads of one engine: its own, those of its runtime, that of its log, and one that is only there while it starts.
 pub(crate) fn threads_of_an_engine() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZeroUsize::get) + 3
+    let wanted = std::env::var(WORKERS).ok();
+    let wanted = wanted.and_then(|number| number.parse().ok());
+    wanted.unwrap_or_else(cores) + 3
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
+}
+
+/// Where tokio looks for the number of a runtime's threads.
+const WORKERS: &str = "TOKIO_WORKER_THREADS";
+
+/// Whether [`spare_engine_threads`] has set that number.
+static IS_SPARED: AtomicBool = AtomicBool::new(false);
+
+/// Has the runtime of every engine made from now on have one thread, unless the environment says how many: it has one for each core
+/// otherwise, and uses none of them.
+///
+/// # Safety
+/// As [`std::env::set_var`]: no other thread may read or write the environment meanwhile. Call it first thing.
+pub unsafe fn spare_engine_threads() {
+    if std::env::var_os(WORKERS).is_none() {
+        // SAFETY: as the caller says.
+        unsafe { std::env::set_var(WORKERS, "1") };
+        IS_SPARED.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Threads of a runtime that is no engine's: as many as there are cores, or as the environment says.
+pub(crate) fn threads_of_a_server(
+    builder: &mut tokio::runtime::Builder,
+) -> &mut tokio::runtime::Builder {
+    match IS_SPARED.load(Ordering::SeqCst) {
+        true => builder.worker_threads(cores()),
+        false => builder,
+    }
 }

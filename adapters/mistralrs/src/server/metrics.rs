@@ -92,6 +92,7 @@ metrics! {
     reloads: Family<OutcomeLabels, Counter> = Family::default(), "Configurations re-read, by outcome";
     models: Gauge = Gauge::default(), "Base models served";
     adapters: Gauge = Gauge::default(), "Adapters served";
+    ended_engines: Gauge = Gauge::default(), "Models served whose engine has ended";
     resident_generations: Gauge = Gauge::default(),
         "Models in memory, those that only finish their last requests included";
     resident_weight_bytes: Gauge = Gauge::default(), "Their weights, estimated";
@@ -147,6 +148,8 @@ impl Metrics {
         let adapters = served.iter().filter(|lease| lease.parent.is_some()).count();
         self.adapters.set(number(adapters));
         self.models.set(number(served.len() - adapters));
+        let ended = served.iter().filter(|lease| lease.has_ended()).count();
+        self.ended_engines.set(number(ended));
         self.resident_generations.set(number(n_generations));
         self.resident_weight_bytes
             .set(i64::try_from(weight_bytes).unwrap_or(i64::MAX));
@@ -229,6 +232,7 @@ mod tests {
             "monteclora_answers_total{outcome=\"finished\"} 1",
             "monteclora_adapter_loads_total{outcome=\"refused\"} 1",
             "monteclora_requests_in_flight 1",
+            "monteclora_ended_engines 0",
             "monteclora_resident_generations 2",
             "monteclora_resident_weight_bytes 1073741824",
         ] {

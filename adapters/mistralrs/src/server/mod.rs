@@ -43,6 +43,7 @@ use tokio::sync::{Mutex, Semaphore, watch};
 use crate::config::ServeConfig;
 use crate::error::{Error, Result, code};
 use crate::keys::KeySet;
+use crate::quirks_0_8::logger_threads::threads_of_a_server;
 use crate::quirks_0_8::split_models::is_worker;
 use connection::Acceptor;
 use metrics::Metrics;
@@ -197,7 +198,7 @@ pub fn serve(
     source: Option<Arc<ConfigSource>>,
     ready: impl FnOnce(SocketAddr),
 ) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    let runtime = threads_of_a_server(&mut tokio::runtime::Builder::new_multi_thread())
         .enable_all()
         .build()
         .map_err(|error| Error::Engine(format!("cannot start a runtime: {error}")))?;

@@ -202,7 +202,7 @@ impl Generation {
     }
 
     /// The host of its engine, and of no other.
-    pub(crate) fn host(&self) -> &Arc<MistralRs> {
+    pub(crate) fn host(&self) -> Arc<MistralRs> {
         self.slot().host()
     }
 

@@ -18,7 +18,7 @@ use crate::engine::{engine_error, silent};
 use crate::error::{Error, Result};
 use crate::loader::{WeakPipeline, panic_text};
 use crate::quirks_0_8::logger_threads::{
-    NormalModel, NotExchanged, placeholder, threads_of_an_engine,
+    NormalModel, NotExchanged, end_log_of, placeholder, threads_of_an_engine,
 };
 use crate::quirks_0_8::thread_locals::on_fresh_thread;
 
@@ -34,24 +34,27 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long an engine without a request may step its model.
 const LAST_STEP: Duration = Duration::from_secs(10);
 
-/// How long the thread of an engine that has ended may take to end, too.
-const LAST_BREATH: Duration = Duration::from_millis(200);
-
-/// One engine, in a host of its own: what fails in one, also under a lock of mistral.rs's, fails in that one only.
+/// One engine that is kept, whatever its model.
 pub(crate) struct Slot {
-    host: Arc<MistralRs>,
-    /// Where the engine takes requests. It is kept, because mistral.rs starts an engine anew when it is asked for one that has ended.
-    input: RwLock<Sender<Request>>,
-    /// Whether it has answered a request since it was started.
+    running: RwLock<Running>,
+    /// Whether it has answered a request since it was started, or got its model.
     is_proved: AtomicBool,
     /// What the engine steps.
     model: NormalModel,
     max_seqs: NonZeroUsize,
 }
 
-impl Slot {
-    /// Starts an engine for `model`; blocking.
-    fn start(model: NormalModel, max_seqs: NonZeroUsize) -> Result<Self> {
+/// A running engine, in a host of its own: what fails in one, also under a lock of mistral.rs's, fails in that one only.
+struct Running {
+    host: Arc<MistralRs>,
+    /// Where it takes requests. It is kept: asked for that of an engine that has ended, mistral.rs starts it anew, with threads that it
+    /// may not get, under a lock that is then poisoned.
+    input: Sender<Request>,
+}
+
+impl Running {
+    /// Starts an engine that steps `model`; it takes a moment.
+    fn start(model: &NormalModel, max_seqs: NonZeroUsize) -> Result<Self> {
         require_threads(threads_of_an_engine())?;
         let pipeline = model.shared().clone();
         let scheduler = SchedulerConfig::DefaultScheduler {
@@ -68,22 +71,33 @@ impl Slot {
                     .build(),
             );
             let input = host.get_sender(None).map_err(engine_error)?;
-            Ok((host, input))
+            Ok(Self { host, input })
         };
-        let (host, input) = on_fresh_thread(start)
+        on_fresh_thread(start)
             .map_err(|error| Error::no_threads(&error))?
-            .map_err(|panic| Error::engine_unavailable(&panic_text(panic.as_ref())))??;
+            .map_err(|panic| Error::engine_unavailable(&panic_text(panic.as_ref())))?
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        end_log_of(&self.host);
+    }
+}
+
+impl Slot {
+    /// Starts an engine for `model`; blocking.
+    fn start(model: NormalModel, max_seqs: NonZeroUsize) -> Result<Self> {
         Ok(Self {
-            host,
-            input: RwLock::new(input),
+            running: RwLock::new(Running::start(&model, max_seqs)?),
             is_proved: AtomicBool::new(false),
             model,
             max_seqs,
         })
     }
 
-    pub(crate) fn host(&self) -> &Arc<MistralRs> {
-        &self.host
+    pub(crate) fn host(&self) -> Arc<MistralRs> {
+        self.running.read().host.clone()
     }
 
     #[cfg(test)]
@@ -93,7 +107,7 @@ impl Slot {
 
     /// Whether the engine has ended, by a panic.
     pub(crate) fn has_ended(&self) -> bool {
-        self.input.read().is_closed()
+        self.running.read().input.is_closed()
     }
 
     /// Whether it has answered a request since it was started; one that was started again after a panic may panic again.
@@ -106,29 +120,17 @@ impl Slot {
     /// # Errors
     /// If it cannot be started again.
     pub(crate) fn input(&self) -> Result<Sender<Request>> {
-        let input = self.input.read().clone();
+        let input = self.running.read().input.clone();
         if !input.is_closed() {
             return Ok(input);
         }
-        let mut input = self.input.write();
-        let deadline = Instant::now() + LAST_BREATH;
-        while input.is_closed() {
-            // mistral.rs starts threads while it holds a lock, which a panic would poison.
-            require_threads(threads_of_an_engine())?;
+        let mut running = self.running.write();
+        if running.input.is_closed() {
             self.is_proved.store(false, Ordering::SeqCst);
-            let host = &self.host;
-            let sender = catch_unwind(AssertUnwindSafe(|| host.get_sender(None)))
-                .map_err(|panic| Error::engine_unavailable(&panic_text(panic.as_ref())))?;
-            *input = sender.map_err(engine_error)?;
-            // It is started again once its thread has ended, which is soon after its input has.
-            if input.is_closed() {
-                if Instant::now() > deadline {
-                    return Err(silent());
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            *running = Running::start(&self.model, self.max_seqs)?;
+            tracing::warn!("an engine that had ended is started again");
         }
-        Ok(input.clone())
+        Ok(running.input.clone())
     }
 
     /// Asks for one token. Nothing else may be asked meanwhile where the engine takes one request at a time.
@@ -145,7 +147,7 @@ impl Slot {
             ..SamplingParams::neutral()
         };
         let prompt = RequestMessage::CompletionTokens(vec![0]);
-        let id = self.host.next_request_id();
+        let id = self.host().next_request_id();
         let request = NormalRequest::new_simple(prompt, params, sender, id, None, None);
         let input = self.input()?;
         // A task of its own: the engine must find a receiver whenever it answers.

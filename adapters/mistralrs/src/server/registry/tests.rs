@@ -356,6 +356,10 @@ fn engines_that_do_not_answer_are_named() {
 
         let a = registry.lease(Some("a")).expect("served");
         panic_in(&a).await;
+        let metrics = crate::server::metrics::Metrics::new();
+        let text = metrics.render(&registry.list(), registry.in_use());
+        let text = text.expect("text");
+        assert!(text.contains("\nmonteclora_ended_engines 1\n"), "{text}");
         assert_eq!(told().await, ["a"], "it had ended");
         let start = Instant::now();
         while !told().await.is_empty() {
