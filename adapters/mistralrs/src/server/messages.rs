@@ -30,9 +30,22 @@ const KEPT_BY_CLIENTS: &[&str] = &[
 /// Keys of a part of a message; `cache_control` asks for what is not needed here.
 const PART_KEYS: &[&str] = &["type", "text", "cache_control"];
 
-const CALL_KEYS: &[&str] = &["id", "type", "function", "index"];
+/// Keys of a call; those behind the first three are a client's own.
+const CALL_KEYS: &[&str] = &[
+    "id",
+    "type",
+    "function",
+    "index",
+    "provider_specific_fields",
+];
 
-const CALLED_KEYS: &[&str] = &["name", "arguments"];
+/// Keys of a called function; those behind the first two are a client's own.
+const CALLED_KEYS: &[&str] = &[
+    "name",
+    "arguments",
+    "parsed_arguments",
+    "provider_specific_fields",
+];
 
 /// The messages of a conversation.
 #[derive(Debug)]
@@ -178,7 +191,7 @@ fn read_calls(at: &str, calls: Value) -> Result<Vec<Value>, ApiError> {
     for (at, call) in entries(at, calls)? {
         let mut call = object_at(&at, call)?;
         refuse_others(&at, &call, CALL_KEYS)?;
-        call.remove("index");
+        call.retain(|key, _| CALL_KEYS[..3].contains(&key.as_str()));
         if call.get("type").is_some_and(|kind| kind != "function") {
             return Err(wrong(&format!("{at}.type"), "must be \"function\""));
         }
@@ -190,6 +203,7 @@ fn read_calls(at: &str, calls: Value) -> Result<Vec<Value>, ApiError> {
         let function = call.remove("function").unwrap_or_default();
         let mut function = object_at(&at, function)?;
         refuse_others(&at, &function, CALLED_KEYS)?;
+        function.retain(|key, _| CALLED_KEYS[..2].contains(&key.as_str()));
         if !function.get("name").is_some_and(Value::is_string) {
             return Err(wrong(&format!("{at}.name"), "must be a text"));
         }
@@ -240,8 +254,7 @@ mod tests {
             "function_call": null, "tool_calls": [], "reasoning_content": "r", "parsed": {"a": 1}, "thinking": "t", "name": "n"});
         let expected = json!({"role": "assistant", "content": "x", "thinking": "t", "name": "n"});
         assert_eq!(Value::Object(one(kept)), expected);
-        let call =
-            json!({"id": "c", "index": 0, "function": {"name": "f", "arguments": "{\"a\": 1}"}});
+        let call = json!({"id": "c", "index": 0, "function": {"name": "f", "arguments": "{\"a\": 1}", "parsed_arguments": {"a": 1}}});
         let message = one(json!({"role": "assistant", "content": null, "tool_calls": [call]}));
         assert_eq!(message["content"], "");
         let expected = json!([{"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]);

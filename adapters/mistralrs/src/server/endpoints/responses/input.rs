@@ -124,7 +124,7 @@ fn text(at: &str, content: Value) -> Result<String, ApiError> {
             let message = "must be input_text or output_text: only text is supported";
             return Err(wrong(&format!("{at}.type"), message));
         }
-        refuse_others(&at, &part, &["text", "annotations", "logprobs"])?;
+        refuse_others(&at, &part, &["text", "annotations", "logprobs", "parsed"])?;
         match part.remove("text") {
             Some(Value::String(text)) => texts.push(text),
             _ => return Err(wrong(&format!("{at}.text"), "must be a text")),
@@ -141,7 +141,11 @@ fn named(at: &str, item: &mut Map<String, Value>, key: &str) -> Result<String, A
 }
 
 fn call(at: &str, mut item: Map<String, Value>) -> Result<Value, ApiError> {
-    refuse_others(at, &item, &known(&["call_id", "name", "arguments"]))?;
+    refuse_others(
+        at,
+        &item,
+        &known(&["call_id", "name", "arguments", "parsed_arguments"]),
+    )?;
     let (id, name) = (
         named(at, &mut item, "call_id")?,
         named(at, &mut item, "name")?,
