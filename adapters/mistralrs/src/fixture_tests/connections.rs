@@ -21,7 +21,7 @@ fn a_wrong_address_is_answered_with_the_right_one() {
         ("/chat/completions", CHAT),
         ("/v1/chat/completions/", CHAT),
         ("/v1/v1/chat/completions", CHAT),
-        ("/embeddings", "POST /v1/completions, GET /v1/models"),
+        ("/embeddings", "POST /v1/responses, GET /v1/models"),
     ] {
         let refused = parse(server.post(path, &chat("tuned", false)), 404);
         let message = refused["error"]["message"].as_str().expect("a text");

@@ -189,6 +189,7 @@ fn tools_need_a_template_that_shows_them() {
         let answer = parse(server.post("/v1/chat/completions", body), 200);
         answer["usage"]["prompt_tokens"].as_u64().expect("counted")
     };
+    super::requests::a_call_that_must_be_made_is_made(&server);
     asked["tool_choice"] = json!("auto");
     assert!(
         n_prompt(&asked) > n_prompt(&none) + 20,

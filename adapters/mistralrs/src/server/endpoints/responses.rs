@@ -21,7 +21,7 @@ use crate::server::admission::Admission;
 use crate::server::answers::Form;
 use crate::server::api_error::ApiError;
 use crate::server::chat::{Chat, Keys, set_thinking, template};
-use crate::server::fields::{checked, maybe, object, refuse_unknown, take};
+use crate::server::fields::{checked, maybe, object, refuse_unknown, take, wrong};
 use crate::server::guard::Payload;
 use crate::server::messages::Messages;
 use crate::server::request::{Asked, scores_of_chat};
@@ -127,6 +127,11 @@ impl Settings {
         };
         let template = template(asked, keys.messages)?;
         let has_tools = !self.tools.is_empty();
+        let has_calls = |message: &Value| message.get("tool_calls").is_some();
+        if self.messages.iter().any(has_calls) && !template.mentions("tool_calls", has_tools) {
+            let message = "has calls of functions, which cannot be shown to this model: its chat template has no place for them";
+            return Err(wrong(keys.messages, message));
+        }
         let messages = Value::Array(self.messages.clone());
         let messages = Messages::read(keys.messages, Some(messages), template, has_tools)?;
         let mut variables = Map::new();

@@ -306,6 +306,10 @@ fn what_is_not_there_is_refused_by_name() {
         ),
         (json!({"tool_choice": "any"}), "tool_choice"),
         (json!({"temperature": 3}), "temperature"),
+        (
+            json!({"input": [{"role": "user", "content": "x"}, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}]}),
+            "input",
+        ),
     ] {
         let refused = ask(&server, more, 400);
         assert_eq!(refused["error"]["param"], at, "{refused}");
