@@ -256,7 +256,7 @@ fn answers_are_as_long_as_they_must_be() {
 }
 
 /// The end token of the model of `case`.
-fn end_token(case: &Case) -> u32 {
+pub(super) fn end_token(case: &Case) -> u32 {
     let text = fs::read_to_string(case.base.join("config.json")).expect("readable");
     let config: Value = serde_json::from_str(&text).expect("JSON");
     let end = &config["eos_token_id"];

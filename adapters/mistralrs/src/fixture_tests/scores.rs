@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::forms::end_token;
 use super::parity::{expected, tolerance};
 use super::serving::{Running, chat, events, parse, toml_for};
 use super::{Case, cases, servable};
@@ -134,6 +135,30 @@ fn scores_of_answers_are_the_models_own() {
         if change.get("logit_bias").is_some() {
             assert!(found[3].expect("a number") < -0.1, "{choice}");
         }
+    }
+    server.finish().expect("a clean stop");
+}
+
+/// Harnesses for evaluation leave the last score out, which must be a generated token's, so a token that ends the answer is one.
+#[test]
+fn the_token_that_ends_a_completion_is_scored() {
+    let (server, _dir) = Running::start(&toml_for(&servable(), ""));
+    let end = end_token(&servable());
+    for stop in [json!(null), json!("x")] {
+        let body = json!({"model": "tuned", "prompt": [[5, 6, 7], [8]], "max_tokens": 1, "temperature": 0, "echo": true, "logprobs": 1,
+            "seed": 1234, "stop": stop, "logit_bias": {end.to_string(): 100}});
+        let answer = parse(server.post("/v1/completions", &body), 200);
+        for (idx, n_prompt) in [(0, 3), (1, 1)] {
+            let logprobs = &answer["choices"][idx]["logprobs"];
+            let found = numbers(&logprobs["token_logprobs"]);
+            assert_eq!(found.len(), n_prompt + 1, "{answer}");
+            assert!(found[n_prompt].is_some_and(|score| score < 0.0));
+            let top = logprobs["top_logprobs"][n_prompt]
+                .as_object()
+                .expect("an object");
+            assert!(top.values().any(|value| value.as_f64() == found[n_prompt]));
+        }
+        assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     }
     server.finish().expect("a clean stop");
 }

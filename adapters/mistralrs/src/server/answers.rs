@@ -65,6 +65,9 @@ pub(crate) trait Form: Send + 'static {
         ""
     }
 
+    /// Whether the token that ends an answer is scored with it.
+    fn scores_end(&self) -> bool;
+
     /// How scores are shown; `n_before` characters of the choice came before them, and it is moved on.
     fn logprobs(&self, scores: &[Shown], n_before: &mut usize) -> Value;
 
@@ -154,7 +157,7 @@ pub(crate) async fn answer<F: Form>(
             if stopped {
                 piece.finish_reason = Some("stop".to_owned());
             }
-            let mut scores = Scoring::new(form.is_trimmed());
+            let mut scores = Scoring::new(&form);
             let shown = scores.lead(&job, index);
             let shown = [shown, scores.piece(&job, index, &piece, stopped)].concat();
             let wanted = asked.n_top.is_some();
@@ -185,14 +188,17 @@ pub(crate) fn now() -> u64 {
 #[derive(Default)]
 struct Scoring {
     cursor: Cursor,
+    /// Whether the token that ends the answer is scored with it.
+    with_end: bool,
     /// Characters of the choice that were shown with scores.
     n_characters: usize,
 }
 
 impl Scoring {
-    fn new(trimmed: bool) -> Self {
+    fn new(form: &impl Form) -> Self {
         Self {
-            cursor: Cursor::new(trimmed),
+            cursor: Cursor::new(form.is_trimmed()),
+            with_end: form.scores_end(),
             n_characters: 0,
         }
     }
@@ -203,7 +209,7 @@ impl Scoring {
             return Vec::new();
         };
         let mut prompt = Cursor::new(false);
-        prompt.finish(job.vocabulary(), scores.scores(), |_| false)
+        prompt.finish(job.vocabulary(), scores.scores(), |_| false, false)
     }
 
     /// The scores that go along with `piece`; all that are left with the last one, unless a stop text has cut the answer.
@@ -217,10 +223,12 @@ impl Scoring {
         let n_bytes = length(&piece.text) + length(&piece.reasoning);
         let mut shown = self.cursor.advance(vocabulary, &scores, n_bytes);
         if piece.finish_reason.is_some() && !stopped {
-            shown.extend(
-                self.cursor
-                    .finish(vocabulary, &scores, |token| steps.ends(token)),
-            );
+            shown.extend(self.cursor.finish(
+                vocabulary,
+                &scores,
+                |token| steps.ends(token),
+                self.with_end,
+            ));
         }
         shown
     }
@@ -249,10 +257,9 @@ struct Stream<F> {
 
 impl<F: Form> Stream<F> {
     fn new(head: Head, job: RunningJob, form: F, stop: &[String], include_usage: bool) -> Self {
-        let is_trimmed = form.is_trimmed();
         let choices = (0..job.n_choices()).map(|_| ChoiceState {
             stop: StopFilter::new(stop.to_vec()),
-            scoring: Scoring::new(is_trimmed),
+            scoring: Scoring::new(&form),
             ..ChoiceState::default()
         });
         Self {

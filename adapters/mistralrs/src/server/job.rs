@@ -245,6 +245,8 @@ impl Worker {
             let Some(response) = engine.recv().await else {
                 return Err(self.end(JobEnd::Failed));
             };
+            // The engine makes one more step of it, and says so; until then it takes no other kind of request.
+            while engine.recv().await.is_some() {}
             let scores = scores.clone();
             let computed = tokio::task::spawn_blocking(move || scores.of(&response));
             match computed.await.map_err(|error| error.to_string()).flatten() {

@@ -134,16 +134,23 @@ impl Cursor {
         shown
     }
 
-    /// The scores of an answer that has come to its end: those up to its end token.
+    /// The scores of an answer that has come to its end: those up to the token that ends it, and of that, too, if it is `with_end`.
     pub(crate) fn finish(
         &mut self,
         vocabulary: &Vocabulary,
         scores: &[TokenScore],
         ends: impl Fn(u32) -> bool,
+        with_end: bool,
     ) -> Vec<Shown> {
         let mut shown = Vec::new();
-        while let Some(score) = scores.get(self.n_shown).filter(|score| !ends(score.token)) {
-            self.take(vocabulary, score, &mut shown);
+        while let Some(score) = scores.get(self.n_shown) {
+            let is_end = ends(score.token);
+            if !is_end || with_end {
+                self.take(vocabulary, score, &mut shown);
+            }
+            if is_end {
+                break;
+            }
         }
         shown
     }
@@ -262,15 +269,15 @@ mod tests {
         assert_eq!(texts(&cursor.advance(&vocabulary, &all, 0)), "");
         assert_eq!(texts(&cursor.advance(&vocabulary, &all, 2)), "bc");
         assert_eq!(
-            texts(&cursor.finish(&vocabulary, &all, |token| token == 1)),
+            texts(&cursor.finish(&vocabulary, &all, |token| token == 1, false)),
             ""
         );
 
         let mut cursor = Cursor::new(false);
         assert_eq!(texts(&cursor.advance(&vocabulary, &all, 3)), "  a");
         assert_eq!(
-            texts(&cursor.finish(&vocabulary, &all, |token| token == 1)),
-            "bc"
+            texts(&cursor.finish(&vocabulary, &all, |token| token == 1, true)),
+            "bc<|im_end|>"
         );
     }
 
@@ -280,7 +287,7 @@ mod tests {
         let mut cursor = Cursor::new(false);
         let mut all = vec![TokenScore::first(2)];
         all.extend(scores("ab"));
-        let shown = cursor.finish(&vocabulary, &all, |_| false);
+        let shown = cursor.finish(&vocabulary, &all, |_| false, false);
         let chat = for_chat(&shown[1..]);
         assert_eq!(chat["content"][0]["token"], "a");
         assert_eq!(chat["content"][0]["bytes"], json!([97]));

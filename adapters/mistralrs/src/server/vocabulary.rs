@@ -10,9 +10,9 @@ use parking_lot::Mutex;
 use tokenizers::Tokenizer;
 use toktrie_hf_tokenizers::{ByteTokenizer, ByteTokenizerEnv};
 
-/// White space that JSON may have between its parts: enough for any layout, and no more, since a small model may otherwise write
+/// White space that JSON may have between its parts: a space, or a new line with its indentation. A small model may otherwise write
 /// nothing else up to its limit.
-const JSON_WHITE_SPACE: &str = r"[ \t\r\n]{1,20}";
+const JSON_WHITE_SPACE: &str = r"[ ]|\r?\n[ \t]{0,16}";
 
 /// The vocabulary of one model, with the tokens that end an answer of this model.
 ///
@@ -252,21 +252,31 @@ pub(crate) mod tests {
     fn white_space_between_parts_of_json_is_bounded() {
         let vocabulary = two_ends(&[1]);
         let schema = Constraint::JsonSchema(json!({"type": "array", "items": {"const": 1}}));
-        let held = Held::new(
-            &vocabulary
-                .compile(&schema)
-                .expect("sound")
-                .expect("a grammar"),
-        );
-        let space = ids(&vocabulary, "\n")[0];
-        let mut answer = ids(&vocabulary, "[");
-        let mut n_spaces = 0;
-        while after(&held, &answer).is_some_and(|next| next.contains(&space)) {
-            answer.push(space);
-            n_spaces += 1;
-            assert!(n_spaces < 100, "white space without an end");
+        let matcher = vocabulary
+            .compile(&schema)
+            .expect("sound")
+            .expect("a grammar");
+        let [line, space] = ["\n", " "].map(|text| ids(&vocabulary, text)[0]);
+        let may_follow = |text: &str, token: u32| {
+            let next = after(&Held::new(&matcher), &ids(&vocabulary, text));
+            next.is_some_and(|next| next.contains(&token))
+        };
+        for (text, token, may) in [
+            ("[", line, true),
+            ("[", space, true),
+            ("[\n", line, false),
+            ("[ ", space, false),
+            ("[\n    ", space, true),
+            ("[\n                ", space, false),
+        ] {
+            assert_eq!(may_follow(text, token), may, "{text:?}");
         }
-        assert!(n_spaces >= 16, "{n_spaces} are too few for an indentation");
+        let answer = ids(&vocabulary, "[\n  1,\n  1\n]");
+        assert_eq!(
+            after(&Held::new(&matcher), &answer),
+            None,
+            "an ordinary layout"
+        );
     }
 
     #[test]

@@ -202,6 +202,10 @@ impl Form for ChatForm {
     const CHUNK: &'static str = "chat.completion.chunk";
     type Said = Said;
 
+    fn scores_end(&self) -> bool {
+        false
+    }
+
     fn is_trimmed(&self) -> bool {
         !self.continues
     }

@@ -155,6 +155,11 @@ impl Form for CompletionForm {
     const CHUNK: &'static str = Self::WHOLE;
     type Said = Said;
 
+    fn scores_end(&self) -> bool {
+        // As in vLLM: harnesses for evaluation take the last score for that of a generated token.
+        true
+    }
+
     fn is_trimmed(&self) -> bool {
         false
     }
