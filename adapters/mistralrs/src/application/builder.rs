@@ -1,6 +1,5 @@
 //! The builder of a model, in the style of `mistralrs::TextModelBuilder`.
 
-use std::collections::HashMap;
 use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -10,10 +9,9 @@ use candle_core::Device;
 use indexmap::IndexMap;
 use mistralrs::{
     DefaultSchedulerMethod, DeviceMapSetting, IsqBits, IsqSetting, IsqType, MistralRs, Model,
-    ModelDType, PagedAttentionConfig, SchedulerConfig, Tool, ToolCallback, best_device,
-    initialize_logging,
+    ModelDType, PagedAttentionConfig, SchedulerConfig, best_device, initialize_logging,
 };
-use mistralrs_core::{AddModelConfig, EngineConfig, MistralRsBuilder, ToolCallbackWithTool};
+use mistralrs_core::{AddModelConfig, EngineConfig, MistralRsBuilder};
 use tempfile::TempDir;
 
 use super::model::MonteCloraModel;
@@ -27,7 +25,8 @@ use crate::quirks_0_8::split_models::allow_another_model;
 ///
 /// It has the methods of [`mistralrs::TextModelBuilder`] that have a meaning here, with the same names and meanings. Left out are
 /// those of downloads (token, revision, cache: models and adapters are local directories here), of other formats
-/// (`from_uqff`, `write_uqff`, topology, imatrix), of web search, and of the prefix cache, which gives wrong answers in this version.
+/// (`from_uqff`, `write_uqff`, topology, imatrix), of web search and tool callbacks, which never answer in this version of mistral.rs,
+/// and of the prefix cache, which gives wrong answers there. Tools that an answer calls are run by the application.
 ///
 /// # Example
 /// ```no_run
@@ -67,8 +66,6 @@ pub struct MonteCloraModelBuilder {
     max_num_seqs: usize,
     logging: bool,
     throughput_logging: bool,
-    tool_callbacks: HashMap<String, Arc<ToolCallback>>,
-    tool_callbacks_with_tools: HashMap<String, ToolCallbackWithTool>,
 }
 
 /// The name of a model, and the adapter in it.
@@ -98,8 +95,6 @@ impl MonteCloraModelBuilder {
             max_num_seqs: 32,
             logging: false,
             throughput_logging: false,
-            tool_callbacks: HashMap::new(),
-            tool_callbacks_with_tools: HashMap::new(),
         }
     }
 
@@ -213,28 +208,6 @@ impl MonteCloraModelBuilder {
     /// Enable runner throughput logging.
     pub fn with_throughput_logging(mut self) -> Self {
         self.throughput_logging = true;
-        self
-    }
-
-    /// Register a callback for a specific tool name.
-    pub fn with_tool_callback(
-        mut self,
-        name: impl Into<String>,
-        callback: Arc<ToolCallback>,
-    ) -> Self {
-        self.tool_callbacks.insert(name.into(), callback);
-        self
-    }
-
-    /// Register a callback with its tool, which is added to every request.
-    pub fn with_tool_callback_and_tool(
-        mut self,
-        name: impl Into<String>,
-        callback: Arc<ToolCallback>,
-        tool: Tool,
-    ) -> Self {
-        let entry = ToolCallbackWithTool { callback, tool };
-        self.tool_callbacks_with_tools.insert(name.into(), entry);
         self
     }
 
@@ -378,8 +351,6 @@ impl Recipe {
             progress: builder.logging,
             engine: EngineConfig {
                 throughput_logging_enabled: builder.throughput_logging,
-                tool_callbacks: builder.tool_callbacks,
-                tool_callbacks_with_tools: builder.tool_callbacks_with_tools,
                 // It answers wrongly: see `quirks_0_8::prefix_cache`.
                 no_prefix_cache: true,
                 ..EngineConfig::default()
@@ -436,27 +407,14 @@ impl Recipe {
         blocking(move || Served::new(&loader, loader.load()?)).await
     }
 
-    /// Tools that mistral.rs adds to every request.
-    pub(super) fn tools(&self) -> impl Iterator<Item = Tool> {
-        let entries = self.engine.tool_callbacks_with_tools.values();
-        entries.map(|entry| entry.tool.clone())
-    }
-
     /// A host with its first engine.
     async fn start(&self, served: &Served) -> Arc<MistralRs> {
         let pipeline = served.model.shared().clone();
         let scheduler = self.scheduler(served).await;
-        let engine = self.engine.clone();
-        let mut builder =
-            MistralRsBuilder::new(pipeline, scheduler, engine.throughput_logging_enabled, None)
-                .with_model_id(served.name.clone())
-                .with_no_prefix_cache(engine.no_prefix_cache);
-        for (name, callback) in engine.tool_callbacks {
-            builder = builder.with_tool_callback(name, callback);
-        }
-        for (name, entry) in engine.tool_callbacks_with_tools {
-            builder = builder.with_tool_callback_and_tool(name, entry.callback, entry.tool);
-        }
+        let throughput = self.engine.throughput_logging_enabled;
+        let builder = MistralRsBuilder::new(pipeline, scheduler, throughput, None)
+            .with_model_id(served.name.clone())
+            .with_no_prefix_cache(self.engine.no_prefix_cache);
         builder.build().await
     }
 

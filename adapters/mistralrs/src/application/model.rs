@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 
 use super::builder::Recipe;
 use super::exchange::send;
-use super::request::{Prepared, Wanted, check_template, prepare};
+use super::request::{Prepared, Wanted, check_messages, prepare};
 use super::served::{Served, Turn};
 use super::stream::{MonteCloraStream, StreamState};
 use crate::quirks_0_8::abandoned_requests::tokenize;
@@ -246,11 +246,20 @@ impl MonteCloraModel {
     ) -> SdkResult<Vec<u32>> {
         let served = self.find(model_id)?;
         let is_plain = text.is_right();
-        if !is_plain {
-            check_template(&served)?;
-        }
+        let text = match text {
+            Either::Left(messages) => {
+                let shown = tools.as_deref().unwrap_or_default();
+                Either::Left(check_messages(
+                    messages.into(),
+                    shown,
+                    enable_thinking,
+                    &served,
+                )?)
+            }
+            Either::Right(text) => Either::Right(text),
+        };
         let request = |response| TokenizationRequest {
-            text: text.map_left(Into::into),
+            text,
             tools,
             add_special_tokens,
             add_generation_prompt,
@@ -404,11 +413,10 @@ impl MonteCloraModel {
         else {
             return Ok(());
         };
-        let mut tools = prepared.request.tools.clone().unwrap_or_default();
-        tools.extend(self.recipe.tools());
+        let tools = prepared.request.tools.clone();
         let request = |response| TokenizationRequest {
             text: Either::Left(messages.clone()),
-            tools: Some(tools),
+            tools,
             add_special_tokens: true,
             add_generation_prompt: true,
             response,

@@ -2,18 +2,23 @@
 
 use std::sync::Arc;
 
+use either::Either;
 use mistralrs::error::{Error as SdkError, Result as SdkResult};
 use mistralrs::{
-    Constraint, NormalRequest, RequestLike, RequestMessage, SamplingParams, StopTokens, Tool,
-    ToolChoice,
+    Constraint, MessageContent, NormalRequest, RequestLike, RequestMessage, SamplingParams,
+    StopTokens, Tool, ToolChoice,
 };
 use mistralrs_core::CustomLogitsProcessor;
 use mistralrs_core::llguidance::Matcher;
+use serde_json::Value;
 use tokio::sync::mpsc::channel;
 
 use super::served::Served;
+use crate::chat_template::{Conversation, Refusal};
+use crate::engine::TemplateMessages;
 use crate::quirks_0_8::forced_tools::ToolUse;
-use crate::quirks_0_8::narrow_sampling;
+use crate::quirks_0_8::past_calls::name_as_templates_do;
+use crate::quirks_0_8::{narrow_sampling, unreadable_calls};
 use crate::server::sampling::Sampling;
 use crate::server::steps::Steps;
 use crate::server::stop::StopWatch;
@@ -57,7 +62,6 @@ pub(super) async fn prepare<R: RequestLike>(
     served: &Served,
     wanted: Wanted,
 ) -> SdkResult<Prepared> {
-    check_template(served)?;
     if request
         .take_adapters()
         .is_some_and(|names| !names.is_empty())
@@ -77,7 +81,7 @@ pub(super) async fn prepare<R: RequestLike>(
         ));
     }
     say_sampling(&mut sampling);
-    let stops = match sampling.stop_toks.take() {
+    let mut stops = match sampling.stop_toks.take() {
         Some(StopTokens::Seqs(texts)) if wanted != Wanted::RawLogits => texts,
         other => {
             sampling.stop_toks = other;
@@ -91,8 +95,16 @@ pub(super) async fn prepare<R: RequestLike>(
         Some((tools, choice)) => (Some(tools), Some(choice)),
         None => (None, None),
     };
+    if tools.is_some() {
+        stops.push(unreadable_calls::BEGINNING.to_owned());
+    }
     let constraint = request.take_constraint();
     let (constraint, tool_choice) = hold_to_tool(constraint, tools.as_deref(), tool_choice)?;
+    let messages = conversation(
+        request.take_messages(),
+        tools.as_deref().unwrap_or_default(),
+        served,
+    )?;
     let matcher = compile(constraint, served).await?;
     let steps = Arc::new(Steps::for_answer(
         served.end_tokens.clone(),
@@ -109,7 +121,7 @@ pub(super) async fn prepare<R: RequestLike>(
     let request = NormalRequest {
         return_logprobs: request.return_logprobs(),
         truncate_sequence: request.truncate_sequence(),
-        messages: text_only(request.take_messages())?,
+        messages,
         sampling_params: sampling,
         response,
         is_streaming: wanted == Wanted::Stream,
@@ -149,20 +161,63 @@ async fn compile(constraint: Constraint, served: &Served) -> SdkResult<Option<Ma
     }
 }
 
-/// Refuses conversations with a model that has no template for them.
-pub(super) fn check_template(served: &Served) -> SdkResult<()> {
-    if !served.has_template {
-        let name = &served.name;
+/// `messages` as the template of `served` reads them, with nothing that it would not show.
+pub(super) fn check_messages(
+    mut messages: TemplateMessages,
+    tools: &[Tool],
+    enable_thinking: Option<bool>,
+    served: &Served,
+) -> SdkResult<TemplateMessages> {
+    let name = &served.name;
+    let Some(template) = &served.template else {
         return refused(format!(
             "`{name}` has no chat template; give one to the builder by `with_jinja_explicit` or `with_chat_template`"
         ));
+    };
+    if !(tools.is_empty() || template.takes_tools()) {
+        return refused(format!(
+            "the chat template of `{name}` has no place for tools, so that the model would not see them; give one that shows them to the \
+             builder by `with_jinja_explicit` or `with_chat_template`"
+        ));
     }
-    Ok(())
+    name_as_templates_do(&mut messages);
+    let thinking = enable_thinking.map(|on| ("enable_thinking".to_owned(), on.into()));
+    let plain = |content: &MessageContent| match content {
+        Either::Left(text) => Ok(Value::from(text.as_str())),
+        Either::Right(parts) => serde_json::to_value(parts),
+    };
+    let entry = |(key, content): (&String, _)| Ok((key.clone(), plain(content)?));
+    let shown = messages
+        .iter()
+        .map(|message| message.iter().map(entry).collect());
+    let conversation = Conversation {
+        messages: shown.collect::<serde_json::Result<_>>()?,
+        tools: tools
+            .iter()
+            .map(serde_json::to_value)
+            .collect::<serde_json::Result<_>>()?,
+        variables: thinking.into_iter().collect(),
+        ..Conversation::default()
+    };
+    // What it raises is said here: in an engine some of it is a panic.
+    match template.render(&conversation) {
+        Ok(_) => Ok(messages),
+        Err(Refusal(reason)) => refused(format!("the chat template of `{name}` {reason}")),
+    }
 }
 
-/// `messages`, which must be text alone.
-fn text_only(messages: RequestMessage) -> SdkResult<RequestMessage> {
-    match messages {
+/// `messages`, which must be text alone, checked.
+fn conversation(
+    messages: RequestMessage,
+    tools: &[Tool],
+    served: &Served,
+) -> SdkResult<RequestMessage> {
+    let (messages, enable_thinking, reasoning_effort) = match messages {
+        RequestMessage::Chat {
+            messages,
+            enable_thinking,
+            reasoning_effort,
+        } => (messages, enable_thinking, reasoning_effort),
         RequestMessage::MultimodalChat {
             images,
             audios,
@@ -170,18 +225,16 @@ fn text_only(messages: RequestMessage) -> SdkResult<RequestMessage> {
             messages,
             enable_thinking,
             reasoning_effort,
-        } => {
-            if !(images.is_empty() && audios.is_empty() && videos.is_empty()) {
-                return refused("a text model takes no images, audio or video");
-            }
-            Ok(RequestMessage::Chat {
-                messages,
-                enable_thinking,
-                reasoning_effort,
-            })
+        } if images.is_empty() && audios.is_empty() && videos.is_empty() => {
+            (messages, enable_thinking, reasoning_effort)
         }
-        messages => Ok(messages),
-    }
+        _ => return refused("a text model takes no images, audio or video"),
+    };
+    Ok(RequestMessage::Chat {
+        messages: check_messages(messages, tools, enable_thinking, served)?,
+        enable_thinking,
+        reasoning_effort,
+    })
 }
 
 /// Says narrow sampling so that it means what it says.

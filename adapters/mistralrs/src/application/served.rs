@@ -8,6 +8,7 @@ use mistralrs::error::{Error as SdkError, Result as SdkResult};
 use tokenizers::Tokenizer;
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline};
 use crate::quirks_0_8::batches_on_a_cpu::Turns;
@@ -21,7 +22,8 @@ pub(super) struct Served {
     pub(super) is_adapter: bool,
     pub(super) model: NormalModel,
     pub(super) end_tokens: Vec<u32>,
-    pub(super) has_template: bool,
+    /// What its conversations are written out by.
+    pub(super) template: Option<ChatTemplate>,
     /// Tokens of prompt and answer together.
     pub(super) max_sequence_length: usize,
     pub(super) tokenizer: Arc<Tokenizer>,
@@ -34,13 +36,11 @@ pub(super) struct Served {
 impl Served {
     /// What `loader` has loaded as `pipeline`, which an engine is to work with; blocking.
     pub(super) fn new(loader: &MonteCloraLoader, pipeline: SharedPipeline) -> Result<Self> {
-        let (end_tokens, max_sequence_length, has_template, tokenizer, device) = {
+        let (end_tokens, max_sequence_length, tokenizer, device) = {
             let loaded = pipeline.blocking_lock();
-            let template = loaded.get_chat_template();
             (
                 loaded.get_metadata().eos_tok.clone(),
                 loaded.get_metadata().max_seq_len,
-                template.is_some_and(|template| template.has_chat_template()),
                 loaded.tokenizer(),
                 loaded.device().location(),
             )
@@ -54,7 +54,7 @@ impl Served {
             model: unsafe { NormalModel::new(pipeline) },
             vocabulary: Arc::new(Vocabulary::new(tokenizer.clone(), &end_tokens)),
             end_tokens,
-            has_template,
+            template: loader.chat_template()?,
             max_sequence_length,
             tokenizer,
             frame: crate::chat_files::text_frame(loader.base())?,

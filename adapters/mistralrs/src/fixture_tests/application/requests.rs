@@ -7,9 +7,10 @@ use either::Either;
 use mistralrs::error::Error as SdkError;
 use mistralrs::{
     Constraint, Function, SamplingParams, StopTokens, TextMessageRole, TextMessages, Tool,
-    ToolChoice, ToolType,
+    ToolChoice, ToolType, schemars,
 };
 
+use super::super::conversations::TOOLS;
 use super::super::servable;
 use super::{SHORT, asked, builder, model, on_runtime, read, text};
 use crate::{MonteCloraModelBuilder, prompt_logits};
@@ -61,7 +62,11 @@ fn a_tool_that_must_be_called_is_called() {
         },
     };
     on_runtime(async {
-        let model = model().await;
+        let model = builder(&servable())
+            .with_chat_template(TOOLS)
+            .build()
+            .await
+            .expect("loaded");
         let request = |choice| {
             asked("Why?")
                 .set_tools(vec![tool.clone()])
@@ -79,6 +84,81 @@ fn a_tool_that_must_be_called_is_called() {
             .set_constraint(Constraint::Regex("a".to_owned()));
         let error = model.send_chat_request(both).await.expect_err("two forms");
         assert!(matches!(error, SdkError::RequestValidation(_)), "{error}");
+
+        // A call of an earlier turn is shown to the template as it reads it.
+        let past = asked("Why?")
+            .add_message_with_tool_call(
+                TextMessageRole::Assistant,
+                "",
+                choice.message.tool_calls.clone().expect("a call"),
+            )
+            .add_tool_message("2", "call-1");
+        let answer = model.send_chat_request(past).await.expect("one");
+        let without = asked("Why?").add_tool_message("2", "call-1");
+        let without = model.send_chat_request(without).await.expect("one");
+        let more = answer.usage.prompt_tokens - without.usage.prompt_tokens;
+        assert!(more > "count".len() + "assistant: ".len(), "{more} tokens");
+    });
+}
+
+#[derive(Debug, serde::Deserialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+struct Ticket {
+    urgent: bool,
+}
+
+#[test]
+fn structured_output_ends_with_the_models_own_token() {
+    on_runtime(async {
+        let model = model().await;
+        let ticket = asked("Why?").set_sampler_max_len(200);
+        let ticket: Ticket = model.generate_structured(ticket).await.expect("a ticket");
+        let schema = schemars::schema_for!(Ticket);
+        let schema = serde_json::to_value(schema).expect("a schema");
+        for constraint in [
+            Constraint::JsonSchema(schema),
+            Constraint::Regex(r#"\{"urgent": (true|false)\}"#.to_owned()),
+            Constraint::Lark("start: \"{\\\"urgent\\\": true}\"".to_owned()),
+        ] {
+            let request = || {
+                asked("Why?")
+                    .set_sampler_max_len(200)
+                    .set_constraint(constraint.clone())
+            };
+            let answer = model.send_chat_request(request()).await.expect("one");
+            assert_eq!(answer.choices[0].finish_reason, "stop");
+            let read_again: Ticket = serde_json::from_str(text(&answer)).expect("a ticket");
+            let (streamed, reason) = read(&model, request(), "tuned").await;
+            assert_eq!((&*streamed, &*reason), (text(&answer), "stop"));
+            if matches!(constraint, Constraint::JsonSchema(_)) {
+                assert_eq!(read_again.urgent, ticket.urgent);
+            }
+        }
+        let wrong = asked("Why?").set_constraint(Constraint::Lark("start: start".to_owned()));
+        let error = model
+            .send_chat_request(wrong)
+            .await
+            .expect_err("no grammar");
+        assert!(matches!(error, SdkError::RequestValidation(_)), "{error}");
+        let answer = model.send_chat_request(asked("Why?")).await.expect("one");
+        assert_eq!(answer.usage.completion_tokens, SHORT);
+    });
+}
+
+#[test]
+fn a_conversation_that_the_template_refuses_harms_nothing() {
+    let template = "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}{{ messages[0].content }}{% if messages[0].content == 'slice' %}{{ strftime_now('%Q') }}{% endif %}";
+    on_runtime(async {
+        let built = builder(&servable()).with_chat_template(template);
+        let model = built.build().await.expect("loaded");
+        let two = asked("Why?").add_message(TextMessageRole::User, "How?");
+        let error = model.send_chat_request(two).await.expect_err("two");
+        assert!(error.to_string().contains("one at a time"), "{error}");
+        // A date in a format that there is not: mistral.rs alone panics over it, or prints it as it is.
+        let odd = model.send_chat_request(asked("slice")).await;
+        assert!(odd.is_ok() || matches!(odd, Err(SdkError::RequestValidation(_))));
+        let answer = model.send_chat_request(asked("Why?")).await.expect("one");
+        assert_eq!(answer.usage.completion_tokens, SHORT);
     });
 }
 
@@ -132,6 +212,17 @@ fn what_would_have_no_effect_is_refused_by_name() {
                 "{error}"
             );
         }
+        let tool = Tool {
+            tp: ToolType::Function,
+            function: Function {
+                name: "count".to_owned(),
+                description: None,
+                parameters: None,
+            },
+        };
+        let unseen = model.send_chat_request(asked("?").set_tools(vec![tool]));
+        let error = unseen.await.expect_err("no place for tools").to_string();
+        assert!(error.contains("with_chat_template"), "{error}");
         let unknown = model.send_chat_request_with_model(asked("?"), Some("nobody"));
         let error = unknown.await.expect_err("no such model").to_string();
         assert!(error.contains("nobody"), "{error}");
