@@ -5,6 +5,7 @@ pub(crate) mod batches_on_a_cpu;
 pub(crate) mod conversations;
 pub(crate) mod first_white_space;
 pub(crate) mod forced_tools;
+pub(crate) mod late_step;
 pub(crate) mod logger_threads;
 pub(crate) mod lost_last_chunk;
 pub(crate) mod model_config;

@@ -7,16 +7,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
+use either::Either;
 use mistralrs_core::{
     DefaultSchedulerMethod, MistralRs, MistralRsBuilder, NormalRequest, Request, RequestMessage,
     Response, SamplingParams, SchedulerConfig,
 };
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{Sender, channel};
 
-use crate::engine::{engine_error, silent};
+use crate::engine::{engine_error, plain_tokenization, silent};
 use crate::error::{Error, Result};
 use crate::loader::{WeakPipeline, panic_text};
+use crate::quirks_0_8::late_step;
 use crate::quirks_0_8::logger_threads::{
     NormalModel, NotExchanged, end_log_of, placeholder, threads_of_an_engine,
 };
@@ -171,6 +174,33 @@ impl Slot {
         }
     }
 
+    /// Whether the engine, which nobody waits for an answer of, comes to its last step; blocking.
+    fn is_idle(&self) -> bool {
+        let input = self.running.read().input.clone();
+        let deadline = Instant::now() + LAST_STEP;
+        (0..late_step::QUESTIONS).all(|_| {
+            let (sender, mut receiver) = channel(1);
+            let question = plain_tokenization(Either::Right("?".to_owned()), sender);
+            if input.try_send(Request::Tokenize(question)).is_err() {
+                return false;
+            }
+            loop {
+                match receiver.try_recv() {
+                    Ok(_) => return true,
+                    Err(TryRecvError::Disconnected) => return false,
+                    Err(TryRecvError::Empty) if Instant::now() < deadline => {
+                        std::thread::sleep(Duration::from_micros(200));
+                    }
+                    Err(TryRecvError::Empty) => {
+                        // The engine must find a receiver whenever it answers.
+                        std::mem::forget(receiver);
+                        return false;
+                    }
+                }
+            }
+        })
+    }
+
     /// Gives the engine `model` instead of its placeholder; blocking.
     pub(super) fn occupy(self, model: NormalModel) -> Result<Occupied> {
         match self.model.exchange(&model, LAST_STEP) {
@@ -213,9 +243,9 @@ impl Occupied {
     /// If the engine does not give it away. It then ends when it can, and the model with it.
     pub(super) fn vacate(self) -> std::result::Result<Slot, WeakPipeline> {
         let Self { slot, placeholder } = self;
-        let is_free = !slot.has_ended()
-            && placeholder
-                .is_some_and(|placeholder| slot.model.exchange(&placeholder, LAST_STEP).is_ok());
+        let is_free = placeholder.is_some_and(|placeholder| {
+            slot.is_idle() && slot.model.exchange(&placeholder, LAST_STEP).is_ok()
+        });
         match is_free {
             true => Ok(slot),
             false => Err(Arc::downgrade(slot.model.shared())),

@@ -1,5 +1,7 @@
 //! What a changed configuration does, and what a restart remembers.
 
+mod kept_engines;
+
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -306,119 +308,6 @@ fn files_that_change_between_check_and_load_are_not_served() {
         assert!(error.contains("changed"), "{error}");
         engines(&registry, 1).await;
     });
-}
-
-/// A load whose engine says nothing is refused, and all is as it was: what is served, what is in memory, and that the next load works.
-#[test]
-fn a_model_whose_engine_does_not_answer_is_not_announced() {
-    let site = Site::new();
-    run(async {
-        let config = site.config("", &[("a", "one")]);
-        let mut registry = Registry::load(&config).await.expect("loaded");
-        let (before, in_use) = (served(&registry), registry.in_use());
-        let (one, two) = (site.path("one"), site.path("two"));
-        let limit = std::mem::replace(&mut registry.host.first_answer, Duration::from_millis(50));
-        registry.host.hinder = Some(|lease| {
-            let model = lease.slot().model().shared().clone();
-            Box::new(model.try_lock_owned().expect("an idle engine"))
-        });
-        for (name, source) in [("a", &two), ("b", &one)] {
-            let error = registry.load_adapter(load(name, source)).await;
-            let error = error.err().expect("refused");
-            assert_eq!(error.code(), code::ENGINE_UNAVAILABLE, "{error}");
-            assert!(error.to_string().contains("did not answer"), "{error}");
-        }
-        assert_eq!(served(&registry), before);
-        engines(&registry, in_use.0).await;
-        assert_eq!(registry.in_use(), in_use);
-        registry.host.first_answer = limit;
-        registry.host.hinder = None;
-        let lease = registry.load_adapter(load("a", &two)).await;
-        assert_ne!(lease.expect("loaded").hash, before[1].2);
-    });
-}
-
-/// Nothing that `/readyz` says is from hearsay: engines that have ended, that hang, and that work.
-#[test]
-fn engines_that_do_not_answer_are_named() {
-    let site = Site::new();
-    let limit = Duration::from_secs(60);
-    run(async {
-        let config = site.config("", &[("a", "one"), ("b", "two")]);
-        let registry = Registry::load(&config).await.expect("loaded");
-        let none: [&str; 0] = [];
-        let told = async || {
-            // What was said a moment ago is said again.
-            tokio::time::sleep(Duration::from_millis(600)).await;
-            registry.silent(limit).await
-        };
-        assert_eq!(told().await, none);
-
-        let a = registry.lease(Some("a")).expect("served");
-        panic_in(&a).await;
-        let metrics = crate::server::metrics::Metrics::new();
-        let text = metrics.render(&registry.list(), registry.in_use());
-        let text = text.expect("text");
-        assert!(text.contains("\nmonteclora_ended_engines 1\n"), "{text}");
-        assert_eq!(told().await, ["a"], "it had ended");
-        let start = Instant::now();
-        while !told().await.is_empty() {
-            assert!(start.elapsed() < Duration::from_secs(20), "it stays away");
-        }
-        assert!(!a.has_ended() && a.slot().is_proved());
-        a.prove(limit).await.expect("it answers again");
-        drop(a);
-
-        let b = registry.lease(Some("b")).expect("served");
-        let model = b.slot().model().shared().clone();
-        drop(b);
-        let hung = model.lock().await;
-        assert_eq!(told().await, ["b"], "it hangs");
-        let at_work = registry.lease(Some("b"));
-        assert_eq!(told().await, none, "its step may take so long");
-        assert_eq!(
-            registry.silent(Duration::ZERO).await,
-            none,
-            "said a moment ago"
-        );
-        tokio::time::sleep(Duration::from_millis(600)).await;
-        assert_eq!(registry.silent(Duration::from_secs(1)).await, ["b"]);
-        drop((hung, at_work));
-        assert_eq!(told().await, none);
-    });
-}
-
-/// Makes the engine of `lease` panic, and waits for its end.
-async fn panic_in(lease: &Lease) {
-    struct Panic;
-    impl mistralrs_core::CustomLogitsProcessor for Panic {
-        fn apply(
-            &self,
-            _: &candle_core::Tensor,
-            _: &[u32],
-        ) -> candle_core::Result<candle_core::Tensor> {
-            panic!("as the test has it");
-        }
-    }
-    let (sender, mut receiver) = tokio::sync::mpsc::channel(1);
-    let mut request = mistralrs_core::NormalRequest::new_simple(
-        mistralrs_core::RequestMessage::CompletionTokens(vec![3]),
-        mistralrs_core::SamplingParams::deterministic(),
-        sender,
-        0,
-        None,
-        None,
-    );
-    request.logits_processors = Some(vec![Arc::new(Panic)]);
-    let request = mistralrs_core::Request::Normal(Box::new(request));
-    let input = lease.input().expect("it runs");
-    input.send(request).await.expect("it takes requests");
-    assert!(receiver.recv().await.is_none(), "it says nothing");
-    let start = Instant::now();
-    while !lease.has_ended() {
-        assert!(start.elapsed() < Duration::from_secs(20), "it does not end");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
 }
 
 #[test]
