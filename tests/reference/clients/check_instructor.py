@@ -7,7 +7,7 @@
 import instructor
 import openai
 import pydantic
-from common import CITY_QUESTION, KEY, MODEL, TOOLS_MODEL, URL, City, check, is_city, main, same, true
+from common import CITY_QUESTION, KEY, MODEL, QUESTION, TOOLS_MODEL, URL, City, check, is_city, main, same, true
 
 MESSAGES = [{"role": "user", "content": CITY_QUESTION}]
 ASKED = dict(messages=MESSAGES, response_model=City, temperature=0, max_tokens=100, max_retries=1)
@@ -24,7 +24,7 @@ class Anything(pydantic.BaseModel):
 @check
 def mode_json():
     # The library asks for any object and shows the schema to the model, which is too small to keep to it.
-    asked = ASKED | {"response_model": Anything, "max_tokens": 200}
+    asked = ASKED | {"messages": [{"role": "user", "content": QUESTION}], "response_model": Anything}
     _, raw = client(instructor.Mode.JSON).chat.completions.create_with_completion(model=MODEL, **asked)
     same("finish_reason", raw.choices[0].finish_reason, "stop")
 
