@@ -380,7 +380,7 @@ impl MonteCloraModel {
     /// The underlying [`Model`], without any guard.
     ///
     /// On a CPU, two requests to one name at a time then get wrong answers; a future or stream that is dropped before its end
-    /// stops the engine; and a swap changes the weights under what is in flight.
+    /// stops the engine; structured output may go on to its limit; and a swap changes the weights under what is in flight.
     pub fn inner(&self) -> &Model {
         &self.model
     }
