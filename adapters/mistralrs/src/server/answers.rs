@@ -186,7 +186,7 @@ pub(crate) fn now() -> u64 {
 
 /// How far one choice's scores are shown.
 #[derive(Default)]
-struct Scoring {
+pub(crate) struct Scoring {
     cursor: Cursor,
     /// Whether the token that ends the answer is scored with it.
     with_end: bool,
@@ -195,7 +195,7 @@ struct Scoring {
 }
 
 impl Scoring {
-    fn new(form: &impl Form) -> Self {
+    pub(crate) fn new(form: &impl Form) -> Self {
         Self {
             cursor: Cursor::new(form.is_trimmed()),
             with_end: form.scores_end(),
@@ -213,7 +213,13 @@ impl Scoring {
     }
 
     /// The scores that go along with `piece`; all that are left with the last one, unless a stop text has cut the answer.
-    fn piece(&mut self, job: &RunningJob, idx: usize, piece: &Piece, stopped: bool) -> Vec<Shown> {
+    pub(crate) fn piece(
+        &mut self,
+        job: &RunningJob,
+        idx: usize,
+        piece: &Piece,
+        stopped: bool,
+    ) -> Vec<Shown> {
         let steps = &job.plan(idx).steps;
         let Some(scores) = &steps.scores else {
             return Vec::new();

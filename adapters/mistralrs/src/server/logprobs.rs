@@ -169,6 +169,11 @@ impl Cursor {
 
 /// As `choices[].logprobs` of a chat.
 pub(crate) fn for_chat(shown: &[Shown]) -> Value {
+    json!({"content": entries(shown), "refusal": null})
+}
+
+/// One entry for each token.
+pub(crate) fn entries(shown: &[Shown]) -> Vec<Value> {
     let entry = |text: &str, bytes: &[u8], logprob: Option<f32>| json!({"token": text, "logprob": logprob, "bytes": bytes});
     let content = shown.iter().map(|token| {
         let mut content = entry(&token.text, &token.bytes, token.score.logprob);
@@ -179,7 +184,7 @@ pub(crate) fn for_chat(shown: &[Shown]) -> Value {
         content["top_logprobs"] = top.collect();
         content
     });
-    json!({"content": content.collect::<Vec<_>>(), "refusal": null})
+    content.collect()
 }
 
 /// As `choices[].logprobs` of a completion, of which `offset` characters came before; it is moved on.

@@ -21,7 +21,7 @@ use crate::server::admission::Admission;
 use crate::server::answers::Form;
 use crate::server::api_error::ApiError;
 use crate::server::chat::{Chat, Keys, set_thinking, template};
-use crate::server::fields::{checked, maybe, object, refuse_unknown, take, wrong};
+use crate::server::fields::{checked, maybe, object, only, refuse_unknown, take, wrong};
 use crate::server::guard::Payload;
 use crate::server::messages::Messages;
 use crate::server::request::{Asked, scores_of_chat};
@@ -90,6 +90,13 @@ pub(super) async fn handle(
     if let Some(most) = keys.max_output_tokens {
         shared.insert("max_tokens".to_owned(), json!(most));
     }
+    if settings::wants_logprobs(keys.include.as_ref())? {
+        shared.insert("logprobs".to_owned(), json!(true));
+        let most = keys.top_logprobs.clone();
+        shared.insert("top_logprobs".to_owned(), most.unwrap_or_default());
+    } else {
+        only("top_logprobs", keys.top_logprobs.as_ref(), &json!(0))?;
+    }
     let shared = Value::Object(shared);
     let (mut asked, NoKeys {}) = Asked::read(&app, shared.to_string().as_bytes(), scores_of_chat)?;
     let settings = Settings::read(keys, &shared, &asked.lease)?;
@@ -113,8 +120,12 @@ pub(super) async fn handle(
             reason = parts.take(piece).unwrap_or(reason);
         }
     }
-    if parts.cut(&asked.stop) {
+    let stopped = parts.cut(&asked.stop);
+    if stopped {
         reason = "stop".to_owned();
+    }
+    if asked.n_top.is_some() {
+        parts.score(&form, &job, &reason, stopped);
     }
     Ok(Json(answer.ended(&parts, &reason, job.usage())).into_response())
 }

@@ -8,16 +8,24 @@ use axum::response::{IntoResponse, Response as HttpResponse, Sse};
 use serde_json::{Value, json};
 
 use super::output::{self, Answer, new_id};
-use crate::server::answers::{Form, Piece};
+use crate::server::answers::{Form, Piece, Scoring};
 use crate::server::api_error::ApiError;
 use crate::server::endpoints::chat_completions::ChatForm;
 use crate::server::job::RunningJob;
+use crate::server::logprobs::entries;
 use crate::server::stop::StopFilter;
 
 /// An item that is not whole yet.
 enum Open {
-    Thought { id: String, text: String },
-    Message { id: String, text: String },
+    Thought {
+        id: String,
+        text: String,
+    },
+    Message {
+        id: String,
+        text: String,
+        logprobs: Vec<Value>,
+    },
 }
 
 /// The events of one answer.
@@ -27,6 +35,9 @@ pub(super) struct Events {
     form: ChatForm,
     begun: bool,
     stop: StopFilter,
+    scoring: Scoring,
+    /// Log-probabilities of tokens that have added no text yet.
+    logprobs: Vec<Value>,
     queue: VecDeque<Event>,
     n_events: usize,
     /// Items that are whole.
@@ -40,9 +51,11 @@ impl Events {
         let mut events = Self {
             answer,
             job,
-            form,
             begun: false,
             stop: StopFilter::new(stop.to_vec()),
+            scoring: Scoring::new(&form),
+            form,
+            logprobs: Vec::new(),
             queue: VecDeque::new(),
             n_events: 0,
             items: Vec::new(),
@@ -75,7 +88,7 @@ impl Events {
                 },
                 Ok((idx, None)) => {
                     let reason = self.job.finish_reason(idx);
-                    self.finish(reason);
+                    self.finish(reason, false);
                 }
                 Err(error) => self.fail(&error),
             }
@@ -97,17 +110,22 @@ impl Events {
         self.say(name, data);
     }
 
-    fn take(&mut self, piece: Piece) {
+    fn take(&mut self, mut piece: Piece) {
         if self.closed {
             return;
         }
+        let (mut text, stopped) = self.stop.push(piece.text.as_deref().unwrap_or_default());
+        if piece.finish_reason.is_some() && !stopped {
+            text.push_str(&self.stop.finish());
+        }
+        piece.text = Some(text.clone());
+        self.score(&piece, stopped);
         if let Some(more) = piece.reasoning.filter(|more| !more.is_empty()) {
             self.think(&more);
         }
-        let (more, stopped) = self.stop.push(piece.text.as_deref().unwrap_or_default());
-        self.write(&more);
+        self.write(&text);
         if stopped {
-            return self.finish("stop");
+            return self.finish("stop", true);
         }
         for call in piece.tool_calls.unwrap_or_default() {
             self.end_item("completed");
@@ -126,8 +144,14 @@ impl Events {
             self.push(output::call(&id, &call, true, "completed"));
         }
         if let Some(reason) = piece.finish_reason {
-            self.finish(&reason);
+            self.finish(&reason, false);
         }
+    }
+
+    /// Takes along the log-probabilities of `piece`, which a stop text may have cut.
+    fn score(&mut self, piece: &Piece, stopped: bool) {
+        let shown = self.scoring.piece(&self.job, 0, piece, stopped);
+        self.logprobs.extend(entries(&shown));
     }
 
     fn think(&mut self, more: &str) {
@@ -153,9 +177,12 @@ impl Events {
         if !matches!(self.open, Some(Open::Message { .. })) {
             self.begin_message();
         }
-        if let Some(Open::Message { id, text }) = &mut self.open {
+        let added = std::mem::take(&mut self.logprobs);
+        if let Some(Open::Message { id, text, logprobs }) = &mut self.open {
             text.push_str(more);
-            let delta = json!({"item_id": id, "content_index": 0, "delta": more, "logprobs": []});
+            let delta =
+                json!({"item_id": id, "content_index": 0, "delta": more, "logprobs": added});
+            logprobs.extend(added);
             self.say_of_item("response.output_text.delta", delta);
         }
     }
@@ -165,10 +192,13 @@ impl Events {
         let id = new_id("msg");
         let begun = output::message(&id, None, "in_progress");
         self.say_of_item("response.output_item.added", json!({"item": begun}));
-        let part = json!({"item_id": id, "content_index": 0, "part": output::text_part("")});
+        let part = json!({"item_id": id, "content_index": 0, "part": output::text_part("", &[])});
         self.say_of_item("response.content_part.added", part);
-        let text = String::new();
-        self.open = Some(Open::Message { id, text });
+        self.open = Some(Open::Message {
+            id,
+            text: String::new(),
+            logprobs: Vec::new(),
+        });
     }
 
     /// Ends the item that is open, if there is one.
@@ -180,13 +210,19 @@ impl Events {
                 self.say_of_item("response.reasoning_text.done", done);
                 self.push(output::thought(&id, &text, "completed"));
             }
-            Some(Open::Message { id, text }) => {
-                let done = json!({"item_id": id, "content_index": 0, "text": text, "logprobs": []});
+            Some(Open::Message {
+                id,
+                text,
+                mut logprobs,
+            }) => {
+                logprobs.append(&mut self.logprobs);
+                let done =
+                    json!({"item_id": id, "content_index": 0, "text": text, "logprobs": logprobs});
                 self.say_of_item("response.output_text.done", done);
-                let part = output::text_part(&text);
+                let part = output::text_part(&text, &logprobs);
                 let done = json!({"item_id": id, "content_index": 0, "part": part});
                 self.say_of_item("response.content_part.done", done);
-                self.push(output::message(&id, Some(&text), status));
+                self.push(output::message(&id, Some(part), status));
             }
         }
     }
@@ -197,8 +233,10 @@ impl Events {
         self.items.push(item);
     }
 
-    fn finish(&mut self, reason: &str) {
+    /// Ends the answer, which a stop text may have cut.
+    fn finish(&mut self, reason: &str, stopped: bool) {
         let held = self.stop.finish();
+        self.score(&Piece::of(held.clone(), Some(reason.to_owned())), stopped);
         self.write(&held);
         if self.items.is_empty() && self.open.is_none() {
             self.begin_message();

@@ -4,9 +4,11 @@ use mistralrs_core::ToolCallResponse;
 use serde_json::{Map, Value, json};
 
 use super::settings::Settings;
-use crate::server::answers::{Piece, now};
+use crate::server::answers::{Piece, Scoring, now};
 use crate::server::api_error::ApiError;
-use crate::server::job::Usage;
+use crate::server::endpoints::chat_completions::ChatForm;
+use crate::server::job::{RunningJob, Usage};
+use crate::server::logprobs::entries;
 use crate::server::registry::Lease;
 use crate::server::stop::{StopFilter, whole_characters};
 
@@ -21,6 +23,8 @@ pub(super) struct Parts {
     pub(super) reasoning: Option<String>,
     pub(super) text: Option<String>,
     pub(super) calls: Vec<ToolCallResponse>,
+    /// Log-probabilities of the text, where they are wanted.
+    pub(super) logprobs: Vec<Value>,
 }
 
 impl Parts {
@@ -49,6 +53,17 @@ impl Parts {
         stopped
     }
 
+    /// Notes the log-probabilities of an answer that ended for `reason`, or that a stop text has cut.
+    pub(super) fn score(&mut self, form: &ChatForm, job: &RunningJob, reason: &str, stopped: bool) {
+        let whole = Piece {
+            text: self.text.clone(),
+            reasoning: self.reasoning.clone(),
+            finish_reason: Some(reason.to_owned()),
+            ..Piece::default()
+        };
+        self.logprobs = entries(&Scoring::new(form).piece(job, 0, &whole, stopped));
+    }
+
     /// The items of an answer that ended.
     fn items(&self, status: &str) -> Vec<Value> {
         let mut items = Vec::new();
@@ -61,11 +76,8 @@ impl Parts {
         }
         if self.text.is_some() || self.calls.is_empty() {
             let text = self.text.as_deref().unwrap_or_default();
-            items.push(message(
-                &new_id("msg"),
-                Some(whole_characters(text)),
-                status,
-            ));
+            let part = text_part(whole_characters(text), &self.logprobs);
+            items.push(message(&new_id("msg"), Some(part), status));
         }
         let calls = self.calls.iter();
         items.extend(calls.map(|called| call(&new_id("fc"), called, true, "completed")));
@@ -73,14 +85,14 @@ impl Parts {
     }
 }
 
-/// A message; without a text one that begins.
-pub(super) fn message(id: &str, text: Option<&str>, status: &str) -> Value {
-    let content: Vec<Value> = text.into_iter().map(text_part).collect();
+/// A message; without a part one that begins.
+pub(super) fn message(id: &str, part: Option<Value>, status: &str) -> Value {
+    let content: Vec<Value> = part.into_iter().collect();
     json!({"id": id, "type": "message", "status": status, "role": "assistant", "content": content})
 }
 
-pub(super) fn text_part(text: &str) -> Value {
-    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []})
+pub(super) fn text_part(text: &str, logprobs: &[Value]) -> Value {
+    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs})
 }
 
 pub(super) fn thought(id: &str, text: &str, status: &str) -> Value {

@@ -37,8 +37,6 @@ impl Settings {
             &json!(false),
         )?;
         only("truncation", keys.truncation.as_ref(), &json!("disabled"))?;
-        only("include", keys.include.as_ref(), &json!([]))?;
-        only("top_logprobs", keys.top_logprobs.as_ref(), &json!(0))?;
         if let Some(options) = keys.stream_options {
             let options = object_at("stream_options", options)?;
             refuse_others("stream_options", &options, &["include_obfuscation"])?;
@@ -65,7 +63,7 @@ impl Settings {
             "text": {"format": format, "verbosity": "medium"},
             "tool_choice": choice_shown,
             "tools": tools_shown,
-            "top_logprobs": 0,
+            "top_logprobs": keys.top_logprobs.unwrap_or_else(|| json!(0)),
             "top_p": shared.get("top_p").cloned().or_else(|| Some(model.sampling.top_p.unwrap_or(1.0).into())),
             "truncation": "disabled",
             "user": keys.user,
@@ -82,6 +80,21 @@ impl Settings {
             effort,
             shown,
         })
+    }
+}
+
+/// Whether `include` asks for log-probabilities, the only thing that can be included.
+pub(super) fn wants_logprobs(include: Option<&Value>) -> Result<bool, ApiError> {
+    const LOGPROBS: &str = "message.output_text.logprobs";
+    match include {
+        None => Ok(false),
+        Some(Value::Array(list)) if list.iter().all(|entry| entry == LOGPROBS) => {
+            Ok(!list.is_empty())
+        }
+        Some(_) => {
+            let must = format!("must be a list that has \"{LOGPROBS}\" or nothing");
+            Err(wrong("include", &must))
+        }
     }
 }
 

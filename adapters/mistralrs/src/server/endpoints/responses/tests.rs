@@ -213,6 +213,23 @@ fn a_text_is_answered_whole_and_as_events_that_say_the_same() {
 }
 
 #[test]
+fn log_probabilities_are_those_of_chat() {
+    let (server, _dir) = Running::start(&toml_for(&servable(), ""));
+    let more = json!({"include": ["message.output_text.logprobs"], "top_logprobs": 2});
+    let whole = ask(&server, more.clone(), 200);
+    let found = &whole["output"][0]["content"][0]["logprobs"];
+    let chat = json!({"model": "tuned", "temperature": 0, "max_tokens": 12, "messages": [{"role": "user", "content": "Why?"}],
+        "logprobs": true, "top_logprobs": 2});
+    let chat = parse(server.post("/v1/chat/completions", &chat), 200);
+    assert_eq!(*found, chat["choices"][0]["logprobs"]["content"]);
+    assert!(found.as_array().is_some_and(|list| !list.is_empty()));
+    let events = events(&server, &more);
+    let streamed = &events.last().expect("an end").1["response"];
+    assert_eq!(comparable(streamed), comparable(&whole));
+    server.finish().expect("a clean stop");
+}
+
+#[test]
 fn texts_are_held_to_formats_and_calls_are_items() {
     let (case, _dir) = with_template(crate::fixture_tests::TOOLS);
     let (server, _dir) = Running::start(&toml_for(&case, ""));
@@ -278,6 +295,10 @@ fn what_is_not_there_is_refused_by_name() {
             "include",
         ),
         (json!({"top_logprobs": 2}), "top_logprobs"),
+        (
+            json!({"include": "message.output_text.logprobs"}),
+            "include",
+        ),
         (json!({"messages": []}), "messages"),
         (json!({"instructions": 3}), "instructions"),
         (json!({"metadata": 3}), "metadata"),
