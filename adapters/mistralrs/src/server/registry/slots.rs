@@ -174,11 +174,11 @@ impl Slot {
         }
     }
 
-    /// Whether the engine, which nobody waits for an answer of, comes to its last step; blocking.
-    fn is_idle(&self) -> bool {
+    /// Whether the engine, which nobody waits for an answer of, comes to its last step, as `n_questions` tell; blocking.
+    pub(super) fn is_idle(&self, n_questions: usize) -> bool {
         let input = self.running.read().input.clone();
         let deadline = Instant::now() + LAST_STEP;
-        (0..late_step::QUESTIONS).all(|_| {
+        (0..n_questions).all(|_| {
             let (sender, mut receiver) = channel(1);
             let question = plain_tokenization(Either::Right("?".to_owned()), sender);
             if input.try_send(Request::Tokenize(question)).is_err() {
@@ -244,7 +244,8 @@ impl Occupied {
     pub(super) fn vacate(self) -> std::result::Result<Slot, WeakPipeline> {
         let Self { slot, placeholder } = self;
         let is_free = placeholder.is_some_and(|placeholder| {
-            slot.is_idle() && slot.model.exchange(&placeholder, LAST_STEP).is_ok()
+            slot.is_idle(late_step::QUESTIONS)
+                && slot.model.exchange(&placeholder, LAST_STEP).is_ok()
         });
         match is_free {
             true => Ok(slot),

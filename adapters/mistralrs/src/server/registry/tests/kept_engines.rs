@@ -1,30 +1,41 @@
 //! Engines that are kept while models come and go, and that end, hang and work.
 
-use super::*;
+use tokio::sync::mpsc::error::TryRecvError;
 
-/// An engine goes on for a step after it has given raw logits; its next model has nothing to do with that.
+use super::*;
+use crate::quirks_0_8::late_step;
+
+/// An engine goes on for a step after it has given raw logits; a model that leaves it has seen that step.
 #[test]
-fn a_model_leaves_after_the_last_step() {
+fn an_engine_is_idle_after_its_last_step() {
     let site = Site::new();
     run(async {
         let registry = Registry::load(&site.config("", &[])).await.expect("loaded");
-        for swap in 0..20 {
-            let source = site.path(if swap % 2 == 0 { "one" } else { "two" });
-            let lease = registry.load_adapter(load("a", &source)).await;
-            let lease = lease.expect("swapped");
-            let request = request(|request| request.return_raw_logits = true);
-            let (input, (request, mut receiver)) = (lease.input().expect("it runs"), request);
+        let mut n_at_work = 0;
+        for n_questions in [0, late_step::QUESTIONS].repeat(20) {
+            let lease = registry.lease(Some("base")).expect("served");
+            let (request, mut receiver) = request(|request| request.return_raw_logits = true);
+            let input = lease.input().expect("it runs");
             input.send(request).await.expect("it takes requests");
             let answer = receiver.recv().await.expect("it answers");
             let is_raw = matches!(answer, mistralrs_core::Response::Raw { .. });
             assert!(is_raw, "something else than logits");
-            registry.unload_adapter("a", None).await.expect("unloaded");
-            // The engine finds a receiver; nobody holds its model.
-            drop(lease);
-            engines(&registry, 1).await;
-            assert!(!input.is_closed(), "it has ended");
-            drop(receiver);
+            let ask = move || Ok(lease.slot().is_idle(n_questions));
+            assert!(blocking(ask).await.expect("asked"));
+            // A sequence that is gone has let go of where its answers go.
+            let end = loop {
+                match receiver.try_recv() {
+                    Ok(_) => continue,
+                    Err(end) => break end,
+                }
+            };
+            let is_at_work = end == TryRecvError::Empty;
+            n_at_work += usize::from(is_at_work);
+            assert!(!is_at_work || n_questions == 0, "it is still at it");
+            // The engine must find a receiver whenever it answers.
+            while receiver.recv().await.is_some() {}
         }
+        assert!(n_at_work > 0, "there is no late step any more");
     });
 }
 
