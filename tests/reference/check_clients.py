@@ -5,8 +5,8 @@
     tests/reference/check_clients.py MODEL_DIR [--adapter DIR] [--monteclora FILE] [--data ROWS.jsonl] [--only NAME]... [--all]
 
 MODEL_DIR is SmolLM2-135M-Instruct as a Hugging Face directory, as `monteclora quickstart` leaves one in its cache: the checks
-expect a ChatML model that is able to answer with a short JSON object. With `--adapter` the clients ask the adapter instead of the
-base. `--data` has rows for lm-evaluation-harness in this project's form of ARC or OpenBookQA; without it that client is left out.
+expect a ChatML model that is able to answer with a short JSON object. With `--adapter` some clients ask the adapter, too, and
+transformers is given the base with the adapter merged in. `--data` has rows for lm-evaluation-harness in this project's form of ARC or OpenBookQA; without it that client is left out.
 
 Needs Python 3.10, npm, curl and Debian's `chromium`; fetches uv, the clients and a Node 22 from PyPI and npm into `--cache` (about
 9 GB, most of it PyTorch). Prints a table, and ends with status 1 if a check fails. With `--all` a client goes on after a failure.
@@ -27,6 +27,8 @@ import urllib.request
 
 HERE = pathlib.Path(__file__).resolve().parent / "clients"
 ROOT = HERE.parents[2]
+# Clients whose checks hold for an adapter of any task.
+OF_ADAPTER = {"instructor", "lm_eval", "openai", "transformers"}
 KEY = "a-key-of-the-check"
 UV = "uv==0.13.9"
 
@@ -88,8 +90,15 @@ def serve(options, work, port, origin):
     sys.exit(f"the server did not start:\n{(work / 'serve.log').read_text()}")
 
 
-def commands(options, uv, node, port, origin):
-    shared = [f"http://127.0.0.1:{port}/v1", "adapter" if options.adapter else "base", "--key", KEY, "--tools-model", "tools"]
+def merged(options, work):
+    """A model with the adapter in it, for transformers."""
+    command = [options.monteclora, "merge", "-m", options.model, "-a", options.adapter, "-o", work / "merged", "--dtype", "f32"]
+    subprocess.run(command, check=True)
+    return work / "merged"
+
+
+def commands(options, uv, node, port, origin, asked, reference):
+    shared = [f"http://127.0.0.1:{port}/v1", asked, "--key", KEY, "--tools-model", "tools"]
     shared += ["--all"] if options.all else []
     found = {}
     for file in sorted(HERE.glob("check_*")):
@@ -100,20 +109,21 @@ def commands(options, uv, node, port, origin):
         elif file.suffix == ".sh":
             found[name] = [file, *shared]
         else:
-            more = ["--model-dir", options.model.resolve()] + (["--data", options.data.resolve()] if options.data else [])
+            more = ["--model-dir", reference] + (["--data", options.data.resolve()] if options.data else [])
             found[name] = [uv, "run", "--quiet", "--script", "--python", sys.executable, file, *shared, *more]
     if not options.data:
         found.pop("lm_eval")
     unknown = set(options.only or []) - set(found)
     if unknown:
         sys.exit(f"no such client: {', '.join(sorted(unknown))}; there are {', '.join(found)}")
-    return {name: command for name, command in found.items() if not options.only or name in options.only}
+    chosen = set(options.only or found) & (set(found) if asked == "base" else OF_ADAPTER)
+    return {(name, asked): command for name, command in found.items() if name in chosen}
 
 
 def run(name, command, options, node):
     """One row of the table: versions, counts, what failed."""
     environment = os.environ | {"UV_CACHE_DIR": str(options.cache / "uv"), "NODE_NO_WARNINGS": "1"}
-    print(f"== {name}", flush=True)
+    print(f"== {name[0]}, {name[1]}", flush=True)
     done = subprocess.Popen(
         command, env=environment, cwd=node, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     )
@@ -150,7 +160,9 @@ def main():
     origin, port = free_ports()
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
-        chosen = commands(options, uv, node, port, origin)
+        chosen = commands(options, uv, node, port, origin, "base", options.model.resolve())
+        if options.adapter:
+            chosen |= commands(options, uv, node, port, origin, "adapter", merged(options, work))
         server = serve(options, work, port, origin)
         try:
             rows = [run(name, command, options, node) for name, command in chosen.items()]
@@ -160,9 +172,9 @@ def main():
             status = server.wait(timeout=150)
         if not alive or status:
             print(f"the server ended with status {status}\n{(work / 'serve.log').read_text()[-2000:]}")
-    print("\n| client | version | passed | failed | |\n|---|---|---|---|---|")
-    for name, versions, passed, failures in rows:
-        print(f"| {name} | {versions} | {passed} | {len(failures)} | {' // '.join(failure.replace('|', '/')[:160] for failure in failures)} |")
+    print("\n| client | model | version | passed | failed | |\n|---|---|---|---|---|---|")
+    for (name, asked), versions, passed, failures in rows:
+        print(f"| {name} | {asked} | {versions} | {passed} | {len(failures)} | {' // '.join(failure.replace('|', '/')[:160] for failure in failures)} |")
     sys.exit(1 if not alive or status or any(failures for *_, failures in rows) else 0)
 
 

@@ -4,6 +4,7 @@
 # ///
 """lm-evaluation-harness: log-likelihood tasks by `local-completions`, against transformers on the same model in float32."""
 
+import functools
 import json
 import os
 import pathlib
@@ -41,16 +42,13 @@ def evaluate(batch_size, *more, data=ARGS.data):
     return samples
 
 
-_reference = {}
-
-
+@functools.cache
 def transformers_model():
-    if not _reference:
-        _reference["tokenizer"] = transformers.AutoTokenizer.from_pretrained(ARGS.model_dir)
-        _reference["model"] = transformers.AutoModelForCausalLM.from_pretrained(ARGS.model_dir, dtype=torch.float32)
-    return _reference["tokenizer"], _reference["model"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ARGS.model_dir)
+    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(ARGS.model_dir, dtype=torch.float32)
 
 
+@functools.cache
 def reference(context, continuation):
     """Log-likelihood and whether the continuation is the greedy one, by transformers."""
     tokenizer, model = transformers_model()
