@@ -102,11 +102,32 @@ pub(super) fn a_call_that_must_be_made_is_made(server: &Running) {
             assert!(arguments["kind"].is_string(), "{arguments}");
         }
     }
-    // Cut off in the middle, it is no call, and no failure either.
-    asked["max_tokens"] = json!(3);
-    asked["stream"] = json!(false);
-    let answer = parse(server.post("/v1/chat/completions", &asked), 200);
-    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    // Cut off in its name it is no call, cut off later it is one as far as it goes, and it is a failure in no place.
+    for (max_tokens, name) in [(3, json!(null)), (34, json!("plant"))] {
+        asked["max_tokens"] = json!(max_tokens);
+        asked["stream"] = json!(false);
+        let answer = parse(server.post("/v1/chat/completions", &asked), 200);
+        let choice = &answer["choices"][0];
+        assert_eq!(choice["finish_reason"], "length", "{answer}");
+        assert_eq!(choice["message"]["content"], json!(null), "{answer}");
+        let function = &choice["message"]["tool_calls"][0]["function"];
+        assert_eq!(function["name"], name, "{answer}");
+        asked["stream"] = json!(true);
+        let chunks = events(server.post("/v1/chat/completions", &asked));
+        let chunks = chunks
+            .iter()
+            .filter_map(|data| serde_json::from_str::<Value>(data).ok());
+        let deltas: Vec<Value> = chunks
+            .map(|chunk| chunk["choices"][0]["delta"].clone())
+            .collect();
+        assert!(
+            deltas.iter().all(|delta| delta["content"] == ""),
+            "{deltas:?}"
+        );
+        let called = deltas.iter().find(|delta| delta["tool_calls"].is_array());
+        let streamed = called.map(|delta| delta["tool_calls"][0]["function"].clone());
+        assert_eq!(streamed.unwrap_or_default(), *function);
+    }
 }
 
 /// A grammar may not allow the end that a stop text asks for.

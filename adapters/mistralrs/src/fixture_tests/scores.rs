@@ -273,6 +273,19 @@ fn several_prompts_are_answered_in_their_order() {
     let tokens = ask(json!([[9, 10, 11], [12]]));
     assert_eq!(text(&tokens, 0), text(&other, 0));
     assert_eq!(tokens["usage"]["prompt_tokens"], 4);
+    // mistral.rs makes one more step of an answer that is over with its first token.
+    for n_prompts in [1, 2, 4] {
+        let prompts: Vec<Value> = (0..n_prompts).map(|n| json!([9 + n, 10])).collect();
+        let body = json!({"model": "tuned", "prompt": prompts, "max_tokens": 1, "logprobs": 1, "temperature": 0});
+        for _ in 0..5 {
+            let answer = parse(server.post("/v1/completions", &body), 200);
+            assert_eq!(answer["usage"]["completion_tokens"], n_prompts, "{answer}");
+            for choice in answer["choices"].as_array().expect("a list") {
+                let n_tokens = choice["logprobs"]["tokens"].as_array().map(Vec::len);
+                assert_eq!(n_tokens, Some(1), "{choice}");
+            }
+        }
+    }
     for (body, param) in [
         (json!({"prompt": [9_999_999]}), "prompt"),
         (json!({"prompt": []}), "prompt"),

@@ -81,6 +81,29 @@ impl ToolUse {
     }
 }
 
+/// Name and arguments, as far as they go, of a call whose text was cut; none if it was cut in the name.
+///
+/// mistral.rs takes a call that is not whole for text.
+pub(crate) fn cut_call(text: &str) -> Option<(String, String)> {
+    let after =
+        |text: &'_ str, part: &str| Some(text.trim_start().strip_prefix(part)?.trim_start().len());
+    let rest = |text: &str, part: &str| after(text, part).map(|length| text.len() - length);
+    let mut at = 0;
+    for part in ["{", "\"name\"", ":"] {
+        at += rest(&text[at..], part)?;
+    }
+    let mut names = serde_json::Deserializer::from_str(&text[at..]).into_iter::<String>();
+    let name = names.next()?.ok()?;
+    at += names.byte_offset();
+    for part in [",", "\"arguments\"", ":"] {
+        match rest(&text[at..], part) {
+            Some(length) => at += length,
+            None => return Some((name, String::new())),
+        }
+    }
+    Some((name, text[at..].to_owned()))
+}
+
 /// The schema of a call of `function`, whose parameters are the definition `place` of the whole.
 fn call_schema(function: &Value, place: &str) -> Value {
     json!({
@@ -144,6 +167,26 @@ mod tests {
             parameters(&json!({}), "#/$defs/0"),
             json!({"type": "object"})
         );
+    }
+
+    #[test]
+    fn a_cut_call_is_a_call_as_far_as_it_goes() {
+        let call = |name: &str, arguments: &str| Some((name.to_owned(), arguments.to_owned()));
+        for (text, expected) in [
+            (
+                "{\"name\": \"a\", \"arguments\": {\"k\": \"x",
+                call("a", "{\"k\": \"x"),
+            ),
+            ("{\"name\":\"a\",\"arguments\":", call("a", "")),
+            ("{ \"name\" : \"a\\\"b\" , \"argu", call("a\"b", "")),
+            ("{\"name\": \"a\"", call("a", "")),
+            ("{\"name\": \"a", None),
+            ("{\"nam", None),
+            ("", None),
+            ("text", None),
+        ] {
+            assert_eq!(cut_call(text), expected, "{text}");
+        }
     }
 
     #[test]

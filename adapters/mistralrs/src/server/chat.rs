@@ -48,6 +48,11 @@ pub(crate) fn template<'a>(asked: &'a Asked, messages: &str) -> Result<&'a ChatT
 }
 
 impl Chat {
+    /// Whether the answer has to be a call.
+    pub(crate) fn must_call(&self) -> bool {
+        self.tool_choice.as_ref().is_some_and(ToolUse::must_call)
+    }
+
     /// Gives the conversation to the engine.
     pub(crate) async fn start(
         self,

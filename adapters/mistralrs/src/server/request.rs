@@ -278,7 +278,7 @@ impl Asked {
                 .map(|tokens| Arc::new(PromptScores::new(tokens, self.n_top.unwrap_or_default())));
             for _ in 0..self.n_choices {
                 plans.push(Plan {
-                    steps: Arc::new(self.steps(app, plans.len(), matcher.as_ref())),
+                    steps: Arc::new(self.steps(app, plans.len(), max_tokens, matcher.as_ref())),
                     request: prompt.request.clone(),
                     max_tokens,
                     scores: scores.clone(),
@@ -294,8 +294,8 @@ impl Asked {
         job.start(app, admission, self.stream)
     }
 
-    /// The steps of the choice `idx` of all.
-    fn steps(&self, app: &App, idx: usize, matcher: Option<&Matcher>) -> Steps {
+    /// The steps of the choice `idx` of all, which may have `limit` tokens.
+    fn steps(&self, app: &App, idx: usize, limit: usize, matcher: Option<&Matcher>) -> Steps {
         let scores = |n_top| Scores {
             n_top,
             ..Scores::default()
@@ -307,6 +307,7 @@ impl Asked {
             grammar: matcher.map(Held::new),
             stop: StopWatch::new(&self.stop, &self.lease.tokenizer),
             scores: self.n_top.map(scores),
+            limit: Some(limit),
             // The request waits for its first token, whichever choice has it.
             waiting: Mutex::new((idx == 0).then(|| Counted::new(&app.metrics.requests_waiting))),
             ..Steps::default()

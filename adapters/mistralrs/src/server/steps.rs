@@ -35,6 +35,8 @@ pub(crate) struct Steps {
     pub(super) grammar: Option<Held>,
     pub(super) stop: Option<StopWatch>,
     pub(super) n_prompt: OnceLock<usize>,
+    /// Tokens that the answer may have.
+    pub(super) limit: Option<usize>,
     pub(super) scores: Option<Scores>,
 }
 
@@ -236,7 +238,9 @@ impl CustomLogitsProcessor for Steps {
         if answer.len() >= self.rules.min_tokens && self.stop.as_ref().is_some_and(is_stopped) {
             self.cancel();
         }
-        if self.cancelled.load(Ordering::Relaxed) {
+        // An answer of one token is over with the prompt's step, and yet the engine makes one more; see `late_step`.
+        let is_over = self.limit.is_some_and(|limit| answer.len() >= limit);
+        if is_over || self.cancelled.load(Ordering::Relaxed) {
             return make_certain(logits, &self.end_tokens);
         }
         self.lengths.lock().insert(context.len());
@@ -285,6 +289,19 @@ mod tests {
         steps.cancel();
         assert_eq!(best(&row(&steps, &logits, &[0])), 2);
         assert_eq!(steps.count(), 1, "two draws at one length are one token");
+    }
+
+    #[test]
+    fn a_step_beyond_the_limit_is_none_of_the_answer() {
+        let steps = Steps {
+            end_tokens: vec![2],
+            limit: Some(1),
+            ..Steps::default()
+        };
+        let logits = [3f32, 1.0, -5.0];
+        assert_eq!(best(&row(&steps, &logits, &[0])), 0);
+        assert_eq!(best(&row(&steps, &logits, &[0, 0])), 2);
+        assert_eq!(steps.count(), 1);
     }
 
     #[test]

@@ -2,13 +2,13 @@
 
 use axum::extract::State;
 use axum::response::Response as HttpResponse;
-use mistralrs_core::{Response, ToolCallResponse};
+use mistralrs_core::{CalledFunction, Response, ToolCallResponse, ToolCallType};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::chat_template::{ChatTemplate, Conversation, End};
 use crate::quirks_0_8::first_white_space::{restore, token_text};
-use crate::quirks_0_8::forced_tools::ToolUse;
+use crate::quirks_0_8::forced_tools::{ToolUse, cut_call};
 use crate::server::App;
 use crate::server::admission::Admission;
 use crate::server::answers::{Form, Piece, answer};
@@ -60,6 +60,7 @@ pub(super) async fn handle(
     let chat = keys.chat(template(&asked, "messages")?)?;
     let form = ChatForm {
         one_tool_call,
+        must_call: chat.must_call(),
         continues: chat.conversation.end == End::Open,
     };
     let job = chat.start(&app, &mut asked, admission).await?;
@@ -161,6 +162,8 @@ fn schema(format: Value) -> Result<Option<Value>, ApiError> {
 pub(super) struct ChatForm {
     /// Whether only the first of several tool calls is wanted.
     pub(super) one_tool_call: bool,
+    /// Whether the answer is held to a call.
+    pub(super) must_call: bool,
     /// Whether the answer continues a text, so that white space at its beginning belongs to it.
     pub(super) continues: bool,
 }
@@ -196,6 +199,25 @@ pub(super) struct More {
 
 const ROLE: &str = "assistant";
 
+impl ChatForm {
+    /// `piece`, with a call that its limit has cut as a call.
+    fn with_cut_call(&self, mut piece: Piece) -> Piece {
+        let is_cut = self.must_call && piece.finish_reason.as_deref() == Some("length");
+        // Half a call is no text.
+        if let Some(text) = piece.text.take_if(|_| is_cut) {
+            if let Some((name, arguments)) = cut_call(&text) {
+                piece.tool_calls = Some(vec![ToolCallResponse {
+                    index: 0,
+                    id: format!("call_{}", uuid::Uuid::new_v4().simple()),
+                    tp: ToolCallType::Function,
+                    function: CalledFunction { name, arguments },
+                }]);
+            }
+        }
+        piece
+    }
+}
+
 impl Form for ChatForm {
     const ID: &'static str = "chatcmpl";
     const WHOLE: &'static str = "chat.completion";
@@ -217,22 +239,24 @@ impl Form for ChatForm {
     fn read(&self, response: Response, begun: &mut bool) -> Option<Vec<Piece>> {
         match response {
             Response::Done(done) => {
-                let choices = done.choices.into_iter().map(|choice| Piece {
-                    text: choice.message.content.map(|text| {
-                        let tokens = choice.logprobs.and_then(|logprobs| logprobs.content);
-                        let tokens = tokens.iter().flatten().filter_map(token_text);
-                        match self.continues {
-                            true => restore(&text, tokens),
-                            false => text,
-                        }
-                    }),
-                    tool_calls: choice.message.tool_calls.map(|mut calls| {
-                        calls.truncate(if self.one_tool_call { 1 } else { usize::MAX });
-                        calls
-                    }),
-                    reasoning: choice.message.reasoning_content,
-                    finish_reason: Some(choice.finish_reason),
-                    scores: Vec::new(),
+                let choices = done.choices.into_iter().map(|choice| {
+                    self.with_cut_call(Piece {
+                        text: choice.message.content.map(|text| {
+                            let tokens = choice.logprobs.and_then(|logprobs| logprobs.content);
+                            let tokens = tokens.iter().flatten().filter_map(token_text);
+                            match self.continues {
+                                true => restore(&text, tokens),
+                                false => text,
+                            }
+                        }),
+                        tool_calls: choice.message.tool_calls.map(|mut calls| {
+                            calls.truncate(if self.one_tool_call { 1 } else { usize::MAX });
+                            calls
+                        }),
+                        reasoning: choice.message.reasoning_content,
+                        finish_reason: Some(choice.finish_reason),
+                        scores: Vec::new(),
+                    })
                 });
                 Some(choices.collect())
             }
@@ -254,13 +278,13 @@ impl Form for ChatForm {
                         None => text,
                     };
                     *begun |= self.continues || !text.is_empty();
-                    Piece {
+                    self.with_cut_call(Piece {
                         text: Some(text),
                         tool_calls: Some(calls).filter(|calls| !calls.is_empty()),
                         reasoning: choice.delta.reasoning_content,
                         finish_reason: choice.finish_reason,
                         scores: Vec::new(),
-                    }
+                    })
                 });
                 Some(choices.collect())
             }

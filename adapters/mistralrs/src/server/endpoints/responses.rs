@@ -103,6 +103,7 @@ pub(super) async fn handle(
     let chat = settings.chat(&asked)?;
     let form = ChatForm {
         one_tool_call: !settings.parallel_tool_calls,
+        must_call: chat.must_call(),
         continues: false,
     };
     let (stream, lease) = (asked.stream, asked.lease.clone());
