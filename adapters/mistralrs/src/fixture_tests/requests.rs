@@ -136,7 +136,7 @@ fn a_stop_text_ends_an_answer_that_a_grammar_holds() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
     let mut body = chat("tuned", false);
     body["max_tokens"] = json!(100);
-    body["response_format"] = json!({"type": "json_object"});
+    body["guided_regex"] = json!("[a-z]{80}");
     let whole = parse(server.post("/v1/chat/completions", &body), 200);
     let whole = whole["choices"][0]["message"]["content"].as_str();
     let text: Vec<char> = whole.expect("a text").chars().collect();

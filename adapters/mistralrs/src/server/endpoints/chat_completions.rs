@@ -204,15 +204,14 @@ impl ChatForm {
     fn with_cut_call(&self, mut piece: Piece) -> Piece {
         let is_cut = self.must_call && piece.finish_reason.as_deref() == Some("length");
         // Half a call is no text.
-        if let Some(text) = piece.text.take_if(|_| is_cut) {
-            if let Some((name, arguments)) = cut_call(&text) {
-                piece.tool_calls = Some(vec![ToolCallResponse {
-                    index: 0,
-                    id: format!("call_{}", uuid::Uuid::new_v4().simple()),
-                    tp: ToolCallType::Function,
-                    function: CalledFunction { name, arguments },
-                }]);
-            }
+        let cut = piece.text.take_if(|_| is_cut);
+        if let Some((name, arguments)) = cut.as_deref().and_then(cut_call) {
+            piece.tool_calls = Some(vec![ToolCallResponse {
+                index: 0,
+                id: format!("call_{}", uuid::Uuid::new_v4().simple()),
+                tp: ToolCallType::Function,
+                function: CalledFunction { name, arguments },
+            }]);
         }
         piece
     }

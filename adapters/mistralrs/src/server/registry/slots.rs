@@ -158,7 +158,10 @@ impl Slot {
             let _held = held;
             let request = Request::Normal(Box::new(request));
             input.send(request).await.map_err(engine_error)?;
-            receiver.recv().await.ok_or_else(silent)
+            let answer = receiver.recv().await.ok_or_else(silent);
+            // It makes one more step of it, at which nothing else may be in its hands; see `late_step`.
+            while receiver.recv().await.is_some() {}
+            answer
         });
         match work.await.map_err(engine_error)?? {
             Response::ValidationError(error) | Response::InternalError(error) => {
