@@ -15,6 +15,8 @@ CLIENT = openai.OpenAI(base_url=URL, api_key=KEY, max_retries=0)
 MESSAGES = [{"role": "user", "content": QUESTION}]
 PROMPT = "The capital of France is Paris. The capital of Spain is Madrid. L'élève mange"
 TOLERANCE = 1e-3
+# More only spin where a server computes beside it.
+torch.set_num_threads(1)
 # Settings that change what is drawn and must not change what is told of the model.
 SETTINGS = {
     "greedy": {"temperature": 0},
