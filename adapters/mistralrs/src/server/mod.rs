@@ -4,6 +4,7 @@ mod admission;
 mod answers;
 pub(crate) mod api_error;
 mod chat;
+mod common_keys;
 mod connection;
 mod context;
 mod effort;

@@ -14,12 +14,13 @@ use crate::server::admission::Admission;
 use crate::server::answers::{Form, Piece, answer};
 use crate::server::api_error::ApiError;
 use crate::server::chat::{Chat, Keys, set_thinking, template, variables};
+use crate::server::common_keys::scores_of_chat;
 use crate::server::effort::Effort;
 use crate::server::fields::{flag, maybe, object_at, only, refuse_others, wrong};
 use crate::server::guard::Payload;
 use crate::server::logprobs::{Shown, for_chat};
 use crate::server::messages::Messages;
-use crate::server::request::{Asked, scores_of_chat};
+use crate::server::request::Asked;
 use crate::server::tools;
 
 /// Keys that only this endpoint has.

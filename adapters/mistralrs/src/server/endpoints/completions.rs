@@ -14,10 +14,11 @@ use crate::server::App;
 use crate::server::admission::Admission;
 use crate::server::answers::{Form, Piece, answer};
 use crate::server::api_error::ApiError;
+use crate::server::common_keys::scores_of_completion;
 use crate::server::fields::{checked, flag};
 use crate::server::guard::Payload;
 use crate::server::logprobs::{Shown, for_completion};
-use crate::server::request::{Asked, Prompt, scores_of_completion};
+use crate::server::request::{Asked, Prompt};
 
 /// Keys that only this endpoint has.
 #[derive(Default, Deserialize)]

@@ -21,10 +21,11 @@ use crate::server::admission::Admission;
 use crate::server::answers::Form;
 use crate::server::api_error::ApiError;
 use crate::server::chat::{Chat, Keys, set_thinking, template};
+use crate::server::common_keys::scores_of_chat;
 use crate::server::fields::{checked, maybe, object, only, refuse_unknown, take, wrong};
 use crate::server::guard::Payload;
 use crate::server::messages::Messages;
-use crate::server::request::{Asked, scores_of_chat};
+use crate::server::request::Asked;
 
 /// Keys of this endpoint alone.
 #[derive(Default, Deserialize)]
