@@ -246,6 +246,12 @@ fn answers_are_as_long_as_they_must_be() {
         (json!({"min_tokens": 1, "stop": "x"}), "min_tokens"),
         (json!({"skip_special_tokens": false}), "skip_special_tokens"),
         (json!({"stop_token_ids": ["a"]}), "stop_token_ids"),
+        (json!({"stop_token_ids": [99_999_999]}), "stop_token_ids"),
+        (json!({"logit_bias": {"99999999": 1}}), "logit_bias"),
+        (
+            json!({"max_completion_tokens": "x"}),
+            "max_completion_tokens",
+        ),
     ] {
         let mut body = body;
         body["prompt"] = json!("Why");

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::api_error::ApiError;
 use super::fields::{checked, flag};
 use super::logprobs::MOST_ALTERNATIVES;
+use super::vocabulary::Vocabulary;
 
 /// Most choices a request may ask for.
 const MAX_CHOICES: usize = 16;
@@ -22,6 +23,9 @@ pub(super) struct CommonKeys {
     pub(super) stream_options: Option<Value>,
     #[serde(deserialize_with = "whole_number")]
     pub(super) max_tokens: Option<usize>,
+    /// The newer name of `max_tokens`, and the one that counts.
+    #[serde(deserialize_with = "whole_number")]
+    pub(super) max_completion_tokens: Option<usize>,
     #[serde(deserialize_with = "whole_number")]
     pub(super) min_tokens: Option<usize>,
     #[serde(deserialize_with = "n_choices")]
@@ -74,6 +78,26 @@ pub(super) struct DryKeys {
 pub(crate) type AskedScores = fn(Option<&Value>, Option<&Value>) -> Result<Option<usize>, ApiError>;
 
 impl CommonKeys {
+    /// Refuses tokens that the model does not have.
+    pub(super) fn check_tokens(&self, vocabulary: &Vocabulary) -> Result<(), ApiError> {
+        let biased = self.logit_bias.keys().map(|token| ("logit_bias", token));
+        let stops = self
+            .stop_token_ids
+            .iter()
+            .map(|token| ("stop_token_ids", token));
+        match biased
+            .chain(stops)
+            .find(|(_, token)| !vocabulary.has(**token))
+        {
+            Some((key, token)) => {
+                let message =
+                    format!("`{key}` has the token id {token}, which this model does not have");
+                Err(ApiError::invalid(key, message))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Refuses what cannot be done together.
     pub(super) fn check(
         &self,
@@ -94,6 +118,7 @@ impl CommonKeys {
             ("logprobs", n_top.is_some()),
             ("min_tokens", self.min_tokens.is_some_and(|least| least > 0)),
             ("ignore_eos", self.ignore_eos),
+            ("stop_token_ids", !self.stop_token_ids.is_empty()),
         ];
         if let Some((key, _)) = hooks.iter().find(|(_, asked)| in_step && *asked) {
             let message =

@@ -187,6 +187,17 @@ pub(crate) fn entries(shown: &[Shown]) -> Vec<Value> {
     content.collect()
 }
 
+/// How a token is spelled where its text is its name: parts of a character have none, and are told by their bytes, as OpenAI does.
+fn spelled(bytes: &[u8]) -> String {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => text.to_owned(),
+        Err(_) => {
+            let bytes = bytes.iter().map(|byte| format!("\\x{byte:02x}"));
+            format!("bytes:{}", bytes.collect::<String>())
+        }
+    }
+}
+
 /// As `choices[].logprobs` of a completion, of which `offset` characters came before; it is moved on.
 pub(crate) fn for_completion(shown: &[Shown], offset: &mut usize) -> Value {
     let mut offsets = Vec::new();
@@ -196,16 +207,19 @@ pub(crate) fn for_completion(shown: &[Shown], offset: &mut usize) -> Value {
         *offset += token.n_characters;
         top.push(token.score.logprob.map(|logprob| {
             let mut entries = Map::new();
-            let alternatives = token.top.iter().map(|(text, _, logprob)| (text, *logprob));
-            // Several tokens may have one text, such as the parts of a character: the most probable counts.
-            for (text, logprob) in alternatives.chain([(&token.text, logprob)]) {
-                entries.entry(text.clone()).or_insert(json!(logprob));
+            let alternatives = token
+                .top
+                .iter()
+                .map(|(_, bytes, logprob)| (bytes, *logprob));
+            // Several tokens may have one text: the most probable counts.
+            for (bytes, logprob) in alternatives.chain([(&token.bytes, logprob)]) {
+                entries.entry(spelled(bytes)).or_insert(json!(logprob));
             }
             entries
         }));
     }
     json!({
-        "tokens": shown.iter().map(|token| &token.text).collect::<Vec<_>>(),
+        "tokens": shown.iter().map(|token| spelled(&token.bytes)).collect::<Vec<_>>(),
         "token_logprobs": shown.iter().map(|token| token.score.logprob).collect::<Vec<_>>(),
         "top_logprobs": top,
         "text_offset": offsets,
@@ -284,6 +298,12 @@ mod tests {
             texts(&cursor.finish(&vocabulary, &all, |token| token == 1, true)),
             "bc<|im_end|>"
         );
+    }
+
+    #[test]
+    fn parts_of_a_character_are_told_by_their_bytes() {
+        assert_eq!(spelled("é".as_bytes()), "é");
+        assert_eq!(spelled(&[0xe3, 0x81]), "bytes:\\xe3\\x81");
     }
 
     #[test]

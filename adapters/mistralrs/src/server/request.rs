@@ -40,7 +40,7 @@ const AS_DONE: &[(&str, bool)] = &[
 ];
 
 /// Keys that are understood besides those of the structures here.
-const OTHER_KEYS: &[&str] = &["model", "max_completion_tokens"];
+const OTHER_KEYS: &[&str] = &["model"];
 
 /// A request that has passed the common checks.
 pub(crate) struct Asked {
@@ -94,9 +94,6 @@ impl Asked {
         for (key, value) in AS_DONE {
             only(key, fields.remove(*key).as_ref(), &json!(value))?;
         }
-        if let Some(max) = fields.remove("max_completion_tokens") {
-            fields.insert("max_tokens".to_owned(), max);
-        }
         let common: CommonKeys = take(&mut fields)?;
         let dry = take::<DryKeys>(&mut fields)?.params()?;
         let form = take::<FormKeys>(&mut fields)?.form()?;
@@ -111,6 +108,9 @@ impl Asked {
             None => false,
         };
         let in_step = samples_in_step();
+        // Each token has to be known when it is drawn where it may be a stop token, or is scored.
+        let known = n_top.is_some() || !common.stop_token_ids.is_empty();
+        common.check_tokens(&lease.vocabulary)?;
         common.check(n_top, dry.as_ref(), in_step)?;
         let asked = Sampling {
             temperature: common.temperature,
@@ -120,7 +120,7 @@ impl Asked {
             repetition_penalty: common.repetition_penalty,
         };
         let mut sampling = asked.or(&lease.sampling);
-        let draw = sampling.seeded(common.seed, n_top.is_some());
+        let draw = sampling.seeded(common.seed, known);
         refuse_hooks(in_step, &common.logit_bias, draw.as_ref())?;
         narrow_sampling::say_otherwise(&mut sampling);
         // Where several processes sample, each has to penalise by itself, as mistral.rs does.
@@ -147,7 +147,7 @@ impl Asked {
                 dry_params: dry,
                 ..SamplingParams::neutral()
             },
-            max_tokens: common.max_tokens,
+            max_tokens: common.max_completion_tokens.or(common.max_tokens),
             rules: Arc::new(Rules {
                 bias: common.logit_bias,
                 penalties: Penalties {
@@ -202,7 +202,7 @@ impl Asked {
                 _ => Constraint::None,
             };
             prompt.request.sampling_params = SamplingParams {
-                stop_toks: stop_texts::told(&self.stop, &self.rules.stop_tokens),
+                stop_toks: stop_texts::told(&self.stop),
                 max_len: Some(max_tokens),
                 ..self.sampling.clone()
             };
@@ -253,15 +253,25 @@ impl Asked {
             return Ok(None);
         };
         let vocabulary = self.lease.vocabulary.clone();
-        let compiled = tokio::task::spawn_blocking(move || {
-            vocabulary.compile(&form.constraint).map_err(|cause| {
-                let key = &form.key;
-                ApiError::invalid(key, format!("`{key}` cannot be used as a grammar: {cause}"))
-            })
-        });
-        compiled
-            .await
-            .map_err(|error| ApiError::internal(error.to_string()))?
+        let Form { key, constraint } = form;
+        let compiled = tokio::task::spawn_blocking(move || vocabulary.compile(&constraint));
+        // One that is far too large ends the library's work by a panic.
+        let compiled = compiled.await;
+        let compiled = compiled.unwrap_or_else(|_| Err("it is too large".to_owned()));
+        compiled.map_err(|cause| {
+            // What follows is the state of a parser.
+            let cause: String = cause
+                .lines()
+                .next()
+                .unwrap_or_default()
+                .chars()
+                .take(300)
+                .collect();
+            ApiError::invalid(
+                &key,
+                format!("`{key}` cannot be used as a grammar: {cause}"),
+            )
+        })
     }
 
     /// As many tokens as are wanted, may be asked for, and fit after the prompt.
@@ -278,7 +288,8 @@ impl Asked {
             ));
         }
         if only_prompt && !self.may_be_empty {
-            let message = "`max_tokens` must be a positive integer";
+            let message =
+                "`max_tokens` must be a positive integer; 0 goes with `echo`: true in a completion";
             return Err(ApiError::invalid("max_tokens", message));
         }
         let room = context - n_prompt;

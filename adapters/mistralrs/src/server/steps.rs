@@ -207,7 +207,11 @@ impl Steps {
                 let score = TokenScore::new(&raw, token, scores.n_top);
                 scores.recorded.lock().push(score);
             }
-            certain(&mut logits, &[token]);
+            // In place of a token that ends the answer, and is no part of its text, comes the one that mistral.rs knows for that.
+            match self.rules.stop_tokens.contains(&token) {
+                true => certain(&mut logits, &self.end_tokens),
+                false => certain(&mut logits, &[token]),
+            }
         }
         Ok(logits)
     }
@@ -382,6 +386,24 @@ mod tests {
             }
         }
         context.split_off(1)
+    }
+
+    #[test]
+    fn a_stop_token_ends_the_answer_in_the_place_of_the_models_own() {
+        let steps = Steps {
+            end_tokens: vec![2],
+            rules: Arc::new(Rules {
+                stop_tokens: vec![1],
+                ..Rules::default()
+            }),
+            draw: Some(SeededDraw {
+                temperature: 0.0,
+                ..plain(0)
+            }),
+            ..Steps::default()
+        };
+        assert_eq!(best(&row(&steps, &[1.0, 0.0, -9.0], &[0])), 0);
+        assert_eq!(best(&row(&steps, &[0.0, 1.0, -9.0], &[0, 0])), 2);
     }
 
     fn held(rules: Rules) -> Steps {

@@ -171,7 +171,8 @@ fn choice(key: &str, value: &Value) -> Result<String, ApiError> {
 fn literal(text: &str) -> String {
     let mut expression = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_ascii_punctuation() {
+        // Before others a backslash has a meaning of its own: `\<` is the beginning of a word.
+        if r"\.+*?()|[]{}^$#&-~".contains(c) {
             expression.push('\\');
         }
         expression.push(c);
@@ -227,6 +228,20 @@ mod tests {
         let (key, _) = shown(json!({"structured_outputs": {"json_object": true}}));
         assert_eq!(key, "structured_outputs.json_object");
         assert!(form(json!({})).expect("nothing asked").is_none());
+    }
+
+    #[test]
+    fn a_choice_is_any_text() {
+        let vocabulary = crate::server::vocabulary::tests::two_ends(&[1]);
+        let printable: String = ('!'..='~').collect();
+        for text in [">5", "a->b", "<|x|>", "a/b", &printable] {
+            let form = form(json!({"guided_choice": [text, "x"]})).expect("sound");
+            let compiled = vocabulary.compile(&form.expect("a form").constraint);
+            let mut matcher = compiled.expect("compiles").expect("a grammar");
+            let tokens = crate::server::vocabulary::tests::ids(&vocabulary, text);
+            matcher.consume_tokens(&tokens).expect("fits");
+            assert!(matcher.is_accepting().expect("sound"), "{text}");
+        }
     }
 
     #[test]

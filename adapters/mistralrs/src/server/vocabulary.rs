@@ -196,7 +196,7 @@ pub(crate) mod tests {
         Vocabulary::new(Arc::new(tokenizer), end_tokens)
     }
 
-    fn ids(vocabulary: &Vocabulary, text: &str) -> Vec<u32> {
+    pub(crate) fn ids(vocabulary: &Vocabulary, text: &str) -> Vec<u32> {
         let encoding = vocabulary.tokenizer.encode(text, false).expect("text");
         encoding.get_ids().to_vec()
     }

@@ -22,7 +22,7 @@ use crate::server::answers::Form;
 use crate::server::api_error::ApiError;
 use crate::server::chat::{Chat, Keys, set_thinking, template};
 use crate::server::common_keys::scores_of_chat;
-use crate::server::fields::{checked, maybe, object, only, refuse_unknown, take, wrong};
+use crate::server::fields::{checked, maybe, object, refuse_unknown, take, wrong};
 use crate::server::guard::Payload;
 use crate::server::messages::Messages;
 use crate::server::request::Asked;
@@ -96,7 +96,11 @@ pub(super) async fn handle(
         let most = keys.top_logprobs.clone();
         shared.insert("top_logprobs".to_owned(), most.unwrap_or_default());
     } else {
-        only("top_logprobs", keys.top_logprobs.as_ref(), &json!(0))?;
+        let most = keys.top_logprobs.as_ref().filter(|most| **most != 0);
+        if most.is_some() {
+            let message = "needs `include`: [\"message.output_text.logprobs\"]";
+            return Err(wrong("top_logprobs", message));
+        }
     }
     let shared = Value::Object(shared);
     let (mut asked, NoKeys {}) = Asked::read(&app, shared.to_string().as_bytes(), scores_of_chat)?;
