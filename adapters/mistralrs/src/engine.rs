@@ -212,14 +212,7 @@ impl Engine {
     pub fn shut_down(self) -> Result<()> {
         let Self { host, pipeline, .. } = self;
         drop(host);
-        let start = Instant::now();
-        while pipeline.strong_count() > 0 {
-            if start.elapsed() > SHUT_DOWN_LIMIT {
-                return Err(Error::Engine("the engine did not stop in time".to_owned()));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
+        wait_until_freed(&pipeline)
     }
 
     #[cfg(test)]
@@ -259,6 +252,21 @@ impl Engine {
             receiver.recv().await.ok_or_else(silent)
         })
     }
+}
+
+/// Waits until nobody holds `model` any more, whose engine has been told to stop; blocking.
+///
+/// # Errors
+/// If that takes longer than [`SHUT_DOWN_LIMIT`].
+pub(crate) fn wait_until_freed(model: &WeakPipeline) -> Result<()> {
+    let start = Instant::now();
+    while model.strong_count() > 0 {
+        if start.elapsed() > SHUT_DOWN_LIMIT {
+            return Err(Error::Engine("the engine did not stop in time".to_owned()));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// Raw logits of every position of each sequence, computed one after the other by a private engine.

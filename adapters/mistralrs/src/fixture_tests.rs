@@ -21,6 +21,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::MonteCloraLoader;
 
@@ -69,10 +70,35 @@ impl Case {
             .expect("settings are sound")
     }
 
+    /// It on a copy of its base, which `change` has been over.
+    pub(crate) fn on_changed_base(self, change: impl FnOnce(&Path)) -> (Self, TempDir) {
+        let copy = tempfile::tempdir().expect("a temporary directory");
+        for entry in fs::read_dir(&self.base).expect("readable") {
+            let entry = entry.expect("readable");
+            fs::copy(entry.path(), copy.path().join(entry.file_name())).expect("copied");
+        }
+        change(copy.path());
+        let base = copy.path().to_owned();
+        (Self { base, ..self }, copy)
+    }
+
+    /// Copies the adapter's two files into the new directory `to`.
+    pub(crate) fn copy_adapter(&self, to: &Path) {
+        copy_adapter(&self.adapter, to);
+    }
+
     fn base_loader(&self) -> MonteCloraLoader {
         MonteCloraLoader::builder(&self.base, "base")
             .build()
             .expect("settings are sound")
+    }
+}
+
+/// Copies the two files of the adapter in `from` into the directory `to`.
+pub(crate) fn copy_adapter(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("created");
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(from.join(file), to.join(file)).expect("copied");
     }
 }
 

@@ -2,21 +2,15 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use mistralrs::MistralRs;
 
 use super::model::MonteCloraModel;
 use super::served::Served;
-use crate::engine::engine_error;
+use crate::engine::{engine_error, wait_until_freed};
 use crate::error::{Error, Result, code};
+use crate::quirks_0_8::logger_threads::LAST_STEP;
 use crate::quirks_0_8::split_models::allow_another_model;
-
-/// How long an engine without a request may step its model.
-const LAST_STEP: Duration = Duration::from_secs(10);
-
-/// How long a removed engine may take to give its memory back.
-const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
 
 impl MonteCloraModel {
     /// Loads the adapter in `source` and serves it under the new name `alias`.
@@ -129,14 +123,7 @@ async fn remove(host: Arc<MistralRs>, served: Arc<Served>) -> Result<()> {
         let _turns = turns;
         host.remove_model(&served.name).map_err(Error::Engine)?;
         drop(served);
-        let start = Instant::now();
-        while weights.strong_count() > 0 {
-            if start.elapsed() > SHUT_DOWN_LIMIT {
-                return Err(Error::Engine("the engine did not stop in time".to_owned()));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
+        wait_until_freed(&weights)
     };
     tokio::task::spawn_blocking(remove)
         .await

@@ -301,6 +301,7 @@ impl MonteCloraModel {
     ) -> SdkResult<String> {
         let served = self.find(model_id)?;
         served
+            .tokens
             .tokenizer
             .decode(&tokens, skip_special_tokens)
             .map_err(SdkError::Inference)

@@ -107,9 +107,9 @@ pub(super) async fn prepare<R: RequestLike>(
     )?;
     let matcher = compile(constraint, served).await?;
     let steps = Arc::new(Steps::for_answer(
-        served.end_tokens.clone(),
+        served.tokens.end_tokens.clone(),
         sampling.logits_bias.take().unwrap_or_default(),
-        StopWatch::new(&stops, &served.tokenizer),
+        StopWatch::new(&stops, &served.tokens.tokenizer),
         matcher.as_ref().map(Held::new),
     ));
     // Those of the caller see the model's logits first.
@@ -150,7 +150,7 @@ async fn compile(constraint: Constraint, served: &Served) -> SdkResult<Option<Ma
     if matches!(constraint, Constraint::None) {
         return Ok(None);
     }
-    let vocabulary = served.vocabulary.clone();
+    let vocabulary = served.tokens.vocabulary.clone();
     let compiled = tokio::task::spawn_blocking(move || vocabulary.compile(&constraint)).await;
     match compiled {
         Ok(Ok(matcher)) => Ok(matcher),

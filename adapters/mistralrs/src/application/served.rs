@@ -1,62 +1,53 @@
 //! One model of an application: what its requests need to know of it, and the turns at its engine.
 
 use std::ops::Deref;
-use std::sync::Arc;
 
 use mistralrs::Model;
 use mistralrs::error::{Error as SdkError, Result as SdkResult};
-use tokenizers::Tokenizer;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::chat_template::ChatTemplate;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::loader::{MonteCloraLoader, SharedPipeline};
 use crate::quirks_0_8::batches_on_a_cpu::Turns;
 use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::special_tokens::TextFrame;
-use crate::server::vocabulary::Vocabulary;
+use crate::server::vocabulary::ModelTokens;
 
 /// A loaded model under its name.
 pub(super) struct Served {
     pub(super) name: String,
     pub(super) is_adapter: bool,
     pub(super) model: NormalModel,
-    pub(super) end_tokens: Vec<u32>,
+    pub(super) tokens: ModelTokens,
     /// What its conversations are written out by.
     pub(super) template: Option<ChatTemplate>,
     /// Tokens of prompt and answer together.
     pub(super) max_sequence_length: usize,
-    pub(super) tokenizer: Arc<Tokenizer>,
     /// Tokens that the model's tokenizer puts around plain text.
     pub(super) frame: TextFrame,
-    pub(super) vocabulary: Arc<Vocabulary>,
     turns: Turns,
 }
 
 impl Served {
     /// What `loader` has loaded as `pipeline`, which an engine is to work with; blocking.
     pub(super) fn new(loader: &MonteCloraLoader, pipeline: SharedPipeline) -> Result<Self> {
-        let (end_tokens, max_sequence_length, tokenizer, device) = {
+        let (tokens, max_sequence_length, device) = {
             let loaded = pipeline.blocking_lock();
             (
-                loaded.get_metadata().eos_tok.clone(),
+                ModelTokens::of(&*loaded)?,
                 loaded.get_metadata().max_seq_len,
-                loaded.tokenizer(),
                 loaded.device().location(),
             )
         };
-        let tokenizer = tokenizer
-            .ok_or_else(|| Error::Engine("the model came without a tokenizer".to_owned()))?;
         Ok(Self {
             name: loader.name().to_owned(),
             is_adapter: loader.adapter().is_some(),
             // SAFETY: `MonteCloraLoader` loads by `NormalLoader`.
             model: unsafe { NormalModel::new(pipeline) },
-            vocabulary: Arc::new(Vocabulary::new(tokenizer.clone(), &end_tokens)),
-            end_tokens,
+            tokens,
             template: loader.chat_template()?,
             max_sequence_length,
-            tokenizer,
             frame: crate::chat_files::text_frame(loader.base())?,
             turns: Turns::new(device),
         })

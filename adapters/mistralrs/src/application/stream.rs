@@ -3,12 +3,12 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use mistralrs::{ChatCompletionChunkResponse, ChunkChoice, Delta, MistralRs, Response};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::quirks_0_8::lost_last_chunk::finish_reason;
+use crate::server::answers::now;
 use crate::server::steps::Steps;
 use crate::server::stop::StopFilter;
 
@@ -122,14 +122,13 @@ impl StreamState {
         if std::mem::replace(&mut self.is_over, true) {
             return None;
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let mut chunk = self
             .last
             .take()
             .unwrap_or_else(|| ChatCompletionChunkResponse {
                 id: "0".to_owned(),
                 choices: Vec::new(),
-                created: now.map_or(0, |time| u128::from(time.as_secs())),
+                created: u128::from(now()),
                 model: self.model.clone(),
                 system_fingerprint: "local".to_owned(),
                 object: "chat.completion.chunk".to_owned(),

@@ -14,30 +14,15 @@ use crate::engine::plain_tokenization;
 use crate::quirks_0_8::abandoned_requests::tokenize;
 use crate::{ChatMessage, Engine, MonteCloraLoader};
 
-/// A copy of the base of `case`, and what `change` does to it.
-fn changed_base(case: &Case, change: impl FnOnce(&Path)) -> (Case, tempfile::TempDir) {
-    let dir = tempfile::tempdir().expect("a temporary directory");
-    for entry in fs::read_dir(&case.base).expect("readable") {
-        let path = entry.expect("readable").path();
-        fs::copy(&path, dir.path().join(path.file_name().expect("a name"))).expect("copied");
-    }
-    change(dir.path());
-    let case = Case {
-        base: dir.path().to_owned(),
-        ..servable()
-    };
-    (case, dir)
-}
-
 /// The base with `template` as its own.
 pub(crate) fn with_template(template: &str) -> (Case, tempfile::TempDir) {
-    changed_base(&servable(), |dir| {
+    servable().on_changed_base(|dir| {
         fs::write(dir.join("chat_template.jinja"), template).expect("written");
     })
 }
 
 fn without_template() -> (Case, tempfile::TempDir) {
-    changed_base(&servable(), |dir| {
+    servable().on_changed_base(|dir| {
         for name in ["chat_template.jinja", "chat_template.json"] {
             let _ = fs::remove_file(dir.join(name));
         }
@@ -153,7 +138,7 @@ fn a_template_that_is_none_refuses_the_load() {
     let own = dir.path().join("mine.jinja");
     fs::write(&own, broken).expect("written");
     refuse(&servable(), Some(&own), "mine.jinja");
-    let (case, _dir) = changed_base(&servable(), |dir| {
+    let (case, _dir) = servable().on_changed_base(|dir| {
         let _ = fs::remove_file(dir.join("chat_template.jinja"));
         let list = json!({"chat_template": [{"name": "default", "template": "x"}, {"name": "tool_use", "template": broken}]});
         fs::write(dir.join("tokenizer_config.json"), list.to_string()).expect("written");

@@ -86,10 +86,7 @@ fn an_adapter_of_another_base_is_loaded_with_a_warning() {
     let root = dir.path().join("adapters");
     let warnings = |name: &str, fingerprint: &str| -> Value {
         let to = root.join(name);
-        fs::create_dir(&to).expect("created");
-        for file in ["adapter_config.json", "adapter_model.safetensors"] {
-            fs::copy(case.adapter.join(file), to.join(file)).expect("copied");
-        }
+        case.copy_adapter(&to);
         let base = json!({"model_id": "/srv/models/mine", "fingerprint": fingerprint});
         let record = json!({ "base": base }).to_string();
         fs::write(to.join("run.json"), record).expect("written");
@@ -141,10 +138,7 @@ fn swaps_in_a_process_of_their_own() {
     let (server, dir) = Running::start(&toml_for(&one, admin));
     for (name, case) in [("one", &one), ("two", &two)] {
         let to = dir.path().join("adapters").join(name);
-        fs::create_dir(&to).expect("created");
-        for file in ["adapter_config.json", "adapter_model.safetensors"] {
-            fs::copy(case.adapter.join(file), to.join(file)).expect("copied");
-        }
+        case.copy_adapter(&to);
     }
     let swap = |to: &str| {
         let body = json!({"lora_name": "tuned", "lora_path": to, "load_inplace": true});

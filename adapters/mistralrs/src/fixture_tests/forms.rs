@@ -11,21 +11,6 @@ use serde_json::{Value, json};
 use super::serving::{Running, chat, parse, toml_for};
 use super::{Case, servable};
 
-/// A copy of the servable model whose files name its end tokens as `change` says.
-fn with_ends(change: impl FnOnce(&Path)) -> (Case, tempfile::TempDir) {
-    let copy = tempfile::tempdir().expect("a temporary directory");
-    for entry in fs::read_dir(servable().base).expect("readable") {
-        let path = entry.expect("readable").path();
-        fs::copy(&path, copy.path().join(path.file_name().expect("a name"))).expect("copied");
-    }
-    change(copy.path());
-    let case = Case {
-        base: copy.path().to_owned(),
-        ..servable()
-    };
-    (case, copy)
-}
-
 fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     let text = fs::read_to_string(path).unwrap_or_else(|_| "{}".to_owned());
     let mut value: Value = serde_json::from_str(&text).expect("JSON");
@@ -52,7 +37,7 @@ fn an_answer_in_a_form_ends_with_stop_whatever_the_models_end_token_is() {
     assert!(ids.len() >= 2, "{ids:?}");
     for (id, _) in &ids {
         for list in [json!(id), json!([id, ids[0].0])] {
-            let (case, _copy) = with_ends(|base| {
+            let (case, _copy) = servable().on_changed_base(|base| {
                 edit(&base.join("generation_config.json"), |file| {
                     file["eos_token_id"] = list.clone()
                 });

@@ -257,10 +257,7 @@ fn a_budget_is_kept_and_freed_by_unloading() {
         config.max_memory = Some(bytes * 5 / 2);
     });
     let copy = dir.path().join("adapters/second");
-    fs::create_dir(&copy).expect("created");
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        fs::copy(case.adapter.join(file), copy.join(file)).expect("copied");
-    }
+    case.copy_adapter(&copy);
     let load = json!({"lora_name": "second", "lora_path": "second"});
     let refused = parse(server.post("/v1/load_lora_adapter", &load), 422);
     assert_eq!(refused["error"]["code"], "over_memory_budget", "{refused}");
@@ -395,10 +392,7 @@ fn of_many_changes_at_once_each_sees_the_one_before() {
     let extra = "[admin]\nenabled = true\nadapter_root = 'adapters'\n";
     let (server, dir) = Running::start(&toml_for(&case, extra));
     let copy = dir.path().join("adapters/copy");
-    fs::create_dir(&copy).expect("created");
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        fs::copy(case.adapter.join(file), copy.join(file)).expect("copied");
-    }
+    case.copy_adapter(&copy);
     let race = |body: &Value| -> Vec<u16> {
         std::thread::scope(|scope| {
             let racers: Vec<_> = (0..4)

@@ -4,19 +4,13 @@ use std::fs;
 
 use serde_json::{Value, json};
 
+use super::servable;
 use super::serving::{Running, chat, events, parse, toml_for};
-use super::{Case, servable};
 
 /// What a request leaves out is the model's own `generation_config.json`, where it has any, and temperature 1.
 #[test]
 fn a_request_that_does_not_say_is_sampled_as_the_model_is() {
-    let case = servable();
-    let copy = tempfile::tempdir().expect("a temporary directory");
-    for entry in fs::read_dir(&case.base).expect("readable") {
-        let path = entry.expect("readable").path();
-        let name = path.file_name().expect("a name");
-        fs::copy(&path, copy.path().join(name)).expect("copied");
-    }
+    let (case, _copy) = servable().on_changed_base(|_| {});
     let greedy = chat("tuned", false);
     let mut silent = greedy.clone();
     silent
@@ -25,11 +19,7 @@ fn a_request_that_does_not_say_is_sampled_as_the_model_is() {
         .remove("temperature");
     let text = |answer: &Value| answer["choices"][0]["message"]["content"].to_string();
     let answers = |settings: &str| {
-        fs::write(copy.path().join("generation_config.json"), settings).expect("written");
-        let case = Case {
-            base: copy.path().to_owned(),
-            ..servable()
-        };
+        fs::write(case.base.join("generation_config.json"), settings).expect("written");
         let (server, _dir) = Running::start(&toml_for(&case, ""));
         let ask = |body: &Value| text(&parse(server.post("/v1/chat/completions", body), 200));
         let mut found: Vec<String> = (0..6).map(|_| ask(&silent)).collect();

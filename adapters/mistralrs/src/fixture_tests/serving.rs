@@ -338,10 +338,7 @@ fn adapters_come_and_go_under_traffic_and_keys_separate_rights() {
     // The sections before [[models]] are in any order.
     let (mut server, dir) = Running::start(&toml_for(&case, extra));
     let copy = dir.path().join("adapters/second");
-    fs::create_dir(&copy).expect("created");
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        fs::copy(other.adapter.join(file), copy.join(file)).expect("copied");
-    }
+    other.copy_adapter(&copy);
 
     for key in [None, Some("wrong"), Some("")] {
         let mut request = server.client.get(server.url("/v1/models"));

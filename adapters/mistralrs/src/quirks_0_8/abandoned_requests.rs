@@ -1,21 +1,11 @@
 //! Requests whose client has left: mistral.rs 0.8.1 takes a receiver that is gone for a failure, fails the whole batch over it and then
 //! stops the engine. So a receiver stays until its answer has come, and an answer nobody waits for is made to end.
 
-use candle_core::Tensor;
 use mistralrs_core::{Request, TokenizationRequest};
 use tokio::sync::mpsc::{Sender, channel};
 
-use super::token_bias;
 use crate::engine::{engine_error, silent};
 use crate::error::{Error, Result};
-
-/// Added to the logit of a token that must be sampled; one that a grammar forbids stays at minus infinity.
-pub(crate) const CERTAIN: f32 = 1e6;
-
-/// `logits` with `tokens` made certain: with those that end an answer, it ends at this step.
-pub(crate) fn make_certain(logits: &Tensor, tokens: &[u32]) -> candle_core::Result<Tensor> {
-    token_bias::add(logits, tokens.iter().map(|token| (*token, CERTAIN)))
-}
 
 /// The tokens that an engine, which takes requests at `engine`, makes of `request`, which is given where to answer.
 ///

@@ -20,6 +20,9 @@ pub(crate) use end::end_log_of;
 pub use end::{end_throughput_log, is_throughput_log, watch_throughput_logs};
 pub(crate) use placeholder::placeholder;
 
+/// How long an engine without a request may step its model.
+pub(crate) const LAST_STEP: Duration = Duration::from_secs(10);
+
 /// A model that mistral.rs's `NormalLoader` has loaded.
 #[derive(Clone)]
 pub(crate) struct NormalModel(SharedPipeline);

@@ -17,6 +17,5 @@ pub(crate) mod split_models;
 pub(crate) mod stop_texts;
 pub(crate) mod template_variables;
 pub(crate) mod thread_locals;
-pub(crate) mod token_bias;
 pub(crate) mod tokenizer_panics;
 pub(crate) mod unreadable_calls;

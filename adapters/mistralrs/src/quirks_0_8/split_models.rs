@@ -1,13 +1,10 @@
 //! Models split over several processes: mistral.rs 0.8.1 gives its workers neither a second model nor the hooks of sampling steps.
 
-use std::collections::HashMap;
-
 use mistralrs_core::distributed;
 use monteclora_converters::MISTRALRS;
 
 use crate::error::{Error, Result};
 use crate::server::api_error::ApiError;
-use crate::server::seeded::SeededDraw;
 
 /// Whether this process only computes for another one that mistral.rs started it from.
 ///
@@ -36,20 +33,11 @@ pub(crate) fn allow_another_model() -> Result<()> {
     Ok(())
 }
 
-/// Refuses what only a hook into sampling steps does, where `in_step`.
-pub(crate) fn refuse_hooks(
-    in_step: bool,
-    bias: &HashMap<u32, f32>,
-    seeded: Option<&SeededDraw>,
-) -> Result<(), ApiError> {
-    let key = match (bias.is_empty(), seeded) {
-        (false, _) => "logit_bias",
-        (true, Some(_)) => "seed",
-        (true, None) => return Ok(()),
-    };
-    if !in_step {
+/// Refuses what only a hook into sampling steps does, where `in_step`; of each key, whether it asks for that.
+pub(crate) fn refuse_hooks(in_step: bool, keys: &[(&str, bool)]) -> Result<(), ApiError> {
+    let Some((key, _)) = keys.iter().find(|(_, is_asked)| in_step && *is_asked) else {
         return Ok(());
-    }
+    };
     let message = format!("`{key}` is not supported where a model is split over several processes");
     Err(ApiError::invalid(key, message))
 }
@@ -60,18 +48,11 @@ mod tests {
 
     #[test]
     fn what_other_processes_would_not_do_is_refused() {
-        let (none, bias) = (HashMap::new(), HashMap::from([(1, 1.0)]));
-        let draw = SeededDraw {
-            seed: 1,
-            temperature: 1.0,
-            top_k: None,
-            top_p: None,
-            min_p: None,
-        };
-        refuse_hooks(true, &none, None).expect("nothing to refuse");
-        refuse_hooks(false, &bias, Some(&draw)).expect("one process");
-        for (bias, draw, key) in [(&none, Some(&draw), "seed"), (&bias, None, "logit_bias")] {
-            let error = refuse_hooks(true, bias, draw).expect_err("refused");
+        let keys = |bias, seed| [("logit_bias", bias), ("seed", seed)];
+        refuse_hooks(true, &keys(false, false)).expect("nothing to refuse");
+        refuse_hooks(false, &keys(true, true)).expect("one process");
+        for (bias, seed, key) in [(false, true, "seed"), (true, false, "logit_bias")] {
+            let error = refuse_hooks(true, &keys(bias, seed)).expect_err("refused");
             assert_eq!(error.body()["error"]["param"], key);
         }
     }

@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use mistralrs_core::DrySamplingParams;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
+use tokenizers::Tokenizer;
 
 use super::api_error::ApiError;
 use super::fields::{checked, flag};
 use super::logprobs::MOST_ALTERNATIVES;
-use super::vocabulary::Vocabulary;
 
 /// Most choices a request may ask for.
 const MAX_CHOICES: usize = 16;
@@ -79,7 +79,7 @@ pub(crate) type AskedScores = fn(Option<&Value>, Option<&Value>) -> Result<Optio
 
 impl CommonKeys {
     /// Refuses tokens that the model does not have.
-    pub(super) fn check_tokens(&self, vocabulary: &Vocabulary) -> Result<(), ApiError> {
+    pub(super) fn check_tokens(&self, tokenizer: &Tokenizer) -> Result<(), ApiError> {
         let biased = self.logit_bias.keys().map(|token| ("logit_bias", token));
         let stops = self
             .stop_token_ids
@@ -87,7 +87,7 @@ impl CommonKeys {
             .map(|token| ("stop_token_ids", token));
         match biased
             .chain(stops)
-            .find(|(_, token)| !vocabulary.has(**token))
+            .find(|(_, token)| tokenizer.id_to_token(**token).is_none())
         {
             Some((key, token)) => {
                 let message =
@@ -103,7 +103,6 @@ impl CommonKeys {
         &self,
         n_top: Option<usize>,
         dry: Option<&DrySamplingParams>,
-        in_step: bool,
     ) -> Result<(), ApiError> {
         if n_top.is_some() && dry.is_some_and(|dry| dry.multiplier != 0.0) {
             let message = "`logprobs` and `dry_multiplier` exclude each other: what the model says is not known under that penalty";
@@ -114,18 +113,18 @@ impl CommonKeys {
                 "`min_tokens` and `stop` exclude each other; `stop_token_ids` goes with it";
             return Err(ApiError::invalid("min_tokens", message));
         }
-        let hooks = [
+        Ok(())
+    }
+
+    /// Of the keys that only a hook into sampling steps serves, whether each asks for that; `n_top` is what is told of each token.
+    pub(super) fn hooks(&self, n_top: Option<usize>) -> [(&'static str, bool); 5] {
+        [
             ("logprobs", n_top.is_some()),
             ("min_tokens", self.min_tokens.is_some_and(|least| least > 0)),
             ("ignore_eos", self.ignore_eos),
             ("stop_token_ids", !self.stop_token_ids.is_empty()),
-        ];
-        if let Some((key, _)) = hooks.iter().find(|(_, asked)| in_step && *asked) {
-            let message =
-                format!("`{key}` is not supported where a model is split over several processes");
-            return Err(ApiError::invalid(key, message));
-        }
-        Ok(())
+            ("logit_bias", !self.logit_bias.is_empty()),
+        ]
     }
 }
 
@@ -326,6 +325,7 @@ mod tests {
     use crate::server::fields::{object, take};
 
     use super::*;
+    use crate::quirks_0_8::split_models::refuse_hooks;
 
     #[test]
     fn stream_options_are_read_or_refused() {
@@ -400,11 +400,11 @@ mod tests {
         let dry = dry.params().expect("sound").expect("asked for");
         let keys = read(&json!({"min_tokens": 2, "stop": "x", "ignore_eos": true})).expect("sound");
         let plain = CommonKeys::default();
-        plain.check(Some(0), None, false).expect("nothing else");
+        plain.check(Some(0), None).expect("nothing else");
         for (error, key) in [
-            (plain.check(Some(0), Some(&dry), false), "dry_multiplier"),
-            (plain.check(Some(0), None, true), "logprobs"),
-            (keys.check(None, None, false), "min_tokens"),
+            (plain.check(Some(0), Some(&dry)), "dry_multiplier"),
+            (refuse_hooks(true, &plain.hooks(Some(0))), "logprobs"),
+            (keys.check(None, None), "min_tokens"),
         ] {
             assert_eq!(error.expect_err("refused").body()["error"]["param"], key);
         }

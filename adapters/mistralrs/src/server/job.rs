@@ -415,7 +415,7 @@ impl RunningJob {
 
     /// The tokens of the model that answers.
     pub(crate) fn vocabulary(&self) -> &Vocabulary {
-        &self.job.lease.vocabulary
+        &self.job.lease.tokens.vocabulary
     }
 
     /// How the choice `idx` is made.

@@ -1,7 +1,7 @@
 //! The OpenAI-compatible server: binds, loads every model, answers, and drains when told to stop.
 
 mod admission;
-mod answers;
+pub(crate) mod answers;
 pub(crate) mod api_error;
 mod chat;
 mod common_keys;

@@ -110,8 +110,9 @@ impl Asked {
         let in_step = samples_in_step();
         // Each token has to be known when it is drawn where it may be a stop token, or is scored.
         let known = n_top.is_some() || !common.stop_token_ids.is_empty();
-        common.check_tokens(&lease.vocabulary)?;
-        common.check(n_top, dry.as_ref(), in_step)?;
+        common.check_tokens(&lease.tokens.tokenizer)?;
+        common.check(n_top, dry.as_ref())?;
+        refuse_hooks(in_step, &common.hooks(n_top))?;
         let asked = Sampling {
             temperature: common.temperature,
             top_k: common.top_k,
@@ -121,7 +122,7 @@ impl Asked {
         };
         let mut sampling = asked.or(&lease.sampling);
         let draw = sampling.seeded(common.seed, known);
-        refuse_hooks(in_step, &common.logit_bias, draw.as_ref())?;
+        refuse_hooks(in_step, &[("seed", draw.is_some())])?;
         narrow_sampling::say_otherwise(&mut sampling);
         // Where several processes sample, each has to penalise by itself, as mistral.rs does.
         let theirs = |penalty: Option<f32>| penalty.filter(|_| in_step);
@@ -234,11 +235,11 @@ impl Asked {
             ..Scores::default()
         };
         Steps {
-            end_tokens: self.lease.end_tokens.clone(),
+            end_tokens: self.lease.tokens.end_tokens.clone(),
             rules: self.rules.clone(),
             draw: self.draw.as_ref().map(|draw| draw.for_choice(idx)),
             grammar: matcher.map(Held::new),
-            stop: StopWatch::new(&self.stop, &self.lease.tokenizer),
+            stop: StopWatch::new(&self.stop, &self.lease.tokens.tokenizer),
             scores: self.n_top.map(scores),
             limit: Some(limit),
             // The request waits for its first token, whichever choice has it.
@@ -252,7 +253,7 @@ impl Asked {
         let Some(form) = self.form.clone().filter(|_| !samples_in_step()) else {
             return Ok(None);
         };
-        let vocabulary = self.lease.vocabulary.clone();
+        let vocabulary = self.lease.tokens.vocabulary.clone();
         let Form { key, constraint } = form;
         let compiled = tokio::task::spawn_blocking(move || vocabulary.compile(&constraint));
         // One that is far too large ends the library's work by a panic.

@@ -14,8 +14,10 @@ use super::metrics::Counted;
 use super::seeded::SeededDraw;
 use super::stop::StopWatch;
 use super::vocabulary::Held;
-use crate::quirks_0_8::abandoned_requests::{CERTAIN, make_certain};
 use crate::quirks_0_8::split_models::samples_in_step;
+
+/// Added to the logit of a token that must be sampled.
+const CERTAIN: f32 = 1e6;
 
 /// The steps of one choice of a request: counts tokens, holds the answer to a grammar, biases, penalises, draws, scores what was
 /// drawn, and ends an answer nobody waits for.
@@ -234,6 +236,11 @@ fn certain(logits: &mut [f32], tokens: &[u32]) {
     }
 }
 
+fn tensor(row: Vec<f32>) -> candle_core::Result<Tensor> {
+    let n = row.len();
+    Tensor::from_vec(row, n, &Device::Cpu)
+}
+
 impl CustomLogitsProcessor for Steps {
     fn apply(&self, logits: &Tensor, context: &[u32]) -> candle_core::Result<Tensor> {
         let n_prompt = *self.n_prompt.get_or_init(|| context.len());
@@ -245,7 +252,9 @@ impl CustomLogitsProcessor for Steps {
         // An answer of one token is over with the prompt's step, and yet the engine makes one more; see `late_step`.
         let is_over = self.limit.is_some_and(|limit| answer.len() >= limit);
         if is_over || self.cancelled.load(Ordering::Relaxed) {
-            return make_certain(logits, &self.end_tokens);
+            let mut row = logits.to_vec1()?;
+            certain(&mut row, &self.end_tokens);
+            return tensor(row);
         }
         self.lengths.lock().insert(context.len());
         self.first.get_or_init(|| {
@@ -255,9 +264,7 @@ impl CustomLogitsProcessor for Steps {
         if self.changes_nothing() {
             return Ok(logits.clone());
         }
-        let next = self.next(logits.to_vec1()?, answer, context)?;
-        let n = next.len();
-        Tensor::from_vec(next, n, &Device::Cpu)
+        tensor(self.next(logits.to_vec1()?, answer, context)?)
     }
 }
 

@@ -2,17 +2,39 @@
 
 use std::sync::{Arc, OnceLock};
 
-use mistralrs_core::Constraint;
 use mistralrs_core::llguidance::api::TopLevelGrammar;
-use mistralrs_core::llguidance::toktrie::TokEnv;
+use mistralrs_core::llguidance::toktrie::{TokEnv, TokEnvWithTrie};
 use mistralrs_core::llguidance::{Matcher, ParserFactory};
+use mistralrs_core::{Constraint, Pipeline};
 use parking_lot::Mutex;
 use tokenizers::Tokenizer;
-use toktrie_hf_tokenizers::{ByteTokenizer, ByteTokenizerEnv};
+
+use crate::error::{Error, Result};
 
 /// White space that JSON may have between its parts: a space, or a new line with its indentation. A small model may otherwise write
 /// nothing else up to its limit.
 const JSON_WHITE_SPACE: &str = r"[ ]|\r?\n[ \t]{0,16}";
+
+/// The tokens of a loaded model.
+pub(crate) struct ModelTokens {
+    /// Those that end an answer.
+    pub(crate) end_tokens: Vec<u32>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) vocabulary: Arc<Vocabulary>,
+}
+
+impl ModelTokens {
+    pub(crate) fn of(model: &(dyn Pipeline + Send + Sync)) -> Result<Self> {
+        let metadata = model.get_metadata();
+        let missing = || Error::Engine("the model came without a tokenizer".to_owned());
+        let theirs = metadata.tok_env().ok_or_else(missing)?;
+        Ok(Self {
+            tokenizer: model.tokenizer().ok_or_else(missing)?,
+            vocabulary: Arc::new(Vocabulary::new(theirs, &metadata.eos_tok)),
+            end_tokens: metadata.eos_tok.clone(),
+        })
+    }
+}
 
 /// The vocabulary of one model, with the tokens that end an answer of this model.
 ///
@@ -20,42 +42,38 @@ const JSON_WHITE_SPACE: &str = r"[ ]|\r?\n[ \t]{0,16}";
 /// model's (`<|im_end|>`): an answer would go on after the last brace. These are the ids of `generation_config.json`,
 /// `tokenizer_config.json` and `config.json`, as the engine has them.
 pub(crate) struct Vocabulary {
-    tokenizer: Arc<Tokenizer>,
-    end_tokens: Vec<u32>,
-    /// Made at the first use: a large vocabulary takes a good part of a second.
-    made: OnceLock<Result<Made, String>>,
-}
-
-struct Made {
     env: TokEnv,
-    factory: ParserFactory,
+    /// Made for the first grammar: a large vocabulary takes a good part of a second.
+    factory: OnceLock<std::result::Result<ParserFactory, String>>,
 }
 
 impl Vocabulary {
-    pub(crate) fn new(tokenizer: Arc<Tokenizer>, end_tokens: &[u32]) -> Self {
+    /// The vocabulary that mistral.rs has as `theirs`, with `end_tokens` in place of its end token.
+    pub(crate) fn new(theirs: TokEnv, end_tokens: &[u32]) -> Self {
+        let trie = theirs.tok_trie();
+        let mut ends = end_tokens.to_vec();
+        ends.retain(|token| usize::try_from(*token).is_ok_and(|token| token < trie.vocab_size()));
+        let env = match &ends[..] {
+            [] => theirs,
+            ends => {
+                let trie = trie.with_eos_tokens(ends);
+                Arc::new(TokEnvWithTrie::new(theirs, trie))
+            }
+        };
         Self {
-            tokenizer,
-            end_tokens: end_tokens.to_vec(),
-            made: OnceLock::new(),
+            env,
+            factory: OnceLock::new(),
         }
     }
 
-    fn made(&self) -> Result<&Made, String> {
+    fn factory(&self) -> std::result::Result<&ParserFactory, String> {
         let make = || {
-            let mut tokenizer = ByteTokenizer::from_tokenizer((*self.tokenizer).clone())?;
-            let size = tokenizer.tokrx_info().vocab_size;
-            let mut ends = self.end_tokens.clone();
-            ends.retain(|token| *token < size);
-            if !ends.is_empty() {
-                tokenizer.set_eos_tokens(&ends);
-            }
-            let env = ByteTokenizerEnv::new(tokenizer, None)?.to_env();
-            let mut factory = ParserFactory::new_simple(&env)?;
+            let mut factory = ParserFactory::new_simple(&self.env)?;
             factory.quiet();
-            anyhow::Ok(Made { env, factory })
+            anyhow::Ok(factory)
         };
         let made = self
-            .made
+            .factory
             .get_or_init(|| make().map_err(|error| error.to_string()));
         made.as_ref().map_err(String::clone)
     }
@@ -74,7 +92,7 @@ impl Vocabulary {
             }
             Constraint::Llguidance(grammar) => grammar.clone(),
         };
-        let parser = self.made()?.factory.create_parser(grammar);
+        let parser = self.factory()?.create_parser(grammar);
         let parser = parser.map_err(|error| error.to_string())?;
         let mut matcher = Matcher::new(Ok(parser));
         // Some faults, such as a rule that never ends, only show at the first step.
@@ -87,25 +105,12 @@ impl Vocabulary {
 
     /// The bytes of `token`; those of its name, if it is a special one.
     pub(crate) fn bytes(&self, token: u32) -> Vec<u8> {
-        match self.made() {
-            Ok(made) => made.env.tok_trie().decode_ext(&[token], true),
-            Err(_) => self
-                .tokenizer
-                .id_to_token(token)
-                .map_or_else(Vec::new, String::into_bytes),
-        }
+        self.env.tok_trie().decode_ext(&[token], true)
     }
 
     /// The bytes that `token` adds to a text: none, if it is a special one.
     pub(crate) fn text_bytes(&self, token: u32) -> Vec<u8> {
-        match self.made() {
-            Ok(made) => made.env.tok_trie().decode_ext(&[token], false),
-            Err(_) => self.bytes(token),
-        }
-    }
-
-    pub(crate) fn has(&self, token: u32) -> bool {
-        self.tokenizer.id_to_token(token).is_some()
+        self.env.tok_trie().decode_ext(&[token], false)
     }
 }
 
@@ -167,38 +172,25 @@ impl Held {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use mistralrs_core::llguidance::toktrie::{ApproximateTokEnv, TokRxInfo, TokTrie};
     use serde_json::json;
 
     use super::*;
 
-    /// A byte-level vocabulary with two tokens that look like ends; the id of `<|endoftext|>` is 0, that of `<|im_end|>` is 1.
+    /// A vocabulary of printable characters, space and line feed, with two tokens that look like ends: the id of `<|endoftext|>`, which
+    /// llguidance takes for the end, is 0, that of `<|im_end|>` is 1.
     pub(crate) fn two_ends(end_tokens: &[u32]) -> Vocabulary {
-        let printable = ('!'..='~')
-            .map(String::from)
-            .chain(["Ġ", "Ċ"].map(String::from));
-        let texts = ["<|endoftext|>", "<|im_end|>"].map(String::from);
-        let texts = texts.into_iter().chain(printable);
-        let vocabulary: serde_json::Map<_, _> = (0u32..)
-            .zip(texts)
-            .map(|(id, text)| (text, json!(id)))
-            .collect();
-        let special = |id: u32, content: &str| json!({"id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false});
-        let tokenizer = json!({
-            "version": "1.0", "added_tokens": [special(0, "<|endoftext|>"), special(1, "<|im_end|>")],
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-        });
-        let tokenizer = tokenizer
-            .to_string()
-            .parse::<Tokenizer>()
-            .expect("a tokenizer");
-        Vocabulary::new(Arc::new(tokenizer), end_tokens)
+        let special = |name: &str| [&[TokTrie::SPECIAL_TOKEN_MARKER], name.as_bytes()].concat();
+        let ends = ["<|endoftext|>", "<|im_end|>"].map(special);
+        let characters = (b'!'..=b'~').chain(*b" \n").map(|byte| vec![byte]);
+        let words: Vec<Vec<u8>> = ends.into_iter().chain(characters).collect();
+        let n_words = u32::try_from(words.len()).expect("a small vocabulary");
+        let trie = TokTrie::from(&TokRxInfo::new(n_words, 0), &words);
+        Vocabulary::new(Arc::new(ApproximateTokEnv::new(trie)), end_tokens)
     }
 
     pub(crate) fn ids(vocabulary: &Vocabulary, text: &str) -> Vec<u32> {
-        let encoding = vocabulary.tokenizer.encode(text, false).expect("text");
-        encoding.get_ids().to_vec()
+        vocabulary.env.tokenize(text)
     }
 
     /// What may come after `answer`, or that it is complete.

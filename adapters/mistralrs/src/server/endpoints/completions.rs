@@ -19,6 +19,7 @@ use crate::server::fields::{checked, flag};
 use crate::server::guard::Payload;
 use crate::server::logprobs::{Shown, for_completion};
 use crate::server::request::{Asked, Prompt};
+use crate::server::vocabulary::ModelTokens;
 
 /// Keys that only this endpoint has.
 #[derive(Default, Deserialize)]
@@ -84,8 +85,13 @@ async fn tokens(
             Ok((text, [&*frame.prefix, &inner, &frame.suffix].concat()))
         }
         Given::Tokens(tokens) => {
-            let vocabulary = &asked.lease.vocabulary;
-            if let Some(unknown) = tokens.iter().find(|token| !vocabulary.has(**token)) {
+            let ModelTokens {
+                tokenizer,
+                vocabulary,
+                ..
+            } = &asked.lease.tokens;
+            let is_unknown = |token: &&u32| tokenizer.id_to_token(**token).is_none();
+            if let Some(unknown) = tokens.iter().find(is_unknown) {
                 let message =
                     format!("`prompt` has the token id {unknown}, which this model does not have");
                 return Err(ApiError::invalid("prompt", message));

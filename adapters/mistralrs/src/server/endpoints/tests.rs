@@ -62,10 +62,7 @@ fn every_endpoint_answers_its_sample_to_those_who_may_ask() {
     let extra = "[auth]\napi_keys_file = 'keys.txt'\nadmin_keys_file = 'admin.txt'\n[admin]\nenabled = true\nadapter_root = 'adapters'\n";
     let (server, dir) = Running::start(&toml_for(&case, extra));
     let copy = dir.path().join("adapters/copy");
-    fs::create_dir(&copy).expect("created");
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        fs::copy(case.adapter.join(file), copy.join(file)).expect("copied");
-    }
+    case.copy_adapter(&copy);
     let endpoints = endpoints();
     let samples = samples();
     assert_eq!(endpoints.len(), samples.len());

@@ -8,7 +8,6 @@ use candle_core::{Device, DeviceLocation};
 use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
 use monteclora_converters::{ModelFiles, Problem, other_base};
 use parking_lot::Mutex;
-use tokenizers::Tokenizer;
 use tokio::sync::mpsc::Sender;
 
 use super::alive::Pulse;
@@ -26,7 +25,7 @@ use crate::quirks_0_8::special_tokens::TextFrame;
 use crate::quirks_0_8::split_models::{allow_another_model, samples_in_step};
 use crate::server::answers::now;
 use crate::server::sampling::Sampling;
-use crate::server::vocabulary::Vocabulary;
+use crate::server::vocabulary::ModelTokens;
 
 /// Settings of every engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,12 +173,10 @@ pub(crate) struct Generation {
     pub(crate) max_sequence_length: usize,
     /// Tokens that the model's tokenizer puts around plain text.
     pub(crate) frame: TextFrame,
-    pub(crate) end_tokens: Vec<u32>,
+    pub(crate) tokens: ModelTokens,
     pub(crate) sampling: Sampling,
-    pub(crate) tokenizer: Arc<Tokenizer>,
     /// What conversations are written out by; none for a model that only continues texts.
     pub(crate) template: Option<ChatTemplate>,
-    pub(crate) vocabulary: Arc<Vocabulary>,
     spec: Spec,
     /// Of several directories with this content the one that was loaded last.
     source: Mutex<Source>,
@@ -254,9 +251,8 @@ impl Drop for Generation {
 struct Loaded {
     checked: Checked,
     model: NormalModel,
-    end_tokens: Vec<u32>,
+    tokens: ModelTokens,
     sampling: Sampling,
-    tokenizer: Arc<Tokenizer>,
     template: Option<ChatTemplate>,
     memory: Reservation,
 }
@@ -287,21 +283,15 @@ impl Loaded {
                 );
                 return Err(Problem::sentence(code::FILES_CHANGED, message).into());
             }
-            let (end_tokens, sampling, tokenizer) = {
+            let (tokens, sampling) = {
                 let loaded = model.shared().blocking_lock();
-                (
-                    loaded.get_metadata().eos_tok.clone(),
-                    Sampling::of(loaded.generation_defaults().as_ref()),
-                    loaded.tokenizer(),
-                )
+                let sampling = Sampling::of(loaded.generation_defaults().as_ref());
+                (ModelTokens::of(&*loaded)?, sampling)
             };
-            let tokenizer = tokenizer
-                .ok_or_else(|| Error::Engine("the model came without a tokenizer".to_owned()))?;
             Ok(Self {
                 model,
-                end_tokens,
+                tokens,
                 sampling,
-                tokenizer,
                 template: checked.wanted.loader.chat_template()?,
                 memory,
                 checked,
@@ -327,10 +317,8 @@ impl Loaded {
             created: now(),
             max_sequence_length: checked.max_sequence_length,
             frame: checked.frame,
-            vocabulary: Arc::new(Vocabulary::new(self.tokenizer.clone(), &self.end_tokens)),
-            end_tokens: self.end_tokens,
+            tokens: self.tokens,
             sampling: self.sampling,
-            tokenizer: self.tokenizer,
             template: self.template,
             turns: Turns::new(wanted.spec.device),
             spec: wanted.spec,

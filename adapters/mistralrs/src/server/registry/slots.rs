@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::loader::{WeakPipeline, panic_text};
 use crate::quirks_0_8::late_step;
 use crate::quirks_0_8::logger_threads::{
-    NormalModel, NotExchanged, end_log_of, placeholder, threads_of_an_engine,
+    LAST_STEP, NormalModel, NotExchanged, end_log_of, placeholder, threads_of_an_engine,
 };
 use crate::quirks_0_8::thread_locals::on_fresh_thread;
 
@@ -33,9 +33,6 @@ const KEPT_FOR: Duration = Duration::from_secs(60);
 
 /// How long a load waits for the engine of a generation that finishes its last requests, before it starts one more.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// How long an engine without a request may step its model.
-const LAST_STEP: Duration = Duration::from_secs(10);
 
 /// One engine that is kept, whatever its model.
 pub(crate) struct Slot {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::fixture_tests::copy_adapter;
 use crate::fixture_tests::{Case, servable, servable_too};
 use crate::{ServeFile, local_only};
 
@@ -42,10 +43,7 @@ impl Site {
     /// Makes the adapter `name` what lies in `from`.
     fn copy(&self, from: &Path, name: &str) {
         let to = self.path(name);
-        fs::create_dir_all(&to).expect("created");
-        for file in ["adapter_config.json", "adapter_model.safetensors"] {
-            fs::copy(from.join(file), to.join(file)).expect("copied");
-        }
+        copy_adapter(from, &to);
     }
 
     /// The resolved configuration of a base with `adapters`, each an alias and a directory.
@@ -182,7 +180,7 @@ fn swaps_leave_nothing_in_memory() {
                 .load_adapter(load("a", &source))
                 .await
                 .expect("swapped");
-            replaced.push(Arc::downgrade(&lease.tokenizer));
+            replaced.push(Arc::downgrade(&lease.tokens.tokenizer));
         }
         registry.unload_adapter("a", None).await.expect("unloaded");
         let start = Instant::now();
