@@ -2,7 +2,7 @@
 //!
 //! The crate knows bytes, element types, shapes and names; it holds no tensor library. Files stay memory-mapped, so
 //! what is not asked for is not read, and what does not change is copied as bytes. What is not understood is refused
-//! with every offender named.
+//! with every offender named. What training and serving have to write alike, the Jinja of chat templates, is in [`jinja`].
 //!
 //! Files must not be changed by others while they are open. A file that is replaced by renaming another over it, as
 //! everything here is written, stays readable; one that is cut short in place ends the process with SIGBUS when a page
@@ -64,6 +64,7 @@ pub mod files;
 mod formats;
 pub mod gguf_base;
 mod inspect;
+pub mod jinja;
 pub mod json;
 mod low_rank;
 mod merge;

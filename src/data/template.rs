@@ -1,18 +1,16 @@
 //! The model's chat template: found, normalised and rendered as mistral.rs and transformers do.
 
 use std::{
-    borrow::Cow,
     collections::BTreeMap,
-    fmt::Write as _,
     path::{Path, PathBuf},
-    sync::LazyLock,
-    time::{SystemTime, UNIX_EPOCH},
+    time::SystemTime,
 };
 
-use chrono::{DateTime, Utc};
-use fancy_regex::Regex;
-use minijinja::{Environment, ErrorKind, Value, filters, value::Kwargs};
-use monteclora_converters::{Error, Problem};
+use minijinja::{Environment, Value};
+use monteclora_converters::{
+    Error, Problem,
+    jinja::{add_variables, describe, environment, strftime, to_minijinja},
+};
 use serde_json::Value as Json;
 
 use super::{
@@ -21,22 +19,11 @@ use super::{
     tokenizer::{read_json, special_token},
 };
 
-/// Tool names that Llama 3 and Harmony templates treat as built in.
-const BUILTIN_TOOLS: [&str; 6] = [
-    "browser",
-    "python",
-    "code_interpreter",
-    "web_search",
-    "brave_search",
-    "wolfram_alpha",
-];
-
 /// A compiled chat template with the model's special tokens.
 ///
-/// Blocks are trimmed as in transformers; Python's string methods, `raise_exception`, `strftime_now` and `tojson`
-/// exist. What a template can see besides the messages is what mistral.rs gives it, so that a model is trained on the
-/// text it will be served with: `enable_thinking` is true, `reasoning_effort` "medium", `date_string` today, and `tojson`
-/// escapes `<`, `>`, `&` and `'` (transformers does not).
+/// It is compiled in [`environment`]. What a template can see besides the messages is what mistral.rs gives it, so that a
+/// model is trained on the text it will be served with: `enable_thinking` is true, `reasoning_effort` "medium",
+/// `date_string` today.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -81,19 +68,9 @@ impl ChatTemplate {
         special_tokens: BTreeMap<&'static str, String>,
         now: SystemTime,
     ) -> Result<Self, Error> {
-        let now = utc(now);
-        let mut environment = Environment::new();
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_lstrip_blocks(true);
-        environment.set_trim_blocks(true);
-        environment.add_filter("tojson", tojson);
-        environment.add_function("raise_exception", |message: String| {
-            Err::<String, _>(invalid(message))
-        });
-        environment.add_function("strftime_now", move |format: String| strftime(now, &format));
-        let source = normalise(&sources.default);
-        let tool_use = sources.tool_use.as_deref().map(normalise);
+        let mut environment = environment(move || now);
+        let source = to_minijinja(&sources.default);
+        let tool_use = sources.tool_use.as_deref().map(to_minijinja);
         for (name, source) in [("default", Some(source.clone())), ("tool_use", tool_use)] {
             let Some(source) = source else { continue };
             environment
@@ -153,21 +130,12 @@ impl ChatTemplate {
             .collect();
         context.insert("messages", Value::from_serialize(&messages));
         context.insert("add_generation_prompt", add_generation_prompt.into());
-        context.insert("enable_thinking", true.into());
-        context.insert("reasoning_effort", "medium".into());
         context.insert("date_string", self.date_string.as_str().into());
-        let mut named = "default";
-        if !tools.is_empty() {
-            let builtin: Vec<&str> = tools
-                .iter()
-                .filter_map(|tool| tool.get("function")?.get("name")?.as_str())
-                .filter(|name| BUILTIN_TOOLS.contains(name))
-                .collect();
-            context.insert("tools", Value::from_serialize(tools));
-            context.insert("xml_tools", Value::from_serialize(tools));
-            context.insert("builtin_tools", Value::from_serialize(builtin));
-            named = "tool_use";
-        }
+        add_variables(&mut context, tools);
+        let named = match tools {
+            [] => "default",
+            _ => "tool_use",
+        };
         self.environment
             .get_template(named)
             .or_else(|_| self.environment.get_template("default"))
@@ -251,70 +219,9 @@ fn find_sources(
     from_json(&path, read_json(&path)?.as_ref())
 }
 
-/// Rewrites what Jinja2 allows and minijinja does not:
-///
-/// - `[::-1]` -> `|reverse`;
-/// - `range(x, -1, -1)` -> `range((x) + 1)|reverse`, as minijinja has no negative steps. mistral.rs leaves out `x` itself,
-///   which Python does not;
-/// - `{% generation %}`, which marks trained text for transformers and prints nothing, becomes a block that is always
-///   taken, so that whitespace control stays what it was.
-fn normalise(source: &str) -> String {
-    static RULES: LazyLock<[(Regex, &str); 4]> = LazyLock::new(|| {
-        [
-            (r"\[::-1\]", "|reverse"),
-            (
-                r"range\(([^,]*),\s*-\s*1\s*,\s*-\s*1\s*\)",
-                "range(($1) + 1)|reverse",
-            ),
-            (r"\{%([\s+-]*)generation([\s+-]*)%\}", "{%${1}if true$2%}"),
-            (r"\{%([\s+-]*)endgeneration([\s+-]*)%\}", "{%${1}endif$2%}"),
-        ]
-        .map(|(pattern, by)| (Regex::new(pattern).expect("a constant pattern"), by))
-    });
-    let rewrite = |source: Cow<'_, str>, (pattern, by): &(Regex, &str)| {
-        pattern.replace_all(&source, *by).into_owned().into()
-    };
-    RULES.iter().fold(source.into(), rewrite).into_owned()
-}
-
-fn utc(now: SystemTime) -> DateTime<Utc> {
-    let elapsed = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let seconds = i64::try_from(elapsed.as_secs()).unwrap_or_default();
-    DateTime::from_timestamp(seconds, 0).unwrap_or_default()
-}
-
-fn strftime(now: DateTime<Utc>, format: &str) -> Result<String, minijinja::Error> {
-    let mut text = String::new();
-    write!(text, "{}", now.format(format))
-        .map_err(|_| invalid(format!("strftime_now: bad format `{format}`")))?;
-    Ok(text)
-}
-
-fn invalid(message: String) -> minijinja::Error {
-    minijinja::Error::new(ErrorKind::InvalidOperation, message)
-}
-
-/// mistral.rs's `tojson`: compact, or indented by `indent`, with HTML's characters escaped; other options are ignored.
-fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, minijinja::Error> {
-    let indent = kwargs.get::<Option<usize>>("indent")?;
-    let indent = indent.map(|indent| Value::from(indent.min(16)));
-    filters::tojson(value, indent, std::iter::empty::<(&str, Value)>().collect())
-}
-
-/// The template's own words where it raised them, the engine's and the line otherwise.
-fn describe(error: &minijinja::Error) -> String {
-    let detail = error
-        .detail()
-        .map_or_else(|| error.kind().to_string(), str::to_owned);
-    match error.line() {
-        Some(line) => format!("{detail} (template line {line})"),
-        None => detail,
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     use super::*;
     use crate::data::{

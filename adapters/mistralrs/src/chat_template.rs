@@ -1,14 +1,14 @@
 //! A model's chat template: compiled when the model is loaded, and rendered to the text that its engine gets.
 
 mod analysis;
-mod python;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::SystemTime;
 
-use minijinja::value::Kwargs;
-use minijinja::{Environment, ErrorKind, Value as JinjaValue, filters};
+use minijinja::{Environment, Value as JinjaValue};
 use monteclora_converters::Problem;
+use monteclora_converters::jinja::{add_variables, describe, environment, to_minijinja};
 use serde_json::{Map, Value, json};
 
 use self::analysis::Names;
@@ -21,24 +21,10 @@ const TOOL_USE: &str = "tool_use";
 /// Variables that hold the tools: the usual one, SmolLM3's, and the names of Llama 3's and Harmony's own tools.
 const TOOL_VARIABLES: [&str; 3] = ["tools", "xml_tools", "builtin_tools"];
 
-/// Tool names that templates of Llama 3 and Harmony take for built in.
-const BUILTIN_TOOLS: [&str; 6] = [
-    "browser",
-    "python",
-    "code_interpreter",
-    "web_search",
-    "brave_search",
-    "wolfram_alpha",
-];
-
-/// Most spaces that `tojson` indents by; Python has no limit, and memory has.
-const MOST_INDENT: usize = 16;
-
 /// A compiled template with the model's special tokens.
 ///
-/// Blocks are trimmed as in transformers; Python's string methods, `raise_exception`, `strftime_now` and `tojson` exist. Besides
-/// the conversation a template sees what mistral.rs gives it: `enable_thinking` is true and `reasoning_effort` "medium" unless
-/// the request says otherwise, and `tojson` escapes `<`, `>`, `&` and `'`.
+/// It is compiled in [`environment`]. Besides the conversation a template sees what mistral.rs gives it: `enable_thinking` is true and
+/// `reasoning_effort` "medium" unless the request says otherwise.
 #[derive(Debug)]
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
@@ -84,10 +70,10 @@ impl ChatTemplate {
         special_tokens: BTreeMap<&'static str, String>,
     ) -> Result<Self, Vec<Problem>> {
         let sources = sources(place, template).map_err(|problem| vec![problem])?;
-        let mut environment = environment();
+        let mut environment = environment(SystemTime::now);
         let mut problems = Vec::new();
         for (name, source) in sources {
-            let added = environment.add_template_owned(name, python::to_minijinja(&source));
+            let added = environment.add_template_owned(name, to_minijinja(&source));
             if let Err(error) = added {
                 let at = match template {
                     Value::String(_) => place.to_owned(),
@@ -159,18 +145,7 @@ impl ChatTemplate {
         let opens = conversation.end == End::Opening;
         context.insert("add_generation_prompt", opens.into());
         context.insert("messages", JinjaValue::from_serialize(&messages));
-        context.insert("enable_thinking", true.into());
-        context.insert("reasoning_effort", "medium".into());
-        if !tools.is_empty() {
-            let built_in = tools
-                .iter()
-                .filter_map(|tool| tool["function"]["name"].as_str())
-                .filter(|name| BUILTIN_TOOLS.contains(name));
-            let built_in: Vec<&str> = built_in.collect();
-            context.insert("tools", JinjaValue::from_serialize(tools));
-            context.insert("xml_tools", JinjaValue::from_serialize(tools));
-            context.insert("builtin_tools", JinjaValue::from_serialize(built_in));
-        }
+        add_variables(&mut context, tools);
         for (name, value) in &conversation.variables {
             context.insert(name, JinjaValue::from_serialize(value));
         }
@@ -261,45 +236,6 @@ fn sources(place: &str, template: &Value) -> Result<Vec<(&'static str, String)>,
         return Err(problem(place, "a list without a template named `default`"));
     }
     Ok(sources)
-}
-
-fn environment() -> Environment<'static> {
-    let mut environment = Environment::new();
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.set_lstrip_blocks(true);
-    environment.set_trim_blocks(true);
-    environment.add_filter("tojson", tojson);
-    environment.add_function("raise_exception", |message: String| {
-        Err::<String, _>(invalid(message))
-    });
-    environment.add_function("strftime_now", python::strftime_now);
-    environment
-}
-
-fn invalid(message: String) -> minijinja::Error {
-    minijinja::Error::new(ErrorKind::InvalidOperation, message)
-}
-
-/// Compact, or indented by `indent`; Python's other options are ignored, as by mistral.rs.
-fn tojson(value: &JinjaValue, kwargs: Kwargs) -> Result<JinjaValue, minijinja::Error> {
-    let indent = kwargs.get::<Option<usize>>("indent")?;
-    let indent = indent.map(|indent| JinjaValue::from(indent.min(MOST_INDENT)));
-    filters::tojson(
-        value,
-        indent,
-        std::iter::empty::<(&str, JinjaValue)>().collect(),
-    )
-}
-
-/// The template's own words where it raised them, else the engine's; and the line.
-fn describe(error: &minijinja::Error) -> String {
-    let detail = error
-        .detail()
-        .map_or_else(|| error.kind().to_string(), str::to_owned);
-    match error.line() {
-        Some(line) => format!("{detail} (line {line} of the template)"),
-        None => detail,
-    }
 }
 
 #[cfg(test)]

@@ -37,6 +37,19 @@ impl Piece {
         }
     }
 
+    /// Cuts all of a choice at the first of `stops`, and before a part of a character; says whether one of `stops` is there.
+    pub(crate) fn cut(&mut self, stops: &[String]) -> bool {
+        let Some(text) = &mut self.text else {
+            return false;
+        };
+        let (shown, stopped) = StopFilter::cut(stops, whole_characters(text));
+        *text = shown;
+        if stopped {
+            self.finish_reason = Some("stop".to_owned());
+        }
+        stopped
+    }
+
     fn is_empty(&self) -> bool {
         let text = self.text.as_deref().unwrap_or_default();
         text.is_empty()
@@ -150,13 +163,7 @@ pub(crate) async fn answer<F: Form>(
             None => vec![Piece::of(String::new(), Some("length".to_owned()))],
         };
         for mut piece in pieces {
-            let text = piece.text.as_deref().map(whole_characters);
-            let cut = text.map(|text| StopFilter::cut(&asked.stop, text));
-            let stopped = cut.as_ref().is_some_and(|(_, stopped)| *stopped);
-            piece.text = cut.map(|(text, _)| text);
-            if stopped {
-                piece.finish_reason = Some("stop".to_owned());
-            }
+            let stopped = piece.cut(&asked.stop);
             let mut scores = Scoring::new(&form);
             let shown = scores.lead(&job, index);
             let shown = [shown, scores.piece(&job, index, &piece, stopped)].concat();

@@ -18,12 +18,13 @@ use super::chat_completions::ChatForm;
 use crate::chat_template::{Conversation, End};
 use crate::server::App;
 use crate::server::admission::Admission;
-use crate::server::answers::Form;
+use crate::server::answers::{Form, Scoring};
 use crate::server::api_error::ApiError;
 use crate::server::chat::{Chat, Keys, set_thinking, template};
 use crate::server::common_keys::scores_of_chat;
 use crate::server::fields::{checked, maybe, object, refuse_unknown, take, wrong};
 use crate::server::guard::Payload;
+use crate::server::logprobs::entries;
 use crate::server::messages::Messages;
 use crate::server::request::Asked;
 
@@ -122,16 +123,13 @@ pub(super) async fn handle(
     for response in job.responses().await? {
         let pieces = response.and_then(|response| form.read(response, &mut false));
         let pieces = pieces.ok_or_else(|| ApiError::internal("not an answer to a conversation"))?;
-        for piece in pieces {
+        for mut piece in pieces {
+            let stopped = piece.cut(&asked.stop);
+            if asked.n_top.is_some() {
+                parts.logprobs = entries(&Scoring::new(&form).piece(&job, 0, &piece, stopped));
+            }
             reason = parts.take(piece).unwrap_or(reason);
         }
-    }
-    let stopped = parts.cut(&asked.stop);
-    if stopped {
-        reason = "stop".to_owned();
-    }
-    if asked.n_top.is_some() {
-        parts.score(&form, &job, &reason, stopped);
     }
     Ok(Json(answer.ended(&parts, &reason, job.usage())).into_response())
 }

@@ -4,13 +4,11 @@ use mistralrs_core::ToolCallResponse;
 use serde_json::{Map, Value, json};
 
 use super::settings::Settings;
-use crate::server::answers::{Piece, Scoring, now};
+use crate::server::answers::{Piece, now};
 use crate::server::api_error::ApiError;
-use crate::server::endpoints::chat_completions::ChatForm;
-use crate::server::job::{RunningJob, Usage};
-use crate::server::logprobs::entries;
+use crate::server::job::Usage;
 use crate::server::registry::Lease;
-use crate::server::stop::{StopFilter, whole_characters};
+use crate::server::stop::whole_characters;
 
 /// An id of the kind that `prefix` says.
 pub(super) fn new_id(prefix: &str) -> String {
@@ -43,27 +41,6 @@ impl Parts {
         piece.finish_reason
     }
 
-    /// Cuts the text at the first of `stops`, and says whether there is any.
-    pub(super) fn cut(&mut self, stops: &[String]) -> bool {
-        let Some(text) = &mut self.text else {
-            return false;
-        };
-        let (shown, stopped) = StopFilter::cut(stops, whole_characters(text));
-        *text = shown;
-        stopped
-    }
-
-    /// Notes the log-probabilities of an answer that ended for `reason`, or that a stop text has cut.
-    pub(super) fn score(&mut self, form: &ChatForm, job: &RunningJob, reason: &str, stopped: bool) {
-        let whole = Piece {
-            text: self.text.clone(),
-            reasoning: self.reasoning.clone(),
-            finish_reason: Some(reason.to_owned()),
-            ..Piece::default()
-        };
-        self.logprobs = entries(&Scoring::new(form).piece(job, 0, &whole, stopped));
-    }
-
     /// The items of an answer that ended.
     fn items(&self, status: &str) -> Vec<Value> {
         let mut items = Vec::new();
@@ -76,7 +53,7 @@ impl Parts {
         }
         if self.text.is_some() || self.calls.is_empty() {
             let text = self.text.as_deref().unwrap_or_default();
-            let part = text_part(whole_characters(text), &self.logprobs);
+            let part = text_part(text, &self.logprobs);
             items.push(message(&new_id("msg"), Some(part), status));
         }
         let calls = self.calls.iter();
