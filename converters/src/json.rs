@@ -11,6 +11,8 @@ use serde::de::{
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::foreign;
+use crate::problem::Problem;
 
 /// Largest configuration or index file that is read, in bytes.
 pub(crate) const MAX_JSON_BYTES: u64 = 16 << 20;
@@ -135,16 +137,71 @@ impl<'de> Visitor<'de> for Walk<'_> {
     }
 }
 
-/// Parses `text`, which came from `origin`, as one JSON object.
-pub(crate) fn parse_object(text: &str, origin: &Path) -> Result<Map<String, Value>> {
-    match parse(text, Limits::FILE).map_err(|source| Error::json(origin, &source))? {
+/// Parses `text`, which came from `origin`, as one JSON object. A byte order mark, which Windows' editors write, is passed over.
+///
+/// # Errors
+/// `json` or what the text is instead, with the place; `malformed` if it is JSON and no object.
+pub fn parse_object(text: &str, origin: &Path) -> Result<Map<String, Value>> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    match parse(text, Limits::FILE).map_err(|source| not_json(text, origin, &source))? {
         Value::Object(map) => Ok(map),
         _ => Err(Error::malformed(origin, "expected a JSON object")),
     }
 }
 
-/// Reads the JSON object in `path`, which may not be longer than [`MAX_JSON_BYTES`].
-pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
+/// Why `text` is not JSON: what it is instead, or what Python's `json` writes and JSON does not have, or else what the parser says.
+fn not_json(text: &str, origin: &Path, source: &serde_json::Error) -> Error {
+    if let Some((line, key, number)) = python_number(text) {
+        let at = format!("`{}`:{line}: {key}", origin.display());
+        let message = format!("{number} is no JSON, though Python's json writes it");
+        let fix = "write a number or null in its place";
+        return Problem::new("json", at, message, fix).into();
+    }
+    foreign::refusal(origin, text.as_bytes(), "JSON", || {
+        Error::json(origin, source)
+    })
+}
+
+/// The first number that Python's `json` writes and JSON does not have, with its line and the key before it.
+fn python_number(text: &str) -> Option<(usize, &str, &str)> {
+    let mut key = "";
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        let length = match c {
+            '"' => {
+                let inside = rest.get(1..)?;
+                let mut is_escaped = false;
+                let end = inside.find(|c| {
+                    let ends = c == '"' && !is_escaped;
+                    is_escaped = c == '\\' && !is_escaped;
+                    ends
+                })?;
+                if inside[end + 1..].trim_start().starts_with(':') {
+                    key = &inside[..end];
+                }
+                end + 2
+            }
+            _ => {
+                let found = ["NaN", "Infinity", "-Infinity"]
+                    .into_iter()
+                    .find(|word| rest.starts_with(word));
+                if let Some(word) = found {
+                    let before = &text[..text.len() - rest.len()];
+                    return Some((before.matches('\n').count() + 1, key, word));
+                }
+                c.len_utf8()
+            }
+        };
+        rest = &rest[length..];
+    }
+    None
+}
+
+/// Reads the JSON object in `path`, which may not be longer than 16 MiB.
+///
+/// # Errors
+/// As [`parse_object`]; if the file cannot be read or is too long.
+pub fn read_object(path: &Path) -> Result<Map<String, Value>> {
     parse_object(&read_text(path)?, path)
 }
 
@@ -159,7 +216,16 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
         let message = format!("{n_bytes} bytes of JSON; at most {MAX_JSON_BYTES} are read");
         return Err(Error::malformed(path, message));
     }
-    std::fs::read_to_string(path).map_err(Error::io("read", path))
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        foreign::refusal(path, error.as_bytes(), "JSON", || {
+            Error::malformed(
+                path,
+                format!("byte {at} is not UTF-8; save the file as UTF-8"),
+            )
+        })
+    })
 }
 
 #[cfg(test)]
@@ -176,6 +242,58 @@ mod tests {
             r#"{"b": [1, -2, 2.5, null, true], "a": {"c": "\u00e9"}, "big": 18446744073709551615}"#;
         let expected: Value = serde_json::from_str(text).expect("valid");
         assert_eq!(Value::Object(parse(text).expect("valid")), expected);
+    }
+
+    #[test]
+    fn a_byte_order_mark_says_nothing() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("x.json");
+        std::fs::write(&path, b"\xef\xbb\xbf{\"a\": 1}").expect("writable");
+        assert_eq!(read_object(&path).expect("marked")["a"], 1);
+        for (bytes, code, expected) in [
+            (
+                &b"\xff\xfe{\0}\0"[..],
+                "utf-16",
+                "UTF-16 text, not JSON; save it as UTF-8",
+            ),
+            (b"{\0\"\0", "utf-16", "UTF-16"),
+            (b"", "empty-file", "an empty file"),
+            (
+                b"version https://git-lfs.github.com/spec/v1\nsize 12\n",
+                "lfs-pointer",
+                "of 12 bytes",
+            ),
+            (b"<!doctype html><p>", "not-weights", "an HTML page"),
+            (b"{\"a\": \"\xe9\"}", "malformed", "byte 7 is not UTF-8"),
+        ] {
+            std::fs::write(&path, bytes).expect("writable");
+            let error = read_object(&path).expect_err(expected);
+            assert_eq!(error.code(), code, "{error}");
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_python_alone_writes_are_named_with_their_key_and_line() {
+        for (text, expected) in [
+            (
+                "{\"a\": 1,\n \"lora_dropout\": NaN}",
+                "`x.json`:2: lora_dropout: NaN is no JSON",
+            ),
+            (
+                "{\"a\": {\"b\": [1, -Infinity]}}",
+                "`x.json`:1: b: -Infinity is",
+            ),
+            (
+                "{\"x\": \"a \\\" NaN\", \"y\": Infinity}",
+                "`x.json`:1: y: Infinity is",
+            ),
+        ] {
+            let error = parse(text).expect_err(text).to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
+        let other = parse("{\"NaN\": \"NaN\", }").expect_err("a comma");
+        assert!(other.to_string().contains("is not valid JSON"), "{other}");
     }
 
     #[test]

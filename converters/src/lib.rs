@@ -61,6 +61,7 @@ pub mod architecture;
 mod config;
 mod error;
 pub mod files;
+pub mod foreign;
 mod formats;
 pub mod gguf_base;
 mod inspect;

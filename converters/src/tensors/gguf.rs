@@ -10,6 +10,7 @@ use indexmap::IndexMap;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
+use crate::foreign;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::map_file;
 use crate::tensors::tensor::{Tensor, element_count};
@@ -185,9 +186,11 @@ impl GgufFile {
             at: 0,
             n_elements: 0,
         };
-        if cursor.take(4, "the magic")? != b"GGUF" {
-            return Err(refuse("not a GGUF file".into()));
+        if !map.starts_with(b"GGUF") {
+            let other = || refuse("not a GGUF file".into());
+            return Err(foreign::refusal(path, &map, "a GGUF file", other));
         }
+        cursor.take(4, "the magic")?;
         let version = cursor.u32("the version")?;
         if !matches!(version, 2 | 3) {
             let hint = if version.swap_bytes() <= 3 {

@@ -12,7 +12,9 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::foreign;
 use crate::json;
+use crate::problem::Problem;
 use crate::tensors::dtype::DType;
 use crate::tensors::tensor::{Tensor, element_count};
 
@@ -30,6 +32,7 @@ const LIMITS: json::Limits = json::Limits {
     keys: 2 * MAX_TENSORS,
     key_bytes: MAX_NAME_BYTES,
 };
+const TRUNCATED: &str = "it is cut short; fetch or copy it again";
 /// What an entry may say of its tensor.
 const FIELDS: [&str; 3] = ["dtype", "shape", "data_offsets"];
 
@@ -65,24 +68,31 @@ impl SafetensorsFile {
         let map = map_file(path)?;
         let n_bytes = map.len() as u64;
         let refuse = |message: String| Err(Error::malformed(path, message));
+        let foreign = |message: String| {
+            let malformed = || Error::malformed(path, message);
+            Err(foreign::refusal(
+                path,
+                &map,
+                "a safetensors file",
+                malformed,
+            ))
+        };
         let Some((length, _)) = map.split_first_chunk::<8>() else {
-            return refuse(format!("not a safetensors file: only {n_bytes} bytes"));
+            return foreign(format!("not a safetensors file: only {n_bytes} bytes"));
         };
         let header_len = u64::from_le_bytes(*length);
         let what = format!("header of {header_len} bytes");
         if header_len > MAX_HEADER_BYTES {
-            return refuse(format!("{what}; at most {MAX_HEADER_BYTES} are read"));
+            return foreign(format!("{what}; at most {MAX_HEADER_BYTES} are read"));
         }
         if header_len > n_bytes - 8 {
-            return refuse(format!(
-                "{what} in a file of {n_bytes}: the file is truncated"
-            ));
+            return foreign(format!("{what} in a file of {n_bytes}: {TRUNCATED}"));
         }
         let data_start = usize::try_from(header_len + 8)
             .map_err(|_| Error::malformed(path, "header too long for this machine"))?;
         let header_bytes = &map[8..data_start];
         if header_bytes.first() != Some(&b'{') {
-            return Err(Error::malformed(path, "the header does not start with `{`"));
+            return foreign("the header does not start with `{`".to_owned());
         }
         let header = std::str::from_utf8(header_bytes)
             .map_err(|_| Error::malformed(path, "the header is not UTF-8"))?;
@@ -96,12 +106,13 @@ impl SafetensorsFile {
         if header.metadata.len() > MAX_METADATA {
             return refuse(format!("more than {MAX_METADATA} entries of metadata"));
         }
+        let metadata = texts(path, header.metadata)?;
         let tensors = check_layout(path, header.entries, data_start, map.len())?;
         Ok(Self {
             path: path.to_path_buf(),
             map: Arc::new(map),
             tensors,
-            metadata: header.metadata,
+            metadata,
         })
     }
 
@@ -204,18 +215,50 @@ fn check_layout(
     }
     let n_data = file_len - data_start;
     if expected_start != n_data {
+        let what = match n_data < expected_start {
+            true => TRUNCATED,
+            false => "bytes were added to it",
+        };
         let message = format!(
-            "the header describes {expected_start} bytes of data but the file has {n_data}"
+            "the header describes {expected_start} bytes of data but the file has {n_data}: {what}"
         );
         return Err(Error::malformed(path, message));
     }
     Ok(tensors)
 }
 
+/// The entries of `__metadata__`, which the format wants to be texts; every reader refuses others.
+fn texts(path: &Path, metadata: BTreeMap<String, Value>) -> Result<BTreeMap<String, String>> {
+    let mut texts = BTreeMap::new();
+    let mut problems = Vec::new();
+    for (key, value) in metadata {
+        match value {
+            Value::String(text) => {
+                texts.insert(key, text);
+            }
+            other => {
+                let shown: String = other.to_string().chars().take(32).collect();
+                let message = format!(
+                    "{shown} is not a text, as the format wants it; no reader of safetensors takes the file"
+                );
+                let fix = "save it again with texts: save_file(tensors, FILE, metadata={\"format\": \"pt\"})";
+                problems.push(Problem::new(
+                    "metadata",
+                    format!("__metadata__.{key}"),
+                    message,
+                    fix,
+                ));
+            }
+        }
+    }
+    Error::refuse_any(path, problems)?;
+    Ok(texts)
+}
+
 /// The header as written; the entries are read by the reference implementation's types.
 #[derive(Default)]
 struct Header {
-    metadata: BTreeMap<String, String>,
+    metadata: BTreeMap<String, Value>,
     entries: BTreeMap<String, TensorInfo>,
 }
 
