@@ -10,8 +10,8 @@ use super::opened::{Opened, require_positive};
 use super::{print, print_json};
 use crate::cli::PredictArgs;
 use crate::data::{
-    Encoder, Message, Role, Row, RowProblem, Source, fault_of_row, field_problem, parse_question,
-    splits,
+    Encoder, Findings, Message, Role, Row, RowProblem, Source, fault_of_row, field_problem,
+    findings_of_question, parse_question, splits,
 };
 use crate::eval::{Answer, Answerer, LengthNormalisation, Question};
 use crate::model::GenerationSettings;
@@ -105,12 +105,20 @@ impl Reader<'_> {
         let split = splits(data)?.last().copied().unwrap_or_default();
         let source = Source::open(data, split)?;
         let mut problems = Problems::default();
+        let mut findings = Findings::default();
         for row in 0..source.n_rows() {
             for problem in self.question(&source, row)?.err().into_iter().flatten() {
                 problems.push(problem.into());
             }
+            if let Ok(asked) = parse_question(&source.row_bytes(row)?) {
+                let (_, line) = source.place(row);
+                findings.add(line, findings_of_question(&asked, self.encoder));
+            }
         }
         if problems.is_empty() {
+            if let Some(found) = findings.warning() {
+                tracing::warn!("`{}`: {found}", data.display());
+            }
             Ok(source)
         } else {
             Err(problems.into())

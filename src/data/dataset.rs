@@ -67,6 +67,12 @@ impl Dataset {
                 ),
             ));
         };
+        if let Some(found) = survey.findings.warning() {
+            tracing::warn!(
+                "`{}`: {found}; `monteclora data check` lists all",
+                name.display()
+            );
+        }
         Ok(Self {
             source,
             format,

@@ -240,12 +240,15 @@ impl Encoder {
         Ok(ids(self.tokenizer.encode_spans(&text)?))
     }
 
-    /// The tokens of a bare prompt, with the tokenizer's BOS and no template.
+    /// The tokens of a bare prompt, with the tokenizer's BOS, unless the text begins with it, and no template.
     ///
     /// # Errors
     /// If the tokenizer refuses.
     pub fn plain_prompt_tokens(&self, prompt: &str) -> Result<Vec<u32>, Error> {
-        let mut ids = self.tokenizer.prefix_ids().to_vec();
+        let mut ids = match self.tokenizer.begins_itself(prompt) {
+            true => Vec::new(),
+            false => self.tokenizer.prefix_ids().to_vec(),
+        };
         ids.extend(self.tokenizer.encode(prompt, false)?);
         Ok(ids)
     }
@@ -260,10 +263,23 @@ impl Encoder {
                 let end = last(Role::Assistant, messages).unwrap_or(messages.len());
                 self.prompt_tokens(&messages[..end], tools)
             }
-            RowContent::Prompt { prompt, .. } if self.options.apply_chat_template => {
-                self.prompt_tokens(&[Message::new(Role::User, prompt)], &[])
+            RowContent::Prompt {
+                system,
+                prompt,
+                tools,
+                ..
+            } if self.options.apply_chat_template => {
+                self.prompt_tokens(&asked(system.as_deref(), prompt), tools)
             }
-            RowContent::Prompt { prompt, .. } => self.plain_prompt_tokens(prompt),
+            RowContent::Prompt {
+                system,
+                prompt,
+                tools,
+                ..
+            } => {
+                refuse_unprinted(system.as_deref(), tools)?;
+                self.plain_prompt_tokens(prompt)
+            }
             RowContent::Text(_) => refuse(
                 "text",
                 "a text row has no prompt",
@@ -283,17 +299,14 @@ impl Encoder {
                 "messages",
                 self.conversation(messages, tools, self.options.train_on)?,
             ),
-            RowContent::Prompt { prompt, completion } => {
-                let example = self.prompt_and_completion(prompt, completion)?;
+            RowContent::Prompt { completion, .. } => {
+                let example = self.prompt_and_completion(&row.content, completion)?;
                 ("completion", vec![example])
             }
             RowContent::Text(text) => {
-                let mut input_ids = self.plain_prompt_tokens(text)?;
-                input_ids.push(self.end_token()?);
-                let example = Example {
-                    loss_mask: vec![true; input_ids.len()],
-                    input_ids,
-                };
+                let input_ids = self.plain_prompt_tokens(self.ended(text))?;
+                let loss_mask = vec![true; input_ids.len()];
+                let example = self.with_end(text, input_ids, loss_mask)?;
                 ("text", vec![example])
             }
         };
@@ -322,7 +335,7 @@ impl Encoder {
 
     fn choice(&self, content: &RowContent, idx: usize, text: &str) -> Result<ChoiceTokens, Error> {
         let answered = match content {
-            RowContent::Prompt { prompt, .. } => Some(self.prompt_and_completion(prompt, text)?),
+            RowContent::Prompt { .. } => Some(self.prompt_and_completion(content, text)?),
             RowContent::Conversation { messages, tools } => match last(Role::Assistant, messages) {
                 Some(end) => {
                     let mut messages = messages[..=end].to_vec();
@@ -396,24 +409,59 @@ impl Encoder {
         })
     }
 
-    fn prompt_and_completion(&self, prompt: &str, completion: &str) -> Result<Example, Error> {
+    /// The example of a row of prompt and completion, with `completion` in the place of its own.
+    fn prompt_and_completion(
+        &self,
+        content: &RowContent,
+        completion: &str,
+    ) -> Result<Example, Error> {
+        let RowContent::Prompt {
+            system,
+            prompt,
+            tools,
+            ..
+        } = content
+        else {
+            return refuse("row", "has no prompt", "expected prompt and completion");
+        };
+        let system = system.as_deref();
         if self.options.apply_chat_template {
-            let messages = [
-                Message::new(Role::User, prompt),
-                Message::new(Role::Assistant, completion),
-            ];
-            let mut examples = self.conversation(&messages, &[], TrainOn::LastAssistant)?;
+            let mut messages = asked(system, prompt);
+            messages.push(Message::new(Role::Assistant, completion));
+            let mut examples = self.conversation(&messages, tools, TrainOn::LastAssistant)?;
             return Ok(examples.swap_remove(0));
         }
+        refuse_unprinted(system, tools)?;
         let mut input_ids = self.plain_prompt_tokens(prompt)?;
         let mut loss_mask = vec![false; input_ids.len()];
-        let completion = self.tokenizer.encode(completion, false)?;
-        if completion.is_empty() {
+        let tokens = self.tokenizer.encode(self.ended(completion), false)?;
+        if tokens.is_empty() {
             return refuse("completion", "has no tokens", "expected the text to learn");
         }
-        input_ids.extend(completion);
-        input_ids.push(self.end_token()?);
+        input_ids.extend(tokens);
         loss_mask.resize(input_ids.len(), true);
+        self.with_end(completion, input_ids, loss_mask)
+    }
+
+    /// A text without the white space after an end token of its own: it is never generated.
+    fn ended<'a>(&self, text: &'a str) -> &'a str {
+        match self.tokenizer.end_in(text) {
+            Some(_) => text.trim_end(),
+            None => text,
+        }
+    }
+
+    /// The example of a text's tokens: an end token follows, unless the text ends with one.
+    fn with_end(
+        &self,
+        text: &str,
+        mut input_ids: Vec<u32>,
+        mut loss_mask: Vec<bool>,
+    ) -> Result<Example, Error> {
+        if self.tokenizer.end_in(text).is_none() {
+            input_ids.push(self.end_token()?);
+            loss_mask.push(true);
+        }
         Ok(Example {
             input_ids,
             loss_mask,
@@ -428,6 +476,14 @@ impl Encoder {
         train_on: TrainOn,
     ) -> Result<Vec<Example>, Error> {
         let template = self.chat_template()?;
+        let asks_in_vain = |message: &Message| {
+            message.must_train() && message.role() != Role::Assistant && train_on != TrainOn::All
+        };
+        if let Some(turn) = messages.iter().position(asks_in_vain) {
+            let problem = "says that a turn is trained that is not the assistant's";
+            let fix = self.or_set("remove `train`, `training` or `loss` there", ALL);
+            return refuse(format!("messages[{turn}]"), problem, fix);
+        }
         if train_on == TrainOn::All {
             return Ok(vec![self.whole_conversation(template, messages, tools)?]);
         }
@@ -446,6 +502,11 @@ impl Encoder {
         }
         // The last trained turn's text holds everything that is needed: what follows it carries no loss.
         let Some((_, whole)) = turns.last() else {
+            if last(Role::Assistant, messages).is_some_and(|last| !messages[last].trained()) {
+                let problem =
+                    "no assistant turn to train on: the row says that they are not trained";
+                return refuse("messages", problem, "leave the row out");
+            }
             return refuse(
                 "messages",
                 "no assistant turn to train on",
@@ -561,6 +622,26 @@ impl Encoder {
         encoded.examples.push(example);
         Ok(())
     }
+}
+
+/// The turns before the completion of a prompt row.
+fn asked(system: Option<&str>, prompt: &str) -> Vec<Message> {
+    let system = system.map(|text| Message::new(Role::System, text));
+    let user = Message::new(Role::User, prompt);
+    system.into_iter().chain([user]).collect()
+}
+
+/// Without the chat template nothing prints what stands beside a prompt.
+fn refuse_unprinted(system: Option<&str>, tools: &[Value]) -> Result<(), Error> {
+    let field = match system {
+        Some(_) => "system",
+        None if !tools.is_empty() => "tools",
+        None => return Ok(()),
+    };
+    let problem = "only a chat template can print it, and the row is taken without one";
+    let fix =
+        "write it into the prompt, or set data.apply_chat_template = true (no --no-chat-template)";
+    refuse(field, problem, fix)
 }
 
 fn ids(tokens: Vec<SpannedToken>) -> Vec<u32> {

@@ -10,6 +10,7 @@ mod batch;
 mod dataset;
 mod error;
 mod example;
+mod findings;
 mod row_file;
 mod rows;
 mod source;
@@ -27,9 +28,10 @@ pub use example::{
     ChoiceSet, ChoiceTokens, EncodeOptions, EncodedRow, Encoder, Example, Overlong, Remedies,
     TrainOn,
 };
+pub use findings::{Finding, Findings, Tally, of_question as findings_of_question};
 pub use row_file::RowFile;
 pub use rows::{
-    Choices, FieldNames, Message, Role, Row, RowContent, RowFormat, parse_named_row,
+    Choices, FieldNames, Message, Notes, Role, Row, RowContent, RowFormat, parse_named_row,
     parse_question, parse_row,
 };
 pub use source::{Source, Split, directory_has, splits};

@@ -1,12 +1,17 @@
 //! One JSON object of a data file -> a checked row, in any of the formats people keep such data in.
 
+mod columns;
 mod fields;
 mod json;
 mod read;
 mod row;
 #[cfg(test)]
 mod tests;
+mod tools;
+mod turn;
+mod unknown;
+mod value;
 
 pub use fields::FieldNames;
 pub use read::{parse_named_row, parse_question, parse_row};
-pub use row::{Choices, Message, Role, Row, RowContent, RowFormat};
+pub use row::{Choices, Message, Notes, Role, Row, RowContent, RowFormat};

@@ -1,6 +1,6 @@
 //! One pass over all rows: what is wrong with them, which formats they have, how long their examples are.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use monteclora_converters::{Error, Problem};
 use rayon::prelude::*;
@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::{
     error::{RowProblem, bad_data, fault_of_row},
     example::Encoder,
+    findings::{self, Finding, Findings},
     rows::{FieldNames, Row, RowFormat, parse_named_row},
     source::Source,
     stats::Stats,
@@ -71,6 +72,10 @@ pub struct Survey {
     pub stats: Stats,
     /// Bad rows.
     pub n_bad_rows: usize,
+    /// What the rows hold that is no fault.
+    pub findings: Findings,
+    /// The fields that some row has under the name that the source gives them.
+    named: BTreeSet<String>,
     formats: BTreeMap<RowFormat, (usize, Vec<String>)>,
     pub(super) entries: Vec<Entry>,
 }
@@ -85,6 +90,8 @@ struct Surveyed {
     n_dropped: usize,
     n_truncated: usize,
     n_without_end: usize,
+    findings: Vec<(Finding, String)>,
+    named: Vec<String>,
 }
 
 impl Survey {
@@ -109,6 +116,16 @@ impl Survey {
                 .collect();
             for (row_idx, row) in chunk.zip(rows) {
                 survey.add(source, row_idx, row?, &mut on_problem);
+            }
+        }
+        if survey.n_bad_rows == 0 {
+            let missing = schema
+                .fields
+                .names()
+                .filter(|(field, _)| !survey.named.contains(*field));
+            for (_, name) in missing {
+                let finding = Finding::NameWithoutColumn(name.to_owned());
+                survey.findings.add_of_source(finding);
             }
         }
         let stats = &mut survey.stats;
@@ -144,6 +161,8 @@ impl Survey {
                 });
             }
         }
+        self.findings.add(line, row.findings);
+        self.named.extend(row.named);
         self.stats.n_dropped += row.n_dropped;
         self.stats.n_truncated += row.n_truncated;
         self.stats.n_without_end += row.n_without_end;
@@ -203,6 +222,8 @@ fn survey_row(
     let row = match schema.parse(bytes) {
         Ok((format, row)) => {
             surveyed.format = Some(format);
+            surveyed.findings = findings::of_row(&row, encoder);
+            surveyed.named.clone_from(&row.notes.named);
             row
         }
         Err(problems) => {
@@ -217,6 +238,12 @@ fn survey_row(
         Ok(encoded) => {
             surveyed.n_dropped = encoded.n_dropped;
             surveyed.n_truncated = encoded.n_truncated;
+            let examples = encoded.examples.iter();
+            let found: BTreeSet<_> = examples
+                .flat_map(|example| findings::of_example(example, encoder))
+                .collect();
+            let found = found.into_iter().map(|finding| (finding, String::new()));
+            surveyed.findings.extend(found);
             for example in &encoded.examples {
                 surveyed.n_without_end += usize::from(!encoder.ends(example));
                 let n_tokens = small(example.input_ids.len());

@@ -103,6 +103,18 @@ impl ChatTemplate {
         &self.source
     }
 
+    /// Whether any of its templates has a name as a whole word.
+    pub(super) fn mentions(&self, name: &str) -> bool {
+        let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
+        self.environment.templates().any(|(_, template)| {
+            let source = template.source();
+            source.match_indices(name).any(|(start, _)| {
+                let after = &source[start + name.len()..];
+                !source[..start].ends_with(is_word) && !after.starts_with(is_word)
+            })
+        })
+    }
+
     /// Whether the rendered text depends on the date, so that a resumed run has to keep the first start's.
     pub fn depends_on_date(&self) -> bool {
         self.environment.templates().any(|(_, template)| {
@@ -122,7 +134,7 @@ impl ChatTemplate {
         tools: &[Json],
         add_generation_prompt: bool,
     ) -> Result<String, Error> {
-        let messages: Vec<_> = messages.iter().map(Message::fields).collect();
+        let messages: Vec<_> = messages.iter().map(Message::fields_of_text).collect();
         let mut context: BTreeMap<&str, Value> = self
             .special_tokens
             .iter()

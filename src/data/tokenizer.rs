@@ -1,7 +1,7 @@
 //! The model's tokenizer: text to ids and back, where special tokens go, and which ids end an answer.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -26,6 +26,8 @@ pub struct Tokenizer {
     prefix_ids: Vec<u32>,
     /// The special tokens and the ends.
     special_ids: HashSet<u32>,
+    /// Their texts by the first byte.
+    special_texts: HashMap<u8, Vec<String>>,
     eos_ids: Vec<u32>,
 }
 
@@ -77,12 +79,15 @@ impl Tokenizer {
                 break;
             }
         }
-        let special_ids = special_ids.chain(eos_ids.iter().copied()).collect();
+        let special_ids: HashSet<u32> = special_ids.chain(eos_ids.iter().copied()).collect();
+        let special_texts =
+            by_first_byte(special_ids.iter().filter_map(|id| inner.id_to_token(*id)));
         let mut tokenizer = Self {
             inner,
             path,
             prefix_ids: Vec::new(),
             special_ids,
+            special_texts,
             eos_ids,
         };
         tokenizer.prefix_ids = tokenizer.find_prefix()?;
@@ -150,6 +155,54 @@ impl Tokenizer {
         self.special_ids.contains(&id)
     }
 
+    /// The first control token that a text spells: tokenised, it is that token.
+    pub(super) fn special_in(&self, text: &str) -> Option<&str> {
+        text.bytes().enumerate().find_map(|(at, byte)| {
+            let texts = self.special_texts.get(&byte)?.iter();
+            let here = &text.as_bytes()[at..];
+            texts
+                .map(String::as_str)
+                .find(|special| here.starts_with(special.as_bytes()))
+        })
+    }
+
+    /// The text without the begin tokens it begins with and the end tokens, with white space, it ends with.
+    pub(super) fn without_ends<'a>(&self, text: &'a str) -> &'a str {
+        let mut inner = text;
+        if let Some(begin) = self.begin_text()
+            && let Some(rest) = inner.strip_prefix(&begin)
+        {
+            inner = rest;
+        }
+        self.end_in(inner).map_or(inner, |at| &inner[..at])
+    }
+
+    /// Whether a text begins with the begin token that the tokenizer would put there.
+    pub(super) fn begins_itself(&self, text: &str) -> bool {
+        self.begin_text()
+            .is_some_and(|begin| text.starts_with(&begin))
+    }
+
+    /// Where the end token begins that a text ends with; white space may follow it.
+    pub(super) fn end_in(&self, text: &str) -> Option<usize> {
+        let text = text.trim_end();
+        let ends = self
+            .eos_ids
+            .iter()
+            .filter_map(|id| self.inner.id_to_token(*id));
+        ends.filter(|end| !end.is_empty())
+            .find_map(|end| text.strip_suffix(&end).map(str::len))
+    }
+
+    fn begin_text(&self) -> Option<String> {
+        let text: String = self
+            .prefix_ids
+            .iter()
+            .filter_map(|id| self.inner.id_to_token(*id))
+            .collect();
+        (!text.is_empty()).then_some(text)
+    }
+
     /// The id of a token given by its name.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
@@ -176,6 +229,20 @@ impl Tokenizer {
             _ => Ok(()),
         }
     }
+}
+
+/// Texts of tokens, longest first, by their first byte.
+fn by_first_byte(texts: impl Iterator<Item = String>) -> HashMap<u8, Vec<String>> {
+    let mut found = HashMap::<u8, Vec<String>>::new();
+    for text in texts {
+        if let Some(&byte) = text.as_bytes().first() {
+            found.entry(byte).or_default().push(text);
+        }
+    }
+    for texts in found.values_mut() {
+        texts.sort_by_key(|text| std::cmp::Reverse(text.len()));
+    }
+    found
 }
 
 /// Text or tokens that the tokenizer cannot handle.

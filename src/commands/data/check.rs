@@ -1,12 +1,12 @@
 //! `data check`: every bad row of every file.
 
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Request, title};
 use crate::cli::DataCheckArgs;
 use crate::commands::{bad_data, print, print_json};
-use crate::data::{RowProblem, Source, Survey};
+use crate::data::{Finding, Findings, RowProblem, Source, Survey};
 
 pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
     let request = Request::new(&args.source)?;
@@ -54,6 +54,11 @@ pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
                 "truncated": encoder.is_some().then_some(stats.n_truncated),
                 "split_rows": encoder.is_some().then_some(stats.n_split_rows),
                 "without_end": encoder.is_some().then_some(stats.n_without_end),
+                "tokens": encoder.is_some().then_some(stats.tokens.total),
+                "trained_tokens": encoder.is_some().then_some(stats.trained_tokens.total),
+                "unread_columns": unread_columns(&survey.findings),
+                "names_without_column": names_without_column(&survey.findings),
+                "counts": counts(&survey.findings),
             }));
             continue;
         }
@@ -87,6 +92,9 @@ pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
             }
         }
         print(&line)?;
+        for found in survey.findings.lines() {
+            print(&format!("  {found}"))?;
+        }
     }
     if !args.json && encoder.is_none() {
         print(
@@ -107,4 +115,34 @@ pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
     Err(bad_data(format!(
         "{n_bad} of {n_rows} rows cannot be used{mixed}"
     )))
+}
+
+/// Columns, keys of turns and template variables that nothing reads: `{column, rows, line}`.
+fn unread_columns(findings: &Findings) -> Vec<Value> {
+    let unread = findings
+        .iter()
+        .filter_map(|(finding, tally)| match finding {
+            Finding::Unread(name) => {
+                Some(json!({"column": name, "rows": tally.n_rows, "line": tally.line}))
+            }
+            _ => None,
+        });
+    unread.collect()
+}
+
+/// Names given to fields that no row has.
+fn names_without_column(findings: &Findings) -> Vec<&str> {
+    let names = findings.iter().filter_map(|(finding, _)| match finding {
+        Finding::NameWithoutColumn(name) => Some(name.as_str()),
+        _ => None,
+    });
+    names.collect()
+}
+
+/// The rows of every other kind of finding.
+fn counts(findings: &Findings) -> Value {
+    let counts = Finding::COUNTS
+        .iter()
+        .map(|(finding, name)| ((*name).to_owned(), findings.n_rows(finding).into()));
+    Value::Object(counts.collect())
 }

@@ -433,7 +433,7 @@ proptest! {
             let said = if llama { assistant.trim() } else { assistant };
             answers.push(format!("{said}<|im_end|>"));
         }
-        let row = Row { content: RowContent::Conversation { messages: messages.clone(), tools: vec![] }, choices: None };
+        let row = Row { content: RowContent::Conversation { messages: messages.clone(), tools: vec![] }, choices: None, variables: serde_json::Map::new(), notes: crate::data::Notes::default() };
         let found = encoder.encode_row(&row).expect("encodes").examples;
         prop_assert_eq!(found.len(), 1);
         prop_assert_eq!(trained(&encoder, &found[0]), answers);

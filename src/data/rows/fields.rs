@@ -5,8 +5,10 @@ use monteclora_converters::Problem;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::value::is_empty;
+
 /// The fields of a row that may be called otherwise in a file.
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 14] = [
     "messages",
     "tools",
     "conversations",
@@ -16,15 +18,26 @@ const FIELDS: [&str; 12] = [
     "instruction",
     "input",
     "output",
+    "history",
     "text",
     "choices",
     "answer",
+    "chat_template_kwargs",
 ];
 
 /// Field of a row -> its name in the file, such as `prompt = "question"`; what is not listed keeps its own name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "IndexMap<String, String>")]
 pub struct FieldNames(IndexMap<String, String>);
+
+/// What giving a row's fields their own names did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Renamed {
+    /// The fields that the row has under another name.
+    pub(super) fields: Vec<String>,
+    /// Columns that hold something and had the name of such a field.
+    pub(super) displaced: Vec<String>,
+}
 
 impl TryFrom<IndexMap<String, String>> for FieldNames {
     type Error = String;
@@ -65,27 +78,47 @@ impl FieldNames {
         self.0.is_empty()
     }
 
-    /// Gives the fields of an object their own names; what had such a name without being meant is left out.
-    pub(super) fn apply(&self, object: &mut Map<String, Value>) {
+    /// Each field and the name that the file gives it.
+    pub fn names(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0
+            .iter()
+            .map(|(field, name)| (field.as_str(), name.as_str()))
+    }
+
+    /// Gives the fields of an object their own names. What had such a name without being meant is taken out.
+    pub(super) fn apply(&self, object: &mut Map<String, Value>) -> Renamed {
         let names = self.0.iter();
         let found: Vec<_> = names
             .map(|(field, name)| (field, object.shift_remove(name)))
             .collect();
+        let mut renamed = Renamed::default();
         for (field, value) in found {
-            match value {
-                Some(value) => object.insert(field.clone(), value),
+            let before = match value {
+                Some(value) => {
+                    renamed.fields.push(field.clone());
+                    object.insert(field.clone(), value)
+                }
                 None => object.shift_remove(field),
             };
+            if before.is_some_and(|before| !is_empty(&before)) {
+                renamed.displaced.push(field.clone());
+            }
         }
+        renamed
     }
 
     /// A problem in the file's words.
     pub(crate) fn in_file_words(&self, mut problem: Problem) -> Problem {
-        let end = problem.at.find(['[', '.']).unwrap_or(problem.at.len());
-        if let Some(name) = self.0.get(&problem.at[..end]) {
-            problem.at.replace_range(..end, name);
-        }
+        self.put_in_file_words(&mut problem.at);
         problem
+    }
+
+    /// Puts a place such as `messages[2].role` in the file's words.
+    pub(super) fn put_in_file_words(&self, at: &mut String) {
+        let end = at.find(['[', '.']).unwrap_or(at.len());
+        if let Some(name) = self.0.get(&at[..end]) {
+            at.replace_range(..end, name);
+        }
     }
 }
 
@@ -103,7 +136,10 @@ mod tests {
         let names = names(&[("prompt", "question"), ("completion", "prompt")]).expect("good");
         let mut object = serde_json::json!({"prompt": "p", "question": "q", "completion": "c"});
         let object = object.as_object_mut().expect("object");
-        names.apply(object);
+        let renamed = names.apply(object);
+        assert_eq!(renamed.fields, ["prompt", "completion"]);
+        // The column that was called so.
+        assert_eq!(renamed.displaced, ["completion"]);
         assert_eq!(
             serde_json::to_value(&*object).expect("JSON"),
             serde_json::json!({"prompt": "q", "completion": "p"})
@@ -116,7 +152,7 @@ mod tests {
     fn bad_mappings_are_refused() {
         assert_eq!(
             names(&[("promt", "q")]).expect_err("unknown"),
-            "unknown field `promt` (did you mean `prompt`?); expected one of messages, tools, conversations, system, prompt, completion, instruction, input, output, text, choices, answer"
+            "unknown field `promt` (did you mean `prompt`?); expected one of messages, tools, conversations, system, prompt, completion, instruction, input, output, history, text, choices, answer, chat_template_kwargs"
         );
         assert!(
             names(&[("prompt", "q"), ("completion", "q")])

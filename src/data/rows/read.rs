@@ -6,7 +6,8 @@ use serde_json::{Map, Value, json};
 use super::{
     fields::FieldNames,
     json::parse,
-    row::{Choices, Message, Role, Row, RowContent, RowFormat},
+    row::{Choices, Message, Notes, Role, Row, RowContent, RowFormat},
+    value::{kind, missing_or_wrong},
 };
 use crate::data::error::field_problem;
 
@@ -31,10 +32,15 @@ pub fn parse_named_row(
     names: &FieldNames,
 ) -> Result<(RowFormat, Row), Vec<Problem>> {
     let mut object = object(bytes)?;
-    names.apply(&mut object);
+    let renamed = names.apply(&mut object);
     let in_file_words = |problem| names.in_file_words(problem);
-    checked_row(&mut object, format)
-        .map_err(|problems| problems.into_iter().map(in_file_words).collect())
+    let (format, mut row) = checked_row(&mut object, format, Purpose::Training)
+        .map_err(|problems| -> Vec<_> { problems.into_iter().map(in_file_words).collect() })?;
+    let unread = row.notes.unread.iter_mut();
+    unread.for_each(|column| names.put_in_file_words(column));
+    row.notes.unread.extend(renamed.displaced);
+    row.notes.named = renamed.fields;
+    Ok((format, row))
 }
 
 /// Parses a row that is to be answered: as [`parse_row`], but it need not hold the answer, and one that it holds means nothing.
@@ -56,7 +62,7 @@ pub fn parse_question(bytes: &[u8]) -> Result<Row, Vec<Problem>> {
             messages.push(answer_turn(UNKNOWN.into()));
         }
     }
-    checked_row(&mut object, None).map(|(_, row)| row)
+    checked_row(&mut object, None, Purpose::Question).map(|(_, row)| row)
 }
 
 /// Stands in the place of an answer that nobody looks at.
@@ -85,9 +91,18 @@ fn answer_turn(content: Value) -> Value {
     json!({ "role": Role::Assistant.name(), "content": content })
 }
 
+/// What a row is read for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Training,
+    /// To be answered: what says how it is trained means nothing.
+    Question,
+}
+
 fn checked_row(
     object: &mut Map<String, Value>,
     format: Option<RowFormat>,
+    purpose: Purpose,
 ) -> Result<(RowFormat, Row), Vec<Problem>> {
     complete_with_answer(object).map_err(|problem| vec![problem])?;
     let format = match format {
@@ -96,13 +111,31 @@ fn checked_row(
     };
     let mut reader = Reader {
         object,
+        purpose,
         problems: Vec::new(),
+        notes: Notes::default(),
     };
     let content = reader.content(format);
+    let variables = match format {
+        RowFormat::Text => Map::new(),
+        _ => reader.variables(),
+    };
     let choices = content.as_ref().and_then(|content| reader.choices(content));
-    match (content, reader.problems) {
-        (Some(content), problems) if problems.is_empty() => Ok((format, Row { content, choices })),
-        (_, problems) => Err(problems),
+    reader.columns(format);
+    let Reader {
+        problems, notes, ..
+    } = reader;
+    match content {
+        Some(content) if problems.is_empty() => {
+            let row = Row {
+                content,
+                variables,
+                choices,
+                notes,
+            };
+            Ok((format, row))
+        }
+        _ => Err(problems),
     }
 }
 
@@ -141,17 +174,23 @@ fn right_choice(choices: &[Value], answer: Option<&Value>) -> Option<usize> {
 }
 
 /// Reads fields and collects what is wrong with them; `None` stands for a field with a problem.
-struct Reader<'a> {
-    object: &'a Map<String, Value>,
+pub(super) struct Reader<'a> {
+    pub(super) object: &'a Map<String, Value>,
+    pub(super) notes: Notes,
+    purpose: Purpose,
     problems: Vec<Problem>,
 }
 
 impl<'a> Reader<'a> {
-    fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key).filter(|value| !value.is_null())
     }
 
-    fn refuse<T>(
+    pub(super) fn is_training(&self) -> bool {
+        self.purpose == Purpose::Training
+    }
+
+    pub(super) fn refuse<T>(
         &mut self,
         field: impl Into<String>,
         problem: impl Into<String>,
@@ -161,41 +200,46 @@ impl<'a> Reader<'a> {
         None
     }
 
+    pub(super) fn note_unread(&mut self, column: String) {
+        if !self.notes.unread.contains(&column) {
+            self.notes.unread.push(column);
+        }
+    }
+
+    pub(super) fn note_for_template(&mut self, key: String) {
+        if !self.notes.for_template.contains(&key) {
+            self.notes.for_template.push(key);
+        }
+    }
+
     fn content(&mut self, format: RowFormat) -> Option<RowContent> {
         match format {
             RowFormat::Messages => {
                 let messages = self.messages("messages", Self::message);
-                let tools = self.tools();
-                Some(RowContent::Conversation {
-                    messages: messages?,
-                    tools: tools?,
-                })
+                self.conversation(messages, true)
             }
             RowFormat::Sharegpt => {
-                let turns = self.messages("conversations", Self::turn);
-                let system = self.system();
-                let tools = self.tools();
-                Some(RowContent::Conversation {
-                    messages: system.into_iter().chain(turns?).collect(),
-                    tools: tools?,
-                })
+                let messages = self.messages("conversations", Self::turn);
+                self.conversation(messages, true)
             }
             RowFormat::Alpaca => {
                 let instruction = self.text("instruction");
                 let input = self.optional_text("input");
                 let output = self.text("output");
-                let system = self.system();
-                let user = match (instruction?, input) {
-                    (instruction, Some(input)) => format!("{instruction}\n\n{input}"),
-                    (instruction, None) => instruction,
+                let history = self.history();
+                let user = instruction.map(|instruction| match input {
+                    Some(input) => format!("{instruction}\n\n{input}"),
+                    None => instruction,
+                });
+                let messages = match (history, user, output) {
+                    (Some(mut messages), Some(user), Some(output)) => {
+                        messages.push(Message::new(Role::User, user));
+                        messages.push(Message::new(Role::Assistant, output));
+                        Some(messages)
+                    }
+                    _ => None,
                 };
-                let mut messages: Vec<_> = system.into_iter().collect();
-                messages.push(Message::new(Role::User, user));
-                messages.push(Message::new(Role::Assistant, output?));
-                Some(RowContent::Conversation {
-                    messages,
-                    tools: Vec::new(),
-                })
+                self.conversation(messages, true)
             }
             RowFormat::PromptCompletion
                 if ["prompt", "completion"]
@@ -208,166 +252,134 @@ impl<'a> Reader<'a> {
                     message.trained = false;
                 }
                 let completion = self.messages("completion", Self::message);
-                let tools = self.tools();
-                let mut messages = messages?;
-                messages.extend(completion?);
-                Some(RowContent::Conversation {
-                    messages,
-                    tools: tools?,
-                })
+                let messages = messages.zip(completion).map(|(mut messages, completion)| {
+                    messages.extend(completion);
+                    messages
+                });
+                self.conversation(messages, false)
             }
             RowFormat::PromptCompletion => {
                 let prompt = self.text("prompt");
                 let completion = self.text("completion");
+                let system = self.optional_text("system");
+                let tools = self.tools();
                 Some(RowContent::Prompt {
+                    system,
                     prompt: prompt?,
                     completion: completion?,
+                    tools: tools?,
                 })
             }
             RowFormat::Text => self.text("text").map(RowContent::Text),
         }
     }
 
-    /// The messages of a list, each by `read`, which is told its place.
-    fn messages(
+    /// Messages with the system turn and the tools that stand beside them; `trained` is the system turn's.
+    fn conversation(
         &mut self,
-        key: &str,
-        read: fn(&mut Self, &str, &Value) -> Option<Message>,
-    ) -> Option<Vec<Message>> {
-        const FIX: &str = "expected a list of messages";
-        let list = match self.object.get(key) {
-            Some(Value::Array(list)) if list.is_empty() => {
-                return self.refuse(key, "is empty", "expected at least one message");
-            }
-            Some(Value::Array(list)) => list,
-            other => return self.refuse(key, missing_or_wrong(other), FIX),
-        };
-        let places = list.iter().enumerate();
-        // All are read before the first bad one is given up.
-        let messages: Vec<_> = places
-            .map(|(idx, value)| read(self, &format!("{key}[{idx}]"), value))
-            .collect();
-        messages.into_iter().collect()
-    }
-
-    fn message(&mut self, at: &str, value: &Value) -> Option<Message> {
-        let field = |name: &str| format!("{at}.{name}");
-        let Value::Object(object) = value else {
-            return self.refuse(
-                at,
-                format!("found {}", kind(value)),
-                "expected an object with role and content",
-            );
-        };
-        let role = self.role(
-            field("role"),
-            object.get("role"),
-            Role::from_name,
-            "expected system, user, assistant or tool",
-        );
-        let calls_tools = object
-            .get("tool_calls")
-            .and_then(Value::as_array)
-            .is_some_and(|calls| !calls.is_empty());
-        let content = match object.get("content") {
-            Some(Value::Array(parts)) => self.parts(&field("content"), parts),
-            None | Some(Value::Null) if calls_tools => Some(String::new()),
-            other => self.string(
-                field("content"),
-                other,
-                "expected a string, or tool_calls in its place",
-            ),
-        };
-        let trained = match object.get("weight") {
-            None | Some(Value::Null) => true,
-            Some(weight) if weight.as_f64() == Some(0.0) => false,
-            Some(weight) if weight.as_f64() == Some(1.0) => true,
-            Some(other) => self
-                .refuse(field("weight"), format!("found {other}"), "expected 0 or 1")
-                .unwrap_or(true),
-        };
-        let mut fields = object.clone();
-        fields.shift_remove("weight");
-        fields.insert("content".to_owned(), content?.into());
-        Some(Message {
-            role: role?,
-            fields,
-            trained,
-        })
-    }
-
-    /// OpenAI's content parts; only text can be trained.
-    fn parts(&mut self, field: &str, parts: &[Value]) -> Option<String> {
-        let mut text = String::new();
-        for (idx, part) in parts.iter().enumerate() {
-            let named = |key: &str| part.get(key).and_then(Value::as_str);
-            match (named("type"), named("text")) {
-                (Some("text"), Some(part)) => text.push_str(part),
-                (part_type, _) => {
-                    return self.refuse(
-                        format!("{field}[{idx}]"),
-                        format!("part of type `{}`", part_type.unwrap_or("unknown")),
-                        "only {\"type\": \"text\", \"text\": ...} can be trained",
-                    );
+        messages: Option<Vec<Message>>,
+        trained: bool,
+    ) -> Option<RowContent> {
+        let system = self.optional_text("system");
+        let tools = self.tools();
+        let mut messages = messages?;
+        if let Some(text) = system {
+            match messages.iter().find(|message| message.role == Role::System) {
+                None => {
+                    let mut system = Message::new(Role::System, text);
+                    system.trained = trained;
+                    messages.insert(0, system);
+                }
+                Some(first) if first.content() == text => {}
+                Some(_) => {
+                    let problem = "stands beside a system turn that says something else";
+                    return self.refuse("system", problem, "keep one of them");
                 }
             }
         }
-        Some(text)
+        Some(RowContent::Conversation {
+            messages,
+            tools: tools?,
+        })
     }
 
-    fn turn(&mut self, at: &str, value: &Value) -> Option<Message> {
-        let field = |name: &str| format!("{at}.{name}");
-        let (from, said) = (value.get("from"), value.get("value"));
-        if from.is_some_and(|from| from == "function_call") {
-            return self.tool_call(field("value"), said);
-        }
-        let role = self.role(
-            field("from"),
-            from,
-            Role::from_sharegpt,
-            "expected system, human, gpt or tool (also user, assistant, function_call, observation)",
-        );
-        let text = self.string(field("value"), said, "expected a string");
-        Some(Message::new(role?, text?))
-    }
-
-    /// ShareGPT's `function_call` turn: `{"name", "arguments"}`, or a list of them, as text.
-    fn tool_call(&mut self, field: String, value: Option<&Value>) -> Option<Message> {
-        let calls = match value {
-            Some(Value::String(text)) => serde_json::from_str(text).ok(),
-            other => other.cloned(),
+    /// Alpaca's earlier turns, `[[user, assistant], ...]`, which LLaMA-Factory trains like the last one.
+    fn history(&mut self) -> Option<Vec<Message>> {
+        const FIX: &str = "expected a list of earlier turns, each [user, assistant]";
+        let text;
+        let list = match self.get("history") {
+            None => return Some(Vec::new()),
+            Some(Value::Array(list)) => list,
+            Some(Value::String(string)) if string.trim().is_empty() => return Some(Vec::new()),
+            Some(Value::String(string)) => match serde_json::from_str(string) {
+                Ok(Value::Array(list)) => {
+                    text = list;
+                    &text
+                }
+                _ => {
+                    let found = "found a string that is not a JSON list";
+                    return self.refuse("history", found, FIX);
+                }
+            },
+            other => return self.refuse("history", missing_or_wrong(other), FIX),
         };
-        let calls = match calls {
-            Some(Value::Array(calls)) => calls,
-            call => call.into_iter().collect(),
-        };
-        let named = |call: &Value| call.get("name").is_some_and(Value::is_string);
-        if calls.is_empty() || !calls.iter().all(named) {
-            return self.refuse(
-                field,
-                "is not a function call",
-                "expected {\"name\": ..., \"arguments\": ...} as a string",
-            );
+        let mut messages = Vec::with_capacity(2 * list.len());
+        for (idx, pair) in list.iter().enumerate() {
+            match pair.as_array().map(Vec::as_slice) {
+                Some([Value::String(user), Value::String(assistant)]) => {
+                    messages.push(Message::new(Role::User, user));
+                    messages.push(Message::new(Role::Assistant, assistant));
+                }
+                _ => return self.refuse(format!("history[{idx}]"), "is no pair of texts", FIX),
+            }
         }
-        let typed = |call| json!({"type": "function", "function": call});
-        let calls: Vec<Value> = calls.into_iter().map(typed).collect();
-        let mut message = Message::new(Role::Assistant, "");
-        message.fields.insert("tool_calls".to_owned(), calls.into());
-        Some(message)
+        Some(messages)
     }
 
-    fn role(
-        &mut self,
-        field: String,
-        value: Option<&Value>,
-        named: fn(&str) -> Option<Role>,
-        fix: &str,
-    ) -> Option<Role> {
-        let name = self.string(field.clone(), value, fix)?;
-        named(&name).or_else(|| self.refuse(field, format!("unknown role \"{name}\""), fix))
+    /// The chat template's variables: an object or its JSON text, and the documents.
+    fn variables(&mut self) -> Map<String, Value> {
+        const KWARGS: &str = "chat_template_kwargs";
+        /// What the row and the training say themselves.
+        const TAKEN: [&str; 5] = [
+            "messages",
+            "tools",
+            "add_generation_prompt",
+            "continue_final_message",
+            "chat_template",
+        ];
+        let decoded = |value: &Value| match value {
+            Value::String(text) if text.trim().is_empty() => Some(Value::Null),
+            Value::String(text) => serde_json::from_str(text).ok(),
+            other => Some(other.clone()),
+        };
+        let mut variables = match self.get(KWARGS).map(decoded) {
+            None | Some(Some(Value::Null)) => Map::new(),
+            Some(Some(Value::Object(variables))) => variables,
+            Some(_) => {
+                let found = "is neither an object nor the JSON text of one";
+                self.refuse(KWARGS, found, "expected the template's variables by name")
+                    .unwrap_or_default()
+            }
+        };
+        for name in TAKEN.iter().filter(|name| variables.contains_key(**name)) {
+            let problem = "is not for a row to say here";
+            self.refuse::<()>(format!("{KWARGS}.{name}"), problem, "remove it");
+        }
+        variables.retain(|_, value| !value.is_null());
+        match self.get("documents").map(decoded) {
+            None | Some(Some(Value::Null)) => {}
+            Some(Some(documents @ Value::Array(_))) => {
+                variables.insert("documents".to_owned(), documents);
+            }
+            Some(_) => {
+                let fix = "expected a list of documents, for the chat template";
+                self.refuse::<()>("documents", "is not a list", fix);
+            }
+        }
+        variables
     }
 
-    fn string(
+    pub(super) fn string(
         &mut self,
         field: impl Into<String>,
         value: Option<&Value>,
@@ -390,30 +402,13 @@ impl<'a> Reader<'a> {
         self.string(key, value, fix)
     }
 
-    /// A text that is there and not empty.
+    /// A text, or the parts of one, that is there and not empty.
     fn optional_text(&mut self, key: &str) -> Option<String> {
-        self.get(key)?;
-        self.text(key).filter(|text| !text.is_empty())
-    }
-
-    fn system(&mut self) -> Option<Message> {
-        let text = self.optional_text("system")?;
-        Some(Message::new(Role::System, text))
-    }
-
-    fn tools(&mut self) -> Option<Vec<Value>> {
-        const FIX: &str = "expected a list of tools";
-        match self.get("tools") {
-            None => Some(Vec::new()),
-            Some(Value::Array(tools)) => Some(tools.clone()),
-            Some(Value::String(text)) if text.trim().is_empty() => Some(Vec::new()),
-            // Tables without nested columns keep them as text.
-            Some(Value::String(text)) => match serde_json::from_str(text) {
-                Ok(Value::Array(tools)) => Some(tools),
-                _ => self.refuse("tools", "found a string that is not a JSON list", FIX),
-            },
-            other => self.refuse("tools", missing_or_wrong(other), FIX),
-        }
+        let text = match self.get(key)? {
+            Value::Array(parts) if key == "system" => self.parts(key, parts),
+            _ => self.text(key),
+        };
+        text.filter(|text| !text.is_empty())
     }
 
     /// The right answer is `answer` (an index or the text), or the trained text where that is one of the choices.
@@ -452,23 +447,5 @@ impl<'a> Reader<'a> {
             );
         };
         Some(Choices { answer, texts })
-    }
-}
-
-fn missing_or_wrong(value: Option<&Value>) -> String {
-    match value {
-        None => "is missing".to_owned(),
-        Some(value) => format!("found {}", kind(value)),
-    }
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
     }
 }

@@ -4,7 +4,7 @@ use monteclora_converters::Problem;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::data::error::field_problem;
+use super::unknown::unknown_format;
 
 /// Who speaks in a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,19 +53,24 @@ impl Role {
 pub struct Message {
     pub(super) role: Role,
     pub(super) fields: Map<String, Value>,
+    pub(super) text: String,
     pub(super) trained: bool,
+    pub(super) must_train: bool,
 }
 
 impl Message {
     /// A message of plain text.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
+        let text = content.into();
         let mut fields = Map::new();
         fields.insert("role".to_owned(), role.name().into());
-        fields.insert("content".to_owned(), content.into().into());
+        fields.insert("content".to_owned(), text.as_str().into());
         Self {
             role,
             fields,
+            text,
             trained: true,
+            must_train: false,
         }
     }
 
@@ -73,6 +78,7 @@ impl Message {
     pub(in crate::data) fn with_content(&self, content: &str) -> Self {
         let mut message = self.clone();
         message.fields.insert("content".to_owned(), content.into());
+        content.clone_into(&mut message.text);
         message
     }
 
@@ -81,22 +87,32 @@ impl Message {
         self.role
     }
 
-    /// The text; empty for a message that holds tool calls alone.
+    /// The text, of parts all of them; empty for a message that holds tool calls alone.
     pub fn content(&self) -> &str {
-        self.fields
-            .get("content")
-            .and_then(Value::as_str)
-            .unwrap_or_default()
+        &self.text
     }
 
-    /// Every field as the chat template sees it.
+    /// Every field as the row has it: `content` may be a list of parts, null or absent. What says whether the turn is trained
+    /// is left out.
     pub fn fields(&self) -> &Map<String, Value> {
         &self.fields
     }
 
-    /// False for `"weight": 0`: never trained, whatever `train_on` says.
+    /// Every field, with [`Self::content`] as the content.
+    pub fn fields_of_text(&self) -> Map<String, Value> {
+        let mut fields = self.fields.clone();
+        fields.insert("content".to_owned(), self.text.as_str().into());
+        fields
+    }
+
+    /// False for a turn of weight 0 or with `train`, `training` or `loss` false: never trained, whatever `train_on` says.
     pub fn trained(&self) -> bool {
         self.trained
+    }
+
+    /// Whether the row says that the turn is trained, by `train`, `training` or `loss`.
+    pub fn must_train(&self) -> bool {
+        self.must_train
     }
 }
 
@@ -104,13 +120,13 @@ impl Message {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowFormat {
-    /// `{"messages": [{"role", "content"}], "tools"?}`.
+    /// `{"messages": [{"role", "content"}]}`.
     Messages,
     /// `{"prompt", "completion"}`, two strings, or two lists of messages.
     PromptCompletion,
-    /// `{"instruction", "input"?, "output", "system"?}`, read as a conversation of one turn.
+    /// `{"instruction", "input"?, "output", "history"?}`, read as a conversation.
     Alpaca,
-    /// `{"conversations": [{"from", "value"}], "system"?, "tools"?}`.
+    /// `{"conversations": [{"from", "value"}]}`.
     Sharegpt,
     /// `{"text"}`.
     Text,
@@ -128,7 +144,7 @@ impl RowFormat {
         }
     }
 
-    /// Decides by keys; the first that fits.
+    /// Decides by keys; the first that fits. Keys without a value count where no format fits without them.
     pub(super) fn detect(object: &Map<String, Value>) -> Result<Self, Problem> {
         const KEYS: [(RowFormat, &[&str]); 5] = [
             (RowFormat::Messages, &["messages"]),
@@ -137,20 +153,16 @@ impl RowFormat {
             (RowFormat::Alpaca, &["instruction", "output"]),
             (RowFormat::Text, &["text"]),
         ];
-        let fits = |keys: &[&str]| keys.iter().all(|key| object.contains_key(*key));
-        if let Some((format, _)) = KEYS.iter().find(|(_, keys)| fits(keys)) {
-            return Ok(*format);
-        }
-        let keys: Vec<_> = object.keys().map(|key| format!("`{key}`")).collect();
-        let found = match keys.as_slice() {
-            [] => "the object is empty".to_owned(),
-            keys => format!("no known format has the keys {}", keys.join(", ")),
+        let with_value = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
+        let there = |key: &str| object.contains_key(key);
+        let first = |has: &dyn Fn(&str) -> bool| {
+            let fits = |keys: &[&str]| keys.iter().all(|key| has(key));
+            let found = KEYS.iter().find(|(_, keys)| fits(keys));
+            found.map(|(format, _)| *format)
         };
-        Err(field_problem(
-            "row",
-            found,
-            "expected messages, prompt and completion, instruction and output, conversations, or text",
-        ))
+        first(&with_value)
+            .or_else(|| first(&there))
+            .ok_or_else(|| unknown_format(object))
     }
 }
 
@@ -175,10 +187,14 @@ pub enum RowContent {
     },
     /// A prompt and what should follow it.
     Prompt {
+        /// A system turn before it. Only a chat template can print it.
+        system: Option<String>,
         /// Given.
         prompt: String,
         /// Trained.
         completion: String,
+        /// Tool descriptions as the chat template sees them.
+        tools: Vec<Value>,
     },
     /// Plain text, trained whole.
     Text(String),
@@ -189,6 +205,23 @@ pub enum RowContent {
 pub struct Row {
     /// What is turned into tokens.
     pub content: RowContent,
+    /// The chat template's variables for this row: `chat_template_kwargs`, and `documents` under its own name.
+    pub variables: Map<String, Value>,
     /// The optional `choices`.
     pub choices: Option<Choices>,
+    /// What was left aside or changed.
+    pub notes: Notes,
+}
+
+/// What the reading of a row left aside or changed, without harm enough to refuse the row.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Notes {
+    /// Columns that hold something and that nothing reads, in the file's words; keys of turns as `messages[].mood`.
+    pub unread: Vec<String>,
+    /// Keys of turns that nothing but a chat template can read, as `messages[].name`.
+    pub for_template: Vec<String>,
+    /// Fields that the row has under the name that the file gives them.
+    pub named: Vec<String>,
+    /// Arguments of tool calls that were JSON text and are an object now.
+    pub n_decoded_arguments: usize,
 }

@@ -188,8 +188,10 @@ fn a_row_of_choices_need_not_repeat_its_answer() {
         assert_eq!(
             content(&row),
             RowContent::Prompt {
+                system: None,
                 prompt: "p".to_owned(),
-                completion: " b".to_owned()
+                completion: " b".to_owned(),
+                tools: Vec::new()
             }
         );
     }
@@ -244,8 +246,10 @@ fn fields_of_other_names() {
     assert_eq!(
         row.content,
         RowContent::Prompt {
+            system: None,
             prompt: "q".to_owned(),
-            completion: "a".to_owned()
+            completion: "a".to_owned(),
+            tools: Vec::new()
         }
     );
     let problems = read(r#"{"question":"q","answer":3}"#).expect_err("refused");

@@ -1,0 +1,98 @@
+//! Values and names as a data file writes them: of what kind, whether there is any, what was probably meant.
+
+use serde_json::Value;
+
+/// The kind of a value, in words.
+pub(super) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// What is wrong with a field that is missing or of the wrong kind.
+pub(super) fn missing_or_wrong(value: Option<&Value>) -> String {
+    match value {
+        None => "is missing".to_owned(),
+        Some(value) => format!("found {}", kind(value)),
+    }
+}
+
+/// Whether a value holds nothing: tables fill the fields that a row lacks with null, and those within them.
+pub(super) fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.iter().all(is_empty),
+        Value::Object(object) => object.values().all(is_empty),
+        Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+/// The name that `key` was probably meant to be: letters of the other case, another separator, or a letter wrong, in a long name two.
+pub(super) fn nearest<'a>(key: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let plain = |name: &str| -> String {
+        let letters = name.chars().filter(|letter| letter.is_alphanumeric());
+        letters.flat_map(char::to_lowercase).collect()
+    };
+    let key = plain(key);
+    names
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(&key, &plain(name)), name))
+        .filter(|(distance, name)| *distance <= if name.len() < 9 { 1 } else { 2 })
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, name)| name)
+}
+
+/// A flag: a boolean, or 0 or 1.
+pub(super) fn flag(value: &Value) -> Option<bool> {
+    match value {
+        Value::Bool(flag) => Some(*flag),
+        Value::Number(number) if number.as_f64() == Some(0.0) => Some(false),
+        Value::Number(number) if number.as_f64() == Some(1.0) => Some(true),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn misspelt_names_are_told_from_other_names() {
+        let names = ["messages", "choices", "answer", "tools", "text"];
+        for (key, expected) in [
+            ("mesages", Some("messages")),
+            ("choises", Some("choices")),
+            ("answr", Some("answer")),
+            ("Messages", Some("messages")),
+            ("tolos", Some("tools")),
+            ("message_id", None),
+            ("context", None),
+            ("source", None),
+        ] {
+            assert_eq!(nearest(key, names), expected, "{key}");
+        }
+    }
+
+    #[test]
+    fn what_tables_fill_in_is_nothing() {
+        for value in [
+            json!(null),
+            json!(""),
+            json!([]),
+            json!({"a": null, "b": [""]}),
+        ] {
+            assert!(is_empty(&value), "{value}");
+        }
+        for value in [json!(false), json!(0), json!(" "), json!([{"a": 0}])] {
+            assert!(!is_empty(&value), "{value}");
+        }
+    }
+}
