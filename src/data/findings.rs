@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::{
     example::{Encoder, Example},
-    rows::{Message, Notes, Role, Row, RowContent},
+    rows::{Message, Notes, Role, Row, RowContent, is_for_templates},
 };
 
 /// One kind of finding.
@@ -17,6 +17,8 @@ pub enum Finding {
     Unread(String),
     /// A name given to a field that no row has.
     NameWithoutColumn(String),
+    /// A file of the directory that may hold rows and that no split reads.
+    UnreadFile(String),
     /// The text of a control token within what a row says: the model sees the token.
     ControlToken,
     /// Two begin tokens, one after the other.
@@ -56,6 +58,7 @@ impl fmt::Display for Finding {
         let text = match self {
             Self::Unread(name) => return write!(f, "nothing reads `{name}`"),
             Self::NameWithoutColumn(name) => return write!(f, "no row has the column `{name}`"),
+            Self::UnreadFile(name) => return write!(f, "nothing reads the file `{name}`"),
             Self::ControlToken => "control tokens in a row's own text",
             Self::DoubledBegin => "two begin tokens",
             Self::DoubledEnd => "two end tokens trained",
@@ -154,7 +157,7 @@ fn line(finding: &Finding, tally: &Tally) -> String {
     }
 }
 
-/// What a row alone shows: what was noted when it was read. Without an encoder, keys that only a template knows pass.
+/// What a row alone shows: what was noted when it was read. Without an encoder, keys that templates usually know pass.
 pub(super) fn of_row(row: &Row, encoder: Option<&Encoder>) -> Vec<(Finding, String)> {
     let plain = |finding| (finding, String::new());
     let Notes {
@@ -170,7 +173,12 @@ pub(super) fn of_row(row: &Row, encoder: Option<&Encoder>) -> Vec<(Finding, Stri
     if *n_decoded_arguments > 0 {
         found.push(plain(Finding::DecodedArguments));
     }
+    let name_of = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
     let Some(encoder) = encoder else {
+        let odd = for_template
+            .iter()
+            .filter(|key| !is_for_templates(&name_of(key)));
+        found.extend(odd.map(|key| plain(Finding::Unread(key.clone()))));
         return found;
     };
     let is_rendered = match &row.content {
@@ -180,12 +188,9 @@ pub(super) fn of_row(row: &Row, encoder: Option<&Encoder>) -> Vec<(Finding, Stri
     };
     let template = encoder.template().filter(|_| is_rendered);
     let is_mentioned = |name: &str| template.is_some_and(|template| template.mentions(name));
-    for key in for_template {
-        let name = key.rsplit('.').next().unwrap_or(key);
-        if !is_mentioned(name) {
-            found.push(plain(Finding::Unread(key.clone())));
-        }
-    }
+    let is_read = |key: &str| template.is_some_and(|template| template.mentions_key(key));
+    let unread = for_template.iter().filter(|key| !is_read(&name_of(key)));
+    found.extend(unread.map(|key| plain(Finding::Unread(key.clone()))));
     for name in row.variables.keys().filter(|name| !is_mentioned(name)) {
         let column = match name.as_str() {
             "documents" => name.clone(),

@@ -7,6 +7,8 @@
 //! A data file is never held whole: a [`Dataset`] keeps the place of every row and the length of every example.
 
 mod batch;
+#[cfg(test)]
+mod cases;
 mod dataset;
 mod error;
 mod example;

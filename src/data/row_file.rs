@@ -1,5 +1,6 @@
 //! One file of rows on disk: where each row lies, its checksum, the file's hash; rows are read when asked for.
 
+mod foreign;
 #[cfg(feature = "parquet")]
 mod parquet;
 mod spans;
@@ -60,6 +61,7 @@ impl RowFile {
                 (spool, Some(hash))
             }
         };
+        foreign::refuse(path, &mut file, &read_error)?;
         file.rewind().map_err(&read_error)?;
         let mut reader = Hashing::new(&mut file);
         let spans = index(BufReader::with_capacity(1 << 20, &mut reader), path)?;

@@ -3,6 +3,7 @@
 mod columns;
 mod fields;
 mod json;
+mod json_place;
 mod read;
 mod row;
 #[cfg(test)]
@@ -15,3 +16,4 @@ mod value;
 pub use fields::FieldNames;
 pub use read::{parse_named_row, parse_question, parse_row};
 pub use row::{Choices, Message, Notes, Role, Row, RowContent, RowFormat};
+pub(super) use turn::is_for_templates;

@@ -48,13 +48,28 @@ impl Split {
 const EXTENSIONS: [&str; 4] = ["jsonl", "ndjson", "json", "parquet"];
 
 /// Files that lie beside data sets and hold no rows.
-const NOT_ROWS: [&str; 3] = ["dataset_infos.json", "dataset_dict.json", "state.json"];
+const NOT_ROWS: [&str; 4] = [
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+];
+
+/// Endings of files that may hold rows and are not read.
+const NOT_READ: [&str; 18] = [
+    "csv", "tsv", "txt", "yaml", "yml", "arrow", "feather", "avro", "xlsx", "xls", "db", "sqlite",
+    "zst", "xz", "bz2", "zip", "tar", "7z",
+];
+
+/// Text files that lie beside data sets.
+const NOTES: [&str; 4] = ["readme", "license", "requirements", "notice"];
 
 /// The rows of one or several files, one after the other.
 #[derive(Debug)]
 pub struct Source {
     name: PathBuf,
     revision: Option<String>,
+    unread: Vec<String>,
     files: Vec<RowFile>,
     /// The index of each file's first row, and the number of all rows.
     starts: Vec<usize>,
@@ -67,8 +82,12 @@ impl Source {
     /// # Errors
     /// As [`RowFile::open`]; if the files of the split cannot be told or fetched.
     pub fn open(name: &Path, split: Split) -> Result<Self, Error> {
-        let (files, revision) = files(name, split)?;
-        let files = files
+        let Found {
+            paths,
+            unread,
+            revision,
+        } = files(name, split)?;
+        let files = paths
             .iter()
             .map(|path| RowFile::open(path))
             .collect::<Result<Vec<_>, _>>()?;
@@ -79,6 +98,7 @@ impl Source {
         Ok(Self {
             name: name.to_owned(),
             revision,
+            unread,
             files,
             starts,
         })
@@ -87,6 +107,11 @@ impl Source {
     /// The source, as it was named.
     pub fn name(&self) -> &Path {
         &self.name
+    }
+
+    /// Files of a directory or data set that may hold rows and that no split reads.
+    pub fn unread_files(&self) -> &[String] {
+        &self.unread
     }
 
     /// The commit of a data set on the Hub.
@@ -134,36 +159,65 @@ impl Source {
 /// # Errors
 /// For a directory or data set without data files.
 pub fn splits(name: &Path) -> Result<Vec<Split>, Error> {
-    let Some((names, _)) = listing(name)? else {
+    let Some(listing) = listing(name)? else {
         return Ok(vec![Split::Train]);
     };
     let present: Vec<Split> = Split::ALL
         .into_iter()
-        .filter(|split| holds(&names, *split))
+        .filter(|split| holds(&listing.names, *split))
         .collect();
     if present.is_empty() {
-        return Err(nothing(name, Split::Train, &names));
+        return Err(nothing(name, Split::Train, &listing));
     }
     Ok(present)
 }
 
 /// Whether a local directory holds rows of a split. Never asks the network.
 pub fn directory_has(name: &Path, split: Split) -> bool {
-    name.is_dir() && local_names(name).is_ok_and(|names| holds(&names, split))
+    name.is_dir() && local_names(name).is_ok_and(|names| holds(&Listing::new(names).names, split))
 }
 
 fn holds(names: &[String], split: Split) -> bool {
     select(names, split).is_ok_and(|found| !found.is_empty())
 }
 
-/// The names of the files of a directory, or of a data set on the Hub.
-type Listing = (Vec<String>, Option<DatasetRepo>);
+/// The files of a directory, or of a data set on the Hub.
+struct Listing {
+    /// Data files.
+    names: Vec<String>,
+    /// Files that may hold rows and are not read.
+    others: Vec<String>,
+    repo: Option<DatasetRepo>,
+}
+
+impl Listing {
+    fn new(names: Vec<String>) -> Self {
+        let (names, mut others): (Vec<_>, Vec<_>) =
+            names.into_iter().partition(|name| has_data_extension(name));
+        others.retain(|name| may_hold_rows(name));
+        Self {
+            names,
+            others,
+            repo: None,
+        }
+    }
+
+    /// What no split takes: other kinds of files, and files that name no split where some do.
+    fn unread(&self) -> Vec<String> {
+        let names_one = |name: &&String| split_of(name).is_some();
+        let without: Vec<_> = match self.names.iter().any(|name| names_one(&name)) {
+            true => self.names.iter().filter(|name| !names_one(name)).collect(),
+            false => Vec::new(),
+        };
+        without.into_iter().chain(&self.others).cloned().collect()
+    }
+}
 
 /// `None` for what is a file, or nothing at all.
 fn listing(name: &Path) -> Result<Option<Listing>, Error> {
     if name.is_dir() {
         let names = local_names(name).map_err(unreadable(name))?;
-        return Ok(Some((names, None)));
+        return Ok(Some(Listing::new(names)));
     }
     let id = name
         .to_str()
@@ -173,27 +227,46 @@ fn listing(name: &Path) -> Result<Option<Listing>, Error> {
     };
     let (repo, mut names) =
         DatasetRepo::open(&wanted).map_err(|error| refused(name, error.to_string()))?;
-    names.retain(|file| has_data_extension(file) && wanted.holds(file));
-    Ok(Some((names, Some(repo))))
+    names.retain(|file| wanted.holds(file));
+    Ok(Some(Listing {
+        repo: Some(repo),
+        ..Listing::new(names)
+    }))
 }
 
-/// The local files of a split, and the commit of a data set on the Hub.
-fn files(name: &Path, split: Split) -> Result<(Vec<PathBuf>, Option<String>), Error> {
-    let Some((names, repo)) = listing(name)? else {
-        return Ok((vec![name.to_owned()], None));
+/// The local files of a split, what else lies there, and the commit of a data set on the Hub.
+struct Found {
+    paths: Vec<PathBuf>,
+    unread: Vec<String>,
+    revision: Option<String>,
+}
+
+fn files(name: &Path, split: Split) -> Result<Found, Error> {
+    let Some(listing) = listing(name)? else {
+        return Ok(Found {
+            paths: vec![name.to_owned()],
+            unread: Vec::new(),
+            revision: None,
+        });
     };
-    let found = select(&names, split).map_err(|problem| refused(name, problem))?;
+    let found = select(&listing.names, split).map_err(|problem| refused(name, problem))?;
     if found.is_empty() {
-        return Err(nothing(name, split, &names));
+        return Err(nothing(name, split, &listing));
     }
+    let unread = listing.unread();
+    let repo = listing.repo;
     let local = |file: &String| match &repo {
         None => Ok(name.join(file)),
         Some(repo) => repo
             .get(file)
             .map_err(|error| refused(name, error.to_string())),
     };
-    let files = found.iter().map(local).collect::<Result<_, _>>()?;
-    Ok((files, repo.map(|repo| repo.commit().to_owned())))
+    let paths = found.iter().map(local).collect::<Result<_, _>>()?;
+    Ok(Found {
+        paths,
+        unread,
+        revision: repo.map(|repo| repo.commit().to_owned()),
+    })
 }
 
 /// A directory or Hub data set whose files cannot be told apart or had; exit code 3.
@@ -202,10 +275,18 @@ fn refused(name: &Path, problem: String) -> Error {
     Problem::new("files", at, problem, "").exit(3).into()
 }
 
-fn nothing(name: &Path, split: Split, names: &[String]) -> Error {
-    let held = match names {
-        [] => "it holds no .jsonl, .json or .parquet file".to_owned(),
-        names => format!("it holds {}", shortened(names)),
+fn nothing(name: &Path, split: Split, listing: &Listing) -> Error {
+    let held = match (&listing.names[..], &listing.others[..]) {
+        ([], []) => "it holds no .jsonl, .json or .parquet file".to_owned(),
+        ([], others) => {
+            let (others, first) = (shortened(others), name.join(&others[0]));
+            let problem = format!(
+                "it holds no .jsonl, .json or .parquet file, and {others} cannot be read as rows; `monteclora data check {}` says what to do",
+                first.display()
+            );
+            return refused(name, problem);
+        }
+        (names, _) => format!("it holds {}", shortened(names)),
     };
     let problem = format!(
         "no {0} rows: {held}; name a file {0}.jsonl, or give the path of the file",
@@ -223,7 +304,7 @@ fn shortened(names: &[String]) -> String {
     text
 }
 
-/// Data files in a directory and in its subdirectories, in the order of their names, `/` between parts.
+/// Files in a directory and in its subdirectories, in the order of their names, `/` between parts.
 fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir)? {
@@ -236,13 +317,11 @@ fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
         }
         if entry.path().is_dir() {
             for inner in std::fs::read_dir(entry.path())? {
-                if let Some(inner) = inner?.file_name().to_str()
-                    && has_data_extension(inner)
-                {
+                if let Some(inner) = inner?.file_name().to_str() {
                     names.push(format!("{name}/{inner}"));
                 }
             }
-        } else if has_data_extension(&name) {
+        } else {
             names.push(name);
         }
     }
@@ -257,6 +336,16 @@ fn has_data_extension(name: &str) -> bool {
         && bare
             .rsplit_once('.')
             .is_some_and(|(_, extension)| EXTENSIONS.contains(&extension))
+}
+
+/// Whether a file that is not read may hold rows.
+fn may_hold_rows(name: &str) -> bool {
+    let file = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
+    let bare = file.strip_suffix(".gz").unwrap_or(&file);
+    !NOTES.iter().any(|note| file.starts_with(note))
+        && bare
+            .rsplit_once('.')
+            .is_some_and(|(_, extension)| NOT_READ.contains(&extension))
 }
 
 /// The split that a path names, by a word of the file's name or, without one, of its folders; the last counts.
@@ -345,6 +434,27 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_of_other_files_says_what_to_do() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        for name in ["train.csv", "dataset_info.json"] {
+            std::fs::write(dir.path().join(name), "prompt,completion\na,b\n").expect("writes");
+        }
+        let error = Source::open(dir.path(), Split::Train)
+            .expect_err("no rows")
+            .to_string();
+        let file = dir.path().join("train.csv");
+        let command = format!("`monteclora data check {}` says what to do", file.display());
+        assert!(
+            error.contains("train.csv cannot be read as rows") && error.contains(&command),
+            "{error}"
+        );
+        let error = Source::open(&file, Split::Train)
+            .expect_err("CSV")
+            .to_string();
+        assert!(error.contains("python3 -c"), "{error}");
+    }
+
+    #[test]
     fn rows_of_several_files_follow_each_other() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let write = |name: &str, text: &str| {
@@ -372,6 +482,11 @@ mod tests {
                 .contains("no test rows: it holds train-0.jsonl"),
             "{error}"
         );
+        write("more.jsonl", "{\"a\":4}");
+        write("old.csv", "a\n4\n");
+        write("README.txt", "about");
+        let source = Source::open(dir.path(), Split::Train).expect("opens");
+        assert_eq!(source.unread_files(), ["more.jsonl", "old.csv"]);
         let valid = Source::open(dir.path(), Split::Valid).expect("opens");
         assert_eq!(valid.row_bytes(0).expect("reads"), b"{\"a\":3}");
     }

@@ -128,6 +128,10 @@ impl Survey {
                 survey.findings.add_of_source(finding);
             }
         }
+        for name in source.unread_files() {
+            let finding = Finding::UnreadFile(name.clone());
+            survey.findings.add_of_source(finding);
+        }
         let stats = &mut survey.stats;
         stats.n_rows = n_rows;
         stats.n_examples = survey.entries.len();

@@ -103,14 +103,23 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// Whether any of its templates has a name as a whole word.
+    /// Whether any of its templates has a variable's name, as a whole word.
     pub(super) fn mentions(&self, name: &str) -> bool {
+        self.has_word(name, |_| true)
+    }
+
+    /// Whether any of its templates has a key's name behind a dot or a quote.
+    pub(super) fn mentions_key(&self, name: &str) -> bool {
+        self.has_word(name, |before| before.ends_with(['.', '\'', '"']))
+    }
+
+    fn has_word(&self, name: &str, follows: fn(&str) -> bool) -> bool {
         let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
         self.environment.templates().any(|(_, template)| {
             let source = template.source();
             source.match_indices(name).any(|(start, _)| {
-                let after = &source[start + name.len()..];
-                !source[..start].ends_with(is_word) && !after.starts_with(is_word)
+                let (before, after) = (&source[..start], &source[start + name.len()..]);
+                !before.ends_with(is_word) && !after.starts_with(is_word) && follows(before)
             })
         })
     }

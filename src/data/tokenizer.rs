@@ -1,7 +1,7 @@
 //! The model's tokenizer: text to ids and back, where special tokens go, and which ids end an answer.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -27,7 +27,7 @@ pub struct Tokenizer {
     /// The special tokens and the ends.
     special_ids: HashSet<u32>,
     /// Their texts by the first byte.
-    special_texts: HashMap<u8, Vec<String>>,
+    special_texts: [Vec<String>; 256],
     eos_ids: Vec<u32>,
 }
 
@@ -158,7 +158,7 @@ impl Tokenizer {
     /// The first control token that a text spells: tokenised, it is that token.
     pub(super) fn special_in(&self, text: &str) -> Option<&str> {
         text.bytes().enumerate().find_map(|(at, byte)| {
-            let texts = self.special_texts.get(&byte)?.iter();
+            let texts = self.special_texts[usize::from(byte)].iter();
             let here = &text.as_bytes()[at..];
             texts
                 .map(String::as_str)
@@ -232,14 +232,14 @@ impl Tokenizer {
 }
 
 /// Texts of tokens, longest first, by their first byte.
-fn by_first_byte(texts: impl Iterator<Item = String>) -> HashMap<u8, Vec<String>> {
-    let mut found = HashMap::<u8, Vec<String>>::new();
+fn by_first_byte(texts: impl Iterator<Item = String>) -> [Vec<String>; 256] {
+    let mut found = [const { Vec::new() }; 256];
     for text in texts {
         if let Some(&byte) = text.as_bytes().first() {
-            found.entry(byte).or_default().push(text);
+            found[usize::from(byte)].push(text);
         }
     }
-    for texts in found.values_mut() {
+    for texts in &mut found {
         texts.sort_by_key(|text| std::cmp::Reverse(text.len()));
     }
     found

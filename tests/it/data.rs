@@ -315,3 +315,87 @@ fn a_line_of_any_length_is_handled() {
         }
     }
 }
+
+#[test]
+fn columns_that_nothing_reads_are_counted_and_said_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let row = |id: usize| {
+        format!(
+            "{{\"prompt\":\"p\",\"completion\":\"a\",\"id\":{id},\"note\":null,\"chat_template_kwargs\":{{\"tone\":\"x\"}}}}\n"
+        )
+    };
+    let file = write(
+        dir.path(),
+        "train.jsonl",
+        &format!("\n{}{}", row(1), row(2)),
+    );
+    let found = run(&["data", "check", "-m", &tiny(), &file, "--json"]);
+    assert_eq!(found.code, 0, "{}", found.stderr);
+    let report: serde_json::Value = serde_json::from_str(&found.stdout).unwrap();
+    assert_eq!(
+        report["files"][0]["unread_columns"],
+        serde_json::json!([
+            {"column": "chat_template_kwargs.tone", "rows": 2, "line": 2},
+            {"column": "id", "rows": 2, "line": 2},
+        ])
+    );
+    assert_eq!(report["files"][0]["counts"]["control_tokens"], 0);
+    let text = run(&["data", "check", &file]).stdout;
+    assert!(
+        text.contains("nothing reads `id`, in 2 rows (first in line 2)"),
+        "{text}"
+    );
+    let out = dir.path().join("out").display().to_string();
+    let config = write(
+        dir.path(),
+        "run.toml",
+        &format!(
+            "[model]\nmodel_id = {:?}\n[data]\ntrain = {file:?}\n[train]\noutput_dir = {out:?}\nmax_steps = 1\n",
+            tiny()
+        ),
+    );
+    for command in [
+        &["train", "-c", &config, "--dry-run"][..],
+        &["eval", "-m", &tiny(), "--data", &file],
+        &[
+            "predict",
+            "-m",
+            &tiny(),
+            "--data",
+            &file,
+            "--max-tokens",
+            "1",
+        ],
+    ] {
+        let found = run(command);
+        assert_eq!(found.code, 0, "{}", found.stderr);
+        let said = found
+            .stderr
+            .matches("nothing reads `id`, in 2 rows")
+            .count();
+        assert_eq!(said, 1, "{command:?}: {}", found.stderr);
+    }
+}
+
+#[test]
+fn names_that_no_row_has_and_files_that_nothing_reads_are_said() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), "train.jsonl", r#"{"q":"p","completion":"a"}"#);
+    write(dir.path(), "more.csv", "q,completion\np,a\n");
+    let folder = dir.path().display().to_string();
+    let found = run(&[
+        "data",
+        "check",
+        &folder,
+        "--field",
+        "prompt=q",
+        "--field",
+        "system=rules",
+        "--json",
+    ]);
+    assert_eq!(found.code, 0, "{}{}", found.stdout, found.stderr);
+    let report: serde_json::Value = serde_json::from_str(&found.stdout).unwrap();
+    let file = &report["files"][0];
+    assert_eq!(file["names_without_column"], serde_json::json!(["rules"]));
+    assert_eq!(file["unread_files"], serde_json::json!(["more.csv"]));
+}

@@ -58,6 +58,7 @@ pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
                 "trained_tokens": encoder.is_some().then_some(stats.trained_tokens.total),
                 "unread_columns": unread_columns(&survey.findings),
                 "names_without_column": names_without_column(&survey.findings),
+                "unread_files": source.unread_files(),
                 "counts": counts(&survey.findings),
             }));
             continue;

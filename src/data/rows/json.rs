@@ -1,8 +1,10 @@
 //! JSON as strictly as a data file needs it: repeated keys are refused, and what is wrong is said in the reader's words.
 
 use monteclora_converters::{Problem, json};
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
+use super::json_place::{lone_surrogate, place};
 use crate::data::error::field_problem;
 
 const FIX: &str = "expected one JSON object a line";
@@ -31,26 +33,90 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, Problem> {
             "save the file as UTF-8: `iconv -f LATIN1 -t UTF-8 FILE` if it is Latin-1",
         )
     })?;
+    if text.starts_with('\u{feff}') {
+        return Err(refuse(
+            "a byte order mark at the start of the line, as files that were joined have it"
+                .to_owned(),
+            "remove it: `sed 's/^\\xEF\\xBB\\xBF//' FILE > rows.jsonl`",
+        ));
+    }
     json::parse(text, json::Limits::NONE).map_err(|error| {
+        if let Some((at, escape)) = lone_surrogate(text) {
+            return field_problem(
+                place_or_row(text, at),
+                format!("`{escape}` at column {} is half a character (a lone surrogate), which is no text", at + 1),
+                "write the whole character: cut strings between characters, or replace it (Python: text.encode(\"utf-16\", \"surrogatepass\").decode(\"utf-16\", \"replace\"))",
+            );
+        }
         let message = error.to_string();
         let message = message.split(" at line ").next().unwrap_or_default();
-        let place = match error.line() {
+        let at = match error.line() {
             0 | 1 => format!("column {}", error.column()),
             line => format!("column {} of the row's line {line}", error.column()),
         };
         if error.is_data() {
             return refuse(
-                format!("{} at {place}", message.replace('`', "\"")),
+                format!("{} at {at}", message.replace('`', "\"")),
                 "keep one of them; which one was meant cannot be told",
             );
         }
-        let (hint, fix) = explain(text, error.line(), error.column());
-        refuse(format!("not valid JSON at {place}: {message}{hint}"), fix)
+        if let Some((problem, fix)) = more_than_one(text) {
+            return refuse(format!("not valid JSON at {at}: {problem}"), fix);
+        }
+        let (hint, fix) = match error.is_eof() {
+            true => (" (the row is cut off)", "fetch or write the file again; a row is one line"),
+            false => explain(text, error.line(), error.column()),
+        };
+        let within = match place(text, offset(text, error.line(), error.column())) {
+            key if key.is_empty() => String::new(),
+            key => format!(", in `{key}`"),
+        };
+        refuse(format!("not valid JSON at {at}{within}: {message}{hint}"), fix)
     })
 }
 
+/// The byte before a line and column, both from 1.
+fn offset(text: &str, line: usize, column: usize) -> usize {
+    let before = text.split_inclusive('\n').take(line.saturating_sub(1));
+    before.map(str::len).sum::<usize>() + column.saturating_sub(1)
+}
+
+fn place_or_row(text: &str, at: usize) -> String {
+    match place(text, at) {
+        key if key.is_empty() => "row".to_owned(),
+        key => key,
+    }
+}
+
+/// What follows a whole value in its line.
+fn more_than_one(text: &str) -> Option<(&'static str, &'static str)> {
+    let mut values = serde_json::Deserializer::from_str(text).into_iter::<IgnoredAny>();
+    values.next()?.ok()?;
+    let rest = &text[values.byte_offset()..];
+    let next = rest.trim_start().chars().next()?;
+    if rest.starts_with('\r') {
+        let fix = "end lines in LF: `tr '\\r' '\\n' < FILE > rows.jsonl`";
+        return Some(("another line follows, for lines end in CR alone", fix));
+    }
+    match next {
+        '{' | '[' => Some((
+            "another value follows in the same line",
+            "write one object a line: `jq -c . FILE > rows.jsonl`",
+        )),
+        ',' => Some((
+            "a comma follows the object",
+            "remove the commas between lines, or write one array: [ ... ]",
+        )),
+        '#' | '/' => Some((
+            "a comment follows the object",
+            "remove it: JSON has no comments",
+        )),
+        _ => None,
+    }
+}
+
 /// What people write where JSON is wanted: what it begins with, how it is called, and the remedy.
-const HABITS: [(&[&str], &str, &str); 3] = [
+const HABITS: [(&[&str], &str, &str); 4] = [
     (
         &["NaN", "Infinity"],
         " (NaN and Infinity are not JSON)",
@@ -60,6 +126,11 @@ const HABITS: [(&[&str], &str, &str); 3] = [
         &["None", "True", "False"],
         " (a Python literal)",
         "write null, true or false: use json.dumps, not str",
+    ),
+    (
+        &["//", "/*", "#"],
+        " (a comment)",
+        "remove it: JSON has no comments",
     ),
     (
         &["'"],
@@ -85,6 +156,24 @@ fn explain(text: &str, line: usize, column: usize) -> (&'static str, &'static st
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn half_a_character_is_named_by_its_key() {
+        let text = r#"{"messages":[{"role":"user","content":"cut \ud83d here"}]}"#;
+        let problem = parse(text.as_bytes()).expect_err("refused");
+        assert_eq!(problem.at, "messages[0].content");
+        assert!(
+            problem
+                .message
+                .starts_with("`\\ud83d` at column 44 is half a character"),
+            "{problem}"
+        );
+        let whole = r#"{"text":"\ud83d\ude00"}"#;
+        assert_eq!(
+            parse(whole.as_bytes()).expect("parses")["text"],
+            "\u{1f600}"
+        );
+    }
 
     fn problem(bytes: &[u8]) -> String {
         let problem = parse(bytes).expect_err("refused");
@@ -122,7 +211,23 @@ mod tests {
                 "key \"b\" occurs twice at column 15; keep one of them",
             ),
             (b"{\"a\":\"b", "EOF while parsing a string"),
-            (b"{\"a\":1} {\"a\":1}", "trailing characters"),
+            (
+                b"{\"a\":1} {\"a\":1}",
+                "column 9: another value follows in the same line; write one object a line: `jq -c . FILE",
+            ),
+            (
+                b"{\"a\":1}\r{\"a\":1}",
+                "lines end in CR alone; end lines in LF",
+            ),
+            (b"{\"a\":1},", "a comma follows the object"),
+            (b"{\"a\":1} # x", "a comment follows the object"),
+            (b"{\"a\":1} x", "trailing characters"),
+            (b"\xef\xbb\xbf{\"a\":1}", "a byte order mark at the start"),
+            (
+                b"{\"a\":[1,{\"b\":NaN}]}",
+                "in `a[1].b`: expected value (NaN",
+            ),
+            (b"// x", "(a comment)"),
             (b"{\n\"a\": x}", "column 6 of the row's line 2"),
         ] {
             let found = problem(bytes);

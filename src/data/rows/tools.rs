@@ -1,5 +1,6 @@
 //! Tools and calls of tools: lists or their JSON text, OpenAI's older `functions` and `function_call`.
 
+use monteclora_converters::json;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -120,7 +121,7 @@ impl Reader<'_> {
         };
         // No arguments are often an empty text.
         let object = if text.trim().is_empty() { "{}" } else { text };
-        let found = match serde_json::from_str(object) {
+        let found = match json::parse(object, json::Limits::NONE) {
             Ok(decoded @ Value::Object(_)) => {
                 *arguments = decoded;
                 self.notes.n_decoded_arguments += 1;

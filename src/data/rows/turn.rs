@@ -40,6 +40,11 @@ const FOR_TEMPLATE: [&str; 5] = [
     "thinking",
 ];
 
+/// Whether chat templates usually know a key of a message.
+pub(in crate::data) fn is_for_templates(key: &str) -> bool {
+    FOR_TEMPLATE.contains(&key)
+}
+
 const NAME_CONVERSATION: &str = "the turns are messages: `fields = { messages = \"conversations\" }` under [data] of run.toml, or `--field messages=conversations` for the data commands; or rename the column to `messages`";
 
 impl Reader<'_> {

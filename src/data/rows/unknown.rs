@@ -69,13 +69,19 @@ fn likely(object: &Map<String, Value>) -> Option<(String, String)> {
         let fix = "give the text instead: rows are tokenised here";
         return Some(("; the row is tokenised already".to_owned(), fix.to_owned()));
     }
+    let turns = turns(object);
     let known = TELLING.iter().copied().filter(|name| !has(name));
     let misspelt: Vec<_> = object
         .keys()
         .filter(|key| !TELLING.contains(&key.as_str()))
-        .filter_map(|key| Some((key, nearest(key, known.clone())?)))
+        .filter_map(|key| Some((key.as_str(), nearest(key, known.clone())?)))
         .collect();
-    if !misspelt.is_empty() {
+    let is_misspelt = match turns {
+        // A list of turns under a name of another kind of turns.
+        Some((field, key)) => misspelt.contains(&(key, field)),
+        None => !misspelt.is_empty(),
+    };
+    if is_misspelt {
         let meant = misspelt
             .iter()
             .map(|(key, name)| format!("`{name}` for `{key}`"));
@@ -85,7 +91,6 @@ fn likely(object: &Map<String, Value>) -> Option<(String, String)> {
         );
         return Some((hint, "rename the key".to_owned()));
     }
-    let turns = turns(object);
     if turns.is_none()
         && let Some((key, n_rows)) = wrapped(object)
     {
