@@ -250,7 +250,7 @@ fn table<'a>(path: &Path, first: &'a str, second: Option<&str>) -> Option<(char,
         let names = columns(separator);
         let is_name = |name: &&str| !name.is_empty() && name.len() <= 40 && !name.contains(". ");
         let is_table = names.len() > 1
-            && names.iter().all(|name| is_name(&name))
+            && names.iter().all(is_name)
             && first.split_whitespace().count() <= 2 * names.len()
             && second.is_some_and(|second| second.contains(separator));
         is_table.then_some((separator, names))
