@@ -110,7 +110,7 @@ fn main() {
     let weights = input.join("adapter_model.safetensors");
     let options = |dtype| LoraOptions {
         dtype,
-        overwrite: false,
+        ..LoraOptions::default()
     };
     let read = || {
         let adapter = Adapter::read(&input).expect("our own adapter");

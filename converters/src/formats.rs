@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use crate::adapter::Adapter;
-use crate::error::Result;
+use crate::beside::Beside;
+use crate::error::{Error, Result};
 use crate::problem::Problem;
 use crate::tensors::tensor::Tensor;
 use crate::validate::runtime::Runtime;
@@ -29,7 +30,14 @@ pub trait Format: fmt::Debug + Sync {
     /// Whether what is at `path` is of this format, by content and name.
     fn sniff(&self, path: &Path) -> bool;
 
-    /// Reads the adapter at `path`, made for the base with this `config.json`.
+    /// The files that [`Self::read`] reads from `path`.
+    ///
+    /// # Errors
+    /// If there is no such path.
+    fn files(&self, path: &Path) -> Result<Vec<PathBuf>>;
+
+    /// Reads the adapter at `path`, made for the base with this `config.json`. What lies beside is not looked at: see
+    /// [`read_as`].
     ///
     /// # Errors
     /// A refusal with everything that is not understood; `not-found` if there is nothing.
@@ -113,15 +121,32 @@ pub fn format_named(name: &str) -> Option<&'static dyn Format> {
 
 /// Reads the adapter at `path`, of any format, as far as it can be known without its base.
 pub(crate) fn read_without_base(path: &Path) -> Result<Adapter> {
-    format_of(path).read_without_base(path)
+    let format = format_of(path);
+    alone(path, format, format.read_without_base(path))
 }
 
-/// The directory that a path given by a user means: itself, or that of the file in it.
-pub(crate) fn dir_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if path.is_file() => parent,
-        _ => path,
-    }
+/// Reads the adapter at `path` as one of `format`, made for the base with this `config.json`.
+///
+/// # Errors
+/// As [`Format::read`]; also for weights that lie beside the adapter's files and were trained with it.
+pub fn read_as(
+    format: &dyn Format,
+    path: &Path,
+    base_config: Option<&Map<String, Value>>,
+) -> Result<Adapter> {
+    alone(path, format, format.read(path, base_config))
+}
+
+/// What was `read` from `path`, if nothing lies beside it that would be lost; all problems come together.
+fn alone(path: &Path, format: &dyn Format, read: Result<Adapter>) -> Result<Adapter> {
+    let mut problems = match &read {
+        Err(error) if error.problems().is_empty() => return read,
+        Err(error) => error.problems().to_vec(),
+        Ok(_) => Vec::new(),
+    };
+    problems.extend(Beside::of_format(path, format)?.problems);
+    Error::refuse_any(path, problems)?;
+    read
 }
 
 /// A and B of every module, in the order of their names, as a file gives them.
@@ -183,7 +208,7 @@ impl Adapter {
     /// # Ok::<(), monteclora_converters::Error>(())
     /// ```
     pub fn read(path: &Path) -> Result<Self> {
-        format_of(path).read(path, None)
+        read_as(format_of(path), path, None)
     }
 
     /// Reads an adapter of any format, a GGUF LoRA included, that was made for the base with this `config.json`.
@@ -191,6 +216,6 @@ impl Adapter {
     /// # Errors
     /// As [`Self::read`].
     pub fn read_for(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
-        format_of(path).read(path, Some(base_config))
+        read_as(format_of(path), path, Some(base_config))
     }
 }

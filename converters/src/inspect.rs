@@ -5,9 +5,10 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::adapter::{Adapter, Site, SitePosterior};
+use crate::beside::Beside;
 use crate::config::MonteCloraSettings;
 use crate::error::Result;
-use crate::formats::read_without_base;
+use crate::formats::format_of;
 use crate::problem::Problem;
 use crate::tensors::dtype::DType;
 
@@ -64,6 +65,9 @@ pub struct AdapterSummary {
     pub sites: Vec<SiteSummary>,
     /// What deserves attention.
     pub problems: Vec<Problem>,
+    /// What lies beside the files it was read from, if it was read from files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beside: Option<Beside>,
 }
 
 impl Adapter {
@@ -87,6 +91,7 @@ impl Adapter {
             n_parameters,
             base_model: self.config.base_model_name_or_path.clone(),
             problems: self.health(&sites),
+            beside: None,
             sites,
         })
     }
@@ -130,7 +135,8 @@ impl Adapter {
     }
 }
 
-/// Figures of the adapter at `path`, of any format. A GGUF LoRA needs no base here, since no norm depends on the order of
+/// Figures of the adapter at `path`, of any format, with what lies beside it; weights there that were trained with it are among the
+/// problems. A GGUF LoRA needs no base here, since no norm depends on the order of
 /// rows.
 ///
 /// # Errors
@@ -154,7 +160,12 @@ impl Adapter {
 /// # Ok::<(), monteclora_converters::Error>(())
 /// ```
 pub fn summarise(path: &Path) -> Result<AdapterSummary> {
-    read_without_base(path)?.summary()
+    let format = format_of(path);
+    let mut summary = format.read_without_base(path)?.summary()?;
+    let mut beside = Beside::of_format(path, format)?;
+    summary.problems.append(&mut beside.problems);
+    summary.beside = Some(beside);
+    Ok(summary)
 }
 
 /// The problem of an adapter whose B A is zero everywhere.

@@ -48,7 +48,7 @@
 //! assert!(validate_path(&dir.join("out"), Some(&base), &[Runtime::Vllm])?.is_empty());
 //! let adapter = Adapter::read(&dir.join("out"))?;
 //! adapter.write_lora(&dir.join("lora"), &LoraOptions::default())?;
-//! merge_dir(&base, &adapter, &dir.join("merged"), None)?;
+//! merge_dir(&base, &adapter, &dir.join("merged"), None, &Default::default())?;
 //! let merged = ModelFiles::open(dir.join("merged"))?;
 //! let weight = merged.get(&format!("{name}.weight")).expect("every tensor is there");
 //! assert_eq!(weight.to_f32()?, [1.0, 0.0, 2.0, 1.0]); // W + 2 * B A
@@ -56,8 +56,10 @@
 //! # }
 //! ```
 
+mod absent;
 mod adapter;
 pub mod architecture;
+mod beside;
 mod config;
 mod error;
 pub mod files;
@@ -72,24 +74,32 @@ mod merge;
 mod model_files;
 mod problem;
 mod site_pattern;
+mod source;
 mod targets;
 mod tensors;
 mod trained_base;
 mod validate;
 
 #[cfg(test)]
+#[path = "tests/cases.rs"]
+mod cases;
+#[cfg(test)]
 #[path = "tests/fixtures.rs"]
 mod fixtures;
+#[cfg(test)]
+#[path = "tests/messages.rs"]
+mod messages;
 #[cfg(test)]
 #[path = "tests/round_trips.rs"]
 mod round_trips;
 
 pub use adapter::{Adapter, Site, SitePosterior};
+pub use beside::{Beside, Carried, LeftOut};
 pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
 pub use error::{Error, Result, exit_code};
 pub use formats::gguf_lora::is_gguf;
 pub use formats::lora::{LoraOptions, LoraReport};
-pub use formats::{About, FORMATS, Format, Written, format_named, format_of};
+pub use formats::{About, FORMATS, Format, Written, format_named, format_of, read_as};
 pub use inspect::{AdapterSummary, SiteSummary, summarise};
 pub use merge::{MergeReport, OverlayReport, merge_dir, write_overlay};
 pub use model_files::ModelFiles;

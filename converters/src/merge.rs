@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::adapter::{Adapter, Site};
+use crate::beside::{Carried, TEMPLATES_DIR, entries};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::formats::peft::config_write::to_text;
@@ -46,6 +47,10 @@ pub struct MergeReport {
     pub relative_error: f64,
     /// Share of the entries with an update that are stored as if there had been none, 0 to 1.
     pub update_lost: f64,
+    /// Files of the base that those of the adapter replaced.
+    pub replaced: Vec<String>,
+    /// What else lies in the base's directory and was not copied: weights in other formats, directories.
+    pub not_copied: Vec<String>,
 }
 
 /// Sums over merged entries, for the report.
@@ -107,17 +112,23 @@ pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result
 }
 
 /// Writes a whole model directory with the adapter merged: shard by shard under the base's file names, arithmetic in
-/// F32, stored as `dtype` (`None` keeps each tensor's own type); tokenizer, configuration and other files are copied.
+/// F32, stored as `dtype` (`None` keeps each tensor's own type); tokenizer, configuration and other files are copied, those
+/// that the adapter has `carried` in place of the base's.
 ///
 /// # Errors
-/// As [`write_overlay`]; `exists` if `out_dir` is not empty.
+/// As [`write_overlay`]; `exists` if `out_dir` is not empty; `vocabulary` if a carried tokenizer has more tokens than the base
+/// has embeddings.
 pub fn merge_dir(
     base: &ModelFiles,
     adapter: &Adapter,
     out_dir: &Path,
     dtype: Option<DType>,
+    carried: &Carried,
 ) -> Result<MergeReport> {
     check(base, adapter)?;
+    if let Some(problem) = carried.beyond(base) {
+        return Err(problem.into());
+    }
     if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float() || *dtype == DType::F64) {
         let message = format!("a model cannot be stored as {dtype}; choose F32, BF16 or F16");
         return Err(Error::setting("dtype", message));
@@ -125,6 +136,7 @@ pub fn merge_dir(
     let sites = weights_of(adapter);
     let mut rounding = Rounding::default();
     let mut n_copied = 0;
+    let (mut replaced, mut not_copied) = (Vec::new(), Vec::new());
     files::write_new_dir(out_dir, |inside| {
         let mut n_bytes = 0u64;
         let mut weight_map = BTreeMap::new();
@@ -169,7 +181,8 @@ pub fn merge_dir(
             let path = inside.join("model.safetensors.index.json");
             files::write_text(&path, &to_text(&index))?;
         }
-        copy_other_files(base, inside, dtype)
+        (replaced, not_copied) = copy_other_files(base, inside, dtype, carried)?;
+        carried.copy_into(inside)
     })?;
     let update_lost = rounding.n_lost as f64 / rounding.n_updated.max(1) as f64;
     let update_norm = rounding.update_squared.sqrt();
@@ -183,6 +196,8 @@ pub fn merge_dir(
             0.0
         },
         update_lost,
+        replaced,
+        not_copied,
     })
 }
 
@@ -300,24 +315,43 @@ fn copy_into(
     Ok(())
 }
 
-/// Copies everything beside the weights; `config.json` gets the new type.
-fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Result<()> {
+/// Copies everything beside the weights that nothing of `carried` replaces; `config.json` gets the new type. Gives the names of what
+/// was replaced, and of what was not copied.
+fn copy_other_files(
+    base: &ModelFiles,
+    out: &Path,
+    dtype: Option<DType>,
+    carried: &Carried,
+) -> Result<(Vec<String>, Vec<String>)> {
     const WEIGHTS: &str = "safetensors bin pt pth gguf h5 msgpack onnx ckpt";
     let written = base.files().iter().filter_map(|path| path.file_name());
     let written: BTreeSet<_> = written.collect();
-    for entry in fs::read_dir(base.dir()).map_err(Error::io("read", base.dir()))? {
-        let path = entry.map_err(Error::io("read", base.dir()))?.path();
-        let (Some(file_name), true) = (path.file_name(), path.is_file()) else {
+    let (mut replaced, mut not_copied) = (Vec::new(), Vec::new());
+    for (name, path) in entries(base.dir())? {
+        let Some(file_name) = path.file_name() else {
             continue;
         };
-        let name = file_name.to_string_lossy();
+        if carried.replaces(&name) {
+            replaced.push(name);
+            continue;
+        }
+        if path.is_dir() {
+            match name == TEMPLATES_DIR {
+                true => copy_templates(&path, &out.join(TEMPLATES_DIR))?,
+                false => not_copied.push(format!("{name}/")),
+            }
+            continue;
+        }
         let extension = path.extension().and_then(|extension| extension.to_str());
         let is_weights = extension.is_some_and(|found| WEIGHTS.split(' ').any(|w| w == found));
         let is_made = written.contains(file_name) || name == "config.json" && dtype.is_some();
         if !is_weights && !is_made && !name.ends_with(".index.json") {
             fs::copy(&path, out.join(file_name)).map_err(Error::io("copy", &path))?;
+        } else if !is_made && is_weights {
+            not_copied.push(name);
         }
     }
+    not_copied.retain(|name| !name.starts_with('.'));
     if let Some(dtype) = dtype {
         let mut config = base.config().clone();
         let name = match dtype {
@@ -330,6 +364,17 @@ fn copy_other_files(base: &ModelFiles, out: &Path, dtype: Option<DType>) -> Resu
         let key = if is_new { "dtype" } else { "torch_dtype" };
         config.insert(key.into(), name.into());
         files::write_text(&out.join("config.json"), &to_text(&Value::Object(config)))?;
+    }
+    Ok((replaced, not_copied))
+}
+
+/// Copies the named chat templates of a base.
+fn copy_templates(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).map_err(Error::io("create", to))?;
+    for (name, path) in entries(from)? {
+        if path.is_file() {
+            fs::copy(&path, to.join(name)).map_err(Error::io("copy", &path))?;
+        }
     }
     Ok(())
 }
@@ -351,7 +396,8 @@ mod tests {
             let overlay = SafetensorsFile::open(&path).expect("our own output");
             assert_eq!(report.n_tensors, adapter.sites.len());
             let out = dir.path().join("merged");
-            let merge = merge_dir(&base, &adapter, &out, None).expect("it fits");
+            let merge =
+                merge_dir(&base, &adapter, &out, None, &Carried::default()).expect("it fits");
             assert_eq!(merge.n_merged + merge.n_copied, base.names().count());
             assert_eq!(merge.max_abs_error, 0.0);
             let merged = ModelFiles::open(&out).expect("our own output");
@@ -386,7 +432,14 @@ mod tests {
         let base = ModelFiles::open(&case.model_dir).expect("a model");
         let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
         let out = dir.path().join("merged");
-        let report = merge_dir(&base, &adapter, &out, Some(DType::BF16)).expect("it fits");
+        let report = merge_dir(
+            &base,
+            &adapter,
+            &out,
+            Some(DType::BF16),
+            &Carried::default(),
+        )
+        .expect("it fits");
         assert!(
             report.max_abs_error > 0.0
                 && report.relative_error > 0.0
@@ -400,7 +453,8 @@ mod tests {
         }));
         assert_eq!(merged.config()["dtype"], "bfloat16");
         assert!(
-            merge_dir(&base, &adapter, &out, None).is_err_and(|error| error.code() == "exists")
+            merge_dir(&base, &adapter, &out, None, &Carried::default())
+                .is_err_and(|error| error.code() == "exists")
         );
     }
 

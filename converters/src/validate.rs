@@ -5,17 +5,18 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::adapter::Adapter;
+use crate::beside::Beside;
 use crate::config::{AdapterConfig, TargetModules};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::peft::read as peft_read;
-use crate::formats::{Format, dir_of, format_named, read_without_base};
+use crate::formats::{Format, format_named, read_without_base};
 use crate::inspect::no_effect;
 use crate::json;
 use crate::model_files::ModelFiles;
 use crate::problem::Problem;
+use crate::source::Source;
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
-use crate::tensors::shards::ShardSet;
 use crate::validate::runtime::Runtime;
 
 mod check;
@@ -60,8 +61,13 @@ pub fn validate_path(
             if has_peft_settings(&adapter) {
                 check_form(path, runtimes, &mut problems)?;
             }
+            if let Some(base) = base {
+                problems.extend(Beside::of(path)?.carried.beyond(base));
+            }
             Ok(problems)
         }
+        // A file that cannot be opened is the adapter's problem as much as one in it.
+        Err(Error::Problem(problem)) if problem.exit == 4 => Ok(vec![problem]),
         Err(error) if !error.problems().is_empty() => {
             let found = error.problems();
             let mut problems = found.to_vec();
@@ -259,12 +265,13 @@ fn check_coverage(adapter: &Adapter, base: &ModelFiles, report: &mut Report<'_>)
 /// What is in the files of a PEFT directory but no longer in an [`Adapter`]: shards, the adapter's name within the
 /// tensors' names, targets that are left to the reader.
 fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) -> Result<()> {
-    let dir = dir_of(path);
-    let weights = ShardSet::open(dir, peft_read::WEIGHTS_STEM)?;
-    let is_sharded = weights
+    let source = Source::of(path)?;
+    let weights = source.open_weights(peft_read::WEIGHTS_STEM)?;
+    let other_name = weights
         .paths
         .iter()
-        .any(|path| path.file_name() != Some(std::ffi::OsStr::new(peft_read::WEIGHTS_FILE)));
+        .filter_map(|path| path.file_name())
+        .find(|name| *name != std::ffi::OsStr::new(peft_read::WEIGHTS_FILE));
     // `lora_A.<name>.weight`, where it should be `lora_A.weight`.
     let named: Vec<&str> = weights
         .names()
@@ -275,17 +282,21 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
             })
         })
         .collect();
-    let keys = json::read_object(&dir.join(peft_read::CONFIG_FILE))?;
+    let keys = json::read_object(&source.dir.join(peft_read::CONFIG_FILE))?;
     let targets = keys.get("target_modules");
     for runtime in runtimes {
         let mut report = Report {
             runtime: *runtime,
             problems,
         };
-        if is_sharded {
+        if let Some(name) = other_name {
             let message = "looks for one adapter_model.safetensors only";
             let fix = "monteclora collapse writes one file";
-            report.add("sharded", "adapter_model-*.safetensors", message, fix);
+            let (code, at) = match &source.named {
+                None => ("sharded", "adapter_model-*.safetensors".into()),
+                Some(_) => ("file-name", name.to_string_lossy()),
+            };
+            report.add(code, &at, message, fix);
         }
         let is_unread = |name: &&&str| match runtime {
             Runtime::Mistralrs09 => false,

@@ -136,9 +136,13 @@ fn valid_inputs_are_accepted() {
     ] {
         let input = seed(name);
         let length = usize::from(u16::from_le_bytes([input[0], input[1]]));
-        put("adapter_config.json", &input[2..2 + length]);
-        put(weights, &input[2 + length..]);
-        let adapter = Adapter::read(dir.path()).expect("valid");
+        fs::create_dir(dir.path().join(name)).expect("writable");
+        put(
+            &format!("{name}/adapter_config.json"),
+            &input[2..2 + length],
+        );
+        put(&format!("{name}/{weights}"), &input[2 + length..]);
+        let adapter = Adapter::read(&dir.path().join(name)).expect("valid");
         assert!(adapter.has_effect().expect("real"));
     }
 }
@@ -291,8 +295,8 @@ fn links_in_the_destination_are_replaced_not_written_through() {
         symlink(&precious, out.join(name)).expect("linked");
     }
     let overwrite = LoraOptions {
-        dtype: None,
         overwrite: true,
+        ..LoraOptions::default()
     };
     adapter.write_lora(&out, &overwrite).expect("written");
     assert_eq!(fs::read(&precious).expect("there"), b"keep");
@@ -310,8 +314,8 @@ fn links_in_the_destination_are_replaced_not_written_through() {
             &adapter,
             &gguf,
             &LoraOptions {
-                dtype: None,
                 overwrite: true,
+                ..LoraOptions::default()
             },
             Some(&readers::llama_config()),
         )

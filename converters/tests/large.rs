@@ -137,15 +137,7 @@ fn child() {
         ),
         "gguf" => drop(
             format_called("gguf")
-                .write(
-                    &read(),
-                    &out,
-                    &LoraOptions {
-                        dtype: None,
-                        overwrite: false,
-                    },
-                    Some(&gguf_config()),
-                )
+                .write(&read(), &out, &LoraOptions::default(), Some(&gguf_config()))
                 .expect("written"),
         ),
         "from_mlx" => read().write_peft(&out, false).expect("written"),
@@ -156,7 +148,14 @@ fn child() {
         "merge" => {
             let base = ModelFiles::open(&input).expect("valid");
             let adapter = Adapter::read(&input.join("adapter")).expect("valid");
-            let report = merge_dir(&base, &adapter, &out, Some(DType::BF16)).expect("written");
+            let report = merge_dir(
+                &base,
+                &adapter,
+                &out,
+                Some(DType::BF16),
+                &Default::default(),
+            )
+            .expect("written");
             assert_eq!(report.n_merged, 96);
         }
         "full" => {

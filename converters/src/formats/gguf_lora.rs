@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use super::lora::LoraOptions;
 use super::{About, Format, Pairs, Written};
+use crate::absent;
 use crate::adapter::{Adapter, Site};
 use crate::architecture::{self, FAMILIES, Family, HEAD, Role};
 use crate::config::{AdapterConfig, TargetModules};
@@ -22,6 +23,10 @@ use crate::tensors::tensor::Tensor;
 use crate::validate::runtime::Runtime;
 
 const UNSUPPORTED: &str = "convert it with llama.cpp's own tools, or merge it into the base";
+
+/// Factors of the rotary embedding, which follow from the base's configuration. llama.cpp's converter left them in adapters until it
+/// was corrected (llama.cpp#9114); llama.cpp does not load such a file.
+const ROPE_FREQS: &str = "rope_freqs.weight";
 
 /// llama.cpp's adapter file.
 #[derive(Debug)]
@@ -42,11 +47,16 @@ impl Format for GgufLora {
     }
 
     fn sniff(&self, path: &Path) -> bool {
-        is_gguf(path)
+        is_gguf(path) || absent::gguf_in(path).is_some()
+    }
+
+    fn files(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        Ok(vec![file_of(path)])
     }
 
     /// The scaling is alpha over each site's own rank, or 1 if alpha is 0, as llama.cpp has it.
     fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
+        let path = &file_of(path);
         let file = GgufFile::open(path)?;
         let base = Base::from_config(required(base_config, path)?)?;
         read_file(path, &file, Some(&base))
@@ -54,6 +64,7 @@ impl Format for GgufLora {
 
     /// The rows of q and k stay in the order in which they are stored, which changes no norm.
     fn read_without_base(&self, path: &Path) -> Result<Adapter> {
+        let path = &file_of(path);
         read_file(path, &GgufFile::open(path)?, None)
     }
 
@@ -135,6 +146,16 @@ fn required<'a>(
     })
 }
 
+/// Tensors of the file that `path` means which are not read, since they are no part of the update.
+pub(crate) fn unread(path: &Path) -> Vec<String> {
+    let path = file_of(path);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    match GgufFile::open(&path) {
+        Ok(file) if file.tensor(ROPE_FREQS).is_some() => vec![format!("{name}: {ROPE_FREQS}")],
+        _ => Vec::new(),
+    }
+}
+
 /// What GGUF needs to know of a base model.
 struct Base {
     family: &'static Family,
@@ -142,16 +163,21 @@ struct Base {
     interleaved: Option<(usize, usize)>,
 }
 
-/// Whether `path` is a GGUF file, by its first bytes, or by its name if it cannot be read.
+/// Whether `path` is a GGUF file, or is meant to be one: by its first bytes or its name.
 pub fn is_gguf(path: &Path) -> bool {
-    let mut magic = [0; 4];
-    match File::open(path).and_then(|mut file| file.read_exact(&mut magic)) {
-        Ok(()) => magic == *b"GGUF",
-        Err(_) => {
-            let mut extension = path.extension().into_iter();
-            !path.is_dir() && extension.any(|extension| extension.eq_ignore_ascii_case("gguf"))
-        }
+    let mut extension = path.extension().into_iter();
+    if extension.any(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return !path.is_dir();
     }
+    let mut magic = [0; 4];
+    let read = |mut file: File| file.read_exact(&mut magic);
+    path.is_file() && File::open(path).and_then(read).is_ok() && magic == *b"GGUF"
+}
+
+/// The file that `path` means: itself, or the one GGUF LoRA in it.
+fn file_of(path: &Path) -> PathBuf {
+    let inside = path.is_dir().then(|| absent::gguf_in(path)).flatten();
+    inside.unwrap_or_else(|| path.to_path_buf())
 }
 
 impl Base {
@@ -223,7 +249,7 @@ fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapte
     let alpha = check_metadata(file, base, &mut problems);
     let families = families(file, base);
     let mut pairs = Pairs::default();
-    for name in file.names() {
+    for name in file.names().filter(|name| *name != ROPE_FREQS) {
         match read_part(file, name, &families) {
             Ok((module, idx, tensor)) => {
                 pairs.0.entry(module).or_default()[idx] = Some(tensor);

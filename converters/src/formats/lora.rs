@@ -1,7 +1,7 @@
 //! The posterior mean as a plain LoRA, a PEFT directory in the one form that mistral.rs, vLLM and PEFT all read alike.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::peft::Peft;
 use super::{About, Format, Written};
 use crate::adapter::{Adapter, Site};
+use crate::beside::Carried;
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
 use crate::formats::peft::write;
@@ -42,6 +43,10 @@ impl Format for Lora {
         false
     }
 
+    fn files(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        Peft.files(path)
+    }
+
     fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
         Peft.read(path, base_config)
     }
@@ -68,6 +73,8 @@ pub struct LoraOptions {
     pub dtype: Option<DType>,
     /// Whether the two files may be replaced in a directory that is not empty.
     pub overwrite: bool,
+    /// Files of the source's directory that are copied to a new directory with the adapter.
+    pub carried: Carried,
 }
 
 /// What a plain LoRA changed against its source.
@@ -142,7 +149,7 @@ impl Adapter {
     /// As [`Self::to_lora`] and [`Self::write_peft`].
     pub fn write_lora(&self, dir: &Path, options: &LoraOptions) -> Result<LoraReport> {
         let (plain, report) = self.to_lora(options.dtype)?;
-        write::write_dir(dir, options.overwrite, &config_json(&plain.config), &plain)?;
+        write::write_dir(dir, options, &config_json(&plain.config), &plain)?;
         Ok(report)
     }
 

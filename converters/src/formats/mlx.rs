@@ -1,24 +1,26 @@
 //! mlx-lm adapters: `adapters.safetensors` with transposed factors, and `adapter_config.json` with `lora_parameters`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::{About, Format, Pairs, Written, dir_of};
+use super::{About, Format, Pairs, Written};
+use crate::absent;
 use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
 use crate::formats::lora::LoraOptions;
 use crate::formats::peft::config_write;
-use crate::formats::peft::read::{CONFIG_FILE, non_finite};
+use crate::formats::peft::read::{self as peft_read, CONFIG_FILE, non_finite};
 use crate::formats::peft::write::replace_files;
 use crate::json;
 use crate::problem::Problem;
+use crate::source::Source;
 use crate::tensors::safetensors_file::SafetensorsFile;
 
 /// mlx-lm's name for the weights.
-const WEIGHTS_FILE: &str = "adapters.safetensors";
+pub(crate) const WEIGHTS_FILE: &str = "adapters.safetensors";
 const RETRAIN: &str =
     "only LoRA on linear layers can be converted; fuse it with mlx_lm.fuse, or train without it";
 
@@ -41,18 +43,39 @@ impl Format for Mlx {
     }
 
     fn sniff(&self, path: &Path) -> bool {
-        let keys = json::read_object(&dir_of(path).join(CONFIG_FILE));
-        keys.is_ok_and(|keys| {
-            keys.contains_key("lora_parameters") && !keys.contains_key("peft_type")
-        })
+        let Ok(source) = Source::of(path) else {
+            return false;
+        };
+        let keys = json::read_object(&source.dir.join(CONFIG_FILE));
+        keys.is_ok_and(|keys| claims(&source, &keys))
+    }
+
+    fn files(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        let source = Source::of(path)?;
+        let mut files = vec![source.dir.join(CONFIG_FILE)];
+        files.push(source.named.unwrap_or(source.dir.join(WEIGHTS_FILE)));
+        Ok(files)
     }
 
     /// The update is `scale * lora_b^T lora_a^T`; A and B are transposed when their bytes are asked for.
     fn read(&self, path: &Path, _base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
-        let dir = dir_of(path);
+        let source = Source::of(path)?;
+        let dir = source.dir.as_path();
+        if !dir.join(CONFIG_FILE).exists() {
+            return Err(absent::without_config(&source));
+        }
         let keys = json::read_object(&dir.join(CONFIG_FILE))?;
-        let weights = SafetensorsFile::open(dir.join(WEIGHTS_FILE))?;
+        let weights = match &source.named {
+            Some(path) => SafetensorsFile::open(path)?,
+            None if !dir.join(WEIGHTS_FILE).exists() => {
+                return Err(absent::without_weights(dir, WEIGHTS_FILE));
+            }
+            None => SafetensorsFile::open(dir.join(WEIGHTS_FILE))?,
+        };
         let mut problems = Vec::new();
+        if let Some(problem) = absent::foreign_adapter(weights.path(), &weights) {
+            return Err(Error::refused(dir, vec![problem]));
+        }
         let parameters = Parameters::read(&keys, &mut problems);
         let mut pairs = Pairs::default();
         for name in weights.names() {
@@ -158,7 +181,7 @@ impl Format for Mlx {
         let text = config_write::to_text(&config);
         replace_files(
             path,
-            options.overwrite,
+            options,
             (CONFIG_FILE, &text),
             (WEIGHTS_FILE, &tensors),
             &metadata,
@@ -168,6 +191,25 @@ impl Format for Mlx {
             report,
             note: Some("A and B are transposed, as mlx-lm stores them"),
         })
+    }
+}
+
+/// Whether what `source` means is mlx-lm's by the `keys` of its configuration. Unsloth writes PEFT's keys and mlx-lm's into one; the
+/// weights tell which are meant then.
+pub(crate) fn claims(source: &Source, keys: &Map<String, Value>) -> bool {
+    if !keys.contains_key("lora_parameters") {
+        return false;
+    }
+    if !keys.contains_key("peft_type") {
+        return true;
+    }
+    match &source.named {
+        None => {
+            source.dir.join(WEIGHTS_FILE).is_file()
+                && !source.dir.join(peft_read::WEIGHTS_FILE).is_file()
+        }
+        Some(path) => SafetensorsFile::open(path)
+            .is_ok_and(|file| file.names().any(|name| name.ends_with(".lora_a"))),
     }
 }
 

@@ -1,16 +1,17 @@
 //! PEFT's adapter directory: `adapter_config.json` and `adapter_model.safetensors`, with the whole posterior if there is
 //! one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use super::lora::{LoraOptions, LoraReport};
-use super::{About, Format, Written, dir_of};
+use super::{About, Format, Written, mlx};
 use crate::adapter::Adapter;
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result};
 use crate::json;
+use crate::source::Source;
 use crate::tensors::dtype::DType;
 use crate::validate::runtime::Runtime;
 
@@ -38,12 +39,26 @@ impl Format for Peft {
     }
 
     fn sniff(&self, path: &Path) -> bool {
-        let keys = json::read_object(&dir_of(path).join(read::CONFIG_FILE));
-        keys.is_ok_and(|keys| keys.contains_key("peft_type"))
+        let Ok(source) = Source::of(path) else {
+            return false;
+        };
+        let keys = json::read_object(&source.dir.join(read::CONFIG_FILE));
+        keys.is_ok_and(|keys| keys.contains_key("peft_type") && !mlx::claims(&source, &keys))
+    }
+
+    fn files(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        let source = Source::of(path)?;
+        let index = format!("{}.index.json", read::WEIGHTS_FILE);
+        let mut files = vec![source.dir.join(read::CONFIG_FILE), source.dir.join(index)];
+        // A pickle is refused where it is read.
+        if let Ok(weights) = source.open_weights(read::WEIGHTS_STEM) {
+            files.extend(weights.paths);
+        }
+        Ok(files)
     }
 
     fn read(&self, path: &Path, _base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
-        Adapter::read_dir(dir_of(path))
+        read::read_source(&Source::of(path)?, true)
     }
 
     /// Writes every setting and the whole posterior as they are.
@@ -58,7 +73,7 @@ impl Format for Peft {
             Some(dtype) => adapter.with_dtype(dtype)?,
             None => adapter.clone(),
         };
-        written.write_peft(path, options.overwrite)?;
+        write::write_dir(path, options, &written.config.to_json(), &written)?;
         let kept = AdapterConfig::from_json(&written.config.to_json().to_string(), path)?.other;
         let dropped = adapter.config.other.keys();
         let pairs = adapter.sites.iter().zip(&written.sites);
@@ -90,7 +105,7 @@ impl Adapter {
     /// # Errors
     /// As [`Self::read`].
     pub fn read_dir(dir: &Path) -> Result<Self> {
-        read::read_dir(dir, true)
+        read::read_source(&Source::directory(dir), true)
     }
 
     /// Reads only the posterior mean of a PEFT directory, as plain LoRA: `monteclora_config` and the sampler's tensors
@@ -99,7 +114,7 @@ impl Adapter {
     /// # Errors
     /// As [`Self::read`].
     pub fn read_dir_as_lora(dir: &Path) -> Result<Self> {
-        read::read_dir(dir, false)
+        read::read_source(&Source::directory(dir), false)
     }
 
     /// Whether the configuration comes from the authors' own code (LCS2-IIITD/MonteCLoRA). It saves A and B only, so such

@@ -54,6 +54,16 @@ impl ShardSet {
         Ok(set)
     }
 
+    /// One file alone, whatever lies beside it.
+    pub(crate) fn open_file(path: &Path) -> Result<Self> {
+        let shard = SafetensorsFile::open(path)?;
+        Ok(Self {
+            owner: shard.names().map(|name| (name.to_owned(), 0)).collect(),
+            paths: vec![path.to_path_buf()],
+            shards: vec![shard],
+        })
+    }
+
     /// Tensor names, sorted.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.owner.keys().map(String::as_str)
@@ -110,8 +120,11 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
     for entry in std::fs::read_dir(dir).map_err(Error::io("read", dir))? {
         let name = entry.map_err(Error::io("read", dir))?.file_name();
         let Some(name) = name.to_str() else { continue };
-        if let Some(number) = shard_number(stem, name) {
-            found.insert(name.to_owned(), number);
+        match shard_number(name) {
+            Some((set, number, total)) if set == stem => {
+                found.insert(name.to_owned(), (number, total));
+            }
+            _ => {}
         }
     }
     check_number(dir, found.len())?;
@@ -148,14 +161,11 @@ fn listed(names: &[impl AsRef<str>]) -> String {
     text.join(", ")
 }
 
-/// Number and total of `STEM-0000N-of-0000M.safetensors`.
-fn shard_number(stem: &str, name: &str) -> Option<(usize, usize)> {
-    let middle = name
-        .strip_prefix(stem)?
-        .strip_prefix('-')?
-        .strip_suffix(".safetensors")?;
-    let (number, total) = middle.split_once("-of-")?;
-    Some((number.parse().ok()?, total.parse().ok()?))
+/// Stem, number and total of `STEM-0000N-of-0000M.safetensors`.
+pub(crate) fn shard_number(name: &str) -> Option<(&str, usize, usize)> {
+    let (rest, total) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+    let (stem, number) = rest.rsplit_once('-')?;
+    Some((stem, number.parse().ok()?, total.parse().ok()?))
 }
 
 /// Whether `name` stays inside its directory.

@@ -290,18 +290,18 @@ proptest! {
         prop_assert_eq!(&mlx.metadata["note"], "kept");
 
         let gguf_path = at("adapter.gguf");
-        GgufLora.write(&adapter, &gguf_path, &LoraOptions { dtype: None, overwrite: false }, Some(base.config())).expect("written");
+        GgufLora.write(&adapter, &gguf_path, &LoraOptions::default(), Some(base.config())).expect("written");
         let gguf = Adapter::read_for(&gguf_path, base.config()).expect("our own output");
         prop_assert_eq!(&gguf.sites, &plain.sites);
 
         // With the merge's own float32 arithmetic on both sides, only a baked scale may differ, by one rounding of B.
-        merge_dir(&base, &adapter, &at("merged"), Some(DType::F32)).expect("it fits");
+        merge_dir(&base, &adapter, &at("merged"), Some(DType::F32), &Default::default()).expect("it fits");
         let direct = ModelFiles::open(at("merged")).expect("our own output");
         let largest = adapter.sites.iter().map(|site| site.scaling.abs() as f32 * site.rank as f32).fold(1.0, f32::max);
         for (name, read) in [("lora", lora), ("mlx", mlx), ("gguf", gguf)] {
             prop_assert_eq!(read.check_against(&base).expect("plain names"), []);
             let out = at(&format!("merged-{name}"));
-            merge_dir(&base, &read, &out, Some(DType::F32)).expect("it fits");
+            merge_dir(&base, &read, &out, Some(DType::F32), &Default::default()).expect("it fits");
             let worst = worst_difference(&direct, &ModelFiles::open(&out).expect("our own output"));
             prop_assert!(worst <= 4e-7 * largest, "{}: {} with scaling {}", name, worst, largest);
         }

@@ -95,7 +95,7 @@ fn check_adapter(adapter: &Adapter, dir: &Path) {
     }
     let small = LoraOptions {
         dtype: Some(DType::F16),
-        overwrite: false,
+        ..LoraOptions::default()
     };
     let mlx = dir.join("mlx");
     if format_called("mlx")
@@ -171,10 +171,7 @@ pub(crate) fn gguf_lora(input: &[u8]) {
         let written = format_called("gguf").write(
             &adapter,
             &again,
-            &LoraOptions {
-                dtype: None,
-                overwrite: false,
-            },
+            &LoraOptions::default(),
             Some(&llama_config()),
         );
         assert_eq!(written.is_ok(), again.exists());
@@ -223,15 +220,18 @@ pub(crate) fn model_config(input: &[u8]) {
     let written = format_called("gguf").write(
         &adapter,
         &gguf,
-        &LoraOptions {
-            dtype: None,
-            overwrite: false,
-        },
+        &LoraOptions::default(),
         Some(model.config()),
     );
     assert_eq!(written.is_ok(), gguf.exists());
     let out = dir.path().join("merged");
-    match merge_dir(&model, &adapter, &out, Some(DType::BF16)) {
+    match merge_dir(
+        &model,
+        &adapter,
+        &out,
+        Some(DType::BF16),
+        &Default::default(),
+    ) {
         Ok(report) => assert_eq!(report.n_merged, 1),
         Err(_) => assert!(!out.exists(), "a failed merge leaves nothing"),
     }

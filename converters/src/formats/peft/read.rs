@@ -1,17 +1,17 @@
 //! Reading a PEFT directory: every tensor is given its place or becomes a problem.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-
 use rayon::prelude::*;
+use std::collections::BTreeMap;
 
 use super::config_read;
+use crate::absent;
 use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result};
 use crate::json;
 use crate::problem::Problem;
 use crate::site_pattern::SitePatterns;
+use crate::source::Source;
 use crate::targets::Matcher;
 use crate::tensors::shards::ShardSet;
 use crate::tensors::tensor::Tensor;
@@ -22,7 +22,6 @@ pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub(crate) const WEIGHTS_STEM: &str = "adapter_model";
 /// What PEFT puts before a module's path.
 pub(crate) const PREFIX: &str = "base_model.model.";
-const ABSENT: &str = "a PEFT adapter directory must hold this file";
 const SAVE_AGAIN: &str = "save the adapter again";
 const SAMPLER: &str = "lora_monteclora_sampler";
 
@@ -48,22 +47,30 @@ pub(crate) const SAMPLER_FIELDS: [(&str, Role); 4] = [
 /// The tensors of one site, by place, with their full names.
 type Parts = BTreeMap<Role, (String, Tensor)>;
 
-/// Reads `dir`; without `with_posterior` the sampler is ignored.
-pub(crate) fn read_dir(dir: &Path, with_posterior: bool) -> Result<Adapter> {
+/// Reads the files that `source` means; without `with_posterior` the sampler is ignored.
+pub(crate) fn read_source(source: &Source, with_posterior: bool) -> Result<Adapter> {
+    let dir = source.dir.as_path();
     let config_path = dir.join(CONFIG_FILE);
     if !dir.is_dir() {
         return Err(Error::not_found(dir, "there is no such adapter directory"));
     }
     if !config_path.exists() {
-        return Err(Error::not_found(&config_path, ABSENT));
+        return Err(absent::without_config(source));
     }
     let mut problems = Vec::new();
     let mut config = config_read::from_object(json::read_object(&config_path)?, &mut problems);
-    let weights = open_weights(dir, &mut problems)?;
+    let weights = open_weights(source, &mut problems)?;
     let mut sites = BTreeMap::new();
     let mut metadata = BTreeMap::new();
     if let Some(weights) = &weights {
-        sites = sort_tensors(weights, with_posterior, &mut problems);
+        let foreign = weights.paths.iter().zip(&weights.shards);
+        let foreign: Vec<Problem> = foreign
+            .filter_map(|(path, file)| absent::foreign_adapter(path, file))
+            .collect();
+        if foreign.is_empty() {
+            sites = sort_tensors(weights, with_posterior, &mut problems);
+        }
+        problems.extend(foreign);
         for shard in &weights.shards {
             metadata.extend(shard.metadata().clone());
         }
@@ -125,9 +132,10 @@ fn noted<T>(made: Result<T>, problems: &mut Vec<Problem>) -> Option<T> {
 }
 
 /// Opens the weights; a pickle alone is a problem, nothing at all an error.
-fn open_weights(dir: &Path, problems: &mut Vec<Problem>) -> Result<Option<ShardSet>> {
+fn open_weights(source: &Source, problems: &mut Vec<Problem>) -> Result<Option<ShardSet>> {
     const PICKLE: &str = "adapter_model.bin";
-    let error = match ShardSet::open(dir, WEIGHTS_STEM) {
+    let dir = source.dir.as_path();
+    let error = match source.open_weights(WEIGHTS_STEM) {
         Err(error) if error.is_not_found() => error,
         opened => return opened.map(Some),
     };
@@ -139,7 +147,7 @@ fn open_weights(dir: &Path, problems: &mut Vec<Problem>) -> Result<Option<ShardS
     }
     Err(match error {
         Error::Problem(problem) if problem.message.starts_with("no ") => {
-            Error::not_found(&dir.join(WEIGHTS_FILE), ABSENT)
+            absent::without_weights(dir, WEIGHTS_FILE)
         }
         error => error,
     })

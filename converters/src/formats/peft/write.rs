@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::adapter::{Adapter, Site};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::formats::lora::LoraOptions;
 use crate::formats::peft::config_write;
 use crate::formats::peft::read::{CONFIG_FILE, PREFIX, Role, SAMPLER_FIELDS, WEIGHTS_FILE};
 use crate::tensors::dtype::DType;
@@ -27,14 +28,18 @@ impl Adapter {
     /// # Errors
     /// `exists` if `dir` is not empty and `overwrite` is false.
     pub fn write_peft(&self, dir: &Path, overwrite: bool) -> Result<()> {
-        write_dir(dir, overwrite, &self.config.to_json(), self)
+        let options = LoraOptions {
+            overwrite,
+            ..LoraOptions::default()
+        };
+        write_dir(dir, &options, &self.config.to_json(), self)
     }
 }
 
-/// Writes the two files: `config` and the tensors of `adapter`.
+/// Writes the two files: `config` and the tensors of `adapter`, with what `options` carry along.
 pub(crate) fn write_dir(
     dir: &Path,
-    overwrite: bool,
+    options: &LoraOptions,
     config: &Value,
     adapter: &Adapter,
 ) -> Result<()> {
@@ -44,18 +49,18 @@ pub(crate) fn write_dir(
     let tensors = tensors(adapter)?;
     replace_files(
         dir,
-        overwrite,
+        options,
         (CONFIG_FILE, &text),
         (WEIGHTS_FILE, &tensors),
         &metadata,
     )
 }
 
-/// Writes a configuration and a weight file, each `(name, content)`. A new directory appears at once; in an existing
-/// one the configuration is removed before and written after the weights.
+/// Writes a configuration and a weight file, each `(name, content)`, and what is carried along. A new directory appears at once; in
+/// an existing one the configuration is removed before and written after the weights.
 pub(crate) fn replace_files(
     dir: &Path,
-    overwrite: bool,
+    options: &LoraOptions,
     (config_name, text): (&str, &str),
     (weights_name, tensors): (&str, &BTreeMap<String, Tensor>),
     metadata: &BTreeMap<String, String>,
@@ -76,13 +81,14 @@ pub(crate) fn replace_files(
             }
             _ => {}
         }
+        options.carried.copy_into(dir)?;
         for (file, path) in [(weights, weights_path), (config, config_path)] {
             file.persist(&path)
                 .map_err(|error| Error::io("write", &path)(error.error))?;
         }
         files::sync_dir(dir)
     };
-    if overwrite && files::is_occupied(dir)? {
+    if options.overwrite && files::is_occupied(dir)? {
         write_into(dir)
     } else {
         files::write_new_dir(dir, write_into)

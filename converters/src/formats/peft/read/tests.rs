@@ -1,5 +1,7 @@
 //! What is refused, and that the refusal names it.
 
+use std::path::Path;
+
 use std::fs;
 
 use serde_json::{Value, json};
