@@ -11,11 +11,13 @@ use crate::problem::Problem;
 use crate::source::Source;
 
 mod carried;
+mod conversation;
 mod names;
 mod weights;
 
 pub use carried::Carried;
 pub(crate) use carried::TEMPLATES_DIR;
+pub use conversation::other_conversation;
 pub(crate) use names::checkpoint_number;
 pub(crate) use weights::module_of;
 
@@ -89,7 +91,11 @@ impl Beside {
         Self::of_format(path, format_of(path))
     }
 
-    pub(crate) fn of_format(path: &Path, format: &dyn Format) -> Result<Self> {
+    /// [`Self::of`] for a path that is read as `format`.
+    ///
+    /// # Errors
+    /// As [`Self::of`].
+    pub fn of_format(path: &Path, format: &dyn Format) -> Result<Self> {
         let source = Source::of(path)?;
         let is_self_contained = format.about().file_name.is_some();
         let mut beside = match is_self_contained && source.named.is_some() {
@@ -183,21 +189,30 @@ impl Beside {
     #[must_use]
     pub fn nothing_carried(mut self, what: &'static str) -> Self {
         let names = std::mem::take(&mut self.carried).into_names();
-        let names = names.into_iter().map(|name| LeftOut { what, name });
-        self.left_out.extend(names);
-        self.left_out.sort();
+        self.leave(what, names);
         self
     }
 
     /// The same for a destination whose adapter is another than it was: what was measured with it is no longer true.
     #[must_use]
     pub fn nothing_measured(mut self) -> Self {
-        for name in self.carried.take_measured() {
-            let what = "measured with the adapter as it was";
-            self.left_out.push(LeftOut { what, name });
-        }
-        self.left_out.sort();
+        let measured = self.carried.take(&carried::MEASURED);
+        self.leave("measured with the adapter as it was", measured);
         self
+    }
+
+    /// The same for a destination that is a model: what is told of the adapter alone stays behind.
+    #[must_use]
+    pub fn no_notes(mut self) -> Self {
+        let notes = self.carried.take(&carried::OF_ADAPTER);
+        self.leave("told of the adapter alone", notes);
+        self
+    }
+
+    fn leave(&mut self, what: &'static str, names: Vec<String>) {
+        let names = names.into_iter().map(|name| LeftOut { what, name });
+        self.left_out.extend(names);
+        self.left_out.sort();
     }
 }
 

@@ -84,6 +84,8 @@ pub struct About {
     pub file_name: Option<&'static str>,
     /// Whether the `config.json` of the base is needed to read and to write it.
     pub needs_base: bool,
+    /// Whether what is written holds the whole posterior.
+    pub keeps_posterior: bool,
     /// Whether it holds PEFT's settings, which a runtime may refuse or leave unread.
     pub has_peft_settings: bool,
     /// The runtimes that read it.

@@ -94,7 +94,7 @@ mod messages;
 mod round_trips;
 
 pub use adapter::{Adapter, Site, SitePosterior};
-pub use beside::{Beside, Carried, LeftOut};
+pub use beside::{Beside, Carried, LeftOut, other_conversation};
 pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
 pub use error::{Error, Result, exit_code};
 pub use formats::gguf_lora::is_gguf;

@@ -14,6 +14,7 @@ use crate::beside::{Carried, TEMPLATES_DIR, entries};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::formats::peft::config_write::to_text;
+use crate::json;
 use crate::low_rank::product_rows;
 use crate::model_files::ModelFiles;
 use crate::tensors::dtype::DType;
@@ -182,7 +183,8 @@ pub fn merge_dir(
             files::write_text(&path, &to_text(&index))?;
         }
         (replaced, not_copied) = copy_other_files(base, inside, dtype, carried)?;
-        carried.copy_into(inside)
+        carried.copy_into(inside)?;
+        keep_template(base, inside, carried)
     })?;
     let update_lost = rounding.n_lost as f64 / rounding.n_updated.max(1) as f64;
     let update_norm = rounding.update_squared.sqrt();
@@ -366,6 +368,19 @@ fn copy_other_files(
         files::write_text(&out.join("config.json"), &to_text(&Value::Object(config)))?;
     }
     Ok((replaced, not_copied))
+}
+
+/// Writes the base's chat template to a file of its own if it stood in a `tokenizer_config.json` that was replaced by one without.
+fn keep_template(base: &ModelFiles, out: &Path, carried: &Carried) -> Result<()> {
+    const CONFIG: &str = "tokenizer_config.json";
+    let (file, path) = (out.join("chat_template.jinja"), base.dir().join(CONFIG));
+    if carried.has_template() || !carried.replaces(CONFIG) || file.exists() || !path.exists() {
+        return Ok(());
+    }
+    match json::read_object(&path)?.get("chat_template") {
+        Some(Value::String(template)) => files::write_text(&file, template),
+        _ => Ok(()),
+    }
 }
 
 /// Copies the named chat templates of a base.

@@ -1,7 +1,7 @@
 //! `collapse`: the posterior mean as plain LoRA.
 
 use anyhow::Result;
-use monteclora_converters::LoraOptions;
+use monteclora_converters::{Beside, LoraOptions};
 
 use super::export::{Export, require_apart};
 
@@ -13,10 +13,15 @@ pub(super) fn run(args: &CollapseArgs) -> Result<()> {
     let adapter = read_effective(&args.adapter, args.force)?;
     require_apart(&args.adapter, &args.output)?;
     require_empty(&args.output, args.force)?;
+    let mut beside = Beside::of(&args.adapter)?;
+    if adapter.config.monteclora.is_some() {
+        beside = beside.nothing_measured();
+    }
     let options = LoraOptions {
         dtype: None,
         overwrite: args.force,
+        carried: beside.carried.clone(),
     };
     let report = adapter.write_lora(&args.output, &options)?;
-    Export::new(&args.output, "plain LoRA", &adapter, &report, None).print(args.json)
+    Export::new(&args.output, "plain LoRA", &adapter, &report, None, &beside).print(args.json)
 }

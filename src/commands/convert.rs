@@ -4,7 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use monteclora_converters::{
-    Adapter, DType, Format, LoraOptions, ModelFiles, Problem, format_named, format_of,
+    Adapter, Beside, DType, Format, LoraOptions, ModelFiles, Problem, format_named, format_of,
+    read_as,
 };
 use serde_json::{Map, Value};
 
@@ -22,8 +23,15 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         Some(name) => require_new_file(output, to.about().label, name, args.force)?,
         None => require_empty(output, args.force)?,
     }
-    let adapter = read(args)?;
+    let from = format_named(&args.from).unwrap_or_else(|| format_of(&args.source));
+    let adapter = read(args, from)?;
     require_effect(&adapter, &args.source, args.force)?;
+    let mut beside = Beside::of_format(&args.source, from)?;
+    if to.about().file_name.is_some() {
+        beside = beside.nothing_carried("no place for them in one file");
+    } else if adapter.config.monteclora.is_some() && !to.about().keeps_posterior {
+        beside = beside.nothing_measured();
+    }
     let options = LoraOptions {
         dtype: args.dtype.map(|dtype| match dtype {
             ConvertDtypeArg::F32 => DType::F32,
@@ -31,6 +39,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
             ConvertDtypeArg::Bf16 => DType::BF16,
         }),
         overwrite: args.force,
+        carried: beside.carried.clone(),
     };
     let base = base_config(args, to)?;
     let written = to.write(&adapter, output, &options, base.as_ref())?;
@@ -40,22 +49,14 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         &adapter,
         &written.report,
         written.note,
+        &beside,
     )
     .print(args.json)
 }
 
-fn read(args: &ConvertArgs) -> Result<Adapter> {
-    let from = format_named(&args.from).unwrap_or_else(|| format_of(&args.source));
-    if args.from != "auto" && from.about().file_name.is_none() && args.source.is_file() {
-        return Err(Problem::usage(format!(
-            "`{}` is a file; --from {} reads a directory",
-            args.source.display(),
-            args.from
-        ))
-        .into());
-    }
+fn read(args: &ConvertArgs, from: &dyn Format) -> Result<Adapter> {
     let base = base_config(args, from)?;
-    Ok(from.read(&args.source, base.as_ref())?)
+    Ok(read_as(from, &args.source, base.as_ref())?)
 }
 
 fn require_new_file(output: &Path, label: &str, name: &str, force: bool) -> Result<()> {

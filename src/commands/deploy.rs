@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{ModelFiles, Problem};
+use monteclora_converters::{Beside, ModelFiles, Problem, other_conversation};
 
 use super::{print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
@@ -23,6 +23,13 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
     if let Some(model_id) = &args.model_id {
         let base = hub::locate(model_id, &hub::HubOptions::default())?;
         adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
+        for warning in other_conversation(&args.adapter, &base.dir, false)? {
+            tracing::warn!("{warning}");
+        }
+    }
+    let beside = Beside::of(&args.adapter)?.nothing_carried("not part of a release");
+    if let Some(line) = beside.left_out_line() {
+        tracing::info!("left out: {line}");
     }
     let server = server(&args.server)?;
     let mut releases = Releases::open(&args.adapter_root, &args.alias)?;

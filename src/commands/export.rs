@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use monteclora_converters::{Adapter, LoraReport, Problem};
+use monteclora_converters::{Adapter, Beside, LoraReport, Problem};
 use serde::Serialize;
 
 use super::show;
@@ -24,16 +24,20 @@ pub(super) struct Export<'a> {
     #[serde(flatten)]
     report: &'a LoraReport,
     notes: Vec<&'a str>,
+    #[serde(flatten)]
+    beside: &'a Beside,
 }
 
 impl<'a> Export<'a> {
-    /// Of `adapter`, written to `output` as `format`; `rearranged` says what the format itself did to every site.
+    /// Of `adapter`, written to `output` as `format`; `rearranged` says what the format itself did to every site, `beside` what lay
+    /// beside the source's files.
     pub(super) fn new(
         output: &'a Path,
         format: &'a str,
         adapter: &Adapter,
         report: &'a LoraReport,
         rearranged: Option<&'a str>,
+        beside: &'a Beside,
     ) -> Self {
         let is_changed = |name: &String| {
             [&report.baked, &report.padded, &report.converted]
@@ -56,6 +60,7 @@ impl<'a> Export<'a> {
             n_unchanged: adapter.sites.len() - n_changed,
             report,
             notes,
+            beside,
         }
     }
 
@@ -121,8 +126,21 @@ impl<'a> Export<'a> {
         for note in &self.notes {
             line("note", (*note).to_owned());
         }
-        text
+        text + &beside_lines(self.beside, "with the adapter")
     }
+}
+
+/// The lines of a report that say what lay beside an adapter; `carried` says where what was carried went.
+pub(super) fn beside_lines(beside: &Beside, carried: &str) -> String {
+    let mut text = String::new();
+    let names = beside.carried.names();
+    if !names.is_empty() {
+        text.push_str(&format!("\n  carried   {}, {carried}", names.join(", ")));
+    }
+    if let Some(line) = beside.left_out_line() {
+        text.push_str(&format!("\n  left out  {line}"));
+    }
+    text
 }
 
 pub(super) fn count(n: usize, noun: &str) -> String {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use monteclora_converters::{
-    AdapterSummary, GgufFile, ModelFiles, Problem, Problems, is_gguf, summarise,
+    AdapterSummary, Beside, GgufFile, ModelFiles, Problem, Problems, is_gguf, summarise,
 };
 use serde_json::{Value, json};
 
@@ -100,10 +100,29 @@ fn table(summary: &AdapterSummary) -> String {
              components: effective number of mixture components, 1 / E|w|^2",
         );
     }
+    if let Some(beside) = &summary.beside {
+        text.push_str(&listing(beside));
+    }
     if !summary.problems.is_empty() {
         let list = summary.problems.clone();
         let heading = format!("{} worth knowing", count(list.len(), "thing"));
         text.push_str(&format!("\n\n{}", Problems::under(heading, list)));
+    }
+    text
+}
+
+/// What lies beside an adapter, for a report that begins with it.
+pub(super) fn listing(beside: &Beside) -> String {
+    let mut text = String::new();
+    let names = beside.carried.names();
+    if !names.is_empty() {
+        text.push_str(&format!(
+            "\n\nbeside it, carried along by collapse, convert and merge: {}",
+            names.join(", ")
+        ));
+    }
+    if let Some(line) = beside.left_out_line() {
+        text.push_str(&format!("\n\nbeside it, not read: {line}"));
     }
     text
 }

@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{Adapter, DType, MergeReport, ModelFiles, Problem, files, merge_dir};
+use monteclora_converters::{
+    Adapter, Beside, DType, MergeReport, ModelFiles, Problem, files, merge_dir,
+};
 use serde_json::json;
 
-use super::export::{count, require_apart};
+use super::export::{beside_lines, count, require_apart};
 use super::{print, print_json};
 use crate::cli::MergeArgs;
 use crate::hub;
@@ -29,20 +31,35 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
             Problem::usage(format!("--dtype {name}: a model's files have no such type"))
         })?),
     };
+    let beside = Beside::of(&args.adapter)?.no_notes();
+    let carried = &beside.carried;
     let is_occupied = std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
     let report = if is_occupied {
         replace(output, |sibling| {
-            Ok(merge_dir(&files, &adapter, sibling, dtype)?)
+            Ok(merge_dir(&files, &adapter, sibling, dtype, carried)?)
         })?
     } else {
-        merge_dir(&files, &adapter, output, dtype)?
+        merge_dir(&files, &adapter, output, dtype, carried)?
     };
     if args.json {
         let mut object = serde_json::to_value(&report)?;
         object["output"] = json!(output);
+        object["carried"] = json!(beside.carried);
+        object["left_out"] = json!(beside.left_out);
         return print_json(&object);
     }
-    print(&text(output, &report))
+    print(&(text(output, &report) + &beside_lines(&beside, &replaced(&report))))
+}
+
+/// Where the adapter's tokenizer and templates went.
+fn replaced(report: &MergeReport) -> String {
+    match report.replaced.as_slice() {
+        [] => "from the adapter".to_owned(),
+        names => format!(
+            "from the adapter in place of the base's {}",
+            names.join(", ")
+        ),
+    }
 }
 
 fn text(output: &Path, report: &MergeReport) -> String {
@@ -67,6 +84,12 @@ fn text(output: &Path, report: &MergeReport) -> String {
         text.push_str(
             "\n  note      most of the update is below the rounding of the stored type; --dtype f32 keeps it",
         );
+    }
+    if !report.not_copied.is_empty() {
+        text.push_str(&format!(
+            "\n  base      not copied: {}",
+            report.not_copied.join(", ")
+        ));
     }
     text
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
-use monteclora_converters::{Adapter, ModelFiles, Problem};
+use monteclora_converters::{Adapter, ModelFiles, Problem, other_conversation};
 
 use super::{device, weight_type};
 use crate::cli::ModelArgs;
@@ -51,11 +51,18 @@ impl Opened {
             let problem = format!("--posterior-samples {n_draws}: expected at most {MOST}");
             bail!(Problem::usage(problem));
         }
+        let adapter_path = adapter;
         let adapter = adapter.map(Adapter::read).transpose()?;
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = read_shape(&base.dir)?;
         if let Some(adapter) = &adapter {
             adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
+        }
+        if let Some(path) = adapter_path {
+            let is_given = model.options.chat_template.is_some();
+            for warning in other_conversation(path, &base.dir, is_given)? {
+                tracing::warn!("{warning}");
+            }
         }
         let options = EncodeOptions {
             train_on: TrainOn::Assistant,

@@ -116,8 +116,8 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     adapter.write_lora(
         &paths.collapsed,
         &LoraOptions {
-            dtype: None,
             overwrite: args.force,
+            ..LoraOptions::default()
         },
     )?;
 

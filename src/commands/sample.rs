@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use monteclora_converters::{LoraOptions, Problem, files};
+use monteclora_converters::{Beside, LoraOptions, Problem, files};
 use serde_json::json;
 
-use super::export::{count, require_apart};
+use super::export::{beside_lines, count, require_apart};
 use super::{print, print_json};
 use crate::cli::SampleArgs;
 use crate::output::require_empty;
@@ -23,6 +23,7 @@ pub(super) fn run(args: &SampleArgs) -> Result<()> {
     let adapter = read_effective(&args.adapter, args.force)?;
     require_apart(&args.adapter, output)?;
     require_empty(output, args.force)?;
+    let beside = Beside::of(&args.adapter)?.nothing_carried("not copied to every draw");
     // The first draw tells whether there is a posterior, before anything is written.
     let mut draw = monteclora_adapters::sample(&adapter, args.seed, 0)?;
     let context = || format!("cannot write `{}`", output.display());
@@ -49,14 +50,16 @@ pub(super) fn run(args: &SampleArgs) -> Result<()> {
         let draws: Vec<PathBuf> = names.iter().map(|name| output.join(name)).collect();
         return print_json(&json!({
             "output": output, "seed": args.seed, "n_sites": adapter.sites.len(), "draws": draws,
+            "carried": beside.carried, "left_out": beside.left_out,
         }));
     }
     print(&format!(
-        "wrote {}: {} of seed {}, each a plain LoRA ({} to {})",
+        "wrote {}: {} of seed {}, each a plain LoRA ({} to {}){}",
         output.display(),
         count(args.k, "posterior draw"),
         args.seed,
         names[0].display(),
-        names[args.k - 1].display()
+        names[args.k - 1].display(),
+        beside_lines(&beside, "")
     ))
 }

@@ -1,10 +1,11 @@
 //! `validate`: every problem at once.
 
 use anyhow::{Context, Result};
-use monteclora_converters::{ModelFiles, Problem, Runtime, other_base, validate_path};
+use monteclora_converters::{Beside, ModelFiles, Problem, Runtime, other_base, validate_path};
 use serde_json::json;
 
 use super::export::count;
+use super::inspect::listing;
 use super::{print, print_json};
 use crate::cli::ValidateArgs;
 use crate::hub::{self, HubOptions};
@@ -28,13 +29,19 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
             .with_context(|| format!("cannot read `{}`", base.dir().display()))?,
         _ => None,
     };
+    let beside = Beside::of(&args.adapter).unwrap_or_default();
     if args.json {
         let warnings: Vec<_> = warning.iter().collect();
         print_json(
-            &json!({ "ok": problems.is_empty(), "problems": problems, "warnings": warnings }),
+            &json!({ "ok": problems.is_empty(), "problems": problems, "warnings": warnings, "beside": beside }),
         )?;
     } else if problems.is_empty() {
-        print(&format!("{}: {}", args.adapter.display(), good(args)))?;
+        let listing = listing(&beside);
+        print(&format!(
+            "{}: {}{listing}",
+            args.adapter.display(),
+            good(args)
+        ))?;
         if let Some(warning) = &warning {
             print(&format!("warning: {warning}"))?;
         }

@@ -6,7 +6,9 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use indexmap::IndexMap;
 use mistralrs_monteclora::{IsqType, MonteCloraLoader, prompt_logits};
-use monteclora_converters::{Adapter, DType, ModelFiles, Problem, SafetensorsFile, merge_dir};
+use monteclora_converters::{
+    Adapter, Carried, DType, ModelFiles, Problem, SafetensorsFile, merge_dir,
+};
 use serde::Serialize;
 
 use crate::model::{ActiveAdapter, Decoder, Sequences};
@@ -141,7 +143,8 @@ pub fn compare(
         if let (Some((_, adapter)), Some(_)) = (adapter, engines.isq) {
             let dir = tempfile::tempdir().context("cannot create a temporary directory")?;
             let merged = dir.path().join("merged");
-            merge_dir(&ModelFiles::open(base)?, adapter, &merged, Some(DType::F32))?;
+            let (base, carried) = (ModelFiles::open(base)?, Carried::default());
+            merge_dir(&base, adapter, &merged, Some(DType::F32), &carried)?;
             let merged = prompt_logits(&engines.loader(&merged, None)?, sequences)?;
             report.compare("merged_vs_mistralrs", &merged, &logits, sequences)?;
         }

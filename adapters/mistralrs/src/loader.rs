@@ -130,6 +130,11 @@ impl MonteCloraLoader {
         Ok(normalised)
     }
 
+    /// Whether another chat template was chosen than the base's.
+    pub(crate) fn has_own_template(&self) -> bool {
+        self.chat_template.is_some()
+    }
+
     /// The model's chat template, or the one that replaces it; none if there is none.
     pub(crate) fn chat_template(&self) -> Result<Option<ChatTemplate>> {
         chat_template(&self.base, self.chat_template.as_deref())

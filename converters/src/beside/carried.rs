@@ -18,9 +18,9 @@ use crate::problem::Problem;
 /// Directory of named chat templates.
 pub(crate) const TEMPLATES_DIR: &str = "additional_chat_templates";
 /// What was measured with an adapter and holds for it alone.
-const MEASURED: [&str; 2] = ["fit.json", "calibration.json"];
+pub(super) const MEASURED: [&str; 2] = ["fit.json", "calibration.json"];
 /// Of an adapter alone: not of a model into which it is merged.
-const OF_ADAPTER: [&str; 3] = ["README.md", "fit.json", "calibration.json"];
+pub(super) const OF_ADAPTER: [&str; 3] = ["README.md", "fit.json", "calibration.json"];
 /// Files that hold the vocabulary.
 const VOCABULARIES: [&str; 6] = [
     "tokenizer.json",
@@ -70,6 +70,10 @@ impl Carried {
         Ok(())
     }
 
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Names below the adapter's directory.
     pub fn names(&self) -> &[String] {
         &self.names
@@ -79,17 +83,8 @@ impl Carried {
         self.names
     }
 
-    /// Takes out what was measured with the adapter.
-    pub(super) fn take_measured(&mut self) -> Vec<String> {
-        self.take(&MEASURED)
-    }
-
-    /// Takes out what is of the adapter alone.
-    pub fn take_notes(&mut self) -> Vec<String> {
-        self.take(&OF_ADAPTER)
-    }
-
-    fn take(&mut self, wanted: &[&str]) -> Vec<String> {
+    /// Takes those of `wanted` out.
+    pub(super) fn take(&mut self, wanted: &[&str]) -> Vec<String> {
         let names = std::mem::take(&mut self.names).into_iter();
         let (taken, kept) = names.partition(|name| wanted.contains(&name.as_str()));
         self.names = kept;
@@ -216,7 +211,7 @@ fn vocabulary_ids(tokenizer: &Value) -> impl Iterator<Item = u64> {
 }
 
 /// A JSON file that may be as large as a tokenizer; none if it is not there or cannot be read.
-fn read_large(path: &Path) -> Option<Value> {
+pub(super) fn read_large(path: &Path) -> Option<Value> {
     let metadata = fs::metadata(path).ok()?;
     if !metadata.is_file() || metadata.len() > MAX_TOKENIZER {
         return None;

@@ -41,6 +41,7 @@ impl Format for GgufLora {
             writes: Some("One GGUF file for llama.cpp: the posterior mean"),
             file_name: Some("adapter.gguf"),
             needs_base: true,
+            keeps_posterior: false,
             has_peft_settings: false,
             runtimes: &[Runtime::LlamaCpp],
         }

@@ -33,6 +33,7 @@ impl Format for Lora {
             ),
             file_name: None,
             needs_base: false,
+            keeps_posterior: false,
             has_peft_settings: true,
             runtimes: &Runtime::ALL,
         }

@@ -37,6 +37,7 @@ impl Format for Mlx {
             writes: Some("mlx-lm adapter directory: the posterior mean"),
             file_name: None,
             needs_base: false,
+            keeps_posterior: false,
             has_peft_settings: false,
             runtimes: &[],
         }

@@ -33,6 +33,7 @@ impl Format for Peft {
             writes: Some("PEFT directory with the whole posterior, if there is one"),
             file_name: None,
             needs_base: false,
+            keeps_posterior: true,
             has_peft_settings: true,
             runtimes: &Runtime::ALL,
         }

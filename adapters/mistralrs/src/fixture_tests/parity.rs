@@ -260,6 +260,7 @@ fn a_quantised_adapter_equals_the_quantised_merged_model() {
         &adapter,
         &merged,
         Some(monteclora_converters::DType::F32),
+        &monteclora_converters::Carried::default(),
     )
     .expect("merged");
     let tokens = expected(&case).sequences;

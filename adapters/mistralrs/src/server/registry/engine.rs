@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, DeviceLocation};
 use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
-use monteclora_converters::{ModelFiles, Problem, other_base};
+use monteclora_converters::{ModelFiles, Problem, other_base, other_conversation};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::Sender;
 
@@ -106,16 +106,17 @@ impl Wanted {
     /// Checks the files and hashes their content; blocking.
     pub(crate) fn check(self) -> Result<Checked> {
         let max_sequence_length = self.loader.check()?.max_sequence_length;
-        let warning = match self.loader.adapter() {
-            Some(adapter) => {
-                let base = ModelFiles::open(self.loader.base())?;
-                other_base(adapter, &base).map_err(Error::io("read", self.loader.base()))?
-            }
-            None => None,
-        };
+        let mut warnings = Vec::new();
+        if let Some(adapter) = self.loader.adapter() {
+            let base = ModelFiles::open(self.loader.base())?;
+            let other = other_base(adapter, &base);
+            warnings.extend(other.map_err(Error::io("read", self.loader.base()))?);
+            let is_given = self.loader.has_own_template();
+            warnings.extend(other_conversation(adapter, base.dir(), is_given)?);
+        }
         Ok(Checked {
             max_sequence_length,
-            warnings: warning.into_iter().collect(),
+            warnings,
             hash: self.loader.generation()?,
             frame: text_frame(self.loader.base())?,
             weight_bytes: self.loader.weight_bytes()?,
