@@ -326,7 +326,7 @@ fn lay_out(
         let range = start.and_then(|start| Some((start, start.checked_add(n_bytes)?)));
         let Some((start, end)) = range.filter(|(_, end)| *end <= file_len) else {
             return Err(wrong(format!(
-                "{n_bytes} bytes at offset {} lie beyond the end of the file: it is truncated",
+                "{n_bytes} bytes at offset {} lie beyond the end of the file: it is cut short, fetch or copy it again",
                 header.offset
             )));
         };
@@ -384,7 +384,7 @@ impl<'a> Cursor<'a> {
                 Ok(taken)
             }
             None => self.refuse(format!(
-                "ends inside {what}: {n_bytes} bytes announced, {} left",
+                "ends inside {what}: {n_bytes} bytes announced, {} left; it is cut short, fetch or copy it again",
                 rest.len()
             )),
         }
