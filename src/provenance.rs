@@ -3,14 +3,41 @@
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, Problem};
+use monteclora_converters::{Adapter, ModelFiles, Problem, base_warnings};
 use sha2::{Digest, Sha256};
 
 /// Reads an adapter and refuses one that changes nothing, unless `force`.
 pub fn read_effective(path: &Path, force: bool) -> Result<Adapter> {
     let adapter = Adapter::read(path)?;
+    tell(&adapter, path);
     require_effect(&adapter, path, force)?;
     Ok(adapter)
+}
+
+/// Reads an adapter for `base`, which it has to fit. Warns of what is left out, of a base that it was not trained on, and of one
+/// that it is merged into already.
+pub fn read_fitting(path: &Path, base: &ModelFiles) -> Result<Adapter> {
+    let adapter = Adapter::read_on(path, base)?;
+    tell(&adapter, path);
+    adapter.require_fit(base)?;
+    for warning in base_warnings(path, &adapter, base)? {
+        tracing::warn!("{warning}");
+    }
+    Ok(adapter)
+}
+
+/// [`read_fitting`], refusing an adapter that changes nothing, unless `force`.
+pub fn read_effective_on(path: &Path, base: &ModelFiles, force: bool) -> Result<Adapter> {
+    let adapter = read_fitting(path, base)?;
+    require_effect(&adapter, path, force)?;
+    Ok(adapter)
+}
+
+/// Warns of what reading left out of the adapter.
+fn tell(adapter: &Adapter, path: &Path) {
+    for note in &adapter.notes {
+        tracing::warn!("`{}`: {note}", path.display());
+    }
 }
 
 /// Refuses an adapter that changes nothing, unless `force`.

@@ -60,6 +60,17 @@ impl Site {
         Ok(delta)
     }
 
+    /// The element of [`Self::delta_f32`] at `row` and `column`; 0 outside.
+    pub(crate) fn delta_at(&self, row: usize, column: usize) -> Result<f64> {
+        let (a, b) = (self.lora_a.to_f32()?, self.lora_b.to_f32()?);
+        let (n_in, rank) = (self.in_features(), self.rank);
+        let term = |k: usize| {
+            let (a, b) = (a.get(k * n_in + column)?, b.get(row * rank + k)?);
+            Some(f64::from(*a) * f64::from(*b))
+        };
+        Ok(self.scaling * (0..rank).filter_map(term).sum::<f64>())
+    }
+
     pub(crate) fn scaling_f32(&self) -> f32 {
         self.scaling as f32
     }
@@ -94,6 +105,8 @@ pub struct Adapter {
     pub format: &'static str,
     /// Free-form metadata of the weight file.
     pub metadata: BTreeMap<String, String>,
+    /// What reading left out of the adapter or understood otherwise than it is written, a sentence each.
+    pub notes: Vec<String>,
 }
 
 impl Adapter {

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::adapter::Adapter;
 use crate::beside::Beside;
 use crate::error::{Error, Result};
+use crate::model_files::ModelFiles;
 use crate::problem::Problem;
 use crate::tensors::tensor::Tensor;
 use crate::validate::runtime::Runtime;
@@ -36,19 +37,18 @@ pub trait Format: fmt::Debug + Sync {
     /// If there is no such path.
     fn files(&self, path: &Path) -> Result<Vec<PathBuf>>;
 
-    /// Reads the adapter at `path`, made for the base with this `config.json`. What lies beside is not looked at: see
-    /// [`read_as`].
+    /// Reads the adapter at `path`. What lies beside is not looked at: see [`read_as`].
     ///
     /// # Errors
     /// A refusal with everything that is not understood; `not-found` if there is nothing.
-    fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter>;
+    fn read(&self, path: &Path, options: &ReadOptions<'_>) -> Result<Adapter>;
 
     /// Reads what can be known without a base: names, shapes and norms are right, updates need not be.
     ///
     /// # Errors
     /// As [`Self::read`].
     fn read_without_base(&self, path: &Path) -> Result<Adapter> {
-        self.read(path, None)
+        self.read(path, &ReadOptions::default())
     }
 
     /// Writes `adapter` to `path`.
@@ -68,6 +68,29 @@ pub trait Format: fmt::Debug + Sync {
 
 /// Every format. Reading tries them in this order, and takes what none knows for the first.
 pub const FORMATS: [&dyn Format; 4] = [&peft::Peft, &lora::Lora, &mlx::Mlx, &gguf_lora::GgufLora];
+
+/// What an adapter is read with.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ReadOptions<'a> {
+    /// `config.json` of the base, without which a GGUF LoRA cannot be read.
+    pub base_config: Option<&'a Map<String, Value>>,
+    /// The base, with which whole weights that are stored with the adapter are compared: a copy of the base's is left out, and
+    /// noted in [`Adapter::notes`]. Without it they are refused, since they may have been trained.
+    pub base: Option<&'a ModelFiles>,
+    /// Whether names that a wrapper (torch.compile, FSDP, ...) changed are read as those of the modules inside, and noted. They are
+    /// refused otherwise, since no program finds modules of such names.
+    pub unwrap: bool,
+}
+
+impl<'a> From<&'a ModelFiles> for ReadOptions<'a> {
+    fn from(base: &'a ModelFiles) -> Self {
+        Self {
+            base_config: Some(base.config()),
+            base: Some(base),
+            unwrap: false,
+        }
+    }
+}
 
 /// What the command line, `inspect` and `validate` know of a format.
 #[derive(Debug)]
@@ -127,16 +150,12 @@ pub(crate) fn read_without_base(path: &Path) -> Result<Adapter> {
     alone(path, format, format.read_without_base(path))
 }
 
-/// Reads the adapter at `path` as one of `format`, made for the base with this `config.json`.
+/// Reads the adapter at `path` as one of `format`.
 ///
 /// # Errors
 /// As [`Format::read`]; also for weights that lie beside the adapter's files and were trained with it.
-pub fn read_as(
-    format: &dyn Format,
-    path: &Path,
-    base_config: Option<&Map<String, Value>>,
-) -> Result<Adapter> {
-    alone(path, format, format.read(path, base_config))
+pub fn read_as(format: &dyn Format, path: &Path, options: &ReadOptions<'_>) -> Result<Adapter> {
+    alone(path, format, format.read(path, options))
 }
 
 /// What was `read` from `path`, if nothing lies beside it that would be lost; all problems come together.
@@ -210,7 +229,7 @@ impl Adapter {
     /// # Ok::<(), monteclora_converters::Error>(())
     /// ```
     pub fn read(path: &Path) -> Result<Self> {
-        read_as(format_of(path), path, None)
+        read_as(format_of(path), path, &ReadOptions::default())
     }
 
     /// Reads an adapter of any format, a GGUF LoRA included, that was made for the base with this `config.json`.
@@ -218,6 +237,20 @@ impl Adapter {
     /// # Errors
     /// As [`Self::read`].
     pub fn read_for(path: &Path, base_config: &Map<String, Value>) -> Result<Self> {
-        read_as(format_of(path), path, Some(base_config))
+        let base_config = Some(base_config);
+        let options = ReadOptions {
+            base_config,
+            ..ReadOptions::default()
+        };
+        read_as(format_of(path), path, &options)
+    }
+
+    /// Reads an adapter of any format for `base`, with which whole weights stored beside A and B are compared. Whether A and B fit
+    /// is asked by [`Self::require_fit`].
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_on(path: &Path, base: &ModelFiles) -> Result<Self> {
+        read_as(format_of(path), path, &ReadOptions::from(base))
     }
 }

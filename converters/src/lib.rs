@@ -40,7 +40,7 @@
 //!     lora_b: Tensor::from_f32(&[2, 1], vec![0.0, 1.0])?,
 //!     posterior: None,
 //! };
-//! let adapter = Adapter { config, sites: vec![site], format: "peft-lora", metadata: Default::default() };
+//! let adapter = Adapter { config, sites: vec![site], format: "peft-lora", metadata: Default::default(), notes: Vec::new() };
 //! adapter.write_peft(&dir.join("out"), false)?;
 //!
 //! // Read, check against the base and a runtime, export, merge.
@@ -72,6 +72,7 @@ pub mod json;
 mod low_rank;
 mod merge;
 mod model_files;
+mod module_path;
 mod problem;
 mod site_pattern;
 mod source;
@@ -90,6 +91,9 @@ mod fixtures;
 #[path = "tests/messages.rs"]
 mod messages;
 #[cfg(test)]
+#[path = "tests/names.rs"]
+mod names;
+#[cfg(test)]
 #[path = "tests/round_trips.rs"]
 mod round_trips;
 
@@ -99,7 +103,7 @@ pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModule
 pub use error::{Error, Result, exit_code};
 pub use formats::gguf_lora::is_gguf;
 pub use formats::lora::{LoraOptions, LoraReport};
-pub use formats::{About, FORMATS, Format, Written, format_named, format_of, read_as};
+pub use formats::{About, FORMATS, Format, ReadOptions, Written, format_named, format_of, read_as};
 pub use inspect::{AdapterSummary, SiteSummary, summarise};
 pub use merge::{MergeReport, OverlayReport, merge_dir, write_overlay};
 pub use model_files::ModelFiles;
@@ -110,6 +114,6 @@ pub use tensors::gguf::{GgufArray, GgufFile, GgufTensor, GgufValue, ggml_block};
 pub use tensors::safetensors_file::SafetensorsFile;
 pub use tensors::safetensors_write::write_safetensors;
 pub use tensors::tensor::Tensor;
-pub use trained_base::{base_fingerprint, base_sample, other_base};
+pub use trained_base::{base_fingerprint, base_sample, base_warnings, training_record};
 pub use validate::runtime::{MISTRALRS, Runtime};
-pub use validate::{validate, validate_path};
+pub use validate::{Findings, examine, validate, validate_path};

@@ -16,13 +16,18 @@ use crate::files;
 use crate::formats::peft::config_write::to_text;
 use crate::json;
 use crate::low_rank::product_rows;
-use crate::model_files::ModelFiles;
+use crate::model_files::{EMBEDDING, ModelFiles};
+use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_write::{Slot, stream};
 use crate::tensors::tensor::Tensor;
+use crate::trained_base::{MERGE_RECORD, merged_adapters};
 
 /// Weights are merged in blocks of rows of about this many elements, so memory does not grow with the matrix.
 const BLOCK_ELEMENTS: usize = 1 << 20;
+
+/// The output head's weight.
+const HEAD_WEIGHT: &str = "lm_head.weight";
 
 /// What an overlay holds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -52,6 +57,8 @@ pub struct MergeReport {
     pub replaced: Vec<String>,
     /// What else lies in the base's directory and was not copied: weights in other formats, directories.
     pub not_copied: Vec<String>,
+    /// Whether the output head, which is the embedding in the base, has become a weight of its own: it is adapted, the embedding is not.
+    pub untied: bool,
 }
 
 /// Sums over merged entries, for the report.
@@ -78,12 +85,12 @@ impl Rounding {
 
 /// Writes `W + scaling * B A` in F32 for every adapted module as one safetensors file, under the base's names.
 ///
-/// The base's other tensors are not in the file: a loader that lets later files win reads base, then overlay. Memory is
+/// The base's other tensors are not in the file: a loader that lets later files win reads base, then overlay. Where
+/// [`Adapter::unties`] the base, `lm_head.weight` is in the file, and `tie_word_embeddings` has to become false. Memory is
 /// one block of rows; the adapter is checked against the base first.
 ///
 /// # Errors
-/// `quantised-base` for a quantised base, a refusal if the adapter does not fit, `tensor` if
-/// the head is adapted but tied to the embedding (merging would change both) or a merged weight is not finite.
+/// `quantised-base` for a quantised base, a refusal if the adapter does not fit, `tensor` if a merged weight is not finite.
 pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result<OverlayReport> {
     check(base, adapter)?;
     let sites: BTreeMap<String, &Site> = weights_of(adapter);
@@ -114,7 +121,8 @@ pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result
 
 /// Writes a whole model directory with the adapter merged: shard by shard under the base's file names, arithmetic in
 /// F32, stored as `dtype` (`None` keeps each tensor's own type); tokenizer, configuration and other files are copied, those
-/// that the adapter has `carried` in place of the base's.
+/// that the adapter has `carried` in place of the base's. Where [`Adapter::unties`] the base, the head becomes a tensor of its
+/// own in the last file, and config.json says so.
 ///
 /// # Errors
 /// As [`write_overlay`]; `exists` if `out_dir` is not empty; `vocabulary` if a carried tokenizer has more tokens than the base
@@ -135,13 +143,16 @@ pub fn merge_dir(
         return Err(Error::setting("dtype", message));
     }
     let sites = weights_of(adapter);
+    let is_untied = adapter.unties(base);
     let mut rounding = Rounding::default();
     let mut n_copied = 0;
     let (mut replaced, mut not_copied) = (Vec::new(), Vec::new());
     files::write_new_dir(out_dir, |inside| {
         let mut n_bytes = 0u64;
         let mut weight_map = BTreeMap::new();
-        for (path, shard) in base.files().iter().zip(base.shards()) {
+        let mut head = is_untied.then(|| head_slot(base, dtype)).flatten();
+        let n_files = base.files().len();
+        for (idx, (path, shard)) in base.files().iter().zip(base.shards()).enumerate() {
             let Some(file_name) = path.file_name() else {
                 continue;
             };
@@ -159,6 +170,11 @@ pub fn merge_dir(
                     dtype: target,
                     shape: shape.to_vec(),
                 });
+            }
+            if let Some(slot) = head.take_if(|_| idx + 1 == n_files) {
+                n_bytes += (slot.shape.iter().product::<usize>() * slot.dtype.size()) as u64;
+                weight_map.insert(slot.name.clone(), file_name.to_string_lossy().into_owned());
+                slots.push(slot);
             }
             files::write_file(&out, |writer| {
                 stream(&out, writer, slots, shard.metadata(), |slot, sink| {
@@ -182,9 +198,15 @@ pub fn merge_dir(
             let path = inside.join("model.safetensors.index.json");
             files::write_text(&path, &to_text(&index))?;
         }
-        (replaced, not_copied) = copy_other_files(base, inside, dtype, carried)?;
+        (replaced, not_copied) = copy_other_files(base, inside, dtype, is_untied, carried)?;
         carried.copy_into(inside)?;
-        keep_template(base, inside, carried)
+        keep_template(base, inside, carried)?;
+        let mut merged = merged_adapters(base.dir());
+        merged.push(adapter.collapse().fingerprint());
+        files::write_text(
+            &inside.join(MERGE_RECORD),
+            &to_text(&json!({ "adapters": merged })),
+        )
     })?;
     let update_lost = rounding.n_lost as f64 / rounding.n_updated.max(1) as f64;
     let update_norm = rounding.update_squared.sqrt();
@@ -200,6 +222,27 @@ pub fn merge_dir(
         update_lost,
         replaced,
         not_copied,
+        untied: is_untied,
+    })
+}
+
+impl Adapter {
+    /// Whether merging into `base` makes the output head a weight of its own: it is adapted, and is the embedding in the base.
+    pub fn unties(&self, base: &ModelFiles) -> bool {
+        base.ties_embeddings() && self.sites.iter().any(|site| site.name == OUTPUT_HEAD)
+    }
+}
+
+/// Where the head is stored that a tied base has no tensor for.
+fn head_slot(base: &ModelFiles, dtype: Option<DType>) -> Option<Slot> {
+    let (stored, shape) = match base.info(HEAD_WEIGHT) {
+        Some(_) => return None,
+        None => base.info(EMBEDDING)?,
+    };
+    Some(Slot {
+        name: HEAD_WEIGHT.to_owned(),
+        dtype: dtype.unwrap_or(stored),
+        shape: shape.to_vec(),
     })
 }
 
@@ -211,8 +254,11 @@ fn weights_of(adapter: &Adapter) -> BTreeMap<String, &Site> {
         .collect()
 }
 
+/// The base's weight of this name; for the head of a tied base, the embedding.
 fn base_tensor(base: &ModelFiles, name: &str) -> Result<Tensor> {
+    let tied = || (name == HEAD_WEIGHT && base.ties_embeddings()).then(|| base.embedding())?;
     base.get(name)
+        .or_else(tied)
         .ok_or_else(|| Error::tensor(name, "not in the base"))
 }
 
@@ -220,14 +266,7 @@ fn check(base: &ModelFiles, adapter: &Adapter) -> Result<()> {
     if let Some(method) = base.quantization() {
         return Err(Error::quantised(base.dir(), &method));
     }
-    adapter.require_fit(base)?;
-    for site in &adapter.sites {
-        if site.name == crate::targets::OUTPUT_HEAD && base.ties_embeddings() {
-            let message = "is tied to the embedding in this base: merging would change the embedding too; train without lm_head";
-            return Err(Error::tensor(&site.name, message));
-        }
-    }
-    Ok(())
+    adapter.require_fit(base)
 }
 
 /// Writes `W + scaling * B A` as `dtype`, a block of rows at a time.
@@ -317,12 +356,13 @@ fn copy_into(
     Ok(())
 }
 
-/// Copies everything beside the weights that nothing of `carried` replaces; `config.json` gets the new type. Gives the names of what
-/// was replaced, and of what was not copied.
+/// Copies everything beside the weights that nothing of `carried` replaces; `config.json` gets the new type, and says whether the
+/// head is the embedding. Gives the names of what was replaced, and of what was not copied.
 fn copy_other_files(
     base: &ModelFiles,
     out: &Path,
     dtype: Option<DType>,
+    is_untied: bool,
     carried: &Carried,
 ) -> Result<(Vec<String>, Vec<String>)> {
     const WEIGHTS: &str = "safetensors bin pt pth gguf h5 msgpack onnx ckpt";
@@ -346,7 +386,8 @@ fn copy_other_files(
         }
         let extension = path.extension().and_then(|extension| extension.to_str());
         let is_weights = extension.is_some_and(|found| WEIGHTS.split(' ').any(|w| w == found));
-        let is_made = written.contains(file_name) || name == "config.json" && dtype.is_some();
+        let is_made =
+            written.contains(file_name) || name == "config.json" && (dtype.is_some() || is_untied);
         if !is_weights && !is_made && !name.ends_with(".index.json") {
             fs::copy(&path, out.join(file_name)).map_err(Error::io("copy", &path))?;
         } else if !is_made && is_weights {
@@ -354,8 +395,11 @@ fn copy_other_files(
         }
     }
     not_copied.retain(|name| !name.starts_with('.'));
+    let mut config = base.config().clone();
+    if is_untied {
+        config.insert("tie_word_embeddings".into(), false.into());
+    }
     if let Some(dtype) = dtype {
-        let mut config = base.config().clone();
         let name = match dtype {
             DType::F16 => "float16",
             DType::BF16 => "bfloat16",
@@ -365,6 +409,8 @@ fn copy_other_files(
         let is_new = config.contains_key("dtype");
         let key = if is_new { "dtype" } else { "torch_dtype" };
         config.insert(key.into(), name.into());
+    }
+    if dtype.is_some() || is_untied {
         files::write_text(&out.join("config.json"), &to_text(&Value::Object(config)))?;
     }
     Ok((replaced, not_copied))

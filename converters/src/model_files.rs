@@ -13,6 +13,9 @@ use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::shards::ShardSet;
 use crate::tensors::tensor::Tensor;
 
+/// The token embedding's weight.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// A model in a directory: `model.safetensors`, or shards with or without `model.safetensors.index.json`.
 #[derive(Debug, Clone)]
 pub struct ModelFiles {
@@ -129,6 +132,11 @@ impl ModelFiles {
             .unwrap_or_else(|| self.info("lm_head.weight").is_none())
     }
 
+    /// The token embedding, which is the output head's weight too where [`Self::ties_embeddings`].
+    pub(crate) fn embedding(&self) -> Option<Tensor> {
+        self.get(EMBEDDING)
+    }
+
     /// Every linear projection that an adapter can target, sorted by name: the two-dimensional `.weight` tensors that
     /// are not embeddings, and `lm_head` also when it is tied to the embedding.
     pub fn linear_modules(&self) -> Vec<LinearModule> {
@@ -153,7 +161,7 @@ impl ModelFiles {
             .collect();
         if self.ties_embeddings()
             && self.info("lm_head.weight").is_none()
-            && let Some((_, [out_features, in_features])) = self.info("model.embed_tokens.weight")
+            && let Some((_, [out_features, in_features])) = self.info(EMBEDDING)
         {
             modules.push(LinearModule {
                 name: "lm_head".into(),

@@ -48,15 +48,35 @@ impl<'a, T: Copy> SitePatterns<'a, T> {
     /// The module's value, if a key matches.
     pub(crate) fn find(&self, module: &str) -> Result<Option<T>> {
         for (key, value) in &self.0 {
-            let matches = match key {
-                Key::Plain(characters) => ends_in(module.as_bytes(), characters),
-                Key::Expression(pattern) => pattern.is_match(module)?,
-            };
-            if matches {
+            if key.matches(module)? {
                 return Ok(Some(*value));
             }
         }
         Ok(None)
+    }
+
+    /// The places in the table of keys that match none of `modules`.
+    pub(crate) fn unused(&self, modules: &[&str]) -> Result<Vec<usize>> {
+        let mut unused = Vec::new();
+        for (idx, (key, _)) in self.0.iter().enumerate() {
+            let mut is_used = false;
+            for module in modules {
+                is_used = is_used || key.matches(module)?;
+            }
+            if !is_used {
+                unused.push(idx);
+            }
+        }
+        Ok(unused)
+    }
+}
+
+impl Key<'_> {
+    fn matches(&self, module: &str) -> Result<bool> {
+        match self {
+            Self::Plain(characters) => Ok(ends_in(module.as_bytes(), characters)),
+            Self::Expression(pattern) => pattern.is_match(module),
+        }
     }
 }
 

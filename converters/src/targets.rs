@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use crate::config::{AdapterConfig, ExcludeModules, Pattern, TargetModules};
 use crate::error::{Error, Result};
+use crate::formats::peft::read::PREFIX;
 use crate::problem::{Problem, Problems};
+use crate::site_pattern::SitePatterns;
 
 /// How many near names an error offers for one that is unknown.
 const N_NEAREST: usize = 3;
@@ -176,6 +178,14 @@ impl AdapterConfig {
                 sites.push(module.name.clone());
             }
         }
+        let names: Vec<&str> = sites.iter().map(String::as_str).collect();
+        let unused = self.without_effect(&names)?;
+        if !sites.is_empty() && !unused.is_empty() {
+            let problems = unused.into_iter().map(Problem::usage).collect();
+            return Err(
+                Problems::under("settings match no module that is adapted", problems).into(),
+            );
+        }
         if sites.is_empty() {
             return Err(Error::setting(
                 "target_modules",
@@ -183,6 +193,68 @@ impl AdapterConfig {
             ));
         }
         Ok(sites)
+    }
+}
+
+impl AdapterConfig {
+    /// The entries of its settings that no module among `names` is matched by, a sentence each: PEFT passes over them.
+    ///
+    /// # Errors
+    /// If a pattern cannot be used.
+    pub fn without_effect(&self, names: &[&str]) -> Result<Vec<String>> {
+        let mut entries: Vec<(String, &str)> = Vec::new();
+        for (setting, unused, _) in self.unused_keys(names)? {
+            entries.extend(unused.into_iter().map(|key| (key.clone(), setting)));
+        }
+        if let TargetModules::List(targets) = &self.target_modules {
+            let is_unused = |target: &&String| !names.iter().any(|name| ends_in(name, target));
+            let unused = targets.iter().filter(is_unused);
+            entries.extend(unused.map(|target| (target.clone(), "target_modules")));
+        }
+        let wanted = self.layers_to_transform.iter().flatten();
+        let is_unused = |layer: &&usize| {
+            let segment = layer.to_string();
+            !names
+                .iter()
+                .any(|name| name.split('.').any(|part| part == segment))
+        };
+        entries.extend(
+            wanted
+                .filter(is_unused)
+                .map(|layer| (layer.to_string(), "layers_to_transform")),
+        );
+        let sentences = entries.into_iter().map(|(entry, setting)| {
+            let plain = entry.trim_start_matches('^').replace('\\', "");
+            let why = match plain.starts_with(PREFIX) {
+                true => "; names in it do not begin with base_model.model.",
+                false => "",
+            };
+            format!("{setting}: `{entry}` matches no module, so it has no effect{why}")
+        });
+        Ok(sentences.collect())
+    }
+
+    /// Of `rank_pattern` and `alpha_pattern`, those of which no key matches one of `names`.
+    pub(crate) fn tables_without_effect(&self, names: &[&str]) -> Result<Vec<&'static str>> {
+        let tables = self.unused_keys(names)?.into_iter();
+        let unused = tables.filter(|(_, unused, n_keys)| unused.len() == *n_keys && *n_keys > 0);
+        Ok(unused.map(|(setting, _, _)| setting).collect())
+    }
+
+    /// For each of the two tables: its name, the keys that match none of `names`, and the number of all keys.
+    fn unused_keys(&self, names: &[&str]) -> Result<[(&'static str, Vec<&String>, usize); 2]> {
+        let ranks = SitePatterns::new("rank_pattern", &self.rank_pattern)?.unused(names)?;
+        let alphas = SitePatterns::new("alpha_pattern", &self.alpha_pattern)?.unused(names)?;
+        let ranks = ranks
+            .into_iter()
+            .filter_map(|idx| Some(self.rank_pattern.get_index(idx)?.0));
+        let alphas = alphas
+            .into_iter()
+            .filter_map(|idx| Some(self.alpha_pattern.get_index(idx)?.0));
+        Ok([
+            ("rank_pattern", ranks.collect(), self.rank_pattern.len()),
+            ("alpha_pattern", alphas.collect(), self.alpha_pattern.len()),
+        ])
     }
 }
 

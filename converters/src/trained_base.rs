@@ -7,6 +7,8 @@ use std::path::Path;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::adapter::Adapter;
+use crate::error::{Error, Result};
 use crate::model_files::ModelFiles;
 use crate::problem::Problem;
 use crate::tensors::tensor::Tensor;
@@ -51,6 +53,15 @@ pub fn base_fingerprint(files: &ModelFiles) -> io::Result<String> {
 /// A few elements of a base's matrices, by which its weights are recognised whatever their element type and files; none if they are
 /// not stored as floats.
 pub fn base_sample(files: &ModelFiles) -> Vec<f32> {
+    let chosen = sampled(files).into_iter();
+    chosen
+        .filter_map(|name| files.get(name))
+        .flat_map(|tensor| elements(&tensor))
+        .collect()
+}
+
+/// The matrices that a sample is taken of.
+fn sampled(files: &ModelFiles) -> Vec<&str> {
     let is_matrix = |name: &&str| {
         let info = files.info(name);
         name.contains(".layers.") && info.is_some_and(|(_, shape)| shape.len() == 2)
@@ -58,23 +69,25 @@ pub fn base_sample(files: &ModelFiles) -> Vec<f32> {
     let mut names: Vec<&str> = files.names().filter(is_matrix).collect();
     names.sort_unstable();
     let n = names.len().min(SAMPLED);
-    let chosen = (0..n).map(|idx| names[idx * names.len() / n]);
-    chosen
-        .filter_map(|name| files.get(name))
-        .flat_map(|tensor| elements(&tensor))
-        .collect()
+    (0..n).map(|idx| names[idx * names.len() / n]).collect()
 }
 
-/// Some elements from all over `tensor`.
+/// Where in `tensor` elements are sampled, all over it.
+fn places(tensor: &Tensor) -> impl Iterator<Item = usize> + use<> {
+    let n_elements = tensor.n_elements();
+    (0..ELEMENTS).map(move |idx| (2 * idx + 1) * n_elements / (2 * ELEMENTS))
+}
+
+/// The sampled elements of `tensor`.
 fn elements(tensor: &Tensor) -> Vec<f32> {
     let (dtype, bytes) = (tensor.dtype(), tensor.bytes());
-    let element = |idx: usize| {
-        let at = (2 * idx + 1) * tensor.n_elements() / (2 * ELEMENTS) * dtype.size();
+    let element = |place: usize| {
+        let at = place * dtype.size();
         let bytes = bytes.get(at..at + dtype.size())?.to_vec();
         let element = Tensor::from_bytes(dtype, &[1], bytes).ok()?;
         element.to_f32().ok()?.pop()
     };
-    (0..ELEMENTS).filter_map(element).collect()
+    places(tensor).filter_map(element).collect()
 }
 
 /// How far two samples are apart, relative to the first; none if they are not samples of models of one shape.
@@ -88,44 +101,56 @@ fn difference(expected: &[f32], found: &[f32]) -> Option<f64> {
     Some((apart / norm.max(f64::MIN_POSITIVE)).sqrt())
 }
 
-/// A warning if the run.json beside `adapter` (or above it, for a checkpoint) records another base. An adapter without a record,
-/// such as a collapsed one, cannot be told and passes.
-///
-/// The files are compared by [`base_fingerprint`]; where that differs, the weights by [`base_sample`], which older records lack.
-///
-/// # Errors
-/// The base's files cannot be read. A record that cannot be read is no error: nothing depends on it.
-pub fn other_base(adapter: &Path, base: &ModelFiles) -> io::Result<Option<Problem>> {
+/// What training recorded beside an adapter, its run.json, or above it for a checkpoint; none where there is no record that can be
+/// read: nothing depends on it.
+pub fn training_record(adapter: &Path) -> Option<Value> {
     let dir = if adapter.is_file() {
         adapter.parent().unwrap_or(adapter)
     } else {
         adapter
     };
-    let record = [Some(dir), dir.parent()]
-        .into_iter()
-        .flatten()
-        .find_map(|dir| {
-            let text = std::fs::read_to_string(dir.join("run.json")).ok()?;
-            serde_json::from_str::<Value>(&text).ok()
-        });
-    let Some(record) = record else {
-        return Ok(None);
-    };
+    let mut places = [Some(dir), dir.parent()].into_iter().flatten();
+    places.find_map(|dir| {
+        let text = std::fs::read_to_string(dir.join("run.json")).ok()?;
+        serde_json::from_str(&text).ok()
+    })
+}
+
+/// Warnings about `adapter`, which was read from `path`, on `base`: that the base holds the adapter already, by the record of the
+/// merge or by its weights, or that the adapter was trained on another base, by its run.json. An adapter without a record, such as a
+/// collapsed one, and a base without one cannot be told and pass.
+///
+/// The files are compared by [`base_fingerprint`]; where that differs, the weights by [`base_sample`], which older records lack.
+///
+/// # Errors
+/// The base's files cannot be read, or an adapter's values.
+pub fn base_warnings(path: &Path, adapter: &Adapter, base: &ModelFiles) -> Result<Vec<Problem>> {
+    let unreadable = Error::io("read", base.dir());
+    let record = training_record(path).unwrap_or_default();
     let trained = &record["base"];
-    let Some(expected) = trained["fingerprint"].as_str() else {
-        return Ok(None);
-    };
-    let found = base_fingerprint(base)?;
-    if found == expected {
-        return Ok(None);
+    let sample: Vec<f32> = serde_json::from_value(trained["sample"].clone()).unwrap_or_default();
+    let is_merged = merged_adapters(base.dir()).contains(&adapter.collapse().fingerprint());
+    if is_merged || holds(adapter, &sample, base)? {
+        return Ok(vec![Problem::new(
+            "merged-base",
+            base.dir().display().to_string(),
+            "the adapter is merged into this base already, so that it would count twice",
+            "give the base without it, or leave the adapter out",
+        )]);
     }
-    let sample: Option<Vec<f32>> = serde_json::from_value(trained["sample"].clone()).ok();
-    let what = match sample.filter(|sample| !sample.is_empty()) {
-        None => {
+    let Some(expected) = trained["fingerprint"].as_str() else {
+        return Ok(Vec::new());
+    };
+    let found = base_fingerprint(base).map_err(unreadable)?;
+    if found == expected {
+        return Ok(Vec::new());
+    }
+    let what = match sample.is_empty() {
+        true => {
             "other files, and the record does not say whether these hold other weights".to_owned()
         }
-        Some(sample) => match difference(&sample, &base_sample(base)) {
-            Some(apart) if apart <= SAME => return Ok(None),
+        false => match difference(&sample, &base_sample(base)) {
+            Some(apart) if apart <= SAME => return Ok(Vec::new()),
             Some(apart) => format!("its weights differ by about {:.1} %", apart * 100.0),
             None => "its matrices are others".to_owned(),
         },
@@ -134,7 +159,7 @@ pub fn other_base(adapter: &Path, base: &ModelFiles) -> io::Result<Option<Proble
     let revision = trained["revision"]
         .as_str()
         .map_or(String::new(), |revision| format!(" at {revision}"));
-    Ok(Some(Problem::new(
+    Ok(vec![Problem::new(
         "other-base",
         base.dir().display().to_string(),
         format!(
@@ -144,7 +169,62 @@ pub fn other_base(adapter: &Path, base: &ModelFiles) -> io::Result<Option<Proble
             short(&found)
         ),
         "give the base it was trained on, or compare both with `monteclora eval`",
-    )))
+    )])
+}
+
+/// Whether `base` is the model of `sample` with the adapter's update in its weights.
+fn holds(adapter: &Adapter, sample: &[f32], base: &ModelFiles) -> Result<bool> {
+    let found = base_sample(base);
+    let mut updates = Vec::with_capacity(found.len());
+    for name in sampled(base) {
+        let Some(tensor) = base.get(name) else {
+            continue;
+        };
+        let site = adapter
+            .sites
+            .iter()
+            .find(|site| Some(site.name.as_str()) == name.strip_suffix(".weight"));
+        for at in places(&tensor) {
+            updates.push(match site {
+                Some(site) if site.in_features() > 0 => {
+                    site.delta_at(at / site.in_features(), at % site.in_features())?
+                }
+                _ => 0.0,
+            });
+        }
+    }
+    if sample.len() != found.len() || found.len() != updates.len() {
+        return Ok(false);
+    }
+    let square: f64 = updates.iter().map(|update| update.powi(2)).sum();
+    let difference = sample
+        .iter()
+        .zip(&found)
+        .map(|(x, y)| f64::from(*y) - f64::from(*x));
+    // Where rounding is larger than the update, the update still shows in its own direction.
+    let along: f64 = difference
+        .zip(&updates)
+        .map(|(apart, update)| apart * update)
+        .sum();
+    let with_update: Vec<f32> = sample
+        .iter()
+        .zip(&updates)
+        .map(|(x, update)| x + *update as f32)
+        .collect();
+    let is_near = self::difference(&with_update, &found).is_some_and(|apart| apart <= SAME);
+    Ok(square > 0.0 && is_near && (0.75..=1.25).contains(&(along / square)))
+}
+
+/// Name of the record that a merge leaves in the model's directory.
+pub(crate) const MERGE_RECORD: &str = "merged_adapters.json";
+
+/// Fingerprints of the posterior means that were merged into the model in `dir`, as far as it is recorded.
+pub(crate) fn merged_adapters(dir: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(dir.join(MERGE_RECORD)).unwrap_or_default();
+    serde_json::from_str::<Value>(&text)
+        .ok()
+        .and_then(|record| serde_json::from_value(record["adapters"].clone()).ok())
+        .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -185,6 +265,8 @@ mod tests {
     fn the_base_of_the_run_is_recognised_in_other_files_and_types() {
         let dir = tempfile::tempdir().expect("a directory");
         let base = base();
+        let plain =
+            Adapter::read_dir(&crate::fixtures::named("plain-lora").dir).expect("an adapter");
         let out = dir.path().join("out");
         let checkpoint = out.join("checkpoint-5");
         std::fs::create_dir_all(&checkpoint).expect("created");
@@ -195,8 +277,9 @@ mod tests {
             std::fs::write(out.join("run.json"), record.to_string()).expect("written");
         };
         let warning = |adapter: &Path, base: &ModelFiles| {
-            let warning = other_base(adapter, base).expect("reads");
-            warning.map(|warning| warning.to_string())
+            let warnings = base_warnings(adapter, &plain, base).expect("reads");
+            assert!(warnings.len() <= 1, "{warnings:?}");
+            warnings.first().map(ToString::to_string)
         };
         assert_eq!(warning(&out, &base), None, "no record");
         let sample = base_sample(&base);
@@ -237,5 +320,48 @@ mod tests {
         record("0123456789abcdef", Some(&sample[1..]));
         let text = warning(&out, &same).expect("other shapes");
         assert!(text.contains("its matrices are others"), "{text}");
+    }
+
+    #[test]
+    fn a_base_that_holds_the_adapter_is_recognised_by_its_record_and_by_its_weights() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let base = base();
+        let case = crate::fixtures::named("plain-lora");
+        let adapter = Adapter::read_dir(&case.dir).expect("an adapter");
+        let out = scratch.path().join("out");
+        std::fs::create_dir_all(&out).expect("created");
+        let codes = |base: &ModelFiles| -> Vec<&str> {
+            let warnings = base_warnings(&out, &adapter, base).expect("reads");
+            warnings.iter().map(|warning| warning.code).collect()
+        };
+        let merged = scratch.path().join("merged");
+        crate::merge_dir(
+            &base,
+            &adapter,
+            &merged,
+            Some(DType::BF16),
+            &Default::default(),
+        )
+        .expect("it fits");
+        let open = |dir: &Path| ModelFiles::open(dir).expect("a model");
+        assert_eq!(codes(&open(&merged)), ["merged-base"]);
+        // Another adapter on top; the first is still in it.
+        let other = crate::fixtures::named("all-linear");
+        let other = Adapter::read_dir(&other.dir).expect("an adapter");
+        let twice = scratch.path().join("twice");
+        crate::merge_dir(&open(&merged), &other, &twice, None, &Default::default())
+            .expect("it fits");
+        assert_eq!(codes(&open(&twice)), ["merged-base"]);
+        // What another program merged shows in the weights, compared with those that training recorded.
+        std::fs::remove_file(merged.join(MERGE_RECORD)).expect("there");
+        assert_eq!(codes(&open(&merged)), [""; 0]);
+        let record = serde_json::json!({"base": {
+            "fingerprint": base_fingerprint(&base).expect("reads"), "sample": base_sample(&base),
+        }});
+        std::fs::write(out.join("run.json"), record.to_string()).expect("written");
+        assert_eq!(codes(&open(&merged)), ["merged-base"]);
+        assert_eq!(codes(&base), [""; 0]);
+        std::fs::remove_file(twice.join(MERGE_RECORD)).expect("there");
+        assert_eq!(codes(&open(&twice)), ["other-base"]);
     }
 }

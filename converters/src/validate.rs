@@ -6,19 +6,22 @@ use serde_json::Value;
 
 use crate::adapter::Adapter;
 use crate::beside::Beside;
-use crate::config::{AdapterConfig, TargetModules};
+use crate::config::TargetModules;
 use crate::error::{Error, Result};
 use crate::formats::peft::read as peft_read;
 use crate::formats::{Format, format_named, read_without_base};
 use crate::inspect::no_effect;
 use crate::json;
 use crate::model_files::ModelFiles;
+use crate::module_path::base_of;
 use crate::problem::Problem;
 use crate::source::Source;
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
+use crate::trained_base::base_warnings;
 use crate::validate::runtime::Runtime;
 
+pub(crate) mod cautions;
 mod check;
 pub(crate) mod runtime;
 mod unreadable;
@@ -51,8 +54,26 @@ pub fn validate_path(
     base: Option<&ModelFiles>,
     runtimes: &[Runtime],
 ) -> Result<Vec<Problem>> {
+    Ok(examine(path, base, runtimes)?.problems)
+}
+
+/// What is wrong with an adapter, and what is to be known of one that can be used.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Findings {
+    /// What keeps it from being used.
+    pub problems: Vec<Problem>,
+    /// What it depends on, what of it is left out, and where it was trained.
+    pub warnings: Vec<Problem>,
+}
+
+/// As [`validate_path`], with warnings: what reading left out, names that only some kinds of base have, another base than the one that
+/// it was trained on.
+///
+/// # Errors
+/// As [`validate_path`], or if the base cannot be read.
+pub fn examine(path: &Path, base: Option<&ModelFiles>, runtimes: &[Runtime]) -> Result<Findings> {
     let read = match base {
-        Some(base) => Adapter::read_for(path, base.config()),
+        Some(base) => Adapter::read_on(path, base),
         None => read_without_base(path),
     };
     match read {
@@ -64,10 +85,18 @@ pub fn validate_path(
             if let Some(base) = base {
                 problems.extend(Beside::of(path)?.carried.beyond(base));
             }
-            Ok(problems)
+            let mut warnings = cautions::of(&adapter, base.is_some(), runtimes);
+            // Only an adapter that fits is worth asking which base it belongs to.
+            if let Some(base) = base.filter(|_| problems.is_empty()) {
+                warnings.extend(base_warnings(path, &adapter, base)?);
+            }
+            Ok(Findings { problems, warnings })
         }
         // A file that cannot be opened is the adapter's problem as much as one in it.
-        Err(Error::Problem(problem)) if problem.exit == 4 => Ok(vec![problem]),
+        Err(Error::Problem(problem)) if problem.exit == 4 => Ok(Findings {
+            problems: vec![problem],
+            ..Findings::default()
+        }),
         Err(error) if !error.problems().is_empty() => {
             let found = error.problems();
             let mut problems = found.to_vec();
@@ -76,7 +105,10 @@ pub fn validate_path(
                     .iter()
                     .flat_map(|runtime| unreadable::fates(found, *runtime)),
             );
-            Ok(problems)
+            Ok(Findings {
+                problems,
+                ..Findings::default()
+            })
         }
         Err(error) => Err(error),
     }
@@ -95,8 +127,9 @@ pub fn validate(
     if !adapter.has_effect()? {
         problems.push(no_effect());
     }
-    if let Some(base) = base {
-        problems.extend(adapter.check_against(base)?);
+    match base {
+        Some(base) => problems.extend(adapter.check_against(base)?),
+        None => problems.extend(cautions::of_no_model(adapter)),
     }
     for runtime in runtimes {
         let mut report = Report {
@@ -111,9 +144,12 @@ pub fn validate(
             continue;
         }
         if has_peft_settings(adapter) {
-            check_config(&adapter.config, &mut report);
+            check_config(adapter, &mut report)?;
         }
         check_sites(adapter, base, &mut report);
+        if base.is_none() {
+            check_front(adapter, &mut report);
+        }
         if let (Runtime::Mistralrs, Some(base)) = (*runtime, base) {
             check_coverage(adapter, base, &mut report);
         }
@@ -203,8 +239,16 @@ layers_to_transform | target-modules-form | layers_to_transform | mistralrs | le
 exclude_modules | target-modules-form | exclude_modules | mistralrs | leaves it unread, so modules without tensors fail to load";
 
 /// Looks every setting in use up in [`SETTINGS`].
-fn check_config(config: &AdapterConfig, report: &mut Report<'_>) {
+fn check_config(adapter: &Adapter, report: &mut Report<'_>) -> Result<()> {
+    let config = &adapter.config;
+    let names: Vec<&str> = adapter
+        .sites
+        .iter()
+        .map(|site| site.name.as_str())
+        .collect();
+    let without_effect = config.tables_without_effect(&names)?;
     let mut in_use = config.resolved_keys();
+    in_use.retain(|key| !without_effect.contains(key));
     in_use.extend(config.monteclora.as_ref().map(|_| "monteclora_config"));
     let runtime = report.runtime.to_string();
     for row in SETTINGS.lines() {
@@ -216,6 +260,7 @@ fn check_config(config: &AdapterConfig, report: &mut Report<'_>) {
             report.add(code, at, message, EXPORT);
         }
     }
+    Ok(())
 }
 
 /// The head, and element types.
@@ -244,6 +289,20 @@ fn check_sites(adapter: &Adapter, base: Option<&ModelFiles>, report: &mut Report
             let fix = "monteclora collapse turns float64 into float32";
             report.add("dtype", &site.name, "fails to load float64", fix);
         }
+    }
+}
+
+/// mistral.rs finds modules of causal language models alone.
+fn check_front(adapter: &Adapter, report: &mut Report<'_>) {
+    let is_causal_only = matches!(report.runtime, Runtime::Mistralrs | Runtime::Mistralrs09);
+    let named_otherwise = adapter
+        .sites
+        .iter()
+        .find(|site| base_of(&site.name).is_some());
+    if let (true, Some(site)) = (is_causal_only, named_otherwise) {
+        let message = "finds no module of this name in a causal language model";
+        let fix = "train on the causal language model that is served";
+        report.add("unknown-site", &site.name, message, fix);
     }
 }
 
@@ -282,6 +341,11 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
             })
         })
         .collect();
+    // Whole weights: copies of the base's, or the adapter would not have been read.
+    let whole: Vec<&str> = weights
+        .names()
+        .filter(|name| !name.contains(".lora_"))
+        .collect();
     let keys = json::read_object(&source.dir.join(peft_read::CONFIG_FILE))?;
     let targets = keys.get("target_modules");
     for runtime in runtimes {
@@ -297,6 +361,15 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
                 Some(_) => ("file-name", name.to_string_lossy()),
             };
             report.add(code, &at, message, fix);
+        }
+        if let (Some(first), true) = (
+            whole.first(),
+            unreadable::refuses("stored-weight", *runtime),
+        ) {
+            let message =
+                "refuses a tensor that is neither A nor B, also where it is a copy of the base's";
+            let fix = "monteclora convert ADAPTER -o DIR --to lora -m BASE leaves it out";
+            report.add("stored-weight", first, message, fix);
         }
         let is_unread = |name: &&&str| match runtime {
             Runtime::Mistralrs09 => false,

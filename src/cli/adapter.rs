@@ -72,7 +72,7 @@ pub struct ConvertArgs {
     /// Format to read.
     #[arg(long, value_parser = PossibleValuesParser::new(read_formats()), default_value = "auto")]
     pub from: String,
-    /// Base model, for GGUF: its config.json tells the head counts.
+    /// Base model: names, shapes and stored weights are compared with it. GGUF needs its config.json (head counts).
     #[arg(short, long = "model-id", value_name = "MODEL")]
     pub model_id: Option<String>,
     /// Element type of A and B; the source's by default.

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{
-    Adapter, Beside, DType, Format, LoraOptions, ModelFiles, Problem, format_named, format_of,
-    read_as,
+    Adapter, Beside, DType, Format, LoraOptions, ModelFiles, Problem, Problems, ReadOptions,
+    format_named, format_of, read_as,
 };
 use serde_json::{Map, Value};
 
@@ -24,7 +25,8 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         None => require_empty(output, args.force)?,
     }
     let from = format_named(&args.from).unwrap_or_else(|| format_of(&args.source));
-    let adapter = read(args, from)?;
+    let base = Base::of(args, from, to)?;
+    let adapter = read(args, from, &base)?;
     require_effect(&adapter, &args.source, args.force)?;
     let mut beside = Beside::of_format(&args.source, from)?;
     if to.about().file_name.is_some() {
@@ -41,8 +43,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         overwrite: args.force,
         carried: beside.carried.clone(),
     };
-    let base = base_config(args, to)?;
-    let written = to.write(&adapter, output, &options, base.as_ref())?;
+    let written = to.write(&adapter, output, &options, base.config())?;
     Export::new(
         output,
         written.what,
@@ -54,9 +55,78 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     .print(args.json)
 }
 
-fn read(args: &ConvertArgs, from: &dyn Format) -> Result<Adapter> {
-    let base = base_config(args, from)?;
-    Ok(read_as(from, &args.source, base.as_ref())?)
+/// The base that an adapter is compared with and, in some formats, stored for.
+enum Base {
+    None,
+    /// A directory whose weights are not there: config.json says the names and shapes, if its family is known.
+    Config(Map<String, Value>),
+    Files(ModelFiles),
+}
+
+impl Base {
+    fn of(args: &ConvertArgs, from: &dyn Format, to: &dyn Format) -> Result<Self> {
+        let Some(id) = args.model_id.as_deref() else {
+            return match [from, to].iter().find(|format| format.about().needs_base) {
+                None => Ok(Self::None),
+                Some(format) => Err(Problem::usage(format!(
+                    "a {} needs its base's config.json (head counts, for the order of the rows of q and k); give the base with -m",
+                    format.about().label
+                ))
+                .into()),
+            };
+        };
+        let dir = hub::locate(id, &HubOptions::default())?.dir;
+        match ModelFiles::open(&dir) {
+            Ok(files) => Ok(Self::Files(files)),
+            Err(error) if error.is_not_found() => Ok(Self::Config(ModelFiles::read_config(dir)?)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn config(&self) -> Option<&Map<String, Value>> {
+        match self {
+            Self::None => None,
+            Self::Config(config) => Some(config),
+            Self::Files(files) => Some(files.config()),
+        }
+    }
+
+    /// Refuses an adapter that does not fit.
+    fn require_fit(&self, adapter: &Adapter) -> Result<()> {
+        match self {
+            Self::None => Ok(()),
+            Self::Files(files) => {
+                adapter.require_fit(files)?;
+                // The order of rows in a GGUF follows from the head counts, which only config.json has.
+                let shape = ModelShape::from_config(files.config()).ok();
+                let modules = shape.map(|shape| shape.linear_modules());
+                modules.map_or(Ok(()), |modules| Ok(adapter.require_modules(&modules)?))
+            }
+            Self::Config(config) => match ModelShape::from_config(config) {
+                Ok(shape) => Ok(adapter.require_modules(&shape.linear_modules())?),
+                Err(problems) => {
+                    let problems = Problems::from(problems);
+                    tracing::warn!("names and shapes were not compared with the base: {problems}");
+                    Ok(())
+                }
+            },
+        }
+    }
+}
+
+/// Reads the source through the wrappers in its names, and compares it with the base where one is given.
+fn read(args: &ConvertArgs, from: &dyn Format, base: &Base) -> Result<Adapter> {
+    let options = ReadOptions {
+        base_config: base.config(),
+        base: match base {
+            Base::Files(files) => Some(files),
+            _ => None,
+        },
+        unwrap: true,
+    };
+    let adapter = read_as(from, &args.source, &options)?;
+    base.require_fit(&adapter)?;
+    Ok(adapter)
 }
 
 fn require_new_file(output: &Path, label: &str, name: &str, force: bool) -> Result<()> {
@@ -74,19 +144,4 @@ fn require_new_file(output: &Path, label: &str, name: &str, force: bool) -> Resu
         )));
     }
     Ok(())
-}
-
-/// `config.json` of the base if the format asks for it; the base's weights are not needed.
-fn base_config(args: &ConvertArgs, format: &dyn Format) -> Result<Option<Map<String, Value>>> {
-    if !format.about().needs_base {
-        return Ok(None);
-    }
-    let id = args.model_id.as_deref().ok_or_else(|| {
-        Problem::usage(format!(
-            "a {} needs its base's config.json (head counts, for the order of the rows of q and k); give the base with -m",
-            format.about().label
-        ))
-    })?;
-    let dir = hub::locate(id, &HubOptions::default())?.dir;
-    Ok(Some(ModelFiles::read_config(dir)?))
 }

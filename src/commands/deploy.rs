@@ -10,7 +10,7 @@ use super::{print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
 use crate::deploy::{self, AdapterServer, Check, Releases};
 use crate::hub;
-use crate::provenance::read_effective;
+use crate::provenance::{read_effective, read_effective_on};
 
 /// Environment variable with the key for the server.
 const KEY_VARIABLE: &str = "MONTECLORA_KEY";
@@ -19,14 +19,17 @@ const KEY_VARIABLE: &str = "MONTECLORA_KEY";
 const DEFAULT_PROMPT: &str = "Say in one sentence what you can do.";
 
 pub(super) fn run(args: &DeployArgs) -> Result<()> {
-    let adapter = read_effective(&args.adapter, args.force)?;
-    if let Some(model_id) = &args.model_id {
-        let base = hub::locate(model_id, &hub::HubOptions::default())?;
-        adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
-        for warning in other_conversation(&args.adapter, &base.dir, false)? {
-            tracing::warn!("{warning}");
+    let adapter = match &args.model_id {
+        Some(model_id) => {
+            let base = hub::locate(model_id, &hub::HubOptions::default())?;
+            let files = ModelFiles::open(&base.dir)?;
+            for warning in other_conversation(&args.adapter, &base.dir, false)? {
+                tracing::warn!("{warning}");
+            }
+            read_effective_on(&args.adapter, &files, args.force)?
         }
-    }
+        None => read_effective(&args.adapter, args.force)?,
+    };
     let beside = Beside::of(&args.adapter)?.nothing_carried("not part of a release");
     if let Some(line) = beside.left_out_line() {
         tracing::info!("left out: {line}");

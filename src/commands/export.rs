@@ -34,7 +34,7 @@ impl<'a> Export<'a> {
     pub(super) fn new(
         output: &'a Path,
         format: &'a str,
-        adapter: &Adapter,
+        adapter: &'a Adapter,
         report: &'a LoraReport,
         rearranged: Option<&'a str>,
         beside: &'a Beside,
@@ -50,6 +50,7 @@ impl<'a> Export<'a> {
             .filter(|site| is_changed(&site.name))
             .count();
         let mut notes: Vec<&str> = rearranged.into_iter().collect();
+        notes.extend(adapter.notes.iter().map(String::as_str));
         if adapter.is_authors_dialect() {
             notes.push(AUTHORS_NOTE);
         }

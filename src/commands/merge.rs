@@ -3,9 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{
-    Adapter, Beside, DType, MergeReport, ModelFiles, Problem, files, merge_dir,
-};
+use monteclora_converters::{Beside, DType, MergeReport, ModelFiles, Problem, files, merge_dir};
 use serde_json::json;
 
 use super::export::{beside_lines, count, require_apart};
@@ -13,7 +11,7 @@ use super::{print, print_json};
 use crate::cli::MergeArgs;
 use crate::hub;
 use crate::output::require_empty;
-use crate::provenance::require_effect;
+use crate::provenance::read_effective_on;
 
 pub(super) fn run(args: &MergeArgs) -> Result<()> {
     let output = &args.output;
@@ -23,8 +21,7 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
     }
     require_empty(output, args.force)?;
     let files = ModelFiles::open(&base.dir)?;
-    let adapter = Adapter::read_for(&args.adapter, files.config())?;
-    require_effect(&adapter, &args.adapter, args.force)?;
+    let adapter = read_effective_on(&args.adapter, &files, args.force)?;
     let dtype = match args.model.options.dtype.0 {
         "auto" => None,
         name => Some(DType::from_name(&name.to_uppercase()).ok_or_else(|| {
@@ -80,6 +77,11 @@ fn text(output: &Path, report: &MergeReport) -> String {
         count(report.n_merged, "weight"),
         report.n_copied
     );
+    if report.untied {
+        text.push_str(
+            "\n  note      the head is adapted and was the embedding: it is a weight of its own now (lm_head.weight, tie_word_embeddings false)",
+        );
+    }
     if report.update_lost > 0.5 {
         text.push_str(
             "\n  note      most of the update is below the rounding of the stored type; --dtype f32 keeps it",

@@ -14,6 +14,7 @@ use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 use crate::eval::posterior_draws;
 use crate::hub::{self, Located};
 use crate::model::{ActiveAdapter, Decoder, read_shape};
+use crate::provenance::read_fitting;
 
 /// All of it checked, and no weights of the base read.
 pub(super) struct Opened {
@@ -51,19 +52,17 @@ impl Opened {
             let problem = format!("--posterior-samples {n_draws}: expected at most {MOST}");
             bail!(Problem::usage(problem));
         }
-        let adapter_path = adapter;
-        let adapter = adapter.map(Adapter::read).transpose()?;
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = read_shape(&base.dir)?;
-        if let Some(adapter) = &adapter {
-            adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
-        }
-        if let Some(path) = adapter_path {
+        if let Some(path) = adapter {
             let is_given = model.options.chat_template.is_some();
             for warning in other_conversation(path, &base.dir, is_given)? {
                 tracing::warn!("{warning}");
             }
         }
+        let adapter = adapter
+            .map(|path| read_fitting(path, &ModelFiles::open(&base.dir)?))
+            .transpose()?;
         let options = EncodeOptions {
             train_on: TrainOn::Assistant,
             apply_chat_template,

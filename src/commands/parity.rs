@@ -12,7 +12,7 @@ use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 use crate::eval::{Engines, Parity, Reference, compare};
 use crate::hub;
 use crate::model::read_shape;
-use crate::provenance::read_effective;
+use crate::provenance::read_effective_on;
 
 /// Over 200 tokens of prose, figures, code and other scripts.
 const BUILT_IN_TEXT: &str = include_str!("parity.txt");
@@ -32,16 +32,13 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
         Some(name) => Some(parse_in_situ_quant(name, &device)?),
         None => None,
     };
+    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
+    let config = read_shape(&base.dir)?;
     let adapter = args
         .adapter
         .as_ref()
-        .map(|path| read_effective(path, false))
+        .map(|path| read_effective_on(path, &ModelFiles::open(&base.dir)?, false))
         .transpose()?;
-    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
-    let config = read_shape(&base.dir)?;
-    if let Some(adapter) = &adapter {
-        adapter.require_fit(&ModelFiles::open(&base.dir)?)?;
-    }
     let reference = args
         .reference
         .as_ref()

@@ -1,7 +1,7 @@
 //! `validate`: every problem at once.
 
-use anyhow::{Context, Result};
-use monteclora_converters::{Beside, ModelFiles, Problem, Runtime, other_base, validate_path};
+use anyhow::Result;
+use monteclora_converters::{Beside, Findings, ModelFiles, Problem, Runtime, examine};
 use serde_json::json;
 
 use super::export::count;
@@ -22,16 +22,9 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
         )?),
         None => None,
     };
-    let problems = validate_path(&args.adapter, base.as_ref(), &runtimes)?;
-    // Only an adapter that fits is worth asking which base it belongs to.
-    let warning = match &base {
-        Some(base) if problems.is_empty() => other_base(&args.adapter, base)
-            .with_context(|| format!("cannot read `{}`", base.dir().display()))?,
-        _ => None,
-    };
+    let Findings { problems, warnings } = examine(&args.adapter, base.as_ref(), &runtimes)?;
     let beside = Beside::of(&args.adapter).unwrap_or_default();
     if args.json {
-        let warnings: Vec<_> = warning.iter().collect();
         print_json(
             &json!({ "ok": problems.is_empty(), "problems": problems, "warnings": warnings, "beside": beside }),
         )?;
@@ -40,9 +33,9 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
         print(&format!(
             "{}: {}{listing}",
             args.adapter.display(),
-            good(args)
+            good(args, !warnings.is_empty())
         ))?;
-        if let Some(warning) = &warning {
+        for warning in &warnings {
             print(&format!("warning: {warning}"))?;
         }
     } else {
@@ -58,8 +51,13 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     }
 }
 
-/// One problem a line, those with the same remedy together.
+/// Most problems that are spelt out; `--json` has all.
+const LISTED: usize = 20;
+
+/// One problem per line, those with the same remedy together; the first [`LISTED`] and the number of the others.
 fn by_remedy(problems: &[Problem]) -> String {
+    let n_more = problems.len().saturating_sub(LISTED);
+    let problems = &problems[..problems.len() - n_more];
     let mut fixes: Vec<&str> = Vec::new();
     for problem in problems {
         if !fixes.contains(&problem.fix.as_str()) {
@@ -75,17 +73,28 @@ fn by_remedy(problems: &[Problem]) -> String {
             text.push_str(&format!("  fix: {fix}\n"));
         }
     }
+    if n_more > 0 {
+        text.push_str(&format!("and {n_more} more (--json lists all)\n"));
+    }
     text
 }
 
 /// What was checked, and found good.
-fn good(args: &ValidateArgs) -> String {
+fn good(args: &ValidateArgs, has_warnings: bool) -> String {
     let mut text = "no problem found".to_owned();
     if let Some(base) = &args.model_id {
         text.push_str(&format!("; it fits {base}"));
     }
     if !args.runtimes.is_empty() {
-        text.push_str(&format!("; {} can load it", args.runtimes.join(", ")));
+        let condition = if has_warnings {
+            ", on the conditions below"
+        } else {
+            ""
+        };
+        text.push_str(&format!(
+            "; {} can load it{condition}",
+            args.runtimes.join(", ")
+        ));
     }
     if args.model_id.is_none() {
         text.push_str("; names and shapes were not compared with a base (give one with -m)");

@@ -8,6 +8,7 @@ use monteclora_converters::{
 };
 
 use crate::config::LoraConfig;
+use crate::provenance::read_fitting;
 
 /// Reads `lora.init_from` and makes `lora` and `config` those of the adapter where run.toml does not say otherwise.
 ///
@@ -22,8 +23,7 @@ pub(super) fn read(
     let Some(dir) = lora.init_from.clone() else {
         return Ok(None);
     };
-    let adapter = Adapter::read(&dir)?;
-    adapter.require_fit(files)?;
+    let adapter = read_fitting(&dir, files)?;
     let mut problems = contradictions(lora, config, &adapter, modules)?;
     let settings = posterior(lora, &adapter, &mut problems);
     if !problems.is_empty() {

@@ -178,6 +178,7 @@ impl AdapterState {
             sites,
             format: config.peft_format(),
             metadata: std::iter::once(("format".to_owned(), "pt".to_owned())).collect(),
+            notes: Vec::new(),
         })
     }
 }

@@ -10,7 +10,7 @@ use monteclora_adapters::methods::METHODS;
 use monteclora_adapters::weights::KINDS;
 use monteclora_converters::architecture::FAMILIES;
 use monteclora_converters::{
-    Adapter, FORMATS, LoraOptions, ModelFiles, SafetensorsFile, format_of,
+    Adapter, FORMATS, LoraOptions, ModelFiles, ReadOptions, SafetensorsFile, format_of,
 };
 
 use crate::cli::{ok, run_toml, tiny};
@@ -143,6 +143,10 @@ fn every_format_reads_its_fixture_and_what_it_writes() {
     let case = named("layers-to-transform");
     let expected = SafetensorsFile::open(&case.expected).unwrap();
     let base = ModelFiles::read_config(Path::new(&tiny())).unwrap();
+    let options = ReadOptions {
+        base_config: Some(&base),
+        ..ReadOptions::default()
+    };
     let hold = |name: &str, adapter: &Adapter| {
         assert_eq!(adapter.sites.len(), 3, "{name}");
         for site in &adapter.sites {
@@ -159,7 +163,7 @@ fn every_format_reads_its_fixture_and_what_it_writes() {
         if format.about().reads.is_some() {
             assert_eq!(format_of(&source).about().name, name);
         }
-        let adapter = format.read(&source, Some(&base)).unwrap();
+        let adapter = format.read(&source, &options).unwrap();
         hold(name, &adapter);
         if format.about().writes.is_some() {
             let dir = tempfile::tempdir().unwrap();
@@ -169,7 +173,7 @@ fn every_format_reads_its_fixture_and_what_it_writes() {
             format
                 .write(&adapter, &output, &LoraOptions::default(), Some(&base))
                 .unwrap();
-            hold(name, &format.read(&output, Some(&base)).unwrap());
+            hold(name, &format.read(&output, &options).unwrap());
         }
     }
 }

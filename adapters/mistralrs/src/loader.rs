@@ -147,7 +147,10 @@ impl MonteCloraLoader {
     /// If the files cannot be read.
     pub fn generation(&self) -> Result<String> {
         let digest = match &self.adapter {
-            Some(source) => Adapter::read(source)?.collapse().fingerprint(),
+            Some(source) => {
+                let base = ModelFiles::open(&self.base)?;
+                Adapter::read_on(source, &base)?.collapse().fingerprint()
+            }
             None => base_fingerprint(&ModelFiles::open(&self.base)?)?,
         };
         Ok(shortened(&digest))
@@ -263,7 +266,7 @@ impl MonteCloraLoader {
         let Some(source) = &self.adapter else {
             return Ok(None);
         };
-        let adapter = Adapter::read(source)?;
+        let adapter = Adapter::read_on(source, files)?;
         adapter.require_fit(files)?;
         if !self.force && !adapter.has_effect()? {
             let message = format!(
@@ -298,7 +301,14 @@ impl MonteCloraLoader {
             dir.path(),
         )?;
         let config = dir.path().join("config.json");
-        write_json(&config, &normalised.json)?;
+        let mut json = normalised.json;
+        if adapter
+            .as_ref()
+            .is_some_and(|adapter| adapter.unties(&files))
+        {
+            json["tie_word_embeddings"] = false.into();
+        }
+        write_json(&config, &json)?;
         // A later file wins in mistral.rs, so the merged tensors come last.
         let mut filenames: Vec<PathBuf> = files.files().to_vec();
         let fingerprint = adapter.as_ref().map(Adapter::fingerprint);

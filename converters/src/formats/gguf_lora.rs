@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::lora::LoraOptions;
-use super::{About, Format, Pairs, Written};
+use super::{About, Format, Pairs, ReadOptions, Written};
 use crate::absent;
 use crate::adapter::{Adapter, Site};
 use crate::architecture::{self, FAMILIES, Family, HEAD, Role};
@@ -56,10 +56,10 @@ impl Format for GgufLora {
     }
 
     /// The scaling is alpha over each site's own rank, or 1 if alpha is 0, as llama.cpp has it.
-    fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
+    fn read(&self, path: &Path, options: &ReadOptions<'_>) -> Result<Adapter> {
         let path = &file_of(path);
         let file = GgufFile::open(path)?;
-        let base = Base::from_config(required(base_config, path)?)?;
+        let base = Base::from_config(required(options.base_config, path)?)?;
         read_file(path, &file, Some(&base))
     }
 
@@ -292,6 +292,7 @@ fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapte
         sites,
         format: "gguf-lora",
         metadata: BTreeMap::new(),
+        notes: Vec::new(),
     })
 }
 

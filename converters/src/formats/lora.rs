@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::peft::Peft;
-use super::{About, Format, Written};
+use super::{About, Format, ReadOptions, Written};
 use crate::adapter::{Adapter, Site};
 use crate::beside::Carried;
 use crate::config::{AdapterConfig, TargetModules};
@@ -48,8 +48,8 @@ impl Format for Lora {
         Peft.files(path)
     }
 
-    fn read(&self, path: &Path, base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
-        Peft.read(path, base_config)
+    fn read(&self, path: &Path, options: &ReadOptions<'_>) -> Result<Adapter> {
+        Peft.read(path, options)
     }
 
     fn write(
@@ -126,7 +126,13 @@ impl Adapter {
             dropped_keys: self.config.other.keys().cloned().collect(),
             ..LoraReport::default()
         };
+        let names: Vec<&str> = self.sites.iter().map(|site| site.name.as_str()).collect();
+        let without_effect = self.config.tables_without_effect(&names)?;
+        report
+            .resolved_keys
+            .retain(|key| !without_effect.contains(key));
         let mut plain = self.collapse();
+        plain.notes.clear();
         for site in &mut plain.sites {
             rewrite(site, rank, alpha, dtype, &mut report)?;
         }

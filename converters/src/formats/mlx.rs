@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::{About, Format, Pairs, Written};
+use super::{About, Format, Pairs, ReadOptions, Written};
 use crate::absent;
 use crate::adapter::{Adapter, Site};
 use crate::config::{AdapterConfig, TargetModules};
@@ -15,9 +15,11 @@ use crate::formats::peft::config_write;
 use crate::formats::peft::read::{self as peft_read, CONFIG_FILE, non_finite};
 use crate::formats::peft::write::replace_files;
 use crate::json;
+use crate::module_path::one_for_all;
 use crate::problem::Problem;
 use crate::source::Source;
 use crate::tensors::safetensors_file::SafetensorsFile;
+use crate::validate::cautions::experts;
 
 /// mlx-lm's name for the weights.
 pub(crate) const WEIGHTS_FILE: &str = "adapters.safetensors";
@@ -59,7 +61,7 @@ impl Format for Mlx {
     }
 
     /// The update is `scale * lora_b^T lora_a^T`; A and B are transposed when their bytes are asked for.
-    fn read(&self, path: &Path, _base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
+    fn read(&self, path: &Path, _options: &ReadOptions<'_>) -> Result<Adapter> {
         let source = Source::of(path)?;
         let dir = source.dir.as_path();
         if !dir.join(CONFIG_FILE).exists() {
@@ -144,6 +146,7 @@ impl Format for Mlx {
             sites,
             format: "mlx",
             metadata: weights.metadata().clone(),
+            notes: Vec::new(),
         })
     }
 
@@ -156,6 +159,10 @@ impl Format for Mlx {
         options: &LoraOptions,
         _base_config: Option<&Map<String, Value>>,
     ) -> Result<Written> {
+        let message = "one expert as a module of its own; mlx-lm keeps the experts of a layer in one (switch_mlp), and would not load it";
+        let fix = "convert it to PEFT or plain LoRA, or merge it and convert the model with mlx_lm.convert";
+        let experts = one_for_all("experts", &experts(adapter), message, fix);
+        Error::refuse_any(path, experts.into_iter().collect())?;
         let (plain, mut report) = adapter.to_lora(options.dtype)?;
         report
             .dropped_keys

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::lora::{LoraOptions, LoraReport};
-use super::{About, Format, Written, mlx};
+use super::{About, Format, ReadOptions, Written, mlx};
 use crate::adapter::Adapter;
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result};
@@ -18,6 +18,7 @@ use crate::validate::runtime::Runtime;
 pub(crate) mod config_read;
 pub(crate) mod config_write;
 pub(crate) mod read;
+mod stored;
 pub(crate) mod write;
 
 /// PEFT's directory, LoRA or MonteCLoRA.
@@ -58,8 +59,8 @@ impl Format for Peft {
         Ok(files)
     }
 
-    fn read(&self, path: &Path, _base_config: Option<&Map<String, Value>>) -> Result<Adapter> {
-        read::read_source(&Source::of(path)?, true)
+    fn read(&self, path: &Path, options: &ReadOptions<'_>) -> Result<Adapter> {
+        read::read_source(&Source::of(path)?, options, true)
     }
 
     /// Writes every setting and the whole posterior as they are.
@@ -106,7 +107,7 @@ impl Adapter {
     /// # Errors
     /// As [`Self::read`].
     pub fn read_dir(dir: &Path) -> Result<Self> {
-        read::read_source(&Source::directory(dir), true)
+        read::read_source(&Source::directory(dir), &ReadOptions::default(), true)
     }
 
     /// Reads only the posterior mean of a PEFT directory, as plain LoRA: `monteclora_config` and the sampler's tensors
@@ -115,7 +116,7 @@ impl Adapter {
     /// # Errors
     /// As [`Self::read`].
     pub fn read_dir_as_lora(dir: &Path) -> Result<Self> {
-        read::read_source(&Source::directory(dir), false)
+        read::read_source(&Source::directory(dir), &ReadOptions::default(), false)
     }
 
     /// Whether the configuration comes from the authors' own code (LCS2-IIITD/MonteCLoRA). It saves A and B only, so such

@@ -204,5 +204,6 @@ pub(crate) fn small_adapter(seed: u64, monteclora: bool) -> Adapter {
         config,
         sites,
         metadata: BTreeMap::from([("format".into(), "pt".into())]),
+        notes: Vec::new(),
     }
 }

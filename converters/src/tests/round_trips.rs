@@ -192,6 +192,8 @@ fn adapter(config: &AdapterConfig, seed: u64) -> Option<Adapter> {
             name,
         });
     }
+    let names: Vec<&str> = sites.iter().map(|site: &Site| site.name.as_str()).collect();
+    let notes = config.without_effect(&names).expect("plain patterns");
     (!sites.is_empty()).then(|| Adapter {
         config: config.clone(),
         sites,
@@ -200,6 +202,7 @@ fn adapter(config: &AdapterConfig, seed: u64) -> Option<Adapter> {
             ("format".into(), "pt".into()),
             ("note".into(), "kept".into()),
         ]),
+        notes,
     })
 }
 

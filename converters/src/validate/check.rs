@@ -1,12 +1,90 @@
 //! Whether an adapter fits a base model, from headers alone.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::model_files::ModelFiles;
+use crate::module_path::{base_of, front, one_for_all, other_front, unwrapped};
 use crate::problem::{Problem, Problems};
-use crate::targets::{Matcher, nearest};
+use crate::targets::{LinearModule, Matcher, nearest};
 
 const OTHER_BASE: &str = "use the base model that the adapter was trained on";
+
+/// Why a base has no module of a name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Cause {
+    /// A wrapper's segment, and its maker.
+    Wrapper(&'static str, &'static str),
+    /// What stands before the layers in the adapter, and in the base.
+    Front(String, String),
+    /// More layers than the base has, which is this many.
+    Layer(usize),
+}
+
+impl Cause {
+    fn of<'a>(name: &'a str, linears: &'a [LinearModule], known: &BTreeSet<&str>) -> Option<Self> {
+        let (plain, wrappers) = unwrapped(name);
+        if let (Some(wrapper), true) = (wrappers.first(), known.contains(plain.as_str())) {
+            return Some(Self::Wrapper(wrapper.segment, wrapper.made_by));
+        }
+        let names = linears.iter().map(|module| module.name.as_str());
+        if let Some(other) = other_front(name, names) {
+            return Some(Self::Front(front(name).to_owned(), front(other).to_owned()));
+        }
+        let (before, number, after) = layer_of(name)?;
+        let layers = linears.iter().filter_map(|module| {
+            let (other_before, layer, other_after) = layer_of(&module.name)?;
+            ((other_before, other_after) == (before, after)).then_some(layer)
+        });
+        let n_layers = layers.max()? + 1;
+        (number >= n_layers).then_some(Self::Layer(n_layers))
+    }
+
+    fn problem(&self, names: &[String]) -> Option<Problem> {
+        let first = names.first()?;
+        let (message, fix) = match self {
+            Self::Wrapper(segment, made_by) => (
+                format!(
+                    "`{segment}.` in the name comes from a wrapper ({made_by}); the base has the module without it"
+                ),
+                "monteclora convert ADAPTER -o DIR --to lora writes the names without it"
+                    .to_owned(),
+            ),
+            Self::Front(ours, theirs) => {
+                let trained_on = base_of(first)
+                    .map_or_else(String::new, |base| format!(", so it was trained on {base}"));
+                (
+                    format!(
+                        "the adapter's names begin with {}, the base's with {}{trained_on}",
+                        shown(ours),
+                        shown(theirs)
+                    ),
+                    format!("{OTHER_BASE}, or train on this one"),
+                )
+            }
+            Self::Layer(n_layers) => (
+                format!("the base has {n_layers} layers, 0 to {}", n_layers - 1),
+                OTHER_BASE.to_owned(),
+            ),
+        };
+        one_for_all("unknown-site", names, message, fix)
+    }
+}
+
+fn shown(front: &str) -> String {
+    match front {
+        "" => "no prefix (`layers.`)".to_owned(),
+        front => format!("`{front}layers.`"),
+    }
+}
+
+/// What stands before the number of the layer, the number, and what follows.
+fn layer_of(name: &str) -> Option<(&str, usize, &str)> {
+    let start = name.find("layers.")? + "layers.".len();
+    let (number, after) = name[start..].split_once('.')?;
+    Some((&name[..start], number.parse().ok()?, after))
+}
 
 impl Adapter {
     /// Everything that keeps the adapter from fitting `base`: sites the base does not have, shapes that disagree, and
@@ -23,12 +101,24 @@ impl Adapter {
             let fix = "use the full-precision model";
             return Ok(vec![Problem::new("quantised-base", at, message, fix)]);
         }
-        let linears = base.linear_modules();
+        self.check_modules(&base.linear_modules())
+    }
+
+    /// As [`Self::check_against`], for a base that has these linear modules.
+    ///
+    /// # Errors
+    /// If a pattern of the configuration cannot be used.
+    pub fn check_modules(&self, linears: &[LinearModule]) -> Result<Vec<Problem>> {
+        let by_name: BTreeMap<&str, &LinearModule> = linears
+            .iter()
+            .map(|module| (module.name.as_str(), module))
+            .collect();
+        let known: BTreeSet<&str> = by_name.keys().copied().collect();
         let mut problems = Vec::new();
+        let mut by_cause: BTreeMap<Cause, Vec<String>> = BTreeMap::new();
         for site in &self.sites {
             let found = (site.out_features(), site.in_features());
-            let module = linears.iter().find(|module| module.name == site.name);
-            let (code, message) = match module {
+            let (code, message) = match by_name.get(site.name.as_str()) {
                 Some(module) if found == (module.out_features, module.in_features) => continue,
                 Some(module) => {
                     let message = format!(
@@ -38,7 +128,11 @@ impl Adapter {
                     ("shape", message)
                 }
                 None => {
-                    let near = nearest(&site.name, &linears).into_iter();
+                    if let Some(cause) = Cause::of(&site.name, linears, &known) {
+                        by_cause.entry(cause).or_default().push(site.name.clone());
+                        continue;
+                    }
+                    let near = nearest(&site.name, linears).into_iter();
                     let near: Vec<String> = near.map(|(near, _)| format!("`{near}`")).collect();
                     let message = "the base has no linear module of this name; nearest: ";
                     ("unknown-site", message.to_owned() + &near.join(", "))
@@ -46,10 +140,21 @@ impl Adapter {
             };
             problems.push(Problem::new(code, &site.name, message, OTHER_BASE));
         }
+        let is_named_otherwise = by_cause
+            .keys()
+            .any(|cause| !matches!(cause, Cause::Layer(_)));
+        let of_causes = by_cause
+            .iter()
+            .filter_map(|(cause, names)| cause.problem(names));
+        problems.splice(0..0, of_causes.collect::<Vec<_>>());
+        if is_named_otherwise {
+            // That targeted modules have no tensors follows from it.
+            return Ok(problems);
+        }
+        let adapted: BTreeSet<&str> = self.sites.iter().map(|site| site.name.as_str()).collect();
         let matcher = Matcher::new(&self.config)?;
-        for module in &linears {
-            let has_tensors = self.sites.iter().any(|site| site.name == module.name);
-            if matcher.matches(&module.name)? && !has_tensors {
+        for module in linears {
+            if matcher.matches(&module.name)? && !adapted.contains(module.name.as_str()) {
                 let message =
                     "targeted by the configuration, but the adapter has no tensors for it";
                 let fix = format!("{OTHER_BASE}, or correct target_modules");
@@ -67,6 +172,15 @@ impl Adapter {
         let dir = base.dir().display();
         let heading = format!("the adapter does not fit the base `{dir}`");
         Ok(Problems::refuse_any(heading, self.check_against(base)?)?)
+    }
+
+    /// [`Self::check_modules`] as an error.
+    ///
+    /// # Errors
+    /// With everything that does not fit.
+    pub fn require_modules(&self, linears: &[LinearModule]) -> Result<()> {
+        let heading = "the adapter does not fit the base";
+        Ok(Problems::refuse_any(heading, self.check_modules(linears)?)?)
     }
 }
 

@@ -8,10 +8,11 @@ use crate::validate::runtime::Runtime;
 /// unread by older ones. From the sources of mistral.rs (`lora/mod.rs`, later `validate_dynamic`), of vLLM
 /// (`peft_helper.py`) and of llama.cpp (`convert_lora_to_gguf.py`, which stops at tensors that are neither A nor B, and
 /// reads no key but `lora_alpha`).
-const FATES: [(&str, &str); 11] = [
+const FATES: [(&str, &str); 12] = [
     ("dora", "irrra"),
     ("bias", "irrra"),
     ("modules-to-save", "irrra"),
+    ("stored-weight", "irrra"),
     ("embedding", "iraaa"),
     ("trainable-tokens", "irrra"),
     ("layer-replication", "irnia"),
@@ -22,14 +23,22 @@ const FATES: [(&str, &str); 11] = [
     ("init", "irnia"),
 ];
 
+/// Whether `runtime` refuses every adapter with a feature of this code.
+pub(super) fn refuses(code: &str, runtime: Runtime) -> bool {
+    fate(code, runtime) == Some('r')
+}
+
+fn fate(code: &str, runtime: Runtime) -> Option<char> {
+    let column = Runtime::ALL.iter().position(|other| *other == runtime)?;
+    let (_, fates) = FATES.iter().find(|(known, _)| *known == code)?;
+    fates.chars().nth(column)
+}
+
 /// For problems that were found while reading: what `runtime` does about each kind of them, at the first place.
 pub(super) fn fates(found: &[Problem], runtime: Runtime) -> Vec<Problem> {
-    let column = Runtime::ALL.iter().position(|other| *other == runtime);
     let mut problems: Vec<Problem> = Vec::new();
     for problem in found {
-        let row = FATES.iter().find(|(code, _)| *code == problem.code);
-        let fate = row.and_then(|(_, fates)| fates.chars().nth(column?));
-        let message = match fate {
+        let message = match fate(problem.code, runtime) {
             Some('r') => "refuses the adapter",
             Some('i') => "leaves it unread, so the result would silently be wrong",
             Some('n') => {

@@ -5,8 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use monteclora_converters::{
-    Adapter, DType, Format, GgufFile, LoraOptions, ModelFiles, SafetensorsFile, Tensor,
-    format_named, merge_dir,
+    Adapter, DType, Format, GgufFile, LoraOptions, ModelFiles, ReadOptions, SafetensorsFile,
+    Tensor, format_named, merge_dir,
 };
 use serde_json::{Map, Value, json};
 
@@ -138,7 +138,7 @@ pub(crate) fn mlx(input: &[u8]) {
     let (config, weights) = split(input);
     put(dir.path(), "adapter_config.json", config);
     put(dir.path(), "adapters.safetensors", weights);
-    if let Ok(adapter) = format_called("mlx").read(dir.path(), None) {
+    if let Ok(adapter) = format_called("mlx").read(dir.path(), &ReadOptions::default()) {
         check_adapter(&adapter, dir.path());
     }
 }

@@ -160,7 +160,7 @@ pub(crate) fn from_object(keys: Map<String, Value>, problems: &mut Vec<Problem>)
     let mut config = AdapterConfig {
         base_model_name_or_path: reader.text("base_model_name_or_path"),
         revision: reader.text("revision"),
-        r: reader.read("r", defaults.r, "a rank of at least 1", |value| {
+        r: reader.read("r", defaults.r, "a whole number of at least 1", |value| {
             count(value, MAX_RANK)
         }),
         lora_alpha: reader.read("lora_alpha", defaults.lora_alpha, "a number", finite),

@@ -1,14 +1,18 @@
 //! Reading a PEFT directory: every tensor is given its place or becomes a problem.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use rayon::prelude::*;
-use std::collections::BTreeMap;
 
 use super::config_read;
+use super::stored::Whole;
 use crate::absent;
 use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result};
+use crate::formats::ReadOptions;
 use crate::json;
+use crate::module_path::{Wrapper, one_for_all, unwrapped};
 use crate::problem::Problem;
 use crate::site_pattern::SitePatterns;
 use crate::source::Source;
@@ -48,7 +52,11 @@ pub(crate) const SAMPLER_FIELDS: [(&str, Role); 4] = [
 type Parts = BTreeMap<Role, (String, Tensor)>;
 
 /// Reads the files that `source` means; without `with_posterior` the sampler is ignored.
-pub(crate) fn read_source(source: &Source, with_posterior: bool) -> Result<Adapter> {
+pub(crate) fn read_source(
+    source: &Source,
+    options: &ReadOptions<'_>,
+    with_posterior: bool,
+) -> Result<Adapter> {
     let dir = source.dir.as_path();
     let config_path = dir.join(CONFIG_FILE);
     if !dir.is_dir() {
@@ -59,16 +67,27 @@ pub(crate) fn read_source(source: &Source, with_posterior: bool) -> Result<Adapt
     }
     let mut problems = Vec::new();
     let mut config = config_read::from_object(json::read_object(&config_path)?, &mut problems);
+    let doubts = Doubts::about(&problems);
     let weights = open_weights(source, &mut problems)?;
     let mut sites = BTreeMap::new();
     let mut metadata = BTreeMap::new();
+    let mut notes = Vec::new();
     if let Some(weights) = &weights {
         let foreign = weights.paths.iter().zip(&weights.shards);
         let foreign: Vec<Problem> = foreign
             .filter_map(|(path, file)| absent::foreign_adapter(path, file))
             .collect();
         if foreign.is_empty() {
-            sites = sort_tensors(weights, with_posterior, &mut problems);
+            let sorted = sort_tensors(weights, with_posterior, &mut problems);
+            check_names(&sorted, options, &mut notes, &mut problems);
+            // What modules_to_save says is refused already, and names them.
+            if !problems
+                .iter()
+                .any(|problem| problem.at == "modules_to_save")
+            {
+                check_stored(weights, &sorted.stored, options, &mut notes, &mut problems)?;
+            }
+            sites = sorted.sites;
         }
         problems.extend(foreign);
         for shard in &weights.shards {
@@ -96,6 +115,11 @@ pub(crate) fn read_source(source: &Source, with_posterior: bool) -> Result<Adapt
     let ranks = noted(ranks, &mut problems);
     let alphas = SitePatterns::new("alpha_pattern", &config.alpha_pattern);
     let alphas = noted(alphas, &mut problems);
+    let is_one_rank = check_rank(&config, &sites, &doubts, &mut problems);
+    let doubts = Doubts {
+        ranks: doubts.ranks || is_one_rank,
+        ..doubts
+    };
     let sites = sites
         .into_iter()
         .filter_map(|(name, parts)| {
@@ -103,7 +127,8 @@ pub(crate) fn read_source(source: &Source, with_posterior: bool) -> Result<Adapt
                 config: &config,
                 ranks: ranks.as_ref()?,
                 alphas: alphas.as_ref()?,
-                matcher: matcher.as_ref(),
+                matcher: matcher.as_ref().filter(|_| !doubts.targets),
+                trusts_ranks: !doubts.ranks,
                 expects_posterior: config.monteclora.is_some() && !is_posterior_lost,
             };
             assemble(&rules, name, parts, &mut problems)
@@ -111,12 +136,75 @@ pub(crate) fn read_source(source: &Source, with_posterior: bool) -> Result<Adapt
         .collect::<Vec<Site>>();
     problems.extend(non_finite(&sites));
     Error::refuse_any(dir, problems)?;
+    let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
+    notes.extend(config.without_effect(&names)?);
     Ok(Adapter {
         format: config.peft_format(),
         config,
         sites,
         metadata,
+        notes,
     })
+}
+
+/// What the configuration says wrongly, so that what follows from it is not reported as well.
+#[derive(Debug, Clone, Copy)]
+struct Doubts {
+    ranks: bool,
+    targets: bool,
+}
+
+impl Doubts {
+    fn about(problems: &[Problem]) -> Self {
+        let concerns = |keys: &[&str]| {
+            let is_one = |at: &str| {
+                let key = at.split('.').next().unwrap_or(at);
+                key == "target_parameters" || keys.contains(&key)
+            };
+            problems.iter().any(|problem| is_one(&problem.at))
+        };
+        Self {
+            ranks: concerns(&["r", "rank_pattern", "monteclora_config"]),
+            targets: concerns(&[
+                "target_modules",
+                "exclude_modules",
+                "layers_to_transform",
+                "layers_pattern",
+            ]),
+        }
+    }
+}
+
+/// Reports an `r` that agrees with no module, where all have one rank; true if so.
+fn check_rank(
+    config: &AdapterConfig,
+    sites: &BTreeMap<String, Parts>,
+    doubts: &Doubts,
+    problems: &mut Vec<Problem>,
+) -> bool {
+    if doubts.ranks || !config.rank_pattern.is_empty() {
+        return false;
+    }
+    let rank_of = |parts: &Parts| match parts.get(&Role::A)?.1.shape() {
+        [rank, _] => Some(*rank),
+        _ => None,
+    };
+    let ranks: Option<BTreeSet<usize>> = sites.values().map(rank_of).collect();
+    let found = match ranks
+        .map(|ranks| ranks.into_iter().collect::<Vec<_>>())
+        .as_deref()
+    {
+        Some([rank]) if *rank != config.r && *rank > 0 && sites.len() > 1 => *rank,
+        _ => return false,
+    };
+    let n = sites.len();
+    let message = format!(
+        "{}, but lora_A has {found} rows in all {n} modules",
+        config.r
+    );
+    let fix = format!("if the tensors are the right ones, set r to {found} in adapter_config.json");
+    problems.push(Problem::new("shape", "r", message, fix));
+    true
 }
 
 /// What was made of a setting; an error becomes a problem.
@@ -153,33 +241,119 @@ fn open_weights(source: &Source, problems: &mut Vec<Problem>) -> Result<Option<S
     })
 }
 
+/// Every tensor of the adapter, by its place.
+#[derive(Debug, Default)]
+struct Sorted {
+    sites: BTreeMap<String, Parts>,
+    /// Whole weights: the tensor's name, and that of the base's weight.
+    stored: Vec<(String, Whole)>,
+    /// Names of tensors that a wrapper changed, by wrapper.
+    wrapped: BTreeMap<Wrapper, Vec<String>>,
+    /// Names of tensors in which the adapter's name stands more than once.
+    named_twice: Vec<String>,
+    /// Names of tensors without PEFT's prefix.
+    foreign: Vec<String>,
+}
+
 /// Gives every tensor its site and place, or notes why it has none.
-fn sort_tensors(
-    weights: &ShardSet,
-    with_posterior: bool,
-    problems: &mut Vec<Problem>,
-) -> BTreeMap<String, Parts> {
-    let mut sites: BTreeMap<String, Parts> = BTreeMap::new();
+fn sort_tensors(weights: &ShardSet, with_posterior: bool, problems: &mut Vec<Problem>) -> Sorted {
+    let mut sorted = Sorted::default();
     for name in weights.names() {
         if !with_posterior && is_of_authors_sampler(name) {
             continue;
         }
-        let (module, role) = match place(name) {
-            Ok(place) => place,
+        let found = match place(name) {
+            Ok(found) => found,
             Err(problem) => {
                 problems.push(problem);
                 continue;
             }
         };
+        for wrapper in found.wrappers {
+            let names = sorted.wrapped.entry(wrapper).or_default();
+            names.push(name.to_owned());
+        }
+        let (module, role) = match found.place {
+            Place::Foreign => {
+                sorted.foreign.push(name.to_owned());
+                continue;
+            }
+            Place::Whole(whole) => {
+                sorted.stored.push((name.to_owned(), whole));
+                continue;
+            }
+            Place::Part {
+                module,
+                role,
+                is_named_twice,
+            } => {
+                if is_named_twice {
+                    sorted.named_twice.push(name.to_owned());
+                }
+                (module, role)
+            }
+        };
         let tensor = weights.get(name).map(|tensor| (name.to_owned(), tensor));
-        let parts = sites.entry(module).or_default();
+        let parts = sorted.sites.entry(module).or_default();
         if let Some((other, _)) = tensor.and_then(|tensor| parts.insert(role, tensor)) {
             let message = format!("stands for the same tensor as {other}");
             let fix = "save one adapter alone";
             problems.push(Problem::new("ambiguous", name, message, fix));
         }
     }
-    sites
+    sorted
+}
+
+/// Refuses names that no program would find a module by, or with [`ReadOptions::unwrap`] notes what was left out of them.
+fn check_names(
+    sorted: &Sorted,
+    options: &ReadOptions<'_>,
+    notes: &mut Vec<String>,
+    problems: &mut Vec<Problem>,
+) {
+    const PLAIN: &str = "monteclora convert ADAPTER -o DIR --to lora writes the names without it";
+    let mut say = |code, names: &[String], what: String| {
+        if options.unwrap {
+            let n = names.len();
+            notes.extend((n > 0).then(|| format!("{what}; left out of the names of {n} tensors")));
+        } else {
+            let message = format!(
+                "{what}; no model has modules of such names, so that nothing would be loaded"
+            );
+            problems.extend(one_for_all(code, names, message, PLAIN));
+        }
+    };
+    for (Wrapper { segment, made_by }, names) in &sorted.wrapped {
+        let what = format!("`{segment}.` in the name comes from a wrapper: {made_by}");
+        say("wrapped-name", names, what);
+    }
+    let what = "the adapter's name stands more than once in the name".to_owned();
+    say("wrapped-name", &sorted.named_twice, what);
+    let message = "does not start with base_model.model., so it is not PEFT's";
+    let fix = "save the adapter with PEFT (save_pretrained), or give the tool's own directory where that is a format that is read";
+    problems.extend(one_for_all("unknown-tensor", &sorted.foreign, message, fix));
+}
+
+/// Compares whole weights with the base's.
+fn check_stored(
+    weights: &ShardSet,
+    stored: &[(String, Whole)],
+    options: &ReadOptions<'_>,
+    notes: &mut Vec<String>,
+    problems: &mut Vec<Problem>,
+) -> Result<()> {
+    for (name, whole) in stored {
+        let Some(tensor) = weights.get(name) else {
+            continue;
+        };
+        match whole.check(name, &tensor, options.base)? {
+            Some(problem) => problems.push(problem),
+            None => notes.push(format!(
+                "`{name}` is a copy of the base's weight and is left out"
+            )),
+        }
+    }
+    Ok(())
 }
 
 /// Whether the tensor belongs to the sampler of the authors' own code.
@@ -195,8 +369,28 @@ trainable_tokens | trainable-tokens | trained token embeddings | train without t
 token_adapter | trainable-tokens | trained token embeddings | train without trainable_token_indices
 .mc_sampler | unknown-tensor | the sampler of the authors' code, whose noise has another scale than PEFT's | convert it to plain LoRA explicitly to use the mean";
 
+/// Where a tensor belongs.
+enum Place {
+    /// To a module's adapter.
+    Part {
+        module: String,
+        role: Role,
+        is_named_twice: bool,
+    },
+    /// Beside the adapter.
+    Whole(Whole),
+    /// To something that is not PEFT's.
+    Foreign,
+}
+
+/// A tensor's place, and what wrapped the module.
+struct Found {
+    place: Place,
+    wrappers: Vec<Wrapper>,
+}
+
 /// Module and place of the tensor called `name`.
-fn place(name: &str) -> Result<(String, Role), Problem> {
+fn place(name: &str) -> Result<Found, Problem> {
     let refuse = |code, message: &str, fix: &str| Err(Problem::new(code, name, message, fix));
     let components: Vec<&str> = name.split('.').collect();
     if components.iter().any(|part| part.is_empty())
@@ -213,25 +407,30 @@ fn place(name: &str) -> Result<(String, Role), Problem> {
             return refuse(code, message, fix);
         }
     }
-    let Some(rest) = name.strip_prefix(PREFIX) else {
-        return refuse(
-            "unknown-tensor",
-            "does not start with base_model.model., so it is not PEFT's",
-            "save the adapter with PEFT",
-        );
-    };
-    let parts: Vec<&str> = rest.split('.').collect();
+    // A wrapper around PEFT stands before its prefix, one around the base behind it.
+    let (outer, rest) = name.split_once(PREFIX).unwrap_or((name, ""));
+    let (plain_outer, mut wrappers) = unwrapped(outer);
+    if rest.is_empty() || !plain_outer.is_empty() {
+        let place = Place::Foreign;
+        return Ok(Found {
+            place,
+            wrappers: Vec::new(),
+        });
+    }
+    let (path, inner) = unwrapped(rest);
+    wrappers.extend(inner);
+    wrappers.sort_unstable();
+    wrappers.dedup();
+    let parts: Vec<&str> = path.split('.').collect();
     let Some(at) = parts.iter().rposition(|part| part.starts_with("lora_")) else {
-        return refuse(
-            "modules-to-save",
-            "a whole weight, trained besides the adapter (modules_to_save or a bias)",
-            "merge it into the base with PEFT (merge_and_unload), or train without it",
-        );
+        let place = Place::Whole(Whole::of(&path));
+        return Ok(Found { place, wrappers });
     };
     let module = parts[..at].join(".");
-    // The adapter's name may stand between, as in `lora_A.default.weight`.
-    let (field, has_known_depth) = match parts[at + 1..] {
-        [field] | [_, field] => (field, true),
+    // The adapter's name may stand between, as in `lora_A.default.weight`; once.
+    let (field, is_named_twice) = match &parts[at + 1..] {
+        [field] | [_, field] => (*field, false),
+        [name, others @ .., field] if others.iter().all(|other| other == name) => (*field, true),
         _ => ("", false),
     };
     let role = match (parts[at], field) {
@@ -247,8 +446,23 @@ fn place(name: &str) -> Result<(String, Role), Problem> {
             .map(|(_, role)| *role),
         _ => None,
     };
+    if module.split('.').any(|part| part == "base_layer") && !module.contains("experts") {
+        let message = "an adapter inside another adapter's layer (base_layer)";
+        return refuse(
+            "nested-adapter",
+            message,
+            "merge the inner adapter into the base with PEFT (merge_and_unload), and train on the result",
+        );
+    }
     match role {
-        Some(role) if has_known_depth && !module.is_empty() => Ok((module, role)),
+        Some(role) if !module.is_empty() => Ok(Found {
+            place: Place::Part {
+                module,
+                role,
+                is_named_twice,
+            },
+            wrappers,
+        }),
         _ => refuse(
             "unknown-tensor",
             "not understood",
@@ -291,6 +505,7 @@ struct Rules<'a> {
     ranks: &'a SitePatterns<'a, usize>,
     alphas: &'a SitePatterns<'a, f64>,
     matcher: Option<&'a Matcher<'a>>,
+    trusts_ranks: bool,
     expects_posterior: bool,
 }
 
@@ -338,11 +553,15 @@ fn assemble(
             problems.push(Problem::new("shape", tensor_name, message, fix));
         }
     };
+    let rank = match (rules.trusts_ranks, a.1.shape()) {
+        (false, [rank, _]) => *rank,
+        _ => rank,
+    };
     expect(&a, &[Some(rank), None]);
     expect(&b, &[None, Some(rank)]);
     let mut posterior = None;
     if let (Some(monteclora), true) = (&config.monteclora, rules.expects_posterior) {
-        let n = Some(monteclora.num_samples);
+        let n = Some(monteclora.num_samples).filter(|_| rules.trusts_ranks);
         for (role, shape) in [
             (Role::LogStd, &[Some(rank)][..]),
             (Role::LogConcentration, &[n]),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, DeviceLocation};
 use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
-use monteclora_converters::{ModelFiles, Problem, other_base, other_conversation};
+use monteclora_converters::{Adapter, ModelFiles, Problem, base_warnings, other_conversation};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::Sender;
 
@@ -107,12 +107,14 @@ impl Wanted {
     pub(crate) fn check(self) -> Result<Checked> {
         let max_sequence_length = self.loader.check()?.max_sequence_length;
         let mut warnings = Vec::new();
-        if let Some(adapter) = self.loader.adapter() {
+        if let Some(path) = self.loader.adapter() {
             let base = ModelFiles::open(self.loader.base())?;
-            let other = other_base(adapter, &base);
-            warnings.extend(other.map_err(Error::io("read", self.loader.base()))?);
+            let adapter = Adapter::read_on(path, &base)?;
+            let notes = adapter.notes.iter();
+            warnings.extend(notes.map(|note| Problem::sentence("note", note)));
+            warnings.extend(base_warnings(path, &adapter, &base)?);
             let is_given = self.loader.has_own_template();
-            warnings.extend(other_conversation(adapter, base.dir(), is_given)?);
+            warnings.extend(other_conversation(path, base.dir(), is_given)?);
         }
         Ok(Checked {
             max_sequence_length,

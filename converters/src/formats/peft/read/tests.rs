@@ -143,8 +143,8 @@ fn tensors_that_are_not_understood_are_each_named() {
             "base_model.model.model.embed_tokens.lora_embedding_A".into(),
             "embedding",
         ),
-        ("base_model.model.lm_head.weight".into(), "modules-to-save"),
-        (format!("{SITE}.bias"), "modules-to-save"),
+        ("base_model.model.lm_head.weight".into(), "stored-weight"),
+        (format!("{SITE}.bias"), "stored-weight"),
         (
             "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta".into(),
             "trainable-tokens",
