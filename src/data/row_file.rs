@@ -4,6 +4,7 @@ mod foreign;
 #[cfg(feature = "parquet")]
 mod parquet;
 mod spans;
+mod table;
 
 use std::{
     fs::File,

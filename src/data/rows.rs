@@ -1,5 +1,6 @@
 //! One JSON object of a data file -> a checked row, in any of the formats people keep such data in.
 
+mod beside;
 mod columns;
 mod fields;
 mod json;

@@ -1,12 +1,15 @@
 //! The rows of one split of a data set: a file, the files of a directory, or those of a data set on the Hub.
 
+mod listing;
+
 use std::path::{Path, PathBuf};
 
-use monteclora_converters::{Error, Problem};
+use monteclora_converters::Error;
 use sha2::{Digest, Sha256};
 
-use super::{error::unreadable, row_file::RowFile};
-use crate::hub::{DatasetId, DatasetRepo};
+use self::listing::{Found, files};
+pub use self::listing::{directory_has, splits};
+use super::row_file::RowFile;
 
 /// Part of a data set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -34,7 +37,7 @@ impl Split {
     }
 
     /// The split that a word of a file's name stands for; Hugging Face's words.
-    fn from_word(word: &str) -> Option<Self> {
+    pub(super) fn from_word(word: &str) -> Option<Self> {
         match word.to_ascii_lowercase().as_str() {
             "train" | "training" => Some(Self::Train),
             "valid" | "validation" | "val" | "dev" => Some(Self::Valid),
@@ -43,26 +46,6 @@ impl Split {
         }
     }
 }
-
-/// Endings of data files; `.gz` may follow.
-const EXTENSIONS: [&str; 4] = ["jsonl", "ndjson", "json", "parquet"];
-
-/// Files that lie beside data sets and hold no rows.
-const NOT_ROWS: [&str; 4] = [
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-];
-
-/// Endings of files that may hold rows and are not read.
-const NOT_READ: [&str; 18] = [
-    "csv", "tsv", "txt", "yaml", "yml", "arrow", "feather", "avro", "xlsx", "xls", "db", "sqlite",
-    "zst", "xz", "bz2", "zip", "tar", "7z",
-];
-
-/// Text files that lie beside data sets.
-const NOTES: [&str; 4] = ["readme", "license", "requirements", "notice"];
 
 /// The rows of one or several files, one after the other.
 #[derive(Debug)]
@@ -154,305 +137,9 @@ impl Source {
     }
 }
 
-/// The splits that `name` holds; a single file is taken for the training rows.
-///
-/// # Errors
-/// For a directory or data set without data files.
-pub fn splits(name: &Path) -> Result<Vec<Split>, Error> {
-    let Some(listing) = listing(name)? else {
-        return Ok(vec![Split::Train]);
-    };
-    let present: Vec<Split> = Split::ALL
-        .into_iter()
-        .filter(|split| holds(&listing.names, *split))
-        .collect();
-    if present.is_empty() {
-        return Err(nothing(name, Split::Train, &listing));
-    }
-    Ok(present)
-}
-
-/// Whether a local directory holds rows of a split. Never asks the network.
-pub fn directory_has(name: &Path, split: Split) -> bool {
-    name.is_dir() && local_names(name).is_ok_and(|names| holds(&Listing::new(names).names, split))
-}
-
-fn holds(names: &[String], split: Split) -> bool {
-    select(names, split).is_ok_and(|found| !found.is_empty())
-}
-
-/// The files of a directory, or of a data set on the Hub.
-struct Listing {
-    /// Data files.
-    names: Vec<String>,
-    /// Files that may hold rows and are not read.
-    others: Vec<String>,
-    repo: Option<DatasetRepo>,
-}
-
-impl Listing {
-    fn new(names: Vec<String>) -> Self {
-        let (names, mut others): (Vec<_>, Vec<_>) =
-            names.into_iter().partition(|name| has_data_extension(name));
-        others.retain(|name| may_hold_rows(name));
-        Self {
-            names,
-            others,
-            repo: None,
-        }
-    }
-
-    /// What no split takes: other kinds of files, and files that name no split where some do.
-    fn unread(&self) -> Vec<String> {
-        let names_one = |name: &&String| split_of(name).is_some();
-        let without: Vec<_> = match self.names.iter().any(|name| names_one(&name)) {
-            true => self.names.iter().filter(|name| !names_one(name)).collect(),
-            false => Vec::new(),
-        };
-        without.into_iter().chain(&self.others).cloned().collect()
-    }
-}
-
-/// `None` for what is a file, or nothing at all.
-fn listing(name: &Path) -> Result<Option<Listing>, Error> {
-    if name.is_dir() {
-        let names = local_names(name).map_err(unreadable(name))?;
-        return Ok(Some(Listing::new(names)));
-    }
-    let id = name
-        .to_str()
-        .filter(|id| !name.exists() && !has_data_extension(id));
-    let Some(wanted) = id.and_then(DatasetId::parse) else {
-        return Ok(None);
-    };
-    let (repo, mut names) =
-        DatasetRepo::open(&wanted).map_err(|error| refused(name, error.to_string()))?;
-    names.retain(|file| wanted.holds(file));
-    Ok(Some(Listing {
-        repo: Some(repo),
-        ..Listing::new(names)
-    }))
-}
-
-/// The local files of a split, what else lies there, and the commit of a data set on the Hub.
-struct Found {
-    paths: Vec<PathBuf>,
-    unread: Vec<String>,
-    revision: Option<String>,
-}
-
-fn files(name: &Path, split: Split) -> Result<Found, Error> {
-    let Some(listing) = listing(name)? else {
-        return Ok(Found {
-            paths: vec![name.to_owned()],
-            unread: Vec::new(),
-            revision: None,
-        });
-    };
-    let found = select(&listing.names, split).map_err(|problem| refused(name, problem))?;
-    if found.is_empty() {
-        return Err(nothing(name, split, &listing));
-    }
-    let unread = listing.unread();
-    let repo = listing.repo;
-    let local = |file: &String| match &repo {
-        None => Ok(name.join(file)),
-        Some(repo) => repo
-            .get(file)
-            .map_err(|error| refused(name, error.to_string())),
-    };
-    let paths = found.iter().map(local).collect::<Result<_, _>>()?;
-    Ok(Found {
-        paths,
-        unread,
-        revision: repo.map(|repo| repo.commit().to_owned()),
-    })
-}
-
-/// A directory or Hub data set whose files cannot be told apart or had; exit code 3.
-fn refused(name: &Path, problem: String) -> Error {
-    let at = format!("`{}`", name.display());
-    Problem::new("files", at, problem, "").exit(3).into()
-}
-
-fn nothing(name: &Path, split: Split, listing: &Listing) -> Error {
-    let held = match (&listing.names[..], &listing.others[..]) {
-        ([], []) => "it holds no .jsonl, .json or .parquet file".to_owned(),
-        ([], others) => {
-            let (others, first) = (shortened(others), name.join(&others[0]));
-            let problem = format!(
-                "it holds no .jsonl, .json or .parquet file, and {others} cannot be read as rows; `monteclora data check {}` says what to do",
-                first.display()
-            );
-            return refused(name, problem);
-        }
-        (names, _) => format!("it holds {}", shortened(names)),
-    };
-    let problem = format!(
-        "no {0} rows: {held}; name a file {0}.jsonl, or give the path of the file",
-        split.name()
-    );
-    refused(name, problem)
-}
-
-fn shortened(names: &[String]) -> String {
-    const MAX: usize = 8;
-    let mut text = names[..names.len().min(MAX)].join(", ");
-    if names.len() > MAX {
-        text.push_str(&format!(" and {} more", names.len() - MAX));
-    }
-    text
-}
-
-/// Files in a directory and in its subdirectories, in the order of their names, `/` between parts.
-fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        let Ok(name) = entry.file_name().into_string() else {
-            continue;
-        };
-        if name.starts_with('.') {
-            continue;
-        }
-        if entry.path().is_dir() {
-            for inner in std::fs::read_dir(entry.path())? {
-                if let Some(inner) = inner?.file_name().to_str() {
-                    names.push(format!("{name}/{inner}"));
-                }
-            }
-        } else {
-            names.push(name);
-        }
-    }
-    names.sort();
-    Ok(names)
-}
-
-fn has_data_extension(name: &str) -> bool {
-    let file = name.rsplit('/').next().unwrap_or(name);
-    let bare = file.strip_suffix(".gz").unwrap_or(file);
-    !NOT_ROWS.contains(&file)
-        && bare
-            .rsplit_once('.')
-            .is_some_and(|(_, extension)| EXTENSIONS.contains(&extension))
-}
-
-/// Whether a file that is not read may hold rows.
-fn may_hold_rows(name: &str) -> bool {
-    let file = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
-    let bare = file.strip_suffix(".gz").unwrap_or(&file);
-    !NOTES.iter().any(|note| file.starts_with(note))
-        && bare
-            .rsplit_once('.')
-            .is_some_and(|(_, extension)| NOT_READ.contains(&extension))
-}
-
-/// The split that a path names, by a word of the file's name or, without one, of its folders; the last counts.
-fn split_of(name: &str) -> Option<Split> {
-    name.rsplit('/').find_map(|part| {
-        part.split(|c: char| !c.is_ascii_alphanumeric())
-            .find_map(Split::from_word)
-    })
-}
-
-/// The files of a split. Files that name no split are training rows where none names one.
-///
-/// # Errors
-/// Files of the same split in several folders or formats: they are several data sets, or one twice.
-fn select(names: &[String], split: Split) -> Result<Vec<String>, String> {
-    let found: Vec<String> = if names.iter().any(|name| split_of(name).is_some()) {
-        let of_split = |name: &&String| split_of(name) == Some(split);
-        names.iter().filter(of_split).cloned().collect()
-    } else if split == Split::Train {
-        names.to_vec()
-    } else {
-        Vec::new()
-    };
-    let kind = |name: &String| {
-        let (folder, file) = name.rsplit_once('/').unwrap_or(("", name));
-        let extension = file.split_once('.').map_or("", |(_, extension)| extension);
-        (folder.to_owned(), extension.to_owned())
-    };
-    if let Some(other) = found.iter().find(|name| kind(name) != kind(&found[0])) {
-        return Err(format!(
-            "{} and {other} both hold {} rows; give the path of one of them, or of its folder",
-            found[0],
-            split.name()
-        ));
-    }
-    Ok(found)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn names(list: &[&str]) -> Vec<String> {
-        list.iter().map(|name| (*name).to_owned()).collect()
-    }
-
-    #[test]
-    fn splits_are_told_by_name() {
-        let files = names(&[
-            "README.jsonl",
-            "my-train.jsonl",
-            "test.json",
-            "validation.jsonl.gz",
-        ]);
-        for (split, file) in [
-            (Split::Train, "my-train.jsonl"),
-            (Split::Valid, "validation.jsonl.gz"),
-            (Split::Test, "test.json"),
-        ] {
-            assert_eq!(select(&files, split), Ok(names(&[file])));
-        }
-        let shards = names(&[
-            "data/train-00000-of-00002.parquet",
-            "data/train-00001-of-00002.parquet",
-            "data/test-00000-of-00001.parquet",
-        ]);
-        assert_eq!(select(&shards, Split::Train), Ok(shards[..2].to_vec()));
-        let only = names(&["a.jsonl", "b.jsonl"]);
-        assert_eq!(select(&only, Split::Train), Ok(only.clone()));
-        assert_eq!(select(&only, Split::Valid), Ok(Vec::new()));
-        let folders = names(&["train/a.jsonl", "dev/a.jsonl"]);
-        assert_eq!(select(&folders, Split::Valid), Ok(names(&["dev/a.jsonl"])));
-        // A word within another is none.
-        assert_eq!(split_of("contest.jsonl"), None);
-    }
-
-    #[test]
-    fn two_data_sets_are_not_taken_for_one() {
-        for pair in [
-            ["main/train.parquet", "socratic/train.parquet"],
-            ["train.jsonl", "train.parquet"],
-        ] {
-            let error = select(&names(&pair), Split::Train).expect_err("refused");
-            assert!(error.contains("both hold train rows"), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_directory_of_other_files_says_what_to_do() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        for name in ["train.csv", "dataset_info.json"] {
-            std::fs::write(dir.path().join(name), "prompt,completion\na,b\n").expect("writes");
-        }
-        let error = Source::open(dir.path(), Split::Train)
-            .expect_err("no rows")
-            .to_string();
-        let file = dir.path().join("train.csv");
-        let command = format!("`monteclora data check {}` says what to do", file.display());
-        assert!(
-            error.contains("train.csv cannot be read as rows") && error.contains(&command),
-            "{error}"
-        );
-        let error = Source::open(&file, Split::Train)
-            .expect_err("CSV")
-            .to_string();
-        assert!(error.contains("python3 -c"), "{error}");
-    }
 
     #[test]
     fn rows_of_several_files_follow_each_other() {

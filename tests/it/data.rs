@@ -399,3 +399,41 @@ fn names_that_no_row_has_and_files_that_nothing_reads_are_said() {
     assert_eq!(file["names_without_column"], serde_json::json!(["rules"]));
     assert_eq!(file["unread_files"], serde_json::json!(["more.csv"]));
 }
+
+/// What a refusal advises for the data commands makes the row one that is read.
+#[test]
+fn advised_names_of_fields_do_what_they_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = "tests/data/cases/training/conversations-role-content/rows.jsonl";
+    let case = Path::new(env!("CARGO_MANIFEST_DIR")).join(case);
+    let own = |name: &str, row: &str| write(dir.path(), name, row);
+    let turns = r#"[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]"#;
+    for file in [
+        case.display().to_string(),
+        own("qa.jsonl", r#"{"question":"q","answer":"a"}"#),
+        own("dolly.jsonl", r#"{"instruction":"q","response":"a"}"#),
+        own("dialog.jsonl", &format!("{{\"dialog\":{turns}}}")),
+        own(
+            "system.jsonl",
+            r#"{"prompt":"q","completion":"a","system_prompt":"s"}"#,
+        ),
+        own(
+            "tools.jsonl",
+            &format!("{{\"messages\":{turns},\"tool_defs\":[{{\"name\":\"f\"}}]}}"),
+        ),
+        own("document.jsonl", r#"{"content":"a document"}"#),
+    ] {
+        let refused = run(&["data", "check", &file]);
+        assert_eq!(refused.code, 3, "{file}: {}", refused.stdout);
+        let advised: Vec<&str> = refused
+            .stdout
+            .split('`')
+            .find(|part| part.starts_with("--field "))
+            .unwrap_or_else(|| panic!("no flag is advised: {}", refused.stdout))
+            .split(' ')
+            .collect();
+        let done = run(&[&["data", "check", &file][..], &advised].concat());
+        assert_eq!(done.code, 0, "{advised:?}: {}{}", done.stdout, done.stderr);
+        assert!(!done.stdout.contains("nothing reads"), "{}", done.stdout);
+    }
+}

@@ -72,8 +72,11 @@ pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
         );
         if encoder.is_some() {
             line.push_str(&format!(
-                "; {} examples, {} tokens, {} trained",
-                stats.n_examples, stats.tokens.total, stats.trained_tokens.total
+                "; {} examples, {} tokens, {} trained ({:.1} %)",
+                stats.n_examples,
+                stats.tokens.total,
+                stats.trained_tokens.total,
+                100.0 * stats.trained_tokens.total as f64 / stats.tokens.total.max(1) as f64
             ));
             for (n, what) in [
                 (stats.n_dropped, "dropped as overlong"),

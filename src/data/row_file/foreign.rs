@@ -7,10 +7,12 @@ use std::path::Path;
 use monteclora_converters::{Error, Problem, foreign, foreign::FileKind};
 use serde::de::IgnoredAny;
 
+use super::table::{Table, is_named_table};
+
 /// First bytes that are looked at.
 const HEAD: u64 = 1 << 16;
-/// Columns that a message names.
-const SHOWN: usize = 20;
+/// Lines among which one of JSON is looked for.
+const FIRST_LINES: usize = 8;
 /// Characters of a text that a message shows.
 const SHOWN_TEXT: usize = 60;
 
@@ -188,7 +190,8 @@ fn recognise(path: &Path, head: &[u8]) -> Option<Problem> {
         line.starts_with(['{', '[']) || serde_json::from_str::<IgnoredAny>(line).is_ok()
     };
     // One line that is JSON is enough: the others are named one by one.
-    if lines().any(is_json) {
+    let n_looked_at = if is_named_table(path) { 1 } else { FIRST_LINES };
+    if lines().take(n_looked_at).any(is_json) {
         return None;
     }
     if head.contains(&0) {
@@ -197,26 +200,12 @@ fn recognise(path: &Path, head: &[u8]) -> Option<Problem> {
             "name a file of rows: JSON Lines, a JSON array or Parquet",
         );
     }
-    if let Some((separator, columns)) = table(path, first, lines().nth(1)) {
-        let name = if separator == '\t' { "TSV" } else { "CSV" };
-        let shown = columns.iter().take(SHOWN).copied().collect::<Vec<_>>();
-        let more = match columns.len().saturating_sub(SHOWN) {
-            0 => String::new(),
-            n => format!(" and {n} more"),
+    if let Some(table) = Table::recognise(path, first, lines().nth(1)) {
+        let encoding = match text.contains(char::REPLACEMENT_CHARACTER) {
+            true => "latin-1",
+            false => "utf-8-sig",
         };
-        let is = format!(
-            "{name}, whose line 1 names the columns {}{more}; rows are JSON",
-            shown.join(", ")
-        );
-        let delimiter = match separator {
-            ',' => String::new(),
-            '\t' => ", delimiter=\"\\t\"".to_owned(),
-            other => format!(", delimiter=\"{other}\""),
-        };
-        let fix = format!(
-            "convert it: `python3 -c 'import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1], encoding=\"utf-8-sig\", newline=\"\"){delimiter})]' FILE > rows.jsonl`"
-        );
-        return refused(is, &fix);
+        return refused(table.describe(), &table.remedy(encoding));
     }
     let mut shown: String = first.chars().take(SHOWN_TEXT).collect();
     if shown.len() < first.len() {
@@ -226,35 +215,6 @@ fn recognise(path: &Path, head: &[u8]) -> Option<Problem> {
         format!("text that is not JSON; it begins \"{shown}\""),
         "write one JSON object a line; lines of plain text become rows by `jq -Rc '{text: .}' FILE > rows.jsonl`",
     )
-}
-
-/// The separator and the columns of a table, by its name, or by its first two lines.
-fn table<'a>(path: &Path, first: &'a str, second: Option<&str>) -> Option<(char, Vec<&'a str>)> {
-    let named = |extension: &str| {
-        path.extension()
-            .is_some_and(|found| found.eq_ignore_ascii_case(extension))
-    };
-    let columns = |separator: char| -> Vec<&'a str> {
-        let names = first.split(separator);
-        names.map(|name| name.trim().trim_matches('"')).collect()
-    };
-    if named("csv") || named("tsv") {
-        let separators = ['\t', ';', ','];
-        let most = separators
-            .into_iter()
-            .max_by_key(|separator| columns(*separator).len())?;
-        return Some((most, columns(most)));
-    }
-    // Names of columns are short and few words; a sentence has commas, too.
-    [',', '\t', ';'].into_iter().find_map(|separator| {
-        let names = columns(separator);
-        let is_name = |name: &&str| !name.is_empty() && name.len() <= 40 && !name.contains(". ");
-        let is_table = names.len() > 1
-            && names.iter().all(is_name)
-            && first.split_whitespace().count() <= 2 * names.len()
-            && second.is_some_and(|second| second.contains(separator));
-        is_table.then_some((separator, names))
-    })
 }
 
 /// The problem of an object that goes over several lines, as pretty-printers write it.
@@ -413,6 +373,12 @@ mod tests {
                 b"\xef\xbb\xbf\"prompt\";\"completion\"\na;b\n",
                 "CSV, whose line 1 names the columns prompt, completion",
                 "delimiter=\";\"",
+            ),
+            (
+                "a.csv",
+                b"prompt,completion\ncaf\xe9,\"x\n{\"\n",
+                "CSV, whose line 1 names the columns prompt, completion",
+                "encoding=\"latin-1\"",
             ),
             (
                 "a.txt",

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     read::Reader,
-    value::{is_empty, kind, missing_or_wrong},
+    value::{is_empty, kind, missing_or_wrong, nearest, without_indices},
 };
 
 impl Reader<'_> {
@@ -102,9 +102,35 @@ impl Reader<'_> {
         };
         for (idx, call) in calls.iter_mut().enumerate() {
             let at = format!("{at}.tool_calls[{idx}]");
+            self.call_keys(&at, call, &["id", "type", "function", "name", "arguments"]);
             match call.get_mut("function") {
-                Some(function) => self.arguments(&format!("{at}.function"), function),
+                Some(function) => {
+                    let at = format!("{at}.function");
+                    self.arguments(&at, function);
+                    self.call_keys(&at, function, &["name", "arguments"]);
+                }
                 None => self.arguments(&at, call),
+            }
+        }
+    }
+
+    /// Looks at the keys of a call that are not of the usual form: misspelt, or for the template.
+    fn call_keys(&mut self, at: &str, call: &Value, known: &[&'static str]) {
+        let Value::Object(object) = call else {
+            let found = format!("found {}", kind(call));
+            self.refuse::<()>(at, found, "expected a call: an object");
+            return;
+        };
+        let odd =
+            |(key, value): &(&String, &Value)| !known.contains(&key.as_str()) && !is_empty(value);
+        for (key, _) in object.iter().filter(odd) {
+            let absent = known
+                .iter()
+                .copied()
+                .filter(|name| !object.contains_key(*name));
+            match nearest(key, absent) {
+                Some(meant) => self.refuse_misspelt(format!("{at}.{key}"), meant),
+                None => self.note_for_template(format!("{}.{key}", without_indices(at))),
             }
         }
     }

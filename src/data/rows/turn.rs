@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use super::{
     read::Reader,
     row::{Message, Role},
-    value::{flag, is_empty, kind, nearest},
+    value::{flag, is_empty, kind, missing_or_wrong, nearest, without_indices},
 };
 
 /// Keys that say whether a turn is trained, besides `weight`: axolotl's `train` and `training`, ms-swift's `loss`.
@@ -47,6 +47,11 @@ pub(in crate::data) fn is_for_templates(key: &str) -> bool {
 
 const NAME_CONVERSATION: &str = "the turns are messages: `fields = { messages = \"conversations\" }` under [data] of run.toml, or `--field messages=conversations` for the data commands; or rename the column to `messages`";
 
+/// Whether an object lacks a key and has one that was probably meant to be it.
+fn misspelt(object: &Map<String, Value>, name: &str) -> bool {
+    !object.contains_key(name) && object.keys().any(|key| nearest(key, [name]).is_some())
+}
+
 impl Reader<'_> {
     /// The messages of a list, each by `read`, which is told its place.
     pub(super) fn messages(
@@ -65,7 +70,7 @@ impl Reader<'_> {
                     "expected a list of messages, not its JSON text: write `json.loads` of it";
                 return self.refuse(key, "found a string", fix);
             }
-            other => return self.refuse(key, super::value::missing_or_wrong(other), FIX),
+            other => return self.refuse(key, missing_or_wrong(other), FIX),
         };
         let has = |turn: &Value, key: &str| turn.get(key).is_some();
         let is_message = |turn: &Value| has(turn, "role") && !has(turn, "from");
@@ -88,12 +93,15 @@ impl Reader<'_> {
             let found = format!("found {}", kind(value));
             return self.refuse(at, found, "expected an object with role and content");
         };
-        let role = self.role(
-            field("role"),
-            object.get("role"),
-            Role::from_name,
-            "expected system, user, assistant or tool",
-        );
+        let role = match misspelt(object, "role") {
+            true => None,
+            false => self.role(
+                field("role"),
+                object.get("role"),
+                Role::from_name,
+                "expected system, user, assistant or tool",
+            ),
+        };
         let mut fields = object.clone();
         let trained = self.trained(at, &mut fields);
         self.calls(at, &mut fields);
@@ -104,6 +112,7 @@ impl Reader<'_> {
         let text = match fields.get("content") {
             Some(Value::Array(parts)) => self.parts(&field("content"), parts),
             None | Some(Value::Null) if calls_tools => Some(String::new()),
+            None if misspelt(object, "content") => None,
             other => {
                 let fix = "expected a string, or tool_calls in its place";
                 self.string(field("content"), other, fix)
@@ -129,22 +138,28 @@ impl Reader<'_> {
             return self.refuse(at, found, "expected an object with from and value");
         };
         let mut rest = object.clone();
-        let (from, said) = (rest.shift_remove("from"), rest.shift_remove("value"));
         let (trained, must_train) = self.trained(at, &mut rest);
-        self.turn_keys(at, &rest, &[]);
+        self.turn_keys(at, &rest, &["from", "value"]);
+        let (from, said) = (rest.shift_remove("from"), rest.shift_remove("value"));
         let mut message = if from.as_ref().is_some_and(|from| from == "function_call") {
             let calls = self.called(&field("value"), said.as_ref())?;
             let mut message = Message::new(Role::Assistant, "");
             message.fields.insert("tool_calls".to_owned(), calls.into());
             message
         } else {
-            let role = self.role(
-                field("from"),
-                from.as_ref(),
-                Role::from_sharegpt,
-                "expected system, human, gpt or tool (also user, assistant, function_call, observation)",
-            );
-            let text = self.string(field("value"), said.as_ref(), "expected a string");
+            let role = match misspelt(object, "from") {
+                true => None,
+                false => self.role(
+                    field("from"),
+                    from.as_ref(),
+                    Role::from_sharegpt,
+                    "expected system, human, gpt or tool (also user, assistant, function_call, observation)",
+                ),
+            };
+            let text = match misspelt(object, "value") {
+                true => None,
+                false => self.string(field("value"), said.as_ref(), "expected a string"),
+            };
             Message::new(role?, text?)
         };
         let known = |(key, value): &(String, Value)| {
@@ -186,8 +201,8 @@ impl Reader<'_> {
 
     /// Looks at the keys of a turn that nothing has read: refused, left to the template, or noted.
     fn turn_keys(&mut self, at: &str, fields: &Map<String, Value>, read: &[&str]) {
-        let list = at.split('[').next().unwrap_or(at);
-        let is_message = !read.is_empty();
+        let turn = without_indices(at);
+        let is_message = read.contains(&"role");
         for (key, value) in fields {
             let key = key.as_str();
             if read.contains(&key) || is_empty(value) {
@@ -201,14 +216,13 @@ impl Reader<'_> {
                 let problem = "says what is trained, and is not supported";
                 self.refuse::<()>(format!("{at}.{key}"), problem, fix);
             } else if FOR_TEMPLATE.contains(&key) {
-                self.note_for_template(format!("{list}[].{key}"));
+                self.note_for_template(format!("{turn}.{key}"));
             } else if let Some(meant) = self.misspelt_turn_key(key, fields, is_message) {
-                let problem = format!("nothing reads it (did you mean `{meant}`?)");
-                self.refuse::<()>(format!("{at}.{key}"), problem, "rename or remove the key");
+                self.refuse_misspelt(format!("{at}.{key}"), meant);
             } else if is_message {
-                self.note_for_template(format!("{list}[].{key}"));
+                self.note_for_template(format!("{turn}.{key}"));
             } else {
-                self.note_unread(format!("{list}[].{key}"));
+                self.note_unread(format!("{turn}.{key}"));
             }
         }
     }
@@ -225,15 +239,8 @@ impl Reader<'_> {
             false => &["from", "value"],
         };
         let names = own.iter().chain(&FOR_TEMPLATE).chain(&TRAINED);
-        let absent = names
-            .chain(&["weight"])
-            .filter(|name| !fields.contains_key(**name));
-        let candidates = match is_message {
-            true => absent.copied().collect::<Vec<_>>(),
-            // What ShareGPT's turns always have was taken out before.
-            false => absent.copied().filter(|name| !own.contains(name)).collect(),
-        };
-        nearest(key, candidates)
+        let absent = names.chain(&["weight"]).copied();
+        nearest(key, absent.filter(|name| !fields.contains_key(*name)))
     }
 
     /// OpenAI's content parts; only text can be trained.
@@ -254,8 +261,7 @@ impl Reader<'_> {
             let keys = part.as_object().into_iter().flatten();
             for (key, value) in keys.filter(|(key, _)| !["type", "text"].contains(&key.as_str())) {
                 if !is_empty(value) {
-                    let list = field.split('[').next().unwrap_or(field);
-                    self.note_unread(format!("{list}[].content[].{key}"));
+                    self.note_unread(format!("{}[].{key}", without_indices(field)));
                 }
             }
         }

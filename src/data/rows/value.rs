@@ -48,6 +48,14 @@ pub(super) fn nearest<'a>(key: &str, names: impl IntoIterator<Item = &'a str>) -
         .map(|(_, name)| name)
 }
 
+/// A place without its indices: `messages[2].role` as `messages[].role`.
+pub(super) fn without_indices(at: &str) -> String {
+    let parts = at
+        .split('[')
+        .map(|part| part.trim_start_matches(|c: char| c.is_ascii_digit()));
+    parts.collect::<Vec<_>>().join("[")
+}
+
 /// A flag: a boolean, or 0 or 1.
 pub(super) fn flag(value: &Value) -> Option<bool> {
     match value {
@@ -79,6 +87,15 @@ mod tests {
         ] {
             assert_eq!(nearest(key, names), expected, "{key}");
         }
+    }
+
+    #[test]
+    fn indices_are_taken_out_of_places() {
+        assert_eq!(
+            without_indices("messages[12].content[0].x2"),
+            "messages[].content[].x2"
+        );
+        assert_eq!(without_indices("text"), "text");
     }
 
     #[test]
