@@ -97,7 +97,9 @@ impl Adapter {
     }
 
     fn health(&self, sites: &[SiteSummary]) -> Vec<Problem> {
-        let mut problems = Vec::new();
+        let notes = self.notes.iter();
+        let mut problems: Vec<Problem> =
+            notes.map(|note| Problem::sentence("note", note)).collect();
         if !sites.iter().any(|site| site.norm_delta > 0.0) {
             problems.push(no_effect());
         }

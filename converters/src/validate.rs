@@ -13,7 +13,7 @@ use crate::formats::{Format, format_named, read_without_base};
 use crate::inspect::no_effect;
 use crate::json;
 use crate::model_files::ModelFiles;
-use crate::module_path::base_of;
+use crate::module_path::{base_of, one_for_all};
 use crate::problem::Problem;
 use crate::source::Source;
 use crate::targets::OUTPUT_HEAD;
@@ -150,6 +150,14 @@ pub fn validate(
         if base.is_none() {
             check_front(adapter, &mut report);
         }
+        if *runtime == Runtime::Mlx {
+            let message = "keeps the experts of a layer in one module (switch_mlp), and would not load one expert as a module of its own";
+            let fix = "convert it to PEFT or plain LoRA, or merge it and convert the model with mlx_lm.convert";
+            let found = one_for_all("experts", &cautions::experts(adapter), "", fix);
+            if let Some(found) = found {
+                report.add(found.code, &found.at, message, &found.fix);
+            }
+        }
         if let (Runtime::Mistralrs, Some(base)) = (*runtime, base) {
             check_coverage(adapter, base, &mut report);
         }
@@ -181,6 +189,7 @@ impl Report<'_> {
         };
         let fix = match self.runtime {
             Runtime::LlamaCpp => "convert it: monteclora convert --to gguf",
+            Runtime::Mlx => "convert it: monteclora convert --to mlx",
             _ => "convert it: monteclora convert --to lora",
         };
         self.add("format", name, &message, fix);
@@ -269,8 +278,9 @@ fn check_sites(adapter: &Adapter, base: Option<&ModelFiles>, report: &mut Report
     for site in &adapter.sites {
         let head = match (report.runtime, is_tied) {
             _ if site.name != OUTPUT_HEAD => None,
-            (Runtime::Mistralrs | Runtime::LlamaCpp, Some(false)) | (Runtime::Peft, _) => None,
-            (Runtime::Mistralrs, _) => {
+            (Runtime::Mistralrs | Runtime::LlamaCpp | Runtime::Mlx, Some(false))
+            | (Runtime::Peft, _) => None,
+            (Runtime::Mistralrs | Runtime::Mlx, _) => {
                 Some("silently leaves the head unadapted where it is tied to the embedding")
             }
             (Runtime::Mistralrs09, _) => Some("refuses LoRA on the head"),
@@ -284,7 +294,10 @@ fn check_sites(adapter: &Adapter, base: Option<&ModelFiles>, report: &mut Report
             report.add("lm-head", &site.name, message, fix);
         }
         let types = [site.lora_a.dtype(), site.lora_b.dtype()];
-        let fails = matches!(report.runtime, Runtime::Mistralrs | Runtime::Mistralrs09);
+        let fails = matches!(
+            report.runtime,
+            Runtime::Mistralrs | Runtime::Mistralrs09 | Runtime::Mlx
+        );
         if types.contains(&DType::F64) && fails {
             let fix = "monteclora collapse turns float64 into float32";
             report.add("dtype", &site.name, "fails to load float64", fix);
@@ -425,7 +438,7 @@ mod tests {
             let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
             let (plain, _) = adapter.to_lora(None).expect("float");
             assert_eq!(
-                validate(&plain, Some(&base), &Runtime::ALL).expect("float"),
+                validate(&plain, Some(&base), &Runtime::OF_PEFT).expect("float"),
                 [],
                 "{}",
                 case.name
@@ -505,7 +518,11 @@ mod tests {
         let mut adapter = fixtures::small_adapter(22, false);
         adapter.format = "mlx";
         for runtime in Runtime::ALL {
-            assert_eq!(codes(&adapter, runtime), ["format"], "{runtime}");
+            let expected: &[&str] = match runtime {
+                Runtime::Mlx => &[],
+                _ => &["format"],
+            };
+            assert_eq!(codes(&adapter, runtime), expected, "{runtime}");
         }
         adapter.format = "gguf-lora";
         for runtime in Runtime::ALL {
@@ -541,7 +558,7 @@ mod tests {
     fn the_form_of_the_files_counts_too() {
         let dir = tempfile::tempdir().expect("temporary directory");
         write_renamed(dir.path(), str::to_owned);
-        for runtime in Runtime::ALL {
+        for runtime in Runtime::OF_PEFT {
             assert_eq!(codes_at(dir.path(), runtime), [""; 0], "{runtime}");
         }
         write_renamed(dir.path(), |name| {

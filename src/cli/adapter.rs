@@ -146,7 +146,7 @@ pub struct ValidateArgs {
     /// Base model to check names and shapes against.
     #[arg(short, long = "model-id", value_name = "MODEL")]
     pub model_id: Option<String>,
-    /// Runtime that is to load it: mistralrs, mistralrs-0.9, vllm, llamacpp or peft.
+    /// Runtime that is to load it: mistralrs, mistralrs-0.9, vllm, llamacpp, peft or mlx.
     #[arg(long = "for", value_name = "RUNTIME")]
     pub runtimes: Vec<String>,
     /// One JSON object on stdout.

@@ -35,7 +35,7 @@ impl Format for Lora {
             needs_base: false,
             keeps_posterior: false,
             has_peft_settings: true,
-            runtimes: &Runtime::ALL,
+            runtimes: &Runtime::OF_PEFT,
         }
     }
 

@@ -20,6 +20,7 @@ use crate::problem::Problem;
 use crate::source::Source;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::validate::cautions::experts;
+use crate::validate::runtime::Runtime;
 
 /// mlx-lm's name for the weights.
 pub(crate) const WEIGHTS_FILE: &str = "adapters.safetensors";
@@ -41,7 +42,7 @@ impl Format for Mlx {
             needs_base: false,
             keeps_posterior: false,
             has_peft_settings: false,
-            runtimes: &[],
+            runtimes: &[Runtime::Mlx],
         }
     }
 

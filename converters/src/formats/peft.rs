@@ -36,7 +36,7 @@ impl Format for Peft {
             needs_base: false,
             keeps_posterior: true,
             has_peft_settings: true,
-            runtimes: &Runtime::ALL,
+            runtimes: &Runtime::OF_PEFT,
         }
     }
 

@@ -421,3 +421,52 @@ fn experts_as_modules_are_not_written_for_mlx() {
     );
     assert!(!out.exists());
 }
+
+#[test]
+fn what_is_written_for_mlx_is_what_mlx_loads() {
+    let scratch = tempfile::tempdir().expect("temporary directory");
+    let mlx = crate::format_named("mlx").expect("known");
+    let codes = |path: &Path, base: Option<&ModelFiles>| -> Vec<&str> {
+        let problems = validate_path(path, base, &[Runtime::Mlx]).expect("a report");
+        problems.iter().map(|problem| problem.code).collect()
+    };
+    assert_eq!(codes(&case("moe-per-expert"), None), ["format"]);
+    let base = base("base-tied");
+    let adapter = Adapter::read_on(&case("lmhead-tied"), &base).expect("a copy of the base's");
+    let out = scratch.path().join("tied");
+    mlx.write(&adapter, &out, &crate::LoraOptions::default(), None)
+        .expect("written");
+    assert_eq!(codes(&out, Some(&base)), ["lm-head"]);
+    let plain = Adapter::read(&case("alpha-full-prefix")).expect("readable");
+    let out = scratch.path().join("plain");
+    mlx.write(&plain, &out, &crate::LoraOptions::default(), None)
+        .expect("written");
+    assert_eq!(codes(&out, None), [""; 0]);
+}
+
+#[test]
+fn heads_of_another_number_are_other_shapes() {
+    let mut config = base("tiny-llama").config().clone();
+    config["num_attention_heads"] = 8.into();
+    config["num_key_value_heads"] = 2.into();
+    config.shift_remove("head_dim");
+    let shape = crate::architecture::ModelShape::from_config(&config).expect("a model");
+    let adapter = Adapter::read_dir(&fixtures::named("all-linear").dir).expect("an adapter");
+    let problems = adapter
+        .check_modules(&shape.linear_modules())
+        .expect("no pattern");
+    assert!(
+        problems
+            .iter()
+            .any(|problem| problem.code == "shape" && problem.at.contains("k_proj")),
+        "{problems:?}"
+    );
+    let same =
+        crate::architecture::ModelShape::from_config(base("tiny-llama").config()).expect("a model");
+    assert_eq!(
+        adapter
+            .check_modules(&same.linear_modules())
+            .expect("no pattern"),
+        []
+    );
+}

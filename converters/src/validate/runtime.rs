@@ -22,14 +22,33 @@ pub enum Runtime {
     LlamaCpp,
     /// PEFT 0.20 and later.
     Peft,
+    /// mlx-lm, which reads directories of its own form alone.
+    Mlx,
 }
 
 /// Names on the command line, in the order of [`Runtime::ALL`].
-const NAMES: [&str; 5] = ["mistralrs", "mistralrs-0.9", "vllm", "llamacpp", "peft"];
+const NAMES: [&str; 6] = [
+    "mistralrs",
+    "mistralrs-0.9",
+    "vllm",
+    "llamacpp",
+    "peft",
+    "mlx",
+];
 
 impl Runtime {
     /// Every runtime that is known.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
+        Self::Mistralrs,
+        Self::Mistralrs09,
+        Self::Vllm,
+        Self::LlamaCpp,
+        Self::Peft,
+        Self::Mlx,
+    ];
+
+    /// Those that read PEFT directories.
+    pub const OF_PEFT: [Self; 5] = [
         Self::Mistralrs,
         Self::Mistralrs09,
         Self::Vllm,

@@ -7,20 +7,20 @@ use crate::validate::runtime::Runtime;
 /// refused; i, left unread, so the adapter loads and computes something else; n, refused by newer versions and left
 /// unread by older ones. From the sources of mistral.rs (`lora/mod.rs`, later `validate_dynamic`), of vLLM
 /// (`peft_helper.py`) and of llama.cpp (`convert_lora_to_gguf.py`, which stops at tensors that are neither A nor B, and
-/// reads no key but `lora_alpha`).
+/// reads no key but `lora_alpha`). mlx-lm reads nothing of PEFT's, and its own DoRA as it was trained.
 const FATES: [(&str, &str); 12] = [
-    ("dora", "irrra"),
-    ("bias", "irrra"),
-    ("modules-to-save", "irrra"),
-    ("stored-weight", "irrra"),
-    ("embedding", "iraaa"),
-    ("trainable-tokens", "irrra"),
-    ("layer-replication", "irnia"),
-    ("alora", "irnaa"),
-    ("arrow", "iriia"),
-    ("qalora", "irnia"),
-    ("bdlora", "irnia"),
-    ("init", "irnia"),
+    ("dora", "irrraa"),
+    ("bias", "irrraa"),
+    ("modules-to-save", "irrraa"),
+    ("stored-weight", "irrraa"),
+    ("embedding", "iraaaa"),
+    ("trainable-tokens", "irrraa"),
+    ("layer-replication", "irniaa"),
+    ("alora", "irnaaa"),
+    ("arrow", "iriiaa"),
+    ("qalora", "irniaa"),
+    ("bdlora", "irniaa"),
+    ("init", "irniaa"),
 ];
 
 /// Whether `runtime` refuses every adapter with a feature of this code.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
+use monteclora_converters::Tensor;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -280,6 +281,62 @@ fn a_quantised_adapter_equals_the_quantised_merged_model() {
     let exact = &expected(&case).logits["logits"];
     let rounding = max_difference(&served[0], &exact[0]);
     assert!(rounding > 0.0, "nothing was quantised");
+}
+
+/// The head of a tied base becomes a weight of its own, in memory as in a merged model; the embedding stays as it is.
+#[test]
+fn an_adapted_head_of_a_tied_base_is_served_as_it_is_merged() {
+    let case = servable();
+    let tied = changed(&case.base, "config.json", |config| {
+        config["tie_word_embeddings"] = json!(true);
+    });
+    let untied = monteclora_converters::ModelFiles::open(&case.base).expect("readable");
+    let embedding = untied.get("model.embed_tokens.weight").expect("there");
+    let tensors: Vec<(String, Tensor)> = untied
+        .names()
+        .filter(|name| *name != "lm_head.weight")
+        .map(|name| (name.to_owned(), untied.get(name).expect("listed")))
+        .collect();
+    let [rows, columns] = *embedding.shape() else {
+        panic!("a matrix");
+    };
+    let weights = tied.path().join("model.safetensors");
+    monteclora_converters::write_safetensors(&weights, tensors, &Default::default())
+        .expect("written");
+    let files = monteclora_converters::ModelFiles::open(tied.path()).expect("readable");
+
+    let mut adapter = monteclora_converters::Adapter::read(&case.adapter)
+        .expect("readable")
+        .to_lora(None)
+        .expect("float")
+        .0;
+    let mut head = adapter.sites[0].clone();
+    let values = |n: usize| (0..n).map(|idx| (idx % 7) as f32 / 7.0 - 0.5).collect();
+    head.name = "lm_head".to_owned();
+    head.lora_a =
+        Tensor::from_f32(&[head.rank, columns], values(head.rank * columns)).expect("sized");
+    head.lora_b = Tensor::from_f32(&[rows, head.rank], values(rows * head.rank)).expect("sized");
+    adapter.sites.push(head);
+    adapter
+        .sites
+        .sort_by(|left, right| left.name.cmp(&right.name));
+    let names = adapter.sites.iter().map(|site| site.name.clone());
+    adapter.config.target_modules = monteclora_converters::TargetModules::List(names.collect());
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (source, merged) = (dir.path().join("adapter"), dir.path().join("merged"));
+    adapter.write_peft(&source, false).expect("written");
+    let carried = monteclora_converters::Carried::default();
+    let report = monteclora_converters::merge_dir(&files, &adapter, &merged, None, &carried);
+    assert!(report.expect("merged").untied);
+
+    let tokens = expected(&case).sequences;
+    let logits = |builder: crate::MonteCloraLoaderBuilder| {
+        crate::prompt_logits(&builder.build().expect("sound"), &tokens).expect("computed")
+    };
+    let served = logits(MonteCloraLoader::builder(tied.path(), "adapted").adapter(&source));
+    assert_eq!(served, logits(MonteCloraLoader::builder(&merged, "merged")));
+    let base = logits(MonteCloraLoader::builder(tied.path(), "base"));
+    assert!(max_difference(&served[0], &base[0]) > 0.01);
 }
 
 #[test]
