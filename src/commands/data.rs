@@ -111,7 +111,9 @@ impl Request {
         if whole {
             (options.max_seq_length, options.overlong) = (usize::MAX, Overlong::Error);
         }
-        let encoder = Encoder::from_dir(&base.dir, model.chat_template.as_deref(), options)?;
+        let variables = self.data.template_variables.clone();
+        let template = model.chat_template.as_deref();
+        let encoder = Encoder::with_variables(&base.dir, template, variables, options)?;
         encoder.tokenizer().check_vocab(config.vocab_size)?;
         Ok((encoder, limit))
     }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
-use monteclora_converters::{Adapter, ModelFiles, Problem, other_conversation};
+use monteclora_converters::{
+    Adapter, ModelFiles, Problem, jinja::recorded_variables, other_conversation,
+};
 
 use super::{device, weight_type};
 use crate::cli::ModelArgs;
@@ -52,6 +54,7 @@ impl Opened {
             let problem = format!("--posterior-samples {n_draws}: expected at most {MOST}");
             bail!(Problem::usage(problem));
         }
+        let adapter_dir = adapter;
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = read_shape(&base.dir)?;
         if let Some(path) = adapter {
@@ -71,7 +74,8 @@ impl Opened {
             remedies: Remedies::Flags,
         };
         let template = model.options.chat_template.as_deref();
-        let encoder = Encoder::from_dir(&base.dir, template, options)?;
+        let variables = adapter_dir.map(recorded_variables).unwrap_or_default();
+        let encoder = Encoder::with_variables(&base.dir, template, variables, options)?;
         encoder.tokenizer().check_vocab(config.vocab_size)?;
         Ok(Self {
             adapter,

@@ -6,6 +6,7 @@ use std::{
 };
 
 use monteclora_adapters::methods::monteclora::{self, MonteCloraConfig, Preset};
+use monteclora_converters::jinja::FIXED;
 use monteclora_converters::{Problem, Problems};
 use toml::Table;
 
@@ -179,6 +180,13 @@ fn data(document: &mut Document, config: &mut DataConfig) {
     );
     if let Some(length) = config.max_seq_length {
         document.count("data.max_seq_length", 2, length as u64);
+    }
+    for name in config.template_variables.keys() {
+        document.that(
+            "data.template_variables",
+            !FIXED.contains(&name.as_str()),
+            format!("`{name}` is what a conversation sets itself; remove it"),
+        );
     }
     document.path("data.valid", config.valid.as_ref());
     if config.valid.is_none() && directory_has(&config.train, Split::Valid) {

@@ -10,6 +10,7 @@ use monteclora_adapters::weights::{KINDS, Kind};
 use monteclora_converters::Problem;
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
 
 use crate::data::{
     BatchOptions, EncodeOptions, FieldNames, Overlong, Remedies, RowFormat, RowSchema, TrainOn,
@@ -152,6 +153,9 @@ section! {
         pub fields: FieldNames = FieldNames::default(),
         /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
         pub apply_chat_template: bool = true,
+        /// Variables of the chat template, such as `{ enable_thinking = false }`; those of a row win.
+        #[serde(skip_serializing_if = "Map::is_empty")]
+        pub template_variables: Map<String, Value> = Map::new(),
         /// Which turns of a conversation carry loss.
         pub train_on: TrainOn = TrainOn::Assistant,
         /// Longest example in tokens, at least 2; `None` is min(1024, the model's max_position_embeddings).

@@ -7,12 +7,13 @@ use std::time::SystemTime;
 
 use monteclora_converters::{Error, Problem};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{
     error::{bad_data, field_problem},
+    printed::refuse_unprinted,
     rows::{Message, Role, Row, RowContent},
-    template::ChatTemplate,
+    template::{Beside, ChatTemplate},
     tokenizer::{SpannedToken, Tokenizer},
 };
 
@@ -165,7 +166,8 @@ pub struct ChoiceTokens {
 /// # The loss mask
 /// Turn `i` is what rendering `messages[..=i]` adds to rendering `messages[..i]` with the generation prompt; the
 /// byte ranges are carried to tokens by the tokenizer's offsets. White space after the end-of-turn token is not
-/// trained, as it is never generated. Where a later message changes how an earlier turn is printed (templates that
+/// trained, as it is never generated. Where the template has `{% generation %}` blocks, these say what of the turns is trained,
+/// as transformers' `return_assistant_tokens_mask`. Where a later message changes how an earlier turn is printed (templates that
 /// strip thinking), the row becomes one example a turn, each the very text the model would see.
 #[derive(Debug)]
 pub struct Encoder {
@@ -197,8 +199,22 @@ impl Encoder {
         chat_template: Option<&Path>,
         options: EncodeOptions,
     ) -> Result<Arc<Self>, Error> {
+        Self::with_variables(dir, chat_template, Map::new(), options)
+    }
+
+    /// As [`Self::from_dir`], with variables that the template gets for every conversation.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`].
+    pub fn with_variables(
+        dir: &Path,
+        chat_template: Option<&Path>,
+        variables: Map<String, Value>,
+        options: EncodeOptions,
+    ) -> Result<Arc<Self>, Error> {
         let tokenizer = Tokenizer::from_dir(dir)?;
         let template = ChatTemplate::from_dir(dir, chat_template, SystemTime::now())?;
+        let template = template.map(|template| template.with_variables(variables));
         Ok(Arc::new(Self::new(tokenizer, template, options)))
     }
 
@@ -236,7 +252,14 @@ impl Encoder {
     /// # Errors
     /// If there is no template, or it or the tokenizer refuses.
     pub fn prompt_tokens(&self, messages: &[Message], tools: &[Value]) -> Result<Vec<u32>, Error> {
-        let text = self.chat_template()?.render(messages, tools, true)?;
+        let variables = &Map::new();
+        self.opened(messages, Beside { tools, variables })
+    }
+
+    fn opened(&self, messages: &[Message], beside: Beside<'_>) -> Result<Vec<u32>, Error> {
+        let template = self.chat_template()?;
+        refuse_unprinted(template, messages, beside)?;
+        let text = template.render_with(messages, beside, true)?.text;
         Ok(ids(self.tokenizer.encode_spans(&text)?))
     }
 
@@ -258,10 +281,11 @@ impl Encoder {
     /// # Errors
     /// As [`Self::encode_row`]; text rows have no prompt.
     pub fn row_prompt(&self, row: &Row) -> Result<Vec<u32>, Error> {
+        let variables = &row.variables;
         match &row.content {
             RowContent::Conversation { messages, tools } => {
                 let end = last(Role::Assistant, messages).unwrap_or(messages.len());
-                self.prompt_tokens(&messages[..end], tools)
+                self.opened(&messages[..end], Beside { tools, variables })
             }
             RowContent::Prompt {
                 system,
@@ -269,7 +293,8 @@ impl Encoder {
                 tools,
                 ..
             } if self.options.apply_chat_template => {
-                self.prompt_tokens(&asked(system.as_deref(), prompt), tools)
+                let beside = Beside { tools, variables };
+                self.opened(&asked(system.as_deref(), prompt), beside)
             }
             RowContent::Prompt {
                 system,
@@ -277,7 +302,7 @@ impl Encoder {
                 tools,
                 ..
             } => {
-                refuse_unprinted(system.as_deref(), tools)?;
+                refuse_without_template(system.as_deref(), tools)?;
                 self.plain_prompt_tokens(prompt)
             }
             RowContent::Text(_) => refuse(
@@ -294,13 +319,14 @@ impl Encoder {
     /// For a row that the template refuses, that has no token to train on, or that is too long where
     /// [`Overlong::Error`] holds; [`super::fault_of_row`] tells these from faults of the model.
     pub fn encode_row(&self, row: &Row) -> Result<EncodedRow, Error> {
+        let variables = &row.variables;
         let (field, examples) = match &row.content {
             RowContent::Conversation { messages, tools } => (
                 "messages",
-                self.conversation(messages, tools, self.options.train_on)?,
+                self.conversation(messages, Beside { tools, variables }, self.options.train_on)?,
             ),
             RowContent::Prompt { completion, .. } => {
-                let example = self.prompt_and_completion(&row.content, completion)?;
+                let example = self.prompt_and_completion(row, completion)?;
                 ("completion", vec![example])
             }
             RowContent::Text(text) => {
@@ -326,21 +352,23 @@ impl Encoder {
             return Ok(None);
         };
         let texts = asked.texts.iter().enumerate();
-        let choices = texts.map(|(idx, text)| self.choice(&row.content, idx, text));
+        let choices = texts.map(|(idx, text)| self.choice(row, idx, text));
         Ok(Some(ChoiceSet {
             choices: choices.collect::<Result<_, _>>()?,
             answer: asked.answer,
         }))
     }
 
-    fn choice(&self, content: &RowContent, idx: usize, text: &str) -> Result<ChoiceTokens, Error> {
-        let answered = match content {
-            RowContent::Prompt { .. } => Some(self.prompt_and_completion(content, text)?),
+    fn choice(&self, row: &Row, idx: usize, text: &str) -> Result<ChoiceTokens, Error> {
+        let variables = &row.variables;
+        let answered = match &row.content {
+            RowContent::Prompt { .. } => Some(self.prompt_and_completion(row, text)?),
             RowContent::Conversation { messages, tools } => match last(Role::Assistant, messages) {
                 Some(end) => {
                     let mut messages = messages[..=end].to_vec();
                     messages[end] = messages[end].with_content(text);
-                    self.conversation(&messages, tools, TrainOn::LastAssistant)?
+                    let beside = Beside { tools, variables };
+                    self.conversation(&messages, beside, TrainOn::LastAssistant)?
                         .pop()
                 }
                 None => None,
@@ -410,17 +438,13 @@ impl Encoder {
     }
 
     /// The example of a row of prompt and completion, with `completion` in the place of its own.
-    fn prompt_and_completion(
-        &self,
-        content: &RowContent,
-        completion: &str,
-    ) -> Result<Example, Error> {
+    fn prompt_and_completion(&self, row: &Row, completion: &str) -> Result<Example, Error> {
         let RowContent::Prompt {
             system,
             prompt,
             tools,
             ..
-        } = content
+        } = &row.content
         else {
             return refuse("row", "has no prompt", "expected prompt and completion");
         };
@@ -428,10 +452,12 @@ impl Encoder {
         if self.options.apply_chat_template {
             let mut messages = asked(system, prompt);
             messages.push(Message::new(Role::Assistant, completion));
-            let mut examples = self.conversation(&messages, tools, TrainOn::LastAssistant)?;
+            let variables = &row.variables;
+            let beside = Beside { tools, variables };
+            let mut examples = self.conversation(&messages, beside, TrainOn::LastAssistant)?;
             return Ok(examples.swap_remove(0));
         }
-        refuse_unprinted(system, tools)?;
+        refuse_without_template(system, tools)?;
         let mut input_ids = self.plain_prompt_tokens(prompt)?;
         let mut loss_mask = vec![false; input_ids.len()];
         let tokens = self.tokenizer.encode(self.ended(completion), false)?;
@@ -472,10 +498,11 @@ impl Encoder {
     fn conversation(
         &self,
         messages: &[Message],
-        tools: &[Value],
+        beside: Beside<'_>,
         train_on: TrainOn,
     ) -> Result<Vec<Example>, Error> {
         let template = self.chat_template()?;
+        refuse_unprinted(template, messages, beside)?;
         let asks_in_vain = |message: &Message| {
             message.must_train() && message.role() != Role::Assistant && train_on != TrainOn::All
         };
@@ -485,12 +512,20 @@ impl Encoder {
             return refuse(format!("messages[{turn}]"), problem, fix);
         }
         if train_on == TrainOn::All {
-            return Ok(vec![self.whole_conversation(template, messages, tools)?]);
+            return Ok(vec![self.whole_conversation(template, messages, beside)?]);
+        }
+        let trained: Vec<usize> = trained_turns(messages, train_on).collect();
+        let marks = template.marks_generation(!beside.tools.is_empty());
+        if let (true, Some(&last)) = (marks, trained.last()) {
+            let (text, ranges) = marked_turns(template, &messages[..=last], beside, &trained)?;
+            return Ok(vec![self.masked(&text, &ranges, true)?]);
         }
         let mut turns = Vec::new();
-        for turn in trained_turns(messages, train_on) {
-            let prompt = template.render(&messages[..turn], tools, true)?;
-            let text = template.render(&messages[..=turn], tools, false)?;
+        for turn in trained {
+            let prompt = template.render_with(&messages[..turn], beside, true)?.text;
+            let text = template
+                .render_with(&messages[..=turn], beside, false)?
+                .text;
             if !text.starts_with(&prompt) {
                 return refuse(
                     format!("messages[{turn}]"),
@@ -515,11 +550,11 @@ impl Encoder {
         };
         if turns.iter().all(|(_, text)| whole.starts_with(text)) {
             let ranges: Vec<_> = turns.iter().map(|(range, _)| range.clone()).collect();
-            return Ok(vec![self.masked(whole, &ranges)?]);
+            return Ok(vec![self.masked(whole, &ranges, false)?]);
         }
         turns
             .iter()
-            .map(|(range, text)| self.masked(text, std::slice::from_ref(range)))
+            .map(|(range, text)| self.masked(text, std::slice::from_ref(range), false))
             .collect()
     }
 
@@ -528,16 +563,16 @@ impl Encoder {
         &self,
         template: &ChatTemplate,
         messages: &[Message],
-        tools: &[Value],
+        beside: Beside<'_>,
     ) -> Result<Example, Error> {
-        let text = template.render(messages, tools, false)?;
+        let text = template.render_with(messages, beside, false)?.text;
         let mut context = Vec::new();
         for idx in (0..messages.len()).filter(|idx| !messages[*idx].trained()) {
             let before = match idx {
                 0 => String::new(),
-                _ => template.render(&messages[..idx], tools, false)?,
+                _ => template.render_with(&messages[..idx], beside, false)?.text,
             };
-            let with = template.render(&messages[..=idx], tools, false)?;
+            let with = template.render_with(&messages[..=idx], beside, false)?.text;
             if !text.starts_with(&with) || !with.starts_with(&before) {
                 return refuse(
                     format!("messages[{idx}]"),
@@ -555,8 +590,9 @@ impl Encoder {
         })
     }
 
-    /// Tokenises a rendered conversation and trains the tokens of the byte ranges, each up to its end-of-turn token.
-    fn masked(&self, text: &str, ranges: &[Range<usize>]) -> Result<Example, Error> {
+    /// Tokenises a rendered conversation and trains the tokens of the byte ranges, each up to its end-of-turn token; `whole` ones
+    /// to their end.
+    fn masked(&self, text: &str, ranges: &[Range<usize>], whole: bool) -> Result<Example, Error> {
         let tokens = self.tokenizer.encode_spans(text)?;
         let mut loss_mask = vec![false; tokens.len()];
         for range in ranges {
@@ -570,6 +606,7 @@ impl Encoder {
                     let after = tokens[inside[position]].bytes.end.min(range.end);
                     text[after..range.end].trim().is_empty()
                 });
+            let end_of_turn = end_of_turn.filter(|_| !whole);
             let n_kept = end_of_turn.map_or(inside.len(), |position| position + 1);
             for &idx in &inside[..n_kept] {
                 loss_mask[idx] = true;
@@ -624,6 +661,48 @@ impl Encoder {
     }
 }
 
+/// The text up to the last of the `trained` turns, and what the template's generation markers mark of these. Markers belong to the
+/// turn that brings them; where every answer is trained, they are all taken.
+fn marked_turns(
+    template: &ChatTemplate,
+    messages: &[Message],
+    beside: Beside<'_>,
+    trained: &[usize],
+) -> Result<(String, Vec<Range<usize>>), Error> {
+    let rendered = template.render_with(messages, beside, false)?;
+    let answers = (0..messages.len()).filter(|idx| messages[*idx].role() == Role::Assistant);
+    let answers: Vec<usize> = answers.collect();
+    let mut ranges = Vec::new();
+    if answers == trained {
+        ranges.clone_from(&rendered.generation);
+    } else {
+        let mut n_before = 0;
+        for turn in answers {
+            let until = template.render_with(&messages[..=turn], beside, false)?;
+            let n_until = until.generation.len();
+            if n_until < n_before || n_until > rendered.generation.len() {
+                return refuse(
+                    format!("messages[{turn}]"),
+                    "a later message changes what the chat template's generation markers mark, so the turns cannot be told apart",
+                    "train every answer (train_on = \"assistant\"), or give a template without generation markers with --chat-template",
+                );
+            }
+            if trained.contains(&turn) {
+                ranges.extend_from_slice(&rendered.generation[n_before..n_until]);
+            }
+            n_before = n_until;
+        }
+    }
+    if ranges.iter().all(Range::is_empty) {
+        return refuse(
+            "messages",
+            "the chat template's generation markers mark nothing of it",
+            "correct the template, or give another one with --chat-template",
+        );
+    }
+    Ok((rendered.text, ranges))
+}
+
 /// The turns before the completion of a prompt row.
 fn asked(system: Option<&str>, prompt: &str) -> Vec<Message> {
     let system = system.map(|text| Message::new(Role::System, text));
@@ -632,7 +711,7 @@ fn asked(system: Option<&str>, prompt: &str) -> Vec<Message> {
 }
 
 /// Without the chat template nothing prints what stands beside a prompt.
-fn refuse_unprinted(system: Option<&str>, tools: &[Value]) -> Result<(), Error> {
+fn refuse_without_template(system: Option<&str>, tools: &[Value]) -> Result<(), Error> {
     let field = match system {
         Some(_) => "system",
         None if !tools.is_empty() => "tools",

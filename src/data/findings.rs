@@ -6,8 +6,10 @@ use std::fmt;
 use serde_json::{Map, Value};
 
 use super::{
-    example::{Encoder, Example},
+    example::{Encoder, Example, TrainOn},
+    printed::printed_null,
     rows::{Message, Notes, Role, Row, RowContent, is_for_templates},
+    template::Beside,
 };
 
 /// One kind of finding.
@@ -33,11 +35,15 @@ pub enum Finding {
     OwnEnd,
     /// Arguments of a tool call that were JSON text and are an object now.
     DecodedArguments,
+    /// Null content that the chat template prints as the word None.
+    PrintedNull,
+    /// The chat template's generation markers say what is trained.
+    Marked,
 }
 
 impl Finding {
     /// The kinds with a fixed name, and their names in JSON.
-    pub const COUNTS: [(Self, &'static str); 7] = [
+    pub const COUNTS: [(Self, &'static str); 9] = [
         (Self::ControlToken, "control_tokens"),
         (Self::DoubledBegin, "doubled_begins"),
         (Self::DoubledEnd, "doubled_ends"),
@@ -45,11 +51,16 @@ impl Finding {
         (Self::OwnBegin, "own_begins"),
         (Self::OwnEnd, "own_ends"),
         (Self::DecodedArguments, "decoded_arguments"),
+        (Self::PrintedNull, "printed_nulls"),
+        (Self::Marked, "generation_markers"),
     ];
 
     /// Whether it is to be said before a run, too; the others are as they should be.
     fn is_warning(&self) -> bool {
-        !matches!(self, Self::OwnBegin | Self::OwnEnd | Self::DecodedArguments)
+        !matches!(
+            self,
+            Self::OwnBegin | Self::OwnEnd | Self::DecodedArguments | Self::Marked
+        )
     }
 }
 
@@ -66,6 +77,10 @@ impl fmt::Display for Finding {
             Self::OwnBegin => "text with its own begin token, which gets no other",
             Self::OwnEnd => "text with its own end token, which gets no other",
             Self::DecodedArguments => "tool arguments as JSON text, decoded",
+            Self::PrintedNull => {
+                "null content that the chat template prints as the word None: write \"\" for it"
+            }
+            Self::Marked => "the chat template's generation markers say what is trained",
         };
         f.write_str(text)
     }
@@ -191,6 +206,23 @@ pub(super) fn of_row(row: &Row, encoder: Option<&Encoder>) -> Vec<(Finding, Stri
     let is_read = |key: &str| template.is_some_and(|template| template.mentions_key(key));
     let unread = for_template.iter().filter(|key| !is_read(&name_of(key)));
     found.extend(unread.map(|key| plain(Finding::Unread(key.clone()))));
+    let has_tools = match &row.content {
+        RowContent::Conversation { tools, .. } | RowContent::Prompt { tools, .. } => {
+            !tools.is_empty()
+        }
+        RowContent::Text(_) => false,
+    };
+    if let (Some(template), RowContent::Conversation { messages, tools }) = (template, &row.content)
+    {
+        let variables = &row.variables;
+        if let Some(turn) = printed_null(template, messages, Beside { tools, variables }) {
+            found.push((Finding::PrintedNull, format!("messages[{turn}]")));
+        }
+    }
+    let is_marked = template.is_some_and(|template| template.marks_generation(has_tools));
+    if is_marked && encoder.options().train_on != TrainOn::All {
+        found.push(plain(Finding::Marked));
+    }
     for name in row.variables.keys().filter(|name| !is_mentioned(name)) {
         let column = match name.as_str() {
             "documents" => name.clone(),

@@ -13,6 +13,7 @@ mod dataset;
 mod error;
 mod example;
 mod findings;
+mod printed;
 mod row_file;
 mod rows;
 mod source;

@@ -1,43 +1,48 @@
-//! The model's chat template: found, normalised and rendered as mistral.rs and transformers do.
+//! The model's chat template: found, compiled and rendered as transformers does.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    time::SystemTime,
-};
+use std::{path::Path, sync::OnceLock, time::SystemTime};
 
-use minijinja::{Environment, Value};
 use monteclora_converters::{
-    Error, Problem,
-    jinja::{add_variables, describe, environment, strftime, to_minijinja},
+    Error,
+    jinja::{self, Conversation, Rendered, Sources, TOOL_USE, Templates},
 };
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json, json};
 
 use super::{
     error::{RENDER, bad_data},
     rows::Message,
-    tokenizer::{read_json, special_token},
+    tokenizer::read_json,
 };
 
 /// A compiled chat template with the model's special tokens.
 ///
-/// It is compiled in [`environment`]. What a template can see besides the messages is what mistral.rs gives it, so that a
-/// model is trained on the text it will be served with: `enable_thinking` is true, `reasoning_effort` "medium",
-/// `date_string` today.
+/// A template sees what transformers gives it: the messages with the keys that they have, `tools` and `documents` (none where there
+/// are none), `add_generation_prompt`, the special tokens, and the variables that are set; nothing else is defined.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
-    origin: PathBuf,
-    source: String,
-    special_tokens: BTreeMap<&'static str, String>,
-    date_string: String,
+    templates: Templates,
+    sources: Sources,
+    special_tokens: Map<String, Json>,
+    variables: Map<String, Json>,
+    takes_parts: OnceLock<bool>,
+}
+
+/// What stands beside the messages of a conversation.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Beside<'a> {
+    /// The tools on offer.
+    pub(super) tools: &'a [Json],
+    /// The row's variables, which win over those of the run.
+    pub(super) variables: &'a Map<String, Json>,
 }
 
 impl ChatTemplate {
     /// Finds the template of a model directory: `override_file` if given (Jinja text, or JSON with `chat_template`),
-    /// then `chat_template.jinja`, `tokenizer_config.json`, `chat_template.json`. `None` if the model has none.
+    /// then `chat_template.jinja` with `additional_chat_templates/`, `tokenizer_config.json`, `chat_template.json`.
+    /// `None` if the model has none.
     ///
-    /// `now` is what the template takes for the current time; a resumed run passes the time of its first start.
+    /// `now` is what the template takes for the current time; a resumed run passes
+    /// the time of its first start.
     ///
     /// # Errors
     /// For an override that cannot be read, or a malformed file.
@@ -48,59 +53,67 @@ impl ChatTemplate {
     ) -> Result<Option<Self>, Error> {
         let config = read_json(&dir.join("tokenizer_config.json"))?;
         let special_map = read_json(&dir.join("special_tokens_map.json"))?;
-        let special_tokens = ["bos_token", "eos_token", "unk_token", "pad_token"]
-            .into_iter()
-            .filter_map(|key| {
-                let token = special_token(config.as_ref(), key)
-                    .or_else(|| special_token(special_map.as_ref(), key));
-                Some((key, token?))
-            })
-            .collect();
-        let Some((origin, sources)) = find_sources(dir, override_file, config.as_ref())? else {
+        let special_tokens = jinja::special_tokens(config.as_ref(), special_map.as_ref());
+        let Some(sources) = jinja::find(dir, override_file)? else {
             return Ok(None);
         };
-        Self::compile(origin, sources, special_tokens, now).map(Some)
+        let templates = Templates::compile(sources.named.clone(), move || now).map_err(|found| {
+            let reasons: Vec<String> = found
+                .into_iter()
+                .map(|(name, reason)| match sources.named.len() {
+                    1 => reason,
+                    _ => format!("`{name}`: {reason}"),
+                })
+                .collect();
+            Error::malformed(
+                &sources.origin,
+                format!(
+                    "the chat template is not valid Jinja: {}; give a corrected one with --chat-template",
+                    reasons.join("; ")
+                ),
+            )
+        })?;
+        Ok(Some(Self {
+            templates,
+            sources,
+            special_tokens,
+            variables: Map::new(),
+            takes_parts: OnceLock::new(),
+        }))
     }
 
-    fn compile(
-        origin: PathBuf,
-        sources: Sources,
-        special_tokens: BTreeMap<&'static str, String>,
-        now: SystemTime,
-    ) -> Result<Self, Error> {
-        let mut environment = environment(move || now);
-        let source = to_minijinja(&sources.default);
-        let tool_use = sources.tool_use.as_deref().map(to_minijinja);
-        for (name, source) in [("default", Some(source.clone())), ("tool_use", tool_use)] {
-            let Some(source) = source else { continue };
-            environment
-                .add_template_owned(name, source)
-                .map_err(|error| {
-                    let problem = describe(&error);
-                    Error::malformed(
-                        &origin,
-                        format!("the chat template is not valid Jinja: {problem}; give a corrected one with --chat-template"),
-                    )
-                })?;
-        }
-        Ok(Self {
-            environment,
-            origin,
-            source,
-            special_tokens,
-            date_string: strftime(now, "%d, %B, %Y").unwrap_or_default(),
-        })
+    /// The same, with variables that every conversation gets; a row's own win.
+    pub fn with_variables(mut self, variables: Map<String, Json>) -> Self {
+        self.variables = variables;
+        self.takes_parts = OnceLock::new();
+        self
     }
 
     /// The file that the template was read from.
     pub fn origin(&self) -> &Path {
-        &self.origin
+        &self.sources.origin
     }
 
-    /// The default template's text as it is compiled: Python's `[::-1]`, descending ranges and `generation` blocks
-    /// rewritten to what minijinja knows.
+    /// The text of the template for conversations without tools, or of the only one.
     pub fn source(&self) -> &str {
-        &self.source
+        let named = &self.sources.named;
+        let source = named.get(jinja::DEFAULT);
+        source
+            .or_else(|| named.values().next())
+            .map_or("", String::as_str)
+    }
+
+    /// The text of the template, or of all of them where there are several: what the rendered text depends on.
+    pub fn content(&self) -> String {
+        match self.sources.named.len() {
+            0 | 1 => self.source().to_owned(),
+            _ => {
+                let named = self.sources.named.iter();
+                named
+                    .map(|(name, text)| format!("{name}\n{text}\n"))
+                    .collect()
+            }
+        }
     }
 
     /// Whether any of its templates has a variable's name, as a whole word.
@@ -115,8 +128,7 @@ impl ChatTemplate {
 
     fn has_word(&self, name: &str, follows: fn(&str) -> bool) -> bool {
         let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
-        self.environment.templates().any(|(_, template)| {
-            let source = template.source();
+        self.sources.named.values().any(|source| {
             source.match_indices(name).any(|(start, _)| {
                 let (before, after) = (&source[..start], &source[start + name.len()..]);
                 !before.ends_with(is_word) && !after.starts_with(is_word) && follows(before)
@@ -124,16 +136,21 @@ impl ChatTemplate {
         })
     }
 
-    /// Whether the rendered text depends on the date, so that a resumed run has to keep the first start's.
-    pub fn depends_on_date(&self) -> bool {
-        self.environment.templates().any(|(_, template)| {
-            ["strftime_now", "date_string"]
-                .iter()
-                .any(|name| template.source().contains(name))
-        })
+    /// Whether `{% generation %}` says what is trained of a conversation with tools, or without.
+    pub fn marks_generation(&self, has_tools: bool) -> bool {
+        self.templates
+            .marks_generation(self.sources.name_for(has_tools))
     }
 
-    /// The text of a conversation.
+    /// Whether the rendered text depends on the date, so that a resumed run has to keep the first start's.
+    pub fn depends_on_date(&self) -> bool {
+        self.sources
+            .named
+            .values()
+            .any(|source| source.contains("strftime_now"))
+    }
+
+    /// The text of a conversation, without variables of its own.
     ///
     /// # Errors
     /// With the template's own message.
@@ -143,101 +160,115 @@ impl ChatTemplate {
         tools: &[Json],
         add_generation_prompt: bool,
     ) -> Result<String, Error> {
-        let messages: Vec<_> = messages.iter().map(Message::fields_of_text).collect();
-        let mut context: BTreeMap<&str, Value> = self
-            .special_tokens
-            .iter()
-            .map(|(key, token)| (*key, Value::from(token.as_str())))
-            .collect();
-        context.insert("messages", Value::from_serialize(&messages));
-        context.insert("add_generation_prompt", add_generation_prompt.into());
-        context.insert("date_string", self.date_string.as_str().into());
-        add_variables(&mut context, tools);
-        let named = match tools {
-            [] => "default",
-            _ => "tool_use",
+        let variables = Map::new();
+        let beside = Beside {
+            tools,
+            variables: &variables,
         };
-        self.environment
-            .get_template(named)
-            .or_else(|_| self.environment.get_template("default"))
-            .and_then(|template| template.render(Value::from_serialize(context)))
-            .map_err(|error| {
-                let refusal = describe(&error);
-                bad_data(
-                    RENDER,
-                    format!("the chat template refuses the conversation: {refusal}"),
-                )
+        let rendered = self.render_with(messages, beside, add_generation_prompt)?;
+        Ok(rendered.text)
+    }
+
+    /// The text of a conversation, and what of it is marked.
+    pub(super) fn render_with(
+        &self,
+        messages: &[Message],
+        beside: Beside<'_>,
+        add_generation_prompt: bool,
+    ) -> Result<Rendered, Error> {
+        let fields: Vec<_> = messages.iter().map(|m| self.fields(m)).collect();
+        self.render_fields(&fields, beside, add_generation_prompt)
+    }
+
+    /// A message's keys as the template gets them: parts are one text for a template that only takes texts.
+    pub(super) fn fields(&self, message: &Message) -> Map<String, Json> {
+        let is_list = message.fields().get("content").is_some_and(Json::is_array);
+        match is_list && !self.takes_parts() {
+            true => message.fields_of_text(),
+            false => message.fields().clone(),
+        }
+    }
+
+    /// Whether it shows the text of a part, and not the part as Python writes it.
+    fn takes_parts(&self) -> bool {
+        *self.takes_parts.get_or_init(|| {
+            let content = json!([{"type": "text", "text": "first-part"}]);
+            let mut message = Map::new();
+            message.insert("role".to_owned(), "user".into());
+            message.insert("content".to_owned(), content);
+            let variables = Map::new();
+            let beside = Beside {
+                tools: &[],
+                variables: &variables,
+            };
+            let rendered = self.render_fields(&[message], beside, false);
+            rendered.is_ok_and(|rendered| {
+                rendered.text.contains("first-part") && !rendered.text.contains("'first-part'")
             })
+        })
+    }
+
+    /// [`Self::render_with`] of messages as the template gets them.
+    pub(super) fn render_fields(
+        &self,
+        messages: &[Map<String, Json>],
+        beside: Beside<'_>,
+        add_generation_prompt: bool,
+    ) -> Result<Rendered, Error> {
+        let name = self.sources.name_for(!beside.tools.is_empty());
+        self.render_named(name, messages, beside, add_generation_prompt)
+    }
+
+    /// What the template for conversations with tools writes where it gets none.
+    pub(super) fn render_without_tools(
+        &self,
+        messages: &[Map<String, Json>],
+        variables: &Map<String, Json>,
+        add_generation_prompt: bool,
+    ) -> Result<Rendered, Error> {
+        let beside = Beside {
+            tools: &[],
+            variables,
+        };
+        let name = self.sources.name_for(true);
+        self.render_named(name, messages, beside, add_generation_prompt)
+    }
+
+    fn render_named(
+        &self,
+        name: &str,
+        messages: &[Map<String, Json>],
+        beside: Beside<'_>,
+        add_generation_prompt: bool,
+    ) -> Result<Rendered, Error> {
+        let conversation = Conversation {
+            messages,
+            tools: beside.tools,
+            add_generation_prompt,
+        };
+        let more = self.variables.iter().chain(beside.variables);
+        let variables = conversation.variables(&self.special_tokens, more);
+        if !self.sources.named.contains_key(name) {
+            return Err(bad_data(
+                RENDER,
+                format!(
+                    "the model has no chat template named `{name}`, only {}, and `{TOOL_USE}` is for rows with tools",
+                    list(self.sources.named.keys())
+                ),
+            ));
+        }
+        self.templates.render(name, &variables).map_err(|refusal| {
+            bad_data(
+                RENDER,
+                format!("the chat template refuses the conversation: {refusal}"),
+            )
+        })
     }
 }
 
-/// The template's text, and the variant for conversations with tools.
-struct Sources {
-    default: String,
-    tool_use: Option<String>,
-}
-
-impl Sources {
-    fn text(default: String) -> Self {
-        Self {
-            default,
-            tool_use: None,
-        }
-    }
-
-    /// What a file of the model has as `chat_template`: a string, or a list of `{"name", "template"}`.
-    fn from_json(json: Option<&Json>) -> Result<Option<Self>, &'static str> {
-        match json.and_then(|json| json.get("chat_template")) {
-            None | Some(Json::Null) => Ok(None),
-            Some(Json::String(text)) => Ok(Some(Self::text(text.clone()))),
-            Some(Json::Array(list)) => {
-                let named = |wanted: &str| {
-                    let entry = list.iter().find(|entry| entry["name"] == wanted)?;
-                    Some(entry["template"].as_str()?.to_owned())
-                };
-                let default = named("default").ok_or("chat_template lists no template named `default`; give one with --chat-template")?;
-                Ok(Some(Self {
-                    default,
-                    tool_use: named("tool_use"),
-                }))
-            }
-            Some(_) => Err("chat_template is neither a string nor a list of named templates"),
-        }
-    }
-}
-
-fn find_sources(
-    dir: &Path,
-    override_file: Option<&Path>,
-    config: Option<&Json>,
-) -> Result<Option<(PathBuf, Sources)>, Error> {
-    let from_json = |path: &Path, json: Option<&Json>| match Sources::from_json(json) {
-        Ok(sources) => Ok(sources.map(|sources| (path.to_owned(), sources))),
-        Err(message) => Err(Error::malformed(path, message)),
-    };
-    if let Some(path) = override_file {
-        let text = std::fs::read_to_string(path).map_err(|source| {
-            Problem::usage(format!("cannot read `{}`: {source}", path.display()))
-        })?;
-        if path.extension().is_none_or(|extension| extension != "json") {
-            return Ok(Some((path.to_owned(), Sources::text(text))));
-        }
-        let found = from_json(path, read_json(path)?.as_ref())?;
-        return found
-            .map(Some)
-            .ok_or_else(|| Error::malformed(path, "has no key `chat_template`"));
-    }
-    let path = dir.join("chat_template.jinja");
-    match std::fs::read_to_string(&path) {
-        Ok(text) => return Ok(Some((path, Sources::text(text)))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(Error::malformed(&path, format!("cannot be read: {error}"))),
-    }
-    if let Some(found) = from_json(&dir.join("tokenizer_config.json"), config)? {
-        return Ok(Some(found));
-    }
-    let path = dir.join("chat_template.json");
-    from_json(&path, read_json(&path)?.as_ref())
+fn list<'a>(names: impl Iterator<Item = &'a String>) -> String {
+    let names: Vec<_> = names.map(|name| format!("`{name}`")).collect();
+    names.join(", ")
 }
 
 #[cfg(test)]
@@ -362,7 +393,7 @@ mod tests {
         let tools = [serde_json::json!({"a": "<it's>"})];
         assert_eq!(
             template.render(&hello(), &tools, false).expect("renders"),
-            r#"[{"a":"\u003cit\u0027s\u003e"}]"#
+            r#"[{"a": "<it's>"}]"#
         );
     }
 
@@ -375,7 +406,7 @@ mod tests {
         );
         assert_eq!(
             template.render(&hello(), &[], false).expect("renders"),
-            "HIHELLO210x26 Jul 2024 26, July, 2024"
+            "HIHELLO210x26 Jul 2024 "
         );
         assert!(template.depends_on_date());
         assert!(!load(LLAMA3_LIKE).depends_on_date());

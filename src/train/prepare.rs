@@ -89,9 +89,10 @@ impl Prepared {
         let max_seq_length = run
             .data
             .max_seq_length_for(model_config.max_position_embeddings);
-        let encoder = Encoder::from_dir(
+        let encoder = Encoder::with_variables(
             &base.dir,
             run.model.chat_template.as_deref(),
+            run.data.template_variables.clone(),
             run.data.encode_options(max_seq_length),
         )?;
         encoder.tokenizer().check_vocab(model_config.vocab_size)?;
@@ -104,7 +105,7 @@ impl Prepared {
         let settings = TrainSettings::new(&run, max_seq_length);
         let fingerprint = base_fingerprint(&files)
             .with_context(|| format!("cannot read the weights in `{}`", base.dir.display()))?;
-        let chat_template_sha256 = encoder.template().map(|t| sha256(t.source().as_bytes()));
+        let chat_template_sha256 = encoder.template().map(|t| sha256(t.content().as_bytes()));
         let tokenizer_sha256 = file_sha256(&base.dir.join("tokenizer.json"));
         let identity = Identity::new(
             &serde_json::to_value(&run)?,

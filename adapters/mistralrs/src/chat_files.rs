@@ -1,10 +1,11 @@
 //! Writes the tokenizer, chat template and end-of-turn tokens for mistral.rs so that a conversation becomes exactly the tokens transformers makes of it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use monteclora_converters::Problem;
+use monteclora_converters::jinja::{self, DEFAULT, Sources};
 use serde_json::{Map, Value, json};
 
 use crate::chat_template::ChatTemplate;
@@ -64,8 +65,8 @@ pub(crate) fn write_chat_files(
     if let Some(eos) = &eos {
         chat["eos_token"] = json!(eos);
     }
-    if let Some((place, mut template)) = find_template(base, template_override, &settings.config)? {
-        if let Err(found) = ChatTemplate::compile(&place, &template, BTreeMap::new()) {
+    if let Some((place, mut template)) = find_template(base, template_override)? {
+        if let Err(found) = ChatTemplate::compile(&place, &template, Map::new()) {
             problems.extend(found);
         }
         if rendered {
@@ -166,51 +167,49 @@ pub(crate) fn chat_template(
     base: &Path,
     template_override: Option<&Path>,
 ) -> Result<Option<ChatTemplate>> {
-    let settings = Settings::read(base)?;
-    let Some((place, template)) = find_template(base, template_override, &settings.config)? else {
+    let Some((place, template)) = find_template(base, template_override)? else {
         return Ok(None);
     };
-    // A token that a model does not have prints nothing.
-    let tokens = ["bos_token", "eos_token", "unk_token"]
-        .map(|key| (key, settings.token(key).unwrap_or_default()));
-    ChatTemplate::compile(&place, &template, BTreeMap::from(tokens))
+    let settings = Settings::read(base)?;
+    let tokens = jinja::special_tokens(Some(&settings.config), Some(&settings.special));
+    ChatTemplate::compile(&place, &template, tokens)
         .map(Some)
         .map_err(|problems| Error::unsupported(base, problems))
 }
 
-/// The template in mistral.rs's order, and where it stands: explicit, `chat_template.jinja`, `tokenizer_config.json`,
-/// `chat_template.json`.
-fn find_template(
-    base: &Path,
-    explicit: Option<&Path>,
-    settings: &Value,
-) -> Result<Option<(String, Value)>> {
-    let keyed = |name: &str, file: &Value| {
-        let template = file.get("chat_template").filter(|value| !value.is_null())?;
-        Some((format!("{name}: chat_template"), template.clone()))
+/// The template as `tokenizer_config.json` has it, a text or a list of named ones, and where it stands.
+fn find_template(base: &Path, explicit: Option<&Path>) -> Result<Option<(String, Value)>> {
+    let found = jinja::find(base, explicit).map_err(|error| match explicit {
+        Some(path) if !path.exists() => Error::not_found(path, "the chat template does not exist"),
+        _ => error.into(),
+    })?;
+    let Some(Sources { origin, named }) = found else {
+        return Ok(None);
     };
-    if let Some(path) = explicit {
-        let text = read_text(path)?
-            .ok_or_else(|| Error::not_found(path, "the chat template does not exist"))?;
-        let name = path.display().to_string();
-        if path.extension().is_none_or(|kind| kind != "json") {
-            return Ok(Some((name, Value::String(text))));
+    let name = match explicit {
+        Some(path) => path.display().to_string(),
+        None => origin
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
+    };
+    let is_json = origin.extension().is_some_and(|kind| kind == "json");
+    let place = if is_json {
+        format!("{name}: chat_template")
+    } else {
+        name
+    };
+    let template = match named.get(DEFAULT) {
+        Some(text) if named.len() == 1 => json!(text),
+        _ => {
+            let entries = named.iter();
+            entries
+                .map(|(name, text)| json!({"name": name, "template": text}))
+                .collect()
         }
-        let found = keyed(&name, &parse_json(path, &text)?);
-        return found
-            .map(Some)
-            .ok_or_else(|| Error::config(path, "it has no key `chat_template`"));
-    }
-    let name = "chat_template.jinja";
-    if let Some(text) = read_text(&base.join(name))? {
-        return Ok(Some((name.to_owned(), Value::String(text))));
-    }
-    if let Some(found) = keyed("tokenizer_config.json", settings) {
-        return Ok(Some(found));
-    }
-    let name = "chat_template.json";
-    let file = read_json(&base.join(name))?;
-    Ok(file.and_then(|file| keyed(name, &file)))
+    };
+    Ok(Some((place, template)))
 }
 
 /// The generation settings that mistral.rs reads; end-of-sequence ids come from config.json where there is no file.

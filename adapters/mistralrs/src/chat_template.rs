@@ -3,32 +3,23 @@
 mod analysis;
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::SystemTime;
 
-use minijinja::{Environment, Value as JinjaValue};
 use monteclora_converters::Problem;
-use monteclora_converters::jinja::{add_variables, describe, environment, to_minijinja};
+use monteclora_converters::jinja::{self, DEFAULT, TOOL_USE, Templates};
 use serde_json::{Map, Value, json};
 
 use self::analysis::Names;
-use crate::loader::panic_text;
-
-/// The template for conversations without tools, and the one for those with tools, as `tokenizer_config.json` lists them.
-const DEFAULT: &str = "default";
-const TOOL_USE: &str = "tool_use";
-
-/// Variables that hold the tools: the usual one, SmolLM3's, and the names of Llama 3's and Harmony's own tools.
-const TOOL_VARIABLES: [&str; 3] = ["tools", "xml_tools", "builtin_tools"];
 
 /// A compiled template with the model's special tokens.
 ///
-/// It is compiled in [`environment`]. Besides the conversation a template sees what mistral.rs gives it: `enable_thinking` is true and
-/// `reasoning_effort` "medium" unless the request says otherwise.
+/// Besides the conversation a template sees what transformers gives it, the variables that the adapter was trained with, and those of
+/// the request, which win.
 #[derive(Debug)]
 pub(crate) struct ChatTemplate {
-    environment: Environment<'static>,
-    special_tokens: BTreeMap<&'static str, String>,
+    templates: Templates,
+    special_tokens: Map<String, Value>,
+    variables: Map<String, Value>,
     /// What each of the templates reads, by its name.
     names: BTreeMap<&'static str, Names>,
 }
@@ -67,34 +58,39 @@ impl ChatTemplate {
     pub(crate) fn compile(
         place: &str,
         template: &Value,
-        special_tokens: BTreeMap<&'static str, String>,
+        special_tokens: Map<String, Value>,
     ) -> Result<Self, Vec<Problem>> {
         let sources = sources(place, template).map_err(|problem| vec![problem])?;
-        let mut environment = environment(SystemTime::now);
-        let mut problems = Vec::new();
-        for (name, source) in sources {
-            let added = environment.add_template_owned(name, to_minijinja(&source));
-            if let Err(error) = added {
-                let at = match template {
-                    Value::String(_) => place.to_owned(),
-                    _ => format!("{place}: {name}"),
-                };
-                let message = format!("not valid Jinja: {}", describe(&error));
-                problems.push(problem(at, message));
-            }
-        }
-        if !problems.is_empty() {
-            return Err(problems);
-        }
+        let sources = sources
+            .into_iter()
+            .map(|(name, text)| (name.to_owned(), text));
+        let templates =
+            Templates::compile(sources.collect(), SystemTime::now).map_err(|found| {
+                let problems = found.into_iter().map(|(name, reason)| {
+                    let at = match template {
+                        Value::String(_) => place.to_owned(),
+                        _ => format!("{place}: {name}"),
+                    };
+                    problem(at, format!("not valid Jinja: {reason}"))
+                });
+                problems.collect::<Vec<_>>()
+            })?;
         let names = [DEFAULT, TOOL_USE].into_iter().filter_map(|name| {
-            let template = environment.get_template(name).ok()?;
+            let template = templates.compiled(name)?;
             Some((name, Names::of(&template)))
         });
         Ok(Self {
             names: names.collect(),
-            environment,
+            templates,
             special_tokens,
+            variables: Map::new(),
         })
+    }
+
+    /// The same, with variables that every conversation gets; a request's own win.
+    pub(crate) fn with_variables(mut self, variables: Map<String, Value>) -> Self {
+        self.variables = variables;
+        self
     }
 
     fn name(&self, has_tools: bool) -> &'static str {
@@ -106,8 +102,7 @@ impl ChatTemplate {
 
     /// Whether it shows the model which tools there are.
     pub(crate) fn takes_tools(&self) -> bool {
-        let names = &self.names[self.name(true)];
-        TOOL_VARIABLES.iter().any(|name| names.reads(name)) || self.names.contains_key(TOOL_USE)
+        self.names[self.name(true)].reads("tools") || self.names.contains_key(TOOL_USE)
     }
 
     /// Whether it reads the variable `name` of a conversation with tools, or without.
@@ -137,35 +132,18 @@ impl ChatTemplate {
             last.insert("content".to_owned(), json!(marker.after(&continued)));
         }
         let tools = &conversation.tools;
-        let mut context: BTreeMap<&str, JinjaValue> = self
-            .special_tokens
-            .iter()
-            .map(|(key, token)| (*key, JinjaValue::from(token.as_str())))
-            .collect();
-        let opens = conversation.end == End::Opening;
-        context.insert("add_generation_prompt", opens.into());
-        context.insert("messages", JinjaValue::from_serialize(&messages));
-        add_variables(&mut context, tools);
-        for (name, value) in &conversation.variables {
-            context.insert(name, JinjaValue::from_serialize(value));
-        }
-        let name = self.name(!tools.is_empty());
-        // minijinja may panic over what a template does, such as a slice of an empty text from behind its end.
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            let template = self.environment.get_template(name)?;
-            template.render(JinjaValue::from_serialize(context))
-        }));
-        let text = match outcome {
-            Ok(Ok(text)) => text,
-            Ok(Err(error)) => {
-                let reason = format!("refuses the conversation: {}", describe(&error));
-                return Err(Refusal(reason));
-            }
-            Err(panic) => {
-                let text = panic_text(panic.as_ref());
-                return Err(Refusal(format!("cannot be rendered: {text}")));
-            }
+        let shown = jinja::Conversation {
+            messages: &messages,
+            tools,
+            add_generation_prompt: conversation.end == End::Opening,
         };
+        let more = self.variables.iter().chain(&conversation.variables);
+        let variables = shown.variables(&self.special_tokens, more);
+        let name = self.name(!tools.is_empty());
+        let rendered = self.templates.render(name, &variables);
+        let text = rendered
+            .map_err(|reason| Refusal(format!("refuses the conversation: {reason}")))?
+            .text;
         match marker {
             Some(marker) => marker.cut(&text, &continued).ok_or_else(|| {
                 Refusal(

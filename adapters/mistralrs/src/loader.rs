@@ -14,6 +14,7 @@ use mistralrs_core::{
     ModelDType, ModelKind, ModelPaths, NormalLoaderBuilder, NormalSpecificConfig,
     PagedAttentionConfig, Pipeline, TokenSource, TryIntoDType,
 };
+use monteclora_converters::jinja::recorded_variables;
 use monteclora_converters::{Adapter, ModelFiles, Problem, write_overlay};
 use tempfile::TempDir;
 use tokio::sync::Mutex;
@@ -137,7 +138,9 @@ impl MonteCloraLoader {
 
     /// The model's chat template, or the one that replaces it; none if there is none.
     pub(crate) fn chat_template(&self) -> Result<Option<ChatTemplate>> {
-        chat_template(&self.base, self.chat_template.as_deref())
+        let found = chat_template(&self.base, self.chat_template.as_deref())?;
+        let trained_with = self.adapter.as_deref().map(recorded_variables);
+        Ok(found.map(|template| template.with_variables(trained_with.unwrap_or_default())))
     }
 
     /// A short hexadecimal name of what is loaded, equal on every machine: a hash of the base's content, or of the adapter's

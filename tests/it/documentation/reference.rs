@@ -136,6 +136,7 @@ fn words(sources: &[&str], kind: &str) -> String {
         "PathBuf" => "path".to_owned(),
         "String" => "text".to_owned(),
         "FieldNames" => "table of text".to_owned(),
+        "Map<String, Value>" => "table".to_owned(),
         "ModuleSelection" => "`\"all-linear\"`, list of names, or regular expression".to_owned(),
         kind => items(sources, kind)
             .iter()

@@ -59,9 +59,10 @@ fn an_engine_gets_the_tokens_that_mistralrs_makes_itself() {
         fields.collect()
     };
     for template in [
-        read("llama3-like.jinja"),
+        // The base has no begin token, and transformers adds nothing to what is undefined.
+        read("llama3-like.jinja").replace("bos_token", "'<s>'"),
         read("qwen3-like.jinja"),
-        "\n\n  {% for m in messages %}\n  {{ m.content | tojson }} {% if enable_thinking %}\nx{% endif %}\n{% endfor %}{{ reasoning_effort }}{{ bos_token }}\n".to_owned(),
+        "\n\n  {% for m in messages %}\n  {{ m.content }} {% if m.role == 'user' %}\nx{% endif %}\n{% endfor %}{{ bos_token }}\n".to_owned(),
         "{% for m in messages[::-1] %}{{ m.content.strip().upper() }}{% endfor %}".to_owned(),
     ] {
         let (case, _dir) = with_template(&template);
@@ -168,7 +169,9 @@ fn tools_need_a_template_that_shows_them() {
     parse(server.post("/v1/chat/completions", &none), 200);
     server.finish().expect("a clean stop");
 
-    let (case, _dir) = with_template(TOOLS);
+    // Room for the answer within the few positions of the tiny model.
+    let compact = TOOLS.replace("tools | tojson", "tools | tojson(separators=(',', ':'))");
+    let (case, _dir) = with_template(&compact);
     let (server, _dir) = Running::start(&toml_for(&case, ""));
     let n_prompt = |body: &Value| {
         let answer = parse(server.post("/v1/chat/completions", body), 200);
