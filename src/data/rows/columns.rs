@@ -7,7 +7,7 @@ use super::{
     row::RowFormat,
     turn::MEDIA,
     unknown::PREFERENCES,
-    value::{flag, is_empty, nearest},
+    value::{is_empty, is_same_name, nearest},
 };
 
 /// Columns that every format with a conversation reads.
@@ -77,89 +77,75 @@ impl Reader<'_> {
     ) -> Option<(&'static str, String)> {
         const NOT_SUPPORTED: &str = "says what is trained, and is not supported";
         const CONTEXT: &str = "is context that nothing reads";
-        let owned = |problem, fix: &str| Some((problem, fix.to_owned()));
+        const FOR_TEMPLATE: &str = "is for the chat template, which does not get it from here";
         let renamed = |field: &str| {
             format!(
                 "name it: `fields = {{ {field} = \"{key}\" }}` under [data] of run.toml, or `--field {field}={key}` for the data commands; or remove the column"
             )
         };
-        let is_text_row = format == RowFormat::Text;
-        match key {
-            key if MEDIA.contains(&key) && !is_text_row => owned(
-                "is not text",
-                "only text can be trained; remove the column, or leave the row out",
+        let meaning = Meaning::of(key)?;
+        // A text is whole: what stands beside it is no context of it.
+        if format == RowFormat::Text && (meaning.is_context() || meaning == Meaning::Label) {
+            return None;
+        }
+        if !meaning.is_context() && !self.is_training() {
+            return None;
+        }
+        let lacks = |field: &str| self.get(field).is_none();
+        let (problem, fix) = match meaning {
+            Meaning::Label if said(value) == Some(false) => (
+                "false marks an answer to avoid (KTO), which is not supported",
+                "remove the rows whose label is false",
             ),
-            "label" | "kto_tag" if value == &Value::Bool(false) && !is_text_row => {
-                self.is_training().then(|| {
-                    (
-                        "false marks an answer to avoid (KTO), which is not supported",
-                        "remove the rows whose label is false".to_owned(),
-                    )
-                })
-            }
-            key if PREFERENCES.contains(&key) && self.is_training() => owned(
+            Meaning::Pair => (
                 "is of a preference pair (DPO), which is not supported",
                 "write the better answer alone, and remove the column",
             ),
-            "weight" | "weights" | "sample_weight" | "loss_weight" | "loss_scale"
-                if self.is_training() && value.is_number() && flag(value) != Some(true) =>
-            {
-                owned(
-                    NOT_SUPPORTED,
-                    "rows have no weights: leave out rows of weight 0, repeat rows that count more, and remove the column",
-                )
-            }
-            "train" | "training" | "trainable"
-                if self.is_training() && flag(value) == Some(false) =>
-            {
-                owned(
-                    NOT_SUPPORTED,
-                    "remove the row, or write `\"train\": false` beside a turn",
-                )
-            }
-            "reward" | "rewards" | "advantage" | "advantages" if self.is_training() => owned(
+            Meaning::Weight if number(value).is_some_and(|weight| weight != 1.0) => (
+                NOT_SUPPORTED,
+                "rows have no weights: leave out rows of weight 0, repeat rows that count more, and remove the column",
+            ),
+            Meaning::Train if said(value) == Some(false) => (
+                NOT_SUPPORTED,
+                "remove the row, or write `\"train\": false` beside a turn",
+            ),
+            Meaning::TrainOn if said(value).is_some() => (
+                NOT_SUPPORTED,
+                "choose with train_on for all rows, and remove the column",
+            ),
+            Meaning::Reward => (
                 NOT_SUPPORTED,
                 "keep the rows whose answers are to be learnt, and remove the column",
             ),
-            "input_ids" | "labels" | "loss_mask" | "completion_mask" | "assistant_masks"
-                if self.is_training() && value.is_array() =>
-            {
-                owned(
-                    NOT_SUPPORTED,
-                    "rows are tokenised and masked here: remove the column, and choose with train_on or with `\"train\": false` beside a turn",
-                )
+            Meaning::Mask if value.is_array() => (
+                NOT_SUPPORTED,
+                "rows are tokenised and masked here: remove the column, and choose with train_on or with `\"train\": false` beside a turn",
+            ),
+            Meaning::Media => (
+                "is not text",
+                "only text can be trained; remove the column, or leave the row out",
+            ),
+            Meaning::System if value.is_string() && lacks("system") => {
+                return Some((CONTEXT, renamed("system")));
             }
-            // A text is whole: what stands beside it is no context of it.
-            _ if is_text_row => None,
-            "system_prompt" | "system_message" | "system_instruction" | "sys_prompt" | "sys"
-                if value.is_string() && self.get("system").is_none() =>
-            {
-                Some((CONTEXT, renamed("system")))
+            Meaning::Tools if lacks("tools") => return Some((CONTEXT, renamed("tools"))),
+            Meaning::History if value.is_array() => (CONTEXT, "write earlier turns as messages"),
+            Meaning::Context if format == RowFormat::Alpaca && lacks("input") => {
+                return Some((CONTEXT, renamed("input")));
             }
-            "tool_defs" | "tool_definitions" | "available_tools" | "function_definitions"
-                if self.get("tools").is_none() =>
-            {
-                Some((CONTEXT, renamed("tools")))
-            }
-            "history" if value.is_array() => owned(CONTEXT, "write earlier turns as messages"),
-            "context" if format == RowFormat::Alpaca && self.get("input").is_none() => {
-                Some((CONTEXT, renamed("input")))
-            }
-            "context" => owned(CONTEXT, "write it into the prompt, or remove the column"),
-            "input" if format == RowFormat::PromptCompletion && value.is_string() => owned(
+            Meaning::Context => (CONTEXT, "write it into the prompt, or remove the column"),
+            Meaning::Input if format == RowFormat::PromptCompletion && value.is_string() => (
                 CONTEXT,
                 "write it into the prompt, or name the fields instruction, input and output; or remove the column",
             ),
-            "enable_thinking" | "reasoning_effort" => Some((
-                "is for the chat template, which does not get it from here",
-                format!("write `\"chat_template_kwargs\": {{\"{key}\": {value}}}`"),
-            )),
-            "chat_template_args" | "template_kwargs" | "template_variables" => owned(
-                "is for the chat template, which does not get it from here",
-                "call the column `chat_template_kwargs`",
-            ),
-            _ => None,
-        }
+            Meaning::Variable => {
+                let fix = format!("write `\"chat_template_kwargs\": {{\"{key}\": {value}}}`");
+                return Some((FOR_TEMPLATE, fix));
+            }
+            Meaning::Variables => (FOR_TEMPLATE, "call the column `chat_template_kwargs`"),
+            _ => return None,
+        };
+        Some((problem, fix.to_owned()))
     }
 
     /// The column that was meant, if the row lacks it and the value could be one of it.
@@ -192,12 +178,147 @@ impl Reader<'_> {
     }
 }
 
+/// What a column that no format reads says of its row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Meaning {
+    Label,
+    Pair,
+    Weight,
+    Train,
+    TrainOn,
+    Reward,
+    Mask,
+    Media,
+    System,
+    Tools,
+    History,
+    Context,
+    Input,
+    Variable,
+    Variables,
+}
+
+impl Meaning {
+    /// By the column's name, in whatever case and with whatever separators.
+    fn of(key: &str) -> Option<Self> {
+        const NAMES: [(Meaning, &[&str]); 15] = [
+            (Meaning::Label, &["label", "kto_tag"]),
+            (Meaning::Pair, &PREFERENCES),
+            (
+                Meaning::Weight,
+                &[
+                    "weight",
+                    "weights",
+                    "sample_weight",
+                    "loss_weight",
+                    "loss_scale",
+                ],
+            ),
+            (Meaning::Train, &["train", "training", "trainable"]),
+            (
+                Meaning::TrainOn,
+                &[
+                    "train_on_input",
+                    "train_on_inputs",
+                    "train_on_prompt",
+                    "mask_prompt",
+                    "mask_history",
+                ],
+            ),
+            (
+                Meaning::Reward,
+                &["reward", "rewards", "advantage", "advantages"],
+            ),
+            (
+                Meaning::Mask,
+                &[
+                    "input_ids",
+                    "labels",
+                    "mask",
+                    "loss_mask",
+                    "completion_mask",
+                    "prompt_mask",
+                    "assistant_masks",
+                ],
+            ),
+            (Meaning::Media, &MEDIA),
+            (
+                Meaning::System,
+                &[
+                    "system_prompt",
+                    "system_message",
+                    "system_instruction",
+                    "sys_prompt",
+                    "sys",
+                ],
+            ),
+            (
+                Meaning::Tools,
+                &[
+                    "tool_defs",
+                    "tool_definitions",
+                    "available_tools",
+                    "function_definitions",
+                ],
+            ),
+            (Meaning::History, &["history"]),
+            (Meaning::Context, &["context"]),
+            (Meaning::Input, &["input"]),
+            (Meaning::Variable, &["enable_thinking", "reasoning_effort"]),
+            (
+                Meaning::Variables,
+                &[
+                    "chat_template_args",
+                    "template_kwargs",
+                    "template_variables",
+                ],
+            ),
+        ];
+        let named = |names: &[&str]| names.iter().any(|name| is_same_name(name, key));
+        let (meaning, _) = NAMES.iter().find(|(_, names)| named(names))?;
+        Some(*meaning)
+    }
+
+    /// Whether it is something that the model should see, rather than how it learns.
+    fn is_context(self) -> bool {
+        matches!(
+            self,
+            Self::Media
+                | Self::System
+                | Self::Tools
+                | Self::History
+                | Self::Context
+                | Self::Input
+                | Self::Variable
+                | Self::Variables
+        )
+    }
+}
+
+/// A flag, also as a table of texts has it.
+fn said(value: &Value) -> Option<bool> {
+    match value.as_str().map(str::to_ascii_lowercase).as_deref() {
+        Some("true") => Some(true),
+        Some("false") => Some(false),
+        Some(_) => None,
+        None => value.as_bool(),
+    }
+}
+
+/// A number, also as a table of texts has it; true is 1.
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::Bool(flag) => Some(f64::from(u8::from(*flag))),
+        Value::String(text) => text.trim().parse().ok(),
+        other => other.as_f64(),
+    }
+}
+
 /// Whether a column says what is done anyway: rows count alike, and every row is trained.
 fn is_followed(key: &str, value: &Value) -> bool {
-    match key {
-        "label" | "kto_tag" => value == &Value::Bool(true),
-        "weight" | "weights" | "sample_weight" | "loss_weight" | "loss_scale" | "train"
-        | "training" | "trainable" => flag(value) == Some(true),
+    match Meaning::of(key) {
+        Some(Meaning::Label | Meaning::Train) => said(value) == Some(true),
+        Some(Meaning::Weight) => number(value) == Some(1.0),
         _ => false,
     }
 }

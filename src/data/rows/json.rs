@@ -4,10 +4,21 @@ use monteclora_converters::{Problem, json};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
-use super::json_place::{lone_surrogate, place};
+use super::json_place::{lone_surrogate, long_integers, place};
 use crate::data::error::field_problem;
 
 const FIX: &str = "expected one JSON object a line";
+
+/// Columns whose numbers reach the model.
+const READ: [&str; 7] = [
+    "messages",
+    "prompt",
+    "completion",
+    "tools",
+    "functions",
+    "chat_template_kwargs",
+    "documents",
+];
 
 /// Parses one row.
 ///
@@ -39,6 +50,13 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, Problem> {
                 .to_owned(),
             "remove it: `sed 's/^\\xEF\\xBB\\xBF//' FILE > rows.jsonl`",
         ));
+    }
+    if let Some((at, number)) = (long_integers(text).into_iter())
+        .map(|(at, number)| (place(text, at), number))
+        .find(|(at, _)| READ.iter().any(|key| at.starts_with(key)))
+    {
+        let problem = format!("{number} is too long to be kept exactly");
+        return Err(field_problem(at, problem, "write it as a string"));
     }
     json::parse(text, json::Limits::NONE).map_err(|error| {
         if let Some((at, escape)) = lone_surrogate(text) {

@@ -81,6 +81,34 @@ fn string_end(bytes: &[u8], start: usize) -> usize {
     bytes.len()
 }
 
+/// The integers of a text that 64 bits do not hold, each with its byte.
+pub(super) fn long_integers(text: &str) -> Vec<(usize, &str)> {
+    let bytes = text.as_bytes();
+    let mut found = Vec::new();
+    let mut idx = 0;
+    while idx < bytes.len() {
+        match bytes[idx] {
+            b'"' => idx = string_end(bytes, idx),
+            b'-' | b'0'..=b'9' => {
+                let is_of_number =
+                    |byte: &u8| matches!(byte, b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9');
+                let length = bytes[idx..]
+                    .iter()
+                    .take_while(|byte| is_of_number(byte))
+                    .count();
+                let number = &text[idx..idx + length];
+                let is_integer = !number.contains(['.', 'e', 'E']);
+                if is_integer && number.parse::<i64>().is_err() && number.parse::<u64>().is_err() {
+                    found.push((idx, number));
+                }
+                idx += length;
+            }
+            _ => idx += 1,
+        }
+    }
+    found
+}
+
 /// The first escape of half a character, such as `\ud83d` without what follows it, and its byte.
 pub(super) fn lone_surrogate(text: &str) -> Option<(usize, &str)> {
     let unit = |at: usize| {

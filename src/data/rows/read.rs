@@ -7,6 +7,7 @@ use super::{
     fields::FieldNames,
     json::parse,
     row::{Choices, Message, Notes, Role, Row, RowContent, RowFormat},
+    unknown::by_columns,
     value::{kind, missing_or_wrong},
 };
 use crate::data::error::field_problem;
@@ -104,6 +105,9 @@ fn checked_row(
     format: Option<RowFormat>,
     purpose: Purpose,
 ) -> Result<(RowFormat, Row), Vec<Problem>> {
+    if let Some(problem) = by_columns(object) {
+        return Err(vec![problem]);
+    }
     complete_with_answer(object).map_err(|problem| vec![problem])?;
     let format = match format {
         Some(format) => format,

@@ -4,6 +4,7 @@ use monteclora_converters::json;
 use serde_json::{Map, Value, json};
 
 use super::{
+    json_place::long_integers,
     read::Reader,
     value::{is_empty, kind, missing_or_wrong, nearest, without_indices},
 };
@@ -147,6 +148,11 @@ impl Reader<'_> {
         };
         // No arguments are often an empty text.
         let object = if text.trim().is_empty() { "{}" } else { text };
+        if let Some((_, number)) = long_integers(object).first() {
+            let found = format!("the number {number} in it is too long to be kept exactly");
+            self.refuse::<()>(format!("{at}.arguments"), found, "write it as a string");
+            return;
+        }
         let found = match json::parse(object, json::Limits::NONE) {
             Ok(decoded @ Value::Object(_)) => {
                 *arguments = decoded;

@@ -163,3 +163,22 @@ fn renames(object: &Map<String, Value>) -> Option<Vec<(&'static str, &str)>> {
     }
     Some(vec![("text", text_in(&TEXTS)?)])
 }
+
+/// The problem of an object that holds a table by columns in place of a row.
+pub(super) fn by_columns(object: &Map<String, Value>) -> Option<Problem> {
+    const TEXTS: [&str; 5] = ["prompt", "completion", "instruction", "output", "text"];
+    let is_index = |key: &String| key.bytes().all(|byte| byte.is_ascii_digit());
+    let is_column = |value: &Value| match value {
+        Value::Object(column) => !column.is_empty() && column.keys().all(is_index),
+        Value::Array(column) => !column.is_empty() && column.iter().all(Value::is_string),
+        _ => false,
+    };
+    let held: Vec<_> = TEXTS.iter().filter_map(|key| object.get(*key)).collect();
+    (!held.is_empty() && held.into_iter().all(is_column)).then(|| {
+        field_problem(
+            "row",
+            "is a table by columns, not one row",
+            "write one object a row: `pandas.read_json(FILE).to_json(\"rows.jsonl\", orient=\"records\", lines=True)`",
+        )
+    })
+}

@@ -33,16 +33,29 @@ pub(super) fn is_empty(value: &Value) -> bool {
     }
 }
 
+/// A name's letters and digits alone, in lower case.
+fn plain(name: &str) -> impl Iterator<Item = char> + '_ {
+    let letters = name.chars().filter(|letter| letter.is_alphanumeric());
+    letters.flat_map(char::to_lowercase)
+}
+
+/// Whether two names differ in case and separators at most.
+pub(super) fn is_same_name(left: &str, right: &str) -> bool {
+    plain(left).eq(plain(right))
+}
+
 /// The name that `key` was probably meant to be: letters of the other case, another separator, or a letter wrong, in a long name two.
 pub(super) fn nearest<'a>(key: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let plain = |name: &str| -> String {
-        let letters = name.chars().filter(|letter| letter.is_alphanumeric());
-        letters.flat_map(char::to_lowercase).collect()
-    };
-    let key = plain(key);
+    // Every row of a file asks: what is far longer or shorter is passed over first.
+    const SEPARATORS: usize = 4;
+    let letters: String = plain(key).collect();
     names
         .into_iter()
-        .map(|name| (strsim::damerau_levenshtein(&key, &plain(name)), name))
+        .filter(|name| name.len().abs_diff(key.len()) <= SEPARATORS)
+        .map(|name| {
+            let distance = strsim::damerau_levenshtein(&letters, &plain(name).collect::<String>());
+            (distance, name)
+        })
         .filter(|(distance, name)| *distance <= if name.len() < 9 { 1 } else { 2 })
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, name)| name)

@@ -112,6 +112,7 @@ fn context_is_read_or_refused() {
         r#""system":null"#,
         r#""tools":[],"functions":null,"history":[],"images":[]"#,
         r#""weight":1,"train":true,"label":true"#,
+        r#""weight":"1.0","training":"true","kto_tag":true"#,
         r#""chat_template_kwargs":"{\"enable_thinking\": false}""#,
         r#""documents":[{"title":"t","text":"d"}]"#,
         r#""system":[{"type":"text","text":"S"}]"#,
@@ -147,6 +148,18 @@ fn context_is_read_or_refused() {
         (
             r#""rejected":"bad""#,
             "rejected: is of a preference pair (DPO), which is not supported; write the better answer alone, and remove the column",
+        ),
+        (
+            r#""label":"False""#,
+            "label: false marks an answer to avoid (KTO), which is not supported; remove the rows whose label is false",
+        ),
+        (
+            r#""systemPrompt":"x""#,
+            "systemPrompt: is context that nothing reads; name it: `fields = { system = \"systemPrompt\" }` under [data] of run.toml, or `--field system=systemPrompt` for the data commands; or remove the column",
+        ),
+        (
+            r#""train_on_inputs":true"#,
+            "train_on_inputs: says what is trained, and is not supported; choose with train_on for all rows, and remove the column",
         ),
         (
             r#""labels":[1,2]"#,
@@ -295,6 +308,41 @@ fn rows_of_no_format_say_what_would_make_them_one() {
         let found = first(row);
         assert!(found.contains(part), "{found}");
     }
+}
+
+#[test]
+fn a_table_by_columns_is_one_report() {
+    for row in [
+        r#"{"prompt":{"0":"a","1":"b"},"completion":{"0":"c","1":"d"}}"#,
+        r#"{"prompt":["a","b"],"completion":["c","d"]}"#,
+        r#"{"text":["a","b"]}"#,
+    ] {
+        let problems = parse(row).expect_err("refused");
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(
+            problems[0].message.contains("a table by columns"),
+            "{problems:?}"
+        );
+    }
+}
+
+#[test]
+fn numbers_that_cannot_be_kept_are_refused_where_they_count() {
+    let call = r#"{"messages":[{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":{"id":123456789012345678901234567890}}}]}]}"#;
+    assert_eq!(
+        first(call),
+        "messages[0].tool_calls[0].function.arguments.id: 123456789012345678901234567890 is too long to be kept exactly; write it as a string"
+    );
+    let text = r#"{"messages":[{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"{\"id\": 123456789012345678901234567890}"}}]}]}"#;
+    let found = first(text);
+    assert!(
+        found.contains("arguments: the number 123456789012345678901234567890 in it is too long"),
+        "{found}"
+    );
+    // A text is no number, and a column that nothing reads changes nothing.
+    let row = r#"{"text":"123456789012345678901234567890","id":123456789012345678901234567890}"#;
+    assert_eq!(parse(row).expect("a good row").1.notes.unread, ["id"]);
+    parse(r#"{"messages":[{"role":"user","content":"q"}],"tools":[{"max":18446744073709551615,"min":-9223372036854775808,"x":1.5e300}]}"#).expect("exact");
 }
 
 #[test]
