@@ -17,6 +17,7 @@ use crate::validate::runtime::Runtime;
 
 pub(crate) mod config_read;
 pub(crate) mod config_write;
+mod names;
 pub(crate) mod read;
 mod stored;
 pub(crate) mod write;

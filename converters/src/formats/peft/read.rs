@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rayon::prelude::*;
 
 use super::config_read;
+use super::names::{Parts, Role, SAMPLER, check_names, sort_tensors};
 use super::stored::Whole;
 use crate::absent;
 use crate::adapter::{Adapter, Site, SitePosterior};
@@ -12,7 +13,6 @@ use crate::config::AdapterConfig;
 use crate::error::{Error, Result};
 use crate::formats::ReadOptions;
 use crate::json;
-use crate::module_path::{Wrapper, one_for_all, unwrapped};
 use crate::problem::Problem;
 use crate::site_pattern::SitePatterns;
 use crate::source::Source;
@@ -26,30 +26,7 @@ pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub(crate) const WEIGHTS_STEM: &str = "adapter_model";
 /// What PEFT puts before a module's path.
 pub(crate) const PREFIX: &str = "base_model.model.";
-const SAVE_AGAIN: &str = "save the adapter again";
-const SAMPLER: &str = "lora_monteclora_sampler";
-
-/// A tensor's place in a site.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Role {
-    A,
-    B,
-    LogStd,
-    LogConcentration,
-    LastCovariance,
-    LastWeights,
-}
-
-/// The sampler's tensors by PEFT's names.
-pub(crate) const SAMPLER_FIELDS: [(&str, Role); 4] = [
-    ("std_prior", Role::LogStd),
-    ("expert_weights_prior", Role::LogConcentration),
-    ("gaussian_var_prior", Role::LastCovariance),
-    ("expert_weights", Role::LastWeights),
-];
-
-/// The tensors of one site, by place, with their full names.
-type Parts = BTreeMap<Role, (String, Tensor)>;
+pub(super) const SAVE_AGAIN: &str = "save the adapter again";
 
 /// Reads the files that `source` means; without `with_posterior` the sampler is ignored.
 pub(crate) fn read_source(
@@ -241,99 +218,6 @@ fn open_weights(source: &Source, problems: &mut Vec<Problem>) -> Result<Option<S
     })
 }
 
-/// Every tensor of the adapter, by its place.
-#[derive(Debug, Default)]
-struct Sorted {
-    sites: BTreeMap<String, Parts>,
-    /// Whole weights: the tensor's name, and that of the base's weight.
-    stored: Vec<(String, Whole)>,
-    /// Names of tensors that a wrapper changed, by wrapper.
-    wrapped: BTreeMap<Wrapper, Vec<String>>,
-    /// Names of tensors in which the adapter's name stands more than once.
-    named_twice: Vec<String>,
-    /// Names of tensors without PEFT's prefix.
-    foreign: Vec<String>,
-}
-
-/// Gives every tensor its site and place, or notes why it has none.
-fn sort_tensors(weights: &ShardSet, with_posterior: bool, problems: &mut Vec<Problem>) -> Sorted {
-    let mut sorted = Sorted::default();
-    for name in weights.names() {
-        if !with_posterior && is_of_authors_sampler(name) {
-            continue;
-        }
-        let found = match place(name) {
-            Ok(found) => found,
-            Err(problem) => {
-                problems.push(problem);
-                continue;
-            }
-        };
-        for wrapper in found.wrappers {
-            let names = sorted.wrapped.entry(wrapper).or_default();
-            names.push(name.to_owned());
-        }
-        let (module, role) = match found.place {
-            Place::Foreign => {
-                sorted.foreign.push(name.to_owned());
-                continue;
-            }
-            Place::Whole(whole) => {
-                sorted.stored.push((name.to_owned(), whole));
-                continue;
-            }
-            Place::Part {
-                module,
-                role,
-                is_named_twice,
-            } => {
-                if is_named_twice {
-                    sorted.named_twice.push(name.to_owned());
-                }
-                (module, role)
-            }
-        };
-        let tensor = weights.get(name).map(|tensor| (name.to_owned(), tensor));
-        let parts = sorted.sites.entry(module).or_default();
-        if let Some((other, _)) = tensor.and_then(|tensor| parts.insert(role, tensor)) {
-            let message = format!("stands for the same tensor as {other}");
-            let fix = "save one adapter alone";
-            problems.push(Problem::new("ambiguous", name, message, fix));
-        }
-    }
-    sorted
-}
-
-/// Refuses names that no program would find a module by, or with [`ReadOptions::unwrap`] notes what was left out of them.
-fn check_names(
-    sorted: &Sorted,
-    options: &ReadOptions<'_>,
-    notes: &mut Vec<String>,
-    problems: &mut Vec<Problem>,
-) {
-    const PLAIN: &str = "monteclora convert ADAPTER -o DIR --to lora writes the names without it";
-    let mut say = |code, names: &[String], what: String| {
-        if options.unwrap {
-            let n = names.len();
-            notes.extend((n > 0).then(|| format!("{what}; left out of the names of {n} tensors")));
-        } else {
-            let message = format!(
-                "{what}; no model has modules of such names, so that nothing would be loaded"
-            );
-            problems.extend(one_for_all(code, names, message, PLAIN));
-        }
-    };
-    for (Wrapper { segment, made_by }, names) in &sorted.wrapped {
-        let what = format!("`{segment}.` in the name comes from a wrapper: {made_by}");
-        say("wrapped-name", names, what);
-    }
-    let what = "the adapter's name stands more than once in the name".to_owned();
-    say("wrapped-name", &sorted.named_twice, what);
-    let message = "does not start with base_model.model., so it is not PEFT's";
-    let fix = "save the adapter with PEFT (save_pretrained), or give the tool's own directory where that is a format that is read";
-    problems.extend(one_for_all("unknown-tensor", &sorted.foreign, message, fix));
-}
-
 /// Compares whole weights with the base's.
 fn check_stored(
     weights: &ShardSet,
@@ -354,121 +238,6 @@ fn check_stored(
         }
     }
     Ok(())
-}
-
-/// Whether the tensor belongs to the sampler of the authors' own code.
-fn is_of_authors_sampler(name: &str) -> bool {
-    name.split('.').any(|part| part.starts_with("mc_sampler"))
-}
-
-/// Parts of names, those with a dot at the start of a component: the code of the refusal, its message and its remedy.
-const REFUSED_PARTS: &str = "\
-lora_magnitude_vector | dora | the magnitudes of DoRA | merge it into the base with PEFT (merge_and_unload), or train without DoRA
-.lora_embedding_ | embedding | LoRA on an embedding | train without adapting embeddings
-trainable_tokens | trainable-tokens | trained token embeddings | train without trainable_token_indices
-token_adapter | trainable-tokens | trained token embeddings | train without trainable_token_indices
-.mc_sampler | unknown-tensor | the sampler of the authors' code, whose noise has another scale than PEFT's | convert it to plain LoRA explicitly to use the mean";
-
-/// Where a tensor belongs.
-enum Place {
-    /// To a module's adapter.
-    Part {
-        module: String,
-        role: Role,
-        is_named_twice: bool,
-    },
-    /// Beside the adapter.
-    Whole(Whole),
-    /// To something that is not PEFT's.
-    Foreign,
-}
-
-/// A tensor's place, and what wrapped the module.
-struct Found {
-    place: Place,
-    wrappers: Vec<Wrapper>,
-}
-
-/// Module and place of the tensor called `name`.
-fn place(name: &str) -> Result<Found, Problem> {
-    let refuse = |code, message: &str, fix: &str| Err(Problem::new(code, name, message, fix));
-    let components: Vec<&str> = name.split('.').collect();
-    if components.iter().any(|part| part.is_empty())
-        || name.contains(['/', '\\'])
-        || name.chars().any(char::is_control)
-    {
-        return refuse("tensor-name", "not the name of a tensor", SAVE_AGAIN);
-    }
-    let dotted = format!(".{name}");
-    for row in REFUSED_PARTS.lines() {
-        if let [part, code, message, fix] = row.split(" | ").collect::<Vec<_>>()[..]
-            && dotted.contains(part)
-        {
-            return refuse(code, message, fix);
-        }
-    }
-    // A wrapper around PEFT stands before its prefix, one around the base behind it.
-    let (outer, rest) = name.split_once(PREFIX).unwrap_or((name, ""));
-    let (plain_outer, mut wrappers) = unwrapped(outer);
-    if rest.is_empty() || !plain_outer.is_empty() {
-        let place = Place::Foreign;
-        return Ok(Found {
-            place,
-            wrappers: Vec::new(),
-        });
-    }
-    let (path, inner) = unwrapped(rest);
-    wrappers.extend(inner);
-    wrappers.sort_unstable();
-    wrappers.dedup();
-    let parts: Vec<&str> = path.split('.').collect();
-    let Some(at) = parts.iter().rposition(|part| part.starts_with("lora_")) else {
-        let place = Place::Whole(Whole::of(&path));
-        return Ok(Found { place, wrappers });
-    };
-    let module = parts[..at].join(".");
-    // The adapter's name may stand between, as in `lora_A.default.weight`; once.
-    let (field, is_named_twice) = match &parts[at + 1..] {
-        [field] | [_, field] => (*field, false),
-        [name, others @ .., field] if others.iter().all(|other| other == name) => (*field, true),
-        _ => ("", false),
-    };
-    let role = match (parts[at], field) {
-        ("lora_A", "weight") => Some(Role::A),
-        ("lora_B", "weight") => Some(Role::B),
-        ("lora_A" | "lora_B", "bias") => {
-            let fix = "train with lora_bias=False";
-            return refuse("bias", "a bias of the adapter", fix);
-        }
-        (SAMPLER, field) => SAMPLER_FIELDS
-            .iter()
-            .find(|(known, _)| *known == field)
-            .map(|(_, role)| *role),
-        _ => None,
-    };
-    if module.split('.').any(|part| part == "base_layer") && !module.contains("experts") {
-        let message = "an adapter inside another adapter's layer (base_layer)";
-        return refuse(
-            "nested-adapter",
-            message,
-            "merge the inner adapter into the base with PEFT (merge_and_unload), and train on the result",
-        );
-    }
-    match role {
-        Some(role) if !module.is_empty() => Ok(Found {
-            place: Place::Part {
-                module,
-                role,
-                is_named_twice,
-            },
-            wrappers,
-        }),
-        _ => refuse(
-            "unknown-tensor",
-            "not understood",
-            "only LoRA and MonteCLoRA on linear layers can be converted",
-        ),
-    }
 }
 
 /// The sampler's tensors and `monteclora_config` come together; true if no sampler is left at any site.
