@@ -17,7 +17,7 @@ mod weights;
 
 pub use carried::Carried;
 pub(crate) use carried::TEMPLATES_DIR;
-pub use conversation::other_conversation;
+pub use conversation::{ConversationSettings, other_conversation};
 pub(crate) use names::checkpoint_number;
 pub(crate) use weights::module_of;
 

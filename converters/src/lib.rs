@@ -98,7 +98,7 @@ mod names;
 mod round_trips;
 
 pub use adapter::{Adapter, Site, SitePosterior};
-pub use beside::{Beside, Carried, LeftOut, other_conversation};
+pub use beside::{Beside, Carried, ConversationSettings, LeftOut, other_conversation};
 pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
 pub use error::{Error, Result, exit_code};
 pub use formats::gguf_lora::is_gguf;

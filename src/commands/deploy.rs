@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{Beside, ModelFiles, Problem, other_conversation};
+use monteclora_converters::{
+    Beside, ConversationSettings, ModelFiles, Problem, other_conversation,
+};
 
 use super::{print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
@@ -23,7 +25,9 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
         Some(model_id) => {
             let base = hub::locate(model_id, &hub::HubOptions::default())?;
             let files = ModelFiles::open(&base.dir)?;
-            for warning in other_conversation(&args.adapter, &base.dir, false)? {
+            for warning in
+                other_conversation(&args.adapter, &base.dir, ConversationSettings::default())?
+            {
                 tracing::warn!("{warning}");
             }
             read_effective_on(&args.adapter, &files, args.force)?

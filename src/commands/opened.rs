@@ -7,7 +7,8 @@ use anyhow::{Result, bail};
 use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{
-    Adapter, ModelFiles, Problem, jinja::recorded_variables, other_conversation,
+    Adapter, ConversationSettings, ModelFiles, Problem, jinja::recorded_variables,
+    other_conversation,
 };
 
 use super::{device, weight_type};
@@ -58,8 +59,11 @@ impl Opened {
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = read_shape(&base.dir)?;
         if let Some(path) = adapter {
-            let is_given = model.options.chat_template.is_some();
-            for warning in other_conversation(path, &base.dir, is_given)? {
+            let settings = ConversationSettings {
+                template: model.options.chat_template.as_deref(),
+                prompts_as_chats: Some(apply_chat_template),
+            };
+            for warning in other_conversation(path, &base.dir, settings)? {
                 tracing::warn!("{warning}");
             }
         }

@@ -105,15 +105,7 @@ impl ChatTemplate {
 
     /// The text of the template, or of all of them where there are several: what the rendered text depends on.
     pub fn content(&self) -> String {
-        match self.sources.named.len() {
-            0 | 1 => self.source().to_owned(),
-            _ => {
-                let named = self.sources.named.iter();
-                named
-                    .map(|(name, text)| format!("{name}\n{text}\n"))
-                    .collect()
-            }
-        }
+        self.sources.content()
     }
 
     /// Whether any of its templates has a variable's name, as a whole word.

@@ -3,8 +3,8 @@
 use anyhow::{Result, bail};
 use monteclora_adapters::methods::monteclora::MonteCloraConfig;
 use monteclora_converters::{
-    Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, Problem,
-    other_conversation,
+    Adapter, AdapterConfig, ConversationSettings, LinearModule, ModelFiles, MonteCloraSettings,
+    Problem, other_conversation,
 };
 
 use crate::config::LoraConfig;
@@ -40,7 +40,7 @@ pub(super) fn read(
             lora.method.0
         );
     }
-    for warning in other_conversation(&dir, files.dir(), false)? {
+    for warning in other_conversation(&dir, files.dir(), ConversationSettings::default())? {
         tracing::warn!("{warning}");
     }
     let theirs = &adapter.config;

@@ -131,9 +131,9 @@ impl MonteCloraLoader {
         Ok(normalised)
     }
 
-    /// Whether another chat template was chosen than the base's.
-    pub(crate) fn has_own_template(&self) -> bool {
-        self.chat_template.is_some()
+    /// The chat template that was chosen in place of the base's.
+    pub(crate) fn own_template(&self) -> Option<&Path> {
+        self.chat_template.as_deref()
     }
 
     /// The model's chat template, or the one that replaces it; none if there is none.

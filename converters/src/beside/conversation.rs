@@ -5,22 +5,40 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::Beside;
 use super::carried::read_large;
 use crate::error::Result;
+use crate::jinja;
 use crate::problem::Problem;
+use crate::trained_base::training_record;
 
-/// Warnings if the adapter at `path` brings a chat template or a tokenizer that differs from that of the base in `base`: what it is
-/// asked with is the base's. With `template_given` the user has chosen a template.
+/// How conversations with a base are written out, apart from its own files.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ConversationSettings<'a> {
+    /// The chat template that was chosen in place of the base's.
+    pub template: Option<&'a Path>,
+    /// Whether prompts without turns are written with the template; none if there are none.
+    pub prompts_as_chats: Option<bool>,
+}
+
+/// Warnings if the adapter at `path` brings a chat template or a tokenizer that differs from that of the base in `base`, which is
+/// used; and if the run.json beside it records another template, tokenizer or `apply_chat_template` than conversations are
+/// `written` with now.
 ///
 /// # Errors
-/// As [`Beside::of`].
-pub fn other_conversation(path: &Path, base: &Path, template_given: bool) -> Result<Vec<Problem>> {
+/// As [`Beside::of`], or if the base's chat template cannot be read.
+pub fn other_conversation(
+    path: &Path,
+    base: &Path,
+    written: ConversationSettings<'_>,
+) -> Result<Vec<Problem>> {
     let carried = Beside::of(path)?.carried;
     let dir = carried.dir();
     let mut warnings = Vec::new();
-    if let Some((file, own)) = template(dir).filter(|_| carried.has_template() && !template_given)
+    if let Some((file, own)) =
+        template(dir).filter(|_| carried.has_template() && written.template.is_none())
         && template(base).is_none_or(|(_, theirs)| !are_equal(&own, &theirs))
     {
         let at = format!("`{}`", dir.join(file).display());
@@ -42,7 +60,96 @@ pub fn other_conversation(path: &Path, base: &Path, template_given: bool) -> Res
         let fix = "monteclora merge makes a model with the adapter's";
         warnings.push(Problem::new("other-tokenizer", at, message, fix));
     }
+    if let Some(record) = training_record(path) {
+        for warning in against_record(&record, base, written)? {
+            if !warnings.iter().any(|known| known.code == warning.code) {
+                warnings.push(warning);
+            }
+        }
+    }
     Ok(warnings)
+}
+
+/// Where what training recorded differs from how conversations are `written` with `base` now.
+fn against_record(
+    record: &Value,
+    base: &Path,
+    written: ConversationSettings<'_>,
+) -> Result<Vec<Problem>> {
+    let mut warnings = Vec::new();
+    let differs = |key: &str, found: Option<&str>| {
+        // Records of former versions lack the key.
+        let recorded = record.get(key)?;
+        (recorded.as_str() != found).then(|| {
+            let short = |hash: &str| hash.chars().take(12).collect::<String>();
+            let trained = recorded.as_str().map_or("none".to_owned(), short);
+            format!(
+                "trained with SHA-256 {trained}, now {}",
+                found.map_or("none".to_owned(), short)
+            )
+        })
+    };
+    let template = jinja::find(base, written.template)?;
+    let hash = template
+        .as_ref()
+        .map(|found| sha256(found.content().as_bytes()));
+    if let Some(difference) = differs("chat_template_sha256", hash.as_deref()) {
+        let at = template.map_or(base.to_owned(), |found| found.origin);
+        let message =
+            format!("not the chat template that the adapter was trained with: {difference}");
+        let fix =
+            "give the one it was trained with: --chat-template FILE (serve.toml: chat_template)";
+        warnings.push(Problem::new(
+            "other-template",
+            at.display().to_string(),
+            message,
+            fix,
+        ));
+    }
+    let tokenizer = base.join("tokenizer.json");
+    let hash = fs::read(&tokenizer).ok().map(|bytes| sha256(&bytes));
+    if let Some(difference) = differs("tokenizer_sha256", hash.as_deref()) {
+        let message = format!("not the tokenizer that the adapter was trained with: {difference}");
+        let fix = "give the base it was trained on";
+        warnings.push(Problem::new(
+            "other-tokenizer",
+            tokenizer.display().to_string(),
+            message,
+            fix,
+        ));
+    }
+    let data = &record["config"]["data"];
+    if let (Some(trained), Some(now)) = (
+        data["apply_chat_template"].as_bool(),
+        written.prompts_as_chats,
+    ) && trained != now
+        && !matches!(
+            data["format"].as_str(),
+            Some("messages" | "sharegpt" | "text")
+        )
+    {
+        let (message, fix) = match trained {
+            true => (
+                "the adapter was trained with prompts written out with the chat template, and prompts are given without it now",
+                "leave out --no-chat-template",
+            ),
+            false => (
+                "the adapter was trained with apply_chat_template = false: prompts without the chat template, which is applied now",
+                "evaluate with --no-chat-template, and ask a server by /v1/completions",
+            ),
+        };
+        warnings.push(Problem::new(
+            "other-prompts",
+            "apply_chat_template",
+            message,
+            fix,
+        ));
+    }
+    Ok(warnings)
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
 }
 
 /// The chat template in `dir` and its file, in the order in which transformers looks.
@@ -104,8 +211,13 @@ mod tests {
     fn another_template_or_tokenizer_than_the_base_s_is_said() {
         let base = fixtures::named("plain-lora").model_dir;
         let own = case("formats/own-chat-template");
-        let codes = |path: &Path, given| {
-            let warnings = other_conversation(path, &base, given).expect("readable");
+        let codes = |path: &Path, is_given: bool| {
+            let chosen = base.join("chat_template.jinja");
+            let written = ConversationSettings {
+                template: is_given.then_some(chosen.as_path()),
+                ..ConversationSettings::default()
+            };
+            let warnings = other_conversation(path, &base, written).expect("readable");
             warnings
                 .iter()
                 .map(|warning| warning.code)
@@ -137,5 +249,52 @@ mod tests {
         tokenizer["added_tokens"][0]["content"] = "<other>".into();
         fs::write(&place, tokenizer.to_string()).expect("written");
         assert_eq!(codes(dir.path(), false), ["other-tokenizer"]);
+    }
+
+    #[test]
+    fn another_setting_than_the_one_of_training_is_said() {
+        let base = fixtures::named("plain-lora").model_dir;
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let out = dir.path().join("out");
+        fixtures::small_adapter(52, false)
+            .write_peft(&out, true)
+            .expect("written");
+        let text = fs::read_to_string(base.join("chat_template.jinja")).expect("readable");
+        let tokenizer = fs::read(base.join("tokenizer.json")).expect("readable");
+        let record = |template: Value, tokenizer: &str, applies: bool, format: &str| {
+            let record = serde_json::json!({
+                "chat_template_sha256": template, "tokenizer_sha256": tokenizer,
+                "config": {"data": {"apply_chat_template": applies, "format": format}},
+            });
+            fs::write(out.join("run.json"), record.to_string()).expect("written");
+        };
+        let codes = |template: Option<&Path>, prompts_as_chats: Option<bool>| {
+            let written = ConversationSettings {
+                template,
+                prompts_as_chats,
+            };
+            let warnings = other_conversation(&out, &base, written).expect("readable");
+            warnings
+                .iter()
+                .map(|warning| warning.code)
+                .collect::<Vec<_>>()
+        };
+        let (of_base, of_tokenizer) = (Value::String(sha256(text.as_bytes())), sha256(&tokenizer));
+        record(of_base.clone(), &of_tokenizer, true, "auto");
+        assert_eq!(codes(None, Some(true)), [""; 0]);
+        assert_eq!(codes(None, Some(false)), ["other-prompts"]);
+        let chosen = dir.path().join("mine.jinja");
+        fs::write(&chosen, "{{ messages[0].content }}").expect("written");
+        assert_eq!(codes(Some(&chosen), None), ["other-template"]);
+        record(Value::Null, "0123", false, "prompt_completion");
+        assert_eq!(
+            codes(None, Some(true)),
+            ["other-template", "other-tokenizer", "other-prompts"]
+        );
+        // Conversations have the template whatever prompts have.
+        record(of_base, &of_tokenizer, false, "messages");
+        assert_eq!(codes(None, Some(true)), [""; 0]);
+        fs::write(out.join("run.json"), "{}").expect("written");
+        assert_eq!(codes(Some(&chosen), Some(true)), [""; 0]);
     }
 }

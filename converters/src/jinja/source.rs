@@ -34,6 +34,19 @@ impl Sources {
         }
     }
 
+    /// The text of the template, or of all of them where there are several: what the rendered text depends on.
+    pub fn content(&self) -> String {
+        match self.named.len() {
+            1 => self.named.values().cloned().collect(),
+            _ => {
+                let named = self.named.iter();
+                named
+                    .map(|(name, text)| format!("{name}\n{text}\n"))
+                    .collect()
+            }
+        }
+    }
+
     /// What a file has as `chat_template`: a text, or a list of `{"name", "template"}`.
     ///
     /// # Errors

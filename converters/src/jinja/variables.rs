@@ -4,6 +4,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::trained_base::training_record;
+
 /// The special tokens that every tokenizer of transformers may have.
 const STANDARD: [&str; 7] = [
     "bos_token",
@@ -84,16 +86,7 @@ pub fn special_tokens(config: Option<&Value>, map: Option<&Value>) -> Map<String
 
 /// The `data.template_variables` that an adapter was trained with, from the run.json beside it or, for a checkpoint, above it.
 pub fn recorded_variables(adapter: &Path) -> Map<String, Value> {
-    let dir = match adapter.is_dir() {
-        true => Some(adapter),
-        false => adapter.parent(),
-    };
-    let dirs = dir.into_iter().flat_map(|dir| [Some(dir), dir.parent()]);
-    let record = dirs.flatten().find_map(|dir| {
-        let text = std::fs::read(dir.join("run.json")).ok()?;
-        serde_json::from_slice::<Value>(&text).ok()
-    });
-    let variables = record.and_then(|mut record| {
+    let variables = training_record(adapter).and_then(|mut record| {
         let found = record.pointer_mut("/config/data/template_variables")?;
         found.as_object().cloned()
     });

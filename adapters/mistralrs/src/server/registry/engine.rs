@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, DeviceLocation};
 use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
-use monteclora_converters::{Adapter, ModelFiles, Problem, base_warnings, other_conversation};
+use monteclora_converters::{
+    Adapter, ConversationSettings, ModelFiles, Problem, base_warnings, other_conversation,
+};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::Sender;
 
@@ -113,8 +115,11 @@ impl Wanted {
             let notes = adapter.notes.iter();
             warnings.extend(notes.map(|note| Problem::sentence("note", note)));
             warnings.extend(base_warnings(path, &adapter, &base)?);
-            let is_given = self.loader.has_own_template();
-            warnings.extend(other_conversation(path, base.dir(), is_given)?);
+            let settings = ConversationSettings {
+                template: self.loader.own_template(),
+                prompts_as_chats: Some(true),
+            };
+            warnings.extend(other_conversation(path, base.dir(), settings)?);
         }
         Ok(Checked {
             max_sequence_length,
