@@ -18,7 +18,7 @@ use super::optimizer::AdamW;
 use super::progress::Progress;
 use super::state::AdapterState;
 
-const OPTIMIZER: &str = "optimizer.safetensors";
+pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "trainer_state.json";
 const BEST: &str = "best";
 /// The code of the problem of a checkpoint of which a file is missing or damaged; an earlier one may be whole.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use monteclora_converters::Problem;
 
-use super::checkpoint::{best_step, latest_checkpoint, rebuild_best, remove_partial};
+use super::checkpoint::{OPTIMIZER, best_step, latest_checkpoint, rebuild_best, remove_partial};
 use super::record::finished_step;
 use super::{AdapterState, Checkpoint, Error, Prepared, RunLock, checkpoints};
 use crate::output::require_empty;
@@ -171,7 +171,24 @@ fn named(
     force: bool,
     read: impl Fn(&Path) -> Result<Checkpoint, Error>,
 ) -> Result<Checkpoint> {
-    if !dir.join("trainer_state.json").is_file() {
+    let holds = |name: &str| dir.join(name).is_file();
+    if !holds(OPTIMIZER)
+        && let Some((_, newest)) = checkpoints(dir).ok().and_then(|mut found| found.pop())
+    {
+        bail!(Problem::usage(format!(
+            "--resume {}: no checkpoint itself, but its checkpoints can be given; the newest is {}",
+            dir.display(),
+            newest.display()
+        )));
+    }
+    if holds("optimizer.pt") || holds("optimizer.bin") {
+        bail!(Problem::usage(format!(
+            "--resume {}: a checkpoint of another trainer, whose optimizer's state cannot be continued; start from its adapter with --set lora.init_from={:?}",
+            dir.display(),
+            dir.display().to_string()
+        )));
+    }
+    if !holds("trainer_state.json") {
         bail!(Problem::usage(format!(
             "--resume {}: not a checkpoint directory; give `auto` or a directory such as {}",
             dir.display(),

@@ -18,6 +18,8 @@ mod hub;
 mod operations;
 mod planning;
 mod posterior;
+#[cfg(feature = "mistralrs")]
+mod remedies;
 mod report;
 mod resume;
 #[cfg(feature = "mistralrs")]

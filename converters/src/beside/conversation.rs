@@ -11,6 +11,7 @@ use super::Beside;
 use super::carried::read_large;
 use crate::error::Result;
 use crate::jinja;
+use crate::model_files::ModelFiles;
 use crate::problem::Problem;
 use crate::trained_base::training_record;
 
@@ -55,6 +56,13 @@ pub fn other_conversation(
         tokens(dir).filter(|_| carried.names().iter().any(|name| name == "tokenizer.json"))
         && tokens(base).is_some_and(|theirs| theirs != own)
     {
+        if let Some(problem) = ModelFiles::open(base)
+            .ok()
+            .and_then(|base| carried.beyond(&base))
+        {
+            warnings.push(problem);
+            return Ok(warnings);
+        }
         let at = format!("`{}`", dir.join("tokenizer.json").display());
         let message = "the adapter has a tokenizer of its own with other tokens than the base's, which is used";
         let fix = "monteclora merge makes a model with the adapter's";

@@ -129,15 +129,19 @@ impl Judge {
             None => {}
         }
         let is_whole = !self.modules.is_empty()
-            && self.modules.iter().all(|module| {
-                let ends = [
-                    format!("{module}.weight"),
-                    format!("{module}.base_layer.weight"),
-                ];
-                tensors
-                    .keys()
-                    .any(|tensor| ends.iter().any(|end| tensor.ends_with(end.as_str())))
-            });
+            && self
+                .modules
+                .iter()
+                .map(|module| within_layers(module))
+                .all(|module| {
+                    let ends = [
+                        format!("{module}.weight"),
+                        format!("{module}.base_layer.weight"),
+                    ];
+                    tensors
+                        .keys()
+                        .any(|tensor| ends.iter().any(|end| tensor.ends_with(end.as_str())))
+                });
         let is_model =
             is_model_dir && name.starts_with("model") && tensors.len() > self.modules.len();
         if is_whole || is_model {
@@ -145,6 +149,11 @@ impl Judge {
         }
         Found::Problem(trained(name, &tensors))
     }
+}
+
+/// A module's path from its layer on: what wraps a model, and so stands before, is another in another file.
+fn within_layers(module: &str) -> &str {
+    module.find("layers.").map_or(module, |at| &module[at..])
 }
 
 /// Weights that are neither LoRA's nor a model's.

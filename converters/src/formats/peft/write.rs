@@ -16,6 +16,7 @@ use crate::formats::peft::names::{Role, SAMPLER_FIELDS};
 use crate::formats::peft::read::{CONFIG_FILE, PREFIX, WEIGHTS_FILE};
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_write::write_tensors;
+use crate::tensors::shards::shard_number;
 use crate::tensors::tensor::Tensor;
 
 impl Adapter {
@@ -23,8 +24,8 @@ impl Adapter {
     /// a posterior. PEFT's two buffers of sampler state are no parameters: the identity and 1/N are written for them, so
     /// that equal posteriors give equal files. F64 becomes F32.
     ///
-    /// A new directory appears at once. With `overwrite` the two files are replaced in an existing directory and its
-    /// other files are left alone; an interruption may leave it without `adapter_config.json`, never with a mixture.
+    /// A new directory appears at once. With `overwrite` the two files, and shards in place of one of them, are replaced in an
+    /// existing directory and its other files are left alone; an interruption may leave it without `adapter_config.json`, never with a mixture.
     ///
     /// # Errors
     /// `exists` if `dir` is not empty and `overwrite` is false.
@@ -82,6 +83,7 @@ pub(crate) fn replace_files(
             }
             _ => {}
         }
+        remove_shards(dir, weights_name)?;
         options.carried.copy_into(dir)?;
         for (file, path) in [(weights, weights_path), (config, config_path)] {
             file.persist(&path)
@@ -94,6 +96,23 @@ pub(crate) fn replace_files(
     } else {
         files::write_new_dir(dir, write_into)
     }
+}
+
+/// Removes the shards of an adapter that was there before: they would be read in place of the one file.
+fn remove_shards(dir: &Path, weights_name: &str) -> Result<()> {
+    let stem = weights_name.strip_suffix(".safetensors");
+    let index = format!("{weights_name}.index.json");
+    for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+        let entry = entry.map_err(Error::io("read", dir))?;
+        let name = entry.file_name();
+        let shard = name.to_str().and_then(shard_number);
+        if shard.is_some_and(|(set, _, _)| Some(set) == stem)
+            || name.to_str() == Some(index.as_str())
+        {
+            fs::remove_file(entry.path()).map_err(Error::io("replace", &entry.path()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Every tensor by PEFT's name.
@@ -196,7 +215,13 @@ mod tests {
                 .is_err_and(|error| error.code() == "exists")
         );
         adapter.write_peft(dir.path(), true).expect("written");
+        // Shards would be read before the one file.
+        let shard = "adapter_model-00001-of-00001.safetensors";
+        fs::copy(dir.path().join(WEIGHTS_FILE), dir.path().join(shard)).expect("copied");
+        let index = format!("{WEIGHTS_FILE}.index.json");
+        fs::write(dir.path().join(index), "{\"weight_map\": {}}").expect("writable");
         // The files being replaced may be the ones the tensors are mapped from.
+        adapter.write_peft(dir.path(), true).expect("written");
         let read = Adapter::read_dir(dir.path()).expect("our own output");
         read.write_peft(dir.path(), true).expect("written");
         assert_eq!(

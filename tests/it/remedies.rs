@@ -1,0 +1,274 @@
+//! Every remedy that names a command or a flag of ours is run: what a message advises must work.
+//!
+//! The test walks the texts in the sources. A text that advises a command or a flag and stands in no list here fails it, and so does
+//! a line of a list that no text has any more.
+
+mod adapters;
+mod models;
+mod source_texts;
+
+use std::path::{Path, PathBuf};
+
+use crate::fixtures::own;
+
+/// How a remedy is known to work.
+enum Proof {
+    /// A scenario: it meets the message, and then does what it says.
+    Run(fn()),
+    /// A test elsewhere does the same: its file and name.
+    By(&'static str, &'static str),
+    /// It cannot be run here, for this reason.
+    Not(&'static str),
+}
+use Proof::{By, Not, Run};
+
+/// A part of a text in the sources that names only this one, and its proof.
+type Remedy = (&'static str, Proof);
+
+/// Remedies around training, serving and data, most of which have a test of their own.
+const OTHERS: [Remedy; 35] = [
+    (
+        "and is not empty; choose another directory or pass --force",
+        By(
+            "tests/it/cli.rs",
+            "an_adapter_that_changes_nothing_is_not_exported",
+        ),
+    ),
+    (
+        "choose another with -o or pass --force",
+        By("tests/it/planning.rs", "init_writes_what_train_accepts"),
+    ),
+    (
+        "next: monteclora train -c",
+        By("tests/it/planning.rs", "init_writes_what_train_accepts"),
+    ),
+    (
+        "# A MonteCLoRA run. Check it:",
+        By("tests/it/planning.rs", "init_writes_what_train_accepts"),
+    ),
+    (
+        "Pass --force to go on",
+        By(
+            "tests/it/formats.rs",
+            "adapters_that_change_nothing_need_force",
+        ),
+    ),
+    (
+        "start the server with --force",
+        Run(models::an_adapter_without_effect_is_served),
+    ),
+    (
+        "`monteclora rollback` brings it back",
+        By(
+            "tests/it/operations/deployment.rs",
+            "deploy_status_and_rollback_through_the_command",
+        ),
+    ),
+    (
+        "`monteclora status --adapter-root` lists them",
+        By(
+            "tests/it/operations/deployment.rs",
+            "deploy_status_and_rollback_through_the_command",
+        ),
+    ),
+    (
+        "--adapter-root is the server's adapter root",
+        By(
+            "tests/it/operations/deployment.rs",
+            "deploy_status_and_rollback_through_the_command",
+        ),
+    ),
+    (
+        "give the adapter another --alias",
+        By(
+            "src/deploy/tests.rs",
+            "the_name_of_a_base_is_refused_before_anything_is_written",
+        ),
+    ),
+    (
+        "stop the other program, or choose another port with --port",
+        By(
+            "tests/it/operations.rs",
+            "what_cannot_be_served_ends_with_a_reason_and_a_code",
+        ),
+    ),
+    (
+        "use it as it is; for posterior draws train",
+        By("tests/it/cli.rs", "inspect_shows_the_posterior_of_a_run"),
+    ),
+    (
+        "is intact; --resume auto continues from it",
+        By(
+            "tests/it/resume.rs",
+            "a_full_disk_leaves_the_last_checkpoint",
+        ),
+    ),
+    (
+        "--set train.load_best_model_at_end=false",
+        By(
+            "tests/it/resume/output_dir.rs",
+            "a_best_adapter_that_is_gone_is_made_again_or_missed",
+        ),
+    ),
+    (
+        "--force discards it",
+        By(
+            "tests/it/resume.rs",
+            "what_changed_since_the_checkpoint_is_named",
+        ),
+    ),
+    (
+        "monteclora train -c {}",
+        By(
+            "tests/it/resume/output_dir.rs",
+            "the_hint_after_an_interruption_repeats_the_overrides",
+        ),
+    ),
+    (
+        "is used (--revision {} takes the other)",
+        By("tests/it/hub.rs", "a_branch_that_moves_is_noticed"),
+    ),
+    (
+        "connect to the network, or give a local directory",
+        By(
+            "tests/it/hub.rs",
+            "what_the_hub_refuses_is_said_with_the_remedy",
+        ),
+    ),
+    (
+        "give a local model with -m",
+        Not("quickstart's own model comes over the network"),
+    ),
+    (
+        "continue with `monteclora train -c {} --resume auto`",
+        Not("quickstart's own model comes over the network"),
+    ),
+    (
+        "# What `monteclora quickstart` ran",
+        Not("quickstart's own model comes over the network"),
+    ),
+    (
+        "\\nnext\\n  monteclora serve -c",
+        Not("quickstart's own model comes over the network"),
+    ),
+    (
+        "merge the adapter with `monteclora merge` and serve",
+        Not("needs several graphics cards; merging is tested by itself"),
+    ),
+    ("start vLLM with --max-lora-rank", Not("vLLM's own flag")),
+    ("build with `--features parquet`", Not("cargo's own flag")),
+    (
+        "--dry-run tells what to change",
+        By(
+            "tests/it/planning.rs",
+            "a_dry_run_tells_what_training_then_does",
+        ),
+    ),
+    (
+        "give one with `--chat-template`",
+        By(
+            "adapters/mistralrs/src/fixture_tests/conversations.rs",
+            "a_model_without_a_template_continues_texts_and_refuses_conversations",
+        ),
+    ),
+    (
+        "bench train needs --seq and --steps",
+        By(
+            "tests/it/planning.rs",
+            "the_memory_estimate_is_near_the_peak",
+        ),
+    ),
+    (
+        "tokens are those of a model: give one with -m",
+        Run(models::data_that_needs_a_model),
+    ),
+    (
+        "checked without a model: give one with -m",
+        Run(models::data_that_needs_a_model),
+    ),
+    (
+        "`monteclora data check` lists all",
+        By("tests/it/data.rs", "check_lists_every_bad_row"),
+    ),
+    (
+        "`monteclora data check {}` says what to do",
+        By(
+            "tests/it/data.rs",
+            "names_that_no_row_has_and_files_that_nothing_reads_are_said",
+        ),
+    ),
+    (
+        "start from its adapter with --set lora.init_from",
+        Run(models::a_checkpoint_of_another_trainer),
+    ),
+    (
+        "use `monteclora eval --posterior-samples` afterwards",
+        Run(models::draws_are_evaluated_afterwards),
+    ),
+    (
+        "parity compares in f32; use --dtype auto or f32",
+        Run(models::parity_in_single_precision),
+    ),
+];
+
+/// Every remedy that is known.
+fn remedies() -> impl Iterator<Item = &'static Remedy> {
+    OTHERS
+        .iter()
+        .chain(&adapters::REMEDIES)
+        .chain(&models::REMEDIES)
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn every_remedy_that_names_a_command_is_run() {
+    let advice = source_texts::advice(&root());
+    assert!(advice.len() > 20, "the walk finds no texts: {advice:?}");
+    let mut unknown = Vec::new();
+    for (file, text) in &advice {
+        if !remedies().any(|(part, _)| text.contains(part)) {
+            unknown.push(format!("{}: {text}", file.display()));
+        }
+    }
+    assert!(
+        unknown.is_empty(),
+        "texts advise a command or a flag and no scenario runs it; add one to tests/it/remedies:\n{}",
+        unknown.join("\n")
+    );
+    for (part, proof) in remedies() {
+        assert!(
+            advice.iter().any(|(_, text)| text.contains(part)),
+            "no text advises \"{part}\" any more"
+        );
+        match proof {
+            Run(scenario) => scenario(),
+            By(file, test) => {
+                let text = std::fs::read_to_string(root().join(file)).unwrap();
+                assert!(
+                    text.contains(&format!("fn {test}(")),
+                    "{file} has no test {test}"
+                );
+            }
+            Not(why) => assert!(!why.is_empty()),
+        }
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+fn data(name: &str) -> PathBuf {
+    own().parent().unwrap().join(name)
+}

@@ -1,0 +1,476 @@
+//! Remedies around adapters: what validation, conversion, merging and inspection advise.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use monteclora_converters::{Adapter, DType, SafetensorsFile, Tensor, write_safetensors};
+use serde_json::{Value, json};
+
+use super::{By, Remedy, Run, copy, data, text};
+use crate::cli::{json as answer, ok, own_adapter, run, tiny};
+
+pub(super) const REMEDIES: [Remedy; 20] = [
+    (
+        "monteclora collapse writes the posterior mean as plain LoRA",
+        Run(collapse_for_a_runtime),
+    ),
+    (
+        "monteclora collapse turns float64 into float32",
+        Run(collapse_for_a_runtime),
+    ),
+    (
+        "monteclora collapse writes one file",
+        Run(collapse_for_a_runtime),
+    ),
+    (
+        "monteclora collapse drops the name",
+        Run(collapse_for_a_runtime),
+    ),
+    (
+        "convert it: monteclora convert --to gguf",
+        Run(convert_for_a_runtime),
+    ),
+    (
+        "convert it: monteclora convert --to lora",
+        Run(convert_for_a_runtime),
+    ),
+    (
+        "convert it with `monteclora convert`",
+        Run(an_adapter_is_not_imported),
+    ),
+    (
+        "exists; choose another file or pass --force",
+        Run(one_file_is_replaced),
+    ),
+    (
+        "for the order of the rows of q and k); give the base with -m",
+        Run(one_file_is_replaced),
+    ),
+    (
+        "choose another directory or pass --force",
+        Run(a_directory_is_replaced),
+    ),
+    (
+        "were not compared with a base (give one with -m)",
+        Run(models_are_given_with_m),
+    ),
+    (
+        "holds a model, not an adapter: give it with -m",
+        Run(models_are_given_with_m),
+    ),
+    (
+        "that is no LoRA: a model is given with -m",
+        Run(models_are_given_with_m),
+    ),
+    (
+        "give an adapter; a model is given with -m",
+        Run(models_are_given_with_m),
+    ),
+    (
+        "monteclora merge makes a model with the adapter's",
+        Run(a_tokenizer_of_the_adapter_is_merged),
+    ),
+    (
+        "use the adapter's with --chat-template",
+        By(
+            "tests/it/beside.rs",
+            "tokenizer_and_template_are_carried_along_and_the_rest_is_named",
+        ),
+    ),
+    (
+        "or compare both with `monteclora eval`",
+        Run(another_base_is_compared),
+    ),
+    ("--dtype f32 keeps it", Run(a_small_update_is_kept)),
+    (
+        "sound? `monteclora inspect` tells",
+        Run(numbers_that_are_none_are_looked_for),
+    ),
+    (
+        "move the file out of the directory",
+        Run(trained_weights_are_moved_away),
+    ),
+];
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// A plain LoRA of the tiny base below `dir`, its parts as `change` makes them: configuration and tensors.
+fn changed(
+    dir: &Path,
+    name: &str,
+    change: impl FnOnce(&mut Value, &mut BTreeMap<String, Tensor>),
+) -> PathBuf {
+    let (from, to) = (PathBuf::from(own_adapter("plain-lora")), dir.join(name));
+    std::fs::create_dir_all(&to).unwrap();
+    let config = std::fs::read_to_string(from.join("adapter_config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    let file = SafetensorsFile::open(from.join("adapter_model.safetensors")).unwrap();
+    let named = |name: &str| (name.to_owned(), file.get(name).unwrap());
+    let mut tensors = file.names().map(named).collect();
+    change(&mut config, &mut tensors);
+    std::fs::write(to.join("adapter_config.json"), config.to_string()).unwrap();
+    write_safetensors(
+        to.join("adapter_model.safetensors"),
+        tensors,
+        &BTreeMap::new(),
+    )
+    .unwrap();
+    to
+}
+
+/// The remedies of `validate PATH --for RUNTIME`.
+fn fixes(path: &Path, runtime: &str) -> Vec<String> {
+    let found = run(&["validate", text(path), "--for", runtime, "--json"]);
+    let found: Value = serde_json::from_str(&found.stdout).unwrap();
+    let problems = found["problems"].as_array().unwrap().iter();
+    problems
+        .map(|problem| problem["fix"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+fn collapse_for_a_runtime() {
+    let dir = scratch();
+    let rslora = changed(dir.path(), "rslora", |config, _| {
+        config["use_rslora"] = json!(true)
+    });
+    let wide = changed(dir.path(), "f64", |_, tensors| {
+        for tensor in tensors.values_mut() {
+            *tensor = tensor.to_dtype(DType::F64).unwrap();
+        }
+    });
+    let named = changed(dir.path(), "named", |_, tensors| {
+        *tensors = std::mem::take(tensors)
+            .into_iter()
+            .map(|(name, tensor)| (name.replace(".weight", ".mine.weight"), tensor))
+            .collect();
+    });
+    let sharded = changed(dir.path(), "sharded", |_, _| ());
+    let (one, shard) = (
+        "adapter_model.safetensors",
+        "adapter_model-00001-of-00001.safetensors",
+    );
+    std::fs::rename(sharded.join(one), sharded.join(shard)).unwrap();
+    for (path, runtime, expected) in [
+        (
+            &rslora,
+            "mistralrs",
+            "monteclora collapse writes the posterior mean",
+        ),
+        (&wide, "mistralrs", "turns float64 into float32"),
+        (&named, "vllm", "drops the name"),
+        (&sharded, "vllm", "writes one file"),
+    ] {
+        let advised = fixes(path, runtime);
+        assert!(
+            advised.iter().any(|fix| fix.contains(expected)),
+            "{advised:?}"
+        );
+        let out = path.with_extension("plain");
+        ok(&["collapse", text(path), "-o", text(&out)]);
+        ok(&["validate", text(&out), "-m", &tiny(), "--for", runtime]);
+    }
+}
+
+fn convert_for_a_runtime() {
+    let dir = scratch();
+    let at = |name: &str| dir.path().join(name);
+    let (base, plain) = (tiny(), own_adapter("plain-lora"));
+    let (mlx, gguf) = (at("mlx"), at("a.gguf"));
+    ok(&["convert", &plain, "-o", text(&mlx), "--to", "mlx"]);
+    assert!(fixes(&mlx, "llamacpp")[0].contains("convert --to gguf"));
+    ok(&[
+        "convert",
+        text(&mlx),
+        "-o",
+        text(&gguf),
+        "--to",
+        "gguf",
+        "-m",
+        &base,
+    ]);
+    ok(&["validate", text(&gguf), "--for", "llamacpp"]);
+    assert!(fixes(&gguf, "vllm")[0].contains("convert --to lora"));
+    let lora = at("lora");
+    ok(&[
+        "convert",
+        text(&gguf),
+        "-o",
+        text(&lora),
+        "--to",
+        "lora",
+        "-m",
+        &base,
+    ]);
+    ok(&["validate", text(&lora), "--for", "vllm"]);
+}
+
+fn an_adapter_is_not_imported() {
+    let dir = scratch();
+    let (gguf, base) = (dir.path().join("a.gguf"), tiny());
+    ok(&[
+        "convert",
+        &own_adapter("plain-lora"),
+        "-o",
+        text(&gguf),
+        "--to",
+        "gguf",
+        "-m",
+        &base,
+    ]);
+    let refused = run(&[
+        "import-gguf",
+        text(&gguf),
+        "-o",
+        text(&dir.path().join("x")),
+    ]);
+    assert!(
+        refused
+            .stderr
+            .contains("convert it with `monteclora convert`"),
+        "{}",
+        refused.stderr
+    );
+    let out = dir.path().join("lora");
+    ok(&[
+        "convert",
+        text(&gguf),
+        "-o",
+        text(&out),
+        "--to",
+        "lora",
+        "-m",
+        &base,
+    ]);
+}
+
+fn one_file_is_replaced() {
+    let dir = scratch();
+    let (gguf, plain, base) = (dir.path().join("a.gguf"), own_adapter("plain-lora"), tiny());
+    let arguments = ["convert", &plain, "-o", text(&gguf), "--to", "gguf"];
+    let refused = run(&arguments);
+    assert!(
+        refused.stderr.contains("give the base with -m"),
+        "{}",
+        refused.stderr
+    );
+    let arguments = [&arguments[..], &["-m", &base]].concat();
+    ok(&arguments);
+    let refused = run(&arguments);
+    assert!(
+        refused.stderr.contains("pass --force"),
+        "{}",
+        refused.stderr
+    );
+    ok(&[&arguments[..], &["--force"]].concat());
+}
+
+fn a_directory_is_replaced() {
+    let dir = scratch();
+    let (file, out) = (data("gguf/qwen2.gguf"), dir.path().join("out"));
+    let arguments = ["import-gguf", text(&file), "-o", text(&out)];
+    ok(&arguments);
+    let refused = run(&arguments);
+    assert!(
+        refused.stderr.contains("pass --force"),
+        "{}",
+        refused.stderr
+    );
+    ok(&[&arguments[..], &["--force"]].concat());
+}
+
+fn models_are_given_with_m() {
+    let dir = scratch();
+    let (base, plain) = (tiny(), own_adapter("plain-lora"));
+    let gguf = dir.path().join("qwen2.gguf");
+    std::fs::copy(data("gguf/qwen2.gguf"), &gguf).unwrap();
+    let weights = format!("{base}/model.safetensors");
+    for (path, expected) in [
+        (base.as_str(), "a model, not an adapter: give it with -m"),
+        (
+            text(dir.path()),
+            "that is no LoRA: a model is given with -m",
+        ),
+        (&weights, "give an adapter; a model is given with -m"),
+    ] {
+        let refused = run(&["validate", path]);
+        let said = refused.stdout + &refused.stderr;
+        assert!(refused.code != 0 && said.contains(expected), "{said}");
+    }
+    let alone = ok(&["validate", &plain]);
+    assert!(
+        alone.stdout.contains("give one with -m"),
+        "{}",
+        alone.stdout
+    );
+    assert!(
+        ok(&["validate", &plain, "-m", &base])
+            .stdout
+            .contains("it fits")
+    );
+    let mut command = crate::cli::monteclora();
+    let cache = dir.path().join("cache");
+    command.env("MONTECLORA_CACHE", &cache);
+    let asked = [
+        "predict",
+        "-m",
+        text(&gguf),
+        "--prompt",
+        "x",
+        "--max-tokens",
+        "1",
+    ];
+    let done = crate::cli::outcome(command.args(asked));
+    assert_eq!(done.code, 0, "{}", done.stderr);
+}
+
+fn a_tokenizer_of_the_adapter_is_merged() {
+    let dir = scratch();
+    let path = changed(dir.path(), "own", |_, _| ());
+    let base = tiny();
+    let tokenizer = std::fs::read_to_string(format!("{base}/tokenizer.json")).unwrap();
+    let mut tokenizer: Value = serde_json::from_str(&tokenizer).unwrap();
+    tokenizer["added_tokens"][0]["content"] = json!("<other>");
+    std::fs::write(path.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let asked = ok(&[
+        "predict",
+        "-m",
+        &base,
+        "-a",
+        text(&path),
+        "--prompt",
+        "x",
+        "--max-tokens",
+        "1",
+    ]);
+    assert!(
+        asked.stderr.contains("monteclora merge makes a model"),
+        "{}",
+        asked.stderr
+    );
+    let out = dir.path().join("merged");
+    ok(&["merge", "-m", &base, "-a", text(&path), "-o", text(&out)]);
+    let merged = std::fs::read_to_string(out.join("tokenizer.json")).unwrap();
+    assert!(merged.contains("<other>"));
+}
+
+fn another_base_is_compared() {
+    let dir = scratch();
+    let path = changed(dir.path(), "tuned", |_, _| ());
+    let record = json!({"base": {"model_id": "org/base", "fingerprint": "0123456789abcdef"}});
+    std::fs::write(path.join("run.json"), record.to_string()).unwrap();
+    let base = tiny();
+    let told = ok(&["validate", text(&path), "-m", &base]);
+    assert!(
+        told.stdout.contains("compare both with `monteclora eval`"),
+        "{}",
+        told.stdout
+    );
+    let rows = dir.path().join("rows.jsonl");
+    std::fs::write(&rows, "{\"prompt\": \"a\", \"completion\": \"b\"}\n").unwrap();
+    let scores = answer(&[
+        "eval",
+        "-m",
+        &base,
+        "-a",
+        text(&path),
+        "--data",
+        text(&rows),
+    ]);
+    assert!(
+        scores["base"]["loss"].is_number() && scores["mean"]["loss"].is_number(),
+        "{scores}"
+    );
+}
+
+fn a_small_update_is_kept() {
+    let dir = scratch();
+    let path = dir.path().join("small");
+    let mut adapter = Adapter::read(Path::new(&own_adapter("plain-lora"))).unwrap();
+    for site in &mut adapter.sites {
+        let values = site
+            .lora_b
+            .to_f32()
+            .unwrap()
+            .iter()
+            .map(|x| x * 1e-6)
+            .collect();
+        site.lora_b = Tensor::from_f32(site.lora_b.shape(), values).unwrap();
+    }
+    adapter.write_peft(&path, false).unwrap();
+    let (base, out) = (tiny(), dir.path().join("out"));
+    let merge = |dtype: &str| {
+        let arguments = [
+            "merge",
+            "-m",
+            &base,
+            "-a",
+            text(&path),
+            "-o",
+            text(&out),
+            "--force",
+            "--dtype",
+            dtype,
+        ];
+        ok(&arguments).stdout
+    };
+    let told = merge("bf16");
+    assert!(told.contains("--dtype f32 keeps it"), "{told}");
+    let told = merge("f32");
+    assert!(!told.contains("keeps it"), "{told}");
+}
+
+fn numbers_that_are_none_are_looked_for() {
+    let dir = scratch();
+    let path = changed(dir.path(), "large", |_, tensors| {
+        for tensor in tensors.values_mut() {
+            let values = vec![1e30; tensor.n_elements()];
+            *tensor = Tensor::from_f32(tensor.shape(), values).unwrap();
+        }
+    });
+    let rows = dir.path().join("rows.jsonl");
+    std::fs::write(&rows, "{\"prompt\": \"a\", \"completion\": \"b\"}\n").unwrap();
+    let refused = run(&[
+        "eval",
+        "-m",
+        &tiny(),
+        "-a",
+        text(&path),
+        "--data",
+        text(&rows),
+    ]);
+    assert!(
+        refused.stderr.contains("`monteclora inspect` tells"),
+        "{}",
+        refused.stderr
+    );
+    let found = answer(&["inspect", text(&path)]);
+    assert!(
+        found["sites"][0]["norm_a"].as_f64().unwrap() > 1e30,
+        "{found}"
+    );
+}
+
+fn trained_weights_are_moved_away() {
+    let dir = scratch();
+    let path = changed(dir.path(), "scored", |_, _| ());
+    let head = [(
+        "score.weight".to_owned(),
+        Tensor::from_f32(&[1, 2], vec![1.0; 2]).unwrap(),
+    )];
+    write_safetensors(path.join("score.safetensors"), head, &BTreeMap::new()).unwrap();
+    assert!(
+        run(&["validate", text(&path)])
+            .stdout
+            .contains("move the file out of the directory")
+    );
+    std::fs::rename(
+        path.join("score.safetensors"),
+        dir.path().join("score.safetensors"),
+    )
+    .unwrap();
+    ok(&["validate", text(&path)]);
+    copy(&path, &dir.path().join("copy"));
+    ok(&["collapse", text(&path), "-o", text(&dir.path().join("out"))]);
+}
