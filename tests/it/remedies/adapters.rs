@@ -9,7 +9,24 @@ use serde_json::{Value, json};
 use super::{By, Remedy, Run, copy, data, text};
 use crate::cli::{json as answer, ok, own_adapter, run, tiny};
 
-pub(super) const REMEDIES: [Remedy; 20] = [
+pub(super) const REMEDIES: [Remedy; 24] = [
+    (
+        "-o DIR --to lora writes the names without it",
+        Run(names_are_written_plainly),
+    ),
+    (
+        "-o DIR --to lora -m BASE leaves out what is a copy",
+        Run(copies_of_the_base_are_left_out),
+    ),
+    (
+        "-o DIR --to lora -m BASE leaves it out",
+        Run(copies_of_the_base_are_left_out),
+    ),
+    (
+        "give the base with -m to compare the names",
+        Run(names_are_compared),
+    ),
+    ("(--json lists all)", Run(all_problems_are_listed)),
     (
         "monteclora collapse writes the posterior mean as plain LoRA",
         Run(collapse_for_a_runtime),
@@ -85,10 +102,6 @@ pub(super) const REMEDIES: [Remedy; 20] = [
     (
         "sound? `monteclora inspect` tells",
         Run(numbers_that_are_none_are_looked_for),
-    ),
-    (
-        "move the file out of the directory",
-        Run(trained_weights_are_moved_away),
     ),
 ];
 
@@ -452,6 +465,7 @@ fn numbers_that_are_none_are_looked_for() {
     );
 }
 
+#[test]
 fn trained_weights_are_moved_away() {
     let dir = scratch();
     let path = changed(dir.path(), "scored", |_, _| ());
@@ -473,4 +487,101 @@ fn trained_weights_are_moved_away() {
     ok(&["validate", text(&path)]);
     copy(&path, &dir.path().join("copy"));
     ok(&["collapse", text(&path), "-o", text(&dir.path().join("out"))]);
+}
+
+fn names_are_written_plainly() {
+    let dir = scratch();
+    for name in ["orig-mod-inside", "double-wrapped"] {
+        let path = data("cases/formats").join(name);
+        let told = run(&["validate", text(&path)]);
+        assert!(
+            told.stdout.contains("writes the names without it"),
+            "{name}: {}{}",
+            told.stdout,
+            told.stderr
+        );
+        let out = dir.path().join(name);
+        ok(&["convert", text(&path), "-o", text(&out), "--to", "lora"]);
+        ok(&[
+            "validate",
+            text(&out),
+            "-m",
+            &tiny(),
+            "--for",
+            "vllm",
+            "--for",
+            "peft",
+        ]);
+    }
+}
+
+fn copies_of_the_base_are_left_out() {
+    let dir = scratch();
+    let (path, base) = (
+        data("cases/formats/lmhead-untied"),
+        data("cases/bases/base-untied"),
+    );
+    let told = run(&["validate", text(&path)]);
+    assert!(
+        told.stdout.contains("leaves out what is a copy"),
+        "{}{}",
+        told.stdout,
+        told.stderr
+    );
+    let told = run(&["validate", text(&path), "-m", text(&base), "--for", "vllm"]);
+    assert!(
+        told.stdout.contains("-m BASE leaves it out"),
+        "{}{}",
+        told.stdout,
+        told.stderr
+    );
+    let out = dir.path().join("out");
+    ok(&[
+        "convert",
+        text(&path),
+        "-o",
+        text(&out),
+        "--to",
+        "lora",
+        "-m",
+        text(&base),
+    ]);
+    let told = run(&["validate", text(&out), "-m", text(&base), "--for", "vllm"]);
+    assert!(!told.stdout.contains("leaves it out"), "{}", told.stdout);
+}
+
+fn names_are_compared() {
+    for (name, code) in [("vl-names", 0), ("automodel-real", 4)] {
+        let path = data("cases/formats").join(name);
+        let told = run(&["validate", text(&path)]);
+        assert_eq!(told.code, code, "{}{}", told.stdout, told.stderr);
+        assert!(
+            told.stdout.contains("with -m to compare the names"),
+            "{}",
+            told.stdout
+        );
+        let compared = run(&["validate", text(&path), "-m", &tiny()]);
+        assert!(
+            !compared.stdout.contains("to compare the names"),
+            "{}",
+            compared.stdout
+        );
+    }
+}
+
+fn all_problems_are_listed() {
+    let dir = scratch();
+    let path = changed(dir.path(), "heads", |_, _| ());
+    for idx in 0..25 {
+        std::fs::write(path.join(format!("head-{idx}.bin")), "").unwrap();
+    }
+    let told = run(&["validate", text(&path)]);
+    assert!(
+        told.stdout.contains("(--json lists all)"),
+        "{}",
+        told.stdout
+    );
+    let listed = run(&["validate", text(&path), "--json"]).stdout;
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["problems"].as_array().unwrap().len(), 25);
 }

@@ -8,7 +8,11 @@ use serde_json::Value;
 use super::{Remedy, Run, copy, data, text};
 use crate::cli::{json as answer, ok, own_adapter, run, run_toml, tiny};
 
-pub(super) const REMEDIES: [Remedy; 9] = [
+pub(super) const REMEDIES: [Remedy; 10] = [
+    (
+        "give a template that does with --chat-template",
+        Run(another_template_is_given),
+    ),
     (
         "serve does not load GGUF: run `monteclora import-gguf",
         Run(a_gguf_model_is_imported),
@@ -140,6 +144,10 @@ fn another_template_is_given() {
         (
             None,
             "the model has no chat template; give one with --chat-template",
+        ),
+        (
+            Some("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"),
+            "give a template that does with --chat-template",
         ),
     ]
     .into_iter()
