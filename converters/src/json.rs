@@ -149,6 +149,18 @@ pub fn parse_object(text: &str, origin: &Path) -> Result<Map<String, Value>> {
     }
 }
 
+/// Parses `bytes`, which came from `origin`, as JSON of any length, such as a tokenizer's. A byte order mark is passed over.
+///
+/// # Errors
+/// `json` or what the bytes are instead, with the place.
+pub fn parse_value(bytes: &[u8], origin: &Path) -> Result<Value> {
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    serde_json::from_slice(bytes).map_err(|source| match std::str::from_utf8(bytes) {
+        Ok(text) => not_json(text, origin, &source),
+        Err(_) => foreign::refusal(origin, bytes, "JSON", || Error::json(origin, &source)),
+    })
+}
+
 /// Why `text` is not JSON: what it is instead, or what Python's `json` writes and JSON does not have, or else what the parser says.
 fn not_json(text: &str, origin: &Path, source: &serde_json::Error) -> Error {
     if let Some((line, key, number)) = python_number(text) {
@@ -270,7 +282,15 @@ mod tests {
             let error = read_object(&path).expect_err(expected);
             assert_eq!(error.code(), code, "{error}");
             assert!(error.to_string().contains(expected), "{error}");
+            if code != "malformed" {
+                let error = parse_value(bytes, &path).expect_err(expected);
+                assert!(error.to_string().contains(expected), "{error}");
+            }
         }
+        assert_eq!(
+            parse_value(b"\xef\xbb\xbf[1]", &path).expect("marked")[0],
+            1
+        );
     }
 
     #[test]

@@ -26,6 +26,9 @@ pub(super) struct Export<'a> {
     notes: Vec<&'a str>,
     #[serde(flatten)]
     beside: &'a Beside,
+    /// What the directory held before, and what a reader takes for the adapter's.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    kept: Vec<String>,
 }
 
 impl<'a> Export<'a> {
@@ -61,6 +64,7 @@ impl<'a> Export<'a> {
             n_unchanged: adapter.sites.len() - n_changed,
             report,
             notes,
+            kept: kept(output, beside),
             beside,
         }
     }
@@ -127,8 +131,29 @@ impl<'a> Export<'a> {
         for note in &self.notes {
             line("note", (*note).to_owned());
         }
+        if !self.kept.is_empty() {
+            let names = self.kept.join(", ");
+            line(
+                "kept",
+                format!(
+                    "{names}: there before, and taken for this adapter's by what reads the directory; remove what is not"
+                ),
+            );
+        }
         text + &beside_lines(self.beside, "with the adapter")
     }
+}
+
+/// Files of the directory `output` that were there before and that readers take for the adapter's: tokenizers, templates, weights.
+fn kept(output: &Path, beside: &Beside) -> Vec<String> {
+    let Ok(found) = Beside::of(output) else {
+        return Vec::new();
+    };
+    let ours = beside.carried.names();
+    let names = found.carried.names().iter();
+    let mut kept: Vec<String> = names.filter(|name| !ours.contains(name)).cloned().collect();
+    kept.extend(found.problems.into_iter().map(|problem| problem.at));
+    kept
 }
 
 /// The lines of a report that say what lay beside an adapter; `carried` says where what was carried went.

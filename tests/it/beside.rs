@@ -238,6 +238,25 @@ fn tokenizer_and_template_are_carried_along_and_the_rest_is_named() {
 }
 
 #[test]
+fn what_a_directory_held_before_is_told_where_it_is_written_into() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let source = own_adapter("plain-lora");
+    std::fs::create_dir(&out).unwrap();
+    for name in ["tokenizer.json", "value_head.bin", "notes.txt"] {
+        std::fs::write(out.join(name), "{}").unwrap();
+    }
+    let arguments = ["collapse", &source, "-o", text(&out), "--force"];
+    let report = answer(&arguments);
+    assert_eq!(report["kept"], json!(["tokenizer.json", "value_head.bin"]));
+    let told = ok(&arguments).stdout;
+    assert!(
+        told.contains("kept      tokenizer.json, value_head.bin: there before"),
+        "{told}"
+    );
+}
+
+#[test]
 fn what_was_measured_with_a_posterior_does_not_stay_with_its_mean() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source");
