@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use monteclora_converters::Error;
+use monteclora_converters::{Error, foreign, json};
 use serde_json::Value;
 
 use super::error::bad_data;
@@ -45,8 +45,14 @@ impl Tokenizer {
                 "cannot be read ({error}); a model directory needs a tokenizer.json"
             ))
         })?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| malformed(format!("not a Hugging Face tokenizer: {error}")))?;
+        let plain = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+        let mut inner =
+            tokenizers::Tokenizer::from_bytes(plain).map_err(|error| match foreign::not_wanted(
+                &path, plain, "JSON",
+            ) {
+                Some(problem) => Error::from(problem),
+                None => malformed(format!("not a Hugging Face tokenizer: {error}")),
+            })?;
         inner.with_padding(None);
         inner
             .with_truncation(None)
@@ -254,10 +260,7 @@ fn failed(error: tokenizers::Error) -> Error {
 pub(super) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
     let malformed = |message: String| Err(Error::malformed(path, message));
     match std::fs::read(path) {
-        Ok(bytes) => match serde_json::from_slice(&bytes) {
-            Ok(json) => Ok(Some(json)),
-            Err(error) => malformed(format!("not valid JSON: {error}")),
-        },
+        Ok(bytes) => Ok(Some(json::parse_value(&bytes, path)?)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => malformed(format!("cannot be read: {error}")),
     }
@@ -286,6 +289,35 @@ fn end_ids(config: Option<&Value>) -> Vec<u32> {
 mod tests {
     use super::*;
     use crate::data::test_support::{LLAMA3_LIKE, model_with_template, tiny_llama};
+
+    #[test]
+    fn files_that_git_did_not_fetch_are_named() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for entry in std::fs::read_dir(tiny_llama()).expect("listed") {
+            let path = entry.expect("readable").path();
+            let name = path.file_name().expect("a name");
+            std::fs::copy(&path, dir.path().join(name)).expect("copied");
+        }
+        let tokenizer = dir.path().join("tokenizer.json");
+        let marked = [
+            b"\xef\xbb\xbf",
+            &std::fs::read(&tokenizer).expect("readable")[..],
+        ]
+        .concat();
+        std::fs::write(&tokenizer, marked).expect("written");
+        Tokenizer::from_dir(dir.path()).expect("a byte order mark says nothing");
+        let pointer = "version https://git-lfs.github.com/spec/v1\nsize 17\n";
+        for name in ["tokenizer_config.json", "tokenizer.json"] {
+            std::fs::write(dir.path().join(name), pointer).expect("written");
+            let error = Tokenizer::from_dir(dir.path())
+                .expect_err("a pointer")
+                .to_string();
+            assert!(
+                error.contains(name) && error.contains("Git LFS pointer"),
+                "{error}"
+            );
+        }
+    }
 
     #[test]
     fn encode_then_decode_is_the_identity() {

@@ -279,8 +279,10 @@ fn read_text(path: &Path) -> Result<Option<String>> {
 }
 
 fn parse_json(path: &Path, text: &str) -> Result<Value> {
-    serde_json::from_str(text)
-        .map_err(|source| monteclora_converters::Error::json(path, &source).into())
+    Ok(monteclora_converters::json::parse_value(
+        text.as_bytes(),
+        path,
+    )?)
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {

@@ -6,6 +6,7 @@ use indexmap::IndexMap;
 use serde_json::Value;
 
 use crate::foreign::{self, FileKind};
+use crate::json;
 use crate::{Error, Problem};
 
 /// The template for conversations without tools, and for those with tools where there is no other.
@@ -180,10 +181,7 @@ fn read(path: &Path) -> Result<Option<String>, Error> {
 
 /// A byte order mark, which Windows' editors write, is passed over.
 fn parse(path: &Path, text: &str) -> Result<Value, Error> {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    serde_json::from_str(text).map_err(|source| {
-        foreign::refusal(path, text.as_bytes(), "JSON", || Error::json(path, &source))
-    })
+    json::parse_value(text.as_bytes(), path)
 }
 
 /// The `.jinja` files in `dir`, sorted.

@@ -9,7 +9,11 @@ use serde_json::{Value, json};
 use super::{By, Remedy, Run, copy, data, text};
 use crate::cli::{json as answer, ok, own_adapter, run, tiny};
 
-pub(super) const REMEDIES: [Remedy; 24] = [
+pub(super) const REMEDIES: [Remedy; 25] = [
+    (
+        "convert it: monteclora convert --to mlx",
+        Run(convert_for_a_runtime),
+    ),
     (
         "-o DIR --to lora writes the names without it",
         Run(names_are_written_plainly),
@@ -204,6 +208,12 @@ fn convert_for_a_runtime() {
         &base,
     ]);
     ok(&["validate", text(&gguf), "--for", "llamacpp"]);
+    assert!(
+        fixes(Path::new(&plain), "mlx")
+            .iter()
+            .any(|fix| fix.contains("convert --to mlx"))
+    );
+    ok(&["validate", text(&mlx), "--for", "mlx"]);
     assert!(fixes(&gguf, "vllm")[0].contains("convert --to lora"));
     let lora = at("lora");
     ok(&[

@@ -3,12 +3,36 @@
 use std::path::{Path, PathBuf};
 
 use monteclora_converters::Adapter;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Remedy, Run, copy, data, text};
 use crate::cli::{json as answer, ok, own_adapter, run, run_toml, tiny};
 
-pub(super) const REMEDIES: [Remedy; 10] = [
+pub(super) const REMEDIES: [Remedy; 16] = [
+    (
+        "or no `template`; give a template with --chat-template",
+        Run(another_template_is_given),
+    ),
+    (
+        "nor a list of named templates; give one with --chat-template",
+        Run(another_template_is_given),
+    ),
+    (
+        "correct the template, or give another one with --chat-template",
+        Run(another_template_is_given),
+    ),
+    (
+        "without generation markers with --chat-template",
+        Run(last_answers_need_markers_that_stay),
+    ),
+    (
+        "give a template that prints {it} with --chat-template",
+        Run(tools_need_a_template_that_prints_them),
+    ),
+    (
+        "evaluate with --no-chat-template",
+        Run(prompts_are_given_as_they_were_trained),
+    ),
     (
         "give a template that does with --chat-template",
         Run(another_template_is_given),
@@ -156,14 +180,106 @@ fn another_template_is_given() {
         let base = base_with(dir.path(), idx, template, |_| ());
         advised(&base, &conversation, expected, &given);
     }
-    let listed = base_with(dir.path(), 9, None, |config| {
-        config["chat_template"] = serde_json::json!([{"name": "tool_use", "template": "x"}]);
+    for (idx, (template, expected)) in [
+        (
+            json!([{"name": "tool_use", "template": "x"}]),
+            "give one with --chat-template",
+        ),
+        (
+            json!([{"name": "default"}]),
+            "or no `template`; give a template with --chat-template",
+        ),
+        (
+            json!(5),
+            "nor a list of named templates; give one with --chat-template",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let base = base_with(dir.path(), 10 + idx, None, |config| {
+            config["chat_template"] = template
+        });
+        advised(&base, &conversation, expected, &given);
+    }
+}
+
+/// A template that shows tools, and one with generation markers that leaves all but the last answer unmarked.
+const WITH_TOOLS: &str = "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+const LAST_MARKED: &str = "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
+
+fn tools_need_a_template_that_prints_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let row = json!({
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
     });
-    advised(
-        &listed,
-        &conversation,
-        "named `default`; give one with --chat-template",
-        &given,
+    let conversation = rows(dir.path(), &format!("{row}\n"));
+    let template = dir.path().join("tools.jinja");
+    std::fs::write(&template, WITH_TOOLS).unwrap();
+    let expected = "with --chat-template, or remove it from the row";
+    advised(Path::new(&tiny()), &conversation, expected, text(&template));
+}
+
+fn last_answers_need_markers_that_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_with(dir.path(), 0, Some(LAST_MARKED), |_| ());
+    let row = json!({"messages": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
+    ]});
+    let conversation = rows(dir.path(), &format!("{row}\n"));
+    let preview = |more: &[&str]| {
+        run(&[&["data", "preview", &conversation, "-m", text(&base)], more].concat())
+    };
+    let refused = preview(&["--train-on", "last_assistant"]);
+    let said = refused.stdout + &refused.stderr;
+    assert!(
+        said.contains("without generation markers with --chat-template"),
+        "{said}"
+    );
+    let done = preview(&["--train-on", "assistant"]);
+    assert_eq!(done.code, 0, "{}", done.stderr);
+}
+
+fn prompts_are_given_as_they_were_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = run_toml(
+        dir.path(),
+        "{\"prompt\": \"a\", \"completion\": \"b\"}\n",
+        "",
+        "",
+    );
+    ok(&[
+        "train",
+        "-c",
+        text(&config),
+        "--set",
+        "data.apply_chat_template=false",
+    ]);
+    let (base, out) = (tiny(), dir.path().join("out"));
+    let asked = [
+        "predict",
+        "-m",
+        &base,
+        "-a",
+        text(&out),
+        "--prompt",
+        "a",
+        "--max-tokens",
+        "1",
+    ];
+    let told = ok(&asked);
+    assert!(
+        told.stderr.contains("evaluate with --no-chat-template"),
+        "{}",
+        told.stderr
+    );
+    let told = ok(&[&asked[..], &["--no-chat-template"]].concat());
+    assert!(
+        !told.stderr.contains("--no-chat-template"),
+        "{}",
+        told.stderr
     );
 }
 
