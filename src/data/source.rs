@@ -172,8 +172,13 @@ mod tests {
         write("more.jsonl", "{\"a\":4}");
         write("old.csv", "a\n4\n");
         write("README.txt", "about");
+        std::fs::create_dir_all(dir.path().join("sub/deep")).expect("creates");
+        write("sub/deep/train.jsonl", "{\"a\":5}");
         let source = Source::open(dir.path(), Split::Train).expect("opens");
-        assert_eq!(source.unread_files(), ["more.jsonl", "old.csv"]);
+        assert_eq!(
+            source.unread_files(),
+            ["more.jsonl", "old.csv", "sub/deep/"]
+        );
         let valid = Source::open(dir.path(), Split::Valid).expect("opens");
         assert_eq!(valid.row_bytes(0).expect("reads"), b"{\"a\":3}");
     }

@@ -118,14 +118,18 @@ pub(super) fn refuse(
         .take(HEAD)
         .read_to_end(&mut head)
         .map_err(&unreadable)?;
-    if let Some(problem) = recognise(path, &head) {
-        return Err(problem.into());
+    let mut found = recognise(path, &head);
+    if found.is_none() {
+        file.rewind().map_err(&unreadable)?;
+        found = spread(path, &head, &*file);
     }
-    file.rewind().map_err(&unreadable)?;
-    match spread(path, &head, &*file) {
-        Some(problem) => Err(problem.into()),
-        None => Ok(()),
+    let Some(mut problem) = found else {
+        return Ok(());
+    };
+    if path.extension().is_some_and(|extension| extension == "gz") {
+        problem.fix = format!("unpack it with `gunzip FILE`, then {}", problem.fix);
     }
+    Err(problem.into())
 }
 
 fn refused(path: &Path, is: impl Into<String>, fix: impl Into<String>) -> Problem {

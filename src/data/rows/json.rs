@@ -81,9 +81,12 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, Problem> {
         if let Some((problem, fix)) = more_than_one(text) {
             return refuse(format!("not valid JSON at {at}: {problem}"), fix);
         }
-        let (hint, fix) = match error.is_eof() {
-            true => (" (the row is cut off)", "fetch or write the file again; a row is one line"),
-            false => explain(text, error.line(), error.column()),
+        let (hint, fix) = if error.is_eof() {
+            (" (the row is cut off)", "fetch or write the file again; a row is one line")
+        } else if message.starts_with("control character") {
+            ("", "write \\t, \\n or \\u0000 in its place: use json.dumps")
+        } else {
+            explain(text, error.line(), error.column())
         };
         let within = match place(text, offset(text, error.line(), error.column())) {
             key if key.is_empty() => String::new(),
@@ -246,6 +249,8 @@ mod tests {
                 "in `a[1].b`: expected value (NaN",
             ),
             (b"// x", "(a comment)"),
+            (b"{\"a\":\"x\ty\"}", "parsing a string; write \\t, \\n"),
+            (b"{\"a\":\"x", "(the row is cut off); fetch"),
             (b"{\n\"a\": x}", "column 6 of the row's line 2"),
         ] {
             let found = problem(bytes);

@@ -68,7 +68,7 @@ impl Listing {
     fn new(names: Vec<String>) -> Self {
         let (names, mut others): (Vec<_>, Vec<_>) =
             names.into_iter().partition(|name| has_data_extension(name));
-        others.retain(|name| may_hold_rows(name));
+        others.retain(|name| name.ends_with('/') || may_hold_rows(name));
         Self {
             names,
             others,
@@ -178,7 +178,8 @@ fn shortened(names: &[String]) -> String {
     text
 }
 
-/// Files in a directory and in its subdirectories, in the order of their names, `/` between parts.
+/// Files in a directory and in its subdirectories, in the order of their names, `/` between parts; folders within those that hold
+/// data files, with `/` at the end.
 fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir)? {
@@ -191,8 +192,14 @@ fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
         }
         if entry.path().is_dir() {
             for inner in std::fs::read_dir(entry.path())? {
-                if let Some(inner) = inner?.file_name().to_str() {
-                    names.push(format!("{name}/{inner}"));
+                let inner = inner?;
+                let Some(file) = inner.file_name().to_str().map(str::to_owned) else {
+                    continue;
+                };
+                if inner.path().is_dir() {
+                    names.extend(has_data(&inner.path()).then(|| format!("{name}/{file}/")));
+                } else {
+                    names.push(format!("{name}/{file}"));
                 }
             }
         } else {
@@ -201,6 +208,14 @@ fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
+}
+
+/// Whether a folder holds data files.
+fn has_data(dir: &Path) -> bool {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .any(|name| has_data_extension(&name))
 }
 
 fn has_data_extension(name: &str) -> bool {
