@@ -86,6 +86,7 @@ pub fn examine(path: &Path, base: Option<&ModelFiles>, runtimes: &[Runtime]) -> 
                 problems.extend(Beside::of(path)?.carried.beyond(base));
             }
             let mut warnings = cautions::of(&adapter, base.is_some(), runtimes);
+            warnings.extend(Beside::of(path)?.carried.unread_tokens());
             // Only an adapter that fits is worth asking which base it belongs to.
             if let Some(base) = base.filter(|_| problems.is_empty()) {
                 warnings.extend(base_warnings(path, &adapter, base)?);

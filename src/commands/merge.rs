@@ -30,6 +30,9 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
     };
     let beside = Beside::of(&args.adapter)?.no_notes();
     let carried = &beside.carried;
+    if let Some(warning) = carried.unread_tokens() {
+        tracing::warn!("{warning}");
+    }
     let is_occupied = std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
     let report = if is_occupied {
         replace(output, |sibling| {

@@ -1,6 +1,5 @@
 //! Tokenizer, chat template and what else goes with an adapter from one directory to the next.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -167,33 +166,67 @@ impl Carried {
         Some(Problem::new("vocabulary", "tokenizer.json", message, fix))
     }
 
-    /// One more than the largest id of the tokenizer's tokens; none if no file says.
+    /// One more than the largest id of the tokenizer's tokens; none if no file says. `tokenizer.json` says it for all, since it is
+    /// what is read where it is there; see [`Self::unread_tokens`].
     pub fn vocabulary_size(&self) -> Option<u64> {
-        let read = |name: &str| {
-            let value = self.has(name).then(|| read_large(&self.dir.join(name)));
-            value.flatten()
+        let largest = match self.read("tokenizer.json") {
+            Some(tokenizer) => vocabulary_ids(&tokenizer).max(),
+            None => self.tokens_beside().into_iter().map(|(_, id)| id).max(),
         };
-        let mut ids = BTreeSet::new();
-        if let Some(tokenizer) = read("tokenizer.json") {
-            ids.extend(vocabulary_ids(&tokenizer));
+        Some(largest? + 1)
+    }
+
+    /// The warning that tokens are added in files beside `tokenizer.json` which it does not have: what reads it alone, as mistral.rs
+    /// and this program do, does not know them.
+    pub fn unread_tokens(&self) -> Option<Problem> {
+        let known = vocabulary_ids(&self.read("tokenizer.json")?).max()?;
+        let tokens = self
+            .tokens_beside()
+            .into_iter()
+            .filter(|(_, id)| *id > known);
+        let tokens: Vec<String> = tokens.map(|(name, id)| format!("{name} {id}")).collect();
+        if tokens.is_empty() {
+            return None;
         }
+        let message = format!(
+            "added tokens that tokenizer.json does not have ({}): what reads it alone does not know them",
+            tokens.join(", ")
+        );
+        let fix = "save the tokenizer again (save_pretrained), so that tokenizer.json has them";
+        Some(Problem::new(
+            "unread-tokens",
+            "added_tokens.json",
+            message,
+            fix,
+        ))
+    }
+
+    fn read(&self, name: &str) -> Option<Value> {
+        let value = self.has(name).then(|| read_large(&self.dir.join(name)));
+        value.flatten()
+    }
+
+    /// The largest id of each file of tokens beside `tokenizer.json`.
+    fn tokens_beside(&self) -> Vec<(&'static str, u64)> {
+        let mut tokens = Vec::new();
         for name in ["vocab.json", "added_tokens.json"] {
-            let tokens = read(name);
-            let tokens = tokens
+            let file = self.read(name);
+            let ids = file
                 .as_ref()
                 .and_then(Value::as_object)
                 .into_iter()
                 .flatten();
-            ids.extend(tokens.filter_map(|(_, id)| id.as_u64()).max());
+            let largest = ids.filter_map(|(_, id)| id.as_u64()).max();
+            tokens.extend(largest.map(|id| (name, id)));
         }
-        if let Some(config) = read("tokenizer_config.json") {
-            let tokens = config["added_tokens_decoder"]
-                .as_object()
-                .into_iter()
-                .flatten();
-            ids.extend(tokens.filter_map(|(id, _)| id.parse::<u64>().ok()).max());
-        }
-        ids.last().map(|id| id + 1)
+        let config = self.read("tokenizer_config.json").unwrap_or_default();
+        let added = config["added_tokens_decoder"]
+            .as_object()
+            .into_iter()
+            .flatten();
+        let largest = added.filter_map(|(id, _)| id.parse::<u64>().ok()).max();
+        tokens.extend(largest.map(|id| ("tokenizer_config.json", id)));
+        tokens
     }
 }
 

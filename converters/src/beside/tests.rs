@@ -263,20 +263,39 @@ fn tokenizer_and_template_go_where_the_adapter_goes() {
         let bytes = |dir: &str| fs::read(at(dir).join(name)).expect(name);
         assert_eq!(bytes("carried"), bytes("plain"), "{name}");
     }
-    // Merged, they replace the base's; a token that the base has no embedding for is refused.
+    // Merged, they replace the base's. A token that stands beside tokenizer.json alone is no token to what reads that file.
     let model = fixtures::named("plain-lora").model_dir;
     let base = ModelFiles::open(&model).expect("a model");
-    assert_eq!(beside.carried.vocabulary_size(), Some(260));
-    let refusal = merge_dir(&base, &adapter, &at("merged"), None, &beside.carried);
-    let refusal = refusal.expect_err("one token too many");
-    assert_eq!(refusal.code(), "vocabulary");
-    assert!(refusal.to_string().contains("260 tokens"), "{refusal}");
+    assert_eq!(beside.carried.vocabulary_size(), Some(259));
+    let warning = beside.carried.unread_tokens().expect("one token more");
+    assert!(
+        warning.message.contains("(added_tokens.json 259)"),
+        "{warning}"
+    );
+    merge_dir(&base, &adapter, &at("as-it-is"), None, &beside.carried).expect("it fits");
     let copy = at("copy");
     fs::create_dir(&copy).expect("made");
     for entry in fs::read_dir(&source).expect("listed") {
         let entry = entry.expect("readable");
         fs::copy(entry.path(), copy.join(entry.file_name())).expect("copied");
     }
+    // A token of its own that the base has no embedding for is refused.
+    let place = copy.join("tokenizer.json");
+    let text = fs::read_to_string(&place).expect("readable");
+    let mut tokenizer: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let token = serde_json::json!({"id": 259, "content": "<extra>"});
+    tokenizer["added_tokens"]
+        .as_array_mut()
+        .expect("a list")
+        .push(token);
+    fs::write(&place, tokenizer.to_string()).expect("written");
+    beside = Beside::of(&copy).expect("listed");
+    assert_eq!(beside.carried.unread_tokens(), None);
+    let refusal = merge_dir(&base, &adapter, &at("merged"), None, &beside.carried);
+    let refusal = refusal.expect_err("one token too many");
+    assert_eq!(refusal.code(), "vocabulary");
+    assert!(refusal.to_string().contains("260 tokens"), "{refusal}");
+    fs::write(&place, &text).expect("written");
     fs::write(copy.join("added_tokens.json"), "{}").expect("written");
     beside = Beside::of(&copy).expect("listed");
     let report = merge_dir(&base, &adapter, &at("merged"), None, &beside.carried).expect("it fits");

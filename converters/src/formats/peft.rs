@@ -53,9 +53,16 @@ impl Format for Peft {
         let source = Source::of(path)?;
         let index = format!("{}.index.json", read::WEIGHTS_FILE);
         let mut files = vec![source.dir.join(read::CONFIG_FILE), source.dir.join(index)];
-        // A pickle is refused where it is read.
-        if let Ok(weights) = source.open_weights(read::WEIGHTS_STEM) {
-            files.extend(weights.paths);
+        match source.open_weights(read::WEIGHTS_STEM) {
+            Ok(weights) => files.extend(weights.paths),
+            // What is wrong with a file, and a pickle, is said where it is read.
+            Err(_) => {
+                let listed = source.dir.read_dir().into_iter().flatten().flatten();
+                files.extend(listed.map(|entry| entry.path()).filter(|path| {
+                    let name = path.file_name().unwrap_or_default().to_string_lossy();
+                    name.starts_with(read::WEIGHTS_STEM) && name.ends_with(".safetensors")
+                }));
+            }
         }
         Ok(files)
     }

@@ -197,3 +197,15 @@ fn files_that_are_something_else_are_named() {
     fs::rename(&gguf, alone.path().join("adapter.gguf")).expect("moved");
     assert!(message(alone.path()).contains("a Git LFS pointer"));
 }
+
+#[test]
+fn a_file_that_cannot_be_opened_is_reported_once() {
+    for name in [
+        "formats/metadata-number",
+        "formats/lfs-pointer",
+        "formats/zero3-empty",
+    ] {
+        let problems = crate::validate_path(&case(name), None, &[]).expect("a report");
+        assert_eq!(problems.len(), 1, "{name}: {problems:?}");
+    }
+}
