@@ -13,6 +13,12 @@ use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::shards::ShardSet;
 use crate::tensors::tensor::Tensor;
 
+mod check;
+mod names;
+mod quantised;
+
+pub(crate) use quantised::declared as declared_quantization;
+
 /// The token embedding's weight.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
@@ -94,35 +100,6 @@ impl ModelFiles {
     /// Element type and shape of the tensor called `name`.
     pub fn info(&self, name: &str) -> Option<(DType, &[usize])> {
         self.weights.info(name)
-    }
-
-    /// How the weights are quantised, if they are: the method named in `config.json`, or what the tensors show.
-    pub fn quantization(&self) -> Option<String> {
-        let declared = ["quantization_config", "quantization"]
-            .iter()
-            .filter_map(|key| self.config.get(*key))
-            .find(|value| !value.is_null());
-        if let Some(declared) = declared {
-            let method = declared.get("quant_method").and_then(Value::as_str);
-            return Some(method.unwrap_or("quantization_config").to_owned());
-        }
-        const MARKS: [&str; 5] = [
-            ".qweight",
-            ".weight_packed",
-            ".weight.absmax",
-            ".weight_scale_inv",
-            ".SCB",
-        ];
-        let is_marked = |name: &&str| MARKS.iter().any(|mark| name.ends_with(mark));
-        if let Some(name) = self.names().find(is_marked) {
-            return Some(format!("tensor `{name}`"));
-        }
-        let is_no_float = |name: &&str| {
-            let is_float = self.info(name).is_none_or(|(dtype, _)| dtype.is_float());
-            name.ends_with("proj.weight") && !is_float
-        };
-        let name = self.names().find(is_no_float)?;
-        Some(format!("tensor `{name}` is not floating point"))
     }
 
     /// Whether the output head is the embedding: as `config.json` says, or if it is silent, as transformers assumes of the family;

@@ -7,6 +7,16 @@ use serde::Serialize;
 /// How many problems a message lists before it only counts the rest.
 const LISTED: usize = 20;
 
+/// The first of `names`, and how many more there are.
+pub(crate) fn listed(names: &[impl AsRef<str>]) -> String {
+    let shown: Vec<&str> = names.iter().take(LISTED).map(AsRef::as_ref).collect();
+    let more = names.len() - shown.len();
+    match more {
+        0 => shown.join(", "),
+        _ => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
 /// One thing that is wrong with an adapter, a model, a file or a setting, with its remedy.
 ///
 /// Displayed as `at: message; fix`; a part that is empty is left out with its mark.

@@ -77,7 +77,12 @@ impl Base {
         };
         let dir = hub::locate(id, &HubOptions::default())?.dir;
         match ModelFiles::open(&dir) {
-            Ok(files) => Ok(Self::Files(files)),
+            Ok(files) => {
+                for warning in files.check()? {
+                    tracing::warn!("{warning}");
+                }
+                Ok(Self::Files(files))
+            }
             Err(error) if error.is_not_found() => Ok(Self::Config(ModelFiles::read_config(dir)?)),
             Err(error) => Err(error.into()),
         }

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use monteclora_converters::{
-    Beside, ConversationSettings, ModelFiles, Problem, other_conversation,
+    Beside, ConversationSettings, Problem, other_conversation,
 };
 
 use super::{print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
 use crate::deploy::{self, AdapterServer, Check, Releases};
 use crate::hub;
+use crate::model::open_base;
 use crate::provenance::{read_effective, read_effective_on};
 
 /// Environment variable with the key for the server.
@@ -24,7 +25,7 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
     let adapter = match &args.model_id {
         Some(model_id) => {
             let base = hub::locate(model_id, &hub::HubOptions::default())?;
-            let files = ModelFiles::open(&base.dir)?;
+            let files = open_base(&base.dir)?;
             for warning in
                 other_conversation(&args.adapter, &base.dir, ConversationSettings::default())?
             {

@@ -40,6 +40,7 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
     let text = text(args, &suggestion, Some(&prepared));
     // What is written must be what `train` accepts.
     Prepared::new(parse(&text)?, Some(base))?;
+    prepared.warn();
     files::write_text(&args.output, &text)?;
     let mut said = vec![format!("wrote {}", args.output.display())];
     said.extend(suggestion.notes.iter().map(|note| format!("note: {note}")));

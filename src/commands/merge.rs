@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{Beside, DType, MergeReport, ModelFiles, Problem, files, merge_dir};
+use monteclora_converters::{Beside, DType, MergeReport, Problem, files, merge_dir};
 use serde_json::json;
 
 use super::export::{beside_lines, count, require_apart};
 use super::{print, print_json};
 use crate::cli::MergeArgs;
 use crate::hub;
+use crate::model::open_base;
 use crate::output::require_empty;
 use crate::provenance::read_effective_on;
 
@@ -20,7 +21,7 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
         require_apart(source, output)?;
     }
     require_empty(output, args.force)?;
-    let files = ModelFiles::open(&base.dir)?;
+    let files = open_base(&base.dir)?;
     let adapter = read_effective_on(&args.adapter, &files, args.force)?;
     let dtype = match args.model.options.dtype.0 {
         "auto" => None,

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{
-    Adapter, ConversationSettings, ModelFiles, Problem, jinja::recorded_variables,
+    Adapter, ConversationSettings, Problem, jinja::recorded_variables,
     other_conversation,
 };
 
@@ -16,7 +16,7 @@ use crate::cli::ModelArgs;
 use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 use crate::eval::posterior_draws;
 use crate::hub::{self, Located};
-use crate::model::{ActiveAdapter, Decoder, read_shape};
+use crate::model::{ActiveAdapter, Decoder, open_base, read_shape};
 use crate::provenance::read_fitting;
 
 /// All of it checked, and no weights of the base read.
@@ -58,6 +58,7 @@ impl Opened {
         let adapter_dir = adapter;
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = read_shape(&base.dir)?;
+        let files = open_base(&base.dir)?;
         if let Some(path) = adapter {
             let settings = ConversationSettings {
                 template: model.options.chat_template.as_deref(),
@@ -68,7 +69,7 @@ impl Opened {
             }
         }
         let adapter = adapter
-            .map(|path| read_fitting(path, &ModelFiles::open(&base.dir)?))
+            .map(|path| read_fitting(path, &files))
             .transpose()?;
         let options = EncodeOptions {
             train_on: TrainOn::Assistant,

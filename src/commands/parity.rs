@@ -4,14 +4,14 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use mistralrs_monteclora::parse_in_situ_quant;
-use monteclora_converters::{ModelFiles, Problem};
+use monteclora_converters::Problem;
 
 use super::{device, numerical, show, weight_type};
 use crate::cli::{EngineArg, ParityArgs};
 use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 use crate::eval::{Engines, Parity, Reference, compare};
 use crate::hub;
-use crate::model::read_shape;
+use crate::model::{open_base, read_shape};
 use crate::provenance::read_effective_on;
 
 /// Over 200 tokens of prose, figures, code and other scripts.
@@ -34,10 +34,11 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
     };
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
     let config = read_shape(&base.dir)?;
+    let files = open_base(&base.dir)?;
     let adapter = args
         .adapter
         .as_ref()
-        .map(|path| read_effective_on(path, &ModelFiles::open(&base.dir)?, false))
+        .map(|path| read_effective_on(path, &files, false))
         .transpose()?;
     let reference = args
         .reference

@@ -97,6 +97,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         .collect();
     let config = RunConfig::from_toml(&text, &paths.run.display().to_string(), &overrides)?;
     let prepared = Prepared::new(config, Some(base.clone()))?;
+    prepared.warn();
 
     let device = candle_core::Device::Cpu;
     std::fs::create_dir_all(&paths.adapter)

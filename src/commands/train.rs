@@ -15,6 +15,7 @@ use crate::train::{Begin, Event, Interrupt, Prepared, begin};
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let prepared = Prepared::new(config, None)?;
+    prepared.warn();
     let output_dir = prepared.run.train.output_dir.clone();
     if args.dry_run {
         return dry_run::run(&prepared, args.json);

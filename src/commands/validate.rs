@@ -1,7 +1,7 @@
 //! `validate`: every problem at once.
 
 use anyhow::Result;
-use monteclora_converters::{Beside, Findings, ModelFiles, Problem, Runtime, examine};
+use monteclora_converters::{Beside, Findings, Problem, Runtime, examine};
 use serde_json::json;
 
 use super::export::count;
@@ -9,6 +9,7 @@ use super::inspect::listing;
 use super::{print, print_json};
 use crate::cli::ValidateArgs;
 use crate::hub::{self, HubOptions};
+use crate::model::open_base;
 
 pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     let runtimes = args
@@ -17,9 +18,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
         .map(|name| name.parse::<Runtime>())
         .collect::<Result<Vec<_>, _>>()?;
     let base = match &args.model_id {
-        Some(id) => Some(ModelFiles::open(
-            hub::locate(id, &HubOptions::default())?.dir,
-        )?),
+        Some(id) => Some(open_base(&hub::locate(id, &HubOptions::default())?.dir)?),
         None => None,
     };
     let Findings { problems, warnings } = examine(&args.adapter, base.as_ref(), &runtimes)?;

@@ -144,7 +144,7 @@ impl Decoder {
     /// Loads a Hugging Face directory in float32 on `device`.
     ///
     /// # Errors
-    /// What [`read_shape`] refuses; missing or misshapen tensors, all of them at once.
+    /// What [`read_shape`] and [`ModelFiles::check`] refuse.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         Self::load_as(dir, device, &F32)
     }
@@ -156,6 +156,7 @@ impl Decoder {
     pub fn load_as(dir: &Path, device: &Device, weights: &'static Kind) -> Result<Self> {
         let config = read_shape(dir)?;
         let files = ModelFiles::open(dir)?;
+        files.check()?;
         load::decoder(config, dir, load::Source::Files(&files), device, weights)
     }
 

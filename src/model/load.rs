@@ -27,7 +27,7 @@ use monteclora_adapters::Result;
 /// Where a decoder's tensors come from.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Source<'a> {
-    /// The files of a model directory.
+    /// The files of a model directory, [checked](ModelFiles::check).
     Files(&'a ModelFiles),
     /// Uniform numbers of the spread that checkpoints start from, under this seed; norms are one.
     Random(u64),
@@ -54,36 +54,29 @@ impl Loader<'_> {
 
     /// The tensor `name`, or a placeholder after noting that it is missing or of another shape.
     fn required(&self, name: &str, shape: &[usize]) -> Result<formats::Tensor> {
-        match self.optional(name, shape)? {
-            Some(tensor) => Ok(tensor),
-            None => {
-                self.problem(format!("{name}: missing"));
-                zeros(shape)
-            }
-        }
-    }
-
-    fn optional(&self, name: &str, shape: &[usize]) -> Result<Option<formats::Tensor>> {
-        Ok(match self.source {
+        match self.source {
             Source::Random(seed) => match shape {
-                [_, columns] => Some(random(seed, name, *columns, shape)?),
+                [_, columns] => random(seed, name, *columns, shape),
                 _ if name.ends_with("norm.weight") => {
                     let ones = vec![1.0; shape.iter().product()];
-                    Some(formats::Tensor::from_f32(shape, ones)?)
+                    Ok(formats::Tensor::from_f32(shape, ones)?)
                 }
-                _ => None,
+                _ => zeros(shape),
             },
             Source::Files(files) => match files.get(name) {
-                Some(tensor) if tensor.shape() != shape => {
-                    self.problem(format!(
-                        "{name}: expected shape {shape:?}, found {:?}",
-                        tensor.shape()
-                    ));
-                    Some(zeros(shape)?)
+                Some(tensor) if tensor.shape() == shape => Ok(tensor),
+                found => {
+                    self.problem(match found {
+                        None => format!("{name}: missing"),
+                        Some(tensor) => {
+                            let found = tensor.shape();
+                            format!("{name}: expected shape {shape:?}, found {found:?}")
+                        }
+                    });
+                    zeros(shape)
                 }
-                found => found,
             },
-        })
+        }
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Arc<dyn Weight>> {
@@ -118,8 +111,9 @@ impl Loader<'_> {
         let (out_features, in_features) = (module.out_features, module.in_features);
         let name = &module.name;
         let weight = self.matrix(&format!("{name}.weight"), [out_features, in_features])?;
-        // A bias in the file is used whatever the configuration calls it: dropping it would be silently wrong.
-        let bias = self.optional(&format!("{name}.bias"), &[out_features])?;
+        let bias =
+            (module.has_bias).then(|| self.required(&format!("{name}.bias"), &[out_features]));
+        let bias = bias.transpose()?;
         let bias = bias.map(|bias| self.vector(&bias)).transpose()?;
         FrozenLinear::new(weight, bias)
     }

@@ -10,6 +10,7 @@ mod predictive;
 
 use std::path::Path;
 
+use monteclora_converters::ModelFiles;
 use monteclora_converters::architecture::ModelShape;
 
 pub use adapter::{ActiveAdapter, AdapterGradients, ModuleId};
@@ -20,6 +21,18 @@ pub use predictive::Predictive;
 pub(crate) use predictive::log_mean_exp;
 
 use monteclora_adapters::Result;
+
+/// The files of the base in `dir`, whose headers hold what its config.json describes; what else they hold is logged as a warning.
+///
+/// # Errors
+/// As [`ModelFiles::open`] and [`ModelFiles::check`].
+pub fn open_base(dir: &Path) -> Result<ModelFiles> {
+    let files = ModelFiles::open(dir)?;
+    for warning in files.check()? {
+        tracing::warn!("{warning}");
+    }
+    Ok(files)
+}
 
 /// The sizes and options of the model in `dir`, read from its config.json.
 ///

@@ -10,7 +10,7 @@ use monteclora_adapters::methods::Method;
 use monteclora_adapters::weights::{BF16, F32, Kind};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::write_json;
-use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, base_fingerprint};
+use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, Problem, base_fingerprint};
 
 use super::{
     Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints, init_from,
@@ -29,6 +29,8 @@ pub struct Prepared {
     pub base: Located,
     /// Its files.
     pub files: ModelFiles,
+    /// What may be wrong with it although it can be used.
+    pub base_warnings: Vec<Problem>,
     /// Its sizes.
     pub model_config: ModelShape,
     /// The adapter's configuration, in PEFT's terms.
@@ -79,6 +81,7 @@ impl Prepared {
         };
         let model_config = read_shape(&base.dir)?;
         let files = ModelFiles::open(&base.dir)?;
+        let base_warnings = files.check()?;
         let modules = Decoder::linear_modules(&model_config);
         let mut adapter_config = run.lora.adapter_config(&base);
         let init_from = init_from::read(&mut run.lora, &mut adapter_config, &files, &modules)?;
@@ -127,6 +130,7 @@ impl Prepared {
             run,
             base,
             files,
+            base_warnings,
             model_config,
             adapter_config,
             init_from,
@@ -136,6 +140,13 @@ impl Prepared {
             settings,
             weights,
         })
+    }
+
+    /// Logs what may be wrong with the base although it can be used.
+    pub fn warn(&self) {
+        for warning in &self.base_warnings {
+            tracing::warn!("{warning}");
+        }
     }
 
     /// Loads the base and trains; returns the decoder for further use.

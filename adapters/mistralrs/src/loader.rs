@@ -253,15 +253,12 @@ impl MonteCloraLoader {
         let base = &self.base;
         refuse_other_formats(base)?;
         let files = ModelFiles::open(base)?;
-        if let Some(method) = files.quantization() {
-            return Err(monteclora_converters::Error::quantised(base, &method).into());
-        }
+        files.check().map_err(|error| match error.problems() {
+            [] => Error::from(error),
+            problems => Error::unsupported(base, problems.to_vec()),
+        })?;
         let normalised = normalise_config(files.config())
             .map_err(|problems| Error::unsupported(base, problems))?;
-        let problems = normalised.check_tensors(files.names());
-        if !problems.is_empty() {
-            return Err(Error::unsupported(base, problems));
-        }
         Ok((files, normalised))
     }
 

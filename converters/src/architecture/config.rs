@@ -4,13 +4,13 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{
-    Activation, Family, Layer, Llama3Scaling, ModelShape, Multiplier, Multipliers, Rope, RopeKind,
-    Windows,
-};
+use super::{Activation, Family, Layer, ModelShape, Multiplier, Multipliers, Windows};
 use crate::error::{Error, Result};
-use crate::model_files::ModelFiles;
+use crate::model_files::{ModelFiles, declared_quantization};
 use crate::problem::Problem;
+
+mod keys;
+mod rope;
 
 /// More layers than any model has.
 const MAX_LAYERS: usize = 1 << 16;
@@ -31,17 +31,60 @@ impl ModelShape {
     /// # Errors
     /// Every key that is missing, malformed or not understood.
     pub fn from_config(config: &Map<String, Value>) -> Result<Self, Vec<Problem>> {
-        let family = family(config).map_err(|problem| vec![problem])?;
-        let mut keys = Keys {
-            config,
-            problems: Vec::new(),
-        };
-        let shape = keys.shape(family);
-        match keys.problems.is_empty() {
+        let (shape, mut problems) = read(config)?;
+        problems.extend(keys::refused(shape.family, shape.head_dim, config));
+        match problems.is_empty() {
             true => Ok(shape),
-            false => Err(keys.problems),
+            false => Err(problems),
         }
     }
+
+    /// As [`Self::from_config`], for what needs names and shapes of tensors alone: what is wrong with other keys is let pass.
+    ///
+    /// # Errors
+    /// Every key that the tensors depend on and that is missing or malformed.
+    pub(crate) fn layout(config: &Map<String, Value>) -> Result<Self, Vec<Problem>> {
+        let (shape, mut problems) = read(config)?;
+        problems.retain(|problem| {
+            let key = problem.at.strip_prefix(AT).unwrap_or_default();
+            LAYOUT.contains(&key) || shape.family.bias_keys().contains(&key)
+        });
+        match problems.is_empty() {
+            true => Ok(shape),
+            false => Err(problems),
+        }
+    }
+}
+
+/// What the place of a problem with a key begins with.
+const AT: &str = "config.json: ";
+
+/// Keys that names and shapes of tensors depend on, biases apart.
+const LAYOUT: [&str; 8] = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+];
+
+/// The shape, and what is wrong with the keys that it was read from.
+fn read(config: &Map<String, Value>) -> Result<(ModelShape, Vec<Problem>), Vec<Problem>> {
+    let family = family(config).map_err(|problem| vec![problem])?;
+    let mut keys = Keys {
+        config,
+        problems: Vec::new(),
+    };
+    let shape = keys.shape(family);
+    Ok((shape, keys.problems))
+}
+
+/// What config.json says that nothing reads, one warning for each kind; what changes the numbers is refused instead.
+pub(crate) fn unread(config: &Map<String, Value>) -> Vec<Problem> {
+    family(config).map_or_else(|_| Vec::new(), |family| keys::unread(family, config))
 }
 
 /// The family by `model_type`, or, where that is absent, by the class in `architectures`.
@@ -112,14 +155,14 @@ impl Keys<'_> {
     }
 
     fn refuse(&mut self, key: &str, message: impl Into<String>, fix: &str) {
-        let location = format!("config.json: {key}");
+        let location = format!("{AT}{key}");
         self.problems
             .push(Problem::new("model-config", location, message, fix));
     }
 
     /// Whether none of `keys` has a problem already: what follows from a bad value is no problem of its own.
     fn sound(&self, keys: &[&str]) -> bool {
-        let is_at = |problem: &Problem, key| problem.at.strip_prefix("config.json: ") == Some(key);
+        let is_at = |problem: &Problem, key| problem.at.strip_prefix(AT) == Some(key);
         let mut problems = self.problems.iter();
         !problems.any(|problem| keys.iter().any(|key| is_at(problem, key)))
     }
@@ -156,7 +199,10 @@ impl Keys<'_> {
             let message = format!("{head_dim} is odd; rotary embedding needs pairs");
             self.problem("head_dim", message);
         }
-        let rope = self.rope(defaults.rope_theta, head_dim);
+        let max_position_embeddings = self
+            .optional_size("max_position_embeddings", None)
+            .unwrap_or(defaults.max_position_embeddings);
+        let rope = self.rope(defaults.rope_theta, head_dim, max_position_embeddings);
         ModelShape {
             family,
             vocab_size: self.size("vocab_size"),
@@ -167,9 +213,7 @@ impl Keys<'_> {
             num_key_value_heads,
             head_dim,
             rms_norm_eps: self.number("rms_norm_eps", defaults.rms_norm_eps),
-            max_position_embeddings: self
-                .optional_size("max_position_embeddings", None)
-                .unwrap_or(defaults.max_position_embeddings),
+            max_position_embeddings,
             tie_word_embeddings: self.flag("tie_word_embeddings", defaults.tie_word_embeddings),
             activation: self.activation(family),
             multipliers: self.multipliers(family),
@@ -251,16 +295,10 @@ impl Keys<'_> {
     }
 
     fn refuse_quantised(&mut self) {
-        for key in ["quantization_config", "compression_config"] {
-            if let Some(value) = self.get(key) {
-                let method = value.get("quant_method").and_then(Value::as_str);
-                let message = format!(
-                    "the weights are quantised ({})",
-                    method.unwrap_or("unknown")
-                );
-                let fix = "use the full-precision checkpoint, or `import-gguf` for a GGUF file";
-                self.refuse(key, message, fix);
-            }
+        if let Some((key, method)) = declared_quantization(self.config) {
+            let message = format!("the weights are quantised ({method})");
+            let fix = "use the full-precision checkpoint, or `import-gguf` for a GGUF file";
+            self.refuse(key, message, fix);
         }
     }
 
@@ -297,69 +335,6 @@ impl Keys<'_> {
             }
         }
         factors
-    }
-
-    /// The rotary embedding. `rope_parameters` is how transformers 5 writes what 4 wrote as `rope_scaling` and `rope_theta`;
-    /// where both are there the older key wins, as in transformers 5.
-    fn rope(&mut self, default_theta: f64, head_dim: usize) -> Rope {
-        let mut fields = Map::new();
-        let mut source = "rope_parameters";
-        for key in ["rope_parameters", "rope_scaling"] {
-            match self.get(key) {
-                None => {}
-                Some(Value::Object(found)) => {
-                    source = key;
-                    let mut found = found.clone();
-                    found.retain(|_, value| !value.is_null());
-                    // `type` is what `rope_type` was called before transformers 4.43.
-                    if let Some(kind) = found.shift_remove("type") {
-                        found.entry("rope_type").or_insert(kind);
-                    }
-                    fields.extend(found);
-                }
-                Some(other) => {
-                    let message = format!("expected an object, found {other}");
-                    self.problem(key, message);
-                }
-            }
-        }
-        let either = |name: &str| fields.get(name).or(self.get(name)).cloned();
-        let (theta, partial) = (either("rope_theta"), either("partial_rotary_factor"));
-        let theta = self.positive("rope_theta", theta.as_ref());
-        let partial = self.positive("partial_rotary_factor", partial.as_ref());
-        if let Some(partial) = partial.filter(|partial| *partial != 1.0) {
-            let message = format!("{partial} is not supported");
-            self.refuse("partial_rotary_factor", message, "only 1.0 is");
-        }
-        let kind = fields.get("rope_type").map_or("default".to_owned(), plain);
-        let mut needed = |name: &str| {
-            let key = format!("{source}.{name}");
-            if !fields.contains_key(name) {
-                let message = format!("missing; rope type `{kind}` needs it");
-                self.problem(&key, message);
-            }
-            self.positive(&key, fields.get(name)).unwrap_or(1.0)
-        };
-        let kind = match kind.as_str() {
-            "default" => RopeKind::Default,
-            "linear" => RopeKind::Linear {
-                factor: needed("factor"),
-            },
-            "llama3" => RopeKind::Llama3(Llama3Scaling {
-                factor: needed("factor"),
-                low_freq_factor: needed("low_freq_factor"),
-                high_freq_factor: needed("high_freq_factor"),
-                original_max_position_embeddings: needed("original_max_position_embeddings")
-                    as usize,
-            }),
-            other => {
-                let message = format!("`{other}` is not supported");
-                let fix = "supported are default, linear, llama3";
-                self.refuse(&format!("{source}.rope_type"), message, fix);
-                RopeKind::Default
-            }
-        };
-        Rope::new(kind, theta.unwrap_or(default_theta), head_dim)
     }
 
     /// Each layer's window.

@@ -21,7 +21,7 @@ pub use family::{
 pub use rope::{Llama3Scaling, Rope, RopeKind};
 pub use shape::{Layer, ModelShape, Module, Multipliers, TensorShape};
 
-pub(crate) use config::{family, heads, ties_embeddings};
+pub(crate) use config::{family, heads, ties_embeddings, unread};
 pub(crate) use family::HEAD;
 
 /// Every family that is known; the first of several with one GGUF architecture is preferred.

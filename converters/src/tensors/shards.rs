@@ -7,14 +7,13 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::json;
+use crate::problem::listed;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::tensor::Tensor;
 
 /// Most shards of one set; each is mapped, and a process can only have so many mappings.
 const MAX_SHARDS: usize = 1 << 12;
-/// How many names a message lists.
-const LISTED: usize = 20;
 
 /// Shard file of every tensor, as the index has it.
 type WeightMap = Map<String, Value>;
@@ -67,6 +66,11 @@ impl ShardSet {
     /// Tensor names, sorted.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.owner.keys().map(String::as_str)
+    }
+
+    /// The file that holds the tensor called `name`.
+    pub(crate) fn path_of(&self, name: &str) -> Option<&Path> {
+        Some(&self.paths[*self.owner.get(name)?])
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<Tensor> {
@@ -150,15 +154,6 @@ fn check_number(path: &Path, n_shards: usize) -> Result<()> {
         return Err(Error::malformed(path, message));
     }
     Ok(())
-}
-
-/// The first names, and whether there are more.
-fn listed(names: &[impl AsRef<str>]) -> String {
-    let mut text: Vec<&str> = names.iter().take(LISTED).map(AsRef::as_ref).collect();
-    if names.len() > LISTED {
-        text.push("...");
-    }
-    text.join(", ")
 }
 
 /// Stem, number and total of `STEM-0000N-of-0000M.safetensors`.

@@ -1,7 +1,5 @@
 //! Turns a Hugging Face `config.json` of either generation into the one mistral.rs 0.8.1 reads correctly, or says why that cannot be done.
 
-use std::collections::BTreeSet;
-
 use monteclora_converters::Problem;
 use monteclora_converters::architecture::{ModelShape, RopeKind};
 use serde_json::{Map, Value, json};
@@ -129,47 +127,6 @@ fn ignored(shape: &ModelShape, config: &Map<String, Value>) -> Vec<Problem> {
         problem("rope_scaling", message);
     }
     problems
-}
-
-impl NormalisedConfig {
-    /// Compares the checkpoint's tensor names with those the architecture reads.
-    ///
-    /// A tensor that mistral.rs would not read makes its answers silently wrong, so it is a problem, as is a missing one.
-    pub fn check_tensors<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Vec<Problem> {
-        let expected = self.shape.tensors();
-        let mut missing: BTreeSet<&str> =
-            expected.iter().map(|tensor| tensor.name.as_str()).collect();
-        let mut problems = Vec::new();
-        for name in names {
-            let is_tied = self.shape.tie_word_embeddings && name == "lm_head.weight";
-            if missing.remove(name) || is_inert(name) || is_tied {
-                continue;
-            }
-            problems.push(Problem::new(
-                "unread-tensor",
-                name,
-                format!(
-                    "mistral.rs 0.8.1 does not read this tensor of a {} model",
-                    self.shape.family.model_type
-                ),
-                REMEDY,
-            ));
-        }
-        problems.extend(missing.into_iter().map(|name| {
-            Problem::new(
-                "missing-tensor",
-                name,
-                "the checkpoint does not hold this tensor",
-                "use a complete Hugging Face model directory",
-            )
-        }));
-        problems
-    }
-}
-
-/// Buffers that older transformers wrote and nothing reads: they are recomputed from the configuration.
-fn is_inert(name: &str) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || name.ends_with(".masked_bias")
 }
 
 #[cfg(test)]

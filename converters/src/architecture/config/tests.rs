@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::architecture::FAMILIES;
+use crate::architecture::{FAMILIES, RopeKind};
 
 fn config(model_type: &str, changes: Value) -> Map<String, Value> {
     let mut config = json!({"model_type": model_type, "vocab_size": 10, "hidden_size": 8, "intermediate_size": 16,
@@ -260,4 +260,167 @@ fn a_refusal_shows_the_value_and_what_is_accepted() {
             .any(|t| t.ends_with("1.5 is not supported; only 1.0 is")),
         "{text:?}"
     );
+}
+
+/// transformers 5.17 reads `rope_scaling` in place of `rope_parameters` where it is not empty.
+#[test]
+fn both_rope_objects_are_read_and_must_agree() {
+    let linear = json!({"rope_type": "linear", "factor": 4.0});
+    let plain = |theta: f64| json!({"rope_type": "default", "rope_theta": theta});
+    let expected = read("llama", json!({"rope_scaling": linear}));
+    for parameters in [
+        plain(10_000.0),
+        json!({}),
+        json!({"rope_type": "linear", "factor": 4}),
+    ] {
+        let both = json!({"rope_parameters": parameters, "rope_scaling": linear});
+        assert_eq!(read("llama", both), expected, "{parameters}");
+    }
+    let empty = json!({"rope_parameters": plain(500.0), "rope_scaling": {}});
+    assert_eq!(read("llama", empty).ropes[0].theta, 500.0);
+    let same = json!({"rope_parameters": plain(500.0), "rope_theta": 500});
+    assert_eq!(read("llama", same).ropes[0].theta, 500.0);
+
+    let refused = |changes: Value, at: &str, parts: &[&str]| {
+        let problems = ModelShape::from_config(&config("llama", changes)).expect_err(at);
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert_eq!(problems[0].at, format!("config.json: {at}"), "{problems:?}");
+        for part in parts {
+            assert!(problems[0].message.contains(part), "{problems:?}");
+        }
+    };
+    let lost = json!({"rope_parameters": plain(500_000.0), "rope_scaling": linear});
+    refused(
+        lost,
+        "rope_scaling",
+        &["rope_theta 500000.0", "rope_theta 10000"],
+    );
+    let other =
+        json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": linear});
+    refused(other, "rope_scaling", &["factor 2.0"]);
+    let yarn = json!({"rope_parameters": plain(10_000.0), "rope_scaling": {"rope_type": "yarn", "factor": 4.0}});
+    refused(yarn, "rope_scaling.rope_type", &["yarn"]);
+    let beside = json!({"rope_parameters": plain(500.0), "rope_theta": 10_000.0});
+    refused(beside, "rope_theta", &["10000", "500"]);
+    let types = json!({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}});
+    let problems = ModelShape::from_config(&config("llama", types)).expect_err("two types");
+    assert_eq!(problems[0].at, "config.json: rope_scaling.type");
+    refused(
+        json!({"rope_scaling": {"factor": 2.0}}),
+        "rope_scaling.factor",
+        &["2.0", "without a rope_type"],
+    );
+    let layers =
+        json!({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}});
+    refused(layers, "rope_parameters.full_attention", &["not read"]);
+    let sections = json!({"rope_scaling": {"type": "default", "mrope_section": [1, 1]}});
+    refused(sections, "rope_scaling.mrope_section", &["not read"]);
+}
+
+#[test]
+fn llama3s_first_length_is_where_transformers_looks_for_it() {
+    let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0});
+    let length = |changes: Value| {
+        let mut all = changes;
+        all["rope_scaling"] = scaling.clone();
+        match read("llama", all).ropes[0].kind {
+            RopeKind::Llama3(scaling) => scaling.original_max_position_embeddings,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(length(json!({"max_position_embeddings": 640})), 640);
+    assert_eq!(length(json!({"original_max_position_embeddings": 64})), 64);
+}
+
+/// The case `training/config-rope-both`.
+#[test]
+fn a_scaling_added_by_hand_is_not_dropped() {
+    let root = std::env::var_os("MONTECLORA_CASES").map_or_else(
+        || std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data/cases"),
+        Into::into,
+    );
+    let problems = ModelShape::read(root.join("training/config-rope-both")).expect_err("yarn");
+    assert!(
+        problems
+            .to_string()
+            .contains("rope_scaling.rope_type: `yarn`"),
+        "{problems}"
+    );
+}
+
+#[test]
+fn keys_that_change_numbers_are_refused_and_unknown_ones_named() {
+    let says = |changes: Value| ModelShape::from_config(&config("llama", changes));
+    for (key, value) in [
+        ("logits_scaling", json!(8.0)),
+        ("embedding_multiplier", json!(12.0)),
+        ("attn_logit_softcapping", json!(50.0)),
+        ("no_rope_layers", json!([1, 0])),
+        ("num_local_experts", json!(4)),
+        ("clip_qkv", json!(6)),
+        ("is_causal", json!(false)),
+    ] {
+        let problems = says(json!({key: value})).expect_err(key);
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert_eq!(problems[0].at, format!("config.json: {key}"));
+    }
+    let neutral = json!({"logits_scaling": 1, "attention_multiplier": 0.5, "query_pre_attn_scalar": 4, "clip_qkv": null,
+        "num_local_experts": 0, "no_rope_layers": [1, 1], "rope_interleaved": false, "is_causal": true});
+    assert_eq!(
+        says(neutral).expect("they say nothing"),
+        read("llama", json!({}))
+    );
+
+    let warnings = |family: &str, changes: Value| unread(&config(family, changes));
+    assert_eq!(
+        warnings(
+            "llama",
+            json!({"torch_dtype": "bfloat16", "pretraining_tp": 2, "attention_dropout": 0.0})
+        ),
+        []
+    );
+    let found = warnings(
+        "llama",
+        json!({"frobnicate": 3, "sliding_window": 7, "unset": null}),
+    );
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].at, "config.json: frobnicate, sliding_window");
+    assert_eq!(warnings("mistral", json!({"sliding_window": 7})), []);
+    let found = warnings(
+        "llama",
+        json!({"attention_dropout": 0.1, "architectures": ["LlamaModel"]}),
+    );
+    let at: Vec<&str> = found.iter().map(|warning| warning.at.as_str()).collect();
+    assert_eq!(
+        at,
+        [
+            "config.json: architectures",
+            "config.json: attention_dropout"
+        ]
+    );
+}
+
+/// Configurations as they are published: nothing in them is refused, or named as unread.
+#[test]
+fn published_configurations_are_read_without_a_word() {
+    let smollm = json!({"_name_or_path": "x", "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.041, "is_llama_config": true, "mlp_bias": false,
+        "pad_token_id": 2, "pretraining_tp": 1, "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100_000,
+        "torch_dtype": "bfloat16", "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
+        "transformers_version": "4.42.3", "use_cache": true});
+    let qwen = json!({"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu",
+        "initializer_range": 0.02, "max_window_layers": 21, "sliding_window": 32_768, "tie_word_embeddings": true,
+        "use_mrope": false, "use_sliding_window": false, "rope_theta": 1_000_000.0});
+    for (family, published) in [("llama", smollm), ("qwen2", qwen)] {
+        assert_eq!(unread(&config(family, published.clone())), [], "{family}");
+        read(family, published);
+    }
+    let dirs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/fixtures/models");
+    let mut n_models = 0;
+    for dir in std::fs::read_dir(dirs).expect("a folder") {
+        let files = ModelFiles::open(dir.expect("an entry").path()).expect("opens");
+        assert_eq!(files.check().expect("whole"), [], "{:?}", files.dir());
+        n_models += 1;
+    }
+    assert!(n_models > 0);
 }

@@ -139,27 +139,3 @@ fn an_active_window_limits_the_context_and_an_idle_one_does_not() {
     let typed = json!({"sliding_window": 100, "layer_types": ["full_attention", "sliding_attention", "full_attention"]});
     assert_eq!(length("qwen2", typed), 100);
 }
-
-#[test]
-fn tensors_that_would_be_ignored_or_missed_are_named() {
-    let llama = normalise_config(&config("llama", json!({}))).expect("plain");
-    let expected = llama.shape.tensors().into_iter();
-    let mut names: BTreeSet<String> = expected.map(|tensor| tensor.name).collect();
-    let check = |names: &BTreeSet<String>| llama.check_tensors(names.iter().map(String::as_str));
-    assert_eq!(check(&names), []);
-    names.insert("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned());
-    assert_eq!(check(&names), []);
-    names.insert("model.layers.1.self_attn.q_proj.bias".to_owned());
-    names.remove("model.norm.weight");
-    let found: Vec<_> = check(&names).into_iter().map(|p| (p.code, p.at)).collect();
-    assert_eq!(
-        found,
-        [
-            (
-                "unread-tensor",
-                "model.layers.1.self_attn.q_proj.bias".to_owned()
-            ),
-            ("missing-tensor", "model.norm.weight".to_owned())
-        ]
-    );
-}

@@ -108,9 +108,9 @@ impl Wanted {
     /// Checks the files and hashes their content; blocking.
     pub(crate) fn check(self) -> Result<Checked> {
         let max_sequence_length = self.loader.check()?.max_sequence_length;
-        let mut warnings = Vec::new();
+        let base = ModelFiles::open(self.loader.base())?;
+        let mut warnings = base.check()?;
         if let Some(path) = self.loader.adapter() {
-            let base = ModelFiles::open(self.loader.base())?;
             let adapter = Adapter::read_on(path, &base)?;
             let notes = adapter.notes.iter();
             warnings.extend(notes.map(|note| Problem::sentence("note", note)));

@@ -1,0 +1,184 @@
+//! Every key of config.json is read, known to change nothing, refused because it changes the numbers, or named as unread.
+
+use serde_json::{Map, Value};
+
+use super::AT;
+use crate::architecture::{Family, Windows};
+use crate::problem::Problem;
+
+/// Keys that are read of every family.
+const READ: &str = "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads \
+num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act hidden_activation rope_theta \
+rope_parameters rope_scaling partial_rotary_factor original_max_position_embeddings quantization_config compression_config \
+quantization";
+
+/// Keys that change no number of a decoder's pass: about files, about generating text, about other tasks. Whether there are
+/// biases is told by the tensors, all of which must be read.
+const HARMLESS: &str = "torch_dtype dtype transformers_version use_cache initializer_range bos_token_id eos_token_id pad_token_id \
+unk_token_id sep_token_id cls_token_id decoder_start_token_id name_or_path id2label label2id num_labels problem_type return_dict \
+output_attentions output_hidden_states output_scores return_dict_in_generate torchscript use_bfloat16 is_decoder \
+is_encoder_decoder chunk_size_feed_forward finetuning_task task_specific_params tokenizer_class prefix pretraining_tp \
+attn_implementation use_flash_attn use_flash_attention use_fused_rms_norm model_max_length max_sequence_length seq_length \
+language license tags attention_bias mlp_bias qkv_bias is_llama_config transformers.js_config unsloth_version unsloth_fixed \
+max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p \
+repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences \
+forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens \
+begin_suppress_tokens max_new_tokens";
+
+/// Dropout, which is only for training and which this trainer has on the adapter alone.
+const DROPOUT: &str = "attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob resid_pdrop resid_dropout \
+embd_pdrop embed_dropout embedding_dropout attn_pdrop activation_dropout dropout layerdrop";
+
+/// Keys with which other families change the numbers, each with the value that changes nothing; null, false, 0 and what is empty
+/// never do.
+const CHANGES: &str = "embedding_multiplier=1 residual_multiplier=1 logits_scaling=1 logit_scale=1 scale_emb=1 mup_scale=1 \
+attention_multiplier=scale query_pre_attn_scalar=head_dim attn_scale=scale scale_depth dim_model_base attn_logit_softcapping \
+final_logit_softcapping clip_qkv attention_clamp_kqv qk_layernorm use_qk_norm qk_norm use_bidirectional_attention \
+use_alibi alibi alibi_bias_max rotary_pct=1 rotary_percent=1 rotary_dim=head_dim qk_rope_head_dim=head_dim rope_interleaved \
+no_rope_layers=ones no_rope_layer_interval parallel_attn use_parallel_residual num_experts num_local_experts \
+n_routed_experts num_experts_per_tok n_shared_experts moe_intermediate_size kv_lora_rank q_lora_rank attention_chunk_size \
+attn_temperature_tuning floor_scale rope_local_base_freq rope_local_theta long_factor short_factor block_configs \
+per_layer_config pruned_heads use_layer_norm sandwich_norm post_norm use_post_norm add_cross_attention linear_attn_config mlp_only_layers \
+use_mup mup_enabled tie_encoder_decoder is_causal=1 rope_ratio=1 use_dynamic_ntk use_logn_attn \
+altup_num_inputs laurel_rank hidden_size_per_layer_input scale_attn_by_inverse_layer_idx num_kv_shared_layers";
+
+fn listed(words: &str, key: &str) -> bool {
+    words.split_whitespace().any(|word| word == key)
+}
+
+/// Whether the shape of a model of this family is read from `key`.
+fn is_read(family: &Family, key: &str) -> bool {
+    let windows: &[&str] = match family.windows {
+        Windows::No => &[],
+        Windows::All => &["sliding_window"],
+        Windows::From(_) => &[
+            "sliding_window",
+            "use_sliding_window",
+            "max_window_layers",
+            "layer_types",
+        ],
+    };
+    let mut factors = family.multipliers.iter();
+    listed(READ, key)
+        || windows.contains(&key)
+        || family.bias_keys().contains(&key)
+        || factors.any(|(_, name)| *name == key)
+}
+
+/// Whether a value says nothing.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::Array(values) => values.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}
+
+/// The keys that change the numbers in other families and are not read in this one.
+pub(super) fn refused(
+    family: &Family,
+    head_dim: usize,
+    config: &Map<String, Value>,
+) -> Vec<Problem> {
+    let head_dim = head_dim as f64;
+    let is_neutral = |neutral: &str, value: &Value| match neutral {
+        "" => false,
+        "ones" => value
+            .as_array()
+            .is_some_and(|all| all.iter().all(|v| v == 1)),
+        _ => {
+            let neutral = match neutral {
+                "head_dim" => head_dim,
+                "scale" => head_dim.powf(-0.5),
+                _ => 1.0,
+            };
+            let value = value
+                .as_f64()
+                .or(value.as_bool().map(|v| f64::from(u8::from(v))));
+            value.is_some_and(|value| (value - neutral).abs() <= 1e-6 * neutral)
+        }
+    };
+    let changes = config.iter().filter(|(key, value)| {
+        let mut known = CHANGES
+            .split_whitespace()
+            .map(|word| word.split_once('=').unwrap_or((word, "")));
+        let found = known.find(|(name, _)| name == key);
+        // Where 1 is neutral, 0 is not.
+        let says_nothing = |neutral: &str| match neutral {
+            "" => is_empty(value),
+            _ => value.is_null() || is_neutral(neutral, value),
+        };
+        !is_read(family, key) && found.is_some_and(|(_, neutral)| !says_nothing(neutral))
+    });
+    changes
+        .map(|(key, value)| {
+            let message = format!(
+                "{} changes the model's numbers, and a {} has no such key",
+                shortened(value),
+                family.class_name
+            );
+            let fix =
+                "remove it if the model was made without it; else the model is of another family";
+            Problem::new("model-config", format!("{AT}{key}"), message, fix)
+        })
+        .collect()
+}
+
+/// What nothing reads and nobody knows, dropout, and a class that is another one.
+pub(super) fn unread(family: &Family, config: &Map<String, Value>) -> Vec<Problem> {
+    let mut warnings = Vec::new();
+    let mut warn = |code, key: &str, message: String, fix: &str| {
+        warnings.push(Problem::new(code, format!("{AT}{key}"), message, fix));
+    };
+    let class = config.get("architectures").and_then(|list| list.get(0));
+    if let Some(class) = class.and_then(Value::as_str)
+        && class != family.class_name
+    {
+        let message = format!(
+            "`{class}` is read as {}, as model_type says",
+            family.class_name
+        );
+        warn("architecture", "architectures", message, "");
+    }
+    for (key, value) in config.iter().filter(|(key, _)| listed(DROPOUT, key)) {
+        if !is_empty(value) {
+            let message = format!(
+                "{value}: transformers drops so much out while it trains; this trainer drops out on the adapter's input alone"
+            );
+            warn("dropout", key, message, "see [lora] lora_dropout");
+        }
+    }
+    let names = |word: &str| {
+        word.split_once('=')
+            .map_or(word.to_owned(), |(name, _)| name.to_owned())
+    };
+    let changes: Vec<String> = CHANGES.split_whitespace().map(names).collect();
+    let unknown: Vec<&str> = config
+        .iter()
+        .filter(|(key, value)| {
+            let is_known = listed(HARMLESS, key)
+                || listed(DROPOUT, key)
+                || changes.contains(key)
+                || key.starts_with('_');
+            !is_known && !is_read(family, key) && !is_empty(value)
+        })
+        .map(|(key, _)| key.as_str())
+        .collect();
+    if !unknown.is_empty() {
+        let message = format!("left unread, as a {} has no such keys", family.class_name);
+        warn("unread-key", &crate::problem::listed(&unknown), message, "");
+    }
+    warnings
+}
+
+/// A value for a message.
+fn shortened(value: &Value) -> String {
+    const MOST: usize = 40;
+    let text = value.to_string();
+    match text.char_indices().nth(MOST) {
+        Some((at, _)) => format!("{}...", &text[..at]),
+        None => text,
+    }
+}
