@@ -2,6 +2,7 @@
 
 pub(crate) mod derived;
 pub(crate) mod dtype;
+pub(crate) mod ggml_type;
 pub(crate) mod gguf;
 pub(crate) mod gguf_write;
 pub(crate) mod safetensors_file;

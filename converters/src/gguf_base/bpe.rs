@@ -12,6 +12,11 @@ use crate::tensors::gguf::GgufFile;
 /// Reads merges and splitting rules; `None` if a problem leaves them incomplete.
 pub(super) fn read(source: &GgufFile, tokens: &[Token], findings: &mut Findings) -> Option<Parts> {
     let rules = rules(source, findings)?;
+    const PREFIX: &str = "tokenizer.ggml.add_space_prefix";
+    if source.boolean(PREFIX) == Some(true) {
+        let message = "a space before every text, which llama.cpp does not add to such a vocabulary and transformers does";
+        findings.tokenizer(PREFIX, message);
+    }
     let Some(merges) = source.texts("tokenizer.ggml.merges") else {
         findings.tokenizer("tokenizer.ggml.merges", "missing");
         return None;

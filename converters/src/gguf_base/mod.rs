@@ -4,6 +4,7 @@
 //! name. The directory appears complete or not at all. Block formats and tokenizers are the caller's: see [`Tools`].
 
 mod bpe;
+mod metadata;
 mod model;
 mod pre_tokenizer;
 mod rope;
@@ -86,7 +87,8 @@ pub struct ImportReport {
 ///
 /// Weights are dequantised to float32 (the products ggml computes), the query and key rows of the llama architecture
 /// put back into Hugging Face's rotary order, and written a few megabytes at a time. Beside them: config.json,
-/// generation_config.json, tokenizer.json, tokenizer_config.json and, if the file holds one, chat_template.jinja.
+/// generation_config.json, tokenizer.json, tokenizer_config.json and, if the file holds them, chat_template.jinja and the named templates
+/// in `additional_chat_templates`.
 ///
 /// # Errors
 /// A refusal with every reason for a model that cannot be represented; `malformed` for a file that is not well formed or a
@@ -133,11 +135,13 @@ pub fn import_gguf(
         write_json(dir, "generation_config.json", &vocabulary.generation)?;
         tokenizer::write(dir, &vocabulary, shape.max_position_embeddings)?;
         weights::write(dir, &source, &plan, &shape, options, tools, progress)?;
-        for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
-            let name = entry.map_err(Error::io("read", dir))?.file_name();
-            files.push(name.to_string_lossy().into_owned());
+        files = names_in(dir)?;
+        let templates = dir.join(tokenizer::TEMPLATES);
+        if templates.is_dir() {
+            files.retain(|name| name != tokenizer::TEMPLATES);
+            let names = names_in(&templates)?.into_iter();
+            files.extend(names.map(|name| format!("{}/{name}", tokenizer::TEMPLATES)));
         }
-        files.sort();
         Ok::<(), Error>(())
     };
     match options.force {
@@ -154,6 +158,17 @@ pub fn import_gguf(
         files,
         notes: findings.notes,
     })
+}
+
+/// Names of what lies in `dir`, sorted.
+fn names_in(dir: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+        let name = entry.map_err(Error::io("read", dir))?.file_name();
+        names.push(name.to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
 }
 
 fn write_json(dir: &Path, name: &str, value: &Value) -> Result<()> {

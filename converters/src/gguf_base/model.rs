@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Findings, rope};
-use crate::architecture::{Bias, FAMILIES, Family, Windows};
+use super::{Findings, metadata, rope};
+use crate::architecture::{Bias, FAMILIES, Family, RopeKind, Windows};
 use crate::tensors::gguf::GgufFile;
 
 /// Largest value accepted for a dimension: their products stay far from overflow.
@@ -11,19 +11,6 @@ const DIMENSION_MAX: u64 = 1 << 28;
 
 /// Largest number of blocks accepted, several times that of any model.
 const LAYERS_MAX: usize = 1024;
-
-/// Metadata that changes the computation and has no counterpart in the written configuration, with its neutral value.
-const NEUTRAL: [(&str, f64); 9] = [
-    ("expert_count", 0.0),
-    ("expert_used_count", 0.0),
-    ("logit_scale", 1.0),
-    ("embedding_scale", 1.0),
-    ("residual_scale", 1.0),
-    ("rope.scale_linear", 1.0),
-    ("attention.clamp_kqv", 0.0),
-    ("attention.max_alibi_bias", 0.0),
-    ("attention.causal", 1.0),
-];
 
 /// The config.json, with nulls where the vocabulary and the written type belong; `None` if a problem leaves it incomplete.
 pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<String, Value>> {
@@ -46,7 +33,6 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
     let rms_norm_eps = keys.positive("attention.layer_norm_rms_epsilon", None);
     // llama.cpp's default for files that do not say.
     let rope_theta = keys.positive("rope.freq_base", Some(10_000.0));
-    keys.neutral();
     if keys.findings.problems.len() > n_problems {
         return None;
     }
@@ -85,11 +71,19 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
             format!("a window of {window} is not supported"),
         );
     }
+    let stated_vocab_size = keys.optional_dimension("vocab_size");
     let vocab_size = vocab_size(source, hidden_size, findings)?;
-    let rope_scaling = rope::read(source, name, head_dim, rope_theta, findings);
+    if let Some(stated) = stated_vocab_size.filter(|stated| *stated != vocab_size) {
+        let at = format!("{name}.vocab_size");
+        let message = format!("is {stated}, but token_embd.weight has {vocab_size} rows");
+        findings.problem("metadata", at, message, "");
+    }
+    metadata::check(source, name, head_dim, findings);
+    let rope = rope::read(source, name, head_dim, rope_theta, findings);
+    let is_scaled = rope != RopeKind::Default;
     let has_own_head_dim = head_dim.checked_mul(n_heads) != Some(hidden_size);
     let (family, is_stand_in) = family(name, has_own_head_dim, findings)?;
-    if is_stand_in && rope_scaling.is_some() {
+    if is_stand_in && is_scaled {
         let message =
             "scaled rotary frequencies together with a head size of its own are not supported";
         findings.problem(
@@ -118,13 +112,7 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
         "max_position_embeddings": context_length,
         "rms_norm_eps": rms_norm_eps,
         "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling.map(|scaling| json!({
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        })),
+        "rope_scaling": rope_scaling(rope),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "tie_word_embeddings": is_tied,
@@ -170,7 +158,27 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
             unread.join(", ")
         ));
     }
+    if is_scaled && !family.runtime_reads("rope_scaling") {
+        findings.note(format!(
+            "scaled rotary frequencies: `serve` cannot serve such a {class} model"
+        ));
+    }
     (findings.problems.len() == n_problems).then_some(config)
+}
+
+/// A scaling as config.json has it.
+fn rope_scaling(kind: RopeKind) -> Value {
+    match kind {
+        RopeKind::Default => Value::Null,
+        RopeKind::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeKind::Llama3(scaling) => json!({
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }),
+    }
 }
 
 fn architecture<'a>(source: &'a GgufFile, findings: &mut Findings) -> Option<&'a str> {
@@ -312,27 +320,6 @@ impl Keys<'_> {
             _ => {
                 self.refuse("metadata", key, "missing or not a positive number");
                 1.0
-            }
-        }
-    }
-
-    fn neutral(&mut self) {
-        for (key, neutral) in NEUTRAL {
-            let full = format!("{}.{key}", self.prefix);
-            if !self.source.has(&full) {
-                continue;
-            }
-            let value = self.source.number(&full).or_else(|| {
-                self.source
-                    .boolean(&full)
-                    .map(|value| f64::from(u8::from(value)))
-            });
-            if value != Some(neutral) {
-                self.refuse(
-                    "unsupported",
-                    key,
-                    "changes the computation and is not supported",
-                );
             }
         }
     }

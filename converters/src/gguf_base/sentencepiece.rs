@@ -27,24 +27,17 @@ pub(super) fn read(source: &GgufFile, tokens: &[Token], findings: &mut Findings)
             return None;
         }
     };
-    for key in [
-        "tokenizer.ggml.remove_extra_whitespaces",
-        "tokenizer.ggml.precompiled_charsmap",
-    ] {
-        if source.has(key) && source.boolean(key) != Some(false) {
-            findings.tokenizer(key, "this normalisation is not supported");
-            return None;
-        }
-    }
     let unknown = tokens.iter().find(|token| token.kind == TokenKind::Unknown);
     let byte_fallback = tokens
         .iter()
         .filter(|token| token.kind == TokenKind::Byte)
         .count()
         == 256;
-    let prefix = source
-        .boolean("tokenizer.ggml.add_space_prefix")
-        .unwrap_or(true);
+    const PREFIX: &str = "tokenizer.ggml.add_space_prefix";
+    if source.has(PREFIX) && source.boolean(PREFIX).is_none() {
+        findings.tokenizer(PREFIX, "is neither true nor false");
+    }
+    let prefix = source.boolean(PREFIX).unwrap_or(true);
 
     let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
     let mut normalizers = Vec::new();

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::tensors::gguf::{GgufArray, GgufFile, GgufTensor, GgufValue, ggml_block};
+use crate::tensors::ggml_type::{ggml_block, ggml_type_name};
+use crate::tensors::gguf::{GgufArray, GgufFile, GgufTensor, GgufValue};
 
 impl GgufFile {
     pub(super) fn has(&self, key: &str) -> bool {
@@ -67,7 +68,7 @@ impl GgufFile {
         let mut counts = BTreeMap::new();
         for tensor in self.names().filter_map(|name| self.tensor(name)) {
             let name = block_format(tensor.ggml_type)
-                .map_or_else(|| format!("type {}", tensor.ggml_type), str::to_owned);
+                .map_or_else(|| ggml_type_name(tensor.ggml_type), str::to_owned);
             *counts.entry(name).or_default() += 1;
         }
         counts
@@ -80,14 +81,15 @@ impl GgufTensor<'_> {
         self.shape.iter().rev().copied().collect()
     }
 
-    /// Why this tensor cannot be dequantised, or not be reordered by rows, if it cannot.
-    pub(super) fn unreadable(&self, by_row: bool) -> Option<String> {
-        let Some(name) = block_format(self.ggml_type) else {
-            return Some(format!("ggml type {} is not supported", self.ggml_type));
-        };
+    /// Whether its blocks can be dequantised.
+    pub(super) fn is_readable(&self) -> bool {
+        block_format(self.ggml_type).is_some()
+    }
+
+    /// Whether it is a vector in blocks of several elements, which cannot be reordered by rows.
+    pub(super) fn is_vector_of_blocks(&self) -> bool {
         let is_block = ggml_block(self.ggml_type).is_none_or(|(elements, _)| elements != 1);
-        (by_row && self.shape.len() == 1 && is_block)
-            .then(|| format!("a vector in {name} blocks cannot be reordered"))
+        self.shape.len() == 1 && is_block
     }
 
     /// The values of a float32 tensor.

@@ -1,13 +1,14 @@
 //! The vocabulary of a GGUF file as tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::{Findings, Tools, bpe, sentencepiece, write_json};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files::write_text;
+use crate::problem::listed;
 use crate::tensors::gguf::GgufFile;
 
 /// `tokenizer.ggml.token_type`.
@@ -52,7 +53,12 @@ pub(super) struct Vocabulary {
     pub(super) eos: Option<u32>,
     pub(super) pad: Option<u32>,
     chat_template: Option<String>,
+    /// Further templates by their names.
+    templates: BTreeMap<String, String>,
 }
+
+/// Where transformers keeps templates that have names.
+pub(super) const TEMPLATES: &str = "additional_chat_templates";
 
 /// Ends of a turn; of those that are control tokens, the ones in the chat template end an answer.
 const TURN_ENDS: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"];
@@ -61,6 +67,14 @@ const TURN_ENDS: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_tu
 pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabulary> {
     let n_problems = findings.problems.len();
     let tokens = tokens(source, findings)?;
+    for key in [
+        "tokenizer.ggml.remove_extra_whitespaces",
+        "tokenizer.ggml.precompiled_charsmap",
+    ] {
+        if source.has(key) && source.boolean(key) != Some(false) {
+            findings.tokenizer(key, "this normalisation is not supported");
+        }
+    }
     let parts = match source.text("tokenizer.ggml.model") {
         Some("gpt2") => bpe::read(source, &tokens, findings)?,
         Some("llama") => sentencepiece::read(source, &tokens, findings)?,
@@ -88,7 +102,7 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabul
         .filter(|token| token.kind == TokenKind::Unknown);
     let unknown = special("unknown").or_else(|| Some(unknowns.next()?.id));
     let turn_ends = [special("eot"), special("eom")];
-    let chat_template = source.text("tokenizer.chat_template").map(str::to_owned);
+    let (chat_template, templates) = templates(source, findings);
 
     let ends_turns = |token: &&Token| {
         let text = token.text.as_str();
@@ -109,6 +123,9 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabul
     let mut wanted = |key: &str, default: bool, id: Option<u32>| {
         let key = format!("tokenizer.ggml.{key}");
         let add = source.boolean(&key).unwrap_or(default);
+        if source.has(&key) && source.boolean(&key).is_none() {
+            findings.tokenizer(&key, "is neither true nor false");
+        }
         if add && id.is_none() {
             findings.tokenizer(&key, "set, but there is no such token");
         }
@@ -116,7 +133,7 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabul
     };
     let add_bos = wanted("add_bos_token", parts.adds_bos && bos.is_some(), bos);
     let add_eos = wanted("add_eos_token", false, eos);
-    describe(source, chat_template.as_deref(), pad, findings);
+    describe(chat_template.as_deref(), pad, findings);
     if findings.problems.len() > n_problems {
         return None;
     }
@@ -166,6 +183,7 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabul
         eos,
         pad,
         chat_template,
+        templates,
     })
 }
 
@@ -227,21 +245,57 @@ fn special_id(
     }
 }
 
-fn describe(source: &GgufFile, template: Option<&str>, pad: Option<u32>, findings: &mut Findings) {
+/// The chat template, and those with names. One that is called `default` is the first if that is not there.
+fn templates(
+    source: &GgufFile,
+    findings: &mut Findings,
+) -> (Option<String>, BTreeMap<String, String>) {
+    const KEY: &str = "tokenizer.chat_template";
+    let mut main = source.text(KEY).map(str::to_owned);
+    if source.has(KEY) && main.is_none() {
+        findings.tokenizer(KEY, "is no text");
+    }
+    let mut named = BTreeMap::new();
+    for key in source.metadata().keys() {
+        let Some(name) = key
+            .strip_prefix(KEY)
+            .and_then(|rest| rest.strip_prefix('.'))
+        else {
+            continue;
+        };
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
+        match source.text(key) {
+            Some(text) if !name.is_empty() && name.chars().all(is_plain) => {
+                named.insert(name.to_owned(), text.to_owned());
+            }
+            Some(_) => findings.tokenizer(
+                key,
+                "a template's name is made of letters, digits, `_` and `-`",
+            ),
+            None => findings.tokenizer(key, "is no text"),
+        }
+    }
+    if let Some(default) = named.remove("default")
+        && *main.get_or_insert_with(|| default.clone()) != default
+    {
+        findings.tokenizer(
+            "tokenizer.chat_template.default",
+            "differs from tokenizer.chat_template",
+        );
+    }
+    if !named.is_empty() {
+        let names: Vec<&str> = named.keys().map(String::as_str).collect();
+        findings.note(format!(
+            "further chat templates are written to {TEMPLATES}: {}",
+            listed(&names)
+        ));
+    }
+    (main, named)
+}
+
+fn describe(template: Option<&str>, pad: Option<u32>, findings: &mut Findings) {
     if template.is_none() {
         findings.note("the file has no chat template: conversations cannot be rendered");
-    }
-    let others: Vec<&str> = source
-        .metadata()
-        .keys()
-        .map(String::as_str)
-        .filter(|key| key.starts_with("tokenizer.chat_template."))
-        .collect();
-    if !others.is_empty() {
-        findings.note(format!(
-            "further chat templates left out: {}",
-            others.join(", ")
-        ));
     }
     if pad.is_none() {
         findings.note("the file names no padding token");
@@ -316,14 +370,21 @@ pub(super) fn check(
     }
 }
 
-/// Writes the two or three files.
+/// Writes the files.
 pub(super) fn write(dir: &Path, vocabulary: &Vocabulary, context_length: usize) -> Result<()> {
     let mut config = vocabulary.config.clone();
     config["model_max_length"] = context_length.into();
     write_json(dir, "tokenizer.json", &vocabulary.tokenizer)?;
     write_json(dir, "tokenizer_config.json", &config)?;
-    match &vocabulary.chat_template {
-        Some(template) => write_text(&dir.join("chat_template.jinja"), template),
-        None => Ok(()),
+    if let Some(template) = &vocabulary.chat_template {
+        write_text(&dir.join("chat_template.jinja"), template)?;
     }
+    let templates = dir.join(TEMPLATES);
+    if !vocabulary.templates.is_empty() {
+        std::fs::create_dir(&templates).map_err(Error::io("create", &templates))?;
+    }
+    for (name, template) in &vocabulary.templates {
+        write_text(&templates.join(format!("{name}.jinja")), template)?;
+    }
+    Ok(())
 }

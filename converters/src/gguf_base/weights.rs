@@ -9,7 +9,8 @@ use super::{Findings, ImportOptions, Tools, write_json};
 use crate::architecture::{ModelShape, TensorShape};
 use crate::error::{Error, Result};
 use crate::files::write_file;
-use crate::tensors::gguf::{GgufFile, GgufTensor, ggml_block};
+use crate::tensors::ggml_type::{REQUANTISE, ggml_block, ggml_type_name};
+use crate::tensors::gguf::{GgufFile, GgufTensor};
 use crate::tensors::safetensors_write::{Slot, stream};
 
 /// Elements dequantised at a time, about: 4 MB of float32.
@@ -31,6 +32,7 @@ pub(super) fn plan(
 ) -> Vec<TensorShape> {
     let mut plan = shape.tensors();
     plan.sort_by(|left, right| left.name.cmp(&right.name));
+    let mut unread: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
     for planned in &plan {
         let name = planned.gguf_name.as_str();
         match source.tensor(name) {
@@ -41,14 +43,28 @@ pub(super) fn plan(
                 let message = format!("shape {:?}, expected {:?}", tensor.dims(), planned.shape);
                 findings.problem("shape", name, message, "");
             }
-            Some(tensor) => {
-                if let Some(reason) = tensor.unreadable(planned.interleaved) {
-                    let fix =
-                        "supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K";
-                    findings.problem("block_format", name, reason, fix);
-                }
+            Some(tensor) if !tensor.is_readable() => {
+                unread.entry(tensor.ggml_type).or_default().push(name);
             }
+            Some(tensor) if planned.interleaved && tensor.is_vector_of_blocks() => {
+                let block = ggml_type_name(tensor.ggml_type);
+                let reason = format!("a vector in {block} blocks cannot be reordered");
+                findings.problem("block_format", name, reason, REQUANTISE);
+            }
+            Some(_) => {}
         }
+    }
+    for (ggml_type, names) in &unread {
+        let more = match names.len() - 1 {
+            0 => String::new(),
+            n => format!(", as in {n} more tensors"),
+        };
+        let block = ggml_type_name(*ggml_type);
+        let message = format!("{block} blocks{more}, which are not read");
+        let fix = format!(
+            "supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K; {REQUANTISE}"
+        );
+        findings.problem("block_format", names[0], message, fix);
     }
     let known: HashSet<&str> = plan
         .iter()

@@ -11,7 +11,9 @@ use memmap2::Mmap;
 
 use crate::error::{Error, Result};
 use crate::foreign;
+use crate::problem::Problem;
 use crate::tensors::dtype::DType;
+use crate::tensors::ggml_type::{REQUANTISE, ggml_block, ggml_type_is_named, ggml_type_name};
 use crate::tensors::safetensors_file::map_file;
 use crate::tensors::tensor::{Tensor, element_count};
 
@@ -105,7 +107,7 @@ impl GgufValue {
 /// A tensor of a GGUF file.
 #[derive(Clone, Copy)]
 pub struct GgufTensor<'a> {
-    /// ggml's number for the element type; see [`ggml_block`].
+    /// ggml's number for the element type; see [`crate::ggml_block`].
     pub ggml_type: u32,
     /// Dimensions in GGUF's order, innermost first: `[in, out]` for a linear weight.
     pub shape: &'a [usize],
@@ -136,38 +138,6 @@ struct Info {
     ggml_type: u32,
     shape: Vec<usize>,
     range: Range<usize>,
-}
-
-/// Elements and bytes of one block of a ggml type, or `None` for a number that is not known.
-pub fn ggml_block(ggml_type: u32) -> Option<(usize, usize)> {
-    Some(match ggml_type {
-        0 | 26 => (1, 4),      // F32, I32
-        1 | 25 | 30 => (1, 2), // F16, I16, BF16
-        24 => (1, 1),          // I8
-        27 | 28 => (1, 8),     // I64, F64
-        2 | 20 => (32, 18),    // Q4_0, IQ4_NL
-        3 => (32, 20),         // Q4_1
-        6 => (32, 22),         // Q5_0
-        7 => (32, 24),         // Q5_1
-        8 => (32, 34),         // Q8_0
-        9 => (32, 36),         // Q8_1
-        39 => (32, 17),        // MXFP4
-        10 => (256, 84),       // Q2_K
-        11 | 21 => (256, 110), // Q3_K, IQ3_S
-        12 => (256, 144),      // Q4_K
-        13 => (256, 176),      // Q5_K
-        14 => (256, 210),      // Q6_K
-        15 => (256, 292),      // Q8_K
-        16 | 35 => (256, 66),  // IQ2_XXS, TQ2_0
-        17 => (256, 74),       // IQ2_XS
-        18 => (256, 98),       // IQ3_XXS
-        19 => (256, 50),       // IQ1_S
-        22 => (256, 82),       // IQ2_S
-        23 => (256, 136),      // IQ4_XS
-        29 => (256, 56),       // IQ1_M
-        34 => (256, 54),       // TQ1_0
-        _ => return None,
-    })
 }
 
 impl GgufFile {
@@ -279,6 +249,19 @@ fn alignment(path: &Path, metadata: &IndexMap<String, GgufValue>) -> Result<u64>
     }
 }
 
+/// The refusal of a type whose blocks cannot be told apart; one that has no name may be a sign of damage.
+fn unread_type(at: String, ggml_type: u32) -> Problem {
+    let code = match ggml_type_is_named(ggml_type) {
+        true => "block_format",
+        false => "malformed",
+    };
+    let message = format!(
+        "is of {}: such blocks are not read",
+        ggml_type_name(ggml_type)
+    );
+    Problem::new(code, at, message, REQUANTISE)
+}
+
 /// A tensor's name and what its header says.
 struct Header {
     name: String,
@@ -301,8 +284,10 @@ fn lay_out(
         let wrong = |message: String| {
             Error::malformed(path, format!("tensor `{}`: {message}", header.name))
         };
-        let (block, block_bytes) = ggml_block(header.ggml_type)
-            .ok_or_else(|| wrong(format!("unknown element type {}", header.ggml_type)))?;
+        let (block, block_bytes) = ggml_block(header.ggml_type).ok_or_else(|| {
+            let at = format!("`{}`: tensor `{}`", path.display(), header.name);
+            unread_type(at, header.ggml_type)
+        })?;
         let n_values = header
             .shape
             .iter()

@@ -1,6 +1,7 @@
 //! The import as a whole, on small GGUF files written by the tests.
 
 mod gguf_file;
+mod keys;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -342,10 +342,9 @@ fn an_adapted_head_of_a_tied_base_is_served_as_it_is_merged() {
 #[test]
 fn a_load_that_fails_in_mistralrs_leaves_nothing_behind_either() {
     let case = servable();
-    // Names agree and sizes do not, which mistral.rs finds out when it reads the weights.
-    let base = changed(&case.base, "config.json", |config| {
-        let size = config["intermediate_size"].as_u64().expect("a size");
-        config["intermediate_size"] = json!(2 * size);
+    // The weights agree with config.json; that the decoder is of no kind is found out by mistral.rs.
+    let base = changed(&case.base, "tokenizer.json", |tokenizer| {
+        tokenizer["decoder"] = json!({"type": "none"});
     });
     let staging = tempfile::tempdir().expect("a temporary directory");
     let loader = MonteCloraLoader::builder(base.path(), "adapted")
@@ -353,7 +352,7 @@ fn a_load_that_fails_in_mistralrs_leaves_nothing_behind_either() {
         .staging_dir(staging.path())
         .build()
         .expect("sound");
-    let error = loader.load().map(drop).expect_err("the sizes disagree");
+    let error = loader.load().map(drop).expect_err("no tokenizer");
     assert!(error.code() == "load", "{error}");
     assert_eq!(fs::read_dir(staging.path()).expect("readable").count(), 0);
 }
