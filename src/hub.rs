@@ -76,8 +76,8 @@ pub fn locate(id: &str, options: &HubOptions) -> Result<Located> {
     }
     if path.exists() {
         return refused(
-            "not a model",
-            "give a model directory, a .gguf file or a Hub id",
+            "a file, and no GGUF file by its name",
+            "give the model directory that holds it, a .gguf file or a Hub id",
         );
     }
     if !is_hub_id(id) {
@@ -89,6 +89,9 @@ pub fn locate(id: &str, options: &HubOptions) -> Result<Located> {
     from_hub(id, options)
 }
 
+/// Raised when a file is imported otherwise than before, so that no older import is taken.
+const IMPORT: u32 = 2;
+
 /// Imports a GGUF file into the cache, once for its path, size and time of change.
 fn imported(file: &Path) -> Result<PathBuf> {
     let unusable = |source| {
@@ -98,7 +101,7 @@ fn imported(file: &Path) -> Result<PathBuf> {
     let canonical = file.canonicalize().map_err(unusable)?;
     let metadata = canonical.metadata().map_err(unusable)?;
     let identity = format!(
-        "{}\n{}\n{:?}",
+        "{IMPORT}\n{}\n{}\n{:?}",
         canonical.display(),
         metadata.len(),
         metadata.modified().ok()

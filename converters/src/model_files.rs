@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::architecture;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::json;
 use crate::targets::LinearModule;
 use crate::tensors::dtype::DType;
@@ -14,6 +14,7 @@ use crate::tensors::shards::ShardSet;
 use crate::tensors::tensor::Tensor;
 
 mod check;
+pub(crate) mod instead;
 mod names;
 mod quantised;
 
@@ -38,9 +39,7 @@ impl ModelFiles {
     /// `malformed` if a file is not what it claims to be or a tensor is stored twice.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        if !dir.is_dir() {
-            return Err(Error::not_found(dir, "there is no such model directory"));
-        }
+        instead::require_dir(dir)?;
         let config = Self::read_config(dir)?;
         Ok(Self {
             dir: dir.to_path_buf(),
@@ -56,8 +55,7 @@ impl ModelFiles {
     pub fn read_config(dir: impl AsRef<Path>) -> Result<Map<String, Value>> {
         let path = dir.as_ref().join("config.json");
         if !path.exists() {
-            let message = "a Hugging Face model directory must hold config.json";
-            return Err(Error::not_found(&path, message));
+            return Err(instead::of_config(dir.as_ref()));
         }
         json::read_object(&path)
     }

@@ -387,6 +387,19 @@ mod tests {
                 .contains("a model directory needs a tokenizer.json"),
             "{error}"
         );
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9085698\n";
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
+            let dir = model_with_template("", false);
+            std::fs::write(dir.path().join(name), pointer).expect("writes");
+            let error = Tokenizer::from_dir(dir.path()).expect_err("a pointer");
+            let text = error.to_string();
+            assert!(
+                text.contains(name)
+                    && text.contains("Git LFS pointer")
+                    && text.contains("git lfs pull"),
+                "{text}"
+            );
+        }
         std::fs::write(dir.path().join("tokenizer.json"), "{}").expect("writes");
         let error = Tokenizer::from_dir(dir.path()).expect_err("malformed");
         assert!(

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::json;
+use crate::model_files::instead;
 use crate::problem::listed;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::SafetensorsFile;
@@ -133,9 +134,10 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
     }
     check_number(dir, found.len())?;
     let Some((_, total)) = found.values().next().copied() else {
-        let message = format!(
-            "no {single} and no shards; only safetensors weights are read, convert .bin checkpoints first"
-        );
+        if stem == "model" {
+            return Err(instead::of_weights(dir, stem));
+        }
+        let message = format!("no {single} and no shards; only safetensors weights are read");
         return Err(Error::not_found(dir, message));
     };
     let expected = (1..=total).map(|idx| (idx, total));

@@ -358,3 +358,55 @@ fn of_an_unknown_family_only_types_are_checked() {
     );
     assert_eq!(files.check().expect("not known"), []);
 }
+
+/// The case `training/base-lfs-pointer`, and its kind: a page, an empty file, a cut one, an index of files that are not there.
+#[test]
+fn what_stands_in_place_of_weights_is_named() {
+    let root = std::env::var_os("MONTECLORA_CASES").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/cases"),
+        PathBuf::from,
+    );
+    let pointer = std::fs::read(root.join("training/base-lfs-pointer/model.safetensors"));
+    let weights = std::fs::read(tiny_llama().join("model.safetensors")).expect("read");
+    let opened = |name: &str, bytes: &[u8]| {
+        let (dir, _) = changed(json!({}), nothing);
+        std::fs::write(dir.path().join(name), bytes).expect("written");
+        ModelFiles::open(dir.path())
+            .expect_err("no weights")
+            .to_string()
+    };
+    let index = br#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}"#;
+    for (name, bytes, parts) in [
+        (
+            "model.safetensors",
+            pointer.expect("a case").as_slice(),
+            ["Git LFS pointer", "git lfs pull"],
+        ),
+        (
+            "model.safetensors",
+            b"<!DOCTYPE html><html>Sign in</html>",
+            ["HTML page", "hf download"],
+        ),
+        ("model.safetensors", b"", ["empty file", "fetch"]),
+        (
+            "model.safetensors",
+            &weights[..weights.len() / 2],
+            ["cut short", "model.safetensors"],
+        ),
+        (
+            "model.safetensors.index.json",
+            index,
+            ["2 shards", "model-00001-of-00002.safetensors"],
+        ),
+        (
+            "config.json",
+            b"version https://git-lfs.github.com/spec/v1\noid x\nsize 7\n",
+            ["config.json", "Git LFS pointer"],
+        ),
+    ] {
+        let said = opened(name, bytes);
+        for part in parts {
+            assert!(said.contains(part), "{part} is not in: {said}");
+        }
+    }
+}
