@@ -13,6 +13,7 @@ use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::shards::ShardSet;
 use crate::tensors::tensor::Tensor;
 
+mod beside;
 mod check;
 pub(crate) mod instead;
 mod names;

@@ -41,8 +41,15 @@ impl Tokenizer {
         let path = dir.join("tokenizer.json");
         let malformed = |message: String| Error::malformed(&path, message);
         let bytes = std::fs::read(&path).map_err(|error| {
+            let others = ["tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"];
+            let other = others.into_iter().find(|name| dir.join(name).is_file());
+            let other = other.map_or_else(String::new, |name| {
+                format!(
+                    ", which AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes of the {name} that is there"
+                )
+            });
             malformed(format!(
-                "cannot be read ({error}); a model directory needs a tokenizer.json"
+                "cannot be read ({error}); a model directory needs a tokenizer.json{other}"
             ))
         })?;
         let plain = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);

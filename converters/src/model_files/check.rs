@@ -32,6 +32,7 @@ impl ModelFiles {
             return Err(Problem::new("quantised-base", at, message, fix).into());
         }
         let mut warnings = architecture::unread(self.config());
+        warnings.extend(self.beside());
         if architecture::family(self.config()).is_err() {
             return Ok(warnings);
         }

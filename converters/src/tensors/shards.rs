@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::json;
 use crate::model_files::instead;
-use crate::problem::listed;
+use crate::problem::{Problem, listed};
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::tensor::Tensor;
@@ -106,6 +106,19 @@ fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>
         }
         names.sort();
         names.dedup();
+        if !names.contains(&single) && dir.join(&single).exists() {
+            let message = format!(
+                "holds both {single} and {index_name}, which names other files: transformers reads the first, other readers the second"
+            );
+            let at = format!("`{}`", dir.display());
+            return Err(Problem::new(
+                "two-sets",
+                at,
+                message,
+                "remove the one that is out of date",
+            )
+            .into());
+        }
         check_number(&index_path, names.len())?;
         let is_missing = |name: &&String| !dir.join(name).exists();
         let missing: Vec<&String> = names.iter().filter(is_missing).collect();

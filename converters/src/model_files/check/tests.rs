@@ -370,6 +370,9 @@ fn what_stands_in_place_of_weights_is_named() {
     let weights = std::fs::read(tiny_llama().join("model.safetensors")).expect("read");
     let opened = |name: &str, bytes: &[u8]| {
         let (dir, _) = changed(json!({}), nothing);
+        if name.ends_with(".index.json") {
+            std::fs::remove_file(dir.path().join("model.safetensors")).expect("there");
+        }
         std::fs::write(dir.path().join(name), bytes).expect("written");
         ModelFiles::open(dir.path())
             .expect_err("no weights")
@@ -409,4 +412,29 @@ fn what_stands_in_place_of_weights_is_named() {
             assert!(said.contains(part), "{part} is not in: {said}");
         }
     }
+}
+
+#[test]
+fn weights_that_lie_beside_the_base_are_named() {
+    let (dir, files) = changed(json!({}), nothing);
+    for name in [
+        "model-00002-of-00002.safetensors",
+        "consolidated.safetensors",
+    ] {
+        std::fs::write(dir.path().join(name), "").expect("written");
+    }
+    let warnings = files.check().expect("whole");
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert_eq!(warnings[0].at, "model-00002-of-00002.safetensors");
+    std::fs::write(dir.path().join("adapter_config.json"), "{}").expect("written");
+    let warnings = files.check().expect("whole");
+    assert!(
+        warnings[0].message.contains("transformers loads"),
+        "{warnings:?}"
+    );
+
+    let index = r#"{"weight_map": {"a": "model-00001-of-00001.safetensors"}}"#;
+    std::fs::write(dir.path().join("model.safetensors.index.json"), index).expect("written");
+    let error = ModelFiles::open(dir.path()).expect_err("two sets");
+    assert_eq!(error.code(), "two-sets", "{error}");
 }
