@@ -342,9 +342,9 @@ fn an_adapted_head_of_a_tied_base_is_served_as_it_is_merged() {
 #[test]
 fn a_load_that_fails_in_mistralrs_leaves_nothing_behind_either() {
     let case = servable();
-    // The weights agree with config.json; that the decoder is of no kind is found out by mistral.rs.
+    // The weights agree with config.json; that text is split in no known way is found out by mistral.rs.
     let base = changed(&case.base, "tokenizer.json", |tokenizer| {
-        tokenizer["decoder"] = json!({"type": "none"});
+        tokenizer["pre_tokenizer"] = json!({"type": "none"});
     });
     let staging = tempfile::tempdir().expect("a temporary directory");
     let loader = MonteCloraLoader::builder(base.path(), "adapted")
