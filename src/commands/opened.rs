@@ -68,9 +68,7 @@ impl Opened {
                 tracing::warn!("{warning}");
             }
         }
-        let adapter = adapter
-            .map(|path| read_fitting(path, &files))
-            .transpose()?;
+        let adapter = adapter.map(|path| read_fitting(path, &files)).transpose()?;
         let options = EncodeOptions {
             train_on: TrainOn::Assistant,
             apply_chat_template,

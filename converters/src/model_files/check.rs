@@ -3,14 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{ModelFiles, names};
+use super::{EMBEDDING, ModelFiles, names};
 use crate::architecture::{self, Bias, Family, ModelShape, Role};
 use crate::error::{Error, Result};
 use crate::problem::{Problem, listed};
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::tensor::Tensor;
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 /// Elements that are compared at a time.
 const BLOCK: usize = 1 << 20;

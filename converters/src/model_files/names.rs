@@ -2,43 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use crate::module_path::{base_of, unwrapped};
 use crate::problem::Problem;
 
-/// What stands in names that training code has wrapped, what puts it there, and how to save without it.
-const SEGMENTS: [(&str, &str, &str); 6] = [
-    (
-        "base_layer",
-        "a model with an adapter that was not merged, as PEFT wraps it",
-        "save `model.merge_and_unload()`, or `model.unload()` for the base alone",
-    ),
-    (
-        "_orig_mod",
-        "a model as torch.compile wraps it",
-        "save `model._orig_mod`",
-    ),
-    (
-        "_fsdp_wrapped_module",
-        "a model as FSDP wraps it",
-        "save the full state dict of the unwrapped model",
-    ),
-    (
-        "_checkpoint_wrapped_module",
-        "a model as activation checkpointing wraps it",
-        "save the state dict of the unwrapped model",
-    ),
-    (
-        "_forward_module",
-        "a model as Fabric wraps it",
-        "save `model.module`",
-    ),
-    (
-        "module",
-        "a model as DataParallel or DeepSpeed wraps it",
-        "save `model.module`",
-    ),
-];
-/// What PEFT puts before every name.
+/// What PEFT puts before every name, and in the names of modules that it adapts.
 const PEFT: &str = "base_model.model.";
+const ADAPTED: &str = "base_layer";
 
 /// A stored name that is one of the model's in another form.
 pub(super) struct Wrapped {
@@ -51,8 +20,8 @@ pub(super) struct Wrapped {
 /// Those of `stored` that are one of `missing` but for a wrapper's prefix or segments, or for the prefix `model.`.
 pub(super) fn wrapped(stored: &[&str], missing: &BTreeSet<String>) -> Vec<Wrapped> {
     let of = |name: &str| {
-        let is_kept = |part: &&str| SEGMENTS.iter().all(|(segment, _, _)| segment != part);
-        let parts: Vec<&str> = name.split('.').filter(is_kept).collect();
+        let (plain, _) = unwrapped(name);
+        let parts: Vec<&str> = plain.split('.').filter(|part| *part != ADAPTED).collect();
         let candidates = (0..parts.len()).map(|at| parts[at..].join("."));
         let without = candidates.clone().find(|name| missing.contains(name));
         without.or_else(|| {
@@ -75,23 +44,28 @@ pub(super) fn wrapped(stored: &[&str], missing: &BTreeSet<String>) -> Vec<Wrappe
 pub(super) fn report(wrapped: &[Wrapped]) -> Option<Problem> {
     let first = wrapped.first()?;
     let (stored, expected) = (first.stored.as_str(), first.expected.as_str());
-    let (_, what, fix) = SEGMENTS
-        .into_iter()
-        .find(|(segment, _, _)| stored.split('.').any(|part| part == *segment))
-        .filter(|_| !stored.starts_with(PEFT))
-        .unwrap_or_else(|| match stored.strip_suffix(expected) {
-            _ if stored.starts_with(PEFT) => SEGMENTS[0],
-            Some(_) => (
-                "",
-                "a part of a larger model",
-                "save the language model by itself",
+    let is_adapted =
+        |name: &str| name.starts_with(PEFT) || name.split('.').any(|part| part == ADAPTED);
+    let (what, fix) = if wrapped.iter().any(|wrapped| is_adapted(&wrapped.stored)) {
+        (
+            "a model with an adapter that was not merged, as PEFT wraps it".to_owned(),
+            "save `model.merge_and_unload()`, or `model.unload()` for the base alone",
+        )
+    } else if let Some(wrapper) = unwrapped(stored).1.first() {
+        (
+            format!(
+                "`{}.` is a wrapper's ({})",
+                wrapper.segment, wrapper.made_by
             ),
-            None => (
-                "",
-                "a decoder without its head, as AutoModel saves it",
-                "save it with AutoModelForCausalLM",
-            ),
-        });
+            "save the state dict of the model without its wrapper",
+        )
+    } else if expected.strip_prefix("model.") == Some(stored) {
+        let what = base_of("layers.").unwrap_or_default();
+        (what.to_owned(), "save it with AutoModelForCausalLM")
+    } else {
+        let what = base_of(stored).unwrap_or("a part of a larger model");
+        (what.to_owned(), "save the language model by itself")
+    };
     let message = format!(
         "should be `{expected}`, and so with all {} tensors of this form: {what}",
         wrapped.len()

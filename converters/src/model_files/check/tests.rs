@@ -194,7 +194,7 @@ fn names_of_wrappers_are_recognised() {
         (
             "multimodal",
             |name| format!("language_model.{name}"),
-            "part of a larger model",
+            "other media",
         ),
         (
             "no head",
