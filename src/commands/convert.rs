@@ -83,7 +83,12 @@ impl Base {
                 }
                 Ok(Self::Files(files))
             }
-            Err(error) if error.is_not_found() => Ok(Self::Config(ModelFiles::read_config(dir)?)),
+            // An index without its files is a model that was not fetched to the end.
+            Err(error)
+                if error.is_not_found() && !dir.join("model.safetensors.index.json").exists() =>
+            {
+                Ok(Self::Config(ModelFiles::read_config(dir)?))
+            }
             Err(error) => Err(error.into()),
         }
     }

@@ -4,9 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{
-    Beside, ConversationSettings, Problem, other_conversation,
-};
+use monteclora_converters::{Beside, ConversationSettings, Problem, other_conversation};
 
 use super::{print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};

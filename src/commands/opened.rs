@@ -7,8 +7,7 @@ use anyhow::{Result, bail};
 use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{
-    Adapter, ConversationSettings, Problem, jinja::recorded_variables,
-    other_conversation,
+    Adapter, ConversationSettings, Problem, jinja::recorded_variables, other_conversation,
 };
 
 use super::{device, weight_type};
