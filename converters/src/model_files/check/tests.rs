@@ -174,7 +174,8 @@ fn a_stored_head_of_a_tied_base_is_the_embedding_or_refused() {
 
 #[test]
 fn names_of_wrappers_are_recognised() {
-    let wrappers: [(&str, fn(&str) -> String, &str); 6] = [
+    type Rename = fn(&str) -> String;
+    let wrappers: [(&str, Rename, &str); 6] = [
         (
             "_orig_mod",
             |name| format!("_orig_mod.{name}"),
