@@ -43,7 +43,11 @@ pub(crate) fn without_config(source: &Source) -> Error {
             return without_config_of(&dir.join(name), dir);
         }
     }
-    let adapters = adapters_in(dir);
+    let mut adapters = adapters_in(dir);
+    if adapters.is_empty() {
+        let inner = entries(dir, Path::is_dir);
+        adapters = inner.iter().flat_map(|dir| adapters_in(dir)).collect();
+    }
     if !adapters.is_empty() {
         let message = format!(
             "there is no adapter in this directory itself; give one of those in it: {}",
@@ -169,7 +173,10 @@ pub(crate) fn foreign_adapter(path: &Path, file: &SafetensorsFile) -> Option<Pro
     }
     let is_image = |name: &str| {
         let marks = IMAGE_NAMES.iter().any(|mark| name.starts_with(mark));
-        marks || name.ends_with(".lora_down.weight") || name.ends_with(".lora_up.weight")
+        marks
+            || name.contains("transformer_blocks.")
+            || name.ends_with(".lora_down.weight")
+            || name.ends_with(".lora_up.weight")
     };
     let name = names.find(|name| is_image(name))?;
     let message = format!(

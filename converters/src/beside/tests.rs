@@ -171,6 +171,27 @@ fn the_tensors_say_whether_weights_would_be_lost() {
 }
 
 #[test]
+fn what_git_did_not_fetch_is_known_by_its_name() {
+    let dir = adapter();
+    let at = |name: &str| dir.path().join(name);
+    fs::write(at("config.json"), r#"{"model_type": "llama"}"#).expect("written");
+    let pointer = "version https://git-lfs.github.com/spec/v1\nsize 9\n";
+    for name in [
+        "adapter_model.bin",
+        "0000100_adapters.safetensors",
+        "model-00001-of-00002.safetensors",
+        "optimizer.pt",
+    ] {
+        fs::write(at(name), pointer).expect("written");
+    }
+    assert_eq!(Beside::of(dir.path()).expect("listed").problems, []);
+    fs::write(at("value_head.safetensors"), pointer).expect("written");
+    let found = refused(dir.path());
+    assert_eq!(found[0].0, "value_head.safetensors");
+    assert!(found[0].1.contains("a Git LFS pointer"), "{}", found[0].1);
+}
+
+#[test]
 fn a_named_file_is_the_file_that_is_read() {
     let dir = case("formats/mlx-two-checkpoints");
     let last = Adapter::read(&dir).expect("the last");

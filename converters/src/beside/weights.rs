@@ -69,7 +69,7 @@ impl Judge {
                 _ if !path.is_file() => Found::LeftOut(UNKNOWN),
                 FileKind::Gguf => Found::LeftOut(gguf(path)),
                 FileKind::Safetensors => self.safetensors(&set, is_model_dir),
-                kind => unopened(first, path, &kind),
+                kind => unopened(first, path, &kind, is_model_dir),
             };
             let what = match &one {
                 Found::LeftOut(what) => Some(*what),
@@ -193,11 +193,18 @@ const LOST: &str = "merge them into the base with the tool that trained them, or
      them, move the file out of the directory";
 
 /// Files that are not opened: what is known of them is their name and kind.
-fn unopened(name: &str, path: &Path, kind: &FileKind) -> Found {
+fn unopened(name: &str, path: &Path, kind: &FileKind, is_model_dir: bool) -> Found {
     let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
-    let has_other_copy = matches!(stem, "adapter_model" | "adapters") && *kind != FileKind::Empty;
-    if has_other_copy && !matches!(kind, FileKind::LfsPointer(_)) {
+    if matches!(stem, "adapter_model" | "adapters") {
         return Found::LeftOut(COPIES);
+    }
+    // Where git fetched a part of a repository, names are all there is.
+    let is_pointer = matches!(kind, FileKind::LfsPointer(_) | FileKind::AnnexPointer);
+    if is_pointer && stem.ends_with("_adapters") {
+        return Found::LeftOut(CHECKPOINTS);
+    }
+    if is_pointer && is_model_dir && name.starts_with("model") {
+        return Found::LeftOut(MODELS);
     }
     const EXPORTS: [&str; 5] = [
         "model.onnx",

@@ -121,6 +121,12 @@ fn adapters_inside_a_directory_are_pointed_at_the_newest_first() {
     });
     assert!(places.is_sorted(), "{text}");
     assert!(!text.contains("checkpoint-200"), "{text}");
+    // From one directory above as well.
+    let above = tempfile::tempdir().expect("temporary directory");
+    adapter
+        .write_peft(&above.path().join("run/checkpoint-3"), false)
+        .expect("written");
+    assert!(message(above.path()).contains("run/checkpoint-3`"));
     // What it points at can be read.
     let at = text.find('`').expect("the directory");
     let paths: Vec<&str> = text[at..].split('`').collect();

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Remedy, Run, copy, data, text};
 use crate::cli::{json as answer, ok, own_adapter, run, run_toml, tiny};
 
-pub(super) const REMEDIES: [Remedy; 16] = [
+pub(super) const REMEDIES: [Remedy; 15] = [
     (
         "or no `template`; give a template with --chat-template",
         Run(another_template_is_given),
@@ -60,10 +60,6 @@ pub(super) const REMEDIES: [Remedy; 16] = [
     ),
     (
         "give a corrected one with --chat-template",
-        Run(another_template_is_given),
-    ),
-    (
-        "named `default`; give one with --chat-template",
         Run(another_template_is_given),
     ),
     (
@@ -183,7 +179,7 @@ fn another_template_is_given() {
     for (idx, (template, expected)) in [
         (
             json!([{"name": "tool_use", "template": "x"}]),
-            "give one with --chat-template",
+            "give another template with --chat-template",
         ),
         (
             json!([{"name": "default"}]),
@@ -204,9 +200,9 @@ fn another_template_is_given() {
     }
 }
 
-/// A template that shows tools, and one with generation markers that leaves all but the last answer unmarked.
+/// A template that shows tools, and one whose generation markers of an answer go with the answers after it.
 const WITH_TOOLS: &str = "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-const LAST_MARKED: &str = "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
+const LAST_MARKED: &str = "{% for m in messages %}{% if m.role == 'assistant' %}{% if messages|length < 3 %}{% generation %}{{ m.content }}{% endgeneration %}{% generation %}.{% endgeneration %}{% elif loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
 
 fn tools_need_a_template_that_prints_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -238,8 +234,14 @@ fn last_answers_need_markers_that_stay() {
         said.contains("without generation markers with --chat-template"),
         "{said}"
     );
-    let done = preview(&["--train-on", "assistant"]);
-    assert_eq!(done.code, 0, "{}", done.stderr);
+    let template = format!("{}/chat_template.jinja", tiny());
+    for remedy in [
+        &["--train-on", "assistant"][..],
+        &["--train-on", "last_assistant", "--chat-template", &template],
+    ] {
+        let done = preview(remedy);
+        assert_eq!(done.code, 0, "{}", done.stderr);
+    }
 }
 
 fn prompts_are_given_as_they_were_trained() {
