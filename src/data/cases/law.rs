@@ -52,6 +52,9 @@ fn columns_are_noticed(path: &Path) -> usize {
             turns.len(),
             "{json}"
         );
+        if json.get("choices").is_some() {
+            continue;
+        }
         json["choises"] = serde_json::json!(["a", "b"]);
         let problems = parse(&json).expect_err("refused");
         assert!(

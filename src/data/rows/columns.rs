@@ -117,6 +117,15 @@ impl Reader<'_> {
                 NOT_SUPPORTED,
                 "keep the rows whose answers are to be learnt, and remove the column",
             ),
+            Meaning::Reasoning
+                if value.is_string()
+                    && matches!(format, RowFormat::PromptCompletion | RowFormat::Alpaca) =>
+            {
+                (
+                    "is a part of the answer that nothing reads",
+                    "write the row as messages, with `reasoning_content` in the assistant turn, or remove the column",
+                )
+            }
             Meaning::Mask if value.is_array() => (
                 NOT_SUPPORTED,
                 "rows are tokenised and masked here: remove the column, and choose with train_on or with `\"train\": false` beside a turn",
@@ -187,6 +196,7 @@ enum Meaning {
     Train,
     TrainOn,
     Reward,
+    Reasoning,
     Mask,
     Media,
     System,
@@ -201,7 +211,7 @@ enum Meaning {
 impl Meaning {
     /// By the column's name, in whatever case and with whatever separators.
     fn of(key: &str) -> Option<Self> {
-        const NAMES: [(Meaning, &[&str]); 15] = [
+        const NAMES: [(Meaning, &[&str]); 16] = [
             (Meaning::Label, &["label", "kto_tag"]),
             (Meaning::Pair, &PREFERENCES),
             (
@@ -240,6 +250,10 @@ impl Meaning {
                     "prompt_mask",
                     "assistant_masks",
                 ],
+            ),
+            (
+                Meaning::Reasoning,
+                &["reasoning", "reasoning_content", "thinking"],
             ),
             (Meaning::Media, &MEDIA),
             (

@@ -47,6 +47,15 @@ pub(in crate::data) fn is_for_templates(key: &str) -> bool {
 
 const NAME_CONVERSATION: &str = "the turns are messages: `fields = { messages = \"conversations\" }` under [data] of run.toml, or `--field messages=conversations` for the data commands; or rename the column to `messages`";
 
+/// Whether a key says that a turn is trained as the others are.
+fn is_usual(key: &str, value: &Value) -> bool {
+    match key {
+        "mask" | "masked" | "ignore" => flag(value) == Some(false),
+        "trainable" | "trained" | "label" => flag(value) == Some(true),
+        _ => false,
+    }
+}
+
 /// Whether an object lacks a key and has one that was probably meant to be it.
 fn misspelt(object: &Map<String, Value>, name: &str) -> bool {
     !object.contains_key(name) && object.keys().any(|key| nearest(key, [name]).is_some())
@@ -211,6 +220,8 @@ impl Reader<'_> {
             if MEDIA.contains(&key) {
                 let fix = "only text can be trained; remove it, or leave the row out";
                 self.refuse::<()>(format!("{at}.{key}"), "is not text", fix);
+            } else if is_usual(key, value) {
+                // It says what happens anyway.
             } else if NOT_FOLLOWED.contains(&key) && self.is_training() {
                 let fix = "a turn is trained or not: write `\"train\": false` or `\"weight\": 0` beside it, or remove the key";
                 let problem = "says what is trained, and is not supported";

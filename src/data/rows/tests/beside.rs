@@ -12,8 +12,13 @@ fn turns_say_whether_they_are_trained() {
             let RowContent::Conversation { messages, .. } = row.content else {
                 panic!("not a conversation");
             };
-            let fields: Vec<_> = messages[1].fields().keys().cloned().collect();
-            assert_eq!(fields, ["role", "content"]);
+            let said = ["weight", "train", "training", "loss"];
+            assert!(
+                !messages[1]
+                    .fields()
+                    .keys()
+                    .any(|key| said.contains(&&key[..]))
+            );
             (messages[1].trained(), messages[1].must_train())
         })
     };
@@ -23,6 +28,7 @@ fn turns_say_whether_they_are_trained() {
         (r#""train":false"#, (false, false)),
         (r#""training":0"#, (false, false)),
         (r#""loss":true"#, (true, true)),
+        (r#""masked":false,"trainable":1"#, (true, false)),
         (r#""train":null,"weight":null"#, (true, false)),
         (r#""train":false,"weight":0"#, (false, false)),
     ] {
@@ -152,6 +158,10 @@ fn context_is_read_or_refused() {
         (
             r#""label":"False""#,
             "label: false marks an answer to avoid (KTO), which is not supported; remove the rows whose label is false",
+        ),
+        (
+            r#""reasoning":"because""#,
+            "reasoning: is a part of the answer that nothing reads; write the row as messages, with `reasoning_content` in the assistant turn, or remove the column",
         ),
         (
             r#""systemPrompt":"x""#,
