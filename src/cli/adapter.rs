@@ -184,6 +184,13 @@ pub struct ParityArgs {
     /// Text to compare on; a built-in one by default.
     #[arg(long, conflicts_with = "reference")]
     pub prompt: Option<String>,
+    /// Compare the text of conversations instead: as it is trained and served here, and as mistral.rs alone writes it with the
+    /// model's chat template. Shows the first difference of each.
+    #[arg(long, conflicts_with_all = ["engine", "reference", "prompt", "isq", "tolerance"])]
+    pub chat: bool,
+    /// Rows whose conversations are compared; built-in ones by default.
+    #[arg(long, value_name = "FILE", requires = "chat")]
+    pub data: Option<PathBuf>,
     /// Let mistral.rs quantise while loading, as `in_situ_quant` of serve.toml does: 8, Q4K, ... With an adapter, also
     /// compares with the base that has the adapter merged into it, quantised alike.
     #[arg(long, value_name = "TYPE")]

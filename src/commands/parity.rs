@@ -1,5 +1,7 @@
 //! `parity`: our decoder against mistral.rs in this process, and either against a recorded reference.
 
+mod chat;
+
 use std::path::Path;
 
 use anyhow::{Result, bail};
@@ -18,6 +20,9 @@ use crate::provenance::read_effective_on;
 const BUILT_IN_TEXT: &str = include_str!("parity.txt");
 
 pub(super) fn run(args: &ParityArgs) -> Result<()> {
+    if args.chat {
+        return chat::run(args);
+    }
     if weight_type(args.model.options.dtype)?.name != "f32" {
         bail!(Problem::usage(
             "parity compares in f32; use --dtype auto or f32"

@@ -139,6 +139,17 @@ pub struct EncodedRow {
     pub n_truncated: usize,
 }
 
+/// A conversation that ends before the assistant's turn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Asked {
+    /// The messages, each with the keys that it has.
+    pub messages: Vec<Map<String, Value>>,
+    /// The tools on offer.
+    pub tools: Vec<Value>,
+    /// The text that the chat template makes of it, or why it refuses it.
+    pub text: Result<String, String>,
+}
+
 /// The answers to a row with `choices`, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChoiceSet {
@@ -274,6 +285,38 @@ impl Encoder {
         };
         ids.extend(self.tokenizer.encode(prompt, false)?);
         Ok(ids)
+    }
+
+    /// What a row asks in conversation, and the text that the model gets, opened for the answer; `None` for a row that is taken
+    /// without the template. The text may be the template's refusal.
+    ///
+    /// # Errors
+    /// If there is no template.
+    pub fn asked(&self, row: &Row) -> Result<Option<Asked>, Error> {
+        let (messages, tools) = match &row.content {
+            RowContent::Conversation { messages, tools } => {
+                let end = last(Role::Assistant, messages).unwrap_or(messages.len());
+                (messages[..end].to_vec(), tools)
+            }
+            RowContent::Prompt {
+                system,
+                prompt,
+                tools,
+                ..
+            } if self.options.apply_chat_template => (asked(system.as_deref(), prompt), tools),
+            RowContent::Prompt { .. } | RowContent::Text(_) => return Ok(None),
+        };
+        let variables = &row.variables;
+        let rendered =
+            self.chat_template()?
+                .render_with(&messages, Beside { tools, variables }, true);
+        Ok(Some(Asked {
+            messages: messages.iter().map(|m| m.fields().clone()).collect(),
+            tools: tools.clone(),
+            text: rendered
+                .map(|rendered| rendered.text)
+                .map_err(|error| error.to_string()),
+        }))
     }
 
     /// The prompt of a row as it is given for generation: everything before the last assistant turn, or the prompt.

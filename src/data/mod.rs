@@ -28,8 +28,8 @@ pub use batch::{Batch, BatchOptions, Batches, Cursor, epoch_order, epoch_plan, p
 pub use dataset::Dataset;
 pub use error::{RowProblem, fault_of_row, field_problem};
 pub use example::{
-    ChoiceSet, ChoiceTokens, EncodeOptions, EncodedRow, Encoder, Example, Overlong, Remedies,
-    TrainOn,
+    Asked, ChoiceSet, ChoiceTokens, EncodeOptions, EncodedRow, Encoder, Example, Overlong,
+    Remedies, TrainOn,
 };
 pub use findings::{Finding, Findings, Tally, of_question as findings_of_question};
 pub use row_file::RowFile;

@@ -137,6 +137,50 @@ fn merged_models_give_the_adapters_logits() {
     assert!(compared > 0, "mistral.rs loaded none of the merged models");
 }
 
+/// Conversations in both ways: a plain template is written alike, but for parts, of which mistral.rs takes the first.
+#[test]
+fn conversations_are_compared_with_those_of_mistralrs_alone() {
+    let case = usable().into_iter().next().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(&case.model).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            std::fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    let compare = |template: &str, more: &[&str]| {
+        std::fs::write(model.join("chat_template.jinja"), template).unwrap();
+        let model = model.display().to_string();
+        let (code, stdout, stderr) = parity(&[&["-m", &model, "--chat", "--json"], more].concat());
+        assert_eq!(code, 0, "{stdout}{stderr}");
+        serde_json::from_str::<serde_json::Value>(&stdout).unwrap()
+    };
+    let plain = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+    let report = compare(plain, &[]);
+    assert_eq!(
+        (&report["conversations"], &report["equal"]),
+        (&8.into(), &7.into()),
+        "{report}"
+    );
+    assert_eq!(
+        report["differences"][0]["ours"]["text"],
+        "[user]one two[assistant]"
+    );
+    let thinking =
+        format!("{{% if enable_thinking %}}T{{% endif %}}{plain}{{{{ tools | tojson if tools }}}}");
+    let rows = dir.path().join("rows.jsonl");
+    std::fs::write(&rows, r#"{"prompt": "Why?", "completion": "So."}"#).unwrap();
+    let report = compare(&thinking, &["--data", &rows.display().to_string()]);
+    assert_eq!(report["differences"][0]["at"], 0, "{report}");
+    assert_eq!(
+        report["differences"][0]["mistralrs"]["text"],
+        "T[user]Why?[assistant]"
+    );
+    assert_eq!(report["known"].as_array().unwrap().len(), 2, "{report}");
+}
+
 /// Quantised while loading, base and adapter give the logits of the merged base, to the bit, and no longer ours.
 #[test]
 fn quantised_parity_is_with_the_merged_base() {

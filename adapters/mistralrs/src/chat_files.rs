@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result};
+use crate::quirks_0_8::conversations::Rendering;
 use crate::quirks_0_8::special_tokens::TextFrame;
 use crate::quirks_0_8::{conversations, special_tokens, template_variables, tokenizer_panics};
 
@@ -24,12 +25,12 @@ pub(crate) struct ChatFiles {
 ///
 /// - `tokenizer.json` without post-processor, padding and truncation.
 /// - `tokenizer_config.json` with only the template and the special tokens; an unset token is the empty text. Where it is
-///   `rendered` here, the template takes a conversation that is written out already.
+///   rendered before, the template takes a conversation that is written out already.
 /// - `generation_config.json` with every end-of-sequence id that the model names.
 pub(crate) fn write_chat_files(
     base: &Path,
     template_override: Option<&Path>,
-    rendered: bool,
+    rendering: Rendering,
     config: &Map<String, Value>,
     out: &Path,
 ) -> Result<ChatFiles> {
@@ -69,10 +70,12 @@ pub(crate) fn write_chat_files(
         if let Err(found) = ChatTemplate::compile(&place, &template, Map::new()) {
             problems.extend(found);
         }
-        if rendered {
-            template = conversations::passing_on(template);
-        } else {
-            template_variables::keep_to_transformers(&mut template, eos.is_some());
+        match rendering {
+            Rendering::Before => template = conversations::passing_on(template),
+            Rendering::InEngine => {
+                template_variables::keep_to_transformers(&mut template, eos.is_some());
+            }
+            Rendering::AsFound => {}
         }
         chat["chat_template"] = template;
     }
@@ -324,7 +327,7 @@ mod tests {
         let files = write_chat_files(
             &base,
             None,
-            false,
+            Rendering::InEngine,
             config.as_object().expect("an object"),
             &out,
         )?;

@@ -93,6 +93,15 @@ impl ChatTemplate {
         self
     }
 
+    /// The text of all its templates.
+    pub(crate) fn content(&self) -> String {
+        self.templates
+            .sources()
+            .values()
+            .map(String::as_str)
+            .collect()
+    }
+
     fn name(&self, has_tools: bool) -> &'static str {
         match has_tools && self.names.contains_key(TOOL_USE) {
             true => TOOL_USE,

@@ -18,7 +18,7 @@ use crate::chat_template::{ChatTemplate, Conversation, Refusal};
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
 use crate::quirks_0_8::abandoned_requests::tokenize;
-use crate::quirks_0_8::conversations::rendered;
+use crate::quirks_0_8::conversations::{Rendering, rendered};
 
 /// How long a dropped engine may take to give its memory back.
 const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
@@ -96,7 +96,7 @@ impl Engine {
 
     pub(crate) fn launch(loader: &MonteCloraLoader, prefix_cache: bool) -> Result<Self> {
         let mut loader = loader.clone();
-        loader.rendered = true;
+        loader.rendering = Rendering::Before;
         let max_sequence_length = loader.check()?.max_sequence_length;
         let template = loader.chat_template()?;
         let pipeline = loader.load()?;

@@ -66,4 +66,5 @@ pub use quirks_0_8::logger_threads::{
     end_throughput_log, is_throughput_log, spare_engine_threads, watch_throughput_logs,
 };
 pub use quirks_0_8::model_config::{NormalisedConfig, normalise_config};
+pub use quirks_0_8::own_text::{AskedConversation, own_differences, own_texts};
 pub use server::{Applied, ConfigSource, Reloaded, Server, serve};

@@ -24,6 +24,7 @@ use self::format::refuse_other_formats;
 use crate::chat_files::{chat_template, write_chat_files, write_json};
 use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result, code};
+use crate::quirks_0_8::conversations::Rendering;
 use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::model_config::{NormalisedConfig, normalise_config};
 use crate::quirks_0_8::thread_locals::on_fresh_thread;
@@ -65,8 +66,8 @@ pub struct MonteCloraLoader {
     device_map: Option<DeviceMapSetting>,
     pub(crate) paged_attention: Option<PagedAttentionConfig>,
     pub(crate) force: bool,
-    /// Whether the engine gets conversations written out, by the template that [`Self::chat_template`] gives.
-    pub(crate) rendered: bool,
+    /// Who writes conversations out; before the engine, it is the template that [`Self::chat_template`] gives.
+    pub(crate) rendering: Rendering,
     silent: bool,
     staging_root: Option<PathBuf>,
 }
@@ -95,7 +96,7 @@ impl MonteCloraLoader {
             device_map: None,
             paged_attention: None,
             force: false,
-            rendered: false,
+            rendering: Rendering::InEngine,
             silent: true,
             staging_root: None,
         })
@@ -296,7 +297,7 @@ impl MonteCloraLoader {
         let chat = write_chat_files(
             base,
             self.chat_template.as_deref(),
-            self.rendered,
+            self.rendering,
             files.config(),
             dir.path(),
         )?;

@@ -12,7 +12,7 @@ use super::serving::{Running, chat, events, parse, toml_for};
 use super::{Case, servable};
 use crate::engine::plain_tokenization;
 use crate::quirks_0_8::abandoned_requests::tokenize;
-use crate::{ChatMessage, Engine, MonteCloraLoader};
+use crate::{AskedConversation, ChatMessage, Engine, MonteCloraLoader, own_texts};
 
 /// The base with `template` as its own.
 pub(crate) fn with_template(template: &str) -> (Case, tempfile::TempDir) {
@@ -82,6 +82,34 @@ fn an_engine_gets_the_tokens_that_mistralrs_makes_itself() {
         assert_eq!(ours, theirs, "{template}");
         assert!(!ours.is_empty());
     }
+}
+
+#[test]
+fn the_text_that_mistralrs_alone_would_write_is_its_own() {
+    let (case, _dir) = with_template(
+        "{% if enable_thinking %}T {% endif %}{% for m in messages %}{{ m.role }}{{ m.content | tojson }}{% endfor %}{{ tools | tojson if tools }}",
+    );
+    let message = |content: &str| {
+        let message = json!({"role": "user", "content": content, "weight": 1});
+        message.as_object().expect("an object").clone()
+    };
+    let tool =
+        json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
+    let asked = |content: &str, tools: Vec<Value>| AskedConversation {
+        messages: vec![message(content)],
+        tools,
+    };
+    let asked = [
+        asked("a < b", vec![]),
+        asked("a", vec![tool]),
+        asked("a", vec![json!({"name": 3})]),
+    ];
+    let texts = own_texts(&case.base, None, &asked).expect("loads");
+    assert_eq!(texts[0].as_deref(), Ok("T user\"a \\u003c b\""));
+    let with_tool = texts[1].as_deref().expect("a text");
+    assert!(with_tool.contains("\"name\":\"f\""), "{with_tool}");
+    let refused = texts[2].as_deref().expect_err("no tool");
+    assert!(refused.contains("does not take the tools"), "{refused}");
 }
 
 #[test]

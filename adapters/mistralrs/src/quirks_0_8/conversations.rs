@@ -6,6 +6,17 @@ use either::Either;
 use mistralrs_core::RequestMessage;
 use serde_json::{Value, json};
 
+/// Who writes conversations out, and by which text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rendering {
+    /// This crate, before the engine gets them.
+    Before,
+    /// The engine, with a template that has the variables of transformers.
+    InEngine,
+    /// The engine, with the model's template as it is.
+    AsFound,
+}
+
 /// A template that passes on what [`rendered`] holds. By the texts of `template`, which it lists behind, mistral.rs still finds out
 /// how the model ends its turns and marks its reasoning.
 pub(crate) fn passing_on(template: Value) -> Value {

@@ -10,6 +10,7 @@ pub(crate) mod logger_threads;
 pub(crate) mod lost_last_chunk;
 pub(crate) mod model_config;
 pub(crate) mod narrow_sampling;
+pub(crate) mod own_text;
 pub(crate) mod past_calls;
 pub(crate) mod prefix_cache;
 pub(crate) mod special_tokens;

@@ -22,7 +22,9 @@ use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result, code};
 use crate::loader::MonteCloraLoader;
 use crate::quirks_0_8::batches_on_a_cpu::Turns;
+use crate::quirks_0_8::conversations::Rendering;
 use crate::quirks_0_8::logger_threads::NormalModel;
+use crate::quirks_0_8::own_text;
 use crate::quirks_0_8::special_tokens::TextFrame;
 use crate::quirks_0_8::split_models::{allow_another_model, samples_in_step};
 use crate::server::answers::now;
@@ -78,7 +80,7 @@ impl Wanted {
         };
         let mut loader = model.loader(name, source)?;
         loader.force = settings.force;
-        loader.rendered = true;
+        loader.rendering = Rendering::Before;
         Ok(Self {
             loader,
             parent: source.map(|_| model.name.clone()),
@@ -255,6 +257,15 @@ impl Drop for Generation {
     }
 }
 
+/// The loader's chat template. Says once what mistral.rs alone would make of it.
+fn told(loader: &MonteCloraLoader) -> Result<Option<ChatTemplate>> {
+    let template = loader.chat_template()?;
+    if let Some(template) = &template {
+        own_text::warn_once(loader.base(), &template.content());
+    }
+    Ok(template)
+}
+
 /// A model in memory that has no engine yet.
 struct Loaded {
     checked: Checked,
@@ -300,7 +311,7 @@ impl Loaded {
                 model,
                 tokens,
                 sampling,
-                template: checked.wanted.loader.chat_template()?,
+                template: told(&checked.wanted.loader)?,
                 memory,
                 checked,
             })

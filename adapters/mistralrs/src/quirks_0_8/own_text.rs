@@ -1,0 +1,177 @@
+//! What mistral.rs 0.8.1 makes of conversations by its own code for chat templates, as an engine without this crate would get them.
+
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use either::Either;
+use indexmap::IndexMap;
+use mistralrs_core::{MessageContent, Tool};
+use parking_lot::Mutex;
+use serde_json::{Map, Value};
+
+use crate::error::Result;
+use crate::loader::{MonteCloraLoader, panic_text};
+use crate::quirks_0_8::conversations::Rendering;
+
+/// A conversation whose assistant's turn is to be opened.
+#[derive(Debug, Clone, Default)]
+pub struct AskedConversation {
+    /// The messages, each with the keys that it has.
+    pub messages: Vec<Map<String, Value>>,
+    /// The tools on offer.
+    pub tools: Vec<Value>,
+}
+
+/// The text that mistral.rs writes for each conversation with the template of the model in `base`, or that in `template`; or why
+/// it writes none. Variables cannot be given to it.
+///
+/// # Errors
+/// If the model cannot be loaded.
+pub fn own_texts(
+    base: &Path,
+    template: Option<&Path>,
+    conversations: &[AskedConversation],
+) -> Result<Vec<std::result::Result<String, String>>> {
+    let mut loader = MonteCloraLoader::builder(base, "base")
+        .chat_template(template.map(Path::to_owned))
+        .build()?;
+    loader.rendering = Rendering::AsFound;
+    let pipeline = loader.load()?;
+    let pipeline = pipeline.blocking_lock();
+    let texts = conversations.iter().map(|asked| {
+        let messages = asked.messages.iter().map(message).collect();
+        let tools: Vec<Tool> = asked
+            .tools
+            .iter()
+            .map(|tool| serde_json::from_value(tool.clone()))
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|error| format!("mistral.rs does not take the tools: {error}"))?;
+        let written = catch_unwind(AssertUnwindSafe(|| {
+            let processor = pipeline.get_processor();
+            processor.process(&*pipeline, messages, true, false, None, None, tools)
+        }));
+        match written {
+            Ok(Ok((_, text))) => Ok(text),
+            Ok(Err(error)) => Err(format!("{error:#}")),
+            Err(panic) => Err(format!("it panics: {}", panic_text(panic.as_ref()))),
+        }
+    });
+    Ok(texts.collect())
+}
+
+/// A message as mistral.rs can hold it: texts and lists of objects; null is the empty text, and other values are left out.
+fn message(fields: &Map<String, Value>) -> IndexMap<String, MessageContent> {
+    let held = |value: &Value| match value {
+        Value::String(text) => Some(Either::Left(text.clone())),
+        Value::Null => Some(Either::Left(String::new())),
+        Value::Array(list) => {
+            let objects = list.iter().map(|item| {
+                let object = item.as_object()?.iter();
+                Some(
+                    object
+                        .map(|(key, value)| (key.clone(), value.clone()))
+                        .collect(),
+                )
+            });
+            objects.collect::<Option<Vec<_>>>().map(Either::Right)
+        }
+        _ => None,
+    };
+    let fields = fields.iter();
+    fields
+        .filter_map(|(key, value)| Some((key.clone(), held(value)?)))
+        .collect()
+}
+
+/// What in a template mistral.rs takes otherwise than transformers: what the template has, and what mistral.rs does.
+const DIFFERENCES: [(&str, &str); 11] = [
+    (
+        "tojson",
+        "`tojson` is compact, in another order of keys and with HTML escapes",
+    ),
+    (
+        "enable_thinking",
+        "`enable_thinking` is true unless a request says otherwise",
+    ),
+    (
+        "reasoning_effort",
+        "`reasoning_effort` is \"medium\" unless a request says otherwise",
+    ),
+    ("date_string", "`date_string` is today's date"),
+    ("xml_tools", "`xml_tools` are the tools"),
+    ("builtin_tools", "`builtin_tools` is defined with tools"),
+    ("strftime_now", "`strftime_now` panics on a bad format"),
+    (
+        "generation %}",
+        "`{% generation %}` with marks for white space is no statement",
+    ),
+    (
+        "generation -%}",
+        "`{% generation %}` with marks for white space is no statement",
+    ),
+    ("break", "`break` and `continue` depend on how it was built"),
+    (
+        "continue",
+        "`break` and `continue` depend on how it was built",
+    ),
+];
+
+/// What mistral.rs would take otherwise in a template's text, in words.
+pub fn own_differences(template: &str) -> Vec<&'static str> {
+    let code: Vec<&str> = template
+        .split('{')
+        .skip(1)
+        .filter_map(|rest| rest.strip_prefix(['%', '{']))
+        .map(|rest| rest.split_inclusive('}').next().unwrap_or(rest))
+        .collect();
+    let mut found: Vec<&str> = DIFFERENCES
+        .iter()
+        .filter(|(part, _)| code.iter().any(|code| code.contains(part)))
+        .map(|(_, difference)| *difference)
+        .collect();
+    found.dedup();
+    found
+}
+
+/// Warns once for each base whose template mistral.rs alone would take otherwise.
+pub(crate) fn warn_once(base: &Path, template: &str) {
+    static SAID: OnceLock<Mutex<BTreeSet<PathBuf>>> = OnceLock::new();
+    let differences = own_differences(template);
+    if differences.is_empty()
+        || !SAID
+            .get_or_init(Mutex::default)
+            .lock()
+            .insert(base.to_owned())
+    {
+        return;
+    }
+    tracing::warn!(
+        "`{}`: conversations are written out here as in training; mistral.rs 0.8.1 alone would do it otherwise ({}); \
+         `monteclora parity --chat -m BASE` shows where",
+        base.display(),
+        differences.join("; ")
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_are_those_of_the_code() {
+        for (template, n) in [
+            ("{{ messages | tojson }} enable_thinking", 1),
+            ("{% if enable_thinking %}{{ date_string }}{% endif %}", 2),
+            ("{% generation %}{% endgeneration -%}", 1),
+            (
+                "{% for m in messages %}{% continue %}{% break %}{% endfor %}",
+                1,
+            ),
+            ("tojson {# tojson #}{{ m.content }}", 0),
+        ] {
+            assert_eq!(own_differences(template).len(), n, "{template}");
+        }
+    }
+}
