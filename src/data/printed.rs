@@ -24,12 +24,27 @@ pub(super) fn refuse_unprinted(
     messages: &[Message],
     beside: Beside<'_>,
 ) -> Result<(), Error> {
-    let fields: Vec<Map<String, Value>> = messages.iter().map(|m| template.fields(m)).collect();
+    let mut fields: Vec<Map<String, Value>> = messages.iter().map(|m| template.fields(m)).collect();
+    let rendered = template.render_fields(&fields, beside, opens(&fields));
+    // Null is refused by templates that have no place for what stands in its stead, which is the better reason.
+    let (text, refusal) = match rendered {
+        Ok(rendered) => (rendered.text, None),
+        Err(refusal) => {
+            let is_null = |fields: &&mut Map<String, Value>| {
+                fields.get("content").is_some_and(Value::is_null)
+            };
+            for fields in fields.iter_mut().filter(is_null) {
+                fields.insert("content".to_owned(), "".into());
+            }
+            match template.render_fields(&fields, beside, opens(&fields)) {
+                Ok(rendered) => (rendered.text, Some(refusal)),
+                Err(_) => return Err(refusal),
+            }
+        }
+    };
     let conversation = Whole {
         template,
-        text: template
-            .render_fields(&fields, beside, opens(&fields))?
-            .text,
+        text,
         fields,
         beside,
     };
@@ -54,7 +69,7 @@ pub(super) fn refuse_unprinted(
         }
     }
     if unprinted.is_empty() {
-        return Ok(());
+        return refusal.map_or(Ok(()), Err);
     }
     let it = if unprinted.len() == 1 { "it" } else { "them" };
     let problem =
@@ -212,7 +227,18 @@ mod tests {
             let right = "tools, messages[1].tool_calls: the chat template does not print them, so the model would never see them; give a template that prints them with --chat-template, or remove them from the row";
             assert_eq!(said, right);
             assert_eq!(refusal(Some(FULL), &with_call(content)), None);
+            let adding = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}";
+            assert_eq!(
+                refusal(Some(adding), &with_call(content)).as_deref(),
+                Some(right)
+            );
         }
+        let adding = "{{ tools }}{% for m in messages %}{{ m.role + m.content }}{{ m.tool_calls }}{% endfor %}";
+        let said = refusal(Some(adding), &with_call("null")).expect("refused");
+        assert!(
+            said.contains("the chat template refuses the conversation"),
+            "{said}"
+        );
         let thoughts = |role: &str| {
             format!(
                 r#"{{"messages":[{{"role":"user","content":"U"}},{{"role":"assistant","content":"A","{role}":"T"}},

@@ -2,6 +2,8 @@
 
 mod analysis;
 
+pub(crate) use self::analysis::code;
+
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 

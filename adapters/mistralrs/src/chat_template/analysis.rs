@@ -45,7 +45,7 @@ impl Names {
 }
 
 /// What stands between the braces of `source`.
-fn code(source: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn code(source: &str) -> impl Iterator<Item = &str> {
     let mut rest = source;
     std::iter::from_fn(move || {
         loop {

@@ -11,6 +11,7 @@ use mistralrs_core::{MessageContent, Tool};
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
 
+use crate::chat_template::code;
 use crate::error::Result;
 use crate::loader::{MonteCloraLoader, panic_text};
 use crate::quirks_0_8::conversations::Rendering;
@@ -85,11 +86,11 @@ fn message(fields: &Map<String, Value>) -> IndexMap<String, MessageContent> {
         .collect()
 }
 
-/// What in a template mistral.rs takes otherwise than transformers: what the template has, and what mistral.rs does.
-const DIFFERENCES: [(&str, &str); 11] = [
+/// What in a template mistral.rs takes otherwise than transformers: a word of the template's code, and what mistral.rs does.
+const DIFFERENCES: [(&str, &str); 8] = [
     (
         "tojson",
-        "`tojson` is compact, in another order of keys and with HTML escapes",
+        "`tojson` is compact and escapes HTML, and as it is published it sorts keys",
     ),
     (
         "enable_thinking",
@@ -102,37 +103,18 @@ const DIFFERENCES: [(&str, &str); 11] = [
     ("date_string", "`date_string` is today's date"),
     ("xml_tools", "`xml_tools` are the tools"),
     ("builtin_tools", "`builtin_tools` is defined with tools"),
-    ("strftime_now", "`strftime_now` panics on a bad format"),
-    (
-        "generation %}",
-        "`{% generation %}` with marks for white space is no statement",
-    ),
-    (
-        "generation -%}",
-        "`{% generation %}` with marks for white space is no statement",
-    ),
-    ("break", "`break` and `continue` depend on how it was built"),
-    (
-        "continue",
-        "`break` and `continue` depend on how it was built",
-    ),
+    ("break", "`break` is no statement as it is published"),
+    ("continue", "`continue` is no statement as it is published"),
 ];
 
 /// What mistral.rs would take otherwise in a template's text, in words.
 pub fn own_differences(template: &str) -> Vec<&'static str> {
-    let code: Vec<&str> = template
-        .split('{')
-        .skip(1)
-        .filter_map(|rest| rest.strip_prefix(['%', '{']))
-        .map(|rest| rest.split_inclusive('}').next().unwrap_or(rest))
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let words: BTreeSet<&str> = code(template)
+        .flat_map(|code| code.split(|c| !is_word(c)))
         .collect();
-    let mut found: Vec<&str> = DIFFERENCES
-        .iter()
-        .filter(|(part, _)| code.iter().any(|code| code.contains(part)))
-        .map(|(_, difference)| *difference)
-        .collect();
-    found.dedup();
-    found
+    let found = DIFFERENCES.iter().filter(|(word, _)| words.contains(word));
+    found.map(|(_, difference)| *difference).collect()
 }
 
 /// Warns once for each base whose template mistral.rs alone would take otherwise.
@@ -164,10 +146,9 @@ mod tests {
         for (template, n) in [
             ("{{ messages | tojson }} enable_thinking", 1),
             ("{% if enable_thinking %}{{ date_string }}{% endif %}", 2),
-            ("{% generation %}{% endgeneration -%}", 1),
             (
-                "{% for m in messages %}{% continue %}{% break %}{% endfor %}",
-                1,
+                "{% for m in messages %}{% continue %}{%- break -%}{% endfor %}",
+                2,
             ),
             ("tojson {# tojson #}{{ m.content }}", 0),
         ] {
