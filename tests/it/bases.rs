@@ -39,9 +39,9 @@ fn said_of(dir: &Path, base: &Path) -> Vec<(&'static str, i32, String)> {
     let rows = dir.join("rows.jsonl");
     let rows = rows.to_str().unwrap();
     let at = |name: &str| dir.join(name).display().to_string();
-    let (written, merged) = (at("new.toml"), at("merged"));
+    let (written, merged, gguf) = (at("new.toml"), at("merged"), at("adapter.gguf"));
     let set = format!("model.model_id={model:?}");
-    let commands: [(&str, Vec<&str>); 7] = [
+    let commands: [(&str, Vec<&str>); 8] = [
         (
             "dry run",
             vec!["train", "-c", config, "--dry-run", "--set", &set],
@@ -55,6 +55,12 @@ fn said_of(dir: &Path, base: &Path) -> Vec<(&'static str, i32, String)> {
         (
             "merge",
             vec!["merge", "-m", model, "-a", &adapter, "-o", &merged],
+        ),
+        (
+            "convert",
+            vec![
+                "convert", &adapter, "--to", "gguf", "-m", model, "-o", &gguf,
+            ],
         ),
         ("eval", vec!["eval", "-m", model, "--data", rows]),
         (
