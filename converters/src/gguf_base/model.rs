@@ -74,9 +74,9 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
     let stated_vocab_size = keys.optional_dimension("vocab_size");
     let vocab_size = vocab_size(source, hidden_size, findings)?;
     if let Some(stated) = stated_vocab_size.filter(|stated| *stated != vocab_size) {
-        let at = format!("{name}.vocab_size");
-        let message = format!("is {stated}, but token_embd.weight has {vocab_size} rows");
-        findings.problem("metadata", at, message, "");
+        findings.note(format!(
+            "{name}.vocab_size is {stated}, but token_embd.weight has {vocab_size} rows: these count, as in llama.cpp"
+        ));
     }
     metadata::check(source, name, head_dim, findings);
     let rope = rope::read(source, name, head_dim, rope_theta, findings);
