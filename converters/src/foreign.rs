@@ -149,11 +149,14 @@ impl FileKind {
         Self::of_text(head)
     }
 
-    /// By the first bytes of the file at `path`.
+    /// By the first bytes of the file at `path`. What is no regular file is not opened, since a pipe would wait for its writer.
     ///
     /// # Errors
     /// If it cannot be read.
     pub fn read(path: &Path) -> std::io::Result<Self> {
+        if !std::fs::metadata(path)?.is_file() {
+            return Ok(Self::Unknown);
+        }
         let mut head = Vec::with_capacity(HEAD);
         File::open(path)?.take(HEAD as u64).read_to_end(&mut head)?;
         Ok(Self::of(&head))

@@ -66,7 +66,8 @@ fn by_remedy(problems: &[Problem]) -> String {
     let mut text = String::new();
     for fix in fixes {
         for problem in problems.iter().filter(|problem| problem.fix == fix) {
-            text.push_str(&format!("{}: {}\n", problem.at, problem.message));
+            let place = if problem.at.is_empty() { "" } else { ": " };
+            text.push_str(&format!("{}{place}{}\n", problem.at, problem.message));
         }
         if !fix.is_empty() {
             text.push_str(&format!("  fix: {fix}\n"));

@@ -171,6 +171,75 @@ fn the_tensors_say_whether_weights_would_be_lost() {
 }
 
 #[test]
+fn a_merged_model_keeps_the_templates_of_a_base_where_the_adapter_has_none() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let at = |name: &str| dir.path().join(name);
+    let case = fixtures::named("plain-lora");
+    fs::create_dir_all(at("base/additional_chat_templates")).expect("made");
+    for entry in fs::read_dir(&case.model_dir).expect("listed") {
+        let entry = entry.expect("readable");
+        fs::copy(entry.path(), at("base").join(entry.file_name())).expect("copied");
+    }
+    fs::remove_file(at("base/chat_template.jinja")).expect("there");
+    fs::write(
+        at("base/tokenizer_config.json"),
+        r#"{"chat_template": "the base's"}"#,
+    )
+    .expect("written");
+    fs::write(at("base/additional_chat_templates/tool.jinja"), "tools").expect("written");
+    fs::write(at("base/pytorch_model.bin"), "").expect("written");
+    fs::create_dir(at("base/original")).expect("made");
+    let base = ModelFiles::open(at("base")).expect("a model");
+    let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
+    adapter.write_peft(&at("own"), false).expect("written");
+    let read = |path: &str| fs::read_to_string(at(path)).expect(path);
+
+    fs::write(at("own/tokenizer_config.json"), "{}").expect("written");
+    let carried = Beside::of(&at("own")).expect("listed").carried;
+    let report = merge_dir(&base, &adapter, &at("kept"), None, &carried).expect("it fits");
+    assert_eq!(read("kept/chat_template.jinja"), "the base's");
+    assert_eq!(read("kept/tokenizer_config.json"), "{}");
+    assert_eq!(read("kept/additional_chat_templates/tool.jinja"), "tools");
+    assert_eq!(report.replaced, ["tokenizer_config.json"]);
+    assert_eq!(report.not_copied, ["original/", "pytorch_model.bin"]);
+
+    fs::write(
+        at("own/tokenizer_config.json"),
+        r#"{"chat_template": "mine"}"#,
+    )
+    .expect("written");
+    let carried = Beside::of(&at("own")).expect("listed").carried;
+    let report = merge_dir(&base, &adapter, &at("own-template"), None, &carried).expect("it fits");
+    assert!(!at("own-template/chat_template.jinja").exists());
+    assert!(!at("own-template/additional_chat_templates").exists());
+    assert_eq!(
+        report.replaced,
+        ["additional_chat_templates", "tokenizer_config.json"]
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn pipes_and_links_to_nothing_are_not_opened() {
+    let dir = adapter();
+    let at = |name: &str| dir.path().join(name);
+    let mut command = std::process::Command::new("mkfifo");
+    let made = command
+        .args([at("pipe.safetensors"), at("pipe.bin")])
+        .status();
+    assert!(made.expect("mkfifo is there").success());
+    std::os::unix::fs::symlink("/nonexistent", at("dangling.safetensors")).expect("linked");
+    std::os::unix::fs::symlink(".", at("loop")).expect("linked");
+    let beside = Beside::of(dir.path()).expect("listed");
+    assert_eq!(beside.problems, []);
+    assert_eq!(
+        beside.left_out_line().expect("a line"),
+        "not known (dangling.safetensors, pipe.bin, pipe.safetensors), other adapters (loop/)"
+    );
+    assert!(Adapter::read(&at("pipe.bin")).is_err());
+}
+
+#[test]
 fn what_git_did_not_fetch_is_known_by_its_name() {
     let dir = adapter();
     let at = |name: &str| dir.path().join(name);

@@ -103,9 +103,6 @@ impl SafetensorsFile {
                 "more than {MAX_TENSORS} tensors; split the file into shards"
             ));
         }
-        if header.metadata.len() > MAX_METADATA {
-            return refuse(format!("more than {MAX_METADATA} entries of metadata"));
-        }
         let metadata = texts(path, header.metadata)?;
         let tensors = check_layout(path, header.entries, data_start, map.len())?;
         Ok(Self {
@@ -227,8 +224,23 @@ fn check_layout(
     Ok(tensors)
 }
 
-/// The entries of `__metadata__`, which the format wants to be texts; every reader refuses others.
-fn texts(path: &Path, metadata: BTreeMap<String, Value>) -> Result<BTreeMap<String, String>> {
+/// The entries of `__metadata__`, which the format wants to be texts; every reader refuses others, and takes null for none.
+fn texts(path: &Path, metadata: Value) -> Result<BTreeMap<String, String>> {
+    const FIX: &str =
+        "save it again with texts: save_file(tensors, FILE, metadata={\"format\": \"pt\"})";
+    let metadata = match metadata {
+        Value::Null => return Ok(BTreeMap::new()),
+        Value::Object(entries) if entries.len() > MAX_METADATA => {
+            let message = format!("more than {MAX_METADATA} entries of metadata");
+            return Err(Error::malformed(path, message));
+        }
+        Value::Object(entries) => entries,
+        _ => {
+            let message = "not a table of texts, as the format wants it; no reader of safetensors takes the file";
+            let problem = Problem::new("metadata", "__metadata__", message, FIX);
+            return Err(Error::refused(path, vec![problem]));
+        }
+    };
     let mut texts = BTreeMap::new();
     let mut problems = Vec::new();
     for (key, value) in metadata {
@@ -241,12 +253,11 @@ fn texts(path: &Path, metadata: BTreeMap<String, Value>) -> Result<BTreeMap<Stri
                 let message = format!(
                     "{shown} is not a text, as the format wants it; no reader of safetensors takes the file"
                 );
-                let fix = "save it again with texts: save_file(tensors, FILE, metadata={\"format\": \"pt\"})";
                 problems.push(Problem::new(
                     "metadata",
                     format!("__metadata__.{key}"),
                     message,
-                    fix,
+                    FIX,
                 ));
             }
         }
@@ -258,7 +269,7 @@ fn texts(path: &Path, metadata: BTreeMap<String, Value>) -> Result<BTreeMap<Stri
 /// The header as written; the entries are read by the reference implementation's types.
 #[derive(Default)]
 struct Header {
-    metadata: BTreeMap<String, Value>,
+    metadata: Value,
     entries: BTreeMap<String, TensorInfo>,
 }
 

@@ -76,6 +76,43 @@ fn each_case_says_what_it_is_where_and_what_to_do() {
 }
 
 #[test]
+fn metadata_that_is_no_table_of_texts_is_refused_as_others_do() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    fixtures::small_adapter(43, false)
+        .write_peft(dir.path(), true)
+        .expect("written");
+    let path = dir.path().join("adapter_model.safetensors");
+    let sound = fs::read(&path).expect("readable");
+    let (length, rest) = sound.split_first_chunk::<8>().expect("a header");
+    let (header, data) =
+        rest.split_at(usize::try_from(u64::from_le_bytes(*length)).expect("small"));
+    let header = std::str::from_utf8(header).expect("JSON");
+    for (metadata, expected) in [
+        ("null", ""),
+        ("[1]", "__metadata__: not a table of texts"),
+        ("{\"a\":null}", "__metadata__.a: null is not a text"),
+    ] {
+        let header = header.replace("{\"format\":\"pt\"}", metadata);
+        assert!(header.contains(metadata), "{header}");
+        let bytes = [
+            &(header.len() as u64).to_le_bytes()[..],
+            header.as_bytes(),
+            data,
+        ]
+        .concat();
+        fs::write(&path, bytes).expect("written");
+        match expected {
+            "" => assert!(Adapter::read(dir.path()).is_ok()),
+            expected => assert!(
+                message(dir.path()).contains(expected),
+                "{}",
+                message(dir.path())
+            ),
+        }
+    }
+}
+
+#[test]
 fn the_cases_that_can_be_read_are_read() {
     for name in ["bom", "mlx-unsloth", "glora-ok/adapter.gguf"] {
         let path = case("formats").join(name);
