@@ -52,6 +52,9 @@ pub(super) fn refuse_unprinted(
     if !beside.tools.is_empty() && !conversation.prints_tools() {
         unprinted.push("tools".to_owned());
     }
+    if !conversation.prints_documents() {
+        unprinted.push("documents".to_owned());
+    }
     for (idx, message) in messages.iter().enumerate() {
         for keys in [&CALLS[..], &THOUGHTS[..]] {
             let there: Vec<&str> = (keys.iter().copied())
@@ -133,6 +136,20 @@ impl Whole<'_> {
             .template
             .render_fields(fields, self.beside, opens(fields));
         rendered.ok().map(|rendered| rendered.text)
+    }
+
+    fn prints_documents(&self) -> bool {
+        let mut variables = self.beside.variables.clone();
+        if variables.shift_remove("documents").is_none() {
+            return true;
+        }
+        let beside = Beside {
+            variables: &variables,
+            ..self.beside
+        };
+        let (fields, opens) = (&self.fields, opens(&self.fields));
+        let without = self.template.render_fields(fields, beside, opens);
+        without.map_or(true, |without| without.text != self.text)
     }
 
     fn prints_tools(&self) -> bool {
@@ -256,6 +273,18 @@ mod tests {
         assert!(said.starts_with("messages[1].thinking: "), "{said}");
         // Names and numbers that stand beside are no content.
         assert_eq!(refusal(None, &thoughts("name")), None);
+    }
+
+    #[test]
+    fn documents_that_a_template_passes_over_are_refused() {
+        let row = r#"{"messages":[{"role":"user","content":"U"},{"role":"assistant","content":"A"}],"documents":[{"text":"D"}]}"#;
+        let said = refusal(None, row).expect("refused");
+        assert!(
+            said.starts_with("documents: the chat template does not print it"),
+            "{said}"
+        );
+        let printing = "{% for d in documents %}{{ d.text }}{% endfor %}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}";
+        assert_eq!(refusal(Some(printing), row), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::{
     json::parse,
     row::{Choices, Message, Notes, Role, Row, RowContent, RowFormat},
     unknown::by_columns,
-    value::{kind, missing_or_wrong},
+    value::{kind, missing_or_wrong, nearest},
 };
 use crate::data::error::field_problem;
 
@@ -158,7 +158,10 @@ fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), Problem> 
     let right = right_choice(choices, answer).map(|idx| choices[idx].clone());
     let right = right.ok_or_else(|| {
         let found = match answer {
-            None => "is missing".to_owned(),
+            None => match object.keys().find(|key| nearest(key, ["answer"]).is_some()) {
+                Some(key) => format!("is missing (did you mean it by `{key}`?)"),
+                None => "is missing".to_owned(),
+            },
             Some(answer) => format!("found {answer}, which is none of the choices"),
         };
         let fix = "expected the index of the right choice, from 0, or its text";

@@ -209,6 +209,10 @@ fn a_row_of_choices_need_not_repeat_its_answer() {
         first(r#"{"prompt":"p","choices":["a","b"],"answer":2}"#),
         "answer: found 2, which is none of the choices; expected the index of the right choice, from 0, or its text"
     );
+    assert!(
+        first(r#"{"prompt":"p","choices":["a","b"],"answr":0}"#)
+            .starts_with("answer: is missing (did you mean it by `answr`?)")
+    );
     assert_eq!(
         first(r#"{"prompt":"p","choices":["a","b"]}"#),
         "answer: is missing; expected the index of the right choice, from 0, or its text"
