@@ -27,7 +27,14 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 38] = [
+const OTHERS: [Remedy; 39] = [
+    (
+        "`monteclora parity --chat -m BASE` shows where",
+        By(
+            "tests/it/runtime.rs",
+            "conversations_are_compared_with_those_of_mistralrs_alone",
+        ),
+    ),
     (
         "and is not empty; choose another directory or pass --force",
         By(
