@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use monteclora_converters::{Error, Problem};
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
@@ -16,6 +15,13 @@ use super::{
     template::{Beside, ChatTemplate},
     tokenizer::{SpannedToken, Tokenizer},
 };
+
+mod conversation;
+mod options;
+
+use conversation::last;
+
+pub use options::{EncodeOptions, Overlong, Remedies, TrainOn};
 
 /// What trains every token of a conversation.
 const ALL: &str = "train_on = \"all\"";
@@ -31,77 +37,6 @@ const TURN_ENDS: [&str; 8] = [
     "<|start|>",
     "<|channel|>",
 ];
-
-/// Which turns of a conversation carry loss. Prompt rows train the completion and text rows everything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum TrainOn {
-    /// Every assistant turn.
-    Assistant,
-    /// The last assistant turn.
-    LastAssistant,
-    /// Every assistant turn after the last user message.
-    Completion,
-    /// Every token of the conversation.
-    All,
-}
-
-/// What happens to an example of more than `max_seq_length` tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum Overlong {
-    /// The row is an error.
-    Error,
-    /// The example is left out and counted.
-    Drop,
-    /// The first `max_seq_length` tokens are kept and the example counted.
-    Truncate,
-}
-
-/// Whose words a remedy is in.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Remedies {
-    /// Keys of run.toml.
-    #[default]
-    Keys,
-    /// Flags of a command without run.toml; what only run.toml can set is left out.
-    Flags,
-}
-
-impl Remedies {
-    /// A remedy, or a setting of run.toml in its place.
-    fn or_set(self, remedy: &str, setting: &str) -> String {
-        match self {
-            Self::Keys => format!("{remedy}, or set data.{setting}"),
-            Self::Flags => remedy.to_owned(),
-        }
-    }
-
-    /// A higher length limit, or a setting in its place.
-    fn raise_limit(self, setting: &str) -> String {
-        match self {
-            Self::Keys => self.or_set("raise data.max_seq_length", setting),
-            Self::Flags => "raise --max-seq-length".to_owned(),
-        }
-    }
-}
-
-/// How rows become examples.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EncodeOptions {
-    /// Which turns carry loss.
-    pub train_on: TrainOn,
-    /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
-    pub apply_chat_template: bool,
-    /// Longest example, in tokens.
-    pub max_seq_length: usize,
-    /// What happens to a longer one.
-    pub overlong: Overlong,
-    /// Whose words remedies are in.
-    pub remedies: Remedies,
-}
 
 /// One training sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -537,130 +472,6 @@ impl Encoder {
         })
     }
 
-    /// At least one example.
-    fn conversation(
-        &self,
-        messages: &[Message],
-        beside: Beside<'_>,
-        train_on: TrainOn,
-    ) -> Result<Vec<Example>, Error> {
-        let template = self.chat_template()?;
-        refuse_unprinted(template, messages, beside)?;
-        let asks_in_vain = |message: &Message| {
-            message.must_train() && message.role() != Role::Assistant && train_on != TrainOn::All
-        };
-        if let Some(turn) = messages.iter().position(asks_in_vain) {
-            let problem = "says that a turn is trained that is not the assistant's";
-            let fix = self.or_set("remove `train`, `training` or `loss` there", ALL);
-            return refuse(format!("messages[{turn}]"), problem, fix);
-        }
-        if train_on == TrainOn::All {
-            return Ok(vec![self.whole_conversation(template, messages, beside)?]);
-        }
-        let trained: Vec<usize> = trained_turns(messages, train_on).collect();
-        let marks = template.marks_generation(!beside.tools.is_empty());
-        if let (true, Some(&last)) = (marks, trained.last()) {
-            let (text, ranges) = marked_turns(template, &messages[..=last], beside, &trained)?;
-            return Ok(vec![self.masked(&text, &ranges, true)?]);
-        }
-        let mut turns = Vec::new();
-        for turn in trained {
-            let prompt = template.render_with(&messages[..turn], beside, true)?.text;
-            let text = template
-                .render_with(&messages[..=turn], beside, false)?
-                .text;
-            if !text.starts_with(&prompt) {
-                return refuse(
-                    format!("messages[{turn}]"),
-                    "the chat template does not begin this turn with its generation prompt, so the trained tokens cannot be told",
-                    self.or_set("give a template that does with --chat-template", ALL),
-                );
-            }
-            turns.push((prompt.len()..text.len(), text));
-        }
-        // The last trained turn's text holds everything that is needed: what follows it carries no loss.
-        let Some((_, whole)) = turns.last() else {
-            if last(Role::Assistant, messages).is_some_and(|last| !messages[last].trained()) {
-                let problem =
-                    "no assistant turn to train on: the row says that they are not trained";
-                return refuse("messages", problem, "leave the row out");
-            }
-            return refuse(
-                "messages",
-                "no assistant turn to train on",
-                self.or_set("add one", ALL),
-            );
-        };
-        if turns.iter().all(|(_, text)| whole.starts_with(text)) {
-            let ranges: Vec<_> = turns.iter().map(|(range, _)| range.clone()).collect();
-            return Ok(vec![self.masked(whole, &ranges, false)?]);
-        }
-        turns
-            .iter()
-            .map(|(range, text)| self.masked(text, std::slice::from_ref(range), false))
-            .collect()
-    }
-
-    /// Everything is trained but the messages that must not be.
-    fn whole_conversation(
-        &self,
-        template: &ChatTemplate,
-        messages: &[Message],
-        beside: Beside<'_>,
-    ) -> Result<Example, Error> {
-        let text = template.render_with(messages, beside, false)?.text;
-        let mut context = Vec::new();
-        for idx in (0..messages.len()).filter(|idx| !messages[*idx].trained()) {
-            let before = match idx {
-                0 => String::new(),
-                _ => template.render_with(&messages[..idx], beside, false)?.text,
-            };
-            let with = template.render_with(&messages[..=idx], beside, false)?.text;
-            if !text.starts_with(&with) || !with.starts_with(&before) {
-                return refuse(
-                    format!("messages[{idx}]"),
-                    "a later message changes how the chat template prints this one, so the tokens without weight cannot be told",
-                    self.or_set("remove the weight", "train_on = \"assistant\""),
-                );
-            }
-            context.push(before.len()..with.len());
-        }
-        let tokens = self.tokenizer.encode_spans(&text)?;
-        let is_context = |token| context.iter().any(|range| covers(range, token));
-        Ok(Example {
-            loss_mask: tokens.iter().map(|token| !is_context(token)).collect(),
-            input_ids: ids(tokens),
-        })
-    }
-
-    /// Tokenises a rendered conversation and trains the tokens of the byte ranges, each up to its end-of-turn token; `whole` ones
-    /// to their end.
-    fn masked(&self, text: &str, ranges: &[Range<usize>], whole: bool) -> Result<Example, Error> {
-        let tokens = self.tokenizer.encode_spans(text)?;
-        let mut loss_mask = vec![false; tokens.len()];
-        for range in ranges {
-            let inside: Vec<usize> = (0..tokens.len())
-                .filter(|&idx| covers(range, &tokens[idx]))
-                .collect();
-            let end_of_turn = inside
-                .iter()
-                .rposition(|&idx| self.tokenizer.is_special(tokens[idx].id))
-                .filter(|&position| {
-                    let after = tokens[inside[position]].bytes.end.min(range.end);
-                    text[after..range.end].trim().is_empty()
-                });
-            let end_of_turn = end_of_turn.filter(|_| !whole);
-            let n_kept = end_of_turn.map_or(inside.len(), |position| position + 1);
-            for &idx in &inside[..n_kept] {
-                loss_mask[idx] = true;
-            }
-        }
-        Ok(Example {
-            input_ids: ids(tokens),
-            loss_mask,
-        })
-    }
-
     /// Applies the length limit and refuses an example that trains nothing.
     fn fit(
         &self,
@@ -704,48 +515,6 @@ impl Encoder {
     }
 }
 
-/// The text up to the last of the `trained` turns, and what the template's generation markers mark of these. Markers belong to the
-/// turn that brings them; where every answer is trained, they are all taken.
-fn marked_turns(
-    template: &ChatTemplate,
-    messages: &[Message],
-    beside: Beside<'_>,
-    trained: &[usize],
-) -> Result<(String, Vec<Range<usize>>), Error> {
-    let rendered = template.render_with(messages, beside, false)?;
-    let answers = (0..messages.len()).filter(|idx| messages[*idx].role() == Role::Assistant);
-    let answers: Vec<usize> = answers.collect();
-    let mut ranges = Vec::new();
-    if answers == trained {
-        ranges.clone_from(&rendered.generation);
-    } else {
-        let mut n_before = 0;
-        for turn in answers {
-            let until = template.render_with(&messages[..=turn], beside, false)?;
-            let n_until = until.generation.len();
-            if n_until < n_before || n_until > rendered.generation.len() {
-                return refuse(
-                    format!("messages[{turn}]"),
-                    "a later message changes what the chat template's generation markers mark, so the turns cannot be told apart",
-                    "train every answer (train_on = \"assistant\"), or give a template without generation markers with --chat-template",
-                );
-            }
-            if trained.contains(&turn) {
-                ranges.extend_from_slice(&rendered.generation[n_before..n_until]);
-            }
-            n_before = n_until;
-        }
-    }
-    if ranges.iter().all(Range::is_empty) {
-        return refuse(
-            "messages",
-            "the chat template's generation markers mark nothing of it",
-            "correct the template, or give another one with --chat-template",
-        );
-    }
-    Ok((rendered.text, ranges))
-}
-
 /// The turns before the completion of a prompt row.
 fn asked(system: Option<&str>, prompt: &str) -> Vec<Message> {
     let system = system.map(|text| Message::new(Role::System, text));
@@ -777,28 +546,6 @@ fn refuse<T>(
     fix: impl Into<String>,
 ) -> Result<T, Error> {
     Err(field_problem(field, problem, fix).into())
-}
-
-/// Whether a token holds text of the range. A token that begins before the range and reaches into it counts: it
-/// holds part of the answer. Byte-level tokenizers report white space as an empty span at its end.
-fn covers(range: &Range<usize>, token: &SpannedToken) -> bool {
-    let Range { start, end } = token.bytes;
-    end > range.start && (start < range.end || end == range.end)
-}
-
-fn last(role: Role, messages: &[Message]) -> Option<usize> {
-    messages.iter().rposition(|message| message.role() == role)
-}
-
-/// The assistant turns that carry loss, in order.
-fn trained_turns(messages: &[Message], train_on: TrainOn) -> impl Iterator<Item = usize> {
-    let first = match train_on {
-        TrainOn::Assistant | TrainOn::All => 0,
-        TrainOn::LastAssistant => last(Role::Assistant, messages).unwrap_or(messages.len()),
-        TrainOn::Completion => last(Role::User, messages).map_or(0, |user| user + 1),
-    };
-    (first..messages.len())
-        .filter(|&idx| messages[idx].role() == Role::Assistant && messages[idx].trained())
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ impl<'a> Recital<'a> {
             let Some((answer, prompt)) = messages.split_last() else {
                 continue;
             };
-            found.prompts.push(encoder.prompt_tokens(prompt, &[])?);
+            found.prompts.push(encoder.row_prompt(&row)?);
             found.questions.push(prompt.to_vec());
             found.expected.push(answer.content().to_owned());
         }

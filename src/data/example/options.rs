@@ -1,0 +1,74 @@
+//! How rows become examples, and in whose words remedies are given.
+
+use serde::{Deserialize, Serialize};
+
+/// Which turns of a conversation carry loss. Prompt rows train the completion and text rows everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum TrainOn {
+    /// Every assistant turn.
+    Assistant,
+    /// The last assistant turn.
+    LastAssistant,
+    /// Every assistant turn after the last user message.
+    Completion,
+    /// Every token of the conversation.
+    All,
+}
+
+/// What happens to an example of more than `max_seq_length` tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Overlong {
+    /// The row is an error.
+    Error,
+    /// The example is left out and counted.
+    Drop,
+    /// The first `max_seq_length` tokens are kept and the example counted.
+    Truncate,
+}
+
+/// Whose words a remedy is in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Remedies {
+    /// Keys of run.toml.
+    #[default]
+    Keys,
+    /// Flags of a command without run.toml; what only run.toml can set is left out.
+    Flags,
+}
+
+impl Remedies {
+    /// A remedy, or a setting of run.toml in its place.
+    pub(super) fn or_set(self, remedy: &str, setting: &str) -> String {
+        match self {
+            Self::Keys => format!("{remedy}, or set data.{setting}"),
+            Self::Flags => remedy.to_owned(),
+        }
+    }
+
+    /// A higher length limit, or a setting in its place.
+    pub(super) fn raise_limit(self, setting: &str) -> String {
+        match self {
+            Self::Keys => self.or_set("raise data.max_seq_length", setting),
+            Self::Flags => "raise --max-seq-length".to_owned(),
+        }
+    }
+}
+
+/// How rows become examples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// Which turns carry loss.
+    pub train_on: TrainOn,
+    /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
+    pub apply_chat_template: bool,
+    /// Longest example, in tokens.
+    pub max_seq_length: usize,
+    /// What happens to a longer one.
+    pub overlong: Overlong,
+    /// Whose words remedies are in.
+    pub remedies: Remedies,
+}
