@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, ModelFiles, Problem, base_warnings};
+use monteclora_converters::{Adapter, ModelFiles, Problem, base_warnings, training_record};
 use sha2::{Digest, Sha256};
 
 /// Reads an adapter and refuses one that changes nothing, unless `force`.
@@ -31,6 +31,35 @@ pub fn read_effective_on(path: &Path, base: &ModelFiles, force: bool) -> Result<
     let adapter = read_fitting(path, base)?;
     require_effect(&adapter, path, force)?;
     Ok(adapter)
+}
+
+/// Warns of how an adapter was trained where what is written of it has no record of that.
+pub fn warn_of_settings(path: &Path) {
+    let record = training_record(path).unwrap_or_default();
+    let (config, mut settings) = (&record["config"], Vec::new());
+    if let Some(template) = config["model"]["chat_template"].as_str() {
+        settings.push(format!("chat_template {template}"));
+    }
+    let variables = &config["data"]["template_variables"];
+    if variables
+        .as_object()
+        .is_some_and(|variables| !variables.is_empty())
+    {
+        settings.push(format!("template_variables {variables}"));
+    }
+    let is_of_prompts = !matches!(
+        record["train"]["format"].as_str(),
+        Some("messages" | "sharegpt" | "text")
+    );
+    if config["data"]["apply_chat_template"] == false && is_of_prompts {
+        settings.push("apply_chat_template = false".to_owned());
+    }
+    if !settings.is_empty() {
+        tracing::warn!(
+            "the adapter was trained with {}, which what is written does not record: use it the same way",
+            settings.join(", ")
+        );
+    }
 }
 
 /// Warns of what reading left out of the adapter.

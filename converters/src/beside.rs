@@ -205,7 +205,7 @@ impl Beside {
     #[must_use]
     pub fn no_notes(mut self) -> Self {
         let notes = self.carried.take(&carried::OF_ADAPTER);
-        self.leave("told of the adapter alone", notes);
+        self.leave("about the adapter, not the merged model", notes);
         self
     }
 

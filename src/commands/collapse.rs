@@ -7,10 +7,11 @@ use super::export::{Export, require_apart};
 
 use crate::cli::CollapseArgs;
 use crate::output::require_empty;
-use crate::provenance::read_effective;
+use crate::provenance::{read_effective, warn_of_settings};
 
 pub(super) fn run(args: &CollapseArgs) -> Result<()> {
     let adapter = read_effective(&args.adapter, args.force)?;
+    warn_of_settings(&args.adapter);
     require_apart(&args.adapter, &args.output)?;
     require_empty(&args.output, args.force)?;
     let mut beside = Beside::of(&args.adapter)?;

@@ -14,7 +14,7 @@ use super::export::{Export, require_apart};
 use crate::cli::{ConvertArgs, ConvertDtypeArg};
 use crate::hub::{self, HubOptions};
 use crate::output::require_empty;
-use crate::provenance::require_effect;
+use crate::provenance::{require_effect, warn_of_settings};
 
 pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     let output = &args.output;
@@ -28,6 +28,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     let base = Base::of(args, from, to)?;
     let adapter = read(args, from, &base)?;
     require_effect(&adapter, &args.source, args.force)?;
+    warn_of_settings(&args.source);
     let mut beside = Beside::of_format(&args.source, from)?;
     if to.about().file_name.is_some() {
         beside = beside.nothing_carried("no place for them in one file");

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use monteclora_converters::{Beside, DType, MergeReport, Problem, files, merge_dir};
+use anyhow::{Context, Result, bail};
+use monteclora_converters::{
+    Beside, ConversationSettings, DType, MergeReport, Problem, files, merge_dir, other_conversation,
+};
 use serde_json::json;
 
 use super::export::{beside_lines, count, require_apart};
@@ -12,10 +14,17 @@ use crate::cli::MergeArgs;
 use crate::hub;
 use crate::model::open_base;
 use crate::output::require_empty;
-use crate::provenance::read_effective_on;
+use crate::provenance::{read_effective_on, warn_of_settings};
 
 pub(super) fn run(args: &MergeArgs) -> Result<()> {
     let output = &args.output;
+    if let Some(template) = &args.model.options.chat_template {
+        bail!(Problem::usage(format!(
+            "--chat-template {}: merge writes the adapter's chat template, or the base's; put the file into the adapter's directory as \
+             chat_template.jinja",
+            template.display()
+        )));
+    }
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
     for source in [&base.dir, &args.adapter] {
         require_apart(source, output)?;
@@ -31,9 +40,22 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
     };
     let beside = Beside::of(&args.adapter)?.no_notes();
     let carried = &beside.carried;
-    if let Some(warning) = carried.unread_tokens() {
+    let settings = ConversationSettings {
+        template: None,
+        prompts_as_chats: None,
+    };
+    // What the adapter brings is merged in place of the base's.
+    let is_merged = |warning: &Problem| match warning.code {
+        "other-template" => carried.has_template(),
+        "other-tokenizer" => carried.vocabulary_size().is_some(),
+        _ => false,
+    };
+    let warnings = other_conversation(&args.adapter, &base.dir, settings)?.into_iter();
+    let warnings = warnings.filter(|warning| !is_merged(warning));
+    for warning in carried.unread_tokens().into_iter().chain(warnings) {
         tracing::warn!("{warning}");
     }
+    warn_of_settings(&args.adapter);
     let is_occupied = std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
     let report = if is_occupied {
         replace(output, |sibling| {

@@ -79,6 +79,9 @@ impl Opened {
         let variables = adapter_dir.map(recorded_variables).unwrap_or_default();
         let encoder = Encoder::with_variables(&base.dir, template, variables, options)?;
         encoder.tokenizer().check_vocab(config.vocab_size)?;
+        for warning in encoder.unread_variables() {
+            tracing::warn!("{warning}");
+        }
         Ok(Self {
             adapter,
             base,

@@ -236,7 +236,7 @@ mod tests {
         let error = open(&(conversation("assistant").repeat(2) + "{\"text\":\"a\"}\n"))
             .expect_err("refused");
         assert!(
-            error.to_string().ends_with("mixes formats: messages in 2 rows (line 1, 2); text in 1 row (line 3); split the file, or set data.format"),
+            error.to_string().ends_with("mixes formats: messages in 2 rows (line 1, 2); text in 1 row (line 3); split the file into one per format"),
             "{error}"
         );
     }

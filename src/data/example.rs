@@ -222,6 +222,26 @@ impl Encoder {
         Ok(ids)
     }
 
+    /// Warnings of variables that are set for every conversation and that no chat template has.
+    pub fn unread_variables(&self) -> Vec<Problem> {
+        let unread = self
+            .template
+            .iter()
+            .flat_map(ChatTemplate::unread_variables);
+        unread
+            .map(|name| {
+                let message = "a variable that the chat template does not have: it changes nothing";
+                let fix = "correct its name or leave it out";
+                Problem::new(
+                    "unread-variable",
+                    format!("data.template_variables.{name}"),
+                    message,
+                    fix,
+                )
+            })
+            .collect()
+    }
+
     /// What a row asks in conversation, and the text that the model gets, opened for the answer; `None` for a row that is taken
     /// without the template. The text may be the template's refusal.
     ///
@@ -388,11 +408,10 @@ impl Encoder {
 
     /// Whether an example's last trained token is an end, so that the model learns to stop there.
     pub(super) fn ends(&self, example: &Example) -> bool {
-        let trained = example.trained_range();
-        !trained.is_empty()
-            && self
-                .tokenizer
-                .is_special(example.input_ids[trained.end - 1])
+        let tokens = example.input_ids.iter().zip(&example.loss_mask);
+        tokens
+            .filter(|(_, is_trained)| **is_trained)
+            .any(|(id, _)| self.stop_ids().contains(id))
     }
 
     fn or_set(&self, remedy: &str, setting: &str) -> String {

@@ -199,7 +199,7 @@ impl Survey {
         let path = source.name().display();
         Err(bad_data(
             "mixed-formats",
-            format!("`{path}` mixes formats: {found}; split the file, or set data.format"),
+            format!("`{path}` mixes formats: {found}; split the file into one per format"),
         ))
     }
 

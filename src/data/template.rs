@@ -108,6 +108,12 @@ impl ChatTemplate {
         self.sources.content()
     }
 
+    /// Names among its own variables that none of its templates has.
+    pub(super) fn unread_variables(&self) -> impl Iterator<Item = &str> {
+        let names = self.variables.keys().map(String::as_str);
+        names.filter(|name| !self.mentions(name))
+    }
+
     /// Whether any of its templates has a variable's name, as a whole word.
     pub(super) fn mentions(&self, name: &str) -> bool {
         self.has_word(name, |_| true)

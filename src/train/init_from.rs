@@ -3,8 +3,7 @@
 use anyhow::{Result, bail};
 use monteclora_adapters::methods::monteclora::MonteCloraConfig;
 use monteclora_converters::{
-    Adapter, AdapterConfig, ConversationSettings, LinearModule, ModelFiles, MonteCloraSettings,
-    Problem, other_conversation,
+    Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, Problem,
 };
 
 use crate::config::LoraConfig;
@@ -39,9 +38,6 @@ pub(super) fn read(
             dir.display(),
             lora.method.0
         );
-    }
-    for warning in other_conversation(&dir, files.dir(), ConversationSettings::default())? {
-        tracing::warn!("{warning}");
     }
     let theirs = &adapter.config;
     (lora.r, lora.lora_alpha, lora.use_rslora) = (theirs.r, theirs.lora_alpha, theirs.use_rslora);

@@ -10,7 +10,10 @@ use monteclora_adapters::methods::Method;
 use monteclora_adapters::weights::{BF16, F32, Kind};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::write_json;
-use monteclora_converters::{Adapter, AdapterConfig, ModelFiles, Problem, base_fingerprint};
+use monteclora_converters::{
+    Adapter, AdapterConfig, ConversationSettings, ModelFiles, Problem, base_fingerprint,
+    other_conversation,
+};
 
 use super::{
     Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints, init_from,
@@ -81,7 +84,7 @@ impl Prepared {
         };
         let model_config = read_shape(&base.dir)?;
         let files = ModelFiles::open(&base.dir)?;
-        let base_warnings = files.check()?;
+        let mut base_warnings = files.check()?;
         let modules = Decoder::linear_modules(&model_config);
         let mut adapter_config = run.lora.adapter_config(&base);
         let init_from = init_from::read(&mut run.lora, &mut adapter_config, &files, &modules)?;
@@ -99,6 +102,14 @@ impl Prepared {
             run.data.encode_options(max_seq_length),
         )?;
         encoder.tokenizer().check_vocab(model_config.vocab_size)?;
+        if let Some(dir) = &run.lora.init_from {
+            let settings = ConversationSettings {
+                template: run.model.chat_template.as_deref(),
+                prompts_as_chats: Some(run.data.apply_chat_template),
+            };
+            base_warnings.extend(other_conversation(dir, &base.dir, settings)?);
+        }
+        base_warnings.extend(encoder.unread_variables());
         let open = |path: &Path, split| {
             Dataset::open_split(path, split, run.data.row_schema(), encoder.clone())
         };

@@ -57,6 +57,7 @@ impl Prepared {
 fn data(data: &Dataset) -> Value {
     json!({
         "path": data.path().display().to_string(),
+        "format": data.format().name(),
         "revision": data.revision(),
         "sha256": data.sha256(),
         "examples": data.len(),

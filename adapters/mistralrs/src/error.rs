@@ -35,12 +35,12 @@ pub enum Error {
     #[error("mistral.rs: {0}")]
     Engine(String),
     /// What is wrong with one of several models or adapters.
-    #[error("`{name}`: {source}")]
+    #[error("`{name}`: {problem}")]
     Of {
         /// Its public name.
         name: String,
-        /// What is wrong.
-        source: Box<Error>,
+        /// What is wrong. No source of the error, since the text has it already.
+        problem: Box<Error>,
     },
     /// Several things at once.
     #[error("{}", join(.0))]
@@ -97,7 +97,7 @@ impl Error {
             Self::Unsupported(problems) => problems.exit(),
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => 2,
             Self::Io { .. } | Self::Engine(_) => 1,
-            Self::Of { source, .. } => source.exit_code(),
+            Self::Of { problem, .. } => problem.exit_code(),
             Self::Several(errors) => errors.first().map_or(1, Self::exit_code),
         }
     }
@@ -107,7 +107,7 @@ impl Error {
         match self {
             Self::Format(error) => error.problems(),
             Self::Unsupported(problems) => &problems.list,
-            Self::Of { source, .. } => source.problems(),
+            Self::Of { problem, .. } => problem.problems(),
             _ => &[],
         }
     }

@@ -46,7 +46,7 @@ pub fn other_conversation(
         let message =
             "the adapter has a chat template of its own, and the base's, another one, is used";
         let fix = format!(
-            "use the adapter's with --chat-template {} (serve.toml: chat_template)",
+            "use the adapter's with --chat-template {} (run.toml: model.chat_template, serve.toml: chat_template)",
             dir.join(file).display()
         );
         warnings.push(Problem::new("other-template", at, message, fix));
@@ -105,8 +105,7 @@ fn against_record(
         let at = template.map_or(base.to_owned(), |found| found.origin);
         let message =
             format!("not the chat template that the adapter was trained with: {difference}");
-        let fix =
-            "give the one it was trained with: --chat-template FILE (serve.toml: chat_template)";
+        let fix = "give the one it was trained with: --chat-template FILE (run.toml: model.chat_template, serve.toml: chat_template)";
         warnings.push(Problem::new(
             "other-template",
             at.display().to_string(),
@@ -127,14 +126,14 @@ fn against_record(
         ));
     }
     let data = &record["config"]["data"];
+    let format = record["train"]["format"]
+        .as_str()
+        .or_else(|| data["format"].as_str());
     if let (Some(trained), Some(now)) = (
         data["apply_chat_template"].as_bool(),
         written.prompts_as_chats,
     ) && trained != now
-        && !matches!(
-            data["format"].as_str(),
-            Some("messages" | "sharegpt" | "text")
-        )
+        && !matches!(format, Some("messages" | "sharegpt" | "text"))
     {
         let (message, fix) = match trained {
             true => (

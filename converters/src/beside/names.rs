@@ -22,6 +22,7 @@ pub(super) const OTHER_ADAPTERS: &str = "other adapters";
 pub(super) const CHECKPOINTS: &str = "other checkpoints";
 pub(super) const MODELS: &str = "whole models";
 pub(super) const CONVERTERS: &str = "tensors of an old converter that change nothing";
+pub(super) const RECORD: &str = "the record of the training";
 pub(super) const UNKNOWN: &str = "not known";
 const MODEL_FILES: &str = "files of a model";
 
@@ -36,11 +37,14 @@ const CARRIED: &str = "tokenizer.json tokenizer_config.json special_tokens_map.j
 const TRAINING: &str = "optimizer.* optimizer_* scheduler.* scaler.* rng_state* random_states_* trainer_state.json \
      training_args.* training_arguments.* trainer_log* trainer_config* train_results.json all_results.json eval_results.json \
      predict_results.json generated_predictions.jsonl training_loss* training_eval_loss* running_log* llamaboard_config* \
-     training_progress* loss_history* run.json run.toml metrics.jsonl metrics.json report.html events.out.tfevents* \
+     training_progress* loss_history* run.toml metrics.jsonl metrics.json report.html events.out.tfevents* \
      zero_to_fp32.py latest custom_checkpoint_* sampler.* dataset_info.json all_configs* accelerator_config* \
      debug.log wandb* config.yaml config.yml lora_config.yaml train.log log.txt .lock .partial-*";
 
-/// The same for directories.
+/// What warnings and `template_variables` come from, and only where it lies.
+const OWN_RECORD: &str = "run.json";
+
+/// The same as [`TRAINING`] for directories.
 const TRAINING_DIRS: &str = "tb runs logs log wandb mlruns lightning_logs tensorboard global_step* optimizer* \
      pytorch_model_fsdp* profiler plots eval_results .partial-* __pycache__";
 
@@ -58,6 +62,7 @@ pub(super) fn file(name: &str) -> Known {
         return Known::Carried;
     }
     let lists = [
+        (OWN_RECORD, RECORD),
         (TRAINING, BY_PRODUCTS),
         (REPOSITORIES, REPOSITORY),
         (OF_MODELS, MODEL_FILES),

@@ -484,8 +484,8 @@ fn what_is_left_out_stands_in_one_line() {
     assert_eq!(beside.carried.names(), ["README.md", "calibration.json"]);
     assert_eq!(
         beside.left_out_line().expect("a line"),
-        "by-products of training (global_step5/, optimizer.pt, run.json, tb/, training_args.bin), files of the repository (LICENSE), \
-         not known (images/, notes.txt), other adapters (other/), other checkpoints (best/, checkpoint-5/), whole models (model/)"
+        "by-products of training (global_step5/, optimizer.pt, tb/, training_args.bin), files of the repository (LICENSE), \
+         not known (images/, notes.txt), other adapters (other/), other checkpoints (best/, checkpoint-5/), the record of the training (run.json), whole models (model/)"
     );
     let beside = beside.nothing_measured();
     assert_eq!(beside.carried.names(), ["README.md"]);

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use mistralrs_monteclora::{AskedConversation, own_differences, own_texts};
-use monteclora_converters::Problem;
 use monteclora_converters::jinja::recorded_variables;
+use monteclora_converters::{ConversationSettings, ModelFiles, Problem, other_conversation};
 use serde::Serialize;
 
 use crate::cli::ParityArgs;
@@ -15,6 +15,7 @@ use crate::data::{
     splits,
 };
 use crate::hub;
+use crate::provenance::read_fitting;
 
 /// Conversations with and without a system prompt, tools, calls, thoughts and parts.
 const BUILT_IN: &str = include_str!("conversations.jsonl");
@@ -61,6 +62,16 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
         overlong: Overlong::Error,
         remedies: Remedies::Flags,
     };
+    if let Some(path) = &args.adapter {
+        read_fitting(path, &ModelFiles::open(&base.dir)?)?;
+        let settings = ConversationSettings {
+            template,
+            prompts_as_chats: None,
+        };
+        for warning in other_conversation(path, &base.dir, settings)? {
+            tracing::warn!("{warning}");
+        }
+    }
     let variables = args.adapter.as_deref().map(recorded_variables);
     let variables = variables.unwrap_or_default();
     let encoder = Encoder::with_variables(&base.dir, template, variables, options)?;

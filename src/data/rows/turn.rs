@@ -47,6 +47,19 @@ pub(in crate::data) fn is_for_templates(key: &str) -> bool {
 
 const NAME_CONVERSATION: &str = "the turns are messages: `fields = { messages = \"conversations\" }` under [data] of run.toml, or `--field messages=conversations` for the data commands; or rename the column to `messages`";
 
+const NAME_TURNS: &str = "the turns are ShareGPT's: `fields = { conversations = \"messages\" }` under [data] of run.toml, or `--field conversations=messages` for the data commands; or rename the column to `conversations`";
+
+/// Roles of other programs, and what they are called here.
+const ROLES_ELSEWHERE: [(&str, &str); 7] = [
+    ("developer", "system"),
+    ("function", "tool"),
+    ("ipython", "tool"),
+    ("human", "user"),
+    ("model", "assistant"),
+    ("bot", "assistant"),
+    ("gpt", "assistant"),
+];
+
 /// Whether a key says that a turn is trained as the others are.
 fn is_usual(key: &str, value: &Value) -> bool {
     match key {
@@ -86,6 +99,11 @@ impl Reader<'_> {
         if key == "conversations" && list.iter().all(is_message) {
             let problem = "its turns have role and content, not from and value";
             return self.refuse(key, problem, NAME_CONVERSATION);
+        }
+        let is_sharegpt = |turn: &Value| has(turn, "from") && !has(turn, "role");
+        if key == "messages" && list.iter().all(is_sharegpt) {
+            let problem = "its turns have from and value, not role and content";
+            return self.refuse(key, problem, NAME_TURNS);
         }
         let places = list.iter().enumerate();
         // All are read before the first bad one is given up.
@@ -287,6 +305,15 @@ impl Reader<'_> {
         fix: &str,
     ) -> Option<Role> {
         let name = self.string(field.clone(), value, fix)?;
-        named(&name).or_else(|| self.refuse(field, format!("unknown role \"{name}\""), fix))
+        named(&name).or_else(|| {
+            let elsewhere = ROLES_ELSEWHERE
+                .iter()
+                .find(|(known, here)| *known == name && named(here).is_some());
+            let fix = match elsewhere {
+                Some((_, here)) => format!("{fix}; write \"{here}\" in its place"),
+                None => fix.to_owned(),
+            };
+            self.refuse(field, format!("unknown role \"{name}\""), &fix)
+        })
     }
 }

@@ -153,7 +153,11 @@ fn renames(object: &Map<String, Value>) -> Option<Vec<(&'static str, &str)>> {
     let prompt = own("prompt").or_else(|| text_in(&PROMPTS));
     let completion = own("completion").or_else(|| text_in(&COMPLETIONS));
     if let (Some(prompt), Some(completion)) = (prompt, completion) {
-        let pairs = [("prompt", prompt), ("completion", completion)];
+        let pairs = match object.contains_key("history") {
+            // Earlier turns stand beside an instruction alone.
+            true => [("instruction", prompt), ("output", completion)],
+            false => [("prompt", prompt), ("completion", completion)],
+        };
         return Some(
             pairs
                 .into_iter()

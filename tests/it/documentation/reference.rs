@@ -296,7 +296,7 @@ fn the_configuration_reference_is_that_of_the_code() {
         sources: &[
             include_str!("../../../src/config/run.rs"),
             include_str!("../../../adapters/src/methods/monteclora.rs"),
-            include_str!("../../../src/data/example.rs"),
+            include_str!("../../../src/data/example/options.rs"),
         ],
         sections: vec![
             ("", "RunConfig"),

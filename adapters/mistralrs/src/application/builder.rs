@@ -393,7 +393,7 @@ impl Recipe {
                 let source = loader.and_then(|loader| loader.check()).err()?;
                 Some(Error::Of {
                     name,
-                    source: Box::new(source),
+                    problem: Box::new(source),
                 })
             });
             Error::all(failed.collect())

@@ -331,7 +331,7 @@ impl Plan {
                     ),
                     _ => Error::Of {
                         name,
-                        source: Box::new(error),
+                        problem: Box::new(error),
                     },
                 }),
             }

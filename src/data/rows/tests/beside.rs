@@ -371,3 +371,29 @@ fn a_question_may_hold_what_is_for_training() {
         parse_question(row.as_bytes()).expect_err("context and misspelt columns are refused");
     }
 }
+
+#[test]
+fn turns_and_roles_of_other_programs_are_told_with_their_names_here() {
+    for (row, expected) in [
+        (
+            r#"{"messages":[{"from":"human","value":"q"},{"from":"gpt","value":"a"}]}"#,
+            "--field conversations=messages",
+        ),
+        (
+            r#"{"messages":[{"role":"developer","content":"q"},{"role":"assistant","content":"a"}]}"#,
+            r#"unknown role "developer"; expected system, user, assistant or tool; write "system" in its place"#,
+        ),
+        (
+            r#"{"query":"q","response":"a","history":[["x","y"]]}"#,
+            "--field instruction=query --field output=response",
+        ),
+    ] {
+        let problems = parse_row(row.as_bytes(), None).expect_err("refused");
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(
+            problems[0].to_string().contains(expected),
+            "{}",
+            problems[0]
+        );
+    }
+}
