@@ -151,6 +151,13 @@ impl Beside {
             match names::file(&name) {
                 Known::Carried => beside.carried.push(&name),
                 Known::LeftOut(what) => leave(what, &name),
+                Known::Weights if path.symlink_metadata().is_ok() && !path.exists() => {
+                    let message = "a link to a file of weights that is not there, as in a cache of the Hub that was not fetched to the end";
+                    let fix = "fetch it with `hf download`, or remove the link if it is not part of the adapter";
+                    beside
+                        .problems
+                        .push(Problem::new("missing-file", name, message, fix));
+                }
                 Known::Weights => weights.push((name, path)),
             }
         }

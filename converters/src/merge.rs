@@ -14,6 +14,7 @@ use crate::beside::{Carried, TEMPLATES_DIR, entries};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::formats::peft::config_write::to_text;
+use crate::formats::peft::read::CONFIG_FILE as ADAPTER_CONFIG;
 use crate::json;
 use crate::low_rank::product_rows;
 use crate::model_files::{EMBEDDING, ModelFiles};
@@ -382,6 +383,11 @@ fn copy_other_files(
                 true => copy_templates(&path, &out.join(TEMPLATES_DIR))?,
                 false => not_copied.push(format!("{name}/")),
             }
+            continue;
+        }
+        if name == ADAPTER_CONFIG {
+            // An adapter beside the base is none of the merged model, which transformers would look for the weights of.
+            not_copied.push(name);
             continue;
         }
         let extension = path.extension().and_then(|extension| extension.to_str());

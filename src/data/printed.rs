@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::{
     error::field_problem,
-    rows::Message,
+    rows::{Message, Role},
     template::{Beside, ChatTemplate},
 };
 
@@ -69,6 +69,11 @@ pub(super) fn refuse_unprinted(
         }
         if !conversation.prints_content(idx, message.content()) {
             unprinted.push(format!("messages[{idx}].content"));
+        } else if message.role() == Role::Assistant
+            && message.trained()
+            && !conversation.prints_thought(idx, message.content())
+        {
+            unprinted.push(format!("messages[{idx}].content (its <think> part)"));
         }
     }
     if unprinted.is_empty() {
@@ -180,8 +185,28 @@ impl Whole<'_> {
         content.is_empty()
             || self.text.contains(content)
             || self.prints(idx, |fields| {
-                fields.insert("content".to_owned(), "".into());
+                // Another text and no empty one, which templates may refuse.
+                fields.insert("content".to_owned(), "\u{25a1}".into());
             })
+    }
+
+    /// Whether what an answer thinks, `<think>` to `</think>` in its content, is in the text up to it or in the whole. Templates cut
+    /// it out of earlier answers, and some of every answer.
+    fn prints_thought(&self, idx: usize, content: &str) -> bool {
+        let thought = content.split_once("</think>").map(|(before, _)| {
+            before
+                .rsplit_once("<think>")
+                .map_or(before, |(_, inside)| inside)
+                .trim()
+        });
+        let Some(thought) = thought.filter(|thought| !thought.is_empty()) else {
+            return true;
+        };
+        let until = self.fields[..=idx].to_vec();
+        self.text.contains(thought)
+            || self
+                .render(&until)
+                .is_none_or(|text| text.contains(thought))
     }
 
     fn prints_none(&self, idx: usize) -> bool {
@@ -273,6 +298,29 @@ mod tests {
         assert!(said.starts_with("messages[1].thinking: "), "{said}");
         // Names and numbers that stand beside are no content.
         assert_eq!(refusal(None, &thoughts("name")), None);
+    }
+
+    #[test]
+    fn thoughts_cut_out_of_every_answer_and_texts_read_as_parts_are_refused() {
+        let row = r#"{"messages":[{"role":"user","content":"U"},{"role":"assistant","content":"<think>\nlong\n</think>A"}]}"#;
+        let cutting =
+            "{% for m in messages %}{{ m.role }}{{ m.content.split('</think>')[-1] }}{% endfor %}";
+        let said = refusal(Some(cutting), row).expect("refused");
+        assert!(
+            said.starts_with("messages[1].content (its <think> part): "),
+            "{said}"
+        );
+        assert_eq!(refusal(None, row), None);
+        // Cut out of earlier answers alone, as it is meant.
+        let earlier = "{% for m in messages %}{{ m.role }}{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}";
+        let two = r#"{"messages":[{"role":"user","content":"U"},{"role":"assistant","content":"<think>long</think>A"},
+            {"role":"user","content":"V"},{"role":"assistant","content":"B"}]}"#;
+        assert_eq!(refusal(Some(earlier), two), None);
+        let parts = "{% for m in messages %}{{ m.role }}{% if m.content[0]['type'] == 'text' %}{{ m.content[0]['text'] }}{% endif %}{% endfor %}";
+        let plain =
+            r#"{"messages":[{"role":"user","content":"U"},{"role":"assistant","content":"A"}]}"#;
+        let said = refusal(Some(parts), plain).expect("refused");
+        assert!(said.starts_with("messages[0].content"), "{said}");
     }
 
     #[test]

@@ -247,7 +247,8 @@ fn from_gguf_name(families: &[&Family], name: &str) -> Option<String> {
 /// Every site of `file`; without a base the rows of B stay as they are stored.
 fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapter> {
     let mut problems = Vec::new();
-    let alpha = check_metadata(file, base, &mut problems);
+    let mut notes = Vec::new();
+    let alpha = check_metadata(file, base, &mut problems, &mut notes);
     let families = families(file, base);
     let mut pairs = Pairs::default();
     for name in file.names().filter(|name| *name != ROPE_FREQS) {
@@ -292,7 +293,7 @@ fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapte
         sites,
         format: "gguf-lora",
         metadata: BTreeMap::new(),
-        notes: Vec::new(),
+        notes,
     })
 }
 
@@ -308,7 +309,12 @@ fn families(file: &GgufFile, base: Option<&Base>) -> Vec<&'static Family> {
 }
 
 /// Checks kind and architecture; gives alpha.
-fn check_metadata(file: &GgufFile, base: Option<&Base>, problems: &mut Vec<Problem>) -> f64 {
+fn check_metadata(
+    file: &GgufFile,
+    base: Option<&Base>,
+    problems: &mut Vec<Problem>,
+    notes: &mut Vec<String>,
+) -> f64 {
     let mut refuse = |code, key: &str, message: &str, fix| {
         problems.push(Problem::new(code, key, message, fix));
     };
@@ -333,6 +339,25 @@ fn check_metadata(file: &GgufFile, base: Option<&Base>, problems: &mut Vec<Probl
         refuse("alora", key, message, UNSUPPORTED);
     }
     const ALPHA: &str = "adapter.lora.alpha";
+    const DESCRIBES: [&str; 3] = ["adapter.type", ALPHA, "adapter.lora.task_name"];
+    for key in metadata.keys() {
+        if key.starts_with("general.") || DESCRIBES.contains(&&**key) || is_alora(&key) {
+            continue;
+        }
+        if key == "adapter.lora.prompt_prefix" {
+            let prefix = file.text(key).unwrap_or_default();
+            notes.push(format!("{key}: prompts are to begin with {prefix:?}, which nothing adds here; it is left out"));
+        } else if key.starts_with("adapter.") {
+            refuse(
+                "gguf-metadata",
+                key,
+                "not understood: it may change what the adapter computes",
+                UNSUPPORTED,
+            );
+        } else {
+            notes.push(format!("{key}: not of an adapter, and left out"));
+        }
+    }
     let alpha = metadata.get(ALPHA).and_then(|value| value.as_f64());
     alpha.filter(|alpha| alpha.is_finite()).unwrap_or_else(|| {
         refuse(
@@ -488,6 +513,41 @@ mod tests {
                 .write(&adapter, &path, &LoraOptions::default(), Some(&Map::new()))
                 .is_err()
         );
+    }
+
+    #[test]
+    fn every_key_is_read_named_or_refused() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("x.gguf");
+        let read = |key: &str, value: Entry| {
+            let text = |text: &str| Entry::Text(text.into());
+            let metadata = [
+                ("general.architecture", text("llama")),
+                ("general.type", text("adapter")),
+                ("general.name", text("mine")),
+                ("adapter.type", text("lora")),
+                ("adapter.lora.alpha", Entry::F32(8.0)),
+                ("adapter.lora.task_name", text("triage")),
+                (key, value),
+            ];
+            let tensor = |shape: &[usize; 2]| Tensor::from_f32(shape, vec![0.5; 8]).expect("sized");
+            let tensors = [
+                ("blk.0.attn_v.weight.lora_a".to_owned(), tensor(&[2, 4])),
+                ("blk.0.attn_v.weight.lora_b".to_owned(), tensor(&[4, 2])),
+            ];
+            write_gguf(&path, &metadata, &tensors).expect("written");
+            Adapter::read_for(&path, &llama())
+        };
+        let plain = read("general.license", Entry::Text("mit".into())).expect("harmless");
+        assert_eq!(plain.notes, [""; 0]);
+        let prefix = Entry::Text("Q: ".into());
+        let noted = read("adapter.lora.prompt_prefix", prefix).expect("noted");
+        assert!(noted.notes[0].contains("\"Q: \""), "{:?}", noted.notes);
+        let template = Entry::Text("{{ x }}".into());
+        let noted = read("tokenizer.chat_template", template).expect("noted");
+        assert!(noted.notes[0].starts_with("tokenizer.chat_template: "));
+        let refused = read("adapter.lora.scale", Entry::F32(2.0)).expect_err("refused");
+        assert_eq!(refused.problems()[0].at, "adapter.lora.scale");
     }
 
     #[test]

@@ -12,7 +12,9 @@ use crate::adapter::{Adapter, Site};
 use crate::beside::Carried;
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
+use crate::formats::peft::read::read_source;
 use crate::formats::peft::write;
+use crate::source::Source;
 use crate::targets::{OUTPUT_HEAD, ends_in};
 use crate::tensors::derived::holds_scaled;
 use crate::tensors::dtype::DType;
@@ -48,8 +50,9 @@ impl Format for Lora {
         Peft.files(path)
     }
 
+    /// The mean alone: settings and tensors of a posterior are left unread, even where they are incomplete.
     fn read(&self, path: &Path, options: &ReadOptions<'_>) -> Result<Adapter> {
-        Peft.read(path, options)
+        read_source(&Source::of(path)?, options, false)
     }
 
     fn write(

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::{About, Format, Pairs, ReadOptions, Written};
 use crate::absent;
 use crate::adapter::{Adapter, Site};
+use crate::architecture::ties_embeddings;
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
 use crate::formats::lora::LoraOptions;
@@ -18,6 +19,7 @@ use crate::json;
 use crate::module_path::one_for_all;
 use crate::problem::Problem;
 use crate::source::Source;
+use crate::targets::OUTPUT_HEAD;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::validate::cautions::experts;
 use crate::validate::runtime::Runtime;
@@ -158,12 +160,21 @@ impl Format for Mlx {
         adapter: &Adapter,
         path: &Path,
         options: &LoraOptions,
-        _base_config: Option<&Map<String, Value>>,
+        base_config: Option<&Map<String, Value>>,
     ) -> Result<Written> {
         let message = "one expert as a module of its own; mlx-lm keeps the experts of a layer in one (switch_mlp), and would not load it";
         let fix = "convert it to PEFT or plain LoRA, or merge it and convert the model with mlx_lm.convert";
         let experts = one_for_all("experts", &experts(adapter), message, fix);
         Error::refuse_any(path, experts.into_iter().collect())?;
+        let is_tied = base_config.is_some_and(|config| ties_embeddings(config) == Some(true));
+        if is_tied && adapter.sites.iter().any(|site| site.name == OUTPUT_HEAD) {
+            let message = "is the embedding in this base, and mlx-lm has no such module then: the head would stay unadapted";
+            let fix = "merge it (monteclora merge -m BASE -a ADAPTER -o DIR) and convert the model with mlx_lm.convert";
+            return Err(Error::refused(
+                path,
+                vec![Problem::new("lm-head", OUTPUT_HEAD, message, fix)],
+            ));
+        }
         let (plain, mut report) = adapter.to_lora(options.dtype)?;
         report
             .dropped_keys

@@ -470,3 +470,69 @@ fn heads_of_another_number_are_other_shapes() {
         []
     );
 }
+
+#[test]
+fn the_mean_is_read_without_what_is_left_of_a_posterior() {
+    let scratch = tempfile::tempdir().expect("temporary directory");
+    let from = fixtures::named("monteclora").dir;
+    let dir = scratch.path().join("adapter");
+    copy(&from, &dir);
+    let path = dir.join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).expect("readable");
+    let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    config["monteclora_config"] = serde_json::Value::Null;
+    std::fs::write(&path, config.to_string()).expect("writable");
+    let weights = dir.join("adapter_model.safetensors");
+    let file = SafetensorsFile::open(&weights).expect("readable");
+    let mut tensors: Vec<(String, Tensor)> = file
+        .names()
+        .map(|tensor| (tensor.to_owned(), file.get(tensor).expect("listed")))
+        .collect();
+    let sampler = Tensor::from_f32(&[1], vec![0.0]).expect("sized");
+    let name = "base_model.model.model.layers.0.self_attn.q_proj.mc_sampler.x";
+    tensors.push((name.to_owned(), sampler));
+    write_safetensors(&weights, tensors, &BTreeMap::new()).expect("written");
+    let codes: Vec<_> = problems_of(Adapter::read(&dir))
+        .iter()
+        .map(|problem| problem.code)
+        .collect();
+    assert_eq!(codes, ["unknown-tensor", "posterior-undeclared"]);
+    let lora = crate::format_named("lora").expect("known");
+    let mean = crate::read_as(lora, &dir, &ReadOptions::default()).expect("the mean");
+    let expected = Adapter::read_dir(&from).expect("an adapter").collapse();
+    assert_eq!(mean.fingerprint(), expected.fingerprint());
+}
+
+#[test]
+fn what_lies_beside_as_a_dead_link_or_in_the_base_is_named() {
+    let scratch = tempfile::tempdir().expect("temporary directory");
+    let base_dir = scratch.path().join("base");
+    std::fs::create_dir(&base_dir).expect("made");
+    let base = base("tiny-llama");
+    for entry in std::fs::read_dir(base.dir()).expect("listed") {
+        let entry = entry.expect("readable");
+        std::fs::copy(entry.path(), base_dir.join(entry.file_name())).expect("copied");
+    }
+    std::fs::write(base_dir.join("adapter_config.json"), "{}").expect("written");
+    let adapter = Adapter::read(&case("alpha-full-prefix")).expect("readable");
+    let out = scratch.path().join("merged");
+    let base = ModelFiles::open(&base_dir).expect("a model");
+    let report =
+        crate::merge_dir(&base, &adapter, &out, None, &Default::default()).expect("it fits");
+    assert_eq!(report.not_copied, ["adapter_config.json"]);
+    assert!(!out.join("adapter_config.json").exists());
+
+    #[cfg(unix)]
+    {
+        let dir = scratch.path().join("adapter");
+        copy(&case("alpha-full-prefix"), &dir);
+        std::os::unix::fs::symlink("../blobs/none", dir.join("new_embeddings.safetensors"))
+            .expect("linked");
+        let problems = problems_of(Adapter::read(&dir));
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert_eq!(
+            (problems[0].code, &*problems[0].at),
+            ("missing-file", "new_embeddings.safetensors")
+        );
+    }
+}

@@ -9,7 +9,22 @@ use serde_json::{Value, json};
 use super::{By, Remedy, Run, copy, data, text};
 use crate::cli::{json as answer, ok, own_adapter, run, tiny};
 
-pub(super) const REMEDIES: [Remedy; 25] = [
+pub(super) const REMEDIES: [Remedy; 28] = [
+    (
+        "-o DIR --from lora --to lora takes it alone",
+        Run(the_mean_is_taken_alone),
+    ),
+    (
+        "-o DIR --from lora --to lora leaves the sampler out",
+        By(
+            "converters/src/tests/names.rs",
+            "the_mean_is_read_without_what_is_left_of_a_posterior",
+        ),
+    ),
+    (
+        "merge it (monteclora merge -m BASE -a ADAPTER -o DIR)",
+        Run(a_tied_head_is_merged_for_mlx),
+    ),
     (
         "convert it: monteclora convert --to mlx",
         Run(convert_for_a_runtime),
@@ -534,6 +549,77 @@ fn names_are_written_plainly() {
             "peft",
         ]);
     }
+}
+
+fn the_mean_is_taken_alone() {
+    let dir = scratch();
+    let (from, path) = (
+        PathBuf::from(own_adapter("monteclora")),
+        dir.path().join("lost"),
+    );
+    std::fs::create_dir(&path).unwrap();
+    std::fs::copy(
+        from.join("adapter_model.safetensors"),
+        path.join("adapter_model.safetensors"),
+    )
+    .unwrap();
+    let config = std::fs::read_to_string(from.join("adapter_config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["monteclora_config"] = Value::Null;
+    std::fs::write(path.join("adapter_config.json"), config.to_string()).unwrap();
+    let told = run(&["convert", text(&path), "-o", "unused", "--to", "lora"]);
+    assert!(
+        told.code == 4 && told.stderr.contains("--from lora --to lora"),
+        "{}",
+        told.stderr
+    );
+    let (mean, expected) = (dir.path().join("mean"), dir.path().join("expected"));
+    ok(&[
+        "convert",
+        text(&path),
+        "-o",
+        text(&mean),
+        "--from",
+        "lora",
+        "--to",
+        "lora",
+    ]);
+    ok(&["collapse", text(&from), "-o", text(&expected)]);
+    let bytes = |dir: &Path| std::fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(bytes(&mean), bytes(&expected));
+}
+
+fn a_tied_head_is_merged_for_mlx() {
+    let dir = scratch();
+    let (path, base) = (
+        data("cases/formats/lmhead-tied"),
+        data("cases/bases/base-tied"),
+    );
+    let (mlx, merged) = (dir.path().join("mlx"), dir.path().join("merged"));
+    let told = run(&[
+        "convert",
+        text(&path),
+        "-o",
+        text(&mlx),
+        "--to",
+        "mlx",
+        "-m",
+        text(&base),
+    ]);
+    assert!(
+        told.code == 4 && told.stderr.contains("monteclora merge"),
+        "{}",
+        told.stderr
+    );
+    ok(&[
+        "merge",
+        "-m",
+        text(&base),
+        "-a",
+        text(&path),
+        "-o",
+        text(&merged),
+    ]);
 }
 
 fn copies_of_the_base_are_left_out() {

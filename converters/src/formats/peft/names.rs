@@ -142,7 +142,7 @@ lora_magnitude_vector | dora | the magnitudes of DoRA | merge it into the base w
 .lora_embedding_ | embedding | LoRA on an embedding | train without adapting embeddings
 trainable_tokens | trainable-tokens | trained token embeddings | train without trainable_token_indices
 token_adapter | trainable-tokens | trained token embeddings | train without trainable_token_indices
-.mc_sampler | unknown-tensor | the sampler of the authors' code, whose noise has another scale than PEFT's | convert it to plain LoRA explicitly to use the mean";
+.mc_sampler | unknown-tensor | the sampler of the authors' code, whose noise has another scale than PEFT's | use its mean: monteclora convert ADAPTER -o DIR --from lora --to lora leaves the sampler out";
 
 /// Where a tensor belongs.
 enum Place {

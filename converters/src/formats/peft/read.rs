@@ -26,6 +26,7 @@ pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub(crate) const WEIGHTS_STEM: &str = "adapter_model";
 /// What PEFT puts before a module's path.
 pub(crate) const PREFIX: &str = "base_model.model.";
+const TAKE_THE_MEAN: &str = "save the adapter again with its posterior, or use its mean: monteclora convert ADAPTER -o DIR --from lora --to lora takes it alone";
 pub(super) const SAVE_AGAIN: &str = "save the adapter again";
 
 /// Reads the files that `source` means; without `with_posterior` the sampler is ignored.
@@ -254,7 +255,7 @@ fn check_posterior_is_declared(
             "posterior-lost",
             "monteclora_config",
             "set, but no sampler tensor is stored: the posterior is lost and only its mean is left",
-            "to use the mean, set monteclora_config to null or convert the adapter to plain LoRA explicitly",
+            TAKE_THE_MEAN,
         ));
     }
     if config.monteclora.is_none() && n_with > 0 {
@@ -262,7 +263,7 @@ fn check_posterior_is_declared(
             "posterior-undeclared",
             "monteclora_config",
             format!("null, but {n_with} sites have sampler tensors, whose noise scale is therefore unknown"),
-            "restore monteclora_config, or convert the adapter to plain LoRA explicitly to use the mean",
+            TAKE_THE_MEAN,
         ));
     }
     is_lost
@@ -352,7 +353,7 @@ fn assemble(
             (log_std, _) => {
                 let missing = log_std.map_or("std_prior", |_| "expert_weights_prior");
                 let message = format!("{SAMPLER}.{missing} missing");
-                let fix = "save the adapter again, or convert it to plain LoRA explicitly to use the mean";
+                let fix = TAKE_THE_MEAN;
                 problems.push(Problem::new("sampler-incomplete", &name, message, fix));
             }
         }
