@@ -2,6 +2,8 @@
 
 use std::f64::consts::PI;
 
+use serde_json::{Value, json};
+
 /// A rotary embedding in the rotate-half form.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
@@ -25,6 +27,23 @@ pub enum RopeKind {
     },
     /// Llama 3's.
     Llama3(Llama3Scaling),
+}
+
+impl RopeKind {
+    /// The scaling as `rope_scaling` of a config.json has it; null where there is none.
+    pub fn scaling_json(self) -> Value {
+        match self {
+            Self::Default => Value::Null,
+            Self::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+            Self::Llama3(scaling) => json!({
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position_embeddings,
+            }),
+        }
+    }
 }
 
 /// Llama 3's `rope_scaling`.

@@ -112,7 +112,7 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
         "max_position_embeddings": context_length,
         "rms_norm_eps": rms_norm_eps,
         "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling(rope),
+        "rope_scaling": rope.scaling_json(),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "tie_word_embeddings": is_tied,
@@ -164,21 +164,6 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
         ));
     }
     (findings.problems.len() == n_problems).then_some(config)
-}
-
-/// A scaling as config.json has it.
-fn rope_scaling(kind: RopeKind) -> Value {
-    match kind {
-        RopeKind::Default => Value::Null,
-        RopeKind::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        RopeKind::Llama3(scaling) => json!({
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }),
-    }
 }
 
 fn architecture<'a>(source: &'a GgufFile, findings: &mut Findings) -> Option<&'a str> {

@@ -51,7 +51,7 @@ pub fn normalise_config(config: &Map<String, Value>) -> Result<NormalisedConfig,
         "tie_word_embeddings": shape.tie_word_embeddings,
     });
     let further = [
-        ("rope_scaling", rope_scaling(shape.ropes[0].kind)),
+        ("rope_scaling", shape.ropes[0].kind.scaling_json()),
         ("head_dim", json!(shape.head_dim)),
         ("use_sliding_window", json!(false)),
         ("max_window_layers", json!(shape.num_hidden_layers)),
@@ -66,21 +66,6 @@ pub fn normalise_config(config: &Map<String, Value>) -> Result<NormalisedConfig,
         json,
         max_sequence_length,
     })
-}
-
-/// The scaling in the form mistral.rs 0.8.1 reads.
-fn rope_scaling(kind: RopeKind) -> Value {
-    match kind {
-        RopeKind::Default => Value::Null,
-        RopeKind::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        RopeKind::Llama3(scaling) => json!({
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }),
-    }
 }
 
 /// What changes the result and cannot be said to mistral.rs 0.8.1.
