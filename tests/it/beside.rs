@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::cli::{json as answer, ok, own_adapter, run, tiny};
+use crate::cli::{copy, json as answer, ok, own_adapter, run, text, tiny};
 
 /// The folder of a case, below the root that `MONTECLORA_CASES` names, or the project's copy.
 fn case(name: &str) -> PathBuf {
@@ -13,18 +13,6 @@ fn case(name: &str) -> PathBuf {
     let path = root.join("formats").join(name);
     assert!(path.is_dir(), "no case `{}`", path.display());
     path
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
 }
 
 /// Whether the list of a report has an entry of this name.

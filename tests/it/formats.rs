@@ -5,15 +5,11 @@ use std::path::{Path, PathBuf};
 use monteclora_converters::{Adapter, ModelFiles, SafetensorsFile, Tensor};
 use serde_json::Value;
 
-use crate::cli::{json, ok, own_adapter, run, tiny};
+use crate::cli::{json, ok, own_adapter, run, text, tiny};
 use crate::fixtures::{
     AdapterCase, adapters, floats, largest_difference, named, own, supported_architectures, usable,
     with_own,
 };
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// `case` in every format, each with a name for messages.
 fn in_every_format(case: &AdapterCase, dir: &Path) -> Vec<(&'static str, PathBuf)> {

@@ -5,11 +5,13 @@
 
 mod adapters;
 mod models;
+mod paths;
 mod source_texts;
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use crate::cli::run;
 use crate::fixtures::own;
 
 /// How a remedy is known to work.
@@ -245,6 +247,7 @@ fn remedies() -> impl Iterator<Item = &'static Remedy> {
     OTHERS
         .iter()
         .chain(&adapters::REMEDIES)
+        .chain(&paths::REMEDIES)
         .chain(&models::REMEDIES)
 }
 
@@ -296,16 +299,10 @@ fn every_remedy_that_names_a_command_is_run() {
     );
 }
 
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
+/// Runs the program, which is to fail or to warn with these words.
+fn told(arguments: &[&str], words: &str) {
+    let told = run(arguments);
+    assert!(told.stderr.contains(words), "{}", told.stderr);
 }
 
 fn data(name: &str) -> PathBuf {

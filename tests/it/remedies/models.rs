@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use monteclora_converters::Adapter;
 use serde_json::{Value, json};
 
-use super::{Remedy, Run, copy, data, text};
-use crate::cli::{json as answer, ok, own_adapter, run, run_toml, tiny};
+use super::{Remedy, Run, data, told};
+use crate::cli::{copy, json as answer, ok, own_adapter, run, run_toml, text, tiny};
 
 pub(super) const REMEDIES: [Remedy; 15] = [
     (
@@ -411,11 +411,9 @@ pub(super) fn parity_in_single_precision() {
         "--reference",
         &reference,
     ];
-    let refused = run(&[&arguments[..], &["--dtype", "bf16"]].concat());
-    assert!(
-        refused.stderr.contains("use --dtype auto or f32"),
-        "{}",
-        refused.stderr
+    told(
+        &[&arguments[..], &["--dtype", "bf16"]].concat(),
+        "use --dtype auto or f32",
     );
     for dtype in ["auto", "f32"] {
         ok(&[&arguments[..], &["--dtype", dtype]].concat());
@@ -434,11 +432,9 @@ pub(super) fn an_adapter_without_effect_is_served() {
     adapter.write_peft(&path, false).unwrap();
     let (base, alias) = (tiny(), format!("zero={}", path.display()));
     let arguments = ["-m", &base, "--adapter", &alias, "--cpu"];
-    let refused = run(&[&["serve"], &arguments[..]].concat());
-    assert!(
-        refused.stderr.contains("start the server with --force"),
-        "{}",
-        refused.stderr
+    told(
+        &[&["serve"], &arguments[..]].concat(),
+        "start the server with --force",
     );
     let server = crate::runtime::serve(&[&arguments[..], &["--force"]].concat());
     assert!(server.url.starts_with("http"));
