@@ -1,10 +1,12 @@
-//! Adapters that change something, and the hashes of what a run was made from.
+//! Adapters that change something and fit their base, and what is to be known of where they come from.
 
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, ModelFiles, Problem, base_warnings, training_record};
-use sha2::{Digest, Sha256};
+use monteclora_converters::{
+    Adapter, ConversationSettings, ModelFiles, Problem, base_warnings, other_conversation,
+    training_record,
+};
 
 /// Reads an adapter and refuses one that changes nothing, unless `force`.
 pub fn read_effective(path: &Path, force: bool) -> Result<Adapter> {
@@ -31,6 +33,18 @@ pub fn read_effective_on(path: &Path, base: &ModelFiles, force: bool) -> Result<
     let adapter = read_fitting(path, base)?;
     require_effect(&adapter, path, force)?;
     Ok(adapter)
+}
+
+/// Warns of another chat template, tokenizer or setting than an adapter brings or was trained with; see [`other_conversation`].
+pub fn warn_of_conversation(
+    path: &Path,
+    base: &Path,
+    settings: ConversationSettings<'_>,
+) -> Result<()> {
+    for warning in other_conversation(path, base, settings)? {
+        tracing::warn!("{warning}");
+    }
+    Ok(())
 }
 
 /// Warns of how an adapter was trained where what is written of it has no record of that.
@@ -79,14 +93,4 @@ pub fn require_effect(adapter: &Adapter, path: &Path, force: bool) -> Result<()>
         path.display()
     );
     Err(Problem::sentence("no-effect", message).into())
-}
-
-/// SHA-256 of a file's bytes, or none where it is missing.
-pub fn file_sha256(path: &Path) -> Option<String> {
-    std::fs::read(path).ok().map(|bytes| sha256(&bytes))
-}
-
-/// SHA-256 in lower-case hexadecimal.
-pub fn sha256(bytes: &[u8]) -> String {
-    format!("{:x}", Sha256::digest(bytes))
 }

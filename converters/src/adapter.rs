@@ -60,15 +60,19 @@ impl Site {
         Ok(delta)
     }
 
-    /// The element of [`Self::delta_f32`] at `row` and `column`; 0 outside.
-    pub(crate) fn delta_at(&self, row: usize, column: usize) -> Result<f64> {
+    /// The elements of [`Self::delta_f32`] at `places`, without the others; 0 outside.
+    pub(crate) fn delta_at(&self, places: impl Iterator<Item = usize>) -> Result<Vec<f64>> {
         let (a, b) = (self.lora_a.to_f32()?, self.lora_b.to_f32()?);
-        let (n_in, rank) = (self.in_features(), self.rank);
-        let term = |k: usize| {
-            let (a, b) = (a.get(k * n_in + column)?, b.get(row * rank + k)?);
-            Some(f64::from(*a) * f64::from(*b))
+        let (n_in, rank) = (self.in_features().max(1), self.rank);
+        let element = |place: usize| {
+            let (row, column) = (place / n_in, place % n_in);
+            let term = |k: usize| {
+                let (a, b) = (a.get(k * n_in + column)?, b.get(row * rank + k)?);
+                Some(f64::from(*a) * f64::from(*b))
+            };
+            self.scaling * (0..rank).filter_map(term).sum::<f64>()
         };
-        Ok(self.scaling * (0..rank).filter_map(term).sum::<f64>())
+        Ok(places.map(element).collect())
     }
 
     pub(crate) fn scaling_f32(&self) -> f32 {

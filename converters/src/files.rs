@@ -5,6 +5,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 use tempfile::{Builder, NamedTempFile, TempDir};
 
 use crate::error::{Error, Result};
@@ -14,6 +15,16 @@ use crate::problem::Problem;
 pub const PARTIAL: &str = ".partial-";
 /// What to do about a destination that exists.
 pub(crate) const OVERWRITE: &str = "choose another directory or allow overwriting";
+
+/// SHA-256 in lower-case hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
+}
+
+/// [`sha256`] of a file's bytes, or none where it cannot be read.
+pub fn file_sha256(path: &Path) -> Option<String> {
+    fs::read(path).ok().map(|bytes| sha256(&bytes))
+}
 
 /// The directory in which a sibling of `path` is made.
 fn parent_of(path: &Path) -> &Path {

@@ -17,7 +17,7 @@ use crate::formats::peft::config_write::to_text;
 use crate::formats::peft::read::CONFIG_FILE as ADAPTER_CONFIG;
 use crate::json;
 use crate::low_rank::product_rows;
-use crate::model_files::{EMBEDDING, ModelFiles};
+use crate::model_files::{EMBEDDING, HEAD, ModelFiles};
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_write::{Slot, stream};
@@ -26,9 +26,6 @@ use crate::trained_base::{MERGE_RECORD, merged_adapters};
 
 /// Weights are merged in blocks of rows of about this many elements, so memory does not grow with the matrix.
 const BLOCK_ELEMENTS: usize = 1 << 20;
-
-/// The output head's weight.
-const HEAD_WEIGHT: &str = "lm_head.weight";
 
 /// What an overlay holds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -236,12 +233,12 @@ impl Adapter {
 
 /// Where the head is stored that a tied base has no tensor for.
 fn head_slot(base: &ModelFiles, dtype: Option<DType>) -> Option<Slot> {
-    let (stored, shape) = match base.info(HEAD_WEIGHT) {
+    let (stored, shape) = match base.info(HEAD) {
         Some(_) => return None,
         None => base.info(EMBEDDING)?,
     };
     Some(Slot {
-        name: HEAD_WEIGHT.to_owned(),
+        name: HEAD.to_owned(),
         dtype: dtype.unwrap_or(stored),
         shape: shape.to_vec(),
     })
@@ -255,11 +252,8 @@ fn weights_of(adapter: &Adapter) -> BTreeMap<String, &Site> {
         .collect()
 }
 
-/// The base's weight of this name; for the head of a tied base, the embedding.
 fn base_tensor(base: &ModelFiles, name: &str) -> Result<Tensor> {
-    let tied = || (name == HEAD_WEIGHT && base.ties_embeddings()).then(|| base.embedding())?;
-    base.get(name)
-        .or_else(tied)
+    base.weight(name)
         .ok_or_else(|| Error::tensor(name, "not in the base"))
 }
 

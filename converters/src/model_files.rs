@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::architecture;
 use crate::error::Result;
 use crate::json;
-use crate::targets::LinearModule;
+use crate::targets::{LinearModule, OUTPUT_HEAD};
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::shards::ShardSet;
@@ -23,6 +23,9 @@ pub(crate) use quantised::declared as declared_quantization;
 
 /// The token embedding's weight.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// The output head's weight, where it is not the embedding.
+pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// A model in a directory: `model.safetensors`, or shards with or without `model.safetensors.index.json`.
 #[derive(Debug, Clone)]
@@ -104,13 +107,13 @@ impl ModelFiles {
     /// Whether the output head is the embedding: as `config.json` says, or if it is silent, as transformers assumes of the family;
     /// of an unknown one, when no head is stored.
     pub fn ties_embeddings(&self) -> bool {
-        architecture::ties_embeddings(&self.config)
-            .unwrap_or_else(|| self.info("lm_head.weight").is_none())
+        architecture::ties_embeddings(&self.config).unwrap_or_else(|| self.info(HEAD).is_none())
     }
 
-    /// The token embedding, which is the output head's weight too where [`Self::ties_embeddings`].
-    pub(crate) fn embedding(&self) -> Option<Tensor> {
-        self.get(EMBEDDING)
+    /// As [`Self::get`]; for the output head of a model that [ties](Self::ties_embeddings) it and stores none, the embedding.
+    pub(crate) fn weight(&self, name: &str) -> Option<Tensor> {
+        let tied = || (name == HEAD && self.ties_embeddings()).then(|| self.get(EMBEDDING))?;
+        self.get(name).or_else(tied)
     }
 
     /// Every linear projection that an adapter can target, sorted by name: the two-dimensional `.weight` tensors that
@@ -136,11 +139,11 @@ impl ModelFiles {
             })
             .collect();
         if self.ties_embeddings()
-            && self.info("lm_head.weight").is_none()
+            && self.info(HEAD).is_none()
             && let Some((_, [out_features, in_features])) = self.info(EMBEDDING)
         {
             modules.push(LinearModule {
-                name: "lm_head".into(),
+                name: OUTPUT_HEAD.into(),
                 in_features: *in_features,
                 out_features: *out_features,
             });

@@ -73,6 +73,13 @@ pub(crate) fn other_front<'a>(
     None
 }
 
+/// What stands in front of a layer's number in `name`, `layers.` included; the number; and what follows behind its dot.
+pub(crate) fn layer_of(name: &str) -> Option<(&str, usize, &str)> {
+    let start = name.find("layers.")? + "layers.".len();
+    let (number, after) = name[start..].split_once('.')?;
+    Some((&name[..start], number.parse().ok()?, after))
+}
+
 /// What stands before the layers of `path`, with its dot.
 pub(crate) fn front(path: &str) -> &str {
     path.find("layers.").map_or("", |at| &path[..at])

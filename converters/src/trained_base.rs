@@ -129,8 +129,11 @@ pub fn base_warnings(path: &Path, adapter: &Adapter, base: &ModelFiles) -> Resul
     let record = training_record(path).unwrap_or_default();
     let trained = &record["base"];
     let sample: Vec<f32> = serde_json::from_value(trained["sample"].clone()).unwrap_or_default();
-    let is_merged = merged_adapters(base.dir()).contains(&adapter.collapse().fingerprint());
-    if is_merged || holds(adapter, &sample, base)? {
+    let found_sample = match sample.is_empty() {
+        true => Vec::new(),
+        false => base_sample(base),
+    };
+    if is_merged(adapter, base) || holds(adapter, &sample, &found_sample, base)? {
         return Ok(vec![Problem::new(
             "merged-base",
             base.dir().display().to_string(),
@@ -149,7 +152,7 @@ pub fn base_warnings(path: &Path, adapter: &Adapter, base: &ModelFiles) -> Resul
         true => {
             "other files, and the record does not say whether these hold other weights".to_owned()
         }
-        false => match difference(&sample, &base_sample(base)) {
+        false => match difference(&sample, &found_sample) {
             Some(apart) if apart <= SAME => return Ok(Vec::new()),
             Some(apart) => format!("its weights differ by about {:.1} %", apart * 100.0),
             None => "its matrices are others".to_owned(),
@@ -172,34 +175,36 @@ pub fn base_warnings(path: &Path, adapter: &Adapter, base: &ModelFiles) -> Resul
     )])
 }
 
-/// Whether `base` is the model of `sample` with the adapter's update in its weights.
-fn holds(adapter: &Adapter, sample: &[f32], base: &ModelFiles) -> Result<bool> {
-    let found = base_sample(base);
+/// Whether the record of merges into `base` has the adapter's mean.
+fn is_merged(adapter: &Adapter, base: &ModelFiles) -> bool {
+    let merged = merged_adapters(base.dir());
+    !merged.is_empty() && merged.contains(&adapter.collapse().fingerprint())
+}
+
+/// Whether `base`, of which `found` is a sample, is the model of `sample` with the adapter's update in its weights.
+fn holds(adapter: &Adapter, sample: &[f32], found: &[f32], base: &ModelFiles) -> Result<bool> {
+    if sample.is_empty() || sample.len() != found.len() {
+        return Ok(false);
+    }
     let mut updates = Vec::with_capacity(found.len());
     for name in sampled(base) {
         let Some(tensor) = base.get(name) else {
             continue;
         };
-        let site = adapter
-            .sites
-            .iter()
-            .find(|site| Some(site.name.as_str()) == name.strip_suffix(".weight"));
-        for at in places(&tensor) {
-            updates.push(match site {
-                Some(site) if site.in_features() > 0 => {
-                    site.delta_at(at / site.in_features(), at % site.in_features())?
-                }
-                _ => 0.0,
-            });
+        let module = name.strip_suffix(".weight");
+        let mut sites = adapter.sites.iter();
+        match sites.find(|site| Some(site.name.as_str()) == module) {
+            Some(site) => updates.extend(site.delta_at(places(&tensor))?),
+            None => updates.extend(places(&tensor).map(|_| 0.0)),
         }
     }
-    if sample.len() != found.len() || found.len() != updates.len() {
+    if found.len() != updates.len() {
         return Ok(false);
     }
     let square: f64 = updates.iter().map(|update| update.powi(2)).sum();
     let difference = sample
         .iter()
-        .zip(&found)
+        .zip(found)
         .map(|(x, y)| f64::from(*y) - f64::from(*x));
     // Where rounding is larger than the update, the update still shows in its own direction.
     let along: f64 = difference
@@ -211,7 +216,7 @@ fn holds(adapter: &Adapter, sample: &[f32], base: &ModelFiles) -> Result<bool> {
         .zip(&updates)
         .map(|(x, update)| x + *update as f32)
         .collect();
-    let is_near = self::difference(&with_update, &found).is_some_and(|apart| apart <= SAME);
+    let is_near = self::difference(&with_update, found).is_some_and(|apart| apart <= SAME);
     Ok(square > 0.0 && is_near && (0.75..=1.25).contains(&(along / square)))
 }
 

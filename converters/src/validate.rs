@@ -64,6 +64,8 @@ pub struct Findings {
     pub problems: Vec<Problem>,
     /// What it depends on, what of it is left out, and where it was trained.
     pub warnings: Vec<Problem>,
+    /// What lies beside it, where the directory can be listed.
+    pub beside: Beside,
 }
 
 /// As [`validate_path`], with warnings: what reading left out, names that only some kinds of base have, another base than the one that
@@ -76,43 +78,42 @@ pub fn examine(path: &Path, base: Option<&ModelFiles>, runtimes: &[Runtime]) -> 
         Some(base) => Adapter::read_on(path, base),
         None => read_without_base(path),
     };
+    let mut findings = Findings {
+        beside: Beside::of(path).unwrap_or_default(),
+        ..Findings::default()
+    };
+    let Findings {
+        problems,
+        warnings,
+        beside,
+    } = &mut findings;
     match read {
         Ok(adapter) => {
-            let mut problems = validate(&adapter, base, runtimes)?;
+            *problems = validate(&adapter, base, runtimes)?;
             if has_peft_settings(&adapter) {
-                check_form(path, runtimes, &mut problems)?;
+                check_form(path, runtimes, problems)?;
             }
             if let Some(base) = base {
-                problems.extend(Beside::of(path)?.carried.beyond(base));
+                problems.extend(beside.carried.beyond(base));
             }
-            let mut warnings = cautions::of(&adapter, base.is_some(), runtimes);
-            warnings.extend(Beside::of(path)?.carried.unread_tokens());
+            *warnings = cautions::of(&adapter, base.is_some(), runtimes);
+            warnings.extend(beside.carried.unread_tokens());
             // Only an adapter that fits is worth asking which base it belongs to.
             if let Some(base) = base.filter(|_| problems.is_empty()) {
                 warnings.extend(base_warnings(path, &adapter, base)?);
             }
-            Ok(Findings { problems, warnings })
         }
         // A file that cannot be opened is the adapter's problem as much as one in it.
-        Err(Error::Problem(problem)) if problem.exit == 4 => Ok(Findings {
-            problems: vec![problem],
-            ..Findings::default()
-        }),
+        Err(Error::Problem(problem)) if problem.exit == 4 => problems.push(problem),
         Err(error) if !error.problems().is_empty() => {
             let found = error.problems();
-            let mut problems = found.to_vec();
-            problems.extend(
-                runtimes
-                    .iter()
-                    .flat_map(|runtime| unreadable::fates(found, *runtime)),
-            );
-            Ok(Findings {
-                problems,
-                ..Findings::default()
-            })
+            problems.extend_from_slice(found);
+            let of_runtimes = runtimes.iter();
+            problems.extend(of_runtimes.flat_map(|runtime| unreadable::fates(found, *runtime)));
         }
-        Err(error) => Err(error),
+        Err(error) => return Err(error),
     }
+    Ok(findings)
 }
 
 /// Every problem of a readable adapter: no effect, misfit with `base`, and what each runtime refuses or gets wrong.
@@ -153,7 +154,7 @@ pub fn validate(
         }
         if *runtime == Runtime::Mlx {
             let message = "keeps the experts of a layer in one module (switch_mlp), and would not load one expert as a module of its own";
-            let fix = "convert it to PEFT or plain LoRA, or merge it and convert the model with mlx_lm.convert";
+            let fix = cautions::EXPERTS_FOR_MLX;
             let found = one_for_all("experts", &cautions::experts(adapter), "", fix);
             if let Some(found) = found {
                 report.add(found.code, &found.at, message, &found.fix);

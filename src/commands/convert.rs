@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use super::export::{Export, require_apart};
 use crate::cli::{ConvertArgs, ConvertDtypeArg};
 use crate::hub::{self, HubOptions};
+use crate::model::warn_of_base;
 use crate::output::require_empty;
 use crate::provenance::{require_effect, warn_of_settings};
 
@@ -79,9 +80,7 @@ impl Base {
         let dir = hub::locate(id, &HubOptions::default())?.dir;
         match ModelFiles::open(&dir) {
             Ok(files) => {
-                for warning in files.check()? {
-                    tracing::warn!("{warning}");
-                }
+                warn_of_base(&files)?;
                 Ok(Self::Files(files))
             }
             // An index without its files is a model that was not fetched to the end.
@@ -106,13 +105,8 @@ impl Base {
     fn require_fit(&self, adapter: &Adapter) -> Result<()> {
         match self {
             Self::None => Ok(()),
-            Self::Files(files) => {
-                adapter.require_fit(files)?;
-                // The order of rows in a GGUF follows from the head counts, which only config.json has.
-                let shape = ModelShape::from_config(files.config()).ok();
-                let modules = shape.map(|shape| shape.linear_modules());
-                modules.map_or(Ok(()), |modules| Ok(adapter.require_modules(&modules)?))
-            }
+            // Its tensors are those that config.json describes, the number of heads included.
+            Self::Files(files) => Ok(adapter.require_fit(files)?),
             Self::Config(config) => match ModelShape::from_config(config) {
                 Ok(shape) => Ok(adapter.require_modules(&shape.linear_modules())?),
                 Err(problems) => {

@@ -4,14 +4,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use monteclora_converters::{Beside, ConversationSettings, Problem, other_conversation};
+use monteclora_converters::{Beside, ConversationSettings, Problem};
 
 use super::{print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
 use crate::deploy::{self, AdapterServer, Check, Releases};
 use crate::hub;
 use crate::model::open_base;
-use crate::provenance::{read_effective, read_effective_on};
+use crate::provenance::{read_effective, read_effective_on, warn_of_conversation};
 
 /// Environment variable with the key for the server.
 const KEY_VARIABLE: &str = "MONTECLORA_KEY";
@@ -24,11 +24,8 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
         Some(model_id) => {
             let base = hub::locate(model_id, &hub::HubOptions::default())?;
             let files = open_base(&base.dir)?;
-            for warning in
-                other_conversation(&args.adapter, &base.dir, ConversationSettings::default())?
-            {
-                tracing::warn!("{warning}");
-            }
+            let settings = ConversationSettings::default();
+            warn_of_conversation(&args.adapter, &base.dir, settings)?;
             read_effective_on(&args.adapter, &files, args.force)?
         }
         None => read_effective(&args.adapter, args.force)?,

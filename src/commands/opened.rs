@@ -6,9 +6,7 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
-use monteclora_converters::{
-    Adapter, ConversationSettings, Problem, jinja::recorded_variables, other_conversation,
-};
+use monteclora_converters::{Adapter, ConversationSettings, Problem, jinja::recorded_variables};
 
 use super::{device, weight_type};
 use crate::cli::ModelArgs;
@@ -16,7 +14,7 @@ use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 use crate::eval::posterior_draws;
 use crate::hub::{self, Located};
 use crate::model::{ActiveAdapter, Decoder, open_base, read_shape};
-use crate::provenance::read_fitting;
+use crate::provenance::{read_fitting, warn_of_conversation};
 
 /// All of it checked, and no weights of the base read.
 pub(super) struct Opened {
@@ -63,9 +61,7 @@ impl Opened {
                 template: model.options.chat_template.as_deref(),
                 prompts_as_chats: Some(apply_chat_template),
             };
-            for warning in other_conversation(path, &base.dir, settings)? {
-                tracing::warn!("{warning}");
-            }
+            warn_of_conversation(path, &base.dir, settings)?;
         }
         let adapter = adapter.map(|path| read_fitting(path, &files)).transpose()?;
         let options = EncodeOptions {

@@ -1,7 +1,7 @@
 //! `validate`: every problem at once.
 
 use anyhow::Result;
-use monteclora_converters::{Beside, Findings, Problem, Runtime, examine};
+use monteclora_converters::{Findings, Problem, Runtime, examine};
 use serde_json::json;
 
 use super::export::count;
@@ -21,8 +21,11 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
         Some(id) => Some(open_base(&hub::locate(id, &HubOptions::default())?.dir)?),
         None => None,
     };
-    let Findings { problems, warnings } = examine(&args.adapter, base.as_ref(), &runtimes)?;
-    let beside = Beside::of(&args.adapter).unwrap_or_default();
+    let Findings {
+        problems,
+        warnings,
+        beside,
+    } = examine(&args.adapter, base.as_ref(), &runtimes)?;
     if args.json {
         print_json(
             &json!({ "ok": problems.is_empty(), "problems": problems, "warnings": warnings, "beside": beside }),

@@ -120,6 +120,7 @@ pub struct Encoder {
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     options: EncodeOptions,
+    stop_ids: Vec<u32>,
 }
 
 impl Encoder {
@@ -130,6 +131,7 @@ impl Encoder {
         options: EncodeOptions,
     ) -> Self {
         Self {
+            stop_ids: stop_ids(&tokenizer, template.as_ref()),
             tokenizer,
             template,
             options,
@@ -182,15 +184,7 @@ impl Encoder {
     /// The ids at which generation stops: the tokenizer's ends, and the well-known end-of-turn tokens that the
     /// template mentions, as mistral.rs decides it.
     pub fn stop_ids(&self) -> Vec<u32> {
-        let mut ids = self.tokenizer.eos_ids().to_vec();
-        let template = self.template.as_ref().map_or("", ChatTemplate::source);
-        let mentioned = TURN_ENDS.iter().filter(|token| template.contains(**token));
-        for id in mentioned.filter_map(|token| self.tokenizer.token_to_id(token)) {
-            if !ids.contains(&id) {
-                ids.push(id);
-            }
-        }
-        ids
+        self.stop_ids.clone()
     }
 
     /// The tokens of a conversation that the model is to continue, generation prompt included.
@@ -408,10 +402,9 @@ impl Encoder {
 
     /// Whether an example's last trained token is an end, so that the model learns to stop there.
     pub(super) fn ends(&self, example: &Example) -> bool {
-        let tokens = example.input_ids.iter().zip(&example.loss_mask);
-        tokens
-            .filter(|(_, is_trained)| **is_trained)
-            .any(|(id, _)| self.stop_ids().contains(id))
+        let stop_ids = &self.stop_ids;
+        let mut tokens = example.input_ids.iter().zip(&example.loss_mask);
+        tokens.any(|(id, is_trained)| *is_trained && stop_ids.contains(id))
     }
 
     fn or_set(&self, remedy: &str, setting: &str) -> String {
@@ -532,6 +525,18 @@ impl Encoder {
         encoded.examples.push(example);
         Ok(())
     }
+}
+
+fn stop_ids(tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Vec<u32> {
+    let mut ids = tokenizer.eos_ids().to_vec();
+    let source = template.map_or("", ChatTemplate::source);
+    let mentioned = TURN_ENDS.iter().filter(|token| source.contains(**token));
+    for id in mentioned.filter_map(|token| tokenizer.token_to_id(token)) {
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    ids
 }
 
 /// The turns before the completion of a prompt row.

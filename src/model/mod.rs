@@ -28,10 +28,19 @@ use monteclora_adapters::Result;
 /// As [`ModelFiles::open`] and [`ModelFiles::check`].
 pub fn open_base(dir: &Path) -> Result<ModelFiles> {
     let files = ModelFiles::open(dir)?;
+    warn_of_base(&files)?;
+    Ok(files)
+}
+
+/// Compares the headers of a base with its config.json, and logs what else is to be said of them as warnings.
+///
+/// # Errors
+/// As [`ModelFiles::check`].
+pub(crate) fn warn_of_base(files: &ModelFiles) -> Result<()> {
     for warning in files.check()? {
         tracing::warn!("{warning}");
     }
-    Ok(files)
+    Ok(())
 }
 
 /// The sizes and options of the model in `dir`, read from its config.json.

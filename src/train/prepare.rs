@@ -9,7 +9,7 @@ use monteclora_adapters::Precision;
 use monteclora_adapters::methods::Method;
 use monteclora_adapters::weights::{BF16, F32, Kind};
 use monteclora_converters::architecture::ModelShape;
-use monteclora_converters::files::write_json;
+use monteclora_converters::files::{file_sha256, sha256, write_json};
 use monteclora_converters::{
     Adapter, AdapterConfig, ConversationSettings, ModelFiles, Problem, base_fingerprint,
     other_conversation,
@@ -22,7 +22,6 @@ use crate::config::RunConfig;
 use crate::data::{Dataset, Encoder, Split};
 use crate::hub::{self, HubOptions, Located};
 use crate::model::{Decoder, read_shape};
-use crate::provenance::{file_sha256, sha256};
 
 /// Everything checked that can be checked before the base is loaded.
 pub struct Prepared {

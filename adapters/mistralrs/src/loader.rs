@@ -15,7 +15,10 @@ use mistralrs_core::{
     PagedAttentionConfig, Pipeline, TokenSource, TryIntoDType,
 };
 use monteclora_converters::jinja::recorded_variables;
-use monteclora_converters::{Adapter, ModelFiles, Problem, write_overlay};
+use monteclora_converters::{
+    Adapter, ConversationSettings, ModelFiles, Problem, base_warnings, other_conversation,
+    write_overlay,
+};
 use tempfile::TempDir;
 use tokio::sync::Mutex;
 
@@ -80,6 +83,26 @@ struct Staged {
     _dir: TempDir,
 }
 
+/// Base and adapter, read once.
+struct Opened {
+    files: ModelFiles,
+    config: NormalisedConfig,
+    /// The posterior mean.
+    adapter: Option<Adapter>,
+    warnings: Vec<Problem>,
+}
+
+/// What the files say of a model before it is loaded.
+pub(crate) struct Survey {
+    pub(crate) max_sequence_length: usize,
+    /// As [`MonteCloraLoader::generation`].
+    pub(crate) generation: String,
+    /// As [`MonteCloraLoader::weight_bytes`].
+    pub(crate) weight_bytes: u64,
+    /// What may be wrong although it can be served.
+    pub(crate) warnings: Vec<Problem>,
+}
+
 impl MonteCloraLoader {
     /// A loader for the Hugging Face directory `base`, answering under the public name `name`.
     ///
@@ -126,15 +149,46 @@ impl MonteCloraLoader {
     /// # Errors
     /// Everything that [`Self::load`] would refuse before it starts mistral.rs.
     pub fn check(&self) -> Result<NormalisedConfig> {
-        let (files, normalised) = self.open_base()?;
-        self.open_adapter(&files)?;
-        self.chat_template()?;
-        Ok(normalised)
+        Ok(self.open()?.config)
     }
 
-    /// The chat template that was chosen in place of the base's.
-    pub(crate) fn own_template(&self) -> Option<&Path> {
-        self.chat_template.as_deref()
+    /// As [`Self::check`], with everything else that the files say of the model before it is loaded.
+    pub(crate) fn survey(&self) -> Result<Survey> {
+        let Opened {
+            files,
+            config,
+            adapter,
+            mut warnings,
+        } = self.open()?;
+        if let (Some(path), Some(adapter)) = (&self.adapter, &adapter) {
+            let notes = adapter.notes.iter();
+            warnings.extend(notes.map(|note| Problem::sentence("note", note)));
+            warnings.extend(base_warnings(path, adapter, &files)?);
+            let settings = ConversationSettings {
+                template: self.chat_template.as_deref(),
+                prompts_as_chats: Some(true),
+            };
+            warnings.extend(other_conversation(path, files.dir(), settings)?);
+        }
+        Ok(Survey {
+            max_sequence_length: config.max_sequence_length,
+            generation: generation(&files, adapter.as_ref())?,
+            weight_bytes: self.weight_bytes_of(&files),
+            warnings,
+        })
+    }
+
+    /// Base and adapter, checked; no weights are loaded.
+    fn open(&self) -> Result<Opened> {
+        let (files, config, warnings) = self.open_base()?;
+        let adapter = self.open_adapter(&files)?;
+        self.chat_template()?;
+        Ok(Opened {
+            files,
+            config,
+            adapter,
+            warnings,
+        })
     }
 
     /// The model's chat template, or the one that replaces it; none if there is none.
@@ -150,14 +204,11 @@ impl MonteCloraLoader {
     /// # Errors
     /// If the files cannot be read.
     pub fn generation(&self) -> Result<String> {
-        let digest = match &self.adapter {
-            Some(source) => {
-                let base = ModelFiles::open(&self.base)?;
-                Adapter::read_on(source, &base)?.collapse().fingerprint()
-            }
-            None => base_fingerprint(&ModelFiles::open(&self.base)?)?,
-        };
-        Ok(shortened(&digest))
+        let files = ModelFiles::open(&self.base)?;
+        let adapter = self.adapter.as_deref();
+        let adapter = adapter.map(|source| Adapter::read_on(source, &files));
+        let adapter = adapter.transpose()?.map(|adapter| adapter.collapse());
+        generation(&files, adapter.as_ref())
     }
 
     /// Estimated bytes of the weights in memory, from the headers of the base's files. The adapter changes nothing about it.
@@ -165,13 +216,11 @@ impl MonteCloraLoader {
     /// # Errors
     /// If the base cannot be read.
     pub fn weight_bytes(&self) -> Result<u64> {
-        let files = ModelFiles::open(&self.base)?;
-        Ok(crate::memory::weight_bytes(
-            &files,
-            self.dtype,
-            self.device.is_cpu(),
-            self.isq,
-        ))
+        Ok(self.weight_bytes_of(&ModelFiles::open(&self.base)?))
+    }
+
+    fn weight_bytes_of(&self, files: &ModelFiles) -> u64 {
+        crate::memory::weight_bytes(files, self.dtype, self.device.is_cpu(), self.isq)
     }
 
     /// Merges, loads and cleans up.
@@ -250,17 +299,18 @@ impl MonteCloraLoader {
         Ok((pipeline, staged.adapter.clone()))
     }
 
-    fn open_base(&self) -> Result<(ModelFiles, NormalisedConfig)> {
+    /// The base, its configuration for mistral.rs, and what may be wrong with it although it can be used.
+    fn open_base(&self) -> Result<(ModelFiles, NormalisedConfig, Vec<Problem>)> {
         let base = &self.base;
         refuse_other_formats(base)?;
         let files = ModelFiles::open(base)?;
-        files.check().map_err(|error| match error.problems() {
+        let warnings = files.check().map_err(|error| match error.problems() {
             [] => Error::from(error),
             problems => Error::unsupported(base, problems.to_vec()),
         })?;
         let normalised = normalise_config(files.config())
             .map_err(|problems| Error::unsupported(base, problems))?;
-        Ok((files, normalised))
+        Ok((files, normalised, warnings))
     }
 
     fn open_adapter(&self, files: &ModelFiles) -> Result<Option<Adapter>> {
@@ -281,7 +331,7 @@ impl MonteCloraLoader {
 
     fn stage(&self) -> Result<Staged> {
         let base = &self.base;
-        let (files, normalised) = self.open_base()?;
+        let (files, normalised, _) = self.open_base()?;
         let adapter = self.open_adapter(&files)?;
         let mut builder = tempfile::Builder::new();
         builder.prefix("monteclora-");
@@ -334,6 +384,15 @@ impl MonteCloraLoader {
             _dir: dir,
         })
     }
+}
+
+/// What is loaded, as [`MonteCloraLoader::generation`] names it; `adapter` is its posterior mean.
+fn generation(base: &ModelFiles, adapter: Option<&Adapter>) -> Result<String> {
+    let digest = match adapter {
+        Some(adapter) => adapter.fingerprint(),
+        None => base_fingerprint(base)?,
+    };
+    Ok(shortened(&digest))
 }
 
 /// What clients see of a fingerprint.

@@ -5,11 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 use super::Beside;
 use super::carried::read_large;
 use crate::error::Result;
+use crate::files::{file_sha256, sha256};
 use crate::jinja;
 use crate::model_files::ModelFiles;
 use crate::problem::Problem;
@@ -114,7 +114,7 @@ fn against_record(
         ));
     }
     let tokenizer = base.join("tokenizer.json");
-    let hash = fs::read(&tokenizer).ok().map(|bytes| sha256(&bytes));
+    let hash = file_sha256(&tokenizer);
     if let Some(difference) = differs("tokenizer_sha256", hash.as_deref()) {
         let message = format!("not the tokenizer that the adapter was trained with: {difference}");
         let fix = "give the base it was trained on";
@@ -153,10 +153,6 @@ fn against_record(
         ));
     }
     Ok(warnings)
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    format!("{:x}", Sha256::digest(bytes))
 }
 
 /// The chat template in `dir` and its file, in the order in which transformers looks.

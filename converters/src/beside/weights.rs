@@ -7,6 +7,7 @@ use super::names::{CHECKPOINTS, MODELS, OTHER_ADAPTERS, UNKNOWN};
 use crate::error::Result;
 use crate::foreign::FileKind;
 use crate::json;
+use crate::module_path::front;
 use crate::problem::Problem;
 use crate::source::Source;
 use crate::tensors::gguf::GgufFile;
@@ -153,7 +154,7 @@ impl Judge {
 
 /// A module's path from its layer on: what wraps a model, and so stands before, is another in another file.
 fn within_layers(module: &str) -> &str {
-    module.find("layers.").map_or(module, |at| &module[at..])
+    &module[front(module).len()..]
 }
 
 /// Weights that are neither LoRA's nor a model's.

@@ -21,7 +21,7 @@ use crate::problem::Problem;
 use crate::source::Source;
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::safetensors_file::SafetensorsFile;
-use crate::validate::cautions::experts;
+use crate::validate::cautions::{EXPERTS_FOR_MLX, experts};
 use crate::validate::runtime::Runtime;
 
 /// mlx-lm's name for the weights.
@@ -163,7 +163,7 @@ impl Format for Mlx {
         base_config: Option<&Map<String, Value>>,
     ) -> Result<Written> {
         let message = "one expert as a module of its own; mlx-lm keeps the experts of a layer in one (switch_mlp), and would not load it";
-        let fix = "convert it to PEFT or plain LoRA, or merge it and convert the model with mlx_lm.convert";
+        let fix = EXPERTS_FOR_MLX;
         let experts = one_for_all("experts", &experts(adapter), message, fix);
         Error::refuse_any(path, experts.into_iter().collect())?;
         let is_tied = base_config.is_some_and(|config| ties_embeddings(config) == Some(true));

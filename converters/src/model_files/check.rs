@@ -3,18 +3,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{EMBEDDING, ModelFiles, names};
+use super::{EMBEDDING, HEAD, ModelFiles, names};
 use crate::architecture::{self, Bias, Family, ModelShape};
 use crate::error::{Error, Result};
+use crate::module_path::layer_of;
 use crate::problem::{Problem, listed};
 use crate::targets::OUTPUT_HEAD;
-use crate::tensors::tensor::Tensor;
+use crate::tensors::compare::are_equal;
 
 mod sizes;
-
-const HEAD: &str = "lm_head.weight";
-/// Elements that are compared at a time.
-const BLOCK: usize = 1 << 20;
 
 impl ModelFiles {
     /// Whether the files hold the model that `config.json` describes: every tensor under its name, of its shape and of a type of
@@ -277,7 +274,7 @@ impl<'a> Comparison<'a> {
         }
         let (head, embedding) = (self.files.get(HEAD)?, self.files.get(EMBEDDING)?);
         let how = match head.shape() == embedding.shape() {
-            true if equal(&head, &embedding) => return None,
+            true if are_equal(&head, &embedding) => return None,
             true => "differs".to_owned(),
             false => format!(
                 "({:?}) differs in shape ({:?})",
@@ -308,24 +305,23 @@ fn is_inert(name: &str) -> bool {
 
 /// The number of the block that a tensor belongs to.
 fn layer(name: &str) -> Option<usize> {
-    let (number, _) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    number.parse().ok()
+    Some(in_layer(name)?.0)
+}
+
+/// The number of a tensor's block, and its name in there.
+fn in_layer(name: &str) -> Option<(usize, &str)> {
+    let (front, number, rest) = layer_of(name)?;
+    (front == "model.layers.").then_some((number, rest))
 }
 
 /// A tensor's name without its layer.
-fn pattern(name: &str) -> String {
-    match (layer(name), name.strip_prefix("model.layers.")) {
-        (Some(_), Some(rest)) => rest
-            .split_once('.')
-            .map_or(rest, |(_, rest)| rest)
-            .to_owned(),
-        _ => name.to_owned(),
-    }
+fn pattern(name: &str) -> &str {
+    in_layer(name).map_or(name, |(_, rest)| rest)
 }
 
 /// Names that differ by their layer alone together, each in the order of layers.
 fn grouped<'a>(names: impl Iterator<Item = &'a str>) -> Vec<Vec<&'a str>> {
-    let mut groups: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    let mut groups: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for name in names {
         groups.entry(pattern(name)).or_default().push(name);
     }
@@ -346,28 +342,11 @@ fn in_more_layers(n_names: usize) -> String {
 
 /// The key that says whether there is a bias of this name.
 fn bias_key(family: &Family, name: &str) -> Option<&'static str> {
-    let projection = pattern(name);
-    let projection = family.projection(projection.strip_suffix(".bias")?)?;
+    let projection = family.projection(pattern(name).strip_suffix(".bias")?)?;
     match projection.bias {
         Bias::Key(key) => Some(key),
         _ => None,
     }
-}
-
-/// Whether two tensors of one shape hold the same numbers.
-fn equal(left: &Tensor, right: &Tensor) -> bool {
-    let (from, to) = (left.dtype(), right.dtype());
-    let (left, right) = (left.bytes(), right.bytes());
-    if from == to {
-        return left == right;
-    }
-    let blocks = left
-        .chunks(BLOCK * from.size())
-        .zip(right.chunks(BLOCK * to.size()));
-    blocks.into_iter().all(|(left, right)| {
-        let (left, right) = (from.decode(left), to.decode(right));
-        left.is_some() && left == right
-    })
 }
 
 #[cfg(test)]

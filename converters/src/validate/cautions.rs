@@ -51,6 +51,10 @@ pub(super) fn of_no_model(adapter: &Adapter) -> Option<Problem> {
     one_for_all("unknown-site", &bare, message, fix)
 }
 
+/// What to do about single experts for mlx-lm, which keeps those of a layer in one module.
+pub(crate) const EXPERTS_FOR_MLX: &str =
+    "convert it to PEFT or plain LoRA, or merge it and convert the model with mlx_lm.convert";
+
 /// The modules that are one expert of a layer.
 pub(crate) fn experts(adapter: &Adapter) -> Vec<String> {
     let names = adapter.sites.iter().map(|site| &site.name);

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::model_files::ModelFiles;
-use crate::module_path::{base_of, front, one_for_all, other_front, unwrapped};
+use crate::module_path::{base_of, front, layer_of, one_for_all, other_front, unwrapped};
 use crate::problem::{Problem, Problems};
 use crate::targets::{LinearModule, Matcher, nearest};
 
@@ -77,13 +77,6 @@ fn shown(front: &str) -> String {
         "" => "no prefix (`layers.`)".to_owned(),
         front => format!("`{front}layers.`"),
     }
-}
-
-/// What stands before the number of the layer, the number, and what follows.
-fn layer_of(name: &str) -> Option<(&str, usize, &str)> {
-    let start = name.find("layers.")? + "layers.".len();
-    let (number, after) = name[start..].split_once('.')?;
-    Some((&name[..start], number.parse().ok()?, after))
 }
 
 impl Adapter {

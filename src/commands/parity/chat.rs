@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use mistralrs_monteclora::{AskedConversation, own_differences, own_texts};
 use monteclora_converters::jinja::recorded_variables;
-use monteclora_converters::{ConversationSettings, ModelFiles, Problem, other_conversation};
+use monteclora_converters::{ConversationSettings, ModelFiles, Problem};
 use serde::Serialize;
 
 use crate::cli::ParityArgs;
@@ -15,7 +15,7 @@ use crate::data::{
     splits,
 };
 use crate::hub;
-use crate::provenance::read_fitting;
+use crate::provenance::{read_fitting, warn_of_conversation};
 
 /// Conversations with and without a system prompt, tools, calls, thoughts and parts.
 const BUILT_IN: &str = include_str!("conversations.jsonl");
@@ -68,9 +68,7 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
             template,
             prompts_as_chats: None,
         };
-        for warning in other_conversation(path, &base.dir, settings)? {
-            tracing::warn!("{warning}");
-        }
+        warn_of_conversation(path, &base.dir, settings)?;
     }
     let variables = args.adapter.as_deref().map(recorded_variables);
     let variables = variables.unwrap_or_default();

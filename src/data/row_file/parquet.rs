@@ -185,7 +185,7 @@ mod tests {
             };
             assert_eq!(messages.len(), if idx % 2 == 0 { 2 } else { 4 });
         }
-        let hash = crate::provenance::file_sha256(&path).expect("reads");
+        let hash = monteclora_converters::files::file_sha256(&path).expect("reads");
         assert_eq!(file.sha256(), hash);
     }
 

@@ -3,6 +3,7 @@
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
+use super::stored::MERGE;
 use crate::config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
 use crate::problem::Problem;
 
@@ -266,9 +267,7 @@ fn refuse_other_methods(reader: &mut Reader<'_>) {
                 .is_some_and(|value| !is_off(&value))
         {
             let fix = match code {
-                "dora" | "modules-to-save" => {
-                    "merge it into the base with PEFT (merge_and_unload), or train without it"
-                }
+                "dora" | "modules-to-save" => MERGE,
                 _ => RETRAIN,
             };
             let message = format!("{meaning}; this cannot be expressed as B A");

@@ -63,7 +63,7 @@ pub(crate) fn read_source(
                 .iter()
                 .any(|problem| problem.at == "modules_to_save")
             {
-                check_stored(weights, &sorted.stored, options, &mut notes, &mut problems)?;
+                check_stored(weights, &sorted.stored, options, &mut notes, &mut problems);
             }
             sites = sorted.sites;
         }
@@ -226,19 +226,18 @@ fn check_stored(
     options: &ReadOptions<'_>,
     notes: &mut Vec<String>,
     problems: &mut Vec<Problem>,
-) -> Result<()> {
+) {
     for (name, whole) in stored {
         let Some(tensor) = weights.get(name) else {
             continue;
         };
-        match whole.check(name, &tensor, options.base)? {
+        match whole.check(name, &tensor, options.base) {
             Some(problem) => problems.push(problem),
             None => notes.push(format!(
                 "`{name}` is a copy of the base's weight and is left out"
             )),
         }
     }
-    Ok(())
 }
 
 /// The sampler's tensors and `monteclora_config` come together; true if no sampler is left at any site.

@@ -8,7 +8,7 @@ use crate::model_files::EMBEDDING;
 use crate::problem::Problem;
 
 /// Tensors whose shapes disagree, by pattern, shape expected and shape found.
-type Groups<'a> = BTreeMap<(String, &'a [usize], &'a [usize]), Vec<&'a str>>;
+type Groups<'a> = BTreeMap<(&'a str, &'a [usize], &'a [usize]), Vec<&'a str>>;
 
 impl Comparison<'_> {
     /// Shapes that disagree, those with one cause together.

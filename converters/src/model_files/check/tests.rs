@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_write::write_safetensors;
+use crate::tensors::tensor::Tensor;
 
 type Tensors = BTreeMap<String, Tensor>;
 

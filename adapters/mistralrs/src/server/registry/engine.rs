@@ -6,9 +6,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, DeviceLocation};
 use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
-use monteclora_converters::{
-    Adapter, ConversationSettings, ModelFiles, Problem, base_warnings, other_conversation,
-};
+use monteclora_converters::Problem;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::Sender;
 
@@ -20,7 +18,7 @@ use crate::chat_files::text_frame;
 use crate::chat_template::ChatTemplate;
 use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result, code};
-use crate::loader::MonteCloraLoader;
+use crate::loader::{MonteCloraLoader, Survey};
 use crate::quirks_0_8::batches_on_a_cpu::Turns;
 use crate::quirks_0_8::conversations::Rendering;
 use crate::quirks_0_8::logger_threads::NormalModel;
@@ -109,26 +107,18 @@ impl Wanted {
 
     /// Checks the files and hashes their content; blocking.
     pub(crate) fn check(self) -> Result<Checked> {
-        let max_sequence_length = self.loader.check()?.max_sequence_length;
-        let base = ModelFiles::open(self.loader.base())?;
-        let mut warnings = base.check()?;
-        if let Some(path) = self.loader.adapter() {
-            let adapter = Adapter::read_on(path, &base)?;
-            let notes = adapter.notes.iter();
-            warnings.extend(notes.map(|note| Problem::sentence("note", note)));
-            warnings.extend(base_warnings(path, &adapter, &base)?);
-            let settings = ConversationSettings {
-                template: self.loader.own_template(),
-                prompts_as_chats: Some(true),
-            };
-            warnings.extend(other_conversation(path, base.dir(), settings)?);
-        }
+        let Survey {
+            max_sequence_length,
+            generation,
+            weight_bytes,
+            warnings,
+        } = self.loader.survey()?;
         Ok(Checked {
             max_sequence_length,
             warnings,
-            hash: self.loader.generation()?,
+            hash: generation,
             frame: text_frame(self.loader.base())?,
-            weight_bytes: self.loader.weight_bytes()?,
+            weight_bytes,
             wanted: self,
         })
     }
