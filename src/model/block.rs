@@ -5,25 +5,26 @@ use candle_core::Tensor;
 use super::adapter::AdapterGradients;
 use super::generate::LayerCache;
 use super::parts::attention::Attention;
-use super::parts::feed_forward::FeedForward;
+use super::parts::feed_forward::FeedForwardPart;
 use super::parts::norm::Norm;
 use super::parts::projections::Projection;
 use super::parts::{Part, Pass};
-use monteclora_adapters::Result;
+use monteclora_adapters::{Precision, Result};
 
 /// A block: attention, then the feed-forward layer.
 #[derive(Debug)]
 pub(crate) struct Block {
     pub(crate) attention: Sublayer<Attention>,
-    pub(crate) feed_forward: Sublayer<FeedForward>,
+    pub(crate) feed_forward: Sublayer<FeedForwardPart>,
 }
 
-/// `x + after(part(before(x)))`, where each norm may be missing.
+/// `x + scale * after(part(before(x)))`, where each norm may be missing.
 #[derive(Debug)]
 pub(crate) struct Sublayer<P> {
     pub(crate) before: Option<Norm>,
     pub(crate) part: P,
     pub(crate) after: Option<Norm>,
+    pub(crate) scale: f64,
 }
 
 /// Activations of a block that the backward pass reads; the rest is cheap and computed again.
@@ -31,7 +32,7 @@ pub(crate) struct Sublayer<P> {
 pub(crate) struct Kept {
     attention: KeptSublayer<Attention>,
     middle: Tensor,
-    feed_forward: KeptSublayer<FeedForward>,
+    feed_forward: KeptSublayer<FeedForwardPart>,
 }
 
 #[derive(Debug)]
@@ -56,17 +57,25 @@ impl<P: Part> Sublayer<P> {
         cache: Option<&mut LayerCache>,
     ) -> Result<(Tensor, KeptSublayer<P>)> {
         let input = self.input(x)?;
-        // Without a norm in between, the part adds its output to the residual itself.
-        let residual = self.after.is_none().then_some(x);
+        // With nothing in between, the part adds its output to the residual itself.
+        let is_direct = self.after.is_none() && self.scale == 1.0;
+        let residual = is_direct.then_some(x);
         let (y, part) = self.part.forward(&input, pass, residual, cache)?;
-        Ok(match &self.after {
-            None => (y, KeptSublayer { part, output: None }),
-            Some(norm) => {
-                let sum = (x + norm.forward(&y)?)?;
-                let output = Some(y);
-                (sum, KeptSublayer { part, output })
-            }
-        })
+        if is_direct {
+            return Ok((y, KeptSublayer { part, output: None }));
+        }
+        let (added, output) = match &self.after {
+            None => (y, None),
+            Some(norm) => (norm.forward(&y)?, Some(y)),
+        };
+        Ok(((x + self.scaled(added)?)?, KeptSublayer { part, output }))
+    }
+
+    fn scaled(&self, x: Tensor) -> Result<Tensor> {
+        match self.scale == 1.0 {
+            true => Ok(x),
+            false => Ok((x * self.scale)?),
+        }
     }
 
     /// Adds the gradients of this sublayer's updates at `x` to `gradients`, and returns that of `x` if it is `wanted`.
@@ -79,9 +88,10 @@ impl<P: Part> Sublayer<P> {
         gradients: &mut AdapterGradients,
         wanted: bool,
     ) -> Result<Option<Tensor>> {
+        let of_added = self.scaled(upstream.clone())?;
         let through_norm = match (&self.after, &kept.output) {
-            (Some(norm), Some(y)) => norm.backward(y, upstream, None)?,
-            _ => upstream.clone(),
+            (Some(norm), Some(y)) => norm.backward(y, &of_added, None)?,
+            _ => of_added,
         };
         let input = || self.input(x);
         let part = &self.part;
@@ -95,29 +105,38 @@ impl<P: Part> Sublayer<P> {
 }
 
 impl Block {
-    /// Its linear modules.
+    /// Its linear modules that can carry an update.
     pub(crate) fn projections(&self) -> impl Iterator<Item = &Projection> {
-        let (attention, feed_forward) = (&self.attention.part, &self.feed_forward.part);
-        [
-            &attention.inner,
-            &attention.output,
-            &feed_forward.inner,
-            &feed_forward.down,
-        ]
-        .into_iter()
-        .flat_map(|projections| &projections.0)
+        let attention = &self.attention.part;
+        let gated = match &self.feed_forward.part {
+            FeedForwardPart::Gated(layer) => Some([&layer.inner, &layer.down]),
+            FeedForwardPart::Experts(_) => None,
+        };
+        let lists = [&attention.inner, &attention.output].into_iter();
+        let lists = lists.chain(gated.into_iter().flatten());
+        lists.flat_map(|projections| &projections.0)
     }
 
-    /// Its linear modules.
+    /// Its linear modules that can carry an update.
     pub(crate) fn projections_mut(&mut self) -> impl Iterator<Item = &mut Projection> {
-        let (attention, feed_forward) = (&mut self.attention.part, &mut self.feed_forward.part);
-        let lists = [
-            &mut attention.inner,
-            &mut attention.output,
-            &mut feed_forward.inner,
-            &mut feed_forward.down,
-        ];
-        lists.into_iter().flat_map(|projections| &mut projections.0)
+        let attention = &mut self.attention.part;
+        let gated = match &mut self.feed_forward.part {
+            FeedForwardPart::Gated(layer) => Some([&mut layer.inner, &mut layer.down]),
+            FeedForwardPart::Experts(_) => None,
+        };
+        let lists = [&mut attention.inner, &mut attention.output].into_iter();
+        let lists = lists.chain(gated.into_iter().flatten());
+        lists.flat_map(|projections| &mut projections.0)
+    }
+
+    /// Computes products of its frozen weights in `precision`.
+    pub(crate) fn set_precision(&mut self, precision: Precision) {
+        for projection in self.projections_mut() {
+            projection.linear.set_precision(precision);
+        }
+        if let FeedForwardPart::Experts(experts) = &mut self.feed_forward.part {
+            experts.set_precision(precision);
+        }
     }
 
     /// The block at `x` `[tokens, hidden]`; with a cache, keys and values of earlier tokens take part.
@@ -175,6 +194,7 @@ mod tests {
     use crate::model::adapter::{ActiveAdapter, ModuleId};
     use crate::model::parts::activation::Gate;
     use crate::model::parts::attention::{Heads, Segment};
+    use crate::model::parts::feed_forward::FeedForward;
     use crate::model::parts::gradient_tests::{check, dot};
     use crate::model::parts::projections::Projections;
     use crate::model::parts::rotary::Rotation;
@@ -187,6 +207,8 @@ mod tests {
         key_value: 2,
         dim: 6,
         window: Some(4),
+        scale: None,
+        softcap: None,
     };
     /// Outputs of queries, keys, values, attention, gate, up and down.
     const WIDTHS: [usize; 7] = [24, 12, 12, HIDDEN, INNER, INNER, HIDDEN];
@@ -242,15 +264,17 @@ mod tests {
                     rope,
                 },
                 after: place(after, 0.2)?,
+                scale: 1.0,
             },
             feed_forward: Sublayer {
                 before: place(before, 0.3)?,
-                part: FeedForward {
+                part: FeedForwardPart::Gated(FeedForward {
                     inner: projections(4..6, fused)?,
                     down: projections(6..7, false)?,
                     gate: Gate::of(Activation::Silu).expect("computed"),
-                },
+                }),
                 after: place(after, 0.4)?,
+                scale: if fused { 0.7 } else { 1.0 },
             },
         })
     }
@@ -283,7 +307,7 @@ mod tests {
 
     fn rotations() -> Result<Vec<Rotation>> {
         let positions = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3];
-        Ok(vec![Rotation::new(
+        Ok(vec![Rotation::plain(
             &positions,
             &[1.0, 0.3, 0.1],
             &Device::Cpu,
@@ -350,7 +374,8 @@ mod tests {
         };
         let x = matrix(11, HIDDEN, 0.9);
         let [fused, separate] = [true, false].map(|fused| {
-            let block = block(true, true, fused, Some(0))?;
+            let mut block = block(true, true, fused, Some(0))?;
+            block.feed_forward.scale = 1.0;
             Ok::<_, monteclora_adapters::Error>(block.forward(&x, &pass, None)?.0)
         });
         assert!(largest_difference(&fused?, &separate?) < 1e-5);

@@ -172,8 +172,8 @@ impl Decoder {
     /// The same decoder with products of its frozen weights computed in `precision`, forward and backward.
     pub fn with_precision(mut self, precision: Precision) -> Self {
         self.head.linear.set_precision(precision);
-        for projection in self.blocks.iter_mut().flat_map(Block::projections_mut) {
-            projection.linear.set_precision(precision);
+        for block in &mut self.blocks {
+            block.set_precision(precision);
         }
         self
     }
@@ -198,10 +198,12 @@ impl Decoder {
         config.linear_modules()
     }
 
-    fn rotations(&self, positions: &[u32]) -> Result<Vec<Rotation>> {
-        let ropes = self.config.ropes.iter();
+    fn rotations(&self, sequences: &Sequences) -> Result<Vec<Rotation>> {
+        let (config, ropes) = (&self.config, self.config.ropes.iter());
+        let heads = (config.family.rotary.pairs, config.head_dim);
+        let (positions, segments) = (&sequences.positions, &sequences.segments);
         ropes
-            .map(|rope| Rotation::new(positions, &rope.inverse_frequencies, &self.device))
+            .map(|rope| Rotation::new(rope, heads, positions, segments, &self.device))
             .collect()
     }
 
@@ -213,7 +215,7 @@ impl Decoder {
         mut caches: Option<&mut [LayerCache]>,
     ) -> Result<Tensor> {
         let pass = Pass {
-            rotations: &self.rotations(&sequences.positions)?,
+            rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
             adapter,
             dropout: None,
@@ -276,7 +278,7 @@ impl Decoder {
         options: PassOptions<'_>,
     ) -> Result<TaskLoss> {
         let pass = Pass {
-            rotations: &self.rotations(&sequences.positions)?,
+            rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
             adapter,
             dropout: options.dropout,

@@ -8,7 +8,7 @@ use monteclora_adapters::FrozenLinear;
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::weights::{Kind, Weight};
 use monteclora_converters as formats;
-use monteclora_converters::architecture::{ModelShape, Module, Multiplier, NormPlace, Role};
+use monteclora_converters::architecture::{ModelShape, Module, NormPlace, Role};
 use monteclora_converters::{ModelFiles, Problem};
 use rayon::prelude::*;
 
@@ -18,7 +18,8 @@ use super::decoder::Decoder;
 use super::parts::activation::Gate;
 use super::parts::attention::{Attention, Heads};
 use super::parts::embedding::Embedding;
-use super::parts::feed_forward::FeedForward;
+use super::parts::experts::Experts;
+use super::parts::feed_forward::{FeedForward, FeedForwardPart};
 use super::parts::head::Head;
 use super::parts::norm::Norm;
 use super::parts::projections::{Projection, Projections};
@@ -58,7 +59,8 @@ impl Loader<'_> {
             Source::Random(seed) => match shape {
                 [_, columns] => random(seed, name, *columns, shape),
                 _ if name.ends_with("norm.weight") => {
-                    let ones = vec![1.0; shape.iter().product()];
+                    let one = 1.0 - self.shape.family.norm_offset;
+                    let ones = vec![one; shape.iter().product()];
                     Ok(formats::Tensor::from_f32(shape, ones)?)
                 }
                 _ => zeros(shape),
@@ -89,10 +91,32 @@ impl Loader<'_> {
     }
 
     fn norm(&self, name: &str, width: usize) -> Result<Norm> {
+        let weight = self.vector(&self.required(&format!("{name}.weight"), &[width])?)?;
+        let offset = self.shape.family.norm_offset;
         Ok(Norm {
-            weight: self.vector(&self.required(&format!("{name}.weight"), &[width])?)?,
+            weight: match offset == 0.0 {
+                true => weight,
+                false => (weight + f64::from(offset))?,
+            },
             eps: self.shape.rms_norm_eps,
         })
+    }
+
+    /// The last norm. Logits are linear in what it gives, so that their divisor is applied here.
+    fn last_norm(&self) -> Result<Norm> {
+        let mut norm = self.norm("model.norm", self.shape.hidden_size)?;
+        let divisor = self.shape.multipliers.logits_divisor;
+        if divisor != 1.0 {
+            norm.weight = (norm.weight / divisor)?;
+        }
+        Ok(norm)
+    }
+
+    /// A number rounded as the embedding's values are.
+    fn rounded(&self, value: f64) -> Result<f32> {
+        let held = formats::Tensor::from_f32(&[1, 1], vec![value as f32])?;
+        let held = (self.kind.hold)(&held, self.device)?.gather(&[0])?;
+        Ok(held.flatten_all()?.get(0)?.to_scalar::<f32>()?)
     }
 
     /// The norm of block `layer` at a place that `is_there` accepts, if it has one.
@@ -136,6 +160,44 @@ impl Loader<'_> {
             .map(Projections)
     }
 
+    fn gate(&self) -> Result<Gate> {
+        let unknown = || candle_core::Error::Msg("an activation that is not computed".to_owned());
+        Ok(Gate::of(self.shape.activation).ok_or_else(unknown)?)
+    }
+
+    fn feed_forward(&self, layer: usize) -> Result<FeedForwardPart> {
+        if let (Some((experts, sizes)), true) =
+            (self.shape.mixture(), self.shape.layers[layer].has_experts)
+        {
+            let frozen = |name: &str, shape| {
+                let name = format!("model.layers.{layer}.{name}.weight");
+                FrozenLinear::new(self.matrix(&name, shape)?, None)
+            };
+            let (inner, hidden) = (sizes.width, self.shape.hidden_size);
+            let [gate, up, down] = experts.projections.map(|(name, _)| name);
+            let one = |expert: usize| -> Result<[FrozenLinear; 3]> {
+                let path = format!("{}.{expert}", experts.path);
+                Ok([
+                    frozen(&format!("{path}.{gate}"), [inner, hidden])?,
+                    frozen(&format!("{path}.{up}"), [inner, hidden])?,
+                    frozen(&format!("{path}.{down}"), [hidden, inner])?,
+                ])
+            };
+            return Ok(FeedForwardPart::Experts(Experts {
+                router: frozen(experts.router, [sizes.count, hidden])?,
+                experts: (0..sizes.count).map(one).collect::<Result<_>>()?,
+                per_token: sizes.per_token,
+                is_normalised: sizes.is_normalised,
+                gate: self.gate()?,
+            }));
+        }
+        Ok(FeedForwardPart::Gated(FeedForward {
+            inner: self.projections(layer, FEED_FORWARD)?,
+            down: self.projections(layer, &[Role::Down])?,
+            gate: self.gate()?,
+        }))
+    }
+
     fn block(&self, layer: usize) -> Result<Block> {
         let shape = self.shape;
         let options = shape.layers[layer];
@@ -158,21 +220,19 @@ impl Loader<'_> {
                         key_value: shape.num_key_value_heads,
                         dim: shape.head_dim,
                         window: options.window,
+                        scale: shape.multipliers.attention.map(|scale| scale as f32),
+                        softcap: shape.score_cap.map(|cap| cap as f32),
                     },
                     rope: options.rope,
                 },
                 after: at(NormPlace::AfterAttention)?,
+                scale: shape.multipliers.residual,
             },
             feed_forward: Sublayer {
                 before: at(NormPlace::BeforeFeedForward)?,
-                part: FeedForward {
-                    inner: self.projections(layer, FEED_FORWARD)?,
-                    down: self.projections(layer, &[Role::Down])?,
-                    gate: Gate::of(shape.activation).ok_or_else(|| {
-                        candle_core::Error::Msg("an activation that is not computed".to_owned())
-                    })?,
-                },
+                part: self.feed_forward(layer)?,
                 after: at(NormPlace::AfterFeedForward)?,
+                scale: shape.multipliers.residual,
             },
         })
     }
@@ -192,20 +252,8 @@ pub(super) fn not_computed(shape: &ModelShape) -> Vec<Problem> {
     let mut problems = Vec::new();
     if Gate::of(shape.activation).is_none() {
         let message = format!("activation `{}` is not supported", shape.activation.name());
-        problems.push(refused(family.activation_key, message, "only silu is"));
-    }
-    let factors = &shape.multipliers;
-    for (multiplier, key) in family.multipliers {
-        let is_set = match multiplier {
-            Multiplier::Embedding => factors.embedding != 1.0,
-            Multiplier::Attention => factors.attention.is_some(),
-            Multiplier::Residual => factors.residual != 1.0,
-            Multiplier::LogitsDivisor => factors.logits_divisor != 1.0,
-        };
-        if is_set {
-            let message = "a factor is not supported".to_owned();
-            problems.push(refused(key, message, "only 1 is"));
-        }
+        let fix = "supported are silu and gelu_pytorch_tanh";
+        problems.push(refused(family.activation_key, message, fix));
     }
     for norm in family.norms {
         if let NormPlace::On(role, _) = norm.place
@@ -219,13 +267,18 @@ pub(super) fn not_computed(shape: &ModelShape) -> Vec<Problem> {
             ));
         }
     }
-    for roles in [ATTENTION, &[Role::Output], FEED_FORWARD, &[Role::Down]] {
+    let is_all_experts = !shape.layers.is_empty() && shape.layers.iter().all(|l| l.has_experts);
+    let feed_forward: &[&[Role]] = match is_all_experts {
+        true => &[],
+        false => &[FEED_FORWARD, &[Role::Down]],
+    };
+    for roles in [ATTENTION, &[Role::Output]].iter().chain(feed_forward) {
         let parts = family
             .projections
             .iter()
             .flat_map(|projection| projection.parts);
         let found: Vec<Role> = parts.copied().filter(|role| roles.contains(role)).collect();
-        if found != roles {
+        if found != *roles {
             let message = format!("projections of {found:?} are not supported");
             problems.push(refused(
                 "model_type",
@@ -281,11 +334,16 @@ pub(super) fn decoder(
         .ok_or_else(|| candle_core::Error::Msg("a decoder without a head".to_owned()))?;
     let head = Head {
         id,
-        norm: loader.norm("model.norm", config.hidden_size)?,
+        norm: loader.last_norm()?,
         linear: match config.tie_word_embeddings {
             true => FrozenLinear::new(embedding.clone(), None)?,
             false => loader.linear(&head)?,
         },
+        cap: config.logit_cap.map(|cap| cap as f32),
+    };
+    let embedding = Embedding {
+        scale: loader.rounded(config.multipliers.embedding)?,
+        table: embedding,
     };
     let blocks = (0..config.num_hidden_layers)
         .into_par_iter()
@@ -306,7 +364,7 @@ pub(super) fn decoder(
     }
     Ok(Decoder {
         directory: dir.to_owned(),
-        embedding: Embedding(embedding),
+        embedding,
         blocks,
         head,
         device: device.clone(),
@@ -333,13 +391,13 @@ mod tests {
                 "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}"#,
         )?;
         let narrow = Decoder::random(dir.path(), &Device::Cpu, &BF16, 3)?;
-        assert_eq!(narrow.embedding.0.bytes(), 2 * 301 * 24);
+        assert_eq!(narrow.embedding.table.bytes(), 2 * 301 * 24);
         let mut wide = Decoder::random(dir.path(), &Device::Cpu, &F32, 3)?;
         let round = |weight: &dyn Weight| -> Result<Arc<dyn Weight>> {
             let rounded = weight.tensor()?.to_dtype(DType::BF16)?;
             Ok(Arc::new(rounded.to_dtype(DType::F32)?))
         };
-        wide.embedding.0 = round(wide.embedding.0.as_ref())?;
+        wide.embedding.table = round(wide.embedding.table.as_ref())?;
         wide.head.linear = FrozenLinear::new(round(wide.head.linear.weight())?, None)?;
         for projection in wide.blocks.iter_mut().flat_map(Block::projections_mut) {
             projection.linear = FrozenLinear::new(round(projection.linear.weight())?, None)?;

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Activation, Family, Layer, ModelShape, Multiplier, Multipliers, Windows};
+use super::{
+    Activation, ExpertSizes, Factor, Family, Layer, ModelShape, Multiplier, Multipliers,
+    Normalised, RotaryLayers, SoftcapPlace, Windows,
+};
 use crate::error::{Error, Result};
 use crate::model_files::{ModelFiles, declared_quantization};
 use crate::problem::Problem;
@@ -60,7 +63,7 @@ impl ModelShape {
 const AT: &str = "config.json: ";
 
 /// Keys that names and shapes of tensors depend on, biases apart.
-const LAYOUT: [&str; 8] = [
+const LAYOUT: [&str; 13] = [
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -69,6 +72,11 @@ const LAYOUT: [&str; 8] = [
     "num_key_value_heads",
     "head_dim",
     "tie_word_embeddings",
+    "num_experts",
+    "num_local_experts",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+    "mlp_only_layers",
 ];
 
 /// The shape, and what is wrong with the keys that it was read from.
@@ -174,8 +182,12 @@ impl Keys<'_> {
     fn shape(&mut self, family: &'static Family) -> ModelShape {
         self.refuse_quantised();
         let defaults = &family.defaults;
-        let hidden_size = self.size("hidden_size");
-        let num_hidden_layers = self.size("num_hidden_layers");
+        let sizes = defaults.sizes.as_ref();
+        let hidden_size = self.size("hidden_size", sizes.map(|sizes| sizes.hidden_size));
+        let num_hidden_layers = self.size(
+            "num_hidden_layers",
+            sizes.map(|sizes| sizes.num_hidden_layers),
+        );
         if num_hidden_layers > MAX_LAYERS {
             let message = format!("{num_hidden_layers} layers; at most {MAX_LAYERS} are read");
             self.problem("num_hidden_layers", message);
@@ -202,12 +214,17 @@ impl Keys<'_> {
         let max_position_embeddings = self
             .optional_size("max_position_embeddings", None)
             .unwrap_or(defaults.max_position_embeddings);
-        let rope = self.rope(defaults.rope_theta, head_dim, max_position_embeddings);
+        let ropes = self.ropes(family, head_dim, max_position_embeddings);
+        let [score_cap, logit_cap] = self.softcaps(family);
+        let layers = self.layers(family, num_hidden_layers.min(MAX_LAYERS));
         ModelShape {
             family,
-            vocab_size: self.size("vocab_size"),
+            vocab_size: self.size("vocab_size", sizes.map(|sizes| sizes.vocab_size)),
             hidden_size,
-            intermediate_size: self.size("intermediate_size"),
+            intermediate_size: self.size(
+                "intermediate_size",
+                sizes.map(|sizes| sizes.intermediate_size),
+            ),
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
@@ -216,38 +233,38 @@ impl Keys<'_> {
             max_position_embeddings,
             tie_word_embeddings: self.flag("tie_word_embeddings", defaults.tie_word_embeddings),
             activation: self.activation(family),
-            multipliers: self.multipliers(family),
+            multipliers: self.multipliers(family, hidden_size),
+            score_cap,
+            logit_cap,
+            experts: self.experts(family),
             bias_keys: {
                 let mut keys = family.bias_keys();
-                keys.retain(|key| self.flag(key, false));
+                keys.retain(|key| self.flag(key, defaults.biases));
                 keys
             },
-            ropes: vec![rope],
-            layers: self
-                .windows(family, num_hidden_layers.min(MAX_LAYERS))
-                .into_iter()
-                .map(|window| Layer {
-                    window,
-                    rope: Some(0),
-                })
-                .collect(),
+            ropes,
+            layers,
         }
     }
 
     fn heads(&mut self, family: &Family) -> (usize, usize) {
-        let query = self.size("num_attention_heads");
+        let default = family.defaults.sizes.as_ref();
+        let query = self.size(
+            "num_attention_heads",
+            default.map(|sizes| sizes.num_attention_heads),
+        );
         let key_value =
             self.optional_size("num_key_value_heads", family.defaults.num_key_value_heads);
         (query, key_value.unwrap_or(query))
     }
 
-    /// A key that must be there.
-    fn size(&mut self, key: &str) -> usize {
-        if self.get(key).is_none() {
+    /// A key that must be there, unless its family has a `default`.
+    fn size(&mut self, key: &str, default: Option<usize>) -> usize {
+        if self.get(key).is_none() && default.is_none() {
             let message = "missing; is this the config.json of a decoder?";
             self.problem(key, message);
         }
-        self.optional_size(key, None).unwrap_or(1)
+        self.optional_size(key, default).or(default).unwrap_or(1)
     }
 
     /// `default` where the key is absent, nothing where it is null.
@@ -320,12 +337,13 @@ impl Keys<'_> {
         activation
     }
 
-    fn multipliers(&mut self, family: &Family) -> Multipliers {
+    fn multipliers(&mut self, family: &Family, hidden_size: usize) -> Multipliers {
         let mut factors = Multipliers::default();
-        for (multiplier, key) in family.multipliers {
-            let value = self.get(key).cloned();
-            let Some(value) = self.positive(key, value.as_ref()) else {
-                continue;
+        for (multiplier, factor) in family.multipliers {
+            let value = match factor {
+                Factor::Key(key) => self.number(key, 1.0),
+                Factor::InverseRoot(key, default) => self.number(key, *default).powf(-0.5),
+                Factor::RootOfWidth => (hidden_size as f64).sqrt(),
             };
             match multiplier {
                 Multiplier::Embedding => factors.embedding = value,
@@ -337,50 +355,211 @@ impl Keys<'_> {
         factors
     }
 
-    /// Each layer's window.
-    fn windows(&mut self, family: &Family, n_layers: usize) -> Vec<Option<usize>> {
+    /// The bounds on scores and on logits.
+    fn softcaps(&mut self, family: &Family) -> [Option<f64>; 2] {
+        [SoftcapPlace::Scores, SoftcapPlace::Logits].map(|place| {
+            let cap = family.softcaps.iter().find(|cap| cap.place == place)?;
+            match self.config.get(cap.key) {
+                None => cap.default,
+                Some(value) => self.positive(cap.key, Some(value).filter(|value| !value.is_null())),
+            }
+        })
+    }
+
+    /// Sizes of the mixture, if the family has one.
+    fn experts(&mut self, family: &Family) -> Option<ExpertSizes> {
+        let experts = family.experts?;
+        let (names, default) = experts.count;
+        let there: Vec<&str> = names
+            .iter()
+            .copied()
+            .filter(|key| self.get(key).is_some())
+            .collect();
+        let counts: Vec<usize> = there
+            .iter()
+            .filter_map(|key| self.optional_size(key, None))
+            .collect();
+        if let [first, second] = counts[..]
+            && first != second
+        {
+            let message = format!("{first}, but {} says {second}", there[1]);
+            self.problem(there[0], message);
+        }
+        let count = counts.first().copied().unwrap_or(default);
+        let key = "num_experts_per_tok";
+        let per_token = self.optional_size(key, None).unwrap_or(experts.per_token);
+        if per_token > count && self.sound(&[key]) && self.sound(names) {
+            self.problem(key, format!("{per_token}, but there are {count} experts"));
+        }
+        let (key, default) = experts.width;
+        Some(ExpertSizes {
+            count,
+            per_token,
+            width: self.optional_size(key, None).unwrap_or(default),
+            is_normalised: match experts.normalised {
+                Normalised::Yes => true,
+                Normalised::Key(key) => self.flag(key, false),
+            },
+        })
+    }
+
+    /// Whether a mixture takes the place of the feed-forward layer, layer by layer.
+    fn mixed(&mut self, family: &Family, n_layers: usize) -> Vec<bool> {
+        let Some(experts) = family.experts else {
+            return vec![false; n_layers];
+        };
+        if !experts.has_dense_layers {
+            return vec![true; n_layers];
+        }
+        let key = "decoder_sparse_step";
+        let step = self.optional_size(key, None).unwrap_or(1);
+        let key = "mlp_only_layers";
+        let dense: Option<Vec<u64>> = match self.get(key) {
+            None => Some(Vec::new()),
+            Some(value) => value
+                .as_array()
+                .and_then(|all| all.iter().map(Value::as_u64).collect()),
+        };
+        let dense = dense.unwrap_or_else(|| {
+            self.problem(key, "expected a list of numbers of layers");
+            Vec::new()
+        });
+        (0..n_layers)
+            .map(|layer| !dense.contains(&(layer as u64)) && (layer + 1).is_multiple_of(step))
+            .collect()
+    }
+
+    /// What each layer does in its own way.
+    fn layers(&mut self, family: &Family, n_layers: usize) -> Vec<Layer> {
+        let rotates = self.rotates(family, n_layers);
+        let windows = self.windows(family, &rotates);
+        let mixed = self.mixed(family, n_layers);
+        let by_window = matches!(family.rotary.layers, RotaryLayers::ByWindow { .. });
+        let layers = windows.into_iter().zip(rotates).zip(mixed);
+        layers
+            .map(|((window, rotates), has_experts)| Layer {
+                window,
+                rope: rotates.then_some(usize::from(by_window && window.is_some())),
+                has_experts,
+            })
+            .collect()
+    }
+
+    /// Whether queries and keys turn, layer by layer.
+    fn rotates(&mut self, family: &Family, n_layers: usize) -> Vec<bool> {
+        let RotaryLayers::Marked { interval } = family.rotary.layers else {
+            return vec![true; n_layers];
+        };
+        let key = "no_rope_layers";
+        let Some(marks) = self.get(key) else {
+            let key = "no_rope_layer_interval";
+            let interval = self.optional_size(key, None).unwrap_or(interval);
+            return (0..n_layers)
+                .map(|layer| !(layer + 1).is_multiple_of(interval))
+                .collect();
+        };
+        let marks: Option<Vec<bool>> = marks.as_array().and_then(|marks| {
+            let marks = marks.iter();
+            marks
+                .map(|mark| mark.as_bool().or(mark.as_u64().map(|mark| mark != 0)))
+                .collect()
+        });
+        match marks {
+            Some(marks) if marks.len() == n_layers => marks,
+            Some(_) if !self.sound(&["num_hidden_layers"]) => vec![true; n_layers],
+            marks => {
+                let message = match marks {
+                    Some(marks) => format!("has {} entries for {n_layers} layers", marks.len()),
+                    None => "expected a list of 0 and 1".to_owned(),
+                };
+                self.problem(key, message);
+                vec![true; n_layers]
+            }
+        }
+    }
+
+    /// Each layer's window; `rotates` says whether its queries and keys turn.
+    fn windows(&mut self, family: &Family, rotates: &[bool]) -> Vec<Option<usize>> {
+        let n_layers = rotates.len();
         let none = vec![None; n_layers];
         let window = match family.windows {
             Windows::No => return none,
             _ => self.optional_size("sliding_window", family.defaults.sliding_window),
         };
-        let Windows::From(first) = family.windows else {
-            return vec![window; n_layers];
-        };
         let slides = self.flag("use_sliding_window", false);
-        if let Some(kinds) = self.get("layer_types") {
-            // Without `use_sliding_window` transformers knows no window but the one that is written down.
-            let window = window.filter(|_| slides || self.get("sliding_window").is_some());
-            let kinds: Option<Vec<_>> = kinds.as_array().and_then(|kinds| {
-                kinds
-                    .iter()
-                    .map(|kind| match kind.as_str() {
-                        Some("full_attention") => Some(None),
-                        Some("sliding_attention") => window.map(Some),
-                        _ => None,
-                    })
+        match family.windows {
+            Windows::No => none,
+            Windows::All => vec![window; n_layers],
+            Windows::AllIfUsed => vec![window.filter(|_| slides); n_layers],
+            _ if self.get("layer_types").is_some() => {
+                // Without `use_sliding_window` transformers knows no window but the one that is written down.
+                let is_known = !matches!(family.windows, Windows::From(_) | Windows::Unrotated)
+                    || slides
+                    || self.get("sliding_window").is_some();
+                self.layer_types(window.filter(|_| is_known), n_layers)
+            }
+            Windows::From(first) => {
+                let first = self.first_window(first);
+                let window = window.filter(|_| slides);
+                (0..n_layers)
+                    .map(|layer| window.filter(|_| layer >= first))
                     .collect()
-            });
-            return match kinds {
-                Some(kinds) if kinds.len() == n_layers => kinds,
-                Some(_) if !self.sound(&["num_hidden_layers"]) => none,
-                Some(kinds) => {
-                    let message = format!("has {} entries for {n_layers} layers", kinds.len());
-                    self.problem("layer_types", message);
-                    none
+            }
+            Windows::AllBut(every, keys) => {
+                let key = keys.iter().find(|key| self.get(key).is_some());
+                let every = key
+                    .and_then(|key| self.optional_size(key, None))
+                    .unwrap_or(every);
+                if window.is_none() && n_layers > 0 && every > 1 {
+                    let message = "missing, but there are layers that see only a window";
+                    self.problem("sliding_window", message);
                 }
-                None => {
-                    let message = "expected a list of full_attention and, if there is a sliding_window, sliding_attention";
-                    self.problem("layer_types", message);
-                    none
-                }
-            };
+                (0..n_layers)
+                    .map(|layer| window.filter(|_| !(layer + 1).is_multiple_of(every)))
+                    .collect()
+            }
+            Windows::Unrotated => {
+                let window = window.filter(|_| slides);
+                let layers = rotates.iter();
+                layers.map(|rotates| window.filter(|_| !rotates)).collect()
+            }
         }
-        // 0 is a layer, so this is no size.
-        let first = match self
-            .get("max_window_layers")
-            .map(|v| (v.as_u64(), v.to_string()))
-        {
+    }
+
+    /// The windows that `layer_types` gives.
+    fn layer_types(&mut self, window: Option<usize>, n_layers: usize) -> Vec<Option<usize>> {
+        let none = vec![None; n_layers];
+        let kinds = self.get("layer_types").and_then(Value::as_array);
+        let kinds: Option<Vec<_>> = kinds.and_then(|kinds| {
+            kinds
+                .iter()
+                .map(|kind| match kind.as_str() {
+                    Some("full_attention") => Some(None),
+                    Some("sliding_attention") => window.map(Some),
+                    _ => None,
+                })
+                .collect()
+        });
+        match kinds {
+            Some(kinds) if kinds.len() == n_layers => kinds,
+            Some(_) if !self.sound(&["num_hidden_layers"]) => none,
+            Some(kinds) => {
+                let message = format!("has {} entries for {n_layers} layers", kinds.len());
+                self.problem("layer_types", message);
+                none
+            }
+            None => {
+                let message = "expected a list of full_attention and, if there is a sliding_window, sliding_attention";
+                self.problem("layer_types", message);
+                none
+            }
+        }
+    }
+
+    /// The first layer with a window. 0 is a layer, so this is no size.
+    fn first_window(&mut self, first: usize) -> usize {
+        let found = self.get("max_window_layers");
+        match found.map(|value| (value.as_u64(), value.to_string())) {
             None => first,
             Some((Some(first), _)) => first as usize,
             Some((None, found)) => {
@@ -388,11 +567,7 @@ impl Keys<'_> {
                 self.problem("max_window_layers", message);
                 first
             }
-        };
-        let window = window.filter(|_| slides);
-        (0..n_layers)
-            .map(|layer| window.filter(|_| layer >= first))
-            .collect()
+        }
     }
 }
 

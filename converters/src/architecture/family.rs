@@ -15,12 +15,20 @@ pub struct Family {
     pub projections: &'static [Projection],
     /// The norms of a block.
     pub norms: &'static [Norm],
+    /// What is added to the weight of every norm, the last one's too: 1 where a weight of 0 scales nothing.
+    pub norm_offset: f32,
     /// The key that names the activation.
     pub activation_key: &'static str,
     /// Which layers see only a window.
     pub windows: Windows,
-    /// Factors that config.json may set, each under its key.
-    pub multipliers: &'static [(Multiplier, &'static str)],
+    /// How queries and keys are rotated.
+    pub rotary: Rotary,
+    /// Factors in the computation, and what each follows from.
+    pub multipliers: &'static [(Multiplier, Factor)],
+    /// Bounds on attention's scores and on logits.
+    pub softcaps: &'static [Softcap],
+    /// The mixture that takes the place of the feed-forward layer in some or all blocks.
+    pub experts: Option<&'static Experts>,
     /// llama.cpp's side.
     pub gguf: Gguf,
     /// Keys that the server's runtime reads of this family's configuration besides the sizes that all have; what a key outside
@@ -47,10 +55,127 @@ pub struct Defaults {
     pub sliding_window: Option<usize>,
     /// The activation.
     pub activation: Activation,
+    /// Whether there are the biases of which a key that is absent would tell; see [`Bias::Key`].
+    pub biases: bool,
+    /// `original_max_position_embeddings` beside the rotary parameters, where the class has such a key: it is the one that
+    /// counts.
+    pub original_max_position_embeddings: Option<usize>,
+    /// Sizes, where published configurations leave out those of the class.
+    pub sizes: Option<Sizes>,
+}
+
+/// Sizes of transformers' configuration class.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    /// `vocab_size`.
+    pub vocab_size: usize,
+    /// `hidden_size`.
+    pub hidden_size: usize,
+    /// `intermediate_size`.
+    pub intermediate_size: usize,
+    /// `num_hidden_layers`.
+    pub num_hidden_layers: usize,
+    /// `num_attention_heads`.
+    pub num_attention_heads: usize,
+}
+
+/// How queries and keys are rotated.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rotary {
+    /// Which two entries turn together.
+    pub pairs: Pairs,
+    /// The share of each head that turns where `partial_rotary_factor` is absent; `None`: all of it, and the key is refused.
+    pub partial: Option<f64>,
+    /// Which layer has which rotation.
+    pub layers: RotaryLayers,
+    /// Whether `llama_4_scaling_beta` among the rotary parameters makes queries grow with their position.
+    pub scales_queries: bool,
+    /// What stands for no rotary parameters at all, as `rope_scaling` would have it; none where that is the plain rotation.
+    pub absent: Option<&'static str>,
+}
+
+/// Which two entries of a head turn together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairs {
+    /// The first of the first half with the first of the second, and so on.
+    Halves,
+    /// The first with the second, the third with the fourth, and so on.
+    Neighbours,
+}
+
+/// Which layer has which rotation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RotaryLayers {
+    /// One for all.
+    All,
+    /// One for layers that see everything, and one with this base for layers that see a window.
+    ByWindow {
+        /// The base for layers with a window, where nothing else gives one.
+        theta: f64,
+        /// The key that gives it, if there is one beside the rotary parameters.
+        key: Option<&'static str>,
+    },
+    /// One, for the layers with a 1 in `no_rope_layers`; absent, for all but every n-th, with n the key `no_rope_layer_interval`.
+    Marked {
+        /// n, where its key is absent.
+        interval: usize,
+    },
+}
+
+/// A bound on values, `cap * tanh(x / cap)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Softcap {
+    /// What is bounded.
+    pub place: SoftcapPlace,
+    /// The key of the bound; null is none.
+    pub key: &'static str,
+    /// The bound where the key is absent.
+    pub default: Option<f64>,
+}
+
+/// What a [`Softcap`] bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SoftcapPlace {
+    /// Attention's scores, before the mask.
+    Scores,
+    /// Logits.
+    Logits,
+}
+
+/// A mixture of experts: each token goes through the few feed-forward layers that its router chooses. All of it is frozen.
+#[derive(Debug)]
+pub struct Experts {
+    /// Path of the router inside the block.
+    pub router: &'static str,
+    /// llama.cpp's name of the router inside the block.
+    pub gguf_router: &'static str,
+    /// Path of the experts inside the block; their number follows.
+    pub path: &'static str,
+    /// Gate, up and down of an expert, with llama.cpp's names of all experts' together inside the block.
+    pub projections: [(&'static str, &'static str); 3],
+    /// The key of their number, further names of it, and the number where all are absent.
+    pub count: (&'static [&'static str], usize),
+    /// How many a token goes through, where `num_experts_per_tok` is absent.
+    pub per_token: usize,
+    /// The key of their width, and the width where it is absent.
+    pub width: (&'static str, usize),
+    /// Whether the chosen experts' weights sum to 1.
+    pub normalised: Normalised,
+    /// Whether `decoder_sparse_step` and `mlp_only_layers` leave blocks with a plain feed-forward layer.
+    pub has_dense_layers: bool,
+}
+
+/// Whether the weights of a token's experts are divided by their sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Normalised {
+    /// Always.
+    Yes,
+    /// As this key says; absent means no.
+    Key(&'static str),
 }
 
 /// A linear module of a block.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Projection {
     /// Path inside the block, such as `self_attn.q_proj`.
     pub name: &'static str,
@@ -114,12 +239,12 @@ pub enum Bias {
     No,
     /// Always.
     Yes,
-    /// As this key says; absent means no.
+    /// As this key says; absent means [`Defaults::biases`].
     Key(&'static str),
 }
 
 /// A norm of a block, over the root mean square.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Norm {
     /// Path inside the block, such as `input_layernorm`.
     pub name: &'static str,
@@ -197,12 +322,18 @@ pub enum Windows {
     No,
     /// All, if the key gives a window.
     All,
+    /// All, if `use_sliding_window` and the key gives a window.
+    AllIfUsed,
     /// Those that `layer_types` calls sliding; without it, and if `use_sliding_window`, those from `max_window_layers` on, which
     /// is this if absent.
     From(usize),
+    /// Those that `layer_types` calls sliding; without it all but every n-th, with n this or the first of the keys that is there.
+    AllBut(usize, &'static [&'static str]),
+    /// Those that `layer_types` calls sliding; without it, and if `use_sliding_window`, those without a rotation.
+    Unrotated,
 }
 
-/// A factor in the computation, 1 (for attention `head_dim^-1/2`) where it is not set.
+/// A factor in the computation, 1 (for attention `head_dim^-1/2`) where a family has none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Multiplier {
     /// On embeddings.
@@ -213,6 +344,27 @@ pub enum Multiplier {
     Residual,
     /// By what logits are divided.
     LogitsDivisor,
+}
+
+/// What a [`Multiplier`] follows from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Factor {
+    /// This key; 1 where it is absent.
+    Key(&'static str),
+    /// `x^-1/2` of this key, and of the second where it is absent.
+    InverseRoot(&'static str, f64),
+    /// `hidden_size^1/2`, rounded as the embedding is.
+    RootOfWidth,
+}
+
+impl Factor {
+    /// The key of config.json, if there is one.
+    pub fn key(self) -> Option<&'static str> {
+        match self {
+            Self::Key(key) | Self::InverseRoot(key, _) => Some(key),
+            Self::RootOfWidth => None,
+        }
+    }
 }
 
 /// llama.cpp's side of a family.
@@ -287,12 +439,25 @@ impl Family {
             tie_word_embeddings: false,
             sliding_window: None,
             activation: Activation::Silu,
+            biases: false,
+            original_max_position_embeddings: None,
+            sizes: None,
         },
         projections: &separate(Bias::No, Bias::No, Bias::No),
         norms: &[Norm::BEFORE_ATTENTION, Norm::BEFORE_FEED_FORWARD],
+        norm_offset: 0.0,
         activation_key: "hidden_act",
         windows: Windows::No,
+        rotary: Rotary {
+            pairs: Pairs::Halves,
+            partial: None,
+            layers: RotaryLayers::All,
+            scales_queries: false,
+            absent: None,
+        },
         multipliers: &[],
+        softcaps: &[],
+        experts: None,
         gguf: Gguf {
             architecture: "",
             interleaved: false,

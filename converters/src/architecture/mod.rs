@@ -7,19 +7,31 @@
 
 mod config;
 mod family;
+mod gemma2;
+mod gemma3;
+mod glm4;
+mod granite;
 mod llama;
+mod ministral3;
 mod mistral;
+mod mixtral;
+mod olmo2;
+mod olmo3;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 mod rope;
 mod shape;
+mod smollm3;
 
 pub use family::{
-    Activation, Bias, Defaults, Extent, Family, Gguf, Multiplier, Norm, NormPlace, Projection,
-    Role, Windows,
+    Activation, Bias, Defaults, Experts, Extent, Factor, Family, Gguf, Multiplier, Norm, NormPlace,
+    Normalised, Pairs, Projection, Role, Rotary, RotaryLayers, Sizes, Softcap, SoftcapPlace,
+    Windows,
 };
-pub use rope::{Llama3Scaling, Rope, RopeKind};
-pub use shape::{Layer, ModelShape, Module, Multipliers, TensorShape};
+pub use rope::{Llama3Scaling, LongRopeScaling, QueryScaling, Rope, RopeKind, YarnScaling};
+pub use shape::{ExpertSizes, Layer, ModelShape, Module, Multipliers, TensorShape};
 
 pub(crate) use config::{family, heads, ties_embeddings, unread};
 pub(crate) use family::HEAD;
@@ -28,6 +40,17 @@ pub(crate) use family::HEAD;
 pub const FAMILIES: &[&Family] = &[
     &llama::FAMILY,
     &mistral::FAMILY,
+    &ministral3::FAMILY,
+    &mixtral::FAMILY,
     &qwen2::FAMILY,
     &qwen3::FAMILY,
+    &qwen3_moe::FAMILY,
+    &gemma2::FAMILY,
+    &gemma3::FAMILY,
+    &phi3::FAMILY,
+    &smollm3::FAMILY,
+    &granite::FAMILY,
+    &olmo2::FAMILY,
+    &olmo3::FAMILY,
+    &glm4::FAMILY,
 ];

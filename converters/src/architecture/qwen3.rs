@@ -22,16 +22,8 @@ pub(super) const FAMILY: Family = Family {
     norms: &[
         Norm::BEFORE_ATTENTION,
         Norm::BEFORE_FEED_FORWARD,
-        Norm {
-            name: "self_attn.q_norm",
-            gguf_name: "attn_q_norm",
-            place: NormPlace::On(Role::Query, Extent::Head),
-        },
-        Norm {
-            name: "self_attn.k_norm",
-            gguf_name: "attn_k_norm",
-            place: NormPlace::On(Role::Key, Extent::Head),
-        },
+        HEAD_NORMS[0],
+        HEAD_NORMS[1],
     ],
     windows: Windows::From(28),
     gguf: Gguf {
@@ -41,3 +33,17 @@ pub(super) const FAMILY: Family = Family {
     runtime_keys: Some(&["head_dim", "use_sliding_window", "max_window_layers"]),
     ..Family::PLAIN
 };
+
+/// A norm on each head of queries and keys.
+pub(super) const HEAD_NORMS: [Norm; 2] = [
+    Norm {
+        name: "self_attn.q_norm",
+        gguf_name: "attn_q_norm",
+        place: NormPlace::On(Role::Query, Extent::Head),
+    },
+    Norm {
+        name: "self_attn.k_norm",
+        gguf_name: "attn_k_norm",
+        place: NormPlace::On(Role::Key, Extent::Head),
+    },
+];

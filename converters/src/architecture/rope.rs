@@ -1,22 +1,29 @@
 //! Rotary frequencies and how they are rescaled.
 
+use std::borrow::Cow;
 use std::f64::consts::PI;
 
 use serde_json::{Value, json};
 
-/// A rotary embedding in the rotate-half form.
+/// A rotary embedding: how the entries of a head that turn do so, by position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// How its frequencies are rescaled.
     pub kind: RopeKind,
     /// The base of the frequencies.
     pub theta: f64,
-    /// The rescaled frequencies, `[head_dim / 2]`, radians per position.
+    /// Entries of a head that turn, an even number; the first ones.
+    pub dim: usize,
+    /// `max_position_embeddings` of the model.
+    pub max_position_embeddings: usize,
+    /// How queries grow with their position, if they do.
+    pub query_scaling: Option<QueryScaling>,
+    /// The rescaled frequencies of a short sequence, `[dim / 2]`, radians per position; see [`Self::frequencies`].
     pub inverse_frequencies: Vec<f32>,
 }
 
 /// A rescaling of rotary frequencies, for more positions than were trained.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeKind {
     /// None.
     Default,
@@ -25,16 +32,96 @@ pub enum RopeKind {
         /// The factor.
         factor: f64,
     },
+    /// The base grows with a sequence that is longer than the model was made for.
+    Dynamic {
+        /// By how much.
+        factor: f64,
+    },
+    /// YaRN's.
+    Yarn(YarnScaling),
+    /// Each divided by a factor of its own, another one in a sequence that is longer than was trained first.
+    LongRope(LongRopeScaling),
     /// Llama 3's.
     Llama3(Llama3Scaling),
 }
 
+/// YaRN's `rope_scaling`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct YarnScaling {
+    /// By what long wavelengths' frequencies are divided.
+    pub factor: f64,
+    /// Positions the model was trained on first.
+    pub original_max_position_embeddings: usize,
+    /// Wavelengths with more turns than this in the original length are kept.
+    pub beta_fast: f64,
+    /// Wavelengths with fewer turns than this are divided by the whole factor.
+    pub beta_slow: f64,
+    /// Whether the bounds of the ramp between both are whole numbers.
+    pub truncate: bool,
+    /// By what cosines and sines are multiplied, where it is written down.
+    pub attention_factor: Option<f64>,
+    /// `mscale` and `mscale_all_dim`, from which the factor follows else.
+    pub mscales: Option<(f64, f64)>,
+}
+
+/// LongRoPE's `rope_scaling`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongRopeScaling {
+    /// By what each frequency is divided, `[dim / 2]`.
+    pub short_factor: Vec<f64>,
+    /// By what, in a sequence longer than the original length.
+    pub long_factor: Vec<f64>,
+    /// The factor that lengthens the context, where it is written down; else it follows from the lengths.
+    pub factor: Option<f64>,
+    /// Positions the model was trained on first.
+    pub original_max_position_embeddings: usize,
+    /// By what cosines and sines are multiplied, where it is written down.
+    pub attention_factor: Option<f64>,
+}
+
+/// Queries times `1 + beta ln(1 + floor(position / original))`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QueryScaling {
+    /// `llama_4_scaling_beta`.
+    pub beta: f64,
+    /// Positions the model was trained on first.
+    pub original_max_position_embeddings: usize,
+}
+
+impl QueryScaling {
+    /// The factor at a position.
+    pub fn at(&self, position: u32) -> f32 {
+        let turns = (f64::from(position) / self.original_max_position_embeddings as f64).floor();
+        1.0 + self.beta as f32 * (1.0 + turns as f32).ln()
+    }
+}
+
 impl RopeKind {
     /// The scaling as `rope_scaling` of a config.json has it; null where there is none.
-    pub fn scaling_json(self) -> Value {
-        match self {
-            Self::Default => Value::Null,
+    pub fn scaling_json(&self) -> Value {
+        let mut fields = match self {
+            Self::Default => return Value::Null,
             Self::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+            Self::Dynamic { factor } => json!({"rope_type": "dynamic", "factor": factor}),
+            Self::Yarn(scaling) => json!({
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "original_max_position_embeddings": scaling.original_max_position_embeddings,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "truncate": (!scaling.truncate).then_some(false),
+                "attention_factor": scaling.attention_factor,
+                "mscale": scaling.mscales.map(|both| both.0),
+                "mscale_all_dim": scaling.mscales.map(|both| both.1),
+            }),
+            Self::LongRope(scaling) => json!({
+                "rope_type": "longrope",
+                "short_factor": scaling.short_factor,
+                "long_factor": scaling.long_factor,
+                "factor": scaling.factor,
+                "original_max_position_embeddings": scaling.original_max_position_embeddings,
+                "attention_factor": scaling.attention_factor,
+            }),
             Self::Llama3(scaling) => json!({
                 "rope_type": "llama3",
                 "factor": scaling.factor,
@@ -42,7 +129,89 @@ impl RopeKind {
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_position_embeddings,
             }),
+        };
+        if let Some(fields) = fields.as_object_mut() {
+            fields.retain(|_, value| !value.is_null());
         }
+        fields
+    }
+
+    /// Transformers' name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::Linear { .. } => "linear",
+            Self::Dynamic { .. } => "dynamic",
+            Self::Yarn(_) => "yarn",
+            Self::LongRope(_) => "longrope",
+            Self::Llama3(_) => "llama3",
+        }
+    }
+}
+
+impl YarnScaling {
+    /// By what cosines and sines are multiplied: with `m(s, w) = 1 + w ln(s) / 10` for a factor s above 1, else 1, it is
+    /// `m(factor, mscale) / m(factor, mscale_all_dim)` where both are given, else `m(factor, 1)`.
+    fn attention_factor(&self) -> f64 {
+        let m = |weight: f64| match self.factor <= 1.0 {
+            true => 1.0,
+            false => 0.1 * weight * self.factor.ln() + 1.0,
+        };
+        let inferred = || match self.mscales {
+            Some((one, all)) => m(one) / m(all),
+            None => m(1.0),
+        };
+        self.attention_factor.unwrap_or_else(inferred)
+    }
+
+    /// `theta^(-2i / dim)` as it is for short wavelengths, divided by the factor for long ones, with a ramp between them.
+    fn frequencies(&self, theta: f64, dim: usize) -> Vec<f32> {
+        let original = self.original_max_position_embeddings as f64;
+        // Where in the head a wavelength turns so often in the original length.
+        let place =
+            |turns: f64| dim as f64 * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
+        let (mut low, mut high) = (place(self.beta_fast), place(self.beta_slow));
+        if self.truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        (low, high) = (low.max(0.0), high.min(dim as f64 - 1.0));
+        if low == high {
+            high += 0.001;
+        }
+        (0..dim / 2)
+            .map(|i| {
+                let power = power(theta, i, dim);
+                let ramp = ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+                let kept = 1.0 - ramp;
+                1.0 / (self.factor as f32 * power) * (1.0 - kept) + 1.0 / power * kept
+            })
+            .collect()
+    }
+}
+
+impl LongRopeScaling {
+    /// `sqrt(1 + ln(factor) / ln(original))`, or 1 for a factor that lengthens nothing.
+    fn attention_factor(&self, max_position_embeddings: usize) -> f64 {
+        let original = self.original_max_position_embeddings as f64;
+        let factor = self
+            .factor
+            .unwrap_or(max_position_embeddings as f64 / original);
+        self.attention_factor
+            .unwrap_or_else(|| match factor <= 1.0 {
+                true => 1.0,
+                false => (1.0 + factor.ln() / original.ln()).sqrt(),
+            })
+    }
+
+    fn frequencies(&self, theta: f64, dim: usize, is_long: bool) -> Vec<f32> {
+        let factors = match is_long {
+            true => &self.long_factor,
+            false => &self.short_factor,
+        };
+        let factors = factors.iter().enumerate();
+        factors
+            .map(|(i, factor)| 1.0 / (*factor as f32 * power(theta, i, dim)))
+            .collect()
     }
 }
 
@@ -85,20 +254,80 @@ impl Llama3Scaling {
     }
 }
 
+/// `theta^(2i / dim)` in f32, as transformers raises the base.
+fn power(theta: f64, i: usize, dim: usize) -> f32 {
+    (theta as f32).powf((2 * i) as f32 / dim as f32)
+}
+
 impl Rope {
-    /// `theta^(-2i / head_dim)`, rescaled; in the precision in which transformers computes them.
-    pub fn new(kind: RopeKind, theta: f64, head_dim: usize) -> Self {
-        // transformers raises the base to an f32 exponent and inverts in f32.
-        let plain = |i: usize| 1.0 / (theta as f32).powf((2 * i) as f32 / head_dim as f32);
-        let rescaled = |frequency: f32| match kind {
-            RopeKind::Default => frequency,
-            RopeKind::Linear { factor } => frequency / factor as f32,
-            RopeKind::Llama3(scaling) => scaling.rescaled(f64::from(frequency)) as f32,
-        };
-        Self {
+    /// A rotation of the first `dim` entries of each head in a model for `max_position_embeddings` positions.
+    pub fn new(kind: RopeKind, theta: f64, dim: usize, max_position_embeddings: usize) -> Self {
+        let mut rope = Self {
             kind,
             theta,
-            inverse_frequencies: (0..head_dim / 2).map(|i| rescaled(plain(i))).collect(),
+            dim,
+            max_position_embeddings,
+            query_scaling: None,
+            inverse_frequencies: Vec::new(),
+        };
+        rope.inverse_frequencies = rope.computed(0);
+        rope
+    }
+
+    /// The rescaled frequencies for a sequence of `length` tokens, `[dim / 2]`, radians per position.
+    pub fn frequencies(&self, length: usize) -> Cow<'_, [f32]> {
+        match self.threshold().is_some_and(|threshold| length > threshold) {
+            true => Cow::Owned(self.computed(length)),
+            false => Cow::Borrowed(&self.inverse_frequencies),
+        }
+    }
+
+    /// The length beyond which frequencies are others, if there is one.
+    pub fn threshold(&self) -> Option<usize> {
+        match &self.kind {
+            RopeKind::Dynamic { .. } => Some(self.max_position_embeddings),
+            RopeKind::LongRope(scaling) => Some(scaling.original_max_position_embeddings),
+            _ => None,
+        }
+    }
+
+    /// By what cosines and sines are multiplied.
+    pub fn attention_factor(&self) -> f32 {
+        match &self.kind {
+            RopeKind::Yarn(scaling) => scaling.attention_factor() as f32,
+            RopeKind::LongRope(scaling) => {
+                scaling.attention_factor(self.max_position_embeddings) as f32
+            }
+            _ => 1.0,
+        }
+    }
+
+    /// `theta^(-2i / dim)`, rescaled; in the precision in which transformers computes them.
+    fn computed(&self, length: usize) -> Vec<f32> {
+        let (theta, dim) = (self.theta, self.dim);
+        let plain = || (0..dim / 2).map(|i| 1.0 / power(theta, i, dim));
+        match &self.kind {
+            RopeKind::Default => plain().collect(),
+            RopeKind::Linear { factor } => plain().map(|f| f / *factor as f32).collect(),
+            RopeKind::Dynamic { factor } => {
+                let trained = self.max_position_embeddings as f32;
+                let growth = *factor as f32 * length as f32 / trained - (*factor - 1.0) as f32;
+                let exponent = dim as f64 / (dim as f64 - 2.0);
+                let grown = match length > self.max_position_embeddings {
+                    true => theta as f32 * growth.powf(exponent as f32),
+                    false => theta as f32,
+                };
+                let base = f64::from(grown);
+                (0..dim / 2).map(|i| 1.0 / power(base, i, dim)).collect()
+            }
+            RopeKind::Yarn(scaling) => scaling.frequencies(theta, dim),
+            RopeKind::LongRope(scaling) => {
+                let is_long = length > scaling.original_max_position_embeddings;
+                scaling.frequencies(theta, dim, is_long)
+            }
+            RopeKind::Llama3(scaling) => plain()
+                .map(|f| scaling.rescaled(f64::from(f)) as f32)
+                .collect(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A model's sizes and options, and the modules and tensors that follow from them.
 
 use super::family::HEAD;
-use super::{Activation, Bias, Extent, Family, NormPlace, Projection, Role, Rope};
+use super::{Activation, Bias, Experts, Extent, Family, NormPlace, Projection, Role, Rope};
 use crate::targets::LinearModule;
 
 /// A decoder as its config.json describes it: sizes, options, and for each layer what it does differently.
@@ -33,6 +33,12 @@ pub struct ModelShape {
     pub activation: Activation,
     /// Factors in the computation.
     pub multipliers: Multipliers,
+    /// The bound on attention's scores, if there is one; see [`super::Softcap`].
+    pub score_cap: Option<f64>,
+    /// The bound on logits, if there is one.
+    pub logit_cap: Option<f64>,
+    /// The mixture in the layers that have one.
+    pub experts: Option<ExpertSizes>,
     /// Keys of biases that are set; see [`Bias::Key`].
     pub bias_keys: Vec<&'static str>,
     /// The rotary embeddings that layers use.
@@ -48,12 +54,27 @@ pub struct Layer {
     pub window: Option<usize>,
     /// Which of [`ModelShape::ropes`] rotates queries and keys, if any does.
     pub rope: Option<usize>,
+    /// Whether a mixture of experts takes the place of the feed-forward layer.
+    pub has_experts: bool,
+}
+
+/// Sizes of a mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertSizes {
+    /// Number of experts.
+    pub count: usize,
+    /// How many a token goes through, at most as many as there are.
+    pub per_token: usize,
+    /// Width of an expert.
+    pub width: usize,
+    /// Whether the weights of a token's experts are divided by their sum.
+    pub is_normalised: bool,
 }
 
 /// Factors in the computation; see [`super::Multiplier`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Multipliers {
-    /// On embeddings; 1 without one.
+    /// On embeddings, before it is rounded as they are; 1 without one.
     pub embedding: f64,
     /// On queries times keys; `head_dim^-1/2` where none is set.
     pub attention: Option<f64>,
@@ -92,7 +113,7 @@ pub struct Module {
 }
 
 /// A tensor that a checkpoint holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TensorShape {
     /// Name in a Hugging Face directory.
     pub name: String,
@@ -102,6 +123,10 @@ pub struct TensorShape {
     pub shape: Vec<usize>,
     /// Whether llama.cpp stores the rows of each head interleaved.
     pub interleaved: bool,
+    /// Which of so many equal parts of llama.cpp's tensor it is; (0, 1) where it is all of it.
+    pub part: (usize, usize),
+    /// What llama.cpp's values have more than those of the checkpoint.
+    pub offset: f32,
 }
 
 impl ModelShape {
@@ -120,7 +145,8 @@ impl ModelShape {
         (0..self.num_hidden_layers)
             .flat_map(move |layer| {
                 let projections = self.family.projections.iter();
-                projections.map(move |projection| self.module(Some(layer), projection))
+                let there = projections.filter(move |projection| self.has(layer, projection));
+                there.map(move |projection| self.module(Some(layer), projection))
             })
             .chain([self.module(None, &HEAD)])
     }
@@ -134,6 +160,24 @@ impl ModelShape {
                 out_features: module.out_features,
             })
             .collect()
+    }
+
+    /// Whether a layer has this projection: where there are experts, there is no other feed-forward layer.
+    fn has(&self, layer: usize, projection: &Projection) -> bool {
+        let is_feed_forward = matches!(
+            projection.parts.first(),
+            Some(Role::Gate | Role::Up | Role::Down)
+        );
+        !(is_feed_forward
+            && self
+                .layers
+                .get(layer)
+                .is_some_and(|layer| layer.has_experts))
+    }
+
+    /// The mixture in the layers that have one: what it is called, and its sizes.
+    pub fn mixture(&self) -> Option<(&'static Experts, ExpertSizes)> {
+        Some((self.family.experts?, self.experts?))
     }
 
     fn module(&self, layer: Option<usize>, projection: &'static Projection) -> Module {
@@ -171,23 +215,52 @@ impl ModelShape {
             gguf_name: format!("{gguf_name}.weight"),
             shape: shape.to_vec(),
             interleaved: false,
+            part: (0, 1),
+            offset: 0.0,
         };
+        let offset = self.family.norm_offset;
         let mut tensors = vec![
             plain(
                 EMBEDDING,
                 "token_embd",
                 &[self.vocab_size, self.hidden_size],
             ),
-            plain(FINAL_NORM, "output_norm", &[self.hidden_size]),
+            TensorShape {
+                offset,
+                ..plain(FINAL_NORM, "output_norm", &[self.hidden_size])
+            },
         ];
         for layer in 0..self.num_hidden_layers {
-            tensors.extend(self.family.norms.iter().map(|norm| {
-                plain(
+            tensors.extend(self.family.norms.iter().map(|norm| TensorShape {
+                offset,
+                ..plain(
                     &format!("model.layers.{layer}.{}", norm.name),
                     &format!("blk.{layer}.{}", norm.gguf_name),
                     &[self.norm_width(norm.place)],
                 )
             }));
+            if let (Some((experts, sizes)), true) = (self.mixture(), self.layers[layer].has_experts)
+            {
+                let (hf, gguf) = (format!("model.layers.{layer}"), format!("blk.{layer}"));
+                tensors.push(plain(
+                    &format!("{hf}.{}", experts.router),
+                    &format!("{gguf}.{}", experts.gguf_router),
+                    &[sizes.count, self.hidden_size],
+                ));
+                let (inner, hidden) = (sizes.width, self.hidden_size);
+                let shapes = [[inner, hidden], [inner, hidden], [hidden, inner]];
+                for expert in 0..sizes.count {
+                    let named = experts.projections.iter().zip(shapes);
+                    tensors.extend(named.map(|((name, gguf_name), shape)| TensorShape {
+                        part: (expert, sizes.count),
+                        ..plain(
+                            &format!("{hf}.{}.{expert}.{name}", experts.path),
+                            &format!("{gguf}.{gguf_name}"),
+                            &shape,
+                        )
+                    }));
+                }
+            }
         }
         for module in self.modules() {
             if module.layer.is_none() && self.tie_word_embeddings {
@@ -203,8 +276,8 @@ impl ModelShape {
                 tensors.push(TensorShape {
                     name: format!("{name}.bias"),
                     gguf_name: format!("{gguf_name}.bias"),
-                    shape: vec![module.out_features],
                     interleaved,
+                    ..plain("", "", &[module.out_features])
                 });
             }
         }

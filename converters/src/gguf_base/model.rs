@@ -122,7 +122,11 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
     });
     match family.windows {
         Windows::No => {}
-        Windows::All => config["sliding_window"] = Value::Null,
+        Windows::All | Windows::AllBut(..) => config["sliding_window"] = Value::Null,
+        Windows::AllIfUsed | Windows::Unrotated => {
+            config["use_sliding_window"] = false.into();
+            config["sliding_window"] = Value::Null;
+        }
         Windows::From(_) => {
             config["use_sliding_window"] = false.into();
             config["sliding_window"] = Value::Null;

@@ -291,6 +291,8 @@ mod tests {
                 gguf_name: idx.to_string(),
                 shape: vec![*size],
                 interleaved: false,
+                part: (0, 1),
+                offset: 0.0,
             })
             .collect();
         let shards = split(&plan, 7, n_elements);

@@ -20,17 +20,109 @@ impl Gate {
     /// The one with this activation, if it is computed.
     pub(crate) fn of(activation: Activation) -> Option<Self> {
         match activation {
-            Activation::Silu => Some(Self {
-                forward: silu,
-                backward: silu_backward,
-            }),
+            Activation::Silu => Some(Self::by::<Silu>()),
+            Activation::GeluTanh => Some(Self::by::<GeluTanh>()),
             _ => None,
+        }
+    }
+
+    fn by<F: NonLinearity>() -> Self {
+        Self {
+            forward: forward::<F>,
+            backward: backward::<F>,
         }
     }
 }
 
-/// `gate / (1 + exp(-gate)) * up`.
-fn silu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+/// What the backward pass of a gated activation gives, each `[tokens, n]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Backward {
+    /// `act(gate) * up` once more, which the pass comes by anyway: nobody has to keep it.
+    pub(crate) activated: Tensor,
+    /// Gradient with respect to the gate.
+    pub(crate) grad_gate: Tensor,
+    /// Gradient with respect to the other factor.
+    pub(crate) grad_up: Tensor,
+}
+
+/// A non-linearity, for one number and as a composition of candle's operations.
+trait NonLinearity {
+    fn value(x: f32) -> f32;
+
+    /// Its value, and its slope as two factors.
+    fn value_and_slope(x: f32) -> (f32, [f32; 2]);
+
+    fn plain(x: &Tensor) -> Result<Tensor>;
+
+    fn plain_with_slope(x: &Tensor) -> Result<(Tensor, [Tensor; 2])>;
+}
+
+/// `x / (1 + exp(-x))`; with `s = sigmoid(x)` its slope is `s (1 + x (1 - s))`.
+struct Silu;
+
+impl NonLinearity for Silu {
+    #[inline(always)]
+    fn value(x: f32) -> f32 {
+        x * sigmoid(x)
+    }
+
+    #[inline(always)]
+    fn value_and_slope(x: f32) -> (f32, [f32; 2]) {
+        let s = sigmoid(x);
+        (x * s, [s, 1.0 + x * (1.0 - s)])
+    }
+
+    fn plain(x: &Tensor) -> Result<Tensor> {
+        Ok(x.silu()?)
+    }
+
+    fn plain_with_slope(x: &Tensor) -> Result<(Tensor, [Tensor; 2])> {
+        let s = (x.neg()?.exp()? + 1.0)?.recip()?;
+        let slope = ((x * (1.0 - &s)?)? + 1.0)?;
+        Ok(((x * &s)?, [s, slope]))
+    }
+}
+
+/// `x / 2 (1 + tanh(u))` with `u = sqrt(2 / pi) (x + 0.044715 x^3)`.
+struct GeluTanh;
+
+/// `sqrt(2 / pi)`.
+const ROOT: f32 = 0.797_884_6;
+/// The weight of the cube.
+const CUBE: f32 = 0.044_715;
+
+impl NonLinearity for GeluTanh {
+    #[inline(always)]
+    fn value(x: f32) -> f32 {
+        0.5 * x * (1.0 + tanh(ROOT * (x + CUBE * x * x * x)))
+    }
+
+    #[inline(always)]
+    fn value_and_slope(x: f32) -> (f32, [f32; 2]) {
+        let t = tanh(ROOT * (x + CUBE * x * x * x));
+        let inner = ROOT * (1.0 + 3.0 * CUBE * x * x);
+        let slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner;
+        (0.5 * x * (1.0 + t), [slope, 1.0])
+    }
+
+    fn plain(x: &Tensor) -> Result<Tensor> {
+        Ok(x.gelu()?)
+    }
+
+    fn plain_with_slope(x: &Tensor) -> Result<(Tensor, [Tensor; 2])> {
+        let square = x.sqr()?;
+        let inner = ((&square * f64::from(CUBE))? + 1.0)?;
+        let t = ((x * inner)? * f64::from(ROOT))?.tanh()?;
+        let rest =
+            ((1.0 - t.sqr()?)? * (((square * f64::from(3.0 * CUBE))? + 1.0)? * f64::from(ROOT))?)?;
+        let half = ((&t + 1.0)? * 0.5)?;
+        let slope = (&half + ((x * rest)? * 0.5)?)?;
+        Ok(((x * half)?, [slope, x.ones_like()?]))
+    }
+}
+
+/// `act(gate) * up`.
+fn forward<F: NonLinearity>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (rows, columns) = gate.dims2()?;
     let fast = on_cpu([gate, up], |[gate, up]| {
         build_rows(
@@ -40,7 +132,7 @@ fn silu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             |row, [out]| {
                 let range = row * columns..(row + 1) * columns;
                 for ((out, g), u) in out.iter_mut().zip(&gate[range.clone()]).zip(&up[range]) {
-                    out.write(g * sigmoid(*g) * u);
+                    out.write(F::value(*g) * u);
                 }
             },
         )
@@ -50,23 +142,12 @@ fn silu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             let [y] = built?;
             Ok(y)
         }
-        None => Ok((gate.silu()? * up)?),
+        None => Ok((F::plain(gate)? * up)?),
     }
 }
 
-/// What the backward pass of a gated activation gives, each `[tokens, n]`.
-#[derive(Debug, Clone)]
-pub(crate) struct Backward {
-    /// `silu(gate) * up` once more, which the pass comes by anyway: nobody has to keep it.
-    pub(crate) activated: Tensor,
-    /// Gradient with respect to the gate.
-    pub(crate) grad_gate: Tensor,
-    /// Gradient with respect to the other factor.
-    pub(crate) grad_up: Tensor,
-}
-
-/// Gradients with respect to gate and up: with `s = sigmoid(gate)`, `(g up s (1 + gate (1 - s)), g gate s)`.
-fn silu_backward(gate: &Tensor, up: &Tensor, upstream: &Tensor) -> Result<Backward> {
+/// Gradients with respect to gate and up: `(g up act'(gate), g act(gate))`.
+fn backward<F: NonLinearity>(gate: &Tensor, up: &Tensor, upstream: &Tensor) -> Result<Backward> {
     let (rows, columns) = gate.dims2()?;
     let fast = on_cpu([gate, up, upstream], |[gate, up, upstream]| {
         build_rows(
@@ -81,11 +162,10 @@ fn silu_backward(gate: &Tensor, up: &Tensor, upstream: &Tensor) -> Result<Backwa
                     .zip(&upstream[range]);
                 let outputs = activated.iter_mut().zip(grad_gate).zip(grad_up);
                 for (((y, grad_gate), grad_up), ((g, u), d)) in outputs.zip(inputs) {
-                    let s = sigmoid(*g);
-                    let silu = g * s;
-                    y.write(silu * u);
-                    grad_gate.write(d * u * s * (1.0 + g * (1.0 - s)));
-                    grad_up.write(d * silu);
+                    let (value, [one, other]) = F::value_and_slope(*g);
+                    y.write(value * u);
+                    grad_gate.write(d * u * one * other);
+                    grad_up.write(d * value);
                 }
             },
         )
@@ -98,19 +178,35 @@ fn silu_backward(gate: &Tensor, up: &Tensor, upstream: &Tensor) -> Result<Backwa
             grad_up,
         });
     }
-    let s = (gate.neg()?.exp()? + 1.0)?.recip()?;
-    let silu = (gate * &s)?;
-    let slope = ((gate * (1.0 - &s)?)? + 1.0)?;
+    let (value, [one, other]) = F::plain_with_slope(gate)?;
     Ok(Backward {
-        activated: (&silu * up)?,
-        grad_gate: (((upstream * up)? * &s)? * slope)?,
-        grad_up: (upstream * silu)?,
+        activated: (&value * up)?,
+        grad_gate: (((upstream * up)? * one)? * other)?,
+        grad_up: (upstream * value)?,
     })
 }
 
 #[inline(always)]
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
+}
+
+/// `tanh(x)`, below 3 ulp: a polynomial near 0, where `1 - 2 / (e^2x + 1)` cancels; both are computed, so that loops vectorise.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let square = x * x;
+    let mut p = -5.704_988_7e-3;
+    for coefficient in [
+        2.063_908_9e-2,
+        -5.373_971_6e-2,
+        1.333_144_2e-1,
+        -3.333_328e-1,
+    ] {
+        p = p * square + coefficient;
+    }
+    let near = x + x * square * p;
+    let far = (1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0)).copysign(x);
+    if x.abs() < 0.625 { near } else { far }
 }
 
 /// `e^x` by range reduction to `2^n e^r`, `|r| <= ln(2)/2`, and a polynomial of degree 6: below 2 ulp, and free of branches, so
@@ -155,7 +251,26 @@ mod tests {
     }
 
     #[test]
-    fn silu_equals_the_plain_one_and_its_gradient() -> Result<()> {
+    fn hyperbolic_tangent_is_accurate() {
+        for i in -20_000..20_000 {
+            let x = i as f32 * 1e-3;
+            let (ours, exact) = (f64::from(tanh(x)), f64::from(x).tanh());
+            assert!(
+                (ours - exact).abs() <= 4e-7 * exact.abs(),
+                "{x}: {ours} {exact}"
+            );
+        }
+        assert_eq!([tanh(1e9), tanh(-1e9), tanh(0.0)], [1.0, -1.0, 0.0]);
+        assert!(tanh(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn gates_equal_the_plain_ones_and_their_gradients() -> Result<()> {
+        equals_the_plain_one::<Silu>()?;
+        equals_the_plain_one::<GeluTanh>()
+    }
+
+    fn equals_the_plain_one<F: NonLinearity>() -> Result<()> {
         for (rows, columns) in [(1, 1), (7, 33), (129, 200)] {
             let (gate, up) = (
                 (matrix(rows, columns, 0.1) * 6.0)?,
@@ -163,15 +278,15 @@ mod tests {
             );
             let upstream = matrix(rows, columns, 0.9);
             let (gate_var, up_var) = (Var::from_tensor(&gate)?, Var::from_tensor(&up)?);
-            let plain = (gate_var.silu()? * up_var.as_tensor())?;
-            assert!(largest_difference(&silu(&gate, &up)?, &plain) < 1e-5);
+            let plain = (F::plain(gate_var.as_tensor())? * up_var.as_tensor())?;
+            assert!(largest_difference(&forward::<F>(&gate, &up)?, &plain) < 1e-5);
             let grads = (&plain * &upstream)?.sum_all()?.backward()?;
             let by_gate = grads.get(gate_var.as_tensor()).expect("gate");
             let by_up = grads.get(up_var.as_tensor()).expect("up");
             // A transposed view is not contiguous, so it takes the path for other devices.
             let strided = gate.t()?.contiguous()?.t()?;
             for gate in [&gate, &strided] {
-                let found = silu_backward(gate, &up, &upstream)?;
+                let found = backward::<F>(gate, &up, &upstream)?;
                 assert!(largest_difference(&found.activated, &plain) < 1e-5);
                 assert!(largest_difference(&found.grad_gate, by_gate) < 1e-4);
                 assert!(largest_difference(&found.grad_up, by_up) < 1e-4);

@@ -8,9 +8,12 @@ use monteclora_converters::Problem;
 
 use monteclora_adapters::Result;
 
-/// The table of vectors, `[vocabulary, hidden]`.
+/// The table of vectors, `[vocabulary, hidden]`, and what they are multiplied by.
 #[derive(Debug)]
-pub(crate) struct Embedding(pub(crate) Arc<dyn Weight>);
+pub(crate) struct Embedding {
+    pub(crate) table: Arc<dyn Weight>,
+    pub(crate) scale: f32,
+}
 
 impl Embedding {
     /// The vectors of `tokens`, `[tokens, hidden]`.
@@ -18,13 +21,17 @@ impl Embedding {
     /// # Errors
     /// For one outside of the vocabulary.
     pub(crate) fn forward(&self, tokens: &[u32]) -> Result<Tensor> {
-        let vocab_size = self.0.dims()?.0;
+        let vocab_size = self.table.dims()?.0;
         if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab_size) {
             let message = format!(
                 "token id {token} is outside the vocabulary of {vocab_size}; does the tokenizer belong to this model?"
             );
             return Err(Problem::sentence("token", message).into());
         }
-        self.0.gather(tokens)
+        let vectors = self.table.gather(tokens)?;
+        match self.scale == 1.0 {
+            true => Ok(vectors),
+            false => Ok((vectors * f64::from(self.scale))?),
+        }
     }
 }

@@ -1,13 +1,73 @@
-//! The gated feed-forward layer: `down(act(gate(x)) * up(x))`.
+//! The gated feed-forward layer, `down(act(gate(x)) * up(x))`, or the mixture in its place.
 
 use candle_core::Tensor;
 
 use super::activation::{Backward, Gate};
+use super::experts::{self, Experts};
 use super::projections::{Projections, Saved};
 use super::{Part, Pass};
 use crate::model::adapter::AdapterGradients;
 use crate::model::generate::LayerCache;
 use monteclora_adapters::Result;
+
+/// What stands behind attention in a block.
+#[derive(Debug)]
+pub(crate) enum FeedForwardPart {
+    /// One layer for all tokens.
+    Gated(FeedForward),
+    /// Several, of which a token goes through a few.
+    Experts(Experts),
+}
+
+/// What its backward pass reads.
+#[derive(Debug)]
+pub(crate) enum KeptPart {
+    Gated(Kept),
+    Experts(experts::Kept),
+}
+
+impl Part for FeedForwardPart {
+    type Kept = KeptPart;
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass<'_>,
+        residual: Option<&Tensor>,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<(Tensor, KeptPart)> {
+        match self {
+            Self::Gated(layer) => {
+                let (y, kept) = layer.forward(x, pass, residual, cache)?;
+                Ok((y, KeptPart::Gated(kept)))
+            }
+            Self::Experts(experts) => {
+                let (y, kept) = experts.forward(x, pass, residual, cache)?;
+                Ok((y, KeptPart::Experts(kept)))
+            }
+        }
+    }
+
+    fn backward(
+        &self,
+        input: &dyn Fn() -> Result<Tensor>,
+        kept: &KeptPart,
+        upstream: Tensor,
+        pass: &Pass<'_>,
+        gradients: &mut AdapterGradients,
+        wanted: bool,
+    ) -> Result<Option<Tensor>> {
+        match (self, kept) {
+            (Self::Gated(layer), KeptPart::Gated(kept)) => {
+                layer.backward(input, kept, upstream, pass, gradients, wanted)
+            }
+            (Self::Experts(experts), KeptPart::Experts(kept)) => {
+                experts.backward(input, kept, upstream, pass, gradients, wanted)
+            }
+            _ => Err(candle_core::Error::Msg("kept by another part".to_owned()).into()),
+        }
+    }
+}
 
 /// A gated feed-forward layer.
 #[derive(Debug)]

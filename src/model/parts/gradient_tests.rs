@@ -62,7 +62,7 @@ fn rms_norm_gradient() -> Result<()> {
 
 #[test]
 fn rotation_gradient() -> Result<()> {
-    let rotation = Rotation::new(&[0, 3, 11, 12, 40], &[1.0, 0.21, 0.04], &Device::Cpu)?;
+    let rotation = Rotation::plain(&[0, 3, 11, 12, 40], &[1.0, 0.21, 0.04], &Device::Cpu)?;
     let (x, upstream) = (matrix(5, 18, 0.1), matrix(5, 18, 0.3));
     let gradient = rotation.backward(&upstream)?;
     check(&[x], &[gradient], |inputs| {
@@ -74,21 +74,31 @@ fn rotation_gradient() -> Result<()> {
 fn gated_activation_gradient() -> Result<()> {
     let (gate, up) = ((matrix(19, 53, 0.1) * 4.0)?, matrix(19, 53, 0.5));
     let upstream = matrix(19, 53, 0.9);
-    let silu = Gate::of(Activation::Silu).expect("computed");
-    let found = (silu.backward)(&gate, &up, &upstream)?;
-    check(&[gate, up], &[found.grad_gate, found.grad_up], |inputs| {
-        dot(&(silu.forward)(&inputs[0], &inputs[1])?, &upstream)
-    })
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        let gated = Gate::of(activation).expect("computed");
+        let found = (gated.backward)(&gate, &up, &upstream)?;
+        let (inputs, gradients) = ([gate.clone(), up.clone()], [found.grad_gate, found.grad_up]);
+        check(&inputs, &gradients, |inputs| {
+            dot(&(gated.forward)(&inputs[0], &inputs[1])?, &upstream)
+        })?;
+    }
+    Ok(())
 }
 
 #[test]
 fn attention_gradient() -> Result<()> {
-    for window in [None, Some(5)] {
+    for (window, scale, softcap) in [
+        (None, None, None),
+        (Some(5), None, None),
+        (Some(5), Some(0.5), Some(1.5)),
+    ] {
         let heads = Heads {
             query: 6,
             key_value: 2,
             dim: 10,
             window,
+            scale,
+            softcap,
         };
         let segment = |query_start, query_len, key_start, key_len| Segment {
             query_start,
@@ -123,10 +133,13 @@ fn cross_entropy_gradient() -> Result<()> {
     let linear = FrozenLinear::new(std::sync::Arc::new(matrix(29, 11, 0.3)), None)?;
     let hidden = matrix(labels, 11, 0.8);
     let targets: Vec<u32> = (0..labels as u32).map(|i| (i * 5) % 29).collect();
-    let found = head::evaluate(&linear, None, &hidden, &targets, Some(0.25))?;
-    let gradient = found.grad_hidden.expect("a scale was given");
-    check(&[hidden], &[gradient], |inputs| {
-        let loss = head::evaluate(&linear, None, &inputs[0], &targets, None)?;
-        Ok(0.25 * loss.nll.iter().map(|v| f64::from(*v)).sum::<f64>())
-    })
+    for cap in [None, Some(2.0)] {
+        let found = head::evaluate(&linear, None, cap, &hidden, &targets, Some(0.25))?;
+        let gradient = found.grad_hidden.expect("a scale was given");
+        check(std::slice::from_ref(&hidden), &[gradient], |inputs| {
+            let loss = head::evaluate(&linear, None, cap, &inputs[0], &targets, None)?;
+            Ok(0.25 * loss.nll.iter().map(|v| f64::from(*v)).sum::<f64>())
+        })?;
+    }
+    Ok(())
 }

@@ -7,7 +7,7 @@ use monteclora_adapters::simd::{largest, vectorised};
 use monteclora_adapters::{FrozenLinear, Update, input_gradient};
 use rayon::prelude::*;
 
-use super::activation::exp;
+use super::activation::{exp, tanh};
 use super::norm::Norm;
 use crate::model::adapter::{ActiveAdapter, ModuleId, sum_of_factors};
 use monteclora_adapters::Result;
@@ -21,13 +21,19 @@ pub(crate) struct Head {
     pub(crate) id: ModuleId,
     pub(crate) norm: Norm,
     pub(crate) linear: FrozenLinear,
+    /// The bound on logits, `cap * tanh(logit / cap)`, if there is one.
+    pub(crate) cap: Option<f32>,
 }
 
 impl Head {
     /// Logits of `hidden` `[tokens, hidden]`, which [`Self::norm`] has normalised.
     pub(crate) fn logits(&self, hidden: &Tensor, adapter: &ActiveAdapter) -> Result<Tensor> {
         let update = adapter.get(self.id);
-        Ok(self.linear.forward(hidden, update, None, None)?.0)
+        let logits = self.linear.forward(hidden, update, None, None)?.0;
+        match self.cap.map(f64::from) {
+            None => Ok(logits),
+            Some(cap) => Ok(((logits / cap)?.tanh()? * cap)?),
+        }
     }
 
     /// Losses of `hidden` `[labels, hidden]`, not normalised, against `targets` `[labels]`; with `scale` also the gradient.
@@ -39,7 +45,7 @@ impl Head {
         scale: Option<f64>,
     ) -> Result<CrossEntropy> {
         let (normed, update) = (self.norm.forward(hidden)?, adapter.get(self.id));
-        let mut losses = evaluate(&self.linear, update, &normed, targets, scale)?;
+        let mut losses = evaluate(&self.linear, update, self.cap, &normed, targets, scale)?;
         if let Some(grad) = losses.grad_hidden {
             losses.grad_hidden = Some(self.norm.backward(hidden, &grad, None)?);
         }
@@ -64,6 +70,7 @@ pub(crate) struct CrossEntropy {
 pub(super) fn evaluate(
     head: &FrozenLinear,
     update: Option<&dyn Update>,
+    cap: Option<f32>,
     hidden: &Tensor,
     targets: &[u32],
     scale: Option<f64>,
@@ -80,7 +87,7 @@ pub(super) fn evaluate(
         let targets = &targets[start..labels.min(start + CHUNK)];
         let chunk = hidden.narrow(0, start, targets.len())?.contiguous()?;
         let (logits, saved) = head.forward(&chunk, update, None, None)?;
-        let (nll, correct, grad_logits) = softmax_loss(logits, targets, scale)?;
+        let (nll, correct, grad_logits) = softmax_loss(logits, cap, targets, scale)?;
         result.nll.extend(nll);
         result.correct.extend(correct);
         if let Some(grad_logits) = grad_logits {
@@ -98,8 +105,14 @@ pub(super) fn evaluate(
 
 type Losses = (Vec<f32>, Vec<bool>, Option<Tensor>);
 
-/// Losses of one chunk of logits `[labels, vocab]`, and `scale * (softmax - onehot)`, which takes the logits' own memory.
-fn softmax_loss(logits: Tensor, targets: &[u32], scale: Option<f64>) -> Result<Losses> {
+/// Losses of one chunk of logits `[labels, vocab]`, bounded by `cap`, and `scale * (softmax - onehot)` times the bound's slope, which
+/// takes the logits' own memory.
+fn softmax_loss(
+    logits: Tensor,
+    cap: Option<f32>,
+    targets: &[u32],
+    scale: Option<f64>,
+) -> Result<Losses> {
     let rows = logits.dims2()?.0;
     if matches!(logits.device(), Device::Cpu)
         && logits.dtype() == DType::F32
@@ -108,6 +121,7 @@ fn softmax_loss(logits: Tensor, targets: &[u32], scale: Option<f64>) -> Result<L
         let pass = InPlace {
             targets,
             scale: scale.map(|scale| scale as f32),
+            cap,
             losses: Mutex::new(Vec::new()),
         };
         logits.inplace_op1(&pass)?;
@@ -119,7 +133,13 @@ fn softmax_loss(logits: Tensor, targets: &[u32], scale: Option<f64>) -> Result<L
         ));
     }
     let dtype = logits.dtype();
-    let logits = logits.to_dtype(DType::F32)?;
+    let mut logits = logits.to_dtype(DType::F32)?;
+    let mut slope = None;
+    if let Some(cap) = cap.map(f64::from) {
+        let bent = (logits / cap)?.tanh()?;
+        slope = Some((1.0 - bent.sqr()?)?);
+        logits = (bent * cap)?;
+    }
     let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
     let log_p = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?;
     let index = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
@@ -136,7 +156,11 @@ fn softmax_loss(logits: Tensor, targets: &[u32], scale: Option<f64>) -> Result<L
     let grad = scale
         .map(|scale| {
             let minus_one = Tensor::full(-1f32, (rows, 1), logits.device())?;
-            (log_p.exp()?.scatter_add(&index, &minus_one, 1)? * scale)?.to_dtype(dtype)
+            let grad = (log_p.exp()?.scatter_add(&index, &minus_one, 1)? * scale)?;
+            match &slope {
+                Some(slope) => (grad * slope)?.to_dtype(dtype),
+                None => grad.to_dtype(dtype),
+            }
         })
         .transpose()?;
     Ok((nll, correct, grad))
@@ -146,12 +170,18 @@ fn softmax_loss(logits: Tensor, targets: &[u32], scale: Option<f64>) -> Result<L
 struct InPlace<'a> {
     targets: &'a [u32],
     scale: Option<f32>,
+    cap: Option<f32>,
     losses: Mutex<Vec<(f32, bool)>>,
 }
 
 impl InPlace<'_> {
     #[inline(always)]
     fn row(&self, row: &mut [f32], target: usize) -> (f32, bool) {
+        if let Some(cap) = self.cap {
+            for v in row.iter_mut() {
+                *v = cap * tanh(*v / cap);
+            }
+        }
         let largest = largest(row);
         // Partial sums of a fixed width: vectorised, and the same at any thread count.
         let mut partial = [0f32; 16];
@@ -167,9 +197,20 @@ impl InPlace<'_> {
         // The first of equal logits wins, as in an argmax.
         let correct = row[target] == largest && !row[..target].contains(&largest);
         if let Some(scale) = self.scale {
-            let onehot = scale * (exp(row[target] - log_sum) - 1.0);
-            for v in row.iter_mut() {
-                *v = scale * exp(*v - log_sum);
+            let mut onehot = scale * (exp(row[target] - log_sum) - 1.0);
+            match self.cap {
+                None => {
+                    for v in row.iter_mut() {
+                        *v = scale * exp(*v - log_sum);
+                    }
+                }
+                Some(cap) => {
+                    let slope = |v: f32| 1.0 - (v / cap) * (v / cap);
+                    onehot *= slope(row[target]);
+                    for v in row.iter_mut() {
+                        *v = scale * exp(*v - log_sum) * slope(*v);
+                    }
+                }
             }
             row[target] = onehot;
         }
@@ -226,6 +267,7 @@ mod tests {
         let result = evaluate(
             &head,
             None,
+            None,
             &x.as_tensor().detach(),
             &targets,
             Some(1.0 / labels as f64),
@@ -246,14 +288,15 @@ mod tests {
     fn plain_path_equals_the_fast_one() -> Result<()> {
         let strided = matrix(11, 4, 0.5).t()?;
         let targets = [0, 10, 3, 7];
-        let (nll, correct, grad) = softmax_loss(strided.clone(), &targets, Some(0.5))?;
-        let (fast_nll, fast_correct, fast_grad) =
-            softmax_loss(strided.contiguous()?, &targets, Some(0.5))?;
-        assert!(nll.iter().zip(&fast_nll).all(|(a, b)| (a - b).abs() < 1e-6));
-        assert_eq!(correct, fast_correct);
-        assert!(
-            largest_difference(&grad.expect("asked for"), &fast_grad.expect("asked for")) < 1e-6
-        );
+        for cap in [None, Some(0.7)] {
+            let (nll, correct, grad) = softmax_loss(strided.clone(), cap, &targets, Some(0.5))?;
+            let (fast_nll, fast_correct, fast_grad) =
+                softmax_loss(strided.contiguous()?, cap, &targets, Some(0.5))?;
+            assert!(nll.iter().zip(&fast_nll).all(|(a, b)| (a - b).abs() < 1e-6));
+            assert_eq!(correct, fast_correct);
+            let grads = [grad, fast_grad].map(|grad| grad.expect("asked for"));
+            assert!(largest_difference(&grads[0], &grads[1]) < 1e-6);
+        }
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod embedding;
+pub(crate) mod experts;
 pub(crate) mod feed_forward;
 #[cfg(test)]
 pub(crate) mod gradient_tests;

@@ -106,8 +106,7 @@ fn ignored(shape: &ModelShape, config: &Map<String, Value>) -> Vec<Problem> {
             ),
         );
     }
-    let kind = shape.ropes[0].kind;
-    if kind != RopeKind::Default && !family.runtime_reads("rope_scaling") {
+    if shape.ropes[0].kind != RopeKind::Default && !family.runtime_reads("rope_scaling") {
         let message = format!("mistral.rs 0.8.1 has no scaled rotary embedding for {model_type}");
         problem("rope_scaling", message);
     }

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::AT;
-use crate::architecture::{Family, Windows};
+use crate::architecture::{Family, Normalised, RotaryLayers, Windows};
 use crate::problem::Problem;
 
 /// Keys that are read of every family.
@@ -23,11 +23,11 @@ language license tags attention_bias mlp_bias qkv_bias is_llama_config transform
 max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p \
 repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences \
 forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens \
-begin_suppress_tokens max_new_tokens";
+begin_suppress_tokens max_new_tokens output_router_logits router_aux_loss_coef";
 
 /// Dropout, which is only for training and which this trainer has on the adapter alone.
 const DROPOUT: &str = "attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob resid_pdrop resid_dropout \
-embd_pdrop embed_dropout embedding_dropout attn_pdrop activation_dropout dropout layerdrop";
+embd_pdrop embed_dropout embedding_dropout attn_pdrop activation_dropout dropout layerdrop router_jitter_noise";
 
 /// Keys with which other families change the numbers, each with the value that changes nothing; null, false, 0 and what is empty
 /// never do.
@@ -51,18 +51,47 @@ fn is_read(family: &Family, key: &str) -> bool {
     let windows: &[&str] = match family.windows {
         Windows::No => &[],
         Windows::All => &["sliding_window"],
+        Windows::AllIfUsed => &["sliding_window", "use_sliding_window"],
         Windows::From(_) => &[
             "sliding_window",
             "use_sliding_window",
             "max_window_layers",
             "layer_types",
         ],
+        Windows::AllBut(..) => &["sliding_window", "layer_types"],
+        Windows::Unrotated => &["sliding_window", "use_sliding_window", "layer_types"],
+    };
+    let rotary: &[&str] = match family.rotary.layers {
+        RotaryLayers::Marked { .. } => &["no_rope_layers", "no_rope_layer_interval"],
+        RotaryLayers::ByWindow { key: Some(key), .. } => &[key],
+        _ => &[],
+    };
+    let pattern: &[&str] = match family.windows {
+        Windows::AllBut(_, keys) => keys,
+        _ => &[],
     };
     let mut factors = family.multipliers.iter();
+    let mut caps = family.softcaps.iter();
     listed(READ, key)
-        || windows.contains(&key)
+        || [windows, rotary, pattern]
+            .iter()
+            .any(|keys| keys.contains(&key))
         || family.bias_keys().contains(&key)
-        || factors.any(|(_, name)| *name == key)
+        || factors.any(|(_, factor)| factor.key() == Some(key))
+        || caps.any(|cap| cap.key == key)
+        || is_of_experts(family, key)
+}
+
+/// Whether the mixture of a family is read from `key`.
+fn is_of_experts(family: &Family, key: &str) -> bool {
+    family.experts.is_some_and(|experts| {
+        let dense = ["decoder_sparse_step", "mlp_only_layers"];
+        experts.count.0.contains(&key)
+            || key == "num_experts_per_tok"
+            || key == experts.width.0
+            || matches!(experts.normalised, Normalised::Key(name) if name == key)
+            || (experts.has_dense_layers && dense.contains(&key))
+    })
 }
 
 /// Whether a value says nothing.

@@ -4,7 +4,53 @@
 use serde_json::{Map, Value};
 
 use super::{Keys, plain};
-use crate::architecture::{Llama3Scaling, Rope, RopeKind};
+use crate::architecture::{
+    Family, Llama3Scaling, LongRopeScaling, QueryScaling, Rope, RopeKind, RotaryLayers, YarnScaling,
+};
+
+/// Every kind with the fields that it reads.
+const KINDS: [(&str, &[&str]); 6] = [
+    ("default", &[]),
+    ("linear", &["factor"]),
+    ("dynamic", &["factor"]),
+    (
+        "yarn",
+        &[
+            "factor",
+            ORIGINAL,
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ],
+    ),
+    (
+        "longrope",
+        &[
+            "factor",
+            ORIGINAL,
+            "attention_factor",
+            "short_factor",
+            "long_factor",
+        ],
+    ),
+    (
+        "llama3",
+        &["factor", "low_freq_factor", "high_freq_factor", ORIGINAL],
+    ),
+];
+
+/// Positions that a model was trained on first.
+const ORIGINAL: &str = "original_max_position_embeddings";
+
+/// Types of layers that may have parameters of their own.
+const FULL: &str = "full_attention";
+const SLIDING: &str = "sliding_attention";
+
+/// The field that makes queries grow.
+const BETA: &str = "llama_4_scaling_beta";
 
 /// Fields that every kind may have.
 const COMMON: [&str; 3] = ["rope_type", "rope_theta", "partial_rotary_factor"];
@@ -15,34 +61,176 @@ const RECORDS: [&str; 3] = [
     "finetuned",
 ];
 
+/// What all rotations of a model have in common.
+#[derive(Clone, Copy)]
+struct Common {
+    family: &'static Family,
+    head_dim: usize,
+    positions: usize,
+}
+
+/// The object that a rotation is read from, and its place.
+struct Source<'a> {
+    name: &'a str,
+    fields: &'a Map<String, Value>,
+}
+
 impl Keys<'_> {
+    /// The rotations of a model: one, or one for layers that see everything and one for those that see a window.
+    pub(super) fn ropes(
+        &mut self,
+        family: &'static Family,
+        head_dim: usize,
+        positions: usize,
+    ) -> Vec<Rope> {
+        let common = Common {
+            family,
+            head_dim,
+            positions,
+        };
+        let RotaryLayers::ByWindow { theta, key } = family.rotary.layers else {
+            return vec![self.rope(common)];
+        };
+        let local = key.map(|key| (key, self.number(key, theta)));
+        let has_local_key = key.is_some_and(|key| self.get(key).is_some());
+        let parameters = match self.get("rope_parameters") {
+            Some(Value::Object(found)) => found.clone(),
+            _ => {
+                let global = self.rope(common);
+                let local = local.map_or(theta, |(_, theta)| theta);
+                return vec![global, self.plain_rope(common, local)];
+            }
+        };
+        if self.get("rope_scaling").is_some() {
+            let message = "stands beside rope_parameters, which has parameters for each type of layer: readers differ in what they take";
+            self.refuse(
+                "rope_scaling",
+                message,
+                "write all of it into rope_parameters",
+            );
+        }
+        for name in parameters.keys() {
+            if name != FULL && name != SLIDING {
+                let message = format!(
+                    "expected parameters of {FULL} and {SLIDING}: transformers reads nothing else there"
+                );
+                self.problem(&format!("rope_parameters.{name}"), message);
+            }
+        }
+        let defaults = [(FULL, family.defaults.rope_theta), (SLIDING, theta)];
+        defaults
+            .into_iter()
+            .map(|(kind, default)| {
+                let place = format!("rope_parameters.{kind}");
+                let fields = self.fields_of(&place, parameters.get(kind).filter(|v| !v.is_null()));
+                let inside =
+                    self.positive(&format!("{place}.rope_theta"), fields.get("rope_theta"));
+                let beside = match kind {
+                    FULL => self
+                        .number_if_there("rope_theta")
+                        .map(|v| ("rope_theta", v)),
+                    _ => local.filter(|_| has_local_key),
+                };
+                if let (Some(inside), Some((key, beside))) = (inside, beside)
+                    && inside != beside
+                {
+                    let message = format!("{beside}, but {place} says {inside}");
+                    self.refuse(key, message, "keep the one that the model was made with");
+                }
+                let theta = inside.or(beside.map(|(_, theta)| theta)).unwrap_or(default);
+                let source = Source {
+                    name: &place,
+                    fields: &fields,
+                };
+                self.rope_of(common, &source, theta)
+            })
+            .collect()
+    }
+
+    fn plain_rope(&self, common: Common, theta: f64) -> Rope {
+        Rope::new(RopeKind::Default, theta, common.head_dim, common.positions)
+    }
+
+    fn number_if_there(&mut self, key: &str) -> Option<f64> {
+        let value = self.get(key).cloned();
+        self.positive(key, value.as_ref())
+    }
+
     /// The rotary embedding, read as transformers 5 does: a `rope_scaling` that is not empty replaces `rope_parameters`. Other
     /// readers take the other key, so what is only in the one that is replaced is refused.
-    pub(super) fn rope(&mut self, default_theta: f64, head_dim: usize, positions: usize) -> Rope {
+    fn rope(&mut self, common: Common) -> Rope {
         let parameters = self.rope_fields("rope_parameters");
         let scaling = self.rope_fields("rope_scaling");
-        let (source, fields, other) = match scaling.is_empty() {
+        let (name, mut fields, other) = match scaling.is_empty() {
             true => ("rope_parameters", parameters, Map::new()),
             false => ("rope_scaling", scaling, parameters),
         };
-        let theta = self
-            .one_of(source, &fields, "rope_theta")
-            .unwrap_or(default_theta);
-        if let Some(partial) = self.one_of(source, &fields, "partial_rotary_factor")
-            && partial != 1.0
+        let rotary = &common.family.rotary;
+        if let Some(absent) = rotary.absent
+            && fields.is_empty()
+            && let Ok(Value::Object(found)) = serde_json::from_str(absent)
         {
-            let message = format!("{partial} is not supported");
-            self.refuse("partial_rotary_factor", message, "only 1.0 is");
+            fields = found;
         }
-        let name = fields.get("rope_type").map_or("default".to_owned(), plain);
-        self.replaced(&other, &fields, &name, theta);
-        let kind = self.rope_kind(source, &fields, &name, positions);
-        Rope::new(kind, theta, head_dim)
+        let theta = self
+            .one_of(name, &fields, "rope_theta")
+            .unwrap_or(common.family.defaults.rope_theta);
+        let kind = fields.get("rope_type").map_or("default".to_owned(), plain);
+        self.replaced(&other, &fields, &kind, theta);
+        let source = Source {
+            name,
+            fields: &fields,
+        };
+        self.rope_of(common, &source, theta)
+    }
+
+    /// The rotation with this base that the fields describe.
+    fn rope_of(&mut self, common: Common, source: &Source<'_>, theta: f64) -> Rope {
+        let rotary = &common.family.rotary;
+        let partial = self.one_of(source.name, source.fields, "partial_rotary_factor");
+        let share = match (partial, rotary.partial) {
+            (partial, Some(default)) => partial.unwrap_or(default),
+            (Some(partial), None) if partial != 1.0 => {
+                let message = format!("{partial} is not supported");
+                self.refuse("partial_rotary_factor", message, "only 1.0 is");
+                1.0
+            }
+            _ => 1.0,
+        };
+        let dim = (common.head_dim as f64 * share) as usize;
+        let is_odd = !dim.is_multiple_of(2) || dim == 0 || dim > common.head_dim;
+        if is_odd && common.head_dim.is_multiple_of(2) && common.head_dim > 0 {
+            let message = format!(
+                "{share} of a head of {} are {dim} entries; rotary embedding needs pairs of a head's entries",
+                common.head_dim
+            );
+            self.problem("partial_rotary_factor", message);
+        }
+        let dim = if is_odd { common.head_dim } else { dim };
+        let (kind, original) = self.rope_kind(common, source, dim);
+        let mut rope = Rope::new(kind, theta, dim, common.positions);
+        let beta = self.positive(&format!("{}.{BETA}", source.name), source.fields.get(BETA));
+        if rotary.scales_queries {
+            if beta.is_none() && !source.fields.contains_key(BETA) {
+                let message = "missing; transformers computes with it";
+                self.problem(&format!("{}.{BETA}", source.name), message);
+            }
+            rope.query_scaling = beta.map(|beta| QueryScaling {
+                beta,
+                original_max_position_embeddings: original,
+            });
+        }
+        rope
     }
 
     /// What an object of rotary parameters holds, nulls left out, its type under the name of today.
     fn rope_fields(&mut self, key: &str) -> Map<String, Value> {
-        let mut fields = match self.get(key) {
+        let found = self.get(key).cloned();
+        self.fields_of(key, found.as_ref())
+    }
+
+    fn fields_of(&mut self, key: &str, found: Option<&Value>) -> Map<String, Value> {
+        let mut fields = match found {
             None => return Map::new(),
             Some(Value::Object(found)) => found.clone(),
             Some(other) => {
@@ -113,31 +301,26 @@ impl Keys<'_> {
         }
     }
 
-    fn rope_kind(
-        &mut self,
-        source: &str,
-        fields: &Map<String, Value>,
-        name: &str,
-        positions: usize,
-    ) -> RopeKind {
-        let own: &[&str] = match name {
-            "default" => &[],
-            "linear" => &["factor"],
-            "llama3" => &[
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            ],
-            other => {
-                let message = format!("`{other}` is not supported");
-                let fix = "supported are default, linear, llama3";
-                self.refuse(&format!("{source}.rope_type"), message, fix);
-                return RopeKind::Default;
-            }
+    /// How the fields rescale, and the length before that.
+    fn rope_kind(&mut self, common: Common, source: &Source<'_>, dim: usize) -> (RopeKind, usize) {
+        let (place, fields) = (source.name, source.fields);
+        let name = fields.get("rope_type").map_or("default".to_owned(), plain);
+        // What Phi-3's files called it before transformers did.
+        let name = match common.family.defaults.original_max_position_embeddings {
+            Some(_) if name == "su" || name == "yarn" => "longrope".to_owned(),
+            _ => name,
+        };
+        let Some((name, own)) = KINDS.iter().find(|(known, _)| *known == name).copied() else {
+            let message = format!("`{name}` is not supported");
+            let known: Vec<&str> = KINDS.iter().map(|(name, _)| *name).collect();
+            let fix = format!("supported are {}", known.join(", "));
+            self.refuse(&format!("{place}.rope_type"), message, &fix);
+            return (RopeKind::Default, common.positions);
         };
         for (field, value) in fields {
-            let is_read = COMMON.contains(&field.as_str()) || own.contains(&field.as_str());
+            let is_read = COMMON.contains(&field.as_str())
+                || own.contains(&field.as_str())
+                || (field == BETA && common.family.rotary.scales_queries);
             let is_neutral = field == "factor" && value.as_f64() == Some(1.0);
             if is_read || is_neutral || RECORDS.contains(&field.as_str()) {
                 continue;
@@ -147,43 +330,138 @@ impl Keys<'_> {
                 None => format!("{value} is not read without a rope_type, which means `default`"),
             };
             let fix = "give the rope_type that the model was made with, or remove the key";
-            self.refuse(&format!("{source}.{field}"), message, fix);
+            self.refuse(&format!("{place}.{field}"), message, fix);
         }
-        let original = self.original_length(source, fields, name, positions);
-        let mut needed = |field: &str| {
-            let key = format!("{source}.{field}");
+        let original = self.original_length(common, source, own);
+        let optional = |keys: &mut Self, field: &str| {
+            keys.positive(&format!("{place}.{field}"), fields.get(field))
+        };
+        let needed = |keys: &mut Self, field: &str| {
+            let key = format!("{place}.{field}");
             if !fields.contains_key(field) {
                 let message = format!("missing; rope type `{name}` needs it");
-                self.problem(&key, message);
+                keys.problem(&key, message);
             }
-            self.positive(&key, fields.get(field)).unwrap_or(1.0)
+            keys.positive(&key, fields.get(field)).unwrap_or(1.0)
         };
-        match name {
+        let kind = match name {
             "linear" => RopeKind::Linear {
-                factor: needed("factor"),
+                factor: needed(self, "factor"),
             },
+            "dynamic" => RopeKind::Dynamic {
+                factor: needed(self, "factor"),
+            },
+            "yarn" => {
+                // 0 is none to transformers.
+                let given = |keys: &mut Self, field: &str| match fields.get(field) {
+                    Some(value) if value.as_f64() == Some(0.0) => None,
+                    _ => optional(keys, field),
+                };
+                let lengthened = common.positions as f64 / original as f64;
+                let mscales = [given(self, "mscale"), given(self, "mscale_all_dim")];
+                RopeKind::Yarn(YarnScaling {
+                    factor: optional(self, "factor").unwrap_or(lengthened),
+                    original_max_position_embeddings: original,
+                    beta_fast: given(self, "beta_fast").unwrap_or(32.0),
+                    beta_slow: given(self, "beta_slow").unwrap_or(1.0),
+                    truncate: self.truncates(source),
+                    attention_factor: optional(self, "attention_factor"),
+                    mscales: mscales[0].zip(mscales[1]),
+                })
+            }
+            "longrope" => RopeKind::LongRope(LongRopeScaling {
+                short_factor: self.factors(source, "short_factor", dim / 2),
+                long_factor: self.factors(source, "long_factor", dim / 2),
+                factor: optional(self, "factor"),
+                original_max_position_embeddings: original,
+                attention_factor: optional(self, "attention_factor"),
+            }),
             "llama3" => RopeKind::Llama3(Llama3Scaling {
-                factor: needed("factor"),
-                low_freq_factor: needed("low_freq_factor"),
-                high_freq_factor: needed("high_freq_factor"),
+                factor: needed(self, "factor"),
+                low_freq_factor: needed(self, "low_freq_factor"),
+                high_freq_factor: needed(self, "high_freq_factor"),
                 original_max_position_embeddings: original,
             }),
             _ => RopeKind::Default,
+        };
+        (kind, original)
+    }
+
+    /// Whether YaRN's ramp has whole bounds. transformers looks for the field in `rope_parameters` itself, so it is not read
+    /// among the parameters of a type of layers.
+    fn truncates(&mut self, source: &Source<'_>) -> bool {
+        let key = format!("{}.truncate", source.name);
+        match source.fields.get("truncate") {
+            None | Some(Value::Bool(true)) => true,
+            Some(Value::Bool(false)) if !source.name.contains('.') => false,
+            Some(Value::Bool(false)) => {
+                let message = "false is not read among the parameters of a type of layers";
+                self.refuse(&key, message, "remove it: transformers takes true there");
+                true
+            }
+            Some(value) => {
+                let message = format!("expected true or false, found {value}");
+                self.problem(&key, message);
+                true
+            }
         }
     }
 
-    /// The length before scaling; where the object does not say it, transformers takes the key beside it, or the positions.
-    fn original_length(
-        &mut self,
-        source: &str,
-        fields: &Map<String, Value>,
-        kind: &str,
-        positions: usize,
-    ) -> usize {
-        if kind != "llama3" {
-            return positions;
+    /// A factor for each frequency.
+    fn factors(&mut self, source: &Source<'_>, field: &str, n_frequencies: usize) -> Vec<f64> {
+        let values = source.fields.get(field).and_then(Value::as_array);
+        let found: Option<Vec<f64>> = values.and_then(|values| {
+            let positive = |value: &Value| value.as_f64().filter(|v| v.is_finite() && *v > 0.0);
+            values.iter().map(positive).collect()
+        });
+        match found {
+            Some(found) if found.len() == n_frequencies => found,
+            found => {
+                let message = match found {
+                    Some(found) => format!(
+                        "has {} entries for {n_frequencies} frequencies of a head",
+                        found.len()
+                    ),
+                    None => format!("expected a list of {n_frequencies} positive numbers"),
+                };
+                self.problem(&format!("{}.{field}", source.name), message);
+                vec![1.0; n_frequencies]
+            }
         }
-        let length = self.one_of(source, fields, "original_max_position_embeddings");
-        length.map_or(positions, |length| length as usize)
+    }
+
+    /// The length before scaling; where the object does not say it, transformers takes the key beside it, or the positions. Where
+    /// the class has that key, its default counts even before what the object says.
+    fn original_length(&mut self, common: Common, source: &Source<'_>, own: &[&str]) -> usize {
+        if !own.contains(&ORIGINAL) {
+            return common.positions;
+        }
+        let length = match source.name.contains('.') {
+            true => self.positive(
+                &format!("{}.{ORIGINAL}", source.name),
+                source.fields.get(ORIGINAL),
+            ),
+            false => self.one_of(source.name, source.fields, ORIGINAL),
+        };
+        if let (Some(default), Some(length), None) = (
+            common.family.defaults.original_max_position_embeddings,
+            length,
+            self.get(ORIGINAL),
+        ) && length as usize != default
+        {
+            let message = format!(
+                "missing beside {}: transformers then takes {default}, not the {length} in there",
+                source.name
+            );
+            self.refuse(
+                ORIGINAL,
+                message,
+                "write it beside the rotary parameters too",
+            );
+        }
+        let length = length.map(|length| length as usize);
+        length
+            .or(common.family.defaults.original_max_position_embeddings)
+            .unwrap_or(common.positions)
     }
 }

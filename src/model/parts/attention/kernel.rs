@@ -35,11 +35,16 @@ pub(crate) struct Heads {
     pub(crate) dim: usize,
     /// Keys a query may look back on, itself included; all when none.
     pub(crate) window: Option<usize>,
+    /// What scores are multiplied by; `dim^-1/2` when none.
+    pub(crate) scale: Option<f32>,
+    /// The bound on scores, `cap * tanh(score / cap)`, if there is one.
+    pub(crate) softcap: Option<f32>,
 }
 
 impl Heads {
     fn scale(&self) -> f32 {
-        (self.dim as f32).sqrt().recip()
+        self.scale
+            .unwrap_or_else(|| (self.dim as f32).sqrt().recip())
     }
 
     fn group(&self) -> usize {
@@ -62,7 +67,7 @@ pub(crate) struct Attended {
     log_sums: Vec<f32>,
 }
 
-/// `softmax(q k^T / sqrt(dim)) v` within each segment; `q` `[tokens, heads * dim]`, `k`, `v` `[keys, key_value * dim]`.
+/// `softmax(cap(scale q k^T)) v` within each segment; `q` `[tokens, heads * dim]`, `k`, `v` `[keys, key_value * dim]`.
 pub(crate) fn forward(
     q: &Tensor,
     k: &Tensor,
@@ -91,8 +96,8 @@ pub(crate) fn forward(
 
 /// Gradients with respect to q, k and v for `upstream` `[tokens, heads * dim]`; probabilities are computed again.
 ///
-/// With `P` the probabilities: `dV = P^T dO`, `dS = P * (dO V^T - rowsum(dO * O))`, `dQ = dS K / sqrt(dim)`,
-/// `dK = dS^T Q / sqrt(dim)`; key/value gradients sum over the query heads of a group.
+/// With `P` the probabilities: `dV = P^T dO`, `dS = P * (dO V^T - rowsum(dO * O))`, `dQ = scale dS K`, `dK = scale dS^T Q`; with
+/// a bound on scores `dS` is multiplied by its slope `1 - tanh^2`; key/value gradients sum over the query heads of a group.
 pub(crate) fn backward(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     attended: &Attended,
@@ -184,8 +189,10 @@ mod tests {
             groups in 1usize..4,
             key_value in 1usize..3,
             window in prop::option::of(1usize..70),
+            scale in prop::option::of(0.1f32..1.0),
+            softcap in prop::option::of(0.5f32..4.0),
         ) {
-            let heads = Heads { query: key_value * groups, key_value, dim: 6, window };
+            let heads = Heads { query: key_value * groups, key_value, dim: 6, window, scale, softcap };
             let segments = segments(&lengths);
             let queries: usize = segments.iter().map(|s| s.query_len).sum();
             let keys: usize = segments.iter().map(|s| s.key_len).sum();

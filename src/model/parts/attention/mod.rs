@@ -71,7 +71,10 @@ impl Part for Attention {
             }
             turned.push(x);
         }
-        let [q, mut k] = super::parts(turned)?;
+        let [mut q, mut k] = super::parts(turned)?;
+        if let Some(rotation) = self.rotation(pass) {
+            q = rotation.scale_queries(q)?;
+        }
         if let Some(cache) = cache {
             (k, v) = cache.extend(&k, &v, pass.segments)?;
         }
@@ -106,13 +109,16 @@ impl Part for Attention {
         output.finish(&attended.output, saved_output, gradients)?;
         let through_output = output.input_gradient()?;
         drop(output);
-        let (grad_q, grad_k, grad_v) = kernel::backward(
+        let (mut grad_q, grad_k, grad_v) = kernel::backward(
             (&kept.q, &kept.k, &kept.v),
             attended,
             &through_output,
             pass.segments,
             self.heads,
         )?;
+        if let Some(rotation) = self.rotation(pass) {
+            grad_q = rotation.scale_queries(grad_q)?;
+        }
         let mut upstream = Vec::with_capacity(3);
         for ((mut grad, norm), raw) in [grad_q, grad_k].into_iter().zip(&self.norms).zip(&kept.raw)
         {

@@ -8,7 +8,7 @@ use monteclora_adapters::simd::{dot, largest, vectorised};
 use rayon::prelude::*;
 
 use super::{Heads, Segment};
-use crate::model::parts::activation::exp;
+use crate::model::parts::activation::{exp, tanh};
 use crate::model::parts::build_rows;
 
 /// Query rows handled at a time; keys above the diagonal of a block are never multiplied.
@@ -75,6 +75,11 @@ pub(super) fn forward(
                         for (i, row) in scores.chunks_exact_mut(columns).enumerate() {
                             let visible = heads.visible(segment, first + i);
                             let (start, end) = (visible.start - from, visible.end - from);
+                            if let Some(cap) = heads.softcap {
+                                for score in &mut row[start..end] {
+                                    *score = cap * tanh(*score / cap);
+                                }
+                            }
                             log_sums.push(softmax_row(row, start, end));
                         }
                     },
@@ -258,6 +263,7 @@ impl Backward<'_> {
                     probabilities: &mut probabilities,
                     gradients: &mut grad_scores,
                     columns,
+                    softcap: self.heads.softcap,
                 };
                 vectorised(
                     #[inline(always)]
@@ -301,11 +307,12 @@ struct Scores<'a> {
     probabilities: &'a mut [f32],
     gradients: &'a mut [f32],
     columns: usize,
+    softcap: Option<f32>,
 }
 
 impl Scores<'_> {
-    /// Turns row `i` into probabilities and their gradients into those of the scores, `dS = P * (dP - delta)`; zero where the key
-    /// is hidden.
+    /// Turns row `i` into probabilities and their gradients into those of the scores, `dS = P * (dP - delta)`, times the slope of
+    /// their bound if they have one; zero where the key is hidden.
     #[inline(always)]
     fn softmax_backward(&mut self, i: usize, visible: Range<usize>, log_sum: f32, delta: f32) {
         let row = i * self.columns..(i + 1) * self.columns;
@@ -315,9 +322,21 @@ impl Scores<'_> {
             p[hidden.clone()].fill(0.0);
             s[hidden].fill(0.0);
         }
-        for (p, s) in p[visible.clone()].iter_mut().zip(&mut s[visible]) {
-            *p = exp(*p - log_sum);
-            *s = *p * (*s - delta);
+        let both = p[visible.clone()].iter_mut().zip(&mut s[visible]);
+        match self.softcap {
+            None => {
+                for (p, s) in both {
+                    *p = exp(*p - log_sum);
+                    *s = *p * (*s - delta);
+                }
+            }
+            Some(cap) => {
+                for (p, s) in both {
+                    let bent = tanh(*p / cap);
+                    *p = exp(cap * bent - log_sum);
+                    *s = *p * (*s - delta) * (1.0 - bent * bent);
+                }
+            }
         }
     }
 }

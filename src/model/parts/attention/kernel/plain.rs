@@ -68,9 +68,17 @@ impl PlainSegment {
         self.join(&self.probabilities()?.matmul(&self.v)?)
     }
 
+    /// `[heads, queries, keys]`, before the mask.
+    fn scores(&self) -> Result<Tensor> {
+        Ok((self.q.matmul(&self.k.transpose(1, 2)?)? * f64::from(self.heads.scale()))?)
+    }
+
     /// `[heads, queries, keys]`; the softmax runs in f32.
     fn probabilities(&self) -> Result<Tensor> {
-        let scores = (self.q.matmul(&self.k.transpose(1, 2)?)? * f64::from(self.heads.scale()))?;
+        let mut scores = self.scores()?;
+        if let Some(cap) = self.heads.softcap.map(f64::from) {
+            scores = ((scores / cap)?.tanh()? * cap)?;
+        }
         let scores = scores.broadcast_add(&self.mask)?.to_dtype(DType::F32)?;
         let shifted = scores
             .broadcast_sub(&scores.max_keepdim(D::Minus1)?)?
@@ -101,7 +109,11 @@ impl PlainSegment {
         let dv = p.transpose(1, 2)?.contiguous()?.matmul(&upstream)?;
         let dp = upstream.matmul(&self.v.transpose(1, 2)?)?;
         let delta = (&dp * &p)?.sum_keepdim(D::Minus1)?;
-        let ds = ((p * dp.broadcast_sub(&delta)?)? * f64::from(self.heads.scale()))?;
+        let mut ds = ((p * dp.broadcast_sub(&delta)?)? * f64::from(self.heads.scale()))?;
+        if let Some(cap) = self.heads.softcap.map(f64::from) {
+            let bent = (self.scores()? / cap)?.tanh()?;
+            ds = (&ds * (1.0 - bent.sqr()?)?)?;
+        }
         let dq = ds.matmul(&self.k)?;
         let dk = ds.transpose(1, 2)?.contiguous()?.matmul(&self.q)?;
         Ok((

@@ -1,0 +1,57 @@
+//! Gemma 3, the language model: as Gemma 2 with norms on heads in place of bounds, and layers with a window of which each has a
+//! rotation of its own.
+
+use super::family::{
+    Defaults, Family, Gguf, Norm, Rotary, RotaryLayers, Sizes, Softcap, SoftcapPlace, Windows,
+};
+use super::{gemma2, qwen3};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "gemma3_text",
+    class_name: "Gemma3ForCausalLM",
+    defaults: Defaults {
+        max_position_embeddings: 131_072,
+        rope_theta: 1_000_000.0,
+        sizes: Some(Sizes {
+            vocab_size: 262_208,
+            hidden_size: 2304,
+            intermediate_size: 9216,
+            num_hidden_layers: 26,
+            num_attention_heads: 8,
+        }),
+        ..gemma2::DEFAULTS
+    },
+    norms: &NORMS,
+    windows: Windows::AllBut(6, &["sliding_window_pattern"]),
+    rotary: Rotary {
+        layers: RotaryLayers::ByWindow {
+            theta: 10_000.0,
+            key: Some("rope_local_base_freq"),
+        },
+        ..Family::PLAIN.rotary
+    },
+    // transformers has a key for a bound on scores too, and never applies it.
+    softcaps: &[Softcap {
+        place: SoftcapPlace::Logits,
+        key: "final_logit_softcapping",
+        default: None,
+    }],
+    gguf: Gguf {
+        architecture: "gemma3",
+        ..Family::PLAIN.gguf
+    },
+    ..gemma2::FAMILY
+};
+
+const NORMS: [Norm; 6] = {
+    let [before, after, before_feed_forward, after_feed_forward] = gemma2::SANDWICH;
+    let [queries, keys] = qwen3::HEAD_NORMS;
+    [
+        before,
+        after,
+        before_feed_forward,
+        after_feed_forward,
+        queries,
+        keys,
+    ]
+};

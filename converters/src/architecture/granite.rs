@@ -1,0 +1,21 @@
+//! Granite 3, the dense models: a Llama with four factors.
+
+use super::family::{Factor, Family, Gguf, Multiplier};
+use super::llama;
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "granite",
+    class_name: "GraniteForCausalLM",
+    multipliers: &[
+        (Multiplier::Embedding, Factor::Key("embedding_multiplier")),
+        (Multiplier::Attention, Factor::Key("attention_multiplier")),
+        (Multiplier::Residual, Factor::Key("residual_multiplier")),
+        (Multiplier::LogitsDivisor, Factor::Key("logits_scaling")),
+    ],
+    gguf: Gguf {
+        architecture: "granite",
+        interleaved: true,
+    },
+    runtime_keys: None,
+    ..llama::FAMILY
+};
