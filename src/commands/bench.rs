@@ -140,22 +140,17 @@ fn estimate(
     state: &AdapterState,
 ) -> MemoryEstimate {
     let model = decoder.config();
-    let modules = Decoder::linear_modules(model);
-    let embedding = (kind.bytes)(model.vocab_size, model.hidden_size);
-    // lm_head is among the modules, tied or not.
-    let products = modules
-        .iter()
-        .map(|m| (kind.bytes)(m.out_features, m.in_features));
-    let norms = (kind.bytes)(2 * model.num_hidden_layers + 1, model.hidden_size);
-    let untied = if model.tie_word_embeddings {
-        0
-    } else {
-        embedding
-    };
+    let weights = model
+        .tensors()
+        .into_iter()
+        .map(|tensor| match tensor.shape[..] {
+            [rows, columns] => (kind.bytes)(rows, columns),
+            ref shape => size_of::<f32>() * shape.iter().product::<usize>(),
+        });
     let sites: Vec<_> = state.modules.iter().map(|(_, m)| m.clone()).collect();
     MemoryEstimate::of(&MemoryInputs {
         model,
-        weights: (products.sum::<usize>() + norms + untied) as u64,
+        weights: weights.sum::<usize>() as u64,
         base_bytes: 0,
         sites: &sites,
         method: state.method.as_ref(),

@@ -1,6 +1,7 @@
 //! Greedy decoding of many prompts at once, each with its own cache.
 
 use candle_core::{D, Tensor};
+use monteclora_converters::architecture::RopeKind;
 
 use super::adapter::ActiveAdapter;
 use super::decoder::{Decoder, Sequences};
@@ -122,6 +123,7 @@ impl Decoder {
         let mut running: Vec<usize> = (0..prompts.len()).collect();
         let mut lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
         let mut sequences = Sequences::new(prompts);
+        let threshold = self.rotation_threshold();
         while !running.is_empty() && settings.max_new_tokens > 0 {
             let hidden = self.hidden(&sequences, adapter, Some(&mut caches))?;
             let last: Vec<u32> = sequences
@@ -154,9 +156,30 @@ impl Decoder {
                 }
             }
             running = next.iter().map(|(sequence, _)| *sequence).collect();
-            sequences = step(&next, &mut lengths);
+            let begins = |(sequence, _): &(usize, u32)| Some(lengths[*sequence]) == threshold;
+            if next.iter().any(begins) {
+                // From here on all of its positions turn otherwise, those in the cache, too.
+                caches.fill(LayerCache::default());
+                let texts = running.iter().map(|sequence| {
+                    lengths[*sequence] += 1;
+                    [prompts[*sequence].as_slice(), &answers[*sequence].tokens].concat()
+                });
+                sequences = Sequences::new(&texts.collect::<Vec<_>>());
+            } else {
+                sequences = step(&next, &mut lengths);
+            }
         }
         Ok(answers)
+    }
+
+    /// The length beyond which LongRoPE has other factors, which transformers computes the whole text with. The base of dynamic
+    /// scaling grows with each token; there keys keep the rotation that they were made with.
+    fn rotation_threshold(&self) -> Option<usize> {
+        let mut ropes = self.config.ropes.iter();
+        ropes.find_map(|rope| match rope.kind {
+            RopeKind::LongRope(_) => rope.threshold(),
+            _ => None,
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Resident memory at the peak of a run on a CPU, from its structure and before it starts.
 
 use monteclora_adapters::methods::{Method, Module, Storage};
-use monteclora_converters::architecture::ModelShape;
+use monteclora_converters::architecture::{ModelShape, NormPlace};
 use serde::Serialize;
 
 use crate::data::{BatchOptions, epoch_plan};
@@ -63,13 +63,26 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     /// Adds up a run's memory.
     ///
-    /// For each token, a block keeps its input, the sum after attention, q, k, v, the attention's output, gate, up, and
-    /// `x A^T` of each site; with checkpointing only its input, and one block at a time the rest.
+    /// For each token, a block keeps its input, the sum after attention, q, k, v, the attention's output, gate, up, what a norm
+    /// behind any of these reads, and `x A^T` of each site; with checkpointing only its input, and one block at a time the rest. A
+    /// mixture of experts keeps nothing of what is in it.
     pub fn of(inputs: &MemoryInputs<'_>) -> Self {
         let model = inputs.model;
         let batch_tokens = largest_batch(inputs.lengths, &inputs.batches);
         let hidden = model.hidden_size as u64;
-        let middle = model.intermediate_size as u64;
+        let mixed = model
+            .layers
+            .iter()
+            .filter(|layer| layer.has_experts)
+            .count() as u64;
+        // Of the widest block that there is; what goes through several experts exists for each of them.
+        let through = model
+            .experts
+            .map_or(0, |experts| experts.per_token * experts.width);
+        let middle = match mixed < model.num_hidden_layers as u64 {
+            true => model.intermediate_size as u64,
+            false => 0,
+        };
         let query = (model.num_attention_heads * model.head_dim) as u64;
         let key_value = (model.num_key_value_heads * model.head_dim) as u64;
         let blocks = model.num_hidden_layers as u64;
@@ -79,14 +92,19 @@ impl MemoryEstimate {
             .filter(|module| module.name.contains(".layers."))
             .map(|module| module.rank + usize::from(inputs.dropout) * module.in_features)
             .sum::<usize>() as u64;
-        let inside = hidden + 2 * query + 2 * key_value + 2 * middle;
+        let behind = model.family.norms.iter().map(|norm| match norm.place {
+            NormPlace::BeforeAttention | NormPlace::BeforeFeedForward => 0,
+            NormPlace::AfterAttention | NormPlace::AfterFeedForward => hidden,
+            NormPlace::On(role, _) => role.features(model).1 as u64,
+        });
+        let inside = hidden + 2 * query + 2 * key_value + behind.sum::<u64>();
         let kept = if inputs.gradient_checkpointing {
-            blocks * hidden + inside + ranks.div_ceil(blocks.max(1))
+            blocks * hidden + inside + 2 * middle + ranks.div_ceil(blocks.max(1))
         } else {
-            blocks * (hidden + inside) + ranks
+            blocks * (hidden + inside) + (blocks - mixed) * 2 * middle + ranks
         };
         // Gate, up, their gradients and the activation; a residual, two norms and their gradients.
-        let block_working = 5 * middle + 6 * hidden;
+        let block_working = 5 * middle.max(through as u64) + 6 * hidden;
         let labels = ((batch_tokens as f64 * inputs.trained_share).ceil() as u64).max(1);
         let logits = labels.min(CHUNK as u64) * model.vocab_size as u64 + 4 * labels * hidden;
         // Value, two gradients (of the task and of the whole loss), two moments, and what the method's draw holds; vectors are

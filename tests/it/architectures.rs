@@ -2,11 +2,16 @@
 //! other one is refused by name.
 
 use candle_core::{Device, Tensor};
-use monteclora::model::{ActiveAdapter, Decoder, ModuleId, PassOptions, Sequences};
-use monteclora_converters::architecture::FAMILIES;
-use monteclora_converters::{Adapter, SafetensorsFile};
+use monteclora::model::{
+    ActiveAdapter, Decoder, GenerationSettings, ModuleId, PassOptions, Sequences,
+};
+use monteclora_converters::architecture::{FAMILIES, RopeKind};
+use monteclora_converters::{
+    Adapter, FORMATS, LoraOptions, ModelFiles, ReadOptions, SafetensorsFile,
+};
 use serde_json::Value;
 
+use crate::cli::ok;
 use crate::decoder::{logits, rows};
 use crate::fixtures::{
     AdapterCase, architectures, floats, integers, largest_difference, own_architectures,
@@ -151,6 +156,110 @@ fn loss_and_gradients_are_those_of_peft() {
                 .count();
             assert!(n_compared > 0, "{}", case.name);
             assert_eq!(n_compared, n_recorded, "{}", case.name);
+        }
+    }
+}
+
+/// What `merge` writes computes what base and adapter compute together.
+#[test]
+fn merged_models_give_the_logits_of_base_and_adapter() {
+    for case in supported_architectures() {
+        let expected = SafetensorsFile::open(&case.expected).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("merged");
+        let [base, adapter, out] =
+            [&case.model, &case.dir, &out].map(|path| path.to_str().unwrap());
+        ok(&["merge", "-m", base, "-a", adapter, "-o", out]);
+        let merged = Decoder::load(out.as_ref(), &Device::Cpu).unwrap();
+        let found = logits(&merged, &rows(&expected), &ActiveAdapter::default());
+        let difference = largest_difference(&found, &floats(&expected, "logits"));
+        assert!(difference <= 1e-4, "{}: {difference}", case.name);
+    }
+}
+
+/// Token by token from the cache is what the whole text gives, across windows and positions.
+#[test]
+fn decoding_from_the_cache_is_the_whole_pass() {
+    const N_TOKENS: usize = 12;
+    for case in supported_architectures() {
+        let expected = SafetensorsFile::open(&case.expected).unwrap();
+        let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
+        let ropes = decoder.config().ropes.iter();
+        let grows = |kind: &RopeKind| matches!(kind, RopeKind::Dynamic { .. });
+        // Its keys keep the rotation of the length at which they were made, as in transformers.
+        if ropes.map(|rope| &rope.kind).any(grows) {
+            continue;
+        }
+        let adapter = active(&case, &decoder);
+        let prompts: Vec<Vec<u32>> = rows(&expected)
+            .iter()
+            .zip([5, 30])
+            .map(|(row, length)| row[..length].to_vec())
+            .collect();
+        let settings = GenerationSettings {
+            max_new_tokens: N_TOKENS,
+            stop_tokens: Vec::new(),
+            batch_size: prompts.len(),
+        };
+        let answers = decoder
+            .generate(&prompts, &adapter, &settings, |_| {})
+            .unwrap();
+        for (prompt, answer) in prompts.iter().zip(&answers) {
+            let mut text = prompt.clone();
+            for token in &answer.tokens {
+                let all = logits(&decoder, std::slice::from_ref(&text), &adapter);
+                let last = &all[all.len() - decoder.config().vocab_size..];
+                let largest = last.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                // Of equal logits either may come first.
+                let behind = largest - last[*token as usize];
+                assert!(behind <= 1e-4, "{}: {behind} at {}", case.name, text.len());
+                text.push(*token);
+            }
+            assert_eq!(answer.tokens.len(), N_TOKENS, "{}", case.name);
+        }
+    }
+}
+
+/// Each format that names modules in its own way leads back to the updates that PEFT recorded, for every family.
+#[test]
+fn every_format_carries_the_updates_of_every_family() {
+    for case in supported_architectures() {
+        let expected = SafetensorsFile::open(&case.expected).unwrap();
+        let adapter = Adapter::read(&case.dir).unwrap();
+        let base = ModelFiles::read_config(&case.model).unwrap();
+        let options = ReadOptions {
+            base_config: Some(&base),
+            ..ReadOptions::default()
+        };
+        let written = FORMATS
+            .iter()
+            .filter(|format| format.about().writes.is_some());
+        for format in written {
+            let name = format.about().name;
+            let dir = tempfile::tempdir().unwrap();
+            let output = dir
+                .path()
+                .join(format.about().file_name.unwrap_or("adapter"));
+            format
+                .write(&adapter, &output, &LoraOptions::default(), Some(&base))
+                .unwrap_or_else(|error| panic!("{}: {name}: {error}", case.name));
+            let read = format.read(&output, &options).unwrap();
+            assert_eq!(
+                read.sites.len(),
+                adapter.sites.len(),
+                "{}: {name}",
+                case.name
+            );
+            for site in &read.sites {
+                let recorded = floats(&expected, &format!("delta.{}", site.name));
+                let difference = largest_difference(&site.delta_f32().unwrap(), &recorded);
+                assert!(
+                    difference <= 1e-5,
+                    "{}: {name}: {}: {difference}",
+                    case.name,
+                    site.name
+                );
+            }
         }
     }
 }

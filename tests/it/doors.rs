@@ -46,6 +46,33 @@ fn everything_registered_has_a_row_in_the_docs() {
     );
 }
 
+/// What can be done with a family, as the registry has it: the README's table.
+fn capabilities() -> Vec<String> {
+    let mark = |can: bool| if can { "yes" } else { "no" };
+    FAMILIES
+        .iter()
+        .map(|family| {
+            let in_llama_cpp = mark(!family.gguf.architecture.is_empty());
+            let served = mark(family.runtime_keys.is_some());
+            format!(
+                "| `{}` | yes | yes | {in_llama_cpp} | {in_llama_cpp} | yes | {served} |",
+                family.model_type
+            )
+        })
+        .collect()
+}
+
+#[test]
+fn the_readme_says_what_can_be_done_with_each_family() {
+    let text = std::fs::read_to_string(below_root("README.md")).unwrap();
+    let (_, rest) = text
+        .split_once("\n## What works with which model\n")
+        .unwrap();
+    let rows = rest.lines().skip_while(|line| !line.starts_with("| `"));
+    let rows: Vec<&str> = rows.take_while(|line| line.starts_with('|')).collect();
+    assert_eq!(rows, capabilities(), "{}", capabilities().join("\n"));
+}
+
 /// What the fixture of a family holds is tested in `architectures`.
 #[test]
 fn every_family_has_a_fixture() {

@@ -205,6 +205,22 @@ impl Engine {
         }
     }
 
+    /// The most probable tokens behind `tokens`, at most `n_new`; the model's end of sequence ends them.
+    #[cfg(test)]
+    pub(crate) fn continue_tokens(&self, tokens: &[u32], n_new: usize) -> Result<Vec<u32>> {
+        self.check_length(tokens.len())?;
+        let prompt = RequestMessage::CompletionTokens(tokens.to_vec());
+        let recorder = Arc::new(GreedyRecorder::default());
+        let response = self.exchange(prompt, |request| {
+            request.sampling_params.max_len = Some(n_new);
+            request.logits_processors = Some(vec![recorder.clone()]);
+        })?;
+        match response {
+            Response::CompletionDone(_) => Ok(recorder.take()),
+            other => Err(Error::Engine(failure(other))),
+        }
+    }
+
     /// Stops the engine and waits until the model's memory is given back.
     ///
     /// # Errors

@@ -11,9 +11,11 @@ use std::sync::{Arc, Weak};
 use candle_core::Device;
 use mistralrs_core::{
     AdapterPaths, AutoDeviceMapParams, DeviceMapSetting, IsqType, Loader, LocalModelPaths,
-    ModelDType, ModelKind, ModelPaths, NormalLoaderBuilder, NormalSpecificConfig,
-    PagedAttentionConfig, Pipeline, TokenSource, TryIntoDType,
+    ModelDType, ModelKind, ModelPaths, MultimodalLoaderBuilder, MultimodalSpecificConfig,
+    NormalLoaderBuilder, NormalSpecificConfig, PagedAttentionConfig, Pipeline, TokenSource,
+    TryIntoDType,
 };
+use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::jinja::recorded_variables;
 use monteclora_converters::{
     Adapter, ConversationSettings, ModelFiles, Problem, base_warnings, other_conversation,
@@ -29,11 +31,16 @@ use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result, code};
 use crate::quirks_0_8::conversations::Rendering;
 use crate::quirks_0_8::logger_threads::NormalModel;
-use crate::quirks_0_8::model_config::{NormalisedConfig, normalise_config};
+use crate::quirks_0_8::model_config::{NormalisedConfig, normalise};
+use crate::quirks_0_8::stacked_experts::stack_experts;
 use crate::quirks_0_8::thread_locals::on_fresh_thread;
+use crate::quirks_0_8::windows::restore_caches;
 
 pub use self::builder::MonteCloraLoaderBuilder;
 pub(crate) use self::builder::check_public_name;
+
+/// The output head's module.
+const HEAD: &str = "lm_head";
 
 /// A loaded model, as every mistral.rs API takes it.
 pub type SharedPipeline = Arc<Mutex<dyn Pipeline + Send + Sync>>;
@@ -80,6 +87,10 @@ struct Staged {
     paths: LocalModelPaths<PathBuf>,
     /// Fingerprint of the adapter that was merged.
     adapter: Option<String>,
+    /// Whether mistral.rs's loader for models that see is the one that knows the family.
+    is_multimodal: bool,
+    /// The model, if its caches have to be restored.
+    windowed: Option<ModelShape>,
     _dir: TempDir,
 }
 
@@ -181,7 +192,7 @@ impl MonteCloraLoader {
     /// Base and adapter, checked; no weights are loaded.
     fn open(&self) -> Result<Opened> {
         let (files, config, warnings) = self.open_base()?;
-        let adapter = self.open_adapter(&files)?;
+        let adapter = self.open_adapter(&files, &config)?;
         self.chat_template()?;
         Ok(Opened {
             files,
@@ -239,7 +250,7 @@ impl MonteCloraLoader {
             Some(digest) => digest,
             None => base_fingerprint(&ModelFiles::open(&self.base)?)?,
         };
-        // SAFETY: `load_as` has it from a `NormalLoader`, as nothing else returns.
+        // SAFETY: `load_as` has it from a loader of mistral.rs, as nothing else returns.
         let model = unsafe { NormalModel::new(pipeline) };
         Ok((model, shortened(&digest)))
     }
@@ -258,6 +269,8 @@ impl MonteCloraLoader {
         dtype: Box<dyn TryIntoDType + Send>,
     ) -> Result<(SharedPipeline, Option<String>)> {
         let staged = self.stage()?;
+        let is_multimodal = staged.is_multimodal;
+        let windowed = staged.windowed.clone();
         let paths: Box<dyn ModelPaths + Send> = Box::new(staged.paths.clone());
         let mapper = self.device_map.clone().unwrap_or_else(|| {
             if self.device.is_cpu() {
@@ -268,17 +281,9 @@ impl MonteCloraLoader {
         });
         let asked = self.clone();
         let run = move || {
-            let loader = NormalLoaderBuilder::new(
-                NormalSpecificConfig::default(),
-                None,
-                None,
-                Some(asked.name),
-                false,
-                None,
-            )
-            .build(None)?;
+            let loader = loader_of(asked.name, is_multimodal)?;
             let paths: Box<dyn ModelPaths> = paths;
-            loader.load_model_from_path(
+            let pipeline = loader.load_model_from_path(
                 &paths,
                 &*dtype,
                 &asked.device,
@@ -286,7 +291,11 @@ impl MonteCloraLoader {
                 mapper,
                 asked.isq,
                 asked.paged_attention,
-            )
+            )?;
+            if let Some(shape) = windowed {
+                restore_caches(&pipeline, &shape, &asked.device)?;
+            }
+            Ok::<_, anyhow::Error>(pipeline)
         };
         let failed = |message: String| {
             let message = format!("mistral.rs could not load `{}`: {message}", self.name);
@@ -308,12 +317,25 @@ impl MonteCloraLoader {
             [] => Error::from(error),
             problems => Error::unsupported(base, problems.to_vec()),
         })?;
-        let normalised = normalise_config(files.config())
+        // On other devices attention and caches are others.
+        let on_cpu = self.device.is_cpu() && self.paged_attention.is_none();
+        let normalised = normalise(files.config(), on_cpu)
             .map_err(|problems| Error::unsupported(base, problems))?;
+        if normalised.peculiar.is_multimodal && self.isq.is_some() {
+            let message = format!(
+                "mistral.rs 0.8.1 quantises only the output head of a {}",
+                normalised.shape.family.class_name
+            );
+            return Err(Error::setting("in_situ_quant", message));
+        }
         Ok((files, normalised, warnings))
     }
 
-    fn open_adapter(&self, files: &ModelFiles) -> Result<Option<Adapter>> {
+    fn open_adapter(
+        &self,
+        files: &ModelFiles,
+        config: &NormalisedConfig,
+    ) -> Result<Option<Adapter>> {
         let Some(source) = &self.adapter else {
             return Ok(None);
         };
@@ -326,13 +348,22 @@ impl MonteCloraLoader {
             );
             return Err(Problem::sentence(code::ZERO_EFFECT, message).into());
         }
+        if config.peculiar.always_ties && adapter.unties(files) {
+            let problem = Problem::new(
+                "lm-head",
+                HEAD,
+                "is adapted, but mistral.rs 0.8.1 always takes the embedding as output head for this family",
+                "merge the adapter into a full model directory and serve that with a runtime that supports it",
+            );
+            return Err(Error::unsupported(source, vec![problem]));
+        }
         Ok(Some(adapter.collapse()))
     }
 
     fn stage(&self) -> Result<Staged> {
         let base = &self.base;
         let (files, normalised, _) = self.open_base()?;
-        let adapter = self.open_adapter(&files)?;
+        let adapter = self.open_adapter(&files, &normalised)?;
         let mut builder = tempfile::Builder::new();
         builder.prefix("monteclora-");
         let dir = match &self.staging_root {
@@ -352,7 +383,13 @@ impl MonteCloraLoader {
             dir.path(),
         )?;
         let config = dir.path().join("config.json");
-        let mut json = normalised.json;
+        let NormalisedConfig {
+            shape,
+            mut json,
+            peculiar,
+            restores_caches,
+            ..
+        } = normalised;
         if adapter
             .as_ref()
             .is_some_and(|adapter| adapter.unties(&files))
@@ -362,6 +399,9 @@ impl MonteCloraLoader {
         write_json(&config, &json)?;
         // A later file wins in mistral.rs, so the merged tensors come last.
         let mut filenames: Vec<PathBuf> = files.files().to_vec();
+        if peculiar.stacks_experts {
+            filenames.extend(stack_experts(&files, &shape, dir.path())?);
+        }
         let fingerprint = adapter.as_ref().map(Adapter::fingerprint);
         if let Some(adapter) = adapter {
             let overlay = dir.path().join("overlay.safetensors");
@@ -381,9 +421,22 @@ impl MonteCloraLoader {
                 chat_template_json_filename: None,
             },
             adapter: fingerprint,
+            is_multimodal: peculiar.is_multimodal,
+            windowed: restores_caches.then_some(shape),
             _dir: dir,
         })
     }
+}
+
+/// mistral.rs's loader for a family, under the public name.
+fn loader_of(name: String, is_multimodal: bool) -> anyhow::Result<Box<dyn Loader>> {
+    if is_multimodal {
+        let config = MultimodalSpecificConfig::default();
+        let builder = MultimodalLoaderBuilder::new(config, None, None, Some(name), None);
+        return Ok(builder.build(None));
+    }
+    let config = NormalSpecificConfig::default();
+    NormalLoaderBuilder::new(config, None, None, Some(name), false, None).build(None)
 }
 
 /// What is loaded, as [`MonteCloraLoader::generation`] names it; `adapter` is its posterior mean.

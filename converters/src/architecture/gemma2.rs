@@ -35,6 +35,14 @@ pub(super) const FAMILY: Family = Family {
         architecture: "gemma2",
         ..Family::PLAIN.gguf
     },
+    runtime_keys: Some(&[
+        "head_dim",
+        "attention_bias",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "sliding_window",
+    ]),
     ..Family::PLAIN
 };
 

@@ -40,6 +40,16 @@ pub(super) const FAMILY: Family = Family {
         architecture: "gemma3",
         ..Family::PLAIN.gguf
     },
+    runtime_keys: Some(&[
+        "head_dim",
+        "attention_bias",
+        "query_pre_attn_scalar",
+        "final_logit_softcapping",
+        "sliding_window",
+        "sliding_window_pattern",
+        "rope_local_base_freq",
+        "rope_scaling",
+    ]),
     ..gemma2::FAMILY
 };
 

@@ -50,6 +50,7 @@ pub(super) const FAMILY: Family = Family {
         architecture: "glm4",
         ..Family::PLAIN.gguf
     },
+    runtime_keys: Some(&["head_dim", "attention_bias", "partial_rotary_factor"]),
     ..Family::PLAIN
 };
 

@@ -16,6 +16,6 @@ pub(super) const FAMILY: Family = Family {
         architecture: "llama",
         interleaved: true,
     },
-    runtime_keys: Some(&["head_dim"]),
+    runtime_keys: Some(&["head_dim", "sliding_window"]),
     ..Family::PLAIN
 };

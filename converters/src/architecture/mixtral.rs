@@ -32,6 +32,6 @@ pub(super) const FAMILY: Family = Family {
         architecture: "llama",
         interleaved: true,
     },
-    runtime_keys: None,
+    runtime_keys: Some(&["sliding_window", "num_local_experts", "num_experts_per_tok"]),
     ..mistral::FAMILY
 };

@@ -37,6 +37,12 @@ pub(super) const FAMILY: Family = Family {
         architecture: "phi3",
         ..Family::PLAIN.gguf
     },
+    runtime_keys: Some(&[
+        "rope_scaling",
+        "sliding_window",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+    ]),
     ..Family::PLAIN
 };
 

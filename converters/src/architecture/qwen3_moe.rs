@@ -36,6 +36,16 @@ pub(super) const FAMILY: Family = Family {
         architecture: "qwen3moe",
         ..Family::PLAIN.gguf
     },
-    runtime_keys: None,
+    runtime_keys: Some(&[
+        "head_dim",
+        "use_sliding_window",
+        "max_window_layers",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    ]),
     ..qwen3::FAMILY
 };

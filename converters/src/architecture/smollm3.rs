@@ -22,6 +22,6 @@ pub(super) const FAMILY: Family = Family {
         architecture: "smollm3",
         interleaved: true,
     },
-    runtime_keys: None,
+    runtime_keys: Some(&["rope_scaling", "no_rope_layers", "no_rope_layer_interval"]),
     ..llama::FAMILY
 };

@@ -43,7 +43,7 @@ impl Served {
         Ok(Self {
             name: loader.name().to_owned(),
             is_adapter: loader.adapter().is_some(),
-            // SAFETY: `MonteCloraLoader` loads by `NormalLoader`.
+            // SAFETY: `MonteCloraLoader` loads by a loader of mistral.rs.
             model: unsafe { NormalModel::new(pipeline) },
             tokens,
             template: loader.chat_template()?,

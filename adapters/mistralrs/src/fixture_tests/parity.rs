@@ -1,14 +1,15 @@
 //! Logits equal the references, answers follow from logits, and what would be wrong is refused.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::Path;
 
 use monteclora_converters::Tensor;
+use monteclora_converters::architecture::FAMILIES;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-use super::{Case, cases, named, servable};
+use super::{Case, cases, named, servable, walk};
 use crate::{ChatMessage, Engine, Error, MonteCloraLoader};
 
 /// `input_ids` as rows, and the named logits as one row-major vector a sequence.
@@ -66,45 +67,109 @@ fn max_difference(found: &[f32], expected: &[f32]) -> f32 {
         .fold(0.0, f32::max)
 }
 
+/// What is refused has to be refused by name, before it is loaded; everything else is computed as transformers and PEFT compute it.
 #[test]
 fn logits_equal_the_references() {
-    let mut n_compared = 0;
     let walked = cases().into_iter().filter(|case| !case.must_refuse());
-    for case in walked.chain([servable()]) {
-        let expected = expected(&case);
-        for (loader, name) in [
-            (case.base_loader(), "base_logits"),
-            (case.loader(), "logits"),
-        ] {
-            let config = match loader.check() {
-                Ok(config) => config,
-                Err(error) => {
-                    // What mistral.rs cannot represent has to be refused by name, and must not be served wrongly.
-                    assert!(
-                        matches!(error, Error::Unsupported { .. }),
-                        "{}: {error}",
-                        case.name
-                    );
-                    assert!(!error.problems().is_empty());
-                    continue;
-                }
-            };
-            if expected.sequences[0].len() > config.max_sequence_length {
-                continue;
-            }
-            let found = crate::prompt_logits(&loader, &expected.sequences).expect("computed");
-            for (found, wanted) in found.iter().zip(&expected.logits[name]) {
-                let difference = max_difference(found, wanted);
-                assert!(
-                    difference <= tolerance(wanted),
-                    "{} {name}: {difference}",
-                    case.name
-                );
-                n_compared += 1;
-            }
+    let n_compared: usize = walked.chain([servable()]).map(|case| compare(&case)).sum();
+    assert!(n_compared > 0);
+}
+
+/// The number of sequences that were compared; they are cut where the model's limit is.
+fn compare(case: &Case) -> usize {
+    let expected = expected(case);
+    let mut n_compared = 0;
+    for (loader, name) in [
+        (case.base_loader(), "base_logits"),
+        (case.loader(), "logits"),
+    ] {
+        let Some(limit) = limit(&loader, &case.name) else {
+            continue;
+        };
+        let shape = loader.check().expect("it has a limit").shape;
+        let depends_on_length = shape.ropes.iter().any(|rope| rope.threshold().is_some());
+        if depends_on_length && expected.sequences[0].len() > limit {
+            continue;
+        }
+        let cut = |sequence: &Vec<u32>| sequence[..limit.min(sequence.len())].to_vec();
+        let sequences: Vec<Vec<u32>> = expected.sequences.iter().map(cut).collect();
+        let found = crate::prompt_logits(&loader, &sequences).expect("computed");
+        for (found, wanted) in found.iter().zip(&expected.logits[name]) {
+            let difference = max_difference(found, &wanted[..found.len()]);
+            assert!(
+                difference <= tolerance(wanted),
+                "{} {name}: {difference}",
+                case.name
+            );
+            n_compared += 1;
         }
     }
-    assert!(n_compared > 0);
+    n_compared
+}
+
+/// The longest sequence of a model that can be served.
+fn limit(loader: &MonteCloraLoader, case: &str) -> Option<usize> {
+    match loader.check() {
+        Ok(config) => Some(config.max_sequence_length),
+        Err(error) => {
+            assert!(
+                matches!(error, Error::Unsupported { .. }),
+                "{case}: {error}"
+            );
+            assert!(!error.problems().is_empty());
+            None
+        }
+    }
+}
+
+/// The registry's families that are said to be served are, by a fixture of each.
+#[test]
+fn every_family_that_is_served_is_compared() {
+    let dirs = fs::read_dir(walk::own().join("architectures")).expect("readable");
+    let mut compared = BTreeSet::new();
+    for dir in dirs {
+        let case = Case::of_architecture(&dir.expect("an entry").path());
+        if compare(&case) > 0 {
+            let config = case.loader().check().expect("it has been compared");
+            compared.insert(config.shape.family.model_type);
+        }
+    }
+    compared.insert("llama");
+    let served = FAMILIES
+        .iter()
+        .filter(|family| family.runtime_keys.is_some());
+    let served: BTreeSet<&str> = served.map(|family| family.model_type).collect();
+    assert_eq!(compared, served);
+}
+
+/// Answers are what the whole text gives at each step, across windows.
+#[test]
+fn decoding_is_the_whole_pass() {
+    const MOST: usize = 12;
+    let mut n_steps = 0;
+    for case in cases().into_iter().filter(|case| !case.must_refuse()) {
+        let loader = case.loader();
+        let Some(limit) = limit(&loader, &case.name) else {
+            continue;
+        };
+        let engine = Engine::start(&loader).expect("started");
+        for (sequence, length) in expected(&case).sequences.iter().zip([4, 25]) {
+            let length = length.min(limit / 2).max(1);
+            let n_new = MOST.min(limit - length);
+            let mut text = sequence[..length].to_vec();
+            for token in engine.continue_tokens(&text, n_new).expect("answered") {
+                let logits = engine.prompt_logits(&text).expect("computed");
+                let last = &logits.values[logits.values.len() - logits.vocab_size..];
+                let largest = last.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let behind = largest - last[token as usize];
+                assert!(behind <= 1e-4, "{}: {behind} at {}", case.name, text.len());
+                text.push(token);
+                n_steps += 1;
+            }
+        }
+        engine.shut_down().expect("memory is given back");
+    }
+    assert!(n_steps > 0);
 }
 
 #[test]

@@ -18,12 +18,12 @@ use tokio::sync::MutexGuard;
 use crate::loader::SharedPipeline;
 pub(crate) use end::end_log_of;
 pub use end::{end_throughput_log, is_throughput_log, watch_throughput_logs};
-pub(crate) use placeholder::placeholder;
+pub(crate) use placeholder::{placeholder, tiny_model};
 
 /// How long an engine without a request may step its model.
 pub(crate) const LAST_STEP: Duration = Duration::from_secs(10);
 
-/// A model that mistral.rs's `NormalLoader` has loaded.
+/// A model that mistral.rs's `NormalLoader` or `MultimodalLoader` has loaded.
 #[derive(Clone)]
 pub(crate) struct NormalModel(SharedPipeline);
 
@@ -40,7 +40,7 @@ type Content = dyn Pipeline + Send + Sync;
 
 impl NormalModel {
     /// # Safety
-    /// `pipeline` must be what `NormalLoader::load_model_from_path` returned.
+    /// `pipeline` must be what `load_model_from_path` of `NormalLoader` or `MultimodalLoader` returned.
     pub(crate) unsafe fn new(pipeline: SharedPipeline) -> Self {
         Self(pipeline)
     }
@@ -66,8 +66,9 @@ impl NormalModel {
         if !is_alike || !have_one_type(first, second) {
             return Err(NotExchanged::Unlike);
         }
-        // SAFETY: By the condition of `new` both are a `NormalPipeline`: `NormalLoader` makes no other pipeline, at one place of its
-        // source, and size, alignment and the table of methods, compared above, agree. Both are `size` bytes long. They do not
+        // SAFETY: By the condition of `new` each is a `NormalPipeline` or a `MultimodalPipeline`: the loaders make no other one, each
+        // at one place of its source. Size, alignment and the table of methods, compared above, agree, so that both are of one
+        // type. Both are `size` bytes long. They do not
         // overlap, as two locks are held, and nothing else refers to either while they are: the locks hand out no
         // reference that outlives a guard, and they are not pinned. Exchanging the bytes of two values of one type is what
         // `mem::swap` does, which any value that is not pinned bears.

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::NormalModel;
 use crate::error::{Error, Result};
-use crate::loader::panic_text;
+use crate::loader::{SharedPipeline, panic_text};
 use crate::quirks_0_8::thread_locals::on_fresh_thread;
 
 /// Width of the model, and of its one head.
@@ -27,21 +27,7 @@ const VOCABULARY: usize = 257;
 /// [`Error::Engine`] if its files cannot be written or loaded.
 pub(crate) fn placeholder(device: &Device) -> Result<NormalModel> {
     let device = device.clone();
-    let load = move || -> anyhow::Result<_> {
-        let dir = tempfile::Builder::new().prefix("monteclora-").tempdir()?;
-        let paths: Box<dyn ModelPaths> = Box::new(files(dir.path())?);
-        let loader = NormalLoaderBuilder::new(
-            NormalSpecificConfig::default(),
-            None,
-            None,
-            Some("placeholder".to_owned()),
-            false,
-            None,
-        )
-        .build(None)?;
-        let mapper = DeviceMapSetting::dummy();
-        loader.load_model_from_path(&paths, &DType::F32, &device, true, mapper, None, None)
-    };
+    let load = move || tiny_model(&device, json!({}));
     let failed = |cause: &str| Error::Engine(format!("an engine cannot be made ready: {cause}"));
     let pipeline = on_fresh_thread(load)
         .map_err(|error| Error::no_threads(&error))?
@@ -51,14 +37,35 @@ pub(crate) fn placeholder(device: &Device) -> Result<NormalModel> {
     Ok(unsafe { NormalModel::new(pipeline) })
 }
 
+/// Loads the model on `device`, on this thread, with `changes` to its config.json.
+pub(crate) fn tiny_model(device: &Device, changes: Value) -> anyhow::Result<SharedPipeline> {
+    let dir = tempfile::Builder::new().prefix("monteclora-").tempdir()?;
+    let paths: Box<dyn ModelPaths> = Box::new(files(dir.path(), changes)?);
+    let loader = NormalLoaderBuilder::new(
+        NormalSpecificConfig::default(),
+        None,
+        None,
+        Some("placeholder".to_owned()),
+        false,
+        None,
+    )
+    .build(None)?;
+    let mapper = DeviceMapSetting::dummy();
+    loader.load_model_from_path(&paths, &DType::F32, device, true, mapper, None, None)
+}
+
 /// Writes the files of the model to `dir`.
-fn files(dir: &Path) -> anyhow::Result<LocalModelPaths<std::path::PathBuf>> {
+fn files(dir: &Path, changes: Value) -> anyhow::Result<LocalModelPaths<std::path::PathBuf>> {
     let (config, tokenizer) = (dir.join("config.json"), dir.join("tokenizer.json"));
     let (template, weights) = (
         dir.join("tokenizer_config.json"),
         dir.join("model.safetensors"),
     );
-    fs::write(&config, config_json().to_string())?;
+    let mut json = config_json();
+    for (key, value) in changes.as_object().into_iter().flatten() {
+        json[key] = value.clone();
+    }
+    fs::write(&config, json.to_string())?;
     fs::write(&tokenizer, tokenizer_json().to_string())?;
     fs::write(
         &template,

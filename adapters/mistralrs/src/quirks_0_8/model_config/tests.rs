@@ -1,18 +1,23 @@
 //! Laws of the rewriting: both generations agree, nothing is lost silently, every offender is named.
 
-use monteclora_converters::architecture::FAMILIES;
+use monteclora_converters::architecture::{FAMILIES, Family, RotaryLayers, Windows};
 
 use super::*;
 
 fn config(family: &str, changes: Value) -> Map<String, Value> {
+    let known = Family::named(family).expect("registered");
     let mut config = json!({
         "model_type": family,
         "vocab_size": 259, "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "head_dim": 16, "sliding_window": null,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        known.activation_key: known.defaults.activation.name(),
+        "head_dim": 16, "sliding_window": if matches!(known.windows, Windows::AllBut(..)) { json!(100) } else { Value::Null },
         "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
     });
+    if matches!(known.rotary.layers, RotaryLayers::ByWindow { .. }) {
+        config["rope_parameters"] = json!({"full_attention": {"rope_theta": 50000.0}, "sliding_attention": {"rope_theta": 10000.0}});
+    }
     for (key, value) in changes.as_object().expect("an object of changes") {
         config[key] = value.clone();
     }
@@ -58,8 +63,10 @@ fn normalising_is_idempotent() {
         let once = normalise_config(&config(family.model_type, json!({}))).expect("plain config");
         let map = once.json.as_object().expect("an object");
         let mut again = map.clone();
-        // The output leaves out what its own defaults would bring back.
-        again.insert("sliding_window".to_owned(), Value::Null);
+        // The output leaves out what its own defaults would bring back, and its own window is the limit.
+        let is_needed = matches!(family.windows, Windows::AllBut(..));
+        let window = if is_needed { json!(100) } else { Value::Null };
+        again.insert("sliding_window".to_owned(), window);
         let twice = normalise_config(&again).expect("own output");
         assert_eq!(once.json, twice.json, "{}", family.model_type);
     }
@@ -75,13 +82,30 @@ fn what_an_architecture_cannot_represent_is_named() {
     for family in ["mistral", "qwen2", "qwen3"] {
         let yarn =
             json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}});
-        refused(family, yarn, "rope_parameters.rope_type");
+        refused(family, yarn, "rope_scaling");
     }
+    let dynamic = json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}});
+    refused("llama", dynamic, "rope_scaling");
+    let untied = json!({"tie_word_embeddings": false});
+    refused("gemma2", untied, "tie_word_embeddings");
     refused(
-        "llama",
-        json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
-        "rope_scaling.rope_type",
+        "gemma2",
+        json!({"query_pre_attn_scalar": 20.5}),
+        "query_pre_attn_scalar",
     );
+    let irregular =
+        json!({"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]});
+    refused("gemma3_text", irregular, "layer_types");
+    refused("smollm3", json!({"attention_bias": true}), "attention_bias");
+    for family in ["granite", "olmo2", "olmo3", "ministral3"] {
+        let beta = json!({"rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}});
+        let changes = if family == "ministral3" {
+            beta
+        } else {
+            json!({})
+        };
+        refused(family, changes, "model_type");
+    }
     refused("llama", json!({"hidden_act": "xielu"}), "hidden_act");
     refused(
         "llama",
@@ -138,4 +162,37 @@ fn an_active_window_limits_the_context_and_an_idle_one_does_not() {
     assert_eq!(length("qwen3", active), 100);
     let typed = json!({"sliding_window": 100, "layer_types": ["full_attention", "sliding_attention", "full_attention"]});
     assert_eq!(length("qwen2", typed), 100);
+}
+
+/// On a CPU, where its caches are restored, mistral.rs is told the window less 1 and takes prompts beyond it.
+#[test]
+fn windows_are_told_less_one_where_caches_are_restored() {
+    let windowed = json!({"sliding_window": 100});
+    for (family, restored) in [
+        ("mistral", true),
+        ("gemma2", true),
+        ("gemma3_text", true),
+        ("qwen3", false),
+    ] {
+        let mut changes = windowed.clone();
+        if family == "qwen3" {
+            changes["use_sliding_window"] = true.into();
+            changes["max_window_layers"] = 0.into();
+        }
+        let found = normalise(&config(family, changes), true).expect("representable");
+        assert_eq!(found.restores_caches, restored, "{family}");
+        assert_eq!(
+            found.max_sequence_length,
+            if restored { 512 } else { 100 },
+            "{family}"
+        );
+        assert_eq!(
+            found.json["sliding_window"] == 99,
+            restored,
+            "{family}: {}",
+            found.json
+        );
+    }
+    let plain = normalise(&config("mistral", json!({})), true).expect("representable");
+    assert!(!plain.restores_caches && plain.json.get("sliding_window").is_none());
 }

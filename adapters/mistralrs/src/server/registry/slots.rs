@@ -213,7 +213,9 @@ impl Slot {
                 })
             }
             Err(NotExchanged::Unlike) => {
-                tracing::warn!("a model is of an unknown kind; it gets an engine of its own");
+                tracing::debug!(
+                    "a model of another kind than the placeholder gets an engine of its own"
+                );
                 Occupied::with(model, self.max_seqs)
             }
             Err(NotExchanged::Busy) => Err(Error::engine_unavailable("an idle one is busy")),
