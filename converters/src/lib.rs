@@ -88,6 +88,15 @@ mod cases;
 #[path = "tests/fixtures.rs"]
 mod fixtures;
 #[cfg(test)]
+#[path = "tests/gguf_keys.rs"]
+mod gguf_keys;
+#[cfg(test)]
+#[path = "tests/gguf.rs"]
+mod gguf_tests;
+#[cfg(test)]
+#[path = "tests/llama_cpp.rs"]
+mod llama_cpp;
+#[cfg(test)]
 #[path = "tests/messages.rs"]
 mod messages;
 #[cfg(test)]

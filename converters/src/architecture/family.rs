@@ -372,8 +372,30 @@ impl Factor {
 pub struct Gguf {
     /// `general.architecture`.
     pub architecture: &'static str,
+    /// Further architectures under which llama.cpp keeps models of this family.
+    pub also: &'static [&'static str],
+    /// The key below the architecture that, where it is above 0, tells this family from the others of its architecture.
+    pub told_by: Option<&'static str>,
     /// Whether the two halves of each query and key head are interleaved, row by row.
     pub interleaved: bool,
+    /// `attention.sliding_window` where it is absent.
+    pub window: Option<usize>,
+    /// `rope.freq_base_swa` where it is absent; none is `rope.freq_base`.
+    pub local_theta: Option<f64>,
+    /// The number of layers of the one size whose scores are scaled by the width over the heads in place of the head's size, which no
+    /// key says.
+    pub wide_scores: Option<usize>,
+    /// Keys below the architecture that change the computation in this family alone, each with the one value that is understood.
+    pub switches: &'static [(&'static str, f64)],
+    /// In a SentencePiece vocabulary: the special tokens after which white space is kept, where it is dropped after all others.
+    pub keeps_space_after: Option<&'static [&'static str]>,
+}
+
+impl Gguf {
+    /// Whether llama.cpp keeps models of the family under this architecture.
+    pub fn has_name(&self, architecture: &str) -> bool {
+        self.architecture == architecture || self.also.contains(&architecture)
+    }
 }
 
 /// The output head.
@@ -460,7 +482,14 @@ impl Family {
         experts: None,
         gguf: Gguf {
             architecture: "",
+            also: &[],
+            told_by: None,
             interleaved: false,
+            window: None,
+            local_theta: None,
+            wide_scores: None,
+            switches: &[],
+            keeps_space_after: None,
         },
         runtime_keys: None,
     };
@@ -474,7 +503,7 @@ impl Family {
     /// The families that llama.cpp keeps under this name, the preferred one first.
     pub fn of_gguf(architecture: &str) -> impl Iterator<Item = &'static Self> {
         let known = super::FAMILIES.iter().copied();
-        known.filter(move |family| family.gguf.architecture == architecture)
+        known.filter(move |family| family.gguf.has_name(architecture))
     }
 
     /// The projection with this path in a block, or this name in llama.cpp's.

@@ -33,6 +33,8 @@ pub(super) const FAMILY: Family = Family {
     ],
     gguf: Gguf {
         architecture: "gemma2",
+        window: Some(4096),
+        wide_scores: Some(46),
         ..Family::PLAIN.gguf
     },
     runtime_keys: Some(&[

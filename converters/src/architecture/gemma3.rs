@@ -38,6 +38,8 @@ pub(super) const FAMILY: Family = Family {
     }],
     gguf: Gguf {
         architecture: "gemma3",
+        local_theta: Some(10_000.0),
+        wide_scores: Some(62),
         ..Family::PLAIN.gguf
     },
     runtime_keys: Some(&[

@@ -15,6 +15,9 @@ pub(super) const FAMILY: Family = Family {
     gguf: Gguf {
         architecture: "granite",
         interleaved: true,
+        // false is a model without rotation.
+        switches: &[("rope.scaling.finetuned", 1.0)],
+        ..Family::PLAIN.gguf
     },
     runtime_keys: None,
     ..llama::FAMILY

@@ -13,6 +13,7 @@ pub(super) const FAMILY: Family = Family {
     gguf: Gguf {
         architecture: "llama",
         interleaved: true,
+        ..Family::PLAIN.gguf
     },
     runtime_keys: Some(&["rope_scaling"]),
     ..Family::PLAIN

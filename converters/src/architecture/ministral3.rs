@@ -24,6 +24,8 @@ pub(super) const FAMILY: Family = Family {
     gguf: Gguf {
         architecture: "mistral3",
         interleaved: true,
+        told_by: Some("attention.temperature_scale"),
+        ..Family::PLAIN.gguf
     },
     runtime_keys: None,
     ..mistral::FAMILY

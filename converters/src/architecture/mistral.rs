@@ -15,6 +15,8 @@ pub(super) const FAMILY: Family = Family {
     gguf: Gguf {
         architecture: "llama",
         interleaved: true,
+        also: &["mistral3"],
+        ..Family::PLAIN.gguf
     },
     runtime_keys: Some(&["head_dim", "sliding_window"]),
     ..Family::PLAIN

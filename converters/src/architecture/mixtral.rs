@@ -31,6 +31,8 @@ pub(super) const FAMILY: Family = Family {
     gguf: Gguf {
         architecture: "llama",
         interleaved: true,
+        told_by: Some("expert_count"),
+        ..Family::PLAIN.gguf
     },
     runtime_keys: Some(&["sliding_window", "num_local_experts", "num_experts_per_tok"]),
     ..mistral::FAMILY

@@ -1,6 +1,6 @@
 //! OLMo 3: OLMo 2 with a window in three of four layers, which may have a rotation of their own.
 
-use super::family::{Defaults, Family, Rotary, RotaryLayers, Windows};
+use super::family::{Defaults, Family, Gguf, Rotary, RotaryLayers, Windows};
 use super::olmo2;
 
 pub(super) const FAMILY: Family = Family {
@@ -18,6 +18,10 @@ pub(super) const FAMILY: Family = Family {
             key: None,
         },
         ..Family::PLAIN.rotary
+    },
+    gguf: Gguf {
+        told_by: Some("attention.sliding_window"),
+        ..olmo2::FAMILY.gguf
     },
     ..olmo2::FAMILY
 };

@@ -35,6 +35,7 @@ pub(super) const FAMILY: Family = Family {
     },
     gguf: Gguf {
         architecture: "phi3",
+        keeps_space_after: Some(&["<unk>", "<s>", "<|endoftext|>"]),
         ..Family::PLAIN.gguf
     },
     runtime_keys: Some(&[

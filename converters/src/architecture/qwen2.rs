@@ -15,7 +15,7 @@ pub(super) const FAMILY: Family = Family {
     windows: Windows::From(28),
     gguf: Gguf {
         architecture: "qwen2",
-        interleaved: false,
+        ..Family::PLAIN.gguf
     },
     runtime_keys: Some(&[]),
     ..Family::PLAIN

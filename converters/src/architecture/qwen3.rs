@@ -28,7 +28,7 @@ pub(super) const FAMILY: Family = Family {
     windows: Windows::From(28),
     gguf: Gguf {
         architecture: "qwen3",
-        interleaved: false,
+        ..Family::PLAIN.gguf
     },
     runtime_keys: Some(&["head_dim", "use_sliding_window", "max_window_layers"]),
     ..Family::PLAIN

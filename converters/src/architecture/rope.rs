@@ -190,17 +190,22 @@ impl YarnScaling {
 }
 
 impl LongRopeScaling {
-    /// `sqrt(1 + ln(factor) / ln(original))`, or 1 for a factor that lengthens nothing.
     fn attention_factor(&self, max_position_embeddings: usize) -> f64 {
+        let inferred = || self.inferred_attention_factor(max_position_embeddings);
+        self.attention_factor.unwrap_or_else(inferred)
+    }
+
+    /// By what cosines and sines are multiplied where that is not written down: `sqrt(1 + ln(factor) / ln(original))`, or 1 for a
+    /// factor that lengthens nothing.
+    pub(crate) fn inferred_attention_factor(&self, max_position_embeddings: usize) -> f64 {
         let original = self.original_max_position_embeddings as f64;
         let factor = self
             .factor
             .unwrap_or(max_position_embeddings as f64 / original);
-        self.attention_factor
-            .unwrap_or_else(|| match factor <= 1.0 {
-                true => 1.0,
-                false => (1.0 + factor.ln() / original.ln()).sqrt(),
-            })
+        match factor <= 1.0 {
+            true => 1.0,
+            false => (1.0 + factor.ln() / original.ln()).sqrt(),
+        }
     }
 
     fn frequencies(&self, theta: f64, dim: usize, is_long: bool) -> Vec<f32> {

@@ -21,6 +21,7 @@ pub(super) const FAMILY: Family = Family {
     gguf: Gguf {
         architecture: "smollm3",
         interleaved: true,
+        ..Family::PLAIN.gguf
     },
     runtime_keys: Some(&["rope_scaling", "no_rope_layers", "no_rope_layer_interval"]),
     ..llama::FAMILY

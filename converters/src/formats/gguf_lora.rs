@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
+use std::iter;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -23,6 +24,9 @@ use crate::tensors::tensor::Tensor;
 use crate::validate::runtime::Runtime;
 
 const UNSUPPORTED: &str = "convert it with llama.cpp's own tools, or merge it into the base";
+
+/// What to do about a file of something else.
+const OTHER_BASE: &str = "give a LoRA made for this base";
 
 /// Factors of the rotary embedding, which follow from the base's configuration. llama.cpp's converter left them in adapters until it
 /// was corrected (llama.cpp#9114); llama.cpp does not load such a file.
@@ -69,7 +73,8 @@ impl Format for GgufLora {
         read_file(path, &GgufFile::open(path)?, None)
     }
 
-    /// Writes the posterior mean; for Llama and Mistral the rows of q and k are reordered as llama.cpp stores them.
+    /// Writes the posterior mean; where llama.cpp stores the rows of q and k in another order (see
+    /// [`crate::architecture::Gguf::interleaved`]), the rows of B are reordered with them.
     fn write(
         &self,
         adapter: &Adapter,
@@ -106,6 +111,10 @@ impl Format for GgufLora {
                 refuse("lm-head", message);
                 continue;
             }
+            if is_of_mixture(base.family, &site.name) {
+                refuse("experts", ON_EXPERTS);
+                continue;
+            }
             let Some(name) = to_gguf_name(base.family, &site.name) else {
                 refuse("no-gguf-name", "has no name in llama.cpp");
                 continue;
@@ -129,7 +138,9 @@ impl Format for GgufLora {
         Ok(Written {
             what: "GGUF LoRA",
             report,
-            note: Some("for Llama and Mistral the rows of B of q and k are in llama.cpp's order"),
+            note: base
+                .interleaved
+                .map(|_| "the rows of B of q and k are in llama.cpp's order"),
         })
     }
 }
@@ -233,6 +244,22 @@ fn to_gguf_name(family: &Family, module: &str) -> Option<String> {
     Some(format!("blk.{layer}.{}", projection.gguf_name))
 }
 
+/// What is wrong with an adapter on a mixture of experts.
+const ON_EXPERTS: &str = "is part of a mixture of experts, which carries no adapter here";
+
+/// Whether a module is the router or an expert of the family's mixture, by either side's name.
+fn is_of_mixture(family: &Family, module: &str) -> bool {
+    let inner = split(module, "model.layers.").or_else(|| split(module, "blk."));
+    let (Some((_, inner)), Some(experts)) = (inner, family.experts) else {
+        return false;
+    };
+    let mut stacks = experts.projections.iter();
+    inner == experts.router
+        || inner == experts.gguf_router
+        || inner.starts_with(&format!("{}.", experts.path))
+        || stacks.any(|(_, gguf_name)| inner == *gguf_name)
+}
+
 /// Hugging Face's name of a module, by the first of `families` that has it.
 fn from_gguf_name(families: &[&Family], name: &str) -> Option<String> {
     if name == HEAD.gguf_name {
@@ -304,7 +331,7 @@ fn families(file: &GgufFile, base: Option<&Base>) -> Vec<&'static Family> {
     }
     let architecture = file.text("general.architecture");
     let mut families = FAMILIES.to_vec();
-    families.sort_by_key(|family| Some(family.gguf.architecture) != architecture);
+    families.sort_by_key(|family| !architecture.is_some_and(|name| family.gguf.has_name(name)));
     families
 }
 
@@ -318,19 +345,22 @@ fn check_metadata(
     let mut refuse = |code, key: &str, message: &str, fix| {
         problems.push(Problem::new(code, key, message, fix));
     };
-    let expected = [("general.type", "adapter"), ("adapter.type", "lora")];
-    let name = base.map(|base| ("general.architecture", base.family.gguf.architecture));
-    for (key, expected) in expected.into_iter().chain(name) {
+    for (key, expected) in [("general.type", "adapter"), ("adapter.type", "lora")] {
         let found = file.text(key);
         if found != Some(expected) {
             let message = format!("expected {expected}, found {}", found.unwrap_or("nothing"));
-            refuse(
-                "gguf-metadata",
-                key,
-                &message,
-                "give a LoRA made for this base",
-            );
+            refuse("gguf-metadata", key, &message, OTHER_BASE);
         }
+    }
+    const ARCHITECTURE: &str = "general.architecture";
+    let found = file.text(ARCHITECTURE);
+    if let Some(gguf) = base.map(|base| &base.family.gguf)
+        && !found.is_some_and(|found| gguf.has_name(found))
+    {
+        let names = iter::once(gguf.architecture).chain(gguf.also.iter().copied());
+        let names = names.collect::<Vec<_>>().join(" or ");
+        let message = format!("expected {names}, found {}", found.unwrap_or("nothing"));
+        refuse("gguf-metadata", ARCHITECTURE, &message, OTHER_BASE);
     }
     let metadata = file.metadata();
     let is_alora = |key: &&String| key.starts_with("adapter.alora");
@@ -378,6 +408,13 @@ fn read_part(
 ) -> Result<(String, usize, Tensor), Problem> {
     let refuse = |code, message: String| Problem::new(code, name, message, UNSUPPORTED);
     let mut places = [(".weight.lora_a", 0), (".weight.lora_b", 1)].into_iter();
+    let on_experts = |stem: &str| families.iter().any(|family| is_of_mixture(family, stem));
+    if places
+        .clone()
+        .any(|(suffix, _)| name.strip_suffix(suffix).is_some_and(on_experts))
+    {
+        return Err(refuse("experts", ON_EXPERTS.to_owned()));
+    }
     let module = places.find_map(|(suffix, idx)| {
         Some((from_gguf_name(families, name.strip_suffix(suffix)?)?, idx))
     });

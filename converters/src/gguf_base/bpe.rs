@@ -61,6 +61,7 @@ pub(super) fn read(source: &GgufFile, tokens: &[Token], findings: &mut Findings)
             "merges": merges,
         }),
         adds_bos: rules.adds_bos,
+        keeps_space_after: None,
     })
 }
 

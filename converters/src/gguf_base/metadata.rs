@@ -1,19 +1,18 @@
 //! Every key of the file is read, known to change nothing, or refused by name.
 
+use std::collections::BTreeSet;
+
 use super::Findings;
+use crate::architecture::Family;
 use crate::problem::listed;
 use crate::tensors::gguf::{GgufArray, GgufFile, GgufValue};
 
-/// Keys below the architecture that are read.
-const READ: &str = "context_length embedding_length block_count feed_forward_length attention.head_count attention.head_count_kv \
-attention.layer_norm_rms_epsilon attention.key_length attention.value_length attention.sliding_window rope.freq_base \
-rope.dimension_count rope.scaling.type rope.scaling.factor rope.scale_linear vocab_size";
-
-/// Keys below the architecture that llama.cpp uses for nothing in a model that is imported: how long a scaled model was trained, the
-/// shape of a scaling that is refused, the layers of a window that is refused, the other norm's epsilon, how experts are chosen
+/// Keys below the architecture that llama.cpp uses for nothing in a model that is imported, where they were not looked up: how long
+/// a scaled model was trained and the shape of its scaling, the layers of no window, the other norm's epsilon, how experts are chosen
 /// where there are none.
-const RECORDS: &str = "rope.scaling.original_context_length rope.scaling.finetuned rope.scaling.yarn_beta_fast \
-rope.scaling.yarn_beta_slow attention.sliding_window_pattern attention.layer_norm_epsilon expert_gating_func expert_weights_norm";
+const RECORDS: &str = "rope.scaling.factor rope.scale_linear rope.scaling.original_context_length rope.scaling.finetuned \
+rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow attention.sliding_window_pattern attention.layer_norm_epsilon \
+expert_gating_func expert_weights_norm";
 
 /// Values with which a key below the architecture changes nothing, where 0 (false, an empty list) is not the only one; `scale` is that
 /// of attention, the root of the head's size.
@@ -40,8 +39,14 @@ fn named(words: &str, key: &str) -> bool {
     words.split_whitespace().any(|word| word == key)
 }
 
-/// Refuses the keys below `prefix` that change the computation and are not read, and notes what is left out.
-pub(super) fn check(source: &GgufFile, prefix: &str, head_dim: usize, findings: &mut Findings) {
+/// Refuses the keys below the architecture that change the computation of its family and were not read, and notes what is left out.
+pub(super) fn check(
+    source: &GgufFile,
+    (prefix, family): (&str, &Family),
+    head_dim: usize,
+    read: &BTreeSet<String>,
+    findings: &mut Findings,
+) {
     let scale = (head_dim as f64).powf(-0.5);
     let mut left_out: Vec<&str> = Vec::new();
     for (key, value) in source.metadata() {
@@ -49,7 +54,14 @@ pub(super) fn check(source: &GgufFile, prefix: &str, head_dim: usize, findings: 
             .strip_prefix(prefix)
             .and_then(|rest| rest.strip_prefix('.'));
         let refusal = match (own, key.strip_prefix("tokenizer.")) {
-            (Some(own), _) => (!changes_nothing(own, value, scale)).then_some("unsupported"),
+            (Some(own), _) => {
+                let switch = family.gguf.switches.iter().find(|(key, _)| *key == own);
+                let is_known = match switch {
+                    Some((_, understood)) => number(value) == Some(*understood),
+                    None => read.contains(own) || changes_nothing(own, value, scale),
+                };
+                (!is_known).then_some("unsupported")
+            }
             (_, Some(key)) => (!keeps_tokens(key, value)).then_some("tokenizer"),
             _ if OTHERS.iter().any(|other| key.starts_with(other)) => Some("type"),
             _ => {
@@ -76,11 +88,14 @@ pub(super) fn check(source: &GgufFile, prefix: &str, head_dim: usize, findings: 
     }
 }
 
+/// A number, or a flag as one.
+fn number(value: &GgufValue) -> Option<f64> {
+    let flag = value.as_bool().map(|flag| f64::from(u8::from(flag)));
+    flag.or_else(|| value.as_f64())
+}
+
 fn changes_nothing(key: &str, value: &GgufValue, scale: f64) -> bool {
-    if named(READ, key)
-        || named(RECORDS, key)
-        || (key, value.as_str()) == (LAYOUT.0, Some(LAYOUT.1))
-    {
+    if named(RECORDS, key) || (key, value.as_str()) == (LAYOUT.0, Some(LAYOUT.1)) {
         return true;
     }
     let mut known = NEUTRAL
@@ -96,10 +111,9 @@ fn changes_nothing(key: &str, value: &GgufValue, scale: f64) -> bool {
         })
     };
     match value {
-        GgufValue::Bool(flag) => is(f64::from(u8::from(*flag))),
         GgufValue::Array(values) => is_zero(values),
         GgufValue::String(text) => text.is_empty(),
-        number => number.as_f64().is_some_and(is),
+        value => number(value).is_some_and(is),
     }
 }
 

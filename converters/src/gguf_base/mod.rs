@@ -4,8 +4,10 @@
 //! name. The directory appears complete or not at all. Block formats and tokenizers are the caller's: see [`Tools`].
 
 mod bpe;
+mod keys;
 mod metadata;
 mod model;
+mod options;
 mod pre_tokenizer;
 mod rope;
 mod sentencepiece;
@@ -85,8 +87,8 @@ pub struct ImportReport {
 
 /// Imports the model in `file` into the new directory `out_dir`; `progress` is told the bytes written and their total.
 ///
-/// Weights are dequantised to float32 (the products ggml computes), the query and key rows of the llama architecture
-/// put back into Hugging Face's rotary order, and written a few megabytes at a time. Beside them: config.json,
+/// Weights are dequantised to float32 (the products ggml computes) and written a few megabytes at a time, as transformers has them:
+/// query and key rows in its rotary order, experts one by one, norms without what llama.cpp adds. Beside them: config.json,
 /// generation_config.json, tokenizer.json, tokenizer_config.json and, if the file holds them, chat_template.jinja and the named templates
 /// in `additional_chat_templates`.
 ///

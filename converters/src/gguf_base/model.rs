@@ -1,13 +1,14 @@
 //! The hyperparameters of a GGUF model as the config.json of a family that computes the same.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
+use super::keys::Keys;
+use super::options::{self, Blocks};
 use super::{Findings, metadata, rope};
 use crate::architecture::{Bias, FAMILIES, Family, RopeKind, Windows};
 use crate::tensors::gguf::GgufFile;
-
-/// Largest value accepted for a dimension: their products stay far from overflow.
-const DIMENSION_MAX: u64 = 1 << 28;
 
 /// Largest number of blocks accepted, several times that of any model.
 const LAYERS_MAX: usize = 1024;
@@ -17,11 +18,7 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
     let n_problems = findings.problems.len();
     check_container(source, findings);
     let name = architecture(source, findings)?;
-    let mut keys = Keys {
-        source,
-        findings,
-        prefix: name,
-    };
+    let mut keys = Keys::new(source, name, findings);
     let hidden_size = keys.dimension("embedding_length");
     let intermediate_size = keys.dimension("feed_forward_length");
     let n_layers = keys.dimension("block_count");
@@ -31,8 +28,6 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
         .unwrap_or(n_heads);
     let context_length = keys.dimension("context_length");
     let rms_norm_eps = keys.positive("attention.layer_norm_rms_epsilon", None);
-    // llama.cpp's default for files that do not say.
-    let rope_theta = keys.positive("rope.freq_base", Some(10_000.0));
     if keys.findings.problems.len() > n_problems {
         return None;
     }
@@ -40,15 +35,6 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
     let head_dim = keys
         .optional_dimension("attention.key_length")
         .unwrap_or(hidden_size / n_heads);
-    for key in ["attention.value_length", "rope.dimension_count"] {
-        let value = keys.optional_dimension(key).unwrap_or(head_dim);
-        if value != head_dim {
-            let message = format!(
-                "is {value}, but the key size is {head_dim}; only equal sizes are supported"
-            );
-            keys.refuse("head_dim", key, message);
-        }
-    }
     if !n_heads.is_multiple_of(n_kv_heads) || !head_dim.is_multiple_of(2) {
         let message = format!(
             "{n_heads} heads of size {head_dim} do not go with {n_kv_heads} key-value heads"
@@ -61,48 +47,45 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
             source.names().count()
         );
         keys.refuse("layers", "block_count", message);
+        return None;
     }
-    if let Some(window) = keys.optional_dimension("attention.sliding_window")
-        && window < context_length
-    {
-        keys.refuse(
-            "sliding_window",
-            "attention.sliding_window",
-            format!("a window of {window} is not supported"),
-        );
-    }
+    let blocks = Blocks {
+        n_layers,
+        hidden_size,
+        n_heads,
+        head_dim,
+        intermediate_size,
+        context_length,
+    };
+    let family = family(&mut keys, &blocks)?;
+    let class = family.class_name.trim_end_matches("ForCausalLM");
+    let rotated = rotated(&mut keys, family, head_dim);
     let stated_vocab_size = keys.optional_dimension("vocab_size");
-    let vocab_size = vocab_size(source, hidden_size, findings)?;
+    let vocab_size = vocab_size(source, hidden_size, keys.findings)?;
     if let Some(stated) = stated_vocab_size.filter(|stated| *stated != vocab_size) {
-        findings.note(format!(
+        keys.findings.note(format!(
             "{name}.vocab_size is {stated}, but token_embd.weight has {vocab_size} rows: these count, as in llama.cpp"
         ));
     }
-    metadata::check(source, name, head_dim, findings);
-    let rope = rope::read(source, name, head_dim, rope_theta, findings);
-    let is_scaled = rope != RopeKind::Default;
-    let has_own_head_dim = head_dim.checked_mul(n_heads) != Some(hidden_size);
-    let (family, is_stand_in) = family(name, has_own_head_dim, findings)?;
-    if is_stand_in && is_scaled {
-        let message =
-            "scaled rotary frequencies together with a head size of its own are not supported";
-        findings.problem(
-            "head_dim",
-            format!("{name}.attention.key_length"),
-            message,
-            "",
-        );
-    }
+    let sizes = rope::Sizes {
+        head_dim,
+        rotated,
+        context_length,
+    };
+    let rotary = rope::read(&mut keys, family, sizes);
+    let own = options::read(&mut keys, family, &blocks);
+    let read = keys.into_read();
+    metadata::check(source, (name, family), head_dim, &read, findings);
+    let is_scaled = rotary.kind != RopeKind::Default;
     let is_tied = source.tensor("output.weight").is_none();
 
-    // transformers >= 5 converts a top-level rope_theta and rope_scaling, and older readers know nothing else.
-    let mut config = json!({
+    let config = json!({
         "architectures": [family.class_name],
         "model_type": family.model_type,
         "bos_token_id": null,
         "eos_token_id": null,
         "pad_token_id": null,
-        "hidden_act": "silu",
+        (family.activation_key): family.defaults.activation.name(),
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
         "num_hidden_layers": n_layers,
@@ -111,8 +94,10 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
         "head_dim": head_dim,
         "max_position_embeddings": context_length,
         "rms_norm_eps": rms_norm_eps,
-        "rope_theta": rope_theta,
-        "rope_scaling": rope.scaling_json(),
+    });
+    let mut config: Map<String, Value> = config.as_object()?.clone();
+    config.extend(rotary.fields);
+    let rest = json!({
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "tie_word_embeddings": is_tied,
@@ -120,21 +105,12 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
         "use_cache": true,
         "vocab_size": vocab_size,
     });
-    match family.windows {
-        Windows::No => {}
-        Windows::All | Windows::AllBut(..) => config["sliding_window"] = Value::Null,
-        Windows::AllIfUsed | Windows::Unrotated => {
-            config["use_sliding_window"] = false.into();
-            config["sliding_window"] = Value::Null;
-        }
-        Windows::From(_) => {
-            config["use_sliding_window"] = false.into();
-            config["sliding_window"] = Value::Null;
-            config["max_window_layers"] = n_layers.into();
-        }
-    }
-    let mut config: Map<String, Value> = config.as_object()?.clone();
-    if !family.runtime_reads("head_dim") {
+    config.extend(rest.as_object()?.clone());
+    config.extend(own);
+    if family.defaults.head_dim.is_none()
+        && !family.runtime_reads("head_dim")
+        && !has_own_head_dim(&blocks)
+    {
         // It is hidden_size / num_attention_heads by definition.
         config.shift_remove("head_dim");
     }
@@ -148,24 +124,27 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Map<Str
         findings
             .note("no output.weight: the output layer shares the embedding (tie_word_embeddings)");
     }
-    let class = family.class_name.trim_end_matches("ForCausalLM");
-    if is_stand_in {
+    if name != family.gguf.architecture {
         findings.note(format!(
-            "heads of size {head_dim}: written as a {class} model without sliding window, which computes the same",
+            "written as a {class} model; a GGUF LoRA made for it says `{}`, and llama.cpp wants `{name}` for this file",
+            family.gguf.architecture
         ));
     }
-    let unread = |key: &&str| config.get(*key) == Some(&true.into()) && !family.runtime_reads(key);
-    let unread: Vec<&str> = family.bias_keys().into_iter().filter(unread).collect();
-    if !unread.is_empty() {
-        findings.note(format!(
-            "biases kept ({}): `serve` cannot serve such a {class} model",
-            unread.join(", ")
-        ));
-    }
-    if is_scaled && !family.runtime_reads("rope_scaling") {
-        findings.note(format!(
-            "scaled rotary frequencies: `serve` cannot serve such a {class} model"
-        ));
+    if family.runtime_keys.is_some() {
+        let unread =
+            |key: &&str| config.get(*key) == Some(&true.into()) && !family.runtime_reads(key);
+        let unread: Vec<&str> = family.bias_keys().into_iter().filter(unread).collect();
+        if !unread.is_empty() {
+            findings.note(format!(
+                "biases kept ({}): `serve` cannot serve such a {class} model",
+                unread.join(", ")
+            ));
+        }
+        if is_scaled && !family.runtime_reads("rope_scaling") {
+            findings.note(format!(
+                "scaled rotary frequencies: `serve` cannot serve such a {class} model"
+            ));
+        }
     }
     (findings.problems.len() == n_problems).then_some(config)
 }
@@ -177,11 +156,11 @@ fn architecture<'a>(source: &'a GgufFile, findings: &mut Findings) -> Option<&'a
         return None;
     };
     if Family::of_gguf(name).next().is_none() {
-        let mut known: Vec<&str> = FAMILIES
+        let known: BTreeSet<&str> = FAMILIES
             .iter()
             .map(|family| family.gguf.architecture)
             .collect();
-        known.dedup();
+        let known: Vec<&str> = known.into_iter().collect();
         let message = format!("architecture `{name}` is not supported");
         let fix = format!("supported: {}", known.join(", "));
         findings.problem("architecture", KEY, message, fix);
@@ -190,25 +169,81 @@ fn architecture<'a>(source: &'a GgufFile, findings: &mut Findings) -> Option<&'a
     Some(name)
 }
 
-/// The first family of this architecture that the server can also be told, and whether that is not simply the first: a Llama
-/// with a head size of its own computes what a Mistral does.
-fn family(
-    name: &str,
-    has_own_head_dim: bool,
-    findings: &mut Findings,
-) -> Option<(&'static Family, bool)> {
-    let mut known = Family::of_gguf(name).enumerate();
-    let found = known.find(|(_, family)| !has_own_head_dim || family.runtime_reads("head_dim"));
-    if found.is_none() {
-        let message = "a head size other than embedding_length / head_count is not supported";
-        findings.problem(
-            "head_dim",
-            format!("{name}.attention.key_length"),
-            message,
-            "",
-        );
+fn has_own_head_dim(blocks: &Blocks) -> bool {
+    blocks.head_dim.checked_mul(blocks.n_heads) != Some(blocks.hidden_size)
+}
+
+/// The family that a key tells, or else the first of this architecture that has what the file needs: a Llama with a head size of its
+/// own or with a window computes what a Mistral does.
+fn family(keys: &mut Keys<'_>, blocks: &Blocks) -> Option<&'static Family> {
+    let window = options::window(keys, blocks);
+    let has_own_head_dim = has_own_head_dim(blocks);
+    let mut told = Family::of_gguf(keys.prefix).filter(|family| {
+        family
+            .gguf
+            .told_by
+            .is_some_and(|key| keys.above_0(key).is_some())
+    });
+    if let Some(family) = told.next() {
+        return Some(family);
     }
-    found.map(|(idx, family)| (family, idx > 0))
+    let holds_heads = |family: &Family| {
+        !has_own_head_dim || family.runtime_keys.is_none() || family.runtime_reads("head_dim")
+    };
+    let holds_window = |family: &Family| window.is_none() || family.windows != Windows::No;
+    let known: Vec<_> = Family::of_gguf(keys.prefix)
+        .filter(|family| family.gguf.told_by.is_none())
+        .collect();
+    let found = known
+        .iter()
+        .position(|family| holds_heads(family) && holds_window(family));
+    let Some(idx) = found else {
+        if !known.iter().any(|family| holds_heads(family)) {
+            let message = "a head size other than embedding_length / head_count is not supported";
+            keys.refuse("head_dim", "attention.key_length", message);
+        } else {
+            let message = format!("a window of {} is not supported", window.unwrap_or(0));
+            keys.refuse("sliding_window", options::WINDOW, message);
+        }
+        return None;
+    };
+    let family = known[idx];
+    if idx > 0 && has_own_head_dim {
+        let class = family.class_name.trim_end_matches("ForCausalLM");
+        let without = match window {
+            None => " without sliding window",
+            Some(_) => "",
+        };
+        let head_dim = blocks.head_dim;
+        keys.findings.note(format!(
+            "heads of size {head_dim}: written as a {class} model{without}, which computes the same",
+        ));
+    }
+    Some(family)
+}
+
+/// Entries of a head that turn: all, where the family knows nothing else.
+fn rotated(keys: &mut Keys<'_>, family: &Family, head_dim: usize) -> usize {
+    let mut size = |key: &str| keys.optional_dimension(key).unwrap_or(head_dim);
+    let (values, rotated) = (size("attention.value_length"), size("rope.dimension_count"));
+    let mut unequal = vec![("attention.value_length", values)];
+    if family.rotary.partial.is_none() {
+        unequal.push(("rope.dimension_count", rotated));
+    } else if rotated > head_dim || !rotated.is_multiple_of(2) {
+        let message = format!("{rotated} entries of a head of {head_dim} cannot turn in pairs");
+        keys.refuse("head_dim", "rope.dimension_count", message);
+        return head_dim;
+    }
+    unequal.retain(|(_, value)| *value != head_dim);
+    for (key, value) in &unequal {
+        let message =
+            format!("is {value}, but the key size is {head_dim}; only equal sizes are supported");
+        keys.refuse("head_dim", key, message);
+    }
+    if family.rotary.partial.is_none() {
+        return head_dim;
+    }
+    rotated
 }
 
 fn vocab_size(source: &GgufFile, hidden_size: usize, findings: &mut Findings) -> Option<usize> {
@@ -224,6 +259,7 @@ fn vocab_size(source: &GgufFile, hidden_size: usize, findings: &mut Findings) ->
     }
     None
 }
+
 fn check_container(source: &GgufFile, findings: &mut Findings) {
     match source.text("general.type") {
         None | Some("model") => {}
@@ -247,69 +283,5 @@ fn check_container(source: &GgufFile, findings: &mut Findings) {
             message,
             "join them with `llama-gguf-split --merge`",
         );
-    }
-}
-
-/// Typed look-up of `<architecture>.<key>`; what is missing or malformed becomes a problem and a harmless value.
-struct Keys<'a> {
-    source: &'a GgufFile,
-    findings: &'a mut Findings,
-    prefix: &'a str,
-}
-
-impl Keys<'_> {
-    fn refuse(&mut self, code: &'static str, key: &str, message: impl Into<String>) {
-        self.findings
-            .problem(code, format!("{}.{key}", self.prefix), message, "");
-    }
-
-    fn dimension(&mut self, key: &str) -> usize {
-        if !self.source.has(&format!("{}.{key}", self.prefix)) {
-            self.refuse("metadata", key, "missing");
-            return 1;
-        }
-        self.optional_dimension(key).unwrap_or(1)
-    }
-
-    fn optional_dimension(&mut self, key: &str) -> Option<usize> {
-        let full = format!("{}.{key}", self.prefix);
-        if !self.source.has(&full) {
-            return None;
-        }
-        match self.source.integer(&full) {
-            Some(value) if (1..=DIMENSION_MAX).contains(&value) => usize::try_from(value).ok(),
-            Some(value) => {
-                self.refuse(
-                    "metadata",
-                    key,
-                    format!("{value} is not between 1 and {DIMENSION_MAX}"),
-                );
-                None
-            }
-            None => {
-                self.refuse(
-                    "metadata",
-                    key,
-                    "is not one whole number; a value per layer is not supported",
-                );
-                None
-            }
-        }
-    }
-
-    fn positive(&mut self, key: &str, default: Option<f64>) -> f64 {
-        let full = format!("{}.{key}", self.prefix);
-        let value = if self.source.has(&full) {
-            self.source.number(&full)
-        } else {
-            default
-        };
-        match value {
-            Some(value) if value > 0.0 && value.is_finite() => value,
-            _ => {
-                self.refuse("metadata", key, "missing or not a positive number");
-                1.0
-            }
-        }
     }
 }

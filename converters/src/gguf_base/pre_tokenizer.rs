@@ -16,11 +16,12 @@ pub(super) struct PreTokenizer {
 }
 
 /// The values supported, for messages.
-pub(super) const SUPPORTED: &str = "gpt-2, smollm, starcoder, refact, llama-bpe, qwen2, tekken";
+pub(super) const SUPPORTED: &str = "gpt-2, smollm, starcoder, refact, llama-bpe, qwen2, tekken, dbrx, smaug-bpe, glm4, chatglm-bpe, gpt-4o, llama4";
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const GPT_4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Looks a name up; `None` if its rules are not known here.
 pub(super) fn lookup(name: &str) -> Option<PreTokenizer> {
@@ -38,6 +39,9 @@ pub(super) fn lookup(name: &str) -> Option<PreTokenizer> {
             (Value::Null, sequence(digits, true), false, false)
         }
         "llama-bpe" | "llama3" | "llama-v3" => (Value::Null, split(LLAMA3), true, true),
+        // These split as Llama 3 does, and merge every word.
+        "dbrx" | "smaug-bpe" | "glm4" | "chatglm-bpe" => (Value::Null, split(LLAMA3), false, false),
+        "gpt-4o" | "llama4" => (Value::Null, split(GPT_4O), false, false),
         "qwen2" => (json!({"type": "NFC"}), split(QWEN2), false, false),
         "tekken" => (Value::Null, split(TEKKEN), true, true),
         _ => return None,

@@ -7,12 +7,18 @@ use serde_json::{Map, Value, json};
 
 use super::Findings;
 use super::tokenizer::{Parts, Token, TokenKind};
+use crate::architecture::Family;
 use crate::tensors::gguf::GgufFile;
 
 const SPACE: &str = "\u{2581}";
 
-/// Reads scores and the rules around them; `None` if a problem leaves them incomplete.
-pub(super) fn read(source: &GgufFile, tokens: &[Token], findings: &mut Findings) -> Option<Parts> {
+/// Reads scores and the rules around them; `None` if a problem leaves them incomplete. `unknown` stands for text without a token.
+pub(super) fn read(
+    source: &GgufFile,
+    tokens: &[Token],
+    unknown: Option<u32>,
+    findings: &mut Findings,
+) -> Option<Parts> {
     let scores = match source.floats("tokenizer.ggml.scores") {
         Some(scores)
             if scores.len() == tokens.len() && scores.iter().all(|score| !score.is_nan()) =>
@@ -27,7 +33,9 @@ pub(super) fn read(source: &GgufFile, tokens: &[Token], findings: &mut Findings)
             return None;
         }
     };
-    let unknown = tokens.iter().find(|token| token.kind == TokenKind::Unknown);
+    let unknown = unknown.and_then(|id| tokens.get(id as usize));
+    let architecture = source.text("general.architecture");
+    let family = architecture.and_then(|name| Family::of_gguf(name).next());
     let byte_fallback = tokens
         .iter()
         .filter(|token| token.kind == TokenKind::Byte)
@@ -72,6 +80,7 @@ pub(super) fn read(source: &GgufFile, tokens: &[Token], findings: &mut Findings)
             "merges": merges(tokens, scores),
         }),
         adds_bos: true,
+        keeps_space_after: family.and_then(|family| family.gguf.keeps_space_after),
     })
 }
 

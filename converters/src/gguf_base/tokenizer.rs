@@ -39,6 +39,8 @@ pub(super) struct Parts {
     pub(super) model: Value,
     /// Whether a file that does not say so begins every text with the BOS token.
     pub(super) adds_bos: bool,
+    /// The special tokens after which white space is kept, where it is dropped after all others.
+    pub(super) keeps_space_after: Option<&'static [&'static str]>,
 }
 
 /// All that is written about text.
@@ -75,9 +77,19 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabul
             findings.tokenizer(key, "this normalisation is not supported");
         }
     }
+    let mut special = |name: &str| {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        special_id(source, &key, &tokens, findings)
+    };
+    let (bos, eos, pad) = (special("bos"), special("eos"), special("padding"));
+    let mut unknowns = tokens
+        .iter()
+        .filter(|token| token.kind == TokenKind::Unknown);
+    let unknown = special("unknown").or_else(|| Some(unknowns.next()?.id));
+    let turn_ends = [special("eot"), special("eom")];
     let parts = match source.text("tokenizer.ggml.model") {
         Some("gpt2") => bpe::read(source, &tokens, findings)?,
-        Some("llama") => sentencepiece::read(source, &tokens, findings)?,
+        Some("llama") => sentencepiece::read(source, &tokens, unknown, findings)?,
         other => {
             let message = format!(
                 "tokenizer model `{}` is not supported",
@@ -92,16 +104,6 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabul
             return None;
         }
     };
-    let mut special = |name: &str| {
-        let key = format!("tokenizer.ggml.{name}_token_id");
-        special_id(source, &key, &tokens, findings)
-    };
-    let (bos, eos, pad) = (special("bos"), special("eos"), special("padding"));
-    let mut unknowns = tokens
-        .iter()
-        .filter(|token| token.kind == TokenKind::Unknown);
-    let unknown = special("unknown").or_else(|| Some(unknowns.next()?.id));
-    let turn_ends = [special("eot"), special("eom")];
     let (chat_template, templates) = templates(source, findings);
 
     let ends_turns = |token: &&Token| {
@@ -150,7 +152,7 @@ pub(super) fn read(source: &GgufFile, findings: &mut Findings) -> Option<Vocabul
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": added_tokens(&tokens, &named),
+        "added_tokens": added_tokens(&tokens, &named, parts.keeps_space_after),
         "normalizer": parts.normalizer,
         "pre_tokenizer": parts.pre_tokenizer,
         "post_processor": post_processor(first, last),
@@ -302,20 +304,27 @@ fn describe(template: Option<&str>, pad: Option<u32>, findings: &mut Findings) {
     }
 }
 
-/// Tokens that are recognised in text as they stand: control tokens and named ones (special), user-defined ones (not).
-fn added_tokens(tokens: &[Token], named: &[Option<u32>]) -> Vec<Value> {
+/// Tokens that are recognised in text as they stand: control tokens and named ones (special), user-defined ones (not). With
+/// `keeps_space_after`, white space behind all special ones but these is dropped.
+fn added_tokens(
+    tokens: &[Token],
+    named: &[Option<u32>],
+    keeps_space_after: Option<&[&str]>,
+) -> Vec<Value> {
     tokens
         .iter()
         .filter_map(|token| {
             let special = matches!(token.kind, TokenKind::Control | TokenKind::Unknown)
                 || named.contains(&Some(token.id));
+            let strips = special
+                && keeps_space_after.is_some_and(|keeps| !keeps.contains(&token.text.as_str()));
             (special || token.kind == TokenKind::UserDefined).then(|| {
                 json!({
                     "id": token.id,
                     "content": token.text,
                     "single_word": false,
                     "lstrip": false,
-                    "rstrip": false,
+                    "rstrip": strips,
                     "normalized": false,
                     "special": special,
                 })

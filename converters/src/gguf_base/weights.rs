@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::rope::TENSORS;
 use super::{Findings, ImportOptions, Tools, write_json};
 use crate::architecture::{ModelShape, TensorShape};
 use crate::error::{Error, Result};
@@ -33,15 +34,25 @@ pub(super) fn plan(
     let mut plan = shape.tensors();
     plan.sort_by(|left, right| left.name.cmp(&right.name));
     let mut unread: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
-    for planned in &plan {
+    let mut refuse =
+        |code, at: &str, message: String, fix| findings.problem(code, at, message, fix);
+    // The parts of one tensor are looked at together, by the first.
+    for planned in plan.iter().filter(|planned| planned.part.0 == 0) {
         let name = planned.gguf_name.as_str();
+        let expected = dims(planned);
         match source.tensor(name) {
-            None => {
-                findings.problem("missing", name, "missing", "the file holds no whole model");
+            None if planned.part.1 > 1 && source.tensor(&single(name)).is_some() => {
+                let message = "each expert by itself, as llama.cpp wrote them before April 2024";
+                let fix = "convert the model again with a current llama.cpp";
+                refuse("experts", &single(name), message.to_owned(), fix);
             }
-            Some(tensor) if tensor.dims() != planned.shape => {
-                let message = format!("shape {:?}, expected {:?}", tensor.dims(), planned.shape);
-                findings.problem("shape", name, message, "");
+            None => {
+                let fix = "the file holds no whole model";
+                refuse("missing", name, "missing".to_owned(), fix);
+            }
+            Some(tensor) if tensor.dims() != expected => {
+                let message = format!("shape {:?}, expected {expected:?}", tensor.dims());
+                refuse("shape", name, message, "");
             }
             Some(tensor) if !tensor.is_readable() => {
                 unread.entry(tensor.ggml_type).or_default().push(name);
@@ -49,7 +60,7 @@ pub(super) fn plan(
             Some(tensor) if planned.interleaved && tensor.is_vector_of_blocks() => {
                 let block = ggml_type_name(tensor.ggml_type);
                 let reason = format!("a vector in {block} blocks cannot be reordered");
-                findings.problem("block_format", name, reason, REQUANTISE);
+                refuse("block_format", name, reason, REQUANTISE);
             }
             Some(_) => {}
         }
@@ -71,13 +82,37 @@ pub(super) fn plan(
         .map(|planned| planned.gguf_name.as_str())
         .collect();
     for name in source.names() {
-        // Read as rotary scaling.
-        if name != "rope_freqs.weight" && !known.contains(name) {
+        if !TENSORS.contains(&name) && !known.contains(name) && !is_single(&known, name) {
             let message = format!("has no place in a {} model", shape.family.class_name);
             findings.problem("unknown_tensor", name, message, "");
         }
     }
     plan
+}
+
+/// Dimensions of llama.cpp's tensor, of which `planned` may be a part.
+fn dims(planned: &TensorShape) -> Vec<usize> {
+    let n_parts = planned.part.1;
+    let outer = (n_parts > 1).then_some(n_parts);
+    outer
+        .into_iter()
+        .chain(planned.shape.iter().copied())
+        .collect()
+}
+
+/// What the first expert's tensor was called when each expert had its own: `ffn_up.0` for `ffn_up_exps`.
+fn single(name: &str) -> String {
+    name.replace("_exps.", ".0.")
+}
+
+/// Whether `name` is that of one expert's tensor, of which the first is reported.
+fn is_single(known: &HashSet<&str>, name: &str) -> bool {
+    let parts: Vec<&str> = name.split('.').collect();
+    let [block, layer, kind, expert, suffix] = parts[..] else {
+        return false;
+    };
+    let stacked = format!("{block}.{layer}.{kind}_exps.{suffix}");
+    expert.parse::<usize>().is_ok() && known.contains(stacked.as_str())
 }
 
 /// Writes model.safetensors, or its shards and their index.
@@ -122,7 +157,7 @@ pub(super) fn write(
                 let tensor = source.tensor(&planned.gguf_name);
                 let tensor = tensor.ok_or_else(|| wrong("missing".to_owned()))?;
                 let head = planned.interleaved.then_some(shape.head_dim);
-                let mut rows = Rows::new(tensor, head).map_err(wrong)?;
+                let mut rows = Rows::new(tensor, planned, head).map_err(wrong)?;
                 while let Some(values) = rows.next_chunk(tools).map_err(wrong)? {
                     let bytes = options.dtype.encode(&values).unwrap_or_default();
                     out.write_all(&bytes).map_err(Error::io("write", &path))?;
@@ -172,9 +207,12 @@ fn interleaved_row(row: usize, head: usize) -> usize {
     start + 2 * idx + half
 }
 
-/// The rows of one tensor in the order they are written, some at a time.
+/// The rows of one tensor, or of one of its parts, in the order they are written, some at a time.
 struct Rows<'a> {
-    tensor: GgufTensor<'a>,
+    ggml_type: u32,
+    bytes: &'a [u8],
+    /// What is subtracted from every value.
+    offset: f32,
     /// Size of the heads whose rows are interleaved.
     head: Option<usize>,
     n_rows: usize,
@@ -185,10 +223,14 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn new(tensor: GgufTensor<'a>, head: Option<usize>) -> Result<Self, String> {
+    fn new(
+        tensor: GgufTensor<'a>,
+        planned: &TensorShape,
+        head: Option<usize>,
+    ) -> Result<Self, String> {
         let (block, block_bytes) =
             ggml_block(tensor.ggml_type).ok_or("its block format is not supported")?;
-        let shape = tensor.dims();
+        let shape = &planned.shape;
         let row_elements = match (shape.as_slice(), head) {
             // A reordered vector is a column: its elements move one by one.
             ([_], Some(_)) => 1,
@@ -197,14 +239,20 @@ impl<'a> Rows<'a> {
         let n_elements: usize = shape.iter().product();
         let n_rows = n_elements.checked_div(row_elements).unwrap_or(0);
         let row_bytes = row_elements / block * block_bytes;
-        if n_rows.checked_mul(row_bytes) != Some(tensor.bytes.len()) {
+        let (part, n_parts) = planned.part;
+        let n_bytes = n_rows.checked_mul(row_bytes);
+        let whole = n_bytes.and_then(|n_bytes| n_bytes.checked_mul(n_parts));
+        let (Some(n_bytes), true) = (n_bytes, whole == Some(tensor.bytes.len())) else {
             return Err(format!(
-                "{} bytes do not hold {n_elements} values",
+                "{} bytes do not hold {n_parts} times {n_elements} values",
                 tensor.bytes.len()
             ));
-        }
+        };
+        let bytes = tensor.bytes.get(part * n_bytes..(part + 1) * n_bytes);
         Ok(Self {
-            tensor,
+            ggml_type: tensor.ggml_type,
+            bytes: bytes.ok_or("part outside the tensor")?,
+            offset: planned.offset,
             head,
             n_rows,
             row_elements,
@@ -234,18 +282,21 @@ impl<'a> Rows<'a> {
             let row = self.head.map_or(row, |head| interleaved_row(row, head));
             let begin = row * self.row_bytes;
             let target = start + idx * self.row_bytes;
-            let bytes = self.tensor.bytes.get(begin..begin + self.row_bytes);
+            let bytes = self.bytes.get(begin..begin + self.row_bytes);
             let bytes = bytes.ok_or("row outside the tensor")?;
             self.buffer[target..target + self.row_bytes].copy_from_slice(bytes);
         }
         let blocks = &self.buffer[start..start + length];
-        let values = (tools.dequantize)(self.tensor.ggml_type, blocks)
+        let mut values = (tools.dequantize)(self.ggml_type, blocks)
             .map_err(|error| format!("cannot be dequantised: {error}"))?;
         if let Some(position) = values.iter().position(|value| !value.is_finite()) {
             let row = self.next_row + position / self.row_elements;
             return Err(format!(
                 "the value in row {row} of the written tensor is not finite"
             ));
+        }
+        if self.offset != 0.0 {
+            values.iter_mut().for_each(|value| *value -= self.offset);
         }
         self.next_row += n_rows;
         Ok(Some(values))

@@ -65,6 +65,11 @@ pub(crate) fn named(name: &str) -> Case {
     Case::of_adapter(walk::own().join("adapters").join(name))
 }
 
+/// A model of the project's copy, with its adapter.
+pub(crate) fn architecture(kind: &str) -> Case {
+    Case::of_architecture(&walk::own().join("architectures").join(kind))
+}
+
 /// Every adapter that is there to be used, those for architectures that the converters know included.
 pub(crate) fn usable() -> Vec<Case> {
     let mut cases: Vec<Case> = walk::walk("adapters/")

@@ -278,10 +278,10 @@ fn llama3_scaling_is_recovered_and_other_scaling_refused() {
         refused(&file),
         [("rope_scaling".into(), "rope_freqs.weight".into())]
     );
-    let mut yarn = GgufBuilder::model("qwen3");
-    yarn.set("qwen3.rope.scaling.type", Meta::Text("yarn".into()));
+    let mut other = GgufBuilder::model("qwen3");
+    other.set("qwen3.rope.scaling.type", Meta::Text("ntk".into()));
     assert_eq!(
-        refused(&yarn),
+        refused(&other),
         [("rope_scaling".into(), "qwen3.rope.scaling.type".into())]
     );
 }
@@ -315,6 +315,12 @@ fn every_known_pre_tokenizer_loads_and_digits_split_as_its_models_do() {
         ("llama-bpe", 2),
         ("qwen2", 5),
         ("tekken", 5),
+        ("dbrx", 2),
+        ("smaug-bpe", 2),
+        ("glm4", 2),
+        ("chatglm-bpe", 2),
+        ("gpt-4o", 2),
+        ("llama4", 2),
     ] {
         let mut file = GgufBuilder::model("llama");
         file.set("tokenizer.ggml.pre", Meta::Text(name.into()));
@@ -355,15 +361,15 @@ fn a_sentencepiece_vocabulary_falls_back_to_bytes() {
 
 #[test]
 fn what_cannot_be_represented_is_refused_by_name() {
-    let mut mixture = GgufBuilder::model("llama");
-    mixture.set("llama.expert_count", Meta::U32(8));
+    let mut mixture = GgufBuilder::model("qwen2");
+    mixture.set("qwen2.expert_count", Meta::U32(8));
     assert_eq!(
         refused(&mixture),
-        [("unsupported".into(), "llama.expert_count".into())]
+        [("unsupported".into(), "qwen2.expert_count".into())]
     );
 
     let mut other = GgufBuilder::model("llama");
-    other.set("general.architecture", Meta::Text("gemma2".into()));
+    other.set("general.architecture", Meta::Text("mamba".into()));
     assert_eq!(
         refused(&other),
         [("architecture".into(), "general.architecture".into())]
