@@ -212,6 +212,13 @@ impl Backward {
         };
         (at(step) - at(-step)) / (2.0 * step)
     }
+
+    /// The loss where it is.
+    fn loss(&self) -> f64 {
+        let here = ActiveAdapter::new(self.sites.clone());
+        let loss = self.decoder.evaluate(&self.sequences, &self.targets, &here);
+        loss.unwrap().total()
+    }
 }
 
 /// Every model that is there and can be loaded, once.
@@ -238,6 +245,11 @@ fn recomputed_activations_give_the_same_gradients() {
 fn gradients_are_finite_differences() {
     for model in models() {
         let backward = Backward::new(&model);
+        // A step may send a token to another expert, where the loss jumps; the part has a test of its own.
+        if backward.decoder.config().experts.is_some() {
+            continue;
+        }
+        let (loss, mut n_visible) = (backward.loss(), 0);
         for (site, a, b) in backward.gradients(false) {
             for (which, gradient) in [("A", a), ("B", b)] {
                 let directions = [0.3, 1.1, 2.2].map(|phase| wave(gradient.len(), phase, 1.0));
@@ -248,10 +260,13 @@ fn gradients_are_finite_differences() {
                 let largest = slopes
                     .iter()
                     .fold(0f64, |most, slope| most.max(slope.abs()));
+                // Of a loss in f32 smaller slopes are lost in rounding.
+                let rounding = |step: f64| 3e-7 * loss / step;
+                n_visible += usize::from(2e-2 * largest > rounding(STEPS[1]));
                 for (direction, slope) in directions.iter().zip(slopes) {
                     let is_close = STEPS.iter().any(|step| {
                         let numeric = backward.slope(site, which == "A", direction, *step);
-                        (numeric - slope).abs() <= 2e-2 * largest
+                        (numeric - slope).abs() <= (2e-2 * largest).max(rounding(*step))
                     });
                     assert!(
                         is_close,
@@ -262,5 +277,10 @@ fn gradients_are_finite_differences() {
                 }
             }
         }
+        assert!(
+            n_visible > 0,
+            "{}: all slopes are too small",
+            model.display()
+        );
     }
 }
