@@ -106,6 +106,8 @@ struct Opened {
 /// What the files say of a model before it is loaded.
 pub(crate) struct Survey {
     pub(crate) max_sequence_length: usize,
+    /// Vectors of the embedding.
+    pub(crate) vocab_size: usize,
     /// As [`MonteCloraLoader::generation`].
     pub(crate) generation: String,
     /// As [`MonteCloraLoader::weight_bytes`].
@@ -183,6 +185,7 @@ impl MonteCloraLoader {
         }
         Ok(Survey {
             max_sequence_length: config.max_sequence_length,
+            vocab_size: config.shape.vocab_size,
             generation: generation(&files, adapter.as_ref())?,
             weight_bytes: self.weight_bytes_of(&files),
             warnings,

@@ -257,3 +257,27 @@ fn sampling_options_do_what_they_say_or_are_refused() {
     }
     server.finish().expect("a clean stop");
 }
+
+/// A tokenizer may know tokens that the embedding has no vector of; mistral.rs would fail within the step.
+#[test]
+fn a_token_without_a_vector_is_refused() {
+    let (case, _copy) = servable().on_changed_base(|base| {
+        let path = base.join("tokenizer.json");
+        let text = fs::read_to_string(&path).expect("readable");
+        let mut tokenizer: Value = serde_json::from_str(&text).expect("JSON");
+        let added = tokenizer["added_tokens"].as_array_mut().expect("a list");
+        let mut beyond = added[0].clone();
+        beyond["id"] = json!(259);
+        beyond["content"] = json!("<beyond>");
+        added.push(beyond);
+        fs::write(&path, tokenizer.to_string()).expect("written");
+    });
+    let (server, _dir) = Running::start(&toml_for(&case, ""));
+    for prompt in [json!("a <beyond> b"), json!([5, 259])] {
+        let body = json!({"model": "tuned", "prompt": prompt, "max_tokens": 2});
+        let refused = parse(server.post("/v1/completions", &body), 400);
+        let message = refused["error"]["message"].as_str().expect("a text");
+        assert!(message.contains("259 (`<beyond>`)"), "{message}");
+    }
+    server.finish().expect("a clean stop");
+}

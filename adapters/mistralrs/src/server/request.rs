@@ -179,7 +179,23 @@ impl Asked {
                 .await
                 .map_err(|error| ApiError::invalid(prompt, error.to_string()))
         };
-        admission.within(tokens).await
+        let tokens = admission.within(tokens).await?;
+        self.require_vectors(prompt, &tokens)?;
+        Ok(tokens)
+    }
+
+    /// Refuses tokens that the model's embedding has no vector of: a tokenizer may know more, and mistral.rs adds some for images.
+    pub(crate) fn require_vectors(&self, prompt: &str, tokens: &[u32]) -> Result<(), ApiError> {
+        let vocab_size = self.lease.vocab_size;
+        let Some(token) = tokens.iter().find(|token| **token as usize >= vocab_size) else {
+            return Ok(());
+        };
+        let text = self.lease.tokens.tokenizer.id_to_token(*token);
+        let message = format!(
+            "the prompt has the token {token} (`{}`), of which the model has no vector: its vocabulary has {vocab_size}",
+            text.unwrap_or_default()
+        );
+        Err(ApiError::invalid(prompt, message))
     }
 
     /// Gives `prompts`, which came under `key`, to the engine, each once for each choice. Choices of the first prompt come first.

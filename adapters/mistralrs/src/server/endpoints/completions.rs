@@ -96,6 +96,7 @@ async fn tokens(
                     format!("`prompt` has the token id {unknown}, which this model does not have");
                 return Err(ApiError::invalid("prompt", message));
             }
+            asked.require_vectors("prompt", &tokens)?;
             let bytes: Vec<u8> = tokens
                 .iter()
                 .flat_map(|token| vocabulary.text_bytes(*token))

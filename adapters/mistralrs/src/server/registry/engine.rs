@@ -109,12 +109,14 @@ impl Wanted {
     pub(crate) fn check(self) -> Result<Checked> {
         let Survey {
             max_sequence_length,
+            vocab_size,
             generation,
             weight_bytes,
             warnings,
         } = self.loader.survey()?;
         Ok(Checked {
             max_sequence_length,
+            vocab_size,
             warnings,
             hash: generation,
             frame: text_frame(self.loader.base())?,
@@ -130,6 +132,7 @@ pub(crate) struct Checked {
     pub(crate) hash: String,
     pub(crate) weight_bytes: u64,
     max_sequence_length: usize,
+    vocab_size: usize,
     frame: TextFrame,
     /// What may be wrong with it; it is served nevertheless.
     warnings: Vec<Problem>,
@@ -171,6 +174,8 @@ pub(crate) struct Generation {
     /// Seconds since 1970.
     pub(crate) created: u64,
     pub(crate) max_sequence_length: usize,
+    /// Vectors of the embedding; its tokenizer may know more tokens.
+    pub(crate) vocab_size: usize,
     /// Tokens that the model's tokenizer puts around plain text.
     pub(crate) frame: TextFrame,
     pub(crate) tokens: ModelTokens,
@@ -325,6 +330,7 @@ impl Loaded {
             hash: checked.hash,
             created: now(),
             max_sequence_length: checked.max_sequence_length,
+            vocab_size: checked.vocab_size,
             frame: checked.frame,
             tokens: self.tokens,
             sampling: self.sampling,
