@@ -211,7 +211,8 @@ fn rotations_are_read_as_llama_cpp_reads_them() {
     half.tensors.remove("rope_factors_short.weight");
     assert_eq!(refused(&half), ["rope_factors_short.weight"]);
     let other = phi.text("phi3.rope.scaling.type", "yarn");
-    assert_eq!(refused(&other), ["rope_factors_long.weight"]);
+    let unread = "phi3.rope.scaling.attn_factor";
+    assert_eq!(refused(&other), ["rope_factors_long.weight", unread]);
 
     let yarn = || converted("llama-yarn");
     let factor = yarn().with("llama.rope.scaling.yarn_attn_factor", Meta::F32(1.25));

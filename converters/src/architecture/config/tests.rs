@@ -74,7 +74,7 @@ fn what_is_not_understood_is_refused_by_key_and_all_at_once() {
     assert_eq!(problems.len(), n_wrong, "{problems:?}");
     for (key, name) in [
         ("model_type", json!("gpt2")),
-        ("architectures", json!(["Gemma3ForCausalLM"])),
+        ("architectures", json!(["FalconForCausalLM"])),
     ] {
         let mut unknown = config("llama", json!({key: name}));
         if key != "model_type" {
