@@ -22,10 +22,26 @@ pub fn read_fitting(path: &Path, base: &ModelFiles) -> Result<Adapter> {
     let adapter = Adapter::read_on(path, base)?;
     tell(&adapter, path);
     adapter.require_fit(base)?;
+    warn_of_other_media(&adapter, base);
     for warning in base_warnings(path, &adapter, base)? {
         tracing::warn!("{warning}");
     }
     Ok(adapter)
+}
+
+/// Warns of modules that text does not go through.
+fn warn_of_other_media(adapter: &Adapter, base: &ModelFiles) {
+    let mut beside = adapter
+        .sites
+        .iter()
+        .filter(|site| base.is_beside(&site.name));
+    if let Some(first) = beside.next() {
+        tracing::warn!(
+            "{} and {} more adapted modules are for other media than text: they are merged, and have no effect on text",
+            first.name,
+            beside.count()
+        );
+    }
 }
 
 /// [`read_fitting`], refusing an adapter that changes nothing, unless `force`.

@@ -103,6 +103,9 @@ mod messages;
 #[path = "tests/names.rs"]
 mod names;
 #[cfg(test)]
+#[path = "tests/nested.rs"]
+mod nested;
+#[cfg(test)]
 #[path = "tests/round_trips.rs"]
 mod round_trips;
 

@@ -17,7 +17,7 @@ use crate::formats::peft::config_write::to_text;
 use crate::formats::peft::read::CONFIG_FILE as ADAPTER_CONFIG;
 use crate::json;
 use crate::low_rank::product_rows;
-use crate::model_files::{EMBEDDING, HEAD, ModelFiles};
+use crate::model_files::{HEAD, ModelFiles};
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_write::{Slot, stream};
@@ -95,7 +95,7 @@ pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result
     let slots = sites
         .iter()
         .map(|(name, site)| Slot {
-            name: name.clone(),
+            name: base.on_disk(name).into_owned(),
             dtype: DType::F32,
             shape: vec![site.out_features(), site.in_features()],
         })
@@ -103,8 +103,9 @@ pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     files::write_file(out, |writer| {
         stream(out, writer, slots, &metadata, |slot, sink| {
-            let weight = base_tensor(base, &slot.name)?;
-            match sites.get(&slot.name) {
+            let name = base.in_memory(&slot.name);
+            let weight = base_tensor(base, &name)?;
+            match sites.get(name.as_ref()) {
                 Some(site) => merge_into(sink, out, &weight, site, DType::F32).map(|_| ()),
                 None => Ok(()),
             }
@@ -176,8 +177,9 @@ pub fn merge_dir(
             }
             files::write_file(&out, |writer| {
                 stream(&out, writer, slots, shard.metadata(), |slot, sink| {
-                    let weight = base_tensor(base, &slot.name)?;
-                    match sites.get(&slot.name) {
+                    let name = base.in_memory(&slot.name);
+                    let weight = base_tensor(base, &name)?;
+                    match sites.get(name.as_ref()) {
                         Some(site) => {
                             let block = merge_into(sink, &out, &weight, site, slot.dtype)?;
                             rounding = rounding.add(block);
@@ -235,10 +237,10 @@ impl Adapter {
 fn head_slot(base: &ModelFiles, dtype: Option<DType>) -> Option<Slot> {
     let (stored, shape) = match base.info(HEAD) {
         Some(_) => return None,
-        None => base.info(EMBEDDING)?,
+        None => base.info(&base.embedding())?,
     };
     Some(Slot {
-        name: HEAD.to_owned(),
+        name: base.on_disk(HEAD).into_owned(),
         dtype: dtype.unwrap_or(stored),
         shape: shape.to_vec(),
     })
@@ -398,6 +400,12 @@ fn copy_other_files(
     let mut config = base.config().clone();
     if is_untied {
         config.insert("tie_word_embeddings".into(), false.into());
+        // It does not count there, but should not say otherwise.
+        if let Some(Value::Object(inside)) = config.get_mut("text_config")
+            && inside.contains_key("tie_word_embeddings")
+        {
+            inside.insert("tie_word_embeddings".into(), false.into());
+        }
     }
     if let Some(dtype) = dtype {
         let name = match dtype {
@@ -463,6 +471,7 @@ mod tests {
             assert_eq!(merge.max_abs_error, 0.0);
             let merged = ModelFiles::open(&out).expect("our own output");
             for name in base.names() {
+                let on_disk = base.on_disk(name);
                 let old = base.get(name).expect("listed");
                 let new = merged.get(name).expect("every tensor is there");
                 let Some(site) = adapter
@@ -471,10 +480,10 @@ mod tests {
                     .find(|site| format!("{}.weight", site.name) == name)
                 else {
                     assert_eq!(old, new, "{name}");
-                    assert!(overlay.get(name).is_none());
+                    assert!(overlay.get(&on_disk).is_none());
                     continue;
                 };
-                assert_eq!(overlay.get(name).expect("merged"), new);
+                assert_eq!(overlay.get(&on_disk).expect("merged"), new);
                 let (old, new) = (old.to_f32().expect("float"), new.to_f32().expect("float"));
                 for ((old, new), delta) in
                     old.iter().zip(&new).zip(site.delta_f32().expect("float"))

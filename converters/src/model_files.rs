@@ -1,10 +1,11 @@
 //! A Hugging Face model directory: its safetensors files and its configuration, headers read, weights mapped.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::architecture;
+use crate::architecture::{self, Wrapper};
 use crate::error::Result;
 use crate::json;
 use crate::targets::{LinearModule, OUTPUT_HEAD};
@@ -21,13 +22,12 @@ mod quantised;
 
 pub(crate) use quantised::declared as declared_quantization;
 
-/// The token embedding's weight.
-pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
-
 /// The output head's weight, where it is not the embedding.
 pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// A model in a directory: `model.safetensors`, or shards with or without `model.safetensors.index.json`.
+///
+/// Tensors go by the names of transformers' modules, which in the files of some models have others; see [`Wrapper`].
 #[derive(Debug, Clone)]
 pub struct ModelFiles {
     dir: PathBuf,
@@ -45,9 +45,13 @@ impl ModelFiles {
         let dir = dir.as_ref();
         instead::require_dir(dir)?;
         let config = Self::read_config(dir)?;
+        let mut weights = ShardSet::open(dir, "model")?;
+        if let Some(wrapper) = Wrapper::of(&config) {
+            weights = weights.renamed(|name| wrapper.in_memory(name))?;
+        }
         Ok(Self {
             dir: dir.to_path_buf(),
-            weights: ShardSet::open(dir, "model")?,
+            weights,
             config,
         })
     }
@@ -89,6 +93,11 @@ impl ModelFiles {
         &self.config
     }
 
+    /// The decoder's `key` of `config.json`, which a model for several media has in `text_config`.
+    pub fn decoder_key(&self, key: &str) -> Option<&Value> {
+        architecture::entry(&self.config, key).1
+    }
+
     /// Tensor names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.weights.names()
@@ -104,15 +113,53 @@ impl ModelFiles {
         self.weights.info(name)
     }
 
+    /// The model for several media of which the decoder is one part, if it is.
+    pub fn wrapper(&self) -> Option<&'static Wrapper> {
+        Wrapper::of(&self.config)
+    }
+
+    /// Whether the tensor or module called `name` is for other media than text.
+    pub fn is_beside(&self, name: &str) -> bool {
+        self.wrapper()
+            .is_some_and(|wrapper| wrapper.is_beside(name))
+    }
+
+    /// The name of the tensor that a file has as `stored`.
+    pub(crate) fn in_memory<'a>(&self, stored: &'a str) -> Cow<'a, str> {
+        let wrapper = self.wrapper();
+        wrapper.map_or(Cow::Borrowed(stored), |wrapper| wrapper.in_memory(stored))
+    }
+
+    /// What the tensor called `name` is called in a file, or would be beside those that there are.
+    pub(crate) fn on_disk<'a>(&'a self, name: &'a str) -> Cow<'a, str> {
+        let embedding = self.embedding();
+        let is_renamed = self.weights.stored(&embedding) != embedding;
+        match self.wrapper() {
+            Some(wrapper) if self.info(name).is_none() && is_renamed => wrapper.on_disk(name),
+            _ => Cow::Borrowed(self.weights.stored(name)),
+        }
+    }
+
+    /// The token embedding's weight.
+    pub(crate) fn embedding(&self) -> String {
+        format!("{}.embed_tokens.weight", architecture::body(&self.config))
+    }
+
     /// Whether the output head is the embedding: as `config.json` says, or if it is silent, as transformers assumes of the family;
-    /// of an unknown one, when no head is stored.
+    /// of an unknown one and of a model for several media, when no head is stored.
     pub fn ties_embeddings(&self) -> bool {
-        architecture::ties_embeddings(&self.config).unwrap_or_else(|| self.info(HEAD).is_none())
+        let by_config = || architecture::ties_embeddings(&self.config);
+        match architecture::ties_by_files(&self.config) {
+            true => None,
+            false => by_config(),
+        }
+        .unwrap_or_else(|| self.info(HEAD).is_none())
     }
 
     /// As [`Self::get`]; for the output head of a model that [ties](Self::ties_embeddings) it and stores none, the embedding.
     pub(crate) fn weight(&self, name: &str) -> Option<Tensor> {
-        let tied = || (name == HEAD && self.ties_embeddings()).then(|| self.get(EMBEDDING))?;
+        let tied =
+            || (name == HEAD && self.ties_embeddings()).then(|| self.get(&self.embedding()))?;
         self.get(name).or_else(tied)
     }
 
@@ -140,7 +187,7 @@ impl ModelFiles {
             .collect();
         if self.ties_embeddings()
             && self.info(HEAD).is_none()
-            && let Some((_, [out_features, in_features])) = self.info(EMBEDDING)
+            && let Some((_, [out_features, in_features])) = self.info(&self.embedding())
         {
             modules.push(LinearModule {
                 name: OUTPUT_HEAD.into(),

@@ -197,6 +197,15 @@ impl AdapterConfig {
 }
 
 impl AdapterConfig {
+    /// Targets `sites` by their whole paths and nothing else: where the base has parts that carry no adapter, leaf names could mean
+    /// modules in there too.
+    pub fn target_in_full(&mut self, sites: &[String]) {
+        self.target_modules = TargetModules::List(sites.to_vec());
+        self.exclude_modules = None;
+        self.layers_to_transform = None;
+        self.layers_pattern = None;
+    }
+
     /// The entries of its settings that no module among `names` is matched by, a sentence each: PEFT passes over them.
     ///
     /// # Errors

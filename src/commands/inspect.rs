@@ -186,11 +186,14 @@ impl Model {
 
 fn model(path: &Path, json: bool) -> Result<()> {
     let files = ModelFiles::open(path)?;
-    let config = files.config();
-    let value = |key: &str| config.get(key).cloned().unwrap_or_default();
+    let value = |key: &str| files.decoder_key(key).cloned().unwrap_or_default();
     let shapes = || files.names().filter_map(|name| files.info(name));
     Model {
-        model_type: value("model_type"),
+        model_type: files
+            .config()
+            .get("model_type")
+            .cloned()
+            .unwrap_or_default(),
         layers: value("num_hidden_layers"),
         hidden: value("hidden_size"),
         vocabulary: value("vocab_size"),

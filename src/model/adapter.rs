@@ -79,7 +79,12 @@ fn low_rank(
         .collect();
     let mut problems = Vec::new();
     let mut modules = BTreeMap::new();
-    for site in &adapter.sites {
+    let is_beside = |name: &str| {
+        let wrapper = config.wrapper;
+        wrapper.is_some_and(|wrapper| wrapper.is_beside(name))
+    };
+    // Text does not go through the parts for other media.
+    for site in adapter.sites.iter().filter(|site| !is_beside(&site.name)) {
         let Some((id, module)) = known.get(&site.name) else {
             problems.push(format!("{}: the base has no such projection", site.name));
             continue;

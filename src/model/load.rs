@@ -104,7 +104,7 @@ impl Loader<'_> {
 
     /// The last norm. Logits are linear in what it gives, so that their divisor is applied here.
     fn last_norm(&self) -> Result<Norm> {
-        let mut norm = self.norm("model.norm", self.shape.hidden_size)?;
+        let mut norm = self.norm(&self.shape.final_norm(), self.shape.hidden_size)?;
         let divisor = self.shape.multipliers.logits_divisor;
         if divisor != 1.0 {
             norm.weight = (norm.weight / divisor)?;
@@ -125,7 +125,7 @@ impl Loader<'_> {
         norms
             .find(|norm| is_there(norm.place))
             .map(|norm| {
-                let name = format!("model.layers.{layer}.{}", norm.name);
+                let name = format!("{}.{}", self.shape.block(layer), norm.name);
                 self.norm(&name, self.shape.norm_width(norm.place))
             })
             .transpose()
@@ -170,7 +170,7 @@ impl Loader<'_> {
             (self.shape.mixture(), self.shape.layers[layer].has_experts)
         {
             let frozen = |name: &str, shape| {
-                let name = format!("model.layers.{layer}.{name}.weight");
+                let name = format!("{}.{name}.weight", self.shape.block(layer));
                 FrozenLinear::new(self.matrix(&name, shape)?, None)
             };
             let (inner, hidden) = (sizes.width, self.shape.hidden_size);
@@ -326,7 +326,7 @@ pub(super) fn decoder(
         problems: Mutex::new(Vec::new()),
     };
     let embedding = loader.matrix(
-        "model.embed_tokens.weight",
+        &format!("{}.weight", config.embedding()),
         [config.vocab_size, config.hidden_size],
     )?;
     let (id, head) = ModuleId::all(&config)

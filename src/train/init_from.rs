@@ -23,6 +23,15 @@ pub(super) fn read(
         return Ok(None);
     };
     let adapter = read_fitting(&dir, files)?;
+    if let Some(site) = adapter
+        .sites
+        .iter()
+        .find(|site| files.is_beside(&site.name))
+    {
+        let message = "is for other media than text, which are not trained here";
+        let fix = "start from an adapter of the language model alone";
+        bail!(Problem::new("other-media", &site.name, message, fix));
+    }
     let mut problems = contradictions(lora, config, &adapter, modules)?;
     let settings = posterior(lora, &adapter, &mut problems);
     if !problems.is_empty() {

@@ -101,6 +101,7 @@ impl Prepared {
             weights: self
                 .files
                 .names()
+                .filter(|name| !self.files.is_beside(name))
                 .filter_map(|name| self.files.info(name))
                 .map(|(_, shape)| {
                     let (columns, rows) = shape.split_last().unwrap_or((&1, &[]));

@@ -91,6 +91,9 @@ impl Prepared {
             None => adapter_config.resolve_targets(&modules)?,
             Some(adapter) => adapter.sites.iter().map(|site| site.name.clone()).collect(),
         };
+        if files.wrapper().is_some() {
+            adapter_config.target_in_full(&sites);
+        }
         let max_seq_length = run
             .data
             .max_seq_length_for(model_config.max_position_embeddings);

@@ -5,7 +5,7 @@ use candle_core::{Device, Tensor};
 use monteclora::model::{
     ActiveAdapter, Decoder, GenerationSettings, ModuleId, PassOptions, Sequences,
 };
-use monteclora_converters::architecture::{FAMILIES, RopeKind};
+use monteclora_converters::architecture::{FAMILIES, RopeKind, WRAPPERS};
 use monteclora_converters::{
     Adapter, FORMATS, LoraOptions, ModelFiles, ReadOptions, SafetensorsFile,
 };
@@ -31,9 +31,9 @@ fn asked(case: &AdapterCase) -> Vec<String> {
     let ropes = [rope].into_iter().chain(each);
     let ropes = ropes.filter_map(|rope| rope.get("rope_type")?.as_str());
     let model_type = config["model_type"].as_str().unwrap();
-    let is_known = FAMILIES
-        .iter()
-        .any(|family| family.model_type == model_type);
+    let families = FAMILIES.iter().map(|family| family.model_type);
+    let wrappers = WRAPPERS.iter().map(|wrapper| wrapper.model_type);
+    let is_known = families.chain(wrappers).any(|known| known == model_type);
     ropes
         .filter(|rope| *rope != "default")
         .chain((!is_known).then_some(model_type))

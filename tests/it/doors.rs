@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use monteclora_adapters::methods::METHODS;
 use monteclora_adapters::weights::KINDS;
-use monteclora_converters::architecture::FAMILIES;
+use monteclora_converters::architecture::{FAMILIES, WRAPPERS};
 use monteclora_converters::{
     Adapter, FORMATS, LoraOptions, ModelFiles, ReadOptions, SafetensorsFile, format_of,
 };
@@ -38,6 +38,10 @@ fn rows(page: &str, names: impl IntoIterator<Item = &'static str>) {
 #[test]
 fn everything_registered_has_a_row_in_the_docs() {
     rows("models.md", FAMILIES.iter().map(|family| family.model_type));
+    rows(
+        "models.md",
+        WRAPPERS.iter().map(|wrapper| wrapper.model_type),
+    );
     rows("models.md", KINDS.iter().map(|kind| kind.name));
     rows("fine-tune.md", METHODS.iter().map(|method| method.name));
     rows(
@@ -85,13 +89,11 @@ fn every_family_has_a_fixture() {
             config["model_type"].as_str().unwrap().to_owned()
         })
         .collect();
-    for family in FAMILIES {
+    let families = FAMILIES.iter().map(|family| family.model_type);
+    for wanted in families.chain(WRAPPERS.iter().map(|wrapper| wrapper.model_type)) {
         assert!(
-            found
-                .iter()
-                .any(|model_type| model_type == family.model_type),
-            "{}: no model of it in tests/data/fixtures/architectures",
-            family.model_type
+            found.iter().any(|model_type| model_type == wanted),
+            "{wanted}: no model of it in tests/data/fixtures/architectures"
         );
     }
 }

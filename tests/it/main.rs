@@ -15,6 +15,7 @@ mod fixtures;
 mod formats;
 mod hashes;
 mod hub;
+mod nested;
 #[cfg(feature = "mistralrs")]
 mod operations;
 mod planning;

@@ -6,27 +6,39 @@ use serde_json::{Map, Value};
 
 use super::{
     Activation, ExpertSizes, Factor, Family, Layer, ModelShape, Multiplier, Multipliers,
-    Normalised, RotaryLayers, SoftcapPlace, Windows,
+    Normalised, RotaryLayers, SoftcapPlace, Windows, Wrapper,
 };
 use crate::error::{Error, Result};
 use crate::model_files::{ModelFiles, declared_quantization};
 use crate::problem::Problem;
 
 mod keys;
+mod language;
 mod rope;
+
+use language::{Language, language};
+pub(crate) use language::{body, entry, family, ties_by_files, ties_embeddings, with_entry};
 
 /// More layers than any model has.
 const MAX_LAYERS: usize = 1 << 16;
 
 impl ModelShape {
-    /// Reads `config.json` in `dir`.
+    /// Reads `config.json` in `dir`; where that leaves it to the weights whether the head is the embedding, their headers too, if
+    /// they are there.
     ///
     /// # Errors
     /// As [`ModelFiles::read_config`]; a refusal with every key that is missing, malformed or not understood.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        Self::from_config(&ModelFiles::read_config(dir)?)
-            .map_err(|problems| Error::refused(dir, problems))
+        let config = ModelFiles::read_config(dir)?;
+        let mut shape =
+            Self::from_config(&config).map_err(|problems| Error::refused(dir, problems))?;
+        if ties_by_files(&config)
+            && let Ok(files) = ModelFiles::open(dir)
+        {
+            shape.tie_word_embeddings = files.ties_embeddings();
+        }
+        Ok(shape)
     }
 
     /// Reads the contents of a `config.json`.
@@ -34,8 +46,9 @@ impl ModelShape {
     /// # Errors
     /// Every key that is missing, malformed or not understood.
     pub fn from_config(config: &Map<String, Value>) -> Result<Self, Vec<Problem>> {
-        let (shape, mut problems) = read(config)?;
-        problems.extend(keys::refused(shape.family, shape.head_dim, config));
+        let language = language(config).map_err(|problem| vec![problem])?;
+        let (shape, mut problems) = read(&language);
+        problems.extend(keys::refused(&language, shape.head_dim));
         match problems.is_empty() {
             true => Ok(shape),
             false => Err(problems),
@@ -47,10 +60,11 @@ impl ModelShape {
     /// # Errors
     /// Every key that the tensors depend on and that is missing or malformed.
     pub(crate) fn layout(config: &Map<String, Value>) -> Result<Self, Vec<Problem>> {
-        let (shape, mut problems) = read(config)?;
+        let language = language(config).map_err(|problem| vec![problem])?;
+        let (shape, mut problems) = read(&language);
         problems.retain(|problem| {
-            let key = problem.at.strip_prefix(AT).unwrap_or_default();
-            LAYOUT.contains(&key) || shape.family.bias_keys().contains(&key)
+            let mut keys = LAYOUT.into_iter().chain(shape.family.bias_keys());
+            keys.any(|key| problem.at == language.at(key))
         });
         match problems.is_empty() {
             true => Ok(shape),
@@ -58,9 +72,6 @@ impl ModelShape {
         }
     }
 }
-
-/// What the place of a problem with a key begins with.
-const AT: &str = "config.json: ";
 
 /// Keys that names and shapes of tensors depend on, biases apart.
 const LAYOUT: [&str; 13] = [
@@ -80,47 +91,15 @@ const LAYOUT: [&str; 13] = [
 ];
 
 /// The shape, and what is wrong with the keys that it was read from.
-fn read(config: &Map<String, Value>) -> Result<(ModelShape, Vec<Problem>), Vec<Problem>> {
-    let family = family(config).map_err(|problem| vec![problem])?;
-    let mut keys = Keys {
-        config,
-        problems: Vec::new(),
-    };
-    let shape = keys.shape(family);
-    Ok((shape, keys.problems))
+fn read(language: &Language<'_>) -> (ModelShape, Vec<Problem>) {
+    let mut keys = Keys::of(language);
+    let shape = keys.shape(language.family, language.wrapper);
+    (shape, keys.problems)
 }
 
 /// What config.json says that nothing reads, one warning for each kind; what changes the numbers is refused instead.
 pub(crate) fn unread(config: &Map<String, Value>) -> Vec<Problem> {
-    family(config).map_or_else(|_| Vec::new(), |family| keys::unread(family, config))
-}
-
-/// The family by `model_type`, or, where that is absent, by the class in `architectures`.
-pub(crate) fn family(config: &Map<String, Value>) -> Result<&'static Family, Problem> {
-    type Name = fn(&Family) -> &'static str;
-    let model_type = config.get("model_type").filter(|value| !value.is_null());
-    let class = || config.get("architectures")?.get(0)?.as_str();
-    let (key, found, name): (_, _, Name) = match (model_type, class()) {
-        (None, Some(class)) => ("architectures", class.to_owned(), |family| {
-            family.class_name
-        }),
-        (found, _) => {
-            let found = found.map_or("absent".to_owned(), plain);
-            ("model_type", found, |family| family.model_type)
-        }
-    };
-    let mut families = super::FAMILIES.iter().copied();
-    families
-        .find(|family| name(family) == found)
-        .ok_or_else(|| {
-            let known: Vec<_> = super::FAMILIES.iter().map(|family| name(family)).collect();
-            Problem::new(
-                "architecture",
-                format!("config.json: {key}"),
-                format!("`{found}` is not supported"),
-                format!("supported are {}", known.join(", ")),
-            )
-        })
+    language(config).map_or_else(|_| Vec::new(), |language| keys::unread(&language, config))
 }
 
 /// A text as it is, and any other value as JSON writes it.
@@ -132,54 +111,51 @@ fn plain(value: &Value) -> String {
 ///
 /// # Errors
 /// The first thing that is wrong with these keys.
-pub(crate) fn heads(
-    family: &Family,
-    config: &Map<String, Value>,
-) -> Result<(usize, usize), Problem> {
-    let mut keys = Keys {
-        config,
-        problems: Vec::new(),
-    };
-    let heads = keys.heads(family);
+pub(crate) fn heads(config: &Map<String, Value>) -> Result<(usize, usize), Problem> {
+    let language = language(config)?;
+    let mut keys = Keys::of(&language);
+    let heads = keys.heads(language.family);
     keys.problems.into_iter().next().map_or(Ok(heads), Err)
-}
-
-/// Whether the output head is the embedding, if the configuration or its family says so.
-pub(crate) fn ties_embeddings(config: &Map<String, Value>) -> Option<bool> {
-    let written = config.get("tie_word_embeddings").and_then(Value::as_bool);
-    written.or_else(|| Some(family(config).ok()?.defaults.tie_word_embeddings))
 }
 
 /// Reads keys of a configuration and gathers what is wrong with them; a bad value is replaced by a harmless one so that the
 /// other keys can still be checked.
 struct Keys<'a> {
     config: &'a Map<String, Value>,
+    language: &'a Language<'a>,
     problems: Vec<Problem>,
 }
 
-impl Keys<'_> {
+impl<'a> Keys<'a> {
+    fn of(language: &'a Language<'a>) -> Self {
+        Self {
+            config: &language.config,
+            language,
+            problems: Vec::new(),
+        }
+    }
+
     fn problem(&mut self, key: &str, message: impl Into<String>) {
         self.refuse(key, message, "correct config.json");
     }
 
     fn refuse(&mut self, key: &str, message: impl Into<String>, fix: &str) {
-        let location = format!("{AT}{key}");
+        let location = self.language.at(key);
         self.problems
             .push(Problem::new("model-config", location, message, fix));
     }
 
     /// Whether none of `keys` has a problem already: what follows from a bad value is no problem of its own.
     fn sound(&self, keys: &[&str]) -> bool {
-        let is_at = |problem: &Problem, key| problem.at.strip_prefix(AT) == Some(key);
         let mut problems = self.problems.iter();
-        !problems.any(|problem| keys.iter().any(|key| is_at(problem, key)))
+        !problems.any(|problem| keys.iter().any(|key| problem.at == self.language.at(key)))
     }
 
     fn get(&self, key: &str) -> Option<&Value> {
         self.config.get(key).filter(|value| !value.is_null())
     }
 
-    fn shape(&mut self, family: &'static Family) -> ModelShape {
+    fn shape(&mut self, family: &'static Family, wrapper: Option<&'static Wrapper>) -> ModelShape {
         self.refuse_quantised();
         let defaults = &family.defaults;
         let sizes = defaults.sizes.as_ref();
@@ -219,6 +195,7 @@ impl Keys<'_> {
         let layers = self.layers(family, num_hidden_layers.min(MAX_LAYERS));
         ModelShape {
             family,
+            wrapper,
             vocab_size: self.size("vocab_size", sizes.map(|sizes| sizes.vocab_size)),
             hidden_size,
             intermediate_size: self.size(

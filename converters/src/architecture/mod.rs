@@ -3,7 +3,7 @@
 //! A family's file says what its blocks hold ([`Projection`], [`Norm`]), what an absent key of config.json means
 //! ([`Defaults`], those of transformers' configuration class), how llama.cpp names and orders its tensors ([`Gguf`]), and what
 //! the server's runtime reads of its configuration. [`ModelShape`] is a config.json read by that description; the decoder,
-//! the server, the estimate of memory and the converters all work from it.
+//! the server, the estimate of memory and the converters all work from it. A decoder may stand in a larger model: [`Wrapper`].
 
 mod config;
 mod family;
@@ -15,6 +15,7 @@ mod llama;
 mod ministral3;
 mod mistral;
 mod mixtral;
+mod nested;
 mod olmo2;
 mod olmo3;
 mod phi3;
@@ -30,11 +31,15 @@ pub use family::{
     Normalised, Pairs, Projection, Role, Rotary, RotaryLayers, Sizes, Softcap, SoftcapPlace,
     Windows,
 };
+pub use nested::{WRAPPERS, Wrapper};
 pub use rope::{Llama3Scaling, LongRopeScaling, QueryScaling, Rope, RopeKind, YarnScaling};
 pub use shape::{ExpertSizes, Layer, ModelShape, Module, Multipliers, TensorShape};
 
-pub(crate) use config::{family, heads, ties_embeddings, unread};
+pub(crate) use config::{
+    body, entry, family, heads, ties_by_files, ties_embeddings, unread, with_entry,
+};
 pub(crate) use family::HEAD;
+pub(crate) use shape::BODY;
 
 /// Every family that is known; the first of several with one GGUF architecture is preferred.
 pub const FAMILIES: &[&Family] = &[

@@ -1,7 +1,9 @@
 //! A model's sizes and options, and the modules and tensors that follow from them.
 
 use super::family::HEAD;
-use super::{Activation, Bias, Experts, Extent, Family, NormPlace, Projection, Role, Rope};
+use super::{
+    Activation, Bias, Experts, Extent, Family, NormPlace, Projection, Role, Rope, Wrapper,
+};
 use crate::targets::LinearModule;
 
 /// A decoder as its config.json describes it: sizes, options, and for each layer what it does differently.
@@ -9,6 +11,8 @@ use crate::targets::LinearModule;
 pub struct ModelShape {
     /// What is not a number: modules, norms, names.
     pub family: &'static Family,
+    /// The model for several media that the decoder stands in, if it does.
+    pub wrapper: Option<&'static Wrapper>,
     /// Vocabulary entries.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -98,7 +102,7 @@ impl Default for Multipliers {
 /// A linear module that can carry an adapter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Module {
-    /// Path, such as `model.layers.0.self_attn.q_proj` or `lm_head`.
+    /// Path in memory, such as `model.layers.0.self_attn.q_proj` or `lm_head`.
     pub name: String,
     /// Its block; none for the output head.
     pub layer: Option<usize>,
@@ -115,7 +119,7 @@ pub struct Module {
 /// A tensor that a checkpoint holds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TensorShape {
-    /// Name in a Hugging Face directory.
+    /// Name in memory, which for most models is the one in a Hugging Face directory; see [`Wrapper`].
     pub name: String,
     /// Name in a GGUF file.
     pub gguf_name: String,
@@ -130,6 +134,32 @@ pub struct TensorShape {
 }
 
 impl ModelShape {
+    /// The class of transformers that reads the model.
+    pub fn class_name(&self) -> &'static str {
+        self.wrapper
+            .map_or(self.family.class_name, |wrapper| wrapper.class_name)
+    }
+
+    /// Path of the decoder without its head.
+    pub fn body(&self) -> &'static str {
+        self.wrapper.map_or(BODY, |wrapper| wrapper.body)
+    }
+
+    /// Path of a block.
+    pub fn block(&self, layer: usize) -> String {
+        format!("{}.layers.{layer}", self.body())
+    }
+
+    /// Path of the embedding of tokens.
+    pub fn embedding(&self) -> String {
+        format!("{}.embed_tokens", self.body())
+    }
+
+    /// Path of the last norm.
+    pub fn final_norm(&self) -> String {
+        format!("{}.norm", self.body())
+    }
+
     /// Width of all query heads together.
     pub fn query_width(&self) -> usize {
         self.num_attention_heads * self.head_dim
@@ -184,7 +214,7 @@ impl ModelShape {
         let features = projection.parts.iter().map(|role| role.features(self));
         Module {
             name: match layer {
-                Some(layer) => format!("model.layers.{layer}.{}", projection.name),
+                Some(layer) => format!("{}.{}", self.block(layer), projection.name),
                 None => projection.name.to_owned(),
             },
             layer,
@@ -221,27 +251,27 @@ impl ModelShape {
         let offset = self.family.norm_offset;
         let mut tensors = vec![
             plain(
-                EMBEDDING,
+                &self.embedding(),
                 "token_embd",
                 &[self.vocab_size, self.hidden_size],
             ),
             TensorShape {
                 offset,
-                ..plain(FINAL_NORM, "output_norm", &[self.hidden_size])
+                ..plain(&self.final_norm(), "output_norm", &[self.hidden_size])
             },
         ];
         for layer in 0..self.num_hidden_layers {
             tensors.extend(self.family.norms.iter().map(|norm| TensorShape {
                 offset,
                 ..plain(
-                    &format!("model.layers.{layer}.{}", norm.name),
+                    &format!("{}.{}", self.block(layer), norm.name),
                     &format!("blk.{layer}.{}", norm.gguf_name),
                     &[self.norm_width(norm.place)],
                 )
             }));
             if let (Some((experts, sizes)), true) = (self.mixture(), self.layers[layer].has_experts)
             {
-                let (hf, gguf) = (format!("model.layers.{layer}"), format!("blk.{layer}"));
+                let (hf, gguf) = (self.block(layer), format!("blk.{layer}"));
                 tensors.push(plain(
                     &format!("{hf}.{}", experts.router),
                     &format!("{gguf}.{}", experts.gguf_router),
@@ -285,10 +315,8 @@ impl ModelShape {
     }
 }
 
-/// The embedding's module path.
-const EMBEDDING: &str = "model.embed_tokens";
-/// The last norm's module path.
-const FINAL_NORM: &str = "model.norm";
+/// Path of a decoder that is the whole model.
+pub(crate) const BODY: &str = "model";
 
 impl Module {
     /// llama.cpp's name.

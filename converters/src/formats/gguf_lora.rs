@@ -12,11 +12,12 @@ use super::lora::LoraOptions;
 use super::{About, Format, Pairs, ReadOptions, Written};
 use crate::absent;
 use crate::adapter::{Adapter, Site};
-use crate::architecture::{self, FAMILIES, Family, HEAD, Role};
+use crate::architecture::{self, BODY, FAMILIES, Family, HEAD, Role};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
 use crate::files::OVERWRITE;
 use crate::formats::peft::read::non_finite;
+use crate::module_path::layer_of;
 use crate::problem::Problem;
 use crate::tensors::gguf::GgufFile;
 use crate::tensors::gguf_write::{Entry, dtype_of, write_gguf};
@@ -115,7 +116,7 @@ impl Format for GgufLora {
                 refuse("experts", ON_EXPERTS);
                 continue;
             }
-            let Some(name) = to_gguf_name(base.family, &site.name) else {
+            let Some(name) = to_gguf_name(&base, &site.name) else {
                 refuse("no-gguf-name", "has no name in llama.cpp");
                 continue;
             };
@@ -171,6 +172,8 @@ pub(crate) fn unread(path: &Path) -> Vec<String> {
 /// What GGUF needs to know of a base model.
 struct Base {
     family: &'static Family,
+    /// Path of the decoder without its head.
+    body: &'static str,
     /// Query heads, and key and value heads, if llama.cpp stores their rows in another order.
     interleaved: Option<(usize, usize)>,
 }
@@ -197,19 +200,17 @@ impl Base {
     fn from_config(config: &Map<String, Value>) -> Result<Self> {
         let wrong = |problem: Problem| problem.exit(2);
         let family = architecture::family(config).map_err(wrong)?;
-        let heads = family
-            .gguf
-            .interleaved
-            .then(|| architecture::heads(family, config));
+        let heads = family.gguf.interleaved.then(|| architecture::heads(config));
         Ok(Self {
             family,
+            body: architecture::body(config),
             interleaved: heads.transpose().map_err(wrong)?,
         })
     }
 
     /// B with its rows in llama.cpp's order, or back in Hugging Face's.
     fn reorder(&self, module: &str, b: &Tensor, to_gguf: bool) -> Result<Tensor> {
-        let roles = split(module, "model.layers.")
+        let roles = in_block(module, self.body)
             .and_then(|(_, leaf)| self.family.projection(leaf))
             .map(|projection| projection.parts);
         let n_heads = match (self.interleaved, roles) {
@@ -228,19 +229,25 @@ impl Base {
     }
 }
 
-/// Number of a block and what follows it.
-fn split<'a>(name: &'a str, prefix: &str) -> Option<(usize, &'a str)> {
-    let (layer, leaf) = name.strip_prefix(prefix)?.split_once('.')?;
-    Some((layer.parse().ok()?, leaf))
+/// Number of a block of the decoder at `body`, and what follows it.
+fn in_block<'a>(module: &'a str, body: &str) -> Option<(usize, &'a str)> {
+    let (front, layer, leaf) = layer_of(module)?;
+    (front.strip_suffix(".layers.")? == body).then_some((layer, leaf))
+}
+
+/// Number of a block by llama.cpp's name, and what follows it.
+fn in_llama_cpp(name: &str) -> Option<(usize, &str)> {
+    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
+    Some((layer.parse().ok()?, rest))
 }
 
 /// llama.cpp's name of a module.
-fn to_gguf_name(family: &Family, module: &str) -> Option<String> {
+fn to_gguf_name(base: &Base, module: &str) -> Option<String> {
     if module == HEAD.name {
         return Some(HEAD.gguf_name.to_owned());
     }
-    let (layer, leaf) = split(module, "model.layers.")?;
-    let projection = family.projection(leaf)?;
+    let (layer, leaf) = in_block(module, base.body)?;
+    let projection = base.family.projection(leaf)?;
     Some(format!("blk.{layer}.{}", projection.gguf_name))
 }
 
@@ -249,8 +256,9 @@ const ON_EXPERTS: &str = "is part of a mixture of experts, which carries no adap
 
 /// Whether a module is the router or an expert of the family's mixture, by either side's name.
 fn is_of_mixture(family: &Family, module: &str) -> bool {
-    let inner = split(module, "model.layers.").or_else(|| split(module, "blk."));
-    let (Some((_, inner)), Some(experts)) = (inner, family.experts) else {
+    let inner = layer_of(module).map(|(_, _, inner)| inner);
+    let inner = inner.or_else(|| Some(in_llama_cpp(module)?.1));
+    let (Some(inner), Some(experts)) = (inner, family.experts) else {
         return false;
     };
     let mut stacks = experts.projections.iter();
@@ -260,15 +268,15 @@ fn is_of_mixture(family: &Family, module: &str) -> bool {
         || stacks.any(|(_, gguf_name)| inner == *gguf_name)
 }
 
-/// Hugging Face's name of a module, by the first of `families` that has it.
-fn from_gguf_name(families: &[&Family], name: &str) -> Option<String> {
+/// Hugging Face's name of a module in the decoder at `body`, by the first of `families` that has it.
+fn from_gguf_name(families: &[&Family], body: &str, name: &str) -> Option<String> {
     if name == HEAD.gguf_name {
         return Some(HEAD.name.to_owned());
     }
-    let (layer, short) = split(name, "blk.")?;
+    let (layer, short) = in_llama_cpp(name)?;
     let mut known = families.iter();
     let projection = known.find_map(|family| family.projection(short))?;
-    Some(format!("model.layers.{layer}.{}", projection.name))
+    Some(format!("{body}.layers.{layer}.{}", projection.name))
 }
 
 /// Every site of `file`; without a base the rows of B stay as they are stored.
@@ -277,9 +285,10 @@ fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapte
     let mut notes = Vec::new();
     let alpha = check_metadata(file, base, &mut problems, &mut notes);
     let families = families(file, base);
+    let body = base.map_or(BODY, |base| base.body);
     let mut pairs = Pairs::default();
     for name in file.names().filter(|name| *name != ROPE_FREQS) {
-        match read_part(file, name, &families) {
+        match read_part(file, name, &families, body) {
             Ok((module, idx, tensor)) => {
                 pairs.0.entry(module).or_default()[idx] = Some(tensor);
             }
@@ -405,6 +414,7 @@ fn read_part(
     file: &GgufFile,
     name: &str,
     families: &[&Family],
+    body: &str,
 ) -> Result<(String, usize, Tensor), Problem> {
     let refuse = |code, message: String| Problem::new(code, name, message, UNSUPPORTED);
     let mut places = [(".weight.lora_a", 0), (".weight.lora_b", 1)].into_iter();
@@ -416,7 +426,8 @@ fn read_part(
         return Err(refuse("experts", ON_EXPERTS.to_owned()));
     }
     let module = places.find_map(|(suffix, idx)| {
-        Some((from_gguf_name(families, name.strip_suffix(suffix)?)?, idx))
+        let module = name.strip_suffix(suffix)?;
+        Some((from_gguf_name(families, body, module)?, idx))
     });
     let (Some((module, idx)), Some(tensor)) = (module, file.tensor(name)) else {
         return Err(refuse("unknown-tensor", "not understood".into()));

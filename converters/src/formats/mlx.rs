@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::{About, Format, Pairs, ReadOptions, Written};
 use crate::absent;
 use crate::adapter::{Adapter, Site};
-use crate::architecture::ties_embeddings;
+use crate::architecture::{Wrapper, ties_embeddings};
 use crate::config::{AdapterConfig, TargetModules};
 use crate::error::{Error, Result};
 use crate::formats::lora::LoraOptions;
@@ -16,7 +16,7 @@ use crate::formats::peft::config_write;
 use crate::formats::peft::read::{self as peft_read, CONFIG_FILE, non_finite};
 use crate::formats::peft::write::replace_files;
 use crate::json;
-use crate::module_path::one_for_all;
+use crate::module_path::{layer_of, one_for_all};
 use crate::problem::Problem;
 use crate::source::Source;
 use crate::targets::OUTPUT_HEAD;
@@ -129,6 +129,11 @@ impl Format for Mlx {
                 )),
             }
         }
+        for site in &mut sites {
+            if let Some(wrapper) = Wrapper::with_stored(&site.name) {
+                site.name = wrapper.in_memory(&site.name).into_owned();
+            }
+        }
         problems.extend(non_finite(&sites));
         Error::refuse_any(dir, problems)?;
         let model = keys.get("model").and_then(Value::as_str);
@@ -175,10 +180,11 @@ impl Format for Mlx {
                 vec![Problem::new("lm-head", OUTPUT_HEAD, message, fix)],
             ));
         }
-        let (plain, mut report) = adapter.to_lora(options.dtype)?;
+        let (mut plain, mut report) = adapter.to_lora(options.dtype)?;
         report
             .dropped_keys
             .extend(plain.config.described(&["revision", "task_type"]));
+        Error::refuse_any(path, renamed(&mut plain.sites, base_config))?;
         let mut metadata = plain.metadata.clone();
         metadata.insert("format".into(), "mlx".into());
         let (keys, num_layers) = keys_of(&plain);
@@ -233,6 +239,27 @@ pub(crate) fn claims(source: &Source, keys: &Map<String, Value>) -> bool {
     }
 }
 
+/// Names `sites` as mlx-lm does where the decoder is a part of a larger model: as they are in files. Gives those that it does not have.
+fn renamed(sites: &mut [Site], base_config: Option<&Map<String, Value>>) -> Vec<Problem> {
+    let mut named = sites.iter();
+    let by_name = || named.find_map(|site| Wrapper::with_module(&site.name));
+    let Some(wrapper) = base_config.map_or_else(by_name, Wrapper::of) else {
+        return Vec::new();
+    };
+    let mut beside = Vec::new();
+    for site in sites {
+        if wrapper.is_beside(&site.name) {
+            beside.push(site.name.clone());
+        }
+        site.name = wrapper.on_disk(&site.name).into_owned();
+    }
+    let message = "is for other media than text; mlx-lm has the language model alone";
+    let fix = "train on the language model alone, or convert it to PEFT or plain LoRA";
+    one_for_all("other-media", &beside, message, fix)
+        .into_iter()
+        .collect()
+}
+
 fn is_embedding(module: &str) -> bool {
     module
         .rsplit('.')
@@ -248,9 +275,8 @@ fn keys_of(plain: &Adapter) -> (Vec<String>, usize) {
     let mut within_layers = BTreeSet::new();
     let mut are_all_layered = true;
     for site in &plain.sites {
-        let rest = site.name.strip_prefix("model.layers.");
-        match rest.and_then(|rest| rest.split_once('.')) {
-            Some((layer, key)) => {
+        match layer_of(&site.name) {
+            Some((_, layer, key)) => {
                 layers.insert(layer);
                 within_layers.insert(key.to_owned());
             }

@@ -1,4 +1,4 @@
-//! Weights that lie beside those of a base and are not read.
+//! Weights that lie beside those of a base, or beside those of its language model, and are not read.
 
 use super::ModelFiles;
 use crate::problem::{Problem, listed};
@@ -34,5 +34,17 @@ impl ModelFiles {
             ),
         };
         Some(Problem::new("beside", listed(&unread), message, fix))
+    }
+    /// A note that a model for several media has parts that text does not go through.
+    pub(super) fn other_media(&self) -> Option<Problem> {
+        let wrapper = self.wrapper()?;
+        let is_there = |part: &&&str| self.names().any(|name| name.starts_with(**part));
+        let parts = wrapper.beside.iter().filter(is_there);
+        let parts: Vec<&str> = parts.map(|part| part.trim_end_matches('.')).collect();
+        let message = format!(
+            "parts of the {} for other media than text: kept as they are, and not used in training",
+            wrapper.class_name
+        );
+        (!parts.is_empty()).then(|| Problem::new("other-media", parts.join(", "), message, ""))
     }
 }

@@ -3,8 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{EMBEDDING, HEAD, ModelFiles, names};
-use crate::architecture::{self, Bias, Family, ModelShape};
+use super::{HEAD, ModelFiles, names};
+use crate::architecture::{self, BODY, Bias, Family, ModelShape, WRAPPERS};
 use crate::error::{Error, Result};
 use crate::module_path::layer_of;
 use crate::problem::{Problem, listed};
@@ -34,8 +34,10 @@ impl ModelFiles {
         if architecture::family(self.config()).is_err() {
             return Ok(warnings);
         }
-        let shape = ModelShape::layout(self.config())
+        let mut shape = ModelShape::layout(self.config())
             .map_err(|problems| Error::refused(self.dir(), problems))?;
+        shape.tie_word_embeddings = self.ties_embeddings();
+        warnings.extend(self.other_media());
         let comparison = Comparison::new(self, &shape);
         warnings.extend(comparison.inert());
         Error::refuse_any(self.dir(), comparison.problems())?;
@@ -63,6 +65,7 @@ impl<'a> Comparison<'a> {
         let mut unread: Vec<&str> = files
             .names()
             .filter(|name| !expected.contains_key(*name) && !is_inert(name) && !is_tied_head(name))
+            .filter(|name| !files.is_beside(name))
             .collect();
         let wrapped = names::wrapped(&unread, &missing);
         unread.retain(|name| wrapped.iter().all(|wrapped| wrapped.stored != *name));
@@ -81,7 +84,8 @@ impl<'a> Comparison<'a> {
 
     /// Buffers that are not read, in one warning.
     fn inert(&self) -> Option<Problem> {
-        let inert: Vec<&str> = self.files.names().filter(|name| is_inert(name)).collect();
+        let inert = self.files.names().filter(|name| is_inert(name));
+        let inert: Vec<&str> = inert.filter(|name| !self.files.is_beside(name)).collect();
         let first = inert.first()?;
         let message = format!(
             "and {} more buffers are not read: they are computed from config.json",
@@ -124,7 +128,7 @@ impl<'a> Comparison<'a> {
         let n_layers = self.shape.num_hidden_layers;
         let mut problems = Vec::new();
         let mut problem = |message: String, fix: &str| {
-            let at = "config.json: num_hidden_layers";
+            let (at, _) = architecture::entry(self.files.config(), "num_hidden_layers");
             problems.push(Problem::new("layers", at, message, fix));
         };
         let absent: Vec<String> = self.absent_layers().iter().map(usize::to_string).collect();
@@ -191,7 +195,7 @@ impl<'a> Comparison<'a> {
             let fix = format!("use a complete model directory, or set \"{key}\": false");
             problems.push(Problem::new(
                 "missing-tensor",
-                format!("config.json: {key}"),
+                architecture::entry(self.files.config(), key).0,
                 message,
                 fix,
             ));
@@ -227,7 +231,7 @@ impl<'a> Comparison<'a> {
             let fix = format!("set \"{key}\": true if the model has them, or remove them");
             problems.push(Problem::new(
                 "unread-tensor",
-                format!("config.json: {key}"),
+                architecture::entry(self.files.config(), key).0,
                 message,
                 fix,
             ));
@@ -237,7 +241,7 @@ impl<'a> Comparison<'a> {
                 "stored in `{}`{}, but a {} with this config.json has no such tensor: it would not be read",
                 self.files.file_of(names[0]),
                 in_more_layers(names.len()),
-                self.shape.family.class_name
+                self.shape.class_name()
             );
             let fix = match names[0].contains("lora_") {
                 true => {
@@ -272,7 +276,8 @@ impl<'a> Comparison<'a> {
         if !self.shape.tie_word_embeddings {
             return None;
         }
-        let (head, embedding) = (self.files.get(HEAD)?, self.files.get(EMBEDDING)?);
+        let name = self.files.embedding();
+        let (head, embedding) = (self.files.get(HEAD)?, self.files.get(&name)?);
         let how = match head.shape() == embedding.shape() {
             true if are_equal(&head, &embedding) => return None,
             true => "differs".to_owned(),
@@ -287,7 +292,7 @@ impl<'a> Comparison<'a> {
             false => "tie_word_embeddings is not given, which means true",
         };
         let message = format!(
-            "in `{}` {how} from {EMBEDDING}, but {says}: transformers 5 takes the stored head, transformers 4, vLLM and mistral.rs the embedding",
+            "in `{}` {how} from {name}, but {says}: transformers 5 takes the stored head, transformers 4, vLLM and mistral.rs the embedding",
             self.files.file_of(HEAD)
         );
         let fix = format!(
@@ -311,7 +316,9 @@ fn layer(name: &str) -> Option<usize> {
 /// The number of a tensor's block, and its name in there.
 fn in_layer(name: &str) -> Option<(usize, &str)> {
     let (front, number, rest) = layer_of(name)?;
-    (front == "model.layers.").then_some((number, rest))
+    let body = front.strip_suffix(".layers.")?;
+    let mut wrapped = WRAPPERS.iter().map(|wrapper| wrapper.body);
+    (body == BODY || wrapped.any(|known| known == body)).then_some((number, rest))
 }
 
 /// A tensor's name without its layer.

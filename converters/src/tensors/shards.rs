@@ -1,5 +1,6 @@
 //! One safetensors file or numbered shards of it, with or without an index, read as one set of tensors.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -25,6 +26,8 @@ pub(crate) struct ShardSet {
     pub(crate) paths: Vec<PathBuf>,
     pub(crate) shards: Vec<SafetensorsFile>,
     owner: BTreeMap<String, usize>,
+    /// What tensors are called in their file that go by another name here.
+    stored: BTreeMap<String, String>,
 }
 
 impl ShardSet {
@@ -35,6 +38,7 @@ impl ShardSet {
             paths: Vec::with_capacity(names.len()),
             shards: Vec::with_capacity(names.len()),
             owner: BTreeMap::new(),
+            stored: BTreeMap::new(),
         };
         for (shard_idx, name) in names.iter().enumerate() {
             let path = dir.join(name);
@@ -59,9 +63,37 @@ impl ShardSet {
         let shard = SafetensorsFile::open(path)?;
         Ok(Self {
             owner: shard.names().map(|name| (name.to_owned(), 0)).collect(),
+            stored: BTreeMap::new(),
             paths: vec![path.to_path_buf()],
             shards: vec![shard],
         })
+    }
+
+    /// The same tensors by other names, each what `name` makes of the one in its file.
+    ///
+    /// # Errors
+    /// `malformed` if two tensors get one name.
+    pub(crate) fn renamed(mut self, name: impl Fn(&str) -> Cow<'_, str>) -> Result<Self> {
+        let mut owner = BTreeMap::new();
+        for (stored, shard) in self.owner {
+            let here = name(&stored).into_owned();
+            if owner.insert(here.clone(), shard).is_some() {
+                let message = format!(
+                    "tensor `{stored}` is also stored under another name: both are `{here}`"
+                );
+                return Err(Error::malformed(&self.paths[shard], message));
+            }
+            if here != stored {
+                self.stored.insert(here, stored);
+            }
+        }
+        self.owner = owner;
+        Ok(self)
+    }
+
+    /// What the tensor called `name` is called in its file.
+    pub(crate) fn stored<'a>(&'a self, name: &'a str) -> &'a str {
+        self.stored.get(name).map_or(name, String::as_str)
     }
 
     /// Tensor names, sorted.
@@ -75,11 +107,11 @@ impl ShardSet {
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<Tensor> {
-        self.shards[*self.owner.get(name)?].get(name)
+        self.shards[*self.owner.get(name)?].get(self.stored(name))
     }
 
     pub(crate) fn info(&self, name: &str) -> Option<(DType, &[usize])> {
-        self.shards[*self.owner.get(name)?].info(name)
+        self.shards[*self.owner.get(name)?].info(self.stored(name))
     }
 }
 

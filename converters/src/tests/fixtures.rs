@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::adapter::{Adapter, Site, SitePosterior};
-use crate::architecture::FAMILIES;
+use crate::architecture::{FAMILIES, WRAPPERS};
 use crate::config::{AdapterConfig, MonteCloraSettings, TargetModules};
 use crate::model_files::ModelFiles;
 use crate::tensors::dtype::DType;
@@ -60,14 +60,14 @@ fn name(dir: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
+/// An architecture of the project's copy.
+pub(crate) fn architecture(kind: &str) -> Case {
+    Case::of_architecture(&walk::own().join("architectures").join(kind))
+}
+
 /// An adapter of the project's copy.
 pub(crate) fn named(name: &str) -> Case {
     Case::of_adapter(walk::own().join("adapters").join(name))
-}
-
-/// A model of the project's copy, with its adapter.
-pub(crate) fn architecture(kind: &str) -> Case {
-    Case::of_architecture(&walk::own().join("architectures").join(kind))
 }
 
 /// Every adapter that is there to be used, those for architectures that the converters know included.
@@ -85,9 +85,9 @@ pub(crate) fn usable() -> Vec<Case> {
             .map(|dir| Case::of_architecture(dir))
             .filter(|case| {
                 let config = ModelFiles::read_config(&case.model_dir).expect("a model");
-                FAMILIES
-                    .iter()
-                    .any(|family| config["model_type"] == family.model_type)
+                let families = FAMILIES.iter().map(|family| family.model_type);
+                let mut known = families.chain(WRAPPERS.iter().map(|wrapper| wrapper.model_type));
+                known.any(|model_type| config["model_type"] == model_type)
             }),
     );
     cases

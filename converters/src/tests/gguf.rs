@@ -29,17 +29,23 @@ fn models() -> Vec<(PathBuf, Map<String, Value>)> {
             let config = ModelFiles::read_config(&dir).expect("a model");
             (dir, config)
         })
-        .filter(|(_, config)| llama_cpp_has(config))
+        .filter(|(_, config)| !config.contains_key("text_config") && llama_cpp_has(config))
         .collect();
     assert!(!models.is_empty());
     models
+}
+
+/// The decoder's part of a config.json, which is all that llama.cpp takes.
+fn decoder(config: &Map<String, Value>) -> &Map<String, Value> {
+    let inside = config.get("text_config").and_then(Value::as_object);
+    inside.unwrap_or(config)
 }
 
 /// Whether the family has a GGUF architecture; such a family must be in `llama_cpp.rs`, from llama.cpp's own sources.
 fn llama_cpp_has(config: &Map<String, Value>) -> bool {
     let family = architecture::family(config).expect("a known family");
     let has = !family.gguf.architecture.is_empty();
-    let is_written = Config::new(config).is_some();
+    let is_written = Config::new(decoder(config)).is_some();
     assert_eq!(
         has, is_written,
         "{} in tests/llama_cpp.rs",
@@ -274,7 +280,7 @@ fn adapters_are_written_as_llama_cpp_stores_them() {
         if !llama_cpp_has(base.config()) {
             continue;
         }
-        let config = Config::new(base.config()).expect("written");
+        let config = Config::new(decoder(base.config())).expect("written");
         let adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
         let plain = adapter.to_lora(None).expect("a mean").0;
         let dir = tempfile::tempdir().expect("temporary directory");
@@ -294,7 +300,8 @@ fn adapters_are_written_as_llama_cpp_stores_them() {
         );
         assert_eq!(file.names().count(), 2 * plain.sites.len());
         for site in &plain.sites {
-            let (name, _) = module_name(config.model_type, &site.name);
+            let module = site.name.replace(".language_model.", ".");
+            let (name, _) = module_name(config.model_type, &module);
             let stored = |part: &str, values: &[f32]| {
                 let name = format!("{name}.weight.{part}");
                 let tensor = file.tensor(&name).unwrap_or_else(|| panic!("no {name}"));
@@ -306,7 +313,8 @@ fn adapters_are_written_as_llama_cpp_stores_them() {
             };
             let [a, b] = [&site.lora_a, &site.lora_b].map(|tensor| tensor.to_f32().expect("float"));
             stored("lora_a", &a);
-            let heads = n_heads(&config, &site.name).filter(|_| permutes(config.model_type));
+            let n_heads = || n_heads(&config, &module);
+            let heads = permutes(config.model_type).then(n_heads).flatten();
             match heads {
                 Some(n_heads) => stored("lora_b", &permute(&b, site.lora_b.shape()[0], n_heads)),
                 None => stored("lora_b", &b),

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::adapter::Adapter;
+use crate::architecture::Wrapper;
 use crate::error::Result;
 use crate::model_files::ModelFiles;
 use crate::module_path::{base_of, front, layer_of, one_for_all, other_front, unwrapped};
@@ -52,15 +53,28 @@ impl Cause {
                     .to_owned(),
             ),
             Self::Front(ours, theirs) => {
-                let trained_on = base_of(first)
-                    .map_or_else(String::new, |base| format!(", so it was trained on {base}"));
+                let other_base = format!("{OTHER_BASE}, or train on this one");
+                let of_theirs = base_of(&format!("{theirs}layers."));
+                let (trained_on, fix) = match (base_of(first), of_theirs) {
+                    _ if Wrapper::with_stored(first).is_some() => (
+                        ", so it was trained before transformers 4.52, where modules have other names".to_owned(),
+                        "merge it with the versions of transformers and PEFT that made it, or train on this one"
+                            .to_owned(),
+                    ),
+                    (Some(base), _) => (format!(", so it was trained on {base}"), other_base),
+                    (None, Some(_)) => {
+                        let itself = ", so it was trained on the language model by itself";
+                        (itself.to_owned(), other_base)
+                    }
+                    (None, None) => (String::new(), other_base),
+                };
                 (
                     format!(
                         "the adapter's names begin with {}, the base's with {}{trained_on}",
                         shown(ours),
                         shown(theirs)
                     ),
-                    format!("{OTHER_BASE}, or train on this one"),
+                    fix,
                 )
             }
             Self::Layer(n_layers) => (

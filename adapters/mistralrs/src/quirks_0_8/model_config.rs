@@ -250,6 +250,14 @@ fn ignored(
         let location = format!("config.json: {key}");
         problems.push(Problem::new(code, location, message, REMEDY));
     };
+    if shape.wrapper.is_some() {
+        let message = format!(
+            "the language model of a {} is not served",
+            shape.class_name()
+        );
+        problem("architecture", "model_type", message);
+        return problems;
+    }
     let class = config.get("architectures").and_then(|list| list.get(0));
     if let Some(class) = class.and_then(Value::as_str)
         && class != class_name

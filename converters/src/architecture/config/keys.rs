@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::AT;
+use super::language::{AT, INSIDE, Language, OUTSIDE};
 use crate::architecture::{Family, Normalised, RotaryLayers, Windows};
 use crate::problem::Problem;
 
@@ -106,12 +106,8 @@ fn is_empty(value: &Value) -> bool {
 }
 
 /// The keys that change the numbers in other families and are not read in this one.
-pub(super) fn refused(
-    family: &Family,
-    head_dim: usize,
-    config: &Map<String, Value>,
-) -> Vec<Problem> {
-    let head_dim = head_dim as f64;
+pub(super) fn refused(language: &Language<'_>, head_dim: usize) -> Vec<Problem> {
+    let (family, head_dim) = (language.family, head_dim as f64);
     let is_neutral = |neutral: &str, value: &Value| match neutral {
         "" => false,
         "ones" => value
@@ -129,7 +125,7 @@ pub(super) fn refused(
             value.is_some_and(|value| (value - neutral).abs() <= 1e-6 * neutral)
         }
     };
-    let changes = config.iter().filter(|(key, value)| {
+    let changes = language.config.iter().filter(|(key, value)| {
         let mut known = CHANGES
             .split_whitespace()
             .map(|word| word.split_once('=').unwrap_or((word, "")));
@@ -150,33 +146,37 @@ pub(super) fn refused(
             );
             let fix =
                 "remove it if the model was made without it; else the model is of another family";
-            Problem::new("model-config", format!("{AT}{key}"), message, fix)
+            Problem::new("model-config", language.at(key), message, fix)
         })
         .collect()
 }
 
 /// What nothing reads and nobody knows, dropout, and a class that is another one.
-pub(super) fn unread(family: &Family, config: &Map<String, Value>) -> Vec<Problem> {
+pub(super) fn unread(language: &Language<'_>, whole: &Map<String, Value>) -> Vec<Problem> {
+    let (family, class_name) = (language.family, language.class_name());
     let mut warnings = Vec::new();
-    let mut warn = |code, key: &str, message: String, fix: &str| {
-        warnings.push(Problem::new(code, format!("{AT}{key}"), message, fix));
+    let mut warn = |code, at: String, message: String, fix: &str| {
+        warnings.push(Problem::new(code, at, message, fix));
     };
-    let class = config.get("architectures").and_then(|list| list.get(0));
+    let class = whole.get("architectures").and_then(|list| list.get(0));
     if let Some(class) = class.and_then(Value::as_str)
-        && class != family.class_name
+        && class != class_name
     {
-        let message = format!(
-            "`{class}` is read as {}, as model_type says",
-            family.class_name
-        );
-        warn("architecture", "architectures", message, "");
+        let message = format!("`{class}` is read as {class_name}, as model_type says");
+        warn("architecture", format!("{AT}architectures"), message, "");
     }
+    let config = &language.config;
     for (key, value) in config.iter().filter(|(key, _)| listed(DROPOUT, key)) {
         if !is_empty(value) {
             let message = format!(
                 "{value}: transformers drops so much out while it trains; this trainer drops out on the adapter's input alone"
             );
-            warn("dropout", key, message, "see [lora] lora_dropout");
+            warn(
+                "dropout",
+                language.at(key),
+                message,
+                "see [lora] lora_dropout",
+            );
         }
     }
     let names = |word: &str| {
@@ -184,20 +184,42 @@ pub(super) fn unread(family: &Family, config: &Map<String, Value>) -> Vec<Proble
             .map_or(word.to_owned(), |(name, _)| name.to_owned())
     };
     let changes: Vec<String> = CHANGES.split_whitespace().map(names).collect();
-    let unknown: Vec<&str> = config
-        .iter()
-        .filter(|(key, value)| {
+    let unknown = |config: &Map<String, Value>, is_read: &dyn Fn(&str) -> bool| {
+        let unknown = config.iter().filter(|(key, value)| {
             let is_known = listed(HARMLESS, key)
                 || listed(DROPOUT, key)
                 || changes.contains(key)
                 || key.starts_with('_');
-            !is_known && !is_read(family, key) && !is_empty(value)
-        })
-        .map(|(key, _)| key.as_str())
-        .collect();
-    if !unknown.is_empty() {
-        let message = format!("left unread, as a {} has no such keys", family.class_name);
-        warn("unread-key", &crate::problem::listed(&unknown), message, "");
+            !is_known && !is_read(key) && !is_empty(value)
+        });
+        let unknown: Vec<String> = unknown.map(|(key, _)| key.clone()).collect();
+        unknown
+    };
+    let mut left = unknown(config, &|key| is_read(family, key));
+    if let Some(wrapper) = language.wrapper {
+        let inside = whole.get(INSIDE).and_then(Value::as_object);
+        let unused = wrapper.unused.iter().copied();
+        left.extend(
+            unused
+                .filter(|key| {
+                    let found = inside.and_then(|inside| inside.get(*key));
+                    found.is_some_and(|value| !is_empty(value))
+                })
+                .map(str::to_owned),
+        );
+        for key in &mut left {
+            key.insert_str(0, &format!("{INSIDE}."));
+        }
+        left.extend(unknown(whole, &|key| {
+            OUTSIDE.contains(&key)
+                || ["model_type", "architectures", INSIDE].contains(&key)
+                || wrapper.keys.contains(&key)
+        }));
+    }
+    if !left.is_empty() {
+        let message = format!("left unread, as a {class_name} has no such keys");
+        let at = format!("{AT}{}", crate::problem::listed(&left));
+        warn("unread-key", at, message, "");
     }
     warnings
 }

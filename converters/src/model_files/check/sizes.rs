@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{Comparison, HEAD, in_more_layers, pattern};
-use crate::architecture::{ModelShape, Role};
-use crate::model_files::EMBEDDING;
+use crate::architecture::{ModelShape, Role, entry, with_entry};
 use crate::problem::Problem;
 
 /// Tensors whose shapes disagree, by pattern, shape expected and shape found.
@@ -32,9 +31,9 @@ impl Comparison<'_> {
                 self.files.file_of(names[0]),
                 in_more_layers(names.len())
             );
-            let fix = match names[0] {
-                EMBEDDING | HEAD => "resize it to vocab_size, or correct vocab_size in config.json",
-                _ => "use the config.json that the weights were saved with",
+            let fix = match names[0] == HEAD || names[0] == self.files.embedding() {
+                true => "resize it to vocab_size, or correct vocab_size in config.json",
+                false => "use the config.json that the weights were saved with",
             };
             problems.push(Problem::new("shape", names[0], message, fix));
         }
@@ -52,12 +51,13 @@ impl Comparison<'_> {
         let rows = |role: Role| {
             let mut projections = shape.family.projections.iter();
             let projection = projections.find(|projection| projection.parts == [role])?;
-            size(&format!("model.layers.0.{}.weight", projection.name), 0)
+            size(&format!("{}.{}.weight", shape.block(0), projection.name), 0)
         };
         let heads = |role| Some(rows(role)? / shape.head_dim);
+        let embedding = self.files.embedding();
         let keys = [
-            ("vocab_size", shape.vocab_size, size(EMBEDDING, 0)),
-            ("hidden_size", shape.hidden_size, size(EMBEDDING, 1)),
+            ("vocab_size", shape.vocab_size, size(&embedding, 0)),
+            ("hidden_size", shape.hidden_size, size(&embedding, 1)),
             (
                 "intermediate_size",
                 shape.intermediate_size,
@@ -80,8 +80,7 @@ impl Comparison<'_> {
             ),
         ];
         let makes_right = |key: &str, value: usize| {
-            let mut config = self.files.config().clone();
-            config.insert(key.to_owned(), value.into());
+            let config = with_entry(self.files.config(), key, value.into());
             ModelShape::layout(&config).is_ok_and(|shape| {
                 let mut tensors = shape.tensors().into_iter();
                 tensors.all(|tensor| {
@@ -94,7 +93,8 @@ impl Comparison<'_> {
             .into_iter()
             .filter_map(|(key, now, found)| Some((key, now, found?)))
             .find(|(key, now, found)| now != found && makes_right(key, *found))?;
-        let says = match self.files.config().get(key) {
+        let (at, value) = entry(self.files.config(), key);
+        let says = match value {
             Some(value) if !value.is_null() => format!("is {value}"),
             _ => format!("is not given, which means {now}"),
         };
@@ -106,11 +106,6 @@ impl Comparison<'_> {
         let fix = format!(
             "set \"{key}\": {found} in config.json, or use the weights that it was made for"
         );
-        Some(Problem::new(
-            "shape",
-            format!("config.json: {key}"),
-            message,
-            fix,
-        ))
+        Some(Problem::new("shape", at, message, fix))
     }
 }

@@ -12,6 +12,8 @@ use crate::tensors::tensor::Tensor;
 
 type Tensors = BTreeMap<String, Tensor>;
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
 fn tiny_llama() -> PathBuf {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
     dir.join("../tests/data/fixtures/models/tiny-llama")
