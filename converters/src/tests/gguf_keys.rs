@@ -217,6 +217,12 @@ fn rotations_are_read_as_llama_cpp_reads_them() {
     let yarn = || converted("llama-yarn");
     let factor = yarn().with("llama.rope.scaling.yarn_attn_factor", Meta::F32(1.25));
     assert_eq!(imported(&factor).1.ropes[0].attention_factor(), 1.25);
+    let turns = yarn()
+        .with("llama.rope.scaling.yarn_beta_fast", Meta::F32(24.0))
+        .with("llama.rope.scaling.yarn_beta_slow", Meta::F32(2.0));
+    let (config, ..) = imported(&turns);
+    assert_eq!(config["rope_scaling"]["beta_fast"], 24.0);
+    assert_eq!(config["rope_scaling"]["beta_slow"], 2.0);
     let mix = "llama.rope.scaling.yarn_ext_factor";
     assert_eq!(refused(&yarn().with(mix, Meta::F32(0.5))), [mix]);
     let (config, _, notes) =
