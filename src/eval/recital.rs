@@ -2,15 +2,34 @@
 
 use monteclora_converters::Error;
 
-use crate::data::{Dataset, Message, RowContent};
+use crate::data::{Dataset, Message, Role, RowContent};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
 
-/// Conversations whose last turn is to be found again, word for word.
+/// What stands before an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Opening {
+    /// The turns of a conversation.
+    Turns(Vec<Message>),
+    /// A text that the answer continues.
+    Text(String),
+}
+
+impl Opening {
+    /// The text, or that of the last turn.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::Turns(turns) => turns.last().map_or("", Message::content),
+            Self::Text(text) => text,
+        }
+    }
+}
+
+/// Rows whose answer, the last turn or the completion, is to be found again, word for word.
 #[derive(Debug)]
 pub struct Recital<'a> {
     data: &'a Dataset,
-    /// The turns before the last.
-    pub questions: Vec<Vec<Message>>,
+    /// What stands before the answers.
+    pub questions: Vec<Opening>,
     /// The same as tokens.
     pub prompts: Vec<Vec<u32>>,
     /// How answers are made.
@@ -19,7 +38,7 @@ pub struct Recital<'a> {
 }
 
 impl<'a> Recital<'a> {
-    /// The conversations of `data`, answered in at most `max_new_tokens`, `batch_size` at a time.
+    /// The conversations and prompts of `data`, answered in at most `max_new_tokens`, `batch_size` at a time.
     ///
     /// # Errors
     /// Rows that cannot be read or rendered.
@@ -38,15 +57,29 @@ impl<'a> Recital<'a> {
         };
         for index in 0..data.len() {
             let (_, row) = data.row(index)?;
-            let RowContent::Conversation { messages, .. } = &row.content else {
-                continue;
-            };
-            let Some((answer, prompt)) = messages.split_last() else {
-                continue;
+            let (opening, answer) = match &row.content {
+                RowContent::Conversation { messages, .. } => match messages.split_last() {
+                    Some((answer, turns)) => (Opening::Turns(turns.to_vec()), answer.content()),
+                    None => continue,
+                },
+                RowContent::Prompt {
+                    system,
+                    prompt,
+                    completion,
+                    ..
+                } if encoder.options().apply_chat_template => {
+                    let system = system.iter().map(|text| Message::new(Role::System, text));
+                    let turns = system.chain([Message::new(Role::User, prompt)]);
+                    (Opening::Turns(turns.collect()), completion.as_str())
+                }
+                RowContent::Prompt {
+                    prompt, completion, ..
+                } => (Opening::Text(prompt.clone()), completion.as_str()),
+                RowContent::Text(_) => continue,
             };
             found.prompts.push(encoder.row_prompt(&row)?);
-            found.questions.push(prompt.to_vec());
-            found.expected.push(answer.content().to_owned());
+            found.questions.push(opening);
+            found.expected.push(answer.trim().to_owned());
         }
         Ok(found)
     }
@@ -72,7 +105,7 @@ impl<'a> Recital<'a> {
         self.data.encoder().tokenizer().decode(&answer.tokens, true)
     }
 
-    /// One line of JSON per conversation, to read what two models said.
+    /// One line of JSON per row, to read what two models said.
     ///
     /// # Errors
     /// Those of the tokenizer.
@@ -80,7 +113,7 @@ impl<'a> Recital<'a> {
         let mut lines = String::new();
         for (index, (base, mean)) in base.iter().zip(mean).enumerate() {
             let line = serde_json::json!({
-                "ticket": self.questions[index].last().map(Message::content),
+                "ticket": self.questions[index].text(),
                 "expected": self.expected[index],
                 "base": self.text(base)?,
                 "mean": self.text(mean)?,
@@ -90,7 +123,7 @@ impl<'a> Recital<'a> {
         Ok(lines)
     }
 
-    /// The share of answers that ended and are the expected text.
+    /// The share of answers that ended and are the expected text, but for white space around them.
     ///
     /// # Errors
     /// Those of the tokenizer.
@@ -100,5 +133,79 @@ impl<'a> Recital<'a> {
             exact += usize::from(answer.stopped && self.text(answer)?.trim() == expected);
         }
         Ok(exact as f64 / answers.len().max(1) as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::test_support::{tiny_llama, write_temp};
+    use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
+
+    /// Two rows of a prompt, taken with or without the chat template.
+    fn rows(apply_chat_template: bool) -> (tempfile::TempDir, Dataset) {
+        let text = r#"{"prompt":"One:","completion":" 1"}
+{"prompt":"Two:","completion":" 2"}
+"#;
+        let (dir, path) = write_temp(text);
+        let options = EncodeOptions {
+            train_on: TrainOn::Assistant,
+            apply_chat_template,
+            max_seq_length: 100,
+            overlong: Overlong::Error,
+            remedies: Remedies::Keys,
+        };
+        let encoder = Encoder::from_dir(&tiny_llama(), None, options).expect("an encoder");
+        let data = Dataset::open(&path, None, encoder).expect("two rows");
+        (dir, data)
+    }
+
+    #[test]
+    fn a_prompt_is_asked_as_it_is_trained() {
+        let (_dir, data) = rows(false);
+        let recital = Recital::new(&data, 4, 1).expect("prompts");
+        let bare = Opening::Text("One:".to_owned());
+        assert_eq!(recital.questions[0], bare);
+        let (_dir, chats) = rows(true);
+        let in_turns = Recital::new(&chats, 4, 1).expect("prompts");
+        let turns = Opening::Turns(vec![Message::new(Role::User, "One:")]);
+        assert_eq!(in_turns.questions[0], turns);
+        assert_eq!(in_turns.questions[0].text(), bare.text());
+        assert!(in_turns.prompts[0].len() > recital.prompts[0].len());
+        for (data, recital) in [(&data, recital), (&chats, in_turns)] {
+            let example = data.example(0).expect("a row");
+            let first = example.loss_mask.iter().position(|trained| *trained);
+            let before = &example.input_ids[..first.expect("an answer")];
+            assert_eq!(recital.prompts[0], before);
+        }
+    }
+
+    #[test]
+    fn only_whole_answers_match() {
+        let (_dir, data) = rows(false);
+        let recital = Recital::new(&data, 4, 1).expect("prompts");
+        let answer = |text: &str, stopped| Generation {
+            tokens: data
+                .encoder()
+                .tokenizer()
+                .encode(text, false)
+                .expect("tokens"),
+            stopped,
+        };
+        let score = |one, two| recital.exact_match(&[one, two]).expect("decoded");
+        assert_eq!(score(answer(" 1", true), answer("2", true)), 1.0);
+        assert_eq!(score(answer(" 1", false), answer(" 2", true)), 0.5);
+        assert_eq!(score(answer(" 1 or 2", true), answer(" 1", true)), 0.0);
+        let lines = recital
+            .lines(
+                &[answer("a", true), answer("b", true)],
+                &[answer("c", true), answer(" 2", true)],
+            )
+            .expect("lines");
+        let last: serde_json::Value =
+            serde_json::from_str(lines.lines().last().expect("a line")).expect("JSON");
+        let expected =
+            serde_json::json!({"ticket": "Two:", "expected": "2", "base": "b", "mean": " 2"});
+        assert_eq!(last, expected);
     }
 }

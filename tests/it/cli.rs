@@ -308,6 +308,19 @@ fn wrong_configuration_is_named() {
         target.stderr
     );
 
+    let sample = run(&["quickstart", "--model", "gemma3"]);
+    assert_eq!(sample.code, 2);
+    for name in ["smollm2", "gemma3-270m"] {
+        assert!(sample.stderr.contains(name), "{}", sample.stderr);
+    }
+    let both = run(&["quickstart", "--model", "smollm2", "-m", "./nowhere"]);
+    assert_eq!(both.code, 2);
+    assert!(
+        both.stderr.contains("cannot be used with"),
+        "{}",
+        both.stderr
+    );
+
     let model = run(&["eval", "-m", "./nowhere", "--data", "x.jsonl"]);
     assert_eq!(model.code, 2, "{}", model.stderr);
     let adapter = run(&["collapse", "./nowhere", "-o", "x"]);

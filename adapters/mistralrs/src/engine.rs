@@ -14,11 +14,13 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::{Sender, channel};
 
+use crate::chat_files::text_frame;
 use crate::chat_template::{ChatTemplate, Conversation, Refusal};
 use crate::error::{Error, Result};
 use crate::loader::{MonteCloraLoader, SharedPipeline, WeakPipeline};
 use crate::quirks_0_8::abandoned_requests::tokenize;
 use crate::quirks_0_8::conversations::{Rendering, rendered};
+use crate::quirks_0_8::special_tokens::TextFrame;
 
 /// How long a dropped engine may take to give its memory back.
 const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
@@ -49,7 +51,7 @@ pub struct Answer {
     pub text: String,
     /// Ids of all tokens generated, the end-of-turn token included if the model came to one.
     pub token_ids: Vec<u32>,
-    /// Tokens of the rendered conversation.
+    /// Tokens of the rendered conversation or of the text.
     pub prompt_tokens: usize,
     /// `stop` or `length`.
     pub finish_reason: String,
@@ -82,6 +84,7 @@ pub struct Engine {
     pipeline: WeakPipeline,
     max_sequence_length: usize,
     template: Option<ChatTemplate>,
+    frame: TextFrame,
     runtime: Runtime,
 }
 
@@ -99,6 +102,7 @@ impl Engine {
         loader.rendering = Rendering::Before;
         let max_sequence_length = loader.check()?.max_sequence_length;
         let template = loader.chat_template()?;
+        let frame = text_frame(loader.base())?;
         let pipeline = loader.load()?;
         // A single-threaded runtime: mistral.rs then leaves out its warm-up request, which would fill a prefix cache.
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -118,6 +122,7 @@ impl Engine {
             pipeline: weak,
             max_sequence_length,
             template,
+            frame,
             runtime,
         })
     }
@@ -183,42 +188,60 @@ impl Engine {
     pub fn ask(&self, messages: &[ChatMessage], max_tokens: usize) -> Result<Answer> {
         let text = self.render(messages)?;
         let prompt_tokens = self.tokenize(text.clone())?.len();
+        self.answer(rendered(text), prompt_tokens, max_tokens)
+    }
+
+    /// Continues a text greedily with at most `max_tokens` tokens, without a chat template: the model gets the text's tokens with
+    /// the begin and end tokens that its tokenizer puts around plain text, as at `/v1/completions`.
+    ///
+    /// # Errors
+    /// [`Error::Problem`] for an empty or too long text; [`Error::Engine`] if mistral.rs fails.
+    pub fn complete(&self, text: &str, max_tokens: usize) -> Result<Answer> {
+        let inner = self.tokenize(text.to_owned())?;
+        let tokens = [&*self.frame.prefix, &inner, &self.frame.suffix].concat();
+        let prompt_tokens = tokens.len();
+        let prompt = RequestMessage::CompletionTokens(tokens);
+        self.answer(prompt, prompt_tokens, max_tokens)
+    }
+
+    fn answer(
+        &self,
+        prompt: RequestMessage,
+        prompt_tokens: usize,
+        max_tokens: usize,
+    ) -> Result<Answer> {
         self.check_length(prompt_tokens)?;
-        let chat = rendered(text);
         let room = self.max_sequence_length - prompt_tokens;
         let recorder = Arc::new(GreedyRecorder::default());
-        let response = self.exchange(chat, |request| {
+        let response = self.exchange(prompt, |request| {
             request.sampling_params.max_len = Some(max_tokens.min(room).max(1));
             request.logits_processors = Some(vec![recorder.clone()]);
         })?;
-        match response {
+        let (text, finish_reason) = match response {
             Response::Done(mut done) if !done.choices.is_empty() => {
                 let choice = done.choices.swap_remove(0);
-                Ok(Answer {
-                    text: choice.message.content.unwrap_or_default(),
-                    token_ids: recorder.take(),
-                    prompt_tokens,
-                    finish_reason: choice.finish_reason,
-                })
+                let text = choice.message.content.unwrap_or_default();
+                (text, choice.finish_reason)
             }
-            other => Err(Error::Engine(failure(other))),
-        }
+            Response::CompletionDone(mut done) if !done.choices.is_empty() => {
+                let choice = done.choices.swap_remove(0);
+                (choice.text, choice.finish_reason)
+            }
+            other => return Err(Error::Engine(failure(other))),
+        };
+        Ok(Answer {
+            text,
+            token_ids: recorder.take(),
+            prompt_tokens,
+            finish_reason,
+        })
     }
 
     /// The most probable tokens behind `tokens`, at most `n_new`; the model's end of sequence ends them.
     #[cfg(test)]
     pub(crate) fn continue_tokens(&self, tokens: &[u32], n_new: usize) -> Result<Vec<u32>> {
-        self.check_length(tokens.len())?;
         let prompt = RequestMessage::CompletionTokens(tokens.to_vec());
-        let recorder = Arc::new(GreedyRecorder::default());
-        let response = self.exchange(prompt, |request| {
-            request.sampling_params.max_len = Some(n_new);
-            request.logits_processors = Some(vec![recorder.clone()]);
-        })?;
-        match response {
-            Response::CompletionDone(_) => Ok(recorder.take()),
-            other => Err(Error::Engine(failure(other))),
-        }
+        Ok(self.answer(prompt, tokens.len(), n_new)?.token_ids)
     }
 
     /// Stops the engine and waits until the model's memory is given back.

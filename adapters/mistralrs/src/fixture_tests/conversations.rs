@@ -128,15 +128,20 @@ fn a_model_without_a_template_continues_texts_and_refuses_conversations() {
             "{message}"
         );
     }
-    let text = json!({"model": "tuned", "prompt": "Why", "max_tokens": 3});
+    let text = json!({"model": "tuned", "prompt": "Why", "max_tokens": 3, "temperature": 0});
     let answer = parse(server.post("/v1/completions", &text), 200);
-    assert!(answer["choices"][0]["text"].is_string());
+    let expected = answer["choices"][0]["text"].as_str().expect("a text");
     server.finish().expect("a clean stop");
 
-    let loader = MonteCloraLoader::builder(&case.base, "base")
-        .build()
-        .expect("sound");
-    let engine = Engine::start(&loader).expect("loads");
+    let loader = MonteCloraLoader::builder(&case.base, "tuned").adapter(&case.adapter);
+    let engine = Engine::start(&loader.build().expect("sound")).expect("loads");
+    let continued = engine.complete("Why", 3).expect("answered");
+    assert_eq!(continued.text, expected.trim_start());
+    assert_eq!(
+        answer["usage"]["completion_tokens"],
+        continued.token_ids.len()
+    );
+    assert_eq!(answer["usage"]["prompt_tokens"], continued.prompt_tokens);
     let error = engine
         .ask(&[ChatMessage::new("user", "Why?")], 3)
         .expect_err("refused");

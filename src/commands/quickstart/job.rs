@@ -1,0 +1,256 @@
+//! The files that `quickstart` writes, so that every step can be repeated by hand: rows, run.toml and serve.toml.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::data::{Message, Role};
+use crate::output::require_empty;
+use crate::sample_models::Recipe;
+
+const SPLITS: [(&str, &str); 3] = [
+    (
+        "train",
+        include_str!("../../../examples/tickets/train.jsonl"),
+    ),
+    (
+        "valid",
+        include_str!("../../../examples/tickets/valid.jsonl"),
+    ),
+    ("test", include_str!("../../../examples/tickets/test.jsonl")),
+];
+
+/// A ticket of nobody's, to ask a server.
+const TICKET: &str = "my tablet will not turn on and i need it today";
+
+/// What the tickets ask for.
+const INSTRUCTION: &str =
+    "Sort the support ticket. Answer with one line of JSON: category, priority, product.";
+
+/// How tickets are asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// In conversations, which the model's chat template writes out.
+    Conversations,
+    /// In plain prompts, for a model without a template.
+    Prompts,
+}
+
+/// What is to be trained, where, and how.
+pub(super) struct Job<'a> {
+    /// The base's directory.
+    pub base: &'a Path,
+    /// The base's name in serve.toml.
+    pub name: &'a str,
+    pub form: Form,
+    pub recipe: Recipe,
+}
+
+/// Where everything is.
+pub(super) struct Paths {
+    pub data: PathBuf,
+    pub adapter: PathBuf,
+    pub collapsed: PathBuf,
+    pub gguf: PathBuf,
+    pub run: PathBuf,
+    pub serve: PathBuf,
+}
+
+impl Form {
+    /// The rows of a split, which is in conversations.
+    fn rows(self, conversations: &str) -> Result<String> {
+        if self == Self::Conversations {
+            return Ok(conversations.to_owned());
+        }
+        let mut rows = String::new();
+        for line in conversations.lines() {
+            let row: Value = serde_json::from_str(line).context("a bundled ticket is no JSON")?;
+            let text = |turn: usize| {
+                let content = row["messages"][turn]["content"].as_str();
+                content.context("a bundled ticket has not three turns")
+            };
+            let row = json!({
+                "prompt": prompt(text(0)?, text(1)?),
+                "completion": format!(" {}", text(2)?),
+            });
+            rows.push_str(&format!("{row}\n"));
+        }
+        Ok(rows)
+    }
+
+    /// The address of a server that answers in this form, and a body for it.
+    pub(super) fn request(self, model: &str, max_tokens: usize) -> (&'static str, Value) {
+        match self {
+            Self::Conversations => {
+                let turns = [(Role::System, INSTRUCTION), (Role::User, TICKET)];
+                let messages = turns.map(|(role, text)| Message::new(role, text).fields().clone());
+                let body = json!({"model": model, "temperature": 0, "messages": messages});
+                ("/v1/chat/completions", body)
+            }
+            Self::Prompts => {
+                let prompt = prompt(INSTRUCTION, TICKET);
+                let body = json!({"model": model, "temperature": 0, "max_tokens": max_tokens, "prompt": prompt});
+                ("/v1/completions", body)
+            }
+        }
+    }
+}
+
+/// A ticket as plain text, which the answer follows after a space.
+fn prompt(instruction: &str, ticket: &str) -> String {
+    format!("{instruction}\nTicket: {ticket}\nAnswer:")
+}
+
+impl Job<'_> {
+    /// Writes data, run.toml and serve.toml into the output directory `out`.
+    pub(super) fn lay_out(&self, out: &Path, force: bool) -> Result<Paths> {
+        let paths = Paths {
+            data: out.join("data"),
+            adapter: out.join("adapter"),
+            collapsed: out.join("lora"),
+            gguf: out.join("lora.gguf"),
+            run: out.join("run.toml"),
+            serve: out.join("serve.toml"),
+        };
+        std::fs::create_dir_all(&paths.data)
+            .with_context(|| format!("cannot create `{}`", paths.data.display()))?;
+        let write = |path: &Path, text: &str| {
+            std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
+        };
+        for (name, conversations) in SPLITS {
+            let path = paths.data.join(format!("{name}.jsonl"));
+            write(&path, &self.form.rows(conversations)?)?;
+        }
+        require_empty(&paths.adapter, force)?;
+        write(&paths.run, &self.run_toml(&paths))?;
+        write(&paths.serve, &self.serve_toml())?;
+        Ok(paths)
+    }
+
+    fn run_toml(&self, paths: &Paths) -> String {
+        let bare = match self.form {
+            Form::Conversations => "",
+            Form::Prompts => "apply_chat_template = false\n",
+        };
+        format!(
+            "# What `monteclora quickstart` ran; repeat it with: monteclora train -c {}\n\
+             seed = 42\n\n[model]\nmodel_id = {}\n\n\
+             [data]\ntrain = {}\nvalid = {}\n{bare}max_seq_length = 256\npacking = false\n\n\
+             [lora]\nmethod = \"monteclora\"\nr = 16\nlora_alpha = 32\ntarget_modules = \"all-linear\"\n\n\
+             [train]\noutput_dir = {}\nnum_train_epochs = {}\nper_device_train_batch_size = 8\nlearning_rate = {:e}\n\
+             logging_steps = 5\neval_steps = 40\nsave_steps = 50\n",
+            paths.run.display(),
+            quoted(self.base),
+            quoted(&paths.data.join("train.jsonl")),
+            quoted(&paths.data.join("valid.jsonl")),
+            quoted(&paths.adapter),
+            self.recipe.num_train_epochs,
+            self.recipe.learning_rate,
+        )
+    }
+
+    fn serve_toml(&self) -> String {
+        format!(
+            "[server]\nhost = \"127.0.0.1\"\nport = 1234\n\n[[models]]\nmodel_id = {}\nname = {}\n\n\
+             [models.device]\ncpu = true\n\n[[models.adapters]]\ntype = \"monteclora\"\nalias = \"triage\"\nsource = \"adapter\"\n",
+            quoted(self.base),
+            toml::Value::from(self.name),
+        )
+    }
+}
+
+fn quoted(path: &Path) -> toml::Value {
+    path.display().to_string().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::RunConfig;
+    use crate::data::{RowContent, RowFormat, parse_row};
+    use crate::sample_models::{GEMMA3_270M, SAMPLE_MODELS};
+
+    #[test]
+    fn a_prompt_holds_the_turns_and_its_completion_the_answer() {
+        for (name, conversations) in SPLITS {
+            assert_eq!(
+                Form::Conversations.rows(conversations).expect("rows"),
+                conversations
+            );
+            let prompts = Form::Prompts.rows(conversations).expect("rows");
+            assert_eq!(prompts.lines().count(), conversations.lines().count());
+            for (bare, turns) in prompts.lines().zip(conversations.lines()) {
+                let row = |line: &str| parse_row(line.as_bytes(), None).expect("a row");
+                let (format, bare) = row(bare);
+                assert_eq!(format, RowFormat::PromptCompletion, "{name}");
+                let RowContent::Prompt {
+                    prompt,
+                    completion,
+                    system,
+                    ..
+                } = bare.content
+                else {
+                    panic!("{bare:?}");
+                };
+                let RowContent::Conversation { messages, .. } = row(turns).1.content else {
+                    panic!("{turns}");
+                };
+                assert_eq!(system, None);
+                let [instruction, ticket, answer] = &messages[..] else {
+                    panic!("{turns}");
+                };
+                assert_eq!(instruction.content(), INSTRUCTION);
+                assert!(prompt.starts_with(INSTRUCTION) && prompt.ends_with("\nAnswer:"));
+                assert!(prompt.contains(ticket.content()));
+                assert_eq!(completion.strip_prefix(' '), Some(answer.content()));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_written_says_how_tickets_are_asked() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for form in [Form::Conversations, Form::Prompts] {
+            for model in SAMPLE_MODELS {
+                let job = Job {
+                    base: Path::new("/models/it's \"one\""),
+                    name: model.name,
+                    form,
+                    recipe: model.recipe,
+                };
+                let paths = job.lay_out(dir.path(), true).expect("written");
+                let text = std::fs::read_to_string(&paths.run).expect("readable");
+                let run = RunConfig::from_toml(&text, "run.toml", &[]).expect("valid");
+                assert_eq!(run.data.apply_chat_template, form == Form::Conversations);
+                assert_eq!(run.model.model_id, job.base.to_str().expect("UTF-8"));
+                assert_eq!(run.train.learning_rate, model.recipe.learning_rate);
+                assert_eq!(
+                    run.train.num_train_epochs,
+                    Some(model.recipe.num_train_epochs)
+                );
+                let text = std::fs::read_to_string(&paths.serve).expect("readable");
+                let serve: toml::Table = text.parse().expect("TOML");
+                let served = serve["models"][0].as_table().expect("a table");
+                assert_eq!(served["name"].as_str(), Some(model.name));
+                assert_eq!(served["model_id"].as_str(), job.base.to_str());
+            }
+        }
+    }
+
+    #[test]
+    fn a_server_is_asked_as_the_model_was_trained() {
+        let (path, body) = Form::Prompts.request(GEMMA3_270M.name, 40);
+        assert_eq!(path, "/v1/completions");
+        let asked = body["prompt"].as_str().expect("a text");
+        assert!(asked.starts_with(INSTRUCTION) && asked.ends_with("\nAnswer:"));
+        let (path, body) = Form::Conversations.request("triage", 40);
+        assert_eq!(path, "/v1/chat/completions");
+        assert_eq!(
+            body["messages"][0],
+            json!({"role": "system", "content": INSTRUCTION})
+        );
+        // The body stands between single quotes of a shell.
+        assert!(!body.to_string().contains('\''));
+    }
+}
