@@ -163,6 +163,16 @@ impl ModelFiles {
         self.get(name).or_else(tied)
     }
 
+    /// Whether the module `name` is an expert or the router of a mixture, which carries no adapter here.
+    pub fn is_in_mixture(&self, name: &str) -> bool {
+        let family = architecture::family(&self.config).ok();
+        let Some(experts) = family.and_then(|family| family.experts) else {
+            return false;
+        };
+        name.contains(&format!(".{}.", experts.path))
+            || name.ends_with(&format!(".{}", experts.router))
+    }
+
     /// Every linear projection that an adapter can target, sorted by name: the two-dimensional `.weight` tensors that
     /// are not embeddings, and `lm_head` also when it is tied to the embedding.
     pub fn linear_modules(&self) -> Vec<LinearModule> {

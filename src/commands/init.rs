@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use monteclora_adapters::methods::monteclora::Preset;
-use monteclora_converters::{Problem, files};
+use monteclora_converters::{Problem, files, jinja};
 use serde::Serialize;
 
 use super::{print, weight_type};
@@ -25,6 +25,8 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
     let model = read_shape(&base.dir)?;
     // Every row is read as a run reads it, with nothing left out but what the model itself cannot hold.
     let limit = model.max_position_embeddings;
+    let template = args.model.options.chat_template.as_deref();
+    let has_template = jinja::find(&base.dir, template)?.is_some();
     let probe = Suggestion {
         max_seq_length: limit,
         overlong: Overlong::Drop,
@@ -35,14 +37,20 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
         epochs: 1,
         notes: Vec::new(),
     };
-    let prepared = Prepared::new(parse(&text(args, &probe, None))?, Some(base.clone()))?;
+    let prepared = Prepared::new(
+        parse(&text(args, &probe, None, has_template))?,
+        Some(base.clone()),
+    )?;
     let suggestion = Suggestion::new(&prepared, limit)?;
-    let text = text(args, &suggestion, Some(&prepared));
+    let text = text(args, &suggestion, Some(&prepared), has_template);
     // What is written must be what `train` accepts.
     Prepared::new(parse(&text)?, Some(base))?;
     prepared.warn();
     files::write_text(&args.output, &text)?;
     let mut said = vec![format!("wrote {}", args.output.display())];
+    if !has_template {
+        said.push("note: the model has no chat template: prompts and completions are taken as they are (data.apply_chat_template = false)".to_owned());
+    }
     said.extend(suggestion.notes.iter().map(|note| format!("note: {note}")));
     said.push(format!(
         "next: monteclora train -c {} --dry-run",
@@ -66,7 +74,12 @@ fn toml_text(value: impl Serialize) -> String {
     toml::Value::try_from(value).map_or_else(|_| String::new(), |value| value.to_string())
 }
 
-fn text(args: &InitArgs, suggestion: &Suggestion, prepared: Option<&Prepared>) -> String {
+fn text(
+    args: &InitArgs,
+    suggestion: &Suggestion,
+    prepared: Option<&Prepared>,
+    has_template: bool,
+) -> String {
     let options = &args.model.options;
     let mut model = format!("model_id = {}", quoted(&args.model.model_id));
     if let Some(revision) = &options.revision {
@@ -98,6 +111,10 @@ fn text(args: &InitArgs, suggestion: &Suggestion, prepared: Option<&Prepared>) -
         ),
         None => "# valid = \"valid.jsonl\"            # turns on evaluation, best model and early stopping\n".to_owned(),
     };
+    let as_they_are = match has_template {
+        true => "",
+        false => "apply_chat_template = false     # the model has none\n",
+    };
     let (lora, train) = (LoraConfig::default(), TrainConfig::default());
     let rows = if suggestion.packing {
         "packs of max_seq_length tokens"
@@ -117,7 +134,7 @@ seed = {seed}
 [data]
 {found}train = {rows_file}
 {valid}format = "{format}"
-max_seq_length = {max_seq_length}
+{as_they_are}max_seq_length = {max_seq_length}
 overlong = {overlong}                 # error | drop | truncate: what happens to longer examples
 packing = {packing}                    # short examples share a pack and never see each other
 train_on = {train_on}             # assistant | last_assistant | completion | all: which turns are learnt

@@ -207,6 +207,7 @@ fn model(path: &Path, json: bool) -> Result<()> {
         sites: files
             .linear_modules()
             .into_iter()
+            .filter(|module| !files.is_in_mixture(&module.name))
             .map(|module| (module.name, module.in_features, module.out_features))
             .collect(),
     }

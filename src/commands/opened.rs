@@ -6,7 +6,8 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
-use monteclora_converters::{Adapter, ConversationSettings, Problem, jinja::recorded_variables};
+use monteclora_converters::jinja::{self, recorded_variables};
+use monteclora_converters::{Adapter, ConversationSettings, Problem};
 
 use super::{device, weight_type};
 use crate::cli::ModelArgs;
@@ -20,6 +21,8 @@ use crate::provenance::{read_fitting, warn_of_conversation};
 pub(super) struct Opened {
     pub(super) config: ModelShape,
     pub(super) encoder: Arc<Encoder>,
+    /// Whether prompts are written out by the chat template: as was asked for, where there is one.
+    pub(super) applies_chat_template: bool,
     adapter: Option<Adapter>,
     base: Located,
     weights: &'static Kind,
@@ -56,9 +59,12 @@ impl Opened {
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = read_shape(&base.dir)?;
         let files = open_base(&base.dir)?;
+        let template = model.options.chat_template.as_deref();
+        let apply_chat_template =
+            apply_chat_template && jinja::find(&base.dir, template)?.is_some();
         if let Some(path) = adapter {
             let settings = ConversationSettings {
-                template: model.options.chat_template.as_deref(),
+                template,
                 prompts_as_chats: Some(apply_chat_template),
             };
             warn_of_conversation(path, &base.dir, settings)?;
@@ -71,7 +77,6 @@ impl Opened {
             overlong: Overlong::Error,
             remedies: Remedies::Flags,
         };
-        let template = model.options.chat_template.as_deref();
         let variables = adapter_dir.map(recorded_variables).unwrap_or_default();
         let encoder = Encoder::with_variables(&base.dir, template, variables, options)?;
         encoder.tokenizer().check_vocab(config.vocab_size)?;
@@ -83,6 +88,7 @@ impl Opened {
             base,
             config,
             encoder,
+            applies_chat_template: apply_chat_template,
             weights,
             n_draws,
             cpu: model.options.cpu,

@@ -47,7 +47,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         _ => None,
     };
     let alone = match &args.prompt {
-        Some(prompt) => vec![reader.prompt(prompt, !args.no_chat_template)?],
+        Some(prompt) => vec![reader.prompt(prompt, opened.applies_chat_template)?],
         None => Vec::new(),
     };
 

@@ -86,7 +86,17 @@ fn low_rank(
     // Text does not go through the parts for other media.
     for site in adapter.sites.iter().filter(|site| !is_beside(&site.name)) {
         let Some((id, module)) = known.get(&site.name) else {
-            problems.push(format!("{}: the base has no such projection", site.name));
+            let is_mixed = config.mixture().is_some_and(|(experts, _)| {
+                site.name.contains(&format!(".{}.", experts.path))
+                    || site.name.ends_with(&format!(".{}", experts.router))
+            });
+            let what = match is_mixed {
+                true => {
+                    "is part of a mixture of experts, which carries no adapter here; merge the adapter into the base"
+                }
+                false => "the base has no such projection",
+            };
+            problems.push(format!("{}: {what}", site.name));
             continue;
         };
         let found = (site.in_features(), site.out_features());

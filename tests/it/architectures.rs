@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::cli::ok;
 use crate::decoder::{logits, rows};
+use crate::fixtures::own;
 use crate::fixtures::{
     AdapterCase, architectures, floats, integers, largest_difference, own_architectures,
     supported_architectures,
@@ -278,4 +279,45 @@ fn close(case: &str, name: &str, found: &Tensor, expected: &[f32]) {
         difference <= 1e-3 * f64::from(largest.max(1e-6)),
         "{case}: {name}: {difference}, largest entry {largest}"
     );
+}
+
+/// A run with `all-linear` on a mixture gives an adapter that every command takes: no name of a module reaches experts and router.
+#[test]
+fn adapters_of_all_linear_modules_fit_a_mixture_of_experts() {
+    for kind in ["qwen3_moe", "mixtral"] {
+        let model = own().join("architectures").join(kind).join("model");
+        let model = model.to_str().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let rows = [r#"{"prompt": "a", "completion": "b"}"#; 4].join("\n");
+        std::fs::write(at("rows.jsonl"), rows).unwrap();
+        let run = at("run.toml");
+        ok(&["init", "-m", model, "--data", &at("rows.jsonl"), "-o", &run]);
+        let (out, steps) = (
+            format!("train.output_dir={}", at("out")),
+            "train.max_steps=2",
+        );
+        ok(&["train", "-c", &run, "--set", &out, "--set", steps]);
+        ok(&[
+            "eval",
+            "-m",
+            model,
+            "-a",
+            &at("out"),
+            "--data",
+            &at("rows.jsonl"),
+        ]);
+        ok(&["validate", &at("out"), "-m", model]);
+        ok(&["merge", "-m", model, "-a", &at("out"), "-o", &at("merged")]);
+        ok(&[
+            "convert",
+            &at("out"),
+            "--to",
+            "gguf",
+            "-m",
+            model,
+            "-o",
+            &at("lora.gguf"),
+        ]);
+    }
 }

@@ -108,7 +108,7 @@ impl Adapter {
             let fix = "use the full-precision model";
             return Ok(vec![Problem::new("quantised-base", at, message, fix)]);
         }
-        self.check_modules(&base.linear_modules())
+        self.check(&base.linear_modules(), |name| base.is_in_mixture(name))
     }
 
     /// As [`Self::check_against`], for a base that has these linear modules.
@@ -116,6 +116,16 @@ impl Adapter {
     /// # Errors
     /// If a pattern of the configuration cannot be used.
     pub fn check_modules(&self, linears: &[LinearModule]) -> Result<Vec<Problem>> {
+        self.check(linears, |_| false)
+    }
+
+    /// Modules that `is_optional` says need no tensors although a name targets them: transformers holds experts and routers as
+    /// parameters, which no name of a module reaches.
+    fn check(
+        &self,
+        linears: &[LinearModule],
+        is_optional: impl Fn(&str) -> bool,
+    ) -> Result<Vec<Problem>> {
         let by_name: BTreeMap<&str, &LinearModule> = linears
             .iter()
             .map(|module| (module.name.as_str(), module))
@@ -161,7 +171,8 @@ impl Adapter {
         let adapted: BTreeSet<&str> = self.sites.iter().map(|site| site.name.as_str()).collect();
         let matcher = Matcher::new(&self.config)?;
         for module in linears {
-            if matcher.matches(&module.name)? && !adapted.contains(module.name.as_str()) {
+            let is_missing = !adapted.contains(module.name.as_str()) && !is_optional(&module.name);
+            if is_missing && matcher.matches(&module.name)? {
                 let message =
                     "targeted by the configuration, but the adapter has no tensors for it";
                 let fix = format!("{OTHER_BASE}, or correct target_modules");

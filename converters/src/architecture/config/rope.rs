@@ -96,6 +96,16 @@ impl Keys<'_> {
         let parameters = match self.get("rope_parameters") {
             Some(Value::Object(found)) => found.clone(),
             _ => {
+                let scaling = self.get("rope_scaling").and_then(Value::as_object);
+                let is_old = |all: &Map<String, Value>| {
+                    all.contains_key("type") && !all.contains_key("rope_type")
+                };
+                if scaling.is_some_and(is_old) {
+                    let message = "stands in place of rope_type, which alone transformers reads of a model with types of layers: it would not scale";
+                    let fix =
+                        "call it rope_type if the model was made with it, else remove rope_scaling";
+                    self.refuse("rope_scaling.type", message, fix);
+                }
                 let global = self.rope(common);
                 let local = local.map_or(theta, |(_, theta)| theta);
                 return vec![global, self.plain_rope(common, local)];
@@ -360,7 +370,10 @@ impl Keys<'_> {
                 let lengthened = common.positions as f64 / original as f64;
                 let mscales = [given(self, "mscale"), given(self, "mscale_all_dim")];
                 RopeKind::Yarn(YarnScaling {
-                    factor: optional(self, "factor").unwrap_or(lengthened),
+                    factor: match self.is_null(place, "factor") {
+                        true => lengthened,
+                        false => needed(self, "factor"),
+                    },
                     original_max_position_embeddings: original,
                     beta_fast: given(self, "beta_fast").unwrap_or(32.0),
                     beta_slow: given(self, "beta_slow").unwrap_or(1.0),
@@ -385,6 +398,16 @@ impl Keys<'_> {
             _ => RopeKind::Default,
         };
         (kind, original)
+    }
+
+    /// Whether the object at `place` has this field as null; of YaRN's factor it means that the lengths give it.
+    fn is_null(&self, place: &str, field: &str) -> bool {
+        let mut parts = place.split('.');
+        let object = parts.next().and_then(|key| self.config.get(key));
+        let object = parts.fold(object, |object, key| object?.get(key));
+        object
+            .and_then(|object| object.get(field))
+            .is_some_and(Value::is_null)
     }
 
     /// Whether YaRN's ramp has whole bounds. transformers looks for the field in `rope_parameters` itself, so it is not read

@@ -422,3 +422,28 @@ fn published_configurations_are_read_without_a_word() {
     }
     assert!(n_models > 0);
 }
+
+/// transformers does not scale by a `type` where layers have types, and asks for YaRN's factor, which null has it infer.
+#[test]
+fn scalings_that_transformers_would_not_apply_are_refused() {
+    let refused = |family: &str, changes: Value, at: &str| {
+        let problems = ModelShape::from_config(&config(family, changes)).expect_err(at);
+        let found = problems
+            .iter()
+            .any(|problem| problem.at == format!("config.json: {at}"));
+        assert!(found, "{problems:?}");
+    };
+    let old = json!({"rope_scaling": {"type": "linear", "factor": 4.0}, "hidden_act": null, "sliding_window": 8});
+    refused("gemma3_text", old, "rope_scaling.type");
+    let yarn = |factor: Value| json!({"rope_scaling": {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 64}, "max_position_embeddings": 256});
+    let mut absent = yarn(json!(2.0));
+    absent["rope_scaling"]
+        .as_object_mut()
+        .expect("an object")
+        .remove("factor");
+    refused("llama", absent, "rope_scaling.factor");
+    match &read("llama", yarn(Value::Null)).ropes[0].kind {
+        RopeKind::Yarn(scaling) => assert_eq!(scaling.factor, 4.0),
+        other => panic!("{other:?}"),
+    }
+}
