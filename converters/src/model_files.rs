@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::architecture::{self, Wrapper};
+use crate::architecture::{self, Family, Wrapper};
 use crate::error::Result;
 use crate::json;
 use crate::targets::{LinearModule, OUTPUT_HEAD};
@@ -163,14 +163,9 @@ impl ModelFiles {
         self.get(name).or_else(tied)
     }
 
-    /// Whether the module `name` is an expert or the router of a mixture, which carries no adapter here.
-    pub fn is_in_mixture(&self, name: &str) -> bool {
-        let family = architecture::family(&self.config).ok();
-        let Some(experts) = family.and_then(|family| family.experts) else {
-            return false;
-        };
-        name.contains(&format!(".{}.", experts.path))
-            || name.ends_with(&format!(".{}", experts.router))
+    /// The decoder's family, if it is known.
+    pub fn family(&self) -> Option<&'static Family> {
+        architecture::family(&self.config).ok()
     }
 
     /// Every linear projection that an adapter can target, sorted by name: the two-dimensional `.weight` tensors that

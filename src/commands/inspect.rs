@@ -186,6 +186,7 @@ impl Model {
 
 fn model(path: &Path, json: bool) -> Result<()> {
     let files = ModelFiles::open(path)?;
+    let family = files.family();
     let value = |key: &str| files.decoder_key(key).cloned().unwrap_or_default();
     let shapes = || files.names().filter_map(|name| files.info(name));
     Model {
@@ -207,7 +208,7 @@ fn model(path: &Path, json: bool) -> Result<()> {
         sites: files
             .linear_modules()
             .into_iter()
-            .filter(|module| !files.is_in_mixture(&module.name))
+            .filter(|module| !family.is_some_and(|family| family.is_in_mixture(&module.name)))
             .map(|module| (module.name, module.in_features, module.out_features))
             .collect(),
     }

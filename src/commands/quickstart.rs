@@ -4,11 +4,11 @@ mod job;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use monteclora_converters::{
-    Adapter, LoraOptions, ModelFiles, ReadOptions, Site, files, format_named, read_as,
+    Adapter, LoraOptions, ModelFiles, ReadOptions, Site, files, format_named, jinja, read_as,
 };
 use serde::Serialize;
 
@@ -17,7 +17,7 @@ use super::train::stop_on_signals;
 use super::{interrupted, numerical, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
-use crate::data::{ChatTemplate, Dataset};
+use crate::data::Dataset;
 use crate::eval::Recital;
 use crate::hub::{self, HubOptions, Located};
 use crate::model::{ActiveAdapter, Decoder, Generation};
@@ -80,9 +80,9 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     require_empty(out, args.force)?;
     let (base, name, recipe) = chosen(args)?;
     tracing::info!("base model: {}", base.name);
-    let form = match ChatTemplate::from_dir(&base.dir, None, SystemTime::now())? {
-        Some(_) => Form::Conversations,
-        None => Form::Prompts,
+    let form = match jinja::find(&base.dir, None)?.is_some() {
+        true => Form::Conversations,
+        false => Form::Prompts,
     };
     let job = Job {
         base: &base.dir,

@@ -86,11 +86,7 @@ fn low_rank(
     // Text does not go through the parts for other media.
     for site in adapter.sites.iter().filter(|site| !is_beside(&site.name)) {
         let Some((id, module)) = known.get(&site.name) else {
-            let is_mixed = config.mixture().is_some_and(|(experts, _)| {
-                site.name.contains(&format!(".{}.", experts.path))
-                    || site.name.ends_with(&format!(".{}", experts.router))
-            });
-            let what = match is_mixed {
+            let what = match config.family.is_in_mixture(&site.name) {
                 true => {
                     "is part of a mixture of experts, which carries no adapter here; merge the adapter into the base"
                 }

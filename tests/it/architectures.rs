@@ -6,17 +6,14 @@ use monteclora::model::{
     ActiveAdapter, Decoder, GenerationSettings, ModuleId, PassOptions, Sequences,
 };
 use monteclora_converters::architecture::{FAMILIES, RopeKind, WRAPPERS};
-use monteclora_converters::{
-    Adapter, FORMATS, LoraOptions, ModelFiles, ReadOptions, SafetensorsFile,
-};
+use monteclora_converters::{Adapter, FORMATS, ModelFiles, ReadOptions, SafetensorsFile};
 use serde_json::Value;
 
 use crate::cli::ok;
 use crate::decoder::{logits, rows};
-use crate::fixtures::own;
 use crate::fixtures::{
-    AdapterCase, architectures, floats, integers, largest_difference, own_architectures,
-    supported_architectures,
+    AdapterCase, architectures, assert_updates, floats, integers, largest_difference, own,
+    own_architectures, supported_architectures, written_and_read,
 };
 
 /// What the model asks for that may not be supported: its `model_type`, if no family has it, and the types of its rotary embeddings.
@@ -91,17 +88,8 @@ fn updates_are_those_of_peft() {
             .names()
             .filter_map(|name| name.strip_prefix("delta."))
             .collect();
-        for site in &adapter.sites {
-            let delta = floats(&expected, &format!("delta.{}", site.name));
-            let difference = largest_difference(&site.delta_f32().unwrap(), &delta);
-            assert!(
-                difference <= 1e-5,
-                "{}: {}: {difference}",
-                case.name,
-                site.name
-            );
-            recorded.retain(|name| *name != site.name);
-        }
+        assert_updates(&case.name, &adapter, &expected);
+        recorded.retain(|name| adapter.sites.iter().all(|site| site.name != *name));
         assert!(recorded.is_empty(), "{}: {recorded:?}", case.name);
     }
 }
@@ -237,30 +225,10 @@ fn every_format_carries_the_updates_of_every_family() {
             .filter(|format| format.about().writes.is_some());
         for format in written {
             let name = format.about().name;
-            let dir = tempfile::tempdir().unwrap();
-            let output = dir
-                .path()
-                .join(format.about().file_name.unwrap_or("adapter"));
-            format
-                .write(&adapter, &output, &LoraOptions::default(), Some(&base))
-                .unwrap_or_else(|error| panic!("{}: {name}: {error}", case.name));
-            let read = format.read(&output, &options).unwrap();
-            assert_eq!(
-                read.sites.len(),
-                adapter.sites.len(),
-                "{}: {name}",
-                case.name
-            );
-            for site in &read.sites {
-                let recorded = floats(&expected, &format!("delta.{}", site.name));
-                let difference = largest_difference(&site.delta_f32().unwrap(), &recorded);
-                assert!(
-                    difference <= 1e-5,
-                    "{}: {name}: {}: {difference}",
-                    case.name,
-                    site.name
-                );
-            }
+            let label = format!("{}: {name}", case.name);
+            let read = written_and_read(*format, &adapter, &options);
+            assert_eq!(read.sites.len(), adapter.sites.len(), "{label}");
+            assert_updates(&label, &read, &expected);
         }
     }
 }

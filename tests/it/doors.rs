@@ -10,11 +10,11 @@ use monteclora_adapters::methods::METHODS;
 use monteclora_adapters::weights::KINDS;
 use monteclora_converters::architecture::{FAMILIES, WRAPPERS};
 use monteclora_converters::{
-    Adapter, FORMATS, LoraOptions, ModelFiles, ReadOptions, SafetensorsFile, format_of,
+    Adapter, FORMATS, ModelFiles, ReadOptions, SafetensorsFile, format_of,
 };
 
 use crate::cli::{ok, run_toml, tiny};
-use crate::fixtures::{floats, largest_difference, named, own_architectures};
+use crate::fixtures::{assert_updates, floats, named, own_architectures, written_and_read};
 
 fn below_root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -180,11 +180,7 @@ fn every_format_reads_its_fixture_and_what_it_writes() {
     };
     let hold = |name: &str, adapter: &Adapter| {
         assert_eq!(adapter.sites.len(), 3, "{name}");
-        for site in &adapter.sites {
-            let recorded = floats(&expected, &format!("delta.{}", site.name));
-            let difference = largest_difference(&site.delta_f32().unwrap(), &recorded);
-            assert!(difference <= 1e-5, "{name}: {}: {difference}", site.name);
-        }
+        assert_updates(name, adapter, &expected);
     };
     for format in FORMATS {
         let name = format.about().name;
@@ -197,14 +193,7 @@ fn every_format_reads_its_fixture_and_what_it_writes() {
         let adapter = format.read(&source, &options).unwrap();
         hold(name, &adapter);
         if format.about().writes.is_some() {
-            let dir = tempfile::tempdir().unwrap();
-            let output = dir
-                .path()
-                .join(format.about().file_name.unwrap_or("adapter"));
-            format
-                .write(&adapter, &output, &LoraOptions::default(), Some(&base))
-                .unwrap();
-            hold(name, &format.read(&output, &options).unwrap());
+            hold(name, &written_and_read(format, &adapter, &options));
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use monteclora::model::Decoder;
-use monteclora_converters::SafetensorsFile;
+use monteclora_converters::{Adapter, Format, LoraOptions, ReadOptions, SafetensorsFile};
 
 pub(crate) use walk::{own, walk};
 
@@ -65,6 +65,34 @@ impl AdapterCase {
             .iter()
             .all(|value| value.to_bits() & 0xffff == 0)
     }
+}
+
+/// Each update of `adapter` is the one that PEFT recorded in `expected`.
+pub(crate) fn assert_updates(label: &str, adapter: &Adapter, expected: &SafetensorsFile) {
+    for site in &adapter.sites {
+        let recorded = floats(expected, &format!("delta.{}", site.name));
+        let difference = largest_difference(&site.delta_f32().unwrap(), &recorded);
+        assert!(difference <= 1e-5, "{label}: {}: {difference}", site.name);
+    }
+}
+
+/// What is read of `adapter` after it was written in `format`, for the base that `options` name.
+pub(crate) fn written_and_read(
+    format: &dyn Format,
+    adapter: &Adapter,
+    options: &ReadOptions<'_>,
+) -> Adapter {
+    let (about, dir) = (format.about(), tempfile::tempdir().unwrap());
+    let output = dir.path().join(about.file_name.unwrap_or("adapter"));
+    format
+        .write(
+            adapter,
+            &output,
+            &LoraOptions::default(),
+            options.base_config,
+        )
+        .unwrap_or_else(|error| panic!("{}: {error}", about.name));
+    format.read(&output, options).unwrap()
 }
 
 /// Every adapter that is there.

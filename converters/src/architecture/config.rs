@@ -261,8 +261,12 @@ impl<'a> Keys<'a> {
     }
 
     fn number(&mut self, key: &str, default: f64) -> f64 {
+        self.number_if_there(key).unwrap_or(default)
+    }
+
+    fn number_if_there(&mut self, key: &str) -> Option<f64> {
         let value = self.get(key).cloned();
-        self.positive(key, value.as_ref()).unwrap_or(default)
+        self.positive(key, value.as_ref())
     }
 
     /// `value`, of `key`, as a number above 0.

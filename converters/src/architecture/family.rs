@@ -1,6 +1,7 @@
 //! The words in which a decoder family is described.
 
 use super::ModelShape;
+use crate::module_path::layer_of;
 
 /// A decoder family: everything about it that is not a number of one model.
 #[derive(Debug)]
@@ -523,6 +524,15 @@ impl Family {
             }
         }
         keys
+    }
+
+    /// Whether the module or tensor of this name is the router or an expert of the mixture, which carries no adapter here.
+    pub fn is_in_mixture(&self, name: &str) -> bool {
+        let inner = layer_of(name).map(|(_, _, inner)| inner);
+        let experts = inner.zip(self.experts);
+        experts.is_some_and(|(inner, experts)| {
+            inner == experts.router || inner.starts_with(&format!("{}.", experts.path))
+        })
     }
 
     /// Whether the server's runtime reads `key` of this family's configuration.

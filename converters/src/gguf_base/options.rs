@@ -107,15 +107,10 @@ fn windows(keys: &mut Keys<'_>, family: &Family, blocks: &Blocks, fields: &mut M
             }
             return;
         }
-        Windows::All => {
-            insert("sliding_window", found.into());
-            if found.is_some() && !is_all {
-                let message = "a window in some layers only is not supported";
-                keys.refuse("sliding_window", PATTERN, message);
+        Windows::All | Windows::AllIfUsed => {
+            if family.windows == Windows::AllIfUsed {
+                insert("use_sliding_window", found.is_some().into());
             }
-        }
-        Windows::AllIfUsed => {
-            insert("use_sliding_window", found.is_some().into());
             insert("sliding_window", found.into());
             if found.is_some() && !is_all {
                 let message = "a window in some layers only is not supported";

@@ -108,7 +108,10 @@ impl Adapter {
             let fix = "use the full-precision model";
             return Ok(vec![Problem::new("quantised-base", at, message, fix)]);
         }
-        self.check(&base.linear_modules(), |name| base.is_in_mixture(name))
+        let family = base.family();
+        self.check(&base.linear_modules(), |name| {
+            family.is_some_and(|family| family.is_in_mixture(name))
+        })
     }
 
     /// As [`Self::check_against`], for a base that has these linear modules.

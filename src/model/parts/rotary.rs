@@ -32,9 +32,9 @@ impl Rotation {
         let mut angles = Vec::with_capacity(positions.len() * rope.dim / 2);
         let mut extend = |positions: &[u32], length: usize| {
             let frequencies = rope.frequencies(length);
-            let turned =
-                |p: &u32| -> Vec<f32> { frequencies.iter().map(|f| *p as f32 * f).collect() };
-            angles.extend(positions.iter().flat_map(turned));
+            for position in positions {
+                angles.extend(frequencies.iter().map(|f| *position as f32 * f));
+            }
         };
         match rope.threshold() {
             None => extend(positions, 0),

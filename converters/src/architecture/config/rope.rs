@@ -91,8 +91,7 @@ impl Keys<'_> {
         let RotaryLayers::ByWindow { theta, key } = family.rotary.layers else {
             return vec![self.rope(common)];
         };
-        let local = key.map(|key| (key, self.number(key, theta)));
-        let has_local_key = key.is_some_and(|key| self.get(key).is_some());
+        let local = key.and_then(|key| Some((key, self.number_if_there(key)?)));
         let parameters = match self.get("rope_parameters") {
             Some(Value::Object(found)) => found.clone(),
             _ => {
@@ -108,7 +107,8 @@ impl Keys<'_> {
                 }
                 let global = self.rope(common);
                 let local = local.map_or(theta, |(_, theta)| theta);
-                return vec![global, self.plain_rope(common, local)];
+                let (dim, positions) = (common.head_dim, common.positions);
+                return vec![global, Rope::new(RopeKind::Default, local, dim, positions)];
             }
         };
         if self.get("rope_scaling").is_some() {
@@ -139,7 +139,7 @@ impl Keys<'_> {
                     FULL => self
                         .number_if_there("rope_theta")
                         .map(|v| ("rope_theta", v)),
-                    _ => local.filter(|_| has_local_key),
+                    _ => local,
                 };
                 if let (Some(inside), Some((key, beside))) = (inside, beside)
                     && inside != beside
@@ -155,15 +155,6 @@ impl Keys<'_> {
                 self.rope_of(common, &source, theta)
             })
             .collect()
-    }
-
-    fn plain_rope(&self, common: Common, theta: f64) -> Rope {
-        Rope::new(RopeKind::Default, theta, common.head_dim, common.positions)
-    }
-
-    fn number_if_there(&mut self, key: &str) -> Option<f64> {
-        let value = self.get(key).cloned();
-        self.positive(key, value.as_ref())
     }
 
     /// The rotary embedding, read as transformers 5 does: a `rope_scaling` that is not empty replaces `rope_parameters`. Other
