@@ -1,4 +1,5 @@
-//! Where a model is: a local directory, a GGUF file imported once into the cache, or a Hub id; and data sets on the Hub.
+//! Where a model is: a local directory, a GGUF file of which the cache has a description or an import, or a Hub id; and data sets on
+//! the Hub.
 
 mod client;
 mod dataset;
@@ -9,12 +10,14 @@ use anyhow::Result;
 use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
+use monteclora_converters::DType;
 use sha2::{Digest, Sha256};
 
 pub use self::dataset::{DatasetId, DatasetRepo};
 
 use self::client::{builder, is_hub_id, problem, refusal};
-use crate::gguf_import::{ImportOptions, import_gguf};
+use crate::gguf_import::{ImportOptions, import_gguf, refer_to_gguf};
+use crate::progress;
 
 /// A model found: its directory, and its name as the user gave it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,11 +52,28 @@ pub fn cache_dir() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from(".monteclora-cache"))
 }
 
-/// Finds the model `id`.
+/// What the cache is to hold of a GGUF file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OfGguf {
+    /// Configuration and tokenizer; the weights stay in the file.
+    Description,
+    /// The whole model, its weights decoded as elements of this type.
+    Import(DType),
+}
+
+/// Finds the model `id`; of a GGUF file, the description.
 ///
 /// # Errors
-/// A [`monteclora_converters::Problem`] for what is not there; what [`import_gguf`] says of a GGUF file that cannot be imported.
+/// A [`monteclora_converters::Problem`] for what is not there; what [`refer_to_gguf`] says of a GGUF file that cannot be read.
 pub fn locate(id: &str, options: &HubOptions) -> Result<Located> {
+    locate_as(id, options, OfGguf::Description)
+}
+
+/// As [`locate`], with what is wanted of a GGUF file.
+///
+/// # Errors
+/// As [`locate`].
+pub fn locate_as(id: &str, options: &HubOptions, of_gguf: OfGguf) -> Result<Located> {
     let path = Path::new(id);
     let local = |dir: PathBuf| Located {
         dir,
@@ -72,7 +92,7 @@ pub fn locate(id: &str, options: &HubOptions) -> Result<Located> {
                 "give a .gguf file, a model directory or a Hub id",
             );
         }
-        return Ok(local(imported(path)?));
+        return Ok(local(cached_gguf(path, of_gguf)?));
     }
     if path.exists() {
         return refused(
@@ -90,10 +110,10 @@ pub fn locate(id: &str, options: &HubOptions) -> Result<Located> {
 }
 
 /// Raised when a file is imported otherwise than before, so that no older import is taken.
-const IMPORT: u32 = 2;
+const IMPORT: u32 = 3;
 
-/// Imports a GGUF file into the cache, once for its path, size and time of change.
-fn imported(file: &Path) -> Result<PathBuf> {
+/// What the cache holds of a GGUF file, made once for its path, size and time of change.
+fn cached_gguf(file: &Path, what: OfGguf) -> Result<PathBuf> {
     let unusable = |source| {
         let at = format!("`{}`", file.display());
         problem(at, format!("cannot be read: {source}"), "")
@@ -101,7 +121,7 @@ fn imported(file: &Path) -> Result<PathBuf> {
     let canonical = file.canonicalize().map_err(unusable)?;
     let metadata = canonical.metadata().map_err(unusable)?;
     let identity = format!(
-        "{IMPORT}\n{}\n{}\n{:?}",
+        "{IMPORT}\n{what:?}\n{}\n{}\n{:?}",
         canonical.display(),
         metadata.len(),
         metadata.modified().ok()
@@ -118,8 +138,29 @@ fn imported(file: &Path) -> Result<PathBuf> {
         let fix = format!("set MONTECLORA_CACHE to a writable one: {source}");
         problem("", message, &fix)
     })?;
-    tracing::info!("importing {} into the cache", file.display());
-    import_gguf(file, &dir, &ImportOptions::default(), &mut |_, _| {})?;
+    let bar = match what {
+        OfGguf::Description => progress::bytes("reading weights"),
+        OfGguf::Import(_) => progress::bytes("writing weights"),
+    };
+    let mut show = |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    };
+    match what {
+        OfGguf::Description => {
+            tracing::info!("reading {} for the first time", file.display());
+            refer_to_gguf(file, &dir, &mut show)?;
+        }
+        OfGguf::Import(dtype) => {
+            tracing::info!("importing {} into the cache, as {dtype}", file.display());
+            let options = ImportOptions {
+                dtype,
+                ..ImportOptions::default()
+            };
+            import_gguf(file, &dir, &options, &mut show)?;
+        }
+    }
+    bar.finish_and_clear();
     Ok(dir)
 }
 

@@ -91,10 +91,10 @@ impl Error {
         Problem::sentence("exists", message).exit(2).into()
     }
 
-    /// A quantised base, into which nothing can be merged exactly; exit code 4.
-    pub fn quantised(base: &Path, method: &str) -> Self {
+    /// A quantised base, into which nothing can be merged exactly, and what to do; exit code 4.
+    pub fn quantised(base: &Path, method: &str, fix: &str) -> Self {
         let message = format!(
-            "the base {} is quantised ({method}): an update cannot be merged into quantised weights; use the full-precision model",
+            "the base {} is quantised ({method}): an update cannot be merged into quantised weights; {fix}",
             quoted(base)
         );
         Problem::sentence("quantised-base", message).into()

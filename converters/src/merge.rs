@@ -259,9 +259,28 @@ fn base_tensor(base: &ModelFiles, name: &str) -> Result<Tensor> {
         .ok_or_else(|| Error::tensor(name, "not in the base"))
 }
 
+/// What to do with a base into which nothing can be merged.
+fn instead_of_merging(base: &ModelFiles) -> String {
+    match (base.gguf(), base.blocks()) {
+        (Some(file), _) => {
+            let file = file.display();
+            format!(
+                "import it with `monteclora import-gguf {file} -o DIR` and merge into DIR, or write the adapter for llama.cpp with \
+                 `monteclora convert ADAPTER --to gguf -m {file} -o adapter.gguf`"
+            )
+        }
+        (None, Some(_)) => "write the adapter for mlx-lm with `monteclora convert ADAPTER --to mlx -o DIR` and use it as it is or merge it with mlx_lm.fuse, or use the full-precision model".to_owned(),
+        (None, None) => "use the full-precision model".to_owned(),
+    }
+}
+
 fn check(base: &ModelFiles, adapter: &Adapter) -> Result<()> {
     if let Some(method) = base.quantization() {
-        return Err(Error::quantised(base.dir(), &method));
+        return Err(Error::quantised(
+            base.place(),
+            &method,
+            &instead_of_merging(base),
+        ));
     }
     adapter.require_fit(base)
 }

@@ -1,4 +1,4 @@
-//! A Hugging Face model directory: its safetensors files and its configuration, headers read, weights mapped.
+//! A Hugging Face model directory: its weights and its configuration, headers read, weights mapped.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,6 @@ use crate::json;
 use crate::targets::{LinearModule, OUTPUT_HEAD};
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::SafetensorsFile;
-use crate::tensors::shards::ShardSet;
 use crate::tensors::tensor::Tensor;
 
 mod beside;
@@ -19,19 +18,24 @@ mod check;
 pub(crate) mod instead;
 mod names;
 mod quantised;
+mod weights;
 
-pub(crate) use quantised::declared as declared_quantization;
+use weights::Weights;
+
+pub(crate) use quantised::{FIX as QUANTISED_FIX, declared as declared_quantization};
+pub(crate) use weights::is_read_in_blocks;
 
 /// The output head's weight, where it is not the embedding.
 pub(crate) const HEAD: &str = "lm_head.weight";
 
-/// A model in a directory: `model.safetensors`, or shards with or without `model.safetensors.index.json`.
+/// A model in a directory: `model.safetensors`, or shards with or without `model.safetensors.index.json`; or a directory that
+/// [`refer_to_gguf`](crate::gguf_base::refer_to_gguf) made.
 ///
 /// Tensors go by the names of transformers' modules, which in the files of some models have others; see [`Wrapper`].
 #[derive(Debug, Clone)]
 pub struct ModelFiles {
     dir: PathBuf,
-    weights: ShardSet,
+    weights: Weights,
     config: Map<String, Value>,
 }
 
@@ -45,13 +49,9 @@ impl ModelFiles {
         let dir = dir.as_ref();
         instead::require_dir(dir)?;
         let config = Self::read_config(dir)?;
-        let mut weights = ShardSet::open(dir, "model")?;
-        if let Some(wrapper) = Wrapper::of(&config) {
-            weights = weights.renamed(|name| wrapper.in_memory(name))?;
-        }
         Ok(Self {
             dir: dir.to_path_buf(),
-            weights,
+            weights: Weights::open(dir, &config)?,
             config,
         })
     }
@@ -75,12 +75,12 @@ impl ModelFiles {
 
     /// The weight files, in shard order.
     pub fn files(&self) -> &[PathBuf] {
-        &self.weights.paths
+        self.weights.paths()
     }
 
-    /// The opened weight files, in the order of [`Self::files`].
+    /// The opened weight files, in the order of [`Self::files`]; none where weights are in [blocks](Self::blocks).
     pub fn shards(&self) -> &[SafetensorsFile] {
-        &self.weights.shards
+        self.weights.shards()
     }
 
     /// The path of `config.json`.
@@ -96,6 +96,22 @@ impl ModelFiles {
     /// The decoder's `key` of `config.json`, which a model for several media has in `text_config`.
     pub fn decoder_key(&self, key: &str) -> Option<&Value> {
         architecture::entry(&self.config, key).1
+    }
+
+    /// What blocks of quantised values matrices are in, such as `GGUF, Q4_K and Q6_K`; none where they are stored as they are.
+    /// Such values are given as F32, and decoded when they are asked for.
+    pub fn blocks(&self) -> Option<String> {
+        self.weights.blocks()
+    }
+
+    /// The GGUF file that holds the weights, where the directory only refers to it.
+    pub fn gguf(&self) -> Option<&Path> {
+        self.weights.gguf()
+    }
+
+    /// What the user knows as the model: the GGUF file, or the directory.
+    pub fn place(&self) -> &Path {
+        self.gguf().unwrap_or(&self.dir)
     }
 
     /// Tensor names, sorted.

@@ -1,5 +1,6 @@
 //! Tensors as bytes, and the containers that hold them: safetensors, its shards, and GGUF.
 
+pub(crate) mod blocks;
 pub(crate) mod compare;
 pub(crate) mod derived;
 pub(crate) mod dtype;

@@ -1,20 +1,29 @@
 //! The base that an adapter was trained on: what training records of it, and whether another directory holds the same weights.
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::adapter::Adapter;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model_files::ModelFiles;
 use crate::problem::Problem;
 use crate::tensors::tensor::Tensor;
 
-/// Bytes of each end of a file that go into a fingerprint.
-const END: usize = 1 << 20;
+/// Keys of config.json that say nothing about what a model computes.
+const STORAGE_KEYS: [&str; 6] = [
+    "_name_or_path",
+    "dtype",
+    "quantization",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+];
+
+/// Elements of each tensor that go into a fingerprint.
+const FINGERPRINTED: usize = 16;
 
 /// Matrices that a sample is taken of, at most.
 const SAMPLED: usize = 32;
@@ -25,29 +34,30 @@ const ELEMENTS: usize = 4;
 /// bfloat16, the coarsest element type that weights are cast to, rounds by at most 2^-8 of an element.
 const SAME: f64 = 0.005;
 
-/// Identity of a base's files without reading all of them: SHA-256 over config.json and, for every weight file, its length and its
-/// first and last MiB (the first holds every tensor's name, type, shape and place).
+/// Identity of a base's weights without reading all of them: SHA-256 over config.json and, for every tensor, its name, its shape and
+/// some of its values as float32.
 ///
-/// The same weights of another element type, in other files, or with a config.json that is written otherwise have another one: see
-/// [`base_sample`].
-///
-/// # Errors
-/// The files cannot be read.
-pub fn base_fingerprint(files: &ModelFiles) -> io::Result<String> {
+/// It is the same whatever files and blocks hold the values, so that a GGUF file and its float32 import have one. What says how
+/// values are stored, and which program wrote them, is left out of config.json. The same weights rounded to another element type
+/// have another fingerprint: see [`base_sample`].
+pub fn base_fingerprint(files: &ModelFiles) -> String {
     let mut hasher = Sha256::new();
-    hasher.update(std::fs::read(files.config_path())?);
-    for path in files.files() {
-        let mut file = File::open(path)?;
-        let length = file.metadata()?.len();
-        hasher.update(length.to_le_bytes());
-        let mut buffer = vec![0; END.min(usize::try_from(length).unwrap_or(END))];
-        file.read_exact(&mut buffer)?;
-        hasher.update(&buffer);
-        file.seek(SeekFrom::Start(length - buffer.len() as u64))?;
-        file.read_exact(&mut buffer)?;
-        hasher.update(&buffer);
+    let config: BTreeMap<_, _> = files.config().iter().collect();
+    for (key, value) in config {
+        if !STORAGE_KEYS.contains(&key.as_str()) {
+            hasher.update(format!("{key}={value}\n"));
+        }
     }
-    Ok(format!("{:x}", hasher.finalize()))
+    for name in files.names() {
+        let Some(tensor) = files.get(name) else {
+            continue;
+        };
+        hasher.update(format!("{name} {:?}\n", tensor.shape()));
+        for value in elements(&tensor, FINGERPRINTED) {
+            hasher.update(value.to_le_bytes());
+        }
+    }
+    format!("{:x}", hasher.finalize())
 }
 
 /// A few elements of a base's matrices, by which its weights are recognised whatever their element type and files; none if they are
@@ -56,7 +66,7 @@ pub fn base_sample(files: &ModelFiles) -> Vec<f32> {
     let chosen = sampled(files).into_iter();
     chosen
         .filter_map(|name| files.get(name))
-        .flat_map(|tensor| elements(&tensor))
+        .flat_map(|tensor| elements(&tensor, ELEMENTS))
         .collect()
 }
 
@@ -72,22 +82,17 @@ fn sampled(files: &ModelFiles) -> Vec<&str> {
     (0..n).map(|idx| names[idx * names.len() / n]).collect()
 }
 
-/// Where in `tensor` elements are sampled, all over it.
-fn places(tensor: &Tensor) -> impl Iterator<Item = usize> + use<> {
+/// Where in `tensor` so many elements are sampled, all over it.
+fn places(tensor: &Tensor, number: usize) -> impl Iterator<Item = usize> + use<> {
     let n_elements = tensor.n_elements();
-    (0..ELEMENTS).map(move |idx| (2 * idx + 1) * n_elements / (2 * ELEMENTS))
+    (0..number).map(move |idx| (2 * idx + 1) * n_elements / (2 * number))
 }
 
-/// The sampled elements of `tensor`.
-fn elements(tensor: &Tensor) -> Vec<f32> {
-    let (dtype, bytes) = (tensor.dtype(), tensor.bytes());
-    let element = |place: usize| {
-        let at = place * dtype.size();
-        let bytes = bytes.get(at..at + dtype.size())?.to_vec();
-        let element = Tensor::from_bytes(dtype, &[1], bytes).ok()?;
-        element.to_f32().ok()?.pop()
-    };
-    places(tensor).filter_map(element).collect()
+/// So many elements of `tensor`.
+fn elements(tensor: &Tensor, number: usize) -> Vec<f32> {
+    places(tensor, number)
+        .filter_map(|place| tensor.value(place))
+        .collect()
 }
 
 /// How far two samples are apart, relative to the first; none if they are not samples of models of one shape.
@@ -120,12 +125,11 @@ pub fn training_record(adapter: &Path) -> Option<Value> {
 /// merge or by its weights, or that the adapter was trained on another base, by its run.json. An adapter without a record, such as a
 /// collapsed one, and a base without one cannot be told and pass.
 ///
-/// The files are compared by [`base_fingerprint`]; where that differs, the weights by [`base_sample`], which older records lack.
+/// Bases are compared by [`base_fingerprint`]; where that differs, the weights by [`base_sample`], which older records lack.
 ///
 /// # Errors
-/// The base's files cannot be read, or an adapter's values.
+/// An adapter's values cannot be read.
 pub fn base_warnings(path: &Path, adapter: &Adapter, base: &ModelFiles) -> Result<Vec<Problem>> {
-    let unreadable = Error::io("read", base.dir());
     let record = training_record(path).unwrap_or_default();
     let trained = &record["base"];
     let sample: Vec<f32> = serde_json::from_value(trained["sample"].clone()).unwrap_or_default();
@@ -136,7 +140,7 @@ pub fn base_warnings(path: &Path, adapter: &Adapter, base: &ModelFiles) -> Resul
     if is_merged(adapter, base) || holds(adapter, &sample, &found_sample, base)? {
         return Ok(vec![Problem::new(
             "merged-base",
-            base.dir().display().to_string(),
+            base.place().display().to_string(),
             "the adapter is merged into this base already, so that it would count twice",
             "give the base without it, or leave the adapter out",
         )]);
@@ -144,13 +148,13 @@ pub fn base_warnings(path: &Path, adapter: &Adapter, base: &ModelFiles) -> Resul
     let Some(expected) = trained["fingerprint"].as_str() else {
         return Ok(Vec::new());
     };
-    let found = base_fingerprint(base).map_err(unreadable)?;
+    let found = base_fingerprint(base);
     if found == expected {
         return Ok(Vec::new());
     }
     let what = match sample.is_empty() {
         true => {
-            "other files, and the record does not say whether these hold other weights".to_owned()
+            "another one, and the record does not say by how much its weights differ".to_owned()
         }
         false => match difference(&sample, &found_sample) {
             Some(apart) if apart <= SAME => return Ok(Vec::new()),
@@ -164,7 +168,7 @@ pub fn base_warnings(path: &Path, adapter: &Adapter, base: &ModelFiles) -> Resul
         .map_or(String::new(), |revision| format!(" at {revision}"));
     Ok(vec![Problem::new(
         "other-base",
-        base.dir().display().to_string(),
+        base.place().display().to_string(),
         format!(
             "the adapter was trained on `{}`{revision} with fingerprint {}, this base has {}: {what}",
             trained["model_id"].as_str().unwrap_or("another base"),
@@ -194,8 +198,8 @@ fn holds(adapter: &Adapter, sample: &[f32], found: &[f32], base: &ModelFiles) ->
         let module = name.strip_suffix(".weight");
         let mut sites = adapter.sites.iter();
         match sites.find(|site| Some(site.name.as_str()) == module) {
-            Some(site) => updates.extend(site.delta_at(places(&tensor))?),
-            None => updates.extend(places(&tensor).map(|_| 0.0)),
+            Some(site) => updates.extend(site.delta_at(places(&tensor, ELEMENTS))?),
+            None => updates.extend(places(&tensor, ELEMENTS).map(|_| 0.0)),
         }
     }
     if found.len() != updates.len() {
@@ -288,10 +292,10 @@ mod tests {
         };
         assert_eq!(warning(&out, &base), None, "no record");
         let sample = base_sample(&base);
-        let fingerprint = base_fingerprint(&base).expect("reads");
+        let fingerprint = base_fingerprint(&base);
         assert!(sample.len() > 32 && sample.iter().any(|x| *x != 0.0));
         record(&fingerprint, None);
-        assert_eq!(warning(&out, &base), None, "the very files");
+        assert_eq!(warning(&out, &base), None, "the very base");
 
         let to = |name: &str| dir.path().join(name);
         let same = copy(&base, &to("same"), |_, tensor| tensor);
@@ -305,8 +309,11 @@ mod tests {
             Tensor::from_f32(tensor.shape(), changed.collect()).expect("a tensor")
         });
         record(&fingerprint, Some(&sample));
+        assert_eq!(base_fingerprint(&same), fingerprint);
+        for other in [&half, &brain] {
+            assert_ne!(base_fingerprint(other), fingerprint);
+        }
         for other in [&same, &half, &brain] {
-            assert_ne!(base_fingerprint(other).expect("reads"), fingerprint);
             assert_eq!(warning(&out, other), None, "{:?}", other.dir());
         }
         let text = warning(&out, &tuned).expect("other weights");
@@ -315,7 +322,7 @@ mod tests {
         // A record without a sample cannot tell, and says so.
         record("0123456789abcdef", None);
         for adapter in [&out, &checkpoint] {
-            let text = warning(adapter, &same).expect("other files");
+            let text = warning(adapter, &same).expect("another base");
             let named = "`org/base` at abc with fingerprint 0123456789ab";
             assert!(
                 text.contains(named) && text.contains("does not say"),
@@ -361,7 +368,7 @@ mod tests {
         std::fs::remove_file(merged.join(MERGE_RECORD)).expect("there");
         assert_eq!(codes(&open(&merged)), [""; 0]);
         let record = serde_json::json!({"base": {
-            "fingerprint": base_fingerprint(&base).expect("reads"), "sample": base_sample(&base),
+            "fingerprint": base_fingerprint(&base), "sample": base_sample(&base),
         }});
         std::fs::write(out.join("run.json"), record.to_string()).expect("written");
         assert_eq!(codes(&open(&merged)), ["merged-base"]);

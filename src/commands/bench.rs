@@ -8,9 +8,9 @@ use candle_core::{Device, Tensor};
 use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Preset};
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::product::{Factor, Product, sum_of_products};
-use monteclora_adapters::weights::{BF16, Bf16, Kind, Weight};
+use monteclora_adapters::weights::{AUTO_BF16, BF16, Bf16, Kind, Weight};
 use monteclora_adapters::{Precision, methods};
-use monteclora_converters::{AdapterConfig, Problem, TargetModules};
+use monteclora_converters::{AdapterConfig, ModelFiles, Problem, TargetModules};
 use serde_json::json;
 
 use super::{device, print, print_json, weight_type};
@@ -26,7 +26,8 @@ use crate::train::{AdamW, AdapterState};
 pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let (weights, precision) = match (args.bf16, args.model.options.dtype) {
         (false, dtype) => (weight_type(dtype)?, Precision::Single),
-        (true, DtypeChoice("auto" | "bf16")) => (&BF16, Precision::Bf16),
+        (true, DtypeChoice("auto")) => (&AUTO_BF16, Precision::Bf16),
+        (true, DtypeChoice("bf16")) => (&BF16, Precision::Bf16),
         (true, _) => {
             let message = "--bf16 holds the weights in bfloat16; leave out --dtype or give bf16";
             bail!(Problem::usage(message.to_owned()));
@@ -110,7 +111,9 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     // Kibibytes over 1e6, as PEFT's script reports `ru_maxrss`.
     let gb = |bytes: u64| bytes as f64 / 1024.0 / 1e6;
     let peak_gb = peak_memory_bytes().map(gb);
-    let estimate_gb = gb(estimate(args, &decoder, weights, &state).peak);
+    let files = (!args.random_weights).then(|| ModelFiles::open(&base.dir));
+    let estimate = estimate(args, &decoder, (weights, files.transpose()?), &state);
+    let estimate_gb = gb(estimate.peak);
     if args.json {
         return print_json(&json!({
             "method": name,
@@ -136,7 +139,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
 fn estimate(
     args: &BenchTrainArgs,
     decoder: &Decoder,
-    kind: &Kind,
+    (kind, files): (&Kind, Option<ModelFiles>),
     state: &AdapterState,
 ) -> MemoryEstimate {
     let model = decoder.config();
@@ -144,7 +147,11 @@ fn estimate(
         .tensors()
         .into_iter()
         .map(|tensor| match tensor.shape[..] {
-            [rows, columns] => (kind.bytes)(rows, columns),
+            [rows, columns] => {
+                let stored = files.as_ref().and_then(|files| files.get(&tensor.name));
+                let blocks = stored.as_ref().and_then(|stored| stored.blocks());
+                (kind.bytes)(rows * columns, blocks)
+            }
             ref shape => size_of::<f32>() * shape.iter().product::<usize>(),
         });
     let sites: Vec<_> = state.modules.iter().map(|(_, m)| m.clone()).collect();

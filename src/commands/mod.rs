@@ -35,7 +35,7 @@ use std::io::Write;
 
 use anyhow::{Context, Result};
 use candle_core::Device;
-use monteclora_adapters::weights::{F32, Kind};
+use monteclora_adapters::weights::{AUTO, Kind};
 use monteclora_converters::Problem;
 use serde::Serialize;
 
@@ -141,7 +141,7 @@ pub(crate) fn device(cpu: bool) -> Result<Device> {
 /// How our decoder holds the base's weights; it computes in f32, and what it cannot do is refused rather than ignored.
 pub(crate) fn weight_type(dtype: DtypeChoice) -> Result<&'static Kind> {
     let holder = format!("--dtype {}: our decoder", dtype.0);
-    Ok(dtype.kind(&F32, &holder, "")?)
+    Ok(dtype.kind(&AUTO, &holder, "")?)
 }
 
 /// Writes what a command found to stdout: one JSON object, or text.

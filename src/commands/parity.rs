@@ -7,13 +7,13 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use candle_core::Device;
 use mistralrs_monteclora::{MonteCloraLoader, parse_in_situ_quant};
-use monteclora_converters::Problem;
+use monteclora_converters::{DType, Problem};
 
 use super::{device, numerical, show, weight_type};
 use crate::cli::{EngineArg, ParityArgs};
 use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
-use crate::eval::{Engines, Parity, Reference, compare};
-use crate::hub;
+use crate::eval::{Bases, Engines, Parity, Reference, compare};
+use crate::hub::{self, OfGguf};
 use crate::model::{open_base, read_shape};
 use crate::provenance::read_effective_on;
 
@@ -24,7 +24,7 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
     if args.chat {
         return chat::run(args);
     }
-    if weight_type(args.model.options.dtype)?.name != "f32" {
+    if !["auto", "f32"].contains(&weight_type(args.model.options.dtype)?.name) {
         bail!(Problem::usage(
             "parity compares in f32; use --dtype auto or f32"
         ));
@@ -41,6 +41,14 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
     let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
     let config = read_shape(&base.dir)?;
     let files = open_base(&base.dir)?;
+    let served = match files.gguf() {
+        Some(file) if args.engine != EngineArg::Ours => {
+            tracing::info!("mistral.rs computes on the import of `{}`", file.display());
+            let whole = OfGguf::Import(DType::F32);
+            hub::locate_as(&args.model.model_id, &args.model.options.hub(), whole)?.dir
+        }
+        _ => base.dir.clone(),
+    };
     let adapter = args
         .adapter
         .as_ref()
@@ -61,13 +69,17 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
         None => {
             let (text, limit) = match args.prompt.as_deref() {
                 Some(prompt) => (prompt, config.max_position_embeddings),
-                None => (BUILT_IN_TEXT, room_for_our_text(&base.dir, &device)?),
+                None => (BUILT_IN_TEXT, room_for_our_text(&served, &device)?),
             };
             vec![tokens(&base.dir, text, limit)?]
         }
     };
+    let bases = Bases {
+        ours: &base.dir,
+        mistralrs: &served,
+    };
     let report = compare(
-        &base.dir,
+        bases,
         args.adapter.as_deref().zip(adapter.as_ref()),
         &sequences,
         reference.as_ref(),

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use monteclora_converters::{
-    Adapter, LoraOptions, ModelFiles, ReadOptions, Site, files, format_named, jinja, read_as,
+    Adapter, DType, LoraOptions, ModelFiles, ReadOptions, Site, files, format_named, jinja, read_as,
 };
 use serde::Serialize;
 
@@ -19,7 +19,7 @@ use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
 use crate::data::Dataset;
 use crate::eval::Recital;
-use crate::hub::{self, HubOptions, Located};
+use crate::hub::{self, HubOptions, Located, OfGguf};
 use crate::model::{ActiveAdapter, Decoder, Generation};
 use crate::output::require_empty;
 use crate::progress::{self, TrainProgress};
@@ -177,7 +177,9 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
 /// The base, its name in serve.toml, and how it is trained.
 fn chosen(args: &QuickstartArgs) -> Result<(Located, &'static str, Recipe)> {
     if let Some(id) = &args.model_id {
-        let located = hub::locate(id, &HubOptions::default())?;
+        // mistral.rs serves it afterwards, from weights that are stored as they are.
+        let whole = OfGguf::Import(DType::F32);
+        let located = hub::locate_as(id, &HubOptions::default(), whole)?;
         return Ok((located, "base", SMOLLM2.recipe));
     }
     let model = SampleModel::find(&args.model).context("a model that the command line lists")?;
@@ -242,7 +244,7 @@ fn served(
     use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
 
     use crate::data::Message;
-    use crate::eval::{Engines, Opening, compare};
+    use crate::eval::{Bases, Engines, Opening, compare};
 
     tracing::info!("loading the collapsed adapter into mistral.rs");
     let base = prepared.base.dir.as_path();
@@ -254,7 +256,11 @@ fn served(
         isq: None,
     };
     let adapter = Some((paths.collapsed.as_path(), adapter));
-    let parity = compare(base, adapter, &sequences, None, &engines)?;
+    let bases = Bases {
+        ours: base,
+        mistralrs: base,
+    };
+    let parity = compare(bases, adapter, &sequences, None, &engines)?;
     report.parity = parity
         .compared
         .get("ours_vs_mistralrs")

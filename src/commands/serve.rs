@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use mistralrs_monteclora::{
-    AdapterSection, ConfigSource, Error as ServeError, ModelSection, ServeConfig, ServeFile, serve,
+    AdapterSection, ConfigSource, Error as ServeError, ModelSection, ServeConfig, ServeFile,
+    Wanted, serve,
 };
-use monteclora_converters::Problem;
+use monteclora_converters::{DType, Problem};
 
 use crate::allocator;
 use crate::cli::ServeArgs;
-use crate::hub::{self, HubOptions};
+use crate::hub::{self, HubOptions, OfGguf};
 
 pub(super) fn run(args: &ServeArgs) -> Result<()> {
     let config = configuration(args)?;
@@ -55,14 +56,27 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
         file.server.port = port;
     }
     let token_source = args.options.token_source.clone();
-    let locate = move |id: &str, revision: Option<&str>| -> Result<PathBuf, ServeError> {
+    let locate = move |wanted: &Wanted<'_>| -> Result<PathBuf, ServeError> {
         let options = HubOptions {
-            revision: revision.map(str::to_owned),
+            revision: wanted.revision.map(str::to_owned),
             token_source: token_source.clone(),
         };
-        hub::locate(id, &options)
-            .map(|located| located.dir)
-            .map_err(|error| ServeError::not_found(Path::new(id), format!("{error:#}")))
+        let dtype = match wanted.weights {
+            Some(held) if !held.in_full => DType::BF16,
+            _ => DType::F32,
+        };
+        let found = hub::locate_as(wanted.id, &options, OfGguf::Import(dtype));
+        let found = found
+            .map_err(|error| ServeError::not_found(Path::new(wanted.id), format!("{error:#}")))?;
+        if wanted.is_gguf() && wanted.weights.is_some_and(|held| !held.quantised) {
+            tracing::warn!(
+                "{}: mistral.rs holds its weights as {dtype}, decoded to `{}`; in serve.toml, in_situ_quant = \"4\" or \"8\" below \
+                 [models.quantization] keeps them small",
+                wanted.id,
+                found.dir.display()
+            );
+        }
+        Ok(found.dir)
     };
     let mut config = file.resolve(&locate)?;
     config.force = args.force;
@@ -71,11 +85,6 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
 }
 
 fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {
-    if model_id.ends_with(".gguf") {
-        bail!(Problem::usage(format!(
-            "serve does not load GGUF: run `monteclora import-gguf {model_id} -o DIR` and serve DIR"
-        )));
-    }
     let adapters = args
         .adapters
         .iter()

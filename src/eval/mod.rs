@@ -14,7 +14,7 @@ use monteclora_converters::Problem;
 pub use choices::{ChoiceRows, LengthNormalisation, log_likelihoods};
 pub use draws::posterior_draws;
 #[cfg(feature = "mistralrs")]
-pub use parity::{Agreement, Engines, Parity, Reference, compare};
+pub use parity::{Agreement, Bases, Engines, Parity, Reference, compare};
 pub use predict::{Answer, Answerer, ChoiceProbability, Question, Uncertainty};
 pub use recital::{Opening, Recital};
 pub use scores::{EvalOptions, Predictor, Scores, score};

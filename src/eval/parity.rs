@@ -86,12 +86,21 @@ impl Parity {
     }
 }
 
+/// Where each engine has the base from: mistral.rs only from a directory with weights of its own.
+#[derive(Debug, Clone, Copy)]
+pub struct Bases<'a> {
+    /// For our decoder.
+    pub ours: &'a Path,
+    /// For mistral.rs.
+    pub mistralrs: &'a Path,
+}
+
 /// Runs `sequences` through the engines, with and without the adapter where the reference knows both, and compares.
 ///
 /// # Errors
 /// Models that do not load; logits of different sizes.
 pub fn compare(
-    base: &Path,
+    bases: Bases<'_>,
     adapter: Option<(&Path, &Adapter)>,
     sequences: &[Vec<u32>],
     reference: Option<&Reference>,
@@ -110,7 +119,7 @@ pub fn compare(
     };
     let mut ours = None;
     if engines.ours {
-        let decoder = Decoder::load(base, &engines.device)?;
+        let decoder = Decoder::load(bases.ours, &engines.device)?;
         let active = match adapter {
             Some((_, adapter)) => {
                 ActiveAdapter::from_adapter(adapter, decoder.config(), decoder.device())?
@@ -129,12 +138,12 @@ pub fn compare(
     }
     if engines.mistralrs {
         let path = adapter.map(|(path, _)| path);
-        let logits = prompt_logits(&engines.loader(base, path)?, sequences)?;
+        let logits = prompt_logits(&engines.loader(bases.mistralrs, path)?, sequences)?;
         if let Some(expected) = expected {
             report.compare("mistralrs", &logits, expected, sequences)?;
         }
         if let Some(expected) = base_reference {
-            let plain = prompt_logits(&engines.loader(base, None)?, sequences)?;
+            let plain = prompt_logits(&engines.loader(bases.mistralrs, None)?, sequences)?;
             report.compare("mistralrs_base", &plain, expected, sequences)?;
         }
         if let Some(ours) = &ours {
@@ -143,7 +152,7 @@ pub fn compare(
         if let (Some((_, adapter)), Some(_)) = (adapter, engines.isq) {
             let dir = tempfile::tempdir().context("cannot create a temporary directory")?;
             let merged = dir.path().join("merged");
-            let (base, carried) = (ModelFiles::open(base)?, Carried::default());
+            let (base, carried) = (ModelFiles::open(bases.mistralrs)?, Carried::default());
             merge_dir(&base, adapter, &merged, Some(DType::F32), &carried)?;
             let merged = prompt_logits(&engines.loader(&merged, None)?, sequences)?;
             report.compare("merged_vs_mistralrs", &merged, &logits, sequences)?;

@@ -1,12 +1,9 @@
-//! GGUF base models imported: candle decodes their blocks, and their tokenizer is tried before anything is written.
+//! GGUF base models imported or referred to: their tokenizer is tried before anything is written.
 
-use std::borrow::Cow;
 use std::path::Path;
 
-use candle_core::Device;
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use monteclora_converters::Result;
-use monteclora_converters::gguf_base::{self, BLOCK_FORMATS, Tools};
+use monteclora_converters::gguf_base::{self, Tools};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -25,37 +22,24 @@ pub fn import_gguf(
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<ImportReport> {
-    let tools = Tools {
-        dequantize: &|ggml_type, bytes| {
-            let block_format = block_format(ggml_type).ok_or("not supported")?;
-            dequantize(bytes, block_format).map_err(|error| error.to_string())
-        },
-        check_tokenizer: &check_tokenizer,
-    };
-    gguf_base::import_gguf(file, out_dir, options, &tools, progress)
+    gguf_base::import_gguf(file, out_dir, options, &TOOLS, progress)
 }
 
-/// candle's name of a ggml type, which is the one reported.
-fn block_format(ggml_type: u32) -> Option<GgmlDType> {
-    use GgmlDType::{BF16, F16, F32, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-    let (_, name) = BLOCK_FORMATS
-        .iter()
-        .find(|(number, _)| *number == ggml_type)?;
-    [
-        F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K,
-    ]
-    .into_iter()
-    .find(|format| format!("{format:?}") == *name)
+/// Makes the new directory `out_dir` of everything but the weights, which stay in `file`; `progress` is told the bytes looked through.
+///
+/// # Errors
+/// As [`gguf_base::refer_to_gguf`].
+pub fn refer_to_gguf(
+    file: &Path,
+    out_dir: &Path,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<ImportReport> {
+    gguf_base::refer_to_gguf(file, out_dir, &TOOLS, progress)
 }
 
-/// Dequantises whole, aligned blocks.
-fn dequantize(bytes: &[u8], block_format: GgmlDType) -> candle_core::Result<Vec<f32>> {
-    let n_elements = bytes.len() / block_format.type_size() * block_format.block_size();
-    let storage = QStorage::from_data(Cow::Borrowed(bytes), &Device::Cpu, block_format)?;
-    QTensor::new(storage, n_elements)?
-        .dequantize(&Device::Cpu)?
-        .to_vec1()
-}
+const TOOLS: Tools<'static> = Tools {
+    check_tokenizer: &check_tokenizer,
+};
 
 /// Checks that a tokenizer.json loads, keeps the numbers of its added tokens and gives text back as it was.
 fn check_tokenizer(json: &Value) -> Vec<String> {

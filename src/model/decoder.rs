@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::Precision;
 use monteclora_adapters::noise::{Key, Purpose};
-use monteclora_adapters::weights::{F32, Kind};
+use monteclora_adapters::weights::{AUTO, Kind};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
 
@@ -20,7 +20,7 @@ use super::parts::head::Head;
 use super::parts::rotary::Rotation;
 use super::{Result, read_shape};
 
-/// A frozen decoder on one device: weights in f32 or bf16, norms and arithmetic in f32 unless [`Decoder::with_precision`] says
+/// A frozen decoder on one device: weights in f32, bf16 or blocks of quantised values, norms and arithmetic in f32 unless [`Decoder::with_precision`] says
 /// otherwise.
 #[derive(Debug)]
 pub struct Decoder {
@@ -141,12 +141,12 @@ pub struct PassOptions<'a> {
 }
 
 impl Decoder {
-    /// Loads a Hugging Face directory in float32 on `device`.
+    /// Loads a Hugging Face directory on `device`: in float32, but blocks of quantised values as they are.
     ///
     /// # Errors
     /// What [`read_shape`] and [`ModelFiles::check`] refuse.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        Self::load_as(dir, device, &F32)
+        Self::load_as(dir, device, &AUTO)
     }
 
     /// Loads a Hugging Face directory with embedding and projections held as `weights`.

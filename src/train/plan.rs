@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use monteclora_adapters::methods::{Module, Parameter};
+use monteclora_converters::Tensor;
 use serde::Serialize;
 
 use super::memory::{MemoryEstimate, MemoryInputs};
@@ -102,19 +103,10 @@ impl Prepared {
                 .files
                 .names()
                 .filter(|name| !self.files.is_beside(name))
-                .filter_map(|name| self.files.info(name))
-                .map(|(_, shape)| {
-                    let (columns, rows) = shape.split_last().unwrap_or((&1, &[]));
-                    (self.weights.bytes)(rows.iter().product(), *columns) as u64
-                })
+                .filter_map(|name| self.files.get(name))
+                .map(|tensor| self.held_bytes(&tensor))
                 .sum(),
-            base_bytes: self
-                .files
-                .files()
-                .iter()
-                .filter_map(|path| std::fs::metadata(path).ok())
-                .map(|metadata| metadata.len())
-                .sum(),
+            base_bytes: self.mapped_bytes(),
             sites,
             method: self.method.as_ref(),
             lengths,
@@ -123,6 +115,23 @@ impl Prepared {
             dropout: self.settings.lora_dropout > 0.0,
             gradient_checkpointing: self.settings.train.gradient_checkpointing,
         }
+    }
+
+    /// Bytes of the base's files that are mapped while the weights are read, and not afterwards: blocks that stay where they are
+    /// are counted with the weights.
+    fn mapped_bytes(&self) -> u64 {
+        let names = self.files.names();
+        let tensors = names.filter_map(|name| self.files.get(name));
+        let stored = |tensor: &Tensor| tensor.stored_bytes() as u64;
+        let copied = tensors.filter(|tensor| {
+            tensor.blocks().is_none() || self.held_bytes(tensor) != stored(tensor)
+        });
+        copied.map(|tensor| stored(&tensor)).sum()
+    }
+
+    /// Bytes of a weight that is made of a tensor of the base.
+    fn held_bytes(&self, tensor: &Tensor) -> u64 {
+        (self.weights.bytes)(tensor.n_elements(), tensor.blocks()) as u64
     }
 
     /// The memory of the run.

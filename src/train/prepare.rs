@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Device;
 use monteclora_adapters::Precision;
 use monteclora_adapters::methods::Method;
-use monteclora_adapters::weights::{BF16, F32, Kind};
+use monteclora_adapters::weights::{AUTO, AUTO_BF16, Kind};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::{file_sha256, sha256, write_json};
 use monteclora_converters::{
@@ -69,7 +69,7 @@ impl Prepared {
         for note in &run.notes {
             tracing::warn!("{note}");
         }
-        let auto = if run.train.bf16 { &BF16 } else { &F32 };
+        let auto = if run.train.bf16 { &AUTO_BF16 } else { &AUTO };
         let weights = (run.model.dtype).kind(auto, "[model] dtype: the trainer", "\"")?;
         let base = match base {
             Some(base) => base,
@@ -119,8 +119,7 @@ impl Prepared {
         let valid = run.data.valid.as_deref();
         let valid = valid.map(|path| open(path, Split::Valid)).transpose()?;
         let settings = TrainSettings::new(&run, max_seq_length);
-        let fingerprint = base_fingerprint(&files)
-            .with_context(|| format!("cannot read the weights in `{}`", base.dir.display()))?;
+        let fingerprint = base_fingerprint(&files);
         let chat_template_sha256 = encoder.template().map(|t| sha256(t.content().as_bytes()));
         let tokenizer_sha256 = file_sha256(&base.dir.join("tokenizer.json"));
         let identity = Identity::new(

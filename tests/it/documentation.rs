@@ -1,5 +1,6 @@
 //! The documentation is what the program does: the configuration references are generated from the code, the tutorial runs.
 
+mod memory;
 mod reference;
 
 use std::fmt::Write;

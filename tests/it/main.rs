@@ -5,6 +5,7 @@
 mod architectures;
 mod bases;
 mod beside;
+mod blocks;
 mod cli;
 mod data;
 mod decoder;

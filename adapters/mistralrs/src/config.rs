@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::field_names::field_names;
 
 pub use limits::LimitsSection;
-pub use resolve::{Locate, ModelConfig, ServeConfig, TlsFiles, local_only};
+pub use resolve::{Held, Locate, ModelConfig, ServeConfig, TlsFiles, Wanted, local_only};
 
 /// `serve.toml` as written, with mistral.rs `from-config` names.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]

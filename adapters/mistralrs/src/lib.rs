@@ -51,9 +51,9 @@ struct Readme;
 
 pub use application::{MonteCloraModel, MonteCloraModelBuilder, MonteCloraStream, Turn};
 pub use config::{
-    AdapterSection, AdminSection, AuthSection, DeviceSection, LimitsSection, Locate, ModelConfig,
-    ModelSection, QuantizationSection, RuntimeSection, ServeConfig, ServeFile, ServerSection,
-    TlsFiles, local_only,
+    AdapterSection, AdminSection, AuthSection, DeviceSection, Held, LimitsSection, Locate,
+    ModelConfig, ModelSection, QuantizationSection, RuntimeSection, ServeConfig, ServeFile,
+    ServerSection, TlsFiles, Wanted, local_only,
 };
 pub use engine::{Answer, ChatMessage, Engine, PromptLogits, prompt_logits};
 pub use error::{Error, Result};

@@ -320,6 +320,20 @@ impl MonteCloraLoader {
             [] => Error::from(error),
             problems => Error::unsupported(base, problems.to_vec()),
         })?;
+        if let Some(method) = files.quantization() {
+            let message = format!(
+                "the weights are quantised ({method}): an adapter cannot be merged into them"
+            );
+            let fix = match files.gguf() {
+                Some(_) => "give the .gguf file itself to `monteclora serve`, which imports it",
+                None => {
+                    "use the full-precision model, and in_situ_quant to quantise it while loading"
+                }
+            };
+            let at = files.place().display().to_string();
+            let problem = Problem::new("quantised-base", at, message, fix);
+            return Err(Error::unsupported(base, vec![problem]));
+        }
         // On other devices attention and caches are others.
         let on_cpu = self.device.is_cpu() && self.paged_attention.is_none();
         let normalised = normalise(files.config(), on_cpu)

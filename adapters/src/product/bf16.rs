@@ -39,6 +39,8 @@ pub(crate) struct Matrix<'a> {
     pub stride: usize,
     /// Whether the factor is the transpose of what is in memory.
     pub transposed: bool,
+    /// Rows and columns of the factor that come before those in memory.
+    pub skipped: (usize, usize),
 }
 
 /// Proof that the processor has the instructions.
@@ -86,11 +88,18 @@ impl Kernel {
         PackedRows { data, rows, depth }
     }
 
-    /// `destination[:, columns] = scale * lhs rhs[:, columns]`, or `+=` with `accumulate`; rows of the destination are
-    /// `n` apart. Each element is summed in an order that depends on the inner size alone.
+    /// The parts of an inner size of `k` that are multiplied one after the other.
+    pub(crate) fn depths(self, k: usize) -> impl Iterator<Item = Range<usize>> {
+        (0..k)
+            .step_by(DEPTH)
+            .map(move |from| from..k.min(from + DEPTH))
+    }
+
+    /// `destination[:, columns] = scale * lhs[:, depth] rhs[depth, columns]`, or `+=` with `accumulate`; rows of the destination are
+    /// `n` apart. With the [`depths`](Self::depths) in turn, each element is summed in an order that depends on the inner size alone.
     ///
     /// # Panics
-    /// When `rhs` holds fewer than the inner size of rows or `columns.end` columns.
+    /// When `rhs` holds fewer rows or columns.
     ///
     /// # Safety
     /// `destination` must hold the left factor's rows of `n >= columns.end` floats; nobody else may use `columns` of them.
@@ -102,42 +111,44 @@ impl Kernel {
         self,
         lhs: &PackedRows,
         rhs: Matrix<'_>,
+        depth: Range<usize>,
         columns: Range<usize>,
         destination: *mut f32,
         n: usize,
         accumulate: bool,
         scale: f32,
     ) {
-        let mut packed = vec![0u32; lhs.pairs().min(DEPTH / 2) * PANEL];
-        for from in (0..lhs.depth).step_by(DEPTH) {
-            let depth = from..lhs.depth.min(from + DEPTH);
-            let pairs = depth.len().div_ceil(2);
-            for start in columns.clone().step_by(PANEL) {
-                let columns = start..columns.end.min(start + PANEL);
-                // SAFETY: the processor has the instructions, as `self` proves.
-                unsafe {
-                    if rhs.transposed {
-                        pack_transposed(rhs, depth.clone(), columns.clone(), &mut packed);
-                    } else {
-                        pack_plain(rhs, depth.clone(), columns.clone(), &mut packed);
-                    }
+        let from = depth.start;
+        let pairs = depth.len().div_ceil(2);
+        let mut packed = vec![0u32; pairs * PANEL];
+        let (above, before) = rhs.skipped;
+        let inner = depth.start - above..depth.end - above;
+        for start in columns.clone().step_by(PANEL) {
+            let columns = start..columns.end.min(start + PANEL);
+            let stored = columns.start - before..columns.end - before;
+            // SAFETY: the processor has the instructions, as `self` proves.
+            unsafe {
+                if rhs.transposed {
+                    pack_transposed(rhs, inner.clone(), stored, &mut packed);
+                } else {
+                    pack_plain(rhs, inner.clone(), stored, &mut packed);
                 }
-                for (index, panel) in lhs.data.chunks_exact(lhs.pairs() * ROWS).enumerate() {
-                    let row = index * ROWS;
-                    let left = &panel[from / 2 * ROWS..(from / 2 + pairs) * ROWS];
-                    // SAFETY: the instructions exist, and the rows and columns lie in the destination by the caller's
-                    // promise; it is read only where it was written, by the caller or for the part of the sum before.
-                    unsafe {
-                        tile(
-                            left,
-                            &packed[..pairs * PANEL],
-                            destination.add(row * n + start),
-                            n,
-                            (ROWS.min(lhs.rows - row), columns.len()),
-                            accumulate || from > 0,
-                            scale,
-                        );
-                    }
+            }
+            for (index, panel) in lhs.data.chunks_exact(lhs.pairs() * ROWS).enumerate() {
+                let row = index * ROWS;
+                let left = &panel[from / 2 * ROWS..(from / 2 + pairs) * ROWS];
+                // SAFETY: the instructions exist, and the rows and columns lie in the destination by the caller's
+                // promise; it is read only where it was written, by the caller or for the part of the sum before.
+                unsafe {
+                    tile(
+                        left,
+                        &packed,
+                        destination.add(row * n + start),
+                        n,
+                        (ROWS.min(lhs.rows - row), columns.len()),
+                        accumulate,
+                        scale,
+                    );
                 }
             }
         }

@@ -22,6 +22,9 @@ const PIECE_ROWS: usize = 16;
 /// Columns a piece of fewer rows has at least: `gemm` sums a single row in another order up to 256 of them.
 const FEW_ROWS_PIECE_FROM: usize = 272;
 
+/// Columns of the widest vector.
+const VECTOR: usize = 16;
+
 /// Inner size up to which a product is computed at once; see [`depth_at_a_time`].
 const DEPTH: usize = 2048;
 
@@ -43,12 +46,12 @@ enum Operands<'a> {
         rounded: Option<Vec<f32>>,
         right: Option<Lent<'a, f32>>,
     },
-    /// Both in bf16, for the processor's own instruction.
+    /// Both in bf16, for the processor's own instruction; a right factor that is not lent is decoded.
     #[cfg(target_arch = "x86_64")]
     Bf16 {
         kernel: Kernel,
         left: PackedRows,
-        right: Lent<'a, bf16>,
+        right: Option<Lent<'a, bf16>>,
     },
 }
 
@@ -85,7 +88,7 @@ impl<'a> Term<'a> {
             && narrow
             && !lhs.is_transposed()
             && let Some(kernel) = Kernel::detect()
-            && let Some(right) = weight.lend_bf16()
+            && let Some(right) = in_memory(weight.access_bf16())
         {
             let left = kernel.pack_rows(&left, (m, k));
             return term(Operands::Bf16 {
@@ -94,10 +97,8 @@ impl<'a> Term<'a> {
                 right,
             });
         }
-        let right = match weight.access() {
-            Access::Lent(values) => Some(values),
-            Access::Widened => None,
-            Access::Elsewhere => return Ok(None),
+        let Some(right) = in_memory(weight.access()) else {
+            return Ok(None);
         };
         term(Operands::Single {
             rounded: narrow.then(|| round(&left)),
@@ -106,8 +107,29 @@ impl<'a> Term<'a> {
         })
     }
 
+    /// Whether a piece of the right factor is written to memory before it is multiplied.
     fn is_widened(&self) -> bool {
-        matches!(self.operands, Operands::Single { right: None, .. })
+        match &self.operands {
+            Operands::Single { right, .. } => right.is_none(),
+            #[cfg(target_arch = "x86_64")]
+            Operands::Bf16 { right, .. } => right.is_none(),
+        }
+    }
+
+    /// Columns of the result at whose multiples cuts make nothing be decoded twice.
+    fn block(&self) -> usize {
+        match self.product.rhs.is_transposed() {
+            true => 1,
+            false => self.product.rhs.matrix().block(),
+        }
+    }
+
+    /// Rows and columns of the right factor as they lie in memory.
+    fn stored(&self, rows: Range<usize>, columns: Range<usize>) -> (Range<usize>, Range<usize>) {
+        match self.product.rhs.is_transposed() {
+            true => (columns, rows),
+            false => (rows, columns),
+        }
     }
 
     /// Rows `rows` and columns `columns` of the right factor; `buffer` is for those that are widened.
@@ -119,12 +141,7 @@ impl<'a> Term<'a> {
         buffer: &'b mut Vec<f32>,
     ) -> Strided<'b> {
         let transposed = self.product.rhs.is_transposed();
-        // As it lies in memory.
-        let (rows, columns) = if transposed {
-            (columns, rows)
-        } else {
-            (rows, columns)
-        };
+        let (rows, columns) = self.stored(rows, columns);
         let (data, stride) = match lent {
             Some(values) => {
                 let from = rows.start * self.stride + columns.start;
@@ -144,6 +161,15 @@ impl<'a> Term<'a> {
         } else {
             Strided::rows(data, stride)
         }
+    }
+}
+
+/// What is lent, or nothing of what comes in pieces; `None` of what is elsewhere.
+fn in_memory<T>(access: Access<'_, T>) -> Option<Option<Lent<'_, T>>> {
+    match access {
+        Access::Lent(values) => Some(Some(values)),
+        Access::Pieces => Some(None),
+        Access::Elsewhere => None,
     }
 }
 
@@ -171,12 +197,13 @@ pub(super) fn sum_in_pieces(
     let start = lent.as_ref().and_then(Option::as_deref);
     let mut sum: Vec<f32> = Vec::with_capacity(m * n);
     let destination = Destination(sum.as_mut_ptr());
-    let pieces = n_pieces((m, n), &terms);
+    let at = cuts_at(&terms);
+    let pieces = n_pieces((m, n), &terms, at);
     if pieces == 1 {
         piece(&destination, (m, n), 0..n, start, &terms, true);
     } else {
         (0..pieces).into_par_iter().for_each(|index| {
-            let columns = cut(index, pieces, n)..cut(index + 1, pieces, n);
+            let columns = cut(index, pieces, (n, at))..cut(index + 1, pieces, (n, at));
             piece(&destination, (m, n), columns, start, &terms, false);
         });
     }
@@ -190,22 +217,28 @@ pub(super) fn sum_in_pieces(
 /// `gemm` sums an element in an order that depends on the inner size alone, except for very small results, which are not cut; so
 /// where the cuts lie changes no bit, and tests compare thread counts and kinds of weights. Pieces beat `gemm`'s own threads
 /// because it packs the left factor on one of them.
-fn n_pieces((m, n): (usize, usize), terms: &[Term<'_>]) -> usize {
+fn n_pieces((m, n): (usize, usize), terms: &[Term<'_>], at: usize) -> usize {
     let threads = rayon::current_num_threads();
     let work: usize = terms.iter().map(|term| m * n * term.k).sum();
     let most = (n / PIECE_FROM).max(1);
     if terms.iter().any(Term::is_widened) {
         // The cuts bound the memory for widened values too, so they do not depend on the threads.
         if m < PIECE_ROWS {
-            (n / FEW_ROWS_PIECE_FROM).max(1)
+            (n / FEW_ROWS_PIECE_FROM.next_multiple_of(at)).max(1)
         } else {
-            most.min(2 * n.div_ceil(512))
+            most.min(2 * n.div_ceil(512)).min(n / at).max(1)
         }
     } else if work < PARALLEL_FROM || m < PIECE_ROWS || most < threads {
         1
     } else {
         threads
     }
+}
+
+/// At multiples of what the columns are cut: of the widest vector, and of blocks, so that none is decoded twice.
+fn cuts_at(terms: &[Term<'_>]) -> usize {
+    let blocks = terms.iter().map(Term::block);
+    blocks.max().unwrap_or(1).next_multiple_of(VECTOR)
 }
 
 /// How much of an inner size of `k` is multiplied at a time: for every kind of weight the same, since it is the order of the
@@ -218,12 +251,12 @@ fn depth_at_a_time(k: usize) -> usize {
     }
 }
 
-/// Where piece `index` begins: cuts at multiples of the widest vector.
-fn cut(index: usize, pieces: usize, n: usize) -> usize {
+/// Where piece `index` of `n` columns begins: cuts at multiples of `at`.
+fn cut(index: usize, pieces: usize, (n, at): (usize, usize)) -> usize {
     if index == pieces {
         n
     } else {
-        index * n / pieces / 16 * 16
+        index * n / pieces / at * at
     }
 }
 
@@ -251,6 +284,8 @@ fn piece(
     }
     let mut accumulate = start.is_some();
     let mut widened = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    let mut narrowed = Vec::new();
     for term in terms {
         let scale = term.product.scale as f32;
         match &term.operands {
@@ -260,18 +295,40 @@ fn piece(
                 left,
                 right,
             } => {
-                let right = Matrix {
-                    data: right,
-                    stride: term.stride,
-                    transposed: term.product.rhs.is_transposed(),
-                };
-                let columns = columns.clone();
-                // SAFETY: the destination has m rows of n floats, of which this writes columns that no other piece touches, and
-                // reads them only once `accumulate` says they are written.
-                unsafe {
-                    kernel.product(left, right, columns, destination.0, n, accumulate, scale)
-                };
-                accumulate = true;
+                let transposed = term.product.rhs.is_transposed();
+                for depth in kernel.depths(term.k) {
+                    let (data, stride, skipped) = match right {
+                        Some(values) => (&**values, term.stride, (0, 0)),
+                        None => {
+                            let (rows, cols) = term.stored(depth.clone(), columns.clone());
+                            narrowed.resize(rows.len() * cols.len(), bf16::ZERO);
+                            let weight = term.product.rhs.matrix();
+                            weight.widen_bf16(rows, cols.clone(), &mut narrowed);
+                            (&*narrowed, cols.len(), (depth.start, columns.start))
+                        }
+                    };
+                    let right = Matrix {
+                        data,
+                        stride,
+                        transposed,
+                        skipped,
+                    };
+                    // SAFETY: the destination has m rows of n floats, of which this writes columns that no other piece
+                    // touches, and reads them only once `accumulate` says they are written.
+                    unsafe {
+                        kernel.product(
+                            left,
+                            right,
+                            depth,
+                            columns.clone(),
+                            destination.0,
+                            n,
+                            accumulate,
+                            scale,
+                        );
+                    }
+                    accumulate = true;
+                }
             }
             Operands::Single {
                 left,

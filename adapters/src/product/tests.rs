@@ -157,11 +157,11 @@ fn same_bytes_at_any_thread_count() -> Result<()> {
     Ok(())
 }
 
-/// A weight that does not lend what another one of the same values does.
+/// A weight that does not lend what another one of the same values does, in blocks of so many.
 #[derive(Debug)]
-struct Widening(Tensor);
+struct Pieces(Tensor, usize);
 
-impl Weight for Widening {
+impl Weight for Pieces {
     fn dims(&self) -> Result<(usize, usize)> {
         Weight::dims(&self.0)
     }
@@ -170,8 +170,32 @@ impl Weight for Widening {
         self.0.bytes()
     }
 
-    fn access(&self) -> Access<'_> {
-        Access::Widened
+    fn access(&self) -> Access<'_, f32> {
+        Access::Pieces
+    }
+
+    fn access_bf16(&self) -> Access<'_, half::bf16> {
+        match self.0.dtype() {
+            DType::BF16 => Access::Pieces,
+            _ => Access::Elsewhere,
+        }
+    }
+
+    fn widen_bf16(
+        &self,
+        rows: std::ops::Range<usize>,
+        columns: std::ops::Range<usize>,
+        out: &mut [half::bf16],
+    ) {
+        let mut wide = vec![0f32; out.len()];
+        self.widen(rows, columns, &mut wide);
+        for (out, value) in out.iter_mut().zip(wide) {
+            *out = half::bf16::from_f32(value);
+        }
+    }
+
+    fn block(&self) -> usize {
+        self.1
     }
 
     fn widen(
@@ -180,7 +204,12 @@ impl Weight for Widening {
         columns: std::ops::Range<usize>,
         out: &mut [f32],
     ) {
-        self.0.widen(rows, columns, out);
+        match self.0.dtype() {
+            DType::BF16 => Bf16::new(&self.0)
+                .expect("it is bf16")
+                .widen(rows, columns, out),
+            _ => self.0.widen(rows, columns, out),
+        }
     }
 
     fn tensor(&self) -> Result<Tensor> {
@@ -190,26 +219,59 @@ impl Weight for Widening {
 
 /// How a weight is held changes no bit: every kind is summed in one order.
 #[test]
-fn same_bytes_lent_and_widened() -> Result<()> {
-    for n in [5, 64, 200, 259, 576, 1100] {
+fn same_bytes_lent_and_in_pieces() -> Result<()> {
+    for (n, block) in [
+        (5, 1),
+        (64, 32),
+        (200, 1),
+        (259, 1),
+        (576, 32),
+        (768, 256),
+        (1100, 1),
+        (2048, 256),
+    ] {
         for k in [3, 300, 2048, 2049, 5000] {
             for m in [1, 2, 15, 16, 40] {
                 let x = matrix(m, k, 1.0);
                 let (w, v) = (matrix(n, k, 2.0), matrix(k, n, 3.0));
-                let (wide_w, wide_v) = (Widening(w.clone()), Widening(v.clone()));
-                let pairs: [[Factor<'_, dyn Weight>; 2]; 2] = [
-                    [Factor::Transposed(&w), Factor::Transposed(&wide_w)],
-                    [Factor::Plain(&v), Factor::Plain(&wide_v)],
+                let (w16, v16) = (Bf16::new(&w)?, Bf16::new(&v)?);
+                let pieces =
+                    |weight: &dyn Weight| Ok::<_, crate::Error>(Pieces(weight.tensor()?, block));
+                let (wide_w, wide_v) = (pieces(&w)?, pieces(&v)?);
+                let (short_w, short_v) = (pieces(&w16)?, pieces(&v16)?);
+                let pairs: [([Factor<'_, dyn Weight>; 2], Precision); 4] = [
+                    (
+                        [Factor::Transposed(&w), Factor::Transposed(&wide_w)],
+                        Precision::Single,
+                    ),
+                    (
+                        [Factor::Plain(&v), Factor::Plain(&wide_v)],
+                        Precision::Single,
+                    ),
+                    (
+                        [Factor::Transposed(&w16), Factor::Transposed(&short_w)],
+                        Precision::Bf16,
+                    ),
+                    (
+                        [Factor::Plain(&v16), Factor::Plain(&short_v)],
+                        Precision::Bf16,
+                    ),
                 ];
-                for factors in pairs {
-                    let [lent, widened] = factors.map(|rhs| {
-                        let sum = sum_of_products(None, &[Product::new(Factor::Plain(&x), rhs)])?;
-                        let values = sum.flatten_all()?.to_vec1::<f32>()?;
-                        Ok::<_, crate::Error>(
-                            values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
-                        )
-                    });
-                    assert_eq!(lent?, widened?, "{m} {n} {k}");
+                for (factors, precision) in pairs {
+                    // By the processor's own instruction, where it has one, and without it.
+                    for instruction in [true, false] {
+                        let [lent, held] = factors.map(|rhs| {
+                            let product = Product::new(Factor::Plain(&x), rhs);
+                            let product = [product.with_precision(precision)];
+                            let sum = sum_in_pieces(None, &product, (m, n), instruction)?;
+                            let sum = sum.expect("the factors are in memory").flatten_all()?;
+                            let values = sum.to_vec1::<f32>()?;
+                            Ok::<_, crate::Error>(
+                                values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
+                            )
+                        });
+                        assert_eq!(lent?, held?, "{m} {n} {k} {precision:?} {instruction}");
+                    }
                 }
             }
         }

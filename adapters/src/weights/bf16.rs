@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use monteclora_converters as formats;
 
-use super::{Access, Kind, Lent, Weight, lend};
+use super::{Access, Kind, Weight, lend};
 use crate::error::Result;
 use crate::simd::vectorised;
 
@@ -16,7 +16,7 @@ pub static KIND: Kind = Kind {
     name: "bf16",
     about: "bfloat16",
     help: "bfloat16",
-    bytes: |rows, columns| 2 * rows * columns,
+    bytes: |n_values, _| 2 * n_values,
     hold: |values, device| {
         let tensor = Tensor::from_vec(narrow(values)?, values.shape(), &Device::Cpu)?;
         Ok(Arc::new(Bf16(tensor.to_device(device)?)))
@@ -46,16 +46,16 @@ impl Weight for Bf16 {
         Weight::bytes(&self.0)
     }
 
-    fn access(&self) -> Access<'_> {
-        match self.lend_bf16() {
-            Some(_) => Access::Widened,
+    fn access(&self) -> Access<'_, f32> {
+        match lend::<bf16>(&self.0) {
+            Some(_) => Access::Pieces,
             None => Access::Elsewhere,
         }
     }
 
     fn widen(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
         let stride = self.0.dims().last().copied().unwrap_or_default();
-        let Some(values) = self.lend_bf16() else {
+        let Some(values) = lend::<bf16>(&self.0) else {
             return;
         };
         for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
@@ -71,8 +71,8 @@ impl Weight for Bf16 {
         }
     }
 
-    fn lend_bf16(&self) -> Option<Lent<'_, bf16>> {
-        lend(&self.0)
+    fn access_bf16(&self) -> Access<'_, bf16> {
+        lend(&self.0).map_or(Access::Elsewhere, Access::Lent)
     }
 
     fn tensor(&self) -> Result<Tensor> {

@@ -13,7 +13,7 @@ pub static KIND: Kind = Kind {
     name: "f32",
     about: "32 bits",
     help: "Single precision",
-    bytes: |rows, columns| 4 * rows * columns,
+    bytes: |n_values, _| 4 * n_values,
     hold: |values, device| {
         let tensor = Tensor::from_vec(values.to_f32()?, values.shape(), &Device::Cpu)?;
         Ok(Arc::new(tensor.to_device(device)?))
@@ -29,7 +29,7 @@ impl Weight for Tensor {
         self.elem_count() * self.dtype().size_in_bytes()
     }
 
-    fn access(&self) -> Access<'_> {
+    fn access(&self) -> Access<'_, f32> {
         lend(self).map_or(Access::Elsewhere, Access::Lent)
     }
 

@@ -1,6 +1,7 @@
 //! Frozen matrices, a file per kind of how they are held. Whoever computes with one knows only [`Weight`].
 
 mod bf16;
+mod blocks;
 mod f32;
 
 use std::fmt::Debug;
@@ -9,13 +10,15 @@ use std::ops::{Deref, Range};
 use std::sync::{Arc, RwLockReadGuard};
 
 use candle_core::{Device, Storage, Tensor, WithDType};
+use monteclora_converters::BlockMatrix;
 
 use crate::error::Result;
 
 pub use self::bf16::{Bf16, KIND as BF16};
+pub use self::blocks::{AUTO, AUTO_BF16, Blocks};
 pub use self::f32::KIND as F32;
 
-/// Every kind, the widest first.
+/// Every kind that can be asked for by name, the widest first.
 pub static KINDS: &[&Kind] = &[&F32, &BF16];
 
 /// One way of holding a frozen matrix.
@@ -27,8 +30,8 @@ pub struct Kind {
     pub about: &'static str,
     /// What a command's help says of it.
     pub help: &'static str,
-    /// Bytes that a matrix of so many rows and columns takes up.
-    pub bytes: fn(usize, usize) -> usize,
+    /// Bytes that so many values take up, which the file may have in blocks.
+    pub bytes: fn(usize, Option<&BlockMatrix>) -> usize,
     /// Makes a weight of a file's tensor `[rows, columns]` on a device.
     pub hold: fn(&monteclora_converters::Tensor, &Device) -> Result<Arc<dyn Weight>>,
 }
@@ -49,15 +52,23 @@ pub trait Weight: Debug + Send + Sync {
     fn bytes(&self) -> usize;
 
     /// How the CPU's products come by its values.
-    fn access(&self) -> Access<'_>;
+    fn access(&self) -> Access<'_, f32>;
 
     /// Writes the given part as f32, one row after the other, into `out`, which has its size. Any part may be asked for.
     fn widen(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]);
 
-    /// All values as bf16 in row-major order, where they lie so in the host's memory: products that are asked for in bf16 then
-    /// use the processor's own instruction.
-    fn lend_bf16(&self) -> Option<Lent<'_, half::bf16>> {
-        None
+    /// How they come by its values as bf16, if these are bf16: products that are asked for in it then use the processor's own
+    /// instruction.
+    fn access_bf16(&self) -> Access<'_, half::bf16> {
+        Access::Elsewhere
+    }
+
+    /// As [`Self::widen`] in bf16, where [`Self::access_bf16`] says so.
+    fn widen_bf16(&self, _rows: Range<usize>, _columns: Range<usize>, _out: &mut [half::bf16]) {}
+
+    /// Values of a row that are decoded together, so that parts which begin at multiples of it cost least.
+    fn block(&self) -> usize {
+        1
     }
 
     /// The matrix as candle's tensor of any float type, for devices' own products.
@@ -73,13 +84,13 @@ pub trait Weight: Debug + Send + Sync {
     }
 }
 
-/// How the CPU's products come by the values of a weight.
+/// How the CPU's products come by the values of a weight as numbers of type `T`.
 #[derive(Debug)]
-pub enum Access<'a> {
+pub enum Access<'a, T> {
     /// As they lie, in row-major order.
-    Lent(Lent<'a, f32>),
-    /// Piece by piece through [`Weight::widen`].
-    Widened,
+    Lent(Lent<'a, T>),
+    /// Piece by piece through [`Weight::widen`] or [`Weight::widen_bf16`].
+    Pieces,
     /// Not at all: they are on another device, or laid out otherwise.
     Elsewhere,
 }

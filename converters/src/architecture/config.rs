@@ -8,7 +8,7 @@ use super::{
     Activation, Factor, Family, ModelShape, Multiplier, Multipliers, SoftcapPlace, Wrapper,
 };
 use crate::error::{Error, Result};
-use crate::model_files::{ModelFiles, declared_quantization};
+use crate::model_files::{ModelFiles, QUANTISED_FIX, declared_quantization, is_read_in_blocks};
 use crate::problem::Problem;
 
 mod keys;
@@ -293,9 +293,11 @@ impl<'a> Keys<'a> {
     }
 
     fn refuse_quantised(&mut self) {
-        if let Some((key, method)) = declared_quantization(self.config) {
+        if let Some((key, method)) = declared_quantization(self.config)
+            && !is_read_in_blocks(self.config)
+        {
             let message = format!("the weights are quantised ({method})");
-            let fix = "use the full-precision checkpoint, or `import-gguf` for a GGUF file";
+            let fix = QUANTISED_FIX;
             self.refuse(key, message, fix);
         }
     }

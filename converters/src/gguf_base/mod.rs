@@ -1,7 +1,7 @@
 //! A GGUF base model turned into a Hugging Face directory: weights, configuration, tokenizer and chat template.
 //!
 //! What GGUF does not say is decided here and reported in [`ImportReport::notes`]; what cannot be decided is refused by
-//! name. The directory appears complete or not at all. Block formats and tokenizers are the caller's: see [`Tools`].
+//! name. The directory appears complete or not at all. Tokenizers are the caller's: see [`Tools`].
 
 mod bpe;
 mod keys;
@@ -9,6 +9,7 @@ mod metadata;
 mod model;
 mod options;
 mod pre_tokenizer;
+pub(crate) mod reference;
 mod rope;
 mod sentencepiece;
 mod source;
@@ -22,7 +23,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::architecture::ModelShape;
+use crate::architecture::{ModelShape, TensorShape};
 use crate::error::{Error, Result};
 use crate::files::{is_occupied, replace_dir, write_new_dir, write_text};
 use crate::problem::Problem;
@@ -50,18 +51,11 @@ impl Default for ImportOptions {
     }
 }
 
-/// The values of whole, aligned blocks of a ggml type, or why they cannot be told.
-pub type Dequantize = dyn Fn(u32, &[u8]) -> Result<Vec<f32>, String>;
-
 /// What this crate leaves to the caller's libraries; problems are told as text.
 pub struct Tools<'a> {
-    /// Asked for the types in [`BLOCK_FORMATS`] only.
-    pub dequantize: &'a Dequantize,
     /// What is wrong with a tokenizer.json.
     pub check_tokenizer: &'a dyn Fn(&Value) -> Vec<String>,
 }
-
-pub use source::BLOCK_FORMATS;
 
 /// What was imported, and what had to be decided.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -102,7 +96,50 @@ pub fn import_gguf(
     tools: &Tools<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<ImportReport> {
-    if !options.force && is_occupied(out_dir)? {
+    import(
+        file,
+        out_dir,
+        (options, options.force),
+        tools,
+        &mut |dir, base| weights::write(dir, base, options, progress),
+    )
+}
+
+/// As [`import_gguf`] in float32, but the weights stay in `file`: the directory refers to it, and [`ModelFiles`](crate::ModelFiles)
+/// decodes its blocks when they are asked for. `progress` is told the bytes that were looked through for values that are not finite.
+///
+/// # Errors
+/// As [`import_gguf`].
+pub fn refer_to_gguf(
+    file: &Path,
+    out_dir: &Path,
+    tools: &Tools<'_>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<ImportReport> {
+    let options = ImportOptions::default();
+    import(file, out_dir, (&options, false), tools, &mut |dir, base| {
+        weights::check(base, progress)?;
+        reference::write(dir, &base.source)
+    })
+}
+
+/// A file that holds a model.
+pub(crate) struct GgufBase {
+    pub(crate) source: GgufFile,
+    pub(crate) shape: ModelShape,
+    /// Its tensors in the order of their names.
+    pub(crate) plan: Vec<TensorShape>,
+}
+
+/// Writes everything but the weights, which `write` adds.
+fn import(
+    file: &Path,
+    out_dir: &Path,
+    (options, force): (&ImportOptions, bool),
+    tools: &Tools<'_>,
+    write: &mut dyn FnMut(&Path, &GgufBase) -> Result<()>,
+) -> Result<ImportReport> {
+    if !force && is_occupied(out_dir)? {
         let fix = "choose another directory or pass --force";
         return Err(Error::exists(out_dir, fix));
     }
@@ -131,12 +168,17 @@ pub fn import_gguf(
     ] {
         config.insert(key.to_owned(), value);
     }
+    let base = GgufBase {
+        source,
+        shape,
+        plan,
+    };
     let mut files = Vec::new();
     let fill = |dir: &Path| {
         write_json(dir, "config.json", &Value::Object(config))?;
         write_json(dir, "generation_config.json", &vocabulary.generation)?;
-        tokenizer::write(dir, &vocabulary, shape.max_position_embeddings)?;
-        weights::write(dir, &source, &plan, &shape, options, tools, progress)?;
+        tokenizer::write(dir, &vocabulary, base.shape.max_position_embeddings)?;
+        write(dir, &base)?;
         files = names_in(dir)?;
         let templates = dir.join(tokenizer::TEMPLATES);
         if templates.is_dir() {
@@ -146,17 +188,17 @@ pub fn import_gguf(
         }
         Ok::<(), Error>(())
     };
-    match options.force {
+    match force {
         true => replace_dir(out_dir, fill)?,
         false => write_new_dir(out_dir, fill)?,
     }
     Ok(ImportReport {
-        model_type: shape.family.model_type.to_owned(),
-        n_parameters: plan.iter().map(weights::n_elements).sum(),
-        n_tensors: plan.len(),
-        block_formats: source.block_formats(),
+        model_type: base.shape.family.model_type.to_owned(),
+        n_parameters: base.plan.iter().map(weights::n_elements).sum(),
+        n_tensors: base.plan.len(),
+        block_formats: base.source.block_formats(),
         dtype: dtype.to_owned(),
-        tie_word_embeddings: shape.tie_word_embeddings,
+        tie_word_embeddings: base.shape.tie_word_embeddings,
         files,
         notes: findings.notes,
     })

@@ -1,7 +1,8 @@
-//! The GGUF file as this import sees it: typed metadata, row-major shapes and the block formats that are read.
+//! The GGUF file as this import sees it: typed metadata and row-major shapes.
 
 use std::collections::BTreeMap;
 
+use crate::tensors::blocks::BlockFormat;
 use crate::tensors::ggml_type::{ggml_block, ggml_type_name};
 use crate::tensors::gguf::{GgufArray, GgufFile, GgufTensor, GgufValue};
 
@@ -67,8 +68,8 @@ impl GgufFile {
     pub(super) fn block_formats(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for tensor in self.names().filter_map(|name| self.tensor(name)) {
-            let name = block_format(tensor.ggml_type)
-                .map_or_else(|| ggml_type_name(tensor.ggml_type), str::to_owned);
+            let name = BlockFormat::find(tensor.ggml_type)
+                .map_or_else(|| ggml_type_name(tensor.ggml_type), |f| f.name.to_owned());
             *counts.entry(name).or_default() += 1;
         }
         counts
@@ -83,7 +84,7 @@ impl GgufTensor<'_> {
 
     /// Whether its blocks can be dequantised.
     pub(super) fn is_readable(&self) -> bool {
-        block_format(self.ggml_type).is_some()
+        BlockFormat::find(self.ggml_type).is_some()
     }
 
     /// Whether it is a vector in blocks of several elements, which cannot be reordered by rows.
@@ -102,27 +103,4 @@ impl GgufTensor<'_> {
                 .collect()
         })
     }
-}
-
-/// The block formats that are read: ggml's type numbers and their names. Q8_1 and Q8_K are intermediate forms that no file
-/// stores.
-pub const BLOCK_FORMATS: [(u32, &str); 13] = [
-    (0, "F32"),
-    (1, "F16"),
-    (2, "Q4_0"),
-    (3, "Q4_1"),
-    (6, "Q5_0"),
-    (7, "Q5_1"),
-    (8, "Q8_0"),
-    (10, "Q2K"),
-    (11, "Q3K"),
-    (12, "Q4K"),
-    (13, "Q5K"),
-    (14, "Q6K"),
-    (30, "BF16"),
-];
-
-fn block_format(ggml_type: u32) -> Option<&'static str> {
-    let mut known = BLOCK_FORMATS.iter();
-    known.find_map(|(number, name)| (*number == ggml_type).then_some(*name))
 }

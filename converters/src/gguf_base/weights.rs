@@ -1,24 +1,24 @@
-//! The weights: which tensor becomes which, dequantised and reordered a few megabytes at a time into safetensors files.
+//! The weights: which tensor becomes which, and all of them decoded a few megabytes at a time into safetensors files.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::rope::TENSORS;
-use super::{Findings, ImportOptions, Tools, write_json};
+use super::{Findings, GgufBase, ImportOptions, write_json};
 use crate::architecture::{ModelShape, TensorShape};
 use crate::error::{Error, Result};
 use crate::files::write_file;
-use crate::tensors::ggml_type::{REQUANTISE, ggml_block, ggml_type_name};
-use crate::tensors::gguf::{GgufFile, GgufTensor};
+use crate::tensors::blocks::{BlockFormat, BlockMatrix};
+use crate::tensors::ggml_type::{REQUANTISE, ggml_type_name};
+use crate::tensors::gguf::GgufFile;
 use crate::tensors::safetensors_write::{Slot, stream};
+use crate::tensors::tensor::Tensor;
 
-/// Elements dequantised at a time, about: 4 MB of float32.
+/// Elements decoded at a time, about: 4 MB of float32.
 const CHUNK_ELEMENTS: usize = 1 << 20;
-
-/// At least the alignment of every ggml block, which libraries insist on.
-const BLOCK_ALIGNMENT: usize = 16;
 
 /// Elements of a tensor.
 pub(super) fn n_elements(tensor: &TensorShape) -> u64 {
@@ -115,16 +115,85 @@ fn is_single(known: &HashSet<&str>, name: &str) -> bool {
     expert.parse::<usize>().is_ok() && known.contains(stacked.as_str())
 }
 
+/// A tensor of the model as the file has it: a matrix in its blocks, anything else decoded.
+fn tensor(base: &GgufBase, planned: &TensorShape) -> Result<Tensor> {
+    let GgufBase { source, shape, .. } = base;
+    let wrong = |message: &str| {
+        Error::malformed(source.path(), format!("{}: {message}", planned.gguf_name))
+    };
+    let found = source.tensor(&planned.gguf_name);
+    let found = found.ok_or_else(|| wrong("missing"))?;
+    let format = BlockFormat::find(found.ggml_type);
+    let format = format.ok_or_else(|| wrong("its block format is not supported"))?;
+    let (map, range) = source
+        .region(&planned.gguf_name)
+        .ok_or_else(|| wrong("missing"))?;
+    let (part, n_parts) = planned.part;
+    let length = range.len() / n_parts.max(1);
+    let from = range.start + part * length;
+    let head = planned.interleaved.then_some(shape.head_dim);
+    let dims = match (planned.shape.as_slice(), head) {
+        // A reordered vector is a column: its elements move one by one.
+        (&[n_values], Some(_)) => (n_values, 1),
+        (&[n_values], None) => (1, n_values),
+        (&[rows, columns], _) => (rows, columns),
+        (shape, _) => {
+            let (columns, rows) = shape.split_last().unwrap_or((&1, &[]));
+            (rows.iter().product(), *columns)
+        }
+    };
+    let blocks = BlockMatrix::ggml(format, (map, from..from + length), dims, head)
+        .ok_or_else(|| wrong("its bytes do not hold its values"))?;
+    if planned.shape.len() == 2 && planned.offset == 0.0 {
+        return Ok(Tensor::from_blocks(blocks));
+    }
+    let mut values = blocks.values();
+    if planned.offset != 0.0 {
+        values.iter_mut().for_each(|value| *value -= planned.offset);
+    }
+    Tensor::from_f32(&planned.shape, values)
+}
+
+/// Every tensor by its name.
+pub(super) fn tensors(base: &GgufBase) -> Result<BTreeMap<String, Tensor>> {
+    let plan = base.plan.iter();
+    plan.map(|planned| Ok((planned.name.clone(), tensor(base, planned)?)))
+        .collect()
+}
+
+/// Looks through all values for one that is not finite.
+pub(super) fn check(base: &GgufBase, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    let total = base.source.n_bytes();
+    let mut seen = 0;
+    progress(seen, total);
+    for planned in &base.plan {
+        let tensor = tensor(base, planned)?;
+        if let Some(position) = tensor.first_non_finite() {
+            return Err(non_finite(&base.source, planned, position));
+        }
+        seen += tensor.stored_bytes() as u64;
+        progress(seen, total);
+    }
+    Ok(())
+}
+
+fn non_finite(source: &GgufFile, planned: &TensorShape, position: usize) -> Error {
+    let row = position / planned.shape.last().copied().unwrap_or(1).max(1);
+    let message = format!(
+        "{}: the value in row {row} of the written tensor is not finite",
+        planned.gguf_name
+    );
+    Error::malformed(source.path(), message)
+}
+
 /// Writes model.safetensors, or its shards and their index.
 pub(super) fn write(
     dir: &Path,
-    source: &GgufFile,
-    plan: &[TensorShape],
-    shape: &ModelShape,
+    base: &GgufBase,
     options: &ImportOptions,
-    tools: &Tools<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
+    let GgufBase { source, plan, .. } = base;
     let n_bytes = |planned: &TensorShape| n_elements(planned) * options.dtype.size() as u64;
     let total = plan.iter().map(n_bytes).sum();
     let shards = split(plan, options.max_shard_bytes, n_bytes);
@@ -151,20 +220,19 @@ pub(super) fn write(
         write_file(&path, |writer| {
             stream(&path, writer, slots.collect(), &metadata, |slot, out| {
                 let planned = by_name[slot.name.as_str()];
-                let wrong = |message: String| {
-                    Error::malformed(source.path(), format!("{}: {message}", planned.gguf_name))
-                };
-                let tensor = source.tensor(&planned.gguf_name);
-                let tensor = tensor.ok_or_else(|| wrong("missing".to_owned()))?;
-                let head = planned.interleaved.then_some(shape.head_dim);
-                let mut rows = Rows::new(tensor, planned, head).map_err(wrong)?;
-                while let Some(values) = rows.next_chunk(tools).map_err(wrong)? {
-                    let bytes = options.dtype.encode(&values).unwrap_or_default();
+                let tensor = tensor(base, planned)?;
+                let mut position = 0;
+                for_each_chunk(&tensor, |values| {
+                    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                        return Err(non_finite(source, planned, position + at));
+                    }
+                    position += values.len();
+                    let bytes = options.dtype.encode(values).unwrap_or_default();
                     out.write_all(&bytes).map_err(Error::io("write", &path))?;
                     written += bytes.len() as u64;
                     progress(written, total);
-                }
-                Ok(())
+                    Ok(())
+                })
             })
         })?;
         let names = shard.iter().map(|planned| planned.name.clone());
@@ -174,6 +242,29 @@ pub(super) fn write(
         let index =
             json!({"metadata": {"total_size": total}, "weight_map": Value::Object(weight_map)});
         write_json(dir, "model.safetensors.index.json", &index)?;
+    }
+    Ok(())
+}
+
+/// All values of a tensor in their order, some rows at a time.
+fn for_each_chunk(tensor: &Tensor, mut write: impl FnMut(&[f32]) -> Result<()>) -> Result<()> {
+    let Some(blocks) = tensor.blocks() else {
+        return write(&tensor.to_f32()?);
+    };
+    let (n_rows, n_columns) = blocks.dims();
+    let at_a_time = (CHUNK_ELEMENTS / n_columns.max(1)).max(1);
+    let mut values = Vec::new();
+    for first in (0..n_rows).step_by(at_a_time) {
+        let last = n_rows.min(first + at_a_time);
+        values.resize((last - first) * n_columns, 0.0);
+        values
+            .par_chunks_mut(n_columns.max(1))
+            .enumerate()
+            .for_each(|(idx, out)| {
+                let row = first + idx;
+                blocks.decode(row..row + 1, 0..n_columns, out);
+            });
+        write(&values)?;
     }
     Ok(())
 }
@@ -198,139 +289,9 @@ fn split(
     shards
 }
 
-/// The row in llama.cpp's order that is row `row` in Hugging Face's, for heads of `head` rows.
-///
-/// Within a head of size d, Hugging Face's row `j d/2 + i` (j = 0, 1) is llama.cpp's row `2 i + j`.
-fn interleaved_row(row: usize, head: usize) -> usize {
-    let (start, within) = (row - row % head, row % head);
-    let (half, idx) = (within / (head / 2), within % (head / 2));
-    start + 2 * idx + half
-}
-
-/// The rows of one tensor, or of one of its parts, in the order they are written, some at a time.
-struct Rows<'a> {
-    ggml_type: u32,
-    bytes: &'a [u8],
-    /// What is subtracted from every value.
-    offset: f32,
-    /// Size of the heads whose rows are interleaved.
-    head: Option<usize>,
-    n_rows: usize,
-    row_elements: usize,
-    row_bytes: usize,
-    next_row: usize,
-    buffer: Vec<u8>,
-}
-
-impl<'a> Rows<'a> {
-    fn new(
-        tensor: GgufTensor<'a>,
-        planned: &TensorShape,
-        head: Option<usize>,
-    ) -> Result<Self, String> {
-        let (block, block_bytes) =
-            ggml_block(tensor.ggml_type).ok_or("its block format is not supported")?;
-        let shape = &planned.shape;
-        let row_elements = match (shape.as_slice(), head) {
-            // A reordered vector is a column: its elements move one by one.
-            ([_], Some(_)) => 1,
-            (shape, _) => shape.last().copied().unwrap_or(1),
-        };
-        let n_elements: usize = shape.iter().product();
-        let n_rows = n_elements.checked_div(row_elements).unwrap_or(0);
-        let row_bytes = row_elements / block * block_bytes;
-        let (part, n_parts) = planned.part;
-        let n_bytes = n_rows.checked_mul(row_bytes);
-        let whole = n_bytes.and_then(|n_bytes| n_bytes.checked_mul(n_parts));
-        let (Some(n_bytes), true) = (n_bytes, whole == Some(tensor.bytes.len())) else {
-            return Err(format!(
-                "{} bytes do not hold {n_parts} times {n_elements} values",
-                tensor.bytes.len()
-            ));
-        };
-        let bytes = tensor.bytes.get(part * n_bytes..(part + 1) * n_bytes);
-        Ok(Self {
-            ggml_type: tensor.ggml_type,
-            bytes: bytes.ok_or("part outside the tensor")?,
-            offset: planned.offset,
-            head,
-            n_rows,
-            row_elements,
-            row_bytes,
-            next_row: 0,
-            buffer: Vec::new(),
-        })
-    }
-
-    /// The values of the next rows, `None` at the end. Values that are not finite are an error.
-    fn next_chunk(&mut self, tools: &Tools<'_>) -> Result<Option<Vec<f32>>, String> {
-        let n_rows = (CHUNK_ELEMENTS / self.row_elements.max(1))
-            .max(1)
-            .min(self.n_rows - self.next_row);
-        if n_rows == 0 {
-            return Ok(None);
-        }
-        let length = n_rows * self.row_bytes;
-        self.buffer.resize(length + BLOCK_ALIGNMENT, 0);
-        let start = self
-            .buffer
-            .as_ptr()
-            .align_offset(BLOCK_ALIGNMENT)
-            .min(BLOCK_ALIGNMENT);
-        for idx in 0..n_rows {
-            let row = self.next_row + idx;
-            let row = self.head.map_or(row, |head| interleaved_row(row, head));
-            let begin = row * self.row_bytes;
-            let target = start + idx * self.row_bytes;
-            let bytes = self.bytes.get(begin..begin + self.row_bytes);
-            let bytes = bytes.ok_or("row outside the tensor")?;
-            self.buffer[target..target + self.row_bytes].copy_from_slice(bytes);
-        }
-        let blocks = &self.buffer[start..start + length];
-        let mut values = (tools.dequantize)(self.ggml_type, blocks)
-            .map_err(|error| format!("cannot be dequantised: {error}"))?;
-        if let Some(position) = values.iter().position(|value| !value.is_finite()) {
-            let row = self.next_row + position / self.row_elements;
-            return Err(format!(
-                "the value in row {row} of the written tensor is not finite"
-            ));
-        }
-        if self.offset != 0.0 {
-            values.iter_mut().for_each(|value| *value -= self.offset);
-        }
-        self.next_row += n_rows;
-        Ok(Some(values))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// What llama.cpp's converter does: reshape to [heads, 2, d/2], swap the last two axes.
-    fn permute(rows: &[usize], head_dim: usize) -> Vec<usize> {
-        let mut permuted = Vec::new();
-        for head in rows.chunks(head_dim) {
-            for idx in 0..head_dim / 2 {
-                permuted.extend([head[idx], head[head_dim / 2 + idx]]);
-            }
-        }
-        permuted
-    }
-
-    #[test]
-    fn interleaved_rows_are_where_llama_cpp_puts_them() {
-        for (heads, head_dim) in [(1, 2), (3, 4), (2, 6), (9, 64)] {
-            let rows: Vec<usize> = (0..heads * head_dim).collect();
-            let permuted = permute(&rows, head_dim);
-            let restored: Vec<usize> = rows
-                .iter()
-                .map(|row| permuted[interleaved_row(*row, head_dim)])
-                .collect();
-            assert_eq!(restored, rows);
-            assert!(head_dim == 2 || permuted != rows);
-        }
-    }
 
     #[test]
     fn shards_hold_every_tensor_once_in_order() {

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::quantised::FIX;
 use super::{HEAD, ModelFiles, names};
 use crate::architecture::{self, BODY, Bias, Family, ModelShape, WRAPPERS};
 use crate::error::{Error, Result};
@@ -15,7 +16,7 @@ mod sizes;
 
 impl ModelFiles {
     /// Whether the files hold the model that `config.json` describes: every tensor under its name, of its shape and of a type of
-    /// real numbers, and no other tensor but buffers that are computed anew. Returns what may be wrong although the model
+    /// real numbers (or in [blocks](Self::blocks) of them), and no other tensor but buffers that are computed anew. Returns what may be wrong although the model
     /// can be used. Of a family that is not known only the types are checked.
     ///
     /// Headers are read, and the data only of a head that is stored although it is the embedding.
@@ -23,11 +24,12 @@ impl ModelFiles {
     /// # Errors
     /// `quantised-base`; a refusal with everything else that is wrong.
     pub fn check(&self) -> Result<Vec<Problem>> {
-        if let Some(method) = self.quantization() {
+        if self.blocks().is_none()
+            && let Some(method) = self.quantization()
+        {
             let message = format!("the weights are quantised ({method})");
-            let fix = "use the full-precision model that it was made from";
             let at = format!("`{}`", self.dir().display());
-            return Err(Problem::new("quantised-base", at, message, fix).into());
+            return Err(Problem::new("quantised-base", at, message, FIX).into());
         }
         let mut warnings = architecture::unread(self.config());
         warnings.extend(self.beside());

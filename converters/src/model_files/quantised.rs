@@ -23,6 +23,10 @@ const MARKS: [(&str, &str); 14] = [
     ("_proj_scales", "MXFP4"),
 ];
 
+/// What to do with weights in blocks that are not read.
+pub(crate) const FIX: &str = "use the full-precision model that it was made from; a GGUF file (F16, Q8_0, Q4_0 to Q6_K) and a directory of \
+mlx-lm's affine 4 or 8 bits are read as they are";
+
 /// The key of config.json that says that the weights are quantised, and the method.
 pub(crate) fn declared(config: &Map<String, Value>) -> Option<(&'static str, String)> {
     let keys = ["quantization_config", "compression_config", "quantization"];
@@ -42,8 +46,11 @@ pub(crate) fn declared(config: &Map<String, Value>) -> Option<(&'static str, Str
 }
 
 impl ModelFiles {
-    /// How the weights are quantised, if they are: the method named in `config.json`, or what the tensors show.
+    /// How the weights are quantised, if they are: their blocks, the method named in `config.json`, or what the tensors show.
     pub fn quantization(&self) -> Option<String> {
+        if let Some(blocks) = self.blocks() {
+            return Some(blocks);
+        }
         if let Some((_, method)) = declared(self.config()) {
             return Some(method);
         }

@@ -228,6 +228,17 @@ impl GgufFile {
         })
     }
 
+    /// The mapped file, and where in it the data of the tensor called `name` lies.
+    pub(crate) fn region(&self, name: &str) -> Option<(Arc<Mmap>, Range<usize>)> {
+        let range = self.tensors.get(name)?.range.clone();
+        Some((Arc::clone(&self.map), range))
+    }
+
+    /// Bytes of the file.
+    pub(crate) fn n_bytes(&self) -> u64 {
+        self.map.len() as u64
+    }
+
     /// The tensor called `name` under a shape of as many elements, outermost first; its data stays mapped. `None` if there
     /// is no such tensor or its size is another.
     pub(crate) fn mapped(&self, name: &str, dtype: DType, shape: &[usize]) -> Option<Tensor> {

@@ -1,4 +1,4 @@
-//! A tensor as bytes: element type, shape and data that is mapped from a file, owned, or derived when asked for.
+//! A tensor as bytes: element type, shape and data that is mapped from a file, owned, or derived or decoded when asked for.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,6 +7,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
+use crate::tensors::blocks::BlockMatrix;
 use crate::tensors::derived::Derivation;
 use crate::tensors::dtype::DType;
 
@@ -23,6 +24,8 @@ enum Data {
         source: Arc<Tensor>,
         derivation: Derivation,
     },
+    /// Values of a matrix in blocks, as F32.
+    Blocks(BlockMatrix),
 }
 
 /// A tensor: row-major little-endian elements, not interpreted. Cloning copies no data, and a conversion is carried out
@@ -106,6 +109,30 @@ impl Tensor {
         }
     }
 
+    /// The values of a matrix in blocks, which are decoded when they are asked for.
+    pub(crate) fn from_blocks(blocks: BlockMatrix) -> Self {
+        let (rows, columns) = blocks.dims();
+        Self {
+            dtype: DType::F32,
+            shape: [rows, columns].into(),
+            data: Data::Blocks(blocks),
+        }
+    }
+
+    /// The blocks that the values are stored in, if they are; an element type of them is that of decoded values.
+    pub fn blocks(&self) -> Option<&BlockMatrix> {
+        match &self.data {
+            Data::Blocks(blocks) => Some(blocks),
+            _ => None,
+        }
+    }
+
+    /// Bytes that the values take up where they are stored.
+    pub fn stored_bytes(&self) -> usize {
+        self.blocks()
+            .map_or_else(|| self.n_bytes(), BlockMatrix::n_bytes)
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -124,6 +151,9 @@ impl Tensor {
             Data::Derived { source, derivation } => {
                 Cow::Owned(derivation.bytes(source, self.dtype, &self.shape))
             }
+            Data::Blocks(blocks) => {
+                Cow::Owned(self.dtype.encode(&blocks.values()).unwrap_or_default())
+            }
         }
     }
 
@@ -136,7 +166,7 @@ impl Tensor {
     pub(crate) fn is_mapped(&self) -> bool {
         match &self.data {
             Data::Mapped { .. } => true,
-            Data::Owned(_) => false,
+            Data::Owned(_) | Data::Blocks(_) => false,
             Data::Derived { source, derivation } => derivation.only_moves() && source.is_mapped(),
         }
     }
@@ -151,8 +181,22 @@ impl Tensor {
     /// # Errors
     /// If the type is not F64, F32, F16 or BF16.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
+        if let Data::Blocks(blocks) = &self.data {
+            return Ok(blocks.values());
+        }
         let wrong = || unfit(format!("{} cannot be read as real numbers", self.dtype));
         self.dtype.decode(&self.bytes()).ok_or_else(wrong)
+    }
+
+    /// The value at `index` in row-major order, as `f32`; none outside of the tensor or of a type that is no real number.
+    pub(crate) fn value(&self, index: usize) -> Option<f32> {
+        if let Data::Blocks(blocks) = &self.data {
+            return blocks.value(index);
+        }
+        let (bytes, size) = (self.bytes(), self.dtype.size());
+        let at = index.checked_mul(size)?;
+        let bytes = bytes.get(at..at.checked_add(size)?)?;
+        self.dtype.decode(bytes)?.pop()
     }
 
     /// The same values in another float type, converted when they are asked for.
@@ -235,6 +279,7 @@ impl Tensor {
             Data::Derived { source, derivation } if derivation.only_moves() => {
                 source.first_non_finite()
             }
+            Data::Blocks(blocks) => blocks.first_non_finite(),
             _ => self.dtype.first_non_finite(&self.bytes()),
         }
     }

@@ -56,14 +56,6 @@ fn llama_cpp_has(config: &Map<String, Value>) -> bool {
 
 pub(crate) fn import(file: &Path, out: &Path) -> Result<ImportReport> {
     let tools = Tools {
-        dequantize: &|ggml_type, bytes| {
-            assert_eq!(ggml_type, 0, "the converter writes float32");
-            let (values, _) = bytes.as_chunks::<4>();
-            Ok(values
-                .iter()
-                .map(|value| f32::from_le_bytes(*value))
-                .collect())
-        },
         check_tokenizer: &|_| Vec::new(),
     };
     import_gguf(file, out, &ImportOptions::default(), &tools, &mut |_, _| {})

@@ -100,7 +100,9 @@ impl Adapter {
     /// # Errors
     /// If a pattern of the configuration cannot be used.
     pub fn check_against(&self, base: &ModelFiles) -> Result<Vec<Problem>> {
-        if let Some(method) = base.quantization() {
+        if base.blocks().is_none()
+            && let Some(method) = base.quantization()
+        {
             let at = base.dir().display().to_string();
             let message = format!(
                 "the base is quantised ({method}), so its weights have other names and shapes"

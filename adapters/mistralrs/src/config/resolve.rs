@@ -16,8 +16,40 @@ use crate::loader::{MonteCloraLoader, check_public_name};
 use crate::quantisation::parse_in_situ_quant;
 use crate::quirks_0_8::prefix_cache;
 
-/// Finds a model or adapter that is not a local directory, given its id and revision.
-pub type Locate<'a> = dyn Fn(&str, Option<&str>) -> Result<PathBuf> + 'a;
+/// Finds what is wanted, as a directory.
+pub type Locate<'a> = dyn Fn(&Wanted<'_>) -> Result<PathBuf> + 'a;
+
+/// A model or an adapter that is no directory here.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// Hub id, or path of a file.
+    pub id: &'a str,
+    /// Branch, tag or commit on the Hub.
+    pub revision: Option<&'a str>,
+    /// Of a base: how the engine will hold its weights; none of an adapter.
+    pub weights: Option<Held>,
+}
+
+impl Wanted<'_> {
+    /// Whether it is a GGUF file that holds a base.
+    pub fn is_gguf(&self) -> bool {
+        self.weights.is_some() && is_gguf_name(Path::new(self.id))
+    }
+}
+
+fn is_gguf_name(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// How an engine holds the weights of a base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// Whether in 32 bits, and not in 16.
+    pub in_full: bool,
+    /// Whether they are quantised while they are loaded.
+    pub quantised: bool,
+}
 
 /// Name of the state file below the adapter root.
 const STATE_FILE_NAME: &str = ".monteclora-state.json";
@@ -107,14 +139,16 @@ impl ModelConfig {
 impl ServeFile {
     /// Checks everything that can be checked before loading, and finds models and adapters.
     ///
-    /// `locate` is asked for what is not a local path; for what may have to be fetched, only once everything else is right.
+    /// `locate` is asked for what is not a local path, and for GGUF files; for what may have to be fetched or imported, only once
+    /// everything else is right.
     ///
     /// # Errors
     /// [`Error::Problem`] with every wrong setting.
     pub fn resolve(&self, locate: &Locate<'_>) -> Result<ServeConfig> {
-        let without_fetching = |id: &str, revision: Option<&str>| match is_hub_id(id) {
-            true => Ok(PathBuf::from(id)),
-            false => locate(id, revision),
+        let without_fetching = |wanted: &Wanted<'_>| match is_hub_id(wanted.id) || wanted.is_gguf()
+        {
+            true => Ok(PathBuf::from(wanted.id)),
+            false => locate(wanted),
         };
         self.resolve_with(&without_fetching)?;
         self.resolve_with(locate)
@@ -310,24 +344,43 @@ impl ModelSection {
             let message = format!("there is no file `{}`", template.display());
             wrong.note(&format!("{at}.chat_template"), message);
         }
-        let mut find = |at: &str, id: &str, revision: Option<&str>| {
-            let local = Path::new(id);
-            if local.exists() {
+        let mut find = |at: &str, wanted: Wanted<'_>| {
+            let local = Path::new(wanted.id);
+            if local.exists() && !(wanted.is_gguf() && local.is_file()) {
                 return local.to_path_buf();
             }
-            locate(id, revision).unwrap_or_else(|error| {
+            locate(&wanted).unwrap_or_else(|error| {
                 wrong.note(at, error);
                 PathBuf::new()
             })
         };
-        let revision = self.revision.as_deref();
-        let base = find(&format!("{at}.model_id"), &self.model_id, revision);
+        let in_full = match dtype {
+            ModelDType::Auto => device.is_cpu(),
+            ModelDType::F32 => true,
+            ModelDType::F16 | ModelDType::BF16 => false,
+        };
+        let wanted = Wanted {
+            id: &self.model_id,
+            revision: self.revision.as_deref(),
+            weights: Some(Held {
+                in_full,
+                quantised: isq.is_some(),
+            }),
+        };
+        let base = find(&format!("{at}.model_id"), wanted);
         let mut sources = Vec::new();
         for (idx, adapter) in self.adapters.iter().enumerate() {
             let at = format!("{at}.adapters[{idx}].source");
             sources.push(match adapter.source.as_str() {
                 "" => None,
-                source => Some(find(&at, source, adapter.revision.as_deref())),
+                source => Some(find(
+                    &at,
+                    Wanted {
+                        id: source,
+                        revision: adapter.revision.as_deref(),
+                        weights: None,
+                    },
+                )),
             });
         }
         let mut adapters = Vec::new();
@@ -390,9 +443,9 @@ fn is_hub_id(id: &str) -> bool {
 ///
 /// # Errors
 /// Always [`Error::Problem`].
-pub fn local_only(id: &str, _revision: Option<&str>) -> Result<PathBuf> {
+pub fn local_only(wanted: &Wanted<'_>) -> Result<PathBuf> {
     let message = "there is no such directory";
-    Err(Error::not_found(Path::new(id), message))
+    Err(Error::not_found(Path::new(wanted.id), message))
 }
 
 /// The accelerator this build supports, or the CPU.

@@ -44,8 +44,8 @@ const COMPLETE: &str = r#"
         source = "out"
     "#;
 
-fn anywhere(id: &str, _: Option<&str>) -> Result<PathBuf> {
-    Ok(PathBuf::from("/found").join(id))
+fn anywhere(wanted: &Wanted<'_>) -> Result<PathBuf> {
+    Ok(PathBuf::from("/found").join(wanted.id))
 }
 
 fn parse(text: &str) -> Result<ServeFile, String> {
@@ -249,9 +249,9 @@ fn the_environment_overrides_the_file() {
 fn nothing_is_fetched_for_a_file_with_another_error() {
     let file = parse("[[models]]\nmodel_id = 'org/name'\ndtype = 'f8'\n[[models]]\nmodel_id = '/nowhere/at/all'\nname = 'b'")
         .expect("well-formed");
-    let fetch = |id: &str, _: Option<&str>| match id {
+    let fetch = |wanted: &Wanted<'_>| match wanted.id {
         "org/name" => panic!("fetched"),
-        id => local_only(id, None),
+        _ => local_only(wanted),
     };
     let error = file.resolve(&fetch).expect_err("wrong").to_string();
     assert!(

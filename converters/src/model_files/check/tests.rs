@@ -351,6 +351,20 @@ fn quantised_weights_are_told_by_what_lies_beside_them() {
     }
     let config = json!({"quantization": {"group_size": 64, "bits": 4}});
     one(config, nothing, "quantised-base", &["MLX, 4 bits"]);
+    for other in [
+        json!({"group_size": 64, "bits": 3}),
+        json!({"group_size": 32, "bits": 4, "mode": "mxfp4"}),
+        json!({"group_size": 64, "bits": 4, "model.layers.0.mlp.up_proj": {"group_size": 64, "bits": 6}}),
+    ] {
+        let expected = format!("MLX, {} bits", other["bits"]);
+        let config = json!({"quantization": other});
+        one(
+            config,
+            nothing,
+            "quantised-base",
+            &[&expected, "affine 4 or 8 bits"],
+        );
+    }
 }
 
 /// What a class of a family that is not known holds is not known either, but its types are.
