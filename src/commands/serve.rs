@@ -62,7 +62,7 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
             token_source: token_source.clone(),
         };
         let dtype = match wanted.weights {
-            Some(held) if !held.in_full => DType::BF16,
+            Some(held) if held.in_bf16 => DType::BF16,
             _ => DType::F32,
         };
         let found = hub::locate_as(wanted.id, &options, OfGguf::Import(dtype));

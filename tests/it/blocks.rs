@@ -3,17 +3,20 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
-use candle_core::{Device, Tensor};
 use monteclora::gguf_import::{ImportOptions, import_gguf, refer_to_gguf};
 use monteclora::model::{
     ActiveAdapter, Decoder, GenerationSettings, ModuleId, PassOptions, Sequences,
 };
 use monteclora_adapters::weights::{AUTO, AUTO_BF16, BF16, F32, Kind};
 use monteclora_adapters::{LowRank, Precision};
-use monteclora_converters::{BLOCK_FORMATS, ModelFiles, base_fingerprint};
+use monteclora_converters::{
+    BLOCK_FORMATS, ModelFiles, SafetensorsFile, Tensor, base_fingerprint, write_safetensors,
+};
 
 use crate::cli::{json, monteclora, ok, outcome, run, run_toml, text};
+use crate::fixtures::floats;
 
 fn below_data(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -87,14 +90,14 @@ fn both(file: &Path, dir: &Path) -> [PathBuf; 2] {
     [described, imported]
 }
 
-fn values(seed: f32, rows: usize, columns: usize) -> Tensor {
+fn values(seed: f32, rows: usize, columns: usize) -> candle_core::Tensor {
     let values: Vec<f32> = (0..rows * columns)
         .map(|idx| ((idx as f32 + seed) * 0.37).sin() * 0.1)
         .collect();
-    Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
+    candle_core::Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
 }
 
-fn bits(tensor: &Tensor) -> Vec<u32> {
+fn bits(tensor: &candle_core::Tensor) -> Vec<u32> {
     let flat = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     flat.iter().map(|value| value.to_bits()).collect()
 }
@@ -322,6 +325,9 @@ fn commands_take_the_file_as_they_take_its_import() {
         );
     }
     assert!(!merged.exists());
+    // What the refusal advises; the other half of it is done above.
+    let base = text(&imported);
+    ok(&["merge", "-m", base, "-a", text(&out), "-o", text(&merged)]);
 }
 
 /// Leaves out how long things took, and the path of the base.
@@ -401,4 +407,120 @@ fn the_plan_of_a_run_counts_blocks_as_they_are() {
     let size = file.metadata().unwrap().len();
     assert!(weights(&blocks) < size && weights(&blocks) > size / 2);
     assert!(weights(&dense) > 6 * weights(&blocks));
+}
+
+/// Directories that mlx-lm has quantised, with the values of their weights and its logits.
+fn of_mlx() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(below_data("mlx")).unwrap();
+    let mut found: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    found.retain(|path| path.join("base").is_dir());
+    found.sort();
+    assert!(found.len() >= 2);
+    found
+}
+
+/// The model as a directory of float32 weights.
+fn decoded(from: &Path, to: &Path) -> PathBuf {
+    std::fs::create_dir_all(to).unwrap();
+    let files = ModelFiles::open(from).unwrap();
+    let mut config = files.config().clone();
+    config.retain(|key, _| !key.starts_with("quantization"));
+    let config = serde_json::to_string(&config).unwrap();
+    std::fs::write(to.join("config.json"), config).unwrap();
+    let tensors = files.names().map(|name| {
+        let tensor = files.get(name).unwrap();
+        let values = Tensor::from_f32(tensor.shape(), tensor.to_f32().unwrap()).unwrap();
+        (name.to_owned(), values)
+    });
+    let path = to.join("model.safetensors");
+    write_safetensors(path, tensors, &Default::default()).unwrap();
+    to.to_owned()
+}
+
+#[test]
+fn what_mlx_lm_quantised_is_a_base_as_it_is() {
+    for dir in of_mlx() {
+        let name = dir.display().to_string();
+        let scratch = tempfile::tempdir().unwrap();
+        let (case, dir) = (&dir, dir.join("base"));
+        let files = ModelFiles::open(&dir).unwrap();
+        assert!(files.check().unwrap().is_empty(), "{name}");
+        assert!(files.blocks().unwrap().contains("MLX"), "{name}");
+        let reference = SafetensorsFile::open(case.join("reference.safetensors")).unwrap();
+        let mut n_blocks = 0;
+        for weight in reference.names() {
+            let found = files
+                .get(weight)
+                .unwrap_or_else(|| panic!("{name}: {weight}"));
+            assert_eq!(
+                found.to_f32().unwrap(),
+                floats(&reference, weight),
+                "{weight}"
+            );
+            n_blocks += usize::from(found.blocks().is_some());
+        }
+        assert!(n_blocks > 10, "{name}");
+        let dense = decoded(&dir, scratch.path());
+        assert_eq!(
+            base_fingerprint(&files),
+            base_fingerprint(&ModelFiles::open(&dense).unwrap())
+        );
+        let load = |dir: &Path, kind: &'static Kind, precision| {
+            let decoder = Decoder::load_as(dir, &Device::Cpu, kind).unwrap();
+            computed(&decoder.with_precision(precision))
+        };
+        let (single, bf16) = (Precision::Single, Precision::Bf16);
+        assert_eq!(
+            load(&dir, &AUTO, single),
+            load(&dense, &AUTO, single),
+            "{name}"
+        );
+        assert_eq!(
+            load(&dir, &AUTO_BF16, bf16),
+            load(&dense, &BF16, bf16),
+            "{name}"
+        );
+        // The logits of mlx-lm itself, whose sums are rounded to the type of its scales.
+        let expected = case.join("expected.safetensors");
+        let parity = json(&[
+            "parity",
+            "-m",
+            text(&dir),
+            "--engine",
+            "ours",
+            "--reference",
+            text(&expected),
+        ]);
+        let apart = parity["ours"]["max_abs_diff"].as_f64().unwrap();
+        assert!(apart < 1e-4, "{name}: {apart}");
+    }
+}
+
+#[test]
+fn a_base_of_mlx_is_not_merged_into_and_not_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = of_mlx().remove(0).join("base");
+    trained(dir.path(), &base, &[]);
+    let (adapter, merged) = (dir.path().join("out"), dir.path().join("merged"));
+    let adapter = text(&adapter);
+    let refused = run(&[
+        "merge",
+        "-m",
+        text(&base),
+        "-a",
+        adapter,
+        "-o",
+        text(&merged),
+    ]);
+    assert_eq!(refused.code, 4, "{}", refused.stderr);
+    for part in ["MLX, 4 bits", "mlx_lm.fuse", "--to mlx"] {
+        assert!(refused.stderr.contains(part), "{part}: {}", refused.stderr);
+    }
+    let written = dir.path().join("for-mlx");
+    ok(&["convert", adapter, "--to", "mlx", "-o", text(&written)]);
+    if cfg!(feature = "mistralrs") {
+        let refused = run(&["serve", "-m", text(&base)]);
+        assert_eq!(refused.code, 4, "{}", refused.stderr);
+        assert!(refused.stderr.contains("MLX, 4 bits"), "{}", refused.stderr);
+    }
 }

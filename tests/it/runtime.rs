@@ -257,6 +257,45 @@ pub(crate) fn serve_with(arguments: &[&str], variables: &[(&str, &str)]) -> Serv
     }
 }
 
+/// A GGUF file is imported once, in the type that the engine holds, and answers as its import does.
+#[test]
+fn a_gguf_file_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let file = root.join("tests/data/gguf/llama-every-type.gguf");
+    let file = file.to_str().unwrap();
+    let cache = dir.path().join("cache").display().to_string();
+    let client = reqwest::blocking::Client::new();
+    let answer = |arguments: &[&str], model: &str| -> String {
+        let server = serve_with(arguments, &[("MONTECLORA_CACHE", &cache)]);
+        let body =
+            serde_json::json!({"model": model, "prompt": "the", "max_tokens": 8, "temperature": 0});
+        let request = client.post(format!("{}/v1/completions", server.url));
+        let answer: serde_json::Value = request.json(&body).send().unwrap().json().unwrap();
+        answer["choices"][0]["text"].as_str().unwrap().to_owned()
+    };
+    let imports = || {
+        let models = std::fs::read_dir(dir.path().join("cache/models")).unwrap();
+        let mut sizes: Vec<u64> = models
+            .map(|model| model.unwrap().path().join("model.safetensors"))
+            .map(|weights| weights.metadata().unwrap().len())
+            .collect();
+        sizes.sort();
+        sizes
+    };
+    let found = answer(&["-m", file, "--cpu"], "llama-every-type.gguf");
+    let sizes = imports();
+    assert_eq!(sizes.len(), 1);
+    assert_eq!(
+        answer(&["-m", file, "--cpu"], "llama-every-type.gguf"),
+        found
+    );
+    assert_eq!(imports(), sizes, "imported once");
+    let imported = dir.path().join("imported").display().to_string();
+    crate::cli::ok(&["import-gguf", file, "-o", &imported]);
+    assert_eq!(answer(&["-m", &imported, "--cpu"], "imported"), found);
+}
+
 #[test]
 fn a_server_answers_from_base_and_alias() {
     let model = own().join("models/tiny-llama").display().to_string();

@@ -5,7 +5,7 @@
     python tests/reference/make_mlx_quantised.py OUT
 
 OUT/4bit has groups of 32, bf16 and a head of its own. OUT/8bit has groups of 64, f16, a tied head, one projection with 4 bits in groups of 32 and one that is
-not quantised. Beside the model of each lie `reference.safetensors`: every weight in float32, of quantised ones `scale * quant + bias` computed in float32;
+not quantised. The model is in `base`; beside it lie `reference.safetensors`: every weight in float32, of quantised ones `scale * quant + bias` computed in float32;
 and `expected.safetensors`: `input_ids` and the `logits` that mlx-lm computes in float32 from these weights. Equal bytes at every run.
 Prints how far `mx.dequantize` in the stored type is from the reference. Exits with 1 if in float32 it is not the same, bit for bit, on
 the CPU.
@@ -92,8 +92,10 @@ def whole_weights(directory):
     return found, farthest
 
 
-def write(directory, settings, dtype, bits, group, own, seed):
-    shutil.rmtree(directory, ignore_errors=True)
+def write(case, settings, dtype, bits, group, own, seed):
+    shutil.rmtree(case, ignore_errors=True)
+    directory = case / "base"
+    directory.mkdir(parents=True)
     model = random_model(settings, dtype, seed)
     predicate = (lambda path, _: own.get(path, True)) if own else None
     model, settings = quantize_model(model, settings, group, bits, quant_predicate=predicate)
@@ -103,7 +105,7 @@ def write(directory, settings, dtype, bits, group, own, seed):
         shutil.copy(TOKENIZER / name, directory)
 
     weights, farthest = whole_weights(directory)
-    save = lambda name, tensors: mx.save_safetensors(str(directory / name), tensors, metadata={"format": "mlx"})
+    save = lambda name, tensors: mx.save_safetensors(str(case / name), tensors, metadata={"format": "mlx"})
     save("reference.safetensors", {name: mx.array(value) for name, value in sorted(weights.items())})
     whole = Model(ModelArgs.from_dict(settings))
     whole.load_weights([(name, mx.array(value)) for name, value in weights.items()])
@@ -113,7 +115,7 @@ def write(directory, settings, dtype, bits, group, own, seed):
     loaded, _ = load_model(directory)
     difference = mx.abs(loaded(ids).astype(mx.float32) - logits).max().item()
     size = sum((directory / name).stat().st_size for name in ("model.safetensors", "config.json", "model.safetensors.index.json"))
-    print(f"{directory.name}: {size} bytes; mx.dequantize in {dtype} is off by {farthest:.1e} of the largest weight; "
+    print(f"{case.name}: {size} bytes; mx.dequantize in {dtype} is off by {farthest:.1e} of the largest weight; "
           f"largest logit {mx.abs(logits).max().item():.2f}, mlx-lm's from the quantised model in that type differ by {difference:.1e}")
 
 

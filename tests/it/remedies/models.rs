@@ -5,10 +5,28 @@ use std::path::{Path, PathBuf};
 use monteclora_converters::Adapter;
 use serde_json::{Value, json};
 
-use super::{Remedy, Run, data, told};
+use super::{By, Remedy, Run, data, told};
 use crate::cli::{copy, json as answer, ok, own_adapter, run, run_toml, text, tiny};
 
-pub(super) const REMEDIES: [Remedy; 14] = [
+pub(super) const REMEDIES: [Remedy; 17] = [
+    (
+        "import it with `monteclora import-gguf {file} -o DIR` and merge into DIR",
+        By(
+            "tests/it/blocks.rs",
+            "commands_take_the_file_as_they_take_its_import",
+        ),
+    ),
+    (
+        "write the adapter for mlx-lm with `monteclora convert ADAPTER --to mlx",
+        By(
+            "tests/it/blocks.rs",
+            "a_base_of_mlx_is_not_merged_into_and_not_served",
+        ),
+    ),
+    (
+        "give the .gguf file itself to `monteclora serve`",
+        By("tests/it/runtime.rs", "a_gguf_file_is_served"),
+    ),
     (
         "or no `template`; give a template with --chat-template",
         Run(another_template_is_given),

@@ -45,8 +45,8 @@ fn is_gguf_name(path: &Path) -> bool {
 /// How an engine holds the weights of a base.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Held {
-    /// Whether in 32 bits, and not in 16.
-    pub in_full: bool,
+    /// Whether as bfloat16, so that nothing is lost if the files hold no more than that.
+    pub in_bf16: bool,
     /// Whether they are quantised while they are loaded.
     pub quantised: bool,
 }
@@ -354,16 +354,16 @@ impl ModelSection {
                 PathBuf::new()
             })
         };
-        let in_full = match dtype {
-            ModelDType::Auto => device.is_cpu(),
-            ModelDType::F32 => true,
-            ModelDType::F16 | ModelDType::BF16 => false,
+        let in_bf16 = match dtype {
+            ModelDType::Auto => !device.is_cpu(),
+            ModelDType::BF16 => true,
+            ModelDType::F32 | ModelDType::F16 => false,
         };
         let wanted = Wanted {
             id: &self.model_id,
             revision: self.revision.as_deref(),
             weights: Some(Held {
-                in_full,
+                in_bf16,
                 quantised: isq.is_some(),
             }),
         };

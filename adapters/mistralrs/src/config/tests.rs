@@ -245,6 +245,45 @@ fn the_environment_overrides_the_file() {
     }
 }
 
+/// How weights will be held is said of bases alone, and files that are bases are asked for in the end only.
+#[test]
+fn what_is_wanted_says_how_weights_are_held() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let file = dir.path().join("model.GGUF");
+    fs::write(&file, b"GGUF").expect("written");
+    let asked = std::cell::RefCell::new(Vec::new());
+    let note = |wanted: &Wanted<'_>| {
+        let held = wanted.weights;
+        asked.borrow_mut().push((
+            wanted.is_gguf(),
+            held.map(|held| (held.in_bf16, held.quantised)),
+        ));
+        Ok(dir.path().to_path_buf())
+    };
+    let text = |dtype: &str, more: &str| {
+        format!(
+            "[[models]]\nmodel_id = {file:?}\ndtype = '{dtype}'\ndevice.cpu = true\n{more}\n[[models.adapters]]\nalias = 'a'\nsource = 'org/lora'"
+        )
+    };
+    for (dtype, more, expected) in [
+        ("auto", "", (false, false)),
+        ("f32", "quantization.in_situ_quant = '8'", (false, true)),
+        ("f16", "", (false, false)),
+        ("bf16", "", (true, false)),
+    ] {
+        asked.borrow_mut().clear();
+        parse(&text(dtype, more))
+            .expect("well-formed")
+            .resolve(&note)
+            .expect("consistent");
+        assert_eq!(
+            *asked.borrow(),
+            [(true, Some(expected)), (false, None)],
+            "{dtype}"
+        );
+    }
+}
+
 #[test]
 fn nothing_is_fetched_for_a_file_with_another_error() {
     let file = parse("[[models]]\nmodel_id = 'org/name'\ndtype = 'f8'\n[[models]]\nmodel_id = '/nowhere/at/all'\nname = 'b'")

@@ -41,7 +41,8 @@ impl BlockFormat {
     }
 }
 
-/// A format whose blocks of so many bytes and elements the function decodes.
+/// A format whose blocks of so many bytes and elements the function decodes. It is called in a closure, since a function that is
+/// passed on is not inlined where the instructions are chosen.
 macro_rules! format {
     ($number:literal, $name:literal, $decode:path) => {
         BlockFormat {
@@ -50,7 +51,14 @@ macro_rules! format {
             decode: |bytes, out| {
                 vectorised(
                     #[inline(always)]
-                    || each(bytes, out, $decode),
+                    || {
+                        each(
+                            bytes,
+                            out,
+                            #[inline(always)]
+                            |block, place| $decode(block, place),
+                        );
+                    },
                 );
             },
         }
@@ -96,19 +104,22 @@ fn bfloat16(block: &[u8; 2], out: &mut [f32; 1]) {
     *out = [f32::from_bits(u32::from(u16::from_le_bytes(*block)) << 16)];
 }
 
-/// The exponent is moved by a multiplication, which is exact for subnormal numbers too, and has no branch.
+/// Without a branch, and without a subnormal number in between, which some processors are slow with.
 #[inline(always)]
 fn float16(block: &[u8; 2], out: &mut [f32; 1]) {
-    const REBIAS: f32 = f32::from_bits((127 + 112) << 23);
+    /// What the exponent's bias grows by, at its place.
+    const REBIAS: u32 = 112 << 23;
     let bits = u32::from(u16::from_le_bytes(*block));
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * REBIAS;
-    let special = match bits & 0x7c00 {
-        0x7c00 => 0x7f80_0000,
-        _ => 0,
+    let (exponent, fraction) = (bits & 0x7c00, bits & 0x3ff);
+    let subnormal = float(fraction) * f32::from_bits((127 - 24) << 23);
+    let special = if exponent == 0x7c00 { REBIAS } else { 0 };
+    let normal = ((bits & 0x7fff) << 13) + REBIAS + special;
+    let magnitude = if exponent == 0 {
+        subnormal.to_bits()
+    } else {
+        normal
     };
-    *out = [f32::from_bits(
-        magnitude.to_bits() | special | ((bits & 0x8000) << 16),
-    )];
+    *out = [f32::from_bits(magnitude | (bits & 0x8000) << 16)];
 }
 
 #[inline(always)]
@@ -116,31 +127,38 @@ fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-/// Two values of four bits per byte: those of the first half of the block are the low ones.
+/// Two values of four bits per byte: those of the first half of the block are the low ones. Integers are those of the floats' width,
+/// so that they need no narrower registers.
 #[inline(always)]
-fn nibbles(quants: &[u8], out: &mut [f32; 32], value: impl Fn(usize, u8) -> f32) {
+fn nibbles(quants: &[u8], out: &mut [f32; 32], value: impl Fn(u32, u32) -> f32) {
     for (idx, byte) in quants[..16].iter().enumerate() {
-        out[idx] = value(idx, byte & 15);
-        out[idx + 16] = value(idx + 16, byte >> 4);
+        out[idx] = value(idx as u32, u32::from(byte & 15));
+        out[idx + 16] = value(idx as u32 + 16, u32::from(byte >> 4));
     }
+}
+
+/// A small integer, exactly.
+#[inline(always)]
+fn float(value: u32) -> f32 {
+    value.cast_signed() as f32
 }
 
 #[inline(always)]
 fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
     let d = half_at(block, 0);
-    nibbles(&block[2..], out, |_, q| (f32::from(q) - 8.0) * d);
+    nibbles(&block[2..], out, |_, q| (float(q) - 8.0) * d);
 }
 
 #[inline(always)]
 fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
     let (d, m) = (half_at(block, 0), half_at(block, 2));
-    nibbles(&block[4..], out, |_, q| f32::from(q) * d + m);
+    nibbles(&block[4..], out, |_, q| float(q) * d + m);
 }
 
 /// The fifth bit of value `idx`, at its place.
 #[inline(always)]
-fn fifth(bits: u32, idx: usize) -> u8 {
-    ((bits >> idx) as u8 & 1) << 4
+fn fifth(bits: u32, idx: u32) -> u32 {
+    (bits >> idx & 1) << 4
 }
 
 #[inline(always)]
@@ -148,7 +166,7 @@ fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
     let d = half_at(block, 0);
     let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
     nibbles(&block[6..], out, |idx, q| {
-        (f32::from(q | fifth(high, idx)) - 16.0) * d
+        (float(q | fifth(high, idx)) - 16.0) * d
     });
 }
 
@@ -157,31 +175,40 @@ fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
     let (d, m) = (half_at(block, 0), half_at(block, 2));
     let high = u32::from_le_bytes([block[4], block[5], block[6], block[7]]);
     nibbles(&block[8..], out, |idx, q| {
-        f32::from(q | fifth(high, idx)) * d + m
+        float(q | fifth(high, idx)) * d + m
     });
 }
 
 #[inline(always)]
 fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
     let d = half_at(block, 0);
-    for (out, q) in out.iter_mut().zip(&block[2..]) {
-        *out = f32::from(q.cast_signed()) * d;
+    let quants = &block[2..34];
+    for idx in 0..32 {
+        out[idx] = f32::from(quants[idx].cast_signed()) * d;
     }
+}
+
+/// Two numbers, each for sixteen values: loops over 32 values are those that compilers vectorise.
+#[inline(always)]
+fn sixteen_each(of: [f32; 2]) -> [f32; 32] {
+    let mut each = [of[0]; 32];
+    each[16..].fill(of[1]);
+    each
 }
 
 #[inline(always)]
 fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
     let (scales, quants) = (&block[..16], &block[16..80]);
     let (d, min) = (half_at(block, 80), half_at(block, 82));
-    for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+    for (part, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         // Of each half of the block 32 bytes, four values in each: first all lowest bits, then the next.
-        let (half, shift, at) = (group / 8, group % 8 / 2 * 2, group % 2 * 16);
-        let (scale, m) = (
-            d * f32::from(scales[group] & 15),
-            min * f32::from(scales[group] >> 4),
-        );
-        for (out, q) in out.iter_mut().zip(&quants[half * 32 + at..][..16]) {
-            *out = scale * f32::from(q >> shift & 3) - m;
+        let (half, shift) = (part / 4, part % 4 * 2);
+        let of = [scales[2 * part], scales[2 * part + 1]];
+        let scales = sixteen_each(of.map(|of| d * f32::from(of & 15)));
+        let mins = sixteen_each(of.map(|of| min * f32::from(of >> 4)));
+        let quants = &quants[half * 32..][..32];
+        for idx in 0..32 {
+            out[idx] = scales[idx] * float(u32::from(quants[idx]) >> shift & 3) - mins[idx];
         }
     }
 }
@@ -190,16 +217,19 @@ fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
 fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
     let (mask, quants, packed) = (&block[..32], &block[32..96], &block[96..108]);
     let d = half_at(block, 108);
-    for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+    let scale = |group: usize| {
         let low = packed[group % 8] >> (group / 8 * 4) & 15;
         let high = packed[8 + group % 4] >> (group / 4 * 2) & 3;
-        let scale = d * (f32::from(low | high << 4) - 32.0);
-        let (half, shift, at) = (group / 8, group % 8 / 2 * 2, group % 2 * 16);
-        let bit = group / 2;
-        let quants = quants[half * 32 + at..][..16].iter();
-        for ((out, q), mask) in out.iter_mut().zip(quants).zip(&mask[at..][..16]) {
-            let third = mask >> bit & 1;
-            *out = scale * (f32::from((q >> shift & 3) | third << 2) - 4.0);
+        d * (f32::from(low | high << 4) - 32.0)
+    };
+    for (part, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let (half, shift) = (part / 4, part % 4 * 2);
+        let scales = sixteen_each([scale(2 * part), scale(2 * part + 1)]);
+        let quants = &quants[half * 32..][..32];
+        for idx in 0..32 {
+            let third = u32::from(mask[idx]) >> part & 1;
+            let q = (u32::from(quants[idx]) >> shift & 3) | third << 2;
+            out[idx] = scales[idx] * (float(q) - 4.0);
         }
     }
 }
@@ -219,12 +249,22 @@ fn scale_and_min(packed: &[u8], idx: usize) -> (u8, u8) {
 #[inline(always)]
 fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
     let (d, min, packed) = (half_at(block, 0), half_at(block, 2), &block[4..16]);
-    for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let (scale, m) = scale_and_min(packed, group);
-        let (scale, m) = (d * f32::from(scale), min * f32::from(m));
-        let shift = group % 2 * 4;
-        for (out, q) in out.iter_mut().zip(&block[16 + group / 2 * 32..][..32]) {
-            *out = scale * f32::from(q >> shift & 15) - m;
+    let quants = block[16..].as_chunks::<32>().0.iter();
+    // Two groups in the halves of the same bytes.
+    for (pair, (out, quants)) in out
+        .as_chunks_mut::<64>()
+        .0
+        .iter_mut()
+        .zip(quants)
+        .enumerate()
+    {
+        let [(scale, m), (other_scale, other_m)] = [2 * pair, 2 * pair + 1].map(|group| {
+            let (scale, m) = scale_and_min(packed, group);
+            (d * f32::from(scale), min * f32::from(m))
+        });
+        for (idx, byte) in quants.iter().enumerate() {
+            out[idx] = scale * float(u32::from(byte & 15)) - m;
+            out[idx + 32] = other_scale * float(u32::from(byte >> 4)) - other_m;
         }
     }
 }
@@ -236,10 +276,10 @@ fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         let (scale, m) = scale_and_min(packed, group);
         let (scale, m) = (d * f32::from(scale), min * f32::from(m));
-        let shift = group % 2 * 4;
-        let quants = block[48 + group / 2 * 32..][..32].iter();
-        for ((out, q), high) in out.iter_mut().zip(quants).zip(high) {
-            *out = scale * f32::from((q >> shift & 15) | (high >> group & 1) << 4) - m;
+        let (quants, shift) = (&block[48 + group / 2 * 32..][..32], group % 2 * 4);
+        for idx in 0..32 {
+            let high = (u32::from(high[idx]) >> group & 1) << 4;
+            out[idx] = scale * float((u32::from(quants[idx]) >> shift & 15) | high) - m;
         }
     }
 }
@@ -248,16 +288,18 @@ fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
 fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
     let d = half_at(block, 208);
-    for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        let scale = d * f32::from(scales[group].cast_signed());
-        // Of each half of the block: quarters of 32 values, of which the first two have the low bits of their bytes.
-        let (half, quarter, at) = (group / 8, group % 8 / 2, group % 2 * 16);
+    for (part, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        // Of each half of the block: quarters, of which the first two have the low bits of their bytes.
+        let (half, quarter) = (part / 4, part % 4);
+        let of = [scales[2 * part], scales[2 * part + 1]];
+        let scales = sixteen_each(of.map(|of| d * f32::from(of.cast_signed())));
         let (low_shift, high_shift) = (quarter / 2 * 4, quarter * 2);
-        let low = low[half * 64 + quarter % 2 * 32 + at..][..16].iter();
-        let high = &high[half * 32 + at..][..16];
-        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-            let q = (low >> low_shift & 15) | (high >> high_shift & 3) << 4;
-            *out = scale * (f32::from(q) - 32.0);
+        let low = &low[half * 64 + quarter % 2 * 32..][..32];
+        let high = &high[half * 32..][..32];
+        for idx in 0..32 {
+            let high = u32::from(high[idx]) >> high_shift & 3;
+            let q = (u32::from(low[idx]) >> low_shift & 15) | high << 4;
+            out[idx] = scales[idx] * (float(q) - 32.0);
         }
     }
 }
