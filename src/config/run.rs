@@ -74,7 +74,11 @@ pub struct ModelConfig {
 /// the registered kinds, with `f16` for what is merged or served.
 pub static DTYPES: LazyLock<Vec<[&str; 3]>> = LazyLock::new(|| {
     let kinds = KINDS.iter().map(|kind| [kind.name, kind.about, kind.help]);
-    let mut all = vec![["auto", "f32 on a CPU", "f32 on a CPU"]];
+    let mut all = vec![[
+        "auto",
+        "blocks of a quantised base as they are, other weights as f32",
+        "Blocks of a quantised base as they are, other weights as f32",
+    ]];
     all.extend(kinds.chain([["f16", "16 bits", "Half precision"]]));
     all
 });

@@ -459,7 +459,7 @@ fn what_mlx_lm_quantised_is_a_base_as_it_is() {
             );
             n_blocks += usize::from(found.blocks().is_some());
         }
-        assert!(n_blocks > 10, "{name}");
+        assert!(n_blocks >= 7, "{name}");
         let dense = decoded(&dir, scratch.path());
         assert_eq!(
             base_fingerprint(&files),
