@@ -3,6 +3,7 @@
 
 mod client;
 mod dataset;
+mod gguf;
 
 use std::path::{Path, PathBuf};
 
@@ -10,14 +11,12 @@ use anyhow::Result;
 use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
-use monteclora_converters::DType;
-use sha2::{Digest, Sha256};
+use monteclora_converters::is_gguf;
 
 pub use self::dataset::{DatasetId, DatasetRepo};
+pub use self::gguf::OfGguf;
 
 use self::client::{builder, is_hub_id, problem, refusal};
-use crate::gguf_import::{ImportOptions, import_gguf, refer_to_gguf};
-use crate::progress;
 
 /// A model found: its directory, and its name as the user gave it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,19 +51,10 @@ pub fn cache_dir() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from(".monteclora-cache"))
 }
 
-/// What the cache is to hold of a GGUF file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OfGguf {
-    /// Configuration and tokenizer; the weights stay in the file.
-    Description,
-    /// The whole model, its weights decoded as elements of this type.
-    Import(DType),
-}
-
 /// Finds the model `id`; of a GGUF file, the description.
 ///
 /// # Errors
-/// A [`monteclora_converters::Problem`] for what is not there; what [`refer_to_gguf`] says of a GGUF file that cannot be read.
+/// A [`monteclora_converters::Problem`] for what is not there; what [`crate::gguf_import`] says of a GGUF file that cannot be read.
 pub fn locate(id: &str, options: &HubOptions) -> Result<Located> {
     locate_as(id, options, OfGguf::Description)
 }
@@ -84,19 +74,18 @@ pub fn locate_as(id: &str, options: &HubOptions, of_gguf: OfGguf) -> Result<Loca
     if path.is_dir() {
         return Ok(local(path.to_owned()));
     }
-    let extension = path.extension().unwrap_or_default();
-    if extension.eq_ignore_ascii_case("gguf") {
+    if is_gguf(path) {
         if !path.is_file() {
             return refused(
                 "no such file",
                 "give a .gguf file, a model directory or a Hub id",
             );
         }
-        return Ok(local(cached_gguf(path, of_gguf)?));
+        return Ok(local(gguf::cached(path, of_gguf)?));
     }
     if path.exists() {
         return refused(
-            "a file, and no GGUF file by its name",
+            "a file, and no GGUF file",
             "give the model directory that holds it, a .gguf file or a Hub id",
         );
     }
@@ -107,61 +96,6 @@ pub fn locate_as(id: &str, options: &HubOptions, of_gguf: OfGguf) -> Result<Loca
         );
     }
     from_hub(id, options)
-}
-
-/// Raised when a file is imported otherwise than before, so that no older import is taken.
-const IMPORT: u32 = 3;
-
-/// What the cache holds of a GGUF file, made once for its path, size and time of change.
-fn cached_gguf(file: &Path, what: OfGguf) -> Result<PathBuf> {
-    let unusable = |source| {
-        let at = format!("`{}`", file.display());
-        problem(at, format!("cannot be read: {source}"), "")
-    };
-    let canonical = file.canonicalize().map_err(unusable)?;
-    let metadata = canonical.metadata().map_err(unusable)?;
-    let identity = format!(
-        "{IMPORT}\n{what:?}\n{}\n{}\n{:?}",
-        canonical.display(),
-        metadata.len(),
-        metadata.modified().ok()
-    );
-    let digest = format!("{:.16x}", Sha256::digest(identity.as_bytes()));
-    let stem = file.file_stem().and_then(|s| s.to_str()).unwrap_or("model");
-    let models = cache_dir().join("models");
-    let dir = models.join(format!("{stem}-{digest}"));
-    if dir.join("config.json").is_file() {
-        return Ok(dir);
-    }
-    std::fs::create_dir_all(&models).map_err(|source| {
-        let message = format!("cannot use the cache directory `{}`", models.display());
-        let fix = format!("set MONTECLORA_CACHE to a writable one: {source}");
-        problem("", message, &fix)
-    })?;
-    let bar = match what {
-        OfGguf::Description => progress::bytes("reading weights"),
-        OfGguf::Import(_) => progress::bytes("writing weights"),
-    };
-    let mut show = |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    };
-    match what {
-        OfGguf::Description => {
-            tracing::info!("reading {} for the first time", file.display());
-            refer_to_gguf(file, &dir, &mut show)?;
-        }
-        OfGguf::Import(dtype) => {
-            tracing::info!("importing {} into the cache, as {dtype}", file.display());
-            let options = ImportOptions {
-                dtype,
-                ..ImportOptions::default()
-            };
-            import_gguf(file, &dir, &options, &mut show)?;
-        }
-    }
-    bar.finish_and_clear();
-    Ok(dir)
 }
 
 /// A model that was fetched before is taken as it was then; its commit is that of its snapshot.

@@ -120,7 +120,7 @@ pub use formats::{About, FORMATS, Format, ReadOptions, Written, format_named, fo
 pub use inspect::{AdapterSummary, SiteSummary, summarise};
 pub use merge::{MergeReport, OverlayReport, merge_dir, write_overlay};
 pub use model_files::ModelFiles;
-pub use problem::{Problem, Problems};
+pub use problem::{Problem, Problems, shell_word};
 pub use targets::LinearModule;
 pub use tensors::blocks::{BLOCK_FORMATS, BlockFormat, BlockMatrix};
 pub use tensors::dtype::DType;

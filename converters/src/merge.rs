@@ -18,6 +18,7 @@ use crate::formats::peft::read::CONFIG_FILE as ADAPTER_CONFIG;
 use crate::json;
 use crate::low_rank::product_rows;
 use crate::model_files::{HEAD, ModelFiles};
+use crate::problem::shell_word;
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_write::{Slot, stream};
@@ -263,7 +264,7 @@ fn base_tensor(base: &ModelFiles, name: &str) -> Result<Tensor> {
 fn instead_of_merging(base: &ModelFiles) -> String {
     match (base.gguf(), base.blocks()) {
         (Some(file), _) => {
-            let file = file.display();
+            let file = shell_word(&file.display().to_string());
             format!(
                 "import it with `monteclora import-gguf {file} -o DIR` and merge into DIR, or write the adapter for llama.cpp with \
                  `monteclora convert ADAPTER --to gguf -m {file} -o adapter.gguf`"

@@ -16,14 +16,15 @@ use crate::tensors::tensor::Tensor;
 mod beside;
 mod check;
 pub(crate) mod instead;
+mod mlx;
 mod names;
 mod quantised;
 mod weights;
 
 use weights::Weights;
 
+pub(crate) use mlx::is_read_in_blocks;
 pub(crate) use quantised::{FIX as QUANTISED_FIX, declared as declared_quantization};
-pub(crate) use weights::is_read_in_blocks;
 
 /// The output head's weight, where it is not the embedding.
 pub(crate) const HEAD: &str = "lm_head.weight";

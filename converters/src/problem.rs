@@ -36,6 +36,15 @@ pub struct Problem {
     pub exit: u8,
 }
 
+/// `word` as a shell takes it.
+pub fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=+:,@%".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
 impl Problem {
     /// A problem of an adapter or a model (exit code 4) at `at`.
     pub fn new(

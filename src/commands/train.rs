@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
+use monteclora_converters::shell_word;
 use serde_json::json;
 
 use super::{device, dry_run, interrupted, print, print_json};
@@ -60,20 +61,12 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
 
 /// The command that continues an interrupted run, as a shell takes it.
 fn resumption(args: &TrainArgs) -> String {
-    let quoted = |word: &str| {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=+:,@%".contains(c);
-        if !word.is_empty() && word.chars().all(plain) {
-            word.to_owned()
-        } else {
-            format!("'{}'", word.replace('\'', r"'\''"))
-        }
-    };
     let mut command = format!(
         "monteclora train -c {}",
-        quoted(&args.config.display().to_string())
+        shell_word(&args.config.display().to_string())
     );
     for setting in &args.overrides {
-        command.push_str(&format!(" --set {}", quoted(setting)));
+        command.push_str(&format!(" --set {}", shell_word(setting)));
     }
     if args.cpu {
         command.push_str(" --cpu");

@@ -82,7 +82,11 @@ impl Loader<'_> {
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Arc<dyn Weight>> {
-        (self.kind.hold)(&self.required(name, &shape)?, self.device)
+        let tensor = self.required(name, &shape)?;
+        if let Some(fault) = tensor.blocks().and_then(formats::BlockMatrix::fault) {
+            self.problem(format!("{name}: {fault}; fetch the model again"));
+        }
+        (self.kind.hold)(&tensor, self.device)
     }
 
     fn vector(&self, tensor: &formats::Tensor) -> Result<Tensor> {

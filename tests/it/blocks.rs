@@ -524,3 +524,113 @@ fn a_base_of_mlx_is_not_merged_into_and_not_served() {
         assert!(refused.stderr.contains("MLX, 4 bits"), "{}", refused.stderr);
     }
 }
+
+/// Commands that meet an empty cache together all succeed; what was removed from the cache is made again.
+#[test]
+fn a_cold_or_damaged_cache_is_filled() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = dir.path().join("cache");
+    let file = every_type();
+    let stats = || {
+        let rows = dir.path().join("rows.jsonl");
+        std::fs::write(&rows, "{\"prompt\": \"a\", \"completion\": \"b\"}\n").unwrap();
+        let mut run = monteclora();
+        run.env("MONTECLORA_CACHE", &cache);
+        run.args(["data", "stats", text(&rows), "-m", text(&file)]);
+        outcome(&mut run)
+    };
+    std::thread::scope(|scope| {
+        let together: Vec<_> = (0..6).map(|_| scope.spawn(stats)).collect();
+        for done in together {
+            let done = done.join().unwrap();
+            assert_eq!(done.code, 0, "{}", done.stderr);
+        }
+    });
+    let whole = files_below(&cache);
+    assert!(whole.len() >= 5, "{whole:?}");
+    for (path, _) in whole.iter().filter(|(path, _)| {
+        ["config.json", "tokenizer.json", "model.gguf.json"]
+            .iter()
+            .any(|name| path.ends_with(&format!("/{name}")))
+    }) {
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(stats().code, 0, "{path}");
+        assert_eq!(files_below(&cache).len(), whole.len(), "{path}");
+    }
+}
+
+/// A file in the place of another one, of the same size and time, is another base.
+#[test]
+fn a_replaced_file_is_read_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.gguf");
+    std::fs::copy(every_type(), &file).unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    let rope = || {
+        let mut run = monteclora();
+        run.env("MONTECLORA_CACHE", dir.path().join("cache"));
+        run.args([
+            "predict",
+            "--prompt",
+            "a",
+            "--max-tokens",
+            "1",
+            "-m",
+            text(&file),
+        ]);
+        let done = outcome(&mut run);
+        assert_eq!(done.code, 0, "{}", done.stderr);
+        let models = std::fs::read_dir(dir.path().join("cache/models")).unwrap();
+        models.count()
+    };
+    assert_eq!(rope(), 1);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let key = b"llama.attention.layer_norm_rms_epsilon";
+    let at = bytes.windows(key.len()).position(|window| window == key);
+    let at = at.unwrap() + key.len() + 4;
+    bytes[at..at + 4].copy_from_slice(&1e-4f32.to_le_bytes());
+    std::fs::write(&file, bytes).unwrap();
+    let open = File::options().write(true).open(&file).unwrap();
+    open.set_modified(modified).unwrap();
+    assert_eq!(rope(), 2);
+}
+
+#[test]
+fn scales_of_mlx_that_are_not_finite_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    crate::cli::copy(&of_mlx()[0].join("base"), &base);
+    let path = base.join("model.safetensors");
+    let stored = SafetensorsFile::open(&path).unwrap();
+    let name = "model.layers.0.mlp.up_proj.scales";
+    let tensors: Vec<(String, Tensor)> = stored
+        .names()
+        .map(|known| {
+            let tensor = stored.get(known).unwrap();
+            let mut bytes = tensor.bytes().into_owned();
+            if known == name {
+                bytes[..2].copy_from_slice(&[0xc0, 0x7f]);
+            }
+            let owned = Tensor::from_bytes(tensor.dtype(), tensor.shape(), bytes).unwrap();
+            (known.to_owned(), owned)
+        })
+        .collect();
+    drop(stored);
+    write_safetensors(&path, tensors, &Default::default()).unwrap();
+    let refused = run(&[
+        "predict",
+        "--prompt",
+        "a",
+        "--max-tokens",
+        "1",
+        "-m",
+        text(&base),
+    ]);
+    assert_eq!(refused.code, 4, "{}", refused.stderr);
+    for part in [
+        "model.layers.0.mlp.up_proj.weight",
+        "scales are not finite in row 0",
+    ] {
+        assert!(refused.stderr.contains(part), "{part}: {}", refused.stderr);
+    }
+}

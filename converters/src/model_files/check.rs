@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::quantised::FIX;
-use super::{HEAD, ModelFiles, names};
+use super::{HEAD, ModelFiles, is_read_in_blocks, names};
 use crate::architecture::{self, BODY, Bias, Family, ModelShape, WRAPPERS};
 use crate::error::{Error, Result};
 use crate::module_path::layer_of;
@@ -27,9 +27,17 @@ impl ModelFiles {
         if self.blocks().is_none()
             && let Some(method) = self.quantization()
         {
-            let message = format!("the weights are quantised ({method})");
+            let (message, fix) = match is_read_in_blocks(self.config()) {
+                true => (
+                    format!(
+                        "config.json says that the weights are quantised ({method}), but they are stored as they are"
+                    ),
+                    "remove `quantization` and `quantization_config` from config.json",
+                ),
+                false => (format!("the weights are quantised ({method})"), FIX),
+            };
             let at = format!("`{}`", self.dir().display());
-            return Err(Problem::new("quantised-base", at, message, FIX).into());
+            return Err(Problem::new("quantised-base", at, message, fix).into());
         }
         let mut warnings = architecture::unread(self.config());
         warnings.extend(self.beside());

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::ModelFiles;
+use super::mlx::Mlx;
 use crate::tensors::dtype::DType;
 
 /// Ends of names that only quantised weights have beside them, and what writes them.
@@ -39,7 +40,11 @@ pub(crate) fn declared(config: &Map<String, Value>) -> Option<(&'static str, Str
     let method = match (value.get("quant_method").and_then(Value::as_str), bits) {
         (Some(method), _) => method.to_owned(),
         // mlx-lm names no method.
-        (None, Some(bits)) if value.get("group_size").is_some() => format!("MLX, {bits} bits"),
+        (None, Some(bits)) if value.get("group_size").is_some() => {
+            let unread = Mlx::of(config).and_then(|mlx| mlx.unread());
+            let unread = unread.map_or(String::new(), |unread| format!(": {unread}"));
+            format!("MLX, {bits} bits{unread}")
+        }
         _ => "unknown method".to_owned(),
     };
     Some((key, method))

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::quantised::declared;
+use super::mlx::Mlx;
 use crate::architecture::Wrapper;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gguf_base::reference;
-use crate::tensors::blocks::{Affine, BlockMatrix};
+use crate::tensors::blocks::BlockMatrix;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::shards::ShardSet;
@@ -44,13 +44,16 @@ impl Weights {
             }));
         }
         let mut set = ShardSet::open(dir, "model")?;
-        let wrapper = Wrapper::of(config);
-        if let Some(wrapper) = wrapper {
+        if let Some(wrapper) = Wrapper::of(config) {
             set = set.renamed(|name| wrapper.in_memory(name))?;
         }
-        match Mlx::of(config, wrapper) {
-            Some(mlx) if mlx.is_read() => Ok(Self::Blocks(mlx.blocks(set)?)),
-            _ => Ok(Self::Files(set)),
+        match Mlx::of(config).filter(|mlx| mlx.unread().is_none()) {
+            Some(mlx) => Ok(Self::Blocks(Blocks {
+                tensors: mlx.tensors(&set)?,
+                paths: set.paths,
+                gguf: None,
+            })),
+            None => Ok(Self::Files(set)),
         }
     }
 
@@ -135,109 +138,6 @@ impl Weights {
         Some(match gguf {
             Some(_) => format!("GGUF, {formats}"),
             None => formats,
-        })
-    }
-}
-
-/// Whether the blocks that `config` declares are decoded here.
-pub(crate) fn is_read_in_blocks(config: &Map<String, Value>) -> bool {
-    Mlx::of(config, Wrapper::of(config)).is_some_and(|mlx| mlx.is_read())
-}
-
-/// How config.json says that mlx-lm has quantised a model.
-struct Mlx<'a> {
-    settings: &'a Map<String, Value>,
-    wrapper: Option<&'static Wrapper>,
-}
-
-impl<'a> Mlx<'a> {
-    fn of(config: &'a Map<String, Value>, wrapper: Option<&'static Wrapper>) -> Option<Self> {
-        let (key, _) = declared(config)?;
-        let settings = config.get(key)?.as_object()?;
-        let is_mlx = !settings.contains_key("quant_method") && settings.contains_key("group_size");
-        is_mlx.then_some(Self { settings, wrapper })
-    }
-
-    /// What it says of one module; none if its weights are stored as they are.
-    fn of_module(&self, module: &str) -> Option<&Map<String, Value>> {
-        let in_memory = |key: &str| {
-            let name = format!("{key}.weight");
-            self.wrapper.map_or(key == module, |wrapper| {
-                wrapper.in_memory(&name).strip_suffix(".weight") == Some(module)
-            })
-        };
-        let own = self.settings.iter().find(|(key, _)| in_memory(key));
-        match own.map(|(_, value)| value) {
-            Some(Value::Object(own)) => Some(own),
-            Some(Value::Bool(false)) => None,
-            _ => Some(self.settings),
-        }
-    }
-
-    /// Bits and group size, where they are whole numbers.
-    fn sizes(settings: &Map<String, Value>) -> Option<(usize, usize)> {
-        let of = |key: &str| usize::try_from(settings.get(key)?.as_u64()?).ok();
-        Some((of("bits")?, of("group_size")?))
-    }
-
-    /// Whether all of its kinds of blocks are decoded here.
-    fn is_read(&self) -> bool {
-        let own = self.settings.values().filter_map(Value::as_object);
-        own.chain([self.settings]).all(|settings| {
-            let mode = settings.get("mode").and_then(Value::as_str);
-            let sizes = Self::sizes(settings);
-            mode.is_none_or(|mode| mode == "affine")
-                && sizes.is_some_and(|(bits, _)| matches!(bits, 4 | 8))
-        })
-    }
-
-    /// The tensors of `set`, each three that belong together as one matrix.
-    fn blocks(&self, set: ShardSet) -> Result<Blocks> {
-        let mut tensors = BTreeMap::new();
-        let place = |name: &str| {
-            let path = set.path_of(name)?;
-            set.paths.iter().position(|known| known == path)
-        };
-        let module = |name: &str| -> Option<String> {
-            let module = [".scales", ".biases"]
-                .iter()
-                .find_map(|end| name.strip_suffix(end))?;
-            let weight = format!("{module}.weight");
-            let is_packed = set.info(&weight)?.0 == DType::U32;
-            is_packed.then(|| module.to_owned())
-        };
-        for name in set.names() {
-            let (Some(tensor), Some(file)) = (set.get(name), place(name)) else {
-                continue;
-            };
-            if module(name).is_some() {
-                continue;
-            }
-            let packed = name
-                .strip_suffix(".weight")
-                .filter(|_| tensor.dtype() == DType::U32);
-            let tensor = match packed.zip(packed.and_then(|module| self.of_module(module))) {
-                Some((module, settings)) => {
-                    let wrong = |message: String| {
-                        Error::malformed(&set.paths[file], format!("{name}: {message}"))
-                    };
-                    let part = |part: &str| {
-                        let part = format!("{module}.{part}");
-                        set.get(&part)
-                            .ok_or_else(|| wrong(format!("`{part}` is missing")))
-                    };
-                    let sizes = Self::sizes(settings).unwrap_or_default();
-                    let affine = Affine::new(tensor, part("scales")?, part("biases")?, sizes);
-                    Tensor::from_blocks(BlockMatrix::affine(affine.map_err(wrong)?))
-                }
-                None => tensor,
-            };
-            tensors.insert(name.to_owned(), (tensor, file));
-        }
-        Ok(Blocks {
-            paths: set.paths.clone(),
-            tensors,
-            gguf: None,
         })
     }
 }

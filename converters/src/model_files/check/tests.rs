@@ -350,13 +350,24 @@ fn quantised_weights_are_told_by_what_lies_beside_them() {
         );
     }
     let config = json!({"quantization": {"group_size": 64, "bits": 4}});
-    one(config, nothing, "quantised-base", &["MLX, 4 bits"]);
-    for other in [
-        json!({"group_size": 64, "bits": 3}),
-        json!({"group_size": 32, "bits": 4, "mode": "mxfp4"}),
-        json!({"group_size": 64, "bits": 4, "model.layers.0.mlp.up_proj": {"group_size": 64, "bits": 6}}),
+    one(
+        config,
+        nothing,
+        "quantised-base",
+        &["MLX, 4 bits", "stored as they are", "remove `quantization`"],
+    );
+    for (other, what) in [
+        (json!({"group_size": 64, "bits": 3}), "3 bits"),
+        (
+            json!({"group_size": 32, "bits": 4, "mode": "mxfp4"}),
+            "mode mxfp4",
+        ),
+        (
+            json!({"group_size": 64, "bits": 4, "lm_head": {"group_size": 64, "bits": 6}}),
+            "6 bits in `lm_head`",
+        ),
     ] {
-        let expected = format!("MLX, {} bits", other["bits"]);
+        let expected = format!("MLX, {} bits: {what}", other["bits"]);
         let config = json!({"quantization": other});
         one(
             config,

@@ -38,7 +38,7 @@ impl Affine {
         }
         let (&[rows, words], DType::U32) = (quants.shape(), quants.dtype()) else {
             return Err(format!(
-                "{} {:?}, expected a matrix of U32",
+                "{} {:?}, expected a matrix of U32 (experts in one stack, as mlx-lm has them, are not read)",
                 quants.dtype(),
                 quants.shape()
             ));
@@ -47,7 +47,7 @@ impl Affine {
         if !matches!(group, 32 | 64 | 128) || !columns.is_multiple_of(group) {
             let message = "groups of 32, 64 and 128 that fill rows are read";
             return Err(format!(
-                "rows of {columns} values in groups of {group}; {message}"
+                "rows of {columns} values in groups of {group}, as config.json has it; {message}"
             ));
         }
         for (what, tensor) in [("scales", &scales), ("biases", &biases)] {
@@ -56,7 +56,8 @@ impl Affine {
             if tensor.shape() != expected || !is_read || tensor.dtype() != scales.dtype() {
                 let (dtype, shape) = (tensor.dtype(), tensor.shape());
                 return Err(format!(
-                    "{what} are {dtype} {shape:?}, expected {expected:?} both in F32, F16 or BF16"
+                    "{what} are {dtype} {shape:?}, expected {expected:?} for {bits} bits in groups of {group}, as config.json has it; scales \
+                     and biases of one type, F32, F16 or BF16"
                 ));
             }
         }
@@ -66,6 +67,16 @@ impl Affine {
             biases,
             bits,
             group,
+        })
+    }
+
+    /// Whether a scale or a bias is not finite, and which.
+    pub(super) fn fault(&self) -> Option<String> {
+        let parts = [("scales", &self.scales), ("biases", &self.biases)];
+        parts.into_iter().find_map(|(what, tensor)| {
+            let at = tensor.first_non_finite()?;
+            let groups = tensor.shape().get(1).copied().unwrap_or(1).max(1);
+            Some(format!("its {what} are not finite in row {}", at / groups))
         })
     }
 

@@ -93,6 +93,15 @@ impl BlockMatrix {
         }
     }
 
+    /// What is wrong with the numbers that values are made of, of a format whose files were not looked through before.
+    pub fn fault(&self) -> Option<String> {
+        match &*self.0 {
+            // `refer_to_gguf` looks through all values.
+            Layout::Ggml { .. } => None,
+            Layout::Affine(affine) => affine.fault(),
+        }
+    }
+
     /// Values of a row that are decoded together: parts that begin and end at multiples of it cost least.
     pub fn block(&self) -> usize {
         match &*self.0 {
