@@ -18,7 +18,16 @@ pub fn available_memory_bytes() -> Option<u64> {
 }
 
 fn meminfo(key: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    bytes_in("/proc/meminfo", key)
+}
+
+/// What the system says of this process under `key`, bytes; none where it does not tell.
+pub(crate) fn status_bytes(key: &str) -> Option<u64> {
+    bytes_in("/proc/self/status", key)
+}
+
+fn bytes_in(file: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
     let line = text.lines().find(|line| line.starts_with(key))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)

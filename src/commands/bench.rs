@@ -19,7 +19,7 @@ use crate::config::{DtypeChoice, TrainConfig};
 use crate::data::BatchOptions;
 use crate::hub;
 use crate::model::{Decoder, PassOptions, Sequences};
-use crate::train::memory::{MemoryEstimate, MemoryInputs};
+use crate::train::memory::{MemoryEstimate, MemoryInputs, PROGRAM};
 use crate::train::metrics::peak_memory_bytes;
 use crate::train::{AdamW, AdapterState};
 
@@ -170,6 +170,7 @@ fn estimate(
         },
         dropout: false,
         gradient_checkpointing: args.gradient_checkpointing,
+        program: PROGRAM,
     })
 }
 

@@ -6,11 +6,14 @@ use serde::Serialize;
 
 use crate::data::{BatchOptions, epoch_plan};
 use crate::model::parts::head::CHUNK;
+use crate::system::status_bytes;
 
 /// Bytes of a value that is computed: float32, whatever the base's weights are held in.
 const F32: u64 = 4;
-/// Program, tokenizer, threads and their buffers.
-const PROCESS: u64 = 80 << 20;
+/// Program, a tokenizer of usual size, threads and their buffers.
+pub const PROGRAM: u64 = 80 << 20;
+/// The part of it that is not the process's own: code, and what is mapped.
+const CODE: u64 = 40 << 20;
 /// What the allocator holds beyond what is in use, as a share of what comes and goes in a step; measured.
 const HELD: f64 = 0.15;
 /// Epochs whose batches are planned to find the largest.
@@ -39,6 +42,14 @@ pub struct MemoryInputs<'a> {
     pub dropout: bool,
     /// Whether blocks are computed again in the backward pass.
     pub gradient_checkpointing: bool,
+    /// Program and tokenizer: [`PROGRAM`], or [what they take up](program_bytes) once they are loaded.
+    pub program: u64,
+}
+
+/// What the process takes up now, before weights are loaded: a vocabulary of 262,000 tokens is some 200 MB.
+pub fn program_bytes() -> u64 {
+    let own = status_bytes("RssAnon:").unwrap_or(0);
+    PROGRAM.max(own + CODE)
 }
 
 /// Bytes by purpose.
@@ -131,8 +142,8 @@ impl MemoryEstimate {
             adapter,
             activations,
             working,
-            process: PROCESS + held,
-            peak: PROCESS + step.max(weights + inputs.base_bytes),
+            process: inputs.program + held,
+            peak: inputs.program + step.max(weights + inputs.base_bytes),
             batch_tokens,
         }
     }
@@ -197,6 +208,7 @@ mod tests {
             },
             dropout: false,
             gradient_checkpointing: false,
+            program: PROGRAM,
         };
         change(&mut inputs);
         MemoryEstimate::of(&inputs)
@@ -239,9 +251,12 @@ mod tests {
             200 * F32 * a as u64 / 4
         );
 
+        let large = estimate(|inputs| inputs.program += 1 << 30);
+        assert_eq!(large.peak, base.peak + (1 << 30));
+
         // Files that are mapped while they are read can be the peak.
         let loading = estimate(|inputs| inputs.base_bytes = 1 << 40);
-        assert_eq!(loading.peak, PROCESS + base.weights + (1 << 40));
+        assert_eq!(loading.peak, PROGRAM + base.weights + (1 << 40));
         assert_eq!(
             base.peak,
             base.process + base.weights + base.adapter + base.activations + base.working

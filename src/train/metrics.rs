@@ -13,6 +13,7 @@ use serde::{Serialize, Serializer};
 use super::progress::Progress;
 use super::tensorboard::EventFile;
 use crate::config::Report;
+use crate::system::status_bytes;
 
 /// A line of the file.
 #[derive(Debug, Clone, Serialize)]
@@ -233,10 +234,7 @@ fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
 
 /// Largest resident memory of this process so far, bytes; none where the system does not tell.
 pub fn peak_memory_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib * 1024)
+    status_bytes("VmHWM:")
 }
 
 #[cfg(test)]

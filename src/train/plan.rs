@@ -5,7 +5,7 @@ use monteclora_adapters::methods::{Module, Parameter};
 use monteclora_converters::Tensor;
 use serde::Serialize;
 
-use super::memory::{MemoryEstimate, MemoryInputs};
+use super::memory::{MemoryEstimate, MemoryInputs, program_bytes};
 use super::{Prepared, modules};
 use crate::data::{Batches, Cursor, Dataset, Stats};
 use crate::system::available_memory_bytes;
@@ -114,6 +114,7 @@ impl Prepared {
             batches: self.settings.batches,
             dropout: self.settings.lora_dropout > 0.0,
             gradient_checkpointing: self.settings.train.gradient_checkpointing,
+            program: program_bytes(),
         }
     }
 

@@ -117,7 +117,7 @@ pub struct AdminSection {
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelSection {
-    /// Model directory, or Hub id.
+    /// Model directory, `.gguf` file (imported once into the cache), or Hub id.
     pub model_id: String,
     /// Revision of a Hub id.
     pub revision: Option<String>,

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use crate::tensors::blocks::interleaved_row;
 use crate::tensors::dtype::DType;
 use crate::tensors::tensor::Tensor;
 
@@ -71,11 +72,9 @@ impl Derivation {
                 let row_bytes = columns * dtype.size();
                 if row_bytes > 0 {
                     for (row, place) in out.chunks_exact_mut(row_bytes).enumerate() {
-                        let (start, within) = (row / head * head, row % head);
-                        let at = if pairs {
-                            start + within % 2 * (head / 2) + within / 2
-                        } else {
-                            start + within % (head / 2) * 2 + within / (head / 2)
+                        let at = match pairs {
+                            true => row - row % head + row % head % 2 * (head / 2) + row % head / 2,
+                            false => interleaved_row(row, head),
                         };
                         place.copy_from_slice(&from[at * row_bytes..(at + 1) * row_bytes]);
                     }

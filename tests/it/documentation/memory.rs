@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use monteclora::data::BatchOptions;
-use monteclora::train::memory::{MemoryEstimate, MemoryInputs};
+use monteclora::train::memory::{MemoryEstimate, MemoryInputs, PROGRAM};
 use monteclora_adapters::methods::{self, Module};
 use monteclora_converters::architecture::ModelShape;
 use serde_json::{Value, json};
@@ -90,6 +90,7 @@ fn estimate(shape: &ModelShape, (per_value, stays): (f64, bool), length: usize) 
         },
         dropout: false,
         gradient_checkpointing: true,
+        program: PROGRAM,
     });
     estimate.peak as f64 / 1e9
 }
