@@ -70,8 +70,8 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
             .map_err(|error| ServeError::not_found(Path::new(wanted.id), format!("{error:#}")))?;
         if wanted.is_gguf() && wanted.weights.is_some_and(|held| !held.quantised) {
             tracing::warn!(
-                "{}: mistral.rs holds its weights as {dtype}, decoded to `{}`; in serve.toml, in_situ_quant = \"4\" or \"8\" below \
-                 [models.quantization] keeps them small",
+                "{}: mistral.rs holds its weights as {dtype}, decoded to `{}`; in serve.toml, in_situ_quant = \"8\" below \
+                 [models.quantization] halves that or better (\"4\" can round an adapter's update away)",
                 wanted.id,
                 found.dir.display()
             );

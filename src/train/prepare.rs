@@ -180,7 +180,7 @@ impl Prepared {
             true => Precision::Bf16,
             false => Precision::Single,
         };
-        let decoder = Decoder::load_as(&self.base.dir, device, self.weights)?;
+        let decoder = Decoder::of(&self.files, device, self.weights)?;
         let decoder = decoder.with_precision(precision);
         let trainer = Trainer {
             model: &decoder,
