@@ -19,7 +19,7 @@ pub(super) const REMEDIES: [Remedy; 17] = [
     (
         "write the adapter for mlx-lm with `monteclora convert ADAPTER --to mlx",
         By(
-            "tests/it/blocks.rs",
+            "tests/it/blocks/mlx.rs",
             "a_base_of_mlx_is_not_merged_into_and_not_served",
         ),
     ),
