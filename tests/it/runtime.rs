@@ -292,7 +292,10 @@ fn a_gguf_file_is_served() {
     );
     assert_eq!(imports(), sizes, "imported once");
     let imported = dir.path().join("imported").display().to_string();
-    crate::cli::ok(&["import-gguf", file, "-o", &imported]);
+    crate::cli::ok(&["import-gguf", file, "-o", &imported, "--dtype", "f32"]);
+    let weights = std::path::Path::new(&imported).join("model.safetensors");
+    let in_full = weights.metadata().unwrap().len();
+    assert_eq!(sizes, [in_full], "float32 on a CPU");
     assert_eq!(answer(&["-m", &imported, "--cpu"], "imported"), found);
 }
 
