@@ -156,17 +156,8 @@ impl Decoder {
     pub fn load_as(dir: &Path, device: &Device, weights: &'static Kind) -> Result<Self> {
         let files = ModelFiles::open(dir)?;
         files.check()?;
-        Self::of(&files, device, weights)
-    }
-
-    /// As [`Self::load_as`] of files that are open and [checked](ModelFiles::check), so that none is mapped twice.
-    ///
-    /// # Errors
-    /// As [`Self::load_as`].
-    pub fn of(files: &ModelFiles, device: &Device, weights: &'static Kind) -> Result<Self> {
-        let config = read_shape(files.dir())?;
-        let source = load::Source::Files(files);
-        load::decoder(config, files.dir(), source, device, weights)
+        let source = load::Source::Files(&files);
+        load::decoder(read_shape(dir)?, dir, source, device, weights)
     }
 
     /// A decoder of the sizes in `dir`'s config.json with random weights, a function of `seed`; for measurements.

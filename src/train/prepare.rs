@@ -119,7 +119,8 @@ impl Prepared {
         let valid = run.data.valid.as_deref();
         let valid = valid.map(|path| open(path, Split::Valid)).transpose()?;
         let settings = TrainSettings::new(&run, max_seq_length);
-        let fingerprint = base_fingerprint(&files);
+        // By files of their own: pages that are read stay mapped as long as the files are open.
+        let fingerprint = base_fingerprint(&ModelFiles::open(&base.dir)?);
         let chat_template_sha256 = encoder.template().map(|t| sha256(t.content().as_bytes()));
         let tokenizer_sha256 = file_sha256(&base.dir.join("tokenizer.json"));
         let identity = Identity::new(
@@ -180,7 +181,7 @@ impl Prepared {
             true => Precision::Bf16,
             false => Precision::Single,
         };
-        let decoder = Decoder::of(&self.files, device, self.weights)?;
+        let decoder = Decoder::load_as(&self.base.dir, device, self.weights)?;
         let decoder = decoder.with_precision(precision);
         let trainer = Trainer {
             model: &decoder,
