@@ -464,8 +464,7 @@ def evidence_section(results):
         predicted = predicted_rise(training)
         ratio, measured = None, None
         if "rise" in cell.record:
-            per_row = statistics.mean(cell.record["rise"]["draws"])
-            measured = per_row * training["examples"] / training["trained_tokens"]
+            measured = cell.record["rise"]["draw_loss"] - cell.record["rise"]["mean_loss"]
             ratio = predicted / measured if measured else None
         reading = "not measured" if ratio is None else "not small" if measured > 0.05 else "within 20 %" if abs(ratio - 1) <= 0.2 else "outside"
         rows.append((

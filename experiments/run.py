@@ -261,7 +261,7 @@ def run_adapter(place, record):
                 record["scores"][kind] = brief(scores, "posterior" if draws else "mean")
     if job["method"] == "monteclora-elbo" and task == "cola":
         train = place.data("train-rows", place.rows.train(task, job["seed"]))
-        record["rise"] = rise(place.evaluate("train-posterior", place.adapter, train, plan.DRAWS)[1])
+        record["rise"] = rise(place.evaluate("train-posterior", place.adapter, train, plan.DRAWS)[0])
     record["temperature"] = {"mean": place.calibrate("calibrate-mean", place.adapter, 0)}
     for kind, adapter in adapters.items():
         if kind != "mean":
@@ -349,14 +349,9 @@ def brief(scores, predictor):
     return {name: digits(part[name]) for name in ("accuracy", "nll", "ece", "brier", "auroc") if part.get(name) is not None}
 
 
-def rise(rows):
-    """How much more a draw loses on the answer than the mean does, nats a row, with the spread over draws."""
-    mean = sum(row["mean"]["nll"] for row in rows) / len(rows)
-    draws = []
-    for draw in range(len(rows[0]["posterior"]["draws"])):
-        losses = [-log_share(row["posterior"]["draws"][draw], row["answer"]) for row in rows]
-        draws.append(sum(losses) / len(losses) - mean)
-    return {"mean_nll": digits(mean), "draws": [digits(draw) for draw in draws]}
+def rise(scores):
+    """The loss of a draw, mean over draws, beside that of the mean: nats per trained token, end tokens included."""
+    return {"mean_loss": digits(scores["mean"]["loss"]), "draw_loss": digits(scores["posterior"]["draw_loss"])}
 
 
 def log_share(log_probabilities, answer):
