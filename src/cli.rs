@@ -20,7 +20,10 @@ pub use adapter::{
 pub use bench::{BenchCommand, BenchMatmulArgs, BenchMethod, BenchTrainArgs};
 pub use data::{ColorArg, DataCheckArgs, DataCommand, DataPreviewArgs, DataSourceArgs};
 pub use serve::{CheckArgs, DeployArgs, RollbackArgs, ServeArgs, ServerArgs, StatusArgs};
-pub use train::{EvalArgs, InitArgs, PredictArgs, QuickstartArgs, ReportArgs, TrainArgs};
+pub use train::{
+    CalibrateArgs, CriterionArg, EvalArgs, FitArgs, GeometryArg, InitArgs, PredictArgs,
+    QuickstartArgs, ReportArgs, ScoringArgs, TrainArgs,
+};
 
 use crate::config::{DTYPES, DtypeChoice};
 
@@ -62,6 +65,10 @@ pub enum Command {
     Eval(EvalArgs),
     /// Answers to a prompt or to the rows of a file, and how sure the posterior is of them.
     Predict(PredictArgs),
+    /// A posterior around any LoRA: how wide its noise may be, judged on held-out rows.
+    Fit(FitArgs),
+    /// A temperature that makes answers as sure as they are right, and a confidence below which to give none.
+    Calibrate(CalibrateArgs),
     /// One self-contained HTML page about a training run.
     Report(ReportArgs),
     /// Data files: every bad row, rows with what is trained marked, lengths.

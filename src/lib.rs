@@ -8,6 +8,7 @@ pub mod data;
 #[cfg(feature = "mistralrs")]
 pub mod deploy;
 pub mod eval;
+pub mod fit;
 pub mod gguf_import;
 pub mod hub;
 pub mod logging;

@@ -116,7 +116,10 @@ pub(crate) fn sync_dir(path: &Path) -> Result<()> {
 }
 
 /// Whether `path` is a directory with something in it, or a file.
-pub(crate) fn is_occupied(path: &Path) -> Result<bool> {
+///
+/// # Errors
+/// If the directory cannot be read.
+pub fn is_occupied(path: &Path) -> Result<bool> {
     match fs::read_dir(path) {
         Ok(mut entries) => Ok(entries.next().is_some()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),

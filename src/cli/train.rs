@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser};
+use clap::{Args, ValueEnum};
 
 use super::ModelArgs;
 use crate::sample_models::{SAMPLE_MODELS, SMOLLM2};
@@ -92,39 +92,60 @@ pub struct TrainArgs {
     pub json: bool,
 }
 
+/// How rows are scored.
+#[derive(Debug, Clone, Args)]
+pub struct ScoringArgs {
+    /// Seed of the draws; the same seed gives those of `sample`.
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    /// Rows at a time; by default as many as have about 2048 tokens.
+    #[arg(long, value_name = "ROWS")]
+    pub batch_size: Option<usize>,
+    /// Take prompt and completion as they are instead of as a conversation.
+    #[arg(long)]
+    pub no_chat_template: bool,
+    /// Compare choices by log-likelihood per token instead of the log-likelihood of the whole choice.
+    #[arg(long)]
+    pub length_normalised: bool,
+}
+
 /// `eval`
 #[derive(Debug, Args)]
 pub struct EvalArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Adapter directory; its posterior mean is scored beside the base.
+    /// Adapter directory; its posterior mean is scored beside the base. Several on one base are scored as an ensemble: the
+    /// average of their means.
     #[arg(short, long)]
-    pub adapter: Option<PathBuf>,
+    pub adapter: Vec<PathBuf>,
     /// Rows to evaluate on; rows with `choices` are scored as multiple choice too.
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Posterior draws whose predictions are averaged and scored beside the mean; takes K times the mean's time.
     #[arg(long, value_name = "K", requires = "adapter")]
     pub posterior_samples: Option<usize>,
-    /// Seed of the draws; the same seed gives those of `sample`.
-    #[arg(long, default_value_t = 42)]
-    pub seed: u64,
-    /// Rows at a time.
-    #[arg(long, default_value_t = 8)]
-    pub batch_size: usize,
+    /// How rows are scored.
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
+    /// Only the first N rows.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Leave the base out, which takes as long as an adapter.
+    #[arg(long, requires = "adapter")]
+    pub no_base: bool,
     /// Longest row in tokens; by default min(1024, the model's limit).
     #[arg(long)]
     pub max_seq_length: Option<usize>,
-    /// Take prompt and completion as they are instead of as a conversation.
-    #[arg(long)]
-    pub no_chat_template: bool,
     /// Bins of equal width of the expected calibration error.
     #[arg(long, default_value_t = crate::config::EvalConfig::default().ece_bins)]
     pub ece_bins: usize,
-    /// Compare choices by log-likelihood a token instead of the log-likelihood of the whole choice.
-    #[arg(long)]
-    pub length_normalised: bool,
+    /// Write what is said of every row, one JSON object per line.
+    #[arg(long, value_name = "FILE")]
+    pub per_row: Option<PathBuf>,
+    /// Write a page with scores, reliability diagrams and risk-coverage curves.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,
@@ -137,9 +158,10 @@ pub struct PredictArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Adapter directory; its posterior mean answers.
+    /// Adapter directory; its posterior mean answers. Of several on one base the first answers, and the average of all says how
+    /// sure that is; choices are answered by the average.
     #[arg(short, long)]
-    pub adapter: Option<PathBuf>,
+    pub adapter: Vec<PathBuf>,
     /// The user's message.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
@@ -149,21 +171,107 @@ pub struct PredictArgs {
     /// Posterior draws that say how sure the answer is; takes about 2 K times the time of the answer.
     #[arg(long, value_name = "K", requires = "adapter")]
     pub posterior_samples: Option<usize>,
-    /// Seed of the draws; the same seed gives those of `sample`.
-    #[arg(long, default_value_t = 42)]
-    pub seed: u64,
+    /// Give no answer below the confidence that `calibrate --target-error` found.
+    #[arg(long, requires = "adapter")]
+    pub abstain: bool,
     /// Most tokens of an answer.
     #[arg(long, default_value_t = 256)]
     pub max_tokens: usize,
-    /// Questions at a time.
-    #[arg(long, default_value_t = 8)]
-    pub batch_size: usize,
-    /// Take prompts as bare text instead of as a conversation.
+    /// How questions are scored.
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
+    /// One JSON object on stdout.
     #[arg(long)]
-    pub no_chat_template: bool,
-    /// Compare choices by log-likelihood a token instead of the log-likelihood of the whole choice.
+    pub json: bool,
+}
+
+/// How noise depends on the row of A.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum GeometryArg {
+    /// The better of the two by the criterion.
+    #[default]
+    Auto,
+    /// The same noise on all rows of A.
+    Rows,
+    /// Noise on A in the basis of B's singular vectors, over the singular values.
+    Svd,
+}
+
+/// By what `fit` judges a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum CriterionArg {
+    /// The least negative log-likelihood of the average over the draws; of choices, after a temperature.
+    #[default]
+    Nll,
+    /// The largest scale that raises the negative log-likelihood of the average by at most --tolerance.
+    Tolerance,
+}
+
+/// `fit`
+#[derive(Debug, Args)]
+pub struct FitArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory or GGUF LoRA, whoever trained it; its mean stays.
+    #[arg(short, long)]
+    pub adapter: PathBuf,
+    /// Held-out rows, none of which was trained on.
+    #[arg(long, value_name = "VALID")]
+    pub data: PathBuf,
+    /// New directory: a PEFT MonteCLoRA adapter with fit.json beside it.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// How the noise depends on the row of A.
+    #[arg(long, value_enum, default_value_t)]
+    pub geometry: GeometryArg,
+    /// By what a scale is judged.
+    #[arg(long, value_enum, default_value_t)]
+    pub criterion: CriterionArg,
+    /// For --criterion tolerance, the share.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.003)]
+    pub tolerance: f64,
+    /// Posterior draws whose average is judged.
+    #[arg(long, value_name = "K", default_value_t = 4)]
+    pub draws: usize,
+    /// Rows that are used at most, a sample under --seed.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub rows: usize,
+    /// How rows are scored.
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
+    /// Write into a directory that is not empty.
     #[arg(long)]
-    pub length_normalised: bool,
+    pub force: bool,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `calibrate`
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory; calibration.json is written into it.
+    #[arg(short, long)]
+    pub adapter: PathBuf,
+    /// Held-out rows, none of which was trained on or fitted to.
+    #[arg(long, value_name = "VALID")]
+    pub data: PathBuf,
+    /// Also calibrate the average over so many posterior draws.
+    #[arg(long, value_name = "K")]
+    pub posterior_samples: Option<usize>,
+    /// Find the confidence below which answers are not to be given, so that at most this share of those that are given is wrong.
+    #[arg(long, value_name = "SHARE")]
+    pub target_error: Option<f64>,
+    /// Most tokens of an answer, for rows without `choices`.
+    #[arg(long, default_value_t = 256)]
+    pub max_tokens: usize,
+    /// How rows are scored.
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,

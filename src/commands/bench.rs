@@ -88,11 +88,12 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         dropout: None,
         checkpointing: args.gradient_checkpointing,
     };
+    let weighting = state.weighting(1.0, targets.len() as u64);
     let load_s = began.elapsed().as_secs_f64();
     let mut seconds = Vec::with_capacity(args.steps);
     for step in 0..args.steps {
         let began = Instant::now();
-        let drawn = state.draw(0, step as u64, 1.0)?;
+        let drawn = state.draw(0, step as u64, &weighting)?;
         let loss =
             decoder.loss_and_gradients(&sequences, &targets, &drawn.active, scale, options)?;
         if let Some(gradients) = &loss.gradients {

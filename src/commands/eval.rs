@@ -1,13 +1,18 @@
-//! `eval`: base, posterior mean and the average over posterior draws side by side on a data file.
+//! `eval`: base, posterior mean and the average over posterior draws, or an ensemble, side by side on a data file.
+
+mod page;
+mod per_row;
 
 use anyhow::Result;
 use serde::Serialize;
 
-use super::opened::{Opened, require_positive};
+use super::opened::{Opened, Request, open_rows, require_positive, row_limit};
 use super::show;
 use crate::cli::EvalArgs;
-use crate::data::{Dataset, RowSchema, splits};
-use crate::eval::{ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scores, score};
+use crate::eval::calibration::Applicable;
+use crate::eval::{
+    Batching, ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scored, Scores, score,
+};
 use crate::model::ActiveAdapter;
 use crate::progress;
 
@@ -19,112 +24,196 @@ struct Report {
     ece_bins: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     length_normalised: Option<bool>,
-    base: Scores,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    base: Option<Scores>,
     #[serde(skip_serializing_if = "Option::is_none")]
     mean: Option<Scores>,
     #[serde(skip_serializing_if = "Option::is_none")]
     posterior: Option<Scores>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ensemble: Option<Scores>,
+    /// Seconds in the model.
+    seconds: f64,
+}
+
+/// What is scored: its key in JSON, its name, and what it says of every row.
+struct Subject {
+    key: &'static str,
+    name: &'static str,
+    scored: Scored,
+    scores: Scores,
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
     require_positive(&[
-        ("--batch-size", args.batch_size),
         ("--ece-bins", args.ece_bins),
+        ("--limit", args.limit.unwrap_or(1)),
     ])?;
-    let opened = Opened::new(
-        &args.model,
-        args.adapter.as_deref(),
-        args.posterior_samples,
-        !args.no_chat_template,
-        |config| {
-            args.max_seq_length
-                .unwrap_or(config.max_position_embeddings.min(1024))
-        },
-    )?;
-    // Of a directory, what was kept for the end.
-    let split = splits(&args.data)?.last().copied().unwrap_or_default();
-    let encoder = opened.encoder.clone();
-    let data = Dataset::open_split(&args.data, split, RowSchema::default(), encoder)?;
-    let choices = ChoiceRows::read(&data)?;
-    let loaded = opened.load(args.seed)?;
-    let options = EvalOptions {
-        batch_size: args.batch_size,
-        ece_bins: args.ece_bins,
-        normalisation: LengthNormalisation::per_token(args.length_normalised),
+    let request = Request {
+        model: &args.model,
+        adapters: &args.adapter,
+        posterior_samples: args.posterior_samples,
+        scoring: &args.scoring,
     };
-    let scored = |name: &'static str, predictor: Predictor<'_>| {
-        let bar = progress::items(name, data.len() as u64);
-        let done = |rows| bar.inc(rows as u64);
-        let scores = score(&loaded.decoder, predictor, &data, &choices, &options, done);
-        bar.finish_and_clear();
-        scores
+    let opened = Opened::new(&request, row_limit(args.max_seq_length))?;
+    let data = open_rows(&args.data, &opened.encoder)?;
+    let choices = ChoiceRows::read(&data)?;
+    let calibration = opened.calibration(&args.adapter)?;
+    let loaded = opened.load()?;
+    let options = EvalOptions {
+        batching: Batching::new(args.scoring.batch_size),
+        ece_bins: args.ece_bins,
+        normalisation: LengthNormalisation::per_token(args.scoring.length_normalised),
+    };
+    let base = ActiveAdapter::default();
+    let mut predictors = Vec::new();
+    if !args.no_base {
+        predictors.push(("base", "base", Predictor::One(&base)));
+    }
+    match loaded.means.as_slice() {
+        [] => {}
+        [mean] => predictors.push(("mean", "posterior mean", Predictor::One(mean))),
+        means => predictors.push(("ensemble", "ensemble", Predictor::Average(means))),
+    }
+    if !loaded.draws.is_empty() {
+        let draws = Predictor::Average(&loaded.draws);
+        predictors.push(("posterior", "draws averaged", draws));
+    }
+    let n_rows = args.limit.unwrap_or(usize::MAX).min(data.len());
+    let rows: Vec<usize> = (0..n_rows).collect();
+    let bar = progress::items("rows", n_rows as u64);
+    let asked: Vec<_> = predictors
+        .iter()
+        .map(|(.., predictor)| *predictor)
+        .collect();
+    let (began, done) = (std::time::Instant::now(), |n| bar.inc(n as u64));
+    let scored = score(
+        &loaded.decoder,
+        &asked,
+        &data,
+        &rows,
+        &choices,
+        &options,
+        done,
+    )?;
+    let seconds = began.elapsed().as_secs_f64();
+    bar.finish_and_clear();
+    let subjects: Vec<Subject> = predictors
+        .iter()
+        .zip(scored)
+        .map(|((key, name, _), scored)| Subject {
+            key,
+            name,
+            scores: scored.scores(&options, temperature(&calibration, key)),
+            scored,
+        })
+        .collect();
+    if let Some(path) = &args.per_row {
+        per_row::write(path, &data, &rows, &choices, &subjects)?;
+    }
+    if let Some(path) = &args.html {
+        page::write(path, args, &subjects, &options)?;
+    }
+    let n_choice_rows = subjects
+        .first()
+        .map_or(0, |subject| subject.scored.choices.len());
+    let of = |key: &str| {
+        let found = subjects.iter().find(|subject| subject.key == key);
+        found.map(|subject| subject.scores.clone())
     };
     let report = Report {
-        rows: data.len(),
-        choice_rows: choices.len(),
-        ece_bins: (!choices.is_empty()).then_some(args.ece_bins),
-        length_normalised: (!choices.is_empty()).then_some(args.length_normalised),
-        base: scored("base", Predictor::One(&ActiveAdapter::default()))?,
-        mean: (loaded.mean.as_ref())
-            .map(|mean| scored("posterior mean", Predictor::One(mean)))
-            .transpose()?,
-        posterior: match loaded.draws.as_slice() {
-            [] => None,
-            draws => Some(scored("posterior draws", Predictor::Average(draws))?),
-        },
+        rows: n_rows,
+        choice_rows: n_choice_rows,
+        ece_bins: (n_choice_rows > 0).then_some(args.ece_bins),
+        length_normalised: (n_choice_rows > 0).then_some(args.scoring.length_normalised),
+        base: of("base"),
+        mean: of("mean"),
+        posterior: of("posterior"),
+        ensemble: of("ensemble"),
+        seconds,
     };
-    show(args.json, &report, || table(&report))
+    show(args.json, &report, || table(&report, &subjects))
 }
 
-/// One score a line, one model a column.
-fn table(report: &Report) -> String {
-    type Row = (&'static str, fn(&Scores) -> Option<f64>);
-    const ROWS: [Row; 8] = [
-        ("loss", |s| Some(s.loss)),
-        ("perplexity", |s| Some(s.perplexity)),
-        ("token accuracy", |s| Some(s.token_accuracy)),
-        ("accuracy", |s| s.accuracy),
-        ("NLL", |s| s.nll),
-        ("ECE", |s| s.ece),
-        ("Brier", |s| s.brier),
-        ("AUROC", |s| s.auroc),
-    ];
-    let columns: Vec<(&str, &Scores)> = [
-        ("base", Some(&report.base)),
-        ("posterior mean", report.mean.as_ref()),
-        ("draws averaged", report.posterior.as_ref()),
-    ]
-    .into_iter()
-    .filter_map(|(name, scores)| scores.map(|scores| (name, scores)))
-    .collect();
-    let mut text = format!("{:<16}", "");
-    for (name, _) in &columns {
-        text.push_str(&format!(" {name:>14}"));
+/// The temperature that holds for a predictor of choices.
+fn temperature(calibration: &Applicable, key: &str) -> Option<f64> {
+    use crate::eval::calibration::Judged;
+    if calibration.judged != Some(Judged::Choices) {
+        return None;
     }
-    for (name, value) in ROWS {
-        if columns.iter().all(|(_, scores)| value(scores).is_none()) {
+    let scaling = match key {
+        "base" => &calibration.base,
+        "mean" => &calibration.mean,
+        "posterior" => &calibration.posterior,
+        _ => &None,
+    };
+    scaling.as_ref().map(|scaling| scaling.temperature)
+}
+
+/// A score's label, its value, and its 95 % interval.
+type Row = (
+    &'static str,
+    fn(&Scores) -> Option<f64>,
+    fn(&Scores) -> Option<[f64; 2]>,
+);
+
+/// Every score, in the order in which it is shown.
+const ROWS: [Row; 17] = [
+    ("loss", |s| Some(s.loss), |s| s.intervals.loss),
+    ("perplexity", |s| Some(s.perplexity), |_| None),
+    ("token accuracy", |s| Some(s.token_accuracy), |_| None),
+    ("loss of one draw", |s| s.draw_loss, |_| None),
+    ("accuracy", |s| s.accuracy, |s| s.intervals.accuracy),
+    ("NLL", |s| s.nll, |s| s.intervals.nll),
+    ("ECE", |s| s.ece, |s| s.intervals.ece),
+    ("  if calibrated", |s| s.ece_floor, |_| None),
+    ("Brier", |s| s.brier, |s| s.intervals.brier),
+    ("AUROC", |s| s.auroc, |s| s.intervals.auroc),
+    ("  by entropy", |s| s.auroc_entropy, |_| None),
+    ("  by mutual inf.", |s| s.auroc_mutual_information, |_| None),
+    ("AURC", |s| s.aurc, |s| s.intervals.aurc),
+    ("temperature", |s| Some(s.calibrated?.temperature), |_| None),
+    ("  NLL with it", |s| Some(s.calibrated?.nll), |_| None),
+    ("  ECE with it", |s| Some(s.calibrated?.ece), |_| None),
+    ("  Brier with it", |s| Some(s.calibrated?.brier), |_| None),
+];
+
+/// One score a line, one model a column.
+fn table(report: &Report, subjects: &[Subject]) -> String {
+    let mut text = format!("{:<16}", "");
+    for subject in subjects {
+        text.push_str(&format!(" {:>14}", subject.name));
+    }
+    for (name, value, _) in ROWS {
+        if subjects
+            .iter()
+            .all(|subject| value(&subject.scores).is_none())
+        {
             continue;
         }
         text.push_str(&format!("\n{name:<16}"));
-        for (_, scores) in &columns {
-            let value = value(scores).map_or("-".to_owned(), |v| format!("{v:.4}"));
+        for subject in subjects {
+            let value = value(&subject.scores).map_or("-".to_owned(), |v| format!("{v:.4}"));
             text.push_str(&format!(" {value:>14}"));
         }
     }
-    if let Some(draws) = report.posterior.as_ref().and_then(|scores| scores.draws) {
-        text.push_str(&format!(
-            "\n\ndraws averaged: the mean of the probabilities of {draws}"
-        ));
+    for subject in subjects {
+        if let Some(n) = subject.scores.draws {
+            let name = subject.name;
+            text.push_str(&format!(
+                "\n\n{name}: the mean of the probabilities of {n} adapters"
+            ));
+        }
     }
     let plural = if report.rows == 1 { "" } else { "s" };
     text.push_str(&format!("\n\n{} row{plural}", report.rows));
     if let Some(bins) = report.ece_bins {
         let compared = match report.length_normalised {
-            Some(true) => "log-likelihood a token",
+            Some(true) => "log-likelihood per token",
             _ => "log-likelihood of the whole choice",
         };
         text.push_str(&format!(
-            ", {} with choices, compared by {compared}; ECE over {bins} bins of equal width; AUROC of detecting errors by confidence",
+            ", {} with choices, compared by {compared}; ECE over {bins} bins of equal width, and what a calibrated model has on as many rows; AUROC of detecting errors by confidence; AURC the area under the risk-coverage curve (lower is better); 95 % intervals: --json, --html",
             report.choice_rows
         ));
     }

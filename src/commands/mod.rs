@@ -1,6 +1,7 @@
 //! Glue: one file per command.
 
 mod bench;
+mod calibrate;
 mod collapse;
 mod completions;
 mod convert;
@@ -11,6 +12,7 @@ mod doctor;
 mod dry_run;
 mod eval;
 mod export;
+mod fit;
 mod import_gguf;
 mod init;
 mod inspect;
@@ -69,6 +71,8 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
+        Command::Fit(args) => fit::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Report(args) => report::run(args),
         Command::Data(command) => data::run(command),
         Command::Collapse(args) => collapse::run(args),

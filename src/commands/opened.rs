@@ -1,18 +1,21 @@
-//! What `eval` and `predict` start from: a base, an adapter that fits it, and what turns text into tokens.
+//! What `eval`, `predict`, `fit` and `calibrate` start from: a base, adapters that fit it, and what turns text into tokens.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::jinja::{self, recorded_variables};
-use monteclora_converters::{Adapter, ConversationSettings, Problem};
+use monteclora_converters::{Adapter, ConversationSettings, ModelFiles, Problem, base_fingerprint};
 
 use super::{device, weight_type};
-use crate::cli::ModelArgs;
-use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
-use crate::eval::posterior_draws;
+use crate::cli::{ModelArgs, ScoringArgs};
+use crate::data::{
+    Dataset, EncodeOptions, Encoder, Overlong, Remedies, RowSchema, TrainOn, splits,
+};
+use crate::eval::calibration::{self, Applicable, Calibration, Circumstances, Draws};
+use crate::eval::{LengthNormalisation, posterior_draws};
 use crate::hub::{self, Located};
 use crate::model::{ActiveAdapter, Decoder, open_base, read_shape};
 use crate::provenance::{read_fitting, warn_of_conversation};
@@ -23,94 +26,195 @@ pub(super) struct Opened {
     pub(super) encoder: Arc<Encoder>,
     /// Whether prompts are written out by the chat template: as was asked for, where there is one.
     pub(super) applies_chat_template: bool,
-    adapter: Option<Adapter>,
+    /// The adapters, in the order they were given.
+    pub(super) adapters: Vec<Adapter>,
     base: Located,
     weights: &'static Kind,
-    n_draws: usize,
+    draws: Option<Draws>,
+    normalisation: LengthNormalisation,
     cpu: bool,
 }
 
-/// The base in memory, with what the adapter makes of it.
+/// What is to be opened.
+pub(super) struct Request<'a> {
+    pub(super) model: &'a ModelArgs,
+    pub(super) adapters: &'a [PathBuf],
+    pub(super) posterior_samples: Option<usize>,
+    pub(super) scoring: &'a ScoringArgs,
+}
+
+/// The base in memory, with what the adapters make of it.
 pub(super) struct Loaded {
     pub(super) decoder: Decoder,
-    /// The adapter's posterior mean, if there is an adapter.
-    pub(super) mean: Option<ActiveAdapter>,
-    /// Draws of its posterior, if they are asked for.
+    /// The posterior mean of each adapter.
+    pub(super) means: Vec<ActiveAdapter>,
+    /// Draws of the adapter's posterior, if they are asked for.
     pub(super) draws: Vec<ActiveAdapter>,
 }
 
 impl Opened {
     pub(super) fn new(
-        model: &ModelArgs,
-        adapter: Option<&Path>,
-        posterior_samples: Option<usize>,
-        apply_chat_template: bool,
+        request: &Request<'_>,
         max_seq_length: impl FnOnce(&ModelShape) -> usize,
     ) -> Result<Self> {
         /// Each is an adapter in memory.
         const MOST: usize = 1000;
+        let (model, scoring) = (request.model, request.scoring);
+        require_positive(&[("--batch-size", scoring.batch_size.unwrap_or(1))])?;
         let weights = weight_type(model.options.dtype)?;
-        let n_draws = posterior_samples.unwrap_or(0);
+        let n_draws = request.posterior_samples.unwrap_or(0);
         if n_draws > MOST {
             let problem = format!("--posterior-samples {n_draws}: expected at most {MOST}");
             bail!(Problem::usage(problem));
         }
-        let adapter_dir = adapter;
+        if n_draws > 0 && request.adapters.len() > 1 {
+            let problem = format!(
+                "--posterior-samples draws from the posterior of one adapter, and {} are given; leave it out to average their means",
+                request.adapters.len()
+            );
+            bail!(Problem::usage(problem));
+        }
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = read_shape(&base.dir)?;
         let files = open_base(&base.dir)?;
         let template = model.options.chat_template.as_deref();
-        let apply_chat_template =
-            apply_chat_template && jinja::find(&base.dir, template)?.is_some();
-        if let Some(path) = adapter {
+        let applies_chat_template =
+            !scoring.no_chat_template && jinja::find(&base.dir, template)?.is_some();
+        let mut adapters = Vec::with_capacity(request.adapters.len());
+        for path in request.adapters {
             let settings = ConversationSettings {
                 template,
-                prompts_as_chats: Some(apply_chat_template),
+                prompts_as_chats: Some(applies_chat_template),
             };
             warn_of_conversation(path, &base.dir, settings)?;
+            adapters.push(read_fitting(path, &files)?);
         }
-        let adapter = adapter.map(|path| read_fitting(path, &files)).transpose()?;
         let options = EncodeOptions {
             train_on: TrainOn::Assistant,
-            apply_chat_template,
+            apply_chat_template: applies_chat_template,
             max_seq_length: max_seq_length(&config),
             overlong: Overlong::Error,
             remedies: Remedies::Flags,
         };
-        let variables = adapter_dir.map(recorded_variables).unwrap_or_default();
+        let variables = variables(request.adapters)?;
         let encoder = Encoder::with_variables(&base.dir, template, variables, options)?;
         encoder.tokenizer().check_vocab(config.vocab_size)?;
         for warning in encoder.unread_variables() {
             tracing::warn!("{warning}");
         }
         Ok(Self {
-            adapter,
+            adapters,
             base,
             config,
             encoder,
-            applies_chat_template: apply_chat_template,
+            applies_chat_template,
             weights,
-            n_draws,
+            draws: (n_draws > 0).then_some(Draws {
+                n: n_draws,
+                seed: scoring.seed,
+            }),
+            normalisation: LengthNormalisation::per_token(scoring.length_normalised),
             cpu: model.options.cpu,
         })
     }
 
     /// Loads the base. Draws are made before anything is computed, so that an adapter without a posterior is refused at once.
-    pub(super) fn load(&self, seed: u64) -> Result<Loaded> {
+    pub(super) fn load(&self) -> Result<Loaded> {
         let decoder = Decoder::load_as(&self.base.dir, &device(self.cpu)?, self.weights)?;
-        let mut loaded = Loaded {
-            decoder,
-            mean: None,
-            draws: Vec::new(),
+        let device = decoder.device();
+        let mean = |adapter| Ok(ActiveAdapter::from_adapter(adapter, &self.config, device)?);
+        let means = self.adapters.iter().map(mean).collect::<Result<_>>()?;
+        let draws = match (self.adapters.as_slice(), self.draws) {
+            ([adapter], Some(Draws { n, seed })) => posterior_draws(adapter, &decoder, seed, n)?,
+            _ => Vec::new(),
         };
-        if let Some(adapter) = &self.adapter {
-            let decoder = &loaded.decoder;
-            let mean = ActiveAdapter::from_adapter(adapter, &self.config, decoder.device())?;
-            loaded.draws = posterior_draws(adapter, &mean, decoder, seed, self.n_draws)?;
-            loaded.mean = Some(mean);
-        }
-        Ok(loaded)
+        Ok(Loaded {
+            decoder,
+            means,
+            draws,
+        })
     }
+
+    /// Draws that are asked for.
+    pub(super) fn draws(&self) -> Option<Draws> {
+        self.draws
+    }
+
+    /// Fingerprint of the base.
+    pub(super) fn base_fingerprint(&self) -> Result<String> {
+        // By files of their own: pages that are read stay mapped as long as the files are open.
+        Ok(base_fingerprint(&ModelFiles::open(&self.base.dir)?))
+    }
+
+    /// What predictions of the only adapter depend on.
+    pub(super) fn circumstances(&self) -> Result<Option<Circumstances>> {
+        let [adapter] = self.adapters.as_slice() else {
+            return Ok(None);
+        };
+        let (base, chats) = (self.base_fingerprint()?, self.applies_chat_template);
+        Ok(Some(Circumstances::new(
+            base,
+            adapter,
+            chats,
+            self.normalisation,
+        )))
+    }
+
+    /// What lies beside the only adapter, at `paths`, and holds for it; warns of what does not.
+    pub(super) fn calibration(&self, paths: &[PathBuf]) -> Result<Applicable> {
+        let [path] = paths else {
+            return Ok(Applicable::default());
+        };
+        let Some(calibration) = Calibration::beside(path)? else {
+            return Ok(Applicable::default());
+        };
+        let Some(now) = self.circumstances()? else {
+            return Ok(Applicable::default());
+        };
+        let found = calibration.applicable(&now, self.draws);
+        if let Some(why) = &found.why_not {
+            tracing::warn!(
+                "`{}` {why}: it is not used there; `monteclora calibrate` makes another",
+                path.join(calibration::FILE).display()
+            );
+        }
+        Ok(found)
+    }
+}
+
+/// The variables of the chat template that adapters were trained with, which have to agree.
+fn variables(adapters: &[PathBuf]) -> Result<serde_json::Map<String, serde_json::Value>> {
+    let mut all = adapters.iter().map(|path| (path, recorded_variables(path)));
+    let Some((_, variables)) = all.next() else {
+        return Ok(serde_json::Map::new());
+    };
+    match all.find(|(_, others)| *others != variables) {
+        None => Ok(variables),
+        Some((path, _)) => {
+            let problem = format!(
+                "`{}` was trained with other template_variables than `{}`; evaluate each by itself",
+                path.display(),
+                adapters[0].display()
+            );
+            Err(Problem::usage(problem).into())
+        }
+    }
+}
+
+/// Length limit of rows: `asked`, or min(1024, the model's).
+pub(super) fn row_limit(asked: Option<usize>) -> impl FnOnce(&ModelShape) -> usize {
+    move |config| asked.unwrap_or(config.max_position_embeddings.min(1024))
+}
+
+/// The rows of `data`; of a directory, what was kept for the end.
+pub(super) fn open_rows(data: &Path, encoder: &Arc<Encoder>) -> Result<Dataset> {
+    let split = splits(data)?.last().copied().unwrap_or_default();
+    Ok(Dataset::open_split(
+        data,
+        split,
+        RowSchema::default(),
+        encoder.clone(),
+    )?)
 }
 
 /// Refuses flags that are 0.

@@ -3,18 +3,20 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use monteclora_converters::{Error, Problem, Problems};
+use monteclora_converters::{Error, Problem, Problems, shell_word};
 use serde::Serialize;
 
-use super::opened::{Opened, require_positive};
+use super::opened::{Opened, Request, require_positive};
 use super::{print, print_json};
 use crate::cli::PredictArgs;
 use crate::data::{
     Encoder, Findings, Message, Role, Row, RowProblem, Source, fault_of_row, field_problem,
     findings_of_question, parse_question, splits,
 };
+use crate::eval::abstention::Abstention;
+use crate::eval::calibration::{Judged, Scaling};
 use crate::eval::{Answer, Answerer, LengthNormalisation, Question};
-use crate::model::GenerationSettings;
+use crate::model::{ActiveAdapter, GenerationSettings};
 use crate::progress;
 
 #[derive(Debug, Serialize)]
@@ -23,17 +25,19 @@ struct Report {
 }
 
 pub(super) fn run(args: &PredictArgs) -> Result<()> {
-    require_positive(&[
-        ("--batch-size", args.batch_size),
-        ("--max-tokens", args.max_tokens),
-    ])?;
-    let opened = Opened::new(
-        &args.model,
-        args.adapter.as_deref(),
-        args.posterior_samples,
-        !args.no_chat_template,
-        |config| config.max_position_embeddings,
-    )?;
+    require_positive(&[("--max-tokens", args.max_tokens)])?;
+    let request = Request {
+        model: &args.model,
+        adapters: &args.adapter,
+        posterior_samples: args.posterior_samples,
+        scoring: &args.scoring,
+    };
+    let opened = Opened::new(&request, |config| config.max_position_embeddings)?;
+    let calibration = calibration(&opened, args)?;
+    let threshold = match args.abstain {
+        true => Some(threshold(calibration.as_ref(), args)?),
+        false => None,
+    };
     let (encoder, config) = (&opened.encoder, &opened.config);
     let reader = Reader {
         encoder,
@@ -51,18 +55,26 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         None => Vec::new(),
     };
 
-    let loaded = opened.load(args.seed)?;
+    let loaded = opened.load()?;
+    let base = ActiveAdapter::default();
+    let draws = match loaded.means.as_slice() {
+        [_, _, ..] => &loaded.means,
+        _ => &loaded.draws,
+    };
+    let batch_size = args.scoring.batch_size.unwrap_or(8);
     let answerer = Answerer {
         decoder: &loaded.decoder,
-        mean: &loaded.mean.unwrap_or_default(),
-        draws: &loaded.draws,
+        mean: loaded.means.first().unwrap_or(&base),
+        draws,
+        calibration: calibration.as_ref(),
+        threshold,
         tokenizer: encoder.tokenizer(),
         generation: GenerationSettings {
             max_new_tokens: args.max_tokens,
             stop_tokens: encoder.stop_ids(),
-            batch_size: args.batch_size,
+            batch_size,
         },
-        normalisation: LengthNormalisation::per_token(args.length_normalised),
+        normalisation: LengthNormalisation::per_token(args.scoring.length_normalised),
     };
     let mut report = Report {
         answers: answerer.answer(&alone)?,
@@ -70,7 +82,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
     if let Some(source) = &source {
         let bar = progress::items("questions", source.n_rows() as u64);
         let rows: Vec<usize> = (0..source.n_rows()).collect();
-        for rows in rows.chunks(args.batch_size) {
+        for rows in rows.chunks(batch_size) {
             let questions = rows
                 .iter()
                 .map(|row| {
@@ -89,6 +101,50 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
     }
     let lines: Vec<String> = report.answers.iter().map(describe).collect();
     print(&lines.join("\n\n"))
+}
+
+/// What `calibrate` found for what answers.
+fn calibration(opened: &Opened, args: &PredictArgs) -> Result<Option<(Judged, Scaling)>> {
+    let found = opened.calibration(&args.adapter)?;
+    let scaling = match opened.draws() {
+        Some(_) => found.posterior,
+        None => found.mean,
+    };
+    Ok(found.judged.zip(scaling))
+}
+
+/// The confidence below which no answer is given.
+fn threshold(calibration: Option<&(Judged, Scaling)>, args: &PredictArgs) -> Result<f64> {
+    let adapter = args.adapter.first().map(|path| path.display().to_string());
+    let again = |target: f64| {
+        let samples = args
+            .posterior_samples
+            .map(|k| format!(" --posterior-samples {k}"));
+        format!(
+            "find one with `monteclora calibrate -m {} -a {} --data ROWS{} --target-error {target}`, and give it here as there",
+            shell_word(&args.model.model_id),
+            shell_word(adapter.as_deref().unwrap_or("ADAPTER")),
+            samples.unwrap_or_default(),
+        )
+    };
+    let (message, fix) = match calibration.map(|(_, scaling)| scaling.abstention) {
+        None => (
+            "there is no calibration that holds for this".to_owned(),
+            again(0.05),
+        ),
+        Some(None) => ("the calibration has no threshold".to_owned(), again(0.05)),
+        Some(Some(Abstention {
+            threshold: Some(threshold),
+            ..
+        })) => return Ok(threshold),
+        Some(Some(off)) => (
+            format!("no confidence keeps the error below {}", off.target_error),
+            again(2.0 * off.target_error),
+        ),
+    };
+    Err(Problem::new("no-threshold", "--abstain", message, fix)
+        .exit(2)
+        .into())
 }
 
 /// Turns rows into questions.
@@ -194,7 +250,11 @@ impl Reader<'_> {
 }
 
 fn describe(answer: &Answer) -> String {
-    let mut text = answer.text.trim().to_owned();
+    let mut text = match answer.abstain {
+        Some(true) => "(no answer)".to_owned(),
+        _ => answer.text.trim().to_owned(),
+    };
+    text.push_str(&format!("\n  {}", how_sure(answer)));
     for choice in &answer.choices {
         let spread = choice
             .std
@@ -204,13 +264,39 @@ fn describe(answer: &Answer) -> String {
     }
     if let Some(found) = &answer.uncertainty {
         text.push_str(&format!(
-            "\n  entropy {:.4} nats = {:.4} within a draw + {:.4} between draws; {:.0} % of {} draws agree",
-            found.predictive_entropy,
-            found.expected_entropy,
-            found.mutual_information,
-            100.0 * found.agreement,
-            found.draws
+            "\n  entropy {:.4} nats = {:.4} within a draw + {:.4} between draws",
+            found.predictive_entropy, found.expected_entropy, found.mutual_information,
         ));
+    }
+    text
+}
+
+/// How sure an answer is, in words.
+pub(super) fn how_sure(answer: &Answer) -> String {
+    let p = answer.p_correct;
+    let word = match p {
+        0.95.. => "very sure",
+        0.8.. => "sure",
+        0.5.. => "not sure",
+        _ => "guessing",
+    };
+    let mut text = match answer.abstain {
+        Some(true) => format!(
+            "too unsure to answer: {:.1} % likely to be right",
+            100.0 * p
+        ),
+        _ => format!("{word}: {:.1} % likely to be right", 100.0 * p),
+    };
+    if !answer.calibrated {
+        text.push_str(" by its own account, which nobody has calibrated");
+    }
+    if let Some(found) = &answer.uncertainty {
+        let n = found.draws;
+        let agreeing = (found.agreement * n as f64).round() as usize;
+        text.push_str(&match agreeing == n {
+            true => format!("; all {n} draws say the same"),
+            false => format!("; {agreeing} of {n} draws say the same"),
+        });
     }
     text
 }

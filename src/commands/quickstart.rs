@@ -1,5 +1,6 @@
 //! `quickstart`: the whole job on a real model.
 
+mod certainty;
 mod job;
 
 use std::collections::BTreeMap;
@@ -8,10 +9,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use monteclora_converters::{
-    Adapter, DType, LoraOptions, ModelFiles, ReadOptions, Site, files, format_named, jinja, read_as,
+    Adapter, DType, LoraOptions, ModelFiles, ReadOptions, Site, files, format_named, jinja,
+    read_as, shell_word,
 };
 use serde::Serialize;
 
+use self::certainty::{Certainty, Score};
 use self::job::{Form, Job, Paths};
 use super::train::stop_on_signals;
 use super::{interrupted, numerical, show};
@@ -32,11 +35,6 @@ const MAX_NEW_TOKENS: usize = 40;
 
 /// Test rows decoded together.
 const DECODE_BATCH: usize = 20;
-
-#[derive(Debug, Clone, Serialize)]
-struct Score {
-    exact_match: f64,
-}
 
 #[derive(Debug, Clone, Serialize)]
 struct Served {
@@ -66,6 +64,7 @@ struct Report {
     total_s: f64,
     base: Score,
     mean: Score,
+    posterior: Certainty,
     /// Sites of the GGUF LoRA, read back and equal to the bit.
     gguf_sites: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -133,6 +132,14 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let base_answers = answer(&tickets, "base model", &decoder, &ActiveAdapter::default())?;
     let mean = ActiveAdapter::from_adapter(&adapter, decoder.config(), decoder.device())?;
     let mean_answers = answer(&tickets, "posterior mean", &decoder, &mean)?;
+    let posterior = certainty::assess(
+        (&prepared, form),
+        (&decoder, &adapter),
+        &paths.data.join("valid.jsonl"),
+        &paths.posterior,
+        &tickets,
+        &mean_answers,
+    )?;
     drop(decoder);
     let answers = out.join("answers.jsonl");
     std::fs::write(&answers, tickets.lines(&base_answers, &mean_answers)?)
@@ -145,12 +152,9 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         steps: outcome.steps,
         train_s: outcome.seconds,
         total_s: 0.0,
-        base: Score {
-            exact_match: tickets.exact_match(&base_answers)?,
-        },
-        mean: Score {
-            exact_match: tickets.exact_match(&mean_answers)?,
-        },
+        base: certainty::score(&certainty::own(&tickets, &base_answers)?),
+        mean: certainty::score(&certainty::own(&tickets, &mean_answers)?),
+        posterior,
         gguf_sites,
         parity: None,
         served: None,
@@ -165,7 +169,9 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     )?;
     report.total_s = began.elapsed().as_secs_f64();
     files::write_json(&out.join("quickstart.json"), &report)?;
-    show(args.json, &report, || describe(&report, &paths, form))?;
+    show(args.json, &report, || {
+        describe(&report, &paths, form, &base.dir)
+    })?;
     match &report.served {
         Some(served) if !served.equal => Err(numerical(
             "mistral.rs and our decoder gave different tokens for the same question",
@@ -315,19 +321,30 @@ fn served(
     Ok(())
 }
 
-fn describe(report: &Report, paths: &Paths, form: Form) -> String {
+fn describe(report: &Report, paths: &Paths, form: Form, base: &Path) -> String {
     let mut text = format!(
         "\n{}: {} training tickets, {} steps in {:.0} s ({:.0} s in all)\n\n\
-         exact match on {} unseen tickets\n  base            {:>5.1} %\n  posterior mean  {:>5.1} %\n",
+         exact match on {} unseen tickets\n{:<18} {:>7} {:>20}\n",
         report.model,
         report.train_rows,
         report.steps,
         report.train_s,
         report.total_s,
         report.test_rows,
-        100.0 * report.base.exact_match,
-        100.0 * report.mean.exact_match
+        "",
+        "all",
+        "the surest 80 %"
     );
+    let average = format!("{} draws averaged", report.posterior.draws);
+    for (name, score) in [
+        ("base", &report.base),
+        ("posterior mean", &report.mean),
+        (&average, &report.posterior.score),
+    ] {
+        let (all, surest) = (100.0 * score.exact_match, 100.0 * score.surest_80);
+        text.push_str(&format!("  {name:<16} {all:>5.1} % {surest:>18.1} %\n"));
+    }
+    text.push_str(&report.posterior.words());
     if let (Some(parity), Some(served)) = (&report.parity, &report.served) {
         text.push_str(&format!(
             "\nmistral.rs with the collapsed adapter against our decoder, {} positions\n  largest logit difference  {:.2e}\n  same top token            {:.2} %\n\
@@ -342,8 +359,12 @@ fn describe(report: &Report, paths: &Paths, form: Form) -> String {
     }
     let (address, body) = form.request("triage", MAX_NEW_TOKENS);
     text.push_str(&format!(
-        "\nnext\n  monteclora serve -c {}\n  curl -s http://127.0.0.1:1234{address} -H 'content-type: application/json' \\\n    \
+        "\nnext\n  monteclora predict -m {} -a {} --posterior-samples {} --data {}   # answers, and how sure each is\n  monteclora serve -c {}\n  curl -s http://127.0.0.1:1234{address} -H 'content-type: application/json' \\\n    \
          -d '{body}'\n  monteclora inspect {}\n  monteclora train -c {}   # edit it for your own data\n",
+        shell_word(&base.display().to_string()),
+        paths.posterior.display(),
+        report.posterior.draws,
+        paths.data.join("test.jsonl").display(),
         paths.serve.display(),
         paths.adapter.display(),
         paths.run.display()

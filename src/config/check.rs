@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use monteclora_adapters::methods::monteclora::{self, MonteCloraConfig, Preset};
+use monteclora_adapters::methods::monteclora::{self, MonteCloraConfig, Objective, Preset};
 use monteclora_converters::jinja::FIXED;
 use monteclora_converters::{Problem, Problems};
 use toml::Table;
@@ -262,6 +262,9 @@ fn lora(document: &mut Document, config: &mut LoraConfig) {
     // Checked even where the method does not use it: the section stays in the file for the next run.
     if let Some(posterior) = &config.monteclora {
         posterior_ranges(document, posterior);
+        if posterior.objective == Objective::Elbo {
+            config.monteclora = Some(posterior.clone().of_evidence(config.r));
+        }
     }
     if config.method != Method(monteclora::KIND.name) {
         config.monteclora = None;
@@ -279,7 +282,37 @@ fn posterior_ranges(document: &mut Document, config: &MonteCloraConfig) {
     document.not_negative(&key("kl_loss_weight"), config.kl_loss_weight);
     document.above_zero(&key("dirichlet_prior"), config.dirichlet_prior);
     document.share(&key("kl_warmup_ratio"), config.kl_warmup_ratio);
+    document.above_zero(&key("prior_std"), config.prior_std);
+    document.above_zero(&key("temperature"), config.temperature);
+    let of_evidence = config.objective == Objective::Elbo;
+    let (others, why) = match of_evidence {
+        true => (
+            &OF_DIVERGENCES[..],
+            "has no meaning with objective = \"elbo\"; leave it out, or choose objective = \"exact\"",
+        ),
+        false => (
+            &OF_EVIDENCE[..],
+            "has a meaning with objective = \"elbo\" only; leave it out, or choose that objective",
+        ),
+    };
+    for name in others {
+        document.that(name, !document.is_given(name), why);
+    }
 }
+
+/// Keys that only `objective = "elbo"` reads.
+const OF_EVIDENCE: [&str; 2] = ["lora.monteclora.prior_std", "lora.monteclora.temperature"];
+
+/// Keys that it does not read.
+const OF_DIVERGENCES: [&str; 7] = [
+    "lora.monteclora.num_samples",
+    "lora.monteclora.sample_scaler",
+    "lora.monteclora.kl_loss_weight",
+    "lora.monteclora.dirichlet_prior",
+    "lora.monteclora.use_entropy",
+    "lora.monteclora.kl_warmup_ratio",
+    "train.variational_learning_rate",
+];
 
 /// Turns off what rests on validation rows, where there are none, and says what of it was asked for.
 fn without_valid(document: &Document, config: &mut TrainConfig) -> Vec<String> {
@@ -326,7 +359,7 @@ fn train(document: &mut Document, config: &mut TrainConfig, lora: &LoraConfig) {
     document.above_zero("train.learning_rate", config.learning_rate);
     if document.is_given("train.variational_learning_rate") {
         let rate = config.variational_learning_rate;
-        document.above_zero("train.variational_learning_rate", rate);
+        document.not_negative("train.variational_learning_rate", rate);
     } else {
         let preset = lora.monteclora.as_ref().map_or(Preset::Peft, |m| m.preset);
         config.variational_learning_rate = config.learning_rate * preset.variational_rate_ratio();

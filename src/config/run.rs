@@ -382,7 +382,7 @@ section! {
         pub gradient_accumulation_steps: usize = 1,
         /// Largest learning rate of A and B, above 0.
         pub learning_rate: f64 = 5e-4,
-        /// Largest learning rate of the variational parameters, above 0; by default [`Preset::variational_rate_ratio`] times
+        /// Largest learning rate of the variational parameters, at least 0, where 0 keeps them as they are; by default [`Preset::variational_rate_ratio`] times
         /// `learning_rate`.
         pub variational_learning_rate: f64 = 5e-4 * Preset::default().variational_rate_ratio(),
         /// Learning rate of B over that of A, above 0; LoRA+ recommends 16 (Hayou et al. 2024, arXiv:2402.12354).

@@ -139,6 +139,11 @@ impl Dataset {
         }
     }
 
+    /// The line number of the row that an example was made from.
+    pub fn line(&self, example_idx: usize) -> usize {
+        self.source.place(self.entries[example_idx].row as usize).1
+    }
+
     /// An example, read and tokenised again.
     ///
     /// # Errors

@@ -5,8 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use monteclora_converters::{self as converters, Problem, Problems};
 
-use super::calibration::Prediction;
-use super::not_finite;
+use super::{Prediction, not_finite};
 use crate::data::{ChoiceSet, Dataset, RowProblem, fault_of_row};
 use crate::model::{ActiveAdapter, Decoder, Sequences};
 
@@ -98,11 +97,7 @@ pub fn log_likelihoods<'a>(
         .map(|row| Places::new(row, &mut sequences, &mut targets, None))
         .collect();
     let nll = model.evaluate(&sequences, &targets, adapter)?.nll;
-    let log_p: Vec<f64> = nll.into_iter().map(|nll| -f64::from(nll)).collect();
-    Ok(places
-        .iter()
-        .map(|row| row.log_likelihoods(&log_p))
-        .collect())
+    Ok(places.iter().map(|row| row.log_likelihoods(&nll)).collect())
 }
 
 /// Where the tokens of each choice of a row are predicted: `[choice][token]`, an index into the targets of a batch.
@@ -154,9 +149,11 @@ impl Places {
         Self(places)
     }
 
-    /// The log-likelihood of every choice, from that of every target of the batch.
-    pub(super) fn log_likelihoods(&self, of_targets: &[f64]) -> Vec<f64> {
-        let sum = |choice: &Vec<usize>| choice.iter().map(|target| of_targets[*target]).sum();
+    /// The log-likelihood of every choice, from the negative one of every target of the batch.
+    pub(super) fn log_likelihoods(&self, nll: &[f32]) -> Vec<f64> {
+        let sum = |choice: &Vec<usize>| -> f64 {
+            choice.iter().map(|target| -f64::from(nll[*target])).sum()
+        };
         self.0.iter().map(sum).collect()
     }
 }
@@ -212,10 +209,7 @@ mod tests {
         let places = Places::new(&set, &mut sequences, &mut targets, None);
         assert_eq!(sequences.tokens, [1, 2, 3]);
         assert_eq!(targets, [(2, 7), (2, 8), (2, 9)]);
-        assert_eq!(
-            places.log_likelihoods(&[-1.0, -2.0, -3.0]),
-            [-1.0, -2.0, -3.0]
-        );
+        assert_eq!(places.log_likelihoods(&[1.0, 2.0, 3.0]), [-1.0, -2.0, -3.0]);
     }
 
     #[test]

@@ -1,103 +1,47 @@
-//! Scores of categorical predictions: accuracy, negative log-likelihood, calibration error, Brier score, error detection.
+//! Scores of many predictions: accuracy, negative log-likelihood, calibration error, Brier score, and how well confidence ranks
+//! errors.
 
-use crate::model::log_mean_exp;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-/// One prediction: a distribution over the choices of a row, and which of them was right.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Prediction {
-    probabilities: Vec<f64>,
-    log_probability: f64,
-    answer: usize,
+use super::Prediction;
+
+/// How likely an answer was said to be right, and whether it is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outcome {
+    /// Probability that it is right.
+    pub confidence: f64,
+    /// Whether it is.
+    pub correct: bool,
 }
 
-impl Prediction {
-    /// The softmax of one log score a choice; computed from differences, so that scores far below zero lose nothing.
-    ///
-    /// `None` if there is no such choice as `answer`, or a score is NaN or positive infinity, or all are negative infinity.
-    pub fn from_log_scores(scores: &[f64], answer: usize) -> Option<Self> {
-        let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        if answer >= scores.len() || !largest.is_finite() || scores.iter().any(|s| s.is_nan()) {
-            return None;
+impl From<&Prediction> for Outcome {
+    fn from(prediction: &Prediction) -> Self {
+        Self {
+            confidence: prediction.confidence(),
+            correct: prediction.correct(),
         }
-        let log_sum = largest + scores.iter().map(|s| (s - largest).exp()).sum::<f64>().ln();
-        Some(Self {
-            probabilities: scores.iter().map(|s| (s - log_sum).exp()).collect(),
-            log_probability: scores[answer] - log_sum,
-            answer,
-        })
-    }
-
-    /// The average of the probabilities of several predictions about one row, which say the same about its answer; `None` of none.
-    pub fn average(predictions: &[Self]) -> Option<Self> {
-        let first = predictions.first()?;
-        let n = predictions.len() as f64;
-        let probability = |choice: usize| {
-            predictions
-                .iter()
-                .map(|p| p.probabilities[choice])
-                .sum::<f64>()
-                / n
-        };
-        let of_answer: Vec<f64> = predictions.iter().map(|p| p.log_probability).collect();
-        Some(Self {
-            probabilities: (0..first.probabilities.len()).map(probability).collect(),
-            log_probability: log_mean_exp(&of_answer),
-            answer: first.answer,
-        })
-    }
-
-    /// The distribution over the choices.
-    pub fn probabilities(&self) -> &[f64] {
-        &self.probabilities
-    }
-
-    /// Entropy of the distribution, nats.
-    pub fn entropy(&self) -> f64 {
-        let positive = self.probabilities.iter().filter(|p| **p > 0.0);
-        -positive.map(|p| p * p.ln()).sum::<f64>()
-    }
-
-    /// The most likely choice; the first of several.
-    pub fn choice(&self) -> usize {
-        (1..self.probabilities.len()).fold(0, |best, idx| {
-            if self.probabilities[idx] > self.probabilities[best] {
-                idx
-            } else {
-                best
-            }
-        })
-    }
-
-    /// Probability of the most likely choice.
-    pub fn confidence(&self) -> f64 {
-        self.probabilities[self.choice()]
-    }
-
-    /// Whether the most likely choice is the answer.
-    pub fn correct(&self) -> bool {
-        self.choice() == self.answer
     }
 }
 
-/// Share of predictions whose most likely choice is right; `None` without predictions, as for every score here.
-pub fn accuracy(predictions: &[Prediction]) -> Option<f64> {
-    mean(predictions, |p| f64::from(u8::from(p.correct())))
+/// Those of `predictions`.
+pub fn outcomes(predictions: &[Prediction]) -> Vec<Outcome> {
+    predictions.iter().map(Outcome::from).collect()
 }
 
-/// Mean of `-ln p(answer)`, nats.
+/// Share of outcomes that are right; `None` without any, as for every score here.
+pub fn accuracy(outcomes: &[Outcome]) -> Option<f64> {
+    mean(outcomes, |o| f64::from(u8::from(o.correct)))
+}
+
+/// Mean of `-ln p(true outcome)`, nats.
 pub fn negative_log_likelihood(predictions: &[Prediction]) -> Option<f64> {
-    mean(predictions, |p| -p.log_probability)
+    mean(predictions, Prediction::nll)
 }
 
 /// Brier's score over all choices: mean of `sum_c (p_c - y_c)^2`, from 0 to 2   (Brier 1950, Mon. Weather Rev. 78, eq. 2).
 pub fn brier(predictions: &[Prediction]) -> Option<f64> {
-    mean(predictions, |p| {
-        p.probabilities
-            .iter()
-            .enumerate()
-            .map(|(idx, q)| (q - f64::from(u8::from(idx == p.answer))).powi(2))
-            .sum()
-    })
+    mean(predictions, Prediction::brier)
 }
 
 /// What fell into one bin of confidence.
@@ -115,9 +59,9 @@ pub struct Bin {
     pub accuracy: f64,
 }
 
-/// Predictions by confidence in `n_bins` bins of equal width: bin `m` of `M` is `((m-1)/M, m/M]`   (Guo et al. 2017,
+/// Outcomes by confidence in `n_bins` bins of equal width: bin `m` of `M` is `((m-1)/M, m/M]`   (Guo et al. 2017,
 /// arXiv:1706.04599, sec. 2).
-pub fn reliability(predictions: &[Prediction], n_bins: usize) -> Vec<Bin> {
+pub fn reliability(outcomes: &[Outcome], n_bins: usize) -> Vec<Bin> {
     let n_bins = n_bins.max(1);
     let edge = |idx: usize| idx as f64 / n_bins as f64;
     let mut bins: Vec<Bin> = (0..n_bins)
@@ -129,18 +73,11 @@ pub fn reliability(predictions: &[Prediction], n_bins: usize) -> Vec<Bin> {
             accuracy: 0.0,
         })
         .collect();
-    for prediction in predictions {
-        let confidence = prediction.confidence();
-        let mut idx = ((confidence * n_bins as f64).ceil() as usize).clamp(1, n_bins) - 1;
-        // The product may round across an edge that the confidence itself does not cross.
-        if idx > 0 && confidence <= edge(idx) {
-            idx -= 1;
-        } else if idx + 1 < n_bins && confidence > edge(idx + 1) {
-            idx += 1;
-        }
-        bins[idx].n += 1;
-        bins[idx].confidence += confidence;
-        bins[idx].accuracy += f64::from(u8::from(prediction.correct()));
+    for outcome in outcomes {
+        let bin = &mut bins[bin_of(outcome.confidence, n_bins)];
+        bin.n += 1;
+        bin.confidence += outcome.confidence;
+        bin.accuracy += f64::from(u8::from(outcome.correct));
     }
     for bin in bins.iter_mut().filter(|bin| bin.n > 0) {
         bin.confidence /= bin.n as f64;
@@ -149,47 +86,121 @@ pub fn reliability(predictions: &[Prediction], n_bins: usize) -> Vec<Bin> {
     bins
 }
 
+fn bin_of(confidence: f64, n_bins: usize) -> usize {
+    let edge = |idx: usize| idx as f64 / n_bins as f64;
+    let idx = ((confidence * n_bins as f64).ceil() as usize).clamp(1, n_bins) - 1;
+    // The product may round across an edge that the confidence itself does not cross.
+    if idx > 0 && confidence <= edge(idx) {
+        idx - 1
+    } else if idx + 1 < n_bins && confidence > edge(idx + 1) {
+        idx + 1
+    } else {
+        idx
+    }
+}
+
 /// Expected calibration error: `sum_m |B_m| / n |accuracy(B_m) - confidence(B_m)|` over the bins of [`reliability`]   (Guo et
 /// al. 2017, arXiv:1706.04599, eq. 3).
-pub fn expected_calibration_error(predictions: &[Prediction], n_bins: usize) -> Option<f64> {
-    if predictions.is_empty() {
+pub fn expected_calibration_error(outcomes: &[Outcome], n_bins: usize) -> Option<f64> {
+    if outcomes.is_empty() {
         return None;
     }
-    let total = predictions.len() as f64;
-    Some(
-        reliability(predictions, n_bins)
-            .iter()
-            .map(|bin| bin.n as f64 / total * (bin.accuracy - bin.confidence).abs())
-            .sum(),
-    )
+    let total = outcomes.len() as f64;
+    let bins = reliability(outcomes, n_bins);
+    let gap = |bin: &Bin| bin.n as f64 / total * (bin.accuracy - bin.confidence).abs();
+    Some(bins.iter().map(gap).sum())
 }
 
-/// How well low confidence detects errors: the probability that a right prediction is more confident than a wrong one,
-/// ties counting half (the area under the ROC curve). `None` where all or none are right.
-pub fn error_detection_auroc(predictions: &[Prediction]) -> Option<f64> {
-    let mut ranked: Vec<(f64, bool)> = predictions
+/// The calibration error that a perfectly calibrated model of the same confidences has on so few rows: the mean of
+/// [`expected_calibration_error`] when each answer is right with the probability that was said, over 500 simulations of a fixed
+/// seed. An error near it says nothing against the model.
+pub fn calibration_error_floor(outcomes: &[Outcome], n_bins: usize) -> Option<f64> {
+    /// Their mean is known to about a hundredth of itself.
+    const SIMULATIONS: u64 = 500;
+    if outcomes.is_empty() {
+        return None;
+    }
+    let n_bins = n_bins.max(1);
+    let binned: Vec<(usize, f64)> = outcomes
         .iter()
-        .map(|p| (p.confidence(), p.correct()))
+        .map(|o| (bin_of(o.confidence, n_bins), o.confidence))
         .collect();
-    ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let n_right = ranked.iter().filter(|(_, right)| *right).count() as f64;
-    let n_wrong = ranked.len() as f64 - n_right;
-    if n_right == 0.0 || n_wrong == 0.0 {
-        return None;
+    let mut total = 0.0;
+    for simulation in 0..SIMULATIONS {
+        let mut random = ChaCha8Rng::seed_from_u64(simulation);
+        let mut excess = vec![0.0; n_bins];
+        for (bin, confidence) in &binned {
+            let is_right = uniform(&mut random) < *confidence;
+            excess[*bin] += f64::from(u8::from(is_right)) - confidence;
+        }
+        total += excess.iter().map(|e: &f64| e.abs()).sum::<f64>();
     }
-    let (mut wrong_below, mut area) = (0.0, 0.0);
-    for tied in ranked.chunk_by(|a, b| a.0 == b.0) {
-        let right = tied.iter().filter(|(_, right)| *right).count() as f64;
-        let wrong = tied.len() as f64 - right;
-        area += right * (wrong_below + 0.5 * wrong);
-        wrong_below += wrong;
-    }
-    Some(area / (n_right * n_wrong))
+    Some(total / (SIMULATIONS as f64 * outcomes.len() as f64))
 }
 
-fn mean(predictions: &[Prediction], value: impl Fn(&Prediction) -> f64) -> Option<f64> {
-    (!predictions.is_empty())
-        .then(|| predictions.iter().map(value).sum::<f64>() / predictions.len() as f64)
+/// A number in `[0, 1)`.
+pub(super) fn uniform(random: &mut ChaCha8Rng) -> f64 {
+    (random.next_u64() >> 11) as f64 * (0.5f64).powi(53)
+}
+
+/// How well low confidence detects errors: the probability that a right answer is more confident than a wrong one, ties counting
+/// half (the area under the ROC curve). `None` where all or none are right.
+pub fn error_detection_auroc(outcomes: &[Outcome]) -> Option<f64> {
+    auroc(outcomes.iter().map(|o| (o.confidence, o.correct)))
+}
+
+/// The probability that a value of a positive is above one of a negative, ties counting half; `None` where either is missing.
+pub fn auroc(values: impl IntoIterator<Item = (f64, bool)>) -> Option<f64> {
+    let mut ranked: Vec<(f64, bool)> = values.into_iter().collect();
+    ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let n_positive = ranked.iter().filter(|(_, positive)| *positive).count() as f64;
+    let n_negative = ranked.len() as f64 - n_positive;
+    if n_positive == 0.0 || n_negative == 0.0 {
+        return None;
+    }
+    let (mut negative_below, mut area) = (0.0, 0.0);
+    for tied in ranked.chunk_by(|a, b| a.0 == b.0) {
+        let positive = tied.iter().filter(|(_, positive)| *positive).count() as f64;
+        let negative = tied.len() as f64 - positive;
+        area += positive * (negative_below + 0.5 * negative);
+        negative_below += negative;
+    }
+    Some(area / (n_positive * n_negative))
+}
+
+/// Share of errors among the most confident `i` answers, for `i` from 1 to n: the risk at coverage `i/n`   (Geifman and El-Yaniv
+/// 2017, arXiv:1705.08500). Among answers of equal confidence it is the expectation over their orders.
+pub fn risk_coverage(outcomes: &[Outcome]) -> Vec<f64> {
+    let mut ranked: Vec<&Outcome> = outcomes.iter().collect();
+    ranked.sort_by(|a, b| b.confidence.total_cmp(&a.confidence));
+    let (mut risks, mut errors) = (Vec::with_capacity(ranked.len()), 0.0);
+    for tied in ranked.chunk_by(|a, b| a.confidence == b.confidence) {
+        let of_tied = tied.iter().filter(|o| !o.correct).count() as f64;
+        let share = of_tied / tied.len() as f64;
+        for among in 1..=tied.len() {
+            let expected = errors + share * among as f64;
+            risks.push(expected / (risks.len() + 1) as f64);
+        }
+        errors += of_tied;
+    }
+    risks
+}
+
+/// Area under the risk-coverage curve: the mean of [`risk_coverage`]. Below the error rate as far as confidence ranks errors.
+pub fn risk_coverage_area(outcomes: &[Outcome]) -> Option<f64> {
+    mean(&risk_coverage(outcomes), |risk| *risk)
+}
+
+/// Share of right answers among the surest `share` of all, rounded up to whole answers.
+pub fn accuracy_of_surest(outcomes: &[Outcome], share: f64) -> Option<f64> {
+    let risks = risk_coverage(outcomes);
+    // A product that rounds up is still a whole number.
+    let n = (share * risks.len() as f64 - 1e-9).ceil() as usize;
+    Some(1.0 - risks.get(n.checked_sub(1)?)?)
+}
+
+fn mean<T>(items: &[T], value: impl Fn(&T) -> f64) -> Option<f64> {
+    (!items.is_empty()).then(|| items.iter().map(value).sum::<f64>() / items.len() as f64)
 }
 
 #[cfg(test)]
@@ -217,9 +228,17 @@ mod tests {
         ]
     }
 
+    fn outcome(confidence: f64, correct: bool) -> Outcome {
+        Outcome {
+            confidence,
+            correct,
+        }
+    }
+
     #[test]
     fn scores_of_four_predictions() {
-        close(accuracy(&four()), 0.5);
+        let found = outcomes(&four());
+        close(accuracy(&found), 0.5);
         // -(ln 0.9 + ln 0.2 + ln 0.6 + ln 0.45) / 4
         close(
             negative_log_likelihood(&four()),
@@ -228,17 +247,27 @@ mod tests {
         // (2 * 0.01 + 2 * 0.64 + 2 * 0.16 + 2 * 0.3025) / 4
         close(brier(&four()), 0.55625);
         // Right 0.9 beats 0.8 and 0.55, right 0.6 beats 0.55: 3 of 4 pairs.
-        close(error_detection_auroc(&four()), 0.75);
+        close(error_detection_auroc(&found), 0.75);
+        // From the surest: right, wrong, right, wrong.
+        let risks = risk_coverage(&found);
+        for (risk, expected) in risks.iter().zip([0.0, 0.5, 1.0 / 3.0, 0.5]) {
+            assert!((risk - expected).abs() < 1e-12, "{risks:?}");
+        }
+        close(risk_coverage_area(&found), (0.5 + 1.0 / 3.0 + 0.5) / 4.0);
+        close(accuracy_of_surest(&found, 0.25), 1.0);
+        close(accuracy_of_surest(&found, 0.8), 0.5);
+        assert_eq!(accuracy_of_surest(&found, 0.0), None);
     }
 
     #[test]
     fn calibration_error_of_four_predictions() {
+        let found = outcomes(&four());
         // Ten bins: 0.9 in (0.8, 0.9], 0.8 in (0.7, 0.8], 0.6 and 0.55 share (0.5, 0.6]:
         // (|1 - 0.9| + |0 - 0.8| + 2 |0.5 - 0.575|) / 4
-        close(expected_calibration_error(&four(), 10), 0.2625);
+        close(expected_calibration_error(&found, 10), 0.2625);
         // One bin: |0.5 - 0.7125|
-        close(expected_calibration_error(&four(), 1), 0.2125);
-        let bins = reliability(&four(), 10);
+        close(expected_calibration_error(&found, 1), 0.2125);
+        let bins = reliability(&found, 10);
         assert_eq!(
             bins.iter().map(|bin| bin.n).collect::<Vec<_>>(),
             [0, 0, 0, 0, 0, 2, 0, 1, 1, 0]
@@ -247,18 +276,14 @@ mod tests {
 
     #[test]
     fn certain_predictions_fall_into_the_last_bin() {
-        let sure = Prediction::from_log_scores(&[0.0, f64::NEG_INFINITY], 0).expect("finite");
-        assert_eq!(sure.confidence(), 1.0);
-        assert_eq!(reliability(std::slice::from_ref(&sure), 15)[14].n, 1);
-        close(
-            expected_calibration_error(std::slice::from_ref(&sure), 15),
-            0.0,
-        );
-        close(brier(&[sure]), 0.0);
+        let sure = outcome(1.0, true);
+        assert_eq!(reliability(&[sure], 15)[14].n, 1);
+        close(expected_calibration_error(&[sure], 15), 0.0);
+        close(calibration_error_floor(&[sure], 15), 0.0);
         // Certain and wrong: the worst of every score.
         let wrong = Prediction::from_log_scores(&[0.0, f64::NEG_INFINITY], 1).expect("finite");
         close(
-            expected_calibration_error(std::slice::from_ref(&wrong), 15),
+            expected_calibration_error(&[Outcome::from(&wrong)], 15),
             1.0,
         );
         close(brier(std::slice::from_ref(&wrong)), 2.0);
@@ -270,16 +295,10 @@ mod tests {
         for n_bins in 1..60 {
             for idx in 1..=n_bins {
                 let confidence = idx as f64 / n_bins as f64;
-                // Three choices, so that the most likely one may be below one half.
-                let rest = (1.0 - confidence) / 2.0;
-                if confidence > rest {
-                    let prediction = Prediction {
-                        probabilities: vec![confidence, rest, rest],
-                        log_probability: confidence.ln(),
-                        answer: 0,
-                    };
-                    assert_eq!(reliability(&[prediction], n_bins)[idx - 1].n, 1);
-                }
+                assert_eq!(
+                    reliability(&[outcome(confidence, true)], n_bins)[idx - 1].n,
+                    1
+                );
             }
         }
     }
@@ -288,26 +307,44 @@ mod tests {
     fn nothing_scores_nothing() {
         assert_eq!(accuracy(&[]), None);
         assert_eq!(expected_calibration_error(&[], 15), None);
+        assert_eq!(calibration_error_floor(&[], 15), None);
         assert_eq!(error_detection_auroc(&[]), None);
+        assert_eq!(risk_coverage_area(&[]), None);
+        assert_eq!(accuracy_of_surest(&[], 0.8), None);
         assert_eq!(
-            error_detection_auroc(&[prediction(&[0.9, 0.1], 0)]),
+            error_detection_auroc(&[outcome(0.9, true)]),
             None,
             "all right"
         );
-        assert_eq!(Prediction::from_log_scores(&[f64::NAN, 0.0], 1), None);
-        assert_eq!(
-            Prediction::from_log_scores(&[f64::NEG_INFINITY; 2], 1),
-            None
-        );
-        assert_eq!(Prediction::from_log_scores(&[0.0], 1), None);
     }
 
+    /// One bin of n rows of confidence p: the floor is `E |K - n p| / n` for a binomial K, about `sqrt(2 p (1 - p) / (pi n))`.
     #[test]
-    fn scores_far_below_zero_keep_their_ratio() {
-        let far = Prediction::from_log_scores(&[-2000.0, -2000.0 - 3f64.ln()], 0).expect("finite");
-        assert!((far.confidence() - 0.75).abs() < 1e-12);
-        // Ties go to the first choice.
-        assert_eq!(prediction(&[0.5, 0.5], 1).choice(), 0);
+    fn the_floor_is_what_chance_makes_of_a_calibrated_model() {
+        let rows = vec![outcome(0.7, true); 400];
+        let floor = calibration_error_floor(&rows, 15).expect("rows");
+        let expected = (2.0 * 0.7 * 0.3 / (std::f64::consts::PI * 400.0)).sqrt();
+        assert!((floor / expected - 1.0).abs() < 0.15, "{floor} {expected}");
+    }
+
+    /// Recorded by scikit-learn and scipy, see `tests/reference/make_calibration.py`.
+    #[test]
+    fn scores_equal_recorded_ones() {
+        for case in super::super::recorded::cases() {
+            let predictions = &case.predictions;
+            let found = outcomes(predictions);
+            let scores = [
+                ("accuracy", accuracy(&found)),
+                ("nll", negative_log_likelihood(predictions)),
+                ("brier", brier(predictions)),
+                ("ece", expected_calibration_error(&found, 15)),
+                ("auroc", error_detection_auroc(&found)),
+                ("aurc", risk_coverage_area(&found)),
+            ];
+            for (key, found) in scores {
+                case.assert_close(key, found, 1e-9);
+            }
+        }
     }
 
     proptest! {
@@ -316,19 +353,23 @@ mod tests {
             let predictions: Vec<_> = rows.iter().map(|(scores, answer)| {
                 Prediction::from_log_scores(scores, answer % scores.len()).expect("finite")
             }).collect();
-            let ece = expected_calibration_error(&predictions, n_bins).expect("rows");
+            let found = outcomes(&predictions);
+            let ece = expected_calibration_error(&found, n_bins).expect("rows");
             prop_assert!((0.0..=1.0).contains(&ece));
             prop_assert!((0.0..=2.0).contains(&brier(&predictions).expect("rows")));
             prop_assert!(negative_log_likelihood(&predictions).expect("rows") >= 0.0);
-            prop_assert_eq!(reliability(&predictions, n_bins).iter().map(|bin| bin.n).sum::<usize>(), predictions.len());
+            prop_assert_eq!(reliability(&found, n_bins).iter().map(|bin| bin.n).sum::<usize>(), predictions.len());
+            let risks = risk_coverage(&found);
+            let errors = 1.0 - accuracy(&found).expect("rows");
+            prop_assert!((risks[risks.len() - 1] - errors).abs() < 1e-9);
             // Against the definition: every pair of a right and a wrong prediction.
-            let (right, wrong): (Vec<_>, Vec<_>) = predictions.iter().partition(|p| p.correct());
-            let pairs: f64 = right.iter().flat_map(|r| wrong.iter().map(move |w| match r.confidence().total_cmp(&w.confidence()) {
+            let (right, wrong): (Vec<&Outcome>, Vec<&Outcome>) = found.iter().partition(|o| o.correct);
+            let pairs: f64 = right.iter().flat_map(|r| wrong.iter().map(move |w| match r.confidence.total_cmp(&w.confidence) {
                 std::cmp::Ordering::Greater => 1.0,
                 std::cmp::Ordering::Equal => 0.5,
                 std::cmp::Ordering::Less => 0.0,
             })).sum();
-            match error_detection_auroc(&predictions) {
+            match error_detection_auroc(&found) {
                 Some(area) => prop_assert!((area - pairs / (right.len() * wrong.len()) as f64).abs() < 1e-9),
                 None => prop_assert!(right.is_empty() || wrong.is_empty()),
             }

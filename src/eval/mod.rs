@@ -1,23 +1,37 @@
-//! Evaluation: token scores of a data file, scores of its multiple-choice rows, calibration.
+//! Evaluation: scores of a data file, its multiple-choice rows, and how sure predictions are and may be.
 
+pub mod abstention;
+mod answers;
 pub mod calibration;
 mod choices;
 mod draws;
+mod interval;
+pub mod measures;
 #[cfg(feature = "mistralrs")]
 mod parity;
 mod predict;
+mod prediction;
 mod recital;
+#[cfg(test)]
+mod recorded;
 mod scores;
+mod temperature;
 
 use monteclora_converters::Problem;
 
+pub use answers::{AnswerCertainty, certainties};
 pub use choices::{ChoiceRows, LengthNormalisation, log_likelihoods};
 pub use draws::posterior_draws;
+pub use interval::bootstrap;
 #[cfg(feature = "mistralrs")]
 pub use parity::{Agreement, Bases, Engines, Parity, Reference, compare};
 pub use predict::{Answer, Answerer, ChoiceProbability, Question, Uncertainty};
+pub use prediction::{Prediction, entropies};
 pub use recital::{Opening, Recital};
-pub use scores::{EvalOptions, Predictor, Scores, score};
+pub use scores::{
+    Batching, CalibratedScores, EvalOptions, Intervals, Predictor, RowLoss, Scored, Scores, score,
+};
+pub use temperature::{BOUNDS, fit_temperature};
 
 /// A score that is not a number: the model or the adapter holds values it should not.
 fn not_finite(what: &str) -> Problem {

@@ -3,11 +3,12 @@
 use anyhow::Result;
 use serde::Serialize;
 
-use super::LengthNormalisation;
-use super::calibration::Prediction;
+use super::answers::certainties;
+use super::calibration::{Judged, Scaling};
 use super::choices::{log_likelihoods, prediction};
+use super::{Batching, LengthNormalisation, Prediction, not_finite};
 use crate::data::{ChoiceSet, Tokenizer};
-use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings, Sequences};
+use crate::model::{ActiveAdapter, Decoder, GenerationSettings};
 
 /// Something to be answered.
 #[derive(Debug, Clone)]
@@ -47,9 +48,9 @@ pub struct Uncertainty {
 pub struct ChoiceProbability {
     /// Its text.
     pub text: String,
-    /// Its probability among the choices: the mean over the draws, if there are any.
+    /// Its probability among the choices: the mean over the draws, if there are any, after the temperature.
     pub probability: f64,
-    /// Standard deviation of the draws' probabilities around it (divided by K).
+    /// Standard deviation of the draws' probabilities around their mean, before the temperature (divided by K).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub std: Option<f64>,
 }
@@ -59,6 +60,14 @@ pub struct ChoiceProbability {
 pub struct Answer {
     /// The posterior mean's greedy answer, or the most likely choice.
     pub text: String,
+    /// Probability that it is right: of the choice, or the product of the probabilities of the answer's tokens and of its end, an
+    /// average over the draws if there are any; after the temperature of `calibrate` where that holds.
+    pub p_correct: f64,
+    /// Whether a temperature was applied.
+    pub calibrated: bool,
+    /// Where a threshold was asked for: whether `p_correct` is below it, so that the answer is not to be given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub abstain: Option<bool>,
     /// Where there are draws.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uncertainty: Option<Uncertainty>,
@@ -72,10 +81,14 @@ pub struct Answer {
 pub struct Answerer<'a> {
     /// The base.
     pub decoder: &'a Decoder,
-    /// The adapter's posterior mean; an empty one for the base alone.
+    /// The adapter's posterior mean, or the first of several; an empty one for the base alone.
     pub mean: &'a ActiveAdapter,
-    /// Draws of its posterior, if it is asked.
+    /// Draws of its posterior, or several adapters, whose average is asked.
     pub draws: &'a [ActiveAdapter],
+    /// What was found of the confidence of answers, and of which.
+    pub calibration: Option<&'a (Judged, Scaling)>,
+    /// Confidence below which no answer is to be given.
+    pub threshold: Option<f64>,
     /// Turns answers into text.
     pub tokenizer: &'a Tokenizer,
     /// How open questions are answered.
@@ -102,7 +115,7 @@ impl Answerer<'_> {
         let mut chosen = self.chosen(&sets)?.into_iter();
         let answers = questions.iter().filter_map(|question| match question {
             Question::Open(_) => open.next(),
-            Question::Choice { texts, .. } => Some(self.choose(texts, &chosen.next()?)),
+            Question::Choice { texts, .. } => self.choose(texts, &chosen.next()?),
         });
         Ok(answers.collect())
     }
@@ -113,16 +126,16 @@ impl Answerer<'_> {
             [] => std::slice::from_ref(self.mean),
             draws => draws,
         };
+        let tokens = |set: &&ChoiceSet| set.choices.iter().map(|c| c.tokens.len()).sum();
+        let lengths: Vec<usize> = sets.iter().map(tokens).collect();
         let mut found = vec![Vec::with_capacity(adapters.len()); sets.len()];
-        let batch_size = self.generation.batch_size.max(1);
-        for adapter in adapters {
-            let batches = sets.chunks(batch_size);
-            let scores = batches
-                .map(|sets| log_likelihoods(sets.iter().copied(), self.decoder, adapter))
-                .collect::<Result<Vec<_>, _>>()?
-                .concat();
-            for (row, (set, scores)) in sets.iter().zip(&scores).enumerate() {
-                found[row].push(prediction(set, scores, self.normalisation, row)?);
+        for batch in Batching::new(None).plan(&lengths) {
+            for adapter in adapters {
+                let of_batch = sets[batch.clone()].iter().copied();
+                let scores = log_likelihoods(of_batch, self.decoder, adapter)?;
+                for (row, scores) in batch.clone().zip(&scores) {
+                    found[row].push(prediction(sets[row], scores, self.normalisation, row)?);
+                }
             }
         }
         Ok(found)
@@ -140,90 +153,74 @@ impl Answerer<'_> {
                 .iter_mut()
                 .zip(generate(draw)?.iter().zip(&answers))
             {
-                *count += usize::from(other == answer);
+                *count += usize::from(other.says_the_same(answer));
             }
         }
-        let entropies = self.entropies(prompts, &answers)?;
+        let of_draws = match self.draws {
+            [] => Vec::new(),
+            draws => certainties(self.decoder, prompts, &answers, draws)?,
+        };
         let mut found = Vec::with_capacity(answers.len());
         for (idx, answer) in answers.iter().enumerate() {
+            let certainty = of_draws.get(idx);
+            let log_confidence = certainty.map_or(answer.log_probability, |c| c.log_confidence);
+            // Which of the two it turns out to be does not matter here.
+            let is_right = Prediction::of_answer(log_confidence, true);
+            let is_right = is_right.ok_or_else(|| not_finite("the likelihood of an answer"))?;
+            let text = self.tokenizer.decode(&answer.tokens, true)?;
             found.push(Answer {
-                text: self.tokenizer.decode(&answer.tokens, true)?,
-                uncertainty: entropies
-                    .get(idx)
-                    .map(|entropies| self.uncertainty(*entropies, n_agreeing[idx])),
-                choices: Vec::new(),
+                uncertainty: certainty.map(|c| {
+                    let entropies = (c.predictive_entropy, c.expected_entropy);
+                    self.uncertainty(entropies, n_agreeing[idx])
+                }),
+                ..self.judged(text, &is_right, Judged::Answers).0
             });
         }
         Ok(found)
     }
 
-    /// Predictive and expected entropy of each answer, averaged over its tokens and its end; none without draws.
-    fn entropies(&self, prompts: &[Vec<u32>], answers: &[Generation]) -> Result<Vec<(f64, f64)>> {
-        if self.draws.is_empty() {
-            return Ok(Vec::new());
-        }
-        let mut found = Vec::with_capacity(answers.len());
-        let batch_size = self.generation.batch_size.max(1);
-        for (prompts, answers) in prompts.chunks(batch_size).zip(answers.chunks(batch_size)) {
-            let sequences: Vec<Vec<u32>> = prompts
-                .iter()
-                .zip(answers)
-                .map(|(prompt, answer)| [prompt.as_slice(), &answer.tokens].concat())
-                .collect();
-            let mut targets = Vec::new();
-            let mut n_steps = Vec::new();
-            let mut start = 0;
-            for ((prompt, answer), sequence) in prompts.iter().zip(answers).zip(&sequences) {
-                let first = start + prompt.len() - 1;
-                let steps = answer.tokens.len() + usize::from(answer.stopped);
-                // Entropies do not depend on the token that came.
-                targets.extend((first..first + steps).map(|row| (row, 0)));
-                n_steps.push(steps);
-                start += sequence.len();
-            }
-            let average =
-                self.decoder
-                    .evaluate_average(&Sequences::new(&sequences), &targets, self.draws)?;
-            let mut predictive = average.predictive_entropy.into_iter();
-            let mut expected = average.expected_entropy.into_iter();
-            for n in n_steps {
-                let mean = |values: &mut dyn Iterator<Item = f64>| {
-                    values.take(n).sum::<f64>() / n.max(1) as f64
-                };
-                found.push((mean(&mut predictive), mean(&mut expected)));
-            }
-        }
-        Ok(found)
+    /// An answer with its confidence, and the prediction after temperature scaling.
+    fn judged(&self, text: String, prediction: &Prediction, kind: Judged) -> (Answer, Prediction) {
+        let scaling = self.calibration.filter(|(judged, _)| *judged == kind);
+        let prediction = match scaling {
+            Some((_, scaling)) => prediction.tempered(scaling.temperature),
+            None => prediction.clone(),
+        };
+        let answer = Answer {
+            text,
+            p_correct: prediction.confidence(),
+            calibrated: scaling.is_some(),
+            abstain: self.threshold.map(|least| prediction.confidence() < least),
+            uncertainty: None,
+            choices: Vec::new(),
+        };
+        (answer, prediction)
     }
 
-    fn choose(&self, texts: &[String], of_draws: &[Prediction]) -> Answer {
-        let Some(average) = Prediction::average(of_draws) else {
-            return Answer {
-                text: String::new(),
-                uncertainty: None,
-                choices: Vec::new(),
-            };
-        };
+    fn choose(&self, texts: &[String], of_draws: &[Prediction]) -> Option<Answer> {
+        let average = Prediction::average(of_draws)?;
+        let best = average.choice();
+        let (answer, scaled) = self.judged(texts[best].clone(), &average, Judged::Choices);
         let n = of_draws.len() as f64;
-        let choices = texts.iter().zip(average.probabilities()).enumerate();
-        let choices = choices.map(|(idx, (text, probability))| {
-            let away = |draw: &Prediction| (draw.probabilities()[idx] - probability).powi(2);
-            let variance = of_draws.iter().map(away).sum::<f64>() / n;
+        let (average_p, scaled_p) = (average.probabilities(), scaled.probabilities());
+        let draws_p: Vec<Vec<f64>> = of_draws.iter().map(Prediction::probabilities).collect();
+        let choices = texts.iter().enumerate().map(|(idx, text)| {
+            let away = |draw: &Vec<f64>| (draw[idx] - average_p[idx]).powi(2);
+            let variance = draws_p.iter().map(away).sum::<f64>() / n;
             ChoiceProbability {
                 text: text.clone(),
-                probability: *probability,
+                probability: scaled_p[idx],
                 std: (!self.draws.is_empty()).then(|| variance.sqrt()),
             }
         });
-        let best = average.choice();
         let n_agreeing = of_draws.iter().filter(|draw| draw.choice() == best).count();
         let expected = of_draws.iter().map(Prediction::entropy).sum::<f64>() / n;
-        Answer {
-            text: texts[best].clone(),
+        Some(Answer {
             uncertainty: (!self.draws.is_empty())
                 .then(|| self.uncertainty((average.entropy(), expected), n_agreeing)),
             choices: choices.collect(),
-        }
+            ..answer
+        })
     }
 
     fn uncertainty(&self, (predictive, expected): (f64, f64), n_agreeing: usize) -> Uncertainty {

@@ -43,6 +43,20 @@ impl<'a> Recital<'a> {
     /// # Errors
     /// Rows that cannot be read or rendered.
     pub fn new(data: &'a Dataset, max_new_tokens: usize, batch_size: usize) -> Result<Self, Error> {
+        let all: Vec<usize> = (0..data.len()).collect();
+        Self::of(data, &all, max_new_tokens, batch_size)
+    }
+
+    /// Those of `rows` of `data` alone.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of(
+        data: &'a Dataset,
+        rows: &[usize],
+        max_new_tokens: usize,
+        batch_size: usize,
+    ) -> Result<Self, Error> {
         let encoder = data.encoder();
         let mut found = Self {
             prompts: Vec::new(),
@@ -55,8 +69,8 @@ impl<'a> Recital<'a> {
             },
             data,
         };
-        for index in 0..data.len() {
-            let (_, row) = data.row(index)?;
+        for index in rows {
+            let (_, row) = data.row(*index)?;
             let (opening, answer) = match &row.content {
                 RowContent::Conversation { messages, .. } => match messages.split_last() {
                     Some((answer, turns)) => (Opening::Turns(turns.to_vec()), answer.content()),
@@ -123,15 +137,28 @@ impl<'a> Recital<'a> {
         Ok(lines)
     }
 
-    /// The share of answers that ended and are the expected text, but for white space around them.
+    /// Whether each answer ended and is the expected text, but for white space around it.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    pub fn right(&self, answers: &[Generation]) -> Result<Vec<bool>, Error> {
+        let pairs = answers.iter().zip(&self.expected);
+        let is_right = |(answer, expected): (&Generation, &String)| {
+            Ok(answer.end.is_some() && self.text(answer)?.trim() == expected)
+        };
+        pairs.map(is_right).collect()
+    }
+
+    /// The share of answers that are right.
     ///
     /// # Errors
     /// Those of the tokenizer.
     pub fn exact_match(&self, answers: &[Generation]) -> Result<f64, Error> {
-        let mut exact = 0usize;
-        for (answer, expected) in answers.iter().zip(&self.expected) {
-            exact += usize::from(answer.stopped && self.text(answer)?.trim() == expected);
-        }
+        let exact = self
+            .right(answers)?
+            .into_iter()
+            .filter(|right| *right)
+            .count();
         Ok(exact as f64 / answers.len().max(1) as f64)
     }
 }
@@ -184,13 +211,14 @@ mod tests {
     fn only_whole_answers_match() {
         let (_dir, data) = rows(false);
         let recital = Recital::new(&data, 4, 1).expect("prompts");
-        let answer = |text: &str, stopped| Generation {
+        let answer = |text: &str, stopped: bool| Generation {
             tokens: data
                 .encoder()
                 .tokenizer()
                 .encode(text, false)
                 .expect("tokens"),
-            stopped,
+            end: stopped.then_some(0),
+            log_probability: 0.0,
         };
         let score = |one, two| recital.exact_match(&[one, two]).expect("decoded");
         assert_eq!(score(answer(" 1", true), answer("2", true)), 1.0);

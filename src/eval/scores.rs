@@ -1,30 +1,106 @@
-//! All scores of one model on one data file.
+//! All scores of several predictors on one data file, each adapter in one forward pass.
+
+use std::ops::Range;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
 
-use super::calibration::{
-    Bin, Prediction, accuracy, brier, error_detection_auroc, expected_calibration_error,
-    negative_log_likelihood, reliability,
-};
 use super::choices::{Places, prediction};
-use super::{ChoiceRows, LengthNormalisation, not_finite};
-use crate::data::{BatchOptions, Batches, Cursor, Dataset};
+use super::interval::bootstrap;
+use super::measures::{self, Bin, Outcome};
+use super::prediction::entropies;
+use super::{ChoiceRows, LengthNormalisation, Prediction, not_finite};
+use crate::data::Dataset;
 use crate::model::{ActiveAdapter, Decoder, Sequences, TaskLoss};
 use crate::train::sequences;
+
+/// How many rows go through the model at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Batching {
+    /// So many rows.
+    Rows(usize),
+    /// Rows of so many tokens, at least one row.
+    Tokens(usize),
+}
+
+impl Batching {
+    /// `rows` where it was asked for, else by tokens: enough for the products to run at full speed, and few in memory.
+    pub fn new(rows: Option<usize>) -> Self {
+        rows.map_or(Self::Tokens(2048), Self::Rows)
+    }
+
+    /// Rows of these lengths in batches, in their order.
+    pub fn plan(self, lengths: &[usize]) -> Vec<Range<usize>> {
+        let (mut batches, mut start, mut tokens) = (Vec::new(), 0, 0);
+        for (row, length) in lengths.iter().enumerate() {
+            let is_full = match self {
+                Self::Rows(most) => row - start >= most.max(1),
+                Self::Tokens(most) => row > start && tokens + length > most,
+            };
+            if is_full {
+                batches.push(start..row);
+                (start, tokens) = (row, 0);
+            }
+            tokens += length;
+        }
+        if start < lengths.len() {
+            batches.push(start..lengths.len());
+        }
+        batches
+    }
+}
 
 /// How a file is scored.
 #[derive(Debug, Clone, Copy)]
 pub struct EvalOptions {
     /// Rows at a time.
-    pub batch_size: usize,
+    pub batching: Batching,
     /// Bins of the calibration error.
     pub ece_bins: usize,
     /// What is compared between choices.
     pub normalisation: LengthNormalisation,
 }
 
-/// Scores of one model; those of choices only where rows have them.
+/// Scores after temperature scaling.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct CalibratedScores {
+    /// The temperature.
+    pub temperature: f64,
+    /// Mean negative log-likelihood, nats.
+    pub nll: f64,
+    /// Expected calibration error.
+    pub ece: f64,
+    /// Brier's score.
+    pub brier: f64,
+}
+
+/// 95 % bootstrap intervals over the rows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Intervals {
+    /// Of the loss.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<[f64; 2]>,
+    /// Of the accuracy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<[f64; 2]>,
+    /// Of the negative log-likelihood.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nll: Option<[f64; 2]>,
+    /// Of the calibration error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ece: Option<[f64; 2]>,
+    /// Of Brier's score.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub brier: Option<[f64; 2]>,
+    /// Of the area under the ROC curve of error detection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auroc: Option<[f64; 2]>,
+    /// Of the area under the risk-coverage curve.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aurc: Option<[f64; 2]>,
+}
+
+/// Scores of one predictor; those of choices only where rows have them.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Scores {
     /// Mean negative log-likelihood of the trained tokens, nats.
@@ -33,6 +109,9 @@ pub struct Scores {
     pub perplexity: f64,
     /// Share of trained tokens that were the most likely one.
     pub token_accuracy: f64,
+    /// Mean over the draws of each one's own loss, nats: above `loss`, which is that of their average.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub draw_loss: Option<f64>,
     /// Share of rows whose most likely choice is the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
@@ -42,15 +121,32 @@ pub struct Scores {
     /// Expected calibration error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ece: Option<f64>,
+    /// That of a calibrated model of the same confidences on as many rows; see [`measures::calibration_error_floor`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ece_floor: Option<f64>,
     /// Brier's score, from 0 to 2.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub brier: Option<f64>,
     /// How well low confidence detects errors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auroc: Option<f64>,
-    /// Posterior draws whose predictions were averaged.
+    /// How well the entropy of the average detects them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auroc_entropy: Option<f64>,
+    /// How well the disagreement of the draws, their mutual information, detects them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auroc_mutual_information: Option<f64>,
+    /// Area under the risk-coverage curve.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aurc: Option<f64>,
+    /// Adapters whose predictions were averaged: posterior draws, or the members of an ensemble.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub draws: Option<usize>,
+    /// 95 % bootstrap intervals.
+    pub intervals: Intervals,
+    /// The same after temperature scaling, with the temperature of `calibrate`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibrated: Option<CalibratedScores>,
     /// Predictions by confidence.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub reliability: Vec<Bin>,
@@ -61,106 +157,239 @@ pub struct Scores {
 pub enum Predictor<'a> {
     /// One adapter's.
     One(&'a ActiveAdapter),
-    /// The average over posterior draws, as probabilities: of the next token, and of a row's choices.
+    /// The average over several, as probabilities: of the next token, and of a row's choices.
     Average(&'a [ActiveAdapter]),
 }
 
+/// The trained tokens of one example.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RowLoss {
+    /// Sum of their negative log-likelihoods, nats.
+    pub nll: f64,
+    /// How many there are.
+    pub n_tokens: usize,
+    /// How many of them were the most likely token.
+    pub n_correct: usize,
+}
+
+/// What a predictor says of every row.
+#[derive(Debug, Clone, Default)]
+pub struct Scored {
+    /// Of every example, in the order that was given.
+    pub losses: Vec<RowLoss>,
+    /// `[row with choices][adapter]`.
+    pub choices: Vec<Vec<Prediction>>,
+    /// Sum over the examples of each adapter's own negative log-likelihoods.
+    member_nll: Vec<f64>,
+    is_average: bool,
+}
+
 impl Predictor<'_> {
-    /// One forward pass of each adapter: the loss at `targets`, and `[adapter][target]`, the log-probability of the label.
+    /// One forward pass of each adapter: the loss at `targets`, and that of each adapter where several are averaged.
     fn pass(
         self,
         model: &Decoder,
         sequences: &Sequences,
         targets: &[(usize, u32)],
-    ) -> Result<(TaskLoss, Vec<Vec<f64>>)> {
+    ) -> Result<(TaskLoss, Vec<TaskLoss>)> {
         match self {
-            Self::One(adapter) => {
-                let loss = model.evaluate(sequences, targets, adapter)?;
-                let log_p = loss.nll.iter().map(|nll| -f64::from(*nll)).collect();
-                Ok((loss, vec![log_p]))
-            }
-            Self::Average(draws) => {
-                let found = model.evaluate_average(sequences, targets, draws)?;
-                Ok((found.loss, found.label_log_p))
+            Self::One(adapter) => Ok((model.evaluate(sequences, targets, adapter)?, Vec::new())),
+            Self::Average(adapters) => {
+                let found = model.evaluate_average(sequences, targets, adapters)?;
+                Ok((found.loss, found.members))
             }
         }
     }
 }
 
-/// Scores a predictor on the rows of `data` and on those among them that have choices, which the same forward pass scores;
-/// `done` is told the rows of every batch.
+/// What each of `predictors` says of `rows` of `data`, indices of examples, and of those among them that have choices; `done` is told the rows of
+/// every batch.
 ///
 /// # Errors
-/// Those of the data and of the decoder; scores that are not finite.
+/// Those of the data and of the decoder; likelihoods that are not finite.
 pub fn score(
     model: &Decoder,
-    predictor: Predictor<'_>,
+    predictors: &[Predictor<'_>],
     data: &Dataset,
+    rows: &[usize],
     choices: &ChoiceRows,
     options: &EvalOptions,
     mut done: impl FnMut(usize),
-) -> Result<Scores> {
-    let batch_options = BatchOptions {
-        batch_size: options.batch_size,
-        pack_tokens: None,
-        shuffle_seed: None,
-    };
-    let mut batches = Batches::new(data, batch_options, Cursor::default());
-    let (mut total, mut n_tokens, mut n_correct) = (0.0, 0, 0);
-    // `[row][adapter][choice]`
-    let mut of_choices: Vec<Vec<Vec<f64>>> = Vec::with_capacity(choices.len());
-    for _ in 0..batches.n_batches() {
-        let batch = batches.next_batch()?;
+) -> Result<Vec<Scored>> {
+    let mut scored: Vec<Scored> = predictors
+        .iter()
+        .map(|predictor| Scored {
+            is_average: matches!(predictor, Predictor::Average(_)),
+            ..Scored::default()
+        })
+        .collect();
+    let lengths = data.lengths();
+    let lengths: Vec<usize> = rows.iter().map(|row| lengths[*row]).collect();
+    for range in options.batching.plan(&lengths) {
+        let batch = data.batch(&rows[range.clone()])?;
         let (mut sequences, mut targets) = (sequences(&batch), batch.targets);
         let n_answers = targets.len();
-        let rows = batch.examples.iter().enumerate();
-        let places: Vec<Places> = rows
-            .filter_map(|(segment, example)| Some((segment, choices.of(*example)?)))
-            .map(|(segment, set)| Places::new(set, &mut sequences, &mut targets, Some(segment)))
+        let of_examples: Vec<Range<usize>> = batch
+            .segments
+            .iter()
+            .map(|(start, length)| {
+                let at = |row| targets.partition_point(|(position, _)| *position < row);
+                at(*start)..at(start + length)
+            })
             .collect();
-        let (loss, label_log_p) = predictor.pass(model, &sequences, &targets)?;
-        total += loss.nll[..n_answers]
+        let places: Vec<_> = batch
+            .examples
             .iter()
-            .map(|nll| f64::from(*nll))
-            .sum::<f64>();
-        n_tokens += n_answers;
-        n_correct += loss.correct[..n_answers].iter().filter(|c| **c).count();
-        of_choices.extend(places.iter().map(|row| {
-            let adapters = label_log_p.iter();
-            adapters.map(|log_p| row.log_likelihoods(log_p)).collect()
-        }));
-        done(batch.examples.len());
+            .enumerate()
+            .filter_map(|(segment, example)| Some((segment, choices.of(*example)?)))
+            .map(|(segment, set)| {
+                let places = Places::new(set, &mut sequences, &mut targets, Some(segment));
+                (set, places)
+            })
+            .collect();
+        for (predictor, scored) in predictors.iter().zip(&mut scored) {
+            let (loss, members) = predictor.pass(model, &sequences, &targets)?;
+            scored.losses.extend(of_examples.iter().map(|range| {
+                let nll = loss.nll[range.clone()].iter().map(|v| f64::from(*v));
+                let correct = loss.correct[range.clone()].iter();
+                RowLoss {
+                    nll: nll.sum(),
+                    n_tokens: range.len(),
+                    n_correct: correct.filter(|c| **c).count(),
+                }
+            }));
+            scored.member_nll.resize(members.len(), 0.0);
+            for (total, member) in scored.member_nll.iter_mut().zip(&members) {
+                let answers = member.nll[..n_answers].iter();
+                *total += answers.map(|v| f64::from(*v)).sum::<f64>();
+            }
+            let each = match members.is_empty() {
+                true => std::slice::from_ref(&loss),
+                false => &members,
+            };
+            for (set, places) in &places {
+                let row = scored.choices.len();
+                let of_row = each.iter().map(|loss| {
+                    let log_likelihoods = places.log_likelihoods(&loss.nll);
+                    prediction(set, &log_likelihoods, options.normalisation, row)
+                });
+                scored.choices.push(of_row.collect::<Result<_, _>>()?);
+            }
+        }
+        done(range.len());
     }
-    let loss = total / n_tokens.max(1) as f64;
-    if !loss.is_finite() {
-        bail!(not_finite("the loss"));
+    for scored in &scored {
+        if !scored.loss().is_finite() {
+            bail!(not_finite("the loss"));
+        }
     }
-    let mut scores = Scores {
-        loss,
-        perplexity: loss.exp(),
-        token_accuracy: n_correct as f64 / n_tokens.max(1) as f64,
-        draws: match predictor {
-            Predictor::One(_) => None,
-            Predictor::Average(draws) => Some(draws.len()),
-        },
-        ..Scores::default()
-    };
-    if choices.is_empty() {
-        return Ok(scores);
+    Ok(scored)
+}
+
+/// Mean negative log-likelihood of the trained tokens of `losses`.
+fn mean_loss(losses: &[RowLoss]) -> f64 {
+    let n_tokens: usize = losses.iter().map(|row| row.n_tokens).sum();
+    losses.iter().map(|row| row.nll).sum::<f64>() / n_tokens.max(1) as f64
+}
+
+impl Scored {
+    /// Mean negative log-likelihood of the trained tokens, nats.
+    pub fn loss(&self) -> f64 {
+        mean_loss(&self.losses)
     }
-    let mut predictions = Vec::with_capacity(choices.len());
-    for (row, (set, adapters)) in choices.sets().zip(&of_choices).enumerate() {
-        let of_draws = adapters
-            .iter()
-            .map(|scores| prediction(set, scores, options.normalisation, row))
-            .collect::<Result<Vec<_>, _>>()?;
-        predictions.extend(Prediction::average(&of_draws));
+
+    /// The prediction of every row with choices: that of the adapter, or the average.
+    pub fn predictions(&self) -> Vec<Prediction> {
+        let rows = self.choices.iter();
+        rows.filter_map(|of_row| Prediction::average(of_row))
+            .collect()
     }
-    scores.accuracy = accuracy(&predictions);
-    scores.nll = negative_log_likelihood(&predictions);
-    scores.ece = expected_calibration_error(&predictions, options.ece_bins);
-    scores.brier = brier(&predictions);
-    scores.auroc = error_detection_auroc(&predictions);
-    scores.reliability = reliability(&predictions, options.ece_bins);
-    Ok(scores)
+
+    /// All scores, and with a `temperature` what it makes of them.
+    pub fn scores(&self, options: &EvalOptions, temperature: Option<f64>) -> Scores {
+        let n_tokens: usize = self.losses.iter().map(|row| row.n_tokens).sum();
+        let n_correct: usize = self.losses.iter().map(|row| row.n_correct).sum();
+        let tokens = n_tokens.max(1) as f64;
+        let n_members = self.member_nll.len();
+        let members = self.member_nll.iter().sum::<f64>() / (n_members.max(1) as f64 * tokens);
+        let loss = self.loss();
+        let mut scores = Scores {
+            loss,
+            perplexity: loss.exp(),
+            token_accuracy: n_correct as f64 / tokens,
+            draw_loss: self.is_average.then_some(members),
+            draws: self.is_average.then_some(n_members),
+            ..Scores::default()
+        };
+        scores.intervals.loss = bootstrap(&self.losses, |rows| Some(mean_loss(rows)));
+        let predictions = self.predictions();
+        if predictions.is_empty() {
+            return scores;
+        }
+        let (outcomes, bins) = (measures::outcomes(&predictions), options.ece_bins);
+        let calibration_error = |rows: &[Outcome]| measures::expected_calibration_error(rows, bins);
+        scores.accuracy = measures::accuracy(&outcomes);
+        scores.nll = measures::negative_log_likelihood(&predictions);
+        scores.ece = calibration_error(&outcomes);
+        scores.ece_floor = measures::calibration_error_floor(&outcomes, bins);
+        scores.brier = measures::brier(&predictions);
+        scores.auroc = measures::error_detection_auroc(&outcomes);
+        scores.aurc = measures::risk_coverage_area(&outcomes);
+        scores.reliability = measures::reliability(&outcomes, bins);
+        if self.is_average {
+            let entropies: Vec<_> = self
+                .choices
+                .iter()
+                .filter_map(|row| entropies(row))
+                .collect();
+            let correct = || outcomes.iter().map(|o| !o.correct);
+            let predictive = entropies.iter().map(|(predictive, _)| *predictive);
+            scores.auroc_entropy = measures::auroc(predictive.zip(correct()));
+            let mutual = entropies
+                .iter()
+                .map(|(predictive, expected)| predictive - expected);
+            scores.auroc_mutual_information = measures::auroc(mutual.zip(correct()));
+        }
+        // Each row once, not its whole distribution, is drawn.
+        let nll: Vec<f64> = predictions.iter().map(Prediction::nll).collect();
+        let squares: Vec<f64> = predictions.iter().map(Prediction::brier).collect();
+        let mean = |values: &[f64]| Some(values.iter().sum::<f64>() / values.len() as f64);
+        scores.intervals = Intervals {
+            accuracy: bootstrap(&outcomes, measures::accuracy),
+            nll: bootstrap(&nll, mean),
+            ece: bootstrap(&outcomes, calibration_error),
+            brier: bootstrap(&squares, mean),
+            auroc: bootstrap(&outcomes, measures::error_detection_auroc),
+            aurc: bootstrap(&outcomes, measures::risk_coverage_area),
+            ..scores.intervals
+        };
+        scores.calibrated = temperature.and_then(|temperature| {
+            let tempered: Vec<_> = predictions
+                .iter()
+                .map(|p| p.tempered(temperature))
+                .collect();
+            Some(CalibratedScores {
+                temperature,
+                nll: measures::negative_log_likelihood(&tempered)?,
+                ece: calibration_error(&measures::outcomes(&tempered))?,
+                brier: measures::brier(&tempered)?,
+            })
+        });
+        scores
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_hold_every_row_once_and_no_more_than_they_may() {
+        let lengths = [5, 3, 9, 1, 1, 1, 20, 2];
+        let by_tokens = Batching::Tokens(10).plan(&lengths);
+        assert_eq!(by_tokens, [0..2, 2..4, 4..6, 6..7, 7..8]);
+        assert_eq!(Batching::Rows(3).plan(&lengths), [0..3, 3..6, 6..8]);
+        assert_eq!(Batching::Rows(0).plan(&[1, 1]), [0..1, 1..2]);
+        assert!(Batching::new(None).plan(&[]).is_empty());
+    }
 }

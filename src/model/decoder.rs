@@ -245,14 +245,16 @@ impl Decoder {
         targets: &[(usize, u32)],
         adapter: &ActiveAdapter,
     ) -> Result<TaskLoss> {
-        let hidden = self.hidden(sequences, adapter, None)?;
-        let (rows, labels) = split(targets);
-        let selected = hidden.index_select(&Tensor::new(rows, &self.device)?, 0)?;
-        let loss = self.head.losses(&selected, &labels, adapter, None)?;
-        Ok(TaskLoss {
-            nll: loss.nll,
-            correct: loss.correct,
-            gradients: None,
+        on_pool(|| {
+            let hidden = self.hidden(sequences, adapter, None)?;
+            let (rows, labels) = split(targets);
+            let selected = hidden.index_select(&Tensor::new(rows, &self.device)?, 0)?;
+            let loss = self.head.losses(&selected, &labels, adapter, None)?;
+            Ok(TaskLoss {
+                nll: loss.nll,
+                correct: loss.correct,
+                gradients: None,
+            })
         })
     }
 
@@ -265,8 +267,7 @@ impl Decoder {
         scale: f64,
         options: PassOptions<'_>,
     ) -> Result<TaskLoss> {
-        // On a worker of the pool, so that the thousands of parallel loops below start without waking one from outside.
-        rayon::scope(|_| self.forward_and_backward(sequences, targets, adapter, scale, options))
+        on_pool(|| self.forward_and_backward(sequences, targets, adapter, scale, options))
     }
 
     fn forward_and_backward(
@@ -321,6 +322,11 @@ impl Decoder {
             gradients: Some(gradients),
         })
     }
+}
+
+/// Runs `pass` on a worker of the pool, so that its thousands of parallel loops start without waking one from outside.
+pub(super) fn on_pool<R: Send>(pass: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| pass())
 }
 
 pub(super) fn split(targets: &[(usize, u32)]) -> (Vec<u32>, Vec<u32>) {

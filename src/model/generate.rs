@@ -1,11 +1,12 @@
 //! Greedy decoding of many prompts at once, each with its own cache.
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use monteclora_converters::architecture::RopeKind;
 
 use super::adapter::ActiveAdapter;
-use super::decoder::{Decoder, Sequences};
+use super::decoder::{Decoder, Sequences, on_pool};
 use super::parts::attention::Segment;
+use super::predictive::most_likely;
 use monteclora_adapters::Result;
 
 /// Rotated keys and values of one layer for the sequences that are still running, one after the other.
@@ -81,12 +82,21 @@ pub struct GenerationSettings {
 }
 
 /// One answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
     /// Token ids without the stop token.
     pub tokens: Vec<u32>,
-    /// Whether a stop token ended it.
-    pub stopped: bool,
+    /// The stop token that ended it; none where it is as long as it may be.
+    pub end: Option<u32>,
+    /// Logarithm of its probability: the product of those of its tokens and of its end.
+    pub log_probability: f64,
+}
+
+impl Generation {
+    /// Whether another answer is the same text.
+    pub fn says_the_same(&self, other: &Self) -> bool {
+        self.tokens == other.tokens && self.end == other.end
+    }
 }
 
 impl Decoder {
@@ -100,7 +110,7 @@ impl Decoder {
     ) -> Result<Vec<Generation>> {
         let mut answers = Vec::with_capacity(prompts.len());
         for batch in prompts.chunks(settings.batch_size.max(1)) {
-            answers.extend(self.generate_batch(batch, adapter, settings)?);
+            answers.extend(on_pool(|| self.generate_batch(batch, adapter, settings))?);
             done(answers.len());
         }
         Ok(answers)
@@ -116,7 +126,8 @@ impl Decoder {
             .iter()
             .map(|_| Generation {
                 tokens: Vec::new(),
-                stopped: false,
+                end: None,
+                log_probability: 0.0,
             })
             .collect();
         let mut caches = vec![LayerCache::default(); self.blocks.len()];
@@ -132,19 +143,19 @@ impl Decoder {
                 .map(|s| (s.query_start + s.query_len - 1) as u32)
                 .collect();
             let hidden = hidden.index_select(&Tensor::new(last, &self.device)?, 0)?;
-            let best = self
-                .head_logits(&hidden, adapter)?
-                .argmax(D::Minus1)?
-                .to_vec1::<u32>()?;
+            let best = most_likely(&self.head_logits(&hidden, adapter)?)?;
             let mut keep = Vec::with_capacity(running.len());
             let mut next = Vec::new();
-            for (sequence, token) in running.iter().zip(best) {
+            for (sequence, (token, log_p)) in running.iter().zip(best) {
                 let answer = &mut answers[*sequence];
-                answer.stopped = settings.stop_tokens.contains(&token);
-                if !answer.stopped {
+                answer.log_probability += log_p;
+                if settings.stop_tokens.contains(&token) {
+                    answer.end = Some(token);
+                } else {
                     answer.tokens.push(token);
                 }
-                let goes_on = !answer.stopped && answer.tokens.len() < settings.max_new_tokens;
+                let has_room = answer.tokens.len() < settings.max_new_tokens;
+                let goes_on = answer.end.is_none() && has_room;
                 keep.push(goes_on);
                 if goes_on {
                     next.push((*sequence, token));

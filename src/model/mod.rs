@@ -17,8 +17,8 @@ pub use adapter::{ActiveAdapter, AdapterGradients, ModuleId};
 pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
 pub use generate::{Generation, GenerationSettings};
 pub use parts::attention::Segment;
-pub use predictive::Predictive;
 pub(crate) use predictive::log_mean_exp;
+pub use predictive::{Average, Predictive};
 
 use monteclora_adapters::Result;
 

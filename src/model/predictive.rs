@@ -1,23 +1,37 @@
 //! The average of several adapters' predictions: the posterior predictive, where the adapters are draws.
 
 use candle_core::{D, DType, Tensor};
+use monteclora_adapters::Result;
+use monteclora_adapters::linalg::on_cpu;
+use monteclora_adapters::simd::{largest, vectorised};
 use monteclora_converters::Problem;
+use rayon::prelude::*;
 
 use super::adapter::ActiveAdapter;
-use super::decoder::{Decoder, Sequences, TaskLoss, split};
+use super::decoder::{Decoder, Sequences, TaskLoss, on_pool, split};
+use super::parts::activation::exp;
 use super::parts::head::CHUNK;
-use monteclora_adapters::Result;
 
-/// Logits that exist at a time for one draw; a dozen tensors of this size are alive at most.
+/// Logits that exist at a time for one draw; a few tensors of this size are alive at most.
 const LOGITS: usize = 1 << 23;
 
-/// What the average of K distributions over the vocabulary says at each target.
+/// Sums that run side by side, so that loops vectorise and give the same at any thread count.
+const LANES: usize = 16;
+
+/// What the average of K distributions over the vocabulary says at each target, and what each of them does.
 #[derive(Debug)]
-pub struct Predictive {
+pub struct Average {
     /// `-ln (1/K sum_k p_k(label))` in nats, and whether the label is the most likely token of the average.
     pub loss: TaskLoss,
-    /// `[adapter][target]`: `ln p_k(label)`.
-    pub label_log_p: Vec<Vec<f64>>,
+    /// The same of every adapter by itself.
+    pub members: Vec<TaskLoss>,
+}
+
+/// [`Average`], with entropies.
+#[derive(Debug)]
+pub struct Predictive {
+    /// The average and its members.
+    pub average: Average,
     /// Entropy of the average distribution, nats.
     pub predictive_entropy: Vec<f64>,
     /// Average of the K entropies, nats: what remains unsure if the weights were known. Never above the predictive entropy
@@ -39,6 +53,29 @@ impl Decoder {
         sequences: &Sequences,
         targets: &[(usize, u32)],
         adapters: &[ActiveAdapter],
+    ) -> Result<Average> {
+        on_pool(|| Ok(self.averaged(sequences, targets, adapters, false)?.average))
+    }
+
+    /// [`Self::evaluate_average`], and how unsure average and members are of the token at each target, whichever it is.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn predictive(
+        &self,
+        sequences: &Sequences,
+        targets: &[(usize, u32)],
+        adapters: &[ActiveAdapter],
+    ) -> Result<Predictive> {
+        on_pool(|| self.averaged(sequences, targets, adapters, true))
+    }
+
+    fn averaged(
+        &self,
+        sequences: &Sequences,
+        targets: &[(usize, u32)],
+        adapters: &[ActiveAdapter],
+        with_entropy: bool,
     ) -> Result<Predictive> {
         if adapters.is_empty() {
             let message = "an average needs at least one adapter";
@@ -55,58 +92,210 @@ impl Decoder {
                 self.head.norm.forward(&selected)
             })
             .collect::<Result<Vec<Tensor>>>()?;
+        let losses = || TaskLoss {
+            nll: Vec::with_capacity(labels.len()),
+            correct: Vec::with_capacity(labels.len()),
+            gradients: None,
+        };
         let mut result = Predictive {
-            loss: TaskLoss {
-                nll: Vec::with_capacity(labels.len()),
-                correct: Vec::with_capacity(labels.len()),
-                gradients: None,
+            average: Average {
+                loss: losses(),
+                members: adapters.iter().map(|_| losses()).collect(),
             },
-            label_log_p: vec![Vec::with_capacity(labels.len()); adapters.len()],
-            predictive_entropy: Vec::with_capacity(labels.len()),
-            expected_entropy: Vec::with_capacity(labels.len()),
+            predictive_entropy: Vec::new(),
+            expected_entropy: Vec::new(),
         };
         let chunk = (LOGITS / self.config.vocab_size).clamp(1, CHUNK);
         for start in (0..labels.len()).step_by(chunk) {
             let labels = &labels[start..labels.len().min(start + chunk)];
-            let index = Tensor::new(labels, &self.device)?.unsqueeze(1)?;
-            let mut average: Option<Tensor> = None;
-            let mut entropies = Vec::with_capacity(adapters.len());
-            for ((normed, adapter), of_labels) in
-                normed.iter().zip(adapters).zip(&mut result.label_log_p)
-            {
+            let mut sum = Sum::None;
+            let mut of_members = Vec::with_capacity(adapters.len());
+            for (normed, adapter) in normed.iter().zip(adapters) {
                 let hidden = normed.narrow(0, start, labels.len())?.contiguous()?;
                 let logits = self.head.logits(&hidden, adapter)?;
-                let log_p = log_softmax(&logits.to_dtype(DType::F32)?)?;
-                of_labels.extend(to_f64(&log_p.gather(&index, 1)?)?);
-                let p = log_p.exp()?;
-                entropies.push(entropy(&p, &log_p)?);
-                average = Some(match average {
-                    None => p,
-                    Some(sum) => (sum + p)?,
-                });
+                of_members.push(sum.add(&logits.to_dtype(DType::F32)?, labels)?);
             }
-            if let Some(sum) = average {
-                let p = (sum / adapters.len() as f64)?;
-                let best = p.argmax(D::Minus1)?.to_vec1::<u32>()?;
-                let correct = best.iter().zip(labels).map(|(b, label)| b == label);
-                result.loss.correct.extend(correct);
-                // 0 ln 0 is 0; the logarithm itself is not.
-                let log_p = p.maximum(f32::MIN_POSITIVE)?.log()?;
-                result.predictive_entropy.extend(entropy(&p, &log_p)?);
+            let (correct, entropy) = sum.finish(labels, adapters.len(), with_entropy)?;
+            let average = &mut result.average;
+            average.loss.correct.extend(correct);
+            for (member, found) in average.members.iter_mut().zip(&of_members) {
+                member.nll.extend(found.iter().map(|f| -f.log_p as f32));
+                member.correct.extend(found.iter().map(|f| f.correct));
             }
             for row in 0..labels.len() {
-                let of_draws: Vec<f64> = result
-                    .label_log_p
-                    .iter()
-                    .map(|draw| draw[start + row])
-                    .collect();
-                result.loss.nll.push(-log_mean_exp(&of_draws) as f32);
-                let sum: f64 = entropies.iter().map(|draw| draw[row]).sum();
-                result.expected_entropy.push(sum / adapters.len() as f64);
+                let log_p: Vec<f64> = of_members.iter().map(|of| of[row].log_p).collect();
+                average.loss.nll.push(-log_mean_exp(&log_p) as f32);
+            }
+            if with_entropy {
+                result.predictive_entropy.extend(entropy);
+                let expected = (0..labels.len()).map(|row| {
+                    let sum: f64 = of_members.iter().map(|of| of[row].entropy).sum();
+                    sum / adapters.len() as f64
+                });
+                result.expected_entropy.extend(expected);
             }
         }
         Ok(result)
     }
+}
+
+/// The most likely token of every row of `logits`, the first of several such, and the logarithm of its probability.
+pub(super) fn most_likely(logits: &Tensor) -> Result<Vec<(u32, f64)>> {
+    let (rows, vocab) = logits.dims2()?;
+    let logits = logits.to_dtype(DType::F32)?;
+    let fast = on_cpu([&logits], |[logits]| {
+        let rows = logits.par_chunks_exact(vocab);
+        let best = rows.map(|row| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    let most = largest(row);
+                    let at = row.iter().position(|v| *v == most).unwrap_or(0);
+                    (at as u32, -exponentials(row, most, |e, _| e).ln())
+                },
+            )
+        });
+        best.collect()
+    })?;
+    if let Some(best) = fast {
+        return Ok(best);
+    }
+    let best = logits.argmax(D::Minus1)?;
+    let log_p = log_softmax(&logits)?.gather(&best.reshape((rows, 1))?, 1)?;
+    Ok(best
+        .to_vec1::<u32>()?
+        .into_iter()
+        .zip(to_f64(&log_p)?)
+        .collect())
+}
+
+/// `sum_v term(e^(v - most), v - most)` over a row.
+#[inline(always)]
+fn exponentials(row: &[f32], most: f32, term: impl Fn(f32, f32) -> f32) -> f64 {
+    let mut sums = [0f32; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks.chain([rest]) {
+        for (sum, v) in sums.iter_mut().zip(chunk) {
+            *sum += term(exp(v - most), v - most);
+        }
+    }
+    sums.iter().map(|v| f64::from(*v)).sum()
+}
+
+/// What one distribution says at a target.
+#[derive(Debug, Clone, Copy)]
+struct Member {
+    log_p: f64,
+    correct: bool,
+    entropy: f64,
+}
+
+/// The sum of distributions `[targets, vocab]`.
+enum Sum {
+    None,
+    Host(Vec<f32>),
+    Device(Tensor),
+}
+
+impl Sum {
+    /// Adds the softmax of `logits` `[targets, vocab]`.
+    fn add(&mut self, logits: &Tensor, labels: &[u32]) -> Result<Vec<Member>> {
+        let vocab = logits.dims2()?.1;
+        let fast = on_cpu([logits], |[logits]| {
+            if matches!(self, Self::None) {
+                *self = Self::Host(vec![0.0; logits.len()]);
+            }
+            let Self::Host(sum) = self else {
+                return Vec::new();
+            };
+            let rows = sum
+                .par_chunks_exact_mut(vocab)
+                .zip(logits.par_chunks_exact(vocab))
+                .zip(labels);
+            let members = rows.map(|((sum, row), label)| {
+                vectorised(
+                    #[inline(always)]
+                    || add_row(sum, row, *label as usize),
+                )
+            });
+            members.collect()
+        })?;
+        if let Some(members) = fast {
+            return Ok(members);
+        }
+        let index = Tensor::new(labels, logits.device())?.unsqueeze(1)?;
+        let log_p = log_softmax(logits)?;
+        let p = log_p.exp()?;
+        let best = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
+        let of_labels = to_f64(&log_p.gather(&index, 1)?)?;
+        let entropies = entropy(&p, &log_p)?;
+        *self = Self::Device(match &*self {
+            Self::Device(sum) => (sum + p)?,
+            _ => p,
+        });
+        let members = of_labels.into_iter().zip(entropies).zip(best).zip(labels);
+        let members = members.map(|(((log_p, entropy), best), label)| Member {
+            log_p,
+            correct: best == *label,
+            entropy,
+        });
+        Ok(members.collect())
+    }
+
+    /// Whether each label is the most likely token of the average of `n` distributions, and the average's entropy, if it is asked
+    /// for.
+    fn finish(self, labels: &[u32], n: usize, with_entropy: bool) -> Result<(Vec<bool>, Vec<f64>)> {
+        match self {
+            Self::None => Ok((Vec::new(), Vec::new())),
+            Self::Host(sum) => {
+                let vocab = sum.len() / labels.len().max(1);
+                let rows = sum.par_chunks_exact(vocab).zip(labels).map(|(row, label)| {
+                    let (label, most) = (*label as usize, largest(row));
+                    // The first of equal ones wins, as in an argmax.
+                    let correct = row[label] == most && !row[..label].contains(&most);
+                    let entropy = match with_entropy {
+                        true => entropy_of_row(row, n as f64),
+                        false => 0.0,
+                    };
+                    (correct, entropy)
+                });
+                Ok(rows.unzip())
+            }
+            Self::Device(sum) => {
+                let p = (sum / n as f64)?;
+                let best = p.argmax(D::Minus1)?.to_vec1::<u32>()?;
+                let correct = best.iter().zip(labels).map(|(b, label)| b == label);
+                // 0 ln 0 is 0; the logarithm itself is not.
+                let log_p = p.maximum(f32::MIN_POSITIVE)?.log()?;
+                Ok((correct.collect(), entropy(&p, &log_p)?))
+            }
+        }
+    }
+}
+
+/// Adds the softmax of a row of logits to `sum`, and says what it is of `label`.
+#[inline(always)]
+fn add_row(sum: &mut [f32], row: &[f32], label: usize) -> Member {
+    let most = largest(row);
+    let total = exponentials(row, most, |e, _| e);
+    let weighted = exponentials(row, most, |e, below| e * below);
+    let log_sum = total.ln();
+    let shift = most + log_sum as f32;
+    for (sum, v) in sum.iter_mut().zip(row) {
+        *sum += exp(v - shift);
+    }
+    Member {
+        log_p: f64::from(row[label]) - f64::from(most) - log_sum,
+        correct: row[label] == most && !row[..label].contains(&most),
+        entropy: log_sum - weighted / total,
+    }
+}
+
+/// `-sum p ln p` for `p = row / n`.
+fn entropy_of_row(row: &[f32], n: f64) -> f64 {
+    let positive = row.iter().map(|v| f64::from(*v) / n).filter(|p| *p > 0.0);
+    -positive.map(|p| p * p.ln()).sum::<f64>()
 }
 
 /// `ln (1/n sum exp(v))`, shifted so that it neither overflows nor vanishes.
@@ -138,6 +327,7 @@ fn to_f64(values: &Tensor) -> Result<Vec<f64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     #[test]
     fn means_of_probabilities_far_below_one_are_exact() {
@@ -147,5 +337,38 @@ mod tests {
         assert_eq!(log_mean_exp(&[-3.5]), -3.5);
         assert_eq!(log_mean_exp(&[f64::NEG_INFINITY; 2]), f64::NEG_INFINITY);
         assert!(log_mean_exp(&[f64::NAN, -1.0]).is_nan());
+    }
+
+    /// The loop over rows against candle's operations, which other devices use; a transposed view takes that path.
+    #[test]
+    fn both_ways_to_average_agree() -> Result<()> {
+        let (targets, vocab) = (5usize, 83usize);
+        let logits = |seed: usize| {
+            let values = (0..targets * vocab).map(|i| ((i * 7 + seed) as f32 * 0.37).sin() * 6.0);
+            Tensor::from_vec(values.collect::<Vec<_>>(), (targets, vocab), &Device::Cpu)
+        };
+        let labels = [0u32, 82, 40, 7, 7];
+        let (mut host, mut device) = (Sum::None, Sum::None);
+        for seed in [1, 2, 3] {
+            let logits = logits(seed)?;
+            let strided = logits.t()?.contiguous()?.t()?;
+            let fast = host.add(&logits, &labels)?;
+            let plain = device.add(&strided, &labels)?;
+            for (fast, plain) in fast.iter().zip(&plain) {
+                assert!((fast.log_p - plain.log_p).abs() < 1e-5);
+                assert!((fast.entropy - plain.entropy).abs() < 1e-5);
+                assert_eq!(fast.correct, plain.correct);
+            }
+        }
+        assert!(matches!((&host, &device), (Sum::Host(_), Sum::Device(_))));
+        let (fast, plain) = (
+            host.finish(&labels, 3, true)?,
+            device.finish(&labels, 3, true)?,
+        );
+        assert_eq!(fast.0, plain.0);
+        for (fast, plain) in fast.1.iter().zip(&plain.1) {
+            assert!((fast - plain).abs() < 1e-5, "{fast} {plain}");
+        }
+        Ok(())
     }
 }

@@ -286,7 +286,7 @@ fn thin(points: &[(u64, Option<f64>)], limit: usize) -> Vec<(u64, Option<f64>)> 
 }
 
 /// About `n` round numbers from `low` to `high`.
-fn ticks(low: f64, high: f64, n: usize) -> Vec<f64> {
+pub(super) fn ticks(low: f64, high: f64, n: usize) -> Vec<f64> {
     let raw = (high - low) / n as f64;
     let unit = 10f64.powf(raw.log10().floor());
     let step = unit

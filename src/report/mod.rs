@@ -1,15 +1,18 @@
 //! One self-contained HTML page about a run: what it measured, what it learnt, how it was made.
 
 mod chart;
+mod evaluation;
 mod history;
 mod page;
 mod sites;
 
 use std::path::{Path, PathBuf};
 
+use minijinja::{Environment, Value as Text};
 use monteclora_converters::{Adapter, AdapterSummary, Error, Problem, Result};
 use serde_json::Value;
 
+pub use evaluation::{EvaluationPage, Score, Shown};
 pub use history::{EventPoint, History, Point};
 
 /// Everything that an output directory tells about a run.
@@ -71,11 +74,22 @@ impl RunFiles {
     /// # Errors
     /// If the page's template does not fit its values.
     pub fn html(&self) -> Result<String> {
-        page::html(self).map_err(|e| {
-            let message = format!("cannot lay out the page: {e}");
-            Problem::sentence("page", message).exit(1).into()
-        })
+        lay_out(include_str!("page.html"), page::values(self))
     }
+}
+
+/// A page: `template` with `values`, and the style that every page shares.
+fn lay_out(template: &str, values: Text) -> Result<String> {
+    let mut environment = Environment::new();
+    let style = include_str!("style.css").to_owned();
+    environment.add_global("style", Text::from_safe_string(style));
+    environment.add_global("version", env!("CARGO_PKG_VERSION"));
+    // The name's ending turns escaping on.
+    let page = environment.render_named_str("page.html", template, values);
+    page.map_err(|e| {
+        let message = format!("cannot lay out the page: {e}");
+        Problem::sentence("page", message).exit(1).into()
+    })
 }
 
 /// What was read of `path`, unless it is not there.

@@ -1,7 +1,7 @@
 //! The page: what the template is given.
 
-use minijinja::{Environment, Value as Text, context};
-use monteclora_adapters::methods::{METHODS, Metric};
+use minijinja::{Value as Text, context};
+use monteclora_adapters::methods::{self, METHODS, Metric};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -41,10 +41,8 @@ struct Section {
     entries: Vec<(String, String)>,
 }
 
-pub(super) fn html(run: &RunFiles) -> Result<String, minijinja::Error> {
-    let mut environment = Environment::new();
-    // The name's ending turns escaping on.
-    environment.add_template("page.html", include_str!("page.html"))?;
+/// What the template of a run's page is given.
+pub(super) fn values(run: &RunFiles) -> Text {
     let history = &run.history;
     let config = &run.record["config"];
     let (evaluations, n_left_out) = evaluations(history);
@@ -78,11 +76,10 @@ pub(super) fn html(run: &RunFiles) -> Result<String, minijinja::Error> {
         .iter()
         .filter(|event| event.event == "checkpoint")
         .count();
-    environment.get_template("page.html")?.render(context! {
+    context! {
         title => title(run),
         method => plain(&config["lora"]["method"]),
         status => history.status(),
-        version => env!("CARGO_PKG_VERSION"),
         cards => cards(run),
         figures => figures(history),
         n_unreadable => history.n_unreadable,
@@ -94,7 +91,7 @@ pub(super) fn html(run: &RunFiles) -> Result<String, minijinja::Error> {
         n_checkpoints,
         config => sections(config),
         provenance => provenance(&run.record),
-    })
+    }
 }
 
 fn title(run: &RunFiles) -> String {
@@ -165,10 +162,10 @@ fn cards(run: &RunFiles) -> Vec<Card> {
     shown.collect()
 }
 
-/// What methods report, each once: parts of the loss, or the others; in the order of their colours.
-fn metrics(in_loss: bool) -> Vec<&'static Metric> {
+/// What methods report in a chart, each once, in the order of their colours.
+fn metrics(chart: methods::Chart) -> Vec<&'static Metric> {
     let all = METHODS.iter().flat_map(|kind| kind.metrics);
-    let mut found: Vec<_> = all.filter(|m| m.in_loss.is_some() == in_loss).collect();
+    let mut found: Vec<_> = all.filter(|metric| metric.chart == chart).collect();
     found.sort_by_key(|metric| (metric.colour, metric.key));
     found.dedup_by_key(|metric| metric.key);
     found
@@ -181,8 +178,8 @@ fn figures(history: &History) -> Vec<Figure> {
         marked: false,
         points: history.train.iter().map(|p| (p.step, p.get(key))).collect(),
     };
-    let reported = |in_loss| {
-        let metrics = metrics(in_loss).into_iter();
+    let reported = |chart| {
+        let metrics = metrics(chart).into_iter();
         metrics.map(|m| line(m.label, m.colour, m.key)).collect()
     };
     let valid = Series {
@@ -195,7 +192,7 @@ fn figures(history: &History) -> Vec<Figure> {
             .map(|p| (p.step, p.get("loss")))
             .collect(),
     };
-    let charts: [(&str, &str, bool, Vec<Series>); 6] = [
+    let charts: [(&str, &str, bool, Vec<Series>); 7] = [
         (
             "Loss",
             "negative log-likelihood a trained token, nats",
@@ -206,13 +203,19 @@ fn figures(history: &History) -> Vec<Figure> {
             "Divergences",
             "mean over sites, nats, before the weight; logarithmic",
             true,
-            reported(false),
+            reported(methods::Chart::Divergences),
         ),
         (
             "Regulariser",
             "what is added to the task loss, nats; logarithmic",
             true,
-            reported(true),
+            reported(methods::Chart::Regulariser),
+        ),
+        (
+            "Posterior",
+            "the noise on A, mean over sites; logarithmic",
+            true,
+            reported(methods::Chart::Posterior),
         ),
         (
             "Learning rate",
@@ -396,7 +399,7 @@ fn duration(seconds: f64) -> String {
 }
 
 /// Thousands apart by thin spaces.
-fn grouped(value: u64) -> String {
+pub(super) fn grouped(value: u64) -> String {
     let digits = value.to_string();
     let mut text = String::new();
     for (idx, digit) in digits.chars().enumerate() {

@@ -1,7 +1,7 @@
 //! Starting from an existing adapter: its shape stands, and what run.toml says against it is refused.
 
 use anyhow::{Result, bail};
-use monteclora_adapters::methods::monteclora::MonteCloraConfig;
+use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Objective};
 use monteclora_converters::{
     Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, Problem,
 };
@@ -59,6 +59,8 @@ pub(super) fn read(
             preset: run.preset,
             objective: run.objective,
             kl_warmup_ratio: run.kl_warmup_ratio,
+            prior_std: run.prior_std,
+            temperature: run.temperature,
             ..MonteCloraConfig::from(settings)
         };
     }
@@ -125,6 +127,16 @@ fn posterior(
     let Some(theirs) = &adapter.config.monteclora else {
         return Some(run);
     };
+    let of_evidence = |lora: &LoraConfig| {
+        let monteclora = lora.monteclora.as_ref();
+        monteclora.is_some_and(|m| m.objective == Objective::Elbo)
+    };
+    if of_evidence(lora) && theirs.num_samples != 1 {
+        problems.push(format!(
+            "lora.monteclora.objective: \"elbo\" has one component, the adapter's posterior {}; start from its mean, which `monteclora collapse` writes",
+            theirs.num_samples
+        ));
+    }
     let given = |key: &str| lora.given.contains(&format!("lora.monteclora.{key}"));
     if given("num_samples") && run.num_samples != theirs.num_samples {
         problems.push(format!(

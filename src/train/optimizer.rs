@@ -64,7 +64,7 @@ impl AdamW {
             weight_decay: settings.weight_decay,
         };
         let update = |group| match group {
-            Group::Frozen => None,
+            Group::Frozen | Group::Own => None,
             Group::Weight => Some(weight),
             Group::Output => Some(Update {
                 learning_rate: learning_rate * settings.loraplus_lr_ratio,
@@ -162,12 +162,18 @@ impl Update<'_> {
 }
 
 /// Scales all gradients so that their norm, of all together and in double precision, is at most `max_norm`, as
-/// `torch.nn.utils.clip_grad_norm_` does; returns the norm before. A `max_norm` of 0 leaves them alone, and what is frozen
-/// counts too.
-pub fn clip(gradients: &mut Gradients, max_norm: f64) -> Result<f64> {
+/// `torch.nn.utils.clip_grad_norm_` does; returns the norm before. A `max_norm` of 0 leaves them alone. What is frozen counts
+/// too, and what a method moves by itself ([`Group::Own`]) does not.
+pub fn clip(gradients: &mut Gradients, owners: &[Owner], max_norm: f64) -> Result<f64> {
     let squares = gradients
         .par_iter()
-        .map(|gradients| Owner::sum_of_squares(gradients))
+        .zip(owners)
+        .map(|(gradients, owner)| {
+            let is_clipped = |group| group != Group::Own;
+            let all = owner.parameters.iter().zip(gradients);
+            let clipped = all.filter(|(parameter, _)| is_clipped(parameter.group));
+            Owner::sum_of_squares(clipped.map(|(_, gradient)| gradient))
+        })
         .collect::<Result<Vec<f64>>>()?;
     let norm = squares.iter().sum::<f64>().sqrt();
     let factor = max_norm / (norm + 1e-6);

@@ -12,7 +12,7 @@ use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::{file_sha256, sha256, write_json};
 use monteclora_converters::{
     Adapter, AdapterConfig, ConversationSettings, ModelFiles, Problem, base_fingerprint,
-    other_conversation,
+    base_sample, other_conversation,
 };
 
 use super::{
@@ -56,6 +56,8 @@ pub struct Prepared {
     pub(super) identity: Identity,
     /// See [`base_fingerprint`].
     pub(super) fingerprint: String,
+    /// See [`base_sample`].
+    pub(super) sample: Vec<f32>,
     pub(super) chat_template_sha256: Option<String>,
     pub(super) tokenizer_sha256: Option<String>,
 }
@@ -120,7 +122,9 @@ impl Prepared {
         let valid = valid.map(|path| open(path, Split::Valid)).transpose()?;
         let settings = TrainSettings::new(&run, max_seq_length);
         // By files of their own: pages that are read stay mapped as long as the files are open.
-        let fingerprint = base_fingerprint(&ModelFiles::open(&base.dir)?);
+        let read = ModelFiles::open(&base.dir)?;
+        let (fingerprint, sample) = (base_fingerprint(&read), base_sample(&read));
+        drop(read);
         let chat_template_sha256 = encoder.template().map(|t| sha256(t.content().as_bytes()));
         let tokenizer_sha256 = file_sha256(&base.dir.join("tokenizer.json"));
         let identity = Identity::new(
@@ -138,6 +142,7 @@ impl Prepared {
             total_steps: settings.total_steps(&train),
             identity,
             fingerprint,
+            sample,
             chat_template_sha256,
             tokenizer_sha256,
             run,

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use candle_core::Device;
-use monteclora_converters::base_sample;
 use serde_json::{Value, json};
 
 use super::Prepared;
@@ -39,7 +38,7 @@ impl Prepared {
                 "model_id": self.base.name,
                 "revision": self.base.revision,
                 "fingerprint": self.fingerprint,
-                "sample": base_sample(&self.files),
+                "sample": self.sample,
             },
             "train": data(&self.train),
             "valid": self.valid.as_ref().map(data),

@@ -284,7 +284,8 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             micro.push(batches.next_batch()?);
         }
         let trained_tokens: usize = micro.iter().map(|b| b.targets.len()).sum();
-        let drawn = state.draw(settings.seed, step, weight)?;
+        let epoch_tokens = self.trainer.train.stats().trained_tokens.total;
+        let drawn = state.draw(settings.seed, step, &state.weighting(weight, epoch_tokens))?;
         // The loss is the mean over the trained tokens of the whole step, however it is cut into micro-batches.
         let scale = 1.0 / trained_tokens.max(1) as f64;
         let mut task = AdapterGradients::default();
@@ -317,7 +318,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         }
         let unclipped = drawn.backward(state, &task)?;
         let mut gradients = unclipped.clone();
-        let grad_norm = clip(&mut gradients, settings.train.max_grad_norm)?;
+        let grad_norm = clip(&mut gradients, &state.owners, settings.train.max_grad_norm)?;
         if !grad_norm.is_finite() {
             let names = audit::non_finite(state, |idx| &gradients[idx])?;
             return Err(refuse("the gradient", names));
@@ -344,6 +345,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             index: step,
             total: self.total_steps,
             trained_tokens,
+            epoch_tokens,
         };
         method.after_step(&mut state.owners, &unclipped, made)?;
         let names = audit::non_finite(state, |idx| &state.owners[idx].values)?;

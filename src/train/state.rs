@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use monteclora_adapters::Update;
-use monteclora_adapters::methods::{self, Drawn, Method, Module, Owner, Value};
+use monteclora_adapters::methods::{self, Drawn, Method, Module, Owner, Value, Weighting};
 use monteclora_adapters::noise::{Key, Noise};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, AdapterConfig, Problem, Site};
@@ -141,15 +141,24 @@ impl AdapterState {
         self.active(|idx, module| self.method.mean(module, &self.values(idx)))
     }
 
-    /// Draws every module with its own noise at optimiser step `step` of `seed`; `weight` is a factor on the regulariser.
-    pub fn draw(&self, seed: u64, step: u64, weight: f64) -> Result<DrawnAdapter> {
-        self.draw_with(weight, |module| Key::new(seed, &module.name, step))
+    /// How the regulariser is weighed: with `factor`, in a run whose training rows have `epoch_tokens` trained tokens.
+    pub fn weighting(&self, factor: f64, epoch_tokens: u64) -> Weighting {
+        Weighting {
+            factor,
+            n_modules: self.modules.len(),
+            epoch_tokens,
+        }
+    }
+
+    /// Draws every module with its own noise at optimiser step `step` of `seed`.
+    pub fn draw(&self, seed: u64, step: u64, weighting: &Weighting) -> Result<DrawnAdapter> {
+        self.draw_with(weighting, |module| Key::new(seed, &module.name, step))
     }
 
     /// Draws every module with the noise that `noise` gives for it.
     pub fn draw_with<N: Noise>(
         &self,
-        weight: f64,
+        weighting: &Weighting,
         noise: impl Fn(&Module) -> N + Sync,
     ) -> Result<DrawnAdapter> {
         let draws = (0..self.modules.len())
@@ -157,7 +166,7 @@ impl AdapterState {
             .map(|idx| {
                 let module = &self.modules[idx].1;
                 let values = self.values(idx);
-                self.method.draw(module, &values, &noise(module), weight)
+                self.method.draw(module, &values, &noise(module), weighting)
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(DrawnAdapter {

@@ -6,6 +6,7 @@ mod architectures;
 mod bases;
 mod beside;
 mod blocks;
+mod certainty;
 mod cli;
 mod data;
 mod decoder;

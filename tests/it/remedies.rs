@@ -29,7 +29,7 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 39] = [
+const OTHERS: [Remedy; 47] = [
     (
         "`monteclora parity --chat -m BASE` shows where",
         By(
@@ -179,7 +179,7 @@ const OTHERS: [Remedy; 39] = [
         Not("quickstart's own model comes over the network"),
     ),
     (
-        "\\nnext\\n  monteclora serve -c",
+        "\\nnext\\n  monteclora predict -m",
         Not("quickstart's own model comes over the network"),
     ),
     (
@@ -239,6 +239,62 @@ const OTHERS: [Remedy; 39] = [
     (
         "parity compares in f32; use --dtype auto or f32",
         Run(models::parity_in_single_precision),
+    ),
+    (
+        "make it again with `monteclora calibrate`, or remove it",
+        By(
+            "tests/it/certainty/calibrate.rs",
+            "a_calibration_is_used_where_it_holds",
+        ),
+    ),
+    (
+        "it is not used there; `monteclora calibrate` makes another",
+        By(
+            "tests/it/certainty/calibrate.rs",
+            "a_calibration_is_used_where_it_holds",
+        ),
+    ),
+    (
+        "give a directory; `monteclora convert --to lora` makes one",
+        By(
+            "tests/it/certainty/calibrate.rs",
+            "what_cannot_be_calibrated_is_refused",
+        ),
+    ),
+    (
+        "find one with `monteclora calibrate -m {} -a {} --data ROWS{} --target-error {target}`",
+        By(
+            "tests/it/certainty/calibrate.rs",
+            "answers_below_the_threshold_are_not_given",
+        ),
+    ),
+    (
+        "start from its mean, which `monteclora collapse` writes",
+        By(
+            "tests/it/certainty/evidence.rs",
+            "an_evidence_bound_moves_the_posterior",
+        ),
+    ),
+    (
+        "give more rows or a larger --target-error",
+        By(
+            "tests/it/certainty/calibrate.rs",
+            "answers_below_the_threshold_are_not_given",
+        ),
+    ),
+    (
+        "rows, or a larger --target-error",
+        By(
+            "tests/it/certainty/calibrate.rs",
+            "answers_below_the_threshold_are_not_given",
+        ),
+    ),
+    (
+        "give more rows or draws, or a larger --tolerance",
+        By(
+            "tests/it/certainty/fit.rs",
+            "the_largest_tolerated_scale_is_on_the_tolerated_side",
+        ),
     ),
 ];
 

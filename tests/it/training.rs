@@ -13,7 +13,7 @@ use monteclora::train::{
     AdapterState, Checkpoint, Event, Gradients, Identity, TrainSettings, Trainer,
 };
 use monteclora_adapters::methods::{
-    Drawn, Group, Kind, Method, Module, Owner, Parameter, Step, Storage, Value,
+    Drawn, Group, Kind, Method, Module, Owner, Parameter, Step, Storage, Value, Weighting,
 };
 use monteclora_adapters::noise::{Key, Noise, Purpose};
 use monteclora_adapters::weights::BF16;
@@ -234,7 +234,7 @@ fn gradients_of_micro_batches_sum_to_those_of_the_large_batch() {
         };
         owner.values[1] = Value::Tensor((b.ones_like().unwrap() * 0.02).unwrap());
     }
-    let drawn = state.draw(3, 7, 1.0).unwrap();
+    let drawn = state.draw(3, 7, &state.weighting(1.0, 100)).unwrap();
     let n_targets = setup.data.batch(&[0, 1, 2, 3, 4, 5]).unwrap().targets.len();
     let gradients = |batches: &[&[usize]]| -> Gradients {
         let mut sum = AdapterGradients::default();
@@ -526,7 +526,7 @@ impl Method for Gated {
         module: &Module,
         values: &[&Value],
         _noise: &dyn Noise,
-        _weight: f64,
+        _weighting: &Weighting,
     ) -> monteclora_adapters::Result<Box<dyn Drawn>> {
         let update = self.mean(module, values)?;
         match values {
@@ -585,7 +585,7 @@ fn a_method_may_share_parameters_and_step_without_a_gradient() {
         .collect();
     let sequences = Sequences::new(&tokens);
     let fresh = state();
-    let drawn = fresh.draw(1, 0, 1.0).unwrap();
+    let drawn = fresh.draw(1, 0, &fresh.weighting(1.0, 100)).unwrap();
     let loss = setup
         .decoder
         .loss_and_gradients(

@@ -192,9 +192,10 @@ fn replay(dir: &Path) {
     assert!(!state.modules.is_empty());
     let mut optimizer = AdamW::new(&state).unwrap();
     let scale = 1.0 / targets.len() as f64;
+    let weighting = state.weighting(1.0, targets.len() as u64);
     for (step, expected) in losses.chunks_exact(3).enumerate() {
         let drawn = state
-            .draw_with(1.0, |module| RecordedNoise {
+            .draw_with(&weighting, |module| RecordedNoise {
                 recorded: &recorded,
                 prefix: format!("noise.{step}"),
                 module: module.name.clone(),

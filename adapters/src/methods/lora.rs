@@ -6,7 +6,9 @@ use candle_core::Tensor;
 use monteclora_converters::Site;
 
 use super::parameter::unlike;
-use super::{DIVERGENCES, Drawn, Group, Kind, Method, Module, Parameter, Storage, Value};
+use super::{
+    DIVERGENCES, Drawn, Group, Kind, Method, Module, Parameter, Storage, Value, Weighting,
+};
 use crate::error::Result;
 use crate::noise::{Key, Noise, Purpose};
 use crate::update::{LowRank, Update};
@@ -83,7 +85,7 @@ impl Method for Lora {
         module: &Module,
         values: &[&Value],
         _noise: &dyn Noise,
-        _weight: f64,
+        _weighting: &Weighting,
     ) -> Result<Box<dyn Drawn>> {
         Ok(Box::new(Plain(self.mean(module, values)?)))
     }

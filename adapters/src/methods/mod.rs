@@ -59,19 +59,33 @@ pub struct Metric {
     pub tag: &'static str,
     /// Its name in the report.
     pub label: &'static str,
-    /// Its colour in the report's chart, 1 to 5; the lines of a chart are in this order.
+    /// The report's chart that shows it.
+    pub chart: Chart,
+    /// Its colour there, 1 to 5; the lines of a chart are in this order.
     pub colour: u8,
     /// For a part of the loss, what the progress line calls it.
     pub in_loss: Option<&'static str>,
 }
 
+/// A chart of the report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Chart {
+    /// Divergences from the priors, nats, before their weights.
+    Divergences,
+    /// What is added to the task loss, nats.
+    Regulariser,
+    /// Where the posterior stands.
+    Posterior,
+}
+
 macro_rules! metrics {
-    ($($key:literal $stored:literal $tag:literal $label:literal $colour:literal $in_loss:expr;)*) => {
+    ($($key:literal $stored:literal $tag:literal $label:literal $chart:ident $colour:literal $in_loss:expr;)*) => {
         &[$(Metric {
             key: $key,
             stored: $stored,
-            tag: concat!("divergence/", $tag),
+            tag: $tag,
             label: $label,
+            chart: Chart::$chart,
             colour: $colour,
             in_loss: $in_loss,
         }),*]
@@ -79,12 +93,17 @@ macro_rules! metrics {
 }
 
 /// What runs of the LoRA family report, each of them all, so that their lines compare; zero for a method that has no posterior.
+///
+/// `posterior_std` is the root of the mean over the rows of A of the noise's variance `v_k`, `posterior_log_spread` the standard
+/// deviation of `ln v_k` over the rows.
 pub const DIVERGENCES: &[Metric] = metrics! {
-    "kl_loss" "weighted_kl" "weighted" "weighted divergences" 1 Some("kl");
-    "kl_dirichlet" "dirichlet" "dirichlet" "Dirichlet" 3 None;
-    "kl_wishart" "wishart" "wishart" "Wishart" 2 None;
-    "kl_gaussian" "gaussian" "gaussian" "Gaussian" 1 None;
-    "entropy_loss" "sum_of_squares" "sum_of_squared_weights" "sum of squared weights" 4 Some("mixture");
+    "kl_loss" "weighted_kl" "divergence/weighted" "weighted divergences" Regulariser 1 Some("kl");
+    "kl_dirichlet" "dirichlet" "divergence/dirichlet" "Dirichlet" Divergences 3 None;
+    "kl_wishart" "wishart" "divergence/wishart" "Wishart" Divergences 2 None;
+    "kl_gaussian" "gaussian" "divergence/gaussian" "Gaussian" Divergences 1 None;
+    "entropy_loss" "sum_of_squares" "divergence/sum_of_squared_weights" "sum of squared weights" Regulariser 4 Some("mixture");
+    "posterior_std" "std" "posterior/std" "standard deviation of A" Posterior 1 None;
+    "posterior_log_spread" "log_spread" "posterior/log_spread" "spread of ln v over rows" Posterior 2 None;
 };
 
 /// What is added to the task loss where `metrics` have these values; absent ones are zero.
@@ -161,13 +180,13 @@ pub trait Method: Debug + Send + Sync {
     /// The update that stands for the whole posterior: it is evaluated, exported and served.
     fn mean(&self, module: &Module, values: &[&Value]) -> Result<Arc<dyn Update>>;
 
-    /// The update of one training step under `noise`, with the regulariser weighted by `weight` besides its own weights.
+    /// The update of one training step under `noise`, with its regulariser weighed as `weighting` says.
     fn draw(
         &self,
         module: &Module,
         values: &[&Value],
         noise: &dyn Noise,
-        weight: f64,
+        weighting: &Weighting,
     ) -> Result<Box<dyn Drawn>>;
 
     /// Share of a run's steps over which the regulariser's weight rises to one.
@@ -202,6 +221,17 @@ pub trait Method: Debug + Send + Sync {
     }
 }
 
+/// How a regulariser is weighed in a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Weighting {
+    /// Factor on the regulariser's own weights: the warm-up's.
+    pub factor: f64,
+    /// Modules that carry the adapter, over which the trainer averages the regulariser.
+    pub n_modules: usize,
+    /// Tokens with a loss per pass over the training rows.
+    pub epoch_tokens: u64,
+}
+
 /// An optimiser step.
 #[derive(Debug, Clone, Copy)]
 pub struct Step {
@@ -211,6 +241,8 @@ pub struct Step {
     pub total: u64,
     /// Tokens with a loss in its batches.
     pub trained_tokens: usize,
+    /// Tokens with a loss per pass over the training rows.
+    pub epoch_tokens: u64,
 }
 
 /// One module's update in one training step, and the way back from its gradient.

@@ -3,7 +3,9 @@
 
 mod divergence;
 mod draw;
+mod evidence;
 mod mixture;
+mod scaled;
 #[cfg(test)]
 mod tests;
 
@@ -15,12 +17,19 @@ use serde::{Deserialize, Serialize};
 
 use super::lora::LORA;
 use super::parameter::unlike;
-use super::{DIVERGENCES, Drawn, Group, Kind, Method, Module, Parameter, Storage, Value, owners};
+use super::{
+    DIVERGENCES, Drawn, Group, Kind, Method, Module, Owner, Parameter, Step, Storage, Value,
+    Weighting, owners,
+};
 use crate::error::Result;
+use crate::linalg;
 use crate::noise::{Key, Noise, Purpose};
 use crate::update::Update;
 
+pub use scaled::{Geometry, ScaledPosterior};
+
 use draw::{Draw, StandardNoise};
+use evidence::Evidence;
 
 /// Its place in the registry.
 pub static KIND: Kind = Kind {
@@ -84,6 +93,9 @@ pub enum Objective {
     Exact,
     /// PEFT's formulas, for parity with it.
     Peft,
+    /// The divergence from a Gaussian prior on A, weighed as an evidence lower bound weighs it; the variances move by steps in
+    /// closed form.
+    Elbo,
 }
 
 /// `[lora.monteclora]`, with PEFT's names.
@@ -106,6 +118,10 @@ pub struct MonteCloraConfig {
     pub use_entropy: bool,
     /// Share of the steps over which the weight of the divergences rises from 0 to `kl_loss_weight`, in [0, 1].
     pub kl_warmup_ratio: f64,
+    /// For `elbo`, standard deviation of the prior on the entries of A, above 0.
+    pub prior_std: f64,
+    /// For `elbo`, the temperature of the bound, above 0: 1 is the bound itself, less a colder posterior.
+    pub temperature: f64,
     /// The form of the draw; not a key.
     #[serde(skip)]
     pub form: Form,
@@ -123,6 +139,8 @@ impl MonteCloraConfig {
             dirichlet_prior: 1.0,
             use_entropy: true,
             kl_warmup_ratio: 0.0,
+            prior_std: 0.2,
+            temperature: 1.0,
             form: Form::Collapsed,
         };
         match preset {
@@ -134,6 +152,29 @@ impl MonteCloraConfig {
                 use_entropy: false,
                 ..recommended
             },
+        }
+    }
+}
+
+impl MonteCloraConfig {
+    /// The same under `objective = "elbo"` at rank `r`, where the other keys follow: one component, noise at `s = 0` as wide as the
+    /// prior, `c = tau / sqrt r`, and neither PEFT's divergences nor its sum of squares.
+    pub fn of_evidence(self, r: usize) -> Self {
+        Self {
+            num_samples: 1,
+            sample_scaler: self.prior_std / (r as f64).sqrt(),
+            kl_loss_weight: 0.0,
+            use_entropy: false,
+            kl_warmup_ratio: 0.0,
+            ..self
+        }
+    }
+
+    fn evidence(&self) -> Evidence {
+        Evidence {
+            prior_std: self.prior_std,
+            temperature: self.temperature,
+            sample_scaler: self.sample_scaler,
         }
     }
 }
@@ -176,7 +217,7 @@ pub struct MonteClora(pub MonteCloraConfig);
 
 impl MonteClora {
     /// A draw of A at a module whose parameters have these `values`.
-    fn draw_a(&self, values: &[&Value], noise: &dyn Noise, weight: f64) -> Result<Draw> {
+    fn draw_a(&self, values: &[&Value], noise: &dyn Noise, weighting: &Weighting) -> Result<Draw> {
         let [
             Value::Tensor(a),
             _,
@@ -187,7 +228,7 @@ impl MonteClora {
             return Err(unlike(&[4], &[values.len()]));
         };
         let noise = StandardNoise::new(self.0.form, noise, log_concentration.len(), a)?;
-        Draw::new(&self.0, weight, a, (log_std, log_concentration), noise)
+        Draw::new(&self.0, weighting, a, (log_std, log_concentration), noise)
     }
 }
 
@@ -197,7 +238,10 @@ impl Method for MonteClora {
     }
 
     fn summary(&self) -> String {
-        format!("{}, N {}", KIND.name, self.0.num_samples)
+        match self.0.objective {
+            Objective::Elbo => format!("{}, evidence bound, tau {}", KIND.name, self.0.prior_std),
+            _ => format!("{}, N {}", KIND.name, self.0.num_samples),
+        }
     }
 
     /// LoRA's, with the variational parameters: `s` `[r]`, the log of the Wishart scale's standard deviation, and `theta` `[N]`,
@@ -208,7 +252,10 @@ impl Method for MonteClora {
             peft: Some(peft),
             shape: vec![len],
             storage: Storage::Vector,
-            group: Group::Variational,
+            group: match self.0.objective {
+                Objective::Elbo => Group::Own,
+                _ => Group::Variational,
+            },
             reached: None,
         };
         let mut parameters = LORA.parameters(module);
@@ -218,9 +265,15 @@ impl Method for MonteClora {
         parameters
     }
 
-    /// LoRA's, and the variational parameters uniform in `[0, 1)` as in PEFT.
+    /// LoRA's, and the variational parameters uniform in `[0, 1)` as in PEFT, or for `elbo` those of the prior.
     fn initial(&self, module: &Module, key: Key) -> Vec<Vec<f32>> {
         let mut initial = LORA.initial(module, key);
+        if self.0.objective == Objective::Elbo {
+            let log_std = self.0.evidence().log_std_of_prior(module.rank) as f32;
+            initial.push(vec![log_std; module.rank]);
+            initial.push(vec![0.0; self.0.num_samples]);
+            return initial;
+        }
         let n_values = module.rank + self.0.num_samples;
         let values = key.uniforms(Purpose::InitialVariational, n_values);
         let (log_std, log_concentration) = values.split_at(module.rank);
@@ -240,14 +293,15 @@ impl Method for MonteClora {
         module: &Module,
         values: &[&Value],
         noise: &dyn Noise,
-        weight: f64,
+        weighting: &Weighting,
     ) -> Result<Box<dyn Drawn>> {
-        let draw = self.draw_a(values, noise, weight)?;
+        let draw = self.draw_a(values, noise, weighting)?;
         let mut factors = values.to_vec();
         let a = Value::Tensor(draw.effective_a.clone());
         factors.splice(..1, [&a]);
         let update = self.mean(module, &factors)?;
-        Ok(Box::new(DrawnA { draw, update }))
+        let mean = (self.0.objective == Objective::Elbo).then(|| values[0].clone());
+        Ok(Box::new(DrawnA { draw, update, mean }))
     }
 
     fn warmup_ratio(&self) -> f64 {
@@ -257,6 +311,23 @@ impl Method for MonteClora {
     /// The draw and its noise.
     fn working_values(&self, module: &Module) -> usize {
         2 * module.rank * module.in_features
+    }
+
+    /// For `elbo`, the step in closed form; the gradient of `s` is what [`DrawnA`] says.
+    fn after_step(&self, owners: &mut [Owner], gradients: &[Vec<Value>], step: Step) -> Result<()> {
+        if self.0.objective != Objective::Elbo {
+            return Ok(());
+        }
+        let evidence = self.0.evidence();
+        for (owner, gradients) in owners.iter_mut().zip(gradients) {
+            let ([.., Value::Vector(log_std), _], [.., Value::Vector(mean_squares), _]) =
+                (&mut owner.values[..], &gradients[..])
+            else {
+                return Err(unlike(&[4], &[gradients.len()]));
+            };
+            evidence.step(log_std, mean_squares, &step);
+        }
+        Ok(())
     }
 
     fn export(&self, module: &Module, values: &[&Value]) -> Result<Site> {
@@ -274,10 +345,15 @@ impl Method for MonteClora {
 }
 
 /// A module with a drawn A.
+///
+/// For `elbo` no gradient moves `s`: in its place stands the mean square `|g_k|^2 / in` of each row of the task loss's gradient,
+/// from which [`Method::after_step`] takes the curvature.
 #[derive(Debug)]
 struct DrawnA {
     draw: Draw,
     update: Arc<dyn Update>,
+    /// A itself, where the regulariser holds it.
+    mean: Option<Value>,
 }
 
 impl Drawn for DrawnA {
@@ -287,12 +363,18 @@ impl Drawn for DrawnA {
 
     fn metrics(&self) -> Vec<f64> {
         let draw = &self.draw;
+        let n = draw.variance.len() as f64;
+        let mean_of =
+            |value: &dyn Fn(f64) -> f64| draw.variance.iter().map(|v| value(*v)).sum::<f64>() / n;
+        let mean_log = mean_of(&f64::ln);
         vec![
             draw.weighted_kl,
             draw.dirichlet,
             draw.wishart,
             draw.gaussian,
             draw.sum_of_squares,
+            mean_of(&|v| v).sqrt(),
+            mean_of(&|v| (v.ln() - mean_log).powi(2)).sqrt(),
         ]
     }
 
@@ -301,6 +383,16 @@ impl Drawn for DrawnA {
         let [a, b] = upstream else {
             return Err(unlike(&[2], &[upstream.len()]));
         };
+        if let Some(Value::Tensor(mean)) = &self.mean {
+            let (_, in_features) = a.dims2()?;
+            let squares = linalg::row_dots(a, a)?.into_iter();
+            return Ok(vec![
+                Value::Tensor((a + (mean * (weight * self.draw.decay))?)?),
+                Value::Tensor(b.clone()),
+                Value::Vector(squares.map(|sum| sum / in_features as f64).collect()),
+                Value::Vector(vec![0.0; self.draw.mixture.weights.len()]),
+            ]);
+        }
         let (log_std, log_concentration) = self.draw.backward(Some(a), weight)?;
         Ok(vec![
             Value::Tensor(a.clone()),
@@ -328,7 +420,12 @@ pub fn sample(adapter: &Adapter, seed: u64, index: u64) -> Result<Adapter> {
         let owners = owners(&method, &[module], |_| Some(site), seed, &Device::Cpu)?;
         let values: Vec<&Value> = owners.iter().flat_map(|owner| &owner.values).collect();
         let key = Key::new(seed, &site.name, index);
-        let draw = method.draw_a(&values, &key, 1.0)?;
+        let weighting = Weighting {
+            factor: 1.0,
+            n_modules: 1,
+            epoch_tokens: 1,
+        };
+        let draw = method.draw_a(&values, &key, &weighting)?;
         let a = Value::Tensor(draw.effective_a);
         if !a.is_finite()? {
             let message = "a posterior draw is not finite";

@@ -11,6 +11,9 @@ use crate::linalg::on_cpu;
 pub enum Group {
     /// Not moved by the optimiser.
     Frozen,
+    /// Moved by [`Method::after_step`](super::Method::after_step) alone: neither the optimiser nor the clipping of gradients sees
+    /// it.
+    Own,
     /// The learning rate and the weight decay as they are.
     Weight,
     /// The learning rate times LoRA+'s ratio.
@@ -208,7 +211,7 @@ impl Owner {
     }
 
     /// Euclidean norm of `gradients` of the parameters, squared, in double precision: tensors first, then all vectors together.
-    pub fn sum_of_squares(gradients: &[Value]) -> Result<f64> {
+    pub fn sum_of_squares<'a>(gradients: impl IntoIterator<Item = &'a Value>) -> Result<f64> {
         let mut total = 0.0;
         let mut vectors = 0.0;
         for gradient in gradients {

@@ -180,7 +180,7 @@ pub(super) fn check(base: &GgufBase, progress: &mut dyn FnMut(u64, u64)) -> Resu
 fn non_finite(source: &GgufFile, planned: &TensorShape, position: usize) -> Error {
     let row = position / planned.shape.last().copied().unwrap_or(1).max(1);
     let message = format!(
-        "{}: the value in row {row} of the written tensor is not finite",
+        "{}: the value in row {row} of the written tensor is not finite: the file is damaged; fetch it, or make it, again",
         planned.gguf_name
     );
     Error::malformed(source.path(), message)

@@ -103,7 +103,7 @@ impl Adapter {
         if base.blocks().is_none()
             && let Some(method) = base.quantization()
         {
-            let at = base.dir().display().to_string();
+            let at = base.place().display().to_string();
             let message = format!(
                 "the base is quantised ({method}), so its weights have other names and shapes"
             );
@@ -192,7 +192,7 @@ impl Adapter {
     /// # Errors
     /// With everything that does not fit.
     pub fn require_fit(&self, base: &ModelFiles) -> Result<()> {
-        let dir = base.dir().display();
+        let dir = base.place().display();
         let heading = format!("the adapter does not fit the base `{dir}`");
         Ok(Problems::refuse_any(heading, self.check_against(base)?)?)
     }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::data::{Message, Role};
+use crate::eval::Opening;
 use crate::output::require_empty;
 use crate::sample_models::Recipe;
 
@@ -21,8 +22,8 @@ const SPLITS: [(&str, &str); 3] = [
     ("test", include_str!("../../../examples/tickets/test.jsonl")),
 ];
 
-/// A ticket of nobody's, to ask a server.
-const TICKET: &str = "my tablet will not turn on and i need it today";
+/// A ticket of nobody's, about a product that no training ticket is about: to ask a server, and to see how sure it is.
+pub(super) const TICKET: &str = "my tablet will not turn on and i need it today";
 
 /// What the tickets ask for.
 const INSTRUCTION: &str =
@@ -53,6 +54,8 @@ pub(super) struct Paths {
     pub adapter: PathBuf,
     pub collapsed: PathBuf,
     pub gguf: PathBuf,
+    /// The posterior fitted around the adapter.
+    pub posterior: PathBuf,
     pub run: PathBuf,
     pub serve: PathBuf,
 }
@@ -79,17 +82,26 @@ impl Form {
         Ok(rows)
     }
 
-    /// The address of a server that answers in this form, and a body for it.
-    pub(super) fn request(self, model: &str, max_tokens: usize) -> (&'static str, Value) {
+    /// [`TICKET`], asked in this form.
+    pub(super) fn question(self) -> Opening {
         match self {
             Self::Conversations => {
                 let turns = [(Role::System, INSTRUCTION), (Role::User, TICKET)];
-                let messages = turns.map(|(role, text)| Message::new(role, text).fields().clone());
+                Opening::Turns(turns.map(|(role, text)| Message::new(role, text)).into())
+            }
+            Self::Prompts => Opening::Text(prompt(INSTRUCTION, TICKET)),
+        }
+    }
+
+    /// The address of a server that answers in this form, and a body for it.
+    pub(super) fn request(self, model: &str, max_tokens: usize) -> (&'static str, Value) {
+        match self.question() {
+            Opening::Turns(turns) => {
+                let messages: Vec<_> = turns.iter().map(|turn| turn.fields().clone()).collect();
                 let body = json!({"model": model, "temperature": 0, "messages": messages});
                 ("/v1/chat/completions", body)
             }
-            Self::Prompts => {
-                let prompt = prompt(INSTRUCTION, TICKET);
+            Opening::Text(prompt) => {
                 let body = json!({"model": model, "temperature": 0, "max_tokens": max_tokens, "prompt": prompt});
                 ("/v1/completions", body)
             }
@@ -110,6 +122,7 @@ impl Job<'_> {
             adapter: out.join("adapter"),
             collapsed: out.join("lora"),
             gguf: out.join("lora.gguf"),
+            posterior: out.join("posterior"),
             run: out.join("run.toml"),
             serve: out.join("serve.toml"),
         };

@@ -231,6 +231,8 @@ fn presets_give_way_to_explicit_keys() {
         MonteCloraConfig {
             preset: Preset::Peft,
             objective: Objective::Peft,
+            prior_std: 0.2,
+            temperature: 1.0,
             num_samples: 2,
             sample_scaler: 1e-4,
             kl_loss_weight: 1e-5,
@@ -378,7 +380,7 @@ fn every_value_out_of_range_is_reported_at_once() {
         "train.per_device_train_batch_size=0",
         "train.gradient_accumulation_steps=0",
         "train.learning_rate=nan",
-        "train.variational_learning_rate=0",
+        "train.variational_learning_rate=-1",
         "train.warmup_ratio=1.5",
         "train.weight_decay=nan",
         "train.adam_beta1=1.0",

@@ -16,6 +16,16 @@ pub(super) struct Term {
     pub(super) gradient: Vec<f64>,
 }
 
+impl Term {
+    /// What is not in the objective.
+    pub(super) fn zero(n_parameters: usize) -> Self {
+        Self {
+            value: 0.0,
+            gradient: vec![0.0; n_parameters],
+        }
+    }
+}
+
 /// `KL(Dir(exp theta) || Dir(prior 1))` and its gradient with respect to `theta`, `[N]`.
 ///
 /// `ln G(S) - sum ln G(a_i) - ln G(N a0) + N ln G(a0) + sum (a_i - a0)(psi(a_i) - psi(S))` with `a = exp theta`, `S = sum a`.

@@ -7,6 +7,7 @@ use super::mixture::MixtureWeights;
 use super::{Form, MonteCloraConfig, Objective, divergence};
 use crate::error::{Result, expect_shape};
 use crate::linalg;
+use crate::methods::{Owner, Value, Weighting};
 use crate::noise::{Noise, Purpose};
 
 /// Floor of the covariance's diagonal, as in PEFT.
@@ -86,8 +87,12 @@ pub(super) struct Draw {
     pub(super) gaussian: f64,
     /// Collision probability `sum pi^2`, zero when `use_entropy` is off.
     pub(super) sum_of_squares: f64,
-    /// `kl_loss_weight * (dirichlet + wishart + gaussian)`.
+    /// What of them is added to the loss: `kl_loss_weight * (dirichlet + wishart + gaussian)`, or the evidence bound's share.
     pub(super) weighted_kl: f64,
+    /// Variance of the noise on each row of A given the mixture weights, `v_k = c^2 ||pi||^2 r exp(2 s_k)`, `[r]`.
+    pub(super) variance: Vec<f64>,
+    /// Factor on A in the gradient of the regulariser.
+    pub(super) decay: f64,
     clipped: Vec<bool>,
     sample_scaler: f64,
     noise: Gaussian,
@@ -98,14 +103,13 @@ pub(super) struct Draw {
 }
 
 impl Draw {
-    /// Draws at mean `a`, `[r, in]`, f32, with variational parameters `s` and `theta` and given `noise`; `weight` is a factor
-    /// on the weight of the divergences.
+    /// Draws at mean `a`, `[r, in]`, f32, with variational parameters `s` and `theta` and given `noise`.
     ///
     /// # Errors
     /// [`crate::Error::Shape`] when noise, parameters and mean disagree; candle's errors.
     pub(super) fn new(
         settings: &MonteCloraConfig,
-        weight: f64,
+        weighting: &Weighting,
         a: &Tensor,
         (log_std, log_concentration): (&[f64], &[f64]),
         noise: StandardNoise,
@@ -151,8 +155,10 @@ impl Draw {
             }
         };
         let prior = settings.dirichlet_prior;
-        let wishart = divergence::wishart_kl(log_std);
-        let mut log_std_gradient = wishart.gradient;
+        let mut kl_weight = settings.kl_loss_weight * weighting.factor;
+        let mut decay = 0.0;
+        let mut wishart = divergence::wishart_kl(log_std);
+        let mut log_std_gradient = std::mem::take(&mut wishart.gradient);
         let mut covariance_gradient = vec![0.0; rank];
         let (dirichlet, gaussian) = match settings.objective {
             Objective::Exact => {
@@ -169,8 +175,19 @@ impl Draw {
                 let dirichlet = divergence::dirichlet_peft(log_concentration, prior);
                 (dirichlet, gaussian.value)
             }
+            // The variational parameters follow no gradient; see `evidence`.
+            Objective::Elbo => {
+                let evidence = settings.evidence();
+                kl_weight = evidence.weight(weighting);
+                decay = kl_weight / evidence.prior_std.powi(2);
+                log_std_gradient = vec![0.0; rank];
+                wishart.value = 0.0;
+                let squares = Owner::sum_of_squares(&[Value::Tensor(a.clone())])?;
+                let gaussian = evidence.divergence(log_std, squares, in_features);
+                (divergence::Term::zero(num_samples), gaussian)
+            }
         };
-        let kl_weight = settings.kl_loss_weight * weight;
+        let row_scale = (sample_scaler * mixture.norm()).powi(2) * rank as f64;
         let scale = |values: Vec<f64>| values.iter().map(|v| kl_weight * v).collect::<Vec<f64>>();
         let (sum_of_squares, weights_gradient) = match settings.use_entropy {
             true => (
@@ -189,6 +206,11 @@ impl Draw {
             gaussian,
             sum_of_squares,
             weighted_kl: kl_weight * (dirichlet.value + wishart.value + gaussian),
+            variance: log_std
+                .iter()
+                .map(|s| row_scale * (2.0 * s).exp())
+                .collect(),
+            decay,
             sample_scaler,
             noise: noise.gaussian,
             log_std_gradient: scale(log_std_gradient),

@@ -11,6 +11,7 @@ use monteclora_converters::SafetensorsFile;
 use super::draw::{Draw, Gaussian, StandardNoise};
 use super::{Form, MonteCloraConfig, Objective};
 use crate::Result;
+use crate::methods::Weighting;
 use crate::noise::Key;
 
 struct Case {
@@ -99,7 +100,13 @@ fn every_sampler_case_is_reproduced() -> Result<()> {
                 ..case.settings.clone()
             };
             let at = (&log_std[..], &log_concentration[..]);
-            Draw::new(&settings, weight, &case.tensor("lora_A"), at, noise)
+            Draw::new(
+                &settings,
+                &weighting(weight),
+                &case.tensor("lora_A"),
+                at,
+                noise,
+            )
         };
         let exact = draw(Objective::Exact, 1.0)?;
         let peft = draw(Objective::Peft, 1.0)?;
@@ -137,6 +144,14 @@ fn every_sampler_case_is_reproduced() -> Result<()> {
     Ok(())
 }
 
+fn weighting(factor: f64) -> Weighting {
+    Weighting {
+        factor,
+        n_modules: 1,
+        epoch_tokens: 1,
+    }
+}
+
 fn diagonal(matrix: &[f64], n: usize) -> Vec<f64> {
     (0..n).map(|i| matrix[i * n + i]).collect()
 }
@@ -160,7 +175,7 @@ fn collapsed_reference_vector() -> Result<()> {
         ..MonteCloraConfig::default()
     };
     let at = (&[0.25, 0.75][..], &[0.1, 0.5, 0.9][..]);
-    let draw = Draw::new(&settings, 1.0, &zero, at, noise)?;
+    let draw = Draw::new(&settings, &weighting(1.0), &zero, at, noise)?;
     let delta = draw
         .effective_a
         .t()?
@@ -187,7 +202,7 @@ const SMALL: [f64; 7] = [0.3, -0.2, 0.6, 0.2, 0.9, -0.4, 0.5];
 fn small_draw(settings: &MonteCloraConfig, at: &[f64], key: Key) -> Result<Draw> {
     let a = Tensor::zeros((3, 2), candle_core::DType::F32, &Device::Cpu)?;
     let noise = StandardNoise::new(settings.form, &key, 4, &a)?;
-    Draw::new(settings, 1.0, &a, at.split_at(3), noise)
+    Draw::new(settings, &weighting(1.0), &a, at.split_at(3), noise)
 }
 
 #[test]

@@ -1,0 +1,294 @@
+//! `calibrate`: a temperature, and a confidence below which to give no answer.
+
+use anyhow::{Result, bail};
+use monteclora_converters::Problem;
+use serde::Serialize;
+
+use super::opened::{Loaded, Opened, Request, open_rows, require_positive, row_limit};
+use super::show;
+use crate::cli::CalibrateArgs;
+use crate::data::Dataset;
+use crate::eval::abstention::{self, Abstention};
+use crate::eval::calibration::{self, Calibration, Fit, Judged, Rows, Scaling};
+use crate::eval::{
+    BOUNDS, Batching, ChoiceRows, EvalOptions, LengthNormalisation, Prediction, Predictor, Recital,
+    certainties, score,
+};
+use crate::model::{ActiveAdapter, Generation};
+use crate::progress;
+
+/// Bins of the calibration error that is told.
+const ECE_BINS: usize = 15;
+
+/// Rows below which a temperature is mostly chance.
+const FEW: usize = 50;
+
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    temperature: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threshold: Option<f64>,
+    rows: usize,
+    judged: Judged,
+    /// Share of right answers.
+    accuracy: f64,
+    before: Fit,
+    after: Fit,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    answered: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error_bound: Option<f64>,
+    #[serde(flatten)]
+    written: &'a Calibration,
+}
+
+/// What base, mean and average over the draws say of the rows.
+struct Said {
+    judged: Judged,
+    base: Vec<Prediction>,
+    mean: Vec<Prediction>,
+    posterior: Option<Vec<Prediction>>,
+}
+
+pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
+    require_positive(&[("--max-tokens", args.max_tokens)])?;
+    if let Some(target) = args.target_error
+        && !(target > 0.0 && target < 1.0)
+    {
+        let problem = format!("--target-error {target}: expected a share between 0 and 1");
+        bail!(Problem::usage(problem));
+    }
+    let path = calibration::path_of(&args.adapter)?;
+    let adapters = std::slice::from_ref(&args.adapter);
+    let request = Request {
+        model: &args.model,
+        adapters,
+        posterior_samples: args.posterior_samples,
+        scoring: &args.scoring,
+    };
+    let opened = Opened::new(&request, row_limit(None))?;
+    let data = open_rows(&args.data, &opened.encoder)?;
+    let choices = ChoiceRows::read(&data)?;
+    if !choices.is_empty() && choices.len() < data.len() {
+        let message = format!(
+            "{} of {} rows have `choices`: a temperature is for one kind of answer",
+            choices.len(),
+            data.len()
+        );
+        let fix = "put rows with choices and rows without into files of their own";
+        bail!(
+            Problem::new(
+                "mixed-rows",
+                format!("`{}`", args.data.display()),
+                message,
+                fix
+            )
+            .exit(3)
+        );
+    }
+    if let Some(target) = args.target_error {
+        // Said before anything is computed.
+        abstention::require_rows(data.len(), target)?;
+    }
+    if data.len() < FEW {
+        tracing::warn!(
+            "{} rows say little about a temperature; give {FEW} or more that were not trained on",
+            data.len()
+        );
+    }
+    let Some(circumstances) = opened.circumstances()? else {
+        bail!("one adapter is read");
+    };
+    let loaded = opened.load()?;
+    let said = match choices.is_empty() {
+        false => of_choices(args, &loaded, &data, &choices)?,
+        true => of_answers(args, &loaded, &data)?,
+    };
+    let scaling = |predictions: &Vec<Prediction>| -> Result<Scaling> {
+        let mut found = Scaling::fit(predictions, ECE_BINS)?;
+        if let Some(target) = args.target_error {
+            let outcomes = found.outcomes(predictions);
+            found.abstention = Some(abstention::choose(&outcomes, target, args.scoring.seed)?);
+        }
+        Ok(found)
+    };
+    let rows = Rows {
+        rows: said.mean.len(),
+        sha256: data.sha256(),
+        judged: said.judged,
+    };
+    let base = Scaling::fit(&said.base, ECE_BINS)?;
+    let posterior = said.posterior.as_ref().map(&scaling).transpose()?;
+    let written = Calibration::new(
+        circumstances,
+        rows,
+        [base, scaling(&said.mean)?],
+        opened.draws().zip(posterior),
+    );
+    written.write(&path)?;
+    let (main, predictions) = match (&written.posterior_scaling, &said.posterior) {
+        (Some(scaling), Some(predictions)) => (scaling, predictions),
+        _ => (&written.mean_scaling, &said.mean),
+    };
+    if BOUNDS
+        .iter()
+        .any(|bound| (main.temperature / bound).ln().abs() < 1e-3)
+    {
+        tracing::warn!(
+            "the temperature is at the end of what is searched: all answers are right, or confidence says nothing about them"
+        );
+    }
+    let right = predictions.iter().filter(|p| p.correct()).count();
+    let abstention = main.abstention;
+    let report = Report {
+        temperature: main.temperature,
+        threshold: abstention.and_then(|a| a.threshold),
+        rows: written.data.rows,
+        judged: said.judged,
+        accuracy: right as f64 / predictions.len().max(1) as f64,
+        before: main.before,
+        after: main.after,
+        answered: abstention.and_then(|a| a.answered),
+        error: abstention.and_then(|a| a.error),
+        error_bound: abstention.and_then(|a| a.error_bound),
+        written: &written,
+    };
+    show(args.json, &report, || describe(&report, abstention, &path))
+}
+
+fn of_choices(
+    args: &CalibrateArgs,
+    loaded: &Loaded,
+    data: &Dataset,
+    choices: &ChoiceRows,
+) -> Result<Said> {
+    let options = EvalOptions {
+        batching: Batching::new(args.scoring.batch_size),
+        ece_bins: ECE_BINS,
+        normalisation: LengthNormalisation::per_token(args.scoring.length_normalised),
+    };
+    let base = ActiveAdapter::default();
+    let mut predictors = vec![Predictor::One(&base)];
+    predictors.extend(loaded.means.iter().map(Predictor::One));
+    if !loaded.draws.is_empty() {
+        predictors.push(Predictor::Average(&loaded.draws));
+    }
+    let rows: Vec<usize> = (0..data.len()).collect();
+    let bar = progress::items("rows", rows.len() as u64);
+    let done = |n| bar.inc(n as u64);
+    let scored = score(
+        &loaded.decoder,
+        &predictors,
+        data,
+        &rows,
+        choices,
+        &options,
+        done,
+    )?;
+    bar.finish_and_clear();
+    let mut said = scored.iter().map(|scored| scored.predictions());
+    Ok(Said {
+        judged: Judged::Choices,
+        base: said.next().unwrap_or_default(),
+        mean: said.next().unwrap_or_default(),
+        posterior: said.next(),
+    })
+}
+
+/// Answers in the model's own words: right if they are the row's, as sure as the product of their tokens' probabilities.
+fn of_answers(args: &CalibrateArgs, loaded: &Loaded, data: &Dataset) -> Result<Said> {
+    let batch_size = args.scoring.batch_size.unwrap_or(16);
+    let questions = Recital::new(data, args.max_tokens, batch_size)?;
+    if questions.prompts.is_empty() {
+        let message = "no row has a question and an answer";
+        let fix = "give rows with a prompt and a completion, or with messages";
+        bail!(
+            Problem::new(
+                "no-answers",
+                format!("`{}`", args.data.display()),
+                message,
+                fix
+            )
+            .exit(3)
+        );
+    }
+    let answer = |name: &'static str, adapter: &ActiveAdapter| -> Result<Vec<Generation>> {
+        let bar = progress::items(name, questions.prompts.len() as u64);
+        let answers =
+            questions.answers(&loaded.decoder, adapter, |n| bar.set_position(n as u64))?;
+        bar.finish_and_clear();
+        Ok(answers)
+    };
+    let own = |answers: &[Generation]| -> Result<Vec<Prediction>> {
+        let right = questions.right(answers)?;
+        let said = answers.iter().zip(right);
+        let said = said.map(|(a, right)| Prediction::of_answer(a.log_probability, right));
+        Ok(said.flatten().collect())
+    };
+    let base = answer("base", &ActiveAdapter::default())?;
+    let Some(mean) = loaded.means.first() else {
+        bail!("one adapter is read");
+    };
+    let answers = answer("posterior mean", mean)?;
+    let posterior = match loaded.draws.as_slice() {
+        [] => None,
+        draws => {
+            let right = questions.right(&answers)?;
+            let found = certainties(&loaded.decoder, &questions.prompts, &answers, draws)?;
+            let said = found.iter().zip(right);
+            let said = said.map(|(c, right)| Prediction::of_answer(c.log_confidence, right));
+            Some(said.flatten().collect())
+        }
+    };
+    Ok(Said {
+        judged: Judged::Answers,
+        base: own(&base)?,
+        mean: own(&answers)?,
+        posterior,
+    })
+}
+
+fn describe(report: &Report<'_>, abstention: Option<Abstention>, path: &std::path::Path) -> String {
+    let of = match report.written.draws {
+        Some(draws) => format!("the average of {} draws", draws.n),
+        None => "the posterior mean".to_owned(),
+    };
+    let mut text = format!(
+        "wrote {}\n  temperature {:.3} for {of}, from {} rows, {:.1} % of them right\n  NLL {:.4} before, {:.4} after; ECE {:.4} before, {:.4} after, on the same rows",
+        path.display(),
+        report.temperature,
+        report.rows,
+        100.0 * report.accuracy,
+        report.before.nll,
+        report.after.nll,
+        report.before.ece,
+        report.after.ece
+    );
+    let Some(found) = abstention else {
+        return text;
+    };
+    let percent =
+        |share: Option<f64>| share.map_or("-".to_owned(), |s| format!("{:.1} %", 100.0 * s));
+    text.push_str(&match (found.threshold, found.error_bound) {
+        (Some(threshold), bound) => format!(
+            "\n  answers of at least {threshold:.4} are given: {} of {} other rows, {} of them wrong; at most {} with 95 % confidence",
+            percent(found.answered),
+            found.checked_on,
+            percent(found.error),
+            percent(bound)
+        ),
+        (None, Some(bound)) => format!(
+            "\n  abstention stays off: on the {} rows of the check {} of the answers are wrong, and up to {bound:.3} cannot be ruled out, more than {}; give more rows or a larger --target-error",
+            found.checked_on,
+            percent(found.error),
+            found.target_error
+        ),
+        (None, None) => format!(
+            "\n  abstention stays off: no confidence keeps the error of the {} rows it is chosen on below {}; give more rows or a larger --target-error",
+            found.chosen_on, found.target_error
+        ),
+    });
+    text
+}

@@ -1,0 +1,93 @@
+//! `eval --html`: the page of an evaluation.
+
+use std::path::Path;
+
+use anyhow::Result;
+use monteclora_converters::files;
+
+use super::{ROWS, Subject};
+use crate::cli::EvalArgs;
+use crate::eval::{EvalOptions, measures};
+use crate::report::{EvaluationPage, Score, Shown};
+
+/// Writes the page about `subjects`.
+pub(super) fn write(
+    path: &Path,
+    args: &EvalArgs,
+    subjects: &[Subject],
+    options: &EvalOptions,
+) -> Result<()> {
+    let shown = subjects.iter().map(|subject| {
+        let outcomes = measures::outcomes(&subject.scored.predictions());
+        let scores = ROWS.iter().map(|(label, value, interval)| -> Score {
+            (
+                label.trim_start(),
+                value(&subject.scores),
+                interval(&subject.scores),
+            )
+        });
+        Shown {
+            name: subject.name.to_owned(),
+            colour: colour(subject.key),
+            outcomes: outcomes.iter().map(|o| (o.confidence, o.correct)).collect(),
+            scores: scores.filter(|(_, value, _)| value.is_some()).collect(),
+        }
+    });
+    let name = |path: &Path| {
+        path.file_name()
+            .unwrap_or(path.as_os_str())
+            .to_string_lossy()
+            .into_owned()
+    };
+    let model = name(Path::new(&args.model.model_id));
+    let adapters: Vec<String> = args.adapter.iter().map(|path| name(path)).collect();
+    let rows = subjects
+        .first()
+        .map_or(0, |subject| subject.scored.losses.len());
+    let mut facts = vec![
+        ("base".to_owned(), args.model.model_id.clone()),
+        ("data".to_owned(), args.data.display().to_string()),
+        ("rows".to_owned(), rows.to_string()),
+    ];
+    for adapter in &args.adapter {
+        facts.push(("adapter".to_owned(), adapter.display().to_string()));
+    }
+    if let Some(n) = args.posterior_samples {
+        facts.push((
+            "posterior draws".to_owned(),
+            format!("{n}, seed {}", args.scoring.seed),
+        ));
+    }
+    let mut notes = vec![
+        "Below each score its 95 % interval, by the bootstrap over the rows.".to_owned(),
+        "\u{201c}if calibrated\u{201d} is the ECE that a perfectly calibrated model of these confidences has on so few rows: an ECE near it says nothing against the model.".to_owned(),
+    ];
+    if subjects
+        .iter()
+        .any(|subject| subject.scores.calibrated.is_some())
+    {
+        notes.push("Diagrams and curves are without the temperature.".to_owned());
+    }
+    let page = EvaluationPage {
+        title: format!(
+            "{} on {}",
+            [vec![model], adapters].concat().join(" + "),
+            name(&args.data)
+        ),
+        facts,
+        n_bins: options.ece_bins,
+        shown: shown.collect(),
+        notes,
+    };
+    files::write_text(path, &page.html()?)?;
+    Ok(())
+}
+
+fn colour(key: &str) -> u8 {
+    match key {
+        "base" => 5,
+        "mean" => 1,
+        "posterior" => 2,
+        _ => 3,
+    }
+}

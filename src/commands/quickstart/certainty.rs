@@ -1,0 +1,264 @@
+//! How sure the tuned model may be: a posterior fitted and calibrated on the validation tickets, and what it says of two questions.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use monteclora_adapters::methods::monteclora::Geometry;
+use monteclora_converters::{Adapter, Beside, base_fingerprint};
+use serde::Serialize;
+
+use super::job::{Form, TICKET};
+use super::{DECODE_BATCH, MAX_NEW_TOKENS};
+use crate::commands::{fit, predict};
+use crate::data::{Dataset, Encoder, epoch_order};
+use crate::eval::calibration::{Calibration, Circumstances, Draws, FILE, Judged, Rows, Scaling};
+use crate::eval::{
+    Answer, Answerer, Batching, ChoiceRows, EvalOptions, LengthNormalisation, Opening, Prediction,
+    Question, Recital, certainties, measures, posterior_draws,
+};
+use crate::fit::{Criterion, FitRecord, Search};
+use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
+use crate::train::Prepared;
+
+/// Validation tickets that the scale is fitted on, and others for the temperature: few, so that it takes a minute.
+const FIT_ROWS: usize = 24;
+const CALIBRATION_ROWS: usize = 60;
+/// Draws that a scale is judged by.
+const FIT_DRAWS: usize = 2;
+/// Draws whose average is asked.
+const DRAWS: usize = 4;
+const SEED: u64 = 42;
+const ECE_BINS: usize = 15;
+
+/// What is right, among all answers and among the surest.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(super) struct Score {
+    pub(super) exact_match: f64,
+    /// Exact match among the 80 % of the answers that are surest.
+    pub(super) surest_80: f64,
+    /// Expected calibration error of the answers' confidence.
+    pub(super) ece: f64,
+}
+
+/// The posterior and what it is worth.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Certainty {
+    pub(super) draws: usize,
+    pub(super) geometry: Geometry,
+    pub(super) sigma: f64,
+    pub(super) temperature: f64,
+    /// The average over the draws, on the test tickets, after the temperature.
+    #[serde(flatten)]
+    pub(super) score: Score,
+    /// A test ticket, and one of a kind that no training ticket is of.
+    pub(super) questions: [Asked; 2],
+    pub(super) seconds: f64,
+}
+
+/// A question with its answer.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Asked {
+    pub(super) question: String,
+    #[serde(flatten)]
+    pub(super) answer: Answer,
+}
+
+/// Scores of `predictions`.
+pub(super) fn score(predictions: &[Prediction]) -> Score {
+    let outcomes = measures::outcomes(predictions);
+    Score {
+        exact_match: measures::accuracy(&outcomes).unwrap_or_default(),
+        surest_80: measures::accuracy_of_surest(&outcomes, 0.8).unwrap_or_default(),
+        ece: measures::expected_calibration_error(&outcomes, ECE_BINS).unwrap_or_default(),
+    }
+}
+
+/// What a model says of its own answers.
+pub(super) fn own(tickets: &Recital<'_>, answers: &[Generation]) -> Result<Vec<Prediction>> {
+    let log_p = answers.iter().map(|answer| answer.log_probability);
+    predictions(tickets, answers, log_p)
+}
+
+fn predictions(
+    tickets: &Recital<'_>,
+    answers: &[Generation],
+    log_confidence: impl Iterator<Item = f64>,
+) -> Result<Vec<Prediction>> {
+    let said = log_confidence.zip(tickets.right(answers)?);
+    let said = said.map(|(log_p, right)| Prediction::of_answer(log_p, right));
+    said.collect::<Option<_>>()
+        .context("the likelihood of an answer is not a number")
+}
+
+/// Fits and calibrates a posterior around `adapter`, writes it to `output`, and asks it.
+pub(super) fn assess(
+    (prepared, form): (&Prepared, Form),
+    (decoder, adapter): (&Decoder, &Adapter),
+    valid: &Path,
+    output: &Path,
+    tickets: &Recital<'_>,
+    mean_answers: &[Generation],
+) -> Result<Certainty> {
+    let began = Instant::now();
+    let encoder = prepared.train.encoder();
+    let valid = Dataset::open(valid, None, encoder.clone())?;
+    let order = epoch_order(valid.len(), SEED, 0);
+    let (for_fit, others) = order.split_at(FIT_ROWS.min(valid.len() / 2));
+    let for_calibration = &others[..others.len().min(CALIBRATION_ROWS)];
+
+    tracing::info!(
+        "fitting a posterior around the adapter on {} validation tickets",
+        for_fit.len()
+    );
+    let criterion = Criterion::Nll;
+    let search = Search {
+        decoder,
+        adapter,
+        data: &valid,
+        rows: for_fit,
+        choices: &ChoiceRows::read(&valid)?,
+        options: EvalOptions {
+            batching: Batching::new(None),
+            ece_bins: ECE_BINS,
+            normalisation: LengthNormalisation::None,
+        },
+        n_draws: FIT_DRAWS,
+        seed: SEED,
+        criterion,
+        interrupt: &AtomicBool::new(false),
+        watch: &fit::tell,
+    };
+    let fitted = search.run(&[Geometry::Rows])?;
+    let base = base_fingerprint(&prepared.files);
+    let record = FitRecord {
+        draws: FIT_DRAWS,
+        seed: SEED,
+        rows: for_fit.len(),
+        data_sha256: valid.sha256(),
+        base_fingerprint: base.clone(),
+        adapter_fingerprint: adapter.fingerprint(),
+        seconds: began.elapsed().as_secs_f64(),
+        ..FitRecord::new(&fitted, criterion)
+    };
+    fit::write(output, &fitted.adapter, &record, &Beside::default())?;
+
+    tracing::info!("calibrating it on {} others", for_calibration.len());
+    let mean = ActiveAdapter::from_adapter(&fitted.adapter, decoder.config(), decoder.device())?;
+    let draws = posterior_draws(&fitted.adapter, decoder, SEED, DRAWS)?;
+    let held_out = Recital::of(&valid, for_calibration, MAX_NEW_TOKENS, DECODE_BATCH)?;
+    let of_base = held_out.answers(decoder, &ActiveAdapter::default(), |_| {})?;
+    let of_mean = held_out.answers(decoder, &mean, |_| {})?;
+    let average = |tickets: &Recital<'_>, answers: &[Generation]| -> Result<Vec<Prediction>> {
+        let found = certainties(decoder, &tickets.prompts, answers, &draws)?;
+        predictions(tickets, answers, found.iter().map(|c| c.log_confidence))
+    };
+    let scaling = Scaling::fit(&average(&held_out, &of_mean)?, ECE_BINS)?;
+    let written = Calibration::new(
+        Circumstances::new(
+            base,
+            &fitted.adapter,
+            form == Form::Conversations,
+            LengthNormalisation::None,
+        ),
+        Rows {
+            rows: for_calibration.len(),
+            sha256: valid.sha256(),
+            judged: Judged::Answers,
+        },
+        [
+            Scaling::fit(&own(&held_out, &of_base)?, ECE_BINS)?,
+            Scaling::fit(&own(&held_out, &of_mean)?, ECE_BINS)?,
+        ],
+        Some((
+            Draws {
+                n: DRAWS,
+                seed: SEED,
+            },
+            scaling.clone(),
+        )),
+    );
+    written.write(&output.join(FILE))?;
+
+    tracing::info!("asking {DRAWS} draws about the test tickets");
+    let averaged = average(tickets, mean_answers)?;
+    let tempered: Vec<_> = averaged
+        .iter()
+        .map(|p| p.tempered(scaling.temperature))
+        .collect();
+    let temperature = scaling.temperature;
+    let answerer = Answerer {
+        decoder,
+        mean: &mean,
+        draws: &draws,
+        calibration: Some(&(Judged::Answers, scaling)),
+        threshold: None,
+        tokenizer: encoder.tokenizer(),
+        generation: GenerationSettings {
+            max_new_tokens: MAX_NEW_TOKENS,
+            stop_tokens: encoder.stop_ids(),
+            batch_size: DECODE_BATCH,
+        },
+        normalisation: LengthNormalisation::None,
+    };
+    let unknown = unknown_ticket(encoder, form)?;
+    let prompts = [tickets.prompts[0].clone(), unknown];
+    let answers = answerer.answer(&prompts.map(Question::Open))?;
+    let known = match &tickets.questions[0] {
+        Opening::Turns(turns) => turns.last().map_or("", |turn| turn.content()).to_owned(),
+        Opening::Text(text) => ticket_of(text).to_owned(),
+    };
+    let asked = [known, TICKET.to_owned()].into_iter().zip(answers);
+    let asked: Vec<Asked> = asked
+        .map(|(question, answer)| Asked { question, answer })
+        .collect();
+    Ok(Certainty {
+        draws: DRAWS,
+        geometry: record.geometry,
+        sigma: record.sigma,
+        temperature,
+        score: score(&tempered),
+        questions: asked
+            .try_into()
+            .ok()
+            .context("two questions have two answers")?,
+        seconds: began.elapsed().as_secs_f64(),
+    })
+}
+
+/// The ticket in a plain prompt.
+fn ticket_of(prompt: &str) -> &str {
+    let ticket = prompt
+        .rsplit_once("Ticket: ")
+        .map_or(prompt, |(_, ticket)| ticket);
+    ticket.strip_suffix("\nAnswer:").unwrap_or(ticket)
+}
+
+/// A ticket about something that no training ticket is about, as tokens.
+fn unknown_ticket(encoder: &Encoder, form: Form) -> Result<Vec<u32>> {
+    Ok(match form.question() {
+        Opening::Turns(turns) => encoder.prompt_tokens(&turns, &[])?,
+        Opening::Text(text) => encoder.plain_prompt_tokens(&text)?,
+    })
+}
+
+impl Certainty {
+    /// The two questions, in words.
+    pub(super) fn words(&self) -> String {
+        let titles = [
+            "a ticket like those it was trained on",
+            "a ticket about a product it never saw",
+        ];
+        let mut text = String::new();
+        for (title, asked) in titles.iter().zip(&self.questions) {
+            let sure = predict::how_sure(&asked.answer);
+            text.push_str(&format!(
+                "\n{title}\n  {}\n  {}\n  {sure}\n",
+                asked.question.replace('\n', "\n  "),
+                asked.answer.text.trim(),
+            ));
+        }
+        text
+    }
+}

@@ -1,0 +1,407 @@
+//! `calibration.json`: what `calibrate` found for an adapter on a base, and whether it holds for what is evaluated now.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use monteclora_converters::{Adapter, Error, Problem, files};
+use serde::{Deserialize, Serialize};
+
+use super::abstention::Abstention;
+use super::measures::{self, Outcome};
+use super::{LengthNormalisation, Prediction, fit_temperature};
+
+/// The file's name.
+pub const FILE: &str = "calibration.json";
+
+/// The form of the file.
+const VERSION: u32 = 1;
+
+/// What rows are judged by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Judged {
+    /// The choices of rows.
+    Choices,
+    /// Answers in the model's own words, which are right if they equal the row's.
+    Answers,
+}
+
+/// Likelihood and calibration error of predictions.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Fit {
+    /// Mean negative log-likelihood, nats.
+    pub nll: f64,
+    /// Expected calibration error.
+    pub ece: f64,
+}
+
+/// What was found for one predictor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Scaling {
+    /// Predictions become `p^(1/T)`, normalised.
+    pub temperature: f64,
+    /// On the rows of the fit, without it.
+    pub before: Fit,
+    /// On the same rows, with it.
+    pub after: Fit,
+    /// From which confidence on answers are given, where it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub abstention: Option<Abstention>,
+}
+
+/// Draws of a posterior: the first `n` under `seed`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Draws {
+    /// How many.
+    pub n: usize,
+    /// Their seed.
+    pub seed: u64,
+}
+
+/// What predictions depend on besides the rows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Circumstances {
+    /// Fingerprint of the base.
+    #[serde(rename = "base_fingerprint")]
+    pub base: String,
+    /// Fingerprint of the adapter's mean.
+    #[serde(rename = "mean_fingerprint")]
+    pub mean: String,
+    /// Fingerprint of the whole adapter, its posterior included.
+    #[serde(rename = "adapter_fingerprint")]
+    pub adapter: String,
+    /// Whether prompts are written out by the chat template.
+    pub applies_chat_template: bool,
+    /// Whether choices are compared by their likelihood per token.
+    pub length_normalised: bool,
+}
+
+/// The rows that were used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rows {
+    /// Number of rows.
+    pub rows: usize,
+    /// SHA-256 of the file.
+    pub sha256: String,
+    /// What they are judged by.
+    pub judged: Judged,
+}
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Calibration {
+    version: u32,
+    /// Version of the program.
+    monteclora: String,
+    /// What it holds for.
+    #[serde(flatten)]
+    pub circumstances: Circumstances,
+    /// What it was found on.
+    pub data: Rows,
+    /// Of the base.
+    pub base_scaling: Scaling,
+    /// Of the posterior mean.
+    pub mean_scaling: Scaling,
+    /// Draws of the average.
+    pub draws: Option<Draws>,
+    /// Of the average over the draws.
+    pub posterior_scaling: Option<Scaling>,
+}
+
+/// What of a file holds for what is evaluated now.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Applicable {
+    /// Of the base.
+    pub base: Option<Scaling>,
+    /// Of the posterior mean.
+    pub mean: Option<Scaling>,
+    /// Of the average over the draws.
+    pub posterior: Option<Scaling>,
+    /// What the rows of the fit were judged by.
+    pub judged: Option<Judged>,
+    /// Why something does not, in a sentence.
+    pub why_not: Option<String>,
+}
+
+impl Scaling {
+    /// Fits a temperature to `predictions`.
+    ///
+    /// # Errors
+    /// Those of the search.
+    pub fn fit(predictions: &[Prediction], ece_bins: usize) -> Result<Self> {
+        let temperature = fit_temperature(predictions)?;
+        let fit = |predictions: &[Prediction]| {
+            let outcomes = measures::outcomes(predictions);
+            Fit {
+                nll: measures::negative_log_likelihood(predictions).unwrap_or_default(),
+                ece: measures::expected_calibration_error(&outcomes, ece_bins).unwrap_or_default(),
+            }
+        };
+        let tempered: Vec<_> = predictions
+            .iter()
+            .map(|p| p.tempered(temperature))
+            .collect();
+        Ok(Self {
+            temperature,
+            before: fit(predictions),
+            after: fit(&tempered),
+            abstention: None,
+        })
+    }
+
+    /// Confidence and truth of `predictions` after the temperature.
+    pub fn outcomes(&self, predictions: &[Prediction]) -> Vec<Outcome> {
+        let tempered = predictions.iter().map(|p| p.tempered(self.temperature));
+        tempered.map(|p| Outcome::from(&p)).collect()
+    }
+}
+
+impl Circumstances {
+    /// Those of `adapter` on the base of this fingerprint.
+    pub fn new(
+        base: String,
+        adapter: &Adapter,
+        applies_chat_template: bool,
+        normalisation: LengthNormalisation,
+    ) -> Self {
+        Self {
+            base,
+            mean: adapter.collapse().fingerprint(),
+            adapter: adapter.fingerprint(),
+            applies_chat_template,
+            length_normalised: normalisation == LengthNormalisation::Tokens,
+        }
+    }
+}
+
+/// Where the calibration of the adapter at `path` lies: in its directory.
+///
+/// # Errors
+/// For an adapter that is one file.
+pub fn path_of(adapter: &Path) -> Result<PathBuf> {
+    if adapter.is_file() {
+        let message = format!(
+            "`{}` is one file, and a calibration lies beside an adapter, in its directory",
+            adapter.display()
+        );
+        let fix = "give a directory; `monteclora convert --to lora` makes one";
+        return Err(Problem::new("one-file", "-a", message, fix).exit(2).into());
+    }
+    Ok(adapter.join(FILE))
+}
+
+impl Calibration {
+    /// A new one.
+    pub fn new(
+        circumstances: Circumstances,
+        data: Rows,
+        [base_scaling, mean_scaling]: [Scaling; 2],
+        posterior: Option<(Draws, Scaling)>,
+    ) -> Self {
+        let (draws, posterior_scaling) = posterior.unzip();
+        Self {
+            version: VERSION,
+            monteclora: env!("CARGO_PKG_VERSION").to_owned(),
+            circumstances,
+            data,
+            base_scaling,
+            mean_scaling,
+            draws,
+            posterior_scaling,
+        }
+    }
+
+    /// Reads the file beside the adapter at `path`, if there is one.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that another version wrote in another form.
+    pub fn beside(adapter: &Path) -> Result<Option<Self>> {
+        let path = adapter.join(FILE);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound || adapter.is_file() => {
+                return Ok(None);
+            }
+            Err(e) => return Err(Error::io("read", &path)(e).into()),
+        };
+        let refuse = |what: String| {
+            let fix = "make it again with `monteclora calibrate`, or remove it";
+            Problem::new("calibration", format!("`{}`", path.display()), what, fix)
+        };
+        let value: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| refuse(format!("no calibration: {e}")))?;
+        if value.get("version").is_none() {
+            tracing::warn!(
+                "`{}` is no calibration of this program: it is not used",
+                path.display()
+            );
+            return Ok(None);
+        }
+        if value["version"] != VERSION {
+            let found = &value["version"];
+            return Err(refuse(format!("version {found}, this program reads {VERSION}")).into());
+        }
+        let found = serde_json::from_value(value);
+        Ok(Some(
+            found.map_err(|e| refuse(format!("no calibration: {e}")))?,
+        ))
+    }
+
+    /// Writes it beside the adapter at `path`, in place of one that is there.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        Ok(files::write_json(path, self)?)
+    }
+
+    /// What of it holds under `now` for these `draws`; none asked for need none.
+    pub fn applicable(&self, now: &Circumstances, draws: Option<Draws>) -> Applicable {
+        let was = &self.circumstances;
+        let unlike = [
+            (was.base != now.base, "for another base"),
+            (was.mean != now.mean, "for another adapter"),
+            (
+                was.applies_chat_template != now.applies_chat_template,
+                "with the chat template where now there is none, or the other way round",
+            ),
+            (
+                was.length_normalised != now.length_normalised,
+                "with another setting of --length-normalised",
+            ),
+        ];
+        if let Some((_, why)) = unlike.into_iter().find(|(differs, _)| *differs) {
+            return Applicable {
+                why_not: Some(format!("was made {why}")),
+                ..Applicable::default()
+            };
+        }
+        let mut found = Applicable {
+            base: Some(self.base_scaling.clone()),
+            mean: Some(self.mean_scaling.clone()),
+            judged: Some(self.data.judged),
+            ..Applicable::default()
+        };
+        if let Some(draws) = draws {
+            match self.draws {
+                Some(own) if own == draws && was.adapter == now.adapter => {
+                    found.posterior.clone_from(&self.posterior_scaling);
+                }
+                Some(own) => {
+                    found.why_not = Some(match was.adapter == now.adapter {
+                        true => format!(
+                            "is of the average of {} draws of seed {}, not of {} of seed {}",
+                            own.n, own.seed, draws.n, draws.seed
+                        ),
+                        false => "is of another posterior around the same mean".to_owned(),
+                    });
+                }
+                None => {
+                    found.why_not = Some("is of the posterior mean, not of an average".to_owned());
+                }
+            }
+        }
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scaling(temperature: f64) -> Scaling {
+        let fit = Fit { nll: 1.0, ece: 0.1 };
+        Scaling {
+            temperature,
+            before: fit,
+            after: fit,
+            abstention: None,
+        }
+    }
+
+    fn circumstances() -> Circumstances {
+        Circumstances {
+            base: "base".to_owned(),
+            mean: "mean".to_owned(),
+            adapter: "adapter".to_owned(),
+            applies_chat_template: true,
+            length_normalised: false,
+        }
+    }
+
+    fn calibration(draws: Option<Draws>) -> Calibration {
+        let rows = Rows {
+            rows: 3,
+            sha256: "data".to_owned(),
+            judged: Judged::Choices,
+        };
+        let posterior = draws.map(|draws| (draws, scaling(3.0)));
+        Calibration::new(
+            circumstances(),
+            rows,
+            [scaling(1.0), scaling(2.0)],
+            posterior,
+        )
+    }
+
+    #[test]
+    fn it_holds_for_what_it_was_made_for_and_for_nothing_else() {
+        let draws = Some(Draws { n: 4, seed: 1 });
+        let made = calibration(draws);
+        let whole = made.applicable(&circumstances(), draws);
+        let temperature = |scaling: Option<Scaling>| scaling.map(|s| s.temperature);
+        assert_eq!(
+            [whole.base, whole.mean, whole.posterior].map(temperature),
+            [Some(1.0), Some(2.0), Some(3.0)]
+        );
+        assert_eq!(whole.why_not, None);
+        // Other draws, another posterior around the mean: base and mean stay as they are.
+        let other = Some(Draws { n: 4, seed: 2 });
+        let posterior = Circumstances {
+            adapter: "another".to_owned(),
+            ..circumstances()
+        };
+        for found in [
+            made.applicable(&circumstances(), other),
+            made.applicable(&posterior, draws),
+            calibration(None).applicable(&circumstances(), draws),
+        ] {
+            assert!(found.mean.is_some() && found.posterior.is_none());
+            assert!(found.why_not.is_some());
+        }
+        assert_eq!(made.applicable(&circumstances(), None).why_not, None);
+        let changes: [fn(&mut Circumstances); 4] = [
+            |c| c.base.clear(),
+            |c| c.mean.clear(),
+            |c| c.applies_chat_template = false,
+            |c| c.length_normalised = true,
+        ];
+        for change in changes {
+            let mut now = circumstances();
+            change(&mut now);
+            let found = made.applicable(&now, draws);
+            assert!(found.base.is_none() && found.mean.is_none() && found.posterior.is_none());
+            assert!(found.why_not.is_some());
+        }
+    }
+
+    #[test]
+    fn it_is_read_as_it_was_written_and_damage_is_named() {
+        let dir = tempfile::tempdir().expect("a directory");
+        assert_eq!(Calibration::beside(dir.path()).expect("none"), None);
+        let path = path_of(dir.path()).expect("a directory");
+        let made = calibration(Some(Draws { n: 4, seed: 1 }));
+        made.write(&path).expect("written");
+        assert_eq!(Calibration::beside(dir.path()).expect("read"), Some(made));
+        std::fs::write(&path, "{\"of\": \"another program\"}").expect("written");
+        assert_eq!(Calibration::beside(dir.path()).expect("left alone"), None);
+        for damage in ["{", "{\"version\": 1}", "{\"version\": 2}"] {
+            std::fs::write(&path, damage).expect("written");
+            let error = Calibration::beside(dir.path())
+                .expect_err("damaged")
+                .to_string();
+            assert!(error.contains("calibration.json") && error.contains("monteclora calibrate"));
+        }
+        assert!(path_of(&path).is_err());
+    }
+}

@@ -1,0 +1,381 @@
+//! The search over the scale of the noise.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Result, bail};
+use argmin::core::{CostFunction, Error, Executor};
+use argmin::solver::goldensectionsearch::GoldenSectionSearch;
+use monteclora_adapters::methods::monteclora::{Geometry, ScaledPosterior};
+use monteclora_converters::{Adapter, Problem};
+use serde::{Deserialize, Serialize};
+
+use crate::data::Dataset;
+use crate::eval::{
+    ChoiceRows, EvalOptions, Predictor, Scored, fit_temperature, measures, posterior_draws, score,
+};
+use crate::model::{ActiveAdapter, Decoder};
+
+/// Least and largest scale that is tried.
+const BOUNDS: [f64; 2] = [1e-4, 0.3];
+
+/// Width of the interval of `ln sigma` at which the search ends: the scale is known to about an eighth.
+const TOLERANCE: f64 = 0.25;
+
+/// Of a golden-section search, to which each scale after the first two shortens the interval.
+const SHARE: f64 = 0.618_033_988_749_895;
+
+/// Scales that shorten the interval to [`TOLERANCE`], each to `share` of what it was.
+fn n_steps(share: f64) -> u64 {
+    let [low, high] = BOUNDS.map(f64::ln);
+    ((TOLERANCE / (high - low)).ln() / share.ln()).ceil() as u64
+}
+
+/// Accuracy that the average may lose against the mean.
+const ALLOWED_LOSS: f64 = 0.01;
+
+/// By what a scale is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Criterion {
+    /// The least negative log-likelihood of the average over the draws. Of choices it is the one after a temperature fitted on the
+    /// same rows, and scales that cost more than a hundredth of accuracy do not count.
+    Nll,
+    /// The largest scale whose average has a negative log-likelihood at most this share above the mean's.
+    Tolerance(f64),
+}
+
+/// What one scale does to the average over the draws.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Whose scale it is; none for the mean, without noise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub geometry: Option<Geometry>,
+    /// The scale.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sigma: Option<f64>,
+    /// The criterion's negative log-likelihood, nats: see [`Criterion`].
+    pub nll: f64,
+    /// Of choices, the same without the temperature.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nll_untempered: Option<f64>,
+    /// Of choices, the temperature.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f64>,
+    /// Of choices, the share of rows whose most likely choice is right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+}
+
+/// The outcome of a search.
+#[derive(Debug)]
+pub struct Fitted {
+    /// The geometry that was kept.
+    pub geometry: Geometry,
+    /// The scale.
+    pub sigma: f64,
+    /// Every scale that was tried, in order.
+    pub evaluations: Vec<Evaluation>,
+    /// The mean without noise.
+    pub before: Evaluation,
+    /// The average at the scale that was kept.
+    pub after: Evaluation,
+    /// The posterior.
+    pub adapter: Adapter,
+    /// See [`ScaledPosterior::rounding`].
+    pub rounding: f64,
+    /// See [`ScaledPosterior::zero_modules`].
+    pub zero_modules: Vec<String>,
+}
+
+/// The search was told to stop.
+#[derive(Debug, Clone, Copy)]
+pub struct Stopped;
+
+impl std::fmt::Display for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the search was stopped")
+    }
+}
+
+impl std::error::Error for Stopped {}
+
+/// What is searched on.
+pub struct Search<'a> {
+    /// The base.
+    pub decoder: &'a Decoder,
+    /// The adapter, whose mean stays.
+    pub adapter: &'a Adapter,
+    /// Held-out rows.
+    pub data: &'a Dataset,
+    /// Which of them.
+    pub rows: &'a [usize],
+    /// Their choices.
+    pub choices: &'a ChoiceRows,
+    /// How they are scored.
+    pub options: EvalOptions,
+    /// Draws whose average is judged, the same for each scale.
+    pub n_draws: usize,
+    /// Their seed.
+    pub seed: u64,
+    /// By what scales are judged.
+    pub criterion: Criterion,
+    /// Set to stop.
+    pub interrupt: &'a AtomicBool,
+    /// Told of every scale.
+    pub watch: &'a dyn Fn(&Evaluation),
+}
+
+/// Scales of one geometry.
+struct Family<'a> {
+    search: &'a Search<'a>,
+    before: &'a Evaluation,
+    geometry: Geometry,
+    posterior: ScaledPosterior,
+    tried: RefCell<Vec<Evaluation>>,
+}
+
+impl Search<'_> {
+    /// How many scales are tried at most, the mean's pass included.
+    pub fn n_evaluations(n_geometries: usize, criterion: Criterion) -> usize {
+        let n = match criterion {
+            Criterion::Nll => n_steps(SHARE) + 2,
+            Criterion::Tolerance(_) => n_steps(0.5) + 2,
+        };
+        n_geometries * n as usize + 1
+    }
+
+    /// Searches the scale of one geometry, or of both and keeps the one whose average has the lower negative log-likelihood.
+    ///
+    /// # Errors
+    /// [`Stopped`]; those of the adapter, of the data and of the decoder.
+    pub fn run(&self, geometries: &[Geometry]) -> Result<Fitted> {
+        let mean = ActiveAdapter::from_adapter(
+            self.adapter,
+            self.decoder.config(),
+            self.decoder.device(),
+        )?;
+        let before = self.evaluation(None, &[Predictor::One(&mean)])?;
+        (self.watch)(&before);
+        let mut evaluations = Vec::new();
+        let mut best: Option<(Evaluation, ScaledPosterior)> = None;
+        for geometry in geometries {
+            let posterior = ScaledPosterior::new(self.adapter, *geometry)?;
+            let family = Family {
+                search: self,
+                before: &before,
+                geometry: *geometry,
+                posterior,
+                tried: RefCell::default(),
+            };
+            let found = match self.criterion {
+                Criterion::Nll => family.least_nll()?,
+                Criterion::Tolerance(share) => family.largest_tolerated(share)?,
+            };
+            evaluations.extend(family.tried.into_inner());
+            if best.as_ref().is_none_or(|(best, _)| found.nll < best.nll) {
+                best = Some((found, family.posterior));
+            }
+        }
+        let Some((after, posterior)) = best else {
+            bail!("no geometry was searched");
+        };
+        let (geometry, sigma) = (
+            after.geometry.unwrap_or(Geometry::Rows),
+            after.sigma.unwrap_or(BOUNDS[0]),
+        );
+        Ok(Fitted {
+            geometry,
+            sigma,
+            evaluations,
+            before,
+            after,
+            adapter: posterior.at(sigma)?,
+            rounding: posterior.rounding,
+            zero_modules: posterior
+                .zero_modules()
+                .into_iter()
+                .map(str::to_owned)
+                .collect(),
+        })
+    }
+
+    /// What `predictor` makes of the rows.
+    fn evaluation(
+        &self,
+        scale: Option<(Geometry, f64)>,
+        predictor: &[Predictor<'_>; 1],
+    ) -> Result<Evaluation> {
+        if self.interrupt.load(Ordering::Relaxed) {
+            bail!(Stopped);
+        }
+        let (model, done) = (self.decoder, |_| {});
+        let scored = score(
+            model,
+            predictor,
+            self.data,
+            self.rows,
+            self.choices,
+            &self.options,
+            done,
+        )?;
+        self.judge(scale, &scored[0])
+    }
+
+    fn judge(&self, scale: Option<(Geometry, f64)>, scored: &Scored) -> Result<Evaluation> {
+        let (geometry, sigma) = scale.unzip();
+        let predictions = scored.predictions();
+        if predictions.is_empty() {
+            return Ok(Evaluation {
+                geometry,
+                sigma,
+                nll: scored.loss(),
+                nll_untempered: None,
+                temperature: None,
+                accuracy: None,
+            });
+        }
+        let untempered = measures::negative_log_likelihood(&predictions).unwrap_or_default();
+        let accuracy = measures::accuracy(&measures::outcomes(&predictions));
+        let (nll, temperature) = match self.criterion {
+            Criterion::Tolerance(_) => (untempered, None),
+            Criterion::Nll => {
+                let temperature = fit_temperature(&predictions)?;
+                let tempered: Vec<_> = predictions
+                    .iter()
+                    .map(|p| p.tempered(temperature))
+                    .collect();
+                let nll = measures::negative_log_likelihood(&tempered).unwrap_or_default();
+                (nll, Some(temperature))
+            }
+        };
+        Ok(Evaluation {
+            geometry,
+            sigma,
+            nll,
+            nll_untempered: temperature.map(|_| untempered),
+            temperature,
+            accuracy,
+        })
+    }
+}
+
+impl Family<'_> {
+    /// The average over the draws at `sigma`.
+    fn evaluate(&self, sigma: f64) -> Result<Evaluation> {
+        let tried = self
+            .tried
+            .borrow()
+            .iter()
+            .find(|e| e.sigma == Some(sigma))
+            .copied();
+        if let Some(known) = tried {
+            return Ok(known);
+        }
+        let search = self.search;
+        let adapter = self.posterior.at(sigma)?;
+        let draws = posterior_draws(&adapter, search.decoder, search.seed, search.n_draws)?;
+        let scale = Some((self.geometry, sigma));
+        let found = search.evaluation(scale, &[Predictor::Average(&draws)])?;
+        (search.watch)(&found);
+        self.tried.borrow_mut().push(found);
+        Ok(found)
+    }
+
+    /// Whether the average answers as well as the mean, nearly.
+    fn is_allowed(&self, evaluation: &Evaluation) -> bool {
+        match (evaluation.accuracy, self.before.accuracy) {
+            (Some(now), Some(before)) => now >= before - ALLOWED_LOSS - 1e-9,
+            _ => true,
+        }
+    }
+
+    /// The least negative log-likelihood among the scales of a golden-section search over `ln sigma`. Its function need have only one
+    /// minimum for the search to find that; the least of all that were tried is kept, whatever its form. Where none is allowed,
+    /// the least scale.
+    fn least_nll(&self) -> Result<Evaluation> {
+        let [low, high] = BOUNDS.map(f64::ln);
+        let solver = GoldenSectionSearch::new(low, high)?.with_tolerance(f64::MIN_POSITIVE)?;
+        let first = low + (1.0 - SHARE) * (high - low);
+        let found = Executor::new(self, solver)
+            .configure(|state| state.param(first).max_iters(n_steps(SHARE)))
+            .run();
+        if let Err(error) = found {
+            return Err(unwrapped(error));
+        }
+        let allowed = |e: &&Evaluation| self.is_allowed(e);
+        let tried = self.tried.borrow().clone();
+        let least = tried
+            .iter()
+            .filter(allowed)
+            .min_by(|a, b| a.nll.total_cmp(&b.nll));
+        match least {
+            Some(found) => Ok(*found),
+            None => self.evaluate(BOUNDS[0]),
+        }
+    }
+
+    /// The largest scale of a bisection over `ln sigma` whose average is at most `share` worse than the mean.
+    fn largest_tolerated(&self, share: f64) -> Result<Evaluation> {
+        let most = self.before.nll * (1.0 + share);
+        let [low, high] = BOUNDS;
+        let top = self.evaluate(high)?;
+        if top.nll <= most {
+            return Ok(top);
+        }
+        let mut tolerated = self.evaluate(low)?;
+        let (mut below, mut above) = (low.ln(), high.ln());
+        if tolerated.nll > most {
+            let problem = format!(
+                "even the least scale, {low}, costs more than a share of {share} of the negative log-likelihood"
+            );
+            let fix = "give more rows or draws, or a larger --tolerance";
+            return Err(Problem::new("tolerance", "--tolerance", problem, fix)
+                .exit(5)
+                .into());
+        }
+        while above - below > TOLERANCE {
+            let middle = 0.5 * (below + above);
+            let found = self.evaluate(middle.exp())?;
+            if found.nll <= most {
+                (below, tolerated) = (middle, found);
+            } else {
+                above = middle;
+            }
+        }
+        Ok(tolerated)
+    }
+}
+
+/// Carries an error of ours through the search.
+#[derive(Debug)]
+struct Carried(std::sync::Mutex<Option<anyhow::Error>>);
+
+impl std::fmt::Display for Carried {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a scale could not be evaluated")
+    }
+}
+
+impl std::error::Error for Carried {}
+
+fn unwrapped(error: Error) -> anyhow::Error {
+    let carried = error.downcast_ref::<Carried>();
+    let inner = carried.and_then(|c| c.0.lock().ok()?.take());
+    inner.unwrap_or_else(|| anyhow::anyhow!("{error}"))
+}
+
+impl CostFunction for &Family<'_> {
+    type Param = f64;
+    type Output = f64;
+
+    fn cost(&self, log_sigma: &f64) -> std::result::Result<f64, Error> {
+        let found = self.evaluate(log_sigma.exp());
+        let found = found.map_err(|e| Error::new(Carried(std::sync::Mutex::new(Some(e)))))?;
+        // Too wide: the answers change. The wider, the worse, so that the search turns back.
+        Ok(match self.is_allowed(&found) {
+            true => found.nll,
+            false => 1e6 * (1.0 + log_sigma - BOUNDS[0].ln()),
+        })
+    }
+}
