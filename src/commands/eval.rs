@@ -166,21 +166,37 @@ const ROWS: [Row; 17] = [
     ("accuracy", |s| s.accuracy, |s| s.intervals.accuracy),
     ("NLL", |s| s.nll, |s| s.intervals.nll),
     ("ECE", |s| s.ece, |s| s.intervals.ece),
-    ("  if calibrated", |s| s.ece_floor, |_| None),
+    ("ECE if calibrated", |s| s.ece_floor, |_| None),
     ("Brier", |s| s.brier, |s| s.intervals.brier),
     ("AUROC", |s| s.auroc, |s| s.intervals.auroc),
-    ("  by entropy", |s| s.auroc_entropy, |_| None),
-    ("  by mutual inf.", |s| s.auroc_mutual_information, |_| None),
+    ("AUROC by entropy", |s| s.auroc_entropy, |_| None),
+    (
+        "AUROC by mutual information",
+        |s| s.auroc_mutual_information,
+        |_| None,
+    ),
     ("AURC", |s| s.aurc, |s| s.intervals.aurc),
     ("temperature", |s| Some(s.calibrated?.temperature), |_| None),
-    ("  NLL with it", |s| Some(s.calibrated?.nll), |_| None),
-    ("  ECE with it", |s| Some(s.calibrated?.ece), |_| None),
-    ("  Brier with it", |s| Some(s.calibrated?.brier), |_| None),
+    (
+        "NLL with temperature",
+        |s| Some(s.calibrated?.nll),
+        |_| None,
+    ),
+    (
+        "ECE with temperature",
+        |s| Some(s.calibrated?.ece),
+        |_| None,
+    ),
+    (
+        "Brier with temperature",
+        |s| Some(s.calibrated?.brier),
+        |_| None,
+    ),
 ];
 
 /// One score a line, one model a column.
 fn table(report: &Report, subjects: &[Subject]) -> String {
-    let mut text = format!("{:<16}", "");
+    let mut text = format!("{:<28}", "");
     for subject in subjects {
         text.push_str(&format!(" {:>14}", subject.name));
     }
@@ -191,7 +207,7 @@ fn table(report: &Report, subjects: &[Subject]) -> String {
         {
             continue;
         }
-        text.push_str(&format!("\n{name:<16}"));
+        text.push_str(&format!("\n{name:<28}"));
         for subject in subjects {
             let value = value(&subject.scores).map_or("-".to_owned(), |v| format!("{v:.4}"));
             text.push_str(&format!(" {value:>14}"));

@@ -19,17 +19,17 @@ use crate::model::{ActiveAdapter, Decoder};
 /// Least and largest scale that is tried.
 const BOUNDS: [f64; 2] = [1e-4, 0.3];
 
-/// Width of the interval of `ln sigma` at which the search ends: the scale is known to about an eighth.
+/// Width of the interval of `ln sigma` at which a bisection ends: the scale is known to about an eighth.
 const TOLERANCE: f64 = 0.25;
 
-/// Of a golden-section search, to which each scale after the first two shortens the interval.
-const SHARE: f64 = 0.618_033_988_749_895;
+/// Ratio of neighbouring scales of the coarse search.
+const COARSE: f64 = 4.0;
 
-/// Scales that shorten the interval to [`TOLERANCE`], each to `share` of what it was.
-fn n_steps(share: f64) -> u64 {
-    let [low, high] = BOUNDS.map(f64::ln);
-    ((TOLERANCE / (high - low)).ln() / share.ln()).ceil() as u64
-}
+/// Scales of the golden-section search between them, after the first two.
+const FINE_STEPS: u64 = 3;
+
+/// Change of the average's log-likelihood, as a share, below which noise does nothing that matters.
+const SLIGHT: f64 = 0.01;
 
 /// Accuracy that the average may lose against the mean.
 const ALLOWED_LOSS: f64 = 0.01;
@@ -65,6 +65,13 @@ pub struct Evaluation {
     /// Of choices, the share of rows whose most likely choice is right.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
+}
+
+impl Evaluation {
+    /// The negative log-likelihood without any temperature.
+    fn untempered(&self) -> f64 {
+        self.nll_untempered.unwrap_or(self.nll)
+    }
 }
 
 /// The outcome of a search.
@@ -136,11 +143,13 @@ struct Family<'a> {
 }
 
 impl Search<'_> {
-    /// How many scales are tried at most, the mean's pass included.
+    /// How many scales are tried as a rule, the mean's pass included.
     pub fn n_evaluations(n_geometries: usize, criterion: Criterion) -> usize {
+        let width = (BOUNDS[1] / BOUNDS[0]).ln();
         let n = match criterion {
-            Criterion::Nll => n_steps(SHARE) + 2,
-            Criterion::Tolerance(_) => n_steps(0.5) + 2,
+            // As a rule; where noise still matters at the least scale there are more.
+            Criterion::Nll => 4 + 1 + FINE_STEPS,
+            Criterion::Tolerance(_) => 2 + (width / TOLERANCE).log2().ceil() as u64,
         };
         n_geometries * n as usize + 1
     }
@@ -267,7 +276,10 @@ impl Family<'_> {
             .tried
             .borrow()
             .iter()
-            .find(|e| e.sigma == Some(sigma))
+            .find(|e| {
+                e.sigma
+                    .is_some_and(|known| (known / sigma).ln().abs() < 1e-9)
+            })
             .copied();
         if let Some(known) = tried {
             return Ok(known);
@@ -290,29 +302,45 @@ impl Family<'_> {
         }
     }
 
-    /// The least negative log-likelihood among the scales of a golden-section search over `ln sigma`. Its function need have only one
-    /// minimum for the search to find that; the least of all that were tried is kept, whatever its form. Where none is allowed,
-    /// the least scale.
+    /// The least negative log-likelihood among all scales that are tried: first coarse ones, each a quarter of the one before, from the
+    /// widest to one that changes the average by less than a hundredth (the effect is of the second order, so that narrower ones
+    /// change nothing); then those of a golden-section search over `ln sigma` around the best of them. Where none is allowed, the
+    /// least scale.
+    ///
+    /// A search of the whole interval would begin where noise is too small to matter, and lose its way there.
     fn least_nll(&self) -> Result<Evaluation> {
-        let [low, high] = BOUNDS.map(f64::ln);
+        let mut sigma = BOUNDS[1];
+        loop {
+            let found = self.evaluate(sigma)?;
+            let is_slight = (found.untempered() / self.before.untempered()).ln().abs() < SLIGHT;
+            if (is_slight && self.is_allowed(&found)) || sigma <= BOUNDS[0] {
+                break;
+            }
+            sigma = (sigma / COARSE).max(BOUNDS[0]);
+        }
+        let Some(centre) = self.least_allowed().and_then(|best| best.sigma) else {
+            return self.evaluate(BOUNDS[0]);
+        };
+        let [low, high] =
+            [centre / COARSE, centre * COARSE].map(|s| s.clamp(BOUNDS[0], BOUNDS[1]).ln());
         let solver = GoldenSectionSearch::new(low, high)?.with_tolerance(f64::MIN_POSITIVE)?;
-        let first = low + (1.0 - SHARE) * (high - low);
         let found = Executor::new(self, solver)
-            .configure(|state| state.param(first).max_iters(n_steps(SHARE)))
+            .configure(|state| state.param(centre.ln()).max_iters(FINE_STEPS))
             .run();
         if let Err(error) = found {
             return Err(unwrapped(error));
         }
-        let allowed = |e: &&Evaluation| self.is_allowed(e);
-        let tried = self.tried.borrow().clone();
-        let least = tried
-            .iter()
-            .filter(allowed)
-            .min_by(|a, b| a.nll.total_cmp(&b.nll));
-        match least {
-            Some(found) => Ok(*found),
+        match self.least_allowed() {
+            Some(best) => Ok(best),
             None => self.evaluate(BOUNDS[0]),
         }
+    }
+
+    /// The best of the scales that were tried and may be kept.
+    fn least_allowed(&self) -> Option<Evaluation> {
+        let tried = self.tried.borrow();
+        let allowed = tried.iter().filter(|e| self.is_allowed(e));
+        allowed.min_by(|a, b| a.nll.total_cmp(&b.nll)).copied()
     }
 
     /// The largest scale of a bisection over `ln sigma` whose average is at most `share` worse than the mean.

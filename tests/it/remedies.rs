@@ -29,7 +29,7 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 47] = [
+const OTHERS: [Remedy; 44] = [
     (
         "`monteclora parity --chat -m BASE` shows where",
         By(
@@ -273,27 +273,6 @@ const OTHERS: [Remedy; 47] = [
         By(
             "tests/it/certainty/evidence.rs",
             "an_evidence_bound_moves_the_posterior",
-        ),
-    ),
-    (
-        "give more rows or a larger --target-error",
-        By(
-            "tests/it/certainty/calibrate.rs",
-            "answers_below_the_threshold_are_not_given",
-        ),
-    ),
-    (
-        "rows, or a larger --target-error",
-        By(
-            "tests/it/certainty/calibrate.rs",
-            "answers_below_the_threshold_are_not_given",
-        ),
-    ),
-    (
-        "give more rows or draws, or a larger --tolerance",
-        By(
-            "tests/it/certainty/fit.rs",
-            "the_largest_tolerated_scale_is_on_the_tolerated_side",
         ),
     ),
 ];

@@ -19,18 +19,18 @@ pub(super) fn write(
 ) -> Result<()> {
     let shown = subjects.iter().map(|subject| {
         let outcomes = measures::outcomes(&subject.scored.predictions());
-        let scores = ROWS.iter().map(|(label, value, interval)| -> Score {
-            (
-                label.trim_start(),
-                value(&subject.scores),
-                interval(&subject.scores),
-            )
+        // Each predictor has the scores that any of them has, so that they stand in one order.
+        let told = ROWS
+            .iter()
+            .filter(|(_, value, _)| subjects.iter().any(|s| value(&s.scores).is_some()));
+        let scores = told.map(|(label, value, interval)| -> Score {
+            (label, value(&subject.scores), interval(&subject.scores))
         });
         Shown {
             name: subject.name.to_owned(),
             colour: colour(subject.key),
             outcomes: outcomes.iter().map(|o| (o.confidence, o.correct)).collect(),
-            scores: scores.filter(|(_, value, _)| value.is_some()).collect(),
+            scores: scores.collect(),
         }
     });
     let name = |path: &Path| {
@@ -60,7 +60,7 @@ pub(super) fn write(
     }
     let mut notes = vec![
         "Below each score its 95 % interval, by the bootstrap over the rows.".to_owned(),
-        "\u{201c}if calibrated\u{201d} is the ECE that a perfectly calibrated model of these confidences has on so few rows: an ECE near it says nothing against the model.".to_owned(),
+        "\u{201c}ECE if calibrated\u{201d} is the ECE that a perfectly calibrated model of these confidences has on so few rows: an ECE near it says nothing against the model.".to_owned(),
     ];
     if subjects
         .iter()
