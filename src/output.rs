@@ -33,3 +33,61 @@ pub fn require_empty(dir: &Path, force: bool) -> Result<()> {
     }
     Ok(())
 }
+
+/// Refuses a file to write that cannot be written, or that is one of `inputs`, or lies in one of them; before anything is computed.
+///
+/// # Errors
+/// A directory, a missing parent, a file that is read.
+pub fn require_file(flag: &str, path: &Path, inputs: &[&Path]) -> Result<()> {
+    let refuse = |what: &str| -> Result<()> {
+        let problem = format!("{flag} `{}` {what}", path.display());
+        Err(Problem::usage(problem).into())
+    };
+    if path.is_dir() {
+        return refuse("is a directory; give a file");
+    }
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    if !parent.is_dir() {
+        return refuse("is to lie in a directory that is not there");
+    }
+    if let Ok(found) = path.canonicalize() {
+        let is_read = |input: &&Path| {
+            input
+                .canonicalize()
+                .is_ok_and(|input| found.starts_with(input))
+        };
+        if inputs.iter().any(is_read) {
+            return refuse("is there, and among what is read; choose another name");
+        }
+        if !found.is_file() {
+            return Ok(());
+        }
+    }
+    require_writable(flag, parent)
+}
+
+/// Refuses a directory, or the nearest one above it that exists, in which no file can be made.
+///
+/// # Errors
+/// Such a directory.
+pub fn require_writable(flag: &str, dir: &Path) -> Result<()> {
+    let there = dir
+        .ancestors()
+        .find(|dir| dir.is_dir() || *dir == Path::new(""));
+    let there = there
+        .filter(|dir| *dir != Path::new(""))
+        .unwrap_or(Path::new("."));
+    match tempfile::tempfile_in(there) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let problem = format!(
+                "{flag}: `{}` cannot be written into: {error}",
+                there.display()
+            );
+            Err(Problem::usage(problem).into())
+        }
+    }
+}

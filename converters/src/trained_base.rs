@@ -1,7 +1,7 @@
 //! The base that an adapter was trained on: what training records of it, and whether another directory holds the same weights.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -106,19 +106,25 @@ fn difference(expected: &[f32], found: &[f32]) -> Option<f64> {
     Some((apart / norm.max(f64::MIN_POSITIVE)).sqrt())
 }
 
-/// What training recorded beside an adapter, its run.json, or above it for a checkpoint; none where there is no record that can be
-/// read: nothing depends on it.
+/// What training recorded beside an adapter: its run.json, what `fit` kept of that in fit.json, or for a checkpoint the run.json above
+/// it; none where there is no record that can be read: nothing depends on it.
 pub fn training_record(adapter: &Path) -> Option<Value> {
     let dir = if adapter.is_file() {
         adapter.parent().unwrap_or(adapter)
     } else {
         adapter
     };
-    let mut places = [Some(dir), dir.parent()].into_iter().flatten();
-    places.find_map(|dir| {
-        let text = std::fs::read_to_string(dir.join("run.json")).ok()?;
-        serde_json::from_str(&text).ok()
-    })
+    let read = |path: PathBuf| -> Option<Value> {
+        serde_json::from_str(&std::fs::read_to_string(path).ok()?).ok()
+    };
+    let fitted = || {
+        let mut fit = read(dir.join("fit.json"))?;
+        let training = fit.get_mut("training")?.take();
+        training.is_object().then_some(training)
+    };
+    read(dir.join("run.json"))
+        .or_else(fitted)
+        .or_else(|| read(dir.parent()?.join("run.json")))
 }
 
 /// Warnings about `adapter`, which was read from `path`, on `base`: that the base holds the adapter already, by the record of the

@@ -98,6 +98,9 @@ pub struct ScoringArgs {
     /// Seed of the draws; the same seed gives those of `sample`.
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
+    /// Longest row in tokens, at most the model's limit; by default min(1024, that limit), and for `predict` the limit.
+    #[arg(long)]
+    pub max_seq_length: Option<usize>,
     /// Rows at a time; by default as many as have about 2048 tokens.
     #[arg(long, value_name = "ROWS")]
     pub batch_size: Option<usize>,
@@ -134,9 +137,6 @@ pub struct EvalArgs {
     /// Leave the base out, which takes as long as an adapter.
     #[arg(long, requires = "adapter")]
     pub no_base: bool,
-    /// Longest row in tokens; by default min(1024, the model's limit).
-    #[arg(long)]
-    pub max_seq_length: Option<usize>,
     /// Bins of equal width of the expected calibration error.
     #[arg(long, default_value_t = crate::config::EvalConfig::default().ece_bins)]
     pub ece_bins: usize,
@@ -165,6 +165,9 @@ pub struct PredictArgs {
     /// The user's message.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
+    /// Answer --prompt by one of these texts, as a row with `choices`; a space that belongs to a choice is part of it: " no" " yes".
+    #[arg(long, value_name = "TEXT", num_args = 2.., requires = "prompt")]
+    pub choices: Vec<String>,
     /// Rows to answer; their own answers are not looked at. Rows with `choices` are answered by one of them.
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,

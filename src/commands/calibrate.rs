@@ -4,7 +4,9 @@ use anyhow::{Result, bail};
 use monteclora_converters::Problem;
 use serde::Serialize;
 
-use super::opened::{Loaded, Opened, Request, open_rows, require_positive, row_limit};
+use super::opened::{
+    Loaded, Opened, Request, open_rows, require_one_kind, require_positive, row_limit,
+};
 use super::show;
 use crate::cli::CalibrateArgs;
 use crate::data::Dataset;
@@ -15,6 +17,7 @@ use crate::eval::{
     certainties, score,
 };
 use crate::model::{ActiveAdapter, Generation};
+use crate::output::require_writable;
 use crate::progress;
 
 /// Bins of the calibration error that is told.
@@ -40,6 +43,8 @@ struct Report<'a> {
     error: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error_bound: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    least_bound: Option<f64>,
     #[serde(flatten)]
     written: &'a Calibration,
 }
@@ -61,6 +66,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         bail!(Problem::usage(problem));
     }
     let path = calibration::path_of(&args.adapter)?;
+    require_writable("-a", &args.adapter)?;
     let adapters = std::slice::from_ref(&args.adapter);
     let request = Request {
         model: &args.model,
@@ -68,26 +74,10 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         posterior_samples: args.posterior_samples,
         scoring: &args.scoring,
     };
-    let opened = Opened::new(&request, row_limit(None))?;
+    let opened = Opened::new(&request, row_limit)?;
     let data = open_rows(&args.data, &opened.encoder)?;
     let choices = ChoiceRows::read(&data)?;
-    if !choices.is_empty() && choices.len() < data.len() {
-        let message = format!(
-            "{} of {} rows have `choices`: a temperature is for one kind of answer",
-            choices.len(),
-            data.len()
-        );
-        let fix = "put rows with choices and rows without into files of their own";
-        bail!(
-            Problem::new(
-                "mixed-rows",
-                format!("`{}`", args.data.display()),
-                message,
-                fix
-            )
-            .exit(3)
-        );
-    }
+    require_one_kind(&data, &choices)?;
     if let Some(target) = args.target_error {
         // Said before anything is computed.
         abstention::require_rows(data.len(), target)?;
@@ -132,10 +122,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         (Some(scaling), Some(predictions)) => (scaling, predictions),
         _ => (&written.mean_scaling, &said.mean),
     };
-    if BOUNDS
-        .iter()
-        .any(|bound| (main.temperature / bound).ln().abs() < 1e-3)
-    {
+    if is_at_bound(main) {
         tracing::warn!(
             "the temperature is at the end of what is searched: all answers are right, or confidence says nothing about them"
         );
@@ -153,9 +140,10 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         answered: abstention.and_then(|a| a.answered),
         error: abstention.and_then(|a| a.error),
         error_bound: abstention.and_then(|a| a.error_bound),
+        least_bound: abstention.map(|a| a.least_bound),
         written: &written,
     };
-    show(args.json, &report, || describe(&report, abstention, &path))
+    show(args.json, &report, || describe(&report, &path))
 }
 
 fn of_choices(
@@ -177,7 +165,10 @@ fn of_choices(
     }
     let rows: Vec<usize> = (0..data.len()).collect();
     let bar = progress::items("rows", rows.len() as u64);
-    let done = |n| bar.inc(n as u64);
+    let done = |n| {
+        bar.inc(n as u64);
+        Ok(())
+    };
     let scored = score(
         &loaded.decoder,
         &predictors,
@@ -250,45 +241,79 @@ fn of_answers(args: &CalibrateArgs, loaded: &Loaded, data: &Dataset) -> Result<S
     })
 }
 
-fn describe(report: &Report<'_>, abstention: Option<Abstention>, path: &std::path::Path) -> String {
-    let of = match report.written.draws {
-        Some(draws) => format!("the average of {} draws", draws.n),
-        None => "the posterior mean".to_owned(),
-    };
+fn describe(report: &Report<'_>, path: &std::path::Path) -> String {
+    let written = report.written;
     let mut text = format!(
-        "wrote {}\n  temperature {:.3} for {of}, from {} rows, {:.1} % of them right\n  NLL {:.4} before, {:.4} after; ECE {:.4} before, {:.4} after, on the same rows",
+        "wrote {}\n{} rows, {:.1} % of them right; NLL and ECE are on the same rows",
         path.display(),
-        report.temperature,
         report.rows,
         100.0 * report.accuracy,
-        report.before.nll,
-        report.after.nll,
-        report.before.ece,
-        report.after.ece
     );
-    let Some(found) = abstention else {
-        return text;
-    };
+    let average = written
+        .draws
+        .map(|draws| format!("average of {} draws", draws.n));
+    let all = [
+        ("base", Some(&written.base_scaling)),
+        ("posterior mean", Some(&written.mean_scaling)),
+        (
+            average.as_deref().unwrap_or_default(),
+            written.posterior_scaling.as_ref(),
+        ),
+    ];
+    for (name, scaling) in all {
+        let Some(scaling) = scaling else { continue };
+        let (before, after) = (scaling.before, scaling.after);
+        text.push_str(&format!(
+            "\n\n{name}\n  temperature {:.3}{}: NLL {:.4} -> {:.4}, ECE {:.4} -> {:.4}",
+            scaling.temperature,
+            if is_at_bound(scaling) {
+                ", the end of what is searched"
+            } else {
+                ""
+            },
+            before.nll,
+            after.nll,
+            before.ece,
+            after.ece
+        ));
+        if let Some(abstention) = &scaling.abstention {
+            text.push_str(&format!("\n  {}", of_abstention(abstention)));
+        }
+    }
+    text
+}
+
+/// Whether the search ended where it may not go on.
+fn is_at_bound(scaling: &Scaling) -> bool {
+    BOUNDS
+        .iter()
+        .any(|bound| (scaling.temperature / bound).ln().abs() < 1e-3)
+}
+
+/// What was found of a threshold, in a sentence.
+fn of_abstention(found: &Abstention) -> String {
     let percent =
         |share: Option<f64>| share.map_or("-".to_owned(), |s| format!("{:.1} %", 100.0 * s));
-    text.push_str(&match (found.threshold, found.error_bound) {
+    let target = percent(Some(found.target_error));
+    match (found.threshold, found.error_bound) {
         (Some(threshold), bound) => format!(
-            "\n  answers of at least {threshold:.4} are given: {} of {} other rows, {} of them wrong; at most {} with 95 % confidence",
-            percent(found.answered),
+            "no answer below a confidence of {threshold:.4}: of the {} rows of the check {} are answered, {} of these wrong; with 95 % confidence at most {}",
             found.checked_on,
+            percent(found.answered),
             percent(found.error),
             percent(bound)
         ),
         (None, Some(bound)) => format!(
-            "\n  abstention stays off: on the {} rows of the check {} of the answers are wrong, and up to {bound:.3} cannot be ruled out, more than {}; give more rows or a larger --target-error",
+            "abstention stays off: of the {} rows of the check {} are answered, {} of these wrong; up to {} cannot be ruled out, more than {target}; give more rows or a larger --target-error",
             found.checked_on,
+            percent(found.answered),
             percent(found.error),
-            found.target_error
+            percent(Some(bound)),
         ),
         (None, None) => format!(
-            "\n  abstention stays off: no confidence keeps the error of the {} rows it is chosen on below {}; give more rows or a larger --target-error",
-            found.chosen_on, found.target_error
+            "abstention stays off: whatever the threshold, more than {target} wrong answers cannot be ruled out on the {} rows it is chosen on, at best {}; give more rows or a larger --target-error",
+            found.chosen_on,
+            percent(Some(found.least_bound)),
         ),
-    });
-    text
+    }
 }

@@ -3,17 +3,22 @@
 mod page;
 mod per_row;
 
-use anyhow::Result;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use monteclora_converters::Problem;
 use serde::Serialize;
 
-use super::opened::{Opened, Request, open_rows, require_positive, row_limit};
+use super::opened::{Opened, Request, open_rows, require_at_most, require_positive, row_limit};
 use super::show;
 use crate::cli::EvalArgs;
 use crate::eval::calibration::Applicable;
 use crate::eval::{
-    Batching, ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scored, Scores, score,
+    BOUNDS, Batching, ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scored, Scores,
+    score,
 };
 use crate::model::ActiveAdapter;
+use crate::output::require_file;
 use crate::progress;
 
 #[derive(Debug, Serialize)]
@@ -45,17 +50,30 @@ struct Subject {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
+    /// More could not be told apart.
+    const MOST_BINS: usize = 1000;
     require_positive(&[
         ("--ece-bins", args.ece_bins),
         ("--limit", args.limit.unwrap_or(1)),
     ])?;
+    require_at_most("--ece-bins", args.ece_bins, MOST_BINS)?;
+    let mut read: Vec<&Path> = vec![&args.data, Path::new(&args.model.model_id)];
+    read.extend(args.adapter.iter().map(PathBuf::as_path));
+    for (flag, path) in [("--per-row", &args.per_row), ("--html", &args.html)] {
+        if let Some(path) = path {
+            require_file(flag, path, &read)?;
+        }
+    }
+    if args.per_row.is_some() && args.per_row == args.html {
+        bail!(Problem::usage("--per-row and --html name the same file"));
+    }
     let request = Request {
         model: &args.model,
         adapters: &args.adapter,
         posterior_samples: args.posterior_samples,
         scoring: &args.scoring,
     };
-    let opened = Opened::new(&request, row_limit(args.max_seq_length))?;
+    let opened = Opened::new(&request, row_limit)?;
     let data = open_rows(&args.data, &opened.encoder)?;
     let choices = ChoiceRows::read(&data)?;
     let calibration = opened.calibration(&args.adapter)?;
@@ -86,7 +104,11 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         .iter()
         .map(|(.., predictor)| *predictor)
         .collect();
-    let (began, done) = (std::time::Instant::now(), |n| bar.inc(n as u64));
+    let began = std::time::Instant::now();
+    let done = |n| {
+        bar.inc(n as u64);
+        Ok(())
+    };
     let scored = score(
         &loaded.decoder,
         &asked,
@@ -162,11 +184,11 @@ const ROWS: [Row; 17] = [
     ("loss", |s| Some(s.loss), |s| s.intervals.loss),
     ("perplexity", |s| Some(s.perplexity), |_| None),
     ("token accuracy", |s| Some(s.token_accuracy), |_| None),
-    ("loss of one draw", |s| s.draw_loss, |_| None),
+    ("loss, each alone", |s| s.draw_loss, |_| None),
     ("accuracy", |s| s.accuracy, |s| s.intervals.accuracy),
     ("NLL", |s| s.nll, |s| s.intervals.nll),
     ("ECE", |s| s.ece, |s| s.intervals.ece),
-    ("ECE if calibrated", |s| s.ece_floor, |_| None),
+    ("ECE floor", |s| s.ece_floor, |_| None),
     ("Brier", |s| s.brier, |s| s.intervals.brier),
     ("AUROC", |s| s.auroc, |s| s.intervals.auroc),
     ("AUROC by entropy", |s| s.auroc_entropy, |_| None),
@@ -216,9 +238,7 @@ fn table(report: &Report, subjects: &[Subject]) -> String {
     for subject in subjects {
         if let Some(n) = subject.scores.draws {
             let name = subject.name;
-            text.push_str(&format!(
-                "\n\n{name}: the mean of the probabilities of {n} adapters"
-            ));
+            text.push_str(&format!("\n\n{name}: the mean of the probabilities of {n}"));
         }
     }
     let plural = if report.rows == 1 { "" } else { "s" };
@@ -229,8 +249,18 @@ fn table(report: &Report, subjects: &[Subject]) -> String {
             _ => "log-likelihood of the whole choice",
         };
         text.push_str(&format!(
-            ", {} with choices, compared by {compared}; ECE over {bins} bins of equal width, and what a calibrated model has on as many rows; AUROC of detecting errors by confidence; AURC the area under the risk-coverage curve (lower is better); 95 % intervals: --json, --html",
+            ", {} with choices, compared by {compared}; ECE over {bins} bins. docs/evaluate.md says what the scores are; 95 % intervals: --json, --html",
             report.choice_rows
+        ));
+    }
+    let at_bound = |s: &Scores| {
+        let temperature = s.calibrated.map(|c| c.temperature);
+        temperature.is_some_and(|t| BOUNDS.iter().any(|bound| (t / bound).ln().abs() < 1e-3))
+    };
+    for subject in subjects.iter().filter(|subject| at_bound(&subject.scores)) {
+        text.push_str(&format!(
+            "\n{}: the temperature is at the end of its range; confidence says nothing about what is right, or all answers are",
+            subject.name
         ));
     }
     text

@@ -5,25 +5,30 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use monteclora_adapters::methods::monteclora::Geometry;
-use monteclora_converters::{Adapter, Beside, Error, LoraOptions, Problem, files, format_named};
+use monteclora_converters::{
+    Adapter, Beside, Error, LoraOptions, Problem, files, format_named, training_record,
+};
 
 use super::export::{beside_lines, require_apart};
-use super::opened::{Opened, Request, open_rows, require_positive, row_limit};
+use super::opened::{
+    MOST_DRAWS, Opened, Request, open_rows, require_at_most, require_one_kind, require_positive,
+    row_limit,
+};
 use super::train::stop_on_signals;
 use super::{interrupted, show};
 use crate::cli::{CriterionArg, FitArgs, GeometryArg};
 use crate::data::epoch_order;
 use crate::eval::{Batching, ChoiceRows, EvalOptions, LengthNormalisation};
 use crate::fit::{self, Criterion, Evaluation, FitRecord, Search, Stopped};
-use crate::output::require_empty;
+use crate::output::{require_empty, require_writable};
 use crate::progress;
-use crate::provenance::require_effect;
 
 /// Rows below which the scale is mostly chance.
 const FEW: usize = 50;
 
 pub(super) fn run(args: &FitArgs) -> Result<()> {
     require_positive(&[("--draws", args.draws), ("--rows", args.rows)])?;
+    require_at_most("--draws", args.draws, MOST_DRAWS)?;
     let criterion = match args.criterion {
         CriterionArg::Nll => Criterion::Nll,
         CriterionArg::Tolerance => Criterion::Tolerance(args.tolerance),
@@ -34,6 +39,7 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
     }
     require_apart(&args.adapter, &args.output)?;
     require_empty(&args.output, args.force)?;
+    require_writable("-o", &args.output)?;
     let adapters = std::slice::from_ref(&args.adapter);
     let request = Request {
         model: &args.model,
@@ -41,14 +47,23 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
         posterior_samples: None,
         scoring: &args.scoring,
     };
-    let opened = Opened::new(&request, row_limit(None))?;
+    let opened = Opened::new(&request, row_limit)?;
     let [adapter] = opened.adapters.as_slice() else {
         bail!("one adapter is read");
     };
-    // A posterior around nothing.
-    require_effect(adapter, &args.adapter, false)?;
+    if !adapter.has_effect()? {
+        let message = "changes nothing: B A is zero at every site, and so a posterior around it would change nothing";
+        let fix = "was it saved before training?";
+        bail!(Problem::new(
+            "no-effect",
+            format!("`{}`", args.adapter.display()),
+            message,
+            fix
+        ));
+    }
     let data = open_rows(&args.data, &opened.encoder)?;
     let choices = ChoiceRows::read(&data)?;
+    require_one_kind(&data, &choices)?;
     let mut rows = epoch_order(data.len(), args.scoring.seed, 0);
     rows.truncate(args.rows);
     rows.sort_unstable();
@@ -60,7 +75,7 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
     }
     let beside = Beside::of(&args.adapter)?.nothing_measured();
     let loaded = opened.load()?;
-    let (interrupt, began) = (stop_on_signals()?, Instant::now());
+    let (interrupt, began) = (stop_on_signals("")?, Instant::now());
     let geometries: &[Geometry] = match args.geometry {
         GeometryArg::Auto => &[Geometry::Rows, Geometry::Svd],
         GeometryArg::Rows => &[Geometry::Rows],
@@ -104,6 +119,7 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
         base_fingerprint: opened.base_fingerprint()?,
         adapter_fingerprint: adapter.fingerprint(),
         seconds: began.elapsed().as_secs_f64(),
+        training: training(&args.adapter),
         ..FitRecord::new(&fitted, criterion)
     };
     let output = args.output.as_path();
@@ -133,6 +149,13 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
         }
         text + &beside_lines(&beside, "with the adapter")
     })
+}
+
+/// What the adapter at `path` was trained with, as its run.json has it.
+pub(super) fn training(path: &Path) -> Option<serde_json::Value> {
+    let mut record = training_record(path)?;
+    record.as_object_mut()?.remove("sites");
+    Some(record)
 }
 
 /// Writes a fitted adapter with what goes along, and its record; a new directory appears at once.

@@ -15,10 +15,13 @@ use crate::data::{
     Dataset, EncodeOptions, Encoder, Overlong, Remedies, RowSchema, TrainOn, splits,
 };
 use crate::eval::calibration::{self, Applicable, Calibration, Circumstances, Draws};
-use crate::eval::{LengthNormalisation, posterior_draws};
+use crate::eval::{ChoiceRows, LengthNormalisation, posterior_draws};
 use crate::hub::{self, Located};
 use crate::model::{ActiveAdapter, Decoder, open_base, read_shape};
 use crate::provenance::{read_fitting, warn_of_conversation};
+
+/// Draws at most: each is an adapter in memory.
+pub(super) const MOST_DRAWS: usize = 1000;
 
 /// All of it checked, and no weights of the base read.
 pub(super) struct Opened {
@@ -57,16 +60,11 @@ impl Opened {
         request: &Request<'_>,
         max_seq_length: impl FnOnce(&ModelShape) -> usize,
     ) -> Result<Self> {
-        /// Each is an adapter in memory.
-        const MOST: usize = 1000;
         let (model, scoring) = (request.model, request.scoring);
         require_positive(&[("--batch-size", scoring.batch_size.unwrap_or(1))])?;
         let weights = weight_type(model.options.dtype)?;
         let n_draws = request.posterior_samples.unwrap_or(0);
-        if n_draws > MOST {
-            let problem = format!("--posterior-samples {n_draws}: expected at most {MOST}");
-            bail!(Problem::usage(problem));
-        }
+        require_at_most("--posterior-samples", n_draws, MOST_DRAWS)?;
         if n_draws > 0 && request.adapters.len() > 1 {
             let problem = format!(
                 "--posterior-samples draws from the posterior of one adapter, and {} are given; leave it out to average their means",
@@ -77,6 +75,16 @@ impl Opened {
         let base = hub::locate(&model.model_id, &model.options.hub())?;
         let config = read_shape(&base.dir)?;
         let files = open_base(&base.dir)?;
+        let most = config.max_position_embeddings;
+        let limit = scoring
+            .max_seq_length
+            .unwrap_or_else(|| max_seq_length(&config));
+        if !(2..=most).contains(&limit) {
+            let problem = format!(
+                "--max-seq-length {limit}: expected 2 to {most}, the positions of the model"
+            );
+            bail!(Problem::usage(problem));
+        }
         let template = model.options.chat_template.as_deref();
         let applies_chat_template =
             !scoring.no_chat_template && jinja::find(&base.dir, template)?.is_some();
@@ -89,10 +97,11 @@ impl Opened {
             warn_of_conversation(path, &base.dir, settings)?;
             adapters.push(read_fitting(path, &files)?);
         }
+        warn_of_equal_means(&adapters, request.adapters);
         let options = EncodeOptions {
             train_on: TrainOn::Assistant,
             apply_chat_template: applies_chat_template,
-            max_seq_length: max_seq_length(&config),
+            max_seq_length: limit,
             overlong: Overlong::Error,
             remedies: Remedies::Flags,
         };
@@ -151,11 +160,14 @@ impl Opened {
         let [adapter] = self.adapters.as_slice() else {
             return Ok(None);
         };
-        let (base, chats) = (self.base_fingerprint()?, self.applies_chat_template);
+        let (base, template) = (
+            self.base_fingerprint()?,
+            self.encoder.chat_template_sha256(),
+        );
         Ok(Some(Circumstances::new(
             base,
             adapter,
-            chats,
+            template,
             self.normalisation,
         )))
     }
@@ -182,6 +194,26 @@ impl Opened {
     }
 }
 
+/// Warns of adapters whose average is none: the same mean twice.
+fn warn_of_equal_means(adapters: &[Adapter], paths: &[PathBuf]) {
+    if adapters.len() < 2 {
+        return;
+    }
+    let means: Vec<String> = adapters
+        .iter()
+        .map(|a| a.collapse().fingerprint())
+        .collect();
+    for (at, mean) in means.iter().enumerate() {
+        if let Some(before) = means[..at].iter().position(|other| other == mean) {
+            tracing::warn!(
+                "`{}` and `{}` have the same mean: in an ensemble they are one model twice",
+                paths[before].display(),
+                paths[at].display()
+            );
+        }
+    }
+}
+
 /// The variables of the chat template that adapters were trained with, which have to agree.
 fn variables(adapters: &[PathBuf]) -> Result<serde_json::Map<String, serde_json::Value>> {
     let mut all = adapters.iter().map(|path| (path, recorded_variables(path)));
@@ -201,9 +233,34 @@ fn variables(adapters: &[PathBuf]) -> Result<serde_json::Map<String, serde_json:
     }
 }
 
-/// Length limit of rows: `asked`, or min(1024, the model's).
-pub(super) fn row_limit(asked: Option<usize>) -> impl FnOnce(&ModelShape) -> usize {
-    move |config| asked.unwrap_or(config.max_position_embeddings.min(1024))
+/// The longest row where nothing else is asked for.
+pub(super) fn row_limit(config: &ModelShape) -> usize {
+    config.max_position_embeddings.min(1024)
+}
+
+/// Refuses rows of which only some have choices: what is found of them would be of two kinds of answer.
+pub(super) fn require_one_kind(data: &Dataset, choices: &ChoiceRows) -> Result<()> {
+    if choices.is_empty() || choices.len() == data.len() {
+        return Ok(());
+    }
+    let message = format!(
+        "{} of {} rows have `choices`, and what is found is of one kind of answer",
+        choices.len(),
+        data.len()
+    );
+    let fix = "put rows with choices and rows without into files of their own";
+    let at = format!("`{}`", data.path().display());
+    Err(Problem::new("mixed-rows", at, message, fix).exit(3).into())
+}
+
+/// Refuses a flag above `most`.
+pub(super) fn require_at_most(flag: &str, value: usize, most: usize) -> Result<()> {
+    if value > most {
+        bail!(Problem::usage(format!(
+            "{flag} {value}: expected at most {most}"
+        )));
+    }
+    Ok(())
 }
 
 /// The rows of `data`; of a directory, what was kept for the end.

@@ -21,7 +21,20 @@ use crate::progress;
 
 #[derive(Debug, Serialize)]
 struct Report {
-    answers: Vec<Answer>,
+    answers: Vec<Given>,
+    /// Confidence from which on answers are given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threshold: Option<f64>,
+}
+
+/// An answer, and to which row.
+#[derive(Debug, Serialize)]
+struct Given {
+    /// The row's line, or place, in the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<usize>,
+    #[serde(flatten)]
+    answer: Answer,
 }
 
 pub(super) fn run(args: &PredictArgs) -> Result<()> {
@@ -51,9 +64,15 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         _ => None,
     };
     let alone = match &args.prompt {
+        Some(prompt) if !args.choices.is_empty() => vec![reader.choice(prompt, &args.choices)?],
         Some(prompt) => vec![reader.prompt(prompt, opened.applies_chat_template)?],
         None => Vec::new(),
     };
+    let kinds = Kinds {
+        judged: calibration.as_ref().map(|(judged, _)| *judged),
+        abstains: args.abstain,
+    };
+    kinds.check(&alone, None)?;
 
     let loaded = opened.load()?;
     let base = ActiveAdapter::default();
@@ -76,8 +95,11 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         },
         normalisation: LengthNormalisation::per_token(args.scoring.length_normalised),
     };
+    let given = |line, answer| Given { line, answer };
+    let alone = answerer.answer(&alone)?.into_iter();
     let mut report = Report {
-        answers: answerer.answer(&alone)?,
+        answers: alone.map(|answer| given(None, answer)).collect(),
+        threshold,
     };
     if let Some(source) = &source {
         let bar = progress::items("questions", source.n_rows() as u64);
@@ -91,7 +113,10 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
                     sound.map_err(|found| Error::from(Problems::from_iter(found)))
                 })
                 .collect::<Result<Vec<_>, Error>>()?;
-            report.answers.extend(answerer.answer(&questions)?);
+            kinds.check(&questions, Some((source, rows[0])))?;
+            let answers = rows.iter().zip(answerer.answer(&questions)?);
+            let answers = answers.map(|(row, answer)| given(Some(source.place(*row).1), answer));
+            report.answers.extend(answers);
             bar.inc(rows.len() as u64);
         }
         bar.finish_and_clear();
@@ -99,8 +124,67 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
     if args.json {
         return print_json(&report);
     }
-    let lines: Vec<String> = report.answers.iter().map(describe).collect();
+    let who = if args.adapter.len() > 1 {
+        "adapters"
+    } else {
+        "draws"
+    };
+    let mut lines: Vec<String> = report
+        .answers
+        .iter()
+        .map(|given| describe(given, who))
+        .collect();
+    if let (Some(threshold), [_, _, ..]) = (threshold, report.answers.as_slice()) {
+        let is_given = |given: &&Given| given.answer.abstain == Some(false);
+        let n_given = report.answers.iter().filter(is_given).count();
+        lines.push(format!(
+            "{n_given} of {} answered, those that are at least {:.1} % likely to be right",
+            report.answers.len(),
+            100.0 * threshold
+        ));
+    }
     print(&lines.join("\n\n"))
+}
+
+/// Whether a calibration is of the kind of the questions that are asked.
+struct Kinds {
+    judged: Option<Judged>,
+    abstains: bool,
+}
+
+impl Kinds {
+    /// Warns, or refuses where answers may be withheld, of questions that the calibration says nothing about; `at` is where the first
+    /// of them is from.
+    fn check(&self, questions: &[Question], at: Option<(&Source, usize)>) -> Result<()> {
+        let Some(judged) = self.judged else {
+            return Ok(());
+        };
+        let kind = |question: &Question| match question {
+            Question::Choice { .. } => Judged::Choices,
+            Question::Open(_) => Judged::Answers,
+        };
+        let Some(first) = questions
+            .iter()
+            .position(|question| kind(question) != judged)
+        else {
+            return Ok(());
+        };
+        let (of, asked) = match judged {
+            Judged::Choices => ("rows with choices", "has none: give them with the question"),
+            Judged::Answers => ("answers in the model's own words", "has choices"),
+        };
+        let at = at.map_or("the question".to_owned(), |(source, row)| {
+            let (path, line) = source.place(row + first);
+            format!("{}:{line}", path.display())
+        });
+        let message = format!("the calibration is of {of}, and this {asked}");
+        if self.abstains {
+            let fix = "calibrate on rows of the same kind, or leave --abstain out";
+            return Err(Problem::new("other-kind", at, message, fix).exit(2).into());
+        }
+        tracing::warn!("{at}: {message}; no temperature is applied");
+        Ok(())
+    }
 }
 
 /// What `calibrate` found for what answers.
@@ -116,6 +200,10 @@ fn calibration(opened: &Opened, args: &PredictArgs) -> Result<Option<(Judged, Sc
 /// The confidence below which no answer is given.
 fn threshold(calibration: Option<&(Judged, Scaling)>, args: &PredictArgs) -> Result<f64> {
     let adapter = args.adapter.first().map(|path| path.display().to_string());
+    if args.adapter.len() > 1 {
+        let problem = "--abstain goes by the calibration of one adapter, and several are given";
+        return Err(Problem::usage(problem).into());
+    }
     let again = |target: f64| {
         let samples = args
             .posterior_samples
@@ -138,13 +226,25 @@ fn threshold(calibration: Option<&(Judged, Scaling)>, args: &PredictArgs) -> Res
             ..
         })) => return Ok(threshold),
         Some(Some(off)) => (
-            format!("no confidence keeps the error below {}", off.target_error),
-            again(2.0 * off.target_error),
+            format!(
+                "no confidence was found that keeps the error below {}",
+                off.target_error
+            ),
+            again(reachable(&off)),
         ),
     };
     Err(Problem::new("no-threshold", "--abstain", message, fix)
         .exit(2)
         .into())
+}
+
+/// A target that the rows of a calibration may reach, as they did not reach theirs: the least bound that was seen, rounded up.
+fn reachable(off: &Abstention) -> f64 {
+    let least = off
+        .error_bound
+        .unwrap_or(off.least_bound)
+        .max(off.least_bound);
+    ((100.0 * least).ceil() / 100.0).clamp(0.01, 0.99)
 }
 
 /// Turns rows into questions.
@@ -237,6 +337,16 @@ impl Reader<'_> {
         }
     }
 
+    /// A prompt that is answered by one of `choices`, read as a row with them is.
+    fn choice(&self, prompt: &str, choices: &[String]) -> Result<Question> {
+        let row = serde_json::json!({"prompt": prompt, "choices": choices});
+        let row = parse_question(row.to_string().as_bytes()).map_err(|problems| {
+            let problems = problems.iter().map(|p| p.to_string()).collect::<Vec<_>>();
+            Problem::usage(format!("--choices: {}", problems.join("; ")))
+        })?;
+        Ok(self.of_row(&row)?)
+    }
+
     fn too_long(&self, prompt: &[u32]) -> Option<String> {
         (prompt.len() > self.room).then(|| {
             format!(
@@ -249,12 +359,16 @@ impl Reader<'_> {
     }
 }
 
-fn describe(answer: &Answer) -> String {
-    let mut text = match answer.abstain {
-        Some(true) => "(no answer)".to_owned(),
-        _ => answer.text.trim().to_owned(),
-    };
-    text.push_str(&format!("\n  {}", how_sure(answer)));
+fn describe(given: &Given, who: &str) -> String {
+    let answer = &given.answer;
+    let mut text = given
+        .line
+        .map_or_else(String::new, |line| format!("{line}: "));
+    text.push_str(match answer.abstain {
+        Some(true) => "(no answer)",
+        _ => answer.text.trim(),
+    });
+    text.push_str(&format!("\n  {}", how_sure(answer, who)));
     for choice in &answer.choices {
         let spread = choice
             .std
@@ -264,15 +378,15 @@ fn describe(answer: &Answer) -> String {
     }
     if let Some(found) = &answer.uncertainty {
         text.push_str(&format!(
-            "\n  entropy {:.4} nats = {:.4} within a draw + {:.4} between draws",
+            "\n  entropy {:.4} nats = {:.4} within one of them + {:.4} between them",
             found.predictive_entropy, found.expected_entropy, found.mutual_information,
         ));
     }
     text
 }
 
-/// How sure an answer is, in words.
-pub(super) fn how_sure(answer: &Answer) -> String {
+/// How sure an answer is, in words; `who` was asked, draws or adapters.
+pub(super) fn how_sure(answer: &Answer, who: &str) -> String {
     let p = answer.p_correct;
     let word = match p {
         0.95.. => "very sure",
@@ -294,8 +408,8 @@ pub(super) fn how_sure(answer: &Answer) -> String {
         let n = found.draws;
         let agreeing = (found.agreement * n as f64).round() as usize;
         text.push_str(&match agreeing == n {
-            true => format!("; all {n} draws say the same"),
-            false => format!("; {agreeing} of {n} draws say the same"),
+            true => format!("; all {n} {who} say the same"),
+            false => format!("; {agreeing} of {n} {who} say the same"),
         });
     }
     text

@@ -16,12 +16,13 @@ use serde::Serialize;
 
 use self::certainty::{Certainty, Score};
 use self::job::{Form, Job, Paths};
-use super::train::stop_on_signals;
+use super::train::{AFTER_STEP, stop_on_signals};
 use super::{interrupted, numerical, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
 use crate::data::Dataset;
 use crate::eval::Recital;
+use crate::fit::Stopped;
 use crate::hub::{self, HubOptions, Located, OfGguf};
 use crate::model::{ActiveAdapter, Decoder, Generation};
 use crate::output::require_empty;
@@ -107,7 +108,8 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let start = Start::new(&prepared, &device, RunLock::take(&paths.adapter)?)?;
     let mut progress = TrainProgress::default();
     let event = |event: &Event| progress.show(event);
-    let (outcome, decoder) = prepared.train(start, &device, stop_on_signals()?, event)?;
+    let interrupt = stop_on_signals(AFTER_STEP)?;
+    let (outcome, decoder) = prepared.train(start, &device, interrupt.clone(), event)?;
     if outcome.interrupted {
         return Err(interrupted(format!(
             "interrupted at step {}; continue with `monteclora train -c {} --resume auto`",
@@ -137,9 +139,13 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         (&decoder, &adapter),
         &paths.data.join("valid.jsonl"),
         &paths.posterior,
-        &tickets,
-        &mean_answers,
-    )?;
+        (&tickets, &mean_answers),
+        &interrupt,
+    )
+    .map_err(|error| match error.is::<Stopped>() {
+        true => interrupted("interrupted while the posterior was fitted; the adapter is there"),
+        false => error,
+    })?;
     drop(decoder);
     let answers = out.join("answers.jsonl");
     std::fs::write(&answers, tickets.lines(&base_answers, &mean_answers)?)
@@ -343,6 +349,9 @@ fn describe(report: &Report, paths: &Paths, form: Form, base: &Path) -> String {
     ] {
         let (all, surest) = (100.0 * score.exact_match, 100.0 * score.surest_80);
         text.push_str(&format!("  {name:<16} {all:>5.1} % {surest:>18.1} %\n"));
+    }
+    if report.posterior.score.surest_80 <= report.mean.surest_80 {
+        text.push_str("on these tickets the draws rank answers no better than the mean does\n");
     }
     text.push_str(&report.posterior.words());
     if let (Some(parity), Some(served)) = (&report.parity, &report.served) {

@@ -28,7 +28,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     };
     let mut progress = TrainProgress::default();
     let show = |event: &Event| progress.show(event);
-    let (outcome, _) = prepared.train(*start, &device, stop_on_signals()?, show)?;
+    let (outcome, _) = prepared.train(*start, &device, stop_on_signals(AFTER_STEP)?, show)?;
     if outcome.interrupted {
         return Err(interrupted(format!(
             "interrupted at step {} of {}; continue with: {}",
@@ -89,15 +89,18 @@ fn finished(prepared: &Prepared, step: u64, as_json: bool) -> Result<()> {
     ))
 }
 
-/// A flag set by the first SIGINT or SIGTERM; a second one ends the process at once.
-pub(super) fn stop_on_signals() -> Result<Interrupt> {
+/// When training stops.
+pub(super) const AFTER_STEP: &str = " after this step";
+
+/// A flag set by the first SIGINT or SIGTERM, which says when it is looked at; a second one ends the process at once.
+pub(super) fn stop_on_signals(after: &'static str) -> Result<Interrupt> {
     let flag: Interrupt = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
     ctrlc::set_handler(move || {
         if seen.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        tracing::warn!("stopping after this step; once more to quit at once");
+        tracing::warn!("stopping{after}; once more to quit at once");
     })
     .context("cannot install the signal handler")?;
     Ok(flag)

@@ -282,7 +282,11 @@ fn posterior_ranges(document: &mut Document, config: &MonteCloraConfig) {
     document.not_negative(&key("kl_loss_weight"), config.kl_loss_weight);
     document.above_zero(&key("dirichlet_prior"), config.dirichlet_prior);
     document.share(&key("kl_warmup_ratio"), config.kl_warmup_ratio);
-    document.above_zero(&key("prior_std"), config.prior_std);
+    document.that(
+        &key("prior_std"),
+        (1e-6..=1e3).contains(&config.prior_std),
+        format!("found {}, expected 1e-6 to 1000", config.prior_std),
+    );
     document.above_zero(&key("temperature"), config.temperature);
     let of_evidence = config.objective == Objective::Elbo;
     let (others, why) = match of_evidence {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use monteclora_converters::files::sha256;
 use monteclora_converters::{Error, Problem};
 use serde_json::{Map, Value};
 
@@ -174,6 +175,18 @@ impl Encoder {
     /// The chat template, if the model has one.
     pub fn template(&self) -> Option<&ChatTemplate> {
         self.template.as_ref()
+    }
+
+    /// SHA-256 of the chat template and its variables, where it writes out prompts.
+    pub fn chat_template_sha256(&self) -> Option<String> {
+        let template = self
+            .template
+            .as_ref()
+            .filter(|_| self.options.apply_chat_template)?;
+        let variables = Value::Object(template.variables().clone());
+        Some(sha256(
+            format!("{variables}\n{}", template.content()).as_bytes(),
+        ))
     }
 
     /// The options.

@@ -108,6 +108,11 @@ impl ChatTemplate {
         self.sources.content()
     }
 
+    /// Its own variables.
+    pub(super) fn variables(&self) -> &Map<String, Json> {
+        &self.variables
+    }
+
     /// Names among its own variables that none of its templates has.
     pub(super) fn unread_variables(&self) -> impl Iterator<Item = &str> {
         let names = self.variables.keys().map(String::as_str);

@@ -21,6 +21,8 @@ pub struct Abstention {
     pub target_error: f64,
     /// Confidence from which on answers are given; none where no threshold was found that keeps the target.
     pub threshold: Option<f64>,
+    /// The least upper bound, at 99 %, that any threshold has on the rows it is chosen on: targets below it are out of reach.
+    pub least_bound: f64,
     /// Rows that the threshold was chosen on.
     pub chosen_on: usize,
     /// Other rows, that it was checked on.
@@ -86,17 +88,20 @@ pub fn choose(outcomes: &[Outcome], target_error: f64, seed: u64) -> Result<Abst
     let of = |rows: &[usize]| -> Vec<Outcome> { rows.iter().map(|row| outcomes[*row]).collect() };
     let (mut choice, check) = (of(choice), of(check));
     choice.sort_by(|a, b| b.confidence.total_cmp(&a.confidence));
-    let (mut threshold, mut n, mut errors) = (None, 0, 0);
+    let (mut threshold, mut least_bound, mut n, mut errors) = (None, 1f64, 0, 0);
     for tied in choice.chunk_by(|a, b| a.confidence == b.confidence) {
         n += tied.len();
         errors += tied.iter().filter(|o| !o.correct).count();
-        if upper_bound(errors, n, CHOICE)? <= target_error {
+        let bound = upper_bound(errors, n, CHOICE)?;
+        least_bound = least_bound.min(bound);
+        if bound <= target_error {
             threshold = Some(tied[0].confidence);
         }
     }
     let mut found = Abstention {
         target_error,
         threshold: None,
+        least_bound,
         chosen_on: choice.len(),
         checked_on: check.len(),
         answered: None,

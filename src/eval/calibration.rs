@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, Error, Problem, files};
+use monteclora_converters::{Adapter, Problem, files};
 use serde::{Deserialize, Serialize};
 
 use super::abstention::Abstention;
 use super::measures::{self, Outcome};
-use super::{LengthNormalisation, Prediction, fit_temperature};
+use super::{BOUNDS, LengthNormalisation, Prediction, fit_temperature};
 
 /// The file's name.
 pub const FILE: &str = "calibration.json";
@@ -72,6 +72,8 @@ pub struct Circumstances {
     pub adapter: String,
     /// Whether prompts are written out by the chat template.
     pub applies_chat_template: bool,
+    /// SHA-256 of the chat template with its variables, where it writes out prompts.
+    pub chat_template_sha256: Option<String>,
     /// Whether choices are compared by their likelihood per token.
     pub length_normalised: bool,
 }
@@ -161,14 +163,15 @@ impl Circumstances {
     pub fn new(
         base: String,
         adapter: &Adapter,
-        applies_chat_template: bool,
+        chat_template_sha256: Option<String>,
         normalisation: LengthNormalisation,
     ) -> Self {
         Self {
             base,
             mean: adapter.collapse().fingerprint(),
             adapter: adapter.fingerprint(),
-            applies_chat_template,
+            applies_chat_template: chat_template_sha256.is_some(),
+            chat_template_sha256,
             length_normalised: normalisation == LengthNormalisation::Tokens,
         }
     }
@@ -217,16 +220,16 @@ impl Calibration {
     /// A file that cannot be read, or that another version wrote in another form.
     pub fn beside(adapter: &Path) -> Result<Option<Self>> {
         let path = adapter.join(FILE);
+        let refuse = |what: String| {
+            let fix = "make it again with `monteclora calibrate`, or remove it";
+            Problem::new("calibration", format!("`{}`", path.display()), what, fix)
+        };
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound || adapter.is_file() => {
                 return Ok(None);
             }
-            Err(e) => return Err(Error::io("read", &path)(e).into()),
-        };
-        let refuse = |what: String| {
-            let fix = "make it again with `monteclora calibrate`, or remove it";
-            Problem::new("calibration", format!("`{}`", path.display()), what, fix)
+            Err(e) => return Err(refuse(format!("cannot be read: {e}")).into()),
         };
         let value: serde_json::Value =
             serde_json::from_str(&text).map_err(|e| refuse(format!("no calibration: {e}")))?;
@@ -241,10 +244,22 @@ impl Calibration {
             let found = &value["version"];
             return Err(refuse(format!("version {found}, this program reads {VERSION}")).into());
         }
-        let found = serde_json::from_value(value);
-        Ok(Some(
-            found.map_err(|e| refuse(format!("no calibration: {e}")))?,
-        ))
+        let found: Self =
+            serde_json::from_value(value).map_err(|e| refuse(format!("no calibration: {e}")))?;
+        let scalings = [&found.base_scaling, &found.mean_scaling];
+        for scaling in scalings.into_iter().chain(&found.posterior_scaling) {
+            let [low, high] = BOUNDS;
+            let temperature = scaling.temperature;
+            if !(0.999 * low..=1.001 * high).contains(&temperature) {
+                let what = format!("temperature {temperature} is not between {low} and {high}");
+                return Err(refuse(what).into());
+            }
+            let threshold = scaling.abstention.and_then(|a| a.threshold);
+            if threshold.is_some_and(|threshold| !(0.0..=1.0).contains(&threshold)) {
+                return Err(refuse("a threshold is not between 0 and 1".to_owned()).into());
+            }
+        }
+        Ok(Some(found))
     }
 
     /// Writes it beside the adapter at `path`, in place of one that is there.
@@ -264,6 +279,10 @@ impl Calibration {
             (
                 was.applies_chat_template != now.applies_chat_template,
                 "with the chat template where now there is none, or the other way round",
+            ),
+            (
+                was.chat_template_sha256 != now.chat_template_sha256,
+                "with another chat template, or other variables of it",
             ),
             (
                 was.length_normalised != now.length_normalised,
@@ -325,6 +344,7 @@ mod tests {
             mean: "mean".to_owned(),
             adapter: "adapter".to_owned(),
             applies_chat_template: true,
+            chat_template_sha256: Some("template".to_owned()),
             length_normalised: false,
         }
     }
@@ -370,10 +390,11 @@ mod tests {
             assert!(found.why_not.is_some());
         }
         assert_eq!(made.applicable(&circumstances(), None).why_not, None);
-        let changes: [fn(&mut Circumstances); 4] = [
+        let changes: [fn(&mut Circumstances); 5] = [
             |c| c.base.clear(),
             |c| c.mean.clear(),
             |c| c.applies_chat_template = false,
+            |c| c.chat_template_sha256 = None,
             |c| c.length_normalised = true,
         ];
         for change in changes {

@@ -12,8 +12,6 @@ mod parity;
 mod predict;
 mod prediction;
 mod recital;
-#[cfg(test)]
-mod recorded;
 mod scores;
 mod temperature;
 
@@ -40,3 +38,6 @@ fn not_finite(what: &str) -> Problem {
     );
     Problem::sentence("not-finite", message).exit(5)
 }
+
+#[cfg(test)]
+mod recorded;

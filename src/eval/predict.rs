@@ -190,7 +190,9 @@ impl Answerer<'_> {
             text,
             p_correct: prediction.confidence(),
             calibrated: scaling.is_some(),
-            abstain: self.threshold.map(|least| prediction.confidence() < least),
+            // A threshold is one on calibrated confidence.
+            abstain: (self.threshold.filter(|_| scaling.is_some()))
+                .map(|least| prediction.confidence() < least),
             uncertainty: None,
             choices: Vec::new(),
         };

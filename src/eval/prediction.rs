@@ -92,7 +92,8 @@ impl Prediction {
 
     /// `-ln p` of the true outcome, nats.
     pub fn nll(&self) -> f64 {
-        -self.log_probabilities[self.answer]
+        // Not -0.
+        0.0 - self.log_probabilities[self.answer]
     }
 
     /// `sum_c (p_c - y_c)^2`, from 0 to 2.

@@ -203,7 +203,7 @@ impl Predictor<'_> {
 }
 
 /// What each of `predictors` says of `rows` of `data`, indices of examples, and of those among them that have choices; `done` is told the rows of
-/// every batch.
+/// every batch, and may end it.
 ///
 /// # Errors
 /// Those of the data and of the decoder; likelihoods that are not finite.
@@ -214,7 +214,7 @@ pub fn score(
     rows: &[usize],
     choices: &ChoiceRows,
     options: &EvalOptions,
-    mut done: impl FnMut(usize),
+    mut done: impl FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Scored>> {
     let mut scored: Vec<Scored> = predictors
         .iter()
@@ -276,7 +276,7 @@ pub fn score(
                 scored.choices.push(of_row.collect::<Result<_, _>>()?);
             }
         }
-        done(range.len());
+        done(range.len())?;
     }
     for scored in &scored {
         if !scored.loss().is_finite() {

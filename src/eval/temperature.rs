@@ -50,7 +50,8 @@ pub fn fit_temperature(predictions: &[Prediction]) -> Result<f64> {
         .run()?;
     let found = found.state().best_param.unwrap_or(0.0);
     // The method never asks for the ends themselves.
-    let candidates = [found, low, high];
+    // Where all answers are right the likelihood vanishes long before the end, which then is the temperature.
+    let candidates = [low, high, found];
     let cost = |log: &f64| mean_nll(predictions, log.exp());
     let best = candidates
         .into_iter()

@@ -2,6 +2,7 @@
 
 use monteclora_adapters::methods::monteclora::Geometry;
 use serde::Serialize;
+use serde_json::Value;
 
 use super::search::{Criterion, Evaluation, Fitted};
 
@@ -47,6 +48,10 @@ pub struct FitRecord {
     pub zero_modules: Vec<String>,
     /// Seconds of the search.
     pub seconds: f64,
+    /// What the adapter's run.json records, without its list of modules: by it `eval` and `predict` know the conversation that the
+    /// adapter was trained on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub training: Option<Value>,
 }
 
 impl FitRecord {
@@ -74,6 +79,7 @@ impl FitRecord {
             rounding: fitted.rounding,
             zero_modules: fitted.zero_modules.clone(),
             seconds: 0.0,
+            training: None,
         }
     }
 

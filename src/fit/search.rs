@@ -28,8 +28,8 @@ const COARSE: f64 = 4.0;
 /// Scales of the golden-section search between them, after the first two.
 const FINE_STEPS: u64 = 3;
 
-/// Change of the average's log-likelihood, as a share, below which noise does nothing that matters.
-const SLIGHT: f64 = 0.01;
+/// Change of the average's log-likelihood, with and without a temperature, as a share, below which noise does nothing that matters.
+const SLIGHT: f64 = 0.005;
 
 /// Accuracy that the average may lose against the mean.
 const ALLOWED_LOSS: f64 = 0.01;
@@ -41,7 +41,8 @@ pub enum Criterion {
     /// The least negative log-likelihood of the average over the draws. Of choices it is the one after a temperature fitted on the
     /// same rows, and scales that cost more than a hundredth of accuracy do not count.
     Nll,
-    /// The largest scale whose average has a negative log-likelihood at most this share above the mean's.
+    /// The largest scale whose average has a negative log-likelihood at most this share above the mean's, among those that cost at
+    /// most a hundredth of the accuracy on choices.
     Tolerance(f64),
 }
 
@@ -68,6 +69,14 @@ pub struct Evaluation {
 }
 
 impl Evaluation {
+    /// Whether `other` answers as well as this one, nearly.
+    fn allows(&self, other: &Self) -> bool {
+        match (other.accuracy, self.accuracy) {
+            (Some(now), Some(before)) => now >= before - ALLOWED_LOSS - 1e-9,
+            _ => true,
+        }
+    }
+
     /// The negative log-likelihood without any temperature.
     fn untempered(&self) -> f64 {
         self.nll_untempered.unwrap_or(self.nll)
@@ -182,7 +191,12 @@ impl Search<'_> {
                 Criterion::Tolerance(share) => family.largest_tolerated(share)?,
             };
             evaluations.extend(family.tried.into_inner());
-            if best.as_ref().is_none_or(|(best, _)| found.nll < best.nll) {
+            // One that costs accuracy is kept only where nothing else is left.
+            let rank = |e: &Evaluation| (!before.allows(e), e.nll);
+            if best
+                .as_ref()
+                .is_none_or(|(best, _)| rank(&found) < rank(best))
+            {
                 best = Some((found, family.posterior));
             }
         }
@@ -215,10 +229,8 @@ impl Search<'_> {
         scale: Option<(Geometry, f64)>,
         predictor: &[Predictor<'_>; 1],
     ) -> Result<Evaluation> {
-        if self.interrupt.load(Ordering::Relaxed) {
-            bail!(Stopped);
-        }
-        let (model, done) = (self.decoder, |_| {});
+        self.go_on()?;
+        let (model, done) = (self.decoder, |_| self.go_on());
         let scored = score(
             model,
             predictor,
@@ -229,6 +241,13 @@ impl Search<'_> {
             done,
         )?;
         self.judge(scale, &scored[0])
+    }
+
+    fn go_on(&self) -> Result<()> {
+        match self.interrupt.load(Ordering::Relaxed) {
+            true => bail!(Stopped),
+            false => Ok(()),
+        }
     }
 
     fn judge(&self, scale: Option<(Geometry, f64)>, scored: &Scored) -> Result<Evaluation> {
@@ -296,14 +315,11 @@ impl Family<'_> {
 
     /// Whether the average answers as well as the mean, nearly.
     fn is_allowed(&self, evaluation: &Evaluation) -> bool {
-        match (evaluation.accuracy, self.before.accuracy) {
-            (Some(now), Some(before)) => now >= before - ALLOWED_LOSS - 1e-9,
-            _ => true,
-        }
+        self.before.allows(evaluation)
     }
 
     /// The least negative log-likelihood among all scales that are tried: first coarse ones, each a quarter of the one before, from the
-    /// widest to one that changes the average by less than a hundredth (the effect is of the second order, so that narrower ones
+    /// widest to one that hardly changes the average (the effect is of the second order, so that narrower ones
     /// change nothing); then those of a golden-section search over `ln sigma` around the best of them. Where none is allowed, the
     /// least scale.
     ///
@@ -312,7 +328,8 @@ impl Family<'_> {
         let mut sigma = BOUNDS[1];
         loop {
             let found = self.evaluate(sigma)?;
-            let is_slight = (found.untempered() / self.before.untempered()).ln().abs() < SLIGHT;
+            let change = |of: fn(&Evaluation) -> f64| (of(&found) / of(self.before)).ln().abs();
+            let is_slight = change(|e| e.nll).max(change(Evaluation::untempered)) < SLIGHT;
             if (is_slight && self.is_allowed(&found)) || sigma <= BOUNDS[0] {
                 break;
             }
@@ -348,14 +365,15 @@ impl Family<'_> {
         let most = self.before.nll * (1.0 + share);
         let [low, high] = BOUNDS;
         let top = self.evaluate(high)?;
-        if top.nll <= most {
+        let is_tolerated = |found: &Evaluation| found.nll <= most && self.is_allowed(found);
+        if is_tolerated(&top) {
             return Ok(top);
         }
         let mut tolerated = self.evaluate(low)?;
         let (mut below, mut above) = (low.ln(), high.ln());
-        if tolerated.nll > most {
+        if !is_tolerated(&tolerated) {
             let problem = format!(
-                "even the least scale, {low}, costs more than a share of {share} of the negative log-likelihood"
+                "even the least scale, {low}, costs more than a share of {share} of the negative log-likelihood, or more than a hundredth of the accuracy"
             );
             let fix = "give more rows or draws, or a larger --tolerance";
             return Err(Problem::new("tolerance", "--tolerance", problem, fix)
@@ -365,7 +383,7 @@ impl Family<'_> {
         while above - below > TOLERANCE {
             let middle = 0.5 * (below + above);
             let found = self.evaluate(middle.exp())?;
-            if found.nll <= most {
+            if is_tolerated(&found) {
                 (below, tolerated) = (middle, found);
             } else {
                 above = middle;

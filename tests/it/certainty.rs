@@ -7,6 +7,7 @@ mod fit;
 use std::fs;
 use std::path::Path;
 
+use monteclora_converters::Adapter;
 use serde_json::{Value, json};
 
 use crate::cli::{copy, json, own_adapter, run, text, tiny};
@@ -148,6 +149,23 @@ fn an_ensemble_is_the_average_of_its_members() {
         .sum();
     assert!((number(&scores["ensemble"]["draw_loss"]) - losses / 3.0).abs() < 1e-4);
     let (model, rows) = (tiny(), place.at("rows.jsonl"));
+    let same = place.adapter("plain-lora");
+    let twice = run(&[
+        "eval",
+        "-m",
+        &model,
+        "--data",
+        &rows,
+        "-a",
+        &members[0],
+        "-a",
+        &same,
+    ]);
+    assert!(
+        twice.code == 0 && twice.stderr.contains("have the same mean"),
+        "{}",
+        twice.stderr
+    );
     let two = ["-a", &members[0], "-a", &members[1]];
     let several = [
         &["eval", "-m", &model, "--data", &rows][..],
@@ -211,6 +229,37 @@ fn scores_come_with_intervals_a_floor_and_a_page() {
     for never in ["<script", "http://", "https://", "NaN"] {
         assert!(!html.contains(never), "{never}");
     }
+    // What is read is not written over, and what cannot be written is said before the work.
+    let rows = place.at("rows.jsonl");
+    let before = fs::read(&rows).unwrap();
+    let weights = Path::new(&adapter).join("adapter_model.safetensors");
+    for more in [
+        ["--per-row", &rows],
+        ["--html", text(&weights)],
+        ["--per-row", text(place.dir.path())],
+        ["--html", "nowhere/page.html"],
+        ["--ece-bins", "18446744073709551615"],
+        ["--max-seq-length", "100000"],
+    ] {
+        let refused = place.run("eval", &adapter, &more);
+        assert_eq!(refused.code, 2, "{more:?}: {}", refused.stderr);
+        assert!(refused.stderr.contains(more[0]), "{}", refused.stderr);
+    }
+    let both = place.at("both");
+    let refused = place.run("eval", &adapter, &["--html", &both, "--per-row", &both]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert_eq!(fs::read(&rows).unwrap(), before);
+    Adapter::read(Path::new(&adapter)).unwrap();
+    // A link stays one.
+    #[cfg(unix)]
+    {
+        let (link, target) = (place.at("link"), place.at("target"));
+        fs::write(&target, "").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        place.json("eval", &adapter, &["--limit", "2", "--per-row", &link]);
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(fs::read_to_string(&target).unwrap().lines().count(), 2);
+    }
     let limited = place.json("eval", &adapter, &["--limit", "5"]);
     assert_eq!(
         (&limited["rows"], &limited["choice_rows"]),
@@ -226,7 +275,7 @@ fn scores_come_with_intervals_a_floor_and_a_page() {
     let table = place
         .run("eval", &adapter, &["--posterior-samples", "2"])
         .stdout;
-    for part in ["if calibrated", "AURC", "by entropy"] {
+    for part in ["ECE floor", "AURC", "by entropy"] {
         assert!(table.contains(part), "{part}: {table}");
     }
 }

@@ -52,7 +52,7 @@ pub(super) fn write(
     for adapter in &args.adapter {
         facts.push(("adapter".to_owned(), adapter.display().to_string()));
     }
-    if let Some(n) = args.posterior_samples {
+    if let Some(n) = args.posterior_samples.filter(|n| *n > 0) {
         facts.push((
             "posterior draws".to_owned(),
             format!("{n}, seed {}", args.scoring.seed),
@@ -60,7 +60,7 @@ pub(super) fn write(
     }
     let mut notes = vec![
         "Below each score its 95 % interval, by the bootstrap over the rows.".to_owned(),
-        "\u{201c}ECE if calibrated\u{201d} is the ECE that a perfectly calibrated model of these confidences has on so few rows: an ECE near it says nothing against the model.".to_owned(),
+        "\u{201c}ECE floor\u{201d} is the ECE that a perfectly calibrated model of these confidences has on so few rows: an ECE near it says nothing against the model.".to_owned(),
     ];
     if subjects
         .iter()

@@ -54,6 +54,11 @@ fn of_choices(said: &mut Value, adapters: &[Prediction], subject: &Subject) {
     said["nll"] = json!(average.nll());
     said["confidence"] = json!(average.confidence());
     said["correct"] = json!(average.correct());
+    if let Some(calibrated) = &subject.scores.calibrated {
+        let tempered = average.tempered(calibrated.temperature);
+        said["calibrated"] =
+            json!({"probabilities": tempered.probabilities(), "confidence": tempered.confidence()});
+    }
     if let (true, Some((predictive, expected))) =
         (subject.scores.draws.is_some(), entropies(adapters))
     {

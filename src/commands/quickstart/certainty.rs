@@ -98,8 +98,8 @@ pub(super) fn assess(
     (decoder, adapter): (&Decoder, &Adapter),
     valid: &Path,
     output: &Path,
-    tickets: &Recital<'_>,
-    mean_answers: &[Generation],
+    (tickets, mean_answers): (&Recital<'_>, &[Generation]),
+    interrupt: &AtomicBool,
 ) -> Result<Certainty> {
     let began = Instant::now();
     let encoder = prepared.train.encoder();
@@ -127,7 +127,7 @@ pub(super) fn assess(
         n_draws: FIT_DRAWS,
         seed: SEED,
         criterion,
-        interrupt: &AtomicBool::new(false),
+        interrupt,
         watch: &fit::tell,
     };
     let fitted = search.run(&[Geometry::Rows])?;
@@ -140,6 +140,7 @@ pub(super) fn assess(
         base_fingerprint: base.clone(),
         adapter_fingerprint: adapter.fingerprint(),
         seconds: began.elapsed().as_secs_f64(),
+        training: fit::training(&prepared.run.train.output_dir),
         ..FitRecord::new(&fitted, criterion)
     };
     fit::write(output, &fitted.adapter, &record, &Beside::default())?;
@@ -159,7 +160,7 @@ pub(super) fn assess(
         Circumstances::new(
             base,
             &fitted.adapter,
-            form == Form::Conversations,
+            encoder.chat_template_sha256(),
             LengthNormalisation::None,
         ),
         Rows {
@@ -252,7 +253,7 @@ impl Certainty {
         ];
         let mut text = String::new();
         for (title, asked) in titles.iter().zip(&self.questions) {
-            let sure = predict::how_sure(&asked.answer);
+            let sure = predict::how_sure(&asked.answer, "draws");
             text.push_str(&format!(
                 "\n{title}\n  {}\n  {}\n  {sure}\n",
                 asked.question.replace('\n', "\n  "),

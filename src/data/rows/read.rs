@@ -367,6 +367,14 @@ impl<'a> Reader<'a> {
                 "expected at least two strings",
             );
         };
+        let repeats = |at: &usize| texts[..*at].contains(&texts[*at]);
+        if let Some(at) = (1..texts.len()).find(repeats) {
+            return self.refuse(
+                format!("choices[{at}]"),
+                "is there twice",
+                "expected each answer once",
+            );
+        }
         let trained = match content {
             RowContent::Prompt { completion, .. } => completion.as_str(),
             RowContent::Conversation { messages, .. } => messages

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{Place, close, number, rows};
-use crate::cli::ok;
+use crate::cli::{ok, run};
 
 #[test]
 fn a_calibration_is_used_where_it_holds() {
@@ -68,6 +68,42 @@ fn a_calibration_is_used_where_it_holds() {
         close(&answer["p_correct"], &json!(best), "p_correct");
     }
 
+    // One question with its choices is what the row is; without them the calibration says nothing about it.
+    let ask = |more: &[&str]| {
+        let first = [
+            "predict",
+            "-m",
+            &place.model,
+            "-a",
+            &adapter,
+            "--prompt",
+            "is thing 1 green",
+        ];
+        run(&[&first[..], &draws, more].concat())
+    };
+    let one = ask(&["--choices", "yes", "no", "--json"]);
+    assert_eq!(one.code, 0, "{}", one.stderr);
+    let one: Value = serde_json::from_str(&one.stdout).unwrap();
+    let (one, row) = (&one["answers"][0], &answers[1]);
+    assert_eq!((&one["text"], &row["line"]), (&row["text"], &json!(2)));
+    close(&one["p_correct"], &row["p_correct"], "the same question");
+    let open = ask(&["--max-tokens", "2"]);
+    assert!(
+        open.code == 0
+            && open
+                .stderr
+                .contains("the calibration is of rows with choices"),
+        "{}",
+        open.stderr
+    );
+    assert!(
+        open.stdout.contains("nobody has calibrated"),
+        "{}",
+        open.stdout
+    );
+    assert_eq!(ask(&["--choices", "yes"]).code, 2);
+    assert_eq!(ask(&["--choices", "yes", "yes"]).code, 2);
+
     // Other draws, another posterior, another adapter: said and not used.
     for (more, still) in [
         (&["--posterior-samples", "2", "--seed", "5"][..], true),
@@ -108,6 +144,35 @@ fn a_calibration_is_used_where_it_holds() {
             "{more:?}"
         );
     }
+    // Another template, which other prompts come of.
+    let template = place.at("other.jinja");
+    fs::write(
+        &template,
+        "{% for m in messages %}{{ m.content }}|{% endfor %}",
+    )
+    .unwrap();
+    let other = place.run("eval", &adapter, &["--chat-template", &template]);
+    assert!(
+        other.code == 0 && other.stderr.contains("with another chat template"),
+        "{}",
+        other.stderr
+    );
+    // No temperature that a search could have found.
+    let kept = fs::read_to_string(Path::new(&adapter).join("calibration.json")).unwrap();
+    let mut edited: Value = serde_json::from_str(&kept).unwrap();
+    edited["mean_scaling"]["temperature"] = json!(-1.0);
+    fs::write(
+        Path::new(&adapter).join("calibration.json"),
+        edited.to_string(),
+    )
+    .unwrap();
+    let refused = place.run("eval", &adapter, &[]);
+    assert!(
+        refused.code == 4 && refused.stderr.contains("temperature -1"),
+        "{}",
+        refused.stderr
+    );
+    fs::write(Path::new(&adapter).join("calibration.json"), kept).unwrap();
     // A damaged file is refused, and made again as the message says.
     let file = "calibration.json";
     let damaged = place.adapter("all-linear");
@@ -274,6 +339,34 @@ fn answers_below_the_threshold_are_not_given() {
         "{words}"
     );
 
+    // The threshold is one on choices.
+    let first = ["predict", "-m", &place.model, "-a", &adapter];
+    let open = run(&[&first[..], &["--prompt", "say it", "--abstain"]].concat());
+    assert_eq!(open.code, 2, "{}", open.stderr);
+    assert!(
+        open.stderr.contains("leave --abstain out"),
+        "{}",
+        open.stderr
+    );
+    let plain = run(&[&first[..], &["--prompt", "say it", "--max-tokens", "2"]].concat());
+    assert_eq!(plain.code, 0, "{}", plain.stderr);
+    let two = run(&[
+        &first[..],
+        &[
+            "-a",
+            &place.adapter("plain-lora"),
+            "--prompt",
+            "say it",
+            "--abstain",
+        ],
+    ]
+    .concat());
+    assert!(
+        two.code == 2 && two.stderr.contains("one adapter"),
+        "{}",
+        two.stderr
+    );
+
     // No confidence says anything: every second answer is wrong, wherever it is.
     fs::write(
         place.at("rows.jsonl"),
@@ -287,7 +380,7 @@ fn answers_below_the_threshold_are_not_given() {
     assert!(
         refused
             .stderr
-            .contains("no confidence keeps the error below 0.1"),
+            .contains("no confidence was found that keeps the error below 0.1"),
         "{}",
         refused.stderr
     );

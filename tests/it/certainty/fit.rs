@@ -7,7 +7,7 @@ use monteclora_converters::Adapter;
 use serde_json::{Value, json};
 
 use super::{Place, close, number, rows};
-use crate::cli::{json, ok, own_adapter, text, tiny};
+use crate::cli::{json, ok, own_adapter, run, text, tiny};
 use crate::fixtures::{AdapterCase, largest_difference, named, usable};
 
 /// The scale of a fit, few rows and draws, on an adapter and its own base.
@@ -218,9 +218,29 @@ fn what_cannot_be_fitted_is_refused_before_the_search() {
         assert!(!Path::new(&output).exists());
     };
     refuse(&["--draws", "0"], 2, "--draws 0");
+    refuse(&["--draws", "1000000000"], 2, "--draws 1000000000");
     refuse(&["--rows", "0"], 2, "--rows 0");
     refuse(&["--tolerance", "0"], 2, "--tolerance 0");
     refuse(&["--geometry", "round"], 2, "geometry");
+    // Rows of two kinds would be judged by one of them.
+    let mixed = rows(4, |at| at) + &format!("{}\n", json!({"prompt": "a", "completion": "b"}));
+    fs::write(place.at("mixed.jsonl"), mixed).unwrap();
+    let found = run(&[
+        "fit",
+        "-m",
+        &place.model,
+        "-a",
+        &plain,
+        "--data",
+        &place.at("mixed.jsonl"),
+        "-o",
+        &output,
+    ]);
+    assert!(
+        found.code == 3 && found.stderr.contains("4 of 5 rows have `choices`"),
+        "{}",
+        found.stderr
+    );
     // An adapter that changes nothing has no posterior that could be seen.
     let zero = place.adapter("plain-lora");
     let read = Adapter::read(Path::new(&zero)).unwrap();
@@ -268,6 +288,9 @@ fn a_fit_carries_the_tokenizer_and_no_calibration() {
     )
     .unwrap();
     fs::write(Path::new(&adapter).join("calibration.json"), "{}").unwrap();
+    // It was trained on bare prompts, which goes along in fit.json.
+    let record = json!({"config": {"data": {"apply_chat_template": false}}, "sites": ["a"], "train": {"format": "prompt_completion"}});
+    fs::write(Path::new(&adapter).join("run.json"), record.to_string()).unwrap();
     let output = place.at("fitted");
     let few = [
         "-o",
@@ -282,6 +305,18 @@ fn a_fit_carries_the_tokenizer_and_no_calibration() {
     let found = place.run("fit", &adapter, &few);
     assert_eq!(found.code, 0, "{}", found.stderr);
     assert!(Path::new(&output).join("chat_template.jinja").exists());
+    let kept = fs::read_to_string(Path::new(&output).join("fit.json")).unwrap();
+    let kept: Value = serde_json::from_str(&kept).unwrap();
+    assert_eq!(
+        kept["training"],
+        json!({"config": {"data": {"apply_chat_template": false}}, "train": {"format": "prompt_completion"}})
+    );
+    let warned = place.run("eval", &output, &[]);
+    assert!(
+        warned.code == 0 && warned.stderr.contains("apply_chat_template"),
+        "{}",
+        warned.stderr
+    );
     assert!(!Path::new(&output).join("calibration.json").exists());
     assert!(
         found.stdout.contains("calibration.json"),
