@@ -1,9 +1,11 @@
 //! Where results go: directories that may not hold anything yet.
 
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use monteclora_converters::Problem;
+use monteclora_converters::{Error, Problem, files};
 
 /// Refuses a directory that holds something, unless `force`.
 ///
@@ -90,4 +92,25 @@ pub fn require_writable(flag: &str, dir: &Path) -> Result<()> {
             Err(Problem::usage(problem).into())
         }
     }
+}
+
+/// Writes the file that a user named: as [`files::write_file`], but a link is followed, and what is no file, such as a device or a
+/// pipe, is written into.
+///
+/// # Errors
+/// If `fill` fails or the system refuses.
+pub fn write_named(
+    path: &Path,
+    fill: impl FnOnce(&mut BufWriter<&File>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let followed = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let path = followed.as_path();
+    if !path.exists() || path.is_file() {
+        return files::write_file(path, fill);
+    }
+    let open = File::options().write(true).open(path);
+    let file = open.map_err(Error::io("write", path))?;
+    let mut writer = BufWriter::new(&file);
+    fill(&mut writer)?;
+    writer.flush().map_err(Error::io("write", path))
 }

@@ -58,7 +58,7 @@ pub fn dir_beside(path: &Path) -> Result<TempDir> {
 }
 
 /// Writes `path` through a temporary sibling: `fill` writes, then the file is synced and renamed. A reader sees what was
-/// there before, or all of the new. A link is followed; what is no file, such as a device or a pipe, is written into.
+/// there before, or all of the new.
 ///
 /// # Errors
 /// If `fill` fails or the system refuses; nothing has changed then.
@@ -66,16 +66,6 @@ pub fn write_file<E: From<Error>>(
     path: &Path,
     fill: impl FnOnce(&mut BufWriter<&File>) -> Result<(), E>,
 ) -> Result<(), E> {
-    let followed = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-    let path = followed.as_path();
-    let is_special = fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir());
-    if is_special {
-        let open = File::options().write(true).open(path);
-        let file = open.map_err(Error::io("write", path))?;
-        let mut writer = BufWriter::new(&file);
-        fill(&mut writer)?;
-        return Ok(writer.flush().map_err(Error::io("write", path))?);
-    }
     let temporary = prepare_file(path, fill)?;
     let failed = |error: tempfile::PersistError| Error::io("write", path)(error.error);
     temporary.persist(path).map_err(failed)?;

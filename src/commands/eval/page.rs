@@ -1,13 +1,15 @@
 //! `eval --html`: the page of an evaluation.
 
+use std::io::Write;
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::files;
+use monteclora_converters::Error;
 
 use super::{ROWS, Subject};
 use crate::cli::EvalArgs;
 use crate::eval::{EvalOptions, measures};
+use crate::output::write_named;
 use crate::report::{EvaluationPage, Score, Shown};
 
 /// Writes the page about `subjects`.
@@ -79,7 +81,11 @@ pub(super) fn write(
         shown: shown.collect(),
         notes,
     };
-    files::write_text(path, &page.html()?)?;
+    let html = page.html()?;
+    write_named(path, |file| {
+        file.write_all(html.as_bytes())
+            .map_err(Error::io("write", path))
+    })?;
     Ok(())
 }
 

@@ -4,12 +4,13 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::Result;
-use monteclora_converters::{Error, files};
+use monteclora_converters::Error;
 use serde_json::{Map, Value, json};
 
 use super::Subject;
 use crate::data::Dataset;
 use crate::eval::{ChoiceRows, Prediction, entropies};
+use crate::output::write_named;
 
 /// Writes one JSON object per row of `rows`, in their order, each with what `subjects` say of it.
 pub(super) fn write(
@@ -20,7 +21,7 @@ pub(super) fn write(
     subjects: &[Subject],
 ) -> Result<()> {
     let write = |error| Error::io("write", path)(error);
-    files::write_file::<Error>(path, |file| {
+    write_named(path, |file| {
         let mut with_choices = 0;
         for (at, example) in rows.iter().enumerate() {
             let set = choices.of(*example);
