@@ -313,7 +313,7 @@ impl Method for MonteClora {
         2 * module.rank * module.in_features
     }
 
-    /// For `elbo`, the step in closed form; the gradient of `s` is what [`DrawnA`] says.
+    /// For `elbo`, the step in closed form; in place of a gradient of `s` are the mean squares of the rows of that of A.
     fn after_step(&self, owners: &mut [Owner], gradients: &[Vec<Value>], step: Step) -> Result<()> {
         if self.0.objective != Objective::Elbo {
             return Ok(());
