@@ -486,7 +486,7 @@ def evidence_section(results):
 
 
 def predicted_rise(training):
-    """1/2 sum v in h, nats a trained token, from the posterior: at its fixed point h = (T/N) (1/v - 1/prior variance)."""
+    """1/2 sum v in h, nats per trained token, from the posterior: at its fixed point h = (T/N) (1/v - 1/prior variance)."""
     temperature = training["monteclora"].get("temperature", 1.0)
     return 0.5 * temperature * training["posterior"]["in_one_minus_variance"] / training["trained_tokens"]
 
@@ -543,7 +543,7 @@ def report(results, images):
         "### Every posterior against the mean\n", "Secondary: intervals without correction.\n", difference_section(results),
         "## Stage B: robustness to learning rate and batch\n", grid_section(results), gap_section(results), "\n".join(images.get("sst2", [])),
         "## Predictions about the evidence bound\n", evidence_section(results),
-        "## Cost\n", "Median seconds of a step.\n", cost_section(results),
+        "## Cost\n", "Median seconds per step.\n", cost_section(results),
         "## Check of the program's own scores\n", disagreements(results),
     ]
     later = primary_section(results, plan.SEEDS + plan.LATER_SEEDS)

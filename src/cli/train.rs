@@ -6,6 +6,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, ValueEnum};
 
 use super::ModelArgs;
+use crate::config::ECE_BINS;
 use crate::sample_models::{SAMPLE_MODELS, SMOLLM2};
 
 /// The models that `quickstart` fetches.
@@ -138,7 +139,7 @@ pub struct EvalArgs {
     #[arg(long, requires = "adapter")]
     pub no_base: bool,
     /// Bins of equal width of the expected calibration error.
-    #[arg(long, default_value_t = crate::config::EvalConfig::default().ece_bins)]
+    #[arg(long, default_value_t = ECE_BINS)]
     pub ece_bins: usize,
     /// Write what is said of every row, one JSON object per line.
     #[arg(long, value_name = "FILE")]

@@ -5,23 +5,18 @@ use monteclora_converters::Problem;
 use serde::Serialize;
 
 use super::opened::{
-    Loaded, Opened, Request, open_rows, require_one_kind, require_positive, row_limit,
+    Loaded, Opened, Request, eval_options, open_rows, require_one_kind, require_positive, row_limit,
 };
 use super::show;
 use crate::cli::CalibrateArgs;
+use crate::config::ECE_BINS;
 use crate::data::Dataset;
 use crate::eval::abstention::{self, Abstention};
 use crate::eval::calibration::{self, Calibration, Fit, Judged, Rows, Scaling};
-use crate::eval::{
-    BOUNDS, Batching, ChoiceRows, EvalOptions, LengthNormalisation, Prediction, Predictor, Recital,
-    certainties, score,
-};
+use crate::eval::{ChoiceRows, Prediction, Predictor, Recital, is_at_bound, score};
 use crate::model::{ActiveAdapter, Generation};
 use crate::output::require_writable;
 use crate::progress;
-
-/// Bins of the calibration error that is told.
-const ECE_BINS: usize = 15;
 
 /// Rows below which a temperature is mostly chance.
 const FEW: usize = 50;
@@ -88,9 +83,10 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
             data.len()
         );
     }
-    let Some(circumstances) = opened.circumstances()? else {
+    let [adapter] = opened.adapters.as_slice() else {
         bail!("one adapter is read");
     };
+    let circumstances = opened.circumstances(adapter)?;
     let loaded = opened.load()?;
     let said = match choices.is_empty() {
         false => of_choices(args, &loaded, &data, &choices)?,
@@ -122,7 +118,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         (Some(scaling), Some(predictions)) => (scaling, predictions),
         _ => (&written.mean_scaling, &said.mean),
     };
-    if is_at_bound(main) {
+    if is_at_bound(main.temperature) {
         tracing::warn!(
             "the temperature is at the end of what is searched: all answers are right, or confidence says nothing about them"
         );
@@ -152,11 +148,7 @@ fn of_choices(
     data: &Dataset,
     choices: &ChoiceRows,
 ) -> Result<Said> {
-    let options = EvalOptions {
-        batching: Batching::new(args.scoring.batch_size),
-        ece_bins: ECE_BINS,
-        normalisation: LengthNormalisation::per_token(args.scoring.length_normalised),
-    };
+    let options = eval_options(&args.scoring, ECE_BINS);
     let base = ActiveAdapter::default();
     let mut predictors = vec![Predictor::One(&base)];
     predictors.extend(loaded.means.iter().map(Predictor::One));
@@ -212,12 +204,6 @@ fn of_answers(args: &CalibrateArgs, loaded: &Loaded, data: &Dataset) -> Result<S
         bar.finish_and_clear();
         Ok(answers)
     };
-    let own = |answers: &[Generation]| -> Result<Vec<Prediction>> {
-        let right = questions.right(answers)?;
-        let said = answers.iter().zip(right);
-        let said = said.map(|(a, right)| Prediction::of_answer(a.log_probability, right));
-        Ok(said.flatten().collect())
-    };
     let base = answer("base", &ActiveAdapter::default())?;
     let Some(mean) = loaded.means.first() else {
         bail!("one adapter is read");
@@ -225,18 +211,12 @@ fn of_answers(args: &CalibrateArgs, loaded: &Loaded, data: &Dataset) -> Result<S
     let answers = answer("posterior mean", mean)?;
     let posterior = match loaded.draws.as_slice() {
         [] => None,
-        draws => {
-            let right = questions.right(&answers)?;
-            let found = certainties(&loaded.decoder, &questions.prompts, &answers, draws)?;
-            let said = found.iter().zip(right);
-            let said = said.map(|(c, right)| Prediction::of_answer(c.log_confidence, right));
-            Some(said.flatten().collect())
-        }
+        draws => Some(questions.average_predictions(&loaded.decoder, &answers, draws)?),
     };
     Ok(Said {
         judged: Judged::Answers,
-        base: own(&base)?,
-        mean: own(&answers)?,
+        base: questions.own_predictions(&base)?,
+        mean: questions.own_predictions(&answers)?,
         posterior,
     })
 }
@@ -266,7 +246,7 @@ fn describe(report: &Report<'_>, path: &std::path::Path) -> String {
         text.push_str(&format!(
             "\n\n{name}\n  temperature {:.3}{}: NLL {:.4} -> {:.4}, ECE {:.4} -> {:.4}",
             scaling.temperature,
-            if is_at_bound(scaling) {
+            if is_at_bound(scaling.temperature) {
                 ", the end of what is searched"
             } else {
                 ""
@@ -281,13 +261,6 @@ fn describe(report: &Report<'_>, path: &std::path::Path) -> String {
         }
     }
     text
-}
-
-/// Whether the search ended where it may not go on.
-fn is_at_bound(scaling: &Scaling) -> bool {
-    BOUNDS
-        .iter()
-        .any(|bound| (scaling.temperature / bound).ln().abs() < 1e-3)
 }
 
 /// What was found of a threshold, in a sentence.

@@ -9,14 +9,13 @@ use anyhow::{Result, bail};
 use monteclora_converters::Problem;
 use serde::Serialize;
 
-use super::opened::{Opened, Request, open_rows, require_at_most, require_positive, row_limit};
+use super::opened::{
+    Opened, Request, eval_options, open_rows, require_at_most, require_positive, row_limit,
+};
 use super::show;
 use crate::cli::EvalArgs;
-use crate::eval::calibration::Applicable;
-use crate::eval::{
-    BOUNDS, Batching, ChoiceRows, EvalOptions, LengthNormalisation, Predictor, Scored, Scores,
-    score,
-};
+use crate::eval::calibration::Judged;
+use crate::eval::{ChoiceRows, Predictor, Scored, Scores, is_at_bound, score};
 use crate::model::ActiveAdapter;
 use crate::output::require_file;
 use crate::progress;
@@ -76,33 +75,32 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let opened = Opened::new(&request, row_limit)?;
     let data = open_rows(&args.data, &opened.encoder)?;
     let choices = ChoiceRows::read(&data)?;
-    let calibration = opened.calibration(&args.adapter)?;
+    let calibration = opened.calibration(&args.adapter)?.of(Judged::Choices);
     let loaded = opened.load()?;
-    let options = EvalOptions {
-        batching: Batching::new(args.scoring.batch_size),
-        ece_bins: args.ece_bins,
-        normalisation: LengthNormalisation::per_token(args.scoring.length_normalised),
-    };
+    let options = eval_options(&args.scoring, args.ece_bins);
     let base = ActiveAdapter::default();
     let mut predictors = Vec::new();
     if !args.no_base {
-        predictors.push(("base", "base", Predictor::One(&base)));
+        predictors.push(("base", "base", Predictor::One(&base), calibration.base));
     }
     match loaded.means.as_slice() {
         [] => {}
-        [mean] => predictors.push(("mean", "posterior mean", Predictor::One(mean))),
-        means => predictors.push(("ensemble", "ensemble", Predictor::Average(means))),
+        [mean] => {
+            let mean = Predictor::One(mean);
+            predictors.push(("mean", "posterior mean", mean, calibration.mean));
+        }
+        means => predictors.push(("ensemble", "ensemble", Predictor::Average(means), None)),
     }
     if !loaded.draws.is_empty() {
         let draws = Predictor::Average(&loaded.draws);
-        predictors.push(("posterior", "draws averaged", draws));
+        predictors.push(("posterior", "draws averaged", draws, calibration.posterior));
     }
     let n_rows = args.limit.unwrap_or(usize::MAX).min(data.len());
     let rows: Vec<usize> = (0..n_rows).collect();
     let bar = progress::items("rows", n_rows as u64);
     let asked: Vec<_> = predictors
         .iter()
-        .map(|(.., predictor)| *predictor)
+        .map(|(_, _, predictor, _)| *predictor)
         .collect();
     let began = std::time::Instant::now();
     let done = |n| {
@@ -123,10 +121,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let subjects: Vec<Subject> = predictors
         .iter()
         .zip(scored)
-        .map(|((key, name, _), scored)| Subject {
+        .map(|((key, name, _, scaling), scored)| Subject {
             key,
             name,
-            scores: scored.scores(&options, temperature(&calibration, key)),
+            scores: scored.scores(&options, scaling.as_ref().map(|s| s.temperature)),
             scored,
         })
         .collect();
@@ -155,21 +153,6 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         seconds,
     };
     show(args.json, &report, || table(&report, &subjects))
-}
-
-/// The temperature that holds for a predictor of choices.
-fn temperature(calibration: &Applicable, key: &str) -> Option<f64> {
-    use crate::eval::calibration::Judged;
-    if calibration.judged != Some(Judged::Choices) {
-        return None;
-    }
-    let scaling = match key {
-        "base" => &calibration.base,
-        "mean" => &calibration.mean,
-        "posterior" => &calibration.posterior,
-        _ => &None,
-    };
-    scaling.as_ref().map(|scaling| scaling.temperature)
 }
 
 /// A score's label, its value, and its 95 % interval.
@@ -253,10 +236,7 @@ fn table(report: &Report, subjects: &[Subject]) -> String {
             report.choice_rows
         ));
     }
-    let at_bound = |s: &Scores| {
-        let temperature = s.calibrated.map(|c| c.temperature);
-        temperature.is_some_and(|t| BOUNDS.iter().any(|bound| (t / bound).ln().abs() < 1e-3))
-    };
+    let at_bound = |s: &Scores| s.calibrated.is_some_and(|c| is_at_bound(c.temperature));
     for subject in subjects.iter().filter(|subject| at_bound(&subject.scores)) {
         text.push_str(&format!(
             "\n{}: the temperature is at the end of its range; confidence says nothing about what is right, or all answers are",

@@ -1,7 +1,6 @@
 //! `fit`: a posterior around any LoRA.
 
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use monteclora_adapters::methods::monteclora::Geometry;
@@ -11,14 +10,15 @@ use monteclora_converters::{
 
 use super::export::{beside_lines, require_apart};
 use super::opened::{
-    MOST_DRAWS, Opened, Request, open_rows, require_at_most, require_one_kind, require_positive,
-    row_limit,
+    MOST_DRAWS, Opened, Request, eval_options, open_rows, require_at_most, require_one_kind,
+    require_positive, row_limit,
 };
 use super::train::stop_on_signals;
 use super::{interrupted, show};
 use crate::cli::{CriterionArg, FitArgs, GeometryArg};
+use crate::config::ECE_BINS;
 use crate::data::epoch_order;
-use crate::eval::{Batching, ChoiceRows, EvalOptions, LengthNormalisation};
+use crate::eval::ChoiceRows;
 use crate::fit::{self, Criterion, Evaluation, FitRecord, Search, Stopped};
 use crate::output::{require_empty, require_writable};
 use crate::progress;
@@ -75,7 +75,7 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
     }
     let beside = Beside::of(&args.adapter)?.nothing_measured();
     let loaded = opened.load()?;
-    let (interrupt, began) = (stop_on_signals("")?, Instant::now());
+    let interrupt = stop_on_signals("")?;
     let geometries: &[Geometry] = match args.geometry {
         GeometryArg::Auto => &[Geometry::Rows, Geometry::Svd],
         GeometryArg::Rows => &[Geometry::Rows],
@@ -93,11 +93,7 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
         data: &data,
         rows: &rows,
         choices: &choices,
-        options: EvalOptions {
-            batching: Batching::new(args.scoring.batch_size),
-            ece_bins: 15,
-            normalisation: LengthNormalisation::per_token(args.scoring.length_normalised),
-        },
+        options: eval_options(&args.scoring, ECE_BINS),
         n_draws: args.draws,
         seed: args.scoring.seed,
         criterion,
@@ -111,17 +107,8 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
             false => error,
         })?;
     bar.finish_and_clear();
-    let record = FitRecord {
-        draws: args.draws,
-        seed: args.scoring.seed,
-        rows: rows.len(),
-        data_sha256: data.sha256(),
-        base_fingerprint: opened.base_fingerprint()?,
-        adapter_fingerprint: adapter.fingerprint(),
-        seconds: began.elapsed().as_secs_f64(),
-        training: training(&args.adapter),
-        ..FitRecord::new(&fitted, criterion)
-    };
+    let base = opened.base_fingerprint()?;
+    let record = FitRecord::new(&search, &fitted, base, training(&args.adapter));
     let output = args.output.as_path();
     write(output, &fitted.adapter, &record, &beside)?;
     show(args.json, &record, || {

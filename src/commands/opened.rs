@@ -15,7 +15,7 @@ use crate::data::{
     Dataset, EncodeOptions, Encoder, Overlong, Remedies, RowSchema, TrainOn, splits,
 };
 use crate::eval::calibration::{self, Applicable, Calibration, Circumstances, Draws};
-use crate::eval::{ChoiceRows, LengthNormalisation, posterior_draws};
+use crate::eval::{Batching, ChoiceRows, EvalOptions, LengthNormalisation, posterior_draws};
 use crate::hub::{self, Located};
 use crate::model::{ActiveAdapter, Decoder, open_base, read_shape};
 use crate::provenance::{read_fitting, warn_of_conversation};
@@ -155,35 +155,27 @@ impl Opened {
         Ok(base_fingerprint(&ModelFiles::open(&self.base.dir)?))
     }
 
-    /// What predictions of the only adapter depend on.
-    pub(super) fn circumstances(&self) -> Result<Option<Circumstances>> {
-        let [adapter] = self.adapters.as_slice() else {
-            return Ok(None);
-        };
-        let (base, template) = (
-            self.base_fingerprint()?,
-            self.encoder.chat_template_sha256(),
-        );
-        Ok(Some(Circumstances::new(
+    /// What predictions of `adapter` depend on.
+    pub(super) fn circumstances(&self, adapter: &Adapter) -> Result<Circumstances> {
+        let base = self.base_fingerprint()?;
+        let template = self.encoder.chat_template_sha256();
+        Ok(Circumstances::new(
             base,
             adapter,
             template,
             self.normalisation,
-        )))
+        ))
     }
 
     /// What lies beside the only adapter, at `paths`, and holds for it; warns of what does not.
     pub(super) fn calibration(&self, paths: &[PathBuf]) -> Result<Applicable> {
-        let [path] = paths else {
+        let ([path], [adapter]) = (paths, self.adapters.as_slice()) else {
             return Ok(Applicable::default());
         };
         let Some(calibration) = Calibration::beside(path)? else {
             return Ok(Applicable::default());
         };
-        let Some(now) = self.circumstances()? else {
-            return Ok(Applicable::default());
-        };
-        let found = calibration.applicable(&now, self.draws);
+        let found = calibration.applicable(&self.circumstances(adapter)?, self.draws);
         if let Some(why) = &found.why_not {
             tracing::warn!(
                 "`{}` {why}: it is not used there; `monteclora calibrate` makes another",
@@ -230,6 +222,15 @@ fn variables(adapters: &[PathBuf]) -> Result<serde_json::Map<String, serde_json:
             );
             Err(Problem::usage(problem).into())
         }
+    }
+}
+
+/// How rows are scored, with `ece_bins` bins of the calibration error.
+pub(super) fn eval_options(scoring: &ScoringArgs, ece_bins: usize) -> EvalOptions {
+    EvalOptions {
+        batching: Batching::new(scoring.batch_size),
+        ece_bins,
+        normalisation: LengthNormalisation::per_token(scoring.length_normalised),
     }
 }
 

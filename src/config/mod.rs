@@ -9,6 +9,6 @@ mod document;
 mod run;
 
 pub use run::{
-    DTYPES, DataConfig, DataFormat, DtypeChoice, EvalConfig, LoraConfig, LrSchedulerType, Method,
-    ModelConfig, ModuleSelection, Report, RunConfig, TrainConfig,
+    DTYPES, DataConfig, DataFormat, DtypeChoice, ECE_BINS, EvalConfig, LoraConfig, LrSchedulerType,
+    Method, ModelConfig, ModuleSelection, Report, RunConfig, TrainConfig,
 };

@@ -426,13 +426,16 @@ section! {
     }
 }
 
+/// Bins of the expected calibration error where nothing else is asked for.
+pub const ECE_BINS: usize = 15;
+
 section! {
     /// `[eval]`
     pub struct EvalConfig {
         /// Posterior draws averaged beside the mean; 0 is none.
         pub posterior_samples: usize = 0,
         /// Bins of the expected calibration error, at least 1.
-        pub ece_bins: usize = 15,
+        pub ece_bins: usize = ECE_BINS,
     }
 }
 

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::abstention::Abstention;
 use super::measures::{self, Outcome};
-use super::{BOUNDS, LengthNormalisation, Prediction, fit_temperature};
+use super::temperature::BOUNDS;
+use super::{LengthNormalisation, Prediction, fit_temperature, tempered};
 
 /// The file's name.
 pub const FILE: &str = "calibration.json";
@@ -70,8 +71,6 @@ pub struct Circumstances {
     /// Fingerprint of the whole adapter, its posterior included.
     #[serde(rename = "adapter_fingerprint")]
     pub adapter: String,
-    /// Whether prompts are written out by the chat template.
-    pub applies_chat_template: bool,
     /// SHA-256 of the chat template with its variables, where it writes out prompts.
     pub chat_template_sha256: Option<String>,
     /// Whether choices are compared by their likelihood per token.
@@ -125,6 +124,17 @@ pub struct Applicable {
     pub why_not: Option<String>,
 }
 
+impl Applicable {
+    /// What holds for rows that are judged by `judged`.
+    #[must_use]
+    pub fn of(self, judged: Judged) -> Self {
+        match self.judged == Some(judged) {
+            true => self,
+            false => Self::default(),
+        }
+    }
+}
+
 impl Scaling {
     /// Fits a temperature to `predictions`.
     ///
@@ -139,22 +149,17 @@ impl Scaling {
                 ece: measures::expected_calibration_error(&outcomes, ece_bins).unwrap_or_default(),
             }
         };
-        let tempered: Vec<_> = predictions
-            .iter()
-            .map(|p| p.tempered(temperature))
-            .collect();
         Ok(Self {
             temperature,
             before: fit(predictions),
-            after: fit(&tempered),
+            after: fit(&tempered(predictions, temperature)),
             abstention: None,
         })
     }
 
     /// Confidence and truth of `predictions` after the temperature.
     pub fn outcomes(&self, predictions: &[Prediction]) -> Vec<Outcome> {
-        let tempered = predictions.iter().map(|p| p.tempered(self.temperature));
-        tempered.map(|p| Outcome::from(&p)).collect()
+        measures::outcomes(&tempered(predictions, self.temperature))
     }
 }
 
@@ -170,7 +175,6 @@ impl Circumstances {
             base,
             mean: adapter.collapse().fingerprint(),
             adapter: adapter.fingerprint(),
-            applies_chat_template: chat_template_sha256.is_some(),
             chat_template_sha256,
             length_normalised: normalisation == LengthNormalisation::Tokens,
         }
@@ -277,7 +281,7 @@ impl Calibration {
             (was.base != now.base, "for another base"),
             (was.mean != now.mean, "for another adapter"),
             (
-                was.applies_chat_template != now.applies_chat_template,
+                was.chat_template_sha256.is_some() != now.chat_template_sha256.is_some(),
                 "with the chat template where now there is none, or the other way round",
             ),
             (
@@ -343,7 +347,6 @@ mod tests {
             base: "base".to_owned(),
             mean: "mean".to_owned(),
             adapter: "adapter".to_owned(),
-            applies_chat_template: true,
             chat_template_sha256: Some("template".to_owned()),
             length_normalised: false,
         }
@@ -393,7 +396,7 @@ mod tests {
         let changes: [fn(&mut Circumstances); 5] = [
             |c| c.base.clear(),
             |c| c.mean.clear(),
-            |c| c.applies_chat_template = false,
+            |c| c.chat_template_sha256 = Some("another".to_owned()),
             |c| c.chat_template_sha256 = None,
             |c| c.length_normalised = true,
         ];

@@ -24,12 +24,12 @@ pub use interval::bootstrap;
 #[cfg(feature = "mistralrs")]
 pub use parity::{Agreement, Bases, Engines, Parity, Reference, compare};
 pub use predict::{Answer, Answerer, ChoiceProbability, Question, Uncertainty};
-pub use prediction::{Prediction, entropies};
+pub use prediction::{Prediction, entropies, tempered};
 pub use recital::{Opening, Recital};
 pub use scores::{
     Batching, CalibratedScores, EvalOptions, Intervals, Predictor, RowLoss, Scored, Scores, score,
 };
-pub use temperature::{BOUNDS, fit_temperature};
+pub use temperature::{fit_temperature, is_at_bound};
 
 /// A score that is not a number: the model or the adapter holds values it should not.
 fn not_finite(what: &str) -> Problem {

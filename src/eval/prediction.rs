@@ -135,6 +135,13 @@ impl Prediction {
     }
 }
 
+/// [`Prediction::tempered`] of each.
+pub fn tempered(predictions: &[Prediction], temperature: f64) -> Vec<Prediction> {
+    let each = predictions.iter();
+    each.map(|prediction| prediction.tempered(temperature))
+        .collect()
+}
+
 /// What several draws say of one row: the entropy of their average, and the average of their entropies, nats. The difference is the
 /// mutual information of prediction and weights.
 pub fn entropies(draws: &[Prediction]) -> Option<(f64, f64)> {

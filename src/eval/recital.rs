@@ -2,6 +2,7 @@
 
 use monteclora_converters::Error;
 
+use super::{Prediction, certainties, not_finite};
 use crate::data::{Dataset, Message, Role, RowContent};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
 
@@ -147,6 +148,45 @@ impl<'a> Recital<'a> {
             Ok(answer.end.is_some() && self.text(answer)?.trim() == expected)
         };
         pairs.map(is_right).collect()
+    }
+
+    /// That each answer is right, with `log_confidence`, the logarithms of the probabilities that are said of them.
+    ///
+    /// # Errors
+    /// Those of the tokenizer; a confidence that is no number.
+    pub fn predictions(
+        &self,
+        answers: &[Generation],
+        log_confidence: impl Iterator<Item = f64>,
+    ) -> Result<Vec<Prediction>, Error> {
+        let said = log_confidence.zip(self.right(answers)?);
+        let said = said.map(|(log_p, right)| {
+            let prediction = Prediction::of_answer(log_p, right);
+            Ok(prediction.ok_or_else(|| not_finite("the likelihood of an answer"))?)
+        });
+        said.collect()
+    }
+
+    /// [`Self::predictions`] with what the model that gave the answers says of them itself.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn own_predictions(&self, answers: &[Generation]) -> Result<Vec<Prediction>, Error> {
+        self.predictions(answers, answers.iter().map(|answer| answer.log_probability))
+    }
+
+    /// [`Self::predictions`] with what the average of `adapters` says of them.
+    ///
+    /// # Errors
+    /// As there; those of the decoder.
+    pub fn average_predictions(
+        &self,
+        decoder: &Decoder,
+        answers: &[Generation],
+        adapters: &[ActiveAdapter],
+    ) -> anyhow::Result<Vec<Prediction>> {
+        let found = certainties(decoder, &self.prompts, answers, adapters)?;
+        Ok(self.predictions(answers, found.iter().map(|c| c.log_confidence))?)
     }
 
     /// The share of answers that are right.

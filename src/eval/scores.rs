@@ -9,7 +9,7 @@ use super::choices::{Places, prediction};
 use super::interval::bootstrap;
 use super::measures::{self, Bin, Outcome};
 use super::prediction::entropies;
-use super::{ChoiceRows, LengthNormalisation, Prediction, not_finite};
+use super::{ChoiceRows, LengthNormalisation, Prediction, not_finite, tempered};
 use crate::data::Dataset;
 use crate::model::{ActiveAdapter, Decoder, Sequences, TaskLoss};
 use crate::train::sequences;
@@ -364,10 +364,7 @@ impl Scored {
             ..scores.intervals
         };
         scores.calibrated = temperature.and_then(|temperature| {
-            let tempered: Vec<_> = predictions
-                .iter()
-                .map(|p| p.tempered(temperature))
-                .collect();
+            let tempered = tempered(&predictions, temperature);
             Some(CalibratedScores {
                 temperature,
                 nll: measures::negative_log_likelihood(&tempered)?,

@@ -8,7 +8,13 @@ use argmin::solver::brent::BrentOpt;
 use super::Prediction;
 
 /// Least and largest temperature.
-pub const BOUNDS: [f64; 2] = [0.05, 20.0];
+pub(super) const BOUNDS: [f64; 2] = [0.05, 20.0];
+
+/// Whether a temperature is at the end of what is searched: all answers are right, or confidence says nothing about them.
+pub fn is_at_bound(temperature: f64) -> bool {
+    let is_near = |bound: &f64| (temperature / bound).ln().abs() < 1e-3;
+    BOUNDS.iter().any(is_near)
+}
 
 /// The mean negative log-likelihood of predictions at a temperature, over its logarithm.
 struct Tempered<'a>(&'a [Prediction]);

@@ -4,7 +4,7 @@ use monteclora_adapters::methods::monteclora::Geometry;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::search::{Criterion, Evaluation, Fitted};
+use super::search::{Criterion, Evaluation, Fitted, Search};
 
 /// The file's name.
 pub const FILE: &str = "fit.json";
@@ -55,9 +55,14 @@ pub struct FitRecord {
 }
 
 impl FitRecord {
-    /// That of `fitted`; what was given to the search is filled in by who gave it.
-    pub fn new(fitted: &Fitted, criterion: Criterion) -> Self {
-        let (criterion, tolerance) = match criterion {
+    /// That of what `search` found on the base of this fingerprint; `training` is what the adapter was trained with.
+    pub fn new(
+        search: &Search<'_>,
+        fitted: &Fitted,
+        base_fingerprint: String,
+        training: Option<Value>,
+    ) -> Self {
+        let (criterion, tolerance) = match search.criterion {
             Criterion::Nll => ("nll", None),
             Criterion::Tolerance(share) => ("tolerance", Some(share)),
         };
@@ -70,16 +75,16 @@ impl FitRecord {
             evaluations: fitted.evaluations.clone(),
             before: fitted.before,
             after: fitted.after,
-            draws: 0,
-            seed: 0,
-            rows: 0,
-            data_sha256: String::new(),
-            base_fingerprint: String::new(),
-            adapter_fingerprint: String::new(),
+            draws: search.n_draws,
+            seed: search.seed,
+            rows: search.rows.len(),
+            data_sha256: search.data.sha256(),
+            base_fingerprint,
+            adapter_fingerprint: search.adapter.fingerprint(),
             rounding: fitted.rounding,
             zero_modules: fitted.zero_modules.clone(),
-            seconds: 0.0,
-            training: None,
+            seconds: fitted.seconds,
+            training,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use anyhow::{Result, bail};
 use argmin::core::{CostFunction, Error, Executor};
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::Dataset;
 use crate::eval::{
     ChoiceRows, EvalOptions, Predictor, Scored, fit_temperature, measures, posterior_draws, score,
+    tempered,
 };
 use crate::model::{ActiveAdapter, Decoder};
 
@@ -102,6 +104,8 @@ pub struct Fitted {
     pub rounding: f64,
     /// See [`ScaledPosterior::zero_modules`].
     pub zero_modules: Vec<String>,
+    /// Seconds of the search.
+    pub seconds: f64,
 }
 
 /// The search was told to stop.
@@ -168,12 +172,13 @@ impl Search<'_> {
     /// # Errors
     /// [`Stopped`]; those of the adapter, of the data and of the decoder.
     pub fn run(&self, geometries: &[Geometry]) -> Result<Fitted> {
+        let began = Instant::now();
         let mean = ActiveAdapter::from_adapter(
             self.adapter,
             self.decoder.config(),
             self.decoder.device(),
         )?;
-        let before = self.evaluation(None, &[Predictor::One(&mean)])?;
+        let before = self.evaluation(None, Predictor::One(&mean))?;
         (self.watch)(&before);
         let mut evaluations = Vec::new();
         let mut best: Option<(Evaluation, ScaledPosterior)> = None;
@@ -220,6 +225,7 @@ impl Search<'_> {
                 .into_iter()
                 .map(str::to_owned)
                 .collect(),
+            seconds: began.elapsed().as_secs_f64(),
         })
     }
 
@@ -227,13 +233,13 @@ impl Search<'_> {
     fn evaluation(
         &self,
         scale: Option<(Geometry, f64)>,
-        predictor: &[Predictor<'_>; 1],
+        predictor: Predictor<'_>,
     ) -> Result<Evaluation> {
         self.go_on()?;
         let (model, done) = (self.decoder, |_| self.go_on());
         let scored = score(
             model,
-            predictor,
+            &[predictor],
             self.data,
             self.rows,
             self.choices,
@@ -269,10 +275,7 @@ impl Search<'_> {
             Criterion::Tolerance(_) => (untempered, None),
             Criterion::Nll => {
                 let temperature = fit_temperature(&predictions)?;
-                let tempered: Vec<_> = predictions
-                    .iter()
-                    .map(|p| p.tempered(temperature))
-                    .collect();
+                let tempered = tempered(&predictions, temperature);
                 let nll = measures::negative_log_likelihood(&tempered).unwrap_or_default();
                 (nll, Some(temperature))
             }
@@ -307,15 +310,10 @@ impl Family<'_> {
         let adapter = self.posterior.at(sigma)?;
         let draws = posterior_draws(&adapter, search.decoder, search.seed, search.n_draws)?;
         let scale = Some((self.geometry, sigma));
-        let found = search.evaluation(scale, &[Predictor::Average(&draws)])?;
+        let found = search.evaluation(scale, Predictor::Average(&draws))?;
         (search.watch)(&found);
         self.tried.borrow_mut().push(found);
         Ok(found)
-    }
-
-    /// Whether the average answers as well as the mean, nearly.
-    fn is_allowed(&self, evaluation: &Evaluation) -> bool {
-        self.before.allows(evaluation)
     }
 
     /// The least negative log-likelihood among all scales that are tried: first coarse ones, each a quarter of the one before, from the
@@ -330,12 +328,12 @@ impl Family<'_> {
             let found = self.evaluate(sigma)?;
             let change = |of: fn(&Evaluation) -> f64| (of(&found) / of(self.before)).ln().abs();
             let is_slight = change(|e| e.nll).max(change(Evaluation::untempered)) < SLIGHT;
-            if (is_slight && self.is_allowed(&found)) || sigma <= BOUNDS[0] {
+            if (is_slight && self.before.allows(&found)) || sigma <= BOUNDS[0] {
                 break;
             }
             sigma = (sigma / COARSE).max(BOUNDS[0]);
         }
-        let Some(centre) = self.least_allowed().and_then(|best| best.sigma) else {
+        let Some((coarse, centre)) = self.least_allowed().and_then(|e| Some((e, e.sigma?))) else {
             return self.evaluate(BOUNDS[0]);
         };
         let [low, high] =
@@ -347,16 +345,13 @@ impl Family<'_> {
         if let Err(error) = found {
             return Err(unwrapped(error));
         }
-        match self.least_allowed() {
-            Some(best) => Ok(best),
-            None => self.evaluate(BOUNDS[0]),
-        }
+        Ok(self.least_allowed().unwrap_or(coarse))
     }
 
     /// The best of the scales that were tried and may be kept.
     fn least_allowed(&self) -> Option<Evaluation> {
         let tried = self.tried.borrow();
-        let allowed = tried.iter().filter(|e| self.is_allowed(e));
+        let allowed = tried.iter().filter(|e| self.before.allows(e));
         allowed.min_by(|a, b| a.nll.total_cmp(&b.nll)).copied()
     }
 
@@ -365,7 +360,7 @@ impl Family<'_> {
         let most = self.before.nll * (1.0 + share);
         let [low, high] = BOUNDS;
         let top = self.evaluate(high)?;
-        let is_tolerated = |found: &Evaluation| found.nll <= most && self.is_allowed(found);
+        let is_tolerated = |found: &Evaluation| found.nll <= most && self.before.allows(found);
         if is_tolerated(&top) {
             return Ok(top);
         }
@@ -419,7 +414,7 @@ impl CostFunction for &Family<'_> {
         let found = self.evaluate(log_sigma.exp());
         let found = found.map_err(|e| Error::new(Carried(std::sync::Mutex::new(Some(e)))))?;
         // Too wide: the answers change. The wider, the worse, so that the search turns back.
-        Ok(match self.is_allowed(&found) {
+        Ok(match self.before.allows(&found) {
             true => found.nll,
             false => 1e6 * (1.0 + log_sigma - BOUNDS[0].ln()),
         })

@@ -169,9 +169,8 @@ pub fn clip(gradients: &mut Gradients, owners: &[Owner], max_norm: f64) -> Resul
         .par_iter()
         .zip(owners)
         .map(|(gradients, owner)| {
-            let is_clipped = |group| group != Group::Own;
             let all = owner.parameters.iter().zip(gradients);
-            let clipped = all.filter(|(parameter, _)| is_clipped(parameter.group));
+            let clipped = all.filter(|(parameter, _)| parameter.group != Group::Own);
             Owner::sum_of_squares(clipped.map(|(_, gradient)| gradient))
         })
         .collect::<Result<Vec<f64>>>()?;

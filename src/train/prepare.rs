@@ -55,7 +55,7 @@ pub struct Prepared {
     pub total_steps: u64,
     pub(super) identity: Identity,
     /// See [`base_fingerprint`].
-    pub(super) fingerprint: String,
+    pub fingerprint: String,
     /// See [`base_sample`].
     pub(super) sample: Vec<f32>,
     pub(super) chat_template_sha256: Option<String>,

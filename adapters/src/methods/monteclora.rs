@@ -170,12 +170,13 @@ impl MonteCloraConfig {
         }
     }
 
-    fn evidence(&self) -> Evidence {
-        Evidence {
+    /// Prior and temperature of the evidence bound, where that is the objective.
+    fn evidence(&self) -> Option<Evidence> {
+        (self.objective == Objective::Elbo).then_some(Evidence {
             prior_std: self.prior_std,
             temperature: self.temperature,
             sample_scaler: self.sample_scaler,
-        }
+        })
     }
 }
 
@@ -238,9 +239,9 @@ impl Method for MonteClora {
     }
 
     fn summary(&self) -> String {
-        match self.0.objective {
-            Objective::Elbo => format!("{}, evidence bound, tau {}", KIND.name, self.0.prior_std),
-            _ => format!("{}, N {}", KIND.name, self.0.num_samples),
+        match self.0.evidence() {
+            Some(evidence) => format!("{}, evidence bound, tau {}", KIND.name, evidence.prior_std),
+            None => format!("{}, N {}", KIND.name, self.0.num_samples),
         }
     }
 
@@ -252,9 +253,9 @@ impl Method for MonteClora {
             peft: Some(peft),
             shape: vec![len],
             storage: Storage::Vector,
-            group: match self.0.objective {
-                Objective::Elbo => Group::Own,
-                _ => Group::Variational,
+            group: match self.0.evidence() {
+                Some(_) => Group::Own,
+                None => Group::Variational,
             },
             reached: None,
         };
@@ -268,8 +269,8 @@ impl Method for MonteClora {
     /// LoRA's, and the variational parameters uniform in `[0, 1)` as in PEFT, or for `elbo` those of the prior.
     fn initial(&self, module: &Module, key: Key) -> Vec<Vec<f32>> {
         let mut initial = LORA.initial(module, key);
-        if self.0.objective == Objective::Elbo {
-            let log_std = self.0.evidence().log_std_of_prior(module.rank) as f32;
+        if let Some(evidence) = self.0.evidence() {
+            let log_std = evidence.log_std_of_prior(module.rank) as f32;
             initial.push(vec![log_std; module.rank]);
             initial.push(vec![0.0; self.0.num_samples]);
             return initial;
@@ -300,7 +301,7 @@ impl Method for MonteClora {
         let a = Value::Tensor(draw.effective_a.clone());
         factors.splice(..1, [&a]);
         let update = self.mean(module, &factors)?;
-        let mean = (self.0.objective == Objective::Elbo).then(|| values[0].clone());
+        let mean = self.0.evidence().map(|_| values[0].clone());
         Ok(Box::new(DrawnA { draw, update, mean }))
     }
 
@@ -315,10 +316,9 @@ impl Method for MonteClora {
 
     /// For `elbo`, the step in closed form; in place of a gradient of `s` are the mean squares of the rows of that of A.
     fn after_step(&self, owners: &mut [Owner], gradients: &[Vec<Value>], step: Step) -> Result<()> {
-        if self.0.objective != Objective::Elbo {
+        let Some(evidence) = self.0.evidence() else {
             return Ok(());
-        }
-        let evidence = self.0.evidence();
+        };
         for (owner, gradients) in owners.iter_mut().zip(gradients) {
             let ([.., Value::Vector(log_std), _], [.., Value::Vector(mean_squares), _]) =
                 (&mut owner.values[..], &gradients[..])

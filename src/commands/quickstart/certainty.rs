@@ -6,17 +6,18 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use monteclora_adapters::methods::monteclora::Geometry;
-use monteclora_converters::{Adapter, Beside, base_fingerprint};
+use monteclora_converters::{Adapter, Beside};
 use serde::Serialize;
 
 use super::job::{Form, TICKET};
 use super::{DECODE_BATCH, MAX_NEW_TOKENS};
 use crate::commands::{fit, predict};
+use crate::config::ECE_BINS;
 use crate::data::{Dataset, Encoder, epoch_order};
 use crate::eval::calibration::{Calibration, Circumstances, Draws, FILE, Judged, Rows, Scaling};
 use crate::eval::{
     Answer, Answerer, Batching, ChoiceRows, EvalOptions, LengthNormalisation, Opening, Prediction,
-    Question, Recital, certainties, measures, posterior_draws,
+    Question, Recital, measures, posterior_draws, tempered,
 };
 use crate::fit::{Criterion, FitRecord, Search};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
@@ -30,7 +31,6 @@ const FIT_DRAWS: usize = 2;
 /// Draws whose average is asked.
 const DRAWS: usize = 4;
 const SEED: u64 = 42;
-const ECE_BINS: usize = 15;
 
 /// What is right, among all answers and among the surest.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -75,23 +75,6 @@ pub(super) fn score(predictions: &[Prediction]) -> Score {
     }
 }
 
-/// What a model says of its own answers.
-pub(super) fn own(tickets: &Recital<'_>, answers: &[Generation]) -> Result<Vec<Prediction>> {
-    let log_p = answers.iter().map(|answer| answer.log_probability);
-    predictions(tickets, answers, log_p)
-}
-
-fn predictions(
-    tickets: &Recital<'_>,
-    answers: &[Generation],
-    log_confidence: impl Iterator<Item = f64>,
-) -> Result<Vec<Prediction>> {
-    let said = log_confidence.zip(tickets.right(answers)?);
-    let said = said.map(|(log_p, right)| Prediction::of_answer(log_p, right));
-    said.collect::<Option<_>>()
-        .context("the likelihood of an answer is not a number")
-}
-
 /// Fits and calibrates a posterior around `adapter`, writes it to `output`, and asks it.
 pub(super) fn assess(
     (prepared, form): (&Prepared, Form),
@@ -112,7 +95,6 @@ pub(super) fn assess(
         "fitting a posterior around the adapter on {} validation tickets",
         for_fit.len()
     );
-    let criterion = Criterion::Nll;
     let search = Search {
         decoder,
         adapter,
@@ -126,23 +108,14 @@ pub(super) fn assess(
         },
         n_draws: FIT_DRAWS,
         seed: SEED,
-        criterion,
+        criterion: Criterion::Nll,
         interrupt,
         watch: &fit::tell,
     };
     let fitted = search.run(&[Geometry::Rows])?;
-    let base = base_fingerprint(&prepared.files);
-    let record = FitRecord {
-        draws: FIT_DRAWS,
-        seed: SEED,
-        rows: for_fit.len(),
-        data_sha256: valid.sha256(),
-        base_fingerprint: base.clone(),
-        adapter_fingerprint: adapter.fingerprint(),
-        seconds: began.elapsed().as_secs_f64(),
-        training: fit::training(&prepared.run.train.output_dir),
-        ..FitRecord::new(&fitted, criterion)
-    };
+    let base = prepared.fingerprint.clone();
+    let training = fit::training(&prepared.run.train.output_dir);
+    let record = FitRecord::new(&search, &fitted, base.clone(), training);
     fit::write(output, &fitted.adapter, &record, &Beside::default())?;
 
     tracing::info!("calibrating it on {} others", for_calibration.len());
@@ -151,11 +124,8 @@ pub(super) fn assess(
     let held_out = Recital::of(&valid, for_calibration, MAX_NEW_TOKENS, DECODE_BATCH)?;
     let of_base = held_out.answers(decoder, &ActiveAdapter::default(), |_| {})?;
     let of_mean = held_out.answers(decoder, &mean, |_| {})?;
-    let average = |tickets: &Recital<'_>, answers: &[Generation]| -> Result<Vec<Prediction>> {
-        let found = certainties(decoder, &tickets.prompts, answers, &draws)?;
-        predictions(tickets, answers, found.iter().map(|c| c.log_confidence))
-    };
-    let scaling = Scaling::fit(&average(&held_out, &of_mean)?, ECE_BINS)?;
+    let averaged = held_out.average_predictions(decoder, &of_mean, &draws)?;
+    let scaling = Scaling::fit(&averaged, ECE_BINS)?;
     let written = Calibration::new(
         Circumstances::new(
             base,
@@ -169,8 +139,8 @@ pub(super) fn assess(
             judged: Judged::Answers,
         },
         [
-            Scaling::fit(&own(&held_out, &of_base)?, ECE_BINS)?,
-            Scaling::fit(&own(&held_out, &of_mean)?, ECE_BINS)?,
+            Scaling::fit(&held_out.own_predictions(&of_base)?, ECE_BINS)?,
+            Scaling::fit(&held_out.own_predictions(&of_mean)?, ECE_BINS)?,
         ],
         Some((
             Draws {
@@ -183,11 +153,7 @@ pub(super) fn assess(
     written.write(&output.join(FILE))?;
 
     tracing::info!("asking {DRAWS} draws about the test tickets");
-    let averaged = average(tickets, mean_answers)?;
-    let tempered: Vec<_> = averaged
-        .iter()
-        .map(|p| p.tempered(scaling.temperature))
-        .collect();
+    let averaged = tickets.average_predictions(decoder, mean_answers, &draws)?;
     let temperature = scaling.temperature;
     let answerer = Answerer {
         decoder,
@@ -219,7 +185,7 @@ pub(super) fn assess(
         geometry: record.geometry,
         sigma: record.sigma,
         temperature,
-        score: score(&tempered),
+        score: score(&tempered(&averaged, temperature)),
         questions: asked
             .try_into()
             .ok()

@@ -10,6 +10,9 @@ use super::{Place, close, number, rows};
 use crate::cli::{json, ok, own_adapter, run, text, tiny};
 use crate::fixtures::{AdapterCase, largest_difference, named, usable};
 
+/// The least that a fit can do.
+const LEAST: [&str; 6] = ["--draws", "1", "--rows", "4", "--geometry", "rows"];
+
 /// The scale of a fit, few rows and draws, on an adapter and its own base.
 fn fit(case: &AdapterCase, rows: &str, output: &Path, more: &[&str]) -> Value {
     let few = ["--draws", "2", "--rows", "12"];
@@ -259,17 +262,7 @@ fn what_cannot_be_fitted_is_refused_before_the_search() {
     let found = place.run("fit", &plain, &["-o", &output]);
     assert_eq!(found.code, 2, "{}", found.stderr);
     assert!(found.stderr.contains("--force"), "{}", found.stderr);
-    let forced = [
-        "-o",
-        &output,
-        "--force",
-        "--draws",
-        "1",
-        "--rows",
-        "4",
-        "--geometry",
-        "rows",
-    ];
+    let forced = [&["-o", &output, "--force"][..], &LEAST].concat();
     let found = place.run("fit", &plain, &forced);
     assert_eq!(found.code, 0, "{}", found.stderr);
     assert!(
@@ -292,17 +285,7 @@ fn a_fit_carries_the_tokenizer_and_no_calibration() {
     let record = json!({"config": {"data": {"apply_chat_template": false}}, "sites": ["a"], "train": {"format": "prompt_completion"}});
     fs::write(Path::new(&adapter).join("run.json"), record.to_string()).unwrap();
     let output = place.at("fitted");
-    let few = [
-        "-o",
-        &output,
-        "--draws",
-        "1",
-        "--rows",
-        "4",
-        "--geometry",
-        "rows",
-    ];
-    let found = place.run("fit", &adapter, &few);
+    let found = place.run("fit", &adapter, &[&["-o", &output][..], &LEAST].concat());
     assert_eq!(found.code, 0, "{}", found.stderr);
     assert!(Path::new(&output).join("chat_template.jinja").exists());
     let kept = fs::read_to_string(Path::new(&output).join("fit.json")).unwrap();

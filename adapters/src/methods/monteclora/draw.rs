@@ -155,36 +155,40 @@ impl Draw {
             }
         };
         let prior = settings.dirichlet_prior;
-        let mut kl_weight = settings.kl_loss_weight * weighting.factor;
-        let mut decay = 0.0;
-        let mut wishart = divergence::wishart_kl(log_std);
-        let mut log_std_gradient = std::mem::take(&mut wishart.gradient);
+        let evidence = settings.evidence();
+        let (kl_weight, decay) = match &evidence {
+            Some(evidence) => {
+                let weight = evidence.weight(weighting);
+                (weight, weight / evidence.prior_std.powi(2))
+            }
+            None => (settings.kl_loss_weight * weighting.factor, 0.0),
+        };
+        // With an evidence bound the variational parameters follow no gradient.
+        let wishart = match evidence {
+            Some(_) => divergence::Term::zero(rank),
+            None => divergence::wishart_kl(log_std),
+        };
+        let mut log_std_gradient = wishart.gradient;
         let mut covariance_gradient = vec![0.0; rank];
-        let (dirichlet, gaussian) = match settings.objective {
-            Objective::Exact => {
+        let (dirichlet, gaussian) = match (evidence, settings.objective) {
+            (Some(evidence), _) => {
+                let squares = Owner::sum_of_squares(&[Value::Tensor(a.clone())])?;
+                let gaussian = evidence.divergence(log_std, squares, in_features);
+                (divergence::Term::zero(num_samples), gaussian)
+            }
+            (None, Objective::Peft) => {
+                let gaussian = divergence::sampled_gaussian_kl(&covariance, num_samples);
+                covariance_gradient = gaussian.gradient;
+                let dirichlet = divergence::dirichlet_peft(log_concentration, prior);
+                (dirichlet, gaussian.value)
+            }
+            (None, _) => {
                 let gaussian = divergence::expected_gaussian_kl(log_std, num_samples);
                 for (total, part) in log_std_gradient.iter_mut().zip(&gaussian.gradient) {
                     *total += part;
                 }
                 let dirichlet = divergence::dirichlet_kl(log_concentration, prior);
                 (dirichlet, gaussian.value)
-            }
-            Objective::Peft => {
-                let gaussian = divergence::sampled_gaussian_kl(&covariance, num_samples);
-                covariance_gradient = gaussian.gradient;
-                let dirichlet = divergence::dirichlet_peft(log_concentration, prior);
-                (dirichlet, gaussian.value)
-            }
-            // The variational parameters follow no gradient; see `evidence`.
-            Objective::Elbo => {
-                let evidence = settings.evidence();
-                kl_weight = evidence.weight(weighting);
-                decay = kl_weight / evidence.prior_std.powi(2);
-                log_std_gradient = vec![0.0; rank];
-                wishart.value = 0.0;
-                let squares = Owner::sum_of_squares(&[Value::Tensor(a.clone())])?;
-                let gaussian = evidence.divergence(log_std, squares, in_features);
-                (divergence::Term::zero(num_samples), gaussian)
             }
         };
         let row_scale = (sample_scaler * mixture.norm()).powi(2) * rank as f64;
