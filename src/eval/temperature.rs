@@ -37,7 +37,7 @@ fn mean_nll(predictions: &[Prediction], temperature: f64) -> f64 {
     nll.sum::<f64>() / predictions.len().max(1) as f64
 }
 
-/// The temperature within [`BOUNDS`] of the least mean negative log-likelihood of `predictions`, by Brent's method over its
+/// The temperature between 0.05 and 20 of the least mean negative log-likelihood of `predictions`, by Brent's method over its
 /// logarithm; 1 without predictions. The likelihood is convex in `1/T`, so that there is one such temperature. At a bound where
 /// all answers are right, or confidence says nothing about them.
 ///
