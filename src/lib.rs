@@ -18,5 +18,7 @@ pub mod progress;
 pub mod provenance;
 pub mod report;
 pub mod sample_models;
+#[cfg(feature = "mistralrs")]
+pub mod scoring;
 pub mod system;
 pub mod train;

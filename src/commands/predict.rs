@@ -94,6 +94,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
             batch_size,
         },
         normalisation: LengthNormalisation::per_token(args.scoring.length_normalised),
+        cancelled: None,
     };
     let given = |line, answer| Given { line, answer };
     let alone = answerer.answer(&alone)?.into_iter();
@@ -159,13 +160,9 @@ impl Kinds {
         let Some(judged) = self.judged else {
             return Ok(());
         };
-        let kind = |question: &Question| match question {
-            Question::Choice { .. } => Judged::Choices,
-            Question::Open(_) => Judged::Answers,
-        };
         let Some(first) = questions
             .iter()
-            .position(|question| kind(question) != judged)
+            .position(|question| question.judged() != judged)
         else {
             return Ok(());
         };
@@ -299,19 +296,16 @@ impl Reader<'_> {
     }
 
     fn of_row(&self, row: &Row) -> Result<Question, Error> {
-        if let (Some(set), Some(choices)) = (self.encoder.choice_tokens(row)?, &row.choices) {
-            return Ok(Question::Choice {
-                set,
-                texts: choices.texts.clone(),
-            });
-        }
-        let prompt = self.encoder.row_prompt(row)?;
-        let problem = match prompt.as_slice() {
-            [] => Some("the prompt has no tokens".to_owned()),
-            prompt => self.too_long(prompt),
+        let question = Question::of_row(row, self.encoder)?;
+        let problem = match &question {
+            Question::Open(prompt) if prompt.is_empty() => {
+                Some("the prompt has no tokens".to_owned())
+            }
+            Question::Open(prompt) => self.too_long(prompt),
+            Question::Choice { .. } => None,
         };
         match problem {
-            None => Ok(Question::Open(prompt)),
+            None => Ok(question),
             Some(problem) => {
                 let fix = "lower --max-tokens, or change the row";
                 Err(field_problem("row", problem, fix).into())

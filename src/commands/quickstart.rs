@@ -4,7 +4,9 @@ mod certainty;
 mod job;
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -21,7 +23,7 @@ use super::{interrupted, numerical, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
 use crate::data::Dataset;
-use crate::eval::Recital;
+use crate::eval::{Opening, Recital};
 use crate::fit::Stopped;
 use crate::hub::{self, HubOptions, Located, OfGguf};
 use crate::model::{ActiveAdapter, Decoder, Generation};
@@ -146,6 +148,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         true => interrupted("interrupted while the posterior was fitted; the adapter is there"),
         false => error,
     })?;
+    job.serve_posterior(&paths)?;
     drop(decoder);
     let answers = out.join("answers.jsonl");
     std::fs::write(&answers, tickets.lines(&base_answers, &mean_answers)?)
@@ -182,8 +185,62 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         Some(served) if !served.equal => Err(numerical(
             "mistral.rs and our decoder gave different tokens for the same question",
         )),
+        Some(_)
+            if !args.json
+                && std::io::stdout().is_terminal()
+                && !interrupt.load(Ordering::SeqCst) =>
+        {
+            page(&paths, form, &tickets.questions[0])
+        }
         _ => Ok(()),
     }
+}
+
+/// Serves what was trained until Ctrl-C, with the page.
+#[cfg(feature = "mistralrs")]
+fn page(paths: &Paths, form: Form, known: &Opening) -> Result<()> {
+    use std::net::{Ipv4Addr, TcpListener};
+
+    use mistralrs_monteclora::{PageExample, ServeFile, serve};
+
+    let mut file = ServeFile::read(&paths.serve)?;
+    // Another server may have the usual port.
+    if TcpListener::bind((Ipv4Addr::LOCALHOST, file.server.port)).is_err() {
+        file.server.port = 0;
+    }
+    let mut config = super::serve::resolved(&file, "")?;
+    let example = |title: &str, asked: &Opening| {
+        let (system, question) = form.on_page(asked);
+        PageExample {
+            title: title.to_owned(),
+            question,
+            system,
+            choices: Vec::new(),
+            max_tokens: MAX_NEW_TOKENS,
+        }
+    };
+    config.examples = vec![
+        example("A ticket like those it learned", known),
+        example(
+            "A ticket about something it has never seen",
+            &form.question(),
+        ),
+    ];
+    super::train::say_stopping("");
+    tracing::info!("loading it into the server");
+    serve(&config, None, |address| {
+        let text = format!(
+            "\nopen http://{address}/ to ask it, and to see which answers to trust; Ctrl-C ends this"
+        );
+        // A terminal that is gone shows nothing.
+        let _ = super::print(&text);
+    })?;
+    Ok(())
+}
+
+#[cfg(not(feature = "mistralrs"))]
+fn page(_: &Paths, _: Form, _: &Opening) -> Result<()> {
+    Ok(())
 }
 
 /// The base, its name in serve.toml, and how it is trained.
@@ -256,7 +313,7 @@ fn served(
     use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
 
     use crate::data::Message;
-    use crate::eval::{Bases, Engines, Opening, compare};
+    use crate::eval::{Bases, Engines, compare};
 
     tracing::info!("loading the collapsed adapter into mistral.rs");
     let base = prepared.base.dir.as_path();
@@ -368,7 +425,7 @@ fn describe(report: &Report, paths: &Paths, form: Form, base: &Path) -> String {
     }
     let (address, body) = form.request("triage", MAX_NEW_TOKENS);
     text.push_str(&format!(
-        "\nnext\n  monteclora predict -m {} -a {} --posterior-samples {} --data {}   # answers, and how sure each is\n  monteclora serve -c {}\n  curl -s http://127.0.0.1:1234{address} -H 'content-type: application/json' \\\n    \
+        "\nnext\n  monteclora predict -m {} -a {} --posterior-samples {} --data {}   # answers, and how sure each is\n  monteclora serve -c {}   # then open http://127.0.0.1:1234/\n  curl -s http://127.0.0.1:1234{address} -H 'content-type: application/json' \\\n    \
          -d '{body}'\n  monteclora inspect {}\n  monteclora train -c {}   # edit it for your own data\n",
         shell_word(&base.display().to_string()),
         paths.posterior.display(),

@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use mistralrs_monteclora::{
-    AdapterSection, ConfigSource, Error as ServeError, ModelSection, ServeConfig, ServeFile,
-    Wanted, serve,
+    AdapterSection, ConfigSource, Error as ServeError, ModelSection, Scoring, ServeConfig,
+    ServeFile, Wanted, serve,
 };
 use monteclora_converters::{DType, Problem};
 
 use crate::allocator;
 use crate::cli::ServeArgs;
 use crate::hub::{self, HubOptions, OfGguf};
+use crate::scoring::DecoderScoring;
 
 pub(super) fn run(args: &ServeArgs) -> Result<()> {
     let config = configuration(args)?;
@@ -55,7 +56,17 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
     if let Some(port) = args.port {
         file.server.port = port;
     }
-    let token_source = args.options.token_source.clone();
+    let mut config = resolved(&file, &args.options.token_source)?;
+    config.force = args.force;
+    Ok(config)
+}
+
+/// What `file` stands for, with our decoder for scores.
+pub(super) fn resolved(file: &ServeFile, token_source: &str) -> Result<ServeConfig> {
+    let token_source = token_source.to_owned();
+    let scoring: Arc<dyn Scoring> = Arc::new(DecoderScoring {
+        token_source: token_source.clone(),
+    });
     let locate = move |wanted: &Wanted<'_>| -> Result<PathBuf, ServeError> {
         let options = HubOptions {
             revision: wanted.revision.map(str::to_owned),
@@ -79,9 +90,8 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
         Ok(found.dir)
     };
     let mut config = file.resolve(&locate)?;
-    config.force = args.force;
     config.reclaim = Some(allocator::return_freed_memory);
-    Ok(config)
+    Ok(config.with_scoring(&scoring))
 }
 
 fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {
@@ -95,6 +105,7 @@ fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {
                     alias: alias.to_owned(),
                     source: source.to_owned(),
                     revision: None,
+                    draws: 0,
                 })
             }
             _ => Err(Problem::usage(format!(

@@ -1,7 +1,7 @@
 //! `train`: fine-tune as run.toml says.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use monteclora_converters::shell_word;
@@ -92,14 +92,24 @@ fn finished(prepared: &Prepared, step: u64, as_json: bool) -> Result<()> {
 /// When training stops.
 pub(super) const AFTER_STEP: &str = " after this step";
 
+/// What the first signal says of when it is looked at.
+static AFTER: Mutex<&str> = Mutex::new("");
+
+/// Lets the first signal say that it is looked at `after`.
+pub(super) fn say_stopping(after: &'static str) {
+    *AFTER.lock().unwrap_or_else(PoisonError::into_inner) = after;
+}
+
 /// A flag set by the first SIGINT or SIGTERM, which says when it is looked at; a second one ends the process at once.
 pub(super) fn stop_on_signals(after: &'static str) -> Result<Interrupt> {
+    say_stopping(after);
     let flag: Interrupt = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
     ctrlc::set_handler(move || {
         if seen.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
+        let after = *AFTER.lock().unwrap_or_else(PoisonError::into_inner);
         tracing::warn!("stopping{after}; once more to quit at once");
     })
     .context("cannot install the signal handler")?;

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use monteclora_converters::files::sha256;
 use monteclora_converters::{Error, Problem};
 use serde_json::{Map, Value};
 
@@ -118,7 +117,7 @@ pub struct ChoiceTokens {
 /// strip thinking), the row becomes one example a turn, each the very text the model would see.
 #[derive(Debug)]
 pub struct Encoder {
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
     template: Option<ChatTemplate>,
     options: EncodeOptions,
     stop_ids: Vec<u32>,
@@ -127,10 +126,11 @@ pub struct Encoder {
 impl Encoder {
     /// An encoder; without a template only text rows and plain prompts can be encoded.
     pub fn new(
-        tokenizer: Tokenizer,
+        tokenizer: impl Into<Arc<Tokenizer>>,
         template: Option<ChatTemplate>,
         options: EncodeOptions,
     ) -> Self {
+        let tokenizer = tokenizer.into();
         Self {
             stop_ids: stop_ids(&tokenizer, template.as_ref()),
             tokenizer,
@@ -179,14 +179,16 @@ impl Encoder {
 
     /// SHA-256 of the chat template and its variables, where it writes out prompts.
     pub fn chat_template_sha256(&self) -> Option<String> {
-        let template = self
+        self.chat_template_sha256_with(&Map::new())
+    }
+
+    /// As [`Self::chat_template_sha256`], with a row's variables, which win.
+    pub fn chat_template_sha256_with(&self, of_row: &Map<String, Value>) -> Option<String> {
+        let applied = self
             .template
             .as_ref()
-            .filter(|_| self.options.apply_chat_template)?;
-        let variables = Value::Object(template.variables().clone());
-        Some(sha256(
-            format!("{variables}\n{}", template.content()).as_bytes(),
-        ))
+            .filter(|_| self.options.apply_chat_template);
+        applied.map(|template| template.sha256(of_row))
     }
 
     /// The options.

@@ -4,6 +4,7 @@ use std::{path::Path, sync::OnceLock, time::SystemTime};
 
 use monteclora_converters::{
     Error,
+    files::sha256,
     jinja::{self, Conversation, Rendered, Sources, TOOL_USE, Templates},
 };
 use serde_json::{Map, Value as Json, json};
@@ -51,13 +52,25 @@ impl ChatTemplate {
         override_file: Option<&Path>,
         now: SystemTime,
     ) -> Result<Option<Self>, Error> {
+        Self::with_clock(dir, override_file, move || now)
+    }
+
+    /// As [`Self::from_dir`], with a time that goes on.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_clock(
+        dir: &Path,
+        override_file: Option<&Path>,
+        clock: impl Fn() -> SystemTime + Send + Sync + 'static,
+    ) -> Result<Option<Self>, Error> {
         let config = read_json(&dir.join("tokenizer_config.json"))?;
         let special_map = read_json(&dir.join("special_tokens_map.json"))?;
         let special_tokens = jinja::special_tokens(config.as_ref(), special_map.as_ref());
         let Some(sources) = jinja::find(dir, override_file)? else {
             return Ok(None);
         };
-        let templates = Templates::compile(sources.named.clone(), move || now).map_err(|found| {
+        let templates = Templates::compile(sources.named.clone(), clock).map_err(|found| {
             let reasons: Vec<String> = found
                 .into_iter()
                 .map(|(name, reason)| match sources.named.len() {
@@ -108,9 +121,12 @@ impl ChatTemplate {
         self.sources.content()
     }
 
-    /// Its own variables.
-    pub(super) fn variables(&self) -> &Map<String, Json> {
-        &self.variables
+    /// SHA-256 of its text and its variables, with those of a row, which win.
+    pub fn sha256(&self, of_row: &Map<String, Json>) -> String {
+        let mut variables = self.variables.clone();
+        variables.extend(of_row.clone());
+        let variables = Json::Object(variables);
+        sha256(format!("{variables}\n{}", self.content()).as_bytes())
     }
 
     /// Names among its own variables that none of its templates has.

@@ -27,6 +27,16 @@ pub enum Judged {
     Answers,
 }
 
+impl Judged {
+    /// As the file has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Choices => "choices",
+            Self::Answers => "answers",
+        }
+    }
+}
+
 /// Likelihood and calibration error of predictions.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Fit {

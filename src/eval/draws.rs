@@ -15,12 +15,24 @@ pub fn posterior_draws(
     seed: u64,
     n_draws: usize,
 ) -> Result<Vec<ActiveAdapter>> {
-    let (config, device) = (decoder.config(), decoder.device());
-    let mean = ActiveAdapter::from_adapter(adapter, config, device)?;
-    (0..n_draws as u64)
-        .map(|index| {
-            let drawn = monteclora_adapters::sample(adapter, seed, index)?;
-            Ok(ActiveAdapter::from_draw(&drawn, &mean, config, device)?)
-        })
+    let mean = ActiveAdapter::from_adapter(adapter, decoder.config(), decoder.device())?;
+    (0..n_draws)
+        .map(|index| posterior_draw(adapter, &mean, decoder, seed, index))
         .collect()
+}
+
+/// Draw `index` of them, which shares B with `mean`, the adapter's own.
+///
+/// # Errors
+/// As [`posterior_draws`].
+pub fn posterior_draw(
+    adapter: &Adapter,
+    mean: &ActiveAdapter,
+    decoder: &Decoder,
+    seed: u64,
+    index: usize,
+) -> Result<ActiveAdapter> {
+    let drawn = monteclora_adapters::sample(adapter, seed, index as u64)?;
+    let (config, device) = (decoder.config(), decoder.device());
+    Ok(ActiveAdapter::from_draw(&drawn, mean, config, device)?)
 }

@@ -19,11 +19,11 @@ use monteclora_converters::Problem;
 
 pub use answers::{AnswerCertainty, certainties};
 pub use choices::{ChoiceRows, LengthNormalisation, log_likelihoods};
-pub use draws::posterior_draws;
+pub use draws::{posterior_draw, posterior_draws};
 pub use interval::bootstrap;
 #[cfg(feature = "mistralrs")]
 pub use parity::{Agreement, Bases, Engines, Parity, Reference, compare};
-pub use predict::{Answer, Answerer, ChoiceProbability, Question, Uncertainty};
+pub use predict::{Answer, Answerer, Cancelled, ChoiceProbability, Question, Uncertainty};
 pub use prediction::{Prediction, entropies, tempered};
 pub use recital::{Opening, Recital};
 pub use scores::{

@@ -1,14 +1,17 @@
 //! Answers with what the posterior says about them.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use anyhow::Result;
+use monteclora_converters as converters;
 use serde::Serialize;
 
 use super::answers::certainties;
 use super::calibration::{Judged, Scaling};
 use super::choices::{log_likelihoods, prediction};
 use super::{Batching, LengthNormalisation, Prediction, not_finite};
-use crate::data::{ChoiceSet, Tokenizer};
-use crate::model::{ActiveAdapter, Decoder, GenerationSettings};
+use crate::data::{ChoiceSet, Encoder, Row, Tokenizer};
+use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
 
 /// Something to be answered.
 #[derive(Debug, Clone)]
@@ -22,6 +25,48 @@ pub enum Question {
         /// Their texts.
         texts: Vec<String>,
     },
+}
+
+impl Question {
+    /// What a row asks.
+    ///
+    /// # Errors
+    /// Those of [`Encoder::choice_tokens`] and [`Encoder::row_prompt`].
+    pub fn of_row(row: &Row, encoder: &Encoder) -> Result<Self, converters::Error> {
+        if let (Some(set), Some(choices)) = (encoder.choice_tokens(row)?, &row.choices) {
+            return Ok(Self::Choice {
+                set,
+                texts: choices.texts.clone(),
+            });
+        }
+        Ok(Self::Open(encoder.row_prompt(row)?))
+    }
+
+    /// What its answer is judged by.
+    pub fn judged(&self) -> Judged {
+        match self {
+            Self::Choice { .. } => Judged::Choices,
+            Self::Open(_) => Judged::Answers,
+        }
+    }
+
+    /// Tokens that are computed for it: choices of one token share the prompt, others have it for themselves.
+    pub fn n_tokens(&self) -> usize {
+        let Self::Choice { set, .. } = self else {
+            return self.n_prompt();
+        };
+        let longer = set.choices.iter().map(|choice| choice.tokens.len());
+        let apart = longer.filter(|n_tokens| *n_tokens > self.n_prompt() + 1);
+        self.n_prompt() + apart.sum::<usize>()
+    }
+
+    /// Tokens of its prompt; where choices have prompts of their own, of the first.
+    pub fn n_prompt(&self) -> usize {
+        match self {
+            Self::Choice { set, .. } => set.choices.first().map_or(0, |choice| choice.n_prompt),
+            Self::Open(prompt) => prompt.len(),
+        }
+    }
 }
 
 /// What posterior draws say about an answer.
@@ -53,6 +98,9 @@ pub struct ChoiceProbability {
     /// Standard deviation of the draws' probabilities around their mean, before the temperature (divided by K).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub std: Option<f64>,
+    /// 5 % and 95 % quantiles of the draws' probabilities, each after the temperature, interpolated between neighbours.
+    #[serde(skip)]
+    pub quantiles: Option<[f64; 2]>,
 }
 
 /// An answer.
@@ -74,6 +122,9 @@ pub struct Answer {
     /// In the question's order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<ChoiceProbability>,
+    /// Tokens of an answer in the model's own words.
+    #[serde(skip)]
+    pub n_tokens: usize,
 }
 
 /// A decoder with a posterior that answers questions.
@@ -95,7 +146,14 @@ pub struct Answerer<'a> {
     pub generation: GenerationSettings,
     /// What is compared between choices.
     pub normalisation: LengthNormalisation,
+    /// Set by whoever no longer waits for the answers.
+    pub cancelled: Option<&'a AtomicBool>,
 }
+
+/// Nobody waits for the answers any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("cancelled")]
+pub struct Cancelled;
 
 impl Answerer<'_> {
     /// Answers `questions`, all in memory at once, in their order.
@@ -120,6 +178,13 @@ impl Answerer<'_> {
         Ok(answers.collect())
     }
 
+    fn go_on(&self) -> Result<(), Cancelled> {
+        let cancelled = self
+            .cancelled
+            .is_some_and(|flag| flag.load(Ordering::Relaxed));
+        if cancelled { Err(Cancelled) } else { Ok(()) }
+    }
+
     /// `[row][adapter]`: the distribution over the choices of every row that each draw gives; without draws, the mean.
     fn chosen(&self, sets: &[&ChoiceSet]) -> Result<Vec<Vec<Prediction>>> {
         let adapters = match self.draws {
@@ -131,6 +196,7 @@ impl Answerer<'_> {
         let mut found = vec![Vec::with_capacity(adapters.len()); sets.len()];
         for batch in Batching::new(None).plan(&lengths) {
             for adapter in adapters {
+                self.go_on()?;
                 let of_batch = sets[batch.clone()].iter().copied();
                 let scores = log_likelihoods(of_batch, self.decoder, adapter)?;
                 for (row, scores) in batch.clone().zip(&scores) {
@@ -142,9 +208,16 @@ impl Answerer<'_> {
     }
 
     fn open(&self, prompts: &[Vec<u32>]) -> Result<Vec<Answer>> {
-        let generate = |adapter| {
-            self.decoder
-                .generate(prompts, adapter, &self.generation, |_| {})
+        let generate = |adapter| -> Result<Vec<Generation>> {
+            let goes_on = || self.go_on().is_ok();
+            let answers = (self.decoder).generate_while(
+                prompts,
+                adapter,
+                &self.generation,
+                &goes_on,
+                |_| {},
+            )?;
+            Ok(answers.ok_or(Cancelled)?)
         };
         let answers = generate(self.mean)?;
         let mut n_agreeing = vec![0usize; answers.len()];
@@ -158,7 +231,10 @@ impl Answerer<'_> {
         }
         let of_draws = match self.draws {
             [] => Vec::new(),
-            draws => certainties(self.decoder, prompts, &answers, draws)?,
+            draws => {
+                self.go_on()?;
+                certainties(self.decoder, prompts, &answers, draws)?
+            }
         };
         let mut found = Vec::with_capacity(answers.len());
         for (idx, answer) in answers.iter().enumerate() {
@@ -173,19 +249,30 @@ impl Answerer<'_> {
                     let entropies = (c.predictive_entropy, c.expected_entropy);
                     self.uncertainty(entropies, n_agreeing[idx])
                 }),
+                n_tokens: answer.tokens.len(),
                 ..self.judged(text, &is_right, Judged::Answers).0
             });
         }
         Ok(found)
     }
 
+    /// What was found of answers of this kind.
+    fn scaling(&self, kind: Judged) -> Option<&Scaling> {
+        let (_, scaling) = self.calibration.filter(|(judged, _)| *judged == kind)?;
+        Some(scaling)
+    }
+
+    fn tempered(&self, prediction: &Prediction, kind: Judged) -> Prediction {
+        match self.scaling(kind) {
+            Some(scaling) => prediction.tempered(scaling.temperature),
+            None => prediction.clone(),
+        }
+    }
+
     /// An answer with its confidence, and the prediction after temperature scaling.
     fn judged(&self, text: String, prediction: &Prediction, kind: Judged) -> (Answer, Prediction) {
-        let scaling = self.calibration.filter(|(judged, _)| *judged == kind);
-        let prediction = match scaling {
-            Some((_, scaling)) => prediction.tempered(scaling.temperature),
-            None => prediction.clone(),
-        };
+        let scaling = self.scaling(kind);
+        let prediction = self.tempered(prediction, kind);
         let answer = Answer {
             text,
             p_correct: prediction.confidence(),
@@ -195,6 +282,7 @@ impl Answerer<'_> {
                 .map(|least| prediction.confidence() < least),
             uncertainty: None,
             choices: Vec::new(),
+            n_tokens: 0,
         };
         (answer, prediction)
     }
@@ -206,13 +294,20 @@ impl Answerer<'_> {
         let n = of_draws.len() as f64;
         let (average_p, scaled_p) = (average.probabilities(), scaled.probabilities());
         let draws_p: Vec<Vec<f64>> = of_draws.iter().map(Prediction::probabilities).collect();
+        let tempered = of_draws.iter();
+        let tempered = tempered.map(|draw| self.tempered(draw, Judged::Choices));
+        let tempered_p: Vec<Vec<f64>> = tempered.map(|draw| draw.probabilities()).collect();
         let choices = texts.iter().enumerate().map(|(idx, text)| {
             let away = |draw: &Vec<f64>| (draw[idx] - average_p[idx]).powi(2);
             let variance = draws_p.iter().map(away).sum::<f64>() / n;
+            let mut sorted: Vec<f64> = tempered_p.iter().map(|draw| draw[idx]).collect();
+            sorted.sort_by(f64::total_cmp);
             ChoiceProbability {
                 text: text.clone(),
                 probability: scaled_p[idx],
                 std: (!self.draws.is_empty()).then(|| variance.sqrt()),
+                quantiles: (!self.draws.is_empty())
+                    .then(|| [0.05, 0.95].map(|share| quantile(&sorted, share))),
             }
         });
         let n_agreeing = of_draws.iter().filter(|draw| draw.choice() == best).count();
@@ -234,5 +329,48 @@ impl Answerer<'_> {
             mutual_information: (predictive - expected).max(0.0),
             agreement: n_agreeing as f64 / self.draws.len() as f64,
         }
+    }
+}
+
+/// The quantile of sorted values, linear between neighbours; of one value it is that.
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let at = share * (sorted.len().max(1) - 1) as f64;
+    let (below, above) = (at.floor() as usize, at.ceil() as usize);
+    match (sorted.get(below), sorted.get(above)) {
+        (Some(low), Some(high)) => low + (high - low) * at.fract(),
+        _ => f64::NAN,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::ChoiceTokens;
+
+    #[test]
+    fn choices_of_one_token_share_their_prompt() {
+        let choice = |n_answer: usize| ChoiceTokens {
+            tokens: vec![1; 10 + n_answer],
+            n_prompt: 10,
+        };
+        let question = |answers: &[usize]| Question::Choice {
+            set: ChoiceSet {
+                choices: answers.iter().map(|n| choice(*n)).collect(),
+                answer: 0,
+            },
+            texts: Vec::new(),
+        };
+        assert_eq!(question(&[1, 1, 1]).n_tokens(), 10);
+        assert_eq!(question(&[1, 2, 3]).n_tokens(), 10 + 12 + 13);
+        assert_eq!(Question::Open(vec![1; 7]).n_tokens(), 7);
+    }
+
+    /// numpy.quantile's default.
+    #[test]
+    fn quantiles_lie_between_neighbours() {
+        let sorted = [0.1, 0.2, 0.4, 0.8];
+        assert!((quantile(&sorted, 0.05) - 0.115).abs() < 1e-12);
+        assert!((quantile(&sorted, 0.95) - 0.74).abs() < 1e-12);
+        assert_eq!(quantile(&[0.3], 0.95), 0.3);
     }
 }

@@ -1,6 +1,6 @@
 //! Greedy decoding of many prompts at once, each with its own cache.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use monteclora_converters::architecture::RopeKind;
 
 use super::adapter::ActiveAdapter;
@@ -101,19 +101,41 @@ impl Generation {
 
 impl Decoder {
     /// Greedy answers to `prompts`; `done` is called with the number of finished prompts after each batch.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn generate(
         &self,
         prompts: &[Vec<u32>],
         adapter: &ActiveAdapter,
         settings: &GenerationSettings,
-        mut done: impl FnMut(usize),
+        done: impl FnMut(usize),
     ) -> Result<Vec<Generation>> {
+        let answers = self.generate_while(prompts, adapter, settings, &|| true, done)?;
+        Ok(answers.unwrap_or_default())
+    }
+
+    /// [`Self::generate`] as long as `goes_on` says so, which is asked before each token; else nothing.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn generate_while(
+        &self,
+        prompts: &[Vec<u32>],
+        adapter: &ActiveAdapter,
+        settings: &GenerationSettings,
+        goes_on: &(dyn Fn() -> bool + Sync),
+        mut done: impl FnMut(usize),
+    ) -> Result<Option<Vec<Generation>>> {
         let mut answers = Vec::with_capacity(prompts.len());
         for batch in prompts.chunks(settings.batch_size.max(1)) {
-            answers.extend(on_pool(|| self.generate_batch(batch, adapter, settings))?);
+            match on_pool(|| self.generate_batch(batch, adapter, settings, goes_on))? {
+                Some(batch) => answers.extend(batch),
+                None => return Ok(None),
+            }
             done(answers.len());
         }
-        Ok(answers)
+        Ok(Some(answers))
     }
 
     fn generate_batch(
@@ -121,7 +143,8 @@ impl Decoder {
         prompts: &[Vec<u32>],
         adapter: &ActiveAdapter,
         settings: &GenerationSettings,
-    ) -> Result<Vec<Generation>> {
+        goes_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Option<Vec<Generation>>> {
         let mut answers: Vec<Generation> = prompts
             .iter()
             .map(|_| Generation {
@@ -130,22 +153,14 @@ impl Decoder {
                 log_probability: 0.0,
             })
             .collect();
-        let mut caches = vec![LayerCache::default(); self.blocks.len()];
         let mut running: Vec<usize> = (0..prompts.len()).collect();
-        let mut lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
-        let mut sequences = Sequences::new(prompts);
-        let threshold = self.rotation_threshold();
+        let mut texts = Continuation::of(self, prompts, adapter);
         while !running.is_empty() && settings.max_new_tokens > 0 {
-            let hidden = self.hidden(&sequences, adapter, Some(&mut caches))?;
-            let last: Vec<u32> = sequences
-                .segments
-                .iter()
-                .map(|s| (s.query_start + s.query_len - 1) as u32)
-                .collect();
-            let hidden = hidden.index_select(&Tensor::new(last, &self.device)?, 0)?;
-            let best = most_likely(&self.head_logits(&hidden, adapter)?)?;
-            let mut keep = Vec::with_capacity(running.len());
-            let mut next = Vec::new();
+            if !goes_on() {
+                return Ok(None);
+            }
+            let best = most_likely(&texts.next_logits()?)?;
+            let mut next = Vec::with_capacity(running.len());
             for (sequence, (token, log_p)) in running.iter().zip(best) {
                 let answer = &mut answers[*sequence];
                 answer.log_probability += log_p;
@@ -156,31 +171,22 @@ impl Decoder {
                 }
                 let has_room = answer.tokens.len() < settings.max_new_tokens;
                 let goes_on = answer.end.is_none() && has_room;
-                keep.push(goes_on);
-                if goes_on {
-                    next.push((*sequence, token));
-                }
+                next.push(goes_on.then_some(token));
             }
-            if keep.contains(&false) {
-                for cache in &mut caches {
-                    cache.retain(&keep)?;
-                }
-            }
-            running = next.iter().map(|(sequence, _)| *sequence).collect();
-            let begins = |(sequence, _): &(usize, u32)| Some(lengths[*sequence]) == threshold;
-            if next.iter().any(begins) {
-                // From here on all of its positions turn otherwise, those in the cache, too.
-                caches.fill(LayerCache::default());
-                let texts = running.iter().map(|sequence| {
-                    lengths[*sequence] += 1;
-                    [prompts[*sequence].as_slice(), &answers[*sequence].tokens].concat()
-                });
-                sequences = Sequences::new(&texts.collect::<Vec<_>>());
-            } else {
-                sequences = step(&next, &mut lengths);
-            }
+            let mut keep = next.iter().map(Option::is_some);
+            running.retain(|_| keep.next().unwrap_or(false));
+            texts.extend(&next)?;
         }
-        Ok(answers)
+        Ok(Some(answers))
+    }
+
+    /// A text that begins with `prompt`, which is not empty, to be continued token by token.
+    pub fn continuation<'a>(
+        &'a self,
+        prompt: &[u32],
+        adapter: &'a ActiveAdapter,
+    ) -> Continuation<'a> {
+        Continuation::of(self, &[prompt.to_vec()], adapter)
     }
 
     /// The length beyond which LongRoPE has other factors, which transformers computes the whole text with. The base of dynamic
@@ -194,26 +200,105 @@ impl Decoder {
     }
 }
 
-/// One new token for each running sequence, behind `lengths` earlier ones.
-fn step(next: &[(usize, u32)], lengths: &mut [usize]) -> Sequences {
+/// Texts that grow token by token, all at once; what was computed of their tokens is kept.
+#[derive(Debug)]
+pub struct Continuation<'a> {
+    decoder: &'a Decoder,
+    adapter: &'a ActiveAdapter,
+    caches: Vec<LayerCache>,
+    /// All tokens of each, one of which may not have been computed yet.
+    texts: Vec<Vec<u32>>,
+    /// What is to be computed next.
+    sequences: Sequences,
+    /// See [`Decoder::rotation_threshold`].
+    threshold: Option<usize>,
+}
+
+impl<'a> Continuation<'a> {
+    fn of(decoder: &'a Decoder, prompts: &[Vec<u32>], adapter: &'a ActiveAdapter) -> Self {
+        Self {
+            decoder,
+            adapter,
+            caches: vec![LayerCache::default(); decoder.blocks.len()],
+            texts: prompts.to_vec(),
+            sequences: Sequences::new(prompts),
+            threshold: decoder.rotation_threshold(),
+        }
+    }
+
+    /// Logits of the token after the last one of each text, `[texts, vocab]`, in float32. To be called once after each
+    /// [`Self::push`].
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn logits(&mut self) -> Result<Tensor> {
+        Ok(on_pool(|| self.next_logits())?.to_dtype(DType::F32)?)
+    }
+
+    /// Appends `token` to the only text.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn push(&mut self, token: u32) -> Result<()> {
+        self.extend(&[Some(token)])
+    }
+
+    fn next_logits(&mut self) -> Result<Tensor> {
+        let (decoder, adapter) = (self.decoder, self.adapter);
+        let hidden = decoder.hidden(&self.sequences, adapter, Some(&mut self.caches))?;
+        let last: Vec<u32> = self
+            .sequences
+            .segments
+            .iter()
+            .map(|s| (s.query_start + s.query_len - 1) as u32)
+            .collect();
+        let hidden = hidden.index_select(&Tensor::new(last, &decoder.device)?, 0)?;
+        decoder.head_logits(&hidden, adapter)
+    }
+
+    /// Appends one token to each text that goes on; the others are left behind.
+    fn extend(&mut self, next: &[Option<u32>]) -> Result<()> {
+        let goes_on: Vec<bool> = next.iter().map(Option::is_some).collect();
+        if goes_on.contains(&false) {
+            for cache in &mut self.caches {
+                cache.retain(&goes_on)?;
+            }
+            let mut goes_on = goes_on.into_iter();
+            self.texts.retain(|_| goes_on.next().unwrap_or(false));
+        }
+        let begins = |text: &Vec<u32>| Some(text.len()) == self.threshold;
+        let turns_otherwise = self.texts.iter().any(begins);
+        for (text, token) in self.texts.iter_mut().zip(next.iter().flatten()) {
+            text.push(*token);
+        }
+        if turns_otherwise {
+            // From here on all of its positions turn otherwise, those in the cache, too.
+            self.caches.fill(LayerCache::default());
+            self.sequences = Sequences::new(&self.texts);
+        } else {
+            self.sequences = last_tokens(&self.texts);
+        }
+        Ok(())
+    }
+}
+
+/// The last token of each text, behind its earlier ones.
+fn last_tokens(texts: &[Vec<u32>]) -> Sequences {
+    let mut sequences = Sequences::default();
     let mut key_start = 0;
-    let mut sequences = Sequences {
-        tokens: Vec::with_capacity(next.len()),
-        positions: Vec::with_capacity(next.len()),
-        segments: Vec::with_capacity(next.len()),
-    };
-    for (row, (sequence, token)) in next.iter().enumerate() {
-        sequences.tokens.push(*token);
-        sequences.positions.push(lengths[*sequence] as u32);
-        lengths[*sequence] += 1;
-        let key_len = lengths[*sequence];
+    for (row, text) in texts.iter().enumerate() {
+        let Some((last, earlier)) = text.split_last() else {
+            continue;
+        };
+        sequences.tokens.push(*last);
+        sequences.positions.push(earlier.len() as u32);
         sequences.segments.push(Segment {
             query_start: row,
             query_len: 1,
             key_start,
-            key_len,
+            key_len: text.len(),
         });
-        key_start += key_len;
+        key_start += text.len();
     }
     sequences
 }

@@ -15,7 +15,7 @@ use monteclora_converters::architecture::ModelShape;
 
 pub use adapter::{ActiveAdapter, AdapterGradients, ModuleId};
 pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
-pub use generate::{Generation, GenerationSettings};
+pub use generate::{Continuation, Generation, GenerationSettings};
 pub use parts::attention::Segment;
 pub(crate) use predictive::log_mean_exp;
 pub use predictive::{Average, Predictive};

@@ -70,6 +70,29 @@ impl Decoder {
         on_pool(|| self.averaged(sequences, targets, adapters, true))
     }
 
+    /// Tells `each` the logits of every position, one row after the other, in float32; those of a few are in memory at a time.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::logits`].
+    pub fn each_logits(
+        &self,
+        sequences: &Sequences,
+        adapter: &ActiveAdapter,
+        each: &mut dyn FnMut(&[f32]),
+    ) -> Result<()> {
+        let hidden = on_pool(|| self.hidden(sequences, adapter, None))?;
+        let n_rows = hidden.dims2()?.0;
+        let chunk = (LOGITS / self.config.vocab_size).clamp(1, CHUNK);
+        for start in (0..n_rows).step_by(chunk) {
+            let part = hidden.narrow(0, start, chunk.min(n_rows - start))?;
+            let logits = on_pool(|| self.head_logits(&part.contiguous()?, adapter))?;
+            for row in logits.to_dtype(DType::F32)?.to_vec2::<f32>()? {
+                each(&row);
+            }
+        }
+        Ok(())
+    }
+
     fn averaged(
         &self,
         sequences: &Sequences,

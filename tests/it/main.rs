@@ -28,5 +28,7 @@ mod report;
 mod resume;
 #[cfg(feature = "mistralrs")]
 mod runtime;
+#[cfg(feature = "mistralrs")]
+mod scoring;
 mod training;
 mod trajectory;

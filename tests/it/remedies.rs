@@ -29,7 +29,7 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 44] = [
+const OTHERS: [Remedy; 48] = [
     (
         "`monteclora parity --chat -m BASE` shows where",
         By(
@@ -61,6 +61,31 @@ const OTHERS: [Remedy; 44] = [
         By(
             "tests/it/formats.rs",
             "adapters_that_change_nothing_need_force",
+        ),
+    ),
+    (
+        "has nothing that scores answers; `monteclora serve` has",
+        By("tests/it/scoring.rs", "scores_are_those_of_predict"),
+    ),
+    (
+        "has no posterior; `monteclora fit` makes one around any LoRA",
+        By(
+            "tests/it/scoring.rs",
+            "draws_need_a_posterior_and_the_copy_of_the_base",
+        ),
+    ),
+    (
+        "make another with `monteclora calibrate`",
+        By(
+            "tests/it/scoring.rs",
+            "calibrations_are_applied_and_swapped_with_their_adapter",
+        ),
+    ),
+    (
+        "`monteclora calibrate --target-error {asked}` looks for one",
+        By(
+            "tests/it/scoring.rs",
+            "calibrations_are_applied_and_swapped_with_their_adapter",
         ),
     ),
     (

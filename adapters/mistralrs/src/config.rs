@@ -13,9 +13,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::field_names::field_names;
+use crate::scoring::ScoringDtype;
 
 pub use limits::LimitsSection;
-pub use resolve::{Held, Locate, ModelConfig, ServeConfig, TlsFiles, Wanted, local_only};
+pub use resolve::{
+    Held, Locate, ModelConfig, PageExample, ServeConfig, TlsFiles, Wanted, local_only,
+};
 
 /// `serve.toml` as written, with mistral.rs `from-config` names.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -49,6 +52,8 @@ pub struct ServerSection {
     pub tls_cert: Option<PathBuf>,
     /// The certificate's private key in PEM.
     pub tls_key: Option<PathBuf>,
+    /// Whether `/` is a page to ask two models side by side, and to see how sure they are. It needs no key itself; what it asks does.
+    pub ui: bool,
     /// Web origins whose pages may call the server (`https://app.example`, or `*`); none by default.
     pub allowed_origins: Vec<String>,
 }
@@ -60,6 +65,7 @@ impl Default for ServerSection {
             port: 1234,
             tls_cert: None,
             tls_key: None,
+            ui: false,
             allowed_origins: Vec::new(),
         }
     }
@@ -131,6 +137,8 @@ pub struct ModelSection {
     pub quantization: QuantizationSection,
     /// Device.
     pub device: DeviceSection,
+    /// Scores that say how sure an answer is.
+    pub uncertainty: UncertaintySection,
     /// Adapters on this model.
     pub adapters: Vec<AdapterSection>,
 }
@@ -151,6 +159,31 @@ pub struct DeviceSection {
     pub cpu: bool,
 }
 
+/// `[models.uncertainty]`: `POST /v1/monteclora/score`, from a second copy of the base that all its adapters share.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UncertaintySection {
+    /// Whether answers are scored.
+    pub enabled: bool,
+    /// How that copy is held; `blocks` needs a quantised `.gguf` file as `model_id`.
+    pub dtype: ScoringDtype,
+    /// Posterior draws of each adapter that are held in memory, and most that a request may ask for. At least 1.
+    pub draws: usize,
+    /// Scores that are computed at a time; others wait. At least 1.
+    pub max_concurrent: usize,
+}
+
+impl Default for UncertaintySection {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            dtype: ScoringDtype::default(),
+            draws: 8,
+            max_concurrent: 1,
+        }
+    }
+}
+
 /// `[[models.adapters]]`.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -164,6 +197,8 @@ pub struct AdapterSection {
     pub source: String,
     /// Revision of a Hub id.
     pub revision: Option<String>,
+    /// Posterior draws that are models of their own, `ALIAS@draw-0` and so on; needs `[models.uncertainty]`.
+    pub draws: usize,
 }
 
 impl ServeFile {
@@ -235,7 +270,7 @@ fn environment() -> impl Iterator<Item = (String, String)> {
 }
 
 /// Every key of the file's form, by table.
-fn keys() -> [(&'static str, &'static [&'static str]); 10] {
+fn keys() -> [(&'static str, &'static [&'static str]); 11] {
     [
         ("", field_names::<ServeFile>()),
         ("server", field_names::<ServerSection>()),
@@ -246,6 +281,7 @@ fn keys() -> [(&'static str, &'static [&'static str]); 10] {
         ("models", field_names::<ModelSection>()),
         ("models.quantization", field_names::<QuantizationSection>()),
         ("models.device", field_names::<DeviceSection>()),
+        ("models.uncertainty", field_names::<UncertaintySection>()),
         ("models.adapters", field_names::<AdapterSection>()),
     ]
 }

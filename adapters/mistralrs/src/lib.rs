@@ -39,6 +39,7 @@ mod loader;
 mod memory;
 mod quantisation;
 mod quirks_0_8;
+mod scoring;
 mod server;
 
 #[cfg(test)]
@@ -52,8 +53,8 @@ struct Readme;
 pub use application::{MonteCloraModel, MonteCloraModelBuilder, MonteCloraStream, Turn};
 pub use config::{
     AdapterSection, AdminSection, AuthSection, DeviceSection, Held, LimitsSection, Locate,
-    ModelConfig, ModelSection, QuantizationSection, RuntimeSection, ServeConfig, ServeFile,
-    ServerSection, TlsFiles, Wanted, local_only,
+    ModelConfig, ModelSection, PageExample, QuantizationSection, RuntimeSection, ServeConfig,
+    ServeFile, ServerSection, TlsFiles, UncertaintySection, Wanted, local_only,
 };
 pub use engine::{Answer, ChatMessage, Engine, PromptLogits, prompt_logits};
 pub use error::{Error, Result};
@@ -67,4 +68,9 @@ pub use quirks_0_8::logger_threads::{
 };
 pub use quirks_0_8::model_config::{NormalisedConfig, normalise_config};
 pub use quirks_0_8::own_text::{AskedConversation, own_differences, own_texts};
+pub use scoring::{
+    BaseScorer, Continuation, Score, ScoreError, ScorePrompt, ScoreRequest, ScoredAdapter,
+    ScoredBase, ScoredCalibration, ScoredChoice, ScoredUncertainty, Scorer, ScorerAbout,
+    ScorerSurvey, Scoring, ScoringDtype, UncertaintyConfig,
+};
 pub use server::{Applied, ConfigSource, Reloaded, Server, serve};

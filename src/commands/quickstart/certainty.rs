@@ -168,6 +168,7 @@ pub(super) fn assess(
             batch_size: DECODE_BATCH,
         },
         normalisation: LengthNormalisation::None,
+        cancelled: None,
     };
     let unknown = unknown_ticket(encoder, form)?;
     let prompts = [tickets.prompts[0].clone(), unknown];

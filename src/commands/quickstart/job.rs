@@ -93,6 +93,13 @@ impl Form {
         }
     }
 
+    /// The system message, and the question `asked` in this form: of a conversation the user's turn, else the whole text.
+    #[cfg(feature = "mistralrs")]
+    pub(super) fn on_page(self, asked: &Opening) -> (Option<String>, String) {
+        let system = (self == Self::Conversations).then(|| INSTRUCTION.to_owned());
+        (system, asked.text().to_owned())
+    }
+
     /// The address of a server that answers in this form, and a body for it.
     pub(super) fn request(self, model: &str, max_tokens: usize) -> (&'static str, Value) {
         match self.question() {
@@ -137,8 +144,14 @@ impl Job<'_> {
         }
         require_empty(&paths.adapter, force)?;
         write(&paths.run, &self.run_toml(&paths))?;
-        write(&paths.serve, &self.serve_toml())?;
+        write(&paths.serve, &self.serve_toml("adapter"))?;
         Ok(paths)
+    }
+
+    /// Lets serve.toml name the posterior, which has the same mean, with its scores.
+    pub(super) fn serve_posterior(&self, paths: &Paths) -> Result<()> {
+        std::fs::write(&paths.serve, self.serve_toml("posterior"))
+            .with_context(|| format!("cannot write `{}`", paths.serve.display()))
     }
 
     fn run_toml(&self, paths: &Paths) -> String {
@@ -163,10 +176,16 @@ impl Job<'_> {
         )
     }
 
-    fn serve_toml(&self) -> String {
+    fn serve_toml(&self, source: &str) -> String {
+        let uncertainty = match source {
+            "posterior" => {
+                "[models.uncertainty]   # POST /v1/monteclora/score: how sure an answer is\nenabled = true\ndtype = \"f32\"\n\n"
+            }
+            _ => "",
+        };
         format!(
-            "[server]\nhost = \"127.0.0.1\"\nport = 1234\n\n[[models]]\nmodel_id = {}\nname = {}\n\n\
-             [models.device]\ncpu = true\n\n[[models.adapters]]\ntype = \"monteclora\"\nalias = \"triage\"\nsource = \"adapter\"\n",
+            "[server]\nhost = \"127.0.0.1\"\nport = 1234\nui = true   # a page at /\n\n[[models]]\nmodel_id = {}\nname = {}\n\n\
+             [models.device]\ncpu = true\n\n{uncertainty}[[models.adapters]]\ntype = \"monteclora\"\nalias = \"triage\"\nsource = \"{source}\"\n",
             quoted(self.base),
             toml::Value::from(self.name),
         )
@@ -242,11 +261,22 @@ mod tests {
                     run.train.num_train_epochs,
                     Some(model.recipe.num_train_epochs)
                 );
-                let text = std::fs::read_to_string(&paths.serve).expect("readable");
-                let serve: toml::Table = text.parse().expect("TOML");
-                let served = serve["models"][0].as_table().expect("a table");
-                assert_eq!(served["name"].as_str(), Some(model.name));
-                assert_eq!(served["model_id"].as_str(), job.base.to_str());
+                for posterior in [false, true] {
+                    if posterior {
+                        job.serve_posterior(&paths).expect("written");
+                    }
+                    let text = std::fs::read_to_string(&paths.serve).expect("readable");
+                    let serve: toml::Table = text.parse().expect("TOML");
+                    let served = serve["models"][0].as_table().expect("a table");
+                    assert_eq!(served["name"].as_str(), Some(model.name));
+                    assert_eq!(served["model_id"].as_str(), job.base.to_str());
+                    let source = served["adapters"][0]["source"].as_str();
+                    assert_eq!(
+                        source,
+                        Some(if posterior { "posterior" } else { "adapter" })
+                    );
+                    assert_eq!(served.contains_key("uncertainty"), posterior);
+                }
             }
         }
     }

@@ -29,11 +29,9 @@ fn a_cold_or_damaged_cache_is_filled() {
     let dir = tempfile::tempdir().unwrap();
     let cache = dir.path().join("cache");
     let file = every_type();
-    let stats = || {
-        let rows = dir.path().join("rows.jsonl");
-        std::fs::write(&rows, "{\"prompt\": \"a\", \"completion\": \"b\"}\n").unwrap();
-        with_cache(&cache, &["data", "stats", text(&rows), "-m", text(&file)])
-    };
+    let rows = dir.path().join("rows.jsonl");
+    std::fs::write(&rows, "{\"prompt\": \"a\", \"completion\": \"b\"}\n").unwrap();
+    let stats = || with_cache(&cache, &["data", "stats", text(&rows), "-m", text(&file)]);
     std::thread::scope(|scope| {
         let together: Vec<_> = (0..6).map(|_| scope.spawn(stats)).collect();
         for done in together {

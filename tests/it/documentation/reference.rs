@@ -343,6 +343,7 @@ fn the_serve_configuration_reference_is_that_of_the_code() {
         sources: &[
             include_str!("../../../adapters/mistralrs/src/config.rs"),
             include_str!("../../../adapters/mistralrs/src/config/limits.rs"),
+            include_str!("../../../adapters/mistralrs/src/scoring.rs"),
         ],
         sections: vec![
             ("", "ServeFile"),
@@ -354,6 +355,7 @@ fn the_serve_configuration_reference_is_that_of_the_code() {
             ("models", "ModelSection"),
             ("models.quantization", "QuantizationSection"),
             ("models.device", "DeviceSection"),
+            ("models.uncertainty", "UncertaintySection"),
             ("models.adapters", "AdapterSection"),
         ],
         defaults: serde_json::to_value(file).unwrap(),

@@ -5,9 +5,11 @@ use std::fmt::Display;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::Device;
 use mistralrs_core::{IsqType, ModelDType};
+use serde::Serialize;
 
 use super::{AdminSection, LimitsSection, ModelSection, ServeFile, ServerSection};
 use crate::error::{Error, Result};
@@ -15,6 +17,7 @@ use crate::keys::{ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, KeySet};
 use crate::loader::{MonteCloraLoader, check_public_name};
 use crate::quantisation::parse_in_situ_quant;
 use crate::quirks_0_8::prefix_cache;
+use crate::scoring::{Scoring, UncertaintyConfig};
 
 /// Finds what is wanted, as a directory.
 pub type Locate<'a> = dyn Fn(&Wanted<'_>) -> Result<PathBuf> + 'a;
@@ -51,6 +54,9 @@ pub struct Held {
     pub quantised: bool,
 }
 
+/// Posterior draws that are held of an adapter at most.
+const MOST_DRAWS: usize = 1000;
+
 /// Name of the state file below the adapter root.
 const STATE_FILE_NAME: &str = ".monteclora-state.json";
 
@@ -61,6 +67,21 @@ pub struct TlsFiles {
     pub cert: PathBuf,
     /// Private key, PEM.
     pub key: PathBuf,
+}
+
+/// A question that the page at `/` offers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PageExample {
+    /// What its button says.
+    pub title: String,
+    /// The question.
+    pub question: String,
+    /// System message before it.
+    pub system: Option<String>,
+    /// Possible answers; none for an answer in the model's own words.
+    pub choices: Vec<String>,
+    /// Most tokens of such an answer.
+    pub max_tokens: usize,
 }
 
 /// What the server runs on: checked and free of defaults.
@@ -78,6 +99,10 @@ pub struct ServeConfig {
     pub limits: LimitsSection,
     /// Certificate and key, where HTTPS is spoken.
     pub tls: Option<TlsFiles>,
+    /// Whether `/` is a page.
+    pub ui: bool,
+    /// Questions that the page offers.
+    pub examples: Vec<PageExample>,
     /// Web origins whose pages may call the server.
     pub allowed_origins: Vec<String>,
     /// Keys for inference; empty means that anyone on this machine may ask.
@@ -99,6 +124,17 @@ pub struct ServeConfig {
     pub reclaim: Option<fn()>,
 }
 
+impl ServeConfig {
+    /// Lets `scoring` say how sure answers are, of the models that have it enabled.
+    #[must_use]
+    pub fn with_scoring(mut self, scoring: &Arc<dyn Scoring>) -> Self {
+        for model in &mut self.models {
+            model.scoring = model.uncertainty.is_some().then(|| scoring.clone());
+        }
+        self
+    }
+}
+
 /// One base model and its adapters.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
@@ -116,6 +152,12 @@ pub struct ModelConfig {
     pub chat_template: Option<PathBuf>,
     /// Adapters by public name.
     pub adapters: Vec<(String, PathBuf)>,
+    /// Posterior draws of adapters that are models of their own, by the adapter's public name; 0 for the others.
+    pub draws: BTreeMap<String, usize>,
+    /// How answers are scored, if they are.
+    pub uncertainty: Option<UncertaintyConfig>,
+    /// What scores them.
+    pub scoring: Option<Arc<dyn Scoring>>,
 }
 
 impl ModelConfig {
@@ -215,6 +257,8 @@ impl ServeFile {
                 max_memory,
                 limits: self.limits.clone(),
                 tls,
+                ui: self.server.ui,
+                examples: Vec::new(),
                 allowed_origins: self.server.allowed_origins.clone(),
                 api_keys,
                 admin_keys,
@@ -384,6 +428,7 @@ impl ModelSection {
             });
         }
         let mut adapters = Vec::new();
+        let mut draws = BTreeMap::new();
         for (idx, (adapter, source)) in self.adapters.iter().zip(sources).enumerate() {
             let at = format!("{at}.adapters[{idx}]");
             claim(&adapter.alias, &format!("{at}.alias"), names, wrong);
@@ -392,11 +437,26 @@ impl ModelSection {
                 let message = format!("`{kind}` is not monteclora or lora");
                 wrong.note(&format!("{at}.type"), message);
             }
+            if adapter.draws > 0 {
+                let at = format!("{at}.draws");
+                match (self.uncertainty.enabled, adapter.draws) {
+                    (false, _) => {
+                        wrong.note(&at, "needs `enabled = true` below [models.uncertainty]")
+                    }
+                    (_, n) if n > MOST_DRAWS => {
+                        wrong.note(&at, format!("{n}: expected at most {MOST_DRAWS}"));
+                    }
+                    (_, n) => {
+                        draws.insert(adapter.alias.clone(), n);
+                    }
+                }
+            }
             match source {
                 Some(source) => adapters.push((adapter.alias.clone(), source)),
                 None => wrong.note(&format!("{at}.source"), "missing"),
             }
         }
+        let uncertainty = self.uncertainty(at, wrong);
         Some(ModelConfig {
             name,
             base,
@@ -405,6 +465,34 @@ impl ModelSection {
             device,
             chat_template: self.chat_template.clone(),
             adapters,
+            draws,
+            uncertainty,
+            scoring: None,
+        })
+    }
+
+    fn uncertainty(&self, at: &str, wrong: &mut Wrong) -> Option<UncertaintyConfig> {
+        let section = self.uncertainty.clone();
+        if !section.enabled {
+            return None;
+        }
+        if !(1..=MOST_DRAWS).contains(&section.draws) {
+            let message = format!("{}: expected 1 to {MOST_DRAWS}", section.draws);
+            wrong.note(&format!("{at}.uncertainty.draws"), message);
+        }
+        let max_concurrent = NonZeroUsize::new(section.max_concurrent);
+        if max_concurrent.is_none() {
+            wrong.note(
+                &format!("{at}.uncertainty.max_concurrent"),
+                "must be at least 1",
+            );
+        }
+        Some(UncertaintyConfig {
+            model_id: self.model_id.clone(),
+            revision: self.revision.clone(),
+            dtype: section.dtype,
+            draws: section.draws,
+            max_concurrent: max_concurrent?,
         })
     }
 }

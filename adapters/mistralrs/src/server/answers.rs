@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::api_error::ApiError;
-use super::job::{RunningJob, Usage};
+use super::job::{RunningJob, Said, Usage};
 use super::logprobs::{Cursor, Shown};
 use super::registry::Lease;
 use super::request::Asked;
@@ -94,10 +94,29 @@ pub(crate) trait Form: Send + 'static {
     fn chunk(&self, piece: Piece, is_first: bool) -> Self::Said;
 }
 
+impl Said {
+    /// What it says in `form`, as [`Form::read`].
+    pub(crate) fn pieces(self, form: &impl Form, begun: &mut bool) -> Option<Vec<Piece>> {
+        let mut piece = match self {
+            Self::Engine(response) => return form.read(*response, begun),
+            Self::Draw(piece) => piece,
+        };
+        if let Some(text) = &mut piece.text {
+            if form.is_trimmed() && !*begun {
+                *text = text.trim_start().to_owned();
+            }
+            *begun |= !text.is_empty();
+        }
+        Some(vec![piece])
+    }
+}
+
 /// What stands at the head of every answer, and of every chunk of one.
 struct Head {
     id: String,
     created: u64,
+    /// The name that answers.
+    model: String,
     /// The generation that answers.
     lease: Lease,
 }
@@ -134,7 +153,7 @@ impl Head {
             id: &self.id,
             object,
             created: self.created,
-            model: &self.lease.name,
+            model: &self.model,
             system_fingerprint: &self.lease.hash,
             choices,
             usage,
@@ -151,15 +170,16 @@ pub(crate) async fn answer<F: Form>(
     let head = Head {
         id: format!("{}-{}", F::ID, uuid::Uuid::new_v4().simple()),
         created: now(),
+        model: asked.model_name(),
         lease: asked.lease,
     };
     if asked.stream {
         return Ok(Stream::new(head, job, form, &asked.stop, asked.include_usage).into_response());
     }
     let mut choices = Vec::new();
-    for (index, response) in job.responses().await?.into_iter().enumerate() {
-        let pieces = match response {
-            Some(response) => form.read(response, &mut false).ok_or_else(another_kind)?,
+    for (index, said) in job.responses().await?.into_iter().enumerate() {
+        let pieces = match said {
+            Some(said) => said.pieces(&form, &mut false).ok_or_else(another_kind)?,
             None => vec![Piece::of(String::new(), Some("length".to_owned()))],
         };
         for mut piece in pieces {
@@ -315,9 +335,9 @@ impl<F: Form> Stream<F> {
     async fn next(&mut self) -> Option<String> {
         while self.queue.is_empty() && !self.closed {
             match self.job.next().await {
-                Ok((idx, Some(response))) => {
+                Ok((idx, Some(said))) => {
                     self.lead(idx);
-                    match self.form.read(response, &mut self.choices[idx].begun) {
+                    match said.pieces(&self.form, &mut self.choices[idx].begun) {
                         Some(pieces) => pieces.into_iter().for_each(|piece| self.take(idx, piece)),
                         None => self.fail(&another_kind()),
                     }

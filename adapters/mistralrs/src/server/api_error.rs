@@ -116,6 +116,10 @@ impl ApiError {
         answer
     }
 
+    pub(crate) fn is_timeout(&self) -> bool {
+        self.status == StatusCode::GATEWAY_TIMEOUT
+    }
+
     pub(crate) fn is_server_error(&self) -> bool {
         self.status.is_server_error()
     }

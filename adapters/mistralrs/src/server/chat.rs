@@ -11,6 +11,7 @@ use super::api_error::ApiError;
 use super::effort::Effort;
 use super::fields::wrong;
 use super::job::RunningJob;
+use super::registry::Lease;
 use super::request::{Asked, Prompt};
 use super::structured::{Form, exclusive};
 use super::tools;
@@ -36,12 +37,12 @@ pub(crate) struct Chat {
 }
 
 /// The template of the model that is asked.
-pub(crate) fn template<'a>(asked: &'a Asked, messages: &str) -> Result<&'a ChatTemplate, ApiError> {
-    asked.lease.template.as_ref().ok_or_else(|| {
+pub(crate) fn template<'a>(lease: &'a Lease, messages: &str) -> Result<&'a ChatTemplate, ApiError> {
+    lease.template.as_ref().ok_or_else(|| {
         let message = format!(
             "the model `{}` has no chat template, so that it continues texts only (`completions`); give it one with `chat_template` in \
              serve.toml or `--chat-template`",
-            asked.lease.name
+            lease.name
         );
         ApiError::invalid(messages, message)
     })
@@ -60,8 +61,12 @@ impl Chat {
         asked: &mut Asked,
         admission: Admission,
     ) -> Result<RunningJob, ApiError> {
-        let template = template(asked, self.keys.messages)?;
+        let template = template(&asked.lease, self.keys.messages)?;
         tools::refuse_unseen(&self.conversation.tools, template)?;
+        if asked.posterior_draw.is_some() && !self.conversation.tools.is_empty() {
+            let must = "are not offered by posterior draws, whose answers are texts; ask the adapter itself";
+            return Err(wrong("tools", must));
+        }
         let text = template
             .render(&self.conversation)
             .map_err(|Refusal(reason)| {
@@ -91,8 +96,8 @@ impl Chat {
         request.return_logprobs = continues;
         let prompt = Prompt {
             request,
-            n_tokens: tokens.len(),
-            scored: None,
+            tokens,
+            is_scored: false,
         };
         let key = self.keys.messages;
         asked.start(app, admission, key, vec![prompt]).await

@@ -13,6 +13,7 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, watch};
 
 use super::App;
 use super::admission::Admission;
+use super::answers::Piece;
 use super::api_error::ApiError;
 use super::context::RequestContext;
 use super::logprobs::TokenScore;
@@ -26,9 +27,13 @@ use crate::quirks_0_8::lost_last_chunk::finish_reason;
 /// Responses an engine may be ahead of the task that takes them.
 const CHANNEL_SIZE: usize = 1024;
 
+mod by_draw;
+
 /// What an engine is given to do.
 pub(crate) struct Job {
     pub(crate) lease: Lease,
+    /// Which of its posterior draws answers, in place of the engine.
+    pub(crate) draw: Option<usize>,
     /// One for each choice asked for.
     pub(crate) plans: Vec<Plan>,
     pub(crate) prompt_tokens: usize,
@@ -39,6 +44,8 @@ pub(crate) struct Job {
 /// How one choice is made.
 pub(crate) struct Plan {
     pub(crate) steps: Arc<Steps>,
+    /// Those of its prompt.
+    pub(crate) tokens: Arc<[u32]>,
     pub(crate) request: NormalRequest,
     /// 0 asks for the prompt alone.
     pub(crate) max_tokens: usize,
@@ -67,34 +74,50 @@ impl PromptScores {
         self.computed.get().map_or(&[], Vec::as_slice)
     }
 
-    /// The scores from the engine's raw logits; row t of them predicts token t + 1.
+    /// The scores from the engine's raw logits.
     fn of(&self, response: &Response) -> Result<Vec<TokenScore>, String> {
         let Response::Raw { logits_chunks, .. } = response else {
             return Err("the engine gave no logits".to_owned());
         };
-        let mut scores: Vec<TokenScore> = self
-            .tokens
-            .first()
-            .map(|token| TokenScore::first(*token))
-            .into_iter()
-            .collect();
-        let mut next = self.tokens.iter().skip(1);
+        let mut scores = RowScores::of(self);
         for chunk in logits_chunks {
             for row in rows_of(chunk).map_err(|error| error.to_string())? {
-                let row = row.map_err(|error| error.to_string())?;
-                // The last row predicts what comes after the prompt.
-                scores.extend(
-                    next.next()
-                        .map(|token| TokenScore::new(&row, *token, self.n_top)),
-                );
+                scores.push(&row.map_err(|error| error.to_string())?);
             }
         }
-        match scores.len() == self.tokens.len() {
-            true => Ok(scores),
+        scores.whole()
+    }
+}
+
+/// Scores of a prompt that come row by row; row t of the logits predicts token t + 1.
+struct RowScores<'a> {
+    of: &'a PromptScores,
+    scores: Vec<TokenScore>,
+}
+
+impl<'a> RowScores<'a> {
+    fn of(of: &'a PromptScores) -> Self {
+        let first = of.tokens.first().map(|token| TokenScore::first(*token));
+        Self {
+            of,
+            scores: first.into_iter().collect(),
+        }
+    }
+
+    /// Takes the next row. The last one predicts what comes after the prompt.
+    fn push(&mut self, row: &[f32]) {
+        let next = self.of.tokens.get(self.scores.len());
+        let score = next.map(|token| TokenScore::new(row, *token, self.of.n_top));
+        self.scores.extend(score);
+    }
+
+    fn whole(self) -> Result<Vec<TokenScore>, String> {
+        match self.scores.len() == self.of.tokens.len() {
+            true => Ok(self.scores),
             false => Err(format!(
                 "logits for {} of {} tokens",
-                scores.len(),
-                self.tokens.len()
+                self.scores.len(),
+                self.of.tokens.len()
             )),
         }
     }
@@ -137,8 +160,16 @@ impl JobEnd {
     }
 }
 
-/// What the client's side is told: of the choice of this index, a response or that nothing more comes; or that the job ends here.
-type Message = Result<(usize, Option<Response>), JobEnd>;
+/// What is said of a choice.
+pub(crate) enum Said {
+    /// By the engine.
+    Engine(Box<Response>),
+    /// By a posterior draw.
+    Draw(Piece),
+}
+
+/// What the client's side is told: of the choice of this index, what is said or that nothing more comes; or that the job ends here.
+type Message = Result<(usize, Option<Said>), JobEnd>;
 
 impl Job {
     /// Gives each choice's request to the engine.
@@ -232,6 +263,9 @@ impl Worker {
             return Ok(());
         };
         let compute = async || {
+            if let Some(draw) = self.job.draw {
+                return self.score_by_draw(draw, scores.clone()).await;
+            }
             let _turn = self.turn(true).await?;
             let mut request = plan.request.clone();
             request.return_raw_logits = true;
@@ -261,6 +295,9 @@ impl Worker {
     }
 
     async fn generate(&self, idx: usize, plan: &Plan) -> JobEnd {
+        if let Some(draw) = self.job.draw {
+            return self.generate_by_draw(idx, plan, draw).await;
+        }
         let turn = match self.turn(false).await {
             Ok(turn) => turn,
             Err(end) => return end,
@@ -333,7 +370,7 @@ impl Worker {
                         end = JobEnd::Failed;
                     }
                     if is_awaited {
-                        self.tell(Ok((idx, Some(response))));
+                        self.tell(Ok((idx, Some(Said::Engine(Box::new(response))))));
                     }
                     // The only response, unless it is a stream.
                     if !self.streaming {
@@ -372,6 +409,7 @@ impl Worker {
         tracing::info!(
             request_id = self.context.as_ref().map(|context| &context.id),
             model = job.lease.name,
+            draw = job.draw,
             generation = job.lease.hash,
             prompt_tokens = record.prompt_tokens,
             completion_tokens = record.completion_tokens,
@@ -404,10 +442,10 @@ impl RunningJob {
         self.job.plans.len()
     }
 
-    /// What the engine says next of the choice of this index; no response means that it says no more of it.
-    pub(crate) async fn next(&mut self) -> Result<(usize, Option<Response>), ApiError> {
+    /// What is said next of the choice of this index; nothing if that was all.
+    pub(crate) async fn next(&mut self) -> Result<(usize, Option<Said>), ApiError> {
         match self.receiver.recv().await {
-            Some(Ok((idx, response))) => Ok((idx, response.map(sound).transpose()?)),
+            Some(Ok((idx, said))) => Ok((idx, said.map(sound).transpose()?)),
             Some(Err(end)) => Err(end.error()),
             None => Err(silent()),
         }
@@ -424,12 +462,12 @@ impl RunningJob {
     }
 
     /// The response to each choice of a request that is not streamed; none where only the prompt was wanted.
-    pub(crate) async fn responses(&mut self) -> Result<Vec<Option<Response>>, ApiError> {
-        let mut responses: Vec<Option<Response>> = (0..self.n_choices()).map(|_| None).collect();
+    pub(crate) async fn responses(&mut self) -> Result<Vec<Option<Said>>, ApiError> {
+        let mut responses: Vec<Option<Said>> = (0..self.n_choices()).map(|_| None).collect();
         let mut n_over = 0;
         while n_over < responses.len() {
             match self.next().await? {
-                (idx, Some(response)) => responses[idx] = Some(response),
+                (idx, Some(said)) => responses[idx] = Some(said),
                 (idx, None) if responses[idx].is_none() && self.plan(idx).max_tokens > 0 => {
                     return Err(silent());
                 }
@@ -457,12 +495,7 @@ impl RunningJob {
     }
 
     pub(crate) fn usage(&self) -> Usage {
-        let completion_tokens = self.job.completion_tokens();
-        Usage {
-            prompt_tokens: self.job.prompt_tokens,
-            completion_tokens,
-            total_tokens: self.job.prompt_tokens + completion_tokens,
-        }
+        Usage::new(self.job.prompt_tokens, self.job.completion_tokens())
     }
 }
 
@@ -474,18 +507,32 @@ pub(crate) struct Usage {
     pub(crate) total_tokens: usize,
 }
 
+impl Usage {
+    pub(crate) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
+        Self {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+        }
+    }
+}
+
 fn silent() -> ApiError {
     ApiError::internal("the engine stopped without an answer")
 }
 
-/// `response`, unless it says that there is no answer.
-fn sound(response: Response) -> Result<Response, ApiError> {
-    match response {
+/// What is said, unless that is that there is no answer.
+fn sound(said: Said) -> Result<Said, ApiError> {
+    let response = match said {
+        Said::Engine(response) => response,
+        draw @ Said::Draw(_) => return Ok(draw),
+    };
+    match *response {
         Response::ValidationError(error) => Err(ApiError::invalid("messages", error.to_string())),
         Response::InternalError(error) => Err(ApiError::internal(error.to_string())),
         Response::ModelError(message, _) | Response::CompletionModelError(message, _) => {
             Err(ApiError::internal(message))
         }
-        response => Ok(response),
+        response => Ok(Said::Engine(Box::new(response))),
     }
 }

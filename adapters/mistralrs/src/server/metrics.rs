@@ -83,6 +83,9 @@ metrics! {
     completion_tokens: Family<ModelLabels, Counter> = Family::default(), "Tokens generated";
     answers: Family<OutcomeLabels, Counter> = Family::default(),
         "Answers by how they ended: finished, canceled (the client left), timeout, failed";
+    scores: Family<OutcomeLabels, Counter> = Family::default(),
+        "Scores by how they ended: finished, canceled (the client left), refused, timeout, failed";
+    score_duration_seconds: Seconds = seconds(), "From the request to the score";
     request_duration_seconds: Seconds = seconds(), "From the request to the last token";
     time_to_first_token_seconds: Seconds = seconds(), "From the request to the first token";
     requests_in_flight: Gauge = Gauge::default(), "Inference requests being worked on or queued";
@@ -131,6 +134,15 @@ impl Metrics {
                 .observe(time.as_secs_f64());
         }
         count_outcome(&self.answers, answer.outcome);
+    }
+
+    /// Counts a score that was given.
+    pub(crate) fn score(&self, model: &str, duration: Duration) {
+        let labels = ModelLabels {
+            model: model.to_owned(),
+        };
+        let seconds = self.score_duration_seconds.get_or_create(&labels);
+        seconds.observe(duration.as_secs_f64());
     }
 
     /// The whole text, with what is served and what is in memory: generations, and the bytes of their weights.

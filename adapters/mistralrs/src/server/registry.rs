@@ -11,6 +11,7 @@ mod tests;
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
 use indexmap::IndexMap;
 use parking_lot::RwLock;
@@ -21,10 +22,10 @@ use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result, code};
 use crate::quirks_0_8::split_models::allow_another_model;
 use alive::Readiness;
-use engine::{Checked, EngineSettings, Host, Wanted};
-pub(crate) use engine::{Generation, Lease};
+use engine::{Checked, EngineSettings, Host, SharedBase, Wanted};
+pub(crate) use engine::{Generation, Lease, Scored};
 use memory::Memory;
-pub(crate) use slots::blocking;
+pub(crate) use slots::{blocking, blocking_as};
 use state::{Change, RunTimeState, StateFile, declared};
 
 /// All that is served.
@@ -89,7 +90,7 @@ impl Registry {
         if checked.len() > 1 {
             allow_another_model()?;
         }
-        let total = checked.iter().map(|model| model.weight_bytes).sum();
+        let total = checked.iter().map(Checked::bytes).sum();
         let memory = Memory::new(config.max_memory, config.reclaim);
         memory.check("all models and adapters", total)?;
         let first = config.models.first();
@@ -105,7 +106,11 @@ impl Registry {
             readiness: Readiness::default(),
         };
         for (n_served, checked) in checked.into_iter().enumerate() {
-            registry.publish(registry.host.add(checked, n_served).await?);
+            let parent = shared_base(
+                &registry.table.read().names,
+                checked.wanted.parent.as_deref(),
+            );
+            registry.publish(registry.host.add(checked, n_served, parent).await?);
         }
         // Threads are taken now rather than when the first adapter is loaded.
         let settings = EngineSettings::of(config);
@@ -169,7 +174,8 @@ impl Registry {
                     };
                     list.push(name.clone());
                     new_bases.insert(name.clone());
-                    let lease = self.host.add(checked, n_wanted).await?;
+                    let parent = shared_base(&names, checked.wanted.parent.as_deref());
+                    let lease = self.host.add(checked, n_wanted, parent).await?;
                     n_wanted += 1;
                     lease
                 }
@@ -246,8 +252,14 @@ impl Registry {
                 Ok(lease)
             }
             None => {
-                let n_wanted = self.table.read().names.len();
-                let lease = self.host.add(checked, n_wanted).await?;
+                let (n_wanted, parent) = {
+                    let names = &self.table.read().names;
+                    (
+                        names.len(),
+                        shared_base(names, checked.wanted.parent.as_deref()),
+                    )
+                };
+                let lease = self.host.add(checked, n_wanted, parent).await?;
                 plan.change(load.name, Some(change))?;
                 Ok(self.publish(lease))
             }
@@ -316,7 +328,7 @@ impl Plan {
             match blocking(move || wanted?.check()).await {
                 Ok(found) => {
                     if let Some(change) = from_state
-                        && change.generation.as_ref() != Some(&found.hash)
+                        && !change.generation.as_ref().is_some_and(|g| found.is_generation(g))
                     {
                         tracing::warn!(name, generation = found.hash, "the adapter has changed since it was loaded");
                     }
@@ -394,6 +406,12 @@ impl Plan {
             _ => Ok(()),
         }
     }
+}
+
+/// The copy of the base `parent` that scores answers, where it has one.
+fn shared_base(names: &IndexMap<String, Lease>, parent: Option<&str>) -> Option<Arc<SharedBase>> {
+    let scored = names.get(parent?)?.scored.as_ref()?;
+    Some(scored.base.clone())
 }
 
 fn not_an_adapter(name: &str) -> Error {

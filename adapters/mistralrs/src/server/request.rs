@@ -15,7 +15,7 @@ use super::admission::Admission;
 use super::api_error::ApiError;
 use super::common_keys::{AskedScores, CommonKeys, DryKeys, usage_wanted};
 use super::context::RequestContext;
-use super::fields::{object, only, refuse_unknown, take};
+use super::fields::{object, only, refuse_unknown, take, wrong};
 use super::job::{Job, Plan, PromptScores, RunningJob};
 use super::metrics::Counted;
 use super::registry::Lease;
@@ -46,6 +46,8 @@ const OTHER_KEYS: &[&str] = &["model"];
 pub(crate) struct Asked {
     /// The generation that answers.
     pub(crate) lease: Lease,
+    /// Which of its posterior draws answers, in place of its mean.
+    pub(crate) posterior_draw: Option<usize>,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
     /// Texts that end an answer.
@@ -67,9 +69,9 @@ pub(crate) struct Asked {
 /// A prompt for an engine.
 pub(crate) struct Prompt {
     pub(crate) request: NormalRequest,
-    pub(crate) n_tokens: usize,
-    /// Its tokens, if they are to be scored.
-    pub(crate) scored: Option<Vec<u32>>,
+    pub(crate) tokens: Vec<u32>,
+    /// Whether its tokens are to be scored.
+    pub(crate) is_scored: bool,
 }
 
 impl Asked {
@@ -80,7 +82,7 @@ impl Asked {
         scores: AskedScores,
     ) -> Result<(Self, Own), ApiError> {
         let mut fields = object(bytes)?;
-        let lease = leased(app, &fields)?;
+        let (lease, posterior_draw) = leased(app, &fields)?;
         let as_done: Vec<&str> = AS_DONE.iter().map(|(key, _)| *key).collect();
         let known = [
             field_names::<CommonKeys>(),
@@ -96,6 +98,10 @@ impl Asked {
         }
         let common: CommonKeys = take(&mut fields)?;
         let dry = take::<DryKeys>(&mut fields)?.params()?;
+        if posterior_draw.is_some() && dry.is_some() {
+            let must = "is not applied to the tokens of posterior draws; ask the adapter itself";
+            return Err(wrong("dry_multiplier", must));
+        }
         let form = take::<FormKeys>(&mut fields)?.form()?;
         let n_top = scores(common.logprobs.as_ref(), common.top_logprobs.as_ref())?;
         let n_choices = common.n.unwrap_or(1);
@@ -109,7 +115,8 @@ impl Asked {
         };
         let in_step = samples_in_step();
         // Each token has to be known when it is drawn where it may be a stop token, or is scored.
-        let known = n_top.is_some() || !common.stop_token_ids.is_empty();
+        let known =
+            n_top.is_some() || !common.stop_token_ids.is_empty() || posterior_draw.is_some();
         common.check_tokens(&lease.tokens.tokenizer)?;
         common.check(n_top, dry.as_ref())?;
         refuse_hooks(in_step, &common.hooks(n_top))?;
@@ -129,6 +136,7 @@ impl Asked {
         let ours = |penalty: Option<f32>| penalty.filter(|_| !in_step).unwrap_or_default();
         let asked = Self {
             lease,
+            posterior_draw,
             stream: common.stream,
             include_usage,
             stop: common.stop,
@@ -163,6 +171,14 @@ impl Asked {
             draw,
         };
         Ok((asked, take(&mut fields)?))
+    }
+
+    /// The name that answers.
+    pub(crate) fn model_name(&self) -> String {
+        match self.posterior_draw {
+            Some(draw) => draw_name(&self.lease.name, draw),
+            None => self.lease.name.clone(),
+        }
     }
 
     /// The tokens that the engine makes of `request`, whose text came under the key `prompt`.
@@ -211,8 +227,9 @@ impl Asked {
         let mut plans = Vec::new();
         let mut n_prompt_tokens = 0;
         for mut prompt in prompts {
-            let max_tokens = self.max_tokens(app, key, prompt.n_tokens)?;
-            n_prompt_tokens += prompt.n_tokens;
+            let n_tokens = prompt.tokens.len();
+            let max_tokens = self.max_tokens(app, key, n_tokens)?;
+            n_prompt_tokens += n_tokens;
             prompt.request.is_streaming = self.stream;
             prompt.request.constraint = match (&self.form, samples_in_step()) {
                 (Some(form), true) => form.constraint.clone(),
@@ -223,11 +240,15 @@ impl Asked {
                 max_len: Some(max_tokens),
                 ..self.sampling.clone()
             };
-            let scores = prompt.scored.take();
-            let scores = scores
-                .map(|tokens| Arc::new(PromptScores::new(tokens, self.n_top.unwrap_or_default())));
+            let n_top = self.n_top.unwrap_or_default();
+            let scores = prompt
+                .is_scored
+                .then(|| PromptScores::new(prompt.tokens.clone(), n_top));
+            let scores = scores.map(Arc::new);
+            let tokens: Arc<[u32]> = prompt.tokens.into();
             for _ in 0..self.n_choices {
                 plans.push(Plan {
+                    tokens: tokens.clone(),
                     steps: Arc::new(self.steps(app, plans.len(), max_tokens, matcher.as_ref())),
                     request: prompt.request.clone(),
                     max_tokens,
@@ -237,6 +258,7 @@ impl Asked {
         }
         let job = Job {
             lease: self.lease.clone(),
+            draw: self.posterior_draw,
             plans,
             prompt_tokens: n_prompt_tokens,
             complete: AtomicBool::default(),
@@ -328,17 +350,37 @@ impl Asked {
     }
 }
 
-/// The generation that answers for the `model` that is named.
-fn leased(app: &App, fields: &Map<String, Value>) -> Result<Lease, ApiError> {
+/// What stands between an adapter's name and the index of one of its posterior draws.
+const DRAW: &str = "@draw-";
+
+/// The name of a posterior draw.
+pub(crate) fn draw_name(adapter: &str, draw: usize) -> String {
+    format!("{adapter}{DRAW}{draw}")
+}
+
+/// The generation that answers for `name`, and which of its posterior draws does.
+pub(crate) fn named(app: &App, name: Option<&str>) -> Option<(Lease, Option<usize>)> {
+    if let Some((adapter, draw)) = name.and_then(|name| name.rsplit_once(DRAW)) {
+        let lease = app.registry.lease(Some(adapter))?;
+        let draw: usize = draw.parse().ok()?;
+        let is_served = draw < lease.n_draws() && Some(draw_name(adapter, draw).as_str()) == name;
+        return is_served.then_some((lease, Some(draw)));
+    }
+    Some((app.registry.lease(name)?, None))
+}
+
+/// The generation that answers for the `model` that is named, and which of its posterior draws, if that is one.
+pub(crate) fn leased(
+    app: &App,
+    fields: &Map<String, Value>,
+) -> Result<(Lease, Option<usize>), ApiError> {
     let name = match fields.get("model") {
         None => None,
         Some(Value::String(name)) => Some(name.as_str()),
         Some(_) => return Err(ApiError::invalid("model", "expected the name of a model")),
     };
-    let lease = app
-        .registry
-        .lease(name)
-        .ok_or_else(|| ApiError::unknown_model(name.unwrap_or("default")))?;
+    let found = named(app, name);
+    let (lease, draw) = found.ok_or_else(|| ApiError::unknown_model(name.unwrap_or("default")))?;
     RequestContext::set_model(&lease.name);
-    Ok(lease)
+    Ok((lease, draw))
 }

@@ -156,6 +156,11 @@ impl Steps {
         self.cancelled.store(!samples_in_step(), Ordering::Relaxed);
     }
 
+    /// Whether nothing more is wanted.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
     fn changes_nothing(&self) -> bool {
         self.rules.are_none()
             && self.draw.is_none()

@@ -58,7 +58,7 @@ pub(super) async fn handle(
     only("modalities", keys.modalities.as_ref(), &json!(["text"]))?;
     only("verbosity", keys.verbosity.as_ref(), &json!("medium"))?;
     let one_tool_call = !keys.parallel_tool_calls;
-    let chat = keys.chat(template(&asked, "messages")?)?;
+    let chat = keys.chat(template(&asked.lease, "messages")?)?;
     let form = ChatForm {
         one_tool_call,
         must_call: chat.must_call(),

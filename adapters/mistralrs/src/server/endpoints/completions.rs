@@ -106,10 +106,8 @@ async fn tokens(
     }
 }
 
-fn prompt(tokens: Vec<u32>, scored: bool) -> Prompt {
-    let n_tokens = tokens.len();
-    let scored = scored.then(|| tokens.clone());
-    let messages = RequestMessage::CompletionTokens(tokens);
+fn prompt(tokens: Vec<u32>, is_scored: bool) -> Prompt {
+    let messages = RequestMessage::CompletionTokens(tokens.clone());
     let (nobody, _) = channel(1);
     let params = SamplingParams::neutral();
     let mut request = NormalRequest::new_simple(messages, params, nobody, 0, None, None);
@@ -117,8 +115,8 @@ fn prompt(tokens: Vec<u32>, scored: bool) -> Prompt {
     request.return_logprobs = true;
     Prompt {
         request,
-        n_tokens,
-        scored,
+        tokens,
+        is_scored,
     }
 }
 

@@ -8,9 +8,11 @@ mod lora_adapters;
 mod metrics;
 mod model;
 mod models;
+mod page;
 mod ready;
 mod reload;
 mod responses;
+mod score;
 #[cfg(test)]
 mod tests;
 mod unknown;
@@ -47,6 +49,7 @@ fn endpoints() -> Vec<Endpoint> {
         post("/v1/chat/completions", Inference, chat_completions::handle),
         post("/v1/completions", Inference, completions::handle),
         post("/v1/responses", Inference, responses::handle),
+        post("/v1/monteclora/score", Inference, score::handle),
         get("/v1/models", Inference, models::handle),
         get("/v1/models/{*name}", Inference, model::handle),
         get("/healthz", Anyone, health::handle),
@@ -67,6 +70,10 @@ fn endpoints() -> Vec<Endpoint> {
         .when(is_administered),
         get("/v1/lora_adapters", Administrator, lora_adapters::handle).when(is_administered),
         post("/v1/reload", Administrator, reload::handle).when(is_reloadable),
+        get("/", Anyone, page::index).when(has_page),
+        get("/ui/style.css", Anyone, page::style).when(has_page),
+        get("/ui/page.js", Anyone, page::script).when(has_page),
+        get("/ui/examples.json", Anyone, page::examples).when(has_page),
     ]
 }
 
@@ -107,6 +114,10 @@ fn post<H: Handler<T, App>, T: 'static>(path: &'static str, right: Right, handle
 
 fn is_administered(app: &AppState) -> bool {
     app.config.adapter_root.is_some()
+}
+
+fn has_page(app: &AppState) -> bool {
+    app.config.ui
 }
 
 fn is_reloadable(app: &AppState) -> bool {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::server::App;
 use crate::server::registry::Generation;
+use crate::server::request::draw_name;
 
 /// A list of `data`.
 pub(super) fn list(data: impl Iterator<Item = Value>) -> Json<Value> {
@@ -23,9 +24,29 @@ pub(super) fn model(generation: &Generation) -> Value {
         "parent": generation.parent,
         "generation": generation.hash,
         "max_model_len": generation.max_sequence_length,
+        "weight_bytes": generation.weight_bytes(),
+        "has_chat_template": generation.template.is_some(),
+        "uncertainty": generation.scored.as_ref().map(|scored| scored.scorer.about()),
     })
 }
 
+/// A posterior draw of an adapter.
+pub(super) fn draw(generation: &Generation, index: usize) -> Value {
+    let mut draw = model(generation);
+    draw["id"] = json!(draw_name(&generation.name, index));
+    draw["root"] = json!(generation.name);
+    draw["parent"] = json!(generation.name);
+    draw["uncertainty"] = Value::Null;
+    // It shares what its adapter has.
+    draw["weight_bytes"] = json!(0);
+    draw
+}
+
 pub(super) async fn handle(State(app): State<App>) -> Json<Value> {
-    list(app.registry.list().iter().map(|lease| model(lease)))
+    let served = app.registry.list();
+    let named = served.iter().flat_map(|lease| {
+        let draws = (0..lease.n_draws()).map(|index| draw(lease, index));
+        std::iter::once(model(lease)).chain(draws)
+    });
+    list(named)
 }

@@ -18,7 +18,7 @@ use super::chat_completions::ChatForm;
 use crate::chat_template::{Conversation, End};
 use crate::server::App;
 use crate::server::admission::Admission;
-use crate::server::answers::{Form, Scoring};
+use crate::server::answers::Scoring;
 use crate::server::api_error::ApiError;
 use crate::server::chat::{Chat, Keys, set_thinking, template};
 use crate::server::common_keys::scores_of_chat;
@@ -112,16 +112,16 @@ pub(super) async fn handle(
         must_call: chat.must_call(),
         continues: false,
     };
-    let (stream, lease) = (asked.stream, asked.lease.clone());
+    let (stream, model) = (asked.stream, asked.model_name());
     let mut job = chat.start(&app, &mut asked, admission).await?;
-    let answer = Answer::new(settings, lease);
+    let answer = Answer::new(settings, model);
     if stream {
         return Ok(Events::new(answer, job, form, &asked.stop).into_response());
     }
     let mut parts = Parts::default();
     let mut reason = "stop".to_owned();
-    for response in job.responses().await? {
-        let pieces = response.and_then(|response| form.read(response, &mut false));
+    for said in job.responses().await? {
+        let pieces = said.and_then(|said| said.pieces(&form, &mut false));
         let pieces = pieces.ok_or_else(|| ApiError::internal("not an answer to a conversation"))?;
         for mut piece in pieces {
             let stopped = piece.cut(&asked.stop);
@@ -140,7 +140,7 @@ impl Settings {
             messages: "input",
             format: "text.format",
         };
-        let template = template(asked, keys.messages)?;
+        let template = template(&asked.lease, keys.messages)?;
         let has_tools = !self.tools.is_empty();
         let has_calls = |message: &Value| message.get("tool_calls").is_some();
         if self.messages.iter().any(has_calls) && !template.mentions("tool_calls", has_tools) {

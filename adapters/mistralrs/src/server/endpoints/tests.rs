@@ -31,6 +31,12 @@ fn samples() -> Vec<(&'static str, Value, u16)> {
             json!({"input": "Why?", "max_output_tokens": 2}),
             200,
         ),
+        // No model of the sample has it enabled.
+        (
+            "POST /v1/monteclora/score",
+            json!({"messages": messages, "choices": ["yes", "no"]}),
+            400,
+        ),
         ("GET /v1/models", none.clone(), 200),
         ("GET /v1/models/NAME", none.clone(), 404),
         ("GET /healthz", none.clone(), 200),
@@ -48,7 +54,11 @@ fn samples() -> Vec<(&'static str, Value, u16)> {
             200,
         ),
         ("GET /v1/lora_adapters", none.clone(), 200),
-        ("POST /v1/reload", none, 200),
+        ("POST /v1/reload", none.clone(), 200),
+        ("GET /", none.clone(), 200),
+        ("GET /ui/style.css", none.clone(), 200),
+        ("GET /ui/page.js", none.clone(), 200),
+        ("GET /ui/examples.json", none, 200),
     ]
 }
 
@@ -60,7 +70,7 @@ fn shown_path(path: &str) -> String {
 fn every_endpoint_answers_its_sample_to_those_who_may_ask() {
     let case = servable();
     let extra = "[auth]\napi_keys_file = 'keys.txt'\nadmin_keys_file = 'admin.txt'\n[admin]\nenabled = true\nadapter_root = 'adapters'\n";
-    let (server, dir) = Running::start(&toml_for(&case, extra));
+    let (server, dir) = Running::start_changed(&toml_for(&case, extra), |config| config.ui = true);
     let copy = dir.path().join("adapters/copy");
     case.copy_adapter(&copy);
     let endpoints = endpoints();

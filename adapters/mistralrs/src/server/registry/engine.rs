@@ -8,6 +8,8 @@ use candle_core::{Device, DeviceLocation};
 use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
 use monteclora_converters::Problem;
 use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Sender;
 
 use super::alive::Pulse;
@@ -25,6 +27,9 @@ use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::own_text;
 use crate::quirks_0_8::special_tokens::TextFrame;
 use crate::quirks_0_8::split_models::{allow_another_model, samples_in_step};
+use crate::scoring::{
+    BaseScorer, ScoredAdapter, ScoredBase, Scorer, ScorerSurvey, Scoring, UncertaintyConfig,
+};
 use crate::server::answers::now;
 use crate::server::sampling::Sampling;
 use crate::server::vocabulary::ModelTokens;
@@ -54,6 +59,9 @@ pub(crate) struct Spec {
     device: DeviceLocation,
     /// Content of the template that replaces the model's own.
     chat_template: Option<Vec<u8>>,
+    uncertainty: Option<UncertaintyConfig>,
+    /// Posterior draws that are models of their own.
+    draws: usize,
     settings: EngineSettings,
 }
 
@@ -63,7 +71,36 @@ pub(crate) struct Wanted {
     pub(crate) loader: MonteCloraLoader,
     /// Base model's name, for an adapter.
     pub(crate) parent: Option<String>,
+    scored: Option<ScoredBy>,
     spec: Spec,
+}
+
+/// What scores a model's answers, and on which base.
+#[derive(Clone)]
+struct ScoredBy {
+    scoring: Arc<dyn Scoring>,
+    base: ScoredBase,
+}
+
+impl ScoredBy {
+    fn of(model: &ModelConfig) -> Result<Option<Self>> {
+        let Some(config) = &model.uncertainty else {
+            return Ok(None);
+        };
+        let scoring = model.scoring.clone().ok_or_else(|| {
+            let message = "this program has nothing that scores answers; `monteclora serve` has";
+            Error::setting("models.uncertainty.enabled", message)
+        })?;
+        Ok(Some(Self {
+            scoring,
+            base: ScoredBase {
+                config: config.clone(),
+                dir: model.base.clone(),
+                device: model.device.clone(),
+                chat_template: model.chat_template.clone(),
+            },
+        }))
+    }
 }
 
 impl Wanted {
@@ -82,6 +119,7 @@ impl Wanted {
         Ok(Self {
             loader,
             parent: source.map(|_| model.name.clone()),
+            scored: ScoredBy::of(model)?,
             spec: Spec {
                 base: model.base.clone(),
                 dtype: model.dtype,
@@ -92,6 +130,8 @@ impl Wanted {
                     .chat_template
                     .as_ref()
                     .and_then(|path| std::fs::read(path).ok()),
+                uncertainty: model.uncertainty.clone(),
+                draws: model.draws.get(name).copied().unwrap_or(0),
                 settings,
             },
         })
@@ -105,6 +145,16 @@ impl Wanted {
         self.loader.adapter().map(Path::to_path_buf)
     }
 
+    /// The adapter as a scorer takes it.
+    fn scored_adapter(&self) -> Option<ScoredAdapter<'_>> {
+        let n_asked = self.scored.as_ref().map_or(0, |by| by.base.config.draws);
+        Some(ScoredAdapter {
+            path: self.loader.adapter()?,
+            n_held: n_asked.max(self.spec.draws),
+            n_asked,
+        })
+    }
+
     /// Checks the files and hashes their content; blocking.
     pub(crate) fn check(self) -> Result<Checked> {
         let Survey {
@@ -112,13 +162,28 @@ impl Wanted {
             vocab_size,
             generation,
             weight_bytes,
-            warnings,
+            mut warnings,
         } = self.loader.survey()?;
+        let adapter = self.scored_adapter();
+        let scorer = self.scored.as_ref();
+        let scorer = scorer.map(|by| by.scoring.survey(&by.base, adapter.as_ref()));
+        let scorer = scorer.transpose()?;
+        if self.spec.draws > 0 && !scorer.as_ref().is_some_and(|s| s.has_posterior) {
+            let message = format!(
+                "{} draws of `{}` are to be served, and it has no posterior; `monteclora fit` makes one around any LoRA",
+                self.spec.draws,
+                self.name()
+            );
+            return Err(Error::setting("models.adapters.draws", message));
+        }
+        warnings.extend(scorer.iter().flat_map(|scorer| scorer.warnings.clone()));
         Ok(Checked {
             max_sequence_length,
             vocab_size,
             warnings,
-            hash: generation,
+            hash: whole_generation(&generation, scorer.as_ref()),
+            mean_hash: generation,
+            scorer,
             frame: text_frame(self.loader.base())?,
             weight_bytes,
             wanted: self,
@@ -130,7 +195,10 @@ impl Wanted {
 pub(crate) struct Checked {
     pub(crate) wanted: Wanted,
     pub(crate) hash: String,
-    pub(crate) weight_bytes: u64,
+    /// What the engine loads of it, without what only scores depend on.
+    mean_hash: String,
+    scorer: Option<ScorerSurvey>,
+    weight_bytes: u64,
     max_sequence_length: usize,
     vocab_size: usize,
     frame: TextFrame,
@@ -144,7 +212,36 @@ struct Source {
     warnings: Vec<Problem>,
 }
 
+/// The generation of a model whose posterior and calibration change scores: of two adapters with one mean they tell which it is.
+fn whole_generation(mean: &str, scorer: Option<&ScorerSurvey>) -> String {
+    match scorer.filter(|scorer| scorer.is_more_than_mean) {
+        None => mean.to_owned(),
+        Some(ScorerSurvey { fingerprint, .. }) => {
+            let digest = Sha256::digest(format!("{mean}\n{fingerprint}\n"));
+            let digest = format!("{digest:x}");
+            digest.chars().take(mean.len()).collect()
+        }
+    }
+}
+
 impl Checked {
+    /// Bytes of the engine's weights and of the scorer's.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.weight_bytes + self.scorer_bytes()
+    }
+
+    fn scorer_bytes(&self) -> u64 {
+        self.scorer.as_ref().map_or(0, |scorer| scorer.bytes)
+    }
+
+    /// Bytes that are free again with the generation: a base's copy for scores stays while an adapter uses it.
+    fn own_bytes(&self) -> u64 {
+        match self.wanted.parent {
+            Some(_) => self.bytes(),
+            None => self.weight_bytes,
+        }
+    }
+
     fn source(&self) -> Source {
         for warning in &self.warnings {
             tracing::warn!(name = self.wanted.name(), "{warning}");
@@ -153,6 +250,50 @@ impl Checked {
             dir: self.wanted.source(),
             warnings: self.warnings.clone(),
         }
+    }
+
+    /// What scores it: on the copy of its base that `parent` has, or else a new one; blocking.
+    fn scored(
+        &self,
+        parent: Option<Arc<SharedBase>>,
+        memory: Option<Reservation>,
+    ) -> Result<Option<Scored>> {
+        let Some(by) = &self.wanted.scored else {
+            return Ok(None);
+        };
+        let base = match (parent, memory) {
+            (Some(parent), _) => parent,
+            (None, Some(memory)) => Arc::new(SharedBase {
+                scorer: by.scoring.load(&by.base)?,
+                places: Arc::new(Semaphore::new(by.base.config.max_concurrent.get())),
+                memory,
+            }),
+            (None, None) => {
+                let message = "the copy of the base for scores is not there";
+                return Err(Error::Engine(message.to_owned()));
+            }
+        };
+        let scorer = base.scorer.scorer(self.wanted.scored_adapter().as_ref())?;
+        let expected = self.scorer.as_ref().map(|s| s.fingerprint.as_str());
+        if Some(scorer.fingerprint()) != expected {
+            return Err(self.changed());
+        }
+        Ok(Some(Scored { scorer, base }))
+    }
+
+    /// The files are not those that were checked.
+    fn changed(&self) -> Error {
+        let (name, hash) = (self.wanted.name(), &self.hash);
+        let message = format!(
+            "the files of `{name}`, or of its base, are no longer those of generation {hash} that were checked; load it again when \
+             nothing writes them, and reload the configuration for a base that has changed"
+        );
+        Problem::sentence(code::FILES_CHANGED, message).into()
+    }
+
+    /// Whether it is this generation, whether or not scores are enabled now.
+    pub(crate) fn is_generation(&self, generation: &str) -> bool {
+        self.hash == generation || self.mean_hash == generation
     }
 
     /// Whether `lease` is this very model already.
@@ -189,9 +330,25 @@ pub(crate) struct Generation {
     pub(crate) turns: Turns,
     /// None only while it is dropped.
     engine: Option<Occupied>,
+    /// What scores its answers, if they are scored.
+    pub(crate) scored: Option<Scored>,
     pub(super) pulse: Pulse,
     memory: Option<Reservation>,
     reaper: Reaper,
+}
+
+/// What scores the answers of a generation. The scorer goes first: it holds the base, whose memory is free afterwards.
+pub(crate) struct Scored {
+    pub(crate) scorer: Arc<dyn Scorer>,
+    pub(crate) base: Arc<SharedBase>,
+}
+
+/// A base's copy for scores, which the base and all its adapters use.
+pub(crate) struct SharedBase {
+    scorer: Arc<dyn BaseScorer>,
+    /// One for each score that is computed at a time.
+    pub(crate) places: Arc<Semaphore>,
+    memory: Reservation,
 }
 
 /// A generation that is in use: it stays loaded as long as this is held.
@@ -216,8 +373,16 @@ impl Generation {
         self.slot().input()
     }
 
+    /// Posterior draws that are models of their own.
+    pub(crate) fn n_draws(&self) -> usize {
+        self.spec.draws
+    }
+
+    /// Of a base with its copy for scores.
     pub(crate) fn weight_bytes(&self) -> u64 {
-        self.memory.as_ref().map_or(0, |memory| memory.bytes)
+        let shared = self.scored.as_ref().filter(|_| self.parent.is_none());
+        let shared = shared.map_or(0, |scored| scored.base.memory.bytes);
+        shared + self.memory.as_ref().map_or(0, |memory| memory.bytes)
     }
 
     /// The adapter's directory, which clients must not see as it is.
@@ -246,6 +411,7 @@ impl Drop for Generation {
                 name: std::mem::take(&mut self.name),
                 generation: std::mem::take(&mut self.hash),
                 engine,
+                scored: self.scored.take(),
                 memory: self.memory.take(),
             });
         }
@@ -268,35 +434,52 @@ struct Loaded {
     tokens: ModelTokens,
     sampling: Sampling,
     template: Option<ChatTemplate>,
+    scored: Option<Scored>,
     memory: Reservation,
 }
 
-impl Loaded {
-    async fn load(checked: Checked, memory: &Arc<Memory>) -> Result<Self> {
-        let begun = Instant::now();
-        let memory = loop {
-            match memory.reserve(checked.wanted.name(), checked.weight_bytes) {
-                // Who unloads one adapter to load another need not know how long that takes.
-                Err(error)
-                    if error.code() == code::OVER_BUDGET
-                        && memory.is_leaving()
-                        && begun.elapsed() < PATIENCE =>
-                {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-                outcome => break outcome?,
+/// What `reserve` gives. Who unloads one adapter to load another need not know how long that takes.
+async fn patiently<T>(memory: &Memory, reserve: impl Fn() -> Result<T>) -> Result<T> {
+    let begun = Instant::now();
+    loop {
+        match reserve() {
+            Err(error)
+                if error.code() == code::OVER_BUDGET
+                    && memory.is_leaving()
+                    && begun.elapsed() < PATIENCE =>
+            {
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
+            outcome => return outcome,
+        }
+    }
+}
+
+impl Loaded {
+    /// Loads what passed its checks; `parent` is the copy of its base that scores an adapter.
+    async fn load(
+        checked: Checked,
+        parent: Option<Arc<SharedBase>>,
+        memory: &Arc<Memory>,
+    ) -> Result<Self> {
+        let name = checked.wanted.name();
+        let own = || memory.reserve(name, checked.own_bytes());
+        let own = patiently(memory, own).await?;
+        let shared = match (&checked.wanted.scored, &parent) {
+            (Some(_), None) => {
+                let shared = || memory.reserve_beside(name, checked.scorer_bytes());
+                Some(patiently(memory, shared).await?)
+            }
+            _ => None,
         };
+        let memory = own;
         blocking(move || {
             let (model, found) = checked.wanted.loader.load_generation()?;
             memory.reclaim();
-            if found != checked.hash {
-                let (name, hash) = (checked.wanted.name(), &checked.hash);
-                let message = format!(
-                    "the files of `{name}` changed from {hash} to {found} while it was loaded; load it again when nothing writes them"
-                );
-                return Err(Problem::sentence(code::FILES_CHANGED, message).into());
+            if found != checked.mean_hash {
+                return Err(checked.changed());
             }
+            let scored = checked.scored(parent, shared)?;
             let (tokens, sampling) = {
                 let loaded = model.shared().blocking_lock();
                 let sampling = Sampling::of(loaded.generation_defaults().as_ref());
@@ -307,6 +490,7 @@ impl Loaded {
                 tokens,
                 sampling,
                 template: told(&checked.wanted.loader)?,
+                scored,
                 memory,
                 checked,
             })
@@ -338,6 +522,7 @@ impl Loaded {
             turns: Turns::new(wanted.spec.device),
             spec: wanted.spec,
             engine: Some(engine),
+            scored: self.scored,
             pulse: Pulse::default(),
             memory: Some(self.memory),
             reaper: reaper.clone(),
@@ -375,8 +560,14 @@ impl Host {
 
     /// Loads a model and gives it an engine, which has answered a request when this returns.
     ///
-    /// `n_wanted` generations are served, or about to be; those beyond only finish their last requests.
-    pub(crate) async fn add(&self, checked: Checked, n_wanted: usize) -> Result<Lease> {
+    /// `n_wanted` generations are served, or about to be; those beyond only finish their last requests. `parent` is the copy of an
+    /// adapter's base that scores answers.
+    pub(crate) async fn add(
+        &self,
+        checked: Checked,
+        n_wanted: usize,
+        parent: Option<Arc<SharedBase>>,
+    ) -> Result<Lease> {
         if n_wanted > 0 {
             allow_another_model()?;
         }
@@ -385,7 +576,7 @@ impl Host {
             true => None,
             false => Some(self.slot(&checked, n_wanted).await?),
         };
-        let loaded = match Loaded::load(checked, &self.memory).await {
+        let loaded = match Loaded::load(checked, parent, &self.memory).await {
             Ok(loaded) => loaded,
             Err(error) => {
                 slot.into_iter().for_each(|slot| self.slots.put(slot));

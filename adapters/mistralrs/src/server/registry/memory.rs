@@ -43,13 +43,31 @@ impl Memory {
     /// # Errors
     /// [`code::OVER_BUDGET`] if they do not fit.
     pub(super) fn reserve(self: &Arc<Self>, name: &str, needed: u64) -> Result<Reservation> {
+        self.take(name, needed, 1)
+    }
+
+    /// [`Self::reserve`] for what is no generation.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn reserve_beside(self: &Arc<Self>, name: &str, needed: u64) -> Result<Reservation> {
+        self.take(name, needed, 0)
+    }
+
+    fn take(
+        self: &Arc<Self>,
+        name: &str,
+        needed: u64,
+        n_generations: usize,
+    ) -> Result<Reservation> {
         let mut used = self.used.lock();
         self.fits(name, needed, used.bytes)?;
         used.bytes += needed;
-        used.n_generations += 1;
+        used.n_generations += n_generations;
         Ok(Reservation {
             memory: self.clone(),
             bytes: needed,
+            n_generations,
             is_leaving: false,
         })
     }
@@ -88,11 +106,12 @@ impl Memory {
     }
 }
 
-/// Memory of one generation, held until its engine is gone.
+/// Memory of one generation, held until its engine is gone, or of what several share.
 #[derive(Debug)]
 pub(super) struct Reservation {
     memory: Arc<Memory>,
     pub(super) bytes: u64,
+    n_generations: usize,
     is_leaving: bool,
 }
 
@@ -115,7 +134,7 @@ impl Drop for Reservation {
         self.memory.reclaim();
         let mut used = self.memory.used.lock();
         used.bytes -= self.bytes;
-        used.n_generations -= 1;
+        used.n_generations -= self.n_generations;
         used.n_leaving -= usize::from(self.is_leaving);
     }
 }
@@ -141,6 +160,10 @@ mod tests {
         assert_eq!(memory.in_use(), (1, mb(40)));
         memory.check("c", mb(60)).expect("fits");
         drop(second);
+        let shared = memory.reserve_beside("d", mb(60)).expect("fits");
+        assert_eq!(memory.in_use(), (0, mb(60)));
+        drop(shared);
+        assert_eq!(memory.in_use(), (0, 0));
         assert!(Memory::new(None, None).reserve("a", u64::MAX).is_ok());
     }
 

@@ -3,6 +3,7 @@
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use super::engine::Scored;
 use super::memory::Reservation;
 use super::slots::{Occupied, Slots};
 use crate::error::{Error, Result};
@@ -19,6 +20,7 @@ pub(super) struct Retired {
     pub(super) name: String,
     pub(super) generation: String,
     pub(super) engine: Occupied,
+    pub(super) scored: Option<Scored>,
     /// Counted as in use until the weights are gone.
     pub(super) memory: Option<Reservation>,
 }
@@ -84,6 +86,7 @@ impl Reaper {
 /// Frees the model of `retired` and makes its engine an idle one of `slots`; what is not free at once is returned.
 fn empty(retired: Retired, slots: &Slots) -> Option<Leaving> {
     let (name, generation) = (retired.name, retired.generation);
+    drop(retired.scored);
     match retired.engine.vacate() {
         Ok(slot) => {
             // Before the engine is there for the next model, which may need the memory.

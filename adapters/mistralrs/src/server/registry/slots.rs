@@ -332,16 +332,27 @@ impl Slots {
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
+    blocking_as("loading", work).await
+}
+
+/// [`blocking`], on a thread of this name.
+///
+/// # Errors
+/// As there.
+pub(crate) async fn blocking_as<T: Send + 'static>(
+    name: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
     std::thread::Builder::new()
-        .name("loading".to_owned())
+        .name(name.to_owned())
         .spawn(move || {
             let outcome = catch_unwind(AssertUnwindSafe(work));
             // Nobody may be waiting any more.
             let _ = sender.send(outcome);
         })
         .map_err(|error| Error::no_threads(&error))?;
-    let stopped = |cause: String| Error::Engine(format!("loading stopped unexpectedly: {cause}"));
+    let stopped = |cause: String| Error::Engine(format!("{name} stopped unexpectedly: {cause}"));
     receiver
         .await
         .map_err(|error| stopped(error.to_string()))?

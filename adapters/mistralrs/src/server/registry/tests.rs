@@ -301,7 +301,7 @@ fn files_that_change_between_check_and_load_are_not_served() {
         let wanted = Wanted::new(&config.models[0], adapter, EngineSettings::of(&config));
         let checked = blocking(|| wanted.and_then(Wanted::check)).await;
         site.copy(&site.path("two"), "one");
-        let error = registry.host.add(checked.expect("sound"), 1).await;
+        let error = registry.host.add(checked.expect("sound"), 1, None).await;
         let error = error.err().expect("refused").to_string();
         assert!(error.contains("changed"), "{error}");
         engines(&registry, 1).await;

@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response as HttpResponse, Sse};
 use serde_json::{Value, json};
 
 use super::output::{self, Answer, new_id};
-use crate::server::answers::{Form, Piece, Scoring};
+use crate::server::answers::{Piece, Scoring};
 use crate::server::api_error::ApiError;
 use crate::server::endpoints::chat_completions::ChatForm;
 use crate::server::job::RunningJob;
@@ -82,7 +82,7 @@ impl Events {
     async fn next(&mut self) -> Option<Event> {
         while self.queue.is_empty() && !self.closed {
             match self.job.next().await {
-                Ok((_, Some(response))) => match self.form.read(response, &mut self.begun) {
+                Ok((_, Some(said))) => match said.pieces(&self.form, &mut self.begun) {
                     Some(pieces) => pieces.into_iter().for_each(|piece| self.take(piece)),
                     None => self.fail(&ApiError::internal("not an answer to a conversation")),
                 },

@@ -7,7 +7,6 @@ use super::settings::Settings;
 use crate::server::answers::{Piece, now};
 use crate::server::api_error::ApiError;
 use crate::server::job::Usage;
-use crate::server::registry::Lease;
 use crate::server::stop::whole_characters;
 
 /// An id of the kind that `prefix` says.
@@ -104,11 +103,11 @@ pub(super) fn status(reason: &str) -> &'static str {
 }
 
 impl Answer {
-    pub(super) fn new(settings: Settings, lease: Lease) -> Self {
+    pub(super) fn new(settings: Settings, model: String) -> Self {
         Self {
             id: new_id("resp"),
             created: now(),
-            model: lease.name.clone(),
+            model,
             shown: settings.shown,
         }
     }
