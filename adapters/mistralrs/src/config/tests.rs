@@ -120,7 +120,14 @@ fn the_key_list_is_the_structures() {
         "dtype = \"f32\"",
         "dtype = \"f32\"\nrevision = 'x'\nchat_template = 't.jinja'",
     );
-    let all = all.replace("port = 0", "port = 0\ntls_cert = 'c'\ntls_key = 'k'");
+    let all = all.replace(
+        "port = 0",
+        "port = 0\nui = true\ntls_cert = 'c'\ntls_key = 'k'",
+    );
+    let all = all.replace(
+        "[[models.adapters]]",
+        "[models.uncertainty]\nenabled = true\ndtype = \"bf16\"\ndraws = 8\nmax_concurrent = 1\n[[models.adapters]]\ndraws = 2",
+    );
     parse(&all).expect("all keys are known");
     let listed: usize = keys().iter().map(|(_, keys)| keys.len()).sum();
     let written = all

@@ -21,12 +21,16 @@ fn a_wrong_address_is_answered_with_the_right_one() {
         ("/chat/completions", CHAT),
         ("/v1/chat/completions/", CHAT),
         ("/v1/v1/chat/completions", CHAT),
-        ("/embeddings", "POST /v1/responses, GET /v1/models"),
+        (
+            "/embeddings",
+            "POST /v1/responses, POST /v1/monteclora/score, GET /v1/models",
+        ),
     ] {
         let refused = parse(server.post(path, &chat("tuned", false)), 404);
         let message = refused["error"]["message"].as_str().expect("a text");
         assert!(message.contains(meant), "{message}");
-        assert!(!message.contains("lora"), "only what this server offers");
+        let administers = message.contains("lora_adapter");
+        assert!(!administers, "only what this server offers");
     }
     let wrong = server.get(CHAT);
     assert_eq!(wrong.headers()["allow"], "POST");
