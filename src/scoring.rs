@@ -24,12 +24,12 @@ use crate::data::{
     ChatTemplate, EncodeOptions, Encoder, Overlong, Remedies, Tokenizer, TrainOn, fault_of_row,
     parse_question,
 };
-use crate::eval::calibration::{
-    self, Applicable, Calibration, Circumstances, Draws, Judged, Scaling,
-};
+use crate::eval::calibration::{self, Applicable, Calibration, Circumstances, Draws, Scaling};
 use crate::eval::{Answer, Answerer, Cancelled, LengthNormalisation, Question, posterior_draw};
 use crate::hub::{self, HubOptions};
-use crate::model::{self, ActiveAdapter, Decoder, GenerationSettings, Sequences, read_shape};
+use crate::model::{
+    self, ActiveAdapter, Decoder, GenerationSettings, Sequences, held_bytes, read_shape,
+};
 
 /// Most tokens that are computed for one question with its choices: what is in memory at a time grows with them.
 const MOST_TOKENS: usize = 16_384;
@@ -82,7 +82,7 @@ impl DecoderScoring {
         let Some(adapter) = adapter else {
             read_shape(&dir)?;
             return Ok(ScorerSurvey {
-                bytes: base_bytes(&files, kind(base.config.dtype)),
+                bytes: held_bytes(&files, kind(base.config.dtype)),
                 fingerprint,
                 ..ScorerSurvey::default()
             });
@@ -134,14 +134,6 @@ fn kind(dtype: ScoringDtype) -> &'static Kind {
         ScoringDtype::F32 => &weights::F32,
         ScoringDtype::Blocks => &weights::AUTO,
     }
-}
-
-fn base_bytes(files: &ModelFiles, kind: &Kind) -> u64 {
-    let names = files.names().filter(|name| !files.is_beside(name));
-    let tensors = names.filter_map(|name| files.get(name));
-    tensors
-        .map(|tensor| (kind.bytes)(tensor.n_elements(), tensor.blocks()) as u64)
-        .sum()
 }
 
 /// An error of ours as one of the server's.
@@ -516,18 +508,14 @@ impl AdapterScorer {
             return Err(ScoreError::invalid(prompt, message));
         }
         let asked = self.asked_draws(request, encoder)?;
-        let applicable = self
-            .calibration
-            .as_ref()
-            .map(|found| found.applicable(chat_template_sha256, request.length_normalised, asked));
-        let applicable = applicable.unwrap_or_default();
-        let scaling = match asked {
-            Some(_) => applicable.posterior,
-            None => applicable.mean,
-        };
         let judged = question.judged();
-        let scaling = scaling.filter(|_| applicable.judged == Some(judged));
-        let threshold = threshold(scaling.as_ref(), request.target_error)?;
+        let calibration = self.calibration.as_ref().and_then(|found| {
+            let normalised = request.length_normalised;
+            let found = found.applicable(chat_template_sha256, normalised, asked);
+            found.of(judged).asked(asked)
+        });
+        let scaling = calibration.as_ref().map(|(_, scaling)| scaling);
+        let threshold = threshold(scaling, request.target_error)?;
         let other;
         let draws = match (asked, &self.posterior) {
             (None, _) => &[],
@@ -538,7 +526,6 @@ impl AdapterScorer {
             }
             (Some(_), None) => return Err(ScoreError::Failed("no posterior".to_owned())),
         };
-        let calibration = scaling.map(|scaling| (judged, scaling));
         let answerer = Answerer {
             decoder: &self.base.decoder,
             mean: &self.mean,
@@ -675,29 +662,20 @@ impl Scorer for AdapterScorer {
         let draws = self.default_draws(encoder);
         let template = encoder.chat_template_sha256();
         let found = self.calibration.as_ref();
-        let found = found.map(|found| found.applicable(template, false, draws));
-        let found = found.unwrap_or_default();
-        let scaling = match draws {
-            Some(_) => found.posterior,
-            None => found.mean,
-        };
-        let abstention = scaling.as_ref().and_then(|scaling| scaling.abstention);
+        let found = found.and_then(|found| found.applicable(template, false, draws).asked(draws));
+        let abstention = found.as_ref().and_then(|(_, scaling)| scaling.abstention);
         ScorerAbout {
             draws: self.held.n_asked,
             default_draws: draws.map_or(0, |draws| draws.n),
-            calibrated: scaling.is_some(),
-            calibrated_for: found.judged.filter(|_| scaling.is_some()).map(Judged::name),
+            calibrated: found.is_some(),
+            calibrated_for: found.map(|(judged, _)| judged.name()),
             target_error: abstention
                 .filter(|found| found.threshold.is_some())
                 .map(|found| found.target_error),
         }
     }
 
-    fn score(
-        &self,
-        request: &ScoreRequest,
-        cancelled: &Arc<AtomicBool>,
-    ) -> Result<Score, ScoreError> {
+    fn score(&self, request: &ScoreRequest, cancelled: &AtomicBool) -> Result<Score, ScoreError> {
         self.answer(request, cancelled)
     }
 

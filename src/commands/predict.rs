@@ -187,11 +187,7 @@ impl Kinds {
 /// What `calibrate` found for what answers.
 fn calibration(opened: &Opened, args: &PredictArgs) -> Result<Option<(Judged, Scaling)>> {
     let found = opened.calibration(&args.adapter)?;
-    let scaling = match opened.draws() {
-        Some(_) => found.posterior,
-        None => found.mean,
-    };
-    Ok(found.judged.zip(scaling))
+    Ok(found.asked(opened.draws()))
 }
 
 /// The confidence below which no answer is given.

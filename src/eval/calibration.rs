@@ -135,6 +135,15 @@ pub struct Applicable {
 }
 
 impl Applicable {
+    /// What holds for what is asked: the average over `draws`, or the mean without any; and what it was judged by.
+    pub fn asked(self, draws: Option<Draws>) -> Option<(Judged, Scaling)> {
+        let scaling = match draws {
+            Some(_) => self.posterior,
+            None => self.mean,
+        };
+        self.judged.zip(scaling)
+    }
+
     /// What holds for rows that are judged by `judged`.
     #[must_use]
     pub fn of(self, judged: Judged) -> Self {

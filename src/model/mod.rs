@@ -10,8 +10,9 @@ mod predictive;
 
 use std::path::Path;
 
-use monteclora_converters::ModelFiles;
+use monteclora_adapters::weights::Kind;
 use monteclora_converters::architecture::ModelShape;
+use monteclora_converters::{ModelFiles, Tensor};
 
 pub use adapter::{ActiveAdapter, AdapterGradients, ModuleId};
 pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
@@ -41,6 +42,18 @@ pub(crate) fn warn_of_base(files: &ModelFiles) -> Result<()> {
         tracing::warn!("{warning}");
     }
     Ok(())
+}
+
+/// Bytes of the weights that a decoder holds of a base's tensors as `kind`.
+pub(crate) fn held_bytes(files: &ModelFiles, kind: &Kind) -> u64 {
+    let names = files.names().filter(|name| !files.is_beside(name));
+    let tensors = names.filter_map(|name| files.get(name));
+    tensors.map(|tensor| bytes_held(&tensor, kind)).sum()
+}
+
+/// Bytes of the weight that a tensor of a base is held in as `kind`.
+pub(crate) fn bytes_held(tensor: &Tensor, kind: &Kind) -> u64 {
+    (kind.bytes)(tensor.n_elements(), tensor.blocks()) as u64
 }
 
 /// The sizes and options of the model in `dir`, read from its config.json.

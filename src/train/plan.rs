@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::memory::{MemoryEstimate, MemoryInputs, program_bytes};
 use super::{Prepared, modules};
 use crate::data::{Batches, Cursor, Dataset, Stats};
+use crate::model::{bytes_held, held_bytes};
 use crate::system::available_memory_bytes;
 
 /// Sequences and ranks are not advised below these.
@@ -99,13 +100,7 @@ impl Prepared {
         let stats = self.train.stats();
         MemoryInputs {
             model: &self.model_config,
-            weights: self
-                .files
-                .names()
-                .filter(|name| !self.files.is_beside(name))
-                .filter_map(|name| self.files.get(name))
-                .map(|tensor| self.held_bytes(&tensor))
-                .sum(),
+            weights: held_bytes(&self.files, self.weights),
             base_bytes: self.mapped_bytes(),
             sites,
             method: self.method.as_ref(),
@@ -125,14 +120,9 @@ impl Prepared {
         let tensors = names.filter_map(|name| self.files.get(name));
         let stored = |tensor: &Tensor| tensor.stored_bytes() as u64;
         let copied = tensors.filter(|tensor| {
-            tensor.blocks().is_none() || self.held_bytes(tensor) != stored(tensor)
+            tensor.blocks().is_none() || bytes_held(tensor, self.weights) != stored(tensor)
         });
         copied.map(|tensor| stored(&tensor)).sum()
-    }
-
-    /// Bytes of a weight that is made of a tensor of the base.
-    fn held_bytes(&self, tensor: &Tensor) -> u64 {
-        (self.weights.bytes)(tensor.n_elements(), tensor.blocks()) as u64
     }
 
     /// The memory of the run.

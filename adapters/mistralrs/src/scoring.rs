@@ -123,11 +123,7 @@ pub trait Scorer: Debug + Send + Sync {
     ///
     /// # Errors
     /// A request that cannot be answered; faults of the computation.
-    fn score(
-        &self,
-        request: &ScoreRequest,
-        cancelled: &Arc<AtomicBool>,
-    ) -> Result<Score, ScoreError>;
+    fn score(&self, request: &ScoreRequest, cancelled: &AtomicBool) -> Result<Score, ScoreError>;
 
     /// A text that the draw of this index goes on with after `prompt`, which is not empty. Draws from 0 to one less than
     /// [`ScorerAbout::draws`] are held.

@@ -4,6 +4,7 @@ mod alive;
 mod engine;
 mod memory;
 mod reaper;
+mod scored;
 mod slots;
 mod state;
 #[cfg(test)]
@@ -22,10 +23,12 @@ use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result, code};
 use crate::quirks_0_8::split_models::allow_another_model;
 use alive::Readiness;
-use engine::{Checked, EngineSettings, Host, SharedBase, Wanted};
-pub(crate) use engine::{Generation, Lease, Scored};
+use engine::{Checked, EngineSettings, Host, Wanted};
+pub(crate) use engine::{Generation, Lease};
 use memory::Memory;
-pub(crate) use slots::{blocking, blocking_as};
+pub(crate) use scored::Scored;
+use scored::SharedBase;
+pub(crate) use slots::blocking;
 use state::{Change, RunTimeState, StateFile, declared};
 
 /// All that is served.

@@ -22,7 +22,7 @@ use crate::server::guard::Payload;
 use crate::server::job::Usage;
 use crate::server::messages::Messages;
 use crate::server::metrics::count_outcome;
-use crate::server::registry::{Lease, Scored, blocking_as};
+use crate::server::registry::{Lease, Scored};
 use crate::server::request::leased;
 use crate::server::tools;
 
@@ -275,16 +275,10 @@ async fn score(
     };
     let turn = admission.within(turn).await?;
     let cancelled = CancelOnDrop(Arc::default());
-    let (scorer, flag) = (scored.scorer.clone(), cancelled.0.clone());
+    let flag = cancelled.0.clone();
     let held = (lease.clone(), turn, admission.places());
     let begun = Instant::now();
-    let work = blocking_as("scoring", move || {
-        let outcome = scorer.score(&request, &flag);
-        // The scorer may be the last to hold what the lease announces.
-        drop(scorer);
-        drop(held);
-        Ok(outcome)
-    });
+    let work = scored.run("scoring", held, move |scorer| scorer.score(&request, &flag));
     let outcome = admission.within(async { Ok(work.await?) }).await?;
     tracing::debug!(
         model = lease.name,

@@ -11,13 +11,13 @@ use super::{JobEnd, Plan, PromptScores, RowScores, Said, Worker};
 use crate::scoring::{ScoreError, Scorer};
 use crate::server::answers::Piece;
 use crate::server::logprobs::TokenScore;
-use crate::server::registry::blocking_as;
+use crate::server::registry::Scored;
 use crate::server::steps::Steps;
 use crate::server::vocabulary::Vocabulary;
 
 impl Worker {
-    /// One of the places of what is computed over the shared base at a time, with the scorer; else how the wait for it ended.
-    async fn place(&self) -> Result<(OwnedSemaphorePermit, Arc<dyn Scorer>), JobEnd> {
+    /// One of the places of what is computed over the shared base at a time, with what scores; else how the wait for it ended.
+    async fn place(&self) -> Result<(&Scored, OwnedSemaphorePermit), JobEnd> {
         // A draw is only served where there is a scorer.
         let scored = self.job.lease.scored.as_ref();
         let scored = scored.ok_or_else(|| self.end(JobEnd::Failed))?;
@@ -28,7 +28,7 @@ impl Worker {
             end = self.overdue() => return Err(self.end(end)),
             place = place => place.map_err(|_| JobEnd::Failed)?,
         };
-        Ok((place, scored.scorer.clone()))
+        Ok((scored, place))
     }
 
     fn failed(&self, cause: &str) -> JobEnd {
@@ -41,24 +41,21 @@ impl Worker {
         draw: usize,
         scores: Arc<PromptScores>,
     ) -> Result<Vec<TokenScore>, JobEnd> {
-        let (place, scorer) = self.place().await?;
+        let (scored, place) = self.place().await?;
         let held = (self.job.lease.clone(), place, self.admission.places());
-        let work = blocking_as("scoring", move || {
+        let work = scored.run("scoring", held, move |scorer| {
             let mut rows = RowScores::of(&scores);
             let outcome = scorer.prompt_logits(draw, &scores.tokens, &mut |row| rows.push(row));
-            // The scorer may be the last to hold what the lease announces.
-            drop(scorer);
-            drop(held);
-            let outcome = outcome.map_err(|error| error.to_string());
-            Ok(outcome.and_then(|()| rows.whole()))
+            outcome.map_err(|error| error.to_string())?;
+            rows.whole()
         });
         let computed = work.await.map_err(|error| error.to_string()).flatten();
         computed.map_err(|cause| self.failed(&cause))
     }
 
     pub(super) async fn generate_by_draw(&self, idx: usize, plan: &Plan, draw: usize) -> JobEnd {
-        let (place, scorer) = match self.place().await {
-            Ok(place) => place,
+        let (scored, place) = match self.place().await {
+            Ok(found) => found,
             Err(end) => return end,
         };
         let held = (self.job.lease.clone(), place, self.admission.places());
@@ -71,11 +68,8 @@ impl Worker {
             sender,
         };
         let tokens = plan.tokens.clone();
-        let work = blocking_as("answering", move || {
-            let outcome = writer.write(&*scorer, draw, &tokens);
-            drop(scorer);
-            drop(held);
-            Ok(outcome)
+        let work = scored.run("answering", held, move |scorer| {
+            writer.write(scorer, draw, &tokens)
         });
         tokio::pin!(work);
         let (mut is_awaited, mut end) = (true, JobEnd::Finished);

@@ -8,13 +8,13 @@ use candle_core::{Device, DeviceLocation};
 use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
 use monteclora_converters::Problem;
 use parking_lot::Mutex;
-use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Sender;
 
 use super::alive::Pulse;
 use super::memory::{Memory, Reservation};
 use super::reaper::{Reaper, Retired};
+use super::scored::{Scored, ScoredBy, SharedBase, whole_generation};
 use super::slots::{Occupied, Slot, Slots, blocking};
 use crate::chat_files::text_frame;
 use crate::chat_template::ChatTemplate;
@@ -27,9 +27,7 @@ use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::own_text;
 use crate::quirks_0_8::special_tokens::TextFrame;
 use crate::quirks_0_8::split_models::{allow_another_model, samples_in_step};
-use crate::scoring::{
-    BaseScorer, ScoredAdapter, ScoredBase, Scorer, ScorerSurvey, Scoring, UncertaintyConfig,
-};
+use crate::scoring::{ScoredAdapter, ScorerSurvey, UncertaintyConfig};
 use crate::server::answers::now;
 use crate::server::sampling::Sampling;
 use crate::server::vocabulary::ModelTokens;
@@ -73,34 +71,6 @@ pub(crate) struct Wanted {
     pub(crate) parent: Option<String>,
     scored: Option<ScoredBy>,
     spec: Spec,
-}
-
-/// What scores a model's answers, and on which base.
-#[derive(Clone)]
-struct ScoredBy {
-    scoring: Arc<dyn Scoring>,
-    base: ScoredBase,
-}
-
-impl ScoredBy {
-    fn of(model: &ModelConfig) -> Result<Option<Self>> {
-        let Some(config) = &model.uncertainty else {
-            return Ok(None);
-        };
-        let scoring = model.scoring.clone().ok_or_else(|| {
-            let message = "this program has nothing that scores answers; `monteclora serve` has";
-            Error::setting("models.uncertainty.enabled", message)
-        })?;
-        Ok(Some(Self {
-            scoring,
-            base: ScoredBase {
-                config: config.clone(),
-                dir: model.base.clone(),
-                device: model.device.clone(),
-                chat_template: model.chat_template.clone(),
-            },
-        }))
-    }
 }
 
 impl Wanted {
@@ -210,18 +180,6 @@ pub(crate) struct Checked {
 struct Source {
     dir: Option<PathBuf>,
     warnings: Vec<Problem>,
-}
-
-/// The generation of a model whose posterior and calibration change scores: of two adapters with one mean they tell which it is.
-fn whole_generation(mean: &str, scorer: Option<&ScorerSurvey>) -> String {
-    match scorer.filter(|scorer| scorer.is_more_than_mean) {
-        None => mean.to_owned(),
-        Some(ScorerSurvey { fingerprint, .. }) => {
-            let digest = Sha256::digest(format!("{mean}\n{fingerprint}\n"));
-            let digest = format!("{digest:x}");
-            digest.chars().take(mean.len()).collect()
-        }
-    }
 }
 
 impl Checked {
@@ -335,20 +293,6 @@ pub(crate) struct Generation {
     pub(super) pulse: Pulse,
     memory: Option<Reservation>,
     reaper: Reaper,
-}
-
-/// What scores the answers of a generation. The scorer goes first: it holds the base, whose memory is free afterwards.
-pub(crate) struct Scored {
-    pub(crate) scorer: Arc<dyn Scorer>,
-    pub(crate) base: Arc<SharedBase>,
-}
-
-/// A base's copy for scores, which the base and all its adapters use.
-pub(crate) struct SharedBase {
-    scorer: Arc<dyn BaseScorer>,
-    /// One for each score that is computed at a time.
-    pub(crate) places: Arc<Semaphore>,
-    memory: Reservation,
 }
 
 /// A generation that is in use: it stays loaded as long as this is held.

@@ -3,8 +3,8 @@
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use super::engine::Scored;
 use super::memory::Reservation;
+use super::scored::Scored;
 use super::slots::{Occupied, Slots};
 use crate::error::{Error, Result};
 use crate::loader::WeakPipeline;

@@ -339,7 +339,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
 ///
 /// # Errors
 /// As there.
-pub(crate) async fn blocking_as<T: Send + 'static>(
+pub(super) async fn blocking_as<T: Send + 'static>(
     name: &'static str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
