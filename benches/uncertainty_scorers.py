@@ -26,17 +26,17 @@ import json
 import math
 import os
 import pathlib
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 import warnings
 
 import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "scripts"))
+from served import served  # noqa: E402
 
 MAX_TOKENS = 128
 TOP_LOGPROBS = 5
@@ -199,21 +199,12 @@ def table(records, n_draws, n_samples):
     print(f"One request gives all scores of the draws, so that their seconds hold {n_draws} more generations, for `agreement`. UQLM pauses for 0.1 s after generations.\n\n{LEFT_OUT}")
 
 
-def serve(program, base, posterior, n_draws, directory):
-    """The server, on a free port, and its address."""
-    (directory / "serve.toml").write_text(
+def serve_toml(base, posterior, n_draws):
+    return (
         f"[server]\nport = 0\n[[models]]\nmodel_id = '{base.resolve()}'\nname = 'base'\ndtype = 'f32'\ndevice.cpu = true\n"
         f"[models.uncertainty]\nenabled = true\ndtype = 'f32'\ndraws = {n_draws}\n"
         f"[[models.adapters]]\nalias = 'triage'\nsource = '{posterior.resolve()}'\ndraws = {n_draws}\n"
     )
-    server = subprocess.Popen([program, "serve", "-c", directory / "serve.toml"], stderr=subprocess.PIPE, text=True)
-    said = []
-    for line in server.stderr:
-        said.append(line)
-        if found := re.search(r"serving on (http://[\d.:]+)", line):
-            threading.Thread(target=lambda: [None for _ in server.stderr], daemon=True).start()
-            return server, found[1]
-    sys.exit("the server ended:\n" + "".join(said))
 
 
 def main():
@@ -238,8 +229,9 @@ def main():
     todo = [row for row in rows if row[-2]["content"] not in records]
     if todo:
         with tempfile.TemporaryDirectory() as temporary, asked.results.open("a") as results:
-            server, url = serve(asked.program, asked.m, asked.out / "posterior", asked.draws, pathlib.Path(temporary))
-            try:
+            config = pathlib.Path(temporary) / "serve.toml"
+            config.write_text(serve_toml(asked.m, asked.out / "posterior", asked.draws))
+            with served(asked.program, config) as (url, _):
                 clients = Clients(url, asked.draws, asked.samples)
                 # The first questions of a server take longer.
                 clients.of_ticket(todo[0][:-1])
@@ -251,9 +243,6 @@ def main():
                     results.write(json.dumps(record) + "\n")
                     results.flush()
                     print(f"{idx + 1} of {len(todo)}: {'right' if right else 'wrong'}, {sum(found['seconds'].values()):.1f} s", file=sys.stderr)
-            finally:
-                server.terminate()
-                server.wait()
     table([records[row[-2]["content"]] for row in rows], asked.draws, asked.samples)
 
 

@@ -192,6 +192,13 @@ impl Beside {
         left_out_line(&self.left_out, self.n_more)
     }
 
+    /// The same without files that are copied by other means.
+    #[must_use]
+    pub fn without(mut self, names: &[&str]) -> Self {
+        self.carried.take(names);
+        self
+    }
+
     /// The same with what is carried among what is left out, for a destination that has no place for it.
     #[must_use]
     pub fn nothing_carried(mut self, what: &'static str) -> Self {

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use monteclora_converters::FORMATS;
 
 use super::ModelArgs;
+use crate::eval::DEFAULT_SEED;
 
 /// `collapse`
 #[derive(Debug, Args)]
@@ -95,7 +96,7 @@ pub struct SampleArgs {
     #[arg(short, value_name = "K", default_value_t = 1)]
     pub k: usize,
     /// Seed of the draws.
-    #[arg(long, default_value_t = 42)]
+    #[arg(long, default_value_t = DEFAULT_SEED)]
     pub seed: u64,
     /// New directory; draws are `draw-0000`, `draw-0001`, ... in it.
     #[arg(short, long, value_name = "DIR")]

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 
 use super::ModelArgs;
 use crate::config::ECE_BINS;
+use crate::eval::DEFAULT_SEED;
 use crate::sample_models::{SAMPLE_MODELS, SMOLLM2};
 
 /// The models that `quickstart` fetches.
@@ -97,7 +98,7 @@ pub struct TrainArgs {
 #[derive(Debug, Clone, Args)]
 pub struct ScoringArgs {
     /// Seed of the draws; the same seed gives those of `sample`.
-    #[arg(long, default_value_t = 42)]
+    #[arg(long, default_value_t = DEFAULT_SEED)]
     pub seed: u64,
     /// Longest row in tokens, at most the model's limit; by default min(1024, that limit), and for `predict` the limit.
     #[arg(long)]

@@ -8,7 +8,8 @@ use monteclora_converters::{Beside, ConversationSettings, Problem};
 
 use super::{print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
-use crate::deploy::{self, AdapterServer, Check, Releases};
+use crate::deploy::{self, AdapterServer, Check, Release, Releases};
+use crate::eval::calibration;
 use crate::hub;
 use crate::model::open_base;
 use crate::provenance::{read_effective, read_effective_on, warn_of_conversation};
@@ -30,16 +31,26 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
         }
         None => read_effective(&args.adapter, args.force)?,
     };
-    let beside = Beside::of(&args.adapter)?.nothing_carried("not part of a release");
-    if let Some(line) = beside.left_out_line() {
+    let server = server(&args.server)?;
+    let release = match is_scored(&server, args)? {
+        true => Release::whole(&adapter, &args.adapter)?,
+        false => Release::mean(&adapter, &args.adapter)?,
+    };
+    let mut beside = Beside::of(&args.adapter)?;
+    if release.has_calibration() {
+        beside = beside.without(&[calibration::FILE]);
+    }
+    if let Some(line) = beside
+        .nothing_carried("not part of a release")
+        .left_out_line()
+    {
         tracing::info!("left out: {line}");
     }
-    let server = server(&args.server)?;
     let mut releases = Releases::open(&args.adapter_root, &args.alias)?;
     let deployed = deploy::deploy(
         &server,
         &mut releases,
-        &adapter,
+        &release,
         &args.alias,
         args.base.as_deref(),
         &check(&args.check),
@@ -57,12 +68,32 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
         ),
         None => String::new(),
     };
+    let holds = match (deployed.posterior, deployed.calibration) {
+        (true, true) => ", with posterior and calibration",
+        (true, false) => ", with posterior",
+        (false, true) => ", with calibration",
+        (false, false) => "",
+    };
     print(&format!(
-        "{} answers from {}{was}\n  release {}",
+        "{} answers from {}{was}\n  release {}{holds}",
         deployed.alias,
         deployed.generation,
         deployed.directory.display()
     ))
+}
+
+/// Whether the server scores the answers of the base that the alias is, or may come to be, on: what scores are made of is released
+/// only to it, since others refuse a posterior.
+fn is_scored(server: &AdapterServer, args: &DeployArgs) -> Result<bool> {
+    let models = server.models()?;
+    let alias = models.iter().find(|model| model.id == args.alias);
+    let base = args.base.as_deref();
+    let base = base.or_else(|| alias.and_then(|model| model.parent.as_deref()));
+    let mut bases = models.iter().filter(|model| model.parent.is_none());
+    Ok(match base {
+        Some(base) => bases.any(|model| model.id == base && model.is_scored),
+        None => bases.any(|model| model.is_scored),
+    })
 }
 
 /// The server, with the key from a file or the environment.

@@ -11,9 +11,7 @@ use monteclora_converters::{Adapter, ConversationSettings, ModelFiles, Problem, 
 
 use super::{device, weight_type};
 use crate::cli::{ModelArgs, ScoringArgs};
-use crate::data::{
-    Dataset, EncodeOptions, Encoder, Overlong, Remedies, RowSchema, TrainOn, splits,
-};
+use crate::data::{Dataset, EncodeOptions, Encoder, RowSchema, splits};
 use crate::eval::calibration::{self, Applicable, Calibration, Circumstances, Draws};
 use crate::eval::{Batching, ChoiceRows, EvalOptions, LengthNormalisation, posterior_draws};
 use crate::hub::{self, Located};
@@ -98,13 +96,7 @@ impl Opened {
             adapters.push(read_fitting(path, &files)?);
         }
         warn_of_equal_means(&adapters, request.adapters);
-        let options = EncodeOptions {
-            train_on: TrainOn::Assistant,
-            apply_chat_template: applies_chat_template,
-            max_seq_length: limit,
-            overlong: Overlong::Error,
-            remedies: Remedies::Flags,
-        };
+        let options = EncodeOptions::whole(applies_chat_template, limit);
         let variables = variables(request.adapters)?;
         let encoder = Encoder::with_variables(&base.dir, template, variables, options)?;
         encoder.tokenizer().check_vocab(config.vocab_size)?;

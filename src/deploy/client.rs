@@ -22,6 +22,8 @@ pub struct ServedAdapter {
     pub name: String,
     /// Hash of its content.
     pub generation: String,
+    /// Hash of its posterior mean alone, where the server scores answers and tells.
+    pub mean_generation: Option<String>,
     /// Base model, where the server tells.
     pub parent: Option<String>,
     /// Directory, where the server tells; relative to its adapter root, or absolute.
@@ -37,6 +39,8 @@ pub struct ServedModel {
     pub parent: Option<String>,
     /// Hash of its content, where the server tells.
     pub generation: Option<String>,
+    /// Whether the server scores its answers.
+    pub is_scored: bool,
 }
 
 /// A server, and the right to change what it serves.
@@ -115,6 +119,7 @@ impl AdapterServer {
                 id: text(entry, "id")?,
                 parent: text(entry, "parent"),
                 generation: text(entry, "generation"),
+                is_scored: entry["uncertainty"].is_object(),
             })
         };
         entries("/v1/models", &list, model)
@@ -130,6 +135,7 @@ impl AdapterServer {
             Some(ServedAdapter {
                 name: text(entry, "id").or_else(|| text(entry, "lora_name"))?,
                 generation: text(entry, "generation")?,
+                mean_generation: text(entry, "mean_generation"),
                 parent: text(entry, "parent"),
                 source: text(entry, "source"),
             })

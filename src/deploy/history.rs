@@ -4,10 +4,12 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use monteclora_converters::{Adapter, LoraOptions, files};
+use monteclora_converters::{Adapter, files};
 use serde::{Deserialize, Serialize};
 
-use super::error::{Error, release};
+use super::client::ServedAdapter;
+use super::error::{self, Error};
+use super::release::Release;
 
 /// Why a generation came into service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,7 +58,7 @@ impl Releases {
     /// Another deployment of this alias runs, or the history cannot be understood.
     pub fn open(root: &Path, alias: &str) -> Result<Self, Error> {
         if !root.is_dir() {
-            return Err(release(
+            return Err(error::release(
                 root,
                 "no such directory; --adapter-root is the server's adapter root as it is seen from here",
             ));
@@ -68,7 +70,7 @@ impl Releases {
         let lock = File::create(&lock_path).map_err(Error::io("write", &lock_path))?;
         lock.try_lock().map_err(|error| match error {
             fs::TryLockError::WouldBlock => {
-                release(&dir, "another deployment of this alias is running")
+                error::release(&dir, "another deployment of this alias is running")
             }
             fs::TryLockError::Error(error) => Error::io("lock", &lock_path)(error),
         })?;
@@ -93,61 +95,54 @@ impl Releases {
         &self.history
     }
 
-    /// Writes the posterior mean of `adapter` as a release, and returns its directory relative to the root.
+    /// Writes a release, and returns its directory relative to the root.
     ///
     /// The directory is named by its content and appears whole or not at all; its files are read-only. Content that was
     /// released before is found again.
     ///
     /// # Errors
     /// A directory of this name that holds something else.
-    pub fn store(&self, adapter: &Adapter) -> Result<PathBuf, Error> {
-        let (plain, _) = adapter.to_lora(None)?;
-        let fingerprint = plain.fingerprint();
+    pub fn store(&self, release: &Release) -> Result<PathBuf, Error> {
+        let fingerprint = release.fingerprint();
         let name: String = fingerprint.chars().take(12).collect();
         let relative = self.alias.join(name);
         let path = self.root.join(&relative);
         if !path.exists() {
-            adapter.write_lora(&path, &LoraOptions::default())?;
-            for entry in fs::read_dir(&path).map_err(Error::io("read", &path))? {
-                let file = entry.map_err(Error::io("read", &path))?.path();
-                let mut permissions = fs::metadata(&file)
-                    .map_err(Error::io("read", &file))?
-                    .permissions();
-                permissions.set_readonly(true);
-                fs::set_permissions(&file, permissions).map_err(Error::io("protect", &file))?;
-            }
-        } else if Adapter::read(&path)?.fingerprint() != fingerprint {
-            return Err(release(
-                &path,
-                "was changed since it was released; remove it and deploy again",
-            ));
+            release.write(&path)?;
+        } else if Release::whole(&Adapter::read(&path)?, &path)?.fingerprint() != fingerprint {
+            let message = "was changed since it was released; remove it and deploy again";
+            return Err(error::release(&path, message));
         }
         Ok(relative)
     }
 
-    /// Makes a release of what is being served from `source`, relative to the root, so that there is a way back to it.
+    /// Makes a release of what is being served, so that there is a way back to it.
     ///
     /// Nothing is done for a generation that was released before, or if the directory does not hold its content (any more).
     ///
     /// # Errors
     /// As [`Self::store`] and [`Self::record`].
-    pub fn adopt(
-        &mut self,
-        generation: &str,
-        source: &str,
-        base: Option<&str>,
-    ) -> Result<(), Error> {
-        if self.find(generation).is_some() {
-            return Ok(());
-        }
-        let Ok(adapter) = Adapter::read(&self.root.join(source)) else {
+    pub fn adopt(&mut self, served: &ServedAdapter) -> Result<(), Error> {
+        let (Some(source), None) = (&served.source, self.find(&served.generation)) else {
             return Ok(());
         };
-        if !adapter.collapse().fingerprint().starts_with(generation) {
+        let path = self.root.join(source);
+        let Ok(adapter) = Adapter::read(&path) else {
+            return Ok(());
+        };
+        // A server that scores tells the generation of the mean alone, too.
+        let mean = served.mean_generation.as_ref();
+        let release = match mean {
+            Some(_) => Release::whole(&adapter, &path)?,
+            None => Release::mean(&adapter, &path)?,
+        };
+        let mean = mean.unwrap_or(&served.generation);
+        if !release.mean_fingerprint().starts_with(mean.as_str()) {
             return Ok(());
         }
-        let directory = self.store(&adapter)?;
-        self.record(Action::Adopt, generation, &directory, None, base)
+        let directory = self.store(&release)?;
+        let base = served.parent.as_deref();
+        self.record(Action::Adopt, &served.generation, &directory, None, base)
     }
 
     /// Whether a release is still there.
@@ -221,7 +216,7 @@ fn read_history(dir: &Path) -> Result<Vec<Record>, Error> {
     let path = dir.join(HISTORY);
     match fs::read_to_string(&path) {
         Ok(text) => serde_json::from_str(&text)
-            .map_err(|error| release(&path, format!("not a deployment history: {error}"))),
+            .map_err(|error| error::release(&path, format!("not a deployment history: {error}"))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(Error::io("read", &path)(error)),
     }

@@ -3,6 +3,7 @@
 mod client;
 mod error;
 mod history;
+mod release;
 mod rollout;
 
 #[cfg(test)]
@@ -11,4 +12,5 @@ mod tests;
 pub use client::{AdapterServer, ServedAdapter, ServedModel};
 pub use error::Error;
 pub use history::{Action, Record, Releases};
+pub use release::Release;
 pub use rollout::{Answered, Check, Deployed, RolledBack, deploy, roll_back};

@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use monteclora_converters::{Adapter, Problem};
+use monteclora_converters::Problem;
 use serde::Serialize;
 
 use super::client::{AdapterServer, ServedModel};
 use super::error::{Error, failed, nothing_to_restore};
 use super::history::{Action, Releases};
+use super::release::Release;
 
 /// What every new generation is asked, and what its answers must hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +39,10 @@ pub struct Deployed {
     pub previous: Option<String>,
     /// Release directory, relative to the adapter root.
     pub directory: PathBuf,
+    /// Whether the posterior is in the release.
+    pub posterior: bool,
+    /// Whether a calibration is in the release.
+    pub calibration: bool,
     /// Whether this content was being served already, so that nothing was swapped.
     pub unchanged: bool,
     /// Whether a rollback can bring `previous` back.
@@ -63,7 +68,7 @@ pub struct RolledBack {
     pub answers: Vec<Answered>,
 }
 
-/// Puts `adapter` into service as `alias`, on the base `model` if given, else on that of the generation it replaces or the server's
+/// Puts `release` into service as `alias`, on the base `model` if given, else on that of the generation it replaces or the server's
 /// choice.
 ///
 /// The release is loaded under another name first and asked; only then it replaces the generation that was being served when
@@ -74,7 +79,7 @@ pub struct RolledBack {
 pub fn deploy(
     server: &AdapterServer,
     releases: &mut Releases,
-    adapter: &Adapter,
+    release: &Release,
     alias: &str,
     model: Option<&str>,
     check: &Check,
@@ -86,16 +91,14 @@ pub fn deploy(
             format!("`{alias}` is a base model of the server; give the adapter another --alias");
         return Err(Problem::usage(message).into());
     }
-    if let Some(current) = &current
-        && let Some(source) = &current.source
-    {
-        releases.adopt(&current.generation, source, current.parent.as_deref())?;
+    if let Some(current) = &current {
+        releases.adopt(current)?;
     }
     let former_base = current
         .as_ref()
         .and_then(|current| current.parent.as_deref());
     let base = model.or(former_base);
-    let directory = releases.store(adapter)?;
+    let directory = releases.store(release)?;
     let path = portable(&directory);
     let canary_name = format!("{alias}-canary");
     tracing::info!("loading the canary `{canary_name}`");
@@ -131,6 +134,8 @@ pub fn deploy(
             generation: canary_generation,
             previous,
             directory,
+            posterior: release.has_posterior(),
+            calibration: release.has_calibration(),
             unchanged: true,
             can_roll_back: true,
             canary,
@@ -152,6 +157,8 @@ pub fn deploy(
                 generation,
                 previous,
                 directory,
+                posterior: release.has_posterior(),
+                calibration: release.has_calibration(),
                 unchanged: false,
                 can_roll_back,
                 canary,

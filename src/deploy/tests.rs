@@ -253,6 +253,11 @@ fn adapters() -> [Adapter; 2] {
     ["all-linear", "bf16"].map(|name| Adapter::read(&root.join(name)).expect("a recorded adapter"))
 }
 
+/// Its posterior mean, with nothing beside it.
+fn release(adapter: &Adapter) -> Release {
+    Release::mean(adapter, Path::new("nowhere")).expect("plain")
+}
+
 fn check(expected: &[&str]) -> Check {
     Check {
         prompts: vec!["Well?".to_owned()],
@@ -276,7 +281,7 @@ fn deploy_swap_roll_back_and_the_history_of_it() {
         deploy(
             &client,
             &mut releases,
-            adapter,
+            &release(adapter),
             "team/triage",
             None,
             &check(&["I am"]),
@@ -349,7 +354,7 @@ fn a_rollback_is_to_what_was_served_before() {
     third.sites.truncate(1);
     let mut releases = Releases::open(root.path(), "a").expect("opened");
     let go = |releases: &mut Releases, adapter: &Adapter| {
-        let done = deploy(&client, releases, adapter, "a", None, &check(&[]));
+        let done = deploy(&client, releases, &release(adapter), "a", None, &check(&[]));
         done.expect("deployed")
     };
     let one = go(&mut releases, &first).generation;
@@ -385,7 +390,14 @@ fn an_undone_swap_says_what_is_served() {
     third.sites.truncate(1);
     third.write_lora(&by_hand, &options).expect("written");
     let mut releases = Releases::open(root.path(), "a").expect("opened");
-    let error = deploy(&client, &mut releases, &second, "a", None, &check(&[]));
+    let error = deploy(
+        &client,
+        &mut releases,
+        &release(&second),
+        "a",
+        None,
+        &check(&[]),
+    );
     let error = error.expect_err("mute").to_string();
     let now = server.generation("a").expect("served");
     assert_ne!(now, former);
@@ -410,7 +422,7 @@ fn the_name_of_a_base_is_refused_before_anything_is_written() {
     let refused = deploy(
         &server.client(),
         &mut releases,
-        &first,
+        &release(&first),
         "base",
         None,
         &check(&[]),
@@ -433,7 +445,14 @@ fn a_bad_canary_changes_nothing_and_a_bad_swap_is_undone() {
     let [first, second] = adapters();
     let mut releases = Releases::open(root.path(), "a").expect("opened");
     let mut go = |adapter: &Adapter, expected: &[&str]| {
-        deploy(&client, &mut releases, adapter, "a", None, &check(expected))
+        deploy(
+            &client,
+            &mut releases,
+            &release(adapter),
+            "a",
+            None,
+            &check(expected),
+        )
     };
     let one = go(&first, &[]).expect("deployed").generation;
 
@@ -456,8 +475,15 @@ fn a_bad_canary_changes_nothing_and_a_bad_swap_is_undone() {
     // A first deployment has nothing to go back to.
     server.with(|state| state.mute.push("new".to_owned()));
     let mut fresh = Releases::open(root.path(), "new").expect("opened");
-    let error =
-        deploy(&client, &mut fresh, &second, "new", None, &check(&[])).expect_err("refused");
+    let error = deploy(
+        &client,
+        &mut fresh,
+        &release(&second),
+        "new",
+        None,
+        &check(&[]),
+    )
+    .expect_err("refused");
     assert!(error.to_string().contains("unloaded"), "{error}");
     assert_eq!(server.generation("new"), None);
     assert!(
@@ -468,7 +494,9 @@ fn a_bad_canary_changes_nothing_and_a_bad_swap_is_undone() {
 
     // What somebody changed in a release is not served under its name.
     let mut changed = Releases::open(root.path(), "b").expect("opened");
-    let path = root.path().join(changed.store(&first).expect("stored"));
+    let path = root
+        .path()
+        .join(changed.store(&release(&first)).expect("stored"));
     let files = ["adapter_config.json", "adapter_model.safetensors"];
     assert!(files.iter().all(|file| {
         path.join(file)
@@ -481,7 +509,15 @@ fn a_bad_canary_changes_nothing_and_a_bad_swap_is_undone() {
     second
         .write_lora(&path, &monteclora_converters::LoraOptions::default())
         .expect("written");
-    let error = deploy(&client, &mut changed, &first, "b", None, &check(&[])).expect_err("changed");
+    let error = deploy(
+        &client,
+        &mut changed,
+        &release(&first),
+        "b",
+        None,
+        &check(&[]),
+    )
+    .expect_err("changed");
     assert_eq!(exit_code(&error, |_| None), 2, "{error}");
 }
 
@@ -519,4 +555,28 @@ fn wrong_keys_addresses_and_silent_ports_are_told_apart() {
         ),
         (4, true)
     );
+}
+
+/// What was recorded of the chat template goes with a release, which is another one by it.
+#[test]
+fn a_release_has_the_template_variables_of_its_training() {
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let [adapter, _] = adapters();
+    let trained = root.path().join("trained");
+    let options = monteclora_converters::LoraOptions::default();
+    adapter.write_lora(&trained, &options).expect("written");
+    let releases = Releases::open(root.path(), "a").expect("opened");
+    let store = |record: &str| {
+        std::fs::write(trained.join("run.json"), record).expect("written");
+        let release = Release::mean(&adapter, &trained).expect("plain");
+        let directory = releases.store(&release).expect("stored");
+        assert_eq!(releases.store(&release).expect("stored"), directory);
+        directory
+    };
+    let without = store(r#"{"config": {"data": {}}}"#);
+    assert_eq!(without, releases.store(&release(&adapter)).expect("stored"));
+    let with = store(r#"{"config": {"data": {"template_variables": {"enable_thinking": false}}}}"#);
+    assert_ne!(with, without);
+    let variables = monteclora_converters::jinja::recorded_variables(&root.path().join(with));
+    assert_eq!(variables["enable_thinking"], false);
 }

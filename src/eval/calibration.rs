@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use monteclora_converters::{Adapter, Problem, files};
+use monteclora_converters::{Adapter, Error, Problem, files};
 use serde::{Deserialize, Serialize};
 
 use super::abstention::Abstention;
@@ -241,7 +241,7 @@ impl Calibration {
     ///
     /// # Errors
     /// A file that cannot be read, or that another version wrote in another form.
-    pub fn beside(adapter: &Path) -> Result<Option<Self>> {
+    pub fn beside(adapter: &Path) -> Result<Option<Self>, Error> {
         let path = adapter.join(FILE);
         let refuse = |what: String| {
             let fix = "make it again with `monteclora calibrate`, or remove it";
@@ -289,8 +289,8 @@ impl Calibration {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        Ok(files::write_json(path, self)?)
+    pub fn write(&self, path: &Path) -> Result<(), Error> {
+        files::write_json(path, self)
     }
 
     /// What of it holds under `now` for these `draws`; none asked for need none.

@@ -5,6 +5,9 @@ use monteclora_converters::Adapter;
 
 use crate::model::{ActiveAdapter, Decoder};
 
+/// Seed of draws where nobody says another.
+pub const DEFAULT_SEED: u64 = 42;
+
 /// The first `n_draws` draws of `adapter`'s posterior under `seed`: the ones that `monteclora sample` writes. They share one B.
 ///
 /// # Errors

@@ -19,7 +19,7 @@ use monteclora_converters::Problem;
 
 pub use answers::{AnswerCertainty, certainties};
 pub use choices::{ChoiceRows, LengthNormalisation, log_likelihoods};
-pub use draws::{posterior_draw, posterior_draws};
+pub use draws::{DEFAULT_SEED, posterior_draw, posterior_draws};
 pub use interval::bootstrap;
 #[cfg(feature = "mistralrs")]
 pub use parity::{Agreement, Bases, Engines, Parity, Reference, compare};

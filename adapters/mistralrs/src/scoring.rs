@@ -119,6 +119,12 @@ pub trait Scorer: Debug + Send + Sync {
     /// What can be asked of it.
     fn about(&self) -> ScorerAbout;
 
+    /// Whether a request can be answered, without computing an answer; blocking.
+    ///
+    /// # Errors
+    /// A request that cannot be answered.
+    fn check(&self, request: &ScoreRequest) -> Result<(), ScoreError>;
+
     /// Answers a question, and says how sure that is; blocking. Ends early, with [`ScoreError::Cancelled`], once `cancelled` is set.
     ///
     /// # Errors

@@ -16,8 +16,8 @@ use crate::config::ECE_BINS;
 use crate::data::{Dataset, Encoder, epoch_order};
 use crate::eval::calibration::{Calibration, Circumstances, Draws, FILE, Judged, Rows, Scaling};
 use crate::eval::{
-    Answer, Answerer, Batching, ChoiceRows, EvalOptions, LengthNormalisation, Opening, Prediction,
-    Question, Recital, measures, posterior_draws, tempered,
+    Answer, Answerer, Batching, ChoiceRows, DEFAULT_SEED, EvalOptions, LengthNormalisation,
+    Opening, Prediction, Question, Recital, measures, posterior_draws, tempered,
 };
 use crate::fit::{Criterion, FitRecord, Search};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
@@ -30,7 +30,6 @@ const CALIBRATION_ROWS: usize = 60;
 const FIT_DRAWS: usize = 2;
 /// Draws whose average is asked.
 const DRAWS: usize = 4;
-const SEED: u64 = 42;
 
 /// What is right, among all answers and among the surest.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -87,7 +86,7 @@ pub(super) fn assess(
     let began = Instant::now();
     let encoder = prepared.train.encoder();
     let valid = Dataset::open(valid, None, encoder.clone())?;
-    let order = epoch_order(valid.len(), SEED, 0);
+    let order = epoch_order(valid.len(), DEFAULT_SEED, 0);
     let (for_fit, others) = order.split_at(FIT_ROWS.min(valid.len() / 2));
     let for_calibration = &others[..others.len().min(CALIBRATION_ROWS)];
 
@@ -107,7 +106,7 @@ pub(super) fn assess(
             normalisation: LengthNormalisation::None,
         },
         n_draws: FIT_DRAWS,
-        seed: SEED,
+        seed: DEFAULT_SEED,
         criterion: Criterion::Nll,
         interrupt,
         watch: &fit::tell,
@@ -120,7 +119,7 @@ pub(super) fn assess(
 
     tracing::info!("calibrating it on {} others", for_calibration.len());
     let mean = ActiveAdapter::from_adapter(&fitted.adapter, decoder.config(), decoder.device())?;
-    let draws = posterior_draws(&fitted.adapter, decoder, SEED, DRAWS)?;
+    let draws = posterior_draws(&fitted.adapter, decoder, DEFAULT_SEED, DRAWS)?;
     let held_out = Recital::of(&valid, for_calibration, MAX_NEW_TOKENS, DECODE_BATCH)?;
     let of_base = held_out.answers(decoder, &ActiveAdapter::default(), |_| {})?;
     let of_mean = held_out.answers(decoder, &mean, |_| {})?;
@@ -145,7 +144,7 @@ pub(super) fn assess(
         Some((
             Draws {
                 n: DRAWS,
-                seed: SEED,
+                seed: DEFAULT_SEED,
             },
             scaling.clone(),
         )),

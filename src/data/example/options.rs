@@ -72,3 +72,16 @@ pub struct EncodeOptions {
     /// Whose words remedies are in.
     pub remedies: Remedies,
 }
+
+impl EncodeOptions {
+    /// Of questions and texts that are judged or answered, not trained on: whole, up to `limit` tokens.
+    pub fn whole(apply_chat_template: bool, limit: usize) -> Self {
+        Self {
+            train_on: TrainOn::Assistant,
+            apply_chat_template,
+            max_seq_length: limit,
+            overlong: Overlong::Error,
+            remedies: Remedies::Flags,
+        }
+    }
+}

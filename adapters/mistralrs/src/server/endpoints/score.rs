@@ -15,8 +15,9 @@ use crate::scoring::{Score, ScoreError, ScorePrompt, ScoreRequest};
 use crate::server::App;
 use crate::server::admission::Admission;
 use crate::server::api_error::ApiError;
-use crate::server::chat::{template, variables};
+use crate::server::chat::{set_thinking, template, variables};
 use crate::server::context::RequestContext;
+use crate::server::effort::Effort;
 use crate::server::fields::{flag, object, refuse_unknown, take, wrong};
 use crate::server::guard::Payload;
 use crate::server::job::Usage;
@@ -38,6 +39,8 @@ struct ScoreKeys {
     messages: Option<Value>,
     tools: Option<Value>,
     chat_template_kwargs: Option<Value>,
+    enable_thinking: Option<bool>,
+    reasoning_effort: Option<Effort>,
     prompt: Option<String>,
     choices: Option<Vec<String>>,
     draws: Option<usize>,
@@ -145,21 +148,31 @@ impl ScoreKeys {
     fn request(self, app: &App, lease: &Lease) -> Result<ScoreRequest, ApiError> {
         let invalid =
             |key: &str, message: &str| Err(ApiError::invalid(key, format!("`{key}` {message}")));
-        let (tools, variables) = (self.tools, self.chat_template_kwargs);
+        let of_template = [
+            ("tools", self.tools.is_some()),
+            ("chat_template_kwargs", self.chat_template_kwargs.is_some()),
+            ("enable_thinking", self.enable_thinking.is_some()),
+            ("reasoning_effort", self.reasoning_effort.is_some()),
+        ];
         let prompt = match (self.messages, self.prompt) {
-            (Some(messages), None) => conversation(lease, messages, tools, variables)?,
-            (None, Some(text)) if tools.is_none() && variables.is_none() => ScorePrompt::Text(text),
-            (None, Some(_)) => {
-                let key = if tools.is_some() {
-                    "tools"
-                } else {
-                    "chat_template_kwargs"
+            (Some(messages), None) => {
+                let turns = Turns {
+                    messages,
+                    tools: self.tools,
+                    kwargs: self.chat_template_kwargs,
+                    thinking: (self.enable_thinking, self.reasoning_effort),
                 };
-                return invalid(
-                    key,
-                    "goes with `messages`: a `prompt` is taken as it is, without the chat template",
-                );
+                turns.read(lease)?
             }
+            (None, Some(text)) => match of_template.iter().find(|(_, is_given)| *is_given) {
+                None => ScorePrompt::Text(text),
+                Some((key, _)) => {
+                    return invalid(
+                        key,
+                        "goes with `messages`: a `prompt` is taken as it is, without the chat template",
+                    );
+                }
+            },
             (Some(_), Some(_)) => {
                 return invalid("prompt", "excludes `messages`: give one of them");
             }
@@ -222,34 +235,42 @@ impl ScoreKeys {
     }
 }
 
-/// The row that a conversation is, as `predict` reads it.
-fn conversation(
-    lease: &Lease,
+/// A conversation that is scored, as it was asked.
+struct Turns {
     messages: Value,
     tools: Option<Value>,
     kwargs: Option<Value>,
-) -> Result<ScorePrompt, ApiError> {
-    let template = template(lease, "messages")?;
-    let tools = tools::read(tools)?;
-    tools::refuse_unseen(&tools, template)?;
-    let kwargs = variables("chat_template_kwargs", kwargs, template, !tools.is_empty())?;
-    let messages = Messages::read("messages", Some(messages), template, !tools.is_empty())?;
-    if messages
-        .list
-        .last()
-        .is_some_and(|last| last["role"] == "assistant")
-    {
-        let must = "must not end with the assistant's turn: that is what is scored; an answer that is given goes into `choices`";
-        return Err(wrong("messages", must));
+    thinking: (Option<bool>, Option<Effort>),
+}
+
+impl Turns {
+    /// The row that it is, as `predict` reads it.
+    fn read(self, lease: &Lease) -> Result<ScorePrompt, ApiError> {
+        let template = template(lease, "messages")?;
+        let tools = tools::read(self.tools)?;
+        tools::refuse_unseen(&tools, template)?;
+        let has_tools = !tools.is_empty();
+        let mut kwargs = variables("chat_template_kwargs", self.kwargs, template, has_tools)?;
+        let (enable, effort) = self.thinking;
+        set_thinking(&mut kwargs, enable, effort)?;
+        let messages = Messages::read("messages", Some(self.messages), template, has_tools)?;
+        if messages
+            .list
+            .last()
+            .is_some_and(|last| last["role"] == "assistant")
+        {
+            let must = "must not end with the assistant's turn: that is what is scored; an answer that is given goes into `choices`";
+            return Err(wrong("messages", must));
+        }
+        let mut row = Map::from_iter([("messages".to_owned(), json!(messages.list))]);
+        if has_tools {
+            row.insert("tools".to_owned(), Value::Array(tools));
+        }
+        if !kwargs.is_empty() {
+            row.insert("chat_template_kwargs".to_owned(), Value::Object(kwargs));
+        }
+        Ok(ScorePrompt::Messages(row))
     }
-    let mut row = Map::from_iter([("messages".to_owned(), json!(messages.list))]);
-    if !tools.is_empty() {
-        row.insert("tools".to_owned(), Value::Array(tools));
-    }
-    if !kwargs.is_empty() {
-        row.insert("chat_template_kwargs".to_owned(), Value::Object(kwargs));
-    }
-    Ok(ScorePrompt::Messages(row))
 }
 
 /// Sets its flag when it is dropped: nobody waits any more.
@@ -261,13 +282,22 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Waits for its turn, and computes on a thread of its own, which holds the generation until it has ended.
+/// Waits for its turn, and computes on a thread of its own, which holds the generation until it has ended. What cannot be answered is
+/// refused before it waits.
 async fn score(
     admission: &Admission,
     lease: &Lease,
     scored: &Scored,
     request: ScoreRequest,
 ) -> Result<Score, ApiError> {
+    let request = Arc::new(request);
+    let asked = request.clone();
+    let held = (lease.clone(), admission.places());
+    let check = scored.run("check-score", held, move |scorer| scorer.check(&asked));
+    admission
+        .within(async { Ok(check.await?) })
+        .await?
+        .map_err(refused)?;
     let turn = async {
         let places = scored.base.places.clone();
         let turn = Semaphore::acquire_owned(places).await;
@@ -285,9 +315,13 @@ async fn score(
         elapsed_ms = begun.elapsed().as_millis(),
         "score computed"
     );
-    outcome.map_err(|error| match error {
+    outcome.map_err(refused)
+}
+
+fn refused(error: ScoreError) -> ApiError {
+    match error {
         ScoreError::Invalid { ref param, .. } => ApiError::invalid(param, error.to_string()),
         ScoreError::Cancelled => ApiError::timed_out(),
         ScoreError::Failed(cause) => ApiError::internal(cause),
-    })
+    }
 }

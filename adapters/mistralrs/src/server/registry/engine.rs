@@ -270,6 +270,8 @@ pub(crate) struct Generation {
     /// Base model's name, for an adapter.
     pub(crate) parent: Option<String>,
     pub(crate) hash: String,
+    /// Of what its engine has, without what only scores depend on.
+    pub(crate) mean_hash: String,
     /// Seconds since 1970.
     pub(crate) created: u64,
     pub(crate) max_sequence_length: usize,
@@ -456,6 +458,7 @@ impl Loaded {
             source: Mutex::new(source),
             parent: wanted.parent,
             hash: checked.hash,
+            mean_hash: checked.mean_hash,
             created: now(),
             max_sequence_length: checked.max_sequence_length,
             vocab_size: checked.vocab_size,
