@@ -7,6 +7,26 @@ use monteclora_converters::{
     Adapter, ConversationSettings, ModelFiles, Problem, base_warnings, other_conversation,
     training_record,
 };
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::eval::calibration::Calibration;
+
+/// SHA-256, in hex, over all of an adapter that decides its answers and how sure they are, whatever the base: its factors and
+/// posterior, its calibration, and the variables of the chat template that it was trained with. Without the last two it is the
+/// adapter's own fingerprint.
+pub fn content_hash(
+    adapter: &Adapter,
+    calibration: Option<&Calibration>,
+    variables: &Map<String, Value>,
+) -> String {
+    let adapter = adapter.fingerprint();
+    if calibration.is_none() && variables.is_empty() {
+        return adapter;
+    }
+    let whole = json!([adapter, calibration, variables]);
+    format!("{:x}", Sha256::digest(whole.to_string()))
+}
 
 /// Reads an adapter and refuses one that changes nothing, unless `force`.
 pub fn read_effective(path: &Path, force: bool) -> Result<Adapter> {

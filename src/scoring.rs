@@ -81,7 +81,7 @@ impl DecoderScoring {
         let template = template.map(|template| template.sha256(&Map::new()));
         let held = read.held;
         let why = read.calibration.as_ref().and_then(|calibration| {
-            let draws = calibration.default_draws(template.clone(), held);
+            let draws = calibration.default_draws(template.clone(), false, held);
             calibration
                 .applicable(template.clone(), false, draws)
                 .why_not
@@ -101,6 +101,7 @@ impl DecoderScoring {
             has_posterior: read.has_posterior(),
             is_more_than_mean: read.is_more_than_mean,
             fingerprint: read.fingerprint,
+            content: read.content,
             warnings: why.map(warning).into_iter().collect(),
         })
     }

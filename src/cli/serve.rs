@@ -54,7 +54,8 @@ pub struct ServerArgs {
 /// What a new generation is asked before and after it is swapped in.
 #[derive(Debug, Clone, Args)]
 pub struct CheckArgs {
-    /// A question that must be answered with some text; may be repeated.
+    /// A question that must be answered; may be repeated. By default "Say in one sentence what you can do.". An empty answer passes,
+    /// unless --expect asks for a text.
     #[arg(long = "prompt", value_name = "TEXT")]
     pub prompts: Vec<String>,
     /// A text that must occur in an answer; may be repeated.

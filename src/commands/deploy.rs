@@ -8,7 +8,7 @@ use monteclora_converters::{Beside, ConversationSettings, Problem};
 
 use super::{print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
-use crate::deploy::{self, AdapterServer, Check, Release, Releases};
+use crate::deploy::{self, AdapterServer, Answered, Check, Release, Releases};
 use crate::eval::calibration;
 use crate::hub;
 use crate::model::open_base;
@@ -68,18 +68,40 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
         ),
         None => String::new(),
     };
-    let holds = match (deployed.posterior, deployed.calibration) {
+    let holds = holds(deployed.posterior, deployed.calibration);
+    print(&format!(
+        "{} answers from {}{was}\n  release {}{holds}\n{}",
+        deployed.alias,
+        deployed.generation,
+        deployed.directory.display(),
+        asked(&deployed.canary)
+    ))
+}
+
+/// What a release holds besides the mean.
+pub(super) fn holds(posterior: bool, calibration: bool) -> &'static str {
+    match (posterior, calibration) {
         (true, true) => ", with posterior and calibration",
         (true, false) => ", with posterior",
         (false, true) => ", with calibration",
         (false, false) => "",
-    };
-    print(&format!(
-        "{} answers from {}{was}\n  release {}{holds}",
-        deployed.alias,
-        deployed.generation,
-        deployed.directory.display()
-    ))
+    }
+}
+
+/// What was asked, and answered.
+pub(super) fn asked(answers: &[Answered]) -> String {
+    let lines = answers.iter().map(|asked| {
+        let in_a_line = |text: &str| {
+            let words: Vec<&str> = text.split_whitespace().collect();
+            words.join(" ").replace(char::is_control, "")
+        };
+        let answer = match in_a_line(&asked.answer) {
+            answer if answer.is_empty() => "(an empty answer)".to_owned(),
+            answer => answer,
+        };
+        format!("  asked   {}\n  answer  {answer}", in_a_line(&asked.prompt))
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// Whether the server scores the answers of the base that the alias is, or may come to be, on: what scores are made of is released
@@ -89,11 +111,14 @@ fn is_scored(server: &AdapterServer, args: &DeployArgs) -> Result<bool> {
     let alias = models.iter().find(|model| model.id == args.alias);
     let base = args.base.as_deref();
     let base = base.or_else(|| alias.and_then(|model| model.parent.as_deref()));
-    let mut bases = models.iter().filter(|model| model.parent.is_none());
-    Ok(match base {
-        Some(base) => bases.any(|model| model.id == base && model.is_scored),
-        None => bases.any(|model| model.is_scored),
-    })
+    let bases = models.iter().filter(|model| model.parent.is_none());
+    let mut bases = bases.filter(|model| base.is_none_or(|base| model.id == base));
+    let is_scored = bases.next().is_some_and(|model| model.is_scored);
+    if bases.any(|model| model.is_scored != is_scored) {
+        let message = "the server scores the answers of some of its bases: say with --base which one is meant";
+        return Err(Problem::usage(message).into());
+    }
+    Ok(is_scored)
 }
 
 /// The server, with the key from a file or the environment.

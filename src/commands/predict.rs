@@ -392,7 +392,7 @@ pub(super) fn how_sure(answer: &Answer, who: &str) -> String {
         _ => format!("{word}: {:.1} % likely to be right", 100.0 * p),
     };
     if !answer.calibrated {
-        text.push_str(" by its own account, which nobody has calibrated");
+        text.push_str(" by its own account; no calibration holds for it");
     }
     if let Some(found) = &answer.uncertainty {
         let n = found.draws;

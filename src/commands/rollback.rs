@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use monteclora_converters::Problem;
 
-use super::deploy::{check, server};
+use super::deploy::{asked, check, holds, server};
 use super::show;
 use crate::cli::RollbackArgs;
 use crate::deploy::{self, Releases};
@@ -23,11 +23,13 @@ pub(super) fn run(args: &RollbackArgs) -> Result<()> {
     )?;
     show(args.json, &done, || {
         format!(
-            "{} answers from {} (before: {})\n  release {}",
+            "{} answers from {} (before: {})\n  release {}{}\n{}",
             done.alias,
             done.generation,
             done.previous,
-            done.directory.display()
+            done.directory.display(),
+            holds(done.posterior, done.calibration),
+            asked(&done.answers)
         )
     })
 }

@@ -24,6 +24,9 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
             let history = Releases::history_of(root, &adapter.name)?;
             releases.insert(adapter.name.clone(), json!(history));
         }
+        for (alias, history) in Releases::all(root)? {
+            releases.insert(alias, json!(history));
+        }
     }
     if args.json {
         let mut report = json!({
@@ -59,6 +62,9 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
     let named = |adapter: &&ServedAdapter| models.iter().any(|model| model.id == adapter.name);
     for adapter in adapters.iter().flatten().filter(|adapter| !named(adapter)) {
         text.push_str(&format!("  {:<24} {}\n", adapter.name, adapter.generation));
+    }
+    if adapters.is_none() {
+        text.push_str("  which of them are adapters only a server with [admin] tells, to the administrator's key\n");
     }
     for (alias, history) in &releases {
         text.push_str(&format!("releases of {alias}, oldest first\n"));

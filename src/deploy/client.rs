@@ -22,12 +22,21 @@ pub struct ServedAdapter {
     pub name: String,
     /// Hash of its content.
     pub generation: String,
-    /// Hash of its posterior mean alone, where the server scores answers and tells.
-    pub mean_generation: Option<String>,
+    /// Hash of all that is in its directory, whatever the base, where the server scores answers.
+    pub content: Option<String>,
     /// Base model, where the server tells.
     pub parent: Option<String>,
     /// Directory, where the server tells; relative to its adapter root, or absolute.
     pub source: Option<String>,
+}
+
+/// An adapter that the server has loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loaded {
+    /// Hash of its content.
+    pub generation: String,
+    /// What may be wrong with it although it is served.
+    pub warnings: Vec<String>,
 }
 
 /// A name of the server's model list.
@@ -41,6 +50,18 @@ pub struct ServedModel {
     pub generation: Option<String>,
     /// Whether the server scores its answers.
     pub is_scored: bool,
+    /// How it is asked; as a chat where the server does not tell.
+    #[serde(skip)]
+    pub form: Form,
+}
+
+/// How a question is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// As a conversation of one turn.
+    Chat,
+    /// As a text to be continued, of a model without a chat template.
+    Completion,
 }
 
 /// A server, and the right to change what it serves.
@@ -120,6 +141,10 @@ impl AdapterServer {
                 parent: text(entry, "parent"),
                 generation: text(entry, "generation"),
                 is_scored: entry["uncertainty"].is_object(),
+                form: match entry["has_chat_template"] == false {
+                    true => Form::Completion,
+                    false => Form::Chat,
+                },
             })
         };
         entries("/v1/models", &list, model)
@@ -135,7 +160,7 @@ impl AdapterServer {
             Some(ServedAdapter {
                 name: text(entry, "id").or_else(|| text(entry, "lora_name"))?,
                 generation: text(entry, "generation")?,
-                mean_generation: text(entry, "mean_generation"),
+                content: text(entry, "content"),
                 parent: text(entry, "parent"),
                 source: text(entry, "source"),
             })
@@ -152,7 +177,7 @@ impl AdapterServer {
         Ok(adapters.into_iter().find(|adapter| adapter.name == name))
     }
 
-    /// Loads the directory `path` as `name`, on the base `model` if given, and returns its generation.
+    /// Loads the directory `path` as `name`, on the base `model` if given.
     ///
     /// With `replacing` it takes the place of that generation and of no other; without, the name has to be free.
     ///
@@ -164,7 +189,7 @@ impl AdapterServer {
         path: &str,
         model: Option<&str>,
         replacing: Option<&str>,
-    ) -> Result<String, Error> {
+    ) -> Result<Loaded, Error> {
         let mut body = json!({"lora_name": name, "lora_path": path});
         if let Some(model) = model {
             body["model"] = json!(model);
@@ -180,7 +205,7 @@ impl AdapterServer {
     ///
     /// # Errors
     /// As [`Self::load`].
-    pub fn load_over(&self, name: &str, path: &str, model: Option<&str>) -> Result<String, Error> {
+    pub fn load_over(&self, name: &str, path: &str, model: Option<&str>) -> Result<Loaded, Error> {
         let mut body = json!({"lora_name": name, "lora_path": path, "load_inplace": true});
         if let Some(model) = model {
             body["model"] = json!(model);
@@ -188,9 +213,15 @@ impl AdapterServer {
         self.post_load(&body)
     }
 
-    fn post_load(&self, body: &Value) -> Result<String, Error> {
+    fn post_load(&self, body: &Value) -> Result<Loaded, Error> {
         let answer = self.post(LOAD, body)?;
-        text(&answer, "generation").ok_or_else(|| protocol(LOAD, "the answer names no generation"))
+        let generation = text(&answer, "generation");
+        let warnings = answer["warnings"].as_array().into_iter().flatten();
+        Ok(Loaded {
+            generation: generation
+                .ok_or_else(|| protocol(LOAD, "the answer names no generation"))?,
+            warnings: warnings.filter_map(warning).collect(),
+        })
     }
 
     /// Stops serving `name`, if it is at `generation`.
@@ -205,24 +236,31 @@ impl AdapterServer {
         self.post(UNLOAD, &body).map(|_| ())
     }
 
-    /// The greedy answer of `model` to one question.
+    /// The greedy answer of `model` to one question; it may be empty.
     ///
     /// # Errors
-    /// An answer that is an error, empty, or cut short.
-    pub fn ask(&self, model: &str, prompt: &str) -> Result<String, Error> {
-        const CHAT: &str = "/v1/chat/completions";
-        let body = json!({
-            "model": model, "temperature": 0, "max_tokens": 64,
-            "messages": [{"role": "user", "content": prompt}],
-        });
-        let answer = self.post(CHAT, &body)?;
+    /// An answer that is an error, or cut short.
+    pub fn ask(&self, model: &str, prompt: &str, form: Form) -> Result<String, Error> {
+        let mut body = json!({"model": model, "temperature": 0, "max_tokens": 64});
+        let (path, text) = match form {
+            Form::Chat => {
+                body["messages"] = json!([{"role": "user", "content": prompt}]);
+                ("/v1/chat/completions", "/message/content")
+            }
+            Form::Completion => {
+                body["prompt"] = json!(prompt);
+                ("/v1/completions", "/text")
+            }
+        };
+        let answer = self.post(path, &body)?;
         let choice = &answer["choices"][0];
-        let content = choice["message"]["content"].as_str().unwrap_or_default();
         match choice["finish_reason"].as_str() {
-            Some("stop" | "length") if !content.trim().is_empty() => Ok(content.to_owned()),
-            Some("stop" | "length") => Err(protocol(CHAT, "the answer is empty")),
+            Some("stop" | "length") => {
+                let text = choice.pointer(text).and_then(Value::as_str);
+                Ok(text.unwrap_or_default().to_owned())
+            }
             other => Err(protocol(
-                CHAT,
+                path,
                 &format!("the answer ended with {other:?} instead of stop or length"),
             )),
         }
@@ -312,6 +350,15 @@ impl AdapterServer {
             status => protocol(path, &format!("status {}: {message}", status.as_u16())),
         })
     }
+}
+
+/// A warning as a sentence.
+fn warning(found: &Value) -> Option<String> {
+    let part = |key: &str| found[key].as_str().filter(|text| !text.is_empty());
+    let message = part("message").or(found.as_str())?;
+    let at = part("where").map_or_else(String::new, |at| format!("{at}: "));
+    let fix = part("fix").map_or_else(String::new, |fix| format!("; {fix}"));
+    Some(format!("{at}{message}{fix}"))
 }
 
 fn text(value: &Value, key: &str) -> Option<String> {

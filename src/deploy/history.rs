@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use mistralrs_monteclora::generation_of;
 use monteclora_converters::{Adapter, files};
 use serde::{Deserialize, Serialize};
 
@@ -90,6 +91,23 @@ impl Releases {
         read_history(&root.join(directory_name(alias)))
     }
 
+    /// What was served under each alias that was ever deployed below `root`, whether or not it is served now.
+    ///
+    /// # Errors
+    /// A directory that cannot be listed; a history that cannot be understood.
+    pub fn all(root: &Path) -> Result<Vec<(String, Vec<Record>)>, Error> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(root).map_err(Error::io("read", root))? {
+            let dir = entry.map_err(Error::io("read", root))?.path();
+            let name = dir.file_name().and_then(|name| name.to_str());
+            if let (Some(name), true) = (name, dir.join(HISTORY).is_file()) {
+                found.push((alias_of(name), read_history(&dir)?));
+            }
+        }
+        found.sort_by(|(one, _), (other, _)| one.cmp(other));
+        Ok(found)
+    }
+
     /// What was served, oldest first.
     pub fn history(&self) -> &[Record] {
         &self.history
@@ -103,13 +121,13 @@ impl Releases {
     /// # Errors
     /// A directory of this name that holds something else.
     pub fn store(&self, release: &Release) -> Result<PathBuf, Error> {
-        let fingerprint = release.fingerprint();
-        let name: String = fingerprint.chars().take(12).collect();
+        let content = release.content();
+        let name: String = content.chars().take(12).collect();
         let relative = self.alias.join(name);
         let path = self.root.join(&relative);
         if !path.exists() {
             release.write(&path)?;
-        } else if Release::whole(&Adapter::read(&path)?, &path)?.fingerprint() != fingerprint {
+        } else if Release::read(&path)?.content() != content {
             let message = "was changed since it was released; remove it and deploy again";
             return Err(error::release(&path, message));
         }
@@ -127,19 +145,18 @@ impl Releases {
             return Ok(());
         };
         let path = self.root.join(source);
-        let Ok(adapter) = Adapter::read(&path) else {
-            return Ok(());
+        let found = Adapter::read(&path)
+            .and_then(|adapter| Release::served(&adapter, &path, served.content.is_some()));
+        let release = match found {
+            Ok(release) if is_served(&release, served) => release,
+            Ok(_) => return Ok(()),
+            Err(error) => {
+                tracing::warn!(
+                    "what is served now cannot be read, so there is no way back to it: {error}"
+                );
+                return Ok(());
+            }
         };
-        // A server that scores tells the generation of the mean alone, too.
-        let mean = served.mean_generation.as_ref();
-        let release = match mean {
-            Some(_) => Release::whole(&adapter, &path)?,
-            None => Release::mean(&adapter, &path)?,
-        };
-        let mean = mean.unwrap_or(&served.generation);
-        if !release.mean_fingerprint().starts_with(mean.as_str()) {
-            return Ok(());
-        }
         let directory = self.store(&release)?;
         let base = served.parent.as_deref();
         self.record(Action::Adopt, &served.generation, &directory, None, base)
@@ -181,15 +198,21 @@ impl Releases {
 
     /// The release that `current` replaced when it last came; where that is not known or gone, the last one in the history before
     /// it that is another and still there.
-    pub fn before(&self, current: &str) -> Option<&Record> {
-        let last = self
-            .history
-            .iter()
-            .rposition(|record| record.generation == current);
+    ///
+    /// A release may have been served under several generations: with scores and without, and on several bases.
+    pub fn before(&self, current: &ServedAdapter) -> Option<&Record> {
+        let source = current
+            .source
+            .as_deref()
+            .map(|source| self.root.join(source));
+        let is_current = |record: &Record| {
+            record.generation == current.generation
+                || source.as_ref() == Some(&self.root.join(&record.directory))
+        };
+        let last = self.history.iter().rposition(is_current);
         let replaced = last.and_then(|last| {
             let previous = self.history[last].previous.as_deref()?;
-            self.find(previous)
-                .filter(|record| record.generation != current)
+            self.find(previous).filter(|record| !is_current(record))
         });
         if replaced.is_some() {
             return replaced;
@@ -198,7 +221,15 @@ impl Releases {
         self.history[..end]
             .iter()
             .rev()
-            .find(|record| record.generation != current && self.holds(&record.directory))
+            .find(|record| !is_current(record) && self.holds(&record.directory))
+    }
+
+    /// What the directory of a record holds.
+    ///
+    /// # Errors
+    /// One that cannot be read.
+    pub fn read(&self, record: &Record) -> Result<Release, Error> {
+        Release::read(&self.root.join(&record.directory))
     }
 
     /// The last record of a generation that is still there; `wanted` may be its beginning.
@@ -207,6 +238,18 @@ impl Releases {
             .iter()
             .rev()
             .find(|record| record.generation.starts_with(wanted) && self.holds(&record.directory))
+    }
+}
+
+/// Whether the server's word for what it serves is one for this.
+fn is_served(release: &Release, served: &ServedAdapter) -> bool {
+    match &served.content {
+        Some(content) => release.content() == *content,
+        None => {
+            let mean = release.adapter().fingerprint();
+            let length = served.generation.len().min(mean.len());
+            generation_of(&mean[..length], release.variables()) == served.generation
+        }
     }
 }
 
@@ -234,4 +277,36 @@ fn directory_name(alias: &str) -> String {
         }
     }
     name
+}
+
+/// The alias that a directory is named after.
+fn alias_of(name: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = name;
+    while let Some((before, after)) = rest.split_once('%') {
+        bytes.extend(before.bytes());
+        let code = after
+            .get(..2)
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        match code {
+            Some(byte) => bytes.push(byte),
+            None => return name.to_owned(),
+        }
+        rest = &after[2..];
+    }
+    bytes.extend(rest.bytes());
+    String::from_utf8(bytes).unwrap_or_else(|_| name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aliases_come_back_from_the_names_of_their_directories() {
+        for alias in ["triage", "team/triage", ".hidden", "ä b%", "a.b-c_d", "%"] {
+            assert_eq!(alias_of(&directory_name(alias)), alias);
+        }
+        assert_eq!(alias_of("50%"), "50%");
+    }
 }

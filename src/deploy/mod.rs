@@ -9,7 +9,7 @@ mod rollout;
 #[cfg(test)]
 mod tests;
 
-pub use client::{AdapterServer, ServedAdapter, ServedModel};
+pub use client::{AdapterServer, Form, Loaded, ServedAdapter, ServedModel};
 pub use error::Error;
 pub use history::{Action, Record, Releases};
 pub use release::Release;

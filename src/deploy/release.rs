@@ -6,9 +6,9 @@ use std::path::Path;
 use monteclora_converters::jinja::recorded_variables;
 use monteclora_converters::{Adapter, Error, LoraOptions, Result, files, training_record};
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 
 use crate::eval::calibration::{self, Calibration};
+use crate::provenance::content_hash;
 
 /// Name of what training recorded.
 const RECORD: &str = "run.json";
@@ -16,8 +16,9 @@ const RECORD: &str = "run.json";
 /// An adapter as it is released.
 #[derive(Debug)]
 pub struct Release {
-    /// The posterior mean as a plain LoRA, unless something beside it is of the adapter as it was.
     adapter: Adapter,
+    /// Whether the adapter is written as it is, not as the plain LoRA that every runtime takes.
+    as_it_is: bool,
     calibration: Option<Calibration>,
     /// Of the chat template, as `data.template_variables` has them.
     variables: Map<String, Value>,
@@ -25,18 +26,22 @@ pub struct Release {
 }
 
 impl Release {
+    fn new(adapter: Adapter, as_it_is: bool, path: &Path) -> Result<Self> {
+        Ok(Self {
+            adapter: adapter.exportable()?,
+            as_it_is,
+            calibration: None,
+            variables: recorded_variables(path),
+            record: training_record(path),
+        })
+    }
+
     /// The posterior mean of `adapter`, which was read from `path`: what every server takes.
     ///
     /// # Errors
     /// Factors that a plain LoRA cannot hold.
     pub fn mean(adapter: &Adapter, path: &Path) -> Result<Self> {
-        let (adapter, _) = adapter.to_lora(None)?;
-        Ok(Self {
-            adapter,
-            calibration: None,
-            variables: recorded_variables(path),
-            record: training_record(path),
-        })
+        Self::new(adapter.to_lora(None)?.0, false, path)
     }
 
     /// `adapter` with its posterior and its calibration, for a server that scores answers; without both [`Self::mean`].
@@ -49,11 +54,31 @@ impl Release {
             return Self::mean(adapter, path);
         }
         Ok(Self {
-            adapter: adapter.clone(),
             calibration,
-            variables: recorded_variables(path),
-            record: training_record(path),
+            ..Self::new(adapter.clone(), true, path)?
         })
+    }
+
+    /// What a server has that serves `adapter` from `path`: all of it if it scores answers, else the mean.
+    ///
+    /// # Errors
+    /// A calibration that cannot be read.
+    pub(super) fn served(adapter: &Adapter, path: &Path, is_scored: bool) -> Result<Self> {
+        match is_scored {
+            false => Self::new(adapter.collapse(), true, path),
+            true => Ok(Self {
+                calibration: Calibration::beside(path)?,
+                ..Self::new(adapter.clone(), true, path)?
+            }),
+        }
+    }
+
+    /// What a release directory holds.
+    ///
+    /// # Errors
+    /// One that cannot be read.
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        Self::served(&Adapter::read(path)?, path, true)
     }
 
     /// Whether the posterior is in it.
@@ -66,19 +91,19 @@ impl Release {
         self.calibration.is_some()
     }
 
-    /// The posterior mean's fingerprint.
-    pub(super) fn mean_fingerprint(&self) -> String {
-        self.adapter.collapse().fingerprint()
+    /// The adapter.
+    pub(super) fn adapter(&self) -> &Adapter {
+        &self.adapter
     }
 
-    /// A hash of its content: the adapter's where there is nothing else.
-    pub(super) fn fingerprint(&self) -> String {
-        let adapter = self.adapter.fingerprint();
-        if self.calibration.is_none() && self.variables.is_empty() {
-            return adapter;
-        }
-        let whole = json!([adapter, self.calibration, self.variables]);
-        format!("{:x}", Sha256::digest(whole.to_string()))
+    /// Of the chat template.
+    pub(super) fn variables(&self) -> &Map<String, Value> {
+        &self.variables
+    }
+
+    /// A hash of its content.
+    pub(super) fn content(&self) -> String {
+        content_hash(&self.adapter, self.calibration.as_ref(), &self.variables)
     }
 
     /// Writes it as a directory that appears at once, of read-only files.
@@ -87,10 +112,10 @@ impl Release {
             if let Some(calibration) = &self.calibration {
                 calibration.write(&dir.join(calibration::FILE))?;
             }
-            if let Some(record) = &self.record {
-                files::write_json(&dir.join(RECORD), record)?;
-            }
-            if self.has_posterior() || self.has_calibration() {
+            // An empty one says that nothing is known; without any, one in the directory above would be taken for it.
+            let nothing = json!({});
+            files::write_json(&dir.join(RECORD), self.record.as_ref().unwrap_or(&nothing))?;
+            if self.as_it_is {
                 self.adapter.write_peft(dir, true)?;
             } else {
                 let options = LoraOptions {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use monteclora_converters::Problem;
 use serde::Serialize;
 
-use super::client::{AdapterServer, ServedModel};
+use super::client::{AdapterServer, Form, ServedModel};
 use super::error::{Error, failed, nothing_to_restore};
 use super::history::{Action, Releases};
 use super::release::Release;
@@ -13,7 +13,7 @@ use super::release::Release;
 /// What every new generation is asked, and what its answers must hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Check {
-    /// Questions; each must be answered with some text.
+    /// Questions; each must be answered, if only with nothing.
     pub prompts: Vec<String>,
     /// Texts that must occur in the answers together.
     pub expected: Vec<String>,
@@ -43,6 +43,8 @@ pub struct Deployed {
     pub posterior: bool,
     /// Whether a calibration is in the release.
     pub calibration: bool,
+    /// What the server says may be wrong with it.
+    pub warnings: Vec<String>,
     /// Whether this content was being served already, so that nothing was swapped.
     pub unchanged: bool,
     /// Whether a rollback can bring `previous` back.
@@ -64,6 +66,12 @@ pub struct RolledBack {
     pub previous: String,
     /// Release directory, relative to the adapter root.
     pub directory: PathBuf,
+    /// Whether the posterior is in the release.
+    pub posterior: bool,
+    /// Whether a calibration is in the release.
+    pub calibration: bool,
+    /// What may be wrong with it.
+    pub warnings: Vec<String>,
     /// What it answers.
     pub answers: Vec<Answered>,
 }
@@ -102,7 +110,11 @@ pub fn deploy(
     let path = portable(&directory);
     let canary_name = format!("{alias}-canary");
     tracing::info!("loading the canary `{canary_name}`");
-    let canary_generation = server.load_over(&canary_name, &path, base)?;
+    let loaded = server.load_over(&canary_name, &path, base)?;
+    let (canary_generation, warnings) = (loaded.generation, loaded.warnings);
+    for warning in &warnings {
+        tracing::warn!("{warning}");
+    }
     let canary = ask(server, &canary_name, check);
     // What was asked is what is swapped in: on the same base, whichever the server chose.
     let listed = server.adapter(&canary_name).ok().flatten();
@@ -136,6 +148,7 @@ pub fn deploy(
             directory,
             posterior: release.has_posterior(),
             calibration: release.has_calibration(),
+            warnings,
             unchanged: true,
             can_roll_back: true,
             canary,
@@ -144,7 +157,9 @@ pub fn deploy(
     }
 
     tracing::info!("swapping `{alias}`");
-    let generation = server.load(alias, &path, base, previous.as_deref())?;
+    let generation = server
+        .load(alias, &path, base, previous.as_deref())?
+        .generation;
     match verify(server, alias, &generation, check) {
         Ok(answers) => {
             let previous_name = previous.as_deref();
@@ -159,6 +174,7 @@ pub fn deploy(
                 directory,
                 posterior: release.has_posterior(),
                 calibration: release.has_calibration(),
+                warnings,
                 unchanged: false,
                 can_roll_back,
                 canary,
@@ -170,7 +186,7 @@ pub fn deploy(
                 let released = released.map(|record| portable(&record.directory));
                 released.or_else(|| current.as_ref()?.source.clone())
             });
-            let outcome = undo(
+            let undone = undo(
                 server,
                 alias,
                 &generation,
@@ -178,9 +194,26 @@ pub fn deploy(
                 source.as_deref(),
                 former_base,
             );
-            Err(failed("verification", reason, outcome))
+            if !undone.left {
+                releases.record(
+                    Action::Deploy,
+                    &generation,
+                    &directory,
+                    previous.as_deref(),
+                    base,
+                )?;
+            }
+            Err(failed("verification", reason, undone.outcome))
         }
     }
+}
+
+/// What came of taking a generation out of service.
+struct Undone {
+    /// What is served now, in words.
+    outcome: String,
+    /// Whether the failed generation has left.
+    left: bool,
 }
 
 /// Takes a failed generation out of service, and says what is served instead.
@@ -191,14 +224,15 @@ fn undo(
     previous: Option<&str>,
     source: Option<&str>,
     base: Option<&str>,
-) -> String {
+) -> Undone {
     let outcome = match (previous, source) {
         (None, _) => server
             .unload(alias, Some(failed))
             .map(|()| format!("`{alias}` was unloaded")),
         (Some(previous), Some(source)) => server
             .load(alias, source, base, Some(failed))
-            .map(|now| {
+            .map(|loaded| {
+                let now = loaded.generation;
                 if now == previous {
                     format!("`{alias}` was rolled back to {previous}")
                 } else {
@@ -208,17 +242,24 @@ fn undo(
                 }
             }),
         (Some(previous), None) => {
-            return format!(
-                "`{alias}` still answers from {failed}: where {previous} came from is not known here"
-            );
+            return Undone {
+                outcome: format!(
+                    "`{alias}` still answers from {failed}: where {previous} came from is not known here"
+                ),
+                left: false,
+            };
         }
     };
-    outcome.unwrap_or_else(|error| {
-        format!("`{alias}` could not be rolled back and answers from {failed}: {error}")
-    })
+    Undone {
+        left: outcome.is_ok(),
+        outcome: outcome.unwrap_or_else(|error| {
+            format!("`{alias}` could not be rolled back and answers from {failed}: {error}")
+        }),
+    }
 }
 
-/// Brings back the generation that `alias` had before, or the one that `to` begins.
+/// Brings back the generation that `alias` had before, or the one that `to` begins. If that does not answer, what was being served
+/// comes back.
 ///
 /// # Errors
 /// No generation to go back to; otherwise where it stopped, and what is served now.
@@ -234,7 +275,7 @@ pub fn roll_back(
     })?;
     let record = match to {
         Some(to) => releases.find(to),
-        None => releases.before(&current.generation),
+        None => releases.before(&current),
     };
     let Some(record) = record.cloned() else {
         let wanted = to.map_or("an earlier generation".to_owned(), |to| format!("`{to}`"));
@@ -244,33 +285,84 @@ pub fn roll_back(
     };
     let path = portable(&record.directory);
     let base = record.base.as_deref().or(current.parent.as_deref());
-    let generation = server.load(alias, &path, base, Some(&current.generation))?;
-    let answers = verify(server, alias, &generation, check).map_err(|reason| {
-        let outcome = format!("`{alias}` answers from {generation}");
-        failed("verification", reason, outcome)
-    })?;
-    releases.record(
-        Action::Rollback,
-        &generation,
-        &record.directory,
-        Some(&current.generation),
-        base,
-    )?;
+    let release = releases.read(&record)?;
+    let loaded = server.load(alias, &path, base, Some(&current.generation))?;
+    let (generation, mut warnings) = (loaded.generation, loaded.warnings);
+    if generation == current.generation {
+        let message = format!(
+            "`{}` is what `{alias}` answers from already ({generation}); give another generation with --to",
+            record.directory.display()
+        );
+        return Err(nothing_to_restore(message));
+    }
+    if generation != record.generation {
+        warnings.push(format!(
+            "`{}` was {} when it was served last, and is {generation} now: the base, the scores or the files are others",
+            record.directory.display(),
+            record.generation
+        ));
+    }
+    if current.content.is_some() && !release.has_posterior() && !release.has_calibration() {
+        warnings.push(format!(
+            "`{}` has no posterior and no calibration: its scores are those of the mean, and no answer is held back",
+            record.directory.display()
+        ));
+    }
+    for warning in &warnings {
+        tracing::warn!("{warning}");
+    }
+    let verified = verify(server, alias, &generation, check);
+    let undone = match &verified {
+        Ok(_) => None,
+        Err(_) => {
+            // As it was.
+            let released = releases.find(&current.generation);
+            let released = released.map(|record| portable(&record.directory));
+            let source = released.or_else(|| current.source.clone());
+            Some(undo(
+                server,
+                alias,
+                &generation,
+                Some(&current.generation),
+                source.as_deref(),
+                current.parent.as_deref(),
+            ))
+        }
+    };
+    if !undone.as_ref().is_some_and(|undone| undone.left) {
+        releases.record(
+            Action::Rollback,
+            &generation,
+            &record.directory,
+            Some(&current.generation),
+            base,
+        )?;
+    }
+    let answers = match (verified, undone) {
+        (Err(reason), Some(undone)) => return Err(failed("verification", reason, undone.outcome)),
+        (verified, _) => verified.unwrap_or_default(),
+    };
     Ok(RolledBack {
         alias: alias.to_owned(),
         generation,
         previous: current.generation,
         directory: record.directory,
+        posterior: release.has_posterior(),
+        calibration: release.has_calibration(),
+        warnings,
         answers,
     })
 }
 
 /// Asks the questions, and says what is wrong with the answers.
 fn ask(server: &AdapterServer, model: &str, check: &Check) -> Result<Vec<Answered>, String> {
+    let models = server.models().map_err(|error| error.to_string())?;
+    let found = models.iter().find(|found| found.id == model);
+    let form = found.map_or(Form::Chat, |found| found.form);
     let mut answers = Vec::new();
     for prompt in &check.prompts {
         let answer = server
-            .ask(model, prompt)
+            .ask(model, prompt, form)
             .map_err(|error| error.to_string())?;
         answers.push(Answered {
             prompt: prompt.clone(),

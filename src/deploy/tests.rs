@@ -26,6 +26,8 @@ struct State {
     parent: Option<String>,
     /// Model names whose questions fail.
     mute: Vec<String>,
+    /// Whether all answers are empty.
+    silent: bool,
     log: Vec<String>,
 }
 
@@ -239,7 +241,7 @@ fn answer(method: &str, path: &str, body: &Value, state: &mut State) -> (u16, Va
                 Some((generation, _)) => (
                     200,
                     json!({"model": "base", "choices": [{"index": 0, "finish_reason": "stop",
-                        "message": {"role": "assistant", "content": format!("I am {}", &generation[..6])}}]}),
+                        "message": {"role": "assistant", "content": if state.silent { String::new() } else { format!("I am {}", &generation[..6]) }}}]}),
                 ),
             }
         }
@@ -363,8 +365,23 @@ fn a_rollback_is_to_what_was_served_before() {
     server.with(|state| state.mute.push("a".to_owned()));
     let failed = roll_back(&client, &mut releases, "a", None, &check(&[]));
     let failed = failed.expect_err("mute").to_string();
-    assert!(failed.contains(&one), "{failed}");
+    assert!(
+        failed.contains(&format!("was rolled back to {two}")),
+        "{failed}"
+    );
+    assert_eq!(server.generation("a"), Some(two.clone()));
+    assert_eq!(releases.history().len(), 2, "nothing else was served");
     server.with(|state| state.mute.clear());
+    // An empty answer is one; what is expected is not in it.
+    server.with(|state| state.silent = true);
+    let refused = roll_back(&client, &mut releases, "a", None, &check(&["I am"]));
+    assert!(refused.expect_err("silent").to_string().contains("I am"));
+    let back = roll_back(&client, &mut releases, "a", None, &check(&[])).expect("back");
+    assert_eq!(
+        (back.generation, back.answers[0].answer.as_str()),
+        (one.clone(), "")
+    );
+    server.with(|state| state.silent = false);
     assert_eq!(go(&mut releases, &third).previous.as_ref(), Some(&one));
     let back = roll_back(&client, &mut releases, "a", None, &check(&[])).expect("back");
     assert_eq!(back.generation, one);
@@ -380,7 +397,8 @@ fn an_undone_swap_says_what_is_served() {
     let options = monteclora_converters::LoraOptions::default();
     let by_hand = root.path().join("by-hand");
     first.write_lora(&by_hand, &options).expect("written");
-    let former = client.load_over("a", "by-hand", None).expect("loaded");
+    let former = client.load_over("a", "by-hand", None);
+    let former = former.expect("loaded").generation;
     server.with(|state| {
         state.parent = Some("other".to_owned());
         state.mute.push("a".to_owned());
@@ -577,6 +595,13 @@ fn a_release_has_the_template_variables_of_its_training() {
     assert_eq!(without, releases.store(&release(&adapter)).expect("stored"));
     let with = store(r#"{"config": {"data": {"template_variables": {"enable_thinking": false}}}}"#);
     assert_ne!(with, without);
-    let variables = monteclora_converters::jinja::recorded_variables(&root.path().join(with));
-    assert_eq!(variables["enable_thinking"], false);
+    let recorded = monteclora_converters::jinja::recorded_variables;
+    assert_eq!(recorded(&root.path().join(with))["enable_thinking"], false);
+    // Without a record of its own a release does not take the one that lies above it.
+    let above = r#"{"config": {"data": {"template_variables": {"day": "Monday"}}}}"#;
+    std::fs::write(root.path().join("a/run.json"), above).expect("written");
+    let release = release(&adapters()[1]);
+    let directory = releases.store(&release).expect("stored");
+    assert!(recorded(&root.path().join(&directory)).is_empty());
+    assert_eq!(releases.store(&release).expect("stored"), directory);
 }

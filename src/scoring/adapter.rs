@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use crate::eval::calibration::{Applicable, Calibration, Circumstances, Draws};
 use crate::eval::{DEFAULT_SEED, LengthNormalisation};
+use crate::provenance::content_hash;
 
 /// Draws of a posterior that are in memory: the first `n` under `seed`, of which requests may ask for `n_asked`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -45,10 +46,11 @@ impl Calibrated {
     pub(super) fn default_draws(
         &self,
         chat_template_sha256: Option<String>,
+        length_normalised: bool,
         held: Held,
     ) -> Option<Draws> {
         let holds = self
-            .applicable(chat_template_sha256, false, None)
+            .applicable(chat_template_sha256, length_normalised, None)
             .mean
             .is_some();
         let n = match holds {
@@ -72,6 +74,8 @@ pub(super) struct ReadAdapter {
     pub(super) held: Held,
     /// As [`ScorerSurvey::fingerprint`](mistralrs_monteclora::ScorerSurvey::fingerprint).
     pub(super) fingerprint: String,
+    /// As [`ScorerSurvey::content`](mistralrs_monteclora::ScorerSurvey::content).
+    pub(super) content: String,
     pub(super) is_more_than_mean: bool,
 }
 
@@ -91,9 +95,11 @@ impl ReadAdapter {
             calibration,
             variables
         ]);
+        let content = content_hash(&adapter, calibration.as_ref(), &variables);
         let of_calibration = calibration.as_ref().and_then(|c| c.draws);
         let mut found = Self {
             fingerprint: format!("{:x}", Sha256::digest(whole.to_string())),
+            content,
             is_more_than_mean: calibration.is_some() || !variables.is_empty(),
             calibration: calibration.map(|calibration| Calibrated {
                 calibration,

@@ -37,9 +37,11 @@ pub(super) struct AdapterScorer {
 
 impl AdapterScorer {
     /// The draws that are asked where a request does not say: those of the calibration, if it holds.
-    fn default_draws(&self, encoder: &Encoder) -> Option<Draws> {
+    fn default_draws(&self, encoder: &Encoder, length_normalised: bool) -> Option<Draws> {
         match &self.calibration {
-            Some(found) => found.default_draws(encoder.chat_template_sha256(), self.held),
+            Some(found) => {
+                found.default_draws(encoder.chat_template_sha256(), length_normalised, self.held)
+            }
             None => self.held.first(self.held.n_asked),
         }
     }
@@ -52,7 +54,9 @@ impl AdapterScorer {
     ) -> Result<Option<Draws>, ScoreError> {
         let most = self.held.n_asked;
         let n = match request.draws {
-            None => self.default_draws(encoder).map_or(0, |draws| draws.n),
+            None => self
+                .default_draws(encoder, request.length_normalised)
+                .map_or(0, |draws| draws.n),
             Some(0) => 0,
             Some(n) if most == 0 => {
                 let message = format!(
@@ -108,13 +112,6 @@ impl AdapterScorer {
                 Ok(problem) => invalid(&problem),
                 Err(error) => ScoreError::Failed(error.to_string()),
             })?;
-        let n_tokens = question.n_tokens();
-        if n_tokens > MOST_TOKENS {
-            let message = format!(
-                "make {n_tokens} tokens with their prompts; this server computes at most {MOST_TOKENS} for a score: give fewer or shorter ones"
-            );
-            return Err(ScoreError::invalid("choices", message));
-        }
         let template = encoder.chat_template_sha256_with(&row.variables);
         Ok((question, encoder, template))
     }
@@ -123,10 +120,6 @@ impl AdapterScorer {
     fn asked(&self, request: &ScoreRequest) -> Result<Asked<'_>, ScoreError> {
         let (question, encoder, template) = self.question(request)?;
         let n_prompt = question.n_prompt();
-        let prompt = match request.prompt {
-            ScorePrompt::Messages(_) => "messages",
-            ScorePrompt::Text(_) => "prompt",
-        };
         let context = self.base.decoder.config().max_position_embeddings;
         let longest = request
             .max_prompt_tokens
@@ -134,7 +127,20 @@ impl AdapterScorer {
             .min(context - 1);
         if !(1..=longest).contains(&n_prompt) {
             let message = format!("has {n_prompt} tokens; this model takes 1 to {longest}");
-            return Err(ScoreError::invalid(prompt, message));
+            return Err(ScoreError::invalid(prompt_key(request), message));
+        }
+        let n_tokens = question.n_tokens();
+        if n_tokens > MOST_TOKENS && request.choices.is_empty() {
+            let message = format!(
+                "has {n_tokens} tokens; this server scores answers to at most {MOST_TOKENS}"
+            );
+            return Err(ScoreError::invalid(prompt_key(request), message));
+        }
+        if n_tokens > MOST_TOKENS {
+            let message = format!(
+                "make {n_tokens} tokens with their prompts; this server computes at most {MOST_TOKENS} for a score: give fewer or shorter ones"
+            );
+            return Err(ScoreError::invalid("choices", message));
         }
         let draws = self.asked_draws(request, encoder)?;
         let judged = question.judged();
@@ -214,6 +220,14 @@ impl AdapterScorer {
             posterior_draw(adapter, &self.mean, &self.base.decoder, seed, index).map_err(failed)
         };
         (0..n).map(draw).collect()
+    }
+}
+
+/// The key of the request that what is asked stands in.
+fn prompt_key(request: &ScoreRequest) -> &'static str {
+    match request.prompt {
+        ScorePrompt::Messages(_) => "messages",
+        ScorePrompt::Text(_) => "prompt",
     }
 }
 
@@ -305,7 +319,7 @@ impl Scorer for AdapterScorer {
 
     fn about(&self) -> ScorerAbout {
         let encoder = self.chat.as_ref().unwrap_or(&self.base.plain);
-        let draws = self.default_draws(encoder);
+        let draws = self.default_draws(encoder, false);
         let template = encoder.chat_template_sha256();
         let found = self.calibration.as_ref();
         let found = found.and_then(|found| found.applicable(template, false, draws).asked(draws));

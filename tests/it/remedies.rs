@@ -29,7 +29,7 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 48] = [
+const OTHERS: [Remedy; 50] = [
     (
         "`monteclora parity --chat -m BASE` shows where",
         By(
@@ -70,7 +70,7 @@ const OTHERS: [Remedy; 48] = [
     (
         "has no posterior; `monteclora fit` makes one around any LoRA",
         By(
-            "tests/it/scoring.rs",
+            "tests/it/scoring/draws.rs",
             "draws_need_a_posterior_and_the_copy_of_the_base",
         ),
     ),
@@ -91,6 +91,20 @@ const OTHERS: [Remedy; 48] = [
     (
         "start the server with --force",
         Run(models::an_adapter_without_effect_is_served),
+    ),
+    (
+        "say with --base which one is meant",
+        By(
+            "tests/it/scoring/deployment.rs",
+            "the_base_is_to_be_named_where_only_some_are_scored",
+        ),
+    ),
+    (
+        "give another generation with --to",
+        By(
+            "tests/it/scoring/deployment.rs",
+            "rollbacks_are_to_another_release_whatever_is_scored",
+        ),
     ),
     (
         "`monteclora rollback` brings it back",

@@ -289,6 +289,9 @@ fn calibrations_are_applied_and_swapped_with_their_adapter() {
     );
     assert_eq!(after["calibration"]["rows"], 24);
     assert_eq!(after["abstain"], Value::Null);
+    // What the template does not read changes nothing.
+    let thinking = with(body.clone(), json!({"enable_thinking": false}));
+    assert_eq!(site.score(&server, &thinking), after);
     // Of other draws, or of a text without the template, it says nothing.
     for other in [
         json!({"draws": 2}),

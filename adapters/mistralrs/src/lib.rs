@@ -73,4 +73,4 @@ pub use scoring::{
     ScoredBase, ScoredCalibration, ScoredChoice, ScoredUncertainty, Scorer, ScorerAbout,
     ScorerSurvey, Scoring, ScoringDtype, UncertaintyConfig,
 };
-pub use server::{Applied, ConfigSource, Reloaded, Server, serve};
+pub use server::{Applied, ConfigSource, Reloaded, Server, generation_of, serve};

@@ -94,6 +94,8 @@ pub struct ScorerSurvey {
     pub bytes: u64,
     /// Of all that is loaded for it: a base's values; an adapter, its posterior and its calibration, on which base.
     pub fingerprint: String,
+    /// Of an adapter, its posterior and its calibration, whatever the base: what a release of it is recognised by.
+    pub content: String,
     /// Whether an adapter's scores depend on more than its mean: on a posterior or a calibration.
     pub is_more_than_mean: bool,
     /// Whether it can be drawn from.

@@ -97,7 +97,7 @@ fn a_calibration_is_used_where_it_holds() {
         open.stderr
     );
     assert!(
-        open.stdout.contains("nobody has calibrated"),
+        open.stdout.contains("no calibration holds for it"),
         "{}",
         open.stdout
     );

@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 
 use super::{PLAIN, POSTERIOR, QUESTION, Site, agree, chat, with};
-use crate::cli::{copy, json as output, own_adapter, text};
-use crate::runtime::Server;
+use crate::cli::{copy, json as output, own_adapter, run as command, text, tiny};
+use crate::fixtures::own;
+use crate::runtime::{Server, serve};
 
 fn run(site: &Site, server: &Server, verb: &str, alias: &str, more: &[&str]) -> Value {
     let root = site.at("adapters");
@@ -117,4 +118,150 @@ fn what_is_deployed_keeps_its_posterior_and_its_calibration() {
         .join(deployed["directory"].as_str().unwrap());
     let config = std::fs::read_to_string(release.join("adapter_config.json")).unwrap();
     assert!(!config.contains("monteclora_config"));
+}
+
+/// What was changed where it lies since it was loaded is not taken for what is served.
+#[test]
+fn what_is_no_longer_served_is_no_way_back() {
+    let site = Site::new();
+    let server = site.serve("", "enabled = true\ndtype = 'f32'\ndraws = 2");
+    site.calibrate(POSTERIOR, &["--posterior-samples", "2"]);
+    let plain = run(
+        &site,
+        &server,
+        "deploy",
+        POSTERIOR,
+        &[text(&site.adapter(PLAIN))],
+    );
+    assert_eq!(plain["can_roll_back"], false, "{plain}");
+    // A damaged calibration of the adapter that is served keeps no other from being deployed.
+    let damaged = site.adapter("damaged");
+    copy(own_adapter(POSTERIOR).as_ref(), &damaged);
+    let load = json!({"lora_name": "d", "lora_path": "damaged", "model": "base"});
+    assert_eq!(
+        site.post(&server, "/v1/load_lora_adapter", &load).status(),
+        200
+    );
+    std::fs::write(damaged.join("calibration.json"), "{").unwrap();
+    let deployed = run(&site, &server, "deploy", "d", &[text(&site.adapter(PLAIN))]);
+    assert_eq!(deployed["can_roll_back"], false);
+}
+
+/// A release has one generation with scores and another without; the way back is to another release all the same. What the server
+/// warns of is told.
+#[test]
+fn rollbacks_are_to_another_release_whatever_is_scored() {
+    let site = Site::new();
+    let calibrated = site.dir.path().join("calibrated");
+    copy(own_adapter(POSTERIOR).as_ref(), &calibrated);
+    site.calibrate("../calibrated", &["--posterior-samples", "4"]);
+    let server = site.serve("", "enabled = true\ndtype = 'f32'\ndraws = 2");
+    let first = run(
+        &site,
+        &server,
+        "deploy",
+        "triage",
+        &[text(&site.adapter(PLAIN)), "--base", "base"],
+    );
+    assert_eq!(first["warnings"], json!([]));
+    let second = run(&site, &server, "deploy", "triage", &[text(&calibrated)]);
+    let warnings = second["warnings"].to_string();
+    assert!(
+        warnings.contains("draws") && warnings.contains("monteclora calibrate"),
+        "{warnings}"
+    );
+    drop(server);
+    let server = site.serve("", "enabled = false");
+    let back = run(&site, &server, "rollback", "triage", &[]);
+    assert_eq!(back["directory"], first["directory"]);
+    assert_ne!(back["generation"], second["generation"]);
+    drop(server);
+    let server = site.serve("", "enabled = true\ndtype = 'f32'\ndraws = 4");
+    // What is served is no way back.
+    let root = site.at("adapters");
+    let to = back["generation"].as_str().unwrap();
+    let refused = command(&[
+        "rollback",
+        "--alias",
+        "triage",
+        "--server",
+        &server.url,
+        "--adapter-root",
+        &root,
+        "--to",
+        to,
+    ]);
+    assert!(
+        refused.code == 2 && refused.stderr.contains("--to"),
+        "{}",
+        refused.stderr
+    );
+    let forth = run(
+        &site,
+        &server,
+        "rollback",
+        "triage",
+        &["--to", second["generation"].as_str().unwrap()],
+    );
+    assert_eq!(
+        (&forth["posterior"], &forth["calibration"]),
+        (&json!(true), &json!(true))
+    );
+    let back = run(&site, &server, "rollback", "triage", &[]);
+    assert!(
+        back["warnings"]
+            .to_string()
+            .contains("no answer is held back"),
+        "{back}"
+    );
+    let status = output(&[
+        "status",
+        "--server",
+        &server.url,
+        "--adapter-root",
+        &site.at("adapters"),
+    ]);
+    assert_eq!(
+        status["releases"]["triage"].as_array().unwrap().len(),
+        5,
+        "{status}"
+    );
+}
+
+#[test]
+fn the_base_is_to_be_named_where_only_some_are_scored() {
+    let site = Site::new();
+    let qwen2 = own().join("models/tiny-qwen2");
+    let toml = format!(
+        "[admin]\nenabled = true\nadapter_root = 'adapters'\n[[models]]\nmodel_id = '{}'\nname = 'other'\ndevice.cpu = true\n[[models]]\nmodel_id = '{}'\nname = 'base'\ndevice.cpu = true\nuncertainty.enabled = true\n",
+        text(&qwen2),
+        tiny()
+    );
+    std::fs::write(site.at("serve.toml"), toml).unwrap();
+    let server = serve(&["-c", &site.at("serve.toml")]);
+    let (root, adapter) = (site.at("adapters"), own_adapter(POSTERIOR));
+    let arguments = [
+        "deploy",
+        &adapter,
+        "--alias",
+        "a",
+        "--server",
+        &server.url,
+        "--adapter-root",
+        &root,
+    ];
+    let refused = command(&arguments);
+    assert!(
+        refused.code == 2 && refused.stderr.contains("--base"),
+        "{}",
+        refused.stderr
+    );
+    // The remedy that was named.
+    let deployed = run(&site, &server, "deploy", "a", &[&adapter, "--base", "base"]);
+    assert_eq!(deployed["posterior"], true);
+    let again = run(&site, &server, "deploy", "a", &[&adapter]);
+    assert_eq!(
+        again["unchanged"], true,
+        "the alias says which base is meant"
+    );
 }

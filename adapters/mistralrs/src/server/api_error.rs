@@ -80,7 +80,7 @@ impl ApiError {
     }
 
     pub(crate) fn timed_out() -> Self {
-        let message = "the answer took longer than this server allows; ask for fewer tokens, choices or draws";
+        let message = "the answer took longer than this server allows; ask for fewer tokens, or of a score for fewer choices or draws";
         Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
     }
 

@@ -28,6 +28,7 @@ pub(crate) use engine::{Generation, Lease};
 use memory::Memory;
 pub(crate) use scored::Scored;
 use scored::SharedBase;
+pub use scored::generation_of;
 pub(crate) use slots::blocking;
 use state::{Change, RunTimeState, StateFile, declared};
 

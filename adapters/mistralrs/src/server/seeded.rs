@@ -9,7 +9,7 @@ pub(crate) const GREEDY: f64 = 1e-7;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct SeededDraw {
     pub(crate) seed: u64,
-    /// 0 takes the most probable token, the first of equal ones.
+    /// 0 takes the most probable token, the last of equal ones.
     pub(crate) temperature: f64,
     pub(crate) top_k: Option<usize>,
     pub(crate) top_p: Option<f64>,
@@ -32,7 +32,7 @@ impl SeededDraw {
             // Of equals the last, as mistral.rs takes it.
             let finite = (0u32..).zip(logits).filter(|(_, logit)| logit.is_finite());
             return finite
-                .max_by(|(i, a), (j, b)| a.total_cmp(b).then(j.cmp(i)))
+                .max_by(|(_, a), (_, b)| a.total_cmp(b))
                 .map(|(token, _)| token);
         }
         let mut order: Vec<(u32, f64)> = (0u32..)
@@ -103,10 +103,10 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn of_equal_logits_the_first_is_the_most_probable_one() {
+    fn of_equal_logits_the_last_is_taken_as_mistralrs_takes_it() {
         let mut greedy = plain(1);
         greedy.temperature = 0.0;
-        assert_eq!(greedy.draw(&[1.0, 2.0, 2.0, f32::NAN], 0), Some(1));
+        assert_eq!(greedy.draw(&[1.0, 2.0, 2.0, f32::NAN], 0), Some(2));
     }
 
     #[test]

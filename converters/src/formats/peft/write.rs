@@ -38,6 +38,27 @@ impl Adapter {
     }
 }
 
+impl Adapter {
+    /// The adapter as it is written: F64 becomes F32.
+    ///
+    /// # Errors
+    /// A value that does not fit.
+    pub fn exportable(&self) -> Result<Self> {
+        let mut exported = self.clone();
+        for site in &mut exported.sites {
+            let posterior = site.posterior.iter_mut();
+            let posterior = posterior.flat_map(|p| [&mut p.log_std, &mut p.log_concentration]);
+            for tensor in [&mut site.lora_a, &mut site.lora_b]
+                .into_iter()
+                .chain(posterior)
+            {
+                *tensor = exportable(tensor)?;
+            }
+        }
+        Ok(exported)
+    }
+}
+
 /// Writes the two files: `config` and the tensors of `adapter`, with what `options` carry along.
 pub(crate) fn write_dir(
     dir: &Path,

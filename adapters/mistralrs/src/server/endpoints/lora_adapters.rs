@@ -23,7 +23,7 @@ fn adapter(generation: &Generation, root: Option<&Path>) -> Value {
         "source": source(),
         "parent": generation.parent,
         "generation": generation.hash,
-        "mean_generation": generation.scored.as_ref().map(|_| &generation.mean_hash),
+        "content": generation.content,
         "created": generation.created,
         "weight_bytes": generation.weight_bytes(),
     })

@@ -253,6 +253,8 @@ impl Turns {
         let mut kwargs = variables("chat_template_kwargs", self.kwargs, template, has_tools)?;
         let (enable, effort) = self.thinking;
         set_thinking(&mut kwargs, enable, effort)?;
+        // What the template does not read changes nothing, the calibration included.
+        kwargs.retain(|name, _| template.reads(name, has_tools));
         let messages = Messages::read("messages", Some(self.messages), template, has_tools)?;
         if messages
             .list
@@ -292,7 +294,15 @@ async fn score(
 ) -> Result<Score, ApiError> {
     let request = Arc::new(request);
     let asked = request.clone();
-    let held = (lease.clone(), admission.places());
+    let one = async {
+        let check = Semaphore::acquire_owned(scored.base.checks.clone()).await;
+        check.map_err(|error| ApiError::internal(error.to_string()))
+    };
+    let held = (
+        lease.clone(),
+        admission.within(one).await?,
+        admission.places(),
+    );
     let check = scored.run("check-score", held, move |scorer| scorer.check(&asked));
     admission
         .within(async { Ok(check.await?) })

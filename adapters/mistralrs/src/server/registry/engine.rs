@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, DeviceLocation};
 use mistralrs_core::{IsqType, MistralRs, ModelDType, Request};
 use monteclora_converters::Problem;
+use monteclora_converters::jinja::recorded_variables;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Sender;
@@ -147,11 +148,13 @@ impl Wanted {
             return Err(Error::setting("models.adapters.draws", message));
         }
         warnings.extend(scorer.iter().flat_map(|scorer| scorer.warnings.clone()));
+        let variables = self.loader.adapter().map(recorded_variables);
+        let variables = variables.unwrap_or_default();
         Ok(Checked {
             max_sequence_length,
             vocab_size,
             warnings,
-            hash: whole_generation(&generation, scorer.as_ref()),
+            hash: whole_generation(&generation, &variables, scorer.as_ref()),
             mean_hash: generation,
             scorer,
             frame: text_frame(self.loader.base())?,
@@ -224,6 +227,7 @@ impl Checked {
             (None, Some(memory)) => Arc::new(SharedBase {
                 scorer: by.scoring.load(&by.base)?,
                 places: Arc::new(Semaphore::new(by.base.config.max_concurrent.get())),
+                checks: Arc::new(Semaphore::new(1)),
                 memory,
             }),
             (None, None) => {
@@ -270,8 +274,8 @@ pub(crate) struct Generation {
     /// Base model's name, for an adapter.
     pub(crate) parent: Option<String>,
     pub(crate) hash: String,
-    /// Of what its engine has, without what only scores depend on.
-    pub(crate) mean_hash: String,
+    /// See [`ScorerSurvey::content`].
+    pub(crate) content: Option<String>,
     /// Seconds since 1970.
     pub(crate) created: u64,
     pub(crate) max_sequence_length: usize,
@@ -458,7 +462,7 @@ impl Loaded {
             source: Mutex::new(source),
             parent: wanted.parent,
             hash: checked.hash,
-            mean_hash: checked.mean_hash,
+            content: checked.scorer.as_ref().map(|scorer| scorer.content.clone()),
             created: now(),
             max_sequence_length: checked.max_sequence_length,
             vocab_size: checked.vocab_size,

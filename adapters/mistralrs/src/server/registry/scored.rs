@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
@@ -40,15 +41,29 @@ impl ScoredBy {
 }
 
 /// The generation of a model whose posterior and calibration change scores: of two adapters with one mean they tell which it is.
-pub(super) fn whole_generation(mean: &str, scorer: Option<&ScorerSurvey>) -> String {
+pub(super) fn whole_generation(
+    mean: &str,
+    variables: &Map<String, Value>,
+    scorer: Option<&ScorerSurvey>,
+) -> String {
     match scorer.filter(|scorer| scorer.is_more_than_mean) {
-        None => mean.to_owned(),
-        Some(ScorerSurvey { fingerprint, .. }) => {
-            let digest = Sha256::digest(format!("{mean}\n{fingerprint}\n"));
-            let digest = format!("{digest:x}");
-            digest.chars().take(mean.len()).collect()
-        }
+        None => generation_of(mean, variables),
+        Some(ScorerSurvey { fingerprint, .. }) => digest(mean, fingerprint),
     }
+}
+
+/// The generation of an adapter whose answers are not scored: that of its posterior mean, unless it was trained with variables of the
+/// chat template, which decide its answers, too.
+pub fn generation_of(mean: &str, variables: &Map<String, Value>) -> String {
+    match variables.is_empty() {
+        true => mean.to_owned(),
+        false => digest(mean, &Value::Object(variables.clone()).to_string()),
+    }
+}
+
+fn digest(mean: &str, more: &str) -> String {
+    let digest = format!("{:x}", Sha256::digest(format!("{mean}\n{more}\n")));
+    digest.chars().take(mean.len()).collect()
 }
 
 /// What scores the answers of a generation. The scorer goes first: it holds the base, whose memory is free afterwards.
@@ -62,6 +77,8 @@ pub(crate) struct SharedBase {
     pub(super) scorer: Arc<dyn BaseScorer>,
     /// One for each score that is computed at a time.
     pub(crate) places: Arc<Semaphore>,
+    /// One for each request that is looked at at a time, before it waits for such a place.
+    pub(crate) checks: Arc<Semaphore>,
     pub(super) memory: Reservation,
 }
 
@@ -85,5 +102,39 @@ impl Scored {
             Ok(outcome)
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn whatever_changes_answers_or_scores_is_another_generation() {
+        let none = Map::new();
+        let variables = Map::from_iter([("enable_thinking".to_owned(), json!(false))]);
+        let scorer = |is_more_than_mean, fingerprint: &str| ScorerSurvey {
+            is_more_than_mean,
+            fingerprint: fingerprint.to_owned(),
+            ..ScorerSurvey::default()
+        };
+        let mean = "0123456789ab";
+        assert_eq!(whole_generation(mean, &none, None), mean);
+        assert_eq!(
+            whole_generation(mean, &none, Some(&scorer(false, "a"))),
+            mean
+        );
+        let found = [
+            whole_generation(mean, &none, None),
+            whole_generation(mean, &variables, None),
+            whole_generation(mean, &none, Some(&scorer(true, "a"))),
+            whole_generation(mean, &none, Some(&scorer(true, "b"))),
+        ];
+        for (at, one) in found.iter().enumerate() {
+            assert_eq!(one.len(), mean.len());
+            assert!(!found[..at].contains(one), "{found:?}");
+        }
     }
 }

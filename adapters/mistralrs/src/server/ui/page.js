@@ -56,16 +56,16 @@ async function load() {
 
 async function refresh() {
   const response = await fetch("v1/models", { headers: headers() });
-  if (response.status === 401) {
+  if (response.status === 401 || response.status === 403) {
+    const isRefused = Boolean(key);
+    key = "";
+    sessionStorage.removeItem("key");
     at("key-form").hidden = false;
-    say("This server needs a key.");
+    at("key").value = "";
     at("key").focus();
-    return;
+    throw new Error(isRefused ? "this server does not accept that key; give another" : "this server needs a key");
   }
-  if (!response.ok) {
-    say(await fault(response));
-    return;
-  }
+  if (!response.ok) throw new Error(await fault(response));
   at("key-form").hidden = true;
   models = (await response.json()).data;
   const chosen = sides.map((side) => side.model.value);
@@ -91,7 +91,7 @@ function calibratedFor(sure) {
   if (!sure) return "";
   if (!sure.calibrated) return "no";
   const kind = sure.calibrated_for === "choices" ? "for choices" : "for answers in its own words";
-  return sure.target_error === null ? kind : `${kind}, with at most ${percent(sure.target_error)} wrong`;
+  return sure.target_error === null ? kind : `${kind}; stays silent when too unsure (aim: at most ${percent(sure.target_error)} wrong)`;
 }
 
 function showLoaded() {
@@ -244,7 +244,7 @@ function verdict(score) {
   const p = score.p_correct;
   const word = WORDS.find(([least]) => p >= least)[1];
   let text = score.abstain ? `too unsure to answer: ${percent(p)} likely to be right` : `${word}: ${percent(p)} likely to be right`;
-  if (!score.calibrated) text += " by its own account, which nobody has calibrated";
+  if (!score.calibrated) text += " by its own account; no calibration holds for it";
   const found = score.uncertainty;
   if (found) {
     const agreeing = Math.round(found.agreement * found.draws);
@@ -315,6 +315,7 @@ function mayAbstain(model) {
 
 async function askOpen(model, box, said, isScored, signal) {
   const isHeld = isScored && mayAbstain(model);
+  let isScoredNow = false;
   const wait = element("p", "note", isHeld ? "The answer is shown when it is known how sure it is." : "");
   said.hidden = isHeld;
   box.append(wait);
@@ -329,8 +330,9 @@ async function askOpen(model, box, said, isScored, signal) {
     }
     if (!isHeld) wait.textContent = "Asking how sure that is\u2026";
     const found = await score(model, signal);
+    isScoredNow = true;
     if (found.generation !== answered.generation) {
-      said.hidden = false;
+      if (isHeld) withhold(said);
       box.append(...more, element("p", "error", "The model was replaced between the answer and its score. Ask again."));
       return;
     }
@@ -343,6 +345,10 @@ async function askOpen(model, box, said, isScored, signal) {
       box.append(...more);
     }
     box.append(verdict(found), details(found));
+  } catch (error) {
+    // What may have to be held back is, as long as nobody knows how sure it is.
+    if (isHeld && !isScoredNow && said.textContent) withhold(said);
+    throw error;
   } finally {
     wait.remove();
   }
@@ -365,7 +371,7 @@ function notScored(model) {
 
 async function ask(side, signal) {
   const model = models.find((candidate) => candidate.id === side.model.value);
-  if (!model) return;
+  if (!model) return true;
   const said = element("p", "said");
   const box = element("article", "answer", element("p", "note", `${model.id}: ${at("question").value.trim().slice(0, 120)}`), said);
   side.answers.prepend(box);
@@ -378,29 +384,56 @@ async function ask(side, signal) {
     if (!choices().length) await askOpen(model, box, said, !why, signal);
     else if (why) throw new Error(why);
     else await askChoices(model, box, said, signal);
+    return true;
   } catch (error) {
-    said.hidden = false;
     box.append(element("p", "error", error.name === "AbortError" ? "Stopped." : error.message));
+    return false;
   } finally {
     side.answers.setAttribute("aria-busy", "false");
   }
 }
 
+/** What keeps the form from being sent, with its field; nothing if it can be sent. */
+function wrongField() {
+  const tokens = at("max-tokens");
+  if (!at("question").value.trim()) return [at("question"), "Write a question first."];
+  if (!tokens.checkValidity() || !tokens.value) {
+    at("more").open = true;
+    return [tokens, `“Most tokens” takes ${tokens.min} to ${tokens.max}.`];
+  }
+  return null;
+}
+
 async function askBoth() {
-  if (!models.length || asking || !at("question").value.trim()) return;
+  if (!models.length || asking) return;
+  const wrong = wrongField();
+  if (wrong) {
+    say(wrong[1]);
+    wrong[0].focus();
+    return;
+  }
   asking = new AbortController();
-  at("send").disabled = true;
+  const { signal } = asking;
   at("stop").disabled = false;
+  // Who pressed the button by keyboard goes on from the next one; a disabled button cannot have the focus.
+  if (document.activeElement === at("send")) at("stop").focus();
+  at("send").disabled = true;
   say("Asking.");
+  let said = "Done.";
   try {
-    await Promise.all(sides.map((side) => ask(side, asking.signal)));
+    const ended = await Promise.all(sides.map((side) => ask(side, signal)));
+    if (signal.aborted) said = "Stopped.";
+    else if (ended.includes(false)) said = "Done, with errors; they are below the question of each model.";
     // What is loaded may have changed meanwhile.
     await refresh();
-    say("Done.");
+  } catch (error) {
+    said = `The list of models cannot be read: ${error.message}`;
   } finally {
     asking = null;
     at("send").disabled = false;
+    if (document.activeElement === at("stop")) at("send").focus();
     at("stop").disabled = true;
+    say(said);
   }
 }
 
@@ -418,6 +451,8 @@ async function loadExamples() {
       at("system").value = example.system || "";
       at("choices").value = (example.choices || []).join("\n");
       if (example.max_tokens) at("max-tokens").value = String(example.max_tokens);
+      // What is sent with the question is to be seen.
+      at("more").open = Boolean(example.system || (example.choices || []).length);
       at("question").focus();
     });
     return button;
