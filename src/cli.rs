@@ -3,6 +3,7 @@
 mod adapter;
 mod bench;
 mod data;
+mod help;
 mod serve;
 mod train;
 
@@ -19,10 +20,11 @@ pub use adapter::{
 };
 pub use bench::{BenchCommand, BenchMatmulArgs, BenchMethod, BenchTrainArgs};
 pub use data::{ColorArg, DataCheckArgs, DataCommand, DataPreviewArgs, DataSourceArgs};
+pub use help::{command, hint};
 pub use serve::{CheckArgs, DeployArgs, RollbackArgs, ServeArgs, ServerArgs, StatusArgs};
 pub use train::{
-    CalibrateArgs, CriterionArg, EvalArgs, FitArgs, GeometryArg, InitArgs, PredictArgs,
-    QuickstartArgs, ReportArgs, ScoringArgs, TrainArgs,
+    CalibrateArgs, ChatArgs, CriterionArg, EvalArgs, FitArgs, GeometryArg, InitArgs, PredictArgs,
+    QuickstartArgs, ReportArgs, ScoringArgs, TrainArgs, TrainKeys,
 };
 
 use crate::config::{DTYPES, DtypeChoice};
@@ -65,6 +67,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Answers to a prompt or to the rows of a file, and how sure the posterior is of them.
     Predict(PredictArgs),
+    /// A conversation at the terminal, with how sure each answer is.
+    Chat(ChatArgs),
     /// A posterior around any LoRA: how wide its noise may be, judged on held-out rows.
     Fit(FitArgs),
     /// A temperature that makes answers as sure as they are right, and a confidence below which to give none.
@@ -81,6 +85,7 @@ pub enum Command {
     /// Posterior draws, each a plain LoRA directory.
     Sample(SampleArgs),
     /// A full model directory with the adapter merged in.
+    #[command(visible_alias = "fuse", alias = "merge-lora")]
     Merge(MergeArgs),
     /// What a model or adapter holds.
     Inspect(InspectArgs),
@@ -105,6 +110,11 @@ pub enum Command {
     ImportGguf(ImportGgufArgs),
     /// What this build and this machine can do.
     Doctor(DoctorArgs),
+    /// Man pages, one per command, into a directory.
+    Man {
+        /// Directory, which may be new.
+        dir: PathBuf,
+    },
     /// Shell completions on stdout.
     Completions {
         /// The shell.
@@ -126,9 +136,9 @@ fn dtypes() -> impl TypedValueParser<Value = DtypeChoice> {
 /// Which base model, and where it runs; the names are those of mistral.rs.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// Local directory, Hub id, or local .gguf file.
+    /// Local directory, Hub id, or local .gguf file. With an adapter by default the base that the adapter names.
     #[arg(short, long = "model-id", value_name = "MODEL")]
-    pub model_id: String,
+    pub model_id: Option<String>,
     /// How it is fetched and run.
     #[command(flatten)]
     pub options: ModelOptions,

@@ -17,6 +17,7 @@ pub use self::dataset::{DatasetId, DatasetRepo};
 pub use self::gguf::OfGguf;
 
 use self::client::{builder, is_hub_id, problem, refusal};
+use crate::sample_models::SampleModel;
 
 /// A model found: its directory, and its name as the user gave it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,6 +95,15 @@ pub fn locate_as(id: &str, options: &HubOptions, of_gguf: OfGguf) -> Result<Loca
             "no such directory",
             "give a model directory, a .gguf file or a Hub id such as org/name",
         );
+    }
+    if options.revision.is_none()
+        && let Some(found) = SampleModel::fetched(id)
+    {
+        tracing::info!(
+            "{id}: the copy that quickstart fetched, `{}`; --revision main takes the Hub's",
+            found.dir.display()
+        );
+        return Ok(found);
     }
     from_hub(id, options)
 }

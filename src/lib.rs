@@ -20,5 +20,6 @@ pub mod report;
 pub mod sample_models;
 #[cfg(feature = "mistralrs")]
 pub mod scoring;
+pub mod speech;
 pub mod system;
 pub mod train;

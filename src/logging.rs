@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
@@ -23,8 +23,8 @@ use {
 
 use crate::cli::LogFormat;
 
-/// Starts logging. `verbose` counts `-v`; `RUST_LOG` wins over it.
-pub fn init(verbose: u8, format: LogFormat) {
+/// Starts logging. `verbose` counts `-v`; `RUST_LOG` wins over it. At a terminal lines have the time of day only if `has_clock`.
+pub fn init(verbose: u8, format: LogFormat, has_clock: bool) {
     let default = match verbose {
         0 => "warn,monteclora=info,mistralrs_monteclora=info",
         1 => "info,monteclora=debug",
@@ -33,14 +33,14 @@ pub fn init(verbose: u8, format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // Told on standard error, by a macro that panics where nobody reads it any more.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     match format {
-        LogFormat::Text => watched(
-            builder
-                .with_target(false)
-                .with_ansi(std::io::stderr().is_terminal())
-                .finish(),
-        ),
+        LogFormat::Text if std::io::stderr().is_terminal() => {
+            watched(builder.event_format(Sentences { has_clock }).finish());
+        }
+        LogFormat::Text => watched(builder.with_target(false).with_ansi(false).finish()),
         LogFormat::Json => watched(builder.event_format(JsonLines).finish()),
     }
 }
@@ -81,6 +81,48 @@ impl<S: Subscriber> Layer<S> for EndsThreads {
     fn max_level_hint(&self) -> Option<LevelFilter> {
         Some(LevelFilter::INFO)
     }
+}
+
+/// For who sits before a terminal: what is said, `warning: ` or `error: ` before it where it is one, no word broken.
+struct Sentences {
+    has_clock: bool,
+}
+
+impl<S, N> FormatEvent<S, N> for Sentences
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut text = String::new();
+        if self.has_clock {
+            let now = chrono::DateTime::<chrono::Utc>::from(std::time::SystemTime::now());
+            text.push_str(&now.format("%H:%M:%S ").to_string());
+        }
+        text.push_str(match *event.metadata().level() {
+            Level::ERROR => "error: ",
+            Level::WARN => "warning: ",
+            _ => "",
+        });
+        context.format_fields(Writer::new(&mut text), event)?;
+        let columns = usize::from(console::Term::stderr().size().1).max(40);
+        writeln!(writer, "{}", wrapped(&text, columns))
+    }
+}
+
+/// Lines of at most `columns`, broken between words; the ones after the first are set in.
+pub fn wrapped(text: &str, columns: usize) -> String {
+    let options = textwrap::Options::new(columns)
+        .subsequent_indent("  ")
+        .break_words(false)
+        .word_splitter(textwrap::WordSplitter::NoHyphenation)
+        .word_separator(textwrap::WordSeparator::AsciiSpace);
+    textwrap::fill(text, options)
 }
 
 /// `{"timestamp", "level", "target", "message", ...fields}`, one a line.
@@ -155,6 +197,19 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
+
+    #[test]
+    fn no_word_is_broken() {
+        let text = "the adapter in /a/very/long/path/that/does/not/fit.safetensors has changed";
+        let lines = wrapped(text, 30);
+        assert_eq!(lines.split_whitespace().collect::<Vec<_>>().join(" "), text);
+        for line in lines.lines() {
+            assert!(
+                line.len() <= 30 || line.trim().split(' ').count() == 1,
+                "{line}"
+            );
+        }
+    }
 
     #[derive(Clone, Default)]
     struct Sink(Arc<Mutex<Vec<u8>>>);

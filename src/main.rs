@@ -1,9 +1,10 @@
 //! The command: parse, dispatch, exit code.
 
+use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
-use monteclora::cli::{Cli, Command};
+use clap::FromArgMatches;
+use monteclora::cli::{self, Cli, Command};
 use monteclora::{allocator, commands, logging};
 
 /// Training allocates and frees buffers of megabytes at every operation; the system's allocator returns each to the kernel and
@@ -11,14 +12,41 @@ use monteclora::{allocator, commands, logging};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// The command line; ends the process with a message where it is none.
+fn parsed() -> Cli {
+    let matches = cli::command().try_get_matches().unwrap_or_else(|error| {
+        use clap::error::{ContextKind, ContextValue};
+        let Some(ContextValue::String(name)) = error.get(ContextKind::InvalidSubcommand) else {
+            error.exit()
+        };
+        let hint = cli::hint(name);
+        // Nothing is left to do if standard error is closed.
+        let _ = error.print();
+        if let Some(hint) = hint {
+            let _ = writeln!(std::io::stderr(), "\n  {hint}");
+        }
+        std::process::exit(2);
+    });
+    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+}
+
+/// Whether it goes on for days, so that lines of its log want a time.
+fn is_server(command: &Command) -> bool {
+    #[cfg(feature = "mistralrs")]
+    let is_server = matches!(command, Command::Serve(_));
+    #[cfg(not(feature = "mistralrs"))]
+    let is_server = false;
+    is_server
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = parsed();
     #[cfg(feature = "mistralrs")]
     // SAFETY: no other thread has been started.
     unsafe {
         mistralrs_monteclora::spare_engine_threads();
     }
-    logging::init(cli.verbose, cli.log_format);
+    logging::init(cli.verbose, cli.log_format, is_server(&cli.command));
     // A server lives long and idles; a run wants its memory back at the next step.
     if matches!(
         cli.command,
@@ -26,10 +54,9 @@ fn main() -> ExitCode {
     ) {
         allocator::keep_freed_memory();
     }
-    match commands::run(&cli.command) {
+    match commands::run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            use std::io::Write;
             // Nothing is left to do if standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
             ExitCode::from(commands::exit_code(&error))

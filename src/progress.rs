@@ -9,12 +9,12 @@ use crate::train::metrics::TrainRecord;
 
 /// A bar of bytes; invisible where stderr is no terminal.
 pub fn bytes(message: &'static str) -> ProgressBar {
-    styled("{msg} {wide_bar} {bytes}/{total_bytes} {eta}").with_message(message)
+    styled("{msg:18} {bar:24} {bytes}/{total_bytes} {eta}").with_message(message)
 }
 
 /// A bar of items; invisible where stderr is no terminal.
 pub fn items(message: &'static str, total: u64) -> ProgressBar {
-    let bar = styled("{msg} {wide_bar} {pos}/{len} {eta}").with_message(message);
+    let bar = styled("{msg:18} {bar:24} {pos}/{len} {eta}").with_message(message);
     bar.set_length(total);
     bar
 }
@@ -64,7 +64,7 @@ impl Default for TrainProgress {
         Self {
             bar: std::io::stderr()
                 .is_terminal()
-                .then(|| styled("{bar:12} {pos}/{len} [{elapsed} < {eta}] {wide_msg}")),
+                .then(|| styled("training {bar:24} {pos}/{len} [{elapsed} < {eta}] {wide_msg}")),
             first: 0,
             began: std::time::Instant::now(),
             total: 0,
@@ -110,7 +110,9 @@ impl TrainProgress {
                 parts.extend(losses(record));
                 parts.push(format!("grad {:.3}", record.grad_norm));
                 parts.extend(self.latest.iter().cloned());
-                parts.push(format!("eta {}", self.eta(record.step)));
+                if record.step < self.total {
+                    parts.push(format!("eta {}", self.eta(record.step)));
+                }
                 self.line(&parts);
             }
             Event::Eval(record) => self.line(&[
@@ -144,14 +146,14 @@ impl TrainProgress {
     fn eta(&self, step: u64) -> String {
         let done = step.saturating_sub(self.first).max(1) as f64;
         let to_do = self.total.saturating_sub(step) as f64;
-        let left = (self.began.elapsed().as_secs_f64() * to_do / done) as u64;
+        let left = (self.began.elapsed().as_secs_f64() * to_do / done).ceil() as u64;
         format!("{:02}:{:02}:{:02}", left / 3600, left / 60 % 60, left % 60)
     }
 }
 
-/// The loss, and what it is made of; plain LoRA has the task alone.
+/// The task's loss, which that of validation compares with; where more is added to it, the whole, too.
 fn losses(record: &TrainRecord) -> Vec<String> {
-    let loss = format!("loss {:.4}", record.loss);
+    let loss = format!("loss {:.4}", record.task_loss);
     let parts = record.metrics.iter();
     let parts: Vec<(&str, f64)> = parts
         .filter_map(|(metric, value)| Some((metric.in_loss?, *value)))
@@ -159,13 +161,13 @@ fn losses(record: &TrainRecord) -> Vec<String> {
     if parts.iter().all(|(_, value)| *value == 0.0) {
         return vec![loss];
     }
-    let mut text = format!("(task {:.4}", record.task_loss);
+    let mut text = String::new();
     for (idx, (name, value)) in parts.into_iter().enumerate() {
         if idx == 0 || value > 0.0 {
-            text.push_str(&format!(" + {name} {value:.4}"));
+            text.push_str(&format!("+ {name} {value:.4} "));
         }
     }
-    vec![loss, text + ")"]
+    vec![loss, format!("({text}= {:.4})", record.loss)]
 }
 
 #[cfg(test)]

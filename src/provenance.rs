@@ -85,7 +85,8 @@ pub fn warn_of_conversation(
 
 /// Warns of how an adapter was trained where what is written of it has no record of that.
 pub fn warn_of_settings(path: &Path) {
-    let record = training_record(path).unwrap_or_default();
+    // A record that cannot be read was refused before.
+    let record = training_record(path).ok().flatten().unwrap_or_default();
     let (config, mut settings) = (&record["config"], Vec::new());
     if let Some(template) = config["model"]["chat_template"].as_str() {
         settings.push(format!("chat_template {template}"));

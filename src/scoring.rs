@@ -114,7 +114,10 @@ fn chat_template(
     adapter: Option<&Path>,
 ) -> anyhow::Result<Option<ChatTemplate>> {
     let template = ChatTemplate::with_clock(dir, file, SystemTime::now)?;
-    let variables = adapter.map(recorded_variables).unwrap_or_default();
+    let variables = adapter
+        .map(recorded_variables)
+        .transpose()?
+        .unwrap_or_default();
     Ok(template.map(|template| template.with_variables(variables)))
 }
 
@@ -163,6 +166,7 @@ struct Base {
     decoder: Decoder,
     files: PathBuf,
     fingerprint: String,
+    dtype: ScoringDtype,
     tokenizer: Arc<Tokenizer>,
     chat_template: Option<PathBuf>,
     /// Takes texts as they are.
@@ -186,6 +190,7 @@ impl Base {
             decoder,
             files: dir.to_owned(),
             fingerprint,
+            dtype: base.config.dtype,
             tokenizer,
             chat_template: base.chat_template.clone(),
             plain: Arc::new(plain),

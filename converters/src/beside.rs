@@ -196,6 +196,8 @@ impl Beside {
     #[must_use]
     pub fn without(mut self, names: &[&str]) -> Self {
         self.carried.take(names);
+        self.left_out
+            .retain(|left| !names.contains(&left.name.as_str()));
         self
     }
 

@@ -1,13 +1,14 @@
 //! The base that an adapter was trained on: what training records of it, and whether another directory holds the same weights.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::adapter::Adapter;
-use crate::error::Result;
+use crate::beside::checkpoint_number;
+use crate::error::{Error, Result};
 use crate::model_files::ModelFiles;
 use crate::problem::Problem;
 use crate::tensors::tensor::Tensor;
@@ -107,24 +108,52 @@ fn difference(expected: &[f32], found: &[f32]) -> Option<f64> {
 }
 
 /// What training recorded beside an adapter: its run.json, what `fit` kept of that in fit.json, or for a checkpoint the run.json above
-/// it; none where there is no record that can be read: nothing depends on it.
-pub fn training_record(adapter: &Path) -> Option<Value> {
+/// it; none where there is no record.
+///
+/// # Errors
+/// A file of that name that is no record.
+pub fn training_record(adapter: &Path) -> Result<Option<Value>> {
     let dir = if adapter.is_file() {
         adapter.parent().unwrap_or(adapter)
     } else {
         adapter
     };
-    let read = |path: PathBuf| -> Option<Value> {
-        serde_json::from_str(&std::fs::read_to_string(path).ok()?).ok()
+    if let Some(record) = record_at(&dir.join("run.json"))? {
+        return Ok(Some(record));
+    }
+    if let Some(mut fit) = record_at(&dir.join("fit.json"))? {
+        let training = fit.get_mut("training").map(Value::take);
+        if let Some(training) = training.filter(Value::is_object) {
+            return Ok(Some(training));
+        }
+    }
+    let name = dir.file_name().and_then(|name| name.to_str());
+    let is_checkpoint = name.is_some_and(|n| checkpoint_number(n).is_some() || n == "best");
+    match dir.parent().filter(|_| is_checkpoint) {
+        Some(above) => record_at(&above.join("run.json")),
+        None => Ok(None),
+    }
+}
+
+/// A record, which is an object; none where there is no file.
+fn record_at(path: &Path) -> Result<Option<Value>> {
+    let refuse = |what: String| {
+        let at = format!("`{}`", path.display());
+        let fix = "bring the file back as training wrote it, or remove it";
+        Err(Problem::new("record", at, what, fix).into())
     };
-    let fitted = || {
-        let mut fit = read(dir.join("fit.json"))?;
-        let training = fit.get_mut("training")?.take();
-        training.is_object().then_some(training)
-    };
-    read(dir.join("run.json"))
-        .or_else(fitted)
-        .or_else(|| read(dir.parent()?.join("run.json")))
+    match std::fs::metadata(path) {
+        Ok(found) if !found.is_file() => return refuse("not a regular file".to_owned()),
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    }
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    match serde_json::from_slice::<Value>(&bytes) {
+        Ok(record) if record.is_object() => Ok(Some(record)),
+        Ok(_) => refuse("no record of a training run: expected an object".to_owned()),
+        Err(error) => refuse(format!("no record of a training run: {error}")),
+    }
 }
 
 /// Warnings about `adapter`, which was read from `path`, on `base`: that the base holds the adapter already, by the record of the
@@ -136,7 +165,7 @@ pub fn training_record(adapter: &Path) -> Option<Value> {
 /// # Errors
 /// An adapter's values cannot be read.
 pub fn base_warnings(path: &Path, adapter: &Adapter, base: &ModelFiles) -> Result<Vec<Problem>> {
-    let record = training_record(path).unwrap_or_default();
+    let record = training_record(path)?.unwrap_or_default();
     let trained = &record["base"];
     let sample: Vec<f32> = serde_json::from_value(trained["sample"].clone()).unwrap_or_default();
     let found_sample = match sample.is_empty() {

@@ -10,9 +10,9 @@ use super::ModelOptions;
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
     /// serve.toml
-    #[arg(short, long, value_name = "FILE", required_unless_present = "model_id")]
+    #[arg(short, long, value_name = "FILE", required_unless_present_any = ["model_id", "adapters"])]
     pub config: Option<PathBuf>,
-    /// Base model, instead of a file.
+    /// Base model, instead of a file; with --adapter by default the base that the first adapter names.
     #[arg(
         short,
         long = "model-id",
@@ -21,7 +21,7 @@ pub struct ServeArgs {
     )]
     pub model_id: Option<String>,
     /// An adapter of that base.
-    #[arg(long = "adapter", value_name = "ALIAS=PATH", requires = "model_id")]
+    #[arg(long = "adapter", value_name = "ALIAS=PATH", conflicts_with = "config")]
     pub adapters: Vec<String>,
     /// Address to bind.
     #[arg(long)]
@@ -58,6 +58,9 @@ pub struct CheckArgs {
     /// unless --expect asks for a text.
     #[arg(long = "prompt", value_name = "TEXT")]
     pub prompts: Vec<String>,
+    /// The system message of every question, for an adapter that was trained with one.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
     /// A text that must occur in an answer; may be repeated.
     #[arg(long = "expect", value_name = "TEXT")]
     pub expected: Vec<String>,

@@ -71,12 +71,15 @@ pub struct InitArgs {
 /// `train`
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// The run's TOML file.
-    #[arg(short, long, value_name = "FILE")]
-    pub config: PathBuf,
-    /// Overrides a key of the file.
+    /// The run's TOML file. Without it, -m and --data are enough.
+    #[arg(short, long, value_name = "FILE", required_unless_present_any = ["model_id", "data"])]
+    pub config: Option<PathBuf>,
+    /// Overrides any key of the file.
     #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
     pub overrides: Vec<String>,
+    /// The usual keys by names of their own.
+    #[command(flatten)]
+    pub keys: TrainKeys,
     /// Continue: `auto` for the newest checkpoint of the output directory, or a checkpoint directory.
     #[arg(long, value_name = "auto|DIR")]
     pub resume: Option<String>,
@@ -92,6 +95,137 @@ pub struct TrainArgs {
     /// One JSON object on stdout at the end.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Keys of run.toml that have flags of their own, by the names that other trainers give them.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Keys of run.toml")]
+pub struct TrainKeys {
+    /// model.model_id: local directory, Hub id, or local .gguf file.
+    #[arg(
+        short,
+        long = "model-id",
+        visible_alias = "model",
+        value_name = "MODEL"
+    )]
+    pub model_id: Option<String>,
+    /// data.train: a file, a Hub data set, or a directory with train.jsonl and perhaps valid.jsonl.
+    #[arg(long, alias = "dataset", value_name = "FILE|DIR")]
+    pub data: Option<String>,
+    /// data.valid: rows to evaluate on during the run.
+    #[arg(long, value_name = "FILE")]
+    pub valid: Option<String>,
+    /// train.output_dir; "out" where neither a file nor this says.
+    #[arg(short, long, aliases = ["output", "adapter-path", "save-path"], value_name = "DIR")]
+    pub output_dir: Option<String>,
+    /// lora.method
+    #[arg(long)]
+    pub method: Option<String>,
+    /// lora.r
+    #[arg(long, visible_alias = "rank", aliases = ["lora-rank", "r"])]
+    pub lora_r: Option<u64>,
+    /// lora.lora_alpha
+    #[arg(long, alias = "alpha")]
+    pub lora_alpha: Option<f64>,
+    /// lora.lora_dropout
+    #[arg(long, alias = "dropout")]
+    pub lora_dropout: Option<f64>,
+    /// lora.target_modules: "all-linear", or names with commas between them.
+    #[arg(
+        long,
+        alias = "lora-target-modules",
+        value_name = "NAMES",
+        value_delimiter = ','
+    )]
+    pub target_modules: Vec<String>,
+    /// train.learning_rate
+    #[arg(long, visible_alias = "lr")]
+    pub learning_rate: Option<f64>,
+    /// train.num_train_epochs
+    #[arg(long, visible_alias = "num-train-epochs", alias = "num-epochs")]
+    pub epochs: Option<f64>,
+    /// train.max_steps
+    #[arg(long, visible_alias = "iters", alias = "steps")]
+    pub max_steps: Option<u64>,
+    /// train.per_device_train_batch_size
+    #[arg(
+        long,
+        visible_alias = "per-device-train-batch-size",
+        alias = "micro-batch-size"
+    )]
+    pub batch_size: Option<u64>,
+    /// train.gradient_accumulation_steps
+    #[arg(long, alias = "grad-accumulation-steps")]
+    pub gradient_accumulation_steps: Option<u64>,
+    /// data.max_seq_length
+    #[arg(long, visible_alias = "max-length", aliases = ["max-seq-len", "sequence-len", "cutoff-len"])]
+    pub max_seq_length: Option<u64>,
+    /// train.warmup_ratio
+    #[arg(long)]
+    pub warmup_ratio: Option<f64>,
+    /// train.save_steps
+    #[arg(long, alias = "save-every")]
+    pub save_steps: Option<u64>,
+    /// train.eval_steps
+    #[arg(long, alias = "steps-per-eval")]
+    pub eval_steps: Option<u64>,
+    /// train.gradient_checkpointing
+    #[arg(long, alias = "grad-checkpoint")]
+    pub gradient_checkpointing: bool,
+    /// train.bf16
+    #[arg(long)]
+    pub bf16: bool,
+    /// seed
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+impl TrainKeys {
+    /// The keys that were given, as `--set` takes them.
+    pub fn overrides(&self) -> Vec<String> {
+        let text = |text: &Option<String>| text.as_ref().map(|t| toml::Value::from(t.as_str()));
+        let count = |n: Option<u64>| n.and_then(|n| i64::try_from(n).ok()).map(toml::Value::from);
+        let number = |x: Option<f64>| x.map(toml::Value::from);
+        let flag = |on: bool| on.then(|| toml::Value::from(true));
+        let modules = match self.target_modules.as_slice() {
+            [] => None,
+            [all] if all == "all-linear" => Some(toml::Value::from("all-linear")),
+            names => Some(toml::Value::from(names.to_vec())),
+        };
+        let given = [
+            ("model.model_id", text(&self.model_id)),
+            ("data.train", text(&self.data)),
+            ("data.valid", text(&self.valid)),
+            ("train.output_dir", text(&self.output_dir)),
+            ("lora.method", text(&self.method)),
+            ("lora.r", count(self.lora_r)),
+            ("lora.lora_alpha", number(self.lora_alpha)),
+            ("lora.lora_dropout", number(self.lora_dropout)),
+            ("lora.target_modules", modules),
+            ("train.learning_rate", number(self.learning_rate)),
+            ("train.num_train_epochs", number(self.epochs)),
+            ("train.max_steps", count(self.max_steps)),
+            ("train.per_device_train_batch_size", count(self.batch_size)),
+            (
+                "train.gradient_accumulation_steps",
+                count(self.gradient_accumulation_steps),
+            ),
+            ("data.max_seq_length", count(self.max_seq_length)),
+            ("train.warmup_ratio", number(self.warmup_ratio)),
+            ("train.save_steps", count(self.save_steps)),
+            ("train.eval_steps", count(self.eval_steps)),
+            (
+                "train.gradient_checkpointing",
+                flag(self.gradient_checkpointing),
+            ),
+            ("train.bf16", flag(self.bf16)),
+            ("seed", count(self.seed)),
+        ];
+        let given = given.into_iter();
+        given
+            .filter_map(|(key, value)| Some(format!("{key}={}", value?)))
+            .collect()
+    }
 }
 
 /// How rows are scored.
@@ -167,6 +301,18 @@ pub struct PredictArgs {
     /// The user's message.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
+    /// The system message of --prompt.
+    #[arg(long, value_name = "TEXT", requires = "prompt")]
+    pub system: Option<String>,
+    /// Draw the tokens of the answer to --prompt from softmax(logits / T); 0 takes the most likely one.
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = 0.0,
+        requires = "prompt",
+        conflicts_with_all = ["choices", "posterior_samples", "abstain"]
+    )]
+    pub temperature: f64,
     /// Answer --prompt by one of these texts, as a row with `choices`; a space that belongs to a choice is part of it: " no" " yes".
     #[arg(long, value_name = "TEXT", num_args = 2.., requires = "prompt")]
     pub choices: Vec<String>,
@@ -188,6 +334,38 @@ pub struct PredictArgs {
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `chat`
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Adapter directory, or GGUF LoRA; /adapter takes another during the conversation.
+    #[arg(short, long)]
+    pub adapter: Option<PathBuf>,
+    /// The system message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Draw tokens from softmax(logits / T); 0 takes the most likely one.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Of the draws of tokens.
+    #[arg(long, default_value_t = DEFAULT_SEED)]
+    pub seed: u64,
+    /// Most tokens of an answer.
+    #[arg(long, default_value_t = 512)]
+    pub max_tokens: usize,
+    /// Posterior draws that say how sure an answer is; takes about 2 K times the time of the answer.
+    #[arg(long, value_name = "K", requires = "adapter")]
+    pub posterior_samples: Option<usize>,
+    /// Leave out how sure an answer is.
+    #[arg(long)]
+    pub no_confidence: bool,
+    /// Take a question as it is instead of as a conversation.
+    #[arg(long)]
+    pub no_chat_template: bool,
 }
 
 /// How noise depends on the row of A.

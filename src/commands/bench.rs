@@ -40,7 +40,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         ));
     }
     let began = Instant::now();
-    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
+    let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let device = device(args.model.options.cpu)?;
     let decoder = if args.random_weights {
         Decoder::random(&base.dir, &device, weights, 0)?

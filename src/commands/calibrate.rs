@@ -88,9 +88,10 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     };
     let circumstances = opened.circumstances(adapter)?;
     let loaded = opened.load()?;
+    let mean_name = opened.name_of_mean();
     let said = match choices.is_empty() {
         false => of_choices(args, &loaded, &data, &choices)?,
-        true => of_answers(args, &loaded, &data)?,
+        true => of_answers(args, (&loaded, mean_name), &data)?,
     };
     let scaling = |predictions: &Vec<Prediction>| -> Result<Scaling> {
         let mut found = Scaling::fit(predictions, ECE_BINS)?;
@@ -104,6 +105,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         rows: said.mean.len(),
         sha256: data.sha256(),
         judged: said.judged,
+        system: common_system(&data, 0..data.len())?,
     };
     let base = Scaling::fit(&said.base, ECE_BINS)?;
     let posterior = said.posterior.as_ref().map(&scaling).transpose()?;
@@ -139,7 +141,19 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         least_bound: abstention.map(|a| a.least_bound),
         written: &written,
     };
-    show(args.json, &report, || describe(&report, &path))
+    show(args.json, &report, || describe(&report, mean_name, &path))
+}
+
+/// What is recorded of the system messages of these rows.
+pub(super) fn common_system(
+    data: &Dataset,
+    rows: impl IntoIterator<Item = usize>,
+) -> Result<Option<String>> {
+    let systems = rows.into_iter().map(|at| {
+        let (_, row) = data.row(at)?;
+        Ok(row.system().map(str::to_owned))
+    });
+    Ok(Rows::common_system(systems.collect::<Result<Vec<_>>>()?))
 }
 
 fn of_choices(
@@ -181,7 +195,11 @@ fn of_choices(
 }
 
 /// Answers in the model's own words: right if they are the row's, as sure as the product of their tokens' probabilities.
-fn of_answers(args: &CalibrateArgs, loaded: &Loaded, data: &Dataset) -> Result<Said> {
+fn of_answers(
+    args: &CalibrateArgs,
+    (loaded, mean_name): (&Loaded, &'static str),
+    data: &Dataset,
+) -> Result<Said> {
     let batch_size = args.scoring.batch_size.unwrap_or(16);
     let questions = Recital::new(data, args.max_tokens, batch_size)?;
     if questions.prompts.is_empty() {
@@ -208,7 +226,7 @@ fn of_answers(args: &CalibrateArgs, loaded: &Loaded, data: &Dataset) -> Result<S
     let Some(mean) = loaded.means.first() else {
         bail!("one adapter is read");
     };
-    let answers = answer("posterior mean", mean)?;
+    let answers = answer(mean_name, mean)?;
     let posterior = match loaded.draws.as_slice() {
         [] => None,
         draws => Some(questions.average_predictions(&loaded.decoder, &answers, draws)?),
@@ -221,7 +239,7 @@ fn of_answers(args: &CalibrateArgs, loaded: &Loaded, data: &Dataset) -> Result<S
     })
 }
 
-fn describe(report: &Report<'_>, path: &std::path::Path) -> String {
+fn describe(report: &Report<'_>, mean_name: &str, path: &std::path::Path) -> String {
     let written = report.written;
     let mut text = format!(
         "wrote {}\n{} rows, {:.1} % of them right; NLL and ECE are on the same rows",
@@ -234,7 +252,7 @@ fn describe(report: &Report<'_>, path: &std::path::Path) -> String {
         .map(|draws| format!("average of {} draws", draws.n));
     let all = [
         ("base", Some(&written.base_scaling)),
-        ("posterior mean", Some(&written.mean_scaling)),
+        (mean_name, Some(&written.mean_scaling)),
         (
             average.as_deref().unwrap_or_default(),
             written.posterior_scaling.as_ref(),

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use mistralrs_monteclora::check_public_name;
 use monteclora_converters::{Beside, ConversationSettings, Problem};
 
 use super::{print, print_json};
@@ -31,12 +32,15 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
         }
         None => read_effective(&args.adapter, args.force)?,
     };
+    check_public_name(&args.alias).map_err(|error| Problem::usage(format!("--alias: {error}")))?;
     let server = server(&args.server)?;
+    let was_calibrated = is_calibrated(&server, &args.alias)?;
     let release = match is_scored(&server, args)? {
         true => Release::whole(&adapter, &args.adapter)?,
         false => Release::mean(&adapter, &args.adapter)?,
     };
     let mut beside = Beside::of(&args.adapter)?;
+    beside = beside.without(&[deploy::RECORD]);
     if release.has_calibration() {
         beside = beside.without(&[calibration::FILE]);
     }
@@ -47,7 +51,7 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
         tracing::info!("left out: {line}");
     }
     let mut releases = Releases::open(&args.adapter_root, &args.alias)?;
-    let deployed = deploy::deploy(
+    let mut deployed = deploy::deploy(
         &server,
         &mut releases,
         &release,
@@ -55,6 +59,14 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
         args.base.as_deref(),
         &check(&args.check),
     )?;
+    if was_calibrated && !is_calibrated(&server, &args.alias)? {
+        let message = format!(
+            "the scores of `{}` were calibrated, and are no longer: no calibration came with this adapter that holds on the server",
+            deployed.alias
+        );
+        tracing::warn!("{message}");
+        deployed.warnings.push(message);
+    }
     if args.json {
         return print_json(&deployed);
     }
@@ -102,6 +114,13 @@ pub(super) fn asked(answers: &[Answered]) -> String {
         format!("  asked   {}\n  answer  {answer}", in_a_line(&asked.prompt))
     });
     lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Whether the scores of `alias` are calibrated.
+fn is_calibrated(server: &AdapterServer, alias: &str) -> Result<bool> {
+    let models = server.models()?;
+    let found = models.iter().find(|model| model.id == alias);
+    Ok(found.is_some_and(|model| model.is_calibrated))
 }
 
 /// Whether the server scores the answers of the base that the alias is, or may come to be, on: what scores are made of is released
@@ -153,6 +172,7 @@ pub(super) fn check(args: &CheckArgs) -> Check {
     };
     Check {
         prompts,
+        system: args.system.clone(),
         expected: args.expected.clone(),
     }
 }

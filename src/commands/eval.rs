@@ -56,7 +56,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         ("--limit", args.limit.unwrap_or(1)),
     ])?;
     require_at_most("--ece-bins", args.ece_bins, MOST_BINS)?;
-    let mut read: Vec<&Path> = vec![&args.data, Path::new(&args.model.model_id)];
+    let mut read: Vec<&Path> = vec![&args.data, Path::new(args.model.id()?)];
     read.extend(args.adapter.iter().map(PathBuf::as_path));
     for (flag, path) in [("--per-row", &args.per_row), ("--html", &args.html)] {
         if let Some(path) = path {
@@ -87,7 +87,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         [] => {}
         [mean] => {
             let mean = Predictor::One(mean);
-            predictors.push(("mean", "posterior mean", mean, calibration.mean));
+            predictors.push(("mean", opened.name_of_mean(), mean, calibration.mean));
         }
         means => predictors.push(("ensemble", "ensemble", Predictor::Average(means), None)),
     }

@@ -21,7 +21,7 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
             args.output.display()
         )));
     }
-    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
+    let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let model = read_shape(&base.dir)?;
     // Every row is read as a run reads it, with nothing left out but what the model itself cannot hold.
     let limit = model.max_position_embeddings;
@@ -81,7 +81,7 @@ fn text(
     has_template: bool,
 ) -> String {
     let options = &args.model.options;
-    let mut model = format!("model_id = {}", quoted(&args.model.model_id));
+    let mut model = format!("model_id = {}", quoted(args.model.named()));
     if let Some(revision) = &options.revision {
         model.push_str(&format!("\nrevision = {}", quoted(revision)));
     }

@@ -25,7 +25,7 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
             template.display()
         )));
     }
-    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
+    let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     for source in [&base.dir, &args.adapter] {
         require_apart(source, output)?;
     }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod calibrate;
+mod chat;
 mod collapse;
 mod completions;
 mod convert;
@@ -16,7 +17,9 @@ mod fit;
 mod import_gguf;
 mod init;
 mod inspect;
+mod man;
 mod merge;
+mod named_base;
 mod opened;
 #[cfg(feature = "mistralrs")]
 mod parity;
@@ -34,16 +37,47 @@ mod train;
 mod validate;
 
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::Device;
 use monteclora_adapters::weights::{AUTO, Kind};
-use monteclora_converters::Problem;
+use monteclora_converters::{Problem, shell_word};
 use serde::Serialize;
 
 use crate::cli::{BenchCommand, Command, ModelOptions};
 use crate::config::DtypeChoice;
 use crate::hub::HubOptions;
+
+/// This program as a shell finds it: by its name where that is on the path, else by where it lies, from here if it is below.
+fn program() -> String {
+    const NAME: &str = env!("CARGO_PKG_NAME");
+    let Ok(own) = std::env::current_exe() else {
+        return NAME.to_owned();
+    };
+    let own = own.canonicalize().unwrap_or(own);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let file = format!("{NAME}{}", std::env::consts::EXE_SUFFIX);
+    let mut found = std::env::split_paths(&path).map(|dir| dir.join(&file));
+    if found
+        .find(|path| path.is_file())
+        .and_then(|path| path.canonicalize().ok())
+        .is_some_and(|path| path == own)
+    {
+        return NAME.to_owned();
+    }
+    let here = std::env::current_dir().and_then(|dir| dir.canonicalize());
+    let below = here
+        .ok()
+        .and_then(|here| own.strip_prefix(here).ok().map(Path::to_path_buf));
+    let shown = match below {
+        // A name without a directory would be looked for on the path.
+        Some(below) if below.components().count() == 1 => Path::new(".").join(below),
+        Some(below) => below,
+        None => own,
+    };
+    shell_word(&shown.display().to_string())
+}
 
 /// Data that cannot be used; the rows have been named.
 fn bad_data(message: impl Into<String>) -> anyhow::Error {
@@ -64,13 +98,25 @@ fn interrupted(message: impl Into<String>) -> anyhow::Error {
 ///
 /// # Errors
 /// Whatever the command fails with; [`exit_code`] classifies it.
-pub fn run(command: &Command) -> Result<()> {
-    match command {
+pub fn run(mut command: Command) -> Result<()> {
+    match &mut command {
+        Command::Eval(args) => args.model.settle(args.adapter.first())?,
+        Command::Predict(args) => args.model.settle(args.adapter.first())?,
+        Command::Chat(args) => args.model.settle(args.adapter.as_ref())?,
+        Command::Fit(args) => args.model.settle(Some(&args.adapter))?,
+        Command::Calibrate(args) => args.model.settle(Some(&args.adapter))?,
+        Command::Merge(args) => args.model.settle(Some(&args.adapter))?,
+        #[cfg(feature = "mistralrs")]
+        Command::Parity(args) => args.model.settle(args.adapter.as_ref())?,
+        _ => {}
+    }
+    match &command {
         Command::Quickstart(args) => quickstart::run(args),
         Command::Init(args) => init::run(args),
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Fit(args) => fit::run(args),
         Command::Calibrate(args) => calibrate::run(args),
         Command::Report(args) => report::run(args),
@@ -93,6 +139,7 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Status(args) => status::run(args),
         Command::ImportGguf(args) => import_gguf::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Man { dir } => man::run(dir),
         Command::Completions { shell } => completions::run(*shell),
         Command::Bench(BenchCommand::Train(args)) => bench::run(args),
         Command::Bench(BenchCommand::Matmul(args)) => bench::matmul(args),

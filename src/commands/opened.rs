@@ -70,7 +70,7 @@ impl Opened {
             );
             bail!(Problem::usage(problem));
         }
-        let base = hub::locate(&model.model_id, &model.options.hub())?;
+        let base = hub::locate(model.id()?, &model.options.hub())?;
         let config = read_shape(&base.dir)?;
         let files = open_base(&base.dir)?;
         let most = config.max_position_embeddings;
@@ -122,18 +122,35 @@ impl Opened {
     /// Loads the base. Draws are made before anything is computed, so that an adapter without a posterior is refused at once.
     pub(super) fn load(&self) -> Result<Loaded> {
         let decoder = Decoder::load_as(&self.base.dir, &device(self.cpu)?, self.weights)?;
-        let device = decoder.device();
-        let mean = |adapter| Ok(ActiveAdapter::from_adapter(adapter, &self.config, device)?);
-        let means = self.adapters.iter().map(mean).collect::<Result<_>>()?;
-        let draws = match (self.adapters.as_slice(), self.draws) {
-            ([adapter], Some(Draws { n, seed })) => posterior_draws(adapter, &decoder, seed, n)?,
-            _ => Vec::new(),
-        };
+        let (means, draws) = self.load_adapters(&decoder)?;
         Ok(Loaded {
             decoder,
             means,
             draws,
         })
+    }
+
+    /// The adapters, on a base that is in memory already: the mean of each, and draws of the only one.
+    pub(super) fn load_adapters(
+        &self,
+        decoder: &Decoder,
+    ) -> Result<(Vec<ActiveAdapter>, Vec<ActiveAdapter>)> {
+        let device = decoder.device();
+        let mean = |adapter| Ok(ActiveAdapter::from_adapter(adapter, &self.config, device)?);
+        let means = self.adapters.iter().map(mean).collect::<Result<_>>()?;
+        let draws = match (self.adapters.as_slice(), self.draws) {
+            ([adapter], Some(Draws { n, seed })) => posterior_draws(adapter, decoder, seed, n)?,
+            _ => Vec::new(),
+        };
+        Ok((means, draws))
+    }
+
+    /// What the mean of the one adapter is called: a plain LoRA has no posterior.
+    pub(super) fn name_of_mean(&self) -> &'static str {
+        match self.adapters.first() {
+            Some(adapter) if adapter.config.monteclora.is_some() => "posterior mean",
+            _ => "adapter",
+        }
     }
 
     /// Draws that are asked for.
@@ -200,7 +217,10 @@ fn warn_of_equal_means(adapters: &[Adapter], paths: &[PathBuf]) {
 
 /// The variables of the chat template that adapters were trained with, which have to agree.
 fn variables(adapters: &[PathBuf]) -> Result<serde_json::Map<String, serde_json::Value>> {
-    let mut all = adapters.iter().map(|path| (path, recorded_variables(path)));
+    let all = adapters
+        .iter()
+        .map(|path| Ok((path, recorded_variables(path)?)));
+    let mut all = all.collect::<Result<Vec<_>>>()?.into_iter();
     let Some((_, variables)) = all.next() else {
         return Ok(serde_json::Map::new());
     };

@@ -38,14 +38,14 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
         Some(name) => Some(parse_in_situ_quant(name, &device)?),
         None => None,
     };
-    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
+    let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let config = read_shape(&base.dir)?;
     let files = open_base(&base.dir)?;
     let served = match files.gguf() {
         Some(file) if args.engine != EngineArg::Ours => {
             tracing::info!("mistral.rs computes on the import of `{}`", file.display());
             let whole = OfGguf::Import(DType::F32);
-            hub::locate_as(&args.model.model_id, &args.model.options.hub(), whole)?.dir
+            hub::locate_as(args.model.id()?, &args.model.options.hub(), whole)?.dir
         }
         _ => base.dir.clone(),
     };

@@ -1,11 +1,13 @@
 //! `predict`: answers, and what the posterior says about them.
 
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use monteclora_converters::{Error, Problem, Problems, shell_word};
 use serde::Serialize;
 
+use super::chat::require_temperature;
 use super::opened::{Opened, Request, require_positive};
 use super::{print, print_json};
 use crate::cli::PredictArgs;
@@ -14,10 +16,11 @@ use crate::data::{
     findings_of_question, parse_question, splits,
 };
 use crate::eval::abstention::Abstention;
-use crate::eval::calibration::{Judged, Scaling};
-use crate::eval::{Answer, Answerer, LengthNormalisation, Question};
+use crate::eval::calibration::{Applicable, Judged, Scaling};
+use crate::eval::{Answer, Answerer, LengthNormalisation, Question, Uncertainty};
 use crate::model::{ActiveAdapter, GenerationSettings};
 use crate::progress;
+use crate::speech::Speech;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -33,12 +36,16 @@ struct Given {
     /// The row's line, or place, in the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     line: Option<usize>,
+    /// What was asked last: the user's turn, or the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    question: Option<String>,
     #[serde(flatten)]
     answer: Answer,
 }
 
 pub(super) fn run(args: &PredictArgs) -> Result<()> {
     require_positive(&[("--max-tokens", args.max_tokens)])?;
+    require_temperature(args.temperature)?;
     let request = Request {
         model: &args.model,
         adapters: &args.adapter,
@@ -46,7 +53,8 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         scoring: &args.scoring,
     };
     let opened = Opened::new(&request, |config| config.max_position_embeddings)?;
-    let calibration = calibration(&opened, args)?;
+    let applicable = opened.calibration(&args.adapter)?;
+    let calibration = applicable.clone().asked(opened.draws());
     let threshold = match args.abstain {
         true => Some(threshold(calibration.as_ref(), args)?),
         false => None,
@@ -65,14 +73,23 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
     };
     let alone = match &args.prompt {
         Some(prompt) if !args.choices.is_empty() => vec![reader.choice(prompt, &args.choices)?],
-        Some(prompt) => vec![reader.prompt(prompt, opened.applies_chat_template)?],
+        Some(prompt) => {
+            let system = args.system.as_deref();
+            vec![reader.prompt(prompt, system, opened.applies_chat_template)?]
+        }
         None => Vec::new(),
     };
     let kinds = Kinds {
         judged: calibration.as_ref().map(|(judged, _)| *judged),
         abstains: args.abstain,
+        applicable: &applicable,
     };
     kinds.check(&alone, None)?;
+    let system = args
+        .system
+        .as_deref()
+        .filter(|_| opened.applies_chat_template);
+    let knows = alone.is_empty() || kinds.knows(system, None)?;
 
     let loaded = opened.load()?;
     let base = ActiveAdapter::default();
@@ -96,12 +113,37 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         normalisation: LengthNormalisation::per_token(args.scoring.length_normalised),
         cancelled: None,
     };
-    let given = |line, answer| Given { line, answer };
-    let alone = answerer.answer(&alone)?.into_iter();
+    let given = |line, question, answer| Given {
+        line,
+        question,
+        answer,
+    };
     let mut report = Report {
-        answers: alone.map(|answer| given(None, answer)).collect(),
+        answers: Vec::new(),
         threshold,
     };
+    // What says nothing of a question is left out of its answer.
+    let unscaled = Answerer {
+        calibration: None,
+        generation: answerer.generation.clone(),
+        ..answerer
+    };
+    let about = |knows| if knows { &answerer } else { &unscaled };
+    let streams = !args.json && std::io::stdout().is_terminal();
+    match alone.as_slice() {
+        [] => {}
+        [Question::Open(prompt)] if streams || args.temperature > 0.0 => {
+            let answer = spoken(about(knows), prompt, args, streams)?;
+            report
+                .answers
+                .push(given(None, args.prompt.clone(), answer));
+        }
+        alone => {
+            let answers = about(knows).answer(alone)?.into_iter();
+            let answers = answers.map(|answer| given(None, args.prompt.clone(), answer));
+            report.answers.extend(answers);
+        }
+    }
     if let Some(source) = &source {
         let bar = progress::items("questions", source.n_rows() as u64);
         let rows: Vec<usize> = (0..source.n_rows()).collect();
@@ -115,9 +157,30 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
                 })
                 .collect::<Result<Vec<_>, Error>>()?;
             kinds.check(&questions, Some((source, rows[0])))?;
-            let answers = rows.iter().zip(answerer.answer(&questions)?);
-            let answers = answers.map(|(row, answer)| given(Some(source.place(*row).1), answer));
-            report.answers.extend(answers);
+            let asked: Vec<Option<Row>> = rows
+                .iter()
+                .map(|row| Ok(parse_question(&source.row_bytes(*row)?).ok()))
+                .collect::<Result<_, Error>>()?;
+            let knows = rows.iter().zip(&asked).map(|(row, asked)| {
+                kinds.knows(asked.as_ref().and_then(Row::system), Some((source, *row)))
+            });
+            let knows = knows.collect::<Result<Vec<bool>>>()?;
+            let mut answers: Vec<Option<Answer>> = vec![None; rows.len()];
+            for is_known in [true, false] {
+                let at: Vec<usize> = (0..rows.len())
+                    .filter(|at| knows[*at] == is_known)
+                    .collect();
+                let of: Vec<Question> = at.iter().map(|at| questions[*at].clone()).collect();
+                for (at, answer) in at.into_iter().zip(about(is_known).answer(&of)?) {
+                    answers[at] = Some(answer);
+                }
+            }
+            for ((row, asked), answer) in rows.iter().zip(&asked).zip(answers.into_iter().flatten())
+            {
+                let question = asked.as_ref().and_then(Row::question).map(str::to_owned);
+                let line = Some(source.place(*row).1);
+                report.answers.push(given(line, question, answer));
+            }
             bar.inc(rows.len() as u64);
         }
         bar.finish_and_clear();
@@ -130,10 +193,16 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
     } else {
         "draws"
     };
+    let was_shown = streams && matches!(alone.as_slice(), [Question::Open(_)]);
     let mut lines: Vec<String> = report
         .answers
         .iter()
-        .map(|given| describe(given, who))
+        .map(
+            |given| match was_shown && given.answer.abstain != Some(true) {
+                true => format!("  {}", beside(&given.answer, who)),
+                false => describe(given, who),
+            },
+        )
         .collect();
     if let (Some(threshold), [_, _, ..]) = (threshold, report.answers.as_slice()) {
         let is_given = |given: &&Given| given.answer.abstain == Some(false);
@@ -148,12 +217,33 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
 }
 
 /// Whether a calibration is of the kind of the questions that are asked.
-struct Kinds {
+struct Kinds<'a> {
     judged: Option<Judged>,
     abstains: bool,
+    applicable: &'a Applicable,
 }
 
-impl Kinds {
+impl Kinds<'_> {
+    /// Whether the calibration was made on rows with this system message. Warns, or refuses where answers may be withheld, if not.
+    fn knows(&self, system: Option<&str>, at: Option<(&Source, usize)>) -> Result<bool> {
+        if self.judged.is_none() || self.applicable.knows_system(system) {
+            return Ok(true);
+        }
+        let at = at.map_or("the question".to_owned(), |(source, row)| {
+            let (path, line) = source.place(row);
+            format!("{}:{line}", path.display())
+        });
+        let message = "the calibration was made on rows with another system message";
+        if self.abstains {
+            let fix = "ask with that system message (--system, or a system turn in the row), or leave --abstain out";
+            return Err(Problem::new("other-system", at, message, fix)
+                .exit(2)
+                .into());
+        }
+        tracing::warn!("{at}: {message}; no temperature is applied");
+        Ok(false)
+    }
+
     /// Warns, or refuses where answers may be withheld, of questions that the calibration says nothing about; `at` is where the first
     /// of them is from.
     fn check(&self, questions: &[Question], at: Option<(&Source, usize)>) -> Result<()> {
@@ -184,12 +274,6 @@ impl Kinds {
     }
 }
 
-/// What `calibrate` found for what answers.
-fn calibration(opened: &Opened, args: &PredictArgs) -> Result<Option<(Judged, Scaling)>> {
-    let found = opened.calibration(&args.adapter)?;
-    Ok(found.asked(opened.draws()))
-}
-
 /// The confidence below which no answer is given.
 fn threshold(calibration: Option<&(Judged, Scaling)>, args: &PredictArgs) -> Result<f64> {
     let adapter = args.adapter.first().map(|path| path.display().to_string());
@@ -203,7 +287,7 @@ fn threshold(calibration: Option<&(Judged, Scaling)>, args: &PredictArgs) -> Res
             .map(|k| format!(" --posterior-samples {k}"));
         format!(
             "find one with `monteclora calibrate -m {} -a {} --data ROWS{} --target-error {target}`, and give it here as there",
-            shell_word(&args.model.model_id),
+            shell_word(args.model.named()),
             shell_word(adapter.as_deref().unwrap_or("ADAPTER")),
             samples.unwrap_or_default(),
         )
@@ -309,11 +393,18 @@ impl Reader<'_> {
         }
     }
 
-    fn prompt(&self, text: &str, as_conversation: bool) -> Result<Question> {
+    fn prompt(&self, text: &str, system: Option<&str>, as_conversation: bool) -> Result<Question> {
         let prompt = if as_conversation {
-            let messages = [Message::new(Role::User, text)];
+            let system = system.map(|text| Message::new(Role::System, text));
+            let asked = Message::new(Role::User, text);
+            let messages: Vec<Message> = system.into_iter().chain([asked]).collect();
             self.encoder.prompt_tokens(&messages, &[])?
         } else {
+            if system.is_some() {
+                bail!(Problem::usage(
+                    "--system needs a conversation, and the prompt is taken as it is, without a chat template"
+                ));
+            }
             self.encoder.plain_prompt_tokens(text)?
         };
         if prompt.is_empty() {
@@ -349,16 +440,73 @@ impl Reader<'_> {
     }
 }
 
+/// An answer that is shown as it is made, if `streams`, with what is to be said of it.
+fn spoken(
+    answerer: &Answerer<'_>,
+    prompt: &[u32],
+    args: &PredictArgs,
+    streams: bool,
+) -> Result<Answer> {
+    let speech = Speech {
+        max_new_tokens: args.max_tokens,
+        stop_tokens: answerer.generation.stop_tokens.clone(),
+        temperature: args.temperature,
+        seed: args.scoring.seed,
+    };
+    // What may have to be held back is not shown before it is judged.
+    let shows = streams && !args.abstain;
+    let mut out = std::io::stdout();
+    let model = (answerer.decoder, answerer.mean);
+    let found = speech.answer(model, answerer.tokenizer, prompt, &|| true, &mut |text| {
+        if shows {
+            // A reader that is gone reads nothing.
+            let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        }
+    })?;
+    if shows {
+        print("")?;
+    }
+    // A temperature was found for the most likely answers.
+    let calibration = answerer.calibration.filter(|_| args.temperature == 0.0);
+    let judging = Answerer {
+        calibration,
+        generation: answerer.generation.clone(),
+        ..*answerer
+    };
+    let said = judging.about(&[prompt.to_vec()], &[found.generation])?;
+    said.into_iter()
+        .next()
+        .context("one answer to one question")
+}
+
+/// A question in one line.
+fn in_a_line(question: &str) -> String {
+    const MOST: usize = 160;
+    let line = question.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}
+
 fn describe(given: &Given, who: &str) -> String {
     let answer = &given.answer;
-    let mut text = given
-        .line
-        .map_or_else(String::new, |line| format!("{line}: "));
+    let mut text = String::new();
+    if let Some(line) = given.line {
+        let question = given.question.as_deref().unwrap_or_default();
+        text.push_str(&format!("{line}: {}\n", in_a_line(question)));
+    }
     text.push_str(match answer.abstain {
         Some(true) => "(no answer)",
         _ => answer.text.trim(),
     });
-    text.push_str(&format!("\n  {}", how_sure(answer, who)));
+    text.push_str(&format!("\n  {}", beside(answer, who)));
+    text
+}
+
+/// What is said of an answer.
+fn beside(answer: &Answer, who: &str) -> String {
+    let mut text = how_sure(answer);
     for choice in &answer.choices {
         let spread = choice
             .std
@@ -368,39 +516,49 @@ fn describe(given: &Given, who: &str) -> String {
     }
     if let Some(found) = &answer.uncertainty {
         text.push_str(&format!(
-            "\n  entropy {:.4} nats = {:.4} within one of them + {:.4} between them",
-            found.predictive_entropy, found.expected_entropy, found.mutual_information,
+            "\n  {}; entropy {:.4} nats = {:.4} within one of them + {:.4} between them",
+            agreement(found, who),
+            found.predictive_entropy,
+            found.expected_entropy,
+            found.mutual_information,
         ));
     }
     text
 }
 
-/// How sure an answer is, in words; `who` was asked, draws or adapters.
-pub(super) fn how_sure(answer: &Answer, who: &str) -> String {
+/// How many of the draws, or adapters, give the answer. That they agree does not make it right.
+pub(super) fn agreement(found: &Uncertainty, who: &str) -> String {
+    let n = found.draws;
+    let agreeing = (found.agreement * n as f64).round() as usize;
+    match agreeing == n {
+        true => format!("all {n} {who} say the same"),
+        false => format!("{agreeing} of {n} {who} say the same"),
+    }
+}
+
+/// How sure an answer is, in words. Without a calibration nobody knows how often such answers are right.
+pub(super) fn how_sure(answer: &Answer) -> String {
     let p = answer.p_correct;
+    let percent = format!("{:.1} %", 100.0 * p);
+    if answer.truncated {
+        return "cut at the most tokens that were allowed: how sure the whole answer would be, nobody knows".to_owned();
+    }
+    if answer.abstain == Some(true) {
+        return format!("too unsure to answer: {percent} likely to be right");
+    }
+    if !answer.calibrated {
+        return match answer.choices.is_empty() {
+            true => {
+                format!("not calibrated: {percent} is the model's probability of exactly this text")
+            }
+            false => format!("not calibrated: the model gives it {percent}"),
+        };
+    }
     let word = match p {
         0.95.. => "very sure",
         0.8.. => "sure",
         0.5.. => "not sure",
         _ => "guessing",
     };
-    let mut text = match answer.abstain {
-        Some(true) => format!(
-            "too unsure to answer: {:.1} % likely to be right",
-            100.0 * p
-        ),
-        _ => format!("{word}: {:.1} % likely to be right", 100.0 * p),
-    };
-    if !answer.calibrated {
-        text.push_str(" by its own account; no calibration holds for it");
-    }
-    if let Some(found) = &answer.uncertainty {
-        let n = found.draws;
-        let agreeing = (found.agreement * n as f64).round() as usize;
-        text.push_str(&match agreeing == n {
-            true => format!("; all {n} {who} say the same"),
-            false => format!("; {agreeing} of {n} {who} say the same"),
-        });
-    }
-    text
+    format!("{word}: {percent} likely to be right")
 }

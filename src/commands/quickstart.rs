@@ -15,11 +15,12 @@ use monteclora_converters::{
     read_as, shell_word,
 };
 use serde::Serialize;
+use serde_json::Value;
 
 use self::certainty::{Certainty, Score};
 use self::job::{Form, Job, Paths};
 use super::train::{AFTER_STEP, stop_on_signals};
-use super::{interrupted, numerical, show};
+use super::{interrupted, numerical, program, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
 use crate::data::Dataset;
@@ -31,7 +32,10 @@ use crate::output::require_empty;
 use crate::progress::{self, TrainProgress};
 use crate::provenance::read_effective;
 use crate::sample_models::{Recipe, SMOLLM2, SampleModel};
-use crate::train::{Event, Prepared, RunLock, Start};
+use crate::train::{Begin, Event, Prepared, begin};
+
+/// What was found, in the output directory.
+const REPORT: &str = "quickstart.json";
 
 /// Longest answer; the JSON objects have about twenty tokens.
 const MAX_NEW_TOKENS: usize = 40;
@@ -63,8 +67,10 @@ struct Report {
     train_rows: usize,
     test_rows: usize,
     steps: u64,
+    /// Of this process alone, where an earlier one was interrupted.
     train_s: f64,
     total_s: f64,
+    resumed: bool,
     base: Score,
     mean: Score,
     posterior: Certainty,
@@ -79,7 +85,10 @@ struct Report {
 pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let began = Instant::now();
     let out = &args.output_dir;
-    require_empty(out, args.force)?;
+    let goes_on = !args.force && out.join(job::RUN).is_file();
+    if !goes_on {
+        require_empty(out, args.force)?;
+    }
     let (base, name, recipe) = chosen(args)?;
     tracing::info!("base model: {}", base.name);
     let form = match jinja::find(&base.dir, None)?.is_some() {
@@ -92,7 +101,14 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         form,
         recipe,
     };
-    let paths = job.lay_out(out, args.force)?;
+    if goes_on {
+        job.require_same(out)?;
+        if finished(out, args.json)? {
+            return page_at_terminal(args.json, || page(&Paths::below(out)));
+        }
+        tracing::info!("going on in `{}`", out.display());
+    }
+    let paths = job.lay_out(out)?;
     let text = std::fs::read_to_string(&paths.run)
         .with_context(|| format!("cannot read `{}`", paths.run.display()))?;
     let overrides: Vec<String> = args
@@ -105,23 +121,26 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     prepared.warn();
 
     let device = candle_core::Device::Cpu;
-    std::fs::create_dir_all(&paths.adapter)
-        .with_context(|| format!("cannot create `{}`", paths.adapter.display()))?;
-    let start = Start::new(&prepared, &device, RunLock::take(&paths.adapter)?)?;
+    let resume = goes_on.then_some("auto");
+    let begun = begin(&prepared, resume, args.force, &device)?;
     let mut progress = TrainProgress::default();
     let event = |event: &Event| progress.show(event);
     let interrupt = stop_on_signals(AFTER_STEP)?;
-    let (outcome, decoder) = prepared.train(start, &device, interrupt.clone(), event)?;
-    if outcome.interrupted {
-        return Err(interrupted(format!(
-            "interrupted at step {}; continue with `monteclora train -c {} --resume auto`",
-            outcome.steps,
-            paths.run.display()
-        )));
-    }
+    let (steps, train_s, decoder) = match begun {
+        Begin::Finished(step) => (step, 0.0, prepared.decoder(&device)?),
+        Begin::Run(start) => {
+            let (outcome, decoder) = prepared.train(*start, &device, interrupt.clone(), event)?;
+            if outcome.interrupted {
+                let step = outcome.steps;
+                return Err(stopped(&format!("interrupted at step {step}"), args));
+            }
+            (outcome.steps, outcome.seconds, decoder)
+        }
+    };
     let adapter = read_effective(&paths.adapter, false)?;
+    // What an earlier quickstart wrote here is replaced: with --force, or where it was interrupted.
     let options = LoraOptions {
-        overwrite: args.force,
+        overwrite: true,
         ..LoraOptions::default()
     };
     adapter.write_lora(&paths.collapsed, &options)?;
@@ -145,7 +164,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         &interrupt,
     )
     .map_err(|error| match error.is::<Stopped>() {
-        true => interrupted("interrupted while the posterior was fitted; the adapter is there"),
+        true => stopped("interrupted while the posterior was fitted", args),
         false => error,
     })?;
     job.serve_posterior(&paths)?;
@@ -158,8 +177,9 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         model: base.name.clone(),
         train_rows: prepared.train.len(),
         test_rows: test.len(),
-        steps: outcome.steps,
-        train_s: outcome.seconds,
+        steps,
+        train_s,
+        resumed: goes_on,
         total_s: 0.0,
         base: certainty::score(&tickets.own_predictions(&base_answers)?),
         mean: certainty::score(&tickets.own_predictions(&mean_answers)?),
@@ -177,7 +197,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         &mean_answers,
     )?;
     report.total_s = began.elapsed().as_secs_f64();
-    files::write_json(&out.join("quickstart.json"), &report)?;
+    files::write_json(&out.join(REPORT), &report)?;
     show(args.json, &report, || {
         describe(&report, &paths, form, &base.dir)
     })?;
@@ -185,47 +205,76 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         Some(served) if !served.equal => Err(numerical(
             "mistral.rs and our decoder gave different tokens for the same question",
         )),
-        Some(_)
-            if !args.json
-                && std::io::stdout().is_terminal()
-                && !interrupt.load(Ordering::SeqCst) =>
-        {
-            page(&paths, form, &tickets.questions[0])
+        Some(_) if !interrupt.load(Ordering::SeqCst) => {
+            page_at_terminal(args.json, || page(&paths))
         }
         _ => Ok(()),
     }
 }
 
+/// The end of a quickstart that was interrupted, with what goes on with it.
+fn stopped(when: &str, args: &QuickstartArgs) -> anyhow::Error {
+    let mut command = format!("{} quickstart", program());
+    let out = args.output_dir.display().to_string();
+    for (flag, value) in [
+        ("--model-id", args.model_id.as_deref()),
+        (
+            "--model",
+            Some(args.model.as_str()).filter(|_| args.model_id.is_none()),
+        ),
+        ("--output-dir", Some(out.as_str())),
+    ] {
+        if let Some(value) = value {
+            command.push_str(&format!(" {flag} {}", shell_word(value)));
+        }
+    }
+    if args.json {
+        command.push_str(" --json");
+    }
+    interrupted(format!("{when}; go on with: {command}"))
+}
+
+/// Tells what a quickstart that has ended found, if one has.
+fn finished(out: &Path, as_json: bool) -> Result<bool> {
+    let path = out.join(REPORT);
+    if !path.is_file() {
+        return Ok(false);
+    }
+    let report = Value::Object(monteclora_converters::json::read_object(&path)?);
+    show(as_json, &report, || {
+        let exact = |of: &str| 100.0 * report[of]["exact_match"].as_f64().unwrap_or_default();
+        format!(
+            "`{}` holds a quickstart that has ended: exact match {:.0} % -> {:.0} %. All of it is in {}; --force begins anew",
+            out.display(),
+            exact("base"),
+            exact("mean"),
+            path.display()
+        )
+    })?;
+    Ok(true)
+}
+
+/// At a terminal, somebody may look at a page.
+fn page_at_terminal(as_json: bool, page: impl FnOnce() -> Result<()>) -> Result<()> {
+    match as_json || !std::io::stdout().is_terminal() {
+        true => Ok(()),
+        false => page(),
+    }
+}
+
 /// Serves what was trained until Ctrl-C, with the page.
 #[cfg(feature = "mistralrs")]
-fn page(paths: &Paths, form: Form, known: &Opening) -> Result<()> {
+fn page(paths: &Paths) -> Result<()> {
     use std::net::{Ipv4Addr, TcpListener};
 
-    use mistralrs_monteclora::{PageExample, ServeFile, serve};
+    use mistralrs_monteclora::{ServeFile, serve};
 
     let mut file = ServeFile::read(&paths.serve)?;
     // Another server may have the usual port.
     if TcpListener::bind((Ipv4Addr::LOCALHOST, file.server.port)).is_err() {
         file.server.port = 0;
     }
-    let mut config = super::serve::resolved(&file, "")?;
-    let example = |title: &str, asked: &Opening| {
-        let (system, question) = form.on_page(asked);
-        PageExample {
-            title: title.to_owned(),
-            question,
-            system,
-            choices: Vec::new(),
-            max_tokens: MAX_NEW_TOKENS,
-        }
-    };
-    config.examples = vec![
-        example("A ticket like those it learned", known),
-        example(
-            "A ticket about something it has never seen",
-            &form.question(),
-        ),
-    ];
+    let config = super::serve::resolved(&file, "")?;
     super::train::say_stopping("");
     tracing::info!("loading it into the server");
     serve(&config, None, |address| {
@@ -239,7 +288,7 @@ fn page(paths: &Paths, form: Form, known: &Opening) -> Result<()> {
 }
 
 #[cfg(not(feature = "mistralrs"))]
-fn page(_: &Paths, _: Form, _: &Opening) -> Result<()> {
+fn page(_: &Paths) -> Result<()> {
     Ok(())
 }
 
@@ -386,12 +435,17 @@ fn served(
 
 fn describe(report: &Report, paths: &Paths, form: Form, base: &Path) -> String {
     let mut text = format!(
-        "\n{}: {} training tickets, {} steps in {:.0} s ({:.0} s in all)\n\n\
+        "\n{}: {} training tickets, {} steps in {:.0} s{} ({:.0} s in all)\n\n\
          exact match on {} unseen tickets\n{:<18} {:>7} {:>20}\n",
         report.model,
         report.train_rows,
         report.steps,
         report.train_s,
+        if report.resumed {
+            " since it went on"
+        } else {
+            ""
+        },
         report.total_s,
         report.test_rows,
         "",
@@ -424,9 +478,10 @@ fn describe(report: &Report, paths: &Paths, form: Form, base: &Path) -> String {
         ));
     }
     let (address, body) = form.request("triage", MAX_NEW_TOKENS);
+    let program = program();
     text.push_str(&format!(
-        "\nnext\n  monteclora predict -m {} -a {} --posterior-samples {} --data {}   # answers, and how sure each is\n  monteclora serve -c {}   # then open http://127.0.0.1:1234/\n  curl -s http://127.0.0.1:1234{address} -H 'content-type: application/json' \\\n    \
-         -d '{body}'\n  monteclora inspect {}\n  monteclora train -c {}   # edit it for your own data\n",
+        "\nnext\n  {program} predict -m {} -a {} --posterior-samples {} --data {}   # answers, and how sure each is\n  {program} serve -c {}   # then open http://127.0.0.1:1234/\n  curl -s http://127.0.0.1:1234{address} -H 'content-type: application/json' \\\n    \
+         -d '{body}'\n  {program} inspect {}\n  {program} train -c {} --set train.output_dir=my-run   # edit it for your own data\n",
         shell_word(&base.display().to_string()),
         paths.posterior.display(),
         report.posterior.draws,

@@ -1,11 +1,13 @@
 //! `report`: one self-contained HTML page about a run.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Result, bail};
 use monteclora_converters::{Problem, files};
 
 use super::print;
 use crate::cli::ReportArgs;
-use crate::report::RunFiles;
+use crate::report::{self, RunFiles};
 
 pub(super) fn run(args: &ReportArgs) -> Result<()> {
     let dir = &args.output_dir;
@@ -15,6 +17,7 @@ pub(super) fn run(args: &ReportArgs) -> Result<()> {
             dir.display()
         )));
     }
+    let dir = &run_in(dir);
     let page = RunFiles::read(dir)?.html()?;
     let target = args
         .output
@@ -22,4 +25,20 @@ pub(super) fn run(args: &ReportArgs) -> Result<()> {
         .unwrap_or_else(|| dir.join("report.html"));
     files::write_text(&target, &page)?;
     print(&format!("wrote {}; open it in a browser", target.display()))
+}
+
+/// The directory itself, or the one directory in it that a run wrote into, such as `quickstart-out/adapter`.
+fn run_in(dir: &Path) -> PathBuf {
+    let is_run = |dir: &Path| dir.join(report::METRICS).is_file();
+    if is_run(dir) {
+        return dir.to_path_buf();
+    }
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut runs = entries
+        .map(|entry| entry.path())
+        .filter(|path| is_run(path));
+    match (runs.next(), runs.next()) {
+        (Some(run), None) => run,
+        _ => dir.to_path_buf(),
+    }
 }

@@ -10,6 +10,7 @@ use mistralrs_monteclora::{
 };
 use monteclora_converters::{DType, Problem};
 
+use super::named_base::named_by;
 use crate::allocator;
 use crate::cli::ServeArgs;
 use crate::hub::{self, HubOptions, OfGguf};
@@ -32,22 +33,34 @@ pub(super) fn run(args: &ServeArgs) -> Result<()> {
     } else {
         "http"
     };
+    let ui = config.ui;
     serve(&config, source, |address| {
-        tracing::info!("serving on {scheme}://{address}; stop with ctrl-c");
+        let page = match ui {
+            true => format!("; its page is {scheme}://{address}/"),
+            false => String::new(),
+        };
+        tracing::info!("serving on {scheme}://{address}; stop with ctrl-c{page}");
     })?;
     Ok(())
 }
 
 /// The configuration that the arguments, and the file they name, stand for now.
 fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
-    let mut file = match (&args.config, &args.model_id) {
+    let first = args.adapters.first().and_then(|text| text.split_once('='));
+    let model_id = match (&args.model_id, first) {
+        (None, Some((_, path))) => Some(named_by(Path::new(path))?),
+        (model_id, _) => model_id.clone(),
+    };
+    let mut file = match (&args.config, model_id) {
         (Some(path), _) => ServeFile::read(path)?,
         (None, Some(model_id)) => ServeFile {
-            models: vec![model_section(model_id, args)?],
+            models: vec![model_section(&model_id, args)?],
             ..ServeFile::from_environment()?
         },
         (None, None) => {
-            bail!(Problem::usage("serve needs -c serve.toml, or -m BASE"));
+            bail!(Problem::usage(
+                "serve needs -c serve.toml, -m BASE, or --adapter ALIAS=PATH"
+            ));
         }
     };
     if let Some(host) = &args.host {

@@ -7,14 +7,14 @@ use anyhow::{Context, Result};
 use monteclora_converters::shell_word;
 use serde_json::json;
 
-use super::{device, dry_run, interrupted, print, print_json};
-use crate::cli::TrainArgs;
+use super::{device, dry_run, interrupted, print, print_json, program};
+use crate::cli::{TrainArgs, TrainKeys};
 use crate::config::RunConfig;
 use crate::progress::TrainProgress;
 use crate::train::{Begin, Event, Interrupt, Prepared, begin};
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
-    let config = RunConfig::load(&args.config, &args.overrides)?;
+    let config = configuration(args)?;
     let prepared = Prepared::new(config, None)?;
     prepared.warn();
     let output_dir = prepared.run.train.output_dir.clone();
@@ -52,20 +52,72 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         format!(", best validation loss {loss:.4} at step {step}")
     });
     print(&format!(
-        "wrote {} after {} steps in {:.0} s{best}",
+        "wrote {} after {} steps in {:.0} s{best}\n{}",
         output_dir.display(),
         outcome.steps,
-        outcome.seconds
+        outcome.seconds,
+        next(&prepared)
     ))
+}
+
+/// What to do with an adapter that was just trained.
+fn next(prepared: &Prepared) -> String {
+    let (program, dir) = (program(), &prepared.run.train.output_dir);
+    let out = shell_word(&dir.display().to_string());
+    let data = prepared.run.data.valid.as_ref();
+    let data = data.map_or("test.jsonl".to_owned(), |path| {
+        shell_word(&path.display().to_string())
+    });
+    let name = dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy();
+    let mut lines = vec![
+        format!("{program} report {out}                # curves and what was learnt, as a page"),
+        format!("{program} eval -a {out} --data {data}"),
+        format!("{program} chat -a {out}"),
+    ];
+    if cfg!(feature = "mistralrs") {
+        lines.push(format!(
+            "{program} serve --adapter {}={out}",
+            shell_word(&name)
+        ));
+    }
+    format!("next\n  {}", lines.join("\n  "))
+}
+
+/// The file of the run, if there is one, with the keys of the command line.
+fn configuration(args: &TrainArgs) -> Result<RunConfig> {
+    let mut keys = args.keys.overrides();
+    keys.extend(args.overrides.iter().cloned());
+    let Some(file) = &args.config else {
+        // What -c would have said comes first, so that flags win.
+        keys.insert(0, "train.output_dir=\"out\"".to_owned());
+        return Ok(RunConfig::from_toml("", "the command line", &keys)?);
+    };
+    Ok(RunConfig::load(file, &keys)?)
 }
 
 /// The command that continues an interrupted run, as a shell takes it.
 fn resumption(args: &TrainArgs) -> String {
-    let mut command = format!(
-        "monteclora train -c {}",
-        shell_word(&args.config.display().to_string())
-    );
-    for setting in &args.overrides {
+    let mut command = format!("{} train", program());
+    if let Some(config) = &args.config {
+        let config = config.display().to_string();
+        command.push_str(&format!(" -c {}", shell_word(&config)));
+    }
+    let mut keys = &args.keys;
+    let without;
+    if args.config.is_none() {
+        for (flag, value) in [("-m", &keys.model_id), ("--data", &keys.data)] {
+            if let Some(value) = value {
+                command.push_str(&format!(" {flag} {}", shell_word(value)));
+            }
+        }
+        without = TrainKeys {
+            model_id: None,
+            data: None,
+            ..keys.clone()
+        };
+        keys = &without;
+    }
+    for setting in keys.overrides().iter().chain(&args.overrides) {
         command.push_str(&format!(" --set {}", shell_word(setting)));
     }
     if args.cpu {

@@ -13,6 +13,8 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
+use super::peers;
+
 /// The tables of a file and the keys of each; the table of name "" is the top.
 pub(super) type Schema = Vec<(&'static str, &'static [&'static str])>;
 
@@ -266,6 +268,9 @@ fn is_section(path: &str, schema: &Schema) -> bool {
 }
 
 fn remedy(key: &str, section: &str, fields: &[&str], schema: &Schema) -> String {
+    if let Some(remedy) = peers::remedy(key) {
+        return remedy.to_owned();
+    }
     if let Some(nearest) = nearest(key, fields) {
         let path = join(section, nearest);
         return if is_section(&path, schema) {

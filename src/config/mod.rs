@@ -6,6 +6,7 @@
 mod adapter;
 mod check;
 mod document;
+mod peers;
 mod run;
 
 pub use run::{

@@ -265,6 +265,13 @@ fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(source: D) -> Result<Vec
     OneOrMany::deserialize(source).map(Vec::from)
 }
 
+/// As [`list`], with the reason why a text is no sink.
+fn reports<'de, D: Deserializer<'de>>(source: D) -> Result<Vec<Report>, D::Error> {
+    let texts: Vec<String> = list(source)?;
+    let reports = texts.into_iter().map(Report::try_from);
+    reports.collect::<Result<_, _>>().map_err(D::Error::custom)
+}
+
 /// As [`list`], of a key that may be absent.
 fn some_list<'de, D, T>(source: D) -> Result<Option<Vec<T>>, D::Error>
 where
@@ -356,13 +363,43 @@ pub enum LrSchedulerType {
 }
 
 /// Where metrics go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Report {
     /// metrics.jsonl.
     Jsonl,
     /// TensorBoard event files.
     Tensorboard,
+    /// `command:...`: the standard input of a command of the shell, a line of metrics.jsonl at a time.
+    Command(String),
+}
+
+const COMMAND: &str = "command:";
+
+impl TryFrom<String> for Report {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let command = text.strip_prefix(COMMAND).map(str::trim);
+        match (text.as_str(), command) {
+            ("jsonl", _) => Ok(Self::Jsonl),
+            ("tensorboard", _) => Ok(Self::Tensorboard),
+            (_, Some(command)) if !command.is_empty() => Ok(Self::Command(command.to_owned())),
+            _ => Err(format!(
+                "found {text:?}, expected \"jsonl\", \"tensorboard\", or \"command:...\" that reads the metrics on its standard input, as examples/wandb_sink.py does"
+            )),
+        }
+    }
+}
+
+impl From<Report> for String {
+    fn from(report: Report) -> Self {
+        match report {
+            Report::Jsonl => "jsonl".to_owned(),
+            Report::Tensorboard => "tensorboard".to_owned(),
+            Report::Command(command) => format!("{COMMAND}{command}"),
+        }
+    }
 }
 
 section! {
@@ -416,7 +453,7 @@ section! {
         /// Evaluations without improvement that end the run; 0 is off, and so is a run without `data.valid`.
         pub early_stopping_patience: u64 = 0,
         /// Where metrics go.
-        #[serde(deserialize_with = "list")]
+        #[serde(deserialize_with = "reports")]
         pub report_to: Vec<Report> = vec![Report::Jsonl],
         /// Whether blocks are computed again in the backward pass to save memory.
         pub gradient_checkpointing: bool = false,

@@ -50,6 +50,8 @@ pub struct ServedModel {
     pub generation: Option<String>,
     /// Whether the server scores its answers.
     pub is_scored: bool,
+    /// Whether these scores are calibrated.
+    pub is_calibrated: bool,
     /// How it is asked; as a chat where the server does not tell.
     #[serde(skip)]
     pub form: Form,
@@ -141,6 +143,7 @@ impl AdapterServer {
                 parent: text(entry, "parent"),
                 generation: text(entry, "generation"),
                 is_scored: entry["uncertainty"].is_object(),
+                is_calibrated: entry["uncertainty"]["calibrated"] == true,
                 form: match entry["has_chat_template"] == false {
                     true => Form::Completion,
                     false => Form::Chat,
@@ -240,11 +243,19 @@ impl AdapterServer {
     ///
     /// # Errors
     /// An answer that is an error, or cut short.
-    pub fn ask(&self, model: &str, prompt: &str, form: Form) -> Result<String, Error> {
+    pub fn ask(
+        &self,
+        model: &str,
+        system: Option<&str>,
+        prompt: &str,
+        form: Form,
+    ) -> Result<String, Error> {
         let mut body = json!({"model": model, "temperature": 0, "max_tokens": 64});
         let (path, text) = match form {
             Form::Chat => {
-                body["messages"] = json!([{"role": "user", "content": prompt}]);
+                let system = system.map(|text| json!({"role": "system", "content": text}));
+                let asked = json!({"role": "user", "content": prompt});
+                body["messages"] = system.into_iter().chain([asked]).collect();
                 ("/v1/chat/completions", "/message/content")
             }
             Form::Completion => {

@@ -75,6 +75,7 @@ impl Releases {
             }
             fs::TryLockError::Error(error) => Error::io("lock", &lock_path)(error),
         })?;
+        remove_partial(&dir);
         Ok(Self {
             history: read_history(&dir)?,
             root: root.to_owned(),
@@ -128,8 +129,7 @@ impl Releases {
         if !path.exists() {
             release.write(&path)?;
         } else if Release::read(&path)?.content() != content {
-            let message = "was changed since it was released; remove it and deploy again";
-            return Err(error::release(&path, message));
+            return Err(error::release(&path, CHANGED));
         }
         Ok(relative)
     }
@@ -224,12 +224,25 @@ impl Releases {
             .find(|record| !is_current(record) && self.holds(&record.directory))
     }
 
-    /// What the directory of a record holds.
+    /// What the directory of a record holds, which is named after it.
     ///
     /// # Errors
-    /// One that cannot be read.
+    /// One that cannot be read, or that was changed.
     pub fn read(&self, record: &Record) -> Result<Release, Error> {
-        Release::read(&self.root.join(&record.directory))
+        let path = self.root.join(&record.directory);
+        let release = Release::read(&path)?;
+        let name = record.directory.file_name().and_then(|name| name.to_str());
+        match name.is_some_and(|name| release.content().starts_with(name)) {
+            true => Ok(release),
+            false => Err(error::release(&path, CHANGED)),
+        }
+    }
+
+    /// Whether what a server serves from `source` is a release of this alias.
+    pub fn is_below(&self, source: &str) -> bool {
+        self.root
+            .join(source)
+            .starts_with(self.root.join(&self.alias))
     }
 
     /// The last record of a generation that is still there; `wanted` may be its beginning.
@@ -238,6 +251,24 @@ impl Releases {
             .iter()
             .rev()
             .find(|record| record.generation.starts_with(wanted) && self.holds(&record.directory))
+    }
+}
+
+/// Removes what deployments left that were killed while they wrote; only one process at a time is here.
+fn remove_partial(dir: &Path) {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let partial = entries.filter(|entry| {
+        let name = entry.file_name();
+        name.to_str()
+            .is_some_and(|name| name.starts_with(".partial-"))
+    });
+    for entry in partial {
+        if let Err(error) = fs::remove_dir_all(entry.path()) {
+            tracing::warn!(
+                "`{}` is left of a deployment that was killed: {error}",
+                entry.path().display()
+            );
+        }
     }
 }
 
@@ -254,6 +285,8 @@ fn is_served(release: &Release, served: &ServedAdapter) -> bool {
 }
 
 const HISTORY: &str = "history.json";
+
+const CHANGED: &str = "was changed since it was released; remove it and deploy again";
 
 fn read_history(dir: &Path) -> Result<Vec<Record>, Error> {
     let path = dir.join(HISTORY);

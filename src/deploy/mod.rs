@@ -12,5 +12,5 @@ mod tests;
 pub use client::{AdapterServer, Form, Loaded, ServedAdapter, ServedModel};
 pub use error::Error;
 pub use history::{Action, Record, Releases};
-pub use release::Release;
+pub use release::{RECORD, Release};
 pub use rollout::{Answered, Check, Deployed, RolledBack, deploy, roll_back};

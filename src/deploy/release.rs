@@ -11,7 +11,7 @@ use crate::eval::calibration::{self, Calibration};
 use crate::provenance::content_hash;
 
 /// Name of what training recorded.
-const RECORD: &str = "run.json";
+pub const RECORD: &str = "run.json";
 
 /// An adapter as it is released.
 #[derive(Debug)]
@@ -31,8 +31,8 @@ impl Release {
             adapter: adapter.exportable()?,
             as_it_is,
             calibration: None,
-            variables: recorded_variables(path),
-            record: training_record(path),
+            variables: recorded_variables(path)?,
+            record: training_record(path)?,
         })
     }
 

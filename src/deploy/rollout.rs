@@ -15,6 +15,8 @@ use super::release::Release;
 pub struct Check {
     /// Questions; each must be answered, if only with nothing.
     pub prompts: Vec<String>,
+    /// The system message of each.
+    pub system: Option<String>,
     /// Texts that must occur in the answers together.
     pub expected: Vec<String>,
 }
@@ -109,6 +111,7 @@ pub fn deploy(
     let directory = releases.store(release)?;
     let path = portable(&directory);
     let canary_name = format!("{alias}-canary");
+    require_free(server, releases, &canary_name)?;
     tracing::info!("loading the canary `{canary_name}`");
     let loaded = server.load_over(&canary_name, &path, base)?;
     let (canary_generation, warnings) = (loaded.generation, loaded.warnings);
@@ -208,6 +211,22 @@ pub fn deploy(
     }
 }
 
+/// Refuses the name of the canary where something else is served by it. One that an interrupted deployment left behind is taken over.
+fn require_free(server: &AdapterServer, releases: &Releases, name: &str) -> Result<(), Error> {
+    let is_left_behind = |source: &String| releases.is_below(source);
+    let taken = match server.adapter(name)? {
+        Some(found) => !found.source.as_ref().is_some_and(is_left_behind),
+        None => server.models()?.iter().any(|model| model.id == name),
+    };
+    match taken {
+        false => Ok(()),
+        true => Err(Problem::usage(format!(
+            "the server has a model `{name}`, which the canary would be called; give the adapter another --alias"
+        ))
+        .into()),
+    }
+}
+
 /// What came of taking a generation out of service.
 struct Undone {
     /// What is served now, in words.
@@ -280,12 +299,17 @@ pub fn roll_back(
     let Some(record) = record.cloned() else {
         let wanted = to.map_or("an earlier generation".to_owned(), |to| format!("`{to}`"));
         return Err(nothing_to_restore(format!(
-            "{wanted} of `{alias}` is not among its releases; `monteclora status --adapter-root` lists them"
+            "{wanted} of `{alias}` is not among its releases; `monteclora status --adapter-root` lists them, and `monteclora deploy` of its directory brings any other back"
         )));
     };
     let path = portable(&record.directory);
     let base = record.base.as_deref().or(current.parent.as_deref());
     let release = releases.read(&record)?;
+    // The same name may be on another base afterwards, whose answers are not scored.
+    let is_scored = |server: &AdapterServer| {
+        let served = server.adapter(alias).ok().flatten();
+        served.is_some_and(|served| served.content.is_some())
+    };
     let loaded = server.load(alias, &path, base, Some(&current.generation))?;
     let (generation, mut warnings) = (loaded.generation, loaded.warnings);
     if generation == current.generation {
@@ -302,7 +326,7 @@ pub fn roll_back(
             record.generation
         ));
     }
-    if current.content.is_some() && !release.has_posterior() && !release.has_calibration() {
+    if is_scored(server) && !release.has_posterior() && !release.has_calibration() {
         warnings.push(format!(
             "`{}` has no posterior and no calibration: its scores are those of the mean, and no answer is held back",
             record.directory.display()
@@ -362,7 +386,7 @@ fn ask(server: &AdapterServer, model: &str, check: &Check) -> Result<Vec<Answere
     let mut answers = Vec::new();
     for prompt in &check.prompts {
         let answer = server
-            .ask(model, prompt, form)
+            .ask(model, check.system.as_deref(), prompt, form)
             .map_err(|error| error.to_string())?;
         answers.push(Answered {
             prompt: prompt.clone(),

@@ -263,6 +263,7 @@ fn release(adapter: &Adapter) -> Release {
 fn check(expected: &[&str]) -> Check {
     Check {
         prompts: vec!["Well?".to_owned()],
+        system: None,
         expected: expected.iter().map(|text| (*text).to_owned()).collect(),
     }
 }
@@ -595,7 +596,8 @@ fn a_release_has_the_template_variables_of_its_training() {
     assert_eq!(without, releases.store(&release(&adapter)).expect("stored"));
     let with = store(r#"{"config": {"data": {"template_variables": {"enable_thinking": false}}}}"#);
     assert_ne!(with, without);
-    let recorded = monteclora_converters::jinja::recorded_variables;
+    let recorded =
+        |path: &Path| monteclora_converters::jinja::recorded_variables(path).expect("readable");
     assert_eq!(recorded(&root.path().join(with))["enable_thinking"], false);
     // Without a record of its own a release does not take the one that lies above it.
     let above = r#"{"config": {"data": {"template_variables": {"day": "Monday"}}}}"#;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use monteclora_converters::files::sha256;
 use monteclora_converters::{Adapter, Error, Problem, files};
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +97,25 @@ pub struct Rows {
     pub sha256: String,
     /// What they are judged by.
     pub judged: Judged,
+    /// SHA-256 of the system message that all rows have, `none` where none has one; absent where they differ.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+}
+
+impl Rows {
+    /// What is recorded of the system messages of rows.
+    pub fn common_system(systems: impl IntoIterator<Item = Option<String>>) -> Option<String> {
+        let mut systems = systems
+            .into_iter()
+            .map(|system| named_system(system.as_deref()));
+        let first = systems.next()?;
+        systems.all(|other| other == first).then_some(first)
+    }
+}
+
+/// A system message as it is recorded.
+fn named_system(system: Option<&str>) -> String {
+    system.map_or("none".to_owned(), |text| sha256(text.trim().as_bytes()))
 }
 
 /// The whole file.
@@ -130,6 +150,8 @@ pub struct Applicable {
     pub posterior: Option<Scaling>,
     /// What the rows of the fit were judged by.
     pub judged: Option<Judged>,
+    /// As [`Rows::system`].
+    pub system: Option<String>,
     /// Why something does not, in a sentence.
     pub why_not: Option<String>,
 }
@@ -142,6 +164,12 @@ impl Applicable {
             None => self.mean,
         };
         self.judged.zip(scaling)
+    }
+
+    /// Whether it was made on rows with this system message; it says nothing of questions under another.
+    pub fn knows_system(&self, system: Option<&str>) -> bool {
+        let own = self.system.as_ref();
+        own.is_none_or(|own| *own == named_system(system))
     }
 
     /// What holds for rows that are judged by `judged`.
@@ -247,6 +275,9 @@ impl Calibration {
             let fix = "make it again with `monteclora calibrate`, or remove it";
             Problem::new("calibration", format!("`{}`", path.display()), what, fix)
         };
+        if path.exists() && !path.is_file() {
+            return Err(refuse("not a regular file".to_owned()).into());
+        }
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound || adapter.is_file() => {
@@ -256,6 +287,9 @@ impl Calibration {
         };
         let value: serde_json::Value =
             serde_json::from_str(&text).map_err(|e| refuse(format!("no calibration: {e}")))?;
+        if !value.is_object() {
+            return Err(refuse("no calibration: expected an object".to_owned()).into());
+        }
         if value.get("version").is_none() {
             tracing::warn!(
                 "`{}` is no calibration of this program: it is not used",
@@ -277,10 +311,27 @@ impl Calibration {
                 let what = format!("temperature {temperature} is not between {low} and {high}");
                 return Err(refuse(what).into());
             }
-            let threshold = scaling.abstention.and_then(|a| a.threshold);
-            if threshold.is_some_and(|threshold| !(0.0..=1.0).contains(&threshold)) {
-                return Err(refuse("a threshold is not between 0 and 1".to_owned()).into());
+            let Some(abstention) = scaling.abstention else {
+                continue;
+            };
+            if let Some(threshold) = abstention.threshold {
+                let target = abstention.target_error;
+                let is_checked = abstention.checked_on > 0
+                    && abstention.error_bound.is_some_and(|bound| bound <= target);
+                let is_share = |share: f64| (0.0..=1.0).contains(&share);
+                if !is_share(threshold) || !is_share(target) || target == 0.0 {
+                    let what = "a threshold and its target are not between 0 and 1".to_owned();
+                    return Err(refuse(what).into());
+                }
+                if !is_checked {
+                    let what = "a threshold that no rows were found to bear out".to_owned();
+                    return Err(refuse(what).into());
+                }
             }
+        }
+        if found.draws.is_some() != found.posterior_scaling.is_some() {
+            let what = "draws without a temperature of theirs, or the other way round".to_owned();
+            return Err(refuse(what).into());
         }
         Ok(Some(found))
     }
@@ -322,6 +373,7 @@ impl Calibration {
             base: Some(self.base_scaling.clone()),
             mean: Some(self.mean_scaling.clone()),
             judged: Some(self.data.judged),
+            system: self.data.system.clone(),
             ..Applicable::default()
         };
         if let Some(draws) = draws {
@@ -376,6 +428,7 @@ mod tests {
             rows: 3,
             sha256: "data".to_owned(),
             judged: Judged::Choices,
+            system: None,
         };
         let posterior = draws.map(|draws| (draws, scaling(3.0)));
         Calibration::new(

@@ -113,6 +113,10 @@ pub struct Answer {
     pub p_correct: f64,
     /// Whether a temperature was applied.
     pub calibrated: bool,
+    /// Whether the answer was cut at the most tokens that it may have: `p_correct` is the probability of its beginning then, which says
+    /// nothing of the whole.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub truncated: bool,
     /// Where a threshold was asked for: whether `p_correct` is below it, so that the answer is not to be given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub abstain: Option<bool>,
@@ -122,7 +126,7 @@ pub struct Answer {
     /// In the question's order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<ChoiceProbability>,
-    /// Tokens of an answer in the model's own words.
+    /// Tokens of an answer in the model's own words, its end included.
     #[serde(skip)]
     pub n_tokens: usize,
 }
@@ -208,23 +212,26 @@ impl Answerer<'_> {
     }
 
     fn open(&self, prompts: &[Vec<u32>]) -> Result<Vec<Answer>> {
-        let generate = |adapter| -> Result<Vec<Generation>> {
-            let goes_on = || self.go_on().is_ok();
-            let answers = (self.decoder).generate_while(
-                prompts,
-                adapter,
-                &self.generation,
-                &goes_on,
-                |_| {},
-            )?;
-            Ok(answers.ok_or(Cancelled)?)
-        };
-        let answers = generate(self.mean)?;
+        self.about(prompts, &self.generate(prompts, self.mean)?)
+    }
+
+    fn generate(&self, prompts: &[Vec<u32>], adapter: &ActiveAdapter) -> Result<Vec<Generation>> {
+        let goes_on = || self.go_on().is_ok();
+        let answers =
+            (self.decoder).generate_while(prompts, adapter, &self.generation, &goes_on, |_| {})?;
+        Ok(answers.ok_or(Cancelled)?)
+    }
+
+    /// What is to be said of greedy `answers` that the mean gave to `prompts`.
+    ///
+    /// # Errors
+    /// As [`Self::answer`].
+    pub fn about(&self, prompts: &[Vec<u32>], answers: &[Generation]) -> Result<Vec<Answer>> {
         let mut n_agreeing = vec![0usize; answers.len()];
         for draw in self.draws {
             for (count, (other, answer)) in n_agreeing
                 .iter_mut()
-                .zip(generate(draw)?.iter().zip(&answers))
+                .zip(self.generate(prompts, draw)?.iter().zip(answers))
             {
                 *count += usize::from(other.says_the_same(answer));
             }
@@ -233,7 +240,7 @@ impl Answerer<'_> {
             [] => Vec::new(),
             draws => {
                 self.go_on()?;
-                certainties(self.decoder, prompts, &answers, draws)?
+                certainties(self.decoder, prompts, answers, draws)?
             }
         };
         let mut found = Vec::with_capacity(answers.len());
@@ -244,13 +251,17 @@ impl Answerer<'_> {
             let is_right = Prediction::of_answer(log_confidence, true);
             let is_right = is_right.ok_or_else(|| not_finite("the likelihood of an answer"))?;
             let text = self.tokenizer.decode(&answer.tokens, true)?;
+            let judged = match answer.end {
+                Some(_) => self.judged(text, &is_right, Judged::Answers).0,
+                None => self.cut(text, &is_right),
+            };
             found.push(Answer {
                 uncertainty: certainty.map(|c| {
                     let entropies = (c.predictive_entropy, c.expected_entropy);
                     self.uncertainty(entropies, n_agreeing[idx])
                 }),
-                n_tokens: answer.tokens.len(),
-                ..self.judged(text, &is_right, Judged::Answers).0
+                n_tokens: answer.tokens.len() + usize::from(answer.end.is_some()),
+                ..judged
             });
         }
         Ok(found)
@@ -269,6 +280,18 @@ impl Answerer<'_> {
         }
     }
 
+    /// An answer that ends where it may go on no longer. Nobody knows how sure the whole of it would be.
+    fn cut(&self, text: String, prediction: &Prediction) -> Answer {
+        let (answer, _) = self.judged(text, prediction, Judged::Answers);
+        Answer {
+            p_correct: prediction.confidence(),
+            calibrated: false,
+            truncated: true,
+            abstain: answer.abstain.map(|_| true),
+            ..answer
+        }
+    }
+
     /// An answer with its confidence, and the prediction after temperature scaling.
     fn judged(&self, text: String, prediction: &Prediction, kind: Judged) -> (Answer, Prediction) {
         let scaling = self.scaling(kind);
@@ -277,6 +300,7 @@ impl Answerer<'_> {
             text,
             p_correct: prediction.confidence(),
             calibrated: scaling.is_some(),
+            truncated: false,
             // A threshold is one on calibrated confidence.
             abstain: (self.threshold.filter(|_| scaling.is_some()))
                 .map(|least| prediction.confidence() < least),

@@ -15,6 +15,9 @@ use serde_json::Value;
 pub use evaluation::{EvaluationPage, Score, Shown};
 pub use history::{EventPoint, History, Point};
 
+/// Name of the file of what a run measured.
+pub const METRICS: &str = "metrics.jsonl";
+
 /// Everything that an output directory tells about a run.
 #[derive(Debug)]
 pub struct RunFiles {
@@ -34,7 +37,7 @@ impl RunFiles {
     /// # Errors
     /// If `dir` is not that of a run, or a file cannot be read. A missing or unreadable adapter is noted, not an error.
     pub fn read(dir: &Path) -> Result<Self> {
-        let (record_path, metrics_path) = (dir.join("run.json"), dir.join("metrics.jsonl"));
+        let (record_path, metrics_path) = (dir.join("run.json"), dir.join(METRICS));
         let record = if_there(&record_path, std::fs::read_to_string(&record_path))?
             .map(|text| serde_json::from_str(&text))
             .transpose()

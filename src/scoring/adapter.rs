@@ -88,7 +88,7 @@ impl ReadAdapter {
         let adapter = Adapter::read_on(asked.path, base)?;
         adapter.require_fit(base)?;
         let calibration = Calibration::beside(asked.path)?;
-        let variables = recorded_variables(asked.path);
+        let variables = recorded_variables(asked.path)?;
         let whole = json!([
             base_fingerprint,
             adapter.fingerprint(),

@@ -78,11 +78,8 @@ impl AdapterScorer {
         Ok((n > 0).then_some(Draws { n, seed }))
     }
 
-    /// The question as tokens, what turned it into them, and the hash of the template that did.
-    fn question(
-        &self,
-        request: &ScoreRequest,
-    ) -> Result<(Question, &Encoder, Option<String>), ScoreError> {
+    /// The question of a request.
+    fn question(&self, request: &ScoreRequest) -> Result<Encoded<'_>, ScoreError> {
         let (encoder, mut row) = match &request.prompt {
             ScorePrompt::Messages(row) => {
                 let encoder = self.chat.as_ref().ok_or_else(|| {
@@ -113,12 +110,22 @@ impl AdapterScorer {
                 Err(error) => ScoreError::Failed(error.to_string()),
             })?;
         let template = encoder.chat_template_sha256_with(&row.variables);
-        Ok((question, encoder, template))
+        Ok(Encoded {
+            question,
+            encoder,
+            template,
+            system: row.system().map(str::to_owned),
+        })
     }
 
     /// The question of a request, and what is asked about it.
     fn asked(&self, request: &ScoreRequest) -> Result<Asked<'_>, ScoreError> {
-        let (question, encoder, template) = self.question(request)?;
+        let Encoded {
+            question,
+            encoder,
+            template,
+            system,
+        } = self.question(request)?;
         let n_prompt = question.n_prompt();
         let context = self.base.decoder.config().max_position_embeddings;
         let longest = request
@@ -144,11 +151,29 @@ impl AdapterScorer {
         }
         let draws = self.asked_draws(request, encoder)?;
         let judged = question.judged();
-        let calibration = self.calibration.as_ref().and_then(|found| {
-            let normalised = request.length_normalised;
-            let found = found.applicable(template, normalised, draws);
-            found.of(judged).asked(draws)
-        });
+        let normalised = request.length_normalised;
+        let found = self.calibration.as_ref();
+        let found = found.map(|found| found.applicable(template, normalised, draws));
+        let (calibration, why_not) = match found {
+            None => (None, None),
+            Some(found) if !found.knows_system(system.as_deref()) => {
+                let why = "was made on rows with another system message";
+                (None, Some(why.to_owned()))
+            }
+            Some(found) if found.judged.is_some_and(|own| own != judged) => {
+                let why = match judged {
+                    Judged::Choices => {
+                        "is of answers in the model's own words, and this has choices"
+                    }
+                    Judged::Answers => "is of rows with choices, and this has none",
+                };
+                (None, Some(why.to_owned()))
+            }
+            Some(found) => {
+                let why = found.why_not.clone();
+                (found.asked(draws), why)
+            }
+        };
         let scaling = calibration.as_ref().map(|(_, scaling)| scaling);
         Ok(Asked {
             threshold: threshold(scaling, request.target_error)?,
@@ -157,6 +182,7 @@ impl AdapterScorer {
             encoder,
             question,
             draws,
+            why_not: why_not.filter(|_| calibration.is_none()),
             calibration,
         })
     }
@@ -202,7 +228,12 @@ impl AdapterScorer {
                 rows: rows.rows,
                 data_sha256: rows.sha256.clone(),
             });
-        Ok(scored(answer, asked.draws, applied, n_prompt))
+        Ok(scored(
+            answer,
+            asked.draws,
+            (applied, asked.why_not),
+            n_prompt,
+        ))
     }
 
     /// Draws that are not held.
@@ -223,6 +254,16 @@ impl AdapterScorer {
     }
 }
 
+/// A question as tokens.
+struct Encoded<'a> {
+    question: Question,
+    /// What turned it into them.
+    encoder: &'a Encoder,
+    /// Hash of the chat template that wrote it out.
+    template: Option<String>,
+    system: Option<String>,
+}
+
 /// The key of the request that what is asked stands in.
 fn prompt_key(request: &ScoreRequest) -> &'static str {
     match request.prompt {
@@ -239,6 +280,8 @@ struct Asked<'a> {
     length_normalised: bool,
     draws: Option<Draws>,
     calibration: Option<(Judged, Scaling)>,
+    /// Why the calibration that there is says nothing of this question.
+    why_not: Option<String>,
     /// The confidence from which on answers are given, and the share of wrong ones that it is for.
     threshold: Option<(f64, f64)>,
 }
@@ -281,7 +324,7 @@ fn failed(error: anyhow::Error) -> ScoreError {
 fn scored(
     answer: Answer,
     draws: Option<Draws>,
-    calibration: Option<ScoredCalibration>,
+    (calibration, why_not): (Option<ScoredCalibration>, Option<String>),
     prompt_tokens: usize,
 ) -> Score {
     let choices = answer.choices.into_iter().map(|choice| ScoredChoice {
@@ -292,10 +335,24 @@ fn scored(
         q95: choice.quantiles.map(|[_, high]| high),
     });
     let uncertainty = answer.uncertainty.zip(draws);
+    let is_open = choices.len() == 0;
+    let (calibration, why_not) = match (answer.truncated, calibration) {
+        (true, Some(_)) => {
+            let why = "says nothing of an answer that was cut";
+            (None, Some(why.to_owned()))
+        }
+        (_, calibration) => (calibration, why_not),
+    };
     Score {
         answer: answer.text,
         p_correct: answer.p_correct,
         calibrated: answer.calibrated,
+        calibration_not_used: why_not,
+        finish_reason: match (is_open, answer.truncated) {
+            (false, _) => None,
+            (true, true) => Some("length"),
+            (true, false) => Some("stop"),
+        },
         abstain: answer.abstain,
         choices: choices.collect(),
         uncertainty: uncertainty.map(|(found, draws)| ScoredUncertainty {
@@ -325,6 +382,7 @@ impl Scorer for AdapterScorer {
         let found = found.and_then(|found| found.applicable(template, false, draws).asked(draws));
         let abstention = found.as_ref().and_then(|(_, scaling)| scaling.abstention);
         ScorerAbout {
+            dtype: self.base.dtype,
             draws: self.held.n_asked,
             default_draws: draws.map_or(0, |draws| draws.n),
             calibrated: found.is_some(),

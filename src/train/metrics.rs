@@ -1,15 +1,18 @@
 //! What a run reports, and where to: `metrics.jsonl`, one JSON object a line with its `type` first, and TensorBoard.
 
-use super::io_error;
-use monteclora_adapters::Result;
+mod command;
+
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use monteclora_adapters::Result;
 use monteclora_adapters::methods::{Metric, in_loss};
 use monteclora_converters::files;
 use serde::{Serialize, Serializer};
 
+use self::command::CommandSink;
+use super::io_error;
 use super::progress::Progress;
 use super::tensorboard::EventFile;
 use crate::config::Report;
@@ -90,6 +93,7 @@ pub struct EvalRecord {
 pub struct Metrics {
     lines: Option<(File, PathBuf)>,
     events: Option<EventFile>,
+    commands: Vec<CommandSink>,
 }
 
 impl Metrics {
@@ -117,7 +121,15 @@ impl Metrics {
             true => Some(EventFile::create(&output_dir.join("tb"), step)?),
             false => None,
         };
-        Ok(Self { lines, events })
+        let commands = sinks.iter().filter_map(|sink| match sink {
+            Report::Command(command) => Some(CommandSink::start(command, output_dir, step)),
+            _ => None,
+        });
+        Ok(Self {
+            commands: commands.collect::<Result<_>>()?,
+            lines,
+            events,
+        })
     }
 
     /// Writes one line in one call, so that a killed run leaves whole lines.
@@ -125,10 +137,14 @@ impl Metrics {
     /// # Errors
     /// If a file cannot be written.
     pub fn write(&mut self, record: &Record) -> Result<()> {
+        let mut line = serde_json::to_vec(record)
+            .map_err(|error| io_error(Path::new("metrics"))(error.into()))?;
+        line.push(b'\n');
         if let Some((file, path)) = &mut self.lines {
-            let mut line = serde_json::to_vec(record).map_err(|e| io_error(path)(e.into()))?;
-            line.push(b'\n');
             file.write_all(&line).map_err(io_error(path))?;
+        }
+        for command in &mut self.commands {
+            command.write(&line);
         }
         let Some(events) = &mut self.events else {
             return Ok(());

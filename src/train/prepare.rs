@@ -167,6 +167,14 @@ impl Prepared {
         }
     }
 
+    /// Loads the base.
+    ///
+    /// # Errors
+    /// Those of the base.
+    pub fn decoder(&self, device: &Device) -> Result<Decoder> {
+        Ok(Decoder::load_as(&self.base.dir, device, self.weights)?)
+    }
+
     /// Loads the base and trains; returns the decoder for further use.
     ///
     /// # Errors
@@ -186,8 +194,7 @@ impl Prepared {
             true => Precision::Bf16,
             false => Precision::Single,
         };
-        let decoder = Decoder::load_as(&self.base.dir, device, self.weights)?;
-        let decoder = decoder.with_precision(precision);
+        let decoder = self.decoder(device)?.with_precision(precision);
         let trainer = Trainer {
             model: &decoder,
             train: &self.train,

@@ -27,7 +27,7 @@ use crate::model::{AdapterGradients, Decoder, Dropout, PassOptions};
 pub enum Event {
     /// The loop begins (or continues) at step `.0` of `.1`.
     Started(u64, u64),
-    /// A step was made; step and loss.
+    /// A step was made; step and the loss of the task.
     Step(u64, f64),
     /// A line of metrics.
     Train(TrainRecord),
@@ -192,8 +192,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             progress.trained_tokens += result.trained_tokens;
             progress.window.add(&result, metrics);
             last_task_loss = Some(result.task_loss);
-            let loss = result.task_loss + in_loss(metrics, &result.metrics);
-            (self.watch)(&Event::Step(step, loss));
+            (self.watch)(&Event::Step(step, result.task_loss));
             let last = step == self.total_steps;
             if last || step.is_multiple_of(settings.logging_steps.max(1)) {
                 let (place, rate) = ((self.epoch(), self.wall()), settings.learning_rate * rate);

@@ -48,6 +48,51 @@ impl Start {
     }
 }
 
+/// What an earlier run left in an output directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Earlier {
+    /// It was interrupted after this step, the last that has a checkpoint; 0 if none has.
+    Interrupted(u64),
+    /// It ended at this step.
+    Finished(u64),
+}
+
+impl Earlier {
+    /// Looks into an output directory; none if no run wrote there.
+    ///
+    /// # Errors
+    /// A directory that cannot be listed.
+    fn in_dir(output_dir: &Path) -> Result<Option<Self>> {
+        let record = output_dir.join("run.json");
+        if !record.is_file() {
+            return Ok(None);
+        }
+        if let Some(step) = finished_step(&record) {
+            return Ok(Some(Self::Finished(step)));
+        }
+        let last = checkpoints(output_dir)?.pop();
+        Ok(Some(Self::Interrupted(last.map_or(0, |(step, _)| step))))
+    }
+
+    /// Refuses a directory that a run wrote into, and names first what goes on with it.
+    fn refuse(output_dir: &Path) -> Result<()> {
+        let dir = output_dir.display();
+        let message = match Self::in_dir(output_dir)? {
+            None => return Ok(()),
+            Some(Self::Interrupted(0)) => format!(
+                "`{dir}` holds a run that was interrupted before its first checkpoint; --resume auto starts it again"
+            ),
+            Some(Self::Interrupted(step)) => format!(
+                "`{dir}` holds a run that was interrupted; --resume auto continues it from step {step} (--force discards it and starts over)"
+            ),
+            Some(Self::Finished(step)) => format!(
+                "`{dir}` holds a run that ended at step {step}; train into another directory with --set train.output_dir=DIR, or further in this one with more max_steps or num_train_epochs and --resume auto (--force discards it and starts over)"
+            ),
+        };
+        bail!(Problem::usage(message))
+    }
+}
+
 /// Decides what `resume` (`auto`, a directory, or none) means in the output directory, and makes that directory.
 ///
 /// # Errors
@@ -61,8 +106,9 @@ pub fn begin(
     let output_dir = prepared.run.train.output_dir.as_path();
     make(output_dir)?;
     let lock = RunLock::take(output_dir)?;
-    if resume.is_none() {
-        require_empty(output_dir, force)?;
+    if resume.is_none() && !force {
+        Earlier::refuse(output_dir)?;
+        require_empty(output_dir, false)?;
     }
     remove_partial(output_dir)?;
     let mut start = Start::new(prepared, device, lock)?;

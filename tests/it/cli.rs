@@ -137,11 +137,43 @@ fn a_run_records_its_configuration_and_is_not_written_over() {
 
     let again = train(&trained.config);
     assert_eq!(again.code, 2);
-    assert!(
-        again.stderr.contains("not empty") && again.stderr.contains("--force"),
-        "{}",
-        again.stderr
+    let advised = [
+        "train.output_dir=DIR",
+        "--resume auto",
+        "--force discards it",
+    ];
+    for advice in advised {
+        assert!(again.stderr.contains(advice), "{}", again.stderr);
+    }
+    // Of an interrupted run the first advice continues it; the one that discards it comes last.
+    let out = std::path::PathBuf::from(trained.at("out"));
+    let config = trained.config.to_str().unwrap();
+    let interrupted = |has_checkpoint: bool| {
+        let mut unfinished = record.clone();
+        unfinished["finished_step"] = serde_json::Value::Null;
+        std::fs::write(out.join("run.json"), unfinished.to_string()).unwrap();
+        if !has_checkpoint {
+            let _ = std::fs::remove_dir_all(out.join("checkpoint-3"));
+        }
+        let refused = train(&trained.config);
+        assert_eq!(refused.code, 2);
+        refused.stderr
+    };
+    let said = interrupted(true);
+    let (resume, force) = (
+        said.find("--resume auto continues it from step 3"),
+        said.find("--force"),
     );
+    assert!(resume.is_some() && resume < force, "{said}");
+    ok(&["train", "-c", config, "--resume", "auto"]);
+    let said = interrupted(false);
+    assert!(
+        said.contains("before its first checkpoint") && !said.contains("--force"),
+        "{said}"
+    );
+    ok(&["train", "-c", config, "--resume", "auto"]);
+    let other = format!("train.output_dir={:?}", trained.at("other"));
+    ok(&["train", "-c", config, "--set", &other]);
 }
 
 #[test]

@@ -400,3 +400,26 @@ fn what_the_hub_refuses_is_said_with_the_remedy() {
             .is_err()
     );
 }
+
+/// What quickstart fetched is found by its name on the Hub, without asking it; a revision asks.
+#[test]
+fn the_copy_of_quickstart_is_found_by_its_name() {
+    const NAME: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
+    let hub = Hub::new();
+    let cached = hub.home.path().join("cache/models/SmolLM2-135M-Instruct");
+    crate::cli::copy(&own().join("models/tiny-llama"), &cached);
+    let asked = ["predict", "-m", NAME, "--prompt", "a", "--max-tokens", "1"];
+    let found = hub.run(false, &[], &asked);
+    assert_eq!(found.status.code(), Some(0), "{}", said(&found));
+    assert!(
+        said(&found).contains("the copy that quickstart fetched"),
+        "{}",
+        said(&found)
+    );
+    assert!(hub.asked().is_empty());
+    let revision = [&asked[..], &["--revision", "main"]].concat();
+    assert_ne!(hub.run(false, &[], &revision).status.code(), Some(0));
+    hub.put_model(NAME, OLD);
+    let fetched = hub.run(true, &[], &revision);
+    assert_eq!(fetched.status.code(), Some(0), "{}", said(&fetched));
+}

@@ -17,6 +17,7 @@ mod fixtures;
 mod formats;
 mod hashes;
 mod hub;
+mod journey;
 mod nested;
 #[cfg(feature = "mistralrs")]
 mod operations;

@@ -484,3 +484,32 @@ fn what_cannot_be_served_ends_with_a_reason_and_a_code() {
 fn write(path: &Path, text: &str) {
     std::fs::write(path, text).unwrap();
 }
+
+/// Who reads the log may go away: the server goes on answering, and ends as it should.
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    let site = Site::new();
+    site.configure(&[("triage", ONE)]);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_monteclora"))
+        .args(["serve", "--port", "0", "-c", &site.path("serve.toml")])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+    let url = log.find_map(|line| {
+        let line = line.unwrap();
+        let start = line.find("http://127.0.0.1:")?;
+        Some(line[start..].split(';').next().unwrap().to_owned())
+    });
+    let mut server = Server {
+        child,
+        url: url.unwrap(),
+    };
+    drop(log);
+    for _ in 0..3 {
+        let (_, generation) = whole_answer(&site, &server, "triage");
+        assert!(!generation.is_empty());
+    }
+    terminate(&server);
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}

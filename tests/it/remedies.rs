@@ -29,7 +29,50 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 50] = [
+const OTHERS: [Remedy; 55] = [
+    (
+        "which base model? Give it with -m",
+        By(
+            "tests/it/journey.rs",
+            "a_base_that_nobody_names_is_asked_for",
+        ),
+    ),
+    (
+        "names no base model; give it with -m",
+        By(
+            "tests/it/journey.rs",
+            "a_base_that_nobody_names_is_asked_for",
+        ),
+    ),
+    (
+        "ask with that system message (--system",
+        By(
+            "tests/it/scoring.rs",
+            "an_answer_that_is_cut_is_not_calibrated_and_not_given",
+        ),
+    ),
+    (
+        "--revision main takes the Hub's",
+        By(
+            "tests/it/hub.rs",
+            "the_copy_of_quickstart_is_found_by_its_name",
+        ),
+    ),
+    (
+        "--resume auto starts it again",
+        By(
+            "tests/it/cli.rs",
+            "a_run_records_its_configuration_and_is_not_written_over",
+        ),
+    ),
+    (
+        "Give another --output-dir, or --force to replace what is there",
+        Not("quickstart's own model comes over the network"),
+    ),
+    (
+        "All of it is in {}; --force begins anew",
+        Not("quickstart's own model comes over the network"),
+    ),
     (
         "`monteclora parity --chat -m BASE` shows where",
         By(
@@ -210,15 +253,7 @@ const OTHERS: [Remedy; 50] = [
         Not("quickstart's own model comes over the network"),
     ),
     (
-        "continue with `monteclora train -c {} --resume auto`",
-        Not("quickstart's own model comes over the network"),
-    ),
-    (
         "# What `monteclora quickstart` ran",
-        Not("quickstart's own model comes over the network"),
-    ),
-    (
-        "\\nnext\\n  monteclora predict -m",
         Not("quickstart's own model comes over the network"),
     ),
     (

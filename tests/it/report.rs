@@ -205,3 +205,35 @@ fn what_is_no_run_is_refused() {
     .unwrap();
     assert!(page(dir.path()).contains("a&lt;b&gt;&amp;&quot;c"));
 }
+
+/// A command reads what metrics.jsonl holds; one that fails does not end the run; what is no sink is refused with what there is.
+#[test]
+fn a_command_reads_the_metrics() {
+    let dir = tempfile::tempdir().unwrap();
+    let (read, out) = (dir.path().join("read.jsonl"), dir.path().join("out"));
+    let sinks = format!(
+        "logging_steps = 1\nreport_to = [\"jsonl\", \"command:cat > '{}'; echo $MONTECLORA_OUTPUT_DIR >> '{}'\", \"command:exit 3\"]",
+        read.display(),
+        read.display()
+    );
+    let config = crate::cli::run_toml(dir.path(), "", "", &sinks);
+    let done = crate::cli::run(&["train", "-c", config.to_str().unwrap()]);
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    assert!(done.stderr.contains("`exit 3`"), "{}", done.stderr);
+    let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let expected = format!("{metrics}{}\n", out.display());
+    assert_eq!(std::fs::read_to_string(read).unwrap(), expected);
+    let refused = crate::cli::run(&[
+        "train",
+        "-c",
+        config.to_str().unwrap(),
+        "--set",
+        "train.report_to=\"wandb\"",
+    ]);
+    assert_eq!(refused.code, 2);
+    assert!(
+        refused.stderr.contains("examples/wandb_sink.py"),
+        "{}",
+        refused.stderr
+    );
+}

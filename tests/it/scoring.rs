@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use reqwest::blocking::{Client, Response};
 use serde_json::{Value, json};
 
-use crate::cli::{copy, json as output, ok, own_adapter, text, tiny};
+use crate::cli::{copy, json as output, ok, own_adapter, run, text, tiny};
 use crate::runtime::{Server, serve};
 
 /// A directory with adapters, one that has a posterior and one that has none, and what serves them.
@@ -289,7 +289,26 @@ fn calibrations_are_applied_and_swapped_with_their_adapter() {
     );
     assert_eq!(after["calibration"]["rows"], 24);
     assert_eq!(after["abstain"], Value::Null);
-    // What the template does not read changes nothing.
+    // Of rows without a system message it says nothing of questions with one, and says so.
+    let mut other = body.clone();
+    other["messages"] =
+        json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]);
+    let other = site.score(&server, &other);
+    assert_eq!(
+        (&other["calibrated"], &other["calibration"]),
+        (&json!(false), &Value::Null)
+    );
+    assert!(
+        other["calibration_not_used"]
+            .as_str()
+            .unwrap()
+            .contains("system message"),
+        "{other}"
+    );
+    assert_eq!(after["calibration_not_used"], Value::Null);
+    // What asks for what is done anyway is understood, and what the template does not read changes nothing.
+    let done = with(body.clone(), json!({"stream": false, "temperature": 0}));
+    assert_eq!(site.score(&server, &done), after);
     let thinking = with(body.clone(), json!({"enable_thinking": false}));
     assert_eq!(site.score(&server, &thinking), after);
     // Of other draws, or of a text without the template, it says nothing.
@@ -341,6 +360,93 @@ fn calibrations_are_applied_and_swapped_with_their_adapter() {
     );
 }
 
+/// An answer that is cut is not one that anybody can be sure of.
+#[test]
+fn an_answer_that_is_cut_is_not_calibrated_and_not_given() {
+    let site = Site::new();
+    let adapter = site.adapter(POSTERIOR);
+    let rows: String = (0..12)
+        .map(|at| {
+            format!(
+                "{}\n",
+                json!({"prompt": format!("is thing {at} green"), "completion": "yes"})
+            )
+        })
+        .collect();
+    std::fs::write(site.at("rows.jsonl"), rows).unwrap();
+    let rows = site.at("rows.jsonl");
+    ok(&[
+        "calibrate",
+        "-m",
+        &tiny(),
+        "-a",
+        text(&adapter),
+        "--data",
+        &rows,
+        "--posterior-samples",
+        "2",
+        "--max-tokens",
+        "4",
+    ]);
+    site.set_threshold(POSTERIOR, 0.0);
+    let server = site.serve("", "enabled = true\ndtype = 'f32'\ndraws = 2");
+    let cut = site.score(&server, &with(chat(POSTERIOR), json!({"max_tokens": 2})));
+    assert_eq!(
+        (
+            &cut["finish_reason"],
+            &cut["calibrated"],
+            &cut["abstain"],
+            &cut["calibration"]
+        ),
+        (&json!("length"), &json!(false), &json!(true), &Value::Null),
+        "{cut}"
+    );
+    assert!(
+        cut["calibration_not_used"]
+            .as_str()
+            .unwrap()
+            .contains("cut"),
+        "{cut}"
+    );
+    let asked = [
+        "--prompt",
+        QUESTION,
+        "--max-tokens",
+        "2",
+        "--posterior-samples",
+        "2",
+    ];
+    let predicted = site.predict(POSTERIOR, &asked);
+    agree(&cut, &predicted);
+    assert_eq!(predicted["truncated"], true);
+    // Under another system message the calibration says nothing.
+    let (base, adapter) = (tiny(), site.adapter(POSTERIOR));
+    let asked = [
+        "predict",
+        "-m",
+        &base,
+        "-a",
+        text(&adapter),
+        "--prompt",
+        QUESTION,
+        "--max-tokens",
+        "2",
+        "--posterior-samples",
+        "2",
+        "--abstain",
+    ];
+    let other = run(&[&asked[..], &["--system", "Be brief."]].concat());
+    assert_eq!(other.code, 2, "{}", other.stderr);
+    assert!(
+        other.stderr.contains("another system message"),
+        "{}",
+        other.stderr
+    );
+    // The remedy that was named: ask as the rows did.
+    let same = ok(&asked);
+    assert!(same.stdout.contains("(no answer)"), "{}", same.stdout);
+}
+
 /// Who asks for what cannot be given hears which key it is, and why.
 #[test]
 fn requests_that_cannot_be_scored_name_their_key() {
@@ -357,6 +463,15 @@ fn requests_that_cannot_be_scored_name_their_key() {
         ("draws", with(chat(PLAIN), json!({"draws": -1}))),
         ("choices", with(chat(PLAIN), json!({"choices": []}))),
         ("choices", with(chat(PLAIN), json!({"choices": ["yes"]}))),
+        (
+            "choices[0]",
+            with(chat(PLAIN), json!({"choices": ["", "yes"]})),
+        ),
+        ("stream", with(chat(PLAIN), json!({"stream": true}))),
+        (
+            "temperature",
+            with(chat(PLAIN), json!({"temperature": 0.5})),
+        ),
         (
             "choices[1]",
             with(chat(PLAIN), json!({"choices": ["yes", "yes"]})),

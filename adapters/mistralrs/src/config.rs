@@ -16,9 +16,7 @@ use crate::field_names::field_names;
 use crate::scoring::ScoringDtype;
 
 pub use limits::LimitsSection;
-pub use resolve::{
-    Held, Locate, ModelConfig, PageExample, ServeConfig, TlsFiles, Wanted, local_only,
-};
+pub use resolve::{Held, Locate, ModelConfig, ServeConfig, TlsFiles, Wanted, local_only};
 
 /// `serve.toml` as written, with mistral.rs `from-config` names.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -54,8 +52,29 @@ pub struct ServerSection {
     pub tls_key: Option<PathBuf>,
     /// Whether `/` is a page to ask two models side by side, and to see how sure they are. It needs no key itself; what it asks does.
     pub ui: bool,
+    /// Questions that the page offers.
+    pub examples: Vec<PageExample>,
     /// Web origins whose pages may call the server (`https://app.example`, or `*`); none by default.
     pub allowed_origins: Vec<String>,
+}
+
+/// `[[server.examples]]`: a question that the page at `/` offers.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PageExample {
+    /// What its button says.
+    pub title: String,
+    /// The question.
+    pub question: String,
+    /// System message before it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// Possible answers; none for an answer in the model's own words.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub choices: Vec<String>,
+    /// Most tokens of such an answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<usize>,
 }
 
 impl Default for ServerSection {
@@ -66,6 +85,7 @@ impl Default for ServerSection {
             tls_cert: None,
             tls_key: None,
             ui: false,
+            examples: Vec::new(),
             allowed_origins: Vec::new(),
         }
     }
@@ -270,10 +290,11 @@ fn environment() -> impl Iterator<Item = (String, String)> {
 }
 
 /// Every key of the file's form, by table.
-fn keys() -> [(&'static str, &'static [&'static str]); 11] {
+fn keys() -> [(&'static str, &'static [&'static str]); 12] {
     [
         ("", field_names::<ServeFile>()),
         ("server", field_names::<ServerSection>()),
+        ("server.examples", field_names::<PageExample>()),
         ("runtime", field_names::<RuntimeSection>()),
         ("limits", field_names::<LimitsSection>()),
         ("auth", field_names::<AuthSection>()),

@@ -59,6 +59,8 @@ pub(crate) mod code {
     pub(crate) const LOAD: &str = "load";
     /// Files that were written to while they were checked and loaded.
     pub(crate) const FILES_CHANGED: &str = "files_changed";
+    /// A record of what was loaded at run time that cannot be written.
+    pub(crate) const STATE_FILE: &str = "state_file";
     /// A name that is already served.
     pub(crate) const NAME_TAKEN: &str = "name_taken";
     /// A name that is not served.

@@ -59,7 +59,7 @@ pub use config::{
 pub use engine::{Answer, ChatMessage, Engine, PromptLogits, prompt_logits};
 pub use error::{Error, Result};
 pub use keys::KeySet;
-pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline};
+pub use loader::{MonteCloraLoader, MonteCloraLoaderBuilder, SharedPipeline, check_public_name};
 pub use mistralrs;
 pub use mistralrs_core::{IsqType, ModelDType};
 pub use quantisation::parse_in_situ_quant;

@@ -37,7 +37,7 @@ use crate::quirks_0_8::thread_locals::on_fresh_thread;
 use crate::quirks_0_8::windows::restore_caches;
 
 pub use self::builder::MonteCloraLoaderBuilder;
-pub(crate) use self::builder::check_public_name;
+pub use self::builder::check_public_name;
 
 /// The output head's module.
 const HEAD: &str = "lm_head";
@@ -208,7 +208,11 @@ impl MonteCloraLoader {
     /// The model's chat template, or the one that replaces it; none if there is none.
     pub(crate) fn chat_template(&self) -> Result<Option<ChatTemplate>> {
         let found = chat_template(&self.base, self.chat_template.as_deref())?;
-        let trained_with = self.adapter.as_deref().map(recorded_variables);
+        let trained_with = self
+            .adapter
+            .as_deref()
+            .map(recorded_variables)
+            .transpose()?;
         Ok(found.map(|template| template.with_variables(trained_with.unwrap_or_default())))
     }
 

@@ -174,6 +174,8 @@ pub trait Continuation {
 /// What can be asked of a scorer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ScorerAbout {
+    /// Type of the weights of the copy that is asked.
+    pub dtype: ScoringDtype,
     /// Posterior draws that a request may ask for at most; 0 without a posterior.
     pub draws: usize,
     /// Draws that are asked where a request does not say.
@@ -226,6 +228,10 @@ pub struct Score {
     pub p_correct: f64,
     /// Whether a temperature was applied, so that `p_correct` can be taken at its word for rows like those of the calibration.
     pub calibrated: bool,
+    /// Why the calibration that lies beside the adapter was not used; null where it was, or where there is none.
+    pub calibration_not_used: Option<String>,
+    /// `stop`, or `length` for an answer that was cut; null for choices.
+    pub finish_reason: Option<&'static str>,
     /// Whether the answer is too unsure to be given; null where there is no threshold.
     pub abstain: Option<bool>,
     /// The choices in the request's order.

@@ -68,7 +68,7 @@ pub fn other_conversation(
         let fix = "monteclora merge makes a model with the adapter's";
         warnings.push(Problem::new("other-tokenizer", at, message, fix));
     }
-    if let Some(record) = training_record(path) {
+    if let Some(record) = training_record(path)? {
         for warning in against_record(&record, base, written)? {
             if !warnings.iter().any(|known| known.code == warning.code) {
                 warnings.push(warning);

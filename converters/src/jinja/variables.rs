@@ -4,6 +4,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::error::Result;
+use crate::problem::Problem;
 use crate::trained_base::training_record;
 
 /// The special tokens that every tokenizer of transformers may have.
@@ -85,12 +87,24 @@ pub fn special_tokens(config: Option<&Value>, map: Option<&Value>) -> Map<String
 }
 
 /// The `data.template_variables` that an adapter was trained with, from the run.json beside it or, for a checkpoint, above it.
-pub fn recorded_variables(adapter: &Path) -> Map<String, Value> {
-    let variables = training_record(adapter).and_then(|mut record| {
-        let found = record.pointer_mut("/config/data/template_variables")?;
-        found.as_object().cloned()
-    });
-    variables.unwrap_or_default()
+///
+/// # Errors
+/// A record that is there and cannot be read: without it other prompts would be written.
+pub fn recorded_variables(adapter: &Path) -> Result<Map<String, Value>> {
+    let Some(mut record) = training_record(adapter)? else {
+        return Ok(Map::new());
+    };
+    let found = record.pointer_mut("/config/data/template_variables");
+    match found.map(Value::take) {
+        None | Some(Value::Null) => Ok(Map::new()),
+        Some(Value::Object(variables)) => Ok(variables),
+        Some(other) => {
+            let at = format!("the run.json of `{}`", adapter.display());
+            let message = format!("config.data.template_variables is {other}, expected an object");
+            let fix = "bring the file back as training wrote it, or remove it";
+            Err(Problem::new("record", at, message, fix).into())
+        }
+    }
 }
 
 #[cfg(test)]

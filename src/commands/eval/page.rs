@@ -41,13 +41,13 @@ pub(super) fn write(
             .to_string_lossy()
             .into_owned()
     };
-    let model = name(Path::new(&args.model.model_id));
+    let model = name(Path::new(args.model.named()));
     let adapters: Vec<String> = args.adapter.iter().map(|path| name(path)).collect();
     let rows = subjects
         .first()
         .map_or(0, |subject| subject.scored.losses.len());
     let mut facts = vec![
-        ("base".to_owned(), args.model.model_id.clone()),
+        ("base".to_owned(), args.model.named().to_owned()),
         ("data".to_owned(), args.data.display().to_string()),
         ("rows".to_owned(), rows.to_string()),
     ];

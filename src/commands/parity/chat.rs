@@ -53,7 +53,7 @@ enum Written {
 }
 
 pub(super) fn run(args: &ParityArgs) -> Result<()> {
-    let base = hub::locate(&args.model.model_id, &args.model.options.hub())?;
+    let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let template = args.model.options.chat_template.as_deref();
     let options = EncodeOptions {
         train_on: TrainOn::Assistant,
@@ -70,7 +70,11 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
         };
         warn_of_conversation(path, &base.dir, settings)?;
     }
-    let variables = args.adapter.as_deref().map(recorded_variables);
+    let variables = args
+        .adapter
+        .as_deref()
+        .map(recorded_variables)
+        .transpose()?;
     let variables = variables.unwrap_or_default();
     let encoder = Encoder::with_variables(&base.dir, template, variables, options)?;
     let Some(source) = encoder.template().map(|template| template.content()) else {

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::job::{Form, TICKET};
 use super::{DECODE_BATCH, MAX_NEW_TOKENS};
+use crate::commands::calibrate::common_system;
 use crate::commands::{fit, predict};
 use crate::config::ECE_BINS;
 use crate::data::{Dataset, Encoder, epoch_order};
@@ -136,6 +137,7 @@ pub(super) fn assess(
             rows: for_calibration.len(),
             sha256: valid.sha256(),
             judged: Judged::Answers,
+            system: common_system(&valid, for_calibration.iter().copied())?,
         },
         [
             Scaling::fit(&held_out.own_predictions(&of_base)?, ECE_BINS)?,
@@ -219,7 +221,7 @@ impl Certainty {
         ];
         let mut text = String::new();
         for (title, asked) in titles.iter().zip(&self.questions) {
-            let sure = predict::how_sure(&asked.answer, "draws");
+            let sure = predict::how_sure(&asked.answer);
             text.push_str(&format!(
                 "\n{title}\n  {}\n  {}\n  {sure}\n",
                 asked.question.replace('\n', "\n  "),

@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use monteclora_converters::Problem;
 use serde_json::{Value, json};
 
 use crate::data::{Message, Role};
 use crate::eval::Opening;
-use crate::output::require_empty;
 use crate::sample_models::Recipe;
+
+use super::MAX_NEW_TOKENS;
 
 const SPLITS: [(&str, &str); 3] = [
     (
@@ -24,6 +26,9 @@ const SPLITS: [(&str, &str); 3] = [
 
 /// A ticket of nobody's, about a product that no training ticket is about: to ask a server, and to see how sure it is.
 pub(super) const TICKET: &str = "my tablet will not turn on and i need it today";
+
+/// Name of the file of the run, below the output directory.
+pub(super) const RUN: &str = "run.toml";
 
 /// What the tickets ask for.
 const INSTRUCTION: &str =
@@ -85,19 +90,60 @@ impl Form {
     /// [`TICKET`], asked in this form.
     pub(super) fn question(self) -> Opening {
         match self {
-            Self::Conversations => {
-                let turns = [(Role::System, INSTRUCTION), (Role::User, TICKET)];
-                Opening::Turns(turns.map(|(role, text)| Message::new(role, text)).into())
-            }
-            Self::Prompts => Opening::Text(prompt(INSTRUCTION, TICKET)),
+            Self::Conversations => self.asked(TICKET),
+            Self::Prompts => self.asked(&prompt(INSTRUCTION, TICKET)),
         }
     }
 
-    /// The system message, and the question `asked` in this form: of a conversation the user's turn, else the whole text.
-    #[cfg(feature = "mistralrs")]
-    pub(super) fn on_page(self, asked: &Opening) -> (Option<String>, String) {
-        let system = (self == Self::Conversations).then(|| INSTRUCTION.to_owned());
-        (system, asked.text().to_owned())
+    /// What is asked by `text`: the user's turn of a conversation, or the whole prompt.
+    pub(super) fn asked(self, text: &str) -> Opening {
+        match self {
+            Self::Conversations => {
+                let turns = [(Role::System, INSTRUCTION), (Role::User, text)];
+                Opening::Turns(turns.map(|(role, text)| Message::new(role, text)).into())
+            }
+            Self::Prompts => Opening::Text(text.to_owned()),
+        }
+    }
+
+    /// A test ticket: the user's turn, or the whole prompt.
+    fn known(self) -> Result<String> {
+        let (_, rows) = SPLITS[2];
+        let rows = self.rows(rows)?;
+        let row = rows.lines().next().context("no bundled ticket")?;
+        let row: Value = serde_json::from_str(row).context("a bundled ticket is no JSON")?;
+        let asked = match self {
+            Self::Conversations => &row["messages"][1]["content"],
+            Self::Prompts => &row["prompt"],
+        };
+        Ok(asked
+            .as_str()
+            .context("a bundled ticket asks nothing")?
+            .to_owned())
+    }
+
+    /// What the page of the server offers to ask.
+    fn examples(self) -> Result<String> {
+        let system = match self {
+            Self::Conversations => format!("system = {}\n", toml::Value::from(INSTRUCTION)),
+            Self::Prompts => String::new(),
+        };
+        let titles = [
+            ("A ticket like those it learned", self.known()?),
+            (
+                "A ticket about something it has never seen",
+                self.question().text().to_owned(),
+            ),
+        ];
+        Ok(titles
+            .map(|(title, question)| {
+                format!(
+                    "[[server.examples]]\ntitle = {}\n{system}question = {}\nmax_tokens = {MAX_NEW_TOKENS}\n\n",
+                    toml::Value::from(title),
+                    toml::Value::from(question)
+                )
+            })
+            .concat())
     }
 
     /// The address of a server that answers in this form, and a body for it.
@@ -121,18 +167,40 @@ fn prompt(instruction: &str, ticket: &str) -> String {
     format!("{instruction}\nTicket: {ticket}\nAnswer:")
 }
 
-impl Job<'_> {
-    /// Writes data, run.toml and serve.toml into the output directory `out`.
-    pub(super) fn lay_out(&self, out: &Path, force: bool) -> Result<Paths> {
-        let paths = Paths {
+impl Paths {
+    /// Those below the output directory `out`.
+    pub(super) fn below(out: &Path) -> Self {
+        Self {
             data: out.join("data"),
             adapter: out.join("adapter"),
             collapsed: out.join("lora"),
             gguf: out.join("lora.gguf"),
             posterior: out.join("posterior"),
-            run: out.join("run.toml"),
+            run: out.join(RUN),
             serve: out.join("serve.toml"),
-        };
+        }
+    }
+}
+
+impl Job<'_> {
+    /// Refuses an output directory in which another job was begun.
+    pub(super) fn require_same(&self, out: &Path) -> Result<()> {
+        let paths = Paths::below(out);
+        let found = std::fs::read_to_string(&paths.run)
+            .with_context(|| format!("cannot read `{}`", paths.run.display()))?;
+        if found == self.run_toml(&paths) {
+            return Ok(());
+        }
+        let message = format!(
+            "`{}` is not what this quickstart would run: of another model or version, or edited. Give another --output-dir, or --force to replace what is there; `train -c` runs it as it is",
+            paths.run.display()
+        );
+        Err(Problem::usage(message).into())
+    }
+
+    /// Writes data, run.toml and serve.toml into the output directory `out`.
+    pub(super) fn lay_out(&self, out: &Path) -> Result<Paths> {
+        let paths = Paths::below(out);
         std::fs::create_dir_all(&paths.data)
             .with_context(|| format!("cannot create `{}`", paths.data.display()))?;
         let write = |path: &Path, text: &str| {
@@ -142,15 +210,14 @@ impl Job<'_> {
             let path = paths.data.join(format!("{name}.jsonl"));
             write(&path, &self.form.rows(conversations)?)?;
         }
-        require_empty(&paths.adapter, force)?;
         write(&paths.run, &self.run_toml(&paths))?;
-        write(&paths.serve, &self.serve_toml("adapter"))?;
+        write(&paths.serve, &self.serve_toml("adapter")?)?;
         Ok(paths)
     }
 
     /// Lets serve.toml name the posterior, which has the same mean, with its scores.
     pub(super) fn serve_posterior(&self, paths: &Paths) -> Result<()> {
-        std::fs::write(&paths.serve, self.serve_toml("posterior"))
+        std::fs::write(&paths.serve, self.serve_toml("posterior")?)
             .with_context(|| format!("cannot write `{}`", paths.serve.display()))
     }
 
@@ -176,19 +243,20 @@ impl Job<'_> {
         )
     }
 
-    fn serve_toml(&self, source: &str) -> String {
+    fn serve_toml(&self, source: &str) -> Result<String> {
         let uncertainty = match source {
             "posterior" => {
                 "[models.uncertainty]   # POST /v1/monteclora/score: how sure an answer is\nenabled = true\ndtype = \"f32\"\n\n"
             }
             _ => "",
         };
-        format!(
-            "[server]\nhost = \"127.0.0.1\"\nport = 1234\nui = true   # a page at /\n\n[[models]]\nmodel_id = {}\nname = {}\n\n\
+        Ok(format!(
+            "[server]\nhost = \"127.0.0.1\"\nport = 1234\nui = true   # a page at /\n\n{}[[models]]\nmodel_id = {}\nname = {}\n\n\
              [models.device]\ncpu = true\n\n{uncertainty}[[models.adapters]]\ntype = \"monteclora\"\nalias = \"triage\"\nsource = \"{source}\"\n",
+            self.form.examples()?,
             quoted(self.base),
             toml::Value::from(self.name),
-        )
+        ))
     }
 }
 
@@ -251,7 +319,7 @@ mod tests {
                     form,
                     recipe: model.recipe,
                 };
-                let paths = job.lay_out(dir.path(), true).expect("written");
+                let paths = job.lay_out(dir.path()).expect("written");
                 let text = std::fs::read_to_string(&paths.run).expect("readable");
                 let run = RunConfig::from_toml(&text, "run.toml", &[]).expect("valid");
                 assert_eq!(run.data.apply_chat_template, form == Form::Conversations);

@@ -213,6 +213,34 @@ pub struct Row {
     pub notes: Notes,
 }
 
+impl Row {
+    /// The system message; none where there is none.
+    pub fn system(&self) -> Option<&str> {
+        match &self.content {
+            RowContent::Conversation { messages, .. } => {
+                let first = messages.first()?;
+                (first.role() == Role::System).then(|| first.content())
+            }
+            RowContent::Prompt { system, .. } => system.as_deref(),
+            RowContent::Text(_) => None,
+        }
+    }
+
+    /// What is asked: the prompt, or the user's last turn; none of a text.
+    pub fn question(&self) -> Option<&str> {
+        match &self.content {
+            RowContent::Conversation { messages, .. } => {
+                let mut turns = messages.iter().rev();
+                turns
+                    .find(|turn| turn.role() == Role::User)
+                    .map(Message::content)
+            }
+            RowContent::Prompt { prompt, .. } => Some(prompt),
+            RowContent::Text(_) => None,
+        }
+    }
+}
+
 /// What the reading of a row left aside or changed, without harm enough to refuse the row.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Notes {

@@ -10,15 +10,10 @@ const ADVICE: [&str; 9] = [
 /// Every text outside of tests that advises a command or a flag, with its file.
 pub(super) fn advice(root: &Path) -> Vec<(PathBuf, String)> {
     let help = crate::cli::ok(&["--help"]).stdout;
-    let listed = help
-        .split("Commands:")
-        .nth(1)
-        .unwrap()
-        .split("\n\n")
-        .next()
-        .unwrap();
+    let listed = help.split("Options:").next().unwrap();
     let commands: Vec<&str> = listed
         .lines()
+        .filter(|line| line.starts_with("  "))
         .filter_map(|line| line.split_whitespace().next())
         .collect();
     assert!(commands.contains(&"collapse"), "{help}");

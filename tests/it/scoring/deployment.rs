@@ -265,3 +265,100 @@ fn the_base_is_to_be_named_where_only_some_are_scored() {
         "the alias says which base is meant"
     );
 }
+
+/// The canary takes nobody's name, and what was edited by hand is not brought back.
+#[test]
+fn canaries_and_rollbacks_leave_other_things_alone() {
+    let site = Site::new();
+    let server = site.serve("", "enabled = true\ndtype = 'f32'\ndraws = 2");
+    let (root, plain) = (site.at("adapters"), site.adapter(PLAIN));
+    let common = ["--server", &server.url, "--adapter-root", &root];
+    let refused = |arguments: &[&str]| {
+        let done = command(&[arguments, &common].concat());
+        assert_eq!(done.code, 2, "{arguments:?}: {}", done.stderr);
+        done.stderr
+    };
+    run(
+        &site,
+        &server,
+        "deploy",
+        "x-canary",
+        &[text(&plain), "--base", "base"],
+    );
+    let said = refused(&["deploy", text(&plain), "--alias", "x"]);
+    assert!(
+        said.contains("`x-canary`") && said.contains("--alias"),
+        "{said}"
+    );
+    assert_eq!(
+        site.post(
+            &server,
+            "/v1/chat/completions",
+            &with(chat("x-canary"), json!({"max_tokens": 1}))
+        )
+        .status(),
+        200
+    );
+    for alias in ["", "..", "/abs", "a b", "default"] {
+        let said = refused(&["deploy", text(&plain), "--alias", alias]);
+        assert!(
+            said.contains("--alias") && !said.contains("canary"),
+            "{said}"
+        );
+        assert!(!site.dir.path().join("adapters/.lock").exists());
+    }
+    let first = run(
+        &site,
+        &server,
+        "deploy",
+        "y",
+        &[&own_adapter(POSTERIOR), "--base", "base"],
+    );
+    run(&site, &server, "deploy", "y", &[text(&plain)]);
+    let release = site
+        .dir
+        .path()
+        .join("adapters")
+        .join(first["directory"].as_str().unwrap());
+    let config = release.join("run.json");
+    std::fs::remove_file(&config).unwrap();
+    std::fs::write(
+        &config,
+        r#"{"config": {"data": {"template_variables": {"day": "Monday"}}}}"#,
+    )
+    .unwrap();
+    let said = refused(&["rollback", "--alias", "y"]);
+    assert!(said.contains("was changed since it was released"), "{said}");
+    // A record that cannot be read would write other prompts, and is refused.
+    let damaged = site.adapter("damaged");
+    copy(own_adapter(POSTERIOR).as_ref(), &damaged);
+    for content in [
+        "",
+        "[]",
+        r#"{"config": {"data": {"template_variables": 5}}}"#,
+    ] {
+        std::fs::write(damaged.join("run.json"), content).unwrap();
+        let load = json!({"lora_name": "d", "lora_path": "damaged", "model": "base"});
+        let answer = site.post(&server, "/v1/load_lora_adapter", &load);
+        assert_eq!(
+            answer.status(),
+            422,
+            "{content}: {}",
+            answer.text().unwrap()
+        );
+        let done = command(&[
+            "predict",
+            "-m",
+            &tiny(),
+            "-a",
+            text(&damaged),
+            "--prompt",
+            "a",
+        ]);
+        assert!(
+            done.code == 4 && done.stderr.contains("run.json"),
+            "{content}: {}",
+            done.stderr
+        );
+    }
+}

@@ -9,9 +9,8 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use mistralrs_core::{IsqType, ModelDType};
-use serde::Serialize;
 
-use super::{AdminSection, LimitsSection, ModelSection, ServeFile, ServerSection};
+use super::{AdminSection, LimitsSection, ModelSection, PageExample, ServeFile, ServerSection};
 use crate::error::{Error, Result};
 use crate::keys::{ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, KeySet};
 use crate::loader::{MonteCloraLoader, check_public_name};
@@ -67,21 +66,6 @@ pub struct TlsFiles {
     pub cert: PathBuf,
     /// Private key, PEM.
     pub key: PathBuf,
-}
-
-/// A question that the page at `/` offers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct PageExample {
-    /// What its button says.
-    pub title: String,
-    /// The question.
-    pub question: String,
-    /// System message before it.
-    pub system: Option<String>,
-    /// Possible answers; none for an answer in the model's own words.
-    pub choices: Vec<String>,
-    /// Most tokens of such an answer.
-    pub max_tokens: usize,
 }
 
 /// What the server runs on: checked and free of defaults.
@@ -258,7 +242,7 @@ impl ServeFile {
                 limits: self.limits.clone(),
                 tls,
                 ui: self.server.ui,
-                examples: Vec::new(),
+                examples: self.server.examples.clone(),
                 allowed_origins: self.server.allowed_origins.clone(),
                 api_keys,
                 admin_keys,

@@ -128,6 +128,9 @@ fn the_key_list_is_the_structures() {
         "[[models.adapters]]",
         "[models.uncertainty]\nenabled = true\ndtype = \"bf16\"\ndraws = 8\nmax_concurrent = 1\n[[models.adapters]]\ndraws = 2",
     );
+    let all = format!(
+        "{all}\n[[server.examples]]\ntitle = 't'\nquestion = 'q'\nsystem = 's'\nchoices = ['a', 'b']\nmax_tokens = 1\n"
+    );
     parse(&all).expect("all keys are known");
     let listed: usize = keys().iter().map(|(_, keys)| keys.len()).sum();
     let written = all

@@ -91,7 +91,10 @@ impl MonteCloraLoaderBuilder {
 const MAX_NAME: usize = 200;
 
 /// Refuses names that cannot be a model's public name: empty, a path, or with characters that routing needs.
-pub(crate) fn check_public_name(name: &str) -> Result<()> {
+///
+/// # Errors
+/// With the name, and what names may be.
+pub fn check_public_name(name: &str) -> Result<()> {
     let allowed = |c: char| c.is_alphanumeric() || "-_.:/".contains(c);
     let is_path =
         name.starts_with(['/', '.', '~', '-']) || name.contains("..") || name.contains('\\');

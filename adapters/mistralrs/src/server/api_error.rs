@@ -103,6 +103,7 @@ impl ApiError {
             }
             (_, code @ code::MODEL_NOT_FOUND) => (StatusCode::NOT_FOUND, code),
             (_, code @ code::ENGINE_UNAVAILABLE) => (StatusCode::SERVICE_UNAVAILABLE, code),
+            (_, code @ code::STATE_FILE) => (StatusCode::INSUFFICIENT_STORAGE, code),
             (_, code @ code::OVER_BUDGET) => (StatusCode::UNPROCESSABLE_ENTITY, code),
             _ => (StatusCode::UNPROCESSABLE_ENTITY, "adapter_refused"),
         };

@@ -80,7 +80,10 @@ impl AppState {
                 "server.allowed_origins",
                 old.allowed_origins != new.allowed_origins,
             ),
-            ("server.ui", old.ui != new.ui),
+            (
+                "server.ui or server.examples",
+                (old.ui, &old.examples) != (new.ui, &new.examples),
+            ),
             ("server.tls_cert", self.tls.is_some() != new.tls.is_some()),
             ("runtime.max_memory_mb", old.max_memory != new.max_memory),
             ("limits", old.limits != new.limits),

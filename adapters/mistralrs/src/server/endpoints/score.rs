@@ -49,6 +49,9 @@ struct ScoreKeys {
     max_tokens: Option<usize>,
     #[serde(default, deserialize_with = "flag")]
     length_normalised: bool,
+    #[serde(default, deserialize_with = "flag")]
+    stream: bool,
+    temperature: Option<f64>,
 }
 
 /// A score with what it is of.
@@ -148,6 +151,18 @@ impl ScoreKeys {
     fn request(self, app: &App, lease: &Lease) -> Result<ScoreRequest, ApiError> {
         let invalid =
             |key: &str, message: &str| Err(ApiError::invalid(key, format!("`{key}` {message}")));
+        if self.stream {
+            return invalid("stream", "must be false: a score comes as a whole");
+        }
+        if self
+            .temperature
+            .is_some_and(|temperature| temperature != 0.0)
+        {
+            return invalid(
+                "temperature",
+                "must be 0: what is scored is the most likely answer",
+            );
+        }
         let of_template = [
             ("tools", self.tools.is_some()),
             ("chat_template_kwargs", self.chat_template_kwargs.is_some()),
@@ -185,6 +200,12 @@ impl ScoreKeys {
             );
         }
         let choices = self.choices.unwrap_or_default();
+        if choices.len() == 1 {
+            return invalid("choices", "has one entry: give two or more");
+        }
+        if let Some(at) = choices.iter().position(String::is_empty) {
+            return invalid(&format!("choices[{at}]"), "is empty");
+        }
         if choices.len() > MAX_CHOICES {
             let message = format!(
                 "has {} entries; this server scores at most {MAX_CHOICES}",

@@ -149,7 +149,7 @@ impl Wanted {
         }
         warnings.extend(scorer.iter().flat_map(|scorer| scorer.warnings.clone()));
         let variables = self.loader.adapter().map(recorded_variables);
-        let variables = variables.unwrap_or_default();
+        let variables = variables.transpose()?.unwrap_or_default();
         Ok(Checked {
             max_sequence_length,
             vocab_size,

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use monteclora_converters::{Error as FormatError, files};
+use monteclora_converters::{Error as FormatError, Problem, files};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ModelConfig, ServeConfig};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, code};
 
 /// Changes made at run time to what `serve.toml` says, by public name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,17 +98,14 @@ impl StateFile {
         let mut text = serde_json::to_string_pretty(state)
             .map_err(|error| Error::io("write", &self.path)(error.into()))?;
         text.push('\n');
-        files::write_text(&self.path, &text).map_err(|error| match error {
-            FormatError::Io {
-                action,
-                path,
-                source,
-            } => Error::Io {
-                action,
-                path,
-                source,
-            },
-            error => error.into(),
+        files::write_text(&self.path, &text).map_err(|error| {
+            tracing::error!("the state file cannot be written: {error}");
+            let why = match error {
+                FormatError::Io { source, .. } => source.to_string(),
+                error => error.to_string(),
+            };
+            let message = format!("the state file cannot be written ({why}); nothing was changed");
+            Problem::sentence(code::STATE_FILE, message).into()
         })
     }
 

@@ -100,11 +100,11 @@ function showLoaded() {
     const sure = model.uncertainty;
     const cells = [
       model.id,
-      model.parent || "",
-      model.generation,
-      megabytes(model.weight_bytes),
-      sure ? String(sure.draws) : "not scored",
       calibratedFor(sure),
+      sure ? String(sure.draws) : "not scored",
+      model.parent || "",
+      megabytes(model.weight_bytes),
+      model.generation,
     ];
     const row = element("tr", "");
     cells.forEach((text, index) => {
@@ -115,7 +115,7 @@ function showLoaded() {
     return row;
   }));
   const sum = bases.reduce((all, model) => all + model.weight_bytes, 0);
-  at("memory").textContent = `${megabytes(sum)} for weights in all; each adapter of an engine is a copy of its base.`;
+  at("memory").textContent = `${megabytes(sum)} for weights in all; each adapter has a copy of its base.`;
 }
 
 // ---- asking
@@ -242,28 +242,32 @@ const WORDS = [[0.95, "very sure"], [0.8, "sure"], [0.5, "not sure"], [0, "guess
 /** How sure a score is, in the words of `monteclora predict`. */
 function verdict(score) {
   const p = score.p_correct;
-  const word = WORDS.find(([least]) => p >= least)[1];
-  let text = score.abstain ? `too unsure to answer: ${percent(p)} likely to be right` : `${word}: ${percent(p)} likely to be right`;
-  if (!score.calibrated) text += " by its own account; no calibration holds for it";
-  const found = score.uncertainty;
-  if (found) {
-    const agreeing = Math.round(found.agreement * found.draws);
-    text += agreeing === found.draws ? `; all ${found.draws} draws say the same` : `; ${agreeing} of ${found.draws} draws say the same`;
+  if (score.finish_reason === "length") {
+    return element("p", "verdict unchecked", "cut at the most tokens that were allowed: how sure the whole answer would be, nobody knows");
   }
-  return element("p", `verdict ${p >= 0.8 && !score.abstain ? "sure" : "unsure"}`, text);
+  if (score.abstain) return element("p", "verdict unsure", `too unsure to answer: ${percent(p)} likely to be right`);
+  if (!score.calibrated) {
+    const text = score.choices ? `not calibrated: the model gives it ${percent(p)}` : `not calibrated: ${percent(p)} is the model's probability of exactly this text`;
+    return element("p", "verdict unchecked", text);
+  }
+  const word = WORDS.find(([least]) => p >= least)[1];
+  return element("p", `verdict ${p >= 0.8 ? "sure" : "unsure"}`, `${word}: ${percent(p)} likely to be right`);
 }
 
 function details(score) {
   const parts = [];
   const found = score.uncertainty;
+  if (score.calibration_not_used) parts.push(`the calibration ${score.calibration_not_used}`);
   if (found) {
     const number = (value) => value.toFixed(4);
+    const agreeing = Math.round(found.agreement * found.draws);
+    parts.push(`${agreeing === found.draws ? "all" : `${agreeing} of`} ${found.draws} draws say the same`);
     parts.push(`entropy ${number(found.predictive_entropy)} nats = ${number(found.expected_entropy)} within a draw + ${number(found.mutual_information)} between draws`);
   }
   const calibration = score.calibration;
   if (calibration) {
     parts.push(`temperature ${calibration.temperature.toFixed(3)} from ${calibration.rows} rows`);
-    if (calibration.threshold !== null) parts.push(`answers from ${percent(calibration.threshold)} on`);
+    if (calibration.threshold !== null) parts.push(`silent below ${percent(calibration.threshold)}`);
   }
   parts.push(`generation ${score.generation}`);
   return element("p", "note", parts.join("; "));
@@ -369,11 +373,21 @@ function notScored(model) {
   return at("sure").checked ? "" : "Choices are scored: tick \u201cSay how sure an answer is\u201d.";
 }
 
+/** What was asked, above its answer. */
+function head(model) {
+  const question = at("question").value.trim().replace(/\s+/g, " ");
+  const parts = [`${model.id}: ${question.length > 160 ? `${question.slice(0, 159)}\u2026` : question}`];
+  if (at("system").value.trim()) parts.push("with a system message");
+  const count = choices().length;
+  if (count) parts.push(`${count} choices`);
+  return parts.join("; ");
+}
+
 async function ask(side, signal) {
   const model = models.find((candidate) => candidate.id === side.model.value);
   if (!model) return true;
   const said = element("p", "said");
-  const box = element("article", "answer", element("p", "note", `${model.id}: ${at("question").value.trim().slice(0, 120)}`), said);
+  const box = element("article", "answer", element("p", "note", head(model)), said);
   side.answers.prepend(box);
   side.answers.setAttribute("aria-busy", "true");
   if (!model.has_chat_template && at("system").value.trim()) {
@@ -396,6 +410,10 @@ async function ask(side, signal) {
 /** What keeps the form from being sent, with its field; nothing if it can be sent. */
 function wrongField() {
   const tokens = at("max-tokens");
+  if (choices().length === 1) {
+    at("more").open = true;
+    return [at("choices"), "Give two choices or more, one per line, or none."];
+  }
   if (!at("question").value.trim()) return [at("question"), "Write a question first."];
   if (!tokens.checkValidity() || !tokens.value) {
     at("more").open = true;
@@ -419,6 +437,10 @@ async function askBoth() {
   if (document.activeElement === at("send")) at("stop").focus();
   at("send").disabled = true;
   say("Asking.");
+  // On a small window the answers are below.
+  if (at("left-answer").getBoundingClientRect().top > window.innerHeight) {
+    at("left-title").scrollIntoView({ block: "start" });
+  }
   let said = "Done.";
   try {
     const ended = await Promise.all(sides.map((side) => ask(side, signal)));
@@ -471,6 +493,9 @@ at("ask").addEventListener("keydown", (event) => {
   }
 });
 at("stop").addEventListener("click", () => asking && asking.abort());
+at("clear").addEventListener("click", () => {
+  if (!asking) sides.forEach((side) => side.answers.replaceChildren());
+});
 at("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key = at("key").value.trim();

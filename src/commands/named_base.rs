@@ -1,0 +1,64 @@
+//! The base of a command line: the one that `-m` names, else the one that the adapter was trained on by its own word.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use monteclora_converters::Problem;
+use monteclora_converters::json::read_object;
+
+use crate::cli::ModelArgs;
+
+const KEY: &str = "base_model_name_or_path";
+
+impl ModelArgs {
+    /// Takes the base that `adapter` names, if the command line names none.
+    ///
+    /// # Errors
+    /// An adapter that names none.
+    pub(super) fn settle(&mut self, adapter: Option<&PathBuf>) -> Result<()> {
+        if let (None, Some(adapter)) = (&self.model_id, adapter) {
+            self.model_id = Some(named_by(adapter)?);
+        }
+        Ok(())
+    }
+
+    /// The base as it is named, for texts.
+    pub(super) fn named(&self) -> &str {
+        self.model_id.as_deref().unwrap_or("BASE")
+    }
+
+    /// The base; after [`Self::settle`] there is one.
+    ///
+    /// # Errors
+    /// If the command line names none.
+    pub(super) fn id(&self) -> Result<&str> {
+        let message = "which base model? Give it with -m: a directory, a Hub id or a .gguf file";
+        let id = self.model_id.as_deref();
+        id.ok_or_else(|| Problem::usage(message).into())
+    }
+}
+
+/// The base that the adapter's configuration names.
+pub(super) fn named_by(adapter: &Path) -> Result<String> {
+    let dir = match adapter.is_file() {
+        true => adapter.parent().unwrap_or(adapter),
+        false => adapter,
+    };
+    let path = dir.join("adapter_config.json");
+    let named = match path.is_file() {
+        true => read_object(&path)?
+            .get(KEY)
+            .and_then(|v| v.as_str())
+            .map(str::to_owned),
+        false => None,
+    };
+    let Some(named) = named.filter(|named| !named.is_empty()) else {
+        let message = format!(
+            "`{}` names no base model; give it with -m",
+            adapter.display()
+        );
+        return Err(Problem::usage(message).into());
+    };
+    tracing::info!("base model: {named}, which `{}` names", path.display());
+    Ok(named)
+}
