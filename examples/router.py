@@ -4,9 +4,7 @@
     monteclora serve -c serve.toml                      # with enabled = true below [models.uncertainty]
     pip install openai
     python3 examples/router.py triage --choices billing bug question < tickets.txt
-
-Calibrate on rows like the questions: with the same system message, and with `choices` if they are given here.
-"""
+Calibrate on rows like the questions: with their system message, and with `choices` if they are given here."""
 
 import argparse
 import os
@@ -21,9 +19,8 @@ parser.add_argument("--choices", nargs="+", help="possible answers; without them
 parser.add_argument("--target-error", type=float, help="share of wrong answers that is allowed (default: the calibration's)")
 asked = parser.parse_args()
 client = OpenAI(base_url=os.environ.get("BASE_URL", "http://127.0.0.1:1234/v1"), api_key=os.environ.get("API_KEY", "none"))
-
+system = [{"role": "system", "content": asked.system}] if asked.system else []
 for ticket in filter(None, map(str.strip, sys.stdin)):
-    system = [{"role": "system", "content": asked.system}] if asked.system else []
     body = {"model": asked.model, "messages": [*system, {"role": "user", "content": ticket}]}
     body |= {key: value for key, value in (("choices", asked.choices), ("target_error", asked.target_error)) if value}
     score = client.post("/monteclora/score", body=body, cast_to=object)
