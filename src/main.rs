@@ -31,12 +31,15 @@ fn parsed() -> Cli {
 }
 
 /// Whether it goes on for days, so that lines of its log want a time.
+#[cfg(feature = "mistralrs")]
 fn is_server(command: &Command) -> bool {
-    #[cfg(feature = "mistralrs")]
-    let is_server = matches!(command, Command::Serve(_));
-    #[cfg(not(feature = "mistralrs"))]
-    let is_server = false;
-    is_server
+    matches!(command, Command::Serve(_))
+}
+
+/// Without mistral.rs there is no server.
+#[cfg(not(feature = "mistralrs"))]
+fn is_server(_: &Command) -> bool {
+    false
 }
 
 fn main() -> ExitCode {

@@ -24,7 +24,7 @@ use super::{interrupted, numerical, program, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
 use crate::data::Dataset;
-use crate::eval::{Opening, Recital};
+use crate::eval::Recital;
 use crate::fit::Stopped;
 use crate::hub::{self, HubOptions, Located, OfGguf};
 use crate::model::{ActiveAdapter, Decoder, Generation};
@@ -362,7 +362,7 @@ fn served(
     use mistralrs_monteclora::{ChatMessage, Engine, MonteCloraLoader};
 
     use crate::data::Message;
-    use crate::eval::{Bases, Engines, compare};
+    use crate::eval::{Bases, Engines, Opening, compare};
 
     tracing::info!("loading the collapsed adapter into mistral.rs");
     let base = prepared.base.dir.as_path();
