@@ -3,7 +3,7 @@
     [train]
     report_to = ["jsonl", "command:python examples/wandb_sink.py"]
 
-`monteclora train` writes one JSON object per line to the standard input of this script; docs/train.md lists their keys.
+`monteclora train` writes one JSON object per line to the standard input of this script; docs/watch.md lists their keys.
 Set WANDB_PROJECT, and WANDB_RUN_ID to go on with the same run after `--resume auto`.
 """
 

@@ -16,7 +16,7 @@ use serde::de::value::{Error, StringDeserializer};
 
 pub use adapter::{
     CollapseArgs, ConvertArgs, ConvertDtypeArg, EngineArg, ImportDtypeArg, ImportGgufArgs,
-    InspectArgs, MergeArgs, ParityArgs, SampleArgs, ValidateArgs,
+    InspectArgs, MergeArgs, ParityArgs, PushArgs, SampleArgs, ValidateArgs,
 };
 pub use bench::{BenchCommand, BenchMatmulArgs, BenchMethod, BenchTrainArgs};
 pub use data::{ColorArg, DataCheckArgs, DataCommand, DataPreviewArgs, DataSourceArgs};
@@ -33,94 +33,96 @@ use crate::config::{DTYPES, DtypeChoice};
 #[derive(Debug, Parser)]
 #[command(name = "monteclora", version, max_term_width = 100)]
 pub struct Cli {
-    /// What to do.
+    /// Command to run.
     #[command(subcommand)]
     pub command: Command,
-    /// More logging on stderr; twice for everything.
+    /// Log more on stderr. Give it twice to log everything.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
-    /// Form of the log on stderr.
+    /// Format of the log on stderr.
     #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
 }
 
-/// Form of the log.
+/// Format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum LogFormat {
-    /// Lines for people.
+    /// Plain text lines.
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// The whole job on a real model in minutes: train, compare with the base, collapse, serve.
+    /// Try a real model in minutes: train, compare with the base, collapse, serve.
     Quickstart(QuickstartArgs),
-    /// A commented run.toml for a model and a data file.
+    /// Write a commented run.toml for a model and a data file.
     Init(InitArgs),
-    /// Fine-tune as run.toml says.
+    /// Fine-tune a model as run.toml says.
     Train(TrainArgs),
-    /// Scores of a base and an adapter on a data file: loss, perplexity, token accuracy, multiple choice, calibration.
+    /// Score a base and an adapter on a data file: loss, perplexity, token accuracy, multiple choice, calibration.
     Eval(EvalArgs),
-    /// Answers to a prompt or to the rows of a file, and how sure the posterior is of them.
+    /// Answer a prompt or the rows of a file, with the posterior's confidence.
     Predict(PredictArgs),
-    /// A conversation at the terminal, with how sure each answer is.
+    /// Chat with a model in the terminal, with the confidence of each answer.
     Chat(ChatArgs),
-    /// A posterior around any LoRA: how wide its noise may be, judged on held-out rows.
+    /// Fit a posterior around any LoRA: noise width chosen on held-out rows.
     Fit(FitArgs),
-    /// A temperature that makes answers as sure as they are right, and a confidence below which to give none.
+    /// Calibrate confidence: fit a temperature and a threshold for giving no answer.
     Calibrate(CalibrateArgs),
-    /// One self-contained HTML page about a training run.
+    /// Write one self-contained HTML page about a training run.
     Report(ReportArgs),
-    /// Data files: every bad row, rows with what is trained marked, lengths.
+    /// Inspect data files: every bad row, rows with trained tokens marked, lengths.
     #[command(subcommand)]
     Data(DataCommand),
-    /// Posterior mean as a plain LoRA directory.
+    /// Write the posterior mean as a plain LoRA directory.
     Collapse(CollapseArgs),
-    /// Between adapter formats: PEFT, plain LoRA, GGUF, mlx-lm.
+    /// Convert an adapter between formats: PEFT, plain LoRA, GGUF, mlx-lm.
     Convert(ConvertArgs),
-    /// Posterior draws, each a plain LoRA directory.
+    /// Write posterior draws, each as a plain LoRA directory.
     Sample(SampleArgs),
-    /// A full model directory with the adapter merged in.
+    /// Merge an adapter into its base and write a full model directory.
     #[command(visible_alias = "fuse", alias = "merge-lora")]
     Merge(MergeArgs),
-    /// What a model or adapter holds.
+    /// Push an adapter to the Hugging Face Hub, with a model card.
+    Push(PushArgs),
+    /// Show the contents of a model or adapter.
     Inspect(InspectArgs),
-    /// Every problem of an adapter, for a base and for runtimes.
+    /// Report every problem of an adapter, for a base and for runtimes.
     Validate(ValidateArgs),
-    /// Logits of our decoder against mistral.rs and against a recorded reference.
+    /// Compare logits of our decoder with mistral.rs and with a recorded reference.
     #[cfg(feature = "mistralrs")]
     Parity(ParityArgs),
-    /// mistral.rs's OpenAI-compatible server with adapters loaded.
+    /// Run mistral.rs's OpenAI-compatible server with adapters loaded.
     #[cfg(feature = "mistralrs")]
     Serve(ServeArgs),
-    /// An adapter into service on a running server: canary, swap, verification, and the way back.
+    /// Deploy an adapter to a running server: canary, swap, verification, and rollback.
     #[cfg(feature = "mistralrs")]
     Deploy(DeployArgs),
-    /// The generation that an alias had before.
+    /// Restore the previous generation of an alias.
     #[cfg(feature = "mistralrs")]
     Rollback(RollbackArgs),
-    /// What a running server serves.
+    /// Show what a running server serves.
     #[cfg(feature = "mistralrs")]
     Status(StatusArgs),
-    /// GGUF base model to a Hugging Face directory.
+    /// Convert a GGUF base model to a Hugging Face directory.
     ImportGguf(ImportGgufArgs),
-    /// What this build and this machine can do.
+    /// Show what this build and this machine support.
     Doctor(DoctorArgs),
-    /// Man pages, one per command, into a directory.
+    /// Write man pages, one per command, into a directory.
     Man {
-        /// Directory, which may be new.
+        /// Output directory; created if missing.
         dir: PathBuf,
     },
-    /// Shell completions on stdout.
+    /// Print shell completions on stdout.
     Completions {
-        /// The shell.
+        /// Shell to complete for.
         shell: clap_complete::Shell,
     },
-    /// Measurements that anyone can repeat.
+    /// Measure speed with repeatable benchmarks.
     #[command(subcommand)]
     Bench(BenchCommand),
 }
@@ -136,10 +138,15 @@ fn dtypes() -> impl TypedValueParser<Value = DtypeChoice> {
 /// Which base model, and where it runs; the names are those of mistral.rs.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// Local directory, Hub id, or local .gguf file. With an adapter by default the base that the adapter names.
-    #[arg(short, long = "model-id", value_name = "MODEL")]
+    /// Base model: local directory, Hub id, or local .gguf file. Default with an adapter: the base that the adapter names.
+    #[arg(
+        short,
+        long = "model-id",
+        visible_alias = "model",
+        value_name = "MODEL"
+    )]
     pub model_id: Option<String>,
-    /// How it is fetched and run.
+    /// How the model is fetched and run.
     #[command(flatten)]
     pub options: ModelOptions,
 }
@@ -150,16 +157,16 @@ pub struct ModelOptions {
     /// Branch, tag or commit on the Hub.
     #[arg(long)]
     pub revision: Option<String>,
-    /// Element type of the base's weights in memory.
+    /// dtype of the base's weights in memory.
     #[arg(long, value_parser = dtypes(), default_value = "auto")]
     pub dtype: DtypeChoice,
-    /// Stay on the CPU where the build supports an accelerator.
+    /// Run on the CPU even if the build supports an accelerator.
     #[arg(long)]
     pub cpu: bool,
     /// Hub token: `literal:TOKEN`, `env:VARIABLE`, `path:FILE`, `cache` or `none`.
     #[arg(long, default_value = "cache")]
     pub token_source: String,
-    /// Jinja file in place of the model's chat template.
+    /// Jinja file that replaces the model's chat template.
     #[arg(long, value_name = "FILE")]
     pub chat_template: Option<PathBuf>,
 }
@@ -167,7 +174,7 @@ pub struct ModelOptions {
 /// `doctor`
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }

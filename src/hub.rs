@@ -4,6 +4,7 @@
 mod client;
 mod dataset;
 mod gguf;
+mod push;
 
 use std::path::{Path, PathBuf};
 
@@ -13,10 +14,12 @@ use hf_hub::api::sync::{Api, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use monteclora_converters::is_gguf;
 
+pub use self::client::is_hub_id;
 pub use self::dataset::{DatasetId, DatasetRepo};
 pub use self::gguf::OfGguf;
+pub use self::push::{Destination, Pushed, push, require_repo};
 
-use self::client::{builder, is_hub_id, problem, refusal};
+use self::client::{builder, problem, refusal};
 use crate::sample_models::SampleModel;
 
 /// A model found: its directory, and its name as the user gave it.

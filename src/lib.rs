@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod allocator;
+pub mod card;
 pub mod cli;
 pub mod commands;
 pub mod config;

@@ -1,4 +1,4 @@
-//! Logs on standard error: lines for people, or one JSON object a line for programs.
+//! Logs on standard error: lines for people, or one JSON object per line for programs.
 
 use std::fmt;
 use std::io::IsTerminal;

@@ -19,12 +19,14 @@ fn parsed() -> Cli {
         let Some(ContextValue::String(name)) = error.get(ContextKind::InvalidSubcommand) else {
             error.exit()
         };
-        let hint = cli::hint(name);
+        let Some(hint) = cli::hint(name) else {
+            error.exit()
+        };
         // Nothing is left to do if standard error is closed.
-        let _ = error.print();
-        if let Some(hint) = hint {
-            let _ = writeln!(std::io::stderr(), "\n  {hint}");
-        }
+        let _ = writeln!(
+            std::io::stderr(),
+            "error: there is no command `{name}`: {hint}\n\nFor all commands, try '--help'."
+        );
         std::process::exit(2);
     });
     Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())

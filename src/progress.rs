@@ -19,6 +19,13 @@ pub fn items(message: &'static str, total: u64) -> ProgressBar {
     bar
 }
 
+/// Something that takes a while and has no steps to count; invisible where stderr is no terminal.
+pub fn busy(message: &'static str) -> ProgressBar {
+    let bar = styled("{spinner} {msg} [{elapsed}]").with_message(message);
+    bar.enable_steady_tick(std::time::Duration::from_millis(120));
+    bar
+}
+
 fn styled(template: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     match ProgressStyle::with_template(template) {

@@ -14,13 +14,13 @@ use crate::eval::DEFAULT_SEED;
 pub struct CollapseArgs {
     /// Adapter directory.
     pub adapter: PathBuf,
-    /// New directory.
+    /// New output directory.
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Write into a directory that is not empty, and accept an adapter that changes nothing.
+    /// Write into a non-empty directory, and accept an adapter that changes nothing.
     #[arg(long)]
     pub force: bool,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -48,12 +48,12 @@ fn written_formats() -> Vec<PossibleValue> {
         .collect()
 }
 
-/// Element types that `convert` writes.
+/// The dtypes that `convert` writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ConvertDtypeArg {
-    /// Single precision.
+    /// 32-bit float.
     F32,
-    /// Half precision.
+    /// 16-bit float.
     F16,
     /// bfloat16.
     Bf16,
@@ -62,27 +62,27 @@ pub enum ConvertDtypeArg {
 /// `convert`
 #[derive(Debug, Args)]
 pub struct ConvertArgs {
-    /// Adapter directory or GGUF file.
+    /// Adapter directory or GGUF file to convert.
     pub source: PathBuf,
-    /// New directory, or file for GGUF.
+    /// New output directory; for GGUF a file.
     #[arg(short, long, value_name = "DST")]
     pub output: PathBuf,
-    /// Format to write.
+    /// Adapter format to write.
     #[arg(long, value_parser = PossibleValuesParser::new(written_formats()))]
     pub to: String,
-    /// Format to read.
+    /// Adapter format to read.
     #[arg(long, value_parser = PossibleValuesParser::new(read_formats()), default_value = "auto")]
     pub from: String,
-    /// Base model: names, shapes and stored weights are compared with it. GGUF needs its config.json (head counts).
+    /// Base model to compare names, shapes and stored weights with. GGUF needs the base's config.json (head counts).
     #[arg(short, long = "model-id", value_name = "MODEL")]
     pub model_id: Option<String>,
-    /// Element type of A and B; the source's by default.
+    /// dtype of A and B. Default: the dtype of the source.
     #[arg(long, value_enum)]
     pub dtype: Option<ConvertDtypeArg>,
-    /// Write over what is there, and accept an adapter that changes nothing.
+    /// Overwrite existing output, and accept an adapter that changes nothing.
     #[arg(long)]
     pub force: bool,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -92,19 +92,19 @@ pub struct ConvertArgs {
 pub struct SampleArgs {
     /// MonteCLoRA adapter directory.
     pub adapter: PathBuf,
-    /// Number of draws.
+    /// Number of posterior draws.
     #[arg(short, value_name = "K", default_value_t = 1)]
     pub k: usize,
-    /// Seed of the draws.
+    /// Random seed of the draws.
     #[arg(long, default_value_t = DEFAULT_SEED)]
     pub seed: u64,
-    /// New directory; draws are `draw-0000`, `draw-0001`, ... in it.
+    /// New directory for the draws `draw-0000`, `draw-0001`, ...
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Write into a directory that is not empty, and accept an adapter that changes nothing.
+    /// Write into a non-empty directory, and accept an adapter that changes nothing.
     #[arg(long)]
     pub force: bool,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -116,15 +116,45 @@ pub struct MergeArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Adapter directory, or GGUF LoRA.
-    #[arg(short, long)]
+    #[arg(short, long, alias = "adapter-path")]
     pub adapter: PathBuf,
     /// New model directory.
-    #[arg(short, long, value_name = "DIR")]
+    #[arg(short, long, alias = "save-path", value_name = "DIR")]
     pub output: PathBuf,
-    /// Write into a directory that is not empty, and accept an adapter that changes nothing.
+    /// Write into a non-empty directory, and accept an adapter that changes nothing.
     #[arg(long)]
     pub force: bool,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `push`
+#[derive(Debug, Args)]
+pub struct PushArgs {
+    /// Adapter directory. A model card, README.md, is written into it unless it already has one of yours.
+    pub adapter: PathBuf,
+    /// Hub repository: ORG/NAME, or NAME for one of your own. Created if missing.
+    pub repo: String,
+    /// Make the repository private if it is new.
+    #[arg(long)]
+    pub private: bool,
+    /// Output of `eval --json`, for the card.
+    #[arg(long, value_name = "FILE")]
+    pub eval: Option<PathBuf>,
+    /// Branch to push to.
+    #[arg(long, default_value = "main")]
+    pub revision: String,
+    /// Commit message.
+    #[arg(long, value_name = "TEXT", default_value = "Adapter by monteclora")]
+    pub message: String,
+    /// Hub token: `literal:TOKEN`, `env:VARIABLE`, `path:FILE` or `cache`.
+    #[arg(long, default_value = "cache")]
+    pub token_source: String,
+    /// Push even if the adapter changes nothing.
+    #[arg(long)]
+    pub force: bool,
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -132,9 +162,12 @@ pub struct MergeArgs {
 /// `inspect`
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// Adapter or model directory, or GGUF file of either.
+    /// Adapter or model: a directory or a GGUF file.
     pub path: PathBuf,
-    /// One JSON object on stdout.
+    /// List every module; by default many modules of one kind are one line.
+    #[arg(long)]
+    pub all: bool,
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -144,13 +177,13 @@ pub struct InspectArgs {
 pub struct ValidateArgs {
     /// Adapter directory, or GGUF LoRA.
     pub adapter: PathBuf,
-    /// Base model to check names and shapes against.
+    /// Base model whose names and shapes are checked.
     #[arg(short, long = "model-id", value_name = "MODEL")]
     pub model_id: Option<String>,
-    /// Runtime that is to load it: mistralrs, mistralrs-0.9, vllm, llamacpp, peft or mlx.
+    /// Runtime that will load the adapter: mistralrs, mistralrs-0.9, vllm, llamacpp, peft or mlx.
     #[arg(long = "for", value_name = "RUNTIME")]
     pub runtimes: Vec<String>,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -176,40 +209,41 @@ pub struct ParityArgs {
     /// Adapter directory.
     #[arg(short, long)]
     pub adapter: Option<PathBuf>,
-    /// Which decoder runs.
+    /// Decoder to run.
     #[arg(long, value_enum, default_value_t)]
     pub engine: EngineArg,
-    /// Recorded `input_ids`, `logits` and perhaps `base_logits` in a safetensors file.
+    /// safetensors file with recorded `input_ids`, `logits` and optionally `base_logits`.
     #[arg(long, value_name = "FILE")]
     pub reference: Option<PathBuf>,
-    /// Text to compare on; a built-in one by default.
+    /// Text to compare on. Default: a built-in text.
     #[arg(long, conflicts_with = "reference")]
     pub prompt: Option<String>,
-    /// Compare the text of conversations instead: as it is trained and served here, and as mistral.rs alone writes it with the
-    /// model's chat template. Shows the first difference of each.
+    /// Compare conversation texts instead of logits: the text trained and served here, and the text that mistral.rs alone
+    /// writes with the model's chat template. Shows the first difference of each.
     #[arg(long, conflicts_with_all = ["engine", "reference", "prompt", "isq", "tolerance"])]
     pub chat: bool,
-    /// Rows whose conversations are compared; built-in ones by default.
+    /// Rows whose conversations are compared. Default: built-in rows.
     #[arg(long, value_name = "FILE", requires = "chat")]
     pub data: Option<PathBuf>,
-    /// Let mistral.rs quantise while loading, as `in_situ_quant` of serve.toml does: 8, Q4K, ... With an adapter, also
-    /// compares with the base that has the adapter merged into it, quantised alike.
+    /// Quantise in mistral.rs while loading, as `in_situ_quant` in serve.toml: 8, Q4K, ... With an adapter, also compare with
+    /// the base that has the adapter merged in, quantised in the same way.
     #[arg(long, value_name = "TYPE")]
     pub isq: Option<String>,
-    /// Fail with exit code 5 when the largest difference exceeds this; with --isq and an adapter, that to the merged base.
+    /// Fail with exit code 5 if the largest difference exceeds this. With --isq and an adapter: the difference to the merged
+    /// base.
     #[arg(long)]
     pub tolerance: Option<f64>,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
 
-/// Element type that `import-gguf` writes.
+/// The dtype that `import-gguf` writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum ImportDtypeArg {
-    /// bfloat16, half the size.
+    /// bfloat16: half the size of f32.
     Bf16,
-    /// Single precision: every value of the file exactly.
+    /// 32-bit float: every value of the file exactly.
     #[default]
     F32,
 }
@@ -217,18 +251,18 @@ pub enum ImportDtypeArg {
 /// `import-gguf`
 #[derive(Debug, Args)]
 pub struct ImportGgufArgs {
-    /// The GGUF file.
+    /// GGUF file to convert.
     pub file: PathBuf,
     /// New model directory.
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Element type of the weights.
+    /// dtype of the weights.
     #[arg(long, value_enum, default_value_t)]
     pub dtype: ImportDtypeArg,
-    /// Replace a directory that is not empty.
+    /// Replace a non-empty directory.
     #[arg(long)]
     pub force: bool,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }

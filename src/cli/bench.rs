@@ -7,9 +7,9 @@ use super::ModelArgs;
 /// `bench`
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
-    /// Training steps on random tokens, every position labelled.
+    /// Measure training steps on random tokens, every position labelled.
     Train(BenchTrainArgs),
-    /// The machine's matrix product, which bounds a training step.
+    /// Measure the machine's matrix product, which bounds a training step.
     Matmul(BenchMatmulArgs),
 }
 
@@ -19,13 +19,13 @@ pub struct BenchMatmulArgs {
     /// Rows and columns of the square f32 matrices.
     #[arg(long, default_value_t = 1024)]
     pub size: usize,
-    /// Multiply in bfloat16, as `train.bf16` does.
+    /// Multiply in bfloat16, as with `train.bf16`.
     #[arg(long)]
     pub bf16: bool,
-    /// Products; the first is left out of the median.
+    /// Number of products. The first is excluded from the median.
     #[arg(long, default_value_t = 40)]
     pub steps: usize,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -46,34 +46,34 @@ pub struct BenchTrainArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What is trained.
+    /// Method to train.
     #[arg(long, value_enum, default_value_t)]
     pub method: BenchMethod,
-    /// Sequences a step.
+    /// Sequences per step.
     #[arg(long, default_value_t = 4)]
     pub batch: usize,
-    /// Tokens a sequence.
+    /// Tokens per sequence.
     #[arg(long, default_value_t = 128)]
     pub seq: usize,
-    /// Steps; the first is left out of the median.
+    /// Number of steps. The first is excluded from the median.
     #[arg(long, default_value_t = 6)]
     pub steps: usize,
-    /// Mixture components N.
+    /// Number of mixture components N.
     #[arg(long, default_value_t = 8)]
     pub num_samples: usize,
-    /// Rank of the adapters; alpha is twice as much.
+    /// Rank of the adapters. Alpha is twice the rank.
     #[arg(long, default_value_t = 16)]
     pub rank: usize,
-    /// Measure random weights of the sizes in MODEL's config.json, which is all the directory needs to hold.
+    /// Use random weights of the sizes in MODEL's config.json. The directory needs no other file.
     #[arg(long)]
     pub random_weights: bool,
-    /// Keep only block inputs and compute the rest again.
+    /// Keep only block inputs and recompute the rest.
     #[arg(long)]
     pub gradient_checkpointing: bool,
-    /// Products with frozen weights in bfloat16, as `train.bf16`; implies `--dtype bf16`.
+    /// Multiply with frozen weights in bfloat16, as `train.bf16`. Implies `--dtype bf16`.
     #[arg(long)]
     pub bf16: bool,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }

@@ -7,11 +7,11 @@ use clap::{Args, Subcommand, ValueEnum};
 /// `data`
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
-    /// Every bad row as `file:line: field: problem; fix`; exit code 3 if there is one.
+    /// List every bad row as `file:line: field: problem; fix`; exit code 3 if any.
     Check(DataCheckArgs),
-    /// Rows as the model sees them, with the trained tokens marked.
+    /// Show rows as the model sees them, with the trained tokens marked.
     Preview(DataPreviewArgs),
-    /// Lengths in tokens, how many rows are overlong, how full packs get.
+    /// Show lengths in tokens, the number of overlong rows and how full packs are.
     Stats(DataCheckArgs),
 }
 
@@ -21,13 +21,13 @@ pub struct DataSourceArgs {
     /// Data files, directories with train/valid/test files, or data sets on the Hub (hf://datasets/ORG/NAME).
     #[arg(value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// The run.toml whose model, data and options are meant; what is given here goes before it.
+    /// run.toml to take model, data and options from. Flags given here override the file.
     #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Overrides a key of the file.
+    /// Override a key of the file.
     #[arg(long = "set", value_name = "KEY.PATH=VALUE", requires = "config")]
     pub overrides: Vec<String>,
-    /// Model whose tokenizer and chat template are used: local directory, Hub id, or local .gguf file.
+    /// Model whose tokenizer and chat template are used: local directory, Hub id or local .gguf file.
     #[arg(short, long = "model-id", value_name = "MODEL")]
     pub model_id: Option<String>,
     /// Branch, tag or commit of the model on the Hub.
@@ -36,28 +36,28 @@ pub struct DataSourceArgs {
     /// Hub token: `literal:TOKEN`, `env:VARIABLE`, `path:FILE`, `cache` or `none`.
     #[arg(long, default_value = "cache")]
     pub token_source: String,
-    /// Jinja file in place of the model's chat template.
+    /// Jinja file that replaces the model's chat template.
     #[arg(long, value_name = "TEMPLATE")]
     pub chat_template: Option<PathBuf>,
-    /// Only this split.
+    /// Use only this split.
     #[arg(long, value_enum)]
     pub split: Option<crate::data::Split>,
-    /// Format of the rows; by default detected over all of them.
+    /// Format of the rows. Default: detected from all rows.
     #[arg(long, value_enum)]
     pub format: Option<crate::config::DataFormat>,
-    /// Name that the files give to a field, such as prompt=question.
+    /// Name of a field in the files, such as prompt=question.
     #[arg(long = "field", value_name = "FIELD=NAME")]
     pub fields: Vec<String>,
-    /// Which turns are trained; by default every assistant turn.
+    /// Turns to train on. Default: every assistant turn.
     #[arg(long, value_enum)]
     pub train_on: Option<crate::data::TrainOn>,
-    /// Longest example in tokens; by default min(1024, the model's limit).
+    /// Longest example, in tokens. Default: min(1024, the model's limit).
     #[arg(long)]
     pub max_seq_length: Option<usize>,
-    /// What happens to a longer one; by default it is an error.
+    /// Treatment of longer examples. Default: error.
     #[arg(long, value_enum)]
     pub overlong: Option<crate::data::Overlong>,
-    /// Take prompt and completion as they are instead of as a conversation.
+    /// Use prompt and completion as plain text, without the chat template.
     #[arg(long)]
     pub no_chat_template: bool,
 }
@@ -68,7 +68,7 @@ pub struct DataCheckArgs {
     /// What is checked or measured.
     #[command(flatten)]
     pub source: DataSourceArgs,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -76,12 +76,12 @@ pub struct DataCheckArgs {
 /// When output is coloured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum ColorArg {
-    /// On a terminal, unless NO_COLOR is set.
+    /// Colour on a terminal, unless NO_COLOR is set.
     #[default]
     Auto,
-    /// Always.
+    /// Always colour.
     Always,
-    /// Never: brackets mark what is trained.
+    /// Never colour. Brackets mark trained tokens.
     Never,
 }
 
@@ -91,19 +91,19 @@ pub struct DataPreviewArgs {
     /// What is shown.
     #[command(flatten)]
     pub source: DataSourceArgs,
-    /// Rows of each file, from its first.
+    /// Number of rows per file, from the first row.
     #[arg(short = 'n', long, default_value_t = 3)]
     pub rows: usize,
-    /// The rows that begin in these lines instead.
+    /// Show the rows that begin at these lines instead.
     #[arg(long = "line", value_name = "LINE")]
     pub lines: Vec<usize>,
-    /// One token a line, with its id.
+    /// Show one token per line, with its id.
     #[arg(long)]
     pub tokens: bool,
-    /// When trained tokens are coloured; otherwise they stand in brackets.
+    /// When to colour trained tokens. Without colour they are in brackets.
     #[arg(long, value_enum, default_value_t)]
     pub color: ColorArg,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }

@@ -30,7 +30,7 @@ const GROUPS: [(&str, &[&str]); 6] = [
 ];
 
 /// One example of each command, or more.
-const EXAMPLES: [(&str, &str); 28] = [
+const EXAMPLES: [(&str, &str); 29] = [
     ("quickstart", "monteclora quickstart"),
     (
         "init",
@@ -72,6 +72,7 @@ const EXAMPLES: [(&str, &str); 28] = [
     ),
     ("collapse", "monteclora collapse out -o lora"),
     ("sample", "monteclora sample out -k 8 -o draws"),
+    ("push", "monteclora push out my-org/triage-lora --private"),
     (
         "serve",
         "monteclora serve -c serve.toml\nmonteclora serve --adapter triage=out",
@@ -101,7 +102,7 @@ const EXAMPLES: [(&str, &str); 28] = [
 ];
 
 /// What people type who come from elsewhere, and the command for it.
-const HINTS: [(&[&str], &str); 11] = [
+const HINTS: [(&[&str], &str); 12] = [
     (
         &[
             "finetune",
@@ -145,6 +146,10 @@ const HINTS: [(&[&str], &str); 11] = [
     (
         &["download", "pull", "fetch"],
         "-m takes a Hub id and fetches it: `monteclora inspect` on a directory shows what it holds",
+    ),
+    (
+        &["upload", "publish"],
+        "`monteclora push DIR REPO` publishes an adapter on the Hub",
     ),
     (
         &["api", "server", "start", "openai"],

@@ -9,10 +9,10 @@ use super::ModelOptions;
 /// `serve`
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
-    /// serve.toml
+    /// Path of serve.toml.
     #[arg(short, long, value_name = "FILE", required_unless_present_any = ["model_id", "adapters"])]
     pub config: Option<PathBuf>,
-    /// Base model, instead of a file; with --adapter by default the base that the first adapter names.
+    /// Base model, instead of a file. Default with --adapter: the base that the first adapter names.
     #[arg(
         short,
         long = "model-id",
@@ -20,19 +20,22 @@ pub struct ServeArgs {
         conflicts_with = "config"
     )]
     pub model_id: Option<String>,
-    /// An adapter of that base.
+    /// Adapter of this base; may be repeated.
     #[arg(long = "adapter", value_name = "ALIAS=PATH", conflicts_with = "config")]
     pub adapters: Vec<String>,
+    /// Score answers: how sure each is, by `POST /v1/monteclora/score`. Needs a second copy of the base in memory.
+    #[arg(long, conflicts_with = "config")]
+    pub uncertainty: bool,
     /// Address to bind.
     #[arg(long)]
     pub host: Option<String>,
     /// Port to bind.
     #[arg(long)]
     pub port: Option<u16>,
-    /// Serve adapters that change nothing, B A being zero.
+    /// Serve adapters that change nothing (B A is zero).
     #[arg(long)]
     pub force: bool,
-    /// How it is fetched and run.
+    /// How the model is fetched and run.
     #[command(flatten)]
     pub options: ModelOptions,
 }
@@ -43,10 +46,10 @@ pub struct ServerArgs {
     /// Address of `monteclora serve`, or of mistral.rs 0.9.
     #[arg(long = "server", value_name = "URL")]
     pub url: String,
-    /// File whose first line is the administrator's key; without it the variable MONTECLORA_KEY.
+    /// File whose first line is the admin key. Without it: environment variable MONTECLORA_KEY.
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
-    /// Seconds that a request may take; loading a model is the longest.
+    /// Timeout per request, in seconds. Loading a model takes longest.
     #[arg(long, default_value_t = 600)]
     pub timeout: u64,
 }
@@ -54,14 +57,14 @@ pub struct ServerArgs {
 /// What a new generation is asked before and after it is swapped in.
 #[derive(Debug, Clone, Args)]
 pub struct CheckArgs {
-    /// A question that must be answered; may be repeated. By default "Say in one sentence what you can do.". An empty answer passes,
-    /// unless --expect asks for a text.
+    /// Question that must be answered; may be repeated. Default: "Say in one sentence what you can do.". An empty answer
+    /// passes, unless --expect requires a text.
     #[arg(long = "prompt", value_name = "TEXT")]
     pub prompts: Vec<String>,
-    /// The system message of every question, for an adapter that was trained with one.
+    /// System message of every question, for an adapter trained with one.
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// A text that must occur in an answer; may be repeated.
+    /// Text that at least one answer must contain; may be repeated.
     #[arg(long = "expect", value_name = "TEXT")]
     pub expected: Vec<String>,
 }
@@ -71,28 +74,28 @@ pub struct CheckArgs {
 pub struct DeployArgs {
     /// Adapter directory, raw MonteCLoRA or plain LoRA.
     pub adapter: PathBuf,
-    /// Name that clients send as `model`.
+    /// Model name that clients send as `model`.
     #[arg(long)]
     pub alias: String,
     /// Which server.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// The server's adapter root, as seen from here; the release is written below it.
+    /// The server's adapter root, as a path on this machine. The release is written below it.
     #[arg(long, value_name = "DIR")]
     pub adapter_root: PathBuf,
-    /// Name of the base on the server, where it has several.
+    /// Name of the base on the server, if the server has several.
     #[arg(long, value_name = "NAME")]
     pub base: Option<String>,
-    /// Base model to check names and shapes against before the server is asked.
+    /// Base model to check names and shapes against before the server is contacted.
     #[arg(short, long = "model-id", value_name = "MODEL")]
     pub model_id: Option<String>,
     /// The canary.
     #[command(flatten)]
     pub check: CheckArgs,
-    /// Accept an adapter that changes nothing; the server has to be one that runs with --force too.
+    /// Accept an adapter that changes nothing. The server must also run with --force.
     #[arg(long)]
     pub force: bool,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -100,22 +103,22 @@ pub struct DeployArgs {
 /// `rollback`
 #[derive(Debug, Args)]
 pub struct RollbackArgs {
-    /// Name that clients send as `model`.
+    /// Model name that clients send as `model`.
     #[arg(long)]
     pub alias: String,
     /// Which server.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// The server's adapter root, as seen from here.
+    /// The server's adapter root, as a path on this machine.
     #[arg(long, value_name = "DIR")]
     pub adapter_root: PathBuf,
-    /// Beginning of the generation to bring back; the one before by default.
+    /// Generation to restore, or its first characters. Default: the previous one.
     #[arg(long, value_name = "GENERATION")]
     pub to: Option<String>,
     /// What it is asked.
     #[command(flatten)]
     pub check: CheckArgs,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -126,10 +129,10 @@ pub struct StatusArgs {
     /// Which server.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// The server's adapter root, as seen from here, to list releases too.
+    /// The server's adapter root, as a path on this machine, to also list releases.
     #[arg(long, value_name = "DIR")]
     pub adapter_root: Option<PathBuf>,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }

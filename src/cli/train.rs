@@ -19,10 +19,10 @@ fn sample_models() -> PossibleValuesParser {
 /// `quickstart`
 #[derive(Debug, Args)]
 pub struct QuickstartArgs {
-    /// Which small model is fetched, once, and trained.
+    /// Small model to fetch (once) and train.
     #[arg(long, value_parser = sample_models(), default_value = SMOLLM2.name)]
     pub model: String,
-    /// A base of your own in place of it: a local directory, a Hub id or a .gguf file. One without a chat template is trained on plain
+    /// Base model to use instead: local directory, Hub id or .gguf file. A base without a chat template is trained on plain
     /// prompts.
     #[arg(
         short,
@@ -31,16 +31,16 @@ pub struct QuickstartArgs {
         conflicts_with = "model"
     )]
     pub model_id: Option<String>,
-    /// Where adapter and reports go.
+    /// Output directory for adapter and reports.
     #[arg(long, default_value = "quickstart-out")]
     pub output_dir: PathBuf,
-    /// Write into an output directory that is not empty.
+    /// Write into a non-empty output directory.
     #[arg(long)]
     pub force: bool,
-    /// Passes over the training tickets.
+    /// Number of optimiser steps.
     #[arg(long, hide = true)]
     pub max_steps: Option<u64>,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -51,19 +51,19 @@ pub struct InitArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Training rows, JSON Lines.
+    /// Training rows, as JSON Lines.
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
-    /// Validation rows; without them the run has no evaluation, best model or early stopping.
+    /// Validation rows. Without them: no evaluation, best model or early stopping.
     #[arg(long, value_name = "FILE")]
     pub valid: Option<PathBuf>,
-    /// The file to write.
+    /// Config file to write.
     #[arg(short, long, value_name = "FILE", default_value = "run.toml")]
     pub output: PathBuf,
-    /// Where training is to write.
+    /// Output directory of the training run.
     #[arg(long, value_name = "DIR", default_value = "out")]
     pub output_dir: PathBuf,
-    /// Replace a file that exists.
+    /// Replace an existing file.
     #[arg(long)]
     pub force: bool,
 }
@@ -71,28 +71,28 @@ pub struct InitArgs {
 /// `train`
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// The run's TOML file. Without it, -m and --data are enough.
-    #[arg(short, long, value_name = "FILE", required_unless_present_any = ["model_id", "data"])]
+    /// TOML file of the run. Without it, -m and --data are enough.
+    #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Overrides any key of the file.
+    /// Override any key of the file.
     #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
     pub overrides: Vec<String>,
     /// The usual keys by names of their own.
     #[command(flatten)]
     pub keys: TrainKeys,
-    /// Continue: `auto` for the newest checkpoint of the output directory, or a checkpoint directory.
+    /// Resume from a checkpoint: `auto` (newest in the output directory) or a checkpoint directory.
     #[arg(long, value_name = "auto|DIR")]
     pub resume: Option<String>,
-    /// Check everything, print sites, sizes and lengths, write nothing.
+    /// Check everything and print sites, sizes and lengths. Write nothing.
     #[arg(long)]
     pub dry_run: bool,
-    /// Write into an output directory that is not empty.
+    /// Write into a non-empty output directory.
     #[arg(long)]
     pub force: bool,
-    /// Stay on the CPU where the build supports an accelerator.
+    /// Run on the CPU even if the build supports an accelerator.
     #[arg(long)]
     pub cpu: bool,
-    /// One JSON object on stdout at the end.
+    /// Print one JSON object on stdout at the end.
     #[arg(long)]
     pub json: bool,
 }
@@ -109,28 +109,28 @@ pub struct TrainKeys {
         value_name = "MODEL"
     )]
     pub model_id: Option<String>,
-    /// data.train: a file, a Hub data set, or a directory with train.jsonl and perhaps valid.jsonl.
+    /// data.train: a file, a Hub data set, or a directory with train.jsonl and optionally valid.jsonl.
     #[arg(long, alias = "dataset", value_name = "FILE|DIR")]
     pub data: Option<String>,
     /// data.valid: rows to evaluate on during the run.
     #[arg(long, value_name = "FILE")]
     pub valid: Option<String>,
-    /// train.output_dir; "out" where neither a file nor this says.
+    /// train.output_dir. Default, if the file does not set it: "out".
     #[arg(short, long, aliases = ["output", "adapter-path", "save-path"], value_name = "DIR")]
     pub output_dir: Option<String>,
-    /// lora.method
+    /// lora.method: training method.
     #[arg(long)]
     pub method: Option<String>,
-    /// lora.r
+    /// lora.r: LoRA rank.
     #[arg(long, visible_alias = "rank", aliases = ["lora-rank", "r"])]
     pub lora_r: Option<u64>,
-    /// lora.lora_alpha
+    /// lora.lora_alpha: LoRA alpha.
     #[arg(long, alias = "alpha")]
     pub lora_alpha: Option<f64>,
-    /// lora.lora_dropout
+    /// lora.lora_dropout: LoRA dropout.
     #[arg(long, alias = "dropout")]
     pub lora_dropout: Option<f64>,
-    /// lora.target_modules: "all-linear", or names with commas between them.
+    /// lora.target_modules: "all-linear", or comma-separated names.
     #[arg(
         long,
         alias = "lora-target-modules",
@@ -138,44 +138,44 @@ pub struct TrainKeys {
         value_delimiter = ','
     )]
     pub target_modules: Vec<String>,
-    /// train.learning_rate
+    /// train.learning_rate: peak learning rate.
     #[arg(long, visible_alias = "lr")]
     pub learning_rate: Option<f64>,
-    /// train.num_train_epochs
+    /// train.num_train_epochs: epochs.
     #[arg(long, visible_alias = "num-train-epochs", alias = "num-epochs")]
     pub epochs: Option<f64>,
-    /// train.max_steps
+    /// train.max_steps: optimiser steps, instead of epochs.
     #[arg(long, visible_alias = "iters", alias = "steps")]
     pub max_steps: Option<u64>,
-    /// train.per_device_train_batch_size
+    /// train.per_device_train_batch_size: batch size.
     #[arg(
         long,
         visible_alias = "per-device-train-batch-size",
         alias = "micro-batch-size"
     )]
     pub batch_size: Option<u64>,
-    /// train.gradient_accumulation_steps
+    /// train.gradient_accumulation_steps: batches per optimiser step.
     #[arg(long, alias = "grad-accumulation-steps")]
     pub gradient_accumulation_steps: Option<u64>,
-    /// data.max_seq_length
+    /// data.max_seq_length: longest example, in tokens.
     #[arg(long, visible_alias = "max-length", aliases = ["max-seq-len", "sequence-len", "cutoff-len"])]
     pub max_seq_length: Option<u64>,
-    /// train.warmup_ratio
+    /// train.warmup_ratio: share of the steps used for warm-up.
     #[arg(long)]
     pub warmup_ratio: Option<f64>,
-    /// train.save_steps
+    /// train.save_steps: optimiser steps between checkpoints.
     #[arg(long, alias = "save-every")]
     pub save_steps: Option<u64>,
-    /// train.eval_steps
+    /// train.eval_steps: optimiser steps between evaluations.
     #[arg(long, alias = "steps-per-eval")]
     pub eval_steps: Option<u64>,
-    /// train.gradient_checkpointing
+    /// train.gradient_checkpointing: recompute blocks to save memory.
     #[arg(long, alias = "grad-checkpoint")]
     pub gradient_checkpointing: bool,
-    /// train.bf16
+    /// train.bf16: mixed precision in bfloat16.
     #[arg(long)]
     pub bf16: bool,
-    /// seed
+    /// seed: random seed.
     #[arg(long)]
     pub seed: Option<u64>,
 }
@@ -231,19 +231,19 @@ impl TrainKeys {
 /// How rows are scored.
 #[derive(Debug, Clone, Args)]
 pub struct ScoringArgs {
-    /// Seed of the draws; the same seed gives those of `sample`.
+    /// Seed of the draws. The same seed gives the same draws as `sample`.
     #[arg(long, default_value_t = DEFAULT_SEED)]
     pub seed: u64,
-    /// Longest row in tokens, at most the model's limit; by default min(1024, that limit), and for `predict` the limit.
+    /// Longest row, in tokens, at most the model's limit. Default: min(1024, the limit); for `predict` the limit.
     #[arg(long)]
     pub max_seq_length: Option<usize>,
-    /// Rows at a time; by default as many as have about 2048 tokens.
+    /// Batch size, in rows. Default: as many rows as have about 2048 tokens.
     #[arg(long, value_name = "ROWS")]
     pub batch_size: Option<usize>,
-    /// Take prompt and completion as they are instead of as a conversation.
+    /// Use prompt and completion as plain text, without the chat template.
     #[arg(long)]
     pub no_chat_template: bool,
-    /// Compare choices by log-likelihood per token instead of the log-likelihood of the whole choice.
+    /// Compare choices by log-likelihood per token instead of by total log-likelihood.
     #[arg(long)]
     pub length_normalised: bool,
 }
@@ -254,35 +254,35 @@ pub struct EvalArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Adapter directory; its posterior mean is scored beside the base. Several on one base are scored as an ensemble: the
-    /// average of their means.
-    #[arg(short, long)]
+    /// Adapter directory. The posterior mean is scored beside the base. Several adapters of one base are scored as an ensemble:
+    /// the average of their means.
+    #[arg(short, long, alias = "adapter-path")]
     pub adapter: Vec<PathBuf>,
-    /// Rows to evaluate on; rows with `choices` are scored as multiple choice too.
+    /// Rows to evaluate on. Rows with `choices` are also scored as multiple choice.
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
-    /// Posterior draws whose predictions are averaged and scored beside the mean; takes K times the mean's time.
+    /// Number of posterior draws to average and score beside the mean. Takes K times the time of the mean.
     #[arg(long, value_name = "K", requires = "adapter")]
     pub posterior_samples: Option<usize>,
     /// How rows are scored.
     #[command(flatten)]
     pub scoring: ScoringArgs,
-    /// Only the first N rows.
+    /// Use only the first N rows.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Leave the base out, which takes as long as an adapter.
+    /// Skip the base, which takes as long as an adapter.
     #[arg(long, requires = "adapter")]
     pub no_base: bool,
-    /// Bins of equal width of the expected calibration error.
+    /// Number of equal-width bins of the expected calibration error.
     #[arg(long, default_value_t = ECE_BINS)]
     pub ece_bins: usize,
-    /// Write what is said of every row, one JSON object per line.
+    /// Write the result of every row, one JSON object per line.
     #[arg(long, value_name = "FILE")]
     pub per_row: Option<PathBuf>,
-    /// Write a page with scores, reliability diagrams and risk-coverage curves.
+    /// Write an HTML page with scores, reliability diagrams and risk-coverage curves.
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -294,17 +294,17 @@ pub struct PredictArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Adapter directory; its posterior mean answers. Of several on one base the first answers, and the average of all says how
-    /// sure that is; choices are answered by the average.
-    #[arg(short, long)]
+    /// Adapter directory. Its posterior mean answers. With several adapters of one base, the first answers and the average of
+    /// all gives the confidence; the average answers choices.
+    #[arg(short, long, alias = "adapter-path")]
     pub adapter: Vec<PathBuf>,
-    /// The user's message.
+    /// User message.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
-    /// The system message of --prompt.
+    /// System message for --prompt.
     #[arg(long, value_name = "TEXT", requires = "prompt")]
     pub system: Option<String>,
-    /// Draw the tokens of the answer to --prompt from softmax(logits / T); 0 takes the most likely one.
+    /// Sampling temperature of the answer to --prompt: softmax(logits / T). 0 takes the most likely token.
     #[arg(
         long,
         value_name = "T",
@@ -313,25 +313,26 @@ pub struct PredictArgs {
         conflicts_with_all = ["choices", "posterior_samples", "abstain"]
     )]
     pub temperature: f64,
-    /// Answer --prompt by one of these texts, as a row with `choices`; a space that belongs to a choice is part of it: " no" " yes".
+    /// Answer --prompt with one of these texts, as in a row with `choices`. Include the space before a choice if needed: " no"
+    /// " yes".
     #[arg(long, value_name = "TEXT", num_args = 2.., requires = "prompt")]
     pub choices: Vec<String>,
-    /// Rows to answer; their own answers are not looked at. Rows with `choices` are answered by one of them.
+    /// Rows to answer. Answers in the rows are ignored. Rows with `choices` are answered with one of the choices.
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
-    /// Posterior draws that say how sure the answer is; takes about 2 K times the time of the answer.
+    /// Number of posterior draws for the confidence of an answer. Takes about 2 K times the answer's time.
     #[arg(long, value_name = "K", requires = "adapter")]
     pub posterior_samples: Option<usize>,
-    /// Give no answer below the confidence that `calibrate --target-error` found.
+    /// Withhold answers below the confidence that `calibrate --target-error` found.
     #[arg(long, requires = "adapter")]
     pub abstain: bool,
-    /// Most tokens of an answer.
-    #[arg(long, default_value_t = 256)]
+    /// Maximum tokens per answer.
+    #[arg(long, alias = "max-new-tokens", default_value_t = 256)]
     pub max_tokens: usize,
     /// How questions are scored.
     #[command(flatten)]
     pub scoring: ScoringArgs,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -342,51 +343,51 @@ pub struct ChatArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Adapter directory, or GGUF LoRA; /adapter takes another during the conversation.
-    #[arg(short, long)]
+    /// Adapter directory, or GGUF LoRA. /adapter changes it during the conversation.
+    #[arg(short, long, alias = "adapter-path")]
     pub adapter: Option<PathBuf>,
-    /// The system message.
+    /// System message.
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// Draw tokens from softmax(logits / T); 0 takes the most likely one.
+    /// Sampling temperature: softmax(logits / T). 0 takes the most likely token.
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub temperature: f64,
-    /// Of the draws of tokens.
+    /// Random seed of token sampling.
     #[arg(long, default_value_t = DEFAULT_SEED)]
     pub seed: u64,
-    /// Most tokens of an answer.
-    #[arg(long, default_value_t = 512)]
+    /// Maximum tokens per answer.
+    #[arg(long, alias = "max-new-tokens", default_value_t = 512)]
     pub max_tokens: usize,
-    /// Posterior draws that say how sure an answer is; takes about 2 K times the time of the answer.
+    /// Number of posterior draws for an answer's confidence. Takes about 2 K times the answer's time.
     #[arg(long, value_name = "K", requires = "adapter")]
     pub posterior_samples: Option<usize>,
-    /// Leave out how sure an answer is.
+    /// Do not show confidence.
     #[arg(long)]
     pub no_confidence: bool,
-    /// Take a question as it is instead of as a conversation.
+    /// Use the question as plain text, without the chat template.
     #[arg(long)]
     pub no_chat_template: bool,
 }
 
-/// How noise depends on the row of A.
+/// How the noise depends on the row of A.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum GeometryArg {
-    /// The better of the two by the criterion.
+    /// The better of `rows` and `svd`, by the criterion.
     #[default]
     Auto,
     /// The same noise on all rows of A.
     Rows,
-    /// Noise on A in the basis of B's singular vectors, over the singular values.
+    /// Noise on A in the basis of B's singular vectors, divided by the singular values.
     Svd,
 }
 
-/// By what `fit` judges a scale.
+/// How `fit` chooses a noise scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum CriterionArg {
-    /// The least negative log-likelihood of the average over the draws; of choices, after a temperature.
+    /// Lowest negative log-likelihood of the average over the draws; for choices, after a temperature.
     #[default]
     Nll,
-    /// The largest scale that raises the negative log-likelihood of the average by at most --tolerance.
+    /// Largest scale that raises the average's negative log-likelihood by at most --tolerance.
     Tolerance,
 }
 
@@ -396,37 +397,37 @@ pub struct FitArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Adapter directory or GGUF LoRA, whoever trained it; its mean stays.
-    #[arg(short, long)]
+    /// Adapter directory or GGUF LoRA, from any trainer. Its mean does not change.
+    #[arg(short, long, alias = "adapter-path")]
     pub adapter: PathBuf,
-    /// Held-out rows, none of which was trained on.
+    /// Held-out rows, none used in training.
     #[arg(long, value_name = "VALID")]
     pub data: PathBuf,
-    /// New directory: a PEFT MonteCLoRA adapter with fit.json beside it.
+    /// New directory for a PEFT MonteCLoRA adapter and fit.json.
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
     /// How the noise depends on the row of A.
     #[arg(long, value_enum, default_value_t)]
     pub geometry: GeometryArg,
-    /// By what a scale is judged.
+    /// How the noise scale is chosen.
     #[arg(long, value_enum, default_value_t)]
     pub criterion: CriterionArg,
-    /// For --criterion tolerance, the share.
+    /// Allowed relative increase, for --criterion tolerance.
     #[arg(long, value_name = "SHARE", default_value_t = 0.003)]
     pub tolerance: f64,
-    /// Posterior draws whose average is judged.
+    /// Number of posterior draws to average.
     #[arg(long, value_name = "K", default_value_t = 4)]
     pub draws: usize,
-    /// Rows that are used at most, a sample under --seed.
+    /// Maximum rows used, a random sample under --seed.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub rows: usize,
     /// How rows are scored.
     #[command(flatten)]
     pub scoring: ScoringArgs,
-    /// Write into a directory that is not empty.
+    /// Write into a non-empty directory.
     #[arg(long)]
     pub force: bool,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -437,25 +438,25 @@ pub struct CalibrateArgs {
     /// Base model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Adapter directory; calibration.json is written into it.
-    #[arg(short, long)]
+    /// Adapter directory. calibration.json is written into it.
+    #[arg(short, long, alias = "adapter-path")]
     pub adapter: PathBuf,
-    /// Held-out rows, none of which was trained on or fitted to.
+    /// Held-out rows, none used in training or by `fit`.
     #[arg(long, value_name = "VALID")]
     pub data: PathBuf,
-    /// Also calibrate the average over so many posterior draws.
+    /// Also calibrate the average over K posterior draws.
     #[arg(long, value_name = "K")]
     pub posterior_samples: Option<usize>,
-    /// Find the confidence below which answers are not to be given, so that at most this share of those that are given is wrong.
+    /// Find the confidence threshold for answering, so that at most this share of the given answers is wrong.
     #[arg(long, value_name = "SHARE")]
     pub target_error: Option<f64>,
-    /// Most tokens of an answer, for rows without `choices`.
-    #[arg(long, default_value_t = 256)]
+    /// Maximum tokens per answer, for rows without `choices`.
+    #[arg(long, alias = "max-new-tokens", default_value_t = 256)]
     pub max_tokens: usize,
     /// How rows are scored.
     #[command(flatten)]
     pub scoring: ScoringArgs,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }
@@ -463,13 +464,19 @@ pub struct CalibrateArgs {
 /// `report`
 #[derive(Debug, Args)]
 pub struct ReportArgs {
-    /// The run's output directory; the run may still be going on.
+    /// Output directory of the run, which may still be running.
     #[arg(value_name = "OUT")]
     pub output_dir: PathBuf,
-    /// Where the page goes, in place of a report made before; by default OUT/report.html.
+    /// Scores to show: what `eval --json` printed; by default OUT/eval.json, where there is one.
+    #[arg(long, value_name = "FILE")]
+    pub eval: Option<PathBuf>,
+    /// Answers to show, the first five: what `predict --data --json` printed; by default OUT/answers.json, where there is one.
+    #[arg(long, value_name = "FILE")]
+    pub answers: Option<PathBuf>,
+    /// HTML file to write; an older report is replaced. Default: OUT/report.html.
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// One JSON object on stdout.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
 }

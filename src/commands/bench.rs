@@ -129,7 +129,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         }));
     }
     print(&format!(
-        "{name}, batch {} x {}: {median:.3} s a step (median), {tokens_per_second:.0} tokens/s, peak {} GB",
+        "{name}, batch {} x {}: {median:.3} s per step (median), {tokens_per_second:.0} tokens/s, peak {} GB",
         args.batch,
         args.seq,
         peak_gb.map_or("?".to_owned(), |gb| format!("{gb:.2}"))

@@ -5,7 +5,8 @@ use monteclora_converters::Problem;
 use serde::Serialize;
 
 use super::opened::{
-    Loaded, Opened, Request, eval_options, open_rows, require_one_kind, require_positive, row_limit,
+    Loaded, Opened, Request, eval_options, open_held_out, require_one_kind, require_positive,
+    row_limit,
 };
 use super::show;
 use crate::cli::CalibrateArgs;
@@ -70,7 +71,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         scoring: &args.scoring,
     };
     let opened = Opened::new(&request, row_limit)?;
-    let data = open_rows(&args.data, &opened.encoder)?;
+    let data = open_held_out(&args.data, &opened.encoder)?;
     let choices = ChoiceRows::read(&data)?;
     require_one_kind(&data, &choices)?;
     if let Some(target) = args.target_error {

@@ -5,6 +5,7 @@ use monteclora_converters::{Beside, LoraOptions};
 
 use super::export::{Export, require_apart};
 
+use crate::card;
 use crate::cli::CollapseArgs;
 use crate::output::require_empty;
 use crate::provenance::{read_effective, warn_of_settings};
@@ -24,5 +25,7 @@ pub(super) fn run(args: &CollapseArgs) -> Result<()> {
         carried: beside.carried.clone(),
     };
     let report = adapter.write_lora(&args.output, &options)?;
-    Export::new(&args.output, "plain LoRA", &adapter, &report, None, &beside).print(args.json)
+    let export = Export::new(&args.output, "plain LoRA", &adapter, &report, None, &beside);
+    card::write_exported(&args.output, &adapter.collapse(), &args.adapter)?;
+    export.print(args.json)
 }

@@ -11,6 +11,8 @@ use monteclora_converters::{
 use serde_json::{Map, Value};
 
 use super::export::{Export, require_apart};
+use super::named_base::named_by;
+use crate::card;
 use crate::cli::{ConvertArgs, ConvertDtypeArg};
 use crate::hub::{self, HubOptions};
 use crate::model::warn_of_base;
@@ -46,15 +48,23 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         carried: beside.carried.clone(),
     };
     let written = to.write(&adapter, output, &options, base.config())?;
-    Export::new(
+    let export = Export::new(
         output,
         written.what,
         &adapter,
         &written.report,
         written.note,
         &beside,
-    )
-    .print(args.json)
+    );
+    // A card is about PEFT's files; mlx-lm and llama.cpp have none.
+    if to.about().has_peft_settings {
+        let exported = match to.about().keeps_posterior {
+            true => adapter.clone(),
+            false => adapter.collapse(),
+        };
+        card::write_exported(output, &exported, &args.source)?;
+    }
+    export.print(args.json)
 }
 
 /// The base that an adapter is compared with and, in some formats, stored for.
@@ -67,7 +77,11 @@ enum Base {
 
 impl Base {
     fn of(args: &ConvertArgs, from: &dyn Format, to: &dyn Format) -> Result<Self> {
-        let Some(id) = args.model_id.as_deref() else {
+        let named = match [from, to].iter().any(|format| format.about().needs_base) {
+            true if args.model_id.is_none() => named_by(&args.source).ok(),
+            _ => args.model_id.clone(),
+        };
+        let Some(id) = named.as_deref() else {
             return match [from, to].iter().find(|format| format.about().needs_base) {
                 None => Ok(Self::None),
                 Some(format) => Err(Problem::usage(format!(
@@ -77,7 +91,14 @@ impl Base {
                 .into()),
             };
         };
-        let dir = hub::locate(id, &HubOptions::default())?.dir;
+        let found = hub::locate(id, &HubOptions::default());
+        let dir = match args.model_id {
+            Some(_) => found?,
+            None => found.context(
+                "the base that the adapter names cannot be opened; give the base with -m",
+            )?,
+        }
+        .dir;
         match ModelFiles::open(&dir) {
             Ok(files) => {
                 warn_of_base(&files)?;

@@ -38,7 +38,7 @@ pub(super) fn run(prepared: &Prepared, as_json: bool) -> Result<()> {
     line(
         "steps",
         format!(
-            "{} ({} an epoch; the largest batch has {} tokens)",
+            "{} ({} per epoch; the largest batch has {} tokens)",
             plan.total_steps, plan.steps_per_epoch, estimate.batch_tokens
         ),
     );
@@ -118,7 +118,7 @@ fn lengths(line: &mut impl FnMut(&str, String), data: &Dataset) {
     let stats = data.stats();
     let summary = |lengths: &LengthSummary| {
         format!(
-            "{} to {} an example, median {}, 95 % up to {}; {} in all",
+            "{} to {} per example, median {}, 95 % up to {}; {} in all",
             lengths.min, lengths.max, lengths.median, lengths.p95, lengths.total
         )
     };

@@ -22,6 +22,8 @@ use crate::progress;
 
 #[derive(Debug, Serialize)]
 struct Report {
+    /// Name of the rows' file.
+    data: String,
     rows: usize,
     choice_rows: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,7 +143,9 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         let found = subjects.iter().find(|subject| subject.key == key);
         found.map(|subject| subject.scores.clone())
     };
+    let name = args.data.file_name().unwrap_or(args.data.as_os_str());
     let report = Report {
+        data: name.to_string_lossy().into_owned(),
         rows: n_rows,
         choice_rows: n_choice_rows,
         ece_bins: (n_choice_rows > 0).then_some(args.ece_bins),
@@ -199,7 +203,7 @@ const ROWS: [Row; 17] = [
     ),
 ];
 
-/// One score a line, one model a column.
+/// One score per line, one model per column.
 fn table(report: &Report, subjects: &[Subject]) -> String {
     let mut text = format!("{:<28}", "");
     for subject in subjects {

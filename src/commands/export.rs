@@ -7,6 +7,7 @@ use monteclora_converters::{Adapter, Beside, LoraReport, Problem};
 use serde::Serialize;
 
 use super::show;
+use crate::card;
 
 /// How many names of a list are shown.
 const SHOWN: usize = 3;
@@ -151,7 +152,9 @@ fn kept(output: &Path, beside: &Beside) -> Vec<String> {
     };
     let ours = beside.carried.names();
     let names = found.carried.names().iter();
-    let mut kept: Vec<String> = names.filter(|name| !ours.contains(name)).cloned().collect();
+    let is_replaced = |name: &String| *name == card::FILE && card::is_ours(output);
+    let names = names.filter(|name| !ours.contains(name) && !is_replaced(name));
+    let mut kept: Vec<String> = names.cloned().collect();
     kept.extend(found.problems.into_iter().map(|problem| problem.at));
     kept
 }

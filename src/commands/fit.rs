@@ -10,7 +10,7 @@ use monteclora_converters::{
 
 use super::export::{beside_lines, require_apart};
 use super::opened::{
-    MOST_DRAWS, Opened, Request, eval_options, open_rows, require_at_most, require_one_kind,
+    MOST_DRAWS, Opened, Request, eval_options, open_held_out, require_at_most, require_one_kind,
     require_positive, row_limit,
 };
 use super::train::stop_on_signals;
@@ -61,7 +61,7 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
             fix
         ));
     }
-    let data = open_rows(&args.data, &opened.encoder)?;
+    let data = open_held_out(&args.data, &opened.encoder)?;
     let choices = ChoiceRows::read(&data)?;
     require_one_kind(&data, &choices)?;
     let mut rows = epoch_order(data.len(), args.scoring.seed, 0);

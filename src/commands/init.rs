@@ -94,7 +94,7 @@ fn text(
     let found = prepared.map_or(String::new(), |prepared| {
         let stats = prepared.train.stats();
         format!(
-            "# {} examples, {} rows; {} to {} tokens an example (median {}, 95 % up to {})\n",
+            "# {} examples, {} rows; {} to {} tokens per example (median {}, 95 % up to {})\n",
             stats.n_examples,
             prepared.train.format().name(),
             stats.tokens.min,
@@ -152,7 +152,7 @@ preset = {preset}             # recommended | paper | peft
 output_dir = {output_dir}
 num_train_epochs = {epochs}
 per_device_train_batch_size = {batch_size}    # {rows} at a time
-gradient_accumulation_steps = {accumulation}    # batches of that size a step; the result is that of one large batch
+gradient_accumulation_steps = {accumulation}    # batches of that size per step; the result is that of one large batch
 gradient_checkpointing = {checkpointing}     # true takes less memory and more time
 learning_rate = {learning_rate:e}
 lr_scheduler_type = {schedule}       # linear | cosine | constant

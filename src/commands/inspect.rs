@@ -5,7 +5,8 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use monteclora_converters::{
-    AdapterSummary, Beside, GgufFile, ModelFiles, Problem, Problems, is_gguf, summarise,
+    AdapterSummary, Beside, GgufFile, ModelFiles, Problem, Problems, SiteSummary, is_gguf,
+    summarise,
 };
 use serde_json::{Value, json};
 
@@ -37,10 +38,88 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
         return model(path, args.json);
     }
     let summary = summarise(path)?;
-    show(args.json, &summary, || table(&summary))
+    show(args.json, &summary, || table(&summary, args.all))
 }
 
-fn table(summary: &AdapterSummary) -> String {
+/// Sites that are listed one by one.
+const LISTED: usize = 24;
+
+/// Sites of one kind in several layers, which are alike in all but their values.
+struct Alike<'a> {
+    /// The name, with the first and the last layer.
+    name: String,
+    sites: Vec<&'a SiteSummary>,
+}
+
+/// The sites in order of their layers; with `each` every one by itself.
+fn alike(sites: &[SiteSummary], each: bool) -> Vec<Alike<'_>> {
+    let mut sites: Vec<_> = sites.iter().collect();
+    sites.sort_by_key(|site| natural(&site.name));
+    let mut found: Vec<(String, Alike<'_>)> = Vec::new();
+    for site in sites {
+        let number = |part: &str| part.parse::<usize>().is_ok();
+        let kind = site
+            .name
+            .split('.')
+            .map(|part| if number(part) { "*" } else { part });
+        let kind = kind.collect::<Vec<_>>().join(".");
+        let shape = (
+            site.r,
+            site.scaling,
+            site.in_features,
+            site.out_features,
+            &site.dtype,
+        );
+        let key = match each {
+            true => site.name.clone(),
+            false => format!("{kind} {shape:?}"),
+        };
+        match found.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, alike)) => alike.sites.push(site),
+            None => {
+                let name = site.name.clone();
+                found.push((
+                    key,
+                    Alike {
+                        name,
+                        sites: vec![site],
+                    },
+                ));
+            }
+        }
+    }
+    let named = found.into_iter().map(|(_, mut alike)| {
+        if let [first, .., last] = alike.sites.as_slice() {
+            let parts = first.name.split('.').zip(last.name.split('.'));
+            let parts = parts.map(|(a, b)| {
+                if a == b {
+                    a.to_owned()
+                } else {
+                    format!("{a}-{b}")
+                }
+            });
+            alike.name = parts.collect::<Vec<_>>().join(".");
+        }
+        alike
+    });
+    named.collect()
+}
+
+/// A value, or the least and the largest of several.
+fn span(values: impl Iterator<Item = Option<f64>>, digits: usize) -> String {
+    let values = values.flatten();
+    let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
+        (low.min(value), high.max(value))
+    });
+    let (first, last) = (format!("{low:.digits$}"), format!("{high:.digits$}"));
+    match low <= high {
+        false => "-".to_owned(),
+        true if first == last => first,
+        true => format!("{first} to {last}"),
+    }
+}
+
+fn table(summary: &AdapterSummary, all: bool) -> String {
     let mut text = format!(
         "format      {}\nr           {}\nlora_alpha  {}\nsites       {}\nparameters  {}\nbase model  {}\n",
         summary.format,
@@ -54,15 +133,18 @@ fn table(summary: &AdapterSummary) -> String {
         .sites
         .iter()
         .any(|site| site.effective_components.is_some());
-    let width = summary.sites.iter().map(|site| site.name.len()).max();
+    let each = all || summary.sites.len() <= LISTED;
+    let rows = alike(&summary.sites, each);
+    let width = rows.iter().map(|row| row.name.len()).max();
     let width = width.unwrap_or(0).max(4);
+    let (wide, digits) = if each { (9, 4) } else { (14, 2) };
     let mut line = |columns: [&str; 8], posterior: [&str; 2]| {
         let [name, r, scaling, size, dtype, a, b, delta] = columns;
         text.push_str(&format!(
-            "\n{name:<width$} {r:>4} {scaling:>8} {size:>13} {dtype:>5} {a:>9} {b:>9} {delta:>9}"
+            "\n{name:<width$} {r:>4} {scaling:>8} {size:>13} {dtype:>5} {a:>wide$} {b:>wide$} {delta:>wide$}"
         ));
         if has_posterior {
-            text.push_str(&format!(" {:>12} {:>10}", posterior[0], posterior[1]));
+            text.push_str(&format!(" {:>14} {:>14}", posterior[0], posterior[1]));
         }
     };
     line(
@@ -71,28 +153,32 @@ fn table(summary: &AdapterSummary) -> String {
         ],
         ["noise/signal", "components"],
     );
-    let mut sites: Vec<_> = summary.sites.iter().collect();
-    sites.sort_by_key(|site| natural(&site.name));
-    for site in sites {
-        let optional = |value: Option<f64>, digits: usize| {
-            value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
+    for row in &rows {
+        let Some(site) = row.sites.first() else {
+            continue;
+        };
+        let of = |value: &dyn Fn(&SiteSummary) -> Option<f64>, digits| {
+            span(row.sites.iter().map(|site| value(site)), digits)
         };
         line(
             [
-                &site.name,
+                &row.name,
                 &site.r.to_string(),
                 &format!("{:.4}", site.scaling),
                 &format!("{} x {}", site.in_features, site.out_features),
                 &site.dtype,
-                &format!("{:.4}", site.norm_a),
-                &format!("{:.4}", site.norm_b),
-                &format!("{:.4}", site.norm_delta),
+                &of(&|site| Some(site.norm_a), digits),
+                &of(&|site| Some(site.norm_b), digits),
+                &of(&|site| Some(site.norm_delta), digits),
             ],
             [
-                &optional(site.noise_to_signal, 4),
-                &optional(site.effective_components, 2),
+                &of(&|site| site.noise_to_signal, digits),
+                &of(&|site| site.effective_components, 2),
             ],
         );
+    }
+    if !each {
+        text.push_str("\n\none line per kind of module, with the range over its layers; --all lists every module");
     }
     if has_posterior {
         text.push_str(
@@ -279,4 +365,38 @@ fn ggml_name(ggml_type: u32) -> String {
         || format!("ggml type {ggml_type}"),
         |(_, name)| (*name).to_owned(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_modules_of_one_kind_are_one_line() {
+        let site = |layer: usize, leaf: &str| SiteSummary {
+            name: format!("model.layers.{layer}.{leaf}"),
+            r: 8,
+            alpha: 16.0,
+            scaling: 2.0,
+            in_features: 4,
+            out_features: 4,
+            dtype: "F32".to_owned(),
+            norm_a: 1.0 + layer as f64,
+            norm_b: 0.5,
+            norm_delta: 0.25,
+            noise_to_signal: None,
+            effective_components: None,
+        };
+        let sites = (0..20).flat_map(|layer| ["q_proj", "v_proj"].map(|leaf| site(layer, leaf)));
+        let sites: Vec<SiteSummary> = sites.collect();
+        let listed = alike(&sites, false);
+        let names: Vec<&str> = listed.iter().map(|row| row.name.as_str()).collect();
+        assert_eq!(
+            names,
+            ["model.layers.0-19.q_proj", "model.layers.0-19.v_proj"]
+        );
+        let norms = |row: &Alike<'_>| span(row.sites.iter().map(|site| Some(site.norm_a)), 2);
+        assert_eq!(norms(&listed[0]), "1.00 to 20.00");
+        assert_eq!(alike(&sites, true).len(), 40);
+    }
 }

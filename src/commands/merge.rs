@@ -4,7 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use monteclora_converters::{
-    Beside, ConversationSettings, DType, MergeReport, Problem, files, merge_dir, other_conversation,
+    Beside, ConversationSettings, DType, MergeReport, Problem, files, merge_dir,
+    other_conversation, shell_word,
 };
 use serde_json::json;
 
@@ -15,6 +16,9 @@ use crate::hub;
 use crate::model::open_base;
 use crate::output::require_empty;
 use crate::provenance::{read_effective_on, warn_of_settings};
+
+/// Share of the updated weights that may be stored as if there had been no update, before somebody is warned.
+const LOST: f64 = 0.5;
 
 pub(super) fn run(args: &MergeArgs) -> Result<()> {
     let output = &args.output;
@@ -64,6 +68,12 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
     } else {
         merge_dir(&files, &adapter, output, dtype, carried)?
     };
+    if report.update_lost > LOST {
+        tracing::warn!(
+            "{:.0} % of the update is lost: it is smaller than the steps of the stored type; use --dtype f32 to keep it, or serve the adapter beside its base",
+            100.0 * report.update_lost
+        );
+    }
     if args.json {
         let mut object = serde_json::to_value(&report)?;
         object["output"] = json!(output);
@@ -71,7 +81,12 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
         object["left_out"] = json!(beside.left_out);
         return print_json(&object);
     }
-    print(&(text(output, &report) + &beside_lines(&beside, &replaced(&report))))
+    let out = shell_word(&output.display().to_string());
+    // llama.cpp's own converter knows every architecture that it runs.
+    let next = format!(
+        "\n  next      for llama.cpp: python convert_hf_to_gguf.py {out} --outfile {out}.gguf --outtype q8_0   (or f16; the script is llama.cpp's)"
+    );
+    print(&(text(output, &report) + &beside_lines(&beside, &replaced(&report)) + &next))
 }
 
 /// Where the adapter's tokenizer and templates went.
@@ -106,11 +121,6 @@ fn text(output: &Path, report: &MergeReport) -> String {
     if report.untied {
         text.push_str(
             "\n  note      the head is adapted and was the embedding: it is a weight of its own now (lm_head.weight, tie_word_embeddings false)",
-        );
-    }
-    if report.update_lost > 0.5 {
-        text.push_str(
-            "\n  note      most of the update is below the rounding of the stored type; --dtype f32 keeps it",
         );
     }
     if !report.not_copied.is_empty() {

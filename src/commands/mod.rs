@@ -24,6 +24,7 @@ mod opened;
 #[cfg(feature = "mistralrs")]
 mod parity;
 mod predict;
+mod push;
 mod quickstart;
 mod report;
 #[cfg(feature = "mistralrs")]
@@ -125,6 +126,7 @@ pub fn run(mut command: Command) -> Result<()> {
         Command::Convert(args) => convert::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Push(args) => push::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Validate(args) => validate::run(args),
         #[cfg(feature = "mistralrs")]

@@ -11,7 +11,7 @@ use monteclora_converters::{Adapter, ConversationSettings, ModelFiles, Problem, 
 
 use super::{device, weight_type};
 use crate::cli::{ModelArgs, ScoringArgs};
-use crate::data::{Dataset, EncodeOptions, Encoder, RowSchema, splits};
+use crate::data::{Dataset, EncodeOptions, Encoder, RowSchema, Split, splits};
 use crate::eval::calibration::{self, Applicable, Calibration, Circumstances, Draws};
 use crate::eval::{Batching, ChoiceRows, EvalOptions, LengthNormalisation, posterior_draws};
 use crate::hub::{self, Located};
@@ -278,7 +278,38 @@ pub(super) fn require_at_most(flag: &str, value: usize, most: usize) -> Result<(
 
 /// The rows of `data`; of a directory, what was kept for the end.
 pub(super) fn open_rows(data: &Path, encoder: &Arc<Encoder>) -> Result<Dataset> {
-    let split = splits(data)?.last().copied().unwrap_or_default();
+    let present = splits(data)?;
+    let split = present.last().copied().unwrap_or_default();
+    if !data.is_file() && split == Split::Train {
+        tracing::warn!(
+            "`{}` has neither test rows nor validation rows: the training rows are scored, which flatters what was trained on them",
+            data.display()
+        );
+    }
+    open_split(data, split, encoder)
+}
+
+/// Held-out rows to fit something to: of a directory the validation rows, since its test rows are to be scored with the result.
+pub(super) fn open_held_out(data: &Path, encoder: &Arc<Encoder>) -> Result<Dataset> {
+    let present = splits(data)?;
+    if data.is_file() {
+        return open_split(data, present.first().copied().unwrap_or_default(), encoder);
+    }
+    if !present.contains(&Split::Valid) {
+        let message = format!(
+            "`{}` has no validation rows: name the file of held-out rows",
+            data.display()
+        );
+        bail!(Problem::usage(message));
+    }
+    open_split(data, Split::Valid, encoder)
+}
+
+fn open_split(data: &Path, split: Split, encoder: &Arc<Encoder>) -> Result<Dataset> {
+    if !data.is_file() {
+        let name = format!("{split:?}").to_lowercase();
+        tracing::info!("`{}`: its {name} rows", data.display());
+    }
     Ok(Dataset::open_split(
         data,
         split,

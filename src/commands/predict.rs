@@ -46,6 +46,31 @@ struct Given {
 pub(super) fn run(args: &PredictArgs) -> Result<()> {
     require_positive(&[("--max-tokens", args.max_tokens)])?;
     require_temperature(args.temperature)?;
+    if args.data.is_some() {
+        // clap does not look at what a flag requires where the other of the two questions is given.
+        let given = [
+            (
+                "--system",
+                args.system.is_some(),
+                "put a system turn into the rows",
+            ),
+            (
+                "--temperature",
+                args.temperature != 0.0,
+                "ask with --prompt",
+            ),
+            (
+                "--choices",
+                !args.choices.is_empty(),
+                "put `choices` into the rows",
+            ),
+        ];
+        if let Some((flag, _, fix)) = given.iter().find(|(_, is_given, _)| *is_given) {
+            bail!(Problem::usage(format!(
+                "{flag} is for --prompt, and --data is given; {fix}"
+            )));
+        }
+    }
     let request = Request {
         model: &args.model,
         adapters: &args.adapter,
@@ -541,7 +566,7 @@ pub(super) fn how_sure(answer: &Answer) -> String {
     let p = answer.p_correct;
     let percent = format!("{:.1} %", 100.0 * p);
     if answer.truncated {
-        return "cut at the most tokens that were allowed: how sure the whole answer would be, nobody knows".to_owned();
+        return "cut at the most tokens that were allowed: it is not known how sure the whole answer would be".to_owned();
     }
     if answer.abstain == Some(true) {
         return format!("too unsure to answer: {percent} likely to be right");

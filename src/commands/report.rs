@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use monteclora_converters::json::read_object;
 use monteclora_converters::{Problem, files};
+use serde_json::Value;
 
 use super::print;
 use crate::cli::ReportArgs;
@@ -18,7 +20,10 @@ pub(super) fn run(args: &ReportArgs) -> Result<()> {
         )));
     }
     let dir = &run_in(dir);
-    let page = RunFiles::read(dir)?.html()?;
+    let mut run = RunFiles::read(dir)?;
+    run.scores = beside(args.eval.as_deref(), &dir.join("eval.json"))?;
+    run.answers = beside(args.answers.as_deref(), &dir.join("answers.json"))?;
+    let page = run.html()?;
     let target = args
         .output
         .clone()
@@ -41,4 +46,14 @@ fn run_in(dir: &Path) -> PathBuf {
         (Some(run), None) => run,
         _ => dir.to_path_buf(),
     }
+}
+
+/// A file of JSON that was named, or that lies beside the run; null if neither.
+fn beside(named: Option<&Path>, usual: &Path) -> Result<Value> {
+    let path = match named {
+        Some(path) => path,
+        None if usual.is_file() => usual,
+        None => return Ok(Value::Null),
+    };
+    Ok(Value::Object(read_object(path)?))
 }

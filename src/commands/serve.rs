@@ -136,5 +136,6 @@ fn model_section(model_id: &str, args: &ServeArgs) -> Result<ModelSection> {
         ..ModelSection::default()
     };
     section.device.cpu = args.options.cpu;
+    section.uncertainty.enabled = args.uncertainty;
     Ok(section)
 }

@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result};
-use monteclora_converters::shell_word;
+use anyhow::{Context, Result, bail};
+use monteclora_converters::{Problem, shell_word};
 use serde_json::json;
 
 use super::{device, dry_run, interrupted, print, print_json, program};
@@ -88,6 +88,10 @@ fn configuration(args: &TrainArgs) -> Result<RunConfig> {
     let mut keys = args.keys.overrides();
     keys.extend(args.overrides.iter().cloned());
     let Some(file) = &args.config else {
+        if args.keys.model_id.is_none() && args.keys.data.is_none() {
+            let message = "which run? Give -c run.toml (`monteclora init` writes one), or -m MODEL and --data FILE";
+            bail!(Problem::usage(message));
+        }
         // What -c would have said comes first, so that flags win.
         keys.insert(0, "train.output_dir=\"out\"".to_owned());
         return Ok(RunConfig::from_toml("", "the command line", &keys)?);

@@ -243,13 +243,16 @@ fn lora(document: &mut Document, config: &mut LoraConfig) {
     }
     document.path("lora.init_from", config.init_from.as_ref());
     document.count("lora.r", 1, config.r as u64);
+    let is_possible = config.r <= MAX_RANK;
+    let message = format!("found {}, expected at most {MAX_RANK}", config.r);
+    document.that("lora.r", is_possible, message);
     document.above_zero("lora.lora_alpha", config.lora_alpha);
     document.below_one("lora.lora_dropout", config.lora_dropout);
     for (pattern, rank) in &config.rank_pattern {
         document.that(
             "lora.rank_pattern",
-            *rank > 0,
-            format!("`{pattern}`: found {rank}, expected at least 1"),
+            (1..=MAX_RANK).contains(rank),
+            format!("`{pattern}`: found {rank}, expected 1 to {MAX_RANK}"),
         );
     }
     for (pattern, alpha) in &config.alpha_pattern {
@@ -304,6 +307,12 @@ fn posterior_ranges(document: &mut Document, config: &MonteCloraConfig) {
     }
 }
 
+/// The largest rank: above the width of every model.
+const MAX_RANK: usize = 65_536;
+
+/// The most epochs, above which a number is a mistake.
+const MAX_EPOCHS: f64 = 1e6;
+
 /// Keys that only `objective = "elbo"` reads.
 const OF_EVIDENCE: [&str; 2] = ["lora.monteclora.prior_std", "lora.monteclora.temperature"];
 
@@ -352,6 +361,9 @@ fn train(document: &mut Document, config: &mut TrainConfig, lora: &LoraConfig) {
     config.max_steps = config.max_steps.filter(|_| steps);
     if let Some(epochs) = config.num_train_epochs {
         document.above_zero("train.num_train_epochs", epochs);
+        let message = format!("found {epochs}, expected at most {MAX_EPOCHS}");
+        let is_possible = epochs.is_nan() || epochs <= MAX_EPOCHS;
+        document.that("train.num_train_epochs", is_possible, message);
     }
     if let Some(steps) = config.max_steps {
         document.count("train.max_steps", 1, steps);

@@ -181,7 +181,7 @@ const KEYS: [(&[&str], &str); 28] = [
     ),
     (
         &["push_to_hub", "hub_model_id", "hub_token", "hub_strategy"],
-        "publishing is a step of its own, with `hf upload REPO DIR`; leave it out",
+        "`monteclora push DIR REPO` publishes an adapter afterwards; leave it out",
     ),
 ];
 

@@ -38,7 +38,7 @@ macro_rules! section {
 section! {
     /// A training run, checked. Made by [`RunConfig::load`]; serialises to the JSON that run.json records.
     pub struct RunConfig {
-        /// Root of every random stream: initial values, order of rows, dropout, noise.
+        /// Random seed of initial values, order of rows, dropout and noise.
         pub seed: u64 = 42,
         /// `[model]`
         pub model: ModelConfig = ModelConfig::default(),
@@ -60,13 +60,13 @@ section! {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
-    /// A local directory, a Hub id, or a local GGUF file. Required: empty in the default.
+    /// Base model: local directory, Hub id, or local GGUF file. Required; the default is empty.
     pub model_id: String,
     /// Branch, tag or commit on the Hub.
     pub revision: Option<String>,
-    /// Type of the base's weights in memory.
+    /// dtype of the base's weights in memory.
     pub dtype: DtypeChoice,
-    /// A Jinja (or JSON) file in place of the model's own chat template.
+    /// Jinja (or JSON) file that replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
 }
 
@@ -144,29 +144,30 @@ fn registered<'de, D: Deserializer<'de>>(
 section! {
     /// `[data]`
     pub struct DataConfig {
-        /// Training rows: a file, a directory with train and perhaps valid files, or a data set on the Hub
-        /// (`hf://datasets/ORG/NAME`). Required: empty in the default.
+        /// Training rows: a file, a directory with train and optionally valid files, or a data set on the Hub
+        /// (`hf://datasets/ORG/NAME`). Required; the default is empty.
         pub train: PathBuf = PathBuf::new(),
-        /// Validation rows; without, evaluation, best model and early stopping are off. By default those of the directory
-        /// that `train` names, if it has any.
+        /// Validation rows. Without them, evaluation, best model and early stopping are off. Default: the validation files in
+        /// the directory `train`, if any.
         pub valid: Option<PathBuf> = None,
         /// Format of the rows.
         pub format: DataFormat = DataFormat::Auto,
-        /// Field -> its name in the files, such as `{ prompt = "question", completion = "answer" }`.
+        /// Names of the fields in the files, such as `{ prompt = "question", completion = "answer" }`.
         #[serde(skip_serializing_if = "FieldNames::is_empty")]
         pub fields: FieldNames = FieldNames::default(),
-        /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
+        /// Treat a prompt row as one user and one assistant turn. If false, tokenise prompt, completion and end token
+        /// separately.
         pub apply_chat_template: bool = true,
-        /// Variables of the chat template, such as `{ enable_thinking = false }`; those of a row win.
+        /// Variables of the chat template, such as `{ enable_thinking = false }`. A row's variables override them.
         #[serde(skip_serializing_if = "Map::is_empty")]
         pub template_variables: Map<String, Value> = Map::new(),
-        /// Which turns of a conversation carry loss.
+        /// Turns of a conversation that count in the loss.
         pub train_on: TrainOn = TrainOn::Assistant,
-        /// Longest example in tokens, at least 2; `None` is min(1024, the model's max_position_embeddings).
+        /// Longest example, in tokens, at least 2. Default: min(1024, the model's max_position_embeddings).
         pub max_seq_length: Option<usize> = None,
-        /// What happens to a longer one.
+        /// Treatment of longer examples.
         pub overlong: Overlong = Overlong::Error,
-        /// Whether examples are put together up to `max_seq_length` tokens; the batch size then counts packs.
+        /// Pack examples together up to `max_seq_length` tokens. The batch size then counts packs.
         pub packing: bool = true,
     }
 }
@@ -203,7 +204,7 @@ impl DataConfig {
 #[value(rename_all = "snake_case")]
 #[serde(rename_all = "snake_case")]
 pub enum DataFormat {
-    /// Found out over all rows.
+    /// Detected from all rows.
     Auto,
     /// `{"messages": [{"role", "content"}], "tools"?}`.
     Messages,
@@ -285,11 +286,11 @@ where
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "OneOrMany<String>", into = "OneOrMany<String>")]
 pub enum ModuleSelection {
-    /// Every linear layer of the decoder blocks.
+    /// Every linear layer in the decoder blocks.
     AllLinear,
-    /// Module names: the whole path, or its end after a dot.
+    /// Module names: the full path, or its end after a dot.
     Names(Vec<String>),
-    /// A regular expression that matches the whole path.
+    /// A regular expression that matches the full path.
     Regex(String),
 }
 
@@ -316,61 +317,61 @@ impl From<ModuleSelection> for OneOrMany<String> {
 section! {
     /// `[lora]`
     pub struct LoraConfig {
-        /// What is trained.
+        /// Training method.
         pub method: Method = Method(METHODS[0].name),
-        /// An adapter directory to start from; its shape then stands for the keys of this section that were not given.
+        /// Adapter directory to start from. Keys of this section that are not given come from the adapter's shape.
         pub init_from: Option<PathBuf> = None,
         /// With `init_from`, the keys of `[lora]` and `[lora.monteclora]` that were given, as dotted paths.
         #[serde(skip)]
         pub given: Vec<String> = Vec::new(),
-        /// Rank, at least 1.
+        /// LoRA rank, at least 1.
         pub r: usize = 16,
-        /// Above 0. The update is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        /// LoRA alpha, above 0. The update is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
         pub lora_alpha: f64 = 32.0,
-        /// Probability that an input of A is zeroed in training, in [0, 1).
+        /// Dropout: probability that an input of A is zeroed in training, in [0, 1).
         pub lora_dropout: f64 = 0.0,
-        /// Which modules are adapted.
+        /// Modules to adapt.
         pub target_modules: ModuleSelection = ModuleSelection::AllLinear,
-        /// Which of them are not.
+        /// Modules not to adapt.
         pub exclude_modules: Option<ModuleSelection> = None,
-        /// Indices of the layers that are adapted; `None` is all.
+        /// Indices of the layers to adapt. Default: all.
         #[serde(deserialize_with = "some_list")]
         pub layers_to_transform: Option<Vec<usize>> = None,
-        /// Names of the list that the layers are in, where it is not the usual one.
+        /// Names of the module list that holds the layers, if not the usual one.
         #[serde(deserialize_with = "list")]
         pub layers_pattern: Vec<String> = Vec::new(),
-        /// Rank by module pattern; the first that matches, in the file's order.
+        /// Rank per module pattern. The first match in file order applies.
         pub rank_pattern: IndexMap<String, usize> = IndexMap::new(),
-        /// Alpha by module pattern; the first that matches, in the file's order.
+        /// Alpha per module pattern. The first match in file order applies.
         pub alpha_pattern: IndexMap<String, f64> = IndexMap::new(),
-        /// Scale by the square root of the rank.
+        /// Divide alpha by the square root of the rank.
         pub use_rslora: bool = false,
         /// `[lora.monteclora]`; `None` for the other methods, whose files may keep the section.
         pub monteclora: Option<MonteCloraConfig> = Some(MonteCloraConfig::default()),
     }
 }
 
-/// How the learning rate falls after the warm-up.
+/// Decay of the learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LrSchedulerType {
-    /// To 0 in a straight line.
+    /// Linear decay to 0.
     Linear,
-    /// To 0 along half a cosine.
+    /// Half-cosine decay to 0.
     Cosine,
-    /// Not at all.
+    /// No decay.
     Constant,
 }
 
-/// Where metrics go.
+/// Outputs for metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Report {
-    /// metrics.jsonl.
+    /// The file metrics.jsonl.
     Jsonl,
     /// TensorBoard event files.
     Tensorboard,
-    /// `command:...`: the standard input of a command of the shell, a line of metrics.jsonl at a time.
+    /// `command:...`: a shell command that gets the lines of metrics.jsonl on standard input.
     Command(String),
 }
 
@@ -405,40 +406,40 @@ impl From<Report> for String {
 section! {
     /// `[train]`, with Hugging Face's names.
     pub struct TrainConfig {
-        /// Where the adapter goes. Required: empty in the default.
+        /// Output directory of the adapter. Required; the default is empty.
         pub output_dir: PathBuf = PathBuf::new(),
-        /// Passes over the training rows, above 0; a part of a pass is allowed.
+        /// Epochs over the training rows, above 0. May be fractional.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub num_train_epochs: Option<f64> = Some(1.0),
-        /// Optimiser steps, at least 1.
+        /// Optimiser steps, at least 1, instead of `num_train_epochs`.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub max_steps: Option<u64> = None,
-        /// Examples (packs, with packing) that go through the model at once, at least 1.
+        /// Batch size: examples (packs, with packing) per forward pass, at least 1.
         pub per_device_train_batch_size: usize = 8,
-        /// Batches an optimiser step, at least 1.
+        /// Batches per optimiser step, at least 1.
         pub gradient_accumulation_steps: usize = 1,
-        /// Largest learning rate of A and B, above 0.
+        /// Peak learning rate of A and B, above 0.
         pub learning_rate: f64 = 5e-4,
-        /// Largest learning rate of the variational parameters, at least 0, where 0 keeps them as they are; by default [`Preset::variational_rate_ratio`] times
-        /// `learning_rate`.
+        /// Peak learning rate of the variational parameters, at least 0. 0 freezes them. Default: `learning_rate` times 10, or
+        /// times 1 with the preset "peft".
         pub variational_learning_rate: f64 = 5e-4 * Preset::default().variational_rate_ratio(),
-        /// Learning rate of B over that of A, above 0; LoRA+ recommends 16 (Hayou et al. 2024, arXiv:2402.12354).
+        /// Ratio of the learning rates of B and A, above 0. LoRA+ recommends 16 (Hayou et al. 2024, arXiv:2402.12354).
         pub loraplus_lr_ratio: f64 = 1.0,
-        /// How the learning rate falls.
+        /// Learning rate decay after warm-up.
         pub lr_scheduler_type: LrSchedulerType = LrSchedulerType::Linear,
         /// Share of the steps over which the learning rate rises from 0, in [0, 1].
         pub warmup_ratio: f64 = 0.03,
-        /// Steps over which it rises; takes the place of `warmup_ratio`.
+        /// Steps of warm-up, instead of `warmup_ratio`.
         pub warmup_steps: Option<u64> = None,
-        /// AdamW's decoupled decay, at least 0.
+        /// AdamW weight decay (decoupled), at least 0.
         pub weight_decay: f64 = 0.0,
-        /// AdamW's decay of the first moment, in [0, 1).
+        /// AdamW beta1: decay of the first moment, in [0, 1).
         pub adam_beta1: f64 = 0.9,
-        /// AdamW's decay of the second moment, in [0, 1).
+        /// AdamW beta2: decay of the second moment, in [0, 1).
         pub adam_beta2: f64 = 0.999,
-        /// AdamW's epsilon, above 0.
+        /// AdamW epsilon, above 0.
         pub adam_epsilon: f64 = 1e-8,
-        /// Largest norm of the whole gradient, at least 0; 0 is no limit.
+        /// Maximum norm of the whole gradient, at least 0. 0 means no limit.
         pub max_grad_norm: f64 = 1.0,
         /// Optimiser steps between `train` lines of metrics.jsonl, at least 1.
         pub logging_steps: u64 = 10,
@@ -446,19 +447,19 @@ section! {
         pub eval_steps: u64 = 100,
         /// Optimiser steps between checkpoints, at least 1.
         pub save_steps: u64 = 100,
-        /// Checkpoints kept; 0 is all.
+        /// Checkpoints to keep. 0 means all.
         pub save_total_limit: usize = 3,
-        /// Whether the adapter of the lowest validation loss is the one written at the end; off without `data.valid`.
+        /// Write the adapter with the lowest validation loss at the end. Off without `data.valid`.
         pub load_best_model_at_end: bool = true,
-        /// Evaluations without improvement that end the run; 0 is off, and so is a run without `data.valid`.
+        /// Evaluations without improvement after which training stops. 0 means off. Off without `data.valid`.
         pub early_stopping_patience: u64 = 0,
-        /// Where metrics go.
+        /// Outputs for metrics.
         #[serde(deserialize_with = "reports")]
         pub report_to: Vec<Report> = vec![Report::Jsonl],
-        /// Whether blocks are computed again in the backward pass to save memory.
+        /// Recompute blocks in the backward pass, to save memory.
         pub gradient_checkpointing: bool = false,
-        /// Mixed precision: products with frozen weights in bfloat16, faster on processors with AVX512-BF16; sums, adapter and
-        /// everything else stay f32. Weights are then held in bfloat16 (`model.dtype` "auto" or "bf16").
+        /// Mixed precision: products with frozen weights in bfloat16. Faster on CPUs with AVX512-BF16. Sums, adapter and
+        /// everything else stay f32. Frozen weights are held in bfloat16 (`model.dtype` "auto" or "bf16").
         pub bf16: bool = false,
     }
 }
@@ -469,9 +470,9 @@ pub const ECE_BINS: usize = 15;
 section! {
     /// `[eval]`
     pub struct EvalConfig {
-        /// Posterior draws averaged beside the mean; 0 is none.
+        /// Posterior draws to average beside the mean. 0 means none.
         pub posterior_samples: usize = 0,
-        /// Bins of the expected calibration error, at least 1.
+        /// Number of bins of the expected calibration error, at least 1.
         pub ece_bins: usize = ECE_BINS,
     }
 }

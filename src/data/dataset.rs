@@ -13,7 +13,7 @@ use super::{
     survey::{Entry, RowSchema, Survey},
 };
 
-/// The examples of one source. Memory is 16 bytes an example beside the 24 a row of its files.
+/// The examples of one source. Memory is 16 bytes per example beside the 24 per row of its files.
 #[derive(Debug)]
 pub struct Dataset {
     source: Source,

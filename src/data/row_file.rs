@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 use self::spans::{Span, index};
 use super::error::{bad_data, changed, not_unpacked, unreadable};
 
-/// An indexed file of rows. Memory is 24 bytes a row, whatever the rows hold.
+/// An indexed file of rows. Memory is 24 bytes per row, whatever the rows hold.
 ///
 /// JSON Lines (blank lines, a byte order mark and CR LF ends are accepted) and JSON arrays are read where they are.
 /// Files ending in `.gz` and Parquet files are unpacked once into an unnamed temporary file.
@@ -72,7 +72,7 @@ impl RowFile {
             return Err(bad_data(
                 "empty",
                 format!(
-                    "`{path}` holds no row; expected one JSON object a line, or an array of them"
+                    "`{path}` holds no row; expected one JSON object per line, or an array of them"
                 ),
             ));
         }
@@ -250,7 +250,7 @@ mod tests {
         for (path, part) in [
             (
                 path.as_path(),
-                "holds no row; expected one JSON object a line",
+                "holds no row; expected one JSON object per line",
             ),
             (dir.path(), "give the path of a data file: is a directory"),
         ] {

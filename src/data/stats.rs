@@ -57,9 +57,9 @@ pub struct Stats {
     pub n_truncated: usize,
     /// Examples whose trained part does not end in an end token: the model does not learn to stop.
     pub n_without_end: usize,
-    /// Tokens an example.
+    /// Tokens per example.
     pub tokens: LengthSummary,
-    /// Trained tokens an example.
+    /// Trained tokens per example.
     pub trained_tokens: LengthSummary,
 }
 

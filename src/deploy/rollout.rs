@@ -299,7 +299,7 @@ pub fn roll_back(
     let Some(record) = record.cloned() else {
         let wanted = to.map_or("an earlier generation".to_owned(), |to| format!("`{to}`"));
         return Err(nothing_to_restore(format!(
-            "{wanted} of `{alias}` is not among its releases; `monteclora status --adapter-root` lists them, and `monteclora deploy` of its directory brings any other back"
+            "{wanted} of `{alias}` is not among its releases; `monteclora status --adapter-root` lists them, and `monteclora deploy` with the directory of an older adapter brings that one back"
         )));
     };
     let path = portable(&record.directory);

@@ -11,7 +11,7 @@ pub(super) fn problem(at: impl Into<String>, message: impl Into<String>, fix: &s
 }
 
 /// Whether a text is `ORG/NAME`.
-pub(super) fn is_hub_id(id: &str) -> bool {
+pub fn is_hub_id(id: &str) -> bool {
     let part = |p: &str| {
         !p.is_empty()
             && !p.starts_with('.')
@@ -54,7 +54,7 @@ pub(super) fn builder(token_source: &str) -> Result<ApiBuilder, Problem> {
 
 /// The token that a source names; `None` leaves the choice to the Hub client: for `cache`, where HF_TOKEN is not set, that of
 /// `huggingface-cli login`.
-fn token(source: &str) -> Result<Option<Option<String>>, Problem> {
+pub(super) fn token(source: &str) -> Result<Option<Option<String>>, Problem> {
     // What follows the colon may be a token.
     let (kind, value) = match source.split_once(':') {
         Some((kind, value)) => (kind, Some(value)),

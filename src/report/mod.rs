@@ -29,6 +29,14 @@ pub struct RunFiles {
     pub adapter: Option<(PathBuf, AdapterSummary)>,
     /// Why there is no adapter, where there should be one.
     pub adapter_problem: Option<String>,
+    /// The run's name: that of its directory.
+    pub name: String,
+    /// When its files were written last, as a date in UTC.
+    pub date: Option<String>,
+    /// What `eval --json` said; null if nobody asked.
+    pub scores: Value,
+    /// What `predict --data --json` said.
+    pub answers: Value,
 }
 
 impl RunFiles {
@@ -69,6 +77,12 @@ impl RunFiles {
             history: history.unwrap_or_default(),
             adapter,
             adapter_problem,
+            name: name_of(dir),
+            date: [&metrics_path, &record_path]
+                .iter()
+                .find_map(|path| date_of(path)),
+            scores: Value::Null,
+            answers: Value::Null,
         })
     }
 
@@ -79,6 +93,19 @@ impl RunFiles {
     pub fn html(&self) -> Result<String> {
         lay_out(include_str!("page.html"), page::values(self))
     }
+}
+
+/// The last part of a path, whole where it is `.`.
+fn name_of(dir: &Path) -> String {
+    let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    let name = whole.file_name().unwrap_or(whole.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+fn date_of(path: &Path) -> Option<String> {
+    let written = std::fs::metadata(path).ok()?.modified().ok()?;
+    let written = chrono::DateTime::<chrono::Utc>::from(written);
+    Some(written.format("%Y-%m-%d").to_string())
 }
 
 /// A page: `template` with `values`, and the style that every page shares.

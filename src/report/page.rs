@@ -16,7 +16,7 @@ const MAX_EVALUATIONS: usize = 40;
 #[derive(Serialize)]
 struct Figure {
     title: &'static str,
-    note: &'static str,
+    note: String,
     legend: Vec<Legend>,
     svg: Text,
 }
@@ -78,6 +78,10 @@ pub(super) fn values(run: &RunFiles) -> Text {
         .count();
     context! {
         title => title(run),
+        name => run.name,
+        date => run.date,
+        scores => scores(&run.scores),
+        answers => answers(&run.answers),
         method => plain(&config["lora"]["method"]),
         status => history.status(),
         cards => cards(run),
@@ -144,7 +148,7 @@ fn cards(run: &RunFiles) -> Vec<Card> {
             latest("tokens").map(count),
             latest("trained_tokens").map(|n| format!("{} with a loss", count(n))),
         ),
-        ("tokens a second", speed, said("median")),
+        ("tokens per second", speed, said("median")),
         (
             "peak memory",
             peak.map(|bytes| format!("{:.2} GB", bytes / 1e9)),
@@ -175,7 +179,8 @@ fn figures(history: &History) -> Vec<Figure> {
     let line = |name, colour, key: &str| Series {
         name,
         colour,
-        marked: false,
+        // A line of one point would not be seen.
+        marked: history.train.len() <= 2,
         points: history.train.iter().map(|p| (p.step, p.get(key))).collect(),
     };
     let reported = |chart| {
@@ -192,48 +197,50 @@ fn figures(history: &History) -> Vec<Figure> {
             .map(|p| (p.step, p.get("loss")))
             .collect(),
     };
+    let loss = vec![line("training", 1, "task_loss"), valid];
+    let is_wide = spans_decades(&loss);
     let charts: [(&str, &str, bool, Vec<Series>); 7] = [
         (
             "Loss",
-            "negative log-likelihood a trained token, nats",
-            false,
-            vec![line("training", 1, "task_loss"), valid],
+            "Negative log-likelihood per trained token, in nats. If the validation loss rises while the training loss falls, the run overfits.",
+            is_wide,
+            loss,
         ),
         (
             "Divergences",
-            "mean over sites, nats, before the weight; logarithmic",
+            "How far the posterior is from its prior, in nats: the mean over the sites, before the weight. Values of hundreds or thousands are usual, since the weight is small. A flat line means that the posterior has settled.",
             true,
             reported(methods::Chart::Divergences),
         ),
         (
             "Regulariser",
-            "what is added to the task loss, nats; logarithmic",
+            "What the divergences add to the loss after the weight, in nats. If this is larger than the loss of the task, the prior decides more than the rows.",
             true,
             reported(methods::Chart::Regulariser),
         ),
         (
             "Posterior",
-            "the noise on A, mean over sites; logarithmic",
+            "The noise on A: the mean over the sites. A line that rises shows a posterior that grows wider.",
             true,
             reported(methods::Chart::Posterior),
         ),
         (
             "Learning rate",
-            "of A and B",
+            "Of A and B. It rises during the warm-up and falls afterwards.",
             false,
             vec![line("learning rate", 5, "learning_rate")],
         ),
         (
             "Gradient norm",
-            "all parameters, before clipping; logarithmic",
+            "Of all parameters, before clipping. Single peaks are usual; a line that keeps rising asks for a lower learning rate.",
             true,
             vec![line("gradient norm", 3, "grad_norm")],
         ),
         (
             "Throughput",
-            "tokens a second",
+            "Tokens per second. Dips are evaluations, checkpoints, or other work on the machine.",
             false,
-            vec![line("tokens a second", 4, "tokens_per_second")],
+            vec![line("tokens per second", 4, "tokens_per_second")],
         ),
     ];
     charts
@@ -266,12 +273,89 @@ fn figures(history: &History) -> Vec<Figure> {
                 logarithmic,
                 series,
             };
+            let axis = if logarithmic {
+                " Logarithmic axis."
+            } else {
+                ""
+            };
             (!chart.is_empty()).then(|| Figure {
                 title,
-                note,
+                note: format!("{note}{axis}"),
                 legend,
                 svg: Text::from_safe_string(chart.svg()),
             })
+        })
+        .collect()
+}
+
+/// Whether the values, all above zero, are better told by a logarithmic axis: the first steps of a run often are far above the rest.
+fn spans_decades(series: &[Series]) -> bool {
+    let values = series.iter().flat_map(|series| &series.points);
+    let values = values.filter_map(|(_, value)| value.filter(|value| value.is_finite()));
+    let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
+        (low.min(value), high.max(value))
+    });
+    low > 0.0 && high > 8.0 * low
+}
+
+/// Scores of `eval --json`, by what was scored.
+fn scores(found: &Value) -> Option<Text> {
+    const ROWS: [(&str, &str); 8] = [
+        ("loss", "loss"),
+        ("perplexity", "perplexity"),
+        ("token_accuracy", "token accuracy"),
+        ("accuracy", "accuracy"),
+        ("nll", "NLL"),
+        ("ece", "ECE"),
+        ("brier", "Brier score"),
+        ("auroc", "AUROC of errors"),
+    ];
+    const SCORED: [(&str, &str); 4] = [
+        ("base", "base"),
+        ("mean", "adapter"),
+        ("posterior", "average of the draws"),
+        ("ensemble", "ensemble"),
+    ];
+    let scored: Vec<_> = SCORED
+        .iter()
+        .filter(|(key, _)| found[key].is_object())
+        .collect();
+    let rows: Vec<Text> = ROWS
+        .iter()
+        .filter_map(|(key, name)| {
+            let told = scored
+                .iter()
+                .map(|(of, _)| found[of][key].as_f64().map(number));
+            let told: Vec<Option<String>> = told.collect();
+            told.iter()
+                .any(Option::is_some)
+                .then(|| context! { name, told })
+        })
+        .collect();
+    (!rows.is_empty()).then(|| {
+        context! {
+            heads => scored.iter().map(|(_, name)| *name).collect::<Vec<_>>(),
+            data => found["data"].as_str(),
+            n_rows => found["rows"].as_u64(),
+            rows,
+        }
+    })
+}
+
+/// The first answers of `predict --data --json`.
+fn answers(found: &Value) -> Vec<Text> {
+    const SHOWN: usize = 5;
+    let all = found["answers"].as_array().into_iter().flatten();
+    all.take(SHOWN)
+        .map(|answer| {
+            let p = answer["p_correct"].as_f64();
+            context! {
+                question => answer["question"].as_str(),
+                text => answer["text"].as_str().map(str::trim),
+                p => p.map(|p| format!("{:.1} %", 100.0 * p)),
+                calibrated => answer["calibrated"] == true,
+                cut => answer["truncated"] == true,
+            }
         })
         .collect()
 }

@@ -1,4 +1,4 @@
-//! What a run reports, and where to: `metrics.jsonl`, one JSON object a line with its `type` first, and TensorBoard.
+//! What a run reports, and where to: `metrics.jsonl`, one JSON object per line with its `type` first, and TensorBoard.
 
 mod command;
 
@@ -59,7 +59,7 @@ pub struct TrainRecord {
     pub tokens: u64,
     /// Tokens with a loss since the start.
     pub trained_tokens: u64,
-    /// Tokens a second since the last such line.
+    /// Tokens per second since the last such line.
     pub tokens_per_second: f64,
     /// Largest resident memory so far, where the system tells it.
     pub peak_memory_bytes: Option<u64>,

@@ -18,6 +18,7 @@ use monteclora_converters::{
 use super::{
     Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints, init_from,
 };
+use crate::card::Card;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Encoder, Split};
 use crate::hub::{self, HubOptions, Located};
@@ -99,6 +100,13 @@ impl Prepared {
         let max_seq_length = run
             .data
             .max_seq_length_for(model_config.max_position_embeddings);
+        let positions = model_config.max_position_embeddings;
+        if max_seq_length > positions {
+            let message = format!(
+                "[data] max_seq_length: found {max_seq_length}, expected at most {positions}, the positions of the model"
+            );
+            return Err(Problem::usage(message).into());
+        }
         let encoder = Encoder::with_variables(
             &base.dir,
             run.model.chat_template.as_deref(),
@@ -223,6 +231,14 @@ impl Prepared {
         if !outcome.interrupted {
             let record = self.record(parameters, device, Some(outcome.steps))?;
             write_json(&run_json, &record)?;
+            let name = output_dir.file_name().unwrap_or(output_dir.as_os_str());
+            let card = Card {
+                name: &name.to_string_lossy(),
+                adapter: &Adapter::read(output_dir)?,
+                record: &record,
+                scores: &serde_json::Value::Null,
+            };
+            card.write(output_dir)?;
         }
         Ok((outcome, decoder))
     }

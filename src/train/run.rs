@@ -277,7 +277,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         let (model, settings) = (self.trainer.model, self.trainer.settings);
         let (state, batches) = (&mut self.at.state, &mut self.batches);
         let mut micro = vec![batches.next_batch()?];
-        // Accumulation ends with the epoch, so that every row counts once an epoch.
+        // Accumulation ends with the epoch, so that every row counts once per epoch.
         while micro.len() < settings.train.gradient_accumulation_steps && !batches.at_epoch_start()
         {
             micro.push(batches.next_batch()?);

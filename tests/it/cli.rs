@@ -186,7 +186,17 @@ fn a_collapsed_run_is_two_files_that_runtimes_take() {
         .map(|e| e.unwrap().file_name())
         .collect();
     files.sort();
-    assert_eq!(files, ["adapter_config.json", "adapter_model.safetensors"]);
+    let expected = [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ];
+    assert_eq!(files, expected);
+    let card = std::fs::read_to_string(Path::new(&lora).join("README.md")).unwrap();
+    assert!(
+        card.contains("A LoRA adapter") && card.contains("library_name: peft"),
+        "{card}"
+    );
     let runtimes = ["--for", "mistralrs", "--for", "peft", "--json"];
     ok(&[&["validate", &lora, "-m", &tiny()], &runtimes[..]].concat());
 }
@@ -540,6 +550,42 @@ fn the_shipped_run_toml_is_valid_and_says_the_defaults() {
         (shipped.model.model_id.clone(), shipped.data.train.clone());
     (least.data.valid, least.data.max_seq_length) = (shipped.data.valid.clone(), Some(1024));
     assert_eq!(shipped, least);
+}
+
+/// Every key of the reference stands in examples/run.toml, in its section, commented out or not; and every line that is commented out
+/// is one that can be put in.
+#[test]
+fn the_shipped_run_toml_has_every_key() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let example = std::fs::read_to_string(root.join("examples/run.toml")).unwrap();
+    let reference = std::fs::read_to_string(root.join("docs/configuration.md")).unwrap();
+    let keys_of = |text: &str,
+                   head: &dyn Fn(&str) -> Option<String>,
+                   key: &dyn Fn(&str) -> Option<String>| {
+        let (mut section, mut found) = (String::new(), std::collections::BTreeSet::new());
+        for line in text.lines() {
+            match head(line) {
+                Some(next) => section = next,
+                None => found.extend(key(line).map(|key| format!("{section}.{key}"))),
+            }
+        }
+        found
+    };
+    let in_brackets = |line: &str| {
+        let line = line.strip_prefix("## ").unwrap_or(line);
+        let name = line.strip_prefix('[')?.strip_suffix(']')?;
+        Some(name.to_owned())
+    };
+    let expected = keys_of(&reference, &in_brackets, &|line| {
+        let (key, _) = line.strip_prefix("| `")?.split_once("` |")?;
+        Some(key.to_owned())
+    });
+    let found = keys_of(&example, &in_brackets, &|line| {
+        let (key, _) = line.strip_prefix("# ").unwrap_or(line).split_once(" = ")?;
+        (!key.contains(' ')).then(|| key.to_owned())
+    });
+    assert!(expected.len() > 40, "{expected:?}");
+    assert_eq!(found, expected);
 }
 
 #[test]

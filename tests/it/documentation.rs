@@ -198,6 +198,9 @@ fn every_serve_toml_shipped_is_valid() {
     let mut shipped = vec![root.join("examples/serve.toml")];
     for entry in std::fs::read_dir(root.join("deploy")).unwrap() {
         let path = entry.unwrap().path();
+        if path.is_dir() {
+            continue;
+        }
         let text = std::fs::read_to_string(&path).unwrap();
         let Some((_, block)) = text.split_once("\n  serve.toml: |\n") else {
             continue;

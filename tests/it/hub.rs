@@ -1,5 +1,7 @@
 //! Models and data sets from the Hub: the command against an imitation of it on the loopback interface.
 
+mod push;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};

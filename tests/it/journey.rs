@@ -49,12 +49,34 @@ fn a_run_needs_a_model_and_data_and_its_adapter_names_the_base() {
     assert_eq!(with, without);
     assert_eq!(without["answers"][0]["question"], "what is red");
     ok(&["eval", "-a", &flags, "--data", &data, "--limit", "2"]);
+    let alone = run(&["train"]);
+    assert!(
+        alone.code == 2 && alone.stderr.contains("which run?"),
+        "{}",
+        alone.stderr
+    );
     let missing = run(&["train", "--data", &data]);
     assert!(
         missing.code == 2 && missing.stderr.contains("model_id"),
         "{}",
         missing.stderr
     );
+}
+
+/// Flags that only a question has are refused for rows of a file, and taken with a question.
+#[test]
+fn flags_of_a_question_are_refused_for_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    run_toml(dir.path(), "", "", "");
+    let rows = dir.path().join("rows.jsonl").display().to_string();
+    let with = ["-m", &tiny(), "--temperature", "0.5", "--max-tokens", "2"];
+    let refused = run(&[&["predict", "--data", &rows][..], &with].concat());
+    assert!(
+        refused.code == 2 && refused.stderr.contains("ask with --prompt"),
+        "{}",
+        refused.stderr
+    );
+    ok(&[&["predict", "--prompt", "what is red"][..], &with].concat());
 }
 
 /// Where nobody names the base, what names it is said; a base is asked without an adapter.

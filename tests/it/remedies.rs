@@ -29,7 +29,53 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 55] = [
+const OTHERS: [Remedy; 62] = [
+    (
+        "the base that the adapter names cannot be opened; give the base with -m",
+        By("tests/it/remedies/paths.rs", "one_file_is_replaced"),
+    ),
+    (
+        "ask with --prompt",
+        By(
+            "tests/it/journey.rs",
+            "flags_of_a_question_are_refused_for_rows",
+        ),
+    ),
+    (
+        "which run? Give -c run.toml (`monteclora init` writes one), or -m MODEL and --data FILE",
+        By(
+            "tests/it/journey.rs",
+            "a_run_needs_a_model_and_data_and_its_adapter_names_the_base",
+        ),
+    ),
+    (
+        "Measured on {rows} rows with `monteclora eval`",
+        By(
+            "tests/it/hub/push.rs",
+            "an_adapter_is_published_with_its_card",
+        ),
+    ),
+    (
+        "$ monteclora chat -m {base} -a {name}",
+        By(
+            "tests/it/journey.rs",
+            "a_conversation_goes_on_and_changes_its_adapter",
+        ),
+    ),
+    (
+        "--all lists every module",
+        By(
+            "src/commands/inspect.rs",
+            "many_modules_of_one_kind_are_one_line",
+        ),
+    ),
+    (
+        "`monteclora push DIR REPO` publishes an adapter afterwards",
+        By(
+            "tests/it/hub/push.rs",
+            "an_adapter_is_published_with_its_card",
+        ),
+    ),
     (
         "which base model? Give it with -m",
         By(

@@ -237,3 +237,57 @@ fn a_command_reads_the_metrics() {
         refused.stderr
     );
 }
+
+/// Scores and answers that lie beside a run are on its page, with how sure each answer is.
+#[test]
+fn scores_and_answers_are_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("my-run");
+    std::fs::create_dir(&out).unwrap();
+    // The first loss is far above the others.
+    let losses = [9.0, 1.0, 0.6, 0.5];
+    write_lines(
+        &out,
+        losses
+            .iter()
+            .enumerate()
+            .map(|(at, loss)| train_line(at as u64 + 1, *loss)),
+    );
+    std::fs::write(out.join("eval.json"), r#"{"data": "test.jsonl", "rows": 40, "base": {"accuracy": 0.5, "ece": 0.25}, "mean": {"accuracy": 0.875, "ece": 0.0625}}"#).unwrap();
+    let answers = dir.path().join("said.json");
+    let answer = |at: usize| json!({"question": format!("question {at}"), "text": format!(" answer {at}"), "p_correct": 0.75, "calibrated": at == 0, "truncated": at == 1});
+    std::fs::write(
+        &answers,
+        json!({"answers": (0..7).map(answer).collect::<Vec<_>>()}).to_string(),
+    )
+    .unwrap();
+    let made = run(&[
+        "report",
+        out.to_str().unwrap(),
+        "--answers",
+        answers.to_str().unwrap(),
+    ]);
+    assert_eq!(made.code, 0, "{}", made.stderr);
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    for expected in [
+        "<h1>my-run</h1>",
+        "<td>accuracy</td><td>0.5</td><td>0.875</td>",
+        "<td>ECE</td><td>0.25</td><td>0.0625</td>",
+        "40 rows of test.jsonl",
+        "question 4",
+        "answer 4",
+        "75.0 % likely to be right",
+        "not calibrated",
+        "is not known",
+        "overfits. Logarithmic axis.",
+    ] {
+        assert!(page.contains(expected), "{expected}");
+    }
+    assert!(!page.contains("answer 5"));
+    let refused = run(&["report", out.to_str().unwrap(), "--eval", "nowhere.json"]);
+    assert!(
+        refused.code == 2 && refused.stderr.contains("nowhere.json"),
+        "{}",
+        refused.stderr
+    );
+}

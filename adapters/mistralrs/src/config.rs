@@ -22,19 +22,19 @@ pub use resolve::{Held, Locate, ModelConfig, ServeConfig, TlsFiles, Wanted, loca
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServeFile {
-    /// Where to listen.
+    /// Where the server listens.
     pub server: ServerSection,
-    /// Size of every engine, and of all together.
+    /// Limits per engine and for all engines together.
     pub runtime: RuntimeSection,
-    /// What clients may take.
+    /// Limits for clients.
     pub limits: LimitsSection,
-    /// Who may ask.
+    /// Keys for clients.
     pub auth: AuthSection,
     /// The endpoints that change what is served.
     pub admin: AdminSection,
     /// The base models.
     pub models: Vec<ModelSection>,
-    /// Name that answers requests without `model`; the first model's by default.
+    /// Model name for requests without `model`. Default: the first model.
     pub default_model_id: Option<String>,
 }
 
@@ -44,17 +44,18 @@ pub struct ServeFile {
 pub struct ServerSection {
     /// Address or host name to bind.
     pub host: String,
-    /// Port to bind; 0 lets the system choose.
+    /// Port to bind. 0 lets the system choose.
     pub port: u16,
-    /// Certificate chain in PEM; with it and `tls_key` the server speaks HTTPS only. Re-read on SIGHUP.
+    /// Certificate chain, PEM. With it and `tls_key` the server accepts only HTTPS. Read again on SIGHUP.
     pub tls_cert: Option<PathBuf>,
-    /// The certificate's private key in PEM.
+    /// Private key of the certificate, PEM.
     pub tls_key: Option<PathBuf>,
-    /// Whether `/` is a page to ask two models side by side, and to see how sure they are. It needs no key itself; what it asks does.
+    /// Serve a page at `/` that asks two models side by side and shows their confidence. The page itself needs no key; its
+    /// requests do.
     pub ui: bool,
-    /// Questions that the page offers.
+    /// Example questions on the page.
     pub examples: Vec<PageExample>,
-    /// Web origins whose pages may call the server (`https://app.example`, or `*`); none by default.
+    /// Web origins allowed to call the server (`https://app.example`, or `*`). Default: none.
     pub allowed_origins: Vec<String>,
 }
 
@@ -62,17 +63,17 @@ pub struct ServerSection {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PageExample {
-    /// What its button says.
+    /// Text of the button.
     pub title: String,
-    /// The question.
+    /// Question to ask.
     pub question: String,
-    /// System message before it.
+    /// System message before the question.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub system: Option<String>,
-    /// Possible answers; none for an answer in the model's own words.
+    /// Possible answers. Without them, the model answers in free text.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<String>,
-    /// Most tokens of such an answer.
+    /// Maximum tokens of a free-text answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<usize>,
 }
@@ -95,12 +96,12 @@ impl Default for ServerSection {
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RuntimeSection {
-    /// Sequences an engine works on at a time. At least 1.
+    /// Maximum concurrent sequences per engine. At least 1.
     pub max_seqs: usize,
-    /// Prompts whose key-value cache an engine keeps. Only 0: with mistral.rs's, the turn after an
-    /// answer that was cut short is computed without one token, and on a CPU the cache grows without limit.
+    /// Number of prompts in an engine's prefix cache. Must be 0: with mistral.rs's cache, the turn after a truncated answer is
+    /// computed without one token, and on a CPU the cache grows without limit.
     pub prefix_cache_n: usize,
-    /// Most memory for the weights of all engines together, in MiB; each adapter is a copy of its base.
+    /// Maximum memory for the weights of all engines together, in MiB. Each adapter is a copy of its base.
     pub max_memory_mb: Option<u64>,
 }
 
@@ -120,9 +121,9 @@ impl Default for RuntimeSection {
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthSection {
-    /// File of keys for inference: one a line, plain or `sha256:<hex>`.
+    /// File of keys for inference: one per line, plain or `sha256:<hex>`.
     pub api_keys_file: Option<PathBuf>,
-    /// File of keys for administration, in the same form. They are good for inference too.
+    /// File of admin keys, in the same format. Admin keys also work for inference.
     pub admin_keys_file: Option<PathBuf>,
 }
 
@@ -130,12 +131,12 @@ pub struct AuthSection {
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdminSection {
-    /// Whether adapters can be loaded and unloaded at run time.
+    /// Allow loading and unloading adapters at run time.
     pub enabled: bool,
-    /// Directory below which every adapter given at run time must lie.
+    /// Directory that must contain every adapter loaded at run time.
     pub adapter_root: Option<PathBuf>,
-    /// File that records what was loaded and unloaded at run time, so that a restart serves the same;
-    /// `.monteclora-state.json` in the adapter root by default. Each server needs one of its own.
+    /// File that records adapters loaded and unloaded at run time, so that a restart serves the same. Default:
+    /// `.monteclora-state.json` in the adapter root. Each server needs its own file.
     pub state_file: Option<PathBuf>,
 }
 
@@ -147,17 +148,17 @@ pub struct ModelSection {
     pub model_id: String,
     /// Revision of a Hub id.
     pub revision: Option<String>,
-    /// Public name; the last part of `model_id` by default.
+    /// Public name. Default: the last part of `model_id`.
     pub name: Option<String>,
-    /// `auto`, `f32`, `f16` or `bf16`; `auto` is f32 on a CPU.
+    /// dtype of weights: `auto`, `f32`, `f16` or `bf16`. `auto` is f32 on a CPU.
     pub dtype: Option<String>,
-    /// Chat template file to use instead of the model's own.
+    /// Chat template file that replaces the model's own.
     pub chat_template: Option<PathBuf>,
-    /// Quantisation while loading.
+    /// Quantisation during loading.
     pub quantization: QuantizationSection,
     /// Device.
     pub device: DeviceSection,
-    /// Scores that say how sure an answer is.
+    /// Confidence scores of answers.
     pub uncertainty: UncertaintySection,
     /// Adapters on this model.
     pub adapters: Vec<AdapterSection>,
@@ -167,7 +168,7 @@ pub struct ModelSection {
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuantizationSection {
-    /// In-situ quantisation as mistral.rs names it: `"4"`, `"8"`, `"Q4K"`, ...
+    /// In-situ quantisation, with mistral.rs's names: `"4"`, `"8"`, `"Q4K"`, ...
     pub in_situ_quant: Option<String>,
 }
 
@@ -175,7 +176,7 @@ pub struct QuantizationSection {
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DeviceSection {
-    /// Run on the CPU although an accelerator is there.
+    /// Run on the CPU even if an accelerator is available.
     pub cpu: bool,
 }
 
@@ -183,13 +184,13 @@ pub struct DeviceSection {
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct UncertaintySection {
-    /// Whether answers are scored.
+    /// Score answers.
     pub enabled: bool,
-    /// How that copy is held; `blocks` needs a quantised `.gguf` file as `model_id`.
+    /// dtype of the copy used for scoring. `blocks` needs a quantised `.gguf` file as `model_id`.
     pub dtype: ScoringDtype,
-    /// Posterior draws of each adapter that are held in memory, and most that a request may ask for. At least 1.
+    /// Posterior draws per adapter held in memory, and the maximum per request. At least 1.
     pub draws: usize,
-    /// Scores that are computed at a time; others wait. At least 1.
+    /// Scores computed concurrently; others wait. At least 1.
     pub max_concurrent: usize,
 }
 
@@ -208,16 +209,16 @@ impl Default for UncertaintySection {
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdapterSection {
-    /// `monteclora` or `lora`; either is recognised by its content.
+    /// `monteclora` or `lora`. The real type is detected from the content.
     #[serde(rename = "type")]
     pub kind: Option<String>,
-    /// Public name.
+    /// Public name of the adapter.
     pub alias: String,
-    /// Adapter directory, or Hub id.
+    /// Adapter directory or Hub id.
     pub source: String,
     /// Revision of a Hub id.
     pub revision: Option<String>,
-    /// Posterior draws that are models of their own, `ALIAS@draw-0` and so on; needs `[models.uncertainty]`.
+    /// Number of posterior draws served as separate models, `ALIAS@draw-0` and so on. Needs `[models.uncertainty]`.
     pub draws: usize,
 }
 

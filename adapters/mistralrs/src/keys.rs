@@ -26,7 +26,7 @@ impl fmt::Debug for KeySet {
 }
 
 impl KeySet {
-    /// Reads one key a line, plain or `sha256:<hex>`; empty lines and lines that begin with `#` are skipped.
+    /// Reads one key per line, plain or `sha256:<hex>`; empty lines and lines that begin with `#` are skipped.
     ///
     /// # Errors
     /// [`Error::Problem`] for a malformed line, or a file without a key.

@@ -65,7 +65,7 @@ pub enum Preset {
     Peft,
     /// The values of the paper's GLUE experiments (arXiv:2411.04358).
     Paper,
-    /// Equal to `paper`.
+    /// Same as `paper`.
     #[default]
     Recommended,
 }
@@ -84,7 +84,7 @@ impl Preset {
     }
 }
 
-/// Which divergences are minimised.
+/// Divergences to minimise.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Objective {
@@ -93,8 +93,8 @@ pub enum Objective {
     Exact,
     /// PEFT's formulas, for parity with it.
     Peft,
-    /// The divergence from a Gaussian prior on A, weighed as an evidence lower bound weighs it; the variances move by steps in
-    /// closed form.
+    /// The divergence from a Gaussian prior on A, weighted as in the evidence lower bound. The variances are updated in closed
+    /// form.
     Elbo,
 }
 
@@ -102,11 +102,11 @@ pub enum Objective {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MonteCloraConfig {
-    /// The preset that the other values started from.
+    /// Preset that sets the defaults of the other keys.
     pub preset: Preset,
-    /// Which divergences are minimised.
+    /// Divergences to minimise.
     pub objective: Objective,
-    /// Components of the mixture N, at least 1.
+    /// Number of mixture components N, at least 1.
     pub num_samples: usize,
     /// Scale of the noise on A, above 0.
     pub sample_scaler: f64,
@@ -114,13 +114,13 @@ pub struct MonteCloraConfig {
     pub kl_loss_weight: f64,
     /// Concentration of the Dirichlet prior, above 0.
     pub dirichlet_prior: f64,
-    /// Whether the sum of squared mixture weights is added to the loss.
+    /// Add the sum of squared mixture weights to the loss.
     pub use_entropy: bool,
     /// Share of the steps over which the weight of the divergences rises from 0 to `kl_loss_weight`, in [0, 1].
     pub kl_warmup_ratio: f64,
-    /// For `elbo`, standard deviation of the prior on the entries of A, above 0.
+    /// Standard deviation of the prior on the entries of A, above 0. Only for `elbo`.
     pub prior_std: f64,
-    /// For `elbo`, the temperature of the bound, above 0: 1 is the bound itself, less a colder posterior.
+    /// Temperature of the bound, above 0, only for `elbo`. 1 is the bound itself; below 1 the posterior is colder.
     pub temperature: f64,
     /// The form of the draw; not a key.
     #[serde(skip)]

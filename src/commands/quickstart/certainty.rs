@@ -22,6 +22,7 @@ use crate::eval::{
 };
 use crate::fit::{Criterion, FitRecord, Search};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
+use crate::progress;
 use crate::train::Prepared;
 
 /// Validation tickets that the scale is fitted on, and others for the temperature: few, so that it takes a minute.
@@ -122,9 +123,17 @@ pub(super) fn assess(
     let mean = ActiveAdapter::from_adapter(&fitted.adapter, decoder.config(), decoder.device())?;
     let draws = posterior_draws(&fitted.adapter, decoder, DEFAULT_SEED, DRAWS)?;
     let held_out = Recital::of(&valid, for_calibration, MAX_NEW_TOKENS, DECODE_BATCH)?;
-    let of_base = held_out.answers(decoder, &ActiveAdapter::default(), |_| {})?;
-    let of_mean = held_out.answers(decoder, &mean, |_| {})?;
+    let answer = |name, adapter: &ActiveAdapter| -> Result<_> {
+        let bar = progress::items(name, held_out.prompts.len() as u64);
+        let answers = held_out.answers(decoder, adapter, |done| bar.set_position(done as u64))?;
+        bar.finish_and_clear();
+        Ok(answers)
+    };
+    let of_base = answer("base model", &ActiveAdapter::default())?;
+    let of_mean = answer("posterior mean", &mean)?;
+    let bar = progress::busy("the draws' words on these answers");
     let averaged = held_out.average_predictions(decoder, &of_mean, &draws)?;
+    bar.finish_and_clear();
     let scaling = Scaling::fit(&averaged, ECE_BINS)?;
     let written = Calibration::new(
         Circumstances::new(
@@ -154,7 +163,9 @@ pub(super) fn assess(
     written.write(&output.join(FILE))?;
 
     tracing::info!("asking {DRAWS} draws about the test tickets");
+    let bar = progress::busy("the draws' words on the answers");
     let averaged = tickets.average_predictions(decoder, mean_answers, &draws)?;
+    bar.finish_and_clear();
     let temperature = scaling.temperature;
     let answerer = Answerer {
         decoder,

@@ -317,6 +317,16 @@ fn bad_overrides_are_refused() {
         ]
     );
     assert_eq!(
+        problems(
+            LEAST,
+            &["lora.r=9223372036854775807", "train.num_train_epochs=1e300"]
+        )
+        .iter()
+        .filter(|problem| problem.contains("expected at most"))
+        .count(),
+        2
+    );
+    assert_eq!(
         problems(&format!("seed = 3\n{LEAST}"), &["seed.x=1"]),
         ["--set seed.x: `seed` is not a table"]
     );

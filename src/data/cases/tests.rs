@@ -274,7 +274,7 @@ fn layouts_and_bytes_are_read_or_named() {
     check(
         "array/nested.json",
         &[Refused(
-            "row: found an array; expected one JSON object a line",
+            "row: found an array; expected one JSON object per line",
         )],
     );
     check(

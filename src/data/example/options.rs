@@ -22,11 +22,11 @@ pub enum TrainOn {
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum Overlong {
-    /// The row is an error.
+    /// Report the row as an error.
     Error,
-    /// The example is left out and counted.
+    /// Leave out the example and count it.
     Drop,
-    /// The first `max_seq_length` tokens are kept and the example counted.
+    /// Keep the first `max_seq_length` tokens and count the example.
     Truncate,
 }
 

@@ -217,7 +217,7 @@ fn recognise(path: &Path, head: &[u8]) -> Option<Problem> {
     }
     refused(
         format!("text that is not JSON; it begins \"{shown}\""),
-        "write one JSON object a line; lines of plain text become rows by `jq -Rc '{text: .}' FILE > rows.jsonl`",
+        "write one JSON object per line; lines of plain text become rows by `jq -Rc '{text: .}' FILE > rows.jsonl`",
     )
 }
 

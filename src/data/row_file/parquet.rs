@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::data::error::{bad_data, not_unpacked};
 
-/// Writes one line a row. A column without a value, at any depth, is a key that is left out: a table has no other
+/// Writes one line per row. A column without a value, at any depth, is a key that is left out: a table has no other
 /// way to say that a message has no `tool_calls`.
 ///
 /// # Errors

@@ -118,7 +118,7 @@ impl<'a> ArrayScan<'a> {
     }
 
     fn refuse<T>(&self, line: u32, problem: &str) -> Result<T, Error> {
-        let fix = "correct the array, or write one JSON object a line";
+        let fix = "correct the array, or write one JSON object per line";
         let problem = field_problem("row", problem, fix);
         Err(Problem::from(RowProblem::new(self.path, line as usize, problem)).into())
     }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::json_place::{lone_surrogate, long_integers, place};
 use crate::data::error::field_problem;
 
-const FIX: &str = "expected one JSON object a line";
+const FIX: &str = "expected one JSON object per line";
 
 /// Columns whose numbers reach the model.
 const READ: [&str; 7] = [

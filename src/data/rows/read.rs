@@ -75,7 +75,7 @@ fn object(bytes: &[u8]) -> Result<Map<String, Value>, Vec<Problem>> {
         Ok(other) => Err(vec![field_problem(
             "row",
             format!("found {}", kind(&other)),
-            "expected one JSON object a line",
+            "expected one JSON object per line",
         )]),
         Err(problem) => Err(vec![problem]),
     }

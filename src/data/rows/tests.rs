@@ -143,11 +143,11 @@ fn messages_say_what_where_and_the_fix() {
         ),
         (
             r#"[1]"#,
-            "row: found an array; expected one JSON object a line",
+            "row: found an array; expected one JSON object per line",
         ),
         (
             r#"{"a" 1}"#,
-            "row: not valid JSON at column 6, in `a`: expected `:`; expected one JSON object a line",
+            "row: not valid JSON at column 6, in `a`: expected `:`; expected one JSON object per line",
         ),
     ] {
         assert_eq!(first(text), expected);

@@ -81,7 +81,7 @@ pub(super) const REMEDIES: [Remedy; 18] = [
         "or compare both with `monteclora eval`",
         Run(another_base_is_compared),
     ),
-    ("--dtype f32 keeps it", Run(a_small_update_is_kept)),
+    ("use --dtype f32 to keep it", Run(a_small_update_is_kept)),
 ];
 
 pub(super) fn scratch() -> tempfile::TempDir {
@@ -271,12 +271,12 @@ fn a_small_update_is_kept() {
             text(&out),
             "--force",
         ];
-        ok(&[&arguments[..], more].concat()).stdout
+        ok(&[&arguments[..], more].concat()).stderr
     };
     let told = merge(&[]);
-    assert!(told.contains("--dtype f32 keeps it"), "{told}");
+    assert!(told.contains("use --dtype f32 to keep it"), "{told}");
     let told = merge(&["--dtype", "f32"]);
-    assert!(!told.contains("keeps it"), "{told}");
+    assert!(!told.contains("to keep it"), "{told}");
 }
 
 fn names_are_written_plainly() {

@@ -6,30 +6,31 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsSection {
-    /// Largest request body; larger ones are answered with 413.
+    /// Maximum request body; a larger one gets 413.
     pub max_body_bytes: usize,
-    /// Largest request head (request line and headers); larger ones are answered with 431. At least 8192.
+    /// Maximum request head (request line and headers), at least 8192; a larger one gets 431.
     pub max_header_bytes: usize,
-    /// Longest prompt in tokens; the model's own limit by default.
+    /// Maximum prompt length, in tokens. Default: the model's own limit.
     pub max_prompt_tokens: Option<usize>,
-    /// Most tokens a request may ask for and gets where it does not say; what fits after the prompt by default.
+    /// Maximum completion tokens per request, and the number used if the request sets none. Default: what fits after the
+    /// prompt.
     pub max_completion_tokens: Option<usize>,
-    /// Inference requests being worked on or queued, each choice of `n` counted; beyond, 503 with `Retry-After`.
+    /// Maximum inference requests running or queued; each choice of `n` counts. More get 503 with `Retry-After`.
     pub max_concurrent_requests: usize,
-    /// Open connections; further ones wait to be accepted.
+    /// Maximum open connections; more wait to be accepted.
     pub max_connections: usize,
-    /// Time for the head of a request to arrive, and for a TLS handshake.
+    /// Timeout for the head of a request, and for a TLS handshake.
     pub header_timeout_s: u64,
-    /// Time a connection may stay open between two requests. Longer than a load balancer's, which is often 60, so that it is
-    /// never the server that closes first.
+    /// Idle timeout of a connection between two requests. Set it longer than the load balancer's timeout (often 60), so that
+    /// the server never closes first.
     pub keep_alive_timeout_s: u64,
-    /// Time for the body of a request to arrive; slower ones are answered with 408.
+    /// Timeout for the body of a request; a slower body gets 408.
     pub body_timeout_s: u64,
-    /// Time a client may leave an answer unread before its connection is closed.
+    /// Timeout for a client that does not read an answer; then the connection is closed.
     pub write_timeout_s: u64,
-    /// Time for a whole answer; generation then stops, with 504 or a last event that says so.
+    /// Timeout for a whole answer. Generation then stops with 504, or with a last event that reports it.
     pub request_timeout_s: u64,
-    /// Time for requests in flight to finish after SIGTERM; what is not done then ends with an error that says so.
+    /// Timeout for running requests after SIGTERM. Unfinished requests then end with an error that reports it.
     pub drain_timeout_s: u64,
 }
 

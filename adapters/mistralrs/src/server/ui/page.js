@@ -243,7 +243,7 @@ const WORDS = [[0.95, "very sure"], [0.8, "sure"], [0.5, "not sure"], [0, "guess
 function verdict(score) {
   const p = score.p_correct;
   if (score.finish_reason === "length") {
-    return element("p", "verdict unchecked", "cut at the most tokens that were allowed: how sure the whole answer would be, nobody knows");
+    return element("p", "verdict unchecked", "cut at the most tokens that were allowed: it is not known how sure the whole answer would be");
   }
   if (score.abstain) return element("p", "verdict unsure", `too unsure to answer: ${percent(p)} likely to be right`);
   if (!score.calibrated) {

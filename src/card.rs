@@ -1,0 +1,288 @@
+//! The model card of an adapter: README.md with the front matter that the Hub reads.
+
+use std::path::Path;
+
+use monteclora_converters::{Adapter, Error, Result, TargetModules, files, training_record};
+use serde_json::Value;
+
+use crate::hub::is_hub_id;
+
+/// Name of the file.
+pub const FILE: &str = "README.md";
+
+/// First line of what is written here, so that it is known again: a card that somebody wrote stays.
+const MARK: &str = "<!-- written by monteclora -->";
+
+/// What a card is about.
+#[derive(Debug)]
+pub struct Card<'a> {
+    /// Name of the adapter.
+    pub name: &'a str,
+    /// The adapter.
+    pub adapter: &'a Adapter,
+    /// Its run.json; null where there is none.
+    pub record: &'a Value,
+    /// What `eval --json` said of it; null where nothing was measured.
+    pub scores: &'a Value,
+}
+
+/// Scores that a card tells, by their names in `eval --json` and on the Hub.
+const METRICS: [(&str, &str, &str); 6] = [
+    ("loss", "loss", "Loss"),
+    ("perplexity", "perplexity", "Perplexity"),
+    ("token_accuracy", "accuracy", "Token accuracy"),
+    ("accuracy", "accuracy", "Accuracy"),
+    ("nll", "nll", "Negative log-likelihood"),
+    ("ece", "ece", "Expected calibration error"),
+];
+
+/// Whether the card in `dir` was written here, so that it is replaced by the next export.
+pub fn is_ours(dir: &Path) -> bool {
+    std::fs::read_to_string(dir.join(FILE)).is_ok_and(|text| text.contains(MARK))
+}
+
+impl Card<'_> {
+    /// Writes it beside the adapter in `dir`, unless a card of somebody else's is there. Whether it was written.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write(&self, dir: &Path) -> Result<bool> {
+        let path = dir.join(FILE);
+        let is_free = match std::fs::read_to_string(&path) {
+            Ok(text) => text.contains(MARK),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
+            Err(error) => return Err(Error::io("read", &path)(error)),
+        };
+        if is_free {
+            files::write_text(&path, &self.text())?;
+        }
+        Ok(is_free)
+    }
+
+    /// Its text.
+    pub fn text(&self) -> String {
+        format!("{}\n{MARK}\n\n{}", self.front_matter(), self.body())
+    }
+
+    fn method(&self) -> &'static str {
+        match self.adapter.config.monteclora.is_some() {
+            true => "MonteCLoRA",
+            false => "LoRA",
+        }
+    }
+
+    /// The base's name, where it is one on the Hub.
+    fn base(&self) -> Option<&str> {
+        let base = self.adapter.config.base_model_name_or_path.as_deref();
+        base.filter(|base| is_hub_id(base) && !Path::new(base).exists())
+    }
+
+    fn front_matter(&self) -> String {
+        let mut lines = Vec::new();
+        if let Some(base) = self.base() {
+            lines.push(format!("base_model: {}", quoted(base)));
+        }
+        lines.push("library_name: peft".to_owned());
+        lines.push("pipeline_tag: text-generation".to_owned());
+        lines.push("tags:".to_owned());
+        if let Some(base) = self.base() {
+            lines.push(format!(
+                "- {}",
+                quoted(&format!("base_model:adapter:{base}"))
+            ));
+        }
+        lines.push("- lora".to_owned());
+        if self.adapter.config.monteclora.is_some() {
+            lines.push("- monteclora".to_owned());
+        }
+        let scores = self.scores();
+        if !scores.is_empty() {
+            let data = self.scores["data"].as_str().unwrap_or("held-out rows");
+            lines.push(format!(
+                "model-index:\n- name: {}\n  results:\n  - task:\n      type: text-generation\n    dataset:\n      type: {data}\n      name: {data}\n    metrics:",
+                quoted(self.name),
+                data = quoted(data),
+            ));
+            for (kind, title, value) in scores {
+                let title = quoted(title);
+                lines.push(format!(
+                    "    - type: {kind}\n      name: {title}\n      value: {value}"
+                ));
+            }
+        }
+        format!("---\n{}\n---", lines.join("\n"))
+    }
+
+    /// The scores that were measured: type, title and value.
+    fn scores(&self) -> Vec<(&'static str, &'static str, f64)> {
+        let found = METRICS.iter().filter_map(|(key, kind, title)| {
+            Some((*kind, *title, self.scores["mean"][key].as_f64()?))
+        });
+        found.collect()
+    }
+
+    fn body(&self) -> String {
+        let mut text = format!("# {}\n\nA {} adapter", self.name, self.method());
+        let named = self.adapter.config.base_model_name_or_path.as_deref();
+        match (self.base(), named) {
+            (Some(base), _) => {
+                text.push_str(&format!(" for [{base}](https://huggingface.co/{base})"));
+            }
+            (None, Some(name)) => {
+                let name = Path::new(name)
+                    .file_name()
+                    .map_or(name.into(), |n| n.to_string_lossy());
+                text.push_str(&format!(" for {name}"));
+            }
+            (None, None) => {}
+        }
+        text.push_str(".\n");
+        if self.adapter.config.monteclora.is_some() {
+            text.push_str(
+                "\nMonteCLoRA ([arXiv:2411.04358](https://arxiv.org/abs/2411.04358)) is a Bayesian LoRA: these files hold the posterior, whose mean is the plain LoRA that PEFT loads with them.\n",
+            );
+        }
+        text.push_str(&self.training());
+        let scores = self.scores();
+        if !scores.is_empty() {
+            text.push_str("\n## Scores\n\n| | |\n|---|---|\n");
+            for (_, title, value) in scores {
+                text.push_str(&format!("| {title} | {value:.4} |\n"));
+            }
+            if let Some(rows) = self.scores["rows"].as_u64() {
+                text.push_str(&format!(
+                    "\nMeasured on {rows} rows with `monteclora eval`.\n"
+                ));
+            }
+        }
+        let base = self.base().unwrap_or("BASE");
+        text.push_str(&format!(
+            "\n## Use\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\nmodel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base:?}), {name:?})\n```\n\n```console\n$ monteclora chat -m {base} -a {name}\n$ monteclora serve -m {base} --adapter tuned={name}\n```\n",
+            name = self.name,
+        ));
+        text
+    }
+
+    /// What the record says of the training.
+    fn training(&self) -> String {
+        let config = &self.adapter.config;
+        let targets = match &config.target_modules {
+            TargetModules::AllLinear => "all-linear".to_owned(),
+            TargetModules::List(names) => names.join(", "),
+            TargetModules::Regex(pattern) => format!("`{pattern}`"),
+        };
+        let mut rows = vec![
+            (
+                "r, lora_alpha".to_owned(),
+                format!("{}, {}", config.r, config.lora_alpha),
+            ),
+            ("modules".to_owned(), targets),
+        ];
+        let record = self.record;
+        let mut told = |title: &str, value: &Value| {
+            let text = match value {
+                Value::Null => return,
+                Value::String(text) => text.clone(),
+                value => value.to_string(),
+            };
+            rows.push((title.to_owned(), text));
+        };
+        told("training rows", &record["train"]["examples"]);
+        told(
+            "trained tokens per pass",
+            &record["train"]["trained_tokens"],
+        );
+        told("steps", &record["finished_step"]);
+        let train = &record["config"]["train"];
+        told("learning rate", &train["learning_rate"]);
+        told("batch", &train["per_device_train_batch_size"]);
+        told("accumulated batches", &train["gradient_accumulation_steps"]);
+        told("seed", &record["seed"]);
+        told("monteclora", &record["monteclora"]);
+        told("SHA-256 of the training rows", &record["train"]["sha256"]);
+        let rows = rows
+            .iter()
+            .map(|(title, value)| format!("| {title} | {value} |\n"));
+        format!(
+            "\n## Training\n\n| | |\n|---|---|\n{}",
+            rows.collect::<String>()
+        )
+    }
+}
+
+/// Writes a card beside `adapter`, which was exported into `dir` from what lies at `source`.
+///
+/// # Errors
+/// As [`Card::write`]; a record that cannot be read.
+pub fn write_exported(dir: &Path, adapter: &Adapter, source: &Path) -> Result<()> {
+    let name = dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy();
+    let card = Card {
+        name: &name,
+        adapter,
+        record: &training_record(source)?.unwrap_or_default(),
+        scores: &Value::Null,
+    };
+    card.write(dir)?;
+    Ok(())
+}
+
+/// A text as YAML takes it: JSON's strings are YAML's.
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn adapter(base: &str) -> Adapter {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/fixtures/adapters");
+        let mut adapter = Adapter::read(&root.join("monteclora")).expect("a recorded adapter");
+        adapter.config.base_model_name_or_path = Some(base.to_owned());
+        adapter
+    }
+
+    #[test]
+    fn a_card_names_base_library_tags_and_scores() {
+        let adapter = adapter("org/base");
+        let card = Card {
+            name: "triage",
+            adapter: &adapter,
+            record: &json!({"seed": 7, "train": {"examples": 600}, "config": {"train": {"learning_rate": 0.001}}}),
+            scores: &json!({"data": "test: rows.jsonl", "rows": 12, "mean": {"loss": 0.25, "accuracy": 0.75}}),
+        };
+        let text = card.text();
+        for expected in [
+            "---\nbase_model: \"org/base\"\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- \"base_model:adapter:org/base\"\n- lora\n- monteclora\nmodel-index:\n",
+            "type: \"test: rows.jsonl\"",
+            "    - type: accuracy\n      name: \"Accuracy\"\n      value: 0.75\n",
+            "| training rows | 600 |",
+            "| learning rate | 0.001 |",
+            "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(\"org/base\"), \"triage\")",
+        ] {
+            assert!(text.contains(expected), "{expected}\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_card_of_somebody_stays_and_local_paths_are_told_to_nobody() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let adapter = adapter("/home/me/secret/base");
+        let card = Card {
+            name: "a",
+            adapter: &adapter,
+            record: &Value::Null,
+            scores: &Value::Null,
+        };
+        assert!(!card.text().contains("/home/me") && card.text().contains("for base."));
+        assert!(!card.text().contains("base_model:") && !card.text().contains("model-index"));
+        assert!(card.write(dir.path()).expect("written"));
+        assert!(card.write(dir.path()).expect("written again"));
+        std::fs::write(dir.path().join(FILE), "# Mine").expect("written");
+        assert!(!card.write(dir.path()).expect("left"));
+        let text = std::fs::read_to_string(dir.path().join(FILE)).expect("readable");
+        assert_eq!(text, "# Mine");
+    }
+}

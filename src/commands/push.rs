@@ -1,0 +1,99 @@
+//! `push`: an adapter onto the Hub, with its model card.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use monteclora_converters::{
+    Adapter, Beside, Problem, format_of, json::read_object, training_record,
+};
+use serde_json::{Value, json};
+
+use super::{print, print_json};
+use crate::card::{self, Card};
+use crate::cli::PushArgs;
+use crate::hub::{Destination, push, require_repo};
+use crate::provenance::require_effect;
+
+pub(super) fn run(args: &PushArgs) -> Result<()> {
+    require_repo(&args.repo)?;
+    if !args.adapter.is_dir() {
+        let shown = args.adapter.display();
+        bail!(Problem::usage(format!(
+            "`{shown}`: no such directory; give an adapter's directory"
+        )));
+    }
+    let holds = |name: &str| args.adapter.join(name).is_file();
+    if holds("config.json") && !holds("adapter_config.json") {
+        let shown = args.adapter.display();
+        bail!(Problem::usage(format!(
+            "`{shown}` is a model, and adapters are pushed; `hf upload {} {shown}` publishes a model",
+            args.repo
+        )));
+    }
+    let adapter = Adapter::read(&args.adapter)?;
+    require_effect(&adapter, &args.adapter, args.force)?;
+    let beside = Beside::of(&args.adapter)?;
+    if let Some(first) = beside.problems.into_iter().next() {
+        return Err(first.into());
+    }
+    let record = training_record(&args.adapter)?.unwrap_or_default();
+    let scores = match &args.eval {
+        Some(path) => Value::Object(read_object(path)?),
+        None => Value::Null,
+    };
+    let name = args.repo.rsplit('/').next().unwrap_or(&args.repo);
+    let card = Card {
+        name,
+        adapter: &adapter,
+        record: &record,
+        scores: &scores,
+    };
+    if !card.write(&args.adapter)? && args.eval.is_some() {
+        tracing::warn!(
+            "`{}` is a card of your own: it stays, without the scores of --eval",
+            args.adapter.join(card::FILE).display()
+        );
+    }
+    // What a reader takes for the adapter's, and what goes where it goes.
+    let own = format_of(&args.adapter).files(&args.adapter)?;
+    let own = own.into_iter().filter(|path| path.is_file());
+    let own = own.filter_map(|path| {
+        let name = path.file_name()?.to_str()?.to_owned();
+        Some((name, path))
+    });
+    let carried = Beside::of(&args.adapter)?.carried;
+    let carried = carried
+        .names()
+        .iter()
+        .map(|name| (name.clone(), args.adapter.join(name)));
+    let mut files: Vec<(String, PathBuf)> = own.chain(carried).collect();
+    files.sort();
+    files.dedup();
+    let to = Destination {
+        repo: &args.repo,
+        revision: &args.revision,
+        private: args.private,
+        message: &args.message,
+        token_source: &args.token_source,
+    };
+    let pushed = push(&files, &to)?;
+    let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    if args.json {
+        return print_json(&json!({
+            "repo": pushed.repo, "commit": pushed.commit, "url": pushed.url, "files": names, "sent": pushed.sent,
+        }));
+    }
+    let left_out = Beside::of(&args.adapter)?.left_out_line();
+    let left_out = left_out.map_or(String::new(), |line| format!("\n  left out  {line}"));
+    print(&format!(
+        "pushed {} to {}: {}\n  {}{left_out}",
+        shown(&args.adapter),
+        pushed.repo,
+        names.join(", "),
+        pushed.url
+    ))
+}
+
+fn shown(path: &Path) -> String {
+    format!("`{}`", path.display())
+}
