@@ -4,7 +4,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::FromArgMatches;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use monteclora::cli::{self, Cli, Command};
+use monteclora::config::flag_remedy;
 use monteclora::{allocator, commands, logging};
 
 /// Training allocates and frees buffers of megabytes at every operation; the system's allocator returns each to the kernel and
@@ -15,21 +17,35 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// The command line; ends the process with a message where it is none.
 fn parsed() -> Cli {
     let matches = cli::command().try_get_matches().unwrap_or_else(|error| {
-        use clap::error::{ContextKind, ContextValue};
-        let Some(ContextValue::String(name)) = error.get(ContextKind::InvalidSubcommand) else {
-            error.exit()
-        };
-        let Some(hint) = cli::hint(name) else {
+        let Some(message) = answer(&error) else {
             error.exit()
         };
         // Nothing is left to do if standard error is closed.
-        let _ = writeln!(
-            std::io::stderr(),
-            "error: there is no command `{name}`: {hint}\n\nFor all commands, try '--help'."
-        );
+        let _ = writeln!(std::io::stderr(), "error: {message}");
         std::process::exit(2);
     });
     Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+}
+
+/// What is said of a command, or of a flag of `train`, that other programs have.
+fn answer(error: &clap::Error) -> Option<String> {
+    let named = |kind| match error.get(kind) {
+        Some(ContextValue::String(name)) => Some(name),
+        _ => None,
+    };
+    if let Some(name) = named(ContextKind::InvalidSubcommand) {
+        let hint = cli::hint(name)?;
+        return Some(format!(
+            "there is no command `{name}`: {hint}\n\nFor all commands, try '--help'."
+        ));
+    }
+    let is_train = std::env::args().nth(1).is_some_and(|name| name == "train");
+    let is_unknown = error.kind() == ErrorKind::UnknownArgument && is_train;
+    let flag = named(ContextKind::InvalidArg).filter(|_| is_unknown)?;
+    let remedy = flag_remedy(flag)?;
+    Some(format!(
+        "`train` has no flag `{flag}`: {remedy}\n\nFor all flags, try '--help'."
+    ))
 }
 
 /// Whether it goes on for days, so that lines of its log want a time.

@@ -181,7 +181,7 @@ impl Document {
                     Ok(_) => {
                         let _ = insert(&mut sound, &path, value.clone());
                     }
-                    Err(error) => problems.push((path, error.message().to_owned())),
+                    Err(error) => problems.push((path, plain(error.message()))),
                 }
             }
         }
@@ -315,6 +315,21 @@ fn line_of(text: &str, offset: usize) -> usize {
         .filter(|byte| **byte == b'\n')
         .count()
         + 1
+}
+
+/// A message about a value in the words of TOML: Rust's names of numbers say nothing to who writes a run.toml.
+fn plain(message: &str) -> String {
+    let words = [
+        ("expected usize", "expected a whole number, 0 or more"),
+        ("expected u64", "expected a whole number, 0 or more"),
+        ("expected u32", "expected a whole number, 0 or more"),
+        ("expected f64", "expected a number"),
+    ];
+    words
+        .iter()
+        .fold(message.to_owned(), |text, (rust, plain)| {
+            text.replace(rust, plain)
+        })
 }
 
 /// The names of a struct's fields as serde sees them, so that the schema cannot differ from the struct.

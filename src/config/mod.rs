@@ -9,6 +9,7 @@ mod document;
 mod peers;
 mod run;
 
+pub use peers::flag_remedy;
 pub use run::{
     DTYPES, DataConfig, DataFormat, DtypeChoice, ECE_BINS, EvalConfig, LoraConfig, LrSchedulerType,
     Method, ModelConfig, ModuleSelection, Report, RunConfig, TrainConfig,

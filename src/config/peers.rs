@@ -1,5 +1,8 @@
 //! Keys of other trainers, and what stands here in their place: PEFT, TRL and transformers, axolotl, unsloth, LLaMA-Factory, mlx-lm.
 
+use super::document::field_names;
+use super::{DataConfig, LoraConfig, ModelConfig, TrainConfig};
+
 /// Names that other trainers have for something, and the remedy for who writes them here.
 const KEYS: [(&[&str], &str); 28] = [
     (
@@ -191,21 +194,37 @@ pub(super) fn remedy(key: &str) -> Option<&'static str> {
     found.map(|(_, remedy)| *remedy)
 }
 
+/// What to write in place of a flag that `train` has not: `--set` for a key of run.toml, the key here for one of another trainer.
+///
+/// `flag` as it was typed, such as `--logging-steps`. None for any other name.
+pub fn flag_remedy(flag: &str) -> Option<String> {
+    let key = flag.trim_start_matches('-').replace('-', "_");
+    let sections = sections();
+    let section = sections.iter().find(|(_, fields)| fields.contains(&&*key));
+    match section {
+        Some((section, _)) => Some(format!("write --set {section}.{key}=VALUE")),
+        None => remedy(&key).map(str::to_owned),
+    }
+}
+
+/// The sections of run.toml that a run always has, with their keys.
+fn sections() -> [(&'static str, &'static [&'static str]); 4] {
+    [
+        ("model", field_names::<ModelConfig>()),
+        ("data", field_names::<DataConfig>()),
+        ("lora", field_names::<LoraConfig>()),
+        ("train", field_names::<TrainConfig>()),
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::document::field_names;
-    use crate::config::{DataConfig, LoraConfig, ModelConfig, TrainConfig};
 
     /// A remedy that names a key names one that is there, in that section; and no key of ours is taken for another's.
     #[test]
     fn remedies_name_keys_that_are_there() {
-        let sections = [
-            ("model", field_names::<ModelConfig>()),
-            ("data", field_names::<DataConfig>()),
-            ("lora", field_names::<LoraConfig>()),
-            ("train", field_names::<TrainConfig>()),
-        ];
+        let sections = sections();
         for (names, remedy) in KEYS {
             if let Some((_, rest)) = remedy.split_once("write `").or(remedy.split_once("as `")) {
                 let (key, rest) = rest.split_once('`').expect("a quoted key");
@@ -223,5 +242,16 @@ mod tests {
             }
         }
         assert_eq!(super::remedy("learning_rat"), None);
+    }
+
+    #[test]
+    fn flags_of_keys_are_answered() {
+        for (flag, expected) in [
+            ("--logging-steps", "write --set train.logging_steps=VALUE"),
+            ("--sample-packing", "write `packing` in [data]"),
+        ] {
+            assert_eq!(flag_remedy(flag).as_deref(), Some(expected));
+        }
+        assert_eq!(flag_remedy("--zzz"), None);
     }
 }

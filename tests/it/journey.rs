@@ -49,6 +49,34 @@ fn a_run_needs_a_model_and_data_and_its_adapter_names_the_base() {
     assert_eq!(with, without);
     assert_eq!(without["answers"][0]["question"], "what is red");
     ok(&["eval", "-a", &flags, "--data", &data, "--limit", "2"]);
+    let flag = [
+        "train",
+        "-m",
+        &base,
+        "--data",
+        &data,
+        "--logging-steps",
+        "1",
+    ];
+    let refused = run(&flag);
+    let remedy = "write --set train.logging_steps=VALUE";
+    assert!(
+        refused.code == 2 && refused.stderr.contains(remedy),
+        "{}",
+        refused.stderr
+    );
+    let set = "train.logging_steps=1";
+    let flag = [
+        "train",
+        "-m",
+        &base,
+        "--data",
+        &data,
+        "--dry-run",
+        "--set",
+        set,
+    ];
+    ok(&[&flag[..], &["--output-dir", &at("set")]].concat());
     let alone = run(&["train"]);
     assert!(
         alone.code == 2 && alone.stderr.contains("which run?"),

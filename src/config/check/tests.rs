@@ -356,11 +356,11 @@ fn wrong_types_are_all_reported() {
     let text = "seed = -1\nmodel = 3\n[data]\ntrain = 5\nformat = \"csv\"\n[lora]\nr = \"16\"\ntarget_modules = 3\n[train]\noutput_dir = \"o\"\n";
     let found = problems(text, &[]);
     for expected in [
-        "run.toml:1: seed: invalid value: integer `-1`, expected u64",
+        "run.toml:1: seed: invalid value: integer `-1`, expected a whole number, 0 or more",
         "run.toml:2: model: found integer, expected a table",
         "run.toml:4: [data] train: invalid type: integer `5`, expected path string",
         "run.toml:5: [data] format: unknown variant `csv`, expected one of `auto`, `messages`, `prompt_completion`, `alpaca`, `sharegpt`, `text`",
-        "run.toml:7: [lora] r: invalid type: string \"16\", expected usize",
+        "run.toml:7: [lora] r: invalid type: string \"16\", expected a whole number, 0 or more",
         "run.toml:8: [lora] target_modules: expected one value or a list of them",
     ] {
         assert!(

@@ -97,6 +97,7 @@ fn respond(
     let asked = || -> Value { serde_json::from_slice(body).unwrap() };
     let endpoint = &state.endpoint;
     match path {
+        path if SILENT.iter().any(|(_, silent)| path.contains(silent)) => (200, json!({})),
         "/api/repos/create" => {
             let asked = asked();
             let owner = asked["organization"].as_str().unwrap_or("me");
@@ -191,6 +192,13 @@ fn decoded(text: &str) -> Vec<u8> {
     }
     bytes
 }
+
+/// Repositories for which the imitation leaves something out of an answer, and the path of that answer.
+const SILENT: [(&str, &str); 3] = [
+    ("org/without-files", "/org/without-files/preupload/"),
+    ("org/without-objects", "/org/without-objects.git/"),
+    ("org/without-commit", "/org/without-commit/commit/"),
+];
 
 fn push(endpoint: &str, token: &str, arguments: &[&str]) -> Run {
     let mut command = monteclora();
@@ -305,5 +313,23 @@ fn what_cannot_be_published_says_why() {
         gone.stderr
     );
     assert_eq!(push(&endpoint, TOKEN, &["nowhere", "org/a"]).code, 2);
+    assert_eq!(state.lock().unwrap().n_commits, 0);
+}
+
+/// An answer in which something is missing is no success.
+#[test]
+fn an_incomplete_answer_is_an_error() {
+    let (endpoint, state) = start();
+    let dir = tempfile::tempdir().unwrap();
+    copy(own_adapter("plain-lora").as_ref(), dir.path());
+    for (repo, _) in SILENT {
+        let refused = push(&endpoint, TOKEN, &[text(dir.path()), repo]);
+        let said = format!("{}{}", refused.stdout, refused.stderr);
+        assert!(
+            refused.code == 1 && said.contains("the Hub's answer"),
+            "{said}"
+        );
+        assert!(!said.contains(TOKEN), "{said}");
+    }
     assert_eq!(state.lock().unwrap().n_commits, 0);
 }
