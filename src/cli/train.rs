@@ -183,14 +183,16 @@ pub struct TrainKeys {
 impl TrainKeys {
     /// The keys that were given, as `--set` takes them.
     pub fn overrides(&self) -> Vec<String> {
-        let text = |text: &Option<String>| text.as_ref().map(|t| toml::Value::from(t.as_str()));
-        let count = |n: Option<u64>| n.and_then(|n| i64::try_from(n).ok()).map(toml::Value::from);
-        let number = |x: Option<f64>| x.map(toml::Value::from);
-        let flag = |on: bool| on.then(|| toml::Value::from(true));
+        let value = |value: toml::Value| Some(value.to_string());
+        let text = |text: &Option<String>| text.as_deref().and_then(|text| value(text.into()));
+        // Too large a number for TOML is refused where the key is read.
+        let count = |n: Option<u64>| n.map(|n| n.to_string());
+        let number = |x: Option<f64>| x.and_then(|x| value(x.into()));
+        let flag = |on: bool| on.then(|| true.to_string());
         let modules = match self.target_modules.as_slice() {
             [] => None,
-            [all] if all == "all-linear" => Some(toml::Value::from("all-linear")),
-            names => Some(toml::Value::from(names.to_vec())),
+            [all] if all == "all-linear" => value(all.as_str().into()),
+            names => value(names.to_vec().into()),
         };
         let given = [
             ("model.model_id", text(&self.model_id)),

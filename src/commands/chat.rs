@@ -17,6 +17,7 @@ use crate::data::{Message, Role};
 use crate::eval::calibration::{Judged, Scaling};
 use crate::eval::{Answerer, DEFAULT_SEED, LengthNormalisation};
 use crate::model::{ActiveAdapter, Decoder, GenerationSettings};
+use crate::output::name_of;
 use crate::speech::{Speech, Spoken};
 
 const HELP: &str = "\
@@ -313,10 +314,7 @@ impl Voice {
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = adapter.iter().map(|path| path.to_path_buf()).collect();
         let calibration = opened.calibration(&paths)?.of(Judged::Answers);
-        let name = adapter.map_or("base".to_owned(), |path| {
-            let name = path.file_name().unwrap_or(path.as_os_str());
-            name.to_string_lossy().into_owned()
-        });
+        let name = adapter.map_or("base".to_owned(), name_of);
         Ok(Self {
             name,
             calibration: calibration.asked(opened.draws()),

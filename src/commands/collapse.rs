@@ -26,6 +26,6 @@ pub(super) fn run(args: &CollapseArgs) -> Result<()> {
     };
     let report = adapter.write_lora(&args.output, &options)?;
     let export = Export::new(&args.output, "plain LoRA", &adapter, &report, None, &beside);
-    card::write_exported(&args.output, &adapter.collapse(), &args.adapter)?;
+    card::write_exported(&args.output, &adapter.collapse().config, &args.adapter)?;
     export.print(args.json)
 }

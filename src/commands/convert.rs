@@ -59,8 +59,8 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     // A card is about PEFT's files; mlx-lm and llama.cpp have none.
     if to.about().has_peft_settings {
         let exported = match to.about().keeps_posterior {
-            true => adapter.clone(),
-            false => adapter.collapse(),
+            true => adapter.config.clone(),
+            false => adapter.collapse().config,
         };
         card::write_exported(output, &exported, &args.source)?;
     }

@@ -7,9 +7,9 @@ use anyhow::{Context, Result};
 use mistralrs_monteclora::check_public_name;
 use monteclora_converters::{Beside, ConversationSettings, Problem};
 
-use super::{print, print_json};
+use super::{in_a_line, print, print_json};
 use crate::cli::{CheckArgs, DeployArgs, ServerArgs};
-use crate::deploy::{self, AdapterServer, Answered, Check, Release, Releases};
+use crate::deploy::{self, AdapterServer, Answered, Check, Release, Releases, ServedModel};
 use crate::eval::calibration;
 use crate::hub;
 use crate::model::open_base;
@@ -34,8 +34,9 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
     };
     check_public_name(&args.alias).map_err(|error| Problem::usage(format!("--alias: {error}")))?;
     let server = server(&args.server)?;
-    let was_calibrated = is_calibrated(&server, &args.alias)?;
-    let release = match is_scored(&server, args)? {
+    let models = server.models()?;
+    let was_calibrated = is_calibrated(&models, &args.alias);
+    let release = match is_scored(&models, args)? {
         true => Release::whole(&adapter, &args.adapter)?,
         false => Release::mean(&adapter, &args.adapter)?,
     };
@@ -59,7 +60,7 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
         args.base.as_deref(),
         &check(&args.check),
     )?;
-    if was_calibrated && !is_calibrated(&server, &args.alias)? {
+    if was_calibrated && !is_calibrated(&server.models()?, &args.alias) {
         let message = format!(
             "the scores of `{}` were calibrated, and are no longer: no calibration came with this adapter that holds on the server",
             deployed.alias
@@ -103,10 +104,6 @@ pub(super) fn holds(posterior: bool, calibration: bool) -> &'static str {
 /// What was asked, and answered.
 pub(super) fn asked(answers: &[Answered]) -> String {
     let lines = answers.iter().map(|asked| {
-        let in_a_line = |text: &str| {
-            let words: Vec<&str> = text.split_whitespace().collect();
-            words.join(" ").replace(char::is_control, "")
-        };
         let answer = match in_a_line(&asked.answer) {
             answer if answer.is_empty() => "(an empty answer)".to_owned(),
             answer => answer,
@@ -117,16 +114,14 @@ pub(super) fn asked(answers: &[Answered]) -> String {
 }
 
 /// Whether the scores of `alias` are calibrated.
-fn is_calibrated(server: &AdapterServer, alias: &str) -> Result<bool> {
-    let models = server.models()?;
+fn is_calibrated(models: &[ServedModel], alias: &str) -> bool {
     let found = models.iter().find(|model| model.id == alias);
-    Ok(found.is_some_and(|model| model.is_calibrated))
+    found.is_some_and(|model| model.is_calibrated)
 }
 
 /// Whether the server scores the answers of the base that the alias is, or may come to be, on: what scores are made of is released
 /// only to it, since others refuse a posterior.
-fn is_scored(server: &AdapterServer, args: &DeployArgs) -> Result<bool> {
-    let models = server.models()?;
+fn is_scored(models: &[ServedModel], args: &DeployArgs) -> Result<bool> {
     let alias = models.iter().find(|model| model.id == args.alias);
     let base = args.base.as_deref();
     let base = base.or_else(|| alias.and_then(|model| model.parent.as_deref()));

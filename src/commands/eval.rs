@@ -17,7 +17,7 @@ use crate::cli::EvalArgs;
 use crate::eval::calibration::Judged;
 use crate::eval::{ChoiceRows, Predictor, Scored, Scores, is_at_bound, score};
 use crate::model::ActiveAdapter;
-use crate::output::require_file;
+use crate::output::{name_of, require_file};
 use crate::progress;
 
 #[derive(Debug, Serialize)]
@@ -143,9 +143,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         let found = subjects.iter().find(|subject| subject.key == key);
         found.map(|subject| subject.scores.clone())
     };
-    let name = args.data.file_name().unwrap_or(args.data.as_os_str());
     let report = Report {
-        data: name.to_string_lossy().into_owned(),
+        data: name_of(&args.data),
         rows: n_rows,
         choice_rows: n_choice_rows,
         ece_bins: (n_choice_rows > 0).then_some(args.ece_bins),

@@ -80,6 +80,12 @@ fn program() -> String {
     shell_word(&shown.display().to_string())
 }
 
+/// A text in one line, without what would command a terminal.
+fn in_a_line(text: &str) -> String {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.join(" ").replace(char::is_control, "")
+}
+
 /// Data that cannot be used; the rows have been named.
 fn bad_data(message: impl Into<String>) -> anyhow::Error {
     Problem::sentence("data", message).exit(3).into()

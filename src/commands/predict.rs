@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::chat::require_temperature;
 use super::opened::{Opened, Request, require_positive};
-use super::{print, print_json};
+use super::{in_a_line, print, print_json};
 use crate::cli::PredictArgs;
 use crate::data::{
     Encoder, Findings, Message, Role, Row, RowProblem, Source, fault_of_row, field_problem,
@@ -173,7 +173,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         let bar = progress::items("questions", source.n_rows() as u64);
         let rows: Vec<usize> = (0..source.n_rows()).collect();
         for rows in rows.chunks(batch_size) {
-            let questions = rows
+            let asked = rows
                 .iter()
                 .map(|row| {
                     // A row that was sound before, and no longer is.
@@ -181,14 +181,10 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
                     sound.map_err(|found| Error::from(Problems::from_iter(found)))
                 })
                 .collect::<Result<Vec<_>, Error>>()?;
+            let (asked, questions): (Vec<Row>, Vec<Question>) = asked.into_iter().unzip();
             kinds.check(&questions, Some((source, rows[0])))?;
-            let asked: Vec<Option<Row>> = rows
-                .iter()
-                .map(|row| Ok(parse_question(&source.row_bytes(*row)?).ok()))
-                .collect::<Result<_, Error>>()?;
-            let knows = rows.iter().zip(&asked).map(|(row, asked)| {
-                kinds.knows(asked.as_ref().and_then(Row::system), Some((source, *row)))
-            });
+            let knows = rows.iter().zip(&asked);
+            let knows = knows.map(|(row, asked)| kinds.knows(asked.system(), Some((source, *row))));
             let knows = knows.collect::<Result<Vec<bool>>>()?;
             let mut answers: Vec<Option<Answer>> = vec![None; rows.len()];
             for is_known in [true, false] {
@@ -202,7 +198,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
             }
             for ((row, asked), answer) in rows.iter().zip(&asked).zip(answers.into_iter().flatten())
             {
-                let question = asked.as_ref().and_then(Row::question).map(str::to_owned);
+                let question = asked.question().map(str::to_owned);
                 let line = Some(source.place(*row).1);
                 report.answers.push(given(line, question, answer));
             }
@@ -365,12 +361,12 @@ impl Reader<'_> {
         let mut problems = Problems::default();
         let mut findings = Findings::default();
         for row in 0..source.n_rows() {
-            for problem in self.question(&source, row)?.err().into_iter().flatten() {
-                problems.push(problem.into());
-            }
-            if let Ok(asked) = parse_question(&source.row_bytes(row)?) {
-                let (_, line) = source.place(row);
-                findings.add(line, findings_of_question(&asked, self.encoder));
+            match self.question(&source, row)? {
+                Ok((asked, _)) => {
+                    let (_, line) = source.place(row);
+                    findings.add(line, findings_of_question(&asked, self.encoder));
+                }
+                Err(found) => found.into_iter().for_each(|p| problems.push(p.into())),
             }
         }
         if problems.is_empty() {
@@ -383,16 +379,17 @@ impl Reader<'_> {
         }
     }
 
+    /// A row, and what it asks; or what is wrong with it.
     fn question(
         &self,
         source: &Source,
         row: usize,
-    ) -> Result<Result<Question, Vec<RowProblem>>, Error> {
+    ) -> Result<Result<(Row, Question), Vec<RowProblem>>, Error> {
         let (path, line) = source.place(row);
         let at_row = |problem| RowProblem::new(path, line, problem);
         let problems = match parse_question(&source.row_bytes(row)?) {
             Ok(row) => match self.of_row(&row) {
-                Ok(question) => return Ok(Ok(question)),
+                Ok(question) => return Ok(Ok((row, question))),
                 Err(error) => vec![fault_of_row(error)?],
             },
             Err(problems) => problems,
@@ -504,10 +501,10 @@ fn spoken(
         .context("one answer to one question")
 }
 
-/// A question in one line.
-fn in_a_line(question: &str) -> String {
+/// A question in one line that is not too long.
+fn shortened(question: &str) -> String {
     const MOST: usize = 160;
-    let line = question.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = in_a_line(question);
     match line.char_indices().nth(MOST) {
         Some((end, _)) => format!("{}…", &line[..end]),
         None => line,
@@ -519,7 +516,7 @@ fn describe(given: &Given, who: &str) -> String {
     let mut text = String::new();
     if let Some(line) = given.line {
         let question = given.question.as_deref().unwrap_or_default();
-        text.push_str(&format!("{line}: {}\n", in_a_line(question)));
+        text.push_str(&format!("{line}: {}\n", shortened(question)));
     }
     text.push_str(match answer.abstain {
         Some(true) => "(no answer)",

@@ -1,6 +1,6 @@
 //! `push`: an adapter onto the Hub, with its model card.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use monteclora_converters::{
@@ -32,8 +32,7 @@ pub(super) fn run(args: &PushArgs) -> Result<()> {
     }
     let adapter = Adapter::read(&args.adapter)?;
     require_effect(&adapter, &args.adapter, args.force)?;
-    let beside = Beside::of(&args.adapter)?;
-    if let Some(first) = beside.problems.into_iter().next() {
+    if let Some(first) = Beside::of(&args.adapter)?.problems.into_iter().next() {
         return Err(first.into());
     }
     let record = training_record(&args.adapter)?.unwrap_or_default();
@@ -44,7 +43,7 @@ pub(super) fn run(args: &PushArgs) -> Result<()> {
     let name = args.repo.rsplit('/').next().unwrap_or(&args.repo);
     let card = Card {
         name,
-        adapter: &adapter,
+        config: &adapter.config,
         record: &record,
         scores: &scores,
     };
@@ -61,9 +60,10 @@ pub(super) fn run(args: &PushArgs) -> Result<()> {
         let name = path.file_name()?.to_str()?.to_owned();
         Some((name, path))
     });
-    let carried = Beside::of(&args.adapter)?.carried;
+    // The card is among it now.
+    let beside = Beside::of(&args.adapter)?;
+    let carried = beside.carried.names();
     let carried = carried
-        .names()
         .iter()
         .map(|name| (name.clone(), args.adapter.join(name)));
     let mut files: Vec<(String, PathBuf)> = own.chain(carried).collect();
@@ -83,17 +83,13 @@ pub(super) fn run(args: &PushArgs) -> Result<()> {
             "repo": pushed.repo, "commit": pushed.commit, "url": pushed.url, "files": names, "sent": pushed.sent,
         }));
     }
-    let left_out = Beside::of(&args.adapter)?.left_out_line();
+    let left_out = beside.left_out_line();
     let left_out = left_out.map_or(String::new(), |line| format!("\n  left out  {line}"));
     print(&format!(
-        "pushed {} to {}: {}\n  {}{left_out}",
-        shown(&args.adapter),
+        "pushed `{}` to {}: {}\n  {}{left_out}",
+        args.adapter.display(),
         pushed.repo,
         names.join(", "),
         pushed.url
     ))
-}
-
-fn shown(path: &Path) -> String {
-    format!("`{}`", path.display())
 }

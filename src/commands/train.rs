@@ -10,6 +10,7 @@ use serde_json::json;
 use super::{device, dry_run, interrupted, print, print_json, program};
 use crate::cli::{TrainArgs, TrainKeys};
 use crate::config::RunConfig;
+use crate::output::name_of;
 use crate::progress::TrainProgress;
 use crate::train::{Begin, Event, Interrupt, Prepared, begin};
 
@@ -68,7 +69,6 @@ fn next(prepared: &Prepared) -> String {
     let data = data.map_or("test.jsonl".to_owned(), |path| {
         shell_word(&path.display().to_string())
     });
-    let name = dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy();
     let mut lines = vec![
         format!("{program} report {out}                # curves and what was learnt, as a page"),
         format!("{program} eval -a {out} --data {data}"),
@@ -77,7 +77,7 @@ fn next(prepared: &Prepared) -> String {
     if cfg!(feature = "mistralrs") {
         lines.push(format!(
             "{program} serve --adapter {}={out}",
-            shell_word(&name)
+            shell_word(&name_of(dir))
         ));
     }
     format!("next\n  {}", lines.join("\n  "))

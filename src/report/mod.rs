@@ -12,6 +12,8 @@ use minijinja::{Environment, Value as Text};
 use monteclora_converters::{Adapter, AdapterSummary, Error, Problem, Result};
 use serde_json::Value;
 
+use crate::output::name_of;
+
 pub use evaluation::{EvaluationPage, Score, Shown};
 pub use history::{EventPoint, History, Point};
 
@@ -77,7 +79,8 @@ impl RunFiles {
             history: history.unwrap_or_default(),
             adapter,
             adapter_problem,
-            name: name_of(dir),
+            // Of `.`, too.
+            name: name_of(&dir.canonicalize().unwrap_or_else(|_| dir.to_owned())),
             date: [&metrics_path, &record_path]
                 .iter()
                 .find_map(|path| date_of(path)),
@@ -93,13 +96,6 @@ impl RunFiles {
     pub fn html(&self) -> Result<String> {
         lay_out(include_str!("page.html"), page::values(self))
     }
-}
-
-/// The last part of a path, whole where it is `.`.
-fn name_of(dir: &Path) -> String {
-    let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    let name = whole.file_name().unwrap_or(whole.as_os_str());
-    name.to_string_lossy().into_owned()
 }
 
 fn date_of(path: &Path) -> Option<String> {

@@ -23,6 +23,7 @@ use crate::config::RunConfig;
 use crate::data::{Dataset, Encoder, Split};
 use crate::hub::{self, HubOptions, Located};
 use crate::model::{Decoder, read_shape};
+use crate::output::name_of;
 
 /// Everything checked that can be checked before the base is loaded.
 pub struct Prepared {
@@ -231,10 +232,9 @@ impl Prepared {
         if !outcome.interrupted {
             let record = self.record(parameters, device, Some(outcome.steps))?;
             write_json(&run_json, &record)?;
-            let name = output_dir.file_name().unwrap_or(output_dir.as_os_str());
             let card = Card {
-                name: &name.to_string_lossy(),
-                adapter: &Adapter::read(output_dir)?,
+                name: &name_of(output_dir),
+                config: &self.adapter_config,
                 record: &record,
                 scores: &serde_json::Value::Null,
             };

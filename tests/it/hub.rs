@@ -120,6 +120,20 @@ impl Hub {
     }
 }
 
+/// The headers of a request, by their names in lower case.
+fn headers(reader: &mut impl BufRead) -> BTreeMap<String, String> {
+    let mut headers = BTreeMap::new();
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 || line == "\r\n" {
+            return headers;
+        }
+        if let Some((name, value)) = line.split_once(':') {
+            headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
+        }
+    }
+}
+
 fn answer(mut stream: TcpStream, content: &Mutex<Content>) {
     let mut reader = BufReader::new(stream.try_clone().unwrap());
     loop {
@@ -128,16 +142,7 @@ fn answer(mut stream: TcpStream, content: &Mutex<Content>) {
             return;
         }
         let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
-        let mut headers = BTreeMap::new();
-        loop {
-            let mut line = String::new();
-            if reader.read_line(&mut line).unwrap_or(0) == 0 || line == "\r\n" {
-                break;
-            }
-            if let Some((name, value)) = line.split_once(':') {
-                headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
-            }
-        }
+        let headers = headers(&mut reader);
         let response = respond(&path, &headers, &mut content.lock().unwrap());
         if stream.write_all(&response).is_err() {
             return;

@@ -77,6 +77,19 @@ fn a_run_needs_a_model_and_data_and_its_adapter_names_the_base() {
         set,
     ];
     ok(&[&flag[..], &["--output-dir", &at("set")]].concat());
+    // No number is too large to be told of.
+    let seed = [
+        "--seed",
+        "18446744073709551615",
+        "--output-dir",
+        &at("none"),
+    ];
+    let refused = run(&[&["train", "-m", &base, "--data", &data][..], &seed].concat());
+    assert!(
+        refused.code == 2 && refused.stderr.contains("seed"),
+        "{}",
+        refused.stderr
+    );
     let alone = run(&["train"]);
     assert!(
         alone.code == 2 && alone.stderr.contains("which run?"),

@@ -9,7 +9,7 @@ use monteclora_converters::Error;
 use super::{ROWS, Subject};
 use crate::cli::EvalArgs;
 use crate::eval::{EvalOptions, measures};
-use crate::output::write_named;
+use crate::output::{name_of, write_named};
 use crate::report::{EvaluationPage, Score, Shown};
 
 /// Writes the page about `subjects`.
@@ -35,14 +35,8 @@ pub(super) fn write(
             scores: scores.collect(),
         }
     });
-    let name = |path: &Path| {
-        path.file_name()
-            .unwrap_or(path.as_os_str())
-            .to_string_lossy()
-            .into_owned()
-    };
-    let model = name(Path::new(args.model.named()));
-    let adapters: Vec<String> = args.adapter.iter().map(|path| name(path)).collect();
+    let model = name_of(Path::new(args.model.named()));
+    let adapters: Vec<String> = args.adapter.iter().map(|path| name_of(path)).collect();
     let rows = subjects
         .first()
         .map_or(0, |subject| subject.scored.losses.len());
@@ -74,7 +68,7 @@ pub(super) fn write(
         title: format!(
             "{} on {}",
             [vec![model], adapters].concat().join(" + "),
-            name(&args.data)
+            name_of(&args.data)
         ),
         facts,
         n_bins: options.ece_bins,

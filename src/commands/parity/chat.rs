@@ -10,10 +10,7 @@ use serde::Serialize;
 
 use crate::cli::ParityArgs;
 use crate::commands::show;
-use crate::data::{
-    Asked, EncodeOptions, Encoder, Overlong, Remedies, RowProblem, Source, TrainOn, parse_question,
-    splits,
-};
+use crate::data::{Asked, EncodeOptions, Encoder, RowProblem, Source, parse_question, splits};
 use crate::hub;
 use crate::provenance::{read_fitting, warn_of_conversation};
 
@@ -55,13 +52,7 @@ enum Written {
 pub(super) fn run(args: &ParityArgs) -> Result<()> {
     let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let template = args.model.options.chat_template.as_deref();
-    let options = EncodeOptions {
-        train_on: TrainOn::Assistant,
-        apply_chat_template: true,
-        max_seq_length: usize::MAX,
-        overlong: Overlong::Error,
-        remedies: Remedies::Flags,
-    };
+    let options = EncodeOptions::whole(true, usize::MAX);
     if let Some(path) = &args.adapter {
         read_fitting(path, &ModelFiles::open(&base.dir)?)?;
         let settings = ConversationSettings {

@@ -53,16 +53,7 @@ fn serve(mut stream: TcpStream, state: &Mutex<State>) {
         words.next().unwrap_or_default(),
         words.next().unwrap_or_default(),
     );
-    let mut headers = BTreeMap::new();
-    loop {
-        let mut line = String::new();
-        if reader.read_line(&mut line).unwrap_or(0) == 0 || line == "\r\n" {
-            break;
-        }
-        if let Some((name, value)) = line.split_once(':') {
-            headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
-        }
-    }
+    let headers = super::headers(&mut reader);
     let length = headers
         .get("content-length")
         .map_or(0, |n| n.parse().unwrap());
