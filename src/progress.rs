@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use crate::train::Event;
 use crate::train::metrics::TrainRecord;
@@ -29,8 +29,16 @@ pub fn busy(message: &'static str) -> ProgressBar {
 fn styled(template: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     match ProgressStyle::with_template(template) {
-        Ok(style) => bar.with_style(style),
+        Ok(style) => bar.with_style(style.with_key("eta", eta)),
         Err(_) => bar,
+    }
+}
+
+/// The time left, once there is something to tell it by.
+fn eta(state: &ProgressState, text: &mut dyn std::fmt::Write) {
+    if state.pos() > 0 {
+        // A bar that cannot be drawn tells nothing.
+        let _ = write!(text, "{:#}", HumanDuration(state.eta()));
     }
 }
 
@@ -71,7 +79,7 @@ impl Default for TrainProgress {
         Self {
             bar: std::io::stderr()
                 .is_terminal()
-                .then(|| styled("training {bar:24} {pos}/{len} [{elapsed} < {eta}] {wide_msg}")),
+                .then(|| styled("training {bar:24} {pos}/{len} [{elapsed}{prefix}] {wide_msg}")),
             first: 0,
             began: std::time::Instant::now(),
             total: 0,
@@ -98,6 +106,7 @@ impl TrainProgress {
                 self.say();
                 if let Some(bar) = &self.bar {
                     bar.set_position(*step);
+                    bar.set_prefix(format!(" < {}", self.eta(*step)));
                     if *step == self.total {
                         bar.finish();
                     }
@@ -138,7 +147,13 @@ impl TrainProgress {
     /// Beside the bar, as much as fits.
     fn say(&self) {
         if let Some(bar) = &self.bar {
-            bar.set_message(format!("loss {:.4}  {}", self.loss, self.latest.join("  ")));
+            // Name, bar, counts and times take about this many columns.
+            let count = format!("{0}/{0}", self.total).len();
+            let left =
+                columns().saturating_sub(9 + 24 + 1 + count + " [00:00:00 < 00:00:00] ".len());
+            let mut parts = vec![format!("loss {:.4}", self.loss)];
+            parts.extend(self.latest.iter().cloned());
+            bar.set_message(fitting(&parts, left));
         }
     }
 

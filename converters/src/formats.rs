@@ -97,6 +97,8 @@ impl<'a> From<&'a ModelFiles> for ReadOptions<'a> {
 pub struct About {
     /// Name on the command line. What an adapter was read from, [`Adapter::format`], begins with it.
     pub name: &'static str,
+    /// Other names that the command line takes.
+    pub aliases: &'static [&'static str],
     /// What it is called in a sentence, such as "mlx-lm directory".
     pub label: &'static str,
     /// What is read, in the words of the command line's help; `None` if it is not offered there.
@@ -139,9 +141,9 @@ pub fn format_of(path: &Path) -> &'static dyn Format {
 /// The format called `name` on the command line, or that of [`Adapter::format`].
 pub fn format_named(name: &str) -> Option<&'static dyn Format> {
     let first = name.split('-').next();
-    FORMATS
-        .into_iter()
-        .find(|format| first == Some(format.about().name))
+    let is_called = |about: &About| first == Some(about.name) || about.aliases.contains(&name);
+    let mut formats = FORMATS.into_iter();
+    formats.find(|format| is_called(format.about()))
 }
 
 /// Reads the adapter at `path`, of any format, as far as it can be known without its base.

@@ -114,7 +114,7 @@ pub use adapter::{Adapter, Site, SitePosterior};
 pub use beside::{Beside, Carried, ConversationSettings, LeftOut, other_conversation};
 pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
 pub use error::{Error, Result, exit_code};
-pub use formats::gguf_lora::is_gguf;
+pub use formats::gguf_lora::{base_named_in, is_gguf};
 pub use formats::lora::{LoraOptions, LoraReport};
 pub use formats::{About, FORMATS, Format, ReadOptions, Written, format_named, format_of, read_as};
 pub use inspect::{AdapterSummary, SiteSummary, summarise};

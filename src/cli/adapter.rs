@@ -28,7 +28,7 @@ pub struct CollapseArgs {
 /// The formats that `convert` reads. Those that are read as another is are taken and not shown.
 fn read_formats() -> Vec<PossibleValue> {
     let formats = FORMATS.iter().map(|format| {
-        let value = PossibleValue::new(format.about().name);
+        let value = PossibleValue::new(format.about().name).aliases(format.about().aliases);
         match format.about().reads {
             Some(help) => value.help(help),
             None => value.hide(true),
@@ -43,7 +43,8 @@ fn written_formats() -> Vec<PossibleValue> {
     let formats = FORMATS.iter();
     formats
         .filter_map(|format| {
-            Some(PossibleValue::new(format.about().name).help(format.about().writes?))
+            let value = PossibleValue::new(format.about().name).aliases(format.about().aliases);
+            Some(value.help(format.about().writes?))
         })
         .collect()
 }
@@ -162,7 +163,7 @@ pub struct PushArgs {
 /// `inspect`
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// Adapter or model: a directory or a GGUF file.
+    /// Adapter or model: a directory, a GGUF file, or the Hub id of a model.
     pub path: PathBuf,
     /// List every module; by default many modules of one kind are one line.
     #[arg(long)]

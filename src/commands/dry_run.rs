@@ -77,7 +77,7 @@ pub(super) fn run(prepared: &Prepared, as_json: bool) -> Result<()> {
             .last()
             .map(|change| change.memory_estimate_bytes);
         if last > plan.available_memory_bytes {
-            text.push_str("  Even then it will not fit; take a smaller base or more memory.\n");
+            text.push_str("  Even then it will not fit. Take the base as a 4-bit GGUF file (Q4_K_M: a seventh of float32), a smaller base, or more memory.\n");
         }
         text.push('\n');
     }

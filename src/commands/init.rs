@@ -3,7 +3,6 @@
 use anyhow::{Result, bail};
 use monteclora_adapters::methods::monteclora::Preset;
 use monteclora_converters::{Problem, files, jinja};
-use serde::Serialize;
 
 use super::{print, weight_type};
 use crate::cli::InitArgs;
@@ -11,7 +10,7 @@ use crate::config::{DataConfig, LoraConfig, RunConfig, TrainConfig};
 use crate::data::Overlong;
 use crate::hub;
 use crate::model::read_shape;
-use crate::train::{Prepared, Suggestion};
+use crate::train::{Decided, Prepared, Suggestion, toml_text};
 
 pub(super) fn run(args: &InitArgs) -> Result<()> {
     weight_type(args.model.options.dtype)?;
@@ -41,7 +40,7 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
         parse(&text(args, &probe, None, has_template))?,
         Some(base.clone()),
     )?;
-    let suggestion = Suggestion::new(&prepared, limit)?;
+    let suggestion = Suggestion::new(&prepared, limit, Decided::default())?;
     let text = text(args, &suggestion, Some(&prepared), has_template);
     // What is written must be what `train` accepts.
     Prepared::new(parse(&text)?, Some(base))?;
@@ -66,12 +65,6 @@ fn parse(text: &str) -> Result<RunConfig> {
 /// A TOML string.
 fn quoted(text: impl std::fmt::Display) -> String {
     toml::Value::String(text.to_string()).to_string()
-}
-
-/// A value as TOML writes it.
-fn toml_text(value: impl Serialize) -> String {
-    // Names of enumerations are text.
-    toml::Value::try_from(value).map_or_else(|_| String::new(), |value| value.to_string())
 }
 
 fn text(

@@ -13,12 +13,18 @@ use serde_json::{Value, json};
 use super::export::count;
 use super::{print, print_json, show};
 use crate::cli::InspectArgs;
+use crate::hub::{self, HubOptions, is_hub_id};
 
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
-    let path = &args.path;
+    let mut path = &args.path;
+    let fetched;
+    if let (false, Some(id)) = (path.exists(), path.to_str().filter(|id| is_hub_id(id))) {
+        fetched = hub::locate(id, &HubOptions::default())?.dir;
+        path = &fetched;
+    }
     if !path.exists() {
         bail!(Problem::usage(format!(
-            "`{}`: no such file or directory; give an adapter, or a model directory",
+            "`{}`: no such file or directory; give an adapter, a model directory, a .gguf file or a Hub id such as org/name",
             path.display()
         )));
     }

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use monteclora_converters::Problem;
 use monteclora_converters::json::read_object;
+use monteclora_converters::{GgufFile, Problem, base_named_in, is_gguf};
 
 use crate::cli::ModelArgs;
 
@@ -38,8 +38,12 @@ impl ModelArgs {
     }
 }
 
-/// The base that the adapter's configuration names.
+/// The base that the adapter's configuration names, or the metadata of a GGUF LoRA.
 pub(super) fn named_by(adapter: &Path) -> Result<String> {
+    if is_gguf(adapter) && adapter.is_file() {
+        let file = GgufFile::open(adapter)?;
+        return known(base_named_in(&file).map(str::to_owned), adapter, adapter);
+    }
     let dir = match adapter.is_file() {
         true => adapter.parent().unwrap_or(adapter),
         false => adapter,
@@ -52,6 +56,11 @@ pub(super) fn named_by(adapter: &Path) -> Result<String> {
             .map(str::to_owned),
         false => None,
     };
+    known(named, adapter, &path)
+}
+
+/// The base that `adapter` names in the file at `path`.
+fn known(named: Option<String>, adapter: &Path, path: &Path) -> Result<String> {
     let Some(named) = named.filter(|named| !named.is_empty()) else {
         let message = format!(
             "`{}` names no base model; give it with -m",

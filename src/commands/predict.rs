@@ -1,5 +1,6 @@
 //! `predict`: answers, and what the posterior says about them.
 
+use std::cell::Cell;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 
@@ -108,6 +109,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         judged: calibration.as_ref().map(|(judged, _)| *judged),
         abstains: args.abstain,
         applicable: &applicable,
+        warned: Cell::new(false),
     };
     kinds.check(&alone, None)?;
     let system = args
@@ -242,6 +244,8 @@ struct Kinds<'a> {
     judged: Option<Judged>,
     abstains: bool,
     applicable: &'a Applicable,
+    /// Whether the user knows that rows have another system message.
+    warned: Cell<bool>,
 }
 
 impl Kinds<'_> {
@@ -261,7 +265,11 @@ impl Kinds<'_> {
                 .exit(2)
                 .into());
         }
-        tracing::warn!("{at}: {message}; no temperature is applied");
+        if !self.warned.replace(true) {
+            tracing::warn!(
+                "{at}: {message}; no temperature is applied to it, nor to other rows of that kind"
+            );
+        }
         Ok(false)
     }
 

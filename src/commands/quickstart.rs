@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use self::certainty::{Certainty, Score};
 use self::job::{Form, Job, Paths};
-use super::train::{AFTER_STEP, stop_on_signals};
+use super::train::{AFTER_STEP, say_stopping, stop_on_signals};
 use super::{interrupted, numerical, program, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
@@ -152,9 +152,18 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         prepared.train.encoder().clone(),
     )?;
     let tickets = Recital::new(&test, MAX_NEW_TOKENS, DECODE_BATCH)?;
+    let unless_interrupted = |when: &str| match interrupt.load(Ordering::SeqCst) {
+        true => Err(stopped(when, args)),
+        false => Ok(()),
+    };
+    say_stopping(" after these answers");
+    unless_interrupted("interrupted after training")?;
     let base_answers = answer(&tickets, "base model", &decoder, &ActiveAdapter::default())?;
+    unless_interrupted("interrupted after the base model's answers")?;
     let mean = ActiveAdapter::from_adapter(&adapter, decoder.config(), decoder.device())?;
     let mean_answers = answer(&tickets, "posterior mean", &decoder, &mean)?;
+    unless_interrupted("interrupted after the posterior mean's answers")?;
+    say_stopping(" after this part");
     let posterior = certainty::assess(
         (&prepared, form),
         (&decoder, &adapter),
@@ -169,6 +178,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     })?;
     job.serve_posterior(&paths)?;
     drop(decoder);
+    unless_interrupted("interrupted before the adapter was served")?;
     let answers = out.join("answers.jsonl");
     std::fs::write(&answers, tickets.lines(&base_answers, &mean_answers)?)
         .with_context(|| format!("cannot write `{}`", answers.display()))?;
@@ -275,7 +285,7 @@ fn page(paths: &Paths) -> Result<()> {
         file.server.port = 0;
     }
     let config = super::serve::resolved(&file, "")?;
-    super::train::say_stopping("");
+    say_stopping("");
     tracing::info!("loading it into the server");
     serve(&config, None, |address| {
         let text = format!(

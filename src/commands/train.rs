@@ -8,11 +8,11 @@ use monteclora_converters::{Problem, shell_word};
 use serde_json::json;
 
 use super::{device, dry_run, interrupted, print, print_json, program};
-use crate::cli::{TrainArgs, TrainKeys};
+use crate::cli::TrainArgs;
 use crate::config::RunConfig;
 use crate::output::name_of;
 use crate::progress::TrainProgress;
-use crate::train::{Begin, Event, Interrupt, Prepared, begin};
+use crate::train::{Begin, Event, Interrupt, Prepared, begin, without_file};
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let config = configuration(args)?;
@@ -22,6 +22,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     if args.dry_run {
         return dry_run::run(&prepared, args.json);
     }
+    prepared.warn_of_memory()?;
     let device = device(args.cpu)?;
     let start = match begin(&prepared, args.resume.as_deref(), args.force, &device)? {
         Begin::Run(start) => start,
@@ -35,7 +36,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
             "interrupted at step {} of {}; continue with: {}",
             outcome.steps,
             outcome.total_steps,
-            resumption(args)
+            resumption(std::env::args())
         )));
     }
     if args.json {
@@ -94,41 +95,24 @@ fn configuration(args: &TrainArgs) -> Result<RunConfig> {
         }
         // What -c would have said comes first, so that flags win.
         keys.insert(0, "train.output_dir=\"out\"".to_owned());
-        return Ok(RunConfig::from_toml("", "the command line", &keys)?);
+        return without_file(&keys, args.resume.is_some());
     };
     Ok(RunConfig::load(file, &keys)?)
 }
 
-/// The command that continues an interrupted run, as a shell takes it.
-fn resumption(args: &TrainArgs) -> String {
-    let mut command = format!("{} train", program());
-    if let Some(config) = &args.config {
-        let config = config.display().to_string();
-        command.push_str(&format!(" -c {}", shell_word(&config)));
-    }
-    let mut keys = &args.keys;
-    let without;
-    if args.config.is_none() {
-        for (flag, value) in [("-m", &keys.model_id), ("--data", &keys.data)] {
-            if let Some(value) = value {
-                command.push_str(&format!(" {flag} {}", shell_word(value)));
+/// The command that continues an interrupted run: the one that was typed, as a shell takes it, with `--resume auto`.
+fn resumption(typed: impl Iterator<Item = String>) -> String {
+    let mut command = program();
+    let mut typed = typed.skip(1);
+    while let Some(word) = typed.next() {
+        match word.as_str() {
+            "--resume" => {
+                let _ = typed.next();
             }
+            "--force" => {}
+            word if word.starts_with("--resume=") => {}
+            word => command.push_str(&format!(" {}", shell_word(word))),
         }
-        without = TrainKeys {
-            model_id: None,
-            data: None,
-            ..keys.clone()
-        };
-        keys = &without;
-    }
-    for setting in keys.overrides().iter().chain(&args.overrides) {
-        command.push_str(&format!(" --set {}", shell_word(setting)));
-    }
-    if args.cpu {
-        command.push_str(" --cpu");
-    }
-    if args.json {
-        command.push_str(" --json");
     }
     command + " --resume auto"
 }
@@ -170,4 +154,31 @@ pub(super) fn stop_on_signals(after: &'static str) -> Result<Interrupt> {
     })
     .context("cannot install the signal handler")?;
     Ok(flag)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_run_goes_on_with_the_command_that_was_typed() {
+        let after = |typed: &str| {
+            let words = typed.split(' ').map(str::to_owned);
+            let said = resumption(words);
+            let (_, rest) = said.split_once(' ').expect("a program and its arguments");
+            rest.to_owned()
+        };
+        assert_eq!(
+            after("monteclora train -m base --data rows --lora-r 4 --lr 1e-3 --force"),
+            "train -m base --data rows --lora-r 4 --lr 1e-3 --resume auto"
+        );
+        assert_eq!(
+            after("x train -c run.toml --resume checkpoint-5 --json"),
+            "train -c run.toml --json --resume auto"
+        );
+        assert_eq!(
+            after("x train --resume=auto -c it's"),
+            r"train -c 'it'\''s' --resume auto"
+        );
+    }
 }

@@ -32,6 +32,15 @@ impl RunConfig {
                 "cannot read `{name}`; give the path of a TOML file with -c: {source}"
             ))
         })?;
+        let yaml = ["yaml", "yml"].iter().any(|known| {
+            path.extension()
+                .is_some_and(|found| found.eq_ignore_ascii_case(known))
+        });
+        if yaml {
+            return Err(one(format!(
+                "`{name}` is YAML, and a run is described in TOML; `monteclora init -m MODEL --data FILE` writes a file with every section, and docs/coming-from.md lists the keys of axolotl, mlx-lm and others beside ours"
+            )));
+        }
         Self::from_toml(&text, &name, overrides)
     }
 

@@ -428,19 +428,16 @@ fn provenance(record: &Value) -> Vec<(String, String)> {
     ] {
         entry(name, &record["base"][key]);
     }
-    for set in ["train", "valid"] {
-        for key in [
-            "path",
-            "revision",
-            "sha256",
-            "examples",
-            "tokens",
-            "trained_tokens",
+    for (set, name) in [("train", "training data"), ("valid", "validation data")] {
+        for (key, of) in [
+            ("path", ""),
+            ("revision", ": revision"),
+            ("sha256", ": SHA-256"),
+            ("examples", ": examples"),
+            ("tokens", ": tokens"),
+            ("trained_tokens", ": trained tokens"),
         ] {
-            entry(
-                &format!("{set} {}", key.replace('_', " ")),
-                &record[set][key],
-            );
+            entry(&format!("{name}{of}"), &record[set][key]);
         }
     }
     entry("chat template SHA-256", &record["chat_template_sha256"]);

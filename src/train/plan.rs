@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use monteclora_adapters::methods::{Module, Parameter};
+use monteclora_adapters::weights::{BF16, Kind};
 use monteclora_converters::Tensor;
 use serde::Serialize;
 
@@ -97,11 +98,21 @@ impl Prepared {
         sites: &'a [Module],
         lengths: &'a [usize],
     ) -> MemoryInputs<'a> {
+        self.inputs_as(self.weights, sites, lengths)
+    }
+
+    /// [`Self::inputs`], with the base's weights held as `weights`.
+    fn inputs_as<'a>(
+        &'a self,
+        weights: &Kind,
+        sites: &'a [Module],
+        lengths: &'a [usize],
+    ) -> MemoryInputs<'a> {
         let stats = self.train.stats();
         MemoryInputs {
             model: &self.model_config,
-            weights: held_bytes(&self.files, self.weights),
-            base_bytes: self.mapped_bytes(),
+            weights: held_bytes(&self.files, weights),
+            base_bytes: self.mapped_bytes(weights),
             sites,
             method: self.method.as_ref(),
             lengths,
@@ -115,12 +126,12 @@ impl Prepared {
 
     /// Bytes of the base's files that are mapped while the weights are read, and not afterwards: blocks that stay where they are
     /// are counted with the weights.
-    fn mapped_bytes(&self) -> u64 {
+    fn mapped_bytes(&self, weights: &Kind) -> u64 {
         let names = self.files.names();
         let tensors = names.filter_map(|name| self.files.get(name));
         let stored = |tensor: &Tensor| tensor.stored_bytes() as u64;
         let copied = tensors.filter(|tensor| {
-            tensor.blocks().is_none() || bytes_held(tensor, self.weights) != stored(tensor)
+            tensor.blocks().is_none() || bytes_held(tensor, weights) != stored(tensor)
         });
         copied.map(|tensor| stored(&tensor)).sum()
     }
@@ -130,16 +141,37 @@ impl Prepared {
         MemoryEstimate::of(&self.inputs(sites, &self.train.lengths()))
     }
 
+    /// Logs that the run will probably not fit into memory, with what `--dry-run` would say of it.
+    ///
+    /// # Errors
+    /// As [`Self::modules`].
+    pub fn warn_of_memory(&self) -> Result<()> {
+        let plan = self.plan()?;
+        let Some(available) = plan.available_memory_bytes else {
+            return Ok(());
+        };
+        if plan.memory_estimate_bytes > available {
+            let gb = |bytes: u64| bytes as f64 / 1e9;
+            tracing::warn!(
+                "by the estimate this run needs {:.2} GB and {:.2} GB are available; --dry-run says what to change",
+                gb(plan.memory_estimate_bytes),
+                gb(available)
+            );
+        }
+        Ok(())
+    }
+
     /// What to change until a run fits into `available` bytes: a smaller batch with as much more accumulation, checkpointing,
-    /// shorter sequences, a smaller rank. Each adds to those before, and what would not help is left out.
+    /// float32 weights held in bfloat16, shorter sequences, a smaller rank. Each adds to those before, and what would not help is left out.
     pub fn advice(&self, sites: &[Module], available: u64) -> Vec<Advice> {
         let settings = &self.settings.train;
         let (mut sites, mut lengths) = (sites.to_vec(), self.train.lengths());
         let mut batches = self.settings.batches;
         let mut checkpointing = settings.gradient_checkpointing;
+        let mut weights = self.weights;
         let mut lowest = self.estimate(&sites).peak;
         let mut advice = Vec::new();
-        for kind in 0..4 {
+        for kind in 0..5 {
             let mut set = Vec::new();
             // Halved until it fits or can shrink no more.
             while lowest > available {
@@ -158,7 +190,11 @@ impl Prepared {
                         checkpointing = true;
                         set = vec!["train.gradient_checkpointing=true".to_owned()];
                     }
-                    2 => {
+                    2 if held_bytes(&self.files, &BF16) < held_bytes(&self.files, weights) => {
+                        weights = &BF16;
+                        set = vec![format!("model.dtype={}", BF16.name)];
+                    }
+                    3 => {
                         let longest = lengths.iter().copied().max().unwrap_or(0);
                         let limit = batches.pack_tokens.unwrap_or(longest) / 2;
                         if limit < MIN_LENGTH {
@@ -173,7 +209,7 @@ impl Prepared {
                             set.push("data.overlong=truncate".to_owned());
                         }
                     }
-                    3 if sites.iter().any(|site| site.rank > MIN_RANK) => {
+                    4 if sites.iter().any(|site| site.rank > MIN_RANK) => {
                         for site in &mut sites {
                             site.rank = (site.rank / 2).max(MIN_RANK);
                         }
@@ -186,7 +222,7 @@ impl Prepared {
                 let changed = MemoryInputs {
                     batches,
                     gradient_checkpointing: checkpointing,
-                    ..self.inputs(&sites, &lengths)
+                    ..self.inputs_as(weights, &sites, &lengths)
                 };
                 lowest = MemoryEstimate::of(&changed).peak;
             }
@@ -245,6 +281,7 @@ mod tests {
             [
                 "train.per_device_train_batch_size",
                 "train.gradient_checkpointing",
+                "model.dtype",
                 "data.max_seq_length",
                 "lora.r"
             ]

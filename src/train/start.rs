@@ -104,6 +104,22 @@ pub fn begin(
     device: &Device,
 ) -> Result<Begin> {
     let output_dir = prepared.run.train.output_dir.as_path();
+    let existed = output_dir.exists();
+    let begun = begin_in(output_dir, prepared, resume, force, device);
+    if begun.is_err() && !existed {
+        // A directory that is not empty stays.
+        let _ = std::fs::remove_dir(output_dir);
+    }
+    begun
+}
+
+fn begin_in(
+    output_dir: &Path,
+    prepared: &Prepared,
+    resume: Option<&str>,
+    force: bool,
+    device: &Device,
+) -> Result<Begin> {
     make(output_dir)?;
     let lock = RunLock::take(output_dir)?;
     if resume.is_none() && !force {

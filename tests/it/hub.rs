@@ -278,6 +278,8 @@ fn a_model_and_a_data_set_are_fetched_once_and_recorded() {
 
     let second = hub.run(false, &[], &["train", "-c", &config, "--force"]);
     assert_eq!(second.status.code(), Some(0), "{}", said(&second));
+    let looked = hub.run(false, &[], &["inspect", "org/tiny"]);
+    assert_eq!(looked.status.code(), Some(0), "{}", said(&looked));
     assert_eq!(hub.asked(), Vec::<String>::new());
     assert_eq!(hub.record(), record);
     assert_eq!(std::fs::read(&adapter).unwrap(), trained);

@@ -138,7 +138,7 @@ fn against_record(
         let (message, fix) = match trained {
             true => (
                 "the adapter was trained with prompts written out with the chat template, and prompts are given without it now",
-                "leave out --no-chat-template",
+                "evaluate without --no-chat-template, on a base that has its chat template",
             ),
             false => (
                 "the adapter was trained with apply_chat_template = false: prompts without the chat template, which is applied now",

@@ -41,6 +41,7 @@ impl Format for GgufLora {
     fn about(&self) -> &'static About {
         &About {
             name: "gguf",
+            aliases: &["llamacpp", "llama.cpp", "llama-cpp"],
             label: "GGUF LoRA",
             reads: Some("GGUF LoRA file"),
             writes: Some("One GGUF file for llama.cpp: the posterior mean"),
@@ -90,7 +91,6 @@ impl Format for GgufLora {
         let base = Base::from_config(base_config)?;
         let (plain, mut report) = adapter.to_lora(options.dtype)?;
         report.dropped_keys.extend(plain.config.described(&[
-            "base_model_name_or_path",
             "revision",
             "task_type",
             "lora_dropout",
@@ -125,7 +125,7 @@ impl Format for GgufLora {
             tensors.push((format!("{name}.weight.lora_b"), lora_b));
         }
         Error::refuse_any(path, problems)?;
-        let metadata = [
+        let mut metadata = vec![
             (
                 "general.architecture",
                 Entry::Text(base.family.gguf.architecture.into()),
@@ -135,6 +135,15 @@ impl Format for GgufLora {
             ("adapter.lora.alpha", Entry::F32(report.lora_alpha as f32)),
             ("general.quantization_version", Entry::U32(2)),
         ];
+        if let Some(name) =
+            (plain.config.base_model_name_or_path.as_ref()).filter(|name| !name.is_empty())
+        {
+            metadata.push((N_BASES, Entry::U32(1)));
+            metadata.push((BASE_NAME, Entry::Text(name.clone())));
+            if is_hub_id(name) {
+                metadata.push((BASE_URL, Entry::Text(format!("{HUB}{name}"))));
+            }
+        }
         write_gguf(path, &metadata, &tensors)?;
         Ok(Written {
             what: "GGUF LoRA",
@@ -144,6 +153,31 @@ impl Format for GgufLora {
                 .map(|_| "the rows of B of q and k are in llama.cpp's order"),
         })
     }
+}
+
+/// Names of the models that an adapter is for, as gguf-py writes them.
+const N_BASES: &str = "general.base_model.count";
+const BASE_NAME: &str = "general.base_model.0.name";
+const BASE_URL: &str = "general.base_model.0.repo_url";
+/// What stands before the name of a repository in its address.
+const HUB: &str = "https://huggingface.co/";
+
+/// Whether `name` reads as a repository of the Hub, `ORG/NAME`, and not as a path that is there.
+fn is_hub_id(name: &str) -> bool {
+    let part = |part: &str| {
+        let known = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        !part.is_empty() && !part.starts_with('.') && part.chars().all(known)
+    };
+    let parts = name.split_once('/');
+    parts.is_some_and(|(org, name)| part(org) && part(name)) && !Path::new(name).exists()
+}
+
+/// The base model that the metadata of a GGUF adapter name: a repository of the Hub, else the model's name.
+pub fn base_named_in(file: &GgufFile) -> Option<&str> {
+    let repository = file.text(BASE_URL).and_then(|url| url.strip_prefix(HUB));
+    repository
+        .filter(|name| !name.is_empty())
+        .or_else(|| file.text(BASE_NAME))
 }
 
 fn required<'a>(
@@ -320,7 +354,10 @@ fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapte
     problems.extend(non_finite(&sites));
     Error::refuse_any(path, problems)?;
     Ok(Adapter {
-        config: config_of(&sites),
+        config: AdapterConfig {
+            base_model_name_or_path: base_named_in(file).map(str::to_owned),
+            ..config_of(&sites)
+        },
         sites,
         format: "gguf-lora",
         metadata: BTreeMap::new(),

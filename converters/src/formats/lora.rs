@@ -28,6 +28,7 @@ impl Format for Lora {
     fn about(&self) -> &'static About {
         &About {
             name: "lora",
+            aliases: &[],
             label: "plain LoRA",
             reads: None,
             writes: Some(

@@ -37,6 +37,7 @@ impl Format for Mlx {
     fn about(&self) -> &'static About {
         &About {
             name: "mlx",
+            aliases: &["mlx-lm", "mlx_lm"],
             label: "mlx-lm directory",
             reads: Some("mlx-lm adapter directory"),
             writes: Some("mlx-lm adapter directory: the posterior mean"),

@@ -30,6 +30,7 @@ impl Format for Peft {
     fn about(&self) -> &'static About {
         &About {
             name: "peft",
+            aliases: &[],
             label: "PEFT directory",
             reads: Some("PEFT directory, LoRA or MonteCLoRA"),
             writes: Some("PEFT directory with the whole posterior, if there is one"),

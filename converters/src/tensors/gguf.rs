@@ -168,6 +168,11 @@ impl GgufFile {
             } else {
                 ""
             };
+            if version > 0xFFFF && hint.is_empty() {
+                return Err(refuse(format!(
+                    "{version} stands where the version of GGUF is expected: the file is damaged; fetch or make it again"
+                )));
+            }
             return Err(refuse(format!(
                 "GGUF version {version}{hint}; versions 2 and 3, little-endian, are read"
             )));

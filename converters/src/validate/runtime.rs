@@ -36,6 +36,15 @@ const NAMES: [&str; 6] = [
     "mlx",
 ];
 
+/// Other spellings, in lower case.
+const ALIASES: [(&str, &str); 5] = [
+    ("mistral.rs", "mistralrs"),
+    ("llama.cpp", "llamacpp"),
+    ("llama-cpp", "llamacpp"),
+    ("mlx-lm", "mlx"),
+    ("mlx_lm", "mlx"),
+];
+
 impl Runtime {
     /// Every runtime that is known.
     pub const ALL: [Self; 6] = [
@@ -67,7 +76,10 @@ impl FromStr for Runtime {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let at = NAMES.iter().position(|name| *name == text);
+        let lower = text.to_ascii_lowercase();
+        let name = ALIASES.iter().find(|(alias, _)| *alias == lower);
+        let name = name.map_or(lower.as_str(), |(_, name)| name);
+        let at = NAMES.iter().position(|known| *known == name);
         at.map(|at| Self::ALL[at]).ok_or_else(|| {
             let known = NAMES.join(", ");
             let message = format!("unknown runtime `{text}`; expected {known}");
@@ -85,6 +97,10 @@ mod tests {
         for runtime in Runtime::ALL {
             let name = runtime.to_string();
             assert_eq!(name.parse::<Runtime>().expect("its own name"), runtime);
+        }
+        for (alias, name) in ALIASES {
+            let runtime = alias.parse::<Runtime>().expect("another spelling");
+            assert_eq!(runtime.to_string(), name);
         }
         assert!("llama".parse::<Runtime>().is_err());
     }

@@ -83,7 +83,7 @@ pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
                 (stats.n_truncated, "truncated"),
                 (
                     stats.n_split_rows,
-                    "rows split into one example a turn, since the chat template rewrites earlier turns",
+                    "rows split into one example per turn, since the chat template rewrites earlier turns",
                 ),
                 (
                     stats.n_without_end,
@@ -112,13 +112,16 @@ pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
     if ok {
         return Ok(());
     }
-    let mixed = match broken.len() {
-        0 => String::new(),
-        n => format!(", {n} of mixed formats"),
+    let files = |n: usize| match n {
+        1 => "1 file mixes row formats".to_owned(),
+        n => format!("{n} files mix row formats"),
     };
-    Err(bad_data(format!(
-        "{n_bad} of {n_rows} rows cannot be used{mixed}"
-    )))
+    let mixed = match (n_bad, broken.len()) {
+        (_, 0) => format!("{n_bad} of {n_rows} rows cannot be used"),
+        (0, n) => files(n),
+        (_, n) => format!("{n_bad} of {n_rows} rows cannot be used, and {}", files(n)),
+    };
+    Err(bad_data(mixed))
 }
 
 /// Columns, keys of turns and template variables that nothing reads: `{column, rows, line}`.

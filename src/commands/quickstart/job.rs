@@ -192,7 +192,7 @@ impl Job<'_> {
             return Ok(());
         }
         let message = format!(
-            "`{}` is not what this quickstart would run: of another model or version, or edited. Give another --output-dir, or --force to replace what is there; `train -c` runs it as it is",
+            "`{}` is not what this quickstart would run: it was written for another model, by another version, or in a directory of another name, or it was edited. Give another --output-dir, or --force to replace what is there; `train -c` runs it as it is",
             paths.run.display()
         );
         Err(Problem::usage(message).into())

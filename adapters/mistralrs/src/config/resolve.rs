@@ -230,6 +230,10 @@ impl ServeFile {
             wrong.note("default_model_id", message);
         }
         let max_memory = self.runtime.max_memory_mb;
+        if max_memory == Some(0) {
+            let message = "expected at least 1 MiB, found 0; leave the key out for no limit";
+            wrong.note("runtime.max_memory_mb", message);
+        }
         let max_memory = max_memory.map(|mb| mb.saturating_mul(1 << 20));
         let first = models.first().map(|model| model.name.clone());
         let default_model = self.default_model_id.clone().or(first);

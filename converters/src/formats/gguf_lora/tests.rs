@@ -36,6 +36,38 @@ fn fixtures_keep_their_updates() {
     }
 }
 
+/// The base goes by the keys that gguf-py has for it; a repository by its address, too.
+#[test]
+fn the_base_is_named() {
+    let case = fixtures::usable().into_iter().next().expect("a case");
+    let base = ModelFiles::open(&case.model_dir).expect("a model");
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let written = |name: Option<&str>| {
+        let mut adapter = Adapter::read_dir(&case.dir).expect("a good adapter");
+        adapter.config.base_model_name_or_path = name.map(str::to_owned);
+        let path = dir.path().join("x.gguf");
+        let options = LoraOptions {
+            overwrite: true,
+            ..LoraOptions::default()
+        };
+        GgufLora
+            .write(&adapter, &path, &options, Some(base.config()))
+            .expect("written");
+        let read = Adapter::read_for(&path, base.config()).expect("our own output");
+        assert_eq!(
+            read.config.base_model_name_or_path.as_deref(),
+            name.filter(|name| !name.is_empty())
+        );
+        let file = GgufFile::open(&path).expect("our own output");
+        file.text(BASE_URL).map(str::to_owned)
+    };
+    let url = "https://huggingface.co/org/some-model_1.5";
+    assert_eq!(written(Some("org/some-model_1.5")).as_deref(), Some(url));
+    assert_eq!(written(Some("/models/some model")), None);
+    assert_eq!(written(Some("")), None);
+    assert_eq!(written(None), None);
+}
+
 #[test]
 fn rows_of_q_are_reordered_as_llama_cpp_stores_them() {
     let base = Base::from_config(&llama()).expect("known");
