@@ -6,8 +6,7 @@ const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 /// Keeps freed memory for the next step. By default mimalloc returns it to the kernel after a second.
 ///
 /// Every training step frees and requests the same activations. The kernel must clear pages again that were returned in
-/// between,
-/// which takes a sixth of a step's time. The peak memory is what one step needs, with or without this.
+/// between, which takes a sixth of a step's time. The peak memory is what one step needs, with or without this.
 pub fn keep_freed_memory() {
     // SAFETY: sets one integer option; mimalloc documents -1 as never purging.
     unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };

@@ -1,6 +1,5 @@
 //! Finds models: a local directory, a GGUF file through its description or import in the cache, or a Hub id. Also finds
-//! data
-//! sets on the Hub.
+//! data sets on the Hub.
 
 mod client;
 mod dataset;

@@ -24,8 +24,7 @@ use {
 use crate::cli::LogFormat;
 
 /// Starts logging. `verbose` is the number of `-v`; `RUST_LOG` overrides it. On a terminal, lines have the time of day
-/// only if
-/// `has_clock`.
+/// only if `has_clock`.
 pub fn init(verbose: u8, format: LogFormat, has_clock: bool) {
     let default = match verbose {
         0 => "warn,monteclora=info,mistralrs_monteclora=info",

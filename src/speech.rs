@@ -32,8 +32,7 @@ pub struct Spoken {
 
 impl Speech {
     /// Answers `prompt`, which must not be empty. Calls `on_text` with new text, in whole characters, and `goes_on`
-    /// before each token;
-    /// the answer stops if that returns false.
+    /// before each token; the answer stops if that returns false.
     ///
     /// # Errors
     /// Returns an error if the decoder or the tokenizer fails, or if logits are not finite.

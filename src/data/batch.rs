@@ -113,14 +113,12 @@ pub fn epoch_plan(lengths: &[usize], options: &BatchOptions, epoch: u64) -> Vec<
 }
 
 /// Packs of at most `capacity` tokens by online best fit. Each example, in the given order, goes to the fullest open
-/// pack
-/// that still has room; among equals, to the oldest. Examples are never cut. An example of more than `capacity` tokens
-/// is a
-/// pack of its own.
+/// pack that still has room; among equals, to the oldest. Examples are never cut. An example of more than `capacity`
+/// tokens is a pack of its own.
 ///
 /// Only [`OPEN_PACKS`] are open at a time; the oldest is closed first. Sorting all examples by length, or keeping every
-/// pack
-/// open, would fill packs a little better, but then length and not the seed would decide which examples meet in a step.
+/// pack open, would fill packs a little better, but then length and not the seed would decide which examples meet in a
+/// step.
 fn packs(lengths: &[usize], order: Vec<usize>, capacity: usize) -> Vec<Vec<usize>> {
     let mut packs: Vec<Vec<usize>> = Vec::new();
     let mut open: VecDeque<(usize, usize)> = VecDeque::with_capacity(OPEN_PACKS + 1); // (pack, room), oldest first
@@ -200,8 +198,7 @@ impl<'a> Batches<'a> {
     }
 
     /// The number of optimiser steps in `epochs`, which may end within an epoch. Accumulation never crosses the end of
-    /// an
-    /// epoch, so an epoch of `n` batches has `ceil(n / accumulation)` steps.
+    /// an epoch, so an epoch of `n` batches has `ceil(n / accumulation)` steps.
     pub fn n_steps(&self, epochs: f64, accumulation: usize) -> u64 {
         let steps_in = |epoch| self.n_batches_in(epoch).div_ceil(accumulation.max(1)) as u64;
         let whole = epochs.max(0.0).floor();

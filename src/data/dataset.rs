@@ -43,8 +43,7 @@ impl Dataset {
     ///
     /// # Errors
     /// As [`Source::open`]. Also returns an error that lists all bad rows, if the rows have several formats, if every
-    /// row is too
-    /// long, or if the model's template or tokenizer fails.
+    /// row is too long, or if the model's template or tokenizer fails.
     pub fn open_split(
         name: &Path,
         split: Split,

@@ -114,14 +114,11 @@ pub struct ChoiceTokens {
 ///
 /// # The loss mask
 /// Turn `i` is the text that rendering `messages[..=i]` adds to rendering `messages[..i]` with the generation prompt.
-/// The
-/// tokenizer's offsets map these byte ranges to tokens. White space after the end-of-turn token is not trained, because
-/// it
-/// is never generated. If the template has `{% generation %}` blocks, the blocks decide which part of a turn is
-/// trained, as in
-/// transformers' `return_assistant_tokens_mask`. If a later message changes how the template prints an earlier turn
-/// (templates that strip thinking), the row becomes one example per turn, each with exactly the text that the model
-/// would see.
+/// The tokenizer's offsets map these byte ranges to tokens. White space after the end-of-turn token is not trained,
+/// because it is never generated. If the template has `{% generation %}` blocks, the blocks decide which part of a turn
+/// is trained, as in transformers' `return_assistant_tokens_mask`. If a later message changes how the template prints
+/// an earlier turn (templates that strip thinking), the row becomes one example per turn, each with exactly the text
+/// that the model would see.
 #[derive(Debug)]
 pub struct Encoder {
     tokenizer: Arc<Tokenizer>,
@@ -204,8 +201,7 @@ impl Encoder {
     }
 
     /// The token ids at which generation stops: the tokenizer's end tokens, and the well-known end-of-turn tokens that
-    /// the
-    /// template mentions. mistral.rs uses the same rule.
+    /// the template mentions. mistral.rs uses the same rule.
     pub fn stop_ids(&self) -> Vec<u32> {
         self.stop_ids.clone()
     }
@@ -261,8 +257,8 @@ impl Encoder {
     }
 
     /// What a row asks as a conversation, and the text that the model gets, with the generation prompt. Returns `None`
-    /// for a row
-    /// that is encoded without the template. The text is the template's error message if the template refuses the row.
+    /// for a row that is encoded without the template. The text is the template's error message if the template refuses
+    /// the row.
     ///
     /// # Errors
     /// Returns an error if there is no template.
@@ -364,8 +360,7 @@ impl Encoder {
     ///
     /// # Errors
     /// As [`Self::encode_row`]. Also returns an error if a choice has no tokens, if there is no prompt before it or no
-    /// answer
-    /// that it could replace, or if a choice and its prompt are longer than `max_seq_length`.
+    /// answer that it could replace, or if a choice and its prompt are longer than `max_seq_length`.
     pub fn choice_tokens(&self, row: &Row) -> Result<Option<ChoiceSet>, Error> {
         let Some(asked) = &row.choices else {
             return Ok(None);

@@ -23,9 +23,9 @@ pub enum Finding {
     UnreadFile(String),
     /// The text of a control token within a row's own text; the tokenizer turns it into that token.
     ControlToken,
-    /// Two begin tokens in a row.
+    /// Two begin tokens, one directly after the other.
     DoubledBegin,
-    /// A trained end token directly after the same token.
+    /// A trained end token that follows the same token, with at most white space between them.
     DoubledEnd,
     /// An answer without text.
     EmptyAnswer,

@@ -16,8 +16,7 @@ const THOUGHTS: [&str; 4] = ["reasoning_content", "reasoning", "thinking", "thou
 const CALLS: [&str; 2] = ["tool_calls", "function_call"];
 
 /// Refuses a conversation if the template leaves out something that the row has: tools, documents, calls, thoughts, or
-/// the text
-/// of a turn.
+/// the text of a turn.
 ///
 /// # Errors
 /// Returns an error that names the fields, or the template's own error message.
@@ -170,9 +169,8 @@ impl Whole<'_> {
     }
 
     /// Whether a change of a turn changes the text of the conversation up to this turn, or of the whole. Both are
-    /// rendered, because
-    /// templates may leave out the thoughts of earlier turns. If the template refuses the changed turn, it does read
-    /// that part.
+    /// rendered, because templates may leave out the thoughts of earlier turns. If the template refuses the changed
+    /// turn, it does read that part.
     fn prints(&self, idx: usize, change: impl Fn(&mut Map<String, Value>)) -> bool {
         let differs = |with: Option<String>, mut fields: Vec<Map<String, Value>>| {
             with.is_some_and(|with| {
@@ -197,8 +195,7 @@ impl Whole<'_> {
     }
 
     /// Whether the thoughts of an answer, from `<think>` to `</think>` in its content, are in the text up to this turn
-    /// or in the
-    /// whole. Some templates cut thoughts out of earlier answers, and some out of every answer.
+    /// or in the whole. Some templates cut thoughts out of earlier answers, and some out of every answer.
     fn prints_thought(&self, idx: usize, content: &str) -> bool {
         let thought = content.split_once("</think>").map(|(before, _)| {
             before

@@ -22,8 +22,8 @@ use super::error::{bad_data, changed, not_unpacked, unreadable};
 
 /// An indexed file of rows. It takes 24 bytes of memory per row, independent of the row's size.
 ///
-/// JSON Lines (blank lines, a byte order mark and CR LF ends are accepted) and JSON arrays are read in place.
-/// Gzip and Parquet files are unpacked once into an unnamed temporary file.
+/// JSON Lines (blank lines, a byte order mark and CR LF ends are accepted) and JSON arrays are read in place. Gzip and
+/// Parquet files are unpacked once into an unnamed temporary file.
 #[derive(Debug)]
 pub struct RowFile {
     path: PathBuf,
@@ -37,8 +37,7 @@ impl RowFile {
     ///
     /// # Errors
     /// Returns an error if the file cannot be read or unpacked, holds no row, or is a malformed array, or if it is a
-    /// Parquet file
-    /// and this build cannot read those.
+    /// Parquet file and this build cannot read those.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let read_error = unreadable(path);
         let unpack_error = not_unpacked(path);

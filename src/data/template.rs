@@ -18,8 +18,7 @@ use super::{
 /// A compiled chat template with the model's special tokens.
 ///
 /// A template gets what transformers gives it, and nothing else: the messages with their own keys, `tools` and
-/// `documents`
-/// (none if the row has none), `add_generation_prompt`, the special tokens, and the variables that are set.
+/// `documents` (none if the row has none), `add_generation_prompt`, the special tokens, and the variables that are set.
 #[derive(Debug)]
 pub struct ChatTemplate {
     templates: Templates,

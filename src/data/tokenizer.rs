@@ -33,8 +33,7 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Loads `tokenizer.json`. The end tokens come from `tokenizer_config.json` and `generation_config.json`, or from
-    /// `config.json`
-    /// if `generation_config.json` has none. Truncation and padding stored in the file are switched off.
+    /// `config.json` if `generation_config.json` has none. Truncation and padding stored in the file are switched off.
     ///
     /// # Errors
     /// Returns an error if `tokenizer.json` is missing, if a file is malformed, or if an end token is not in the

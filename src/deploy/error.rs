@@ -1,6 +1,5 @@
 //! Errors of commands that talk to a server. Exit code 2 means usage and configuration, 4 the adapter, 1 the server or
-//! the
-//! network.
+//! the network.
 
 use std::path::Path;
 

@@ -119,8 +119,7 @@ impl Releases {
     /// Writes a release, and returns its directory relative to the root.
     ///
     /// The directory is named by its content and appears whole or not at all; its files are read-only. If the same
-    /// content was
-    /// released before, its directory is reused.
+    /// content was released before, its directory is reused.
     ///
     /// # Errors
     /// Returns an error if a directory of this name holds something else, or if the release cannot be written.
@@ -140,8 +139,7 @@ impl Releases {
     /// Makes a release of the adapter that is served now, so that a rollback can restore it.
     ///
     /// Does nothing if this generation was released before, if its directory is unknown or unreadable, or if the
-    /// directory no
-    /// longer holds the served content.
+    /// directory no longer holds the served content.
     ///
     /// # Errors
     /// As [`Self::store`] and [`Self::record`].
@@ -202,8 +200,7 @@ impl Releases {
     }
 
     /// The release that `current` replaced when it last came into service. If that is unknown or no longer exists, the
-    /// newest
-    /// earlier release in the history that differs from `current` and still exists.
+    /// newest earlier release in the history that differs from `current` and still exists.
     ///
     /// One release may have been served under several generations: with and without scores, and on several bases.
     pub fn before(&self, current: &ServedAdapter) -> Option<&Record> {

@@ -83,8 +83,8 @@ pub struct RolledBack {
 /// server's choice.
 ///
 /// The server first loads the release as a canary under another name, and the canary is asked. Only then the release
-/// replaces
-/// the generation that was served at the start, and is asked again. If that fails, the former generation is restored.
+/// replaces the generation that was served at the start, and is asked again. If that fails, the former generation is
+/// restored.
 ///
 /// # Errors
 /// Returns an error if a request fails, or if the canary or the verification fails; the latter say what is served now.
@@ -280,13 +280,11 @@ fn undo(
 }
 
 /// Restores the generation that `alias` had before, or the one whose name begins with `to`. If that generation fails
-/// the
-/// check, the generation that was being served is restored.
+/// the check, the generation that was being served is restored.
 ///
 /// # Errors
 /// Returns `nothing-to-restore` if there is no generation to go back to. If the verification fails, the error says what
-/// is
-/// served now.
+/// is served now.
 pub fn roll_back(
     server: &AdapterServer,
     releases: &mut Releases,

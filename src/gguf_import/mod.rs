@@ -27,8 +27,7 @@ pub fn import_gguf(
 }
 
 /// Writes everything but the weights of `file` into the new directory `out_dir`. `progress` gets the number of bytes
-/// read and
-/// their total.
+/// read and their total.
 ///
 /// # Errors
 /// As [`gguf_base::refer_to_gguf`].

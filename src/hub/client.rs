@@ -53,8 +53,7 @@ pub(super) fn builder(token_source: &str) -> Result<ApiBuilder, Problem> {
 }
 
 /// The token that a source names; `Some(None)` means no token. `None` leaves the choice to the Hub client: for `cache`
-/// without
-/// HF_TOKEN, the token of `huggingface-cli login`.
+/// without HF_TOKEN, the token of `huggingface-cli login`.
 pub(super) fn token(source: &str) -> Result<Option<Option<String>>, Problem> {
     // The part after the colon may be a token.
     let (kind, value) = match source.split_once(':') {

@@ -46,8 +46,7 @@ impl RunFiles {
     ///
     /// # Errors
     /// Returns an error if `dir` is not the directory of a run, or if a file cannot be read. A missing or unreadable
-    /// adapter is
-    /// noted and is not an error.
+    /// adapter is noted and is not an error.
     pub fn read(dir: &Path) -> Result<Self> {
         let (record_path, metrics_path) = (dir.join("run.json"), dir.join(METRICS));
         let record = if_there(&record_path, std::fs::read_to_string(&record_path))?

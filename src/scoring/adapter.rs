@@ -43,8 +43,7 @@ impl Calibrated {
     }
 
     /// The draws that the calibration was made with, up to the number that requests may ask for. If the calibration
-    /// does not apply,
-    /// as many draws as requests may ask for.
+    /// does not apply, as many draws as requests may ask for.
     pub(super) fn default_draws(
         &self,
         chat_template_sha256: Option<String>,
@@ -132,8 +131,7 @@ impl ReadAdapter {
     }
 
     /// Bytes of the mean and the held draws. With a posterior, also of its parameters and of draws of other seeds for
-    /// every score
-    /// that is computed at the same time.
+    /// every score that is computed at the same time.
     pub(super) fn bytes(&self, base: &ScoredBase, asked: &ScoredAdapter<'_>) -> u64 {
         let sites = self.adapter.sites.iter();
         let (a, b) = sites.fold((0, 0), |(a, b), site| {

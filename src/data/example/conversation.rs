@@ -111,8 +111,7 @@ impl Encoder {
     }
 
     /// Tokenises a rendered conversation and trains the tokens of the byte ranges. Each range is trained up to its
-    /// end-of-turn
-    /// token, or to its end if `whole` is set.
+    /// end-of-turn token, or to its end if `whole` is set.
     fn masked(&self, text: &str, ranges: &[Range<usize>], whole: bool) -> Result<Example, Error> {
         let tokens = self.tokenizer.encode_spans(text)?;
         let mut loss_mask = vec![false; tokens.len()];
@@ -141,8 +140,7 @@ impl Encoder {
 }
 
 /// The text up to the last of the `trained` turns, and the ranges that the template's generation markers mark in these
-/// turns.
-/// A marker belongs to the turn that adds it. If every answer is trained, all markers are taken.
+/// turns. A marker belongs to the turn that adds it. If every answer is trained, all markers are taken.
 fn marked_turns(
     template: &ChatTemplate,
     messages: &[Message],

@@ -64,8 +64,7 @@ pub struct EncodeOptions {
     /// Which turns carry loss.
     pub train_on: TrainOn,
     /// Whether prompt rows become one user and one assistant turn. Otherwise prompt, completion and end token are
-    /// tokenised
-    /// separately.
+    /// tokenised separately.
     pub apply_chat_template: bool,
     /// Longest example, in tokens.
     pub max_seq_length: usize,

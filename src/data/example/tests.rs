@@ -422,8 +422,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     /// For any messages, the trained tokens are the answers with their end tokens, the prompt for generation is the
-    /// part
-    /// before the last answer, and the text is the template's.
+    /// part before the last answer, and the text is the template's.
     #[test]
     fn trained_tokens_are_the_answers(
         pairs in prop::collection::vec(("[ -~\n\u{e9}\u{6f22}\u{1f980}]{0,12}", "[ -~\n\u{e9}\u{6f22}\u{1f980}]{0,12}"), 1..4),

@@ -19,13 +19,11 @@ use serde_json::Value;
 use crate::data::error::{bad_data, not_unpacked};
 
 /// Writes one line per row. A column without a value, at any depth, is left out as a key, because a table cannot
-/// otherwise say
-/// that a message has no `tool_calls`.
+/// otherwise say that a message has no `tool_calls`.
 ///
 /// # Errors
 /// Returns an error if the file is cut short or damaged, if columns cannot be read as text (it names them), or if `out`
-/// cannot
-/// be written.
+/// cannot be written.
 pub(super) fn write_json_lines(path: &Path, file: File, out: &mut File) -> Result<(), Error> {
     let refuse = |problem: String| bad_data("parquet", format!("`{}`: {problem}", path.display()));
     let reader = SerializedFileReader::new(file).map_err(|error| {

@@ -40,8 +40,7 @@ impl Span {
 }
 
 /// Finds the rows of a stream. If its first character is `[`, the stream is an array. With lines, only one row is in
-/// memory at
-/// a time; with an array, only the state of the scan.
+/// memory at a time; with an array, only the state of the scan.
 pub(super) fn index(mut reader: impl BufRead, path: &Path) -> Result<Vec<Span>, Error> {
     let read_error = unreadable(path);
     let mut spans = Vec::new();

@@ -149,8 +149,7 @@ fn checked_row(
 }
 
 /// Completes a row of `choices` and `answer` that does not repeat the answer. The answer becomes the completion of a
-/// prompt
-/// that has none, or the assistant turn of a conversation that ends before one.
+/// prompt that has none, or the assistant turn of a conversation that ends before one.
 fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), Problem> {
     let Some(Value::Array(choices)) = object.get("choices") else {
         return Ok(());

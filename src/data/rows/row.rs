@@ -93,8 +93,7 @@ impl Message {
     }
 
     /// Every field as in the row: `content` may be a list of parts, null or absent. The keys that say whether the turn
-    /// is trained
-    /// are left out.
+    /// is trained are left out.
     pub fn fields(&self) -> &Map<String, Value> {
         &self.fields
     }
@@ -107,8 +106,7 @@ impl Message {
     }
 
     /// False if the turn is never trained, whatever `train_on` says: it has weight 0, or `train`, `training` or `loss`
-    /// false, or
-    /// it belongs to the prompt of a row of prompt and completion.
+    /// false, or it belongs to the prompt of a row of prompt and completion.
     pub fn trained(&self) -> bool {
         self.trained
     }
@@ -148,8 +146,7 @@ impl RowFormat {
     }
 
     /// Detects the format by its keys; the first format that fits wins. Keys with a null value count only if no format
-    /// fits
-    /// without them.
+    /// fits without them.
     pub(super) fn detect(object: &Map<String, Value>) -> Result<Self, Problem> {
         const KEYS: [(RowFormat, &[&str]); 5] = [
             (RowFormat::Messages, &["messages"]),

@@ -64,8 +64,7 @@ impl Reader<'_> {
     }
 
     /// Converts the calls of a message to the form that templates expect: `function_call` becomes a call, and arguments
-    /// given as
-    /// JSON text become an object.
+    /// given as JSON text become an object.
     pub(super) fn calls(&mut self, at: &str, fields: &mut Map<String, Value>) {
         if fields
             .get("function_call")
@@ -139,8 +138,7 @@ impl Reader<'_> {
     }
 
     /// Decodes a call's arguments if they are JSON text. transformers' templates expect the object, but clients of
-    /// OpenAI's
-    /// interface send the text.
+    /// OpenAI's interface send the text.
     pub(super) fn arguments(&mut self, at: &str, call: &mut Value) {
         const FIX: &str = "write the object itself, or its JSON text";
         let Some(arguments) = call.get_mut("arguments") else {

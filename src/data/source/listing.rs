@@ -179,8 +179,7 @@ fn shortened(names: &[String]) -> String {
 }
 
 /// Names of the files in a directory and in its subdirectories, sorted, with `/` between parts. Also names folders one
-/// level
-/// deeper that hold data files, with `/` at the end.
+/// level deeper that hold data files, with `/` at the end.
 fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir)? {

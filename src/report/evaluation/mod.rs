@@ -30,8 +30,7 @@ pub struct Shown {
     /// Confidence and whether the answer was right, per row. Rows whose confidence is not finite are left out.
     pub outcomes: Vec<(f64, bool)>,
     /// Label, value and interval of each score, in the order of the table. A missing value shows as a dash. The
-    /// interval is shown
-    /// if it is known.
+    /// interval is shown if it is known.
     pub scores: Vec<Score>,
 }
 
@@ -183,8 +182,7 @@ fn percent(share: f64) -> String {
 }
 
 /// The 95 % interval of the share of right answers in a non-empty bin, by Wilson's score (Wilson 1927, J. Am. Stat.
-/// Assoc. 22,
-/// p. 209). It lies within 0 and 1, and has a width even if all or none are right.
+/// Assoc. 22, p. 209). It lies within 0 and 1, and has a width even if all or none are right.
 fn interval(bin: &Bin) -> [f64; 2] {
     const Z: f64 = 1.959_963_984_540_054;
     let (n, p) = (bin.n as f64, bin.accuracy);
