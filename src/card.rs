@@ -11,23 +11,23 @@ use crate::output::name_of;
 /// Name of the file.
 pub const FILE: &str = "README.md";
 
-/// First line of what is written here, so that it is known again: a card that somebody wrote stays.
+/// Line that marks the cards written by this program. Other cards are never overwritten.
 const MARK: &str = "<!-- written by monteclora -->";
 
-/// What a card is about.
+/// The contents of a card.
 #[derive(Debug)]
 pub struct Card<'a> {
     /// Name of the adapter.
     pub name: &'a str,
     /// The adapter's configuration.
     pub config: &'a AdapterConfig,
-    /// Its run.json; null where there is none.
+    /// Content of its run.json; null if there is none.
     pub record: &'a Value,
-    /// What `eval --json` said of it; null where nothing was measured.
+    /// Output of `eval --json` for it; null if nothing was measured.
     pub scores: &'a Value,
 }
 
-/// Scores that a card tells, by their names in `eval --json` and on the Hub.
+/// Scores that a card shows: name in `eval --json`, type on the Hub, and title.
 const METRICS: [(&str, &str, &str); 6] = [
     ("loss", "loss", "Loss"),
     ("perplexity", "perplexity", "Perplexity"),
@@ -37,16 +37,17 @@ const METRICS: [(&str, &str, &str); 6] = [
     ("ece", "ece", "Expected calibration error"),
 ];
 
-/// Whether the card in `dir` was written here, so that it is replaced by the next export.
+/// Whether the card in `dir` was written by this program, so that the next export replaces it.
 pub fn is_ours(dir: &Path) -> bool {
     std::fs::read_to_string(dir.join(FILE)).is_ok_and(|text| text.contains(MARK))
 }
 
 impl Card<'_> {
-    /// Writes it beside the adapter in `dir`, unless a card of somebody else's is there. Whether it was written.
+    /// Writes the card beside the adapter in `dir`, unless somebody else's card exists there. Returns whether it was
+    /// written.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// Returns an error if the card cannot be written, or if an existing one cannot be read.
     pub fn write(&self, dir: &Path) -> Result<bool> {
         let path = dir.join(FILE);
         let is_free = match std::fs::read_to_string(&path) {
@@ -60,7 +61,7 @@ impl Card<'_> {
         Ok(is_free)
     }
 
-    /// Its text.
+    /// The text of the card.
     pub fn text(&self) -> String {
         format!("{}\n{MARK}\n\n{}", self.front_matter(), self.body())
     }
@@ -72,7 +73,7 @@ impl Card<'_> {
         }
     }
 
-    /// The base's name, where it is one on the Hub.
+    /// The name of the base model, if it is a Hub id.
     fn base(&self) -> Option<&str> {
         let base = self.config.base_model_name_or_path.as_deref();
         base.filter(|base| is_hub_id(base) && !Path::new(base).exists())
@@ -114,7 +115,7 @@ impl Card<'_> {
         format!("---\n{}\n---", lines.join("\n"))
     }
 
-    /// The scores that were measured: type, title and value.
+    /// The measured scores: type, title and value.
     fn scores(&self) -> Vec<(&'static str, &'static str, f64)> {
         let found = METRICS.iter().filter_map(|(key, kind, title)| {
             Some((*kind, *title, self.scores["mean"][key].as_f64()?))
@@ -161,7 +162,7 @@ impl Card<'_> {
         text
     }
 
-    /// What the record says of the training.
+    /// The section about the training, from the configuration and the record.
     fn training(&self) -> String {
         let config = self.config;
         let targets = match &config.target_modules {
@@ -208,10 +209,10 @@ impl Card<'_> {
     }
 }
 
-/// Writes a card beside the adapter with `config`, which was exported into `dir` from what lies at `source`.
+/// Writes a card for the adapter with `config`, which was exported from `source` into `dir`.
 ///
 /// # Errors
-/// As [`Card::write`]; a record that cannot be read.
+/// As [`Card::write`], or if the training record cannot be read.
 pub fn write_exported(dir: &Path, config: &AdapterConfig, source: &Path) -> Result<()> {
     let card = Card {
         name: &name_of(dir),
@@ -223,7 +224,7 @@ pub fn write_exported(dir: &Path, config: &AdapterConfig, source: &Path) -> Resu
     Ok(())
 }
 
-/// A text as YAML takes it: JSON's strings are YAML's.
+/// Quotes a text for YAML, which accepts JSON strings.
 fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }

@@ -1,5 +1,5 @@
-//! Where a model is: a local directory, a GGUF file of which the cache has a description or an import, or a Hub id; and data sets on
-//! the Hub.
+//! Finds models: a local directory, a GGUF file through its description or import in the cache, or a Hub id. Also finds
+//! data sets on the Hub.
 
 mod client;
 mod dataset;
@@ -22,23 +22,23 @@ pub use self::push::{Destination, Pushed, push, require_repo};
 use self::client::{builder, problem, refusal};
 use crate::sample_models::SampleModel;
 
-/// A model found: its directory, and its name as the user gave it.
+/// A model that was found: its directory, and the name that the user gave.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Located {
     /// A Hugging Face directory.
     pub dir: PathBuf,
-    /// Hub id or path as given.
+    /// Hub id or path, as given.
     pub name: String,
-    /// Commit on the Hub, where it came from there.
+    /// Commit, if the model came from the Hub.
     pub revision: Option<String>,
 }
 
-/// How the Hub is asked.
+/// Options for requests to the Hub.
 #[derive(Debug, Clone, Default)]
 pub struct HubOptions {
     /// Branch, tag or commit.
     pub revision: Option<String>,
-    /// As mistral.rs's `--token-source`; empty means `cache`.
+    /// Source of the access token, as in mistral.rs's `--token-source`; empty means `cache`.
     pub token_source: String,
 }
 
@@ -55,15 +55,16 @@ pub fn cache_dir() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from(".monteclora-cache"))
 }
 
-/// Finds the model `id`; of a GGUF file, the description.
+/// Finds the model `id`. For a GGUF file, finds or makes its description in the cache.
 ///
 /// # Errors
-/// A [`monteclora_converters::Problem`] for what is not there; what [`crate::gguf_import`] says of a GGUF file that cannot be read.
+/// Returns a [`monteclora_converters::Problem`] if the model is missing or cannot be fetched, or an error of
+/// [`crate::gguf_import`] if the GGUF file cannot be read.
 pub fn locate(id: &str, options: &HubOptions) -> Result<Located> {
     locate_as(id, options, OfGguf::Description)
 }
 
-/// As [`locate`], with what is wanted of a GGUF file.
+/// As [`locate`]. `of_gguf` says what the cache must hold of a GGUF file.
 ///
 /// # Errors
 /// As [`locate`].
@@ -111,7 +112,8 @@ pub fn locate_as(id: &str, options: &HubOptions, of_gguf: OfGguf) -> Result<Loca
     from_hub(id, options)
 }
 
-/// A model that was fetched before is taken as it was then; its commit is that of its snapshot.
+/// Finds a model on the Hub. A model that was fetched before is used unchanged; its snapshot directory names the
+/// commit.
 fn from_hub(id: &str, options: &HubOptions) -> Result<Located> {
     let revision = options.revision.as_deref().unwrap_or("main");
     let repo = Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned());
@@ -163,7 +165,7 @@ fn cached(repo: &Repo) -> Option<PathBuf> {
     is_whole.then(|| dir.to_owned())
 }
 
-/// Fetches the files of one commit, whatever the branch does meanwhile, and only then lets the cache point at it.
+/// Fetches the files of one commit, even if the branch moves meanwhile. Only then the cache points at the commit.
 fn fetch(api: &Api, repo: &Repo, info: &RepoInfo) -> Result<Option<PathBuf>, ApiError> {
     let commit = Repo::with_revision(repo.url(), RepoType::Model, info.sha.clone());
     let pinned = api.repo(commit);

@@ -1,4 +1,4 @@
-//! Logs on standard error: lines for people, or one JSON object per line for programs.
+//! Logs to standard error: lines for people, or one JSON object per line for programs.
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -23,7 +23,8 @@ use {
 
 use crate::cli::LogFormat;
 
-/// Starts logging. `verbose` counts `-v`; `RUST_LOG` wins over it. At a terminal lines have the time of day only if `has_clock`.
+/// Starts logging. `verbose` is the number of `-v`; `RUST_LOG` overrides it. On a terminal, lines have the time of day
+/// only if `has_clock`.
 pub fn init(verbose: u8, format: LogFormat, has_clock: bool) {
     let default = match verbose {
         0 => "warn,monteclora=info,mistralrs_monteclora=info",
@@ -33,7 +34,7 @@ pub fn init(verbose: u8, format: LogFormat, has_clock: bool) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        // Told on standard error, by a macro that panics where nobody reads it any more.
+        // Internal errors are reported by a macro that panics if standard error is closed.
         .log_internal_errors(false)
         .with_writer(std::io::stderr);
     match format {
@@ -50,7 +51,7 @@ fn watched(subscriber: impl SubscriberInitExt) {
     subscriber.init();
 }
 
-/// Makes `subscriber` that of the process. Before it is asked, threads that engines have left behind end.
+/// Installs `subscriber` for the process, with a layer that ends the threads that engines left behind.
 #[cfg(feature = "mistralrs")]
 fn watched<S>(subscriber: S)
 where
@@ -65,7 +66,7 @@ struct EndsThreads;
 
 #[cfg(feature = "mistralrs")]
 impl<S: Subscriber> Layer<S> for EndsThreads {
-    /// Whatever the log shows, that event comes here.
+    /// Makes the throughput event reach `enabled`, whatever the log filter says.
     fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
         match mistralrs_monteclora::is_throughput_log(metadata) {
             true => Interest::sometimes(),
@@ -83,7 +84,7 @@ impl<S: Subscriber> Layer<S> for EndsThreads {
     }
 }
 
-/// For who sits before a terminal: what is said, `warning: ` or `error: ` before it where it is one, no word broken.
+/// Format for a terminal: the message, after `warning: ` or `error: ` if it is one. Lines break only between words.
 struct Sentences {
     has_clock: bool,
 }
@@ -115,7 +116,7 @@ where
     }
 }
 
-/// Lines of at most `columns`, broken between words; the ones after the first are set in.
+/// Wraps a text into lines of at most `columns`, between words. Lines after the first are indented.
 pub fn wrapped(text: &str, columns: usize) -> String {
     let options = textwrap::Options::new(columns)
         .subsequent_indent("  ")
@@ -125,7 +126,7 @@ pub fn wrapped(text: &str, columns: usize) -> String {
     textwrap::fill(text, options)
 }
 
-/// `{"timestamp", "level", "target", "message", ...fields}`, one a line.
+/// Format for programs: `{"timestamp", "level", "target", "message", ...fields}`, one object per line.
 struct JsonLines;
 
 impl<S, N> FormatEvent<S, N> for JsonLines

@@ -1,4 +1,4 @@
-//! The command: parse, dispatch, exit code.
+//! The command-line program: parses arguments, runs the command, and sets the exit code.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -9,12 +9,12 @@ use monteclora::cli::{self, Cli, Command};
 use monteclora::config::flag_remedy;
 use monteclora::{allocator, commands, logging};
 
-/// Training allocates and frees buffers of megabytes at every operation; the system's allocator returns each to the kernel and
-/// pays for its pages again.
+/// Training allocates and frees buffers of megabytes at every operation. The system's allocator returns each buffer to
+/// the kernel and must then map its pages again, so mimalloc is used.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// The command line; ends the process with a message where it is none.
+/// Parses the command line. Ends the process with a message if the command line is invalid.
 fn parsed() -> Cli {
     let matches = cli::command().try_get_matches().unwrap_or_else(|error| {
         let Some(message) = answer(&error) else {
@@ -27,7 +27,8 @@ fn parsed() -> Cli {
     Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
-/// What is said of a command, or of a flag of `train`, that other programs have.
+/// A message about an unknown command, or an unknown flag of `train`, that other programs have; `None` for other
+/// errors.
 fn answer(error: &clap::Error) -> Option<String> {
     let named = |kind| match error.get(kind) {
         Some(ContextValue::String(name)) => Some(name),
@@ -48,7 +49,7 @@ fn answer(error: &clap::Error) -> Option<String> {
     ))
 }
 
-/// Whether it goes on for days, so that lines of its log want a time.
+/// Whether the command runs for days, so that its log lines need a time.
 #[cfg(feature = "mistralrs")]
 fn is_server(command: &Command) -> bool {
     matches!(command, Command::Serve(_))
@@ -68,7 +69,7 @@ fn main() -> ExitCode {
         mistralrs_monteclora::spare_engine_threads();
     }
     logging::init(cli.verbose, cli.log_format, is_server(&cli.command));
-    // A server lives long and idles; a run wants its memory back at the next step.
+    // A run needs its freed memory at the next step. A server runs long and idles, so it must not keep it.
     if matches!(
         cli.command,
         Command::Train(_) | Command::Bench(_) | Command::Quickstart(_) | Command::Eval(_)

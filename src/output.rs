@@ -1,4 +1,4 @@
-//! Where results go: directories that may not hold anything yet.
+//! Checks where results are written, before anything is computed.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -7,16 +7,16 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use monteclora_converters::{Error, Problem, files};
 
-/// The last part of a path, for texts; the whole where it has none.
+/// The last part of a path, for texts; the whole path if it has none.
 pub fn name_of(path: &Path) -> String {
     let name = path.file_name().unwrap_or(path.as_os_str());
     name.to_string_lossy().into_owned()
 }
 
-/// Refuses a directory that holds something, unless `force`.
+/// Refuses a directory that is not empty, unless `force`.
 ///
 /// # Errors
-/// Such a directory, or what is no directory.
+/// Returns an error if the directory is not empty, or if the path cannot be used as a directory.
 pub fn require_empty(dir: &Path, force: bool) -> Result<()> {
     let counts = |name: &std::ffi::OsStr| name != crate::train::RunLock::NAME;
     let occupied = match std::fs::read_dir(dir) {
@@ -42,10 +42,11 @@ pub fn require_empty(dir: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a file to write that cannot be written, or that is one of `inputs`, or lies in one of them; before anything is computed.
+/// Refuses an output file that cannot be written, or that is one of `inputs` or lies in one of them.
 ///
 /// # Errors
-/// A directory, a missing parent, a file that is read.
+/// Returns an error if `path` is a directory, if its parent does not exist or is not writable, or if the file is also
+/// read.
 pub fn require_file(flag: &str, path: &Path, inputs: &[&Path]) -> Result<()> {
     let refuse = |what: &str| -> Result<()> {
         let problem = format!("{flag} `{}` {what}", path.display());
@@ -77,10 +78,11 @@ pub fn require_file(flag: &str, path: &Path, inputs: &[&Path]) -> Result<()> {
     require_writable(flag, parent)
 }
 
-/// Refuses a directory, or the nearest one above it that exists, in which no file can be made.
+/// Refuses a directory in which no file can be created. If `dir` does not exist, its nearest existing parent is
+/// checked.
 ///
 /// # Errors
-/// Such a directory.
+/// Returns an error if no file can be created there.
 pub fn require_writable(flag: &str, dir: &Path) -> Result<()> {
     let there = dir
         .ancestors()
@@ -100,11 +102,11 @@ pub fn require_writable(flag: &str, dir: &Path) -> Result<()> {
     }
 }
 
-/// Writes the file that a user named: as [`files::write_file`], but a link is followed, and what is no file, such as a device or a
-/// pipe, is written into.
+/// Writes the file that a user named, as [`files::write_file`]. A link is followed, and a device or a pipe is written
+/// into.
 ///
 /// # Errors
-/// If `fill` fails or the system refuses.
+/// Returns an error if `fill` fails or the file cannot be written.
 pub fn write_named(
     path: &Path,
     fill: impl FnOnce(&mut BufWriter<&File>) -> Result<(), Error>,

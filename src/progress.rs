@@ -1,4 +1,4 @@
-//! Progress on stderr: a bar on a terminal, plain lines otherwise.
+//! Shows progress on stderr: a bar on a terminal, plain lines otherwise.
 
 use std::io::IsTerminal;
 
@@ -7,19 +7,19 @@ use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, P
 use crate::train::Event;
 use crate::train::metrics::TrainRecord;
 
-/// A bar of bytes; invisible where stderr is no terminal.
+/// A bar that counts bytes; invisible if stderr is not a terminal.
 pub fn bytes(message: &'static str) -> ProgressBar {
     styled("{msg:18} {bar:24} {bytes}/{total_bytes} {eta}").with_message(message)
 }
 
-/// A bar of items; invisible where stderr is no terminal.
+/// A bar that counts items; invisible if stderr is not a terminal.
 pub fn items(message: &'static str, total: u64) -> ProgressBar {
     let bar = styled("{msg:18} {bar:24} {pos}/{len} {eta}").with_message(message);
     bar.set_length(total);
     bar
 }
 
-/// Something that takes a while and has no steps to count; invisible where stderr is no terminal.
+/// A spinner for work without steps to count; invisible if stderr is not a terminal.
 pub fn busy(message: &'static str) -> ProgressBar {
     let bar = styled("{spinner} {msg} [{elapsed}]").with_message(message);
     bar.enable_steady_tick(std::time::Duration::from_millis(120));
@@ -42,12 +42,12 @@ fn eta(state: &ProgressState, text: &mut dyn std::fmt::Write) {
     }
 }
 
-/// Columns of the terminal that stderr is.
+/// Width in columns of the terminal of stderr.
 fn columns() -> usize {
     console::Term::stderr().size().1.into()
 }
 
-/// Those of `parts` that fit into a line of `columns`, the first of them whatever its length.
+/// Joins the `parts` that fit into a line of `columns`. The first part is always kept.
 fn fitting(parts: &[String], columns: usize) -> String {
     let mut line = String::new();
     for part in parts {
@@ -61,16 +61,16 @@ fn fitting(parts: &[String], columns: usize) -> String {
     line
 }
 
-/// Shows a training run.
+/// Shows the progress of a training run.
 #[derive(Debug)]
 pub struct TrainProgress {
     bar: Option<ProgressBar>,
     first: u64,
     began: std::time::Instant,
     total: u64,
-    /// Of the last step.
+    /// Loss of the last step.
     loss: f64,
-    /// What the last line of metrics said of rate, speed and memory.
+    /// Learning rate, speed and memory from the last metrics.
     latest: Vec<String>,
 }
 
@@ -144,7 +144,7 @@ impl TrainProgress {
         }
     }
 
-    /// Beside the bar, as much as fits.
+    /// Shows the loss and the latest metrics beside the bar, as far as they fit.
     fn say(&self) {
         if let Some(bar) = &self.bar {
             // Name, bar, counts and times take about this many columns.
@@ -157,7 +157,7 @@ impl TrainProgress {
         }
     }
 
-    /// Whole on a line of the log; above the bar what fits, for metrics.jsonl has all of it.
+    /// Logs the whole line. If there is a bar, prints above it only what fits, because metrics.jsonl has everything.
     fn line(&self, parts: &[String]) {
         match &self.bar {
             Some(bar) => bar.println(fitting(parts, columns())),
@@ -173,7 +173,8 @@ impl TrainProgress {
     }
 }
 
-/// The task's loss, which that of validation compares with; where more is added to it, the whole, too.
+/// The task's loss, which is comparable with the validation loss. If other terms are added to it, also the terms and
+/// the total.
 fn losses(record: &TrainRecord) -> Vec<String> {
     let loss = format!("loss {:.4}", record.task_loss);
     let parts = record.metrics.iter();

@@ -1,4 +1,4 @@
-//! Adapters that change something and fit their base, and what is to be known of where they come from.
+//! Reads adapters that have an effect and fit their base model, and warns about how they were made.
 
 use std::path::Path;
 
@@ -12,9 +12,9 @@ use sha2::{Digest, Sha256};
 
 use crate::eval::calibration::Calibration;
 
-/// SHA-256, in hex, over all of an adapter that decides its answers and how sure they are, whatever the base: its factors and
-/// posterior, its calibration, and the variables of the chat template that it was trained with. Without the last two it is the
-/// adapter's own fingerprint.
+/// SHA-256, in hexadecimal, of everything in an adapter that decides its answers and their uncertainty, whatever the
+/// base model: its factors and posterior, its calibration, and the chat template variables that it was trained with.
+/// Without calibration and variables it is the adapter's own fingerprint.
 pub fn content_hash(
     adapter: &Adapter,
     calibration: Option<&Calibration>,
@@ -36,8 +36,8 @@ pub fn read_effective(path: &Path, force: bool) -> Result<Adapter> {
     Ok(adapter)
 }
 
-/// Reads an adapter for `base`, which it has to fit. Warns of what is left out, of a base that it was not trained on, and of one
-/// that it is merged into already.
+/// Reads an adapter for `base`, and refuses one that does not fit. Warns about what is left out, about a base model
+/// that the adapter was not trained on, and about one that it is already merged into.
 pub fn read_fitting(path: &Path, base: &ModelFiles) -> Result<Adapter> {
     let adapter = Adapter::read_on(path, base)?;
     tell(&adapter, path);
@@ -49,7 +49,7 @@ pub fn read_fitting(path: &Path, base: &ModelFiles) -> Result<Adapter> {
     Ok(adapter)
 }
 
-/// Warns of modules that text does not go through.
+/// Warns about adapted modules that text does not pass through.
 fn warn_of_other_media(adapter: &Adapter, base: &ModelFiles) {
     let mut beside = adapter
         .sites
@@ -64,14 +64,15 @@ fn warn_of_other_media(adapter: &Adapter, base: &ModelFiles) {
     }
 }
 
-/// [`read_fitting`], refusing an adapter that changes nothing, unless `force`.
+/// As [`read_fitting`], but refuses an adapter that changes nothing, unless `force`.
 pub fn read_effective_on(path: &Path, base: &ModelFiles, force: bool) -> Result<Adapter> {
     let adapter = read_fitting(path, base)?;
     require_effect(&adapter, path, force)?;
     Ok(adapter)
 }
 
-/// Warns of another chat template, tokenizer or setting than an adapter brings or was trained with; see [`other_conversation`].
+/// Warns if the chat template, tokenizer or settings differ from those that an adapter brings or was trained with; see
+/// [`other_conversation`].
 pub fn warn_of_conversation(
     path: &Path,
     base: &Path,
@@ -83,9 +84,9 @@ pub fn warn_of_conversation(
     Ok(())
 }
 
-/// Warns of how an adapter was trained where what is written of it has no record of that.
+/// Warns about the settings that an adapter was trained with, for output formats that do not record them.
 pub fn warn_of_settings(path: &Path) {
-    // A record that cannot be read was refused before.
+    // An unreadable record was refused earlier.
     let record = training_record(path).ok().flatten().unwrap_or_default();
     let (config, mut settings) = (&record["config"], Vec::new());
     if let Some(template) = config["model"]["chat_template"].as_str() {
@@ -113,7 +114,7 @@ pub fn warn_of_settings(path: &Path) {
     }
 }
 
-/// Warns of what reading left out of the adapter.
+/// Warns about what was left out when the adapter was read.
 fn tell(adapter: &Adapter, path: &Path) {
     for note in &adapter.notes {
         tracing::warn!("`{}`: {note}", path.display());

@@ -1,4 +1,5 @@
-//! Small models to try the whole job on: from the cache, the Hub, or the PyPI packages that carry them as GGUF.
+//! Small models to try the whole workflow with. They come from the cache, the Hub, or PyPI packages that contain them
+//! as GGUF.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -14,30 +15,30 @@ use zip::result::ZipError;
 use crate::gguf_import::{ImportOptions, import_gguf};
 use crate::hub::{self, HubOptions, Located};
 
-/// The most that one wheel may unpack to; a damaged archive must not fill the disk.
+/// Largest size of an unpacked piece, in bytes. A damaged archive must not fill the disk.
 const PART_LIMIT: u64 = 1 << 30;
 
-/// A small model that needs no account to be had.
+/// A small model that can be fetched without an account.
 #[derive(Debug)]
 pub struct SampleModel {
-    /// As the command line and a server name it.
+    /// Name on the command line and on a server.
     pub name: &'static str,
-    /// What it is, in one line.
+    /// Description in one line.
     pub about: &'static str,
-    /// Its name on the Hub, and the one recorded of it.
+    /// Name on the Hub, which is also recorded.
     pub hub_id: &'static str,
-    /// Whether the Hub gives it only to accounts that accepted its licence; it is not asked then.
+    /// Whether the Hub gives the model only to accounts that accepted its licence. The Hub is then not asked.
     pub is_gated: bool,
     /// The GGUF file.
     pub gguf: GgufInWheels,
-    /// How it learns the support tickets.
+    /// Settings with which the model learns the support tickets.
     pub recipe: Recipe,
 }
 
 /// A GGUF file in wheels on PyPI.
 #[derive(Debug)]
 pub struct GgufInWheels {
-    /// The pieces, which joined in this order are the file.
+    /// The pieces, in the order in which they are joined.
     pub parts: &'static [WheelPart],
     /// SHA-256 of the whole file, in hexadecimal.
     pub sha256: &'static str,
@@ -46,13 +47,13 @@ pub struct GgufInWheels {
 /// A piece of a file in a wheel.
 #[derive(Debug)]
 pub struct WheelPart {
-    /// The package, as pip takes it.
+    /// The package with its version, as pip takes it.
     pub requirement: &'static str,
     /// The piece's path in the wheel.
     pub member: &'static str,
 }
 
-/// What differs between models in a training run on the tickets.
+/// The settings of a training run on the tickets that differ between models.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Recipe {
     /// Passes over the training tickets.
@@ -61,7 +62,7 @@ pub struct Recipe {
     pub learning_rate: f64,
 }
 
-/// SmolLM2-135M-Instruct, which has a chat template.
+/// SmolLM2-135M-Instruct, with a chat template.
 pub static SMOLLM2: SampleModel = SampleModel {
     name: "smollm2",
     about: "SmolLM2-135M-Instruct, trained as conversations",
@@ -80,7 +81,7 @@ pub static SMOLLM2: SampleModel = SampleModel {
     },
 };
 
-/// Gemma 3 270M before instruction tuning: no chat template.
+/// Gemma 3 270M before instruction tuning, without a chat template.
 pub static GEMMA3_270M: SampleModel = SampleModel {
     name: "gemma3-270m",
     about: "Gemma 3 270M (base), trained as plain prompts",
@@ -117,18 +118,18 @@ pub static GEMMA3_270M: SampleModel = SampleModel {
 pub static SAMPLE_MODELS: [&SampleModel; 2] = [&SMOLLM2, &GEMMA3_270M];
 
 impl SampleModel {
-    /// The model of this name.
+    /// Finds the model with this name.
     pub fn find(name: &str) -> Option<&'static Self> {
         SAMPLE_MODELS.into_iter().find(|model| model.name == name)
     }
 
-    /// Its own name, without that of its makers.
+    /// Name of the model, without its publisher.
     fn title(&self) -> &str {
         let (_, title) = self.hub_id.split_once('/').unwrap_or(("", self.hub_id));
         title
     }
 
-    /// The model, if `quickstart` fetched it before, by its name on the Hub.
+    /// Finds a model by its name on the Hub, if `quickstart` fetched it before.
     pub fn fetched(hub_id: &str) -> Option<Located> {
         let model = SAMPLE_MODELS
             .into_iter()
@@ -136,13 +137,13 @@ impl SampleModel {
         model.cached()
     }
 
-    /// The model, if the cache has it.
+    /// The model, if it is in the cache.
     fn cached(&self) -> Option<Located> {
         let dir = self.dir();
         dir.join("config.json").is_file().then(|| self.located(dir))
     }
 
-    /// Where the cache has it.
+    /// The model's directory in the cache.
     fn dir(&self) -> PathBuf {
         hub::cache_dir().join("models").join(self.title())
     }
@@ -155,10 +156,11 @@ impl SampleModel {
         }
     }
 
-    /// Finds or fetches the model; a GGUF file is imported once into the cache.
+    /// Finds or fetches the model. A GGUF file is imported once into the cache.
     ///
     /// # Errors
-    /// When neither the Hub nor PyPI gives it; both reasons are told.
+    /// Returns an error with both reasons if neither the Hub nor PyPI provides the model, or an error if the import
+    /// fails.
     pub fn locate(&self) -> Result<Located> {
         if let Some(found) = self.cached() {
             return Ok(found);
@@ -224,14 +226,15 @@ impl GgufInWheels {
         Ok(())
     }
 
-    /// Joins the parts that the wheels in the directory `wheels` hold to the new file `target`, which is streamed and then
-    /// compared with the expected SHA-256.
+    /// Joins the pieces in the wheels of the directory `wheels` to the new file `target`. The pieces are streamed; then
+    /// the SHA-256 of the file is compared with the expected one.
     ///
     /// # Errors
-    /// A wheel that is missing or damaged, or another file than was expected; `target` is removed then.
+    /// Returns an error if a wheel is missing or damaged, or if the file is not the expected one. `target` is then
+    /// removed.
     pub fn join(&self, wheels: &Path, target: &Path) -> Result<()> {
         self.joined(wheels, target).inspect_err(|_| {
-            // The error says more than one of the removal could.
+            // The first error says more than an error of the removal.
             let _ = std::fs::remove_file(target);
         })
     }
@@ -307,7 +310,7 @@ impl WheelPart {
     }
 }
 
-/// A file whose bytes are hashed as they are written.
+/// A file that hashes its bytes as they are written.
 struct Hashed {
     file: File,
     hash: Sha256,
@@ -352,7 +355,7 @@ mod tests {
         },
     ];
 
-    /// A file in two wheels; its SHA-256 is that of `abc` (FIPS 180-2, appendix B.1).
+    /// A file in two wheels. Its SHA-256 is that of `abc` (FIPS 180-2, appendix B.1).
     const ABC: GgufInWheels = GgufInWheels {
         parts: PARTS,
         sha256: "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
@@ -368,7 +371,7 @@ mod tests {
         archive.finish().expect("finished");
     }
 
-    /// Wheels whose names are in another order than the parts.
+    /// Two wheels whose names sort in another order than the parts.
     fn wheels(first: &[u8], second: &[u8]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().expect("a directory");
         let other = ("model/__init__.py", b"".as_slice());
@@ -425,7 +428,7 @@ mod tests {
             let is_hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
             assert!(model.gguf.sha256.len() == 64 && model.gguf.sha256.chars().all(is_hex));
             for part in model.gguf.parts {
-                // A version, so that the file is the same tomorrow; and a member of that package.
+                // The version is fixed, so that the file stays the same. The member is in the folder of the package.
                 let (package, version) = part.requirement.split_once("==").expect("a version");
                 assert!(version.starts_with(|c: char| c.is_ascii_digit()));
                 let folder = format!("{}/", package.replace('-', "_"));

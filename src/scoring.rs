@@ -1,6 +1,7 @@
-//! What scores answers for the server: our decoder, over one copy of a base that all its adapters share.
+//! Scores answers for the server with our decoder. All adapters of a base model share one copy of it.
 //!
-//! It reads questions, draws and calibrations as `monteclora predict` does, and gives the same numbers for weights of the same type.
+//! Reads questions, draws and calibrations as `monteclora predict` does, and gives the same numbers for weights of the
+//! same type.
 
 mod adapter;
 mod answers;
@@ -28,15 +29,15 @@ use crate::model::{ActiveAdapter, Decoder, held_bytes, read_shape};
 
 type Result<T, E = ServeError> = std::result::Result<T, E>;
 
-/// Scores by our decoder.
+/// Scores answers with our decoder.
 #[derive(Debug, Clone, Default)]
 pub struct DecoderScoring {
-    /// As `--token-source`.
+    /// Source of the Hub's access token, as in `--token-source`.
     pub token_source: String,
 }
 
 impl DecoderScoring {
-    /// The directory that the copy for scores is read from.
+    /// The directory from which the scorer's copy of the base model is read.
     fn directory(&self, base: &ScoredBase) -> anyhow::Result<PathBuf> {
         if base.config.dtype != ScoringDtype::Blocks {
             return Ok(base.dir.clone());
@@ -107,7 +108,8 @@ impl DecoderScoring {
     }
 }
 
-/// The chat template of the base in `dir`, with the variables that `adapter` was trained with, and the time that goes on.
+/// The chat template of the base model in `dir`, with the variables that `adapter` was trained with and with a running
+/// clock.
 fn chat_template(
     dir: &Path,
     file: Option<&Path>,
@@ -129,7 +131,7 @@ fn kind(dtype: ScoringDtype) -> &'static Kind {
     }
 }
 
-/// An error of ours as one of the server's.
+/// Converts an error to one of the server.
 fn served(error: anyhow::Error) -> ServeError {
     let error = match error.downcast::<ServeError>() {
         Ok(error) => return error,
@@ -160,7 +162,7 @@ impl Scoring for DecoderScoring {
     }
 }
 
-/// A base in memory, with what turns text into tokens.
+/// A base model in memory, with its tokenizer.
 #[derive(Debug)]
 struct Base {
     decoder: Decoder,
@@ -169,7 +171,7 @@ struct Base {
     dtype: ScoringDtype,
     tokenizer: Arc<Tokenizer>,
     chat_template: Option<PathBuf>,
-    /// Takes texts as they are.
+    /// Encoder of texts without a chat template.
     plain: Arc<Encoder>,
 }
 
@@ -242,7 +244,7 @@ impl Base {
     }
 }
 
-/// [`Base`], which each of its scorers holds.
+/// A [`Base`] that its scorers share.
 #[derive(Debug)]
 struct SharedBase(Arc<Base>);
 

@@ -1,4 +1,4 @@
-//! Answers as they are made: token by token, the most likely one or drawn, with the probability of each.
+//! Generates answers token by token, greedily or by sampling, with the probability of each token.
 
 use anyhow::Result;
 use monteclora_converters::Problem;
@@ -8,34 +8,34 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use crate::data::Tokenizer;
 use crate::model::{ActiveAdapter, Decoder, Generation};
 
-/// How an answer is made.
+/// Settings of the generation of an answer.
 #[derive(Debug, Clone)]
 pub struct Speech {
-    /// Most tokens.
+    /// Largest number of tokens.
     pub max_new_tokens: usize,
     /// Tokens that end an answer; not part of it.
     pub stop_tokens: Vec<u32>,
     /// Tokens are drawn from `softmax(logits / temperature)`; 0 takes the most likely one.
     pub temperature: f64,
-    /// Of the draws.
+    /// Seed of the sampling.
     pub seed: u64,
 }
 
-/// An answer with what its tokens were worth.
+/// An answer with the log-probabilities of its tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Spoken {
-    /// The answer. Its log-probability is the model's, whatever the temperature.
+    /// The answer. Its log-probability is that of the model at temperature 1, for any sampling temperature.
     pub generation: Generation,
-    /// Log-probability of each token, and of the end where it came to one.
+    /// Log-probability of each token, and of the end token if the answer reached one.
     pub log_probabilities: Vec<f64>,
 }
 
 impl Speech {
-    /// Answers `prompt`, which is not empty. `on_text` is told the text as it grows, in whole characters, and `goes_on` is asked before
-    /// each token.
+    /// Answers `prompt`, which must not be empty. Calls `on_text` with new text, in whole characters, and `goes_on`
+    /// before each token; the answer stops if that returns false.
     ///
     /// # Errors
-    /// Those of the decoder and of the tokenizer; logits that are not finite.
+    /// Returns an error if the decoder or the tokenizer fails, or if logits are not finite.
     pub fn answer(
         &self,
         (decoder, adapter): (&Decoder, &ActiveAdapter),
@@ -66,7 +66,7 @@ impl Speech {
             }
             said.generation.tokens.push(token);
             let now = tokenizer.decode(&said.generation.tokens, true)?;
-            // The last character may not be whole yet, and may change what is before it.
+            // The last character may be incomplete, and may still change the text before it.
             if let Some(more) = now.strip_prefix(&shown)
                 && !more.is_empty()
                 && !now.ends_with('\u{fffd}')
@@ -84,7 +84,7 @@ impl Speech {
         Ok(said)
     }
 
-    /// The next token and its log-probability.
+    /// Chooses the next token, and returns it with its log-probability.
     fn choose(&self, logits: &[f32], random: &mut impl RngCore) -> Result<(u32, f64)> {
         let best = (0u32..)
             .zip(logits)

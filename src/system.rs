@@ -1,14 +1,14 @@
-//! What the machine has: memory, also within a container's limit.
+//! The memory of the machine, or of the container if that has a limit.
 
 use std::path::Path;
 
-/// Memory of the machine or of the container, bytes; none where the system does not tell.
+/// Memory of the machine or of the container, in bytes; `None` if the system does not report it.
 pub fn total_memory_bytes() -> Option<u64> {
     let machine = meminfo("MemTotal:")?;
     Some(container("memory.max").map_or(machine, |limit| machine.min(limit)))
 }
 
-/// Memory that a new process can have without swapping, bytes; none where the system does not tell.
+/// Memory that a new process can use without swapping, in bytes; `None` if the system does not report it.
 pub fn available_memory_bytes() -> Option<u64> {
     let machine = meminfo("MemAvailable:")?;
     let container = container("memory.max").zip(container("memory.current"));
@@ -21,7 +21,7 @@ fn meminfo(key: &str) -> Option<u64> {
     bytes_in("/proc/meminfo", key)
 }
 
-/// What the system says of this process under `key`, bytes; none where it does not tell.
+/// The value of `key` in this process's status, in bytes; `None` if the system does not report it.
 pub(crate) fn status_bytes(key: &str) -> Option<u64> {
     bytes_in("/proc/self/status", key)
 }
@@ -33,7 +33,7 @@ fn bytes_in(file: &str, key: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// A value of the control group that a container sees as its own; `max` is no limit.
+/// A value of the container's own control group; `None` if it is `max`, which means no limit.
 fn container(file: &str) -> Option<u64> {
     let path = Path::new("/sys/fs/cgroup").join(file);
     std::fs::read_to_string(path).ok()?.trim().parse().ok()

@@ -1,12 +1,13 @@
-//! Adapter formats: PEFT LoRA and MonteCLoRA directories read, checked, collapsed, written and merged.
+//! Reads, checks, collapses, converts and merges LoRA and MonteCLoRA adapters.
 //!
-//! The crate knows bytes, element types, shapes and names; it holds no tensor library. Files stay memory-mapped, so
-//! what is not asked for is not read, and what does not change is copied as bytes. What is not understood is refused
-//! with every offender named. What training and serving have to write alike, the Jinja of chat templates, is in [`jinja`].
+//! The crate works with bytes, element types, shapes and names. It uses no tensor library. Files are memory-mapped:
+//! only the data that is needed is read, and unchanged tensors are copied as bytes. If the crate does not understand an
+//! input, it returns an error that names every offending item. Training and serving must render chat templates
+//! identically, so the Jinja engine is here, in [`jinja`].
 //!
-//! Files must not be changed by others while they are open. A file that is replaced by renaming another over it, as
-//! everything here is written, stays readable; one that is cut short in place ends the process with SIGBUS when a page
-//! beyond its new end is touched, as with any mapped file.
+//! Other programs must not change files while they are open. If a file is replaced by a rename, it stays readable. This
+//! crate writes all files in this way. If a file is truncated in place, reading a page beyond its new end ends the
+//! process with SIGBUS, as for any memory-mapped file.
 //!
 //! ```
 //! use monteclora_converters::{

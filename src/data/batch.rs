@@ -1,4 +1,4 @@
-//! Batches of concatenated sequences without padding, in an order that seed and epoch alone decide.
+//! Batches of concatenated sequences without padding. Only the seed and the epoch decide their order.
 
 use std::collections::VecDeque;
 
@@ -11,15 +11,15 @@ use serde::{Deserialize, Serialize};
 
 use super::{dataset::Dataset, example::Example};
 
-/// Sequences laid end to end. Attention is causal within a segment and never crosses one, and positions restart, so
-/// that nothing is padded and a sequence gives the same result in any company.
+/// Sequences laid end to end. Attention is causal within a segment and never crosses one, and positions restart in each
+/// segment. So nothing is padded, and a sequence gives the same result whatever else is in the batch.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Token ids, `[T]`.
     pub tokens: Vec<u32>,
     /// Position of each token within its segment, `[T]`.
     pub positions: Vec<u32>,
-    /// `(start, length)` of each sequence in `tokens`, in order; they cover it.
+    /// `(start, length)` of each sequence in `tokens`, in order. Together they cover all tokens.
     pub segments: Vec<(usize, usize)>,
     /// `(position in tokens, the token that comes next)` for every position that carries loss, ascending.
     pub targets: Vec<(usize, u32)>,
@@ -57,32 +57,33 @@ impl Dataset {
     }
 }
 
-/// Packs that an example may still go to.
+/// Number of packs that may still receive an example.
 const OPEN_PACKS: usize = 64;
 
-/// How examples are put into batches.
+/// Options that decide how examples are put into batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchOptions {
-    /// Examples a batch, or packs a batch where `pack_tokens` is set. At least 1.
+    /// Examples per batch, or packs per batch if `pack_tokens` is set. At least 1.
     pub batch_size: usize,
-    /// Tokens a pack holds at most (`max_seq_length`, as in TRL); `None` where packing is off.
+    /// Largest number of tokens per pack (`max_seq_length`, as in TRL); `None` if packing is off.
     pub pack_tokens: Option<usize>,
     /// The seed of the order; `None` keeps the file's order, for evaluation.
     pub shuffle_seed: Option<u64>,
 }
 
-/// The next batch of a run; enough to continue it.
+/// The position of the next batch of a run; enough to resume the run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
     /// Epoch, from 0.
     pub epoch: u64,
-    /// Batches of this epoch already given.
+    /// Number of batches of this epoch that were already returned.
     pub batch: usize,
 }
 
-/// A permutation of `0..n`: Fisher-Yates with ChaCha8, a stream of (seed, epoch) alone.
+/// A permutation of `0..n` by Fisher-Yates with ChaCha8. It depends only on `n`, `seed` and `epoch`.
 ///
-/// An index below `k` is the high word of a 64-bit draw times `k`; the bias is below `k / 2^64`, and the number of draws is fixed.
+/// An index below `k` is the high word of a 64-bit draw times `k`. The bias is below `k / 2^64`, and the number of
+/// draws is fixed.
 pub fn epoch_order(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     generator.set_stream(epoch);
@@ -111,12 +112,13 @@ pub fn epoch_plan(lengths: &[usize], options: &BatchOptions, epoch: u64) -> Vec<
     }
 }
 
-/// Packs of at most `capacity` tokens by online best fit: each example, in the order given, goes to the fullest open
-/// pack that still has room, the oldest among equals. Examples are never cut; one of more than `capacity` tokens is a
-/// pack of its own.
+/// Packs of at most `capacity` tokens by online best fit. Each example, in the given order, goes to the fullest open
+/// pack that still has room; among equals, to the oldest. Examples are never cut. An example of more than `capacity`
+/// tokens is a pack of its own.
 ///
-/// Only [`OPEN_PACKS`] are open at a time, the oldest being closed: sorting all examples by length, or keeping every
-/// pack open, would fill a little better and make what meets in a step depend on length rather than on the seed.
+/// Only [`OPEN_PACKS`] are open at a time; the oldest is closed first. Sorting all examples by length, or keeping every
+/// pack open, would fill packs a little better, but then length and not the seed would decide which examples meet in a
+/// step.
 fn packs(lengths: &[usize], order: Vec<usize>, capacity: usize) -> Vec<Vec<usize>> {
     let mut packs: Vec<Vec<usize>> = Vec::new();
     let mut open: VecDeque<(usize, usize)> = VecDeque::with_capacity(OPEN_PACKS + 1); // (pack, room), oldest first
@@ -143,7 +145,7 @@ fn packs(lengths: &[usize], order: Vec<usize>, capacity: usize) -> Vec<Vec<usize
     packs
 }
 
-/// The share of the packs' room that an epoch in file order fills, in (0, 1]; 1 for none.
+/// The fraction of the packs' capacity that an epoch in file order fills, in (0, 1]; 1 if there are no packs.
 pub fn pack_efficiency(lengths: &[usize], capacity: usize) -> f64 {
     let n_packs = packs(lengths, (0..lengths.len()).collect(), capacity).len();
     let n_tokens: usize = lengths.iter().sum();
@@ -153,7 +155,7 @@ pub fn pack_efficiency(lengths: &[usize], capacity: usize) -> f64 {
     }
 }
 
-/// The endless sequence of training batches, from any cursor.
+/// The endless sequence of training batches, starting at any cursor.
 #[derive(Debug)]
 pub struct Batches<'a> {
     dataset: &'a Dataset,
@@ -177,7 +179,7 @@ impl<'a> Batches<'a> {
         }
     }
 
-    /// Where the next batch stands.
+    /// The position of the next batch.
     pub fn cursor(&self) -> Cursor {
         self.cursor
     }
@@ -195,8 +197,8 @@ impl<'a> Batches<'a> {
         epoch_plan(&self.lengths, &self.options, epoch).len()
     }
 
-    /// The number of optimiser steps in `epochs`, which may end within an epoch: accumulation never crosses an
-    /// epoch's end, so an epoch of `n` batches has `ceil(n / accumulation)` steps.
+    /// The number of optimiser steps in `epochs`, which may end within an epoch. Accumulation never crosses the end of
+    /// an epoch, so an epoch of `n` batches has `ceil(n / accumulation)` steps.
     pub fn n_steps(&self, epochs: f64, accumulation: usize) -> u64 {
         let steps_in = |epoch| self.n_batches_in(epoch).div_ceil(accumulation.max(1)) as u64;
         let whole = epochs.max(0.0).floor();
@@ -218,10 +220,10 @@ impl<'a> Batches<'a> {
         self.cursor.batch == 0 || self.cursor.batch >= self.plan.len()
     }
 
-    /// The next batch; after an epoch's last comes the next epoch's first.
+    /// Returns the next batch. After the last batch of an epoch comes the first of the next.
     ///
     /// # Errors
-    /// As [`Dataset::row`]; the cursor then stays where it is.
+    /// As [`Dataset::row`]; the failed batch is then still the next one.
     pub fn next_batch(&mut self) -> Result<Batch, Error> {
         if self.cursor.batch >= self.plan.len() {
             self.cursor = Cursor {

@@ -1,4 +1,4 @@
-//! The cases of rows in `tests/data/cases/training`: what each row trains, or why it is refused.
+//! The test rows in `tests/data/cases/training`: what each row trains, or why it is refused.
 
 mod law;
 mod tests;
@@ -12,7 +12,7 @@ use super::{
     test_support::{model_with_template, tiny_llama},
 };
 
-/// Prints everything that a conversation may hold.
+/// A chat template that prints everything that a conversation may hold.
 const FULL: &str = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}\
 {% for message in messages %}<|im_start|>{{ message.role }}\n\
 {% if message.reasoning_content %}[{{ message.reasoning_content }}]{% endif %}\
@@ -20,9 +20,9 @@ const FULL: &str = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_en
 {% for call in message.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}\
 {% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}{% endif %}{% endif %}";
 
-/// What a row must become.
+/// The expected result of a row.
 enum Right {
-    /// The trained texts, and one that must stand before them.
+    /// The trained texts.
     Trains(&'static [&'static str]),
     /// A part of the refusal, after file and line.
     Refused(&'static str),
@@ -64,7 +64,7 @@ fn survey(path: &Path, encoder: &Encoder) -> Result<(Survey, Vec<(usize, String)
     Ok((survey, problems))
 }
 
-/// The trained stretches of a row.
+/// The trained texts of a row, one per run of trained tokens.
 fn trained(row: &Row, encoder: &Encoder) -> Vec<String> {
     let encoded = encoder.encode_row(row).expect("encodes");
     let mut found = Vec::new();

@@ -1,4 +1,5 @@
-//! A checked data file: every row validated and measured, none held; examples are made again when asked for.
+//! A checked data file. Every row is validated and measured, but none is kept in memory; examples are encoded again on
+//! demand.
 
 use std::{path::Path, sync::Arc};
 
@@ -13,7 +14,7 @@ use super::{
     survey::{Entry, RowSchema, Survey},
 };
 
-/// The examples of one source. Memory is 16 bytes per example beside the 24 per row of its files.
+/// The examples of one source. They take 16 bytes of memory per example, and 24 per row of the source's files.
 #[derive(Debug)]
 pub struct Dataset {
     source: Source,
@@ -25,8 +26,8 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Reads, checks and measures every row of a file, or of a directory's training files. With `format` absent it is
-    /// detected over all rows.
+    /// Reads, checks and measures every row of a file, or of a directory's training files. If `format` is `None`, it is
+    /// detected from all rows.
     ///
     /// # Errors
     /// As [`Self::open_split`].
@@ -41,8 +42,8 @@ impl Dataset {
     /// Reads, checks and measures every row of a split.
     ///
     /// # Errors
-    /// As [`Source::open`]; all bad rows; rows of several formats, or none short enough; errors of the model's template
-    /// or tokenizer.
+    /// As [`Source::open`]. Also returns an error that lists all bad rows, if the rows have several formats, if every
+    /// row is too long, or if the model's template or tokenizer fails.
     pub fn open_split(
         name: &Path,
         split: Split,
@@ -100,17 +101,17 @@ impl Dataset {
         self.format
     }
 
-    /// What the data set holds.
+    /// Statistics of the data set.
     pub fn stats(&self) -> &Stats {
         &self.stats
     }
 
-    /// The source, as it was named.
+    /// The name of the source, as given.
     pub fn path(&self) -> &Path {
         self.source.name()
     }
 
-    /// The commit of a data set on the Hub.
+    /// The commit, for a data set on the Hub.
     pub fn revision(&self) -> Option<&str> {
         self.source.revision()
     }
@@ -120,7 +121,7 @@ impl Dataset {
         self.source.sha256()
     }
 
-    /// The encoder that the examples are made with.
+    /// The encoder that makes the examples.
     pub fn encoder(&self) -> &Arc<Encoder> {
         &self.encoder
     }
@@ -128,7 +129,7 @@ impl Dataset {
     /// The row that an example was made from, with its line number.
     ///
     /// # Errors
-    /// If the file cannot be read, or is no longer what was checked.
+    /// Returns an error if the file cannot be read, or changed after it was checked.
     pub fn row(&self, example_idx: usize) -> Result<(usize, Row), Error> {
         let row_idx = self.entries[example_idx].row as usize;
         let (path, line) = self.source.place(row_idx);
@@ -144,7 +145,7 @@ impl Dataset {
         self.source.place(self.entries[example_idx].row as usize).1
     }
 
-    /// An example, read and tokenised again.
+    /// Reads and tokenises an example again.
     ///
     /// # Errors
     /// As [`Self::row`].

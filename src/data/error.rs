@@ -1,4 +1,4 @@
-//! What is wrong with data, templates and tokenizers: problems of a row, and of a file as a whole.
+//! Errors of data, templates and tokenizers: problems of a row, and of a whole file.
 
 use std::{
     fmt, io,
@@ -8,9 +8,9 @@ use std::{
 use monteclora_converters::{Error, Problem};
 use serde::Serialize;
 
-/// Marks what is wrong with a row.
+/// Code of a problem of a row.
 const ROW: &str = "row";
-/// Marks a conversation that the chat template refuses.
+/// Code of a conversation that the chat template refuses.
 pub(super) const RENDER: &str = "render";
 
 /// A problem of one field of a row, before the file and line are known; exit code 3.
@@ -22,10 +22,10 @@ pub fn field_problem(
     Problem::new(ROW, field, problem, fix).exit(3)
 }
 
-/// The row's problem behind an error of encoding it.
+/// The problem of the row, if the row caused this encoding error.
 ///
 /// # Errors
-/// The error itself, where the model or the tokenizer is at fault.
+/// Returns `error` unchanged if the model or the tokenizer is at fault.
 pub fn fault_of_row(error: Error) -> Result<Problem, Error> {
     match error {
         Error::Problem(problem) if problem.code == ROW => Ok(problem),
@@ -38,7 +38,7 @@ pub fn fault_of_row(error: Error) -> Result<Problem, Error> {
     }
 }
 
-/// One thing wrong with one row of a data file.
+/// One problem of one row of a data file.
 ///
 /// Displayed as `file:line: field: problem; fix`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -51,7 +51,7 @@ pub struct RowProblem {
     pub field: String,
     /// What is wrong.
     pub problem: String,
-    /// What to do about it.
+    /// How to fix it.
     pub fix: String,
 }
 
@@ -81,12 +81,12 @@ impl From<RowProblem> for Problem {
     }
 }
 
-/// Data that cannot be used, in a sentence; exit code 3.
+/// An error for data that cannot be used, in one sentence; exit code 3.
 pub(super) fn bad_data(code: &'static str, message: String) -> Error {
     Problem::sentence(code, message).exit(3).into()
 }
 
-/// A data file that is missing or cannot be read.
+/// The error of a data file that is missing or cannot be read.
 pub(super) fn unreadable(path: &Path) -> impl Fn(io::Error) -> Error {
     move |source| {
         let path = path.display();
@@ -95,7 +95,7 @@ pub(super) fn unreadable(path: &Path) -> impl Fn(io::Error) -> Error {
     }
 }
 
-/// A packed file that cannot be unpacked.
+/// The error of a compressed file that cannot be unpacked.
 pub(super) fn not_unpacked(path: &Path) -> impl Fn(io::Error) -> Error {
     move |source| {
         let path = path.display();
@@ -108,7 +108,7 @@ pub(super) fn not_unpacked(path: &Path) -> impl Fn(io::Error) -> Error {
     }
 }
 
-/// A data file that is not what it was when it was checked.
+/// The error of a data file that changed after it was checked.
 pub(super) fn changed(path: &Path, line: usize) -> Error {
     let at = format!("{}:{line}", path.display());
     Problem::new(

@@ -1,4 +1,4 @@
-//! The one place that turns a conversation into tokens: for training with a loss mask, for evaluation and for generation.
+//! Turns rows and conversations into tokens: for training with a loss mask, for evaluation and for generation.
 
 use std::ops::Range;
 use std::path::Path;
@@ -23,7 +23,7 @@ use conversation::last;
 
 pub use options::{EncodeOptions, Overlong, Remedies, TrainOn};
 
-/// What trains every token of a conversation.
+/// Setting that trains every token of a conversation.
 const ALL: &str = "train_on = \"all\"";
 
 /// End-of-turn tokens that mistral.rs also stops at when the chat template mentions them.
@@ -43,18 +43,19 @@ const TURN_ENDS: [&str; 8] = [
 pub struct Example {
     /// Token ids.
     pub input_ids: Vec<u32>,
-    /// Whether each token is to be predicted; as long as `input_ids`. The first has no predecessor and never counts.
+    /// Whether each token is to be predicted; as long as `input_ids`. The first token has no predecessor, so it never
+    /// counts.
     pub loss_mask: Vec<bool>,
 }
 
 impl Example {
-    /// The number of tokens that are predicted.
+    /// The number of predicted tokens.
     pub fn n_trained(&self) -> usize {
         let predicted = self.loss_mask.iter().skip(1);
         predicted.filter(|trained| **trained).count()
     }
 
-    /// From the first trained token to behind the last; empty at the end where none is trained.
+    /// The range from the first to the last trained token. If no token is trained, an empty range at the end.
     fn trained_range(&self) -> Range<usize> {
         let mask = &self.loss_mask;
         let first = mask.iter().position(|trained| *trained);
@@ -63,58 +64,61 @@ impl Example {
     }
 }
 
-/// What one row became.
+/// The result of encoding one row.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EncodedRow {
-    /// The examples that are left; more than one where the template rewrites earlier turns.
+    /// The examples that remain; more than one if the template rewrites earlier turns.
     pub examples: Vec<Example>,
-    /// Examples left out for their length.
+    /// Number of examples left out because they are too long.
     pub n_dropped: usize,
-    /// Examples cut to `max_seq_length`.
+    /// Number of examples cut to `max_seq_length`.
     pub n_truncated: usize,
 }
 
 /// A conversation that ends before the assistant's turn.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Asked {
-    /// The messages, each with the keys that it has.
+    /// The messages, each with the keys that the row gives it.
     pub messages: Vec<Map<String, Value>>,
-    /// The tools on offer.
+    /// The tools that the model may call.
     pub tools: Vec<Value>,
-    /// The text that the chat template makes of it, or why it refuses it.
+    /// The text that the chat template makes of the messages, or the template's error message.
     pub text: Result<String, String>,
 }
 
 /// The answers to a row with `choices`, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChoiceSet {
-    /// One an answer, in the row's order.
+    /// One entry per answer, in the row's order.
     pub choices: Vec<ChoiceTokens>,
-    /// Which of them is right.
+    /// Index of the right answer.
     pub answer: usize,
 }
 
-/// One answer in its place. Each carries its own prompt, since an answer may merge with what stands before it.
+/// One answer after its prompt. Each answer carries its own prompt, because its first token may merge with the prompt's
+/// last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChoiceTokens {
     /// Prompt and answer, without an end token.
     pub tokens: Vec<u32>,
-    /// How many of them are the prompt, at least 1.
+    /// Number of prompt tokens at the start of `tokens`, at least 1.
     pub n_prompt: usize,
 }
 
 /// Turns rows and prompts into tokens with one model's tokenizer and chat template.
 ///
 /// # Beginning of text
-/// A rendered conversation is tokenised without special tokens, since templates print their own: as transformers'
-/// `apply_chat_template` does, and as the plugin makes mistral.rs do. Bare text gets the tokenizer's BOS.
+/// A rendered conversation is tokenised without special tokens, because templates print their own. transformers'
+/// `apply_chat_template` does the same, and the plugin makes mistral.rs do the same. Bare text gets the tokenizer's
+/// BOS.
 ///
 /// # The loss mask
-/// Turn `i` is what rendering `messages[..=i]` adds to rendering `messages[..i]` with the generation prompt; the
-/// byte ranges are carried to tokens by the tokenizer's offsets. White space after the end-of-turn token is not
-/// trained, as it is never generated. Where the template has `{% generation %}` blocks, these say what of the turns is trained,
-/// as transformers' `return_assistant_tokens_mask`. Where a later message changes how an earlier turn is printed (templates that
-/// strip thinking), the row becomes one example a turn, each the very text the model would see.
+/// Turn `i` is the text that rendering `messages[..=i]` adds to rendering `messages[..i]` with the generation prompt.
+/// The tokenizer's offsets map these byte ranges to tokens. White space after the end-of-turn token is not trained,
+/// because it is never generated. If the template has `{% generation %}` blocks, the blocks decide which part of a turn
+/// is trained, as in transformers' `return_assistant_tokens_mask`. If a later message changes how the template prints
+/// an earlier turn (templates that strip thinking), the row becomes one example per turn, each with exactly the text
+/// that the model would see.
 #[derive(Debug)]
 pub struct Encoder {
     tokenizer: Arc<Tokenizer>,
@@ -124,7 +128,7 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// An encoder; without a template only text rows and plain prompts can be encoded.
+    /// Creates an encoder. Without a template it can encode only text rows and plain prompts.
     pub fn new(
         tokenizer: impl Into<Arc<Tokenizer>>,
         template: Option<ChatTemplate>,
@@ -139,10 +143,10 @@ impl Encoder {
         }
     }
 
-    /// That of the model in `dir`; `chat_template` is a file in place of the model's own.
+    /// Creates the encoder of the model in `dir`. `chat_template` is a file that replaces the model's own template.
     ///
     /// # Errors
-    /// Tokenizer or template that are missing or malformed.
+    /// Returns an error if the tokenizer is missing, or if the tokenizer or the template is malformed.
     pub fn from_dir(
         dir: &Path,
         chat_template: Option<&Path>,
@@ -177,12 +181,12 @@ impl Encoder {
         self.template.as_ref()
     }
 
-    /// SHA-256 of the chat template and its variables, where it writes out prompts.
+    /// SHA-256 of the chat template and its variables; `None` if the encoder does not apply a template to prompts.
     pub fn chat_template_sha256(&self) -> Option<String> {
         self.chat_template_sha256_with(&Map::new())
     }
 
-    /// As [`Self::chat_template_sha256`], with a row's variables, which win.
+    /// As [`Self::chat_template_sha256`], with the variables of a row, which override the encoder's.
     pub fn chat_template_sha256_with(&self, of_row: &Map<String, Value>) -> Option<String> {
         let applied = self
             .template
@@ -196,8 +200,8 @@ impl Encoder {
         &self.options
     }
 
-    /// The ids at which generation stops: the tokenizer's ends, and the well-known end-of-turn tokens that the
-    /// template mentions, as mistral.rs decides it.
+    /// The token ids at which generation stops: the tokenizer's end tokens, and the well-known end-of-turn tokens that
+    /// the template mentions. mistral.rs uses the same rule.
     pub fn stop_ids(&self) -> Vec<u32> {
         self.stop_ids.clone()
     }
@@ -205,7 +209,7 @@ impl Encoder {
     /// The tokens of a conversation that the model is to continue, generation prompt included.
     ///
     /// # Errors
-    /// If there is no template, or it or the tokenizer refuses.
+    /// Returns an error if there is no template, or if the template or the tokenizer fails.
     pub fn prompt_tokens(&self, messages: &[Message], tools: &[Value]) -> Result<Vec<u32>, Error> {
         let variables = &Map::new();
         self.opened(messages, Beside { tools, variables })
@@ -218,10 +222,11 @@ impl Encoder {
         Ok(ids(self.tokenizer.encode_spans(&text)?))
     }
 
-    /// The tokens of a bare prompt, with the tokenizer's BOS, unless the text begins with it, and no template.
+    /// The tokens of a bare prompt, without a template. The tokenizer's BOS comes first, unless the text already begins
+    /// with it.
     ///
     /// # Errors
-    /// If the tokenizer refuses.
+    /// Returns an error if the tokenizer fails.
     pub fn plain_prompt_tokens(&self, prompt: &str) -> Result<Vec<u32>, Error> {
         let mut ids = match self.tokenizer.begins_itself(prompt) {
             true => Vec::new(),
@@ -231,7 +236,7 @@ impl Encoder {
         Ok(ids)
     }
 
-    /// Warnings of variables that are set for every conversation and that no chat template has.
+    /// Warnings about variables that are set for every conversation but do not occur in the chat template.
     pub fn unread_variables(&self) -> Vec<Problem> {
         let unread = self
             .template
@@ -251,11 +256,12 @@ impl Encoder {
             .collect()
     }
 
-    /// What a row asks in conversation, and the text that the model gets, opened for the answer; `None` for a row that is taken
-    /// without the template. The text may be the template's refusal.
+    /// What a row asks as a conversation, and the text that the model gets, with the generation prompt. Returns `None`
+    /// for a row that is encoded without the template. The text is the template's error message if the template refuses
+    /// the row.
     ///
     /// # Errors
-    /// If there is no template.
+    /// Returns an error if there is no template.
     pub fn asked(&self, row: &Row) -> Result<Option<Asked>, Error> {
         let (messages, tools) = match &row.content {
             RowContent::Conversation { messages, tools } => {
@@ -283,10 +289,10 @@ impl Encoder {
         }))
     }
 
-    /// The prompt of a row as it is given for generation: everything before the last assistant turn, or the prompt.
+    /// The tokens of a row's prompt for generation: everything before the last assistant turn, or the prompt.
     ///
     /// # Errors
-    /// As [`Self::encode_row`]; text rows have no prompt.
+    /// Returns an error for a text row, which has no prompt, or if the template or the tokenizer fails.
     pub fn row_prompt(&self, row: &Row) -> Result<Vec<u32>, Error> {
         let variables = &row.variables;
         match &row.content {
@@ -320,11 +326,11 @@ impl Encoder {
         }
     }
 
-    /// The examples of a row.
+    /// Encodes a row as examples.
     ///
     /// # Errors
-    /// For a row that the template refuses, that has no token to train on, or that is too long where
-    /// [`Overlong::Error`] holds; [`super::fault_of_row`] tells these from faults of the model.
+    /// Returns an error if the template refuses the row, if the row has no token to train on, or if it is too long and
+    /// [`Overlong::Error`] is set. [`super::fault_of_row`] separates these errors from faults of the model.
     pub fn encode_row(&self, row: &Row) -> Result<EncodedRow, Error> {
         let variables = &row.variables;
         let (field, examples) = match &row.content {
@@ -350,10 +356,11 @@ impl Encoder {
         Ok(encoded)
     }
 
-    /// The tokens of a row's choices, each in the place of the answer; `None` for a row without.
+    /// The tokens of a row's choices, each put in the place of the answer; `None` for a row without choices.
     ///
     /// # Errors
-    /// As [`Self::encode_row`], and for a choice without tokens.
+    /// As [`Self::encode_row`]. Also returns an error if a choice has no tokens, if there is no prompt before it or no
+    /// answer that it could replace, or if a choice and its prompt are longer than `max_seq_length`.
     pub fn choice_tokens(&self, row: &Row) -> Result<Option<ChoiceSet>, Error> {
         let Some(asked) = &row.choices else {
             return Ok(None);
@@ -415,7 +422,7 @@ impl Encoder {
         })
     }
 
-    /// Whether an example's last trained token is an end, so that the model learns to stop there.
+    /// Whether an end token of the example is trained, so that the model learns to stop.
     pub(super) fn ends(&self, example: &Example) -> bool {
         let stop_ids = &self.stop_ids;
         let mut tokens = example.input_ids.iter().zip(&example.loss_mask);
@@ -442,7 +449,7 @@ impl Encoder {
         })
     }
 
-    /// The example of a row of prompt and completion, with `completion` in the place of its own.
+    /// The example of a row of prompt and completion, with `completion` instead of the row's own.
     fn prompt_and_completion(&self, row: &Row, completion: &str) -> Result<Example, Error> {
         let RowContent::Prompt {
             system,
@@ -474,7 +481,7 @@ impl Encoder {
         self.with_end(completion, input_ids, loss_mask)
     }
 
-    /// A text without the white space after an end token of its own: it is never generated.
+    /// The text without white space after its own end token, since such white space is never generated.
     fn ended<'a>(&self, text: &'a str) -> &'a str {
         match self.tokenizer.end_in(text) {
             Some(_) => text.trim_end(),
@@ -482,7 +489,7 @@ impl Encoder {
         }
     }
 
-    /// The example of a text's tokens: an end token follows, unless the text ends with one.
+    /// The example of a text's tokens. Appends an end token, unless the text ends with one.
     fn with_end(
         &self,
         text: &str,
@@ -561,7 +568,7 @@ fn asked(system: Option<&str>, prompt: &str) -> Vec<Message> {
     system.into_iter().chain([user]).collect()
 }
 
-/// Without the chat template nothing prints what stands beside a prompt.
+/// Refuses a system message or tools beside a prompt: without the chat template nothing prints them.
 fn refuse_without_template(system: Option<&str>, tools: &[Value]) -> Result<(), Error> {
     let field = match system {
         Some(_) => "system",
@@ -578,7 +585,7 @@ fn ids(tokens: Vec<SpannedToken>) -> Vec<u32> {
     tokens.into_iter().map(|token| token.id).collect()
 }
 
-/// The row is at fault.
+/// Returns an error that blames the row.
 fn refuse<T>(
     field: impl Into<String>,
     problem: impl Into<String>,

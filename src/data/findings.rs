@@ -1,4 +1,4 @@
-//! What rows hold that is no fault but that their owner should know: counted, with the first place of each.
+//! Findings: properties of rows that are no error but that the user should know. Each is counted, with its first place.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,27 +17,27 @@ use super::{
 pub enum Finding {
     /// A column, a key of a turn or a template variable that holds something and that nothing reads.
     Unread(String),
-    /// A name given to a field that no row has.
+    /// A configured field name that no row has.
     NameWithoutColumn(String),
-    /// A file of the directory that may hold rows and that no split reads.
+    /// A file of the directory that may hold rows but belongs to no split.
     UnreadFile(String),
-    /// The text of a control token within what a row says: the model sees the token.
+    /// The text of a control token within a row's own text; the tokenizer turns it into that token.
     ControlToken,
-    /// Two begin tokens, one after the other.
+    /// Two begin tokens, one directly after the other.
     DoubledBegin,
-    /// A trained end token after an end token.
+    /// A trained end token that follows the same token, with at most white space between them.
     DoubledEnd,
     /// An answer without text.
     EmptyAnswer,
-    /// A bare text that brings its own begin token; it gets no other.
+    /// A bare text with its own begin token; no second one is added.
     OwnBegin,
-    /// A bare text that brings its own end token; it gets no other.
+    /// A bare text with its own end token; no second one is added.
     OwnEnd,
-    /// Arguments of a tool call that were JSON text and are an object now.
+    /// Arguments of a tool call that were JSON text and were decoded to an object.
     DecodedArguments,
     /// Null content that the chat template prints as the word None.
     PrintedNull,
-    /// The chat template's generation markers say what is trained.
+    /// The chat template's generation markers decide what is trained.
     Marked,
 }
 
@@ -55,7 +55,7 @@ impl Finding {
         (Self::Marked, "generation_markers"),
     ];
 
-    /// Whether it is to be said before a run, too; the others are as they should be.
+    /// Whether the finding is also reported before a run. The other findings are harmless.
     fn is_warning(&self) -> bool {
         !matches!(
             self,
@@ -89,20 +89,20 @@ impl fmt::Display for Finding {
 /// How often something was found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Rows that have it.
+    /// Number of rows that have it.
     pub n_rows: usize,
-    /// The line of the first, from 1; 0 for what is no row's.
+    /// Line of the first such row, from 1; 0 for a finding that belongs to no row.
     pub line: usize,
-    /// What the first one has, such as a token; may be empty.
+    /// Detail of the first such row, such as a token; may be empty.
     pub detail: String,
 }
 
-/// What was found in the rows of a source.
+/// The findings in the rows of a source.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Findings(BTreeMap<Finding, Tally>);
 
 impl Findings {
-    /// Adds what one row has.
+    /// Adds the findings of one row.
     pub fn add(&mut self, line: usize, found: Vec<(Finding, String)>) {
         for (finding, detail) in found {
             let tally = self.0.entry(finding).or_insert_with(|| Tally {
@@ -114,12 +114,12 @@ impl Findings {
         }
     }
 
-    /// Adds what no row is at fault for.
+    /// Adds a finding that belongs to the source, not to a row.
     pub(super) fn add_of_source(&mut self, finding: Finding) {
         self.0.entry(finding).or_default();
     }
 
-    /// The rows that have one kind of finding.
+    /// The number of rows that have one kind of finding.
     pub fn n_rows(&self, finding: &Finding) -> usize {
         self.0.get(finding).map_or(0, |tally| tally.n_rows)
     }
@@ -129,12 +129,12 @@ impl Findings {
         self.0.iter()
     }
 
-    /// One line for each finding.
+    /// One line per finding.
     pub fn lines(&self) -> impl Iterator<Item = String> {
         self.0.iter().map(|(finding, tally)| line(finding, tally))
     }
 
-    /// What is to be said before a run, in one line; `None` if there is nothing.
+    /// The findings to report before a run, in one line; `None` if there are none.
     pub fn warning(&self) -> Option<String> {
         const MOST: usize = 20;
         let mut lines: Vec<_> = self
@@ -172,7 +172,8 @@ fn line(finding: &Finding, tally: &Tally) -> String {
     }
 }
 
-/// What a row alone shows: what was noted when it was read. Without an encoder, keys that templates usually know pass.
+/// Findings of a row itself, without its examples. Without an encoder, keys that templates usually know are not
+/// reported.
 pub(super) fn of_row(row: &Row, encoder: Option<&Encoder>) -> Vec<(Finding, String)> {
     let plain = |finding| (finding, String::new());
     let Notes {
@@ -245,14 +246,14 @@ pub(super) fn of_row(row: &Row, encoder: Option<&Encoder>) -> Vec<(Finding, Stri
     found
 }
 
-/// What a row that is to be answered shows: what says how it is trained means nothing.
+/// Findings of a row that is to be answered. Settings of its training have no effect, so an empty answer is no finding.
 pub fn of_question(row: &Row, encoder: &Encoder) -> Vec<(Finding, String)> {
     let mut found = of_row(row, Some(encoder));
     found.retain(|(finding, _)| *finding != Finding::EmptyAnswer);
     found
 }
 
-/// What a row's examples show.
+/// Findings of an example of a row.
 pub(super) fn of_example(example: &Example, encoder: &Encoder) -> Vec<Finding> {
     let (ids, tokenizer) = (&example.input_ids, encoder.tokenizer());
     let mut found = Vec::new();
@@ -262,7 +263,7 @@ pub(super) fn of_example(example: &Example, encoder: &Encoder) -> Vec<Finding> {
     {
         found.push(Finding::DoubledBegin);
     }
-    // The ends that the model's files name, and what ends this example.
+    // End tokens are those that the model's files name, and the special token that ends this example.
     let own = (ids.iter().zip(&example.loss_mask))
         .rfind(|(_, trained)| **trained)
         .map(|(id, _)| *id)
@@ -283,7 +284,7 @@ pub(super) fn of_example(example: &Example, encoder: &Encoder) -> Vec<Finding> {
     found
 }
 
-/// The first control token that a row's own text spells, and where.
+/// The first control token that a row's own text spells, with its place.
 fn control_token(row: &Row, encoder: &Encoder) -> Option<String> {
     let in_text = |text: &str| {
         encoder
@@ -352,7 +353,7 @@ fn has_empty_answer(row: &Row) -> bool {
     }
 }
 
-/// Where a row that is taken without a template begins and ends.
+/// The texts at the beginning and at the end of a row that is encoded without a template.
 struct BareText<'a> {
     begin: &'a str,
     end: &'a str,

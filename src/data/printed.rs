@@ -1,4 +1,4 @@
-//! What a chat template does not print of a conversation, found by rendering it with and without.
+//! Finds what a chat template does not print of a conversation, by rendering it with and without that part.
 
 use monteclora_converters::Error;
 use serde_json::{Map, Value};
@@ -9,16 +9,17 @@ use super::{
     template::{Beside, ChatTemplate},
 };
 
-/// Names for what the assistant thought before it spoke; a template reads one of them.
+/// Names for the thoughts of the assistant before its answer; a template reads one of them.
 const THOUGHTS: [&str; 4] = ["reasoning_content", "reasoning", "thinking", "thoughts"];
 
-/// Names for what the assistant called.
+/// Names for the assistant's tool calls.
 const CALLS: [&str; 2] = ["tool_calls", "function_call"];
 
-/// Refuses a conversation of which the template leaves something out that the row has: tools, calls, thoughts, a turn's text.
+/// Refuses a conversation if the template leaves out something that the row has: tools, documents, calls, thoughts, or
+/// the text of a turn.
 ///
 /// # Errors
-/// With the fields, or with the template's own words.
+/// Returns an error that names the fields, or the template's own error message.
 pub(super) fn refuse_unprinted(
     template: &ChatTemplate,
     messages: &[Message],
@@ -26,7 +27,8 @@ pub(super) fn refuse_unprinted(
 ) -> Result<(), Error> {
     let mut fields: Vec<Map<String, Value>> = messages.iter().map(|m| template.fields(m)).collect();
     let rendered = template.render_fields(&fields, beside, opens(&fields));
-    // Null is refused by templates that have no place for what stands in its stead, which is the better reason.
+    // A template may refuse null content because it cannot print what the row has instead. Then that field is the
+    // better reason.
     let (text, refusal) = match rendered {
         Ok(rendered) => (rendered.text, None),
         Err(refusal) => {
@@ -88,7 +90,7 @@ pub(super) fn refuse_unprinted(
     Err(field_problem(unprinted.join(", "), problem, fix).into())
 }
 
-/// The first turn whose null content the template prints as the word None, as transformers does.
+/// The first turn whose null content the template prints as the word None, as it does in transformers.
 pub(super) fn printed_null(
     template: &ChatTemplate,
     messages: &[Message],
@@ -112,7 +114,8 @@ pub(super) fn printed_null(
     turns.into_iter().find(|idx| whole.prints_none(*idx))
 }
 
-/// Whether the assistant is to speak next: templates may refuse a conversation that ends otherwise without its opening.
+/// Whether a generation prompt is due, because the last turn is not the assistant's. Templates may refuse to render
+/// without it.
 fn opens(messages: &[Map<String, Value>]) -> bool {
     let last = messages.last().and_then(|message| message.get("role"));
     last.is_some_and(|role| role != "assistant")
@@ -165,8 +168,9 @@ impl Whole<'_> {
         without.map_or(true, |without| without.text != self.text)
     }
 
-    /// Whether a change of a turn changes the text up to it: templates may leave out what an earlier turn thought. What the
-    /// template refuses once it is changed was looked at.
+    /// Whether a change of a turn changes the text of the conversation up to this turn, or of the whole. Both are
+    /// rendered, because templates may leave out the thoughts of earlier turns. If the template refuses the changed
+    /// turn, it does read that part.
     fn prints(&self, idx: usize, change: impl Fn(&mut Map<String, Value>)) -> bool {
         let differs = |with: Option<String>, mut fields: Vec<Map<String, Value>>| {
             with.is_some_and(|with| {
@@ -185,13 +189,13 @@ impl Whole<'_> {
         content.is_empty()
             || self.text.contains(content)
             || self.prints(idx, |fields| {
-                // Another text and no empty one, which templates may refuse.
+                // Not an empty text, which templates may refuse.
                 fields.insert("content".to_owned(), "\u{25a1}".into());
             })
     }
 
-    /// Whether what an answer thinks, `<think>` to `</think>` in its content, is in the text up to it or in the whole. Templates cut
-    /// it out of earlier answers, and some of every answer.
+    /// Whether the thoughts of an answer, from `<think>` to `</think>` in its content, are in the text up to this turn
+    /// or in the whole. Some templates cut thoughts out of earlier answers, and some out of every answer.
     fn prints_thought(&self, idx: usize, content: &str) -> bool {
         let thought = content.split_once("</think>").map(|(before, _)| {
             before
@@ -229,7 +233,7 @@ mod tests {
         test_support::{model_with_template, tiny_llama},
     };
 
-    /// Prints tools, calls and thoughts; the thoughts of the last answer alone.
+    /// Prints tools and calls, and the thoughts of the last answer only.
     const FULL: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n\
         {% if m.reasoning_content and loop.last %}[{{ m.reasoning_content }}]{% endif %}{{ m.content or '' }}\
         {% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}";
@@ -292,11 +296,11 @@ mod tests {
             said.starts_with("messages[1].reasoning_content: "),
             "{said}"
         );
-        // Printed where the answer is the last, as it is when it is trained.
+        // The thoughts are printed if the answer is the last, as it is when it is trained.
         assert_eq!(refusal(Some(FULL), &thoughts("reasoning_content")), None);
         let said = refusal(Some(FULL), &thoughts("thinking")).expect("refused");
         assert!(said.starts_with("messages[1].thinking: "), "{said}");
-        // Names and numbers that stand beside are no content.
+        // Other keys, such as a name, need not be printed.
         assert_eq!(refusal(None, &thoughts("name")), None);
     }
 
@@ -311,7 +315,7 @@ mod tests {
             "{said}"
         );
         assert_eq!(refusal(None, row), None);
-        // Cut out of earlier answers alone, as it is meant.
+        // Thoughts are cut only out of earlier answers, which is intended.
         let earlier = "{% for m in messages %}{{ m.role }}{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}";
         let two = r#"{"messages":[{"role":"user","content":"U"},{"role":"assistant","content":"<think>long</think>A"},
             {"role":"user","content":"V"},{"role":"assistant","content":"B"}]}"#;

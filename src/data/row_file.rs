@@ -1,4 +1,4 @@
-//! One file of rows on disk: where each row lies, its checksum, the file's hash; rows are read when asked for.
+//! One file of rows on disk: the place and checksum of each row, and the file's hash. Rows are read on demand.
 
 mod foreign;
 #[cfg(feature = "parquet")]
@@ -20,10 +20,10 @@ use sha2::{Digest, Sha256};
 use self::spans::{Span, index};
 use super::error::{bad_data, changed, not_unpacked, unreadable};
 
-/// An indexed file of rows. Memory is 24 bytes per row, whatever the rows hold.
+/// An indexed file of rows. It takes 24 bytes of memory per row, independent of the row's size.
 ///
-/// JSON Lines (blank lines, a byte order mark and CR LF ends are accepted) and JSON arrays are read where they are.
-/// Files ending in `.gz` and Parquet files are unpacked once into an unnamed temporary file.
+/// JSON Lines (blank lines, a byte order mark and CR LF ends are accepted) and JSON arrays are read in place. Gzip and
+/// Parquet files are unpacked once into an unnamed temporary file.
 #[derive(Debug)]
 pub struct RowFile {
     path: PathBuf,
@@ -33,11 +33,11 @@ pub struct RowFile {
 }
 
 impl RowFile {
-    /// Reads the file once for the places of its rows and its hash.
+    /// Reads the file once to find its rows and compute its hash.
     ///
     /// # Errors
-    /// For a file that cannot be read or unpacked, that holds no row, or whose array is none; for a Parquet file in a build
-    /// that cannot read it.
+    /// Returns an error if the file cannot be read or unpacked, holds no row, or is a malformed array, or if it is a
+    /// Parquet file and this build cannot read those.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let read_error = unreadable(path);
         let unpack_error = not_unpacked(path);
@@ -84,7 +84,7 @@ impl RowFile {
         })
     }
 
-    /// The file, as it was named.
+    /// The path of the file, as given.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -99,7 +99,7 @@ impl RowFile {
         &self.sha256
     }
 
-    /// The line that a row begins in, from 1; in a Parquet file the row's number.
+    /// The line in which a row begins, from 1. In a Parquet file, the number of the row.
     pub fn line_number(&self, row_idx: usize) -> usize {
         self.spans[row_idx].line as usize
     }
@@ -107,7 +107,7 @@ impl RowFile {
     /// The bytes of a row.
     ///
     /// # Errors
-    /// If the file cannot be read, or the row is no longer what was indexed.
+    /// Returns an error if the file cannot be read, or if the row changed since it was indexed.
     pub fn row_bytes(&self, row_idx: usize) -> Result<Vec<u8>, Error> {
         let span = self.spans[row_idx];
         let mut bytes = vec![0; span.n_bytes as usize];
@@ -133,7 +133,7 @@ enum Packing {
     Parquet,
 }
 
-/// By content, so that a wrong extension does no harm.
+/// How a file is packed. The first bytes decide, so that a wrong extension does no harm; otherwise `.parquet` does.
 fn packing(path: &Path, mut file: &File) -> io::Result<Packing> {
     let mut magic = Vec::new();
     file.take(4).read_to_end(&mut magic)?;
@@ -159,7 +159,7 @@ fn write_parquet_rows(path: &Path, _file: File, _out: &mut File) -> Result<(), E
     .into())
 }
 
-/// A reader that hashes what passes through it.
+/// A reader that hashes the bytes that it reads.
 struct Hashing<R> {
     inner: R,
     hasher: Sha256,
@@ -173,7 +173,7 @@ impl<R: Read> Hashing<R> {
         }
     }
 
-    /// The hash of everything, what has not been read yet included.
+    /// Reads to the end, and returns the hash of all bytes.
     fn finish(mut self) -> io::Result<String> {
         io::copy(&mut self, &mut io::sink())?;
         Ok(format!("{:x}", self.hasher.finalize()))
@@ -214,7 +214,7 @@ mod tests {
         // printf '{}\n' | sha256sum
         let hash = "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356";
         assert_eq!(RowFile::open(&path).expect("opens").sha256(), hash);
-        // Of a packed file, the packed bytes.
+        // For a packed file, the hash is that of the packed bytes.
         let packed = dir.path().join("train.jsonl.gz");
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         encoder

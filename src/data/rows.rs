@@ -1,4 +1,4 @@
-//! One JSON object of a data file -> a checked row, in any of the formats people keep such data in.
+//! Checks one JSON object of a data file and turns it into a row, for each of the common formats.
 
 mod beside;
 mod columns;

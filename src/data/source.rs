@@ -24,7 +24,7 @@ pub enum Split {
 }
 
 impl Split {
-    /// In the order of use.
+    /// All splits, in the order of use.
     pub const ALL: [Self; 3] = [Self::Train, Self::Valid, Self::Test];
 
     /// The name.
@@ -36,7 +36,7 @@ impl Split {
         }
     }
 
-    /// The split that a word of a file's name stands for; Hugging Face's words.
+    /// The split that a word in a file's name stands for. Follows Hugging Face's words.
     pub(super) fn from_word(word: &str) -> Option<Self> {
         match word.to_ascii_lowercase().as_str() {
             "train" | "training" => Some(Self::Train),
@@ -54,16 +54,16 @@ pub struct Source {
     revision: Option<String>,
     unread: Vec<String>,
     files: Vec<RowFile>,
-    /// The index of each file's first row, and the number of all rows.
+    /// The index of each file's first row, then the number of all rows.
     starts: Vec<usize>,
 }
 
 impl Source {
-    /// The rows of `split` in `name`: a file (whatever the split), a directory, `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`,
-    /// or a bare `ORG/NAME` where nothing local is called so.
+    /// Opens the rows of `split` in `name`: a file (for any split), a directory,
+    /// `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`, or a bare `ORG/NAME` if no local path has this name.
     ///
     /// # Errors
-    /// As [`RowFile::open`]; if the files of the split cannot be told or fetched.
+    /// As [`RowFile::open`]. Also returns an error if the files of the split are ambiguous or cannot be fetched.
     pub fn open(name: &Path, split: Split) -> Result<Self, Error> {
         let Found {
             paths,
@@ -87,17 +87,17 @@ impl Source {
         })
     }
 
-    /// The source, as it was named.
+    /// The name of the source, as given.
     pub fn name(&self) -> &Path {
         &self.name
     }
 
-    /// Files of a directory or data set that may hold rows and that no split reads.
+    /// Files of a directory or data set that may hold rows but belong to no split.
     pub fn unread_files(&self) -> &[String] {
         &self.unread
     }
 
-    /// The commit of a data set on the Hub.
+    /// The commit, for a data set on the Hub.
     pub fn revision(&self) -> Option<&str> {
         self.revision.as_deref()
     }
@@ -107,7 +107,7 @@ impl Source {
         self.starts[self.files.len()]
     }
 
-    /// SHA-256 of the file's bytes; of several files, SHA-256 of their hashes, each with a new line.
+    /// SHA-256 of the file's bytes. For several files, SHA-256 of their hexadecimal hashes, each followed by a newline.
     pub fn sha256(&self) -> String {
         if let [file] = &self.files[..] {
             return file.sha256().to_owned();

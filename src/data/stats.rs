@@ -1,4 +1,4 @@
-//! What a data set holds, in numbers: for the dry run and for warnings before training.
+//! Statistics of a data set, for the dry run and for warnings before training.
 
 use serde::Serialize;
 
@@ -22,7 +22,7 @@ pub struct LengthSummary {
 }
 
 impl LengthSummary {
-    /// Summarises counts in any order; all zero for none.
+    /// Summarises counts in any order; all fields are zero if there are none.
     pub fn of(mut counts: Vec<u32>) -> Self {
         counts.sort_unstable();
         // Nearest rank: the smallest value with at least this share of the values at or below it.
@@ -42,20 +42,20 @@ impl LengthSummary {
     }
 }
 
-/// What a data set holds.
+/// Statistics of a data set.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Stats {
-    /// Rows of the file.
+    /// Number of rows.
     pub n_rows: usize,
-    /// Training sequences.
+    /// Number of training sequences.
     pub n_examples: usize,
-    /// Rows that became one example a turn, because the template rewrites earlier turns.
+    /// Number of rows that became several examples, because the template rewrites earlier turns.
     pub n_split_rows: usize,
-    /// Examples left out for their length.
+    /// Number of examples left out because they are too long.
     pub n_dropped: usize,
-    /// Examples cut to `max_seq_length`.
+    /// Number of examples cut to `max_seq_length`.
     pub n_truncated: usize,
-    /// Examples whose trained part does not end in an end token: the model does not learn to stop.
+    /// Number of examples without a trained end token, from which the model does not learn to stop.
     pub n_without_end: usize,
     /// Tokens per example.
     pub tokens: LengthSummary,
@@ -70,14 +70,14 @@ impl Stats {
     }
 }
 
-/// How many examples have from `from` to `to` tokens, both included.
+/// The number of examples that have from `from` to `to` tokens, both included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Bin {
     /// Fewest tokens.
     pub from: usize,
     /// Most tokens.
     pub to: usize,
-    /// Examples.
+    /// Number of examples.
     pub n: usize,
 }
 

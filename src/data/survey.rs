@@ -1,4 +1,4 @@
-//! One pass over all rows: what is wrong with them, which formats they have, how long their examples are.
+//! One pass over all rows: finds their problems, their formats and the lengths of their examples.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,16 +14,16 @@ use super::{
     stats::Stats,
 };
 
-/// Rows read and encoded at a time: enough to keep every core busy, few enough to hold.
+/// Number of rows read and encoded at a time: enough to keep every core busy, few enough to fit in memory.
 const CHUNK: usize = 512;
 
-/// How many lines are named for each format of a mix.
+/// Number of lines named per format if formats are mixed.
 const EXAMPLES: usize = 3;
 
-/// How the rows of a source are to be read.
+/// How the rows of a source are read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RowSchema {
-    /// Their format; detected by their keys where absent.
+    /// Format of the rows; if `None`, the keys decide.
     pub format: Option<RowFormat>,
     /// The names that the source gives to fields.
     pub fields: FieldNames,
@@ -42,21 +42,21 @@ impl RowSchema {
     /// Reads and checks one row.
     ///
     /// # Errors
-    /// Every problem of the row, in the source's words.
+    /// Returns every problem of the row, with the source's names.
     pub fn parse(&self, bytes: &[u8]) -> Result<(RowFormat, Row), Vec<Problem>> {
         parse_named_row(bytes, self.format, &self.fields)
     }
 
-    /// The row's problem behind an error of encoding it, in the source's words.
+    /// The problem of the row, with the source's names, if the row caused this encoding error.
     ///
     /// # Errors
-    /// The error itself, where the model or the tokenizer is at fault.
+    /// Returns `error` unchanged if the model or the tokenizer is at fault.
     pub fn fault_of_row(&self, error: Error) -> Result<Problem, Error> {
         Ok(self.fields.in_file_words(fault_of_row(error)?))
     }
 }
 
-/// Where an example comes from and how long it is.
+/// The row of an example, its index within the row, and its length.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Entry {
     pub(super) row: u32,
@@ -65,16 +65,16 @@ pub(super) struct Entry {
     pub(super) n_trained: u32,
 }
 
-/// What a pass found.
+/// The result of a pass over all rows.
 #[derive(Debug, Default)]
 pub struct Survey {
-    /// What the rows became; lengths are zero without an encoder.
+    /// Statistics of the examples. Without an encoder there are no examples.
     pub stats: Stats,
-    /// Bad rows.
+    /// Number of bad rows.
     pub n_bad_rows: usize,
-    /// What the rows hold that is no fault.
+    /// Findings that are no error.
     pub findings: Findings,
-    /// The fields that some row has under the name that the source gives them.
+    /// The fields that at least one row has under the name that the source gives them.
     named: BTreeSet<String>,
     formats: BTreeMap<RowFormat, (usize, Vec<String>)>,
     pub(super) entries: Vec<Entry>,
@@ -85,7 +85,7 @@ pub struct Survey {
 struct Surveyed {
     format: Option<RowFormat>,
     problems: Vec<Problem>,
-    /// Of each example, its tokens and those that are trained.
+    /// Per example, the number of tokens and of trained tokens.
     lengths: Vec<(u32, u32)>,
     n_dropped: usize,
     n_truncated: usize,
@@ -95,10 +95,10 @@ struct Surveyed {
 }
 
 impl Survey {
-    /// Reads every row in order, encodes it where there is an encoder, and hands every problem to `on_problem`.
+    /// Reads every row in order, encodes it if there is an encoder, and passes every problem to `on_problem`.
     ///
     /// # Errors
-    /// As [`Source::row_bytes`]; errors of the model's template or tokenizer.
+    /// As [`Source::row_bytes`], or if the model's template or tokenizer fails.
     pub fn take(
         source: &Source,
         schema: &RowSchema,
@@ -181,10 +181,10 @@ impl Survey {
             }));
     }
 
-    /// The format of all rows that have one; `None` if no row has.
+    /// The format of all valid rows; `None` if no row is valid.
     ///
     /// # Errors
-    /// If there are several.
+    /// Returns an error if the rows have several formats.
     pub fn format(&self, source: &Source) -> Result<Option<RowFormat>, Error> {
         if self.formats.len() < 2 {
             return Ok(self.formats.keys().next().copied());
@@ -216,7 +216,7 @@ impl Survey {
     }
 }
 
-/// Only what is wrong with the model fails; what is wrong with the row is found in the result.
+/// Reads and encodes one row. Returns an error only for a fault of the model; problems of the row are in the result.
 fn survey_row(
     bytes: &[u8],
     schema: &RowSchema,
@@ -261,7 +261,7 @@ fn survey_row(
     Ok(surveyed)
 }
 
-/// Row and token counts fit 32 bits: a row is at most 4 GiB and its line is kept in 32 bits.
+/// Converts a count to 32 bits. Row and token counts fit: a row is at most 4 GiB, and its line number has 32 bits.
 fn small(count: usize) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }

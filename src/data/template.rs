@@ -1,4 +1,4 @@
-//! The model's chat template: found, compiled and rendered as transformers does.
+//! The model's chat template. It is found, compiled and rendered as in transformers.
 
 use std::{path::Path, sync::OnceLock, time::SystemTime};
 
@@ -17,8 +17,8 @@ use super::{
 
 /// A compiled chat template with the model's special tokens.
 ///
-/// A template sees what transformers gives it: the messages with the keys that they have, `tools` and `documents` (none where there
-/// are none), `add_generation_prompt`, the special tokens, and the variables that are set; nothing else is defined.
+/// A template gets what transformers gives it, and nothing else: the messages with their own keys, `tools` and
+/// `documents` (none if the row has none), `add_generation_prompt`, the special tokens, and the variables that are set.
 #[derive(Debug)]
 pub struct ChatTemplate {
     templates: Templates,
@@ -28,12 +28,12 @@ pub struct ChatTemplate {
     takes_parts: OnceLock<bool>,
 }
 
-/// What stands beside the messages of a conversation.
+/// What a template gets besides the messages of a conversation.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Beside<'a> {
-    /// The tools on offer.
+    /// The tools that the model may call.
     pub(super) tools: &'a [Json],
-    /// The row's variables, which win over those of the run.
+    /// The row's variables, which override those of the run.
     pub(super) variables: &'a Map<String, Json>,
 }
 
@@ -42,11 +42,10 @@ impl ChatTemplate {
     /// then `chat_template.jinja` with `additional_chat_templates/`, `tokenizer_config.json`, `chat_template.json`.
     /// `None` if the model has none.
     ///
-    /// `now` is what the template takes for the current time; a resumed run passes
-    /// the time of its first start.
+    /// `now` is the current time for the template.
     ///
     /// # Errors
-    /// For an override that cannot be read, or a malformed file.
+    /// Returns an error if the override cannot be read, or if a file is malformed.
     pub fn from_dir(
         dir: &Path,
         override_file: Option<&Path>,
@@ -55,10 +54,10 @@ impl ChatTemplate {
         Self::with_clock(dir, override_file, move || now)
     }
 
-    /// As [`Self::from_dir`], with a time that goes on.
+    /// As [`Self::from_dir`], with a clock instead of a fixed time.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Self::from_dir`].
     pub fn with_clock(
         dir: &Path,
         override_file: Option<&Path>,
@@ -95,7 +94,7 @@ impl ChatTemplate {
         }))
     }
 
-    /// The same, with variables that every conversation gets; a row's own win.
+    /// Sets variables that every conversation gets. A row's own variables override them.
     pub fn with_variables(mut self, variables: Map<String, Json>) -> Self {
         self.variables = variables;
         self.takes_parts = OnceLock::new();
@@ -116,12 +115,12 @@ impl ChatTemplate {
             .map_or("", String::as_str)
     }
 
-    /// The text of the template, or of all of them where there are several: what the rendered text depends on.
+    /// The text of all templates, on which the rendered text depends.
     pub fn content(&self) -> String {
         self.sources.content()
     }
 
-    /// SHA-256 of its text and its variables, with those of a row, which win.
+    /// SHA-256 of the templates and their variables. The variables of a row, `of_row`, override the template's own.
     pub fn sha256(&self, of_row: &Map<String, Json>) -> String {
         let mut variables = self.variables.clone();
         variables.extend(of_row.clone());
@@ -129,18 +128,18 @@ impl ChatTemplate {
         sha256(format!("{variables}\n{}", self.content()).as_bytes())
     }
 
-    /// Names among its own variables that none of its templates has.
+    /// The template's own variables whose names do not occur in any of its texts.
     pub(super) fn unread_variables(&self) -> impl Iterator<Item = &str> {
         let names = self.variables.keys().map(String::as_str);
         names.filter(|name| !self.mentions(name))
     }
 
-    /// Whether any of its templates has a variable's name, as a whole word.
+    /// Whether any of the templates contains a variable's name as a whole word.
     pub(super) fn mentions(&self, name: &str) -> bool {
         self.has_word(name, |_| true)
     }
 
-    /// Whether any of its templates has a key's name behind a dot or a quote.
+    /// Whether any of the templates contains a key's name after a dot or a quote.
     pub(super) fn mentions_key(&self, name: &str) -> bool {
         self.has_word(name, |before| before.ends_with(['.', '\'', '"']))
     }
@@ -155,13 +154,13 @@ impl ChatTemplate {
         })
     }
 
-    /// Whether `{% generation %}` says what is trained of a conversation with tools, or without.
+    /// Whether `{% generation %}` blocks decide what is trained in a conversation with tools, or without.
     pub fn marks_generation(&self, has_tools: bool) -> bool {
         self.templates
             .marks_generation(self.sources.name_for(has_tools))
     }
 
-    /// Whether the rendered text depends on the date, so that a resumed run has to keep the first start's.
+    /// Whether the rendered text depends on the date.
     pub fn depends_on_date(&self) -> bool {
         self.sources
             .named
@@ -169,10 +168,10 @@ impl ChatTemplate {
             .any(|source| source.contains("strftime_now"))
     }
 
-    /// The text of a conversation, without variables of its own.
+    /// The text of a conversation, without variables of a row.
     ///
     /// # Errors
-    /// With the template's own message.
+    /// Returns an error with the template's own message if the template refuses the conversation.
     pub fn render(
         &self,
         messages: &[Message],
@@ -188,7 +187,7 @@ impl ChatTemplate {
         Ok(rendered.text)
     }
 
-    /// The text of a conversation, and what of it is marked.
+    /// The text of a conversation, and the ranges that its generation markers mark.
     pub(super) fn render_with(
         &self,
         messages: &[Message],
@@ -199,7 +198,7 @@ impl ChatTemplate {
         self.render_fields(&fields, beside, add_generation_prompt)
     }
 
-    /// A message's keys as the template gets them: parts are one text for a template that only takes texts.
+    /// A message's keys as the template gets them. Content parts are joined if the template takes only texts.
     pub(super) fn fields(&self, message: &Message) -> Map<String, Json> {
         let is_list = message.fields().get("content").is_some_and(Json::is_array);
         match is_list && !self.takes_parts() {
@@ -208,7 +207,7 @@ impl ChatTemplate {
         }
     }
 
-    /// Whether it shows the text of a part, and not the part as Python writes it.
+    /// Whether the template prints the text of a content part, and not the part in Python's notation.
     fn takes_parts(&self) -> bool {
         *self.takes_parts.get_or_init(|| {
             let content = json!([{"type": "text", "text": "first-part"}]);
@@ -227,7 +226,7 @@ impl ChatTemplate {
         })
     }
 
-    /// [`Self::render_with`] of messages as the template gets them.
+    /// As [`Self::render_with`], for messages as the template gets them.
     pub(super) fn render_fields(
         &self,
         messages: &[Map<String, Json>],
@@ -238,7 +237,7 @@ impl ChatTemplate {
         self.render_named(name, messages, beside, add_generation_prompt)
     }
 
-    /// What the template for conversations with tools writes where it gets none.
+    /// Renders the template for conversations with tools, but without any tools.
     pub(super) fn render_without_tools(
         &self,
         messages: &[Map<String, Json>],

@@ -1,8 +1,8 @@
-//! Tokenizers, templates and files that the tests of this module share.
+//! Tokenizers, templates and files that several tests of this module use.
 
 use std::path::{Path, PathBuf};
 
-/// A temporary data file with the given text; the directory lives as long as the guard.
+/// A temporary data file with the given text. The directory exists as long as the returned guard.
 pub(crate) fn write_temp(text: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("temporary directory");
     let path = dir.path().join("train.jsonl");
@@ -15,7 +15,7 @@ pub(crate) fn tiny_llama() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/fixtures/models/tiny-llama")
 }
 
-/// A copy of the tiny model's directory with another template, and `<s>` added as BOS where `with_bos`.
+/// A copy of the tiny model's directory with another template, and with `<s>` added as BOS if `with_bos`.
 pub(crate) fn model_with_template(template: &str, with_bos: bool) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("temporary directory");
     let read = |name: &str| std::fs::read_to_string(tiny_llama().join(name)).expect("fixture");
@@ -49,13 +49,13 @@ pub(crate) fn model_with_template(template: &str, with_bos: bool) -> tempfile::T
     dir
 }
 
-/// Llama-3's shape: BOS printed by the template, headers, trimmed content, one end token.
+/// A template like Llama-3's: it prints BOS, headers, trimmed content, and one end token.
 pub(super) const LLAMA3_LIKE: &str = "{% set loop_messages = messages %}\
 {% for message in loop_messages %}{% set content = '<|im_start|>' + message['role'] + '<|endoftext|>\n\n'+ message['content'] | trim + '<|im_end|>' %}\
 {% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant<|endoftext|>\n\n' }}{% endif %}";
 
-/// Qwen3's shape: an empty thinking block in the last answer, thinking stripped from earlier ones.
+/// A template like Qwen3's: an empty thinking block in the last answer, thinking stripped from earlier ones.
 pub(super) const THINKING: &str = "{%- for message in messages %}\
 {%- if message.role == 'assistant' %}{{- '<|im_start|>assistant\n' }}\
 {%- if loop.last %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}\
@@ -63,7 +63,7 @@ pub(super) const THINKING: &str = "{%- for message in messages %}\
 {%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}\
 {%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}";
 
-/// Mistral's and Gemma's habit: no system role, strict alternation.
+/// A template like Mistral's and Gemma's: no system role, strict alternation.
 pub(super) const NO_SYSTEM: &str = "{{ bos_token }}{% for message in messages %}\
 {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}\
 {% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}";

@@ -1,4 +1,4 @@
-//! The model's tokenizer: text to ids and back, where special tokens go, and which ids end an answer.
+//! The model's tokenizer: converts text to ids and back, and knows the special tokens and the ids that end an answer.
 
 use std::{
     collections::HashSet,
@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::error::bad_data;
 
-/// A token with the bytes of the text that it stands for.
+/// A token, with the byte range of the text that it stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SpannedToken {
     pub(super) id: u32,
@@ -24,19 +24,20 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
     prefix_ids: Vec<u32>,
-    /// The special tokens and the ends.
+    /// The special tokens and the end tokens.
     special_ids: HashSet<u32>,
-    /// Their texts by the first byte.
+    /// The texts of `special_ids`, by their first byte.
     special_texts: [Vec<String>; 256],
     eos_ids: Vec<u32>,
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json`; the end tokens come from `tokenizer_config.json`, `generation_config.json` and,
-    /// where that has none, `config.json`. Truncation and padding stored in the file are switched off.
+    /// Loads `tokenizer.json`. The end tokens come from `tokenizer_config.json` and `generation_config.json`, or from
+    /// `config.json` if `generation_config.json` has none. Truncation and padding stored in the file are switched off.
     ///
     /// # Errors
-    /// For a missing or malformed file, or an end token that is not in the vocabulary.
+    /// Returns an error if `tokenizer.json` is missing, if a file is malformed, or if an end token is not in the
+    /// vocabulary.
     pub fn from_dir(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("tokenizer.json");
         let malformed = |message: String| Error::malformed(&path, message);
@@ -107,7 +108,7 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// The ids that the tokenizer puts before a text (BOS), found by encoding one with and without.
+    /// The ids that the tokenizer puts before a text (BOS), found by encoding a text with and without special tokens.
     fn find_prefix(&self) -> Result<Vec<u32>, Error> {
         let plain = self.encode("a", false)?;
         let full = self.encode("a", true)?;
@@ -118,16 +119,16 @@ impl Tokenizer {
         Ok(full[..start].to_vec())
     }
 
-    /// The ids of a text; `add_special_tokens` as in Hugging Face's tokenizers.
+    /// The ids of a text. `add_special_tokens` works as in Hugging Face's tokenizers.
     ///
     /// # Errors
-    /// If the tokenizer cannot handle it.
+    /// Returns an error if the tokenizer fails.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
         let encoding = self.inner.encode_fast(text, add_special_tokens);
         Ok(encoding.map_err(failed)?.get_ids().to_vec())
     }
 
-    /// The ids of a text with the bytes they stand for, no special tokens added.
+    /// The ids of a text with the byte ranges that they stand for. No special tokens are added.
     pub(super) fn encode_spans(&self, text: &str) -> Result<Vec<SpannedToken>, Error> {
         let encoding = self.inner.encode(text, false).map_err(failed)?;
         let spans = encoding.get_ids().iter().zip(encoding.get_offsets());
@@ -142,7 +143,7 @@ impl Tokenizer {
     /// The text of ids.
     ///
     /// # Errors
-    /// If the tokenizer cannot handle them.
+    /// Returns an error if the tokenizer fails.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, Error> {
         self.inner.decode(ids, skip_special_tokens).map_err(failed)
     }
@@ -158,17 +159,17 @@ impl Tokenizer {
         self.eos_ids.first().copied()
     }
 
-    /// Every id that the model's files name as an end.
+    /// Every id that the model's files name as an end token.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos_ids
     }
 
-    /// Whether an id is one of the tokenizer's special tokens or an end.
+    /// Whether an id is a special token or an end token.
     pub(super) fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id)
     }
 
-    /// The first control token that a text spells: tokenised, it is that token.
+    /// The first control token whose text occurs in `text`. The tokenizer would turn that text into the token.
     pub(super) fn special_in(&self, text: &str) -> Option<&str> {
         text.bytes().enumerate().find_map(|(at, byte)| {
             let texts = self.special_texts[usize::from(byte)].iter();
@@ -179,7 +180,7 @@ impl Tokenizer {
         })
     }
 
-    /// The text without the begin tokens it begins with and the end tokens, with white space, it ends with.
+    /// The text without the begin token at its start, and without the end token and white space at its end.
     pub(super) fn without_ends<'a>(&self, text: &'a str) -> &'a str {
         let mut inner = text;
         if let Some(begin) = self.begin_text()
@@ -190,13 +191,13 @@ impl Tokenizer {
         self.end_in(inner).map_or(inner, |at| &inner[..at])
     }
 
-    /// Whether a text begins with the begin token that the tokenizer would put there.
+    /// Whether a text already begins with the begin token that the tokenizer would add.
     pub(super) fn begins_itself(&self, text: &str) -> bool {
         self.begin_text()
             .is_some_and(|begin| text.starts_with(&begin))
     }
 
-    /// Where the end token begins that a text ends with; white space may follow it.
+    /// The byte offset of the end token at the end of a text; white space may follow the token.
     pub(super) fn end_in(&self, text: &str) -> Option<usize> {
         let text = text.trim_end();
         let ends = self
@@ -216,7 +217,7 @@ impl Tokenizer {
         (!text.is_empty()).then_some(text)
     }
 
-    /// The id of a token given by its name.
+    /// The id of a token, given its text.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
@@ -229,7 +230,7 @@ impl Tokenizer {
     /// Checks that the model has an embedding for every id.
     ///
     /// # Errors
-    /// Naming the largest offender.
+    /// Returns an error that names the token with the largest id, if the model has no embedding for it.
     pub fn check_vocab(&self, model_vocab: usize) -> Result<(), Error> {
         let vocabulary = self.inner.get_vocab(true).into_iter();
         match vocabulary.max_by_key(|(_, id)| *id) {
@@ -244,7 +245,7 @@ impl Tokenizer {
     }
 }
 
-/// Texts of tokens, longest first, by their first byte.
+/// Texts of tokens by their first byte, longest first.
 fn by_first_byte(texts: impl Iterator<Item = String>) -> [Vec<String>; 256] {
     let mut found = [const { Vec::new() }; 256];
     for text in texts {
@@ -258,12 +259,12 @@ fn by_first_byte(texts: impl Iterator<Item = String>) -> [Vec<String>; 256] {
     found
 }
 
-/// Text or tokens that the tokenizer cannot handle.
+/// The error of a text or of tokens that the tokenizer cannot handle.
 fn failed(error: tokenizers::Error) -> Error {
     bad_data("tokenizer", format!("the tokenizer failed: {error}"))
 }
 
-/// A JSON file of the model; absent is `None`.
+/// Reads a JSON file of the model; `None` if it does not exist.
 pub(super) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
     let malformed = |message: String| Err(Error::malformed(path, message));
     match std::fs::read(path) {
@@ -282,7 +283,7 @@ pub(super) fn special_token(config: Option<&Value>, key: &str) -> Option<String>
         .map(str::to_owned)
 }
 
-/// `eos_token_id`, one id or a list.
+/// The ids of `eos_token_id`, which is one id or a list.
 fn end_ids(config: Option<&Value>) -> Vec<u32> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match config.and_then(|config| config.get("eos_token_id")) {

@@ -15,44 +15,45 @@ const UNLOAD: &str = "/v1/unload_lora_adapter";
 const LIST: &str = "/v1/lora_adapters";
 const ENABLE: &str = "enable [admin] in serve.toml, or set MISTRALRS_ALLOW_RUNTIME_LORA_UPDATING=1 for mistral.rs 0.9";
 
-/// An adapter as the server lists it.
+/// An adapter in the server's list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ServedAdapter {
-    /// Alias that requests name.
+    /// Alias that requests use.
     pub name: String,
-    /// Hash of its content.
+    /// Hash of the adapter's content.
     pub generation: String,
-    /// Hash of all that is in its directory, whatever the base, where the server scores answers.
+    /// Hash of everything in the adapter's directory, independent of the base model. Only servers that score answers
+    /// give it.
     pub content: Option<String>,
-    /// Base model, where the server tells.
+    /// Base model, if the server names it.
     pub parent: Option<String>,
-    /// Directory, where the server tells; relative to its adapter root, or absolute.
+    /// Directory, relative to the server's adapter root or absolute, if the server names it.
     pub source: Option<String>,
 }
 
 /// An adapter that the server has loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loaded {
-    /// Hash of its content.
+    /// Hash of the adapter's content.
     pub generation: String,
-    /// What may be wrong with it although it is served.
+    /// Possible faults of the adapter that did not stop the server from loading it.
     pub warnings: Vec<String>,
 }
 
-/// A name of the server's model list.
+/// An entry of the server's model list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ServedModel {
     /// Name that requests use.
     pub id: String,
     /// Base model, for an adapter.
     pub parent: Option<String>,
-    /// Hash of its content, where the server tells.
+    /// Hash of the adapter's content, if the server gives it.
     pub generation: Option<String>,
     /// Whether the server scores its answers.
     pub is_scored: bool,
-    /// Whether these scores are calibrated.
+    /// Whether the scores are calibrated.
     pub is_calibrated: bool,
-    /// How it is asked; as a chat where the server does not tell.
+    /// How to ask this model; [`Form::Chat`] if the server does not say.
     #[serde(skip)]
     pub form: Form,
 }
@@ -62,11 +63,11 @@ pub struct ServedModel {
 pub enum Form {
     /// As a conversation of one turn.
     Chat,
-    /// As a text to be continued, of a model without a chat template.
+    /// As a text to be continued, for a model without a chat template.
     Completion,
 }
 
-/// A server, and the right to change what it serves.
+/// A connection to a server whose adapters can be changed.
 pub struct AdapterServer {
     base: Url,
     key: Option<String>,
@@ -75,12 +76,12 @@ pub struct AdapterServer {
 }
 
 impl AdapterServer {
-    /// The server at `url`; `timeout` bounds each request, of which loading a model is the longest.
+    /// Creates a client of the server at `url`. `timeout` bounds each request; loading a model takes longest.
     ///
     /// # Errors
-    /// What is not an http or https address.
+    /// Returns an error if `url` is not an http or https address, or contains a user name or password.
     pub fn new(url: &str, key: Option<String>, timeout: Duration) -> Result<Self, Error> {
-        // Without what may be a secret.
+        // The part before `@` may be a secret.
         let shown = url.rsplit('@').next().unwrap_or_default();
         let wrong = |problem: &str| Problem::usage(format!("--server {shown}: {problem}"));
         let base =
@@ -111,15 +112,15 @@ impl AdapterServer {
         })
     }
 
-    /// The address as given.
+    /// The address of the server, without a final slash.
     pub fn url(&self) -> &str {
         self.base.as_str().trim_end_matches('/')
     }
 
-    /// Whether it takes requests; `None` if it has no endpoint that tells.
+    /// Whether the server is ready for requests; `None` if it has neither `/readyz` nor `/health`.
     ///
     /// # Errors
-    /// A server that does not answer.
+    /// Returns an error if the server does not answer.
     pub fn is_ready(&self) -> Result<Option<bool>, Error> {
         for path in ["/readyz", "/health"] {
             let response = self.send(path, self.client.get(self.address(path)))?;
@@ -131,10 +132,10 @@ impl AdapterServer {
         Ok(None)
     }
 
-    /// Everything that requests may name.
+    /// Every model and adapter that a request may name.
     ///
     /// # Errors
-    /// A server that does not answer as expected.
+    /// Returns an error if the server does not answer, or not as the protocol expects.
     pub fn models(&self) -> Result<Vec<ServedModel>, Error> {
         let list = self.get("/v1/models")?;
         let model = |entry: &Value| {
@@ -153,10 +154,10 @@ impl AdapterServer {
         entries("/v1/models", &list, model)
     }
 
-    /// The adapters served.
+    /// The adapters that the server serves.
     ///
     /// # Errors
-    /// `no-endpoint` if the server has no adapter administration.
+    /// As [`Self::models`]. Returns `no-endpoint` if the server has no endpoint to manage adapters.
     pub fn adapters(&self) -> Result<Vec<ServedAdapter>, Error> {
         let list = self.get(LIST)?;
         let adapter = |entry: &Value| {
@@ -182,10 +183,11 @@ impl AdapterServer {
 
     /// Loads the directory `path` as `name`, on the base `model` if given.
     ///
-    /// With `replacing` it takes the place of that generation and of no other; without, the name has to be free.
+    /// With `replacing`, the adapter replaces that generation and no other. Without it, `name` must be free.
     ///
     /// # Errors
-    /// `refused` with the server's reasons, `conflict` if the alias is not what was expected.
+    /// As [`Self::adapters`]. Returns `refused` with the server's reasons, or `conflict` if the alias is not in the
+    /// expected state.
     pub fn load(
         &self,
         name: &str,
@@ -204,7 +206,7 @@ impl AdapterServer {
         self.post_load(&body)
     }
 
-    /// Loads the directory `path` as `name`, whatever that is now.
+    /// Loads the directory `path` as `name`, and replaces whatever has that name.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -227,7 +229,7 @@ impl AdapterServer {
         })
     }
 
-    /// Stops serving `name`, if it is at `generation`.
+    /// Stops serving `name`. With `generation`, only if that generation is served.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -239,10 +241,10 @@ impl AdapterServer {
         self.post(UNLOAD, &body).map(|_| ())
     }
 
-    /// The greedy answer of `model` to one question; it may be empty.
+    /// The greedy answer of `model` to one question, at most 64 tokens; it may be empty.
     ///
     /// # Errors
-    /// An answer that is an error, or cut short.
+    /// Returns an error if the request fails, or if the answer's finish reason is neither `stop` nor `length`.
     pub fn ask(
         &self,
         model: &str,
@@ -289,7 +291,7 @@ impl AdapterServer {
         self.read(path, response)
     }
 
-    /// Posts, and waits while the server says that it is busy with another load.
+    /// Sends a POST request, and repeats it while the server is busy with another load, until the timeout.
     fn post(&self, path: &str, body: &Value) -> Result<Value, Error> {
         let start = Instant::now();
         loop {
@@ -363,7 +365,7 @@ impl AdapterServer {
     }
 }
 
-/// A warning as a sentence.
+/// Formats a warning of the server as a sentence.
 fn warning(found: &Value) -> Option<String> {
     let part = |key: &str| found[key].as_str().filter(|text| !text.is_empty());
     let message = part("message").or(found.as_str())?;
@@ -386,7 +388,7 @@ fn entries<T>(
         .ok_or_else(|| protocol(path, "the answer is not a list of names"))
 }
 
-/// The message of an error answer, with its list of problems.
+/// The message of an error response, with its list of problems.
 fn error_text(answer: &Value) -> String {
     let message = answer["error"]["message"].as_str().unwrap_or_default();
     let problems = answer["error"]["problems"].as_array();

@@ -1,4 +1,5 @@
-//! Releases of one alias on disk: a directory named by its content for each, and the record of what was served when.
+//! Releases of one alias on disk: one directory per release, named by its content, and a record of what was served
+//! when.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -16,33 +17,33 @@ use super::release::Release;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Action {
-    /// It was being served when the first deployment came.
+    /// It was already served before the first deployment.
     Adopt,
     /// It was deployed.
     Deploy,
-    /// It came back.
+    /// A rollback brought it back.
     Rollback,
 }
 
-/// One generation in service.
+/// Record that one generation went into service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// When, in UTC.
+    /// Time, in UTC.
     pub at: String,
-    /// Why.
+    /// Reason.
     pub action: Action,
-    /// The server's name for the content.
+    /// The server's hash of the content.
     pub generation: String,
     /// Release directory, relative to the adapter root.
     pub directory: PathBuf,
-    /// The generation that it replaced.
+    /// The generation that it replaced, if any.
     pub previous: Option<String>,
-    /// Name of the base that it was served on, where the server tells.
+    /// Name of the base model that it was served on, if the server names it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,
 }
 
-/// The releases of one alias, below `adapter_root/alias`, for one command at a time.
+/// The releases of one alias, below `adapter_root/alias`. Only one process can open them at a time.
 #[derive(Debug)]
 pub struct Releases {
     root: PathBuf,
@@ -53,10 +54,11 @@ pub struct Releases {
 }
 
 impl Releases {
-    /// Opens the releases of `alias`; only one process can at a time.
+    /// Opens the releases of `alias` and locks them for this process.
     ///
     /// # Errors
-    /// Another deployment of this alias runs, or the history cannot be understood.
+    /// Returns an error if `root` does not exist, if another deployment of this alias is running, or if the history is
+    /// malformed.
     pub fn open(root: &Path, alias: &str) -> Result<Self, Error> {
         if !root.is_dir() {
             return Err(error::release(
@@ -84,18 +86,18 @@ impl Releases {
         })
     }
 
-    /// What was served, oldest first, without the right to change it.
+    /// What was served, oldest first. Read-only: takes no lock.
     ///
     /// # Errors
-    /// A history that cannot be understood.
+    /// Returns an error if the history is malformed.
     pub fn history_of(root: &Path, alias: &str) -> Result<Vec<Record>, Error> {
         read_history(&root.join(directory_name(alias)))
     }
 
-    /// What was served under each alias that was ever deployed below `root`, whether or not it is served now.
+    /// The history of each alias that was ever deployed below `root`, whether or not it is served now.
     ///
     /// # Errors
-    /// A directory that cannot be listed; a history that cannot be understood.
+    /// Returns an error if a directory cannot be listed or a history is malformed.
     pub fn all(root: &Path) -> Result<Vec<(String, Vec<Record>)>, Error> {
         let mut found = Vec::new();
         for entry in fs::read_dir(root).map_err(Error::io("read", root))? {
@@ -116,11 +118,11 @@ impl Releases {
 
     /// Writes a release, and returns its directory relative to the root.
     ///
-    /// The directory is named by its content and appears whole or not at all; its files are read-only. Content that was
-    /// released before is found again.
+    /// The directory is named by its content and appears whole or not at all; its files are read-only. If the same
+    /// content was released before, its directory is reused.
     ///
     /// # Errors
-    /// A directory of this name that holds something else.
+    /// Returns an error if a directory of this name holds something else, or if the release cannot be written.
     pub fn store(&self, release: &Release) -> Result<PathBuf, Error> {
         let content = release.content();
         let name: String = content.chars().take(12).collect();
@@ -134,9 +136,10 @@ impl Releases {
         Ok(relative)
     }
 
-    /// Makes a release of what is being served, so that there is a way back to it.
+    /// Makes a release of the adapter that is served now, so that a rollback can restore it.
     ///
-    /// Nothing is done for a generation that was released before, or if the directory does not hold its content (any more).
+    /// Does nothing if this generation was released before, if its directory is unknown or unreadable, or if the
+    /// directory no longer holds the served content.
     ///
     /// # Errors
     /// As [`Self::store`] and [`Self::record`].
@@ -162,15 +165,15 @@ impl Releases {
         self.record(Action::Adopt, &served.generation, &directory, None, base)
     }
 
-    /// Whether a release is still there.
+    /// Whether a release directory still exists.
     pub fn holds(&self, directory: &Path) -> bool {
         self.root.join(directory).is_dir()
     }
 
-    /// Adds a record.
+    /// Appends a record to the history and writes the history file.
     ///
     /// # Errors
-    /// A file that cannot be written.
+    /// Returns an error if the file cannot be written.
     pub fn record(
         &mut self,
         action: Action,
@@ -196,10 +199,10 @@ impl Releases {
         files::write_text(&path, &text)
     }
 
-    /// The release that `current` replaced when it last came; where that is not known or gone, the last one in the history before
-    /// it that is another and still there.
+    /// The release that `current` replaced when it last came into service. If that is unknown or no longer exists, the
+    /// newest earlier release in the history that differs from `current` and still exists.
     ///
-    /// A release may have been served under several generations: with scores and without, and on several bases.
+    /// One release may have been served under several generations: with and without scores, and on several bases.
     pub fn before(&self, current: &ServedAdapter) -> Option<&Record> {
         let source = current
             .source
@@ -224,10 +227,10 @@ impl Releases {
             .find(|record| !is_current(record) && self.holds(&record.directory))
     }
 
-    /// What the directory of a record holds, which is named after it.
+    /// Reads the release of a record. The directory is named after its content, so changes are detected.
     ///
     /// # Errors
-    /// One that cannot be read, or that was changed.
+    /// Returns an error if the directory cannot be read or was changed.
     pub fn read(&self, record: &Record) -> Result<Release, Error> {
         let path = self.root.join(&record.directory);
         let release = Release::read(&path)?;
@@ -238,14 +241,14 @@ impl Releases {
         }
     }
 
-    /// Whether what a server serves from `source` is a release of this alias.
+    /// Whether the directory `source` of a served adapter is a release of this alias.
     pub fn is_below(&self, source: &str) -> bool {
         self.root
             .join(source)
             .starts_with(self.root.join(&self.alias))
     }
 
-    /// The last record of a generation that is still there; `wanted` may be its beginning.
+    /// The last record whose generation begins with `wanted` and whose directory still exists.
     pub fn find(&self, wanted: &str) -> Option<&Record> {
         self.history
             .iter()
@@ -254,7 +257,7 @@ impl Releases {
     }
 }
 
-/// Removes what deployments left that were killed while they wrote; only one process at a time is here.
+/// Removes the partial directories of deployments that were killed. Safe because only one process holds the lock.
 fn remove_partial(dir: &Path) {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let partial = entries.filter(|entry| {
@@ -272,7 +275,7 @@ fn remove_partial(dir: &Path) {
     }
 }
 
-/// Whether the server's word for what it serves is one for this.
+/// Whether the hash that the server reports is the hash of this release.
 fn is_served(release: &Release, served: &ServedAdapter) -> bool {
     match &served.content {
         Some(content) => release.content() == *content,
@@ -298,7 +301,8 @@ fn read_history(dir: &Path) -> Result<Vec<Record>, Error> {
     }
 }
 
-/// A file name for an alias: letters, digits, `-`, `_` and inner dots as they are, everything else as `%` and its bytes.
+/// The directory name of an alias: letters, digits, `-`, `_` and inner dots unchanged, every other byte as `%` and two
+/// hex digits.
 fn directory_name(alias: &str) -> String {
     let mut name = String::new();
     for byte in alias.bytes() {

@@ -1,4 +1,4 @@
-//! Putting an adapter into service and taking it back: an immutable directory, a canary, a swap that can be undone.
+//! Deploys adapters and rolls them back: an immutable directory, a canary, and a swap that can be undone.
 
 mod client;
 mod error;

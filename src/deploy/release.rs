@@ -1,4 +1,4 @@
-//! What of an adapter goes into a release: what decides its answers, and how sure they are.
+//! The parts of an adapter that go into a release: what decides its answers, and their uncertainty.
 
 use std::fs;
 use std::path::Path;
@@ -10,17 +10,17 @@ use serde_json::{Map, Value, json};
 use crate::eval::calibration::{self, Calibration};
 use crate::provenance::content_hash;
 
-/// Name of what training recorded.
+/// File name of the training record.
 pub const RECORD: &str = "run.json";
 
 /// An adapter as it is released.
 #[derive(Debug)]
 pub struct Release {
     adapter: Adapter,
-    /// Whether the adapter is written as it is, not as the plain LoRA that every runtime takes.
+    /// Whether the adapter is written unchanged, not as the plain LoRA that every runtime takes.
     as_it_is: bool,
     calibration: Option<Calibration>,
-    /// Of the chat template, as `data.template_variables` has them.
+    /// Variables of the chat template, as in `data.template_variables`.
     variables: Map<String, Value>,
     record: Option<Value>,
 }
@@ -36,18 +36,19 @@ impl Release {
         })
     }
 
-    /// The posterior mean of `adapter`, which was read from `path`: what every server takes.
+    /// The posterior mean of `adapter`, which was read from `path`. Every server takes this form.
     ///
     /// # Errors
-    /// Factors that a plain LoRA cannot hold.
+    /// Returns an error if a plain LoRA cannot hold the adapter's factors.
     pub fn mean(adapter: &Adapter, path: &Path) -> Result<Self> {
         Self::new(adapter.to_lora(None)?.0, false, path)
     }
 
-    /// `adapter` with its posterior and its calibration, for a server that scores answers; without both [`Self::mean`].
+    /// `adapter` with its posterior and its calibration, for a server that scores answers. If it has neither, as
+    /// [`Self::mean`].
     ///
     /// # Errors
-    /// As [`Self::mean`], or a calibration that cannot be read.
+    /// As [`Self::mean`], or if the calibration cannot be read.
     pub fn whole(adapter: &Adapter, path: &Path) -> Result<Self> {
         let calibration = Calibration::beside(path)?;
         if adapter.config.monteclora.is_none() && calibration.is_none() {
@@ -59,10 +60,11 @@ impl Release {
         })
     }
 
-    /// What a server has that serves `adapter` from `path`: all of it if it scores answers, else the mean.
+    /// What a server that serves `adapter` from `path` uses: all of it if the server scores answers, otherwise the
+    /// mean.
     ///
     /// # Errors
-    /// A calibration that cannot be read.
+    /// Returns an error if the adapter cannot be exported, or if its calibration or training record cannot be read.
     pub(super) fn served(adapter: &Adapter, path: &Path, is_scored: bool) -> Result<Self> {
         match is_scored {
             false => Self::new(adapter.collapse(), true, path),
@@ -73,20 +75,20 @@ impl Release {
         }
     }
 
-    /// What a release directory holds.
+    /// Reads a release directory.
     ///
     /// # Errors
-    /// One that cannot be read.
+    /// Returns an error if the directory cannot be read.
     pub(super) fn read(path: &Path) -> Result<Self> {
         Self::served(&Adapter::read(path)?, path, true)
     }
 
-    /// Whether the posterior is in it.
+    /// Whether the release contains the posterior.
     pub fn has_posterior(&self) -> bool {
         self.adapter.config.monteclora.is_some()
     }
 
-    /// Whether a calibration is in it.
+    /// Whether the release contains a calibration.
     pub fn has_calibration(&self) -> bool {
         self.calibration.is_some()
     }
@@ -96,23 +98,24 @@ impl Release {
         &self.adapter
     }
 
-    /// Of the chat template.
+    /// Variables of the chat template.
     pub(super) fn variables(&self) -> &Map<String, Value> {
         &self.variables
     }
 
-    /// A hash of its content.
+    /// Hash of the release's content.
     pub(super) fn content(&self) -> String {
         content_hash(&self.adapter, self.calibration.as_ref(), &self.variables)
     }
 
-    /// Writes it as a directory that appears at once, of read-only files.
+    /// Writes the release as a directory of read-only files. The directory appears whole or not at all.
     pub(super) fn write(&self, path: &Path) -> Result<()> {
         files::write_new_dir(path, |dir| {
             if let Some(calibration) = &self.calibration {
                 calibration.write(&dir.join(calibration::FILE))?;
             }
-            // An empty one says that nothing is known; without any, one in the directory above would be taken for it.
+            // An empty record says that nothing is known. Without a record, readers would take one from the directory
+            // above.
             let nothing = json!({});
             files::write_json(&dir.join(RECORD), self.record.as_ref().unwrap_or(&nothing))?;
             if self.as_it_is {

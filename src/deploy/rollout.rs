@@ -1,4 +1,4 @@
-//! The order of things: canary, swap, verification, and the way back if one of them fails.
+//! Steps of a deployment: canary, swap, verification, and restoration if one of them fails.
 
 use std::path::{Path, PathBuf};
 
@@ -10,14 +10,14 @@ use super::error::{Error, failed, nothing_to_restore};
 use super::history::{Action, Releases};
 use super::release::Release;
 
-/// What every new generation is asked, and what its answers must hold.
+/// Questions that every new generation is asked, and texts that its answers must contain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Check {
-    /// Questions; each must be answered, if only with nothing.
+    /// Questions. The server must answer each without an error; an empty answer is valid.
     pub prompts: Vec<String>,
-    /// The system message of each.
+    /// The system message of each question.
     pub system: Option<String>,
-    /// Texts that must occur in the answers together.
+    /// Texts that must occur in the answers; each in at least one.
     pub expected: Vec<String>,
 }
 
@@ -35,9 +35,9 @@ pub struct Answered {
 pub struct Deployed {
     /// Name that clients use.
     pub alias: String,
-    /// What is served now.
+    /// The generation that is served now.
     pub generation: String,
-    /// What was served before.
+    /// The generation that was served before.
     pub previous: Option<String>,
     /// Release directory, relative to the adapter root.
     pub directory: PathBuf,
@@ -45,15 +45,16 @@ pub struct Deployed {
     pub posterior: bool,
     /// Whether a calibration is in the release.
     pub calibration: bool,
-    /// What the server says may be wrong with it.
+    /// Possible faults of the release that the server reports.
     pub warnings: Vec<String>,
-    /// Whether this content was being served already, so that nothing was swapped.
+    /// Whether this content was already served, so that nothing was swapped.
     pub unchanged: bool,
     /// Whether a rollback can bring `previous` back.
     pub can_roll_back: bool,
-    /// What the canary answered.
+    /// The canary's answers.
     pub canary: Vec<Answered>,
-    /// Whether the alias answers exactly as the canary did. Other traffic changes the rounding, so it need not.
+    /// Whether the alias gives exactly the canary's answers. They may differ, because other traffic changes the
+    /// rounding.
     pub same_answers: bool,
 }
 
@@ -62,9 +63,9 @@ pub struct Deployed {
 pub struct RolledBack {
     /// Name that clients use.
     pub alias: String,
-    /// What is served now.
+    /// The generation that is served now.
     pub generation: String,
-    /// What was served before.
+    /// The generation that was served before.
     pub previous: String,
     /// Release directory, relative to the adapter root.
     pub directory: PathBuf,
@@ -72,20 +73,21 @@ pub struct RolledBack {
     pub posterior: bool,
     /// Whether a calibration is in the release.
     pub calibration: bool,
-    /// What may be wrong with it.
+    /// Possible faults of the restored release.
     pub warnings: Vec<String>,
-    /// What it answers.
+    /// Its answers to the questions of the check.
     pub answers: Vec<Answered>,
 }
 
-/// Puts `release` into service as `alias`, on the base `model` if given, else on that of the generation it replaces or the server's
-/// choice.
+/// Puts `release` into service as `alias`. The base is `model` if given, else that of the replaced generation, else the
+/// server's choice.
 ///
-/// The release is loaded under another name first and asked; only then it replaces the generation that was being served when
-/// this began, and is asked again. If that fails the former generation comes back.
+/// The server first loads the release as a canary under another name, and the canary is asked. Only then the release
+/// replaces the generation that was served at the start, and is asked again. If that fails, the former generation is
+/// restored.
 ///
 /// # Errors
-/// Where it stopped, and what is served now.
+/// Returns an error if a request fails, or if the canary or the verification fails; the latter say what is served now.
 pub fn deploy(
     server: &AdapterServer,
     releases: &mut Releases,
@@ -119,11 +121,11 @@ pub fn deploy(
         tracing::warn!("{warning}");
     }
     let canary = ask(server, &canary_name, check);
-    // What was asked is what is swapped in: on the same base, whichever the server chose.
+    // The swap uses the base that the canary was asked on, even if the server chose it.
     let listed = server.adapter(&canary_name).ok().flatten();
     let canary_base = listed.and_then(|canary| canary.parent);
     let base = base.or(canary_base.as_deref());
-    // Its memory is needed for the swap; a canary that stays is a nuisance, not a failure.
+    // The swap needs the canary's memory. A canary that cannot be unloaded is not a failure.
     if let Err(error) = server.unload(&canary_name, None) {
         tracing::warn!("the canary `{canary_name}` is still loaded: {error}");
     }
@@ -138,7 +140,7 @@ pub fn deploy(
     let can_roll_back = previous
         .as_deref()
         .is_some_and(|previous| releases.find(previous).is_some());
-    // Equal content on another base is another model.
+    // The same content on another base is another model.
     let base_stays = former_base.is_none() || base == former_base;
     if base_stays && previous.as_ref() == Some(&canary_generation) {
         if !can_roll_back {
@@ -167,7 +169,7 @@ pub fn deploy(
         Ok(answers) => {
             let previous_name = previous.as_deref();
             releases.record(Action::Deploy, &generation, &directory, previous_name, base)?;
-            // The same content on another base has the same name, and no way back by it.
+            // The same content on another base has the same generation, which therefore cannot name the way back.
             let can_roll_back = can_roll_back && previous_name != Some(&*generation);
             Ok(Deployed {
                 alias: alias.to_owned(),
@@ -211,7 +213,7 @@ pub fn deploy(
     }
 }
 
-/// Refuses the name of the canary where something else is served by it. One that an interrupted deployment left behind is taken over.
+/// Refuses if another model already has the canary's name. A canary of an interrupted deployment is replaced.
 fn require_free(server: &AdapterServer, releases: &Releases, name: &str) -> Result<(), Error> {
     let is_left_behind = |source: &String| releases.is_below(source);
     let taken = match server.adapter(name)? {
@@ -227,15 +229,15 @@ fn require_free(server: &AdapterServer, releases: &Releases, name: &str) -> Resu
     }
 }
 
-/// What came of taking a generation out of service.
+/// Result of taking a generation out of service.
 struct Undone {
-    /// What is served now, in words.
+    /// Sentence that says what is served now.
     outcome: String,
-    /// Whether the failed generation has left.
+    /// Whether the failed generation is out of service.
     left: bool,
 }
 
-/// Takes a failed generation out of service, and says what is served instead.
+/// Takes a failed generation out of service and restores the previous one, if there is one.
 fn undo(
     server: &AdapterServer,
     alias: &str,
@@ -277,11 +279,12 @@ fn undo(
     }
 }
 
-/// Brings back the generation that `alias` had before, or the one that `to` begins. If that does not answer, what was being served
-/// comes back.
+/// Restores the generation that `alias` had before, or the one whose name begins with `to`. If that generation fails
+/// the check, the generation that was being served is restored.
 ///
 /// # Errors
-/// No generation to go back to; otherwise where it stopped, and what is served now.
+/// Returns `nothing-to-restore` if there is no generation to go back to. If the verification fails, the error says what
+/// is served now.
 pub fn roll_back(
     server: &AdapterServer,
     releases: &mut Releases,
@@ -305,7 +308,7 @@ pub fn roll_back(
     let path = portable(&record.directory);
     let base = record.base.as_deref().or(current.parent.as_deref());
     let release = releases.read(&record)?;
-    // The same name may be on another base afterwards, whose answers are not scored.
+    // The alias may now be on another base, where the server does not score answers.
     let is_scored = |server: &AdapterServer| {
         let served = server.adapter(alias).ok().flatten();
         served.is_some_and(|served| served.content.is_some())
@@ -339,7 +342,7 @@ pub fn roll_back(
     let undone = match &verified {
         Ok(_) => None,
         Err(_) => {
-            // As it was.
+            // Restore the state from before the rollback.
             let released = releases.find(&current.generation);
             let released = released.map(|record| portable(&record.directory));
             let source = released.or_else(|| current.source.clone());
@@ -378,7 +381,7 @@ pub fn roll_back(
     })
 }
 
-/// Asks the questions, and says what is wrong with the answers.
+/// Asks the questions; the error says what is wrong with the answers.
 fn ask(server: &AdapterServer, model: &str, check: &Check) -> Result<Vec<Answered>, String> {
     let models = server.models().map_err(|error| error.to_string())?;
     let found = models.iter().find(|found| found.id == model);
@@ -407,7 +410,7 @@ fn ask(server: &AdapterServer, model: &str, check: &Check) -> Result<Vec<Answere
     }
 }
 
-/// The answers of `alias`, if the server lists it at `generation`.
+/// The answers of `alias`. Returns an error if the server does not list it at `generation`.
 fn verify(
     server: &AdapterServer,
     alias: &str,
@@ -425,7 +428,7 @@ fn verify(
     ask(server, alias, check)
 }
 
-/// A relative path as servers take it.
+/// A relative path with `/` as the separator, as servers expect.
 fn portable(path: &Path) -> String {
     let parts: Vec<_> = path
         .iter()

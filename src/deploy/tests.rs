@@ -1,4 +1,4 @@
-//! The commands' logic against a server with the endpoints, answers and refusals of mistral.rs 0.9.
+//! Tests of the deployment commands against a fake server with the endpoints, answers and refusals of mistral.rs 0.9.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,14 +15,14 @@ use monteclora_converters::exit_code;
 
 use super::*;
 
-/// What the imitation holds, and how it is to misbehave.
+/// State of the fake server, and the faults that it imitates.
 #[derive(Default)]
 struct State {
     root: PathBuf,
     /// Alias to generation and source.
     adapters: BTreeMap<String, (String, String)>,
     busy: usize,
-    /// Base that the list gives the adapters; mistral.rs 0.9 gives none.
+    /// Base that the adapter list reports; mistral.rs 0.9 reports none.
     parent: Option<String>,
     /// Model names whose questions fail.
     mute: Vec<String>,
@@ -119,7 +119,7 @@ fn failure(code: &str, message: &str) -> Value {
     json!({"error": {"message": message, "type": kind, "code": code}})
 }
 
-/// What a request with a field that mistral.rs does not know, or a generation that is no SHA-256, is answered.
+/// The refusal of a body with a field that mistral.rs does not know, or with a generation that is not a SHA-256.
 fn refuse_body(body: &Value, known: &[&str]) -> Option<(u16, Value)> {
     let fields = body.as_object().expect("an object");
     let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
@@ -249,13 +249,13 @@ fn answer(method: &str, path: &str, body: &Value, state: &mut State) -> (u16, Va
     }
 }
 
-/// Two recorded adapters of different content.
+/// Two recorded adapters with different content.
 fn adapters() -> [Adapter; 2] {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/fixtures/adapters");
     ["all-linear", "bf16"].map(|name| Adapter::read(&root.join(name)).expect("a recorded adapter"))
 }
 
-/// Its posterior mean, with nothing beside it.
+/// A release of the posterior mean, without further files.
 fn release(adapter: &Adapter) -> Release {
     Release::mean(adapter, Path::new("nowhere")).expect("plain")
 }
@@ -346,7 +346,7 @@ fn deploy_swap_roll_back_and_the_history_of_it() {
     assert_eq!(history[2].action, Action::Rollback);
 }
 
-/// What a release replaced is known from its record, whatever else came between.
+/// A rollback finds what a release replaced in its record, whatever was served in between.
 #[test]
 fn a_rollback_is_to_what_was_served_before() {
     let root = tempfile::tempdir().expect("a temporary directory");
@@ -373,7 +373,7 @@ fn a_rollback_is_to_what_was_served_before() {
     assert_eq!(server.generation("a"), Some(two.clone()));
     assert_eq!(releases.history().len(), 2, "nothing else was served");
     server.with(|state| state.mute.clear());
-    // An empty answer is one; what is expected is not in it.
+    // An empty answer is valid, but it does not contain the expected text.
     server.with(|state| state.silent = true);
     let refused = roll_back(&client, &mut releases, "a", None, &check(&["I am"]));
     assert!(refused.expect_err("silent").to_string().contains("I am"));
@@ -388,7 +388,7 @@ fn a_rollback_is_to_what_was_served_before() {
     assert_eq!(back.generation, one);
 }
 
-/// The way back leads to the former base, and says what it found where the former adapter was overwritten.
+/// Undoing a swap restores the former base, and says what is served if the former adapter was overwritten.
 #[test]
 fn an_undone_swap_says_what_is_served() {
     let root = tempfile::tempdir().expect("a temporary directory");
@@ -482,7 +482,7 @@ fn a_bad_canary_changes_nothing_and_a_bad_swap_is_undone() {
     assert_eq!(server.generation("a"), Some(one.clone()));
     assert_eq!(server.with(|state| state.adapters.len()), 1);
 
-    // The canary is sound and the alias is not.
+    // The canary answers, and the alias does not.
     server.with(|state| state.mute.push("a".to_owned()));
     let error = go(&second, &[]).expect_err("refused").to_string();
     assert!(
@@ -511,7 +511,7 @@ fn a_bad_canary_changes_nothing_and_a_bad_swap_is_undone() {
             .is_empty()
     );
 
-    // What somebody changed in a release is not served under its name.
+    // A release that was changed on disk is not served under its name.
     let mut changed = Releases::open(root.path(), "b").expect("opened");
     let path = root
         .path()
@@ -576,7 +576,7 @@ fn wrong_keys_addresses_and_silent_ports_are_told_apart() {
     );
 }
 
-/// What was recorded of the chat template goes with a release, which is another one by it.
+/// A release contains the recorded variables of the chat template, and its content hash depends on them.
 #[test]
 fn a_release_has_the_template_variables_of_its_training() {
     let root = tempfile::tempdir().expect("a temporary directory");
@@ -599,7 +599,7 @@ fn a_release_has_the_template_variables_of_its_training() {
     let recorded =
         |path: &Path| monteclora_converters::jinja::recorded_variables(path).expect("readable");
     assert_eq!(recorded(&root.path().join(with))["enable_thinking"], false);
-    // Without a record of its own a release does not take the one that lies above it.
+    // A release without its own record does not take the record in the directory above.
     let above = r#"{"config": {"data": {"template_variables": {"day": "Monday"}}}}"#;
     std::fs::write(root.path().join("a/run.json"), above).expect("written");
     let release = release(&adapters()[1]);

@@ -1,4 +1,4 @@
-//! GGUF base models imported or referred to: their tokenizer is tried before anything is written.
+//! Imports GGUF base models or refers to them. Tests their tokenizer before anything is written.
 
 use std::path::Path;
 
@@ -9,10 +9,11 @@ use tokenizers::Tokenizer;
 
 pub use monteclora_converters::gguf_base::{ImportOptions, ImportReport};
 
-/// Text that any tokenizer must give back unchanged. It is in normal form C, for tokenizers that normalise.
+/// Text that any tokenizer must decode unchanged. It is in normal form C, for tokenizers that normalise.
 const PROBE: &str = "Hello  world,\n\n\tit's 12345 na\u{ef}ve caf\u{e9}s in \u{6771}\u{4eac} \u{1f642}! { \"a\": [1.5] }  \r\n end";
 
-/// Imports the model in `file` into the new directory `out_dir`; `progress` is told the bytes written and their total.
+/// Imports the model in `file` into the new directory `out_dir`. `progress` gets the number of bytes written and their
+/// total.
 ///
 /// # Errors
 /// As [`gguf_base::import_gguf`].
@@ -25,7 +26,8 @@ pub fn import_gguf(
     gguf_base::import_gguf(file, out_dir, options, &TOOLS, progress)
 }
 
-/// Makes the new directory `out_dir` of everything but the weights, which stay in `file`; `progress` is told the bytes looked through.
+/// Writes everything but the weights of `file` into the new directory `out_dir`. `progress` gets the number of bytes
+/// read and their total.
 ///
 /// # Errors
 /// As [`gguf_base::refer_to_gguf`].
@@ -41,7 +43,8 @@ const TOOLS: Tools<'static> = Tools {
     check_tokenizer: &check_tokenizer,
 };
 
-/// Checks that a tokenizer.json loads, keeps the numbers of its added tokens and gives text back as it was.
+/// Checks that a tokenizer.json loads, keeps the ids of its added tokens, and decodes text unchanged. Returns the
+/// problems.
 fn check_tokenizer(json: &Value) -> Vec<String> {
     let tokenizer = match Tokenizer::from_bytes(json.to_string()) {
         Ok(tokenizer) => tokenizer,

@@ -1,11 +1,11 @@
-//! A client of the Hub: its token, what it takes for a name, and what its refusals mean.
+//! A client of the Hub: its token, the form of its names, and the meaning of its error responses.
 
 use std::io::IsTerminal;
 
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use monteclora_converters::Problem;
 
-/// What cannot be had, and what to do about it; exit code 2.
+/// A problem with the Hub, and its fix; exit code 2.
 pub(super) fn problem(at: impl Into<String>, message: impl Into<String>, fix: &str) -> Problem {
     Problem::new("hub", at, message, fix).exit(2)
 }
@@ -21,7 +21,7 @@ pub fn is_hub_id(id: &str) -> bool {
     matches!(id.split('/').collect::<Vec<_>>()[..], [org, name] if part(org) && part(name))
 }
 
-/// What the Hub means when it answers with an error, and what to do about it; `None` if it gave no answer.
+/// The meaning of an error response of the Hub, and the fix; `None` if the Hub did not respond.
 pub(super) fn refusal(error: &ApiError) -> Option<String> {
     let error = match error {
         ApiError::RequestError(error) => error,
@@ -29,7 +29,7 @@ pub(super) fn refusal(error: &ApiError) -> Option<String> {
         _ => return None,
     };
     match **error {
-        // The Hub says so of what does not exist, too.
+        // The Hub also responds so if the repository does not exist.
         ureq::Error::Status(status @ (401 | 403), _) => Some(format!(
             "the Hub refuses access ({status}), which it also does where nothing has that name; check the name, and for a private or gated repository accept its terms on its page and set HF_TOKEN to a token that may read it"
         )),
@@ -52,10 +52,10 @@ pub(super) fn builder(token_source: &str) -> Result<ApiBuilder, Problem> {
     })
 }
 
-/// The token that a source names; `None` leaves the choice to the Hub client: for `cache`, where HF_TOKEN is not set, that of
-/// `huggingface-cli login`.
+/// The token that a source names; `Some(None)` means no token. `None` leaves the choice to the Hub client: for `cache`
+/// without HF_TOKEN, the token of `huggingface-cli login`.
 pub(super) fn token(source: &str) -> Result<Option<Option<String>>, Problem> {
-    // What follows the colon may be a token.
+    // The part after the colon may be a token.
     let (kind, value) = match source.split_once(':') {
         Some((kind, value)) => (kind, Some(value)),
         None => (source, None),

@@ -1,4 +1,4 @@
-//! A data set on the Hub: how it is named, which files it holds, and getting one of them.
+//! A data set on the Hub: its name, its list of files, and fetching one of them.
 
 use std::path::{Path, PathBuf};
 
@@ -15,12 +15,12 @@ pub struct DatasetId {
     pub id: String,
     /// Branch, tag or commit; `main` by default.
     pub revision: String,
-    /// Only files below it, where it is not empty.
+    /// Only files below this folder belong to the data set; empty for all files.
     pub folder: String,
 }
 
 impl DatasetId {
-    /// `None` for a text of another form.
+    /// Parses the name of a data set; `None` if the text has another form.
     pub fn parse(text: &str) -> Option<Self> {
         let (id, revision, folder) = match text.strip_prefix("hf://datasets/") {
             None => (text.to_owned(), "main", ""),
@@ -42,26 +42,28 @@ impl DatasetId {
         })
     }
 
-    /// Whether a file of the data set is meant.
+    /// Whether a file of the repository is below the folder.
     pub fn holds(&self, file: &str) -> bool {
         Path::new(file).starts_with(&self.folder)
     }
 }
 
-/// A data set whose files can be had, all of one commit: from the Hub, or from the local cache where the Hub does not answer.
+/// A data set whose files are all of one commit. They come from the Hub, or from the local cache if the Hub does not
+/// respond.
 pub struct DatasetRepo {
-    /// The repository at the commit, where the Hub answers.
+    /// The repository at the commit, if the Hub responds.
     online: Option<ApiRepo>,
-    /// The repository as it was asked for.
+    /// The repository at the revision that was asked for.
     cache: CacheRepo,
     commit: String,
 }
 
 impl DatasetRepo {
-    /// The data set with the names of all its files. The token is that of `HF_TOKEN` or `huggingface-cli login`.
+    /// Opens a data set, and returns it with the names of all its files. The token is that of `HF_TOKEN` or
+    /// `huggingface-cli login`.
     ///
     /// # Errors
-    /// If it is neither on the Hub nor in the cache.
+    /// Returns an error if the data set is neither on the Hub nor in the cache.
     pub fn open(wanted: &DatasetId) -> Result<(Self, Vec<String>), Problem> {
         let at = |revision: &str| {
             Repo::with_revision(wanted.id.clone(), RepoType::Dataset, revision.to_owned())
@@ -94,15 +96,15 @@ impl DatasetRepo {
         Ok((found, names))
     }
 
-    /// The commit that the files are of.
+    /// The commit of the files.
     pub fn commit(&self) -> &str {
         &self.commit
     }
 
-    /// A local copy of a file.
+    /// Returns the path of a local copy of a file, and fetches the file if necessary.
     ///
     /// # Errors
-    /// If it can neither be fetched nor is in the cache.
+    /// Returns an error if the file is not in the cache and cannot be fetched, or if the cache cannot be written.
     pub fn get(&self, name: &str) -> Result<PathBuf, Problem> {
         let refused = |message: String, fix: &str| problem(format!("`{name}`"), message, fix);
         let Some(api) = &self.online else {
@@ -115,7 +117,7 @@ impl DatasetRepo {
             Some(refusal) => refused(refusal, ""),
             None => refused(format!("cannot be fetched ({error})"), "try again"),
         })?;
-        // Without the Hub, the name is then taken for this commit.
+        // Without the Hub, the revision's name then means this commit.
         self.cache
             .create_ref(&self.commit)
             .map_err(|error| refused(format!("cannot be cached: {error}"), ""))?;
@@ -139,7 +141,7 @@ fn not_given(error: &ApiError) -> Problem {
     }
 }
 
-/// The commit that the revision points at in the cache, and the files of its snapshot; none where nothing was fetched.
+/// The commit that the revision points at in the cache, and the files of its snapshot; `None` if nothing was fetched.
 fn cached_names(cache: &Cache, repo: &Repo) -> Option<(String, Vec<String>)> {
     let root = cache.path().join(repo.folder_name());
     let commit = std::fs::read_to_string(root.join("refs").join(repo.revision())).ok()?;

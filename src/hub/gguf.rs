@@ -1,4 +1,4 @@
-//! What the cache holds of a GGUF file.
+//! Descriptions and imports of GGUF files in the cache.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -14,22 +14,22 @@ use super::client::problem;
 use crate::gguf_import::{ImportOptions, import_gguf, refer_to_gguf};
 use crate::progress;
 
-/// Raised when a file is imported otherwise than before, so that no older import is taken.
+/// Version of the import. It is raised when imports change, so that older ones are not reused.
 const IMPORT: u32 = 3;
 
-/// Bytes of each end of a file by which it is recognised; the first hold its keys.
+/// Number of bytes at each end of a file that identify it; the first bytes hold its keys.
 const END: u64 = 1 << 20;
 
-/// What the cache is to hold of a GGUF file.
+/// What the cache must hold of a GGUF file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OfGguf {
-    /// Configuration and tokenizer; the weights stay in the file.
+    /// The configuration and the tokenizer; the weights stay in the file.
     Description,
     /// The whole model, its weights decoded as elements of this type.
     Import(DType),
 }
 
-/// The directory in the cache for `file`, made once for its path, size, time of change and both ends.
+/// The directory in the cache for `file`. It is made once per path, size, modification time and content of both ends.
 pub(super) fn cached(file: &Path, what: OfGguf) -> Result<PathBuf> {
     let identity = identity(file, what).map_err(|source| {
         let at = format!("`{}`", file.display());
@@ -48,7 +48,7 @@ pub(super) fn cached(file: &Path, what: OfGguf) -> Result<PathBuf> {
     };
     std::fs::create_dir_all(&models).map_err(|source| unusable(&source))?;
     if dir.exists() {
-        // Something was removed from it.
+        // The directory is incomplete: something was removed from it.
         std::fs::remove_dir_all(&dir).map_err(|source| unusable(&source))?;
     }
     let bar = progress::bytes(match what {
@@ -76,14 +76,14 @@ pub(super) fn cached(file: &Path, what: OfGguf) -> Result<PathBuf> {
     bar.finish_and_clear();
     match made {
         Ok(_) => Ok(dir),
-        // Another process was faster.
+        // Another process made the directory first.
         Err(_) if is_whole(&dir, what) => Ok(dir),
         Err(error) if error.code() == "io" => Err(unusable(&error).into()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Whether `dir` has what is read of it.
+/// Whether `dir` has the files that are read from it.
 fn is_whole(dir: &Path, what: OfGguf) -> bool {
     let weights: &[&str] = match what {
         OfGguf::Description => &["model.gguf.json"],
@@ -93,7 +93,7 @@ fn is_whole(dir: &Path, what: OfGguf) -> bool {
     weights.iter().any(is_there) && ["config.json", "tokenizer.json"].iter().all(is_there)
 }
 
-/// A hash of what tells the file from another one, and of what is made of it.
+/// A hash that identifies the file and what is made from it.
 fn identity(file: &Path, what: OfGguf) -> io::Result<String> {
     let canonical = file.canonicalize()?;
     let mut open = File::open(&canonical)?;

@@ -1,4 +1,5 @@
-//! Files onto the Hub, as one commit: small ones in it, others by Git LFS, each sent only if the Hub has it not.
+//! Pushes files to the Hub as one commit. Small files are part of the commit; others go by Git LFS if the Hub lacks
+//! them.
 //!
 //! The endpoints are those of `huggingface_hub`: `/api/repos/create`, `preupload`, Git LFS's batch API, `commit`.
 
@@ -15,34 +16,34 @@ use sha2::{Digest, Sha256};
 
 use super::client::{problem, token};
 
-/// Bytes of a file by which the Hub decides how it is to be sent.
+/// Number of bytes of a file from which the Hub decides how the file is sent.
 const SAMPLE: u64 = 512;
 
-/// Where files go.
+/// Where files are pushed to.
 #[derive(Debug)]
 pub struct Destination<'a> {
-    /// `ORG/NAME`, or `NAME` of one's own.
+    /// `ORG/NAME`, or `NAME` for a repository of the token's owner.
     pub repo: &'a str,
     /// Branch.
     pub revision: &'a str,
     /// Whether a new repository is private.
     pub private: bool,
-    /// What the commit is called.
+    /// Message of the commit.
     pub message: &'a str,
-    /// As mistral.rs's `--token-source`.
+    /// Source of the access token, as in mistral.rs's `--token-source`.
     pub token_source: &'a str,
 }
 
-/// What became of it.
+/// The result of a push.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pushed {
-    /// The repository's whole name.
+    /// The repository's full name.
     pub repo: String,
     /// The commit.
     pub commit: String,
-    /// Its address.
+    /// Address of the commit.
     pub url: String,
-    /// Files that were sent; the Hub had the others.
+    /// Number of files that were sent; the Hub already had the others.
     pub sent: usize,
 }
 
@@ -60,10 +61,10 @@ struct Pushing {
     is_large: bool,
 }
 
-/// Sends `files`, each with its name in the repository.
+/// Pushes `files`, each with its name in the repository.
 ///
 /// # Errors
-/// A token that is missing or may not write; a file that cannot be read; what the Hub answers.
+/// Returns an error if the token is missing or may not write, if a file cannot be read, or if the Hub refuses.
 pub fn push(files: &[(String, PathBuf)], to: &Destination<'_>) -> Result<Pushed> {
     let api = Api::new(to.token_source)?;
     let repo = api.create(to)?;
@@ -126,7 +127,7 @@ impl Api {
     fn new(token_source: &str) -> Result<Self> {
         let found = match token(token_source)? {
             Some(found) => found,
-            // That of `hf auth login`.
+            // The token of `hf auth login`.
             None => hf_hub::Cache::from_env().token(),
         };
         let Some(token) = found else {
@@ -150,7 +151,7 @@ impl Api {
         request.set("authorization", &format!("Bearer {}", self.token))
     }
 
-    /// Makes the repository if there is none, and gives its whole name.
+    /// Creates the repository if it does not exist, and returns its full name.
     fn create(&self, to: &Destination<'_>) -> Result<String> {
         let mut body = json!({"name": to.repo, "type": "model", "private": to.private});
         if let Some((organization, name)) = to.repo.split_once('/') {
@@ -159,7 +160,7 @@ impl Api {
         }
         let answer = self.post("/api/repos/create").send_json(body);
         let answer = match answer {
-            // It is there; the answer says under which name.
+            // The repository exists; the response gives its name.
             Err(ureq::Error::Status(409, response)) => {
                 response.into_json().unwrap_or_else(|_| json!({}))
             }
@@ -173,7 +174,7 @@ impl Api {
         })
     }
 
-    /// Asks which files go by Git LFS.
+    /// Asks the Hub which files go by Git LFS.
     fn ask_how(&self, repo: &str, revision: &str, files: &mut [Pushing]) -> Result<()> {
         let mut asked = Vec::new();
         for file in files.iter() {
@@ -196,7 +197,7 @@ impl Api {
         Ok(())
     }
 
-    /// Sends a file by Git LFS; false if the Hub has it.
+    /// Sends a file by Git LFS. Returns false if the Hub already has it.
     fn send(&self, repo: &str, file: &Pushing, oid: &str) -> Result<bool> {
         const LFS: &str = "application/vnd.git-lfs+json";
         let object = json!({"oid": oid, "size": file.size});
@@ -228,7 +229,7 @@ impl Api {
         let opened = File::open(&file.path).with_context(|| unreadable(&file.path))?;
         self.refused(request.send(opened), &file.name)?;
         if let Some(verify) = told["actions"]["verify"]["href"].as_str() {
-            // The token is for the Hub alone.
+            // Only the Hub may receive the token.
             let request = match verify.strip_prefix(&self.endpoint) {
                 Some(path) if path.starts_with('/') => self.post(path),
                 _ => self.agent.post(verify),
@@ -239,7 +240,7 @@ impl Api {
         Ok(true)
     }
 
-    /// The JSON of an answer.
+    /// The JSON of a response.
     fn read(&self, answer: Result<ureq::Response, ureq::Error>, what: &str) -> Result<Value> {
         let response = self.refused(answer, what)?;
         let answer: Value = response
@@ -248,7 +249,7 @@ impl Api {
         Ok(answer)
     }
 
-    /// What the Hub says where it refuses. What the token is, is told to nobody.
+    /// Turns a refusal of the Hub into an error. The error never contains the token.
     fn refused(
         &self,
         answer: Result<ureq::Response, ureq::Error>,
@@ -283,12 +284,12 @@ impl Api {
         Err(problem(what, self.hidden(&message), fix).exit(1).into())
     }
 
-    /// A text without the token.
+    /// The text with the token masked.
     fn hidden(&self, text: &str) -> String {
         text.replace(&self.token, "***")
     }
 
-    /// An answer in which something is missing.
+    /// The error of a response in which something is missing.
     fn incomplete(what: &str, missing: &str) -> anyhow::Error {
         let message = format!("the Hub's answer says nothing of {missing}; nothing was committed");
         problem(what, message, "try again later").exit(1).into()
@@ -306,10 +307,10 @@ fn sha256(path: &Path) -> Result<String> {
     Ok(format!("{:x}", digest.finalize()))
 }
 
-/// Refuses what cannot be a repository's name.
+/// Refuses a name that cannot be that of a repository.
 ///
 /// # Errors
-/// With what names are.
+/// Returns an error that says what names are valid.
 pub fn require_repo(repo: &str) -> Result<(), Problem> {
     let is_name = match repo.contains('/') {
         true => super::is_hub_id(repo),

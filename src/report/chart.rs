@@ -1,10 +1,10 @@
-//! Line charts as inline SVG: colours by class, so that the page's style decides them for light and dark.
+//! Line charts as inline SVG. Colours are classes, so that the page's style sets them for light and dark mode.
 
 use std::fmt::Write;
 
-/// Points of one line that are drawn at most; more are reduced to the extremes of equal intervals.
+/// Largest number of points drawn per line. Longer lines are reduced to the extremes of equal intervals.
 const MAX_POINTS: usize = 600;
-/// Places along the x axis that tell their values.
+/// Largest number of places along the x axis that show their values.
 const MAX_STRIPS: usize = 120;
 const WIDTH: f64 = 480.0;
 const HEIGHT: f64 = 230.0;
@@ -16,28 +16,28 @@ const BOTTOM: f64 = 26.0;
 /// One line.
 #[derive(Debug, Clone)]
 pub(super) struct Series {
-    /// What it shows.
+    /// Name of the quantity.
     pub(super) name: &'static str,
-    /// Class of its colour, 1 to 5.
+    /// Number of its colour class, 1 to 5.
     pub(super) colour: u8,
     /// Whether each point is marked.
     pub(super) marked: bool,
-    /// Step and value; a value that is absent breaks the line.
+    /// Step and value; a missing value breaks the line.
     pub(super) points: Vec<(u64, Option<f64>)>,
 }
 
 /// A chart over optimiser steps.
 #[derive(Debug, Clone)]
 pub(super) struct Chart {
-    /// What screen readers say.
+    /// Title for screen readers.
     pub(super) title: &'static str,
-    /// Logarithmic values; those at or below zero are left out.
+    /// Whether the value axis is logarithmic. Values at or below zero are then left out.
     pub(super) logarithmic: bool,
     /// The lines.
     pub(super) series: Vec<Series>,
 }
 
-/// A number as people read it: four significant digits.
+/// Formats a number with four significant digits, or in scientific notation if it is very small or large.
 pub(super) fn number(value: f64) -> String {
     let size = value.abs();
     if size == 0.0 {
@@ -65,7 +65,7 @@ pub(super) fn number(value: f64) -> String {
 }
 
 impl Chart {
-    /// Whether there is a value to show.
+    /// Whether there is no value to show.
     pub(super) fn is_empty(&self) -> bool {
         self.range().is_none()
     }
@@ -82,7 +82,7 @@ impl Chart {
             .filter(|(_, value)| self.shown(*value))
     }
 
-    /// Smallest and largest step and (transformed) value.
+    /// Smallest and largest step, then smallest and largest (transformed) value.
     fn range(&self) -> Option<[f64; 4]> {
         let mut range: Option<[f64; 4]> = None;
         for (step, value) in self.values() {
@@ -101,12 +101,12 @@ impl Chart {
         }
     }
 
-    /// The chart; empty without a value.
+    /// The chart as SVG; empty if there is no value to show.
     pub(super) fn svg(&self) -> String {
         let Some([x0, x1, y0, y1]) = self.range() else {
             return String::new();
         };
-        // A flat line lies in the middle.
+        // Puts a flat line in the middle.
         let pad = if y1 > y0 {
             0.05 * (y1 - y0)
         } else {
@@ -195,7 +195,7 @@ impl Chart {
         }
     }
 
-    /// Strips of the plot that show the values at their step while pointed at.
+    /// Adds strips of the plot that show the values at their step while the pointer is over them.
     fn strips(&self, svg: &mut String, x_of: &impl Fn(f64) -> f64) {
         let mut steps: Vec<u64> = self.values().map(|(step, _)| step).collect();
         steps.sort_unstable();
@@ -259,7 +259,7 @@ impl Chart {
     }
 }
 
-/// At most about `limit` points, with the smallest and largest value of every interval and all its breaks.
+/// About `limit` points: per interval the smallest and the largest value, and the first break if there is one.
 fn thin(points: &[(u64, Option<f64>)], limit: usize) -> Vec<(u64, Option<f64>)> {
     if points.len() <= limit {
         return points.to_vec();
@@ -299,7 +299,7 @@ pub(super) fn ticks(low: f64, high: f64, n: usize) -> Vec<f64> {
     }
     let first = (low / step).ceil() as i64;
     let last = (high / step).floor() as i64;
-    // A multiple of a power of ten is rounded to what it stands for.
+    // Removes the rounding error of a multiple of a power of ten.
     let round = |value: f64| format!("{value:.12e}").parse().unwrap_or(value);
     (first..=last).map(|k| round(k as f64 * step)).collect()
 }
@@ -311,7 +311,7 @@ fn ticks_whole(low: f64, high: f64) -> Vec<f64> {
         .collect()
 }
 
-/// Powers of ten between two logarithms, with 2 and 5 times them where there are few.
+/// Powers of ten between two logarithms, also times 2 and 5 if there are few; for a short range, round numbers.
 fn log_ticks(low: f64, high: f64) -> Vec<f64> {
     let decades = high - low;
     if decades < 0.7 {
@@ -377,7 +377,8 @@ mod tests {
             ],
         )
         .svg();
-        // x from 58 to 468; 5 % of the range above and below: 1 lies at 1/22 of 194 from the bottom at 204.
+        // x from 58 to 468. The range has 5 % added above and below, so 1 is at 1/22 of the height 194 above the bottom
+        // at 204.
         let path = svg
             .split("d=\"")
             .nth(1)

@@ -1,23 +1,23 @@
-//! metrics.jsonl read back: one curve, whatever interruptions the run went through.
+//! Reads metrics.jsonl as one history, even if the run was interrupted and resumed.
 
 use std::io::BufRead;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// What a `train` or an `eval` line measured.
+/// The values of a `train` or an `eval` line.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Point {
-    /// Optimiser steps made.
+    /// Number of optimiser steps made.
     pub step: u64,
-    /// Numbers by their key; those that were not finite are null.
+    /// Values by key. Numbers that were not finite are null.
     #[serde(flatten)]
     pub values: Map<String, Value>,
 }
 
 impl Point {
-    /// The number at `key`, where there is one.
+    /// The number at `key`, if there is one.
     pub fn get(&self, key: &str) -> Option<f64> {
         self.values.get(key)?.as_f64()
     }
@@ -29,22 +29,22 @@ impl Point {
 pub struct EventPoint {
     /// What happened.
     pub event: String,
-    /// Optimiser steps made.
+    /// Number of optimiser steps made.
     pub step: u64,
     /// Seconds since the run began.
     pub wall_s: Option<f64>,
 }
 
-/// What a run reported.
+/// The metrics and events of a run.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct History {
-    /// Training, by step.
+    /// Training metrics, by step.
     pub train: Vec<Point>,
     /// Evaluations, by step.
     pub eval: Vec<Point>,
     /// Events, in the order they happened.
     pub events: Vec<EventPoint>,
-    /// Lines that are not JSON, as a killed run may leave one.
+    /// Number of lines that are not valid. A killed run may leave one.
     pub n_unreadable: usize,
 }
 
@@ -59,10 +59,10 @@ enum Line {
 }
 
 impl History {
-    /// Reads every line. Where a run went back to a checkpoint, what it said of later steps before that is left out.
+    /// Reads every line. If a run resumed from a checkpoint, earlier lines about later steps are dropped.
     ///
     /// # Errors
-    /// Those of the reader.
+    /// Returns the reader's errors.
     pub fn read(reader: impl BufRead) -> std::io::Result<Self> {
         let mut history = Self::default();
         for line in reader.split(b'\n') {
@@ -93,14 +93,14 @@ impl History {
         Ok(history)
     }
 
-    /// The evaluation of lowest loss; the first of several.
+    /// The evaluation with the lowest loss; the first one if several have it.
     pub fn best(&self) -> Option<&Point> {
         let with_loss = self.eval.iter().filter_map(|p| Some((p.get("loss")?, p)));
         let best = with_loss.min_by(|(a, _), (b, _)| a.total_cmp(b));
         best.map(|(_, point)| point)
     }
 
-    /// How the run ended, or that nothing says it did.
+    /// Says how the run ended, or that no event reports its end.
     pub fn status(&self) -> String {
         let last = |name: &str| self.events.iter().rposition(|event| event.event == name);
         let begun = last("started").max(last("resumed"));

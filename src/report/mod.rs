@@ -1,4 +1,4 @@
-//! One self-contained HTML page about a run: what it measured, what it learnt, how it was made.
+//! One self-contained HTML page about a run: its metrics, its adapter, and its configuration.
 
 mod chart;
 mod evaluation;
@@ -17,35 +17,36 @@ use crate::output::name_of;
 pub use evaluation::{EvaluationPage, Score, Shown};
 pub use history::{EventPoint, History, Point};
 
-/// Name of the file of what a run measured.
+/// Name of the file with a run's metrics.
 pub const METRICS: &str = "metrics.jsonl";
 
-/// Everything that an output directory tells about a run.
+/// Everything that is read from the output directory of a run.
 #[derive(Debug)]
 pub struct RunFiles {
-    /// run.json; null where it is missing.
+    /// Content of run.json; null if the file is missing.
     pub record: Value,
-    /// metrics.jsonl.
+    /// Content of metrics.jsonl.
     pub history: History,
-    /// The trained adapter with the directory it was read from: the finished one, else that of the newest checkpoint.
+    /// The trained adapter and its directory: the finished adapter, or else that of the newest checkpoint.
     pub adapter: Option<(PathBuf, AdapterSummary)>,
-    /// Why there is no adapter, where there should be one.
+    /// Why the adapter cannot be read, if it should exist.
     pub adapter_problem: Option<String>,
-    /// The run's name: that of its directory.
+    /// Name of the run, which is the name of its directory.
     pub name: String,
-    /// When its files were written last, as a date in UTC.
+    /// Date in UTC when its files were last written.
     pub date: Option<String>,
-    /// What `eval --json` said; null if nobody asked.
+    /// Output of `eval --json`; null if there is none.
     pub scores: Value,
-    /// What `predict --data --json` said.
+    /// Output of `predict --data --json`; null if there is none.
     pub answers: Value,
 }
 
 impl RunFiles {
-    /// Reads what is in `dir`.
+    /// Reads the files in `dir`.
     ///
     /// # Errors
-    /// If `dir` is not that of a run, or a file cannot be read. A missing or unreadable adapter is noted, not an error.
+    /// Returns an error if `dir` is not the directory of a run, or if a file cannot be read. A missing or unreadable
+    /// adapter is noted and is not an error.
     pub fn read(dir: &Path) -> Result<Self> {
         let (record_path, metrics_path) = (dir.join("run.json"), dir.join(METRICS));
         let record = if_there(&record_path, std::fs::read_to_string(&record_path))?
@@ -79,7 +80,7 @@ impl RunFiles {
             history: history.unwrap_or_default(),
             adapter,
             adapter_problem,
-            // Of `.`, too.
+            // This also gives a name if `dir` is `.`.
             name: name_of(&dir.canonicalize().unwrap_or_else(|_| dir.to_owned())),
             date: [&metrics_path, &record_path]
                 .iter()
@@ -89,10 +90,10 @@ impl RunFiles {
         })
     }
 
-    /// The page.
+    /// Renders the page.
     ///
     /// # Errors
-    /// If the page's template does not fit its values.
+    /// Returns an error if the page's template cannot be rendered with its values.
     pub fn html(&self) -> Result<String> {
         lay_out(include_str!("page.html"), page::values(self))
     }
@@ -104,13 +105,13 @@ fn date_of(path: &Path) -> Option<String> {
     Some(written.format("%Y-%m-%d").to_string())
 }
 
-/// A page: `template` with `values`, and the style that every page shares.
+/// Renders `template` with `values` and the style that all pages share.
 fn lay_out(template: &str, values: Text) -> Result<String> {
     let mut environment = Environment::new();
     let style = include_str!("style.css").to_owned();
     environment.add_global("style", Text::from_safe_string(style));
     environment.add_global("version", env!("CARGO_PKG_VERSION"));
-    // The name's ending turns escaping on.
+    // The extension `.html` turns escaping on.
     let page = environment.render_named_str("page.html", template, values);
     page.map_err(|e| {
         let message = format!("cannot lay out the page: {e}");
@@ -118,7 +119,7 @@ fn lay_out(template: &str, values: Text) -> Result<String> {
     })
 }
 
-/// What was read of `path`, unless it is not there.
+/// The value read from `path`; `None` if the file does not exist.
 fn if_there<T>(path: &Path, read: std::io::Result<T>) -> Result<Option<T>> {
     use std::io::ErrorKind::{NotADirectory, NotFound};
     match read {

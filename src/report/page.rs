@@ -1,4 +1,4 @@
-//! The page: what the template is given.
+//! The values that the template of a run's page gets.
 
 use minijinja::{Value as Text, context};
 use monteclora_adapters::methods::{self, METHODS, Metric};
@@ -10,7 +10,7 @@ use super::chart::{Chart, Series, number};
 use super::history::History;
 use super::sites::{self, Shown};
 
-/// Rows of the evaluation table that are shown at most.
+/// Largest number of rows in the evaluation table, besides that of the best evaluation.
 const MAX_EVALUATIONS: usize = 40;
 
 #[derive(Serialize)]
@@ -41,7 +41,7 @@ struct Section {
     entries: Vec<(String, String)>,
 }
 
-/// What the template of a run's page is given.
+/// The values for the template of a run's page.
 pub(super) fn values(run: &RunFiles) -> Text {
     let history = &run.history;
     let config = &run.record["config"];
@@ -102,7 +102,7 @@ fn title(run: &RunFiles) -> String {
     let id = run.record["base"]["model_id"]
         .as_str()
         .unwrap_or("Training run");
-    // A path says more by its last part.
+    // The last part of a path says most.
     id.rsplit('/')
         .find(|part| !part.is_empty())
         .unwrap_or(id)
@@ -166,7 +166,7 @@ fn cards(run: &RunFiles) -> Vec<Card> {
     shown.collect()
 }
 
-/// What methods report in a chart, each once, in the order of their colours.
+/// The metrics that the methods report in a chart, each once, in the order of their colours.
 fn metrics(chart: methods::Chart) -> Vec<&'static Metric> {
     let all = METHODS.iter().flat_map(|kind| kind.metrics);
     let mut found: Vec<_> = all.filter(|metric| metric.chart == chart).collect();
@@ -179,7 +179,7 @@ fn figures(history: &History) -> Vec<Figure> {
     let line = |name, colour, key: &str| Series {
         name,
         colour,
-        // A line of one point would not be seen.
+        // A line of one point would be invisible.
         marked: history.train.len() <= 2,
         points: history.train.iter().map(|p| (p.step, p.get(key))).collect(),
     };
@@ -288,7 +288,8 @@ fn figures(history: &History) -> Vec<Figure> {
         .collect()
 }
 
-/// Whether the values, all above zero, are better told by a logarithmic axis: the first steps of a run often are far above the rest.
+/// Whether a logarithmic axis suits the values: all are above zero, and some are far larger, as the first steps of a
+/// run often are.
 fn spans_decades(series: &[Series]) -> bool {
     let values = series.iter().flat_map(|series| &series.points);
     let values = values.filter_map(|(_, value)| value.filter(|value| value.is_finite()));
@@ -298,7 +299,7 @@ fn spans_decades(series: &[Series]) -> bool {
     low > 0.0 && high > 8.0 * low
 }
 
-/// Scores of `eval --json`, by what was scored.
+/// The scores of `eval --json` as a table with one column per predictor.
 fn scores(found: &Value) -> Option<Text> {
     const ROWS: [(&str, &str); 8] = [
         ("loss", "loss"),
@@ -360,7 +361,7 @@ fn answers(found: &Value) -> Vec<Text> {
         .collect()
 }
 
-/// The evaluations to show, the best among them, and how many are left out.
+/// The evaluations to show, always with the best one, and the number of those left out.
 fn evaluations(history: &History) -> (Vec<Text>, usize) {
     let best = history.best().map(|p| p.step);
     let every = history.eval.len().div_ceil(MAX_EVALUATIONS).max(1);
@@ -385,7 +386,7 @@ fn evaluations(history: &History) -> (Vec<Text>, usize) {
     (rows, n_left_out)
 }
 
-/// The configuration's tables, each value in one line.
+/// The configuration's tables, with one line per value.
 fn sections(config: &Value) -> Vec<Section> {
     let mut found = Vec::new();
     table("", config, &mut found);
@@ -445,7 +446,7 @@ fn provenance(record: &Value) -> Vec<(String, String)> {
     entries
 }
 
-/// A value as TOML would have it, without quotes.
+/// Formats a value as in TOML, but without quotes.
 fn plain(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
@@ -479,7 +480,7 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// Thousands apart by thin spaces.
+/// Formats a number with thin spaces between thousands.
 pub(super) fn grouped(value: u64) -> String {
     let digits = value.to_string();
     let mut text = String::new();

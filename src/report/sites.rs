@@ -1,4 +1,4 @@
-//! One value a site as a grid of blocks and projections.
+//! Draws one value per site as a grid of blocks and projections.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -13,7 +13,7 @@ const WIDTH: f64 = 480.0;
 const LEFT: f64 = 34.0;
 const TOP: f64 = 18.0;
 
-/// What the grid shows of a site: the posterior's spread, or the size of the update where there is no posterior.
+/// The value that the grid shows per site: the posterior's spread, or the size of the update if there is no posterior.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Shown {
     /// Standard deviation of the noise on A over the root mean square of A.
@@ -23,7 +23,7 @@ pub(super) enum Shown {
 }
 
 impl Shown {
-    /// Noise where every site has it.
+    /// The noise if every site has it, otherwise the update.
     pub(super) fn of(sites: &[SiteSummary]) -> Self {
         if sites.iter().all(|site| site.noise_to_signal.is_some()) {
             Self::NoiseToSignal
@@ -48,7 +48,7 @@ fn place(name: &str) -> Option<(usize, &str)> {
     Some((block, leaf))
 }
 
-/// Place of a projection in the order of the known families' blocks; others follow as they come.
+/// Position of a projection in the order of the known families' blocks. Unknown projections come last.
 fn order(leaf: &str) -> usize {
     let known = FAMILIES.iter().flat_map(|family| family.projections);
     known
@@ -56,7 +56,7 @@ fn order(leaf: &str) -> usize {
         .count()
 }
 
-/// The grid; sites outside the blocks are left to the table. Empty without a site in a block.
+/// The grid as SVG. Sites outside the blocks are only in the table. Empty if no site is in a block.
 pub(super) fn grid(sites: &[SiteSummary], shown: Shown) -> String {
     let mut leaves: Vec<&str> = Vec::new();
     let mut blocks = BTreeSet::new();

@@ -1,4 +1,4 @@
-//! An adapter with what lies beside it, as a scorer needs them.
+//! An adapter with its calibration and template variables, as a scorer needs them.
 
 use mistralrs_monteclora::{ScoredAdapter, ScoredBase};
 use monteclora_converters::jinja::recorded_variables;
@@ -10,7 +10,7 @@ use crate::eval::calibration::{Applicable, Calibration, Circumstances, Draws};
 use crate::eval::{DEFAULT_SEED, LengthNormalisation};
 use crate::provenance::content_hash;
 
-/// Draws of a posterior that are in memory: the first `n` under `seed`, of which requests may ask for `n_asked`.
+/// Posterior draws in memory: the first `n` under `seed`. Requests may ask for at most `n_asked`.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Held {
     pub(super) n: usize,
@@ -18,16 +18,16 @@ pub(super) struct Held {
     pub(super) seed: u64,
 }
 
-/// What `calibrate` found for an adapter, and what it has to have been made for.
+/// An adapter's calibration, and the circumstances in which the adapter is used.
 #[derive(Debug)]
 pub(super) struct Calibrated {
     pub(super) calibration: Calibration,
-    /// But for template and normalisation, which a request decides.
+    /// All circumstances except chat template and length normalisation, which each request decides.
     circumstances: Circumstances,
 }
 
 impl Calibrated {
-    /// What of it holds for prompts that this template writes out.
+    /// The part of the calibration that applies to prompts rendered with this chat template.
     pub(super) fn applicable(
         &self,
         chat_template_sha256: Option<String>,
@@ -42,7 +42,8 @@ impl Calibrated {
         self.calibration.applicable(&now, draws)
     }
 
-    /// The draws that it is of, as far as they may be asked for; all that may be where it does not hold at all.
+    /// The draws that the calibration was made with, up to the number that requests may ask for. If the calibration
+    /// does not apply, as many draws as requests may ask for.
     pub(super) fn default_draws(
         &self,
         chat_template_sha256: Option<String>,
@@ -67,7 +68,7 @@ impl Held {
     }
 }
 
-/// An adapter with what lies beside it.
+/// An adapter with its calibration and the settings of its draws.
 pub(super) struct ReadAdapter {
     pub(super) adapter: Adapter,
     pub(super) calibration: Option<Calibrated>,
@@ -129,7 +130,8 @@ impl ReadAdapter {
         self.adapter.config.monteclora.is_some() && sites.iter().all(|s| s.posterior.is_some())
     }
 
-    /// Mean and held draws, and with a posterior its parameters and draws of other seeds, for each score that is computed at a time.
+    /// Bytes of the mean and the held draws. With a posterior, also of its parameters and of draws of other seeds for
+    /// every score that is computed at the same time.
     pub(super) fn bytes(&self, base: &ScoredBase, asked: &ScoredAdapter<'_>) -> u64 {
         let sites = self.adapter.sites.iter();
         let (a, b) = sites.fold((0, 0), |(a, b), site| {

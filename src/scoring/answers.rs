@@ -1,4 +1,4 @@
-//! The answers of an adapter, or of a base alone, and how sure they are.
+//! The answers of an adapter, or of a base model alone, with their uncertainty.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,17 +17,17 @@ use crate::eval::calibration::{Draws, Judged, Scaling};
 use crate::eval::{Answer, Answerer, Cancelled, LengthNormalisation, Question, posterior_draw};
 use crate::model::{self, ActiveAdapter, GenerationSettings, Sequences};
 
-/// Most tokens that are computed for one question with its choices: what is in memory at a time grows with them.
+/// Largest number of tokens computed for one question with its choices. Memory use grows with this number.
 const MOST_TOKENS: usize = 16_384;
 
-/// A base in memory, alone or with an adapter.
+/// A base model in memory, alone or with an adapter.
 #[derive(Debug)]
 pub(super) struct AdapterScorer {
     pub(super) base: Arc<Base>,
-    /// Writes conversations out; none without a chat template.
+    /// Encoder of conversations; `None` if the model has no chat template.
     pub(super) chat: Option<Arc<Encoder>>,
     pub(super) mean: ActiveAdapter,
-    /// The whole adapter, where it has a posterior.
+    /// The whole adapter, if it has a posterior.
     pub(super) posterior: Option<Adapter>,
     pub(super) held: Held,
     pub(super) draws: Vec<ActiveAdapter>,
@@ -36,7 +36,8 @@ pub(super) struct AdapterScorer {
 }
 
 impl AdapterScorer {
-    /// The draws that are asked where a request does not say: those of the calibration, if it holds.
+    /// The draws used if a request names no number: those of an applicable calibration, otherwise as many as requests
+    /// may ask for.
     fn default_draws(&self, encoder: &Encoder, length_normalised: bool) -> Option<Draws> {
         match &self.calibration {
             Some(found) => {
@@ -78,7 +79,7 @@ impl AdapterScorer {
         Ok((n > 0).then_some(Draws { n, seed }))
     }
 
-    /// The question of a request.
+    /// Encodes the question of a request.
     fn question(&self, request: &ScoreRequest) -> Result<Encoded<'_>, ScoreError> {
         let (encoder, mut row) = match &request.prompt {
             ScorePrompt::Messages(row) => {
@@ -118,7 +119,7 @@ impl AdapterScorer {
         })
     }
 
-    /// The question of a request, and what is asked about it.
+    /// Checks a request, and finds the draws, calibration and threshold for its answer.
     fn asked(&self, request: &ScoreRequest) -> Result<Asked<'_>, ScoreError> {
         let Encoded {
             question,
@@ -236,7 +237,7 @@ impl AdapterScorer {
         ))
     }
 
-    /// Draws that are not held.
+    /// Computes draws that are not held in memory.
     fn draws_of(
         &self,
         adapter: &Adapter,
@@ -257,14 +258,14 @@ impl AdapterScorer {
 /// A question as tokens.
 struct Encoded<'a> {
     question: Question,
-    /// What turned it into them.
+    /// The encoder that made the tokens.
     encoder: &'a Encoder,
-    /// Hash of the chat template that wrote it out.
+    /// Hash of the chat template that rendered the question.
     template: Option<String>,
     system: Option<String>,
 }
 
-/// The key of the request that what is asked stands in.
+/// The key of the request that holds the prompt.
 fn prompt_key(request: &ScoreRequest) -> &'static str {
     match request.prompt {
         ScorePrompt::Messages(_) => "messages",
@@ -272,7 +273,7 @@ fn prompt_key(request: &ScoreRequest) -> &'static str {
     }
 }
 
-/// What a request asks.
+/// A checked request.
 struct Asked<'a> {
     encoder: &'a Encoder,
     question: Question,
@@ -280,13 +281,13 @@ struct Asked<'a> {
     length_normalised: bool,
     draws: Option<Draws>,
     calibration: Option<(Judged, Scaling)>,
-    /// Why the calibration that there is says nothing of this question.
+    /// Why the adapter's calibration does not apply to this question.
     why_not: Option<String>,
-    /// The confidence from which on answers are given, and the share of wrong ones that it is for.
+    /// The smallest confidence at which answers are given, and the error rate that this threshold targets.
     threshold: Option<(f64, f64)>,
 }
 
-/// The confidence from which on answers are given, and the share of wrong ones that it is for.
+/// The smallest confidence at which answers are given, and the error rate that this threshold targets.
 fn threshold(
     scaling: Option<&Scaling>,
     asked: Option<f64>,
@@ -432,7 +433,7 @@ impl AdapterScorer {
     }
 }
 
-/// A text that one draw goes on with.
+/// A text that one draw continues.
 struct Text<'a>(model::Continuation<'a>);
 
 impl Continuation for Text<'_> {

@@ -1,8 +1,8 @@
-//! What holds for every row of any case.
+//! Properties that hold for every test row.
 
 use super::*;
 
-/// Whatever the rows: a column or a key of a turn that nothing reads is counted, and a misspelt one is refused.
+/// In every row, a column or turn key that nothing reads is counted, and a misspelt column is refused.
 #[test]
 fn no_column_of_any_case_is_passed_over() {
     let root = std::env::var_os("MONTECLORA_CASES").map_or_else(own, PathBuf::from);

@@ -1,4 +1,4 @@
-//! Every case of rows with its right value.
+//! The expected result of every test row.
 
 use super::*;
 

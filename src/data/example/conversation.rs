@@ -1,4 +1,5 @@
-//! A conversation's tokens and which of them carry loss: by the turns' places in the rendered text, or by the template's markers.
+//! The tokens of a conversation and its loss mask, from the turns' places in the rendered text or from the template's
+//! markers.
 
 use std::ops::Range;
 
@@ -13,7 +14,7 @@ use crate::data::{
 };
 
 impl Encoder {
-    /// At least one example.
+    /// Encodes a conversation as at least one example.
     pub(super) fn conversation(
         &self,
         messages: &[Message],
@@ -54,7 +55,7 @@ impl Encoder {
             }
             turns.push((prompt.len()..text.len(), text));
         }
-        // The last trained turn's text holds everything that is needed: what follows it carries no loss.
+        // The text of the last trained turn is enough: what follows it carries no loss.
         let Some((_, whole)) = turns.last() else {
             if last(Role::Assistant, messages).is_some_and(|last| !messages[last].trained()) {
                 let problem =
@@ -77,7 +78,7 @@ impl Encoder {
             .collect()
     }
 
-    /// Everything is trained but the messages that must not be.
+    /// Trains every token except those of messages that must not be trained.
     fn whole_conversation(
         &self,
         template: &ChatTemplate,
@@ -109,8 +110,8 @@ impl Encoder {
         })
     }
 
-    /// Tokenises a rendered conversation and trains the tokens of the byte ranges, each up to its end-of-turn token; `whole` ones
-    /// to their end.
+    /// Tokenises a rendered conversation and trains the tokens of the byte ranges. Each range is trained up to its
+    /// end-of-turn token, or to its end if `whole` is set.
     fn masked(&self, text: &str, ranges: &[Range<usize>], whole: bool) -> Result<Example, Error> {
         let tokens = self.tokenizer.encode_spans(text)?;
         let mut loss_mask = vec![false; tokens.len()];
@@ -138,8 +139,8 @@ impl Encoder {
     }
 }
 
-/// The text up to the last of the `trained` turns, and what the template's generation markers mark of these. Markers belong to the
-/// turn that brings them; where every answer is trained, they are all taken.
+/// The text up to the last of the `trained` turns, and the ranges that the template's generation markers mark in these
+/// turns. A marker belongs to the turn that adds it. If every answer is trained, all markers are taken.
 fn marked_turns(
     template: &ChatTemplate,
     messages: &[Message],
@@ -180,7 +181,7 @@ fn marked_turns(
     Ok((rendered.text, ranges))
 }
 
-/// Whether a token holds text of the range. A token that begins before the range and reaches into it counts: it
+/// Whether a token holds text of the range. A token that begins before the range and reaches into it counts, because it
 /// holds part of the answer. Byte-level tokenizers report white space as an empty span at its end.
 pub(super) fn covers(range: &Range<usize>, token: &SpannedToken) -> bool {
     let Range { start, end } = token.bytes;

@@ -1,4 +1,4 @@
-//! How rows become examples, and in whose words remedies are given.
+//! Options that decide how rows become examples, and whether a fix names keys or flags.
 
 use serde::{Deserialize, Serialize};
 
@@ -30,18 +30,18 @@ pub enum Overlong {
     Truncate,
 }
 
-/// Whose words a remedy is in.
+/// Whether a suggested fix names configuration keys or flags.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Remedies {
     /// Keys of run.toml.
     #[default]
     Keys,
-    /// Flags of a command without run.toml; what only run.toml can set is left out.
+    /// Flags of a command that has no run.toml. Fixes that only run.toml offers are left out.
     Flags,
 }
 
 impl Remedies {
-    /// A remedy, or a setting of run.toml in its place.
+    /// The remedy, and for [`Self::Keys`] a setting of run.toml as the alternative.
     pub(super) fn or_set(self, remedy: &str, setting: &str) -> String {
         match self {
             Self::Keys => format!("{remedy}, or set data.{setting}"),
@@ -49,7 +49,7 @@ impl Remedies {
         }
     }
 
-    /// A higher length limit, or a setting in its place.
+    /// The advice to raise the length limit, and for [`Self::Keys`] a setting as the alternative.
     pub(super) fn raise_limit(self, setting: &str) -> String {
         match self {
             Self::Keys => self.or_set("raise data.max_seq_length", setting),
@@ -63,18 +63,20 @@ impl Remedies {
 pub struct EncodeOptions {
     /// Which turns carry loss.
     pub train_on: TrainOn,
-    /// Prompt rows as one user and one assistant turn; otherwise prompt, completion and end token, tokenised apart.
+    /// Whether prompt rows become one user and one assistant turn. Otherwise prompt, completion and end token are
+    /// tokenised separately.
     pub apply_chat_template: bool,
     /// Longest example, in tokens.
     pub max_seq_length: usize,
-    /// What happens to a longer one.
+    /// What happens to a longer example.
     pub overlong: Overlong,
-    /// Whose words remedies are in.
+    /// Whether a suggested fix names keys or flags.
     pub remedies: Remedies,
 }
 
 impl EncodeOptions {
-    /// Of questions and texts that are judged or answered, not trained on: whole, up to `limit` tokens.
+    /// Options for questions and texts that are scored or answered, not trained on. Each is kept whole, up to `limit`
+    /// tokens.
     pub fn whole(apply_chat_template: bool, limit: usize) -> Self {
         Self {
             train_on: TrainOn::Assistant,

@@ -1,4 +1,4 @@
-//! Laws of the loss mask over templates of several shapes, and every refusal.
+//! Properties of the loss mask with several kinds of templates, and every refusal.
 
 use std::time::UNIX_EPOCH;
 
@@ -44,7 +44,7 @@ fn examples(encoder: &Encoder, json: &str) -> Vec<Example> {
     encoder.encode_row(&row(json)).expect("encodes").examples
 }
 
-/// The trained tokens as text, a string for each run of them.
+/// The trained tokens as text, one string per run of trained tokens.
 fn trained(encoder: &Encoder, example: &Example) -> Vec<String> {
     assert_eq!(example.input_ids.len(), example.loss_mask.len());
     let mut runs: Vec<Vec<u32>> = Vec::new();
@@ -146,13 +146,13 @@ fn answers_equal_to_the_prompt_are_not_confused_with_it() {
 
 #[test]
 fn beginning_of_text_is_what_the_template_prints() {
-    // The template prints it and the tokenizer would add it.
+    // The template prints the BOS token, and the tokenizer would add it.
     let both = encoder(LLAMA3_LIKE, true, OPTIONS);
     let example = &examples(&both, TWO_TURNS)[0];
     assert_eq!(example.input_ids.iter().filter(|id| **id == 259).count(), 1);
     assert_eq!(example.input_ids[0], 259);
     assert_eq!(trained(&both, example), ["A1<|im_end|>", "A2<|im_end|>"]);
-    // The template does not print it: a conversation has none, bare text does.
+    // The template does not print the BOS token: a conversation has none, bare text has one.
     let chatml_text =
         std::fs::read_to_string(tiny_llama().join("chat_template.jinja")).expect("fixture");
     let added = encoder(&chatml_text, true, OPTIONS);
@@ -163,7 +163,7 @@ fn beginning_of_text_is_what_the_template_prints() {
         .prompt_tokens(&[Message::new(Role::User, "U")], &[])
         .expect("encodes");
     assert!(!prompt.contains(&259));
-    // Nobody does.
+    // Neither the template nor the tokenizer adds one.
     assert_eq!(examples(&chatml(OPTIONS), TWO_TURNS)[0].input_ids[0], 1);
     assert_eq!(added.plain_prompt_tokens("U").expect("encodes")[0], 259);
 }
@@ -182,7 +182,7 @@ fn a_template_that_rewrites_earlier_turns_gives_an_example_a_turn() {
         trained(&thinking, &found[1]),
         [format!("{block}A2<|im_end|>")]
     );
-    // The second example shows the first answer as the model will see it.
+    // The second example shows the first answer as the model sees it at that turn.
     assert!(text(&thinking, &found[1].input_ids).contains("<|im_start|>assistant\nA1<|im_end|>"));
     let last = encoder(
         THINKING,
@@ -372,7 +372,7 @@ fn choices_share_the_prompt() {
     }
 }
 
-/// Nothing said on either side: the end token alone is trained.
+/// With empty messages, only the end token is trained.
 #[test]
 fn empty_messages_train_the_end_token() {
     let encoder = chatml(OPTIONS);
@@ -421,8 +421,8 @@ fn a_conversational_prompt_is_context() {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever is said, the trained tokens are the answers with their end tokens, the prompt for generation is
-    /// what stands before the last answer, and the text is the template's.
+    /// For any messages, the trained tokens are the answers with their end tokens, the prompt for generation is the
+    /// part before the last answer, and the text is the template's.
     #[test]
     fn trained_tokens_are_the_answers(
         pairs in prop::collection::vec(("[ -~\n\u{e9}\u{6f22}\u{1f980}]{0,12}", "[ -~\n\u{e9}\u{6f22}\u{1f980}]{0,12}"), 1..4),

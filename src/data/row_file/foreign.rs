@@ -1,4 +1,4 @@
-//! Files that hold no rows, recognised by how they begin: what it is, and how to make rows of it.
+//! Recognises files that hold no rows by how they begin. Says what the file is, and how to make rows from it.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek};
@@ -9,14 +9,14 @@ use serde::de::IgnoredAny;
 
 use super::table::{Table, is_named_table};
 
-/// First bytes that are looked at.
+/// Number of bytes at the start of a file that are examined.
 const HEAD: u64 = 1 << 16;
-/// Lines among which one of JSON is looked for.
+/// Number of lines at the start of a file among which one must be JSON.
 const FIRST_LINES: usize = 8;
-/// Characters of a text that a message shows.
+/// Number of characters of a text that a message shows.
 const SHOWN_TEXT: usize = 60;
 
-/// Archives, other tables and documents: how they begin, what they are, what to do.
+/// Archives, other tables and documents: the first bytes, the kind, and the fix.
 const MAGIC: [(&[u8], &str, &str); 17] = [
     (
         b"\x28\xb5\x2f\xfd",
@@ -103,10 +103,10 @@ const MAGIC: [(&[u8], &str, &str); 17] = [
 const ARROW: &str = "write it as JSON Lines: `datasets.Dataset.from_file(FILE).to_json(\"rows.jsonl\")`, or `datasets.load_from_disk(FOLDER)` in place of from_file";
 const EXCEL: &str = "save the sheet as JSON Lines: `pandas.read_excel(FILE).to_json(\"rows.jsonl\", orient=\"records\", lines=True)`";
 
-/// Refuses a stream, unpacked where it was packed, that is no JSON, or JSON in another layout than rows.
+/// Refuses a file, already unpacked, that is not JSON, or that is JSON in another layout than rows.
 ///
 /// # Errors
-/// What it is, and what to do; if it cannot be read.
+/// Returns what the file is and how to fix it, or an error if it cannot be read.
 pub(super) fn refuse(
     path: &Path,
     file: &mut File,
@@ -137,7 +137,7 @@ fn refused(path: &Path, is: impl Into<String>, fix: impl Into<String>) -> Proble
     Problem::new("not-rows", at, is, fix).exit(3)
 }
 
-/// What the first bytes tell; `None` where they may begin JSON, or nothing at all.
+/// Recognises a foreign file by its first bytes; `None` if they may begin JSON, or if the file is blank.
 fn recognise(path: &Path, head: &[u8]) -> Option<Problem> {
     let refused = |is: String, fix: &str| Some(refused(path, is, fix));
     if let Some((_, is, fix)) = MAGIC.iter().find(|(magic, ..)| head.starts_with(magic)) {
@@ -193,7 +193,7 @@ fn recognise(path: &Path, head: &[u8]) -> Option<Problem> {
     let is_json = |line: &str| {
         line.starts_with(['{', '[']) || serde_json::from_str::<IgnoredAny>(line).is_ok()
     };
-    // One line that is JSON is enough: the others are named one by one.
+    // One line of JSON is enough. Other lines are reported one by one later.
     let n_looked_at = if is_named_table(path) { 1 } else { FIRST_LINES };
     if lines().take(n_looked_at).any(is_json) {
         return None;
@@ -221,7 +221,7 @@ fn recognise(path: &Path, head: &[u8]) -> Option<Problem> {
     )
 }
 
-/// The problem of an object that goes over several lines, as pretty-printers write it.
+/// The problem of a file whose first object spans several lines, as pretty-printers write it.
 fn spread(path: &Path, head: &[u8], file: impl Read) -> Option<Problem> {
     let mark = if head.starts_with(b"\xef\xbb\xbf") {
         3

@@ -1,4 +1,4 @@
-//! Parquet rows as JSON Lines: what other readers of a data set see, a row group at a time.
+//! Converts Parquet rows to JSON Lines, one row group at a time.
 
 use std::{
     fs::File,
@@ -18,11 +18,12 @@ use serde_json::Value;
 
 use crate::data::error::{bad_data, not_unpacked};
 
-/// Writes one line per row. A column without a value, at any depth, is a key that is left out: a table has no other
-/// way to say that a message has no `tool_calls`.
+/// Writes one line per row. A column without a value, at any depth, is left out as a key, because a table cannot
+/// otherwise say that a message has no `tool_calls`.
 ///
 /// # Errors
-/// For a file that is cut short or damaged and for columns that cannot be read as text, by name; if `out` cannot be written.
+/// Returns an error if the file is cut short or damaged, if columns cannot be read as text (it names them), or if `out`
+/// cannot be written.
 pub(super) fn write_json_lines(path: &Path, file: File, out: &mut File) -> Result<(), Error> {
     let refuse = |problem: String| bad_data("parquet", format!("`{}`: {problem}", path.display()));
     let reader = SerializedFileReader::new(file).map_err(|error| {
@@ -57,7 +58,7 @@ pub(super) fn write_json_lines(path: &Path, file: File, out: &mut File) -> Resul
     out.flush().map_err(unpack)
 }
 
-/// What no row of the file can be read for: columns of bytes, which are no text, and ways of packing that are not built in.
+/// Problems that make every row unreadable: columns of bytes that are not text, and compressions that are not built in.
 fn unreadable(reader: &SerializedFileReader<File>) -> Vec<String> {
     let metadata = reader.metadata();
     let schema = metadata.file_metadata().schema_descr();
@@ -108,7 +109,7 @@ fn is_built_in(packing: Compression) -> bool {
     )
 }
 
-/// The first column that cannot be read to its end by itself.
+/// The first column that cannot be read to its end when it is read alone.
 fn first_damaged(reader: &SerializedFileReader<File>) -> Option<String> {
     let schema = reader.metadata().file_metadata().schema();
     let fails = |field: &Arc<Type>| {
@@ -203,7 +204,8 @@ mod tests {
         );
     }
 
-    /// Not compressed, version 2 pages; a row of a null alone is an empty object, which the check of rows then names.
+    /// Not compressed, version 2 pages. A row of a single null is an empty object, which the check of rows then
+    /// reports.
     #[test]
     fn plain_text_is_read() {
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Where rows lie in a stream of JSON: one a line, or the elements of one array.
+//! Finds the rows in a stream of JSON: one per line, or the elements of one array.
 
 use std::{
     io::{self, BufRead},
@@ -9,12 +9,12 @@ use monteclora_converters::{Error, Problem};
 
 use crate::data::error::{RowProblem, field_problem, unreadable};
 
-/// Where one row lies.
+/// The place of one row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Span {
     pub(super) offset: u64,
     pub(super) n_bytes: u32,
-    /// Line that it begins in, from 1.
+    /// Line in which the row begins, from 1.
     pub(super) line: u32,
     crc: u32,
 }
@@ -39,8 +39,8 @@ impl Span {
     }
 }
 
-/// The rows of a stream; whether it is an array is told by its first character. Only one row is held at a time in
-/// lines, and only the state of the scan in an array.
+/// Finds the rows of a stream. If its first character is `[`, the stream is an array. With lines, only one row is in
+/// memory at a time; with an array, only the state of the scan.
 pub(super) fn index(mut reader: impl BufRead, path: &Path) -> Result<Vec<Span>, Error> {
     let read_error = unreadable(path);
     let mut spans = Vec::new();
@@ -88,14 +88,14 @@ enum Expects {
     End,
 }
 
-/// The elements of a JSON array, found by their brackets and strings alone; each is parsed later, as a line is.
+/// Finds the elements of a JSON array by brackets and strings only. Each element is parsed later, like a line.
 struct ArrayScan<'a> {
     path: &'a Path,
     spans: Vec<Span>,
     expects: Expects,
     offset: u64,
     line: u32,
-    /// Of the element that is open: offset, line and checksum of what came before this chunk.
+    /// Offset and line of the open element, and the checksum of its bytes before this chunk.
     start: Option<(u64, u32, crc32fast::Hasher)>,
     depth: usize,
     in_string: bool,
@@ -155,7 +155,7 @@ impl<'a> ArrayScan<'a> {
         Ok(())
     }
 
-    /// A byte of an element; true if it ends a scalar without belonging to it.
+    /// Processes a byte of an element. Returns true if the byte ends a scalar but does not belong to it.
     fn inside(&mut self, byte: u8) -> bool {
         if self.in_string {
             match byte {
@@ -176,7 +176,7 @@ impl<'a> ArrayScan<'a> {
         false
     }
 
-    /// A byte between elements; true if it begins one.
+    /// Processes a byte between elements. Returns true if the byte begins an element.
     fn between(&mut self, byte: u8, at: usize) -> Result<bool, Error> {
         if matches!(byte, b' ' | b'\t' | b'\r' | b'\n') {
             return Ok(false);
@@ -286,7 +286,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// Whatever the elements and however the stream is cut, each is found whole, as serde_json sees it.
+        /// For any elements and any chunks of the stream, every element is found whole, as serde_json sees it.
         #[test]
         fn every_element_is_found(
             texts in prop::collection::vec("[\\]\\[{}\",\\\\a \n\u{e9}]{0,8}", 0..6),

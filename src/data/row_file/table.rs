@@ -1,17 +1,17 @@
-//! Tables as text, CSV and TSV: recognised by name or by two lines, and the command that makes rows of them.
+//! Recognises CSV and TSV tables by name or by their first two lines, and gives the command that converts them to rows.
 
 use std::path::Path;
 
-/// Columns that a message names.
+/// Largest number of columns that a message names.
 const SHOWN: usize = 20;
 
-/// A table by its first line.
+/// A table, described by its first line.
 pub(super) struct Table<'a> {
     separator: char,
     columns: Vec<&'a str>,
 }
 
-/// Whether a file's name is one of a table.
+/// Whether a file has the extension of a table.
 pub(super) fn is_named_table(path: &Path) -> bool {
     path.extension().is_some_and(|extension| {
         extension.eq_ignore_ascii_case("csv") || extension.eq_ignore_ascii_case("tsv")
@@ -19,7 +19,7 @@ pub(super) fn is_named_table(path: &Path) -> bool {
 }
 
 impl<'a> Table<'a> {
-    /// A table of which `first` is the line of names.
+    /// Recognises a table whose header line is `first`.
     pub(super) fn recognise(path: &Path, first: &'a str, second: Option<&str>) -> Option<Self> {
         let columns = |separator: char| -> Vec<&'a str> {
             let names = first.split(separator);
@@ -33,7 +33,7 @@ impl<'a> Table<'a> {
             let tables = ['\t', ';', ','].into_iter().map(by);
             return tables.max_by_key(|table| table.columns.len());
         }
-        // Names of columns are short and few words; a sentence has commas, too.
+        // Column names are short. This excludes sentences, which also contain commas.
         let is_name = |name: &&str| !name.is_empty() && name.len() <= 40 && !name.contains(". ");
         [',', '\t', ';'].into_iter().map(by).find(|table| {
             let names = &table.columns;
@@ -44,7 +44,7 @@ impl<'a> Table<'a> {
         })
     }
 
-    /// What it is.
+    /// Describes the table.
     pub(super) fn describe(&self) -> String {
         let name = if self.separator == '\t' { "TSV" } else { "CSV" };
         let shown = self.columns.iter().take(SHOWN).copied();
@@ -56,7 +56,7 @@ impl<'a> Table<'a> {
         format!("{name}, whose line 1 names the columns {shown}{more}; rows are JSON")
     }
 
-    /// The command that makes rows of it.
+    /// The command that converts the table to rows.
     pub(super) fn remedy(&self, encoding: &str) -> String {
         let delimiter = match self.separator {
             ',' => String::new(),

@@ -1,4 +1,4 @@
-//! What stands beside the turns of a row: alpaca's earlier turns, and the chat template's variables.
+//! Reads what accompanies the turns of a row: alpaca's earlier turns, and the chat template's variables.
 
 use serde_json::{Map, Value};
 
@@ -9,7 +9,7 @@ use super::{
 };
 
 impl Reader<'_> {
-    /// Alpaca's earlier turns, `[[user, assistant], ...]`, which LLaMA-Factory trains like the last one.
+    /// Reads alpaca's earlier turns, `[[user, assistant], ...]`, which LLaMA-Factory trains like the last one.
     pub(super) fn history(&mut self) -> Option<Vec<Message>> {
         const FIX: &str = "expected a list of earlier turns, each [user, assistant]";
         let text;
@@ -42,10 +42,10 @@ impl Reader<'_> {
         Some(messages)
     }
 
-    /// The chat template's variables: an object or its JSON text, and the documents.
+    /// Reads the chat template's variables (an object or its JSON text) and the documents.
     pub(super) fn variables(&mut self) -> Map<String, Value> {
         const KWARGS: &str = "chat_template_kwargs";
-        /// What the row and the training say themselves.
+        /// Variables that the row's other columns or the trainer set.
         const TAKEN: [&str; 5] = [
             "messages",
             "tools",

@@ -1,4 +1,5 @@
-//! The columns of a row that its format does not read: refused where they say what is trained or are context, noted otherwise.
+//! Checks the columns that a row's format does not read. Columns that are context or control training are refused,
+//! others noted.
 
 use serde_json::Value;
 
@@ -22,7 +23,7 @@ const BESIDE: [&str; 7] = [
 ];
 
 impl RowFormat {
-    /// The columns that are the row.
+    /// The columns that make up the row.
     fn own_columns(self) -> &'static [&'static str] {
         match self {
             Self::Messages => &["messages"],
@@ -33,7 +34,7 @@ impl RowFormat {
         }
     }
 
-    /// The columns beside them that are read, too.
+    /// The other columns that the format reads.
     fn columns_beside(self) -> &'static [&'static str] {
         match self {
             Self::Text => &BESIDE[5..],
@@ -43,7 +44,7 @@ impl RowFormat {
 }
 
 impl Reader<'_> {
-    /// Looks at every column that `format` does not read.
+    /// Refuses or notes every column that `format` does not read.
     pub(super) fn columns(&mut self, format: RowFormat) {
         let has_choices = self.get("choices").is_some();
         let names = format.own_columns().iter().chain(format.columns_beside());
@@ -61,14 +62,14 @@ impl Reader<'_> {
                 let problem = format!("nothing reads this column (did you mean `{meant}`?)");
                 self.refuse::<()>(key, problem, "rename or remove it");
             } else if is_followed(key, value) {
-                // It says what happens anyway.
+                // The column asks for what happens anyway.
             } else {
                 self.note_unread(key.clone());
             }
         }
     }
 
-    /// What a column says that is not followed, and the remedy.
+    /// Why a column is refused, and how to fix it; `None` if it is not refused.
     fn refused_column(
         &self,
         format: RowFormat,
@@ -84,7 +85,7 @@ impl Reader<'_> {
             )
         };
         let meaning = Meaning::of(key)?;
-        // A text is whole: what stands beside it is no context of it.
+        // A text row is complete: other columns are not context for it.
         if format == RowFormat::Text && (meaning.is_context() || meaning == Meaning::Label) {
             return None;
         }
@@ -157,7 +158,7 @@ impl Reader<'_> {
         Some((problem, fix.to_owned()))
     }
 
-    /// The column that was meant, if the row lacks it and the value could be one of it.
+    /// The column that a misspelt `key` probably means, if the row lacks that column and the value fits it.
     fn misspelt_column(
         &self,
         known: &[&'static str],
@@ -169,7 +170,7 @@ impl Reader<'_> {
             "tools" => value.is_array() || value.is_string(),
             "chat_template_kwargs" => value.is_object() || value.is_string(),
             "system" | "input" => value.is_string(),
-            // Any list of things that a row refers to.
+            // A column with a similar name may hold any list of things that the row refers to.
             "documents" => false,
             _ => true,
         };
@@ -178,7 +179,7 @@ impl Reader<'_> {
             .filter(|name| self.get(name).is_none())
             .filter(could_be)
             .copied();
-        // A misspelt `label` is as bad as a label.
+        // A misspelt `label` must be refused like `label`.
         nearest(key, absent).or_else(|| {
             (self.is_training() && key != "label" && value.is_boolean())
                 .then(|| nearest(key, ["label"]))
@@ -187,7 +188,7 @@ impl Reader<'_> {
     }
 }
 
-/// What a column that no format reads says of its row.
+/// The meaning of a column that no format reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Meaning {
     Label,
@@ -209,7 +210,7 @@ enum Meaning {
 }
 
 impl Meaning {
-    /// By the column's name, in whatever case and with whatever separators.
+    /// Finds the meaning by the column's name. Case and separators do not matter.
     fn of(key: &str) -> Option<Self> {
         const NAMES: [(Meaning, &[&str]); 16] = [
             (Meaning::Label, &["label", "kto_tag"]),
@@ -293,7 +294,7 @@ impl Meaning {
         Some(*meaning)
     }
 
-    /// Whether it is something that the model should see, rather than how it learns.
+    /// Whether the column holds something that the model should see, not something that controls training.
     fn is_context(self) -> bool {
         matches!(
             self,
@@ -309,7 +310,7 @@ impl Meaning {
     }
 }
 
-/// A flag, also as a table of texts has it.
+/// Reads a flag: a boolean, or the text `true` or `false` in any case.
 fn said(value: &Value) -> Option<bool> {
     match value.as_str().map(str::to_ascii_lowercase).as_deref() {
         Some("true") => Some(true),
@@ -319,7 +320,7 @@ fn said(value: &Value) -> Option<bool> {
     }
 }
 
-/// A number, also as a table of texts has it; true is 1.
+/// Reads a number, which may be written as text; true is 1 and false is 0.
 fn number(value: &Value) -> Option<f64> {
     match value {
         Value::Bool(flag) => Some(f64::from(u8::from(*flag))),
@@ -328,7 +329,7 @@ fn number(value: &Value) -> Option<f64> {
     }
 }
 
-/// Whether a column says what is done anyway: rows count alike, and every row is trained.
+/// Whether a column asks for what happens anyway: every row is trained, with weight 1.
 fn is_followed(key: &str, value: &Value) -> bool {
     match Meaning::of(key) {
         Some(Meaning::Label | Meaning::Train) => said(value) == Some(true),

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::value::is_empty;
 
-/// The fields of a row that may be called otherwise in a file.
+/// The fields of a row that a file may name differently.
 const FIELDS: [&str; 14] = [
     "messages",
     "tools",
@@ -25,17 +25,18 @@ const FIELDS: [&str; 14] = [
     "chat_template_kwargs",
 ];
 
-/// Field of a row -> its name in the file, such as `prompt = "question"`; what is not listed keeps its own name.
+/// Maps fields of a row to their names in the file, such as `prompt = "question"`. A field that is not listed keeps its
+/// own name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "IndexMap<String, String>")]
 pub struct FieldNames(IndexMap<String, String>);
 
-/// What giving a row's fields their own names did.
+/// The result of renaming the columns of a row.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Renamed {
     /// The fields that the row has under another name.
     pub(super) fields: Vec<String>,
-    /// Columns that hold something and had the name of such a field.
+    /// Columns that hold something and were removed because they had the name of such a field.
     pub(super) displaced: Vec<String>,
 }
 
@@ -45,7 +46,7 @@ impl TryFrom<IndexMap<String, String>> for FieldNames {
     /// Checks a mapping.
     ///
     /// # Errors
-    /// What is wrong with it: an unknown field, or one name for two fields.
+    /// Returns a message if a field is unknown, or if two fields have one name.
     fn try_from(names: IndexMap<String, String>) -> Result<Self, String> {
         for (idx, (field, name)) in names.iter().enumerate() {
             if !FIELDS.contains(&field.as_str()) {
@@ -73,19 +74,19 @@ impl TryFrom<IndexMap<String, String>> for FieldNames {
 }
 
 impl FieldNames {
-    /// Whether every field has its own name.
+    /// Whether no field is renamed.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Each field and the name that the file gives it.
+    /// Each renamed field with its name in the file.
     pub fn names(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0
             .iter()
             .map(|(field, name)| (field.as_str(), name.as_str()))
     }
 
-    /// Gives the fields of an object their own names. What had such a name without being meant is taken out.
+    /// Renames columns to the fields that they hold. A column that already has the name of such a field is removed.
     pub(super) fn apply(&self, object: &mut Map<String, Value>) -> Renamed {
         let names = self.0.iter();
         let found: Vec<_> = names
@@ -107,13 +108,13 @@ impl FieldNames {
         renamed
     }
 
-    /// A problem in the file's words.
+    /// Restates a problem with the file's names.
     pub(crate) fn in_file_words(&self, mut problem: Problem) -> Problem {
         self.put_in_file_words(&mut problem.at);
         problem
     }
 
-    /// Puts a place such as `messages[2].role` in the file's words.
+    /// Replaces the field of a place such as `messages[2].role` by the file's name.
     pub(super) fn put_in_file_words(&self, at: &mut String) {
         let end = at.find(['[', '.']).unwrap_or(at.len());
         if let Some(name) = self.0.get(&at[..end]) {
@@ -138,7 +139,7 @@ mod tests {
         let object = object.as_object_mut().expect("object");
         let renamed = names.apply(object);
         assert_eq!(renamed.fields, ["prompt", "completion"]);
-        // The column that was called so.
+        // The column that had this name before.
         assert_eq!(renamed.displaced, ["completion"]);
         assert_eq!(
             serde_json::to_value(&*object).expect("JSON"),

@@ -1,4 +1,4 @@
-//! JSON as strictly as a data file needs it: repeated keys are refused, and what is wrong is said in the reader's words.
+//! Parses JSON strictly. Repeated keys are refused, and messages are written for the person who made the file.
 
 use monteclora_converters::{Problem, json};
 use serde::de::IgnoredAny;
@@ -23,7 +23,7 @@ const READ: [&str; 7] = [
 /// Parses one row.
 ///
 /// # Errors
-/// What is wrong, with the column in bytes from 1 (and the line within the row, where the row spans several).
+/// Returns what is wrong and the column in bytes from 1. If the row spans several lines, also the line within the row.
 pub(super) fn parse(bytes: &[u8]) -> Result<Value, Problem> {
     let refuse = |problem: String, fix: &str| field_problem("row", problem, fix);
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
@@ -96,7 +96,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, Problem> {
     })
 }
 
-/// The byte before a line and column, both from 1.
+/// The byte offset of a line and column, both from 1.
 fn offset(text: &str, line: usize, column: usize) -> usize {
     let before = text.split_inclusive('\n').take(line.saturating_sub(1));
     before.map(str::len).sum::<usize>() + column.saturating_sub(1)
@@ -109,7 +109,7 @@ fn place_or_row(text: &str, at: usize) -> String {
     }
 }
 
-/// What follows a whole value in its line.
+/// What follows a complete value in the row's text, and the fix.
 fn more_than_one(text: &str) -> Option<(&'static str, &'static str)> {
     let mut values = serde_json::Deserializer::from_str(text).into_iter::<IgnoredAny>();
     values.next()?.ok()?;
@@ -136,7 +136,7 @@ fn more_than_one(text: &str) -> Option<(&'static str, &'static str)> {
     }
 }
 
-/// What people write where JSON is wanted: what it begins with, how it is called, and the remedy.
+/// Common mistakes in place of JSON: how each begins, a hint, and the fix.
 const HABITS: [(&[&str], &str, &str); 4] = [
     (
         &["NaN", "Infinity"],
@@ -160,10 +160,10 @@ const HABITS: [(&[&str], &str, &str); 4] = [
     ),
 ];
 
-/// What the text at an error's place suggests.
+/// The hint and the fix that the text at an error's place suggests.
 fn explain(text: &str, line: usize, column: usize) -> (&'static str, &'static str) {
     let line = text.split('\n').nth(line.saturating_sub(1)).unwrap_or("");
-    // The column may point at the last byte that was looked at, or one past it.
+    // The column may point at the last byte that the parser read, or one past it.
     let around = |name: &&str| {
         (column.saturating_sub(name.len() + 1)..=column)
             .any(|at| line.get(at..).is_some_and(|rest| rest.starts_with(name)))

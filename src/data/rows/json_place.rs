@@ -1,6 +1,7 @@
-//! Where in the text of a JSON value something stands: the keys and indices that lead there.
+//! Finds the keys and indices that lead to a place in the text of a JSON value.
 
-/// The place of byte `at`, such as `messages[1].content`; empty for the value itself. The text needs to be JSON up to there only.
+/// The place of byte `at`, such as `messages[1].content`; empty for the value itself. Only the text before `at` must be
+/// JSON.
 pub(super) fn place(text: &str, at: usize) -> String {
     let mut path: Vec<Step> = Vec::new();
     let bytes = text.as_bytes();
@@ -61,14 +62,14 @@ pub(super) fn place(text: &str, at: usize) -> String {
 
 enum Step {
     Index(usize),
-    /// The key, and whether it is still to come.
+    /// The current key of an object. While `is_open`, the next string is the key.
     Key {
         name: String,
         is_open: bool,
     },
 }
 
-/// Behind the closing quote of the string that begins at `start`.
+/// The byte offset after the closing quote of the string that begins at `start`.
 fn string_end(bytes: &[u8], start: usize) -> usize {
     let mut idx = start + 1;
     while idx < bytes.len() {
@@ -81,7 +82,7 @@ fn string_end(bytes: &[u8], start: usize) -> usize {
     bytes.len()
 }
 
-/// The integers of a text that 64 bits do not hold, each with its byte.
+/// The integers of a text that do not fit in 64 bits, each with its byte offset.
 pub(super) fn long_integers(text: &str) -> Vec<(usize, &str)> {
     let bytes = text.as_bytes();
     let mut found = Vec::new();
@@ -109,7 +110,7 @@ pub(super) fn long_integers(text: &str) -> Vec<(usize, &str)> {
     found
 }
 
-/// The first escape of half a character, such as `\ud83d` without what follows it, and its byte.
+/// The first escape of half a character, such as `\ud83d` without its second half, with its byte offset.
 pub(super) fn lone_surrogate(text: &str) -> Option<(usize, &str)> {
     let unit = |at: usize| {
         let digits = text.get(at..at + 6)?.strip_prefix("\\u")?;

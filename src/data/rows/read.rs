@@ -1,4 +1,4 @@
-//! One JSON object -> a checked row; every problem is collected, none hides another.
+//! Checks one JSON object and turns it into a row. Every problem is collected, so that none hides another.
 
 use monteclora_converters::Problem;
 use serde_json::{Map, Value, json};
@@ -12,10 +12,10 @@ use super::{
 };
 use crate::data::error::field_problem;
 
-/// Parses and checks one row whose fields have their own names. With `format` absent it is detected by the keys.
+/// Parses and checks one row whose fields have their own names. If `format` is `None`, the keys decide the format.
 ///
 /// # Errors
-/// Every problem of the row.
+/// Returns every problem of the row.
 pub fn parse_row(
     bytes: &[u8],
     format: Option<RowFormat>,
@@ -26,7 +26,7 @@ pub fn parse_row(
 /// As [`parse_row`], with the names that the file gives to the fields.
 ///
 /// # Errors
-/// Every problem of the row, in the file's names.
+/// Returns every problem of the row, with the file's names.
 pub fn parse_named_row(
     bytes: &[u8],
     format: Option<RowFormat>,
@@ -44,10 +44,10 @@ pub fn parse_named_row(
     Ok((format, row))
 }
 
-/// Parses a row that is to be answered: as [`parse_row`], but it need not hold the answer, and one that it holds means nothing.
+/// Parses a row that is to be answered, as [`parse_row`]. The answer may be missing; a given answer has no effect.
 ///
 /// # Errors
-/// Every problem of the row.
+/// Returns every problem of the row.
 pub fn parse_question(bytes: &[u8]) -> Result<Row, Vec<Problem>> {
     let mut object = object(bytes)?;
     let has_choices = object.get("choices").is_some_and(Value::is_array);
@@ -66,7 +66,7 @@ pub fn parse_question(bytes: &[u8]) -> Result<Row, Vec<Problem>> {
     checked_row(&mut object, None, Purpose::Question).map(|(_, row)| row)
 }
 
-/// Stands in the place of an answer that nobody looks at.
+/// Placeholder for an answer that nothing reads.
 const UNKNOWN: &str = "?";
 
 fn object(bytes: &[u8]) -> Result<Map<String, Value>, Vec<Problem>> {
@@ -81,7 +81,7 @@ fn object(bytes: &[u8]) -> Result<Map<String, Value>, Vec<Problem>> {
     }
 }
 
-/// The messages of a conversation that ends before the assistant's turn.
+/// The messages of a conversation that does not end with the assistant's turn.
 fn unanswered(object: &mut Map<String, Value>) -> Option<&mut Vec<Value>> {
     let messages = object.get_mut("messages")?.as_array_mut()?;
     let last = messages.last()?.get("role")?;
@@ -96,7 +96,7 @@ fn answer_turn(content: Value) -> Value {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Purpose {
     Training,
-    /// To be answered: what says how it is trained means nothing.
+    /// The row is to be answered, so settings of its training have no effect.
     Question,
 }
 
@@ -148,8 +148,8 @@ fn checked_row(
     }
 }
 
-/// A row of `choices` and `answer` need not repeat the answer: it becomes the completion of a prompt that has none, or the
-/// assistant turn of a conversation that ends before one.
+/// Completes a row of `choices` and `answer` that does not repeat the answer. The answer becomes the completion of a
+/// prompt that has none, or the assistant turn of a conversation that ends before one.
 fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), Problem> {
     let Some(Value::Array(choices)) = object.get("choices") else {
         return Ok(());
@@ -175,7 +175,7 @@ fn complete_with_answer(object: &mut Map<String, Value>) -> Result<(), Problem> 
     Ok(())
 }
 
-/// The choice that `answer` means, by its index or by being it.
+/// The index of the choice that `answer` names, by its index or by its text.
 fn right_choice(choices: &[Value], answer: Option<&Value>) -> Option<usize> {
     match answer? {
         Value::Number(number) => usize::try_from(number.as_u64()?)
@@ -185,7 +185,7 @@ fn right_choice(choices: &[Value], answer: Option<&Value>) -> Option<usize> {
     }
 }
 
-/// Reads fields and collects what is wrong with them; `None` stands for a field with a problem.
+/// Reads fields and collects their problems. A method returns `None` for a field with a problem.
 pub(super) struct Reader<'a> {
     pub(super) object: &'a Map<String, Value>,
     pub(super) notes: Notes,
@@ -263,7 +263,7 @@ impl<'a> Reader<'a> {
                     .iter()
                     .all(|key| self.object.get(*key).is_some_and(Value::is_array)) =>
             {
-                // TRL's conversational form: two lists of messages, of which the prompt's are context.
+                // TRL's conversational form: two lists of messages. The messages of the prompt are context.
                 let mut messages = self.messages("prompt", Self::message);
                 for message in messages.iter_mut().flatten() {
                     message.trained = false;
@@ -291,7 +291,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Messages with the system turn and the tools that stand beside them; `trained` is the system turn's.
+    /// Adds the row's `system` and tools to the messages. `trained` says whether the added system turn may be trained.
     fn conversation(
         &mut self,
         messages: Option<Vec<Message>>,
@@ -343,7 +343,7 @@ impl<'a> Reader<'a> {
         self.string(key, value, fix)
     }
 
-    /// A text, or the parts of one, that is there and not empty.
+    /// A text, or for `system` the joined text of its parts; `None` if it is missing or empty.
     fn optional_text(&mut self, key: &str) -> Option<String> {
         let text = match self.get(key)? {
             Value::Array(parts) if key == "system" => self.parts(key, parts),
@@ -352,7 +352,8 @@ impl<'a> Reader<'a> {
         text.filter(|text| !text.is_empty())
     }
 
-    /// The right answer is `answer` (an index or the text), or the trained text where that is one of the choices.
+    /// Reads the choices. The right one is `answer` (an index or the text), or else the choice that equals the trained
+    /// text.
     fn choices(&mut self, content: &RowContent) -> Option<Choices> {
         let choices = self.get("choices")?;
         let list = choices.as_array().filter(|list| list.len() >= 2);

@@ -1,4 +1,4 @@
-//! A checked row: its format, its messages or texts, its choices.
+//! A checked row: its format, its messages or texts, and its choices.
 
 use monteclora_converters::Problem;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use super::unknown::unknown_format;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Instructions that hold for the conversation.
+    /// Instructions for the whole conversation.
     System,
     /// The person.
     User,
@@ -21,7 +21,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// The name templates know it by.
+    /// The name that chat templates use.
     pub fn name(self) -> &'static str {
         match self {
             Self::System => "system",
@@ -37,7 +37,7 @@ impl Role {
             .find(|role| role.name() == name)
     }
 
-    /// ShareGPT's names, and the usual ones.
+    /// Finds a role by ShareGPT's names or by the usual ones.
     pub(super) fn from_sharegpt(name: &str) -> Option<Self> {
         match name {
             "human" => Some(Self::User),
@@ -87,13 +87,13 @@ impl Message {
         self.role
     }
 
-    /// The text, of parts all of them; empty for a message that holds tool calls alone.
+    /// The text. Text parts are joined; the text is empty for a message that holds only tool calls.
     pub fn content(&self) -> &str {
         &self.text
     }
 
-    /// Every field as the row has it: `content` may be a list of parts, null or absent. What says whether the turn is trained
-    /// is left out.
+    /// Every field as in the row: `content` may be a list of parts, null or absent. The keys that say whether the turn
+    /// is trained are left out.
     pub fn fields(&self) -> &Map<String, Value> {
         &self.fields
     }
@@ -105,12 +105,13 @@ impl Message {
         fields
     }
 
-    /// False for a turn of weight 0 or with `train`, `training` or `loss` false: never trained, whatever `train_on` says.
+    /// False if the turn is never trained, whatever `train_on` says: it has weight 0, or `train`, `training` or `loss`
+    /// false, or it belongs to the prompt of a row of prompt and completion.
     pub fn trained(&self) -> bool {
         self.trained
     }
 
-    /// Whether the row says that the turn is trained, by `train`, `training` or `loss`.
+    /// Whether the row requires by `train`, `training` or `loss` that the turn is trained.
     pub fn must_train(&self) -> bool {
         self.must_train
     }
@@ -144,7 +145,8 @@ impl RowFormat {
         }
     }
 
-    /// Decides by keys; the first that fits. Keys without a value count where no format fits without them.
+    /// Detects the format by its keys; the first format that fits wins. Keys with a null value count only if no format
+    /// fits without them.
     pub(super) fn detect(object: &Map<String, Value>) -> Result<Self, Problem> {
         const KEYS: [(RowFormat, &[&str]); 5] = [
             (RowFormat::Messages, &["messages"]),
@@ -171,50 +173,50 @@ impl RowFormat {
 pub struct Choices {
     /// The answers, at least two.
     pub texts: Vec<String>,
-    /// Which of them is right.
+    /// Index of the right answer.
     pub answer: usize,
 }
 
 /// What a row holds.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RowContent {
-    /// Messages, and the tools that were on offer.
+    /// Messages, and the tools that the model may call.
     Conversation {
         /// At least one message.
         messages: Vec<Message>,
         /// Tool descriptions as the chat template sees them.
         tools: Vec<Value>,
     },
-    /// A prompt and what should follow it.
+    /// A prompt and the completion that should follow it.
     Prompt {
-        /// A system turn before it. Only a chat template can print it.
+        /// A system turn before the prompt. Only a chat template can print it.
         system: Option<String>,
-        /// Given.
+        /// The text that the model is given.
         prompt: String,
-        /// Trained.
+        /// The text that is trained.
         completion: String,
         /// Tool descriptions as the chat template sees them.
         tools: Vec<Value>,
     },
-    /// Plain text, trained whole.
+    /// Plain text, all of it trained.
     Text(String),
 }
 
 /// A checked row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
-    /// What is turned into tokens.
+    /// The content that becomes tokens.
     pub content: RowContent,
-    /// The chat template's variables for this row: `chat_template_kwargs`, and `documents` under its own name.
+    /// The chat template's variables for this row: those of `chat_template_kwargs`, and `documents`.
     pub variables: Map<String, Value>,
     /// The optional `choices`.
     pub choices: Option<Choices>,
-    /// What was left aside or changed.
+    /// What reading the row ignored or changed.
     pub notes: Notes,
 }
 
 impl Row {
-    /// The system message; none where there is none.
+    /// The system message, if there is one.
     pub fn system(&self) -> Option<&str> {
         match &self.content {
             RowContent::Conversation { messages, .. } => {
@@ -226,7 +228,7 @@ impl Row {
         }
     }
 
-    /// What is asked: the prompt, or the user's last turn; none of a text.
+    /// The question: the prompt, or the user's last turn; `None` for a text row.
     pub fn question(&self) -> Option<&str> {
         match &self.content {
             RowContent::Conversation { messages, .. } => {
@@ -241,15 +243,15 @@ impl Row {
     }
 }
 
-/// What the reading of a row left aside or changed, without harm enough to refuse the row.
+/// What reading a row ignored or changed, if that is no reason to refuse the row.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Notes {
-    /// Columns that hold something and that nothing reads, in the file's words; keys of turns as `messages[].mood`.
+    /// Columns that hold something and that nothing reads, with the file's names; keys of turns as `messages[].mood`.
     pub unread: Vec<String>,
-    /// Keys of turns that nothing but a chat template can read, as `messages[].name`.
+    /// Keys of turns that only a chat template can read, as `messages[].name`.
     pub for_template: Vec<String>,
     /// Fields that the row has under the name that the file gives them.
     pub named: Vec<String>,
-    /// Arguments of tool calls that were JSON text and are an object now.
+    /// Number of tool-call arguments that were JSON text and were decoded to an object.
     pub n_decoded_arguments: usize,
 }

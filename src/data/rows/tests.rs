@@ -1,4 +1,4 @@
-//! Every format read and every problem of a row, word for word.
+//! Tests of every format and of every problem of a row, with the exact messages.
 
 use monteclora_converters::Problem;
 

@@ -1,4 +1,4 @@
-//! Tools and calls of tools: lists or their JSON text, OpenAI's older `functions` and `function_call`.
+//! Reads tools and tool calls: lists or their JSON text, also OpenAI's older `functions` and `function_call`.
 
 use monteclora_converters::json;
 use serde_json::{Map, Value, json};
@@ -10,7 +10,7 @@ use super::{
 };
 
 impl Reader<'_> {
-    /// The tools on offer: `tools` as they are, or `functions` in the form of tools.
+    /// The tools that the model may call: `tools` unchanged, or `functions` in the form of tools.
     pub(super) fn tools(&mut self) -> Option<Vec<Value>> {
         let tools = self.tool_list("tools");
         let functions = self.tool_list("functions");
@@ -35,7 +35,7 @@ impl Reader<'_> {
             None => return Some(Vec::new()),
             Some(Value::Array(tools)) => tools.clone(),
             Some(Value::String(text)) if text.trim().is_empty() => return Some(Vec::new()),
-            // Tables without nested columns keep them as text.
+            // Tables without nested columns keep lists as text.
             Some(Value::String(text)) => match serde_json::from_str(text) {
                 Ok(Value::Array(tools)) => tools,
                 _ => return self.refuse(key, "found a string that is not a JSON list", FIX),
@@ -63,8 +63,8 @@ impl Reader<'_> {
         Some(tools)
     }
 
-    /// Brings the calls of a message into the form of templates: `function_call` becomes a call, arguments as JSON text
-    /// become an object.
+    /// Converts the calls of a message to the form that templates expect: `function_call` becomes a call, and arguments
+    /// given as JSON text become an object.
     pub(super) fn calls(&mut self, at: &str, fields: &mut Map<String, Value>) {
         if fields
             .get("function_call")
@@ -115,7 +115,8 @@ impl Reader<'_> {
         }
     }
 
-    /// Looks at the keys of a call that are not of the usual form: misspelt, or for the template.
+    /// Checks the keys of a call that are not of the usual form. A misspelt key is refused; another is noted for the
+    /// template.
     fn call_keys(&mut self, at: &str, call: &Value, known: &[&'static str]) {
         let Value::Object(object) = call else {
             let found = format!("found {}", kind(call));
@@ -136,8 +137,8 @@ impl Reader<'_> {
         }
     }
 
-    /// Decodes a call's arguments where they are JSON text: transformers' templates expect the object, clients of OpenAI's
-    /// interface send the text.
+    /// Decodes a call's arguments if they are JSON text. transformers' templates expect the object, but clients of
+    /// OpenAI's interface send the text.
     pub(super) fn arguments(&mut self, at: &str, call: &mut Value) {
         const FIX: &str = "write the object itself, or its JSON text";
         let Some(arguments) = call.get_mut("arguments") else {
@@ -146,7 +147,7 @@ impl Reader<'_> {
         let Value::String(text) = arguments else {
             return;
         };
-        // No arguments are often an empty text.
+        // Calls without arguments often have an empty text.
         let object = if text.trim().is_empty() { "{}" } else { text };
         if let Some((_, number)) = long_integers(object).first() {
             let found = format!("the number {number} in it is too long to be kept exactly");
@@ -165,7 +166,7 @@ impl Reader<'_> {
         self.refuse::<()>(format!("{at}.arguments"), found, FIX);
     }
 
-    /// ShareGPT's `function_call` turn: `{"name", "arguments"}`, or a list of them, as text.
+    /// Reads ShareGPT's `function_call` turn: `{"name", "arguments"}`, or a list of them, usually as text.
     pub(super) fn called(&mut self, field: &str, value: Option<&Value>) -> Option<Vec<Value>> {
         let calls = match value {
             Some(Value::String(text)) => serde_json::from_str(text).ok(),

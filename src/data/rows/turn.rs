@@ -11,7 +11,7 @@ use super::{
 /// Keys that say whether a turn is trained, besides `weight`: axolotl's `train` and `training`, ms-swift's `loss`.
 const TRAINED: [&str; 3] = ["train", "training", "loss"];
 
-/// Keys that say what of a turn is trained, and that nothing here follows.
+/// Keys that control which part of a turn is trained, or how much, and that are not supported.
 const NOT_FOLLOWED: [&str; 13] = [
     "train_detail",
     "training_detail",
@@ -28,10 +28,10 @@ const NOT_FOLLOWED: [&str; 13] = [
     "advantage",
 ];
 
-/// Keys that hold what a model of text cannot be given.
+/// Keys whose values are not text, which a text model cannot read.
 pub(super) const MEDIA: [&str; 6] = ["image", "images", "video", "videos", "audio", "audios"];
 
-/// Keys that chat templates know by the field's names.
+/// Keys that chat templates know under these names.
 const FOR_TEMPLATE: [&str; 5] = [
     "name",
     "tool_call_id",
@@ -49,7 +49,7 @@ const NAME_CONVERSATION: &str = "the turns are messages: `fields = { messages = 
 
 const NAME_TURNS: &str = "the turns are ShareGPT's: `fields = { conversations = \"messages\" }` under [data] of run.toml, or `--field conversations=messages` for the data commands; or rename the column to `conversations`";
 
-/// Roles of other programs, and what they are called here.
+/// Roles of other programs, with their names here.
 const ROLES_ELSEWHERE: [(&str, &str); 7] = [
     ("developer", "system"),
     ("function", "tool"),
@@ -60,7 +60,7 @@ const ROLES_ELSEWHERE: [(&str, &str); 7] = [
     ("gpt", "assistant"),
 ];
 
-/// Whether a key says that a turn is trained as the others are.
+/// Whether a key says that a turn is trained in the usual way.
 fn is_usual(key: &str, value: &Value) -> bool {
     match key {
         "mask" | "masked" | "ignore" => flag(value) == Some(false),
@@ -69,13 +69,13 @@ fn is_usual(key: &str, value: &Value) -> bool {
     }
 }
 
-/// Whether an object lacks a key and has one that was probably meant to be it.
+/// Whether an object lacks the key `name` and has a key that is probably a misspelling of it.
 fn misspelt(object: &Map<String, Value>, name: &str) -> bool {
     !object.contains_key(name) && object.keys().any(|key| nearest(key, [name]).is_some())
 }
 
 impl Reader<'_> {
-    /// The messages of a list, each by `read`, which is told its place.
+    /// Reads the messages of a list. `read` gets the place and the value of each.
     pub(super) fn messages(
         &mut self,
         key: &str,
@@ -106,14 +106,14 @@ impl Reader<'_> {
             return self.refuse(key, problem, NAME_TURNS);
         }
         let places = list.iter().enumerate();
-        // All are read before the first bad one is given up.
+        // Read all of them first, so that every problem is reported.
         let messages: Vec<_> = places
             .map(|(idx, value)| read(self, &format!("{key}[{idx}]"), value))
             .collect();
         messages.into_iter().collect()
     }
 
-    /// A message of role and content.
+    /// Reads a message of role and content.
     pub(super) fn message(&mut self, at: &str, value: &Value) -> Option<Message> {
         let field = |name: &str| format!("{at}.{name}");
         let Value::Object(object) = value else {
@@ -157,7 +157,7 @@ impl Reader<'_> {
         })
     }
 
-    /// ShareGPT's turn, as a message.
+    /// Reads a ShareGPT turn as a message.
     pub(super) fn turn(&mut self, at: &str, value: &Value) -> Option<Message> {
         let field = |name: &str| format!("{at}.{name}");
         let Value::Object(object) = value else {
@@ -197,7 +197,7 @@ impl Reader<'_> {
         Some(message)
     }
 
-    /// Whether a turn is trained, and whether the row says that it must be; takes the keys that say so.
+    /// Whether a turn is trained, and whether the row requires it. Removes the keys that say so from `fields`.
     fn trained(&mut self, at: &str, fields: &mut Map<String, Value>) -> (bool, bool) {
         let mut said: Vec<(&str, bool)> = Vec::new();
         let keys = TRAINED.iter().map(|key| (*key, "expected true or false"));
@@ -226,7 +226,7 @@ impl Reader<'_> {
         (trained, must_train)
     }
 
-    /// Looks at the keys of a turn that nothing has read: refused, left to the template, or noted.
+    /// Checks the keys of a turn that nothing has read: each is refused, left to the template, or noted.
     fn turn_keys(&mut self, at: &str, fields: &Map<String, Value>, read: &[&str]) {
         let turn = without_indices(at);
         let is_message = read.contains(&"role");
@@ -239,7 +239,7 @@ impl Reader<'_> {
                 let fix = "only text can be trained; remove it, or leave the row out";
                 self.refuse::<()>(format!("{at}.{key}"), "is not text", fix);
             } else if is_usual(key, value) {
-                // It says what happens anyway.
+                // The key asks for what happens anyway.
             } else if NOT_FOLLOWED.contains(&key) && self.is_training() {
                 let fix = "a turn is trained or not: write `\"train\": false` or `\"weight\": 0` beside it, or remove the key";
                 let problem = "says what is trained, and is not supported";
@@ -256,7 +256,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The key that was meant, where the turn lacks it.
+    /// The key that a misspelt one probably means, if the turn lacks it.
     fn misspelt_turn_key(
         &self,
         key: &str,
@@ -272,7 +272,7 @@ impl Reader<'_> {
         nearest(key, absent.filter(|name| !fields.contains_key(*name)))
     }
 
-    /// OpenAI's content parts; only text can be trained.
+    /// Joins OpenAI's content parts to one text. A part that is not text is refused.
     pub(super) fn parts(&mut self, field: &str, parts: &[Value]) -> Option<String> {
         let mut text = String::new();
         for (idx, part) in parts.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! A row of no known format: what it probably is, and what would make it one that is read.
+//! Explains a row of no known format: what it probably is, and how to change it so that it can be read.
 
 use monteclora_converters::Problem;
 use serde_json::{Map, Value};
@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::value::nearest;
 use crate::data::error::field_problem;
 
-/// The keys that tell the formats.
+/// The keys that identify the formats.
 const TELLING: [&str; 7] = [
     "messages",
     "conversations",
@@ -17,7 +17,7 @@ const TELLING: [&str; 7] = [
     "text",
 ];
 
-/// What other data sets call the question, the answer and a plain text.
+/// Names that other data sets use for the question, the answer and a plain text.
 const PROMPTS: [&str; 6] = ["question", "query", "user", "human", "input", "inputs"];
 const COMPLETIONS: [&str; 9] = [
     "answer",
@@ -57,7 +57,7 @@ pub(super) fn unknown_format(object: &Map<String, Value>) -> Problem {
     }
 }
 
-/// What the row probably is, and the remedy.
+/// What the row probably is, and the fix.
 fn likely(object: &Map<String, Value>) -> Option<(String, String)> {
     let has = |key: &str| object.contains_key(key);
     if let Some(key) = PREFERENCES.iter().find(|key| has(key)) {
@@ -77,7 +77,7 @@ fn likely(object: &Map<String, Value>) -> Option<(String, String)> {
         .filter_map(|key| Some((key.as_str(), nearest(key, known.clone())?)))
         .collect();
     let is_misspelt = match turns {
-        // A list of turns under a name of another kind of turns.
+        // A list of turns counts as misspelt only if its key resembles the field for its kind of turns.
         Some((field, key)) => misspelt.contains(&(key, field)),
         None => !misspelt.is_empty(),
     };
@@ -117,7 +117,8 @@ fn likely(object: &Map<String, Value>) -> Option<(String, String)> {
     ))
 }
 
-/// The key of a list of objects that holds them all: an API's answer, or a set with its name and version.
+/// The key and length of a list of objects that may hold all rows: an API response, or a data set with its name and
+/// version.
 fn wrapped(object: &Map<String, Value>) -> Option<(&str, usize)> {
     object.iter().find_map(|(key, value)| {
         let list = value.as_array().filter(|list| !list.is_empty())?;
@@ -126,7 +127,7 @@ fn wrapped(object: &Map<String, Value>) -> Option<(&str, usize)> {
     })
 }
 
-/// The field and the key of a list of turns.
+/// The field and the key of a list of turns, if the row has one.
 fn turns(object: &Map<String, Value>) -> Option<(&'static str, &str)> {
     object.iter().find_map(|(key, value)| {
         let first = value.as_array()?.first()?;
@@ -140,7 +141,7 @@ fn turns(object: &Map<String, Value>) -> Option<(&'static str, &str)> {
     })
 }
 
-/// Fields, and the keys that probably hold them.
+/// Fields, with the keys that probably hold them.
 fn renames(object: &Map<String, Value>) -> Option<Vec<(&'static str, &str)>> {
     let text_in = |names: &[&'static str]| {
         let is_text = |name: &&&str| object.get(**name).is_some_and(Value::is_string);
@@ -154,7 +155,7 @@ fn renames(object: &Map<String, Value>) -> Option<Vec<(&'static str, &str)>> {
     let completion = own("completion").or_else(|| text_in(&COMPLETIONS));
     if let (Some(prompt), Some(completion)) = (prompt, completion) {
         let pairs = match object.contains_key("history") {
-            // Earlier turns stand beside an instruction alone.
+            // Only an instruction row can have earlier turns beside it.
             true => [("instruction", prompt), ("output", completion)],
             false => [("prompt", prompt), ("completion", completion)],
         };
@@ -168,7 +169,7 @@ fn renames(object: &Map<String, Value>) -> Option<Vec<(&'static str, &str)>> {
     Some(vec![("text", text_in(&TEXTS)?)])
 }
 
-/// The problem of an object that holds a table by columns in place of a row.
+/// The problem of an object that holds a whole table by columns instead of one row.
 pub(super) fn by_columns(object: &Map<String, Value>) -> Option<Problem> {
     const TEXTS: [&str; 5] = ["prompt", "completion", "instruction", "output", "text"];
     let is_index = |key: &String| key.bytes().all(|byte| byte.is_ascii_digit());

@@ -1,4 +1,5 @@
-//! Values and names as a data file writes them: of what kind, whether there is any, what was probably meant.
+//! Helpers for values and names in a data file: the kind of a value, whether it is empty, and which name was probably
+//! meant.
 
 use serde_json::Value;
 
@@ -14,7 +15,7 @@ pub(super) fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// What is wrong with a field that is missing or of the wrong kind.
+/// Says that a field is missing, or which wrong kind it has.
 pub(super) fn missing_or_wrong(value: Option<&Value>) -> String {
     match value {
         None => "is missing".to_owned(),
@@ -22,7 +23,7 @@ pub(super) fn missing_or_wrong(value: Option<&Value>) -> String {
     }
 }
 
-/// Whether a value holds nothing: tables fill the fields that a row lacks with null, and those within them.
+/// Whether a value holds nothing. Tables fill missing fields with null, also within nested values.
 pub(super) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -33,20 +34,21 @@ pub(super) fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// A name's letters and digits alone, in lower case.
+/// The letters and digits of a name, in lower case.
 fn plain(name: &str) -> impl Iterator<Item = char> + '_ {
     let letters = name.chars().filter(|letter| letter.is_alphanumeric());
     letters.flat_map(char::to_lowercase)
 }
 
-/// Whether two names differ in case and separators at most.
+/// Whether two names are equal except for case and separators.
 pub(super) fn is_same_name(left: &str, right: &str) -> bool {
     plain(left).eq(plain(right))
 }
 
-/// The name that `key` was probably meant to be: letters of the other case, another separator, or a letter wrong, in a long name two.
+/// The name that `key` probably means: it differs in case or separators, or by one letter, or by two in a name of 9 or
+/// more.
 pub(super) fn nearest<'a>(key: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    // Every row of a file asks: what is far longer or shorter is passed over first.
+    // This runs for every row of a file, so names of a very different length are skipped first.
     const SEPARATORS: usize = 4;
     let letters: String = plain(key).collect();
     names

@@ -1,4 +1,4 @@
-//! The files of a directory or of a data set on the Hub: which of them are a split's, and which nothing reads.
+//! Lists the files of a directory or of a data set on the Hub: those of each split, and those that nothing reads.
 
 use std::path::{Path, PathBuf};
 
@@ -8,10 +8,10 @@ use super::Split;
 use crate::data::error::unreadable;
 use crate::hub::{DatasetId, DatasetRepo};
 
-/// Endings of data files; `.gz` may follow.
+/// Extensions of data files; `.gz` may follow.
 const EXTENSIONS: [&str; 4] = ["jsonl", "ndjson", "json", "parquet"];
 
-/// Files that lie beside data sets and hold no rows.
+/// Metadata files of data sets, which hold no rows.
 const NOT_ROWS: [&str; 4] = [
     "dataset_info.json",
     "dataset_infos.json",
@@ -19,19 +19,19 @@ const NOT_ROWS: [&str; 4] = [
     "state.json",
 ];
 
-/// Endings of files that may hold rows and are not read.
+/// Extensions of files that may hold rows but cannot be read.
 const NOT_READ: [&str; 18] = [
     "csv", "tsv", "txt", "yaml", "yml", "arrow", "feather", "avro", "xlsx", "xls", "db", "sqlite",
     "zst", "xz", "bz2", "zip", "tar", "7z",
 ];
 
-/// Text files that lie beside data sets.
+/// Beginnings of the names of text files that accompany data sets.
 const NOTES: [&str; 4] = ["readme", "license", "requirements", "notice"];
 
-/// The splits that `name` holds; a single file is taken for the training rows.
+/// The splits that `name` holds. A single file counts as the training rows.
 ///
 /// # Errors
-/// For a directory or data set without data files.
+/// Returns an error if a directory or data set has no data files.
 pub fn splits(name: &Path) -> Result<Vec<Split>, Error> {
     let Some(listing) = listing(name)? else {
         return Ok(vec![Split::Train]);
@@ -46,7 +46,7 @@ pub fn splits(name: &Path) -> Result<Vec<Split>, Error> {
     Ok(present)
 }
 
-/// Whether a local directory holds rows of a split. Never asks the network.
+/// Whether a local directory holds rows of a split. Never uses the network.
 pub fn directory_has(name: &Path, split: Split) -> bool {
     name.is_dir() && local_names(name).is_ok_and(|names| holds(&Listing::new(names).names, split))
 }
@@ -59,7 +59,7 @@ fn holds(names: &[String], split: Split) -> bool {
 struct Listing {
     /// Data files.
     names: Vec<String>,
-    /// Files that may hold rows and are not read.
+    /// Other files that may hold rows but are not read.
     others: Vec<String>,
     repo: Option<DatasetRepo>,
 }
@@ -76,7 +76,7 @@ impl Listing {
         }
     }
 
-    /// What no split takes: other kinds of files, and files that name no split where some do.
+    /// Files that belong to no split: other kinds of files, and files that name no split if others do.
     fn unread(&self) -> Vec<String> {
         let names_one = |name: &&String| split_of(name).is_some();
         let without: Vec<_> = match self.names.iter().any(|name| names_one(&name)) {
@@ -87,7 +87,7 @@ impl Listing {
     }
 }
 
-/// `None` for what is a file, or nothing at all.
+/// Lists a directory or a data set on the Hub; `None` if `name` is a file or does not exist.
 fn listing(name: &Path) -> Result<Option<Listing>, Error> {
     if name.is_dir() {
         let names = local_names(name).map_err(unreadable(name))?;
@@ -108,7 +108,7 @@ fn listing(name: &Path) -> Result<Option<Listing>, Error> {
     }))
 }
 
-/// The local files of a split, what else lies there, and the commit of a data set on the Hub.
+/// The local files of a split, the files that nothing reads, and the commit of a data set on the Hub.
 pub(super) struct Found {
     pub(super) paths: Vec<PathBuf>,
     pub(super) unread: Vec<String>,
@@ -143,7 +143,7 @@ pub(super) fn files(name: &Path, split: Split) -> Result<Found, Error> {
     })
 }
 
-/// A directory or Hub data set whose files cannot be told apart or had; exit code 3.
+/// The error of a directory or Hub data set whose files are ambiguous or cannot be fetched; exit code 3.
 fn refused(name: &Path, problem: String) -> Error {
     let at = format!("`{}`", name.display());
     Problem::new("files", at, problem, "").exit(3).into()
@@ -178,8 +178,8 @@ fn shortened(names: &[String]) -> String {
     text
 }
 
-/// Files in a directory and in its subdirectories, in the order of their names, `/` between parts; folders within those that hold
-/// data files, with `/` at the end.
+/// Names of the files in a directory and in its subdirectories, sorted, with `/` between parts. Also names folders one
+/// level deeper that hold data files, with `/` at the end.
 fn local_names(dir: &Path) -> std::io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir)? {
@@ -227,7 +227,7 @@ fn has_data_extension(name: &str) -> bool {
             .is_some_and(|(_, extension)| EXTENSIONS.contains(&extension))
 }
 
-/// Whether a file that is not read may hold rows.
+/// Whether a file that cannot be read may hold rows.
 fn may_hold_rows(name: &str) -> bool {
     let file = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
     let bare = file.strip_suffix(".gz").unwrap_or(&file);
@@ -237,7 +237,7 @@ fn may_hold_rows(name: &str) -> bool {
             .is_some_and(|(_, extension)| NOT_READ.contains(&extension))
 }
 
-/// The split that a path names, by a word of the file's name or, without one, of its folders; the last counts.
+/// The split that a path names by a word of its file name or, if that has none, of its innermost folder that has one.
 fn split_of(name: &str) -> Option<Split> {
     name.rsplit('/').find_map(|part| {
         part.split(|c: char| !c.is_ascii_alphanumeric())
@@ -245,10 +245,11 @@ fn split_of(name: &str) -> Option<Split> {
     })
 }
 
-/// The files of a split. Files that name no split are training rows where none names one.
+/// The files of a split. If no file names a split, all files are training rows.
 ///
 /// # Errors
-/// Files of the same split in several folders or formats: they are several data sets, or one twice.
+/// Returns an error if files of the split are in several folders or formats: they are several data sets, or one set
+/// twice.
 fn select(names: &[String], split: Split) -> Result<Vec<String>, String> {
     let found: Vec<String> = if names.iter().any(|name| split_of(name).is_some()) {
         let of_split = |name: &&String| split_of(name) == Some(split);
@@ -308,7 +309,7 @@ mod tests {
         assert_eq!(select(&only, Split::Valid), Ok(Vec::new()));
         let folders = names(&["train/a.jsonl", "dev/a.jsonl"]);
         assert_eq!(select(&folders, Split::Valid), Ok(names(&["dev/a.jsonl"])));
-        // A word within another is none.
+        // A part of a longer word does not count.
         assert_eq!(split_of("contest.jsonl"), None);
     }
 

@@ -14,7 +14,7 @@ pub(super) enum Meta {
     Floats(Vec<f32>),
 }
 
-/// A GGUF file in the making; tensors are float32 with row-major shapes.
+/// Builds a GGUF file. Tensors are float32 with row-major shapes.
 #[derive(Debug, Clone, Default)]
 pub(super) struct GgufBuilder {
     pub(super) metadata: Vec<(String, Meta)>,
@@ -180,7 +180,7 @@ impl GgufBuilder {
         file
     }
 
-    /// 256 bytes, two control tokens, two merged tokens.
+    /// Sets a vocabulary of 256 bytes, two control tokens and two merged tokens.
     fn byte_level_vocabulary(&mut self) {
         let mut tokens = vec!["<|start|>".to_owned(), "<|im_end|>".to_owned()];
         // GPT-2's alphabet: printable bytes stand for themselves, the others follow from U+0100.
@@ -212,7 +212,7 @@ impl GgufBuilder {
         );
     }
 
-    /// Bytes, an unknown token and a few scored pieces, as SentencePiece has them.
+    /// Sets a vocabulary like SentencePiece's: bytes, an unknown token and a few scored pieces.
     pub(super) fn sentencepiece_vocabulary(&mut self) {
         let mut tokens = vec!["<unk>".to_owned(), "<s>".to_owned()];
         tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));

@@ -1,8 +1,9 @@
-//! Keys, named templates and block formats of GGUF files: read as llama.cpp reads them, harmless by name, or refused by name.
+//! Tests of keys, named templates and block formats of GGUF files: read as llama.cpp does, known as harmless, or
+//! refused by name.
 
 use super::*;
 
-/// A case of a GGUF file: the file, and a place for what is made of it.
+/// The GGUF file of a test case, and a temporary directory for the output.
 fn case(name: &str) -> (tempfile::TempDir, PathBuf) {
     let root = std::env::var_os("MONTECLORA_CASES").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/cases"),

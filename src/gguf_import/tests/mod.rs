@@ -1,4 +1,4 @@
-//! The import as a whole, on small GGUF files written by the tests.
+//! Tests of whole imports, on small GGUF files that the tests write.
 
 mod gguf_file;
 mod keys;
@@ -206,7 +206,7 @@ fn the_configuration_has_what_both_runtimes_need() {
     assert_eq!(config["model_type"], "llama");
     assert_eq!(config.get("head_dim"), None);
     assert!(report.tie_word_embeddings);
-    // The end of a turn in the chat template ends an answer, besides the end of text.
+    // The end-of-turn token of the chat template ends an answer, as does the end-of-text token.
     assert_eq!(
         json(&out.join("generation_config.json"))["eos_token_id"],
         serde_json::json!([0, 1])

@@ -1,4 +1,4 @@
-//! The figures as inline SVG: reliability diagrams and the chart of risk over coverage.
+//! The figures as inline SVG: reliability diagrams, and the chart of risk against coverage.
 
 use std::fmt::Write;
 
@@ -8,15 +8,15 @@ use super::risk::RiskCurve;
 use super::{Outcomes, interval, percent};
 use crate::report::chart::{number, ticks};
 
-/// Points of one line of risk at most.
+/// Largest number of points per risk line.
 const MAX_POINTS: usize = 600;
-/// Places along the coverage that tell their values.
+/// Number of places along the coverage axis that show their values.
 const N_STRIPS: usize = 50;
-/// The coverage that is marked, percent.
+/// The marked coverage, in percent.
 pub(super) const MARKED: usize = 80;
-/// The risk of fewer rows than this share does not widen the scale: it rests on too little.
+/// Smallest coverage whose risk can widen the scale. Below it the risk rests on too few rows.
 const LEAST_COVERAGE: f64 = 0.1;
-/// Characters of a name that a tip shows.
+/// Number of characters of a name that a tip shows.
 const MAX_NAME: usize = 24;
 
 const WIDTH: f64 = 380.0;
@@ -27,10 +27,11 @@ const PLOT: f64 = 250.0;
 /// Height of the histogram, and of the space above it.
 const HISTOGRAM: f64 = 46.0;
 const GAP: f64 = 12.0;
-/// What the tick labels and the name of the x axis need.
+/// Height for the tick labels and the name of the x axis.
 const BOTTOM: f64 = 38.0;
 
-/// Confidence of a predictor against how often it is right, with a histogram of the confidences below.
+/// The reliability diagram: confidence of a predictor against the share of right answers, above a histogram of the
+/// confidences.
 pub(super) fn reliability(outcomes: &Outcomes<'_>) -> String {
     let base = TOP + PLOT + GAP + HISTOGRAM;
     let most = outcomes.bins.iter().map(|bin| bin.n).max().unwrap_or(0);
@@ -99,7 +100,7 @@ pub(super) fn reliability(outcomes: &Outcomes<'_>) -> String {
     svg
 }
 
-/// Share of errors over the share of rows that is covered, and whether some of a line lies above the scale.
+/// The chart of the share of errors against coverage. Also returns whether part of a line lies above the scale.
 pub(super) fn risk(predictors: &[(&Outcomes<'_>, RiskCurve)]) -> (String, bool) {
     let base = TOP + PLOT;
     let lines: Vec<Vec<[f64; 2]>> = predictors
@@ -133,7 +134,7 @@ pub(super) fn risk(predictors: &[(&Outcomes<'_>, RiskCurve)]) -> (String, bool) 
         x_of(MARKED as f64 / 100.0)
     );
     let mut is_cut = false;
-    // The first is drawn last, above the others.
+    // The first line is drawn last, above the others.
     for ((outcomes, curve), points) in predictors.iter().zip(&lines).rev() {
         let (mut path, mut pen_down) = (String::new(), false);
         for [coverage, risk] in points {
@@ -172,7 +173,7 @@ pub(super) fn risk(predictors: &[(&Outcomes<'_>, RiskCurve)]) -> (String, bool) 
     (svg, is_cut)
 }
 
-/// Place of a share of the x axis.
+/// The x coordinate of a value from 0 to 1.
 fn x_of(share: f64) -> f64 {
     LEFT + share * (WIDTH - LEFT - RIGHT)
 }
@@ -184,7 +185,7 @@ fn opened(label: &str, height: f64) -> String {
     )
 }
 
-/// Lines across the plot with their values at the left.
+/// Draws lines across the plot, with their values at the left.
 fn horizontal(
     svg: &mut String,
     at: &[f64],
@@ -204,7 +205,7 @@ fn horizontal(
     }
 }
 
-/// Lines down the plot with their values below `base`.
+/// Draws lines down the plot, with their values below `base`.
 fn vertical(
     svg: &mut String,
     at: &[f64],
@@ -223,7 +224,7 @@ fn vertical(
     }
 }
 
-/// Names of the axes.
+/// Draws the names of the axes.
 fn named(svg: &mut String, y: &str, x: &str, base: f64) {
     let _ = write!(
         svg,
@@ -233,7 +234,8 @@ fn named(svg: &mut String, y: &str, x: &str, base: f64) {
     );
 }
 
-/// A part of the plot that tells something while pointed at: lines of text, each with the class of its colour.
+/// Adds a part of the plot that shows lines of text while the pointer is over it. Each line has the class of its
+/// colour.
 fn strip(
     svg: &mut String,
     [from, to]: [f64; 2],
@@ -280,7 +282,7 @@ mod tests {
     #[test]
     fn a_point_is_where_its_bin_says() {
         let svg = reliability(&outcomes(vec![(0.75, true), (0.75, false), (1.0, true)]));
-        // x from 44 to 360, y from 274 up to 24: 0.75 lies at 281, half at 149.
+        // x from 44 to 360, y from 274 up to 24: a confidence of 0.75 is at 281, a share of one half at 149.
         assert!(svg.contains(r#"cx="281.0" cy="149.0" r="7.0""#), "{svg}");
         assert!(svg.contains(r#"cx="360.0" cy="24.0""#), "{svg}");
         assert_eq!(svg.matches("<circle").count(), 2);
@@ -299,7 +301,7 @@ mod tests {
         let curve = RiskCurve::new(&rows.rows);
         let (svg, is_cut) = risk(&[(&rows, curve)]);
         assert!(!is_cut);
-        // The scale ends 8 % above the risk of a fifth; four fifths of the rows hold no error.
+        // The scale ends 8 % above the risk of one fifth. At a coverage of four fifths there is no error.
         assert!(svg.contains("L296.8 274.0L360.0 42.5\""), "{svg}");
         assert!(svg.contains(r#"cx="296.8" cy="274.0""#), "{svg}");
         assert!(svg.contains("at a coverage of 80 %; a predictor: 0.0"));

@@ -1,4 +1,5 @@
-//! One self-contained HTML page about an evaluation: scores, reliability, and errors over coverage of each predictor.
+//! One self-contained HTML page about an evaluation: scores, reliability, and errors against coverage for each
+//! predictor.
 
 mod figures;
 mod risk;
@@ -11,9 +12,9 @@ use super::chart::number;
 use super::page::grouped;
 use crate::eval::measures::{Bin, Outcome, accuracy, reliability};
 
-/// Bins of a diagram at most: more could not be told apart.
+/// Largest number of bins in a diagram; more would be too narrow to see.
 const MAX_BINS: usize = 50;
-/// Coverages of the table of errors, percent.
+/// Coverages in the table of errors, in percent.
 const COVERAGES: [usize; 4] = [50, figures::MARKED, 90, 100];
 
 /// Label, value and interval of a score.
@@ -22,25 +23,25 @@ pub type Score = (&'static str, Option<f64>, Option<[f64; 2]>);
 /// One predictor of an evaluation, as the page shows it.
 #[derive(Debug, Clone)]
 pub struct Shown {
-    /// Such as `posterior mean`.
+    /// Name, such as `posterior mean`.
     pub name: String,
-    /// Class of its colour, 1 to 5.
+    /// Number of its colour class, 1 to 5.
     pub colour: u8,
-    /// Confidence and whether it was right, per row. Those that are not finite are left out.
+    /// Confidence and whether the answer was right, per row. Rows whose confidence is not finite are left out.
     pub outcomes: Vec<(f64, bool)>,
-    /// Label and value of each score, in the order of the table; a value that is absent shows as a dash. An interval
-    /// follows it where one is known.
+    /// Label, value and interval of each score, in the order of the table. A missing value shows as a dash. The
+    /// interval is shown if it is known.
     pub scores: Vec<Score>,
 }
 
-/// What the page is about.
+/// The contents of the page.
 #[derive(Debug, Clone)]
 pub struct EvaluationPage {
-    /// Its heading, such as the name of the model and of the data.
+    /// Heading, such as the names of the model and of the data.
     pub title: String,
     /// Names and values that say how the evaluation was made.
     pub facts: Vec<(String, String)>,
-    /// Bins of the calibration error, and of the diagrams up to 50. At least 1.
+    /// Number of bins of the calibration error, and of the diagrams up to 50. At least 1.
     pub n_bins: usize,
     /// The predictors, in the order of the table.
     pub shown: Vec<Shown>,
@@ -48,7 +49,7 @@ pub struct EvaluationPage {
     pub notes: Vec<String>,
 }
 
-/// What a predictor said and how often that was right.
+/// The outcomes of a predictor, and its reliability bins.
 struct Outcomes<'a> {
     name: &'a str,
     colour: u8,
@@ -78,12 +79,12 @@ impl<'a> Outcomes<'a> {
         self.rows.iter().map(|row| row.confidence).sum::<f64>() / self.rows.len() as f64
     }
 
-    /// Share that was right.
+    /// Share of right answers.
     fn accuracy(&self) -> f64 {
         accuracy(&self.rows).unwrap_or_default()
     }
 
-    /// The reliability diagram with its words and the numbers behind it.
+    /// The reliability diagram, with its text and its numbers.
     fn figure(&self) -> Text {
         let filled = self.bins.iter().filter(|bin| bin.n > 0);
         context! {
@@ -109,10 +110,10 @@ impl<'a> Outcomes<'a> {
 }
 
 impl EvaluationPage {
-    /// The page.
+    /// Renders the page.
     ///
     /// # Errors
-    /// If the page's template does not fit its values.
+    /// Returns an error if the page's template cannot be rendered with its values.
     pub fn html(&self) -> Result<String> {
         let n_bins = self.n_bins.clamp(1, MAX_BINS);
         let outcomes: Vec<Outcomes<'_>> = (self.shown.iter())
@@ -145,7 +146,7 @@ impl EvaluationPage {
         super::lay_out(include_str!("../evaluation.html"), values)
     }
 
-    /// Every score once, in the order in which predictors name them, with the value of each predictor.
+    /// Every score once, in the order in which the predictors name them, with the value of each predictor.
     fn scores(&self) -> Vec<Text> {
         let mut labels: Vec<&str> = Vec::new();
         for (label, ..) in self.shown.iter().flat_map(|shown| &shown.scores) {
@@ -175,20 +176,20 @@ fn colour(shown: &Shown) -> u8 {
     shown.colour.clamp(1, 5)
 }
 
-/// A share as people read it: one decimal of a percent.
+/// Formats a share in percent, with one decimal.
 fn percent(share: f64) -> String {
     format!("{:.1}\u{202f}%", 100.0 * share)
 }
 
-/// The 95 % interval of the share that is right in a bin that is not empty, by Wilson's score   (Wilson 1927, J. Am. Stat.
-/// Assoc. 22, p. 209): within 0 and 1, and of some width even where all or none are right.
+/// The 95 % interval of the share of right answers in a non-empty bin, by Wilson's score (Wilson 1927, J. Am. Stat.
+/// Assoc. 22, p. 209). It lies within 0 and 1, and has a width even if all or none are right.
 fn interval(bin: &Bin) -> [f64; 2] {
     const Z: f64 = 1.959_963_984_540_054;
     let (n, p) = (bin.n as f64, bin.accuracy);
     let scale = 1.0 + Z * Z / n;
     let middle = (p + Z * Z / (2.0 * n)) / scale;
     let half = Z * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt() / scale;
-    // Rounding may leave an end a little inside of the share itself.
+    // Rounding can put an end slightly on the wrong side of the share itself.
     [(middle - half).clamp(0.0, p), (middle + half).clamp(p, 1.0)]
 }
 

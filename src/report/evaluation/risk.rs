@@ -1,27 +1,27 @@
-//! Risk and coverage: the share of errors among the rows that a predictor is surest of.
+//! Risk and coverage: the share of errors among the rows with the highest confidence.
 
 use crate::eval::measures::{Outcome, risk_coverage};
 
-/// The curve of [`risk_coverage`], read at shares of the rows.
+/// The curve of [`risk_coverage`], which can be read at any share of the rows.
 #[derive(Debug, Clone)]
 pub(super) struct RiskCurve {
     risks: Vec<f64>,
 }
 
 impl RiskCurve {
-    /// The curve of outcomes of finite confidence.
+    /// The curve of outcomes with finite confidence.
     pub(super) fn new(outcomes: &[Outcome]) -> Self {
         Self {
             risks: risk_coverage(outcomes),
         }
     }
 
-    /// Coverage and risk of the fewest rows that make up `percent` of all; `None` without rows.
+    /// Coverage and risk of the smallest number of rows that is at least `percent` of all; `None` if there are no rows.
     pub(super) fn at(&self, percent: usize) -> Option<[f64; 2]> {
         self.place(percent, 100)
     }
 
-    /// Coverage and risk, at most `limit` points evenly along the coverage, that of all rows among them.
+    /// Coverage and risk at up to `limit` points, evenly spaced along the coverage. The last point is that of all rows.
     pub(super) fn points(&self, limit: usize) -> Vec<[f64; 2]> {
         let n_points = self.risks.len().min(limit);
         (1..=n_points)
@@ -55,7 +55,7 @@ mod tests {
         let expected = [[0.25, 0.0], [0.5, 0.5], [0.75, 1.0 / 3.0], [1.0, 0.5]];
         assert_eq!(curve.points(600), expected);
         assert_eq!(curve.at(50), Some([0.5, 0.5]));
-        // Four fifths of four rows are not three.
+        // Three of four rows are less than 80 %, so all four are needed.
         assert_eq!(curve.at(80), Some([1.0, 0.5]));
     }
 
@@ -73,7 +73,7 @@ mod tests {
         let mut turned = tied;
         turned.reverse();
         assert_eq!(risks(&tied), risks(&turned));
-        // The mean of the curves of the three places that the error may have.
+        // Equal confidences: the mean of the curves for the three places that the error may have.
         let at = |error: usize| -> Vec<f64> {
             let rows = (0..3).map(|idx| (0.5 - idx as f64 * 1e-3, idx != error));
             risks(&[(0.9, true)].into_iter().chain(rows).collect::<Vec<_>>())

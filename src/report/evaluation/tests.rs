@@ -1,4 +1,4 @@
-//! The page of few, many and hostile values.
+//! Tests of the page with few, many and hostile values.
 
 use super::*;
 

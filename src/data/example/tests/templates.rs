@@ -40,7 +40,7 @@ fn generation_markers_say_what_is_trained_of_the_chosen_turns() {
     );
 }
 
-/// Texts, prompts and marked ranges as transformers 5.17 gives them, for the cases of templates.
+/// Texts, prompts and marked ranges equal those of transformers 5.17 for the recorded template cases.
 #[test]
 fn cases_of_templates_have_the_text_of_transformers() {
     let own = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");

@@ -1,4 +1,4 @@
-//! What stands beside the turns and in them: honoured, refused by name, or counted.
+//! Tests of columns beside the turns and keys within them: each is used, refused by name, or counted.
 
 use super::*;
 
@@ -206,7 +206,7 @@ fn context_is_read_or_refused() {
     ] {
         assert_eq!(first(&with(rest)), expected);
     }
-    // Beside a bare text nothing is context, and numbers about a row are no training.
+    // Beside a bare text no column is context, and numbers about a row do not control training.
     let (_, row) =
         parse(r#"{"text":"t","context":"x","label":0,"score":0.5,"id":1}"#).expect("a good row");
     assert_eq!(row.notes.unread, ["context", "label", "score", "id"]);
@@ -349,7 +349,7 @@ fn numbers_that_cannot_be_kept_are_refused_where_they_count() {
         found.contains("arguments: the number 123456789012345678901234567890 in it is too long"),
         "{found}"
     );
-    // A text is no number, and a column that nothing reads changes nothing.
+    // Digits in a string are not a number, and a long number in a column that nothing reads does no harm.
     let row = r#"{"text":"123456789012345678901234567890","id":123456789012345678901234567890}"#;
     assert_eq!(parse(row).expect("a good row").1.notes.unread, ["id"]);
     parse(r#"{"messages":[{"role":"user","content":"q"}],"tools":[{"max":18446744073709551615,"min":-9223372036854775808,"x":1.5e300}]}"#).expect("exact");
