@@ -32,7 +32,7 @@ use crate::server::stop::StopFilter;
 ///   a CPU. Each name has its own engine. On accelerators up to `max_num_seqs` requests per name run together.
 /// - If a future or a stream is dropped, its answer ends at the next token, and no other answer is affected. mistral.rs
 ///   alone stops the engine.
-/// - Structured output ends with the model's own end-of-turn tokens, and a forced tool call happens.
+/// - Structured output ends with the model's own end-of-turn tokens, and a forced tool call is always made.
 /// - `logits_bias`, stop texts, `top_p: 0` and `min_p` without `top_p` work as documented.
 /// - The last chunk of a stream has a `finish_reason`.
 /// - Settings without effect are refused by name: `set_adapters`, `n_choices` above 1, web search, images.

@@ -4,7 +4,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 
-/// Runs `load` on a new thread, where these thread-locals are empty. The inner result is the panic of `load`, if any.
+/// Runs `load` on a new thread, where these thread-locals are empty. The inner error is a panic of `load`.
 pub(crate) fn on_fresh_thread<T: Send + 'static>(
     load: impl FnOnce() -> T + Send + 'static,
 ) -> std::io::Result<thread::Result<T>> {

@@ -87,7 +87,8 @@ impl Scored {
     /// Runs `work` with the scorer on a thread named `name`.
     ///
     /// `held` includes the generation and its places. It is released when the work has ended, even if nobody waits for
-    /// the result. It is dropped after the scorer: the drop of the generation may report that its memory is free.
+    /// the result. It is dropped after the scorer, because the drop of the generation reports memory as free that the
+    /// scorer may still hold.
     ///
     /// # Errors
     /// Returns an error as [`blocking_as`].
