@@ -1,4 +1,5 @@
-//! Writes the tokenizer, chat template and end-of-turn tokens for mistral.rs so that a conversation becomes exactly the tokens transformers makes of it.
+//! Writes the tokenizer, chat template and end-of-turn tokens for mistral.rs. mistral.rs then makes the same tokens of
+//! a conversation as transformers.
 
 use std::collections::HashSet;
 use std::fs;
@@ -14,19 +15,19 @@ use crate::quirks_0_8::conversations::Rendering;
 use crate::quirks_0_8::special_tokens::TextFrame;
 use crate::quirks_0_8::{conversations, special_tokens, template_variables, tokenizer_panics};
 
-/// The files written, all in the staging directory.
+/// The files written; all are in the staging directory.
 pub(crate) struct ChatFiles {
     pub(crate) tokenizer: PathBuf,
     pub(crate) template: PathBuf,
     pub(crate) generation: PathBuf,
 }
 
-/// Reads the conversation side of the model in `base` and writes it, normalised, into `out`.
+/// Reads the tokenizer and chat files of the model in `base` and writes them, normalised, to `out`.
 ///
 /// - `tokenizer.json` without post-processor, padding and truncation.
-/// - `tokenizer_config.json` with only the template and the special tokens; an unset token is the empty text. Where it is
-///   rendered before, the template takes a conversation that is written out already.
-/// - `generation_config.json` with every end-of-sequence id that the model names.
+/// - `tokenizer_config.json` with only the template and the special tokens; an unset token is the empty text. With
+///   [`Rendering::Before`], the template passes on a conversation that is already rendered.
+/// - `generation_config.json` with every end-of-sequence id of the model.
 pub(crate) fn write_chat_files(
     base: &Path,
     template_override: Option<&Path>,
@@ -95,7 +96,7 @@ pub(crate) fn write_chat_files(
     Ok(files)
 }
 
-/// The texts of all tokens, and those of the added ones by id.
+/// The texts of all tokens, and the texts of the added tokens by id.
 struct Vocabulary {
     tokens: HashSet<String>,
     by_id: Vec<(u64, String)>,
@@ -115,7 +116,7 @@ impl Vocabulary {
             .into_iter()
             .flatten()
         {
-            // Only texts that decode to themselves: mistral.rs looks an id up by its decoded text.
+            // Only texts that decode to themselves: mistral.rs looks up an id by its decoded text.
             if let Some(id) = id
                 .as_u64()
                 .filter(|_| text.chars().all(|c| c.is_ascii_graphic()))
@@ -132,13 +133,13 @@ impl Vocabulary {
     }
 }
 
-/// A special token's text, written as a string or as an object with `content`.
+/// The text of a special token, which is a string or an object with `content`.
 fn token_text(value: &Value) -> Option<String> {
     let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// What a model says about its special tokens.
+/// The files of a model that describe its special tokens.
 struct Settings {
     config: Value,
     special: Value,
@@ -162,10 +163,10 @@ impl Settings {
     }
 }
 
-/// The template of the model in `base`, or the one in `template_override`; none if there is none.
+/// The chat template of the model in `base`, or the one in `template_override`; none if there is no template.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for one that does not compile.
+/// Returns [`Error::Unsupported`] if the template does not compile, or an error if a file cannot be read.
 pub(crate) fn chat_template(
     base: &Path,
     template_override: Option<&Path>,
@@ -180,7 +181,7 @@ pub(crate) fn chat_template(
         .map_err(|problems| Error::unsupported(base, problems))
 }
 
-/// The template as `tokenizer_config.json` has it, a text or a list of named ones, and where it stands.
+/// The template in the form of `tokenizer_config.json` (a text or a list of named texts), and where it was found.
 fn find_template(base: &Path, explicit: Option<&Path>) -> Result<Option<(String, Value)>> {
     let found = jinja::find(base, explicit).map_err(|error| match explicit {
         Some(path) if !path.exists() => Error::not_found(path, "the chat template does not exist"),
@@ -215,7 +216,8 @@ fn find_template(base: &Path, explicit: Option<&Path>) -> Result<Option<(String,
     Ok(Some((place, template)))
 }
 
-/// The generation settings that mistral.rs reads; end-of-sequence ids come from config.json where there is no file.
+/// The generation settings that mistral.rs reads. The end-of-sequence ids come from config.json if
+/// generation_config.json has none.
 fn generation_config(
     base: &Path,
     config: &Map<String, Value>,
@@ -267,7 +269,7 @@ fn generation_config(
     Ok(generation)
 }
 
-/// What the model's own `tokenizer.json`, which mistral.rs does not get to see, puts around plain text.
+/// The tokens that the model's own `tokenizer.json` puts around plain text. mistral.rs does not see that file.
 pub(crate) fn text_frame(base: &Path) -> Result<TextFrame> {
     let tokenizer = read_json(&base.join("tokenizer.json"))?.unwrap_or(Value::Null);
     Ok(TextFrame::of(&tokenizer))
@@ -302,7 +304,7 @@ pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// A model directory with a small byte-level tokenizer, and what `change` does to it.
+    /// Stages a model directory with a small byte-level tokenizer that `change` has modified.
     fn staged(change: impl FnOnce(&Path, &mut Value)) -> Result<(Value, Value, Value)> {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (base, out) = (dir.path().join("base"), dir.path().join("out"));

@@ -1,4 +1,5 @@
-//! A model's chat template: compiled when the model is loaded, and rendered to the text that its engine gets.
+//! The chat template of a model. It is compiled when the model is loaded, and renders conversations to the text for the
+//! engine.
 
 mod analysis;
 
@@ -13,25 +14,25 @@ use serde_json::{Map, Value, json};
 
 use self::analysis::Names;
 
-/// A compiled template with the model's special tokens.
+/// A compiled chat template and the model's special tokens.
 ///
-/// Besides the conversation a template sees what transformers gives it, the variables that the adapter was trained with, and those of
-/// the request, which win.
+/// Besides the conversation, a template sees the variables that transformers provides, those that the adapter was
+/// trained with, and those of the request. A variable of the request takes precedence.
 #[derive(Debug)]
 pub(crate) struct ChatTemplate {
     templates: Templates,
     special_tokens: Map<String, Value>,
     variables: Map<String, Value>,
-    /// What each of the templates reads, by its name.
+    /// The names that each template reads, by template name.
     names: BTreeMap<&'static str, Names>,
 }
 
-/// What a template is to write out.
+/// The input of a template.
 #[derive(Debug, Default)]
 pub(crate) struct Conversation {
     pub(crate) messages: Vec<Map<String, Value>>,
     pub(crate) tools: Vec<Value>,
-    /// Variables beside those that every conversation has.
+    /// Variables in addition to those that every conversation has.
     pub(crate) variables: Map<String, Value>,
     pub(crate) end: End,
 }
@@ -48,15 +49,15 @@ pub(crate) enum End {
     Open,
 }
 
-/// Why a conversation cannot be written out, in words that follow "the chat template".
+/// The reason why a conversation cannot be rendered; the text follows "the chat template".
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Refusal(pub(crate) String);
 
 impl ChatTemplate {
-    /// Compiles `template`, a text or a list of named ones, which came from `place`.
+    /// Compiles `template`, a text or a list of named texts. `place` names its origin in errors.
     ///
     /// # Errors
-    /// Every reason why it is none.
+    /// Returns every fault of the template.
     pub(crate) fn compile(
         place: &str,
         template: &Value,
@@ -89,13 +90,13 @@ impl ChatTemplate {
         })
     }
 
-    /// The same, with variables that every conversation gets; a request's own win.
+    /// Adds variables that every conversation gets; the variables of a request take precedence.
     pub(crate) fn with_variables(mut self, variables: Map<String, Value>) -> Self {
         self.variables = variables;
         self
     }
 
-    /// The text of all its templates.
+    /// The concatenated text of all its templates.
     pub(crate) fn content(&self) -> String {
         self.templates
             .sources()
@@ -111,25 +112,26 @@ impl ChatTemplate {
         }
     }
 
-    /// Whether it shows the model which tools there are.
+    /// Whether the template shows the available tools to the model.
     pub(crate) fn takes_tools(&self) -> bool {
         self.names[self.name(true)].reads("tools") || self.names.contains_key(TOOL_USE)
     }
 
-    /// Whether it reads the variable `name` of a conversation with tools, or without.
+    /// Whether the template for conversations with or without tools reads the variable `name`.
     pub(crate) fn reads(&self, name: &str, has_tools: bool) -> bool {
         self.names[self.name(has_tools)].reads(name)
     }
 
-    /// Whether it may read the key `key` of a message.
+    /// Whether the template may read the message key `key`.
     pub(crate) fn mentions(&self, key: &str, has_tools: bool) -> bool {
         self.names[self.name(has_tools)].mentions(key)
     }
 
-    /// The text of a conversation.
+    /// Renders a conversation to text.
     ///
     /// # Errors
-    /// With the template's own message.
+    /// Returns the template's own message if it refuses the conversation, or a refusal if the last message cannot be
+    /// continued.
     pub(crate) fn render(&self, conversation: &Conversation) -> Result<String, Refusal> {
         let marker = match conversation.end {
             End::Open => Some(Marker::new()),
@@ -167,8 +169,8 @@ impl ChatTemplate {
     }
 }
 
-/// A text that stands for the end of the message that is continued: what the template writes after it is cut off, as transformers
-/// does (`continue_final_message` in its `chat_template_utils`).
+/// A text that marks the end of a continued message. What the template writes after it is cut off, as in transformers
+/// (`continue_final_message` in its `chat_template_utils`).
 struct Marker(String);
 
 impl Marker {
@@ -176,12 +178,12 @@ impl Marker {
         Self(format!("END-OF-MESSAGE-{}", uuid::Uuid::new_v4().simple()))
     }
 
-    /// A space tells whether the template keeps white space at the end of a message.
+    /// Appends the marker and a space; the space shows whether the template keeps white space at the end of a message.
     fn after(&self, content: &str) -> String {
         format!("{content}{} ", self.0)
     }
 
-    /// `text` up to the marker, if it shows what is `continued`.
+    /// Returns `text` up to the marker, if that part contains `continued`.
     fn cut(&self, text: &str, continued: &str) -> Option<String> {
         let (before, after) = text.rsplit_once(&self.0)?;
         let before = match after.starts_with(' ') {
@@ -198,7 +200,7 @@ fn problem(at: impl Into<String>, message: impl Into<String>) -> Problem {
     Problem::new("chat-template", at, message, fix)
 }
 
-/// The templates in what a file has as `chat_template`, by their names.
+/// The templates in the value of `chat_template`, by name.
 fn sources(place: &str, template: &Value) -> Result<Vec<(&'static str, String)>, Problem> {
     let list = match template {
         Value::String(text) => return Ok(vec![(DEFAULT, text.clone())]),

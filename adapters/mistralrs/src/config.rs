@@ -1,4 +1,4 @@
-//! `serve.toml` as it is written: its sections, and what is said about keys it does not have.
+//! `serve.toml` as written: its sections, and the errors for unknown keys.
 
 mod limits;
 mod parse;
@@ -18,7 +18,7 @@ use crate::scoring::ScoringDtype;
 pub use limits::LimitsSection;
 pub use resolve::{Held, Locate, ModelConfig, ServeConfig, TlsFiles, Wanted, local_only};
 
-/// `serve.toml` as written, with mistral.rs `from-config` names.
+/// `serve.toml` as written; keys have the names of mistral.rs `from-config`.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServeFile {
@@ -50,8 +50,8 @@ pub struct ServerSection {
     pub tls_cert: Option<PathBuf>,
     /// Private key of the certificate, PEM.
     pub tls_key: Option<PathBuf>,
-    /// Serve a page at `/` that asks two models side by side and shows their confidence. The page itself needs no key; its
-    /// requests do.
+    /// Serve a page at `/` that asks two models side by side and shows their confidence. The page itself needs no key;
+    /// its requests do.
     pub ui: bool,
     /// Example questions on the page.
     pub examples: Vec<PageExample>,
@@ -98,8 +98,8 @@ impl Default for ServerSection {
 pub struct RuntimeSection {
     /// Maximum concurrent sequences per engine. At least 1.
     pub max_seqs: usize,
-    /// Number of prompts in an engine's prefix cache. Must be 0: with mistral.rs's cache, the turn after a truncated answer is
-    /// computed without one token, and on a CPU the cache grows without limit.
+    /// Number of prompts in an engine's prefix cache. Must be 0: with mistral.rs's cache, the turn after a truncated
+    /// answer is computed without one token, and on a CPU the cache grows without limit.
     pub prefix_cache_n: usize,
     /// Maximum memory for the weights of all engines together, in MiB. Each adapter is a copy of its base.
     pub max_memory_mb: Option<u64>,
@@ -180,7 +180,8 @@ pub struct DeviceSection {
     pub cpu: bool,
 }
 
-/// `[models.uncertainty]`: `POST /v1/monteclora/score`, from a second copy of the base that all its adapters share.
+/// `[models.uncertainty]`: scores for `POST /v1/monteclora/score`, from a second copy of the base that all its adapters
+/// share.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct UncertaintySection {
@@ -223,16 +224,16 @@ pub struct AdapterSection {
 }
 
 impl ServeFile {
-    /// Reads a file; its relative paths become relative to its own directory.
+    /// Reads a file. Relative paths in it become relative to the directory of the file.
     ///
-    /// Environment variables override its keys: `MONTECLORA_SERVER__PORT=8080` is `port` in `[server]`, and
-    /// `MONTECLORA_MODELS__0__DTYPE=f16` that of the first model.
+    /// Environment variables override its keys: `MONTECLORA_SERVER__PORT=8080` sets `port` in `[server]`, and
+    /// `MONTECLORA_MODELS__0__DTYPE=f16` sets `dtype` of the first model.
     ///
     /// # Errors
-    /// [`Error::Problem`] where there is no such file, else naming every value of a wrong type, and every unknown key with the nearest
-    /// known one.
+    /// Returns [`Error::Problem`] if the file does not exist or is not valid. The error names every value of a wrong
+    /// type, and every unknown key with the nearest known key. Returns [`Error::Io`] if the file cannot be read.
     pub fn read(path: &Path) -> Result<Self> {
-        // A pipe would never end, or give nothing at a reload.
+        // Reading a pipe would never end, or would give nothing at a reload.
         if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
             return Err(Error::config(path, "not a regular file"));
         }
@@ -244,21 +245,21 @@ impl ServeFile {
         })?;
         let mut file =
             parse::parse(&text, environment()).map_err(|message| Error::config(path, message))?;
-        // Whole paths, so that what is recorded of them means the same wherever the server is started from.
+        // Absolute paths: a record of them must mean the same wherever the server is started.
         let path = std::path::absolute(path).map_err(Error::io("find", path))?;
         file.anchor(path.parent().unwrap_or(Path::new("")));
         Ok(file)
     }
 
-    /// What the environment alone says, for a server without a file.
+    /// Reads the configuration from the environment alone, for a server without a file.
     ///
     /// # Errors
-    /// [`Error::Problem`] naming every variable that cannot be used.
+    /// Returns [`Error::Problem`]; it names every variable that cannot be used.
     pub fn from_environment() -> Result<Self> {
         parse::parse("", environment()).map_err(|message| Error::setting("environment", message))
     }
 
-    /// Makes relative paths relative to `root`. Ids are left alone unless they name something there.
+    /// Makes relative paths relative to `root`. An id changes only if it names something in `root`.
     fn anchor(&mut self, root: &Path) {
         let files = [
             &mut self.server.tls_cert,
@@ -284,13 +285,13 @@ impl ServeFile {
     }
 }
 
-/// The environment's variables that are text.
+/// The environment variables that are valid UTF-8.
 fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
-/// Every key of the file's form, by table.
+/// Every key of the file, by table.
 fn keys() -> [(&'static str, &'static [&'static str]); 12] {
     [
         ("", field_names::<ServeFile>()),

@@ -1,4 +1,4 @@
-//! One model in one private mistral.rs engine, driven from ordinary blocking code: logits, tokens and greedy answers.
+//! One model in its own mistral.rs engine, driven from blocking code: logits, tokens and greedy answers.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::quirks_0_8::abandoned_requests::tokenize;
 use crate::quirks_0_8::conversations::{Rendering, rendered};
 use crate::quirks_0_8::special_tokens::TextFrame;
 
-/// How long a dropped engine may take to give its memory back.
+/// Time that a dropped engine may take to free its memory.
 const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(30);
 
 /// One turn of a conversation.
@@ -47,11 +47,11 @@ impl ChatMessage {
 /// A greedy answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// The text, without leading white space and end-of-turn token.
+    /// The text, without leading white space and without the end-of-turn token.
     pub text: String,
-    /// Ids of all tokens generated, the end-of-turn token included if the model came to one.
+    /// Ids of all generated tokens, including the end-of-turn token if the model generated it.
     pub token_ids: Vec<u32>,
-    /// Tokens of the rendered conversation or of the text.
+    /// Number of tokens in the rendered conversation or in the text.
     pub prompt_tokens: usize,
     /// `stop` or `length`.
     pub finish_reason: String,
@@ -66,7 +66,7 @@ pub struct PromptLogits {
     pub vocab_size: usize,
 }
 
-/// A private engine. It blocks the calling thread, so it must not be used from within an asynchronous runtime.
+/// A private engine. It blocks the calling thread, so it must not be used inside an asynchronous runtime.
 ///
 /// # Example
 /// ```no_run
@@ -92,7 +92,7 @@ impl Engine {
     /// Loads the model and starts its engine.
     ///
     /// # Errors
-    /// Those of [`MonteCloraLoader::load`], and [`Error::Engine`].
+    /// Returns an error as [`MonteCloraLoader::load`], or [`Error::Engine`] if the engine cannot be started.
     pub fn start(loader: &MonteCloraLoader) -> Result<Self> {
         Self::launch(loader, false)
     }
@@ -104,7 +104,7 @@ impl Engine {
         let template = loader.chat_template()?;
         let frame = text_frame(loader.base())?;
         let pipeline = loader.load()?;
-        // A single-threaded runtime: mistral.rs then leaves out its warm-up request, which would fill a prefix cache.
+        // With a single-threaded runtime, mistral.rs omits its warm-up request, which would fill a prefix cache.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -127,15 +127,15 @@ impl Engine {
         })
     }
 
-    /// Longest prompt in tokens.
+    /// Maximum length of a prompt in tokens.
     pub fn max_sequence_length(&self) -> usize {
         self.max_sequence_length
     }
 
-    /// Raw logits of all positions of `tokens`.
+    /// Computes the raw logits of all positions of `tokens`.
     ///
     /// # Errors
-    /// [`Error::Problem`] for an empty or too long prompt; [`Error::Engine`] if mistral.rs fails.
+    /// Returns [`Error::Problem`] if the prompt is empty or too long, and [`Error::Engine`] if mistral.rs fails.
     pub fn prompt_logits(&self, tokens: &[u32]) -> Result<PromptLogits> {
         self.check_length(tokens.len())?;
         let prompt = RequestMessage::CompletionTokens(tokens.to_vec());
@@ -146,10 +146,11 @@ impl Engine {
         }
     }
 
-    /// The token ids that mistral.rs makes of a conversation, with the opening of the assistant's turn appended.
+    /// Tokenizes a conversation as mistral.rs does, with the opening of the assistant's turn appended.
     ///
     /// # Errors
-    /// [`Error::Problem`] if the model has no chat template; [`Error::Engine`] if the template refuses the conversation.
+    /// Returns [`Error::Problem`] if the model has no chat template, and [`Error::Engine`] if the template refuses the
+    /// conversation or mistral.rs fails.
     pub fn tokenize_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
         self.tokenize(self.render(messages)?)
     }
@@ -161,7 +162,7 @@ impl Engine {
         self.runtime.block_on(tokenize(engine, request, ()))
     }
 
-    /// The text of a conversation, with the opening of the assistant's turn.
+    /// Renders a conversation to text, with the opening of the assistant's turn.
     fn render(&self, messages: &[ChatMessage]) -> Result<String> {
         let template = self.template.as_ref().ok_or_else(|| {
             let message = "the model has no chat template; give one with `--chat-template`";
@@ -184,18 +185,19 @@ impl Engine {
     /// Answers a conversation greedily (the most probable token each time) with at most `max_tokens` tokens.
     ///
     /// # Errors
-    /// Those of [`Self::tokenize_chat`], and [`Error::Engine`] if mistral.rs fails.
+    /// Returns an error as [`Self::tokenize_chat`], [`Error::Problem`] if the conversation is too long, and
+    /// [`Error::Engine`] if mistral.rs fails.
     pub fn ask(&self, messages: &[ChatMessage], max_tokens: usize) -> Result<Answer> {
         let text = self.render(messages)?;
         let prompt_tokens = self.tokenize(text.clone())?.len();
         self.answer(rendered(text), prompt_tokens, max_tokens)
     }
 
-    /// Continues a text greedily with at most `max_tokens` tokens, without a chat template: the model gets the text's tokens with
-    /// the begin and end tokens that its tokenizer puts around plain text, as at `/v1/completions`.
+    /// Continues a text greedily with at most `max_tokens` tokens, without a chat template. The prompt is the tokens of
+    /// the text with the begin and end tokens that its tokenizer puts around plain text, as at `/v1/completions`.
     ///
     /// # Errors
-    /// [`Error::Problem`] for an empty or too long text; [`Error::Engine`] if mistral.rs fails.
+    /// Returns [`Error::Problem`] if the text is empty or too long, and [`Error::Engine`] if mistral.rs fails.
     pub fn complete(&self, text: &str, max_tokens: usize) -> Result<Answer> {
         let inner = self.tokenize(text.to_owned())?;
         let tokens = [&*self.frame.prefix, &inner, &self.frame.suffix].concat();
@@ -237,17 +239,17 @@ impl Engine {
         })
     }
 
-    /// The most probable tokens behind `tokens`, at most `n_new`; the model's end of sequence ends them.
+    /// Generates at most `n_new` greedy tokens after `tokens`; stops at the model's end of sequence.
     #[cfg(test)]
     pub(crate) fn continue_tokens(&self, tokens: &[u32], n_new: usize) -> Result<Vec<u32>> {
         let prompt = RequestMessage::CompletionTokens(tokens.to_vec());
         Ok(self.answer(prompt, tokens.len(), n_new)?.token_ids)
     }
 
-    /// Stops the engine and waits until the model's memory is given back.
+    /// Stops the engine and waits until the memory of the model is freed.
     ///
     /// # Errors
-    /// [`Error::Engine`] if that does not happen within half a minute.
+    /// Returns [`Error::Engine`] if the memory is not freed within 30 seconds.
     pub fn shut_down(self) -> Result<()> {
         let Self { host, pipeline, .. } = self;
         drop(host);
@@ -268,13 +270,13 @@ impl Engine {
         Ok(())
     }
 
-    /// The first response to a greedy request for one token, or for what `change` makes of it.
+    /// Sends a greedy request for one token, changed by `change`, and returns the first response.
     pub(crate) fn exchange(
         &self,
         messages: RequestMessage,
         change: impl FnOnce(&mut NormalRequest),
     ) -> Result<Response> {
-        // Temperature 0 is an argmax over the logits; without one mistral.rs samples at temperature 1.
+        // Temperature 0 takes the argmax of the logits; without a temperature mistral.rs samples at temperature 1.
         let params = SamplingParams {
             temperature: Some(0.0),
             max_len: Some(1),
@@ -293,10 +295,10 @@ impl Engine {
     }
 }
 
-/// Waits until nobody holds `model` any more, whose engine has been told to stop; blocking.
+/// Waits until nothing holds `model` any more. Its engine must have been told to stop. It blocks.
 ///
 /// # Errors
-/// If that takes longer than [`SHUT_DOWN_LIMIT`].
+/// Returns an error if this takes longer than [`SHUT_DOWN_LIMIT`].
 pub(crate) fn wait_until_freed(model: &WeakPipeline) -> Result<()> {
     let start = Instant::now();
     while model.strong_count() > 0 {
@@ -308,12 +310,12 @@ pub(crate) fn wait_until_freed(model: &WeakPipeline) -> Result<()> {
     Ok(())
 }
 
-/// Raw logits of every position of each sequence, computed one after the other by a private engine.
+/// Computes the raw logits of every position of each sequence, one sequence after the other, in a private engine.
 ///
 /// Each result is row-major `[n_tokens, vocab_size]`.
 ///
 /// # Errors
-/// Those of [`Engine::start`] and [`Engine::prompt_logits`].
+/// Returns an error as [`Engine::start`], [`Engine::prompt_logits`] and [`Engine::shut_down`].
 pub fn prompt_logits(loader: &MonteCloraLoader, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
     let engine = Engine::start(loader)?;
     let logits = sequences
@@ -324,7 +326,8 @@ pub fn prompt_logits(loader: &MonteCloraLoader, sequences: &[Vec<u32>]) -> Resul
     logits
 }
 
-/// The scheduler of one sequence at a time for a loaded model: paged if it was loaded so.
+/// The scheduler for a loaded model, for one sequence at a time; it is paged if the model was loaded with paged
+/// attention.
 async fn scheduler(pipeline: &SharedPipeline, loader: &MonteCloraLoader) -> SchedulerConfig {
     let cache = pipeline.lock().await.get_metadata().cache_config.clone();
     match cache {
@@ -338,10 +341,10 @@ async fn scheduler(pipeline: &SharedPipeline, loader: &MonteCloraLoader) -> Sche
     }
 }
 
-/// Messages in the form of mistral.rs.
+/// Messages in the type that mistral.rs takes.
 pub(crate) type TemplateMessages = Vec<indexmap::IndexMap<String, mistralrs_core::MessageContent>>;
 
-/// A request for the tokens of a conversation or of plain text.
+/// Makes a request for the tokens of a conversation or of plain text.
 pub(crate) fn plain_tokenization(
     text: either::Either<TemplateMessages, String>,
     response: Sender<anyhow::Result<Vec<u32>>>,
@@ -357,7 +360,8 @@ pub(crate) fn plain_tokenization(
     }
 }
 
-/// The rows of raw logits, one at a time in 32 bits: all of a long prompt's are gigabytes.
+/// Iterates over the rows of raw logits as f32. It converts one row at a time: all rows of a long prompt take
+/// gigabytes.
 pub(crate) fn rows_of(
     chunk: &Tensor,
 ) -> candle_core::Result<impl Iterator<Item = candle_core::Result<Vec<f32>>>> {
@@ -389,7 +393,7 @@ pub(crate) fn engine_error(error: impl std::fmt::Display) -> Error {
     Error::Engine(error.to_string())
 }
 
-/// What is said of an engine that ends before it answers.
+/// The error for an engine that ends before it answers.
 pub(crate) fn silent() -> Error {
     Error::Engine("the engine stopped without an answer".to_owned())
 }
@@ -403,7 +407,7 @@ fn failure(response: Response) -> String {
     }
 }
 
-/// Notes the token that an argmax picks at each step, ties resolved as in mistral.rs: the last of the largest.
+/// Records the token that an argmax picks at each step. Ties are resolved as in mistral.rs: the last of the largest.
 #[derive(Default)]
 pub(crate) struct GreedyRecorder(Mutex<Vec<u32>>);
 

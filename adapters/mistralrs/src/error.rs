@@ -1,4 +1,4 @@
-//! The one error type of this crate, and the process exit code of each.
+//! The error type of this crate, and the process exit code of each error.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,16 +15,16 @@ pub enum Error {
     /// The adapter or the base model's files are missing, malformed or do not fit each other.
     #[error(transparent)]
     Format(#[from] FormatError),
-    /// One thing that its [`code`](Error::code) names.
+    /// One problem, identified by its [`code`](Error::code).
     #[error(transparent)]
     Problem(#[from] Problem),
-    /// A base model that mistral.rs would refuse, or answer wrongly with; every reason is listed.
+    /// mistral.rs would refuse the base model or answer wrongly with it; every reason is listed.
     #[error(transparent)]
     Unsupported(Problems),
-    /// The operating system refused.
+    /// The operating system refused an operation.
     #[error("cannot {action} `{}`: {source}", .path.display())]
     Io {
-        /// What was being done: "read", "write", ...
+        /// The failed operation: "read", "write", ...
         action: &'static str,
         /// The path concerned.
         path: PathBuf,
@@ -34,53 +34,53 @@ pub enum Error {
     /// An engine refused a request or stopped.
     #[error("mistral.rs: {0}")]
     Engine(String),
-    /// What is wrong with one of several models or adapters.
+    /// One of several models or adapters failed.
     #[error("`{name}`: {problem}")]
     Of {
-        /// Its public name.
+        /// Public name of the model or adapter.
         name: String,
-        /// What is wrong. No source of the error, since the text has it already.
+        /// The problem. It is not a source of the error, since the text contains it already.
         problem: Box<Error>,
     },
-    /// Several things at once.
+    /// Several errors together.
     #[error("{}", join(.0))]
     Several(Vec<Error>),
 }
 
-/// Codes of problems that are told apart.
+/// Codes that identify problems.
 pub(crate) mod code {
     /// A setting with a value that cannot be used.
     pub(crate) const SETTING: &str = "setting";
-    /// A file or directory that should be there is not.
+    /// A file or directory does not exist.
     pub(crate) const NOT_FOUND: &str = "not-found";
     /// A configuration file that cannot be understood.
     pub(crate) const CONFIG: &str = "config";
-    /// mistral.rs failed to load a model whose files passed every check of ours.
+    /// mistral.rs failed to load a model whose files passed every check of this crate.
     pub(crate) const LOAD: &str = "load";
-    /// Files that were written to while they were checked and loaded.
+    /// Files that changed while they were checked and loaded.
     pub(crate) const FILES_CHANGED: &str = "files_changed";
-    /// A record of what was loaded at run time that cannot be written.
+    /// The record of adapters loaded at run time cannot be written.
     pub(crate) const STATE_FILE: &str = "state_file";
     /// A name that is already served.
     pub(crate) const NAME_TAKEN: &str = "name_taken";
     /// A name that is not served.
     pub(crate) const MODEL_NOT_FOUND: &str = "model_not_found";
-    /// A compare-and-swap whose expectation no longer holds.
+    /// A compare-and-swap whose expected generation is no longer served.
     pub(crate) const GENERATION_MOVED: &str = "generation_moved";
     /// A load that would take more memory than the configuration allows.
     pub(crate) const OVER_BUDGET: &str = "over_memory_budget";
     /// The server could not listen on its address.
     pub(crate) const LISTEN: &str = "listen";
-    /// A stop that did not wait for requests in flight.
+    /// A stop that did not wait for running requests.
     pub(crate) const INTERRUPTED: &str = "interrupted";
-    /// An engine that cannot be started, or does not answer.
+    /// An engine that cannot be started or does not answer.
     pub(crate) const ENGINE_UNAVAILABLE: &str = "engine_unavailable";
     /// An adapter whose update is zero at every site.
     pub(crate) const ZERO_EFFECT: &str = "zero-effect";
 }
 
 impl Error {
-    /// Stable name of a problem; empty for what has none.
+    /// Stable name of a problem; empty for errors without one.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Problem(problem) => problem.code,
@@ -89,9 +89,10 @@ impl Error {
         }
     }
 
-    /// The exit code that a command line should end with.
+    /// The exit code that a command line should return.
     ///
-    /// 2 for configuration, usage and missing paths, 4 for malformed or incompatible adapters and models, 1 for the rest.
+    /// It is 2 for configuration, usage and missing paths, 4 for malformed or incompatible adapters and models, and 1
+    /// for the rest.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Format(error) => monteclora_converters::exit_code(error, |_| None),
@@ -104,7 +105,7 @@ impl Error {
         }
     }
 
-    /// The problems behind a refusal, if this is one.
+    /// The problems behind a refusal; empty for other errors.
     pub fn problems(&self) -> &[Problem] {
         match self {
             Self::Format(error) => error.problems(),
@@ -114,18 +115,18 @@ impl Error {
         }
     }
 
-    /// A setting with a value that cannot be used.
+    /// Makes the error for a setting with a value that cannot be used.
     pub fn setting(key: impl Into<String>, message: impl Into<String>) -> Self {
         let problem = Problem::new(code::SETTING, key, message, "");
         problem.exit(2).into()
     }
 
-    /// A file or directory that should be there is not.
+    /// Makes the error for a file or directory that does not exist.
     pub fn not_found(path: &Path, message: impl Into<String>) -> Self {
         Self::at(code::NOT_FOUND, path, message)
     }
 
-    /// A configuration file that cannot be understood.
+    /// Makes the error for a configuration file that cannot be understood.
     pub(crate) fn config(path: &Path, message: impl Into<String>) -> Self {
         Self::at(code::CONFIG, path, message)
     }
@@ -135,12 +136,12 @@ impl Error {
         problem.exit(2).into()
     }
 
-    /// A request that cannot be done now, or a use that is wrong: exit code 2.
+    /// Makes the error for a request that cannot be fulfilled now, or for wrong usage. The exit code is 2.
     pub(crate) fn refused(code: &'static str, message: impl Into<String>) -> Self {
         Problem::sentence(code, message).exit(2).into()
     }
 
-    /// An engine that cannot be started, or does not answer, because of `cause`.
+    /// Makes the error for an engine that cannot be started, or does not answer, because of `cause`.
     pub(crate) fn engine_unavailable(cause: &str) -> Self {
         let message = format!(
             "no engine for it: {cause}; look at the log, and at what the system lets this process have (memory, `ulimit -u`, \
@@ -150,7 +151,7 @@ impl Error {
         problem.exit(1).into()
     }
 
-    /// The system starts no more threads.
+    /// Makes the error for a system that starts no more threads.
     pub(crate) fn no_threads(cause: &io::Error) -> Self {
         Self::engine_unavailable(&format!("the system starts no more threads ({cause})"))
     }
@@ -174,7 +175,7 @@ impl Error {
         }
     }
 
-    /// Success if there is no error, else all of them as one.
+    /// Returns success if there is no error, else all errors as one.
     pub(crate) fn all(mut errors: Vec<Self>) -> Result<()> {
         match errors.len() {
             0 => Ok(()),

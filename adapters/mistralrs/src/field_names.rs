@@ -1,17 +1,17 @@
-//! What the fields of a structure are called where it is read from.
+//! The names of the fields of a structure, as serde reads them.
 
 use serde::de::{DeserializeOwned, IntoDeserializer, Visitor, value};
 use serde::{Deserializer, forward_to_deserialize_any};
 
-/// The names of the fields of the structure `T`, as they are read.
+/// The names of the fields of the structure `T`, as serde reads them.
 pub(crate) fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
     let mut names: &[&str] = &[];
-    // It reads nothing: the names are all there is to hear.
+    // The result is an error: only the names are of interest.
     let _ = T::deserialize(Names(&mut names));
     names
 }
 
-/// A word about the [`nearest`] one of `names`.
+/// A hint that names the [`nearest`] one of `names`.
 pub(crate) fn suggestion<'a>(
     key: &str,
     names: impl IntoIterator<Item = &'a &'a str>,
@@ -22,7 +22,8 @@ pub(crate) fn suggestion<'a>(
         .unwrap_or_default()
 }
 
-/// The one of `names` that is most like `key`, if it is more than `least` like it: 0 is nothing alike, 1 the same.
+/// The one of `names` that is most similar to `key`, if the similarity is above `least`. 0 is no similarity, 1 is
+/// equality.
 pub(crate) fn nearest<'a>(
     key: &str,
     names: impl IntoIterator<Item = &'a &'a str>,
@@ -36,7 +37,7 @@ pub(crate) fn nearest<'a>(
         .map(|(_, name)| name)
 }
 
-/// Notes what a structure says its fields are.
+/// Records the field names that a structure passes to its deserializer.
 struct Names<'a>(&'a mut &'static [&'static str]);
 
 impl<'de> Deserializer<'de> for Names<'_> {

@@ -1,4 +1,4 @@
-//! The crate as a whole on small models with reference logits.
+//! Tests of the whole crate on small models with reference logits.
 
 mod abuse;
 mod application;
@@ -25,7 +25,7 @@ use tempfile::TempDir;
 
 use crate::MonteCloraLoader;
 
-/// One reference case: an adapter, its base and what both compute.
+/// One reference case: an adapter, its base, and the expected logits of both.
 pub(crate) struct Case {
     pub(crate) name: String,
     pub(crate) adapter: PathBuf,
@@ -34,7 +34,7 @@ pub(crate) struct Case {
 }
 
 impl Case {
-    /// `root/adapters/NAME`, whose base is a model of the same root.
+    /// The case `root/adapters/NAME`; its base is a model of the same root.
     fn of_adapter(dir: PathBuf) -> Self {
         let text = fs::read_to_string(dir.join("case.json")).expect("every case has one");
         let case: Value = serde_json::from_str(&text).expect("valid");
@@ -49,7 +49,7 @@ impl Case {
         }
     }
 
-    /// `root/architectures/KIND`.
+    /// The case `root/architectures/KIND`.
     fn of_architecture(dir: &Path) -> Self {
         Self {
             name: name(dir),
@@ -70,7 +70,7 @@ impl Case {
             .expect("settings are sound")
     }
 
-    /// It on a copy of its base, which `change` has been over.
+    /// The same case on a copy of its base that `change` has modified.
     pub(crate) fn on_changed_base(self, change: impl FnOnce(&Path)) -> (Self, TempDir) {
         let copy = tempfile::tempdir().expect("a temporary directory");
         for entry in fs::read_dir(&self.base).expect("readable") {
@@ -107,7 +107,7 @@ fn name(dir: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// Every recorded adapter and architecture that is there.
+/// Every recorded adapter and architecture that is available.
 fn cases() -> Vec<Case> {
     let adapters = walk::walk("adapters/").into_iter().map(Case::of_adapter);
     let architectures = walk::walk("architectures/");
@@ -115,17 +115,17 @@ fn cases() -> Vec<Case> {
     adapters.chain(architectures).collect()
 }
 
-/// An adapter of the project's copy.
+/// An adapter from the project's own fixtures.
 fn named(name: &str) -> Case {
     Case::of_adapter(walk::own().join("adapters").join(name))
 }
 
-/// An adapter of the project's copy that can be served.
+/// An adapter from the project's own fixtures that can be served.
 pub(crate) fn servable() -> Case {
     named("all-linear")
 }
 
-/// Another one on the same base.
+/// Another adapter on the same base.
 pub(crate) fn servable_too() -> Case {
     named("bf16")
 }

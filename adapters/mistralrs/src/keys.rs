@@ -15,7 +15,7 @@ pub(crate) const API_KEYS_VARIABLE: &str = "MONTECLORA_API_KEYS";
 /// Environment variable with keys for administration, in the same form.
 pub(crate) const ADMIN_KEYS_VARIABLE: &str = "MONTECLORA_ADMIN_KEYS";
 
-/// A set of keys, of which only the hashes are held.
+/// A set of keys; it holds only their hashes.
 #[derive(Clone, Default)]
 pub struct KeySet(Vec<[u8; 32]>);
 
@@ -29,7 +29,8 @@ impl KeySet {
     /// Reads one key per line, plain or `sha256:<hex>`; empty lines and lines that begin with `#` are skipped.
     ///
     /// # Errors
-    /// [`Error::Problem`] for a malformed line, or a file without a key.
+    /// Returns [`Error::Problem`] for a malformed line or a file without a key, and [`Error::Io`] if the file cannot be
+    /// read.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
         let bad = |message: String| Error::config(path, message);
@@ -48,10 +49,10 @@ impl KeySet {
         Ok(keys)
     }
 
-    /// The keys of a text that separates them by commas or white space; `source` names it in errors.
+    /// Reads keys that are separated by commas or white space; errors name `source` as their origin.
     ///
     /// # Errors
-    /// [`Error::Problem`] for a malformed hash.
+    /// Returns [`Error::Problem`] for a malformed hash.
     pub fn parse_list(source: &str, text: &str) -> Result<Self> {
         let mut keys = Self::default();
         let items = text.split(|c: char| c == ',' || c.is_whitespace());
@@ -62,7 +63,7 @@ impl KeySet {
         Ok(keys)
     }
 
-    /// The keys of `path`, if given, and of the environment variable `variable`, if set.
+    /// Reads the keys of the file `path`, if given, and of the environment variable `variable`, if set.
     pub(crate) fn gather(path: Option<&Path>, variable: &str) -> Result<Self> {
         let mut keys = path.map_or_else(|| Ok(Self::default()), Self::read)?;
         match std::env::var(variable) {
@@ -75,7 +76,7 @@ impl KeySet {
         Ok(keys)
     }
 
-    /// Adds a key, plain or `sha256:<hex>`. The message of an error does not repeat it.
+    /// Adds a key, plain or `sha256:<hex>`. The error message does not repeat the key.
     fn add(&mut self, text: &str) -> Result<(), String> {
         let key = match text.strip_prefix("sha256:") {
             None => hash(text),
@@ -86,12 +87,13 @@ impl KeySet {
         Ok(())
     }
 
-    /// Whether there is no key.
+    /// Whether the set is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether `key` is one of the set. The time does not depend on which, or on how much of it is right.
+    /// Whether the set contains `key`. The time does not depend on which key matches or how many characters of it
+    /// match.
     pub fn holds(&self, key: &str) -> bool {
         let presented = hash(key);
         let found = self.0.iter().fold(Choice::from(0), |found, known| {

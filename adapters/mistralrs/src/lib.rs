@@ -1,15 +1,19 @@
-//! Serves MonteCLoRA and LoRA adapters from [mistral.rs](https://github.com/EricLBuehler/mistral.rs), collapsed to the posterior mean.
+//! Serves MonteCLoRA and LoRA adapters with [mistral.rs](https://github.com/EricLBuehler/mistral.rs), collapsed to the
+//! posterior mean.
 //!
-//! Four ways in:
+//! There are four entry points:
 //!
-//! - [`MonteCloraModelBuilder`], for applications: built as with [`mistralrs::TextModelBuilder`], with the calls of [`mistralrs::Model`];
-//! - [`MonteCloraLoader`], a mistral.rs [`Loader`](mistralrs_core::Loader) for programs that build [`mistralrs::MistralRs`] themselves;
-//! - [`Engine`], one model driven from blocking code: raw logits, token ids, greedy answers;
+//! - [`MonteCloraModelBuilder`], for applications. It is built like [`mistralrs::TextModelBuilder`] and has the methods
+//!   of [`mistralrs::Model`].
+//! - [`MonteCloraLoader`], a mistral.rs [`Loader`](mistralrs_core::Loader) for programs that build
+//!   [`mistralrs::MistralRs`] themselves.
+//! - [`Engine`], one model that blocking code drives: raw logits, token ids, greedy answers.
 //! - [`serve`], the OpenAI-compatible server that `serve.toml` describes ([`ServeFile`]).
 //!
-//! The adapter is merged in float32 into the tensors it touches, which go into a temporary overlay that mistral.rs reads
-//! after the base's own files. mistral.rs's own LoRA path is not used: it drops most PEFT settings silently.
-//! For the same reason the base's configuration is rewritten first, and what mistral.rs cannot represent is refused by name.
+//! The loader merges the adapter in float32 into the tensors that it changes. It writes these tensors to a temporary
+//! overlay, which mistral.rs reads after the base's own files. The loader does not use mistral.rs's own LoRA path,
+//! because that path silently drops most PEFT settings. For the same reason it first rewrites the base's configuration,
+//! and it refuses by name whatever mistral.rs cannot represent.
 //!
 //! ```no_run
 //! use mistralrs_monteclora::MonteCloraModelBuilder;
@@ -45,7 +49,7 @@ mod server;
 #[cfg(test)]
 mod fixture_tests;
 
-/// Compiles the code of the README.
+/// Compiles the code blocks of the README.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -39,20 +39,21 @@ use crate::quirks_0_8::windows::restore_caches;
 pub use self::builder::MonteCloraLoaderBuilder;
 pub use self::builder::check_public_name;
 
-/// The output head's module.
+/// The module of the output head.
 const HEAD: &str = "lm_head";
 
-/// A loaded model, as every mistral.rs API takes it.
+/// A loaded model, in the type that every mistral.rs API takes.
 pub type SharedPipeline = Arc<Mutex<dyn Pipeline + Send + Sync>>;
 
-/// Tells whether a loaded model is still in memory.
+/// A weak reference that tells whether a loaded model is still in memory.
 pub(crate) type WeakPipeline = Weak<Mutex<dyn Pipeline + Send + Sync>>;
 
 /// Loads a base model, with or without a MonteCLoRA or LoRA adapter merged into it, into mistral.rs.
 ///
-/// The adapter is read, checked against the base's headers, collapsed to its posterior mean and merged in float32; only
-/// the merged tensors are written, to a temporary overlay that is removed when the load ends. Each load runs on a thread
-/// of its own, because mistral.rs keeps quantisation and adapter settings in thread-locals that it never clears.
+/// The loader reads the adapter, checks it against the base's headers, collapses it to its posterior mean and merges it
+/// in float32. It writes only the merged tensors, to a temporary overlay that it removes when the load ends. Each load
+/// runs on its own thread, because mistral.rs keeps quantisation and adapter settings in thread-locals that it never
+/// clears.
 ///
 /// # Example
 /// ```no_run
@@ -76,25 +77,26 @@ pub struct MonteCloraLoader {
     device_map: Option<DeviceMapSetting>,
     pub(crate) paged_attention: Option<PagedAttentionConfig>,
     pub(crate) force: bool,
-    /// Who writes conversations out; before the engine, it is the template that [`Self::chat_template`] gives.
+    /// Who renders conversations. With [`Rendering::Before`], the template of [`Self::chat_template`] renders them
+    /// before the engine.
     pub(crate) rendering: Rendering,
     silent: bool,
     staging_root: Option<PathBuf>,
 }
 
-/// Files ready for mistral.rs, in a directory that goes when this does.
+/// Files ready for mistral.rs, in a directory that is removed when this value is dropped.
 struct Staged {
     paths: LocalModelPaths<PathBuf>,
     /// Fingerprint of the adapter that was merged.
     adapter: Option<String>,
-    /// Whether mistral.rs's loader for models that see is the one that knows the family.
+    /// Whether mistral.rs knows the family only in its loader for vision models.
     is_multimodal: bool,
-    /// The model, if its caches have to be restored.
+    /// The shape of the model, if its caches must be restored.
     windowed: Option<ModelShape>,
     _dir: TempDir,
 }
 
-/// Base and adapter, read once.
+/// The base and the adapter, read once.
 struct Opened {
     files: ModelFiles,
     config: NormalisedConfig,
@@ -103,21 +105,21 @@ struct Opened {
     warnings: Vec<Problem>,
 }
 
-/// What the files say of a model before it is loaded.
+/// What the files say about a model before it is loaded.
 pub(crate) struct Survey {
     pub(crate) max_sequence_length: usize,
-    /// Vectors of the embedding.
+    /// Number of vectors in the embedding.
     pub(crate) vocab_size: usize,
-    /// As [`MonteCloraLoader::generation`].
+    /// See [`MonteCloraLoader::generation`].
     pub(crate) generation: String,
-    /// As [`MonteCloraLoader::weight_bytes`].
+    /// See [`MonteCloraLoader::weight_bytes`].
     pub(crate) weight_bytes: u64,
-    /// What may be wrong although it can be served.
+    /// Possible faults that do not prevent serving.
     pub(crate) warnings: Vec<Problem>,
 }
 
 impl MonteCloraLoader {
-    /// A loader for the Hugging Face directory `base`, answering under the public name `name`.
+    /// Starts a loader for the Hugging Face directory `base` that answers under the public name `name`.
     ///
     /// The name is what clients send and receive as `model`; it is never a path.
     pub fn builder(base: impl Into<PathBuf>, name: impl Into<String>) -> MonteCloraLoaderBuilder {
@@ -157,15 +159,15 @@ impl MonteCloraLoader {
         self.adapter.as_deref()
     }
 
-    /// Checks base and adapter without loading weights, and returns the base's configuration for mistral.rs.
+    /// Checks the base and the adapter without loading weights, and returns the base's configuration for mistral.rs.
     ///
     /// # Errors
-    /// Everything that [`Self::load`] would refuse before it starts mistral.rs.
+    /// Returns every error that [`Self::load`] would return before it starts mistral.rs.
     pub fn check(&self) -> Result<NormalisedConfig> {
         Ok(self.open()?.config)
     }
 
-    /// As [`Self::check`], with everything else that the files say of the model before it is loaded.
+    /// As [`Self::check`], but returns everything that the files say about the model before it is loaded.
     pub(crate) fn survey(&self) -> Result<Survey> {
         let Opened {
             files,
@@ -192,7 +194,7 @@ impl MonteCloraLoader {
         })
     }
 
-    /// Base and adapter, checked; no weights are loaded.
+    /// Reads and checks the base and the adapter; it loads no weights.
     fn open(&self) -> Result<Opened> {
         let (files, config, warnings) = self.open_base()?;
         let adapter = self.open_adapter(&files, &config)?;
@@ -205,7 +207,7 @@ impl MonteCloraLoader {
         })
     }
 
-    /// The model's chat template, or the one that replaces it; none if there is none.
+    /// The template that replaces the model's own if given, else the model's chat template; none if there is neither.
     pub(crate) fn chat_template(&self) -> Result<Option<ChatTemplate>> {
         let found = chat_template(&self.base, self.chat_template.as_deref())?;
         let trained_with = self
@@ -216,11 +218,13 @@ impl MonteCloraLoader {
         Ok(found.map(|template| template.with_variables(trained_with.unwrap_or_default())))
     }
 
-    /// A short hexadecimal name of what is loaded, equal on every machine: a hash of the base's content, or of the adapter's
-    /// posterior mean, so that an adapter and its collapsed form are one generation.
+    /// A short hexadecimal name of the model's content, equal on every machine.
+    ///
+    /// It is a hash of the base's content or of the adapter's posterior mean, so an adapter and its collapsed form have
+    /// the same generation.
     ///
     /// # Errors
-    /// If the files cannot be read.
+    /// Returns an error if the files cannot be read.
     pub fn generation(&self) -> Result<String> {
         let files = ModelFiles::open(&self.base)?;
         let adapter = self.adapter.as_deref();
@@ -229,10 +233,11 @@ impl MonteCloraLoader {
         generation(&files, adapter.as_ref())
     }
 
-    /// Estimated bytes of the weights in memory, from the headers of the base's files. The adapter changes nothing about it.
+    /// Estimates the memory of the weights in bytes, from the headers of the base's files. The adapter does not change
+    /// it.
     ///
     /// # Errors
-    /// If the base cannot be read.
+    /// Returns an error if the base cannot be read.
     pub fn weight_bytes(&self) -> Result<u64> {
         Ok(self.weight_bytes_of(&ModelFiles::open(&self.base)?))
     }
@@ -241,23 +246,25 @@ impl MonteCloraLoader {
         crate::memory::weight_bytes(files, self.dtype, self.device.is_cpu(), self.isq)
     }
 
-    /// Merges, loads and cleans up.
+    /// Merges the adapter, loads the model and removes the temporary files.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] and [`Error::Format`] before mistral.rs is started; [`Error::Problem`] if it fails itself.
+    /// Returns [`Error::Unsupported`] or [`Error::Format`] for files that cannot be served, [`Error::Io`] if the system
+    /// fails to read or write a file, and [`Error::Problem`] for a missing file, an adapter without effect or a failure
+    /// of mistral.rs.
     pub fn load(&self) -> Result<SharedPipeline> {
         Ok(self.load_with_fingerprint()?.0)
     }
 
-    /// As [`Self::load`], with the [`generation`](Self::generation) that the weights in memory are: files may change between a
-    /// check and a load.
+    /// As [`Self::load`], and returns the [`generation`](Self::generation) of the weights in memory. The files may
+    /// change between a check and a load.
     pub(crate) fn load_generation(&self) -> Result<(NormalModel, String)> {
         let (pipeline, adapter) = self.load_with_fingerprint()?;
         let digest = match adapter {
             Some(digest) => digest,
             None => base_fingerprint(&ModelFiles::open(&self.base)?)?,
         };
-        // SAFETY: `load_as` has it from a loader of mistral.rs, as nothing else returns.
+        // SAFETY: `pipeline` comes from `load_as`, which returns only what a loader of mistral.rs returns.
         let model = unsafe { NormalModel::new(pipeline) };
         Ok((model, shortened(&digest)))
     }
@@ -270,7 +277,7 @@ impl MonteCloraLoader {
         self.load_as(Box::new(dtype))
     }
 
-    /// The model with elements of `dtype`, and the fingerprint of the adapter in it.
+    /// Loads the model with elements of `dtype`; also returns the fingerprint of the merged adapter.
     fn load_as(
         &self,
         dtype: Box<dyn TryIntoDType + Send>,
@@ -315,7 +322,8 @@ impl MonteCloraLoader {
         Ok((pipeline, staged.adapter.clone()))
     }
 
-    /// The base, its configuration for mistral.rs, and what may be wrong with it although it can be used.
+    /// Opens the base; returns its files, its configuration for mistral.rs, and possible faults that do not prevent its
+    /// use.
     fn open_base(&self) -> Result<(ModelFiles, NormalisedConfig, Vec<Problem>)> {
         let base = &self.base;
         refuse_other_formats(base)?;
@@ -338,7 +346,7 @@ impl MonteCloraLoader {
             let problem = Problem::new("quantised-base", at, message, fix);
             return Err(Error::unsupported(base, vec![problem]));
         }
-        // On other devices attention and caches are others.
+        // Attention and caches differ on other devices.
         let on_cpu = self.device.is_cpu() && self.paged_attention.is_none();
         let normalised = normalise(files.config(), on_cpu)
             .map_err(|problems| Error::unsupported(base, problems))?;
@@ -449,7 +457,7 @@ impl MonteCloraLoader {
     }
 }
 
-/// mistral.rs's loader for a family, under the public name.
+/// mistral.rs's loader for a family, with the public name.
 fn loader_of(name: String, is_multimodal: bool) -> anyhow::Result<Box<dyn Loader>> {
     if is_multimodal {
         let config = MultimodalSpecificConfig::default();
@@ -460,7 +468,7 @@ fn loader_of(name: String, is_multimodal: bool) -> anyhow::Result<Box<dyn Loader
     NormalLoaderBuilder::new(config, None, None, Some(name), false, None).build(None)
 }
 
-/// What is loaded, as [`MonteCloraLoader::generation`] names it; `adapter` is its posterior mean.
+/// Computes [`MonteCloraLoader::generation`]; `adapter` is the posterior mean.
 fn generation(base: &ModelFiles, adapter: Option<&Adapter>) -> Result<String> {
     let digest = match adapter {
         Some(adapter) => adapter.fingerprint(),
@@ -469,13 +477,13 @@ fn generation(base: &ModelFiles, adapter: Option<&Adapter>) -> Result<String> {
     Ok(shortened(&digest))
 }
 
-/// What clients see of a fingerprint.
+/// The part of a fingerprint that clients see.
 fn shortened(digest: &str) -> String {
     digest.chars().take(12).collect()
 }
 
 impl Loader for MonteCloraLoader {
-    /// Loads the base directory given to the builder; nothing is fetched, so revision and token are not used.
+    /// Loads the base directory given to the builder. It downloads nothing, so it ignores revision and token.
     fn load_model_from_hf(
         &self,
         _revision: Option<String>,
@@ -499,7 +507,8 @@ impl Loader for MonteCloraLoader {
         Ok(loader.load_as(Box::new(dtype))?.0)
     }
 
-    /// Loads the model whose `config.json` is in `paths`; weights, tokenizer and template are taken from its directory.
+    /// Loads the model whose `config.json` is in `paths`. It takes weights, tokenizer and template from the directory
+    /// of that file.
     fn load_model_from_path(
         &self,
         paths: &Box<dyn ModelPaths>,

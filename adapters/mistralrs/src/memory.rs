@@ -1,11 +1,12 @@
-//! How much memory a model's weights will take, told from the headers of its files before anything is loaded.
+//! Estimates the memory of a model's weights from the headers of its files, before anything is loaded.
 
 use mistralrs_core::{IsqType, ModelDType};
 use monteclora_converters::{DType, ModelFiles};
 
-/// Estimated bytes of the weights of `files` once loaded as `dtype` and quantised to `isq`.
+/// Estimates the bytes of the weights of `files`, loaded as `dtype` and quantised to `isq`.
 ///
-/// Merging an adapter changes no size. Key-value caches and activations come on top and depend on the requests.
+/// Merging an adapter changes no size. Key-value caches and activations need additional memory, which depends on the
+/// requests.
 pub(crate) fn weight_bytes(
     files: &ModelFiles,
     dtype: ModelDType,
@@ -31,7 +32,7 @@ pub(crate) fn weight_bytes(
             Some(isq) if is_matrix && !is_embedding => elements * quantised_bits(isq),
             _ => elements * plain_bits(stored),
         };
-        // Tied embeddings are kept for looking up, and once more quantised for the output layer.
+        // Tied embeddings are held twice: as they are for lookup, and quantised for the output layer.
         if let Some(isq) = isq.filter(|_| is_embedding && files.ties_embeddings()) {
             bits += elements * quantised_bits(isq);
         }
@@ -45,7 +46,7 @@ pub(crate) fn weight_bytes(
     bytes
 }
 
-/// Bits a weight, scales included.
+/// Number of bits per weight, scales included.
 fn quantised_bits(isq: IsqType) -> f64 {
     match isq {
         IsqType::Q2K | IsqType::AFQ2 => 2.625,

@@ -1,7 +1,8 @@
-//! The door for what says how sure answers are.
+//! The interface between the server and the code that computes how certain an answer is.
 //!
-//! mistral.rs has no posterior: it merges one set of weights. So the server asks a [`Scoring`] for scores, which has weights of its
-//! own, and knows nothing of how it computes. `monteclora serve` brings the one of its decoder along.
+//! mistral.rs has no posterior: it merges one set of weights. The server therefore asks a [`Scoring`] for scores. A
+//! [`Scoring`] has weights of its own, and the server does not know how it computes. `monteclora serve` passes the one
+//! that is built on its decoder.
 
 use std::fmt::Debug;
 use std::num::NonZeroUsize;
@@ -16,7 +17,7 @@ use serde_json::{Map, Value};
 
 use crate::error::Result;
 
-/// How a scorer holds the weights of a base.
+/// The form in which a scorer holds the weights of a base model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScoringDtype {
@@ -29,125 +30,129 @@ pub enum ScoringDtype {
     Blocks,
 }
 
-/// What `[models.uncertainty]` says, where it is enabled.
+/// The settings of an enabled `[models.uncertainty]` section.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UncertaintyConfig {
-    /// The base as it is named in `serve.toml`.
+    /// The base model, as `serve.toml` names it.
     pub model_id: String,
-    /// Its revision on the Hub.
+    /// Revision of the base model on the Hub.
     pub revision: Option<String>,
-    /// How its weights are held.
+    /// The form in which the scorer holds the weights.
     pub dtype: ScoringDtype,
-    /// Posterior draws of each adapter that are held, and most that a request may ask for.
+    /// Number of posterior draws held per adapter; a request may ask for at most this many.
     pub draws: usize,
-    /// Scores that are computed at a time.
+    /// Number of scores that are computed at the same time.
     pub max_concurrent: NonZeroUsize,
 }
 
-/// A base that answers are scored on.
+/// A base model on which answers are scored.
 #[derive(Debug, Clone)]
 pub struct ScoredBase {
     /// The settings.
     pub config: UncertaintyConfig,
-    /// The directory that the engine loads.
+    /// The directory from which the engine loads the model.
     pub dir: PathBuf,
-    /// Where it is computed.
+    /// The device that computes the scores.
     pub device: Device,
-    /// File in place of the model's own chat template.
+    /// Chat template file that replaces the model's own.
     pub chat_template: Option<PathBuf>,
 }
 
-/// What scores answers: by weights of its own, one copy per base.
+/// Scores answers with weights of its own, one copy per base model.
 pub trait Scoring: Debug + Send + Sync {
-    /// What the files of a base, or of an adapter on it, say before they are loaded; blocking.
+    /// Reads what the files of a base model, or of an adapter on it, say before they are loaded. It blocks.
     ///
     /// # Errors
-    /// What cannot be scored.
+    /// Returns an error if the base or the adapter cannot be scored.
     fn survey(
         &self,
         base: &ScoredBase,
         adapter: Option<&ScoredAdapter<'_>>,
     ) -> Result<ScorerSurvey>;
 
-    /// Loads a base, which all its adapters share; blocking.
+    /// Loads a base model, which all its adapters share. It blocks.
     ///
     /// # Errors
-    /// What cannot be loaded.
+    /// Returns an error if the base model cannot be loaded.
     fn load(&self, base: &ScoredBase) -> Result<Arc<dyn BaseScorer>>;
 }
 
-/// An adapter on such a base.
+/// An adapter on a [`ScoredBase`].
 #[derive(Debug, Clone, Copy)]
 pub struct ScoredAdapter<'a> {
-    /// Its directory.
+    /// Directory of the adapter.
     pub path: &'a Path,
-    /// Posterior draws that are held, if it has a posterior.
+    /// Number of posterior draws to hold, if the adapter has a posterior.
     pub n_held: usize,
-    /// Most of them that a request for a score may ask for.
+    /// Number of these draws that a request for a score may ask for at most.
     pub n_asked: usize,
 }
 
-/// What is known of a scorer before it is loaded.
+/// What the files say about a scorer before it is loaded.
 #[derive(Debug, Clone, Default)]
 pub struct ScorerSurvey {
-    /// Bytes that it takes in memory.
+    /// Memory that the scorer takes, in bytes.
     pub bytes: u64,
-    /// Of all that is loaded for it: a base's values; an adapter, its posterior and its calibration, on which base.
+    /// Fingerprint of everything that is loaded: for a base, its values; for an adapter, its posterior, its calibration
+    /// and the base.
     pub fingerprint: String,
-    /// Of an adapter, its posterior and its calibration, whatever the base: what a release of it is recognised by.
+    /// Fingerprint of an adapter's posterior and calibration, independent of the base. It identifies a release of the
+    /// adapter.
     pub content: String,
-    /// Whether an adapter's scores depend on more than its mean: on a posterior or a calibration.
+    /// Whether an adapter's scores depend on more than its mean, that is on a posterior or a calibration.
     pub is_more_than_mean: bool,
-    /// Whether it can be drawn from.
+    /// Whether the adapter has a posterior to draw from.
     pub has_posterior: bool,
-    /// What may be wrong although it can be used.
+    /// Possible faults that do not prevent scoring.
     pub warnings: Vec<Problem>,
 }
 
-/// A base in memory.
+/// A base model in memory.
 pub trait BaseScorer: Debug + Send + Sync {
-    /// What scores answers of `adapter` on this base, or of the base alone; blocking.
+    /// Returns the scorer of `adapter` on this base, or of the base alone. It blocks.
     ///
     /// # Errors
-    /// What cannot be loaded.
+    /// Returns an error if the adapter cannot be loaded.
     fn scorer(&self, adapter: Option<&ScoredAdapter<'_>>) -> Result<Arc<dyn Scorer>>;
 }
 
 /// One model in memory: a base, alone or with an adapter.
 pub trait Scorer: Debug + Send + Sync {
-    /// As [`ScorerSurvey::fingerprint`], of what was loaded.
+    /// The fingerprint of what was loaded; see [`ScorerSurvey::fingerprint`].
     fn fingerprint(&self) -> &str;
 
-    /// What can be asked of it.
+    /// What a request can ask of this scorer.
     fn about(&self) -> ScorerAbout;
 
-    /// Whether a request can be answered, without computing an answer; blocking.
+    /// Checks whether a request can be answered, without computing an answer. It blocks.
     ///
     /// # Errors
-    /// A request that cannot be answered.
+    /// Returns an error if the request cannot be answered.
     fn check(&self, request: &ScoreRequest) -> Result<(), ScoreError>;
 
-    /// Answers a question, and says how sure that is; blocking. Ends early, with [`ScoreError::Cancelled`], once `cancelled` is set.
+    /// Answers a question and says how certain the answer is. It blocks. Once `cancelled` is set, it returns early with
+    /// [`ScoreError::Cancelled`].
     ///
     /// # Errors
-    /// A request that cannot be answered; faults of the computation.
+    /// Returns an error if the request cannot be answered, if `cancelled` is set or if the computation fails.
     fn score(&self, request: &ScoreRequest, cancelled: &AtomicBool) -> Result<Score, ScoreError>;
 
-    /// A text that the draw of this index goes on with after `prompt`, which is not empty. Draws from 0 to one less than
-    /// [`ScorerAbout::draws`] are held.
+    /// Starts a text that posterior draw number `draw` continues after `prompt`. `prompt` must not be empty. The draws
+    /// are numbered from 0; at least [`ScorerAbout::draws`] of them are held.
     ///
     /// # Errors
-    /// For a draw that is not held.
+    /// Returns an error if the draw is not held.
     fn continuation(
         &self,
         draw: usize,
         prompt: &[u32],
     ) -> Result<Box<dyn Continuation + '_>, ScoreError>;
 
-    /// Tells `each` the logits that the draw of this index gives at every token of `prompt`, each for the token after it.
+    /// Calls `each` with the logits that posterior draw number `draw` gives at every token of `prompt`. The logits at a
+    /// token predict the token after it.
     ///
     /// # Errors
-    /// For a draw that is not held; faults of the computation.
+    /// Returns an error if the draw is not held or the computation fails.
     fn prompt_logits(
         &self,
         draw: usize,
@@ -158,93 +163,96 @@ pub trait Scorer: Debug + Send + Sync {
 
 /// A text that grows token by token.
 pub trait Continuation {
-    /// Logits of the token after the last one; blocking.
+    /// Returns the logits of the next token. It blocks.
     ///
     /// # Errors
-    /// Faults of the computation.
+    /// Returns an error if the computation fails.
     fn logits(&mut self) -> Result<Vec<f32>, ScoreError>;
 
     /// Appends a token.
     ///
     /// # Errors
-    /// Faults of the computation.
+    /// Returns an error if the computation fails.
     fn push(&mut self, token: u32) -> Result<(), ScoreError>;
 }
 
-/// What can be asked of a scorer.
+/// What a request can ask of a scorer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ScorerAbout {
-    /// Type of the weights of the copy that is asked.
+    /// The form in which the scorer holds its weights.
     pub dtype: ScoringDtype,
-    /// Posterior draws that a request may ask for at most; 0 without a posterior.
+    /// Number of posterior draws that a request may ask for at most; 0 without a posterior.
     pub draws: usize,
-    /// Draws that are asked where a request does not say.
+    /// Number of posterior draws if a request does not name one.
     pub default_draws: usize,
-    /// Whether probabilities are calibrated then, for the questions that `calibrated_for` names.
+    /// Whether the probabilities are calibrated with `default_draws` draws, for the questions that `calibrated_for`
+    /// names.
     pub calibrated: bool,
-    /// `choices`, or `answers` in the model's own words; asked in conversations where there is a chat template.
+    /// `choices`, or `answers` for answers in the model's own words. This assumes that questions are conversations if
+    /// the model has a chat template.
     pub calibrated_for: Option<&'static str>,
-    /// The share of wrong answers that abstention keeps below, where there is a threshold for it then.
+    /// Error rate that abstention stays below with `default_draws` draws, if the calibration has a threshold for it.
     pub target_error: Option<f64>,
 }
 
-/// What is to be answered.
+/// The prompt of a score request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ScorePrompt {
-    /// A conversation, written out by the chat template, with further keys of a row beside `messages`: `tools`,
-    /// `chat_template_kwargs`.
+    /// A conversation, rendered by the chat template. Besides `messages` it may hold the other keys of a data row:
+    /// `tools`, `chat_template_kwargs`.
     Messages(Map<String, Value>),
     /// A text that the answer continues.
     Text(String),
 }
 
-/// A question.
+/// A request for an answer and its score.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScoreRequest {
-    /// What is to be answered.
+    /// The prompt to answer.
     pub prompt: ScorePrompt,
-    /// The possible answers; none for an answer in the model's own words.
+    /// The possible answers; empty for an answer in the model's own words.
     pub choices: Vec<String>,
-    /// Posterior draws; by default as [`ScorerAbout::default_draws`].
+    /// Number of posterior draws; [`ScorerAbout::default_draws`] by default.
     pub draws: Option<usize>,
-    /// Seed of the draws; by default that of the calibration.
+    /// Seed of the draws; by default the seed of the calibration.
     pub seed: Option<u64>,
-    /// Share of wrong answers that is allowed; by default that of the calibration.
+    /// Allowed share of wrong answers; by default that of the calibration.
     pub target_error: Option<f64>,
-    /// Most tokens of an answer in the model's own words.
+    /// Maximum number of tokens of an answer in the model's own words.
     pub max_tokens: usize,
-    /// Most tokens of a prompt.
+    /// Maximum number of tokens of a prompt.
     pub max_prompt_tokens: Option<usize>,
     /// Whether choices are compared by their likelihood per token.
     pub length_normalised: bool,
 }
 
-/// An answer, and how sure it is. Entropies are in nats; what they are of is said at `monteclora predict`, which gives the same numbers.
+/// An answer and how certain it is. Entropies are in nats. `monteclora predict` gives the same numbers, and its
+/// documentation defines each entropy.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Score {
     /// The posterior mean's greedy answer, or the most likely choice.
     pub answer: String,
-    /// Probability that it is right.
+    /// Probability that the answer is right.
     pub p_correct: f64,
-    /// Whether a temperature was applied, so that `p_correct` can be taken at its word for rows like those of the calibration.
+    /// Whether a temperature was applied. If so, `p_correct` is reliable for rows like those of the calibration.
     pub calibrated: bool,
-    /// Why the calibration that lies beside the adapter was not used; null where it was, or where there is none.
+    /// Why the adapter's calibration was not used; null if it was used or if the adapter has none.
     pub calibration_not_used: Option<String>,
-    /// `stop`, or `length` for an answer that was cut; null for choices.
+    /// `stop`, or `length` for an answer that was cut off; null for choices.
     pub finish_reason: Option<&'static str>,
-    /// Whether the answer is too unsure to be given; null where there is no threshold.
+    /// Whether the answer is too uncertain to be given; null without a threshold.
     pub abstain: Option<bool>,
     /// The choices in the request's order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<ScoredChoice>,
-    /// What the draws say; null without draws.
+    /// Statistics over the posterior draws; null without draws.
     pub uncertainty: Option<ScoredUncertainty>,
-    /// What was applied; null where nothing holds for this request.
+    /// The calibration that was applied; null if none holds for this request.
     pub calibration: Option<ScoredCalibration>,
-    /// Tokens of the prompt, once.
+    /// Number of tokens of the prompt, counted once.
     #[serde(skip)]
     pub prompt_tokens: usize,
-    /// Tokens of the answer in the model's own words.
+    /// Number of tokens of the answer in the model's own words.
     #[serde(skip)]
     pub completion_tokens: usize,
 }
@@ -252,71 +260,71 @@ pub struct Score {
 /// One of the choices.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ScoredChoice {
-    /// Its text.
+    /// Text of the choice.
     pub text: String,
-    /// Its probability: the mean over the draws, after the temperature.
+    /// Probability of the choice: the mean over the draws, after the temperature.
     pub probability: f64,
     /// Standard deviation of the draws' probabilities, before the temperature; null without draws.
     pub std: Option<f64>,
     /// The 5 % quantile of the draws' probabilities, each after the temperature, interpolated.
     pub q05: Option<f64>,
-    /// The 95 % quantile.
+    /// The 95 % quantile, computed as `q05`.
     pub q95: Option<f64>,
 }
 
-/// What posterior draws say about an answer.
+/// Statistics of an answer over the posterior draws.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ScoredUncertainty {
-    /// How many were asked.
+    /// Number of draws.
     pub draws: usize,
-    /// Their seed.
+    /// Seed of the draws.
     pub seed: u64,
-    /// Entropy of the draws' average.
+    /// Entropy of the draws' average distribution.
     pub predictive_entropy: f64,
-    /// Average of the draws' entropies.
+    /// Average of the entropies of the draws' distributions.
     pub expected_entropy: f64,
-    /// Their difference: how far the draws disagree.
+    /// Difference of the two entropies: how far the draws disagree.
     pub mutual_information: f64,
     /// Share of the draws that give the same answer.
     pub agreement: f64,
 }
 
-/// What of `calibration.json` was applied.
+/// The part of `calibration.json` that was applied.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ScoredCalibration {
     /// Temperature of the probabilities.
     pub temperature: f64,
     /// Confidence below which `abstain` is true.
     pub threshold: Option<f64>,
-    /// The share of wrong answers that the threshold was made for.
+    /// Share of wrong answers that the threshold allows.
     pub target_error: Option<f64>,
-    /// Rows that it was made on.
+    /// Number of rows that the calibration was made on.
     pub rows: usize,
-    /// SHA-256 of their file.
+    /// SHA-256 of the file with these rows.
     pub data_sha256: String,
 }
 
 /// Why there is no score.
 #[derive(Debug, thiserror::Error)]
 pub enum ScoreError {
-    /// The request is wrong at a key.
+    /// A key of the request has an invalid value.
     #[error("`{param}` {message}")]
     Invalid {
         /// The key.
         param: String,
-        /// What is wrong with it.
+        /// What is wrong with the value.
         message: String,
     },
-    /// Nobody waits for it any more.
+    /// The caller no longer waits for the score.
     #[error("cancelled")]
     Cancelled,
-    /// A fault of the computation.
+    /// The computation failed.
     #[error("{0}")]
     Failed(String),
 }
 
 impl ScoreError {
-    /// A request that is wrong at `param`.
+    /// Makes the error for an invalid value of the key `param`.
     pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid {
             param: param.into(),

@@ -1,4 +1,4 @@
-//! Adapters that are loaded, swapped and unloaded while requests are answered.
+//! Loads, swaps and unloads adapters while requests are answered.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ impl MonteCloraModel {
     /// It takes the memory of one more copy of the model.
     ///
     /// # Errors
-    /// If the name is taken, or for whatever [`MonteCloraLoader::load`](crate::MonteCloraLoader::load) refuses.
+    /// Returns an error if the name is taken, or as [`MonteCloraLoader::load`](crate::MonteCloraLoader::load).
     pub async fn load_adapter(
         &self,
         alias: impl Into<String>,
@@ -37,23 +37,24 @@ impl MonteCloraModel {
         Ok(())
     }
 
-    /// Serves the adapter in `source` under the name `alias`, instead of the one that answers there now.
+    /// Serves the adapter in `source` under the name `alias`, in place of the current adapter of that name.
     ///
-    /// The new one is loaded while the old one answers. Requests that have begun finish on the old one, those that come after them
-    /// get the new one; then the old one's memory is given back. Meanwhile both are in memory. On a CPU, requests wait for each other
-    /// anyway. On an accelerator, requests that come while the last ones of the old adapter finish wait for them.
+    /// The old adapter answers while the new one is loaded. Requests that have begun finish on the old adapter; later
+    /// requests get the new one. Then the memory of the old adapter is freed. Until then both are in memory. On a CPU,
+    /// requests wait for each other anyway. On an accelerator, new requests wait until the last requests of the old
+    /// adapter have finished.
     ///
-    /// The engine stays, so that no thread is left behind and `mistralrs` knows the model under the same name.
+    /// The engine stays, so no thread is left behind and `mistralrs` knows the model under the same name.
     ///
     /// # Errors
-    /// If `alias` is not an adapter, or for whatever [`MonteCloraLoader::load`](crate::MonteCloraLoader::load) refuses. The old one
-    /// answers on then.
+    /// Returns an error if `alias` is not an adapter, or as [`MonteCloraLoader::load`](crate::MonteCloraLoader::load).
+    /// The old adapter then continues to answer.
     pub async fn swap_adapter(&self, alias: &str, source: impl Into<PathBuf>) -> Result<()> {
         let _change = self.changes.lock().await;
         let served = self.adapter(alias)?;
         let other = self.recipe.load(alias, Some(source.into())).await?;
         let turns = served.all_turns().await.map_err(engine_error)?;
-        // The weights that come out are freed there, too.
+        // The closure also frees the old weights.
         let exchange = move || {
             let _turns = turns;
             served.model.exchange(&other.model, LAST_STEP)
@@ -68,12 +69,14 @@ impl MonteCloraModel {
             })
     }
 
-    /// Stops serving the adapter `alias`: requests that have begun, or wait for their turn, finish, then its memory is given back.
+    /// Stops serving the adapter `alias`. Requests that have begun, or that wait for their turn, finish first; then the
+    /// memory is freed.
     ///
-    /// If it was the default model, the first of those that stay is. mistral.rs leaves one sleeping thread behind.
+    /// If `alias` was the default model, the first remaining model becomes the default. mistral.rs leaves one sleeping
+    /// thread behind.
     ///
     /// # Errors
-    /// If `alias` is not an adapter, or is all that is served.
+    /// Returns an error if `alias` is not an adapter, or if it is the only model served.
     pub async fn unload_adapter(&self, alias: &str) -> Result<()> {
         let _change = self.changes.lock().await;
         let served = self.adapter(alias)?;
@@ -96,13 +99,13 @@ impl MonteCloraModel {
             self.set_default_model_id(&next).map_err(engine_error)?;
         }
         self.served.write().shift_remove(alias);
-        // A task of its own: what is no longer served is removed, whether or not the caller waits for it.
+        // A separate task removes the model even if the caller stops waiting.
         tokio::spawn(remove(self.host.clone(), served))
             .await
             .map_err(engine_error)?
     }
 
-    /// What is served under `alias`, which must be an adapter.
+    /// Finds the model served under `alias`, which must be an adapter.
     fn adapter(&self, alias: &str) -> Result<Arc<Served>> {
         let served = self.served.read().get(alias).cloned();
         let served = served.ok_or_else(|| Error::unknown_name(alias))?;
@@ -114,11 +117,11 @@ impl MonteCloraModel {
     }
 }
 
-/// Removes the engine of `served` from `host` once it has nothing to do, and waits until its memory is free.
+/// Removes the engine of `served` from `host` once it is idle, and waits until its memory is free.
 async fn remove(host: Arc<MistralRs>, served: Arc<Served>) -> Result<()> {
     let turns = served.all_turns().await.map_err(engine_error)?;
     let weights = Arc::downgrade(served.model.shared());
-    // mistral.rs blocks there, which a task must not do.
+    // `remove_model` blocks, which an asynchronous task must not do.
     let remove = move || {
         let _turns = turns;
         host.remove_model(&served.name).map_err(Error::Engine)?;

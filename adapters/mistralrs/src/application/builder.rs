@@ -23,10 +23,14 @@ use crate::quirks_0_8::split_models::allow_another_model;
 
 /// Configures a [`MonteCloraModel`]: a base model, the adapters on it, and how they are loaded and run.
 ///
-/// It has the methods of [`mistralrs::TextModelBuilder`] that have a meaning here, with the same names and meanings. Left out are
-/// those of downloads (token, revision, cache: models and adapters are local directories here), of other formats
-/// (`from_uqff`, `write_uqff`, topology, imatrix), of web search and tool callbacks, which never answer in this version of mistral.rs,
-/// and of the prefix cache, which gives wrong answers there. Tools that an answer calls are run by the application.
+/// It has the methods of [`mistralrs::TextModelBuilder`] that make sense here, with the same names and meanings. It
+/// leaves out:
+///
+/// - methods for downloads (token, revision, cache): models and adapters are local directories here;
+/// - methods for other formats (`from_uqff`, `write_uqff`, topology, imatrix);
+/// - web search and tool callbacks, which never answer in this version of mistral.rs: the application runs the tools
+///   that an answer calls;
+/// - the prefix cache, which gives wrong answers in this version of mistral.rs.
 ///
 /// # Example
 /// ```no_run
@@ -68,13 +72,14 @@ pub struct MonteCloraModelBuilder {
     throughput_logging: bool,
 }
 
-/// The name of a model, and the adapter in it.
+/// The name of a model and the directory of its adapter.
 type Named = (String, Option<PathBuf>);
 
 impl MonteCloraModelBuilder {
-    /// A model from the Hugging Face directory `base`.
+    /// Builds a model from the Hugging Face directory `base`.
     ///
-    /// The defaults are those of [`mistralrs::TextModelBuilder`], but for the element type on a CPU, which is f32: mistral.rs's is f16.
+    /// The defaults are those of [`mistralrs::TextModelBuilder`], except the element type on a CPU: it is f32 here and
+    /// f16 in mistral.rs.
     pub fn new(base: impl Into<PathBuf>) -> Self {
         Self {
             base: base.into(),
@@ -98,52 +103,53 @@ impl MonteCloraModelBuilder {
         }
     }
 
-    /// Serves the raw MonteCLoRA or plain LoRA adapter in the directory `source` as a model of its own, named `alias`.
+    /// Serves the raw MonteCLoRA or plain LoRA adapter in the directory `source` as a separate model named `alias`.
     ///
-    /// Each adapter is merged into a copy of the base, which takes the base's memory once more.
+    /// Each adapter is merged into its own copy of the base, so each takes the base's memory once more.
     pub fn with_adapter(mut self, alias: impl ToString, source: impl Into<PathBuf>) -> Self {
         self.adapters.push((alias.to_string(), source.into()));
         self
     }
 
-    /// The name of the base model. By default it is that of its directory.
+    /// Sets the name of the base model; by default the name of its directory.
     pub fn with_name(mut self, name: impl ToString) -> Self {
         self.name = Some(name.to_string());
         self
     }
 
-    /// Does not load the base on its own: the adapters alone answer. It saves the memory of one copy.
+    /// Does not serve the base itself, only the adapters. This saves the memory of one copy.
     pub fn without_base(mut self) -> Self {
         self.with_base = false;
         self
     }
 
-    /// The model that answers where a call names none. By default it is the adapter if there is exactly one, else the base,
-    /// else the first adapter.
+    /// Sets the model that answers calls that name none. The default is the adapter if there is exactly one, else the
+    /// base, else the first adapter.
     pub fn with_default_model(mut self, name: impl ToString) -> Self {
         self.default_model = Some(name.to_string());
         self
     }
 
-    /// Loads adapters even if they change nothing, which is refused otherwise.
+    /// Loads adapters even if they change nothing; without this call they are refused.
     pub fn with_force(mut self) -> Self {
         self.force = true;
         self
     }
 
-    /// Directory for the temporary files of a load, which are as large as the merged tensors in float32. The system's by default.
+    /// Sets the directory for the temporary files of a load, which are as large as the merged tensors in float32. The
+    /// default is the system's temporary directory.
     pub fn with_staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.staging_dir = Some(dir.into());
         self
     }
 
-    /// Literal Jinja chat template OR path (ending in `.json`) to one.
+    /// Sets the chat template: literal Jinja text, or a path that ends in `.json`.
     pub fn with_chat_template(mut self, chat_template: impl ToString) -> Self {
         self.chat_template = Some(chat_template.to_string());
         self
     }
 
-    /// Explicit Jinja chat template file (`.jinja`). It overrides all other chat templates.
+    /// Sets an explicit Jinja chat template file (`.jinja`). It overrides all other chat templates.
     pub fn with_jinja_explicit(mut self, jinja_explicit: impl Into<PathBuf>) -> Self {
         self.jinja_explicit = Some(jinja_explicit.into());
         self
@@ -185,21 +191,22 @@ impl MonteCloraModelBuilder {
         self
     }
 
-    /// Enable PagedAttention, for each model. On a CPU, where there is none, it is left out with a warning in the log.
+    /// Enables PagedAttention for each model. A CPU has no PagedAttention: the setting is dropped there, with a warning
+    /// in the log.
     ///
-    /// Every model reserves its own memory for keys and values: set its size, as the default is nearly all that is free.
+    /// Every model reserves its own memory for keys and values. Set its size: the default is nearly all free memory.
     pub fn with_paged_attn(mut self, config: PagedAttentionConfig) -> Self {
         self.paged_attn = Some(config);
         self
     }
 
-    /// Most sequences that an engine runs at once; 32 by default. On a CPU it is always one.
+    /// Sets the maximum number of sequences that an engine runs at once; 32 by default. On a CPU it is always one.
     pub fn with_max_num_seqs(mut self, max_num_seqs: usize) -> Self {
         self.max_num_seqs = max_num_seqs;
         self
     }
 
-    /// Enable logging, and progress bars of loads.
+    /// Enables logging and the progress bars of loads.
     pub fn with_logging(mut self) -> Self {
         self.logging = true;
         self
@@ -211,10 +218,11 @@ impl MonteCloraModelBuilder {
         self
     }
 
-    /// Checks everything, then loads base and adapters, one after the other.
+    /// Checks everything, then loads the base and the adapters one after the other.
     ///
     /// # Errors
-    /// For a setting that cannot be used, and whatever [`MonteCloraLoader::load`] refuses; every problem of the files is named.
+    /// Returns an error if a setting cannot be used, or as [`MonteCloraLoader::load`]. The error names every problem of
+    /// the files.
     pub async fn build(self) -> Result<MonteCloraModel> {
         if self.logging {
             initialize_logging();
@@ -246,7 +254,7 @@ impl MonteCloraModelBuilder {
         })
     }
 
-    /// Every name with its adapter, the base first; and the name of the default model.
+    /// Returns every name with its adapter, the base first, and the name of the default model.
     fn names(&self) -> Result<(Vec<Named>, String)> {
         if !self.base.is_dir() {
             let message = "there is no such directory; nothing is downloaded here: fetch the model first, \
@@ -293,13 +301,13 @@ impl MonteCloraModelBuilder {
     }
 }
 
-/// How the models of one host are loaded and run: all alike, but for their adapters.
+/// How the models of one host are loaded and run. The models differ only in their adapters.
 pub(super) struct Recipe {
     base: PathBuf,
     force: bool,
     staging_dir: Option<PathBuf>,
     chat_template: Option<PathBuf>,
-    /// Holds the file of a literal template.
+    /// The directory that holds the file of a literal template.
     _template_dir: Option<TempDir>,
     dtype: ModelDType,
     device: Device,
@@ -351,7 +359,7 @@ impl Recipe {
             progress: builder.logging,
             engine: EngineConfig {
                 throughput_logging_enabled: builder.throughput_logging,
-                // It answers wrongly: see `quirks_0_8::prefix_cache`.
+                // The prefix cache gives wrong answers: see `quirks_0_8::prefix_cache`.
                 no_prefix_cache: true,
                 ..EngineConfig::default()
             },
@@ -379,7 +387,7 @@ impl Recipe {
         loader.build()
     }
 
-    /// Checks the files of all of `names`, with every problem in the error.
+    /// Checks the files of all `names`; the error holds every problem.
     async fn check(&self, names: Vec<Named>) -> Result<()> {
         let loaders: Vec<(String, Result<MonteCloraLoader>)> = names
             .into_iter()
@@ -401,13 +409,13 @@ impl Recipe {
         blocking(check).await
     }
 
-    /// Loads the base, with the adapter in `adapter` if one is given, as the model `name`.
+    /// Loads the base as the model `name`, with the adapter in the directory `adapter` if given.
     pub(super) async fn load(&self, name: &str, adapter: Option<PathBuf>) -> Result<Served> {
         let loader = self.loader(name, adapter.as_deref())?;
         blocking(move || Served::new(&loader, loader.load()?)).await
     }
 
-    /// A host with its first engine.
+    /// Starts a host with its first engine.
     async fn start(&self, served: &Served) -> Arc<MistralRs> {
         let pipeline = served.model.shared().clone();
         let scheduler = self.scheduler(served).await;
@@ -418,7 +426,7 @@ impl Recipe {
         builder.build().await
     }
 
-    /// One more engine in `host`.
+    /// Adds one more engine to `host`.
     pub(super) async fn add(&self, host: &MistralRs, served: &Served) -> Result<()> {
         let pipeline = served.model.shared().clone();
         let scheduler = self.scheduler(served).await;
@@ -441,7 +449,7 @@ impl Recipe {
     }
 }
 
-/// Writes a literal template where a loader can read it.
+/// Writes a literal template to a file that a loader can read.
 fn write_template(text: &str) -> Result<(PathBuf, TempDir)> {
     let made = tempfile::Builder::new().prefix("monteclora-").tempdir();
     let dir = made.map_err(Error::io(
@@ -453,7 +461,7 @@ fn write_template(text: &str) -> Result<(PathBuf, TempDir)> {
     Ok((path, dir))
 }
 
-/// Runs `work` where it may block.
+/// Runs `work` on a thread that may block.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {

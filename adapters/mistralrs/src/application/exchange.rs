@@ -1,4 +1,4 @@
-//! A request in an engine's hands until its end, whether or not the application waits for it.
+//! Passes a request to an engine and stays with it until its end, even if the application stops waiting.
 
 use std::sync::Arc;
 
@@ -13,19 +13,20 @@ use super::request::{Prepared, Wanted};
 use super::served::Served;
 use crate::server::steps::Steps;
 
-/// Responses an engine may be ahead of the task that takes them.
+/// Number of responses that an engine may be ahead of the task that takes them.
 const CHANNEL_SIZE: usize = 1024;
 
-/// Gives a request to the engine of `served` when its turn has come, and returns what the engine says.
+/// Sends a request to the engine of `served` when its turn comes, and returns the engine's responses.
 ///
-/// Dropping the future or the receiver ends the answer at its next token; the turn is over when the engine is done with it.
+/// If the future or the receiver is dropped, the answer ends at its next token. The turn ends when the engine is done
+/// with the request.
 pub(super) async fn send(
     host: &MistralRs,
     served: &Served,
     prepared: Prepared,
 ) -> SdkResult<UnboundedReceiver<Response>> {
     let turn = match prepared.wanted {
-        // An engine that has them in one batch with answers stops.
+        // An engine stops if one batch holds both a request for raw logits and a request for an answer.
         Wanted::RawLogits => served.all_turns().await?,
         Wanted::Answer | Wanted::Stream => served.turn().await?,
     };
@@ -41,7 +42,7 @@ pub(super) async fn send(
         steps: prepared.steps,
         _turn: turn,
     };
-    // A task of its own: the caller may go at any time, and the engine must find a receiver whenever it answers.
+    // A separate task: the caller may go away at any time, and the engine must always find a receiver.
     tokio::spawn(worker.run(Request::Normal(Box::new(request)), responses));
     Ok(receiver)
 }
@@ -54,7 +55,7 @@ struct Worker {
 }
 
 impl Worker {
-    /// Passes on what the engine says until it says no more; what nobody waits for any longer is made to end.
+    /// Passes on the engine's responses until the last one, and cancels an answer that the client no longer waits for.
     async fn run(self, request: Request, mut responses: Receiver<Response>) {
         let mut is_awaited = true;
         if self.engine.send(request).await.is_ok() {
@@ -73,7 +74,7 @@ impl Worker {
                 }
             }
         }
-        // An engine that ends on its way, by a panic, lets go of its input before its answers.
+        // An engine that ends early, by a panic, closes its input before its answers.
         if self.engine.is_closed() {
             let stopped = SdkError::Channel("the engine stopped before the answer's end".into());
             drop(self.client.send(Response::InternalError(stopped.into())));

@@ -1,4 +1,4 @@
-//! The plugin as an application uses it: a builder in the style of mistral.rs, and a model with mistral.rs's own calls.
+//! The interface for applications: a builder in the style of mistral.rs, and a model with mistral.rs's own methods.
 
 mod adapters;
 mod builder;

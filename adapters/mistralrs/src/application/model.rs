@@ -1,4 +1,4 @@
-//! A model with the calls of `mistralrs::Model`, each guarded where mistral.rs alone would answer wrongly.
+//! A model with the methods of `mistralrs::Model`, each guarded where mistral.rs alone would answer wrongly.
 
 use std::sync::Arc;
 
@@ -23,22 +23,23 @@ use super::stream::{MonteCloraStream, StreamState};
 use crate::quirks_0_8::abandoned_requests::tokenize;
 use crate::server::stop::StopFilter;
 
-/// A base model and adapters on it, each under its name, in one [`MistralRs`]; built by
-/// [`MonteCloraModelBuilder`](super::MonteCloraModelBuilder).
+/// A base model and its adapters, each under its name, in one [`MistralRs`].
 ///
-/// Its calls are those of [`mistralrs::Model`], with the same arguments and answers. What they add:
+/// [`MonteCloraModelBuilder`](super::MonteCloraModelBuilder) builds it. Its methods are those of [`mistralrs::Model`],
+/// with the same arguments and answers. They add:
 ///
-/// - On a CPU, an engine gets one request at a time, in the order of asking: mistral.rs decodes batches wrongly there. Each name
-///   has an engine of its own. On accelerators up to `max_num_seqs` requests of a name run together.
-/// - A future or a stream that is dropped ends its answer at the next token, and harms no other. mistral.rs alone stops the engine.
-/// - Structured output ends with the model's own end-of-turn tokens, and a tool that must be called is called.
-/// - `logits_bias`, stop texts, `top_p: 0` and `min_p` without `top_p` do what they say.
-/// - A stream's last chunk has a `finish_reason`.
-/// - What would have no effect is refused by name: `set_adapters`, `n_choices` above 1, web search, images.
+/// - On a CPU, an engine gets one request at a time, in order of arrival, because mistral.rs decodes batches wrongly on
+///   a CPU. Each name has its own engine. On accelerators up to `max_num_seqs` requests per name run together.
+/// - If a future or a stream is dropped, its answer ends at the next token, and no other answer is affected. mistral.rs
+///   alone stops the engine.
+/// - Structured output ends with the model's own end-of-turn tokens, and a forced tool call is always made.
+/// - `logits_bias`, stop texts, `top_p: 0` and `min_p` without `top_p` work as documented.
+/// - The last chunk of a stream has a `finish_reason`.
+/// - Settings without effect are refused by name: `set_adapters`, `n_choices` above 1, web search, images.
 ///
-/// For all else there is [`turn`](Self::turn), which lends the [`mistralrs::Model`] itself.
+/// For everything else, [`turn`](Self::turn) lends the [`mistralrs::Model`] itself.
 ///
-/// A request that sets no temperature is sampled as mistral.rs does it: [`TextMessages`] and [`RequestBuilder`] begin with
+/// A request without a temperature is sampled as in mistral.rs: [`TextMessages`] and [`RequestBuilder`] begin with
 /// `SamplingParams::deterministic()`, which is greedy; `SamplingParams::neutral()` samples at temperature 1.
 ///
 /// # Example
@@ -57,10 +58,10 @@ use crate::server::stop::StopFilter;
 pub struct MonteCloraModel {
     pub(super) model: Model,
     pub(super) host: Arc<MistralRs>,
-    /// By name, the base first.
+    /// The models by name, the base first.
     pub(super) served: RwLock<IndexMap<String, Arc<Served>>>,
     pub(super) recipe: Recipe,
-    /// Held while what is served changes.
+    /// Locked while models are loaded, swapped or unloaded.
     pub(super) changes: tokio::sync::Mutex<()>,
 }
 
@@ -68,7 +69,7 @@ impl MonteCloraModel {
     /// Generate with the model (streaming).
     ///
     /// # Errors
-    /// If the request cannot be answered as it is.
+    /// Returns an error if the request cannot be answered as it is.
     pub async fn stream_chat_request<R: RequestLike>(
         &self,
         request: R,
@@ -79,7 +80,7 @@ impl MonteCloraModel {
     /// Generate with a specific model (streaming). `None` is the default model.
     ///
     /// # Errors
-    /// If there is no such model, or the request cannot be answered as it is.
+    /// Returns an error if there is no such model, or if the request cannot be answered as it is.
     pub async fn stream_chat_request_with_model<R: RequestLike>(
         &self,
         request: R,
@@ -104,7 +105,7 @@ impl MonteCloraModel {
     /// Generate with the model (non-streaming).
     ///
     /// # Errors
-    /// If the request cannot be answered as it is, or the engine fails.
+    /// Returns an error if the request cannot be answered as it is, or if the engine fails.
     pub async fn send_chat_request<R: RequestLike>(
         &self,
         request: R,
@@ -115,7 +116,7 @@ impl MonteCloraModel {
     /// Send a chat request to a specific model. `None` is the default model.
     ///
     /// # Errors
-    /// If there is no such model, the request cannot be answered as it is, or the engine fails.
+    /// Returns an error if there is no such model, if the request cannot be answered as it is, or if the engine fails.
     pub async fn send_chat_request_with_model<R: RequestLike>(
         &self,
         request: R,
@@ -140,10 +141,11 @@ impl MonteCloraModel {
         Ok(response)
     }
 
-    /// Generate with the model, returning raw logits of the prompt's positions, in chunks, and the prompt's tokens.
+    /// Generate with the model. It returns the raw logits of the prompt's positions, in chunks, and the prompt's
+    /// tokens.
     ///
     /// # Errors
-    /// If the request cannot be answered as it is, or the engine fails.
+    /// Returns an error if the request cannot be answered as it is, or if the engine fails.
     pub async fn send_raw_chat_request<R: RequestLike>(
         &self,
         request: R,
@@ -154,7 +156,7 @@ impl MonteCloraModel {
     /// As [`send_raw_chat_request`](Self::send_raw_chat_request), with a specific model. `None` is the default model.
     ///
     /// # Errors
-    /// If there is no such model, the request cannot be answered as it is, or the engine fails.
+    /// Returns an error if there is no such model, if the request cannot be answered as it is, or if the engine fails.
     pub async fn send_raw_chat_request_with_model<R: RequestLike>(
         &self,
         request: R,
@@ -174,7 +176,7 @@ impl MonteCloraModel {
     /// Quick chat: send a single user message and get the assistant's text reply.
     ///
     /// # Errors
-    /// As for [`send_chat_request`](Self::send_chat_request).
+    /// Returns an error as [`send_chat_request`](Self::send_chat_request), or if the response has no text.
     pub async fn chat(&self, message: impl ToString) -> SdkResult<String> {
         let messages = TextMessages::new().add_message(TextMessageRole::User, message);
         text_of(self.send_chat_request(messages).await?)
@@ -183,7 +185,7 @@ impl MonteCloraModel {
     /// Send a chat request constrained to a JSON schema derived from `T`, then deserialize the response into it.
     ///
     /// # Errors
-    /// As for [`send_chat_request`](Self::send_chat_request), and if the answer was cut off before its end.
+    /// Returns an error as [`send_chat_request`](Self::send_chat_request), or if the answer was cut off before its end.
     pub async fn generate_structured<T: DeserializeOwned + JsonSchema>(
         &self,
         messages: impl Into<RequestBuilder>,
@@ -194,7 +196,7 @@ impl MonteCloraModel {
     /// Send a structured request to a specific model. `None` is the default model.
     ///
     /// # Errors
-    /// As for [`generate_structured`](Self::generate_structured), and if there is no such model.
+    /// Returns an error as [`generate_structured`](Self::generate_structured), or if there is no such model.
     pub async fn generate_structured_with_model<T: DeserializeOwned + JsonSchema>(
         &self,
         messages: impl Into<RequestBuilder>,
@@ -211,7 +213,7 @@ impl MonteCloraModel {
     /// Tokenize some text or messages. `tools` and `add_generation_prompt` are only used for messages.
     ///
     /// # Errors
-    /// If the template refuses the messages, or there is none.
+    /// Returns an error if the template refuses the messages, or if there is no template.
     pub async fn tokenize(
         &self,
         text: Either<TextMessages, String>,
@@ -234,7 +236,7 @@ impl MonteCloraModel {
     /// Tokenize some text or messages using a specific model. `None` is the default model.
     ///
     /// # Errors
-    /// As for [`tokenize`](Self::tokenize), and if there is no such model.
+    /// Returns an error as [`tokenize`](Self::tokenize), or if there is no such model.
     pub async fn tokenize_with_model(
         &self,
         text: Either<TextMessages, String>,
@@ -279,7 +281,7 @@ impl MonteCloraModel {
     /// Detokenize some tokens.
     ///
     /// # Errors
-    /// If a token is not in the vocabulary.
+    /// Returns an error if a token is not in the vocabulary.
     pub async fn detokenize(
         &self,
         tokens: Vec<u32>,
@@ -292,7 +294,7 @@ impl MonteCloraModel {
     /// Detokenize some tokens using a specific model. `None` is the default model.
     ///
     /// # Errors
-    /// As for [`detokenize`](Self::detokenize), and if there is no such model.
+    /// Returns an error as [`detokenize`](Self::detokenize), or if there is no such model.
     pub async fn detokenize_with_model(
         &self,
         tokens: Vec<u32>,
@@ -310,7 +312,7 @@ impl MonteCloraModel {
     /// Retrieve some information about the default model.
     ///
     /// # Errors
-    /// If its engine is gone.
+    /// Returns an error if the engine of the default model has ended.
     pub fn config(&self) -> SdkResult<MistralRsConfig> {
         self.config_with_model(None)
     }
@@ -318,23 +320,23 @@ impl MonteCloraModel {
     /// Retrieve some information about a specific model. `None` is the default model.
     ///
     /// # Errors
-    /// If there is no such model.
+    /// Returns an error if there is no such model.
     pub fn config_with_model(&self, model_id: Option<&str>) -> SdkResult<MistralRsConfig> {
         self.model.config_with_model(model_id)
     }
 
-    /// The maximum sequence length of the default model, tokens.
+    /// The maximum sequence length of the default model, in tokens.
     ///
     /// # Errors
-    /// If its engine is gone.
+    /// Returns an error if the engine of the default model has ended.
     pub fn max_sequence_length(&self) -> SdkResult<Option<usize>> {
         self.max_sequence_length_with_model(None)
     }
 
-    /// The maximum sequence length of a specific model, tokens. `None` is the default model.
+    /// The maximum sequence length of a specific model, in tokens. `None` is the default model.
     ///
     /// # Errors
-    /// If there is no such model.
+    /// Returns an error if there is no such model.
     pub fn max_sequence_length_with_model(
         &self,
         model_id: Option<&str>,
@@ -342,34 +344,35 @@ impl MonteCloraModel {
         self.model.max_sequence_length_with_model(model_id)
     }
 
-    /// The names of all models: the base first, then the adapters in the order of their loading.
+    /// The names of all models: the base first, then the adapters in the order in which they were loaded.
     ///
     /// # Errors
-    /// None; the result is that of [`Model::list_models`].
+    /// Never returns an error; the return type is that of [`Model::list_models`].
     pub fn list_models(&self) -> SdkResult<Vec<String>> {
         Ok(self.served.read().keys().cloned().collect())
     }
 
-    /// The name of the model that answers where none is named.
+    /// The name of the model that answers calls that name none.
     ///
     /// # Errors
-    /// If an engine panicked while models changed.
+    /// Returns an error if an engine panicked while models changed.
     pub fn get_default_model_id(&self) -> SdkResult<Option<String>> {
         self.model.get_default_model_id()
     }
 
-    /// Sets the model that answers where none is named.
+    /// Sets the model that answers calls that name none.
     ///
     /// # Errors
-    /// If there is no such model.
+    /// Returns an error if there is no such model.
     pub fn set_default_model_id(&self, model_id: &str) -> SdkResult<()> {
         self.model.set_default_model_id(model_id)
     }
 
-    /// Waits for a turn at a model's engine, and lends the [`Model`] for what this type has no call for. `None` is the default model.
+    /// Waits for a turn at a model's engine, and lends the [`Model`] for what this type has no method for. `None` is
+    /// the default model.
     ///
     /// # Errors
-    /// If there is no such model.
+    /// Returns an error if there is no such model.
     pub async fn turn(&self, model_id: Option<&str>) -> SdkResult<Turn<'_>> {
         let served = self.find(model_id)?;
         Ok(Turn {
@@ -380,18 +383,19 @@ impl MonteCloraModel {
 
     /// The underlying [`Model`], without any guard.
     ///
-    /// On a CPU, two requests to one name at a time then get wrong answers; a future or stream that is dropped before its end
-    /// stops the engine; structured output may go on to its limit; and a swap changes the weights under what is in flight.
+    /// Without guards, two simultaneous requests to one name get wrong answers on a CPU. A future or stream that is
+    /// dropped before its end stops the engine. Structured output may run to its token limit. A swap changes the
+    /// weights under running requests.
     pub fn inner(&self) -> &Model {
         &self.model
     }
 
-    /// The underlying [`Model`], for code that takes nothing else. The warning of [`inner`](Self::inner) holds for it.
+    /// The underlying [`Model`], for code that takes nothing else. The warning of [`inner`](Self::inner) applies.
     pub fn into_inner(self) -> Model {
         self.model
     }
 
-    /// What is served under `name`, or by default.
+    /// Finds the model served under `name`, or the default model.
     pub(super) fn find(&self, name: Option<&str>) -> SdkResult<Arc<Served>> {
         let name = match name {
             Some(name) => name.to_owned(),
@@ -404,7 +408,7 @@ impl MonteCloraModel {
         served.ok_or_else(|| MistralRsError::ModelNotFound(name).into())
     }
 
-    /// Limits an answer to the room that its prompt leaves.
+    /// Limits an answer to the positions that its prompt leaves free.
     async fn fit(&self, served: &Served, prepared: &mut Prepared) -> SdkResult<()> {
         let RequestMessage::Chat {
             messages,
@@ -430,7 +434,7 @@ impl MonteCloraModel {
         Ok(())
     }
 
-    /// What the engine says first.
+    /// Sends a request and returns the engine's first response.
     async fn first(&self, served: &Served, prepared: Prepared) -> SdkResult<ResponseOk> {
         let mut receiver = send(&self.host, served, prepared).await?;
         let response: Option<Response> = receiver.recv().await;

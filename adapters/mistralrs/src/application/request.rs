@@ -1,4 +1,5 @@
-//! A request of an application, made so that mistral.rs answers what was asked, or refused by name.
+//! Prepares a request of an application so that mistral.rs answers what was asked, or refuses it with the name of the
+//! setting.
 
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use crate::server::steps::Steps;
 use crate::server::stop::StopWatch;
 use crate::server::vocabulary::Held;
 
-/// What is wanted of a request.
+/// The kind of response that a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
     Answer,
@@ -43,9 +44,10 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// Lets an answer to `prompt_tokens` tokens end where the model's positions do: mistral.rs would fail at the next one.
+    /// Limits the answer to a prompt of `prompt_tokens` tokens to the model's positions; mistral.rs would fail at the
+    /// next position.
     pub(super) fn fit(&mut self, prompt_tokens: usize, served: &Served) {
-        // A prompt that is too long is refused, or cut so that one token has room.
+        // mistral.rs refuses a prompt that is too long, or cuts it so that one token has room.
         let room = served.max_sequence_length.saturating_sub(prompt_tokens);
         self.max_tokens = self.max_tokens.min(room.max(1));
         self.request.sampling_params.max_len = Some(self.max_tokens);
@@ -56,7 +58,7 @@ fn refused<T>(message: impl Into<String>) -> SdkResult<T> {
     Err(SdkError::RequestValidation(message.into()))
 }
 
-/// Makes `request` ready for the engine of `served`.
+/// Prepares `request` for the engine of `served`.
 pub(super) async fn prepare<R: RequestLike>(
     mut request: R,
     served: &Served,
@@ -112,11 +114,11 @@ pub(super) async fn prepare<R: RequestLike>(
         StopWatch::new(&stops, &served.tokens.tokenizer),
         matcher.as_ref().map(Held::new),
     ));
-    // Those of the caller see the model's logits first.
+    // The caller's processors see the model's logits first.
     let mut processors = request.take_logits_processors().unwrap_or_default();
     processors.push(steps.clone() as Arc<dyn CustomLogitsProcessor>);
     let max_tokens = sampling.max_len.unwrap_or(usize::MAX);
-    // Replaced when it is sent.
+    // `send` replaces this sender.
     let (response, _) = channel(1);
     let request = NormalRequest {
         return_logprobs: request.return_logprobs(),
@@ -126,7 +128,7 @@ pub(super) async fn prepare<R: RequestLike>(
         response,
         is_streaming: wanted == Wanted::Stream,
         id: 0,
-        // The steps hold the answer, with the model's own end tokens.
+        // The steps enforce the constraint, with the model's own end tokens.
         constraint: Constraint::None,
         suffix: None,
         tools,
@@ -145,7 +147,7 @@ pub(super) async fn prepare<R: RequestLike>(
     })
 }
 
-/// What holds an answer to `constraint`.
+/// Compiles `constraint` to the matcher that enforces it; none without a constraint.
 async fn compile(constraint: Constraint, served: &Served) -> SdkResult<Option<Matcher>> {
     if matches!(constraint, Constraint::None) {
         return Ok(None);
@@ -161,7 +163,8 @@ async fn compile(constraint: Constraint, served: &Served) -> SdkResult<Option<Ma
     }
 }
 
-/// `messages` as the template of `served` reads them, with nothing that it would not show.
+/// Checks that the template of `served` can show all of `messages` and `tools`, and returns the messages as the
+/// template reads them.
 pub(super) fn check_messages(
     mut messages: TemplateMessages,
     tools: &[Tool],
@@ -199,14 +202,14 @@ pub(super) fn check_messages(
         variables: thinking.into_iter().collect(),
         ..Conversation::default()
     };
-    // What it raises is said here: in an engine some of it is a panic.
+    // A refusal of the template is reported here, because some refusals are a panic in an engine.
     match template.render(&conversation) {
         Ok(_) => Ok(messages),
         Err(Refusal(reason)) => refused(format!("the chat template of `{name}` {reason}")),
     }
 }
 
-/// `messages`, which must be text alone, checked.
+/// Checks `messages`, which must be text alone.
 fn conversation(
     messages: RequestMessage,
     tools: &[Tool],
@@ -237,7 +240,7 @@ fn conversation(
     })
 }
 
-/// Says narrow sampling so that it means what it says.
+/// Replaces narrow sampling settings that mistral.rs misreads by equivalent ones.
 fn say_sampling(params: &mut SamplingParams) {
     let mut sampling = Sampling {
         top_k: params.top_k,
@@ -249,7 +252,7 @@ fn say_sampling(params: &mut SamplingParams) {
     (params.top_k, params.top_p, params.min_p) = (sampling.top_k, sampling.top_p, sampling.min_p);
 }
 
-/// Holds an answer that must call one tool to the schema of that call.
+/// Constrains an answer that must call one tool to the schema of that call.
 fn hold_to_tool(
     constraint: Constraint,
     tools: Option<&[Tool]>,

@@ -1,4 +1,4 @@
-//! One model of an application: what its requests need to know of it, and the turns at its engine.
+//! One model of an application: what its requests need to know about it, and the turns at its engine.
 
 use std::ops::Deref;
 
@@ -14,15 +14,15 @@ use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::quirks_0_8::special_tokens::TextFrame;
 use crate::server::vocabulary::ModelTokens;
 
-/// A loaded model under its name.
+/// A loaded model and its name.
 pub(super) struct Served {
     pub(super) name: String,
     pub(super) is_adapter: bool,
     pub(super) model: NormalModel,
     pub(super) tokens: ModelTokens,
-    /// What its conversations are written out by.
+    /// The template that renders its conversations.
     pub(super) template: Option<ChatTemplate>,
-    /// Tokens of prompt and answer together.
+    /// Maximum number of tokens of prompt and answer together.
     pub(super) max_sequence_length: usize,
     /// Tokens that the model's tokenizer puts around plain text.
     pub(super) frame: TextFrame,
@@ -30,7 +30,7 @@ pub(super) struct Served {
 }
 
 impl Served {
-    /// What `loader` has loaded as `pipeline`, which an engine is to work with; blocking.
+    /// Describes the model that `loader` has loaded as `pipeline`. It blocks.
     pub(super) fn new(loader: &MonteCloraLoader, pipeline: SharedPipeline) -> Result<Self> {
         let (tokens, max_sequence_length, device) = {
             let loaded = pipeline.blocking_lock();
@@ -53,27 +53,28 @@ impl Served {
         })
     }
 
-    /// A turn at the engine, in the order of asking.
+    /// Waits for a turn at the engine, in order of arrival.
     pub(super) async fn turn(&self) -> SdkResult<OwnedSemaphorePermit> {
         self.take(false).await
     }
 
-    /// All turns at the engine: nothing is at work then, and nothing begins.
+    /// Waits for all turns at the engine: then no request runs, and none begins.
     pub(super) async fn all_turns(&self) -> SdkResult<OwnedSemaphorePermit> {
         self.take(true).await
     }
 
     async fn take(&self, alone: bool) -> SdkResult<OwnedSemaphorePermit> {
-        // Nothing closes them.
+        // Nothing closes the semaphore of the turns.
         let turn = self.turns.take(alone).await;
         turn.map_err(|error| SdkError::Channel(error.to_string()))
     }
 }
 
-/// A turn at a model's engine, with all of [`mistralrs::Model`]; made by [`MonteCloraModel::turn`](super::MonteCloraModel::turn).
+/// A turn at a model's engine; it dereferences to [`mistralrs::Model`].
 ///
-/// Until this is dropped, calls of [`MonteCloraModel`](super::MonteCloraModel) to the same model wait, on a CPU all of them.
-/// What is called on it goes to mistral.rs as it is: call one thing at a time, and wait for its end before the drop.
+/// [`MonteCloraModel::turn`](super::MonteCloraModel::turn) makes it. Until it is dropped, calls of
+/// [`MonteCloraModel`](super::MonteCloraModel) to the same model may wait; on a CPU all of them wait. Calls on it go to
+/// mistral.rs unchanged: make one call at a time, and wait for its end before the drop.
 pub struct Turn<'a> {
     pub(super) model: &'a Model,
     pub(super) _permit: OwnedSemaphorePermit,

@@ -12,31 +12,32 @@ use crate::server::answers::now;
 use crate::server::steps::Steps;
 use crate::server::stop::StopFilter;
 
-/// What is sent of an answer while it is generated, in the parts that [`mistralrs::Model::stream_chat_request`] gives.
+/// The parts of an answer while it is generated, as [`mistralrs::Model::stream_chat_request`] gives them.
 ///
-/// The last chunk has a `finish_reason`. Dropping the stream ends the answer; it need not be read quickly, or to its end.
+/// The last chunk has a `finish_reason`. Dropping the stream ends the answer. It need not be read quickly, or to its
+/// end.
 pub struct MonteCloraStream {
     pub(super) receiver: UnboundedReceiver<Response>,
     pub(super) state: StreamState,
-    /// Without it the engine would end.
+    /// Keeps the engine alive.
     pub(super) _host: Arc<MistralRs>,
 }
 
-/// What is known of an answer on its way.
+/// The state of an answer that is being generated.
 pub(super) struct StreamState {
     model: String,
     steps: Arc<Steps>,
     max_tokens: usize,
     stops: StopFilter,
-    /// A stop text was reached: what the engine still says is no part of the answer.
+    /// Whether a stop text was reached; what the engine sends afterwards is not part of the answer.
     is_cut: bool,
-    /// The end was told, be it a failure.
+    /// Whether the end, or a failure, was passed on.
     is_over: bool,
     last: Option<ChatCompletionChunkResponse>,
 }
 
 impl MonteCloraStream {
-    /// The next part of the answer, or none after its end.
+    /// Returns the next part of the answer, or none after its end.
     pub async fn next(&mut self) -> Option<Response> {
         std::future::poll_fn(|context| self.poll(context)).await
     }
@@ -82,7 +83,7 @@ impl StreamState {
         }
     }
 
-    /// What is shown of `response`.
+    /// Returns the part of `response` that the application sees.
     fn pass(&mut self, response: Response) -> Option<Response> {
         if self.is_over {
             return None;
@@ -117,7 +118,7 @@ impl StreamState {
         Some(Response::Chunk(chunk))
     }
 
-    /// The last chunk, where the engine has left it out.
+    /// Makes the last chunk if the engine left it out.
     fn end(&mut self) -> Option<Response> {
         if std::mem::replace(&mut self.is_over, true) {
             return None;

@@ -1,13 +1,13 @@
-//! What a template reads: its variables, and the keys of messages that it may look at.
+//! Finds the variables that a template reads, and the message keys that it may read.
 
 use std::collections::HashSet;
 
 /// Names in one template.
 #[derive(Debug)]
 pub(super) struct Names {
-    /// Variables that it reads and does not set before.
+    /// Variables that the template reads without setting them first.
     variables: HashSet<String>,
-    /// Every word of its code, texts in it included.
+    /// Every word of the template's code, including words in string literals.
     words: HashSet<String>,
 }
 
@@ -21,7 +21,7 @@ impl Names {
         let mut found = HashSet::new();
         for code in code(template.source()) {
             let words = words(code);
-            // Takes `{% set x = x or y %}` for setting alone.
+            // minijinja counts `{% set x = x or y %}` as setting `x` only, although it also reads `x`.
             if let ["set", target, rest @ ..] = &words[..]
                 && rest.contains(target)
             {
@@ -44,7 +44,7 @@ impl Names {
     }
 }
 
-/// What stands between the braces of `source`.
+/// Iterates over the code between the braces of `source`.
 pub(crate) fn code(source: &str) -> impl Iterator<Item = &str> {
     let mut rest = source;
     std::iter::from_fn(move || {

@@ -60,7 +60,7 @@ const FAMILIES: [(&str, &str); 6] = [
     ),
 ];
 
-/// What is continued is the closed conversation up to the end of its last message.
+/// A continued conversation is the closed conversation up to the end of its last message.
 #[test]
 fn the_last_message_is_continued_where_it_ends() {
     for (family, source) in FAMILIES {
@@ -74,7 +74,7 @@ fn the_last_message_is_continued_where_it_ends() {
             );
             assert!(open.ends_with(content), "{family}: {open:?}");
         }
-        // White space at the end is kept where the template keeps it.
+        // White space at the end is kept if the template keeps it.
         let spaced = rendered(&template, "Because ", End::Open).expect("renders");
         let keeps = rendered(&template, "Because ", End::Closed)
             .expect("renders")
@@ -189,7 +189,7 @@ fn variables_are_those_of_the_request_or_of_the_run_or_none() {
     assert_eq!(text, "False  [1, {'a': None}] </s>");
 }
 
-/// mistral.rs renders the last of these in its engine, which they end.
+/// mistral.rs renders the last of these templates in its engine, where they end the engine.
 #[test]
 fn odd_templates_and_odd_messages_are_refused_and_no_panic() {
     let sources = [
@@ -207,7 +207,7 @@ fn odd_templates_and_odd_messages_are_refused_and_no_panic() {
         "{{ range(100000000000) }}",
         "{{ messages | map(attribute='content') | join | nonsense }}",
         "{{ undefined_function() }}",
-        // A panic of minijinja 2.24 where the text is empty.
+        // minijinja 2.24 panics here on an empty text.
         "{{ messages[0]['content'][5:-100:-1] }}",
         "{{ 1 // 0 }}{{ 1 % 0 }}{{ 'a' * 100000000000 }}",
         "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}",

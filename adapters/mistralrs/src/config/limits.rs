@@ -1,4 +1,4 @@
-//! `[limits]`: what one client, or all of them together, may take.
+//! `[limits]`: limits for one client and for all clients together.
 
 use serde::{Deserialize, Serialize};
 
@@ -57,7 +57,7 @@ impl Default for LimitsSection {
 const LEAST_HEADER_BYTES: usize = 8 << 10;
 
 impl LimitsSection {
-    /// What is wrong with them goes to `errors`.
+    /// Checks the limits and adds each fault to `errors`.
     pub(super) fn check(&self, errors: &mut Vec<String>) {
         let values = serde_json::to_value(self).unwrap_or_default();
         for (key, value) in values.as_object().into_iter().flatten() {

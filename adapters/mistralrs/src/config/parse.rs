@@ -1,4 +1,5 @@
-//! Text and environment to [`ServeFile`], with every unknown key and every value of a wrong type in one report.
+//! Reads text and environment variables into a [`ServeFile`], with every unknown key and every value of a wrong type in
+//! one report.
 
 use std::collections::BTreeMap;
 
@@ -8,19 +9,19 @@ use toml::{Spanned, Table, Value};
 use super::{ServeFile, keys};
 use crate::field_names::suggestion;
 
-/// What the names of overriding environment variables begin with.
+/// Prefix of the environment variables that override keys.
 const PREFIX: &str = "MONTECLORA_";
 
-/// Between the sections of a key in such a name. It keeps these variables apart from all others with the prefix.
+/// Separator of sections and keys in such a name. It distinguishes these variables from others with the prefix.
 const SEPARATOR: &str = "__";
 
-/// The only key that is in no section.
+/// The only key outside the sections.
 const TOP_LEVEL: &str = "DEFAULT_MODEL_ID";
 
-/// Reads `text`, with the values of `variables` in place of its own.
+/// Reads `text`; the values of `variables` replace those of the text.
 ///
-/// `MONTECLORA_SERVER__PORT=8080` sets `port` in `[server]`, `MONTECLORA_MODELS__0__DTYPE=f16` that of the first model; values are
-/// TOML, or plain text where the key takes text. Empty variables count as unset.
+/// `MONTECLORA_SERVER__PORT=8080` sets `port` in `[server]`, `MONTECLORA_MODELS__0__DTYPE=f16` sets `dtype` of the
+/// first model. Values are TOML, or plain text where the key takes text. Empty variables count as unset.
 pub(super) fn parse(
     text: &str,
     variables: impl IntoIterator<Item = (String, String)>,
@@ -42,20 +43,20 @@ pub(super) fn parse(
     problems.unknown_keys(&value, "", "");
     problems.types(&value, "", &|leaf| leaf);
     if problems.found.is_empty() {
-        // Nothing is left that could fail; if it does, it is said.
+        // No error is expected here; if there is one, it is reported.
         return value.try_into().map_err(|error| error.message().to_owned());
     }
     Err(problems.found.join("\n  "))
 }
 
-/// The key that an environment variable overrides, section by section.
+/// The key that an environment variable overrides, split into sections.
 fn key_path(variable: &str) -> Option<Vec<String>> {
     let key = variable.strip_prefix(PREFIX)?;
     let overrides = key == TOP_LEVEL || key.contains(SEPARATOR);
     overrides.then(|| key.split(SEPARATOR).map(str::to_lowercase).collect())
 }
 
-/// What is wrong, and where every key was given.
+/// The faults found, and the place where every key was given.
 #[derive(Default)]
 struct Problems {
     origins: BTreeMap<String, String>,
@@ -69,7 +70,7 @@ impl Problems {
         self.found.push(format!("{origin}{at}: {message}"));
     }
 
-    /// Notes the line of every key.
+    /// Records the line of every key.
     fn locate(&mut self, text: &str, at: &str, value: &DeValue<'_>) {
         match value {
             DeValue::Table(table) => {
@@ -89,7 +90,7 @@ impl Problems {
         }
     }
 
-    /// Puts the value of an environment variable in its place.
+    /// Sets the key at `path` to the value of an environment variable.
     fn set(&mut self, table: &mut Table, variable: &str, path: &[String], text: &str) {
         let mut at = String::new();
         for part in path {
@@ -105,7 +106,7 @@ impl Problems {
             .filter(|table| table.len() == 1)
             .and_then(|mut table| table.remove("value"));
         let plain = Value::String(text.to_owned());
-        // `8` is a number to TOML, and a text where the key takes one.
+        // TOML reads `8` as a number; a key that takes text gets it as text.
         let value = match parsed {
             Some(parsed) if fits(path, &parsed) || !fits(path, &plain) => parsed,
             _ => plain,
@@ -115,7 +116,7 @@ impl Problems {
         }
     }
 
-    /// Notes keys that the form does not have; `kind` is the path without list positions.
+    /// Reports unknown keys; `kind` is the path without list positions.
     fn unknown_keys(&mut self, value: &Value, kind: &str, at: &str) {
         match value {
             Value::Table(table) => {
@@ -141,7 +142,8 @@ impl Problems {
         }
     }
 
-    /// Tries every value alone, so that each of a wrong type is found; `wrap` puts it into an otherwise empty file.
+    /// Checks every value separately, so that each value of a wrong type is reported. `wrap` puts a value into an
+    /// otherwise empty file.
     fn types(&mut self, value: &Value, at: &str, wrap: &dyn Fn(Value) -> Value) {
         match value {
             Value::Table(table) => {
@@ -179,7 +181,7 @@ fn fits(path: &[String], value: &Value) -> bool {
     whole.try_into::<ServeFile>().is_ok()
 }
 
-/// Sets the key at `path`; a list is extended by the position after its last.
+/// Sets the key at `path`. The position after the last item of a list appends an item.
 fn insert(table: &mut Table, path: &[String], value: Value) -> Result<(), String> {
     let (last, sections) = path.split_last().ok_or("names no key")?;
     let mut place = table;

@@ -1,4 +1,5 @@
-//! From `serve.toml` to what the server runs on: every setting checked, every path found, no default left open.
+//! Turns `serve.toml` into the server's configuration: checks every setting, finds every path and fills in every
+//! default.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -18,22 +19,22 @@ use crate::quantisation::parse_in_situ_quant;
 use crate::quirks_0_8::prefix_cache;
 use crate::scoring::{Scoring, UncertaintyConfig};
 
-/// Finds what is wanted, as a directory.
+/// Finds the directory of a model or adapter.
 pub type Locate<'a> = dyn Fn(&Wanted<'_>) -> Result<PathBuf> + 'a;
 
-/// A model or an adapter that is no directory here.
+/// A model or an adapter that is not a local directory.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
     /// Hub id, or path of a file.
     pub id: &'a str,
     /// Branch, tag or commit on the Hub.
     pub revision: Option<&'a str>,
-    /// Of a base: how the engine will hold its weights; none of an adapter.
+    /// For a base model: how the engine holds its weights. None for an adapter.
     pub weights: Option<Held>,
 }
 
 impl Wanted<'_> {
-    /// Whether it is a GGUF file that holds a base.
+    /// Whether this is a GGUF file with a base model.
     pub fn is_gguf(&self) -> bool {
         self.weights.is_some() && is_gguf_name(Path::new(self.id))
     }
@@ -44,22 +45,22 @@ fn is_gguf_name(path: &Path) -> bool {
         .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
-/// How an engine holds the weights of a base.
+/// How an engine holds the weights of a base model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Held {
-    /// Whether as bfloat16, so that nothing is lost if the files hold no more than that.
+    /// Whether the engine holds the weights as bfloat16. A file in bfloat16 then loses no precision.
     pub in_bf16: bool,
-    /// Whether they are quantised while they are loaded.
+    /// Whether the weights are quantised while they are loaded.
     pub quantised: bool,
 }
 
-/// Posterior draws that are held of an adapter at most.
+/// Maximum number of posterior draws held per adapter.
 const MOST_DRAWS: usize = 1000;
 
 /// Name of the state file below the adapter root.
 const STATE_FILE_NAME: &str = ".monteclora-state.json";
 
-/// Where the certificate and its key are.
+/// Paths of the TLS certificate and its key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TlsFiles {
     /// Certificate chain, PEM.
@@ -68,48 +69,48 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// What the server runs on: checked and free of defaults.
+/// The configuration of a server: checked, and with all defaults filled in.
 #[derive(Debug, Clone)]
 pub struct ServeConfig {
     /// Address to bind.
     pub address: SocketAddr,
-    /// The host that the address was given as.
+    /// The host name or address as given.
     pub host: String,
-    /// Sequences an engine works on at a time.
+    /// Maximum number of sequences that an engine processes at the same time.
     pub max_seqs: NonZeroUsize,
-    /// Most bytes for the weights of all engines together.
+    /// Maximum memory for the weights of all engines together, in bytes.
     pub max_memory: Option<u64>,
-    /// What clients may take.
+    /// Limits for clients.
     pub limits: LimitsSection,
-    /// Certificate and key, where HTTPS is spoken.
+    /// Certificate and key, if the server uses HTTPS.
     pub tls: Option<TlsFiles>,
-    /// Whether `/` is a page.
+    /// Whether the server serves a page at `/`.
     pub ui: bool,
-    /// Questions that the page offers.
+    /// Example questions on the page.
     pub examples: Vec<PageExample>,
     /// Web origins whose pages may call the server.
     pub allowed_origins: Vec<String>,
-    /// Keys for inference; empty means that anyone on this machine may ask.
+    /// Keys for inference. If empty, the server accepts requests without a key and binds to loopback only.
     pub api_keys: KeySet,
     /// Keys for administration.
     pub admin_keys: KeySet,
     /// Canonical adapter root, if administration is on.
     pub adapter_root: Option<PathBuf>,
-    /// Where adapters loaded at run time are recorded, if administration is on.
+    /// File that records adapters loaded at run time, if administration is on.
     pub state_file: Option<PathBuf>,
     /// The base models, at least one.
     pub models: Vec<ModelConfig>,
-    /// Name that answers requests without `model`.
+    /// Name of the model that answers requests without `model`.
     pub default_model: String,
     /// Whether adapters that change nothing are served; they are refused otherwise.
     pub force: bool,
-    /// Called, on any thread, when a model was loaded or its weights were freed: where an allocator that keeps freed pages
-    /// hands them back to the system.
+    /// Called, on any thread, after a model was loaded or its weights were freed. It lets an allocator that keeps freed
+    /// pages return them to the system.
     pub reclaim: Option<fn()>,
 }
 
 impl ServeConfig {
-    /// Lets `scoring` say how sure answers are, of the models that have it enabled.
+    /// Sets the `scoring` of the models that have uncertainty enabled.
     #[must_use]
     pub fn with_scoring(mut self, scoring: &Arc<dyn Scoring>) -> Self {
         for model in &mut self.models {
@@ -136,19 +137,20 @@ pub struct ModelConfig {
     pub chat_template: Option<PathBuf>,
     /// Adapters by public name.
     pub adapters: Vec<(String, PathBuf)>,
-    /// Posterior draws of adapters that are models of their own, by the adapter's public name; 0 for the others.
+    /// Number of posterior draws served as separate models, by the adapter's public name. An adapter without an entry
+    /// has none.
     pub draws: BTreeMap<String, usize>,
-    /// How answers are scored, if they are.
+    /// Settings of scoring, if it is enabled.
     pub uncertainty: Option<UncertaintyConfig>,
-    /// What scores them.
+    /// The implementation that scores answers.
     pub scoring: Option<Arc<dyn Scoring>>,
 }
 
 impl ModelConfig {
-    /// The loader for this base, with the adapter in `source` if one is given, under the public name `name`.
+    /// Starts a loader for this base under the public name `name`, with the adapter in `source` if given.
     ///
     /// # Errors
-    /// [`Error::Problem`] as in [`crate::MonteCloraLoaderBuilder::build`].
+    /// Returns an error as [`crate::MonteCloraLoaderBuilder::build`].
     pub fn loader(&self, name: &str, source: Option<&Path>) -> Result<MonteCloraLoader> {
         let mut builder = MonteCloraLoader::builder(&self.base, name)
             .dtype(self.dtype)
@@ -165,11 +167,11 @@ impl ModelConfig {
 impl ServeFile {
     /// Checks everything that can be checked before loading, and finds models and adapters.
     ///
-    /// `locate` is asked for what is not a local path, and for GGUF files; for what may have to be fetched or imported, only once
-    /// everything else is right.
+    /// `locate` finds whatever is not a local path, and GGUF files. It is called for anything that may need a download
+    /// or an import only after everything else has passed.
     ///
     /// # Errors
-    /// [`Error::Problem`] with every wrong setting.
+    /// Returns [`Error::Problem`]; it names every wrong setting.
     pub fn resolve(&self, locate: &Locate<'_>) -> Result<ServeConfig> {
         let without_fetching = |wanted: &Wanted<'_>| match is_hub_id(wanted.id) || wanted.is_gguf()
         {
@@ -262,7 +264,7 @@ impl ServeFile {
     }
 }
 
-/// All that is wrong, a setting each.
+/// All faults found, one entry per setting.
 #[derive(Default)]
 struct Wrong(Vec<String>);
 
@@ -271,7 +273,7 @@ impl Wrong {
         self.0.push(format!("{key}: {message}"));
     }
 
-    /// The keys of a file and a variable; none if they cannot be read.
+    /// Reads the keys of a file and an environment variable; returns no keys if they cannot be read.
     fn keys(&mut self, key: &str, path: Option<&Path>, variable: &str) -> KeySet {
         KeySet::gather(path, variable).unwrap_or_else(|error| {
             self.note(key, error);
@@ -320,7 +322,7 @@ impl ServerSection {
 }
 
 impl AdminSection {
-    /// The adapter root, where administration is on.
+    /// The adapter root, if administration is on.
     fn root(&self, wrong: &mut Wrong) -> Option<PathBuf> {
         if !self.enabled {
             return None;
@@ -339,7 +341,7 @@ impl AdminSection {
 }
 
 impl ModelSection {
-    /// The model, or nothing if `wrong` got an entry that prevents it.
+    /// Resolves the model. Returns none if `wrong` got an entry that makes this impossible.
     fn resolve(
         &self,
         at: &str,
@@ -485,7 +487,7 @@ impl ModelSection {
     }
 }
 
-/// Whether `text` is `*` or scheme and authority, as browsers send in `Origin`.
+/// Whether `text` is `*`, or a scheme and an authority, as browsers send them in `Origin`.
 fn is_origin(text: &str) -> bool {
     let authority = text
         .strip_prefix("https://")
@@ -494,7 +496,7 @@ fn is_origin(text: &str) -> bool {
     text == "*" || authority.is_some_and(|host| !host.is_empty() && host.chars().all(plain))
 }
 
-/// Records a public name, or why it cannot be one.
+/// Records a public name, or reports why it is not allowed.
 fn claim(name: &str, at: &str, names: &mut BTreeMap<String, String>, wrong: &mut Wrong) {
     if let Err(Error::Problem(problem)) = check_public_name(name) {
         wrong.note(at, problem.message);
@@ -503,7 +505,7 @@ fn claim(name: &str, at: &str, names: &mut BTreeMap<String, String>, wrong: &mut
     }
 }
 
-/// Whether `id` has the form `organisation/name`, which a path to something local can have too.
+/// Whether `id` has the form `organisation/name`. A local path can have this form too.
 fn is_hub_id(id: &str) -> bool {
     let part = |part: &str| {
         !part.is_empty()
@@ -515,10 +517,10 @@ fn is_hub_id(id: &str) -> bool {
     matches!(id.split('/').collect::<Vec<_>>()[..], [organisation, name] if part(organisation) && part(name))
 }
 
-/// Finds nothing: for programs that take local directories only.
+/// Finds nothing; for programs that take local directories only.
 ///
 /// # Errors
-/// Always [`Error::Problem`].
+/// Always returns [`Error::Problem`].
 pub fn local_only(wanted: &Wanted<'_>) -> Result<PathBuf> {
     let message = "there is no such directory";
     Err(Error::not_found(Path::new(wanted.id), message))

@@ -1,4 +1,4 @@
-//! What a configuration file may say, and how it is told what it may not.
+//! Tests which configurations are accepted, and which errors the others get.
 
 use std::fs;
 use std::path::PathBuf;
@@ -112,7 +112,7 @@ fn every_unknown_key_is_named_with_the_nearest() {
 
 #[test]
 fn the_key_list_is_the_structures() {
-    // deny_unknown_fields refuses a key that a structure lacks, so all keys together must pass both checks.
+    // deny_unknown_fields refuses a key that no structure has, so all keys together must pass both checks.
     let all = format!(
         "{COMPLETE}\nrevision = 'main'\n[auth]\napi_keys_file = 'k'\nadmin_keys_file = 'a'\n[admin]\nenabled = true\nadapter_root = 'r'\nstate_file = 's'"
     );
@@ -255,7 +255,7 @@ fn the_environment_overrides_the_file() {
     }
 }
 
-/// How weights will be held is said of bases alone, and files that are bases are asked for in the end only.
+/// Only bases state how weights are held, and GGUF files are requested only at the end.
 #[test]
 fn what_is_wanted_says_how_weights_are_held() {
     let dir = tempfile::tempdir().expect("temporary directory");

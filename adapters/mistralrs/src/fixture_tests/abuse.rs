@@ -1,4 +1,4 @@
-//! Requests that are wrong, too many, too large, too slow, or abandoned; and a server that goes on.
+//! Requests that are wrong, too many, too large, too slow or abandoned; the server must continue to work.
 
 use std::cell::Cell;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -39,7 +39,7 @@ fn post_bytes(server: &Running, path: &str, body: &[u8]) -> (u16, String) {
     (response.status().as_u16(), response.text().expect("text"))
 }
 
-/// A generator of test cases, not of anything else: the same each run.
+/// A pseudo-random generator for test cases only; it is the same in each run.
 struct Cases(u64);
 
 impl Cases {
@@ -52,7 +52,7 @@ impl Cases {
     }
 }
 
-/// Values that are wrong for every key that is listed in `malformed_bodies`.
+/// Values that are wrong for every key in `malformed_bodies`.
 fn wrong_values() -> Vec<Value> {
     vec![
         json!({"a": {"b": [1, 2, {"c": null}]}}),
@@ -65,7 +65,7 @@ fn wrong_values() -> Vec<Value> {
     ]
 }
 
-/// Bodies that no endpoint takes, with the reason in the order of `CHAT` and `COMPLETION`.
+/// Bodies that no endpoint accepts.
 fn malformed_bodies(valid: &Value) -> Vec<Vec<u8>> {
     let text = valid.to_string();
     let mut bodies: Vec<Vec<u8>> = Vec::new();
@@ -114,7 +114,7 @@ fn malformed_bodies(valid: &Value) -> Vec<Vec<u8>> {
     for key in keys {
         for value in wrong_values() {
             let harmless = match key {
-                // An empty text is a role's content, a stop list is checked text by text, a seed may be negative.
+                // An empty text is a valid content, a stop list is checked text by text, and a seed may be negative.
                 "seed" => value == json!(-1),
                 "stop" => value == json!("\u{0}\u{1}\u{feff}"),
                 "temperature" | "top_p" => false,
@@ -178,7 +178,7 @@ fn a_thousand_malformed_requests_are_refused_and_the_server_lives() {
                 )
             });
         }
-        // Bytes changed at random; what is still a request may be answered.
+        // Randomly changed bytes; a body that is still a valid request may be answered.
         let mut cases = Cases(7);
         let text = valid.to_string();
         for _ in 0..300 {
@@ -231,7 +231,7 @@ fn a_thousand_malformed_requests_are_refused_and_the_server_lives() {
         let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
         refuse(status(&answer), body, &|| format!("{method} {path}"));
     }
-    // What is not HTTP gets 400 or 431 without a body, or a closed connection.
+    // Bytes that are not HTTP get 400 or 431 without a body, or a closed connection.
     let long_header = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(200_000));
     let many_headers = format!("GET / HTTP/1.1\r\n{}\r\n", "x: y\r\n".repeat(500));
     for (bytes, expected) in [
@@ -313,7 +313,7 @@ fn a_client_that_leaves_takes_nothing_with_it() {
             .map_or(0, |n| n.parse().expect("a number"))
     };
     for stream in [false, true] {
-        // In the same batch as those who leave.
+        // In the same batch as the abandoned requests.
         let companion = server.post("/v1/chat/completions", &long);
         let mut abandoned = long.clone();
         abandoned["stream"] = json!(stream);
@@ -373,7 +373,7 @@ fn connections_beyond_the_limit_wait_for_one_to_close() {
     server.finish().expect("a clean stop");
 }
 
-/// A stop lets an answer go on for as long as draining may take; what is not done then is told so.
+/// A stop lets an answer continue for as long as draining may take. An unfinished answer then ends with an error.
 #[test]
 fn a_stop_waits_for_answers_up_to_its_limit() {
     let stopped_while = |limits: &str, n: usize| {
@@ -424,7 +424,7 @@ fn what_is_too_much_is_turned_away_clearly() {
 
     let mut greedy = chat("base", false);
     greedy["max_tokens"] = json!(401);
-    // The place is free again once the engine is done, which the client may know first.
+    // The place is free again when the engine is done; the client may know the end earlier.
     let deadline = Instant::now() + Duration::from_secs(10);
     let answer = loop {
         let answer = server.post(path, &greedy);

@@ -1,4 +1,4 @@
-//! The plugin as an application uses it.
+//! Tests of the plugin as an application uses it.
 
 mod examples;
 mod requests;
@@ -18,13 +18,13 @@ use tokio::sync::Notify;
 use super::{Case, servable};
 use crate::{ChatMessage, Engine, MonteCloraLoader, MonteCloraModel, MonteCloraModelBuilder};
 
-/// Tokens of an answer.
+/// Number of tokens of a short answer.
 const SHORT: usize = 12;
 
-/// Tokens that an answer at temperature 2 goes on to.
+/// Number of tokens that an answer at temperature 2 reaches.
 const LONG: usize = 400;
 
-/// The base `base` and the adapter `tuned`.
+/// A builder with the base `base` and the adapter `tuned`.
 fn builder(case: &Case) -> MonteCloraModelBuilder {
     MonteCloraModelBuilder::new(&case.base)
         .with_name("base")
@@ -55,7 +55,7 @@ fn long() -> RequestBuilder {
         .set_sampler_max_len(LONG)
 }
 
-/// What an engine of its own answers with `adapter`, or with the base.
+/// The answers of a separate engine with `adapter`, or with the base.
 fn alone(case: &Case, adapter: Option<&std::path::Path>, questions: &[&str]) -> Vec<String> {
     let mut loader = MonteCloraLoader::builder(&case.base, "alone");
     if let Some(adapter) = adapter {
@@ -79,7 +79,7 @@ fn text(response: &ChatCompletionResponse) -> &str {
         .expect("text")
 }
 
-/// The text of a stream and the reason of its end.
+/// The text of a stream and its finish reason.
 async fn read(model: &MonteCloraModel, request: impl RequestLike, name: &str) -> (String, String) {
     let mut stream = model
         .stream_chat_request_with_model(request, Some(name))
@@ -103,7 +103,7 @@ async fn read(model: &MonteCloraModel, request: impl RequestLike, name: &str) ->
     (text, reasons.remove(0))
 }
 
-/// Counts the tokens of an answer, and holds its engine at the second until it is opened.
+/// Counts the tokens of an answer, and blocks its engine at the second token until the gate is opened.
 struct Gate {
     n_tokens: AtomicUsize,
     reached: Notify,
@@ -145,7 +145,7 @@ impl CustomLogitsProcessor for Gate {
 #[test]
 fn each_name_answers_as_its_own_engine_would_however_many_ask() {
     let case = servable();
-    // Prompts of one length, which mistral.rs would put into one batch.
+    // Prompts of equal length, which mistral.rs would put into one batch.
     let questions = ["Why?", "Who?", "Now?", "How?", "Yes?", "Not?"];
     let base = alone(&case, None, &questions);
     let tuned = alone(&case, Some(&case.adapter), &questions);
@@ -192,7 +192,7 @@ fn the_only_adapter_answers_where_no_name_is_given_and_streams_are_whole_answers
         let other = model.send_chat_request(asked("Why?")).await.expect("one");
         assert_ne!(text(&other), tuned);
 
-        // What the crate `mistralrs` is given in the end is its own model, with the same answers.
+        // `into_inner` gives the model of `mistralrs` itself, with the same answers.
         let inner = model.into_inner();
         let answer = inner.send_chat_request_with_model(asked("Why?"), Some("tuned"));
         assert_eq!(text(&answer.await.expect("one")), tuned);
@@ -222,7 +222,7 @@ fn what_is_dropped_ends_and_harms_nothing() {
             let n_tokens = gate.n_tokens();
             assert!(n_tokens < LONG / 2, "it went on to {n_tokens} tokens");
         }
-        // Requests that never got their turn.
+        // Requests that never got a turn.
         let gate = Gate::new(false);
         let held = model
             .stream_chat_request(long().add_logits_processor(gate.clone()))

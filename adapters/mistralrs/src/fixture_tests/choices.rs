@@ -1,4 +1,4 @@
-//! Several choices of one request, and the bodies that common clients send.
+//! Tests of several choices of one request, and of the request bodies of common clients.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
@@ -10,7 +10,7 @@ use super::serving::{Running, chat, events, long_chat, parse, toml_for};
 
 const PATH: &str = "/v1/chat/completions";
 
-/// Text and number of endings of each choice in a stream's events, and the last event with a usage.
+/// The text and the number of finish reasons of each choice in a stream's events, and the last event with a usage.
 fn gathered(events: &[String], n: usize) -> (Vec<(String, usize)>, Value) {
     let mut found = vec![(String::new(), 0); n];
     let mut usage = Value::Null;
@@ -53,7 +53,7 @@ fn several_choices_are_answers_of_their_own() {
         tokens(&single, "prompt_tokens")
     );
 
-    // Sampled with a seed: choices differ, and come again.
+    // Sampling with a seed: the choices differ, and repeat with the same seed.
     let mut sampled = greedy.clone();
     sampled["temperature"] = json!(1.5);
     sampled["seed"] = json!(5);
@@ -71,13 +71,13 @@ fn several_choices_are_answers_of_their_own() {
     streamed["stream"] = json!(true);
     streamed["stream_options"] = json!({"include_usage": true});
     let chunks = events(server.post(PATH, &streamed));
-    // Clients add up what the chunks hold, so each choice says once who speaks.
+    // Clients concatenate the chunks, so each choice sends its role once.
     let roles = chunks.iter().filter(|chunk| chunk.contains("\"role\""));
     assert_eq!(roles.count(), 3);
     let (found, usage) = gathered(&chunks, 3);
     let whole = choices[0]["message"]["content"].as_str().expect("a text");
     for (text, ends) in &found {
-        // An incomplete character at the end is shown as U+FFFD by one way and left out by the other.
+        // An incomplete character at the end is U+FFFD in a whole answer, and is omitted in a stream.
         assert_eq!(text, whole.trim_end_matches('\u{fffd}'));
         assert_eq!(*ends, 1);
     }
@@ -106,7 +106,7 @@ fn who_leaves_between_choices_gives_the_turn_away() {
     server.finish().expect("a clean stop");
 }
 
-/// Where an engine takes one request at a time, another request comes between the choices of one that wants many.
+/// If an engine takes one request at a time, another request runs between the choices of a request with many choices.
 #[test]
 fn many_choices_let_others_come_between() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
@@ -115,7 +115,7 @@ fn many_choices_let_others_come_between() {
     let mut stream = BufReader::new(server.post(PATH, &many)).lines();
     stream.next().expect("begun").expect("readable");
     parse(server.post(PATH, &chat("tuned", false)), 200);
-    // Its end may be counted just after its answer has come.
+    // The end may be counted shortly after the answer has arrived.
     let metrics = server.metrics_with(r#"monteclora_answers_total{outcome="finished"} 1"#);
     assert!(
         metrics.contains("monteclora_requests_in_flight 1\n"),

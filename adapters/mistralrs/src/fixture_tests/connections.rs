@@ -1,4 +1,4 @@
-//! Below the questions: wrong addresses, pages of other sites, compressed bodies, bodies that are not read, idle connections.
+//! Tests of the transport: wrong addresses, pages of other sites, compressed bodies, unread bodies, idle connections.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -113,7 +113,7 @@ fn compressed_bodies_are_read_within_the_limit() {
     server.finish().expect("a clean stop");
 }
 
-/// Reads one answer: its head, and as much body as it says.
+/// Reads one answer: its head, and as many bytes of body as the head says.
 fn read_answer(stream: &mut TcpStream) -> String {
     let mut bytes = Vec::new();
     let mut byte = [0];
@@ -141,7 +141,7 @@ fn a_body_that_is_not_read_closes_the_connection_after_the_answer() {
         let head =
             format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n");
         stream.write_all(head.as_bytes()).expect("sent");
-        // All of it, as most clients do before they look for an answer.
+        // Sends the whole body, as most clients do before they read an answer.
         stream.write_all(&vec![b' '; length]).expect("sent");
         std::thread::sleep(Duration::from_millis(50));
         stream
@@ -155,7 +155,7 @@ fn a_body_that_is_not_read_closes_the_connection_after_the_answer() {
         );
         assert!(answer.contains("connection: close"), "{answer}");
         assert_eq!(stream.read(&mut [0]).expect("closed in order"), 0);
-        // A small one is read, and the connection goes on.
+        // A small body is read, and the connection stays open.
         let mut stream = send(path, 1000);
         let answer = read_answer(&mut stream);
         assert!(!answer.contains("connection: close"), "{answer}");
@@ -186,13 +186,13 @@ fn a_pause_between_requests_may_be_longer_than_a_head() {
     server.finish().expect("a clean stop");
 }
 
-/// A limit that cuts a character leaves it out, whole or streamed.
+/// If the token limit cuts a character, the answer omits it, whole or streamed.
 #[test]
 fn answers_end_with_a_whole_character() {
     let case = servable();
     let tokenizer = tokenizers::Tokenizer::from_file(case.base.join("tokenizer.json"));
     let tokenizer = tokenizer.expect("a tokenizer");
-    // The three bytes of a character, one a token.
+    // The three bytes of a character, one byte per token.
     let [first, second, third] = ["â", "Ĥ", "¬"].map(|token| {
         let id = tokenizer.token_to_id(token);
         id.expect("a vocabulary of bytes").to_string()

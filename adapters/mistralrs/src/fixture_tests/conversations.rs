@@ -1,4 +1,5 @@
-//! Conversations: what an engine is given is what mistral.rs itself makes of them; models without a template; templates that are none.
+//! Tests of conversations: an engine gets the same tokens as from mistral.rs itself; models without a template; invalid
+//! templates.
 
 use std::fs;
 use std::num::NonZeroUsize;
@@ -14,7 +15,7 @@ use crate::engine::plain_tokenization;
 use crate::quirks_0_8::abandoned_requests::tokenize;
 use crate::{AskedConversation, ChatMessage, Engine, MonteCloraLoader, own_texts};
 
-/// The base with `template` as its own.
+/// The base model with `template` as its own template.
 pub(crate) fn with_template(template: &str) -> (Case, tempfile::TempDir) {
     servable().on_changed_base(|dir| {
         fs::write(dir.join("chat_template.jinja"), template).expect("written");
@@ -37,7 +38,7 @@ fn without_template() -> (Case, tempfile::TempDir) {
     })
 }
 
-/// A template that shows tools, calls and answers of tools.
+/// A template that shows tools, tool calls and tool outputs.
 pub(crate) const TOOLS: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
 
 #[test]
@@ -59,7 +60,7 @@ fn an_engine_gets_the_tokens_that_mistralrs_makes_itself() {
         fields.collect()
     };
     for template in [
-        // The base has no begin token, and transformers adds nothing to what is undefined.
+        // The base has no begin token, and transformers prints nothing for an undefined variable.
         read("llama3-like.jinja").replace("bos_token", "'<s>'"),
         read("qwen3-like.jinja"),
         "\n\n  {% for m in messages %}\n  {{ m.content }} {% if m.role == 'user' %}\nx{% endif %}\n{% endfor %}{{ bos_token }}\n".to_owned(),
@@ -202,7 +203,7 @@ fn tools_need_a_template_that_shows_them() {
     parse(server.post("/v1/chat/completions", &none), 200);
     server.finish().expect("a clean stop");
 
-    // Room for the answer within the few positions of the tiny model.
+    // Leaves room for the answer within the few positions of the tiny model.
     let compact = TOOLS.replace("tools | tojson", "tools | tojson(separators=(',', ':'))");
     let (case, _dir) = with_template(&compact);
     let (server, _dir) = Running::start(&toml_for(&case, ""));
@@ -219,7 +220,7 @@ fn tools_need_a_template_that_shows_them() {
     server.finish().expect("a clean stop");
 }
 
-/// What is generated after a prefix is what would be generated after the same text.
+/// The text generated after a prefix is the text generated after the same tokens.
 #[test]
 fn an_answer_continues_the_last_message() {
     let (case, _dir) = with_template(
@@ -275,7 +276,7 @@ fn an_answer_continues_the_last_message() {
     server.finish().expect("a clean stop");
 }
 
-/// Tokens that the tokenizer of `case` puts around a plain text, and around no conversation.
+/// Number of tokens that the tokenizer of `case` puts around plain text, but not around a conversation.
 fn server_frame(case: &Case) -> u64 {
     let frame = crate::chat_files::text_frame(&case.base).expect("readable");
     (frame.prefix.len() + frame.suffix.len()) as u64

@@ -1,4 +1,4 @@
-//! Engines that are kept while their models come and go.
+//! Tests of engines that are kept while their models change.
 
 use std::fs;
 use std::process::Command;
@@ -12,7 +12,7 @@ use crate::engine::Engine;
 use crate::quirks_0_8::logger_threads::NormalModel;
 use crate::{ChatMessage, MonteCloraLoader};
 
-/// A number of this process's `/proc/self/status`.
+/// A number from this process's `/proc/self/status`.
 #[cfg(target_os = "linux")]
 fn status(key: &str) -> i64 {
     let text = fs::read_to_string("/proc/self/status").expect("readable");
@@ -22,7 +22,8 @@ fn status(key: &str) -> i64 {
     number.expect("a number")
 }
 
-/// An answer of each of two engines is, after their models are exchanged, that of the other one, to the bit, however often.
+/// After the models of two engines are exchanged, each engine gives the answers of the other, bit for bit, however
+/// often.
 #[test]
 fn engines_answer_with_the_model_they_are_given() {
     let other = walk::own().join("models/tiny-qwen2");
@@ -58,7 +59,7 @@ fn engines_answer_with_the_model_they_are_given() {
     }
 }
 
-/// A model that is in use is not taken away, and another one waits only as long as it says.
+/// A model in use is not exchanged, and the exchange waits no longer than its patience.
 #[test]
 fn a_busy_model_stays_where_it_is() {
     let engine = Engine::start(&servable().loader()).expect("loads");
@@ -75,7 +76,7 @@ fn a_busy_model_stays_where_it_is() {
     engine.shut_down().expect("stops");
 }
 
-/// Who serves an adapter on another base than it was trained on is told.
+/// A warning tells that an adapter is served on another base than it was trained on.
 #[test]
 fn an_adapter_of_another_base_is_loaded_with_a_warning() {
     let case = servable();
@@ -94,7 +95,7 @@ fn an_adapter_of_another_base_is_loaded_with_a_warning() {
         parse(server.post("/v1/load_lora_adapter", &load), 200)["warnings"].clone()
     };
     assert_eq!(warnings("same", &own), json!([]));
-    // Content that is served already, from a place that says something else about it.
+    // Content that is already served, loaded from a directory that names another base.
     let told = warnings("other", "0123456789abcdef");
     assert_eq!(told[0]["code"], "other-base", "{told}");
     let message = told[0]["message"].as_str().expect("text");
@@ -112,7 +113,7 @@ fn an_adapter_of_another_base_is_loaded_with_a_warning() {
 
 const INNER: &str = "fixture_tests::engines::swaps_in_a_process_of_their_own";
 
-/// Threads and memory are a process's, so the tests that run beside must not be in it.
+/// Threads and memory are counted per process, so other tests must not run in the same process.
 #[test]
 #[cfg(target_os = "linux")]
 fn swaps_leave_no_thread_and_no_memory() {
@@ -157,7 +158,7 @@ fn swaps_in_a_process_of_their_own() {
     });
     let base = ask("base");
     assert_ne!(expected[0], expected[1]);
-    // Whatever the first requests start is running by now.
+    // Everything that the first requests start is running after these swaps.
     for idx in 0..8 {
         swap(["one", "two"][idx % 2]);
         assert_eq!(ask("tuned"), expected[idx % 2]);
@@ -175,7 +176,7 @@ fn swaps_in_a_process_of_their_own() {
         before.0,
         after.0
     );
-    // Kilobytes; the models are below a megabyte each, 200 of them would be many times this.
+    // In kilobytes. Each model is below a megabyte; 200 models would take many times this.
     assert!(
         after.1 <= before.1 + 32_000,
         "kB {} -> {}",

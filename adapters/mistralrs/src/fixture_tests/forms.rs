@@ -1,4 +1,4 @@
-//! Answers held to a form: they end, they can be left, and what is wrong with a form is said.
+//! Tests of constrained answers: they end, they can be abandoned, and faults of a constraint are reported.
 
 use std::fs;
 use std::io::Write;
@@ -18,7 +18,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     fs::write(path, value.to_string()).expect("written");
 }
 
-/// The library for grammars finds an end token by its text; the model's files may name another.
+/// llguidance finds an end token by its text; the model's files may name another token.
 #[test]
 fn an_answer_in_a_form_ends_with_stop_whatever_the_models_end_token_is() {
     let tokenizer = servable().base.join("tokenizer.json");
@@ -81,7 +81,7 @@ fn an_answer_in_a_form_ends_with_stop_whatever_the_models_end_token_is() {
     }
 }
 
-/// In the middle of a text that may go on for ever, the only end is the one that the client's leaving makes.
+/// In a text that may continue forever, only the client's leaving ends the answer.
 #[test]
 fn a_client_that_leaves_under_a_grammar_frees_the_engine() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
@@ -102,7 +102,7 @@ fn a_client_that_leaves_under_a_grammar_frees_the_engine() {
             body.len()
         );
         let before = n_canceled(&server.metrics_with("monteclora_requests_in_flight 0"));
-        // The model is so small that an answer may be over before its client has left.
+        // The model is so small that an answer may be finished before its client has left.
         let left = (0..20).any(|_| {
             let clients: Vec<TcpStream> = (0..4)
                 .map(|_| {
@@ -182,7 +182,7 @@ fn what_is_wrong_with_a_form_is_said_under_its_key() {
     server.finish().expect("a clean stop");
 }
 
-/// vLLM's keys for the length of an answer.
+/// Tests vLLM's keys for the length of an answer.
 #[test]
 fn answers_are_as_long_as_they_must_be() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));

@@ -1,4 +1,4 @@
-//! What operators rely on: HTTPS, origins, metrics, request ids, changed keys.
+//! Tests for operators: HTTPS, origins, metrics, request ids, changed keys.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -22,7 +22,7 @@ fn write_certificate(dir: &Path) -> CertificateDer<'static> {
     made.cert.der().clone()
 }
 
-/// The answer to a request over TLS, from a client that trusts `root` only.
+/// The answer to a request over TLS, from a client that trusts only `root`.
 fn ask_over_tls(
     server: &Running,
     root: &CertificateDer<'static>,
@@ -35,7 +35,7 @@ fn ask_over_tls(
         .expect("versions")
         .with_root_certificates(roots)
         .with_no_client_auth();
-    // As most clients do; what follows is HTTP/1.1, which the server must choose.
+    // The offer of most clients. The request is HTTP/1.1, which the server must choose.
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let name = ServerName::try_from("localhost").expect("a name");
     let client = ClientConnection::new(Arc::new(config), name).expect("a client");
@@ -213,7 +213,7 @@ fn metrics_count_what_happens_and_need_the_administrators_key() {
         assert!(!text.contains(secret), "{secret}");
     }
 
-    // Keys change without a restart; with a file of keys that is no good, nothing changes.
+    // Keys change without a restart; an invalid key file changes nothing.
     fs::write(dir.path().join("keys.txt"), "another-key\n").expect("written");
     parse(post("/v1/reload", "admin-key", &json!({})), 200);
     assert_eq!(get("/v1/models", "user-key").status(), 401);
@@ -252,7 +252,7 @@ fn a_budget_is_kept_and_freed_by_unloading() {
     );
 
     let extra = "[admin]\nenabled = true\nadapter_root = 'adapters'\n";
-    // Room for a base and one adapter, not for two.
+    // Memory for a base and one adapter, but not for two.
     let (server, dir) = Running::start_changed(&toml_for(&case, extra), |config| {
         config.max_memory = Some(bytes * 5 / 2);
     });
@@ -327,7 +327,7 @@ fn the_example_is_served_with_every_key_in_use() {
             "{key} in\n{text}"
         );
     }
-    // What scores answers comes from outside of this crate.
+    // The scorer is not part of this crate.
     let (server, _dir) = Running::start_changed(&text, |config| {
         for model in &mut config.models {
             assert!(model.uncertainty.take().is_some() && !model.draws.is_empty());
@@ -341,7 +341,7 @@ fn the_example_is_served_with_every_key_in_use() {
 fn an_answer_that_takes_too_long_is_ended() {
     let (server, _dir) =
         Running::start(&toml_for(&servable(), "[limits]\nrequest_timeout_s = 1\n"));
-    // Where hundreds of tokens take less than a second, the answer is whole.
+    // On a machine that generates hundreds of tokens in less than a second, the answer is complete.
     let mut long = chat("tuned", false);
     long["max_tokens"] = json!(480);
     long["temperature"] = json!(2);
@@ -357,7 +357,7 @@ fn an_answer_that_takes_too_long_is_ended() {
     server.finish().expect("a clean stop");
 }
 
-/// Greedy answers to prompts of several lengths are those that each request gets alone, whatever else is asked meanwhile.
+/// Greedy answers to prompts of several lengths equal the answers that each request gets alone, whatever else runs.
 #[test]
 fn answers_do_not_depend_on_who_else_is_asking() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
@@ -424,7 +424,7 @@ fn of_many_changes_at_once_each_sees_the_one_before() {
     let in_place = json!({"lora_name": "plain", "lora_path": "copy", "load_inplace": true});
     assert_eq!(race(&in_place), [200, 200, 200, 200]);
 
-    // What was begun is finished, although nobody waits for the answer.
+    // A load that has begun is finished even if nobody waits for the answer.
     let body = json!({"lora_name": "left", "lora_path": "copy"}).to_string();
     let request = format!(
         "POST /v1/load_lora_adapter HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",

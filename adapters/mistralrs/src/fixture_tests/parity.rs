@@ -1,4 +1,5 @@
-//! Logits equal the references, answers follow from logits, and what would be wrong is refused.
+//! Tests that logits equal the references, that answers follow from the logits, and that unsupported models are
+//! refused.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 use super::{Case, cases, named, servable, walk};
 use crate::{ChatMessage, Engine, Error, MonteCloraLoader};
 
-/// `input_ids` as rows, and the named logits as one row-major vector a sequence.
+/// `input_ids` as rows, and the named logits as one row-major vector per sequence.
 pub(super) struct Expected {
     pub(super) sequences: Vec<Vec<u32>>,
     pub(super) logits: HashMap<String, Vec<Vec<f32>>>,
@@ -52,7 +53,7 @@ pub(super) fn expected(case: &Case) -> Expected {
     Expected { sequences, logits }
 }
 
-/// References computed in bfloat16, which carries 8 bits of mantissa, are compared loosely.
+/// References computed in bfloat16, which has 8 bits of mantissa, get a larger tolerance.
 pub(super) fn tolerance(reference: &[f32]) -> f32 {
     let is_half = reference.iter().all(|value| value.to_bits() & 0xffff == 0);
     if is_half { 0.06 } else { 1e-3 }
@@ -67,7 +68,8 @@ fn max_difference(found: &[f32], expected: &[f32]) -> f32 {
         .fold(0.0, f32::max)
 }
 
-/// What is refused has to be refused by name, before it is loaded; everything else is computed as transformers and PEFT compute it.
+/// An unsupported model must be refused by name before it is loaded; every other model must equal transformers and
+/// PEFT.
 #[test]
 fn logits_equal_the_references() {
     let walked = cases().into_iter().filter(|case| !case.must_refuse());
@@ -75,7 +77,7 @@ fn logits_equal_the_references() {
     assert!(n_compared > 0);
 }
 
-/// The number of sequences that were compared; they are cut where the model's limit is.
+/// Compares all sequences, cut to the model's limit. Returns the number of compared sequences.
 fn compare(case: &Case) -> usize {
     let expected = expected(case);
     let mut n_compared = 0;
@@ -107,7 +109,7 @@ fn compare(case: &Case) -> usize {
     n_compared
 }
 
-/// The longest sequence of a model that can be served.
+/// The maximum sequence length of a model; none if it cannot be served.
 fn limit(loader: &MonteCloraLoader, case: &str) -> Option<usize> {
     match loader.check() {
         Ok(config) => Some(config.max_sequence_length),
@@ -122,7 +124,7 @@ fn limit(loader: &MonteCloraLoader, case: &str) -> Option<usize> {
     }
 }
 
-/// The registry's families that are said to be served are, by a fixture of each.
+/// Every family that the registry lists as served is compared, with a fixture per family.
 #[test]
 fn every_family_that_is_served_is_compared() {
     let dirs = fs::read_dir(walk::own().join("architectures")).expect("readable");
@@ -142,7 +144,7 @@ fn every_family_that_is_served_is_compared() {
     assert_eq!(compared, served);
 }
 
-/// Answers are what the whole text gives at each step, across windows.
+/// Decoding step by step equals computing the whole text at each step, across windows.
 #[test]
 fn decoding_is_the_whole_pass() {
     const MOST: usize = 12;
@@ -211,7 +213,7 @@ fn a_greedy_answer_is_the_argmax_of_the_logits_at_each_step() {
     engine.shut_down().expect("memory is given back");
 }
 
-/// A copy of a model directory in which one JSON file is changed.
+/// A copy of a model directory with one JSON file changed.
 fn changed(base: &Path, file: &str, change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a temporary directory");
     for entry in fs::read_dir(base).expect("readable") {
@@ -313,7 +315,8 @@ fn staging_leaves_nothing_behind() {
     assert_eq!(fs::read_dir(staging.path()).expect("readable").count(), 0);
 }
 
-/// Quantised after the merge, an adapter answers exactly as a base with the adapter merged into it beforehand.
+/// An adapter that is quantised after the merge gives exactly the answers of a base into which it was merged
+/// beforehand.
 #[test]
 fn a_quantised_adapter_equals_the_quantised_merged_model() {
     let case = servable();
@@ -348,7 +351,7 @@ fn a_quantised_adapter_equals_the_quantised_merged_model() {
     assert!(rounding > 0.0, "nothing was quantised");
 }
 
-/// The head of a tied base becomes a weight of its own, in memory as in a merged model; the embedding stays as it is.
+/// The head of a tied base becomes a separate weight, in memory as in a merged model; the embedding stays unchanged.
 #[test]
 fn an_adapted_head_of_a_tied_base_is_served_as_it_is_merged() {
     let case = servable();
@@ -407,7 +410,7 @@ fn an_adapted_head_of_a_tied_base_is_served_as_it_is_merged() {
 #[test]
 fn a_load_that_fails_in_mistralrs_leaves_nothing_behind_either() {
     let case = servable();
-    // The weights agree with config.json; that text is split in no known way is found out by mistral.rs.
+    // The weights match config.json; only mistral.rs finds that the pre-tokenizer has no known type.
     let base = changed(&case.base, "tokenizer.json", |tokenizer| {
         tokenizer["pre_tokenizer"] = json!({"type": "none"});
     });

@@ -1,4 +1,4 @@
-//! What requests may ask for: sampling, stop texts, tools, formats.
+//! Tests of request settings: sampling, stop texts, tools, formats.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::servable;
 use super::serving::{Running, chat, events, parse, toml_for};
 
-/// What a request leaves out is the model's own `generation_config.json`, where it has any, and temperature 1.
+/// Missing settings come from the model's own `generation_config.json`; the default temperature is 1.
 #[test]
 fn a_request_that_does_not_say_is_sampled_as_the_model_is() {
     let (case, _copy) = servable().on_changed_base(|_| {});
@@ -92,7 +92,8 @@ pub(super) fn a_call_that_must_be_made_is_made(server: &Running) {
             assert!(arguments["kind"].is_string(), "{arguments}");
         }
     }
-    // Cut off in its name it is no call, cut off later it is one as far as it goes, and it is a failure in no place.
+    // A call that is cut in its name is not a call. A call that is cut later is returned with its available arguments.
+    // Neither is an error.
     for (max_tokens, name) in [(3, json!(null)), (34, json!("plant"))] {
         asked["max_tokens"] = json!(max_tokens);
         asked["stream"] = json!(false);
@@ -120,7 +121,7 @@ pub(super) fn a_call_that_must_be_made_is_made(server: &Running) {
     }
 }
 
-/// A grammar may not allow the end that a stop text asks for.
+/// A grammar may not allow the end at the place of a stop text.
 #[test]
 fn a_stop_text_ends_an_answer_that_a_grammar_holds() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
@@ -139,13 +140,13 @@ fn a_stop_text_ends_an_answer_that_a_grammar_holds() {
     server.finish().expect("a clean stop");
 }
 
-/// mistral.rs panics over a stop text behind bytes that are no character, so it is not told of any.
+/// mistral.rs panics on a stop text after bytes that are not a character, so it does not get any stop text.
 #[test]
 fn a_stop_text_behind_broken_characters_ends_the_answer_early() {
     let case = servable();
     let tokenizer = tokenizers::Tokenizer::from_file(case.base.join("tokenizer.json"));
     let tokenizer = tokenizer.expect("a tokenizer");
-    // The byte 0x80, which is no character alone.
+    // The byte 0x80, which is not a character on its own.
     let [byte, a, b] = ["\u{122}", "a", "b"].map(|token| {
         let id = tokenizer.token_to_id(token);
         id.expect("a vocabulary of bytes")
@@ -194,7 +195,7 @@ fn sampling_options_do_what_they_say_or_are_refused() {
         "the seed changes nothing"
     );
 
-    // Each of these leaves the likeliest token only.
+    // Each of these settings leaves only the most probable token.
     let greedy = text(&parse(server.post(path, &chat("tuned", false)), 200));
     for (key, value) in [
         ("top_k", json!(1)),
@@ -231,7 +232,7 @@ fn sampling_options_do_what_they_say_or_are_refused() {
     let refused = parse(server.post("/v1/completions", &choice), 400);
     assert!(["tools", "tool_choice"].contains(&refused["error"]["param"].as_str().expect("a key")));
 
-    // Whatever the limit cuts, also a character, a stream says why it ended and that it did.
+    // Wherever the limit cuts, even within a character, a stream sends a finish reason and its end.
     for max_tokens in 1..=16 {
         let mut cut = chat("tuned", true);
         cut["max_tokens"] = json!(max_tokens);
@@ -258,7 +259,7 @@ fn sampling_options_do_what_they_say_or_are_refused() {
     server.finish().expect("a clean stop");
 }
 
-/// A tokenizer may know tokens that the embedding has no vector of; mistral.rs would fail within the step.
+/// A tokenizer may have tokens without a vector in the embedding; mistral.rs would fail in the step.
 #[test]
 fn a_token_without_a_vector_is_refused() {
     let (case, _copy) = servable().on_changed_base(|base| {

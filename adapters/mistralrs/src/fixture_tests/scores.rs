@@ -1,4 +1,4 @@
-//! Log-probabilities over HTTP: those of the references, however they are asked for.
+//! Tests that log-probabilities over HTTP equal the references, whatever the request's form.
 
 use serde_json::{Value, json};
 
@@ -31,7 +31,7 @@ fn texts(values: &Value) -> Vec<&str> {
         .collect()
 }
 
-/// `echo` scores the prompt as the reference does, and the most probable tokens are its argmax.
+/// `echo` scores the prompt as the reference does, and the most probable tokens are the reference's argmax.
 #[test]
 fn scores_of_prompts_are_those_of_the_references() {
     let mut n_compared = 0;
@@ -86,7 +86,8 @@ fn scores_of_prompts_are_those_of_the_references() {
     assert!(n_compared > 0);
 }
 
-/// What is said of a generated token is what the prompt with that token says of it; sampling, penalties and bias change nothing about it.
+/// The score of a generated token equals its score as part of the prompt; sampling, penalties and bias do not change
+/// it.
 #[test]
 fn scores_of_answers_are_the_models_own() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
@@ -135,7 +136,7 @@ fn scores_of_answers_are_the_models_own() {
                 "{choice}"
             );
         }
-        // The bias makes a token certain; the model itself is as unsure of it as before.
+        // The bias makes a token certain; the model's own probability of it stays the same.
         if change.get("logit_bias").is_some() {
             assert!(found[3].expect("a number") < -0.1, "{choice}");
         }
@@ -143,7 +144,8 @@ fn scores_of_answers_are_the_models_own() {
     server.finish().expect("a clean stop");
 }
 
-/// Harnesses for evaluation leave the last score out, which must be a generated token's, so a token that ends the answer is one.
+/// Evaluation harnesses drop the last score, which must be a generated token's, so a token that ends the answer is
+/// scored.
 #[test]
 fn the_token_that_ends_a_completion_is_scored() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
@@ -167,7 +169,7 @@ fn the_token_that_ends_a_completion_is_scored() {
     server.finish().expect("a clean stop");
 }
 
-/// A stream tells the same as the whole answer, of chats and of completions, to the last token.
+/// A stream has the same scores as the whole answer, for chats and completions, to the last token.
 #[test]
 fn streams_carry_the_same_scores() {
     let (server, _dir) = Running::start(&toml_for(&servable(), ""));
@@ -222,12 +224,12 @@ fn streams_carry_the_same_scores() {
             .collect();
         let spelled = String::from_utf8_lossy(&bytes);
         if stop.is_null() {
-            // A last character that the limit cut is not shown, but its tokens are.
+            // A last character that the limit cuts is not shown, but its tokens are.
             let shown = spelled.trim_start().trim_end_matches('\u{fffd}');
             assert_eq!(shown, text);
             assert_eq!(json!(content.len()), whole["usage"]["completion_tokens"]);
         } else {
-            // The token that holds the stop text may begin before it.
+            // The token that contains the stop text may begin before it.
             assert!(
                 spelled.trim_start().starts_with(text),
                 "{spelled:?} {text:?}"
@@ -277,7 +279,7 @@ fn several_prompts_are_answered_in_their_order() {
     let tokens = ask(json!([[9, 10, 11], [12]]));
     assert_eq!(text(&tokens, 0), text(&other, 0));
     assert_eq!(tokens["usage"]["prompt_tokens"], 4);
-    // mistral.rs makes one more step of an answer that is over with its first token.
+    // mistral.rs makes one more step for an answer that is complete with its first token.
     for n_prompts in [1, 2, 4] {
         let prompts: Vec<Value> = (0..n_prompts).map(|n| json!([9 + n, 10])).collect();
         let body = json!({"model": "tuned", "prompt": prompts, "max_tokens": 1, "logprobs": 1, "temperature": 0});

@@ -1,4 +1,4 @@
-//! The server over HTTP, as clients and operators use it.
+//! Tests of the server over HTTP, as clients and operators use it.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -27,7 +27,7 @@ impl Running {
         Self::start_changed(toml, |_| {})
     }
 
-    /// Starts with what `toml` says once `change` has been over it.
+    /// Starts a server with the configuration in `toml`, modified by `change`.
     pub(crate) fn start_changed(
         toml: &str,
         change: impl FnOnce(&mut ServeConfig),
@@ -81,7 +81,7 @@ impl Running {
             .expect("answered")
     }
 
-    /// The metrics, once they hold the line `line`.
+    /// Waits until the metrics contain the line `line`, and returns them.
     pub(crate) fn metrics_with(&self, line: &str) -> String {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
@@ -117,7 +117,7 @@ pub(crate) fn chat(model: &str, stream: bool) -> Value {
         "messages": [{"role": "user", "content": "Why?"}]})
 }
 
-/// A request whose answer is long: at temperature 2 the tiny model goes on to the limit.
+/// A request with a long answer: at temperature 2 the tiny model generates up to the limit.
 pub(crate) fn long_chat(model: &str, stream: bool) -> Value {
     let mut long = chat(model, stream);
     long["max_tokens"] = json!(400);
@@ -125,7 +125,7 @@ pub(crate) fn long_chat(model: &str, stream: bool) -> Value {
     long
 }
 
-/// Data of all events of a stream.
+/// The data of all events of a stream.
 pub(crate) fn events(response: Response) -> Vec<String> {
     BufReader::new(response)
         .lines()
@@ -206,7 +206,7 @@ fn the_server_answers_as_openai_clients_expect() {
             .iter()
             .filter_map(|c| c["choices"][0]["delta"]["content"].as_str())
             .collect();
-        // An incomplete character at the end is shown as U+FFFD by one way and left out by the other.
+        // An incomplete character at the end is U+FFFD in a whole answer, and is omitted in a stream.
         assert_eq!(streamed, text.trim_end_matches('\u{fffd}'));
         texts.push(text);
     }
@@ -237,7 +237,7 @@ fn the_server_answers_as_openai_clients_expect() {
     assert_eq!(stream.last().map(String::as_str), Some("[DONE]"));
     assert!(stream[stream.len() - 2].contains("\"usage\""));
 
-    // mistral.rs cuts the white space off that an answer begins with.
+    // mistral.rs removes leading white space of an answer.
     let mut indented = completion.clone();
     indented["echo"] = json!(false);
     indented["max_tokens"] = json!(8);
@@ -305,7 +305,7 @@ fn wrong_requests(server: &Running) {
         .send()
         .expect("answered");
     parse(broken, 400);
-    // A client of its own: the connection is closed with the body unread.
+    // A separate client: the connection is closed with the body unread.
     let large = Client::new()
         .post(server.url(path))
         .body(" ".repeat(9 << 20))
@@ -327,7 +327,7 @@ fn wrong_requests(server: &Running) {
             },
         );
     }
-    // After all of that it still answers.
+    // The server still answers after all of this.
     parse(server.post(path, &chat("base", false)), 200);
 }
 
@@ -335,7 +335,7 @@ fn wrong_requests(server: &Running) {
 fn adapters_come_and_go_under_traffic_and_keys_separate_rights() {
     let (case, other) = (servable(), servable_too());
     let extra = "[auth]\napi_keys_file = 'keys.txt'\nadmin_keys_file = 'admin.txt'\n[admin]\nenabled = true\nadapter_root = 'adapters'\n";
-    // The sections before [[models]] are in any order.
+    // The sections before [[models]] may be in any order.
     let (mut server, dir) = Running::start(&toml_for(&case, extra));
     let copy = dir.path().join("adapters/second");
     other.copy_adapter(&copy);
@@ -399,7 +399,7 @@ fn adapters_come_and_go_under_traffic_and_keys_separate_rights() {
         200,
     );
 
-    // A stream that has begun outlives the name it was asked under.
+    // A stream that has begun outlives the name that it was requested under.
     let mut long = chat("second", true);
     long["max_tokens"] = json!(300);
     let mut stream = server.post("/v1/chat/completions", &long);
@@ -427,7 +427,7 @@ fn adapters_come_and_go_under_traffic_and_keys_separate_rights() {
         )
     );
 
-    // The same content comes back under the same generation, with the same answers.
+    // The same content gets the same generation again, with the same answers.
     assert_eq!(
         parse(server.post("/v1/load_lora_adapter", &load), 200)["generation"],
         generation

@@ -8,48 +8,49 @@ use mistralrs_core::{DeviceMapSetting, IsqType, ModelDType, PagedAttentionConfig
 use super::MonteCloraLoader;
 use crate::error::{Error, Result};
 
-/// Settings of a [`MonteCloraLoader`]; made by [`MonteCloraLoader::builder`].
+/// Settings of a [`MonteCloraLoader`]; [`MonteCloraLoader::builder`] makes it.
 #[derive(Clone)]
 pub struct MonteCloraLoaderBuilder(pub(super) MonteCloraLoader);
 
 impl MonteCloraLoaderBuilder {
-    /// Directory of a raw MonteCLoRA or plain LoRA adapter to merge. Without one the base is loaded as it is.
+    /// Sets the directory of a raw MonteCLoRA or plain LoRA adapter to merge. Without an adapter the base is loaded as
+    /// it is.
     pub fn adapter(mut self, source: impl Into<PathBuf>) -> Self {
         self.0.adapter = Some(source.into());
         self
     }
 
-    /// Element type of the weights. `auto`, the default, is f32 on a CPU and mistral.rs's choice elsewhere.
+    /// Sets the element type of the weights. `auto`, the default, is f32 on a CPU and mistral.rs's choice elsewhere.
     pub fn dtype(mut self, dtype: ModelDType) -> Self {
         self.0.dtype = dtype;
         self
     }
 
-    /// Device to load to; the CPU by default.
+    /// Sets the device to load to; the CPU by default.
     pub fn device(mut self, device: Device) -> Self {
         self.0.device = device;
         self
     }
 
-    /// Quantisation that mistral.rs applies while loading, after the merge.
+    /// Sets the quantisation that mistral.rs applies while loading, after the merge.
     pub fn in_situ_quant(mut self, isq: Option<IsqType>) -> Self {
         self.0.isq = isq;
         self
     }
 
-    /// A chat template file (`.jinja`, or `.json` with `chat_template`) to use instead of the model's own.
+    /// Sets a chat template file (`.jinja`, or `.json` with `chat_template`) that replaces the model's own.
     pub fn chat_template(mut self, path: Option<PathBuf>) -> Self {
         self.0.chat_template = path;
         self
     }
 
-    /// Placement of layers on devices. The default is automatic on accelerators and one device on a CPU.
+    /// Sets the placement of layers on devices. The default is automatic on accelerators and one device on a CPU.
     pub fn device_map(mut self, device_map: DeviceMapSetting) -> Self {
         self.0.device_map = Some(device_map);
         self
     }
 
-    /// Paged attention settings, passed through; none by default.
+    /// Sets the paged attention settings, which are passed through; none by default.
     pub fn paged_attention(mut self, config: Option<PagedAttentionConfig>) -> Self {
         self.0.paged_attention = config;
         self
@@ -61,22 +62,23 @@ impl MonteCloraLoaderBuilder {
         self
     }
 
-    /// Whether mistral.rs shows progress bars while it loads; it does not by default.
+    /// Sets whether mistral.rs shows progress bars while it loads; by default it does not.
     pub fn progress(mut self, progress: bool) -> Self {
         self.0.silent = !progress;
         self
     }
 
-    /// Directory for the temporary overlay, which is as large as the merged tensors in float32. The system's by default.
+    /// Sets the directory for the temporary overlay, which is as large as the merged tensors in float32. The default is
+    /// the system's temporary directory.
     pub fn staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.0.staging_root = Some(dir.into());
         self
     }
 
-    /// Checks the settings.
+    /// Checks the settings and returns the loader.
     ///
     /// # Errors
-    /// [`Error::Problem`] for a name that clients must not see or that cannot be routed, and for bf16 on a CPU.
+    /// Returns [`Error::Problem`] for a name that [`check_public_name`] refuses, and for bf16 on a CPU.
     pub fn build(self) -> Result<MonteCloraLoader> {
         check_public_name(&self.0.name)?;
         if self.0.device.is_cpu() && self.0.dtype == ModelDType::BF16 {
@@ -87,13 +89,14 @@ impl MonteCloraLoaderBuilder {
     }
 }
 
-/// Longest public name, bytes.
+/// Maximum length of a public name, in bytes.
 const MAX_NAME: usize = 200;
 
-/// Refuses names that cannot be a model's public name: empty, a path, or with characters that routing needs.
+/// Refuses names that cannot be a model's public name: empty, too long, `default`, a path, or with characters that
+/// routing uses.
 ///
 /// # Errors
-/// With the name, and what names may be.
+/// Returns an error that gives the name and says what names may be.
 pub fn check_public_name(name: &str) -> Result<()> {
     let allowed = |c: char| c.is_alphanumeric() || "-_.:/".contains(c);
     let is_path =

@@ -1,4 +1,4 @@
-//! The fingerprint of a base: what tells two of them apart without reading them whole.
+//! The fingerprint of a base model: tells two base models apart without reading them whole.
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
-/// Bytes of each end of a weight file that go into the base's fingerprint.
+/// Number of bytes at each end of a weight file that go into the fingerprint.
 const SAMPLE: usize = 1 << 20;
 
 /// Files beside the weights that change what a base answers.
@@ -22,8 +22,8 @@ const CONVERSATION_FILES: [&str; 6] = [
     "generation_config.json",
 ];
 
-/// SHA-256 over the base's configuration, tokenizer and template, its tensors' names, types and shapes, and both ends of every
-/// weight file: reading tens of gigabytes whole would take as long as loading them.
+/// SHA-256 over the base's configuration, tokenizer, template, the names, types and shapes of its tensors, and both
+/// ends of every weight file. Reading tens of gigabytes whole would take as long as loading them.
 pub(super) fn base_fingerprint(files: &ModelFiles) -> Result<String> {
     let mut hasher = Sha256::new();
     for (key, value) in files.config() {
@@ -50,7 +50,7 @@ pub(super) fn base_fingerprint(files: &ModelFiles) -> Result<String> {
     Ok(format!("{:x}", hasher.finalize()))
 }
 
-/// The length of a file, and its first and last [`SAMPLE`] bytes.
+/// Returns the length of a file, and its first and last [`SAMPLE`] bytes.
 fn both_ends(path: &Path) -> std::io::Result<(u64, Vec<u8>)> {
     let mut file = fs::File::open(path)?;
     let length = file.metadata()?.len();

@@ -7,7 +7,7 @@ use monteclora_converters::Problem;
 
 use crate::error::{Error, Result};
 
-/// Extensions of formats that an adapter cannot be merged into, with the way there.
+/// Extensions of formats that an adapter cannot be merged into, each with the remedy.
 const OTHERS: [(&str, &str); 2] = [
     (
         "gguf",
@@ -19,7 +19,7 @@ const OTHERS: [(&str, &str); 2] = [
     ),
 ];
 
-/// Refuses what is not a Hugging Face directory of full-precision safetensors, with the way there.
+/// Refuses a base that is not a Hugging Face directory of full-precision safetensors; the error names the remedy.
 pub(super) fn refuse_other_formats(base: &Path) -> Result<()> {
     let refuse = |code, message: String, fix| {
         let problem = Problem::new(code, base.display().to_string(), message, fix);

@@ -1,5 +1,6 @@
-//! Requests whose client has left: mistral.rs 0.8.1 takes a receiver that is gone for a failure, fails the whole batch over it and then
-//! stops the engine. So a receiver stays until its answer has come, and an answer nobody waits for is made to end.
+//! Requests whose client has left. mistral.rs 0.8.1 treats a dropped receiver as a failure: it fails the whole batch
+//! and stops the engine. So a receiver stays until its answer has arrived, and an answer that nobody waits for is
+//! cancelled.
 
 use mistralrs_core::{Request, TokenizationRequest};
 use tokio::sync::mpsc::{Sender, channel};
@@ -7,9 +8,10 @@ use tokio::sync::mpsc::{Sender, channel};
 use crate::engine::{engine_error, silent};
 use crate::error::{Error, Result};
 
-/// The tokens that an engine, which takes requests at `engine`, makes of `request`, which is given where to answer.
+/// Asks an engine for the tokens of `request`. `engine` is the input of the engine; `request` gets the sender for the
+/// response.
 ///
-/// The engine may be at it longer than the caller waits; `held` is kept as long.
+/// The engine may work longer than the caller waits; `held` is kept as long as the engine works.
 pub(crate) async fn tokenize(
     engine: Sender<Request>,
     request: impl FnOnce(Sender<anyhow::Result<Vec<u32>>>) -> TokenizationRequest,
@@ -17,7 +19,7 @@ pub(crate) async fn tokenize(
 ) -> Result<Vec<u32>> {
     let (sender, mut receiver) = channel(1);
     let request = Request::Tokenize(request(sender));
-    // A task of its own: a caller that goes away must not take the receiver with it.
+    // A separate task: a caller that goes away must not drop the receiver.
     let work = tokio::spawn(async move {
         let _held = held;
         engine.send(request).await.map_err(engine_error)?;

@@ -5,21 +5,21 @@ use std::sync::Arc;
 use candle_core::DeviceLocation;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
-/// The turns at one engine, each to be held while it works on a request.
+/// The turns at one engine. A request holds one while the engine works on it.
 ///
-/// On a CPU there is one: the attention for single queries (`flash_attn_cpu_single_q`) has scratch space for every head but not for
-/// every sequence, so all sequences of a batch get the attention of the last one. The scheduler does not keep to `max_seqs` when
-/// waiting sequences take over, so the turn is taken before it.
+/// On a CPU there is one turn. The attention for single queries (`flash_attn_cpu_single_q`) has scratch space per head
+/// but not per sequence, so all sequences of a batch get the attention of the last one. The scheduler exceeds
+/// `max_seqs` when waiting sequences take over, so the turn is taken before the scheduler.
 ///
-/// Elsewhere there are many, and a request for raw logits takes all of them: the engine asserts that all sequences of a batch ask for
-/// them or none does, and ends in a panic.
+/// On other devices there are many turns, and a request for raw logits takes all of them. The engine asserts that
+/// either all sequences of a batch ask for raw logits or none does, and panics otherwise.
 #[derive(Debug, Clone)]
 pub(crate) struct Turns {
     free: Arc<Semaphore>,
     all: u32,
 }
 
-/// More than there can be requests.
+/// More than the possible number of requests.
 const MANY: u32 = 1 << 20;
 
 impl Turns {
@@ -33,12 +33,12 @@ impl Turns {
         Self { free, all }
     }
 
-    /// Whether one request has to wait for the other.
+    /// Whether the engine takes one request at a time.
     pub(crate) fn one_by_one(&self) -> bool {
         self.all == 1
     }
 
-    /// A turn; or, `alone`, one at which nobody else has one.
+    /// Takes a turn; with `alone`, takes all turns, so that nobody else has one.
     pub(crate) async fn take(&self, alone: bool) -> Result<OwnedSemaphorePermit, AcquireError> {
         let n = if alone { self.all } else { 1 };
         self.free.clone().acquire_many_owned(n).await

@@ -1,24 +1,25 @@
-//! Conversations: mistral.rs 0.8.1 renders them in its engine, where a model without a template, a bad format of a date and a value
-//! without a JSON form are panics that end it. It gives a template no variables of the request, always opens a new turn, and takes
-//! the calls of a message without text for its text. So they are rendered before, and its own template passes the text on.
+//! Conversations. mistral.rs 0.8.1 renders them in its engine, where a missing template, an invalid date format or a
+//! value without a JSON form is a panic that ends the engine. It gives a template no variables of the request, always
+//! opens a new turn, and takes the calls of a message without text as its text. So this crate renders conversations
+//! first, and the engine's template passes the text on.
 
 use either::Either;
 use mistralrs_core::RequestMessage;
 use serde_json::{Value, json};
 
-/// Who writes conversations out, and by which text.
+/// Who renders conversations, and with which template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rendering {
-    /// This crate, before the engine gets them.
+    /// This crate renders, before the engine gets the text.
     Before,
-    /// The engine, with a template that has the variables of transformers.
+    /// The engine renders, with a template that has the variables of transformers.
     InEngine,
-    /// The engine, with the model's template as it is.
+    /// The engine renders, with the model's template unchanged.
     AsFound,
 }
 
-/// A template that passes on what [`rendered`] holds. By the texts of `template`, which it lists behind, mistral.rs still finds out
-/// how the model ends its turns and marks its reasoning.
+/// A template that passes on the content of [`rendered`]. It lists the texts of `template` after it, because mistral.rs
+/// finds in them how the model ends its turns and marks its reasoning.
 pub(crate) fn passing_on(template: Value) -> Value {
     let text = |name: &str| json!({"name": name, "template": "{{ messages[0]['content'] }}"});
     let mut list = vec![text("tool_use"), text("default")];
@@ -36,7 +37,7 @@ pub(crate) fn passing_on(template: Value) -> Value {
     Value::Array(list)
 }
 
-/// A conversation that is written out.
+/// Makes the request message of a rendered conversation.
 pub(crate) fn rendered(text: String) -> RequestMessage {
     let message = [("role", "user".to_owned()), ("content", text)]
         .into_iter()

@@ -1,25 +1,25 @@
-//! White space at the beginning of an answer, which mistral.rs 0.8.1 cuts off.
+//! White space at the beginning of an answer, which mistral.rs 0.8.1 removes.
 //!
-//! A streamed answer loses that of its first piece, a whole answer all of it. A continued text needs it: it separates words, and it
-//! is the indentation of code. The tokens that come along with log-probabilities still have it.
+//! A streamed answer loses the white space of its first piece, a whole answer all of it. A continued text needs it: it
+//! separates words, and it is the indentation of code. The tokens in the log-probabilities still have it.
 
 use mistralrs_core::ResponseLogprob;
 
-/// The text of a token as it is, none if it is not known.
+/// The text of a token; none if it is not valid UTF-8 or not known.
 pub(crate) fn token_text(token: &ResponseLogprob) -> Option<&str> {
     std::str::from_utf8(token.bytes.as_deref()?).ok()
 }
 
-/// `text` with the white space that its first `tokens` began with.
+/// Adds to `text` the white space at the beginning of its first `tokens`.
 ///
-/// Where the tokens do not lead to the text, as with tokenizers that put a space before every text, it stays as it is.
+/// If the tokens do not match the text, as with tokenizers that put a space before every text, `text` stays unchanged.
 pub(crate) fn restore<'a>(text: &str, tokens: impl IntoIterator<Item = &'a str>) -> String {
     let mut opening = String::new();
     for token in tokens {
         let rest = token.trim_start();
         opening.push_str(&token[..token.len() - rest.len()]);
         if !rest.is_empty() {
-            // A character that the token holds a part of is shown as U+FFFD.
+            // A character of which the token holds only a part is shown as U+FFFD.
             let known = rest.trim_end_matches('\u{fffd}');
             return if text.is_empty() || text.starts_with(known) {
                 opening + text

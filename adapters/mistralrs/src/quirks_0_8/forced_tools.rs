@@ -1,5 +1,5 @@
-//! Calls of tools that a request insists on: mistral.rs 0.8.1 takes a function as `tool_choice` without holding the answer to it, and
-//! fails the whole batch of an answer that calls none; it does not know `required`.
+//! Forced tool calls. mistral.rs 0.8.1 accepts a function as `tool_choice` but does not constrain the answer to it. If
+//! such an answer has no call, it fails the whole batch. It does not know `required`.
 
 use mistralrs_core::ToolChoice;
 use serde::{Deserialize, Deserializer};
@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::server::api_error::ApiError;
 use crate::server::fields::checked;
 
-/// What `tool_choice` asks for.
+/// The value of `tool_choice`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ToolUse {
     None,
@@ -33,7 +33,8 @@ impl<'de> Deserialize<'de> for ToolUse {
 }
 
 impl ToolUse {
-    /// What mistral.rs is told of it: a call that must be made is made by its [`schema`](Self::schema).
+    /// The tool choice for mistral.rs. It does not get a forced call, because the [`schema`](Self::schema) enforces the
+    /// call.
     pub(crate) fn told(&self) -> ToolChoice {
         match self {
             Self::None => ToolChoice::None,
@@ -41,13 +42,13 @@ impl ToolUse {
         }
     }
 
-    /// Whether there must be a call.
+    /// Whether the answer must be a call.
     pub(crate) fn must_call(&self) -> bool {
         matches!(self, Self::Any | Self::Function(_))
     }
 
-    /// The schema of the JSON that an answer is held to that must call one of `tools`; mistral.rs reads that as a call, and what
-    /// is cut off before its end stays text.
+    /// The schema of an answer that must call one of `tools`. mistral.rs reads such an answer as a call; an answer that
+    /// is cut off stays text.
     pub(crate) fn schema(&self, tools: Option<&Value>) -> Result<Value, ApiError> {
         let wanted = match self {
             Self::Function(name) => Some(name.as_str()),
@@ -72,7 +73,8 @@ impl ToolUse {
             calls.push(call_schema(function, &place));
             definitions.insert(idx.to_string(), parameters(function, &place));
         }
-        // Between the pieces of JSON at most a space: a small model may otherwise go on with white space to its limit.
+        // At most a space between the parts of the JSON: a small model may otherwise generate white space up to its
+        // limit.
         Ok(json!({
             "anyOf": calls,
             "$defs": definitions,
@@ -81,9 +83,9 @@ impl ToolUse {
     }
 }
 
-/// Name and arguments, as far as they go, of a call whose text was cut; none if it was cut in the name.
+/// The name and the available arguments of a call whose text was cut off; none if the text ends in the name.
 ///
-/// mistral.rs takes a call that is not whole for text.
+/// mistral.rs treats an incomplete call as text.
 pub(crate) fn cut_call(text: &str) -> Option<(String, String)> {
     let after =
         |text: &'_ str, part: &str| Some(text.trim_start().strip_prefix(part)?.trim_start().len());
@@ -104,7 +106,7 @@ pub(crate) fn cut_call(text: &str) -> Option<(String, String)> {
     Some((name, text[at..].to_owned()))
 }
 
-/// The schema of a call of `function`, whose parameters are the definition `place` of the whole.
+/// The schema of a call of `function`; its parameters are the definition at `place` of the whole schema.
 fn call_schema(function: &Value, place: &str) -> Value {
     json!({
         "type": "object",
@@ -114,7 +116,8 @@ fn call_schema(function: &Value, place: &str) -> Value {
     })
 }
 
-/// The schema of the parameters of `function`, moved to `place` of a larger one: what it says about itself is said from there.
+/// The schema of the parameters of `function`, moved to `place` of a larger schema. References within it are changed
+/// accordingly.
 fn parameters(function: &Value, place: &str) -> Value {
     fn move_references(value: &mut Value, place: &str) {
         match value {

@@ -1,9 +1,10 @@
-//! The thread that each engine leaves behind: mistral.rs 0.8.1 starts one for the log of throughput with every engine it makes, and
-//! nothing ends its loop (`IntervalLogger::new`), so that an engine for each load is a thread for each load.
+//! The thread that each engine leaves behind. mistral.rs 0.8.1 starts a thread for the throughput log with every
+//! engine, and nothing ends its loop (`IntervalLogger::new`). An engine per load would therefore leave a thread per
+//! load.
 //!
-//! So engines are kept: one whose model is no longer needed gets another. mistral.rs has no way to do that. What an engine steps is
-//! behind a lock, though, and what two locks hold can be exchanged. An engine without a model of ours has a [`placeholder`], so
-//! that it holds no weights.
+//! So engines are kept: an engine whose model is no longer needed gets another model. mistral.rs has no function for
+//! this, but an engine's model is behind a lock, and the contents of two locks can be exchanged. An engine without a
+//! real model has a [`placeholder`], so that it holds no weights.
 
 mod end;
 mod placeholder;
@@ -20,19 +21,19 @@ pub(crate) use end::end_log_of;
 pub use end::{end_throughput_log, is_throughput_log, watch_throughput_logs};
 pub(crate) use placeholder::{placeholder, tiny_model};
 
-/// How long an engine without a request may step its model.
+/// Time for which an engine without a request may still run a step.
 pub(crate) const LAST_STEP: Duration = Duration::from_secs(10);
 
 /// A model that mistral.rs's `NormalLoader` or `MultimodalLoader` has loaded.
 #[derive(Clone)]
 pub(crate) struct NormalModel(SharedPipeline);
 
-/// Another one held the model for too long.
+/// Why two models could not be exchanged.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum NotExchanged {
-    /// The engine steps it, and does not come to an end.
+    /// An engine runs a step with one of them and does not finish in time.
     Busy,
-    /// The two are not of one type after all.
+    /// The two models have different types.
     Unlike,
 }
 
@@ -49,12 +50,13 @@ impl NormalModel {
         &self.0
     }
 
-    /// Exchanges the contents of the two: whoever steps the one steps what the other was from now on. Blocking.
+    /// Exchanges the contents of the two models: an engine that had the one now has the other. It blocks.
     ///
-    /// No sequence may be in the hands of an engine of either: it would go on with another model.
+    /// No engine of either model may be working on a sequence, because it would continue with the other model.
     ///
     /// # Errors
-    /// If either is in use for longer than `patience`.
+    /// Returns [`NotExchanged::Busy`] if either model is in use for longer than `patience`, and
+    /// [`NotExchanged::Unlike`] if their types differ.
     pub(crate) fn exchange(&self, other: &Self, patience: Duration) -> Result<(), NotExchanged> {
         let deadline = Instant::now() + patience;
         let mut first = self.lock(deadline)?;
@@ -66,12 +68,12 @@ impl NormalModel {
         if !is_alike || !have_one_type(first, second) {
             return Err(NotExchanged::Unlike);
         }
-        // SAFETY: By the condition of `new` each is a `NormalPipeline` or a `MultimodalPipeline`: the loaders make no other one, each
-        // at one place of its source. Size, alignment and the table of methods, compared above, agree, so that both are of one
-        // type. Both are `size` bytes long. They do not
-        // overlap, as two locks are held, and nothing else refers to either while they are: the locks hand out no
-        // reference that outlives a guard, and they are not pinned. Exchanging the bytes of two values of one type is what
-        // `mem::swap` does, which any value that is not pinned bears.
+        // SAFETY: By the condition of `new`, each is a `NormalPipeline` or a `MultimodalPipeline`: the loaders make no
+        // others, each at one place of its source. Size, alignment and vtable, compared above, agree, so both have the
+        // same type. Both are `size` bytes long. They do not overlap, because two locks are held. Nothing else refers
+        // to either meanwhile: the locks hand out no reference that outlives a guard, and the values are not pinned.
+        // Exchanging the bytes of two values of one type is what `mem::swap` does, which is valid for every value that
+        // is not pinned.
         unsafe { std::ptr::swap_nonoverlapping(first.cast::<u8>(), second.cast::<u8>(), size) };
         Ok(())
     }
@@ -89,7 +91,8 @@ impl NormalModel {
     }
 }
 
-/// Whether both have the methods of one type: pointers that agree in their address are equal if these agree, too.
+/// Whether both have the vtable of one type. The comparison is between pointers with the same address, so it depends on
+/// the vtables only.
 fn have_one_type(first: *const Content, second: *const Content) -> bool {
     let distance = second.addr().wrapping_sub(first.addr());
     #[expect(
@@ -100,7 +103,8 @@ fn have_one_type(first: *const Content, second: *const Content) -> bool {
     are_equal
 }
 
-/// Threads of one engine: its own, those of its runtime, that of its log, and one that is only there while it starts.
+/// Number of threads of one engine: its own, those of its runtime, that of its log, and one that exists only during the
+/// start.
 pub(crate) fn threads_of_an_engine() -> usize {
     let wanted = std::env::var(WORKERS).ok();
     let wanted = wanted.and_then(|number| number.parse().ok());
@@ -111,26 +115,28 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
-/// Where tokio looks for the number of a runtime's threads.
+/// The environment variable with which tokio sets the number of threads of a runtime.
 const WORKERS: &str = "TOKIO_WORKER_THREADS";
 
-/// Whether [`spare_engine_threads`] has set that number.
+/// Whether [`spare_engine_threads`] has set this variable.
 static IS_SPARED: AtomicBool = AtomicBool::new(false);
 
-/// Has the runtime of every engine made from now on have one thread, unless the environment says how many: it has one for each core
-/// otherwise, and uses none of them.
+/// Gives the runtime of every engine made from now on one thread, unless the environment sets the number. Otherwise it
+/// has one thread per core and uses none of them.
 ///
 /// # Safety
-/// As [`std::env::set_var`]: no other thread may read or write the environment meanwhile. Call it first thing.
+/// As for [`std::env::set_var`]: no other thread may read or write the environment meanwhile. Call it first in the
+/// program.
 pub unsafe fn spare_engine_threads() {
     if std::env::var_os(WORKERS).is_none() {
-        // SAFETY: as the caller says.
+        // SAFETY: the caller guarantees the condition of this function.
         unsafe { std::env::set_var(WORKERS, "1") };
         IS_SPARED.store(true, Ordering::SeqCst);
     }
 }
 
-/// Threads of a runtime that is no engine's: as many as there are cores, or as the environment says.
+/// Sets the number of threads of a runtime that is not an engine's: one per core, or the number that the environment
+/// sets.
 pub(crate) fn threads_of_a_server(
     builder: &mut tokio::runtime::Builder,
 ) -> &mut tokio::runtime::Builder {

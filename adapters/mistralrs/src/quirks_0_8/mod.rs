@@ -1,4 +1,5 @@
-//! What mistral.rs 0.8.1 does otherwise than is needed here. Each file works around one thing; a later version deletes the folder.
+//! Workarounds for mistral.rs 0.8.1. Each file works around one behaviour; with a version that needs none, this folder
+//! can be deleted.
 
 pub(crate) mod abandoned_requests;
 pub(crate) mod batches_on_a_cpu;

@@ -1,4 +1,5 @@
-//! Turns a Hugging Face `config.json` of either generation into the one mistral.rs 0.8.1 reads correctly, or says why that cannot be done.
+//! Converts a Hugging Face `config.json` of transformers 4 or 5 to one that mistral.rs 0.8.1 reads correctly, or
+//! reports why it cannot.
 
 use monteclora_converters::Problem;
 use monteclora_converters::architecture::{ModelShape, RopeKind};
@@ -7,35 +8,36 @@ use serde_json::{Map, Value, json};
 const REMEDY: &str =
     "merge the adapter into a full model directory and serve that with a runtime that supports it";
 
-/// A configuration that mistral.rs 0.8.1 represents exactly, and what follows from it.
+/// A configuration that mistral.rs 0.8.1 represents exactly, and its consequences.
 #[derive(Debug, Clone)]
 pub struct NormalisedConfig {
-    /// The model.
+    /// The shape of the model.
     pub shape: ModelShape,
-    /// The `config.json` to hand to mistral.rs: only the keys it reads.
+    /// The `config.json` for mistral.rs, with only the keys that it reads.
     pub json: Value,
-    /// Longest sequence served, in tokens.
+    /// Maximum length of a sequence, in tokens.
     pub max_sequence_length: usize,
-    /// Whether mistral.rs is told the windows less 1, so that its caches have to be restored.
+    /// Whether mistral.rs gets each window minus 1, so that its caches must be restored.
     pub(crate) restores_caches: bool,
-    /// What else is to be known of the family.
+    /// Further peculiarities of the family.
     pub(crate) peculiar: Peculiarities,
 }
 
-/// What mistral.rs 0.8.1 does otherwise with a family than its configuration says.
+/// How mistral.rs 0.8.1 treats a family differently from its configuration.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Peculiarities {
-    /// Rescalings of rotary frequencies that it knows.
+    /// Types of rotary scaling that it supports for the family.
     scalings: &'static [&'static str],
-    /// Its loader is the one for models that see.
+    /// It loads the family with its loader for vision models.
     pub(crate) is_multimodal: bool,
-    /// It reads experts only from tensors that hold all of a layer's, transposed.
+    /// It reads experts only from transposed tensors, each with all experts of a layer.
     pub(crate) stacks_experts: bool,
-    /// It takes the embedding as output head whatever config.json says.
+    /// It uses the embedding as output head whatever config.json says.
     pub(crate) always_ties: bool,
-    /// Its prompts are masked layer by layer as the model has it, but for one key; see [`super::windows`].
+    /// It masks prompts layer by layer as the model does, except that a window is one key too long; see
+    /// [`super::windows`].
     has_windows: bool,
-    /// It does not load without a window.
+    /// It does not load a configuration without a window.
     needs_window: bool,
 }
 
@@ -81,17 +83,19 @@ impl Peculiarities {
 /// Rewrites a Hugging Face configuration for mistral.rs 0.8.1.
 ///
 /// `rope_parameters` of transformers 5 becomes top-level `rope_theta` and `rope_scaling`; absent keys get the values
-/// transformers assumes. mistral.rs 0.8.1 lets a query see one key more than a sliding window holds, so a window is
-/// replaced by an equally long context limit, within which full and windowed attention are the same. LongRoPE's long factors begin one
-/// token early, so the limit is below the length at which they do.
+/// that transformers assumes. mistral.rs 0.8.1 lets a query see one key more than a sliding window holds, so a window
+/// is replaced by a context limit of the same length. Within that limit full and windowed attention are equal. In
+/// mistral.rs the long factors of LongRoPE begin one token early, so the limit is below the length at which they begin.
 ///
 /// # Errors
-/// Every key that mistral.rs 0.8.1 would ignore although it changes the result, and every key that is missing or malformed.
+/// Returns every key that mistral.rs 0.8.1 would ignore although it changes the result, and every key that is missing
+/// or malformed.
 pub fn normalise_config(config: &Map<String, Value>) -> Result<NormalisedConfig, Vec<Problem>> {
     normalise(config, false)
 }
 
-/// As [`normalise_config`]; where `restores_caches`, windows less 1 are told instead of a limit, if the family's are told at all.
+/// As [`normalise_config`]. With `restores_caches`, mistral.rs gets each window minus 1 instead of a limit, if it
+/// supports windows for the family.
 pub(crate) fn normalise(
     config: &Map<String, Value>,
     restores_caches: bool,
@@ -105,7 +109,7 @@ pub(crate) fn normalise(
     let mut windows = shape.layers.iter().filter_map(|layer| layer.window);
     let window = match restores_caches {
         true => windows.next().map(|window| window - 1),
-        // Of no effect within the limit.
+        // The window has no effect within the limit.
         false => peculiar.needs_window.then_some(limit),
     };
     let mut json = json!({
@@ -117,7 +121,7 @@ pub(crate) fn normalise(
         "num_hidden_layers": shape.num_hidden_layers,
         "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_key_value_heads,
-        // LongRoPE's factor on cosines and sines follows from it.
+        // mistral.rs computes LongRoPE's factor on cosines and sines from this value.
         "max_position_embeddings": match shape.ropes[0].kind {
             RopeKind::LongRope(_) => shape.max_position_embeddings,
             _ => limit,
@@ -149,7 +153,7 @@ pub(crate) fn normalise(
     }
 }
 
-/// The longest sequence of which mistral.rs 0.8.1 computes what transformers does, with windows or without.
+/// The longest sequence for which mistral.rs 0.8.1 computes the same as transformers, with or without windows.
 fn limit(shape: &ModelShape, has_windows: bool) -> usize {
     let windows = shape.layers.iter().filter_map(|layer| layer.window);
     let windows = windows.filter(|_| !has_windows);
@@ -161,8 +165,8 @@ fn limit(shape: &ModelShape, has_windows: bool) -> usize {
     limits.min().unwrap_or_default().max(1)
 }
 
-/// The value of a key that some families have; null where it says nothing. What cannot be said is a key of the model's own with a
-/// message.
+/// The value of a key that only some families have; null if the key is not needed. The error is a key of the model's
+/// own configuration that mistral.rs cannot represent, and a message.
 fn further(
     shape: &ModelShape,
     key: &str,
@@ -210,7 +214,7 @@ fn further(
             let turned = layers.iter().map(|layer| u8::from(layer.rope.is_some()));
             json!(turned.collect::<Vec<_>>())
         }
-        // Of no effect beside the list.
+        // It has no effect beside the list.
         "no_rope_layer_interval" => json!(4),
         "num_experts" | "num_local_experts" => json!(shape.experts.map(|experts| experts.count)),
         "num_experts_per_tok" => json!(shape.experts.map(|experts| experts.per_token)),
@@ -225,7 +229,8 @@ fn further(
     })
 }
 
-/// `rope_scaling` as mistral.rs 0.8.1 reads it: LongRoPE's under the name of older files, the others as transformers writes them.
+/// `rope_scaling` as mistral.rs 0.8.1 reads it. LongRoPE has the key names of older files; the other types are as in
+/// transformers.
 fn scaling(kind: &RopeKind) -> Value {
     match kind {
         RopeKind::LongRope(scaling) => json!({
@@ -237,7 +242,7 @@ fn scaling(kind: &RopeKind) -> Value {
     }
 }
 
-/// What changes the result and cannot be said to mistral.rs 0.8.1.
+/// Settings that change the result and that mistral.rs 0.8.1 cannot represent.
 fn ignored(
     shape: &ModelShape,
     peculiar: Peculiarities,
@@ -295,7 +300,7 @@ fn ignored(
         problem("tie_word_embeddings", message);
     }
     for (idx, rope) in shape.ropes.iter().enumerate() {
-        // Only the rotation of layers that see everything can be rescaled.
+        // Only the rotation of layers with full attention can be scaled.
         let is_known = idx == 0 && peculiar.scalings.contains(&rope.kind.name());
         if rope.kind != RopeKind::Default && !is_known {
             let message = format!(

@@ -1,4 +1,5 @@
-//! What mistral.rs 0.8.1 makes of conversations by its own code for chat templates, as an engine without this crate would get them.
+//! The text that mistral.rs 0.8.1 makes of conversations with its own template code, as an engine without this crate
+//! would get it.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,20 +17,20 @@ use crate::error::Result;
 use crate::loader::{MonteCloraLoader, panic_text};
 use crate::quirks_0_8::conversations::Rendering;
 
-/// A conversation whose assistant's turn is to be opened.
+/// A conversation after which the assistant's turn is opened.
 #[derive(Debug, Clone, Default)]
 pub struct AskedConversation {
-    /// The messages, each with the keys that it has.
+    /// The messages, each with all its keys.
     pub messages: Vec<Map<String, Value>>,
-    /// The tools on offer.
+    /// The available tools.
     pub tools: Vec<Value>,
 }
 
-/// The text that mistral.rs writes for each conversation with the template of the model in `base`, or that in `template`; or why
-/// it writes none. Variables cannot be given to it.
+/// The text that mistral.rs renders for each conversation, or why it renders none. It uses the template of the model in
+/// `base`, or the one in `template`. It takes no variables.
 ///
 /// # Errors
-/// If the model cannot be loaded.
+/// Returns an error if the model cannot be loaded.
 pub fn own_texts(
     base: &Path,
     template: Option<&Path>,
@@ -62,7 +63,8 @@ pub fn own_texts(
     Ok(texts.collect())
 }
 
-/// A message as mistral.rs can hold it: texts and lists of objects; null is the empty text, and other values are left out.
+/// Converts a message to mistral.rs's type, which holds texts and lists of objects. Null becomes the empty text; other
+/// values are dropped.
 fn message(fields: &Map<String, Value>) -> IndexMap<String, MessageContent> {
     let held = |value: &Value| match value {
         Value::String(text) => Some(Either::Left(text.clone())),
@@ -86,7 +88,7 @@ fn message(fields: &Map<String, Value>) -> IndexMap<String, MessageContent> {
         .collect()
 }
 
-/// What in a template mistral.rs takes otherwise than transformers: a word of the template's code, and what mistral.rs does.
+/// Differences between mistral.rs and transformers: a word of the template's code, and what mistral.rs does with it.
 const DIFFERENCES: [(&str, &str); 8] = [
     (
         "tojson",
@@ -107,7 +109,7 @@ const DIFFERENCES: [(&str, &str); 8] = [
     ("continue", "`continue` is no statement as it is published"),
 ];
 
-/// What mistral.rs would take otherwise in a template's text, in words.
+/// Describes what mistral.rs would render differently in a template.
 pub fn own_differences(template: &str) -> Vec<&'static str> {
     let is_word = |c: char| c.is_alphanumeric() || c == '_';
     let words: BTreeSet<&str> = code(template)
@@ -117,7 +119,7 @@ pub fn own_differences(template: &str) -> Vec<&'static str> {
     found.map(|(_, difference)| *difference).collect()
 }
 
-/// Warns once for each base whose template mistral.rs alone would take otherwise.
+/// Logs a warning, once per base, if mistral.rs alone would render its template differently.
 pub(crate) fn warn_once(base: &Path, template: &str) {
     static SAID: OnceLock<Mutex<BTreeSet<PathBuf>>> = OnceLock::new();
     let differences = own_differences(template);

@@ -1,12 +1,13 @@
-//! Calls of tools in the messages of an application: mistral.rs 0.8.1 puts them under a key that no template reads
-//! (`RequestBuilder::add_message_with_tool_call`), and their arguments as text, where templates write out an object.
+//! Tool calls in the messages of an application. mistral.rs 0.8.1 puts them under a key that no template reads
+//! (`RequestBuilder::add_message_with_tool_call`), and keeps their arguments as text, although templates expect an
+//! object.
 
 use either::Either;
 use indexmap::IndexMap;
 use mistralrs_core::MessageContent;
 use serde_json::Value;
 
-/// Names the calls in `messages` as templates read them.
+/// Converts the calls in `messages` to the key and form that templates read.
 pub(crate) fn name_as_templates_do(messages: &mut [IndexMap<String, MessageContent>]) {
     for message in messages {
         let Some(Either::Right(mut calls)) = message.shift_remove("function") else {

@@ -1,8 +1,8 @@
-//! The prefix cache of mistral.rs 0.8.1, which computes the turn after a cut answer with a key and value missing.
+//! The prefix cache of mistral.rs 0.8.1: the turn after a truncated answer is computed with one key and value missing.
 
 use monteclora_converters::MISTRALRS;
 
-/// Why `prefix_cache_n` must be 0.
+/// The reason why `prefix_cache_n` must be 0.
 pub(crate) fn refusal() -> String {
     format!(
         "must be 0: with the prefix cache of {MISTRALRS} the turn after an answer that was cut short is wrong, and on a CPU it grows without limit"
@@ -17,7 +17,7 @@ mod tests {
     use crate::fixture_tests::servable;
     use mistralrs_core::{RequestMessage, Response};
 
-    /// The raw logits after the last of `tokens`.
+    /// The raw logits at the last of `tokens`.
     fn last_logits(engine: &Engine, tokens: &[u32]) -> Vec<f32> {
         let prompt = RequestMessage::CompletionTokens(tokens.to_vec());
         let answer = engine.exchange(prompt, |request| request.return_raw_logits = true);
@@ -31,8 +31,8 @@ mod tests {
         rows.pop().expect("a row")
     }
 
-    /// mistral.rs files the cache of an answer under all of its tokens, but the last of them was never computed. Once this fails, a
-    /// later version does it right, and the prefix cache can be supported.
+    /// mistral.rs stores the cache of an answer under all of its tokens, although the last token was never computed. If
+    /// this test fails, a later version is correct, and the prefix cache can be supported.
     #[test]
     fn the_prefix_cache_of_mistralrs_loses_the_last_token_of_an_answer() {
         let loader = servable().loader();

@@ -1,5 +1,5 @@
-//! Special tokens around a text: mistral.rs 0.8.1 encodes a rendered conversation with them, so that one whose template prints
-//! the first of them would begin with two, and plain text without them.
+//! Special tokens around a text. mistral.rs 0.8.1 adds them to a rendered conversation, so a conversation whose
+//! template already prints the begin token would have two. It does not add them to plain text.
 
 use serde_json::Value;
 
@@ -10,7 +10,7 @@ pub(crate) struct TextFrame {
     pub(crate) suffix: Vec<u32>,
 }
 
-/// Makes `tokenizer` add nothing to a text, and not cut it either.
+/// Makes `tokenizer` add nothing to a text and not truncate it.
 pub(crate) fn leave_out(tokenizer: &mut Value) {
     for key in ["post_processor", "padding", "truncation"] {
         tokenizer[key] = Value::Null;
@@ -18,7 +18,7 @@ pub(crate) fn leave_out(tokenizer: &mut Value) {
 }
 
 impl TextFrame {
-    /// What the post-processor of `tokenizer` adds.
+    /// The tokens that the post-processor of `tokenizer` adds.
     pub(crate) fn of(tokenizer: &Value) -> Self {
         let mut frame = Self::default();
         frame.add(&tokenizer["post_processor"]);

@@ -1,4 +1,5 @@
-//! Models split over several processes: mistral.rs 0.8.1 gives its workers neither a second model nor the hooks of sampling steps.
+//! Models split over several processes: mistral.rs 0.8.1 gives its workers neither a second model nor the hooks into
+//! sampling steps.
 
 use mistralrs_core::distributed;
 use monteclora_converters::MISTRALRS;
@@ -6,22 +7,24 @@ use monteclora_converters::MISTRALRS;
 use crate::error::{Error, Result};
 use crate::server::api_error::ApiError;
 
-/// Whether this process only computes for another one that mistral.rs started it from.
+/// Whether this process is a worker that mistral.rs started from another process.
 ///
-/// Such a process never returns from loading its model, and must not take the address of the first.
+/// A worker never returns from loading its model, and must not bind the address of the first process.
 pub(crate) fn is_worker() -> bool {
     distributed::is_daemon()
 }
 
 /// Whether several processes sample the tokens of one model, each on its own.
 ///
-/// Workers get a request as JSON, without the hooks of its sampling steps, and draw from generators of one seed. Whatever a hook
-/// changes in the first process alone puts them out of step: they then wait for each other, or compute on other tokens.
+/// Workers get a request as JSON, without the hooks into its sampling steps, and draw from generators with the same
+/// seed. A change that a hook makes only in the first process breaks their agreement: they then wait for each other, or
+/// compute on other tokens.
 pub(crate) fn samples_in_step() -> bool {
     distributed::use_nccl() || distributed::use_ring()
 }
 
-/// Refuses a second model: workers load the first one and serve it for ever, so that loading another waits for them in vain.
+/// Refuses a second model: workers load the first model and serve it forever, so loading another would wait for them
+/// forever.
 pub(crate) fn allow_another_model() -> Result<()> {
     if samples_in_step() {
         let message = format!(
@@ -33,7 +36,8 @@ pub(crate) fn allow_another_model() -> Result<()> {
     Ok(())
 }
 
-/// Refuses what only a hook into sampling steps does, where `in_step`; of each key, whether it asks for that.
+/// With `in_step`, refuses keys that need a hook into sampling steps. Each entry of `keys` says whether the request
+/// needs the hook.
 pub(crate) fn refuse_hooks(in_step: bool, keys: &[(&str, bool)]) -> Result<(), ApiError> {
     let Some((key, _)) = keys.iter().find(|(_, is_asked)| in_step && *is_asked) else {
         return Ok(());

@@ -1,6 +1,6 @@
-//! Experts in one tensor: mistral.rs 0.8.1 loads those of Qwen3-MoE on a CPU only from `mlp.experts.gate_up_proj` `[experts, hidden, 2
-//! inner]` and `mlp.experts.down_proj` `[experts, inner, hidden]`. From tensors of each expert it makes layers that fail at the first
-//! token.
+//! Experts in one tensor. For Qwen3-MoE on a CPU, mistral.rs 0.8.1 loads experts only from `mlp.experts.gate_up_proj`
+//! `[experts, hidden, 2 inner]` and `mlp.experts.down_proj` `[experts, inner, hidden]`. From one tensor per expert it
+//! makes layers that fail at the first token.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,11 @@ use monteclora_converters::{ModelFiles, Tensor, write_safetensors};
 
 use crate::error::{Error, Result};
 
-/// Writes the experts of each layer of `files` to a file of its own in `dir`, in the type they are stored in. Memory is one layer.
+/// Writes the experts of each layer of `files` to a separate file in `dir`, in the type in which they are stored. It
+/// needs the memory of one layer.
 ///
 /// # Errors
-/// If a tensor is missing or a file cannot be written.
+/// Returns an error if a tensor is missing or a file cannot be written.
 pub(crate) fn stack_experts(
     files: &ModelFiles,
     shape: &ModelShape,
@@ -62,7 +63,7 @@ pub(crate) fn stack_experts(
         .collect()
 }
 
-/// Appends to `out` the transpose of matrices of `n_columns` columns that lie one below the other.
+/// Appends the transpose of vertically stacked matrices of `n_columns` columns to `out`.
 fn transpose(parts: &[impl AsRef<[u8]>], n_columns: usize, size: usize, out: &mut Vec<u8>) {
     for column in 0..n_columns {
         for part in parts {

@@ -1,11 +1,11 @@
-//! Variables of chat templates that mistral.rs 0.8.1 sets, or leaves out, otherwise than transformers.
+//! Variables of chat templates that mistral.rs 0.8.1 sets or omits differently from transformers.
 
 use serde_json::Value;
 
-/// Makes every text of `template` see the variables that transformers gives it.
+/// Makes every text of `template` see the variables of transformers.
 ///
-/// mistral.rs defines `date_string`, in a form of its own, which transformers leaves to the template's default; and it has no
-/// `eos_token` for a model without one, where transformers prints nothing.
+/// mistral.rs defines `date_string` in its own format, whereas transformers leaves it to the template's default.
+/// mistral.rs defines no `eos_token` for a model without one, where transformers prints nothing.
 pub(crate) fn keep_to_transformers(template: &mut Value, has_eos: bool) {
     match template {
         Value::String(text) => {

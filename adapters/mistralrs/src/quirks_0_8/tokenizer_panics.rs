@@ -1,9 +1,9 @@
-//! What a tokenizer.json must have, as mistral.rs 0.8.1 would panic or answer with garbled spaces.
+//! Requirements for tokenizer.json. Without them mistral.rs 0.8.1 would panic or answer with garbled spaces.
 
 use monteclora_converters::Problem;
 use serde_json::Value;
 
-/// Everything that is not so in `tokenizer`.
+/// Returns every requirement that `tokenizer` does not meet.
 pub(crate) fn problems(tokenizer: &Value) -> Vec<Problem> {
     let decoder = tokenizer["decoder"].to_string();
     let is_token = |token: &Value| token["id"].is_u64() && token["content"].is_string();

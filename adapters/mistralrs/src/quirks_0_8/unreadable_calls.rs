@@ -1,7 +1,7 @@
-//! Calls of tools in Gemma 4's form, over which mistral.rs 0.8.1 panics where a letter is not ASCII: it goes through them byte by byte.
-//! It looks for them in the answers of every model that is given tools.
+//! Tool calls in the format of Gemma 4. mistral.rs 0.8.1 panics on such a call with a letter that is not ASCII, because
+//! it reads calls byte by byte. It looks for them in the answers of every model that gets tools.
 
-/// What such a call begins with. None of the families that are served writes it for a call, so that an answer to a request with
+/// The beginning of such a call. None of the supported families generates it for a call, so an answer to a request with
 /// tools ends before it.
 pub(crate) const BEGINNING: &str = "<|tool_call>";
 

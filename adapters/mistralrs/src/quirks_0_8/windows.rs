@@ -1,9 +1,10 @@
-//! Sliding windows: with a window of W tokens mistral.rs 0.8.1 lets a query of the prompt see W + 1 keys (`make_swa_mask`), and one of the
-//! answer W, which are all that its cache keeps. There is one number for both.
+//! Sliding windows. With a window of W tokens, mistral.rs 0.8.1 lets a query of the prompt see W + 1 keys
+//! (`make_swa_mask`), and a query of the answer W keys, which are all that its cache keeps. Both use the same number.
 //!
-//! So it is told W - 1, which makes the prompt right, and each layer's cache is exchanged for one that keeps W, or everything where the
-//! layer sees everything: Gemma 2's layers all have a cache for a window. mistral.rs does not let its caches be named from outside; an
-//! empty one holds nothing but its size, though, and a clone of another model's is as good.
+//! So mistral.rs gets W - 1, which makes the prompt correct, and each layer's cache is replaced by one that keeps W
+//! keys. A layer with full attention gets a cache that keeps everything: in Gemma 2 mistral.rs gives all layers a cache
+//! for a window. The types of these caches are not public, but an empty cache holds nothing except its size, so a clone
+//! of another model's cache serves.
 
 use candle_core::Device;
 use monteclora_converters::architecture::ModelShape;
@@ -12,11 +13,12 @@ use serde_json::json;
 use super::logger_threads::tiny_model;
 use crate::loader::SharedPipeline;
 
-/// Gives each layer of a model that was told its window less 1 the cache that `shape` asks for. To be called before an engine has the
-/// model, from a thread that may block.
+/// Gives each layer of a model that was loaded with its window minus 1 the cache that `shape` needs. It must run before
+/// an engine has the model, on a thread that may block.
 ///
 /// # Errors
-/// If the models that caches are taken from cannot be loaded, or the model has other layers than `shape`.
+/// Returns an error if the models that provide the caches cannot be loaded, or if the number of layers differs from
+/// `shape`.
 pub(crate) fn restore_caches(
     pipeline: &SharedPipeline,
     shape: &ModelShape,

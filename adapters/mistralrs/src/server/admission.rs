@@ -1,4 +1,4 @@
-//! Who is let in: places among the requests that are worked on or queued, and the time each may take.
+//! Admission of requests: limits the number of running and queued requests, and the time of each.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -11,17 +11,17 @@ use super::App;
 use super::api_error::ApiError;
 use super::metrics::Counted;
 
-/// A place among the requests that are worked on or queued, for each choice asked for.
+/// The places of a request among the running and queued requests, one per choice.
 pub(crate) struct Admission {
     pub(super) started: Instant,
-    /// When the answer has to be whole.
+    /// Time by which the whole answer must be finished.
     pub(super) deadline: Instant,
     places: Vec<Arc<OwnedSemaphorePermit>>,
     _in_flight: Counted,
 }
 
 impl Admission {
-    /// A place, unless all are taken or the server is stopping.
+    /// Takes a place; fails if all places are taken or the server is stopping.
     pub(crate) fn new(app: &App) -> Result<Self, ApiError> {
         if app.draining.load(Ordering::SeqCst) {
             return Err(ApiError::unavailable("the server is stopping"));
@@ -36,7 +36,7 @@ impl Admission {
         })
     }
 
-    /// Takes places for `n_choices` for each of `n_prompts`, if there are any left.
+    /// Takes places for `n_choices` choices for each of `n_prompts` prompts, if enough places are free.
     pub(crate) fn widen(
         &mut self,
         app: &App,
@@ -59,12 +59,12 @@ impl Admission {
         Ok(())
     }
 
-    /// What keeps the places taken, for work that may go on after the request.
+    /// The permits of the places, for work that may outlive the request.
     pub(crate) fn places(&self) -> Vec<Arc<OwnedSemaphorePermit>> {
         self.places.clone()
     }
 
-    /// `work`, unless it takes longer than a whole answer may.
+    /// Runs `work`; fails if it takes longer than a whole answer may take.
     pub(crate) async fn within<T>(
         &self,
         work: impl Future<Output = Result<T, ApiError>>,

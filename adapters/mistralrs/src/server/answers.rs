@@ -1,4 +1,4 @@
-//! Answers as clients get them: whole, or as server-sent events that end with a chunk that says why, and `[DONE]`.
+//! Sends answers to clients: whole, or as server-sent events that end with a chunk with the finish reason and `[DONE]`.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -17,14 +17,14 @@ use super::registry::Lease;
 use super::request::Asked;
 use super::stop::{StopFilter, whole_characters};
 
-/// What an engine says of one choice: all of it, or the next piece of a stream.
+/// A response to one choice: the whole text, or the next piece of a stream.
 #[derive(Debug, Default)]
 pub(crate) struct Piece {
     pub(crate) text: Option<String>,
     pub(crate) tool_calls: Option<Vec<ToolCallResponse>>,
     pub(crate) reasoning: Option<String>,
     pub(crate) finish_reason: Option<String>,
-    /// The scores of its tokens, where they are wanted.
+    /// The scores of its tokens, if they are wanted.
     pub(crate) scores: Vec<Shown>,
 }
 
@@ -37,7 +37,8 @@ impl Piece {
         }
     }
 
-    /// Cuts all of a choice at the first of `stops`, and before a part of a character; says whether one of `stops` is there.
+    /// Cuts the text of a whole choice at the first of `stops`, and before an incomplete character. Returns whether one
+    /// of `stops` occurs.
     pub(crate) fn cut(&mut self, stops: &[String]) -> bool {
         let Some(text) = &mut self.text else {
             return false;
@@ -59,43 +60,45 @@ impl Piece {
     }
 }
 
-/// How one endpoint shows its answers.
+/// How one endpoint formats its answers.
 pub(crate) trait Form: Send + 'static {
-    /// What ids begin with.
+    /// Prefix of ids.
     const ID: &'static str;
-    /// What a whole answer says it is.
+    /// Value of `object` in a whole answer.
     const WHOLE: &'static str;
-    /// What a chunk of one says it is.
+    /// Value of `object` in a chunk.
     const CHUNK: &'static str;
-    /// What a choice says, under a key of its own.
+    /// The content of a choice, under its own key.
     type Said: Serialize;
 
-    /// Whether white space at the beginning of an answer is cut.
+    /// Whether leading white space of an answer is cut.
     fn is_trimmed(&self) -> bool;
 
-    /// What comes before the first token of the choice `idx`.
+    /// The text before the first token of the choice `idx`.
     fn lead(&self, _idx: usize) -> &str {
         ""
     }
 
-    /// Whether the token that ends an answer is scored with it.
+    /// Whether scores include the token that ends an answer.
     fn scores_end(&self) -> bool;
 
-    /// How scores are shown; `n_before` characters of the choice came before them, and it is moved on.
+    /// Formats scores. `n_before` is the number of characters of the choice before these scores; the function advances
+    /// it.
     fn logprobs(&self, scores: &[Shown], n_before: &mut usize) -> Value;
 
-    /// What `response` says, if it is of the kind that was asked for; `begun` is for each choice of a stream, and false at first.
+    /// Reads the pieces of `response`, if it is of the requested kind. There is one `begun` per choice of a stream; it
+    /// is false at first.
     fn read(&self, response: Response, begun: &mut bool) -> Option<Vec<Piece>>;
 
-    /// All of the choice `idx`, its lead included.
+    /// Formats the whole choice `idx`, including its lead.
     fn whole(&self, idx: usize, piece: Piece) -> Self::Said;
 
-    /// What a chunk, which may be its first, adds to a choice.
+    /// Formats the content that a chunk adds to a choice.
     fn chunk(&self, piece: Piece, is_first: bool) -> Self::Said;
 }
 
 impl Said {
-    /// What it says in `form`, as [`Form::read`].
+    /// Converts the response to the pieces of `form`; see [`Form::read`].
     pub(crate) fn pieces(self, form: &impl Form, begun: &mut bool) -> Option<Vec<Piece>> {
         let mut piece = match self {
             Self::Engine(response) => return form.read(*response, begun),
@@ -111,11 +114,11 @@ impl Said {
     }
 }
 
-/// What stands at the head of every answer, and of every chunk of one.
+/// The common fields of an answer and of each of its chunks.
 struct Head {
     id: String,
     created: u64,
-    /// The name that answers.
+    /// Name of the model that answers.
     model: String,
     /// The generation that answers.
     lease: Lease,
@@ -161,7 +164,7 @@ impl Head {
     }
 }
 
-/// The answer of `job` to what was `asked`, in `form`.
+/// Answers the request `asked` with the results of `job`, in the format `form`.
 pub(crate) async fn answer<F: Form>(
     asked: Asked,
     mut job: RunningJob,
@@ -204,20 +207,20 @@ fn another_kind() -> ApiError {
     ApiError::internal("the engine answered in another way than asked")
 }
 
-/// Seconds since 1970.
+/// Unix time in seconds.
 pub(crate) fn now() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |elapsed| elapsed.as_secs())
 }
 
-/// How far one choice's scores are shown.
+/// How many scores of one choice were shown.
 #[derive(Default)]
 pub(crate) struct Scoring {
     cursor: Cursor,
-    /// Whether the token that ends the answer is scored with it.
+    /// Whether scores include the token that ends the answer.
     with_end: bool,
-    /// Characters of the choice that were shown with scores.
+    /// Number of characters of the choice that were shown with scores.
     n_characters: usize,
 }
 
@@ -230,7 +233,7 @@ impl Scoring {
         }
     }
 
-    /// The scores of the prompt, where it is shown.
+    /// The scores of the prompt, if the prompt is shown.
     fn lead(&self, job: &RunningJob, idx: usize) -> Vec<Shown> {
         let Some(scores) = &job.plan(idx).scores else {
             return Vec::new();
@@ -239,7 +242,8 @@ impl Scoring {
         prompt.finish(job.vocabulary(), scores.scores(), |_| false, false)
     }
 
-    /// The scores that go along with `piece`; all that are left with the last one, unless a stop text has cut the answer.
+    /// The scores that belong to `piece`. The last piece gets all remaining scores, unless a stop text has cut the
+    /// answer.
     pub(crate) fn piece(
         &mut self,
         job: &RunningJob,
@@ -267,7 +271,7 @@ impl Scoring {
     }
 }
 
-/// How far one choice of a stream is.
+/// The state of one choice of a stream.
 #[derive(Default)]
 struct ChoiceState {
     scoring: Scoring,
@@ -306,7 +310,7 @@ impl<F: Form> Stream<F> {
         }
     }
 
-    /// Shows what comes before the first token of the choice `idx`, with its scores, which are known by then.
+    /// Shows the text before the first token of the choice `idx`, with its scores, which are computed by then.
     fn lead(&mut self, idx: usize) {
         if std::mem::replace(&mut self.choices[idx].led, true) {
             return;
@@ -398,7 +402,7 @@ impl<F: Form> Stream<F> {
         self.queue.push_back(text);
     }
 
-    /// Ends one choice, which a stop text may have cut, and with the last of them the stream.
+    /// Ends one choice, which a stop text may have cut. The last choice also ends the stream.
     fn finish(&mut self, idx: usize, reason: String, stopped: bool) {
         let choice = &mut self.choices[idx];
         let mut last = Piece::of(choice.stop.finish(), Some(reason));

@@ -1,4 +1,4 @@
-//! Errors as OpenAI clients expect them, free of paths.
+//! Errors in the format of OpenAI, without file paths.
 
 use std::path::Path;
 
@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use super::context::RequestContext;
 use crate::error::{Error, code};
 
-/// Seconds after which a client that was turned away may try again.
+/// Seconds after which a refused client may try again.
 const SECONDS: &str = "1";
 
-/// An error answer: `{"error": {message, type, param, code}}`.
+/// An error response: `{"error": {message, type, param, code}}`.
 #[derive(Debug, Clone)]
 pub(crate) struct ApiError {
     status: StatusCode,
@@ -30,7 +30,7 @@ impl ApiError {
         Self::about_urls(status, code, without_paths(&message.into()))
     }
 
-    /// An error whose message names paths of URLs, which are no secret, and none of files.
+    /// Makes an error whose message may name URL paths, which are not secret, but no file paths.
     pub(crate) fn about_urls(status: StatusCode, code: &'static str, message: String) -> Self {
         Self {
             status,
@@ -41,14 +41,14 @@ impl ApiError {
         }
     }
 
-    /// A request that is wrong at `param`.
+    /// Makes an error for an invalid value of `param`.
     pub(crate) fn invalid(param: &str, message: impl Into<String>) -> Self {
         let mut error = Self::new(StatusCode::BAD_REQUEST, "invalid_request", message);
         error.param = Some(param.to_owned());
         error
     }
 
-    /// `key` says whose.
+    /// Makes an error for a missing or wrong key; `key` says which kind of key is needed.
     pub(crate) fn unauthorized(key: &str) -> Self {
         let message = format!("{key} is needed, sent as `Authorization: Bearer KEY`");
         Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
@@ -62,7 +62,7 @@ impl ApiError {
         error
     }
 
-    /// A failure of ours. What it was goes to the log; a client has nothing to do with it.
+    /// Makes an error for a failure of the server. The cause goes to the log, not to the client.
     pub(crate) fn internal(cause: impl Into<String>) -> Self {
         let context = RequestContext::current();
         let request_id = context.as_ref().map(|context| &context.id);
@@ -74,7 +74,7 @@ impl ApiError {
         )
     }
 
-    /// A request that cannot be taken now.
+    /// Makes an error for a request that cannot be accepted now.
     pub(crate) fn unavailable(message: &str) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
     }
@@ -84,13 +84,13 @@ impl ApiError {
         Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
     }
 
-    /// `error`, with what lies below `root` shown relative to it.
+    /// Converts `error`; paths below `root` are shown relative to it.
     pub(crate) fn below(root: &Path, error: &Error) -> Self {
         let prefix = format!("{}/", root.display());
         Self::of(error, |text| text.replace(&prefix, ""))
     }
 
-    /// `error`, with its texts as `show` gives them.
+    /// Converts `error`; `show` converts its texts.
     fn of(error: &Error, show: impl Fn(&str) -> String) -> Self {
         let bad_request = (StatusCode::BAD_REQUEST, "invalid_request");
         let (status, code) = match (error, error.code()) {
@@ -165,7 +165,7 @@ impl From<Error> for ApiError {
 }
 
 impl ApiError {
-    /// Why a configuration that was read again is not used: 422 for all that is wrong with the file itself.
+    /// Converts the error of a reload. It is 422 if the configuration file itself is wrong.
     pub(crate) fn from_reload(error: Error) -> Self {
         match (&error, error.code()) {
             (Error::Of { .. } | Error::Several(_), _)
@@ -179,14 +179,14 @@ impl ApiError {
     }
 }
 
-/// `problem` with every path in it shortened.
+/// Returns `problem` with every path shortened.
 pub(crate) fn without_paths_in(problem: &Problem) -> Problem {
     let [at, message, fix] =
         [&problem.at, &problem.message, &problem.fix].map(|text| without_paths(text));
     Problem::new(problem.code, at, message, fix)
 }
 
-/// Shortens every absolute path in a message to its last part, and cuts a stack trace off.
+/// Shortens every absolute path in a message to its last part, and removes a stack trace.
 pub(crate) fn without_paths(message: &str) -> String {
     let message = without_trace(message);
     let is_boundary = |c: char| c.is_whitespace() || "`'\"(,;:=".contains(c);
@@ -214,7 +214,7 @@ pub(crate) fn without_paths(message: &str) -> String {
     cleaned
 }
 
-/// The part before the frames that candle and anyhow append where RUST_BACKTRACE is set.
+/// The message without the stack frames that candle and anyhow append if RUST_BACKTRACE is set.
 fn without_trace(message: &str) -> &str {
     let is_frame = |line: &str| {
         let line = line.trim_start();

@@ -1,4 +1,5 @@
-//! A conversation on its way to an engine: written out by the model's template, and its answer held to what was asked for.
+//! Sends a conversation to an engine: the model's template renders it, and constraints hold the answer to the requested
+//! form.
 
 use either::Either;
 use mistralrs_core::{Constraint, NormalRequest, SamplingParams};
@@ -21,22 +22,22 @@ use crate::quirks_0_8::conversations::rendered;
 use crate::quirks_0_8::forced_tools::ToolUse;
 use crate::quirks_0_8::unreadable_calls;
 
-/// What an endpoint calls the parts of a conversation.
+/// The keys of an endpoint for the parts of a conversation.
 pub(crate) struct Keys {
     pub(crate) messages: &'static str,
     pub(crate) format: &'static str,
 }
 
-/// A conversation and what is asked of its answer.
+/// A conversation and the requirements for its answer.
 pub(crate) struct Chat {
     pub(crate) keys: Keys,
     pub(crate) conversation: Conversation,
     pub(crate) tool_choice: Option<ToolUse>,
-    /// The schema that an answer in JSON is held to.
+    /// The schema that an answer in JSON must follow.
     pub(crate) schema: Option<Value>,
 }
 
-/// The template of the model that is asked.
+/// The chat template of the requested model.
 pub(crate) fn template<'a>(lease: &'a Lease, messages: &str) -> Result<&'a ChatTemplate, ApiError> {
     lease.template.as_ref().ok_or_else(|| {
         let message = format!(
@@ -49,12 +50,12 @@ pub(crate) fn template<'a>(lease: &'a Lease, messages: &str) -> Result<&'a ChatT
 }
 
 impl Chat {
-    /// Whether the answer has to be a call.
+    /// Whether the answer must be a tool call.
     pub(crate) fn must_call(&self) -> bool {
         self.tool_choice.as_ref().is_some_and(ToolUse::must_call)
     }
 
-    /// Gives the conversation to the engine.
+    /// Sends the conversation to the engine.
     pub(crate) async fn start(
         self,
         app: &App,
@@ -92,7 +93,7 @@ impl Chat {
             tools::told(self.conversation.tools)?,
             self.tool_choice.map(|choice| choice.told()),
         );
-        // For the white space that a continuation may begin with; see `first_white_space`.
+        // Needed for the leading white space of a continuation; see `first_white_space`.
         request.return_logprobs = continues;
         let prompt = Prompt {
             request,
@@ -103,7 +104,7 @@ impl Chat {
         asked.start(app, admission, key, vec![prompt]).await
     }
 
-    /// What holds the answer: its schema, a call that must be made, or the form that is `asked` for otherwise.
+    /// The constraint on the answer: its schema, a forced tool call, or the form `asked`. At most one is allowed.
     fn form(&self, asked: Option<Form>) -> Result<Option<Form>, ApiError> {
         let held = |key: &str, schema| Form::new(key, Constraint::JsonSchema(schema));
         let schema = self.schema.clone();
@@ -123,7 +124,7 @@ impl Chat {
     }
 }
 
-/// Variables that every conversation has, and that a request cannot set.
+/// Variables that every conversation has. A request cannot set them.
 const FIXED_VARIABLES: &[&str] = &[
     "messages",
     "tools",
@@ -137,7 +138,7 @@ const FIXED_VARIABLES: &[&str] = &[
     "chat_template",
 ];
 
-/// The variables of `asked`, which came under the key `at`: those that the template reads.
+/// Checks the variables in `asked`, the value of the key `at`. It refuses variables that the template does not read.
 pub(crate) fn variables(
     at: &str,
     asked: Option<Value>,
@@ -156,7 +157,7 @@ pub(crate) fn variables(
             let message = "is set by the request itself and cannot be given as a variable";
             return Err(wrong(&place, message));
         }
-        // Who asks for no thinking gets none of a model that does not think.
+        // `enable_thinking: false` is met by a model that does not think.
         let is_met = name == "enable_thinking" && *value == false;
         if !is_met && !template.reads(name, has_tools) {
             let message = "is not read by this model's chat template";
@@ -166,7 +167,7 @@ pub(crate) fn variables(
     Ok(fields)
 }
 
-/// Sets the variables for what is asked about thinking.
+/// Sets the variables for the requested thinking.
 pub(crate) fn set_thinking(
     variables: &mut Map<String, Value>,
     enable: Option<bool>,

@@ -1,4 +1,4 @@
-//! The keys that every request for generated text may have, and how their values are read.
+//! The keys that every request for generated text may have, and how their values are parsed.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use super::api_error::ApiError;
 use super::fields::{checked, flag};
 use super::logprobs::MOST_ALTERNATIVES;
 
-/// Most choices a request may ask for.
+/// Maximum number of choices per request.
 const MAX_CHOICES: usize = 16;
 
 /// Keys that every endpoint for generated text understands.
@@ -23,7 +23,7 @@ pub(super) struct CommonKeys {
     pub(super) stream_options: Option<Value>,
     #[serde(deserialize_with = "whole_number")]
     pub(super) max_tokens: Option<usize>,
-    /// The newer name of `max_tokens`, and the one that counts.
+    /// The newer name of `max_tokens`; it takes precedence.
     #[serde(deserialize_with = "whole_number")]
     pub(super) max_completion_tokens: Option<usize>,
     #[serde(deserialize_with = "whole_number")]
@@ -60,7 +60,7 @@ pub(super) struct CommonKeys {
     pub(super) top_logprobs: Option<Value>,
 }
 
-/// Those for the penalty on repeated sequences (DRY).
+/// Keys of the penalty on repeated sequences (DRY).
 #[derive(Default, Deserialize)]
 #[serde(default)]
 pub(super) struct DryKeys {
@@ -74,11 +74,12 @@ pub(super) struct DryKeys {
     dry_sequence_breakers: Option<Vec<String>>,
 }
 
-/// How an endpoint asks for log-probabilities: the number of alternatives, or none for no log-probabilities at all.
+/// How an endpoint reads the keys for log-probabilities. The result is the number of alternatives, or none without
+/// log-probabilities.
 pub(crate) type AskedScores = fn(Option<&Value>, Option<&Value>) -> Result<Option<usize>, ApiError>;
 
 impl CommonKeys {
-    /// Refuses tokens that the model does not have.
+    /// Refuses tokens that are not in the vocabulary.
     pub(super) fn check_tokens(&self, tokenizer: &Tokenizer) -> Result<(), ApiError> {
         let biased = self.logit_bias.keys().map(|token| ("logit_bias", token));
         let stops = self
@@ -98,7 +99,7 @@ impl CommonKeys {
         }
     }
 
-    /// Refuses what cannot be done together.
+    /// Refuses combinations of keys that exclude each other.
     pub(super) fn check(
         &self,
         n_top: Option<usize>,
@@ -116,7 +117,8 @@ impl CommonKeys {
         Ok(())
     }
 
-    /// Of the keys that only a hook into sampling steps serves, whether each asks for that; `n_top` is what is told of each token.
+    /// Keys that need a hook into the sampling steps, and whether each is in use. `n_top` is the number of alternatives
+    /// per token, if log-probabilities are wanted.
     pub(super) fn hooks(&self, n_top: Option<usize>) -> [(&'static str, bool); 5] {
         [
             ("logprobs", n_top.is_some()),
@@ -140,7 +142,7 @@ impl DryKeys {
     }
 }
 
-/// `logprobs` is true or false, and `top_logprobs` the number of alternatives, as in a chat.
+/// Reads the keys of chats: `logprobs` is true or false, and `top_logprobs` is the number of alternatives.
 pub(crate) fn scores_of_chat(
     logprobs: Option<&Value>,
     top: Option<&Value>,
@@ -161,7 +163,7 @@ pub(crate) fn scores_of_chat(
     Ok(wanted.then(|| n_top.unwrap_or(0)))
 }
 
-/// `logprobs` is the number of alternatives, as in a completion.
+/// Reads the key of completions: `logprobs` is the number of alternatives.
 pub(crate) fn scores_of_completion(
     logprobs: Option<&Value>,
     top: Option<&Value>,
@@ -187,7 +189,7 @@ fn n_alternatives(key: &str, value: Option<&Value>) -> Result<Option<usize>, Api
     })
 }
 
-/// Whether `options` of a request that is streamed or not ask for the usage.
+/// Whether the `stream_options` of a request ask for the usage.
 pub(super) fn usage_wanted(options: &Value, stream: bool) -> Result<bool, ApiError> {
     let wrong = |message: &str| ApiError::invalid("stream_options", message);
     if !stream {
@@ -196,7 +198,7 @@ pub(super) fn usage_wanted(options: &Value, stream: bool) -> Result<bool, ApiErr
     let fields = options
         .as_object()
         .ok_or_else(|| wrong("`stream_options` must be an object"))?;
-    // Padding against eavesdroppers on the length of texts; a stream without it says the same.
+    // Padding hides the length of texts from eavesdroppers; a stream without it has the same content.
     const PADDING: &str = "include_obfuscation";
     let unknown = |key: &&String| ![PADDING, "include_usage"].contains(&key.as_str());
     if let Some(key) = fields.keys().find(unknown) {
@@ -227,7 +229,7 @@ fn n_choices<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>
     })
 }
 
-/// 0 and -1 are vLLM's ways of asking for none.
+/// 0 and -1 mean no limit in vLLM.
 fn top_k<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
     checked(deserializer, "must be a positive integer", |value| {
         let none = (value.as_i64() == Some(-1)).then_some(0);
@@ -279,7 +281,7 @@ fn single(number: f64) -> f32 {
     number as f32
 }
 
-/// What is added to the logit of each token named.
+/// The number that is added to the logit of each named token.
 fn token_bias<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HashMap<u32, f32>, D::Error> {
     let must = "must be an object of token ids with numbers from -100 to 100";
     checked(deserializer, must, |value| {

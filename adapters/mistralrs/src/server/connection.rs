@@ -1,4 +1,4 @@
-//! Connections: accepting, HTTPS, the time each step may take, and draining.
+//! Connections: accepting, HTTPS, time limits, and draining.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -27,13 +27,13 @@ use super::phases::{Phased, Phases, SharedBody, UntilIdle};
 use super::tls::TlsAcceptor;
 use crate::config::LimitsSection;
 
-/// How long accepting rests after an error such as too many open files.
+/// Pause after an error of accept, such as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long clients whose answers are cut have to be told so.
+/// Time to send an error to clients whose answers are cut.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Address of the other end, as a request extension.
+/// Address of the client, as a request extension.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Peer(pub(crate) SocketAddr);
 
@@ -43,12 +43,12 @@ pub(crate) struct Acceptor {
     pub(crate) tls: Option<Arc<TlsAcceptor>>,
     pub(crate) limits: Arc<LimitsSection>,
     pub(crate) metrics: Arc<Metrics>,
-    /// Told true when the time to drain is over.
+    /// Becomes true when the time to drain is over.
     pub(crate) cut: watch::Sender<bool>,
 }
 
 impl Acceptor {
-    /// Answers until `stop` completes, then lets requests in flight finish, for at most the drain limit.
+    /// Answers requests until `stop` completes, then lets running requests finish, for at most the drain limit.
     ///
     /// Returns the number of connections that had to be cut.
     pub(crate) async fn run(self, stop: impl Future<Output = ()>) -> usize {
@@ -89,7 +89,7 @@ impl Acceptor {
             });
         }
         drop(self.listener);
-        // Receivers that are gone have nothing left to stop.
+        // Receivers that are gone have nothing to stop.
         let _ = stopping.send(true);
         let drained = async { while connections.join_next().await.is_some() {} };
         if timeout(Duration::from_secs(limits.drain_timeout_s), drained)
@@ -149,7 +149,7 @@ impl Connection {
             let is_waiting = request.headers().contains_key(EXPECT);
             let mut request = request.map(SharedBody::new);
             let mut body = request.body().clone();
-            // The router is told who asks.
+            // Tells the router the address of the client.
             request.extensions_mut().insert(Peer(peer));
             let (answer, phases) = (self.service.call(request), phases.clone());
             async move {
@@ -164,7 +164,7 @@ impl Connection {
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            // hyper's one limit would hold for heads and for the pauses between requests.
+            // hyper has a single limit for request heads and for pauses between requests.
             .header_read_timeout(None)
             .max_buf_size(limits.max_header_bytes)
             .serve_connection(TokioIo::new(stream), service);
@@ -183,11 +183,11 @@ impl Connection {
 }
 
 async fn told_to_stop(stopped: &mut watch::Receiver<bool>) {
-    // A sender that is gone has stopped too.
+    // A dropped sender means the same.
     let _ = stopped.wait_for(|stopped| *stopped).await;
 }
 
-/// `stream`, whose writes fail once the other end has not read for as long as `limit`.
+/// Wraps `stream` so that writes fail if the other end has not read for `limit`.
 fn with_write_timeout<S: AsyncWrite>(stream: S, limit: Duration) -> Pin<Box<TimeoutWriter<S>>> {
     let mut stream = TimeoutWriter::new(stream);
     stream.set_timeout(Some(limit));

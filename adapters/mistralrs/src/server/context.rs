@@ -1,4 +1,4 @@
-//! What is known about the request that the current task answers.
+//! Data about the request that the current task answers.
 
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
@@ -7,10 +7,10 @@ tokio::task_local! {
     static CURRENT: Arc<RequestContext>;
 }
 
-/// Longest request id that is taken over from a client.
+/// Maximum length of a request id that is accepted from a client.
 const MAX_ID_LENGTH: usize = 128;
 
-/// One request's id, and the model that answers it once that is known.
+/// The id of one request, and the model that answers it once that is known.
 #[derive(Debug)]
 pub(crate) struct RequestContext {
     pub(crate) id: String,
@@ -18,7 +18,7 @@ pub(crate) struct RequestContext {
 }
 
 impl RequestContext {
-    /// Takes over the client's id if it is one that can stand in a log, and makes one otherwise.
+    /// Uses the client's id if it is safe in a log, and makes a new one otherwise.
     pub(crate) fn new(given: Option<&str>) -> Self {
         let id = given
             .filter(|id| is_plain(id))
@@ -38,14 +38,14 @@ impl RequestContext {
         CURRENT.try_with(Arc::clone).ok()
     }
 
-    /// Notes the public name of the model that answers. Only the first counts.
+    /// Records the public name of the model that answers. Only the first name counts.
     pub(crate) fn set_model(name: &str) {
         if let Some(context) = Self::current() {
             context.model.get_or_init(|| name.to_owned());
         }
     }
 
-    /// Public name of the model, or nothing.
+    /// Public name of the model; empty if it is not known.
     pub(crate) fn model(&self) -> &str {
         self.model.get().map_or("", String::as_str)
     }

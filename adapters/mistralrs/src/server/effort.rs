@@ -1,20 +1,20 @@
-//! How hard a model is to think: OpenAI's efforts, as the three that chat templates know.
+//! The thinking effort: maps OpenAI's efforts to the three that chat templates know.
 
 use serde::{Deserialize, Deserializer};
 
 use super::fields::checked;
 
-/// What `reasoning_effort` asks for.
+/// The value of `reasoning_effort`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Effort {
     /// No thinking at all.
     Off,
-    /// One of the three that there are, by its name.
+    /// One of the three efforts, by name.
     At(&'static str),
 }
 
 impl Effort {
-    /// What a chat template is told of it.
+    /// The effort that the chat template gets.
     pub(crate) fn told(self) -> Option<&'static str> {
         match self {
             Self::Off => None,

@@ -1,4 +1,4 @@
-//! The keys of a request's body: those that are understood, those that change nothing, and what is said about the others.
+//! The keys of a request's body: the known keys, the keys without effect, and the errors for all others.
 
 use std::fmt::Display;
 
@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 use super::api_error::ApiError;
 use crate::field_names::{field_names, suggestion};
 
-/// Keys that change nothing about an answer: what a client keeps for itself, where a provider runs it, or how fast it comes.
+/// Keys that do not change an answer. They concern the client's own records, the provider's choice of machine, or
+/// speed.
 const WITHOUT_EFFECT: &[&str] = &[
     "user",
     "metadata",
@@ -21,7 +22,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "prediction",
 ];
 
-/// The object in `bytes`, without the keys whose value is null: clients write that for "not given".
+/// Reads the object in `bytes`, without keys whose value is null: clients write null for "not given".
 pub(crate) fn object(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     let value: Value = serde_json::from_slice(bytes)
         .map_err(|error| ApiError::invalid("body", format!("not valid JSON: {error}")))?;
@@ -32,7 +33,7 @@ pub(crate) fn object(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     Ok(fields)
 }
 
-/// Refuses keys that are neither `known` nor without effect, rather than drop them.
+/// Returns an error for keys that are neither `known` nor without effect, so that no key is ignored silently.
 pub(crate) fn refuse_unknown(
     fields: &Map<String, Value>,
     known: &[&[&str]],
@@ -47,11 +48,11 @@ pub(crate) fn refuse_unknown(
     Err(ApiError::invalid(&shown, message))
 }
 
-/// Takes the keys of `T` out of `fields` and reads them. The error names the first that is wrong.
+/// Removes the keys of `T` from `fields` and reads them. The error names the first wrong key.
 pub(crate) fn take<T: DeserializeOwned>(fields: &mut Map<String, Value>) -> Result<T, ApiError> {
     let own = take_keys::<T>(fields);
     T::deserialize(&own).map_err(|error| {
-        // serde does not say which key it was at.
+        // serde does not report the key of the error.
         let wrong = own
             .as_object()
             .into_iter()
@@ -67,17 +68,17 @@ pub(crate) fn take<T: DeserializeOwned>(fields: &mut Map<String, Value>) -> Resu
     })
 }
 
-/// `value`, which came under the key `at`, as a type of mistral.rs.
+/// Reads `value`, given under the key `at`, as a type of mistral.rs.
 pub(crate) fn theirs<T: DeserializeOwned>(at: &str, value: Value) -> Result<T, ApiError> {
     serde_json::from_value(value).map_err(|error| ApiError::invalid(at, format!("`{at}`: {error}")))
 }
 
-/// A request that is wrong at `at`, which `must` be something else.
+/// Makes the error for a wrong value at `at`; `must` says what the value must be.
 pub(crate) fn wrong(at: &str, must: &str) -> ApiError {
     ApiError::invalid(at, format!("`{at}` {must}"))
 }
 
-/// The object at `at`, without the keys whose value is null.
+/// Reads the object at `at`, without keys whose value is null.
 pub(crate) fn object_at(at: &str, value: Value) -> Result<Map<String, Value>, ApiError> {
     let Value::Object(mut fields) = value else {
         return Err(wrong(at, "must be an object"));
@@ -86,7 +87,7 @@ pub(crate) fn object_at(at: &str, value: Value) -> Result<Map<String, Value>, Ap
     Ok(fields)
 }
 
-/// The entries of the list at `at`, each with its place.
+/// The entries of the list at `at`, each with its path.
 pub(crate) fn entries(at: &str, value: Value) -> Result<Vec<(String, Value)>, ApiError> {
     let Value::Array(list) = value else {
         return Err(wrong(at, "must be a list"));
@@ -97,7 +98,7 @@ pub(crate) fn entries(at: &str, value: Value) -> Result<Vec<(String, Value)>, Ap
         .collect())
 }
 
-/// Refuses keys of the object at `at` that are not `known`, rather than drop them.
+/// Returns an error for keys of the object at `at` that are not `known`, so that no key is ignored silently.
 pub(crate) fn refuse_others(
     at: &str,
     fields: &Map<String, Value>,
@@ -121,7 +122,7 @@ fn take_keys<T: DeserializeOwned>(fields: &mut Map<String, Value>) -> Value {
     Value::Object(own.collect())
 }
 
-/// Reads a value with `read`; the error is what it `must` be, to be said after its key.
+/// Reads a value with `read`. The error is `must`, a text that follows the key.
 pub(crate) fn checked<'de, D: Deserializer<'de>, T>(
     deserializer: D,
     must: impl Display,
@@ -139,7 +140,7 @@ pub(crate) fn maybe<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option
     flag(deserializer).map(Some)
 }
 
-/// Takes what is done anyway; anything else is refused.
+/// Accepts only the value `done`, which describes the fixed behaviour, or no value.
 pub(crate) fn only(key: &str, value: Option<&Value>, done: &Value) -> Result<(), ApiError> {
     match value {
         Some(value) if value != done => Err(ApiError::invalid(

@@ -1,4 +1,4 @@
-//! Around every handler: who may ask, how much a request may bring, what is logged and counted about it.
+//! Checks around every handler: access, size of the request, logs and metrics.
 
 use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
@@ -19,7 +19,7 @@ use super::api_error::ApiError;
 use super::connection::Peer;
 use super::context::RequestContext;
 
-/// Header with the id of a request, in both directions.
+/// Header with the id of a request; used in requests and responses.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Identifies, checks, logs and counts every request.
@@ -55,7 +55,7 @@ pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) 
     app.metrics.request(&route, context.model(), status);
     let duration_ms = started.elapsed().as_millis();
     let peer = peer.map(tracing::field::display);
-    // Probes ask every few seconds, and are not worth a line each.
+    // Probes ask every few seconds, so they are logged at a lower level.
     if route.starts_with('/') && !route.starts_with("/v1/") {
         tracing::debug!(request_id = context.id, peer, %method, route, status, duration_ms, "request");
     } else {
@@ -68,18 +68,18 @@ pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) 
     response
 }
 
-/// Who may ask; each includes those before.
+/// Access rights; each includes those before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Right {
     Anyone,
-    /// Who has a key for inference, where there are any, or an administrator's.
+    /// Needs a key for inference or administration. Without keys for inference, anyone has this right.
     Inference,
-    /// Who has an administrator's key; anyone where there is no key at all, as the server is then on loopback, and whoever
-    /// reaches it is its operator.
+    /// Needs a key for administration. Without any key, anyone has this right: the server is then on loopback, and
+    /// whoever reaches it is its operator.
     Administrator,
 }
 
-/// Lets those through who have the right.
+/// Passes on the requests whose client has the right.
 pub(crate) async fn require(
     State((app, right)): State<(App, Right)>,
     request: Request,
@@ -103,12 +103,13 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
 }
 
-/// Refuses web pages that are not allowed here: a browser would send their requests to loopback as if they were its user's.
+/// Refuses web pages from other origins. A browser would send their requests to loopback as if they were the user's.
 fn refuse_strangers(app: &App, request: &Request) -> Result<(), ApiError> {
     let named = request.headers().get(header::HOST);
     let authority = || request.uri().authority().map(Authority::as_str);
     let host = named.and_then(|host| host.to_str().ok()).or_else(authority);
-    // A name that an attacker's DNS points to loopback makes a page there same-origin. Keys stop that; else the name must.
+    // An attacker's DNS can point a name to loopback, which makes the attacker's page same-origin. Keys prevent this;
+    // without keys, the host name is checked.
     let known_host = host.is_none_or(|host| is_own_host(host, &app.config.host));
     if app.keys().api.is_empty() && !known_host {
         return Err(forbidden(
@@ -138,7 +139,7 @@ fn forbidden(code: &'static str, message: &str) -> ApiError {
     ApiError::new(StatusCode::FORBIDDEN, code, message)
 }
 
-/// Whether `authority` (host, and perhaps port) is an address, localhost, or the `configured` host.
+/// Whether `authority` (a host, with or without a port) is an IP address, localhost, or the `configured` host.
 fn is_own_host(authority: &str, configured: &str) -> bool {
     let host = match authority.rsplit_once(':') {
         Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
@@ -150,7 +151,7 @@ fn is_own_host(authority: &str, configured: &str) -> bool {
         || host.eq_ignore_ascii_case(configured)
 }
 
-/// A whole request body, not larger and not slower than the limits.
+/// A complete request body that kept to the limits for size and time.
 pub(crate) struct Payload(pub(crate) Bytes);
 
 impl FromRequest<App> for Payload {
@@ -165,7 +166,7 @@ impl FromRequest<App> for Payload {
             );
             ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
         };
-        // gzip has been taken off by now.
+        // The gzip layer has already decoded the body.
         if let Some(encoding) = other_encoding(request.headers()) {
             let message = format!("bodies are read plain or with gzip, not with `{encoding}`");
             return Err(ApiError::new(
@@ -174,7 +175,7 @@ impl FromRequest<App> for Payload {
                 message,
             ));
         }
-        // What says that it is too large need not be read; the router's own limit holds for the rest.
+        // A body whose declared length is too large is not read; the router's own limit applies to the others.
         let declared = request
             .headers()
             .get(header::CONTENT_LENGTH)
@@ -201,7 +202,7 @@ impl FromRequest<App> for Payload {
     }
 }
 
-/// The encoding of a body that is not there as it is.
+/// The encoding of a body that is still encoded.
 fn other_encoding(headers: &HeaderMap) -> Option<String> {
     let encoding = headers.get(header::CONTENT_ENCODING)?;
     let name: String = encoding.to_str().unwrap_or("?").chars().take(64).collect();

@@ -1,4 +1,4 @@
-//! A job: one request in an engine's hands, until its last token, whether or not the client stays.
+//! A job: one request in an engine until its last token, even if the client leaves.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,32 +24,32 @@ use super::vocabulary::Vocabulary;
 use crate::engine::rows_of;
 use crate::quirks_0_8::lost_last_chunk::finish_reason;
 
-/// Responses an engine may be ahead of the task that takes them.
+/// Number of responses that an engine may be ahead of the task that takes them.
 const CHANNEL_SIZE: usize = 1024;
 
 mod by_draw;
 
-/// What an engine is given to do.
+/// The work for an engine: one or several choices of one request.
 pub(crate) struct Job {
     pub(crate) lease: Lease,
-    /// Which of its posterior draws answers, in place of the engine.
+    /// The posterior draw that answers instead of the engine.
     pub(crate) draw: Option<usize>,
-    /// One for each choice asked for.
+    /// One plan per requested choice.
     pub(crate) plans: Vec<Plan>,
     pub(crate) prompt_tokens: usize,
-    /// The client has all it asked for; false at first.
+    /// Whether the client has everything it asked for; false at first.
     pub(crate) complete: AtomicBool,
 }
 
-/// How one choice is made.
+/// How one choice is generated.
 pub(crate) struct Plan {
     pub(crate) steps: Arc<Steps>,
-    /// Those of its prompt.
+    /// Tokens of the prompt.
     pub(crate) tokens: Arc<[u32]>,
     pub(crate) request: NormalRequest,
-    /// 0 asks for the prompt alone.
+    /// Maximum number of tokens; 0 requests the prompt alone.
     pub(crate) max_tokens: usize,
-    /// The scores of its prompt, which choices share.
+    /// The scores of the prompt, which choices share.
     pub(crate) scores: Option<Arc<PromptScores>>,
 }
 
@@ -69,12 +69,12 @@ impl PromptScores {
         }
     }
 
-    /// One for each token, once they are computed.
+    /// One score per token, once the scores are computed.
     pub(crate) fn scores(&self) -> &[TokenScore] {
         self.computed.get().map_or(&[], Vec::as_slice)
     }
 
-    /// The scores from the engine's raw logits.
+    /// Computes the scores from the engine's raw logits.
     fn of(&self, response: &Response) -> Result<Vec<TokenScore>, String> {
         let Response::Raw { logits_chunks, .. } = response else {
             return Err("the engine gave no logits".to_owned());
@@ -89,7 +89,7 @@ impl PromptScores {
     }
 }
 
-/// Scores of a prompt that come row by row; row t of the logits predicts token t + 1.
+/// Computes the scores of a prompt row by row; row t of the logits predicts token t + 1.
 struct RowScores<'a> {
     of: &'a PromptScores,
     scores: Vec<TokenScore>,
@@ -104,7 +104,7 @@ impl<'a> RowScores<'a> {
         }
     }
 
-    /// Takes the next row. The last one predicts what comes after the prompt.
+    /// Adds the next row. The last row predicts the token after the prompt and is ignored.
     fn push(&mut self, row: &[f32]) {
         let next = self.of.tokens.get(self.scores.len());
         let score = next.map(|token| TokenScore::new(row, *token, self.of.n_top));
@@ -123,15 +123,15 @@ impl<'a> RowScores<'a> {
     }
 }
 
-/// How a job ended; of several choices, the last in this order counts.
+/// How a job ended. For several choices, the last variant in this order counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum JobEnd {
     Finished,
     Canceled,
-    /// The server stops, and the time to drain is over.
+    /// The server stopped, and the time to drain was over.
     Stopped,
     TimedOut,
-    /// The engine is no more, or said that it failed.
+    /// The engine ended or reported a failure.
     Failed,
 }
 
@@ -146,7 +146,7 @@ impl JobEnd {
         }
     }
 
-    /// What a client hears that waits for more.
+    /// The error for a client that waits for more.
     fn error(self) -> ApiError {
         match self {
             Self::TimedOut => ApiError::timed_out(),
@@ -160,22 +160,23 @@ impl JobEnd {
     }
 }
 
-/// What is said of a choice.
+/// One response to a choice.
 pub(crate) enum Said {
-    /// By the engine.
+    /// A response of the engine.
     Engine(Box<Response>),
-    /// By a posterior draw.
+    /// A piece of text from a posterior draw.
     Draw(Piece),
 }
 
-/// What the client's side is told: of the choice of this index, what is said or that nothing more comes; or that the job ends here.
+/// A message to the client's side. `Ok` holds the index of a choice and its next response, or none if the choice is
+/// over. `Err` ends the job.
 type Message = Result<(usize, Option<Said>), JobEnd>;
 
 impl Job {
-    /// Gives each choice's request to the engine.
+    /// Sends the request of each choice to the engine.
     ///
-    /// Choices are requests of their own. They run together, but where an engine takes one request at a time: there each waits for
-    /// its turn when the former is over, so that other requests come between.
+    /// Choices are separate requests. They run together, except if the engine takes one request at a time. Then each
+    /// choice waits for its turn after the previous one, so that other requests can run in between.
     pub(crate) fn start(
         self,
         app: &App,
@@ -195,8 +196,8 @@ impl Job {
             context: RequestContext::current(),
             streaming,
         };
-        // A task of its own, begun before the engine knows of the request: the client may go at any time, and the engine
-        // must find a receiver whenever it answers.
+        // A separate task, started before the engine gets the request: the client may leave at any time, and the engine
+        // must always find a receiver.
         tokio::spawn(worker.run());
         Ok(RunningJob { job, receiver })
     }
@@ -205,7 +206,7 @@ impl Job {
         self.plans.iter().map(|plan| plan.steps.count()).sum()
     }
 
-    /// What it means that the client no longer listens.
+    /// How the job ends when the client no longer listens.
     fn left(&self) -> JobEnd {
         if self.complete.load(Ordering::SeqCst) {
             JobEnd::Finished
@@ -215,7 +216,7 @@ impl Job {
     }
 }
 
-/// Takes an engine's responses as long as it sends any, holding the lease, so that the engine outlives the request.
+/// Receives an engine's responses until the last one. It holds the lease, so that the engine outlives the request.
 struct Worker {
     job: Arc<Job>,
     admission: Admission,
@@ -240,12 +241,12 @@ impl Worker {
         self.record(ends.into_iter().max().unwrap_or(JobEnd::Finished));
     }
 
-    /// A client that is gone needs no word, and shows in `closed`.
+    /// Sends a message to the client. A client that has left shows in `closed`.
     fn tell(&self, message: Message) {
         let _ = self.client.send(message);
     }
 
-    /// Sees one choice through.
+    /// Answers one choice until its end.
     async fn answer(&self, idx: usize) -> JobEnd {
         let plan = &self.job.plans[idx];
         let end = match self.score(plan).await {
@@ -257,7 +258,7 @@ impl Worker {
         end
     }
 
-    /// Computes the scores of the prompt, if they are wanted and nobody has done it.
+    /// Computes the scores of the prompt, if they are wanted and not yet computed.
     async fn score(&self, plan: &Plan) -> Result<(), JobEnd> {
         let Some(scores) = &plan.scores else {
             return Ok(());
@@ -270,7 +271,7 @@ impl Worker {
             let mut request = plan.request.clone();
             request.return_raw_logits = true;
             request.is_streaming = false;
-            // One token is the least that the engine makes.
+            // The engine always generates at least one token.
             request.sampling_params = SamplingParams {
                 max_len: Some(1),
                 ..SamplingParams::neutral()
@@ -279,7 +280,8 @@ impl Worker {
             let Some(response) = engine.recv().await else {
                 return Err(self.end(JobEnd::Failed));
             };
-            // The engine makes one more step of it, and says so; until then it takes no other kind of request.
+            // The engine makes one more step with this request and reports it. Until then it takes no other kind of
+            // request.
             while engine.recv().await.is_some() {}
             let scores = scores.clone();
             let computed = tokio::task::spawn_blocking(move || scores.of(&response));
@@ -312,12 +314,12 @@ impl Worker {
         end
     }
 
-    /// Gives `request` to the engine; what it answers.
+    /// Sends `request` to the engine and returns the receiver of its responses.
     async fn send(&self, mut request: NormalRequest) -> Result<Receiver<Response>, JobEnd> {
         let (sender, engine) = channel(CHANNEL_SIZE);
         request.id = self.job.lease.host().next_request_id();
         request.response = sender;
-        // Its engine has the host for itself.
+        // The engine is the only one in its host.
         request.model_id = None;
         let request = Request::Normal(Box::new(request));
         match self.engine_input.send(request).await {
@@ -331,7 +333,7 @@ impl Worker {
         end
     }
 
-    /// A turn at the engine; else how the wait for it ended.
+    /// Waits for a turn at the engine. Returns how the job ends if the wait fails.
     async fn turn(&self, alone: bool) -> Result<OwnedSemaphorePermit, JobEnd> {
         tokio::select! {
             biased;
@@ -341,7 +343,7 @@ impl Worker {
         }
     }
 
-    /// Completes when the answer has to end.
+    /// Completes when the answer must end.
     async fn overdue(&self) -> JobEnd {
         let mut cut = self.cut.clone();
         tokio::select! {
@@ -351,7 +353,7 @@ impl Worker {
         }
     }
 
-    /// Passes on what the engine says, until it says nothing more; what nobody waits for any longer is made to end.
+    /// Passes on the engine's responses until the last one, and cancels a choice that nobody waits for any more.
     async fn listen(&self, idx: usize, mut engine: Receiver<Response>) -> JobEnd {
         let mut is_awaited = true;
         let mut end = JobEnd::Finished;
@@ -360,7 +362,7 @@ impl Worker {
                 biased;
                 response = engine.recv() => {
                     let Some(response) = response else {
-                        // An engine that ends on its way, by a panic, lets go of its input before its answers.
+                        // An engine that ends early, by a panic, closes its input before its answers.
                         if self.engine_input.is_closed() {
                             end = self.end(JobEnd::Failed);
                         }
@@ -372,7 +374,7 @@ impl Worker {
                     if is_awaited {
                         self.tell(Ok((idx, Some(Said::Engine(Box::new(response))))));
                     }
-                    // The only response, unless it is a stream.
+                    // Without streaming this is the only response.
                     if !self.streaming {
                         return end;
                     }
@@ -386,7 +388,7 @@ impl Worker {
                     is_awaited = false;
                     end = self.end(overdue);
                     self.job.plans[idx].steps.cancel();
-                    // The process is about to end, with the engine and whatever else it is at.
+                    // The process is about to end, together with the engine.
                     if overdue == JobEnd::Stopped {
                         return end;
                     }
@@ -431,7 +433,7 @@ fn is_failure(response: &Response) -> bool {
     )
 }
 
-/// The client's side of a job that an engine is working on. Dropping it ends the answer.
+/// The client's side of a running job. Dropping it ends the answer.
 pub(crate) struct RunningJob {
     job: Arc<Job>,
     receiver: UnboundedReceiver<Message>,
@@ -442,7 +444,7 @@ impl RunningJob {
         self.job.plans.len()
     }
 
-    /// What is said next of the choice of this index; nothing if that was all.
+    /// The next response to any choice, with the index of the choice; none if the choice is over.
     pub(crate) async fn next(&mut self) -> Result<(usize, Option<Said>), ApiError> {
         match self.receiver.recv().await {
             Some(Ok((idx, said))) => Ok((idx, said.map(sound).transpose()?)),
@@ -451,17 +453,17 @@ impl RunningJob {
         }
     }
 
-    /// The tokens of the model that answers.
+    /// The vocabulary of the model that answers.
     pub(crate) fn vocabulary(&self) -> &Vocabulary {
         &self.job.lease.tokens.vocabulary
     }
 
-    /// How the choice `idx` is made.
+    /// How the choice `idx` is generated.
     pub(crate) fn plan(&self, idx: usize) -> &Plan {
         &self.job.plans[idx]
     }
 
-    /// The response to each choice of a request that is not streamed; none where only the prompt was wanted.
+    /// The response to each choice of a request without streaming; none if only the prompt was requested.
     pub(crate) async fn responses(&mut self) -> Result<Vec<Option<Said>>, ApiError> {
         let mut responses: Vec<Option<Said>> = (0..self.n_choices()).map(|_| None).collect();
         let mut n_over = 0;
@@ -477,18 +479,18 @@ impl RunningJob {
         Ok(responses)
     }
 
-    /// Notes that nothing more is wanted of the choice `idx`, and lets the engine stop with it.
+    /// Records that nothing more is wanted of the choice `idx`, and lets the engine stop it.
     pub(crate) fn end_choice(&self, idx: usize) {
         self.job.plans[idx].steps.cancel();
     }
 
-    /// Notes that nothing more is wanted, and lets the engine stop.
+    /// Records that nothing more is wanted, and lets the engine stop.
     pub(crate) fn complete(&mut self) {
         self.job.complete.store(true, Ordering::SeqCst);
         self.receiver.close();
     }
 
-    /// Why the finished choice `idx` ended, where the engine has not said so.
+    /// Why the finished choice `idx` ended, if the engine has not reported it.
     pub(crate) fn finish_reason(&self, idx: usize) -> &'static str {
         let plan = &self.job.plans[idx];
         finish_reason(plan.steps.count(), plan.max_tokens)
@@ -499,7 +501,7 @@ impl RunningJob {
     }
 }
 
-/// Tokens of a request and its answers.
+/// Token counts of a request and its answers.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Usage {
     pub(crate) prompt_tokens: usize,
@@ -521,7 +523,7 @@ fn silent() -> ApiError {
     ApiError::internal("the engine stopped without an answer")
 }
 
-/// What is said, unless that is that there is no answer.
+/// Returns `said`, or an error if the response is a failure.
 fn sound(said: Said) -> Result<Said, ApiError> {
     let response = match said {
         Said::Engine(response) => response,

@@ -1,4 +1,4 @@
-//! The listening socket, and how long a taken port is waited for.
+//! The listening socket, and the wait for a port that is in use.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,16 +8,17 @@ use tokio::time::{Instant, sleep};
 
 use crate::error::{Error, Result, code};
 
-/// How long a taken port is waited for: a supervisor may start the next process while the former closes.
+/// Time to wait for a port that is in use: a supervisor may start the next process while the previous one closes.
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Time between two attempts.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Binds `address`; while its port is in use it is tried again for `patience`.
+/// Binds `address`. While its port is in use, it tries again for `patience`.
 ///
 /// # Errors
-/// [`code::LISTEN`] with the address and, for a port that stays taken, the remedy. Anything else fails at once.
+/// Returns [`code::LISTEN`] with the address and, if the port stays in use, the remedy. Other errors are returned at
+/// once.
 pub(super) async fn bind(address: SocketAddr, patience: Duration) -> Result<TcpListener> {
     let start = Instant::now();
     let mut told = false;
@@ -41,7 +42,7 @@ pub(super) async fn bind(address: SocketAddr, patience: Duration) -> Result<TcpL
     }
 }
 
-/// Why `address` cannot be listened to.
+/// Makes the error for an `address` that cannot be bound.
 pub(super) fn listen_error(address: SocketAddr, error: &std::io::Error) -> Error {
     let message = match error.kind() {
         std::io::ErrorKind::AddrInUse => format!(

@@ -1,27 +1,28 @@
-//! Log-probabilities: natural logarithms of the model's own distribution, before temperature, penalties, filters and grammars.
+//! Log-probabilities: natural logarithms of the model's own distribution, before temperature, penalties, filters and
+//! grammars.
 
 use serde_json::{Map, Value, json};
 
 use super::vocabulary::Vocabulary;
 
-/// Most alternatives that can be asked for, as in OpenAI's API.
+/// Maximum number of alternatives per token, as in OpenAI's API.
 pub(crate) const MOST_ALTERNATIVES: usize = 20;
 
-/// Shown for a token that the model rules out: JSON has no infinity. vLLM's value.
+/// Value for a token with probability 0, as in vLLM: JSON has no infinity.
 const RULED_OUT: f32 = -9999.0;
 
-/// A token, how probable it was, and what was most probable there.
+/// A token, its log-probability, and the most probable tokens at its position.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct TokenScore {
     pub(crate) token: u32,
-    /// Natural logarithm; none for the first token of a prompt, which nothing comes before.
+    /// Natural logarithm; none for the first token of a prompt, because nothing precedes it.
     pub(crate) logprob: Option<f32>,
-    /// The most probable tokens, the first of equals first.
+    /// The most probable tokens; of equal ones, the lowest token id first.
     pub(crate) top: Vec<(u32, f32)>,
 }
 
 impl TokenScore {
-    /// The score of `token` after which `logits` were: log softmax, summed in 64 bits.
+    /// Computes the score of `token` from the `logits` before it: log softmax, summed in float64.
     #[expect(clippy::cast_possible_truncation, reason = "logits are f32 themselves")]
     pub(crate) fn new(logits: &[f32], token: u32, n_top: usize) -> Self {
         let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -38,7 +39,7 @@ impl TokenScore {
         }
     }
 
-    /// The first token of a prompt.
+    /// Makes the score of the first token of a prompt.
     pub(crate) fn first(token: u32) -> Self {
         Self {
             token,
@@ -62,14 +63,14 @@ fn largest(values: &[f32], n: usize) -> Vec<(u32, f32)> {
     found
 }
 
-/// A score as clients see it.
+/// A score in the form that clients see.
 #[derive(Debug, Clone)]
 pub(crate) struct Shown {
     score: TokenScore,
     text: String,
     bytes: Vec<u8>,
     top: Vec<(String, Vec<u8>, f32)>,
-    /// Characters that the token adds to the text.
+    /// Number of characters that the token adds to the text.
     n_characters: usize,
 }
 
@@ -95,16 +96,16 @@ impl Shown {
     }
 }
 
-/// Which scores go along with which piece of a text: each with the piece that shows the first of its bytes.
+/// Assigns scores to the pieces of a text. A score belongs to the piece that shows the first byte of its token.
 #[derive(Debug, Default)]
 pub(crate) struct Cursor {
-    /// Scores that were shown.
+    /// Number of scores that were shown.
     n_shown: usize,
-    /// Bytes of the text before the next score's token.
+    /// Number of bytes of the text before the token of the next score.
     start: usize,
-    /// Bytes of the text so far.
+    /// Number of bytes of the text so far.
     length: usize,
-    /// Whether white space at the beginning of an answer is cut from its text.
+    /// Whether leading white space of an answer is cut from its text.
     trimmed: bool,
 }
 
@@ -116,7 +117,7 @@ impl Cursor {
         }
     }
 
-    /// The scores that go along with the next `n_bytes` of the text.
+    /// The scores that belong to the next `n_bytes` of the text.
     pub(crate) fn advance(
         &mut self,
         vocabulary: &Vocabulary,
@@ -134,7 +135,8 @@ impl Cursor {
         shown
     }
 
-    /// The scores of an answer that has come to its end: those up to the token that ends it, and of that, too, if it is `with_end`.
+    /// The remaining scores of a finished answer, up to the token that ends it. With `with_end`, they include that
+    /// token.
     pub(crate) fn finish(
         &mut self,
         vocabulary: &Vocabulary,
@@ -167,12 +169,12 @@ impl Cursor {
     }
 }
 
-/// As `choices[].logprobs` of a chat.
+/// Formats scores as `choices[].logprobs` of a chat.
 pub(crate) fn for_chat(shown: &[Shown]) -> Value {
     json!({"content": entries(shown), "refusal": null})
 }
 
-/// One entry for each token.
+/// Formats one entry per token.
 pub(crate) fn entries(shown: &[Shown]) -> Vec<Value> {
     let entry = |text: &str, bytes: &[u8], logprob: Option<f32>| json!({"token": text, "logprob": logprob, "bytes": bytes});
     let content = shown.iter().map(|token| {
@@ -187,7 +189,8 @@ pub(crate) fn entries(shown: &[Shown]) -> Vec<Value> {
     content.collect()
 }
 
-/// How a token is spelled where its text is its name: parts of a character have none, and are told by their bytes, as OpenAI does.
+/// The text of a token where it serves as a name. Incomplete characters have no text and are shown by their bytes, as
+/// in OpenAI.
 fn spelled(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
         Ok(text) => text.to_owned(),
@@ -198,7 +201,8 @@ fn spelled(bytes: &[u8]) -> String {
     }
 }
 
-/// As `choices[].logprobs` of a completion, of which `offset` characters came before; it is moved on.
+/// Formats scores as `choices[].logprobs` of a completion. `offset` is the number of characters before them; it is
+/// advanced.
 pub(crate) fn for_completion(shown: &[Shown], offset: &mut usize) -> Value {
     let mut offsets = Vec::new();
     let mut top = Vec::new();
@@ -211,7 +215,7 @@ pub(crate) fn for_completion(shown: &[Shown], offset: &mut usize) -> Value {
                 .top
                 .iter()
                 .map(|(_, bytes, logprob)| (bytes, *logprob));
-            // Several tokens may have one text: the most probable counts.
+            // Several tokens may have the same text; the most probable one counts.
             for (bytes, logprob) in alternatives.chain([(&token.bytes, logprob)]) {
                 entries.entry(spelled(bytes)).or_insert(json!(logprob));
             }
@@ -260,7 +264,7 @@ mod tests {
     }
 
     fn scores(text: &str) -> Vec<TokenScore> {
-        // The vocabulary has a token for each printable character, from 2 on; then space and line feed.
+        // The vocabulary has a token for each printable character from id 2 on, then space and line feed.
         let token = |c: char| match c {
             ' ' => 96,
             c => u32::from(c) - u32::from('!') + 2,

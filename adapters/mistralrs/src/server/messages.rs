@@ -1,4 +1,4 @@
-//! Messages as clients send them: checked key by key, and made what the model's chat template reads.
+//! Reads the messages of clients: checks every key, and converts them to what the model's chat template reads.
 
 use serde_json::{Map, Value, json};
 
@@ -6,7 +6,7 @@ use super::api_error::ApiError;
 use super::fields::{entries, object_at, refuse_others, wrong};
 use crate::chat_template::ChatTemplate;
 
-/// Keys of a message that have a meaning here.
+/// Keys of a message that have a meaning.
 const KEYS: &[&str] = &[
     "role",
     "content",
@@ -16,8 +16,8 @@ const KEYS: &[&str] = &[
     "prefix",
 ];
 
-/// Keys that clients keep of an answer and send back with it. A template that does not read them leaves them out, as it would for
-/// its model's own training.
+/// Keys that clients keep from an answer and send back with it. If the template does not read them they are dropped, as
+/// in the training of the model.
 const KEPT_BY_CLIENTS: &[&str] = &[
     "refusal",
     "annotations",
@@ -27,10 +27,10 @@ const KEPT_BY_CLIENTS: &[&str] = &[
     "provider_specific_fields",
 ];
 
-/// Keys of a part of a message; `cache_control` asks for what is not needed here.
+/// Keys of a part of a message; `cache_control` has no effect.
 const PART_KEYS: &[&str] = &["type", "text", "cache_control"];
 
-/// Keys of a call; those behind the first three are a client's own.
+/// Keys of a tool call. The keys after the first three belong to the client.
 const CALL_KEYS: &[&str] = &[
     "id",
     "type",
@@ -39,7 +39,7 @@ const CALL_KEYS: &[&str] = &[
     "provider_specific_fields",
 ];
 
-/// Keys of a called function; those behind the first two are a client's own.
+/// Keys of a called function. The keys after the first two belong to the client.
 const CALLED_KEYS: &[&str] = &[
     "name",
     "arguments",
@@ -51,14 +51,14 @@ const CALLED_KEYS: &[&str] = &[
 #[derive(Debug)]
 pub(crate) struct Messages {
     pub(crate) list: Vec<Map<String, Value>>,
-    /// Whether the last one says that the answer is to continue it.
+    /// Whether the answer must continue the last message.
     pub(crate) is_prefix: bool,
 }
 
 impl Messages {
     /// Reads the messages under the key `at`, for `template`.
     ///
-    /// Text parts are joined by line ends; anything but text is refused.
+    /// Text parts are joined by line feeds; parts other than text are refused.
     pub(crate) fn read(
         at: &str,
         messages: Option<Value>,
@@ -91,7 +91,7 @@ impl Messages {
     }
 }
 
-/// A message, and whether it is a prefix of the answer.
+/// Reads a message, and whether it is a prefix of the answer.
 fn read_message(
     at: &str,
     message: Value,
@@ -101,7 +101,7 @@ fn read_message(
     let key = |key: &str| format!("{at}.{key}");
     match fields.get("role") {
         Some(Value::String(role)) if role == "developer" => {
-            // What reasoning models call a system message; templates know only that.
+            // Reasoning models call a system message `developer`; templates know only `system`.
             fields.insert("role".to_owned(), json!("system"));
         }
         Some(Value::String(role)) if !role.is_empty() => {}
@@ -128,7 +128,7 @@ fn read_message(
     };
     let content = match fields.remove("content") {
         Some(content) => text(&key("content"), content)?,
-        // Templates add texts to it.
+        // An empty text: templates concatenate the content with other texts.
         None if !calls.is_empty() => String::new(),
         None => {
             return Err(wrong(
@@ -156,7 +156,7 @@ fn read_message(
     Ok((fields, is_prefix))
 }
 
-/// The text of a content: a text, or parts that are joined.
+/// Reads a content: a text, or a list of parts, which are joined.
 pub(crate) fn text(at: &str, content: Value) -> Result<String, ApiError> {
     let parts = match content {
         Value::String(text) => return Ok(text),
@@ -185,7 +185,7 @@ pub(crate) fn text(at: &str, content: Value) -> Result<String, ApiError> {
     Ok(texts.join("\n"))
 }
 
-/// Calls of tools, with arguments that are JSON as JSON: templates write them out themselves.
+/// Reads tool calls. Arguments that are JSON objects become JSON values, because templates serialise them.
 fn read_calls(at: &str, calls: Value) -> Result<Vec<Value>, ApiError> {
     let mut read = Vec::new();
     for (at, call) in entries(at, calls)? {
@@ -212,7 +212,7 @@ fn read_calls(at: &str, calls: Value) -> Result<Vec<Value>, ApiError> {
             Some(Value::Object(arguments)) => Value::Object(arguments),
             Some(Value::String(text)) => match serde_json::from_str(&text) {
                 Ok(Value::Object(arguments)) => Value::Object(arguments),
-                // A model may have written anything.
+                // A model may have generated anything.
                 _ => Value::String(text),
             },
             Some(_) => {

@@ -1,4 +1,4 @@
-//! What `/metrics` shows, in the OpenMetrics text form that Prometheus reads.
+//! The metrics of `/metrics`, in the OpenMetrics text format that Prometheus reads.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use super::registry::Lease;
 /// Media type of the text.
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Bounds of the buckets of both histograms, seconds: from a cached short prompt to a long answer on a CPU.
+/// Bucket bounds of the histograms, in seconds: from a cached short prompt to a long answer on a CPU.
 const SECONDS: [f64; 14] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 ];
@@ -24,7 +24,7 @@ const SECONDS: [f64; 14] = [
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct RequestLabels {
     route: String,
-    /// Public name of a model that is served, so that clients cannot make up labels.
+    /// Public name of a served model only, so that clients cannot invent labels.
     model: String,
     status: u16,
 }
@@ -52,7 +52,7 @@ fn seconds() -> Seconds {
     Family::new_with_constructor(|| Histogram::new(SECONDS))
 }
 
-/// Declares [`Metrics`]: name, type, first value and help of each, in the order shown.
+/// Declares [`Metrics`]: the name, type, first value and help of each metric, in the order shown.
 macro_rules! metrics {
     ($($name:ident: $kind:ty = $new:expr, $help:literal;)*) => {
         /// Counters and gauges of one server.
@@ -103,7 +103,7 @@ metrics! {
 }
 
 impl Metrics {
-    /// Counts a request that has its status. `model` is the name of one that is served, or empty.
+    /// Counts a request whose status is known. `model` is the name of a served model, or empty.
     pub(crate) fn request(&self, route: &str, model: &str, status: u16) {
         let labels = RequestLabels {
             route: route.to_owned(),
@@ -113,7 +113,7 @@ impl Metrics {
         self.requests.get_or_create(&labels).inc();
     }
 
-    /// Counts an answer that has ended.
+    /// Counts a finished answer.
     pub(crate) fn answer(&self, model: &str, answer: &AnswerRecord) {
         let labels = ModelLabels {
             model: model.to_owned(),
@@ -136,7 +136,7 @@ impl Metrics {
         count_outcome(&self.answers, answer.outcome);
     }
 
-    /// Counts a score that was given.
+    /// Counts a finished score.
     pub(crate) fn score(&self, model: &str, duration: Duration) {
         let labels = ModelLabels {
             model: model.to_owned(),
@@ -145,16 +145,17 @@ impl Metrics {
         seconds.observe(duration.as_secs_f64());
     }
 
-    /// The whole text, with what is served and what is in memory: generations, and the bytes of their weights.
+    /// Renders all metrics, including the numbers of served models, of generations in memory and of the bytes of their
+    /// weights.
     ///
     /// # Errors
-    /// None in practice: writing to a text cannot fail.
+    /// Never returns an error in practice: writing to a string cannot fail.
     pub(crate) fn render(
         &self,
         served: &[Lease],
         (n_generations, weight_bytes): (usize, u64),
     ) -> Result<String, std::fmt::Error> {
-        // Held throughout, so that two scrapes do not mix.
+        // Held throughout, so that two scrapes do not interleave.
         let exposition = self.exposition.lock();
         let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         let adapters = served.iter().filter(|lease| lease.parent.is_some()).count();
@@ -180,12 +181,12 @@ impl Metrics {
     }
 }
 
-/// Counts something that ended with `outcome`.
+/// Counts an event that ended with `outcome`.
 pub(crate) fn count_outcome(ends: &Family<OutcomeLabels, Counter>, outcome: &'static str) {
     ends.get_or_create(&OutcomeLabels { outcome }).inc();
 }
 
-/// One answer, when it has ended.
+/// The record of a finished answer.
 #[derive(Debug)]
 pub(crate) struct AnswerRecord {
     pub(crate) prompt_tokens: usize,
@@ -195,7 +196,7 @@ pub(crate) struct AnswerRecord {
     pub(crate) outcome: &'static str,
 }
 
-/// Adds one to a gauge for as long as it lives.
+/// Increments a gauge while it lives.
 pub(crate) struct Counted(Gauge);
 
 impl Counted {

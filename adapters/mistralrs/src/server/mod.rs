@@ -1,4 +1,4 @@
-//! The OpenAI-compatible server: binds, loads every model, answers, and drains when told to stop.
+//! The OpenAI-compatible server: it binds, loads every model, answers requests, and drains when it stops.
 
 mod admission;
 pub(crate) mod answers;
@@ -54,28 +54,28 @@ pub use reload::{ConfigSource, Reloaded};
 use signals::Signals;
 use tls::TlsAcceptor;
 
-/// What every handler sees.
+/// The state that every handler gets.
 pub(crate) type App = Arc<AppState>;
 
 pub(crate) struct AppState {
     registry: Registry,
-    /// What it was started with; models and keys may have changed since.
+    /// The configuration at the start; models and keys may have changed since.
     config: ServeConfig,
     keys: RwLock<Arc<Keys>>,
-    /// Address that is bound; the configured port may be 0.
+    /// The bound address; the configured port may be 0.
     address: SocketAddr,
-    /// Where a changed configuration comes from.
+    /// Where a reload reads the new configuration.
     source: OnceLock<Arc<ConfigSource>>,
     reloading: Mutex<()>,
     places: Arc<Semaphore>,
     metrics: Arc<Metrics>,
     tls: Option<Arc<TlsAcceptor>>,
     draining: AtomicBool,
-    /// Becomes true when the time to drain is over: answers then end where they are.
+    /// Becomes true when the time to drain is over; unfinished answers then end.
     cut: watch::Sender<bool>,
 }
 
-/// Who may ask.
+/// The keys that clients may use.
 pub(crate) struct Keys {
     api: KeySet,
     admin: KeySet,
@@ -96,21 +96,22 @@ impl AppState {
     }
 }
 
-/// A server that has its address and its models, and waits to be run.
+/// A server with a bound address and loaded models, ready to run.
 pub struct Server {
     listener: TcpListener,
     app: App,
 }
 
 impl Server {
-    /// Binds the address, waiting up to 3 s for a port in use, then loads every model and adapter of `config`.
+    /// Binds the address, then loads every model and adapter of `config`. It waits up to 3 s for a port that is in use.
     ///
     /// Must be called on a multi-threaded runtime.
     ///
     /// # Errors
-    /// [`Error::Problem`] before anything is loaded; otherwise the first model's or adapter's error.
+    /// Returns [`Error::Problem`] before anything is loaded, or else the error of the first model or adapter that
+    /// fails.
     pub async fn start(config: &ServeConfig) -> Result<Self> {
-        // A worker of a distributed model listens to its first process only, and must not take that one's port.
+        // A worker of a distributed model listens only to the first process of the model, and must not take its port.
         let wanted = match is_worker() {
             true => SocketAddr::from(([127, 0, 0, 1], 0)),
             false => config.address,
@@ -140,30 +141,31 @@ impl Server {
         })
     }
 
-    /// The address it listens on.
+    /// The address on which the server listens.
     pub fn address(&self) -> SocketAddr {
         self.app.address
     }
 
-    /// Takes `source` for where SIGHUP and `POST /v1/reload` find the configuration to change to.
+    /// Sets the source from which SIGHUP and `POST /v1/reload` read the new configuration.
     #[must_use]
     pub fn with_source(self, source: Arc<ConfigSource>) -> Self {
-        // A second one is not expected; the first stays.
+        // A second call is not expected; the first source stays.
         self.app.source.get_or_init(|| source);
         self
     }
 
-    /// Serves what `config` says from now on: loads what is new or has changed, removes what is gone, leaves the rest alone.
+    /// Applies `config`: loads what is new or has changed, removes what is gone, and leaves the rest alone.
     ///
-    /// Requests in flight finish on what they began with. Address, keys and limits stay as they were at the start.
+    /// Running requests finish on the models they began with. Address, keys and limits stay as they were at the start.
     ///
     /// # Errors
-    /// Every problem of the new configuration; what is served is then unchanged.
+    /// Returns every problem of the new configuration; the served models are then unchanged.
     pub async fn apply(&self, config: &ServeConfig) -> Result<Applied> {
         self.app.registry.apply(config).await
     }
 
-    /// Answers until `stop` completes, then lets requests in flight finish, for at most `limits.drain_timeout_s`.
+    /// Answers requests until `stop` completes, then lets running requests finish, for at most
+    /// `limits.drain_timeout_s`.
     pub async fn run_until(self, stop: impl Future<Output = ()> + Send + 'static) {
         let Self { listener, app } = self;
         let acceptor = Acceptor {
@@ -187,13 +189,13 @@ impl Server {
     }
 }
 
-/// Serves `config` until SIGTERM or an interrupt from the keyboard, on a runtime of its own.
+/// Serves `config` until SIGTERM or a keyboard interrupt, on its own runtime.
 ///
-/// `ready` is called with the address once every model is loaded. The first signal drains, a second one ends at once.
-/// With a `source`, SIGHUP reads the configuration again.
+/// `ready` is called with the address once every model is loaded. The first signal starts to drain, a second signal
+/// ends at once. With a `source`, SIGHUP reads the configuration again.
 ///
 /// # Errors
-/// Those of [`Server::start`]; [`Error::Problem`], whose exit code is 130, after a second signal.
+/// Returns an error as [`Server::start`], or [`Error::Problem`] with exit code 130 after a second signal.
 pub fn serve(
     config: &ServeConfig,
     source: Option<Arc<ConfigSource>>,
@@ -204,7 +206,7 @@ pub fn serve(
         .build()
         .map_err(|error| Error::Engine(format!("cannot start a runtime: {error}")))?;
     let outcome: Result<()> = runtime.block_on(async {
-        // Listening for signals starts before loading, so that a stop during a long load is not lost.
+        // Signals are handled before loading starts, so that a stop during a long load is not lost.
         let mut signals = Signals::of_stop()?;
         let mut hangups = source.as_ref().map(|_| Signals::of_reload()).transpose()?;
         let mut server = tokio::select! {
@@ -218,7 +220,7 @@ pub fn serve(
         ready(server.address());
         let (sender, receiver) = tokio::sync::oneshot::channel::<()>();
         let running = server.run_until(async move {
-            // A dropped sender is as good as a message.
+            // A dropped sender has the same effect as a message.
             let _ = receiver.await;
         });
         tokio::pin!(running);
@@ -226,7 +228,7 @@ pub fn serve(
             match &mut hangups {
                 Some(hangups) => loop {
                     hangups.next().await;
-                    // The outcome is in the log.
+                    // The log has the outcome.
                     let _ = app.reload().await;
                 },
                 None => std::future::pending().await,

@@ -1,4 +1,5 @@
-//! What a connection is at: the time a request's head may take, the time between two requests, and closing over an unread body.
+//! The phases of a connection: the time for a request's head, the time between two requests, and closing with an unread
+//! body.
 
 use std::io;
 use std::pin::Pin;
@@ -12,38 +13,39 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// Most bytes of an unread body that are read and thrown away, so that the connection can take the next request.
+/// Maximum number of bytes of an unread body that are read and dropped, so that the connection can take the next
+/// request.
 const SMALL_REST: usize = 64 << 10;
 
-/// How long such a rest may take to arrive.
+/// Time for such a rest of a body to arrive.
 const REST_PATIENCE: Duration = Duration::from_millis(200);
 
-/// How long a connection that closes over an unread body goes on reading: a client that still sends is else told that the
-/// connection was reset, and loses the answer with it.
+/// Time for which a connection that closes with an unread body continues to read. Otherwise a client that still sends
+/// would get a connection reset and lose the answer.
 const LINGER: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// The head of a request must be whole at this time.
+    /// The head of a request must be complete at this time.
     Head(Instant),
-    /// A request is answered; other limits hold for that.
+    /// A request is being answered; other limits apply.
     Busy,
-    /// Nothing is going on, which may be so until then.
+    /// The connection is idle; it may stay idle until this time.
     Idle(Instant),
 }
 
-/// The phase that one connection is in.
+/// The phase of one connection.
 pub(super) struct Phases {
     phase: Mutex<Phase>,
     head_limit: Duration,
     idle_limit: Duration,
     unread: AtomicBool,
-    /// Who has tried to read while the connection was busy. hyper does not try again before it is woken.
+    /// The task that tried to read while the connection was busy. hyper does not try again until it is woken.
     reader: Mutex<Option<Waker>>,
 }
 
 impl Phases {
-    /// Those of a connection that has just been accepted.
+    /// Makes the phases of a connection that was just accepted.
     pub(super) fn new(head_limit: Duration, idle_limit: Duration) -> Arc<Self> {
         Arc::new(Self {
             phase: Mutex::new(Phase::Head(Instant::now() + head_limit)),
@@ -54,12 +56,12 @@ impl Phases {
         })
     }
 
-    /// A request's head is whole.
+    /// Records that the head of a request is complete.
     pub(super) fn answer(&self) {
         *self.phase.lock() = Phase::Busy;
     }
 
-    /// The answer is closed over a body that is not read.
+    /// Records that the connection closes after the answer, with an unread body.
     pub(super) fn leave_unread(&self) {
         self.unread.store(true, Ordering::Relaxed);
     }
@@ -79,7 +81,7 @@ impl Phases {
     }
 }
 
-/// `stream`, read no longer than its phase allows.
+/// Wraps `stream` so that a read takes no longer than its phase allows.
 pub(super) struct Phased<S> {
     stream: S,
     phases: Arc<Phases>,
@@ -128,7 +130,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Phased<S> {
                 ready!(self.poll_alarm(deadline, cx));
                 Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
             }
-            // As if the other end had closed.
+            // The same result as if the other end had closed.
             Phase::Idle(deadline) => self.poll_alarm(deadline, cx).map(Ok),
         }
     }
@@ -180,7 +182,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Phased<S> {
     }
 }
 
-/// A request's body, of which one holder sees what the other has left.
+/// The body of a request, shared by two holders: each sees what the other has left.
 #[derive(Clone)]
 pub(super) struct SharedBody(Arc<Mutex<Shared>>);
 
@@ -195,7 +197,7 @@ impl SharedBody {
         Self(Arc::new(Mutex::new(Shared { body, has_ended })))
     }
 
-    /// Reads a small rest, unless the client waits to be asked for it, and says whether nothing is left.
+    /// Reads a small rest of the body, unless the client waits to be asked for it. Returns whether nothing is left.
     pub(super) async fn is_used_up(&mut self, is_waiting: bool) -> bool {
         if self.is_end_stream() {
             return true;
@@ -245,7 +247,7 @@ impl Body for SharedBody {
     }
 }
 
-/// An answer's body, after which the connection is idle.
+/// The body of an answer; after it the connection is idle.
 pub(super) struct UntilIdle<B> {
     pub(super) body: B,
     pub(super) phases: Arc<Phases>,

@@ -1,4 +1,5 @@
-//! The swap table: which engine answers for which public name, and how that changes without losing a request.
+//! The table of served names: which engine answers for which public name, and how this changes without losing a
+//! request.
 
 mod alive;
 mod engine;
@@ -32,10 +33,10 @@ pub use scored::generation_of;
 pub(crate) use slots::blocking;
 use state::{Change, RunTimeState, StateFile, declared};
 
-/// All that is served.
+/// All models and adapters that are served.
 pub(crate) struct Registry {
     table: RwLock<Table>,
-    /// Held while it changes, so that changes are decided one after the other.
+    /// Locked during a change, so that changes happen one after the other.
     plan: Mutex<Plan>,
     host: Host,
     readiness: Readiness,
@@ -58,35 +59,37 @@ struct Plan {
 pub(crate) struct AdapterLoad<'a> {
     pub(crate) name: &'a str,
     pub(crate) source: &'a Path,
-    /// Base model; by default that of the name in serve.toml, else of the adapter it replaces, else the default model or its base.
+    /// The base model. The default is the base of this name in serve.toml, else the base of the adapter that it
+    /// replaces, else the default model or its base.
     pub(crate) model: Option<&'a str>,
-    /// Whether it may replace an adapter of this name.
+    /// Whether it may replace an adapter of the same name.
     pub(crate) in_place: bool,
-    /// Generation that it must replace; `none` where there must be none.
+    /// The generation that it must replace; `none` if there must be none.
     pub(crate) expected: Option<&'a str>,
 }
 
-/// What a changed configuration led to.
+/// The result of applying a changed configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Applied {
-    /// Names that are new.
+    /// New names.
     pub loaded: Vec<String>,
-    /// Names that answer from another generation now.
+    /// Names that now answer from another generation.
     pub replaced: Vec<String>,
-    /// Names that are gone.
+    /// Removed names.
     pub removed: Vec<String>,
-    /// Names that were not touched.
+    /// Unchanged names.
     pub kept: Vec<String>,
 }
 
 impl Registry {
-    /// Loads what `config` and the state file say, checking all of it before the first model is loaded.
+    /// Loads the models and adapters of `config` and of the state file. It checks all of them before it loads the
+    /// first.
     pub(crate) async fn load(config: &ServeConfig) -> Result<Self> {
         let state_file = StateFile::of(config);
         let mut recorded = RunTimeState::default();
         if let Some(file) = &state_file {
             recorded = file.read()?;
-            // That it cannot be written is found out now rather than when the first adapter is loaded.
+            // A state file that cannot be written is reported now, not when the first adapter is loaded.
             file.write(&recorded)?;
         }
         let plan = Plan::of(config, recorded.clone(), state_file);
@@ -116,18 +119,19 @@ impl Registry {
             );
             registry.publish(registry.host.add(checked, n_served, parent).await?);
         }
-        // Threads are taken now rather than when the first adapter is loaded.
+        // The threads are started now, not when the first adapter is loaded.
         let settings = EngineSettings::of(config);
         let ready = registry.host.keep_one_ready(&first.device, settings);
         if let Err(error) = ready.await {
             tracing::warn!(%error, "nothing can be loaded while this lasts");
         }
-        // Not before all is served: a configuration that cannot be served overtakes nothing.
+        // The state is recorded only when everything is served: a configuration that cannot be served must not change
+        // the record.
         registry.plan.lock().await.record(&recorded)?;
         Ok(registry)
     }
 
-    /// The generation that answers for `name` now; without a name, or for `default`, the default model's.
+    /// The current generation of `name`; without a name, or for `default`, that of the default model.
     pub(crate) fn lease(&self, name: Option<&str>) -> Option<Lease> {
         let table = self.table.read();
         let name = match name {
@@ -137,23 +141,24 @@ impl Registry {
         table.names.get(name).cloned()
     }
 
-    /// Everything served, bases before their adapters.
+    /// All served generations, bases before their adapters.
     pub(crate) fn list(&self) -> Vec<Lease> {
         self.table.read().names.values().cloned().collect()
     }
 
-    /// Generations in memory, those that only finish their last requests included, and the estimated bytes of their weights.
+    /// The number of generations in memory and the estimated bytes of their weights. It includes generations that only
+    /// finish their last requests.
     pub(crate) fn in_use(&self) -> (usize, u64) {
         self.host.memory.in_use()
     }
 
-    /// Serves what `config` says: loads what is new or has changed, removes what is gone, and leaves the rest alone.
+    /// Applies `config`: loads what is new or has changed, removes what is gone, and leaves the rest alone.
     ///
     /// Adapters that were loaded or unloaded at run time stay so, unless `config` gives their name another source.
-    /// Everything new is loaded before anything old is let go; on failure all stays as it was.
+    /// Everything new is loaded before anything old is released. On failure nothing changes.
     pub(crate) async fn apply(&self, config: &ServeConfig) -> Result<Applied> {
         let mut plan = self.plan.lock().await;
-        // Where the state is kept does not change while the server runs.
+        // The location of the state file does not change while the server runs.
         let next = Plan::of(config, plan.state.clone(), plan.state_file.clone());
         let mut applied = Applied::default();
         let mut names = IndexMap::new();
@@ -201,7 +206,8 @@ impl Registry {
         Ok(applied)
     }
 
-    /// Requests in flight finish on the generation they began with. On failure the old generation goes on serving.
+    /// Loads an adapter. Running requests finish on the generation they began with. On failure the old generation stays
+    /// in service.
     pub(crate) async fn load_adapter(&self, load: AdapterLoad<'_>) -> Result<Lease> {
         let mut plan = self.plan.lock().await;
         let current = self.table.read().names.get(load.name).cloned();
@@ -218,7 +224,7 @@ impl Registry {
         }
         let declared_parent = declared(&plan.models, load.name).map(|(parent, _)| parent);
         let served_parent = current.as_ref().and_then(|lease| lease.parent.as_deref());
-        // The default model may be an adapter, and one that is not served now.
+        // The default model may be an adapter that is not served now.
         let default =
             declared(&plan.models, &default_model).map_or(&*default_model, |(parent, _)| parent);
         let parent = load
@@ -270,7 +276,7 @@ impl Registry {
         }
     }
 
-    /// Stops serving the adapter `name`; requests in flight finish.
+    /// Stops serving the adapter `name`; running requests finish.
     pub(crate) async fn unload_adapter(&self, name: &str, expected: Option<&str>) -> Result<Lease> {
         let mut plan = self.plan.lock().await;
         let current = self.table.read().names.get(name).cloned();
@@ -308,7 +314,7 @@ impl Registry {
 }
 
 impl Plan {
-    /// What `config` asks for, with the changes in `state` that it has not overtaken.
+    /// The plan of `config`, with those changes in `state` that `config` has not superseded.
     fn of(config: &ServeConfig, mut state: RunTimeState, state_file: Option<StateFile>) -> Self {
         for name in state.prune(&config.models) {
             tracing::warn!(
@@ -324,7 +330,7 @@ impl Plan {
         }
     }
 
-    /// Everything that ought to be served, checked: bases before their adapters. Every problem is in the error.
+    /// Checks everything that must be served, bases before their adapters. The error holds every problem.
     async fn check(&self) -> Result<Vec<Checked>> {
         let mut errors = Vec::new();
         let mut checked = Vec::new();
@@ -356,13 +362,13 @@ impl Plan {
         Ok(checked)
     }
 
-    /// What the file declares, with the changes made at run time, which are given along.
+    /// The models that the file declares, after the changes made at run time. Each entry comes with its change, if any.
     fn wanted(&self) -> Vec<(String, Result<Wanted>, Option<&Change>)> {
         let mut wanted = Vec::new();
         for model in &self.models {
             let base = Wanted::new(model, None, self.settings);
             wanted.push((model.name.clone(), base, None));
-            // In the file's order, then what was added at run time.
+            // Adapters in the order of the file, then those added at run time.
             let declared = model.adapters.iter().map(|(alias, source)| {
                 let change = self.state.adapters.get(alias);
                 (alias.as_str(), Some(source.as_path()), change)
@@ -389,7 +395,7 @@ impl Plan {
         wanted
     }
 
-    /// Records a change of `name`, or that there is none any more; on failure it is as before.
+    /// Records a change of `name`, or removes the record of `name`. On failure the state stays as it was.
     fn change(&mut self, name: &str, change: Option<Change>) -> Result<()> {
         let former = self.state.clone();
         match change {
@@ -412,7 +418,7 @@ impl Plan {
     }
 }
 
-/// The copy of the base `parent` that scores answers, where it has one.
+/// The copy of the base `parent` that scores answers, if there is one.
 fn shared_base(names: &IndexMap<String, Lease>, parent: Option<&str>) -> Option<Arc<SharedBase>> {
     let scored = names.get(parent?)?.scored.as_ref()?;
     Some(scored.base.clone())

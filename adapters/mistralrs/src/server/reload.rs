@@ -1,4 +1,4 @@
-//! Re-reading the configuration while the server runs: models and adapters, keys, and the certificate.
+//! Reloads the configuration while the server runs: models and adapters, keys, and the certificate.
 
 use serde::Serialize;
 
@@ -9,24 +9,24 @@ use super::{AppState, Keys};
 use crate::config::ServeConfig;
 use crate::error::{Error, Result};
 
-/// Reads the configuration anew. It is called where it may block.
+/// Reads the configuration again. It is called on a thread that may block.
 pub type ConfigSource = dyn Fn() -> Result<ServeConfig> + Send + Sync;
 
-/// What a configuration that was read again led to.
+/// The result of a reload.
 #[derive(Debug, Clone, Serialize)]
 pub struct Reloaded {
-    /// What became of models and adapters.
+    /// The changes of models and adapters.
     #[serde(flatten)]
     pub applied: Applied,
-    /// Sections and keys that differ from the running ones and wait for a restart.
+    /// Sections and keys that differ from the running configuration and need a restart.
     pub needs_restart: Vec<&'static str>,
 }
 
 impl AppState {
-    /// Reads the configuration again and applies the difference. On failure everything stays as it was.
+    /// Reads the configuration again and applies the difference. On failure nothing changes.
     ///
     /// # Errors
-    /// Every problem of the new configuration.
+    /// Returns every problem of the new configuration.
     pub(crate) async fn reload(&self) -> Result<Reloaded> {
         let outcome = self.try_reload().await;
         match &outcome {
@@ -55,7 +55,7 @@ impl AppState {
                 "needed while the server listens on an address that is reachable from outside",
             ));
         }
-        // Read before anything changes, so that a bad certificate changes nothing.
+        // Read before any change, so that an invalid certificate changes nothing.
         let certificate = match (&self.tls, &config.tls) {
             (Some(_), Some(files)) => Some(TlsAcceptor::read(files)?),
             _ => None,

@@ -1,4 +1,4 @@
-//! What every request for generated text has in common: reading it, checking it, and giving it to an engine.
+//! Common steps of every request for generated text: reading it, checking it, and sending it to an engine.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -31,7 +31,7 @@ use crate::quirks_0_8::narrow_sampling;
 use crate::quirks_0_8::split_models::{refuse_hooks, samples_in_step};
 use crate::quirks_0_8::stop_texts;
 
-/// vLLM's keys that are understood with the value that says what is done anyway.
+/// Keys of vLLM that are accepted only with the value that describes the fixed behaviour.
 const AS_DONE: &[(&str, bool)] = &[
     ("skip_special_tokens", true),
     ("spaces_between_special_tokens", true),
@@ -39,27 +39,27 @@ const AS_DONE: &[(&str, bool)] = &[
     ("use_beam_search", false),
 ];
 
-/// Keys that are understood besides those of the structures here.
+/// Accepted keys in addition to those of the structures.
 const OTHER_KEYS: &[&str] = &["model"];
 
 /// A request that has passed the common checks.
 pub(crate) struct Asked {
     /// The generation that answers.
     pub(crate) lease: Lease,
-    /// Which of its posterior draws answers, in place of its mean.
+    /// The posterior draw that answers instead of the posterior mean.
     pub(crate) posterior_draw: Option<usize>,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
     /// Texts that end an answer.
     pub(crate) stop: Vec<String>,
-    /// What holds the answer to a form.
+    /// The constraint on the form of the answer.
     pub(crate) form: Option<Form>,
-    /// How many alternatives are told of each token, if log-probabilities are wanted.
+    /// Number of alternatives per token, if log-probabilities are wanted.
     pub(crate) n_top: Option<usize>,
     pub(crate) n_choices: usize,
-    /// Whether a prompt may be all that is wanted.
+    /// Whether the request may ask for the prompt alone.
     pub(crate) may_be_empty: bool,
-    /// How tokens are sampled, but for what depends on the prompt and the constraint.
+    /// Sampling settings, except those that depend on the prompt and the constraint.
     sampling: SamplingParams,
     max_tokens: Option<usize>,
     rules: Arc<Rules>,
@@ -70,12 +70,12 @@ pub(crate) struct Asked {
 pub(crate) struct Prompt {
     pub(crate) request: NormalRequest,
     pub(crate) tokens: Vec<u32>,
-    /// Whether its tokens are to be scored.
+    /// Whether the tokens of the prompt are scored.
     pub(crate) is_scored: bool,
 }
 
 impl Asked {
-    /// Reads and checks a body, whose keys are the common ones and those of `Own`.
+    /// Reads and checks a body. Its keys are the common keys and those of `Own`.
     pub(crate) fn read<Own: DeserializeOwned>(
         app: &App,
         bytes: &[u8],
@@ -114,7 +114,7 @@ impl Asked {
             None => false,
         };
         let in_step = samples_in_step();
-        // Each token has to be known when it is drawn where it may be a stop token, or is scored.
+        // If a token may be a stop token or is scored, it must be known when it is drawn.
         let known =
             n_top.is_some() || !common.stop_token_ids.is_empty() || posterior_draw.is_some();
         common.check_tokens(&lease.tokens.tokenizer)?;
@@ -131,7 +131,7 @@ impl Asked {
         let draw = sampling.seeded(common.seed, known);
         refuse_hooks(in_step, &[("seed", draw.is_some())])?;
         narrow_sampling::say_otherwise(&mut sampling);
-        // Where several processes sample, each has to penalise by itself, as mistral.rs does.
+        // If several processes sample, each must apply the penalties itself, as mistral.rs does.
         let theirs = |penalty: Option<f32>| penalty.filter(|_| in_step);
         let ours = |penalty: Option<f32>| penalty.filter(|_| !in_step).unwrap_or_default();
         let asked = Self {
@@ -173,7 +173,7 @@ impl Asked {
         Ok((asked, take(&mut fields)?))
     }
 
-    /// The name that answers.
+    /// The name of the model that answers.
     pub(crate) fn model_name(&self) -> String {
         match self.posterior_draw {
             Some(draw) => draw_name(&self.lease.name, draw),
@@ -181,7 +181,7 @@ impl Asked {
         }
     }
 
-    /// The tokens that the engine makes of `request`, whose text came under the key `prompt`.
+    /// Asks the engine for the tokens of `request`. Errors name the key `prompt`, which has the text.
     pub(crate) async fn tokens(
         &self,
         admission: &Admission,
@@ -200,7 +200,8 @@ impl Asked {
         Ok(tokens)
     }
 
-    /// Refuses tokens that the model's embedding has no vector of: a tokenizer may know more, and mistral.rs adds some for images.
+    /// Refuses tokens without a vector in the model's embedding. A tokenizer may have more tokens, and mistral.rs adds
+    /// some for images.
     pub(crate) fn require_vectors(&self, prompt: &str, tokens: &[u32]) -> Result<(), ApiError> {
         let vocab_size = self.lease.vocab_size;
         let Some(token) = tokens.iter().find(|token| **token as usize >= vocab_size) else {
@@ -214,7 +215,7 @@ impl Asked {
         Err(ApiError::invalid(prompt, message))
     }
 
-    /// Gives `prompts`, which came under `key`, to the engine, each once for each choice. Choices of the first prompt come first.
+    /// Sends `prompts`, given under `key`, to the engine, once per choice. The choices of the first prompt come first.
     pub(crate) async fn start(
         &self,
         app: &App,
@@ -266,7 +267,7 @@ impl Asked {
         job.start(app, admission, self.stream)
     }
 
-    /// The steps of the choice `idx` of all, which may have `limit` tokens.
+    /// The steps of the choice `idx`, counted over all prompts; the choice may have `limit` tokens.
     fn steps(&self, app: &App, idx: usize, limit: usize, matcher: Option<&Matcher>) -> Steps {
         let scores = |n_top| Scores {
             n_top,
@@ -280,13 +281,13 @@ impl Asked {
             stop: StopWatch::new(&self.stop, &self.lease.tokens.tokenizer),
             scores: self.n_top.map(scores),
             limit: Some(limit),
-            // The request waits for its first token, whichever choice has it.
+            // A request counts as waiting until its first choice has a token.
             waiting: Mutex::new((idx == 0).then(|| Counted::new(&app.metrics.requests_waiting))),
             ..Steps::default()
         }
     }
 
-    /// Compiles the form, but where mistral.rs has to do it in every process.
+    /// Compiles the form, unless mistral.rs must compile it in every process.
     async fn matcher(&self) -> Result<Option<Matcher>, ApiError> {
         let Some(form) = self.form.clone().filter(|_| !samples_in_step()) else {
             return Ok(None);
@@ -294,11 +295,11 @@ impl Asked {
         let vocabulary = self.lease.tokens.vocabulary.clone();
         let Form { key, constraint } = form;
         let compiled = tokio::task::spawn_blocking(move || vocabulary.compile(&constraint));
-        // One that is far too large ends the library's work by a panic.
+        // The library panics on a form that is far too large.
         let compiled = compiled.await;
         let compiled = compiled.unwrap_or_else(|_| Err("it is too large".to_owned()));
         compiled.map_err(|cause| {
-            // What follows is the state of a parser.
+            // The following lines are the state of a parser.
             let cause: String = cause
                 .lines()
                 .next()
@@ -313,7 +314,8 @@ impl Asked {
         })
     }
 
-    /// As many tokens as are wanted, may be asked for, and fit after the prompt.
+    /// The maximum number of tokens: the minimum of the requested number, the server's limit, and the room after the
+    /// prompt.
     fn max_tokens(&self, app: &App, prompt: &str, n_prompt: usize) -> Result<usize, ApiError> {
         let limits = &app.config.limits;
         let context = self.lease.max_sequence_length;
@@ -350,7 +352,7 @@ impl Asked {
     }
 }
 
-/// What stands between an adapter's name and the index of one of its posterior draws.
+/// Separator of an adapter's name and the index of a posterior draw.
 const DRAW: &str = "@draw-";
 
 /// The name of a posterior draw.
@@ -358,7 +360,7 @@ pub(crate) fn draw_name(adapter: &str, draw: usize) -> String {
     format!("{adapter}{DRAW}{draw}")
 }
 
-/// The generation that answers for `name`, and which of its posterior draws does.
+/// Finds the generation that answers for `name`, and the index if the name is that of a posterior draw.
 pub(crate) fn named(app: &App, name: Option<&str>) -> Option<(Lease, Option<usize>)> {
     if let Some((adapter, draw)) = name.and_then(|name| name.rsplit_once(DRAW)) {
         let lease = app.registry.lease(Some(adapter))?;
@@ -369,7 +371,7 @@ pub(crate) fn named(app: &App, name: Option<&str>) -> Option<(Lease, Option<usiz
     Some((app.registry.lease(name)?, None))
 }
 
-/// The generation that answers for the `model` that is named, and which of its posterior draws, if that is one.
+/// Finds the generation that answers for the key `model`, and the index if the name is that of a posterior draw.
 pub(crate) fn leased(
     app: &App,
     fields: &Map<String, Value>,

@@ -1,18 +1,18 @@
-//! How the next token is chosen: what a request asks for, and what the model says where it does not.
+//! Sampling settings: those of a request, completed by those of the model.
 
 use mistralrs_core::ModelGenerationDefaults;
 
 use super::seeded::{GREEDY, SeededDraw};
 
-/// Temperature where neither the request nor the model has one; OpenAI's, vLLM's and mistral.rs's.
+/// Temperature if neither the request nor the model sets one; the same as in OpenAI, vLLM and mistral.rs.
 const TEMPERATURE: f64 = 1.0;
 
-/// Settings of a request, or those of a model for what a request leaves out.
+/// Sampling settings of a request, or of a model as defaults.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Sampling {
     /// 0 is greedy.
     pub(crate) temperature: Option<f64>,
-    /// 0 asks for none.
+    /// 0 means no limit.
     pub(crate) top_k: Option<usize>,
     pub(crate) top_p: Option<f64>,
     pub(crate) min_p: Option<f64>,
@@ -20,9 +20,11 @@ pub(crate) struct Sampling {
 }
 
 impl Sampling {
-    /// Those of a model's `generation_config.json`, which vLLM applies too and mistral.rs leaves to its callers.
+    /// Reads the settings of a model's `generation_config.json`. vLLM applies them too; mistral.rs leaves them to its
+    /// callers.
     ///
-    /// `do_sample: false` is a temperature of 0. Values that switch an option off, or that no request could ask for, are left out.
+    /// `do_sample: false` means temperature 0. Values that switch an option off, or that a request could not set, are
+    /// left out.
     pub(crate) fn of(model: Option<&ModelGenerationDefaults>) -> Self {
         let Some(model) = model else {
             return Self {
@@ -45,7 +47,7 @@ impl Sampling {
         }
     }
 
-    /// These, with those of `model` where they leave something out.
+    /// Completes missing settings with those of `model`.
     pub(crate) fn or(self, model: &Self) -> Self {
         Self {
             temperature: self.temperature.or(model.temperature),
@@ -56,8 +58,8 @@ impl Sampling {
         }
     }
 
-    /// The draw that `seed` asks for; greedy answers need none, unless every token has to be `known`. It takes over temperature,
-    /// top-k, top-p and min-p.
+    /// Returns the draw for `seed`. Greedy answers need none, unless every token must be `known`. The draw takes over
+    /// temperature, top-k, top-p and min-p.
     pub(crate) fn seeded(&mut self, seed: Option<u64>, known: bool) -> Option<SeededDraw> {
         let temperature = self.temperature.unwrap_or(TEMPERATURE);
         if !known && (seed.is_none() || temperature < GREEDY) {
@@ -74,7 +76,7 @@ impl Sampling {
     }
 }
 
-/// Another one at every call.
+/// Returns another seed at every call.
 fn random_seed() -> u64 {
     uuid::Uuid::new_v4().as_u64_pair().1
 }

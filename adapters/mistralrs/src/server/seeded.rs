@@ -1,4 +1,4 @@
-//! Draws of tokens: token t is a function of the logits, the seed and t.
+//! Seeded sampling: token t is a function of the logits, the seed and t.
 
 /// Sampling below this temperature is greedy, as in mistral.rs.
 pub(crate) const GREEDY: f64 = 1e-7;
@@ -9,7 +9,7 @@ pub(crate) const GREEDY: f64 = 1e-7;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct SeededDraw {
     pub(crate) seed: u64,
-    /// 0 takes the most probable token, the last of equal ones.
+    /// 0 takes the most probable token; of equal ones, the last.
     pub(crate) temperature: f64,
     pub(crate) top_k: Option<usize>,
     pub(crate) top_p: Option<f64>,
@@ -17,7 +17,8 @@ pub(crate) struct SeededDraw {
 }
 
 impl SeededDraw {
-    /// The draw for the choice `idx` of the same request: the first has the request's seed, the others seeds made of it.
+    /// The draw for the choice `idx` of the same request. The first choice has the request's seed, the others have
+    /// seeds derived from it.
     pub(crate) fn for_choice(&self, idx: usize) -> Self {
         let mut draw = self.clone();
         if idx > 0 {
@@ -29,7 +30,7 @@ impl SeededDraw {
     /// The token at `position`; none if no logit is finite.
     pub(crate) fn draw(&self, logits: &[f32], position: usize) -> Option<u32> {
         if self.temperature < GREEDY {
-            // Of equals the last, as mistral.rs takes it.
+            // Of equal logits the last is taken, as in mistral.rs.
             let finite = (0u32..).zip(logits).filter(|(_, logit)| logit.is_finite());
             return finite
                 .max_by(|(_, a), (_, b)| a.total_cmp(b))
@@ -51,7 +52,7 @@ impl SeededDraw {
         best.map(|(token, _)| token)
     }
 
-    /// How many of the scaled logits, largest first, top-k, then top-p, then min-p leave; at least 1.
+    /// Number of scaled logits, largest first, that remain after top-k, top-p and min-p, in this order; at least 1.
     fn kept(&self, order: &[(u32, f64)], highest: f64) -> usize {
         let most = self.top_k.map_or(order.len(), |k| k.clamp(1, order.len()));
         let weight = |value: f64| (value - highest).exp();
@@ -119,7 +120,7 @@ pub(crate) mod tests {
             assert_eq!(plain(1).draw(&logits, position), Some(token));
             counts[token as usize] += 1;
         }
-        // Five standard deviations of a binomial: a false alarm in about one of 10^6 changes of the generator.
+        // Five standard deviations of a binomial: about one of 10^6 changes of the generator gives a false alarm.
         for (count, p) in counts.iter().zip([0.5, 0.3, 0.15, 0.05]) {
             let (expected, sd) = (f64::from(20_000) * p, (20_000.0 * p * (1.0 - p)).sqrt());
             assert!((*count as f64 - expected).abs() < 5.0 * sd, "{counts:?}");

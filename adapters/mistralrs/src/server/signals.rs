@@ -1,8 +1,8 @@
-//! The operating system's signals that a server listens to.
+//! The signals of the operating system that the server handles.
 
 use crate::error::{Error, Result};
 
-/// Signals of one meaning, whichever of them comes.
+/// A set of signals with the same meaning.
 pub(super) struct Signals {
     #[cfg(unix)]
     each: Vec<tokio::signal::unix::Signal>,
@@ -12,13 +12,13 @@ pub(super) struct Signals {
 
 #[cfg(unix)]
 impl Signals {
-    /// Those that ask for an end: SIGTERM, and SIGINT from the keyboard.
+    /// The signals to stop: SIGTERM, and SIGINT from the keyboard.
     pub(super) fn of_stop() -> Result<Self> {
         use tokio::signal::unix::SignalKind;
         Self::of(&[SignalKind::terminate(), SignalKind::interrupt()])
     }
 
-    /// SIGHUP, which asks to read the configuration again.
+    /// The signal to reload the configuration: SIGHUP.
     pub(super) fn of_reload() -> Result<Self> {
         Self::of(&[tokio::signal::unix::SignalKind::hangup()])
     }
@@ -33,7 +33,7 @@ impl Signals {
         Ok(Self { each })
     }
 
-    /// Completes when the next of them comes.
+    /// Completes when the next signal of the set arrives.
     pub(super) async fn next(&mut self) {
         let each = self.each.iter_mut().map(|signal| Box::pin(signal.recv()));
         futures::future::select_all(each).await;
@@ -42,17 +42,17 @@ impl Signals {
 
 #[cfg(not(unix))]
 impl Signals {
-    /// The one that asks for an end: ctrl-c.
+    /// The signal to stop: ctrl-c.
     pub(super) fn of_stop() -> Result<Self> {
         Ok(Self { ctrl_c: true })
     }
 
-    /// There is no such signal here.
+    /// There is no such signal on this system.
     pub(super) fn of_reload() -> Result<Self> {
         Ok(Self { ctrl_c: false })
     }
 
-    /// Completes when the next of them comes.
+    /// Completes when the next signal of the set arrives.
     pub(super) async fn next(&mut self) {
         // Without a handler the only way to stop is the task manager, which needs none.
         if !self.ctrl_c || tokio::signal::ctrl_c().await.is_err() {

@@ -1,4 +1,4 @@
-//! A hook into every sampling step of one choice: what a request asks for that mistral.rs does not do, or does otherwise.
+//! A hook into every sampling step of one choice. It does what mistral.rs does not do, or does differently.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,13 +19,13 @@ use crate::quirks_0_8::split_models::samples_in_step;
 /// Added to the logit of a token that must be sampled.
 const CERTAIN: f32 = 1e6;
 
-/// The steps of one choice of a request: counts tokens, holds the answer to a grammar, biases, penalises, draws, scores what was
-/// drawn, and ends an answer nobody waits for.
+/// The steps of one choice of a request. They count tokens, enforce a grammar, add biases, apply penalties, draw
+/// tokens, score the drawn tokens, and end an answer that nobody waits for.
 ///
-/// A request is cancelled by making the end-of-text token certain at its next step.
+/// To cancel a request, the next step makes the end-of-text token certain.
 #[derive(Default)]
 pub(crate) struct Steps {
-    /// Lengths at which a token was drawn.
+    /// Lengths of the context at which a token was drawn.
     pub(super) lengths: Mutex<HashSet<usize>>,
     pub(super) first: OnceLock<Instant>,
     /// Counts the request among those without a token.
@@ -37,37 +37,37 @@ pub(crate) struct Steps {
     pub(super) grammar: Option<Held>,
     pub(super) stop: Option<StopWatch>,
     pub(super) n_prompt: OnceLock<usize>,
-    /// Tokens that the answer may have.
+    /// Maximum number of tokens of the answer.
     pub(super) limit: Option<usize>,
     pub(super) scores: Option<Scores>,
 }
 
-/// What changes the logits of every step alike.
+/// Rules that change the logits of every step in the same way.
 #[derive(Debug, Default)]
 pub(crate) struct Rules {
     /// Added to the logit of each of these tokens.
     pub(crate) bias: HashMap<u32, f32>,
     pub(crate) penalties: Penalties,
-    /// The answer does not end before it has so many tokens.
+    /// Minimum number of tokens before the answer may end.
     pub(crate) min_tokens: usize,
-    /// The answer goes on to its limit.
+    /// Whether the answer continues to its limit.
     pub(crate) ignore_eos: bool,
-    /// Tokens that end the answer, besides the model's own.
+    /// Tokens that end the answer, in addition to the model's own.
     pub(crate) stop_tokens: Vec<u32>,
 }
 
-/// Penalties for tokens that the prompt or the answer has already, as mistral.rs counts them.
+/// Penalties for tokens that occur in the prompt or the answer, counted as in mistral.rs.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Penalties {
-    /// Subtracted for each time.
+    /// Subtracted once per occurrence.
     pub(crate) frequency: f32,
-    /// Subtracted once.
+    /// Subtracted once per token that occurs.
     pub(crate) presence: f32,
-    /// Divides a logit above 0 and multiplies one below; none if it is not above 0.
+    /// Divides a positive logit and multiplies a negative one; no penalty unless it is above 0.
     pub(crate) repetition: f32,
 }
 
-/// The scores of the tokens drawn.
+/// The scores of the drawn tokens.
 #[derive(Debug, Default)]
 pub(crate) struct Scores {
     pub(crate) n_top: usize,
@@ -84,7 +84,7 @@ impl Penalties {
         frequency == 0.0 && presence == 0.0 && (repetition == 1.0 || repetition <= 0.0)
     }
 
-    /// Penalises in `logits` the tokens of `context`.
+    /// Applies the penalties for the tokens of `context` to `logits`.
     fn apply(&self, context: &[u32], logits: &mut [f32]) {
         if self.is_none() {
             return;
@@ -118,7 +118,7 @@ impl Rules {
 }
 
 impl Steps {
-    /// Those of an answer outside the server.
+    /// The steps of an answer outside the server.
     pub(crate) fn for_answer(
         end_tokens: Vec<u32>,
         bias: HashMap<u32, f32>,
@@ -137,7 +137,7 @@ impl Steps {
         }
     }
 
-    /// Tokens sampled.
+    /// Number of tokens sampled.
     pub(crate) fn count(&self) -> usize {
         self.lengths.lock().len()
     }
@@ -146,17 +146,17 @@ impl Steps {
         self.first.get().copied()
     }
 
-    /// Whether `token` ends the answer and is no part of it.
+    /// Whether `token` ends the answer without being part of it.
     pub(crate) fn ends(&self, token: u32) -> bool {
         self.end_tokens.contains(&token) || self.rules.stop_tokens.contains(&token)
     }
 
-    /// Ends the answer at its next step, unless other processes would go on with it.
+    /// Ends the answer at its next step, unless other processes would continue with it.
     pub(crate) fn cancel(&self) {
         self.cancelled.store(!samples_in_step(), Ordering::Relaxed);
     }
 
-    /// Whether nothing more is wanted.
+    /// Whether the answer was cancelled.
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
     }
@@ -168,7 +168,7 @@ impl Steps {
             && self.scores.is_none()
     }
 
-    /// The logits that the next token is drawn from.
+    /// The logits from which the next token is drawn.
     fn next(
         &self,
         raw: Vec<f32>,
@@ -202,7 +202,7 @@ impl Steps {
                     *logit = f32::NEG_INFINITY;
                 }
             }
-            // A grammar may leave nothing but the end.
+            // A grammar may allow nothing but the end.
             if without.iter().any(|logit| logit.is_finite()) {
                 logits = without;
             }
@@ -214,7 +214,7 @@ impl Steps {
                 let score = TokenScore::new(&raw, token, scores.n_top);
                 scores.recorded.lock().push(score);
             }
-            // In place of a token that ends the answer, and is no part of its text, comes the one that mistral.rs knows for that.
+            // mistral.rs does not know the stop tokens of the request, so its own end token replaces them.
             match self.rules.stop_tokens.contains(&token) {
                 true => certain(&mut logits, &self.end_tokens),
                 false => certain(&mut logits, &[token]),
@@ -228,7 +228,7 @@ fn at(logits: &mut [f32], token: u32) -> Option<&mut f32> {
     logits.get_mut(usize::try_from(token).ok()?)
 }
 
-/// Makes one of `tokens` certain to be drawn.
+/// Makes it certain that one of `tokens` is drawn.
 fn certain(logits: &mut [f32], tokens: &[u32]) {
     for token in tokens {
         if let Some(logit) = at(logits, *token) {
@@ -254,7 +254,8 @@ impl CustomLogitsProcessor for Steps {
         if answer.len() >= self.rules.min_tokens && self.stop.as_ref().is_some_and(is_stopped) {
             self.cancel();
         }
-        // An answer of one token is over with the prompt's step, and yet the engine makes one more; see `late_step`.
+        // An answer of one token is complete after the prompt's step, but the engine makes one more step; see
+        // `late_step`.
         let is_over = self.limit.is_some_and(|limit| answer.len() >= limit);
         if is_over || self.cancelled.load(Ordering::Relaxed) {
             let mut row = logits.to_vec1()?;
@@ -387,7 +388,7 @@ mod tests {
         assert!((logprob + total).abs() < 1e-6, "{logprob}");
     }
 
-    /// The answer that the most probable tokens make, up to an end token or 20 tokens.
+    /// The answer of greedy decoding, up to an end token or 20 tokens.
     fn greedy(steps: &Steps, logits: &[f32]) -> Vec<u32> {
         let mut context = vec![7];
         while context.len() < 21 {
@@ -436,7 +437,7 @@ mod tests {
     #[test]
     fn a_grammar_a_shortest_length_and_a_cancellation_work_together() {
         let a = u32::from('a') - u32::from('!') + 2;
-        // The wrong end token is likeliest, then the right one, then what fits, then what does not.
+        // The logits in descending order: the wrong end token, the right one, the matching token, all others.
         let mut logits = vec![0f32; 98];
         (logits[0], logits[1], logits[a as usize]) = (9.0, 8.0, 7.0);
         assert_eq!(greedy(&held(Rules::default()), &logits), [a, 1]);

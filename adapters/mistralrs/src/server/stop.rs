@@ -1,10 +1,10 @@
-//! Stop texts: cuts an answer at the first of them, however the text arrives, and tells when its work is done.
+//! Stop texts: cuts an answer at the first stop text, whatever the pieces of the text, and tells the engine to stop.
 
 use std::sync::Arc;
 
 use tokenizers::Tokenizer;
 
-/// Cuts text at the first stop text, and holds back what may be the beginning of one.
+/// Cuts text at the first stop text, and holds back text that may begin a stop text.
 #[derive(Default)]
 pub(crate) struct StopFilter {
     stops: Vec<String>,
@@ -19,7 +19,7 @@ impl StopFilter {
         }
     }
 
-    /// Text that may be shown after `delta`, and whether a stop text was reached.
+    /// Returns the text that may be shown after `delta`, and whether a stop text was reached.
     pub(crate) fn push(&mut self, delta: &str) -> (String, bool) {
         self.held.push_str(delta);
         let first = self
@@ -44,7 +44,7 @@ impl StopFilter {
         (self.held.drain(..shown).collect(), false)
     }
 
-    /// What was held back when the text ended.
+    /// Returns the text that was held back when the answer ended.
     pub(crate) fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
@@ -59,24 +59,25 @@ impl StopFilter {
     }
 }
 
-/// `text` without the beginning of a character at its end, which a stream holds back too: there an answer was cut in the middle
-/// of one, whose bytes show as U+FFFD.
+/// `text` without an incomplete character at its end, whose bytes show as U+FFFD. A stream holds an incomplete
+/// character back too.
 pub(crate) fn whole_characters(text: &str) -> &str {
     text.trim_end_matches(char::REPLACEMENT_CHARACTER)
 }
 
-/// Tells when an answer holds one of the texts that end it. What clients see is cut elsewhere, exactly; this ends the work.
+/// Detects that an answer contains a stop text. It only ends the generation; other code cuts the exact text that
+/// clients see.
 pub(crate) struct StopWatch {
     texts: Vec<String>,
-    /// Special tokens among the texts, which are no text of an answer.
+    /// Stop texts that are special tokens, and so are not part of the decoded text.
     tokens: Vec<u32>,
     tokenizer: Arc<Tokenizer>,
-    /// Tokens in which the longest text must show, each being a byte at least.
+    /// Number of tokens that are decoded to find the longest text; each token has at least one byte.
     width: usize,
 }
 
 impl StopWatch {
-    /// A watch for `texts`, if there are any.
+    /// Makes a watch for `texts`; none if there are no texts.
     pub(crate) fn new(texts: &[String], tokenizer: &Arc<Tokenizer>) -> Option<Self> {
         let longest = texts.iter().map(String::len).max()?;
         let is_special = |token: &u32| {

@@ -1,4 +1,4 @@
-//! What holds an answer to a form: `grammar`, vLLM's `structured_outputs`, and its former names.
+//! Constraints on the form of an answer: `grammar`, and vLLM's `structured_outputs` with its former names.
 
 use mistralrs_core::Constraint;
 use serde::Deserialize;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::api_error::ApiError;
 use crate::field_names::suggestion;
 
-/// Keys that hold an answer to a form, of which a request may have one.
+/// Keys that constrain the form of an answer; a request may have one of them.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct FormKeys {
@@ -19,7 +19,7 @@ pub(crate) struct FormKeys {
     guided_grammar: Option<Value>,
 }
 
-/// A form, and the key that asks for it.
+/// A constraint, and the key that requests it.
 #[derive(Clone)]
 pub(crate) struct Form {
     pub(crate) key: String,
@@ -35,14 +35,14 @@ impl Form {
     }
 }
 
-/// The two forms exclude each other.
+/// The error for two constraints that exclude each other.
 pub(crate) fn exclusive(first: &str, second: &str) -> ApiError {
     let message = format!("`{first}` and `{second}` exclude each other; give one of them");
     ApiError::invalid(second, message)
 }
 
 impl FormKeys {
-    /// The form that is asked for.
+    /// The requested constraint.
     pub(crate) fn form(self) -> Result<Option<Form>, ApiError> {
         let mut forms = Vec::new();
         if let Some(grammar) = self.grammar {
@@ -77,7 +77,7 @@ fn text(key: &str, value: &Value) -> Result<String, ApiError> {
     Ok(text.ok_or_else(|| wrong(key, "a text"))?.to_owned())
 }
 
-/// mistral.rs's form: `{"type": "regex", "value": "a+"}`.
+/// Reads a constraint in mistral.rs's format: `{"type": "regex", "value": "a+"}`.
 fn of_grammar(grammar: &Value) -> Result<Form, ApiError> {
     const TYPES: &[&str] = &["regex", "lark", "json_schema", "llguidance"];
     let must = "an object with `type` (regex, lark, json_schema or llguidance) and `value`";
@@ -143,7 +143,7 @@ fn constraint(key: &str, kind: &str, value: &Value) -> Result<Constraint, ApiErr
     })
 }
 
-/// A schema as an object, or as the text of one.
+/// Reads a schema, given as an object or as its text.
 fn schema(key: &str, value: &Value) -> Result<Value, ApiError> {
     let must = "a JSON schema, as an object or as its text";
     let schema = match value {
@@ -156,7 +156,7 @@ fn schema(key: &str, value: &Value) -> Result<Value, ApiError> {
     }
 }
 
-/// The expression for one of several texts.
+/// The regular expression that matches any one of several texts.
 fn choice(key: &str, value: &Value) -> Result<String, ApiError> {
     let must = "a list of texts, none of them empty";
     let texts = value.as_array().filter(|texts| !texts.is_empty());
@@ -167,11 +167,11 @@ fn choice(key: &str, value: &Value) -> Result<String, ApiError> {
     Ok(texts.collect::<Result<Vec<_>, ApiError>>()?.join("|"))
 }
 
-/// The expression for `text` itself.
+/// The regular expression that matches `text` literally.
 fn literal(text: &str) -> String {
     let mut expression = String::with_capacity(text.len());
     for c in text.chars() {
-        // Before others a backslash has a meaning of its own: `\<` is the beginning of a word.
+        // A backslash before other characters has a special meaning: `\<` is the beginning of a word.
         if r"\.+*?()|[]{}^$#&-~".contains(c) {
             expression.push('\\');
         }

@@ -1,4 +1,4 @@
-//! HTTPS: certificate and key from PEM files, re-read without dropping a connection.
+//! HTTPS: reads certificate and key from PEM files, and reloads them without dropping a connection.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,19 +14,20 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use crate::config::TlsFiles;
 use crate::error::{Error, Result};
 
-/// Accepts TLS 1.2 and 1.3 with the certificate read last.
+/// Accepts TLS 1.2 and 1.3 with the certificate that was read last.
 pub(crate) struct TlsAcceptor(RwLock<tokio_rustls::TlsAcceptor>);
 
 impl TlsAcceptor {
     /// Reads certificate and key.
     ///
     /// # Errors
-    /// [`Error::Problem`] for a file that is not PEM, or a key that is not the certificate's.
+    /// Returns [`Error::Problem`] for a file that is not PEM or a key that does not belong to the certificate, and
+    /// [`Error::Io`] for a file that cannot be read.
     pub(crate) fn read(files: &TlsFiles) -> Result<Self> {
         Ok(Self(RwLock::new(server_config(files)?.into())))
     }
 
-    /// Uses the certificate of `fresh` for connections from now on.
+    /// Uses the certificate of `fresh` for new connections.
     pub(crate) fn replace(&self, fresh: Self) {
         *self.0.write() = fresh.0.into_inner();
     }
@@ -48,12 +49,13 @@ fn server_config(files: &TlsFiles) -> Result<Arc<ServerConfig>> {
     }
     let key = PrivateKeyDer::from_pem_slice(&key)
         .map_err(|error| bad(&files.key, format!("holds no PEM private key: {error}")))?;
-    // Two providers may be compiled in, so the choice is made here and not by the process default.
+    // Two providers may be compiled in, so the provider is set here and not by the process default.
     let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
         .map_err(|error| bad(&files.cert, format!("cannot be used with its key: {error}")))?;
-    // Not h2: refusing a request before its body is read resets the stream there, and clients report that instead of the answer.
+    // Not h2: refusing a request before its body is read resets the stream in h2, and clients report the reset instead
+    // of the answer.
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }

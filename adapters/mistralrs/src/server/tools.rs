@@ -1,4 +1,4 @@
-//! Tools as clients send them: checked key by key.
+//! Reads the tools of a request: checks every key.
 
 use mistralrs_core::Tool;
 use serde_json::{Map, Value, json};
@@ -7,10 +7,10 @@ use super::api_error::ApiError;
 use super::fields::{entries, object_at, refuse_others, theirs, wrong};
 use crate::chat_template::ChatTemplate;
 
-/// `cache_control` asks for what is not needed here.
+/// Keys of a tool; `cache_control` has no effect.
 const TOOL_KEYS: &[&str] = &["type", "function", "cache_control"];
 
-/// A call that must be made is held to its schema whether or not it is `strict`.
+/// Keys of a function. A forced call always follows its schema, so `strict` has no effect.
 pub(crate) const FUNCTION_KEYS: &[&str] = &["name", "description", "parameters", "strict"];
 
 /// Reads the list of tools under `tools`.
@@ -33,7 +33,7 @@ pub(crate) fn read(tools: Option<Value>) -> Result<Vec<Value>, ApiError> {
     Ok(read)
 }
 
-/// A function as templates know it.
+/// Reads a function in the form that templates know.
 pub(crate) fn read_function(
     at: &str,
     mut function: Map<String, Value>,
@@ -69,7 +69,7 @@ pub(crate) fn read_function(
     Ok(function)
 }
 
-/// Refuses tools that the model would not get to see.
+/// Refuses tools that the template would not show to the model.
 pub(crate) fn refuse_unseen(tools: &[Value], template: &ChatTemplate) -> Result<(), ApiError> {
     if tools.is_empty() || template.takes_tools() {
         return Ok(());
@@ -79,7 +79,7 @@ pub(crate) fn refuse_unseen(tools: &[Value], template: &ChatTemplate) -> Result<
     Err(ApiError::invalid("tools", message))
 }
 
-/// `tools` as mistral.rs takes them, to find calls in an answer.
+/// Converts `tools` to the type of mistral.rs, which uses them to find calls in an answer.
 pub(crate) fn told(tools: Vec<Value>) -> Result<Option<Vec<Tool>>, ApiError> {
     if tools.is_empty() {
         return Ok(None);

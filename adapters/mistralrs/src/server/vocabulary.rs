@@ -1,4 +1,4 @@
-//! A model's tokens as bytes, and the grammars that hold its answers to a form.
+//! A model's tokens as bytes, and the grammars that constrain its answers.
 
 use std::sync::{Arc, OnceLock};
 
@@ -11,13 +11,13 @@ use tokenizers::Tokenizer;
 
 use crate::error::{Error, Result};
 
-/// White space that JSON may have between its parts: a space, or a new line with its indentation. A small model may otherwise write
-/// nothing else up to its limit.
+/// White space that JSON may have between its parts: a space, or a new line with its indentation. Without a bound, a
+/// small model may generate only white space up to its limit.
 const JSON_WHITE_SPACE: &str = r"[ ]|\r?\n[ \t]{0,16}";
 
 /// The tokens of a loaded model.
 pub(crate) struct ModelTokens {
-    /// Those that end an answer.
+    /// Tokens that end an answer.
     pub(crate) end_tokens: Vec<u32>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) vocabulary: Arc<Vocabulary>,
@@ -36,19 +36,19 @@ impl ModelTokens {
     }
 }
 
-/// The vocabulary of one model, with the tokens that end an answer of this model.
+/// The vocabulary of one model, with the model's own end tokens.
 ///
-/// mistral.rs gives its grammars the end token that llguidance finds by its text, such as `<|endoftext|>`, which need not be the
-/// model's (`<|im_end|>`): an answer would go on after the last brace. These are the ids of `generation_config.json`,
-/// `tokenizer_config.json` and `config.json`, as the engine has them.
+/// mistral.rs gives its grammars the end token that llguidance finds by its text, such as `<|endoftext|>`. The model
+/// may have another (`<|im_end|>`); the answer would then continue after the last brace. The end tokens here are those
+/// of the engine, from `generation_config.json`, `tokenizer_config.json` and `config.json`.
 pub(crate) struct Vocabulary {
     env: TokEnv,
-    /// Made for the first grammar: a large vocabulary takes a good part of a second.
+    /// Made for the first grammar, because a large vocabulary takes a considerable part of a second.
     factory: OnceLock<std::result::Result<ParserFactory, String>>,
 }
 
 impl Vocabulary {
-    /// The vocabulary that mistral.rs has as `theirs`, with `end_tokens` in place of its end token.
+    /// Takes the vocabulary of mistral.rs and replaces its end token by `end_tokens`.
     pub(crate) fn new(theirs: TokEnv, end_tokens: &[u32]) -> Self {
         let trie = theirs.tok_trie();
         let mut ends = end_tokens.to_vec();
@@ -78,10 +78,10 @@ impl Vocabulary {
         made.as_ref().map_err(String::clone)
     }
 
-    /// The matcher of `constraint`. Compiling may take a while: not for the threads that serve requests.
+    /// Compiles `constraint` to a matcher. This may take a while, so it must not run on a thread that serves requests.
     ///
     /// # Errors
-    /// What is wrong with the grammar.
+    /// Returns what is wrong with the grammar.
     pub(crate) fn compile(&self, constraint: &Constraint) -> Result<Option<Matcher>, String> {
         let grammar = match constraint {
             Constraint::None => return Ok(None),
@@ -95,7 +95,7 @@ impl Vocabulary {
         let parser = self.factory()?.create_parser(grammar);
         let parser = parser.map_err(|error| error.to_string())?;
         let mut matcher = Matcher::new(Ok(parser));
-        // Some faults, such as a rule that never ends, only show at the first step.
+        // Some faults, such as a rule that never ends, appear only at the first step.
         let mask = matcher.compute_mask().map_err(|error| error.to_string())?;
         if mask.is_zero() {
             return Err("no text of this model's vocabulary fits it".to_owned());
@@ -103,12 +103,12 @@ impl Vocabulary {
         Ok(Some(matcher))
     }
 
-    /// The bytes of `token`; those of its name, if it is a special one.
+    /// The bytes of `token`; for a special token, the bytes of its name.
     pub(crate) fn bytes(&self, token: u32) -> Vec<u8> {
         self.env.tok_trie().decode_ext(&[token], true)
     }
 
-    /// The bytes that `token` adds to a text: none, if it is a special one.
+    /// The bytes that `token` adds to a text; none for a special token.
     pub(crate) fn text_bytes(&self, token: u32) -> Vec<u8> {
         self.env.tok_trie().decode_ext(&[token], false)
     }
@@ -123,15 +123,15 @@ fn with_bounded_white_space(schema: &serde_json::Value) -> serde_json::Value {
     schema
 }
 
-/// A grammar along one answer.
+/// The state of a grammar in one answer.
 pub(crate) struct Held {
     matcher: Mutex<Matcher>,
-    /// Tokens of the answer that the matcher has seen.
+    /// Number of tokens of the answer that the matcher has consumed.
     n_seen: Mutex<usize>,
 }
 
 impl Held {
-    /// A grammar at the beginning of an answer; each answer needs one of its own.
+    /// Starts the grammar at the beginning of an answer; each answer needs its own.
     pub(crate) fn new(matcher: &Matcher) -> Self {
         Self {
             matcher: Mutex::new(matcher.deep_clone()),
@@ -139,10 +139,11 @@ impl Held {
         }
     }
 
-    /// Sets the logits of what may not come after `answer` to minus infinity; false if the answer is complete, or can only end.
+    /// Sets the logits of tokens that must not follow `answer` to minus infinity. Returns false if the answer is
+    /// complete or can only end.
     ///
     /// # Errors
-    /// What stopped the grammar.
+    /// Returns the fault that stopped the grammar.
     pub(crate) fn mask(&self, answer: &[u32], logits: &mut [f32]) -> Result<bool, String> {
         let mut matcher = self.matcher.lock();
         let mut n_seen = self.n_seen.lock();
@@ -177,8 +178,8 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A vocabulary of printable characters, space and line feed, with two tokens that look like ends: the id of `<|endoftext|>`, which
-    /// llguidance takes for the end, is 0, that of `<|im_end|>` is 1.
+    /// A vocabulary of printable characters, space and line feed, with two tokens that look like end tokens.
+    /// `<|endoftext|>`, which llguidance takes as the end, has the id 0; `<|im_end|>` has the id 1.
     pub(crate) fn two_ends(end_tokens: &[u32]) -> Vocabulary {
         let special = |name: &str| [&[TokTrie::SPECIAL_TOKEN_MARKER], name.as_bytes()].concat();
         let ends = ["<|endoftext|>", "<|im_end|>"].map(special);
@@ -193,7 +194,7 @@ pub(crate) mod tests {
         vocabulary.env.tokenize(text)
     }
 
-    /// What may come after `answer`, or that it is complete.
+    /// The tokens that may follow `answer`; none if it is complete.
     fn after(held: &Held, answer: &[u32]) -> Option<Vec<u32>> {
         let mut logits = vec![0f32; 98];
         let goes_on = held.mask(answer, &mut logits).expect("sound");
@@ -220,7 +221,7 @@ pub(crate) mod tests {
                 .expect("sound")
                 .expect("a grammar"),
         );
-        // Nothing else fits after the only text: the answer is over without an end token.
+        // The only matching text is complete: the answer ends without an end token.
         assert_eq!(after(&held, &ids(&vocabulary, "1")), None);
     }
 

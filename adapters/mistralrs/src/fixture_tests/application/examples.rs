@@ -1,4 +1,4 @@
-//! The examples of this crate, each run as it is.
+//! Runs the examples of this crate unchanged.
 
 use super::super::{servable, servable_too};
 use super::{alone, on_runtime};

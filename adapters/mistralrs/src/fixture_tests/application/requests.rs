@@ -1,4 +1,4 @@
-//! What requests of an application may ask for, and what is refused.
+//! Tests which requests of an application are accepted and which are refused.
 
 use std::collections::HashMap;
 use std::fs;
@@ -39,7 +39,7 @@ fn stop_texts_and_token_biases_do_what_they_say() {
         let answer = model.send_chat_request(biased).await.expect("one");
         assert_eq!(text(&answer), "x".repeat(SHORT));
         assert_eq!(answer.choices[0].finish_reason, "length");
-        // A top-p of 0 leaves one token, as everywhere but in mistral.rs.
+        // A top-p of 0 leaves one token; mistral.rs alone would ignore it.
         let mut params = SamplingParams::neutral();
         (params.top_p, params.max_len) = (Some(0.0), Some(SHORT));
         let narrow = asked("Why?").set_sampling(params);
@@ -85,7 +85,7 @@ fn a_tool_that_must_be_called_is_called() {
         let error = model.send_chat_request(both).await.expect_err("two forms");
         assert!(matches!(error, SdkError::RequestValidation(_)), "{error}");
 
-        // A call of an earlier turn is shown to the template as it reads it.
+        // The template sees a call of an earlier turn in the form that it reads.
         let past = asked("Why?")
             .add_message_with_tool_call(
                 TextMessageRole::Assistant,
@@ -154,7 +154,7 @@ fn a_conversation_that_the_template_refuses_harms_nothing() {
         let two = asked("Why?").add_message(TextMessageRole::User, "How?");
         let error = model.send_chat_request(two).await.expect_err("two");
         assert!(error.to_string().contains("one at a time"), "{error}");
-        // A date in a format that there is not: mistral.rs alone panics over it, or prints it as it is.
+        // A date in a format that does not exist: mistral.rs alone panics, or prints it unchanged.
         let odd = model.send_chat_request(asked("slice")).await;
         assert!(odd.is_ok() || matches!(odd, Err(SdkError::RequestValidation(_))));
         let answer = model.send_chat_request(asked("Why?")).await.expect("one");
@@ -254,7 +254,7 @@ fn a_model_without_a_template_says_how_to_give_it_one() {
         let tokens = model.tokenize(Either::Left(messages()), None, true, true, None);
         let text = model.detokenize(tokens.await.expect("tokens"), false).await;
         assert_eq!(text.expect("text"), "Why?>");
-        // To the last of the model's positions, as no limit is given.
+        // Without a limit, the answer continues to the last of the model's positions.
         let answer = model.send_chat_request(messages()).await.expect("one");
         assert_eq!(answer.choices[0].finish_reason, "length");
         assert_eq!(answer.usage.total_tokens, 512);

@@ -1,4 +1,4 @@
-//! Adapters that come, change and go while requests are answered.
+//! Tests of adapters that are loaded, swapped and unloaded while requests are answered.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ fn a_swap_lets_what_has_begun_finish_and_gives_the_rest_the_new_weights() {
             gate.reached.notified().await;
             let swap = model.swap_adapter("tuned", &other.adapter);
             tokio::pin!(swap);
-            // It is loaded meanwhile, and waits for the answer that has begun.
+            // The new adapter is loaded meanwhile, and the swap waits for the running answer.
             let limit = Duration::from_millis(500);
             let early = tokio::time::timeout(limit, &mut swap).await;
             early.expect_err("an answer is on its way");
@@ -39,7 +39,7 @@ fn a_swap_lets_what_has_begun_finish_and_gives_the_rest_the_new_weights() {
             let answer = model.send_chat_request(asked("Why?")).await.expect("one");
             assert_eq!(text(&answer), expected);
         }
-        // A swap that fails leaves what there was.
+        // A swap that fails changes nothing.
         let failed = model.swap_adapter("tuned", "no/such").await;
         failed.expect_err("nothing to load");
         let base = model.swap_adapter("base", &case.adapter).await;

@@ -1,36 +1,37 @@
-//! The end of the thread that an engine leaves behind. Its loop ends by unwinding only, and it calls out in one place: the event with
-//! the throughput, which it emits within five seconds of being told that there was some.
+//! Ends the thread that an engine leaves behind. The thread's loop ends only by unwinding, and it calls other code in
+//! one place: the throughput event, which it emits within five seconds after throughput was reported to it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mistralrs_core::MistralRs;
 use tracing::Metadata;
 
-/// Whether events pass by [`end_throughput_log`].
+/// Whether [`end_throughput_log`] sees every event.
 static IS_WATCHED: AtomicBool = AtomicBool::new(false);
 
-/// Notes that the process has a tracing subscriber which asks [`end_throughput_log`] about every event.
+/// Records that the process has a tracing subscriber that passes every event to [`end_throughput_log`].
 ///
-/// The log of throughput must not be wanted: it ends with its first line.
+/// Call it only if the throughput log is not wanted: the log ends with its first line.
 pub fn watch_throughput_logs() {
     IS_WATCHED.store(true, Ordering::SeqCst);
 }
 
-/// Whether `metadata` is that of the event with the throughput of an engine.
+/// Whether `metadata` belongs to the throughput event of an engine.
 pub fn is_throughput_log(metadata: &Metadata<'_>) -> bool {
     metadata.is_event() && metadata.target() == "mistralrs_core::engine::logger"
 }
 
-/// Ends the calling thread if it is one that writes the log of throughput, as `metadata` tells; else does nothing.
+/// Ends the calling thread if `metadata` shows that it writes the throughput log; otherwise does nothing.
 ///
-/// It unwinds without a message. Call it where a subscriber is asked whether an event is enabled, before it holds any lock.
+/// It unwinds without a message. Call it where a subscriber is asked whether an event is enabled, before it takes any
+/// lock.
 pub fn end_throughput_log(metadata: &Metadata<'_>) {
     if is_throughput_log(metadata) {
         std::panic::resume_unwind(Box::new("an engine's log has ended"));
     }
 }
 
-/// Lets the thread that writes the log of `host`'s one engine end, where that is possible.
+/// Ends the throughput log thread of the single engine of `host`, if a subscriber watches the events.
 pub(crate) fn end_log_of(host: &MistralRs) {
     if !IS_WATCHED.load(Ordering::SeqCst) {
         return;
@@ -52,7 +53,7 @@ mod tests {
 
     use super::*;
 
-    /// A subscriber that does nothing else.
+    /// A subscriber that only ends throughput logs.
     struct Watcher;
 
     impl tracing::Subscriber for Watcher {
@@ -76,14 +77,14 @@ mod tests {
         fn exit(&self, _: &span::Id) {}
     }
 
-    /// Other tests of this process need no subscriber, so there is one for all of its threads.
+    /// Other tests of this process need no subscriber, so one subscriber serves all threads.
     #[test]
     fn a_thread_that_logs_throughput_ends_at_its_first_line() {
         tracing::subscriber::set_global_default(Watcher).expect("the only one");
         let counted = Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let held = (counted.clone(), counted.clone());
         let log = IntervalLogger::new(Duration::from_millis(5), Some(held));
-        // The thread holds one of each, the log the others.
+        // The thread holds one clone of each, the log the others.
         let with_thread = Arc::strong_count(&counted);
         log.add_new_sequence();
         log.add_tokens_processed(1);

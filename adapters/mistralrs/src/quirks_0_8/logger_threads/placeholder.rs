@@ -1,4 +1,4 @@
-//! The model of an engine that has none: a Llama of one layer and a few thousand parameters, over bytes.
+//! The placeholder model of an engine without a model: a Llama of one layer and a few thousand parameters, over bytes.
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,15 +16,16 @@ use crate::error::{Error, Result};
 use crate::loader::{SharedPipeline, panic_text};
 use crate::quirks_0_8::thread_locals::on_fresh_thread;
 
-/// Width of the model, and of its one head.
+/// Width of the model and of its single head.
 const WIDTH: usize = 16;
-/// One for each byte, and one for the end.
+/// One token per byte, and one end token.
 const VOCABULARY: usize = 257;
 
-/// A model to be held by an engine on `device` that has no other. It takes some kilobytes and milliseconds; blocking.
+/// Loads a placeholder for an engine on `device`. It takes some kilobytes and milliseconds. It blocks.
 ///
 /// # Errors
-/// [`Error::Engine`] if its files cannot be written or loaded.
+/// Returns [`Error::Engine`] if its files cannot be written or loaded, and [`Error::no_threads`] if no thread can be
+/// started.
 pub(crate) fn placeholder(device: &Device) -> Result<NormalModel> {
     let device = device.clone();
     let load = move || tiny_model(&device, json!({}));
@@ -37,7 +38,7 @@ pub(crate) fn placeholder(device: &Device) -> Result<NormalModel> {
     Ok(unsafe { NormalModel::new(pipeline) })
 }
 
-/// Loads the model on `device`, on this thread, with `changes` to its config.json.
+/// Loads the placeholder model on `device`, on this thread, with `changes` to its config.json.
 pub(crate) fn tiny_model(device: &Device, changes: Value) -> anyhow::Result<SharedPipeline> {
     let dir = tempfile::Builder::new().prefix("monteclora-").tempdir()?;
     let paths: Box<dyn ModelPaths> = Box::new(files(dir.path(), changes)?);
@@ -102,7 +103,7 @@ fn config_json() -> Value {
     })
 }
 
-/// A byte-level tokenizer without merges; GPT-2 has a character for each byte.
+/// A byte-level tokenizer without merges; as in GPT-2, each byte has a character.
 fn tokenizer_json() -> Value {
     let is_shown = |byte: u32| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let hidden = (0..256).filter(|byte| !is_shown(*byte));

@@ -1,4 +1,5 @@
-//! Laws of the rewriting: both generations agree, nothing is lost silently, every offender is named.
+//! Properties of the rewriting: both generations of files agree, nothing is lost silently, and every offending key is
+//! named.
 
 use monteclora_converters::architecture::{FAMILIES, Family, RotaryLayers, Windows};
 
@@ -63,7 +64,7 @@ fn normalising_is_idempotent() {
         let once = normalise_config(&config(family.model_type, json!({}))).expect("plain config");
         let map = once.json.as_object().expect("an object");
         let mut again = map.clone();
-        // The output leaves out what its own defaults would bring back, and its own window is the limit.
+        // The output omits keys that its own defaults restore, and its own window is the limit.
         let is_needed = matches!(family.windows, Windows::AllBut(..));
         let window = if is_needed { json!(100) } else { Value::Null };
         again.insert("sliding_window".to_owned(), window);
@@ -164,7 +165,8 @@ fn an_active_window_limits_the_context_and_an_idle_one_does_not() {
     assert_eq!(length("qwen2", typed), 100);
 }
 
-/// On a CPU, where its caches are restored, mistral.rs is told the window less 1 and takes prompts beyond it.
+/// On a CPU, where its caches are restored, mistral.rs gets the window minus 1 and takes prompts longer than the
+/// window.
 #[test]
 fn windows_are_told_less_one_where_caches_are_restored() {
     let windowed = json!({"sliding_window": 100});

@@ -1,4 +1,4 @@
-//! `POST /v1/chat/completions`: a conversation, by the model's own chat template.
+//! `POST /v1/chat/completions`: answers a conversation with the model's own chat template.
 
 use axum::extract::State;
 use axum::response::Response as HttpResponse;
@@ -98,7 +98,7 @@ impl ChatKeys {
     }
 }
 
-/// How the prompt ends: vLLM's keys, and the `prefix` of Mistral's and DeepSeek's interfaces.
+/// How the prompt ends: reads vLLM's keys, and `prefix` as in the interfaces of Mistral and DeepSeek.
 fn end(opens: Option<bool>, continues: bool, messages: &Messages) -> Result<End, ApiError> {
     if !continues && !messages.is_prefix {
         return Ok(match opens {
@@ -127,7 +127,7 @@ fn end(opens: Option<bool>, continues: bool, messages: &Messages) -> Result<End,
     }
 }
 
-/// The schema that `response_format` holds an answer to: any JSON object is one that fits an empty schema for objects.
+/// The schema of `response_format`. For any JSON object it is an empty schema for objects.
 fn schema(format: Value) -> Result<Option<Value>, ApiError> {
     let at = "response_format";
     let mut format = object_at(at, format)?;
@@ -159,17 +159,17 @@ fn schema(format: Value) -> Result<Option<Value>, ApiError> {
     }
 }
 
-/// Answers as messages, and as deltas of one.
+/// Formats answers as messages, and chunks as deltas.
 pub(super) struct ChatForm {
-    /// Whether only the first of several tool calls is wanted.
+    /// Whether only the first of several tool calls is returned.
     pub(super) one_tool_call: bool,
-    /// Whether the answer is held to a call.
+    /// Whether the answer must be a tool call.
     pub(super) must_call: bool,
-    /// Whether the answer continues a text, so that white space at its beginning belongs to it.
+    /// Whether the answer continues a text. White space at its beginning then belongs to it.
     pub(super) continues: bool,
 }
 
-/// What a choice says, and what a chunk adds to it.
+/// The content of a choice or of a chunk.
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Said {
@@ -181,7 +181,7 @@ pub(super) enum Said {
     },
     Delta {
         content: String,
-        /// Who speaks; only the first chunk says so, as clients add up what they get.
+        /// The role. Only the first chunk has it, because clients concatenate the chunks.
         #[serde(skip_serializing_if = "Option::is_none")]
         role: Option<&'static str>,
         #[serde(flatten)]
@@ -189,7 +189,7 @@ pub(super) enum Said {
     },
 }
 
-/// What goes along with a text.
+/// The fields besides the text.
 #[derive(Serialize)]
 pub(super) struct More {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -201,10 +201,10 @@ pub(super) struct More {
 const ROLE: &str = "assistant";
 
 impl ChatForm {
-    /// `piece`, with a call that its limit has cut as a call.
+    /// Returns `piece`; a tool call that the token limit has cut is returned as a call.
     fn with_cut_call(&self, mut piece: Piece) -> Piece {
         let is_cut = self.must_call && piece.finish_reason.as_deref() == Some("length");
-        // Half a call is no text.
+        // An incomplete call is not shown as text.
         let cut = piece.text.take_if(|_| is_cut);
         if let Some((name, arguments)) = cut.as_deref().and_then(cut_call) {
             piece.tool_calls = Some(vec![ToolCallResponse {
@@ -273,7 +273,7 @@ impl Form for ChatForm {
                     {
                         Some(token) => restore(&text, token_text(token)),
                         None if self.continues => text,
-                        // As in a whole answer, which begins with its first character that is no white space.
+                        // As in a whole answer, which begins with its first character that is not white space.
                         None if is_first => text.trim_start().to_owned(),
                         None => text,
                     };

@@ -1,4 +1,4 @@
-//! `POST /v1/completions`: plain text, no template.
+//! `POST /v1/completions`: continues plain text, without a template.
 
 use axum::extract::State;
 use axum::response::Response as HttpResponse;
@@ -31,14 +31,14 @@ struct CompletionKeys {
     echo: bool,
 }
 
-/// A prompt as it is given.
+/// A prompt as the request gives it.
 #[derive(Debug, Clone, PartialEq)]
 enum Given {
     Text(String),
     Tokens(Vec<u32>),
 }
 
-/// What `prompt` must be.
+/// The error text for an invalid `prompt`.
 const PROMPTS: &str = "must be a text, a list of token ids, or a list of such, none of them empty";
 
 /// Continues texts, streamed or not.
@@ -69,7 +69,7 @@ pub(super) async fn handle(
     answer(asked, job, form).await
 }
 
-/// The text and the tokens of a prompt.
+/// Returns the text and the tokens of a prompt.
 async fn tokens(
     asked: &Asked,
     admission: &Admission,
@@ -80,7 +80,8 @@ async fn tokens(
             let plain = Either::Right(text.clone());
             let request = |response| plain_tokenization(plain, response);
             let inner = asked.tokens(admission, "prompt", request).await?;
-            // The tokenizer that mistral.rs has adds nothing, so what the model's own puts around plain text is added here.
+            // The tokenizer of mistral.rs adds no tokens, so the tokens that the model's own tokenizer puts around
+            // plain text are added here.
             let frame = &asked.lease.frame;
             Ok((text, [&*frame.prefix, &inner, &frame.suffix].concat()))
         }
@@ -111,7 +112,7 @@ fn prompt(tokens: Vec<u32>, is_scored: bool) -> Prompt {
     let (nobody, _) = channel(1);
     let params = SamplingParams::neutral();
     let mut request = NormalRequest::new_simple(messages, params, nobody, 0, None, None);
-    // For the tokens that come along; see `first_white_space`.
+    // Needed for the tokens of the answer; see `first_white_space`.
     request.return_logprobs = true;
     Prompt {
         request,
@@ -141,15 +142,15 @@ fn one_prompt(value: &Value) -> Option<Given> {
     }
 }
 
-/// Answers as texts.
+/// Formats answers as texts.
 struct CompletionForm {
-    /// What stands before the answers to each prompt.
+    /// The text before the answers, per prompt.
     leads: Vec<String>,
-    /// For each prompt.
+    /// Number of choices per prompt.
     n_choices: usize,
 }
 
-/// What a choice says, or a chunk adds to it.
+/// The content of a choice or of a chunk.
 #[derive(Serialize)]
 struct Said {
     text: String,
@@ -162,7 +163,7 @@ impl Form for CompletionForm {
     type Said = Said;
 
     fn scores_end(&self) -> bool {
-        // As in vLLM: harnesses for evaluation take the last score for that of a generated token.
+        // As in vLLM: evaluation harnesses expect the last score to belong to a generated token.
         true
     }
 

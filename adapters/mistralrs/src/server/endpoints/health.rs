@@ -1,4 +1,4 @@
-//! `GET /healthz`, or `/health` as probes of mistral.rs and vLLM have it: whether the process runs.
+//! `GET /healthz`, or `/health` as in the probes of mistral.rs and vLLM: whether the process runs.
 
 use axum::Json;
 use serde_json::{Value, json};

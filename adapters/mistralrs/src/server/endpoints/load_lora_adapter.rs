@@ -72,7 +72,7 @@ async fn load_confined(app: &App, request: &LoadRequest) -> Result<Lease, ApiErr
         .map_err(|error| ApiError::below(root, &error))
 }
 
-/// The canonical form of `path` if that lies below the canonical `root`.
+/// Returns the canonical form of `path` if it is below the canonical `root`.
 fn confine(root: &Path, path: &Path) -> Result<PathBuf, ApiError> {
     let outside = || {
         ApiError::new(
@@ -85,14 +85,14 @@ fn confine(root: &Path, path: &Path) -> Result<PathBuf, ApiError> {
         return Err(outside());
     }
     let full = root.join(path).canonicalize().map_err(|_| {
-        // What exists elsewhere is nobody's business.
+        // The error does not reveal what exists elsewhere.
         if path.is_absolute() && !path.starts_with(root) {
             return outside();
         }
         let message = "there is no such adapter below the adapter root";
         ApiError::invalid("lora_path", message)
     })?;
-    // Symlinks are resolved by now, so one that leaves the root shows.
+    // Symlinks are resolved at this point, so a symlink that leaves the root is found.
     if full == root || !full.starts_with(root) {
         return Err(outside());
     }

@@ -1,4 +1,4 @@
-//! `GET /v1/lora_adapters`: the adapters served, and where below the root they lie.
+//! `GET /v1/lora_adapters`: the served adapters, and their paths below the root.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::server::App;
 use crate::server::registry::Generation;
 
 fn adapter(generation: &Generation, root: Option<&Path>) -> Value {
-    // Relative to the root; where an adapter outside it lies is nobody's business.
+    // The path is relative to the root; a path outside the root is not revealed.
     let source = || {
         let path = generation.source()?.canonicalize().ok()?;
         Some(path.strip_prefix(root?).ok()?.display().to_string())

@@ -1,4 +1,4 @@
-//! The endpoints: each in a file of its own, and a line in the list.
+//! The endpoints. Each has its own file and one entry in the list.
 
 mod chat_completions;
 mod completions;
@@ -42,7 +42,7 @@ use super::{App, AppState};
 use crate::field_names::field_names;
 use unknown::Offered;
 
-/// Every endpoint there is: mistral.rs's own router, with its unguarded administration, is not mounted.
+/// All endpoints. mistral.rs's own router is not mounted, because its administration is not guarded.
 fn endpoints() -> Vec<Endpoint> {
     use Right::{Administrator, Anyone, Inference};
     vec![
@@ -124,7 +124,7 @@ fn is_reloadable(app: &AppState) -> bool {
     is_administered(app) && app.source.get().is_some()
 }
 
-/// The endpoints that `app` offers, and what stands before them.
+/// The router of the endpoints that `app` offers, with all checks before them.
 pub(super) fn router(app: App) -> Router {
     let mut router = Router::new();
     let mut offered = Vec::new();
@@ -147,7 +147,7 @@ pub(super) fn router(app: App) -> Router {
             unknown::no_method(&others, &method, uri.path())
         })
         .layer(DefaultBodyLimit::max(app.config.limits.max_body_bytes))
-        // What has another encoding goes on to be refused by its name.
+        // A body in another encoding passes through, and is refused later by the name of the encoding.
         .layer(RequestDecompressionLayer::new().pass_through_unaccepted(true))
         .layer(from_fn_with_state(app.clone(), guard::guard));
     match cors(&app.config.allowed_origins) {
@@ -157,13 +157,13 @@ pub(super) fn router(app: App) -> Router {
     .with_state(app)
 }
 
-/// How long a browser may take an answer about `origins` for granted.
+/// Time for which a browser may cache an answer about `origins`.
 const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 
-/// What browsers are told about `origins`; nothing, which they take for a no, where there are none.
+/// The CORS headers for `origins`. Without origins there are no headers, and browsers then refuse the access.
 ///
-/// Every header may be sent that a page wants to send: SDKs have a dozen of their own, and a page that may send its user's key
-/// gains nothing by another one.
+/// A page may send any header. SDKs have many headers of their own, and a page that may send its user's key gains
+/// nothing from another header.
 fn cors(origins: &[String]) -> Option<CorsLayer> {
     if origins.is_empty() {
         return None;
@@ -187,7 +187,7 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
     )
 }
 
-/// Runs `work` to its end even if the client leaves: half a change is none that anybody asked for.
+/// Runs `work` to its end even if the client leaves, so that no change is left half done.
 async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -200,7 +200,7 @@ async fn detached<T: Send + 'static>(
         .map_err(|error| ApiError::internal(error.to_string()))?
 }
 
-/// The object in `body`. The error names the key that is wrong.
+/// Parses the object in `body`. The error names the key that is wrong.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let fields = object(body)?;
     let read = |fields: &Map<String, Value>| T::deserialize(Value::Object(fields.clone()));
@@ -209,7 +209,7 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
         let named = |name: &&&str| message.contains(&format!("`{name}`"));
         let wrong = match message.starts_with("missing field") {
             true => field_names::<T>().iter().find(named).copied(),
-            // serde does not say which key it was at: the one without which the error is another.
+            // serde does not report the key of the error. It is the key without which the error changes.
             false => fields.keys().map(String::as_str).find(|key| {
                 let mut others = fields.clone();
                 others.remove(*key);

@@ -1,4 +1,4 @@
-//! `GET /v1/models/NAME`: one of the names served.
+//! `GET /v1/models/NAME`: one of the served names.
 
 use axum::Json;
 use axum::extract::{Path, State};

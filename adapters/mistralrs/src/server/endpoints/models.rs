@@ -1,4 +1,4 @@
-//! `GET /v1/models`: every name served, bases and adapters with their `parent`; each with its generation.
+//! `GET /v1/models`: every served name (bases, and adapters with their `parent`), each with its generation.
 
 use axum::Json;
 use axum::extract::State;
@@ -8,12 +8,12 @@ use crate::server::App;
 use crate::server::registry::Generation;
 use crate::server::request::draw_name;
 
-/// A list of `data`.
+/// Formats `data` as a list.
 pub(super) fn list(data: impl Iterator<Item = Value>) -> Json<Value> {
     Json(json!({"object": "list", "data": Value::from_iter(data)}))
 }
 
-/// One name.
+/// Formats one name.
 pub(super) fn model(generation: &Generation) -> Value {
     json!({
         "id": generation.name,
@@ -30,14 +30,14 @@ pub(super) fn model(generation: &Generation) -> Value {
     })
 }
 
-/// A posterior draw of an adapter.
+/// Formats a posterior draw of an adapter.
 pub(super) fn draw(generation: &Generation, index: usize) -> Value {
     let mut draw = model(generation);
     draw["id"] = json!(draw_name(&generation.name, index));
     draw["root"] = json!(generation.name);
     draw["parent"] = json!(generation.name);
     draw["uncertainty"] = Value::Null;
-    // It shares what its adapter has.
+    // A draw shares the memory of its adapter.
     draw["weight_bytes"] = json!(0);
     draw
 }

@@ -1,4 +1,4 @@
-//! `GET /`: the page, and what it is made of. All of it comes with the program; nothing is fetched from elsewhere.
+//! `GET /`: the page and its files. They are part of the program; nothing is downloaded.
 
 use axum::Json;
 use axum::extract::State;
@@ -8,11 +8,11 @@ use axum::response::IntoResponse;
 use crate::config::PageExample;
 use crate::server::App;
 
-/// Nothing but what this server gives may be loaded, run or asked by the page, and no other page may frame it.
+/// The page may load, run and request only what this server provides, and no other page may frame it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// A file of the page; a newer program may have another one under its name.
+/// A file of the page. It is not cached, because a newer program may have another file under the same name.
 fn file(kind: &'static str, text: &'static str) -> impl IntoResponse {
     let headers: [(HeaderName, &str); 5] = [
         (header::CONTENT_TYPE, kind),
@@ -39,7 +39,7 @@ pub(super) async fn script() -> impl IntoResponse {
     )
 }
 
-/// The questions that it offers.
+/// The questions that the page offers.
 pub(super) async fn examples(State(app): State<App>) -> Json<Vec<PageExample>> {
     Json(app.config.examples.clone())
 }

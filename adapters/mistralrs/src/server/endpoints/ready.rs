@@ -1,4 +1,4 @@
-//! `GET /readyz`: whether the server takes requests, and every engine answers; not while it drains.
+//! `GET /readyz`: whether the server accepts requests and every engine answers. It is not ready while it drains.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! `POST /v1/responses`: a conversation as OpenAI's Responses interface has it. Nothing is stored.
+//! `POST /v1/responses`: answers a conversation in the format of OpenAI's Responses interface. It stores nothing.
 
 mod events;
 mod input;
@@ -28,7 +28,7 @@ use crate::server::logprobs::entries;
 use crate::server::messages::Messages;
 use crate::server::request::Asked;
 
-/// Keys of this endpoint alone.
+/// Keys that only this endpoint has.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct ResponseKeys {
@@ -58,7 +58,7 @@ struct ResponseKeys {
     prompt: Option<Value>,
 }
 
-/// Keys that mean here what they mean for chat.
+/// Keys with the same meaning as in chat completions.
 const SHARED: &[&str] = &[
     "model",
     "stream",

@@ -1,4 +1,4 @@
-//! `POST /v1/monteclora/score`: an answer, and how sure it is.
+//! `POST /v1/monteclora/score`: returns an answer and how certain it is.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,10 +27,10 @@ use crate::server::registry::{Lease, Scored};
 use crate::server::request::leased;
 use crate::server::tools;
 
-/// Most tokens of an answer in the model's own words, where neither the request nor the server says.
+/// Maximum number of tokens of an answer in the model's own words, if neither the request nor the server sets one.
 const MAX_TOKENS: usize = 128;
 
-/// Most choices of a request; each is computed.
+/// Maximum number of choices per request; each one is computed.
 const MAX_CHOICES: usize = 64;
 
 /// Keys of the body besides `model`.
@@ -54,12 +54,12 @@ struct ScoreKeys {
     temperature: Option<f64>,
 }
 
-/// A score with what it is of.
+/// A score, with its model and usage.
 #[derive(Serialize)]
 struct Answer {
     object: &'static str,
     model: String,
-    /// That of the files that answered, whatever has been loaded since.
+    /// Generation of the files that answered, even if others have been loaded since.
     generation: String,
     #[serde(flatten)]
     score: Score,
@@ -126,7 +126,7 @@ pub(super) async fn handle(
     ))
 }
 
-/// Counts how a score ended, also where the client left.
+/// Counts how a score ended, even if the client left.
 struct CountedEnd<'a> {
     app: &'a App,
     outcome: &'static str,
@@ -256,7 +256,7 @@ impl ScoreKeys {
     }
 }
 
-/// A conversation that is scored, as it was asked.
+/// A conversation to score, as the request gives it.
 struct Turns {
     messages: Value,
     tools: Option<Value>,
@@ -265,7 +265,7 @@ struct Turns {
 }
 
 impl Turns {
-    /// The row that it is, as `predict` reads it.
+    /// Converts it to a row as `predict` reads it.
     fn read(self, lease: &Lease) -> Result<ScorePrompt, ApiError> {
         let template = template(lease, "messages")?;
         let tools = tools::read(self.tools)?;
@@ -274,7 +274,7 @@ impl Turns {
         let mut kwargs = variables("chat_template_kwargs", self.kwargs, template, has_tools)?;
         let (enable, effort) = self.thinking;
         set_thinking(&mut kwargs, enable, effort)?;
-        // What the template does not read changes nothing, the calibration included.
+        // Variables that the template does not read change nothing, and must not change which calibration applies.
         kwargs.retain(|name, _| template.reads(name, has_tools));
         let messages = Messages::read("messages", Some(self.messages), template, has_tools)?;
         if messages
@@ -296,7 +296,7 @@ impl Turns {
     }
 }
 
-/// Sets its flag when it is dropped: nobody waits any more.
+/// Sets its flag when it is dropped, because then nobody waits any more.
 struct CancelOnDrop(Arc<AtomicBool>);
 
 impl Drop for CancelOnDrop {
@@ -305,8 +305,8 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Waits for its turn, and computes on a thread of its own, which holds the generation until it has ended. What cannot be answered is
-/// refused before it waits.
+/// Checks the request, waits for a place, and computes the score on its own thread. The thread holds the generation
+/// until it ends. A request that cannot be answered is refused before it waits for a place.
 async fn score(
     admission: &Admission,
     lease: &Lease,

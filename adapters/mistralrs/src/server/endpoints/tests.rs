@@ -1,4 +1,4 @@
-//! What holds for every endpoint of the list: a sample that it answers, rights that it keeps, and a row in the docs.
+//! Checks every endpoint of the list: its answer to a sample, its rights, and its row in the docs.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::fixture_tests::servable;
 use crate::fixture_tests::serving::{Running, toml_for};
 use crate::server::guard::Right;
 
-/// Endpoint, what it is asked, and the status of the answer.
+/// Endpoint, request body, and status of the answer.
 fn samples() -> Vec<(&'static str, Value, u16)> {
     let none = Value::Null;
     let messages = json!([{"role": "user", "content": "Why?"}]);
@@ -31,7 +31,7 @@ fn samples() -> Vec<(&'static str, Value, u16)> {
             json!({"input": "Why?", "max_output_tokens": 2}),
             200,
         ),
-        // No model of the sample has it enabled.
+        // No model of the sample has scoring enabled.
         (
             "POST /v1/monteclora/score",
             json!({"messages": messages, "choices": ["yes", "no"]}),

@@ -1,4 +1,4 @@
-//! What is said to a request that no endpoint takes: which one was meant, else what there is.
+//! The error for a request that matches no endpoint. It names the endpoint that was probably meant, else all endpoints.
 
 use axum::http::{Method, StatusCode};
 
@@ -13,7 +13,7 @@ pub(super) struct Offered {
 }
 
 impl Offered {
-    /// As the documentation writes it.
+    /// The path as in the documentation.
     pub(super) fn shown(&self) -> String {
         self.path.replace("{*name}", "NAME")
     }
@@ -26,7 +26,7 @@ impl Offered {
     }
 }
 
-/// 404: nothing is at `path`.
+/// The error 404: there is no endpoint at `path`.
 pub(super) fn no_path(offered: &[Offered], method: &Method, path: &str) -> ApiError {
     let shown: String = path.chars().take(128).collect();
     let hint = match meant(offered, path) {
@@ -42,7 +42,7 @@ pub(super) fn no_path(offered: &[Offered], method: &Method, path: &str) -> ApiEr
     ApiError::about_urls(StatusCode::NOT_FOUND, "not_found", message)
 }
 
-/// 405: what is at `path` takes another method.
+/// The error 405: the endpoint at `path` has another method.
 pub(super) fn no_method(offered: &[Offered], method: &Method, path: &str) -> ApiError {
     let right = offered.iter().filter(|offered| offered.takes(path));
     let right: Vec<String> = right.map(|offered| offered.method.to_string()).collect();
@@ -54,10 +54,11 @@ pub(super) fn no_method(offered: &[Offered], method: &Method, path: &str) -> Api
     )
 }
 
-/// The path of an endpoint that `path` is a common mistake for.
+/// The path of the endpoint that was probably meant by `path`.
 fn meant(offered: &[Offered], path: &str) -> Option<String> {
     const PREFIX: &str = "/v1";
-    // Doubled slashes, one at the end, and the prefix twice, which a client adds to a base URL that has it.
+    // Fixes doubled slashes, a slash at the end, and a doubled prefix. A client adds the prefix again if its base URL
+    // has it.
     let mut parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     while parts.len() > 1 && parts[0] == "v1" && parts[1] == "v1" {
         parts.remove(0);

@@ -1,4 +1,4 @@
-//! `POST /v1/unload_lora_adapter`: stops serving an adapter; requests in flight finish.
+//! `POST /v1/unload_lora_adapter`: stops serving an adapter; running requests finish.
 
 use axum::Json;
 use axum::extract::State;

@@ -1,4 +1,4 @@
-//! Jobs that a posterior draw answers: by the scorer's decoder over the shared base, never by an engine of its own.
+//! Jobs that a posterior draw answers. The scorer's decoder computes them on the shared base; a draw has no engine.
 
 use std::sync::Arc;
 
@@ -16,9 +16,10 @@ use crate::server::steps::Steps;
 use crate::server::vocabulary::Vocabulary;
 
 impl Worker {
-    /// One of the places of what is computed over the shared base at a time, with what scores; else how the wait for it ended.
+    /// Waits for one of the places that limit simultaneous work on the shared base. Returns the scorer and the place,
+    /// or how the job ends if the wait fails.
     async fn place(&self) -> Result<(&Scored, OwnedSemaphorePermit), JobEnd> {
-        // A draw is only served where there is a scorer.
+        // A draw is served only if there is a scorer.
         let scored = self.job.lease.scored.as_ref();
         let scored = scored.ok_or_else(|| self.end(JobEnd::Failed))?;
         let place = Semaphore::acquire_owned(scored.base.places.clone());
@@ -80,7 +81,7 @@ impl Worker {
                     self.tell(Ok((idx, Some(Said::Draw(piece)))));
                 },
                 outcome = &mut work => {
-                    // What was said last may still be on its way.
+                    // The last pieces may still be in the channel.
                     while let Ok(piece) = pieces.try_recv() {
                         if is_awaited {
                             self.tell(Ok((idx, Some(Said::Draw(piece)))));
@@ -111,7 +112,7 @@ impl Worker {
     }
 }
 
-/// Writes an answer token by token.
+/// Generates an answer token by token.
 struct Writer {
     steps: Arc<Steps>,
     vocabulary: Arc<Vocabulary>,
@@ -121,7 +122,7 @@ struct Writer {
 }
 
 impl Writer {
-    /// Nobody may be listening any more, which is no fault.
+    /// Sends a piece. The receiver may be gone, which is not an error.
     fn say(&self, text: String, finish_reason: Option<&str>) {
         let _ = self
             .sender
@@ -161,14 +162,15 @@ impl Writer {
     }
 }
 
-/// The first of the largest logits.
+/// The token with the largest finite logit; the first of several.
 fn most_likely(row: &[f32]) -> Option<u32> {
     let finite = (0u32..).zip(row).filter(|(_, logit)| logit.is_finite());
     let best = finite.reduce(|best, next| if next.1 > best.1 { next } else { best });
     best.map(|(token, _)| token)
 }
 
-/// Takes the whole characters off the front of `bytes`; what can be none shows as U+FFFD, and the beginning of one stays.
+/// Takes the complete characters from the front of `bytes`. Invalid bytes become U+FFFD; the incomplete beginning of a
+/// character stays.
 fn whole_text(bytes: &mut Vec<u8>) -> String {
     let mut text = String::new();
     loop {

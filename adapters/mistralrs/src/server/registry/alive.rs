@@ -1,4 +1,5 @@
-//! Whether engines answer: a first token before a model is served, and a short question whenever somebody wants to know.
+//! Checks whether engines answer: with a first token before a model is served, and with a short question for each
+//! readiness check.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,17 +14,17 @@ use crate::engine::{engine_error, plain_tokenization};
 use crate::error::{Error, Result};
 use crate::quirks_0_8::abandoned_requests::tokenize;
 
-/// How long an engine without work may take to answer a question.
+/// Time in which an idle engine must answer a question.
 const QUESTION: Duration = Duration::from_secs(2);
 
-/// How old an answer may be that is given to several who ask: anybody may ask.
+/// Maximum age of a result that several readiness checks share. Anybody may check, so checks must be cheap.
 const FRESH: Duration = Duration::from_millis(500);
 
-/// Leases of a generation that no request has, while its engine is at a question: the table's, that of whoever asks, that of the question and the
-/// one that is kept until the engine has answered it.
+/// Number of leases of a generation without requests while its engine answers a question. One belongs to the table, one
+/// to the caller, one to the question; one is kept until the engine has answered.
 const WITHOUT_WORK: usize = 4;
 
-/// Who did not answer when last asked.
+/// The time and the names of the silent engines of the last check.
 #[derive(Default)]
 pub(super) struct Readiness(tokio::sync::Mutex<Option<(Instant, Vec<String>)>>);
 
@@ -34,14 +35,14 @@ pub(crate) struct Pulse(Mutex<Option<Question>>);
 #[derive(Clone)]
 struct Question {
     asked: Instant,
-    /// Whether the engine answered, once that is known.
+    /// Whether the engine answered; none until this is known.
     outcome: watch::Receiver<Option<bool>>,
 }
 
 impl Registry {
-    /// Public names of what is served and whose engine does not answer.
+    /// Public names of the served models whose engine does not answer.
     ///
-    /// One that is at work on an answer has until `limit` for the step it is at.
+    /// An engine that is working on an answer has until `limit` for its current step.
     pub(crate) async fn silent(&self, limit: Duration) -> Vec<String> {
         let mut last = self.readiness.0.lock().await;
         match &*last {
@@ -63,7 +64,7 @@ impl Generation {
     /// Waits for the engine's first token.
     ///
     /// # Errors
-    /// If there is none within `limit`, or the engine fails.
+    /// Returns an error if there is no token within `limit`, or if the engine fails.
     pub(super) async fn prove(self: &Arc<Self>, limit: Duration) -> Result<()> {
         let turn = self.turns.take(false).await.map_err(engine_error)?;
         let held = (self.clone(), turn);
@@ -78,7 +79,7 @@ impl Generation {
         self.slot().has_ended()
     }
 
-    /// Asks the engine something that is quickly answered; after a panic, for a token.
+    /// Asks the engine a question with a quick answer; after a panic, asks for a token.
     async fn ask(self: &Arc<Self>, limit: Duration) -> Result<()> {
         let input = self.input()?;
         if !self.slot().is_proved() {
@@ -86,14 +87,14 @@ impl Generation {
         }
         let text = Either::Right("?".to_owned());
         let question = |response| plain_tokenization(text, response);
-        // What it answers does not matter.
+        // The content of the answer does not matter.
         match tokenize(input, question, self.clone()).await {
             Err(error) if self.has_ended() => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// The question that the engine is at, or a new one.
+    /// The question that the engine is answering, or a new one.
     fn question(self: &Arc<Self>, limit: Duration) -> Question {
         let mut last = self.pulse.0.lock();
         if let Some(question) = last.as_ref().filter(|last| last.outcome.borrow().is_none()) {
@@ -107,7 +108,7 @@ impl Generation {
                 tracing::error!(name = lease.name, %error, "an engine does not answer");
             }
             drop(lease);
-            // Those who asked may have gone.
+            // The callers may have gone away.
             let _ = sender.send(Some(outcome.is_ok()));
         });
         let asked = Instant::now();
@@ -116,7 +117,7 @@ impl Generation {
 }
 
 async fn is_alive(lease: Lease, limit: Duration) -> bool {
-    // A request, or this question, starts it again; but whoever asks is told that it had ended.
+    // A request or this question restarts the engine, but the caller learns that it had ended.
     let had_ended = lease.has_ended();
     let mut question = lease.question(limit);
     if had_ended {

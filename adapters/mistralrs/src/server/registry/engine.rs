@@ -1,4 +1,4 @@
-//! One loaded model: what it was made of, and its engine in the host.
+//! One loaded model: its specification, and its engine in the host.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -49,7 +49,8 @@ impl EngineSettings {
     }
 }
 
-/// All that an engine is made of, besides the base's files and the adapter, which the generation's hash stands for.
+/// Everything that an engine depends on, except the base's files and the adapter. The generation's hash represents
+/// those.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Spec {
     base: PathBuf,
@@ -59,16 +60,16 @@ pub(crate) struct Spec {
     /// Content of the template that replaces the model's own.
     chat_template: Option<Vec<u8>>,
     uncertainty: Option<UncertaintyConfig>,
-    /// Posterior draws that are models of their own.
+    /// Number of posterior draws served as separate models.
     draws: usize,
     settings: EngineSettings,
 }
 
-/// A model to be loaded, with the public name it is to answer for.
+/// A model to load, with its public name.
 #[derive(Clone)]
 pub(crate) struct Wanted {
     pub(crate) loader: MonteCloraLoader,
-    /// Base model's name, for an adapter.
+    /// Name of the base model, for an adapter.
     pub(crate) parent: Option<String>,
     scored: Option<ScoredBy>,
     spec: Spec,
@@ -96,7 +97,7 @@ impl Wanted {
                 dtype: model.dtype,
                 isq: model.isq,
                 device: model.device.location(),
-                // One that cannot be read is found by the check.
+                // The check reports a template that cannot be read.
                 chat_template: model
                     .chat_template
                     .as_ref()
@@ -116,7 +117,7 @@ impl Wanted {
         self.loader.adapter().map(Path::to_path_buf)
     }
 
-    /// The adapter as a scorer takes it.
+    /// The adapter in the form that a scorer takes.
     fn scored_adapter(&self) -> Option<ScoredAdapter<'_>> {
         let n_asked = self.scored.as_ref().map_or(0, |by| by.base.config.draws);
         Some(ScoredAdapter {
@@ -126,7 +127,7 @@ impl Wanted {
         })
     }
 
-    /// Checks the files and hashes their content; blocking.
+    /// Checks the files and hashes their content. It blocks.
     pub(crate) fn check(self) -> Result<Checked> {
         let Survey {
             max_sequence_length,
@@ -168,25 +169,25 @@ impl Wanted {
 pub(crate) struct Checked {
     pub(crate) wanted: Wanted,
     pub(crate) hash: String,
-    /// What the engine loads of it, without what only scores depend on.
+    /// Hash of what the engine loads, without the parts that only scores depend on.
     mean_hash: String,
     scorer: Option<ScorerSurvey>,
     weight_bytes: u64,
     max_sequence_length: usize,
     vocab_size: usize,
     frame: TextFrame,
-    /// What may be wrong with it; it is served nevertheless.
+    /// Possible faults that do not prevent serving.
     warnings: Vec<Problem>,
 }
 
-/// Where an adapter was loaded from, and what was found there.
+/// The directory from which an adapter was loaded, and the warnings about it.
 struct Source {
     dir: Option<PathBuf>,
     warnings: Vec<Problem>,
 }
 
 impl Checked {
-    /// Bytes of the engine's weights and of the scorer's.
+    /// Memory of the weights of the engine and of the scorer, in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.weight_bytes + self.scorer_bytes()
     }
@@ -195,7 +196,8 @@ impl Checked {
         self.scorer.as_ref().map_or(0, |scorer| scorer.bytes)
     }
 
-    /// Bytes that are free again with the generation: a base's copy for scores stays while an adapter uses it.
+    /// Memory that is freed with the generation, in bytes. The copy of a base for scores stays while an adapter uses
+    /// it.
     fn own_bytes(&self) -> u64 {
         match self.wanted.parent {
             Some(_) => self.bytes(),
@@ -213,7 +215,7 @@ impl Checked {
         }
     }
 
-    /// What scores it: on the copy of its base that `parent` has, or else a new one; blocking.
+    /// Loads the scorer on the base copy `parent`, or else on a new copy. It blocks.
     fn scored(
         &self,
         parent: Option<Arc<SharedBase>>,
@@ -243,7 +245,7 @@ impl Checked {
         Ok(Some(Scored { scorer, base }))
     }
 
-    /// The files are not those that were checked.
+    /// The error for files that differ from those that were checked.
     fn changed(&self) -> Error {
         let (name, hash) = (self.wanted.name(), &self.hash);
         let message = format!(
@@ -253,12 +255,12 @@ impl Checked {
         Problem::sentence(code::FILES_CHANGED, message).into()
     }
 
-    /// Whether it is this generation, whether or not scores are enabled now.
+    /// Whether this is the generation `generation`, with or without scores.
     pub(crate) fn is_generation(&self, generation: &str) -> bool {
         self.hash == generation || self.mean_hash == generation
     }
 
-    /// Whether `lease` is this very model already.
+    /// Whether `lease` is already this model.
     pub(crate) fn is(&self, lease: &Generation) -> bool {
         lease.hash == self.hash
             && lease.spec == self.wanted.spec
@@ -268,40 +270,41 @@ impl Checked {
 
 /// One loaded state of one public name.
 ///
-/// The table holds one reference and each request in flight another; the engine is removed with the last of them.
+/// The table holds one reference, and each running request holds another. When the last reference is dropped, the
+/// engine is emptied or ends.
 pub(crate) struct Generation {
     pub(crate) name: String,
-    /// Base model's name, for an adapter.
+    /// Name of the base model, for an adapter.
     pub(crate) parent: Option<String>,
     pub(crate) hash: String,
     /// See [`ScorerSurvey::content`].
     pub(crate) content: Option<String>,
-    /// Seconds since 1970.
+    /// Unix time in seconds.
     pub(crate) created: u64,
     pub(crate) max_sequence_length: usize,
-    /// Vectors of the embedding; its tokenizer may know more tokens.
+    /// Number of vectors in the embedding; the tokenizer may have more tokens.
     pub(crate) vocab_size: usize,
     /// Tokens that the model's tokenizer puts around plain text.
     pub(crate) frame: TextFrame,
     pub(crate) tokens: ModelTokens,
     pub(crate) sampling: Sampling,
-    /// What conversations are written out by; none for a model that only continues texts.
+    /// The template that renders conversations; none for a model that only continues text.
     pub(crate) template: Option<ChatTemplate>,
     spec: Spec,
-    /// Of several directories with this content the one that was loaded last.
+    /// The directory of this content that was loaded last.
     source: Mutex<Source>,
-    /// What a request holds while the engine works on it.
+    /// The turns at the engine; a request holds one while the engine works on it.
     pub(crate) turns: Turns,
-    /// None only while it is dropped.
+    /// None only during the drop.
     engine: Option<Occupied>,
-    /// What scores its answers, if they are scored.
+    /// The scorer of its answers, if scoring is enabled.
     pub(crate) scored: Option<Scored>,
     pub(super) pulse: Pulse,
     memory: Option<Reservation>,
     reaper: Reaper,
 }
 
-/// A generation that is in use: it stays loaded as long as this is held.
+/// A generation in use; it stays loaded while this is held.
 pub(crate) type Lease = Arc<Generation>;
 
 impl Generation {
@@ -310,42 +313,42 @@ impl Generation {
         &engine.expect("it is taken only when this is dropped").slot
     }
 
-    /// The host of its engine, and of no other.
+    /// The host, which has only this engine.
     pub(crate) fn host(&self) -> Arc<MistralRs> {
         self.slot().host()
     }
 
-    /// Where its engine takes requests.
+    /// The input of the engine. An engine that has ended is restarted.
     ///
     /// # Errors
-    /// If the engine has ended and cannot be started again.
+    /// Returns an error if the engine has ended and cannot be restarted.
     pub(crate) fn input(&self) -> Result<Sender<Request>> {
         self.slot().input()
     }
 
-    /// Posterior draws that are models of their own.
+    /// Number of posterior draws served as separate models.
     pub(crate) fn n_draws(&self) -> usize {
         self.spec.draws
     }
 
-    /// Of a base with its copy for scores.
+    /// Memory of the weights in bytes. For a base it includes the copy for scores.
     pub(crate) fn weight_bytes(&self) -> u64 {
         let shared = self.scored.as_ref().filter(|_| self.parent.is_none());
         let shared = shared.map_or(0, |scored| scored.base.memory.bytes);
         shared + self.memory.as_ref().map_or(0, |memory| memory.bytes)
     }
 
-    /// The adapter's directory, which clients must not see as it is.
+    /// The adapter's directory. Clients must not see the full path.
     pub(crate) fn source(&self) -> Option<PathBuf> {
         self.source.lock().dir.clone()
     }
 
-    /// What may be wrong with it, with paths that clients must not see as they are.
+    /// The warnings about the adapter. They hold paths that clients must not see in full.
     pub(crate) fn warnings(&self) -> Vec<Problem> {
         self.source.lock().warnings.clone()
     }
 
-    /// Notes that the same content was loaded from where `checked` was.
+    /// Records that the same content was now loaded from the directory of `checked`.
     pub(crate) fn set_source(&self, checked: &Checked) {
         *self.source.lock() = checked.source();
     }
@@ -368,7 +371,7 @@ impl Drop for Generation {
     }
 }
 
-/// The loader's chat template. Says once what mistral.rs alone would make of it.
+/// The loader's chat template. Logs once where mistral.rs alone would render it differently.
 fn told(loader: &MonteCloraLoader) -> Result<Option<ChatTemplate>> {
     let template = loader.chat_template()?;
     if let Some(template) = &template {
@@ -377,7 +380,7 @@ fn told(loader: &MonteCloraLoader) -> Result<Option<ChatTemplate>> {
     Ok(template)
 }
 
-/// A model in memory that has no engine yet.
+/// A model in memory without an engine.
 struct Loaded {
     checked: Checked,
     model: NormalModel,
@@ -388,7 +391,8 @@ struct Loaded {
     memory: Reservation,
 }
 
-/// What `reserve` gives. Who unloads one adapter to load another need not know how long that takes.
+/// Retries `reserve` while memory is about to be freed. A client that unloads one adapter to load another need not wait
+/// in between.
 async fn patiently<T>(memory: &Memory, reserve: impl Fn() -> Result<T>) -> Result<T> {
     let begun = Instant::now();
     loop {
@@ -406,7 +410,7 @@ async fn patiently<T>(memory: &Memory, reserve: impl Fn() -> Result<T>) -> Resul
 }
 
 impl Loaded {
-    /// Loads what passed its checks; `parent` is the copy of its base that scores an adapter.
+    /// Loads a checked model; `parent` is the copy of its base that scores an adapter.
     async fn load(
         checked: Checked,
         parent: Option<Arc<SharedBase>>,
@@ -448,7 +452,7 @@ impl Loaded {
         .await
     }
 
-    /// In use, with the engine of `slot`, or one that ends with it; blocking.
+    /// Makes a lease with the engine of `slot`, or with a new engine that ends with the model. It blocks.
     fn with_engine(self, slot: Option<Slot>, reaper: &Reaper) -> Result<Lease> {
         let checked = self.checked;
         let source = checked.source();
@@ -481,14 +485,14 @@ impl Loaded {
     }
 }
 
-/// The engines of a registry, their memory, and the thread that takes models away from them.
+/// The engines of a registry, their memory, and the thread that removes models from them.
 pub(crate) struct Host {
     pub(super) memory: Arc<Memory>,
     pub(super) slots: Arc<Slots>,
-    /// How long an engine may take for the first token that it is asked for.
+    /// Maximum time for the first token of a new engine.
     pub(super) first_answer: Duration,
     reaper: Reaper,
-    /// Done to a new engine before it is asked; what it returns is kept until it has answered, or has not.
+    /// Applied to a new engine before its first request. The result is kept until the engine has answered or failed.
     #[cfg(test)]
     pub(super) hinder: Option<Hinder>,
 }
@@ -509,10 +513,10 @@ impl Host {
         })
     }
 
-    /// Loads a model and gives it an engine, which has answered a request when this returns.
+    /// Loads a model and gives it an engine. When this returns, the engine has answered a request.
     ///
-    /// `n_wanted` generations are served, or about to be; those beyond only finish their last requests. `parent` is the copy of an
-    /// adapter's base that scores answers.
+    /// `n_wanted` is the number of generations that are served or about to be. Further generations only finish their
+    /// last requests. `parent` is the copy of an adapter's base that scores answers.
     pub(crate) async fn add(
         &self,
         checked: Checked,
@@ -560,7 +564,7 @@ impl Host {
             .await
     }
 
-    /// Sees to it that the next load to `device` finds an engine that runs already.
+    /// Ensures that the next load to `device` finds a running engine.
     pub(super) async fn keep_one_ready(
         &self,
         device: &Device,
@@ -573,8 +577,8 @@ impl Host {
     }
 }
 
-/// Loading a model takes as long as reading it; one token takes far less.
+/// Default of [`Host::first_answer`]. Loading a model takes as long as reading it; one token takes far less.
 const FIRST_ANSWER: Duration = Duration::from_secs(60);
 
-/// How long a load waits for the memory of what was unloaded before it.
+/// Time that a load waits for the memory of models that were unloaded before it.
 const PATIENCE: Duration = Duration::from_secs(10);

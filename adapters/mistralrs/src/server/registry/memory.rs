@@ -1,4 +1,4 @@
-//! The memory budget: what the weights of all engines take together, and what they may take.
+//! The memory budget: the memory that the weights of all engines take, and its limit.
 
 use std::sync::Arc;
 
@@ -6,10 +6,10 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, Result, code};
 
-/// What is in use, and how much may be.
+/// The memory in use and its limit.
 #[derive(Debug)]
 pub(super) struct Memory {
-    /// Bytes; none means no limit.
+    /// Limit in bytes; none means no limit.
     budget: Option<u64>,
     used: Mutex<Used>,
     /// See [`ServeConfig::reclaim`](crate::ServeConfig::reclaim).
@@ -19,7 +19,7 @@ pub(super) struct Memory {
 #[derive(Debug, Clone, Copy, Default)]
 struct Used {
     n_generations: usize,
-    /// Those of them whose memory is about to be free.
+    /// Number of these generations whose memory will be freed soon.
     n_leaving: usize,
     bytes: u64,
 }
@@ -33,7 +33,7 @@ impl Memory {
         })
     }
 
-    /// Whether `needed` bytes fit besides what is in use.
+    /// Checks whether `needed` bytes fit in addition to the memory in use.
     pub(super) fn check(&self, name: &str, needed: u64) -> Result<()> {
         self.fits(name, needed, self.used.lock().bytes)
     }
@@ -41,15 +41,15 @@ impl Memory {
     /// Counts `needed` bytes as in use until the result is dropped.
     ///
     /// # Errors
-    /// [`code::OVER_BUDGET`] if they do not fit.
+    /// Returns [`code::OVER_BUDGET`] if they do not fit.
     pub(super) fn reserve(self: &Arc<Self>, name: &str, needed: u64) -> Result<Reservation> {
         self.take(name, needed, 1)
     }
 
-    /// [`Self::reserve`] for what is no generation.
+    /// As [`Self::reserve`], for memory that is not a generation.
     ///
     /// # Errors
-    /// As there.
+    /// Returns [`code::OVER_BUDGET`] if the bytes do not fit.
     pub(super) fn reserve_beside(self: &Arc<Self>, name: &str, needed: u64) -> Result<Reservation> {
         self.take(name, needed, 0)
     }
@@ -72,19 +72,19 @@ impl Memory {
         })
     }
 
-    /// Whether some of what is in use will be free in a moment.
+    /// Whether some of the memory in use will be freed soon.
     pub(super) fn is_leaving(&self) -> bool {
         self.used.lock().n_leaving > 0
     }
 
-    /// Lets the allocator hand freed pages back to the system.
+    /// Lets the allocator return freed pages to the system.
     pub(super) fn reclaim(&self) {
         if let Some(reclaim) = self.reclaim {
             reclaim();
         }
     }
 
-    /// Generations in memory, and the bytes of their weights.
+    /// The number of generations in memory, and the bytes of their weights.
     pub(super) fn in_use(&self) -> (usize, u64) {
         let used = self.used.lock();
         (used.n_generations, used.bytes)
@@ -106,7 +106,7 @@ impl Memory {
     }
 }
 
-/// Memory of one generation, held until its engine is gone, or of what several share.
+/// Memory of one generation, held until its engine no longer has it; or memory that several generations share.
 #[derive(Debug)]
 pub(super) struct Reservation {
     memory: Arc<Memory>,
@@ -116,14 +116,14 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// Notes that nobody needs the memory any more, and that it is free as soon as the engine has ended.
+    /// Records that nothing needs the memory any more. It is freed as soon as the engine has released the model.
     pub(super) fn leave(&mut self) {
         if !std::mem::replace(&mut self.is_leaving, true) {
             self.memory.used.lock().n_leaving += 1;
         }
     }
 
-    /// As [`Memory::reclaim`].
+    /// See [`Memory::reclaim`].
     pub(super) fn reclaim(&self) {
         self.memory.reclaim();
     }

@@ -1,4 +1,4 @@
-//! The thread that takes models away from engines when nobody needs them any more.
+//! The thread that removes models from engines when nothing needs them any more.
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -9,32 +9,33 @@ use super::slots::{Occupied, Slots};
 use crate::error::{Error, Result};
 use crate::loader::WeakPipeline;
 
-/// What freeing the weights may take once nobody holds them: a count of zero says that the destructor begins.
+/// Time that freeing the weights may take after the last reference is gone. A count of zero means that the destructor
+/// begins.
 const DESTRUCTION: Duration = Duration::from_millis(200);
 
-/// How often it is looked whether an idle engine has become superfluous.
+/// Interval between checks for superfluous idle engines.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// A generation that nobody needs any more.
+/// A generation that nothing needs any more.
 pub(super) struct Retired {
     pub(super) name: String,
     pub(super) generation: String,
     pub(super) engine: Occupied,
     pub(super) scored: Option<Scored>,
-    /// Counted as in use until the weights are gone.
+    /// Counts as in use until the weights are freed.
     pub(super) memory: Option<Reservation>,
 }
 
-/// A model whose engine does not give it away, but ends with it.
+/// A model whose engine does not release it, so the model is freed when the engine ends.
 struct Leaving {
     pipeline: WeakPipeline,
-    /// When nobody held the weights any more.
+    /// When the last reference to the weights was dropped.
     released: Option<Instant>,
     _memory: Option<Reservation>,
 }
 
 impl Leaving {
-    /// Whether the engine, which ends at its next step, or the destructor of its weights may still be at it.
+    /// Whether the engine, which ends at its next step, or the destructor of the weights may still hold memory.
     fn is_in_memory(&mut self) -> bool {
         if self.pipeline.strong_count() > 0 {
             return true;
@@ -43,7 +44,7 @@ impl Leaving {
     }
 }
 
-/// Empties engines whose last lease has gone, on a thread of its own: that blocks, which a task must not do.
+/// Removes the model from engines whose last lease is gone. It blocks, so it runs on its own thread and not in a task.
 #[derive(Clone)]
 pub(super) struct Reaper(mpsc::Sender<Retired>);
 
@@ -78,18 +79,19 @@ impl Reaper {
     }
 
     pub(super) fn remove(&self, retired: Retired) {
-        // With the reaper gone all the engines are going.
+        // If the reaper has ended, all engines are ending.
         let _ = self.0.send(retired);
     }
 }
 
-/// Frees the model of `retired` and makes its engine an idle one of `slots`; what is not free at once is returned.
+/// Frees the model of `retired` and returns its engine to the idle `slots`. Returns the model if it cannot be freed at
+/// once.
 fn empty(retired: Retired, slots: &Slots) -> Option<Leaving> {
     let (name, generation) = (retired.name, retired.generation);
     drop(retired.scored);
     match retired.engine.vacate() {
         Ok(slot) => {
-            // Before the engine is there for the next model, which may need the memory.
+            // The memory is freed before the engine is available: the next model may need the memory.
             drop(retired.memory);
             slots.put(slot);
             tracing::info!(name, generation, "removed");

@@ -1,4 +1,4 @@
-//! What scores the answers of a generation, beside its engine.
+//! The scorer of a generation's answers.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::scoring::{BaseScorer, ScoredBase, Scorer, ScorerSurvey, Scoring};
 
-/// What scores a model's answers, and on which base.
+/// The implementation that scores a model's answers, and the base that it uses.
 #[derive(Clone)]
 pub(super) struct ScoredBy {
     pub(super) scoring: Arc<dyn Scoring>,
@@ -40,7 +40,8 @@ impl ScoredBy {
     }
 }
 
-/// The generation of a model whose posterior and calibration change scores: of two adapters with one mean they tell which it is.
+/// The generation of a model whose posterior and calibration change its scores. It distinguishes two adapters with the
+/// same mean.
 pub(super) fn whole_generation(
     mean: &str,
     variables: &Map<String, Value>,
@@ -52,8 +53,8 @@ pub(super) fn whole_generation(
     }
 }
 
-/// The generation of an adapter whose answers are not scored: that of its posterior mean, unless it was trained with variables of the
-/// chat template, which decide its answers, too.
+/// The generation of an adapter whose answers are not scored. It is the generation of its posterior mean, unless the
+/// adapter was trained with variables of the chat template, because those also affect its answers.
 pub fn generation_of(mean: &str, variables: &Map<String, Value>) -> String {
     match variables.is_empty() {
         true => mean.to_owned(),
@@ -66,28 +67,31 @@ fn digest(mean: &str, more: &str) -> String {
     digest.chars().take(mean.len()).collect()
 }
 
-/// What scores the answers of a generation. The scorer goes first: it holds the base, whose memory is free afterwards.
+/// The scorer of a generation and its base. The scorer is dropped first: it holds the base, whose memory is then freed.
 pub(crate) struct Scored {
     pub(crate) scorer: Arc<dyn Scorer>,
     pub(crate) base: Arc<SharedBase>,
 }
 
-/// A base's copy for scores, which the base and all its adapters use.
+/// The copy of a base for scores; the base and all its adapters use it.
 pub(crate) struct SharedBase {
     pub(super) scorer: Arc<dyn BaseScorer>,
-    /// One for each score that is computed at a time.
+    /// One permit per score that is computed at the same time.
     pub(crate) places: Arc<Semaphore>,
-    /// One for each request that is looked at at a time, before it waits for such a place.
+    /// One permit per request that is checked at the same time, before the request waits for a place.
     pub(crate) checks: Arc<Semaphore>,
     pub(super) memory: Reservation,
 }
 
 impl Scored {
-    /// Runs `work` with the scorer on a thread of this name. `held`, the generation and its places among it, is let go when the work
-    /// has ended, whoever waits for it: after the scorer, which may be the last to hold what the generation announces.
+    /// Runs `work` with the scorer on a thread named `name`.
+    ///
+    /// `held` includes the generation and its places. It is released when the work has ended, even if nobody waits for
+    /// the result. It is dropped after the scorer, because the drop of the generation reports memory as free that the
+    /// scorer may still hold.
     ///
     /// # Errors
-    /// As [`blocking_as`].
+    /// Returns an error as [`blocking_as`].
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         name: &'static str,

@@ -1,4 +1,4 @@
-//! Slots: engines that outlive their models, and get another when the one they have is no longer needed.
+//! Slots: engines that outlive their models and get another model when they no longer need theirs.
 
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,35 +25,36 @@ use crate::quirks_0_8::logger_threads::{
 };
 use crate::quirks_0_8::thread_locals::on_fresh_thread;
 
-/// Idle slots that are kept for good: the next load finds an engine that runs already.
+/// Number of idle slots that are kept forever, so that the next load finds a running engine.
 const KEPT: usize = 1;
 
-/// How long further ones are kept, for what comes in waves.
+/// Time for which further idle slots are kept, because loads may come in waves.
 const KEPT_FOR: Duration = Duration::from_secs(60);
 
-/// How long a load waits for the engine of a generation that finishes its last requests, before it starts one more.
+/// Time that a load waits for the engine of a generation that finishes its last requests, before it starts another
+/// engine.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// One engine that is kept, whatever its model.
+/// An engine that stays while its models change.
 pub(crate) struct Slot {
     running: RwLock<Running>,
-    /// Whether it has answered a request since it was started, or got its model.
+    /// Whether the engine has answered a request since it was started or got its model.
     is_proved: AtomicBool,
-    /// What the engine steps.
+    /// The model that the engine runs.
     model: NormalModel,
     max_seqs: NonZeroUsize,
 }
 
-/// A running engine, in a host of its own: what fails in one, also under a lock of mistral.rs's, fails in that one only.
+/// A running engine in its own host. A failure in one host, even under a lock of mistral.rs, affects only that host.
 struct Running {
     host: Arc<MistralRs>,
-    /// Where it takes requests. It is kept: asked for that of an engine that has ended, mistral.rs starts it anew, with threads that it
-    /// may not get, under a lock that is then poisoned.
+    /// The input of the engine. It is kept here: if the engine has ended, asking mistral.rs for its input restarts it.
+    /// The restart needs threads that it may not get, and a failure poisons the lock.
     input: Sender<Request>,
 }
 
 impl Running {
-    /// Starts an engine that steps `model`; it takes a moment.
+    /// Starts an engine that runs `model`; this takes a moment.
     fn start(model: &NormalModel, max_seqs: NonZeroUsize) -> Result<Self> {
         require_threads(threads_of_an_engine())?;
         let pipeline = model.shared().clone();
@@ -61,7 +62,8 @@ impl Running {
             method: DefaultSchedulerMethod::Fixed(max_seqs),
         };
         let start = move || -> Result<_> {
-            // With one of several threads mistral.rs would ask the engine something, and wait for the answer without a limit.
+            // On a multi-threaded runtime mistral.rs would send the engine a request and wait for the answer without a
+            // limit.
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .build()
                 .map_err(engine_error)?;
@@ -86,7 +88,7 @@ impl Drop for Running {
 }
 
 impl Slot {
-    /// Starts an engine for `model`; blocking.
+    /// Starts an engine for `model`. It blocks.
     fn start(model: NormalModel, max_seqs: NonZeroUsize) -> Result<Self> {
         Ok(Self {
             running: RwLock::new(Running::start(&model, max_seqs)?),
@@ -105,20 +107,21 @@ impl Slot {
         &self.model
     }
 
-    /// Whether the engine has ended, by a panic.
+    /// Whether the engine has ended by a panic.
     pub(crate) fn has_ended(&self) -> bool {
         self.running.read().input.is_closed()
     }
 
-    /// Whether it has answered a request since it was started; one that was started again after a panic may panic again.
+    /// Whether the engine has answered a request since its start. An engine that was restarted after a panic may panic
+    /// again.
     pub(crate) fn is_proved(&self) -> bool {
         self.is_proved.load(Ordering::SeqCst)
     }
 
-    /// Where the engine takes requests. One that has ended is started again.
+    /// The input of the engine. An engine that has ended is restarted.
     ///
     /// # Errors
-    /// If it cannot be started again.
+    /// Returns an error if the engine cannot be restarted.
     pub(crate) fn input(&self) -> Result<Sender<Request>> {
         let input = self.running.read().input.clone();
         if !input.is_closed() {
@@ -133,12 +136,13 @@ impl Slot {
         Ok(running.input.clone())
     }
 
-    /// Asks for one token. Nothing else may be asked meanwhile where the engine takes one request at a time.
+    /// Asks the engine for one token. If the engine takes one request at a time, the caller must send nothing else
+    /// meanwhile.
     ///
-    /// The engine may be at it for longer than the caller waits; `held` is kept as long.
+    /// The engine may work longer than the caller waits; `held` is kept as long as the engine works.
     ///
     /// # Errors
-    /// If the engine cannot answer, or says that it failed.
+    /// Returns an error if the engine cannot answer or reports a failure.
     pub(crate) async fn probe(&self, held: impl Send + 'static) -> Result<()> {
         let (sender, mut receiver) = channel(1);
         let params = SamplingParams {
@@ -150,13 +154,13 @@ impl Slot {
         let id = self.host().next_request_id();
         let request = NormalRequest::new_simple(prompt, params, sender, id, None, None);
         let input = self.input()?;
-        // A task of its own: the engine must find a receiver whenever it answers.
+        // A separate task: the engine must always find a receiver.
         let work = tokio::spawn(async move {
             let _held = held;
             let request = Request::Normal(Box::new(request));
             input.send(request).await.map_err(engine_error)?;
             let answer = receiver.recv().await.ok_or_else(silent);
-            // It makes one more step of it, at which nothing else may be in its hands; see `late_step`.
+            // The engine makes one more step with this request, during which it must have no other; see `late_step`.
             while receiver.recv().await.is_some() {}
             answer
         });
@@ -174,7 +178,8 @@ impl Slot {
         }
     }
 
-    /// Whether the engine, which nobody waits for an answer of, comes to its last step, as `n_questions` tell; blocking.
+    /// Whether the engine, from which nobody awaits an answer, finishes its last step within the limit. It asks
+    /// `n_questions` to find out. It blocks.
     pub(super) fn is_idle(&self, n_questions: usize) -> bool {
         let input = self.running.read().input.clone();
         let deadline = Instant::now() + LAST_STEP;
@@ -192,7 +197,7 @@ impl Slot {
                         std::thread::sleep(Duration::from_micros(200));
                     }
                     Err(TryRecvError::Empty) => {
-                        // The engine must find a receiver whenever it answers.
+                        // The engine must always find a receiver.
                         std::mem::forget(receiver);
                         return false;
                     }
@@ -201,11 +206,11 @@ impl Slot {
         })
     }
 
-    /// Gives the engine `model` instead of its placeholder; blocking.
+    /// Gives the engine `model` instead of its placeholder. It blocks.
     pub(super) fn occupy(self, model: NormalModel) -> Result<Occupied> {
         match self.model.exchange(&model, LAST_STEP) {
             Ok(()) => {
-                // With this model it has to prove itself anew.
+                // With the new model the engine must answer a first request again.
                 self.is_proved.store(false, Ordering::SeqCst);
                 Ok(Occupied {
                     slot: self,
@@ -226,12 +231,12 @@ impl Slot {
 /// A slot whose engine has a model.
 pub(crate) struct Occupied {
     pub(crate) slot: Slot,
-    /// What the engine had before; none if it was started with its model, and ends with it.
+    /// The placeholder that the engine had before. None if the engine was started with its model and ends with it.
     placeholder: Option<NormalModel>,
 }
 
 impl Occupied {
-    /// An engine that never has another model than `model`; blocking.
+    /// Starts an engine that never has a model other than `model`. It blocks.
     pub(super) fn with(model: NormalModel, max_seqs: NonZeroUsize) -> Result<Self> {
         Ok(Self {
             slot: Slot::start(model, max_seqs)?,
@@ -239,10 +244,11 @@ impl Occupied {
         })
     }
 
-    /// Takes the model out and frees it; blocking.
+    /// Removes the model from the engine and frees it. It blocks.
     ///
     /// # Errors
-    /// If the engine does not give it away. It then ends when it can, and the model with it.
+    /// Returns a reference to the model if the engine does not release it. The engine then ends when it can, and frees
+    /// the model.
     pub(super) fn vacate(self) -> std::result::Result<Slot, WeakPipeline> {
         let Self { slot, placeholder } = self;
         let is_free = placeholder.is_some_and(|placeholder| {
@@ -259,14 +265,14 @@ impl Occupied {
 /// The idle slots of a registry.
 #[derive(Default)]
 pub(crate) struct Slots {
-    /// With the time since when.
+    /// Each slot with the time since which it is idle.
     idle: Mutex<Vec<(Slot, Instant)>>,
 }
 
 impl Slots {
-    /// A slot whose engine runs `max_seqs` sequences: an idle one, or else a new one on `device`.
+    /// Takes a slot whose engine runs `max_seqs` sequences: an idle one, or else a new one on `device`.
     ///
-    /// While `one_is_leaving`, that one's is waited for.
+    /// While `one_is_leaving` is true, it waits up to [`PATIENCE`] for the slot of the model that leaves.
     pub(super) async fn take(
         &self,
         device: &Device,
@@ -288,12 +294,12 @@ impl Slots {
 
     fn pop(&self, max_seqs: NonZeroUsize) -> Option<Slot> {
         let mut idle = self.idle.lock();
-        // After a change of `runtime.max_seqs` the former ones are of no use.
+        // Slots from before a change of `runtime.max_seqs` are useless.
         idle.retain(|(slot, _)| slot.max_seqs == max_seqs && !slot.has_ended());
         idle.pop().map(|(slot, _)| slot)
     }
 
-    /// Sees to it that the next load finds a slot.
+    /// Ensures that the next load finds a slot.
     pub(super) async fn keep_one_ready(
         &self,
         device: &Device,
@@ -314,10 +320,11 @@ impl Slots {
         self.idle.lock().push((slot, Instant::now()));
     }
 
-    /// Ends the engines of slots that nobody has needed for some time; whether there may be more of them later.
+    /// Ends the engines of slots that were idle for some time. Returns whether idle slots remain that may be ended
+    /// later.
     pub(super) fn trim(&self) -> bool {
         let mut idle = self.idle.lock();
-        // The one that was in use last is taken first, so the first is idle for the longest time.
+        // The slot that was used last is taken first, so the first slot has been idle longest.
         while idle.len() > KEPT && idle[0].1.elapsed() > KEPT_FOR {
             idle.remove(0);
         }
@@ -325,20 +332,20 @@ impl Slots {
     }
 }
 
-/// Runs `work` on a thread of its own, where it may block.
+/// Runs `work` on its own thread, where it may block.
 ///
 /// # Errors
-/// Those of `work`, and [`Error::no_threads`]: a pool of threads that cannot have another one panics.
+/// Returns an error as `work`, or [`Error::no_threads`] if no thread can be started. A thread pool would panic instead.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     blocking_as("loading", work).await
 }
 
-/// [`blocking`], on a thread of this name.
+/// As [`blocking`], on a thread named `name`.
 ///
 /// # Errors
-/// As there.
+/// Returns an error as [`blocking`].
 pub(super) async fn blocking_as<T: Send + 'static>(
     name: &'static str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -348,7 +355,7 @@ pub(super) async fn blocking_as<T: Send + 'static>(
         .name(name.to_owned())
         .spawn(move || {
             let outcome = catch_unwind(AssertUnwindSafe(work));
-            // Nobody may be waiting any more.
+            // The caller may have gone away.
             let _ = sender.send(outcome);
         })
         .map_err(|error| Error::no_threads(&error))?;
@@ -359,7 +366,7 @@ pub(super) async fn blocking_as<T: Send + 'static>(
         .map_err(|panic| stopped(panic_text(panic.as_ref())))?
 }
 
-/// Finds out whether `n` threads can be started now. mistral.rs and its runtime panic where they cannot.
+/// Checks whether `n` threads can be started now. If not, mistral.rs and its runtime would panic.
 fn require_threads(n: usize) -> Result<()> {
     let gate = Arc::new(Mutex::new(()));
     let closed = gate.lock();
@@ -377,7 +384,7 @@ fn require_threads(n: usize) -> Result<()> {
     }
     drop(closed);
     for thread in threads {
-        // It does nothing that could panic.
+        // The thread does nothing that could panic.
         let _ = thread.join();
     }
     outcome

@@ -1,4 +1,5 @@
-//! The state file: what was loaded and unloaded at run time, so that a server that is killed comes back as it was.
+//! The state file records which adapters were loaded and unloaded at run time, so that a restarted server serves the
+//! same models.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,28 +11,29 @@ use serde::{Deserialize, Serialize};
 use crate::config::{ModelConfig, ServeConfig};
 use crate::error::{Error, Result, code};
 
-/// Changes made at run time to what `serve.toml` says, by public name.
+/// Changes made at run time to the models of `serve.toml`, by public name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RunTimeState {
     pub(crate) adapters: BTreeMap<String, Change>,
 }
 
-/// What became of one name.
+/// The change of one name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Change {
     /// Public name of the base model.
     pub(crate) parent: String,
-    /// Adapter directory, relative to the adapter root where it lies below; nothing if the name was unloaded.
+    /// Adapter directory; relative to the adapter root if it is below that root. None if the name was unloaded.
     pub(crate) path: Option<PathBuf>,
     pub(crate) generation: Option<String>,
-    /// What `serve.toml` gave this name to when the change was made. If that is no longer so, the file wins.
+    /// The source that `serve.toml` gave to this name when the change was made. If the source has changed, the file
+    /// wins.
     pub(crate) replaces: Option<PathBuf>,
 }
 
 impl RunTimeState {
-    /// Drops the changes that `serve.toml` has overtaken, and returns their names.
+    /// Drops the changes that `serve.toml` supersedes, and returns their names.
     pub(crate) fn prune(&mut self, models: &[ModelConfig]) -> Vec<String> {
         let (kept, dropped) =
             std::mem::take(&mut self.adapters)
@@ -50,7 +52,7 @@ impl RunTimeState {
     }
 }
 
-/// Base and source that `serve.toml` gives to the adapter `name`.
+/// The base and the source that `serve.toml` gives to the adapter `name`.
 pub(crate) fn declared<'a>(models: &'a [ModelConfig], name: &str) -> Option<(&'a str, &'a Path)> {
     models.iter().find_map(|model| {
         let (_, source) = model.adapters.iter().find(|(alias, _)| alias == name)?;
@@ -61,7 +63,7 @@ pub(crate) fn declared<'a>(models: &'a [ModelConfig], name: &str) -> Option<(&'a
 #[derive(Debug, Clone)]
 pub(crate) struct StateFile {
     pub(super) path: PathBuf,
-    /// What recorded paths are relative to.
+    /// The directory to which recorded paths are relative.
     pub(super) root: PathBuf,
 }
 
@@ -73,10 +75,11 @@ impl StateFile {
         })
     }
 
-    /// The recorded state; an empty one if there is no file.
+    /// Reads the recorded state; an empty state if there is no file.
     ///
     /// # Errors
-    /// [`code::CONFIG`](crate::error::code::CONFIG) for a file that is not one of ours.
+    /// Returns [`code::CONFIG`](crate::error::code::CONFIG) for a file that is not a state file, and [`Error::Io`] for
+    /// a file that cannot be read.
     pub(crate) fn read(&self) -> Result<RunTimeState> {
         let text = match fs::read_to_string(&self.path) {
             Ok(text) => text,
@@ -93,7 +96,7 @@ impl StateFile {
         })
     }
 
-    /// Replaces the file at once: a reader, or a restart, sees the old state or the new one.
+    /// Replaces the file atomically: a reader, or a restart, sees the old state or the new one.
     pub(crate) fn write(&self, state: &RunTimeState) -> Result<()> {
         let mut text = serde_json::to_string_pretty(state)
             .map_err(|error| Error::io("write", &self.path)(error.into()))?;
@@ -109,7 +112,7 @@ impl StateFile {
         })
     }
 
-    /// The path to record for an adapter.
+    /// The path that is recorded for an adapter.
     pub(crate) fn relative(&self, source: &Path) -> PathBuf {
         source.strip_prefix(&self.root).unwrap_or(source).into()
     }

@@ -1,4 +1,4 @@
-//! What a changed configuration does, and what a restart remembers.
+//! Tests the effect of a changed configuration, and what a restart restores.
 
 mod kept_engines;
 
@@ -12,7 +12,7 @@ use crate::fixture_tests::copy_adapter;
 use crate::fixture_tests::{Case, servable, servable_too};
 use crate::{ServeFile, local_only};
 
-/// A directory with a `serve.toml`, an adapter root, and copies of two adapters of one base in it.
+/// A directory with a `serve.toml`, an adapter root, and copies of two adapters of one base.
 struct Site {
     dir: tempfile::TempDir,
     base: String,
@@ -40,13 +40,13 @@ impl Site {
         self.copy(&case.adapter, name);
     }
 
-    /// Makes the adapter `name` what lies in `from`.
+    /// Replaces the adapter `name` by a copy of `from`.
     fn copy(&self, from: &Path, name: &str) {
         let to = self.path(name);
         copy_adapter(from, &to);
     }
 
-    /// The resolved configuration of a base with `adapters`, each an alias and a directory.
+    /// The resolved configuration of a base with `adapters`, each given as alias and directory.
     fn config(&self, extra: &str, adapters: &[(&str, &str)]) -> ServeConfig {
         let mut text = format!(
             "[server]\nport = 0\n[admin]\nenabled = true\nadapter_root = 'adapters'\n[[models]]\nmodel_id = '{}'\nname = 'base'\ndevice.cpu = true\n{extra}\n",
@@ -120,7 +120,7 @@ fn only_the_difference_is_loaded() {
             &registry.lease(Some("base")).expect("served"),
             &base
         ));
-        // The one who still holds the old generation keeps its engine; it goes with the last of them.
+        // A holder of the old generation keeps its engine; the engine goes with the last holder.
         engines(&registry, 3).await;
         drop((a, base));
         engines(&registry, 2).await;
@@ -143,7 +143,7 @@ fn only_the_difference_is_loaded() {
             "a refused configuration changes nothing"
         );
 
-        // What an adapter is, is its content, wherever it lies and whatever it was.
+        // The content identifies an adapter, not its path or its former name.
         fs::remove_dir_all(site.path("two")).expect("removed");
         fs::rename(site.path("one"), site.path("two")).expect("moved");
         let applied = registry
@@ -166,7 +166,7 @@ fn only_the_difference_is_loaded() {
     });
 }
 
-/// What is counted as free is free: no engine, queue or log keeps a replaced model's weights.
+/// Memory that counts as free is free: no engine, queue or log keeps the weights of a replaced model.
 #[test]
 fn swaps_leave_nothing_in_memory() {
     let site = Site::new();
@@ -195,7 +195,7 @@ fn swaps_leave_nothing_in_memory() {
     });
 }
 
-/// Who unloads to load need not wait in between.
+/// A client that unloads one adapter to load another need not wait in between.
 #[test]
 fn memory_that_is_about_to_be_free_is_waited_for() {
     let site = Site::new();
@@ -209,7 +209,7 @@ fn memory_that_is_about_to_be_free_is_waited_for() {
         for source in [&one, &two, &one] {
             let lease = registry.load_adapter(load("a", source)).await;
             drop(lease.expect("it fits"));
-            // While it is served there is room for no other.
+            // While the adapter is served there is no room for another.
             let other = registry.load_adapter(load("b", &two)).await;
             assert_eq!(other.err().expect("refused").code(), code::OVER_BUDGET);
             registry.unload_adapter("a", None).await.expect("unloaded");
@@ -256,7 +256,7 @@ fn a_restart_serves_what_was_loaded_at_run_time() {
         };
         let refused = registry.load_adapter(nowhere).await.err();
         assert_eq!(refused.expect("refused").code(), code::MODEL_NOT_FOUND);
-        // Reading the same file again undoes none of it.
+        // Reading the same file again changes nothing.
         registry.apply(&config).await.expect("applied");
         served(&registry)
     });
@@ -267,7 +267,7 @@ fn a_restart_serves_what_was_loaded_at_run_time() {
     let again = run(async { served(&Registry::load(&config).await.expect("loaded")) });
     assert_eq!(again, before);
 
-    // Whoever edits serve.toml means it.
+    // An edit of serve.toml takes precedence.
     let edited = site.config("", &[("a", "one"), ("gone", "one")]);
     let names = run(async { served(&Registry::load(&edited).await.expect("loaded")) });
     assert!(
@@ -289,7 +289,7 @@ fn a_restart_serves_what_was_loaded_at_run_time() {
     );
 }
 
-/// What is announced is what is in memory, also where a trainer writes while models are loaded.
+/// The announced generation is the one in memory, even if a trainer writes files while models are loaded.
 #[test]
 fn files_that_change_between_check_and_load_are_not_served() {
     let site = Site::new();
@@ -330,7 +330,7 @@ fn a_start_that_fails_forgets_nothing() {
             "it was loaded at run time"
         );
     });
-    // Where the configuration is sound, it wins, and for good.
+    // If the configuration is valid, it takes precedence permanently.
     let right = site.config("", &[("b", "two")]);
     run(async { Registry::load(&right).await.expect("loaded") });
     run(async {
@@ -435,7 +435,7 @@ fn an_adapter_without_effect_is_served_on_demand_only() {
             .load_adapter(load("a", &still))
             .await
             .expect("it is meant");
-        // A restart with it serves it again.
+        // A restart with `force` serves the adapter again.
         drop(registry);
         let registry = Registry::load(&config).await.expect("loaded");
         assert!(registry.lease(Some("a")).is_some());

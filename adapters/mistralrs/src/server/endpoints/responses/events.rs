@@ -1,4 +1,4 @@
-//! An answer as it comes: named events, each with its number.
+//! A streamed answer: named, numbered events.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -15,7 +15,7 @@ use crate::server::job::RunningJob;
 use crate::server::logprobs::entries;
 use crate::server::stop::StopFilter;
 
-/// An item that is not whole yet.
+/// An item that is not complete yet.
 enum Open {
     Thought {
         id: String,
@@ -36,11 +36,11 @@ pub(super) struct Events {
     begun: bool,
     stop: StopFilter,
     scoring: Scoring,
-    /// Log-probabilities of tokens that have added no text yet.
+    /// Log-probabilities of tokens that have not added text yet.
     logprobs: Vec<Value>,
     queue: VecDeque<Event>,
     n_events: usize,
-    /// Items that are whole.
+    /// Complete items.
     items: Vec<Value>,
     open: Option<Open>,
     closed: bool,
@@ -104,7 +104,7 @@ impl Events {
         self.queue.push_back(event);
     }
 
-    /// As [`say`](Self::say), of the item that comes next.
+    /// As [`say`](Self::say), with the index of the next item.
     fn say_of_item(&mut self, name: &str, mut data: Value) {
         data["output_index"] = json!(self.items.len());
         self.say(name, data);
@@ -148,7 +148,7 @@ impl Events {
         }
     }
 
-    /// Takes along the log-probabilities of `piece`, which a stop text may have cut.
+    /// Records the log-probabilities of `piece`, which a stop text may have cut.
     fn score(&mut self, piece: &Piece, stopped: bool) {
         let shown = self.scoring.piece(&self.job, 0, piece, stopped);
         self.logprobs.extend(entries(&shown));
@@ -201,7 +201,7 @@ impl Events {
         });
     }
 
-    /// Ends the item that is open, if there is one.
+    /// Ends the open item, if there is one.
     fn end_item(&mut self, status: &str) {
         match self.open.take() {
             None => {}
@@ -227,7 +227,7 @@ impl Events {
         }
     }
 
-    /// Shows an item that is whole.
+    /// Sends a complete item.
     fn push(&mut self, item: Value) {
         self.say_of_item("response.output_item.done", json!({"item": item}));
         self.items.push(item);

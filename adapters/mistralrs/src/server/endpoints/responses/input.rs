@@ -1,14 +1,14 @@
-//! What a conversation is made of here: messages, calls of functions and their outcomes, thoughts.
+//! Reads the items of a conversation: messages, function calls and their outputs, reasoning.
 
 use serde_json::{Map, Value, json};
 
 use crate::server::api_error::ApiError;
 use crate::server::fields::{entries, object_at, refuse_others, wrong};
 
-/// Keys that a client sends back with an item of an answer.
+/// Keys that a client sends back with an item of an earlier answer.
 const KEPT: [&str; 2] = ["id", "status"];
 
-/// The messages that `input` and `instructions` are, in the form of chat.
+/// Converts `input` and `instructions` to messages in the format of chat completions.
 pub(super) fn messages(
     instructions: Option<Value>,
     input: Option<Value>,
@@ -45,7 +45,7 @@ pub(super) fn messages(
                 let last = messages
                     .last_mut()
                     .filter(|last| last["role"] == "assistant");
-                // What an assistant says and calls in one turn is one message of a chat.
+                // In a chat, the text and the calls of one assistant turn are one message.
                 match last.map(|last| &mut last["tool_calls"]) {
                     Some(Value::Array(calls)) => calls.push(call),
                     Some(calls) => *calls = json!([call]),
@@ -100,7 +100,7 @@ fn message(
     Ok(message)
 }
 
-/// Puts thoughts to the message that they led to, for templates that show them.
+/// Adds reasoning to the message that follows it, for templates that show reasoning.
 fn think(message: &mut Value, thoughts: &mut Vec<String>) {
     if !thoughts.is_empty() {
         message["reasoning_content"] = json!(thoughts.join("\n"));
@@ -108,7 +108,7 @@ fn think(message: &mut Value, thoughts: &mut Vec<String>) {
     }
 }
 
-/// A text, or parts that are joined by line ends.
+/// Reads a text, or a list of parts, which are joined by line feeds.
 fn text(at: &str, content: Value) -> Result<String, ApiError> {
     let parts = match content {
         Value::String(text) => return Ok(text),
@@ -162,7 +162,7 @@ fn outcome(at: &str, mut item: Map<String, Value>) -> Result<Value, ApiError> {
     Ok(json!({"role": "tool", "tool_call_id": id, "content": output}))
 }
 
-/// The text of a thought; summaries are no thoughts.
+/// Reads the text of a reasoning item; summaries are ignored.
 fn thought(at: &str, mut item: Map<String, Value>) -> Result<Option<String>, ApiError> {
     refuse_others(at, &item, &known(&["summary", "content"]))?;
     let Some(content) = item.remove("content") else {

@@ -1,4 +1,4 @@
-//! The answer as an object: its items, why it ended, and the settings that it came of.
+//! Formats the answer as an object: its items, why it ended, and the settings of its request.
 
 use mistralrs_core::ToolCallResponse;
 use serde_json::{Map, Value, json};
@@ -9,23 +9,23 @@ use crate::server::api_error::ApiError;
 use crate::server::job::Usage;
 use crate::server::stop::whole_characters;
 
-/// An id of the kind that `prefix` says.
+/// Makes a new id that begins with `prefix`.
 pub(super) fn new_id(prefix: &str) -> String {
     format!("{prefix}_{}", uuid::Uuid::new_v4().simple())
 }
 
-/// What an answer is made of so far.
+/// The parts of an answer received so far.
 #[derive(Debug, Default)]
 pub(super) struct Parts {
     pub(super) reasoning: Option<String>,
     pub(super) text: Option<String>,
     pub(super) calls: Vec<ToolCallResponse>,
-    /// Log-probabilities of the text, where they are wanted.
+    /// Log-probabilities of the text, if they are wanted.
     pub(super) logprobs: Vec<Value>,
 }
 
 impl Parts {
-    /// Takes a piece in, and returns why it is the last one, if it is.
+    /// Adds a piece. Returns the finish reason if the piece is the last one.
     pub(super) fn take(&mut self, piece: Piece) -> Option<String> {
         let parts = [
             (&mut self.reasoning, piece.reasoning),
@@ -40,7 +40,7 @@ impl Parts {
         piece.finish_reason
     }
 
-    /// The items of an answer that ended.
+    /// The items of a finished answer.
     fn items(&self, status: &str) -> Vec<Value> {
         let mut items = Vec::new();
         if let Some(reasoning) = &self.reasoning {
@@ -61,7 +61,7 @@ impl Parts {
     }
 }
 
-/// A message; without a part one that begins.
+/// Formats a message; without a part, a message that begins.
 pub(super) fn message(id: &str, part: Option<Value>, status: &str) -> Value {
     let content: Vec<Value> = part.into_iter().collect();
     json!({"id": id, "type": "message", "status": status, "role": "assistant", "content": content})
@@ -79,7 +79,7 @@ pub(super) fn thought(id: &str, text: &str, status: &str) -> Value {
     json!({"id": id, "type": "reasoning", "summary": [], "content": content, "status": status})
 }
 
-/// A call of a function, with its arguments or before they come.
+/// Formats a function call, with its arguments if `whole`.
 pub(super) fn call(id: &str, call: &ToolCallResponse, whole: bool, status: &str) -> Value {
     let arguments = if whole { &*call.function.arguments } else { "" };
     json!({"id": id, "type": "function_call", "status": status, "call_id": call.id, "name": call.function.name, "arguments": arguments})
@@ -94,7 +94,7 @@ pub(super) struct Answer {
     shown: Map<String, Value>,
 }
 
-/// The status of an answer, and of its last item, that ended for `reason`.
+/// The status of an answer that ended for `reason`, and of its last item.
 pub(super) fn status(reason: &str) -> &'static str {
     match reason {
         "length" => "incomplete",

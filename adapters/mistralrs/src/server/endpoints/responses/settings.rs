@@ -1,4 +1,4 @@
-//! What a request asks for, checked, and as its answer shows it again.
+//! The checked settings of a request, and the form in which its answer repeats them.
 
 use serde_json::{Map, Value, json};
 
@@ -12,15 +12,15 @@ use crate::server::tools::{FUNCTION_KEYS, read_function};
 
 #[derive(Debug)]
 pub(super) struct Settings {
-    /// In the form of chat.
+    /// Messages in the format of chat completions.
     pub(super) messages: Vec<Value>,
     pub(super) tools: Vec<Value>,
     pub(super) tool_choice: Option<ToolUse>,
     pub(super) parallel_tool_calls: bool,
-    /// The schema that an answer in JSON is held to.
+    /// The schema that an answer in JSON must follow.
     pub(super) schema: Option<Value>,
     pub(super) effort: Option<Effort>,
-    /// What the answer shows again.
+    /// The fields that the answer repeats.
     pub(super) shown: Map<String, Value>,
 }
 
@@ -83,7 +83,7 @@ impl Settings {
     }
 }
 
-/// Whether `include` asks for log-probabilities, the only thing that can be included.
+/// Whether `include` requests log-probabilities, the only supported entry.
 pub(super) fn wants_logprobs(include: Option<&Value>) -> Result<bool, ApiError> {
     const LOGPROBS: &str = "message.output_text.logprobs";
     match include {
@@ -98,7 +98,7 @@ pub(super) fn wants_logprobs(include: Option<&Value>) -> Result<bool, ApiError> 
     }
 }
 
-/// Refuses what rests on answers, conversations or prompts that a server has stored.
+/// Refuses keys that need stored answers, conversations or prompts.
 fn refuse_stored(keys: &ResponseKeys) -> Result<(), ApiError> {
     let stored = [
         ("previous_response_id", &keys.previous_response_id),
@@ -115,7 +115,7 @@ fn refuse_stored(keys: &ResponseKeys) -> Result<(), ApiError> {
     }
 }
 
-/// The format under `text`, as it is shown, and the schema that it is.
+/// Reads the format in `text`. Returns it as the answer repeats it, and its schema.
 fn format(text: Option<Value>) -> Result<(Value, Option<Value>), ApiError> {
     let plain = || (json!({"type": "text"}), None);
     let Some(text) = text else { return Ok(plain()) };
@@ -170,7 +170,7 @@ fn effort(reasoning: Option<&Value>) -> Result<Option<Effort>, ApiError> {
         .map_err(|error: serde_json::Error| wrong("reasoning.effort", &error.to_string()))
 }
 
-/// The functions, in the form of chat: here their keys stand beside the type.
+/// Converts functions to the format of chat completions. In this endpoint, the keys of a function are beside its type.
 fn tools(tools: Option<Value>) -> Result<Vec<Value>, ApiError> {
     let Some(tools) = tools else {
         return Ok(Vec::new());

@@ -111,7 +111,7 @@ fn ask(server: &Running, more: Value, status: u16) -> Value {
     parse(server.post(PATH, &body), status)
 }
 
-/// The names and data of all events, after which comes `[DONE]`.
+/// The names and data of all events before `[DONE]`.
 fn events(server: &Running, more: &Value) -> Vec<(String, Value)> {
     let mut body = json!({"model": "tuned", "input": "Why?", "temperature": 0, "max_output_tokens": 12, "stream": true});
     for (key, value) in more.as_object().expect("an object") {
@@ -133,7 +133,7 @@ fn events(server: &Running, more: &Value) -> Vec<(String, Value)> {
     events
 }
 
-/// What is the same in two answers to one request.
+/// The part of a response that is equal in two answers to one request.
 fn comparable(response: &Value) -> Value {
     let mut response = response.clone();
     for key in ["id", "created_at", "completed_at"] {

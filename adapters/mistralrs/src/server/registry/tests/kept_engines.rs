@@ -1,11 +1,11 @@
-//! Engines that are kept while models come and go, and that end, hang and work.
+//! Tests engines that are kept while models change, and engines that end, hang and work.
 
 use tokio::sync::mpsc::error::TryRecvError;
 
 use super::*;
 use crate::quirks_0_8::late_step;
 
-/// An engine goes on for a step after it has given raw logits; a model that leaves it has seen that step.
+/// An engine continues for one step after it has given raw logits; a model that leaves it has finished that step.
 #[test]
 fn an_engine_is_idle_after_its_last_step() {
     let site = Site::new();
@@ -22,7 +22,7 @@ fn an_engine_is_idle_after_its_last_step() {
             assert!(is_raw, "something else than logits");
             let ask = move || Ok(lease.slot().is_idle(n_questions));
             assert!(blocking(ask).await.expect("asked"));
-            // A sequence that is gone has let go of where its answers go.
+            // A sequence that is gone has dropped its response sender.
             let end = loop {
                 match receiver.try_recv() {
                     Ok(_) => continue,
@@ -32,14 +32,14 @@ fn an_engine_is_idle_after_its_last_step() {
             let is_at_work = end == TryRecvError::Empty;
             n_at_work += usize::from(is_at_work);
             assert!(!is_at_work || n_questions == 0, "it is still at it");
-            // The engine must find a receiver whenever it answers.
+            // The engine must always find a receiver.
             while receiver.recv().await.is_some() {}
         }
         assert!(n_at_work > 0, "there is no late step any more");
     });
 }
 
-/// A request for the token after one, as `change` has it, and where its answer comes.
+/// Makes a request for the next token after one token, modified by `change`, and the receiver of its answer.
 fn request(
     change: impl FnOnce(&mut mistralrs_core::NormalRequest),
 ) -> (
@@ -56,7 +56,8 @@ fn request(
     (request, receiver)
 }
 
-/// A load whose engine says nothing is refused, and all is as it was: what is served, what is in memory, and that the next load works.
+/// A load whose engine does not answer is refused. The served models and the memory stay as before, and the next load
+/// works.
 #[test]
 fn a_model_whose_engine_does_not_answer_is_not_announced() {
     let site = Site::new();
@@ -86,7 +87,7 @@ fn a_model_whose_engine_does_not_answer_is_not_announced() {
     });
 }
 
-/// Nothing that `/readyz` says is from hearsay: engines that have ended, that hang, and that work.
+/// `/readyz` reports the real state of engines that have ended, that hang, and that work.
 #[test]
 fn engines_that_do_not_answer_are_named() {
     let site = Site::new();
@@ -96,7 +97,7 @@ fn engines_that_do_not_answer_are_named() {
         let registry = Registry::load(&config).await.expect("loaded");
         let none: [&str; 0] = [];
         let told = async || {
-            // What was said a moment ago is said again.
+            // Longer than the time for which a result is repeated.
             tokio::time::sleep(Duration::from_millis(600)).await;
             registry.silent(limit).await
         };
