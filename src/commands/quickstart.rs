@@ -117,7 +117,11 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         .into_iter()
         .collect();
     let config = RunConfig::from_toml(&text, &paths.run.display().to_string(), &overrides)?;
-    let prepared = Prepared::new(config, Some(base.clone()))?;
+    let base_of_run = Some(base.clone());
+    let prepared = match goes_on {
+        true => Prepared::resumed(config, base_of_run)?,
+        false => Prepared::new(config, base_of_run)?,
+    };
     prepared.warn();
 
     let device = candle_core::Device::Cpu;

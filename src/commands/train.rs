@@ -16,7 +16,10 @@ use crate::train::{Begin, Event, Interrupt, Prepared, begin, without_file};
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let config = configuration(args)?;
-    let prepared = Prepared::new(config, None)?;
+    let prepared = match args.resume {
+        Some(_) => Prepared::resumed(config, None)?,
+        None => Prepared::new(config, None)?,
+    };
     prepared.warn();
     let output_dir = prepared.run.train.output_dir.clone();
     if args.dry_run {

@@ -165,8 +165,22 @@ impl Encoder {
         variables: Map<String, Value>,
         options: EncodeOptions,
     ) -> Result<Arc<Self>, Error> {
+        Self::at_time(dir, chat_template, variables, options, SystemTime::now())
+    }
+
+    /// As [`Self::with_variables`], for templates that write the date: `now` is the time they get.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`].
+    pub fn at_time(
+        dir: &Path,
+        chat_template: Option<&Path>,
+        variables: Map<String, Value>,
+        options: EncodeOptions,
+        now: SystemTime,
+    ) -> Result<Arc<Self>, Error> {
         let tokenizer = Tokenizer::from_dir(dir)?;
-        let template = ChatTemplate::from_dir(dir, chat_template, SystemTime::now())?;
+        let template = ChatTemplate::from_dir(dir, chat_template, now)?;
         let template = template.map(|template| template.with_variables(variables));
         Ok(Arc::new(Self::new(tokenizer, template, options)))
     }

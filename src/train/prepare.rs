@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use candle_core::Device;
@@ -15,6 +16,7 @@ use monteclora_converters::{
     base_sample, other_conversation,
 };
 
+use super::record::template_time;
 use super::{
     Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints, init_from,
 };
@@ -60,6 +62,8 @@ pub struct Prepared {
     pub fingerprint: String,
     /// See [`base_sample`].
     pub(super) sample: Vec<f32>,
+    /// The time that the chat template gets, in seconds since 1970, if its text depends on the date.
+    pub(super) template_time: Option<u64>,
     pub(super) chat_template_sha256: Option<String>,
     pub(super) tokenizer_sha256: Option<String>,
 }
@@ -69,7 +73,21 @@ impl Prepared {
     ///
     /// # Errors
     /// What is wrong with any of them.
-    pub fn new(mut run: RunConfig, base: Option<Located>) -> Result<Self> {
+    pub fn new(run: RunConfig, base: Option<Located>) -> Result<Self> {
+        Self::at_time(run, base, SystemTime::now())
+    }
+
+    /// As [`Self::new`]. A run that is resumed gives its chat template the time of its first start, so that a template that
+    /// writes the date writes the same text on another day.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn resumed(run: RunConfig, base: Option<Located>) -> Result<Self> {
+        let first = template_time(&run.train.output_dir.join("run.json"));
+        Self::at_time(run, base, first.unwrap_or_else(SystemTime::now))
+    }
+
+    fn at_time(mut run: RunConfig, base: Option<Located>, now: SystemTime) -> Result<Self> {
         for note in &run.notes {
             tracing::warn!("{note}");
         }
@@ -108,12 +126,17 @@ impl Prepared {
             );
             return Err(Problem::usage(message).into());
         }
-        let encoder = Encoder::with_variables(
+        let encoder = Encoder::at_time(
             &base.dir,
             run.model.chat_template.as_deref(),
             run.data.template_variables.clone(),
             run.data.encode_options(max_seq_length),
+            now,
         )?;
+        let template = encoder.template();
+        let template_time = template
+            .filter(|template| template.depends_on_date())
+            .and_then(|_| Some(now.duration_since(UNIX_EPOCH).ok()?.as_secs()));
         encoder.tokenizer().check_vocab(model_config.vocab_size)?;
         if let Some(dir) = &run.lora.init_from {
             let settings = ConversationSettings {
@@ -152,6 +175,7 @@ impl Prepared {
             identity,
             fingerprint,
             sample,
+            template_time,
             chat_template_sha256,
             tokenizer_sha256,
             run,

@@ -1,6 +1,7 @@
 //! run.json: what a run is made of, so that it can be recognised, repeated and resumed.
 
 use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use candle_core::Device;
 use serde_json::{Value, json};
@@ -43,6 +44,7 @@ impl Prepared {
             "train": data(&self.train),
             "valid": self.valid.as_ref().map(data),
             "chat_template_sha256": self.chat_template_sha256,
+            "template_time": self.template_time,
             "tokenizer_sha256": self.tokenizer_sha256,
             "sites": self.sites,
             "trainable_parameters": parameters,
@@ -70,6 +72,14 @@ pub(super) fn finished_step(path: &Path) -> Option<u64> {
     let text = std::fs::read(path).ok()?;
     let record: Value = serde_json::from_slice(&text).ok()?;
     record["finished_step"].as_u64()
+}
+
+/// The time that the chat template got in the run of a run.json; `None` if its text does not depend on the date.
+pub(super) fn template_time(path: &Path) -> Option<SystemTime> {
+    let text = std::fs::read(path).ok()?;
+    let record: Value = serde_json::from_slice(&text).ok()?;
+    let seconds = record["template_time"].as_u64()?;
+    UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
 #[cfg(test)]

@@ -56,17 +56,15 @@ pub fn other_conversation(
         tokens(dir).filter(|_| carried.names().iter().any(|name| name == "tokenizer.json"))
         && tokens(base).is_some_and(|theirs| theirs != own)
     {
-        if let Some(problem) = ModelFiles::open(base)
+        let beyond = ModelFiles::open(base)
             .ok()
-            .and_then(|base| carried.beyond(&base))
-        {
-            warnings.push(problem);
-            return Ok(warnings);
-        }
-        let at = format!("`{}`", dir.join("tokenizer.json").display());
-        let message = "the adapter has a tokenizer of its own with other tokens than the base's, which is used";
-        let fix = "monteclora merge makes a model with the adapter's";
-        warnings.push(Problem::new("other-tokenizer", at, message, fix));
+            .and_then(|base| carried.beyond(&base));
+        warnings.push(beyond.unwrap_or_else(|| {
+            let at = format!("`{}`", dir.join("tokenizer.json").display());
+            let message = "the adapter has a tokenizer of its own with other tokens than the base's, which is used";
+            let fix = "monteclora merge makes a model with the adapter's";
+            Problem::new("other-tokenizer", at, message, fix)
+        }));
     }
     if let Some(record) = training_record(path)? {
         for warning in against_record(&record, base, written)? {

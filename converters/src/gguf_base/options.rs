@@ -42,7 +42,7 @@ pub(super) fn read(keys: &mut Keys<'_>, family: &Family, blocks: &Blocks) -> Map
         fields.insert("no_rope_layers".to_owned(), marks.into());
         fields.insert("no_rope_layer_interval".to_owned(), interval.into());
         let message =
-            format!("every {interval}th layer does not rotate, as in llama.cpp: no key says it");
+            format!("one layer in {interval} does not rotate, as in llama.cpp: no key says it");
         keys.findings.note(message);
     }
     for (multiplier, factor) in family.multipliers {
@@ -101,7 +101,7 @@ fn windows(keys: &mut Keys<'_>, family: &Family, blocks: &Blocks, fields: &mut M
             }
             if window.is_some() && pattern.is_none() {
                 let message = format!(
-                    "the file does not say which layers have a window: all but every {every}th, as in llama.cpp"
+                    "the file does not say which layers have a window: all but one in {every}, as in llama.cpp"
                 );
                 keys.findings.note(message);
             }

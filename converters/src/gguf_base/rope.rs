@@ -137,10 +137,10 @@ fn kind(keys: &mut Keys<'_>, sizes: Sizes, theta: f64) -> RopeKind {
         None if !has_kind => linear(keys),
         Some("yarn") => yarn(keys, sizes),
         kind => {
-            let message = format!(
-                "rotary scaling `{}` is not supported",
-                kind.unwrap_or("that is no text")
-            );
+            let message = match kind {
+                Some(kind) => format!("rotary scaling `{kind}` is not supported"),
+                None => "the type of rotary scaling is not a string".to_owned(),
+            };
             let fix = "supported: none, linear, yarn, longrope, and Llama 3's frequency factors";
             let at = keys.full(KIND);
             keys.findings.problem("rope_scaling", at, message, fix);

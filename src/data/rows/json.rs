@@ -10,8 +10,9 @@ use crate::data::error::field_problem;
 const FIX: &str = "expected one JSON object per line";
 
 /// Columns whose numbers reach the model.
-const READ: [&str; 7] = [
+const READ: [&str; 8] = [
     "messages",
+    "conversations",
     "prompt",
     "completion",
     "tools",
@@ -53,7 +54,10 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, Problem> {
     }
     if let Some((at, number)) = (long_integers(text).into_iter())
         .map(|(at, number)| (place(text, at), number))
-        .find(|(at, _)| READ.iter().any(|key| at.starts_with(key)))
+        .find(|(at, _)| {
+            let column = at.split(['.', '[']).next().unwrap_or(at);
+            READ.contains(&column)
+        })
     {
         let problem = format!("{number} is too long to be kept exactly");
         return Err(field_problem(at, problem, "write it as a string"));
