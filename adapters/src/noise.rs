@@ -121,7 +121,7 @@ fn normal(rng: &mut ChaCha8Rng) -> f64 {
     (-2.0 * libm::log(u)).sqrt() * libm::cos(TAU * v)
 }
 
-/// The 64-bit FNV-1a hash, so that a site's stream depends on its name and not on its place in a list.
+/// The 64-bit FNV-1a hash, so that a module's stream depends on its name and not on its position in a list.
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)

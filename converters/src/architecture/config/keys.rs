@@ -30,8 +30,8 @@ begin_suppress_tokens max_new_tokens output_router_logits router_aux_loss_coef";
 const DROPOUT: &str = "attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob resid_pdrop resid_dropout \
 embd_pdrop embed_dropout embedding_dropout attn_pdrop activation_dropout dropout layerdrop router_jitter_noise";
 
-/// Keys that change the numbers in other families, each with the value that has no effect. Null, false, 0 and empty
-/// values have no effect, unless a value is listed.
+/// Keys that change the numbers in other families, some with a value that has no effect (`=`). Null never has an
+/// effect, and false, 0 and empty values have none for keys without such a value.
 const CHANGES: &str = "embedding_multiplier=1 residual_multiplier=1 logits_scaling=1 logit_scale=1 scale_emb=1 mup_scale=1 \
 attention_multiplier=scale query_pre_attn_scalar=head_dim attn_scale=scale scale_depth dim_model_base attn_logit_softcapping \
 final_logit_softcapping clip_qkv attention_clamp_kqv qk_layernorm use_qk_norm qk_norm use_bidirectional_attention \
