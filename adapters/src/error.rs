@@ -2,24 +2,24 @@
 
 use monteclora_converters::Problem;
 
-/// What can go wrong in the method's mathematics.
+/// An error of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A tensor or vector has another shape than the posterior asks for.
+    /// A tensor or vector does not have the expected shape.
     #[error("{what}: expected shape {expected:?}, found {found:?}")]
     Shape {
-        /// The quantity that was looked at.
+        /// What has the shape.
         what: String,
-        /// The shape that was needed.
+        /// The expected shape.
         expected: Vec<usize>,
-        /// The shape that was given.
+        /// The shape that was found.
         found: Vec<usize>,
     },
     /// A candle operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
-    /// What a user can mend, or reading or writing an adapter failed.
+    /// A problem that the user can fix, or a failure to read or write an adapter.
     #[error(transparent)]
     Format(#[from] monteclora_converters::Error),
 }
@@ -33,7 +33,7 @@ impl From<Problem> for Error {
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Compares shapes and names the offender.
+/// Returns [`Error::Shape`] with the name `what` if the shapes differ.
 pub(crate) fn expect_shape(what: &str, expected: &[usize], found: &[usize]) -> Result<()> {
     if expected == found {
         return Ok(());

@@ -1,9 +1,9 @@
 //! MonteCLoRA (arXiv:2411.04358) on candle: the posterior of a low-rank adapter, its noise, its divergences, and the frozen
 //! projection that carries it.
 //!
-//! The posterior of a site is a Gaussian scale mixture around `lora_A`; `lora_B` is deterministic. The mathematics takes
-//! noise as an argument; [`noise`] alone draws it, counter-based. Gradients are exact vector-Jacobian products written by
-//! hand, so that nothing is ever computed for the frozen base.
+//! The posterior of a module is a Gaussian scale mixture around `lora_A`; `lora_B` is deterministic. The mathematics
+//! takes noise as an argument; only [`noise`] generates it, counter-based. Gradients are exact vector-Jacobian products
+//! written by hand, so that no gradient is computed for the frozen base.
 
 mod error;
 pub mod linalg;

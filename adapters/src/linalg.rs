@@ -48,7 +48,8 @@ impl<'a> Strided<'a> {
     }
 }
 
-/// `dst = scale * lhs rhs`, or `dst += scale * lhs rhs` with `accumulate`, on the calling thread; `dst` is row-major `[m, n]`.
+/// `dst = scale * lhs rhs`, or `dst += scale * lhs rhs` with `accumulate`, on the calling thread; `dst` is row-major
+/// `[m, n]`.
 ///
 /// # Panics
 /// When a slice is too short for the shape: the caller's shapes are wrong, and reading on would be out of bounds.
@@ -69,7 +70,7 @@ pub fn gemm_f32(
     unsafe { raw_gemm((m, n, k), dst, n, accumulate, lhs, rhs, scale, false) }
 }
 
-/// The product itself, into memory that may be uninitialised unless `accumulate` is set.
+/// Computes the product into memory that may be uninitialised unless `accumulate` is set.
 ///
 /// # Safety
 /// The factors must hold `[m, k]` and `[k, n]`, and `dst` `[m, n]` with rows `dst_row` apart, overlapping neither factor.
@@ -118,7 +119,7 @@ pub(crate) unsafe fn raw_gemm(
     }
 }
 
-/// Runs `f` on the elements of contiguous f32 tensors on the CPU; `None` when any of them is anything else.
+/// Calls `f` with the elements of contiguous f32 tensors on the CPU. Returns `None` if any tensor is not one.
 pub fn on_cpu<const N: usize, R>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> R,

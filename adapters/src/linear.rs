@@ -1,4 +1,4 @@
-//! A frozen projection that an [`Update`] may change: forward, and the backward that computes no gradient of the base.
+//! A frozen projection that an [`Update`] may change. Its backward pass computes no gradient of the base weight.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::product::{Factor, Precision, Product, sum_of_products};
 use crate::update::{Pulled, Update};
 use crate::weights::Weight;
 
-/// A projection of the base model; its weight is never a variable.
+/// A projection of the base model; its weight is never trained.
 #[derive(Debug, Clone)]
 pub struct FrozenLinear {
     weight: Arc<dyn Weight>,
@@ -23,12 +23,12 @@ pub struct Branch<'a> {
     linear: &'a FrozenLinear,
     update: Option<&'a dyn Update>,
     pulled: Pulled,
-    /// The mask its forward pass was given.
+    /// The dropout mask of its forward pass.
     dropout: Option<Tensor>,
 }
 
-/// `dx = sum_branches g W + (what the update adds) * mask`, `[tokens, in]`, of an input that several projections may share,
-/// accumulated in one buffer.
+/// Computes `dx = sum_branches g W + (terms of the update) * mask`, `[tokens, in]`: the gradient of an input that
+/// several projections may share, accumulated in one buffer.
 pub fn input_gradient(branches: &[Branch<'_>]) -> Result<Tensor> {
     let mut products = Vec::with_capacity(2 * branches.len());
     for branch in branches {
@@ -55,7 +55,7 @@ impl Branch<'_> {
             .map_or_else(Vec::new, |update| update.input_terms(&self.pulled))
     }
 
-    /// Gradients of the update's factors at the projection's input `x`; none without an update.
+    /// Returns the gradients of the update's factors at the projection's input `x`; empty without an update.
     pub fn gradients(&self, x: &Tensor, saved: &[Tensor]) -> Result<Vec<Tensor>> {
         match self.update {
             Some(update) => update.gradients(x, saved, &self.pulled),
@@ -65,7 +65,7 @@ impl Branch<'_> {
 }
 
 impl FrozenLinear {
-    /// A projection with `weight` `[out, in]` and optional `bias` `[out]`.
+    /// Creates a projection with `weight` `[out, in]` and optional `bias` `[out]`.
     pub fn new(weight: Arc<dyn Weight>, bias: Option<Tensor>) -> Result<Self> {
         let (out, _) = weight.dims()?;
         if let Some(bias) = &bias {
@@ -78,7 +78,7 @@ impl FrozenLinear {
         })
     }
 
-    /// Products of the weight are computed in `precision`, forward and backward; the update's stay f32.
+    /// Sets the precision of the weight's products, forward and backward; the update's products stay f32.
     pub fn set_precision(&mut self, precision: Precision) {
         self.precision = precision;
     }
@@ -88,7 +88,7 @@ impl FrozenLinear {
         self.weight.as_ref()
     }
 
-    /// What the product is added to: `residual + b`, whichever there is of them.
+    /// Returns what the product is added to: `residual` plus the bias, or the one of them that exists.
     pub fn start(&self, residual: Option<&Tensor>) -> Result<Option<Tensor>> {
         Ok(match (residual, &self.bias) {
             (Some(residual), Some(bias)) => Some(residual.broadcast_add(bias)?),
@@ -109,7 +109,8 @@ impl FrozenLinear {
         sum_of_products(start, &products)
     }
 
-    /// The projection at `x` `[tokens, in]`, changed by `update`, with what the backward pass needs; see [`Update::forward`].
+    /// Applies the projection, changed by `update`, to `x` `[tokens, in]`. Returns the output and what the backward
+    /// pass needs; see [`Update::forward`].
     pub fn forward(
         &self,
         x: &Tensor,
@@ -126,8 +127,8 @@ impl FrozenLinear {
         }
     }
 
-    /// Begins the backward pass at `upstream` `[tokens, out]`, the gradient of the output of [`Self::forward`] with the same
-    /// `update` and `dropout`. The base's own gradient is never formed.
+    /// Begins the backward pass from `upstream` `[tokens, out]`, the gradient of the output of [`Self::forward`] with
+    /// the same `update` and `dropout`. It never computes the gradient of the base weight.
     pub fn backward<'a>(
         &'a self,
         upstream: &Tensor,

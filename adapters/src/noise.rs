@@ -1,8 +1,8 @@
-//! Counter-based noise: the only place where random numbers of the method come from.
+//! Counter-based noise: the only source of the methods' random numbers.
 //!
-//! Value `k` of a stream is a function of `(seed, site, step, purpose, k)` alone: two ChaCha8 words at position `2k` give it by
-//! the Box-Muller transform, with the logarithm and the cosine of `libm`, so that it is the same on every machine, at any thread
-//! count and in any order of evaluation. Nothing is rejected, so no value ever shifts another.
+//! Value `k` of a stream depends only on `(seed, site, step, purpose, k)`. Two ChaCha8 words at position `2k` give it
+//! by the Box-Muller transform, with the logarithm and the cosine of `libm`, so it is the same on every machine, at any
+//! thread count and in any order of evaluation. No value is ever rejected, so none shifts another.
 
 use std::f64::consts::TAU;
 
@@ -30,7 +30,7 @@ pub enum Purpose {
     Dropout = 6,
 }
 
-/// The random numbers of one site at one step.
+/// The key of the random numbers of one module at one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key {
     seed: u64,
@@ -62,7 +62,7 @@ impl Key {
         rng
     }
 
-    /// `count` values uniform in `[0, 1)`, two words a value.
+    /// Returns `count` values uniform in `[0, 1)`, two words per value.
     pub fn uniforms(&self, purpose: Purpose, count: usize) -> Vec<f64> {
         let mut rng = self.stream(purpose);
         (0..count)
@@ -80,12 +80,12 @@ impl Key {
     }
 }
 
-/// Where the standard normal noise of one module at one step comes from: its [`Key`], or a recording.
+/// The source of the standard normal noise of one module at one step: its [`Key`], or a recording.
 pub trait Noise {
     /// `count` standard normal values, values `0..count` of the stream for `purpose`.
     fn normals(&self, purpose: Purpose, count: usize) -> Vec<f64>;
 
-    /// The same in single precision.
+    /// As [`Self::normals`], in single precision.
     fn normals_f32(&self, purpose: Purpose, count: usize) -> Vec<f32>;
 }
 
@@ -121,7 +121,7 @@ fn normal(rng: &mut ChaCha8Rng) -> f64 {
     (-2.0 * libm::log(u)).sqrt() * libm::cos(TAU * v)
 }
 
-/// The 64-bit FNV-1a hash, so that a site's stream depends on its name and not on its place in a list.
+/// The 64-bit FNV-1a hash, so that a module's stream depends on its name and not on its position in a list.
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)

@@ -12,7 +12,7 @@ use self::pieces::sum_in_pieces;
 use crate::error::{Result, expect_shape};
 use crate::weights::Weight;
 
-/// Accelerated CPU backends of candle replace `gemm`; then their product is used.
+/// candle's accelerated CPU backends replace `gemm`; with them, candle computes the product.
 const OWN_GEMM: bool = !cfg!(any(feature = "mkl", feature = "accelerate"));
 
 /// One factor of a product: a row-major matrix, taken as it is or transposed. A tensor is a [`Weight`], too.
@@ -60,14 +60,15 @@ impl<'a, M: Weight + ?Sized> Factor<'a, M> {
     }
 }
 
-/// How the numbers of a product are multiplied. Sums are f32 either way.
+/// Precision of a product's multiplications. Sums are f32 in both cases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
     /// In f32; a weight of another type is widened.
     #[default]
     Single,
-    /// A bfloat16 weight as it is, the left factor rounded to nearest: relative error `2^-9` a factor. Twice as fast as f32 on
-    /// processors with AVX512-BF16 (`vdpbf16ps`, which takes denormals as zero) and on GPUs; elsewhere the same rounding, then f32.
+    /// A bfloat16 weight as it is, with the left factor rounded to nearest: relative error `2^-9` per factor. Twice as
+    /// fast as f32 on processors with AVX512-BF16 (`vdpbf16ps`, which takes denormals as zero) and on GPUs. Elsewhere
+    /// the left factor is rounded in the same way and multiplied in f32.
     Bf16,
 }
 
@@ -80,7 +81,7 @@ pub struct Product<'a> {
     pub rhs: Factor<'a, dyn Weight + 'a>,
     /// Factor of the whole term.
     pub scale: f64,
-    /// How it is multiplied.
+    /// Precision of the multiplication.
     pub precision: Precision,
 }
 
@@ -103,7 +104,7 @@ impl<'a> Product<'a> {
         }
     }
 
-    /// The same term computed otherwise.
+    /// Returns the same term in another precision.
     pub fn with_precision(self, precision: Precision) -> Self {
         Self { precision, ..self }
     }
@@ -112,7 +113,7 @@ impl<'a> Product<'a> {
         let (lhs, rhs) = (self.lhs.view()?, self.rhs.view()?);
         let term = match self.precision {
             Precision::Single => lhs.matmul(&rhs.to_dtype(lhs.dtype())?)?,
-            // candle's CPU has no bf16 product of this shape everywhere, and would round the sums.
+            // candle's CPU backend has no bf16 product of this shape on every machine, and would round the sums.
             Precision::Bf16 if matches!(lhs.device(), Device::Cpu) => {
                 let rounded = lhs.to_dtype(DType::BF16)?.to_dtype(lhs.dtype())?;
                 rounded.matmul(&rhs.to_dtype(lhs.dtype())?)?
@@ -130,11 +131,11 @@ impl<'a> Product<'a> {
     }
 }
 
-/// `start + sum_i scale_i lhs_i rhs_i`; every product must give the same `[m, n]`, and `start`, where given, is `[m, n]` or a row
-/// `[n]` for all rows. Sums and result are f32.
+/// Computes `start + sum_i scale_i lhs_i rhs_i`. Every product must have the same shape `[m, n]`; `start`, if given, is
+/// `[m, n]` or a row `[n]` that is added to all rows. Sums and result are f32.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] when inner or outer sizes disagree; candle's errors.
+/// Returns [`crate::Error::Shape`] if inner or outer sizes disagree, or an error of candle.
 pub fn sum_of_products(start: Option<&Tensor>, products: &[Product<'_>]) -> Result<Tensor> {
     let mut shape = None;
     for Product { lhs, rhs, .. } in products {

@@ -1,9 +1,9 @@
-//! Reductions that vectorise, in an order that depends on the length alone.
+//! Reductions that vectorise, in an order that depends only on the length.
 
 pub use monteclora_converters::simd::vectorised;
 
-/// `sum_i prod_f factors[f][i]` over slices of one length, in sixteen partial sums: vectorised, and in an order that depends on
-/// the length alone.
+/// Computes `sum_i prod_f factors[f][i]` over slices of one length in sixteen partial sums: vectorised, and in an order
+/// that depends only on the length.
 #[inline(always)]
 pub fn dot<const N: usize>(factors: [&[f32]; N]) -> f32 {
     const LANES: usize = 16;
@@ -27,7 +27,7 @@ pub fn dot<const N: usize>(factors: [&[f32]; N]) -> f32 {
     partial.iter().sum::<f32>() + rest
 }
 
-/// The largest value, negative infinity for none; NaN never wins.
+/// Returns the largest value, or negative infinity if there is none. NaN values are ignored.
 #[inline(always)]
 pub fn largest(values: &[f32]) -> f32 {
     const LANES: usize = 16;

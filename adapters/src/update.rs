@@ -1,4 +1,5 @@
-//! What changes a frozen projection in one pass. Low-rank is the first; a method brings its own and the decoder knows none.
+//! What changes a frozen projection in one pass. [`LowRank`] is one such update; a method may bring its own, and the
+//! decoder knows only [`Update`].
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -11,16 +12,17 @@ use crate::product::{self, Factor, Product, sum_of_products};
 
 /// An update of a frozen projection `x W^T + b`, with the values that its factors have in one pass.
 ///
-/// The backward pass comes in two steps, because the projection's input may be known later than the gradient that goes through
-/// it: [`Update::pull`] needs no input, [`Update::gradients`] does.
+/// The backward pass has two steps, because the gradient may arrive before the projection's input is known:
+/// [`Update::pull`] needs no input, [`Update::gradients`] does.
 pub trait Update: Debug + Send + Sync {
-    /// The tensors that gradients are taken for, in the order of [`Update::gradients`].
+    /// The tensors that have gradients, in the order of [`Update::gradients`].
     fn factors(&self) -> Vec<&Tensor>;
 
-    /// Output of the updated `linear` at `x` `[tokens, in]`, `[tokens, out]`, and what the backward pass needs of it.
+    /// Returns the output `[tokens, out]` of the updated `linear` at `x` `[tokens, in]`, and what the backward pass
+    /// needs.
     ///
-    /// `dropout` is a mask `[tokens, in]` of `0` and `1/(1-p)` for what the update, not the base, reads. With `residual`
-    /// `[tokens, out]` the result is added to it.
+    /// `dropout` is a mask `[tokens, in]` of `0` and `1/(1-p)` on the input of the update; the base reads `x` without
+    /// it. If `residual` `[tokens, out]` is given, the result is added to it.
     fn forward(
         &self,
         linear: &FrozenLinear,
@@ -29,10 +31,10 @@ pub trait Update: Debug + Send + Sync {
         residual: Option<&Tensor>,
     ) -> Result<(Tensor, Vec<Tensor>)>;
 
-    /// Takes `upstream` `[tokens, out]`, the gradient of the output, back to the frozen product.
+    /// Propagates `upstream` `[tokens, out]`, the gradient of the output, back to the frozen product.
     fn pull(&self, upstream: &Tensor, saved: &[Tensor]) -> Result<Pulled>;
 
-    /// The update's own part of the input's gradient as products that are summed; the caller applies the mask of dropout.
+    /// The update's part of the input's gradient, as products that are summed. The caller applies the dropout mask.
     fn input_terms<'a>(&'a self, pulled: &'a Pulled) -> Vec<Product<'a>>;
 
     /// Gradients of the factors at the projection's input `x`.
@@ -42,9 +44,9 @@ pub trait Update: Debug + Send + Sync {
 /// A gradient on its way back through an update.
 #[derive(Debug, Clone)]
 pub struct Pulled {
-    /// Gradient of the frozen product, `[tokens, out]`: an update that scales the output scales this.
+    /// Gradient of the frozen product, `[tokens, out]`. An update that scales the output also scales this gradient.
     pub frozen: Tensor,
-    /// What else the update needs again.
+    /// Other tensors that the update needs again.
     pub own: Vec<Tensor>,
 }
 
@@ -70,7 +72,7 @@ impl Update for LowRank {
         vec![&self.a, &self.b]
     }
 
-    /// Keeps `drop(x) A^T` `[tokens, r]`, and `drop(x)` where dropout changed it.
+    /// Saves `drop(x) A^T` `[tokens, r]`, and `drop(x)` if there is dropout.
     fn forward(
         &self,
         linear: &FrozenLinear,

@@ -38,7 +38,7 @@ impl Method for Lora {
         self.kind
     }
 
-    /// A `[r, in]` and B `[out, r]`; B starts at zero, which hides A's gradient at the first step.
+    /// A `[r, in]` and B `[out, r]`. B starts at zero, so that A's gradient is zero at the first step.
     fn parameters(&self, module: &Module) -> Vec<Parameter> {
         let parameter = |name, peft, shape: [usize; 2], group, reached| Parameter {
             name,
@@ -106,7 +106,7 @@ impl Method for Lora {
     }
 }
 
-/// The mean itself, whose factors are the parameters.
+/// A draw without noise: the mean, whose factors are the parameters.
 #[derive(Debug)]
 struct Plain(Arc<dyn Update>);
 

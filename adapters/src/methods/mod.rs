@@ -1,8 +1,8 @@
-//! What is trained at a module: named parameters, how they become the update of its frozen weight, and what of the update's
-//! gradient is theirs.
+//! Training methods: the named parameters that a method trains at a module, how they form the update of the frozen
+//! weight, and how the gradient of the update becomes their gradient.
 //!
-//! A method is a file of this folder and a line of [`METHODS`]. The trainer moves, clips, audits, saves and counts named
-//! parameters; only the method knows what they are for. Its mathematics takes noise as an argument.
+//! A method is one file in this folder and one entry of [`METHODS`]. The trainer moves, clips, audits, saves and counts
+//! named parameters; only the method knows what they are for. Its mathematics takes noise as an argument.
 
 mod lora;
 mod lora_fa;
@@ -23,32 +23,32 @@ use crate::error::Result;
 use crate::noise::{Key, Noise};
 use crate::update::Update;
 
-/// Every method, the default first.
+/// All methods; the first is the default.
 pub static METHODS: &[&Kind] = &[&monteclora::KIND, &lora::KIND, &lora_fa::KIND];
 
-/// A method as the registry knows it.
+/// The registry entry of a method.
 #[derive(Debug)]
 pub struct Kind {
-    /// What `lora.method` calls it; its settings are the section `[lora.<name>]`.
+    /// Its name in `lora.method`; its settings are the section `[lora.<name>]`.
     pub name: &'static str,
-    /// What it is, in a sentence.
+    /// A one-sentence description.
     pub about: &'static str,
-    /// What a run reports of it beside the task loss, in this order.
+    /// The metrics that a run reports besides the task loss, in this order.
     pub metrics: &'static [Metric],
-    /// Makes it from its section; from null where there is none.
+    /// Creates the method from its section, or from null if the section is absent.
     pub new: fn(&serde_json::Value) -> Result<Arc<dyn Method>>,
 }
 
-/// The method that `lora.method` calls `name`.
+/// Finds the method that is named `name` in `lora.method`.
 ///
 /// # Errors
-/// If there is none.
+/// Returns an error if no method has this name.
 pub fn find(name: &str) -> Result<&'static Kind> {
     let found = METHODS.iter().find(|kind| kind.name == name);
     Ok(found.ok_or_else(|| Problem::usage(format!("`{name}` is no method")))?)
 }
 
-/// A number that a method reports of every step: a mean over the modules.
+/// A number that a method reports per step: a mean over the modules.
 #[derive(Debug)]
 pub struct Metric {
     /// Its key in `metrics.jsonl`.
@@ -59,22 +59,22 @@ pub struct Metric {
     pub tag: &'static str,
     /// Its name in the report.
     pub label: &'static str,
-    /// The report's chart that shows it.
+    /// The chart of the report that shows it.
     pub chart: Chart,
-    /// Its colour there, 1 to 5; the lines of a chart are in this order.
+    /// Its colour in the chart, 1 to 5. The chart orders its lines by colour.
     pub colour: u8,
-    /// For a part of the loss, what the progress line calls it.
+    /// Its name in the progress line, if the metric is a part of the loss.
     pub in_loss: Option<&'static str>,
 }
 
 /// A chart of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chart {
-    /// Divergences from the priors, nats, before their weights.
+    /// Unweighted divergences from the priors, in nats.
     Divergences,
-    /// What is added to the task loss, nats.
+    /// Terms that are added to the task loss, in nats.
     Regulariser,
-    /// Where the posterior stands.
+    /// Width of the posterior.
     Posterior,
 }
 
@@ -92,10 +92,11 @@ macro_rules! metrics {
     };
 }
 
-/// What runs of the LoRA family report, each of them all, so that their lines compare; zero for a method that has no posterior.
+/// Metrics of the LoRA family. Each method of the family reports all of them, so that their curves compare; they are
+/// zero for a method without a posterior.
 ///
-/// `posterior_std` is the root of the mean over the rows of A of the noise's variance `v_k`, `posterior_log_spread` the standard
-/// deviation of `ln v_k` over the rows.
+/// `posterior_std` is the square root of the mean noise variance `v_k` over the rows of A. `posterior_log_spread` is
+/// the standard deviation of `ln v_k` over the rows.
 pub const DIVERGENCES: &[Metric] = metrics! {
     "kl_loss" "weighted_kl" "divergence/weighted" "weighted divergences" Regulariser 1 Some("kl");
     "kl_dirichlet" "dirichlet" "divergence/dirichlet" "Dirichlet" Divergences 3 None;
@@ -106,7 +107,7 @@ pub const DIVERGENCES: &[Metric] = metrics! {
     "posterior_log_spread" "log_spread" "posterior/log_spread" "spread of ln v over rows" Posterior 2 None;
 };
 
-/// What is added to the task loss where `metrics` have these values; absent ones are zero.
+/// Returns the sum that `metrics` with these values add to the task loss; absent values count as zero.
 pub fn in_loss(metrics: &[Metric], values: &[f64]) -> f64 {
     let parts = metrics.iter().zip(values);
     parts
@@ -115,7 +116,7 @@ pub fn in_loss(metrics: &[Metric], values: &[f64]) -> f64 {
         .sum()
 }
 
-/// The owner of what all modules share; no module's path.
+/// The name of the owner of the shared parameters. No module has this path.
 const SHARED: &str = "shared";
 
 /// A module that carries an adapter.
@@ -127,11 +128,11 @@ pub struct Module {
     pub in_features: usize,
     /// Length of its output.
     pub out_features: usize,
-    /// Rank r of its update.
+    /// Rank r of the update.
     pub rank: usize,
     /// Alpha.
     pub alpha: f64,
-    /// Factor on its update.
+    /// Factor on the update.
     pub scaling: f64,
 }
 
@@ -150,13 +151,13 @@ impl From<&Site> for Module {
 
 /// A method with its settings.
 ///
-/// Wherever a method is handed `values`, they are those of the module's own parameters, in the order of
-/// [`Method::parameters`], and then of the shared ones, in the order of [`Method::shared`].
+/// Every argument `values` holds the module's own parameters, in the order of [`Method::parameters`], and then the
+/// shared ones, in the order of [`Method::shared`].
 pub trait Method: Debug + Send + Sync {
-    /// Its place in the registry.
+    /// The registry entry.
     fn kind(&self) -> &'static Kind;
 
-    /// The method and what matters of its settings, in a few words.
+    /// Describes the method and its main settings in a few words.
     fn summary(&self) -> String {
         self.kind().name.to_owned()
     }
@@ -164,23 +165,24 @@ pub trait Method: Debug + Send + Sync {
     /// The parameters of one module.
     fn parameters(&self, module: &Module) -> Vec<Parameter>;
 
-    /// Their values at the start, in their order; `key` is the module's at step 0.
+    /// Initial values of the module's parameters, in the order of [`Method::parameters`]. `key` is the module's key at
+    /// step 0.
     fn initial(&self, module: &Module, key: Key) -> Vec<Vec<f32>>;
 
-    /// Parameters that `modules`, all of the adapter, have in common.
+    /// The parameters that all modules share. `modules` are all modules of the adapter.
     fn shared(&self, _modules: &[Module]) -> Vec<Parameter> {
         Vec::new()
     }
 
-    /// Their values at the start, in their order.
+    /// Initial values of the shared parameters, in the order of [`Method::shared`].
     fn initial_shared(&self, _modules: &[Module], _key: Key) -> Vec<Vec<f32>> {
         Vec::new()
     }
 
-    /// The update that stands for the whole posterior: it is evaluated, exported and served.
+    /// The update at the mean of the posterior, which is evaluated, exported and served.
     fn mean(&self, module: &Module, values: &[&Value]) -> Result<Arc<dyn Update>>;
 
-    /// The update of one training step under `noise`, with its regulariser weighed as `weighting` says.
+    /// Draws the update of one training step with `noise`; `weighting` weighs its regulariser.
     fn draw(
         &self,
         module: &Module,
@@ -194,13 +196,13 @@ pub trait Method: Debug + Send + Sync {
         0.0
     }
 
-    /// Float32 values that a draw holds at a module besides parameters, gradients and moments.
+    /// Number of float32 values that a draw holds per module, besides parameters, gradients and moments.
     fn working_values(&self, _module: &Module) -> usize {
         0
     }
 
-    /// What `step` does besides following the gradient, after it has: `gradients` are those of the whole loss before clipping,
-    /// in the order of `owners` and their values.
+    /// Runs after the optimiser has made `step`, and may change the values further. `gradients` are those of the whole
+    /// loss before clipping, in the order of `owners` and their values.
     fn after_step(
         &self,
         _owners: &mut [Owner],
@@ -210,10 +212,11 @@ pub trait Method: Debug + Send + Sync {
         Ok(())
     }
 
-    /// The module as it is written: the plain LoRA that is exactly the mean, with whatever PEFT has a place for besides.
+    /// Returns the module as an adapter file holds it: the plain LoRA that is exactly the mean, and everything else
+    /// that PEFT has a place for.
     ///
     /// # Errors
-    /// For a method whose update is of no low rank and can only be merged.
+    /// Returns an error if the update has no low-rank form and can only be merged.
     fn export(&self, module: &Module, _values: &[&Value]) -> Result<Site> {
         let message = format!("the update of {} is no LoRA", self.kind().name);
         let fix = "merge it into the base";
@@ -221,12 +224,12 @@ pub trait Method: Debug + Send + Sync {
     }
 }
 
-/// How a regulariser is weighed in a step.
+/// Weights of the regulariser in one step.
 #[derive(Debug, Clone, Copy)]
 pub struct Weighting {
-    /// Factor on the regulariser's own weights: the warm-up's.
+    /// Warm-up factor on the regulariser's own weights.
     pub factor: f64,
-    /// Modules that carry the adapter, over which the trainer averages the regulariser.
+    /// Number of modules that carry the adapter. The trainer averages the regulariser over them.
     pub n_modules: usize,
     /// Tokens with a loss per pass over the training rows.
     pub epoch_tokens: u64,
@@ -235,33 +238,33 @@ pub struct Weighting {
 /// An optimiser step.
 #[derive(Debug, Clone, Copy)]
 pub struct Step {
-    /// Steps made before it.
+    /// Number of steps before this one.
     pub index: u64,
-    /// Steps of the whole run.
+    /// Number of steps of the whole run.
     pub total: u64,
-    /// Tokens with a loss in its batches.
+    /// Tokens with a loss in the step's batches.
     pub trained_tokens: usize,
     /// Tokens with a loss per pass over the training rows.
     pub epoch_tokens: u64,
 }
 
-/// One module's update in one training step, and the way back from its gradient.
+/// The update of one module in one training step, and the backward pass from its gradient.
 pub trait Drawn: Debug + Send + Sync {
-    /// What the forward pass runs with.
+    /// The update that the forward pass uses.
     fn update(&self) -> Arc<dyn Update>;
 
-    /// The values of [`Kind::metrics`]; none where all are zero.
+    /// The values of [`Kind::metrics`]; empty if all are zero.
     fn metrics(&self) -> Vec<f64> {
         Vec::new()
     }
 
-    /// The gradient of every value that [`Method::draw`] was given: that of the task loss, from `upstream` on the factors of
-    /// the update, plus `weight` times that of the regulariser.
+    /// Returns the gradient of every value that [`Method::draw`] was given: the gradient of the task loss, computed
+    /// from `upstream` on the factors of the update, plus `weight` times the gradient of the regulariser.
     fn pullback(&self, upstream: &[Tensor], weight: f64) -> Result<Vec<Value>>;
 }
 
-/// The parameters of all `modules` at the start of a run under `seed`, one owner a module and one for what they share, if
-/// anything; `stored` gives what is already known of a module.
+/// Creates the parameters of all `modules` at the start of a run under `seed`: one owner per module, and one more for
+/// the shared parameters if there are any. `stored` returns the values of a module that are already known.
 pub fn owners<'a>(
     method: &dyn Method,
     modules: &[Module],

@@ -31,7 +31,7 @@ pub use scaled::{Geometry, ScaledPosterior};
 use draw::{Draw, StandardNoise};
 use evidence::Evidence;
 
-/// Its place in the registry.
+/// The registry entry of MonteCLoRA.
 pub static KIND: Kind = Kind {
     name: "monteclora",
     about: "LoRA with a variational posterior over A.",
@@ -47,13 +47,13 @@ pub static KIND: Kind = Kind {
 const STD: &str = "lora_monteclora_sampler.std_prior";
 const CONCENTRATION: &str = "lora_monteclora_sampler.expert_weights_prior";
 
-/// Which form a draw takes.
+/// How a draw of A is computed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Form {
-    /// One Gaussian a module.
+    /// One Gaussian per module.
     #[default]
     Collapsed,
-    /// PEFT's literal `N` Gaussians: the plain reference.
+    /// `N` Gaussians per module, as in PEFT: the plain reference.
     Literal,
 }
 
@@ -71,11 +71,11 @@ pub enum Preset {
 }
 
 impl Preset {
-    /// Learning rate of the variational parameters over that of A and B, where none is given.
+    /// Default ratio of the variational parameters' learning rate to that of A and B.
     ///
-    /// Adam moves a value by about the learning rate a step, whatever the gradient's size. The variational parameters start
-    /// as U[0, 1), so that at A's rate of a few 1e-4 a run of a thousand steps barely moves them; ten times the
-    /// rate lets them cross their own range. PEFT has one rate for all.
+    /// Adam moves a value by about the learning rate per step, whatever the gradient's size. The variational parameters
+    /// start uniform in [0, 1). At A's rate of a few 1e-4, a run of a thousand steps barely moves them; ten times that
+    /// rate lets them cross their range. PEFT uses one rate for all parameters.
     pub fn variational_rate_ratio(self) -> f64 {
         match self {
             Self::Peft => 1.0,
@@ -93,8 +93,8 @@ pub enum Objective {
     Exact,
     /// PEFT's formulas, for parity with it.
     Peft,
-    /// The divergence from a Gaussian prior on A, weighted as in the evidence lower bound. The variances are updated in closed
-    /// form.
+    /// The divergence from a Gaussian prior on A, weighted as in the evidence lower bound. The variances are updated in
+    /// closed form.
     Elbo,
 }
 
@@ -157,8 +157,9 @@ impl MonteCloraConfig {
 }
 
 impl MonteCloraConfig {
-    /// The same under `objective = "elbo"` at rank `r`, where the other keys follow: one component, noise at `s = 0` as wide as the
-    /// prior, `c = tau / sqrt r`, and neither PEFT's divergences nor its sum of squares.
+    /// Returns the settings for `objective = "elbo"` at rank `r`, where the prior determines the other keys: one
+    /// component, a noise scale `c = tau / sqrt r` so that `s = 0` is as wide as the prior, and neither PEFT's
+    /// divergences nor its sum of squares.
     pub fn of_evidence(self, r: usize) -> Self {
         Self {
             num_samples: 1,
@@ -170,7 +171,7 @@ impl MonteCloraConfig {
         }
     }
 
-    /// Prior and temperature of the evidence bound, where that is the objective.
+    /// Returns the prior and the temperature of the evidence bound, if the objective is `elbo`.
     fn evidence(&self) -> Option<Evidence> {
         (self.objective == Objective::Elbo).then_some(Evidence {
             prior_std: self.prior_std,
@@ -217,7 +218,7 @@ impl From<&MonteCloraConfig> for MonteCloraSettings {
 pub struct MonteClora(pub MonteCloraConfig);
 
 impl MonteClora {
-    /// A draw of A at a module whose parameters have these `values`.
+    /// Draws A at a module whose parameters have these `values`.
     fn draw_a(&self, values: &[&Value], noise: &dyn Noise, weighting: &Weighting) -> Result<Draw> {
         let [
             Value::Tensor(a),
@@ -245,8 +246,8 @@ impl Method for MonteClora {
         }
     }
 
-    /// LoRA's, with the variational parameters: `s` `[r]`, the log of the Wishart scale's standard deviation, and `theta` `[N]`,
-    /// the log of the Dirichlet concentration.
+    /// LoRA's parameters and two variational ones: `s` `[r]`, the log of the Wishart scale's standard deviation, and
+    /// `theta` `[N]`, the log of the Dirichlet concentration.
     fn parameters(&self, module: &Module) -> Vec<Parameter> {
         let variational = |name, peft, len| Parameter {
             name,
@@ -266,7 +267,8 @@ impl Method for MonteClora {
         parameters
     }
 
-    /// LoRA's, and the variational parameters uniform in `[0, 1)` as in PEFT, or for `elbo` those of the prior.
+    /// LoRA's initial values, and variational parameters uniform in `[0, 1)` as in PEFT; for `elbo`, those of the
+    /// prior.
     fn initial(&self, module: &Module, key: Key) -> Vec<Vec<f32>> {
         let mut initial = LORA.initial(module, key);
         if let Some(evidence) = self.0.evidence() {
@@ -314,7 +316,8 @@ impl Method for MonteClora {
         2 * module.rank * module.in_features
     }
 
-    /// For `elbo`, the step in closed form; in place of a gradient of `s` are the mean squares of the rows of that of A.
+    /// For `elbo`, makes the closed-form step of the variances. The gradient of `s` then holds the mean squares of the
+    /// rows of A's gradient.
     fn after_step(&self, owners: &mut [Owner], gradients: &[Vec<Value>], step: Step) -> Result<()> {
         let Some(evidence) = self.0.evidence() else {
             return Ok(());
@@ -346,13 +349,13 @@ impl Method for MonteClora {
 
 /// A module with a drawn A.
 ///
-/// For `elbo` no gradient moves `s`: in its place stands the mean square `|g_k|^2 / in` of each row of the task loss's gradient,
-/// from which [`Method::after_step`] takes the curvature.
+/// For `elbo` no gradient moves `s`. The gradient of `s` holds the mean square `|g_k|^2 / in` of each row of the task
+/// loss's gradient instead, from which [`Method::after_step`] takes the curvature.
 #[derive(Debug)]
 struct DrawnA {
     draw: Draw,
     update: Arc<dyn Update>,
-    /// A itself, where the regulariser holds it.
+    /// The mean A, if the regulariser depends on it (`elbo`).
     mean: Option<Value>,
 }
 
@@ -378,7 +381,8 @@ impl Drawn for DrawnA {
         ]
     }
 
-    /// The gradient with respect to A is that of the drawn A: A enters with weight one, the mixture weights summing to one.
+    /// The gradient with respect to A equals that of the drawn A: A enters with weight one, because the mixture weights
+    /// sum to one.
     fn pullback(&self, upstream: &[Tensor], weight: f64) -> Result<Vec<Value>> {
         let [a, b] = upstream else {
             return Err(unlike(&[2], &[upstream.len()]));
@@ -403,10 +407,11 @@ impl Drawn for DrawnA {
     }
 }
 
-/// Draw `index` of `adapter`'s posterior under `seed`: a plain LoRA adapter whose A is `A + E` at every module.
+/// Returns draw number `index` of `adapter`'s posterior under `seed`: a plain LoRA adapter whose A is `A + E` at every
+/// module.
 ///
 /// # Errors
-/// When the adapter is plain LoRA, or a draw is not finite.
+/// Returns an error if the adapter is plain LoRA or a draw is not finite.
 pub fn sample(adapter: &Adapter, seed: u64, index: u64) -> Result<Adapter> {
     let mut drawn = adapter.collapse();
     for (site, target) in adapter.sites.iter().zip(&mut drawn.sites) {

@@ -6,19 +6,20 @@ use monteclora_converters::{self as formats, Site};
 use crate::error::Result;
 use crate::linalg::on_cpu;
 
-/// Which learning rate and which decay a parameter has.
+/// How a parameter is moved: its learning rate and its weight decay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Group {
     /// Not moved by the optimiser.
     Frozen,
-    /// Moved by [`Method::after_step`](super::Method::after_step) alone: neither the optimiser nor the clipping of gradients sees
-    /// it.
+    /// Moved only by [`Method::after_step`](super::Method::after_step); the optimiser and the clipping of gradients
+    /// skip it.
     Own,
-    /// The learning rate and the weight decay as they are.
+    /// The configured learning rate and weight decay.
     Weight,
     /// The learning rate times LoRA+'s ratio.
     Output,
-    /// The variational parameters' rate, without decay, which would pull them to an arbitrary value.
+    /// The learning rate of the variational parameters, without weight decay, which would pull them to an arbitrary
+    /// value.
     Variational,
 }
 
@@ -27,30 +28,32 @@ pub enum Group {
 pub enum Storage {
     /// A tensor of float32, on the device.
     Tensor,
-    /// A few numbers in double precision on the host, rounded to float32 after every update, so that a file holds them exactly.
+    /// A few numbers in double precision on the host, rounded to float32 after every update, so that a file holds them
+    /// exactly.
     Vector,
 }
 
 /// A named parameter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Parameter {
-    /// Its name within its owner, as checkpoints have it.
+    /// Its name within its owner, as in checkpoints.
     pub name: &'static str,
-    /// PEFT's name of its tensor below the module; none where an adapter's files have no place for it.
+    /// PEFT's name of its tensor below the module; `None` if an adapter's files have no place for it.
     pub peft: Option<&'static str>,
     /// Its shape.
     pub shape: Vec<usize>,
     /// How it is held.
     pub storage: Storage,
-    /// How it is moved.
+    /// Which group of the optimiser moves it.
     pub group: Group,
-    /// The step, 0 or 1, by which a gradient must have reached it, or training is silently wrong; none where zero is a
-    /// gradient like others. A factor behind one that starts at zero is reached at the second step.
+    /// The step, 0 or 1, by which it must have received a nonzero gradient; otherwise training is silently wrong.
+    /// `None` if a zero gradient is valid. A factor that is multiplied by a zero factor receives its gradient at the
+    /// second step.
     pub reached: Option<u64>,
 }
 
 impl Parameter {
-    /// Number of its values.
+    /// Number of values.
     pub fn n_values(&self) -> usize {
         self.shape.iter().product()
     }
@@ -59,14 +62,14 @@ impl Parameter {
 /// The value, a moment or the gradient of a parameter.
 #[derive(Debug, Clone)]
 pub enum Value {
-    /// Of one held as [`Storage::Tensor`].
+    /// Of a parameter held as [`Storage::Tensor`].
     Tensor(Tensor),
-    /// Of one held as [`Storage::Vector`].
+    /// Of a parameter held as [`Storage::Vector`].
     Vector(Vec<f64>),
 }
 
 impl Value {
-    /// `values` of `shape` held as `storage`.
+    /// Creates a value of this `shape`, held as `storage`.
     pub fn new(
         storage: Storage,
         shape: &[usize],
@@ -89,7 +92,7 @@ impl Value {
         }
     }
 
-    /// Zeros of the same form.
+    /// Returns zeros of the same form.
     pub fn zeros_like(&self) -> Result<Self> {
         Ok(match self {
             Self::Tensor(tensor) => Self::Tensor(tensor.zeros_like()?),
@@ -97,7 +100,7 @@ impl Value {
         })
     }
 
-    /// The sum with another of the same form.
+    /// Returns the sum with another value of the same form.
     pub fn plus(&self, other: &Self) -> Result<Self> {
         Ok(match (self, other) {
             (Self::Tensor(a), Self::Tensor(b)) => Self::Tensor((a + b)?),
@@ -108,7 +111,7 @@ impl Value {
         })
     }
 
-    /// `factor` times it.
+    /// Returns the value times `factor`.
     pub fn scaled(&self, factor: f64) -> Result<Self> {
         Ok(match self {
             Self::Tensor(tensor) => Self::Tensor((tensor * factor)?),
@@ -125,7 +128,7 @@ impl Value {
         let fast = on_cpu([tensor], |[values]| values.iter().all(|v| v.is_finite()))?;
         match fast {
             Some(finite) => Ok(finite),
-            // An infinite or missing value makes this product NaN.
+            // An infinite value or a NaN makes this product NaN.
             None => Ok(tensor
                 .zeros_like()?
                 .mul(tensor)?
@@ -146,7 +149,7 @@ impl Value {
         })
     }
 
-    /// As converters take it, in float32.
+    /// Converts to a float32 tensor of the converters.
     pub fn to_format(&self) -> Result<formats::Tensor> {
         let values = match self {
             Self::Tensor(tensor) => tensor.flatten_all()?.to_vec1::<f32>()?,
@@ -156,7 +159,7 @@ impl Value {
     }
 }
 
-/// What a method gets that was not given the values of its own parameters.
+/// The error of a method that did not receive the values of its own parameters.
 pub(super) fn unlike(expected: &[usize], found: &[usize]) -> crate::Error {
     crate::Error::Shape {
         what: "the parameters of a module".to_owned(),
@@ -165,19 +168,19 @@ pub(super) fn unlike(expected: &[usize], found: &[usize]) -> crate::Error {
     }
 }
 
-/// The parameters of one module, or those that all share.
+/// The parameters of one module, or those that all modules share, with their values.
 #[derive(Debug, Clone)]
 pub struct Owner {
     /// The module's path, or `shared`.
     pub name: String,
-    /// What they are.
+    /// The parameters.
     pub parameters: Vec<Parameter>,
     /// Their values, in the same order.
     pub values: Vec<Value>,
 }
 
 impl Owner {
-    /// `parameters` as `site` holds them, where it does, and otherwise as they are at the start.
+    /// Takes each value from `site` if `site` holds it, and otherwise from `initial`.
     pub(super) fn new(
         name: &str,
         parameters: Vec<Parameter>,
@@ -210,7 +213,8 @@ impl Owner {
         self.parameters.iter().map(Parameter::n_values).sum()
     }
 
-    /// Euclidean norm of `gradients` of the parameters, squared, in double precision: tensors first, then all vectors together.
+    /// Squared Euclidean norm of `gradients`, in double precision on the CPU. Tensors are summed first, then all
+    /// vectors together.
     pub fn sum_of_squares<'a>(gradients: impl IntoIterator<Item = &'a Value>) -> Result<f64> {
         let mut total = 0.0;
         let mut vectors = 0.0;

@@ -1,11 +1,11 @@
-//! Laws that every registered method keeps.
+//! Properties that every registered method has.
 
 use candle_core::{Device, Tensor};
 use monteclora_converters::Site;
 
 use super::*;
 
-/// That of a step on two modules.
+/// The weighting of a step with two modules.
 const WEIGHTING: Weighting = Weighting {
     factor: 1.0,
     n_modules: 2,
@@ -23,7 +23,7 @@ fn module(name: &str) -> Module {
     }
 }
 
-/// Every method, with settings under which every part of it weighs; one with several objectives, under each.
+/// All methods, with settings that give every part of them weight; a method with several objectives appears with each.
 fn made() -> Vec<Arc<dyn Method>> {
     let section = serde_json::json!({"kl_loss_weight": 1e-3, "sample_scaler": 0.5});
     let of_evidence = serde_json::json!({
@@ -48,7 +48,7 @@ fn moved(method: &dyn Method) -> Vec<Owner> {
     owners
 }
 
-/// What a module's method is handed: its values and those that all share.
+/// The values that a module's method receives: its own, then the shared ones.
 fn values(owners: &[Owner], at: usize) -> Vec<&Value> {
     let handed = owners[at..=at].iter().chain(&owners[2..]);
     handed.flat_map(|owner| &owner.values).collect()
@@ -128,7 +128,8 @@ fn gradients_are_finite_differences() {
     }
 }
 
-/// What is written and read again is what was in training; what is new is a function of the seed and the module's name.
+/// Parameters that are written and read again equal those in training; new ones depend only on the seed and the
+/// module's name.
 #[test]
 fn parameters_survive_their_file_and_depend_on_seed_and_name() {
     for method in made() {

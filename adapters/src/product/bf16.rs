@@ -1,8 +1,8 @@
-//! Products with a bfloat16 right factor by the processor's own instruction (AVX512-BF16), found at run time.
+//! Products with a bfloat16 right factor by the processor's own instruction (AVX512-BF16), detected at run time.
 //!
-//! `vdpbf16ps` multiplies two pairs of bf16 numbers and adds both products to an f32: twice the rate of f32 arithmetic. The left
-//! factor is rounded to bf16, the sums stay f32. Weights need no second, packed copy: panels of them are packed as they are
-//! multiplied, which costs about one part in a hundred at some hundred rows.
+//! `vdpbf16ps` multiplies two pairs of bf16 numbers and adds both products to an f32, at twice the rate of f32
+//! arithmetic. The left factor is rounded to bf16; the sums stay f32. Weights need no second, packed copy: their panels
+//! are packed during the product, which costs about 1 % at a few hundred rows.
 
 use std::arch::x86_64::{
     __m256i, __m512bh, __m512i, __mmask16, __mmask32, _mm256_loadu_epi16, _mm256_maskz_loadu_epi16,
@@ -27,7 +27,7 @@ const VECTORS: usize = 3;
 const PANEL: usize = LANES * VECTORS;
 /// Rows of a packed panel of the left factor.
 const ROWS: usize = 8;
-/// Inner size of a packed panel of the right factor, which then lies in the second-level cache.
+/// Inner size of a packed panel of the right factor, chosen so that the panel fits the second-level cache.
 const DEPTH: usize = 1024;
 
 /// A row-major bf16 matrix, taken as it is or transposed.
@@ -37,9 +37,9 @@ pub(crate) struct Matrix<'a> {
     pub data: &'a [bf16],
     /// Distance between rows of the matrix in memory.
     pub stride: usize,
-    /// Whether the factor is the transpose of what is in memory.
+    /// Whether the factor is the transpose of the matrix in memory.
     pub transposed: bool,
-    /// Rows and columns of the factor that come before those in memory.
+    /// Numbers of leading rows and columns of the factor that are not in memory.
     pub skipped: (usize, usize),
 }
 
@@ -47,7 +47,8 @@ pub(crate) struct Matrix<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kernel(());
 
-/// A left factor rounded to bf16: for every [`ROWS`] rows, pairs of neighbours of each row in turn; what is missing is zero.
+/// A left factor rounded to bf16. For every [`ROWS`] rows it holds the pairs of neighbours, `[pair][row]`; missing
+/// values are zero.
 #[derive(Debug)]
 pub(crate) struct PackedRows {
     data: Vec<u32>,
@@ -62,7 +63,7 @@ impl PackedRows {
 }
 
 impl Kernel {
-    /// The kernel, where the processor and the operating system support it.
+    /// Returns the kernel if the processor and the operating system support it.
     pub(crate) fn detect() -> Option<Self> {
         let found = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -88,21 +89,23 @@ impl Kernel {
         PackedRows { data, rows, depth }
     }
 
-    /// The parts of an inner size of `k` that are multiplied one after the other.
+    /// Splits an inner size of `k` into the ranges that are multiplied one after the other.
     pub(crate) fn depths(self, k: usize) -> impl Iterator<Item = Range<usize>> {
         (0..k)
             .step_by(DEPTH)
             .map(move |from| from..k.min(from + DEPTH))
     }
 
-    /// `destination[:, columns] = scale * lhs[:, depth] rhs[depth, columns]`, or `+=` with `accumulate`; rows of the destination are
-    /// `n` apart. With the [`depths`](Self::depths) in turn, each element is summed in an order that depends on the inner size alone.
+    /// Computes `destination[:, columns] = scale * lhs[:, depth] rhs[depth, columns]`, or `+=` with `accumulate`; rows
+    /// of the destination are `n` apart. If the caller takes the [`depths`](Self::depths) in turn, the order in which
+    /// each element is summed depends only on the inner size.
     ///
     /// # Panics
-    /// When `rhs` holds fewer rows or columns.
+    /// When `rhs` does not hold `depth` and `columns`.
     ///
     /// # Safety
-    /// `destination` must hold the left factor's rows of `n >= columns.end` floats; nobody else may use `columns` of them.
+    /// `destination` must hold the left factor's rows, `n >= columns.end` floats each; nobody else may use `columns` of
+    /// them.
     #[expect(
         clippy::too_many_arguments,
         reason = "a matrix product has this many sizes"
@@ -137,8 +140,8 @@ impl Kernel {
             for (index, panel) in lhs.data.chunks_exact(lhs.pairs() * ROWS).enumerate() {
                 let row = index * ROWS;
                 let left = &panel[from / 2 * ROWS..(from / 2 + pairs) * ROWS];
-                // SAFETY: the instructions exist, and the rows and columns lie in the destination by the caller's
-                // promise; it is read only where it was written, by the caller or for the part of the sum before.
+                // SAFETY: the instructions exist, and the caller promises that the rows and columns lie in the
+                // destination. It is read only where the caller or the previous part of the sum has written it.
                 unsafe {
                     tile(
                         left,
@@ -160,7 +163,7 @@ fn lanes(len: usize) -> __mmask16 {
     if len >= LANES { !0 } else { (1 << len) - 1 }
 }
 
-/// Rows of `depth` f32 numbers, at most [`ROWS`], as pairs of bf16: `out[pair][row]`.
+/// Packs rows of `depth` f32 numbers, at most [`ROWS`], as pairs of bf16: `out[pair][row]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 fn pack_left(x: &[f32], depth: usize, out: &mut [u32]) {
     for (block, out) in out.chunks_mut(LANES * ROWS).enumerate() {
@@ -185,7 +188,7 @@ fn pack_left(x: &[f32], depth: usize, out: &mut [u32]) {
     }
 }
 
-/// `depth` and `columns` of the transpose of `w`, that is rows `columns` of `w`, as `out[pair][column]`.
+/// Packs `depth` and `columns` of the transpose of `w`, that is rows `columns` of `w`, as `out[pair][column]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 fn pack_transposed(w: Matrix<'_>, depth: Range<usize>, columns: Range<usize>, out: &mut [u32]) {
     let data = w.data.reinterpret_cast();
@@ -212,7 +215,7 @@ fn pack_transposed(w: Matrix<'_>, depth: Range<usize>, columns: Range<usize>, ou
     }
 }
 
-/// `depth` (rows) and `columns` of `w` as `out[pair][column]`.
+/// Packs `depth` (rows) and `columns` of `w` as `out[pair][column]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 fn pack_plain(w: Matrix<'_>, depth: Range<usize>, columns: Range<usize>, out: &mut [u32]) {
     let data: &[u16] = w.data.reinterpret_cast();
@@ -276,7 +279,7 @@ fn transpose(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     columns
 }
 
-/// One tile of the result, at most [`ROWS`] by [`PANEL`]: `c = scale * left right`, or `+=` with `accumulate`.
+/// Computes one tile of the result, at most [`ROWS`] by [`PANEL`]: `c = scale * left right`, or `+=` with `accumulate`.
 ///
 /// # Safety
 /// `c` must hold `rows` rows, `n` apart, of `columns` floats.

@@ -1,4 +1,4 @@
-//! A sum of products on the CPU, cut into columns that the cores work through side by side.
+//! A sum of products on the CPU, cut into ranges of columns that the cores compute in parallel.
 
 use std::ops::Range;
 
@@ -13,13 +13,14 @@ use crate::error::Result;
 use crate::linalg::{PARALLEL_FROM, Strided, raw_gemm};
 use crate::weights::{Access, Lent, lend};
 
-/// Columns a piece has at least; fewer would leave the kernel's registers half empty.
+/// Minimum columns per piece; fewer would leave the kernel's registers half empty.
 const PIECE_FROM: usize = 96;
 
-/// Rows from which a result is cut by the number of threads.
+/// Minimum rows for cutting a result by the number of threads.
 const PIECE_ROWS: usize = 16;
 
-/// Columns a piece of fewer rows has at least: `gemm` sums a single row in another order up to 256 of them.
+/// Minimum columns per piece of a result with fewer rows: `gemm` sums a single row of up to 256 columns in another
+/// order.
 const FEW_ROWS_PIECE_FROM: usize = 272;
 
 /// Columns of the widest vector.
@@ -28,13 +29,13 @@ const VECTOR: usize = 16;
 /// Inner size up to which a product is computed at once; see [`depth_at_a_time`].
 const DEPTH: usize = 2048;
 
-/// A product whose factors lie in memory.
+/// A product whose factors lie in host memory.
 struct Term<'a> {
     product: &'a Product<'a>,
     operands: Operands<'a>,
     /// Inner size.
     k: usize,
-    /// Columns of the right factor as it lies in memory.
+    /// Columns of the right factor's matrix in memory.
     stride: usize,
 }
 
@@ -42,7 +43,7 @@ enum Operands<'a> {
     /// In f32; a right factor that is not lent is widened.
     Single {
         left: Lent<'a, f32>,
-        /// The left factor in bf16's steps, where they were asked for.
+        /// The left factor rounded to bf16, if the product asks for it.
         rounded: Option<Vec<f32>>,
         right: Option<Lent<'a, f32>>,
     },
@@ -56,7 +57,8 @@ enum Operands<'a> {
 }
 
 impl<'a> Term<'a> {
-    /// None unless the factors are contiguous and in memory; with `instruction` the processor's own for bf16 is used.
+    /// Returns `None` unless the factors are contiguous and in host memory. With `instruction`, uses the processor's
+    /// own instruction for bf16.
     #[cfg_attr(
         not(target_arch = "x86_64"),
         expect(unused_variables, reason = "there is no such instruction")
@@ -116,7 +118,7 @@ impl<'a> Term<'a> {
         }
     }
 
-    /// Columns of the result at whose multiples cuts make nothing be decoded twice.
+    /// Block size in columns of the result: cuts at its multiples decode nothing twice.
     fn block(&self) -> usize {
         match self.product.rhs.is_transposed() {
             true => 1,
@@ -124,7 +126,7 @@ impl<'a> Term<'a> {
         }
     }
 
-    /// Rows and columns of the right factor as they lie in memory.
+    /// Maps rows and columns of the right factor to those of its matrix in memory.
     fn stored(&self, rows: Range<usize>, columns: Range<usize>) -> (Range<usize>, Range<usize>) {
         match self.product.rhs.is_transposed() {
             true => (columns, rows),
@@ -132,7 +134,7 @@ impl<'a> Term<'a> {
         }
     }
 
-    /// Rows `rows` and columns `columns` of the right factor; `buffer` is for those that are widened.
+    /// Returns rows `rows` and columns `columns` of the right factor; widened values are written to `buffer`.
     fn right<'b>(
         &self,
         lent: Option<&'b [f32]>,
@@ -164,7 +166,7 @@ impl<'a> Term<'a> {
     }
 }
 
-/// What is lent, or nothing of what comes in pieces; `None` of what is elsewhere.
+/// Returns the lent values, `Some(None)` for values that come in pieces, and `None` for values elsewhere.
 fn in_memory<T>(access: Access<'_, T>) -> Option<Option<Lent<'_, T>>> {
     match access {
         Access::Lent(values) => Some(Some(values)),
@@ -173,13 +175,14 @@ fn in_memory<T>(access: Access<'_, T>) -> Option<Option<Lent<'_, T>>> {
     }
 }
 
-/// Where the pieces write: each its own columns of one buffer.
+/// The buffer of the result; each piece writes its own columns.
 struct Destination(*mut f32);
 
 // SAFETY: the pieces' columns are disjoint, and the buffer outlives them all.
 unsafe impl Sync for Destination {}
 
-/// The sum of [`super::sum_of_products`], unless a factor is elsewhere, is not contiguous, or has another type.
+/// Computes [`super::sum_of_products`]. Returns `None` if a factor or `start` is elsewhere, is not contiguous or has
+/// another type, or if there is nothing to add up.
 pub(super) fn sum_in_pieces(
     start: Option<&Tensor>,
     products: &[Product<'_>],
@@ -212,17 +215,17 @@ pub(super) fn sum_in_pieces(
     Ok(Some(Tensor::from_vec(sum, (m, n), &Device::Cpu)?))
 }
 
-/// Number of tasks the columns of the result are divided among.
+/// Number of tasks that share the columns of the result.
 ///
-/// `gemm` sums an element in an order that depends on the inner size alone, except for very small results, which are not cut; so
-/// where the cuts lie changes no bit, and tests compare thread counts and kinds of weights. Pieces beat `gemm`'s own threads
-/// because it packs the left factor on one of them.
+/// `gemm` sums an element in an order that depends only on the inner size, except for very small results, which are not
+/// cut. So the positions of the cuts change no bit; tests compare thread counts and kinds of weights. Pieces are faster
+/// than `gemm`'s own threads, because `gemm` packs the left factor on one thread.
 fn n_pieces((m, n): (usize, usize), terms: &[Term<'_>], at: usize) -> usize {
     let threads = rayon::current_num_threads();
     let work: usize = terms.iter().map(|term| m * n * term.k).sum();
     let most = (n / PIECE_FROM).max(1);
     if terms.iter().any(Term::is_widened) {
-        // The cuts bound the memory for widened values too, so they do not depend on the threads.
+        // The cuts also bound the memory for widened values, so they do not depend on the number of threads.
         if m < PIECE_ROWS {
             (n / FEW_ROWS_PIECE_FROM.next_multiple_of(at)).max(1)
         } else {
@@ -235,14 +238,16 @@ fn n_pieces((m, n): (usize, usize), terms: &[Term<'_>], at: usize) -> usize {
     }
 }
 
-/// At multiples of what the columns are cut: of the widest vector, and of blocks, so that none is decoded twice.
+/// Returns the unit at whose multiples columns are cut: a multiple of the widest vector, and of blocks, so that none is
+/// decoded twice.
 fn cuts_at(terms: &[Term<'_>]) -> usize {
     let blocks = terms.iter().map(Term::block);
     blocks.max().unwrap_or(1).next_multiple_of(VECTOR)
 }
 
-/// How much of an inner size of `k` is multiplied at a time: for every kind of weight the same, since it is the order of the
-/// sum. It is a multiple of the parts that `gemm` itself cuts `k` into, at most 512 of one size, so the cuts change no bit there.
+/// Returns how much of an inner size of `k` is multiplied at a time. It is the same for every kind of weight, because
+/// it determines the order of the sum. It is a multiple of the parts that `gemm` itself cuts `k` into, which are equal
+/// and at most 512, so these cuts change no bit.
 fn depth_at_a_time(k: usize) -> usize {
     if k <= DEPTH {
         k.max(1)
@@ -251,7 +256,7 @@ fn depth_at_a_time(k: usize) -> usize {
     }
 }
 
-/// Where piece `index` of `n` columns begins: cuts at multiples of `at`.
+/// Returns the first column of piece `index`, of `n` columns in all; pieces are cut at multiples of `at`.
 fn cut(index: usize, pieces: usize, (n, at): (usize, usize)) -> usize {
     if index == pieces {
         n
@@ -375,7 +380,7 @@ fn piece(
     }
 }
 
-/// The values rounded to bf16.
+/// Rounds the values to bf16.
 fn round(values: &[f32]) -> Vec<f32> {
     values
         .par_iter()

@@ -112,7 +112,7 @@ fn bf16_products_equal_rounded_factors() -> Result<()> {
     Ok(())
 }
 
-/// Where the cuts lie changes no bit.
+/// The positions of the cuts change no bit.
 #[test]
 fn same_bytes_at_any_thread_count() -> Result<()> {
     for (m, n, k) in [
@@ -157,7 +157,7 @@ fn same_bytes_at_any_thread_count() -> Result<()> {
     Ok(())
 }
 
-/// A weight that does not lend what another one of the same values does, in blocks of so many.
+/// A weight that gives its values only in pieces, with this block size.
 #[derive(Debug)]
 struct Pieces(Tensor, usize);
 
@@ -258,7 +258,7 @@ fn same_bytes_lent_and_in_pieces() -> Result<()> {
                     ),
                 ];
                 for (factors, precision) in pairs {
-                    // By the processor's own instruction, where it has one, and without it.
+                    // With the processor's own instruction, if it has one, and without it.
                     for instruction in [true, false] {
                         let [lent, held] = factors.map(|rhs| {
                             let product = Product::new(Factor::Plain(&x), rhs);

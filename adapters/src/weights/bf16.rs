@@ -1,4 +1,4 @@
-//! Weights in bfloat16: half the memory, widened piece by piece or multiplied as they are.
+//! Weights in bfloat16: half the memory of float32, widened piece by piece or multiplied as they are.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::{Access, Kind, Weight, lend};
 use crate::error::Result;
 use crate::simd::vectorised;
 
-/// bfloat16, at half the memory.
+/// The kind `bf16`: half the memory of float32.
 pub static KIND: Kind = Kind {
     name: "bf16",
     about: "bfloat16",
@@ -28,10 +28,10 @@ pub static KIND: Kind = Kind {
 pub struct Bf16(Tensor);
 
 impl Bf16 {
-    /// `matrix` rounded to nearest.
+    /// Rounds `matrix` to nearest.
     ///
     /// # Errors
-    /// What candle cannot convert.
+    /// Returns an error if candle cannot convert `matrix`.
     pub fn new(matrix: &Tensor) -> Result<Self> {
         Ok(Self(matrix.to_dtype(DType::BF16)?))
     }
@@ -80,7 +80,7 @@ impl Weight for Bf16 {
     }
 }
 
-/// The values as bf16, without a copy in f32 in between.
+/// Converts the values to bf16, without an f32 copy if they are bfloat16 or float32.
 fn narrow(tensor: &formats::Tensor) -> Result<Vec<bf16>> {
     let bytes = tensor.bytes();
     Ok(match tensor.dtype() {

@@ -1,5 +1,5 @@
-//! Weights in the blocks of quantised values that a model's file holds, decoded piece by piece. The file stays mapped: nothing is
-//! copied, and memory that other programs need is taken from its pages first.
+//! Weights that stay in the quantised blocks of a model file and are decoded piece by piece. The file stays mapped:
+//! nothing is copied, and when other programs need memory, the operating system takes it from these pages first.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use monteclora_converters::{self as formats, BlockMatrix};
 use super::{Access, BF16, F32, Kind, Weight};
 use crate::error::Result;
 
-/// What `auto` stands for: blocks as they are, anything else as float32.
+/// The kind `auto`: quantised blocks stay as they are, anything else becomes float32.
 pub static AUTO: Kind = Kind {
     name: "auto",
     about: "blocks of quantised values as they are, anything else as float32",
@@ -22,8 +22,8 @@ pub static AUTO: Kind = Kind {
     hold: |values, device| hold(values, device, (DType::F32, &F32)),
 };
 
-/// What `auto` stands for where products are computed in bf16: blocks as they are, their values rounded to bf16 when they are
-/// decoded; anything else as bf16.
+/// The kind `auto` for products in bf16: quantised blocks stay as they are and decode to values rounded to bf16;
+/// anything else becomes bf16.
 pub static AUTO_BF16: Kind = Kind {
     name: "auto",
     about: "blocks of quantised values as they are, anything else as bfloat16",
@@ -43,10 +43,10 @@ fn hold(
     }
 }
 
-/// A matrix in blocks, whose values are float32 or rounded to bf16.
+/// A matrix in quantised blocks, which decode to float32 or to values rounded to bf16.
 ///
-/// On an accelerator the blocks of ggml are held in its memory and decoded there for each product; those of other formats are held
-/// as decoded values.
+/// On an accelerator, blocks of ggml are held in its memory and decoded there for each product; blocks of other formats
+/// are held as decoded values.
 #[derive(Debug, Clone)]
 pub struct Blocks {
     matrix: BlockMatrix,
@@ -57,17 +57,17 @@ pub struct Blocks {
 
 #[derive(Debug, Clone)]
 enum Place {
-    /// The host's, where the file is mapped.
+    /// In host memory, where the file is mapped.
     Host,
     Blocks(Arc<QTensor>, Device),
     Values(Tensor),
 }
 
 impl Blocks {
-    /// The values of `matrix` as `dtype`, f32 or bf16.
+    /// Holds `matrix` on `device`, with its values as `dtype`, f32 or bf16.
     ///
     /// # Errors
-    /// The device cannot hold them.
+    /// Returns an error if the device cannot hold the values.
     pub fn new(matrix: BlockMatrix, dtype: DType, device: &Device) -> Result<Self> {
         let place = match (device, ggml_dtype(&matrix)) {
             (Device::Cpu, _) => Place::Host,
@@ -88,7 +88,7 @@ impl Blocks {
     }
 }
 
-/// candle's name of the blocks, where they are ggml's quantised ones.
+/// Returns candle's type of the blocks, if they have a quantised format of ggml that candle decodes.
 fn ggml_dtype(matrix: &BlockMatrix) -> Option<GgmlDType> {
     use GgmlDType::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
     let name = matrix.ggml_format()?.name;
@@ -97,7 +97,7 @@ fn ggml_dtype(matrix: &BlockMatrix) -> Option<GgmlDType> {
         .find(|dtype| format!("{dtype:?}") == name)
 }
 
-/// All values, on the host.
+/// Decodes all values on the host.
 fn decoded(matrix: &BlockMatrix, dtype: DType) -> Result<Tensor> {
     let (rows, columns) = matrix.dims();
     let mut values = vec![0f32; rows * columns];

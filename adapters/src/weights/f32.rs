@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use super::{Access, Kind, Weight, lend};
 use crate::error::Result;
 
-/// float32, as it is computed with.
+/// The kind `f32`: the type in which products are computed.
 pub static KIND: Kind = Kind {
     name: "f32",
     about: "32 bits",

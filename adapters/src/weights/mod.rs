@@ -1,4 +1,4 @@
-//! Frozen matrices, a file per kind of how they are held. Whoever computes with one knows only [`Weight`].
+//! Frozen matrices, one file per way of holding them. Code that computes with a matrix knows only [`Weight`].
 
 mod bf16;
 mod blocks;
@@ -18,7 +18,7 @@ pub use self::bf16::{Bf16, KIND as BF16};
 pub use self::blocks::{AUTO, AUTO_BF16, Blocks};
 pub use self::f32::KIND as F32;
 
-/// Every kind that can be asked for by name, the widest first.
+/// Every kind that can be selected by name, the widest first.
 pub static KINDS: &[&Kind] = &[&F32, &BF16];
 
 /// One way of holding a frozen matrix.
@@ -26,55 +26,56 @@ pub static KINDS: &[&Kind] = &[&F32, &BF16];
 pub struct Kind {
     /// Its name, as `model.dtype` and `--dtype` take it.
     pub name: &'static str,
-    /// What the reference of run.toml says of it.
+    /// Its description in the reference of run.toml.
     pub about: &'static str,
-    /// What a command's help says of it.
+    /// Its description in a command's help.
     pub help: &'static str,
-    /// Bytes that so many values take up, which the file may have in blocks.
+    /// Returns the bytes that a number of values take. The second argument is the matrix if the file has it in
+    /// quantised blocks.
     pub bytes: fn(usize, Option<&BlockMatrix>) -> usize,
-    /// Makes a weight of a file's tensor `[rows, columns]` on a device.
+    /// Creates a weight from a file's tensor `[rows, columns]` on a device.
     pub hold: fn(&monteclora_converters::Tensor, &Device) -> Result<Arc<dyn Weight>>,
 }
 
 impl Kind {
-    /// The kind called `name`.
+    /// Finds the kind named `name`.
     pub fn find(name: &str) -> Option<&'static Self> {
         KINDS.iter().copied().find(|kind| kind.name == name)
     }
 }
 
-/// A frozen matrix `[rows, columns]` (of a projection `[out, in]`), never a variable.
+/// A frozen matrix `[rows, columns]` (`[out, in]` for a projection), which is never trained.
 pub trait Weight: Debug + Send + Sync {
     /// Numbers of rows and columns.
     fn dims(&self) -> Result<(usize, usize)>;
 
-    /// Bytes that its values take up.
+    /// Number of bytes that its values take.
     fn bytes(&self) -> usize;
 
-    /// How the CPU's products come by its values.
+    /// How the CPU's products read its values.
     fn access(&self) -> Access<'_, f32>;
 
-    /// Writes the given part as f32, one row after the other, into `out`, which has its size. Any part may be asked for.
+    /// Writes the given part as f32, row by row, into `out`, which has the size of the part. Any part is allowed.
     fn widen(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]);
 
-    /// How they come by its values as bf16, if these are bf16: products that are asked for in it then use the processor's own
-    /// instruction.
+    /// How the CPU's products read its values as bf16: [`Access::Elsewhere`] unless the values are bf16. Otherwise,
+    /// products in bf16 use the processor's own instruction.
     fn access_bf16(&self) -> Access<'_, half::bf16> {
         Access::Elsewhere
     }
 
-    /// As [`Self::widen`] in bf16, where [`Self::access_bf16`] says so.
+    /// As [`Self::widen`] in bf16, if [`Self::access_bf16`] is [`Access::Pieces`].
     fn widen_bf16(&self, _rows: Range<usize>, _columns: Range<usize>, _out: &mut [half::bf16]) {}
 
-    /// Values of a row that are decoded together, so that parts which begin at multiples of it cost least.
+    /// Number of values of a row that are decoded together. Parts that begin at its multiples cost least.
     fn block(&self) -> usize {
         1
     }
 
-    /// The matrix as candle's tensor of any float type, for devices' own products.
+    /// The matrix as a candle tensor of any float type, for candle's own products.
     fn tensor(&self) -> Result<Tensor>;
 
-    /// The given rows, one after the other, in f32 on the weight's device.
+    /// Returns the given rows, in this order, in f32 on the weight's device.
     fn gather(&self, rows: &[u32]) -> Result<Tensor> {
         let tensor = self.tensor()?;
         let index = Tensor::new(rows, tensor.device())?;
@@ -84,14 +85,14 @@ pub trait Weight: Debug + Send + Sync {
     }
 }
 
-/// How the CPU's products come by the values of a weight as numbers of type `T`.
+/// How the CPU's products read the values of a weight as numbers of type `T`.
 #[derive(Debug)]
 pub enum Access<'a, T> {
-    /// As they lie, in row-major order.
+    /// Directly from memory, in row-major order.
     Lent(Lent<'a, T>),
     /// Piece by piece through [`Weight::widen`] or [`Weight::widen_bf16`].
     Pieces,
-    /// Not at all: they are on another device, or laid out otherwise.
+    /// Not at all: the values are on another device or in another layout.
     Elsewhere,
 }
 
@@ -116,7 +117,7 @@ impl<T: WithDType> Deref for Lent<'_, T> {
     }
 }
 
-/// The elements of a contiguous `tensor` of `T` on the CPU; none of any other.
+/// Lends the elements of `tensor`. Returns `None` unless it is contiguous, of type `T` and on the CPU.
 pub fn lend<T: WithDType>(tensor: &Tensor) -> Option<Lent<'_, T>> {
     if !matches!(tensor.device(), Device::Cpu) || tensor.dtype() != T::DTYPE {
         return None;

@@ -1,4 +1,5 @@
-//! The one reader of config.json: what it says, what transformers assumes where it is silent, and a refusal of the rest.
+//! The only reader of config.json. It applies transformers' defaults for absent keys and refuses what it does not
+//! understand.
 
 use std::path::Path;
 
@@ -19,15 +20,16 @@ mod rope;
 use language::{Language, language};
 pub(crate) use language::{body, entry, family, ties_by_files, ties_embeddings, with_entry};
 
-/// More layers than any model has.
+/// Maximum number of layers, more than any model has.
 const MAX_LAYERS: usize = 1 << 16;
 
 impl ModelShape {
-    /// Reads `config.json` in `dir`; where that leaves it to the weights whether the head is the embedding, their headers too, if
-    /// they are there.
+    /// Reads `config.json` in `dir`. If config.json leaves it to the weights whether the head is the embedding, this
+    /// also reads the headers of the weight files, if there are any.
     ///
     /// # Errors
-    /// As [`ModelFiles::read_config`]; a refusal with every key that is missing, malformed or not understood.
+    /// Returns an error as [`ModelFiles::read_config`] does, or a refusal with every key that is missing, malformed or
+    /// not understood.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let config = ModelFiles::read_config(dir)?;
@@ -44,7 +46,7 @@ impl ModelShape {
     /// Reads the contents of a `config.json`.
     ///
     /// # Errors
-    /// Every key that is missing, malformed or not understood.
+    /// Returns a problem for every key that is missing, malformed or not understood.
     pub fn from_config(config: &Map<String, Value>) -> Result<Self, Vec<Problem>> {
         let language = language(config).map_err(|problem| vec![problem])?;
         let (shape, mut problems) = read(&language);
@@ -55,10 +57,11 @@ impl ModelShape {
         }
     }
 
-    /// As [`Self::from_config`], for what needs names and shapes of tensors alone: what is wrong with other keys is let pass.
+    /// As [`Self::from_config`], for callers that need only names and shapes of tensors: problems with other keys are
+    /// ignored.
     ///
     /// # Errors
-    /// Every key that the tensors depend on and that is missing or malformed.
+    /// Returns a problem for every missing or malformed key that the tensors depend on.
     pub(crate) fn layout(config: &Map<String, Value>) -> Result<Self, Vec<Problem>> {
         let language = language(config).map_err(|problem| vec![problem])?;
         let (shape, mut problems) = read(&language);
@@ -73,7 +76,7 @@ impl ModelShape {
     }
 }
 
-/// Keys that names and shapes of tensors depend on, biases apart.
+/// Keys that determine the names and shapes of tensors, except those of biases.
 const LAYOUT: [&str; 13] = [
     "vocab_size",
     "hidden_size",
@@ -90,27 +93,27 @@ const LAYOUT: [&str; 13] = [
     "mlp_only_layers",
 ];
 
-/// The shape, and what is wrong with the keys that it was read from.
+/// Returns the shape, and the problems of the keys that it was read from.
 fn read(language: &Language<'_>) -> (ModelShape, Vec<Problem>) {
     let mut keys = Keys::of(language);
     let shape = keys.shape(language.family, language.wrapper);
     (shape, keys.problems)
 }
 
-/// What config.json says that nothing reads, one warning for each kind; what changes the numbers is refused instead.
+/// Returns a warning for each kind of key that nothing reads. Keys that change the numbers are refused instead.
 pub(crate) fn unread(config: &Map<String, Value>) -> Vec<Problem> {
     language(config).map_or_else(|_| Vec::new(), |language| keys::unread(&language, config))
 }
 
-/// A text as it is, and any other value as JSON writes it.
+/// Returns a text as it is, and any other value as JSON.
 fn plain(value: &Value) -> String {
     value.as_str().map_or(value.to_string(), str::to_owned)
 }
 
-/// Query heads, and key and value heads, of a config.json of which nothing else is needed.
+/// Returns the numbers of query heads and of key and value heads, from a config.json whose other keys are not needed.
 ///
 /// # Errors
-/// The first thing that is wrong with these keys.
+/// Returns the first problem with these keys.
 pub(crate) fn heads(config: &Map<String, Value>) -> Result<(usize, usize), Problem> {
     let language = language(config)?;
     let mut keys = Keys::of(&language);
@@ -118,7 +121,7 @@ pub(crate) fn heads(config: &Map<String, Value>) -> Result<(usize, usize), Probl
     keys.problems.into_iter().next().map_or(Ok(heads), Err)
 }
 
-/// Reads keys of a configuration and gathers what is wrong with them; a bad value is replaced by a harmless one so that the
+/// Reads keys of a configuration and collects their problems. A bad value is replaced by a harmless one, so that the
 /// other keys can still be checked.
 struct Keys<'a> {
     config: &'a Map<String, Value>,
@@ -145,7 +148,7 @@ impl<'a> Keys<'a> {
             .push(Problem::new("model-config", location, message, fix));
     }
 
-    /// Whether none of `keys` has a problem already: what follows from a bad value is no problem of its own.
+    /// Whether none of `keys` has a problem yet. A consequence of a bad value is not reported as a problem of its own.
     fn sound(&self, keys: &[&str]) -> bool {
         let mut problems = self.problems.iter();
         !problems.any(|problem| keys.iter().any(|key| problem.at == self.language.at(key)))
@@ -235,7 +238,7 @@ impl<'a> Keys<'a> {
         (query, key_value.unwrap_or(query))
     }
 
-    /// A key that must be there, unless its family has a `default`.
+    /// Reads a key that is required unless its family has a `default`.
     fn size(&mut self, key: &str, default: Option<usize>) -> usize {
         if self.get(key).is_none() && default.is_none() {
             let message = "missing; is this the config.json of a decoder?";
@@ -244,7 +247,7 @@ impl<'a> Keys<'a> {
         self.optional_size(key, default).or(default).unwrap_or(1)
     }
 
-    /// `default` where the key is absent, nothing where it is null.
+    /// Returns `default` if the key is absent, and `None` if it is null.
     fn optional_size(&mut self, key: &str, default: Option<usize>) -> Option<usize> {
         if !self.config.contains_key(key) {
             return default;
@@ -269,7 +272,7 @@ impl<'a> Keys<'a> {
         self.positive(key, value.as_ref())
     }
 
-    /// `value`, of `key`, as a number above 0.
+    /// Reads `value`, the value of `key`, as a number above 0.
     fn positive(&mut self, key: &str, value: Option<&Value>) -> Option<f64> {
         let value = value?;
         let number = value.as_f64().filter(|x| x.is_finite() && *x > 0.0);
@@ -302,7 +305,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// Both names of the key are looked at, so that neither is dropped silently.
+    /// Checks both names of the key, so that neither is dropped silently.
     fn activation(&mut self, family: &Family) -> Activation {
         let mut activation = family.defaults.activation;
         for key in ["hidden_act", "hidden_activation"] {

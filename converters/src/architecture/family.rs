@@ -1,48 +1,48 @@
-//! The words in which a decoder family is described.
+//! The types that describe a decoder family.
 
 use super::ModelShape;
 use crate::module_path::layer_of;
 
-/// A decoder family: everything about it that is not a number of one model.
+/// A decoder family: everything about its models except the numbers of a single model.
 #[derive(Debug)]
 pub struct Family {
     /// `model_type` of config.json.
     pub model_type: &'static str,
     /// The class of transformers, as `architectures` of config.json names it.
     pub class_name: &'static str,
-    /// What absent keys mean.
+    /// The values of absent keys.
     pub defaults: Defaults,
-    /// The linear modules of a block, in the order of checkpoints; fused ones keep their name.
+    /// The linear modules of a block, in the order of checkpoints; fused modules keep their name.
     pub projections: &'static [Projection],
     /// The norms of a block.
     pub norms: &'static [Norm],
-    /// What is added to the weight of every norm, the last one's too: 1 where a weight of 0 scales nothing.
+    /// Offset added to the weight of every norm, including the last: 1 if a weight of 0 means a scale of 1.
     pub norm_offset: f32,
     /// The key that names the activation.
     pub activation_key: &'static str,
-    /// Which layers see only a window.
+    /// Which layers attend only to a sliding window.
     pub windows: Windows,
     /// How queries and keys are rotated.
     pub rotary: Rotary,
-    /// Factors in the computation, and what each follows from.
+    /// Factors in the computation, and where each comes from.
     pub multipliers: &'static [(Multiplier, Factor)],
-    /// Bounds on attention's scores and on logits.
+    /// Bounds on attention scores and on logits.
     pub softcaps: &'static [Softcap],
-    /// The mixture that takes the place of the feed-forward layer in some or all blocks.
+    /// The mixture of experts that replaces the feed-forward layer in some or all blocks.
     pub experts: Option<&'static Experts>,
-    /// llama.cpp's side.
+    /// How llama.cpp represents the family.
     pub gguf: Gguf,
-    /// Keys that the server's runtime reads of this family's configuration besides the sizes that all have; what a key outside
-    /// of these changes cannot be served. `None`: the runtime does not have the family.
+    /// Keys of this family's configuration that the server's runtime reads, besides the sizes that all families have. A
+    /// model that another key changes cannot be served. `None` if the runtime does not support the family.
     pub runtime_keys: Option<&'static [&'static str]>,
 }
 
-/// What transformers assumes where config.json is silent.
+/// The values that transformers assumes for keys that are absent from config.json.
 #[derive(Debug, Clone, Copy)]
 pub struct Defaults {
-    /// `num_key_value_heads`; `None` is the number of query heads, which a null always is.
+    /// `num_key_value_heads`. `None` means the number of query heads, as a null always does.
     pub num_key_value_heads: Option<usize>,
-    /// `head_dim`; `None` is the width divided by the heads, which a null always is.
+    /// `head_dim`. `None` means the width divided by the number of heads, as a null always does.
     pub head_dim: Option<usize>,
     /// `max_position_embeddings`.
     pub max_position_embeddings: usize,
@@ -52,20 +52,20 @@ pub struct Defaults {
     pub rope_theta: f64,
     /// `tie_word_embeddings`.
     pub tie_word_embeddings: bool,
-    /// `sliding_window`; a null is always none.
+    /// `sliding_window`. A null always means no window.
     pub sliding_window: Option<usize>,
     /// The activation.
     pub activation: Activation,
-    /// Whether there are the biases of which a key that is absent would tell; see [`Bias::Key`].
+    /// Whether biases exist if their key is absent; see [`Bias::Key`].
     pub biases: bool,
-    /// `original_max_position_embeddings` beside the rotary parameters, where the class has such a key: it is the one that
-    /// counts.
+    /// `original_max_position_embeddings` beside the rotary parameters, if the class has this key. It then takes
+    /// precedence.
     pub original_max_position_embeddings: Option<usize>,
-    /// Sizes, where published configurations leave out those of the class.
+    /// Default sizes of the class, if published configurations omit sizes.
     pub sizes: Option<Sizes>,
 }
 
-/// Sizes of transformers' configuration class.
+/// Default sizes of a configuration class of transformers.
 #[derive(Debug, Clone, Copy)]
 pub struct Sizes {
     /// `vocab_size`.
@@ -83,19 +83,20 @@ pub struct Sizes {
 /// How queries and keys are rotated.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rotary {
-    /// Which two entries turn together.
+    /// Which two entries are rotated together.
     pub pairs: Pairs,
-    /// The share of each head that turns where `partial_rotary_factor` is absent; `None`: all of it, and the key is refused.
+    /// The share of each head that is rotated if `partial_rotary_factor` is absent. `None`: the whole head, and the key
+    /// is refused.
     pub partial: Option<f64>,
     /// Which layer has which rotation.
     pub layers: RotaryLayers,
-    /// Whether `llama_4_scaling_beta` among the rotary parameters makes queries grow with their position.
+    /// Whether `llama_4_scaling_beta` among the rotary parameters scales queries with their position.
     pub scales_queries: bool,
-    /// What stands for no rotary parameters at all, as `rope_scaling` would have it; none where that is the plain rotation.
+    /// The rotary parameters if config.json has none, in the form of `rope_scaling`. `None` means the plain rotation.
     pub absent: Option<&'static str>,
 }
 
-/// Which two entries of a head turn together.
+/// Which two entries of a head are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pairs {
     /// The first of the first half with the first of the second, and so on.
@@ -107,18 +108,19 @@ pub enum Pairs {
 /// Which layer has which rotation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RotaryLayers {
-    /// One for all.
+    /// One rotation for all layers.
     All,
-    /// One for layers that see everything, and one with this base for layers that see a window.
+    /// One rotation for layers with full attention, and one with this base for layers with a sliding window.
     ByWindow {
-        /// The base for layers with a window, where nothing else gives one.
+        /// The default base for layers with a sliding window.
         theta: f64,
-        /// The key that gives it, if there is one beside the rotary parameters.
+        /// The key of this base, if there is one beside the rotary parameters.
         key: Option<&'static str>,
     },
-    /// One, for the layers with a 1 in `no_rope_layers`; absent, for all but every n-th, with n the key `no_rope_layer_interval`.
+    /// One rotation for the layers with a 1 in `no_rope_layers`. If that key is absent, for all layers but every n-th,
+    /// where n is the key `no_rope_layer_interval`.
     Marked {
-        /// n, where its key is absent.
+        /// n, if its key is absent.
         interval: usize,
     },
 }
@@ -128,41 +130,42 @@ pub enum RotaryLayers {
 pub struct Softcap {
     /// What is bounded.
     pub place: SoftcapPlace,
-    /// The key of the bound; null is none.
+    /// The key of the bound; a null means no bound.
     pub key: &'static str,
-    /// The bound where the key is absent.
+    /// The bound if the key is absent.
     pub default: Option<f64>,
 }
 
 /// What a [`Softcap`] bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SoftcapPlace {
-    /// Attention's scores, before the mask.
+    /// Attention scores, before the mask.
     Scores,
     /// Logits.
     Logits,
 }
 
-/// A mixture of experts: each token goes through the few feed-forward layers that its router chooses. All of it is frozen.
+/// A mixture of experts: its router sends each token through a few of the feed-forward layers. All of it is frozen.
 #[derive(Debug)]
 pub struct Experts {
     /// Path of the router inside the block.
     pub router: &'static str,
     /// llama.cpp's name of the router inside the block.
     pub gguf_router: &'static str,
-    /// Path of the experts inside the block; their number follows.
+    /// Path of the experts inside the block; the number of the expert follows.
     pub path: &'static str,
-    /// Gate, up and down of an expert, with llama.cpp's names of all experts' together inside the block.
+    /// Names of an expert's gate, up and down, each with llama.cpp's name inside the block for the tensor of all
+    /// experts.
     pub projections: [(&'static str, &'static str); 3],
-    /// The key of their number, further names of it, and the number where all are absent.
+    /// The keys of the number of experts, and the number if all are absent.
     pub count: (&'static [&'static str], usize),
-    /// How many a token goes through, where `num_experts_per_tok` is absent.
+    /// Experts per token, if `num_experts_per_tok` is absent.
     pub per_token: usize,
-    /// The key of their width, and the width where it is absent.
+    /// The key of the width of an expert, and the width if it is absent.
     pub width: (&'static str, usize),
     /// Whether the chosen experts' weights sum to 1.
     pub normalised: Normalised,
-    /// Whether `decoder_sparse_step` and `mlp_only_layers` leave blocks with a plain feed-forward layer.
+    /// Whether `decoder_sparse_step` and `mlp_only_layers` give some blocks a plain feed-forward layer.
     pub has_dense_layers: bool,
 }
 
@@ -171,7 +174,7 @@ pub struct Experts {
 pub enum Normalised {
     /// Always.
     Yes,
-    /// As this key says; absent means no.
+    /// If this key is true; absent means no.
     Key(&'static str),
 }
 
@@ -182,7 +185,7 @@ pub struct Projection {
     pub name: &'static str,
     /// llama.cpp's name inside the block, such as `attn_q`.
     pub gguf_name: &'static str,
-    /// What its rows are, in order; more than one where projections are fused.
+    /// What its rows compute, in order; several roles if projections are fused.
     pub parts: &'static [Role],
     /// Whether it has a bias.
     pub bias: Bias,
@@ -201,7 +204,7 @@ pub enum Role {
     Output,
     /// Gate of the feed-forward layer, to which the activation applies.
     Gate,
-    /// What the gate multiplies.
+    /// The factor that the gate multiplies.
     Up,
     /// The feed-forward layer's output.
     Down,
@@ -240,11 +243,11 @@ pub enum Bias {
     No,
     /// Always.
     Yes,
-    /// As this key says; absent means [`Defaults::biases`].
+    /// If this key is true; absent means [`Defaults::biases`].
     Key(&'static str),
 }
 
-/// A norm of a block, over the root mean square.
+/// A root-mean-square norm of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Norm {
     /// Path inside the block, such as `input_layernorm`.
@@ -270,16 +273,16 @@ pub enum NormPlace {
     On(Role, Extent),
 }
 
-/// What one mean square is taken over.
+/// The values over which a norm takes one mean square.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
-    /// Each head by itself.
+    /// Each head separately.
     Head,
     /// The whole projection.
     Whole,
 }
 
-/// The non-linearity of the gate.
+/// The activation function of the gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// `x / (1 + e^-x)`.
@@ -293,7 +296,7 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// Transformers' names of each, the usual one first.
+    /// transformers' names of each activation, the usual one first.
     const NAMES: [(Self, &[&str]); 4] = [
         (Self::Silu, &["silu", "swish"]),
         (Self::Gelu, &["gelu"]),
@@ -301,13 +304,13 @@ impl Activation {
         (Self::Relu, &["relu"]),
     ];
 
-    /// By one of transformers' names.
+    /// Finds an activation by one of transformers' names.
     pub fn named(name: &str) -> Option<Self> {
         let mut known = Self::NAMES.iter();
         known.find_map(|(activation, names)| names.contains(&name).then_some(*activation))
     }
 
-    /// Transformers' usual name.
+    /// transformers' usual name.
     pub fn name(self) -> &'static str {
         let mut known = Self::NAMES.iter();
         known
@@ -316,7 +319,7 @@ impl Activation {
     }
 }
 
-/// Which layers see only the last `sliding_window` tokens.
+/// Which layers attend only to the last `sliding_window` tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Windows {
     /// None; the key is not read.
@@ -325,34 +328,35 @@ pub enum Windows {
     All,
     /// All, if `use_sliding_window` and the key gives a window.
     AllIfUsed,
-    /// Those that `layer_types` calls sliding; without it, and if `use_sliding_window`, those from `max_window_layers` on, which
-    /// is this if absent.
+    /// Those that `layer_types` calls sliding. Without that key, and if `use_sliding_window`, those from
+    /// `max_window_layers` on, which is this number if absent.
     From(usize),
-    /// Those that `layer_types` calls sliding; without it all but every n-th, with n this or the first of the keys that is there.
+    /// Those that `layer_types` calls sliding. Without that key all but every n-th, where n is the first of these keys
+    /// that is present, or else this number.
     AllBut(usize, &'static [&'static str]),
-    /// Those that `layer_types` calls sliding; without it, and if `use_sliding_window`, those without a rotation.
+    /// Those that `layer_types` calls sliding. Without that key, and if `use_sliding_window`, those without a rotation.
     Unrotated,
 }
 
-/// A factor in the computation, 1 (for attention `head_dim^-1/2`) where a family has none.
+/// A factor in the computation. It is 1 (for attention `head_dim^-1/2`) if a family does not set it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Multiplier {
     /// On embeddings.
     Embedding,
-    /// On queries times keys.
+    /// On the products of queries and keys.
     Attention,
     /// On what a sublayer adds to the residual.
     Residual,
-    /// By what logits are divided.
+    /// The divisor of logits.
     LogitsDivisor,
 }
 
-/// What a [`Multiplier`] follows from.
+/// Where the value of a [`Multiplier`] comes from.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Factor {
-    /// This key; 1 where it is absent.
+    /// The value of this key; 1 if it is absent.
     Key(&'static str),
-    /// `x^-1/2` of this key, and of the second where it is absent.
+    /// `x^-1/2`, where x is the value of this key, or this number if the key is absent.
     InverseRoot(&'static str, f64),
     /// `hidden_size^1/2`, rounded as the embedding is.
     RootOfWidth,
@@ -368,32 +372,34 @@ impl Factor {
     }
 }
 
-/// llama.cpp's side of a family.
+/// How llama.cpp represents a family.
 #[derive(Debug, Clone, Copy)]
 pub struct Gguf {
     /// `general.architecture`.
     pub architecture: &'static str,
-    /// Further architectures under which llama.cpp keeps models of this family.
+    /// Other architectures under which llama.cpp stores models of this family.
     pub also: &'static [&'static str],
-    /// The key below the architecture that, where it is above 0, tells this family from the others of its architecture.
+    /// A key below the architecture. A value above 0 distinguishes this family from others of the same architecture.
     pub told_by: Option<&'static str>,
     /// Whether the two halves of each query and key head are interleaved, row by row.
     pub interleaved: bool,
-    /// `attention.sliding_window` where it is absent.
+    /// `attention.sliding_window` if it is absent.
     pub window: Option<usize>,
-    /// `rope.freq_base_swa` where it is absent; none is `rope.freq_base`.
+    /// `rope.freq_base_swa` if it is absent; `None` means the value of `rope.freq_base`.
     pub local_theta: Option<f64>,
-    /// The number of layers of the one size whose scores are scaled by the width over the heads in place of the head's size, which no
-    /// key says.
+    /// Number of layers of the one model size that scales scores by the width divided by the number of heads, not by
+    /// the head size. No key of the file records this.
     pub wide_scores: Option<usize>,
-    /// Keys below the architecture that change the computation in this family alone, each with the one value that is understood.
+    /// Keys below the architecture that change the computation in this family only, each with the only value that is
+    /// supported.
     pub switches: &'static [(&'static str, f64)],
-    /// In a SentencePiece vocabulary: the special tokens after which white space is kept, where it is dropped after all others.
+    /// For a SentencePiece vocabulary: the special tokens after which white space is kept; after all others it is
+    /// dropped.
     pub keeps_space_after: Option<&'static [&'static str]>,
 }
 
 impl Gguf {
-    /// Whether llama.cpp keeps models of the family under this architecture.
+    /// Whether llama.cpp stores models of the family under this architecture.
     pub fn has_name(&self, architecture: &str) -> bool {
         self.architecture == architecture || self.also.contains(&architecture)
     }
@@ -407,7 +413,7 @@ pub(crate) const HEAD: Projection = Projection {
     bias: Bias::No,
 };
 
-/// The seven projections of a block that keeps each by itself.
+/// The seven projections of a block without fused modules.
 pub(super) const fn separate(qkv: Bias, output: Bias, feed_forward: Bias) -> [Projection; 7] {
     const fn one(
         name: &'static str,
@@ -434,13 +440,13 @@ pub(super) const fn separate(qkv: Bias, output: Bias, feed_forward: Bias) -> [Pr
 }
 
 impl Norm {
-    /// Llama's before attention.
+    /// Llama's norm before attention.
     pub(super) const BEFORE_ATTENTION: Self = Self {
         name: "input_layernorm",
         gguf_name: "attn_norm",
         place: NormPlace::BeforeAttention,
     };
-    /// Llama's before the feed-forward layer, whose name says where it stands.
+    /// Llama's norm before the feed-forward layer. Its name refers to its position after attention.
     pub(super) const BEFORE_FEED_FORWARD: Self = Self {
         name: "post_attention_layernorm",
         gguf_name: "ffn_norm",
@@ -449,7 +455,7 @@ impl Norm {
 }
 
 impl Family {
-    /// What most families are; each file says how its own differs.
+    /// The defaults of most families; each family's file states its differences.
     pub(super) const PLAIN: Self = Self {
         model_type: "",
         class_name: "",
@@ -495,25 +501,25 @@ impl Family {
         runtime_keys: None,
     };
 
-    /// The family whose `model_type` this is.
+    /// Finds the family with this `model_type`.
     pub fn named(model_type: &str) -> Option<&'static Self> {
         let mut known = super::FAMILIES.iter().copied();
         known.find(|family| family.model_type == model_type)
     }
 
-    /// The families that llama.cpp keeps under this name, the preferred one first.
+    /// Returns the families that llama.cpp stores under this name, the preferred one first.
     pub fn of_gguf(architecture: &str) -> impl Iterator<Item = &'static Self> {
         let known = super::FAMILIES.iter().copied();
         known.filter(move |family| family.gguf.has_name(architecture))
     }
 
-    /// The projection with this path in a block, or this name in llama.cpp's.
+    /// Finds the projection with this path in a block or this llama.cpp name.
     pub fn projection(&self, name: &str) -> Option<&'static Projection> {
         let mut known = self.projections.iter();
         known.find(|projection| projection.name == name || projection.gguf_name == name)
     }
 
-    /// The keys that say whether there are biases.
+    /// The keys that set whether projections have biases.
     pub fn bias_keys(&self) -> Vec<&'static str> {
         let mut keys = Vec::new();
         for projection in self.projections {
@@ -526,7 +532,7 @@ impl Family {
         keys
     }
 
-    /// Whether the module or tensor of this name is the router or an expert of the mixture, which carries no adapter here.
+    /// Whether `name` is the module or a tensor of the router or of an expert. These carry no adapter.
     pub fn is_in_mixture(&self, name: &str) -> bool {
         let inner = layer_of(name).map(|(_, _, inner)| inner);
         let experts = inner.zip(self.experts);

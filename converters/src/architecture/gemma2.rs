@@ -48,7 +48,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-/// What an absent key means in Gemma 2.
+/// The values of absent keys in Gemma 2.
 pub(super) const DEFAULTS: Defaults = Defaults {
     num_key_value_heads: Some(4),
     head_dim: Some(256),
@@ -59,7 +59,7 @@ pub(super) const DEFAULTS: Defaults = Defaults {
     ..Family::PLAIN.defaults
 };
 
-/// Embeddings grow with the width, and scores are scaled by a number of their own.
+/// Embeddings are scaled by the root of the width, and scores by a key of their own.
 pub(super) const MULTIPLIERS: &[(Multiplier, Factor)] = &[
     (Multiplier::Embedding, Factor::RootOfWidth),
     (
@@ -68,7 +68,7 @@ pub(super) const MULTIPLIERS: &[(Multiplier, Factor)] = &[
     ),
 ];
 
-/// A norm before and one behind each sublayer.
+/// One norm before and one after each sublayer.
 pub(super) const SANDWICH: [Norm; 4] = [
     Norm::BEFORE_ATTENTION,
     Norm {

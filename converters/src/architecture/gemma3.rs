@@ -1,5 +1,5 @@
-//! Gemma 3, the language model: as Gemma 2 with norms on heads in place of bounds, and layers with a window of which each has a
-//! rotation of its own.
+//! Gemma 3, the language model: Gemma 2 with norms on heads instead of bounds on scores, and with a rotation of its own
+//! for layers with a sliding window.
 
 use super::family::{
     Defaults, Family, Gguf, Norm, Rotary, RotaryLayers, Sizes, Softcap, SoftcapPlace, Windows,
@@ -30,7 +30,7 @@ pub(super) const FAMILY: Family = Family {
         },
         ..Family::PLAIN.rotary
     },
-    // transformers has a key for a bound on scores too, and never applies it.
+    // transformers also has a key for a bound on scores, but never applies it.
     softcaps: &[Softcap {
         place: SoftcapPlace::Logits,
         key: "final_logit_softcapping",

@@ -1,4 +1,5 @@
-//! GLM-4 (of 2025, and its successors by this name): four norms around two sublayers, neighbouring entries of half a head turn.
+//! GLM-4 (of 2025, and its successors by this name): four norms around two sublayers, and a rotation of neighbouring
+//! entries in half of each head.
 
 use super::family::{
     Bias, Defaults, Family, Gguf, Norm, NormPlace, Pairs, Projection, Role, Rotary,

@@ -1,4 +1,4 @@
-//! Granite 3, the dense models: a Llama with four factors.
+//! Granite 3, the dense models: a Llama with four multipliers.
 
 use super::family::{Factor, Family, Gguf, Multiplier};
 use super::llama;
@@ -15,7 +15,7 @@ pub(super) const FAMILY: Family = Family {
     gguf: Gguf {
         architecture: "granite",
         interleaved: true,
-        // false is a model without rotation.
+        // The value false means a model without rotation.
         switches: &[("rope.scaling.finetuned", 1.0)],
         ..Family::PLAIN.gguf
     },

@@ -1,4 +1,4 @@
-//! Llama, SmolLM2 among them.
+//! Llama, including SmolLM2.
 
 use super::family::{Bias, Family, Gguf, separate};
 

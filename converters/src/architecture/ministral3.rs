@@ -1,4 +1,4 @@
-//! Ministral 3, the language model: a Mistral with YaRN, whose queries grow with their position.
+//! Ministral 3, the language model: a Mistral with YaRN and queries that are scaled with their position.
 
 use super::family::{Defaults, Family, Gguf, Rotary};
 use super::mistral;

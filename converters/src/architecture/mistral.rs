@@ -1,4 +1,4 @@
-//! Mistral: a head size of its own, and one window for all layers.
+//! Mistral: a head size independent of the width, and one window for all layers.
 
 use super::family::{Defaults, Family, Gguf, Windows};
 

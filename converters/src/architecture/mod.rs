@@ -1,9 +1,11 @@
-//! Decoder families as data: one file each, one line of the registry, and nothing else in the workspace knows a family by name.
+//! Decoder families as data. Each family has one file and one entry in the registry; nothing else in the workspace
+//! knows a family by name.
 //!
-//! A family's file says what its blocks hold ([`Projection`], [`Norm`]), what an absent key of config.json means
-//! ([`Defaults`], those of transformers' configuration class), how llama.cpp names and orders its tensors ([`Gguf`]), and what
-//! the server's runtime reads of its configuration. [`ModelShape`] is a config.json read by that description; the decoder,
-//! the server, the estimate of memory and the converters all work from it. A decoder may stand in a larger model: [`Wrapper`].
+//! A family's file states what its blocks hold ([`Projection`], [`Norm`]), what an absent key of config.json means
+//! ([`Defaults`], those of transformers' configuration class), how llama.cpp names and orders its tensors ([`Gguf`]),
+//! and which keys the server's runtime reads. [`ModelShape`] is a config.json read by that description; the decoder,
+//! the server, the memory estimate and the converters all work from it. A larger model may contain the decoder:
+//! [`Wrapper`].
 
 mod config;
 mod family;
@@ -41,7 +43,7 @@ pub(crate) use config::{
 pub(crate) use family::HEAD;
 pub(crate) use shape::BODY;
 
-/// Every family that is known; the first of several with one GGUF architecture is preferred.
+/// All supported families. Of several with the same GGUF architecture, the first is preferred.
 pub const FAMILIES: &[&Family] = &[
     &llama::FAMILY,
     &mistral::FAMILY,

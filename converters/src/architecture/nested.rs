@@ -1,7 +1,9 @@
-//! Models that hold a decoder beside parts for other media: where they keep its configuration and what they call its tensors.
+//! Multimodal models that contain a decoder: where they keep the decoder's configuration, and how they name its
+//! tensors.
 //!
-//! Such a model's config.json has the decoder's in `text_config`. Its tensors have two names each: the one in files, and the one of the
-//! module in memory, by which PEFT names what it adapts. transformers reads both from files, and everything here works with the latter.
+//! Such a model's config.json has the decoder's configuration in `text_config`. Each tensor has two names: one in
+//! files, and one of the module in memory, which PEFT uses for adapted modules. transformers accepts both names in
+//! files; everything here works with the name in memory.
 
 use std::borrow::Cow;
 
@@ -9,30 +11,30 @@ use serde_json::{Map, Value};
 
 use super::{Family, gemma3, ministral3, mistral};
 
-/// A model with a decoder in it.
+/// A multimodal model that contains a decoder.
 #[derive(Debug)]
 pub struct Wrapper {
     /// `model_type` of config.json.
     pub model_type: &'static str,
     /// The class of transformers, as `architectures` of config.json names it.
     pub class_name: &'static str,
-    /// Families that the decoder may be of; the first is meant where `text_config` names none.
+    /// The families that the decoder may have. The first applies if `text_config` names none.
     pub families: &'static [&'static Family],
     /// Path of the decoder without its head, in the names of modules.
     pub body: &'static str,
-    /// Beginnings of names in files, and of the names of modules that are meant by them.
+    /// Pairs of prefixes: that of names in files, and that of the corresponding names of modules.
     pub stored: &'static [(&'static str, &'static str)],
-    /// Beginnings of the names of modules for other media.
+    /// Prefixes of the names of modules for other media.
     pub beside: &'static [&'static str],
-    /// Keys of config.json about other media.
+    /// Keys of config.json that concern other media.
     pub keys: &'static [&'static str],
-    /// Keys of `text_config` that this class does not read, though the decoder's own class does.
+    /// Keys of `text_config` that this class does not read although the decoder's own class does.
     pub unused: &'static [&'static str],
-    /// `tie_word_embeddings` of config.json where that key is absent; the one in `text_config` does not count.
+    /// `tie_word_embeddings` of config.json if the key is absent there; the value in `text_config` does not count.
     pub tie_word_embeddings: bool,
 }
 
-/// Every model of this kind that is known.
+/// Every supported model of this kind.
 pub const WRAPPERS: &[&Wrapper] = &[&MISTRAL3, &GEMMA3];
 
 const MISTRAL3: Wrapper = Wrapper {
@@ -86,7 +88,7 @@ const GEMMA3: Wrapper = Wrapper {
 };
 
 impl Wrapper {
-    /// The module's name for a name in a file.
+    /// Returns the module's name for a name in a file.
     pub fn in_memory<'a>(&self, stored: &'a str) -> Cow<'a, str> {
         let mut known = self.stored.iter();
         let renamed =
@@ -94,7 +96,7 @@ impl Wrapper {
         renamed.map_or(Cow::Borrowed(stored), Cow::Owned)
     }
 
-    /// The name that transformers writes to files for a module's name.
+    /// Returns the name that transformers writes to files for a module's name.
     pub fn on_disk<'a>(&self, name: &'a str) -> Cow<'a, str> {
         let mut known = self.stored.iter().rev();
         let renamed =
@@ -102,7 +104,7 @@ impl Wrapper {
         renamed.map_or(Cow::Borrowed(name), Cow::Owned)
     }
 
-    /// One whose decoder holds the module `name`: they agree in what its names are in files.
+    /// Finds a wrapper whose decoder contains the module `name`. All such wrappers have the same names in files.
     pub(crate) fn with_module(name: &str) -> Option<&'static Self> {
         let mut known = WRAPPERS.iter().copied();
         known.find(|wrapper| {
@@ -111,20 +113,20 @@ impl Wrapper {
         })
     }
 
-    /// One whose files have a tensor or module of the name `stored`, which is another one in memory.
+    /// Finds a wrapper whose files have a tensor or module named `stored` that has another name in memory.
     pub(crate) fn with_stored(stored: &str) -> Option<&'static Self> {
         let mut known = WRAPPERS.iter().copied();
         known.find(|wrapper| wrapper.in_memory(stored) != stored)
     }
 
-    /// Whether a module or tensor of this name is for other media.
+    /// Whether a module or tensor of this name belongs to other media.
     pub fn is_beside(&self, name: &str) -> bool {
         self.beside
             .iter()
             .any(|beginning| name.starts_with(beginning))
     }
 
-    /// The one that a config.json is of, by `model_type`, or, where that is absent, by the class in `architectures`.
+    /// Finds the wrapper of a config.json by `model_type` or, if that is absent, by the class in `architectures`.
     pub(crate) fn of(config: &Map<String, Value>) -> Option<&'static Self> {
         let mut known = WRAPPERS.iter().copied();
         match config.get("model_type").filter(|value| !value.is_null()) {

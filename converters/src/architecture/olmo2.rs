@@ -1,4 +1,4 @@
-//! OLMo 2: norms behind the sublayers in place of before them, and on all queries and all keys together.
+//! OLMo 2: norms after the sublayers instead of before them, and on all query heads and all key heads together.
 
 use super::family::{Bias, Defaults, Extent, Family, Gguf, Norm, NormPlace, Role, separate};
 use super::gemma2;

@@ -1,5 +1,5 @@
-//! Phi-3, 3.5 and 4 (the dense models): queries, keys and values in one module, gate and up in another, and heads of which a part
-//! may turn.
+//! Phi-3, 3.5 and 4 (the dense models): queries, keys and values in one module, gate and up in another, and rotations
+//! that may cover only a part of each head.
 
 use super::family::{Bias, Defaults, Family, Gguf, Projection, Role, Rotary, Windows};
 

@@ -1,4 +1,4 @@
-//! Qwen3 with a mixture of experts in all layers but those that the configuration names.
+//! Qwen3 with a mixture of experts in all layers except those that the configuration names.
 
 use super::family::{Bias, Defaults, Experts, Family, Gguf, Normalised, Windows, separate};
 use super::qwen3;

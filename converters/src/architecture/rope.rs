@@ -5,41 +5,41 @@ use std::f64::consts::PI;
 
 use serde_json::{Value, json};
 
-/// A rotary embedding: how the entries of a head that turn do so, by position.
+/// A rotary embedding: how the rotated entries of a head depend on the position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
-    /// How its frequencies are rescaled.
+    /// How the frequencies are rescaled.
     pub kind: RopeKind,
     /// The base of the frequencies.
     pub theta: f64,
-    /// Entries of a head that turn, an even number; the first ones.
+    /// Number of rotated entries of a head, which are its first; even.
     pub dim: usize,
     /// `max_position_embeddings` of the model.
     pub max_position_embeddings: usize,
-    /// How queries grow with their position, if they do.
+    /// How queries are scaled with their position, if they are.
     pub query_scaling: Option<QueryScaling>,
-    /// The rescaled frequencies of a short sequence, `[dim / 2]`, radians per position; see [`Self::frequencies`].
+    /// The rescaled frequencies for a short sequence, `[dim / 2]`, radians per position; see [`Self::frequencies`].
     pub inverse_frequencies: Vec<f32>,
 }
 
-/// A rescaling of rotary frequencies, for more positions than were trained.
+/// A rescaling of rotary frequencies, which extends the context beyond the trained length.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeKind {
     /// None.
     Default,
-    /// All divided by one factor.
+    /// All frequencies are divided by one factor.
     Linear {
         /// The factor.
         factor: f64,
     },
-    /// The base grows with a sequence that is longer than the model was made for.
+    /// The base grows with the sequence, once it is longer than `max_position_embeddings`.
     Dynamic {
-        /// By how much.
+        /// The factor of the growth.
         factor: f64,
     },
     /// YaRN's.
     Yarn(YarnScaling),
-    /// Each divided by a factor of its own, another one in a sequence that is longer than was trained first.
+    /// Each frequency is divided by its own factor; the factors differ for a sequence longer than the original length.
     LongRope(LongRopeScaling),
     /// Llama 3's.
     Llama3(Llama3Scaling),
@@ -48,43 +48,43 @@ pub enum RopeKind {
 /// YaRN's `rope_scaling`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct YarnScaling {
-    /// By what long wavelengths' frequencies are divided.
+    /// Divisor of the frequencies with long wavelengths.
     pub factor: f64,
-    /// Positions the model was trained on first.
+    /// Positions of the original training.
     pub original_max_position_embeddings: usize,
     /// Wavelengths with more turns than this in the original length are kept.
     pub beta_fast: f64,
     /// Wavelengths with fewer turns than this are divided by the whole factor.
     pub beta_slow: f64,
-    /// Whether the bounds of the ramp between both are whole numbers.
+    /// Whether the bounds of the ramp between both are rounded to whole numbers.
     pub truncate: bool,
-    /// By what cosines and sines are multiplied, where it is written down.
+    /// Factor on cosines and sines, if the configuration gives it.
     pub attention_factor: Option<f64>,
-    /// `mscale` and `mscale_all_dim`, from which the factor follows else.
+    /// `mscale` and `mscale_all_dim`, from which the factor is computed otherwise.
     pub mscales: Option<(f64, f64)>,
 }
 
 /// LongRoPE's `rope_scaling`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LongRopeScaling {
-    /// By what each frequency is divided, `[dim / 2]`.
+    /// Divisor of each frequency, `[dim / 2]`.
     pub short_factor: Vec<f64>,
-    /// By what, in a sequence longer than the original length.
+    /// Divisor of each frequency in a sequence longer than the original length.
     pub long_factor: Vec<f64>,
-    /// The factor that lengthens the context, where it is written down; else it follows from the lengths.
+    /// The factor that extends the context, if the configuration gives it; otherwise the lengths determine it.
     pub factor: Option<f64>,
-    /// Positions the model was trained on first.
+    /// Positions of the original training.
     pub original_max_position_embeddings: usize,
-    /// By what cosines and sines are multiplied, where it is written down.
+    /// Factor on cosines and sines, if the configuration gives it.
     pub attention_factor: Option<f64>,
 }
 
-/// Queries times `1 + beta ln(1 + floor(position / original))`.
+/// A factor `1 + beta ln(1 + floor(position / original))` on queries.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct QueryScaling {
     /// `llama_4_scaling_beta`.
     pub beta: f64,
-    /// Positions the model was trained on first.
+    /// Positions of the original training.
     pub original_max_position_embeddings: usize,
 }
 
@@ -97,7 +97,7 @@ impl QueryScaling {
 }
 
 impl RopeKind {
-    /// The scaling as `rope_scaling` of a config.json has it; null where there is none.
+    /// Returns the scaling in the form of `rope_scaling` of a config.json; null if there is none.
     pub fn scaling_json(&self) -> Value {
         let mut fields = match self {
             Self::Default => return Value::Null,
@@ -136,7 +136,7 @@ impl RopeKind {
         fields
     }
 
-    /// Transformers' name.
+    /// transformers' name of the rescaling.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Default => "default",
@@ -150,8 +150,9 @@ impl RopeKind {
 }
 
 impl YarnScaling {
-    /// By what cosines and sines are multiplied: with `m(s, w) = 1 + w ln(s) / 10` for a factor s above 1, else 1, it is
-    /// `m(factor, mscale) / m(factor, mscale_all_dim)` where both are given, else `m(factor, 1)`.
+    /// Returns the factor on cosines and sines. Without a given one, it is
+    /// `m(factor, mscale) / m(factor, mscale_all_dim)` if both are given, else `m(factor, 1)`, with
+    /// `m(s, w) = 1 + w ln(s) / 10` for s above 1 and otherwise 1.
     fn attention_factor(&self) -> f64 {
         let m = |weight: f64| match self.factor <= 1.0 {
             true => 1.0,
@@ -164,10 +165,11 @@ impl YarnScaling {
         self.attention_factor.unwrap_or_else(inferred)
     }
 
-    /// `theta^(-2i / dim)` as it is for short wavelengths, divided by the factor for long ones, with a ramp between them.
+    /// Returns the frequencies `theta^(-2i / dim)`: unchanged for short wavelengths, divided by the factor for long
+    /// ones, with a ramp between them.
     fn frequencies(&self, theta: f64, dim: usize) -> Vec<f32> {
         let original = self.original_max_position_embeddings as f64;
-        // Where in the head a wavelength turns so often in the original length.
+        // The position in the head whose wavelength makes so many turns in the original length.
         let place =
             |turns: f64| dim as f64 * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
         let (mut low, mut high) = (place(self.beta_fast), place(self.beta_slow));
@@ -195,8 +197,8 @@ impl LongRopeScaling {
         self.attention_factor.unwrap_or_else(inferred)
     }
 
-    /// By what cosines and sines are multiplied where that is not written down: `sqrt(1 + ln(factor) / ln(original))`, or 1 for a
-    /// factor that lengthens nothing.
+    /// Returns the factor on cosines and sines if the configuration gives none: `sqrt(1 + ln(factor) / ln(original))`,
+    /// or 1 for a factor of at most 1.
     pub(crate) fn inferred_attention_factor(&self, max_position_embeddings: usize) -> f64 {
         let original = self.original_max_position_embeddings as f64;
         let factor = self
@@ -223,19 +225,20 @@ impl LongRopeScaling {
 /// Llama 3's `rope_scaling`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Llama3Scaling {
-    /// By what long wavelengths' frequencies are divided.
+    /// Divisor of the frequencies with long wavelengths.
     pub factor: f64,
-    /// Wavelengths above the original length over this are long.
+    /// Wavelengths above the original length divided by this are long.
     pub low_freq_factor: f64,
-    /// Wavelengths below the original length over this are short.
+    /// Wavelengths below the original length divided by this are short.
     pub high_freq_factor: f64,
-    /// Positions the model was trained on first.
+    /// Positions of the original training.
     pub original_max_position_embeddings: usize,
 }
 
 impl Llama3Scaling {
-    /// The rescaled frequency: divided by `factor` for a long wavelength, kept for a short one, between them
-    /// `((1 - s) / factor + s)` of it with `s = (original / wavelength - low) / (high - low)`, as in Llama 3.1's release.
+    /// Returns the rescaled frequency: divided by `factor` for a long wavelength, unchanged for a short one, and
+    /// between them multiplied by `(1 - s) / factor + s` with `s = (original / wavelength - low) / (high - low)`, as in
+    /// Llama 3.1's release.
     pub fn rescaled(&self, frequency: f64) -> f64 {
         let wavelength = 2.0 * PI / frequency;
         let original = self.original_max_position_embeddings as f64;
@@ -250,7 +253,7 @@ impl Llama3Scaling {
         }
     }
 
-    /// By what each of the `head_dim / 2` rotary frequencies is divided.
+    /// Returns the divisor of each of the `head_dim / 2` rotary frequencies.
     pub fn factors(&self, head_dim: usize, theta: f64) -> Vec<f64> {
         (0..head_dim / 2)
             .map(|idx| theta.powf(-2.0 * idx as f64 / head_dim as f64))
@@ -259,13 +262,13 @@ impl Llama3Scaling {
     }
 }
 
-/// `theta^(2i / dim)` in f32, as transformers raises the base.
+/// `theta^(2i / dim)` in f32, as transformers computes the power.
 fn power(theta: f64, i: usize, dim: usize) -> f32 {
     (theta as f32).powf((2 * i) as f32 / dim as f32)
 }
 
 impl Rope {
-    /// A rotation of the first `dim` entries of each head in a model for `max_position_embeddings` positions.
+    /// Creates a rotation of the first `dim` entries of each head, in a model for `max_position_embeddings` positions.
     pub fn new(kind: RopeKind, theta: f64, dim: usize, max_position_embeddings: usize) -> Self {
         let mut rope = Self {
             kind,
@@ -279,7 +282,7 @@ impl Rope {
         rope
     }
 
-    /// The rescaled frequencies for a sequence of `length` tokens, `[dim / 2]`, radians per position.
+    /// Returns the rescaled frequencies for a sequence of `length` tokens, `[dim / 2]`, radians per position.
     pub fn frequencies(&self, length: usize) -> Cow<'_, [f32]> {
         match self.threshold().is_some_and(|threshold| length > threshold) {
             true => Cow::Owned(self.computed(length)),
@@ -287,7 +290,7 @@ impl Rope {
         }
     }
 
-    /// The length beyond which frequencies are others, if there is one.
+    /// The length beyond which the frequencies change, if there is one.
     pub fn threshold(&self) -> Option<usize> {
         match &self.kind {
             RopeKind::Dynamic { .. } => Some(self.max_position_embeddings),
@@ -296,7 +299,7 @@ impl Rope {
         }
     }
 
-    /// By what cosines and sines are multiplied.
+    /// Factor on cosines and sines.
     pub fn attention_factor(&self) -> f32 {
         match &self.kind {
             RopeKind::Yarn(scaling) => scaling.attention_factor() as f32,
@@ -307,7 +310,7 @@ impl Rope {
         }
     }
 
-    /// `theta^(-2i / dim)`, rescaled; in the precision in which transformers computes them.
+    /// Returns the rescaled `theta^(-2i / dim)`, computed in the precision of transformers.
     fn computed(&self, length: usize) -> Vec<f32> {
         let (theta, dim) = (self.theta, self.dim);
         let plain = || (0..dim / 2).map(|i| 1.0 / power(theta, i, dim));

@@ -1,4 +1,4 @@
-//! A model's sizes and options, and the modules and tensors that follow from them.
+//! A model's sizes and options, and the modules and tensors that they determine.
 
 use super::family::HEAD;
 use super::{
@@ -6,14 +6,14 @@ use super::{
 };
 use crate::targets::LinearModule;
 
-/// A decoder as its config.json describes it: sizes, options, and for each layer what it does differently.
+/// A decoder as its config.json describes it: sizes, options, and the properties of each layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelShape {
-    /// What is not a number: modules, norms, names.
+    /// The decoder family: modules, norms and names.
     pub family: &'static Family,
-    /// The model for several media that the decoder stands in, if it does.
+    /// The multimodal model that contains the decoder, if any.
     pub wrapper: Option<&'static Wrapper>,
-    /// Vocabulary entries.
+    /// Number of vocabulary entries.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -21,29 +21,29 @@ pub struct ModelShape {
     pub intermediate_size: usize,
     /// Number of blocks.
     pub num_hidden_layers: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub num_attention_heads: usize,
-    /// Key and value heads; divides the query heads.
+    /// Number of key and value heads; divides the number of query heads.
     pub num_key_value_heads: usize,
-    /// Entries of a head, an even number; need not be `hidden_size / num_attention_heads`.
+    /// Number of entries of a head, even; need not be `hidden_size / num_attention_heads`.
     pub head_dim: usize,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f64,
-    /// Longest sequence the model was made for.
+    /// Longest sequence that the model supports.
     pub max_position_embeddings: usize,
     /// Whether the output head is the embedding.
     pub tie_word_embeddings: bool,
-    /// The non-linearity of the gate.
+    /// The activation function of the gate.
     pub activation: Activation,
     /// Factors in the computation.
     pub multipliers: Multipliers,
-    /// The bound on attention's scores, if there is one; see [`super::Softcap`].
+    /// The bound on attention scores, if there is one; see [`super::Softcap`].
     pub score_cap: Option<f64>,
     /// The bound on logits, if there is one.
     pub logit_cap: Option<f64>,
-    /// The mixture in the layers that have one.
+    /// Sizes of the mixture of experts, if layers have one.
     pub experts: Option<ExpertSizes>,
-    /// Keys of biases that are set; see [`Bias::Key`].
+    /// Keys of biases that are true; see [`Bias::Key`].
     pub bias_keys: Vec<&'static str>,
     /// The rotary embeddings that layers use.
     pub ropes: Vec<Rope>,
@@ -51,14 +51,14 @@ pub struct ModelShape {
     pub layers: Vec<Layer>,
 }
 
-/// What a layer does in its own way.
+/// Properties of a single layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layer {
-    /// Keys a query may look back on, itself included; all when none.
+    /// Number of keys that a query attends to, including its own; `None` means all.
     pub window: Option<usize>,
-    /// Which of [`ModelShape::ropes`] rotates queries and keys, if any does.
+    /// Index in [`ModelShape::ropes`] of the rotation of queries and keys; `None` means no rotation.
     pub rope: Option<usize>,
-    /// Whether a mixture of experts takes the place of the feed-forward layer.
+    /// Whether a mixture of experts replaces the feed-forward layer.
     pub has_experts: bool,
 }
 
@@ -67,7 +67,7 @@ pub struct Layer {
 pub struct ExpertSizes {
     /// Number of experts.
     pub count: usize,
-    /// How many a token goes through, at most as many as there are.
+    /// Number of experts per token, at most `count`.
     pub per_token: usize,
     /// Width of an expert.
     pub width: usize,
@@ -78,13 +78,13 @@ pub struct ExpertSizes {
 /// Factors in the computation; see [`super::Multiplier`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Multipliers {
-    /// On embeddings, before it is rounded as they are; 1 without one.
+    /// On embeddings, not yet rounded to their type; 1 if the family has none.
     pub embedding: f64,
-    /// On queries times keys; `head_dim^-1/2` where none is set.
+    /// On the products of queries and keys; `None` means `head_dim^-1/2`.
     pub attention: Option<f64>,
-    /// On what a sublayer adds to the residual; 1 without one.
+    /// On what a sublayer adds to the residual; 1 if the family has none.
     pub residual: f64,
-    /// By what logits are divided; 1 without one.
+    /// The divisor of logits; 1 if the family has none.
     pub logits_divisor: f64,
 }
 
@@ -104,13 +104,13 @@ impl Default for Multipliers {
 pub struct Module {
     /// Path in memory, such as `model.layers.0.self_attn.q_proj` or `lm_head`.
     pub name: String,
-    /// Its block; none for the output head.
+    /// Its block; `None` for the output head.
     pub layer: Option<usize>,
-    /// What it computes.
+    /// The projection that it computes.
     pub projection: &'static Projection,
     /// Width of its input.
     pub in_features: usize,
-    /// Width of its output, all parts together.
+    /// Width of its output, all fused parts together.
     pub out_features: usize,
     /// Whether it has a bias.
     pub has_bias: bool,
@@ -119,7 +119,7 @@ pub struct Module {
 /// A tensor that a checkpoint holds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TensorShape {
-    /// Name in memory, which for most models is the one in a Hugging Face directory; see [`Wrapper`].
+    /// Name in memory, which for most models is also the name in a Hugging Face directory; see [`Wrapper`].
     pub name: String,
     /// Name in a GGUF file.
     pub gguf_name: String,
@@ -127,9 +127,9 @@ pub struct TensorShape {
     pub shape: Vec<usize>,
     /// Whether llama.cpp stores the rows of each head interleaved.
     pub interleaved: bool,
-    /// Which of so many equal parts of llama.cpp's tensor it is; (0, 1) where it is all of it.
+    /// Index of the part of llama.cpp's tensor that it is, and the number of equal parts; (0, 1) for the whole tensor.
     pub part: (usize, usize),
-    /// What llama.cpp's values have more than those of the checkpoint.
+    /// Offset of llama.cpp's values relative to those of the checkpoint.
     pub offset: f32,
 }
 
@@ -165,12 +165,13 @@ impl ModelShape {
         self.num_attention_heads * self.head_dim
     }
 
-    /// Width of all key heads together, and of all value heads.
+    /// Width of all key heads together, which is also the width of all value heads.
     pub fn key_value_width(&self) -> usize {
         self.num_key_value_heads * self.head_dim
     }
 
-    /// Every linear module: the blocks' in the order of checkpoints, then the output head, also where it is the embedding.
+    /// Returns every linear module: those of the blocks in the order of checkpoints, then the output head, even if it
+    /// is the embedding.
     pub fn modules(&self) -> impl Iterator<Item = Module> + '_ {
         (0..self.num_hidden_layers)
             .flat_map(move |layer| {
@@ -181,7 +182,7 @@ impl ModelShape {
             .chain([self.module(None, &HEAD)])
     }
 
-    /// As [`Self::modules`], by what an adapter needs of each.
+    /// As [`Self::modules`], with only what an adapter needs of each module.
     pub fn linear_modules(&self) -> Vec<LinearModule> {
         self.modules()
             .map(|module| LinearModule {
@@ -192,7 +193,7 @@ impl ModelShape {
             .collect()
     }
 
-    /// Whether a layer has this projection: where there are experts, there is no other feed-forward layer.
+    /// Whether a layer has this projection. A layer with experts has no other feed-forward layer.
     fn has(&self, layer: usize, projection: &Projection) -> bool {
         let is_feed_forward = matches!(
             projection.parts.first(),
@@ -205,7 +206,7 @@ impl ModelShape {
                 .is_some_and(|layer| layer.has_experts))
     }
 
-    /// The mixture in the layers that have one: what it is called, and its sizes.
+    /// Returns the names and the sizes of the mixture of experts, if layers have one.
     pub fn mixture(&self) -> Option<(&'static Experts, ExpertSizes)> {
         Some((self.family.experts?, self.experts?))
     }
@@ -229,7 +230,7 @@ impl ModelShape {
         }
     }
 
-    /// Entries of a norm's weight.
+    /// Number of entries of a norm's weight.
     pub fn norm_width(&self, place: NormPlace) -> usize {
         match place {
             NormPlace::On(_, Extent::Head) => self.head_dim,
@@ -238,7 +239,7 @@ impl ModelShape {
         }
     }
 
-    /// Every tensor that a checkpoint of this model holds; the output head only where it is not the embedding.
+    /// Returns every tensor that a checkpoint of this model holds; the output head only if it is not the embedding.
     pub fn tensors(&self) -> Vec<TensorShape> {
         let plain = |name: &str, gguf_name: &str, shape: &[usize]| TensorShape {
             name: format!("{name}.weight"),
@@ -319,7 +320,7 @@ impl ModelShape {
 pub(crate) const BODY: &str = "model";
 
 impl Module {
-    /// llama.cpp's name.
+    /// llama.cpp's name of the module.
     pub fn gguf_name(&self) -> String {
         match self.layer {
             Some(layer) => format!("blk.{layer}.{}", self.projection.gguf_name),

@@ -1,4 +1,4 @@
-//! SmolLM3: a Llama in which every fourth layer does not rotate.
+//! SmolLM3: a Llama in which every fourth layer has no rotation.
 
 use super::family::{Defaults, Family, Gguf, Rotary, RotaryLayers, Windows};
 use super::llama;

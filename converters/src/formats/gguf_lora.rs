@@ -26,11 +26,11 @@ use crate::validate::runtime::Runtime;
 
 const UNSUPPORTED: &str = "convert it with llama.cpp's own tools, or merge it into the base";
 
-/// What to do about a file of something else.
+/// The fix for a file that is not a LoRA for this base.
 const OTHER_BASE: &str = "give a LoRA made for this base";
 
-/// Factors of the rotary embedding, which follow from the base's configuration. llama.cpp's converter left them in adapters until it
-/// was corrected (llama.cpp#9114); llama.cpp does not load such a file.
+/// Factors of the rotary embedding, which the base's configuration determines. Older versions of llama.cpp's converter
+/// left them in adapters (llama.cpp#9114); llama.cpp does not load such a file.
 const ROPE_FREQS: &str = "rope_freqs.weight";
 
 /// llama.cpp's adapter file.
@@ -61,7 +61,7 @@ impl Format for GgufLora {
         Ok(vec![file_of(path)])
     }
 
-    /// The scaling is alpha over each site's own rank, or 1 if alpha is 0, as llama.cpp has it.
+    /// The scaling is alpha divided by each module's own rank, or 1 if alpha is 0, as in llama.cpp.
     fn read(&self, path: &Path, options: &ReadOptions<'_>) -> Result<Adapter> {
         let path = &file_of(path);
         let file = GgufFile::open(path)?;
@@ -69,14 +69,14 @@ impl Format for GgufLora {
         read_file(path, &file, Some(&base))
     }
 
-    /// The rows of q and k stay in the order in which they are stored, which changes no norm.
+    /// The rows of q and k keep their stored order, which changes no norm.
     fn read_without_base(&self, path: &Path) -> Result<Adapter> {
         let path = &file_of(path);
         read_file(path, &GgufFile::open(path)?, None)
     }
 
-    /// Writes the posterior mean; where llama.cpp stores the rows of q and k in another order (see
-    /// [`crate::architecture::Gguf::interleaved`]), the rows of B are reordered with them.
+    /// Writes the posterior mean. If llama.cpp stores the rows of q and k in another order (see
+    /// [`crate::architecture::Gguf::interleaved`]), the rows of B are reordered in the same way.
     fn write(
         &self,
         adapter: &Adapter,
@@ -193,7 +193,7 @@ fn required<'a>(
     })
 }
 
-/// Tensors of the file that `path` means which are not read, since they are no part of the update.
+/// Returns the tensors of the file at `path` that are not read because they are not part of the update.
 pub(crate) fn unread(path: &Path) -> Vec<String> {
     let path = file_of(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -203,12 +203,12 @@ pub(crate) fn unread(path: &Path) -> Vec<String> {
     }
 }
 
-/// What GGUF needs to know of a base model.
+/// The properties of a base model that GGUF depends on.
 struct Base {
     family: &'static Family,
     /// Path of the decoder without its head.
     body: &'static str,
-    /// Query heads, and key and value heads, if llama.cpp stores their rows in another order.
+    /// Numbers of query heads and of key and value heads, if llama.cpp stores their rows in another order.
     interleaved: Option<(usize, usize)>,
 }
 
@@ -223,14 +223,14 @@ pub fn is_gguf(path: &Path) -> bool {
     path.is_file() && File::open(path).and_then(read).is_ok() && magic == *b"GGUF"
 }
 
-/// The file that `path` means: itself, or the one GGUF LoRA in it.
+/// Returns the file that `path` refers to: `path` itself, or the one GGUF LoRA in this directory.
 fn file_of(path: &Path) -> PathBuf {
     let inside = path.is_dir().then(|| absent::gguf_in(path)).flatten();
     inside.unwrap_or_else(|| path.to_path_buf())
 }
 
 impl Base {
-    /// From the base's `config.json`.
+    /// Reads the base's `config.json`.
     fn from_config(config: &Map<String, Value>) -> Result<Self> {
         let wrong = |problem: Problem| problem.exit(2);
         let family = architecture::family(config).map_err(wrong)?;
@@ -242,7 +242,7 @@ impl Base {
         })
     }
 
-    /// B with its rows in llama.cpp's order, or back in Hugging Face's.
+    /// Returns B with its rows in llama.cpp's order, or back in Hugging Face's order.
     fn reorder(&self, module: &str, b: &Tensor, to_gguf: bool) -> Result<Tensor> {
         let roles = in_block(module, self.body)
             .and_then(|(_, leaf)| self.family.projection(leaf))
@@ -263,13 +263,13 @@ impl Base {
     }
 }
 
-/// Number of a block of the decoder at `body`, and what follows it.
+/// Returns the number of a block of the decoder at `body`, and the rest of the path.
 fn in_block<'a>(module: &'a str, body: &str) -> Option<(usize, &'a str)> {
     let (front, layer, leaf) = layer_of(module)?;
     (front.strip_suffix(".layers.")? == body).then_some((layer, leaf))
 }
 
-/// Number of a block by llama.cpp's name, and what follows it.
+/// Returns the number of a block from llama.cpp's name, and the rest of the name.
 fn in_llama_cpp(name: &str) -> Option<(usize, &str)> {
     let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
     Some((layer.parse().ok()?, rest))
@@ -285,10 +285,10 @@ fn to_gguf_name(base: &Base, module: &str) -> Option<String> {
     Some(format!("blk.{layer}.{}", projection.gguf_name))
 }
 
-/// What is wrong with an adapter on a mixture of experts.
+/// The problem with an adapter on a mixture of experts.
 const ON_EXPERTS: &str = "is part of a mixture of experts, which carries no adapter here";
 
-/// Whether a module is the router or an expert of the family's mixture, by either side's name.
+/// Whether a module is the router or an expert of the family's mixture, by its Hugging Face or llama.cpp name.
 fn is_of_mixture(family: &Family, module: &str) -> bool {
     let (Some((_, inner)), Some(experts)) = (in_llama_cpp(module), family.experts) else {
         return family.is_in_mixture(module);
@@ -297,7 +297,7 @@ fn is_of_mixture(family: &Family, module: &str) -> bool {
     inner == experts.gguf_router || stacks.any(|(_, gguf_name)| inner == *gguf_name)
 }
 
-/// Hugging Face's name of a module in the decoder at `body`, by the first of `families` that has it.
+/// Returns Hugging Face's name of a module in the decoder at `body`, from the first of `families` that has the module.
 fn from_gguf_name(families: &[&Family], body: &str, name: &str) -> Option<String> {
     if name == HEAD.gguf_name {
         return Some(HEAD.name.to_owned());
@@ -308,7 +308,7 @@ fn from_gguf_name(families: &[&Family], body: &str, name: &str) -> Option<String
     Some(format!("{body}.layers.{layer}.{}", projection.name))
 }
 
-/// Every site of `file`; without a base the rows of B stay as they are stored.
+/// Reads every module of `file`. Without a base, the rows of B keep their stored order.
 fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapter> {
     let mut problems = Vec::new();
     let mut notes = Vec::new();
@@ -365,7 +365,8 @@ fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapte
     })
 }
 
-/// The families that may name the file's tensors: the base's, or without one all, those of the file's architecture first.
+/// Returns the families that may name the file's tensors: the base's, or without a base all, those of the file's
+/// architecture first.
 fn families(file: &GgufFile, base: Option<&Base>) -> Vec<&'static Family> {
     if let Some(base) = base {
         return vec![base.family];
@@ -376,7 +377,7 @@ fn families(file: &GgufFile, base: Option<&Base>) -> Vec<&'static Family> {
     families
 }
 
-/// Checks kind and architecture; gives alpha.
+/// Checks kind and architecture, and returns alpha.
 fn check_metadata(
     file: &GgufFile,
     base: Option<&Base>,
@@ -441,7 +442,7 @@ fn check_metadata(
     })
 }
 
-/// Module, place (0 for A, 1 for B) and values of one tensor.
+/// Returns the module, the index (0 for A, 1 for B) and the values of one tensor.
 fn read_part(
     file: &GgufFile,
     name: &str,
@@ -468,7 +469,7 @@ fn read_part(
         let message = format!("ggml type {} is quantised or unknown", tensor.ggml_type);
         refuse("dtype", message)
     })?;
-    // Trailing dimensions may be left out.
+    // A file may omit trailing dimensions.
     let mut shape = tensor.dims();
     while shape.len() < 2 {
         shape.insert(0, 1);
@@ -479,7 +480,7 @@ fn read_part(
     Ok((module, idx, tensor))
 }
 
-/// A configuration that says what the sites are.
+/// Returns a configuration that describes the modules.
 fn config_of(sites: &[Site]) -> AdapterConfig {
     let r = sites.iter().map(|site| site.rank).max().unwrap_or(1);
     let lora_alpha = sites

@@ -1,4 +1,5 @@
-//! The posterior mean as a plain LoRA, a PEFT directory in the one form that mistral.rs, vLLM and PEFT all read alike.
+//! The posterior mean as a plain LoRA: a PEFT directory in a form that mistral.rs, vLLM and PEFT all read in the same
+//! way.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -42,7 +43,7 @@ impl Format for Lora {
         }
     }
 
-    /// What is read as PEFT's is plain or not by what it holds.
+    /// Always false: `Peft` recognises the directory, and only its contents tell whether it is plain LoRA.
     fn sniff(&self, _path: &Path) -> bool {
         false
     }
@@ -51,7 +52,7 @@ impl Format for Lora {
         Peft.files(path)
     }
 
-    /// The mean alone: settings and tensors of a posterior are left unread, even where they are incomplete.
+    /// Reads only the mean. Settings and tensors of a posterior are not read, even if they are incomplete.
     fn read(&self, path: &Path, options: &ReadOptions<'_>) -> Result<Adapter> {
         read_source(&Source::of(path)?, options, false)
     }
@@ -71,7 +72,7 @@ impl Format for Lora {
     }
 }
 
-/// How a plain LoRA is written.
+/// Options for writing a plain LoRA.
 #[derive(Debug, Clone, Default)]
 pub struct LoraOptions {
     /// Element type of A and B; `None` keeps each tensor's own (F64 becomes F32).
@@ -82,22 +83,22 @@ pub struct LoraOptions {
     pub carried: Carried,
 }
 
-/// What a plain LoRA changed against its source.
+/// How a written plain LoRA differs from its source.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct LoraReport {
-    /// Rank of every site as written.
+    /// Rank of every module as written.
     pub r: usize,
     /// Alpha as written; the scaling is `lora_alpha / r`.
     pub lora_alpha: f64,
-    /// Sites whose scaling differed and was multiplied into B.
+    /// Modules whose scaling differed and was multiplied into B.
     pub baked: Vec<String>,
-    /// Sites of lower rank that were padded with zeros.
+    /// Modules of lower rank that were padded with zeros.
     pub padded: Vec<String>,
-    /// Sites whose element type changed.
+    /// Modules whose element type changed.
     pub converted: Vec<String>,
     /// Whether a posterior was left out.
     pub dropped_posterior: bool,
-    /// Settings that stand for themselves no longer: what they meant is in the rank, in alpha, in B and in the list of
+    /// Settings that are no longer written because their effect is in the rank, in alpha, in B and in the list of
     /// modules.
     pub resolved_keys: Vec<&'static str>,
     /// Configuration keys and metadata without effect that were left out.
@@ -105,15 +106,15 @@ pub struct LoraReport {
 }
 
 impl Adapter {
-    /// The posterior mean with one rank, one alpha and a list of targets.
+    /// Returns the posterior mean with one rank, one alpha and a list of targets.
     ///
-    /// Rank: the largest; sites of lower rank get zero rows in A and zero columns in B, which changes nothing. Alpha:
-    /// the scaling that most sites have, if it gives a whole alpha. Only where a site's scaling differs is the ratio
-    /// multiplied into B, rounded once; B becomes F32 then unless `dtype` says otherwise or its own type holds the result.
-    /// Everything else keeps its bytes.
+    /// The rank is the largest; modules of lower rank get zero rows in A and zero columns in B, which does not change
+    /// the update. Alpha is that of the scaling that most modules have, if this alpha is whole. If a module's scaling
+    /// differs, the ratio is multiplied into B and rounded once; B then becomes F32 unless `dtype` is given or its own
+    /// type holds the result. Everything else keeps its bytes.
     ///
     /// # Errors
-    /// If a factor is not of a float type, or a factor overflows in the new type.
+    /// Returns an error if a factor has no float type or overflows in the new type.
     pub fn to_lora(&self, dtype: Option<DType>) -> Result<(Self, LoraReport)> {
         let rank = self
             .sites
@@ -164,10 +165,11 @@ impl Adapter {
         Ok(report)
     }
 
-    /// Leaf names if no module can carry one without having tensors here, else full paths.
+    /// Returns leaf names if no module without tensors here can match one of them, and full paths otherwise.
     ///
-    /// Runtimes demand tensors for every module that an entry matches, and the base is not at hand. Leaf names are
-    /// certain only if the source names modules without confining them, and every layer seen has every leaf.
+    /// Runtimes require tensors for every module that an entry matches, and the base model is not available here. Leaf
+    /// names are safe only if the source names modules without restricting them, and every layer with tensors has every
+    /// leaf.
     fn exported_targets(&self) -> Vec<String> {
         let full = || self.sites.iter().map(|site| site.name.clone()).collect();
         let config = &self.config;
@@ -188,7 +190,7 @@ impl Adapter {
         }
     }
 
-    /// Whether the sites, apart from those outside numbered layers, are all layers from 0 times all leaves.
+    /// Whether the modules, except those outside numbered layers, are all layers from 0 times all leaves.
     fn has_every_leaf_in_every_layer(&self, leaves: &BTreeSet<String>) -> bool {
         let layer = |site: &Site| site.name.split('.').find_map(|part| part.parse().ok());
         let layers: BTreeSet<usize> = self.sites.iter().filter_map(layer).collect();
@@ -203,7 +205,7 @@ impl Adapter {
 }
 
 impl AdapterConfig {
-    /// Keys in use that the uniform form does without.
+    /// Keys in use that the exported form does not need.
     pub(crate) fn resolved_keys(&self) -> Vec<&'static str> {
         let is_list = matches!(self.target_modules, TargetModules::List(_));
         let in_use = [
@@ -219,7 +221,7 @@ impl AdapterConfig {
         used.map(|(key, _)| key).collect()
     }
 
-    /// Descriptive keys that are set, of those in `keys`.
+    /// Returns those of `keys` that are descriptive and set.
     pub(crate) fn described(&self, keys: &[&str]) -> Vec<String> {
         let set = [
             (
@@ -237,7 +239,8 @@ impl AdapterConfig {
     }
 }
 
-/// The alpha of rank `rank` that leaves most sites' scaling alone, if whole; else the one that makes the scaling 1.
+/// Returns the whole alpha at rank `rank` that keeps the scaling of the most modules, or else the one that makes the
+/// scaling 1.
 fn uniform_alpha(sites: &[Site], rank: usize) -> f64 {
     let rank = rank as f64;
     let mut best: Option<(usize, f64)> = None;
@@ -256,7 +259,7 @@ fn uniform_alpha(sites: &[Site], rank: usize) -> f64 {
     best.map_or(rank, |(_, alpha)| alpha)
 }
 
-/// Brings one site to the uniform rank, alpha and element type.
+/// Brings one module to the uniform rank, alpha and element type.
 fn rewrite(
     site: &mut Site,
     rank: usize,
@@ -289,7 +292,7 @@ fn rewrite(
             (None, kept) => kept,
         };
         *tensor = tensor.to_dtype(target)?;
-        // What was read from a file and not computed anew has been checked.
+        // Values that come from a file and are not computed anew are already checked.
         if !tensor.is_mapped()
             && let Some(at) = tensor.first_non_finite()
         {

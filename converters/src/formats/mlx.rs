@@ -24,7 +24,7 @@ use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::validate::cautions::{EXPERTS_FOR_MLX, experts};
 use crate::validate::runtime::Runtime;
 
-/// mlx-lm's name for the weights.
+/// mlx-lm's name of the weight file.
 pub(crate) const WEIGHTS_FILE: &str = "adapters.safetensors";
 const RETRAIN: &str =
     "only LoRA on linear layers can be converted; fuse it with mlx_lm.fuse, or train without it";
@@ -64,7 +64,7 @@ impl Format for Mlx {
         Ok(files)
     }
 
-    /// The update is `scale * lora_b^T lora_a^T`; A and B are transposed when their bytes are asked for.
+    /// The update is `scale * lora_b^T lora_a^T`; A and B are transposed when their bytes are read.
     fn read(&self, path: &Path, _options: &ReadOptions<'_>) -> Result<Adapter> {
         let source = Source::of(path)?;
         let dir = source.dir.as_path();
@@ -144,7 +144,7 @@ impl Format for Mlx {
                 r: parameters.rank,
                 lora_alpha: parameters.alpha(),
                 lora_dropout: parameters.dropout,
-                // mlx-lm counts layers from the end, so the modules are known from the tensors alone.
+                // mlx-lm counts layers from the end, so only the tensors tell which modules are adapted.
                 target_modules: TargetModules::List(
                     sites.iter().map(|site| site.name.clone()).collect(),
                 ),
@@ -159,8 +159,8 @@ impl Format for Mlx {
         })
     }
 
-    /// Writes the posterior mean: one rank, one scale. Modules are named as mlx-lm does, within a layer, if every layer
-    /// carries the same ones; else by their full paths, which it takes too.
+    /// Writes the posterior mean: one rank, one scale. Modules have their names within a layer, as in mlx-lm, if every
+    /// layer carries the same modules; otherwise they have their full paths, which mlx-lm accepts too.
     fn write(
         &self,
         adapter: &Adapter,
@@ -221,8 +221,8 @@ impl Format for Mlx {
     }
 }
 
-/// Whether what `source` means is mlx-lm's by the `keys` of its configuration. Unsloth writes PEFT's keys and mlx-lm's into one; the
-/// weights tell which are meant then.
+/// Whether `source` is mlx-lm's by the `keys` of its configuration. Unsloth writes PEFT's keys and mlx-lm's into one
+/// file; the weights then decide.
 pub(crate) fn claims(source: &Source, keys: &Map<String, Value>) -> bool {
     if !keys.contains_key("lora_parameters") {
         return false;
@@ -240,7 +240,8 @@ pub(crate) fn claims(source: &Source, keys: &Map<String, Value>) -> bool {
     }
 }
 
-/// Names `sites` as mlx-lm does where the decoder is a part of a larger model: as they are in files. Gives those that it does not have.
+/// Gives `sites` their names in files, as mlx-lm does, if the decoder is part of a larger model. Returns a problem for
+/// modules that mlx-lm does not have.
 fn renamed(sites: &mut [Site], base_config: Option<&Map<String, Value>>) -> Vec<Problem> {
     let mut named = sites.iter();
     let by_name = || named.find_map(|site| Wrapper::with_module(&site.name));
@@ -268,9 +269,9 @@ fn is_embedding(module: &str) -> bool {
         .is_some_and(|leaf| leaf.contains("embed") || matches!(leaf, "wte" | "wpe"))
 }
 
-/// `keys` and `num_layers`. mlx-lm looks for keys in its last `num_layers` layers by their names within a layer, and in
-/// the whole model by full path. Names within a layer are used where the targets are known to mean every layer, since
-/// other readers of the format know only those.
+/// Returns `keys` and `num_layers`. mlx-lm matches keys in its last `num_layers` layers by their names within a layer,
+/// and in the whole model by full path. Names within a layer are used if the targets are known to cover every layer,
+/// because other readers of the format know only those.
 fn keys_of(plain: &Adapter) -> (Vec<String>, usize) {
     let mut layers = BTreeSet::new();
     let mut within_layers = BTreeSet::new();
@@ -297,7 +298,7 @@ fn keys_of(plain: &Adapter) -> (Vec<String>, usize) {
     (keys, layers.len())
 }
 
-/// `lora_parameters`.
+/// The fields of `lora_parameters`.
 struct Parameters {
     rank: usize,
     scale: f64,
@@ -305,7 +306,8 @@ struct Parameters {
 }
 
 impl Parameters {
-    /// The other keys of the file describe the training; mlx-lm does not read them when it loads an adapter.
+    /// Reads the fields. The other keys of the file describe the training; mlx-lm does not read them when it loads an
+    /// adapter.
     fn read(keys: &Map<String, Value>, problems: &mut Vec<Problem>) -> Self {
         let mut parameters = Self {
             rank: 1,
@@ -338,7 +340,7 @@ impl Parameters {
         let rank = given.get("rank").and_then(Value::as_f64);
         for (key, value) in given {
             if key == "alpha" {
-                // Where alpha is the rank, both readings agree.
+                // If alpha equals the rank, both readings agree.
                 if value.as_f64() != rank {
                     let message = format!(
                         "early versions of mlx-lm multiplied scale by alpha / rank, later ones leave alpha ({value}) unread, \

@@ -56,7 +56,7 @@ impl Format for Peft {
         let mut files = vec![source.dir.join(read::CONFIG_FILE), source.dir.join(index)];
         match source.open_weights(read::WEIGHTS_STEM) {
             Ok(weights) => files.extend(weights.paths),
-            // What is wrong with a file, and a pickle, is said where it is read.
+            // Problems with a file, and a pickle, are reported when the file is read.
             Err(_) => {
                 let listed = source.dir.read_dir().into_iter().flatten().flatten();
                 files.extend(listed.map(|entry| entry.path()).filter(|path| {
@@ -119,8 +119,8 @@ impl Adapter {
         read::read_source(&Source::directory(dir), &ReadOptions::default(), true)
     }
 
-    /// Reads only the posterior mean of a PEFT directory, as plain LoRA: `monteclora_config` and the sampler's tensors
-    /// are left unread even if they are incomplete.
+    /// Reads only the posterior mean of a PEFT directory, as plain LoRA. `monteclora_config` and the sampler's tensors
+    /// are not read, even if they are incomplete.
     ///
     /// # Errors
     /// As [`Self::read`].
@@ -144,7 +144,7 @@ impl AdapterConfig {
     /// Reads the text of an `adapter_config.json`; `origin` is named in errors.
     ///
     /// # Errors
-    /// `json` if it is no JSON, a refusal with every key that is not understood.
+    /// Returns `json` if the text is not JSON, or a refusal with every key that is not understood.
     ///
     /// ```
     /// use monteclora_converters::AdapterConfig;
@@ -162,7 +162,7 @@ impl AdapterConfig {
         Ok(config)
     }
 
-    /// The object that PEFT 0.20 and later read without a warning: every key they know, sorted.
+    /// Returns the object that PEFT 0.20 and later read without a warning: every key that they know, sorted.
     pub fn to_json(&self) -> Value {
         config_write::to_json(self)
     }

@@ -1,14 +1,14 @@
-//! Whether two tensors hold the same numbers, whatever their element types: compared a block at a time.
+//! Compares the numbers of two tensors, whatever their element types, one block at a time.
 
 use rayon::prelude::*;
 
 use crate::tensors::dtype::DType;
 use crate::tensors::tensor::Tensor;
 
-/// Elements that are compared at a time.
+/// Number of elements that are compared at a time.
 const BLOCK: usize = 1 << 20;
 
-/// Whether two tensors of one shape hold the same numbers.
+/// Whether two tensors of the same shape hold the same numbers.
 pub(crate) fn are_equal(left: &Tensor, right: &Tensor) -> bool {
     if left.dtype() == right.dtype() {
         return left.bytes() == right.bytes();
@@ -19,7 +19,8 @@ pub(crate) fn are_equal(left: &Tensor, right: &Tensor) -> bool {
     }) == 0
 }
 
-/// How many elements of `stored` are not those of `other`, which has its shape, as the element type of `stored` holds them.
+/// Returns the number of elements of `stored` that differ from those of `other`, a tensor of the same shape, rounded to
+/// the element type of `stored`.
 pub(crate) fn n_different(stored: &Tensor, other: &Tensor) -> usize {
     let dtype = stored.dtype();
     if !dtype.is_float() || !other.dtype().is_float() {
@@ -30,7 +31,7 @@ pub(crate) fn n_different(stored: &Tensor, other: &Tensor) -> usize {
         if stored.dtype == other.dtype && stored.bytes == other.bytes {
             return 0;
         }
-        // What is stored more finely is rounded as it was when a model was loaded in the type of `stored`.
+        // Values of a finer type are rounded, as when a model is loaded in the type of `stored`.
         let rounded = dtype.encode(&other.values().unwrap_or_default());
         let (found, expected) = (stored.values(), dtype.decode(&rounded.unwrap_or_default()));
         let pairs = found.unwrap_or_default().into_iter();
@@ -39,7 +40,7 @@ pub(crate) fn n_different(stored: &Tensor, other: &Tensor) -> usize {
     })
 }
 
-/// Some elements of a tensor, one after the other.
+/// Consecutive elements of a tensor.
 struct Block<'a> {
     dtype: DType,
     bytes: &'a [u8],
@@ -51,7 +52,7 @@ impl Block<'_> {
     }
 }
 
-/// The sum of what `count` says of each block of two tensors of one shape.
+/// Returns the sum of `count` over all blocks of two tensors of the same shape.
 fn n_in_blocks(
     left: &Tensor,
     right: &Tensor,
@@ -80,7 +81,7 @@ mod tests {
         assert_eq!(n_different(&widened, &stored), 0);
         let other = Tensor::from_f32(&[2, 2], vec![1.0, 0.2, -2.5, 2e-3]).expect("sized");
         assert_eq!(n_different(&other, &base), 2);
-        // Rounded is not the same number.
+        // A rounded value is not the same number.
         assert!(are_equal(&widened, &stored) && are_equal(&base, &base));
         assert!(!are_equal(&stored, &base) && !are_equal(&other, &base));
     }

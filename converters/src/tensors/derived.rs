@@ -1,4 +1,5 @@
-//! Tensors computed from others when their bytes are asked for, so that an adapter's conversion holds one at a time.
+//! Tensors that are computed from others when their bytes are read, so that the conversion of an adapter holds one at a
+//! time.
 
 use rayon::prelude::*;
 
@@ -8,10 +9,10 @@ use crate::tensors::tensor::Tensor;
 
 /// Elements converted at a time by one thread.
 const BLOCK_ELEMENTS: usize = 1 << 16;
-/// Side of the square tiles in which a matrix is transposed: both sides of one stay in the first cache.
+/// Side of the square tiles in which a matrix is transposed; a tile and its transpose fit the first-level cache.
 const TILE: usize = 32;
 
-/// How a tensor's elements follow from its source's.
+/// How a tensor's elements are computed from its source's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Derivation {
     /// Rows and columns exchanged.
@@ -20,7 +21,7 @@ pub(crate) enum Derivation {
     Padded,
     /// Each value times `factor`, in f32, rounded to the new element type.
     Scaled { factor: f32 },
-    /// The rows of every block of `head` reordered: halves of a rotated pair side by side if `pairs`, apart if not.
+    /// The rows of every `head` rows reordered: the halves of a rotated pair side by side if `pairs`, apart otherwise.
     HeadRows { head: usize, pairs: bool },
 }
 
@@ -30,8 +31,8 @@ impl Derivation {
         !matches!(self, Self::Scaled { .. })
     }
 
-    /// The bytes of a tensor of type `dtype` and shape `shape` derived from `source`. The caller has checked that the
-    /// shapes agree and that scaled types are real.
+    /// Returns the bytes of a tensor of type `dtype` and shape `shape` that is derived from `source`. The caller has
+    /// checked that the shapes agree and that scaled types are float types.
     pub(crate) fn bytes(self, source: &Tensor, dtype: DType, shape: &[usize]) -> Vec<u8> {
         let from = source.bytes();
         let n_bytes = shape.iter().product::<usize>() * dtype.size();
@@ -85,7 +86,7 @@ impl Derivation {
     }
 }
 
-/// Decoded values times `factor`; `None` if the type is not real.
+/// Returns the decoded values times `factor`; `None` if the type is not a float type.
 fn scaled(dtype: DType, block: &[u8], factor: f32) -> Option<Vec<f32>> {
     let mut values = dtype.decode(block)?;
     if factor != 1.0 {
@@ -96,7 +97,7 @@ fn scaled(dtype: DType, block: &[u8], factor: f32) -> Option<Vec<f32>> {
     Some(values)
 }
 
-/// Whether every value of `source` times `factor` is a number of the type `dtype`, exactly.
+/// Whether the type `dtype` holds every value of `source` times `factor` exactly.
 pub(crate) fn holds_scaled(source: &Tensor, factor: f32, dtype: DType) -> bool {
     source
         .bytes()

@@ -1,7 +1,7 @@
 //! ggml's element types: their numbers, names and block sizes.
 
-/// Number, name, and elements and bytes of one block; 0 where the layout is not known here. The first 42 are llama.cpp's (`ggml.h`),
-/// the others those of ik_llama.cpp.
+/// Number, name, and elements and bytes of one block, which are 0 if the layout is unknown. The first 42 types are
+/// llama.cpp's (`ggml.h`), the others those of ik_llama.cpp.
 const TYPES: [(u32, &str, usize, usize); 56] = [
     (0, "F32", 1, 4),
     (1, "F16", 1, 2),
@@ -61,7 +61,7 @@ const TYPES: [(u32, &str, usize, usize); 56] = [
     (157, "IQ2_KL", 0, 0),
 ];
 
-/// The largest number of llama.cpp's own.
+/// The largest number of a type of llama.cpp.
 const LLAMA_CPP: u32 = 41;
 
 fn found(ggml_type: u32) -> Option<&'static (u32, &'static str, usize, usize)> {
@@ -74,12 +74,12 @@ pub fn ggml_block(ggml_type: u32) -> Option<(usize, usize)> {
     (*elements > 0).then_some((*elements, *bytes))
 }
 
-/// Whether the type has a name here.
+/// Whether the type is in the table.
 pub(crate) fn ggml_type_is_named(ggml_type: u32) -> bool {
     found(ggml_type).is_some()
 }
 
-/// The type by its name, such as `IQ4_NL`, or by its number.
+/// Returns the name of the type, such as `IQ4_NL`, or a text with its number.
 pub(crate) fn ggml_type_name(ggml_type: u32) -> String {
     match found(ggml_type) {
         Some((number, name, ..)) if *number <= LLAMA_CPP => (*name).to_owned(),
@@ -88,7 +88,7 @@ pub(crate) fn ggml_type_name(ggml_type: u32) -> String {
     }
 }
 
-/// What makes a file of it that can be read, for any type that llama.cpp reads.
+/// How to make a file that can be read from one with any type that llama.cpp reads.
 pub(crate) const REQUANTISE: &str = "`llama-quantize --allow-requantize FILE OUT.gguf F32` of a current llama.cpp keeps its values; or take \
 the model in Q8_0, F16 or as its original directory";
 

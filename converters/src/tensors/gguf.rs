@@ -1,4 +1,4 @@
-//! Reading GGUF: metadata and tensor places, checked and bounded; the data stays mapped.
+//! Reads GGUF: metadata and locations of tensors, checked and bounded; the data stays mapped.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,8 +17,8 @@ use crate::tensors::ggml_type::{REQUANTISE, ggml_block, ggml_type_is_named, ggml
 use crate::tensors::safetensors_file::map_file;
 use crate::tensors::tensor::{Tensor, element_count};
 
-/// Most metadata entries, tensors, and array elements in all that are believed. Counts come from the file, so nothing
-/// is allocated on their word alone.
+/// Limits on metadata entries, on tensors, and on array elements in total. Counts come from the file, so nothing is
+/// allocated only because a count says so.
 const MAX_ENTRIES: u64 = 1 << 16;
 const MAX_TENSORS: u64 = 1 << 18;
 const MAX_NAME_BYTES: u64 = 1 << 12;
@@ -111,7 +111,7 @@ pub struct GgufTensor<'a> {
     pub ggml_type: u32,
     /// Dimensions in GGUF's order, innermost first: `[in, out]` for a linear weight.
     pub shape: &'a [usize],
-    /// The data, as quantised blocks where the type has them.
+    /// The data, in quantised blocks if the type has them.
     pub bytes: &'a [u8],
 }
 
@@ -144,8 +144,8 @@ impl GgufFile {
     /// Opens and checks a file.
     ///
     /// # Errors
-    /// `not-found` if there is no such file; `malformed`, naming key or tensor, if it is truncated,
-    /// its counts cannot be true, or a tensor does not lie in the file.
+    /// Returns `not-found` if there is no such file; `malformed`, naming key or tensor, if it is truncated, its counts
+    /// are impossible, or a tensor does not lie in the file; `block_format` if a tensor has blocks that are not read.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let map = map_file(path)?;
@@ -233,19 +233,19 @@ impl GgufFile {
         })
     }
 
-    /// The mapped file, and where in it the data of the tensor called `name` lies.
+    /// Returns the mapped file, and the byte range of the data of the tensor called `name`.
     pub(crate) fn region(&self, name: &str) -> Option<(Arc<Mmap>, Range<usize>)> {
         let range = self.tensors.get(name)?.range.clone();
         Some((Arc::clone(&self.map), range))
     }
 
-    /// Bytes of the file.
+    /// Size of the file in bytes.
     pub(crate) fn n_bytes(&self) -> u64 {
         self.map.len() as u64
     }
 
-    /// The tensor called `name` under a shape of as many elements, outermost first; its data stays mapped. `None` if there
-    /// is no such tensor or its size is another.
+    /// Returns the tensor called `name` with a shape of the same number of elements, outermost first; its data stays
+    /// mapped. `None` if there is no such tensor or its size differs.
     pub(crate) fn mapped(&self, name: &str, dtype: DType, shape: &[usize]) -> Option<Tensor> {
         let range = self.tensors.get(name)?.range.clone();
         let n_bytes = element_count(shape)?.checked_mul(dtype.size())?;
@@ -265,7 +265,7 @@ fn alignment(path: &Path, metadata: &IndexMap<String, GgufValue>) -> Result<u64>
     }
 }
 
-/// The refusal of a type whose blocks cannot be told apart; one that has no name may be a sign of damage.
+/// The refusal of a type whose block layout is unknown. A type without a name may be a sign of damage.
 fn unread_type(at: String, ggml_type: u32) -> Problem {
     let code = match ggml_type_is_named(ggml_type) {
         true => "block_format",
@@ -278,7 +278,7 @@ fn unread_type(at: String, ggml_type: u32) -> Problem {
     Problem::new(code, at, message, REQUANTISE)
 }
 
-/// A tensor's name and what its header says.
+/// A tensor's name and the contents of its header.
 struct Header {
     name: String,
     shape: Vec<u64>,

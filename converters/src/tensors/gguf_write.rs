@@ -1,4 +1,4 @@
-//! Writing GGUF version 3: streaming, aligned, and equal input gives equal bytes.
+//! Writes GGUF version 3: streaming and aligned; equal input gives equal bytes.
 
 use std::io::Write;
 use std::path::Path;
@@ -18,7 +18,7 @@ pub(crate) enum Entry {
     Text(String),
 }
 
-/// The float types that both sides know, with ggml's numbers.
+/// The float types that both safetensors and GGUF have, with ggml's numbers.
 const FLOATS: [(DType, u32); 3] = [(DType::F32, 0), (DType::F16, 1), (DType::BF16, 30)];
 
 /// ggml's number for a float type.
@@ -27,14 +27,14 @@ pub(crate) fn ggml_type(dtype: DType) -> Option<u32> {
     known.find_map(|(known, number)| (*known == dtype).then_some(*number))
 }
 
-/// The float type behind ggml's number.
+/// The float type with this ggml number.
 pub(crate) fn dtype_of(ggml_type: u32) -> Option<DType> {
     let mut known = FLOATS.iter();
     known.find_map(|(dtype, number)| (*number == ggml_type).then_some(*dtype))
 }
 
-/// Writes metadata and matrices in the order given. A tensor's shape is outermost first, as everywhere here; GGUF gets
-/// it reversed.
+/// Writes metadata and matrices in the given order. A tensor's shape is outermost first, as everywhere in this crate;
+/// GGUF stores it reversed.
 pub(crate) fn write_gguf(
     path: &Path,
     metadata: &[(&str, Entry)],

@@ -1,4 +1,4 @@
-//! Reading safetensors: the header is checked strictly, the data stays mapped.
+//! Reads safetensors: the header is checked strictly, the data stays mapped.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,10 +20,10 @@ use crate::tensors::tensor::{Tensor, element_count};
 
 /// Largest header that is read, the limit of the reference implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// Most dimensions a tensor may have.
+/// Maximum number of dimensions of a tensor.
 const MAX_DIMS: usize = 16;
-/// Most tensors of one file, most entries of its metadata, and the longest name: what a header costs in memory is
-/// bounded by these, whatever its own length.
+/// Limits on the tensors and the metadata entries of a file, and on the length of a name. They bound the memory that a
+/// header costs, whatever its own length.
 const MAX_TENSORS: usize = 1 << 18;
 const MAX_METADATA: usize = 1 << 14;
 const MAX_NAME_BYTES: usize = 1 << 12;
@@ -33,7 +33,7 @@ const LIMITS: json::Limits = json::Limits {
     key_bytes: MAX_NAME_BYTES,
 };
 const TRUNCATED: &str = "it is cut short; fetch or copy it again";
-/// What an entry may say of its tensor.
+/// Keys that an entry may have.
 const FIELDS: [&str; 3] = ["dtype", "shape", "data_offsets"];
 
 /// A safetensors file whose header has been checked and whose data is mapped, not read.
@@ -61,8 +61,8 @@ impl SafetensorsFile {
     /// Opens and checks a file.
     ///
     /// # Errors
-    /// `not-found` if there is no such file; `malformed`, naming file and tensor, if it is truncated
-    /// or its header lies.
+    /// Returns `not-found` if there is no such file; `malformed`, naming file and tensor, if it is truncated or its
+    /// header is wrong.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let map = map_file(path)?;
@@ -148,7 +148,7 @@ impl SafetensorsFile {
     }
 }
 
-/// Maps a regular file. What it is gets asked before it is opened, since opening a pipe would wait for its writer.
+/// Maps a regular file. The file type is checked before opening, because opening a pipe would wait for its writer.
 pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
     let read_error = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::NotFound => Error::not_found(path, "there is no such file"),
@@ -162,7 +162,7 @@ pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
     unsafe { Mmap::map(&file) }.map_err(Error::io("read", path))
 }
 
-/// Checks that the entries tile the data section and gives their place in the file.
+/// Checks that the entries tile the data section, and returns their locations in the file.
 fn check_layout(
     path: &Path,
     entries: BTreeMap<String, TensorInfo>,
@@ -224,7 +224,8 @@ fn check_layout(
     Ok(tensors)
 }
 
-/// The entries of `__metadata__`, which the format wants to be texts; every reader refuses others, and takes null for none.
+/// Returns the entries of `__metadata__`. The format requires texts, and every reader refuses other values; null means
+/// no entries.
 fn texts(path: &Path, metadata: Value) -> Result<BTreeMap<String, String>> {
     const FIX: &str =
         "save it again with texts: save_file(tensors, FILE, metadata={\"format\": \"pt\"})";

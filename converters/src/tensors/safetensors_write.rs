@@ -1,4 +1,4 @@
-//! Writing safetensors: streaming, and equal input gives equal bytes.
+//! Writes safetensors: streaming; equal input gives equal bytes.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -26,7 +26,7 @@ pub(crate) struct Slot {
 /// The file is written to a temporary sibling, synced and renamed, so an interrupted write leaves `path` as it was.
 ///
 /// # Errors
-/// If a name occurs twice or the file cannot be written.
+/// Returns an error if a name occurs twice or the file cannot be written.
 pub fn write_safetensors(
     path: impl AsRef<Path>,
     tensors: impl IntoIterator<Item = (String, Tensor)>,
@@ -65,7 +65,7 @@ pub(crate) fn write_tensors(
     })
 }
 
-/// Counts what passes through, so that a tensor can neither fall short nor run over.
+/// Counts the written bytes, so that a tensor can be neither too short nor too long.
 struct Counted<'a, W> {
     inner: &'a mut W,
     n_bytes: usize,

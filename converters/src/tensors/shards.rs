@@ -1,4 +1,4 @@
-//! One safetensors file or numbered shards of it, with or without an index, read as one set of tensors.
+//! One safetensors file or its numbered shards, with or without an index, read as one set of tensors.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -14,10 +14,10 @@ use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_file::SafetensorsFile;
 use crate::tensors::tensor::Tensor;
 
-/// Most shards of one set; each is mapped, and a process can only have so many mappings.
+/// Maximum number of shards of one set. Each is mapped, and a process can have only so many mappings.
 const MAX_SHARDS: usize = 1 << 12;
 
-/// Shard file of every tensor, as the index has it.
+/// The shard file of every tensor, as the index gives it.
 type WeightMap = Map<String, Value>;
 
 /// The tensors of `STEM.safetensors`, or of `STEM-0000N-of-0000M.safetensors`.
@@ -26,7 +26,7 @@ pub(crate) struct ShardSet {
     pub(crate) paths: Vec<PathBuf>,
     pub(crate) shards: Vec<SafetensorsFile>,
     owner: BTreeMap<String, usize>,
-    /// What tensors are called in their file that go by another name here.
+    /// The names in their file of tensors that have another name here.
     stored: BTreeMap<String, String>,
 }
 
@@ -58,7 +58,7 @@ impl ShardSet {
         Ok(set)
     }
 
-    /// One file alone, whatever lies beside it.
+    /// Opens a single file and ignores all files beside it.
     pub(crate) fn open_file(path: &Path) -> Result<Self> {
         let shard = SafetensorsFile::open(path)?;
         Ok(Self {
@@ -69,10 +69,10 @@ impl ShardSet {
         })
     }
 
-    /// The same tensors by other names, each what `name` makes of the one in its file.
+    /// Renames the tensors: `name` returns the new name for a name in the file.
     ///
     /// # Errors
-    /// `malformed` if two tensors get one name.
+    /// Returns `malformed` if two tensors get the same name.
     pub(crate) fn renamed(mut self, name: impl Fn(&str) -> Cow<'_, str>) -> Result<Self> {
         let mut owner = BTreeMap::new();
         for (stored, shard) in self.owner {
@@ -91,7 +91,7 @@ impl ShardSet {
         Ok(self)
     }
 
-    /// What the tensor called `name` is called in its file.
+    /// Returns the name in its file of the tensor called `name`.
     pub(crate) fn stored<'a>(&'a self, name: &'a str) -> &'a str {
         self.stored.get(name).map_or(name, String::as_str)
     }
@@ -115,7 +115,7 @@ impl ShardSet {
     }
 }
 
-/// The weight files of `dir`, and the index if there is one.
+/// Returns the weight files of `dir`, and the index if there is one.
 fn shard_names(dir: &Path, stem: &str) -> Result<(Vec<String>, Option<WeightMap>)> {
     let single = format!("{stem}.safetensors");
     let index_name = format!("{single}.index.json");
@@ -203,7 +203,7 @@ fn check_number(path: &Path, n_shards: usize) -> Result<()> {
     Ok(())
 }
 
-/// Stem, number and total of `STEM-0000N-of-0000M.safetensors`.
+/// Returns stem, number and total of `STEM-0000N-of-0000M.safetensors`.
 pub(crate) fn shard_number(name: &str) -> Option<(&str, usize, usize)> {
     let (rest, total) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
     let (stem, number) = rest.rsplit_once('-')?;
@@ -219,7 +219,7 @@ fn is_plain_file_name(name: &str) -> bool {
     ) && !name.contains(['/', '\\', '\0'])
 }
 
-/// Every tensor of the index is in the shard it names.
+/// Checks that every tensor of the index is in the shard that the index names.
 fn check_index(
     path: &Path,
     index: &WeightMap,

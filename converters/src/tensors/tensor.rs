@@ -1,4 +1,5 @@
-//! A tensor as bytes: element type, shape and data that is mapped from a file, owned, or derived or decoded when asked for.
+//! A tensor as bytes: element type, shape, and data that is mapped from a file, owned, or derived or decoded when it is
+//! read.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,7 +12,7 @@ use crate::tensors::blocks::BlockMatrix;
 use crate::tensors::derived::Derivation;
 use crate::tensors::dtype::DType;
 
-/// Where the bytes live.
+/// Where the bytes are.
 #[derive(Clone)]
 enum Data {
     Mapped {
@@ -24,12 +25,12 @@ enum Data {
         source: Arc<Tensor>,
         derivation: Derivation,
     },
-    /// Values of a matrix in blocks, as F32.
+    /// A matrix in blocks, whose values are F32.
     Blocks(BlockMatrix),
 }
 
-/// A tensor: row-major little-endian elements, not interpreted. Cloning copies no data, and a conversion is carried out
-/// when the bytes are asked for, each time: what is read, converted and written stays one tensor at a time.
+/// A tensor of row-major little-endian elements, which are not interpreted. Cloning copies no data. A conversion is
+/// carried out each time the bytes are read, so that reading, converting and writing take one tensor at a time.
 ///
 /// ```
 /// use monteclora_converters::{DType, Tensor};
@@ -60,7 +61,7 @@ impl Tensor {
     /// A tensor over owned little-endian bytes.
     ///
     /// # Errors
-    /// If the number of bytes is not that of `shape` in `dtype`.
+    /// Returns an error if the number of bytes does not match `shape` and `dtype`.
     pub fn from_bytes(dtype: DType, shape: &[usize], bytes: Vec<u8>) -> Result<Self> {
         let expected = element_count(shape).and_then(|n| n.checked_mul(dtype.size()));
         if expected != Some(bytes.len()) {
@@ -80,7 +81,7 @@ impl Tensor {
     /// An F32 tensor.
     ///
     /// # Errors
-    /// If the number of values is not that of `shape`.
+    /// Returns an error if the number of values does not match `shape`.
     pub fn from_f32(shape: &[usize], values: Vec<f32>) -> Result<Self> {
         Self::from_f32_as(shape, &values, DType::F32)
     }
@@ -88,7 +89,7 @@ impl Tensor {
     /// A tensor of the given float type, values rounded to nearest.
     ///
     /// # Errors
-    /// If the number of values is not that of `shape`, or `dtype` is not F64, F32, F16 or BF16.
+    /// Returns an error if the number of values does not match `shape`, or `dtype` is not F64, F32, F16 or BF16.
     pub fn from_f32_as(shape: &[usize], values: &[f32], dtype: DType) -> Result<Self> {
         let wrong = || unfit(format!("cannot hold real numbers as {dtype}"));
         Self::from_bytes(dtype, shape, dtype.encode(values).ok_or_else(wrong)?)
@@ -109,7 +110,7 @@ impl Tensor {
         }
     }
 
-    /// The values of a matrix in blocks, which are decoded when they are asked for.
+    /// Creates a tensor of a matrix in blocks, whose values are decoded when they are read.
     pub(crate) fn from_blocks(blocks: BlockMatrix) -> Self {
         let (rows, columns) = blocks.dims();
         Self {
@@ -119,7 +120,7 @@ impl Tensor {
         }
     }
 
-    /// The blocks that the values are stored in, if they are; an element type of them is that of decoded values.
+    /// The blocks that store the values, if any. The element type is then that of the decoded values.
     pub fn blocks(&self) -> Option<&BlockMatrix> {
         match &self.data {
             Data::Blocks(blocks) => Some(blocks),
@@ -127,7 +128,7 @@ impl Tensor {
         }
     }
 
-    /// Bytes that the values take up where they are stored.
+    /// Number of bytes that the stored values take.
     pub fn stored_bytes(&self) -> usize {
         self.blocks()
             .map_or_else(|| self.n_bytes(), BlockMatrix::n_bytes)
@@ -143,7 +144,7 @@ impl Tensor {
         &self.shape
     }
 
-    /// Little-endian elements in row-major order: borrowed, unless they have to be computed.
+    /// Little-endian elements in row-major order, borrowed unless they have to be computed.
     pub fn bytes(&self) -> Cow<'_, [u8]> {
         match &self.data {
             Data::Mapped { map, start, len } => Cow::Borrowed(&map[*start..*start + *len]),
@@ -162,7 +163,7 @@ impl Tensor {
         self.n_elements() * self.dtype.size()
     }
 
-    /// Whether the elements are those of a file that was checked when it was read.
+    /// Whether the elements come from a file that was checked when it was read.
     pub(crate) fn is_mapped(&self) -> bool {
         match &self.data {
             Data::Mapped { .. } => true,
@@ -188,7 +189,8 @@ impl Tensor {
         self.dtype.decode(&self.bytes()).ok_or_else(wrong)
     }
 
-    /// The value at `index` in row-major order, as `f32`; none outside of the tensor or of a type that is no real number.
+    /// Returns the value at `index` in row-major order as `f32`; `None` outside the tensor or if the type is not a
+    /// float type.
     pub(crate) fn value(&self, index: usize) -> Option<f32> {
         if let Data::Blocks(blocks) = &self.data {
             return blocks.value(index);
@@ -199,7 +201,7 @@ impl Tensor {
         self.dtype.decode(bytes)?.pop()
     }
 
-    /// The same values in another float type, converted when they are asked for.
+    /// Returns the same values in another float type, converted when they are read.
     ///
     /// # Errors
     /// If either type is not F64, F32, F16 or BF16.
@@ -210,7 +212,7 @@ impl Tensor {
         self.scaled(1.0, dtype)
     }
 
-    /// Every value times `factor`, in f32, as `dtype`.
+    /// Returns every value times `factor`, computed in f32, as `dtype`.
     pub(crate) fn scaled(&self, factor: f32, dtype: DType) -> Result<Self> {
         if !self.dtype.is_float() || !dtype.is_float() {
             return Err(unfit(format!("{} cannot become {dtype}", self.dtype)));
@@ -273,7 +275,7 @@ impl Tensor {
         }
     }
 
-    /// Index of the first NaN or infinite element, if any, in the order in which they are stored.
+    /// Index of the first NaN or infinite element in stored order, if any.
     pub(crate) fn first_non_finite(&self) -> Option<usize> {
         match &self.data {
             Data::Derived { source, derivation } if derivation.only_moves() => {

@@ -1,8 +1,8 @@
-//! Divergences from the priors, and the objective that weighs them.
+//! Divergences from the priors, for each objective.
 //!
-//! The objective `exact` holds the true divergences, the Gaussian one in expectation over the Wishart draw; `peft` holds PEFT
-//! 0.21's formulas, a wrong sign and the sampled covariance among them, kept for parity and computed in differences of
-//! log-gamma, so that they stay finite for every `num_samples`.
+//! The objective `exact` uses the true divergences, with the Gaussian one in expectation over the Wishart draw. The
+//! objective `peft` uses PEFT 0.21's formulas for parity, including a wrong sign and the sampled covariance. They are
+//! computed as differences of log-gamma, so that they stay finite for every `num_samples`.
 
 use special::Gamma;
 use statrs::function::gamma::{digamma, ln_gamma};
@@ -12,12 +12,12 @@ use statrs::function::gamma::{digamma, ln_gamma};
 pub(super) struct Term {
     /// Value in nats.
     pub(super) value: f64,
-    /// Gradient, one entry a parameter.
+    /// Gradient, one entry per parameter.
     pub(super) gradient: Vec<f64>,
 }
 
 impl Term {
-    /// What is not in the objective.
+    /// Returns zero, for a term that is not in the objective.
     pub(super) fn zero(n_parameters: usize) -> Self {
         Self {
             value: 0.0,
@@ -28,7 +28,8 @@ impl Term {
 
 /// `KL(Dir(exp theta) || Dir(prior 1))` and its gradient with respect to `theta`, `[N]`.
 ///
-/// `ln G(S) - sum ln G(a_i) - ln G(N a0) + N ln G(a0) + sum (a_i - a0)(psi(a_i) - psi(S))` with `a = exp theta`, `S = sum a`.
+/// `ln G(S) - sum ln G(a_i) - ln G(N a0) + N ln G(a0) + sum (a_i - a0)(psi(a_i) - psi(S))` with `a = exp theta`,
+/// `S = sum a`.
 pub(super) fn dirichlet_kl(theta: &[f64], prior: f64) -> Term {
     let n = theta.len() as f64;
     let alpha: Vec<f64> = theta.iter().map(|t| t.exp()).collect();

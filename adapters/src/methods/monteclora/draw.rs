@@ -1,5 +1,5 @@
-//! One posterior draw of A, in the fast collapsed form and in PEFT's literal form, with its regulariser and the exact gradient
-//! of both.
+//! One posterior draw of A, in the fast collapsed form and in PEFT's literal form, with its regulariser and the exact
+//! gradient of both.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -16,9 +16,9 @@ const COVARIANCE_FLOOR: f64 = 1e-3;
 /// The Gaussian part of a draw's noise.
 #[derive(Debug, Clone)]
 pub(super) enum Gaussian {
-    /// One standard normal a value of A, `[r, in]`.
+    /// One standard normal value per entry of A, `[r, in]`.
     Collapsed(Tensor),
-    /// `N` of them, `[N, in, r]` row-major.
+    /// `N` standard normal values per entry of A, `[N, in, r]` row-major.
     Literal(Vec<f32>),
 }
 
@@ -26,15 +26,15 @@ pub(super) enum Gaussian {
 #[derive(Debug, Clone)]
 pub(super) struct StandardNoise {
     pub(super) gaussian: Gaussian,
-    /// The diagonal of a draw from `W_r(I, r)`, `[r]`: by Bartlett's decomposition independent chi-squares with `r` degrees of
-    /// freedom, each the sum of a row's squared normals.
+    /// The diagonal of a draw from `W_r(I, r)`, `[r]`. By Bartlett's decomposition, its entries are independent
+    /// chi-squares with `r` degrees of freedom, each the sum of a row's squared normals.
     pub(super) chi_square: Vec<f64>,
     /// Standard normal, `[N]`.
     pub(super) mixture: Vec<f64>,
 }
 
 impl StandardNoise {
-    /// Noise for a mean A like `a`, on its device.
+    /// Draws the noise for a mean A with the shape and the device of `a`.
     pub(super) fn new(
         form: Form,
         noise: &dyn Noise,
@@ -66,11 +66,11 @@ impl StandardNoise {
     }
 }
 
-/// A drawn A at one module, and the regulariser there, its parts unweighted.
+/// A draw of A at one module, with the unweighted parts of its regulariser.
 ///
 /// Collapsed: `E = c ||pi|| diag(sqrt Sigma) Z` with one standard normal `Z` `[r, in]`; literal:
-/// `E^T = c sum_n pi_n Z_n diag(sqrt Sigma)` with `N` of them. Both have the same law (arXiv:2411.04358; a sum of independent
-/// Gaussians is one Gaussian), and `Sigma_kk = max(exp(2 s_k) chi2_k, 1e-3)`.
+/// `E^T = c sum_n pi_n Z_n diag(sqrt Sigma)` with `N` of them. Both have the same law (arXiv:2411.04358; a sum of
+/// independent Gaussians is one Gaussian), and `Sigma_kk = max(exp(2 s_k) chi2_k, 1e-3)`.
 #[derive(Debug)]
 pub(super) struct Draw {
     /// `A + E`, `[r, in]`.
@@ -87,7 +87,8 @@ pub(super) struct Draw {
     pub(super) gaussian: f64,
     /// Collision probability `sum pi^2`, zero when `use_entropy` is off.
     pub(super) sum_of_squares: f64,
-    /// What of them is added to the loss: `kl_loss_weight * (dirichlet + wishart + gaussian)`, or the evidence bound's share.
+    /// The weighted divergences, as added to the loss: `dirichlet + wishart + gaussian` times `kl_loss_weight` and the
+    /// warm-up factor, or times the weight of the evidence bound.
     pub(super) weighted_kl: f64,
     /// Variance of the noise on each row of A given the mixture weights, `v_k = c^2 ||pi||^2 r exp(2 s_k)`, `[r]`.
     pub(super) variance: Vec<f64>,
@@ -103,10 +104,10 @@ pub(super) struct Draw {
 }
 
 impl Draw {
-    /// Draws at mean `a`, `[r, in]`, f32, with variational parameters `s` and `theta` and given `noise`.
+    /// Draws A around the mean `a`, `[r, in]`, f32, with variational parameters `s` and `theta` and the given `noise`.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] when noise, parameters and mean disagree; candle's errors.
+    /// Returns [`crate::Error::Shape`] if the shapes of noise, parameters and mean disagree, or an error of candle.
     pub(super) fn new(
         settings: &MonteCloraConfig,
         weighting: &Weighting,
@@ -163,7 +164,7 @@ impl Draw {
             }
             None => (settings.kl_loss_weight * weighting.factor, 0.0),
         };
-        // With an evidence bound the variational parameters follow no gradient.
+        // With an evidence bound, no gradient moves the variational parameters.
         let wishart = match evidence {
             Some(_) => divergence::Term::zero(rank),
             None => divergence::wishart_kl(log_std),
@@ -224,8 +225,9 @@ impl Draw {
         })
     }
 
-    /// Gradient with respect to `s` `[r]` and `theta` `[N]`, for a gradient `upstream` `[r, in]` on [`Draw::effective_a`] (none
-    /// for the regulariser alone) plus `weight` times the gradient of the regulariser.
+    /// Returns the gradient with respect to `s` `[r]` and `theta` `[N]`: that of the loss with gradient `upstream`
+    /// `[r, in]` on [`Draw::effective_a`] (`None` for the regulariser alone), plus `weight` times that of the
+    /// regulariser.
     pub(super) fn backward(
         &self,
         upstream: Option<&Tensor>,

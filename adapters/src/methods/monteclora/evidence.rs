@@ -1,13 +1,14 @@
-//! Training with an evidence lower bound: the divergence from a Gaussian prior on A, weighed as the data are, and the step in
-//! closed form that moves the posterior's variance to where both agree.
+//! Training with an evidence lower bound: the divergence from a Gaussian prior on A, weighted relative to the data, and
+//! a closed-form step that moves the posterior variance towards the optimum of the bound.
 //!
-//! The idea is that of BLoB (Wang et al. 2024, arXiv:2406.11675), in the family of this method: one variance per row of A.
+//! The idea is that of BLoB (Wang et al. 2024, arXiv:2406.11675), with the posterior of this method: one variance per
+//! row of A.
 
 use statrs::function::gamma::digamma;
 
 use crate::methods::{Step, Weighting};
 
-/// Share of the way to its target that a precision goes per step.
+/// Share of the distance to its target that a precision moves per step.
 const RATE: f64 = 0.03;
 
 /// The prior on the entries of A, `N(0, tau^2)`, and the temperature T of the bound.
@@ -15,30 +16,30 @@ const RATE: f64 = 0.03;
 pub(super) struct Evidence {
     /// Standard deviation `tau`.
     pub(super) prior_std: f64,
-    /// Temperature T: 1 is the bound itself, less is a colder posterior.
+    /// Temperature T: 1 is the bound itself; below 1 the posterior is colder.
     pub(super) temperature: f64,
     /// Scale c of the noise.
     pub(super) sample_scaler: f64,
 }
 
 impl Evidence {
-    /// `ln(c^2 r / tau^2)`: what to add to `2 s_k` for `ln u_k`, where `u_k` is the variance over the prior's. Zero with
-    /// `c = tau / sqrt r`, so that `s = 0` is the prior.
+    /// Returns `ln(c^2 r / tau^2)`, so that `ln u_k` is `2 s_k` plus this, where `u_k` is the ratio of the posterior
+    /// variance to the prior's. It is zero for `c = tau / sqrt r`; then `s = 0` is the prior.
     fn offset(&self, rank: usize) -> f64 {
         2.0 * (self.sample_scaler / self.prior_std).ln() + (rank as f64).ln()
     }
 
-    /// The `s_k` of a posterior whose variance is the prior's.
+    /// Returns the `s_k` at which the posterior variance equals the prior's.
     pub(super) fn log_std_of_prior(&self, rank: usize) -> f64 {
         -0.5 * self.offset(rank)
     }
 
-    /// The divergence of a module's posterior from the prior, nats: with `u_k = c^2 e^{2 s_k} r / tau^2`
+    /// Returns the divergence of a module's posterior from the prior, in nats. With `u_k = c^2 e^{2 s_k} r / tau^2`:
     ///
     /// `KL = in/2 sum_k [u_k - 1 - ln u_k + ln r - psi(r/2) - ln 2] + |A|^2 / (2 tau^2)`,
     ///
-    /// in expectation over the chi-square factor that the entries of a row share, which makes it an upper bound of the
-    /// divergence of the mixture (convexity). `a_squares` is `|A|^2`.
+    /// This is the expectation over the chi-square factor that the entries of a row share. By convexity it is an upper
+    /// bound of the divergence of the mixture. `a_squares` is `|A|^2`.
     pub(super) fn divergence(&self, log_std: &[f64], a_squares: f64, in_features: usize) -> f64 {
         let rank = log_std.len();
         let r = rank as f64;
@@ -52,19 +53,21 @@ impl Evidence {
         0.5 * in_features as f64 * rows + 0.5 * a_squares / self.prior_std.powi(2)
     }
 
-    /// The weight of a module's divergence in the loss, `T / N`, times the number of modules, over which the trainer averages:
-    /// the task loss is a mean over trained tokens, of which a pass over the training rows has N.
+    /// Returns the weight of a module's divergence in the loss: `T / N` times the number of modules. The task loss is a
+    /// mean over trained tokens, of which one pass over the training rows has N, and the trainer averages the
+    /// divergence over the modules.
     pub(super) fn weight(&self, weighting: &Weighting) -> f64 {
         let per_token = self.temperature / weighting.epoch_tokens.max(1) as f64;
         per_token * weighting.n_modules as f64
     }
 
-    /// A natural-gradient step on the precision of every row:
+    /// Makes a natural-gradient step on the precision of every row:
     ///
     /// `1/u_k <- (1 - rho) / u_k + rho (1 + N tau^2 h_k / T)`, `h_k = batch * |g_k|^2 / in`,
     ///
-    /// with rho 0.03, `mean_squares` `|g_k|^2 / in` of the task loss's gradient at the drawn A before clipping, and `batch` the
-    /// step's trained tokens. Its fixed point is that of the bound, whose slope is `u_k N tau^2 h_k / T + u_k - 1`.
+    /// Here rho is 0.03, `mean_squares` holds `|g_k|^2 / in` of the task loss's gradient at the drawn A before
+    /// clipping, and `batch` is the number of the step's trained tokens. The fixed point is that of the bound, whose
+    /// slope is `u_k N tau^2 h_k / T + u_k - 1`.
     pub(super) fn step(&self, log_std: &mut [f64], mean_squares: &[f64], step: &Step) {
         let offset = self.offset(log_std.len());
         let data = step.epoch_tokens as f64 * self.prior_std.powi(2) / self.temperature;
@@ -72,7 +75,7 @@ impl Evidence {
             let precision = (-2.0 * *s - offset).exp();
             let target = 1.0 + data * step.trained_tokens as f64 * squares;
             let moved = (1.0 - RATE) * precision + RATE * target;
-            // As a file holds it.
+            // Rounded to the precision of a file.
             *s = f64::from((-0.5 * (moved.ln() + offset)) as f32);
         }
     }
@@ -93,7 +96,8 @@ mod tests {
         }
     }
 
-    /// At the prior what is left is that the family is no Gaussian: `in r/2 (ln(r/2) - psi(r/2))`, and A's own square.
+    /// At the prior the divergence is not zero, because the family is not Gaussian: it is
+    /// `in r/2 (ln(r/2) - psi(r/2))`, plus the term of A's own square.
     #[test]
     fn the_divergence_is_least_at_the_prior() {
         let (rank, in_features) = (8usize, 12usize);
@@ -115,7 +119,8 @@ mod tests {
         assert!((wider.log_std_of_prior(rank) + 3f64.ln()).abs() < 1e-12);
     }
 
-    /// Against its definition, `E_c KL(N(A, v c/r I) || N(0, tau^2 I))`, by sampling the chi-square; five standard errors.
+    /// Compares the divergence with its definition, `E_c KL(N(A, v c/r I) || N(0, tau^2 I))`, by sampling the
+    /// chi-square, within five standard errors.
     #[test]
     fn the_divergence_is_an_expectation_over_the_shared_factor() {
         let (rank, in_features, draws) = (4usize, 3usize, 20_000usize);
@@ -141,7 +146,7 @@ mod tests {
         assert!((ours - mean).abs() < 5.0 * error, "{ours} {mean} {error}");
     }
 
-    /// Steps with a steady gradient end where the slope of `1/2 sum v_k in h_k + T/N KL` vanishes.
+    /// Steps with a constant gradient end where the slope of `1/2 sum v_k in h_k + T/N KL` vanishes.
     #[test]
     fn steps_end_at_the_stationary_point_of_the_bound() {
         let (rank, in_features) = (4usize, 10usize);
@@ -180,7 +185,7 @@ mod tests {
             );
             assert!(slope.abs() < 1e-5 * curvature, "{k}: {slope} {curvature}");
         }
-        // Data sharpen, and no data leave the prior.
+        // Data make the posterior narrower; without data it stays at the prior.
         assert!(s[0] < s[1] && s[1] < s[3] && s[3] < 0.0 && s[2] == 0.0);
     }
 }

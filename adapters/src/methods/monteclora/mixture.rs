@@ -1,4 +1,4 @@
-//! Mixture weights: the logistic-normal draw that stands for a Dirichlet, and its gradient.
+//! Mixture weights: a logistic-normal draw that approximates a Dirichlet, and its gradient.
 
 /// Floor of the concentration and of the logits' variance, as in PEFT.
 const FLOOR: f64 = 1e-6;
@@ -21,10 +21,8 @@ pub(super) struct MixtureWeights {
 }
 
 impl MixtureWeights {
-    /// Draws the weights for log-concentrations `theta`, `[N]`, and standard normal `noise`, `[N]`.
-    ///
-    /// # Panics
-    /// Never: slices of different length are cut to the shorter one by the caller's checks.
+    /// Draws the weights for log-concentrations `theta`, `[N]`, and standard normal `noise`, `[N]`. The caller checks
+    /// that both have the same length.
     pub(super) fn draw(theta: &[f64], noise: &[f64]) -> Self {
         let n = theta.len() as f64;
         let alpha: Vec<f64> = theta.iter().map(|t| t.exp().max(FLOOR)).collect();

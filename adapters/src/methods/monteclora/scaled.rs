@@ -1,6 +1,7 @@
-//! A posterior of any width around any LoRA: the mean stays, and one number says how wide the noise on A is.
+//! A posterior of any width around the mean of any LoRA adapter; one number sets how wide the noise on A is.
 //!
-//! It is what training-free Bayesianisation (Shi et al. 2024, arXiv:2412.05723) fits afterwards, in the form of PEFT's MonteCLoRA.
+//! Training-free Bayesianisation (Shi et al. 2024, arXiv:2412.05723) fits this number after training. The posterior has
+//! the form of PEFT's MonteCLoRA.
 
 use monteclora_converters::{Adapter, MonteCloraSettings, Problem, Site, SitePosterior, Tensor};
 use nalgebra::{DMatrix, SVD};
@@ -13,36 +14,36 @@ use crate::error::Result;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Geometry {
-    /// The same for all rows, in the basis that was trained.
+    /// The same for all rows, in the trained basis.
     Rows,
-    /// In the basis of B's singular vectors, `sigma / d_k` on the row that the singular value `d_k` scales: the same noise in every
-    /// direction of the output that B reaches.
+    /// `sigma / d_k` for row k in the basis of B's singular vectors, where `d_k` is the singular value that scales the
+    /// row. The noise is then the same in every direction of the output that B reaches.
     Svd,
 }
 
-/// Least singular value that divides, as a share of the largest of its module.
+/// Smallest divisor, as a share of the largest singular value of the module.
 const LEAST_SHARE: f64 = 1e-3;
 
 /// An adapter in the basis of a geometry, with the width of each row's noise at `sigma = 1`.
 #[derive(Debug, Clone)]
 pub struct ScaledPosterior {
     mean: Adapter,
-    /// `sigma_k / sigma` of each row of each module; empty where B is zero.
+    /// `sigma_k / sigma` for each row of each module; empty for a module whose B is zero.
     widths: Vec<Vec<f64>>,
-    /// Largest difference between the update of a module before and after the change of basis, in Frobenius norms, as a share of
-    /// the update. Zero for [`Geometry::Rows`].
+    /// Largest relative difference between the updates of a module before and after the change of basis, in Frobenius
+    /// norms. Zero for [`Geometry::Rows`].
     pub rounding: f64,
 }
 
 impl ScaledPosterior {
-    /// That of the mean of `adapter`, LoRA or MonteCLoRA.
+    /// Builds the posterior around the mean of `adapter`, LoRA or MonteCLoRA.
     ///
-    /// With a thin singular value decomposition `B = U diag(d) V^T` of each module, the basis of [`Geometry::Svd`] has `B' = U diag(d)`
-    /// and `A' = V^T A`, both rounded to float32 once, so that `B' A' = B A` up to [`Self::rounding`], and
-    /// `sigma_k = sigma / max(d_k, 1e-3 d_1)`.
+    /// With a thin singular value decomposition `B = U diag(d) V^T` of each module, the basis of [`Geometry::Svd`] has
+    /// `B' = U diag(d)` and `A' = V^T A`, both rounded to float32 once, so that `B' A' = B A` up to [`Self::rounding`],
+    /// and `sigma_k = sigma / max(d_k, 1e-3 d_1)`.
     ///
     /// # Errors
-    /// Factors that are not of a float type, or not finite.
+    /// Returns an error if a factor has no float type, or if the singular value decomposition of a B does not converge.
     pub fn new(adapter: &Adapter, geometry: Geometry) -> Result<Self> {
         let mut mean = adapter.collapse();
         let changed = mean
@@ -69,20 +70,21 @@ impl ScaledPosterior {
         })
     }
 
-    /// Modules whose B is zero: they have no noise that could be seen.
+    /// Names of the modules whose B is zero: noise on their A has no effect.
     pub fn zero_modules(&self) -> Vec<&str> {
         let sites = self.mean.sites.iter().zip(&self.widths);
         let zero = sites.filter(|(_, widths)| widths.is_empty());
         zero.map(|(site, _)| site.name.as_str()).collect()
     }
 
-    /// The posterior at `sigma`, above 0: row k of A has the mean of the adapter and standard deviation `sigma_k`.
+    /// Returns the posterior at `sigma`, above 0: row k of A keeps the adapter's mean and has standard deviation
+    /// `sigma_k`.
     ///
-    /// In PEFT's terms `N = 1`, the scale of the noise `c` is the least `sigma_k / sqrt r` of all modules, and
-    /// `s_k = ln(sigma_k / (c sqrt r)) >= 0`, so that the variance `c^2 e^{2 s_k} r` is `sigma_k^2`.
+    /// In PEFT's terms `N = 1`, the noise scale `c` is the smallest `sigma_k / sqrt r` of all modules, and
+    /// `s_k = ln(sigma_k / (c sqrt r)) >= 0`, so the variance `c^2 e^{2 s_k} r` is `sigma_k^2`.
     ///
     /// # Errors
-    /// Never for a finite `sigma` above 0.
+    /// Returns an error if B is zero in every module, or if `sigma` is not finite and above 0.
     pub fn at(&self, sigma: f64) -> Result<Adapter> {
         let sites = || self.mean.sites.iter().zip(&self.widths);
         let per_root = |site: &Site, width: f64| sigma * width / (site.rank as f64).sqrt();
@@ -124,7 +126,7 @@ fn is_zero(site: &Site) -> Result<bool> {
     Ok(site.lora_b.to_f32()?.iter().all(|v| *v == 0.0))
 }
 
-/// `[rows, columns]` row-major in double precision.
+/// Converts a row-major `[rows, columns]` tensor to double precision.
 fn matrix(tensor: &Tensor, rows: usize, columns: usize) -> Result<DMatrix<f64>> {
     let values = tensor.to_f32()?;
     Ok(DMatrix::from_row_iterator(
@@ -134,7 +136,7 @@ fn matrix(tensor: &Tensor, rows: usize, columns: usize) -> Result<DMatrix<f64>> 
     ))
 }
 
-/// Row-major, as single precision.
+/// Converts to a row-major float32 tensor.
 fn tensor(matrix: &DMatrix<f64>) -> Result<Tensor> {
     let (rows, columns) = matrix.shape();
     // Column-major storage of the transpose is row-major.
@@ -142,7 +144,8 @@ fn tensor(matrix: &DMatrix<f64>) -> Result<Tensor> {
     Ok(Tensor::from_f32(&[rows, columns], values)?)
 }
 
-/// The module in the basis of B's singular vectors, the width of each row's noise, and what rounding made of the update.
+/// Returns the module in the basis of B's singular vectors, the noise width of each row, and the relative rounding
+/// error of the update.
 fn in_singular_basis(site: &Site) -> Result<(Site, Vec<f64>, f64)> {
     let (rank, n_in, n_out) = (site.rank, site.in_features(), site.out_features());
     if is_zero(site)? {
@@ -150,7 +153,8 @@ fn in_singular_basis(site: &Site) -> Result<(Site, Vec<f64>, f64)> {
     }
     let a = matrix(&site.lora_a, rank, n_in)?;
     let b = matrix(&site.lora_b, n_out, rank)?;
-    // Fewer outputs than the rank leave rows of A without a singular value: B gets zero rows there, and so zeros as values.
+    // With fewer outputs than the rank, some rows of A have no singular value. B is padded with zero rows, so these
+    // values are zero.
     let tall = b.clone().resize_vertically(n_out.max(rank), 0.0);
     let decomposed = SVD::try_new(tall, false, true, f64::EPSILON, 0);
     let right = decomposed.and_then(|svd| Some((svd.v_t?, svd.singular_values)));

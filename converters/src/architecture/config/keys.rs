@@ -1,4 +1,5 @@
-//! Every key of config.json is read, known to change nothing, refused because it changes the numbers, or named as unread.
+//! Handles every key of config.json: it is read, has no effect, is refused because it changes the numbers, or is
+//! reported as unread.
 
 use serde_json::{Map, Value};
 
@@ -6,14 +7,14 @@ use super::language::{AT, INSIDE, Language, OUTSIDE};
 use crate::architecture::{Family, Normalised, RotaryLayers, Windows};
 use crate::problem::Problem;
 
-/// Keys that are read of every family.
+/// Keys that are read for every family.
 const READ: &str = "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads \
 num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act hidden_activation rope_theta \
 rope_parameters rope_scaling partial_rotary_factor original_max_position_embeddings quantization_config compression_config \
 quantization";
 
-/// Keys that change no number of a decoder's pass: about files, about generating text, about other tasks. Whether there are
-/// biases is told by the tensors, all of which must be read.
+/// Keys that change no number of a decoder's forward pass: about files, generation or other tasks. Biases are
+/// determined by the tensors, all of which must be read.
 const HARMLESS: &str = "torch_dtype dtype transformers_version use_cache initializer_range bos_token_id eos_token_id pad_token_id \
 unk_token_id sep_token_id cls_token_id decoder_start_token_id name_or_path id2label label2id num_labels problem_type return_dict \
 output_attentions output_hidden_states output_scores return_dict_in_generate torchscript use_bfloat16 is_decoder \
@@ -25,12 +26,12 @@ repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_s
 forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens \
 begin_suppress_tokens max_new_tokens output_router_logits router_aux_loss_coef";
 
-/// Dropout, which is only for training and which this trainer has on the adapter alone.
+/// Dropout keys. Dropout is only for training, and this trainer applies it only to the adapter.
 const DROPOUT: &str = "attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob resid_pdrop resid_dropout \
 embd_pdrop embed_dropout embedding_dropout attn_pdrop activation_dropout dropout layerdrop router_jitter_noise";
 
-/// Keys with which other families change the numbers, each with the value that changes nothing; null, false, 0 and what is empty
-/// never do.
+/// Keys that change the numbers in other families, some with a value that has no effect (`=`). Null never has an
+/// effect, and false, 0 and empty values have none for keys without such a value.
 const CHANGES: &str = "embedding_multiplier=1 residual_multiplier=1 logits_scaling=1 logit_scale=1 scale_emb=1 mup_scale=1 \
 attention_multiplier=scale query_pre_attn_scalar=head_dim attn_scale=scale scale_depth dim_model_base attn_logit_softcapping \
 final_logit_softcapping clip_qkv attention_clamp_kqv qk_layernorm use_qk_norm qk_norm use_bidirectional_attention \
@@ -46,7 +47,7 @@ fn listed(words: &str, key: &str) -> bool {
     words.split_whitespace().any(|word| word == key)
 }
 
-/// Whether the shape of a model of this family is read from `key`.
+/// Whether the shape of a model of this family depends on `key`.
 fn is_read(family: &Family, key: &str) -> bool {
     let windows: &[&str] = match family.windows {
         Windows::No => &[],
@@ -82,7 +83,7 @@ fn is_read(family: &Family, key: &str) -> bool {
         || is_of_experts(family, key)
 }
 
-/// Whether the mixture of a family is read from `key`.
+/// Whether the mixture of experts of a family depends on `key`.
 fn is_of_experts(family: &Family, key: &str) -> bool {
     family.experts.is_some_and(|experts| {
         let dense = ["decoder_sparse_step", "mlp_only_layers"];
@@ -94,7 +95,7 @@ fn is_of_experts(family: &Family, key: &str) -> bool {
     })
 }
 
-/// Whether a value says nothing.
+/// Whether a value is null, false, 0 or empty.
 fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -105,7 +106,7 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// The keys that change the numbers in other families and are not read in this one.
+/// Returns a problem for each key that changes the numbers in other families and is not read in this one.
 pub(super) fn refused(language: &Language<'_>, head_dim: usize) -> Vec<Problem> {
     let (family, head_dim) = (language.family, head_dim as f64);
     let is_neutral = |neutral: &str, value: &Value| match neutral {
@@ -130,7 +131,7 @@ pub(super) fn refused(language: &Language<'_>, head_dim: usize) -> Vec<Problem> 
             .split_whitespace()
             .map(|word| word.split_once('=').unwrap_or((word, "")));
         let found = known.find(|(name, _)| name == key);
-        // Where 1 is neutral, 0 is not.
+        // If 1 has no effect, 0 has one.
         let says_nothing = |neutral: &str| match neutral {
             "" => is_empty(value),
             _ => value.is_null() || is_neutral(neutral, value),
@@ -151,7 +152,8 @@ pub(super) fn refused(language: &Language<'_>, head_dim: usize) -> Vec<Problem> 
         .collect()
 }
 
-/// What nothing reads and nobody knows, dropout, and a class that is another one.
+/// Returns warnings: keys that are neither read nor known, dropout, and a class other than the one that reads the
+/// model.
 pub(super) fn unread(language: &Language<'_>, whole: &Map<String, Value>) -> Vec<Problem> {
     let (family, class_name) = (language.family, language.class_name());
     let mut warnings = Vec::new();
@@ -224,7 +226,7 @@ pub(super) fn unread(language: &Language<'_>, whole: &Map<String, Value>) -> Vec
     warnings
 }
 
-/// A value for a message.
+/// Returns a value for a message, shortened.
 fn shortened(value: &Value) -> String {
     const MOST: usize = 40;
     let text = value.to_string();

@@ -1,4 +1,4 @@
-//! Which part of a config.json is the decoder's, and of which family it is.
+//! Finds the decoder's part of a config.json, and the decoder's family.
 
 use std::borrow::Cow;
 
@@ -8,13 +8,13 @@ use super::plain;
 use crate::architecture::{BODY, FAMILIES, Family, WRAPPERS, Wrapper};
 use crate::problem::Problem;
 
-/// What the place of a problem with a key begins with.
+/// Prefix of the location of a problem with a key.
 pub(super) const AT: &str = "config.json: ";
 
-/// Where a model for several media keeps its decoder's configuration.
+/// Where a multimodal model keeps its decoder's configuration.
 pub(super) const INSIDE: &str = "text_config";
 
-/// Keys that count beside `text_config`, not in it.
+/// Keys that are read beside `text_config`, not in it.
 pub(super) const OUTSIDE: [&str; 4] = [
     "tie_word_embeddings",
     "quantization_config",
@@ -26,14 +26,14 @@ pub(super) const OUTSIDE: [&str; 4] = [
 pub(super) struct Language<'a> {
     /// Its family.
     pub(super) family: &'static Family,
-    /// The model that it stands in, if it does.
+    /// The multimodal model that contains it, if any.
     pub(super) wrapper: Option<&'static Wrapper>,
-    /// Its keys, with those that count outside, and without those that the wrapper does not read.
+    /// Its keys, including those read outside `text_config`, without those that the wrapper does not read.
     pub(super) config: Cow<'a, Map<String, Value>>,
 }
 
 impl Language<'_> {
-    /// Where a problem with `key` is.
+    /// Returns the location of a problem with `key`.
     pub(super) fn at(&self, key: &str) -> String {
         match self.wrapper.is_some() && !OUTSIDE.contains(&key) {
             true => format!("{AT}{INSIDE}.{key}"),
@@ -41,17 +41,17 @@ impl Language<'_> {
         }
     }
 
-    /// The class of transformers that reads it.
+    /// The class of transformers that reads the model.
     pub(super) fn class_name(&self) -> &'static str {
         self.wrapper
             .map_or(self.family.class_name, |wrapper| wrapper.class_name)
     }
 }
 
-/// The decoder's part of `config`.
+/// Returns the decoder's part of `config`.
 ///
 /// # Errors
-/// A model or a decoder in one that is not known, by its name.
+/// Returns a problem that names the model or its decoder if it is not supported.
 pub(super) fn language(config: &Map<String, Value>) -> Result<Language<'_>, Problem> {
     let Some(wrapper) = Wrapper::of(config) else {
         let known = wrapped_names();
@@ -100,12 +100,13 @@ pub(super) fn language(config: &Map<String, Value>) -> Result<Language<'_>, Prob
     })
 }
 
-/// The decoder's family, by `model_type`, or, where that is absent, by the class in `architectures`.
+/// Returns the decoder's family by `model_type` or, if that is absent, by the class in `architectures`.
 pub(crate) fn family(config: &Map<String, Value>) -> Result<&'static Family, Problem> {
     Ok(language(config)?.family)
 }
 
-/// That of `families` which `config` names; `at` is where `config` stands, `more` what else could be named there.
+/// Returns the one of `families` that `config` names. `at` is the location of `config`; `more` lists what else may be
+/// named there.
 fn named(
     config: &Map<String, Value>,
     at: &str,
@@ -138,7 +139,7 @@ fn named(
         })
 }
 
-/// The models that have a decoder in them, for a message.
+/// Lists the multimodal models for a message.
 fn wrapped_names() -> String {
     let names: Vec<_> = WRAPPERS.iter().map(|wrapper| wrapper.model_type).collect();
     format!(", and the language model in {}", names.join(", "))
@@ -149,7 +150,7 @@ pub(crate) fn body(config: &Map<String, Value>) -> &'static str {
     Wrapper::of(config).map_or(BODY, |wrapper| wrapper.body)
 }
 
-/// The decoder's `key` of `config`, and where it is or would be.
+/// Returns the location of the decoder's `key` in `config`, and its value if present.
 pub(crate) fn entry<'a>(config: &'a Map<String, Value>, key: &str) -> (String, Option<&'a Value>) {
     match Wrapper::of(config).is_some() && !OUTSIDE.contains(&key) {
         true => {
@@ -161,7 +162,7 @@ pub(crate) fn entry<'a>(config: &'a Map<String, Value>, key: &str) -> (String, O
     }
 }
 
-/// `config` with another `value` of the decoder's `key`.
+/// Returns `config` with the decoder's `key` set to `value`.
 pub(crate) fn with_entry(
     config: &Map<String, Value>,
     key: &str,
@@ -176,8 +177,9 @@ pub(crate) fn with_entry(
     config
 }
 
-/// Whether the output head is the embedding, if the configuration or its family says so. Of a model for several media, its own key
-/// counts; without one, what the decoder's says is what published weights are, which transformers finds from them.
+/// Whether the output head is the embedding, if the configuration or its family determines it. For a multimodal model
+/// its own key counts. Without that key this uses the decoder's, which agrees with published weights; transformers
+/// finds out from the weights.
 pub(crate) fn ties_embeddings(config: &Map<String, Value>) -> Option<bool> {
     const KEY: &str = "tie_word_embeddings";
     let written = |config: &Map<String, Value>| config.get(KEY).and_then(Value::as_bool);
@@ -194,8 +196,8 @@ pub(crate) fn ties_embeddings(config: &Map<String, Value>) -> Option<bool> {
     }
 }
 
-/// Whether `config` leaves it to the weights if the head is the embedding: a model for several media without the key has a head of its
-/// own where one is stored.
+/// Whether `config` leaves it to the weights if the head is the embedding. This is so for a multimodal model without
+/// the key: it has its own head if one is stored.
 pub(crate) fn ties_by_files(config: &Map<String, Value>) -> bool {
     let is_written = config
         .get("tie_word_embeddings")

@@ -1,4 +1,4 @@
-//! What differs from layer to layer: windows, rotations, mixtures of experts.
+//! Properties that differ between layers: windows, rotations, mixtures of experts.
 
 use serde_json::Value;
 
@@ -43,7 +43,7 @@ impl Keys<'_> {
         })
     }
 
-    /// Whether a mixture takes the place of the feed-forward layer, layer by layer.
+    /// Whether a mixture of experts replaces the feed-forward layer, per layer.
     fn mixed(&mut self, family: &Family, n_layers: usize) -> Vec<bool> {
         let Some(experts) = family.experts else {
             return vec![false; n_layers];
@@ -69,7 +69,7 @@ impl Keys<'_> {
             .collect()
     }
 
-    /// What each layer does in its own way.
+    /// Returns the properties of each layer.
     pub(super) fn layers(&mut self, family: &Family, n_layers: usize) -> Vec<Layer> {
         let rotates = self.rotates(family, n_layers);
         let windows = self.windows(family, &rotates);
@@ -85,7 +85,7 @@ impl Keys<'_> {
             .collect()
     }
 
-    /// Whether queries and keys turn, layer by layer.
+    /// Whether queries and keys are rotated, per layer.
     fn rotates(&mut self, family: &Family, n_layers: usize) -> Vec<bool> {
         let RotaryLayers::Marked { interval } = family.rotary.layers else {
             return vec![true; n_layers];
@@ -118,7 +118,7 @@ impl Keys<'_> {
         }
     }
 
-    /// Each layer's window; `rotates` says whether its queries and keys turn.
+    /// Returns each layer's window. `rotates` says, per layer, whether queries and keys are rotated.
     fn windows(&mut self, family: &Family, rotates: &[bool]) -> Vec<Option<usize>> {
         let n_layers = rotates.len();
         let none = vec![None; n_layers];
@@ -132,7 +132,7 @@ impl Keys<'_> {
             Windows::All => vec![window; n_layers],
             Windows::AllIfUsed => vec![window.filter(|_| slides); n_layers],
             _ if self.get("layer_types").is_some() => {
-                // Without `use_sliding_window` transformers knows no window but the one that is written down.
+                // Without `use_sliding_window`, transformers applies only a window that config.json states.
                 let is_known = !matches!(family.windows, Windows::From(_) | Windows::Unrotated)
                     || slides
                     || self.get("sliding_window").is_some();
@@ -166,7 +166,7 @@ impl Keys<'_> {
         }
     }
 
-    /// The windows that `layer_types` gives.
+    /// Returns the windows that `layer_types` gives.
     fn layer_types(&mut self, window: Option<usize>, n_layers: usize) -> Vec<Option<usize>> {
         let none = vec![None; n_layers];
         let kinds = self.get("layer_types").and_then(Value::as_array);
@@ -196,7 +196,7 @@ impl Keys<'_> {
         }
     }
 
-    /// The first layer with a window. 0 is a layer, so this is no size.
+    /// Returns the first layer with a window. It may be 0, so it is not read as a size.
     fn first_window(&mut self, first: usize) -> usize {
         let found = self.get("max_window_layers");
         match found.map(|value| (value.as_u64(), value.to_string())) {

@@ -1,5 +1,5 @@
-//! The keys of the rotary embedding. `rope_parameters` is how transformers 5 writes what 4 wrote as `rope_scaling` and
-//! `rope_theta`; where several say it, all are read and must agree.
+//! The keys of the rotary embedding. transformers 5 writes as `rope_parameters` what version 4 wrote as `rope_scaling`
+//! and `rope_theta`. If several keys are present, all are read and must agree.
 
 use serde_json::{Map, Value};
 
@@ -8,7 +8,7 @@ use crate::architecture::{
     Family, Llama3Scaling, LongRopeScaling, QueryScaling, Rope, RopeKind, RotaryLayers, YarnScaling,
 };
 
-/// Every kind with the fields that it reads.
+/// Every kind of rescaling, with the fields that it reads.
 const KINDS: [(&str, &[&str]); 6] = [
     ("default", &[]),
     ("linear", &["factor"]),
@@ -42,26 +42,26 @@ const KINDS: [(&str, &[&str]); 6] = [
     ),
 ];
 
-/// Positions that a model was trained on first.
+/// Positions of the model's original training.
 const ORIGINAL: &str = "original_max_position_embeddings";
 
-/// Types of layers that may have parameters of their own.
+/// Types of layers that may have their own parameters.
 const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 
-/// The field that makes queries grow.
+/// The field that scales queries with their position.
 const BETA: &str = "llama_4_scaling_beta";
 
 /// Fields that every kind may have.
 const COMMON: [&str; 3] = ["rope_type", "rope_theta", "partial_rotary_factor"];
-/// Fields that record how the model was made, and that no reader uses where the kind does not.
+/// Fields that record how the model was made. No reader uses them unless the kind does.
 const RECORDS: [&str; 3] = [
     "original_max_position_embeddings",
     "max_position_embeddings",
     "finetuned",
 ];
 
-/// What all rotations of a model have in common.
+/// Properties that all rotations of a model share.
 #[derive(Clone, Copy)]
 struct Common {
     family: &'static Family,
@@ -69,14 +69,15 @@ struct Common {
     positions: usize,
 }
 
-/// The object that a rotation is read from, and its place.
+/// The object that a rotation is read from, and its path.
 struct Source<'a> {
     name: &'a str,
     fields: &'a Map<String, Value>,
 }
 
 impl Keys<'_> {
-    /// The rotations of a model: one, or one for layers that see everything and one for those that see a window.
+    /// Returns the rotations of a model: one, or one for layers with full attention and one for layers with a sliding
+    /// window.
     pub(super) fn ropes(
         &mut self,
         family: &'static Family,
@@ -157,8 +158,8 @@ impl Keys<'_> {
             .collect()
     }
 
-    /// The rotary embedding, read as transformers 5 does: a `rope_scaling` that is not empty replaces `rope_parameters`. Other
-    /// readers take the other key, so what is only in the one that is replaced is refused.
+    /// Reads the rotary embedding as transformers 5 does: a `rope_scaling` that is not empty replaces
+    /// `rope_parameters`. Other readers use the other key, so what only the replaced object says is refused.
     fn rope(&mut self, common: Common) -> Rope {
         let parameters = self.rope_fields("rope_parameters");
         let scaling = self.rope_fields("rope_scaling");
@@ -185,7 +186,7 @@ impl Keys<'_> {
         self.rope_of(common, &source, theta)
     }
 
-    /// The rotation with this base that the fields describe.
+    /// Returns the rotation that the fields describe, with this base.
     fn rope_of(&mut self, common: Common, source: &Source<'_>, theta: f64) -> Rope {
         let rotary = &common.family.rotary;
         let partial = self.one_of(source.name, source.fields, "partial_rotary_factor");
@@ -224,7 +225,7 @@ impl Keys<'_> {
         rope
     }
 
-    /// What an object of rotary parameters holds, nulls left out, its type under the name of today.
+    /// Returns the fields of an object of rotary parameters, without nulls, with its type under the current name.
     fn rope_fields(&mut self, key: &str) -> Map<String, Value> {
         let found = self.get(key).cloned();
         self.fields_of(key, found.as_ref())
@@ -252,7 +253,7 @@ impl Keys<'_> {
         fields
     }
 
-    /// A number that stands in the object or beside it.
+    /// Reads a number that may be in the object or beside it.
     fn one_of(&mut self, source: &str, fields: &Map<String, Value>, name: &str) -> Option<f64> {
         let beside = self.get(name).cloned();
         let beside = self.positive(name, beside.as_ref());
@@ -302,11 +303,11 @@ impl Keys<'_> {
         }
     }
 
-    /// How the fields rescale, and the length before that.
+    /// Returns the rescaling that the fields describe, and the original length.
     fn rope_kind(&mut self, common: Common, source: &Source<'_>, dim: usize) -> (RopeKind, usize) {
         let (place, fields) = (source.name, source.fields);
         let name = fields.get("rope_type").map_or("default".to_owned(), plain);
-        // What Phi-3's files called it before transformers did.
+        // Phi-3's files used these names before transformers supported the kind.
         let name = match common.family.defaults.original_max_position_embeddings {
             Some(_) if name == "su" || name == "yarn" => "longrope".to_owned(),
             _ => name,
@@ -353,7 +354,7 @@ impl Keys<'_> {
                 factor: needed(self, "factor"),
             },
             "yarn" => {
-                // 0 is none to transformers.
+                // transformers treats 0 as absent.
                 let given = |keys: &mut Self, field: &str| match fields.get(field) {
                     Some(value) if value.as_f64() == Some(0.0) => None,
                     _ => optional(keys, field),
@@ -391,7 +392,8 @@ impl Keys<'_> {
         (kind, original)
     }
 
-    /// Whether the object at `place` has this field as null; of YaRN's factor it means that the lengths give it.
+    /// Whether this field of the object at `place` is null. For YaRN's factor a null means that the lengths determine
+    /// it.
     fn is_null(&self, place: &str, field: &str) -> bool {
         let mut parts = place.split('.');
         let object = parts.next().and_then(|key| self.config.get(key));
@@ -401,8 +403,8 @@ impl Keys<'_> {
             .is_some_and(Value::is_null)
     }
 
-    /// Whether YaRN's ramp has whole bounds. transformers looks for the field in `rope_parameters` itself, so it is not read
-    /// among the parameters of a type of layers.
+    /// Whether the bounds of YaRN's ramp are whole numbers. transformers looks for the field in `rope_parameters`
+    /// itself, so it does not read it among the parameters of a type of layers.
     fn truncates(&mut self, source: &Source<'_>) -> bool {
         let key = format!("{}.truncate", source.name);
         match source.fields.get("truncate") {
@@ -421,7 +423,7 @@ impl Keys<'_> {
         }
     }
 
-    /// A factor for each frequency.
+    /// Reads a list with one factor per frequency.
     fn factors(&mut self, source: &Source<'_>, field: &str, n_frequencies: usize) -> Vec<f64> {
         let values = source.fields.get(field).and_then(Value::as_array);
         let found: Option<Vec<f64>> = values.and_then(|values| {
@@ -444,8 +446,9 @@ impl Keys<'_> {
         }
     }
 
-    /// The length before scaling; where the object does not say it, transformers takes the key beside it, or the positions. Where
-    /// the class has that key, its default counts even before what the object says.
+    /// Returns the length before rescaling. If the object does not give it, transformers uses the key beside the
+    /// object, or the number of positions. If the class has that key, its default takes precedence even over the
+    /// object.
     fn original_length(&mut self, common: Common, source: &Source<'_>, own: &[&str]) -> usize {
         if !own.contains(&ORIGINAL) {
             return common.positions;

@@ -1,4 +1,4 @@
-//! Laws of reading: both generations of keys agree, transformers' defaults hold, every offender is named.
+//! Properties of reading: both generations of keys agree, transformers' defaults hold, and every bad key is named.
 
 use serde_json::json;
 
@@ -212,7 +212,7 @@ fn every_family_is_found_by_its_names() {
     }
 }
 
-/// What follows from a bad value is not reported beside it.
+/// Consequences of a bad value are not reported.
 #[test]
 fn one_report_for_one_cause() {
     for (model_type, changes, at) in [
@@ -398,7 +398,7 @@ fn keys_that_change_numbers_are_refused_and_unknown_ones_named() {
     );
 }
 
-/// Configurations as they are published: nothing in them is refused, or named as unread.
+/// Published configurations: nothing in them is refused or reported as unread.
 #[test]
 fn published_configurations_are_read_without_a_word() {
     let smollm = json!({"_name_or_path": "x", "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
@@ -423,7 +423,8 @@ fn published_configurations_are_read_without_a_word() {
     assert!(n_models > 0);
 }
 
-/// transformers does not scale by a `type` where layers have types, and asks for YaRN's factor, which null has it infer.
+/// transformers does not scale by a `type` if layers have types. It requires YaRN's factor, and infers it if it is
+/// null.
 #[test]
 fn scalings_that_transformers_would_not_apply_are_refused() {
     let refused = |family: &str, changes: Value, at: &str| {

@@ -1,4 +1,5 @@
-//! From the keys of `adapter_config.json` to [`AdapterConfig`]; everything that is not understood becomes a problem.
+//! Converts the keys of `adapter_config.json` to [`AdapterConfig`]. Everything that is not understood becomes a
+//! problem.
 
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
@@ -7,14 +8,14 @@ use super::stored::MERGE;
 use crate::config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
 use crate::problem::Problem;
 
-/// Largest rank that is believed.
+/// Largest rank that is accepted.
 const MAX_RANK: u64 = 1 << 16;
-/// Largest number of mixture components that is believed.
+/// Largest number of mixture components that is accepted.
 const MAX_COUNT: u64 = 1 << 20;
 
 const RETRAIN: &str = "only LoRA and MonteCLoRA on linear layers can be converted; train without it, or merge it with the tool that made it";
 
-/// PEFT keys that change the model unless they are null, false or empty: key, code, and what they stand for.
+/// PEFT keys that change the model unless they are null, false or empty: key, code and meaning.
 const CHANGES_MODEL: &str = "\
 use_dora | dora | DoRA scales every row of the merged weight
 lora_bias | bias | a trained bias on B
@@ -35,7 +36,7 @@ lora_ga_config | lora-ga | LoRA-GA changes the base weights
 loftq_config | loftq | LoftQ changes the base weights
 ensure_weight_tying | weight-tying | adapters shared between tied layers";
 
-/// PEFT keys that say how training was set up; their values cannot change what the adapter computes.
+/// PEFT keys that describe the training setup. Their values cannot change what the adapter computes.
 const NEUTRAL: [(&str, &str); 6] = [
     ("peft_version", ""),
     ("auto_mapping", ""),
@@ -45,8 +46,8 @@ const NEUTRAL: [(&str, &str); 6] = [
     ("runtime_config", ""),
 ];
 
-/// Flat keys of the authors' own code (LCS2-IIITD/MonteCLoRA). It saves A and B only, and evaluates with them, so the keys
-/// describe a training whose posterior is not on disk.
+/// Flat keys of the authors' own code (LCS2-IIITD/MonteCLoRA). It saves only A and B and evaluates with them, so the
+/// keys describe a training whose posterior is not stored.
 pub(crate) const AUTHORS: [&str; 10] = [
     "use_monteclora",
     "monteclora_at",
@@ -60,10 +61,10 @@ pub(crate) const AUTHORS: [&str; 10] = [
     "mc_training",
 ];
 
-/// Ways of initialising A and B that leave the base as it was.
+/// Initialisations of A and B that do not change the base.
 const KIND_INITS: [&str; 5] = ["gaussian", "eva", "orthogonal", "mica", "true"];
 
-/// Whether a value switches nothing on: null, false, or empty.
+/// Whether a value switches nothing on: it is null, false or empty.
 pub(crate) fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -153,7 +154,7 @@ fn not_negative(value: &Value) -> Option<f64> {
     finite(value).filter(|number| *number >= 0.0)
 }
 
-/// Reads the keys, adding to `problems` all that is wrong or not understood.
+/// Reads the keys, and adds to `problems` everything that is wrong or not understood.
 pub(crate) fn from_object(keys: Map<String, Value>, problems: &mut Vec<Problem>) -> AdapterConfig {
     let mut reader = Reader { keys, problems };
     let defaults = AdapterConfig::default();
@@ -276,7 +277,7 @@ fn refuse_other_methods(reader: &mut Reader<'_>) {
     }
 }
 
-/// What PEFT takes for null: its table says q and v for Llama, Mistral, Qwen2 and Qwen3 alike.
+/// PEFT's default if the key is null: q and v for Llama, Mistral, Qwen2 and Qwen3 alike.
 const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 
 fn read_targets(reader: &mut Reader<'_>) -> TargetModules {
@@ -288,7 +289,7 @@ fn read_targets(reader: &mut Reader<'_>) -> TargetModules {
         }
         Some(Value::String(text)) if !text.is_empty() => TargetModules::Regex(text),
         Some(value) if !is_off(&value) => match strings(&value) {
-            // PEFT holds a set, so the order in the file says nothing.
+            // PEFT stores a set, so the order in the file has no meaning.
             Some(names) => TargetModules::List(sorted(names)),
             None => {
                 let expected = "a list of names, a pattern or \"all-linear\"";
@@ -338,7 +339,7 @@ fn read_monteclora(reader: &mut Reader<'_>) -> Option<MonteCloraSettings> {
     Some(settings)
 }
 
-/// The combinations that PEFT refuses.
+/// Refuses the combinations that PEFT refuses.
 fn check_layers(config: &AdapterConfig, reader: &mut Reader<'_>) {
     let is_list = matches!(config.target_modules, TargetModules::List(_));
     for (key, is_set) in [
@@ -358,7 +359,7 @@ fn check_layers(config: &AdapterConfig, reader: &mut Reader<'_>) {
     }
 }
 
-/// Initialisations that change the base weights make A and B meaningless on the original base.
+/// Refuses initialisations that change the base weights: they make A and B meaningless on the original base.
 fn read_init(reader: &mut Reader<'_>, config: &mut AdapterConfig) {
     let Some(value) = reader.take("init_lora_weights") else {
         return;
@@ -379,7 +380,8 @@ fn read_init(reader: &mut Reader<'_>, config: &mut AdapterConfig) {
     reader.push("init", "init_lora_weights", message, fix);
 }
 
-/// Whether a remaining key is kept: one that has no effect is, one with its default need not be, any other is refused.
+/// Whether to keep a remaining key. A key without effect is kept, a key with its default value is not, and any other
+/// key is refused.
 fn keep_or_refuse(key: &str, value: &Value, problems: &mut Vec<Problem>) -> bool {
     if let Some((_, default)) = NEUTRAL.iter().find(|(known, _)| *known == key) {
         let text = value.to_string();

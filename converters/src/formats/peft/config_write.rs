@@ -1,4 +1,4 @@
-//! From [`AdapterConfig`] to the keys of `adapter_config.json`.
+//! Converts [`AdapterConfig`] to the keys of `adapter_config.json`.
 
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ fn switched_off() -> Value {
     })
 }
 
-/// A whole number is written as one, as PEFT does for alpha.
+/// Writes a whole number as an integer, as PEFT does for alpha.
 fn number(value: f64) -> Value {
     let is_whole = value.fract() == 0.0 && value.abs() < 1e15;
     if is_whole {
@@ -33,7 +33,7 @@ fn number(value: f64) -> Value {
     }
 }
 
-/// All keys, sorted.
+/// Returns all keys, sorted.
 pub(crate) fn to_json(config: &AdapterConfig) -> Value {
     let Value::Object(mut keys) = switched_off() else {
         return Value::Null;

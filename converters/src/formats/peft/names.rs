@@ -1,4 +1,4 @@
-//! Names of tensors in a PEFT directory: the module and the place that each stands for, and what is wrong with the others.
+//! Names of tensors in a PEFT directory: the module and the role of each, or the problem with it.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::tensors::tensor::Tensor;
 
 pub(super) const SAMPLER: &str = "lora_monteclora_sampler";
 
-/// A tensor's place in a site.
+/// A tensor's role in a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Role {
     A,
@@ -31,24 +31,24 @@ pub(crate) const SAMPLER_FIELDS: [(&str, Role); 4] = [
     ("expert_weights", Role::LastWeights),
 ];
 
-/// The tensors of one site, by place, with their full names.
+/// The tensors of one module, by role, with their full names.
 pub(super) type Parts = BTreeMap<Role, (String, Tensor)>;
 
-/// Every tensor of the adapter, by its place.
+/// Every tensor of the adapter, by module and role.
 #[derive(Debug, Default)]
 pub(super) struct Sorted {
     pub(super) sites: BTreeMap<String, Parts>,
-    /// Whole weights: the tensor's name, and that of the base's weight.
+    /// Whole weights: the tensor's name, and the name of the base's weight.
     pub(super) stored: Vec<(String, Whole)>,
     /// Names of tensors that a wrapper changed, by wrapper.
     wrapped: BTreeMap<Wrapper, Vec<String>>,
-    /// Names of tensors in which the adapter's name stands more than once.
+    /// Names of tensors that contain the adapter's name more than once.
     named_twice: Vec<String>,
     /// Names of tensors without PEFT's prefix.
     foreign: Vec<String>,
 }
 
-/// Gives every tensor its site and place, or notes why it has none.
+/// Assigns every tensor to its module and role, or reports why it has none.
 pub(super) fn sort_tensors(
     weights: &ShardSet,
     with_posterior: bool,
@@ -101,7 +101,8 @@ pub(super) fn sort_tensors(
     sorted
 }
 
-/// Refuses names that no program would find a module by, or with [`ReadOptions::unwrap`] notes what was left out of them.
+/// Refuses names by which no program would find a module. With [`ReadOptions::unwrap`], notes what was left out of them
+/// instead.
 pub(super) fn check_names(
     sorted: &Sorted,
     options: &ReadOptions<'_>,
@@ -136,7 +137,8 @@ fn is_of_authors_sampler(name: &str) -> bool {
     name.split('.').any(|part| part.starts_with("mc_sampler"))
 }
 
-/// Parts of names, those with a dot at the start of a component: the code of the refusal, its message and its remedy.
+/// Parts of refused names, each with the code of the refusal, its message and its fix. A part with a leading dot
+/// matches only at the start of a component.
 const REFUSED_PARTS: &str = "\
 lora_magnitude_vector | dora | the magnitudes of DoRA | merge it into the base with PEFT (merge_and_unload), or train without DoRA
 .lora_embedding_ | embedding | LoRA on an embedding | train without adapting embeddings
@@ -152,19 +154,19 @@ enum Place {
         role: Role,
         is_named_twice: bool,
     },
-    /// Beside the adapter.
+    /// Stored beside the adapter.
     Whole(Whole),
     /// To something that is not PEFT's.
     Foreign,
 }
 
-/// A tensor's place, and what wrapped the module.
+/// A tensor's place, and the wrappers around its module.
 struct Found {
     place: Place,
     wrappers: Vec<Wrapper>,
 }
 
-/// Module and place of the tensor called `name`.
+/// Returns the place of the tensor named `name`.
 fn place(name: &str) -> Result<Found, Problem> {
     let refuse = |code, message: &str, fix: &str| Err(Problem::new(code, name, message, fix));
     let components: Vec<&str> = name.split('.').collect();
@@ -182,7 +184,7 @@ fn place(name: &str) -> Result<Found, Problem> {
             return refuse(code, message, fix);
         }
     }
-    // A wrapper around PEFT stands before its prefix, one around the base behind it.
+    // A wrapper around PEFT comes before PEFT's prefix, and a wrapper around the base comes after it.
     let (outer, rest) = name.split_once(PREFIX).unwrap_or((name, ""));
     let (plain_outer, mut wrappers) = unwrapped(outer);
     if rest.is_empty() || !plain_outer.is_empty() {
@@ -202,7 +204,7 @@ fn place(name: &str) -> Result<Found, Problem> {
         return Ok(Found { place, wrappers });
     };
     let module = parts[..at].join(".");
-    // The adapter's name may stand between, as in `lora_A.default.weight`; once.
+    // The adapter's name may come between them once, as in `lora_A.default.weight`.
     let (field, is_named_twice) = match &parts[at + 1..] {
         [field] | [_, field] => (*field, false),
         [name, others @ .., field] if others.iter().all(|other| other == name) => (*field, true),

@@ -1,4 +1,4 @@
-//! Reading a PEFT directory: every tensor is given its place or becomes a problem.
+//! Reads a PEFT directory: every tensor is assigned its role or becomes a problem.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,12 +24,12 @@ use crate::tensors::tensor::Tensor;
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
 pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub(crate) const WEIGHTS_STEM: &str = "adapter_model";
-/// What PEFT puts before a module's path.
+/// PEFT's prefix of a module's path.
 pub(crate) const PREFIX: &str = "base_model.model.";
 const TAKE_THE_MEAN: &str = "save the adapter again with its posterior, or use its mean: monteclora convert ADAPTER -o DIR --from lora --to lora takes it alone";
 pub(super) const SAVE_AGAIN: &str = "save the adapter again";
 
-/// Reads the files that `source` means; without `with_posterior` the sampler is ignored.
+/// Reads the files of `source`. Without `with_posterior`, the sampler is ignored.
 pub(crate) fn read_source(
     source: &Source,
     options: &ReadOptions<'_>,
@@ -58,7 +58,7 @@ pub(crate) fn read_source(
         if foreign.is_empty() {
             let sorted = sort_tensors(weights, with_posterior, &mut problems);
             check_names(&sorted, options, &mut notes, &mut problems);
-            // What modules_to_save says is refused already, and names them.
+            // A refused modules_to_save already names these weights.
             if !problems
                 .iter()
                 .any(|problem| problem.at == "modules_to_save")
@@ -125,7 +125,7 @@ pub(crate) fn read_source(
     })
 }
 
-/// What the configuration says wrongly, so that what follows from it is not reported as well.
+/// Settings that the configuration has wrong. Problems that follow from them are not reported as well.
 #[derive(Debug, Clone, Copy)]
 struct Doubts {
     ranks: bool,
@@ -153,7 +153,7 @@ impl Doubts {
     }
 }
 
-/// Reports an `r` that agrees with no module, where all have one rank; true if so.
+/// Reports an `r` that matches no module although all modules have one rank. Returns true if it does.
 fn check_rank(
     config: &AdapterConfig,
     sites: &BTreeMap<String, Parts>,
@@ -185,7 +185,7 @@ fn check_rank(
     true
 }
 
-/// What was made of a setting; an error becomes a problem.
+/// Returns the result made from a setting; an error becomes a problem.
 fn noted<T>(made: Result<T>, problems: &mut Vec<Problem>) -> Option<T> {
     let (at, message) = match made {
         Ok(made) => return Some(made),
@@ -197,7 +197,7 @@ fn noted<T>(made: Result<T>, problems: &mut Vec<Problem>) -> Option<T> {
     None
 }
 
-/// Opens the weights; a pickle alone is a problem, nothing at all an error.
+/// Opens the weights. If there is only a pickle, it is a problem; if there is nothing at all, an error.
 fn open_weights(source: &Source, problems: &mut Vec<Problem>) -> Result<Option<ShardSet>> {
     const PICKLE: &str = "adapter_model.bin";
     let dir = source.dir.as_path();
@@ -219,7 +219,7 @@ fn open_weights(source: &Source, problems: &mut Vec<Problem>) -> Result<Option<S
     })
 }
 
-/// Compares whole weights with the base's.
+/// Compares whole weights with those of the base.
 fn check_stored(
     weights: &ShardSet,
     stored: &[(String, Whole)],
@@ -240,7 +240,8 @@ fn check_stored(
     }
 }
 
-/// The sampler's tensors and `monteclora_config` come together; true if no sampler is left at any site.
+/// Checks that the sampler's tensors and `monteclora_config` come together. Returns true if the configuration declares
+/// a posterior but no module has a sampler.
 fn check_posterior_is_declared(
     config: &AdapterConfig,
     sites: &BTreeMap<String, Parts>,
@@ -268,7 +269,7 @@ fn check_posterior_is_declared(
     is_lost
 }
 
-/// What every site is checked against.
+/// What every module is checked against.
 struct Rules<'a> {
     config: &'a AdapterConfig,
     ranks: &'a SitePatterns<'a, usize>,
@@ -278,7 +279,7 @@ struct Rules<'a> {
     expects_posterior: bool,
 }
 
-/// Checks one site against the configuration and builds it.
+/// Checks one module against the configuration and builds it.
 fn assemble(
     rules: &Rules<'_>,
     name: String,
@@ -377,7 +378,7 @@ fn assemble(
     })
 }
 
-/// Weights that are NaN or infinite, all sites side by side.
+/// Returns a problem for each weight with a NaN or infinite value. Modules are checked in parallel.
 pub(crate) fn non_finite(sites: &[Site]) -> Vec<Problem> {
     sites
         .par_iter()

@@ -1,7 +1,9 @@
-//! Whole weights that a PEFT directory stores with the adapter: copies of the base's, or trained besides the adapter.
+//! Whole weights that a PEFT directory stores with the adapter: copies of the base's weights, or weights that were
+//! trained besides the adapter.
 //!
 //! PEFT saves `lm_head.base_layer.weight` with every LoRA on `lm_head`, the embeddings and the head with
-//! `save_embedding_layers`, and the trained ones of `modules_to_save`, all under like names: only the base tells which it is.
+//! `save_embedding_layers`, and the trained weights of `modules_to_save`, all under similar names. Only the base tells
+//! which of these a weight is.
 
 use crate::model_files::ModelFiles;
 use crate::problem::Problem;
@@ -13,12 +15,12 @@ pub(super) const MERGE: &str =
     "merge it into the base with PEFT (merge_and_unload), or train without it";
 const MERGE_UNTIED: &str = "train without it; merging with PEFT (merge_and_unload) would change the embedding too, since this base ties it to the head";
 
-/// A whole weight, by the name that the base has for it.
+/// A whole weight, by its name in the base.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Whole(pub(super) String);
 
 impl Whole {
-    /// The weight that `path`, a tensor's name behind PEFT's prefix, is a copy or another version of.
+    /// Returns the base's weight of which `path`, a tensor's name after PEFT's prefix, is a copy or another version.
     pub(super) fn of(path: &str) -> Self {
         let is_peft = |segment: &&str| !matches!(*segment, "base_layer" | "original_module");
         let segments: Vec<&str> = path.split('.').filter(is_peft).collect();
@@ -33,7 +35,7 @@ impl Whole {
         Self(plain.join("."))
     }
 
-    /// What is wrong with the stored `tensor` of the name `name`; none if it is the base's own weight.
+    /// Returns the problem with the stored `tensor` named `name`, or `None` if it is the base's own weight.
     pub(super) fn check(
         &self,
         name: &str,

@@ -1,4 +1,4 @@
-//! Writing a PEFT directory, with the whole posterior if there is one.
+//! Writes a PEFT directory, with the whole posterior if there is one.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,14 +21,15 @@ use crate::tensors::tensor::Tensor;
 
 impl Adapter {
     /// Writes `adapter_config.json` and `adapter_model.safetensors` as PEFT does, with MonteCLoRA's sampler if there is
-    /// a posterior. PEFT's two buffers of sampler state are no parameters: the identity and 1/N are written for them, so
-    /// that equal posteriors give equal files. F64 becomes F32.
+    /// a posterior. PEFT's two buffers of sampler state are not parameters; the identity and 1/N are written for them,
+    /// so that equal posteriors give equal files. F64 becomes F32.
     ///
-    /// A new directory appears at once. With `overwrite` the two files, and shards in place of one of them, are replaced in an
-    /// existing directory and its other files are left alone; an interruption may leave it without `adapter_config.json`, never with a mixture.
+    /// A new directory appears at once, complete. With `overwrite`, the two files are replaced in an existing
+    /// directory, shards of the weights are removed, and all other files stay. An interruption may leave the directory
+    /// without `adapter_config.json`, but never with a mixture of both adapters.
     ///
     /// # Errors
-    /// `exists` if `dir` is not empty and `overwrite` is false.
+    /// Returns `exists` if `dir` is not empty and `overwrite` is false.
     pub fn write_peft(&self, dir: &Path, overwrite: bool) -> Result<()> {
         let options = LoraOptions {
             overwrite,
@@ -39,10 +40,10 @@ impl Adapter {
 }
 
 impl Adapter {
-    /// The adapter as it is written: F64 becomes F32.
+    /// Returns the adapter as it is written to files: F64 becomes F32.
     ///
     /// # Errors
-    /// A value that does not fit.
+    /// As [`Tensor::to_dtype`].
     pub fn exportable(&self) -> Result<Self> {
         let mut exported = self.clone();
         for site in &mut exported.sites {
@@ -59,7 +60,7 @@ impl Adapter {
     }
 }
 
-/// Writes the two files: `config` and the tensors of `adapter`, with what `options` carry along.
+/// Writes the two files, `config` and the tensors of `adapter`, and copies the files that `options` carries.
 pub(crate) fn write_dir(
     dir: &Path,
     options: &LoraOptions,
@@ -79,8 +80,9 @@ pub(crate) fn write_dir(
     )
 }
 
-/// Writes a configuration and a weight file, each `(name, content)`, and what is carried along. A new directory appears at once; in
-/// an existing one the configuration is removed before and written after the weights.
+/// Writes a configuration and a weight file, each `(name, content)`, and copies the carried files. A new directory
+/// appears at once. In an existing directory, the configuration is removed before the weights are written, and written
+/// after them.
 pub(crate) fn replace_files(
     dir: &Path,
     options: &LoraOptions,
@@ -119,7 +121,7 @@ pub(crate) fn replace_files(
     }
 }
 
-/// Removes the shards of an adapter that was there before: they would be read in place of the one file.
+/// Removes the shards of a previous adapter, which would be read instead of the single file.
 fn remove_shards(dir: &Path, weights_name: &str) -> Result<()> {
     let stem = weights_name.strip_suffix(".safetensors");
     let index = format!("{weights_name}.index.json");
@@ -136,7 +138,7 @@ fn remove_shards(dir: &Path, weights_name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Every tensor by PEFT's name.
+/// Returns every tensor by PEFT's name.
 fn tensors(adapter: &Adapter) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
     for site in &adapter.sites {
@@ -150,7 +152,7 @@ fn tensors(adapter: &Adapter) -> Result<BTreeMap<String, Tensor>> {
     Ok(tensors)
 }
 
-/// No consumer of adapters takes F64.
+/// Converts F64 to F32, because no consumer of adapters accepts F64.
 fn exportable(tensor: &Tensor) -> Result<Tensor> {
     match tensor.dtype() {
         DType::F64 => tensor.to_dtype(DType::F32),
@@ -158,7 +160,7 @@ fn exportable(tensor: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// The sampler's four tensors, or none for a plain LoRA.
+/// Returns the sampler's four tensors, or none for a plain LoRA.
 fn sampler(site: &Site) -> Result<Vec<(&'static str, Tensor)>> {
     let Some(posterior) = &site.posterior else {
         return Ok(Vec::new());

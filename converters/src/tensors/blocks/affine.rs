@@ -1,8 +1,8 @@
-//! MLX's affine quantisation: integers of 4 or 8 bits, packed into 32-bit words from the lowest bit on, with a scale and a bias for
-//! every group of a row.
+//! MLX's affine quantisation: integers of 4 or 8 bits, packed into 32-bit words from the lowest bit on, with a scale
+//! and a bias per group of a row.
 //!
-//! `w = scale * q + bias`, in float32 from the stored scale and bias. `mlx.core.dequantize` computes the same in the type of the scales,
-//! whose rounding its quantised product does not have.
+//! `w = scale * q + bias`, in float32 from the stored scale and bias. `mlx.core.dequantize` computes the same in the
+//! type of the scales; MLX's quantised product does not have this rounding.
 
 use std::ops::Range;
 
@@ -19,14 +19,14 @@ pub(crate) struct Affine {
     quants: Tensor,
     /// `[rows, columns / group]`.
     scales: Tensor,
-    /// As the scales.
+    /// As `scales`.
     biases: Tensor,
     bits: usize,
     group: usize,
 }
 
 impl Affine {
-    /// Checks that the three belong together; otherwise what is wrong.
+    /// Checks that the three tensors belong together, or returns what is wrong.
     pub(crate) fn new(
         quants: Tensor,
         scales: Tensor,
@@ -70,7 +70,7 @@ impl Affine {
         })
     }
 
-    /// Whether a scale or a bias is not finite, and which.
+    /// Returns which scale or bias is not finite, if any.
     pub(super) fn fault(&self) -> Option<String> {
         let parts = [("scales", &self.scales), ("biases", &self.biases)];
         parts.into_iter().find_map(|(what, tensor)| {
@@ -99,7 +99,7 @@ impl Affine {
         self.group
     }
 
-    /// Values `columns`, which are whole groups, of row `row`.
+    /// Decodes values `columns`, which are whole groups, of row `row`.
     pub(super) fn decode(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
         let (_, width) = self.dims();
         let groups = row * (width / self.group) + columns.start / self.group;
@@ -132,7 +132,7 @@ impl Affine {
     }
 }
 
-/// One number of a type that scales have.
+/// Reads one number of a type that scales have.
 #[inline(always)]
 fn float(dtype: DType, bytes: &[u8]) -> f32 {
     match (dtype, bytes) {

@@ -1,20 +1,20 @@
-//! The block formats of ggml that are decoded: where the numbers lie in a block, and what they stand for (`ggml-quants.c`).
+//! The block formats of ggml that are decoded: where the numbers lie in a block, and what they mean (`ggml-quants.c`).
 //!
-//! Each value is computed in float32 with the operations of `dequantize_row_*` in their order, so that it equals llama.cpp's to the
-//! bit.
+//! Each value is computed in float32 with the operations of `dequantize_row_*` in their order, so that it equals
+//! llama.cpp's bit for bit.
 
 use half::{bf16, f16};
 
 use super::super::ggml_type::{ggml_block, ggml_type_name};
 use crate::simd::vectorised;
 
-/// One format.
+/// One block format.
 pub struct BlockFormat {
-    /// ggml's number for it.
+    /// ggml's number of the format.
     pub number: u32,
-    /// Its name as reports have it.
+    /// Its name in reports.
     pub name: &'static str,
-    /// Decodes whole blocks, one after the other, into as many values as they hold.
+    /// Decodes whole blocks into as many values as they hold.
     pub decode: fn(&[u8], &mut [f32]),
 }
 
@@ -25,7 +25,7 @@ impl std::fmt::Debug for BlockFormat {
 }
 
 impl BlockFormat {
-    /// The format with ggml's number, if it is decoded.
+    /// Finds the format with ggml's number, if it is decoded.
     pub fn find(number: u32) -> Option<&'static Self> {
         BLOCK_FORMATS.iter().find(|format| format.number == number)
     }
@@ -41,8 +41,8 @@ impl BlockFormat {
     }
 }
 
-/// A format whose blocks of so many bytes and elements the function decodes. It is called in a closure, since a function that is
-/// passed on is not inlined where the instructions are chosen.
+/// Defines a format whose blocks `$decode` decodes. It is called in a closure, because a function that is passed as a
+/// value is not inlined where the instruction set is chosen.
 macro_rules! format {
     ($number:literal, $name:literal, $decode:path) => {
         BlockFormat {
@@ -104,10 +104,10 @@ fn bfloat16(block: &[u8; 2], out: &mut [f32; 1]) {
     *out = [f32::from_bits(u32::from(u16::from_le_bytes(*block)) << 16)];
 }
 
-/// Without a branch, and without a subnormal number in between, which some processors are slow with.
+/// Works without a branch, and without an intermediate subnormal number, which is slow on some processors.
 #[inline(always)]
 fn float16(block: &[u8; 2], out: &mut [f32; 1]) {
-    /// What the exponent's bias grows by, at its place.
+    /// The increase of the exponent's bias, shifted to the exponent's position.
     const REBIAS: u32 = 112 << 23;
     let bits = u32::from(u16::from_le_bytes(*block));
     let (exponent, fraction) = (bits & 0x7c00, bits & 0x3ff);
@@ -127,8 +127,8 @@ fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-/// Two values of four bits per byte: those of the first half of the block are the low ones. Integers are those of the floats' width,
-/// so that they need no narrower registers.
+/// Decodes two 4-bit values per byte: the low bits are the first half of the block, the high bits the second. Integers
+/// are as wide as the floats, so that they need no narrower registers.
 #[inline(always)]
 fn nibbles(quants: &[u8], out: &mut [f32; 32], value: impl Fn(u32, u32) -> f32) {
     for (idx, byte) in quants[..16].iter().enumerate() {
@@ -137,7 +137,7 @@ fn nibbles(quants: &[u8], out: &mut [f32; 32], value: impl Fn(u32, u32) -> f32) 
     }
 }
 
-/// A small integer, exactly.
+/// Converts a small integer exactly.
 #[inline(always)]
 fn float(value: u32) -> f32 {
     value.cast_signed() as f32
@@ -155,7 +155,7 @@ fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
     nibbles(&block[4..], out, |_, q| float(q) * d + m);
 }
 
-/// The fifth bit of value `idx`, at its place.
+/// The fifth bit of value `idx`, shifted to its position.
 #[inline(always)]
 fn fifth(bits: u32, idx: u32) -> u32 {
     (bits >> idx & 1) << 4
@@ -188,7 +188,7 @@ fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
     }
 }
 
-/// Two numbers, each for sixteen values: loops over 32 values are those that compilers vectorise.
+/// Repeats each of two numbers sixteen times, because compilers vectorise loops over 32 values.
 #[inline(always)]
 fn sixteen_each(of: [f32; 2]) -> [f32; 32] {
     let mut each = [of[0]; 32];
@@ -201,7 +201,7 @@ fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
     let (scales, quants) = (&block[..16], &block[16..80]);
     let (d, min) = (half_at(block, 80), half_at(block, 82));
     for (part, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        // Of each half of the block 32 bytes, four values in each: first all lowest bits, then the next.
+        // Each half of the block has 32 bytes of four values each: first the lowest bits of all bytes, then the next.
         let (half, shift) = (part / 4, part % 4 * 2);
         let of = [scales[2 * part], scales[2 * part + 1]];
         let scales = sixteen_each(of.map(|of| d * f32::from(of & 15)));
@@ -250,7 +250,7 @@ fn scale_and_min(packed: &[u8], idx: usize) -> (u8, u8) {
 fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
     let (d, min, packed) = (half_at(block, 0), half_at(block, 2), &block[4..16]);
     let quants = block[16..].as_chunks::<32>().0.iter();
-    // Two groups in the halves of the same bytes.
+    // Two groups share the same bytes, one in the low bits and one in the high bits.
     for (pair, (out, quants)) in out
         .as_chunks_mut::<64>()
         .0
@@ -289,7 +289,7 @@ fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
     let d = half_at(block, 208);
     for (part, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        // Of each half of the block: quarters, of which the first two have the low bits of their bytes.
+        // Each half of the block has four quarters; the first two use the low bits of their bytes.
         let (half, quarter) = (part / 4, part % 4);
         let of = [scales[2 * part], scales[2 * part + 1]];
         let scales = sixteen_each(of.map(|of| d * f32::from(of.cast_signed())));

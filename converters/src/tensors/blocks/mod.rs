@@ -1,4 +1,4 @@
-//! Matrices whose values are stored in blocks of quantised ones, decoded a part at a time.
+//! Matrices that are stored in blocks of quantised values and decoded in parts.
 
 mod affine;
 mod ggml;
@@ -16,14 +16,14 @@ use rayon::prelude::*;
 pub(crate) use affine::Affine;
 pub use ggml::{BLOCK_FORMATS, BlockFormat};
 
-/// Values that are decoded at a time where a whole row is not needed: they stay in the first cache.
+/// Number of values that are decoded at a time if a whole row is not needed; they fit the first-level cache.
 const AT_A_TIME: usize = 2048;
 
-/// Largest block.
+/// Number of values of the largest block.
 const LARGEST: usize = 256;
 
-/// A matrix `[rows, columns]` of a model's file, which stays mapped: its blocks are decoded when they are asked for, each time.
-/// A row is a whole number of blocks. Cloning copies no data.
+/// A matrix `[rows, columns]` of a model file, which stays mapped. Blocks are decoded each time they are read. A row is
+/// a whole number of blocks. Cloning copies no data.
 #[derive(Clone)]
 pub struct BlockMatrix(Arc<Layout>);
 
@@ -34,14 +34,15 @@ enum Layout {
         start: usize,
         rows: usize,
         columns: usize,
-        /// Size of the heads whose rows llama.cpp interleaves; they are given in transformers' order.
+        /// Size of the heads whose rows llama.cpp interleaves. Rows are returned in transformers' order.
         head: Option<usize>,
     },
     Affine(Affine),
 }
 
 impl BlockMatrix {
-    /// `rows` times `columns` values in blocks of `format` at `range` of a mapped file; `None` if they do not fill it.
+    /// Creates a matrix of `rows` times `columns` values in blocks of `format` at `range` of a mapped file; `None` if
+    /// they do not fill the range.
     pub(crate) fn ggml(
         format: &'static BlockFormat,
         (map, range): (Arc<Mmap>, Range<usize>),
@@ -77,7 +78,7 @@ impl BlockMatrix {
         }
     }
 
-    /// What the blocks are, such as `Q4_K`.
+    /// Name of the block format, such as `Q4_K`.
     pub fn format(&self) -> String {
         match &*self.0 {
             Layout::Ggml { format, .. } => format.ggml_name(),
@@ -85,7 +86,7 @@ impl BlockMatrix {
         }
     }
 
-    /// ggml's format, where it is one of ggml's.
+    /// ggml's format, if the blocks are ggml's.
     pub fn ggml_format(&self) -> Option<&'static BlockFormat> {
         match &*self.0 {
             Layout::Ggml { format, .. } => Some(format),
@@ -93,16 +94,16 @@ impl BlockMatrix {
         }
     }
 
-    /// What is wrong with the numbers that values are made of, of a format whose files were not looked through before.
+    /// Returns the fault in the scales or biases, if any, for a format whose files are not checked elsewhere.
     pub fn fault(&self) -> Option<String> {
         match &*self.0 {
-            // `refer_to_gguf` looks through all values.
+            // `refer_to_gguf` checks all values.
             Layout::Ggml { .. } => None,
             Layout::Affine(affine) => affine.fault(),
         }
     }
 
-    /// Values of a row that are decoded together: parts that begin and end at multiples of it cost least.
+    /// Number of values of a row that are decoded together. Parts that begin and end at its multiples cost least.
     pub fn block(&self) -> usize {
         match &*self.0 {
             Layout::Ggml { format, .. } => format.block().0,
@@ -126,7 +127,7 @@ impl BlockMatrix {
         }
     }
 
-    /// Bytes of row `row`, in transformers' order of rows; none of a format that is not ggml's.
+    /// Bytes of row `row`, in transformers' order of rows; empty if the format is not ggml's.
     pub fn row(&self, row: usize) -> &[u8] {
         let Layout::Ggml {
             format,
@@ -146,20 +147,20 @@ impl BlockMatrix {
         &map[from..from + length]
     }
 
-    /// Writes the given part as f32, one row after the other, into `out`, which has its size. Any part may be asked for.
+    /// Writes the given part as f32, row by row, into `out`, which has the size of the part. Any part is allowed.
     ///
     /// # Panics
-    /// For rows or columns that are not there.
+    /// If the rows or columns do not exist.
     pub fn decode(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
         for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
             self.decode_row(row, columns.clone(), out);
         }
     }
 
-    /// As [`Self::decode`], each value rounded to nearest.
+    /// As [`Self::decode`], with each value rounded to nearest.
     ///
     /// # Panics
-    /// For rows or columns that are not there.
+    /// If the rows or columns do not exist.
     pub fn decode_bf16(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [bf16]) {
         let mut values = [0f32; AT_A_TIME];
         for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
@@ -205,7 +206,7 @@ impl BlockMatrix {
         }
     }
 
-    /// Whole blocks of a row.
+    /// Decodes whole blocks of a row.
     fn decode_blocks(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
         match &*self.0 {
             Layout::Ggml { format, .. } => {
@@ -237,7 +238,7 @@ impl BlockMatrix {
         Some(value[0])
     }
 
-    /// Index of the first value that is NaN or infinite, if any. No more than a row per thread is in memory.
+    /// Index of the first value that is NaN or infinite, if any. At most one row per thread is in memory.
     pub(crate) fn first_non_finite(&self) -> Option<usize> {
         let (rows, columns) = self.dims();
         let in_row = |buffer: &mut Vec<f32>, row: usize| {
@@ -258,7 +259,7 @@ impl fmt::Debug for BlockMatrix {
     }
 }
 
-/// The row in llama.cpp's order that is row `row` in Hugging Face's, for heads of `head` rows.
+/// Returns the row in llama.cpp's order that is row `row` in Hugging Face's, for heads of `head` rows.
 ///
 /// Within a head of size d, Hugging Face's row `j d/2 + i` (j = 0, 1) is llama.cpp's row `2 i + j`.
 pub(crate) fn interleaved_row(row: usize, head: usize) -> usize {

@@ -1,4 +1,4 @@
-//! Parts of matrices in blocks against the whole, rows against llama.cpp's order, and rounding against the library's.
+//! Compares parts of matrices in blocks with the whole, rows with llama.cpp's order, and rounding with the library's.
 
 use std::io::Write;
 
@@ -10,7 +10,7 @@ use crate::fixtures::Stream;
 use crate::tensors::dtype::DType;
 use crate::tensors::tensor::Tensor;
 
-/// `bytes` as a mapped file has them.
+/// Maps a file with `bytes`.
 fn mapped(bytes: &[u8]) -> (Arc<Mmap>, Range<usize>) {
     let mut file = tempfile::tempfile().expect("a file");
     file.write_all(bytes).expect("written");

@@ -1,4 +1,4 @@
-//! Honest files are read; files that lie are refused without panic.
+//! Valid files are read; invalid files are refused without a panic.
 
 use proptest::prelude::*;
 

@@ -1,4 +1,4 @@
-//! Configurations of models with a decoder in them: which keys count, and where the others are found wanting.
+//! Configurations of multimodal models: which keys count, and where problems with the others are reported.
 
 use serde_json::json;
 
@@ -100,7 +100,8 @@ fn names_are_those_in_memory() {
     }
 }
 
-/// Without a `model_type` the class tells; without one of the language model, transformers assumes Mistral's.
+/// Without a `model_type`, the class identifies the model. Without the language model's `model_type`, transformers
+/// assumes Mistral.
 #[test]
 fn the_model_is_known_by_its_class_too() {
     let mut config = ministral();

@@ -11,7 +11,7 @@ use crate::fixtures::{self, Stream};
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_write::write_safetensors;
 
-/// A good MonteCLoRA adapter of one site, to be spoilt.
+/// A valid MonteCLoRA adapter of one module, for tests to damage.
 struct Spoilt {
     config: Value,
     tensors: BTreeMap<String, Tensor>,
@@ -89,7 +89,7 @@ fn fixtures_that_must_be_refused_are_refused_by_name() {
     let codes = |case: &fixtures::Case| -> Vec<&str> {
         let error = Adapter::read_dir(&case.dir).expect_err(&case.name);
         assert!(error.to_string().contains("is refused:"), "{error}");
-        // The collapsing reader leaves out the posterior, nothing else.
+        // Reading as plain LoRA leaves out only the posterior.
         assert!(Adapter::read_dir_as_lora(&case.dir).is_err());
         error
             .problems()
