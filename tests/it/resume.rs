@@ -555,3 +555,42 @@ fn every_shipped_training_configuration_runs() {
     }
     assert!(ran > 0);
 }
+
+/// A chat template that writes the time writes that of the first start, whenever the run goes on.
+#[test]
+fn a_template_with_a_date_keeps_it() {
+    let case = Case::new("max_steps = 2\nsave_steps = 2");
+    let template = case.at("dated.jinja");
+    let text = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
+    std::fs::write(&template, text).unwrap();
+    let template = format!("model.chat_template={template:?}");
+    case.succeed(&["--set", &template]);
+    let record = |name: &str| -> Value {
+        let text = std::fs::read_to_string(case.at("out").join(name)).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let first = record("run.json")["template_time"].clone();
+    assert!(
+        first
+            .as_u64()
+            .is_some_and(|seconds| seconds > 1_700_000_000),
+        "{first}"
+    );
+    let mut ends = Vec::new();
+    for _ in 0..2 {
+        std::thread::sleep(Duration::from_millis(1100));
+        let _ = std::fs::remove_dir_all(case.at("out/checkpoint-4"));
+        let more = [
+            "--set",
+            &template,
+            "--set",
+            "train.max_steps=4",
+            "--resume",
+            "auto",
+        ];
+        case.succeed(&more);
+        assert_eq!(record("run.json")["template_time"], first);
+        ends.push(std::fs::read(case.at("out/adapter_model.safetensors")).unwrap());
+    }
+    assert!(ends[0] == ends[1]);
+}

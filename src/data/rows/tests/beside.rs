@@ -349,6 +349,11 @@ fn numbers_that_cannot_be_kept_are_refused_where_they_count() {
         found.contains("arguments: the number 123456789012345678901234567890 in it is too long"),
         "{found}"
     );
+    let call = r#"{"conversations":[{"from":"function_call","value":{"name":"f","arguments":{"id":123456789012345678901234567890}}}]}"#;
+    let found = first(call);
+    assert!(found.contains("is too long to be kept exactly"), "{found}");
+    let beside = r#"{"prompt":"a","completion":"b","prompt_id":123456789012345678901234567890}"#;
+    parse(beside).expect("nothing reads prompt_id");
     // Digits in a string are not a number, and a long number in a column that nothing reads does no harm.
     let row = r#"{"text":"123456789012345678901234567890","id":123456789012345678901234567890}"#;
     assert_eq!(parse(row).expect("a good row").1.notes.unread, ["id"]);
