@@ -4,9 +4,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
+use half::bf16;
 use monteclora_adapters::FrozenLinear;
 use monteclora_adapters::noise::{Key, Purpose};
-use monteclora_adapters::weights::{Kind, Weight};
+use monteclora_adapters::weights::{BF16, Kind, Weight};
 use monteclora_converters as formats;
 use monteclora_converters::architecture::{ModelShape, Module, NormPlace, Role};
 use monteclora_converters::{ModelFiles, Problem};
@@ -57,7 +58,7 @@ impl Loader<'_> {
     fn required(&self, name: &str, shape: &[usize]) -> Result<formats::Tensor> {
         match self.source {
             Source::Random(seed) => match shape {
-                [_, columns] => random(seed, name, *columns, shape),
+                [_, columns] => random(seed, name, *columns, shape, self.kind),
                 _ if name.ends_with("norm.weight") => {
                     let one = 1.0 - self.shape.family.norm_offset;
                     let ones = vec![one; shape.iter().product()];
@@ -299,18 +300,41 @@ fn zeros(shape: &[usize]) -> Result<formats::Tensor> {
     Ok(formats::Tensor::from_f32(shape, values)?)
 }
 
-fn random(seed: u64, name: &str, columns: usize, shape: &[usize]) -> Result<formats::Tensor> {
+/// A matrix of random values, in bfloat16 if the weights are held so: the same values, and no wide copy of a large embedding.
+fn random(
+    seed: u64,
+    name: &str,
+    columns: usize,
+    shape: &[usize],
+    kind: &Kind,
+) -> Result<formats::Tensor> {
     let key = Key::new(seed, name, 0);
-    let mut values = vec![0f32; shape.iter().product()];
-    values
-        .par_chunks_mut(columns)
-        .enumerate()
-        .for_each(|(row, out)| {
-            let values = key.uniforms_f32_from(Purpose::InitialA, row * columns, columns);
-            for (out, u) in out.iter_mut().zip(values) {
-                *out = (2.0 * u - 1.0) * RANDOM_BOUND;
+    let row = |row: usize| {
+        let values = key.uniforms_f32_from(Purpose::InitialA, row * columns, columns);
+        values.into_iter().map(|u| (2.0 * u - 1.0) * RANDOM_BOUND)
+    };
+    let n_values = shape.iter().product::<usize>();
+    if kind.name == BF16.name {
+        let mut bytes = vec![0u8; 2 * n_values];
+        let rows = bytes.par_chunks_mut(2 * columns).enumerate();
+        rows.for_each(|(idx, out)| {
+            for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(row(idx)) {
+                *out = bf16::from_f32(value).to_le_bytes();
             }
         });
+        return Ok(formats::Tensor::from_bytes(
+            formats::DType::BF16,
+            shape,
+            bytes,
+        )?);
+    }
+    let mut values = vec![0f32; n_values];
+    let rows = values.par_chunks_mut(columns).enumerate();
+    rows.for_each(|(idx, out)| {
+        for (out, value) in out.iter_mut().zip(row(idx)) {
+            *out = value;
+        }
+    });
     Ok(formats::Tensor::from_f32(shape, values)?)
 }
 
