@@ -248,7 +248,8 @@ pub(super) fn latest_checkpoint(
     Ok(None)
 }
 
-/// Names of a value's moments in the file.
+/// Names of a value's moments in the file. [`VALUE`] names the value itself, if the adapter's files have no place for
+/// it.
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 const VALUE: &str = "value";
 
