@@ -44,7 +44,7 @@ impl ChoiceRows {
         let mut seen = BTreeSet::new();
         for example in 0..data.len() {
             let (line, row) = data.row(example)?;
-            // A row that became several examples is scored once.
+            // A row that gave several examples is scored once.
             if row.choices.is_none() || !seen.insert(line) {
                 continue;
             }

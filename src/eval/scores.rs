@@ -56,7 +56,7 @@ impl Batching {
 pub struct EvalOptions {
     /// How rows are put into batches.
     pub batching: Batching,
-    /// Bins of the calibration error.
+    /// Number of bins of the calibration error.
     pub ece_bins: usize,
     /// How the likelihoods of choices are compared.
     pub normalisation: LengthNormalisation,
@@ -78,25 +78,25 @@ pub struct CalibratedScores {
 /// 95 % bootstrap intervals over the rows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Intervals {
-    /// Of the loss.
+    /// Interval of the loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<[f64; 2]>,
-    /// Of the accuracy.
+    /// Interval of the accuracy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<[f64; 2]>,
-    /// Of the negative log-likelihood.
+    /// Interval of the negative log-likelihood.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nll: Option<[f64; 2]>,
-    /// Of the calibration error.
+    /// Interval of the calibration error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ece: Option<[f64; 2]>,
-    /// Of Brier's score.
+    /// Interval of Brier's score.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub brier: Option<[f64; 2]>,
-    /// Of the area under the ROC curve of error detection.
+    /// Interval of the area under the ROC curve of error detection.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auroc: Option<[f64; 2]>,
-    /// Of the area under the risk-coverage curve.
+    /// Interval of the area under the risk-coverage curve.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub aurc: Option<[f64; 2]>,
 }
@@ -141,7 +141,7 @@ pub struct Scores {
     /// Area under the risk-coverage curve.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub aurc: Option<f64>,
-    /// Adapters whose predictions were averaged: posterior draws, or the members of an ensemble.
+    /// Number of adapters whose predictions were averaged: posterior draws, or the members of an ensemble.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub draws: Option<usize>,
     /// 95 % bootstrap intervals.
@@ -179,7 +179,7 @@ pub struct RowLoss {
 pub struct Scored {
     /// The loss of every example, in the given order.
     pub losses: Vec<RowLoss>,
-    /// `[row with choices][adapter]`.
+    /// Predictions for choices, `[row with choices][adapter]`.
     pub choices: Vec<Vec<Prediction>>,
     /// Sum over the examples of each adapter's own negative log-likelihoods.
     member_nll: Vec<f64>,

@@ -95,11 +95,11 @@ pub struct Fitted {
     pub geometry: Geometry,
     /// The scale.
     pub sigma: f64,
-    /// Every scale that was tried, in order.
+    /// The evaluations of all scales that were tried, in order.
     pub evaluations: Vec<Evaluation>,
-    /// The mean without noise.
+    /// The evaluation of the mean without noise.
     pub before: Evaluation,
-    /// The average at the scale that was kept.
+    /// The evaluation of the average at the scale that was kept.
     pub after: Evaluation,
     /// The adapter with the posterior at the scale that was kept.
     pub adapter: Adapter,

@@ -178,7 +178,7 @@ mod tests {
         assert!(only_logging.refused.is_empty() && !only_logging.changes_course());
     }
 
-    /// What is stored in a checkpoint reads back equal, floating-point values included.
+    /// An identity read back from a checkpoint is equal, floating-point values included.
     #[test]
     fn survives_its_file() {
         let then = identity(&json!({"a": 0.1 + 0.2, "b": 5e-324, "c": [1, "x"]}), "x");

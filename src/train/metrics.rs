@@ -249,7 +249,7 @@ fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
     })
 }
 
-/// Largest resident memory of this process so far, bytes; none where the system does not tell.
+/// Largest resident memory of this process so far, bytes. `None` if the system does not report it.
 pub fn peak_memory_bytes() -> Option<u64> {
     status_bytes("VmHWM:")
 }
@@ -286,7 +286,7 @@ mod tests {
 
     const BOTH: &[Report] = &[Report::Jsonl, Report::Tensorboard];
 
-    /// Killed at step 8 in the middle of a line, resumed from 4: every step is there once.
+    /// A run is killed at step 8 in the middle of a line and resumed from step 4: the file has every step once.
     #[test]
     fn a_resumed_run_continues_the_curve() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -317,7 +317,7 @@ mod tests {
             metrics.write(&eval(step)).expect("writes");
         }
         assert_eq!(steps(), [2, 4, 6, 8, 10]);
-        // A fresh run in the same directory keeps nothing of the old one.
+        // A new run in the same directory keeps no records of the old one.
         let mut metrics = Metrics::open(dir.path(), BOTH, None).expect("opens");
         metrics.write(&eval(2)).expect("writes");
         assert_eq!(steps(), [2]);

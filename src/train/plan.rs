@@ -223,7 +223,7 @@ mod tests {
         let peak = prepared.estimate(&sites).peak;
         assert_eq!(prepared.advice(&sites, peak), []);
 
-        // A little less is reached by a smaller batch alone, and the effective batch stays.
+        // For slightly less memory a smaller batch is enough, and the effective batch size stays the same.
         let little = prepared.advice(&sites, peak - 1);
         assert_eq!(
             little[0].set,
@@ -235,7 +235,7 @@ mod tests {
         assert_eq!(little.len(), 1);
         assert!(little[0].memory_estimate_bytes < peak);
 
-        // What cannot be reached names everything, each step lower than the one before.
+        // If the memory can never be enough, the advice lists all changes, and no estimate is above the one before.
         let all = prepared.advice(&sites, 1);
         let keys: Vec<&str> = all
             .iter()

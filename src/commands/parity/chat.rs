@@ -21,7 +21,7 @@ const BUILT_IN: &str = include_str!("conversations.jsonl");
 /// Number of characters that are shown before and after a difference.
 const SHOWN: (usize, usize) = (30, 50);
 
-/// The report.
+/// The report of `parity --chat`.
 #[derive(Debug, Serialize)]
 struct Report {
     conversations: usize,

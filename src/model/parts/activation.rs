@@ -88,7 +88,7 @@ struct GeluTanh;
 
 /// `sqrt(2 / pi)`.
 const ROOT: f32 = 0.797_884_6;
-/// The weight of the cube.
+/// The coefficient of `x^3`.
 const CUBE: f32 = 0.044_715;
 
 impl NonLinearity for GeluTanh {
