@@ -1,5 +1,5 @@
-//! `bench train`: training steps on random tokens, every position labelled, as PEFT's benchmark does them; `bench matmul`: the
-//! product that bounds them.
+//! `bench train`: measures training steps on random tokens, with every position labelled, as in PEFT's benchmark.
+//! `bench matmul`: measures matrix products, which bound their speed.
 
 use std::time::Instant;
 
@@ -109,7 +109,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     }
     let median = median_after_first(&seconds);
     let tokens_per_second = (args.batch * args.seq) as f64 / median;
-    // Kibibytes over 1e6, as PEFT's script reports `ru_maxrss`.
+    // Kibibytes divided by 1e6, as PEFT's script reports `ru_maxrss`.
     let gb = |bytes: u64| bytes as f64 / 1024.0 / 1e6;
     let peak_gb = peak_memory_bytes().map(gb);
     let files = (!args.random_weights).then(|| ModelFiles::open(&base.dir));
@@ -136,7 +136,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     ))
 }
 
-/// What `train --dry-run` says of a run with these batches.
+/// The memory estimate that `train --dry-run` would report for these batches.
 fn estimate(
     args: &BenchTrainArgs,
     decoder: &Decoder,
@@ -175,7 +175,7 @@ fn estimate(
     })
 }
 
-/// Rate of `size` by `size` products on the CPU, as the decoder computes them.
+/// Measures the speed of `size` by `size` matrix products on the CPU, computed as in the decoder.
 pub(super) fn matmul(args: &BenchMatmulArgs) -> Result<()> {
     if args.size == 0 || args.steps < 2 {
         bail!(Problem::usage(
@@ -215,7 +215,7 @@ pub(super) fn matmul(args: &BenchMatmulArgs) -> Result<()> {
     ))
 }
 
-/// Median of all but the first, which pays for what is set up once.
+/// Median of all values but the first, which includes one-time setup.
 fn median_after_first(seconds: &[f64]) -> f64 {
     let mut later = seconds[1..].to_vec();
     later.sort_by(f64::total_cmp);

@@ -1,4 +1,4 @@
-//! `calibrate`: a temperature, and a confidence below which to give no answer.
+//! `calibrate`: fits a temperature, and a confidence below which no answer is given.
 
 use anyhow::{Result, bail};
 use monteclora_converters::Problem;
@@ -19,7 +19,7 @@ use crate::model::{ActiveAdapter, Generation};
 use crate::output::require_writable;
 use crate::progress;
 
-/// Rows below which a temperature is mostly chance.
+/// With fewer rows, the fitted temperature is mostly chance.
 const FEW: usize = 50;
 
 #[derive(Debug, Serialize)]
@@ -45,7 +45,7 @@ struct Report<'a> {
     written: &'a Calibration,
 }
 
-/// What base, mean and average over the draws say of the rows.
+/// The predictions of base model, mean and average over the draws for the rows.
 struct Said {
     judged: Judged,
     base: Vec<Prediction>,
@@ -75,7 +75,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     let choices = ChoiceRows::read(&data)?;
     require_one_kind(&data, &choices)?;
     if let Some(target) = args.target_error {
-        // Said before anything is computed.
+        // Fail before the long computation.
         abstention::require_rows(data.len(), target)?;
     }
     if data.len() < FEW {
@@ -145,7 +145,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     show(args.json, &report, || describe(&report, mean_name, &path))
 }
 
-/// What is recorded of the system messages of these rows.
+/// The value of [`Rows::system`] for these rows.
 pub(super) fn common_system(
     data: &Dataset,
     rows: impl IntoIterator<Item = usize>,
@@ -195,7 +195,8 @@ fn of_choices(
     })
 }
 
-/// Answers in the model's own words: right if they are the row's, as sure as the product of their tokens' probabilities.
+/// Predictions for generated answers. An answer is right if it equals the row's; its confidence is the product of its
+/// tokens' probabilities.
 fn of_answers(
     args: &CalibrateArgs,
     (loaded, mean_name): (&Loaded, &'static str),
@@ -282,7 +283,7 @@ fn describe(report: &Report<'_>, mean_name: &str, path: &std::path::Path) -> Str
     text
 }
 
-/// What was found of a threshold, in a sentence.
+/// The result about the threshold as a sentence.
 fn of_abstention(found: &Abstention) -> String {
     let percent =
         |share: Option<f64>| share.map_or("-".to_owned(), |s| format!("{:.1} %", 100.0 * s));

@@ -1,4 +1,4 @@
-//! `chat`: a conversation at the terminal, streamed, with how sure each answer is.
+//! `chat`: a conversation at the terminal. Answers are streamed and shown with their confidence.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -47,7 +47,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
         };
         match done {
             Ok(()) => {}
-            // A slip of the keyboard is no reason to lose a conversation.
+            // At a terminal a wrong input must not end the conversation.
             Err(error) if asks => chat.tell(&format!("error: {error:#}")),
             Err(error) => return Err(error),
         }
@@ -55,7 +55,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a temperature below 0.
+/// Returns an error if the temperature is not between 0 and 100.
 pub(super) fn require_temperature(temperature: f64) -> Result<()> {
     match (0.0..=100.0).contains(&temperature) {
         true => Ok(()),
@@ -65,7 +65,7 @@ pub(super) fn require_temperature(temperature: f64) -> Result<()> {
     }
 }
 
-/// Lines of a person, with history and editing, or of a pipe.
+/// Input lines, from a person with history and editing, or from a pipe.
 enum Lines {
     Person(Box<DefaultEditor>),
     Pipe(std::io::Lines<std::io::StdinLock<'static>>),
@@ -100,7 +100,7 @@ impl Lines {
     }
 }
 
-/// Who answers.
+/// The adapter that answers, or the base model alone.
 struct Voice {
     name: String,
     opened: Opened,
@@ -116,7 +116,7 @@ struct Chat<'a> {
     system: Option<String>,
     turns: Vec<Message>,
     temperature: f64,
-    /// Answers so far, each of which is drawn by a seed of its own.
+    /// Number of answers so far. Each answer has its own seed.
     n_answers: u64,
     stop: Arc<AtomicBool>,
 }
@@ -150,9 +150,9 @@ impl<'a> Chat<'a> {
         format!("{}> ", self.voice.name)
     }
 
-    /// Beside the conversation, on stderr.
+    /// Writes a message to stderr, apart from the conversation.
     fn tell(&self, text: &str) {
-        // A terminal that is gone shows nothing.
+        // Errors are ignored: the terminal may be closed.
         let _ = writeln!(std::io::stderr(), "{text}");
     }
 
@@ -227,7 +227,7 @@ impl<'a> Chat<'a> {
             &prompt,
             &|| !stop.load(Ordering::SeqCst),
             &mut |text| {
-                // A reader that is gone reads nothing.
+                // Errors are ignored: the reader of a closed pipe needs no text.
                 let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
             },
         )?;
@@ -249,7 +249,7 @@ impl<'a> Chat<'a> {
         Ok(())
     }
 
-    /// How sure the answer is, in words.
+    /// The confidence of the answer, in words.
     fn sureness(&self, prompt: &[u32], spoken: &Spoken) -> Result<String> {
         let voice = &self.voice;
         let is_greedy = self.temperature == 0.0;
@@ -283,7 +283,8 @@ impl<'a> Chat<'a> {
     }
 }
 
-/// What the probabilities of the tokens are, where nothing was calibrated: that of a whole answer says little.
+/// The mean and the least probability of the tokens, in words. They replace the confidence where there is none, since
+/// the uncalibrated probability of a whole answer says little.
 fn per_token(spoken: &Spoken, tokenizer: &crate::data::Tokenizer) -> String {
     let n = spoken.log_probabilities.len().max(1) as f64;
     let mean = (spoken.log_probabilities.iter().sum::<f64>() / n).exp();
@@ -325,7 +326,7 @@ impl Voice {
     }
 }
 
-/// The base with an adapter or without, checked.
+/// Opens and checks the base model, with or without an adapter.
 fn open(args: &ChatArgs, adapter: Option<&Path>) -> Result<Opened> {
     let adapters: Vec<PathBuf> = adapter.iter().map(|path| path.to_path_buf()).collect();
     let scoring = ScoringArgs {

@@ -1,4 +1,4 @@
-//! `collapse`: the posterior mean as plain LoRA.
+//! `collapse`: writes the posterior mean as a plain LoRA.
 
 use anyhow::Result;
 use monteclora_converters::{Beside, LoraOptions};

@@ -1,11 +1,11 @@
-//! `completions`: shell completions.
+//! `completions`: writes shell completions.
 
 use anyhow::{Context, Result};
 
 use crate::cli;
 
 pub(super) fn run(shell: clap_complete::Shell) -> Result<()> {
-    // clap_complete panics when its writer fails, as on a closed pipe; a buffer cannot.
+    // clap_complete panics if its writer fails, for example on a closed pipe. A buffer cannot fail.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut cli::command(), "monteclora", &mut script);
     std::io::Write::write_all(&mut std::io::stdout().lock(), &script)

@@ -1,4 +1,4 @@
-//! `convert`: between adapter formats.
+//! `convert`: converts between adapter formats.
 
 use std::path::Path;
 
@@ -56,7 +56,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         written.note,
         &beside,
     );
-    // A card is about PEFT's files; mlx-lm and llama.cpp have none.
+    // Model cards are for PEFT's formats; those of mlx-lm and llama.cpp have none.
     if to.about().has_peft_settings {
         let exported = match to.about().keeps_posterior {
             true => adapter.config.clone(),
@@ -67,10 +67,10 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     export.print(args.json)
 }
 
-/// The base that an adapter is compared with and, in some formats, stored for.
+/// The base model, to check the adapter against. Some formats also need it for writing.
 enum Base {
     None,
-    /// A directory whose weights are not there: config.json says the names and shapes, if its family is known.
+    /// The config.json of a directory without weights. It gives names and shapes if the model's family is known.
     Config(Map<String, Value>),
     Files(ModelFiles),
 }
@@ -104,7 +104,7 @@ impl Base {
                 warn_of_base(&files)?;
                 Ok(Self::Files(files))
             }
-            // An index without its files is a model that was not fetched to the end.
+            // An index without its files means that the download of the model is incomplete.
             Err(error)
                 if error.is_not_found() && !dir.join("model.safetensors.index.json").exists() =>
             {
@@ -122,11 +122,11 @@ impl Base {
         }
     }
 
-    /// Refuses an adapter that does not fit.
+    /// Returns an error if the adapter does not fit the base model.
     fn require_fit(&self, adapter: &Adapter) -> Result<()> {
         match self {
             Self::None => Ok(()),
-            // Its tensors are those that config.json describes, the number of heads included.
+            // `files` are checked: the tensors agree with config.json, including the number of heads.
             Self::Files(files) => Ok(adapter.require_fit(files)?),
             Self::Config(config) => match ModelShape::from_config(config) {
                 Ok(shape) => Ok(adapter.require_modules(&shape.linear_modules())?),
@@ -140,7 +140,7 @@ impl Base {
     }
 }
 
-/// Reads the source through the wrappers in its names, and compares it with the base where one is given.
+/// Reads the source, removes wrappers from its module names, and checks it against the base model if there is one.
 fn read(args: &ConvertArgs, from: &dyn Format, base: &Base) -> Result<Adapter> {
     let options = ReadOptions {
         base_config: base.config(),

@@ -1,4 +1,4 @@
-//! `data`: what is wrong with data files, what is trained in them, how long their rows are.
+//! `data`: shows the problems of data files, their trained text and the lengths of their rows.
 
 mod check;
 mod preview;
@@ -25,9 +25,9 @@ pub(super) fn run(command: &DataCommand) -> Result<()> {
     }
 }
 
-/// What the command line, and the run.toml where one is given, say about the rows.
+/// Settings for the rows, from the command line and an optional run.toml.
 struct Request {
-    /// Each source with the split that is meant.
+    /// The sources with their splits.
     sources: Vec<(PathBuf, Split)>,
     schema: RowSchema,
     data: DataConfig,
@@ -92,7 +92,7 @@ impl Request {
         self.model.as_ref().map(encoder).transpose()
     }
 
-    /// An encoder that takes rows of any length whole, and the length limit in tokens.
+    /// An encoder without a length limit, and the configured length limit in tokens.
     fn measuring_encoder(&self) -> Result<(Arc<Encoder>, usize)> {
         match &self.model {
             Some(model) => self.encoder_of(model, true),
@@ -163,7 +163,7 @@ fn field_names(entries: &[String]) -> Result<FieldNames> {
         .map_err(|problem| Problem::usage(format!("--field: {problem}")))?)
 }
 
-/// A source in words: the path, and the split where the path has several.
+/// The title of a source: its path, and for a directory its split.
 fn title(path: &Path, split: Split) -> String {
     if path.is_file() {
         path.display().to_string()

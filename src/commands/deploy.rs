@@ -1,4 +1,4 @@
-//! `deploy`: an adapter into service, with a canary before and the former generation at hand.
+//! `deploy`: puts an adapter into service after a canary test, and keeps the previous generation for a rollback.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,10 +15,10 @@ use crate::hub;
 use crate::model::open_base;
 use crate::provenance::{read_effective, read_effective_on, warn_of_conversation};
 
-/// Environment variable with the key for the server.
+/// Environment variable with the server's key.
 const KEY_VARIABLE: &str = "MONTECLORA_KEY";
 
-/// What a new generation is asked when the command line does not say.
+/// Default prompt of the canary test.
 const DEFAULT_PROMPT: &str = "Say in one sentence what you can do.";
 
 pub(super) fn run(args: &DeployArgs) -> Result<()> {
@@ -91,7 +91,7 @@ pub(super) fn run(args: &DeployArgs) -> Result<()> {
     ))
 }
 
-/// What a release holds besides the mean.
+/// The content of a release besides the mean, in words.
 pub(super) fn holds(posterior: bool, calibration: bool) -> &'static str {
     match (posterior, calibration) {
         (true, true) => ", with posterior and calibration",
@@ -101,7 +101,7 @@ pub(super) fn holds(posterior: bool, calibration: bool) -> &'static str {
     }
 }
 
-/// What was asked, and answered.
+/// The prompts and answers of the canary test, as lines.
 pub(super) fn asked(answers: &[Answered]) -> String {
     let lines = answers.iter().map(|asked| {
         let answer = match in_a_line(&asked.answer) {
@@ -113,14 +113,14 @@ pub(super) fn asked(answers: &[Answered]) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// Whether the scores of `alias` are calibrated.
+/// Whether the server's scores for `alias` are calibrated.
 fn is_calibrated(models: &[ServedModel], alias: &str) -> bool {
     let found = models.iter().find(|model| model.id == alias);
     found.is_some_and(|model| model.is_calibrated)
 }
 
-/// Whether the server scores the answers of the base that the alias is, or may come to be, on: what scores are made of is released
-/// only to it, since others refuse a posterior.
+/// Whether the server scores answers on the base model that the alias belongs to or will belong to. Only then does a
+/// release contain posterior and calibration, since other servers refuse a posterior.
 fn is_scored(models: &[ServedModel], args: &DeployArgs) -> Result<bool> {
     let alias = models.iter().find(|model| model.id == args.alias);
     let base = args.base.as_deref();
@@ -135,7 +135,7 @@ fn is_scored(models: &[ServedModel], args: &DeployArgs) -> Result<bool> {
     Ok(is_scored)
 }
 
-/// The server, with the key from a file or the environment.
+/// A client for the server, with the key from a file or the environment.
 pub(super) fn server(args: &ServerArgs) -> Result<AdapterServer> {
     let key = match &args.key_file {
         Some(path) => Some(read_key(path)?),

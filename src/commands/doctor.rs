@@ -1,4 +1,4 @@
-//! `doctor`: what this build and this machine can do.
+//! `doctor`: shows what this build and this machine support.
 
 use anyhow::Result;
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! `train --dry-run`: the plan of a run.
+//! `train --dry-run`: shows the plan of a run.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -126,7 +126,7 @@ fn lengths(line: &mut impl FnMut(&str, String), data: &Dataset) {
     line("  trained", summary(&stats.trained_tokens));
 }
 
-/// Projections with the number of sites of each, in the order of a block.
+/// The projections in the order of a block, each with its number of sites.
 fn leaves(sites: &[String]) -> String {
     let mut order: Vec<&str> = Vec::new();
     let mut counts = BTreeMap::<&str, usize>::new();

@@ -1,4 +1,4 @@
-//! `eval`: base, posterior mean and the average over posterior draws, or an ensemble, side by side on a data file.
+//! `eval`: compares base model, posterior mean and the average over posterior draws, or an ensemble, on a data file.
 
 mod page;
 mod per_row;
@@ -22,7 +22,7 @@ use crate::progress;
 
 #[derive(Debug, Serialize)]
 struct Report {
-    /// Name of the rows' file.
+    /// Name of the data file.
     data: String,
     rows: usize,
     choice_rows: usize,
@@ -42,7 +42,7 @@ struct Report {
     seconds: f64,
 }
 
-/// What is scored: its key in JSON, its name, and what it says of every row.
+/// A scored predictor: its key in JSON, its name, its predictions for every row and its scores.
 struct Subject {
     key: &'static str,
     name: &'static str,
@@ -51,7 +51,7 @@ struct Subject {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
-    /// More could not be told apart.
+    /// More bins could not be distinguished in a diagram.
     const MOST_BINS: usize = 1000;
     require_positive(&[
         ("--ece-bins", args.ece_bins),

@@ -1,4 +1,4 @@
-//! What an export kept, baked in and dropped: in words, and as JSON.
+//! The report of an export, as text and JSON: what it kept, baked in and dropped.
 
 use std::path::Path;
 
@@ -9,32 +9,32 @@ use serde::Serialize;
 use super::show;
 use crate::card;
 
-/// How many names of a list are shown.
+/// Number of names of a list that are shown.
 const SHOWN: usize = 3;
 
 const AUTHORS_NOTE: &str = "the source comes from the authors' own code, which stores no posterior: A and B are all there is, and they are the mean";
 
-/// The outcome of `collapse` or `convert`.
+/// The result of `collapse` or `convert`.
 #[derive(Debug, Serialize)]
 pub(super) struct Export<'a> {
     output: &'a Path,
     format: &'a str,
     n_sites: usize,
-    /// Sites whose A and B have the bytes of the source.
+    /// Number of sites whose A and B have the bytes of the source.
     n_unchanged: usize,
     #[serde(flatten)]
     report: &'a LoraReport,
     notes: Vec<&'a str>,
     #[serde(flatten)]
     beside: &'a Beside,
-    /// What the directory held before, and what a reader takes for the adapter's.
+    /// Files that were in the directory before and that readers take for the adapter's.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     kept: Vec<String>,
 }
 
 impl<'a> Export<'a> {
-    /// Of `adapter`, written to `output` as `format`; `rearranged` says what the format itself did to every site, `beside` what lay
-    /// beside the source's files.
+    /// The report about `adapter`, written to `output` as `format`. `rearranged` describes what the format changes at
+    /// every site; `beside` lists the other files of the source's directory.
     pub(super) fn new(
         output: &'a Path,
         format: &'a str,
@@ -70,7 +70,7 @@ impl<'a> Export<'a> {
         }
     }
 
-    /// Prints one JSON object, or the text.
+    /// Prints the report as one JSON object or as text.
     pub(super) fn print(&self, json: bool) -> Result<()> {
         show(json, self, || self.text())
     }
@@ -145,7 +145,8 @@ impl<'a> Export<'a> {
     }
 }
 
-/// Files of the directory `output` that were there before and that readers take for the adapter's: tokenizers, templates, weights.
+/// Files that were in the directory `output` before and that readers take for the adapter's: tokenizers, templates,
+/// weights.
 fn kept(output: &Path, beside: &Beside) -> Vec<String> {
     let Ok(found) = Beside::of(output) else {
         return Vec::new();
@@ -159,7 +160,7 @@ fn kept(output: &Path, beside: &Beside) -> Vec<String> {
     kept
 }
 
-/// The lines of a report that say what lay beside an adapter; `carried` says where what was carried went.
+/// The lines of a report about the other files of an adapter's directory. `carried` tells where the carried files went.
 pub(super) fn beside_lines(beside: &Beside, carried: &str) -> String {
     let mut text = String::new();
     let names = beside.carried.names();
@@ -182,7 +183,7 @@ fn some_of(names: &[String]) -> String {
     format!("{} ({shown}{more})", count(names.len(), "site"))
 }
 
-/// Refuses a destination that is the source, or that lies inside it.
+/// Returns an error if the destination is the source or inside it.
 pub(super) fn require_apart(source: &Path, output: &Path) -> Result<()> {
     let (Ok(source_path), Ok(output_path)) = (source.canonicalize(), output.canonicalize()) else {
         return Ok(());

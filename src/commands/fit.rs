@@ -1,4 +1,4 @@
-//! `fit`: a posterior around any LoRA.
+//! `fit`: fits a posterior around any LoRA.
 
 use std::path::Path;
 
@@ -23,7 +23,7 @@ use crate::fit::{self, Criterion, Evaluation, FitRecord, Search, Stopped};
 use crate::output::{require_empty, require_writable};
 use crate::progress;
 
-/// Rows below which the scale is mostly chance.
+/// With fewer rows, the fitted scale is mostly chance.
 const FEW: usize = 50;
 
 pub(super) fn run(args: &FitArgs) -> Result<()> {
@@ -138,14 +138,14 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
     })
 }
 
-/// What the adapter at `path` was trained with, as its run.json has it.
+/// The adapter's run.json, without its list of modules.
 pub(super) fn training(path: &Path) -> Option<serde_json::Value> {
     let mut record = training_record(path).ok()??;
     record.as_object_mut()?.remove("sites");
     Some(record)
 }
 
-/// Writes a fitted adapter with what goes along, and its record; a new directory appears at once.
+/// Writes a fitted adapter, its record and the files carried along. A new directory appears only when it is complete.
 pub(super) fn write(
     output: &Path,
     adapter: &Adapter,
@@ -169,7 +169,7 @@ pub(super) fn write(
     Ok(())
 }
 
-/// A line about a scale.
+/// Logs the evaluation of a scale.
 pub(super) fn tell(found: &Evaluation) {
     let accuracy = found
         .accuracy

@@ -1,4 +1,4 @@
-//! `import-gguf`: a GGUF base model to a Hugging Face directory.
+//! `import-gguf`: converts a GGUF base model to a Hugging Face directory.
 
 use anyhow::Result;
 use monteclora_converters::DType;

@@ -1,4 +1,4 @@
-//! `init`: a commented run.toml for a model and a data file.
+//! `init`: writes a commented run.toml for a model and a data file.
 
 use anyhow::{Result, bail};
 use monteclora_adapters::methods::monteclora::Preset;
@@ -22,7 +22,7 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
     }
     let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let model = read_shape(&base.dir)?;
-    // Every row is read as a run reads it, with nothing left out but what the model itself cannot hold.
+    // Rows are read as in a run. Only rows that are longer than the model's positions are dropped.
     let limit = model.max_position_embeddings;
     let template = args.model.options.chat_template.as_deref();
     let has_template = jinja::find(&base.dir, template)?.is_some();
@@ -42,7 +42,7 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
     )?;
     let suggestion = Suggestion::new(&prepared, limit, Decided::default())?;
     let text = text(args, &suggestion, Some(&prepared), has_template);
-    // What is written must be what `train` accepts.
+    // Check that `train` accepts the file.
     Prepared::new(parse(&text)?, Some(base))?;
     prepared.warn();
     files::write_text(&args.output, &text)?;

@@ -1,4 +1,4 @@
-//! `inspect`: what a model or adapter holds.
+//! `inspect`: shows the content of a model or an adapter.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -47,17 +47,17 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
     show(args.json, &summary, || table(&summary, args.all))
 }
 
-/// Sites that are listed one by one.
+/// Number of sites above which similar sites are grouped.
 const LISTED: usize = 24;
 
-/// Sites of one kind in several layers, which are alike in all but their values.
+/// Sites of the same kind in several layers, which differ only in their values.
 struct Alike<'a> {
-    /// The name, with the first and the last layer.
+    /// The name with the first and the last layer, for example `0-29`.
     name: String,
     sites: Vec<&'a SiteSummary>,
 }
 
-/// The sites in order of their layers; with `each` every one by itself.
+/// Groups sites of the same kind, in the order of their layers. With `each`, every site is its own group.
 fn alike(sites: &[SiteSummary], each: bool) -> Vec<Alike<'_>> {
     let mut sites: Vec<_> = sites.iter().collect();
     sites.sort_by_key(|site| natural(&site.name));
@@ -203,7 +203,7 @@ fn table(summary: &AdapterSummary, all: bool) -> String {
     text
 }
 
-/// What lies beside an adapter, for a report that begins with it.
+/// The lines of a report about the other files in the adapter's directory.
 pub(super) fn listing(beside: &Beside) -> String {
     let mut text = String::new();
     let names = beside.carried.names();
@@ -219,14 +219,14 @@ pub(super) fn listing(beside: &Beside) -> String {
     text
 }
 
-/// Layer 2 before layer 10.
+/// Sort key that places layer 2 before layer 10.
 fn natural(name: &str) -> Vec<(usize, &str)> {
     name.split('.')
         .map(|part| (part.parse().unwrap_or(usize::MAX), part))
         .collect()
 }
 
-/// What a model is, for both of its forms.
+/// The description of a model, from a directory or a GGUF file.
 struct Model {
     model_type: Value,
     layers: Value,
@@ -307,7 +307,7 @@ fn model(path: &Path, json: bool) -> Result<()> {
     .print(json)
 }
 
-/// A base model in one GGUF file; sites by llama.cpp's names.
+/// Describes a base model in one GGUF file. Sites have llama.cpp's names.
 fn gguf_model(file: &GgufFile, json: bool) -> Result<()> {
     let text = |key: &str| file.metadata().get(key).and_then(|value| value.as_str());
     let architecture = text("general.architecture").unwrap_or_default();
@@ -348,7 +348,7 @@ fn gguf_model(file: &GgufFile, json: bool) -> Result<()> {
     .print(json)
 }
 
-/// ggml's names of the element types that models come in.
+/// ggml's name of an element type.
 fn ggml_name(ggml_type: u32) -> String {
     const NAMES: [(u32, &str); 14] = [
         (0, "F32"),

@@ -1,4 +1,4 @@
-//! `man`: man pages.
+//! `man`: writes the man pages.
 
 use std::path::Path;
 
@@ -19,7 +19,7 @@ pub(super) fn run(dir: &Path) -> Result<()> {
     print(&format!("wrote {written} pages into {}", dir.display()))
 }
 
-/// The page of a command, and those of the commands below it.
+/// Writes the page of a command and the pages of its subcommands.
 fn write(command: clap::Command, above: &str, dir: &Path, written: &mut usize) -> Result<()> {
     let name = match above {
         "" => command.get_name().to_owned(),

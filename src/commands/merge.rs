@@ -1,4 +1,4 @@
-//! `merge`: a full model directory.
+//! `merge`: merges an adapter into its base model and writes a full model directory.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use crate::model::open_base;
 use crate::output::require_empty;
 use crate::provenance::{read_effective_on, warn_of_settings};
 
-/// Share of the updated weights that may be stored as if there had been no update, before somebody is warned.
+/// Share of updated weights that keep their old value after rounding, above which a warning is logged.
 const LOST: f64 = 0.5;
 
 pub(super) fn run(args: &MergeArgs) -> Result<()> {
@@ -48,7 +48,7 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
         template: None,
         prompts_as_chats: None,
     };
-    // What the adapter brings is merged in place of the base's.
+    // The adapter's own template or tokenizer replaces the base model's, so a difference needs no warning.
     let is_merged = |warning: &Problem| match warning.code {
         "other-template" => carried.has_template(),
         "other-tokenizer" => carried.vocabulary_size().is_some(),
@@ -89,7 +89,7 @@ pub(super) fn run(args: &MergeArgs) -> Result<()> {
     print(&(text(output, &report) + &beside_lines(&beside, &replaced(&report)) + &next))
 }
 
-/// Where the adapter's tokenizer and templates went.
+/// Text about the files that the adapter's tokenizer and templates replaced.
 fn replaced(report: &MergeReport) -> String {
     match report.replaced.as_slice() {
         [] => "from the adapter".to_owned(),
@@ -132,13 +132,13 @@ fn text(output: &Path, report: &MergeReport) -> String {
     text
 }
 
-/// Merges into a sibling of `output` and moves the files over those of the model there.
+/// Merges into a sibling directory of `output`, then replaces the model files in `output`.
 fn replace(output: &Path, merge: impl FnOnce(&Path) -> Result<MergeReport>) -> Result<MergeReport> {
     let context = || format!("cannot replace the model in `{}`", output.display());
     let sibling = files::dir_beside(&output.canonicalize().with_context(context)?)?;
     let made = sibling.path().join("model");
     let report = merge(&made)?;
-    // Weights of the old model would be read with the new ones.
+    // Readers would load remaining weights of the old model together with the new ones.
     for entry in std::fs::read_dir(output).with_context(context)? {
         let path = entry.with_context(context)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();

@@ -1,4 +1,4 @@
-//! Glue: one file per command.
+//! The commands of the program, one file per command.
 
 mod bench;
 mod calibrate;
@@ -50,7 +50,8 @@ use crate::cli::{BenchCommand, Command, ModelOptions};
 use crate::config::DtypeChoice;
 use crate::hub::HubOptions;
 
-/// This program as a shell finds it: by its name where that is on the path, else by where it lies, from here if it is below.
+/// The shell command that starts this program: its name if PATH finds it, otherwise its path, relative if the program
+/// is below the current directory.
 fn program() -> String {
     const NAME: &str = env!("CARGO_PKG_NAME");
     let Ok(own) = std::env::current_exe() else {
@@ -72,7 +73,7 @@ fn program() -> String {
         .ok()
         .and_then(|here| own.strip_prefix(here).ok().map(Path::to_path_buf));
     let shown = match below {
-        // A name without a directory would be looked for on the path.
+        // A shell would search PATH for a name without a directory.
         Some(below) if below.components().count() == 1 => Path::new(".").join(below),
         Some(below) => below,
         None => own,
@@ -80,23 +81,23 @@ fn program() -> String {
     shell_word(&shown.display().to_string())
 }
 
-/// A text in one line, without what would command a terminal.
+/// A text in one line, without control characters.
 fn in_a_line(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
     words.join(" ").replace(char::is_control, "")
 }
 
-/// Data that cannot be used; the rows have been named.
+/// The error for unusable data, after the rows were reported.
 fn bad_data(message: impl Into<String>) -> anyhow::Error {
     Problem::sentence("data", message).exit(3).into()
 }
 
-/// Numbers that are not what they should be.
+/// The error for wrong numerical results.
 fn numerical(message: impl Into<String>) -> anyhow::Error {
     Problem::sentence("numbers", message).exit(5).into()
 }
 
-/// A run that was interrupted and can be resumed.
+/// The error for a run that was interrupted.
 fn interrupted(message: impl Into<String>) -> anyhow::Error {
     Problem::sentence("interrupted", message).exit(130).into()
 }
@@ -104,7 +105,7 @@ fn interrupted(message: impl Into<String>) -> anyhow::Error {
 /// Runs a command.
 ///
 /// # Errors
-/// Whatever the command fails with; [`exit_code`] classifies it.
+/// Returns the error of the command; [`exit_code`] classifies it.
 pub fn run(mut command: Command) -> Result<()> {
     match &mut command {
         Command::Eval(args) => args.model.settle(args.adapter.first())?,
@@ -154,12 +155,13 @@ pub fn run(mut command: Command) -> Result<()> {
     }
 }
 
-/// Exit code of an error: 2 usage and missing paths, 3 data, 4 adapters and models, 5 numerical, 130 interrupted, else 1.
+/// Exit code of an error: 2 usage and missing paths, 3 data, 4 adapters and models, 5 numerical, 130 interrupted, else
+/// 1.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     exit_code_of(error.as_ref())
 }
 
-/// Exit code of an error that an enum below holds.
+/// Exit code of an error that another error contains.
 fn exit_code_of(error: &(dyn std::error::Error + 'static)) -> u8 {
     monteclora_converters::exit_code(error, classify)
 }
@@ -176,7 +178,7 @@ fn classify(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
 }
 
 impl ModelOptions {
-    /// How the Hub is asked for this model.
+    /// Options for downloading this model from the Hub.
     fn hub(&self) -> HubOptions {
         HubOptions {
             revision: self.revision.clone(),
@@ -185,7 +187,7 @@ impl ModelOptions {
     }
 }
 
-/// The device that computes: an accelerator if the build has one and `cpu` is false.
+/// The device to compute on: an accelerator if the build supports one and `cpu` is false, otherwise the CPU.
 pub(crate) fn device(cpu: bool) -> Result<Device> {
     let device = if cpu {
         Device::Cpu
@@ -197,13 +199,13 @@ pub(crate) fn device(cpu: bool) -> Result<Device> {
     Ok(device)
 }
 
-/// How our decoder holds the base's weights; it computes in f32, and what it cannot do is refused rather than ignored.
+/// How our decoder holds the base model's weights for `dtype`. It is an error if the decoder does not support `dtype`.
 pub(crate) fn weight_type(dtype: DtypeChoice) -> Result<&'static Kind> {
     let holder = format!("--dtype {}: our decoder", dtype.0);
     Ok(dtype.kind(&AUTO, &holder, "")?)
 }
 
-/// Writes what a command found to stdout: one JSON object, or text.
+/// Writes the result of a command to stdout: one JSON object, or text.
 fn show(json: bool, found: &impl Serialize, text: impl FnOnce() -> String) -> Result<()> {
     match json {
         true => print_json(found),

@@ -1,4 +1,4 @@
-//! The base of a command line: the one that `-m` names, else the one that the adapter was trained on by its own word.
+//! The base model of a command line: the one given with `-m`, otherwise the one that the adapter's configuration names.
 
 use std::path::{Path, PathBuf};
 
@@ -11,10 +11,10 @@ use crate::cli::ModelArgs;
 const KEY: &str = "base_model_name_or_path";
 
 impl ModelArgs {
-    /// Takes the base that `adapter` names, if the command line names none.
+    /// Sets the base model to the one that `adapter` names, if the command line gives none.
     ///
     /// # Errors
-    /// An adapter that names none.
+    /// Returns an error if `adapter` names no base model.
     pub(super) fn settle(&mut self, adapter: Option<&PathBuf>) -> Result<()> {
         if let (None, Some(adapter)) = (&self.model_id, adapter) {
             self.model_id = Some(named_by(adapter)?);
@@ -22,15 +22,15 @@ impl ModelArgs {
         Ok(())
     }
 
-    /// The base as it is named, for texts.
+    /// The name of the base model for messages, or `BASE`.
     pub(super) fn named(&self) -> &str {
         self.model_id.as_deref().unwrap_or("BASE")
     }
 
-    /// The base; after [`Self::settle`] there is one.
+    /// The base model. Call [`Self::settle`] first.
     ///
     /// # Errors
-    /// If the command line names none.
+    /// Returns an error if neither the command line nor the adapter names a base model.
     pub(super) fn id(&self) -> Result<&str> {
         let message = "which base model? Give it with -m: a directory, a Hub id or a .gguf file";
         let id = self.model_id.as_deref();
@@ -38,7 +38,7 @@ impl ModelArgs {
     }
 }
 
-/// The base that the adapter's configuration names, or the metadata of a GGUF LoRA.
+/// The base model that the adapter's configuration names, or the metadata of a GGUF LoRA.
 pub(super) fn named_by(adapter: &Path) -> Result<String> {
     if is_gguf(adapter) && adapter.is_file() {
         let file = GgufFile::open(adapter)?;

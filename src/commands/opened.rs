@@ -1,4 +1,5 @@
-//! What `eval`, `predict`, `fit` and `calibrate` start from: a base, adapters that fit it, and what turns text into tokens.
+//! The common inputs of `eval`, `predict`, `chat`, `fit` and `calibrate`: a base model, adapters that fit it, and the
+//! encoder of text.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,16 +19,16 @@ use crate::hub::{self, Located};
 use crate::model::{ActiveAdapter, Decoder, open_base, read_shape};
 use crate::provenance::{read_fitting, warn_of_conversation};
 
-/// Draws at most: each is an adapter in memory.
+/// Largest number of draws. Each draw is an adapter in memory.
 pub(super) const MOST_DRAWS: usize = 1000;
 
-/// All of it checked, and no weights of the base read.
+/// The checked inputs. The base model's weights are not read yet.
 pub(super) struct Opened {
     pub(super) config: ModelShape,
     pub(super) encoder: Arc<Encoder>,
-    /// Whether prompts are written out by the chat template: as was asked for, where there is one.
+    /// Whether prompts are rendered with the chat template: if the model has one and the user did not turn it off.
     pub(super) applies_chat_template: bool,
-    /// The adapters, in the order they were given.
+    /// The adapters, in the given order.
     pub(super) adapters: Vec<Adapter>,
     base: Located,
     weights: &'static Kind,
@@ -36,7 +37,7 @@ pub(super) struct Opened {
     cpu: bool,
 }
 
-/// What is to be opened.
+/// The inputs to open.
 pub(super) struct Request<'a> {
     pub(super) model: &'a ModelArgs,
     pub(super) adapters: &'a [PathBuf],
@@ -44,12 +45,12 @@ pub(super) struct Request<'a> {
     pub(super) scoring: &'a ScoringArgs,
 }
 
-/// The base in memory, with what the adapters make of it.
+/// The base model and the adapters in memory.
 pub(super) struct Loaded {
     pub(super) decoder: Decoder,
     /// The posterior mean of each adapter.
     pub(super) means: Vec<ActiveAdapter>,
-    /// Draws of the adapter's posterior, if they are asked for.
+    /// Draws of the only adapter's posterior, if requested.
     pub(super) draws: Vec<ActiveAdapter>,
 }
 
@@ -119,7 +120,8 @@ impl Opened {
         })
     }
 
-    /// Loads the base. Draws are made before anything is computed, so that an adapter without a posterior is refused at once.
+    /// Loads the base model and the adapters. It is an error if draws are requested from an adapter without a
+    /// posterior.
     pub(super) fn load(&self) -> Result<Loaded> {
         let decoder = Decoder::load_as(&self.base.dir, &device(self.cpu)?, self.weights)?;
         let (means, draws) = self.load_adapters(&decoder)?;
@@ -130,7 +132,7 @@ impl Opened {
         })
     }
 
-    /// The adapters, on a base that is in memory already: the mean of each, and draws of the only one.
+    /// Loads the adapters for a base model that is already in memory: the mean of each, and the draws of the only one.
     pub(super) fn load_adapters(
         &self,
         decoder: &Decoder,
@@ -145,7 +147,7 @@ impl Opened {
         Ok((means, draws))
     }
 
-    /// What the mean of the one adapter is called: a plain LoRA has no posterior.
+    /// The name of the only adapter's mean in reports: `adapter` for a plain LoRA, which has no posterior.
     pub(super) fn name_of_mean(&self) -> &'static str {
         match self.adapters.first() {
             Some(adapter) if adapter.config.monteclora.is_some() => "posterior mean",
@@ -153,18 +155,18 @@ impl Opened {
         }
     }
 
-    /// Draws that are asked for.
+    /// The requested draws.
     pub(super) fn draws(&self) -> Option<Draws> {
         self.draws
     }
 
-    /// Fingerprint of the base.
+    /// Fingerprint of the base model.
     pub(super) fn base_fingerprint(&self) -> Result<String> {
-        // By files of their own: pages that are read stay mapped as long as the files are open.
+        // The fingerprint opens the files again: pages that are read stay mapped until the files are closed.
         Ok(base_fingerprint(&ModelFiles::open(&self.base.dir)?))
     }
 
-    /// What predictions of `adapter` depend on.
+    /// The circumstances of predictions with `adapter`.
     pub(super) fn circumstances(&self, adapter: &Adapter) -> Result<Circumstances> {
         let base = self.base_fingerprint()?;
         let template = self.encoder.chat_template_sha256();
@@ -176,7 +178,8 @@ impl Opened {
         ))
     }
 
-    /// What lies beside the only adapter, at `paths`, and holds for it; warns of what does not.
+    /// The applicable parts of the calibration in the only adapter's directory. Logs a warning about parts that do not
+    /// apply.
     pub(super) fn calibration(&self, paths: &[PathBuf]) -> Result<Applicable> {
         let ([path], [adapter]) = (paths, self.adapters.as_slice()) else {
             return Ok(Applicable::default());
@@ -195,7 +198,7 @@ impl Opened {
     }
 }
 
-/// Warns of adapters whose average is none: the same mean twice.
+/// Logs a warning if two adapters have the same mean, since averaging them has no effect.
 fn warn_of_equal_means(adapters: &[Adapter], paths: &[PathBuf]) {
     if adapters.len() < 2 {
         return;
@@ -215,7 +218,7 @@ fn warn_of_equal_means(adapters: &[Adapter], paths: &[PathBuf]) {
     }
 }
 
-/// The variables of the chat template that adapters were trained with, which have to agree.
+/// The chat template variables that the adapters were trained with. It is an error if they differ.
 fn variables(adapters: &[PathBuf]) -> Result<serde_json::Map<String, serde_json::Value>> {
     let all = adapters
         .iter()
@@ -237,7 +240,7 @@ fn variables(adapters: &[PathBuf]) -> Result<serde_json::Map<String, serde_json:
     }
 }
 
-/// How rows are scored, with `ece_bins` bins of the calibration error.
+/// The options for scoring rows, with `ece_bins` bins for the calibration error.
 pub(super) fn eval_options(scoring: &ScoringArgs, ece_bins: usize) -> EvalOptions {
     EvalOptions {
         batching: Batching::new(scoring.batch_size),
@@ -246,12 +249,12 @@ pub(super) fn eval_options(scoring: &ScoringArgs, ece_bins: usize) -> EvalOption
     }
 }
 
-/// The longest row where nothing else is asked for.
+/// Default of the largest length of a row, tokens.
 pub(super) fn row_limit(config: &ModelShape) -> usize {
     config.max_position_embeddings.min(1024)
 }
 
-/// Refuses rows of which only some have choices: what is found of them would be of two kinds of answer.
+/// Returns an error if only some rows have choices: the result would mix two kinds of answer.
 pub(super) fn require_one_kind(data: &Dataset, choices: &ChoiceRows) -> Result<()> {
     if choices.is_empty() || choices.len() == data.len() {
         return Ok(());
@@ -266,7 +269,7 @@ pub(super) fn require_one_kind(data: &Dataset, choices: &ChoiceRows) -> Result<(
     Err(Problem::new("mixed-rows", at, message, fix).exit(3).into())
 }
 
-/// Refuses a flag above `most`.
+/// Returns an error if the value of a flag is above `most`.
 pub(super) fn require_at_most(flag: &str, value: usize, most: usize) -> Result<()> {
     if value > most {
         bail!(Problem::usage(format!(
@@ -276,7 +279,8 @@ pub(super) fn require_at_most(flag: &str, value: usize, most: usize) -> Result<(
     Ok(())
 }
 
-/// The rows of `data`; of a directory, what was kept for the end.
+/// Opens the rows of `data`. Of a directory it takes the test rows, or else the validation rows, or else the training
+/// rows.
 pub(super) fn open_rows(data: &Path, encoder: &Arc<Encoder>) -> Result<Dataset> {
     let present = splits(data)?;
     let split = present.last().copied().unwrap_or_default();
@@ -289,7 +293,8 @@ pub(super) fn open_rows(data: &Path, encoder: &Arc<Encoder>) -> Result<Dataset> 
     open_split(data, split, encoder)
 }
 
-/// Held-out rows to fit something to: of a directory the validation rows, since its test rows are to be scored with the result.
+/// Opens held-out rows for a fit. Of a directory it takes the validation rows, since the test rows should score the
+/// result.
 pub(super) fn open_held_out(data: &Path, encoder: &Arc<Encoder>) -> Result<Dataset> {
     let present = splits(data)?;
     if data.is_file() {
@@ -318,7 +323,7 @@ fn open_split(data: &Path, split: Split, encoder: &Arc<Encoder>) -> Result<Datas
     )?)
 }
 
-/// Refuses flags that are 0.
+/// Returns an error if a flag is 0.
 pub(super) fn require_positive(flags: &[(&str, usize)]) -> Result<()> {
     match flags.iter().find(|(_, value)| *value == 0) {
         Some((flag, _)) => Err(Problem::usage(format!("{flag} 0: expected at least 1")).into()),

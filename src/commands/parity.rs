@@ -1,4 +1,4 @@
-//! `parity`: our decoder against mistral.rs in this process, and either against a recorded reference.
+//! `parity`: compares our decoder with mistral.rs in this process, and both with a recorded reference.
 
 mod chat;
 
@@ -17,7 +17,7 @@ use crate::hub::{self, OfGguf};
 use crate::model::{open_base, read_shape};
 use crate::provenance::read_effective_on;
 
-/// Over 200 tokens of prose, figures, code and other scripts.
+/// More than 200 tokens of prose, numbers, code and other scripts.
 const BUILT_IN_TEXT: &str = include_str!("parity.txt");
 
 pub(super) fn run(args: &ParityArgs) -> Result<()> {
@@ -100,7 +100,8 @@ pub(super) fn run(args: &ParityArgs) -> Result<()> {
     }
 }
 
-/// As many tokens as mistral.rs takes of the model, less one: it prints a panic where the one token of its answer has no position.
+/// The sequence length that mistral.rs supports for the model, minus 1: mistral.rs panics if the one token of its
+/// answer has no position.
 fn room_for_our_text(base: &Path, device: &Device) -> Result<usize> {
     let loader = MonteCloraLoader::builder(base, "parity").device(device.clone());
     let served = loader.build()?.check()?.max_sequence_length;
@@ -123,7 +124,7 @@ fn tokens(dir: &Path, text: &str, limit: usize) -> Result<Vec<u32>> {
     Ok(ids)
 }
 
-/// What is compared, in words.
+/// Titles of the comparisons.
 const NAMES: [(&str, &str); 6] = [
     ("ours", "ours - reference"),
     ("ours_base", "ours - reference (base)"),

@@ -1,4 +1,4 @@
-//! `predict`: answers, and what the posterior says about them.
+//! `predict`: answers, with their probability and the uncertainty of the posterior.
 
 use std::cell::Cell;
 use std::io::{IsTerminal, Write};
@@ -26,18 +26,18 @@ use crate::speech::Speech;
 #[derive(Debug, Serialize)]
 struct Report {
     answers: Vec<Given>,
-    /// Confidence from which on answers are given.
+    /// Confidence below which no answer is given.
     #[serde(skip_serializing_if = "Option::is_none")]
     threshold: Option<f64>,
 }
 
-/// An answer, and to which row.
+/// An answer and its row.
 #[derive(Debug, Serialize)]
 struct Given {
-    /// The row's line, or place, in the file.
+    /// The row's line, or index, in the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     line: Option<usize>,
-    /// What was asked last: the user's turn, or the prompt.
+    /// The last user turn, or the prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     question: Option<String>,
     #[serde(flatten)]
@@ -48,7 +48,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
     require_positive(&[("--max-tokens", args.max_tokens)])?;
     require_temperature(args.temperature)?;
     if args.data.is_some() {
-        // clap does not look at what a flag requires where the other of the two questions is given.
+        // clap does not check the requirements of a flag if --data is given instead of --prompt.
         let given = [
             (
                 "--system",
@@ -149,7 +149,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         answers: Vec::new(),
         threshold,
     };
-    // What says nothing of a question is left out of its answer.
+    // Questions that the calibration does not apply to are answered without it.
     let unscaled = Answerer {
         calibration: None,
         generation: answerer.generation.clone(),
@@ -178,7 +178,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
             let asked = rows
                 .iter()
                 .map(|row| {
-                    // A row that was sound before, and no longer is.
+                    // A row that was valid in the first check may have changed since.
                     let sound = reader.question(source, *row)?;
                     sound.map_err(|found| Error::from(Problems::from_iter(found)))
                 })
@@ -239,7 +239,7 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
     print(&lines.join("\n\n"))
 }
 
-/// Whether a calibration is of the kind of the questions that are asked.
+/// Checks whether the calibration applies to the questions.
 struct Kinds<'a> {
     judged: Option<Judged>,
     abstains: bool,
@@ -249,7 +249,8 @@ struct Kinds<'a> {
 }
 
 impl Kinds<'_> {
-    /// Whether the calibration was made on rows with this system message. Warns, or refuses where answers may be withheld, if not.
+    /// Whether the calibration was made on rows with this system message. If not, logs a warning, or with `--abstain`
+    /// returns an error.
     fn knows(&self, system: Option<&str>, at: Option<(&Source, usize)>) -> Result<bool> {
         if self.judged.is_none() || self.applicable.knows_system(system) {
             return Ok(true);
@@ -273,8 +274,8 @@ impl Kinds<'_> {
         Ok(false)
     }
 
-    /// Warns, or refuses where answers may be withheld, of questions that the calibration says nothing about; `at` is where the first
-    /// of them is from.
+    /// Checks that the calibration is for the same kind of answer as `questions`. If not, logs a warning, or with
+    /// `--abstain` returns an error. `at` is the row of the first question.
     fn check(&self, questions: &[Question], at: Option<(&Source, usize)>) -> Result<()> {
         let Some(judged) = self.judged else {
             return Ok(());
@@ -344,7 +345,8 @@ fn threshold(calibration: Option<&(Judged, Scaling)>, args: &PredictArgs) -> Res
         .into())
 }
 
-/// A target that the rows of a calibration may reach, as they did not reach theirs: the least bound that was seen, rounded up.
+/// A target error that the calibration's rows may reach after they missed their own target: the least bound on these
+/// rows, rounded up.
 fn reachable(off: &Abstention) -> f64 {
     let least = off
         .error_bound
@@ -353,16 +355,16 @@ fn reachable(off: &Abstention) -> f64 {
     ((100.0 * least).ceil() / 100.0).clamp(0.01, 0.99)
 }
 
-/// Turns rows into questions.
+/// Reads rows and prompts as questions.
 struct Reader<'a> {
     encoder: &'a Encoder,
-    /// Tokens that a prompt may have.
+    /// Largest number of tokens of a prompt.
     room: usize,
     max_tokens: usize,
 }
 
 impl Reader<'_> {
-    /// The rows to answer, after looking at all of them: what is wrong with any is said before the first is answered.
+    /// Opens the rows and checks all of them, so that problems are reported before the first answer.
     fn checked(&self, data: &Path) -> Result<Source> {
         let split = splits(data)?.last().copied().unwrap_or_default();
         let source = Source::open(data, split)?;
@@ -387,7 +389,7 @@ impl Reader<'_> {
         }
     }
 
-    /// A row, and what it asks; or what is wrong with it.
+    /// Reads a row and its question, or the problems of the row.
     fn question(
         &self,
         source: &Source,
@@ -448,7 +450,7 @@ impl Reader<'_> {
         }
     }
 
-    /// A prompt that is answered by one of `choices`, read as a row with them is.
+    /// A prompt with `choices` as a question, with the same rules as for a row of a file.
     fn choice(&self, prompt: &str, choices: &[String]) -> Result<Question> {
         let row = serde_json::json!({"prompt": prompt, "choices": choices});
         let row = parse_question(row.to_string().as_bytes()).map_err(|problems| {
@@ -470,7 +472,7 @@ impl Reader<'_> {
     }
 }
 
-/// An answer that is shown as it is made, if `streams`, with what is to be said of it.
+/// Answers a prompt, and shows the text during generation if `streams`.
 fn spoken(
     answerer: &Answerer<'_>,
     prompt: &[u32],
@@ -483,20 +485,20 @@ fn spoken(
         temperature: args.temperature,
         seed: args.scoring.seed,
     };
-    // What may have to be held back is not shown before it is judged.
+    // An answer that may be withheld is not shown before its confidence is known.
     let shows = streams && !args.abstain;
     let mut out = std::io::stdout();
     let model = (answerer.decoder, answerer.mean);
     let found = speech.answer(model, answerer.tokenizer, prompt, &|| true, &mut |text| {
         if shows {
-            // A reader that is gone reads nothing.
+            // Errors are ignored: the reader of a closed pipe needs no text.
             let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
         }
     })?;
     if shows {
         print("")?;
     }
-    // A temperature was found for the most likely answers.
+    // The calibration is for greedy answers only.
     let calibration = answerer.calibration.filter(|_| args.temperature == 0.0);
     let judging = Answerer {
         calibration,
@@ -509,7 +511,7 @@ fn spoken(
         .context("one answer to one question")
 }
 
-/// A question in one line that is not too long.
+/// A question in one line, cut if it is too long.
 fn shortened(question: &str) -> String {
     const MOST: usize = 160;
     let line = in_a_line(question);
@@ -534,7 +536,7 @@ fn describe(given: &Given, who: &str) -> String {
     text
 }
 
-/// What is said of an answer.
+/// The lines about an answer: confidence, choices and uncertainty.
 fn beside(answer: &Answer, who: &str) -> String {
     let mut text = how_sure(answer);
     for choice in &answer.choices {
@@ -556,7 +558,7 @@ fn beside(answer: &Answer, who: &str) -> String {
     text
 }
 
-/// How many of the draws, or adapters, give the answer. That they agree does not make it right.
+/// The number of draws, or adapters, that give the answer, in words. Agreement does not mean that the answer is right.
 pub(super) fn agreement(found: &Uncertainty, who: &str) -> String {
     let n = found.draws;
     let agreeing = (found.agreement * n as f64).round() as usize;
@@ -566,7 +568,7 @@ pub(super) fn agreement(found: &Uncertainty, who: &str) -> String {
     }
 }
 
-/// How sure an answer is, in words. Without a calibration nobody knows how often such answers are right.
+/// The confidence of an answer, in words. Without a calibration, it is unknown how often such answers are right.
 pub(super) fn how_sure(answer: &Answer) -> String {
     let p = answer.p_correct;
     let percent = format!("{:.1} %", 100.0 * p);

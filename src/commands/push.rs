@@ -1,4 +1,4 @@
-//! `push`: an adapter onto the Hub, with its model card.
+//! `push`: uploads an adapter to the Hub, with its model card.
 
 use std::path::PathBuf;
 
@@ -53,14 +53,14 @@ pub(super) fn run(args: &PushArgs) -> Result<()> {
             args.adapter.join(card::FILE).display()
         );
     }
-    // What a reader takes for the adapter's, and what goes where it goes.
+    // The adapter's own files, and the other files that belong to it.
     let own = format_of(&args.adapter).files(&args.adapter)?;
     let own = own.into_iter().filter(|path| path.is_file());
     let own = own.filter_map(|path| {
         let name = path.file_name()?.to_str()?.to_owned();
         Some((name, path))
     });
-    // The card is among it now.
+    // They now include the card.
     let beside = Beside::of(&args.adapter)?;
     let carried = beside.carried.names();
     let carried = carried

@@ -1,4 +1,4 @@
-//! `quickstart`: the whole job on a real model.
+//! `quickstart`: trains, evaluates, calibrates, exports and serves a real model.
 
 mod certainty;
 mod job;
@@ -34,13 +34,13 @@ use crate::provenance::read_effective;
 use crate::sample_models::{Recipe, SMOLLM2, SampleModel};
 use crate::train::{Begin, Event, Prepared, begin};
 
-/// What was found, in the output directory.
+/// The file with the results, in the output directory.
 const REPORT: &str = "quickstart.json";
 
-/// Longest answer; the JSON objects have about twenty tokens.
+/// Largest number of tokens of an answer. The JSON objects have about twenty tokens.
 const MAX_NEW_TOKENS: usize = 40;
 
-/// Test rows decoded together.
+/// Number of test rows that are decoded together.
 const DECODE_BATCH: usize = 20;
 
 #[derive(Debug, Clone, Serialize)]
@@ -67,14 +67,14 @@ struct Report {
     train_rows: usize,
     test_rows: usize,
     steps: u64,
-    /// Of this process alone, where an earlier one was interrupted.
+    /// Seconds of training in this process, without earlier interrupted ones.
     train_s: f64,
     total_s: f64,
     resumed: bool,
     base: Score,
     mean: Score,
     posterior: Certainty,
-    /// Sites of the GGUF LoRA, read back and equal to the bit.
+    /// Number of sites in the GGUF LoRA, which were read back and are equal to the bit.
     gguf_sites: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     parity: Option<ParityScore>,
@@ -142,7 +142,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         }
     };
     let adapter = read_effective(&paths.adapter, false)?;
-    // What an earlier quickstart wrote here is replaced: with --force, or where it was interrupted.
+    // With --force, or after an interruption, files of an earlier quickstart are replaced.
     let options = LoraOptions {
         overwrite: true,
         ..LoraOptions::default()
@@ -226,7 +226,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     }
 }
 
-/// The end of a quickstart that was interrupted, with what goes on with it.
+/// The error for an interrupted quickstart. It names the command that continues.
 fn stopped(when: &str, args: &QuickstartArgs) -> anyhow::Error {
     let mut command = format!("{} quickstart", program());
     let out = args.output_dir.display().to_string();
@@ -248,7 +248,7 @@ fn stopped(when: &str, args: &QuickstartArgs) -> anyhow::Error {
     interrupted(format!("{when}; go on with: {command}"))
 }
 
-/// Tells what a quickstart that has ended found, if one has.
+/// Shows the results of a finished quickstart. Returns false if there are none.
 fn finished(out: &Path, as_json: bool) -> Result<bool> {
     let path = out.join(REPORT);
     if !path.is_file() {
@@ -268,7 +268,7 @@ fn finished(out: &Path, as_json: bool) -> Result<bool> {
     Ok(true)
 }
 
-/// At a terminal, somebody may look at a page.
+/// Serves the page only if stdout is a terminal and the output is not JSON.
 fn page_at_terminal(as_json: bool, page: impl FnOnce() -> Result<()>) -> Result<()> {
     match as_json || !std::io::stdout().is_terminal() {
         true => Ok(()),
@@ -276,7 +276,7 @@ fn page_at_terminal(as_json: bool, page: impl FnOnce() -> Result<()>) -> Result<
     }
 }
 
-/// Serves what was trained until Ctrl-C, with the page.
+/// Serves the trained model with the page until Ctrl-C.
 #[cfg(feature = "mistralrs")]
 fn page(paths: &Paths) -> Result<()> {
     use std::net::{Ipv4Addr, TcpListener};
@@ -284,7 +284,7 @@ fn page(paths: &Paths) -> Result<()> {
     use mistralrs_monteclora::{ServeFile, serve};
 
     let mut file = ServeFile::read(&paths.serve)?;
-    // Another server may have the usual port.
+    // Another server may use the default port.
     if TcpListener::bind((Ipv4Addr::LOCALHOST, file.server.port)).is_err() {
         file.server.port = 0;
     }
@@ -295,7 +295,7 @@ fn page(paths: &Paths) -> Result<()> {
         let text = format!(
             "\nopen http://{address}/ to ask it, and to see which answers to trust; Ctrl-C ends this"
         );
-        // A terminal that is gone shows nothing.
+        // Errors are ignored: the terminal may be closed.
         let _ = super::print(&text);
     })?;
     Ok(())
@@ -306,10 +306,10 @@ fn page(_: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// The base, its name in serve.toml, and how it is trained.
+/// The base model, its name in serve.toml, and its training recipe.
 fn chosen(args: &QuickstartArgs) -> Result<(Located, &'static str, Recipe)> {
     if let Some(id) = &args.model_id {
-        // mistral.rs serves it afterwards, from weights that are stored as they are.
+        // mistral.rs serves the model later, and needs weights that are not quantised.
         let whole = OfGguf::Import(DType::F32);
         let located = hub::locate_as(id, &HubOptions::default(), whole)?;
         return Ok((located, "base", SMOLLM2.recipe));
@@ -318,7 +318,7 @@ fn chosen(args: &QuickstartArgs) -> Result<(Located, &'static str, Recipe)> {
     Ok((model.locate()?, model.name, model.recipe))
 }
 
-/// Writes the posterior mean for llama.cpp, and reads it again; the number of its sites.
+/// Writes the posterior mean for llama.cpp, and checks it by reading it back. Returns the number of its sites.
 fn write_gguf(
     adapter: &Adapter,
     path: &Path,
@@ -348,7 +348,7 @@ fn write_gguf(
     Ok(n_sites)
 }
 
-/// The answers to the test tickets, with a bar.
+/// Answers the test tickets, with a progress bar.
 fn answer(
     tickets: &Recital<'_>,
     name: &'static str,
@@ -417,7 +417,7 @@ fn served(
     };
     engine.shut_down()?;
     let ours = &answers[0];
-    // mistral.rs counts the stop token among its own; we do not.
+    // mistral.rs includes the stop token in its answer; our decoder does not.
     let theirs: Vec<u32> = answer
         .token_ids
         .iter()

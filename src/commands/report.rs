@@ -1,4 +1,4 @@
-//! `report`: one self-contained HTML page about a run.
+//! `report`: writes one self-contained HTML page about a run.
 
 use std::path::{Path, PathBuf};
 
@@ -32,7 +32,8 @@ pub(super) fn run(args: &ReportArgs) -> Result<()> {
     print(&format!("wrote {}; open it in a browser", target.display()))
 }
 
-/// The directory itself, or the one directory in it that a run wrote into, such as `quickstart-out/adapter`.
+/// The directory itself if it contains a run, otherwise its only subdirectory with a run, such as
+/// `quickstart-out/adapter`.
 fn run_in(dir: &Path) -> PathBuf {
     let is_run = |dir: &Path| dir.join(report::METRICS).is_file();
     if is_run(dir) {
@@ -48,7 +49,7 @@ fn run_in(dir: &Path) -> PathBuf {
     }
 }
 
-/// A file of JSON that was named, or that lies beside the run; null if neither.
+/// The content of the JSON file `named`, or of `usual` if none is named. Null if `usual` does not exist.
 fn beside(named: Option<&Path>, usual: &Path) -> Result<Value> {
     let path = match named {
         Some(path) => path,

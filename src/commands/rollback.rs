@@ -1,4 +1,4 @@
-//! `rollback`: the generation that an alias had before.
+//! `rollback`: brings back the previous generation of an alias.
 
 use anyhow::{Result, bail};
 use monteclora_converters::Problem;

@@ -1,4 +1,4 @@
-//! `sample`: posterior draws as plain LoRA.
+//! `sample`: writes posterior draws as plain LoRA adapters.
 
 use std::path::PathBuf;
 
@@ -24,10 +24,10 @@ pub(super) fn run(args: &SampleArgs) -> Result<()> {
     require_apart(&args.adapter, output)?;
     require_empty(output, args.force)?;
     let beside = Beside::of(&args.adapter)?.nothing_carried("not copied to every draw");
-    // The first draw tells whether there is a posterior, before anything is written.
+    // The first draw fails if there is no posterior, before anything is written.
     let mut draw = monteclora_adapters::sample(&adapter, args.seed, 0)?;
     let context = || format!("cannot write `{}`", output.display());
-    // All draws or none: they are made in a sibling.
+    // The draws are written to a sibling directory, so that `output` has all draws or none.
     let sibling = files::dir_beside(output)?;
     let mut names = Vec::new();
     for index in 0..args.k {

@@ -44,7 +44,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<()> {
     Ok(())
 }
 
-/// The configuration that the arguments, and the file they name, stand for now.
+/// The configuration from the arguments and the file that they name.
 fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
     let first = args.adapters.first().and_then(|text| text.split_once('='));
     let model_id = match (&args.model_id, first) {
@@ -74,7 +74,7 @@ fn configuration(args: &ServeArgs) -> Result<ServeConfig> {
     Ok(config)
 }
 
-/// What `file` stands for, with our decoder for scores.
+/// Resolves `file` into a configuration that scores answers with our decoder.
 pub(super) fn resolved(file: &ServeFile, token_source: &str) -> Result<ServeConfig> {
     let token_source = token_source.to_owned();
     let scoring: Arc<dyn Scoring> = Arc::new(DecoderScoring {

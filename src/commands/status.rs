@@ -1,4 +1,4 @@
-//! `status`: what a server serves, and from which releases.
+//! `status`: shows the models of a server and their releases.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -14,7 +14,7 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
     let models = server.models()?;
     let adapters = match server.adapters() {
         Ok(adapters) => Some(adapters),
-        // A key for inference, or a server without administration, still has a list of models.
+        // With an inference key, or without [admin] on the server, only the list of models is available.
         Err(error) if ["no-endpoint", "unauthorized"].contains(&error.code()) => None,
         Err(error) => return Err(error.into()),
     };
@@ -58,7 +58,7 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
             parent.map_or_else(String::new, |parent| format!("on {parent}"))
         ));
     }
-    // mistral.rs 0.9 lists adapters under names of another form.
+    // mistral.rs 0.9 lists adapters under other names.
     let named = |adapter: &&ServedAdapter| models.iter().any(|model| model.id == adapter.name);
     for adapter in adapters.iter().flatten().filter(|adapter| !named(adapter)) {
         text.push_str(&format!("  {:<24} {}\n", adapter.name, adapter.generation));

@@ -1,4 +1,4 @@
-//! `train`: fine-tune as run.toml says.
+//! `train`: fine-tunes a model as run.toml or the command line configures it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -65,7 +65,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     ))
 }
 
-/// What to do with an adapter that was just trained.
+/// Suggested commands for a newly trained adapter.
 fn next(prepared: &Prepared) -> String {
     let (program, dir) = (program(), &prepared.run.train.output_dir);
     let out = shell_word(&dir.display().to_string());
@@ -87,7 +87,7 @@ fn next(prepared: &Prepared) -> String {
     format!("next\n  {}", lines.join("\n  "))
 }
 
-/// The file of the run, if there is one, with the keys of the command line.
+/// The configuration from the run's file, if there is one, with the keys of the command line.
 fn configuration(args: &TrainArgs) -> Result<RunConfig> {
     let mut keys = args.keys.overrides();
     keys.extend(args.overrides.iter().cloned());
@@ -96,7 +96,7 @@ fn configuration(args: &TrainArgs) -> Result<RunConfig> {
             let message = "which run? Give -c run.toml (`monteclora init` writes one), or -m MODEL and --data FILE";
             bail!(Problem::usage(message));
         }
-        // What -c would have said comes first, so that flags win.
+        // The default comes first, so that flags override it.
         keys.insert(0, "train.output_dir=\"out\"".to_owned());
         return without_file(&keys, args.resume.is_some());
     };
@@ -132,18 +132,19 @@ fn finished(prepared: &Prepared, step: u64, as_json: bool) -> Result<()> {
     ))
 }
 
-/// When training stops.
+/// When training stops after a signal, for [`say_stopping`].
 pub(super) const AFTER_STEP: &str = " after this step";
 
-/// What the first signal says of when it is looked at.
+/// The end of the message for the first signal: when the program stops.
 static AFTER: Mutex<&str> = Mutex::new("");
 
-/// Lets the first signal say that it is looked at `after`.
+/// Sets the end of the message for the first signal.
 pub(super) fn say_stopping(after: &'static str) {
     *AFTER.lock().unwrap_or_else(PoisonError::into_inner) = after;
 }
 
-/// A flag set by the first SIGINT or SIGTERM, which says when it is looked at; a second one ends the process at once.
+/// A flag that the first SIGINT or SIGTERM sets. The signal also logs when the program stops. A second signal ends the
+/// process at once.
 pub(super) fn stop_on_signals(after: &'static str) -> Result<Interrupt> {
     say_stopping(after);
     let flag: Interrupt = Arc::new(AtomicBool::new(false));

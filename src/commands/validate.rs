@@ -1,4 +1,4 @@
-//! `validate`: every problem at once.
+//! `validate`: reports all problems of an adapter together.
 
 use anyhow::Result;
 use monteclora_converters::{Findings, Problem, Runtime, examine};
@@ -53,10 +53,10 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     }
 }
 
-/// Most problems that are spelt out; `--json` has all.
+/// Largest number of problems that are listed; `--json` has all.
 const LISTED: usize = 20;
 
-/// One problem per line, those with the same remedy together; the first [`LISTED`] and the number of the others.
+/// The first [`LISTED`] problems, one per line and grouped by remedy, and the number of the others.
 fn by_remedy(problems: &[Problem]) -> String {
     let n_more = problems.len().saturating_sub(LISTED);
     let problems = &problems[..problems.len() - n_more];
@@ -82,7 +82,7 @@ fn by_remedy(problems: &[Problem]) -> String {
     text
 }
 
-/// What was checked, and found good.
+/// The text for an adapter without problems.
 fn good(args: &ValidateArgs, has_warnings: bool) -> String {
     let mut text = "no problem found".to_owned();
     if let Some(base) = &args.model_id {

@@ -1,4 +1,4 @@
-//! When to say nothing: the confidence below which no answer is given, so that few of those that are given are wrong.
+//! Abstention: the confidence below which no answer is given, so that few of the given answers are wrong.
 
 use anyhow::Result;
 use monteclora_converters::Problem;
@@ -8,38 +8,40 @@ use statrs::distribution::{Beta, ContinuousCDF};
 use super::measures::Outcome;
 use crate::data::epoch_order;
 
-/// Chance that a bound is wrong: that of the check, whose number is told.
+/// Probability that the bound of the check is wrong. This bound is reported.
 const CHECK: f64 = 0.05;
 
-/// The same for the choice of the threshold, which looks at many: stricter, so that the check passes more often than not.
+/// Probability that a bound is wrong when the threshold is chosen. It is stricter, because the choice compares many
+/// thresholds, and the check should pass in most cases.
 const CHOICE: f64 = 0.01;
 
-/// A threshold on confidence with what was seen of it.
+/// A threshold on confidence, and how it was checked.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Abstention {
     /// Share of wrong answers that is allowed.
     pub target_error: f64,
-    /// Confidence from which on answers are given; none where no threshold was found that keeps the target.
+    /// Least confidence of an answer that is given. `None` if no threshold was found that keeps the target.
     pub threshold: Option<f64>,
-    /// The least upper bound, at 99 %, that any threshold has on the rows it is chosen on: targets below it are out of reach.
+    /// The least upper bound at 99 % of any threshold, on the rows of the choice. Targets below it cannot be reached.
     pub least_bound: f64,
     /// Rows that the threshold was chosen on.
     pub chosen_on: usize,
-    /// Other rows, that it was checked on.
+    /// Other rows, on which the threshold was checked.
     pub checked_on: usize,
-    /// Of the latter, the share that is answered; for the threshold that was checked, if there was one.
+    /// Share of the checked rows that the threshold answers. `None` if no threshold was checked.
     pub answered: Option<f64>,
-    /// Share of wrong answers among them.
+    /// Share of wrong answers among the answered rows.
     pub error: Option<f64>,
     /// Upper bound of the share of wrong answers, at 95 % confidence   (Clopper and Pearson 1934, Biometrika 26).
     pub error_bound: Option<f64>,
 }
 
-/// One-sided Clopper-Pearson upper bound of a share of which `k` of `n` were seen, wrong with probability `alpha`: the `1 - alpha`
-/// quantile of `Beta(k + 1, n - k)`; 1 where all or nothing was seen.
+/// One-sided Clopper-Pearson upper bound of a share, of which `k` of `n` were seen.
+///
+/// It is the `1 - alpha` quantile of `Beta(k + 1, n - k)`, and 1 if `k >= n`. It is wrong with probability `alpha`.
 ///
 /// # Errors
-/// Never for `k <= n`.
+/// The signature passes on errors of the distribution, but its parameters are always valid.
 pub fn upper_bound(k: usize, n: usize, alpha: f64) -> Result<f64> {
     if k >= n {
         return Ok(1.0);
@@ -48,21 +50,21 @@ pub fn upper_bound(k: usize, n: usize, alpha: f64) -> Result<f64> {
     Ok(beta.inverse_cdf(1.0 - alpha))
 }
 
-/// The least number of answers whose bound can be at most `target_error`: all of them right.
+/// The least number of answers whose bound can be at most `target_error`, if all of them are right.
 fn answers_needed(target_error: f64, alpha: f64) -> usize {
     // The bound of no error among n is 1 - alpha^(1/n).
     (alpha.ln() / (-target_error).ln_1p()).ceil() as usize
 }
 
-/// Rows that [`choose`] needs at least for `target_error`.
+/// The least number of rows that [`choose`] needs for `target_error`.
 pub fn rows_needed(target_error: f64) -> usize {
     2 * answers_needed(target_error, CHOICE)
 }
 
-/// Refuses fewer rows than [`rows_needed`].
+/// Checks that there are at least [`rows_needed`] rows.
 ///
 /// # Errors
-/// With the number that is needed.
+/// Returns an error that names the needed number if there are fewer.
 pub fn require_rows(n_rows: usize, target_error: f64) -> Result<(), Problem> {
     let needed = rows_needed(target_error);
     if n_rows >= needed {
@@ -76,11 +78,12 @@ pub fn require_rows(n_rows: usize, target_error: f64) -> Result<(), Problem> {
 
 /// Chooses a threshold on one half of `outcomes`, drawn by `seed`, and checks it once on the other.
 ///
-/// The threshold answers as many rows as it can while the upper bound of their error, at 99 %, is at most `target_error`. It
-/// stands if on the other half the bound at 95 % is, too; else there is none, and what was seen tells how far off it was.
+/// The chosen threshold answers as many rows as possible while the upper bound of their error, at 99 %, is at most
+/// `target_error`. It is kept if the bound at 95 % on the other half is at most `target_error`, too. Otherwise there is
+/// no threshold, and [`Abstention::error_bound`] tells how far it was from the target.
 ///
 /// # Errors
-/// With fewer than [`rows_needed`].
+/// Returns an error if there are fewer than [`rows_needed`].
 pub fn choose(outcomes: &[Outcome], target_error: f64, seed: u64) -> Result<Abstention> {
     require_rows(outcomes.len(), target_error)?;
     let order = epoch_order(outcomes.len(), seed, 0);
@@ -151,7 +154,7 @@ mod tests {
         }
     }
 
-    /// Confident answers are right more often: `n` rows whose chance to be right is their confidence.
+    /// `n` rows that are right with a probability equal to their confidence.
     fn calibrated(n: usize, seed: u64) -> Vec<Outcome> {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let mut uniform = || super::super::measures::uniform(&mut random);
@@ -167,8 +170,8 @@ mod tests {
             .collect()
     }
 
-    /// The promise: over many data sets a threshold that stands has a true error above the target in at most 5 % of them, and it
-    /// stands in most.
+    /// Over many data sets, a threshold that is kept has a true error above the target in at most 5 % of them, and it
+    /// is kept in most.
     #[test]
     fn thresholds_that_stand_keep_the_target() {
         let (mut standing, mut broken) = (0, 0);

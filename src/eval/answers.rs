@@ -1,25 +1,28 @@
-//! How likely a given answer is, and how unsure each of its tokens.
+//! The probability of a given answer, and the entropy at each of its tokens.
 
 use anyhow::Result;
 
 use super::Batching;
 use crate::model::{ActiveAdapter, Decoder, Generation, Sequences, log_mean_exp};
 
-/// What adapters, each one model for all of an answer, say of it.
+/// The probability and the entropies of an answer under several adapters. Each adapter is one model for the whole
+/// answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AnswerCertainty {
-    /// Logarithm of the average over the adapters of the answer's probability: the product of those of its tokens and of its end.
+    /// Logarithm of the answer's probability, averaged over the adapters: the product of the probabilities of its
+    /// tokens and its end token.
     pub log_confidence: f64,
-    /// Entropy of the average over the next token, nats, averaged over the answer's tokens and its end.
+    /// Entropy of the adapters' average distribution over the next token, nats, averaged over the answer's tokens and
+    /// its end token.
     pub predictive_entropy: f64,
-    /// The same of the average of the adapters' entropies.
+    /// Average of the adapters' entropies over the next token, nats, averaged over the same tokens.
     pub expected_entropy: f64,
 }
 
-/// What `adapters` say of `answers` to `prompts`, in their order; one forward pass per adapter.
+/// The certainty of `answers` to `prompts` under `adapters`, in order. Each batch needs one forward pass per adapter.
 ///
 /// # Errors
-/// Those of the decoder.
+/// As [`Decoder::predictive`].
 pub fn certainties(
     decoder: &Decoder,
     prompts: &[Vec<u32>],

@@ -1,4 +1,4 @@
-//! `calibration.json`: what `calibrate` found for an adapter on a base, and whether it holds for what is evaluated now.
+//! `calibration.json`: the result of `calibrate` for an adapter on a base, and the check whether it applies now.
 
 use std::path::{Path, PathBuf};
 
@@ -15,21 +15,21 @@ use super::{LengthNormalisation, Prediction, fit_temperature, tempered};
 /// The file's name.
 pub const FILE: &str = "calibration.json";
 
-/// The form of the file.
+/// The version of the file format.
 const VERSION: u32 = 1;
 
-/// What rows are judged by.
+/// The kind of answer that is judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Judged {
-    /// The choices of rows.
+    /// One of the row's choices.
     Choices,
-    /// Answers in the model's own words, which are right if they equal the row's.
+    /// A generated answer. It is right if it equals the row's answer.
     Answers,
 }
 
 impl Judged {
-    /// As the file has it.
+    /// The name that the file uses.
     pub fn name(self) -> &'static str {
         match self {
             Self::Choices => "choices",
@@ -47,16 +47,16 @@ pub struct Fit {
     pub ece: f64,
 }
 
-/// What was found for one predictor.
+/// The calibration of one predictor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Scaling {
-    /// Predictions become `p^(1/T)`, normalised.
+    /// The temperature T: probabilities become `p^(1/T)`, normalised.
     pub temperature: f64,
-    /// On the rows of the fit, without it.
+    /// The scores on the rows of the fit, without the temperature.
     pub before: Fit,
-    /// On the same rows, with it.
+    /// The scores on the same rows, with the temperature.
     pub after: Fit,
-    /// From which confidence on answers are given, where it was asked for.
+    /// The confidence below which no answer is given, if a target error was set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub abstention: Option<Abstention>,
 }
@@ -64,13 +64,13 @@ pub struct Scaling {
 /// Draws of a posterior: the first `n` under `seed`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Draws {
-    /// How many.
+    /// Number of draws.
     pub n: usize,
     /// Their seed.
     pub seed: u64,
 }
 
-/// What predictions depend on besides the rows.
+/// Everything that predictions depend on besides the rows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Circumstances {
     /// Fingerprint of the base.
@@ -82,28 +82,28 @@ pub struct Circumstances {
     /// Fingerprint of the whole adapter, its posterior included.
     #[serde(rename = "adapter_fingerprint")]
     pub adapter: String,
-    /// SHA-256 of the chat template with its variables, where it writes out prompts.
+    /// SHA-256 of the chat template with its variables, if prompts are rendered with it.
     pub chat_template_sha256: Option<String>,
     /// Whether choices are compared by their likelihood per token.
     pub length_normalised: bool,
 }
 
-/// The rows that were used.
+/// The rows of the fit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rows {
     /// Number of rows.
     pub rows: usize,
     /// SHA-256 of the file.
     pub sha256: String,
-    /// What they are judged by.
+    /// How they are judged.
     pub judged: Judged,
-    /// SHA-256 of the system message that all rows have, `none` where none has one; absent where they differ.
+    /// SHA-256 of the system message that all rows share: `none` if no row has one, absent if they differ.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<String>,
 }
 
 impl Rows {
-    /// What is recorded of the system messages of rows.
+    /// The value of [`Self::system`] for rows with these system messages.
     pub fn common_system(systems: impl IntoIterator<Item = Option<String>>) -> Option<String> {
         let mut systems = systems
             .into_iter()
@@ -113,7 +113,7 @@ impl Rows {
     }
 }
 
-/// A system message as it is recorded.
+/// The recorded form of a system message.
 fn named_system(system: Option<&str>) -> String {
     system.map_or("none".to_owned(), |text| sha256(text.trim().as_bytes()))
 }
@@ -124,40 +124,40 @@ pub struct Calibration {
     version: u32,
     /// Version of the program.
     monteclora: String,
-    /// What it holds for.
+    /// The circumstances that the calibration applies to.
     #[serde(flatten)]
     pub circumstances: Circumstances,
-    /// What it was found on.
+    /// The rows of the fit.
     pub data: Rows,
-    /// Of the base.
+    /// The calibration of the base model.
     pub base_scaling: Scaling,
-    /// Of the posterior mean.
+    /// The calibration of the posterior mean.
     pub mean_scaling: Scaling,
-    /// Draws of the average.
+    /// The draws that were averaged.
     pub draws: Option<Draws>,
-    /// Of the average over the draws.
+    /// The calibration of the average over the draws.
     pub posterior_scaling: Option<Scaling>,
 }
 
-/// What of a file holds for what is evaluated now.
+/// The parts of a calibration that apply to the present evaluation.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Applicable {
-    /// Of the base.
+    /// The calibration of the base model.
     pub base: Option<Scaling>,
-    /// Of the posterior mean.
+    /// The calibration of the posterior mean.
     pub mean: Option<Scaling>,
-    /// Of the average over the draws.
+    /// The calibration of the average over the draws.
     pub posterior: Option<Scaling>,
-    /// What the rows of the fit were judged by.
+    /// How the rows of the fit were judged.
     pub judged: Option<Judged>,
     /// As [`Rows::system`].
     pub system: Option<String>,
-    /// Why something does not, in a sentence.
+    /// Why a part does not apply: the rest of a sentence that begins with the file's name.
     pub why_not: Option<String>,
 }
 
 impl Applicable {
-    /// What holds for what is asked: the average over `draws`, or the mean without any; and what it was judged by.
+    /// The calibration of the average over `draws`, or of the mean if `draws` is `None`, and how its rows were judged.
     pub fn asked(self, draws: Option<Draws>) -> Option<(Judged, Scaling)> {
         let scaling = match draws {
             Some(_) => self.posterior,
@@ -166,13 +166,14 @@ impl Applicable {
         self.judged.zip(scaling)
     }
 
-    /// Whether it was made on rows with this system message; it says nothing of questions under another.
+    /// Whether the rows of the fit have this system message. The calibration does not apply to questions with another
+    /// one. True if the calibration names no common system message.
     pub fn knows_system(&self, system: Option<&str>) -> bool {
         let own = self.system.as_ref();
         own.is_none_or(|own| *own == named_system(system))
     }
 
-    /// What holds for rows that are judged by `judged`.
+    /// The same parts if the rows of the fit were judged by `judged`, otherwise none.
     #[must_use]
     pub fn of(self, judged: Judged) -> Self {
         match self.judged == Some(judged) {
@@ -186,7 +187,7 @@ impl Scaling {
     /// Fits a temperature to `predictions`.
     ///
     /// # Errors
-    /// Those of the search.
+    /// As [`fit_temperature`].
     pub fn fit(predictions: &[Prediction], ece_bins: usize) -> Result<Self> {
         let temperature = fit_temperature(predictions)?;
         let fit = |predictions: &[Prediction]| {
@@ -204,14 +205,14 @@ impl Scaling {
         })
     }
 
-    /// Confidence and truth of `predictions` after the temperature.
+    /// The outcomes of `predictions` after temperature scaling.
     pub fn outcomes(&self, predictions: &[Prediction]) -> Vec<Outcome> {
         measures::outcomes(&tempered(predictions, self.temperature))
     }
 }
 
 impl Circumstances {
-    /// Those of `adapter` on the base of this fingerprint.
+    /// The circumstances of `adapter` on the base model with the fingerprint `base`.
     pub fn new(
         base: String,
         adapter: &Adapter,
@@ -228,10 +229,10 @@ impl Circumstances {
     }
 }
 
-/// Where the calibration of the adapter at `path` lies: in its directory.
+/// The path of the calibration of `adapter`, in the adapter's directory.
 ///
 /// # Errors
-/// For an adapter that is one file.
+/// Returns an error if `adapter` is a file.
 pub fn path_of(adapter: &Path) -> Result<PathBuf> {
     if adapter.is_file() {
         let message = format!(
@@ -245,7 +246,7 @@ pub fn path_of(adapter: &Path) -> Result<PathBuf> {
 }
 
 impl Calibration {
-    /// A new one.
+    /// Creates a calibration of this program's version.
     pub fn new(
         circumstances: Circumstances,
         data: Rows,
@@ -265,10 +266,11 @@ impl Calibration {
         }
     }
 
-    /// Reads the file beside the adapter at `path`, if there is one.
+    /// Reads `calibration.json` in the directory `adapter`, if it exists.
     ///
     /// # Errors
-    /// A file that cannot be read, or that another version wrote in another form.
+    /// Returns an error if the file cannot be read, has another format version or holds values that `calibrate` never
+    /// writes.
     pub fn beside(adapter: &Path) -> Result<Option<Self>, Error> {
         let path = adapter.join(FILE);
         let refuse = |what: String| {
@@ -336,15 +338,15 @@ impl Calibration {
         Ok(Some(found))
     }
 
-    /// Writes it beside the adapter at `path`, in place of one that is there.
+    /// Writes the calibration to the file `path`, and replaces an existing file.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// Returns an error if the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         files::write_json(path, self)
     }
 
-    /// What of it holds under `now` for these `draws`; none asked for need none.
+    /// The parts that apply under `now`. The average applies only if it was fitted with the same `draws`.
     pub fn applicable(&self, now: &Circumstances, draws: Option<Draws>) -> Applicable {
         let was = &self.circumstances;
         let unlike = [

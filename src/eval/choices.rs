@@ -1,4 +1,4 @@
-//! Multiple-choice rows: the log-likelihood of every choice in the place of the answer.
+//! Multiple-choice rows: the log-likelihood of every choice as the answer.
 
 use monteclora_adapters::Error;
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,18 +9,18 @@ use super::{Prediction, not_finite};
 use crate::data::{ChoiceSet, Dataset, RowProblem, fault_of_row};
 use crate::model::{ActiveAdapter, Decoder, Sequences};
 
-/// What is compared between choices.
+/// How the likelihoods of choices are compared.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum LengthNormalisation {
-    /// The log-likelihood of the whole choice, given the prompt: long choices are less likely.
+    /// By the log-likelihood of the whole choice, given the prompt. Long choices are less likely.
     #[default]
     None,
-    /// The log-likelihood a token.
+    /// By the log-likelihood per token.
     Tokens,
 }
 
 impl LengthNormalisation {
-    /// What `--length-normalised` asks for.
+    /// The setting for the value of `--length-normalised`.
     pub fn per_token(is_wanted: bool) -> Self {
         if is_wanted { Self::Tokens } else { Self::None }
     }
@@ -36,14 +36,15 @@ impl ChoiceRows {
     /// Reads the rows with choices.
     ///
     /// # Errors
-    /// Every row whose choices cannot be scored; errors of the model's template or tokenizer.
+    /// Returns one error for all rows whose choices cannot be scored, or an error of the chat template or the
+    /// tokenizer.
     pub fn read(data: &Dataset) -> Result<Self, converters::Error> {
         let mut by_example = BTreeMap::new();
         let mut problems = Problems::default();
         let mut seen = BTreeSet::new();
         for example in 0..data.len() {
             let (line, row) = data.row(example)?;
-            // A row that became several examples is scored once.
+            // A row that gave several examples is scored once.
             if row.choices.is_none() || !seen.insert(line) {
                 continue;
             }
@@ -71,7 +72,7 @@ impl ChoiceRows {
         self.by_example.is_empty()
     }
 
-    /// The choices of the row that an example was made from; of several such examples the first has them.
+    /// The choices of the row that an example was made from. If a row gave several examples, only the first has them.
     pub fn of(&self, example: usize) -> Option<&ChoiceSet> {
         self.by_example.get(&example)
     }
@@ -82,10 +83,10 @@ impl ChoiceRows {
     }
 }
 
-/// The log-likelihood of every choice of every row under `adapter`, nats; one forward pass over all of them.
+/// The log-likelihood of every choice of every row under `adapter`, nats. All rows share one forward pass.
 ///
 /// # Errors
-/// Those of the decoder.
+/// As [`Decoder::evaluate`].
 pub fn log_likelihoods<'a>(
     rows: impl IntoIterator<Item = &'a ChoiceSet>,
     model: &Decoder,
@@ -100,16 +101,17 @@ pub fn log_likelihoods<'a>(
     Ok(places.iter().map(|row| row.log_likelihoods(&nll)).collect())
 }
 
-/// Where the tokens of each choice of a row are predicted: `[choice][token]`, an index into the targets of a batch.
+/// The targets of each choice of a row: `[choice][token]` is an index into the targets of a batch.
 #[derive(Debug, PartialEq)]
 pub(super) struct Places(Vec<Vec<usize>>);
 
 impl Places {
-    /// Appends what the choices need to a batch. `own` is a segment that is there already and may serve: that of the row's
-    /// own answer.
+    /// Appends the sequences and targets of the choices to a batch. `own` is the segment of the row's own answer, if
+    /// the batch already contains it.
     ///
-    /// Every choice needs all its tokens but the last as input. An input that begins another is not run on its own, so
-    /// choices of one token share one pass over the prompt, and the right one is read off the pass over the answer.
+    /// The input of a choice is all its tokens but the last. An input that is a prefix of another one gets no segment
+    /// of its own: choices of one token share one pass over the prompt, and the right choice uses the pass over the
+    /// answer.
     pub(super) fn new(
         set: &ChoiceSet,
         sequences: &mut Sequences,
@@ -149,7 +151,7 @@ impl Places {
         Self(places)
     }
 
-    /// The log-likelihood of every choice, from the negative one of every target of the batch.
+    /// The log-likelihood of every choice, from the negative log-likelihoods of the batch's targets.
     pub(super) fn log_likelihoods(&self, nll: &[f32]) -> Vec<f64> {
         let sum = |choice: &Vec<usize>| -> f64 {
             choice.iter().map(|target| -f64::from(nll[*target])).sum()
@@ -158,10 +160,11 @@ impl Places {
     }
 }
 
-/// The distribution over the choices of the `row`-th row with choices: softmax of its log-likelihoods.
+/// The distribution over the choices of a row: the softmax of its log-likelihoods. `row` is its index among the rows
+/// with choices, for the error message.
 ///
 /// # Errors
-/// Log-likelihoods that are not numbers.
+/// Returns an error if a log-likelihood is NaN or infinite.
 pub(super) fn prediction(
     set: &ChoiceSet,
     log_likelihoods: &[f64],
@@ -218,7 +221,7 @@ mod tests {
         let row = set(&[1, 2], &[&[7], &[8, 9], &[8, 5, 6]]);
         let places = Places::new(&row, &mut sequences, &mut targets, None);
         assert_eq!(sequences.tokens, [1, 2, 8, 5]);
-        // The longest comes first, and the others are read off it.
+        // The longest comes first, and the others use its segment.
         assert_eq!(targets, [(1, 8), (2, 5), (3, 6), (2, 9), (1, 7)]);
         assert_eq!(places, Places(vec![vec![4], vec![0, 3], vec![0, 1, 2]]));
         let mut apart = Sequences::default();

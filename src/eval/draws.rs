@@ -5,13 +5,14 @@ use monteclora_converters::Adapter;
 
 use crate::model::{ActiveAdapter, Decoder};
 
-/// Seed of draws where nobody says another.
+/// Default seed of draws.
 pub const DEFAULT_SEED: u64 = 42;
 
-/// The first `n_draws` draws of `adapter`'s posterior under `seed`: the ones that `monteclora sample` writes. They share one B.
+/// The first `n_draws` draws of `adapter`'s posterior under `seed`, the same that `monteclora sample` writes. They
+/// share one B.
 ///
 /// # Errors
-/// For a plain LoRA, and for an adapter that does not fit the decoder.
+/// Returns an error if `adapter` has no posterior or does not fit the decoder.
 pub fn posterior_draws(
     adapter: &Adapter,
     decoder: &Decoder,
@@ -24,7 +25,7 @@ pub fn posterior_draws(
         .collect()
 }
 
-/// Draw `index` of them, which shares B with `mean`, the adapter's own.
+/// Draw number `index` of [`posterior_draws`]. It shares B with `mean`, the posterior mean of `adapter`.
 ///
 /// # Errors
 /// As [`posterior_draws`].

@@ -1,4 +1,4 @@
-//! Bootstrap intervals: how far a score would move on other rows of the same kind.
+//! Bootstrap intervals: how much a score would vary on other rows of the same kind.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -6,12 +6,13 @@ use rayon::prelude::*;
 
 use super::measures::uniform;
 
-/// Times that rows are drawn anew.
+/// Number of resamples.
 const RESAMPLES: u64 = 1000;
 
-/// The 95 % percentile bootstrap interval of `score` over `rows` (Efron and Tibshirani 1993, ch. 13): rows drawn with replacement,
-/// under a fixed seed, so that scores of the same rows are drawn alike and can be compared. None where a tenth of the resamples has
-/// no score.
+/// The 95 % percentile bootstrap interval of `score` over `rows` (Efron and Tibshirani 1993, ch. 13).
+///
+/// Rows are drawn with replacement under fixed seeds, so different scores of the same rows use the same resamples and
+/// can be compared. `None` for fewer than two rows, or if more than a tenth of the resamples have no score.
 pub fn bootstrap<T: Clone + Sync>(
     rows: &[T],
     score: impl Fn(&[T]) -> Option<f64> + Sync,
@@ -44,7 +45,7 @@ mod tests {
         Some(values.iter().sum::<f64>() / values.len() as f64)
     }
 
-    /// Of a mean it is the normal one, within the noise of a thousand resamples.
+    /// The interval of a mean is the normal one, within the noise of a thousand resamples.
     #[test]
     fn intervals_of_means_are_the_normal_ones() {
         let values: Vec<f64> = (0..400).map(|i| f64::from(i % 2)).collect();

@@ -1,17 +1,17 @@
-//! Scores of many predictions: accuracy, negative log-likelihood, calibration error, Brier score, and how well confidence ranks
-//! errors.
+//! Scores of many predictions: accuracy, negative log-likelihood, calibration error, Brier score, and how well
+//! confidence ranks errors.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::Prediction;
 
-/// How likely an answer was said to be right, and whether it is.
+/// The confidence of one answer, and whether it is right.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outcome {
-    /// Probability that it is right.
+    /// Predicted probability that the answer is right.
     pub confidence: f64,
-    /// Whether it is.
+    /// Whether the answer is right.
     pub correct: bool,
 }
 
@@ -24,12 +24,12 @@ impl From<&Prediction> for Outcome {
     }
 }
 
-/// Those of `predictions`.
+/// The outcomes of `predictions`.
 pub fn outcomes(predictions: &[Prediction]) -> Vec<Outcome> {
     predictions.iter().map(Outcome::from).collect()
 }
 
-/// Share of outcomes that are right; `None` without any, as for every score here.
+/// Share of outcomes that are right. Like all scores of this module, `None` without outcomes.
 pub fn accuracy(outcomes: &[Outcome]) -> Option<f64> {
     mean(outcomes, |o| f64::from(u8::from(o.correct)))
 }
@@ -39,12 +39,13 @@ pub fn negative_log_likelihood(predictions: &[Prediction]) -> Option<f64> {
     mean(predictions, Prediction::nll)
 }
 
-/// Brier's score over all choices: mean of `sum_c (p_c - y_c)^2`, from 0 to 2   (Brier 1950, Mon. Weather Rev. 78, eq. 2).
+/// Brier's score over all choices: mean of `sum_c (p_c - y_c)^2`, from 0 to 2   (Brier 1950, Mon. Weather Rev. 78, eq.
+/// 2).
 pub fn brier(predictions: &[Prediction]) -> Option<f64> {
     mean(predictions, Prediction::brier)
 }
 
-/// What fell into one bin of confidence.
+/// The predictions in one bin of confidence.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Bin {
     /// Lower end, not included (the first bin includes 0).
@@ -89,7 +90,7 @@ pub fn reliability(outcomes: &[Outcome], n_bins: usize) -> Vec<Bin> {
 fn bin_of(confidence: f64, n_bins: usize) -> usize {
     let edge = |idx: usize| idx as f64 / n_bins as f64;
     let idx = ((confidence * n_bins as f64).ceil() as usize).clamp(1, n_bins) - 1;
-    // The product may round across an edge that the confidence itself does not cross.
+    // Rounding may move the product across an edge that the confidence itself does not cross.
     if idx > 0 && confidence <= edge(idx) {
         idx - 1
     } else if idx + 1 < n_bins && confidence > edge(idx + 1) {
@@ -99,8 +100,8 @@ fn bin_of(confidence: f64, n_bins: usize) -> usize {
     }
 }
 
-/// Expected calibration error: `sum_m |B_m| / n |accuracy(B_m) - confidence(B_m)|` over the bins of [`reliability`]   (Guo et
-/// al. 2017, arXiv:1706.04599, eq. 3).
+/// Expected calibration error: `sum_m |B_m| / n |accuracy(B_m) - confidence(B_m)|` over the bins of [`reliability`]
+/// (Guo et al. 2017, arXiv:1706.04599, eq. 3).
 pub fn expected_calibration_error(outcomes: &[Outcome], n_bins: usize) -> Option<f64> {
     if outcomes.is_empty() {
         return None;
@@ -111,11 +112,12 @@ pub fn expected_calibration_error(outcomes: &[Outcome], n_bins: usize) -> Option
     Some(bins.iter().map(gap).sum())
 }
 
-/// The calibration error that a perfectly calibrated model of the same confidences has on so few rows: the mean of
-/// [`expected_calibration_error`] when each answer is right with the probability that was said, over 500 simulations of a fixed
-/// seed. An error near it says nothing against the model.
+/// The calibration error of a perfectly calibrated model with the same confidences on as many rows.
+///
+/// It is the mean of [`expected_calibration_error`] over 500 simulations with fixed seeds, in which each answer is
+/// right with its predicted probability. A model whose error is near this floor may well be calibrated.
 pub fn calibration_error_floor(outcomes: &[Outcome], n_bins: usize) -> Option<f64> {
-    /// Their mean is known to about a hundredth of itself.
+    /// With this many, the standard error of the mean is about one percent of it.
     const SIMULATIONS: u64 = 500;
     if outcomes.is_empty() {
         return None;
@@ -143,13 +145,14 @@ pub(super) fn uniform(random: &mut ChaCha8Rng) -> f64 {
     (random.next_u64() >> 11) as f64 * (0.5f64).powi(53)
 }
 
-/// How well low confidence detects errors: the probability that a right answer is more confident than a wrong one, ties counting
-/// half (the area under the ROC curve). `None` where all or none are right.
+/// Area under the ROC curve of error detection: the probability that a right answer is more confident than a wrong one.
+/// Ties count half. `None` if all or none are right.
 pub fn error_detection_auroc(outcomes: &[Outcome]) -> Option<f64> {
     auroc(outcomes.iter().map(|o| (o.confidence, o.correct)))
 }
 
-/// The probability that a value of a positive is above one of a negative, ties counting half; `None` where either is missing.
+/// Area under the ROC curve: the probability that the value of a positive is above the value of a negative. Ties count
+/// half. `None` without positives or without negatives.
 pub fn auroc(values: impl IntoIterator<Item = (f64, bool)>) -> Option<f64> {
     let mut ranked: Vec<(f64, bool)> = values.into_iter().collect();
     ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -168,8 +171,8 @@ pub fn auroc(values: impl IntoIterator<Item = (f64, bool)>) -> Option<f64> {
     Some(area / (n_positive * n_negative))
 }
 
-/// Share of errors among the most confident `i` answers, for `i` from 1 to n: the risk at coverage `i/n`   (Geifman and El-Yaniv
-/// 2017, arXiv:1705.08500). Among answers of equal confidence it is the expectation over their orders.
+/// Share of errors among the `i` most confident answers, for `i` from 1 to n: the risk at coverage `i/n`   (Geifman and
+/// El-Yaniv 2017, arXiv:1705.08500). For answers of equal confidence it is the expectation over their orders.
 pub fn risk_coverage(outcomes: &[Outcome]) -> Vec<f64> {
     let mut ranked: Vec<&Outcome> = outcomes.iter().collect();
     ranked.sort_by(|a, b| b.confidence.total_cmp(&a.confidence));
@@ -186,15 +189,16 @@ pub fn risk_coverage(outcomes: &[Outcome]) -> Vec<f64> {
     risks
 }
 
-/// Area under the risk-coverage curve: the mean of [`risk_coverage`]. Below the error rate as far as confidence ranks errors.
+/// Area under the risk-coverage curve: the mean of [`risk_coverage`]. The better confidence ranks errors, the further
+/// it is below the error rate.
 pub fn risk_coverage_area(outcomes: &[Outcome]) -> Option<f64> {
     mean(&risk_coverage(outcomes), |risk| *risk)
 }
 
-/// Share of right answers among the surest `share` of all, rounded up to whole answers.
+/// Accuracy of the most confident `share` of all answers, rounded up to whole answers.
 pub fn accuracy_of_surest(outcomes: &[Outcome], share: f64) -> Option<f64> {
     let risks = risk_coverage(outcomes);
-    // A product that rounds up is still a whole number.
+    // The product may round to slightly above a whole number, which must not be rounded up.
     let n = (share * risks.len() as f64 - 1e-9).ceil() as usize;
     Some(1.0 - risks.get(n.checked_sub(1)?)?)
 }
@@ -218,7 +222,7 @@ mod tests {
         assert!((found - expected).abs() < 1e-12, "{found} {expected}");
     }
 
-    /// By hand: confidences 0.9 (right), 0.8 (wrong), 0.6 (right), 0.55 (wrong).
+    /// Confidences 0.9 (right), 0.8 (wrong), 0.6 (right), 0.55 (wrong); the expected scores are computed by hand.
     fn four() -> Vec<Prediction> {
         vec![
             prediction(&[0.9, 0.1], 0),
@@ -280,7 +284,7 @@ mod tests {
         assert_eq!(reliability(&[sure], 15)[14].n, 1);
         close(expected_calibration_error(&[sure], 15), 0.0);
         close(calibration_error_floor(&[sure], 15), 0.0);
-        // Certain and wrong: the worst of every score.
+        // A certain and wrong prediction has the worst value of every score.
         let wrong = Prediction::from_log_scores(&[0.0, f64::NEG_INFINITY], 1).expect("finite");
         close(
             expected_calibration_error(&[Outcome::from(&wrong)], 15),
@@ -318,7 +322,8 @@ mod tests {
         );
     }
 
-    /// One bin of n rows of confidence p: the floor is `E |K - n p| / n` for a binomial K, about `sqrt(2 p (1 - p) / (pi n))`.
+    /// One bin of n rows of confidence p: the floor is `E |K - n p| / n` for a binomial K, about
+    /// `sqrt(2 p (1 - p) / (pi n))`.
     #[test]
     fn the_floor_is_what_chance_makes_of_a_calibrated_model() {
         let rows = vec![outcome(0.7, true); 400];

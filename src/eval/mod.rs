@@ -1,4 +1,4 @@
-//! Evaluation: scores of a data file, its multiple-choice rows, and how sure predictions are and may be.
+//! Evaluation: scores of a data file and its multiple-choice rows, and the confidence and calibration of predictions.
 
 pub mod abstention;
 mod answers;
@@ -31,7 +31,7 @@ pub use scores::{
 };
 pub use temperature::{fit_temperature, is_at_bound};
 
-/// A score that is not a number: the model or the adapter holds values it should not.
+/// The error for a score that is not finite: the weights of the model or the adapter contain bad values.
 fn not_finite(what: &str) -> Problem {
     let message = format!(
         "{what} is not finite; are the weights of the model and of the adapter sound? `monteclora inspect` tells"

@@ -1,4 +1,4 @@
-//! Logits of our decoder, of mistral.rs and of a recorded reference, compared.
+//! Compares the logits of our decoder, of mistral.rs and of a recorded reference.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use crate::model::{ActiveAdapter, Decoder, Sequences};
 /// Logits of one sequence, row-major `[tokens, vocab]`.
 type Logits = Vec<f32>;
 
-/// How far two sets of logits are apart.
+/// The difference between two sets of logits.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Agreement {
     /// Largest absolute difference.
@@ -25,46 +25,49 @@ pub struct Agreement {
     pub mean_abs_diff: f64,
     /// Share of positions with the same most likely token.
     pub top1_agreement: f64,
-    /// First position, over all sequences in order, whose most likely tokens differ.
+    /// First position, over all sequences in order, at which the most likely tokens differ.
     pub first_divergence: Option<usize>,
 }
 
 /// The report of `parity`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Parity {
-    /// Positions compared.
+    /// Number of compared positions.
     pub positions: usize,
-    /// What was compared, by name: ours and mistral.rs's against the reference (and those without the adapter against the
-    /// reference's base), ours against mistral.rs's, and mistral.rs's on the base with the adapter merged into it beforehand
-    /// against those on both, quantised alike.
+    /// The comparisons, by name:
+    /// - `ours`, `mistralrs`: our logits, or those of mistral.rs, against the reference;
+    /// - `ours_base`, `mistralrs_base`: the same without the adapter, against the reference's base;
+    /// - `ours_vs_mistralrs`: ours against those of mistral.rs;
+    /// - `merged_vs_mistralrs`: mistral.rs on the merged model against mistral.rs on base and adapter, with the same
+    ///   quantisation.
     #[serde(flatten)]
     pub compared: IndexMap<&'static str, Agreement>,
 }
 
-/// Which decoders run, and how.
+/// The decoders that run, and their settings.
 #[derive(Debug, Clone)]
 pub struct Engines {
-    /// Whether ours does.
+    /// Whether our decoder runs.
     pub ours: bool,
-    /// Whether mistral.rs does.
+    /// Whether mistral.rs runs.
     pub mistralrs: bool,
-    /// Where they compute.
+    /// The device of both.
     pub device: Device,
-    /// How mistral.rs quantises the base when it loads it.
+    /// The quantisation that mistral.rs applies to the base model when it loads it.
     pub isq: Option<IsqType>,
 }
 
 /// Recorded logits.
 pub struct Reference {
-    /// The sequences that they belong to.
+    /// The sequences of the logits.
     pub sequences: Vec<Vec<u32>>,
     logits: Vec<Logits>,
     base_logits: Option<Vec<Logits>>,
 }
 
 impl Parity {
-    /// The largest difference that counts: with a merged base that of its like, since the others are those of the
-    /// quantisation itself.
+    /// The largest absolute difference of all comparisons. With quantisation it is that of `merged_vs_mistralrs` alone,
+    /// since the other comparisons measure the quantisation itself.
     pub fn worst(&self) -> f64 {
         let largest = |agreement: &Agreement| agreement.max_abs_diff;
         match self.compared.get("merged_vs_mistralrs") {
@@ -86,19 +89,20 @@ impl Parity {
     }
 }
 
-/// Where each engine has the base from: mistral.rs only from a directory with weights of its own.
+/// The directories that the engines load the base model from. mistral.rs needs one that contains the weights.
 #[derive(Debug, Clone, Copy)]
 pub struct Bases<'a> {
-    /// For our decoder.
+    /// The directory for our decoder.
     pub ours: &'a Path,
-    /// For mistral.rs.
+    /// The directory for mistral.rs.
     pub mistralrs: &'a Path,
 }
 
-/// Runs `sequences` through the engines, with and without the adapter where the reference knows both, and compares.
+/// Runs `sequences` through the engines and compares the logits. If the reference has logits of the base, the engines
+/// also run without the adapter.
 ///
 /// # Errors
-/// Models that do not load; logits of different sizes.
+/// Returns an error if a model does not load or if logits differ in size.
 pub fn compare(
     bases: Bases<'_>,
     adapter: Option<(&Path, &Adapter)>,
@@ -111,7 +115,7 @@ pub fn compare(
         (None, Some(base)) => Some(base),
         _ => reference.map(|r| &r.logits),
     };
-    // Both with and without the adapter, where the reference knows both.
+    // Without an adapter, `expected` is already the base's.
     let base_reference = base_reference.filter(|_| adapter.is_some());
     let mut report = Parity {
         positions: sequences.iter().map(Vec::len).sum(),
@@ -189,10 +193,10 @@ fn decoder_logits(
 }
 
 impl Reference {
-    /// Reads `input_ids`, `logits` and, where it is there, `base_logits` of a model with `vocab_size` tokens.
+    /// Reads `input_ids`, `logits` and the optional `base_logits` of a model with `vocab_size` tokens.
     ///
     /// # Errors
-    /// Tensors that are missing or do not belong to such a model.
+    /// Returns an error if the file cannot be read, or if a tensor is missing or has the wrong shape or type.
     pub fn read(path: &Path, vocab_size: usize) -> Result<Self> {
         let file = SafetensorsFile::open(path)?;
         let malformed = |problem: String| {
@@ -282,7 +286,7 @@ fn agreement(left: &[Logits], right: &[Logits], sequences: &[Vec<u32>]) -> Resul
         for (a, b) in left.chunks_exact(vocab).zip(right.chunks_exact(vocab)) {
             for (a, b) in a.iter().zip(b) {
                 let difference = f64::from((a - b).abs());
-                // A NaN must not vanish in a maximum.
+                // `f64::max` ignores NaN.
                 largest = if difference.is_nan() {
                     f64::INFINITY
                 } else {

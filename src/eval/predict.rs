@@ -1,4 +1,4 @@
-//! Answers with what the posterior says about them.
+//! Answers to questions, with their probability and the uncertainty of the posterior.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,14 +13,14 @@ use super::{Batching, LengthNormalisation, Prediction, not_finite};
 use crate::data::{ChoiceSet, Encoder, Row, Tokenizer};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
 
-/// Something to be answered.
+/// A question to the model.
 #[derive(Debug, Clone)]
 pub enum Question {
-    /// In the model's own words, after this prompt.
+    /// The answer is generated after this prompt.
     Open(Vec<u32>),
-    /// By one of several texts.
+    /// The answer is one of several texts.
     Choice {
-        /// The choices as tokens; which of them is right is not looked at.
+        /// The choices as tokens. The index of the right one is not used.
         set: ChoiceSet,
         /// Their texts.
         texts: Vec<String>,
@@ -28,10 +28,10 @@ pub enum Question {
 }
 
 impl Question {
-    /// What a row asks.
+    /// The question of a row.
     ///
     /// # Errors
-    /// Those of [`Encoder::choice_tokens`] and [`Encoder::row_prompt`].
+    /// As [`Encoder::choice_tokens`] and [`Encoder::row_prompt`].
     pub fn of_row(row: &Row, encoder: &Encoder) -> Result<Self, converters::Error> {
         if let (Some(set), Some(choices)) = (encoder.choice_tokens(row)?, &row.choices) {
             return Ok(Self::Choice {
@@ -42,7 +42,7 @@ impl Question {
         Ok(Self::Open(encoder.row_prompt(row)?))
     }
 
-    /// What its answer is judged by.
+    /// How the answer is judged.
     pub fn judged(&self) -> Judged {
         match self {
             Self::Choice { .. } => Judged::Choices,
@@ -50,7 +50,8 @@ impl Question {
         }
     }
 
-    /// Tokens that are computed for it: choices of one token share the prompt, others have it for themselves.
+    /// Number of tokens in the forward pass of the question. Choices of one token share the prompt; each longer choice
+    /// counts with a prompt of its own.
     pub fn n_tokens(&self) -> usize {
         let Self::Choice { set, .. } = self else {
             return self.n_prompt();
@@ -60,7 +61,7 @@ impl Question {
         self.n_prompt() + apart.sum::<usize>()
     }
 
-    /// Tokens of its prompt; where choices have prompts of their own, of the first.
+    /// Number of tokens of the prompt: of the first choice's prompt if the choices' prompts differ.
     pub fn n_prompt(&self) -> usize {
         match self {
             Self::Choice { set, .. } => set.choices.first().map_or(0, |choice| choice.n_prompt),
@@ -69,11 +70,11 @@ impl Question {
     }
 }
 
-/// What posterior draws say about an answer.
+/// The uncertainty of an answer over posterior draws.
 ///
-/// H is the entropy in nats, p_k the distribution of draw k: over the choices, or over the next token at each token of the
-/// answer that the posterior mean gave, its end included, and then averaged over them. A draw is one model: its weights stay the
-/// same for all of an answer.
+/// H is the entropy in nats, and p_k the distribution of draw k over the choices. For a generated answer, p_k is the
+/// distribution over the next token at each token of the posterior mean's answer, its end token included, and the
+/// values are averaged over these tokens. A draw is one model: its weights stay the same for the whole answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Uncertainty {
     /// Number K of draws.
@@ -82,9 +83,9 @@ pub struct Uncertainty {
     pub predictive_entropy: f64,
     /// `1/K sum_k H(p_k)`: how unsure a single draw is.
     pub expected_entropy: f64,
-    /// Their difference: how much the draws disagree, from 0 to `ln K`. Few draws underestimate it.
+    /// The difference of the two entropies: how much the draws disagree, from 0 to `ln K`. Few draws underestimate it.
     pub mutual_information: f64,
-    /// Share of the draws that give the same answer: the same most likely choice, or the same greedy text.
+    /// Share of the draws that give the answer: the same most likely choice, or the same greedy text.
     pub agreement: f64,
 }
 
@@ -93,12 +94,12 @@ pub struct Uncertainty {
 pub struct ChoiceProbability {
     /// Its text.
     pub text: String,
-    /// Its probability among the choices: the mean over the draws, if there are any, after the temperature.
+    /// Its probability among the choices after the temperature: the mean over the draws, if there are any.
     pub probability: f64,
     /// Standard deviation of the draws' probabilities around their mean, before the temperature (divided by K).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub std: Option<f64>,
-    /// 5 % and 95 % quantiles of the draws' probabilities, each after the temperature, interpolated between neighbours.
+    /// 5 % and 95 % quantiles of the draws' probabilities after the temperature, interpolated between neighbours.
     #[serde(skip)]
     pub quantiles: Option<[f64; 2]>,
 }
@@ -108,62 +109,64 @@ pub struct ChoiceProbability {
 pub struct Answer {
     /// The posterior mean's greedy answer, or the most likely choice.
     pub text: String,
-    /// Probability that it is right: of the choice, or the product of the probabilities of the answer's tokens and of its end, an
-    /// average over the draws if there are any; after the temperature of `calibrate` where that holds.
+    /// Probability that the answer is right: the probability of the choice, or the product of the probabilities of the
+    /// answer's tokens and its end token. With draws it is the average over them. It is after the temperature of
+    /// `calibrate` if that applies.
     pub p_correct: f64,
     /// Whether a temperature was applied.
     pub calibrated: bool,
-    /// Whether the answer was cut at the most tokens that it may have: `p_correct` is the probability of its beginning then, which says
-    /// nothing of the whole.
+    /// Whether the answer was cut at the token limit. Then `p_correct` is the probability of its beginning, and the
+    /// probability of the whole answer is unknown.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub truncated: bool,
-    /// Where a threshold was asked for: whether `p_correct` is below it, so that the answer is not to be given.
+    /// Whether the answer should be withheld because `p_correct` is below the threshold, or because the answer was cut.
+    /// Absent without a threshold or a calibration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub abstain: Option<bool>,
-    /// Where there are draws.
+    /// The uncertainty over the draws, if there are any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uncertainty: Option<Uncertainty>,
-    /// In the question's order.
+    /// The choices, in the question's order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<ChoiceProbability>,
-    /// Tokens of an answer in the model's own words, its end included.
+    /// Number of tokens of a generated answer, its end token included; 0 for a choice.
     #[serde(skip)]
     pub n_tokens: usize,
 }
 
-/// A decoder with a posterior that answers questions.
+/// Answers questions with a decoder and a posterior.
 #[derive(Debug)]
 pub struct Answerer<'a> {
-    /// The base.
+    /// The base model.
     pub decoder: &'a Decoder,
-    /// The adapter's posterior mean, or the first of several; an empty one for the base alone.
+    /// The adapter's posterior mean, or the first of several adapters. An empty adapter means the base model alone.
     pub mean: &'a ActiveAdapter,
-    /// Draws of its posterior, or several adapters, whose average is asked.
+    /// Draws of the posterior, or several adapters. Their predictions are averaged.
     pub draws: &'a [ActiveAdapter],
-    /// What was found of the confidence of answers, and of which.
+    /// The calibration of the confidence, and the kind of answer that it applies to.
     pub calibration: Option<&'a (Judged, Scaling)>,
-    /// Confidence below which no answer is to be given.
+    /// Confidence below which an answer should be withheld.
     pub threshold: Option<f64>,
-    /// Turns answers into text.
+    /// Decodes answers into text.
     pub tokenizer: &'a Tokenizer,
-    /// How open questions are answered.
+    /// Settings of generated answers.
     pub generation: GenerationSettings,
-    /// What is compared between choices.
+    /// How the likelihoods of choices are compared.
     pub normalisation: LengthNormalisation,
-    /// Set by whoever no longer waits for the answers.
+    /// The caller sets this flag to cancel.
     pub cancelled: Option<&'a AtomicBool>,
 }
 
-/// Nobody waits for the answers any more.
+/// The caller cancelled the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("cancelled")]
 pub struct Cancelled;
 
 impl Answerer<'_> {
-    /// Answers `questions`, all in memory at once, in their order.
+    /// Answers all `questions`, in their order.
     ///
     /// # Errors
-    /// Those of the decoder; scores that are not finite.
+    /// Returns an error if the decoder fails, if a score is not finite, or [`Cancelled`].
     pub fn answer(&self, questions: &[Question]) -> Result<Vec<Answer>> {
         let mut prompts = Vec::new();
         let mut sets = Vec::new();
@@ -189,7 +192,7 @@ impl Answerer<'_> {
         if cancelled { Err(Cancelled) } else { Ok(()) }
     }
 
-    /// `[row][adapter]`: the distribution over the choices of every row that each draw gives; without draws, the mean.
+    /// `[row][adapter]`: each draw's distribution over the choices of every row. Without draws, the mean's.
     fn chosen(&self, sets: &[&ChoiceSet]) -> Result<Vec<Vec<Prediction>>> {
         let adapters = match self.draws {
             [] => std::slice::from_ref(self.mean),
@@ -222,7 +225,7 @@ impl Answerer<'_> {
         Ok(answers.ok_or(Cancelled)?)
     }
 
-    /// What is to be said of greedy `answers` that the mean gave to `prompts`.
+    /// Adds confidence and uncertainty to `answers`, the mean's greedy answers to `prompts`.
     ///
     /// # Errors
     /// As [`Self::answer`].
@@ -247,7 +250,7 @@ impl Answerer<'_> {
         for (idx, answer) in answers.iter().enumerate() {
             let certainty = of_draws.get(idx);
             let log_confidence = certainty.map_or(answer.log_probability, |c| c.log_confidence);
-            // Which of the two it turns out to be does not matter here.
+            // Whether the answer is really right does not matter: only the confidence is used.
             let is_right = Prediction::of_answer(log_confidence, true);
             let is_right = is_right.ok_or_else(|| not_finite("the likelihood of an answer"))?;
             let text = self.tokenizer.decode(&answer.tokens, true)?;
@@ -267,7 +270,7 @@ impl Answerer<'_> {
         Ok(found)
     }
 
-    /// What was found of answers of this kind.
+    /// The calibration for this kind of answer, if there is one.
     fn scaling(&self, kind: Judged) -> Option<&Scaling> {
         let (_, scaling) = self.calibration.filter(|(judged, _)| *judged == kind)?;
         Some(scaling)
@@ -280,7 +283,8 @@ impl Answerer<'_> {
         }
     }
 
-    /// An answer that ends where it may go on no longer. Nobody knows how sure the whole of it would be.
+    /// An answer that was cut at the token limit. The confidence of the whole answer is unknown, so it is not
+    /// calibrated, and withheld if there is a threshold.
     fn cut(&self, text: String, prediction: &Prediction) -> Answer {
         let (answer, _) = self.judged(text, prediction, Judged::Answers);
         Answer {
@@ -301,7 +305,7 @@ impl Answerer<'_> {
             p_correct: prediction.confidence(),
             calibrated: scaling.is_some(),
             truncated: false,
-            // A threshold is one on calibrated confidence.
+            // The threshold is defined on calibrated confidence.
             abstain: (self.threshold.filter(|_| scaling.is_some()))
                 .map(|least| prediction.confidence() < least),
             uncertainty: None,
@@ -349,14 +353,14 @@ impl Answerer<'_> {
             draws: self.draws.len(),
             predictive_entropy: predictive,
             expected_entropy: expected,
-            // Below 0 by rounding only.
+            // Only rounding makes the difference negative.
             mutual_information: (predictive - expected).max(0.0),
             agreement: n_agreeing as f64 / self.draws.len() as f64,
         }
     }
 }
 
-/// The quantile of sorted values, linear between neighbours; of one value it is that.
+/// A quantile of sorted values, interpolated linearly between neighbours; NaN without values.
 fn quantile(sorted: &[f64], share: f64) -> f64 {
     let at = share * (sorted.len().max(1) - 1) as f64;
     let (below, above) = (at.floor() as usize, at.ceil() as usize);

@@ -1,17 +1,17 @@
-//! One row's prediction: a distribution over its choices, or how likely an answer is right.
+//! One row's prediction: a distribution over its choices, or the probability that an answer is right.
 
 use crate::model::log_mean_exp;
 
-/// What a prediction is about.
+/// The outcomes of a prediction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// Which of several choices is right: the most likely one is the answer given.
+    /// Which of several choices is right. The given answer is the most likely one.
     Choice,
-    /// Whether the answer that was given is right: the first of two outcomes.
+    /// Whether the given answer is right (the first outcome) or wrong (the second).
     Answer,
 }
 
-/// A distribution over a row's outcomes, and which of them is true.
+/// A distribution over a row's outcomes, and the true outcome.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prediction {
     kind: Kind,
@@ -20,16 +20,19 @@ pub struct Prediction {
 }
 
 impl Prediction {
-    /// The softmax of one log score per choice; computed from differences, so that scores far below zero lose nothing.
+    /// The softmax of one log score per choice. It is computed from differences, so scores far below zero keep their
+    /// precision.
     ///
-    /// `None` if there is no such choice as `answer`, or a score is NaN or positive infinity, or all are negative infinity.
+    /// `None` if `answer` is not an index of `scores`, if a score is NaN or positive infinity, or if all are negative
+    /// infinity.
     pub fn from_log_scores(scores: &[f64], answer: usize) -> Option<Self> {
         Self::new(Kind::Choice, scores, answer)
     }
 
-    /// That an answer of log probability `log_confidence` is right; `is_right` says whether it is.
+    /// The prediction that an answer is right with log probability `log_confidence`. `is_right` is the truth. `None` if
+    /// `log_confidence` is NaN.
     pub fn of_answer(log_confidence: f64, is_right: bool) -> Option<Self> {
-        /// An answer of a probability that rounds to 1 is not certain.
+        /// The largest log confidence: a probability that rounds to 1 is not certain.
         const SUREST: f64 = -1e-12;
         if log_confidence.is_nan() {
             return None;
@@ -52,7 +55,8 @@ impl Prediction {
         })
     }
 
-    /// The average of the probabilities of several predictions about one row, which say the same about its answer; `None` of none.
+    /// The average of the probabilities of several predictions for one row. All must have the same true outcome. `None`
+    /// without predictions.
     pub fn average(predictions: &[Self]) -> Option<Self> {
         let first = predictions.first()?;
         let average = |choice: usize| {
@@ -65,13 +69,13 @@ impl Prediction {
         })
     }
 
-    /// The distribution `p^(1/T) / sum p^(1/T)`: that of the scores over `temperature` T, above 0 (Guo et al. 2017,
-    /// arXiv:1706.04599, sec. 4.2).
+    /// The distribution `p^(1/T) / sum p^(1/T)`: the softmax of the scores divided by the `temperature` T, above 0 (Guo
+    /// et al. 2017, arXiv:1706.04599, sec. 4.2).
     #[must_use]
     pub fn tempered(&self, temperature: f64) -> Self {
         let log_p = self.log_probabilities.iter();
         let scores: Vec<f64> = log_p.map(|log_p| log_p / temperature).collect();
-        // Of a distribution, whose largest score is finite, there always is one.
+        // `new` does not fail here, since the largest score of a distribution is finite.
         Self::new(self.kind, &scores, self.answer).unwrap_or_else(|| self.clone())
     }
 
@@ -85,14 +89,14 @@ impl Prediction {
         self.log_probabilities.iter().map(|p| p.exp()).collect()
     }
 
-    /// Which outcome is true.
+    /// The index of the true outcome.
     pub fn answer(&self) -> usize {
         self.answer
     }
 
     /// `-ln p` of the true outcome, nats.
     pub fn nll(&self) -> f64 {
-        // Not -0.
+        // Subtracting from 0 avoids -0.
         0.0 - self.log_probabilities[self.answer]
     }
 
@@ -112,7 +116,7 @@ impl Prediction {
         -log_p.map(|p| p * p.exp()).sum::<f64>()
     }
 
-    /// The choice that is answered, the most likely one and the first of several such; of an answer, that it is right.
+    /// The index of the given answer: the most likely choice, the first one of ties. For [`Self::of_answer`] it is 0.
     pub fn choice(&self) -> usize {
         if self.kind == Kind::Answer {
             return 0;
@@ -124,26 +128,26 @@ impl Prediction {
         )
     }
 
-    /// Probability that what is answered is right.
+    /// Probability that the given answer is right.
     pub fn confidence(&self) -> f64 {
         self.log_probabilities[self.choice()].exp()
     }
 
-    /// Whether what is answered is right.
+    /// Whether the given answer is right.
     pub fn correct(&self) -> bool {
         self.choice() == self.answer
     }
 }
 
-/// [`Prediction::tempered`] of each.
+/// [`Prediction::tempered`] of each prediction.
 pub fn tempered(predictions: &[Prediction], temperature: f64) -> Vec<Prediction> {
     let each = predictions.iter();
     each.map(|prediction| prediction.tempered(temperature))
         .collect()
 }
 
-/// What several draws say of one row: the entropy of their average, and the average of their entropies, nats. The difference is the
-/// mutual information of prediction and weights.
+/// The entropy of the average of several draws for one row, and the average of their entropies, nats. The difference is
+/// the mutual information of prediction and weights. `None` without draws.
 pub fn entropies(draws: &[Prediction]) -> Option<(f64, f64)> {
     let average = Prediction::average(draws)?;
     let sum: f64 = draws.iter().map(Prediction::entropy).sum();

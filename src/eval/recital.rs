@@ -1,4 +1,4 @@
-//! Exact match: answers that must be found again word for word.
+//! Exact match: the model must give the expected answers word for word.
 
 use monteclora_converters::Error;
 
@@ -6,7 +6,7 @@ use super::{Prediction, certainties, not_finite};
 use crate::data::{Dataset, Message, Role, RowContent};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
 
-/// What stands before an answer.
+/// The input before an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Opening {
     /// The turns of a conversation.
@@ -16,7 +16,7 @@ pub enum Opening {
 }
 
 impl Opening {
-    /// The text, or that of the last turn.
+    /// The text, or the text of the last turn.
     pub fn text(&self) -> &str {
         match self {
             Self::Turns(turns) => turns.last().map_or("", Message::content),
@@ -25,30 +25,31 @@ impl Opening {
     }
 }
 
-/// Rows whose answer, the last turn or the completion, is to be found again, word for word.
+/// Rows whose answer, the last turn or the completion, the model must give word for word.
 #[derive(Debug)]
 pub struct Recital<'a> {
     data: &'a Dataset,
-    /// What stands before the answers.
+    /// The inputs before the answers.
     pub questions: Vec<Opening>,
-    /// The same as tokens.
+    /// The same inputs as tokens.
     pub prompts: Vec<Vec<u32>>,
-    /// How answers are made.
+    /// Settings of the generated answers.
     pub settings: GenerationSettings,
     expected: Vec<String>,
 }
 
 impl<'a> Recital<'a> {
-    /// The conversations and prompts of `data`, answered in at most `max_new_tokens`, `batch_size` at a time.
+    /// Takes all conversations and prompts of `data`. Answers have at most `max_new_tokens`; `batch_size` of them are
+    /// generated at a time.
     ///
     /// # Errors
-    /// Rows that cannot be read or rendered.
+    /// Returns an error if a row cannot be read or rendered.
     pub fn new(data: &'a Dataset, max_new_tokens: usize, batch_size: usize) -> Result<Self, Error> {
         let all: Vec<usize> = (0..data.len()).collect();
         Self::of(data, &all, max_new_tokens, batch_size)
     }
 
-    /// Those of `rows` of `data` alone.
+    /// As [`Self::new`], with only the given `rows` of `data`.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -99,10 +100,10 @@ impl<'a> Recital<'a> {
         Ok(found)
     }
 
-    /// The greedy answers; `done` is told how many there are.
+    /// Generates the greedy answers. `done` receives the number of finished answers.
     ///
     /// # Errors
-    /// Those of the decoder.
+    /// As [`Decoder::generate`].
     pub fn answers(
         &self,
         decoder: &Decoder,
@@ -112,18 +113,18 @@ impl<'a> Recital<'a> {
         decoder.generate(&self.prompts, adapter, &self.settings, done)
     }
 
-    /// An answer's text.
+    /// The text of an answer.
     ///
     /// # Errors
-    /// Those of the tokenizer.
+    /// Returns an error if the tokenizer fails.
     pub fn text(&self, answer: &Generation) -> Result<String, Error> {
         self.data.encoder().tokenizer().decode(&answer.tokens, true)
     }
 
-    /// One line of JSON per row, to read what two models said.
+    /// One line of JSON per row with the answers of two models, for people to read.
     ///
     /// # Errors
-    /// Those of the tokenizer.
+    /// Returns an error if the tokenizer fails.
     pub fn lines(&self, base: &[Generation], mean: &[Generation]) -> Result<String, Error> {
         let mut lines = String::new();
         for (index, (base, mean)) in base.iter().zip(mean).enumerate() {
@@ -138,10 +139,10 @@ impl<'a> Recital<'a> {
         Ok(lines)
     }
 
-    /// Whether each answer ended and is the expected text, but for white space around it.
+    /// Whether each answer ended and equals the expected text. White space around it is ignored.
     ///
     /// # Errors
-    /// Those of the tokenizer.
+    /// Returns an error if the tokenizer fails.
     pub fn right(&self, answers: &[Generation]) -> Result<Vec<bool>, Error> {
         let pairs = answers.iter().zip(&self.expected);
         let is_right = |(answer, expected): (&Generation, &String)| {
@@ -150,10 +151,10 @@ impl<'a> Recital<'a> {
         pairs.map(is_right).collect()
     }
 
-    /// That each answer is right, with `log_confidence`, the logarithms of the probabilities that are said of them.
+    /// Predictions that each answer is right, from `log_confidence`, the logarithms of the answers' probabilities.
     ///
     /// # Errors
-    /// Those of the tokenizer; a confidence that is no number.
+    /// Returns an error if the tokenizer fails or a confidence is NaN.
     pub fn predictions(
         &self,
         answers: &[Generation],
@@ -167,18 +168,18 @@ impl<'a> Recital<'a> {
         said.collect()
     }
 
-    /// [`Self::predictions`] with what the model that gave the answers says of them itself.
+    /// [`Self::predictions`] with the probabilities under the model that gave the answers.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Self::predictions`].
     pub fn own_predictions(&self, answers: &[Generation]) -> Result<Vec<Prediction>, Error> {
         self.predictions(answers, answers.iter().map(|answer| answer.log_probability))
     }
 
-    /// [`Self::predictions`] with what the average of `adapters` says of them.
+    /// [`Self::predictions`] with the average probabilities under `adapters`.
     ///
     /// # Errors
-    /// As there; those of the decoder.
+    /// As [`Self::predictions`], or if the decoder fails.
     pub fn average_predictions(
         &self,
         decoder: &Decoder,
@@ -192,7 +193,7 @@ impl<'a> Recital<'a> {
     /// The share of answers that are right.
     ///
     /// # Errors
-    /// Those of the tokenizer.
+    /// As [`Self::right`].
     pub fn exact_match(&self, answers: &[Generation]) -> Result<f64, Error> {
         let exact = self
             .right(answers)?
@@ -209,7 +210,7 @@ mod tests {
     use crate::data::test_support::{tiny_llama, write_temp};
     use crate::data::{EncodeOptions, Encoder, Overlong, Remedies, TrainOn};
 
-    /// Two rows of a prompt, taken with or without the chat template.
+    /// Two rows with prompts, with or without the chat template.
     fn rows(apply_chat_template: bool) -> (tempfile::TempDir, Dataset) {
         let text = r#"{"prompt":"One:","completion":" 1"}
 {"prompt":"Two:","completion":" 2"}

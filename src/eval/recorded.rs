@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::Prediction;
 
-/// Predictions with their recorded scores.
+/// Predictions and their recorded scores.
 pub(super) struct Recorded {
     pub(super) name: String,
     pub(super) predictions: Vec<Prediction>,
@@ -54,7 +54,7 @@ fn read(case: &Value) -> Recorded {
 }
 
 impl Recorded {
-    /// The recorded number; none where it is undefined.
+    /// The recorded score, `None` if it is undefined.
     pub(super) fn expected(&self, key: &str) -> Option<f64> {
         self.expected[key].as_f64()
     }

@@ -1,4 +1,4 @@
-//! All scores of several predictors on one data file, each adapter in one forward pass.
+//! All scores of several predictors on one data file. Each adapter needs one forward pass.
 
 use std::ops::Range;
 
@@ -17,19 +17,20 @@ use crate::train::sequences;
 /// How many rows go through the model at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Batching {
-    /// So many rows.
+    /// This many rows.
     Rows(usize),
-    /// Rows of so many tokens, at least one row.
+    /// Rows with at most this many tokens together, but at least one row.
     Tokens(usize),
 }
 
 impl Batching {
-    /// `rows` where it was asked for, else by tokens: enough for the products to run at full speed, and few in memory.
+    /// Batches of `rows`, or of 2048 tokens if `rows` is `None`: enough for the matrix products to run at full speed,
+    /// and little in memory.
     pub fn new(rows: Option<usize>) -> Self {
         rows.map_or(Self::Tokens(2048), Self::Rows)
     }
 
-    /// Rows of these lengths in batches, in their order.
+    /// Splits rows of these lengths into batches, in order.
     pub fn plan(self, lengths: &[usize]) -> Vec<Range<usize>> {
         let (mut batches, mut start, mut tokens) = (Vec::new(), 0, 0);
         for (row, length) in lengths.iter().enumerate() {
@@ -53,11 +54,11 @@ impl Batching {
 /// How a file is scored.
 #[derive(Debug, Clone, Copy)]
 pub struct EvalOptions {
-    /// Rows at a time.
+    /// How rows are put into batches.
     pub batching: Batching,
-    /// Bins of the calibration error.
+    /// Number of bins of the calibration error.
     pub ece_bins: usize,
-    /// What is compared between choices.
+    /// How the likelihoods of choices are compared.
     pub normalisation: LengthNormalisation,
 }
 
@@ -77,30 +78,30 @@ pub struct CalibratedScores {
 /// 95 % bootstrap intervals over the rows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Intervals {
-    /// Of the loss.
+    /// Interval of the loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<[f64; 2]>,
-    /// Of the accuracy.
+    /// Interval of the accuracy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<[f64; 2]>,
-    /// Of the negative log-likelihood.
+    /// Interval of the negative log-likelihood.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nll: Option<[f64; 2]>,
-    /// Of the calibration error.
+    /// Interval of the calibration error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ece: Option<[f64; 2]>,
-    /// Of Brier's score.
+    /// Interval of Brier's score.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub brier: Option<[f64; 2]>,
-    /// Of the area under the ROC curve of error detection.
+    /// Interval of the area under the ROC curve of error detection.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auroc: Option<[f64; 2]>,
-    /// Of the area under the risk-coverage curve.
+    /// Interval of the area under the risk-coverage curve.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub aurc: Option<[f64; 2]>,
 }
 
-/// Scores of one predictor; those of choices only where rows have them.
+/// Scores of one predictor. Scores of choices exist only if rows have choices.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Scores {
     /// Mean negative log-likelihood of the trained tokens, nats.
@@ -109,7 +110,7 @@ pub struct Scores {
     pub perplexity: f64,
     /// Share of trained tokens that were the most likely one.
     pub token_accuracy: f64,
-    /// Mean over the draws of each one's own loss, nats: above `loss`, which is that of their average.
+    /// Mean of the losses of the single draws, nats. It is above `loss`, the loss of their average.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub draw_loss: Option<f64>,
     /// Share of rows whose most likely choice is the answer.
@@ -121,63 +122,64 @@ pub struct Scores {
     /// Expected calibration error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ece: Option<f64>,
-    /// That of a calibrated model of the same confidences on as many rows; see [`measures::calibration_error_floor`].
+    /// Expected calibration error of a calibrated model with the same confidences on as many rows; see
+    /// [`measures::calibration_error_floor`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ece_floor: Option<f64>,
     /// Brier's score, from 0 to 2.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub brier: Option<f64>,
-    /// How well low confidence detects errors.
+    /// Area under the ROC curve when low confidence detects errors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auroc: Option<f64>,
-    /// How well the entropy of the average detects them.
+    /// The same when the entropy of the average detects errors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auroc_entropy: Option<f64>,
-    /// How well the disagreement of the draws, their mutual information, detects them.
+    /// The same when the mutual information of the draws, their disagreement, detects errors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auroc_mutual_information: Option<f64>,
     /// Area under the risk-coverage curve.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub aurc: Option<f64>,
-    /// Adapters whose predictions were averaged: posterior draws, or the members of an ensemble.
+    /// Number of adapters whose predictions were averaged: posterior draws, or the members of an ensemble.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub draws: Option<usize>,
     /// 95 % bootstrap intervals.
     pub intervals: Intervals,
-    /// The same after temperature scaling, with the temperature of `calibrate`.
+    /// Scores after temperature scaling with the temperature of `calibrate`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub calibrated: Option<CalibratedScores>,
-    /// Predictions by confidence.
+    /// The reliability diagram: predictions in bins of confidence.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub reliability: Vec<Bin>,
 }
 
-/// Whose predictions are scored.
+/// The adapters whose predictions are scored.
 #[derive(Debug, Clone, Copy)]
 pub enum Predictor<'a> {
-    /// One adapter's.
+    /// One adapter.
     One(&'a ActiveAdapter),
-    /// The average over several, as probabilities: of the next token, and of a row's choices.
+    /// The average probabilities of several adapters: of the next token, and of a row's choices.
     Average(&'a [ActiveAdapter]),
 }
 
-/// The trained tokens of one example.
+/// The loss of one example over its trained tokens.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RowLoss {
-    /// Sum of their negative log-likelihoods, nats.
+    /// Sum of the negative log-likelihoods, nats.
     pub nll: f64,
-    /// How many there are.
+    /// Number of trained tokens.
     pub n_tokens: usize,
-    /// How many of them were the most likely token.
+    /// Number of trained tokens that were the most likely token.
     pub n_correct: usize,
 }
 
-/// What a predictor says of every row.
+/// A predictor's losses and predictions for every row.
 #[derive(Debug, Clone, Default)]
 pub struct Scored {
-    /// Of every example, in the order that was given.
+    /// The loss of every example, in the given order.
     pub losses: Vec<RowLoss>,
-    /// `[row with choices][adapter]`.
+    /// Predictions for choices, `[row with choices][adapter]`.
     pub choices: Vec<Vec<Prediction>>,
     /// Sum over the examples of each adapter's own negative log-likelihoods.
     member_nll: Vec<f64>,
@@ -185,7 +187,7 @@ pub struct Scored {
 }
 
 impl Predictor<'_> {
-    /// One forward pass of each adapter: the loss at `targets`, and that of each adapter where several are averaged.
+    /// One forward pass per adapter: the loss at `targets`, and the loss of each adapter if several are averaged.
     fn pass(
         self,
         model: &Decoder,
@@ -202,11 +204,12 @@ impl Predictor<'_> {
     }
 }
 
-/// What each of `predictors` says of `rows` of `data`, indices of examples, and of those among them that have choices; `done` is told the rows of
-/// every batch, and may end it.
+/// Scores `rows` (indices of examples) of `data` with each of `predictors`, and the choices of the rows that have some.
+///
+/// `done` receives the number of rows of every finished batch. If it returns an error, scoring ends with this error.
 ///
 /// # Errors
-/// Those of the data and of the decoder; likelihoods that are not finite.
+/// Returns an error if a row cannot be read, if the decoder fails, or if a likelihood is not finite.
 pub fn score(
     model: &Decoder,
     predictors: &[Predictor<'_>],
@@ -298,14 +301,14 @@ impl Scored {
         mean_loss(&self.losses)
     }
 
-    /// The prediction of every row with choices: that of the adapter, or the average.
+    /// The prediction of every row with choices: the adapter's, or the average of the adapters'.
     pub fn predictions(&self) -> Vec<Prediction> {
         let rows = self.choices.iter();
         rows.filter_map(|of_row| Prediction::average(of_row))
             .collect()
     }
 
-    /// All scores, and with a `temperature` what it makes of them.
+    /// All scores, and with a `temperature` also the scores after temperature scaling.
     pub fn scores(&self, options: &EvalOptions, temperature: Option<f64>) -> Scores {
         let n_tokens: usize = self.losses.iter().map(|row| row.n_tokens).sum();
         let n_correct: usize = self.losses.iter().map(|row| row.n_correct).sum();
@@ -350,7 +353,7 @@ impl Scored {
                 .map(|(predictive, expected)| predictive - expected);
             scores.auroc_mutual_information = measures::auroc(mutual.zip(correct()));
         }
-        // Each row once, not its whole distribution, is drawn.
+        // Resample one number per row, not its whole distribution.
         let nll: Vec<f64> = predictions.iter().map(Prediction::nll).collect();
         let squares: Vec<f64> = predictions.iter().map(Prediction::brier).collect();
         let mean = |values: &[f64]| Some(values.iter().sum::<f64>() / values.len() as f64);

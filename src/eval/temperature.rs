@@ -1,5 +1,5 @@
-//! Temperature scaling   (Guo et al. 2017, arXiv:1706.04599, sec. 4.2): one number that makes predictions as sure as they are
-//! right, without changing any answer.
+//! Temperature scaling   (Guo et al. 2017, arXiv:1706.04599, sec. 4.2): one number that makes confidence match accuracy
+//! and changes no answer.
 
 use anyhow::Result;
 use argmin::core::{CostFunction, Error, Executor};
@@ -10,13 +10,13 @@ use super::Prediction;
 /// Least and largest temperature.
 pub(super) const BOUNDS: [f64; 2] = [0.05, 20.0];
 
-/// Whether a temperature is at the end of what is searched: all answers are right, or confidence says nothing about them.
+/// Whether a temperature is at a bound of the search. Then all answers are right, or confidence carries no information.
 pub fn is_at_bound(temperature: f64) -> bool {
     let is_near = |bound: &f64| (temperature / bound).ln().abs() < 1e-3;
     BOUNDS.iter().any(is_near)
 }
 
-/// The mean negative log-likelihood of predictions at a temperature, over its logarithm.
+/// The mean negative log-likelihood of predictions as a function of the logarithm of the temperature.
 struct Tempered<'a>(&'a [Prediction]);
 
 impl CostFunction for Tempered<'_> {
@@ -28,7 +28,8 @@ impl CostFunction for Tempered<'_> {
     }
 }
 
-/// An outcome that was ruled out costs much, and the same at each temperature, rather than more than any number.
+/// The mean negative log-likelihood at `temperature`. A true outcome of probability 0 costs a large constant instead of
+/// infinity.
 fn mean_nll(predictions: &[Prediction], temperature: f64) -> f64 {
     const MOST: f64 = 1e6;
     let nll = predictions
@@ -37,14 +38,16 @@ fn mean_nll(predictions: &[Prediction], temperature: f64) -> f64 {
     nll.sum::<f64>() / predictions.len().max(1) as f64
 }
 
-/// The temperature between 0.05 and 20 of the least mean negative log-likelihood of `predictions`, by Brent's method over its
-/// logarithm; 1 without predictions. The likelihood is convex in `1/T`, so that there is one such temperature. At a bound where
-/// all answers are right, or confidence says nothing about them.
+/// The temperature T between 0.05 and 20 with the least mean negative log-likelihood of `predictions`, by Brent's
+/// method over `ln T`; 1 without predictions.
+///
+/// The negative log-likelihood is convex in `1/T`, so it has one minimum. The minimum is at a bound if all answers are
+/// right, or if confidence carries no information.
 ///
 /// # Errors
-/// Those of the search.
+/// Returns an error if the search fails.
 pub fn fit_temperature(predictions: &[Prediction]) -> Result<f64> {
-    /// Of the logarithm, and so relative.
+    /// Tolerance of `ln T`, so it is relative for T.
     const TOLERANCE: f64 = 1e-6;
     if predictions.is_empty() {
         return Ok(1.0);
@@ -55,8 +58,8 @@ pub fn fit_temperature(predictions: &[Prediction]) -> Result<f64> {
         .configure(|state| state.max_iters(100))
         .run()?;
     let found = found.state().best_param.unwrap_or(0.0);
-    // The method never asks for the ends themselves.
-    // Where all answers are right the likelihood vanishes long before the end, which then is the temperature.
+    // The method never evaluates the ends. If all answers are right, the negative log-likelihood rounds to 0 long
+    // before the end, and the end is the temperature.
     let candidates = [low, high, found];
     let cost = |log: &f64| mean_nll(predictions, log.exp());
     let best = candidates
@@ -81,7 +84,7 @@ mod tests {
                 .map(|t| mean_nll(&case.predictions, t))
                 .into();
             assert!(ours <= theirs + 1e-9, "{}: {ours} {theirs}", case.name);
-            // Where the likelihood is flat any temperature will do.
+            // Temperatures are only comparable if the likelihood is not flat.
             let away = mean_nll(&case.predictions, 1.05 * expected) - theirs;
             if away > 1e-6 && expected > 1.01 * BOUNDS[0] && expected < 0.99 * BOUNDS[1] {
                 let relative = (temperature / expected).ln().abs();

@@ -1,4 +1,4 @@
-//! `fit`: how wide the posterior around an adapter may be, judged on held-out rows.
+//! `fit`: finds the width of the posterior around an adapter, judged on held-out rows.
 
 mod record;
 mod search;

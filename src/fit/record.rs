@@ -14,26 +14,27 @@ pub const FILE: &str = "fit.json";
 pub struct FitRecord {
     /// Version of the program.
     pub monteclora: &'static str,
-    /// How noise depends on the row of A.
+    /// How the noise depends on the row of A.
     pub geometry: Geometry,
-    /// By what scales were judged.
+    /// The criterion that scales were judged by: `nll` or `tolerance`.
     pub criterion: &'static str,
-    /// For the criterion `tolerance`, the share.
+    /// The tolerated share, for the criterion `tolerance`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<f64>,
-    /// The scale that was kept: the standard deviation of A's entries, or that times the singular value of the row.
+    /// The scale that was kept: the standard deviation of A's entries, or, for [`Geometry::Svd`], the product of a
+    /// row's standard deviation and its singular value.
     pub sigma: f64,
-    /// Every scale that was tried.
+    /// The evaluation of every scale that was tried.
     pub evaluations: Vec<Evaluation>,
-    /// The posterior mean.
+    /// The evaluation of the posterior mean.
     pub before: Evaluation,
-    /// The average over the draws at the scale that was kept.
+    /// The evaluation of the average over the draws at the scale that was kept.
     pub after: Evaluation,
-    /// Draws of the average.
+    /// Number of draws in the average.
     pub draws: usize,
     /// Seed of the draws and of the choice of rows.
     pub seed: u64,
-    /// Rows that were used.
+    /// Number of rows that were used.
     pub rows: usize,
     /// SHA-256 of their file.
     pub data_sha256: String,
@@ -41,21 +42,22 @@ pub struct FitRecord {
     pub base_fingerprint: String,
     /// Fingerprint of the adapter that was fitted.
     pub adapter_fingerprint: String,
-    /// What rounding in the change of basis made of an update at most, as a share of it.
+    /// The largest relative change of an update by rounding in the change of basis.
     pub rounding: f64,
-    /// Modules whose B is zero, which have no noise.
+    /// Modules whose B is zero. They have no noise.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub zero_modules: Vec<String>,
     /// Seconds of the search.
     pub seconds: f64,
-    /// What the adapter's run.json records, without its list of modules: by it `eval` and `predict` know the conversation that the
-    /// adapter was trained on.
+    /// The adapter's run.json without its list of modules. `eval` and `predict` read from it how prompts were rendered
+    /// in training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub training: Option<Value>,
 }
 
 impl FitRecord {
-    /// That of what `search` found on the base of this fingerprint; `training` is what the adapter was trained with.
+    /// The record of `fitted`, the result of `search` on the base model with this fingerprint. `training` is the
+    /// adapter's run.json.
     pub fn new(
         search: &Search<'_>,
         fitted: &Fitted,
@@ -88,7 +90,7 @@ impl FitRecord {
         }
     }
 
-    /// What came of it, in words.
+    /// The result of the search as a sentence.
     pub fn verdict(&self) -> String {
         let (before, after) = (self.before.nll, self.after.nll);
         let what = match (self.before.accuracy, self.tolerance) {

@@ -18,40 +18,43 @@ use crate::eval::{
 };
 use crate::model::{ActiveAdapter, Decoder};
 
-/// Least and largest scale that is tried.
+/// Least and largest scale of the search.
 const BOUNDS: [f64; 2] = [1e-4, 0.3];
 
-/// Width of the interval of `ln sigma` at which a bisection ends: the scale is known to about an eighth.
+/// Width of the interval of `ln sigma` at which a bisection ends: the largest tolerated scale is then at most `e^0.25`
+/// times the kept one.
 const TOLERANCE: f64 = 0.25;
 
-/// Ratio of neighbouring scales of the coarse search.
+/// Ratio of neighbouring scales in the coarse search.
 const COARSE: f64 = 4.0;
 
-/// Scales of the golden-section search between them, after the first two.
+/// Iterations of the golden-section search between coarse scales, after its first two scales.
 const FINE_STEPS: u64 = 3;
 
-/// Change of the average's log-likelihood, with and without a temperature, as a share, below which noise does nothing that matters.
+/// Relative change of the average's log-likelihood, with and without a temperature, below which noise has no effect
+/// that matters.
 const SLIGHT: f64 = 0.005;
 
-/// Accuracy that the average may lose against the mean.
+/// The largest accepted loss of accuracy of the average against the mean.
 const ALLOWED_LOSS: f64 = 0.01;
 
-/// By what a scale is judged.
+/// The criterion that a scale is judged by.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Criterion {
-    /// The least negative log-likelihood of the average over the draws. Of choices it is the one after a temperature fitted on the
-    /// same rows, and scales that cost more than a hundredth of accuracy do not count.
+    /// The scale with the least negative log-likelihood of the average over the draws. If rows have choices, the
+    /// likelihood is the one after a temperature that is fitted on the same rows, and scales that lower the accuracy by
+    /// more than 0.01 are excluded.
     Nll,
-    /// The largest scale whose average has a negative log-likelihood at most this share above the mean's, among those that cost at
-    /// most a hundredth of the accuracy on choices.
+    /// The largest scale at which the negative log-likelihood of the average is at most this share above the mean's.
+    /// Scales that lower the accuracy on choices by more than 0.01 are excluded.
     Tolerance(f64),
 }
 
-/// What one scale does to the average over the draws.
+/// The scores of the average over the draws at one scale.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Whose scale it is; none for the mean, without noise.
+    /// The geometry of the scale. `None` for the mean without noise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub geometry: Option<Geometry>,
     /// The scale.
@@ -59,19 +62,19 @@ pub struct Evaluation {
     pub sigma: Option<f64>,
     /// The criterion's negative log-likelihood, nats: see [`Criterion`].
     pub nll: f64,
-    /// Of choices, the same without the temperature.
+    /// For choices, the negative log-likelihood without the temperature, if one is fitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nll_untempered: Option<f64>,
-    /// Of choices, the temperature.
+    /// For choices, the temperature, if one is fitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
-    /// Of choices, the share of rows whose most likely choice is right.
+    /// For choices, the share of rows whose most likely choice is right.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
 }
 
 impl Evaluation {
-    /// Whether `other` answers as well as this one, nearly.
+    /// Whether the accuracy of `other` is at most [`ALLOWED_LOSS`] below the accuracy of this evaluation.
     fn allows(&self, other: &Self) -> bool {
         match (other.accuracy, self.accuracy) {
             (Some(now), Some(before)) => now >= before - ALLOWED_LOSS - 1e-9,
@@ -85,20 +88,20 @@ impl Evaluation {
     }
 }
 
-/// The outcome of a search.
+/// The result of a search.
 #[derive(Debug)]
 pub struct Fitted {
     /// The geometry that was kept.
     pub geometry: Geometry,
     /// The scale.
     pub sigma: f64,
-    /// Every scale that was tried, in order.
+    /// The evaluations of all scales that were tried, in order.
     pub evaluations: Vec<Evaluation>,
-    /// The mean without noise.
+    /// The evaluation of the mean without noise.
     pub before: Evaluation,
-    /// The average at the scale that was kept.
+    /// The evaluation of the average at the scale that was kept.
     pub after: Evaluation,
-    /// The posterior.
+    /// The adapter with the posterior at the scale that was kept.
     pub adapter: Adapter,
     /// See [`ScaledPosterior::rounding`].
     pub rounding: f64,
@@ -108,7 +111,7 @@ pub struct Fitted {
     pub seconds: f64,
 }
 
-/// The search was told to stop.
+/// The search was interrupted.
 #[derive(Debug, Clone, Copy)]
 pub struct Stopped;
 
@@ -120,33 +123,33 @@ impl std::fmt::Display for Stopped {
 
 impl std::error::Error for Stopped {}
 
-/// What is searched on.
+/// The inputs and settings of a search.
 pub struct Search<'a> {
-    /// The base.
+    /// The base model.
     pub decoder: &'a Decoder,
-    /// The adapter, whose mean stays.
+    /// The adapter. Its mean is kept.
     pub adapter: &'a Adapter,
     /// Held-out rows.
     pub data: &'a Dataset,
-    /// Which of them.
+    /// The indices of the examples to use.
     pub rows: &'a [usize],
-    /// Their choices.
+    /// The choices of the rows.
     pub choices: &'a ChoiceRows,
-    /// How they are scored.
+    /// How the rows are scored.
     pub options: EvalOptions,
-    /// Draws whose average is judged, the same for each scale.
+    /// Number of draws in the average, with the same random numbers for each scale.
     pub n_draws: usize,
     /// Their seed.
     pub seed: u64,
-    /// By what scales are judged.
+    /// The criterion that scales are judged by.
     pub criterion: Criterion,
-    /// Set to stop.
+    /// The caller sets this flag to stop the search.
     pub interrupt: &'a AtomicBool,
-    /// Told of every scale.
+    /// Receives the evaluation of the mean and of every scale.
     pub watch: &'a dyn Fn(&Evaluation),
 }
 
-/// Scales of one geometry.
+/// The scales of one geometry.
 struct Family<'a> {
     search: &'a Search<'a>,
     before: &'a Evaluation,
@@ -156,21 +159,22 @@ struct Family<'a> {
 }
 
 impl Search<'_> {
-    /// How many scales are tried as a rule, the mean's pass included.
+    /// The usual number of evaluations, the one of the mean included.
     pub fn n_evaluations(n_geometries: usize, criterion: Criterion) -> usize {
         let width = (BOUNDS[1] / BOUNDS[0]).ln();
         let n = match criterion {
-            // As a rule; where noise still matters at the least scale there are more.
+            // If noise still matters at the fourth coarse scale, there are more.
             Criterion::Nll => 4 + 1 + FINE_STEPS,
             Criterion::Tolerance(_) => 2 + (width / TOLERANCE).log2().ceil() as u64,
         };
         n_geometries * n as usize + 1
     }
 
-    /// Searches the scale of one geometry, or of both and keeps the one whose average has the lower negative log-likelihood.
+    /// Searches the scale of each geometry, and keeps the geometry whose average has the least negative log-likelihood.
     ///
     /// # Errors
-    /// [`Stopped`]; those of the adapter, of the data and of the decoder.
+    /// Returns [`Stopped`] if the caller sets `interrupt`, or an error if `geometries` is empty, the adapter does not
+    /// fit the decoder, no scale is tolerated, or the rows cannot be scored.
     pub fn run(&self, geometries: &[Geometry]) -> Result<Fitted> {
         let began = Instant::now();
         let mean = ActiveAdapter::from_adapter(
@@ -196,7 +200,7 @@ impl Search<'_> {
                 Criterion::Tolerance(share) => family.largest_tolerated(share)?,
             };
             evaluations.extend(family.tried.into_inner());
-            // One that costs accuracy is kept only where nothing else is left.
+            // A scale that costs accuracy is kept only if nothing else is left.
             let rank = |e: &Evaluation| (!before.allows(e), e.nll);
             if best
                 .as_ref()
@@ -229,7 +233,7 @@ impl Search<'_> {
         })
     }
 
-    /// What `predictor` makes of the rows.
+    /// Scores the rows with `predictor`.
     fn evaluation(
         &self,
         scale: Option<(Geometry, f64)>,
@@ -292,7 +296,7 @@ impl Search<'_> {
 }
 
 impl Family<'_> {
-    /// The average over the draws at `sigma`.
+    /// Evaluates the average over the draws at `sigma`, or returns the earlier evaluation of this scale.
     fn evaluate(&self, sigma: f64) -> Result<Evaluation> {
         let tried = self
             .tried
@@ -316,12 +320,15 @@ impl Family<'_> {
         Ok(found)
     }
 
-    /// The least negative log-likelihood among all scales that are tried: first coarse ones, each a quarter of the one before, from the
-    /// widest to one that hardly changes the average (the effect is of the second order, so that narrower ones
-    /// change nothing); then those of a golden-section search over `ln sigma` around the best of them. Where none is allowed, the
-    /// least scale.
+    /// The evaluation with the least negative log-likelihood of all allowed scales. If no scale is allowed, the least
+    /// scale.
     ///
-    /// A search of the whole interval would begin where noise is too small to matter, and lose its way there.
+    /// The search tries coarse scales first, each a quarter of the one before, from the widest to one that hardly
+    /// changes the average. The effect of noise is of second order, so still narrower scales change nothing. A
+    /// golden-section search over `ln sigma` around the best coarse scale follows.
+    ///
+    /// A golden-section search of the whole interval would start where noise is too small to matter, and could not find
+    /// the minimum from there.
     fn least_nll(&self) -> Result<Evaluation> {
         let mut sigma = BOUNDS[1];
         loop {
@@ -348,14 +355,14 @@ impl Family<'_> {
         Ok(self.least_allowed().unwrap_or(coarse))
     }
 
-    /// The best of the scales that were tried and may be kept.
+    /// The best evaluation of the allowed scales that were tried.
     fn least_allowed(&self) -> Option<Evaluation> {
         let tried = self.tried.borrow();
         let allowed = tried.iter().filter(|e| self.before.allows(e));
         allowed.min_by(|a, b| a.nll.total_cmp(&b.nll)).copied()
     }
 
-    /// The largest scale of a bisection over `ln sigma` whose average is at most `share` worse than the mean.
+    /// The largest scale at which the average is at most `share` worse than the mean, by bisection over `ln sigma`.
     fn largest_tolerated(&self, share: f64) -> Result<Evaluation> {
         let most = self.before.nll * (1.0 + share);
         let [low, high] = BOUNDS;
@@ -388,7 +395,7 @@ impl Family<'_> {
     }
 }
 
-/// Carries an error of ours through the search.
+/// Carries an [`anyhow::Error`] through argmin's error type.
 #[derive(Debug)]
 struct Carried(std::sync::Mutex<Option<anyhow::Error>>);
 
@@ -413,7 +420,7 @@ impl CostFunction for &Family<'_> {
     fn cost(&self, log_sigma: &f64) -> std::result::Result<f64, Error> {
         let found = self.evaluate(log_sigma.exp());
         let found = found.map_err(|e| Error::new(Carried(std::sync::Mutex::new(Some(e)))))?;
-        // Too wide: the answers change. The wider, the worse, so that the search turns back.
+        // The scale is too wide: the answers change. The cost grows with the scale, so that the search turns back.
         Ok(match self.before.allows(&found) {
             true => found.nll,
             false => 1e6 * (1.0 + log_sigma - BOUNDS[0].ln()),

@@ -1,4 +1,4 @@
-//! Modules of a decoder and the updates that are active at them.
+//! Modules of a decoder and their active updates.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use monteclora_converters::architecture::{ModelShape, Module};
 
 use monteclora_adapters::Result;
 
-/// A linear module of a decoder: its place in [`ModelShape::modules`], blocks first.
+/// A linear module of a decoder: its index in [`ModelShape::modules`], blocks first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModuleId(pub(super) usize);
 
@@ -22,14 +22,14 @@ impl ModuleId {
     }
 }
 
-/// The updates active in a forward pass.
+/// The updates that are active in a forward pass.
 #[derive(Debug, Clone, Default)]
 pub struct ActiveAdapter {
     modules: BTreeMap<ModuleId, Arc<dyn Update>>,
 }
 
 impl ActiveAdapter {
-    /// An adapter of the given modules.
+    /// An adapter with the given updates.
     pub fn new<U: Into<Arc<dyn Update>>>(modules: impl IntoIterator<Item = (ModuleId, U)>) -> Self {
         let modules = modules.into_iter();
         Self {
@@ -37,7 +37,8 @@ impl ActiveAdapter {
         }
     }
 
-    /// The posterior mean of `adapter` on `device`, after checking that every module exists with its shape.
+    /// The posterior mean of `adapter` on `device`. It is an error if a module does not exist in the base model or has
+    /// another shape there.
     pub fn from_adapter(
         adapter: &monteclora_converters::Adapter,
         config: &ModelShape,
@@ -46,7 +47,8 @@ impl ActiveAdapter {
         Ok(Self::new(low_rank(adapter, config, device)?))
     }
 
-    /// A posterior draw of the adapter that `mean` comes from: draws differ in A only, and so hold one B between them.
+    /// A posterior draw of the adapter that `mean` comes from. Draws differ only in A, so all of them share the B of
+    /// `mean`.
     pub(crate) fn from_draw(
         drawn: &monteclora_converters::Adapter,
         mean: &Self,
@@ -68,7 +70,8 @@ impl ActiveAdapter {
     }
 }
 
-/// The low-rank matrices of `adapter` on `device` in the order of the modules, after checking that every module exists with its shape.
+/// The low-rank matrices of `adapter` on `device`, per module. It is an error if a module does not exist in the base
+/// model or has another shape there.
 fn low_rank(
     adapter: &monteclora_converters::Adapter,
     config: &ModelShape,
@@ -83,7 +86,7 @@ fn low_rank(
         let wrapper = config.wrapper;
         wrapper.is_some_and(|wrapper| wrapper.is_beside(name))
     };
-    // Text does not go through the parts for other media.
+    // Modules for other media (images, audio) are left out, since text does not use them.
     for site in adapter.sites.iter().filter(|site| !is_beside(&site.name)) {
         let Some((id, module)) = known.get(&site.name) else {
             let what = match config.family.is_in_mixture(&site.name) {
@@ -131,7 +134,8 @@ pub struct AdapterGradients {
 }
 
 impl AdapterGradients {
-    /// Adds gradients of a module's factors, in the order of [`Update::factors`]; none where there is no update.
+    /// Adds the gradients of a module's factors, in the order of [`Update::factors`]. They are empty for a module
+    /// without an update.
     pub(crate) fn add(&mut self, id: ModuleId, gradients: Vec<Tensor>) -> Result<()> {
         if !gradients.is_empty() {
             let before = self.modules.remove(&id).unwrap_or_default();
@@ -140,7 +144,7 @@ impl AdapterGradients {
         Ok(())
     }
 
-    /// Adds all gradients of `other`: another micro-batch of the same step.
+    /// Adds all gradients of `other`, another micro-batch of the same step.
     pub fn add_all(&mut self, other: Self) -> Result<()> {
         for (id, gradients) in other.modules {
             self.add(id, gradients)?;
@@ -154,7 +158,7 @@ impl AdapterGradients {
     }
 }
 
-/// Adds the gradients of one update's factors to those `before`, if there are any.
+/// Adds the gradients of one update's factors to `before`, which may be empty.
 pub(crate) fn sum_of_factors(before: Vec<Tensor>, more: Vec<Tensor>) -> Result<Vec<Tensor>> {
     if before.is_empty() {
         return Ok(more);

@@ -1,4 +1,4 @@
-//! One block of the decoder: sublayers that add to the residual stream, composed from what the architecture says.
+//! One block of the decoder: sublayers that add to the residual stream, composed as the architecture defines.
 
 use candle_core::Tensor;
 
@@ -18,7 +18,7 @@ pub(crate) struct Block {
     pub(crate) feed_forward: Sublayer<FeedForwardPart>,
 }
 
-/// `x + scale * after(part(before(x)))`, where each norm may be missing.
+/// `x + scale * after(part(before(x)))`. Each of the norms `before` and `after` may be missing.
 #[derive(Debug)]
 pub(crate) struct Sublayer<P> {
     pub(crate) before: Option<Norm>,
@@ -27,7 +27,7 @@ pub(crate) struct Sublayer<P> {
     pub(crate) scale: f64,
 }
 
-/// Activations of a block that the backward pass reads; the rest is cheap and computed again.
+/// Activations of a block that the backward pass reads. The others are cheap and recomputed.
 #[derive(Debug)]
 pub(crate) struct Kept {
     attention: KeptSublayer<Attention>,
@@ -38,7 +38,7 @@ pub(crate) struct Kept {
 #[derive(Debug)]
 struct KeptSublayer<P: Part> {
     part: P::Kept,
-    /// The part's output, where a norm follows.
+    /// The part's output, if a norm follows.
     output: Option<Tensor>,
 }
 
@@ -57,7 +57,7 @@ impl<P: Part> Sublayer<P> {
         cache: Option<&mut LayerCache>,
     ) -> Result<(Tensor, KeptSublayer<P>)> {
         let input = self.input(x)?;
-        // With nothing in between, the part adds its output to the residual itself.
+        // Without a norm and a scale after the part, the part itself adds its output to the residual.
         let is_direct = self.after.is_none() && self.scale == 1.0;
         let residual = is_direct.then_some(x);
         let (y, part) = self.part.forward(&input, pass, residual, cache)?;
@@ -78,7 +78,8 @@ impl<P: Part> Sublayer<P> {
         }
     }
 
-    /// Adds the gradients of this sublayer's updates at `x` to `gradients`, and returns that of `x` if it is `wanted`.
+    /// Adds the gradients of this sublayer's updates at `x` to `gradients`, and returns the gradient of `x` if
+    /// `wanted`.
     fn backward(
         &self,
         x: &Tensor,
@@ -105,7 +106,7 @@ impl<P: Part> Sublayer<P> {
 }
 
 impl Block {
-    /// Its linear modules that can carry an update.
+    /// The block's linear modules that can carry an update.
     pub(crate) fn projections(&self) -> impl Iterator<Item = &Projection> {
         let attention = &self.attention.part;
         let gated = match &self.feed_forward.part {
@@ -117,7 +118,7 @@ impl Block {
         lists.flat_map(|projections| &projections.0)
     }
 
-    /// Its linear modules that can carry an update.
+    /// The block's linear modules that can carry an update.
     pub(crate) fn projections_mut(&mut self) -> impl Iterator<Item = &mut Projection> {
         let attention = &mut self.attention.part;
         let gated = match &mut self.feed_forward.part {
@@ -129,7 +130,7 @@ impl Block {
         lists.flat_map(|projections| &mut projections.0)
     }
 
-    /// Computes products of its frozen weights in `precision`.
+    /// Computes products with the block's frozen weights in `precision`.
     pub(crate) fn set_precision(&mut self, precision: Precision) {
         for projection in self.projections_mut() {
             projection.linear.set_precision(precision);
@@ -139,7 +140,8 @@ impl Block {
         }
     }
 
-    /// The block at `x` `[tokens, hidden]`; with a cache, keys and values of earlier tokens take part.
+    /// Computes the block at `x` `[tokens, hidden]`. With a cache, attention also reads keys and values of earlier
+    /// tokens.
     pub(crate) fn forward(
         &self,
         x: &Tensor,
@@ -156,7 +158,7 @@ impl Block {
         Ok((y, kept))
     }
 
-    /// Adds the gradients of this block's updates to `gradients` and returns that of `x` if it is `wanted`.
+    /// Adds the gradients of this block's updates to `gradients`, and returns the gradient of `x` if `wanted`.
     pub(crate) fn backward(
         &self,
         x: &Tensor,
@@ -215,7 +217,7 @@ mod tests {
 
     fn norm(width: usize, seed: f64) -> Result<Norm> {
         let weight = (matrix(1, width, seed).flatten_all()? + 1.5)?;
-        // So large that the norms behind small outputs do not bend faster than the differences resolve.
+        // With so large an epsilon, norms after small outputs curve slowly enough for the finite differences.
         Ok(Norm { weight, eps: 1.0 })
     }
 
@@ -228,7 +230,7 @@ mod tests {
         (matrix(WIDTHS[role], inputs, role as f64) * 0.1).expect("a product")
     }
 
-    /// Modules of `roles`, each by itself or fused into the first one.
+    /// Modules of `roles`, one per role or fused into one.
     fn projections(roles: std::ops::Range<usize>, fused: bool) -> Result<Projections> {
         let groups: Vec<Vec<usize>> = match fused {
             true => vec![roles.collect()],
@@ -247,7 +249,7 @@ mod tests {
         Ok(Projections(list?))
     }
 
-    /// A block with norms around both sublayers where asked for, and on whole projections.
+    /// A block with optional norms before and after both sublayers. With `after`, also norms on queries and keys.
     fn block(before: bool, after: bool, fused: bool, rope: Option<usize>) -> Result<Block> {
         let place = |there: bool, seed| there.then(|| norm(HIDDEN, seed)).transpose();
         Ok(Block {
@@ -314,7 +316,8 @@ mod tests {
         )?])
     }
 
-    /// Every composition that an architecture can ask for: the gradient of the input and of every factor.
+    /// The gradients of the input and of every factor are right for several compositions that an architecture can
+    /// define.
     #[test]
     fn gradients_are_finite_differences() -> Result<()> {
         let (segments, rotations) = (segments(), rotations()?);
@@ -362,7 +365,7 @@ mod tests {
         Ok(())
     }
 
-    /// Fused modules compute what separate ones of the same rows do.
+    /// Fused modules compute the same as separate modules with the same rows.
     #[test]
     fn fused_modules_equal_separate_ones() -> Result<()> {
         let (segments, rotations) = (segments(), rotations()?);

@@ -20,8 +20,8 @@ use super::parts::head::Head;
 use super::parts::rotary::Rotation;
 use super::{Result, read_shape};
 
-/// A frozen decoder on one device: weights in f32, bf16 or blocks of quantised values, norms and arithmetic in f32 unless [`Decoder::with_precision`] says
-/// otherwise.
+/// A frozen decoder on one device. Weights are float32, bfloat16 or blocks of quantised values. Norms are float32, and
+/// so is the arithmetic, unless [`Decoder::with_precision`] changes it.
 #[derive(Debug)]
 pub struct Decoder {
     pub(super) config: ModelShape,
@@ -32,14 +32,14 @@ pub struct Decoder {
     pub(super) device: Device,
 }
 
-/// Ragged sequences of a batch, concatenated; nothing is padded.
+/// The sequences of a batch, concatenated without padding.
 #[derive(Debug, Clone, Default)]
 pub struct Sequences {
     /// Token ids, `[tokens]`.
     pub tokens: Vec<u32>,
     /// Position of each token within its sequence, `[tokens]`.
     pub positions: Vec<u32>,
-    /// Where each sequence lies.
+    /// The rows of each sequence.
     pub segments: Vec<Segment>,
 }
 
@@ -74,7 +74,7 @@ impl Sequences {
     }
 }
 
-/// Dropout on the adapters' inputs; a function of seed, step, module, row and position alone.
+/// Dropout on the adapters' inputs. The masks depend only on seed, step, module, row and position.
 #[derive(Debug, Clone)]
 pub struct Dropout {
     /// Probability that an input is dropped, in `[0, 1)`.
@@ -83,7 +83,7 @@ pub struct Dropout {
     pub seed: u64,
     /// Optimiser step.
     pub step: u64,
-    /// Identity of each segment's row in the data, so that a row's mask does not depend on its batch.
+    /// Identity of each segment's row in the data. It makes the mask of a row independent of its batch.
     pub rows: Vec<u64>,
 }
 
@@ -113,14 +113,14 @@ impl Dropout {
     }
 }
 
-/// Losses of the labelled positions and, when a scale was given, gradients of `scale` times their sum.
+/// Losses of the labelled positions and, if a scale was given, the gradients of `scale` times their sum.
 #[derive(Debug)]
 pub struct TaskLoss {
     /// Negative log-likelihood of each target, nats.
     pub nll: Vec<f32>,
     /// Whether each target was the most likely token.
     pub correct: Vec<bool>,
-    /// Gradients of the adapter's modules.
+    /// Gradients of the adapter's modules, if a scale was given.
     pub gradients: Option<AdapterGradients>,
 }
 
@@ -131,25 +131,25 @@ impl TaskLoss {
     }
 }
 
-/// How a training pass runs.
+/// Options of a training pass.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PassOptions<'a> {
     /// Dropout on the adapters' inputs.
     pub dropout: Option<&'a Dropout>,
-    /// Keep only each block's input and compute the rest again in the backward pass.
+    /// Whether to keep only each block's input and recompute the other activations in the backward pass.
     pub checkpointing: bool,
 }
 
 impl Decoder {
-    /// Loads a Hugging Face directory on `device`: in float32, but blocks of quantised values as they are.
+    /// Loads a Hugging Face directory on `device`. Weights become float32; blocks of quantised values stay as they are.
     ///
     /// # Errors
-    /// What [`read_shape`] and [`ModelFiles::check`] refuse.
+    /// As [`read_shape`] and [`ModelFiles::check`], or if a tensor is missing or has the wrong shape.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         Self::load_as(dir, device, &AUTO)
     }
 
-    /// Loads a Hugging Face directory with embedding and projections held as `weights`.
+    /// Loads a Hugging Face directory and holds embedding and projections as `weights`.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -160,7 +160,8 @@ impl Decoder {
         load::decoder(read_shape(dir)?, dir, source, device, weights)
     }
 
-    /// A decoder of the sizes in `dir`'s config.json with random weights, a function of `seed`; for measurements.
+    /// A decoder with the sizes in `dir`'s config.json and random weights that depend on `seed`. It is for
+    /// measurements.
     ///
     /// # Errors
     /// As [`Self::load_as`].
@@ -169,7 +170,7 @@ impl Decoder {
         load::decoder(config, dir, load::Source::Random(seed), device, weights)
     }
 
-    /// The same decoder with products of its frozen weights computed in `precision`, forward and backward.
+    /// Computes the products with frozen weights in `precision`, forward and backward.
     pub fn with_precision(mut self, precision: Precision) -> Self {
         self.head.linear.set_precision(precision);
         for block in &mut self.blocks {
@@ -178,22 +179,22 @@ impl Decoder {
         self
     }
 
-    /// Sizes and switches.
+    /// Sizes and options of the model.
     pub fn config(&self) -> &ModelShape {
         &self.config
     }
 
-    /// Where it was loaded from.
+    /// The directory that the decoder was loaded from.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Where it computes.
+    /// The device that the decoder computes on.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// Every projection that can carry an adapter, by module path.
+    /// Every projection that can carry an update, with its module path.
     pub fn linear_modules(config: &ModelShape) -> Vec<LinearModule> {
         config.linear_modules()
     }
@@ -207,7 +208,7 @@ impl Decoder {
             .collect()
     }
 
-    /// Hidden states before the last norm, `[tokens, hidden]`, without keeping anything for a backward pass.
+    /// Hidden states before the last norm, `[tokens, hidden]`. Nothing is kept for a backward pass.
     pub(super) fn hidden(
         &self,
         sequences: &Sequences,
@@ -238,7 +239,7 @@ impl Decoder {
         self.head_logits(&hidden, adapter)
     }
 
-    /// Losses at `targets`, pairs of a row of `sequences` and the token it should predict; no gradients.
+    /// Losses at `targets` without gradients. A target is a row of `sequences` and the token that it should predict.
     pub fn evaluate(
         &self,
         sequences: &Sequences,
@@ -258,7 +259,7 @@ impl Decoder {
         })
     }
 
-    /// Losses at `targets`, and the gradients of `scale` times their sum at every module of `adapter`.
+    /// Losses at `targets`, and the gradients of `scale` times their sum for every module of `adapter`.
     pub fn loss_and_gradients(
         &self,
         sequences: &Sequences,
@@ -297,7 +298,7 @@ impl Decoder {
         let loss = self.head.losses(&selected, &labels, adapter, Some(scale))?;
         let mut gradients = AdapterGradients::default();
         gradients.add(self.head.id, loss.grad_factors)?;
-        // Blocks below the lowest adapted one need no gradient at all.
+        // Blocks below the lowest one with an update need no gradient.
         let is_adapted = |block: &Block| block.projections().any(|p| adapter.get(p.id).is_some());
         let lowest = self.blocks.iter().position(is_adapted);
         if let (Some(grad_selected), Some(lowest)) = (loss.grad_hidden, lowest) {
@@ -324,7 +325,8 @@ impl Decoder {
     }
 }
 
-/// Runs `pass` on a worker of the pool, so that its thousands of parallel loops start without waking one from outside.
+/// Runs `pass` on a worker of the thread pool. A pass starts thousands of parallel loops, and starting one from outside
+/// the pool must wake a worker first.
 pub(super) fn on_pool<R: Send>(pass: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| pass())
 }

@@ -1,4 +1,4 @@
-//! Greedy decoding of many prompts at once, each with its own cache.
+//! Greedy decoding of many prompts at once, with cached keys and values.
 
 use candle_core::{DType, Tensor};
 use monteclora_converters::architecture::RopeKind;
@@ -9,7 +9,7 @@ use super::parts::attention::Segment;
 use super::predictive::most_likely;
 use monteclora_adapters::Result;
 
-/// Rotated keys and values of one layer for the sequences that are still running, one after the other.
+/// Rotated keys and values of one layer for the running sequences, concatenated.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct LayerCache {
     keys_and_values: Option<(Tensor, Tensor)>,
@@ -17,7 +17,7 @@ pub(crate) struct LayerCache {
 }
 
 impl LayerCache {
-    /// Appends the new rows of each sequence behind its earlier ones and returns all keys and values.
+    /// Inserts the new rows of each sequence after its earlier ones, and returns all keys and values.
     pub(crate) fn extend(
         &mut self,
         k: &Tensor,
@@ -70,14 +70,14 @@ impl LayerCache {
     }
 }
 
-/// When decoding ends.
+/// Limits of decoding.
 #[derive(Debug, Clone)]
 pub struct GenerationSettings {
-    /// Most tokens an answer may have.
+    /// Largest number of tokens of an answer.
     pub max_new_tokens: usize,
-    /// Tokens that end an answer; not part of it.
+    /// Tokens that end an answer. They are not part of it.
     pub stop_tokens: Vec<u32>,
-    /// Prompts decoded together.
+    /// Number of prompts that are decoded together.
     pub batch_size: usize,
 }
 
@@ -86,24 +86,24 @@ pub struct GenerationSettings {
 pub struct Generation {
     /// Token ids without the stop token.
     pub tokens: Vec<u32>,
-    /// The stop token that ended it; none where it is as long as it may be.
+    /// The stop token that ended the answer. `None` if it reached the largest number of tokens.
     pub end: Option<u32>,
-    /// Logarithm of its probability: the product of those of its tokens and of its end.
+    /// Logarithm of the answer's probability: the product of the probabilities of its tokens and its stop token.
     pub log_probability: f64,
 }
 
 impl Generation {
-    /// Whether another answer is the same text.
+    /// Whether another answer has the same tokens and the same end.
     pub fn says_the_same(&self, other: &Self) -> bool {
         self.tokens == other.tokens && self.end == other.end
     }
 }
 
 impl Decoder {
-    /// Greedy answers to `prompts`; `done` is called with the number of finished prompts after each batch.
+    /// Greedy answers to `prompts`. After each batch `done` receives the number of finished prompts.
     ///
     /// # Errors
-    /// Those of the device.
+    /// Returns an error if a token is outside the vocabulary or the device fails.
     pub fn generate(
         &self,
         prompts: &[Vec<u32>],
@@ -115,10 +115,11 @@ impl Decoder {
         Ok(answers.unwrap_or_default())
     }
 
-    /// [`Self::generate`] as long as `goes_on` says so, which is asked before each token; else nothing.
+    /// [`Self::generate`] while `goes_on` returns true. It is called before each token. Once it returns false, the
+    /// result is `None`.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Self::generate`].
     pub fn generate_while(
         &self,
         prompts: &[Vec<u32>],
@@ -180,7 +181,7 @@ impl Decoder {
         Ok(Some(answers))
     }
 
-    /// A text that begins with `prompt`, which is not empty, to be continued token by token.
+    /// Starts a text with `prompt`, which must not be empty. The caller continues it token by token.
     pub fn continuation<'a>(
         &'a self,
         prompt: &[u32],
@@ -189,8 +190,9 @@ impl Decoder {
         Continuation::of(self, &[prompt.to_vec()], adapter)
     }
 
-    /// The length beyond which LongRoPE has other factors, which transformers computes the whole text with. The base of dynamic
-    /// scaling grows with each token; there keys keep the rotation that they were made with.
+    /// The length beyond which LongRoPE uses other factors, which then apply to the whole text, as in transformers.
+    /// `None` for dynamic scaling: its base grows with each token, and keys keep the rotation that they were computed
+    /// with.
     fn rotation_threshold(&self) -> Option<usize> {
         let mut ropes = self.config.ropes.iter();
         ropes.find_map(|rope| match rope.kind {
@@ -200,15 +202,15 @@ impl Decoder {
     }
 }
 
-/// Texts that grow token by token, all at once; what was computed of their tokens is kept.
+/// Several texts that grow token by token together. Keys and values of their tokens are cached.
 #[derive(Debug)]
 pub struct Continuation<'a> {
     decoder: &'a Decoder,
     adapter: &'a ActiveAdapter,
     caches: Vec<LayerCache>,
-    /// All tokens of each, one of which may not have been computed yet.
+    /// All tokens of each text. The newest one may not have been computed yet.
     texts: Vec<Vec<u32>>,
-    /// What is to be computed next.
+    /// The tokens to compute next.
     sequences: Sequences,
     /// See [`Decoder::rotation_threshold`].
     threshold: Option<usize>,
@@ -226,19 +228,19 @@ impl<'a> Continuation<'a> {
         }
     }
 
-    /// Logits of the token after the last one of each text, `[texts, vocab]`, in float32. To be called once after each
-    /// [`Self::push`].
+    /// Logits of the next token of each text, `[texts, vocab]`, in float32. Call this once before the first and after
+    /// each [`Self::push`].
     ///
     /// # Errors
-    /// Those of the device.
+    /// Returns an error if a token is outside the vocabulary or the device fails.
     pub fn logits(&mut self) -> Result<Tensor> {
         Ok(on_pool(|| self.next_logits())?.to_dtype(DType::F32)?)
     }
 
-    /// Appends `token` to the only text.
+    /// Appends `token` to the text of a [`Decoder::continuation`].
     ///
     /// # Errors
-    /// Those of the device.
+    /// Returns an error if the device fails.
     pub fn push(&mut self, token: u32) -> Result<()> {
         self.extend(&[Some(token)])
     }
@@ -256,7 +258,7 @@ impl<'a> Continuation<'a> {
         decoder.head_logits(&hidden, adapter)
     }
 
-    /// Appends one token to each text that goes on; the others are left behind.
+    /// Appends one token to each text that continues, and removes the texts whose token is `None`.
     fn extend(&mut self, next: &[Option<u32>]) -> Result<()> {
         let goes_on: Vec<bool> = next.iter().map(Option::is_some).collect();
         if goes_on.contains(&false) {
@@ -272,7 +274,7 @@ impl<'a> Continuation<'a> {
             text.push(*token);
         }
         if turns_otherwise {
-            // From here on all of its positions turn otherwise, those in the cache, too.
+            // Beyond the threshold all positions have another rotation, so the cached keys are no longer valid.
             self.caches.fill(LayerCache::default());
             self.sequences = Sequences::new(&self.texts);
         } else {
@@ -282,7 +284,7 @@ impl<'a> Continuation<'a> {
     }
 }
 
-/// The last token of each text, behind its earlier ones.
+/// Only the last token of each text as a query; its keys are all tokens.
 fn last_tokens(texts: &[Vec<u32>]) -> Sequences {
     let mut sequences = Sequences::default();
     let mut key_start = 0;

@@ -1,4 +1,4 @@
-//! Reading a checkpoint's tensors into a decoder, every missing or misshapen one reported at once.
+//! Reads a checkpoint's tensors into a decoder, and reports all missing or misshapen tensors together.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -31,18 +31,18 @@ use monteclora_adapters::Result;
 pub(super) enum Source<'a> {
     /// The files of a model directory, [checked](ModelFiles::check).
     Files(&'a ModelFiles),
-    /// Uniform numbers of the spread that checkpoints start from, under this seed; norms are one.
+    /// Uniform random numbers under this seed, with the usual standard deviation of initial weights. Norms are one.
     Random(u64),
 }
 
-/// Half-width of the random weights: the standard deviation is 0.02.
+/// Bound of the uniform random weights; their standard deviation is 0.02.
 const RANDOM_BOUND: f32 = 0.034_641_016;
 
 struct Loader<'a> {
     source: Source<'a>,
     shape: &'a ModelShape,
     device: &'a Device,
-    /// How embedding and projections are held.
+    /// How embedding and projections are held in memory.
     kind: &'static Kind,
     problems: Mutex<Vec<String>>,
 }
@@ -54,7 +54,7 @@ impl Loader<'_> {
         }
     }
 
-    /// The tensor `name`, or a placeholder after noting that it is missing or of another shape.
+    /// The tensor `name`. If it is missing or has another shape, a problem is recorded and the result is a placeholder.
     fn required(&self, name: &str, shape: &[usize]) -> Result<formats::Tensor> {
         match self.source {
             Source::Random(seed) => match shape {
@@ -107,7 +107,7 @@ impl Loader<'_> {
         })
     }
 
-    /// The last norm. Logits are linear in what it gives, so that their divisor is applied here.
+    /// The last norm, divided by the divisor of the logits, since logits are linear in its output.
     fn last_norm(&self) -> Result<Norm> {
         let mut norm = self.norm(&self.shape.final_norm(), self.shape.hidden_size)?;
         let divisor = self.shape.multipliers.logits_divisor;
@@ -117,14 +117,14 @@ impl Loader<'_> {
         Ok(norm)
     }
 
-    /// A number rounded as the embedding's values are.
+    /// Rounds a number as the embedding's values are rounded.
     fn rounded(&self, value: f64) -> Result<f32> {
         let held = formats::Tensor::from_f32(&[1, 1], vec![value as f32])?;
         let held = (self.kind.hold)(&held, self.device)?.gather(&[0])?;
         Ok(held.flatten_all()?.get(0)?.to_scalar::<f32>()?)
     }
 
-    /// The norm of block `layer` at a place that `is_there` accepts, if it has one.
+    /// The norm of block `layer` at a place that `is_there` accepts, if there is one.
     fn norm_at(&self, layer: usize, is_there: impl Fn(NormPlace) -> bool) -> Result<Option<Norm>> {
         let mut norms = self.shape.family.norms.iter();
         norms
@@ -147,7 +147,7 @@ impl Loader<'_> {
         FrozenLinear::new(weight, bias)
     }
 
-    /// The modules of block `layer` that compute `roles`, one after the other.
+    /// The modules of block `layer` that compute `roles`, in order.
     fn projections(&self, layer: usize, roles: &[Role]) -> Result<Projections> {
         let computes = |module: &Module| module.projection.parts.iter().all(|p| roles.contains(p));
         ModuleId::all(self.shape)
@@ -243,12 +243,12 @@ impl Loader<'_> {
     }
 }
 
-/// What attention's modules compute of its input.
+/// The roles of the modules that read attention's input.
 const ATTENTION: &[Role] = &[Role::Query, Role::Key, Role::Value];
-/// What the feed-forward layer's modules compute of its input.
+/// The roles of the modules that read the feed-forward layer's input.
 const FEED_FORWARD: &[Role] = &[Role::Gate, Role::Up];
 
-/// What this decoder does not compute of a model, each by its name in config.json or in the checkpoint.
+/// The features of a model that this decoder does not support, as one problem per feature.
 pub(super) fn not_computed(shape: &ModelShape) -> Vec<Problem> {
     let family = shape.family;
     let refused = |name: &str, message: String, fix: &str| {
@@ -409,7 +409,8 @@ mod tests {
     use monteclora_adapters::LowRank;
     use monteclora_adapters::weights::{BF16, F32};
 
-    /// bf16 is how weights are held, not how is computed: a decoder with the same rounded weights in f32 agrees to the bit.
+    /// bfloat16 affects how weights are held, not the arithmetic: a decoder with the same rounded weights in float32
+    /// agrees to the bit.
     #[test]
     fn bf16_weights_are_rounded_weights() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let dir = tempfile::tempdir()?;

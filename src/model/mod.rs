@@ -1,4 +1,4 @@
-//! The frozen decoder, any of whose projections can carry an update.
+//! The frozen decoder. Any of its projections can carry an update.
 
 mod adapter;
 mod block;
@@ -23,7 +23,8 @@ pub use predictive::{Average, Predictive};
 
 use monteclora_adapters::Result;
 
-/// The files of the base in `dir`, whose headers hold what its config.json describes; what else they hold is logged as a warning.
+/// Opens the files of the base model in `dir` and checks their headers against config.json. Other findings are logged
+/// as warnings.
 ///
 /// # Errors
 /// As [`ModelFiles::open`] and [`ModelFiles::check`].
@@ -33,7 +34,7 @@ pub fn open_base(dir: &Path) -> Result<ModelFiles> {
     Ok(files)
 }
 
-/// Compares the headers of a base with its config.json, and logs what else is to be said of them as warnings.
+/// Checks the headers of a base model against its config.json, and logs other findings as warnings.
 ///
 /// # Errors
 /// As [`ModelFiles::check`].
@@ -44,14 +45,14 @@ pub(crate) fn warn_of_base(files: &ModelFiles) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of the weights that a decoder holds of a base's tensors as `kind`.
+/// Bytes in memory of all weights of a base model that a decoder holds as `kind`.
 pub(crate) fn held_bytes(files: &ModelFiles, kind: &Kind) -> u64 {
     let names = files.names().filter(|name| !files.is_beside(name));
     let tensors = names.filter_map(|name| files.get(name));
     tensors.map(|tensor| bytes_held(&tensor, kind)).sum()
 }
 
-/// Bytes of the weight that a tensor of a base is held in as `kind`.
+/// Bytes in memory of one tensor of a base model that is held as `kind`.
 pub(crate) fn bytes_held(tensor: &Tensor, kind: &Kind) -> u64 {
     (kind.bytes)(tensor.n_elements(), tensor.blocks()) as u64
 }
@@ -59,7 +60,7 @@ pub(crate) fn bytes_held(tensor: &Tensor, kind: &Kind) -> u64 {
 /// The sizes and options of the model in `dir`, read from its config.json.
 ///
 /// # Errors
-/// As [`ModelShape::read`], and what this decoder does not compute.
+/// As [`ModelShape::read`], or if this decoder does not support the model.
 pub fn read_shape(dir: &Path) -> Result<ModelShape> {
     let shape = ModelShape::read(dir)?;
     let problems = load::not_computed(&shape);

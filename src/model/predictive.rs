@@ -1,4 +1,4 @@
-//! The average of several adapters' predictions: the posterior predictive, where the adapters are draws.
+//! The average of several adapters' predictions. If the adapters are posterior draws, it is the posterior predictive.
 
 use candle_core::{D, DType, Tensor};
 use monteclora_adapters::Result;
@@ -12,42 +12,44 @@ use super::decoder::{Decoder, Sequences, TaskLoss, on_pool, split};
 use super::parts::activation::exp;
 use super::parts::head::CHUNK;
 
-/// Logits that exist at a time for one draw; a few tensors of this size are alive at most.
+/// Most logits of one draw that exist at the same time. At most a few tensors of this size exist.
 const LOGITS: usize = 1 << 23;
 
-/// Sums that run side by side, so that loops vectorise and give the same at any thread count.
+/// Number of parallel partial sums. With them loops vectorise, and the result does not depend on the number of threads.
 const LANES: usize = 16;
 
-/// What the average of K distributions over the vocabulary says at each target, and what each of them does.
+/// Losses of the average of K distributions over the vocabulary at each target, and of each distribution.
 #[derive(Debug)]
 pub struct Average {
     /// `-ln (1/K sum_k p_k(label))` in nats, and whether the label is the most likely token of the average.
     pub loss: TaskLoss,
-    /// The same of every adapter by itself.
+    /// The same for each adapter alone.
     pub members: Vec<TaskLoss>,
 }
 
-/// [`Average`], with entropies.
+/// [`Average`] with entropies.
 #[derive(Debug)]
 pub struct Predictive {
     /// The average and its members.
     pub average: Average,
     /// Entropy of the average distribution, nats.
     pub predictive_entropy: Vec<f64>,
-    /// Average of the K entropies, nats: what remains unsure if the weights were known. Never above the predictive entropy
-    /// but for rounding; the difference is the mutual information of prediction and weights.
+    /// Average of the K entropies, nats: the uncertainty that would remain if the weights were known. Apart from
+    /// rounding it is never above the predictive entropy. The difference is the mutual information of prediction and
+    /// weights.
     pub expected_entropy: Vec<f64>,
 }
 
 impl Decoder {
-    /// The average of the predictions of `adapters` at `targets`, pairs of a row of `sequences` and the token it should predict.
+    /// Averages the predictions of `adapters` at `targets`. A target is a row of `sequences` and the token that it
+    /// should predict.
     ///
-    /// Every adapter runs over the whole of `sequences` on its own: a draw of the weights stays the same from the first token to
-    /// the last. Probabilities are averaged, not logits. In memory are one adapter's activations, `K x targets x hidden`
+    /// Each adapter runs over all of `sequences`, so a draw keeps the same weights from the first token to the last.
+    /// Probabilities are averaged, not logits. The memory holds one adapter's activations, `K x targets x hidden`
     /// numbers, and the logits of a few targets at a time.
     ///
     /// # Errors
-    /// For none; those of [`Decoder::evaluate`].
+    /// Returns an error if `adapters` is empty, or as [`Decoder::evaluate`].
     pub fn evaluate_average(
         &self,
         sequences: &Sequences,
@@ -57,10 +59,10 @@ impl Decoder {
         on_pool(|| Ok(self.averaged(sequences, targets, adapters, false)?.average))
     }
 
-    /// [`Self::evaluate_average`], and how unsure average and members are of the token at each target, whichever it is.
+    /// [`Self::evaluate_average`] with the entropies of the average and of the adapters at each target.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Self::evaluate_average`].
     pub fn predictive(
         &self,
         sequences: &Sequences,
@@ -70,10 +72,11 @@ impl Decoder {
         on_pool(|| self.averaged(sequences, targets, adapters, true))
     }
 
-    /// Tells `each` the logits of every position, one row after the other, in float32; those of a few are in memory at a time.
+    /// Calls `each` with the float32 logits of every position, in order. Only the logits of a few positions are in
+    /// memory at a time.
     ///
     /// # Errors
-    /// Those of [`Decoder::logits`].
+    /// As [`Decoder::logits`].
     pub fn each_logits(
         &self,
         sequences: &Sequences,
@@ -162,7 +165,8 @@ impl Decoder {
     }
 }
 
-/// The most likely token of every row of `logits`, the first of several such, and the logarithm of its probability.
+/// The most likely token of every row of `logits` and the logarithm of its probability. Of equally likely tokens, the
+/// first.
 pub(super) fn most_likely(logits: &Tensor) -> Result<Vec<(u32, f64)>> {
     let (rows, vocab) = logits.dims2()?;
     let logits = logits.to_dtype(DType::F32)?;
@@ -206,7 +210,7 @@ fn exponentials(row: &[f32], most: f32, term: impl Fn(f32, f32) -> f32) -> f64 {
     sums.iter().map(|v| f64::from(*v)).sum()
 }
 
-/// What one distribution says at a target.
+/// One distribution at a target.
 #[derive(Debug, Clone, Copy)]
 struct Member {
     log_p: f64,
@@ -222,7 +226,7 @@ enum Sum {
 }
 
 impl Sum {
-    /// Adds the softmax of `logits` `[targets, vocab]`.
+    /// Adds the softmax of `logits` `[targets, vocab]`, and returns each row's values for its label.
     fn add(&mut self, logits: &Tensor, labels: &[u32]) -> Result<Vec<Member>> {
         let vocab = logits.dims2()?.1;
         let fast = on_cpu([logits], |[logits]| {
@@ -266,8 +270,8 @@ impl Sum {
         Ok(members.collect())
     }
 
-    /// Whether each label is the most likely token of the average of `n` distributions, and the average's entropy, if it is asked
-    /// for.
+    /// Whether each label is the most likely token of the average of `n` distributions, and the entropy of the average
+    /// if `with_entropy` is set.
     fn finish(self, labels: &[u32], n: usize, with_entropy: bool) -> Result<(Vec<bool>, Vec<f64>)> {
         match self {
             Self::None => Ok((Vec::new(), Vec::new())),
@@ -275,7 +279,7 @@ impl Sum {
                 let vocab = sum.len() / labels.len().max(1);
                 let rows = sum.par_chunks_exact(vocab).zip(labels).map(|(row, label)| {
                     let (label, most) = (*label as usize, largest(row));
-                    // The first of equal ones wins, as in an argmax.
+                    // Of equal values the first counts, as in an argmax.
                     let correct = row[label] == most && !row[..label].contains(&most);
                     let entropy = match with_entropy {
                         true => entropy_of_row(row, n as f64),
@@ -289,7 +293,7 @@ impl Sum {
                 let p = (sum / n as f64)?;
                 let best = p.argmax(D::Minus1)?.to_vec1::<u32>()?;
                 let correct = best.iter().zip(labels).map(|(b, label)| b == label);
-                // 0 ln 0 is 0; the logarithm itself is not.
+                // 0 ln 0 is 0, but ln 0 alone is not finite.
                 let log_p = p.maximum(f32::MIN_POSITIVE)?.log()?;
                 Ok((correct.collect(), entropy(&p, &log_p)?))
             }
@@ -297,7 +301,7 @@ impl Sum {
     }
 }
 
-/// Adds the softmax of a row of logits to `sum`, and says what it is of `label`.
+/// Adds the softmax of a row of logits to `sum`, and returns the values for `label`.
 #[inline(always)]
 fn add_row(sum: &mut [f32], row: &[f32], label: usize) -> Member {
     let most = largest(row);
@@ -321,7 +325,7 @@ fn entropy_of_row(row: &[f32], n: f64) -> f64 {
     -positive.map(|p| p * p.ln()).sum::<f64>()
 }
 
-/// `ln (1/n sum exp(v))`, shifted so that it neither overflows nor vanishes.
+/// `ln (1/n sum exp(v))`, shifted so that it neither overflows nor underflows.
 pub(crate) fn log_mean_exp(values: &[f64]) -> f64 {
     let largest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     if !largest.is_finite() {
@@ -362,7 +366,8 @@ mod tests {
         assert!(log_mean_exp(&[f64::NAN, -1.0]).is_nan());
     }
 
-    /// The loop over rows against candle's operations, which other devices use; a transposed view takes that path.
+    /// The loop over rows agrees with candle's operations, which other devices use. A transposed view takes the latter
+    /// path.
     #[test]
     fn both_ways_to_average_agree() -> Result<()> {
         let (targets, vocab) = (5usize, 83usize);

@@ -1,4 +1,5 @@
-//! The gradient audit: every trainable parameter must receive a gradient when it should, or training is silently wrong.
+//! The gradient audit: it checks that every trainable parameter gets a gradient. Otherwise training would be wrong
+//! without any error.
 
 use monteclora_adapters::Result;
 use monteclora_adapters::methods::{Storage, Value};
@@ -8,10 +9,10 @@ use rayon::prelude::*;
 use super::list;
 use super::state::AdapterState;
 
-/// Refuses gradients that are missing at `step`, the first or the second.
+/// Checks that no gradient is missing at `step`, which is 0 or 1.
 ///
 /// # Errors
-/// With every parameter whose gradient is zero where it must not be.
+/// Returns an error that names every parameter whose gradient must not be zero at this step but is zero.
 pub fn first_steps(state: &AdapterState, gradients: &[Vec<Value>], step: u64) -> Result<()> {
     let mut silent = Vec::new();
     for (owner, gradients) in state.owners.iter().zip(gradients) {
@@ -29,7 +30,7 @@ pub fn first_steps(state: &AdapterState, gradients: &[Vec<Value>], step: u64) ->
     Err(Problem::new("no-gradient", at, message, "").exit(5).into())
 }
 
-/// Names every owner of `values` with one that is not finite.
+/// The names of all owners with a value in `values` that is not finite.
 pub fn non_finite<'a>(
     state: &AdapterState,
     values: impl Fn(usize) -> &'a [Value] + Sync,
@@ -52,7 +53,7 @@ pub fn non_finite<'a>(
         .collect())
 }
 
-/// The three owners with the largest weights, for a loss that is not finite while every weight is.
+/// The three owners with the largest weights. The error for a loss that is not finite names them.
 pub fn largest_weights(state: &AdapterState) -> Result<Vec<String>> {
     let mut sizes = Vec::with_capacity(state.owners.len());
     for owner in &state.owners {

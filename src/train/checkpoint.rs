@@ -1,4 +1,4 @@
-//! Checkpoints: adapter, moments and progress, each directory complete or absent.
+//! Checkpoints: adapter, moments and progress. Each directory is either complete or absent.
 
 use super::io_error;
 use monteclora_adapters::{Error, Result};
@@ -21,11 +21,11 @@ use super::state::AdapterState;
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "trainer_state.json";
 const BEST: &str = "best";
-/// The code of the problem of a checkpoint of which a file is missing or damaged; an earlier one may be whole.
+/// The problem code of a checkpoint with a missing or damaged file. An earlier checkpoint may be complete.
 const TORN: &str = "torn-checkpoint";
 const PREFIX: &str = "checkpoint-";
 
-/// `trainer_state.json`.
+/// The content of `trainer_state.json`.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stored<'a> {
     #[serde(flatten)]
@@ -42,12 +42,12 @@ pub struct Checkpoint {
     pub optimizer: AdamW,
     /// The counters.
     pub progress: Progress,
-    /// What may change since the checkpoint, and did.
+    /// The differences between the checkpoint's run and the present one.
     pub drift: Drift,
 }
 
 impl Checkpoint {
-    /// The beginning of a run with `state`.
+    /// The start of a new run with `state`.
     pub fn fresh(state: AdapterState) -> Result<Self> {
         Ok(Self {
             optimizer: AdamW::new(&state)?,
@@ -57,10 +57,10 @@ impl Checkpoint {
         })
     }
 
-    /// Reads `dir` for a run made of `run`, whose adapter has the sites of `like`.
+    /// Reads the checkpoint `dir` for a run with the identity `run` and the adapted modules of `like`.
     ///
     /// # Errors
-    /// When a file is missing or damaged, and when it belongs to another run.
+    /// Returns an error if a file is missing or damaged, or if the checkpoint belongs to another run.
     pub fn read(dir: &Path, like: &AdapterState, run: &Identity, device: &Device) -> Result<Self> {
         let refuse = |problem: String| {
             let message = format!("`{}` cannot be resumed{problem}", dir.display());
@@ -110,7 +110,8 @@ impl Checkpoint {
     }
 }
 
-/// Writes `output_dir/checkpoint-<step>` and removes the oldest beyond `keep`, never the one just written.
+/// Writes `output_dir/checkpoint-<step>`, and removes the oldest checkpoints so that `keep` are left. It never removes
+/// the new one; a `keep` of 0 keeps all.
 pub(super) fn write(
     output_dir: &Path,
     checkpoint: &Checkpoint,
@@ -143,7 +144,7 @@ pub(super) fn write(
     Ok(())
 }
 
-/// Writes `output_dir/best`: the adapter of the lowest validation loss, with its step and loss.
+/// Writes `output_dir/best`: the adapter with the lowest validation loss, its step and its loss.
 pub(super) fn write_best(
     output_dir: &Path,
     adapter: &Adapter,
@@ -156,7 +157,7 @@ pub(super) fn write_best(
     })
 }
 
-/// The step that `output_dir/best` is of; none where there is no complete one.
+/// The step of `output_dir/best`. `None` if the directory is missing or incomplete.
 pub(super) fn best_step(output_dir: &Path) -> Option<u64> {
     let dir = output_dir.join(BEST);
     Adapter::read_dir(&dir).ok()?;
@@ -165,7 +166,8 @@ pub(super) fn best_step(output_dir: &Path) -> Option<u64> {
     Some(best.step)
 }
 
-/// Makes `output_dir/best` anew from the checkpoint of the same step, which holds the same adapter; false where there is none.
+/// Rebuilds `output_dir/best` from the checkpoint of the same step, which contains the same adapter. Returns false if
+/// there is no such checkpoint.
 pub(super) fn rebuild_best(output_dir: &Path, best: (f64, u64)) -> Result<bool> {
     let checkpoint = output_dir.join(format!("{PREFIX}{}", best.1));
     let Ok(adapter) = Adapter::read_dir(&checkpoint) else {
@@ -175,7 +177,7 @@ pub(super) fn rebuild_best(output_dir: &Path, best: (f64, u64)) -> Result<bool> 
     Ok(true)
 }
 
-/// Replaces the adapter in `output_dir` by that in `output_dir/best`.
+/// Replaces the adapter in `output_dir` by the one in `output_dir/best`.
 pub(super) fn restore_best(output_dir: &Path) -> Result<()> {
     Adapter::read_dir(&output_dir.join(BEST))?.write_peft(output_dir, true)?;
     Ok(())
@@ -187,7 +189,7 @@ struct BestState {
     loss: f64,
 }
 
-/// Removes what a killed run left half written in `output_dir`.
+/// Removes partial files and directories that a killed run left in `output_dir`.
 pub(super) fn remove_partial(output_dir: &Path) -> Result<()> {
     for entry in entries(output_dir)? {
         let path = entry.path();
@@ -213,7 +215,7 @@ fn entries(output_dir: &Path) -> Result<Vec<std::fs::DirEntry>> {
     }
 }
 
-/// Checkpoint directories of `output_dir` with their steps, oldest first; not all need be complete.
+/// The checkpoint directories of `output_dir` with their steps, oldest first. Some may be incomplete.
 pub fn checkpoints(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found: Vec<(u64, PathBuf)> = entries(output_dir)?
         .into_iter()
@@ -227,10 +229,10 @@ pub fn checkpoints(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// The newest complete checkpoint of `output_dir`, as `read` reads it; torn ones are named and passed over.
+/// Reads the newest complete checkpoint of `output_dir` with `read`. Incomplete checkpoints are logged and skipped.
 ///
 /// # Errors
-/// What `read` fails with, unless the checkpoint is torn.
+/// Returns the errors of `read`, except those for incomplete checkpoints.
 pub(super) fn latest_checkpoint(
     output_dir: &Path,
     read: impl Fn(&Path) -> Result<Checkpoint>,
@@ -246,7 +248,8 @@ pub(super) fn latest_checkpoint(
     Ok(None)
 }
 
-/// Names of a value's moments in the file, and of the value itself where the adapter's files have no place for it.
+/// Names of a value's moments in the file. [`VALUE`] names the value itself, if the adapter's files have no place for
+/// it.
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 const VALUE: &str = "value";
 
@@ -278,7 +281,7 @@ fn write_moments(path: &Path, at: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// The moments in `path`; values that only this file holds are put into `state`.
+/// Reads the moments from `path`. Values that only this file contains are written into `state`.
 fn read_moments(
     path: &Path,
     state: &mut AdapterState,

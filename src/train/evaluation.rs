@@ -8,7 +8,7 @@ use super::metrics::EvalRecord;
 use crate::data::{Batch, BatchOptions, Batches, Cursor, Dataset};
 use crate::model::{ActiveAdapter, Decoder, Segment, Sequences};
 
-/// The decoder's view of a batch.
+/// The sequences of a batch, as the decoder reads them.
 pub(crate) fn sequences(batch: &Batch) -> Sequences {
     Sequences {
         tokens: batch.tokens.clone(),
@@ -26,8 +26,8 @@ pub(crate) fn sequences(batch: &Batch) -> Sequences {
     }
 }
 
-/// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order; none where it was told to
-/// stop before the end of the data.
+/// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order. `None` if `interrupt`
+/// was set before the end of the data.
 pub(super) fn evaluate(
     model: &Decoder,
     adapter: &ActiveAdapter,

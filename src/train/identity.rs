@@ -1,12 +1,12 @@
-//! What a run is made of, so that a run that continues can tell what changed since its checkpoint.
+//! The identity of a run. A continued run compares it with the one in its checkpoint to find what changed.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Keys of the configuration that may change between a checkpoint and the run that continues it: none of them takes part in
-/// a step that both runs make, or its content is held by a hash of its own.
+/// Keys of the configuration that may change between a checkpoint and the continued run. They do not affect the steps
+/// before the checkpoint, or a hash covers their content.
 const FREE: [&str; 16] = [
     "train.output_dir",
     "train.num_train_epochs",
@@ -26,34 +26,34 @@ const FREE: [&str; 16] = [
     "data.valid",
 ];
 
-/// Free keys that decide which steps follow or which of them are evaluated.
+/// Keys of [`FREE`] that determine which steps follow or which of them are evaluated.
 const COURSE: [&str; 3] = [
     "train.num_train_epochs",
     "train.max_steps",
     "train.eval_steps",
 ];
 
-/// The resolved configuration by dotted key, and the hashes of base, template, tokenizer and data.
+/// The resolved configuration by dotted key, and the hashes of base model, template, tokenizer and data.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
     config: BTreeMap<String, Value>,
-    /// SHA-256 by what was hashed: `base`, `tokenizer`, `chat_template`, `data.train`, `data.valid`.
+    /// SHA-256 hashes with the keys `base`, `tokenizer`, `chat_template`, `data.train` and `data.valid`.
     hashes: BTreeMap<String, String>,
 }
 
-/// What differs between a checkpoint and the run that wants to continue it.
+/// The differences between a checkpoint and the run that continues it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Drift {
-    /// Keys that must not differ, one line each.
+    /// Differences that are not allowed, one line each.
     pub refused: Vec<String>,
-    /// Whether a data file is among them.
+    /// Whether a data file differs.
     pub data: bool,
-    /// Keys that may differ.
+    /// Keys that differ and may differ.
     pub allowed: Vec<String>,
 }
 
 impl Drift {
-    /// Whether later steps are others than those that the run of the checkpoint would have made or evaluated.
+    /// Whether the later steps or evaluations differ from those that the checkpoint's run would have had.
     pub fn changes_course(&self) -> bool {
         self.allowed
             .iter()
@@ -62,7 +62,7 @@ impl Drift {
 }
 
 impl Identity {
-    /// The identity of a run with the resolved configuration `config`; a hash of `None` is of something that is not there.
+    /// The identity of a run with the resolved configuration `config`. A hash is `None` if the run has no such input.
     pub fn new(config: &Value, hashes: [(&str, Option<&str>); 5]) -> Self {
         let mut flat = BTreeMap::new();
         flatten("", config, &mut flat);
@@ -75,7 +75,7 @@ impl Identity {
         }
     }
 
-    /// What differs in `now` from this, the identity at the checkpoint.
+    /// The differences between this identity, the one at the checkpoint, and `now`.
     pub fn drift(&self, now: &Self) -> Drift {
         let mut drift = Drift::default();
         for (key, then, now) in differences(&self.config, &now.config) {
@@ -115,7 +115,7 @@ fn differences<'a, T: PartialEq>(
         .collect()
 }
 
-/// Tables become dotted keys; `null` is a key that is not there.
+/// Turns nested tables into dotted keys. `null` values are left out.
 fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, Value>) {
     match value {
         Value::Object(table) => {
@@ -178,7 +178,7 @@ mod tests {
         assert!(only_logging.refused.is_empty() && !only_logging.changes_course());
     }
 
-    /// What is stored in a checkpoint reads back equal, floating-point values included.
+    /// An identity read back from a checkpoint is equal, floating-point values included.
     #[test]
     fn survives_its_file() {
         let then = identity(&json!({"a": 0.1 + 0.2, "b": 5e-324, "c": [1, "x"]}), "x");

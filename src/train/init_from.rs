@@ -1,4 +1,5 @@
-//! Starting from an existing adapter: its shape stands, and what run.toml says against it is refused.
+//! Starts a run from an existing adapter. The run has the adapter's shape, and keys of run.toml that contradict it are
+//! errors.
 
 use anyhow::{Result, bail};
 use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Objective};
@@ -9,10 +10,11 @@ use monteclora_converters::{
 use crate::config::LoraConfig;
 use crate::provenance::read_fitting;
 
-/// Reads `lora.init_from` and makes `lora` and `config` those of the adapter where run.toml does not say otherwise.
+/// Reads `lora.init_from`, and sets `lora` and `config` to the adapter's values where run.toml gives none.
 ///
 /// # Errors
-/// An adapter that does not fit `files`; every key that was given and contradicts the adapter.
+/// Returns an error if the adapter does not fit the base model `files` or has modules for other media, and one for all
+/// given keys that contradict the adapter.
 pub(super) fn read(
     lora: &mut LoraConfig,
     config: &mut AdapterConfig,
@@ -74,7 +76,7 @@ pub(super) fn read(
     Ok(Some(adapter))
 }
 
-/// Keys of shape and targets that were given and are not what the adapter has.
+/// One line for every given key of shape or targets that differs from the adapter.
 fn contradictions(
     lora: &LoraConfig,
     config: &AdapterConfig,
@@ -117,7 +119,7 @@ fn contradictions(
     Ok(problems)
 }
 
-/// The posterior's settings: given keys and a given preset win, then those of the adapter.
+/// The settings of the posterior. Given keys and a given preset have priority over the adapter's settings.
 fn posterior(
     lora: &LoraConfig,
     adapter: &Adapter,

@@ -1,4 +1,4 @@
-//! One run at a time in an output directory.
+//! Allows only one run at a time in an output directory.
 
 use super::io_error;
 use monteclora_adapters::Result;
@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 
 use monteclora_converters::Problem;
 
-/// An exclusive lock on an output directory, held by the process; the kernel releases it however the process ends.
+/// An exclusive lock on an output directory, held by the process. The kernel releases it when the process ends for any
+/// reason.
 ///
-/// The lock is on the file `.lock` of the directory, which names the process and goes away with it.
+/// The lock is on the file `.lock` of the directory. The file contains the process id, and is removed with the lock.
 #[derive(Debug)]
 pub struct RunLock {
     path: PathBuf,
-    /// Open as long as the lock is held.
+    /// The open file that holds the lock.
     _file: File,
 }
 
@@ -25,7 +26,7 @@ impl RunLock {
     /// Takes the lock of `output_dir`.
     ///
     /// # Errors
-    /// While another process holds it, and if the file cannot be written.
+    /// Returns an error if another process holds the lock or the file cannot be written.
     pub fn take(output_dir: &Path) -> Result<Self> {
         let path = output_dir.join(Self::NAME);
         let own = std::process::id().to_string();
@@ -61,7 +62,7 @@ impl RunLock {
                 .and_then(|()| file.rewind())
                 .and_then(|()| file.write_all(own.as_bytes()))
                 .map_err(io_error(&path))?;
-            // The last holder may have removed the file between our opening and locking it.
+            // The last holder may have removed the file after it was opened here and before it was locked.
             if std::fs::read_to_string(&path).is_ok_and(|found| found == own) {
                 return Ok(Self { path, _file: file });
             }
@@ -70,7 +71,7 @@ impl RunLock {
 }
 
 impl Drop for RunLock {
-    /// Removes the file; one that stays behind is no harm.
+    /// Removes the file. A file that is left behind does no harm.
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
     }
@@ -92,7 +93,7 @@ mod tests {
         );
         drop(held);
         assert_eq!(std::fs::read_dir(dir.path()).expect("lists").count(), 0);
-        // What a killed process leaves behind is taken over.
+        // The file of a killed process does not prevent the lock.
         std::fs::write(dir.path().join(RunLock::NAME), "4194305").expect("writes");
         drop(RunLock::take(dir.path()).expect("free"));
     }

@@ -1,4 +1,4 @@
-//! Resident memory at the peak of a run on a CPU, from its structure and before it starts.
+//! Estimates the peak resident memory of a run on a CPU, from its structure, before it starts.
 
 use monteclora_adapters::methods::{Method, Module, Storage};
 use monteclora_converters::architecture::{ModelShape, NormPlace};
@@ -8,75 +8,76 @@ use crate::data::{BatchOptions, epoch_plan};
 use crate::model::parts::head::CHUNK;
 use crate::system::status_bytes;
 
-/// Bytes of a value that is computed: float32, whatever the base's weights are held in.
+/// Bytes of a computed value: float32, independent of how the base's weights are held.
 const F32: u64 = 4;
-/// Program, a tokenizer of usual size, threads and their buffers.
+/// Bytes of the program, a tokenizer of usual size, and threads with their buffers.
 pub const PROGRAM: u64 = 80 << 20;
-/// The part of it that is not the process's own: code, and what is mapped.
+/// The part of [`PROGRAM`] that is not anonymous memory: code and mapped files.
 const CODE: u64 = 40 << 20;
-/// What the allocator holds beyond what is in use, as a share of what comes and goes in a step; measured.
+/// Unused memory that the allocator holds, as a share of the memory that a step allocates and frees; measured.
 const HELD: f64 = 0.15;
-/// Epochs whose batches are planned to find the largest.
+/// Number of epochs that are planned to find the largest batch.
 const EPOCHS: u64 = 3;
 
-/// What decides how much memory a run takes.
+/// Everything that determines the memory of a run.
 #[derive(Debug, Clone)]
 pub struct MemoryInputs<'a> {
-    /// Sizes of the base.
+    /// Sizes of the base model.
     pub model: &'a ModelShape,
-    /// Bytes of the base's tensors in memory.
+    /// Bytes of the base model's tensors in memory.
     pub weights: u64,
-    /// Bytes of the base's files, which are mapped while they are read.
+    /// Bytes of the base model's files that are mapped while they are read.
     pub base_bytes: u64,
-    /// Adapted modules.
+    /// The adapted modules.
     pub sites: &'a [Module],
-    /// What is trained there.
+    /// The training method.
     pub method: &'a dyn Method,
-    /// Tokens of every example.
+    /// Number of tokens of every example.
     pub lengths: &'a [usize],
     /// Share of the tokens that carry loss, in (0, 1].
     pub trained_share: f64,
     /// How examples are put into batches.
     pub batches: BatchOptions,
-    /// Whether adapters' inputs are dropped out.
+    /// Whether there is dropout on the adapters' inputs.
     pub dropout: bool,
-    /// Whether blocks are computed again in the backward pass.
+    /// Whether blocks are recomputed in the backward pass.
     pub gradient_checkpointing: bool,
-    /// Program and tokenizer: [`PROGRAM`], or [what they take up](program_bytes) once they are loaded.
+    /// Bytes of program and tokenizer: [`PROGRAM`], or the [measured size](program_bytes) once they are loaded.
     pub program: u64,
 }
 
-/// What the process takes up now, before weights are loaded: a vocabulary of 262,000 tokens is some 200 MB.
+/// Bytes of program and tokenizer now, before weights are loaded. A vocabulary of 262,000 tokens takes about 200 MB.
 pub fn program_bytes() -> u64 {
     let own = status_bytes("RssAnon:").unwrap_or(0);
     PROGRAM.max(own + CODE)
 }
 
-/// Bytes by purpose.
+/// Estimated bytes by purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
     /// Frozen weights.
     pub weights: u64,
-    /// A and B with posterior draw, gradients and moments.
+    /// Trained parameters with posterior draw, gradients and moments.
     pub adapter: u64,
-    /// What the forward pass keeps for the backward pass.
+    /// Activations that the forward pass keeps for the backward pass.
     pub activations: u64,
-    /// What one block and the output head need while they compute.
+    /// Temporary tensors of one block and of the output head.
     pub working: u64,
-    /// Program, tokenizer, and what the allocator holds beyond what is in use.
+    /// Program, tokenizer, and unused memory that the allocator holds.
     pub process: u64,
-    /// The largest of loading (weights and the mapped files) and of a step (everything else).
+    /// The peak: that of loading (weights and mapped files) or that of a step (weights and all the rest), plus the
+    /// program.
     pub peak: u64,
-    /// Tokens of the largest batch.
+    /// Number of tokens of the largest batch.
     pub batch_tokens: u64,
 }
 
 impl MemoryEstimate {
-    /// Adds up a run's memory.
+    /// Estimates the memory of a run.
     ///
-    /// For each token, a block keeps its input, the sum after attention, q, k, v, the attention's output, gate, up, what a norm
-    /// behind any of these reads, and `x A^T` of each site; with checkpointing only its input, and one block at a time the rest. A
-    /// mixture of experts keeps nothing of what is in it.
+    /// Per token, a block keeps its input, the sum after attention, q, k, v, the attention's output, gate, up, the
+    /// input of each norm after one of these, and `x A^T` of each site. With checkpointing, each block keeps only its
+    /// input, and one block at a time keeps the rest. A mixture of experts keeps none of its inner activations.
     pub fn of(inputs: &MemoryInputs<'_>) -> Self {
         let model = inputs.model;
         let batch_tokens = largest_batch(inputs.lengths, &inputs.batches);
@@ -86,7 +87,7 @@ impl MemoryEstimate {
             .iter()
             .filter(|layer| layer.has_experts)
             .count() as u64;
-        // Of the widest block that there is; what goes through several experts exists for each of them.
+        // The width of the widest block. With experts, each token has values in several of them.
         let through = model
             .experts
             .map_or(0, |experts| experts.per_token * experts.width);
@@ -97,7 +98,7 @@ impl MemoryEstimate {
         let query = (model.num_attention_heads * model.head_dim) as u64;
         let key_value = (model.num_key_value_heads * model.head_dim) as u64;
         let blocks = model.num_hidden_layers as u64;
-        // Of all blocks together.
+        // The sum over all blocks.
         let sites = inputs.sites.iter();
         let ranks: u64 = sites
             .filter(|module| module.name.contains(".layers."))
@@ -118,8 +119,8 @@ impl MemoryEstimate {
         let block_working = 5 * middle.max(through as u64) + 6 * hidden;
         let labels = ((batch_tokens as f64 * inputs.trained_share).ceil() as u64).max(1);
         let logits = labels.min(CHUNK as u64) * model.vocab_size as u64 + 4 * labels * hidden;
-        // Value, two gradients (of the task and of the whole loss), two moments, and what the method's draw holds; vectors are
-        // a few numbers.
+        // Value, two gradients (of the task and of the whole loss), two moments, and the tensors of the method's draw.
+        // Vectors are small and not counted.
         let adapter = F32
             * inputs
                 .sites
@@ -149,7 +150,7 @@ impl MemoryEstimate {
     }
 }
 
-/// Tokens of the largest batch in the first epochs.
+/// Number of tokens of the largest batch in the first epochs.
 fn largest_batch(lengths: &[usize], options: &BatchOptions) -> u64 {
     (0..EPOCHS)
         .flat_map(|epoch| epoch_plan(lengths, options, epoch))

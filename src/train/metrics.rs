@@ -1,4 +1,5 @@
-//! What a run reports, and where to: `metrics.jsonl`, one JSON object per line with its `type` first, and TensorBoard.
+//! The metrics of a run and their sinks: `metrics.jsonl` (one JSON object per line, its `type` first), TensorBoard and
+//! commands.
 
 mod command;
 
@@ -18,7 +19,7 @@ use super::tensorboard::EventFile;
 use crate::config::Report;
 use crate::system::status_bytes;
 
-/// A line of the file.
+/// A line of `metrics.jsonl`.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Record {
@@ -26,21 +27,21 @@ pub enum Record {
     Train(TrainRecord),
     /// An evaluation on the validation rows with the posterior mean.
     Eval(EvalRecord),
-    /// Something that happened.
+    /// An event of the run.
     Event {
         /// `started`, `resumed`, `checkpoint`, `best`, `early_stop`, `interrupted` or `finished`.
         event: &'static str,
-        /// Optimiser steps made.
+        /// Number of optimiser steps so far.
         step: u64,
         /// Seconds since the run began.
         wall_s: f64,
     },
 }
 
-/// What training measures.
+/// The metrics of training.
 #[derive(Debug, Clone, Serialize)]
 pub struct TrainRecord {
-    /// Optimiser steps made.
+    /// Number of optimiser steps so far.
     pub step: u64,
     /// Passes over the data, fractional.
     pub epoch: f64,
@@ -48,7 +49,7 @@ pub struct TrainRecord {
     pub loss: f64,
     /// Mean negative log-likelihood of the trained tokens, nats.
     pub task_loss: f64,
-    /// Means over the modules of what the method reports.
+    /// The method's metrics, as means over the modules.
     #[serde(flatten, serialize_with = "by_key")]
     pub metrics: Vec<(&'static Metric, f64)>,
     /// Norm of all gradients before clipping.
@@ -61,16 +62,16 @@ pub struct TrainRecord {
     pub trained_tokens: u64,
     /// Tokens per second since the last such line.
     pub tokens_per_second: f64,
-    /// Largest resident memory so far, where the system tells it.
+    /// Largest resident memory so far, if the system reports it.
     pub peak_memory_bytes: Option<u64>,
     /// Seconds since the run began.
     pub wall_s: f64,
 }
 
-/// What an evaluation measures.
+/// The metrics of an evaluation.
 #[derive(Debug, Clone, Serialize)]
 pub struct EvalRecord {
-    /// Optimiser steps made.
+    /// Number of optimiser steps so far.
     pub step: u64,
     /// Passes over the data.
     pub epoch: f64,
@@ -80,9 +81,9 @@ pub struct EvalRecord {
     pub perplexity: f64,
     /// Share of trained tokens that were the most likely one.
     pub token_accuracy: f64,
-    /// Rows evaluated.
+    /// Number of evaluated rows.
     pub rows: usize,
-    /// Seconds the evaluation took.
+    /// Seconds of the evaluation.
     pub seconds: f64,
     /// Seconds since the run began.
     pub wall_s: f64,
@@ -97,11 +98,11 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens the sinks in `output_dir`. A fresh run begins new files; one that continues at `resumed` keeps what was said
-    /// up to there and drops what it will make again.
+    /// Opens the sinks in `output_dir`. A new run starts new files. A run that continues from `resumed` keeps earlier
+    /// records, and drops the records of steps that it repeats.
     ///
     /// # Errors
-    /// If a file cannot be written.
+    /// Returns an error if a file cannot be written or a command cannot be started.
     pub fn open(output_dir: &Path, sinks: &[Report], resumed: Option<&Progress>) -> Result<Self> {
         let lines = match sinks.contains(&Report::Jsonl) {
             true => {
@@ -132,10 +133,10 @@ impl Metrics {
         })
     }
 
-    /// Writes one line in one call, so that a killed run leaves whole lines.
+    /// Writes a record to all sinks. A line is written in one call, so that a killed run leaves whole lines.
     ///
     /// # Errors
-    /// If a file cannot be written.
+    /// Returns an error if a file cannot be written.
     pub fn write(&mut self, record: &Record) -> Result<()> {
         let mut line = serde_json::to_vec(record)
             .map_err(|error| io_error(Path::new("metrics"))(error.into()))?;
@@ -165,7 +166,7 @@ fn by_key<S: Serializer>(
 }
 
 impl TrainRecord {
-    /// The means since the last line.
+    /// The record for the steps since the last line.
     pub(super) fn new(
         progress: &Progress,
         metrics: &'static [Metric],
@@ -220,8 +221,8 @@ impl EvalRecord {
     }
 }
 
-/// Rewrites `path` without what it says of steps, and of an evaluation, that are still to be made, and without a line that a
-/// killed run left half written.
+/// Rewrites `path` without the records of steps and of an evaluation that the run will repeat, and without a line that
+/// a killed run left incomplete.
 fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
@@ -248,7 +249,7 @@ fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
     })
 }
 
-/// Largest resident memory of this process so far, bytes; none where the system does not tell.
+/// Largest resident memory of this process so far, bytes. `None` if the system does not report it.
 pub fn peak_memory_bytes() -> Option<u64> {
     status_bytes("VmHWM:")
 }
@@ -285,7 +286,7 @@ mod tests {
 
     const BOTH: &[Report] = &[Report::Jsonl, Report::Tensorboard];
 
-    /// Killed at step 8 in the middle of a line, resumed from 4: every step is there once.
+    /// A run is killed at step 8 in the middle of a line and resumed from step 4: the file has every step once.
     #[test]
     fn a_resumed_run_continues_the_curve() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -316,7 +317,7 @@ mod tests {
             metrics.write(&eval(step)).expect("writes");
         }
         assert_eq!(steps(), [2, 4, 6, 8, 10]);
-        // A fresh run in the same directory keeps nothing of the old one.
+        // A new run in the same directory keeps no records of the old one.
         let mut metrics = Metrics::open(dir.path(), BOTH, None).expect("opens");
         metrics.write(&eval(2)).expect("writes");
         assert_eq!(steps(), [2]);

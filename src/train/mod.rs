@@ -41,13 +41,13 @@ pub use start::{Begin, Start, begin};
 pub use state::{AdapterState, DrawnAdapter, Gradients, modules};
 pub use suggest::{Decided, Suggestion, toml_text, without_file};
 
-/// A file of a run that cannot be read or written.
+/// The error for a file of a run that cannot be read or written.
 fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let context = monteclora_converters::Error::io("access", path);
     move |source| context(source).into()
 }
 
-/// A number that is NaN or infinite; nothing was updated with it.
+/// The error for a number that is NaN or infinite.
 fn not_finite(step: u64, what: &str, names: &[String]) -> Error {
     let at = match names {
         [] => String::new(),
@@ -60,7 +60,7 @@ fn not_finite(step: u64, what: &str, names: &[String]) -> Error {
     problem.exit(5).into()
 }
 
-/// The first twenty of `names`, and how many more there are.
+/// The first twenty of `names`, and the number of the others.
 fn list(names: &[String]) -> String {
     let shown = names[..names.len().min(20)].join(", ");
     match names.len().saturating_sub(20) {

@@ -1,4 +1,5 @@
-//! AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2), and gradient clipping.
+//! AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2), and gradient
+//! clipping.
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::Result;
@@ -12,16 +13,16 @@ use crate::config::TrainConfig;
 /// First and second moment of one value.
 pub type Moments = (Value, Value);
 
-/// Optimiser state.
+/// The optimiser's state.
 #[derive(Debug, Clone)]
 pub struct AdamW {
-    /// Updates made so far.
+    /// Number of updates so far.
     pub step: u64,
     /// Moments, in the order of the owners and their values.
     pub moments: Vec<Vec<Moments>>,
 }
 
-/// One update's constants.
+/// Constants of one update.
 #[derive(Debug, Clone, Copy)]
 struct Update<'a> {
     settings: &'a TrainConfig,
@@ -43,9 +44,9 @@ impl AdamW {
         Ok(Self { step: 0, moments })
     }
 
-    /// Moves every parameter of `state` against its gradient; `variational_rate` is the learning rate of
-    /// [`Group::Variational`], and `settings` gives the constants, LoRA+'s ratio (Hayou et al. 2024, arXiv:2402.12354) among
-    /// them, but not the rates.
+    /// Updates every parameter of `state` with its gradient. `variational_rate` is the learning rate of
+    /// [`Group::Variational`]. `settings` contributes the constants, for example LoRA+'s ratio (Hayou et al. 2024,
+    /// arXiv:2402.12354), but not the learning rates.
     pub fn step(
         &mut self,
         settings: &TrainConfig,
@@ -161,9 +162,9 @@ impl Update<'_> {
     }
 }
 
-/// Scales all gradients so that their norm, of all together and in double precision, is at most `max_norm`, as
-/// `torch.nn.utils.clip_grad_norm_` does; returns the norm before. A `max_norm` of 0 leaves them alone. What is frozen counts
-/// too, and what a method moves by itself ([`Group::Own`]) does not.
+/// Scales all gradients so that their joint norm, in double precision, is at most `max_norm`, like
+/// `torch.nn.utils.clip_grad_norm_`. Returns the norm before. A `max_norm` of 0 disables the scaling. The norm includes
+/// frozen values, but not those that the method updates itself ([`Group::Own`]).
 pub fn clip(gradients: &mut Gradients, owners: &[Owner], max_norm: f64) -> Result<f64> {
     let squares = gradients
         .par_iter()
@@ -190,7 +191,7 @@ pub fn clip(gradients: &mut Gradients, owners: &[Owner], max_norm: f64) -> Resul
 mod tests {
     use super::*;
 
-    /// Against candle's own AdamW on a quadratic, many steps.
+    /// Compares with candle's own AdamW on a quadratic function over many steps.
     #[test]
     fn equals_candle_adamw() -> Result<()> {
         use candle_nn::Optimizer;

@@ -1,4 +1,4 @@
-//! What a run will do and what it will need, known before its base is loaded.
+//! The plan of a run: its steps and its memory, known before the base model is loaded.
 
 use anyhow::Result;
 use monteclora_adapters::methods::{Module, Parameter};
@@ -12,46 +12,46 @@ use crate::data::{Batches, Cursor, Dataset, Stats};
 use crate::model::{bytes_held, held_bytes};
 use crate::system::available_memory_bytes;
 
-/// Sequences and ranks are not advised below these.
+/// Least sequence length and least rank that the advice contains.
 const MIN_LENGTH: usize = 64;
 const MIN_RANK: usize = 4;
 
-/// A change that lowers the memory of a run, with what it would then take.
+/// A change that lowers the memory of a run, with the resulting estimate.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Advice {
-    /// The keys to set, as `--set` takes them.
+    /// The keys to set, in the form of `--set`.
     pub set: Vec<String>,
-    /// The estimate with this change and those before it.
+    /// The estimate with this change and all earlier ones.
     pub memory_estimate_bytes: u64,
 }
 
-/// What `train --dry-run` reports.
+/// The report of `train --dry-run`.
 #[derive(Debug, Serialize)]
 pub struct Plan<'a> {
     /// The adapted modules.
     pub sites: &'a [String],
-    /// Values that are trained.
+    /// Number of trained values.
     pub trainable_parameters: usize,
     /// Optimiser steps of the whole run.
     pub total_steps: u64,
-    /// Those of one pass over the rows.
+    /// Optimiser steps of one epoch.
     pub steps_per_epoch: usize,
     /// Training rows.
     pub train: &'a Stats,
     /// Validation rows.
     pub valid: Option<&'a Stats>,
-    /// `peak` of `memory`.
+    /// The estimated peak: `peak` of `memory`.
     pub memory_estimate_bytes: u64,
-    /// The estimate by its parts.
+    /// The estimate by purpose.
     pub memory: MemoryEstimate,
-    /// What the machine has left.
+    /// Available memory of the machine, if the system reports it.
     pub available_memory_bytes: Option<u64>,
-    /// What to change where that is not enough.
+    /// Changes to make if the available memory is not enough.
     pub advice: Vec<Advice>,
 }
 
 impl Prepared {
-    /// What the run will do and need.
+    /// The plan of the run.
     ///
     /// # Errors
     /// As [`Self::modules`].
@@ -86,13 +86,13 @@ impl Prepared {
     /// The adapted modules.
     ///
     /// # Errors
-    /// A pattern that is no regular expression.
+    /// Returns an error if a pattern is not a valid regular expression.
     pub fn modules(&self) -> Result<Vec<Module>> {
         let modules = modules(&self.adapter_config, &self.sites, &self.model_config)?;
         Ok(modules.into_iter().map(|(_, module)| module).collect())
     }
 
-    /// What decides the memory of a run.
+    /// Everything that determines the memory of the run, for these sites and lengths.
     pub(super) fn inputs<'a>(
         &'a self,
         sites: &'a [Module],
@@ -124,8 +124,8 @@ impl Prepared {
         }
     }
 
-    /// Bytes of the base's files that are mapped while the weights are read, and not afterwards: blocks that stay where they are
-    /// are counted with the weights.
+    /// Bytes of the base model's files that are mapped only while the weights are read. Quantised blocks that stay
+    /// mapped are counted with the weights.
     fn mapped_bytes(&self, weights: &Kind) -> u64 {
         let names = self.files.names();
         let tensors = names.filter_map(|name| self.files.get(name));
@@ -136,7 +136,7 @@ impl Prepared {
         copied.map(|tensor| stored(&tensor)).sum()
     }
 
-    /// The memory of the run.
+    /// Estimates the memory of the run.
     pub fn estimate(&self, sites: &[Module]) -> MemoryEstimate {
         MemoryEstimate::of(&self.inputs(sites, &self.train.lengths()))
     }
@@ -161,8 +161,9 @@ impl Prepared {
         Ok(())
     }
 
-    /// What to change until a run fits into `available` bytes: a smaller batch with as much more accumulation, checkpointing,
-    /// float32 weights held in bfloat16, shorter sequences, a smaller rank. Each adds to those before, and what would not help is left out.
+    /// The changes that make the run fit into `available` bytes, in this order: a smaller batch with correspondingly
+    /// more accumulation, checkpointing, float32 weights held in bfloat16, shorter sequences, a smaller rank. Each change
+    /// adds to the earlier ones. The list ends with the change that is enough.
     pub fn advice(&self, sites: &[Module], available: u64) -> Vec<Advice> {
         let settings = &self.settings.train;
         let (mut sites, mut lengths) = (sites.to_vec(), self.train.lengths());
@@ -173,7 +174,7 @@ impl Prepared {
         let mut advice = Vec::new();
         for kind in 0..5 {
             let mut set = Vec::new();
-            // Halved until it fits or can shrink no more.
+            // Halve until the run fits or the value is at its least.
             while lowest > available {
                 match kind {
                     0 if batches.batch_size > 1 => {
@@ -258,7 +259,7 @@ mod tests {
         let peak = prepared.estimate(&sites).peak;
         assert_eq!(prepared.advice(&sites, peak), []);
 
-        // A little less is reached by a smaller batch alone, and the effective batch stays.
+        // For slightly less memory a smaller batch is enough, and the effective batch size stays the same.
         let little = prepared.advice(&sites, peak - 1);
         assert_eq!(
             little[0].set,
@@ -270,7 +271,7 @@ mod tests {
         assert_eq!(little.len(), 1);
         assert!(little[0].memory_estimate_bytes < peak);
 
-        // What cannot be reached names everything, each step lower than the one before.
+        // If the memory can never be enough, the advice lists all changes, and no estimate is above the one before.
         let all = prepared.advice(&sites, 1);
         let keys: Vec<&str> = all
             .iter()

@@ -1,4 +1,4 @@
-//! Everything about a run that can be checked before its base is loaded, and the run itself.
+//! All checks of a run before its base model is loaded, and the run itself.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -27,33 +27,33 @@ use crate::hub::{self, HubOptions, Located};
 use crate::model::{Decoder, read_shape};
 use crate::output::name_of;
 
-/// Everything checked that can be checked before the base is loaded.
+/// A run whose inputs are checked, as far as possible before the base model is loaded.
 pub struct Prepared {
-    /// The configuration, with the shape of the adapter that the run starts from.
+    /// The configuration. If the run starts from an adapter, it has that adapter's shape.
     pub run: RunConfig,
-    /// The base.
+    /// The base model.
     pub base: Located,
-    /// Its files.
+    /// The base model's files.
     pub files: ModelFiles,
-    /// What may be wrong with it although it can be used.
+    /// Warnings about the base model and the conversation format. None of them prevents the run.
     pub base_warnings: Vec<Problem>,
-    /// Its sizes.
+    /// The base model's sizes and options.
     pub model_config: ModelShape,
     /// The adapter's configuration, in PEFT's terms.
     pub adapter_config: AdapterConfig,
-    /// What is trained.
+    /// The training method.
     pub method: Arc<dyn Method>,
-    /// The adapter that the run starts from.
+    /// The adapter that the run starts from, if any.
     pub init_from: Option<Adapter>,
-    /// The adapted modules.
+    /// Names of the adapted modules.
     pub sites: Vec<String>,
     /// Training rows.
     pub train: Dataset,
     /// Validation rows.
     pub valid: Option<Dataset>,
-    /// What the training loop is told.
+    /// Settings of the training loop.
     pub settings: TrainSettings,
-    /// How the base's weights are held.
+    /// How the base model's weights are held in memory.
     pub weights: &'static Kind,
     /// Optimiser steps of the whole run.
     pub total_steps: u64,
@@ -69,10 +69,10 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Checks configuration, base, adapted modules and data; `base` replaces the model of the configuration.
+    /// Checks configuration, base model, adapted modules and data. `base` replaces the model of the configuration.
     ///
     /// # Errors
-    /// What is wrong with any of them.
+    /// Returns an error if any of them is invalid or cannot be read.
     pub fn new(run: RunConfig, base: Option<Located>) -> Result<Self> {
         Self::at_time(run, base, SystemTime::now())
     }
@@ -153,7 +153,7 @@ impl Prepared {
         let valid = run.data.valid.as_deref();
         let valid = valid.map(|path| open(path, Split::Valid)).transpose()?;
         let settings = TrainSettings::new(&run, max_seq_length);
-        // By files of their own: pages that are read stay mapped as long as the files are open.
+        // The hashes open the files again: pages that are read stay mapped until the files are closed.
         let read = ModelFiles::open(&base.dir)?;
         let (fingerprint, sample) = (base_fingerprint(&read), base_sample(&read));
         drop(read);
@@ -193,25 +193,25 @@ impl Prepared {
         })
     }
 
-    /// Logs what may be wrong with the base although it can be used.
+    /// Logs [`Self::base_warnings`].
     pub fn warn(&self) {
         for warning in &self.base_warnings {
             tracing::warn!("{warning}");
         }
     }
 
-    /// Loads the base.
+    /// Loads the base model.
     ///
     /// # Errors
-    /// Those of the base.
+    /// As [`Decoder::load_as`].
     pub fn decoder(&self, device: &Device) -> Result<Decoder> {
         Ok(Decoder::load_as(&self.base.dir, device, self.weights)?)
     }
 
-    /// Loads the base and trains; returns the decoder for further use.
+    /// Loads the base model and trains. Returns the decoder for further use.
     ///
     /// # Errors
-    /// Those of the base, of the training loop and of the output directory.
+    /// As [`Self::decoder`] and [`Trainer::run`], or if a file in the output directory cannot be written.
     pub fn train(
         &self,
         start: Start,

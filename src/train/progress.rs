@@ -1,4 +1,4 @@
-//! How far a run has come, with the sums over the steps since the last `train` line of the metrics.
+//! The progress of a run, with the sums over the steps since the last `train` line of the metrics.
 
 use std::time::{Duration, Instant};
 
@@ -8,50 +8,51 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Cursor;
 
-/// How far a run has come; with the adapter and the moments, all that continues it exactly. Noise, order and dropout are
-/// functions of the seed and of these counters.
+/// The progress of a run. Together with the adapter and the moments it is enough to continue the run exactly, since
+/// noise, order and dropout depend only on the seed and these counters.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
-    /// Optimiser steps made.
+    /// Number of optimiser steps so far.
     pub step: u64,
-    /// Next batch.
+    /// Position of the next batch.
     pub cursor: Cursor,
-    /// Tokens read.
+    /// Number of tokens so far.
     pub tokens: u64,
-    /// Tokens with a loss.
+    /// Number of tokens with a loss so far.
     pub trained_tokens: u64,
     /// Seconds so far.
     pub wall_s: f64,
     /// Best validation loss and its step.
     pub best: Option<(f64, u64)>,
-    /// Evaluations since then.
+    /// Number of evaluations since the best one.
     pub evaluations_without_improvement: u64,
-    /// Whether the run ended for lack of improvement.
+    /// Whether the run ended early because the validation loss did not improve.
     pub stopped_early: bool,
-    /// Whether the evaluation of this step was broken off and is still to be made.
+    /// Whether the evaluation of this step was interrupted and must be repeated.
     #[serde(default)]
     pub evaluation_due: bool,
     /// Sums since the last `train` line of the metrics.
     pub window: Window,
 }
 
-/// What one optimiser step measured.
+/// The measurements of one optimiser step.
 #[derive(Debug, Clone)]
 pub(super) struct StepResult {
     pub(super) task_loss: f64,
-    /// Means over the modules of what the method reports.
+    /// The method's metrics, as means over the modules.
     pub(super) metrics: Vec<f64>,
     pub(super) grad_norm: f64,
     pub(super) tokens: u64,
     pub(super) trained_tokens: u64,
 }
 
-/// Sums over steps; part of a checkpoint, so that a resumed run prints the means an undisturbed one prints.
+/// Sums over steps. They are part of a checkpoint, so that a resumed run reports the same means as an uninterrupted
+/// one.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Window {
     pub(super) steps: u64,
     pub(super) task_loss: f64,
-    /// What the method reports, by [`Metric::stored`].
+    /// Sums of the method's metrics, by [`Metric::stored`].
     regulariser: IndexMap<String, f64>,
     pub(super) grad_norm: f64,
     pub(super) tokens: u64,
@@ -62,24 +63,24 @@ pub struct Window {
 }
 
 impl Window {
-    /// Starts the clock, unless it runs.
+    /// Starts the clock unless it runs.
     pub(super) fn begin(&mut self) {
         self.since.get_or_insert_with(Instant::now);
     }
 
-    /// Takes `pause` out of the time measured.
+    /// Excludes `pause` from the measured time.
     pub(super) fn exclude(&mut self, pause: Duration) {
         if let Some(since) = &mut self.since {
             *since += pause;
         }
     }
 
-    /// The window as a checkpoint keeps it: the time so far as a number.
+    /// The window in the form of a checkpoint, with the time so far as a number.
     pub(super) fn stored(&self, metrics: &[Metric]) -> Self {
         let mut window = self.clone();
         (window.seconds, window.since) = (self.elapsed(), None);
         for metric in metrics {
-            // Before the first step of a window there is none.
+            // Adds the entry with value 0 if the window has no steps yet.
             let _ = window.sum(metric);
         }
         window
@@ -101,13 +102,13 @@ impl Window {
             .or_default()
     }
 
-    /// Sums of what the method reports.
+    /// Sums of the method's metrics.
     pub(super) fn sums(&self, metrics: &[Metric]) -> Vec<f64> {
         let sum = |metric: &Metric| self.regulariser.get(metric.stored).copied();
         metrics.iter().map(|m| sum(m).unwrap_or_default()).collect()
     }
 
-    /// Seconds of the steps.
+    /// Seconds of the window's steps.
     pub(super) fn elapsed(&self) -> f64 {
         let since = self.since.map(|since| since.elapsed().as_secs_f64());
         self.seconds + since.unwrap_or_default()

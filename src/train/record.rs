@@ -1,4 +1,4 @@
-//! run.json: what a run is made of, so that it can be recognised, repeated and resumed.
+//! run.json: the record of a run, to recognise, repeat and resume it.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,8 +13,8 @@ use crate::data::Dataset;
 const CANDLE: &str = "0.10.2";
 
 impl Prepared {
-    /// What `run.json` records of a run that trains `parameters` values on `device`, under way until it is told the
-    /// `finished` step, at which its adapter was written.
+    /// The content of `run.json` for a run that trains `parameters` values on `device`. `finished` is the step at which
+    /// its adapter was written, or `None` while it runs.
     pub(super) fn record(
         &self,
         parameters: usize,
@@ -54,7 +54,7 @@ impl Prepared {
     }
 }
 
-/// A data file of a run: as it was named, its commit where it came from the Hub, and what is in it.
+/// The record of a data file: its path, its commit if it came from the Hub, and its content.
 fn data(data: &Dataset) -> Value {
     json!({
         "path": data.path().display().to_string(),
@@ -67,7 +67,7 @@ fn data(data: &Dataset) -> Value {
     })
 }
 
-/// The `finished_step` of a run.json; none if there is no such file or the run is under way.
+/// The `finished_step` of a run.json. `None` if the file does not exist or the run is not finished.
 pub(super) fn finished_step(path: &Path) -> Option<u64> {
     let text = std::fs::read(path).ok()?;
     let record: Value = serde_json::from_slice(&text).ok()?;

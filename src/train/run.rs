@@ -22,69 +22,69 @@ use crate::config::LrSchedulerType;
 use crate::data::{Batches, Dataset};
 use crate::model::{AdapterGradients, Decoder, Dropout, PassOptions};
 
-/// What a caller may show while the loop runs.
+/// Progress of the loop, for a caller to show.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// The loop begins (or continues) at step `.0` of `.1`.
+    /// The loop starts or continues at step `.0` of `.1`.
     Started(u64, u64),
-    /// A step was made; step and the loss of the task.
+    /// A step was completed: its number and the task loss.
     Step(u64, f64),
-    /// A line of metrics.
+    /// The metrics of training.
     Train(TrainRecord),
-    /// An evaluation.
+    /// The metrics of an evaluation.
     Eval(EvalRecord),
-    /// A checkpoint was written.
+    /// A checkpoint of this step was written.
     Saved(u64),
 }
 
-/// A request to stop after the current step.
+/// A flag that stops the run after the current step.
 pub type Interrupt = Arc<AtomicBool>;
 
 /// How a run ended.
 #[derive(Debug, Clone)]
 pub struct Outcome {
-    /// Steps made.
+    /// Number of completed steps.
     pub steps: u64,
-    /// Steps planned.
+    /// Number of planned steps.
     pub total_steps: u64,
-    /// Whether it was interrupted; a checkpoint was written then.
+    /// Whether the run was interrupted. If so, a checkpoint was written.
     pub interrupted: bool,
-    /// Whether it stopped for lack of improvement.
+    /// Whether the run stopped early because the validation loss did not improve.
     pub stopped_early: bool,
     /// Seconds in the loop.
     pub seconds: f64,
     /// Best validation loss and its step.
     pub best: Option<(f64, u64)>,
-    /// Loss of the last step, task only; none where no step was left to make.
+    /// Task loss of the last step. `None` if no step was left.
     pub last_task_loss: Option<f64>,
 }
 
 /// A training run.
 pub struct Trainer<'a> {
-    /// The frozen base.
+    /// The frozen base model.
     pub model: &'a Decoder,
     /// Training rows.
     pub train: &'a Dataset,
     /// Validation rows.
     pub valid: Option<&'a Dataset>,
-    /// What the loop is told.
+    /// Settings of the loop.
     pub settings: &'a TrainSettings,
-    /// Configuration written next to the weights.
+    /// Configuration that is written with the adapter.
     pub adapter_config: &'a AdapterConfig,
-    /// Where everything is written.
+    /// Directory of all output.
     pub output_dir: &'a Path,
-    /// What the run is made of; kept in every checkpoint.
+    /// Identity of the run. Every checkpoint contains it.
     pub identity: &'a Identity,
-    /// Set to stop.
+    /// The caller sets this flag to stop the run.
     pub interrupt: Interrupt,
 }
 
 impl Trainer<'_> {
-    /// Trains on `from` where it stands, and leaves the adapter in the output directory.
+    /// Continues training from `from`, and writes the adapter to the output directory.
     ///
     /// # Errors
-    /// A number that is not finite or a gradient that is missing, before anything is written with the bad step; errors of files
-    /// and data. The last checkpoint stays as it is.
+    /// Returns an error if a number is not finite, a gradient is missing, or a file or row cannot be read or written.
+    /// Nothing is written after a bad step, and the last checkpoint stays intact.
     pub fn run(&self, from: Checkpoint, watch: impl FnMut(&Event)) -> Result<Outcome> {
         let (settings, progress) = (self.settings, &from.progress);
         let resumed = progress.step > 0;
@@ -131,14 +131,14 @@ impl Trainer<'_> {
     }
 }
 
-/// A run under way.
+/// A running training.
 struct Run<'a, W> {
     trainer: &'a Trainer<'a>,
     at: Checkpoint,
     metrics: Metrics,
     batches: Batches<'a>,
     total_steps: u64,
-    /// Seconds of the processes before this one.
+    /// Seconds of earlier processes of the run.
     earlier: f64,
     began: Instant,
     watch: W,
@@ -163,7 +163,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         })
     }
 
-    /// Makes the steps that are left; whether it was interrupted, and the task loss of the last step.
+    /// Runs the remaining steps. Returns whether the run was interrupted, and the task loss of the last step.
     fn steps(&mut self) -> Result<(bool, Option<f64>)> {
         let settings = &self.trainer.settings.train;
         let schedule = self.trainer.settings.schedule(self.total_steps);
@@ -172,7 +172,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         let warmup = Schedule::new(constant, method.warmup_ratio(), self.total_steps);
         let mut last_task_loss = None;
         if self.at.progress.evaluation_due {
-            // Of the step that the checkpoint is of: the run was interrupted within it.
+            // The run was interrupted during the evaluation of the checkpoint's step.
             self.assess()?;
             if self.at.progress.evaluation_due {
                 return Ok((true, None));
@@ -221,7 +221,8 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         Ok((false, last_task_loss))
     }
 
-    /// Evaluates and keeps the adapter if it is the best so far; the evaluation stays due if the run is told to stop meanwhile.
+    /// Evaluates the adapter, and writes it to `best` if it is the best so far. If the run is interrupted meanwhile,
+    /// the evaluation stays due.
     fn assess(&mut self) -> Result<()> {
         let trainer = self.trainer;
         let Some(valid) = trainer.valid else {
@@ -272,12 +273,12 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         Ok(())
     }
 
-    /// One optimiser step: one posterior draw, its micro-batches, one update.
+    /// One optimiser step: one posterior draw, its micro-batches and one update.
     fn step(&mut self, step: u64, rate: f64, weight: f64) -> Result<StepResult> {
         let (model, settings) = (self.trainer.model, self.trainer.settings);
         let (state, batches) = (&mut self.at.state, &mut self.batches);
         let mut micro = vec![batches.next_batch()?];
-        // Accumulation ends with the epoch, so that every row counts once per epoch.
+        // Accumulation ends at the end of an epoch, so that every row counts once per epoch.
         while micro.len() < settings.train.gradient_accumulation_steps && !batches.at_epoch_start()
         {
             micro.push(batches.next_batch()?);
@@ -285,7 +286,8 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         let trained_tokens: usize = micro.iter().map(|b| b.targets.len()).sum();
         let epoch_tokens = self.trainer.train.stats().trained_tokens.total;
         let drawn = state.draw(settings.seed, step, &state.weighting(weight, epoch_tokens))?;
-        // The loss is the mean over the trained tokens of the whole step, however it is cut into micro-batches.
+        // The loss is the mean over the trained tokens of the whole step. It does not depend on the split into
+        // micro-batches.
         let scale = 1.0 / trained_tokens.max(1) as f64;
         let mut task = AdapterGradients::default();
         let mut total = 0.0;
@@ -322,7 +324,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             let names = audit::non_finite(state, |idx| &gradients[idx])?;
             return Err(refuse("the gradient", names));
         }
-        // Queries and keys get no gradient where every target sees a single key.
+        // Queries and keys get no gradient if every target sees only one key.
         if step < 2 && looks_back {
             audit::first_steps(state, &gradients, step)?;
         }

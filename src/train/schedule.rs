@@ -7,14 +7,14 @@ use crate::config::LrSchedulerType;
 pub struct Schedule {
     /// Shape after the warm-up.
     pub shape: LrSchedulerType,
-    /// Steps of linear warm-up.
+    /// Number of steps of linear warm-up.
     pub warmup_steps: u64,
-    /// All steps.
+    /// Number of steps, warm-up included.
     pub total_steps: u64,
 }
 
 impl Schedule {
-    /// Warm-up over `ceil(ratio * total_steps)` steps.
+    /// A schedule with `ceil(warmup_ratio * total_steps)` steps of warm-up.
     pub fn new(shape: LrSchedulerType, warmup_ratio: f64, total_steps: u64) -> Self {
         Self {
             shape,
@@ -25,7 +25,8 @@ impl Schedule {
 
     /// Factor on the learning rate for update `step`, counted from 0.
     ///
-    /// The warm-up starts at `1 / warmup_steps` where transformers starts at 0: an update with learning rate 0 is lost.
+    /// The warm-up starts at `1 / warmup_steps`. It starts at 0 in transformers, but an update with learning rate 0 is
+    /// wasted.
     pub fn factor(&self, step: u64) -> f64 {
         if step < self.warmup_steps {
             return (step + 1) as f64 / self.warmup_steps as f64;

@@ -1,10 +1,10 @@
-//! What the training loop is told.
+//! Settings of the training loop.
 
 use super::schedule::Schedule;
 use crate::config::{RunConfig, TrainConfig};
 use crate::data::{BatchOptions, Batches, Cursor, Dataset};
 
-/// Everything the loop is told.
+/// All settings of the training loop.
 #[derive(Debug, Clone)]
 pub struct TrainSettings {
     /// Seed of noise, initial values, order and dropout.
@@ -13,12 +13,12 @@ pub struct TrainSettings {
     pub lora_dropout: f64,
     /// How training rows are put into batches.
     pub batches: BatchOptions,
-    /// `[train]`.
+    /// The table `[train]` of the configuration.
     pub train: TrainConfig,
 }
 
 impl TrainSettings {
-    /// Those of `run` with sequences of at most `max_seq_length` tokens.
+    /// The settings of `run`, with sequences of at most `max_seq_length` tokens.
     pub fn new(run: &RunConfig, max_seq_length: usize) -> Self {
         Self {
             seed: run.seed,
@@ -28,7 +28,7 @@ impl TrainSettings {
         }
     }
 
-    /// Optimiser steps of a whole run over `train`.
+    /// Number of optimiser steps of a whole run over `train`.
     pub fn total_steps(&self, train: &Dataset) -> u64 {
         self.train.max_steps.unwrap_or_else(|| {
             Batches::new(train, self.batches, Cursor::default()).n_steps(

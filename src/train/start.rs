@@ -1,4 +1,5 @@
-//! Where a run begins: afresh, at a checkpoint, or not at all because it is finished; decided before the base is loaded.
+//! Decides, before the base model is loaded, whether a run starts anew, continues from a checkpoint, or is already
+//! finished.
 
 use std::path::Path;
 
@@ -11,26 +12,26 @@ use super::record::finished_step;
 use super::{AdapterState, Checkpoint, Error, Prepared, RunLock, checkpoints};
 use crate::output::require_empty;
 
-/// The point from which a run goes on.
+/// The point that a run starts or continues from.
 pub struct Start {
     pub(super) from: Checkpoint,
-    /// The output directory is this run's alone.
+    /// Keeps other runs out of the output directory.
     _lock: RunLock,
 }
 
-/// What there is to do.
+/// The decision.
 pub enum Begin {
     /// Steps are left.
     Run(Box<Start>),
-    /// The run ended at this step and run.toml asks for no more.
+    /// The run ended at this step, and run.toml asks for no more steps.
     Finished(u64),
 }
 
 impl Start {
-    /// The beginning of a run in an output directory that is ready and its own by `lock`.
+    /// The start of a new run. The output directory exists and is locked by `lock`.
     ///
     /// # Errors
-    /// Initial values that cannot be made.
+    /// Returns an error if the initial values cannot be made.
     pub fn new(prepared: &Prepared, device: &Device, lock: RunLock) -> Result<Self> {
         let (method, model) = (prepared.method.clone(), &prepared.model_config);
         let seed = prepared.run.seed;
@@ -48,20 +49,20 @@ impl Start {
     }
 }
 
-/// What an earlier run left in an output directory.
+/// The state of an earlier run in an output directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Earlier {
-    /// It was interrupted after this step, the last that has a checkpoint; 0 if none has.
+    /// The run was interrupted. This is the step of its last checkpoint, or 0 without a checkpoint.
     Interrupted(u64),
-    /// It ended at this step.
+    /// The run ended at this step.
     Finished(u64),
 }
 
 impl Earlier {
-    /// Looks into an output directory; none if no run wrote there.
+    /// Reads the state from an output directory. `None` if it contains no run.
     ///
     /// # Errors
-    /// A directory that cannot be listed.
+    /// Returns an error if the directory cannot be listed.
     fn in_dir(output_dir: &Path) -> Result<Option<Self>> {
         let record = output_dir.join("run.json");
         if !record.is_file() {
@@ -74,7 +75,7 @@ impl Earlier {
         Ok(Some(Self::Interrupted(last.map_or(0, |(step, _)| step))))
     }
 
-    /// Refuses a directory that a run wrote into, and names first what goes on with it.
+    /// Returns an error if the directory contains a run. The message first tells how to continue this run.
     fn refuse(output_dir: &Path) -> Result<()> {
         let dir = output_dir.display();
         let message = match Self::in_dir(output_dir)? {
@@ -93,10 +94,11 @@ impl Earlier {
     }
 }
 
-/// Decides what `resume` (`auto`, a directory, or none) means in the output directory, and makes that directory.
+/// Creates the output directory, and decides how the run begins. `resume` is `auto`, a checkpoint directory, or `None`.
 ///
 /// # Errors
-/// A directory that cannot be used, is not empty or is in use; a checkpoint that is damaged or of another run.
+/// Returns an error if the directory cannot be written, is not empty or is in use, if the checkpoint is damaged or
+/// belongs to another run, or if the run would end before the checkpoint.
 pub fn begin(
     prepared: &Prepared,
     resume: Option<&str>,
@@ -132,7 +134,7 @@ fn begin_in(
     let read = |dir: &Path| Checkpoint::read(dir, initial, identity, device);
     let checkpoint = match resume {
         None => {
-            // --force: what an earlier run left would later be taken for this one's.
+            // --force: checkpoints of an earlier run could later be taken for those of this run.
             for (_, dir) in checkpoints(output_dir)? {
                 discard(&dir)?;
             }
@@ -160,7 +162,7 @@ fn begin_in(
             "[train] max_steps or num_train_epochs: the run would end at step {total_steps}, before the checkpoint at step {step}; raise it"
         )));
     }
-    // The patience may have been raised since.
+    // The configured patience may be larger than at the checkpoint.
     let patience = prepared.settings.train.early_stopping_patience;
     checkpoint.progress.stopped_early =
         patience > 0 && checkpoint.progress.evaluations_without_improvement >= patience;
@@ -173,11 +175,14 @@ fn begin_in(
     Ok(Begin::Run(Box::new(start)))
 }
 
-/// Says what changed since the checkpoint, and sees to the best adapter: one that is gone is made again from the checkpoint of
-/// its step; without that, and where this run may never make the one that is there, later evaluations start the comparison anew.
+/// Logs what changed since the checkpoint, and checks the best adapter.
+///
+/// The best adapter is lost if it is missing or damaged, or if it belongs to a later step that the changed run may not
+/// reach. Then it is rebuilt from the checkpoint of the best step. If that is not possible, the next evaluation starts
+/// the comparison anew.
 ///
 /// # Errors
-/// If the best adapter is gone for good and needed at the end.
+/// Returns an error if the best adapter is missing, cannot be rebuilt and is needed at the end of the run.
 fn adjust(checkpoint: &mut Checkpoint, prepared: &Prepared) -> Result<()> {
     let output_dir = prepared.run.train.output_dir.as_path();
     let needed = prepared.settings.train.load_best_model_at_end;
@@ -226,7 +231,8 @@ fn adjust(checkpoint: &mut Checkpoint, prepared: &Prepared) -> Result<()> {
     Ok(())
 }
 
-/// The checkpoint the user named; later ones of the same output directory would be mixed with what follows it.
+/// Reads the checkpoint that the user named. Later checkpoints in the output directory are an error, since they would
+/// mix with those of the continued run; with `force` they are removed.
 fn named(
     dir: &Path,
     output_dir: &Path,
@@ -286,7 +292,7 @@ fn discard(dir: &Path) -> Result<()> {
     }
 }
 
-/// Makes the output directory and proves that it can be written to, before hours are spent.
+/// Creates the output directory and checks that it is writable, before hours of training.
 fn make(output_dir: &Path) -> Result<()> {
     let tried = std::fs::create_dir_all(output_dir)
         .and_then(|()| tempfile::tempfile_in(output_dir).map(drop));

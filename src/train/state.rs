@@ -1,4 +1,4 @@
-//! The trainable adapter: a method's parameters at every module, a draw of all updates, and their gradients.
+//! The trainable adapter: a method's parameters for every module, draws of all updates, and their gradients.
 
 use monteclora_adapters::Result;
 use std::sync::Arc;
@@ -13,29 +13,30 @@ use rayon::prelude::*;
 
 use crate::model::{ActiveAdapter, AdapterGradients, ModuleId};
 
-/// The whole adapter in training.
+/// The trainable adapter.
 #[derive(Debug, Clone)]
 pub struct AdapterState {
-    /// What is trained.
+    /// The training method.
     pub method: Arc<dyn Method>,
-    /// Adapted modules with their places, blocks first.
+    /// The adapted modules with their ids, blocks first.
     pub modules: Vec<(ModuleId, Module)>,
-    /// Parameters with their values: those of every module, in the same order, then those that all share, if any.
+    /// Parameters with their values: first those of every module, in the order of `modules`, then the shared ones, if
+    /// any.
     pub owners: Vec<Owner>,
 }
 
-/// One gradient for every value of an [`AdapterState`], in its order.
+/// One gradient per value of an [`AdapterState`], in the same order.
 pub type Gradients = Vec<Vec<Value>>;
 
 /// One draw of the whole adapter with its regulariser.
 #[derive(Debug)]
 pub struct DrawnAdapter {
-    /// What the forward pass runs with.
+    /// The updates of the forward pass.
     pub active: ActiveAdapter,
     draws: Vec<Box<dyn Drawn>>,
 }
 
-/// The modules `names` of `model` as `config` adapts them, blocks first.
+/// The modules `names` of `model` with rank and scaling of `config`, blocks first.
 pub fn modules(
     config: &AdapterConfig,
     names: &[String],
@@ -59,7 +60,7 @@ pub fn modules(
 }
 
 impl AdapterState {
-    /// A fresh adapter at `names`, a function of `seed` and the modules' names.
+    /// A new adapter for the modules `names`. Its values depend only on `seed` and the modules' names.
     pub fn initial(
         method: Arc<dyn Method>,
         config: &AdapterConfig,
@@ -71,7 +72,7 @@ impl AdapterState {
         Self::new(method, modules(config, names, model)?, &[], seed, device)
     }
 
-    /// Continues from `adapter`; parameters that it does not hold begin as in a fresh one.
+    /// Starts from the values of `adapter`. Parameters that it does not contain start as in a new adapter.
     pub fn from_adapter(
         method: Arc<dyn Method>,
         adapter: &Adapter,
@@ -79,7 +80,7 @@ impl AdapterState {
         seed: u64,
         device: &Device,
     ) -> Result<Self> {
-        // Checks that the base has every module, in its shape.
+        // Checks that the base model has every module with its shape.
         ActiveAdapter::from_adapter(adapter, model, device)?;
         let modules = ModuleId::all(model)
             .filter_map(|(id, module)| {
@@ -90,7 +91,7 @@ impl AdapterState {
         Self::new(method, modules, &adapter.sites, seed, device)
     }
 
-    /// The same modules with the values that `sites` hold.
+    /// The same modules with the values of `sites`.
     pub(super) fn with_values_of(&self, sites: &[Site], device: &Device) -> Result<Self> {
         Self::new(self.method.clone(), self.modules.clone(), sites, 0, device)
     }
@@ -112,12 +113,12 @@ impl AdapterState {
         })
     }
 
-    /// Number of values, those that a method keeps as they are included.
+    /// Number of values, including those that the method does not train.
     pub fn n_parameters(&self) -> usize {
         self.owners.iter().map(Owner::n_values).sum()
     }
 
-    /// The values that the method is handed for module `idx`: its own and the shared ones.
+    /// The values for module `idx`: its own, then the shared ones.
     fn values(&self, idx: usize) -> Vec<&Value> {
         let shared = self.owners[self.modules.len()..].iter();
         std::iter::once(&self.owners[idx])
@@ -126,7 +127,7 @@ impl AdapterState {
             .collect()
     }
 
-    /// The modules with the updates that `update` makes of their values.
+    /// Creates the update of every module with `update`.
     fn active(
         &self,
         mut update: impl FnMut(usize, &Module) -> Result<Arc<dyn Update>>,
@@ -136,12 +137,12 @@ impl AdapterState {
         Ok(ActiveAdapter::new(updates.collect::<Result<Vec<_>>>()?))
     }
 
-    /// The updates at their means, for evaluation.
+    /// The mean updates, for evaluation.
     pub fn mean(&self) -> Result<ActiveAdapter> {
         self.active(|idx, module| self.method.mean(module, &self.values(idx)))
     }
 
-    /// How the regulariser is weighed: with `factor`, in a run whose training rows have `epoch_tokens` trained tokens.
+    /// The weight of the regulariser: `factor`, in a run whose training rows have `epoch_tokens` trained tokens.
     pub fn weighting(&self, factor: f64, epoch_tokens: u64) -> Weighting {
         Weighting {
             factor,
@@ -150,12 +151,12 @@ impl AdapterState {
         }
     }
 
-    /// Draws every module with its own noise at optimiser step `step` of `seed`.
+    /// Draws every module, with noise that depends on `seed`, the module and optimiser step `step`.
     pub fn draw(&self, seed: u64, step: u64, weighting: &Weighting) -> Result<DrawnAdapter> {
         self.draw_with(weighting, |module| Key::new(seed, &module.name, step))
     }
 
-    /// Draws every module with the noise that `noise` gives for it.
+    /// Draws every module with the noise that `noise` returns for it.
     pub fn draw_with<N: Noise>(
         &self,
         weighting: &Weighting,
@@ -175,7 +176,7 @@ impl AdapterState {
         })
     }
 
-    /// The adapter as it is written to disk.
+    /// The adapter in the form that is written to disk.
     pub fn to_adapter(&self, config: &AdapterConfig) -> Result<Adapter> {
         let modules = self.modules.iter().enumerate();
         let mut sites = modules
@@ -193,7 +194,7 @@ impl AdapterState {
 }
 
 impl DrawnAdapter {
-    /// Means over the modules of what `state`'s method reports.
+    /// The metrics of `state`'s method, as means over the modules.
     pub fn metrics(&self, state: &AdapterState) -> Vec<f64> {
         let mut means = vec![0.0; state.method.kind().metrics.len()];
         let weight = 1.0 / self.draws.len().max(1) as f64;
@@ -205,7 +206,7 @@ impl DrawnAdapter {
         means
     }
 
-    /// Gradients of task loss plus regulariser for the task's gradients at the active updates.
+    /// Gradients of task loss plus regulariser, from `task`, the task's gradients with respect to the active updates.
     pub fn backward(&self, state: &AdapterState, task: &AdapterGradients) -> Result<Gradients> {
         let weight = 1.0 / self.draws.len().max(1) as f64;
         let mut gradients = state

@@ -14,11 +14,11 @@ use crate::hub::{self, HubOptions};
 use crate::model::read_shape;
 use crate::system::available_memory_bytes;
 
-/// Share of the available memory that a suggested run may take by its estimate.
+/// Share of the available memory that the estimate of a suggested run may reach.
 const SHARE: f64 = 0.7;
-/// Tokens that an optimiser step should see at least, as far as the data have them.
+/// Number of tokens that an optimiser step should have at least.
 const STEP_TOKENS: usize = 2048;
-/// Sequences are suggested up to this length; longer ones are named.
+/// Largest suggested sequence length. A note tells if there are longer examples.
 const LONGEST: usize = 4096;
 
 const LENGTH: &str = "data.max_seq_length";
@@ -38,29 +38,29 @@ pub struct Decided {
     pub batch_size: Option<usize>,
 }
 
-/// What the data and the machine suggest.
+/// Settings that suit the data and the machine.
 #[derive(Debug)]
 pub struct Suggestion {
     /// Length limit, tokens.
     pub max_seq_length: usize,
-    /// What happens to longer examples.
+    /// How longer examples are treated.
     pub overlong: Overlong,
-    /// Whether short examples share a pack.
+    /// Whether short examples are packed together.
     pub packing: bool,
-    /// Examples, or packs, at once.
+    /// Number of examples, or packs, per batch.
     pub batch_size: usize,
-    /// Batches per optimiser step.
+    /// Number of batches per optimiser step.
     pub accumulation: usize,
-    /// Whether blocks are computed again in the backward pass.
+    /// Whether blocks are recomputed in the backward pass.
     pub checkpointing: bool,
     /// Passes over the rows.
     pub epochs: usize,
-    /// What the user should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
 }
 
 impl Suggestion {
-    /// Suggestions for a run over the rows of `prepared` on a model of `limit` positions.
+    /// Suggests settings for a run over the rows of `prepared` on a model with `limit` positions.
     ///
     /// # Errors
     /// As [`Prepared::modules`].
@@ -80,12 +80,12 @@ impl Suggestion {
             stats.tokens.max
         ));
         }
-        // The next multiple of 64, so that a few more rows of the kind still fit.
+        // The next multiple of 64, so that slightly longer rows still fit.
         let longest = stats.tokens.max.min(LONGEST);
         let longest = longest.next_multiple_of(64).min(limit);
         let tokens = stats.tokens.total as usize;
         let mean = tokens.div_ceil(stats.n_examples.max(1));
-        // Packing evens out the size of batches where examples are much shorter than the longest.
+        // If most examples are much shorter than the longest, packing makes the sizes of batches more equal.
         let packing = 2 * mean < longest && stats.n_examples >= 16;
         let packing = decided.packing.unwrap_or(packing);
         let sites = prepared.modules()?;
@@ -133,7 +133,7 @@ impl Suggestion {
             batch_size,
             accumulation: wanted / batch_size,
             checkpointing,
-            // Small data are read more often, up to about a hundred steps.
+            // Up to three epochs for small data, until there are about a hundred steps.
             epochs: 100usize.div_ceil(steps_an_epoch.max(1)).clamp(1, 3),
             notes,
         })

@@ -1,9 +1,11 @@
 //! TensorBoard event files: scalars as protocol-buffer events in checksummed records.
 //!
-//! A record is `length: u64, crc(length), bytes, crc(bytes)`, little endian; the checksum is the rotated CRC-32C of TensorFlow's
-//! `record_writer.cc`. Field numbers are those of TensorFlow's `event.proto` and `summary.proto`. Of the libraries that write these
-//! files, tboard needs a protocol-buffer compiler on the user's machine, tensorboard-rs panics when the disk is full, and tfrecord
-//! builds a compiler of its own and an HTTP client. tests/reference/check_tensorboard.py reads the files with TensorBoard itself.
+//! A record is `length: u64, crc(length), bytes, crc(bytes)`, little endian. The checksum is the rotated CRC-32C of
+//! TensorFlow's `record_writer.cc`. Field numbers are those of TensorFlow's `event.proto` and `summary.proto`.
+//!
+//! No library is used: tboard needs a protocol-buffer compiler on the user's machine, tensorboard-rs panics when the
+//! disk is full, and tfrecord builds its own compiler and an HTTP client. tests/reference/check_tensorboard.py reads
+//! the files with TensorBoard itself.
 
 use super::io_error;
 use monteclora_adapters::Result;
@@ -15,7 +17,7 @@ use std::time::SystemTime;
 use crc::{CRC_32_ISCSI, Crc};
 
 const CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
-/// `SessionLog.START`: what earlier files say from its step on is forgotten.
+/// `SessionLog.START`: TensorBoard drops records of earlier files from this event's step on.
 const SESSION_START: u64 = 1;
 
 /// One event file.
@@ -26,14 +28,14 @@ pub(super) struct EventFile {
 }
 
 impl EventFile {
-    /// Starts a file in `dir` for a run that continues after `step`; TensorBoard drops what older files hold beyond it.
+    /// Starts a file in `dir` for a run that continues after `step`. TensorBoard drops later steps of older files.
     ///
     /// # Errors
-    /// If a file cannot be written.
+    /// Returns an error if the file cannot be written.
     pub(super) fn create(dir: &Path, step: u64) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(io_error(dir))?;
         let (wall, process) = (now(), std::process::id());
-        // Names sort by time, then by what started within the same second.
+        // Names sort by time. The number separates files of the same second.
         let mut number = 0;
         let (path, file) = loop {
             let name = format!(
@@ -56,10 +58,10 @@ impl EventFile {
         Ok(events)
     }
 
-    /// Writes scalars of one step in one call, so that a killed run leaves whole records.
+    /// Writes the scalars of one step in one call, so that a killed run leaves whole records.
     ///
     /// # Errors
-    /// If a file cannot be written.
+    /// Returns an error if the file cannot be written.
     pub(super) fn write(&mut self, step: u64, scalars: &[(&str, f64)]) -> Result<()> {
         let mut summary = Message::default();
         for (tag, value) in scalars {
@@ -170,7 +172,7 @@ mod tests {
         );
     }
 
-    /// Bytes worked out by hand from event.proto.
+    /// The expected bytes are derived by hand from event.proto.
     #[test]
     fn scalars_are_encoded_as_event_proto_says() {
         let dir = tempfile::tempdir().expect("a directory");

@@ -1,4 +1,4 @@
-//! `data check`: every bad row of every file.
+//! `data check`: reports every bad row of every file.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -124,7 +124,7 @@ pub(in crate::commands) fn run(args: &DataCheckArgs) -> Result<()> {
     Err(bad_data(mixed))
 }
 
-/// Columns, keys of turns and template variables that nothing reads: `{column, rows, line}`.
+/// Columns, keys of turns and template variables that are not read: `{column, rows, line}`.
 fn unread_columns(findings: &Findings) -> Vec<Value> {
     let unread = findings
         .iter()
@@ -137,7 +137,7 @@ fn unread_columns(findings: &Findings) -> Vec<Value> {
     unread.collect()
 }
 
-/// Names given to fields that no row has.
+/// Configured column names that no row has.
 fn names_without_column(findings: &Findings) -> Vec<&str> {
     let names = findings.iter().filter_map(|(finding, _)| match finding {
         Finding::NameWithoutColumn(name) => Some(name.as_str()),
@@ -146,7 +146,7 @@ fn names_without_column(findings: &Findings) -> Vec<&str> {
     names.collect()
 }
 
-/// The rows of every other kind of finding.
+/// Number of rows per other kind of finding.
 fn counts(findings: &Findings) -> Value {
     let counts = Finding::COUNTS
         .iter()

@@ -1,4 +1,4 @@
-//! `data preview`: rows as the model sees them, with what is trained marked.
+//! `data preview`: shows rows as the model reads them, and marks the trained text.
 
 use std::io::IsTerminal;
 
@@ -14,9 +14,9 @@ use crate::data::{Encoder, Example, RowProblem, Source};
 /// How trained text is marked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Marks {
-    /// Bold on green; a terminal.
+    /// Bold on green, for a terminal.
     Color,
-    /// Brackets that hardly occur in text; a file or a pipe.
+    /// Brackets that are rare in text, for a file or a pipe.
     Brackets,
 }
 
@@ -35,7 +35,7 @@ impl Marks {
         if color { Self::Color } else { Self::Brackets }
     }
 
-    /// Trained text, marked line by line: pagers forget a colour at the end of a line.
+    /// Marks trained text, each line separately, since pagers reset the colour at the end of a line.
     fn trained(self, text: &str) -> String {
         match self {
             Self::Brackets => format!("⟦{text}⟧"),
@@ -177,7 +177,7 @@ fn encoded(
     Ok(Err(problems.into_iter().map(at_row).collect()))
 }
 
-/// The text in runs of trained and untrained tokens, special tokens included.
+/// The text as segments of trained and untrained tokens, special tokens included.
 fn segments(encoder: &Encoder, example: &Example) -> Result<Vec<(String, bool)>, Error> {
     let mut runs: Vec<(Vec<u32>, bool)> = Vec::new();
     for (idx, &id) in example.input_ids.iter().enumerate() {
@@ -193,7 +193,7 @@ fn segments(encoder: &Encoder, example: &Example) -> Result<Vec<(String, bool)>,
         .collect()
 }
 
-/// One token a line: place, id, a star where it is trained, its text.
+/// One token per line: index, id, a star if it is trained, and its text.
 fn token_table(encoder: &Encoder, example: &Example) -> Result<String, Error> {
     let mut table = String::new();
     for (idx, &id) in example.input_ids.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! `data stats`: how long the rows are, and what that means for max_seq_length and packing.
+//! `data stats`: shows the lengths of rows and their effect on max_seq_length and packing.
 
 use anyhow::{Result, bail};
 use monteclora_converters::Problems;

@@ -12,7 +12,7 @@ use crate::eval::{EvalOptions, measures};
 use crate::output::{name_of, write_named};
 use crate::report::{EvaluationPage, Score, Shown};
 
-/// Writes the page about `subjects`.
+/// Writes the HTML page with the scores of `subjects`.
 pub(super) fn write(
     path: &Path,
     args: &EvalArgs,
@@ -21,7 +21,7 @@ pub(super) fn write(
 ) -> Result<()> {
     let shown = subjects.iter().map(|subject| {
         let outcomes = measures::outcomes(&subject.scored.predictions());
-        // Each predictor has the scores that any of them has, so that they stand in one order.
+        // Each predictor lists every score that any predictor has, so that all have the same order.
         let told = ROWS
             .iter()
             .filter(|(_, value, _)| subjects.iter().any(|s| value(&s.scores).is_some()));

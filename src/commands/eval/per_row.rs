@@ -1,4 +1,4 @@
-//! `eval --per-row`: what each predictor says of every row.
+//! `eval --per-row`: the losses and predictions of each predictor for every row.
 
 use std::io::Write;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::data::Dataset;
 use crate::eval::{ChoiceRows, Prediction, entropies};
 use crate::output::write_named;
 
-/// Writes one JSON object per row of `rows`, in their order, each with what `subjects` say of it.
+/// Writes one JSON object per row of `rows`, in order, with the losses and predictions of `subjects`.
 pub(super) fn write(
     path: &Path,
     data: &Dataset,
@@ -46,7 +46,7 @@ pub(super) fn write(
     Ok(())
 }
 
-/// Adds what the adapters of a subject say of a row's choices.
+/// Adds the predictions of a subject's adapters for a row's choices.
 fn of_choices(said: &mut Value, adapters: &[Prediction], subject: &Subject) {
     let Some(average) = Prediction::average(adapters) else {
         return;

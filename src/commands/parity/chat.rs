@@ -1,4 +1,5 @@
-//! `parity --chat`: the text of conversations as it is trained and served here, and as mistral.rs alone writes it.
+//! `parity --chat`: compares the rendered text of conversations, as it is trained and served here, with mistral.rs's
+//! own.
 
 use std::path::Path;
 
@@ -14,34 +15,34 @@ use crate::data::{Asked, EncodeOptions, Encoder, RowProblem, Source, parse_quest
 use crate::hub;
 use crate::provenance::{read_fitting, warn_of_conversation};
 
-/// Conversations with and without a system prompt, tools, calls, thoughts and parts.
+/// Conversations with and without a system message, tools, tool calls, thoughts and content parts.
 const BUILT_IN: &str = include_str!("conversations.jsonl");
 
-/// Characters shown before a difference, and after it.
+/// Number of characters that are shown before and after a difference.
 const SHOWN: (usize, usize) = (30, 50);
 
-/// The report.
+/// The report of `parity --chat`.
 #[derive(Debug, Serialize)]
 struct Report {
     conversations: usize,
     equal: usize,
-    /// What mistral.rs takes otherwise in this template.
+    /// Known differences of mistral.rs for this template.
     known: Vec<&'static str>,
     differences: Vec<Difference>,
 }
 
-/// One conversation that is written otherwise.
+/// A conversation with different texts.
 #[derive(Debug, Serialize)]
 struct Difference {
     /// Line of the file, from 1.
     line: usize,
-    /// The first character that differs; none where one of them refuses the conversation.
+    /// Index of the first different character. `None` if one side refuses the conversation.
     at: Option<usize>,
     ours: Written,
     mistralrs: Written,
 }
 
-/// A text, or why there is none.
+/// The rendered text, or the reason of a refusal.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Written {
@@ -142,7 +143,7 @@ fn difference(
             let same = ours.chars().zip(theirs.chars());
             Some(same.take_while(|(a, b)| a == b).count())
         }
-        // Who refuses a conversation writes nothing else.
+        // If both refuse the conversation, neither has a text to compare.
         (Err(_), Err(_)) => return None,
         _ => None,
     };

@@ -1,4 +1,5 @@
-//! How sure the tuned model may be: a posterior fitted and calibrated on the validation tickets, and what it says of two questions.
+//! The confidence of the tuned model: fits and calibrates a posterior on the validation tickets, and asks it two
+//! questions.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -25,35 +26,36 @@ use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
 use crate::progress;
 use crate::train::Prepared;
 
-/// Validation tickets that the scale is fitted on, and others for the temperature: few, so that it takes a minute.
+/// Number of validation tickets for the fit of the scale, and of others for the temperature. They are few, so that this
+/// takes about a minute.
 const FIT_ROWS: usize = 24;
 const CALIBRATION_ROWS: usize = 60;
-/// Draws that a scale is judged by.
+/// Number of draws for the evaluation of a scale.
 const FIT_DRAWS: usize = 2;
-/// Draws whose average is asked.
+/// Number of draws whose average answers.
 const DRAWS: usize = 4;
 
-/// What is right, among all answers and among the surest.
+/// Scores of a model's answers.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(super) struct Score {
     pub(super) exact_match: f64,
-    /// Exact match among the 80 % of the answers that are surest.
+    /// Exact match among the 80 % most confident answers.
     pub(super) surest_80: f64,
     /// Expected calibration error of the answers' confidence.
     pub(super) ece: f64,
 }
 
-/// The posterior and what it is worth.
+/// The posterior and its scores.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Certainty {
     pub(super) draws: usize,
     pub(super) geometry: Geometry,
     pub(super) sigma: f64,
     pub(super) temperature: f64,
-    /// The average over the draws, on the test tickets, after the temperature.
+    /// Scores of the average over the draws, on the test tickets, after the temperature.
     #[serde(flatten)]
     pub(super) score: Score,
-    /// A test ticket, and one of a kind that no training ticket is of.
+    /// A test ticket, and a ticket of a kind that is not in the training data.
     pub(super) questions: [Asked; 2],
     pub(super) seconds: f64,
 }
@@ -76,7 +78,7 @@ pub(super) fn score(predictions: &[Prediction]) -> Score {
     }
 }
 
-/// Fits and calibrates a posterior around `adapter`, writes it to `output`, and asks it.
+/// Fits and calibrates a posterior around `adapter`, writes it to `output`, and scores it on the test tickets.
 pub(super) fn assess(
     (prepared, form): (&Prepared, Form),
     (decoder, adapter): (&Decoder, &Adapter),
@@ -215,7 +217,7 @@ fn ticket_of(prompt: &str) -> &str {
     ticket.strip_suffix("\nAnswer:").unwrap_or(ticket)
 }
 
-/// A ticket about something that no training ticket is about, as tokens.
+/// The tokens of [`TICKET`], whose topic is not in the training data.
 fn unknown_ticket(encoder: &Encoder, form: Form) -> Result<Vec<u32>> {
     Ok(match form.question() {
         Opening::Turns(turns) => encoder.prompt_tokens(&turns, &[])?,
@@ -224,7 +226,7 @@ fn unknown_ticket(encoder: &Encoder, form: Form) -> Result<Vec<u32>> {
 }
 
 impl Certainty {
-    /// The two questions, in words.
+    /// The two questions and answers as text.
     pub(super) fn words(&self) -> String {
         let titles = [
             "a ticket like those it was trained on",

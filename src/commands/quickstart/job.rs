@@ -1,4 +1,4 @@
-//! The files that `quickstart` writes, so that every step can be repeated by hand: rows, run.toml and serve.toml.
+//! The files that `quickstart` writes: rows, run.toml and serve.toml. With them every step can be repeated by hand.
 
 use std::path::{Path, PathBuf};
 
@@ -24,49 +24,49 @@ const SPLITS: [(&str, &str); 3] = [
     ("test", include_str!("../../../examples/tickets/test.jsonl")),
 ];
 
-/// A ticket of nobody's, about a product that no training ticket is about: to ask a server, and to see how sure it is.
+/// An invented ticket about a product that is not in the training data. It shows the confidence on an unknown topic.
 pub(super) const TICKET: &str = "my tablet will not turn on and i need it today";
 
-/// Name of the file of the run, below the output directory.
+/// Name of the run's configuration file in the output directory.
 pub(super) const RUN: &str = "run.toml";
 
-/// What the tickets ask for.
+/// The instruction for all tickets.
 const INSTRUCTION: &str =
     "Sort the support ticket. Answer with one line of JSON: category, priority, product.";
 
-/// How tickets are asked.
+/// The form of the questions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Form {
-    /// In conversations, which the model's chat template writes out.
+    /// Conversations, which the model's chat template renders.
     Conversations,
-    /// In plain prompts, for a model without a template.
+    /// Plain prompts, for a model without a chat template.
     Prompts,
 }
 
-/// What is to be trained, where, and how.
+/// The model to train and its settings.
 pub(super) struct Job<'a> {
-    /// The base's directory.
+    /// The base model's directory.
     pub base: &'a Path,
-    /// The base's name in serve.toml.
+    /// The base model's name in serve.toml.
     pub name: &'a str,
     pub form: Form,
     pub recipe: Recipe,
 }
 
-/// Where everything is.
+/// The paths of all files.
 pub(super) struct Paths {
     pub data: PathBuf,
     pub adapter: PathBuf,
     pub collapsed: PathBuf,
     pub gguf: PathBuf,
-    /// The posterior fitted around the adapter.
+    /// The adapter with the fitted posterior.
     pub posterior: PathBuf,
     pub run: PathBuf,
     pub serve: PathBuf,
 }
 
 impl Form {
-    /// The rows of a split, which is in conversations.
+    /// Converts the rows of a split from conversations to this form.
     fn rows(self, conversations: &str) -> Result<String> {
         if self == Self::Conversations {
             return Ok(conversations.to_owned());
@@ -87,7 +87,7 @@ impl Form {
         Ok(rows)
     }
 
-    /// [`TICKET`], asked in this form.
+    /// [`TICKET`] as a question in this form.
     pub(super) fn question(self) -> Opening {
         match self {
             Self::Conversations => self.asked(TICKET),
@@ -95,7 +95,7 @@ impl Form {
         }
     }
 
-    /// What is asked by `text`: the user's turn of a conversation, or the whole prompt.
+    /// The question with `text` as the user's turn of a conversation, or as the whole prompt.
     pub(super) fn asked(self, text: &str) -> Opening {
         match self {
             Self::Conversations => {
@@ -106,7 +106,7 @@ impl Form {
         }
     }
 
-    /// A test ticket: the user's turn, or the whole prompt.
+    /// The first test ticket: the user's turn, or the whole prompt.
     fn known(self) -> Result<String> {
         let (_, rows) = SPLITS[2];
         let rows = self.rows(rows)?;
@@ -122,7 +122,7 @@ impl Form {
             .to_owned())
     }
 
-    /// What the page of the server offers to ask.
+    /// The example questions of the server's page, as tables of serve.toml.
     fn examples(self) -> Result<String> {
         let system = match self {
             Self::Conversations => format!("system = {}\n", toml::Value::from(INSTRUCTION)),
@@ -146,7 +146,7 @@ impl Form {
             .concat())
     }
 
-    /// The address of a server that answers in this form, and a body for it.
+    /// The path of the endpoint for this form, and the body of a request.
     pub(super) fn request(self, model: &str, max_tokens: usize) -> (&'static str, Value) {
         match self.question() {
             Opening::Turns(turns) => {
@@ -162,13 +162,13 @@ impl Form {
     }
 }
 
-/// A ticket as plain text, which the answer follows after a space.
+/// A ticket as a plain prompt. The answer follows after a space.
 fn prompt(instruction: &str, ticket: &str) -> String {
     format!("{instruction}\nTicket: {ticket}\nAnswer:")
 }
 
 impl Paths {
-    /// Those below the output directory `out`.
+    /// The paths in the output directory `out`.
     pub(super) fn below(out: &Path) -> Self {
         Self {
             data: out.join("data"),
@@ -183,7 +183,7 @@ impl Paths {
 }
 
 impl Job<'_> {
-    /// Refuses an output directory in which another job was begun.
+    /// Returns an error if `out` contains another job.
     pub(super) fn require_same(&self, out: &Path) -> Result<()> {
         let paths = Paths::below(out);
         let found = std::fs::read_to_string(&paths.run)
@@ -215,7 +215,7 @@ impl Job<'_> {
         Ok(paths)
     }
 
-    /// Lets serve.toml name the posterior, which has the same mean, with its scores.
+    /// Rewrites serve.toml so that it serves the posterior, which has the same mean, and its scores.
     pub(super) fn serve_posterior(&self, paths: &Paths) -> Result<()> {
         std::fs::write(&paths.serve, self.serve_toml("posterior")?)
             .with_context(|| format!("cannot write `{}`", paths.serve.display()))
@@ -361,7 +361,7 @@ mod tests {
             body["messages"][0],
             json!({"role": "system", "content": INSTRUCTION})
         );
-        // The body stands between single quotes of a shell.
+        // In the shell command the body is between single quotes.
         assert!(!body.to_string().contains('\''));
     }
 }

@@ -7,17 +7,17 @@ use monteclora_converters::architecture::Activation;
 use super::build_rows;
 use monteclora_adapters::Result;
 
-/// A gated activation of gate and up, both `[tokens, n]`.
+/// A gated activation. Its inputs gate and up are `[tokens, n]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Gate {
     /// `act(gate) * up`.
     pub(crate) forward: fn(&Tensor, &Tensor) -> Result<Tensor>,
-    /// Its gradients for that of its result.
+    /// The gradients of gate and up, from gate, up and the gradient of the output.
     pub(crate) backward: fn(&Tensor, &Tensor, &Tensor) -> Result<Backward>,
 }
 
 impl Gate {
-    /// The one with this activation, if it is computed.
+    /// The gate with this activation, if it is supported.
     pub(crate) fn of(activation: Activation) -> Option<Self> {
         match activation {
             Activation::Silu => Some(Self::by::<Silu>()),
@@ -34,14 +34,14 @@ impl Gate {
     }
 }
 
-/// What the backward pass of a gated activation gives, each `[tokens, n]`.
+/// Results of the backward pass of a gated activation, each `[tokens, n]`.
 #[derive(Debug, Clone)]
 pub(crate) struct Backward {
-    /// `act(gate) * up` once more, which the pass comes by anyway: nobody has to keep it.
+    /// `act(gate) * up`. The backward pass computes it anyway, so the forward pass need not keep it.
     pub(crate) activated: Tensor,
     /// Gradient with respect to the gate.
     pub(crate) grad_gate: Tensor,
-    /// Gradient with respect to the other factor.
+    /// Gradient with respect to up.
     pub(crate) grad_up: Tensor,
 }
 
@@ -49,7 +49,7 @@ pub(crate) struct Backward {
 trait NonLinearity {
     fn value(x: f32) -> f32;
 
-    /// Its value, and its slope as two factors.
+    /// The value, and the slope as two factors.
     fn value_and_slope(x: f32) -> (f32, [f32; 2]);
 
     fn plain(x: &Tensor) -> Result<Tensor>;
@@ -88,7 +88,7 @@ struct GeluTanh;
 
 /// `sqrt(2 / pi)`.
 const ROOT: f32 = 0.797_884_6;
-/// The weight of the cube.
+/// The coefficient of `x^3`.
 const CUBE: f32 = 0.044_715;
 
 impl NonLinearity for GeluTanh {
@@ -191,7 +191,8 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// `tanh(x)`, below 3 ulp: a polynomial near 0, where `1 - 2 / (e^2x + 1)` cancels; both are computed, so that loops vectorise.
+/// `tanh(x)` with an error below 3 ulp. Near 0 it uses a polynomial, since `1 - 2 / (e^2x + 1)` cancels there. Both are
+/// always computed, so that loops vectorise.
 #[inline(always)]
 pub(crate) fn tanh(x: f32) -> f32 {
     let square = x * x;
@@ -204,18 +205,18 @@ pub(crate) fn tanh(x: f32) -> f32 {
     if x.abs() < 0.625 { near } else { far }
 }
 
-/// `e^x` by range reduction to `2^n e^r`, `|r| <= ln(2)/2`, and a polynomial of degree 6: below 2 ulp, and free of branches, so
-/// that loops over it vectorise where the library's `expf` does not.
+/// `e^x` by range reduction to `2^n e^r`, `|r| <= ln(2)/2`, and a polynomial of degree 6. The error is below 2 ulp. It
+/// has no branches, so loops vectorise, which they do not with the library's `expf`.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    // ln 2 in two parts, the first with few enough bits that n times it is exact.
+    // ln 2 as a sum of two parts. The first has so few bits that its product with n is exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Beyond these the result is 0 or infinite to f32.
+    // Outside these bounds the result stays at about 1.2e-38 or 2.2e38, so that n fits into the exponent.
     let x = x.clamp(-87.3, 88.3);
-    // Adding 1.5 * 2^23 rounds to the nearest integer n and leaves it in the low bits of the sum; `round` would be a library call
-    // on baseline x86-64, and a cast to an integer, which saturates, is not a vector instruction.
+    // Adding 1.5 * 2^23 rounds to the nearest integer n and leaves it in the low bits of the sum. On baseline x86-64
+    // `round` is a library call, and a saturating cast to an integer is not a vector instruction.
     const ROUND: f32 = 12_582_912.0;
     let rounded = x * LOG2_E + ROUND;
     let n = rounded - ROUND;
@@ -224,7 +225,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     for coefficient in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = p * r + coefficient;
     }
-    // n lies in [-126, 127] after the clamp, so n + 127 is the exponent of 2^n, and the shift drops the bits above it.
+    // After the clamp n is in [-126, 127], so n + 127 is the exponent of 2^n. The shift drops the bits above it.
     p * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 

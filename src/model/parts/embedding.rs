@@ -1,4 +1,4 @@
-//! Tokens as vectors. The table is frozen, so that nothing goes back through it.
+//! The embedding of tokens. The table is frozen, so there is no backward pass.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use monteclora_converters::Problem;
 
 use monteclora_adapters::Result;
 
-/// The table of vectors, `[vocabulary, hidden]`, and what they are multiplied by.
+/// The table of vectors, `[vocabulary, hidden]`, and their factor.
 #[derive(Debug)]
 pub(crate) struct Embedding {
     pub(crate) table: Arc<dyn Weight>,
@@ -19,7 +19,7 @@ impl Embedding {
     /// The vectors of `tokens`, `[tokens, hidden]`.
     ///
     /// # Errors
-    /// For one outside of the vocabulary.
+    /// Returns an error if a token is outside the vocabulary.
     pub(crate) fn forward(&self, tokens: &[u32]) -> Result<Tensor> {
         let vocab_size = self.table.dims()?.0;
         if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab_size) {

@@ -1,5 +1,6 @@
-//! A mixture of experts in the place of the feed-forward layer: a router sends each token through a few of many small ones. All of it
-//! is frozen, so that only the gradient of the input goes back: through the experts, and through the weights that the router gives.
+//! A mixture of experts instead of the feed-forward layer: a router sends each token through a few of many small
+//! layers. All weights are frozen, so the backward pass computes only the gradient of the input: through the experts,
+//! and through the router's weights.
 
 use std::cmp::Ordering;
 
@@ -12,46 +13,48 @@ use crate::model::adapter::AdapterGradients;
 use crate::model::generate::LayerCache;
 use monteclora_adapters::Result;
 
-/// A mixture: `sum over the chosen e of w_e down_e(act(gate_e(x)) * up_e(x))`, where w are the router's probabilities.
+/// A mixture of experts: `sum over the chosen e of w_e down_e(act(gate_e(x)) * up_e(x))`, where w are the router's
+/// probabilities.
 #[derive(Debug)]
 pub(crate) struct Experts {
-    /// From the input to a score for each expert.
+    /// Maps the input to one score per expert.
     pub(crate) router: FrozenLinear,
-    /// Gate, up and down of each.
+    /// Gate, up and down of each expert.
     pub(crate) experts: Vec<[FrozenLinear; 3]>,
-    /// How many a token goes through.
+    /// Number of experts per token.
     pub(crate) per_token: usize,
     /// Whether the chosen weights are divided by their sum.
     pub(crate) is_normalised: bool,
     pub(crate) gate: Gate,
 }
 
-/// Where the tokens of a pass go.
+/// The experts that the router chose for the tokens of a pass.
 #[derive(Debug)]
 pub(crate) struct Routing {
-    /// The router's softmax, a row for each token.
+    /// The router's softmax, one row per token.
     probabilities: Vec<Vec<f32>>,
-    /// For each token the sum of the chosen probabilities.
+    /// Sum of the chosen experts' probabilities, per token.
     sums: Vec<f32>,
-    /// For each expert its tokens.
+    /// The tokens of each expert.
     tokens: Vec<Vec<u32>>,
 }
 
-/// What its backward pass reads.
+/// The values that the backward pass reads.
 #[derive(Debug)]
 pub(crate) struct Kept {
     routing: Routing,
 }
 
 impl Experts {
-    /// Products of the frozen weights in `precision`; the router stays in f32, as transformers keeps it.
+    /// Computes products with the experts' weights in `precision`. The router stays in float32, as in transformers.
     pub(crate) fn set_precision(&mut self, precision: Precision) {
         for linear in self.experts.iter_mut().flatten() {
             linear.set_precision(precision);
         }
     }
 
-    /// The router's choice for `x` `[tokens, hidden]`: the most probable experts, of equal ones the first.
+    /// The router's choice for `x` `[tokens, hidden]`: the most probable experts. Of equally probable experts the first
+    /// counts.
     fn route(&self, x: &Tensor) -> Result<Routing> {
         let logits = self.router.forward(x, None, None, None)?.0;
         let logits = logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
@@ -82,7 +85,7 @@ impl Experts {
         Ok(routing)
     }
 
-    /// The weight of an expert for a token that goes through it.
+    /// The weight of an expert for one of its tokens.
     fn weight(&self, routing: &Routing, token: u32, expert: usize) -> f32 {
         let token = token as usize;
         let probability = routing.probabilities[token][expert];
@@ -92,7 +95,7 @@ impl Experts {
         }
     }
 
-    /// Weights of an expert for its tokens, `[tokens, 1]`.
+    /// The weights of an expert for all its tokens, `[tokens, 1]`.
     fn weights(&self, routing: &Routing, expert: usize, device: &Device) -> Result<Tensor> {
         let tokens = &routing.tokens[expert];
         let weights = tokens
@@ -102,10 +105,11 @@ impl Experts {
         Ok(Tensor::from_vec(weights, (tokens.len(), 1), device)?)
     }
 
-    /// Gradient of the router's input for `of_weights`, the gradients of each token's weights, by expert and token.
+    /// Gradient of the router's input. `of_weights` contains the gradients of the weights, per expert and token.
     ///
-    /// With p the softmax and w = p / S the weights (S the sum of the chosen, or 1): `dp_e = (dw_e - sum dw w) / S` where it was
-    /// divided, and the logits' gradient is `p (dp - sum dp p)`.
+    /// Let p be the softmax and w = p / S the weights, where S is the sum of the chosen probabilities, or 1 without
+    /// normalisation. With normalisation `dp_e = (dw_e - sum dw w) / S`, otherwise `dp_e = dw_e`. The gradient of the
+    /// logits is `p (dp - sum dp p)`.
     fn through_router(
         &self,
         routing: &Routing,
@@ -214,7 +218,7 @@ impl Part for Experts {
             let gate = gate_of.forward(&x, None, None, None)?.0;
             let up = up_of.forward(&x, None, None, None)?.0;
             let through_down = back(down, &upstream)?;
-            // <upstream, down(activated)> is <through_down, activated>: the output need not be computed again.
+            // <upstream, down(activated)> equals <through_down, activated>, so the output need not be recomputed.
             let activated = (self.gate.forward)(&gate, &up)?;
             let products = (&through_down * &activated)?.sum(1)?.to_dtype(DType::F32)?;
             of_weights[expert] = products.to_vec1::<f32>()?;
@@ -294,7 +298,7 @@ mod tests {
         Ok(())
     }
 
-    /// All experts with their probabilities, computed densely.
+    /// With all experts chosen, the result equals the dense sum of all experts with their probabilities.
     #[test]
     fn all_experts_are_the_dense_mixture() -> Result<()> {
         let experts = experts(5, true)?;

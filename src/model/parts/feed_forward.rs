@@ -1,4 +1,4 @@
-//! The gated feed-forward layer, `down(act(gate(x)) * up(x))`, or the mixture in its place.
+//! The gated feed-forward layer, `down(act(gate(x)) * up(x))`, or a mixture of experts instead.
 
 use candle_core::Tensor;
 
@@ -10,16 +10,16 @@ use crate::model::adapter::AdapterGradients;
 use crate::model::generate::LayerCache;
 use monteclora_adapters::Result;
 
-/// What stands behind attention in a block.
+/// The second sublayer of a block.
 #[derive(Debug)]
 pub(crate) enum FeedForwardPart {
     /// One layer for all tokens.
     Gated(FeedForward),
-    /// Several, of which a token goes through a few.
+    /// Several layers; each token goes through a few of them.
     Experts(Experts),
 }
 
-/// What its backward pass reads.
+/// The values that the backward pass reads.
 #[derive(Debug)]
 pub(crate) enum KeptPart {
     Gated(Kept),
@@ -72,13 +72,13 @@ impl Part for FeedForwardPart {
 /// A gated feed-forward layer.
 #[derive(Debug)]
 pub(crate) struct FeedForward {
-    /// Gate and what it multiplies.
+    /// Gate and up.
     pub(crate) inner: Projections,
     pub(crate) down: Projections,
     pub(crate) gate: Gate,
 }
 
-/// What its backward pass reads; the product of the activation is cheap and computed again.
+/// The activations that the backward pass reads. The product `act(gate) * up` is cheap and recomputed.
 #[derive(Debug)]
 pub(crate) struct Kept {
     gate: Tensor,

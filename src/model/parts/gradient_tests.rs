@@ -1,4 +1,5 @@
-//! Every hand-written gradient against central differences of its forward pass, on shapes that no vector or block divides.
+//! Compares every hand-written gradient with central differences of its forward pass, on shapes that are no multiples
+//! of vector or block sizes.
 
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::FrozenLinear;
@@ -12,7 +13,7 @@ use super::rotary::Rotation;
 use super::testing::matrix;
 use monteclora_adapters::Result;
 
-/// Step of the differences: truncation and f32 rounding are both below the tolerance there.
+/// Step of the differences. With it, truncation and f32 rounding are both below the tolerance.
 const STEP: f64 = 1e-2;
 
 pub(crate) fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
@@ -20,8 +21,8 @@ pub(crate) fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
     Ok(product.sum_all()?.to_scalar::<f64>()?)
 }
 
-/// Holds `gradients` against the differences of `value` along the gradient itself and along another direction, one input at a
-/// time; the tolerance is relative to the product of the norms, which a direction along the gradient attains.
+/// Compares `gradients` with the differences of `value` along the gradient itself and along another direction, for one
+/// input at a time. The tolerance is relative to the product of the norms, which is the derivative along the gradient.
 pub(crate) fn check(
     inputs: &[Tensor],
     gradients: &[Tensor],

@@ -1,4 +1,5 @@
-//! The last norm, the output head, and the cross entropy of labelled positions, value and gradient in one pass over chunks.
+//! The last norm, the output head, and the cross entropy of labelled positions. Value and gradient are computed in one
+//! pass over chunks.
 
 use std::sync::Mutex;
 
@@ -12,7 +13,7 @@ use super::norm::Norm;
 use crate::model::adapter::{ActiveAdapter, ModuleId, sum_of_factors};
 use monteclora_adapters::Result;
 
-/// Labelled positions whose logits exist at the same time.
+/// Number of labelled positions whose logits exist at the same time.
 pub(crate) const CHUNK: usize = 256;
 
 /// The last norm and the projection to the vocabulary.
@@ -26,7 +27,7 @@ pub(crate) struct Head {
 }
 
 impl Head {
-    /// Logits of `hidden` `[tokens, hidden]`, which [`Self::norm`] has normalised.
+    /// Logits of `hidden` `[tokens, hidden]`, already normalised with [`Self::norm`].
     pub(crate) fn logits(&self, hidden: &Tensor, adapter: &ActiveAdapter) -> Result<Tensor> {
         let update = adapter.get(self.id);
         let logits = self.linear.forward(hidden, update, None, None)?.0;
@@ -36,7 +37,8 @@ impl Head {
         }
     }
 
-    /// Losses of `hidden` `[labels, hidden]`, not normalised, against `targets` `[labels]`; with `scale` also the gradient.
+    /// Losses of `hidden` `[labels, hidden]`, not yet normalised, against `targets` `[labels]`. With `scale` also the
+    /// gradient.
     pub(crate) fn losses(
         &self,
         hidden: &Tensor,
@@ -53,20 +55,20 @@ impl Head {
     }
 }
 
-/// Losses of a batch's labelled positions and, when asked for, the gradient of `scale` times their sum.
+/// Losses of a batch's labelled positions and, with `scale`, the gradient of `scale` times their sum.
 #[derive(Debug, Clone)]
 pub(crate) struct CrossEntropy {
     /// Negative log-likelihood of each label, nats.
     pub(crate) nll: Vec<f32>,
     /// Whether the label was the most likely token.
     pub(crate) correct: Vec<bool>,
-    /// With respect to the head's input, `[labels, hidden]`.
+    /// Gradient with respect to the head's input, `[labels, hidden]`.
     pub(crate) grad_hidden: Option<Tensor>,
-    /// With respect to the factors of the head's update; none without one.
+    /// Gradients with respect to the factors of the head's update. Empty without an update.
     pub(crate) grad_factors: Vec<Tensor>,
 }
 
-/// Evaluates `hidden` (normalised) against `targets` `[labels]`; with `scale` also the gradient.
+/// Losses of `hidden` (normalised) against `targets` `[labels]`. With `scale` also the gradient.
 pub(super) fn evaluate(
     head: &FrozenLinear,
     update: Option<&dyn Update>,
@@ -105,8 +107,8 @@ pub(super) fn evaluate(
 
 type Losses = (Vec<f32>, Vec<bool>, Option<Tensor>);
 
-/// Losses of one chunk of logits `[labels, vocab]`, bounded by `cap`, and `scale * (softmax - onehot)` times the bound's slope, which
-/// takes the logits' own memory.
+/// Losses of one chunk of logits `[labels, vocab]` bounded by `cap`, and the gradient: `scale * (softmax - onehot)`
+/// times the bound's slope. On the CPU the gradient overwrites the logits.
 fn softmax_loss(
     logits: Tensor,
     cap: Option<f32>,
@@ -166,7 +168,7 @@ fn softmax_loss(
     Ok((nll, correct, grad))
 }
 
-/// Loss of each row, and with a scale the gradient over the logits.
+/// Computes the loss of each row, and with `scale` overwrites the logits with their gradient.
 struct InPlace<'a> {
     targets: &'a [u32],
     scale: Option<f32>,
@@ -183,7 +185,8 @@ impl InPlace<'_> {
             }
         }
         let largest = largest(row);
-        // Partial sums of a fixed width: vectorised, and the same at any thread count.
+        // With a fixed number of partial sums the loop vectorises, and the result does not depend on the number of
+        // threads.
         let mut partial = [0f32; 16];
         let chunks = row.chunks_exact(16);
         let rest: f32 = chunks.remainder().iter().map(|v| exp(v - largest)).sum();
@@ -194,7 +197,7 @@ impl InPlace<'_> {
         }
         let log_sum = largest + (partial.iter().sum::<f32>() + rest).ln();
         let nll = log_sum - row[target];
-        // The first of equal logits wins, as in an argmax.
+        // Of equal logits the first counts, as in an argmax.
         let correct = row[target] == largest && !row[..target].contains(&largest);
         if let Some(scale) = self.scale {
             let mut onehot = scale * (exp(row[target] - log_sum) - 1.0);
@@ -283,7 +286,7 @@ mod tests {
         Ok(())
     }
 
-    /// The path for other devices, reached here through a transposed (non-contiguous) view.
+    /// A transposed (non-contiguous) view takes the path for other devices.
     #[test]
     fn plain_path_equals_the_fast_one() -> Result<()> {
         let strided = matrix(11, 4, 0.5).t()?;

@@ -1,4 +1,5 @@
-//! The parts of a decoder, a file each: a forward and a hand-written backward, on any device; f32 on the CPU has its own loops.
+//! The parts of a decoder, one file per part. Each has a forward and a hand-written backward pass for any device, and
+//! its own loops for float32 on the CPU.
 
 pub(crate) mod activation;
 pub(crate) mod attention;
@@ -26,7 +27,7 @@ use super::decoder::Dropout;
 use super::generate::LayerCache;
 use monteclora_adapters::Result;
 
-/// What all blocks of one pass share.
+/// The inputs that all blocks of one pass share.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Pass<'a> {
     pub(crate) rotations: &'a [Rotation],
@@ -35,12 +36,12 @@ pub(crate) struct Pass<'a> {
     pub(crate) dropout: Option<&'a Dropout>,
 }
 
-/// What a sublayer of a block computes, between its norms.
+/// The computation of a sublayer, between its norms.
 pub(crate) trait Part: Debug {
     /// Activations that the backward pass reads.
     type Kept: Debug;
 
-    /// The part at `x` `[tokens, hidden]`, added to `residual` where that is given.
+    /// Computes the part at `x` `[tokens, hidden]`, and adds `residual` if it is given.
     fn forward(
         &self,
         x: &Tensor,
@@ -49,8 +50,8 @@ pub(crate) trait Part: Debug {
         cache: Option<&mut LayerCache>,
     ) -> Result<(Tensor, Self::Kept)>;
 
-    /// Adds the gradients of the part's updates to `gradients`, and returns that of `x`, which `input` computes again, if it is
-    /// `wanted`.
+    /// Adds the gradients of the part's updates to `gradients`, and returns the gradient of `x` if `wanted`. `input`
+    /// recomputes `x`.
     fn backward(
         &self,
         input: &dyn Fn() -> Result<Tensor>,
@@ -62,7 +63,7 @@ pub(crate) trait Part: Debug {
     ) -> Result<Option<Tensor>>;
 }
 
-/// As many tensors as the caller's projections have parts.
+/// Converts a list of tensors to an array. It is an error if their number is not `N`.
 fn parts<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
     let found = tensors.len();
     tensors
@@ -70,12 +71,13 @@ fn parts<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
         .map_err(|_| candle_core::Error::Msg(format!("{found} parts instead of {N}")).into())
 }
 
-/// Elements of a buffer that a task writes; fewer are handled on the calling thread.
+/// Number of elements that one parallel task writes.
 const TASK: usize = 1 << 14;
 
-/// Builds `N` tensors `[rows, columns]` on the CPU, row by row; `fill` must write every element of its row of each.
+/// Builds `N` tensors `[rows, columns]` on the CPU, row by row. `fill` must write every element of its row in each
+/// tensor.
 ///
-/// The loops are compiled for the processor's widest vectors as far as `fill` is inlined: mark it `#[inline(always)]`.
+/// The loops are compiled for the processor's widest vectors only if `fill` is inlined: mark it `#[inline(always)]`.
 pub(crate) fn build_rows<const N: usize>(
     rows: usize,
     columns: usize,
@@ -116,8 +118,8 @@ pub(crate) fn build_rows<const N: usize>(
     }
     let mut tensors = Vec::with_capacity(N);
     for mut buffer in buffers {
-        // SAFETY: capacity was reserved for this length, and `fill` writes every element of each row (its contract; each
-        // caller zips the whole row).
+        // SAFETY: capacity was reserved for this length, and `fill` writes every element of each row (its contract;
+        // each caller zips the whole row).
         unsafe { buffer.set_len(len) };
         tensors.push(Tensor::from_vec(buffer, (rows, columns), &Device::Cpu)?);
     }

@@ -7,7 +7,8 @@ use monteclora_adapters::simd::dot;
 use super::build_rows;
 use monteclora_adapters::Result;
 
-/// A norm over every run of as many entries as its weight has: the residual stream, a whole projection, or each head of one.
+/// A norm over consecutive entries, as many as its weight has: the residual stream, a whole projection, or each head of
+/// a projection.
 #[derive(Debug)]
 pub(crate) struct Norm {
     pub(crate) weight: Tensor,
@@ -30,7 +31,7 @@ impl Norm {
         Ok(y.reshape(x.dims())?)
     }
 
-    /// Gradient with respect to `x`, added to `residual`, the gradient of the path around the norm, where there is one.
+    /// Gradient with respect to `x`, plus `residual`, the optional gradient of the path around the norm.
     pub(crate) fn backward(
         &self,
         x: &Tensor,
@@ -70,8 +71,8 @@ fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     }
 }
 
-/// Gradient with respect to `x`: with `g' = g * w` and `z = x / rms`, `dx = (g' - z mean(g' z)) / rms`; added to `residual`, the
-/// gradient of the path around the norm, where there is one.
+/// Gradient with respect to `x`: with `g' = g * w` and `z = x / rms`, `dx = (g' - z mean(g' z)) / rms`, plus
+/// `residual`, the optional gradient of the path around the norm.
 fn backward(
     x: &Tensor,
     weight: &Tensor,
@@ -80,7 +81,7 @@ fn backward(
     residual: Option<&Tensor>,
 ) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
-    // Without a residual its place is taken by a tensor that is not read.
+    // Without a residual, `upstream` is passed instead and not read.
     let around = residual.unwrap_or(upstream);
     let fast = on_cpu([x, weight, upstream, around], |[x, w, g, around]| {
         build_rows(

@@ -1,4 +1,4 @@
-//! The linear modules that read one input: a list, so that fused ones keep their names.
+//! The linear modules that read the same input. They are a list, so that fused modules keep their names.
 
 use candle_core::Tensor;
 use monteclora_adapters::{Branch, FrozenLinear, input_gradient};
@@ -7,22 +7,22 @@ use super::Pass;
 use crate::model::adapter::{AdapterGradients, ModuleId};
 use monteclora_adapters::Result;
 
-/// A linear module, which may carry an update.
+/// A linear module that can carry an update.
 #[derive(Debug)]
 pub(crate) struct Projection {
     pub(crate) id: ModuleId,
-    /// Its path; dropout depends on it.
+    /// The module's path. Dropout depends on it.
     pub(crate) name: String,
     pub(crate) linear: FrozenLinear,
-    /// Widths of what its rows compute, in order; more than one where projections are fused.
+    /// Widths of the module's outputs, in order. A fused module has more than one.
     pub(crate) parts: Vec<usize>,
 }
 
-/// Modules that read one input.
+/// Modules that read the same input.
 #[derive(Debug)]
 pub(crate) struct Projections(pub(crate) Vec<Projection>);
 
-/// What each module's update keeps for the backward pass.
+/// The tensors that each module's update keeps for the backward pass.
 pub(crate) type Saved = Vec<Vec<Tensor>>;
 
 /// Modules in the backward pass.
@@ -41,7 +41,8 @@ impl Projection {
 }
 
 impl Projections {
-    /// What the modules compute of `x` `[tokens, in]`, part by part; with `residual` a single part is added to it.
+    /// Computes the outputs of all modules for `x` `[tokens, in]`, part by part. `residual` is added to the output of a
+    /// module with a single part.
     pub(crate) fn forward(
         &self,
         x: &Tensor,
@@ -70,7 +71,7 @@ impl Projections {
         Ok((outputs, saved))
     }
 
-    /// Begins the backward pass at `upstream`, the gradients of the parts; `like` has the shape of the input.
+    /// Starts the backward pass from `upstream`, the gradients of the parts. `like` has the shape of the input.
     pub(crate) fn backward<'a>(
         &'a self,
         upstream: &[Tensor],
@@ -98,7 +99,7 @@ impl Projections {
 }
 
 impl Branches<'_> {
-    /// Adds the gradients of the updates, at the modules' input `x`, to `gradients`.
+    /// Adds the gradients of the updates to `gradients`. `x` is the modules' input.
     pub(crate) fn finish(
         &self,
         x: &Tensor,

@@ -1,4 +1,4 @@
-//! Rotary position embedding: two entries of a head turn together, by an angle that grows with the position.
+//! Rotary position embedding: it rotates pairs of entries of a head by an angle that grows with the position.
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::linalg::on_cpu;
@@ -15,13 +15,13 @@ pub(crate) struct Rotation {
     sin: Tensor,
     pairs: Pairs,
     head_dim: usize,
-    /// By what queries are multiplied, `[tokens, 1]`.
+    /// Factors of the queries, `[tokens, 1]`, if they depend on the position.
     query_scales: Option<Tensor>,
 }
 
 impl Rotation {
-    /// Angles `position * frequency`, in f32 as Hugging Face computes them. A rope whose frequencies depend on the length takes
-    /// that of each segment's keys, so that a sequence does not depend on what it is batched with.
+    /// The rotation by the angles `position * frequency`, in f32 as in Hugging Face. If the frequencies depend on the
+    /// length, the length is the number of the segment's keys, so that a sequence does not depend on its batch.
     pub(crate) fn new(
         rope: &Rope,
         (pairs, head_dim): (Pairs, usize),
@@ -56,7 +56,7 @@ impl Rotation {
         Ok(rotation)
     }
 
-    /// Of whole heads in halves.
+    /// The rotation of whole heads by these angles, with pairs across the two halves.
     fn of_angles(angles: &[f32], half: usize, factor: f32, device: &Device) -> Result<Self> {
         let shape = (angles.len() / half.max(1), half);
         let table = |f: fn(f32) -> f32| {
@@ -75,7 +75,7 @@ impl Rotation {
         })
     }
 
-    /// Of whole heads in halves, by these frequencies.
+    /// The rotation of whole heads by these frequencies, with pairs across the two halves.
     #[cfg(test)]
     pub(crate) fn plain(positions: &[u32], frequencies: &[f32], device: &Device) -> Result<Self> {
         let turned = |p: &u32| -> Vec<f32> { frequencies.iter().map(|f| *p as f32 * f).collect() };
@@ -93,7 +93,7 @@ impl Rotation {
         self.rotate(upstream, -1.0)
     }
 
-    /// Queries, or the gradient of queries, times what they grow by with their position.
+    /// Multiplies queries, or their gradients, by the factors of their positions.
     pub(crate) fn scale_queries(&self, queries: Tensor) -> Result<Tensor> {
         match &self.query_scales {
             None => Ok(queries),
@@ -152,7 +152,7 @@ impl Rotation {
         let heads = columns / head_dim;
         let x = x.reshape((tokens, heads, head_dim))?;
         let turning = x.narrow(2, 0, 2 * half)?.contiguous()?;
-        // The dimension along which two entries of a pair lie, and that of the pairs.
+        // The shape that separates the pairs, and the dimension that contains the two entries of a pair.
         let (shape, between) = match self.pairs {
             Pairs::Halves => ((tokens, heads, 2, half), 2),
             Pairs::Neighbours => ((tokens, heads, half, 2), 3),
@@ -188,7 +188,7 @@ mod tests {
     use super::super::testing::{largest_difference, matrix};
     use super::*;
 
-    /// Both ways to pair entries, of whole heads and of a part of them.
+    /// Both ways to pair entries, for whole heads and for parts of heads.
     fn rotations(positions: &[u32]) -> Result<Vec<Rotation>> {
         let rope = Rope::new(RopeKind::Default, 10.0, 4, 64);
         let mut all = Vec::new();
@@ -224,7 +224,7 @@ mod tests {
         Ok(())
     }
 
-    /// Each sequence has the frequencies of its own length.
+    /// Each sequence uses the frequencies for its own length.
     #[test]
     fn long_sequences_turn_by_their_own_frequencies() -> Result<()> {
         let kind = RopeKind::LongRope(LongRopeScaling {

@@ -1,4 +1,4 @@
-//! Metrics for whatever a command makes of them: Weights & Biases, MLflow, a file elsewhere.
+//! Sends metrics to a command, for example for Weights & Biases or MLflow.
 
 use std::io::Write;
 use std::path::Path;
@@ -9,23 +9,24 @@ use monteclora_adapters::Result;
 
 use crate::train::io_error;
 
-/// How long the command may take after its last line, to send what it has.
+/// How long the run waits for the command to end after its last line.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A command of the shell that reads lines of metrics.jsonl. What goes wrong with it is told and does not end the run.
+/// A shell command that reads lines of metrics.jsonl. Its failures are logged and do not end the run.
 #[derive(Debug)]
 pub(super) struct CommandSink {
     command: String,
     child: Child,
-    /// None once it reads no more.
+    /// `None` once the command has stopped reading.
     input: Option<ChildStdin>,
 }
 
 impl CommandSink {
-    /// Starts it. `MONTECLORA_OUTPUT_DIR` is the run's directory, and `MONTECLORA_RESUMED_STEP` the step that the run goes on at.
+    /// Starts the command. `MONTECLORA_OUTPUT_DIR` is the run's directory, and `MONTECLORA_RESUMED_STEP` the step that
+    /// the run continues from, or 0.
     ///
     /// # Errors
-    /// If there is no shell.
+    /// Returns an error if the shell cannot be started.
     pub(super) fn start(command: &str, output_dir: &Path, step: u64) -> Result<Self> {
         let (shell, flag) = match cfg!(windows) {
             true => ("cmd", "/C"),
@@ -59,7 +60,7 @@ impl CommandSink {
 }
 
 impl Drop for CommandSink {
-    /// Waits until it has ended.
+    /// Closes the input, and waits for the command to end, but no longer than [`PATIENCE`].
     fn drop(&mut self) {
         self.input = None;
         let began = Instant::now();

@@ -1,4 +1,5 @@
-//! Causal attention over ragged segments (block-diagonal, so packed rows never see each other), with grouped key/value heads.
+//! Causal attention over segments of different lengths, with grouped key/value heads. It is block-diagonal: packed rows
+//! never see each other.
 
 mod cpu;
 mod plain;
@@ -11,7 +12,7 @@ use monteclora_adapters::linalg::on_cpu;
 use monteclora_adapters::Result;
 use plain::PlainSegment;
 
-/// One sequence of a batch: its rows among the queries and among the keys. The last query sees the last key.
+/// One sequence of a batch: its query rows and its key rows. The last query sees the last key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
     /// First query row.
@@ -24,18 +25,18 @@ pub struct Segment {
     pub key_len: usize,
 }
 
-/// Sizes that do not change within a layer.
+/// Sizes and constants of a layer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Heads {
-    /// Query heads.
+    /// Number of query heads.
     pub(crate) query: usize,
-    /// Key and value heads; divides `query`.
+    /// Number of key and value heads; divides `query`.
     pub(crate) key_value: usize,
-    /// Entries a head.
+    /// Number of entries per head.
     pub(crate) dim: usize,
-    /// Keys a query may look back on, itself included; all when none.
+    /// Number of keys that a query sees, its own included. `None` for all.
     pub(crate) window: Option<usize>,
-    /// What scores are multiplied by; `dim^-1/2` when none.
+    /// Factor of the scores. `None` for `dim^-1/2`.
     pub(crate) scale: Option<f32>,
     /// The bound on scores, `cap * tanh(score / cap)`, if there is one.
     pub(crate) softcap: Option<f32>,
@@ -59,7 +60,8 @@ impl Heads {
     }
 }
 
-/// Output and the logarithm of each softmax's denominator, `[query heads, tokens]` (empty off the CPU path).
+/// The output, and the logarithm of each softmax's denominator, `[query heads, tokens]`. The logarithms are empty
+/// unless the CPU loops computed them.
 #[derive(Debug, Clone)]
 pub(crate) struct Attended {
     /// `[tokens, query heads * dim]`.
@@ -94,10 +96,11 @@ pub(crate) fn forward(
     })
 }
 
-/// Gradients with respect to q, k and v for `upstream` `[tokens, heads * dim]`; probabilities are computed again.
+/// Gradients with respect to q, k and v for `upstream` `[tokens, heads * dim]`. Probabilities are recomputed.
 ///
-/// With `P` the probabilities: `dV = P^T dO`, `dS = P * (dO V^T - rowsum(dO * O))`, `dQ = scale dS K`, `dK = scale dS^T Q`; with
-/// a bound on scores `dS` is multiplied by its slope `1 - tanh^2`; key/value gradients sum over the query heads of a group.
+/// With `P` the probabilities: `dV = P^T dO`, `dS = P * (dO V^T - rowsum(dO * O))`, `dQ = scale dS K`,
+/// `dK = scale dS^T Q`. With a bound on scores, `dS` is multiplied by the bound's slope `1 - tanh^2`. Gradients of keys
+/// and values are summed over the query heads of a group.
 pub(crate) fn backward(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     attended: &Attended,

@@ -1,4 +1,4 @@
-//! Causal self-attention with its projections, the norms on queries and keys, and the rotation.
+//! Causal self-attention with its projections, norms on queries and keys, and rotation.
 
 pub(super) mod kernel;
 
@@ -25,14 +25,14 @@ pub(crate) struct Attention {
     /// Norms on queries and on keys.
     pub(crate) norms: [Option<Norm>; 2],
     pub(crate) heads: Heads,
-    /// Which of the pass's rotations applies to queries and keys, if any does.
+    /// Index of the rotation in [`Pass::rotations`] for queries and keys, if they are rotated.
     pub(crate) rope: Option<usize>,
 }
 
-/// What its backward pass reads.
+/// The activations that the backward pass reads.
 #[derive(Debug)]
 pub(crate) struct Kept {
-    /// Queries and keys before their norms, where they have some.
+    /// Queries and keys before their norms, if they have norms.
     raw: [Option<Tensor>; 2],
     q: Tensor,
     k: Tensor,
@@ -50,7 +50,7 @@ impl Attention {
 impl Part for Attention {
     type Kept = Kept;
 
-    /// With a cache, keys and values of earlier tokens take part.
+    /// With a cache, attention also reads the keys and values of earlier tokens.
     fn forward(
         &self,
         x: &Tensor,

@@ -1,4 +1,5 @@
-//! Attention over f32 slices on the CPU: a task a segment and head, blocks of queries, probabilities never kept.
+//! Attention over f32 slices on the CPU: one task per segment and head, in blocks of queries. Probabilities are never
+//! kept.
 
 use std::ops::Range;
 
@@ -11,7 +12,7 @@ use super::{Heads, Segment};
 use crate::model::parts::activation::{exp, tanh};
 use crate::model::parts::build_rows;
 
-/// Query rows handled at a time; keys above the diagonal of a block are never multiplied.
+/// Number of query rows per block. Keys after the last query of a block are never multiplied.
 const BLOCK: usize = 64;
 
 fn head<'a>(data: &'a [f32], row: usize, head: usize, n_heads: usize, dim: usize) -> Strided<'a> {
@@ -109,7 +110,7 @@ pub(super) fn forward(
     Ok((output, log_sums))
 }
 
-/// For each row, the segment it belongs to and its place there.
+/// For each row, its segment and its index within the segment.
 fn owners(
     rows: usize,
     segments: &[Segment],
@@ -125,7 +126,7 @@ fn owners(
     owners
 }
 
-/// Lays the heads of each segment, `part(segment, head)` `[len, dim]`, side by side: `[rows, heads * dim]`.
+/// Concatenates the heads of each segment, `part(segment, head)` `[len, dim]`, to `[rows, heads * dim]`.
 fn gather_heads<'a>(
     owners: &[Option<(usize, usize)>],
     n_heads: usize,
@@ -150,7 +151,7 @@ fn gather_heads<'a>(
     Ok(gathered)
 }
 
-/// Softmax over `row[start..end]`, zero outside; returns the logarithm of the sum of exponentials.
+/// Softmax over `row[start..end]`, with zeros outside. Returns the logarithm of the sum of exponentials.
 #[inline(always)]
 fn softmax_row(row: &mut [f32], start: usize, end: usize) -> f32 {
     row[..start].fill(0.0);
@@ -168,7 +169,7 @@ fn softmax_row(row: &mut [f32], start: usize, end: usize) -> f32 {
     largest + sum.ln()
 }
 
-/// What the backward pass reads.
+/// The inputs of the backward pass.
 pub(super) struct Backward<'a> {
     pub(super) q: &'a [f32],
     pub(super) k: &'a [f32],
@@ -198,7 +199,7 @@ impl Backward<'_> {
             .iter()
             .flat_map(|s| (0..key_value).map(move |h| (s, h)))
             .collect();
-        // One task a key/value head: it alone adds to that head's gradients, in a fixed order.
+        // One task per segment and key/value head: only this task adds to the head's gradients, in a fixed order.
         let parts: Vec<_> = tasks
             .par_iter()
             .map(|(segment, kv)| self.key_value_head(segment, *kv))
@@ -302,7 +303,7 @@ impl Backward<'_> {
     }
 }
 
-/// A block of scores, row-major, and the gradients of its probabilities.
+/// A block of scores, row-major, and the gradients of their probabilities.
 struct Scores<'a> {
     probabilities: &'a mut [f32],
     gradients: &'a mut [f32],
@@ -311,8 +312,9 @@ struct Scores<'a> {
 }
 
 impl Scores<'_> {
-    /// Turns row `i` into probabilities and their gradients into those of the scores, `dS = P * (dP - delta)`, times the slope of
-    /// their bound if they have one; zero where the key is hidden.
+    /// Replaces the scores of row `i` by probabilities, and the gradients of the probabilities by the gradients of the
+    /// scores, `dS = P * (dP - delta)`, times the slope of the scores' bound if they have one. Both are zero for hidden
+    /// keys.
     #[inline(always)]
     fn softmax_backward(&mut self, i: usize, visible: Range<usize>, log_sum: f32, delta: f32) {
         let row = i * self.columns..(i + 1) * self.columns;
