@@ -153,7 +153,7 @@ impl Prepared {
         if plan.memory_estimate_bytes > available {
             let gb = |bytes: u64| bytes as f64 / 1e9;
             tracing::warn!(
-                "by the estimate this run needs {:.2} GB and {:.2} GB are available; --dry-run says what to change",
+                "by the estimate this run needs {:.2} GB and {:.2} GB are available; --dry-run tells what to change",
                 gb(plan.memory_estimate_bytes),
                 gb(available)
             );

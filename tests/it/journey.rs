@@ -15,7 +15,8 @@ fn a_run_needs_a_model_and_data_and_its_adapter_names_the_base() {
     let at = |name: &str| dir.path().join(name).display().to_string();
     let train = "learning_rate = 1e-2\nper_device_train_batch_size = 2";
     let config = run_toml(dir.path(), "", "", train);
-    ok(&["train", "-c", text(&config)]);
+    // Without a file the rows decide about packing; here both are told.
+    ok(&["train", "-c", text(&config), "--set", "data.packing=false"]);
     // The run is found in the directory above it, as `quickstart` lays it out.
     ok(&["report", text(dir.path())]);
     assert!(Path::new(&at("out/report.html")).is_file());
@@ -36,7 +37,15 @@ fn a_run_needs_a_model_and_data_and_its_adapter_names_the_base() {
         "3",
         "--per-device-train-batch-size",
         "2",
+        "--set",
+        "data.packing=false",
     ]);
+    assert!(
+        said.stderr
+            .contains("chosen for these rows and this machine"),
+        "{}",
+        said.stderr
+    );
     let adapter = |out: &str| std::fs::read(Path::new(out).join("adapter_model.safetensors"));
     assert!(adapter(&flags).unwrap() == adapter(&at("out")).unwrap());
     for command in ["report", "eval", "chat", "serve"] {
@@ -102,6 +111,32 @@ fn a_run_needs_a_model_and_data_and_its_adapter_names_the_base() {
         "{}",
         missing.stderr
     );
+}
+
+/// A file of another trainer is told from a run.toml, with the command that writes one.
+#[test]
+fn a_yaml_file_is_answered_with_the_way_to_a_toml_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = run_toml(dir.path(), "", "", "");
+    let yaml = dir.path().join("lora.yml");
+    std::fs::write(&yaml, "base_model: org/name\nadapter: lora\n").unwrap();
+    let refused = run(&["train", "-c", text(&yaml)]);
+    assert_eq!(refused.code, 2);
+    let remedy = "`monteclora init -m MODEL --data FILE` writes a file";
+    assert!(refused.stderr.contains(remedy), "{}", refused.stderr);
+    let written = dir.path().join("written.toml");
+    let rows = dir.path().join("rows.jsonl");
+    ok(&[
+        "init",
+        "-m",
+        &tiny(),
+        "--data",
+        text(&rows),
+        "-o",
+        text(&written),
+    ]);
+    ok(&["train", "-c", text(&written), "--dry-run"]);
+    assert!(config.is_file());
 }
 
 /// Flags that only a question has are refused for rows of a file, and taken with a question.

@@ -29,7 +29,7 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 62] = [
+const OTHERS: [Remedy; 63] = [
     (
         "the base that the adapter names cannot be opened; give the base with -m",
         By("tests/it/remedies/paths.rs", "one_file_is_replaced"),
@@ -46,6 +46,13 @@ const OTHERS: [Remedy; 62] = [
         By(
             "tests/it/journey.rs",
             "a_run_needs_a_model_and_data_and_its_adapter_names_the_base",
+        ),
+    ),
+    (
+        "`monteclora init -m MODEL --data FILE` writes a file with every section",
+        By(
+            "tests/it/journey.rs",
+            "a_yaml_file_is_answered_with_the_way_to_a_toml_file",
         ),
     ),
     (

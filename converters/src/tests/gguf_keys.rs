@@ -82,7 +82,7 @@ fn windows_are_those_of_the_file_or_of_llama_cpp() {
     let (_, shape, notes) = imported(&gemma());
     assert_eq!(windows(&shape), [Some(8); 3]);
     assert!(
-        notes.iter().any(|note| note.contains("every 6th")),
+        notes.iter().any(|note| note.contains("one in 6")),
         "{notes:?}"
     );
     let (_, shape, _) = imported(&gemma().with(PATTERN, Meta::U32(2)));
@@ -91,7 +91,7 @@ fn windows_are_those_of_the_file_or_of_llama_cpp() {
     let (_, shape, notes) = imported(&gemma().with(PATTERN, flags));
     assert_eq!(windows(&shape), [None, Some(8), None]);
     assert!(
-        notes.iter().all(|note| !note.contains("every 6th")),
+        notes.iter().all(|note| !note.contains("one in 6")),
         "{notes:?}"
     );
     let flags = Meta::Bools(vec![true; 2]);

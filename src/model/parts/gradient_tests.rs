@@ -22,7 +22,8 @@ pub(crate) fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
 }
 
 /// Compares `gradients` with the differences of `value` along the gradient itself and along another direction, for one
-/// input at a time. The tolerance is relative to the product of the norms, which is the derivative along the gradient.
+/// input at a time. The tolerance is relative to the product of the norms, which is the derivative along the gradient; it
+/// leaves room for the rounding of float32 differences, which depends on the processor's vector width (5e-4 on some).
 pub(crate) fn check(
     inputs: &[Tensor],
     gradients: &[Tensor],
@@ -42,7 +43,7 @@ pub(crate) fn check(
             let exact = dot(gradient, &direction)?;
             let scale = norm * dot(&direction, &direction)?.sqrt();
             assert!(
-                (numeric - exact).abs() < 5e-4 * scale,
+                (numeric - exact).abs() < 1e-3 * scale,
                 "input {index}: {numeric} by differences, {exact} by the backward pass, scale {scale}"
             );
         }
