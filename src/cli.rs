@@ -6,6 +6,7 @@ mod data;
 mod help;
 mod serve;
 mod train;
+mod tune;
 
 use std::path::PathBuf;
 
@@ -26,6 +27,7 @@ pub use train::{
     CalibrateArgs, ChatArgs, CriterionArg, EvalArgs, FitArgs, GeometryArg, InitArgs, PredictArgs,
     QuickstartArgs, ReportArgs, ScoringArgs, TrainArgs, TrainKeys,
 };
+pub use tune::TuneArgs;
 
 use crate::config::{DTYPES, DtypeChoice};
 
@@ -63,6 +65,8 @@ pub enum Command {
     Init(InitArgs),
     /// Fine-tune a model as run.toml says.
     Train(TrainArgs),
+    /// Search for settings: many runs, compared on validation rows.
+    Tune(TuneArgs),
     /// Score a base and an adapter on a data file: loss, perplexity, token accuracy, multiple choice, calibration.
     Eval(EvalArgs),
     /// Answer a prompt or the rows of a file, with the posterior's confidence.

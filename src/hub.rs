@@ -17,7 +17,7 @@ use monteclora_converters::is_gguf;
 pub use self::client::is_hub_id;
 pub use self::dataset::{DatasetId, DatasetRepo};
 pub use self::gguf::OfGguf;
-pub use self::push::{Destination, Pushed, push, require_repo};
+pub use self::push::{Destination, Pushed, push, require_repo, require_revision};
 
 use self::client::{builder, problem, refusal};
 use crate::sample_models::SampleModel;

@@ -24,3 +24,4 @@ pub mod scoring;
 pub mod speech;
 pub mod system;
 pub mod train;
+pub mod tune;

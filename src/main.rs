@@ -80,7 +80,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing is left to do if standard error is closed.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            let message = commands::without_escapes(&format!("{error:#}"));
+            let _ = writeln!(std::io::stderr(), "error: {message}");
             ExitCode::from(commands::exit_code(&error))
         }
     }

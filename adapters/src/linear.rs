@@ -83,6 +83,11 @@ impl FrozenLinear {
         self.precision = precision;
     }
 
+    /// The weight, to keep.
+    pub fn shared_weight(&self) -> Arc<dyn Weight> {
+        self.weight.clone()
+    }
+
     /// The weight, `[out, in]`.
     pub fn weight(&self) -> &dyn Weight {
         self.weight.as_ref()

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use sha2::{Digest, Sha256};
 
-use crate::config::AdapterConfig;
+use crate::beyond::{Applied, Beyond};
+use crate::config::{AdapterConfig, PeftType};
 use crate::error::{Error, Result};
 use crate::low_rank;
 use crate::tensors::dtype::DType;
@@ -17,6 +18,32 @@ pub struct SitePosterior {
     pub log_std: Tensor,
     /// Logarithm of the Dirichlet concentration of each mixture weight, `[N]`; PEFT's `expert_weights_prior`.
     pub log_concentration: Tensor,
+}
+
+/// AdaLoRA's factors of a site, whose product `lora_a` is: `lora_a = lora_e * A` row by row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Triplets {
+    /// Q, the rows that are kept, `[r, in]`.
+    pub lora_a: Tensor,
+    /// The singular values that are kept, `[r, 1]`.
+    pub lora_e: Tensor,
+    /// Which of the initial values are kept; PEFT's `rank_pattern`.
+    pub kept: Vec<bool>,
+}
+
+impl Triplets {
+    /// `lora_e * A`, in float32.
+    ///
+    /// # Errors
+    /// Returns an error if a tensor has no float type.
+    pub fn product(&self) -> Result<Tensor> {
+        let (mut a, e) = (self.lora_a.to_f32()?, self.lora_e.to_f32()?);
+        let n_in = self.lora_a.shape().get(1).copied().unwrap_or(1).max(1);
+        for (row, e) in a.chunks_mut(n_in).zip(e) {
+            row.iter_mut().for_each(|value| *value *= e);
+        }
+        Tensor::from_f32(self.lora_a.shape(), a)
+    }
 }
 
 /// One adapted linear module: the update of its weight is `scaling * B A`.
@@ -36,6 +63,10 @@ pub struct Site {
     pub lora_b: Tensor,
     /// The posterior of A, for MonteCLoRA.
     pub posterior: Option<SitePosterior>,
+    /// What changes the weight besides B A. Rank 0 if there is no B A at all.
+    pub beyond: Option<Beyond>,
+    /// AdaLoRA's factors, for adapters of that method.
+    pub triplets: Option<Triplets>,
 }
 
 impl Site {
@@ -47,6 +78,48 @@ impl Site {
     /// Length of the module's output.
     pub fn out_features(&self) -> usize {
         self.lora_b.shape().first().copied().unwrap_or(0)
+    }
+
+    /// Whether the update is `scaling * B A` and no more.
+    ///
+    /// # Errors
+    /// Returns `merge-only` with the remedy if it is not.
+    pub fn require_low_rank(&self) -> Result<()> {
+        match &self.beyond {
+            Some(beyond) => Err(beyond.refusal(&self.name).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives a module of rank 0 a row and a column of zeros: no plain LoRA has rank 0.
+    fn pad_to_one(&mut self) {
+        let (n_in, n_out) = (self.in_features(), self.out_features());
+        let zeros = |shape: [usize; 2]| Tensor::from_f32(&shape, vec![0.0; shape[0] * shape[1]]);
+        if let (Ok(a), Ok(b)) = (zeros([1, n_in]), zeros([n_out, 1])) {
+            (self.lora_a, self.lora_b, self.rank) = (a, b, 1);
+            self.alpha = self.scaling;
+        }
+    }
+
+    /// The change of `weight` `[out, in]`, the base's: that of B A and of everything beyond it.
+    ///
+    /// # Errors
+    /// Returns an error if a tensor has no float type.
+    pub fn delta_on(&self, weight: &Tensor) -> Result<Vec<f32>> {
+        let mut delta = self.delta_f32()?;
+        let Some(beyond) = &self.beyond else {
+            return Ok(delta);
+        };
+        let old = weight.to_f32()?;
+        for (delta, old) in delta.iter_mut().zip(&old) {
+            *delta += old;
+        }
+        let applied = Applied::of(Some(beyond), &self.name)?;
+        applied.apply(0, self.in_features().max(1), &mut delta);
+        for (delta, old) in delta.iter_mut().zip(&old) {
+            *delta -= old;
+        }
+        Ok(delta)
     }
 
     /// The update of the weight at the posterior mean, `scaling * B A`, `[out, in]` row-major, accumulated in f32.
@@ -119,9 +192,18 @@ impl Adapter {
     pub fn collapse(&self) -> Self {
         let mut mean = self.clone();
         mean.config.monteclora = None;
+        if mean.config.peft_type == PeftType::AdaLora {
+            mean.config.peft_type = PeftType::Lora;
+            mean.config.adalora = None;
+            for site in mean.sites.iter_mut().filter(|site| site.rank == 0) {
+                site.pad_to_one();
+            }
+            mean.config.describe_ranks(&mean.sites);
+        }
         mean.format = mean.config.peft_format();
         for site in &mut mean.sites {
             site.posterior = None;
+            site.triplets = None;
         }
         mean
     }
@@ -133,13 +215,30 @@ impl Adapter {
     pub fn with_dtype(&self, dtype: DType) -> Result<Self> {
         let mut converted = self.clone();
         for site in &mut converted.sites {
-            for tensor in [&mut site.lora_a, &mut site.lora_b] {
-                *tensor = tensor.to_dtype(dtype)?;
-                if let Some(at) = tensor.first_non_finite() {
-                    let message = format!("element {at} does not fit {dtype}; choose F32");
-                    return Err(Error::tensor(&site.name, message));
+            let name = &site.name;
+            let rounded = |tensor: &Tensor| {
+                let tensor = tensor.to_dtype(dtype)?;
+                match tensor.first_non_finite() {
+                    None => Ok(tensor),
+                    Some(at) => {
+                        let message = format!("element {at} does not fit {dtype}; choose F32");
+                        Err(Error::tensor(name, message))
+                    }
                 }
+            };
+            for tensor in [&mut site.lora_a, &mut site.lora_b] {
+                *tensor = rounded(tensor)?;
             }
+            if let Some(triplets) = &mut site.triplets {
+                triplets.lora_a = rounded(&triplets.lora_a)?;
+                triplets.lora_e = rounded(&triplets.lora_e)?;
+                site.lora_a = triplets.product()?;
+            }
+            site.beyond = site
+                .beyond
+                .as_ref()
+                .map(|beyond| beyond.map(&rounded))
+                .transpose()?;
         }
         Ok(converted)
     }
@@ -150,7 +249,8 @@ impl Adapter {
     /// If a factor is not of a float type.
     pub fn has_effect(&self) -> Result<bool> {
         for site in &self.sites {
-            if site.delta_norm()? > 0.0 {
+            let neutral = site.beyond.as_ref().map(Beyond::is_neutral).transpose()?;
+            if site.delta_norm()? > 0.0 || neutral == Some(false) {
                 return Ok(true);
             }
         }
@@ -177,6 +277,10 @@ impl Adapter {
                 .flat_map(|p| [&p.log_std, &p.log_concentration]);
             for tensor in [&site.lora_a, &site.lora_b].into_iter().chain(posterior) {
                 field(format!("{tensor:?}").as_bytes());
+                field(&tensor.bytes());
+            }
+            for (name, tensor) in site.beyond.iter().flat_map(Beyond::tensors) {
+                field(name.as_bytes());
                 field(&tensor.bytes());
             }
         }

@@ -5,6 +5,7 @@ use indexmap::IndexMap;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
+use crate::adapter::Site;
 use crate::error::{Error, Result};
 use crate::site_pattern::SitePatterns;
 
@@ -75,6 +76,77 @@ impl Default for MonteCloraSettings {
     }
 }
 
+/// What the tensors of an adapter are, `peft_type`. PEFT has the first two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum PeftType {
+    /// A and B, with MonteCLoRA's sampler or DoRA's magnitude.
+    #[default]
+    Lora,
+    /// A, B and singular values.
+    AdaLora,
+    /// Scale and shift of the output.
+    Ssf,
+    /// Single entries of the weights.
+    Sparse,
+}
+
+impl PeftType {
+    /// Every type that is read.
+    pub const ALL: [Self; 4] = [Self::Lora, Self::AdaLora, Self::Ssf, Self::Sparse];
+
+    /// Its name in `adapter_config.json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lora => "LORA",
+            Self::AdaLora => "ADALORA",
+            Self::Ssf => "SSF",
+            Self::Sparse => "SPARSE",
+        }
+    }
+}
+
+/// The settings of AdaLoRA, by PEFT's names.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AdaLoraSettings {
+    /// Rank at the start. At least 1.
+    pub init_r: usize,
+    /// Mean rank at the end.
+    pub target_r: usize,
+    /// Steps before the first pruning.
+    pub tinit: u64,
+    /// Steps at the end without pruning.
+    pub tfinal: u64,
+    /// Steps between prunings.
+    #[serde(rename = "deltaT")]
+    pub delta_t: u64,
+    /// Decay of the average of the sensitivities.
+    pub beta1: f64,
+    /// Decay of the average of their uncertainties.
+    pub beta2: f64,
+    /// Weight of the orthogonality in the loss.
+    pub orth_reg_weight: f64,
+    /// Steps of the run.
+    pub total_step: Option<u64>,
+}
+
+impl Default for AdaLoraSettings {
+    /// PEFT's defaults, which hold for absent keys.
+    fn default() -> Self {
+        Self {
+            init_r: 12,
+            target_r: 8,
+            tinit: 0,
+            tfinal: 0,
+            delta_t: 1,
+            beta1: 0.85,
+            beta2: 0.85,
+            orth_reg_weight: 0.5,
+            total_step: None,
+        }
+    }
+}
+
 /// What `adapter_config.json` says, checked. [`Default`] gives PEFT's defaults with no target.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AdapterConfig {
@@ -102,6 +174,13 @@ pub struct AdapterConfig {
     pub alpha_pattern: IndexMap<String, f64>,
     /// Whether the scaling is alpha / sqrt(r) instead of alpha / r.
     pub use_rslora: bool,
+    /// What the tensors are.
+    pub peft_type: PeftType,
+    /// Whether every row of an updated weight has a magnitude of its own (DoRA).
+    pub use_dora: bool,
+    /// AdaLoRA's settings; `None` for other types.
+    #[serde(skip)]
+    pub adalora: Option<AdaLoraSettings>,
     /// PEFT's task type, such as `CAUSAL_LM`.
     pub task_type: Option<String>,
     /// PEFT's note that the adapter was saved for inference.
@@ -129,6 +208,9 @@ impl Default for AdapterConfig {
             rank_pattern: IndexMap::new(),
             alpha_pattern: IndexMap::new(),
             use_rslora: false,
+            peft_type: PeftType::Lora,
+            use_dora: false,
+            adalora: None,
             task_type: None,
             inference_mode: false,
             monteclora: None,
@@ -140,9 +222,13 @@ impl Default for AdapterConfig {
 impl AdapterConfig {
     /// What a PEFT directory with this configuration holds: `peft-monteclora` or `peft-lora`.
     pub fn peft_format(&self) -> &'static str {
-        match self.monteclora {
-            Some(_) => "peft-monteclora",
-            None => "peft-lora",
+        match (self.peft_type, &self.monteclora) {
+            (PeftType::AdaLora, _) => "peft-adalora",
+            (PeftType::Ssf, _) => "peft-ssf",
+            (PeftType::Sparse, _) => "peft-sparse",
+            (PeftType::Lora, Some(_)) => "peft-monteclora",
+            (PeftType::Lora, None) if self.use_dora => "peft-dora",
+            (PeftType::Lora, None) => "peft-lora",
         }
     }
 
@@ -170,6 +256,20 @@ impl AdapterConfig {
     /// As [`Self::rank_for`] and [`Self::alpha_for`].
     pub fn scaling_for(&self, module: &str) -> Result<f64> {
         Ok(self.scaling(self.alpha_for(module)?, self.rank_for(module)?))
+    }
+
+    /// Says rank and alpha of every site by its whole name.
+    pub(crate) fn describe_ranks(&mut self, sites: &[Site]) {
+        let r = sites.iter().map(|site| site.rank).max();
+        let first = sites.iter().find(|site| Some(site.rank) == r);
+        self.use_rslora = false;
+        self.r = r.unwrap_or(1);
+        self.lora_alpha = first.map_or(1.0, |site| site.alpha);
+        let key = |site: &Site| site.name.replace('.', "\\.");
+        let others = sites.iter().filter(|site| site.rank != self.r);
+        self.rank_pattern = others.map(|site| (key(site), site.rank)).collect();
+        let others = sites.iter().filter(|site| site.alpha != self.lora_alpha);
+        self.alpha_pattern = others.map(|site| (key(site), site.alpha)).collect();
     }
 
     pub(crate) fn scaling(&self, alpha: f64, rank: usize) -> f64 {

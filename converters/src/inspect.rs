@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::adapter::{Adapter, Site, SitePosterior};
 use crate::beside::Beside;
+use crate::beyond::Beyond;
 use crate::config::MonteCloraSettings;
 use crate::error::Result;
 use crate::formats::format_of;
@@ -90,18 +91,26 @@ impl Adapter {
             n_sites: self.sites.len(),
             n_parameters,
             base_model: self.config.base_model_name_or_path.clone(),
-            problems: self.health(&sites),
+            problems: self.health(&sites)?,
             beside: None,
             sites,
         })
     }
 
-    fn health(&self, sites: &[SiteSummary]) -> Vec<Problem> {
+    fn health(&self, sites: &[SiteSummary]) -> Result<Vec<Problem>> {
         let notes = self.notes.iter();
         let mut problems: Vec<Problem> =
             notes.map(|note| Problem::sentence("note", note)).collect();
-        if !sites.iter().any(|site| site.norm_delta > 0.0) {
+        let has_norm = sites.iter().any(|site| site.norm_delta > 0.0);
+        if !has_norm && !self.has_effect()? {
             problems.push(no_effect());
+        }
+        if let Some(beyond) = self.sites.iter().find_map(|site| site.beyond.as_ref()) {
+            let message = format!(
+                "{}: the figures below are those of B A alone",
+                beyond.name()
+            );
+            problems.push(Problem::sentence("note", message));
         }
         if self.is_authors_dialect() {
             let message = "written by the authors' own code, which saves A and B and no sampler: this is a plain LoRA, and there is nothing to draw from";
@@ -133,7 +142,7 @@ impl Adapter {
             );
             problems.push(Problem::new("spread-below-rounding", *name, message, fix));
         }
-        problems
+        Ok(problems)
     }
 }
 
@@ -180,7 +189,14 @@ fn n_parameters(site: &Site) -> usize {
     let posterior = site.posterior.as_ref().map_or(0, |posterior| {
         posterior.log_std.n_elements() + posterior.log_concentration.n_elements()
     });
-    site.lora_a.n_elements() + site.lora_b.n_elements() + posterior
+    let beyond = site.beyond.iter().flat_map(Beyond::tensors);
+    let beyond: usize = beyond
+        .filter(|(_, tensor)| tensor.dtype().is_float())
+        .map(|(_, tensor)| tensor.n_elements())
+        .sum();
+    let triplets = site.triplets.as_ref();
+    let values = triplets.map_or(0, |triplets| triplets.lora_e.n_elements());
+    site.lora_a.n_elements() + site.lora_b.n_elements() + posterior + beyond + values
 }
 
 fn figures(site: &Site, settings: Option<&MonteCloraSettings>) -> Result<SiteSummary> {

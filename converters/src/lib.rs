@@ -40,6 +40,8 @@
 //!     lora_a: Tensor::from_f32(&[1, 2], vec![1.0, 0.0])?,
 //!     lora_b: Tensor::from_f32(&[2, 1], vec![0.0, 1.0])?,
 //!     posterior: None,
+//!     beyond: None,
+//!     triplets: None,
 //! };
 //! let adapter = Adapter { config, sites: vec![site], format: "peft-lora", metadata: Default::default(), notes: Vec::new() };
 //! adapter.write_peft(&dir.join("out"), false)?;
@@ -61,6 +63,7 @@ mod absent;
 mod adapter;
 pub mod architecture;
 mod beside;
+mod beyond;
 mod config;
 mod error;
 pub mod files;
@@ -102,6 +105,9 @@ mod llama_cpp;
 #[path = "tests/messages.rs"]
 mod messages;
 #[cfg(test)]
+#[path = "tests/methods.rs"]
+mod method_tests;
+#[cfg(test)]
 #[path = "tests/names.rs"]
 mod names;
 #[cfg(test)]
@@ -111,9 +117,12 @@ mod nested;
 #[path = "tests/round_trips.rs"]
 mod round_trips;
 
-pub use adapter::{Adapter, Site, SitePosterior};
+pub use adapter::{Adapter, Site, SitePosterior, Triplets};
 pub use beside::{Beside, Carried, ConversationSettings, LeftOut, other_conversation};
-pub use config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
+pub use beyond::{Beyond, places};
+pub use config::{
+    AdaLoraSettings, AdapterConfig, ExcludeModules, MonteCloraSettings, PeftType, TargetModules,
+};
 pub use error::{Error, Result, exit_code};
 pub use formats::gguf_lora::{base_named_in, is_gguf};
 pub use formats::lora::{LoraOptions, LoraReport};

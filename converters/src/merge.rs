@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::adapter::{Adapter, Site};
 use crate::beside::{Carried, TEMPLATES_DIR, entries};
+use crate::beyond::{Applied, Beyond};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::formats::peft::config_write::to_text;
@@ -18,7 +19,7 @@ use crate::formats::peft::read::CONFIG_FILE as ADAPTER_CONFIG;
 use crate::json;
 use crate::low_rank::product_rows;
 use crate::model_files::{HEAD, ModelFiles};
-use crate::problem::shell_word;
+use crate::problem::{Problem, shell_word};
 use crate::targets::OUTPUT_HEAD;
 use crate::tensors::dtype::DType;
 use crate::tensors::safetensors_write::{Slot, stream};
@@ -92,15 +93,19 @@ impl Rounding {
 /// `quantised-base` for a quantised base, a refusal if the adapter does not fit, `tensor` if a merged weight is not finite.
 pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result<OverlayReport> {
     check(base, adapter)?;
-    let sites: BTreeMap<String, &Site> = weights_of(adapter);
-    let slots = sites
+    let (sites, biases) = (weights_of(adapter), biases_of(adapter, base));
+    let slot = |name: &String, shape: Vec<usize>| Slot {
+        name: base.on_disk(name).into_owned(),
+        dtype: DType::F32,
+        shape,
+    };
+    let weights = sites
         .iter()
-        .map(|(name, site)| Slot {
-            name: base.on_disk(name).into_owned(),
-            dtype: DType::F32,
-            shape: vec![site.out_features(), site.in_features()],
-        })
-        .collect();
+        .map(|(name, site)| slot(name, vec![site.out_features(), site.in_features()]));
+    let shifted = biases
+        .iter()
+        .map(|(name, site)| slot(name, vec![site.out_features()]));
+    let slots = weights.chain(shifted).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     files::write_file(out, |writer| {
         stream(out, writer, slots, &metadata, |slot, sink| {
@@ -108,13 +113,16 @@ pub fn write_overlay(base: &ModelFiles, adapter: &Adapter, out: &Path) -> Result
             let weight = base_tensor(base, &name)?;
             match sites.get(name.as_ref()) {
                 Some(site) => merge_into(sink, out, &weight, site, DType::F32).map(|_| ()),
-                None => Ok(()),
+                None => match biases.get(name.as_ref()) {
+                    Some(site) => shift_into(sink, out, &weight, site, DType::F32),
+                    None => Ok(()),
+                },
             }
         })
     })?;
     Ok(OverlayReport {
         path: out.to_path_buf(),
-        n_tensors: sites.len(),
+        n_tensors: sites.len() + biases.len(),
         n_bytes: fs::metadata(out).map_err(Error::io("read", out))?.len(),
     })
 }
@@ -142,7 +150,7 @@ pub fn merge_dir(
         let message = format!("a model cannot be stored as {dtype}; choose F32, BF16 or F16");
         return Err(Error::setting("dtype", message));
     }
-    let sites = weights_of(adapter);
+    let (sites, biases) = (weights_of(adapter), biases_of(adapter, base));
     let is_untied = adapter.unties(base);
     let mut rounding = Rounding::default();
     let mut n_copied = 0;
@@ -186,10 +194,13 @@ pub fn merge_dir(
                             rounding = rounding.add(block);
                             Ok(())
                         }
-                        None => {
-                            n_copied += 1;
-                            copy_into(sink, &out, &slot.name, &weight, slot.dtype)
-                        }
+                        None => match biases.get(name.as_ref()) {
+                            Some(site) => shift_into(sink, &out, &weight, site, slot.dtype),
+                            None => {
+                                n_copied += 1;
+                                copy_into(sink, &out, &slot.name, &weight, slot.dtype)
+                            }
+                        },
                     }
                 })
             })?;
@@ -255,6 +266,16 @@ fn weights_of(adapter: &Adapter) -> BTreeMap<String, &Site> {
         .collect()
 }
 
+/// Sites by the name of the bias they change.
+fn biases_of<'a>(adapter: &'a Adapter, base: &ModelFiles) -> BTreeMap<String, &'a Site> {
+    let scales = |site: &&Site| matches!(site.beyond, Some(Beyond::Scale { .. }));
+    let named = adapter.sites.iter().filter(scales);
+    named
+        .map(|site| (format!("{}.bias", site.name), site))
+        .filter(|(name, _)| base.info(name).is_some())
+        .collect()
+}
+
 fn base_tensor(base: &ModelFiles, name: &str) -> Result<Tensor> {
     base.weight(name)
         .ok_or_else(|| Error::tensor(name, "not in the base"))
@@ -283,10 +304,46 @@ fn check(base: &ModelFiles, adapter: &Adapter) -> Result<()> {
             &instead_of_merging(base),
         ));
     }
-    adapter.require_fit(base)
+    adapter.require_fit(base)?;
+    for site in &adapter.sites {
+        if let Some(Beyond::Scale { shift: Some(_), .. }) = &site.beyond
+            && base.info(&format!("{}.bias", site.name)).is_none()
+        {
+            let message = "has a shift, and the base has no bias here that it can be merged into";
+            let fix = "train with lora.ssf.shift = \"auto\" or \"never\"";
+            return Err(Problem::new("no-bias", &site.name, message, fix).into());
+        }
+    }
+    Ok(())
 }
 
-/// Writes `W + scaling * B A` as `dtype`, a block of rows at a time.
+/// The bias `gamma b + beta` of a module that SSF scales, as `dtype`.
+fn shift_into(
+    sink: &mut dyn Write,
+    path: &Path,
+    bias: &Tensor,
+    site: &Site,
+    dtype: DType,
+) -> Result<()> {
+    let Some(Beyond::Scale { scale, shift }) = &site.beyond else {
+        return copy_into(sink, path, &site.name, bias, dtype);
+    };
+    let shift = shift.as_ref().map(Tensor::to_f32).transpose()?;
+    let scaled = bias.to_f32()?.into_iter().zip(scale.to_f32()?);
+    let mut values: Vec<f32> = scaled.map(|(bias, gamma)| gamma * bias).collect();
+    for (value, beta) in values.iter_mut().zip(shift.into_iter().flatten()) {
+        *value += beta;
+    }
+    let not_real = || Error::tensor(&site.name, format!("a bias cannot be stored as {dtype}"));
+    let stored = dtype.encode(&values).ok_or_else(not_real)?;
+    if dtype.first_non_finite(&stored).is_some() {
+        let message = format!("a merged bias is NaN, infinite or does not fit {dtype}");
+        return Err(Error::tensor(&site.name, message));
+    }
+    sink.write_all(&stored).map_err(Error::io("write", path))
+}
+
+/// Writes the changed weight, `W + scaling * B A` unless more changes it, as `dtype`, a block of rows at a time.
 fn merge_into(
     sink: &mut dyn Write,
     path: &Path,
@@ -295,23 +352,32 @@ fn merge_into(
     dtype: DType,
 ) -> Result<Rounding> {
     let (a, b) = (site.lora_a.to_f32()?, site.lora_b.to_f32()?);
+    let applied = Applied::of(site.beyond.as_ref(), &site.name)?;
     let n_in = site.in_features().max(1);
     let rows = (BLOCK_ELEMENTS / n_in).max(1);
     let weight_bytes = weight.bytes();
     let weight_blocks = weight_bytes.chunks(rows * n_in * weight.dtype().size());
-    let b_blocks = b.chunks(rows * site.rank.max(1));
     let mut total = Rounding::default();
     let mut delta = Vec::new();
     let not_real = || {
         let message = format!("the base's weight is {}", weight.dtype());
         Error::tensor(&site.name, message)
     };
-    for (weight_block, b_block) in weight_blocks.zip(b_blocks) {
+    for (idx, weight_block) in weight_blocks.enumerate() {
+        let first = idx * rows;
         let old = weight.dtype().decode(weight_block).ok_or_else(not_real)?;
         delta.resize(old.len(), 0.0);
+        let n_rows = old.len() / n_in;
+        let b_block = &b[first * site.rank..(first + n_rows) * site.rank];
         product_rows(&mut delta, b_block, &a, site.rank, site.scaling_f32());
         let pairs = old.iter().zip(&delta);
-        let merged: Vec<f32> = pairs.map(|(old, delta)| old + delta).collect();
+        let mut merged: Vec<f32> = pairs.map(|(old, delta)| old + delta).collect();
+        if site.beyond.is_some() {
+            applied.apply(first, n_in, &mut merged);
+            for ((delta, new), old) in delta.iter_mut().zip(&merged).zip(&old) {
+                *delta = new - old;
+            }
+        }
         let stored = dtype.encode(&merged).ok_or_else(not_real)?;
         if dtype.first_non_finite(&stored).is_some() {
             let message = format!("a merged weight is NaN, infinite or does not fit {dtype}");
@@ -504,11 +570,15 @@ mod tests {
                     continue;
                 };
                 assert_eq!(overlay.get(&on_disk).expect("merged"), new);
+                let delta = site.delta_on(&old).expect("float");
                 let (old, new) = (old.to_f32().expect("float"), new.to_f32().expect("float"));
-                for ((old, new), delta) in
-                    old.iter().zip(&new).zip(site.delta_f32().expect("float"))
-                {
-                    assert_eq!(*new, old + delta);
+                for ((old, new), delta) in old.iter().zip(&new).zip(delta) {
+                    // What is beyond B A is a difference here, and rounded once more.
+                    let rounding = if site.beyond.is_some() { 1e-7 } else { 0.0 };
+                    assert!(
+                        (*new - (old + delta)).abs() <= rounding,
+                        "{new} {old} {delta}"
+                    );
                 }
             }
             assert!(out.join("config.json").exists());

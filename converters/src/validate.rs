@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::adapter::Adapter;
 use crate::beside::Beside;
-use crate::config::TargetModules;
+use crate::config::{PeftType, TargetModules};
 use crate::error::{Error, Result};
 use crate::formats::peft::read as peft_read;
 use crate::formats::{Format, format_named, read_without_base};
@@ -40,12 +40,12 @@ const EXPORT: &str = "monteclora collapse writes the posterior mean as plain LoR
 /// let dir = tempfile::tempdir().expect("a temporary directory");
 /// std::fs::write(
 ///     dir.path().join("adapter_config.json"),
-///     r#"{"peft_type": "LORA", "target_modules": ["q_proj"], "use_dora": true}"#,
+///     r#"{"peft_type": "LORA", "target_modules": ["q_proj"], "lora_bias": true}"#,
 /// ).expect("writable");
 /// std::fs::write(dir.path().join("adapter_model.bin"), b"a pickle").expect("writable");
 /// let problems = validate_path(dir.path(), None, &[Runtime::Vllm])?;
 /// let codes: Vec<&str> = problems.iter().map(|problem| problem.code).collect();
-/// assert_eq!(codes, ["dora", "pickle", "dora"]);
+/// assert_eq!(codes, ["bias", "pickle", "bias"]);
 /// assert!(problems[2].message.starts_with("vllm refuses the adapter"));
 /// # Ok::<(), monteclora_converters::Error>(())
 /// ```
@@ -240,6 +240,10 @@ const SETTINGS: &str = "\
 monteclora_config | monteclora | monteclora_config | mistralrs-0.9 | refuses it, and the sampler's tensors too
 monteclora_config | monteclora | adapter_model.safetensors | vllm | refuses the sampler's tensors
 monteclora_config | monteclora | adapter_model.safetensors | llamacpp | converts nothing: its script stops at the sampler's tensors
+adalora | adalora | peft_type | mistralrs mistralrs-0.9 vllm llamacpp | reads no AdaLoRA
+dora | dora | use_dora | mistralrs | leaves the magnitudes unread, so the update would silently be another
+dora | dora | use_dora | mistralrs-0.9 vllm llamacpp | reads no DoRA
+beyond | merge-only | peft_type | mistralrs mistralrs-0.9 vllm llamacpp peft | does not know this type
 use_rslora | rslora | use_rslora | mistralrs llamacpp | leaves it unread, so the update would silently have the wrong scale
 alpha_pattern | alpha-pattern | alpha_pattern | mistralrs llamacpp | leaves it unread, so the update would silently have the wrong scale
 alpha_pattern | alpha-pattern | alpha_pattern | vllm | leaves it unread in most released versions, so the update would silently have the wrong scale
@@ -248,6 +252,9 @@ rank_pattern | rank-pattern | rank_pattern | vllm | leaves it unread in most rel
 target_modules | target-modules-form | target_modules | mistralrs | reads only a list of names
 layers_to_transform | target-modules-form | layers_to_transform | mistralrs | leaves it unread, so modules without tensors fail to load
 exclude_modules | target-modules-form | exclude_modules | mistralrs | leaves it unread, so modules without tensors fail to load";
+
+/// The remedy for an update that no plain LoRA expresses.
+const MERGE: &str = "merge it into its base: monteclora merge -m BASE -a ADAPTER -o DIR";
 
 /// Looks every setting in use up in [`SETTINGS`].
 fn check_config(adapter: &Adapter, report: &mut Report<'_>) -> Result<()> {
@@ -261,6 +268,11 @@ fn check_config(adapter: &Adapter, report: &mut Report<'_>) -> Result<()> {
     let mut in_use = config.resolved_keys();
     in_use.retain(|key| !without_effect.contains(key));
     in_use.extend(config.monteclora.as_ref().map(|_| "monteclora_config"));
+    in_use.extend(match config.peft_type {
+        PeftType::AdaLora => Some("adalora"),
+        PeftType::Ssf | PeftType::Sparse => Some("beyond"),
+        PeftType::Lora => config.use_dora.then_some("dora"),
+    });
     let runtime = report.runtime.to_string();
     for row in SETTINGS.lines() {
         let columns: Vec<&str> = row.split(" | ").collect();
@@ -268,7 +280,12 @@ fn check_config(adapter: &Adapter, report: &mut Report<'_>) -> Result<()> {
             && in_use.contains(&key)
             && runtimes.split(' ').any(|named| named == runtime)
         {
-            report.add(code, at, message, EXPORT);
+            let fix = if ["dora", "beyond"].contains(&key) {
+                MERGE
+            } else {
+                EXPORT
+            };
+            report.add(code, at, message, fix);
         }
     }
     Ok(())

@@ -30,7 +30,7 @@ const GROUPS: [(&str, &[&str]); 6] = [
 ];
 
 /// One example of each command, or more.
-const EXAMPLES: [(&str, &str); 29] = [
+const EXAMPLES: [(&str, &str); 30] = [
     ("quickstart", "monteclora quickstart"),
     (
         "init",
@@ -46,6 +46,10 @@ const EXAMPLES: [(&str, &str); 29] = [
     (
         "train",
         "monteclora train -c run.toml\nmonteclora train -m BASE --data data/ --lora-r 16 --learning-rate 2e-4 --epochs 3\nmonteclora train -c run.toml --resume auto",
+    ),
+    (
+        "tune",
+        "monteclora tune -c run.toml --space space.toml --trials 30",
     ),
     ("report", "monteclora report out"),
     (

@@ -272,6 +272,9 @@ pub struct EvalArgs {
     /// Use only the first N rows.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+    /// Score the validation rows of a directory or data set, not its test rows.
+    #[arg(long, hide = true)]
+    pub held_out: bool,
     /// Skip the base, which takes as long as an adapter.
     #[arg(long, requires = "adapter")]
     pub no_base: bool,

@@ -69,6 +69,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let method = (methods::find(name)?.new)(&serde_json::to_value(config_of)?)?;
     let model = decoder.config();
     let mut state = AdapterState::initial(method, &config, &sites, model, 0, &device)?;
+    state.attach(&decoder, true, 0)?;
     let (mut optimizer, adamw) = (AdamW::new(&state)?, TrainConfig::default());
     let vocab = decoder.config().vocab_size as f64;
     let rows: Vec<Vec<u32>> = (0..args.batch)

@@ -126,14 +126,19 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
             "the temperature is at the end of what is searched: all answers are right, or confidence says nothing about them"
         );
     }
-    let right = predictions.iter().filter(|p| p.correct()).count();
+    let share = |predictions: &[Prediction]| {
+        let right = predictions.iter().filter(|p| p.correct()).count();
+        right as f64 / predictions.len().max(1) as f64
+    };
+    let posterior = said.posterior.as_deref().map(share);
+    let shares = [Some(share(&said.base)), Some(share(&said.mean)), posterior];
     let abstention = main.abstention;
     let report = Report {
         temperature: main.temperature,
         threshold: abstention.and_then(|a| a.threshold),
         rows: written.data.rows,
         judged: said.judged,
-        accuracy: right as f64 / predictions.len().max(1) as f64,
+        accuracy: share(predictions),
         before: main.before,
         after: main.after,
         answered: abstention.and_then(|a| a.answered),
@@ -142,7 +147,9 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         least_bound: abstention.map(|a| a.least_bound),
         written: &written,
     };
-    show(args.json, &report, || describe(&report, mean_name, &path))
+    show(args.json, &report, || {
+        describe(&report, mean_name, &shares, &path)
+    })
 }
 
 /// The value of [`Rows::system`] for these rows.
@@ -241,13 +248,17 @@ fn of_answers(
     })
 }
 
-fn describe(report: &Report<'_>, mean_name: &str, path: &std::path::Path) -> String {
+fn describe(
+    report: &Report<'_>,
+    mean_name: &str,
+    shares: &[Option<f64>; 3],
+    path: &std::path::Path,
+) -> String {
     let written = report.written;
     let mut text = format!(
-        "wrote {}\n{} rows, {:.1} % of them right; NLL and ECE are on the same rows",
+        "wrote {}\n{} rows; NLL and ECE are on the same rows",
         path.display(),
         report.rows,
-        100.0 * report.accuracy,
     );
     let average = written
         .draws
@@ -260,11 +271,12 @@ fn describe(report: &Report<'_>, mean_name: &str, path: &std::path::Path) -> Str
             written.posterior_scaling.as_ref(),
         ),
     ];
-    for (name, scaling) in all {
+    for ((name, scaling), share) in all.into_iter().zip(shares) {
+        let share = 100.0 * share.unwrap_or_default();
         let Some(scaling) = scaling else { continue };
         let (before, after) = (scaling.before, scaling.after);
         text.push_str(&format!(
-            "\n\n{name}\n  temperature {:.3}{}: NLL {:.4} -> {:.4}, ECE {:.4} -> {:.4}",
+            "\n\n{name}\n  {share:.1} % right\n  temperature {:.3}{}: NLL {:.4} -> {:.4}, ECE {:.4} -> {:.4}",
             scaling.temperature,
             if is_at_bound(scaling.temperature) {
                 ", the end of what is searched"

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{
     Adapter, Beside, DType, Format, LoraOptions, ModelFiles, Problem, Problems, ReadOptions,
-    format_named, format_of, read_as,
+    format_named, format_of, is_gguf, read_as,
 };
 use serde_json::{Map, Value};
 
@@ -24,7 +24,12 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     require_apart(&args.source, output)?;
     let to = format_named(&args.to).context("a format that the command line lists")?;
     match to.about().file_name {
-        Some(name) => require_new_file(output, to.about().label, name, args.force)?,
+        Some(name) => {
+            require_new_file(output, to.about().label, name, args.force)?;
+            let base = args.model_id.as_deref().map(Path::new);
+            let read: Vec<&Path> = std::iter::once(args.source.as_path()).chain(base).collect();
+            require_not_read(output, &read)?;
+        }
         None => require_empty(output, args.force)?,
     }
     let from = format_named(&args.from).unwrap_or_else(|| format_of(&args.source));
@@ -153,6 +158,24 @@ fn read(args: &ConvertArgs, from: &dyn Format, base: &Base) -> Result<Adapter> {
     let adapter = read_as(from, &args.source, &options)?;
     base.require_fit(&adapter)?;
     Ok(adapter)
+}
+
+/// Refuses a file that is among what is read, even with --force. An earlier export in the source's directory may be replaced.
+fn require_not_read(output: &Path, read: &[&Path]) -> Result<()> {
+    let Ok(found) = output.canonicalize() else {
+        return Ok(());
+    };
+    let is_read = |path: &&Path| {
+        path.canonicalize()
+            .is_ok_and(|path| found == path || (found.starts_with(&path) && !is_gguf(&found)))
+    };
+    if read.iter().any(is_read) {
+        bail!(Problem::usage(format!(
+            "`{}` is among the files that are read; choose another name with -o",
+            output.display()
+        )));
+    }
+    Ok(())
 }
 
 fn require_new_file(output: &Path, label: &str, name: &str, force: bool) -> Result<()> {

@@ -10,7 +10,8 @@ use monteclora_converters::Problem;
 use serde::Serialize;
 
 use super::opened::{
-    Opened, Request, eval_options, open_rows, require_at_most, require_positive, row_limit,
+    Opened, Request, eval_options, open_held_out, open_rows, require_at_most, require_positive,
+    row_limit,
 };
 use super::show;
 use crate::cli::EvalArgs;
@@ -75,7 +76,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         scoring: &args.scoring,
     };
     let opened = Opened::new(&request, row_limit)?;
-    let data = open_rows(&args.data, &opened.encoder)?;
+    let data = match args.held_out {
+        true => open_held_out(&args.data, &opened.encoder)?,
+        false => open_rows(&args.data, &opened.encoder)?,
+    };
     let choices = ChoiceRows::read(&data)?;
     let calibration = opened.calibration(&args.adapter)?.of(Judged::Choices);
     let loaded = opened.load()?;

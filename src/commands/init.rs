@@ -20,6 +20,18 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
             args.output.display()
         )));
     }
+    let same = |path: &std::path::Path| {
+        let (Ok(a), Ok(b)) = (path.canonicalize(), args.output.canonicalize()) else {
+            return false;
+        };
+        a == b
+    };
+    if same(&args.data) || args.valid.as_deref().is_some_and(same) {
+        bail!(Problem::usage(format!(
+            "-o `{}` is a file of rows; choose another name",
+            args.output.display()
+        )));
+    }
     let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let model = read_shape(&base.dir)?;
     // Rows are read as in a run. Only rows that are longer than the model's positions are dropped.

@@ -11,7 +11,7 @@ use monteclora_converters::{
 use serde_json::{Value, json};
 
 use super::export::count;
-use super::{print, print_json, show};
+use super::{in_a_line, print, print_json, show, without_escapes};
 use crate::cli::InspectArgs;
 use crate::hub::{self, HubOptions, is_hub_id};
 
@@ -44,7 +44,9 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
         return model(path, args.json);
     }
     let summary = summarise(path)?;
-    show(args.json, &summary, || table(&summary, args.all))
+    show(args.json, &summary, || {
+        without_escapes(&table(&summary, args.all))
+    })
 }
 
 /// Number of sites above which similar sites are grouped.
@@ -133,7 +135,7 @@ fn table(summary: &AdapterSummary, all: bool) -> String {
         summary.lora_alpha,
         summary.n_sites,
         summary.n_parameters,
-        summary.base_model.as_deref().unwrap_or("not recorded")
+        in_a_line(summary.base_model.as_deref().unwrap_or("not recorded"))
     );
     let has_posterior = summary
         .sites

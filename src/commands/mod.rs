@@ -35,6 +35,7 @@ mod serve;
 #[cfg(feature = "mistralrs")]
 mod status;
 mod train;
+mod tune;
 mod validate;
 
 use std::io::Write;
@@ -81,6 +82,16 @@ fn program() -> String {
     shell_word(&shown.display().to_string())
 }
 
+/// A text whose control characters are visible, so that what a file or a server says cannot steer the terminal. Line ends and tabs stay.
+pub fn without_escapes(text: &str) -> String {
+    let shown = |c: char| match c {
+        '\n' | '\t' => c.to_string(),
+        c if c.is_control() => c.escape_default().to_string(),
+        c => c.to_string(),
+    };
+    text.chars().map(shown).collect()
+}
+
 /// A text in one line, without control characters.
 fn in_a_line(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
@@ -122,6 +133,7 @@ pub fn run(mut command: Command) -> Result<()> {
         Command::Quickstart(args) => quickstart::run(args),
         Command::Init(args) => init::run(args),
         Command::Train(args) => train::run(args),
+        Command::Tune(args) => tune::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Chat(args) => chat::run(args),

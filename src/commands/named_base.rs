@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use monteclora_converters::json::read_object;
-use monteclora_converters::{GgufFile, Problem, base_named_in, is_gguf};
+use monteclora_converters::{Adapter, GgufFile, Problem, base_named_in, is_gguf};
 
 use crate::cli::ModelArgs;
 
 const KEY: &str = "base_model_name_or_path";
+/// mlx-lm's key for the same.
+const OF_MLX: &str = "model";
 
 impl ModelArgs {
     /// Sets the base model to the one that `adapter` names, if the command line gives none.
@@ -44,6 +46,13 @@ pub(super) fn named_by(adapter: &Path) -> Result<String> {
         let file = GgufFile::open(adapter)?;
         return known(base_named_in(&file).map(str::to_owned), adapter, adapter);
     }
+    if !adapter.exists() {
+        let message = format!(
+            "`{}`: no such adapter; give the directory of an adapter, or a GGUF LoRA",
+            adapter.display()
+        );
+        return Err(Problem::usage(message).into());
+    }
     let dir = match adapter.is_file() {
         true => adapter.parent().unwrap_or(adapter),
         false => adapter,
@@ -51,10 +60,22 @@ pub(super) fn named_by(adapter: &Path) -> Result<String> {
     let path = dir.join("adapter_config.json");
     let named = match path.is_file() {
         true => read_object(&path)?
-            .get(KEY)
-            .and_then(|v| v.as_str())
+            .iter()
+            .find(|(key, _)| [KEY, OF_MLX].contains(&key.as_str()))
+            .and_then(|(_, value)| value.as_str())
             .map(str::to_owned),
-        false => None,
+        false => {
+            if dir.join("config.json").is_file() {
+                let message = format!(
+                    "`{}` is a model, not an adapter; give it with -m",
+                    adapter.display()
+                );
+                return Err(Problem::usage(message).into());
+            }
+            // What is wrong with it is said by whoever reads it, such as a run that has only checkpoints so far.
+            Adapter::read(adapter)?;
+            None
+        }
     };
     known(named, adapter, &path)
 }

@@ -13,8 +13,10 @@ use monteclora_converters::{Adapter, ConversationSettings, ModelFiles, Problem, 
 use super::{device, weight_type};
 use crate::cli::{ModelArgs, ScoringArgs};
 use crate::data::{Dataset, EncodeOptions, Encoder, RowSchema, Split, splits};
-use crate::eval::calibration::{self, Applicable, Calibration, Circumstances, Draws};
-use crate::eval::{Batching, ChoiceRows, EvalOptions, LengthNormalisation, posterior_draws};
+use crate::eval::calibration::{self, Applicable, Calibration, Circumstances, Draws, Scaling};
+use crate::eval::{
+    Batching, ChoiceRows, EvalOptions, LengthNormalisation, is_at_bound, posterior_draws,
+};
 use crate::hub::{self, Located};
 use crate::model::{ActiveAdapter, Decoder, open_base, read_shape};
 use crate::provenance::{read_fitting, warn_of_conversation};
@@ -188,6 +190,18 @@ impl Opened {
             return Ok(Applicable::default());
         };
         let found = calibration.applicable(&self.circumstances(adapter)?, self.draws);
+        let scalings = [&found.mean, &found.posterior];
+        let at_bound = |scaling: &&Option<Scaling>| {
+            scaling
+                .as_ref()
+                .is_some_and(|scaling| is_at_bound(scaling.temperature))
+        };
+        if scalings.iter().any(at_bound) {
+            tracing::warn!(
+                "`{}` was made on rows that are all answered rightly, or about which confidence says nothing: its probabilities are not to be trusted; calibrate on more rows, some of which the model gets wrong",
+                path.join(calibration::FILE).display()
+            );
+        }
         if let Some(why) = &found.why_not {
             tracing::warn!(
                 "`{}` {why}: it is not used there; `monteclora calibrate` makes another",

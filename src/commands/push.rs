@@ -1,6 +1,6 @@
 //! `push`: uploads an adapter to the Hub, with its model card.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use monteclora_converters::{
@@ -11,11 +11,33 @@ use serde_json::{Value, json};
 use super::{print, print_json};
 use crate::card::{self, Card};
 use crate::cli::PushArgs;
-use crate::hub::{Destination, push, require_repo};
+use crate::hub::{Destination, push, require_repo, require_revision};
 use crate::provenance::require_effect;
+
+/// Refuses a link that leads out of the directory: what it leads to would be published. The Hub's own cache links to its blobs.
+fn require_inside(dir: &Path, name: &str, path: &Path) -> Result<()> {
+    let (Ok(dir), Ok(target)) = (dir.canonicalize(), path.canonicalize()) else {
+        return Ok(());
+    };
+    let is_blob = dir
+        .ancestors()
+        .any(|above| target.parent() == Some(above.join("blobs").as_path()));
+    if target.starts_with(&dir) || is_blob {
+        return Ok(());
+    }
+    let message = format!(
+        "is a link to `{}`, outside of the adapter's directory",
+        target.display()
+    );
+    let fix = "copy the file into the directory if it is to be published, or remove the link";
+    Err(Problem::new("link", format!("`{name}`"), message, fix)
+        .exit(2)
+        .into())
+}
 
 pub(super) fn run(args: &PushArgs) -> Result<()> {
     require_repo(&args.repo)?;
+    require_revision(&args.revision)?;
     if !args.adapter.is_dir() {
         let shown = args.adapter.display();
         bail!(Problem::usage(format!(
@@ -69,6 +91,9 @@ pub(super) fn run(args: &PushArgs) -> Result<()> {
     let mut files: Vec<(String, PathBuf)> = own.chain(carried).collect();
     files.sort();
     files.dedup();
+    for (name, path) in &files {
+        require_inside(&args.adapter, name, path)?;
+    }
     let to = Destination {
         repo: &args.repo,
         revision: &args.revision,

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use self::certainty::{Certainty, Score};
 use self::job::{Form, Job, Paths};
-use super::train::{AFTER_STEP, say_stopping, stop_on_signals};
+use super::train::{AFTER_STEP, end_at_once, say_stopping, stop_on_signals};
 use super::{interrupted, numerical, program, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
@@ -119,7 +119,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let config = RunConfig::from_toml(&text, &paths.run.display().to_string(), &overrides)?;
     let base_of_run = Some(base.clone());
     let prepared = match goes_on {
-        true => Prepared::resumed(config, base_of_run)?,
+        true => Prepared::resumed(config, base_of_run, "auto")?,
         false => Prepared::new(config, base_of_run)?,
     };
     prepared.warn();
@@ -156,18 +156,15 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
         prepared.train.encoder().clone(),
     )?;
     let tickets = Recital::new(&test, MAX_NEW_TOKENS, DECODE_BATCH)?;
-    let unless_interrupted = |when: &str| match interrupt.load(Ordering::SeqCst) {
-        true => Err(stopped(when, args)),
-        false => Ok(()),
-    };
-    say_stopping(" after these answers");
-    unless_interrupted("interrupted after training")?;
+    if interrupt.load(Ordering::SeqCst) {
+        return Err(stopped("interrupted after training", args));
+    }
+    // Nothing of what follows is kept by itself, so that there is no reason to wait for its end.
+    let what = stopped("interrupted; what comes after training begins anew", args);
+    end_at_once(Some(format!("{what:#}")));
     let base_answers = answer(&tickets, "base model", &decoder, &ActiveAdapter::default())?;
-    unless_interrupted("interrupted after the base model's answers")?;
     let mean = ActiveAdapter::from_adapter(&adapter, decoder.config(), decoder.device())?;
     let mean_answers = answer(&tickets, "posterior mean", &decoder, &mean)?;
-    unless_interrupted("interrupted after the posterior mean's answers")?;
-    say_stopping(" after this part");
     let posterior = certainty::assess(
         (&prepared, form),
         (&decoder, &adapter),
@@ -182,7 +179,6 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     })?;
     job.serve_posterior(&paths)?;
     drop(decoder);
-    unless_interrupted("interrupted before the adapter was served")?;
     let answers = out.join("answers.jsonl");
     std::fs::write(&answers, tickets.lines(&base_answers, &mean_answers)?)
         .with_context(|| format!("cannot write `{}`", answers.display()))?;
@@ -289,6 +285,7 @@ fn page(paths: &Paths) -> Result<()> {
         file.server.port = 0;
     }
     let config = super::serve::resolved(&file, "")?;
+    end_at_once(None);
     say_stopping("");
     tracing::info!("loading it into the server");
     serve(&config, None, |address| {

@@ -1,15 +1,19 @@
 //! `report`: writes one self-contained HTML page about a run.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use monteclora_converters::json::read_object;
-use monteclora_converters::{Problem, files};
+use monteclora_converters::{Error, Problem};
+
+use crate::output::write_named;
 use serde_json::Value;
 
 use super::print;
 use crate::cli::ReportArgs;
 use crate::report::{self, RunFiles};
+use crate::tune::StudyPage;
 
 pub(super) fn run(args: &ReportArgs) -> Result<()> {
     let dir = &args.output_dir;
@@ -19,16 +23,41 @@ pub(super) fn run(args: &ReportArgs) -> Result<()> {
             dir.display()
         )));
     }
+    if StudyPage::is_study(dir) {
+        let page = StudyPage::read(dir)?.html()?;
+        return write(args, dir, &page);
+    }
     let dir = &run_in(dir);
     let mut run = RunFiles::read(dir)?;
     run.scores = beside(args.eval.as_deref(), &dir.join("eval.json"))?;
     run.answers = beside(args.answers.as_deref(), &dir.join("answers.json"))?;
     let page = run.html()?;
+    write(args, dir, &page)
+}
+
+fn write(args: &ReportArgs, dir: &Path, page: &str) -> Result<()> {
     let target = args
         .output
         .clone()
         .unwrap_or_else(|| dir.join("report.html"));
-    files::write_text(&target, &page)?;
+    let is_page = |path: &Path| {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        extension.is_some_and(|e| {
+            ["html", "htm"]
+                .iter()
+                .any(|known| e.eq_ignore_ascii_case(known))
+        })
+    };
+    if target.is_file() && !is_page(&target) {
+        bail!(Problem::usage(format!(
+            "-o `{}` is there, and is no page; give a name that ends in .html",
+            target.display()
+        )));
+    }
+    write_named(&target, |writer| {
+        let written = writer.write_all(page.as_bytes());
+        written.map_err(Error::io("write", &target))
+    })?;
     print(&format!("wrote {}; open it in a browser", target.display()))
 }
 

@@ -1,5 +1,6 @@
 //! `train`: fine-tunes a model as run.toml or the command line configures it.
 
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,8 +17,8 @@ use crate::train::{Begin, Event, Interrupt, Prepared, begin, without_file};
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let config = configuration(args)?;
-    let prepared = match args.resume {
-        Some(_) => Prepared::resumed(config, None)?,
+    let prepared = match &args.resume {
+        Some(from) => Prepared::resumed(config, None, from)?,
         None => Prepared::new(config, None)?,
     };
     prepared.warn();
@@ -98,7 +99,7 @@ fn configuration(args: &TrainArgs) -> Result<RunConfig> {
         }
         // The default comes first, so that flags override it.
         keys.insert(0, "train.output_dir=\"out\"".to_owned());
-        return without_file(&keys, args.resume.is_some());
+        return without_file(&keys, args.resume.as_deref());
     };
     Ok(RunConfig::load(file, &keys)?)
 }
@@ -138,6 +139,14 @@ pub(super) const AFTER_STEP: &str = " after this step";
 /// The end of the message for the first signal: when the program stops.
 static AFTER: Mutex<&str> = Mutex::new("");
 
+/// What is said when the first signal ends the process at once, because nothing would be kept of the part that it is in.
+static AT_ONCE: Mutex<Option<String>> = Mutex::new(None);
+
+/// Makes the first signal end the process with `message`; with `None` it is only noted again.
+pub(super) fn end_at_once(message: Option<String>) {
+    *AT_ONCE.lock().unwrap_or_else(PoisonError::into_inner) = message;
+}
+
 /// Sets the end of the message for the first signal.
 pub(super) fn say_stopping(after: &'static str) {
     *AFTER.lock().unwrap_or_else(PoisonError::into_inner) = after;
@@ -150,6 +159,11 @@ pub(super) fn stop_on_signals(after: &'static str) -> Result<Interrupt> {
     let flag: Interrupt = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
     ctrlc::set_handler(move || {
+        if let Some(message) = &*AT_ONCE.lock().unwrap_or_else(PoisonError::into_inner) {
+            // Nothing is left to do if standard error is closed.
+            let _ = writeln!(std::io::stderr(), "error: {message}");
+            std::process::exit(130);
+        }
         if seen.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }

@@ -45,7 +45,7 @@ impl LoraConfig {
     pub fn method(&self) -> anyhow::Result<Arc<dyn Method>> {
         let section = serde_json::to_value(self)?;
         let kind = methods::find(self.method.0)?;
-        Ok((kind.new)(&section[kind.name])?)
+        Ok((kind.new)(&section[kind.section().as_str()])?)
     }
 }
 

@@ -6,6 +6,7 @@ use std::{
 };
 
 use monteclora_adapters::methods::monteclora::{self, MonteCloraConfig, Objective, Preset};
+use monteclora_adapters::methods::{AdaLoraConfig, SaraConfig, SecondOrderConfig, SsfConfig};
 use monteclora_converters::jinja::FIXED;
 use monteclora_converters::{Problem, Problems};
 use toml::Table;
@@ -87,6 +88,10 @@ fn schema() -> Schema {
         ("data", field_names::<DataConfig>()),
         ("lora", field_names::<LoraConfig>()),
         ("lora.monteclora", field_names::<MonteCloraConfig>()),
+        ("lora.adalora", field_names::<AdaLoraConfig>()),
+        ("lora.ssf", field_names::<SsfConfig>()),
+        ("lora.sara", field_names::<SaraConfig>()),
+        ("lora.second_order", field_names::<SecondOrderConfig>()),
         ("train", field_names::<TrainConfig>()),
         ("eval", field_names::<EvalConfig>()),
     ]
@@ -278,12 +283,53 @@ fn lora(document: &mut Document, config: &mut LoraConfig) {
             config.monteclora = Some(posterior.clone().of_evidence(config.r));
         }
     }
+    other_ranges(document, config);
     if config.method != Method(monteclora::KIND.name) {
         config.monteclora = None;
     }
+    let is = |name: &str| config.method.0 == name;
+    let keeps = ["adalora", "ssf", "sara", "second-order"].map(is);
+    let [adalora, ssf, sara, second_order] = keeps;
+    config.adalora.take_if(|_| !adalora);
+    config.ssf.take_if(|_| !ssf);
+    config.sara.take_if(|_| !sara);
+    config.second_order.take_if(|_| !second_order);
     if config.init_from.is_some() {
         let given = SHAPE_KEYS.iter().filter(|key| document.is_given(key));
         config.given = given.map(|key| (*key).to_owned()).collect();
+    }
+}
+
+/// The ranges of the sections of AdaLoRA, SaRA and second-order selection.
+fn other_ranges(document: &mut Document, config: &LoraConfig) {
+    if let Some(adalora) = &config.adalora {
+        let key = |name: &str| format!("lora.adalora.{name}");
+        document.count(&key("target_r"), 1, adalora.target_r as u64);
+        document.count(&key("delta_t"), 1, adalora.delta_t);
+        for (name, beta) in [("beta1", adalora.beta1), ("beta2", adalora.beta2)] {
+            document.below_one(&key(name), beta);
+        }
+        document.not_negative(&key("orth_reg_weight"), adalora.orth_reg_weight);
+    }
+    let fractions = [
+        (
+            "lora.sara.fraction",
+            config.sara.as_ref().map(|s| s.fraction),
+        ),
+        (
+            "lora.second_order.fraction",
+            config.second_order.as_ref().map(|s| s.fraction),
+        ),
+    ];
+    for (key, fraction) in fractions {
+        if let Some(fraction) = fraction {
+            document.above_zero(key, fraction);
+            document.share(key, fraction);
+        }
+    }
+    if let Some(sara) = &config.sara {
+        document.not_negative("lora.sara.rank_weight", sara.rank_weight);
+        document.share("lora.sara.reselect_at", sara.reselect_at);
     }
 }
 

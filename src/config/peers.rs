@@ -101,7 +101,7 @@ const KEYS: [(&[&str], &str); 28] = [
     ),
     (
         &["use_dora", "use_dora_qlora", "fine_tune_type"],
-        "DoRA is not supported; leave it out, or write `use_rslora` in [lora] for the scaling of rsLoRA",
+        "write `method` in [lora], with the value \"dora\"; `merge` writes the result, since no plain LoRA holds it",
     ),
     (
         &[

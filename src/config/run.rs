@@ -6,6 +6,7 @@ use std::sync::LazyLock;
 use indexmap::IndexMap;
 use monteclora_adapters::methods::METHODS;
 use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Preset};
+use monteclora_adapters::methods::{AdaLoraConfig, SaraConfig, SecondOrderConfig, SsfConfig};
 use monteclora_adapters::weights::{KINDS, Kind};
 use monteclora_converters::Problem;
 use serde::de::Error;
@@ -348,6 +349,18 @@ section! {
         pub use_rslora: bool = false,
         /// `[lora.monteclora]`; `None` for the other methods, whose files may keep the section.
         pub monteclora: Option<MonteCloraConfig> = Some(MonteCloraConfig::default()),
+        /// `[lora.adalora]`; `None` for the other methods.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub adalora: Option<AdaLoraConfig> = Some(AdaLoraConfig::default()),
+        /// `[lora.ssf]`; `None` for the other methods.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub ssf: Option<SsfConfig> = Some(SsfConfig::default()),
+        /// `[lora.sara]`; `None` for the other methods.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub sara: Option<SaraConfig> = Some(SaraConfig::default()),
+        /// `[lora.second_order]`; `None` for the other methods.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub second_order: Option<SecondOrderConfig> = Some(SecondOrderConfig::default()),
     }
 }
 

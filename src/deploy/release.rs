@@ -118,7 +118,8 @@ impl Release {
             // above.
             let nothing = json!({});
             files::write_json(&dir.join(RECORD), self.record.as_ref().unwrap_or(&nothing))?;
-            if self.as_it_is {
+            let is_low_rank = self.adapter.sites.iter().all(|site| site.beyond.is_none());
+            if self.as_it_is || !is_low_rank {
                 self.adapter.write_peft(dir, true)?;
             } else {
                 let options = LoraOptions {

@@ -58,7 +58,7 @@ fn answers_needed(target_error: f64, alpha: f64) -> usize {
 
 /// The least number of rows that [`choose`] needs for `target_error`.
 pub fn rows_needed(target_error: f64) -> usize {
-    2 * answers_needed(target_error, CHOICE)
+    answers_needed(target_error, CHOICE).saturating_mul(2)
 }
 
 /// Checks that there are at least [`rows_needed`] rows.

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use base64::Engine;
@@ -102,7 +103,7 @@ pub fn push(files: &[(String, PathBuf)], to: &Destination<'_>) -> Result<Pushed>
         lines.push(value);
     }
     let body: String = lines.iter().map(|line| format!("{line}\n")).collect();
-    let path = format!("/api/models/{repo}/commit/{}", to.revision);
+    let path = format!("/api/models/{repo}/commit/{}", encoded(to.revision));
     let request = api.post(&path).set("content-type", "application/x-ndjson");
     let answer = api.read(request.send_string(&body), "commit")?;
     let text = |key: &str| answer[key].as_str().unwrap_or_default().to_owned();
@@ -139,7 +140,11 @@ impl Api {
             .filter(|url| !url.is_empty());
         let endpoint = endpoint.unwrap_or_else(|| "https://huggingface.co".to_owned());
         Ok(Self {
-            agent: ureq::AgentBuilder::new().build(),
+            agent: ureq::AgentBuilder::new()
+                .timeout_connect(CONNECT)
+                .timeout_read(ANSWER)
+                .timeout_write(ANSWER)
+                .build(),
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             token,
         })
@@ -185,7 +190,7 @@ impl Api {
                 json!({"path": file.name, "size": file.size, "sample": STANDARD.encode(sample)}),
             );
         }
-        let path = format!("/api/models/{repo}/preupload/{revision}");
+        let path = format!("/api/models/{repo}/preupload/{}", encoded(revision));
         let asked = json!({"files": asked});
         let answer = self.read(self.post(&path).send_json(asked), "upload")?;
         let told = answer["files"].as_array().cloned().unwrap_or_default();
@@ -305,6 +310,31 @@ fn sha256(path: &Path) -> Result<String> {
     let mut digest = Sha256::new();
     std::io::copy(&mut file, &mut digest).with_context(|| unreadable(path))?;
     Ok(format!("{:x}", digest.finalize()))
+}
+
+/// How long a connection may take, and how long the Hub may be silent.
+const CONNECT: Duration = Duration::from_secs(30);
+const ANSWER: Duration = Duration::from_secs(120);
+
+/// Refuses a name that no branch has.
+///
+/// # Errors
+/// Returns an error that says what a name may hold.
+pub fn require_revision(revision: &str) -> Result<()> {
+    let known = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+    let parts = |part: &str| !part.is_empty() && part != "." && part != "..";
+    if revision.chars().all(known) && revision.split('/').all(parts) {
+        return Ok(());
+    }
+    let message = format!(
+        "--revision {revision:?}: expected the name of a branch, of letters, digits, `-`, `_`, `.` and `/`"
+    );
+    Err(Problem::usage(message).into())
+}
+
+/// A branch as a part of an address: what [`require_revision`] allows, with `/` encoded.
+fn encoded(revision: &str) -> String {
+    revision.replace('/', "%2F")
 }
 
 /// Refuses a name that cannot be that of a repository.

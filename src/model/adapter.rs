@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use monteclora_adapters::methods::{DoraUpdate, ScaleShift, SparseUpdate};
 use monteclora_adapters::{LowRank, Update};
-use monteclora_converters::Problem;
 use monteclora_converters::architecture::{ModelShape, Module};
+use monteclora_converters::{Beyond, Problem, places};
 
 use monteclora_adapters::Result;
 
@@ -44,7 +45,10 @@ impl ActiveAdapter {
         config: &ModelShape,
         device: &Device,
     ) -> Result<Self> {
-        Ok(Self::new(low_rank(adapter, config, device)?))
+        let modules = updates(adapter, config, device)?.into_iter();
+        Ok(Self::new(modules.filter_map(|(id, update)| {
+            Some((id, update?.into_update()))
+        })))
     }
 
     /// A posterior draw of the adapter that `mean` comes from. Draws differ only in A, so all of them share the B of
@@ -55,13 +59,18 @@ impl ActiveAdapter {
         config: &ModelShape,
         device: &Device,
     ) -> Result<Self> {
-        let mut modules = low_rank(drawn, config, device)?;
-        for (id, low_rank) in &mut modules {
-            if let Some([_, b]) = mean.get(*id).map(Update::factors).as_deref() {
+        let mut modules = updates(drawn, config, device)?;
+        for (id, update) in &mut modules {
+            if let Some(Loaded::LowRank(low_rank)) = update
+                && let Some([_, b]) = mean.get(*id).map(Update::factors).as_deref()
+            {
                 low_rank.b = Tensor::clone(b);
             }
         }
-        Ok(Self::new(modules))
+        let modules = modules.into_iter();
+        Ok(Self::new(modules.filter_map(|(id, update)| {
+            Some((id, update?.into_update()))
+        })))
     }
 
     /// The update of a module.
@@ -70,13 +79,28 @@ impl ActiveAdapter {
     }
 }
 
+/// The update of a module as a file has it.
+enum Loaded {
+    LowRank(LowRank),
+    Other(Arc<dyn Update>),
+}
+
+impl Loaded {
+    fn into_update(self) -> Arc<dyn Update> {
+        match self {
+            Self::LowRank(low_rank) => Arc::new(low_rank),
+            Self::Other(update) => update,
+        }
+    }
+}
+
 /// The low-rank matrices of `adapter` on `device`, per module. It is an error if a module does not exist in the base
 /// model or has another shape there.
-fn low_rank(
+fn updates(
     adapter: &monteclora_converters::Adapter,
     config: &ModelShape,
     device: &Device,
-) -> Result<BTreeMap<ModuleId, LowRank>> {
+) -> Result<BTreeMap<ModuleId, Option<Loaded>>> {
     let known: BTreeMap<String, (ModuleId, Module)> = ModuleId::all(config)
         .map(|(id, module)| (module.name.clone(), (id, module)))
         .collect();
@@ -111,12 +135,34 @@ fn low_rank(
             let cpu = Tensor::from_vec(values.to_f32()?, values.shape(), &Device::Cpu)?;
             Ok(cpu.to_device(device)?)
         };
-        let low_rank = LowRank {
-            a: tensor(&site.lora_a)?,
-            b: tensor(&site.lora_b)?,
-            scaling: site.scaling,
+        let low_rank = || -> Result<LowRank> {
+            Ok(LowRank {
+                a: tensor(&site.lora_a)?,
+                b: tensor(&site.lora_b)?,
+                scaling: site.scaling,
+            })
         };
-        modules.insert(*id, low_rank);
+        let update = match &site.beyond {
+            None if site.rank == 0 => None,
+            None => Some(Loaded::LowRank(low_rank()?)),
+            Some(Beyond::Magnitude(magnitude)) => {
+                let update = DoraUpdate::new(low_rank()?, tensor(magnitude)?, None);
+                Some(Loaded::Other(Arc::new(update)))
+            }
+            Some(Beyond::Scale { scale, shift }) => {
+                let shift = shift.as_ref().map(tensor).transpose()?;
+                let scale = tensor(scale)?;
+                Some(Loaded::Other(Arc::new(ScaleShift { scale, shift })))
+            }
+            Some(Beyond::Sparse { indices, values }) => {
+                let places = places(indices, &site.name)?.into_iter();
+                let shape = [site.out_features(), site.in_features()];
+                let places = places.map(|place| place as usize).collect();
+                let update = SparseUpdate::new(shape, places, tensor(values)?);
+                Some(Loaded::Other(Arc::new(update)))
+            }
+        };
+        modules.insert(*id, update);
     }
     if problems.is_empty() {
         Ok(modules)

@@ -1,15 +1,16 @@
 //! The whole decoder: hidden states, logits, and the task loss with the gradients of the active adapter.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::Precision;
 use monteclora_adapters::noise::{Key, Purpose};
-use monteclora_adapters::weights::{AUTO, Kind};
+use monteclora_adapters::weights::{AUTO, Kind, Weight};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
 
-use super::adapter::{ActiveAdapter, AdapterGradients};
+use super::adapter::{ActiveAdapter, AdapterGradients, ModuleId};
 use super::block::{Block, Kept};
 use super::generate::LayerCache;
 use super::load;
@@ -168,6 +169,16 @@ impl Decoder {
     pub fn random(dir: &Path, device: &Device, weights: &'static Kind, seed: u64) -> Result<Self> {
         let config = read_shape(dir)?;
         load::decoder(config, dir, load::Source::Random(seed), device, weights)
+    }
+
+    /// The frozen weight of a module, `[out, in]`; `None` for a module that carries no update.
+    pub fn weight(&self, id: ModuleId) -> Option<Arc<dyn Weight>> {
+        if id == self.head.id {
+            return Some(self.head.linear.shared_weight());
+        }
+        let mut projections = self.blocks.iter().flat_map(Block::projections);
+        let found = projections.find(|projection| projection.id == id)?;
+        Some(found.linear.shared_weight())
     }
 
     /// Computes the products with frozen weights in `precision`, forward and backward.

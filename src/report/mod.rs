@@ -106,7 +106,7 @@ fn date_of(path: &Path) -> Option<String> {
 }
 
 /// Renders `template` with `values` and the style that all pages share.
-fn lay_out(template: &str, values: Text) -> Result<String> {
+pub(crate) fn lay_out(template: &str, values: Text) -> Result<String> {
     let mut environment = Environment::new();
     let style = include_str!("style.css").to_owned();
     environment.add_global("style", Text::from_safe_string(style));

@@ -199,7 +199,7 @@ fn figures(history: &History) -> Vec<Figure> {
     };
     let loss = vec![line("training", 1, "task_loss"), valid];
     let is_wide = spans_decades(&loss);
-    let charts: [(&str, &str, bool, Vec<Series>); 7] = [
+    let charts: [(&str, &str, bool, Vec<Series>); 8] = [
         (
             "Loss",
             "Negative log-likelihood per trained token, in nats. If the validation loss rises while the training loss falls, the run overfits.",
@@ -223,6 +223,12 @@ fn figures(history: &History) -> Vec<Figure> {
             "The noise on A: the mean over the sites. A line that rises shows a posterior that grows wider.",
             true,
             reported(methods::Chart::Posterior),
+        ),
+        (
+            "Rank",
+            "Rank per module: the mean number of singular values that are not pruned.",
+            true,
+            reported(methods::Chart::Rank),
         ),
         (
             "Learning rate",

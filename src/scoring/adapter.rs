@@ -2,7 +2,7 @@
 
 use mistralrs_monteclora::{ScoredAdapter, ScoredBase};
 use monteclora_converters::jinja::recorded_variables;
-use monteclora_converters::{Adapter, ModelFiles};
+use monteclora_converters::{Adapter, Beyond, ModelFiles};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -137,7 +137,17 @@ impl ReadAdapter {
         let (a, b) = sites.fold((0, 0), |(a, b), site| {
             (a + site.lora_a.n_elements(), b + site.lora_b.n_elements())
         });
-        let mean = 4 * (a + b) as u64;
+        let mut mean = 4 * (a + b) as u64;
+        for site in &self.adapter.sites {
+            // Single entries are held as a whole matrix.
+            mean += match &site.beyond {
+                Some(Beyond::Sparse { .. }) => {
+                    4 * site.in_features() as u64 * site.out_features() as u64
+                }
+                Some(_) => 8 * site.out_features() as u64,
+                None => 0,
+            };
+        }
         if !self.has_posterior() {
             return mean;
         }

@@ -7,14 +7,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use monteclora_adapters::methods::{Storage, Value};
+use monteclora_adapters::methods::{Group, Storage, Value};
 use monteclora_converters::{
     self as formats, Adapter, AdapterConfig, Problem, SafetensorsFile, files,
 };
 use serde::{Deserialize, Serialize};
 
 use super::identity::{Drift, Identity};
-use super::optimizer::AdamW;
+use super::optimizer::{AdamW, no_moments};
 use super::progress::Progress;
 use super::state::AdapterState;
 
@@ -270,8 +270,10 @@ fn write_moments(path: &Path, at: &Checkpoint) -> Result<()> {
                 tensors.push((format!("{}.{}.{leaf}", owner.name, parameter.name), tensor));
                 Ok(())
             };
-            push(MOMENTS[0], m)?;
-            push(MOMENTS[1], v)?;
+            if parameter.group != Group::State {
+                push(MOMENTS[0], m)?;
+                push(MOMENTS[1], v)?;
+            }
             if parameter.peft.is_none() {
                 push(VALUE, value)?;
             }
@@ -317,7 +319,10 @@ fn read_moments(
                     }
                 })
             };
-            of_owner.push((read(MOMENTS[0])?, read(MOMENTS[1])?));
+            of_owner.push(match parameter.group {
+                Group::State => no_moments(),
+                _ => (read(MOMENTS[0])?, read(MOMENTS[1])?),
+            });
             if parameter.peft.is_none() {
                 *value = read(VALUE)?;
             }

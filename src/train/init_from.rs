@@ -1,10 +1,14 @@
 //! Starts a run from an existing adapter. The run has the adapter's shape, and keys of run.toml that contradict it are
 //! errors.
 
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Objective};
+use monteclora_adapters::methods::{Method, Module};
 use monteclora_converters::{
-    Adapter, AdapterConfig, LinearModule, ModelFiles, MonteCloraSettings, Problem,
+    Adapter, AdapterConfig, Beyond, LinearModule, ModelFiles, MonteCloraSettings, PeftType,
+    Problem, Site,
 };
 
 use crate::config::LoraConfig;
@@ -24,7 +28,12 @@ pub(super) fn read(
     let Some(dir) = lora.init_from.clone() else {
         return Ok(None);
     };
-    let adapter = read_fitting(&dir, files)?;
+    let mut adapter = read_fitting(&dir, files)?;
+    if adapter.config.peft_type == PeftType::AdaLora {
+        // Its singular values are multiplied into A.
+        adapter = adapter.collapse();
+    }
+    require_method(&lora.method()?, &adapter)?;
     if let Some(site) = adapter
         .sites
         .iter()
@@ -74,6 +83,38 @@ pub(super) fn read(
         ..adapter.config.clone()
     };
     Ok(Some(adapter))
+}
+
+/// Refuses an adapter that the method cannot go on with.
+fn require_method(method: &Arc<dyn Method>, adapter: &Adapter) -> Result<()> {
+    let name = method.kind().name;
+    let goes_on = |site: &Site| {
+        let module = Module {
+            has_bias: matches!(site.beyond, Some(Beyond::Scale { shift: Some(_), .. })),
+            ..Module::from(site)
+        };
+        let parameters = method.parameters(&module);
+        let reads = |leaf: &str| parameters.iter().any(|p| p.peft == Some(leaf));
+        let beyond = site
+            .beyond
+            .as_ref()
+            .map(Beyond::tensors)
+            .unwrap_or_default();
+        // A magnitude is not that of the weight once B is not zero.
+        let lacks = beyond.is_empty() && reads("lora_magnitude_vector");
+        beyond.iter().all(|(leaf, _)| reads(leaf))
+            && (site.rank == 0 || reads("lora_A.weight"))
+            && !lacks
+    };
+    if !adapter.sites.iter().all(goes_on) {
+        let message = format!(
+            "lora.init_from: method \"{name}\" cannot go on with an adapter of the form {}",
+            adapter.format
+        );
+        let fix = "merge it into its base (`monteclora merge`) and train on the result, or choose the method that made it";
+        bail!(Problem::new("init-from", "lora.init_from", message, fix).exit(2));
+    }
+    Ok(())
 }
 
 /// One line for every given key of shape or targets that differs from the adapter.

@@ -1,6 +1,6 @@
 //! Estimates the peak resident memory of a run on a CPU, from its structure, before it starts.
 
-use monteclora_adapters::methods::{Method, Module, Storage};
+use monteclora_adapters::methods::{Group, Method, Module, Storage};
 use monteclora_converters::architecture::{ModelShape, NormPlace};
 use serde::Serialize;
 
@@ -102,7 +102,10 @@ impl MemoryEstimate {
         let sites = inputs.sites.iter();
         let ranks: u64 = sites
             .filter(|module| module.name.contains(".layers."))
-            .map(|module| module.rank + usize::from(inputs.dropout) * module.in_features)
+            .map(|module| {
+                let dropped = usize::from(inputs.dropout) * module.in_features;
+                inputs.method.kept_values(module) + dropped
+            })
             .sum::<usize>() as u64;
         let behind = model.family.norms.iter().map(|norm| match norm.place {
             NormPlace::BeforeAttention | NormPlace::BeforeFeedForward => 0,
@@ -128,8 +131,11 @@ impl MemoryEstimate {
                 .map(|module| {
                     let parameters = inputs.method.parameters(module);
                     let tensors = parameters.iter().filter(|p| p.storage == Storage::Tensor);
-                    let n_values: usize = tensors.map(|p| p.n_values()).sum();
-                    (5 * n_values + inputs.method.working_values(module)) as u64
+                    let held = tensors.map(|p| match p.group {
+                        Group::State => p.n_values(),
+                        _ => 5 * p.n_values(),
+                    });
+                    (held.sum::<usize>() + inputs.method.working_values(module)) as u64
                 })
                 .sum::<u64>();
         let weights = inputs.weights;
@@ -189,6 +195,9 @@ mod tests {
                 out_features: module.out_features,
                 rank: 4,
                 alpha: 8.0,
+                has_bias: false,
+                attention: None,
+                frozen: None,
                 scaling: 2.0,
             })
             .collect();

@@ -39,7 +39,7 @@ pub use schedule::Schedule;
 pub use settings::TrainSettings;
 pub use start::{Begin, Start, begin};
 pub use state::{AdapterState, DrawnAdapter, Gradients, modules};
-pub use suggest::{Decided, Suggestion, toml_text, without_file};
+pub use suggest::{Decided, Suggestion, record_of, toml_text, without_file};
 
 /// The error for a file of a run that cannot be read or written.
 fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> Error {

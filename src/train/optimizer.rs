@@ -32,6 +32,11 @@ struct Update<'a> {
     weight_decay: f64,
 }
 
+/// The moments of what the optimiser does not move.
+pub(super) fn no_moments() -> Moments {
+    (Value::Vector(Vec::new()), Value::Vector(Vec::new()))
+}
+
 impl AdamW {
     /// Zero moments for `state`.
     pub fn new(state: &AdapterState) -> Result<Self> {
@@ -39,7 +44,15 @@ impl AdamW {
         let moments = state
             .owners
             .iter()
-            .map(|owner| owner.values.iter().map(zeros).collect())
+            .map(|owner| {
+                let values = owner.parameters.iter().zip(&owner.values);
+                values
+                    .map(|(parameter, value)| match parameter.group {
+                        Group::State => Ok(no_moments()),
+                        _ => zeros(value),
+                    })
+                    .collect()
+            })
             .collect::<Result<_>>()?;
         Ok(Self { step: 0, moments })
     }
@@ -65,8 +78,12 @@ impl AdamW {
             weight_decay: settings.weight_decay,
         };
         let update = |group| match group {
-            Group::Frozen | Group::Own => None,
+            Group::Frozen | Group::Own | Group::State => None,
             Group::Weight => Some(weight),
+            Group::Unpenalised => Some(Update {
+                weight_decay: 0.0,
+                ..weight
+            }),
             Group::Output => Some(Update {
                 learning_rate: learning_rate * settings.loraplus_lr_ratio,
                 ..weight
@@ -171,7 +188,8 @@ pub fn clip(gradients: &mut Gradients, owners: &[Owner], max_norm: f64) -> Resul
         .zip(owners)
         .map(|(gradients, owner)| {
             let all = owner.parameters.iter().zip(gradients);
-            let clipped = all.filter(|(parameter, _)| parameter.group != Group::Own);
+            let skipped = [Group::Own, Group::State];
+            let clipped = all.filter(|(parameter, _)| !skipped.contains(&parameter.group));
             Owner::sum_of_squares(clipped.map(|(_, gradient)| gradient))
         })
         .collect::<Result<Vec<f64>>>()?;

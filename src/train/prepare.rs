@@ -17,6 +17,8 @@ use monteclora_converters::{
 };
 
 use super::record::template_time;
+use super::state::modules as modules_of;
+use super::suggest::record_of;
 use super::{
     Event, Identity, Interrupt, Outcome, Start, TrainSettings, Trainer, checkpoints, init_from,
 };
@@ -82,8 +84,8 @@ impl Prepared {
     ///
     /// # Errors
     /// As [`Self::new`].
-    pub fn resumed(run: RunConfig, base: Option<Located>) -> Result<Self> {
-        let first = template_time(&run.train.output_dir.join("run.json"));
+    pub fn resumed(run: RunConfig, base: Option<Located>, from: &str) -> Result<Self> {
+        let first = template_time(&record_of(from, &run.train.output_dir));
         Self::at_time(run, base, first.unwrap_or_else(SystemTime::now))
     }
 
@@ -169,9 +171,15 @@ impl Prepared {
                 ("data.valid", valid.as_ref().map(Dataset::sha256).as_deref()),
             ],
         );
+        let method = run.lora.method()?;
+        let total_steps = settings.total_steps(&train);
+        method.configure(&mut adapter_config, total_steps);
+        let described = modules_of(&adapter_config, &sites, &model_config)?;
+        let described: Vec<_> = described.into_iter().map(|(_, module)| module).collect();
+        method.check(&described)?;
         Ok(Self {
-            method: run.lora.method()?,
-            total_steps: settings.total_steps(&train),
+            method,
+            total_steps,
             identity,
             fingerprint,
             sample,
@@ -245,7 +253,10 @@ impl Prepared {
             self.train.len(),
             self.total_steps
         );
-        let outcome = trainer.run(start.from, on_event).inspect_err(|_| {
+        let mut from = start.from;
+        let is_new = from.progress.step == 0;
+        from.state.attach(&decoder, is_new, self.run.seed)?;
+        let outcome = trainer.run(from, on_event).inspect_err(|_| {
             if let Ok(Some((_, last))) = checkpoints(output_dir).map(|mut all| all.pop()) {
                 tracing::warn!(
                     "the last checkpoint, `{}`, is intact; --resume auto continues from it",

@@ -348,7 +348,8 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             trained_tokens,
             epoch_tokens,
         };
-        method.after_step(&mut state.owners, &unclipped, made)?;
+        let modules = state.described();
+        method.after_step(&modules, &mut state.owners, &unclipped, made)?;
         let names = audit::non_finite(state, |idx| &state.owners[idx].values)?;
         if !names.is_empty() {
             return Err(refuse("a weight", names));

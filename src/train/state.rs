@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use monteclora_adapters::Update;
-use monteclora_adapters::methods::{self, Drawn, Method, Module, Owner, Value, Weighting};
+use monteclora_adapters::methods::{self, Drawn, Frozen, Method, Module, Owner, Value, Weighting};
 use monteclora_adapters::noise::{Key, Noise};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, AdapterConfig, Problem, Site};
 use rayon::prelude::*;
 
-use crate::model::{ActiveAdapter, AdapterGradients, ModuleId};
+use crate::model::{ActiveAdapter, AdapterGradients, Decoder, ModuleId};
 
 /// The trainable adapter.
 #[derive(Debug, Clone)]
@@ -45,16 +45,19 @@ pub fn modules(
     ModuleId::all(model)
         .filter(|(_, module)| names.contains(&module.name))
         .map(|(id, module)| {
-            let name = module.name;
-            let module = Module {
+            let name = module.name.clone();
+            let adapted = Module {
                 in_features: module.in_features,
                 out_features: module.out_features,
                 rank: config.rank_for(&name)?,
                 alpha: config.alpha_for(&name)?,
                 scaling: config.scaling_for(&name)?,
+                has_bias: false,
+                attention: None,
+                frozen: None,
                 name,
             };
-            Ok((id, module))
+            Ok((id, adapted.of_model(&module, model)))
         })
         .collect()
 }
@@ -85,7 +88,7 @@ impl AdapterState {
         let modules = ModuleId::all(model)
             .filter_map(|(id, module)| {
                 let site = adapter.sites.iter().find(|site| site.name == module.name)?;
-                Some((id, Module::from(site)))
+                Some((id, Module::from(site).of_model(&module, model)))
             })
             .collect();
         Self::new(method, modules, &adapter.sites, seed, device)
@@ -111,6 +114,39 @@ impl AdapterState {
             modules,
             owners,
         })
+    }
+
+    /// Gives the modules their frozen weights. A new adapter gets the initial values that follow from them.
+    ///
+    /// # Errors
+    /// As [`methods::complete`].
+    pub fn attach(&mut self, decoder: &Decoder, is_new: bool, seed: u64) -> Result<()> {
+        if !self.method.needs_base() {
+            return Ok(());
+        }
+        for (id, module) in &mut self.modules {
+            module.frozen = decoder.weight(*id).map(Frozen);
+        }
+        if is_new {
+            let modules = self.described();
+            let device = decoder.device();
+            methods::complete(
+                self.method.as_ref(),
+                &modules,
+                &mut self.owners,
+                seed,
+                device,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The adapted modules, without their places.
+    pub fn described(&self) -> Vec<Module> {
+        self.modules
+            .iter()
+            .map(|(_, module)| module.clone())
+            .collect()
     }
 
     /// Number of values, including those that the method does not train.

@@ -1,6 +1,6 @@
 //! Settings that suit a data file and a machine: what `init` writes, and what `train` takes where no file says anything.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde::Serialize;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::Prepared;
 use super::memory::{MemoryEstimate, MemoryInputs};
 use crate::config::RunConfig;
-use crate::data::{BatchOptions, Overlong};
+use crate::data::{BatchOptions, Dataset, Overlong};
 use crate::hub::{self, HubOptions};
 use crate::model::read_shape;
 use crate::system::available_memory_bytes;
@@ -28,6 +28,7 @@ const BATCH: &str = "train.per_device_train_batch_size";
 const ACCUMULATION: &str = "train.gradient_accumulation_steps";
 const CHECKPOINTING: &str = "train.gradient_checkpointing";
 const EPOCHS: &str = "train.num_train_epochs";
+const STEPS: &str = "train.max_steps";
 
 /// What the user has decided already. The rest of a [`Suggestion`] is made to suit.
 #[derive(Debug, Clone, Copy, Default)]
@@ -66,22 +67,26 @@ impl Suggestion {
     /// As [`Prepared::modules`].
     pub fn new(prepared: &Prepared, limit: usize, decided: Decided) -> Result<Self> {
         let stats = prepared.train.stats();
+        // The limit holds for validation rows, too.
+        let valid = prepared.valid.as_ref().map(Dataset::stats);
+        let n_dropped = stats.n_dropped + valid.map_or(0, |stats| stats.n_dropped);
+        let most = valid
+            .map_or(0, |stats| stats.tokens.max)
+            .max(stats.tokens.max);
         let mut notes = Vec::new();
-        if stats.n_dropped > 0 {
+        if n_dropped > 0 {
             notes.push(format!(
-                "{} examples are longer than the model's {limit} tokens and will be dropped",
-                stats.n_dropped
+                "{n_dropped} examples are longer than the model's {limit} tokens and will be dropped"
             ));
         }
-        let capped = stats.tokens.max > LONGEST;
+        let capped = most > LONGEST;
         if capped {
             notes.push(format!(
-            "the longest example has {} tokens; max_seq_length is set to {LONGEST} and longer ones are dropped",
-            stats.tokens.max
+            "the longest example has {most} tokens; max_seq_length is set to {LONGEST} and longer ones are dropped"
         ));
         }
         // The next multiple of 64, so that slightly longer rows still fit.
-        let longest = stats.tokens.max.min(LONGEST);
+        let longest = most.min(LONGEST);
         let longest = longest.next_multiple_of(64).min(limit);
         let tokens = stats.tokens.total as usize;
         let mean = tokens.div_ceil(stats.n_examples.max(1));
@@ -118,13 +123,13 @@ impl Suggestion {
             notes.push("by the estimate this will not fit into the available memory; --dry-run tells what to change".to_owned());
         }
         let steps_an_epoch = if packing {
-            tokens.div_ceil(longest * wanted)
+            tokens.div_ceil(longest.saturating_mul(wanted))
         } else {
             stats.n_examples.div_ceil(wanted)
         };
         Ok(Self {
             max_seq_length: longest,
-            overlong: if capped || stats.n_dropped > 0 {
+            overlong: if capped || n_dropped > 0 {
                 Overlong::Drop
             } else {
                 Overlong::Error
@@ -159,11 +164,7 @@ impl Suggestion {
                 toml_text(self.checkpointing),
                 any(&[CHECKPOINTING]),
             ),
-            (
-                EPOCHS,
-                toml_text(self.epochs),
-                any(&[EPOCHS, "train.max_steps"]),
-            ),
+            (EPOCHS, toml_text(self.epochs), any(&[EPOCHS, STEPS])),
         ];
         let all = all.into_iter().filter(|(_, _, decided)| !decided);
         all.map(|(key, value, _)| format!("{key}={value}"))
@@ -183,17 +184,16 @@ pub fn toml_text(value: impl Serialize) -> String {
 ///
 /// # Errors
 /// As [`RunConfig::from_toml`] and [`Prepared::new`].
-pub fn without_file(overrides: &[String], resumed: bool) -> Result<RunConfig> {
+pub fn without_file(overrides: &[String], resumed: Option<&str>) -> Result<RunConfig> {
     const SOURCE: &str = "the command line";
     let given: Vec<&str> = overrides
         .iter()
         .filter_map(|entry| Some(entry.split_once('=')?.0.trim()))
         .collect();
     let asked = RunConfig::from_toml("", SOURCE, overrides)?;
-    let earlier = match resumed {
-        true => recorded(&asked.train.output_dir, &given),
-        false => None,
-    };
+    let record = resumed.map(|from| record_of(from, &asked.train.output_dir));
+    let earlier = record.and_then(|record| recorded(&record, &given));
+    let goes_on = earlier.is_some();
     let settings = match earlier {
         Some(settings) => settings,
         None => suggested(&asked, &given, overrides)?,
@@ -202,7 +202,7 @@ pub fn without_file(overrides: &[String], resumed: bool) -> Result<RunConfig> {
     all.extend(overrides.iter().cloned());
     let run = RunConfig::from_toml("", SOURCE, &all)?;
     if !settings.is_empty() {
-        let what = match resumed {
+        let what = match goes_on {
             true => "of this run",
             false => "chosen for these rows and this machine",
         };
@@ -246,9 +246,16 @@ fn suggested(asked: &RunConfig, given: &[&str], overrides: &[String]) -> Result<
     Ok(suggestion.settings(given))
 }
 
-/// The values that the run in `output_dir` was begun with, of the keys that are suggested and not `given`.
-fn recorded(output_dir: &Path, given: &[&str]) -> Option<Vec<String>> {
-    let text = std::fs::read(output_dir.join("run.json")).ok()?;
+/// The run.json of a run that `--resume` continues: beside the checkpoint that it names, or in the output directory.
+pub fn record_of(resume: &str, output_dir: &Path) -> PathBuf {
+    let named = Path::new(resume).parent().map(|dir| dir.join("run.json"));
+    let named = named.filter(|path| resume != "auto" && path.is_file());
+    named.unwrap_or_else(|| output_dir.join("run.json"))
+}
+
+/// The values that the run of `record` was begun with, of the keys that are suggested and not `given`, and its length.
+fn recorded(record: &Path, given: &[&str]) -> Option<Vec<String>> {
+    let text = std::fs::read(record).ok()?;
     let record: Value = serde_json::from_slice(&text).ok()?;
     let keys = [
         LENGTH,
@@ -258,13 +265,15 @@ fn recorded(output_dir: &Path, given: &[&str]) -> Option<Vec<String>> {
         ACCUMULATION,
         CHECKPOINTING,
         EPOCHS,
+        STEPS,
     ];
     let value = |key: &str| {
         let value = record["config"].pointer(&format!("/{}", key.replace('.', "/")))?;
         Some(format!("{key}={}", toml::Value::try_from(value).ok()?))
     };
-    let decided =
-        |key: &str| given.contains(&key) || key == EPOCHS && given.contains(&"train.max_steps");
+    let length = [EPOCHS, STEPS];
+    let has_length = length.iter().any(|key| given.contains(key));
+    let decided = |key: &str| given.contains(&key) || has_length && length.contains(&key);
     record["config"].is_object().then(|| {
         let keys = keys.into_iter().filter(|key| !decided(key));
         keys.filter_map(value).collect()
@@ -292,11 +301,19 @@ mod tests {
             keys.extend(more.iter().map(|key| (*key).to_owned()));
             keys
         };
-        let made = |more: &[&str]| without_file(&keys(more), false).expect("a run");
+        let made = |more: &[&str]| without_file(&keys(more), None).expect("a run");
         let run = made(&[]);
         assert!(run.data.packing);
         assert_eq!(run.data.max_seq_length.expect("suggested") % 64, 0);
         assert!(run.train.num_train_epochs.expect("suggested") > 1.0);
+
+        // A validation row may be the longest.
+        let (_valid_dir, valid) = write_temp(&format!(
+            "{{\"prompt\":\"p\",\"completion\":\"{}\"}}\n",
+            "longer ".repeat(55)
+        ));
+        let with_valid = made(&[&format!("data.valid={valid:?}")]);
+        assert!(with_valid.data.max_seq_length > run.data.max_seq_length);
 
         // What is given stays, and what belongs to it is not made up.
         let run = made(&[
@@ -311,7 +328,7 @@ mod tests {
             (run.train.max_steps, run.train.num_train_epochs),
             (Some(7), None)
         );
-        let short = without_file(&keys(&["data.max_seq_length=32"]), false);
+        let short = without_file(&keys(&["data.max_seq_length=32"]), None);
         let refused = format!("{:#}", short.expect_err("a row is longer"));
         assert!(refused.contains("max_seq_length"), "{refused}");
     }
@@ -320,20 +337,28 @@ mod tests {
     #[test]
     fn a_resumed_run_keeps_its_settings() {
         let dir = tempfile::tempdir().expect("a directory");
-        assert_eq!(recorded(dir.path(), &[]), None);
+        let path = record_of("auto", dir.path());
+        assert_eq!(recorded(&path, &[]), None);
         let record = serde_json::json!({"config": {
             "data": {"max_seq_length": 77, "packing": true, "overlong": "drop"},
             "train": {"per_device_train_batch_size": 3, "gradient_checkpointing": true, "num_train_epochs": 2.0},
         }});
-        let path = dir.path().join("run.json");
-        std::fs::write(path, record.to_string()).expect("written");
+        std::fs::write(&path, record.to_string()).expect("written");
         let kept = [
             "data.max_seq_length=77",
             "data.overlong=\"drop\"",
             "train.per_device_train_batch_size=3",
             "train.gradient_checkpointing=true",
         ];
-        let found = recorded(dir.path(), &[PACKING, "train.max_steps"]);
+        let found = recorded(&path, &[PACKING, "train.max_steps"]);
         assert_eq!(found.expect("a record"), kept);
+        let whole = recorded(&path, &[]).expect("a record");
+        assert!(
+            whole.contains(&"train.num_train_epochs=2.0".to_owned()),
+            "{whole:?}"
+        );
+        // A checkpoint that is named has its record beside it.
+        let checkpoint = dir.path().join("checkpoint-5").display().to_string();
+        assert_eq!(record_of(&checkpoint, Path::new("elsewhere")), path);
     }
 }

@@ -32,7 +32,7 @@ pub(crate) fn logits(decoder: &Decoder, rows: &[Vec<u32>], adapter: &ActiveAdapt
 
 #[test]
 fn every_adapter_case_gives_pefts_logits_or_is_refused() {
-    for case in with_own(adapters(), &["must-refuse-dora"]) {
+    for case in with_own(adapters(), &["must-refuse-modules-to-save"]) {
         let adapter = Adapter::read(&case.dir);
         if case.must_be_refused() {
             let error = adapter.expect_err(&case.name).to_string();

@@ -33,22 +33,24 @@ fn write(case: &AdapterCase, scratch: &Path) {
         let arguments = ["convert", source, "--to", to, "-o", output, "-m", &model];
         ok(&[&arguments[..], more].concat());
     };
-    ok(&["collapse", &adapter, "-o", &at("collapse")]);
+    let read = Adapter::read(&case.dir).unwrap();
     convert(&adapter, "peft", &at("peft"), &[]);
     convert(&adapter, "peft", &at("peft-bf16"), &["--dtype", "bf16"]);
-    convert(&adapter, "lora", &at("lora-f16"), &["--dtype", "f16"]);
-    convert(&adapter, "mlx", &mlx, &[]);
-    convert(&adapter, "gguf", &gguf, &[]);
-    convert(&adapter, "gguf", &at("gguf-bf16"), &["--dtype", "bf16"]);
-    convert(&mlx, "lora", &at("lora-of-mlx"), &[]);
-    convert(&gguf, "lora", &at("lora-of-gguf"), &[]);
+    if read.sites.iter().all(|site| site.beyond.is_none()) {
+        ok(&["collapse", &adapter, "-o", &at("collapse")]);
+        convert(&adapter, "lora", &at("lora-f16"), &["--dtype", "f16"]);
+        convert(&adapter, "mlx", &mlx, &[]);
+        convert(&adapter, "gguf", &gguf, &[]);
+        convert(&adapter, "gguf", &at("gguf-bf16"), &["--dtype", "bf16"]);
+        convert(&mlx, "lora", &at("lora-of-mlx"), &[]);
+        convert(&gguf, "lora", &at("lora-of-gguf"), &[]);
+    }
     for dtype in ["auto", "f32", "bf16", "f16"] {
         let output = at(&format!("merge-{dtype}"));
         ok(&[
             "merge", "-m", &model, "-a", &adapter, "-o", &output, "--dtype", dtype,
         ]);
     }
-    let read = Adapter::read(&case.dir).unwrap();
     if read.sites.iter().any(|site| site.posterior.is_some()) {
         ok(&[
             "sample",

@@ -185,6 +185,21 @@ fn a_base_that_nobody_names_is_asked_for() {
         refused.stderr
     );
     ok(&[&["predict", "-m", &tiny()][..], &asked].concat());
+    // What is no adapter is told from one that names nothing.
+    let refused = run(&[&["predict", "-a", &tiny()][..], &asked].concat());
+    assert!(
+        refused
+            .stderr
+            .contains("is a model, not an adapter; give it with -m"),
+        "{}",
+        refused.stderr
+    );
+    let refused = run(&[&["predict", "-a", "nothing-there"][..], &asked].concat());
+    assert!(
+        refused.stderr.contains("no such adapter"),
+        "{}",
+        refused.stderr
+    );
 }
 
 /// A conversation of a pipe: questions and commands, the same answers as `predict`'s, how sure they are on stderr.

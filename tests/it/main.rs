@@ -18,6 +18,7 @@ mod formats;
 mod hashes;
 mod hub;
 mod journey;
+mod methods;
 mod nested;
 #[cfg(feature = "mistralrs")]
 mod operations;
@@ -33,3 +34,4 @@ mod runtime;
 mod scoring;
 mod training;
 mod trajectory;
+mod tune;

@@ -29,7 +29,7 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 63] = [
+const OTHERS: [Remedy; 67] = [
     (
         "the base that the adapter names cannot be opened; give the base with -m",
         By("tests/it/remedies/paths.rs", "one_file_is_replaced"),
@@ -46,6 +46,34 @@ const OTHERS: [Remedy; 63] = [
         By(
             "tests/it/journey.rs",
             "a_run_needs_a_model_and_data_and_its_adapter_names_the_base",
+        ),
+    ),
+    (
+        "merge it into its base: monteclora merge -m BASE -a ADAPTER -o DIR",
+        By(
+            "tests/it/methods.rs",
+            "every_method_merges_and_collapses_as_it_says",
+        ),
+    ),
+    (
+        "merge it into its base (`monteclora merge`) and train on the result",
+        By(
+            "tests/it/methods.rs",
+            "what_a_method_cannot_do_is_refused_by_name",
+        ),
+    ),
+    (
+        "trials are compared on validation rows, and there are none; set [data] valid, or give --data",
+        By(
+            "tests/it/tune.rs",
+            "a_run_without_validation_rows_is_searched_with_data",
+        ),
+    ),
+    (
+        "is a model, not an adapter; give it with -m",
+        By(
+            "tests/it/journey.rs",
+            "a_base_that_nobody_names_is_asked_for",
         ),
     ),
     (

@@ -13,7 +13,7 @@ use monteclora::train::{
     AdapterState, Checkpoint, Event, Gradients, Identity, TrainSettings, Trainer,
 };
 use monteclora_adapters::methods::{
-    Drawn, Group, Kind, Method, Module, Owner, Parameter, Step, Storage, Value, Weighting,
+    Drawn, Export, Group, Kind, Method, Module, Owner, Parameter, Step, Storage, Value, Weighting,
 };
 use monteclora_adapters::noise::{Key, Noise, Purpose};
 use monteclora_adapters::weights::BF16;
@@ -410,6 +410,7 @@ static GATED: Kind = Kind {
     name: "gated",
     about: "LoRA with a gate.",
     metrics: &[],
+    export: Export::PlainLora,
     new: |_| Ok(Arc::new(Gated)),
 };
 
@@ -518,6 +519,8 @@ impl Method for Gated {
             lora_a: matrix(0)?,
             lora_b: matrix(1)?,
             posterior: None,
+            beyond: None,
+            triplets: None,
         })
     }
 
@@ -541,6 +544,7 @@ impl Method for Gated {
 
     fn after_step(
         &self,
+        _modules: &[Module],
         owners: &mut [Owner],
         gradients: &[Vec<Value>],
         step: Step,

@@ -83,6 +83,9 @@ impl Recorded {
                     rank,
                     alpha,
                     scaling: alpha / rank as f64,
+                    has_bias: false,
+                    attention: None,
+                    frozen: None,
                 };
                 (id, module)
             })
@@ -99,6 +102,7 @@ impl Recorded {
                 Owner {
                     name: module.name.clone(),
                     values: values.collect(),
+                    stored: vec![true; parameters.len()],
                     parameters,
                 }
             })

@@ -7,7 +7,7 @@ use monteclora_converters::Site;
 
 use super::parameter::unlike;
 use super::{
-    DIVERGENCES, Drawn, Group, Kind, Method, Module, Parameter, Storage, Value, Weighting,
+    DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, Parameter, Storage, Value, Weighting,
 };
 use crate::error::Result;
 use crate::noise::{Key, Noise, Purpose};
@@ -17,6 +17,7 @@ pub(super) static KIND: Kind = Kind {
     name: "lora",
     about: "Plain LoRA.",
     metrics: DIVERGENCES,
+    export: Export::PlainLora,
     new: |_| Ok(Arc::new(LORA)),
 };
 
@@ -102,13 +103,15 @@ impl Method for Lora {
             lora_a: a.to_format()?,
             lora_b: b.to_format()?,
             posterior: None,
+            beyond: None,
+            triplets: None,
         })
     }
 }
 
 /// A draw without noise: the mean, whose factors are the parameters.
 #[derive(Debug)]
-struct Plain(Arc<dyn Update>);
+pub(super) struct Plain(pub(super) Arc<dyn Update>);
 
 impl Drawn for Plain {
     fn update(&self) -> Arc<dyn Update> {

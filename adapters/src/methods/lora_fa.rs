@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use super::lora::Lora;
-use super::{DIVERGENCES, Group, Kind};
+use super::{DIVERGENCES, Export, Group, Kind};
 
 pub(super) static KIND: Kind = Kind {
     name: "lora-fa",
     about: "LoRA with A frozen at its initial value.",
     metrics: DIVERGENCES,
+    export: Export::PlainLora,
     new: |_| {
         Ok(Arc::new(Lora {
             kind: &KIND,

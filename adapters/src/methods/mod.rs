@@ -4,10 +4,18 @@
 //! A method is one file in this folder and one entry of [`METHODS`]. The trainer moves, clips, audits, saves and counts
 //! named parameters; only the method knows what they are for. Its mathematics takes noise as an argument.
 
+mod adalora;
+mod dora;
 mod lora;
 mod lora_fa;
+mod lorta;
 pub mod monteclora;
+mod neat;
 mod parameter;
+mod sara;
+mod second_order;
+mod sparse;
+mod ssf;
 #[cfg(test)]
 mod tests;
 
@@ -15,16 +23,35 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use monteclora_converters::{Problem, Site};
+use monteclora_converters::architecture::{ModelShape, Role};
+use monteclora_converters::{self as formats, AdapterConfig, Beyond, Problem, Site};
 
+pub use adalora::AdaLoraConfig;
+pub use dora::DoraUpdate;
 pub use parameter::{Group, Owner, Parameter, Storage, Value};
+pub use sara::SaraConfig;
+pub use second_order::SecondOrderConfig;
+pub use sparse::SparseUpdate;
+pub use ssf::{ScaleShift, Shift, SsfConfig};
 
 use crate::error::Result;
 use crate::noise::{Key, Noise};
 use crate::update::Update;
+use crate::weights::Weight;
 
 /// All methods; the first is the default.
-pub static METHODS: &[&Kind] = &[&monteclora::KIND, &lora::KIND, &lora_fa::KIND];
+pub static METHODS: &[&Kind] = &[
+    &monteclora::KIND,
+    &lora::KIND,
+    &lora_fa::KIND,
+    &adalora::KIND,
+    &dora::KIND,
+    &lorta::KIND,
+    &neat::KIND,
+    &ssf::KIND,
+    &sara::KIND,
+    &second_order::KIND,
+];
 
 /// The registry entry of a method.
 #[derive(Debug)]
@@ -35,8 +62,17 @@ pub struct Kind {
     pub about: &'static str,
     /// The metrics that a run reports besides the task loss, in this order.
     pub metrics: &'static [Metric],
+    /// What its adapters are exported as.
+    pub export: Export,
     /// Creates the method from its section, or from null if the section is absent.
     pub new: fn(&serde_json::Value) -> Result<Arc<dyn Method>>,
+}
+
+impl Kind {
+    /// The name of its section below `[lora]`: its own, with underscores.
+    pub fn section(&self) -> String {
+        self.name.replace('-', "_")
+    }
 }
 
 /// Finds the method that is named `name` in `lora.method`.
@@ -46,6 +82,15 @@ pub struct Kind {
 pub fn find(name: &str) -> Result<&'static Kind> {
     let found = METHODS.iter().find(|kind| kind.name == name);
     Ok(found.ok_or_else(|| Problem::usage(format!("`{name}` is no method")))?)
+}
+
+/// What the adapters of a method are exported as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Export {
+    /// A plain LoRA that is exactly the mean.
+    PlainLora,
+    /// A directory that this project reads. The update is no `B A`: it can only be merged into the base.
+    MergeOnly,
 }
 
 /// A number that a method reports per step: a mean over the modules.
@@ -76,6 +121,8 @@ pub enum Chart {
     Regulariser,
     /// Width of the posterior.
     Posterior,
+    /// Ranks of the updates.
+    Rank,
 }
 
 macro_rules! metrics {
@@ -91,6 +138,8 @@ macro_rules! metrics {
         }),*]
     };
 }
+
+use metrics;
 
 /// Metrics of the LoRA family. Each method of the family reports all of them, so that their curves compare; they are
 /// zero for a method without a posterior.
@@ -134,6 +183,89 @@ pub struct Module {
     pub alpha: f64,
     /// Factor on the update.
     pub scaling: f64,
+    /// Whether it has a bias.
+    pub has_bias: bool,
+    /// Its place in attention, for the projections q, k, v and o.
+    pub attention: Option<AttentionPlace>,
+    /// Its weight, once the base is loaded.
+    pub frozen: Option<Frozen>,
+}
+
+/// The place of an attention projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionPlace {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// What the projection computes.
+    pub role: Role,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+/// The frozen weight of a module.
+#[derive(Debug, Clone)]
+pub struct Frozen(pub Arc<dyn Weight>);
+
+/// Modules are equal if they are described equally; their weights are not compared.
+impl PartialEq for Frozen {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Module {
+    /// Completes what an adapter does not say of the module, from the model's sizes.
+    #[must_use]
+    pub fn of_model(self, module: &formats::architecture::Module, shape: &ModelShape) -> Self {
+        let attention = match (module.layer, module.projection.parts) {
+            (Some(layer), &[role @ (Role::Query | Role::Key | Role::Value | Role::Output)]) => {
+                Some(AttentionPlace {
+                    layer,
+                    role,
+                    head_dim: shape.head_dim,
+                })
+            }
+            _ => None,
+        };
+        Self {
+            has_bias: module.has_bias,
+            attention,
+            ..self
+        }
+    }
+
+    /// Its frozen weight, `[out, in]`.
+    ///
+    /// # Errors
+    /// Returns an error before the base is loaded.
+    pub fn weight(&self) -> Result<&dyn Weight> {
+        let unknown = || candle_core::Error::Msg(format!("{}: the base is not loaded", self.name));
+        Ok(self.frozen.as_ref().ok_or_else(unknown)?.0.as_ref())
+    }
+
+    /// As [`Self::weight`], to keep.
+    fn shared_weight(&self) -> Result<Arc<dyn Weight>> {
+        self.weight()?;
+        let frozen = self.frozen.iter().map(|frozen| frozen.0.clone());
+        let unknown = || candle_core::Error::Msg(format!("{}: the base is not loaded", self.name));
+        Ok(frozen.last().ok_or_else(unknown)?)
+    }
+
+    /// The module as a file holds it whose update has no low-rank part.
+    fn beyond_low_rank(&self, beyond: Beyond) -> Result<Site> {
+        let empty = |shape: [usize; 2]| formats::Tensor::from_f32(&shape, Vec::new());
+        Ok(Site {
+            name: self.name.clone(),
+            rank: 0,
+            alpha: self.alpha,
+            scaling: 1.0,
+            lora_a: empty([0, self.in_features])?,
+            lora_b: empty([self.out_features, 0])?,
+            posterior: None,
+            beyond: Some(beyond),
+            triplets: None,
+        })
+    }
 }
 
 impl From<&Site> for Module {
@@ -145,6 +277,9 @@ impl From<&Site> for Module {
             rank: site.rank,
             alpha: site.alpha,
             scaling: site.scaling,
+            has_bias: false,
+            attention: None,
+            frozen: None,
         }
     }
 }
@@ -162,12 +297,37 @@ pub trait Method: Debug + Send + Sync {
         self.kind().name.to_owned()
     }
 
+    /// Refuses modules that the method cannot adapt.
+    ///
+    /// # Errors
+    /// Returns an error that names the first of them.
+    fn check(&self, _modules: &[Module]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Says in the adapter's configuration what its files hold, for a run of `total_steps`.
+    fn configure(&self, _config: &mut AdapterConfig, _total_steps: u64) {}
+
     /// The parameters of one module.
     fn parameters(&self, module: &Module) -> Vec<Parameter>;
 
     /// Initial values of the module's parameters, in the order of [`Method::parameters`]. `key` is the module's key at
     /// step 0.
     fn initial(&self, module: &Module, key: Key) -> Vec<Vec<f32>>;
+
+    /// Whether [`Module::frozen`] must be known for a draw, the mean and the export.
+    fn needs_base(&self) -> bool {
+        false
+    }
+
+    /// Initial values that follow from the frozen weight, in the order of [`Method::parameters`]; `None` for parameters
+    /// that [`Method::initial`] gives.
+    ///
+    /// # Errors
+    /// Returns an error if the weight is not known.
+    fn initial_from_base(&self, _module: &Module, _key: Key) -> Result<Vec<Option<Vec<f32>>>> {
+        Ok(Vec::new())
+    }
 
     /// The parameters that all modules share. `modules` are all modules of the adapter.
     fn shared(&self, _modules: &[Module]) -> Vec<Parameter> {
@@ -201,10 +361,16 @@ pub trait Method: Debug + Send + Sync {
         0
     }
 
+    /// Number of float32 values per token that the forward pass keeps of a module for the backward pass.
+    fn kept_values(&self, module: &Module) -> usize {
+        module.rank
+    }
+
     /// Runs after the optimiser has made `step`, and may change the values further. `gradients` are those of the whole
-    /// loss before clipping, in the order of `owners` and their values.
+    /// loss before clipping, in the order of `owners` and their values. The first owners are those of `modules`.
     fn after_step(
         &self,
+        _modules: &[Module],
         _owners: &mut [Owner],
         _gradients: &[Vec<Value>],
         _step: Step,
@@ -212,16 +378,12 @@ pub trait Method: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Returns the module as an adapter file holds it: the plain LoRA that is exactly the mean, and everything else
-    /// that PEFT has a place for.
+    /// Returns the module as an adapter file holds it: the plain LoRA that is exactly the mean, or what the update is
+    /// otherwise, and everything else that a file has a place for.
     ///
     /// # Errors
-    /// Returns an error if the update has no low-rank form and can only be merged.
-    fn export(&self, module: &Module, _values: &[&Value]) -> Result<Site> {
-        let message = format!("the update of {} is no LoRA", self.kind().name);
-        let fix = "merge it into the base";
-        Err(Problem::new("merge-only", &module.name, message, fix).into())
-    }
+    /// Returns an error if a value cannot be read.
+    fn export(&self, module: &Module, values: &[&Value]) -> Result<Site>;
 }
 
 /// Weights of the regulariser in one step.
@@ -286,4 +448,29 @@ pub fn owners<'a>(
         owners.push(Owner::new(SHARED, shared, None, initial, device)?);
     }
     Ok(owners)
+}
+
+/// Completes the initial values of `modules`, whose frozen weights are known now: [`Method::initial_from_base`]. Values that came from
+/// a file stay.
+///
+/// # Errors
+/// As there.
+pub fn complete(
+    method: &dyn Method,
+    modules: &[Module],
+    owners: &mut [Owner],
+    seed: u64,
+    device: &Device,
+) -> Result<()> {
+    for (module, owner) in modules.iter().zip(owners) {
+        let initial = method.initial_from_base(module, Key::new(seed, &module.name, 0))?;
+        for (idx, initial) in initial.into_iter().enumerate() {
+            if let (Some(values), false) = (initial, owner.stored[idx]) {
+                let parameter = &owner.parameters[idx];
+                owner.values[idx] =
+                    Value::new(parameter.storage, &parameter.shape, values, device)?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use super::lora::LORA;
 use super::parameter::unlike;
 use super::{
-    DIVERGENCES, Drawn, Group, Kind, Method, Module, Owner, Parameter, Step, Storage, Value,
-    Weighting, owners,
+    DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, Owner, Parameter, Step, Storage,
+    Value, Weighting, owners,
 };
 use crate::error::Result;
 use crate::linalg;
@@ -36,6 +36,7 @@ pub static KIND: Kind = Kind {
     name: "monteclora",
     about: "LoRA with a variational posterior over A.",
     metrics: DIVERGENCES,
+    export: Export::PlainLora,
     new: |section| {
         let settings = MonteCloraConfig::deserialize(section)
             .map_err(|e| Problem::usage(format!("[lora.monteclora]: {e}")))?;
@@ -318,7 +319,13 @@ impl Method for MonteClora {
 
     /// For `elbo`, makes the closed-form step of the variances. The gradient of `s` then holds the mean squares of the
     /// rows of A's gradient.
-    fn after_step(&self, owners: &mut [Owner], gradients: &[Vec<Value>], step: Step) -> Result<()> {
+    fn after_step(
+        &self,
+        _modules: &[Module],
+        owners: &mut [Owner],
+        gradients: &[Vec<Value>],
+        step: Step,
+    ) -> Result<()> {
         let Some(evidence) = self.0.evidence() else {
             return Ok(());
         };

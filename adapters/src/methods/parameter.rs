@@ -1,7 +1,7 @@
 //! Named parameters and their values.
 
 use candle_core::{Device, Tensor};
-use monteclora_converters::{self as formats, Site};
+use monteclora_converters::{self as formats, Beyond, Site};
 
 use crate::error::Result;
 use crate::linalg::on_cpu;
@@ -14,8 +14,13 @@ pub enum Group {
     /// Moved only by [`Method::after_step`](super::Method::after_step); the optimiser and the clipping of gradients
     /// skip it.
     Own,
+    /// Statistics that a method keeps and only [`Method::after_step`](super::Method::after_step) changes. They are saved
+    /// as parameters are, but they are none: they have neither gradient nor moments, and are not counted.
+    State,
     /// The configured learning rate and weight decay.
     Weight,
+    /// The configured learning rate, without weight decay.
+    Unpenalised,
     /// The learning rate times LoRA+'s ratio.
     Output,
     /// The learning rate of the variational parameters, without weight decay, which would pull them to an arbitrary
@@ -177,6 +182,8 @@ pub struct Owner {
     pub parameters: Vec<Parameter>,
     /// Their values, in the same order.
     pub values: Vec<Value>,
+    /// Which of the values came from a file, in the same order.
+    pub stored: Vec<bool>,
 }
 
 impl Owner {
@@ -196,6 +203,7 @@ impl Owner {
             true => vec![Vec::new(); parameters.len()],
             false => initial(),
         };
+        let known = stored.iter().map(Option::is_some).collect();
         let values = parameters.iter().zip(stored).zip(initial);
         let values = values.map(|((p, stored), initial)| match stored {
             Some(tensor) => Value::new(p.storage, tensor.shape(), tensor.to_f32()?, device),
@@ -204,13 +212,16 @@ impl Owner {
         Ok(Self {
             name: name.to_owned(),
             values: values.collect::<Result<_>>()?,
+            stored: known,
             parameters,
         })
     }
 
     /// Number of values of all parameters.
     pub fn n_values(&self) -> usize {
-        self.parameters.iter().map(Parameter::n_values).sum()
+        let parameters = self.parameters.iter();
+        let counted = parameters.filter(|parameter| parameter.group != Group::State);
+        counted.map(Parameter::n_values).sum()
     }
 
     /// Squared Euclidean norm of `gradients`, in double precision on the CPU. Tensors are summed first, then all
@@ -242,6 +253,18 @@ fn stored<'a>(site: &'a Site, name: &str) -> Option<&'a formats::Tensor> {
     match name {
         "lora_A.weight" => Some(&site.lora_a),
         "lora_B.weight" => Some(&site.lora_b),
+        "lora_magnitude_vector" => match &site.beyond {
+            Some(Beyond::Magnitude(magnitude)) => Some(magnitude),
+            _ => None,
+        },
+        "ssf_scale" => match &site.beyond {
+            Some(Beyond::Scale { scale, .. }) => Some(scale),
+            _ => None,
+        },
+        "ssf_shift" => match &site.beyond {
+            Some(Beyond::Scale { shift, .. }) => shift.as_ref(),
+            _ => None,
+        },
         "lora_monteclora_sampler.std_prior" => posterior.map(|p| &p.log_std),
         "lora_monteclora_sampler.expert_weights_prior" => posterior.map(|p| &p.log_concentration),
         _ => None,

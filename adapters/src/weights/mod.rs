@@ -11,6 +11,7 @@ use std::sync::{Arc, RwLockReadGuard};
 
 use candle_core::{Device, Storage, Tensor, WithDType};
 use monteclora_converters::BlockMatrix;
+use rayon::prelude::*;
 
 use crate::error::Result;
 
@@ -84,6 +85,34 @@ pub trait Weight: Debug + Send + Sync {
             .to_dtype(candle_core::DType::F32)?)
     }
 }
+
+/// Sum of the squares of each row of `weight`, `[out]`, in double precision.
+///
+/// # Errors
+/// Returns an error of candle for a weight on another device.
+pub fn row_squares(weight: &dyn Weight) -> Result<Vec<f64>> {
+    let (rows, columns) = weight.dims()?;
+    if matches!(weight.access(), Access::Elsewhere) {
+        let squares = weight.tensor()?.to_dtype(candle_core::DType::F32)?.sqr()?;
+        let sums = squares.sum(1)?.to_vec1::<f32>()?;
+        return Ok(sums.into_iter().map(f64::from).collect());
+    }
+    let mut sums = vec![0f64; rows];
+    sums.par_chunks_mut(ROWS)
+        .enumerate()
+        .for_each(|(chunk, sums)| {
+            let first = chunk * ROWS;
+            let mut values = vec![0f32; sums.len() * columns];
+            weight.widen(first..first + sums.len(), 0..columns, &mut values);
+            for (sum, row) in sums.iter_mut().zip(values.chunks_exact(columns.max(1))) {
+                *sum = row.iter().map(|value| f64::from(*value).powi(2)).sum();
+            }
+        });
+    Ok(sums)
+}
+
+/// Rows that are widened together.
+const ROWS: usize = 32;
 
 /// How the CPU's products read the values of a weight as numbers of type `T`.
 #[derive(Debug)]

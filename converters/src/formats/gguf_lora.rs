@@ -348,6 +348,8 @@ fn read_file(path: &Path, file: &GgufFile, base: Option<&Base>) -> Result<Adapte
                 None => b,
             },
             posterior: None,
+            beyond: None,
+            triplets: None,
             name: module,
         });
     }

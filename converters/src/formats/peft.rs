@@ -84,7 +84,7 @@ impl Format for Peft {
             Some(dtype) => adapter.with_dtype(dtype)?,
             None => adapter.clone(),
         };
-        write::write_dir(path, options, &written.config.to_json(), &written)?;
+        write::write_dir(path, options, &written.peft_json(), &written)?;
         let kept = AdapterConfig::from_json(&written.config.to_json().to_string(), path)?.other;
         let dropped = adapter.config.other.keys();
         let pairs = adapter.sites.iter().zip(&written.sites);
@@ -95,7 +95,13 @@ impl Format for Peft {
         });
         let has_posterior = adapter.config.monteclora.is_some();
         Ok(Written {
-            what: if has_posterior { "PEFT MonteCLoRA" } else { "PEFT LoRA" },
+            what: match written.config.peft_format() {
+                "peft-monteclora" => "PEFT MonteCLoRA",
+                "peft-adalora" => "PEFT AdaLoRA",
+                "peft-dora" => "PEFT DoRA",
+                "peft-lora" => "PEFT LoRA",
+                _ => "an update that only this project reads",
+            },
             report: LoraReport {
                 r: adapter.config.r,
                 lora_alpha: adapter.config.lora_alpha,

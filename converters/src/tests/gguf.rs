@@ -267,7 +267,7 @@ fn what_llama_cpp_writes_of_a_model_comes_back() {
 
 #[test]
 fn adapters_are_written_as_llama_cpp_stores_them() {
-    for case in &fixtures::usable() {
+    for case in &fixtures::low_rank() {
         let base = ModelFiles::open(&case.model_dir).expect("a model");
         if !llama_cpp_has(base.config()) {
             continue;

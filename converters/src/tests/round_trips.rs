@@ -185,6 +185,8 @@ fn adapter(config: &AdapterConfig, seed: u64) -> Option<Adapter> {
             scaling: config.scaling_for(&name).expect("valid patterns"),
             lora_a: stream.tensor(&[rank, n_in], type_a),
             lora_b: stream.tensor(&[n_out, rank], type_b),
+            beyond: None,
+            triplets: None,
             posterior: config.monteclora.as_ref().map(|settings| SitePosterior {
                 log_std: stream.tensor(&[rank], DType::F32),
                 log_concentration: stream.tensor(&[settings.num_samples], DType::F32),

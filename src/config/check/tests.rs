@@ -94,7 +94,15 @@ fn three_keys_are_enough() {
             ..DataConfig::default()
         }
     );
-    assert_eq!(config.lora, LoraConfig::default());
+    // Sections of other methods are left out.
+    let own = LoraConfig {
+        adalora: None,
+        ssf: None,
+        sara: None,
+        second_order: None,
+        ..LoraConfig::default()
+    };
+    assert_eq!(config.lora, own);
     // Without validation rows there is no best model.
     assert_eq!(
         config.train,
@@ -343,7 +351,7 @@ fn unknown_keys_are_named_with_line_and_suggestion() {
             "run.toml:4: [model] unknown key `learning_rate`; it belongs in [train]",
             "run.toml:8: [lora] unknown key `lora_alfa`; did you mean `lora_alpha`?",
             "run.toml:9: [lora] unknown key `zzz`; known keys: method, init_from, r, lora_alpha, lora_dropout, target_modules, \
-             exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, use_rslora, monteclora",
+             exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, use_rslora, monteclora, adalora, ssf, sara, second_order",
             "run.toml:11: [lora.monteclora] unknown key `n_samples`; did you mean `num_samples`?",
             "run.toml:12: unknown key `trian`; did you mean [train]?",
             "run.toml: [train] output_dir: is missing; give the directory to write the adapter to",

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
 use monteclora_adapters::Result;
@@ -17,9 +18,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) struct CommandSink {
     command: String,
     child: Child,
-    /// `None` once the command has stopped reading.
-    input: Option<ChildStdin>,
+    /// Lines on their way to the command; `None` once it has stopped reading.
+    lines: Option<SyncSender<Vec<u8>>>,
 }
+
+/// Lines that wait for a command that reads slowly. A command that is further behind is left alone: training does not wait for it.
+const WAITING: usize = 1024;
 
 impl CommandSink {
     /// Starts the command. `MONTECLORA_OUTPUT_DIR` is the run's directory, and `MONTECLORA_RESUMED_STEP` the step that
@@ -40,21 +44,38 @@ impl CommandSink {
             .stdout(Stdio::null())
             .spawn()
             .map_err(io_error(Path::new(shell)))?;
+        let (lines, to_write) = sync_channel(WAITING);
+        if let Some(input) = child.stdin.take() {
+            // A pipe that is full would hold up the training.
+            std::thread::spawn(move || feed(input, &to_write));
+        }
         Ok(Self {
             command: command.to_owned(),
-            input: child.stdin.take(),
+            lines: Some(lines),
             child,
         })
     }
 
     pub(super) fn write(&mut self, line: &[u8]) {
-        let Some(input) = &mut self.input else { return };
-        if let Err(error) = input.write_all(line).and_then(|()| input.flush()) {
-            tracing::warn!(
-                "report_to: `{}` reads no more metrics ({error}); the run goes on without it",
-                self.command
-            );
-            self.input = None;
+        let Some(lines) = &self.lines else { return };
+        let why = match lines.try_send(line.to_vec()) {
+            Ok(()) => return,
+            Err(TrySendError::Full(_)) => "it is more than 1024 lines behind",
+            Err(TrySendError::Disconnected(_)) => "it has closed its input",
+        };
+        tracing::warn!(
+            "report_to: `{}` reads no more metrics ({why}); the run goes on without it",
+            self.command
+        );
+        self.lines = None;
+    }
+}
+
+/// Writes lines until there are no more, or nobody reads them.
+fn feed(mut input: ChildStdin, lines: &Receiver<Vec<u8>>) {
+    for line in lines {
+        if input.write_all(&line).and_then(|()| input.flush()).is_err() {
+            return;
         }
     }
 }
@@ -62,7 +83,7 @@ impl CommandSink {
 impl Drop for CommandSink {
     /// Closes the input, and waits for the command to end, but no longer than [`PATIENCE`].
     fn drop(&mut self) {
-        self.input = None;
+        self.lines = None;
         let began = Instant::now();
         let command = &self.command;
         while began.elapsed() < PATIENCE {

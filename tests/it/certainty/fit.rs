@@ -34,7 +34,7 @@ fn fit(case: &AdapterCase, rows: &str, output: &Path, more: &[&str]) -> Value {
 fn a_fit_keeps_the_mean_of_any_adapter() {
     let place = Place::new(&rows(20, |at| at));
     let file = place.at("rows.jsonl");
-    for case in usable() {
+    for case in usable().into_iter().filter(AdapterCase::is_low_rank) {
         for geometry in ["rows", "svd"] {
             let output = PathBuf::from(place.at(&format!("{}-{geometry}", case.name)));
             let found = fit(&case, &file, &output, &["--geometry", geometry]);
@@ -58,7 +58,7 @@ fn a_fit_keeps_the_mean_of_any_adapter() {
             assert!(tried.len() > 3 && tried.iter().any(|e| number(&e["sigma"]) == sigma));
 
             let (before, after) = (
-                Adapter::read(&case.dir).unwrap(),
+                Adapter::read(&case.dir).unwrap().collapse(),
                 Adapter::read(&output).unwrap(),
             );
             let settings = after.config.monteclora.as_ref().expect("a posterior");
@@ -85,6 +85,8 @@ fn a_fit_keeps_the_mean_of_any_adapter() {
                     let width =
                         settings.sample_scaler * f64::from(*s).exp() * (is.rank as f64).sqrt();
                     match geometry {
+                        // A module that changes nothing has no noise of that scale.
+                        "rows" if largest == 0.0 => {}
                         "rows" => assert!((width / sigma - 1.0).abs() < 1e-5, "{width} {sigma}"),
                         _ => assert!(width > 0.0),
                     }

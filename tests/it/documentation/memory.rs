@@ -72,6 +72,9 @@ fn estimate(shape: &ModelShape, (per_value, stays): (f64, bool), length: usize) 
             rank: 16,
             alpha: 32.0,
             scaling: 2.0,
+            has_bias: false,
+            attention: None,
+            frozen: None,
         })
         .collect();
     let method = (methods::find("monteclora").unwrap().new)(&json!({})).unwrap();

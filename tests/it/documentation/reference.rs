@@ -296,6 +296,10 @@ fn the_configuration_reference_is_that_of_the_code() {
         sources: &[
             include_str!("../../../src/config/run.rs"),
             include_str!("../../../adapters/src/methods/monteclora.rs"),
+            include_str!("../../../adapters/src/methods/adalora.rs"),
+            include_str!("../../../adapters/src/methods/sara.rs"),
+            include_str!("../../../adapters/src/methods/second_order.rs"),
+            include_str!("../../../adapters/src/methods/ssf.rs"),
             include_str!("../../../src/data/example/options.rs"),
         ],
         sections: vec![
@@ -304,6 +308,10 @@ fn the_configuration_reference_is_that_of_the_code() {
             ("data", "DataConfig"),
             ("lora", "LoraConfig"),
             ("lora.monteclora", "MonteCloraConfig"),
+            ("lora.adalora", "AdaLoraConfig"),
+            ("lora.ssf", "SsfConfig"),
+            ("lora.sara", "SaraConfig"),
+            ("lora.second_order", "SecondOrderConfig"),
             ("train", "TrainConfig"),
             ("eval", "EvalConfig"),
         ],

@@ -61,7 +61,7 @@ fn deploy_status_and_rollback_through_the_command() {
     assert!(stderr.contains("canary"), "{stderr}");
     let (code, _, stderr) = run(
         "deploy",
-        &[&adapter("must-refuse-dora"), "--alias", "triage"],
+        &[&adapter("must-refuse-modules-to-save"), "--alias", "triage"],
     );
     assert_eq!(code, 4, "{stderr}");
 

@@ -45,6 +45,9 @@ impl ScaledPosterior {
     /// # Errors
     /// Returns an error if a factor has no float type, or if the singular value decomposition of a B does not converge.
     pub fn new(adapter: &Adapter, geometry: Geometry) -> Result<Self> {
+        for site in &adapter.sites {
+            site.require_low_rank()?;
+        }
         let mut mean = adapter.collapse();
         let changed = mean
             .sites
@@ -200,6 +203,8 @@ mod tests {
             lora_a: Tensor::from_f32(&[rank, a.len() / rank], a.to_vec()).expect("sized"),
             lora_b: Tensor::from_f32(&[b.len() / rank, rank], b.to_vec()).expect("sized"),
             posterior: None,
+            beyond: None,
+            triplets: None,
         }
     }
 

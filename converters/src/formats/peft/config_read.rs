@@ -5,7 +5,9 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use super::stored::MERGE;
-use crate::config::{AdapterConfig, ExcludeModules, MonteCloraSettings, TargetModules};
+use crate::config::{
+    AdaLoraSettings, AdapterConfig, ExcludeModules, MonteCloraSettings, PeftType, TargetModules,
+};
 use crate::problem::Problem;
 
 /// Largest rank that is accepted.
@@ -17,7 +19,6 @@ const RETRAIN: &str = "only LoRA and MonteCLoRA on linear layers can be converte
 
 /// PEFT keys that change the model unless they are null, false or empty: key, code and meaning.
 const CHANGES_MODEL: &str = "\
-use_dora | dora | DoRA scales every row of the merged weight
 lora_bias | bias | a trained bias on B
 modules_to_save | modules-to-save | modules that were fully trained
 trainable_token_indices | trainable-tokens | trained token embeddings
@@ -158,8 +159,12 @@ fn not_negative(value: &Value) -> Option<f64> {
 pub(crate) fn from_object(keys: Map<String, Value>, problems: &mut Vec<Problem>) -> AdapterConfig {
     let mut reader = Reader { keys, problems };
     let defaults = AdapterConfig::default();
+    let peft_type = read_peft_type(&mut reader);
     refuse_other_methods(&mut reader);
+    let adalora = (peft_type == PeftType::AdaLora).then(|| read_adalora(&mut reader));
     let mut config = AdapterConfig {
+        peft_type,
+        use_dora: reader.flag("use_dora"),
         base_model_name_or_path: reader.text("base_model_name_or_path"),
         revision: reader.text("revision"),
         r: reader.read("r", defaults.r, "a whole number of at least 1", |value| {
@@ -216,8 +221,13 @@ pub(crate) fn from_object(keys: Map<String, Value>, problems: &mut Vec<Problem>)
         task_type: reader.text("task_type"),
         inference_mode: reader.flag("inference_mode"),
         monteclora: read_monteclora(&mut reader),
+        adalora,
         other: Map::new(),
     };
+    if let Some(settings) = &config.adalora {
+        config.r = settings.init_r;
+    }
+    check_method(&config, &mut reader);
     check_layers(&config, &mut reader);
     read_init(&mut reader, &mut config);
     let mut rest = reader.keys;
@@ -237,23 +247,74 @@ fn layer_number(value: &Value) -> Option<usize> {
     usize::try_from(value.as_u64()?).ok()
 }
 
-fn refuse_other_methods(reader: &mut Reader<'_>) {
+fn read_peft_type(reader: &mut Reader<'_>) -> PeftType {
     match reader.take("peft_type") {
-        Some(Value::String(kind)) if kind == "LORA" => {}
-        Some(kind) => {
-            reader.push(
-                "peft-type",
-                "peft_type",
-                format!("{kind} is not LORA"),
-                RETRAIN,
-            );
+        Some(value) => {
+            let known = PeftType::ALL
+                .into_iter()
+                .find(|known| value.as_str() == Some(known.name()));
+            if known.is_none() {
+                let message = format!("{value} is not LORA or ADALORA");
+                reader.push("peft-type", "peft_type", message, RETRAIN);
+            }
+            known.unwrap_or_default()
         }
         None => {
             let message = "missing, so this is not known to be a LoRA adapter";
             let fix = "add \"peft_type\": \"LORA\" if it is one";
             reader.push("peft-type", "peft_type", message, fix);
+            PeftType::Lora
         }
     }
+}
+
+/// AdaLoRA's keys. PEFT reads neither `r` nor the patterns and `use_rslora` of LoRA; its `rank_pattern` says which singular values are
+/// kept, and is read with the tensors.
+fn read_adalora(reader: &mut Reader<'_>) -> AdaLoraSettings {
+    const STEPS: &str = "a whole number of steps";
+    let defaults = AdaLoraSettings::default();
+    for key in ["r", "rank_pattern", "alpha_pattern", "use_rslora"] {
+        let _ = reader.take(key);
+    }
+    let rank = |value: &Value| count(value, MAX_RANK);
+    let share = |value: &Value| not_negative(value).filter(|share| *share < 1.0);
+    AdaLoraSettings {
+        init_r: reader.read("init_r", defaults.init_r, "a rank of at least 1", rank),
+        target_r: reader.read("target_r", defaults.target_r, "a rank of at least 1", rank),
+        tinit: reader.read("tinit", defaults.tinit, STEPS, Value::as_u64),
+        tfinal: reader.read("tfinal", defaults.tfinal, STEPS, Value::as_u64),
+        delta_t: reader.read("deltaT", defaults.delta_t, STEPS, Value::as_u64),
+        beta1: reader.read("beta1", defaults.beta1, "a number from 0 to 1", share),
+        beta2: reader.read("beta2", defaults.beta2, "a number from 0 to 1", share),
+        orth_reg_weight: reader.read(
+            "orth_reg_weight",
+            defaults.orth_reg_weight,
+            "a number of at least 0",
+            not_negative,
+        ),
+        total_step: reader.read("total_step", None, STEPS, |value| value.as_u64().map(Some)),
+    }
+}
+
+/// Refuses settings of two methods at once.
+fn check_method(config: &AdapterConfig, reader: &mut Reader<'_>) {
+    let (kind, is_lora) = (config.peft_type.name(), config.peft_type == PeftType::Lora);
+    for (key, is_set) in [
+        ("use_dora", config.use_dora),
+        ("monteclora_config", config.monteclora.is_some()),
+    ] {
+        if is_set && !is_lora {
+            let message = format!("set, and peft_type is {kind}, which does not have it");
+            reader.push("config-value", key, message, "correct adapter_config.json");
+        }
+    }
+    if config.use_dora && config.monteclora.is_some() {
+        let message = "set together with monteclora_config: noise on the direction of a weight is not supported";
+        reader.push("dora", "use_dora", message, RETRAIN);
+    }
+}
+
+fn refuse_other_methods(reader: &mut Reader<'_>) {
     if let Some(bias) = reader.take("bias")
         && bias.as_str() != Some("none")
     {
@@ -268,7 +329,7 @@ fn refuse_other_methods(reader: &mut Reader<'_>) {
                 .is_some_and(|value| !is_off(&value))
         {
             let fix = match code {
-                "dora" | "modules-to-save" => MERGE,
+                "modules-to-save" => MERGE,
                 _ => RETRAIN,
             };
             let message = format!("{meaning}; this cannot be expressed as B A");

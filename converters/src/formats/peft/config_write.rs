@@ -52,8 +52,12 @@ pub(crate) fn to_json(config: &AdapterConfig) -> Value {
     if let Some(settings) = set["monteclora_config"].as_object_mut() {
         settings.sort_keys();
     }
+    set["peft_type"] = json!(config.peft_type.name());
     if let Value::Object(set) = set {
         keys.extend(set);
+    }
+    if let Some(Value::Object(settings)) = config.adalora.as_ref().map(|settings| json!(settings)) {
+        keys.extend(settings);
     }
     keys.sort_keys();
     Value::Object(keys)
@@ -72,7 +76,7 @@ mod tests {
     use serde_json::Map;
 
     use super::*;
-    use crate::config::{ExcludeModules, MonteCloraSettings, TargetModules};
+    use crate::config::{ExcludeModules, MonteCloraSettings, PeftType, TargetModules};
 
     fn names() -> impl Strategy<Value = Vec<String>> {
         prop::collection::btree_set("[a-z_.]{1,8}", 1..4)
@@ -150,6 +154,9 @@ mod tests {
                 rank_pattern: rank_pattern.into_iter().collect(),
                 alpha_pattern: alpha_pattern.into_iter().collect(),
                 use_rslora,
+                peft_type: PeftType::Lora,
+                use_dora: false,
+                adalora: None,
                 inference_mode,
                 monteclora,
                 other: Map::new(),

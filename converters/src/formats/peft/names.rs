@@ -17,10 +17,30 @@ pub(super) const SAMPLER: &str = "lora_monteclora_sampler";
 pub(crate) enum Role {
     A,
     B,
+    /// DoRA's magnitude.
+    Magnitude,
+    /// AdaLoRA's singular values.
+    E,
+    /// SSF's scale and shift.
+    Scale,
+    Shift,
+    /// Places and values of single entries.
+    Indices,
+    Values,
     LogStd,
     LogConcentration,
     LastCovariance,
     LastWeights,
+}
+
+impl Role {
+    /// Those of MonteCLoRA's sampler.
+    pub(crate) const SAMPLER: [Self; 4] = [
+        Self::LogStd,
+        Self::LogConcentration,
+        Self::LastCovariance,
+        Self::LastWeights,
+    ];
 }
 
 /// The sampler's tensors by PEFT's names.
@@ -30,6 +50,24 @@ pub(crate) const SAMPLER_FIELDS: [(&str, Role); 4] = [
     ("gaussian_var_prior", Role::LastCovariance),
     ("expert_weights", Role::LastWeights),
 ];
+
+/// Tensors whose name is whole, without a field.
+const BARE: [(&str, Role); 8] = [
+    ("lora_A", Role::A),
+    ("lora_B", Role::B),
+    ("lora_E", Role::E),
+    ("lora_magnitude_vector", Role::Magnitude),
+    ("ssf_scale", Role::Scale),
+    ("ssf_shift", Role::Shift),
+    ("sparse_indices", Role::Indices),
+    ("sparse_values", Role::Values),
+];
+
+/// Stands for the field of a name without one.
+const BARE_FIELD: &str = "";
+
+/// What the names of an adapter's tensors begin with, below the module.
+const STEMS: [&str; 3] = ["lora_", "ssf_", "sparse_"];
 
 /// The tensors of one module, by role, with their full names.
 pub(super) type Parts = BTreeMap<Role, (String, Tensor)>;
@@ -140,7 +178,6 @@ fn is_of_authors_sampler(name: &str) -> bool {
 /// Parts of refused names, each with the code of the refusal, its message and its fix. A part with a leading dot
 /// matches only at the start of a component.
 const REFUSED_PARTS: &str = "\
-lora_magnitude_vector | dora | the magnitudes of DoRA | merge it into the base with PEFT (merge_and_unload), or train without DoRA
 .lora_embedding_ | embedding | LoRA on an embedding | train without adapting embeddings
 trainable_tokens | trainable-tokens | trained token embeddings | train without trainable_token_indices
 token_adapter | trainable-tokens | trained token embeddings | train without trainable_token_indices
@@ -199,18 +236,27 @@ fn place(name: &str) -> Result<Found, Problem> {
     wrappers.sort_unstable();
     wrappers.dedup();
     let parts: Vec<&str> = path.split('.').collect();
-    let Some(at) = parts.iter().rposition(|part| part.starts_with("lora_")) else {
+    let Some(at) = parts
+        .iter()
+        .rposition(|part| STEMS.iter().any(|stem| part.starts_with(stem)))
+    else {
         let place = Place::Whole(Whole::of(&path));
         return Ok(Found { place, wrappers });
     };
     let module = parts[..at].join(".");
     // The adapter's name may come between them once, as in `lora_A.default.weight`.
     let (field, is_named_twice) = match &parts[at + 1..] {
+        [] => (BARE_FIELD, false),
         [field] | [_, field] => (*field, false),
         [name, others @ .., field] if others.iter().all(|other| other == name) => (*field, true),
-        _ => ("", false),
+        _ => ("?", false),
     };
     let role = match (parts[at], field) {
+        (stem, BARE_FIELD) => BARE
+            .iter()
+            .find(|(name, _)| *name == stem)
+            .map(|(_, role)| *role),
+        ("lora_magnitude_vector", "weight") => Some(Role::Magnitude),
         ("lora_A", "weight") => Some(Role::A),
         ("lora_B", "weight") => Some(Role::B),
         ("lora_A" | "lora_B", "bias") => {

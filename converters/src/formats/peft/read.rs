@@ -3,13 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use rayon::prelude::*;
+use serde_json::Value;
 
 use super::config_read;
 use super::names::{Parts, Role, SAMPLER, check_names, sort_tensors};
 use super::stored::Whole;
 use crate::absent;
-use crate::adapter::{Adapter, Site, SitePosterior};
-use crate::config::AdapterConfig;
+use crate::adapter::{Adapter, Site, SitePosterior, Triplets};
+use crate::beyond::{Beyond, places};
+use crate::config::{AdapterConfig, PeftType};
 use crate::error::{Error, Result};
 use crate::formats::ReadOptions;
 use crate::json;
@@ -44,7 +46,10 @@ pub(crate) fn read_source(
         return Err(absent::without_config(source));
     }
     let mut problems = Vec::new();
-    let mut config = config_read::from_object(json::read_object(&config_path)?, &mut problems);
+    let keys = json::read_object(&config_path)?;
+    let patterns = keys.get("rank_pattern").cloned();
+    let mut config = config_read::from_object(keys, &mut problems);
+    let triplets = Kept::of(&config, patterns.as_ref(), &mut problems);
     let doubts = Doubts::about(&problems);
     let weights = open_weights(source, &mut problems)?;
     let mut sites = BTreeMap::new();
@@ -84,7 +89,7 @@ pub(crate) fn read_source(
     if !with_posterior {
         config.monteclora = None;
         for parts in sites.values_mut() {
-            parts.retain(|role, _| matches!(role, Role::A | Role::B));
+            parts.retain(|role, _| !Role::SAMPLER.contains(role));
         }
     }
     let is_posterior_lost = check_posterior_is_declared(&config, &sites, &mut problems);
@@ -108,6 +113,7 @@ pub(crate) fn read_source(
                 matcher: matcher.as_ref().filter(|_| !doubts.targets),
                 trusts_ranks: !doubts.ranks,
                 expects_posterior: config.monteclora.is_some() && !is_posterior_lost,
+                triplets: triplets.as_ref(),
             };
             assemble(&rules, name, parts, &mut problems)
         })
@@ -160,7 +166,7 @@ fn check_rank(
     doubts: &Doubts,
     problems: &mut Vec<Problem>,
 ) -> bool {
-    if doubts.ranks || !config.rank_pattern.is_empty() {
+    if doubts.ranks || !config.rank_pattern.is_empty() || config.peft_type != PeftType::Lora {
         return false;
     }
     let rank_of = |parts: &Parts| match parts.get(&Role::A)?.1.shape() {
@@ -247,7 +253,7 @@ fn check_posterior_is_declared(
     sites: &BTreeMap<String, Parts>,
     problems: &mut Vec<Problem>,
 ) -> bool {
-    let has_sampler = |parts: &Parts| parts.keys().any(|role| !matches!(role, Role::A | Role::B));
+    let has_sampler = |parts: &Parts| parts.keys().any(|role| Role::SAMPLER.contains(role));
     let n_with = sites.values().filter(|parts| has_sampler(parts)).count();
     let is_lost = config.monteclora.is_some() && n_with == 0 && !sites.is_empty();
     if is_lost {
@@ -277,6 +283,7 @@ struct Rules<'a> {
     matcher: Option<&'a Matcher<'a>>,
     trusts_ranks: bool,
     expects_posterior: bool,
+    triplets: Option<&'a Kept>,
 }
 
 /// Checks one module against the configuration and builds it.
@@ -299,19 +306,31 @@ fn assemble(
         return None;
     };
     for (tensor_name, tensor) in [&a, &b].into_iter().chain(parts.values()) {
-        if !tensor.dtype().is_float() {
+        if !tensor.dtype().is_float() && !tensor_name.ends_with("sparse_indices") {
             let message = format!("{} is not a type for weights", tensor.dtype());
             let fix = "save the adapter in float32, float16 or bfloat16";
             problems.push(Problem::new("dtype", tensor_name, message, fix));
         }
     }
+    let kept = match rules.triplets {
+        Some(kept) => Some(kept.of_module(&name, a.1.shape(), problems)?),
+        None => None,
+    };
     let rank = noted(rules.ranks.find(&name), problems)?.unwrap_or(config.r);
+    let rank = match (config.peft_type, &kept) {
+        (PeftType::Ssf | PeftType::Sparse, _) => 0,
+        (_, Some(kept)) => kept.iter().filter(|kept| **kept).count(),
+        (_, None) => rank,
+    };
     let alpha = noted(rules.alphas.find(&name), problems)?.unwrap_or(config.lora_alpha);
     let mut expect = |(tensor_name, tensor): &(String, Tensor), expected: &[Option<usize>]| {
         let found = tensor.shape();
         let mut dims = found.iter().zip(expected);
         let agrees = found.len() == expected.len()
-            && dims.all(|(found, wanted)| wanted.is_none_or(|size| size == *found) && *found > 0);
+            && dims.all(|(found, wanted)| match wanted {
+                Some(size) => size == found,
+                None => *found > 0,
+            });
         if !agrees {
             let size =
                 |size: &Option<usize>| size.map_or("any".to_owned(), |size| size.to_string());
@@ -323,7 +342,7 @@ fn assemble(
             problems.push(Problem::new("shape", tensor_name, message, fix));
         }
     };
-    let rank = match (rules.trusts_ranks, a.1.shape()) {
+    let rank = match (rules.trusts_ranks || rank == 0, a.1.shape()) {
         (false, [rank, _]) => *rank,
         _ => rank,
     };
@@ -358,6 +377,96 @@ fn assemble(
             }
         }
     }
+    let (n_in, n_out) = (a.1.shape().get(1).copied(), b.1.shape().first().copied());
+    if rank == 0
+        && [n_in, n_out]
+            .iter()
+            .flatten()
+            .any(|size| *size > MAX_FEATURES)
+    {
+        let message = format!("{n_in:?} inputs and {n_out:?} outputs are more than any module has");
+        problems.push(Problem::new("shape", &name, message, SAVE_AGAIN));
+        return None;
+    }
+    let mut take = |role| parts.remove(&role);
+    let mut beyond = None;
+    let mut missing = |what: &str| {
+        let message = format!("{what} missing");
+        problems.push(Problem::new("incomplete-site", &name, message, SAVE_AGAIN));
+    };
+    let (magnitude, scale, shift) = (take(Role::Magnitude), take(Role::Scale), take(Role::Shift));
+    let (indices, values, e) = (take(Role::Indices), take(Role::Values), take(Role::E));
+    match (config.peft_type, config.use_dora) {
+        (PeftType::Lora, true) if magnitude.is_none() => missing("lora_magnitude_vector"),
+        (PeftType::AdaLora, _) if e.is_none() => missing("lora_E"),
+        (PeftType::Ssf, _) if scale.is_none() => missing("ssf_scale"),
+        (PeftType::Sparse, _) if indices.is_none() || values.is_none() => {
+            missing("sparse_indices or sparse_values");
+        }
+        _ => {}
+    }
+    let kind = config.peft_type;
+    for (part, is_known) in [
+        (&magnitude, kind == PeftType::Lora && config.use_dora),
+        (&e, kind == PeftType::AdaLora),
+        (&scale, kind == PeftType::Ssf),
+        (&shift, kind == PeftType::Ssf),
+        (&indices, kind == PeftType::Sparse),
+        (&values, kind == PeftType::Sparse),
+    ] {
+        if let (Some((tensor_name, _)), false) = (part, is_known) {
+            let message = format!("peft_type {} has no such tensor", kind.name());
+            let fix = "correct peft_type or use_dora in adapter_config.json";
+            problems.push(Problem::new("unknown-tensor", tensor_name, message, fix));
+        }
+    }
+    let mut sized = |part: &Option<(String, Tensor)>, shape: &[Option<usize>]| {
+        if let Some((tensor_name, tensor)) = part
+            && !tensor
+                .shape()
+                .iter()
+                .copied()
+                .map(Some)
+                .eq(shape.iter().copied())
+        {
+            let message = format!("expected shape {shape:?}, found {:?}", tensor.shape());
+            let message = message.replace("Some(", "").replace(')', "");
+            problems.push(Problem::new("shape", tensor_name, message, SAVE_AGAIN));
+        }
+    };
+    match kind {
+        PeftType::Lora if config.use_dora => sized(&magnitude, &[n_out]),
+        PeftType::Lora => {}
+        PeftType::AdaLora => sized(&e, &[Some(rank), Some(1)]),
+        PeftType::Ssf => [&scale, &shift]
+            .into_iter()
+            .for_each(|part| sized(part, &[n_out])),
+        PeftType::Sparse => {
+            let n = indices.as_ref().map(|(_, indices)| indices.n_elements());
+            sized(&values, &[n]);
+        }
+    }
+    if let Some((_, magnitude)) = magnitude {
+        beyond = Some(Beyond::Magnitude(magnitude));
+    } else if let Some((_, scale)) = scale {
+        let shift = shift.map(|(_, shift)| shift);
+        beyond = Some(Beyond::Scale { scale, shift });
+    } else if let (Some((_, indices)), Some((_, values))) = (indices, values) {
+        let whole = n_in
+            .zip(n_out)
+            .map(|(n_in, n_out)| (n_in as u64).saturating_mul(n_out as u64));
+        let found = places(&indices, &name);
+        let found = found.map_err(|error| error.to_string()).and_then(|places| {
+            let inside = places.last().is_none_or(|last| Some(*last) < whole);
+            inside
+                .then_some(())
+                .ok_or_else(|| "a place is outside of the weight".to_owned())
+        });
+        if let Err(message) = found {
+            problems.push(Problem::new("sparse", &name, message, SAVE_AGAIN));
+        }
+        beyond = Some(Beyond::Sparse { indices, values });
+    }
     let is_targeted = rules
         .matcher
         .and_then(|matcher| noted(matcher.matches(&name), problems));
@@ -367,15 +476,107 @@ fn assemble(
         let fix = "correct target_modules, exclude_modules or layers_to_transform";
         problems.push(Problem::new("not-targeted", &name, message, fix));
     }
-    (problems.len() == before).then(|| Site {
+    if problems.len() > before {
+        return None;
+    }
+    let mut site = Site {
         rank,
         alpha,
-        scaling: config.scaling(alpha, rank),
+        scaling: match rank {
+            0 => 1.0,
+            rank => config.scaling(alpha, rank),
+        },
         lora_a: a.1,
         lora_b: b.1,
         posterior,
+        beyond,
+        triplets: None,
         name,
-    })
+    };
+    if let (Some(kept), Some((_, lora_e))) = (kept, e) {
+        let triplets = Triplets {
+            lora_a: site.lora_a.clone(),
+            lora_e,
+            kept,
+        };
+        // PEFT's scale stays that of the initial rank; a single precision number of its own is added to it there.
+        let initial = triplets.kept.len() as f64;
+        let alpha = if alpha > 0.0 { alpha } else { initial };
+        site.scaling = alpha / (initial + 1e-5);
+        site.alpha = site.scaling * rank as f64;
+        match triplets.product() {
+            Ok(product) => site.lora_a = product,
+            Err(error) => {
+                let message = error.to_string();
+                problems.push(Problem::new("dtype", &site.name, message, SAVE_AGAIN));
+                return None;
+            }
+        }
+        site.triplets = Some(triplets);
+    }
+    Some(site)
+}
+
+/// Largest input or output that is believed where no tensor holds it.
+const MAX_FEATURES: usize = 1 << 24;
+
+/// AdaLoRA's `rank_pattern`: which singular values of a module are kept.
+struct Kept {
+    initial: usize,
+    by_module: BTreeMap<String, Vec<bool>>,
+}
+
+impl Kept {
+    /// Of an AdaLoRA adapter; `None` for others.
+    fn of(
+        config: &AdapterConfig,
+        pattern: Option<&Value>,
+        problems: &mut Vec<Problem>,
+    ) -> Option<Self> {
+        let initial = config.adalora.as_ref()?.init_r;
+        let mut by_module = BTreeMap::new();
+        for (key, value) in pattern.and_then(Value::as_object).into_iter().flatten() {
+            let flags = value.as_array().into_iter().flatten().map(Value::as_bool);
+            let flags: Option<Vec<bool>> = flags.collect();
+            let name = key.strip_prefix(PREFIX).unwrap_or(key);
+            let name = name.strip_suffix(".lora_E").unwrap_or(name);
+            match flags {
+                Some(flags) if flags.len() == initial => {
+                    by_module.insert(name.to_owned(), flags);
+                }
+                _ => {
+                    let message = format!("expected {initial} flags, init_r of them");
+                    let at = format!("rank_pattern.{key}");
+                    let fix = "save the adapter again";
+                    problems.push(Problem::new("config-value", at, message, fix));
+                }
+            }
+        }
+        Some(Self { initial, by_module })
+    }
+
+    /// Of the module `name`, whose A has this shape: all, if nothing was pruned.
+    fn of_module(
+        &self,
+        name: &str,
+        shape: &[usize],
+        problems: &mut Vec<Problem>,
+    ) -> Option<Vec<bool>> {
+        let all = || vec![true; self.initial];
+        let kept = self.by_module.get(name).cloned().unwrap_or_else(all);
+        let n = kept.iter().filter(|kept| **kept).count();
+        if shape.first() == Some(&n) {
+            return Some(kept);
+        }
+        if shape.first() == Some(&self.initial) {
+            // Saved before it was pruned.
+            return Some(all());
+        }
+        let message =
+            format!("rank_pattern keeps {n} singular values, but lora_A has shape {shape:?}");
+        problems.push(Problem::new("shape", name, message, SAVE_AGAIN));
+        None
+    }
 }
 
 /// Returns a problem for each weight with a NaN or infinite value. Modules are checked in parallel.
@@ -392,6 +593,7 @@ pub(crate) fn non_finite(sites: &[Site]) -> Vec<Problem> {
             [("lora_A", &site.lora_a), ("lora_B", &site.lora_b)]
                 .into_iter()
                 .chain(posterior)
+                .chain(site.beyond.iter().flat_map(Beyond::tensors))
                 .filter_map(|(part, tensor)| {
                     let at = tensor.first_non_finite()?;
                     Some(Problem::new(

@@ -5,9 +5,11 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::adapter::{Adapter, Site};
+use crate::beyond::Beyond;
+use crate::config::PeftType;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::formats::lora::LoraOptions;
@@ -35,11 +37,29 @@ impl Adapter {
             overwrite,
             ..LoraOptions::default()
         };
-        write_dir(dir, &options, &self.config.to_json(), self)
+        write_dir(dir, &options, &self.peft_json(), self)
     }
 }
 
 impl Adapter {
+    /// `adapter_config.json`, with AdaLoRA's `rank_pattern`, which says which singular values are kept.
+    pub(crate) fn peft_json(&self) -> Value {
+        let mut keys = self.config.to_json();
+        if self.config.peft_type == PeftType::AdaLora {
+            let sites = self.sites.iter();
+            let kept = sites.filter_map(|site| Some((&site.name, &site.triplets.as_ref()?.kept)));
+            let kept: Vec<_> = kept.collect();
+            let flags = |(name, kept): (&String, &Vec<bool>)| {
+                (format!("{name}.lora_E"), Value::from(kept.clone()))
+            };
+            keys["rank_pattern"] = match kept.iter().any(|(_, kept)| kept.contains(&false)) {
+                true => kept.into_iter().map(flags).collect::<Map<_, _>>().into(),
+                false => Value::Null,
+            };
+        }
+        keys
+    }
+
     /// Returns the adapter as it is written to files: F64 becomes F32.
     ///
     /// # Errors
@@ -55,6 +75,11 @@ impl Adapter {
             {
                 *tensor = exportable(tensor)?;
             }
+            site.beyond = site
+                .beyond
+                .as_ref()
+                .map(|beyond| beyond.map(exportable))
+                .transpose()?;
         }
         Ok(exported)
     }
@@ -143,8 +168,25 @@ fn tensors(adapter: &Adapter) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
     for site in &adapter.sites {
         let path = format!("{PREFIX}{}", site.name);
-        tensors.insert(format!("{path}.lora_A.weight"), exportable(&site.lora_a)?);
-        tensors.insert(format!("{path}.lora_B.weight"), exportable(&site.lora_b)?);
+        match &site.triplets {
+            // PEFT's names have no `.weight` here.
+            Some(triplets) if adapter.config.peft_type == PeftType::AdaLora => {
+                tensors.insert(format!("{path}.lora_A"), exportable(&triplets.lora_a)?);
+                tensors.insert(format!("{path}.lora_B"), exportable(&site.lora_b)?);
+                tensors.insert(format!("{path}.lora_E"), exportable(&triplets.lora_e)?);
+            }
+            _ => {
+                tensors.insert(format!("{path}.lora_A.weight"), exportable(&site.lora_a)?);
+                tensors.insert(format!("{path}.lora_B.weight"), exportable(&site.lora_b)?);
+            }
+        }
+        for (field, tensor) in site.beyond.iter().flat_map(Beyond::tensors) {
+            let tensor = match tensor.dtype().is_float() {
+                true => exportable(tensor)?,
+                false => tensor.clone(),
+            };
+            tensors.insert(format!("{path}.{field}"), tensor);
+        }
         for (field, tensor) in sampler(site)? {
             tensors.insert(format!("{path}.lora_monteclora_sampler.{field}"), tensor);
         }
