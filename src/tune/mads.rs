@@ -221,8 +221,11 @@ mod tests {
         }
     }
 
+    /// Number of parameters, range of each, and the function itself.
+    type Function = (usize, f64, f64, fn(&[f64]) -> f64);
+
     /// The functions of `tests/data/tune/nomad.json`, with the number of their parameters and the ranges of these.
-    fn function(name: &str) -> Option<(usize, f64, f64, fn(&[f64]) -> f64)> {
+    fn function(name: &str) -> Option<Function> {
         Some(match name {
             "sphere" => (3, -5.0, 5.0, |x| {
                 let pairs = x.iter().zip([1.0, -2.0, 0.5]);
@@ -273,7 +276,6 @@ mod tests {
                 ours.sort_by(f64::total_cmp);
                 let median = f64::midpoint(ours[4], ours[5]);
                 let theirs = found["poll"].as_f64().expect("a median");
-                eprintln!("{name} {budget}: {median:.3e} against {theirs:.3e}");
                 // Values have four digits here.
                 assert!(
                     median <= 6.0 * theirs + 1e-5,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use minijinja::{Value as Text, context};
+use minijinja::context;
 use monteclora_converters::{Error, Result};
 use serde_json::Value;
 
@@ -129,6 +129,6 @@ impl StudyPage {
             best => winner.map(|(index, value)| context! { name => format!("trial-{index:04}"), score => format!("{:.4}", objective.shown(value)) }),
             best_toml => self.best,
         };
-        lay_out(include_str!("page.html"), Text::from(values))
+        lay_out(include_str!("page.html"), values)
     }
 }

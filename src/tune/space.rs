@@ -86,7 +86,7 @@ impl Range {
         let ordered = |low: f64, high: f64| low < high && low.is_finite() && high.is_finite();
         let fault = match self {
             Self::Float { low, high } if !ordered(*low, *high) => "low must be below high",
-            Self::Log { low, high } if !ordered(*low, *high) || !(*low > 0.0) => {
+            Self::Log { low, high } if !ordered(*low, *high) || *low <= 0.0 => {
                 "low must be above 0 and below high"
             }
             Self::Integer { low, high, .. } if low >= high => "low must be below high",

@@ -245,10 +245,9 @@ impl Module {
 
     /// As [`Self::weight`], to keep.
     fn shared_weight(&self) -> Result<Arc<dyn Weight>> {
-        self.weight()?;
-        let frozen = self.frozen.iter().map(|frozen| frozen.0.clone());
         let unknown = || candle_core::Error::Msg(format!("{}: the base is not loaded", self.name));
-        Ok(frozen.last().ok_or_else(unknown)?)
+        let Frozen(weight) = self.frozen.as_ref().ok_or_else(unknown)?;
+        Ok(weight.clone())
     }
 
     /// The module as a file holds it whose update has no low-rank part.

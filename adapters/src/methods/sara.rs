@@ -262,7 +262,7 @@ const ITERATIONS: usize = 10;
 fn polar_factor(matrix: &Tensor) -> Result<(Tensor, f64)> {
     let squares: f64 = row_dots(matrix, matrix)?.iter().sum();
     let norm = squares.sqrt();
-    if !(norm > 0.0) {
+    if norm == 0.0 || !norm.is_finite() {
         return Ok((matrix.zeros_like()?, 0.0));
     }
     let (rows, columns) = matrix.dims2()?;
