@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use self::certainty::{Certainty, Score};
 use self::job::{Form, Job, Paths};
-use super::train::{AFTER_STEP, end_at_once, say_stopping, stop_on_signals};
+use super::train::{AFTER_STEP, end_at_once, stop_on_signals};
 use super::{interrupted, numerical, program, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
@@ -286,7 +286,7 @@ fn page(paths: &Paths) -> Result<()> {
     }
     let config = super::serve::resolved(&file, "")?;
     end_at_once(None);
-    say_stopping("");
+    super::train::say_stopping("");
     tracing::info!("loading it into the server");
     serve(&config, None, |address| {
         let text = format!(
