@@ -21,6 +21,8 @@ METHOD_NAMES = {
     "fixed-noise": "fixed noise",
     "monteclora-paper": "MonteCLoRA paper",
     "monteclora-elbo": "MonteCLoRA elbo",
+    "adalora": "AdaLoRA",
+    "dora": "DoRA",
     "ensemble": "3 LoRA seeds",
 }
 KIND_NAMES = {
@@ -310,7 +312,7 @@ def gap_section(results):
         ("all rates, diverged = worst cell", plan.LEARNING_RATES, True),
     ]
     rows = []
-    for method in plan.METHODS_B[1:]:
+    for method in (*plan.METHODS_B[1:], *plan.COMPARED):
         for label, rates, worst in variants:
             endpoint = gap_endpoint(results, plan.SEEDS, rates, "", first=method, worst=worst)
             if endpoint:
@@ -346,7 +348,7 @@ def difference_section(results):
 
 def groups(results, task):
     """(method, predictor, cells) of a task, in the order of the tables."""
-    for method in (*plan.METHODS_A, "ensemble"):
+    for method in (*plan.METHODS_A, *plan.COMPARED, "ensemble"):
         cells = results.adapters(task, method)
         for kind in KIND_NAMES:
             having = [cell for cell in cells if kind in cell.kinds()]
@@ -408,7 +410,7 @@ def grid_section(results):
     """NLL and accuracy of every cell of stage B, and their spread."""
     heads = ["method", "batch", *(f"{rate:g}" for rate in plan.LEARNING_RATES)]
     rows, spreads = [], []
-    for method in plan.METHODS_B:
+    for method in (*plan.METHODS_B, *plan.COMPARED):
         for batch in plan.BATCHES:
             rows.append((METHOD_NAMES[method], batch, *(grid_cell(results, method, rate, batch) for rate in plan.LEARNING_RATES)))
         row = spread_of(results, method)
@@ -571,11 +573,13 @@ def draw(results, folder):
 
 
 def shown(results, task):
-    """The predictors that the figures show: LoRA's mean and averages, the ensemble and the trained posteriors."""
-    wanted = {("lora", kind) for kind in KIND_NAMES} | {("ensemble", "ensemble")} | {(m, "posterior") for m in plan.WITH_POSTERIOR}
+    """The predictors that the figures show: LoRA's mean and averages, other methods' means, the ensemble and the trained posteriors."""
+    wanted = {("lora", kind) for kind in KIND_NAMES} | {(method, "mean") for method in plan.COMPARED} | {("ensemble", "ensemble")} | {(m, "posterior") for m in plan.WITH_POSTERIOR}
+    named_alone = {"ensemble": "ensemble", **{method: METHOD_NAMES[method] for method in plan.COMPARED}}
     for method, kind, cells in groups(results, task):
         if (method, kind) in wanted:
-            label = {"lora": f"LoRA {kind}", "ensemble": "ensemble"}.get(method, method.replace("monteclora", "trained"))
+            label = named_alone.get(method, method.replace("monteclora", "trained"))
+            label = f"LoRA {kind}" if method == "lora" else label
             yield label, kind, cells
 
 
@@ -620,7 +624,7 @@ def reliability_chart(results, task):
 def rate_chart(results):
     """NLL over learning rate, mean over batches and seeds; diverged cells as ln 2."""
     lines = []
-    for method in plan.METHODS_B:
+    for method in (*plan.METHODS_B, *plan.COMPARED):
         points = []
         for rate in plan.LEARNING_RATES:
             cells = [results.grid(method, rate, batch, seed) for batch in plan.BATCHES for seed in plan.SEEDS]

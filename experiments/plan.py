@@ -15,9 +15,10 @@ GEOMETRIES = ("rows", "svd")
 
 METHODS_A = ("lora", "lora-dropout", "monteclora-elbo", "monteclora-paper")
 METHODS_B = ("lora", "monteclora-paper", "fixed-noise", "lora-fa", "monteclora-elbo")
+COMPARED = ("adalora", "dora")  # methods without a posterior, of which the mean alone is judged
 WITH_POSTERIOR = ("monteclora-paper", "monteclora-elbo", "fixed-noise")
 
-# What differs between the methods: keys of [lora], of [lora.monteclora] and of [train].
+# What differs between the methods: keys of [lora], of the method's own section and of [train].
 METHODS = {
     "lora": ({"method": "lora"}, {}, {}),
     "lora-dropout": ({"method": "lora", "lora_dropout": 0.1}, {}, {}),
@@ -29,6 +30,8 @@ METHODS = {
         {"preset": "paper", "kl_loss_weight": 0.0, "use_entropy": False},
         {"variational_learning_rate": 0.0},
     ),
+    "adalora": ({"method": "adalora", "r": 24, "lora_alpha": 48}, {"target_r": 16}, {}),
+    "dora": ({"method": "dora"}, {}, {}),
 }
 
 
@@ -44,10 +47,17 @@ def stage_a():
         jobs += [adapter_job("a", task, "lora", seed) for seed in SEEDS]
         jobs.append({"stage": "a", "id": f"a-{task}-ensemble", "task": task, "method": "ensemble", "members": list(SEEDS)})
     for task in ("cola", "mrpc"):
+        jobs += [adapter_job("a", task, method, seed) for seed in SEEDS for method in COMPARED]
+    for task in ("cola", "mrpc"):
         jobs += [adapter_job("a", task, method, seed) for seed in SEEDS for method in METHODS_A[1:]]
     for task in ("cola", "mrpc"):
         jobs += [adapter_job("a", task, method, seed) for seed in LATER_SEEDS for method in METHODS_A]
     return jobs
+
+
+def geometries(method):
+    """The geometries in which posteriors are fitted on an adapter of a method."""
+    return () if method in COMPARED else GEOMETRIES
 
 
 def adapter_job(stage, task, method, seed):
@@ -60,9 +70,10 @@ def stage_b():
     return [
         grid_job(method, rate, batch, seed)
         for seed in SEEDS
+        for methods in (METHODS_B, COMPARED)
         for batch in BATCHES
         for rate in LEARNING_RATES
-        for method in METHODS_B
+        for method in methods
     ]
 
 
@@ -144,7 +155,7 @@ def sentence_of(row):
 
 def run_toml(job, base, train, output_dir):
     """The configuration of a job's training."""
-    lora, monteclora, rates = METHODS[job["method"]]
+    lora, own, rates = METHODS[job["method"]]
     sections = {
         "": {"seed": job["seed"]},
         "model": {"model_id": str(base)},
@@ -155,8 +166,8 @@ def run_toml(job, base, train, output_dir):
             "max_seq_length": 256,
             "packing": False,
         },
-        "lora": {**lora, "r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
-        "lora.monteclora": monteclora,
+        "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **lora},
+        f"lora.{lora['method']}": own,
         "train": {
             "output_dir": str(output_dir),
             "num_train_epochs": 1 if job["stage"] == "b" else 6,

@@ -241,7 +241,7 @@ def run_adapter(place, record):
     place.train()
     record["training"] = training(place.adapter)
     own = "posterior" if has_posterior else "mean"
-    fits = {geometry: place.fit(geometry) for geometry in plan.GEOMETRIES}
+    fits = {geometry: place.fit(geometry) for geometry in plan.geometries(job["method"])}
     record["fit"] = {geometry: without_paths(output) for geometry, (_, output) in fits.items()}
     adapters = {own: place.adapter, **{geometry: fitted for geometry, (fitted, _) in fits.items()}}
     record["scores"] = {}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import unittest
 import unittest.mock
 from importlib.util import find_spec
@@ -127,6 +128,16 @@ class Experiment(unittest.TestCase):
         self.assertAlmostEqual(result["training"]["posterior"]["spread_all"], 0.01, places=5)
         self.assertNotIn(str(self.folder), json.dumps(result))
 
+    def test_of_compared_methods_the_mean_alone_is_judged(self):
+        jobs = {job["id"]: job for job in plan.stage_a()}
+        self.run_here([jobs["a-cola-adalora-1"]])
+        (result,) = self.results("a")
+        self.assertEqual(set(result["test"]), {"answer", "mean"})
+        self.assertEqual(set(result["temperature"]), {"mean"})
+        config = tomllib.loads((self.folder / "work" / "a-cola-adalora-1" / "run.toml").read_text())
+        self.assertEqual(config["lora"]["r"], 24)
+        self.assertEqual(config["lora"]["adalora"], {"target_r": 16})
+
     def test_a_torn_line_is_replaced(self):
         path = self.folder / "results" / "b.jsonl"
         run.append(path, {"job": {"id": "one"}})
@@ -142,13 +153,16 @@ class Experiment(unittest.TestCase):
         self.run_here([jobs[f"a-cola-lora-{seed}"] for seed in plan.SEEDS])
         adapter = self.folder / "work" / "a-cola-lora-2" / "adapter"
         (adapter / "adapter_config.json").unlink()
-        self.run_here([jobs[name] for name in ("a-cola-ensemble", "a-cola-monteclora-elbo-1", "a-mrpc-lora-1")])
+        names = ("a-cola-ensemble", "a-cola-monteclora-elbo-1", "a-cola-dora-1", "a-mrpc-lora-1")
+        self.run_here([jobs[name] for name in names])
         self.assertTrue((adapter / "adapter_config.json").exists())
         grid = [job for job in plan.stage_b() if job["seed"] == 1]
-        self.run_here([job for job in grid if job["method"] in ("lora", "monteclora-paper")])
-        self.assertEqual(sum(result["status"] == "diverged" for result in self.results("b")), 4)
+        self.run_here([job for job in grid if job["method"] in ("lora", "monteclora-paper", "adalora")])
+        self.assertEqual(sum(result["status"] == "diverged" for result in self.results("b")), 6)
         page = self.analyse()
         self.assertEqual(page, self.analyse())
+        for text in ("| DoRA | mean | 1 |", "| AdaLoRA | all rates |"):
+            self.assertIn(text, page)
         for text in ("H1: worst-best", "H2: NLL", "H3: AUROC", "Not finished in stage b", "agree", "risk-coverage-cola.svg"):
             self.assertIn(text, page)
 

@@ -62,20 +62,22 @@ pub fn require_file(flag: &str, path: &Path, inputs: &[&Path]) -> Result<()> {
     if !parent.is_dir() {
         return refuse("is to lie in a directory that is not there");
     }
-    if let Ok(found) = path.canonicalize() {
-        let is_read = |input: &&Path| {
-            input
-                .canonicalize()
-                .is_ok_and(|input| found.starts_with(input))
-        };
-        if inputs.iter().any(is_read) {
-            return refuse("is there, and among what is read; choose another name");
-        }
-        if !found.is_file() {
-            return Ok(());
-        }
+    if is_read(path, inputs) {
+        return refuse("is there, and among what is read; choose another name");
+    }
+    if path.exists() && !path.is_file() {
+        return Ok(());
     }
     require_writable(flag, parent)
+}
+
+/// Whether `path` exists and is one of `inputs`, or lies in one of them.
+pub fn is_read(path: &Path, inputs: &[&Path]) -> bool {
+    let Ok(found) = path.canonicalize() else {
+        return false;
+    };
+    let inputs = inputs.iter().filter_map(|input| input.canonicalize().ok());
+    inputs.into_iter().any(|input| found.starts_with(input))
 }
 
 /// Refuses a directory in which no file can be created. If `dir` does not exist, its nearest existing parent is

@@ -34,8 +34,11 @@ pub trait Update: Debug + Send + Sync {
     /// Propagates `upstream` `[tokens, out]`, the gradient of the output, back to the frozen product.
     fn pull(&self, upstream: &Tensor, saved: &[Tensor]) -> Result<Pulled>;
 
-    /// The update's part of the input's gradient, as products that are summed. The caller applies the dropout mask.
-    fn input_terms<'a>(&'a self, pulled: &'a Pulled) -> Vec<Product<'a>>;
+    /// The update's part of the input's gradient, as products that are summed: none unless the update reads the input by
+    /// itself. The caller applies the dropout mask.
+    fn input_terms<'a>(&'a self, _pulled: &'a Pulled) -> Vec<Product<'a>> {
+        Vec::new()
+    }
 
     /// Gradients of the factors at the projection's input `x`.
     fn gradients(&self, x: &Tensor, saved: &[Tensor], pulled: &Pulled) -> Result<Vec<Tensor>>;

@@ -16,7 +16,7 @@ use crate::card;
 use crate::cli::{ConvertArgs, ConvertDtypeArg};
 use crate::hub::{self, HubOptions};
 use crate::model::warn_of_base;
-use crate::output::require_empty;
+use crate::output::{is_read, require_empty};
 use crate::provenance::{require_effect, warn_of_settings};
 
 pub(super) fn run(args: &ConvertArgs) -> Result<()> {
@@ -162,14 +162,9 @@ fn read(args: &ConvertArgs, from: &dyn Format, base: &Base) -> Result<Adapter> {
 
 /// Refuses a file that is among what is read, even with --force. An earlier export in the source's directory may be replaced.
 fn require_not_read(output: &Path, read: &[&Path]) -> Result<()> {
-    let Ok(found) = output.canonicalize() else {
-        return Ok(());
-    };
-    let is_read = |path: &&Path| {
-        path.canonicalize()
-            .is_ok_and(|path| found == path || (found.starts_with(&path) && !is_gguf(&found)))
-    };
-    if read.iter().any(is_read) {
+    let is_export = output.canonicalize().is_ok_and(|found| is_gguf(&found));
+    let read = read.iter().filter(|path| !is_export || path.is_file());
+    if is_read(output, &read.copied().collect::<Vec<_>>()) {
         bail!(Problem::usage(format!(
             "`{}` is among the files that are read; choose another name with -o",
             output.display()

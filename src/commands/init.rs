@@ -10,6 +10,7 @@ use crate::config::{DataConfig, LoraConfig, RunConfig, TrainConfig};
 use crate::data::Overlong;
 use crate::hub;
 use crate::model::read_shape;
+use crate::output::is_read;
 use crate::train::{Decided, Prepared, Suggestion, toml_text};
 
 pub(super) fn run(args: &InitArgs) -> Result<()> {
@@ -20,13 +21,9 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
             args.output.display()
         )));
     }
-    let same = |path: &std::path::Path| {
-        let (Ok(a), Ok(b)) = (path.canonicalize(), args.output.canonicalize()) else {
-            return false;
-        };
-        a == b
-    };
-    if same(&args.data) || args.valid.as_deref().is_some_and(same) {
+    let rows = std::iter::once(args.data.as_path()).chain(args.valid.as_deref());
+    let rows = rows.filter(|rows| rows.is_file());
+    if is_read(&args.output, &rows.collect::<Vec<_>>()) {
         bail!(Problem::usage(format!(
             "-o `{}` is a file of rows; choose another name",
             args.output.display()

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use self::certainty::{Certainty, Score};
 use self::job::{Form, Job, Paths};
-use super::train::{AFTER_STEP, end_at_once, stop_on_signals};
+use super::train::{AFTER_STEP, end_at_once, say_stopping, stop_on_signals};
 use super::{interrupted, numerical, program, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
@@ -161,7 +161,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     }
     // Nothing of what follows is kept by itself, so that there is no reason to wait for its end.
     let what = stopped("interrupted; what comes after training begins anew", args);
-    end_at_once(Some(format!("{what:#}")));
+    end_at_once(format!("{what:#}"));
     let base_answers = answer(&tickets, "base model", &decoder, &ActiveAdapter::default())?;
     let mean = ActiveAdapter::from_adapter(&adapter, decoder.config(), decoder.device())?;
     let mean_answers = answer(&tickets, "posterior mean", &decoder, &mean)?;
@@ -285,8 +285,7 @@ fn page(paths: &Paths) -> Result<()> {
         file.server.port = 0;
     }
     let config = super::serve::resolved(&file, "")?;
-    end_at_once(None);
-    super::train::say_stopping("");
+    say_stopping("");
     tracing::info!("loading it into the server");
     serve(&config, None, |address| {
         let text = format!(

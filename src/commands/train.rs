@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use monteclora_converters::{Problem, shell_word};
@@ -136,20 +136,28 @@ fn finished(prepared: &Prepared, step: u64, as_json: bool) -> Result<()> {
 /// When training stops after a signal, for [`say_stopping`].
 pub(super) const AFTER_STEP: &str = " after this step";
 
-/// The end of the message for the first signal: when the program stops.
-static AFTER: Mutex<&str> = Mutex::new("");
-
-/// What is said when the first signal ends the process at once, because nothing would be kept of the part that it is in.
-static AT_ONCE: Mutex<Option<String>> = Mutex::new(None);
-
-/// Makes the first signal end the process with `message`; with `None` it is only noted again.
-pub(super) fn end_at_once(message: Option<String>) {
-    *AT_ONCE.lock().unwrap_or_else(PoisonError::into_inner) = message;
+/// What the first signal does.
+enum OnSignal {
+    /// It is noted. The end of its message says when the program stops.
+    Stop(&'static str),
+    /// It ends the process at once with a message, because nothing would be kept of the part that the program is in.
+    End(String),
 }
 
-/// Sets the end of the message for the first signal.
+static ON_SIGNAL: Mutex<OnSignal> = Mutex::new(OnSignal::Stop(""));
+
+fn on_signal() -> MutexGuard<'static, OnSignal> {
+    ON_SIGNAL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes the first signal end the process with `message`, until [`say_stopping`].
+pub(super) fn end_at_once(message: String) {
+    *on_signal() = OnSignal::End(message);
+}
+
+/// Lets the first signal be noted, and sets the end of its message.
 pub(super) fn say_stopping(after: &'static str) {
-    *AFTER.lock().unwrap_or_else(PoisonError::into_inner) = after;
+    *on_signal() = OnSignal::Stop(after);
 }
 
 /// A flag that the first SIGINT or SIGTERM sets. The signal also logs when the program stops. A second signal ends the
@@ -159,15 +167,17 @@ pub(super) fn stop_on_signals(after: &'static str) -> Result<Interrupt> {
     let flag: Interrupt = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
     ctrlc::set_handler(move || {
-        if let Some(message) = &*AT_ONCE.lock().unwrap_or_else(PoisonError::into_inner) {
-            // Nothing is left to do if standard error is closed.
-            let _ = writeln!(std::io::stderr(), "error: {message}");
-            std::process::exit(130);
-        }
+        let after = match &*on_signal() {
+            OnSignal::End(message) => {
+                // Nothing is left to do if standard error is closed.
+                let _ = writeln!(std::io::stderr(), "error: {message}");
+                std::process::exit(130);
+            }
+            OnSignal::Stop(after) => *after,
+        };
         if seen.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        let after = *AFTER.lock().unwrap_or_else(PoisonError::into_inner);
         tracing::warn!("stopping{after}; once more to quit at once");
     })
     .context("cannot install the signal handler")?;

@@ -16,12 +16,14 @@ use crate::config::{DataConfig, RunConfig};
 use crate::data::Dataset;
 use crate::train::Prepared;
 use crate::tune::{
-    self, Commands, Event, LOG, Log, Objective, Options, Outcome, SPACE, Space, Study, rungs,
+    self, Commands, Event, LOG, Log, Objective, Options, Outcome, SPACE, Space, Study, name_of,
+    rungs,
 };
 
 pub(super) fn run(args: &TuneArgs) -> Result<()> {
     require_positive(&[("--trials", args.trials), ("--jobs", args.jobs)])?;
-    let space = Space::read(&args.space)?;
+    let space_text = Space::text(&args.space)?;
+    let space = Space::parse(&space_text, &args.space.display().to_string())?;
     let text = std::fs::read_to_string(&args.config)
         .with_context(|| format!("cannot read `{}`", args.config.display()))?;
     let config = RunConfig::load(&args.config, &args.overrides)?;
@@ -64,7 +66,7 @@ pub(super) fn run(args: &TuneArgs) -> Result<()> {
     };
     let options = Options {
         run_sha256: Options::hash(&text, &args.overrides),
-        space_sha256: Options::hash(&std::fs::read_to_string(&args.space)?, &[]),
+        space_sha256: Options::hash(&space_text, &[]),
         strategy: args.strategy,
         seed: args.seed,
         objective,
@@ -89,21 +91,19 @@ pub(super) fn run(args: &TuneArgs) -> Result<()> {
         interrupt: &interrupt,
     };
     let (mut log, _lock) = study.open()?;
-    files::write_text(
-        &args.output.join(SPACE),
-        &std::fs::read_to_string(&args.space)?,
-    )?;
+    files::write_text(&args.output.join(SPACE), &space_text)?;
     let objective = study.options.objective.clone();
     let show = |event: &Event<'_>| match event {
         Event::Started(index, settings, false) => {
-            tracing::info!("trial-{index:04}: {}", settings.join("  "));
+            tracing::info!("{}: {}", name_of(*index), settings.join("  "));
         }
         Event::Started(index, settings, true) => {
-            tracing::info!("trial-{index:04} goes on: {}", settings.join("  "));
+            tracing::info!("{} goes on: {}", name_of(*index), settings.join("  "));
         }
         Event::Waiting(index) => {
             tracing::warn!(
-                "trial-{index:04} is still run by an earlier process: waiting for its end"
+                "{} is still run by an earlier process: waiting for its end",
+                name_of(*index)
             );
         }
         Event::Ended(index, outcome, n_ended, best) => {
@@ -128,7 +128,8 @@ pub(super) fn run(args: &TuneArgs) -> Result<()> {
                 Outcome::Failed { reason } => format!("failed: {reason}"),
             };
             tracing::info!(
-                "trial-{index:04}: {what} ({n_ended} of {} ended{best})",
+                "{}: {what} ({n_ended} of {} ended{best})",
+                name_of(*index),
                 args.trials
             );
         }
@@ -250,9 +251,7 @@ fn commands(
 
 fn tell(args: &TuneArgs, study: &Study<'_>, log: &Log, best: Option<&Path>) -> Result<()> {
     let objective = &study.options.objective;
-    let found = log.trials.iter().enumerate();
-    let found = found.filter_map(|(index, trial)| Some((index, trial.objective()?)));
-    let winner = found.min_by(|a, b| a.1.total_cmp(&b.1));
+    let winner = log.best();
     let out = &args.output;
     if args.json {
         return print_json(&json!({
@@ -261,7 +260,7 @@ fn tell(args: &TuneArgs, study: &Study<'_>, log: &Log, best: Option<&Path>) -> R
             "finished": log.trials.iter().filter(|trial| trial.objective().is_some()).count(),
             "objective": objective.metric,
             "best": winner.map(|(index, value)| json!({
-                "trial": format!("trial-{index:04}"),
+                "trial": name_of(index),
                 "value": objective.shown(value),
                 "settings": study.settings(&log.trials[index]).unwrap_or_default(),
             })),
@@ -283,8 +282,9 @@ fn tell(args: &TuneArgs, study: &Study<'_>, log: &Log, best: Option<&Path>) -> R
     let program = program();
     let word = |path: &Path| shell_word(&path.display().to_string());
     print(&format!(
-        "best of {} trials: trial-{index:04} with {} {:.4}\n  {}\nwrote {}\nnext\n  {program} report {}               # all trials, and what decides\n  {program} train -c {}   # train with the best settings\n  {program} eval -a {} --data TEST",
+        "best of {} trials: {} with {} {:.4}\n  {}\nwrote {}\nnext\n  {program} report {}               # all trials, and what decides\n  {program} train -c {}   # train with the best settings\n  {program} eval -a {} --data TEST",
         log.trials.len(),
+        name_of(index),
         objective.metric,
         objective.shown(value),
         study.settings(&log.trials[index])?.join("\n  "),

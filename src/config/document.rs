@@ -81,20 +81,11 @@ impl Document {
     }
 
     fn set(&mut self, entry: &str) {
-        let Some((path, value)) = entry.split_once('=') else {
-            self.problems.push(format!(
-                "--set {entry}: has no value; write --set key.path=value"
-            ));
-            return;
-        };
-        let path = path.trim();
-        match insert(&mut self.table, path, override_value(value.trim())) {
-            Ok(()) => {
+        match set(&mut self.table, entry) {
+            Ok(path) => {
                 self.origins.insert(path.to_owned(), Origin::Override);
             }
-            Err(parent) => self
-                .problems
-                .push(format!("--set {path}: `{parent}` is not a table")),
+            Err(message) => self.problems.push(format!("--set {message}")),
         }
     }
 
@@ -236,6 +227,20 @@ impl Document {
 /// What stops before anything else can be found.
 pub(super) fn one(message: String) -> Problems {
     Problems::from(vec![Problem::usage(message)])
+}
+
+/// Applies an override `key.path=value` to `table`, and returns the path. The value is TOML; what is not valid TOML is a string.
+///
+/// # Errors
+/// Returns an error if there is no value, or if something on the way to the key is no table.
+pub(crate) fn set<'a>(table: &mut Table, entry: &'a str) -> Result<&'a str, String> {
+    let (path, value) = entry
+        .split_once('=')
+        .ok_or_else(|| format!("{entry}: has no value; write --set key.path=value"))?;
+    let path = path.trim();
+    insert(table, path, override_value(value.trim()))
+        .map_err(|parent| format!("{path}: `{parent}` is not a table"))?;
+    Ok(path)
 }
 
 fn override_value(text: &str) -> Value {

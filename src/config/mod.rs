@@ -9,6 +9,7 @@ mod document;
 mod peers;
 mod run;
 
+pub(crate) use document::set;
 pub use peers::flag_remedy;
 pub use run::{
     DTYPES, DataConfig, DataFormat, DtypeChoice, ECE_BINS, EvalConfig, LoraConfig, LrSchedulerType,

@@ -67,18 +67,19 @@ fn data(data: &Dataset) -> Value {
     })
 }
 
+/// The record at `path`. `None` if there is none that can be read.
+pub(super) fn read(path: &Path) -> Option<Value> {
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}
+
 /// The `finished_step` of a run.json. `None` if the file does not exist or the run is not finished.
 pub(super) fn finished_step(path: &Path) -> Option<u64> {
-    let text = std::fs::read(path).ok()?;
-    let record: Value = serde_json::from_slice(&text).ok()?;
-    record["finished_step"].as_u64()
+    read(path)?["finished_step"].as_u64()
 }
 
 /// The time that the chat template got in the run of a run.json; `None` if its text does not depend on the date.
 pub(super) fn template_time(path: &Path) -> Option<SystemTime> {
-    let text = std::fs::read(path).ok()?;
-    let record: Value = serde_json::from_slice(&text).ok()?;
-    let seconds = record["template_time"].as_u64()?;
+    let seconds = read(path)?["template_time"].as_u64()?;
     UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 

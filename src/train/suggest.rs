@@ -4,10 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde::Serialize;
-use serde_json::Value;
 
-use super::Prepared;
 use super::memory::{MemoryEstimate, MemoryInputs};
+use super::{Prepared, record};
 use crate::config::RunConfig;
 use crate::data::{BatchOptions, Dataset, Overlong};
 use crate::hub::{self, HubOptions};
@@ -191,8 +190,8 @@ pub fn without_file(overrides: &[String], resumed: Option<&str>) -> Result<RunCo
         .filter_map(|entry| Some(entry.split_once('=')?.0.trim()))
         .collect();
     let asked = RunConfig::from_toml("", SOURCE, overrides)?;
-    let record = resumed.map(|from| record_of(from, &asked.train.output_dir));
-    let earlier = record.and_then(|record| recorded(&record, &given));
+    let from = resumed.map(|from| record_of(from, &asked.train.output_dir));
+    let earlier = from.and_then(|path| recorded(&path, &given));
     let goes_on = earlier.is_some();
     let settings = match earlier {
         Some(settings) => settings,
@@ -253,10 +252,9 @@ pub fn record_of(resume: &str, output_dir: &Path) -> PathBuf {
     named.unwrap_or_else(|| output_dir.join("run.json"))
 }
 
-/// The values that the run of `record` was begun with, of the keys that are suggested and not `given`, and its length.
-fn recorded(record: &Path, given: &[&str]) -> Option<Vec<String>> {
-    let text = std::fs::read(record).ok()?;
-    let record: Value = serde_json::from_slice(&text).ok()?;
+/// The values that the run of the run.json at `path` was begun with, of the keys that are suggested and not `given`, and its length.
+fn recorded(path: &Path, given: &[&str]) -> Option<Vec<String>> {
+    let record = record::read(path)?;
     let keys = [
         LENGTH,
         OVERLONG,

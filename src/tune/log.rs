@@ -86,6 +86,13 @@ impl Trial {
     }
 }
 
+/// The best trial that was trained to its end, and its objective.
+pub(super) fn best(trials: &[Trial]) -> Option<(usize, f64)> {
+    let finished = trials.iter().enumerate();
+    let finished = finished.filter_map(|(index, trial)| Some((index, trial.objective()?)));
+    finished.min_by(|a, b| a.1.total_cmp(&b.1))
+}
+
 /// The log of a study.
 #[derive(Debug)]
 pub struct Log {
@@ -127,6 +134,17 @@ impl Log {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let whole = text.rfind('\n').map_or(0, |at| at + 1);
         read(&text[..whole], path)
+    }
+
+    /// The best trial that was trained to its end, and its objective.
+    pub fn best(&self) -> Option<(usize, f64)> {
+        best(&self.trials)
+    }
+
+    /// The number of trials that ended.
+    pub(super) fn n_ended(&self) -> usize {
+        let ended = self.trials.iter().filter(|trial| trial.outcome.is_some());
+        ended.count()
     }
 
     /// Adds a line.

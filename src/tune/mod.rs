@@ -17,7 +17,7 @@ pub use page::{SPACE, StudyPage};
 pub use space::{Parameter, Range, Space};
 pub use strategy::Strategy;
 pub use study::{Event, Options, Study};
-pub use trial::{Commands, Objective, dir_of};
+pub use trial::{Commands, Objective, dir_of, name_of};
 
 /// Name of the study's log.
 pub const LOG: &str = "trials.jsonl";

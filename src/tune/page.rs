@@ -7,10 +7,11 @@ use monteclora_converters::{Error, Result};
 use serde_json::Value;
 
 use super::importance::importance;
-use super::log::{Log, Outcome, Trial};
+use super::log::{Log, Outcome, Trial, best};
 use super::space::Space;
 use super::strategy::known;
-use super::study::{Options, best};
+use super::study::Options;
+use super::trial::name_of;
 use super::{BEST, LOG, RECORD};
 use crate::report::lay_out;
 
@@ -94,7 +95,7 @@ impl StudyPage {
                     Some(Outcome::Failed { reason }) => (format!("failed: {reason}"), None, None),
                 };
                 context! {
-                    name => format!("trial-{index:04}"),
+                    name => name_of(index),
                     values => trial.values.iter().map(plain).collect::<Vec<_>>(),
                     state => state,
                     score => score.map(|score| format!("{score:.4}")),
@@ -126,7 +127,7 @@ impl StudyPage {
             n_finished => count(|o| matches!(o, Outcome::Finished { .. })),
             n_stopped => count(|o| matches!(o, Outcome::Stopped { .. })),
             n_failed => count(|o| matches!(o, Outcome::Failed { .. })),
-            best => winner.map(|(index, value)| context! { name => format!("trial-{index:04}"), score => format!("{:.4}", objective.shown(value)) }),
+            best => winner.map(|(index, value)| context! { name => name_of(index), score => format!("{:.4}", objective.shown(value)) }),
             best_toml => self.best,
         };
         lay_out(include_str!("page.html"), values)

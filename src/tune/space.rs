@@ -161,10 +161,16 @@ impl Space {
     /// # Errors
     /// Returns an error that names the file and every parameter that is wrong.
     pub fn read(path: &Path) -> Result<Self, Problem> {
-        let name = path.display();
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| Problem::usage(format!("cannot read `{name}`: {error}")))?;
-        Self::parse(&text, &name.to_string())
+        Self::parse(&Self::text(path)?, &path.display().to_string())
+    }
+
+    /// The text of the file, for [`Self::parse`].
+    ///
+    /// # Errors
+    /// Returns an error that names the file.
+    pub fn text(path: &Path) -> Result<String, Problem> {
+        let wrong = |error| Problem::usage(format!("cannot read `{}`: {error}", path.display()));
+        std::fs::read_to_string(path).map_err(wrong)
     }
 
     /// As [`Self::read`], from text; `name` stands for the file in messages.

@@ -13,8 +13,9 @@ use super::halving;
 use super::log::{Entry, Log, Outcome, Trial};
 use super::space::Space;
 use super::strategy::{Strategy, known};
-use super::trial::{BUSY, Commands, Objective, Running, Seen};
+use super::trial::{BUSY, Commands, Objective, Running, Seen, dir_of, name_of};
 use super::{BEST, LOG, RECORD};
+use crate::config::set;
 use crate::train::RunLock;
 
 /// What a study is made of, `study.json`. It goes on only as what it was.
@@ -168,7 +169,8 @@ impl Study<'_> {
                 let Some(next) = self.next(log, n_trials, running)? else {
                     break;
                 };
-                if is_busy(&super::trial::dir_of(&self.dir, next))? {
+                let dir = dir_of(&self.dir, next);
+                if is_busy(&dir)? {
                     if waiting != Some(next) {
                         watch(&Event::Waiting(next));
                         waiting = Some(next);
@@ -176,8 +178,7 @@ impl Study<'_> {
                     break;
                 }
                 let settings = self.settings(&log.trials[next])?;
-                let goes_on = super::trial::dir_of(&self.dir, next).is_dir();
-                watch(&Event::Started(next, &settings, goes_on));
+                watch(&Event::Started(next, &settings, dir.is_dir()));
                 running.push(Running::start(&self.commands, &self.dir, next, &settings)?);
             }
             if running.is_empty()
@@ -189,7 +190,7 @@ impl Study<'_> {
             let mut at = 0;
             while at < running.len() {
                 self.compare(log, &mut running[at])?;
-                let seen = running[at].look(&self.commands, &self.dir, &self.options.objective)?;
+                let seen = running[at].look(&self.commands, &self.options.objective)?;
                 if matches!(seen, Seen::Running) {
                     at += 1;
                     continue;
@@ -205,24 +206,14 @@ impl Study<'_> {
                             trial: index,
                             outcome: outcome.clone(),
                         })?;
-                        let n_ended = log.trials.iter().filter(|t| t.outcome.is_some()).count();
-                        watch(&Event::Ended(
-                            index,
-                            &outcome,
-                            n_ended,
-                            best(&log.trials).map(|(_, b)| b),
-                        ));
+                        let best = log.best().map(|(_, objective)| objective);
+                        watch(&Event::Ended(index, &outcome, log.n_ended(), best));
                         require_some_success(&log.trials)?;
                     }
                 }
             }
         }
-        let n_ended = log
-            .trials
-            .iter()
-            .filter(|trial| trial.outcome.is_some())
-            .count();
-        Ok(n_ended >= n_trials)
+        Ok(log.n_ended() >= n_trials)
     }
 
     /// The trial that is to run next: one that was begun and did not end, or a new one, which is written to the log.
@@ -312,7 +303,7 @@ impl Study<'_> {
         run_toml: &str,
         overrides: &[String],
     ) -> Result<Option<PathBuf>> {
-        let Some((index, _)) = best(&log.trials) else {
+        let Some((index, _)) = log.best() else {
             return Ok(None);
         };
         let wrong = |error: toml::de::Error| Problem::usage(format!("run.toml: {error}"));
@@ -322,20 +313,14 @@ impl Study<'_> {
             .cloned()
             .chain(self.settings(&log.trials[index])?)
         {
-            let Some((key, value)) = entry.split_once('=') else {
-                continue;
-            };
-            let parsed: std::result::Result<toml::Table, _> = format!("v = {value}").parse();
-            let parsed = parsed.ok().and_then(|mut table| table.remove("v"));
-            // As `--set` takes it: what is no TOML is text.
-            set(
-                &mut table,
-                key.trim(),
-                parsed.unwrap_or_else(|| value.trim().into()),
-            )?;
+            set(&mut table, &entry)
+                .map_err(|message| Problem::usage(format!("{BEST}: {message}")))?;
         }
         let path = self.dir.join(BEST);
-        let text = format!("# The settings of trial-{index:04}, the best of the study.\n{table}");
+        let text = format!(
+            "# The settings of {}, the best of the study.\n{table}",
+            name_of(index)
+        );
         write_text(&path, &text)?;
         Ok(Some(path))
     }
@@ -346,32 +331,6 @@ fn json_of(values: &[toml::Value]) -> Vec<Value> {
         .iter()
         .map(|value| serde_json::to_value(value).unwrap_or_default())
         .collect()
-}
-
-/// Sets the dotted `key` of `table`.
-fn set(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<()> {
-    match key.split_once('.') {
-        None => {
-            table.insert(key.to_owned(), value);
-            Ok(())
-        }
-        Some((section, rest)) => {
-            let inner = table
-                .entry(section)
-                .or_insert_with(|| toml::Table::new().into());
-            match inner.as_table_mut() {
-                Some(inner) => set(inner, rest, value),
-                None => Err(Problem::usage(format!("{BEST}: `{section}` is no table")).into()),
-            }
-        }
-    }
-}
-
-/// The best trial that was trained to its end, and its objective.
-pub(super) fn best(trials: &[Trial]) -> Option<(usize, f64)> {
-    let finished = trials.iter().enumerate();
-    let finished = finished.filter_map(|(index, trial)| Some((index, trial.objective()?)));
-    finished.min_by(|a, b| a.1.total_cmp(&b.1))
 }
 
 /// Ends a study whose trials all fail: it is not the settings then.

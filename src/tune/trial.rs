@@ -49,6 +49,8 @@ pub(super) struct Running {
     /// Set when the trial was told to stop: the step of the rung, or `None` for the end of the study.
     stopping: Option<Option<u64>>,
     scores: PathBuf,
+    /// What it writes.
+    log: PathBuf,
     /// Length of the trial's log when this process began to write it.
     log_from: usize,
 }
@@ -64,9 +66,14 @@ pub(super) enum Seen {
     Ended(Option<Outcome>),
 }
 
-/// The output directory of trial `index`.
+/// The name of trial `index`, such as `trial-0007`.
+pub fn name_of(index: usize) -> String {
+    format!("trial-{index:04}")
+}
+
+/// The output directory of trial `index`. What the trial writes and its scores lie beside it, as `.log` and `.json`.
 pub fn dir_of(study: &Path, index: usize) -> PathBuf {
-    study.join(format!("trial-{index:04}"))
+    study.join(name_of(index))
 }
 
 /// Arguments of `train` for a trial with `settings`.
@@ -99,13 +106,14 @@ impl Running {
     ) -> Result<Self> {
         let dir = dir_of(study, index);
         let arguments = train_arguments(commands, settings, &dir);
-        let log = study.join(format!("trial-{index:04}.log"));
+        let log = dir.with_extension("log");
         let log_from = std::fs::metadata(&log).map_or(0, |found| found.len() as usize);
         let child = spawn(commands, &arguments, &log, None)?;
         Ok(Self {
             log_from,
             index,
-            scores: study.join(format!("trial-{index:04}.json")),
+            scores: dir.with_extension("json"),
+            log,
             dir,
             part: Part::Training,
             child,
@@ -116,8 +124,8 @@ impl Running {
     }
 
     /// Whether the run was refused because another process writes to its directory; that one may have written to the log since.
-    fn met_another(&self, log: &Path) -> bool {
-        let text = std::fs::read(log).unwrap_or_default();
+    fn met_another(&self) -> bool {
+        let text = std::fs::read(&self.log).unwrap_or_default();
         let since = text.get(self.log_from..).unwrap_or_default();
         String::from_utf8_lossy(since).contains(BUSY)
     }
@@ -169,12 +177,7 @@ impl Running {
     ///
     /// # Errors
     /// Returns an error if the system refuses.
-    pub(super) fn look(
-        &mut self,
-        commands: &Commands,
-        study: &Path,
-        objective: &Objective,
-    ) -> Result<Seen> {
+    pub(super) fn look(&mut self, commands: &Commands, objective: &Objective) -> Result<Seen> {
         let waited = self
             .child
             .try_wait()
@@ -182,17 +185,16 @@ impl Running {
         let Some(status) = waited else {
             return Ok(Seen::Running);
         };
-        let log = study.join(format!("trial-{:04}.log", self.index));
         if let Some(step) = self.stopping {
             let stopped = step.map(|step| Outcome::Stopped { step });
             return Ok(Seen::Ended(stopped));
         }
         let failed = |what: &str| {
-            let reason = format!("{what}: {}", last_lines(&log));
+            let reason = format!("{what}: {}", last_lines(&self.log));
             Ok(Seen::Ended(Some(Outcome::Failed { reason })))
         };
         if !status.success() {
-            if self.part == Part::Training && self.met_another(&log) {
+            if self.part == Part::Training && self.met_another() {
                 return Ok(Seen::Busy);
             }
             // Somebody stopped the trial by itself; a crash or a lack of memory is a failure.
@@ -207,7 +209,7 @@ impl Running {
         if self.part == Part::Training {
             let mut arguments = vec![OsString::from("eval"), "-a".into(), self.dir.clone().into()];
             arguments.extend(commands.eval.iter().cloned());
-            self.child = spawn(commands, &arguments, &log, Some(&self.partial()))?;
+            self.child = spawn(commands, &arguments, &self.log, Some(&self.partial()))?;
             self.part = Part::Evaluating;
             return Ok(Seen::Running);
         }
@@ -239,7 +241,7 @@ pub struct Objective {
 }
 
 /// Scores that are to be high.
-const HIGH: [&str; 4] = ["accuracy", "token_accuracy", "exact_match", "auroc"];
+const HIGH: [&str; 3] = ["accuracy", "token_accuracy", "auroc"];
 /// Scores that are to be low.
 const LOW: [&str; 6] = ["loss", "perplexity", "nll", "ece", "brier", "aurc"];
 

@@ -223,3 +223,10 @@ pub(crate) fn largest_difference(a: &[f32], b: &[f32]) -> f64 {
         if d.is_nan() { f64::INFINITY } else { m.max(d) }
     })
 }
+
+/// A client that waits as long as a slow machine takes.
+#[cfg(feature = "mistralrs")]
+pub(crate) fn client() -> reqwest::blocking::Client {
+    let builder = reqwest::blocking::Client::builder().timeout(None);
+    builder.build().unwrap()
+}

@@ -30,7 +30,7 @@ impl Site {
     fn new() -> Self {
         let site = Self {
             dir: tempfile::tempdir().unwrap(),
-            client: Client::new(),
+            client: crate::fixtures::client(),
         };
         for name in [ONE, TWO] {
             let to = site.root().join(name);
@@ -168,7 +168,7 @@ fn whole_answer(site: &Site, server: &Server, model: &str) -> (String, String) {
 
 /// The whole stream of a client with a connection of its own.
 fn as_user(server: &Server, pause: Duration) -> Result<(String, String), String> {
-    let client = Client::new();
+    let client = crate::fixtures::client();
     let request = client.post(format!("{}/v1/chat/completions", server.url));
     let request = request
         .bearer_auth("user-key")

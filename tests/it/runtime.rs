@@ -265,7 +265,7 @@ fn a_gguf_file_is_served() {
     let file = root.join("tests/data/gguf/llama-every-type.gguf");
     let file = file.to_str().unwrap();
     let cache = dir.path().join("cache").display().to_string();
-    let client = reqwest::blocking::Client::new();
+    let client = crate::fixtures::client();
     let answer = |arguments: &[&str], model: &str| -> String {
         let server = serve_with(arguments, &[("MONTECLORA_CACHE", &cache)]);
         let body =
@@ -304,7 +304,7 @@ fn a_server_answers_from_base_and_alias() {
     let model = own().join("models/tiny-llama").display().to_string();
     let adapter = format!("triage={}", own().join("adapters/all-linear").display());
     let mut server = serve(&["-m", &model, "--adapter", &adapter, "--cpu"]);
-    let client = reqwest::blocking::Client::new();
+    let client = crate::fixtures::client();
     let models: serde_json::Value = client
         .get(format!("{}/v1/models", server.url))
         .send()

@@ -27,7 +27,7 @@ impl Site {
     fn new() -> Self {
         let site = Self {
             dir: tempfile::tempdir().unwrap(),
-            client: Client::new(),
+            client: crate::fixtures::client(),
         };
         std::fs::create_dir(site.at("adapters")).unwrap();
         copy(Path::new(&own_adapter(POSTERIOR)), &site.adapter(POSTERIOR));

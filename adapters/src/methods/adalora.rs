@@ -17,13 +17,13 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use monteclora_converters::{AdaLoraSettings, AdapterConfig, PeftType, Problem, Site, Triplets};
+use monteclora_converters::{AdaLoraSettings, AdapterConfig, PeftType, Site, Triplets};
 use serde::{Deserialize, Serialize};
 
-use super::parameter::unlike;
+use super::parameter::{none_of_state, tensors, unlike};
 use super::{
     Chart, Drawn, Export, Group, Kind, Method, Metric, Module, Owner, Parameter, Step, Storage,
-    Value, Weighting,
+    Value, Weighting, settings,
 };
 use crate::error::Result;
 use crate::linalg::row_dots;
@@ -36,11 +36,7 @@ pub(super) static KIND: Kind = Kind {
     about: "LoRA by singular values, of which the least important are pruned during training.",
     metrics: METRICS,
     export: Export::PlainLora,
-    new: |section| {
-        let settings = Option::<AdaLoraConfig>::deserialize(section)
-            .map_err(|e| Problem::usage(format!("[lora.adalora]: {e}")))?;
-        Ok(Arc::new(AdaLora(settings.unwrap_or_default())))
-    },
+    new: |section| Ok(Arc::new(AdaLora(settings(&KIND, section)?))),
 };
 
 const METRICS: &[Metric] = super::metrics! {
@@ -130,16 +126,6 @@ const N_VALUES: usize = 10;
 #[derive(Debug)]
 struct AdaLora(AdaLoraConfig);
 
-fn tensors<'a, const N: usize>(values: &[&'a Value]) -> Result<[&'a Tensor; N]> {
-    let tensors = values.iter().map(|value| match value {
-        Value::Tensor(tensor) => Some(tensor),
-        Value::Vector(_) => None,
-    });
-    let tensors: Option<Vec<&Tensor>> = tensors.collect();
-    let all = tensors.and_then(|tensors| <[&Tensor; N]>::try_from(tensors).ok());
-    all.ok_or_else(|| unlike(&[N], &[values.len()]))
-}
-
 /// `alpha / (init_r + 1e-5)`, whatever the rank that remains.
 fn scaling(module: &Module) -> f64 {
     module.alpha / (module.rank as f64 + 1e-5)
@@ -190,9 +176,7 @@ impl Method for AdaLora {
             let message =
                 "has a rank, an alpha or a scaling of its own, and AdaLoRA has one of each";
             let fix = "leave out lora.rank_pattern, lora.alpha_pattern and lora.use_rslora";
-            return Err(Problem::new("method-target", &module.name, message, fix)
-                .exit(2)
-                .into());
+            return Err(module.refused(message, fix));
         }
         let low = modules.iter().find(|module| module.rank < self.0.target_r);
         match low {
@@ -202,9 +186,7 @@ impl Method for AdaLora {
                     module.rank, self.0.target_r
                 );
                 let fix = "raise lora.r, half as much again as the target in the paper, or lower target_r";
-                Err(Problem::new("method-target", &module.name, message, fix)
-                    .exit(2)
-                    .into())
+                Err(module.refused(message, fix))
             }
             None => Ok(()),
         }
@@ -467,13 +449,11 @@ impl Drawn for DrawnTriplets {
         let grad_e = row_dots(a, through)?.into_iter().map(|sum| sum as f32);
         let grad_e: Vec<f32> = grad_e.collect();
         let grad_e = Tensor::from_vec(grad_e, e.shape(), &Device::Cpu)?.to_device(e.device())?;
-        let mut gradients = vec![
-            Value::Tensor(sum_of_products(Some(&grad_a), &[of_a])?),
-            Value::Tensor(sum_of_products(Some(grad_b), &[of_b])?),
-            Value::Tensor(grad_e),
+        let gradients = vec![
+            sum_of_products(Some(&grad_a), &[of_a])?,
+            sum_of_products(Some(grad_b), &[of_b])?,
+            grad_e,
         ];
-        // The statistics have no gradient.
-        gradients.resize(N_VALUES, Value::Vector(Vec::new()));
-        Ok(gradients)
+        Ok(none_of_state(gradients, N_VALUES))
     }
 }

@@ -72,7 +72,7 @@ impl Method for Dora {
 
     /// `m = ||W||` row by row, so that the first update is none.
     fn initial_from_base(&self, module: &Module, _key: Key) -> Result<Vec<Option<Vec<f32>>>> {
-        let norms = row_squares(module.weight()?)?;
+        let norms = row_squares(module.weight()?.as_ref())?;
         let norms = norms.into_iter().map(|square| square.sqrt() as f32);
         Ok(vec![None, None, Some(norms.collect())])
     }

@@ -10,11 +10,11 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use monteclora_converters::Site;
 use monteclora_converters::architecture::Role;
-use monteclora_converters::{Problem, Site};
 
 use super::lora::LORA;
-use super::parameter::unlike;
+use super::parameter::{tensors, unlike};
 use super::{
     DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, Parameter, Storage, Value, Weighting,
 };
@@ -73,9 +73,7 @@ fn not_attention(module: &Module) -> crate::Error {
     let message =
         "is not one of the projections q, k, v and o of an attention layer, which LoRTA adapts";
     let fix = "set lora.target_modules to the names of these, such as [\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\"]";
-    Problem::new("method-target", &module.name, message, fix)
-        .exit(2)
-        .into()
+    module.refused(message, fix)
 }
 
 /// Sizes of the five factors.
@@ -97,13 +95,7 @@ struct Factors<'a>([&'a Tensor; 5]);
 
 impl<'a> Factors<'a> {
     fn of(values: &[&'a Value]) -> Result<Self> {
-        let tensors = values.iter().map(|value| match value {
-            Value::Tensor(tensor) => Some(tensor),
-            Value::Vector(_) => None,
-        });
-        let tensors: Option<Vec<&Tensor>> = tensors.collect();
-        let five = tensors.and_then(|tensors| <[&Tensor; 5]>::try_from(tensors).ok());
-        Ok(Self(five.ok_or_else(|| unlike(&[5], &[values.len()]))?))
+        Ok(Self(tensors(values)?))
     }
 
     /// `C_L[l] C_M[m]`, `[r]`.
@@ -168,10 +160,7 @@ impl Method for Lorta {
                     modules[0].name
                 );
                 let fix = "leave out lora.rank_pattern, or adapt fewer modules";
-                let at = &modules[other].name;
-                return Err(Problem::new("method-target", at, message, fix)
-                    .exit(2)
-                    .into());
+                return Err(modules[other].refused(message, fix));
             }
         }
         Ok(())

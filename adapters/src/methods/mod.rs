@@ -25,6 +25,8 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use monteclora_converters::architecture::{ModelShape, Role};
 use monteclora_converters::{self as formats, AdapterConfig, Beyond, Problem, Site};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 pub use adalora::AdaLoraConfig;
 pub use dora::DoraUpdate;
@@ -73,6 +75,13 @@ impl Kind {
     pub fn section(&self) -> String {
         self.name.replace('-', "_")
     }
+}
+
+/// The settings of a method from its section, or their defaults if the section is absent.
+fn settings<T: DeserializeOwned + Default>(kind: &Kind, section: &serde_json::Value) -> Result<T> {
+    let settings = Option::<T>::deserialize(section)
+        .map_err(|e| Problem::usage(format!("[lora.{}]: {e}", kind.section())))?;
+    Ok(settings.unwrap_or_default())
 }
 
 /// Finds the method that is named `name` in `lora.method`.
@@ -238,16 +247,15 @@ impl Module {
     ///
     /// # Errors
     /// Returns an error before the base is loaded.
-    pub fn weight(&self) -> Result<&dyn Weight> {
+    pub fn weight(&self) -> Result<&Arc<dyn Weight>> {
         let unknown = || candle_core::Error::Msg(format!("{}: the base is not loaded", self.name));
-        Ok(self.frozen.as_ref().ok_or_else(unknown)?.0.as_ref())
+        Ok(&self.frozen.as_ref().ok_or_else(unknown)?.0)
     }
 
-    /// As [`Self::weight`], to keep.
-    fn shared_weight(&self) -> Result<Arc<dyn Weight>> {
-        let unknown = || candle_core::Error::Msg(format!("{}: the base is not loaded", self.name));
-        let Frozen(weight) = self.frozen.as_ref().ok_or_else(unknown)?;
-        Ok(weight.clone())
+    /// The error that a method cannot adapt this module.
+    fn refused(&self, message: impl Into<String>, fix: &str) -> crate::Error {
+        let problem = Problem::new("method-target", &self.name, message, fix);
+        problem.exit(2).into()
     }
 
     /// The module as a file holds it whose update has no low-rank part.

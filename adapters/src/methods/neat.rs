@@ -12,7 +12,7 @@ use candle_core::Tensor;
 use monteclora_converters::Site;
 
 use super::lora::LORA;
-use super::parameter::unlike;
+use super::parameter::{tensors, unlike};
 use super::{
     DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, Parameter, Storage, Value, Weighting,
 };
@@ -34,13 +34,6 @@ pub(super) static KIND: Kind = Kind {
 struct Neat;
 
 impl Neat {
-    fn tensors<'a>(values: &[&'a Value]) -> Result<[&'a Tensor; 2]> {
-        match values {
-            [Value::Tensor(first), Value::Tensor(second)] => Ok([first, second]),
-            _ => Err(unlike(&[2], &[values.len()])),
-        }
-    }
-
     /// `relu(W A_1)`, `[out, r]`, for `A_1` as it is held, transposed `[r, in]`.
     fn hidden(weight: &dyn Weight, first: &Tensor) -> Result<Tensor> {
         let through = matmul_nt(first, weight)?.t()?.contiguous()?;
@@ -48,10 +41,10 @@ impl Neat {
     }
 
     fn low_rank(module: &Module, values: &[&Value]) -> Result<LowRank> {
-        let [first, second] = Self::tensors(values)?;
+        let [first, second] = tensors(values)?;
         Ok(LowRank {
             a: second.clone(),
-            b: Self::hidden(module.weight()?, first)?,
+            b: Self::hidden(module.weight()?.as_ref(), first)?,
             scaling: module.scaling,
         })
     }
@@ -101,7 +94,7 @@ impl Method for Neat {
     ) -> Result<Box<dyn Drawn>> {
         Ok(Box::new(DrawnNetwork {
             update: Arc::new(Self::low_rank(module, values)?),
-            weight: module.shared_weight()?,
+            weight: module.weight()?.clone(),
         }))
     }
 

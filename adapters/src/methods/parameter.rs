@@ -247,6 +247,24 @@ impl Owner {
     }
 }
 
+/// `values` as the tensors that they are held as.
+pub(super) fn tensors<'a, const N: usize>(values: &[&'a Value]) -> Result<[&'a Tensor; N]> {
+    let tensors = values.iter().map(|value| match value {
+        Value::Tensor(tensor) => Some(tensor),
+        Value::Vector(_) => None,
+    });
+    let tensors: Option<Vec<&Tensor>> = tensors.collect();
+    let all = tensors.and_then(|tensors| <[&Tensor; N]>::try_from(tensors).ok());
+    all.ok_or_else(|| unlike(&[N], &[values.len()]))
+}
+
+/// `gradients` of the first of `n` values; the others, of [`Group::State`], have none.
+pub(super) fn none_of_state(gradients: Vec<Tensor>, n: usize) -> Vec<Value> {
+    let mut gradients: Vec<Value> = gradients.into_iter().map(Value::Tensor).collect();
+    gradients.resize(n, Value::Vector(Vec::new()));
+    gradients
+}
+
 /// The tensor of `site` that PEFT calls `name`.
 fn stored<'a>(site: &'a Site, name: &str) -> Option<&'a formats::Tensor> {
     let posterior = site.posterior.as_ref();

@@ -15,16 +15,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use monteclora_converters::{AdapterConfig, PeftType, Problem, Site};
+use monteclora_converters::{AdapterConfig, PeftType, Site};
 use serde::{Deserialize, Serialize};
 
-use super::parameter::unlike;
+use super::parameter::{none_of_state, unlike};
 use super::sparse::{
     self, SHARED_VALUES, SparseUpdate, best, numbers, on_device_of, rows_and_columns,
 };
 use super::{
     Chart, Drawn, Export, Group, Kind, Method, Metric, Module, Owner, Parameter, Step, Storage,
-    Value, Weighting,
+    Value, Weighting, settings,
 };
 use crate::error::Result;
 use crate::linalg::row_dots;
@@ -38,11 +38,7 @@ pub(super) static KIND: Kind = Kind {
     about: "The smallest entries of each weight are trained, with a low-rank penalty. Merge only.",
     metrics: METRICS,
     export: Export::MergeOnly,
-    new: |section| {
-        let settings = Option::<SaraConfig>::deserialize(section)
-            .map_err(|e| Problem::usage(format!("[lora.sara]: {e}")))?;
-        Ok(Arc::new(Sara(settings.unwrap_or_default())))
-    },
+    new: |section| Ok(Arc::new(Sara(settings(&KIND, section)?))),
 };
 
 const METRICS: &[Metric] = super::metrics! {
@@ -136,7 +132,7 @@ impl Method for Sara {
     /// The places of the smallest entries.
     fn initial_from_base(&self, module: &Module, _key: Key) -> Result<Vec<Option<Vec<f32>>>> {
         let mut scores = Vec::with_capacity(module.in_features * module.out_features);
-        each_rows(module.weight()?, |_, rows| {
+        each_rows(module.weight()?.as_ref(), |_, rows| {
             scores.extend(rows.iter().map(|weight| -weight.abs()));
         })?;
         let n = sparse::n_entries(module, self.0.fraction);
@@ -216,7 +212,7 @@ fn hold_grown(module: &Module, values: &mut [Value]) -> Result<()> {
         numbers(&values[2])?,
     );
     let mut own = vec![0f32; changes.len()];
-    let weight = module.weight()?;
+    let weight = module.weight()?.as_ref();
     let (_, n_in) = weight.dims()?;
     let mut next = 0;
     // Places are in the order of the rows.
@@ -313,9 +309,8 @@ impl Drawn for DrawnEntries {
             Some(polar) => (gradient + (polar * (weight * self.rank_weight))?)?,
             None => gradient.clone(),
         };
-        let mut gradients = vec![Value::Tensor((gradient * &self.trained)?)];
-        gradients.resize(N_VALUES, Value::Vector(Vec::new()));
-        Ok(gradients)
+        let gradient = (gradient * &self.trained)?;
+        Ok(none_of_state(vec![gradient], N_VALUES))
     }
 }
 

@@ -9,14 +9,14 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use monteclora_converters::{AdapterConfig, PeftType, Problem, Site};
+use monteclora_converters::{AdapterConfig, PeftType, Site};
 use serde::{Deserialize, Serialize};
 
-use super::parameter::unlike;
+use super::parameter::{none_of_state, unlike};
 use super::sparse::{self, SHARED_VALUES, SparseUpdate, best, on_device_of, rows_and_columns};
 use super::{
     DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, Owner, Parameter, Step, Storage,
-    Value, Weighting,
+    Value, Weighting, settings,
 };
 use crate::error::Result;
 use crate::noise::{Key, Noise};
@@ -27,14 +27,10 @@ pub(super) static KIND: Kind = Kind {
     about: "The entries of each weight with the largest gradient are trained. Merge only.",
     metrics: DIVERGENCES,
     export: Export::MergeOnly,
-    new: |section| {
-        let settings = Option::<SecondOrderConfig>::deserialize(section)
-            .map_err(|e| Problem::usage(format!("[lora.second-order]: {e}")))?;
-        Ok(Arc::new(SecondOrder(settings.unwrap_or_default())))
-    },
+    new: |section| Ok(Arc::new(SecondOrder(settings(&KIND, section)?))),
 };
 
-/// `[lora.second-order]`
+/// `[lora.second_order]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SecondOrderConfig {
@@ -163,9 +159,7 @@ impl Drawn for DrawnEntries {
         let [gradient] = upstream else {
             return Err(unlike(&[1], &[upstream.len()]));
         };
-        let mut gradients = vec![Value::Tensor(gradient.clone())];
-        gradients.resize(SHARED_VALUES + 1, Value::Vector(Vec::new()));
-        Ok(gradients)
+        Ok(none_of_state(vec![gradient.clone()], SHARED_VALUES + 1))
     }
 }
 

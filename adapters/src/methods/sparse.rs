@@ -244,10 +244,6 @@ impl Update for Probe {
         })
     }
 
-    fn input_terms<'a>(&'a self, _pulled: &'a Pulled) -> Vec<Product<'a>> {
-        Vec::new()
-    }
-
     fn gradients(&self, x: &Tensor, _saved: &[Tensor], pulled: &Pulled) -> Result<Vec<Tensor>> {
         Ok(vec![matmul_tn(&pulled.frozen, x)?])
     }

@@ -15,11 +15,11 @@ use super::lora::Plain;
 use super::parameter::unlike;
 use super::{
     DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, Parameter, Storage, Value, Weighting,
+    settings,
 };
 use crate::error::Result;
 use crate::linear::FrozenLinear;
 use crate::noise::{Key, Noise};
-use crate::product::Product;
 use crate::update::{Pulled, Update};
 
 pub(super) static KIND: Kind = Kind {
@@ -27,11 +27,7 @@ pub(super) static KIND: Kind = Kind {
     about: "Scale and shift of each projection's output. Merge only.",
     metrics: DIVERGENCES,
     export: Export::MergeOnly,
-    new: |section| {
-        let settings = Option::<SsfConfig>::deserialize(section)
-            .map_err(|e| Problem::usage(format!("[lora.ssf]: {e}")))?;
-        Ok(Arc::new(Ssf(settings.unwrap_or_default())))
-    },
+    new: |section| Ok(Arc::new(Ssf(settings(&KIND, section)?))),
 };
 
 /// Where a shift is trained.
@@ -198,10 +194,6 @@ impl Update for ScaleShift {
             frozen: upstream.broadcast_mul(&self.scale)?,
             own: vec![upstream.clone()],
         })
-    }
-
-    fn input_terms<'a>(&'a self, _pulled: &'a Pulled) -> Vec<Product<'a>> {
-        Vec::new()
     }
 
     /// `d gamma = sum over the tokens of u z`, `d beta = sum over the tokens of u`.

@@ -484,24 +484,14 @@ fn read_part(
 
 /// Returns a configuration that describes the modules.
 fn config_of(sites: &[Site]) -> AdapterConfig {
-    let r = sites.iter().map(|site| site.rank).max().unwrap_or(1);
-    let lora_alpha = sites
-        .iter()
-        .find(|site| site.rank == r)
-        .map_or(1.0, |site| site.alpha);
-    let key = |site: &Site| site.name.replace('.', "\\.");
-    let other_rank = sites.iter().filter(|site| site.rank != r);
-    let other_alpha = sites.iter().filter(|site| site.alpha != lora_alpha);
-    AdapterConfig {
-        r,
-        lora_alpha,
-        rank_pattern: other_rank.map(|site| (key(site), site.rank)).collect(),
-        alpha_pattern: other_alpha.map(|site| (key(site), site.alpha)).collect(),
+    let mut config = AdapterConfig {
         target_modules: TargetModules::List(sites.iter().map(|site| site.name.clone()).collect()),
         task_type: Some("CAUSAL_LM".into()),
         inference_mode: true,
         ..AdapterConfig::default()
-    }
+    };
+    config.describe_ranks(sites);
+    config
 }
 
 #[cfg(test)]
