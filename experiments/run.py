@@ -25,6 +25,10 @@ MOST_FAILURES = 3
 EVALUATION_SEED = 100  # added to the job's seed, so that a fit is not judged on the draws it was made with
 
 
+# Under mpirun each process runs jobs of its own: the program must not take itself for one of several ranks.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_", "MV2_COMM_"))}
+
+
 class Stopped(Exception):
     """The time is up, or a signal came."""
 
@@ -93,7 +97,7 @@ class Program:
         with log.open("ab") as errors:
             # A session of its own: ctrl-c reaches the program once, through us. The lock stays held while the program runs.
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, pass_fds=[lock.fileno()]
+                command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, pass_fds=[lock.fileno()], env=ENVIRONMENT
             )
             try:
                 output, _ = process.communicate(timeout=max(1, self.end + GRACE_SECONDS - time.monotonic()))

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use monteclora_converters::{AdapterConfig, Error, Result, TargetModules, files, training_record};
+use monteclora_converters::{
+    AdapterConfig, Error, PeftType, Result, TargetModules, files, training_record,
+};
 use serde_json::Value;
 
 use crate::hub::is_hub_id;
@@ -67,10 +69,19 @@ impl Card<'_> {
     }
 
     fn method(&self) -> &'static str {
-        match self.config.monteclora.is_some() {
-            true => "MonteCLoRA",
-            false => "LoRA",
+        match (self.config.peft_type, self.config.monteclora.is_some()) {
+            (PeftType::AdaLora, _) => "AdaLoRA",
+            (PeftType::Ssf, _) => "SSF",
+            (PeftType::Sparse, _) => "sparse",
+            (PeftType::Lora, _) if self.config.use_dora => "DoRA",
+            (PeftType::Lora, true) => "MonteCLoRA",
+            (PeftType::Lora, false) => "LoRA",
         }
+    }
+
+    /// Whether PEFT loads the adapter.
+    fn is_of_peft(&self) -> bool {
+        !matches!(self.config.peft_type, PeftType::Ssf | PeftType::Sparse)
     }
 
     /// The name of the base model, if it is a Hub id.
@@ -84,7 +95,9 @@ impl Card<'_> {
         if let Some(base) = self.base() {
             lines.push(format!("base_model: {}", quoted(base)));
         }
-        lines.push("library_name: peft".to_owned());
+        if self.is_of_peft() {
+            lines.push("library_name: peft".to_owned());
+        }
         lines.push("pipeline_tag: text-generation".to_owned());
         lines.push("tags:".to_owned());
         if let Some(base) = self.base() {
@@ -93,7 +106,9 @@ impl Card<'_> {
                 quoted(&format!("base_model:adapter:{base}"))
             ));
         }
-        lines.push("- lora".to_owned());
+        if self.is_of_peft() {
+            lines.push("- lora".to_owned());
+        }
         if self.config.monteclora.is_some() {
             lines.push("- monteclora".to_owned());
         }
@@ -155,8 +170,20 @@ impl Card<'_> {
             }
         }
         let base = self.base().unwrap_or("BASE");
+        text.push_str("\n## Use\n");
+        if self.is_of_peft() {
+            text.push_str(&format!(
+                "\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\nmodel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base:?}), {name:?})\n```\n",
+                name = self.name,
+            ));
+        } else {
+            text.push_str(&format!(
+                "\nPEFT does not know this type of adapter. `monteclora merge -m {base} -a {name} -o MERGED` writes a model for other programs.\n",
+                name = self.name,
+            ));
+        }
         text.push_str(&format!(
-            "\n## Use\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\nmodel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base:?}), {name:?})\n```\n\n```console\n$ monteclora chat -m {base} -a {name}\n$ monteclora serve -m {base} --adapter tuned={name}\n```\n",
+            "\n```console\n$ monteclora chat -m {base} -a {name}\n$ monteclora serve -m {base} --adapter tuned={name}\n```\n",
             name = self.name,
         ));
         text
@@ -170,13 +197,11 @@ impl Card<'_> {
             TargetModules::List(names) => names.join(", "),
             TargetModules::Regex(pattern) => format!("`{pattern}`"),
         };
-        let mut rows = vec![
-            (
-                "r, lora_alpha".to_owned(),
-                format!("{}, {}", config.r, config.lora_alpha),
-            ),
-            ("modules".to_owned(), targets),
-        ];
+        let mut rows = vec![("modules".to_owned(), targets)];
+        if self.is_of_peft() {
+            let rank = format!("{}, {}", config.r, config.lora_alpha);
+            rows.insert(0, ("r, lora_alpha".to_owned(), rank));
+        }
         let record = self.record;
         let mut told = |title: &str, value: &Value| {
             let text = match value {

@@ -8,6 +8,7 @@ pub mod config;
 pub mod data;
 #[cfg(feature = "mistralrs")]
 pub mod deploy;
+pub mod distributed;
 pub mod eval;
 pub mod fit;
 pub mod gguf_import;

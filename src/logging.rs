@@ -22,8 +22,9 @@ use {
 };
 
 use crate::cli::LogFormat;
+use crate::distributed::world;
 
-/// Starts logging. `verbose` is the number of `-v`; `RUST_LOG` overrides it. On a terminal, lines have the time of day
+/// Starts logging; of several ranks, the first logs more than errors. `verbose` is the number of `-v`; `RUST_LOG` overrides it. On a terminal, lines have the time of day
 /// only if `has_clock`.
 pub fn init(verbose: u8, format: LogFormat, has_clock: bool) {
     let default = match verbose {
@@ -31,7 +32,11 @@ pub fn init(verbose: u8, format: LogFormat, has_clock: bool) {
         1 => "info,monteclora=debug",
         _ => "debug",
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let filter = match world().is_first() {
+        true => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default)),
+        // The others would say the same.
+        false => EnvFilter::new("error"),
+    };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         // Internal errors are reported by a macro that panics if standard error is closed.

@@ -7,7 +7,7 @@ use clap::FromArgMatches;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use monteclora::cli::{self, Cli, Command};
 use monteclora::config::flag_remedy;
-use monteclora::{allocator, commands, logging};
+use monteclora::{allocator, commands, distributed, logging};
 
 /// Training allocates and frees buffers of megabytes at every operation. The system's allocator returns each buffer to
 /// the kernel and must then map its pages again, so mimalloc is used.
@@ -16,15 +16,24 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Parses the command line. Ends the process with a message if the command line is invalid.
 fn parsed() -> Cli {
-    let matches = cli::command().try_get_matches().unwrap_or_else(|error| {
-        let Some(message) = answer(&error) else {
-            error.exit()
+    let matches = cli::command()
+        .try_get_matches()
+        .unwrap_or_else(|error| end_of_parsing(&error, answer(&error)));
+    Cli::from_arg_matches(&matches).unwrap_or_else(|error| end_of_parsing(&error, None))
+}
+
+/// Prints `message`, or what clap says of `error`, and ends the process. All ranks parse the same words; rank 0 prints.
+fn end_of_parsing(error: &clap::Error, message: Option<String>) -> ! {
+    let code = if error.use_stderr() { 2 } else { 0 };
+    if distributed::world().is_first() {
+        // Nothing is left to do if the stream is closed.
+        let _ = match message {
+            Some(message) => writeln!(std::io::stderr(), "error: {message}"),
+            None => error.print(),
         };
-        // Nothing is left to do if standard error is closed.
-        let _ = writeln!(std::io::stderr(), "error: {message}");
-        std::process::exit(2);
-    });
-    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+    distributed::finish();
+    std::process::exit(code)
 }
 
 /// A message about an unknown command, or an unknown flag of `train`, that other programs have; `None` for other
@@ -49,6 +58,9 @@ fn answer(error: &clap::Error) -> Option<String> {
     ))
 }
 
+/// Exit code of a run that was interrupted.
+const INTERRUPTED: u8 = 130;
+
 /// Whether the command runs for days, so that its log lines need a time.
 #[cfg(feature = "mistralrs")]
 fn is_server(command: &Command) -> bool {
@@ -62,6 +74,11 @@ fn is_server(_: &Command) -> bool {
 }
 
 fn main() -> ExitCode {
+    if let Err(problem) = distributed::start() {
+        // Nothing is left to do if standard error is closed.
+        let _ = writeln!(std::io::stderr(), "error: {problem}");
+        return ExitCode::from(2);
+    }
     let cli = parsed();
     #[cfg(feature = "mistralrs")]
     // SAFETY: no other thread has been started.
@@ -76,13 +93,29 @@ fn main() -> ExitCode {
     ) {
         allocator::keep_freed_memory();
     }
+    // Ranks stop a training together, after its checkpoint was written.
+    let stop_together = matches!(cli.command, Command::Train(_));
     match commands::run(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            distributed::finish();
+            ExitCode::SUCCESS
+        }
         Err(error) => {
-            // Nothing is left to do if standard error is closed.
             let message = commands::without_escapes(&format!("{error:#}"));
-            let _ = writeln!(std::io::stderr(), "error: {message}");
-            ExitCode::from(commands::exit_code(&error))
+            let code = commands::exit_code(&error);
+            let say = |who: &str| {
+                // Nothing is left to do if standard error is closed.
+                let _ = writeln!(std::io::stderr(), "error: {who}{message}");
+            };
+            if stop_together && code == INTERRUPTED {
+                if distributed::world().is_first() {
+                    say("");
+                }
+                distributed::finish();
+            } else {
+                distributed::fail(code, say);
+            }
+            ExitCode::from(code)
         }
     }
 }

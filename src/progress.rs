@@ -1,9 +1,12 @@
-//! Shows progress on stderr: a bar on a terminal, plain lines otherwise.
+//! Shows progress on stderr: a bar on a terminal, plain lines otherwise. Of several ranks, the first shows it.
 
 use std::io::IsTerminal;
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
+use monteclora_adapters::methods::Chart;
+
+use crate::distributed::world;
 use crate::train::Event;
 use crate::train::metrics::TrainRecord;
 
@@ -27,7 +30,11 @@ pub fn busy(message: &'static str) -> ProgressBar {
 }
 
 fn styled(template: &str) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let target = match world().is_first() {
+        true => ProgressDrawTarget::stderr(),
+        false => ProgressDrawTarget::hidden(),
+    };
+    let bar = ProgressBar::with_draw_target(None, target);
     match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style.with_key("eta", eta)),
         Err(_) => bar,
@@ -124,6 +131,9 @@ impl TrainProgress {
                 self.say();
                 let mut parts = vec![format!("step {}/{}", record.step, self.total)];
                 parts.extend(losses(record));
+                let ranks = record.metrics.iter();
+                let ranks = ranks.filter(|(metric, _)| metric.chart == Chart::Rank);
+                parts.extend(ranks.map(|(_, rank)| format!("rank {rank:.1}")));
                 parts.push(format!("grad {:.3}", record.grad_norm));
                 parts.extend(self.latest.iter().cloned());
                 if record.step < self.total {

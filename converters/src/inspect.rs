@@ -107,8 +107,14 @@ impl Adapter {
         }
         if let Some(beyond) = self.sites.iter().find_map(|site| site.beyond.as_ref()) {
             let message = format!(
-                "{}: the figures below are those of B A alone",
-                beyond.name()
+                "{}: {}",
+                beyond.name(),
+                match beyond {
+                    Beyond::Magnitude(_) =>
+                        "the figures of each module are those of B A, without the magnitude",
+                    Beyond::Scale { .. } | Beyond::Sparse { .. } =>
+                        "the modules have no A and B, so their figures are zero",
+                }
             );
             problems.push(Problem::sentence("note", message));
         }

@@ -136,6 +136,7 @@ pub fn validate(
     for runtime in runtimes {
         let mut report = Report {
             runtime: *runtime,
+            merge_only: adapter.sites.iter().any(|site| site.beyond.is_some()),
             problems: &mut problems,
         };
         check_rank(adapter, &mut report);
@@ -169,11 +170,21 @@ pub fn validate(
 
 struct Report<'a> {
     runtime: Runtime,
+    /// Whether the update of a module is no plain LoRA.
+    merge_only: bool,
     problems: &'a mut Vec<Problem>,
 }
 
 impl Report<'_> {
     fn add(&mut self, code: &'static str, location: &str, message: &str, fix: &str) {
+        // Neither collapsing nor converting helps an update that is no plain LoRA.
+        let mut verbs = ["collapse", "convert"].iter();
+        let writes_lora = verbs.any(|verb| fix.contains(&format!("monteclora {verb}")));
+        let fix = if self.merge_only && writes_lora {
+            MERGE
+        } else {
+            fix
+        };
         self.problems.push(Problem::new(
             code,
             location,
@@ -253,6 +264,9 @@ target_modules | target-modules-form | target_modules | mistralrs | reads only a
 layers_to_transform | target-modules-form | layers_to_transform | mistralrs | leaves it unread, so modules without tensors fail to load
 exclude_modules | target-modules-form | exclude_modules | mistralrs | leaves it unread, so modules without tensors fail to load";
 
+/// The remedy for AdaLoRA's form.
+const COLLAPSE_ADALORA: &str = "monteclora collapse ADAPTER -o DIR multiplies the singular values into A: a plain LoRA with the same update";
+
 /// The remedy for an update that no plain LoRA expresses.
 const MERGE: &str = "merge it into its base: monteclora merge -m BASE -a ADAPTER -o DIR";
 
@@ -280,10 +294,9 @@ fn check_config(adapter: &Adapter, report: &mut Report<'_>) -> Result<()> {
             && in_use.contains(&key)
             && runtimes.split(' ').any(|named| named == runtime)
         {
-            let fix = if ["dora", "beyond"].contains(&key) {
-                MERGE
-            } else {
-                EXPORT
+            let fix = match key {
+                "adalora" => COLLAPSE_ADALORA,
+                _ => EXPORT,
             };
             report.add(code, at, message, fix);
         }
@@ -383,6 +396,7 @@ fn check_form(path: &Path, runtimes: &[Runtime], problems: &mut Vec<Problem>) ->
     for runtime in runtimes {
         let mut report = Report {
             runtime: *runtime,
+            merge_only: false,
             problems,
         };
         if let Some(name) = other_name {

@@ -118,7 +118,7 @@ pub struct TrainKeys {
     /// train.output_dir. Default, if the file does not set it: "out".
     #[arg(short, long, aliases = ["output", "adapter-path", "save-path"], value_name = "DIR")]
     pub output_dir: Option<String>,
-    /// lora.method: training method.
+    /// lora.method: monteclora (the default), lora, lora-fa, adalora, dora, lorta, neat, ssf, sara or second-order.
     #[arg(long)]
     pub method: Option<String>,
     /// lora.r: LoRA rank.

@@ -12,6 +12,7 @@ use super::show;
 use crate::cli::CalibrateArgs;
 use crate::config::ECE_BINS;
 use crate::data::Dataset;
+use crate::distributed::world;
 use crate::eval::abstention::{self, Abstention};
 use crate::eval::calibration::{self, Calibration, Fit, Judged, Rows, Scaling};
 use crate::eval::{ChoiceRows, Prediction, Predictor, Recital, is_at_bound, score};
@@ -116,7 +117,9 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         [base, scaling(&said.mean)?],
         opened.draws().zip(posterior),
     );
-    written.write(&path)?;
+    if world().is_first() {
+        written.write(&path)?;
+    }
     let (main, predictions) = match (&written.posterior_scaling, &said.posterior) {
         (Some(scaling), Some(predictions)) => (scaling, predictions),
         _ => (&written.mean_scaling, &said.mean),
@@ -190,6 +193,7 @@ fn of_choices(
         &rows,
         choices,
         &options,
+        world(),
         done,
     )?;
     bar.finish_and_clear();

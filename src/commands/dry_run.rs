@@ -93,6 +93,9 @@ fn method(prepared: &Prepared) -> String {
         "alpha / r"
     };
     let method = prepared.method.summary();
+    if prepared.method.kind().unread.contains(&"lora.r") {
+        return method;
+    }
     format!(
         "{method}, r {}, alpha {}, scaling {scaling}",
         lora.r, lora.lora_alpha

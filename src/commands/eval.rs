@@ -15,6 +15,7 @@ use super::opened::{
 };
 use super::show;
 use crate::cli::EvalArgs;
+use crate::distributed::world;
 use crate::eval::calibration::Judged;
 use crate::eval::{ChoiceRows, Predictor, Scored, Scores, is_at_bound, score};
 use crate::model::ActiveAdapter;
@@ -120,6 +121,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         &rows,
         &choices,
         &options,
+        world(),
         done,
     )?;
     let seconds = began.elapsed().as_secs_f64();
@@ -134,10 +136,11 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             scored,
         })
         .collect();
-    if let Some(path) = &args.per_row {
+    let is_first = world().is_first();
+    if let Some(path) = args.per_row.as_ref().filter(|_| is_first) {
         per_row::write(path, &data, &rows, &choices, &subjects)?;
     }
-    if let Some(path) = &args.html {
+    if let Some(path) = args.html.as_ref().filter(|_| is_first) {
         page::write(path, args, &subjects, &options)?;
     }
     let n_choice_rows = subjects

@@ -18,6 +18,7 @@ use super::{interrupted, show};
 use crate::cli::{CriterionArg, FitArgs, GeometryArg};
 use crate::config::ECE_BINS;
 use crate::data::epoch_order;
+use crate::distributed::world;
 use crate::eval::ChoiceRows;
 use crate::fit::{self, Criterion, Evaluation, FitRecord, Search, Stopped};
 use crate::output::{require_empty, require_writable};
@@ -98,6 +99,7 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
         seed: args.scoring.seed,
         criterion,
         interrupt: &interrupt,
+        ranks: world(),
         watch: &watch,
     };
     let fitted = search
@@ -110,7 +112,9 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
     let base = opened.base_fingerprint()?;
     let record = FitRecord::new(&search, &fitted, base, training(&args.adapter));
     let output = args.output.as_path();
-    write(output, &fitted.adapter, &record, &beside)?;
+    if world().is_first() {
+        write(output, &fitted.adapter, &record, &beside)?;
+    }
     show(args.json, &record, || {
         let geometry = match record.geometry {
             Geometry::Rows => "the same noise on all rows of A",

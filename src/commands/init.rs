@@ -1,6 +1,7 @@
 //! `init`: writes a commented run.toml for a model and a data file.
 
 use anyhow::{Result, bail};
+use monteclora_adapters::methods::METHODS;
 use monteclora_adapters::methods::monteclora::Preset;
 use monteclora_converters::{Problem, files, jinja};
 
@@ -118,6 +119,7 @@ fn text(
         false => "apply_chat_template = false     # the model has none\n",
     };
     let (lora, train) = (LoraConfig::default(), TrainConfig::default());
+    let methods: Vec<&str> = METHODS.iter().map(|kind| kind.name).collect();
     let rows = if suggestion.packing {
         "packs of max_seq_length tokens"
     } else {
@@ -142,7 +144,7 @@ packing = {packing}                    # short examples share a pack and never s
 train_on = {train_on}             # assistant | last_assistant | completion | all: which turns are learnt
 
 [lora]
-method = {method}              # monteclora | lora | lora-fa
+method = {method}              # {methods}
 r = {r}
 lora_alpha = {lora_alpha}
 target_modules = {target_modules}      # or names, such as ["q_proj", "v_proj"]
@@ -171,6 +173,7 @@ report_to = ["jsonl"]              # add "tensorboard" for event files in output
         train_on = toml_text(DataConfig::default().train_on),
         seed = RunConfig::default().seed,
         method = toml_text(lora.method),
+        methods = methods.join(" | "),
         r = lora.r,
         lora_alpha = lora.lora_alpha,
         target_modules = toml_text(&lora.target_modules),

@@ -41,7 +41,7 @@ mod validate;
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use monteclora_adapters::weights::{AUTO, Kind};
 use monteclora_converters::{Problem, shell_word};
@@ -49,6 +49,7 @@ use serde::Serialize;
 
 use crate::cli::{BenchCommand, Command, ModelOptions};
 use crate::config::DtypeChoice;
+use crate::distributed::{local_rank, world};
 use crate::hub::HubOptions;
 
 /// The shell command that starts this program: its name if PATH finds it, otherwise its path, relative if the program
@@ -129,6 +130,9 @@ pub fn run(mut command: Command) -> Result<()> {
         Command::Parity(args) => args.model.settle(args.adapter.as_ref())?,
         _ => {}
     }
+    if world().size() > 1 {
+        require_divisible(&command)?;
+    }
     match &command {
         Command::Quickstart(args) => quickstart::run(args),
         Command::Init(args) => init::run(args),
@@ -167,6 +171,20 @@ pub fn run(mut command: Command) -> Result<()> {
     }
 }
 
+/// Checks that the command divides its work among ranks.
+///
+/// # Errors
+/// Returns an error if each rank would do the same work.
+fn require_divisible(command: &Command) -> Result<()> {
+    match command {
+        Command::Train(_) | Command::Eval(_) | Command::Fit(_) | Command::Calibrate(_) => Ok(()),
+        Command::Predict(args) if args.data.is_some() => Ok(()),
+        _ => bail!(Problem::usage(
+            "mpirun started several processes, and this command is one process; mpirun is for train, eval, fit, calibrate and predict --data"
+        )),
+    }
+}
+
 /// Exit code of an error: 2 usage and missing paths, 3 data, 4 adapters and models, 5 numerical, 130 interrupted, else
 /// 1.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
@@ -199,14 +217,15 @@ impl ModelOptions {
     }
 }
 
-/// The device to compute on: an accelerator if the build supports one and `cpu` is false, otherwise the CPU.
+/// The device to compute on: an accelerator if the build supports one and `cpu` is false, otherwise the CPU. Each rank of
+/// a machine has a CUDA device of its own.
 pub(crate) fn device(cpu: bool) -> Result<Device> {
     let device = if cpu {
         Device::Cpu
     } else if cfg!(feature = "metal") {
         Device::new_metal(0)?
     } else {
-        Device::cuda_if_available(0)?
+        Device::cuda_if_available(local_rank())?
     };
     Ok(device)
 }
@@ -225,15 +244,21 @@ fn show(json: bool, found: &impl Serialize, text: impl FnOnce() -> String) -> Re
     }
 }
 
-/// Writes one JSON object to stdout.
+/// Writes one JSON object to stdout; of several ranks, the first does.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
+    if !world().is_first() {
+        return Ok(());
+    }
     let mut out = std::io::stdout().lock();
     serde_json::to_writer(&mut out, value).context("cannot write to standard output")?;
     writeln!(out).context("cannot write to standard output")
 }
 
-/// Writes text to stdout.
+/// Writes text to stdout; of several ranks, the first does.
 pub(crate) fn print(text: &str) -> Result<()> {
+    if !world().is_first() {
+        return Ok(());
+    }
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", text.trim_end_matches('\n')).context("cannot write to standard output")
 }

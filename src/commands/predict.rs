@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use monteclora_converters::{Error, Problem, Problems, shell_word};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::chat::require_temperature;
 use super::opened::{Opened, Request, require_positive};
@@ -16,6 +16,7 @@ use crate::data::{
     Encoder, Findings, Message, Role, Row, RowProblem, Source, fault_of_row, field_problem,
     findings_of_question, parse_question, splits,
 };
+use crate::distributed::world;
 use crate::eval::abstention::Abstention;
 use crate::eval::calibration::{Applicable, Judged, Scaling};
 use crate::eval::{Answer, Answerer, LengthNormalisation, Question, Uncertainty};
@@ -32,7 +33,7 @@ struct Report {
 }
 
 /// An answer and its row.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Given {
     /// The row's line, or index, in the file.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -174,7 +175,13 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
     if let Some(source) = &source {
         let bar = progress::items("questions", source.n_rows() as u64);
         let rows: Vec<usize> = (0..source.n_rows()).collect();
-        for rows in rows.chunks(batch_size) {
+        let ranks = world();
+        let own = rows
+            .chunks(batch_size)
+            .skip(ranks.rank())
+            .step_by(ranks.size());
+        let mut found: Vec<(usize, Given)> = Vec::new();
+        for rows in own {
             let asked = rows
                 .iter()
                 .map(|row| {
@@ -202,11 +209,14 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
             {
                 let question = asked.question().map(str::to_owned);
                 let line = Some(source.place(*row).1);
-                report.answers.push(given(line, question, answer));
+                found.push((*row, given(line, question, answer)));
             }
             bar.inc(rows.len() as u64);
         }
         bar.finish_and_clear();
+        let mut all = ranks.gather(found)?.concat();
+        all.sort_by_key(|(row, _)| *row);
+        report.answers = all.into_iter().map(|(_, given)| given).collect();
     }
     if args.json {
         return print_json(&report);

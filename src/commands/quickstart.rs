@@ -24,6 +24,7 @@ use super::{interrupted, numerical, program, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
 use crate::data::Dataset;
+use crate::distributed::Alone;
 use crate::eval::Recital;
 use crate::fit::Stopped;
 use crate::hub::{self, HubOptions, Located, OfGguf};
@@ -126,14 +127,15 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
 
     let device = candle_core::Device::Cpu;
     let resume = goes_on.then_some("auto");
-    let begun = begin(&prepared, resume, args.force, &device)?;
+    let begun = begin(&prepared, resume, args.force, &device, &Alone)?;
     let mut progress = TrainProgress::default();
     let event = |event: &Event| progress.show(event);
     let interrupt = stop_on_signals(AFTER_STEP)?;
     let (steps, train_s, decoder) = match begun {
         Begin::Finished(step) => (step, 0.0, prepared.decoder(&device)?),
         Begin::Run(start) => {
-            let (outcome, decoder) = prepared.train(*start, &device, interrupt.clone(), event)?;
+            let (outcome, decoder) =
+                prepared.train(*start, &device, interrupt.clone(), &Alone, event)?;
             if outcome.interrupted {
                 let step = outcome.steps;
                 return Err(stopped(&format!("interrupted at step {step}"), args));

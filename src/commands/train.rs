@@ -11,30 +11,37 @@ use serde_json::json;
 use super::{device, dry_run, interrupted, print, print_json, program};
 use crate::cli::TrainArgs;
 use crate::config::RunConfig;
+use crate::distributed::world;
 use crate::output::name_of;
 use crate::progress::TrainProgress;
 use crate::train::{Begin, Event, Interrupt, Prepared, begin, without_file};
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let config = configuration(args)?;
-    let prepared = match &args.resume {
-        Some(from) => Prepared::resumed(config, None, from)?,
-        None => Prepared::new(config, None)?,
-    };
+    let ranks = world();
+    let prepared = Prepared::of_ranks(config, args.resume.as_deref(), ranks)?;
     prepared.warn();
     let output_dir = prepared.run.train.output_dir.clone();
     if args.dry_run {
         return dry_run::run(&prepared, args.json);
     }
+    prepared.require_same(ranks)?;
     prepared.warn_of_memory()?;
     let device = device(args.cpu)?;
-    let start = match begin(&prepared, args.resume.as_deref(), args.force, &device)? {
+    let start = match begin(
+        &prepared,
+        args.resume.as_deref(),
+        args.force,
+        &device,
+        ranks,
+    )? {
         Begin::Run(start) => start,
         Begin::Finished(step) => return finished(&prepared, step, args.json),
     };
     let mut progress = TrainProgress::default();
     let show = |event: &Event| progress.show(event);
-    let (outcome, _) = prepared.train(*start, &device, stop_on_signals(AFTER_STEP)?, show)?;
+    let interrupt = stop_on_signals(AFTER_STEP)?;
+    let (outcome, _) = prepared.train(*start, &device, interrupt, ranks, show)?;
     if outcome.interrupted {
         return Err(interrupted(format!(
             "interrupted at step {} of {}; continue with: {}",

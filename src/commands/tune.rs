@@ -8,20 +8,25 @@ use anyhow::{Context, Result, bail};
 use monteclora_converters::{Problem, files, shell_word};
 use serde_json::json;
 
-use super::opened::require_positive;
+use super::opened::{open_held_out, open_rows, require_positive};
 use super::train::stop_on_signals;
 use super::{interrupted, print, print_json, program};
 use crate::cli::TuneArgs;
 use crate::config::{DataConfig, RunConfig};
-use crate::data::Dataset;
+use crate::data::{EncodeOptions, Encoder, Overlong, RowFormat, RowSchema, Source, Survey, splits};
+use crate::eval::ChoiceRows;
 use crate::train::Prepared;
 use crate::tune::{
-    self, Commands, Event, LOG, Log, Objective, Options, Outcome, SPACE, Space, Study, name_of,
-    rungs,
+    self, Commands, Event, LOG, Log, Objective, Options, Outcome, Range, SPACE, Space, Study,
+    name_of, rungs,
 };
 
 pub(super) fn run(args: &TuneArgs) -> Result<()> {
-    require_positive(&[("--trials", args.trials), ("--jobs", args.jobs)])?;
+    require_positive(&[
+        ("--trials", args.trials),
+        ("--jobs", args.jobs),
+        ("--limit", args.limit.unwrap_or(1)),
+    ])?;
     let space_text = Space::text(&args.space)?;
     let space = Space::parse(&space_text, &args.space.display().to_string())?;
     let text = std::fs::read_to_string(&args.config)
@@ -40,10 +45,12 @@ pub(super) fn run(args: &TuneArgs) -> Result<()> {
         let ends = space.values(&vec![u; space.parameters.len()]);
         let mut keys = args.overrides.clone();
         keys.extend(space.settings(&ends));
-        RunConfig::load(&args.config, &keys)?;
+        load(args, &space, &keys)?;
     }
     require_searchable(&space, &config)?;
+    require_format(&config, &data)?;
     let prepared = Prepared::new(config.clone(), None)?;
+    require_trainable(args, &space, &prepared)?;
     let max_seq_length = config
         .data
         .max_seq_length_for(prepared.model_config.max_position_embeddings);
@@ -59,11 +66,19 @@ pub(super) fn run(args: &TuneArgs) -> Result<()> {
     }
     let has_rungs =
         !args.no_early_stopping && config.data.valid.is_some() && changes_length.is_none();
+    let steps = prepared.total_steps;
+    if has_rungs && rungs(steps, config.train.eval_steps).is_empty() {
+        tracing::info!(
+            "no trial is stopped early: a trial has {steps} steps, and train.eval_steps is {}",
+            config.train.eval_steps
+        );
+    }
     let eval_steps = if has_rungs {
         config.train.eval_steps
     } else {
         0
     };
+    let judged = judged_rows(args, &prepared, &data, max_seq_length, &objective)?;
     let options = Options {
         run_sha256: Options::hash(&text, &args.overrides),
         space_sha256: Options::hash(&space_text, &[]),
@@ -71,13 +86,8 @@ pub(super) fn run(args: &TuneArgs) -> Result<()> {
         seed: args.seed,
         objective,
         rungs: rungs(prepared.total_steps, eval_steps),
-        data: match &args.data {
-            Some(path) => path.display().to_string(),
-            None => prepared
-                .valid
-                .as_ref()
-                .map_or(String::new(), Dataset::sha256),
-        },
+        train: prepared.train.sha256(),
+        data: judged,
         limit: args.limit,
     };
     drop(prepared);
@@ -123,15 +133,19 @@ pub(super) fn run(args: &TuneArgs) -> Result<()> {
                     )
                 }
                 Outcome::Stopped { step } => {
-                    format!("stopped at step {step}, where others are better")
+                    format!("stopped at step {step}, where the validation loss of others is lower")
                 }
                 Outcome::Failed { reason } => format!("failed: {reason}"),
             };
-            tracing::info!(
+            let text = format!(
                 "{}: {what} ({n_ended} of {} ended{best})",
                 name_of(*index),
                 args.trials
             );
+            match outcome {
+                Outcome::Failed { .. } => tracing::warn!("{text}"),
+                _ => tracing::info!("{text}"),
+            }
         }
     };
     let has_ended = study.run(&mut log, args.trials, args.jobs, show)?;
@@ -143,6 +157,53 @@ pub(super) fn run(args: &TuneArgs) -> Result<()> {
         )));
     }
     tell(args, &study, &log, best.as_deref())
+}
+
+/// The configuration of run.toml with `keys`. What is wrong with a key of the space is told of space.toml.
+fn load(args: &TuneArgs, space: &Space, keys: &[String]) -> Result<RunConfig> {
+    let found = RunConfig::load(&args.config, keys);
+    Ok(found.map_err(|problems| {
+        let mut text = problems.to_string();
+        for parameter in &space.parameters {
+            let key = &parameter.key;
+            let ours = format!("{}: \"{key}\":", args.space.display());
+            text = text.replace(&format!("--set {key}:"), &ours);
+        }
+        Problem::usage(text)
+    })?)
+}
+
+/// Scores that only rows with choices have.
+const OF_CHOICES: [&str; 6] = ["accuracy", "nll", "ece", "brier", "auroc", "aurc"];
+
+/// Reads the rows of the objective as `eval` will, so that what is wrong with them is known before the first trial. Returns their
+/// SHA-256.
+fn judged_rows(
+    args: &TuneArgs,
+    prepared: &Prepared,
+    data: &Path,
+    max_seq_length: usize,
+    objective: &Objective,
+) -> Result<String> {
+    let run = &prepared.run;
+    let options = EncodeOptions {
+        overlong: Overlong::Error,
+        ..run.data.encode_options(max_seq_length)
+    };
+    let template = run.model.chat_template.as_deref();
+    let encoder = Encoder::from_dir(&prepared.base.dir, template, options)?;
+    let rows = match args.data {
+        Some(_) => open_rows(data, &encoder)?,
+        None => open_held_out(data, &encoder)?,
+    };
+    let metric = objective.metric.as_str();
+    if OF_CHOICES.contains(&metric) && ChoiceRows::read(&rows)?.is_empty() {
+        bail!(Problem::usage(format!(
+            "--objective {metric}: no row of `{}` has `choices`, from which it is measured; give rows with choices, or --objective loss",
+            data.display()
+        )));
+    }
+    Ok(rows.sha256())
 }
 
 /// Keys that change how many steps a run has, or when it is evaluated.
@@ -171,10 +232,54 @@ fn require_searchable(space: &Space, config: &RunConfig) -> Result<()> {
         )));
     }
     let plain = DataConfig::default();
-    if config.data.fields != plain.fields || config.data.format != plain.format {
+    if config.data.fields != plain.fields {
         bail!(Problem::usage(
-            "[data] fields and format are not known to `eval`, which judges the trials; rename the columns of the rows"
+            "[data] fields are not known to `eval`, which judges the trials; rename the columns of the rows"
         ));
+    }
+    Ok(())
+}
+
+/// Refuses a format that `eval`, which detects the format, would not find in the rows.
+fn require_format(config: &RunConfig, rows: &Path) -> Result<()> {
+    let Some(format) = config.data.row_schema().format else {
+        return Ok(());
+    };
+    let split = splits(rows)?.last().copied().unwrap_or_default();
+    let source = Source::open(rows, split)?;
+    let survey = Survey::take(&source, &RowSchema::default(), None, |_| {})?;
+    match survey.format(&source)? {
+        Some(found) if found == format => Ok(()),
+        found => bail!(Problem::usage(format!(
+            "[data] format is \"{}\", and `eval`, which judges the trials, takes the rows of `{}` for \"{}\"; write them in that format and leave the key out",
+            format.name(),
+            rows.display(),
+            found.map_or("none", RowFormat::name),
+        ))),
+    }
+}
+
+/// Checks that every method and choice of the space can be trained on the base: at both ends of the other ranges.
+fn require_trainable(args: &TuneArgs, space: &Space, prepared: &Prepared) -> Result<()> {
+    for (at, parameter) in space.parameters.iter().enumerate() {
+        let n_choices = match &parameter.range {
+            Range::Categorical { values } => values.len(),
+            _ => continue,
+        };
+        for (choice, end) in (0..n_choices).flat_map(|choice| [(choice, 0.0), (choice, 1.0)]) {
+            let mut point = vec![end; space.parameters.len()];
+            point[at] = (choice as f64 + 0.5) / n_choices as f64;
+            let settings = space.settings(&space.values(&point));
+            let mut keys = args.overrides.clone();
+            keys.extend(settings.iter().cloned());
+            let config = load(args, space, &keys)?;
+            prepared.require_fitting(&config).map_err(|error| {
+                Problem::usage(format!(
+                    "trials with {} cannot be trained: {error:#}",
+                    settings.join(", ")
+                ))
+            })?;
+        }
     }
     Ok(())
 }
@@ -254,7 +359,7 @@ fn tell(args: &TuneArgs, study: &Study<'_>, log: &Log, best: Option<&Path>) -> R
     let winner = log.best();
     let out = &args.output;
     if args.json {
-        return print_json(&json!({
+        print_json(&json!({
             "output_dir": out,
             "trials": log.trials.len(),
             "finished": log.trials.iter().filter(|trial| trial.objective().is_some()).count(),
@@ -265,7 +370,7 @@ fn tell(args: &TuneArgs, study: &Study<'_>, log: &Log, best: Option<&Path>) -> R
                 "settings": study.settings(&log.trials[index]).unwrap_or_default(),
             })),
             "best_toml": best,
-        }));
+        }))?;
     }
     let (Some((index, value)), Some(best)) = (winner, best) else {
         bail!(
@@ -279,10 +384,20 @@ fn tell(args: &TuneArgs, study: &Study<'_>, log: &Log, best: Option<&Path>) -> R
             .exit(1)
         );
     };
+    if args.json {
+        return Ok(());
+    }
     let program = program();
     let word = |path: &Path| shell_word(&path.display().to_string());
+    let n_failed = (log.trials.iter())
+        .filter(|trial| matches!(trial.outcome, Some(Outcome::Failed { .. })))
+        .count();
+    let failed = match n_failed {
+        0 => String::new(),
+        n => format!(" ({n} failed)"),
+    };
     print(&format!(
-        "best of {} trials: {} with {} {:.4}\n  {}\nwrote {}\nnext\n  {program} report {}               # all trials, and what decides\n  {program} train -c {}   # train with the best settings\n  {program} eval -a {} --data TEST",
+        "best of {} trials{failed}: {} with {} {:.4}\n  {}\nwrote {}\nnext\n  {program} report {}               # all trials, and what decides\n  {program} train -c {}   # train with the best settings\n  {program} eval -a {} --data TEST",
         log.trials.len(),
         name_of(index),
         objective.metric,

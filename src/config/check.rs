@@ -6,7 +6,7 @@ use std::{
 };
 
 use monteclora_adapters::methods::monteclora::{self, MonteCloraConfig, Objective, Preset};
-use monteclora_adapters::methods::{AdaLoraConfig, SaraConfig, SecondOrderConfig, SsfConfig};
+use monteclora_adapters::methods::{AdaLoraConfig, SaraConfig, SecondOrderConfig, SsfConfig, find};
 use monteclora_converters::jinja::FIXED;
 use monteclora_converters::{Problem, Problems};
 use toml::Table;
@@ -68,6 +68,7 @@ impl RunConfig {
         if config.data.valid.is_none() {
             config.notes = without_valid(&document, &mut config.train);
         }
+        config.notes.extend(unread(&document, &config.lora));
         train(&mut document, &mut config.train, &config.lora);
         eval(&mut document, &config.eval);
         let problems = document.into_problems();
@@ -381,6 +382,21 @@ const OF_DIVERGENCES: [&str; 7] = [
     "lora.monteclora.kl_warmup_ratio",
     "train.variational_learning_rate",
 ];
+
+/// Keys that were given and that the method does not read.
+fn unread(document: &Document, config: &LoraConfig) -> Option<String> {
+    let kind = find(config.method.0).ok()?;
+    let given: Vec<&str> = (kind.unread.iter().copied())
+        .filter(|key| document.is_given(key))
+        .collect();
+    (!given.is_empty()).then(|| {
+        format!(
+            "method \"{}\" does not read {}; leave it out",
+            kind.name,
+            given.join(", ")
+        )
+    })
+}
 
 /// Turns off what rests on validation rows, where there are none, and says what of it was asked for.
 fn without_valid(document: &Document, config: &mut TrainConfig) -> Vec<String> {

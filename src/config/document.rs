@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use monteclora_adapters::methods::METHODS;
 use monteclora_converters::{Problem, Problems};
 use serde::{
     Deserializer,
@@ -275,6 +276,11 @@ fn is_section(path: &str, schema: &Schema) -> bool {
 fn remedy(key: &str, section: &str, fields: &[&str], schema: &Schema) -> String {
     if let Some(remedy) = peers::remedy(key) {
         return remedy.to_owned();
+    }
+    if section == "lora" && METHODS.iter().any(|kind| kind.section() == key) {
+        return format!(
+            "method \"{key}\" has no keys of its own; `r` and `lora_alpha` of [lora] are its settings"
+        );
     }
     if let Some(nearest) = nearest(key, fields) {
         let path = join(section, nearest);

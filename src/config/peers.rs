@@ -4,7 +4,7 @@ use super::document::field_names;
 use super::{DataConfig, LoraConfig, ModelConfig, TrainConfig};
 
 /// Names that other trainers have for something, and the remedy for who writes them here.
-const KEYS: [(&[&str], &str); 28] = [
+const KEYS: [(&[&str], &str); 37] = [
     (
         &[
             "base_model",
@@ -100,8 +100,43 @@ const KEYS: [(&[&str], &str); 28] = [
         "write `layers_to_transform` in [lora], with the indices of the layers",
     ),
     (
-        &["use_dora", "use_dora_qlora", "fine_tune_type"],
-        "write `method` in [lora], with the value \"dora\"; `merge` writes the result, since no plain LoRA holds it",
+        &[
+            "use_dora",
+            "use_dora_qlora",
+            "peft_use_dora",
+            "fine_tune_type",
+        ],
+        "write `method` in [lora], with the value \"dora\"; for plain LoRA leave it out",
+    ),
+    (
+        &["peft_type", "peft_method", "adapter", "finetuning_type"],
+        "write `method` in [lora]: \"lora\", \"adalora\", \"dora\", ...",
+    ),
+    (
+        &["init_r"],
+        "write `r` in [lora]: it is the rank at the start; `target_r` stands in [lora.adalora]",
+    ),
+    (&["deltaT"], "`delta_t` in [lora.adalora] is this"),
+    (&["target_rank"], "`target_r` in [lora.adalora] is this"),
+    (
+        &["ortho_reg_weight", "orthogonal_reg_weight"],
+        "`orth_reg_weight` in [lora.adalora] is this",
+    ),
+    (
+        &["total_step"],
+        "the length of the run is `max_steps` or `num_train_epochs` of [train]; leave it out",
+    ),
+    (
+        &["task_type"],
+        "adapters are trained on causal language models; leave it out",
+    ),
+    (
+        &["bias", "lora_bias"],
+        "biases are not trained, but for the shift of method \"ssf\"; leave it out",
+    ),
+    (
+        &["init_lora_weights"],
+        "A begins with Kaiming's uniform values and B with zeros, as PEFT's default; leave it out",
     ),
     (
         &[

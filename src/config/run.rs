@@ -138,7 +138,10 @@ fn registered<'de, D: Deserializer<'de>>(
     names: &'static [&'static str],
 ) -> Result<&'static str, D::Error> {
     let given = String::deserialize(source)?;
-    let known = names.iter().copied().find(|name| *name == given);
+    // Others write `DoRA` and `second_order`.
+    let spelt = given.replace('_', "-");
+    let is_it = |name: &&str| *name == given || name.eq_ignore_ascii_case(&spelt);
+    let known = names.iter().copied().find(is_it);
     known.ok_or_else(|| D::Error::unknown_variant(&given, names))
 }
 

@@ -223,8 +223,14 @@ impl<'a> Batches<'a> {
     /// Returns the next batch. After the last batch of an epoch comes the first of the next.
     ///
     /// # Errors
-    /// As [`Dataset::row`]; the failed batch is then still the next one.
+    /// As [`Dataset::row`].
     pub fn next_batch(&mut self) -> Result<Batch, Error> {
+        let examples = self.next_examples();
+        self.dataset.batch(&examples)
+    }
+
+    /// The indices of the next batch's examples, which are not read.
+    pub fn next_examples(&mut self) -> Vec<usize> {
         if self.cursor.batch >= self.plan.len() {
             self.cursor = Cursor {
                 epoch: self.cursor.epoch + 1,
@@ -232,9 +238,8 @@ impl<'a> Batches<'a> {
             };
             self.plan = epoch_plan(&self.lengths, &self.options, self.cursor.epoch);
         }
-        let batch = self.dataset.batch(&self.plan[self.cursor.batch])?;
         self.cursor.batch += 1;
-        Ok(batch)
+        self.plan[self.cursor.batch - 1].clone()
     }
 }
 

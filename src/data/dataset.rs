@@ -116,6 +116,16 @@ impl Dataset {
         self.source.revision()
     }
 
+    /// Number of tokens of an example.
+    pub fn n_tokens(&self, example_idx: usize) -> usize {
+        self.entries[example_idx].n_tokens as usize
+    }
+
+    /// Number of tokens of an example that carry loss.
+    pub fn n_trained(&self, example_idx: usize) -> usize {
+        self.entries[example_idx].n_trained as usize
+    }
+
     /// SHA-256 of the source's bytes, in hexadecimal; see [`Source::sha256`].
     pub fn sha256(&self) -> String {
         self.source.sha256()

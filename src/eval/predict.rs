@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use monteclora_converters as converters;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::answers::certainties;
 use super::calibration::{Judged, Scaling};
@@ -75,7 +75,7 @@ impl Question {
 /// H is the entropy in nats, and p_k the distribution of draw k over the choices. For a generated answer, p_k is the
 /// distribution over the next token at each token of the posterior mean's answer, its end token included, and the
 /// values are averaged over these tokens. A draw is one model: its weights stay the same for the whole answer.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Uncertainty {
     /// Number K of draws.
     pub draws: usize,
@@ -90,7 +90,7 @@ pub struct Uncertainty {
 }
 
 /// One of a question's choices.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ChoiceProbability {
     /// Its text.
     pub text: String,
@@ -105,7 +105,7 @@ pub struct ChoiceProbability {
 }
 
 /// An answer.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
     /// The posterior mean's greedy answer, or the most likely choice.
     pub text: String,
@@ -117,7 +117,7 @@ pub struct Answer {
     pub calibrated: bool,
     /// Whether the answer was cut at the token limit. Then `p_correct` is the probability of its beginning, and the
     /// probability of the whole answer is unknown.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub truncated: bool,
     /// Whether the answer should be withheld because `p_correct` is below the threshold, or because the answer was cut.
     /// Absent without a threshold or a calibration.
@@ -127,7 +127,7 @@ pub struct Answer {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uncertainty: Option<Uncertainty>,
     /// The choices, in the question's order.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<ChoiceProbability>,
     /// Number of tokens of a generated answer, its end token included; 0 for a choice.
     #[serde(skip)]

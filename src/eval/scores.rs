@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use super::choices::{Places, prediction};
@@ -10,7 +10,8 @@ use super::interval::bootstrap;
 use super::measures::{self, Bin, Outcome};
 use super::prediction::entropies;
 use super::{ChoiceRows, LengthNormalisation, Prediction, not_finite, tempered};
-use crate::data::Dataset;
+use crate::data::{ChoiceSet, Dataset};
+use crate::distributed::{Communicator, balanced};
 use crate::model::{ActiveAdapter, Decoder, Sequences, TaskLoss};
 use crate::train::sequences;
 
@@ -186,19 +187,114 @@ pub struct Scored {
     is_average: bool,
 }
 
+/// A batch of rows with the choices of those that have some.
+struct Asked<'a> {
+    sequences: Sequences,
+    targets: Vec<(usize, u32)>,
+    /// Number of targets that are trained tokens of the rows; those of choices follow.
+    n_answers: usize,
+    /// The targets of each row's trained tokens.
+    of_examples: Vec<Range<usize>>,
+    places: Vec<(&'a ChoiceSet, Places)>,
+}
+
+impl<'a> Asked<'a> {
+    fn new(data: &Dataset, rows: &[usize], choices: &'a ChoiceRows) -> Result<Self> {
+        let batch = data.batch(rows)?;
+        let (mut sequences, mut targets) = (sequences(&batch), batch.targets);
+        let n_answers = targets.len();
+        let of_examples = batch
+            .segments
+            .iter()
+            .map(|(start, length)| {
+                let at = |row| targets.partition_point(|(position, _)| *position < row);
+                at(*start)..at(start + length)
+            })
+            .collect();
+        let places = batch
+            .examples
+            .iter()
+            .enumerate()
+            .filter_map(|(segment, example)| Some((segment, choices.of(*example)?)))
+            .map(|(segment, set)| {
+                let places = Places::new(set, &mut sequences, &mut targets, Some(segment));
+                (set, places)
+            })
+            .collect();
+        Ok(Self {
+            sequences,
+            targets,
+            n_answers,
+            of_examples,
+            places,
+        })
+    }
+}
+
+/// A predictor's losses at the targets of a batch, and the loss of each adapter if several are averaged.
+struct Passed {
+    loss: TaskLoss,
+    members: Vec<TaskLoss>,
+}
+
+impl Passed {
+    /// Appends the losses, in the form that [`Self::read`] takes.
+    fn write(&self, into: &mut Vec<u8>) {
+        let all = || std::iter::once(&self.loss).chain(&self.members);
+        for count in [self.loss.nll.len(), self.members.len()] {
+            into.extend((count as u64).to_le_bytes());
+        }
+        for loss in all() {
+            into.extend(loss.nll.iter().flat_map(|nll| nll.to_le_bytes()));
+            into.extend(loss.correct.iter().map(|correct| u8::from(*correct)));
+        }
+    }
+
+    /// Takes one predictor's losses from the front of `bytes`. `None` if there are not enough bytes.
+    fn read(bytes: &mut &[u8]) -> Option<Self> {
+        let mut take = |n: usize| {
+            let (taken, rest) = bytes.split_at_checked(n)?;
+            *bytes = rest;
+            Some(taken)
+        };
+        let mut count = || {
+            let count = u64::from_le_bytes(*take(8)?.first_chunk()?);
+            usize::try_from(count).ok()
+        };
+        let (n_targets, n_members) = (count()?, count()?);
+        let mut loss = || {
+            let nll = take(4 * n_targets)?.as_chunks().0.iter();
+            Some(TaskLoss {
+                nll: nll.map(|nll| f32::from_le_bytes(*nll)).collect(),
+                correct: take(n_targets)?
+                    .iter()
+                    .map(|correct| *correct != 0)
+                    .collect(),
+                gradients: None,
+            })
+        };
+        Some(Self {
+            loss: loss()?,
+            members: (0..n_members).map(|_| loss()).collect::<Option<_>>()?,
+        })
+    }
+}
+
 impl Predictor<'_> {
-    /// One forward pass per adapter: the loss at `targets`, and the loss of each adapter if several are averaged.
-    fn pass(
-        self,
-        model: &Decoder,
-        sequences: &Sequences,
-        targets: &[(usize, u32)],
-    ) -> Result<(TaskLoss, Vec<TaskLoss>)> {
+    /// One forward pass per adapter.
+    fn pass(self, model: &Decoder, asked: &Asked<'_>) -> Result<Passed> {
+        let (sequences, targets) = (&asked.sequences, &asked.targets);
         match self {
-            Self::One(adapter) => Ok((model.evaluate(sequences, targets, adapter)?, Vec::new())),
+            Self::One(adapter) => Ok(Passed {
+                loss: model.evaluate(sequences, targets, adapter)?,
+                members: Vec::new(),
+            }),
             Self::Average(adapters) => {
                 let found = model.evaluate_average(sequences, targets, adapters)?;
-                Ok((found.loss, found.members))
+                Ok(Passed {
+                    loss: found.loss,
+                    members: found.members,
+                })
             }
         }
     }
@@ -206,7 +302,9 @@ impl Predictor<'_> {
 
 /// Scores `rows` (indices of examples) of `data` with each of `predictors`, and the choices of the rows that have some.
 ///
-/// `done` receives the number of rows of every finished batch. If it returns an error, scoring ends with this error.
+/// Batches are divided among `ranks`, and every rank gets all scores: the same bits as of one rank.
+///
+/// `done` receives the number of rows of every batch that this rank has finished. If it returns an error, scoring ends with this error.
 ///
 /// # Errors
 /// Returns an error if a row cannot be read, if the decoder fails, or if a likelihood is not finite.
@@ -217,6 +315,7 @@ pub fn score(
     rows: &[usize],
     choices: &ChoiceRows,
     options: &EvalOptions,
+    ranks: &dyn Communicator,
     mut done: impl FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Scored>> {
     let mut scored: Vec<Scored> = predictors
@@ -228,31 +327,45 @@ pub fn score(
         .collect();
     let lengths = data.lengths();
     let lengths: Vec<usize> = rows.iter().map(|row| lengths[*row]).collect();
-    for range in options.batching.plan(&lengths) {
-        let batch = data.batch(&rows[range.clone()])?;
-        let (mut sequences, mut targets) = (sequences(&batch), batch.targets);
-        let n_answers = targets.len();
-        let of_examples: Vec<Range<usize>> = batch
-            .segments
+    let plan = options.batching.plan(&lengths);
+    let of_batch = |range: &Range<usize>| lengths[range.clone()].iter().sum();
+    let rank_of = balanced(&plan.iter().map(of_batch).collect::<Vec<_>>(), ranks.size());
+    let is_own = |rank: usize| rank == ranks.rank();
+    let pass = |range: &Range<usize>| -> Result<(Asked<'_>, Vec<Passed>)> {
+        let asked = Asked::new(data, &rows[range.clone()], choices)?;
+        let passed = predictors
             .iter()
-            .map(|(start, length)| {
-                let at = |row| targets.partition_point(|(position, _)| *position < row);
-                at(*start)..at(start + length)
-            })
-            .collect();
-        let places: Vec<_> = batch
-            .examples
-            .iter()
-            .enumerate()
-            .filter_map(|(segment, example)| Some((segment, choices.of(*example)?)))
-            .map(|(segment, set)| {
-                let places = Places::new(set, &mut sequences, &mut targets, Some(segment));
-                (set, places)
-            })
-            .collect();
-        for (predictor, scored) in predictors.iter().zip(&mut scored) {
-            let (loss, members) = predictor.pass(model, &sequences, &targets)?;
-            scored.losses.extend(of_examples.iter().map(|range| {
+            .map(|predictor| predictor.pass(model, &asked));
+        let passed = passed.collect::<Result<_>>()?;
+        Ok((asked, passed))
+    };
+    // With several ranks, each makes its passes first, and gets those of the others.
+    let mut exchanged = Vec::new();
+    if ranks.size() > 1 {
+        let mut own = Vec::new();
+        for (range, _) in plan.iter().zip(&rank_of).filter(|(_, rank)| is_own(**rank)) {
+            pass(range)?
+                .1
+                .iter()
+                .for_each(|passed| passed.write(&mut own));
+            done(range.len())?;
+        }
+        exchanged = ranks.all_gather(&own);
+    }
+    let mut exchanged: Vec<&[u8]> = exchanged.iter().map(Vec::as_slice).collect();
+    for (range, rank) in plan.into_iter().zip(rank_of) {
+        let (asked, passed) = match exchanged.get_mut(rank) {
+            None => pass(&range)?,
+            Some(bytes) => {
+                let passed = predictors.iter().map(|_| Passed::read(bytes));
+                let passed: Option<Vec<_>> = passed.collect();
+                let passed = passed.context("a rank sent fewer losses than it has batches")?;
+                (Asked::new(data, &rows[range.clone()], choices)?, passed)
+            }
+        };
+        for (passed, scored) in passed.iter().zip(&mut scored) {
+            let Passed { loss, members } = passed;
+            scored.losses.extend(asked.of_examples.iter().map(|range| {
                 let nll = loss.nll[range.clone()].iter().map(|v| f64::from(*v));
                 let correct = loss.correct[range.clone()].iter();
                 RowLoss {
@@ -262,15 +375,15 @@ pub fn score(
                 }
             }));
             scored.member_nll.resize(members.len(), 0.0);
-            for (total, member) in scored.member_nll.iter_mut().zip(&members) {
-                let answers = member.nll[..n_answers].iter();
+            for (total, member) in scored.member_nll.iter_mut().zip(members) {
+                let answers = member.nll[..asked.n_answers].iter();
                 *total += answers.map(|v| f64::from(*v)).sum::<f64>();
             }
             let each = match members.is_empty() {
-                true => std::slice::from_ref(&loss),
-                false => &members,
+                true => std::slice::from_ref(loss),
+                false => members,
             };
-            for (set, places) in &places {
+            for (set, places) in &asked.places {
                 let row = scored.choices.len();
                 let of_row = each.iter().map(|loss| {
                     let log_likelihoods = places.log_likelihoods(&loss.nll);
@@ -279,7 +392,9 @@ pub fn score(
                 scored.choices.push(of_row.collect::<Result<_, _>>()?);
             }
         }
-        done(range.len())?;
+        if ranks.size() == 1 {
+            done(range.len())?;
+        }
     }
     for scored in &scored {
         if !scored.loss().is_finite() {

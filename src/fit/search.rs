@@ -12,6 +12,7 @@ use monteclora_converters::{Adapter, Problem};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Dataset;
+use crate::distributed::Communicator;
 use crate::eval::{
     ChoiceRows, EvalOptions, Predictor, Scored, fit_temperature, measures, posterior_draws, score,
     tempered,
@@ -145,6 +146,8 @@ pub struct Search<'a> {
     pub criterion: Criterion,
     /// The caller sets this flag to stop the search.
     pub interrupt: &'a AtomicBool,
+    /// The ranks among which the rows are divided.
+    pub ranks: &'a dyn Communicator,
     /// Receives the evaluation of the mean and of every scale.
     pub watch: &'a dyn Fn(&Evaluation),
 }
@@ -248,6 +251,7 @@ impl Search<'_> {
             self.rows,
             self.choices,
             &self.options,
+            self.ranks,
             done,
         )?;
         self.judge(scale, &scored[0])

@@ -11,6 +11,8 @@ use monteclora_converters::{Beyond, Problem, places};
 
 use monteclora_adapters::Result;
 
+use crate::distributed::Communicator;
+
 /// A linear module of a decoder: its index in [`ModelShape::modules`], blocks first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModuleId(pub(super) usize);
@@ -194,6 +196,25 @@ impl AdapterGradients {
     pub fn add_all(&mut self, other: Self) -> Result<()> {
         for (id, gradients) in other.modules {
             self.add(id, gradients)?;
+        }
+        Ok(())
+    }
+
+    /// Replaces the gradients by their sums over `ranks`, all of which have gradients for the same modules.
+    pub fn sum_over(&mut self, ranks: &dyn Communicator) -> Result<()> {
+        if ranks.size() == 1 {
+            return Ok(());
+        }
+        let mut values: Vec<f32> = Vec::new();
+        for gradient in self.modules.values().flatten() {
+            values.extend(gradient.flatten_all()?.to_vec1::<f32>()?);
+        }
+        ranks.sum(&mut values);
+        let mut rest = values.as_slice();
+        for gradient in self.modules.values_mut().flatten() {
+            let (sums, after) = rest.split_at(gradient.elem_count());
+            let on_cpu = Tensor::from_slice(sums, gradient.shape(), &Device::Cpu)?;
+            (*gradient, rest) = (on_cpu.to_device(gradient.device())?, after);
         }
         Ok(())
     }

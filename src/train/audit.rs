@@ -3,7 +3,7 @@
 
 use monteclora_adapters::Result;
 use monteclora_adapters::methods::{Storage, Value};
-use monteclora_converters::Problem;
+use monteclora_converters::{Problem, files};
 use rayon::prelude::*;
 
 use super::list;
@@ -28,6 +28,15 @@ pub fn first_steps(state: &AdapterState, gradients: &[Vec<Value>], step: u64) ->
     let at = format!("step {}", step + 1);
     let message = format!("no gradient reaches {}", list(&silent));
     Err(Problem::new("no-gradient", at, message, "").exit(5).into())
+}
+
+/// SHA-256 of all values, in hexadecimal.
+pub fn sha256(state: &AdapterState) -> Result<String> {
+    let mut bytes = Vec::new();
+    for value in state.owners.iter().flat_map(|owner| &owner.values) {
+        bytes.extend_from_slice(&value.to_format()?.bytes());
+    }
+    Ok(files::sha256(&bytes))
 }
 
 /// The names of all owners with a value in `values` that is not finite.

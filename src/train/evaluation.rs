@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::metrics::EvalRecord;
 use crate::data::{Batch, BatchOptions, Batches, Cursor, Dataset};
+use crate::distributed::{Communicator, balanced};
 use crate::model::{ActiveAdapter, Decoder, Segment, Sequences};
 
 /// The sequences of a batch, as the decoder reads them.
@@ -27,13 +28,14 @@ pub(crate) fn sequences(batch: &Batch) -> Sequences {
 }
 
 /// Loss, perplexity and token accuracy of `adapter` over all rows of `data`, in the file's order. `None` if `interrupt`
-/// was set before the end of the data.
+/// of any rank was set before the end of the data. The rows are divided among `ranks`.
 pub(super) fn evaluate(
     model: &Decoder,
     adapter: &ActiveAdapter,
     data: &Dataset,
     batch_size: usize,
     interrupt: &AtomicBool,
+    ranks: &dyn Communicator,
 ) -> Result<Option<EvalRecord>> {
     let began = Instant::now();
     let options = BatchOptions {
@@ -43,23 +45,42 @@ pub(super) fn evaluate(
     };
     let mut batches = Batches::new(data, options, Cursor::default());
     let (mut total, mut tokens, mut correct) = (0.0, 0usize, 0usize);
-    for to_do in (0..batches.n_batches()).rev() {
-        let batch = batches.next_batch()?;
+    let mut is_interrupted = false;
+    let batches: Vec<_> = (0..batches.n_batches())
+        .map(|_| batches.next_examples())
+        .collect();
+    let lengths: Vec<usize> = batches
+        .iter()
+        .map(|examples| examples.iter().map(|row| data.n_tokens(*row)).sum())
+        .collect();
+    let rank_of = balanced(&lengths, ranks.size());
+    let own = batches
+        .iter()
+        .zip(rank_of)
+        .filter(|(_, rank)| *rank == ranks.rank());
+    let mut own = own.map(|(examples, _)| examples).peekable();
+    while let Some(examples) = own.next() {
+        let batch = data.batch(examples)?;
         let loss = model.evaluate(&sequences(&batch), &batch.targets, adapter)?;
         total += loss.total();
         tokens += loss.nll.len();
         correct += loss.correct.iter().filter(|c| **c).count();
-        if to_do > 0 && interrupt.load(Ordering::Relaxed) {
-            return Ok(None);
+        if own.peek().is_some() && interrupt.load(Ordering::Relaxed) {
+            is_interrupted = true;
+            break;
         }
     }
-    let loss = total / tokens.max(1) as f64;
+    if ranks.any(is_interrupted) {
+        return Ok(None);
+    }
+    let [total, tokens, correct] = ranks.sums([total, tokens as f64, correct as f64]);
+    let loss = total / tokens.max(1.0);
     Ok(Some(EvalRecord {
         step: 0,
         epoch: 0.0,
         loss,
         perplexity: loss.exp(),
-        token_accuracy: correct as f64 / tokens.max(1) as f64,
+        token_accuracy: correct / tokens.max(1.0),
         rows: data.len(),
         seconds: began.elapsed().as_secs_f64(),
         wall_s: 0.0,

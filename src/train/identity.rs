@@ -102,6 +102,46 @@ impl Identity {
     }
 }
 
+/// Keys whose values may differ between ranks: where a rank finds its files, and what only rank 0 writes.
+const PLACES: [&str; 7] = [
+    "train.output_dir",
+    "train.report_to",
+    "model.model_id",
+    "model.revision",
+    "model.chat_template",
+    "data.train",
+    "data.valid",
+];
+
+impl Identity {
+    /// What `other`, the identity that another rank has, does not share with this one, rank 0's, one line each; and whether a
+    /// data file is among it.
+    pub fn unlike(&self, other: &Self) -> (Vec<String>, bool) {
+        let shown = |v: Option<&Value>| v.map_or("absent".to_owned(), Value::to_string);
+        let keys = differences(&self.config, &other.config).into_iter();
+        let mut found: Vec<String> = keys
+            .filter(|(key, ..)| !PLACES.contains(key) && *key != "lora.init_from")
+            .map(|(key, first, own)| {
+                format!("{key} is {} on rank 0, {} here", shown(first), shown(own))
+            })
+            .collect();
+        let mut is_data = false;
+        for (what, first, own) in differences(&self.hashes, &other.hashes) {
+            is_data |= what.starts_with("data.");
+            let hash = |hash: Option<&String>| {
+                hash.map_or("absent", |hash| &hash[..12.min(hash.len())])
+                    .to_owned()
+            };
+            found.push(format!(
+                "{what} has another content: SHA-256 {} on rank 0, {} here",
+                hash(first),
+                hash(own)
+            ));
+        }
+        (found, is_data)
+    }
+}
+
 fn differences<'a, T: PartialEq>(
     then: &'a BTreeMap<String, T>,
     now: &'a BTreeMap<String, T>,

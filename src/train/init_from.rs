@@ -1,6 +1,7 @@
 //! Starts a run from an existing adapter. The run has the adapter's shape, and keys of run.toml that contradict it are
 //! errors.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
@@ -29,11 +30,12 @@ pub(super) fn read(
         return Ok(None);
     };
     let mut adapter = read_fitting(&dir, files)?;
+    let format = adapter.config.peft_format();
     if adapter.config.peft_type == PeftType::AdaLora {
         // Its singular values are multiplied into A.
         adapter = adapter.collapse();
     }
-    require_method(&lora.method()?, &adapter)?;
+    require_method(&lora.method()?, &adapter, (&dir, format))?;
     if let Some(site) = adapter
         .sites
         .iter()
@@ -86,7 +88,11 @@ pub(super) fn read(
 }
 
 /// Refuses an adapter that the method cannot go on with.
-fn require_method(method: &Arc<dyn Method>, adapter: &Adapter) -> Result<()> {
+fn require_method(
+    method: &Arc<dyn Method>,
+    adapter: &Adapter,
+    (dir, format): (&Path, &str),
+) -> Result<()> {
     let name = method.kind().name;
     let goes_on = |site: &Site| {
         let module = Module {
@@ -108,10 +114,18 @@ fn require_method(method: &Arc<dyn Method>, adapter: &Adapter) -> Result<()> {
     };
     if !adapter.sites.iter().all(goes_on) {
         let message = format!(
-            "lora.init_from: method \"{name}\" cannot go on with an adapter of the form {}",
-            adapter.format
+            "`{}` (format {format}) has the trained update, but not the values that method \"{name}\" trains",
+            dir.display()
         );
-        let fix = "merge it into its base (`monteclora merge`) and train on the result, or choose the method that made it";
+        let is_low_rank = adapter.sites.iter().all(|site| site.beyond.is_none());
+        let fix = match is_low_rank {
+            true => {
+                "--resume auto continues the run that made it; method = \"lora\" trains its update further"
+            }
+            false => {
+                "--resume auto continues the run that made it; or merge it into its base (`monteclora merge`) and train on the result"
+            }
+        };
         bail!(Problem::new("init-from", "lora.init_from", message, fix).exit(2));
     }
     Ok(())

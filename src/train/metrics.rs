@@ -64,6 +64,12 @@ pub struct TrainRecord {
     pub tokens_per_second: f64,
     /// Largest resident memory so far, if the system reports it.
     pub peak_memory_bytes: Option<u64>,
+    /// With several ranks, mean seconds per step that rank 0 waited for the others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wait_s: Option<f64>,
+    /// With several ranks, mean seconds per step of the exchange of gradients.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exchange_s: Option<f64>,
     /// Seconds since the run began.
     pub wall_s: f64,
 }
@@ -172,6 +178,7 @@ impl TrainRecord {
         metrics: &'static [Metric],
         (epoch, wall_s): (f64, f64),
         learning_rate: f64,
+        n_ranks: usize,
     ) -> Self {
         let window = &progress.window;
         let mean = |sum: f64| sum / window.steps.max(1) as f64;
@@ -188,6 +195,8 @@ impl TrainRecord {
             trained_tokens: progress.trained_tokens,
             tokens_per_second: window.tokens as f64 / window.elapsed().max(1e-9),
             peak_memory_bytes: peak_memory_bytes(),
+            wait_s: (n_ranks > 1).then(|| mean(window.between_ranks[0])),
+            exchange_s: (n_ranks > 1).then(|| mean(window.between_ranks[1])),
             wall_s,
         }
     }

@@ -1,5 +1,7 @@
 //! Training: posterior draw, task loss with its gradients, regulariser, AdamW, evaluation, metrics.
 
+#[cfg(test)]
+mod across_ranks;
 pub mod audit;
 mod checkpoint;
 mod evaluation;

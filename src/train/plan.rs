@@ -1,7 +1,7 @@
 //! The plan of a run: its steps and its memory, known before the base model is loaded.
 
 use anyhow::Result;
-use monteclora_adapters::methods::{Module, Parameter};
+use monteclora_adapters::methods::{Group, Module, Parameter};
 use monteclora_adapters::weights::{BF16, Kind};
 use monteclora_converters::Tensor;
 use serde::Serialize;
@@ -70,10 +70,12 @@ impl Prepared {
         let batches = Batches::new(&self.train, self.settings.batches, Cursor::default());
         Ok(Plan {
             sites: &self.sites,
-            trainable_parameters: parameters.iter().map(Parameter::n_values).sum(),
+            trainable_parameters: (parameters.iter())
+                .filter(|parameter| parameter.group != Group::State)
+                .map(Parameter::n_values)
+                .sum(),
             total_steps: self.total_steps,
-            steps_per_epoch: (batches.n_batches())
-                .div_ceil(self.settings.train.gradient_accumulation_steps.max(1)),
+            steps_per_epoch: (batches.n_batches()).div_ceil(self.settings.micro_batches),
             train: self.train.stats(),
             valid: self.valid.as_ref().map(Dataset::stats),
             memory_estimate_bytes: memory.peak,

@@ -12,11 +12,11 @@ use monteclora_adapters::weights::{AUTO, AUTO_BF16, Kind};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::{file_sha256, sha256, write_json};
 use monteclora_converters::{
-    Adapter, AdapterConfig, ConversationSettings, ModelFiles, Problem, base_fingerprint,
-    base_sample, other_conversation,
+    Adapter, AdapterConfig, ConversationSettings, LinearModule, ModelFiles, Problem, TargetModules,
+    base_fingerprint, base_sample, other_conversation,
 };
 
-use super::record::template_time;
+use super::record::{micro_batches, template_time};
 use super::state::modules as modules_of;
 use super::suggest::record_of;
 use super::{
@@ -25,6 +25,7 @@ use super::{
 use crate::card::Card;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Encoder, Split};
+use crate::distributed::Communicator;
 use crate::hub::{self, HubOptions, Located};
 use crate::model::{Decoder, read_shape};
 use crate::output::name_of;
@@ -76,7 +77,8 @@ impl Prepared {
     /// # Errors
     /// Returns an error if any of them is invalid or cannot be read.
     pub fn new(run: RunConfig, base: Option<Located>) -> Result<Self> {
-        Self::at_time(run, base, SystemTime::now())
+        let micro_batches = run.train.gradient_accumulation_steps;
+        Self::at_time(run, base, SystemTime::now(), micro_batches)
     }
 
     /// As [`Self::new`]. A run that is resumed gives its chat template the time of its first start, so that a template that
@@ -86,10 +88,57 @@ impl Prepared {
     /// As [`Self::new`].
     pub fn resumed(run: RunConfig, base: Option<Located>, from: &str) -> Result<Self> {
         let first = template_time(&record_of(from, &run.train.output_dir));
-        Self::at_time(run, base, first.unwrap_or_else(SystemTime::now))
+        let micro_batches = run.train.gradient_accumulation_steps;
+        let first = first.unwrap_or_else(SystemTime::now);
+        Self::at_time(run, base, first, micro_batches)
     }
 
-    fn at_time(mut run: RunConfig, base: Option<Located>, now: SystemTime) -> Result<Self> {
+    /// As [`Self::new`] or, with `resume`, as [`Self::resumed`], on each of `ranks`. Rank 0 alone needs to see the run that is resumed,
+    /// and is the first to look for the base model, which the others may then find in the cache.
+    ///
+    /// A resumed run keeps its batches per step, whatever the number of ranks, unless `gradient_accumulation_steps` has changed.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_ranks(
+        run: RunConfig,
+        resume: Option<&str>,
+        ranks: &dyn Communicator,
+    ) -> Result<Self> {
+        let record = resume.map(|from| record_of(from, &run.train.output_dir));
+        let time = record.as_deref().and_then(template_time);
+        let accumulation = run.train.gradient_accumulation_steps;
+        let before = (record.as_deref()).and_then(|record| micro_batches(record, accumulation));
+        let now = accumulation * ranks.size();
+        if let Some(before) = before.filter(|before| *before != now) {
+            tracing::info!(
+                "the run began with {before} batches per step, and keeps them with another number of ranks, which is {} now",
+                ranks.size()
+            );
+        }
+        let own = (time.unwrap_or_else(SystemTime::now), before.unwrap_or(now));
+        let (time, micro_batches) = ranks.of_first(own)?;
+        if !ranks.is_first() {
+            ranks.any(false);
+        }
+        let options = HubOptions {
+            revision: run.model.revision.clone(),
+            token_source: String::new(),
+        };
+        let base = hub::locate(&run.model.model_id, &options)?;
+        if ranks.is_first() {
+            ranks.any(false);
+        }
+        Self::at_time(run, Some(base), time, micro_batches)
+    }
+
+    /// [`Self::new`] with `micro_batches` per step. The chat template gets the time `now`.
+    pub(super) fn at_time(
+        mut run: RunConfig,
+        base: Option<Located>,
+        now: SystemTime,
+        micro_batches: usize,
+    ) -> Result<Self> {
         for note in &run.notes {
             tracing::warn!("{note}");
         }
@@ -111,6 +160,13 @@ impl Prepared {
         let modules = Decoder::linear_modules(&model_config);
         let mut adapter_config = run.lora.adapter_config(&base);
         let init_from = init_from::read(&mut run.lora, &mut adapter_config, &files, &modules)?;
+        let method = run.lora.method()?;
+        name_targets(
+            &mut adapter_config,
+            method.as_ref(),
+            &modules,
+            &model_config,
+        )?;
         let sites = match &init_from {
             None => adapter_config.resolve_targets(&modules)?,
             Some(adapter) => adapter.sites.iter().map(|site| site.name.clone()).collect(),
@@ -154,15 +210,21 @@ impl Prepared {
         let train = open(&run.data.train, Split::Train)?;
         let valid = run.data.valid.as_deref();
         let valid = valid.map(|path| open(path, Split::Valid)).transpose()?;
-        let settings = TrainSettings::new(&run, max_seq_length);
+        let settings = TrainSettings {
+            micro_batches,
+            ..TrainSettings::new(&run, max_seq_length)
+        };
         // The hashes open the files again: pages that are read stay mapped until the files are closed.
         let read = ModelFiles::open(&base.dir)?;
         let (fingerprint, sample) = (base_fingerprint(&read), base_sample(&read));
         drop(read);
         let chat_template_sha256 = encoder.template().map(|t| sha256(t.content().as_bytes()));
         let tokenizer_sha256 = file_sha256(&base.dir.join("tokenizer.json"));
+        let mut config = serde_json::to_value(&run)?;
+        // Two ranks with one batch each make the same steps as one rank with two.
+        config["train"]["gradient_accumulation_steps"] = settings.micro_batches.into();
         let identity = Identity::new(
-            &serde_json::to_value(&run)?,
+            &config,
             [
                 ("base", Some(&fingerprint)),
                 ("tokenizer", tokenizer_sha256.as_deref()),
@@ -171,9 +233,8 @@ impl Prepared {
                 ("data.valid", valid.as_ref().map(Dataset::sha256).as_deref()),
             ],
         );
-        let method = run.lora.method()?;
         let total_steps = settings.total_steps(&train);
-        method.configure(&mut adapter_config, total_steps);
+        method.configure(&mut adapter_config, total_steps)?;
         let described = modules_of(&adapter_config, &sites, &model_config)?;
         let described: Vec<_> = described.into_iter().map(|(_, module)| module).collect();
         method.check(&described)?;
@@ -201,11 +262,56 @@ impl Prepared {
         })
     }
 
+    /// Checks that the method of `run`, a run on the same base, can train the modules that it adapts. Rows are not read.
+    ///
+    /// # Errors
+    /// Returns an error if a pattern finds no module, or if the method refuses a module or the length of the run.
+    pub fn require_fitting(&self, run: &RunConfig) -> Result<()> {
+        if run.lora.init_from.is_some() {
+            return Ok(());
+        }
+        let (method, shape) = (run.lora.method()?, &self.model_config);
+        let modules = Decoder::linear_modules(shape);
+        let mut config = run.lora.adapter_config(&self.base);
+        name_targets(&mut config, method.as_ref(), &modules, shape)?;
+        let sites = config.resolve_targets(&modules)?;
+        method.configure(&mut config, self.total_steps)?;
+        let described = modules_of(&config, &sites, shape)?.into_iter();
+        let described: Vec<_> = described.map(|(_, module)| module).collect();
+        Ok(method.check(&described)?)
+    }
+
     /// Logs [`Self::base_warnings`].
     pub fn warn(&self) {
         for warning in &self.base_warnings {
             tracing::warn!("{warning}");
         }
+    }
+
+    /// Checks that all ranks have the same program, configuration, base model and rows. Files may lie in other places.
+    ///
+    /// # Errors
+    /// Returns an error if this rank differs from rank 0.
+    pub fn require_same(&self, ranks: &dyn Communicator) -> Result<()> {
+        let own = (env!("CARGO_PKG_VERSION").to_owned(), self.identity.clone());
+        let all = ranks.gather(own.clone())?;
+        let (version, identity) = &all[0];
+        let (mut found, is_data) = identity.unlike(&self.identity);
+        if *version != own.0 {
+            found.push(format!(
+                "monteclora is version {version} on rank 0, {} here",
+                own.0
+            ));
+        }
+        if found.is_empty() {
+            return Ok(());
+        }
+        let message = format!(
+            "this rank does not have what rank 0 has:\n  {}",
+            found.join("\n  ")
+        );
+        let problem = Problem::sentence("ranks-differ", message);
+        Err(problem.exit(if is_data { 3 } else { 2 }).into())
     }
 
     /// Loads the base model.
@@ -214,6 +320,26 @@ impl Prepared {
     /// As [`Decoder::load_as`].
     pub fn decoder(&self, device: &Device) -> Result<Decoder> {
         Ok(Decoder::load_as(&self.base.dir, device, self.weights)?)
+    }
+
+    /// The trainer of this run on a loaded base model.
+    pub(super) fn trainer<'a>(
+        &'a self,
+        model: &'a Decoder,
+        interrupt: Interrupt,
+        ranks: &'a dyn Communicator,
+    ) -> Trainer<'a> {
+        Trainer {
+            model,
+            train: &self.train,
+            valid: self.valid.as_ref(),
+            settings: &self.settings,
+            adapter_config: &self.adapter_config,
+            output_dir: &self.run.train.output_dir,
+            identity: &self.identity,
+            interrupt,
+            ranks,
+        }
     }
 
     /// Loads the base model and trains. Returns the decoder for further use.
@@ -225,27 +351,21 @@ impl Prepared {
         start: Start,
         device: &Device,
         interrupt: Interrupt,
+        ranks: &dyn Communicator,
         on_event: impl FnMut(&Event),
     ) -> Result<(Outcome, Decoder)> {
         let output_dir = self.run.train.output_dir.as_path();
         let run_json = output_dir.join("run.json");
         let parameters = start.from.state.n_parameters();
-        write_json(&run_json, &self.record(parameters, device, None)?)?;
+        if ranks.is_first() {
+            write_json(&run_json, &self.record(parameters, device, ranks, None)?)?;
+        }
         let precision = match self.run.train.bf16 {
             true => Precision::Bf16,
             false => Precision::Single,
         };
         let decoder = self.decoder(device)?.with_precision(precision);
-        let trainer = Trainer {
-            model: &decoder,
-            train: &self.train,
-            valid: self.valid.as_ref(),
-            settings: &self.settings,
-            adapter_config: &self.adapter_config,
-            output_dir,
-            identity: &self.identity,
-            interrupt,
-        };
+        let trainer = self.trainer(&decoder, interrupt, ranks);
         tracing::info!(
             "training {} of {} sites: {parameters} parameters, {} examples, {} steps",
             start.from.state.modules.len(),
@@ -264,8 +384,8 @@ impl Prepared {
                 );
             }
         })?;
-        if !outcome.interrupted {
-            let record = self.record(parameters, device, Some(outcome.steps))?;
+        if !outcome.interrupted && ranks.is_first() {
+            let record = self.record(parameters, device, ranks, Some(outcome.steps))?;
             write_json(&run_json, &record)?;
             let card = Card {
                 name: &name_of(output_dir),
@@ -277,4 +397,30 @@ impl Prepared {
         }
         Ok((outcome, decoder))
     }
+}
+
+/// Names the modules that `all-linear` means for a method that does not take all of them.
+fn name_targets(
+    config: &mut AdapterConfig,
+    method: &dyn Method,
+    modules: &[LinearModule],
+    shape: &ModelShape,
+) -> monteclora_adapters::Result<()> {
+    if config.target_modules != TargetModules::AllLinear {
+        return Ok(());
+    }
+    let names: Vec<String> = modules.iter().map(|module| module.name.clone()).collect();
+    let described = modules_of(config, &names, shape)?;
+    let (taken, left): (Vec<_>, Vec<_>) =
+        (described.iter().map(|(_, module)| module)).partition(|module| method.takes(module));
+    if !left.is_empty() {
+        let leaves = taken
+            .iter()
+            .filter_map(|module| module.name.rsplit('.').next());
+        let mut names: Vec<String> = leaves.map(str::to_owned).collect();
+        names.sort();
+        names.dedup();
+        config.target_modules = TargetModules::List(names);
+    }
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use indexmap::IndexMap;
-use monteclora_adapters::methods::Metric;
+use monteclora_adapters::methods::{Chart, Metric};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Cursor;
@@ -44,6 +44,8 @@ pub(super) struct StepResult {
     pub(super) grad_norm: f64,
     pub(super) tokens: u64,
     pub(super) trained_tokens: u64,
+    /// Seconds of waiting for other ranks, and of the exchange of gradients.
+    pub(super) between_ranks: [f64; 2],
 }
 
 /// Sums over steps. They are part of a checkpoint, so that a resumed run reports the same means as an uninterrupted
@@ -56,6 +58,9 @@ pub struct Window {
     regulariser: IndexMap<String, f64>,
     pub(super) grad_norm: f64,
     pub(super) tokens: u64,
+    /// Seconds of waiting for other ranks, and of the exchange of gradients, of this process.
+    #[serde(skip)]
+    pub(super) between_ranks: [f64; 2],
     /// Seconds spent in earlier processes.
     seconds: f64,
     #[serde(skip)]
@@ -89,11 +94,20 @@ impl Window {
     pub(super) fn add(&mut self, result: &StepResult, metrics: &[Metric]) {
         self.steps += 1;
         self.task_loss += result.task_loss;
+        let steps = self.steps as f64;
         for (metric, value) in metrics.iter().zip(&result.metrics) {
-            *self.sum(metric) += value;
+            let sum = self.sum(metric);
+            // A rank is told as it is, not as it was on the way.
+            *sum = match metric.chart {
+                Chart::Rank => value * steps,
+                _ => *sum + value,
+            };
         }
         self.grad_norm += result.grad_norm;
         self.tokens += result.tokens;
+        for (sum, seconds) in self.between_ranks.iter_mut().zip(result.between_ranks) {
+            *sum += seconds;
+        }
     }
 
     fn sum(&mut self, metric: &Metric) -> &mut f64 {

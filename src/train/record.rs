@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::Prepared;
 use crate::data::Dataset;
+use crate::distributed::Communicator;
 
 /// The version of candle-core that Cargo.toml pins; a test compares the two.
 const CANDLE: &str = "0.10.2";
@@ -19,6 +20,7 @@ impl Prepared {
         &self,
         parameters: usize,
         device: &Device,
+        ranks: &dyn Communicator,
         finished: Option<u64>,
     ) -> serde_json::Result<Value> {
         Ok(json!({
@@ -49,6 +51,8 @@ impl Prepared {
             "sites": self.sites,
             "trainable_parameters": parameters,
             "total_steps": self.total_steps,
+            "ranks": ranks.size(),
+            "micro_batches_per_step": self.settings.micro_batches,
             "finished_step": finished,
         }))
     }
@@ -75,6 +79,17 @@ pub(super) fn read(path: &Path) -> Option<Value> {
 /// The `finished_step` of a run.json. `None` if the file does not exist or the run is not finished.
 pub(super) fn finished_step(path: &Path) -> Option<u64> {
     read(path)?["finished_step"].as_u64()
+}
+
+/// The batches per step in the run of a run.json, whose `gradient_accumulation_steps` must be `accumulation`.
+pub(super) fn micro_batches(path: &Path, accumulation: usize) -> Option<usize> {
+    let record = read(path)?;
+    let before = &record["config"]["train"]["gradient_accumulation_steps"];
+    let is_same = before.as_u64() == u64::try_from(accumulation).ok();
+    let count = record["micro_batches_per_step"]
+        .as_u64()
+        .filter(|_| is_same)?;
+    usize::try_from(count).ok()
 }
 
 /// The time that the chat template got in the run of a run.json; `None` if its text does not depend on the date.

@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use monteclora_adapters::Result;
 use monteclora_adapters::methods::{Step, in_loss};
-use monteclora_converters::AdapterConfig;
+use monteclora_converters::{AdapterConfig, Problem};
 
 use super::checkpoint::{self, Checkpoint};
 use super::evaluation::{evaluate, sequences};
@@ -20,7 +20,8 @@ use super::settings::TrainSettings;
 use super::{audit, not_finite};
 use crate::config::LrSchedulerType;
 use crate::data::{Batches, Dataset};
-use crate::model::{AdapterGradients, Decoder, Dropout, PassOptions};
+use crate::distributed::{Communicator, micro_batches};
+use crate::model::{ActiveAdapter, AdapterGradients, Decoder, Dropout, PassOptions};
 
 /// Progress of the loop, for a caller to show.
 #[derive(Debug, Clone)]
@@ -77,6 +78,8 @@ pub struct Trainer<'a> {
     pub identity: &'a Identity,
     /// The caller sets this flag to stop the run.
     pub interrupt: Interrupt,
+    /// The ranks of the run. Every rank has a trainer with the same settings; rank 0 writes the files.
+    pub ranks: &'a dyn Communicator,
 }
 
 impl Trainer<'_> {
@@ -88,7 +91,10 @@ impl Trainer<'_> {
     pub fn run(&self, from: Checkpoint, watch: impl FnMut(&Event)) -> Result<Outcome> {
         let (settings, progress) = (self.settings, &from.progress);
         let resumed = progress.step > 0;
-        let report_to = &settings.train.report_to;
+        let report_to = match self.ranks.is_first() {
+            true => settings.train.report_to.as_slice(),
+            false => &[],
+        };
         let mut run = Run {
             trainer: self,
             metrics: Metrics::open(self.output_dir, report_to, resumed.then_some(progress))?,
@@ -110,7 +116,9 @@ impl Trainer<'_> {
             }
             let (progress, load_best) = (&run.at.progress, settings.train.load_best_model_at_end);
             let is_best = progress.best.is_none_or(|(_, step)| step == progress.step);
-            if load_best && !is_best {
+            if !self.ranks.is_first() {
+                // Rank 0 writes.
+            } else if load_best && !is_best {
                 checkpoint::restore_best(self.output_dir)?;
             } else {
                 let adapter = run.at.state.to_adapter(self.adapter_config)?;
@@ -131,6 +139,84 @@ impl Trainer<'_> {
     }
 }
 
+/// The forward and backward passes of a step, of all ranks together.
+pub(super) struct Passed {
+    /// Gradients of the loss with respect to the drawn updates.
+    pub(super) gradients: AdapterGradients,
+    /// Sum of the negative log-likelihoods of the trained tokens, nats.
+    total: f64,
+    /// Whether a trained token is predicted from more than one token.
+    looks_back: bool,
+    /// Time that this rank waited for the others.
+    waited: Duration,
+    /// Time of the exchange of gradients.
+    exchanged: Duration,
+}
+
+impl Trainer<'_> {
+    /// Passes the micro-batches `examples` through the model. The gradients are those of `scale` times the sum of the losses.
+    ///
+    /// Each rank passes its share of the rows; every rank gets the sums over all.
+    pub(super) fn pass(
+        &self,
+        examples: Vec<Vec<usize>>,
+        drawn: &ActiveAdapter,
+        step: u64,
+        scale: f64,
+    ) -> Result<Passed> {
+        let (settings, data, ranks) = (self.settings, self.train, self.ranks);
+        let length = |example| data.n_tokens(example);
+        // A rank without rows needs gradients of the right shapes, which are zero: those of any row times 0.
+        let any_row = examples
+            .iter()
+            .flatten()
+            .min_by_key(|row| length(**row))
+            .copied();
+        let mut own = micro_batches(examples, length, ranks.rank(), ranks.size());
+        let is_idle = own.is_empty();
+        if is_idle {
+            own.extend(any_row.map(|row| vec![row]));
+        }
+        let scale = if is_idle { 0.0 } else { scale };
+        let mut gradients = AdapterGradients::default();
+        let (mut total, mut looks_back) = (0.0, false);
+        for rows in &own {
+            let batch = data.batch(rows)?;
+            let dropout = (settings.lora_dropout > 0.0).then(|| Dropout {
+                probability: settings.lora_dropout,
+                seed: settings.seed,
+                step,
+                rows: batch.examples.iter().map(|row| *row as u64).collect(),
+            });
+            let options = PassOptions {
+                dropout: dropout.as_ref(),
+                checkpointing: settings.train.gradient_checkpointing,
+            };
+            let (input, targets) = (sequences(&batch), &batch.targets);
+            let loss = (self.model).loss_and_gradients(&input, targets, drawn, scale, options)?;
+            if !is_idle {
+                total += loss.total();
+                looks_back |= targets.iter().any(|(row, _)| batch.positions[*row] > 0);
+            }
+            if let Some(of_batch) = loss.gradients {
+                gradients.add_all(of_batch)?;
+            }
+        }
+        // The slowest rank is waited for here, and not where the time of the exchange is taken.
+        let passed = Instant::now();
+        let [total, looking_back] = ranks.sums([total, f64::from(u8::from(looks_back))]);
+        let waited = passed.elapsed();
+        gradients.sum_over(ranks)?;
+        Ok(Passed {
+            waited,
+            exchanged: passed.elapsed() - waited,
+            gradients,
+            total,
+            looks_back: looking_back > 0.0,
+        })
+    }
+}
+
 /// A running training.
 struct Run<'a, W> {
     trainer: &'a Trainer<'a>,
@@ -145,6 +231,12 @@ struct Run<'a, W> {
 }
 
 impl<W: FnMut(&Event)> Run<'_, W> {
+    /// Whether any rank is to stop.
+    fn is_interrupted(&self) -> bool {
+        let own = self.trainer.interrupt.load(Ordering::Relaxed);
+        self.trainer.ranks.any(own)
+    }
+
     fn wall(&self) -> f64 {
         self.earlier + self.began.elapsed().as_secs_f64()
     }
@@ -193,10 +285,14 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             progress.window.add(&result, metrics);
             last_task_loss = Some(result.task_loss);
             (self.watch)(&Event::Step(step, result.task_loss));
+            if step == 1 {
+                self.require_one_adapter()?;
+            }
             let last = step == self.total_steps;
             if last || step.is_multiple_of(settings.logging_steps.max(1)) {
                 let (place, rate) = ((self.epoch(), self.wall()), settings.learning_rate * rate);
-                let record = TrainRecord::new(&self.at.progress, metrics, place, rate);
+                let n_ranks = self.trainer.ranks.size();
+                let record = TrainRecord::new(&self.at.progress, metrics, place, rate, n_ranks);
                 self.metrics.write(&Record::Train(record.clone()))?;
                 (self.watch)(&Event::Train(record));
                 self.at.progress.window = Window::default();
@@ -209,7 +305,7 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             }
             let progress = &self.at.progress;
             let ends = (last || progress.stopped_early) && !progress.evaluation_due;
-            let interrupted = self.trainer.interrupt.load(Ordering::Relaxed) && !ends;
+            let interrupted = self.is_interrupted() && !ends;
             let due = step.is_multiple_of(settings.save_steps.max(1)) || ends;
             if (settings.save_steps > 0 && due) || interrupted {
                 self.save()?;
@@ -233,7 +329,8 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         let step = self.at.progress.step;
         tracing::debug!("step {step}: evaluating {} rows", valid.len());
         let (batch_size, mean) = (trainer.settings.batches.batch_size, self.at.state.mean()?);
-        let record = evaluate(trainer.model, &mean, valid, batch_size, &trainer.interrupt)?;
+        let (interrupt, ranks) = (&trainer.interrupt, trainer.ranks);
+        let record = evaluate(trainer.model, &mean, valid, batch_size, interrupt, ranks)?;
         self.at.progress.window.exclude(before.elapsed());
         let Some(mut record) = record else {
             return Ok(());
@@ -244,13 +341,20 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         }
         (record.step, record.epoch, record.wall_s) = (step, self.epoch(), self.wall());
         self.metrics.write(&Record::Eval(record.clone()))?;
+        let unsettled = self.at.state.method.unsettled_steps(self.total_steps);
         let progress = &mut self.at.progress;
         progress.evaluation_due = false;
+        if step < unsettled.min(self.total_steps) {
+            (self.watch)(&Event::Eval(record));
+            return Ok(());
+        }
         progress.evaluations_without_improvement += 1;
         if progress.best.is_none_or(|(loss, _)| record.loss < loss) {
             let best = (record.loss, step);
-            let adapter = self.at.state.to_adapter(trainer.adapter_config)?;
-            checkpoint::write_best(trainer.output_dir, &adapter, best)?;
+            if ranks.is_first() {
+                let adapter = self.at.state.to_adapter(trainer.adapter_config)?;
+                checkpoint::write_best(trainer.output_dir, &adapter, best)?;
+            }
             progress.best = Some(best);
             progress.evaluations_without_improvement = 0;
             self.event("best")?;
@@ -263,11 +367,32 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         Ok(())
     }
 
+    /// Checks that all ranks have the same adapter.
+    fn require_one_adapter(&self) -> Result<()> {
+        let ranks = self.trainer.ranks;
+        if ranks.size() == 1 {
+            return Ok(());
+        }
+        let all = ranks.all_gather(audit::sha256(&self.at.state)?.as_bytes());
+        let Some(other) = all.iter().position(|hash| *hash != all[0]) else {
+            return Ok(());
+        };
+        let message = format!("the adapter of rank {other} is not the one of rank 0");
+        let fix = "give all ranks processors and accelerators of the same kind, which round alike";
+        let at = format!("step {}", self.at.progress.step);
+        Err(Problem::new("ranks-differ", at, message, fix)
+            .exit(5)
+            .into())
+    }
+
     fn save(&mut self) -> Result<()> {
         self.at.progress.wall_s = self.wall();
         let (trainer, keep) = (self.trainer, self.trainer.settings.train.save_total_limit);
-        let config = trainer.adapter_config;
-        checkpoint::write(trainer.output_dir, &self.at, trainer.identity, config, keep)?;
+        self.require_one_adapter()?;
+        if trainer.ranks.is_first() {
+            let config = trainer.adapter_config;
+            checkpoint::write(trainer.output_dir, &self.at, trainer.identity, config, keep)?;
+        }
         self.event("checkpoint")?;
         (self.watch)(&Event::Saved(self.at.progress.step));
         Ok(())
@@ -275,43 +400,27 @@ impl<W: FnMut(&Event)> Run<'_, W> {
 
     /// One optimiser step: one posterior draw, its micro-batches and one update.
     fn step(&mut self, step: u64, rate: f64, weight: f64) -> Result<StepResult> {
-        let (model, settings) = (self.trainer.model, self.trainer.settings);
+        let (trainer, settings) = (self.trainer, self.trainer.settings);
         let (state, batches) = (&mut self.at.state, &mut self.batches);
-        let mut micro = vec![batches.next_batch()?];
+        let mut examples = vec![batches.next_examples()];
         // Accumulation ends at the end of an epoch, so that every row counts once per epoch.
-        while micro.len() < settings.train.gradient_accumulation_steps && !batches.at_epoch_start()
-        {
-            micro.push(batches.next_batch()?);
+        while examples.len() < settings.micro_batches && !batches.at_epoch_start() {
+            examples.push(batches.next_examples());
         }
-        let trained_tokens: usize = micro.iter().map(|b| b.targets.len()).sum();
-        let epoch_tokens = self.trainer.train.stats().trained_tokens.total;
+        let of_all = |count: fn(&Dataset, usize) -> usize| -> usize {
+            let examples = examples.iter().flatten();
+            examples.map(|row| count(trainer.train, *row)).sum()
+        };
+        let (tokens, trained_tokens) = (of_all(Dataset::n_tokens), of_all(Dataset::n_trained));
+        let epoch_tokens = trainer.train.stats().trained_tokens.total;
         let drawn = state.draw(settings.seed, step, &state.weighting(weight, epoch_tokens))?;
         // The loss is the mean over the trained tokens of the whole step. It does not depend on the split into
         // micro-batches.
         let scale = 1.0 / trained_tokens.max(1) as f64;
-        let mut task = AdapterGradients::default();
-        let mut total = 0.0;
-        let mut looks_back = false;
-        for batch in &micro {
-            let dropout = (settings.lora_dropout > 0.0).then(|| Dropout {
-                probability: settings.lora_dropout,
-                seed: settings.seed,
-                step,
-                rows: batch.examples.iter().map(|row| *row as u64).collect(),
-            });
-            let options = PassOptions {
-                dropout: dropout.as_ref(),
-                checkpointing: settings.train.gradient_checkpointing,
-            };
-            let (input, targets) = (sequences(batch), &batch.targets);
-            let loss = model.loss_and_gradients(&input, targets, &drawn.active, scale, options)?;
-            total += loss.total();
-            looks_back |= targets.iter().any(|(row, _)| batch.positions[*row] > 0);
-            if let Some(gradients) = loss.gradients {
-                task.add_all(gradients)?;
-            }
-        }
-        let task_loss = total * scale;
+        let passed = trainer.pass(examples, &drawn.active, step, scale)?;
+        let (task, looks_back) = (passed.gradients, passed.looks_back);
+        let between_ranks = [passed.waited, passed.exchanged].map(|time| time.as_secs_f64());
+        let task_loss = passed.total * scale;
         let metrics = drawn.metrics(state);
         let refuse = |what, names: Vec<String>| not_finite(step + 1, what, &names);
         if !(task_loss + in_loss(state.method.kind().metrics, &metrics)).is_finite() {
@@ -358,8 +467,9 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             task_loss,
             metrics,
             grad_norm,
-            tokens: micro.iter().map(|b| b.tokens.len() as u64).sum(),
+            tokens: tokens as u64,
             trained_tokens: trained_tokens as u64,
+            between_ranks,
         })
     }
 }

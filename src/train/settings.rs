@@ -13,17 +13,20 @@ pub struct TrainSettings {
     pub lora_dropout: f64,
     /// How training rows are put into batches.
     pub batches: BatchOptions,
+    /// Batches per optimiser step, those of all ranks together.
+    pub micro_batches: usize,
     /// The table `[train]` of the configuration.
     pub train: TrainConfig,
 }
 
 impl TrainSettings {
-    /// The settings of `run`, with sequences of at most `max_seq_length` tokens.
+    /// The settings of `run` on one rank, with sequences of at most `max_seq_length` tokens.
     pub fn new(run: &RunConfig, max_seq_length: usize) -> Self {
         Self {
             seed: run.seed,
             lora_dropout: run.lora.lora_dropout,
             batches: run.batch_options(max_seq_length),
+            micro_batches: run.train.gradient_accumulation_steps.max(1),
             train: run.train.clone(),
         }
     }
@@ -33,7 +36,7 @@ impl TrainSettings {
         self.train.max_steps.unwrap_or_else(|| {
             Batches::new(train, self.batches, Cursor::default()).n_steps(
                 self.train.num_train_epochs.unwrap_or_default(),
-                self.train.gradient_accumulation_steps,
+                self.micro_batches,
             )
         })
     }

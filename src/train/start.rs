@@ -6,17 +6,22 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use monteclora_converters::Problem;
+use serde::{Deserialize, Serialize};
 
-use super::checkpoint::{OPTIMIZER, best_step, latest_checkpoint, rebuild_best, remove_partial};
+use super::checkpoint::{
+    OPTIMIZER, best_step, latest_checkpoint, rebuild_best, remove_partial,
+    write as write_checkpoint,
+};
 use super::record::finished_step;
 use super::{AdapterState, Checkpoint, Error, Prepared, RunLock, checkpoints};
+use crate::distributed::Communicator;
 use crate::output::require_empty;
 
 /// The point that a run starts or continues from.
 pub struct Start {
     pub(super) from: Checkpoint,
-    /// Keeps other runs out of the output directory.
-    _lock: RunLock,
+    /// Keeps other runs out of the output directory. Rank 0 has it.
+    _lock: Option<RunLock>,
 }
 
 /// The decision.
@@ -33,6 +38,10 @@ impl Start {
     /// # Errors
     /// Returns an error if the initial values cannot be made.
     pub fn new(prepared: &Prepared, device: &Device, lock: RunLock) -> Result<Self> {
+        Self::with_lock(prepared, device, Some(lock))
+    }
+
+    fn with_lock(prepared: &Prepared, device: &Device, lock: Option<RunLock>) -> Result<Self> {
         let (method, model) = (prepared.method.clone(), &prepared.model_config);
         let seed = prepared.run.seed;
         let state = match &prepared.init_from {
@@ -96,10 +105,86 @@ impl Earlier {
 
 /// Creates the output directory, and decides how the run begins. `resume` is `auto`, a checkpoint directory, or `None`.
 ///
+/// Rank 0 decides, and sends the checkpoint to the other ranks. They need not see the output directory.
+///
 /// # Errors
 /// Returns an error if the directory cannot be written, is not empty or is in use, if the checkpoint is damaged or
 /// belongs to another run, or if the run would end before the checkpoint.
 pub fn begin(
+    prepared: &Prepared,
+    resume: Option<&str>,
+    force: bool,
+    device: &Device,
+    ranks: &dyn Communicator,
+) -> Result<Begin> {
+    if !ranks.is_first() {
+        return follow(prepared, device, ranks);
+    }
+    let begun = begin_first(prepared, resume, force, device)?;
+    if ranks.size() > 1 {
+        lead(&begun, prepared, ranks)?;
+    }
+    Ok(begun)
+}
+
+/// How rank 0 begins: the finished step, or the names of the checkpoint's files. Without files the run is new.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Led {
+    finished: Option<u64>,
+    files: Vec<String>,
+}
+
+/// Tells the other ranks how this one, rank 0, begins.
+fn lead(begun: &Begin, prepared: &Prepared, ranks: &dyn Communicator) -> Result<()> {
+    let mut led = Led::default();
+    let mut contents = Vec::new();
+    match begun {
+        Begin::Finished(step) => led.finished = Some(*step),
+        Begin::Run(start) if start.from.progress.step > 0 => {
+            let dir = tempfile::tempdir()?;
+            let config = &prepared.adapter_config;
+            write_checkpoint(dir.path(), &start.from, &prepared.identity, config, 0)?;
+            for (_, path) in checkpoints(dir.path())? {
+                for file in std::fs::read_dir(path)? {
+                    let file = file?;
+                    led.files
+                        .push(file.file_name().to_string_lossy().into_owned());
+                    contents.push(std::fs::read(file.path())?);
+                }
+            }
+        }
+        Begin::Run(_) => {}
+    }
+    ranks.broadcast(&mut serde_json::to_vec(&led)?);
+    for content in &mut contents {
+        ranks.broadcast(content);
+    }
+    Ok(())
+}
+
+/// Begins as rank 0 does.
+fn follow(prepared: &Prepared, device: &Device, ranks: &dyn Communicator) -> Result<Begin> {
+    let mut told = Vec::new();
+    ranks.broadcast(&mut told);
+    let led: Led = serde_json::from_slice(&told)?;
+    if let Some(step) = led.finished {
+        return Ok(Begin::Finished(step));
+    }
+    let mut start = Start::with_lock(prepared, device, None)?;
+    if !led.files.is_empty() {
+        let dir = tempfile::tempdir()?;
+        for name in &led.files {
+            let mut content = Vec::new();
+            ranks.broadcast(&mut content);
+            std::fs::write(dir.path().join(name), content)?;
+        }
+        let initial = &start.from.state;
+        start.from = Checkpoint::read(dir.path(), initial, &prepared.identity, device)?;
+    }
+    Ok(Begin::Run(Box::new(start)))
+}
+
+fn begin_first(
     prepared: &Prepared,
     resume: Option<&str>,
     force: bool,

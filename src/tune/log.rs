@@ -103,11 +103,11 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the log at `path`, which may not exist yet, and reads what happened.
+    /// Opens the log at `path`, which may not exist yet, and reads what happened. A trial has `n_values` values.
     ///
     /// # Errors
     /// Returns an error if the file cannot be read, or if a line but the last is damaged.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, n_values: usize) -> Result<Self> {
         let io = |what| Error::io(what, path);
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).truncate(false);
@@ -118,7 +118,7 @@ impl Log {
         // The next line is written over a torn one.
         file.set_len(whole as u64).map_err(io("write"))?;
         file.seek(SeekFrom::End(0)).map_err(io("write"))?;
-        let trials = read(&text[..whole], path)?;
+        let trials = read(&text[..whole], path, n_values)?;
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -130,10 +130,10 @@ impl Log {
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn trials_in(path: &Path) -> Result<Vec<Trial>> {
+    pub fn trials_in(path: &Path, n_values: usize) -> Result<Vec<Trial>> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let whole = text.rfind('\n').map_or(0, |at| at + 1);
-        read(&text[..whole], path)
+        read(&text[..whole], path, n_values)
     }
 
     /// The best trial that was trained to its end, and its objective.
@@ -163,27 +163,32 @@ impl Log {
     }
 }
 
-fn read(text: &str, path: &Path) -> Result<Vec<Trial>> {
+fn read(text: &str, path: &Path, n_values: usize) -> Result<Vec<Trial>> {
     let mut trials = Vec::new();
     for (number, line) in text.lines().enumerate() {
-        let entry: Entry = serde_json::from_str(line).map_err(|error| {
+        let refuse = |message: String| {
             let at = format!("{}:{}", path.display(), number + 1);
-            let message = format!("not a line of a study: {error}");
-            Problem::new(
-                "study-log",
-                at,
-                message,
-                "remove the line, or begin another study",
-            )
-            .exit(2)
-        })?;
-        let (Entry::Started { trial, .. } | Entry::Rung { trial, .. } | Entry::Ended { trial, .. }) =
-            &entry;
-        if *trial > trials.len() {
-            let at = format!("{}:{}", path.display(), number + 1);
-            let message = format!("trial {trial} comes before trial {}", trials.len());
-            let fix = "remove the line, or begin another study";
-            return Err(Problem::new("study-log", at, message, fix).exit(2).into());
+            let fix = "bring back the file as it was, or begin another study in another directory with -o";
+            Problem::new("study-log", at, message, fix).exit(2)
+        };
+        let entry: Entry = serde_json::from_str(line)
+            .map_err(|error| refuse(format!("not a line of a study: {error}")))?;
+        let n_begun = trials.len();
+        let fault = match &entry {
+            Entry::Started { trial, .. } if *trial != n_begun => {
+                Some(format!("trial {trial} begins, and trial {n_begun} is next"))
+            }
+            Entry::Started { values, .. } if values.len() != n_values => Some(format!(
+                "{} values, and the space has {n_values} parameters",
+                values.len()
+            )),
+            Entry::Rung { trial, .. } | Entry::Ended { trial, .. } if *trial >= n_begun => {
+                Some(format!("trial {trial} has not begun"))
+            }
+            _ => None,
+        };
+        if let Some(fault) = fault {
+            return Err(refuse(fault).into());
         }
         apply(&mut trials, entry);
     }
@@ -227,25 +232,25 @@ mod tests {
                 seconds: 1.5,
             },
         };
-        let mut log = Log::open(&path).expect("new");
+        let mut log = Log::open(&path, 2).expect("new");
         log.add(&started(0)).expect("written");
         log.add(&ended).expect("written");
         log.add(&started(1)).expect("written");
         drop(log);
         let whole = std::fs::read(&path).expect("readable");
-        let all = Log::trials_in(&path).expect("read");
+        let all = Log::trials_in(&path, 2).expect("read");
         assert_eq!(all[0].objective(), Some(0.25));
         assert_eq!(all[1].outcome, None);
         for cut in 0..whole.len() {
             std::fs::write(&path, &whole[..cut]).expect("writable");
-            let mut log = Log::open(&path).expect("torn lines are no damage");
+            let mut log = Log::open(&path, 2).expect("torn lines are no damage");
             let n = whole[..cut].iter().filter(|byte| **byte == b'\n').count();
             log.add(&started(log.trials.len())).expect("written");
             let text = std::fs::read_to_string(&path).expect("readable");
             assert_eq!(text.lines().count(), n + 1);
         }
         std::fs::write(&path, "{}\n").expect("writable");
-        let error = Log::open(&path).expect_err("damaged");
+        let error = Log::open(&path, 2).expect_err("damaged");
         assert!(error.to_string().contains("trials.jsonl:1"), "{error}");
     }
 }

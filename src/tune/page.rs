@@ -40,12 +40,13 @@ impl StudyPage {
     /// Returns an error if a file is missing or damaged.
     pub fn read(dir: &Path) -> Result<Self> {
         let record = dir.join(RECORD);
+        let space = Space::read(&dir.join(SPACE))?;
         let text = std::fs::read_to_string(&record).map_err(Error::io("read", &record))?;
         Ok(Self {
             name: crate::output::name_of(&dir.canonicalize().unwrap_or_else(|_| dir.to_owned())),
             options: serde_json::from_str(&text).map_err(|e| Error::json(&record, &e))?,
-            space: Space::read(&dir.join(SPACE))?,
-            trials: Log::trials_in(&dir.join(LOG))?,
+            trials: Log::trials_in(&dir.join(LOG), space.parameters.len())?,
+            space,
             best: std::fs::read_to_string(dir.join(BEST)).unwrap_or_default(),
         })
     }

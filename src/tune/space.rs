@@ -11,13 +11,18 @@ use serde::{Deserialize, Serialize};
 #[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Range {
     /// A real number from `low` to `high`.
+    #[serde(alias = "uniform")]
     Float {
         /// Lowest value.
         low: f64,
         /// Highest value.
         high: f64,
+        /// Whether it is searched by its logarithm, as [`Range::Log`]; `low` is above 0 then.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        log: bool,
     },
     /// A real number above 0, searched by its logarithm.
+    #[serde(alias = "loguniform")]
     Log {
         /// Lowest value, above 0.
         low: f64,
@@ -25,6 +30,7 @@ pub enum Range {
         high: f64,
     },
     /// A whole number from `low` to `high`.
+    #[serde(alias = "int")]
     Integer {
         /// Lowest value.
         low: i64,
@@ -37,6 +43,7 @@ pub enum Range {
     /// One of the given values, which have no order.
     Categorical {
         /// The values, as TOML has them.
+        #[serde(alias = "choices")]
         values: Vec<toml::Value>,
     },
 }
@@ -85,7 +92,7 @@ impl Range {
     fn fault(&self) -> Option<String> {
         let ordered = |low: f64, high: f64| low < high && low.is_finite() && high.is_finite();
         let fault = match self {
-            Self::Float { low, high } if !ordered(*low, *high) => "low must be below high",
+            Self::Float { low, high, .. } if !ordered(*low, *high) => "low must be below high",
             Self::Log { low, high } if !ordered(*low, *high) || *low <= 0.0 => {
                 "low must be above 0 and below high"
             }
@@ -102,7 +109,7 @@ impl Range {
         let u = u.clamp(0.0, 1.0);
         let between = |low: f64, high: f64| low + u * (high - low);
         match self {
-            Self::Float { low, high } => rounded(between(*low, *high), *low, *high).into(),
+            Self::Float { low, high, .. } => rounded(between(*low, *high), *low, *high).into(),
             Self::Log { low, high } => {
                 rounded(between(low.ln(), high.ln()).exp(), *low, *high).into()
             }
@@ -131,7 +138,7 @@ impl Range {
                 .then(|| (value - low) / (high - low))
         };
         match self {
-            Self::Float { low, high } => within(number()?, *low, *high),
+            Self::Float { low, high, .. } => within(number()?, *low, *high),
             Self::Log { low, high } => within(number()?.ln(), low.ln(), high.ln()),
             Self::Integer { low, high, log } => {
                 let value = value.as_integer().filter(|n| (*low..=*high).contains(n))? as f64;
@@ -153,6 +160,28 @@ impl Range {
 fn rounded(value: f64, low: f64, high: f64) -> f64 {
     let text = format!("{value:.*e}", DIGITS as usize - 1);
     text.parse().unwrap_or(value).clamp(low, high)
+}
+
+/// What is wrong with a file that is TOML, if it is one of the usual mistakes.
+fn misread(text: &str) -> Option<String> {
+    let file: toml::Table = text.parse().ok()?;
+    let parameters = file.get("parameters")?.as_table()?;
+    parameters.iter().find_map(|(key, range)| match range {
+        toml::Value::Array(values) => {
+            let values: Vec<String> = values.iter().map(ToString::to_string).collect();
+            Some(format!(
+                "{key:?}: a list; write {{ type = \"categorical\", values = [{}] }}",
+                values.join(", ")
+            ))
+        }
+        toml::Value::Table(inner) if !inner.contains_key("type") => {
+            let (leaf, _) = inner.iter().find(|(_, range)| range.is_table())?;
+            Some(format!(
+                "{key}.{leaf} is not in quotes; write \"{key}.{leaf}\""
+            ))
+        }
+        _ => None,
+    })
 }
 
 impl Space {
@@ -178,12 +207,21 @@ impl Space {
     /// # Errors
     /// As [`Self::read`].
     pub fn parse(text: &str, name: &str) -> Result<Self, Problem> {
-        const FORM: &str = "write [parameters] with lines such as \"train.learning_rate\" = { type = \"log\", low = 1e-5, high = 1e-3 }; types are float, log, integer and categorical";
+        const FORM: &str = "write [parameters] with lines such as \"train.learning_rate\" = { type = \"log\", low = 1e-5, high = 1e-3 }; types are float, log, integer and categorical, the last with values = [...]";
         let file: SpaceFile = toml::from_str(text).map_err(|error| {
-            Problem::usage(format!("{name}: {}; {FORM}", error.to_string().trim()))
+            let what = misread(text).unwrap_or_else(|| error.to_string().trim().to_owned());
+            Problem::usage(format!("{name}: {what}; {FORM}"))
         })?;
         let parameters = file.parameters.into_iter();
         let parameters: Vec<Parameter> = parameters
+            .map(|(key, range)| match range {
+                Range::Float {
+                    low,
+                    high,
+                    log: true,
+                } => (key, Range::Log { low, high }),
+                range => (key, range),
+            })
             .map(|(key, range)| Parameter { key, range })
             .collect();
         if parameters.is_empty() {
@@ -267,6 +305,31 @@ mod tests {
         assert_eq!(settings[3], "lora.method=\"lora\"");
     }
 
+    /// The words of other programs.
+    #[test]
+    fn other_words_mean_the_same() {
+        let parse = |text: &str| {
+            let space = Space::parse(&format!("[parameters]\n{text}"), "space.toml");
+            space.expect("valid").parameters[0].range.clone()
+        };
+        for (other, ours) in [
+            (
+                "a = { type = \"int\", low = 1, high = 4 }",
+                "a = { type = \"integer\", low = 1, high = 4 }",
+            ),
+            (
+                "a = { type = \"float\", low = 1.0, high = 4.0, log = true }",
+                "a = { type = \"log\", low = 1.0, high = 4.0 }",
+            ),
+            (
+                "a = { type = \"categorical\", choices = [1, 2] }",
+                "a = { type = \"categorical\", values = [1, 2] }",
+            ),
+        ] {
+            assert_eq!(parse(other), parse(ours));
+        }
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         for (text, part) in [
@@ -285,8 +348,8 @@ mod tests {
                 "two values",
             ),
             (
-                "[parameters]\na = { type = \"uniform\", low = 1, high = 2 }",
-                "uniform",
+                "[parameters]\na = { type = \"normal\", low = 1, high = 2 }",
+                "normal",
             ),
             (
                 "[parameters]\na = { type = \"float\", low = 1, high = 2, step = 1 }",

@@ -33,7 +33,9 @@ pub struct Options {
     pub objective: Objective,
     /// Steps at which trials are compared; none without early stopping.
     pub rungs: Vec<u64>,
-    /// The rows of the objective: a path, or the SHA-256 of the validation rows.
+    /// SHA-256 of the training rows.
+    pub train: String,
+    /// SHA-256 of the rows of the objective.
     pub data: String,
     /// The number of these rows that are used.
     pub limit: Option<usize>,
@@ -99,7 +101,8 @@ impl Study<'_> {
             }
             Err(error) => return Err(Error::io("read", &path)(error)),
         }
-        Ok((Log::open(&self.dir.join(LOG))?, lock))
+        let n_values = self.space.parameters.len();
+        Ok((Log::open(&self.dir.join(LOG), n_values)?, lock))
     }
 
     fn require_same(&self, found: &Options) -> Result<()> {
@@ -111,6 +114,7 @@ impl Study<'_> {
             ("--seed", found.seed != ours.seed),
             ("--objective", found.objective != ours.objective),
             ("early stopping", found.rungs != ours.rungs),
+            ("the training rows", found.train != ours.train),
             ("the rows of the objective", found.data != ours.data),
             ("--limit", found.limit != ours.limit),
         ];
@@ -268,7 +272,7 @@ impl Study<'_> {
 
     /// Compares a trial at the rungs that it has reached, and stops it where others are better.
     fn compare(&self, log: &mut Log, trial: &mut Running) -> Result<()> {
-        if self.options.rungs.is_empty() {
+        if self.options.rungs.is_empty() || trial.is_stopping() {
             return Ok(());
         }
         for (step, value) in trial.evaluations() {

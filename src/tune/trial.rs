@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 use monteclora_converters::{Error, Problem, Result};
@@ -168,6 +168,11 @@ impl Running {
         }
     }
 
+    /// Whether the trial was told to stop.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.is_some()
+    }
+
     /// Waits for the end of a trial that was told to stop.
     pub(super) fn wait(&mut self) {
         let _ = self.child.wait();
@@ -200,10 +205,13 @@ impl Running {
             // Somebody stopped the trial by itself; a crash or a lack of memory is a failure.
             return match status.code() {
                 Some(130) => Ok(Seen::Ended(None)),
-                _ => failed(match self.part {
-                    Part::Training => "train",
-                    Part::Evaluating => "eval",
-                }),
+                _ => {
+                    let part = match self.part {
+                        Part::Training => "train",
+                        Part::Evaluating => "eval",
+                    };
+                    failed(&format!("{part} {}", how_it_ended(status)))
+                }
             };
         }
         if self.part == Part::Training {
@@ -305,6 +313,18 @@ fn spawn(
     command
         .spawn()
         .map_err(Error::io("start", &commands.program))
+}
+
+/// The end of a process in words.
+fn how_it_ended(status: ExitStatus) -> String {
+    #[cfg(unix)]
+    if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&status) {
+        return format!("was killed by signal {signal}");
+    }
+    match status.code() {
+        Some(code) => format!("ended with exit code {code}"),
+        None => "was killed".to_owned(),
+    }
 }
 
 /// What [`crate::train::RunLock`] says of a directory that another process writes to.

@@ -224,6 +224,56 @@ fn every_serve_toml_shipped_is_valid() {
     }
 }
 
+/// The scripts for schedulers: bash reads them, and every `monteclora ...` in them is a command line that parses.
+#[test]
+fn scheduler_examples_are_valid() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let mut n_commands = 0;
+    for entry in std::fs::read_dir(examples).unwrap() {
+        let path = entry.unwrap().path();
+        let extension = path.extension().and_then(|found| found.to_str());
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let words = match extension {
+            Some("sbatch") => {
+                let read = Command::new("bash").arg("-n").arg(&path).status();
+                assert!(read.unwrap().success(), "{}", path.display());
+                let lines = text
+                    .lines()
+                    .map(str::trim)
+                    .filter(|line| !line.starts_with('#'));
+                let calls = lines.filter_map(|line| Some(line.split_once("monteclora ")?.1));
+                calls
+                    .map(|call| call.split_whitespace().map(str::to_owned).collect())
+                    .collect()
+            }
+            Some("yaml") => {
+                let entries = text
+                    .lines()
+                    .filter_map(|line| line.trim().strip_prefix("- "));
+                let entries = entries.map(|word| word.trim_matches('"').to_owned());
+                let call = entries.skip_while(|word| word != "monteclora").skip(1);
+                vec![call.take_while(|word| !word.contains(':')).collect()]
+            }
+            _ => Vec::<Vec<String>>::new(),
+        };
+        for call in words {
+            let plain = call.iter().take_while(|word| !word.starts_with(['>', '&']));
+            // An array of flags stands for none.
+            let plain = plain.filter(|word| !word.contains("[@]"));
+            let all = std::iter::once("monteclora").chain(plain.map(String::as_str));
+            let found = monteclora::cli::command().try_get_matches_from(all);
+            assert!(
+                found.is_ok(),
+                "{}: {call:?}: {:?}",
+                path.display(),
+                found.err()
+            );
+            n_commands += 1;
+        }
+    }
+    assert!(n_commands >= 4, "{n_commands}");
+}
+
 /// Every command of the tutorial, in its order and in one directory, on a tiny model in place of the one it names.
 #[test]
 fn the_tutorial_runs() {

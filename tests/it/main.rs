@@ -24,6 +24,8 @@ mod nested;
 mod operations;
 mod planning;
 mod posterior;
+#[cfg(feature = "mpi")]
+mod ranks;
 #[cfg(feature = "mistralrs")]
 mod remedies;
 mod report;

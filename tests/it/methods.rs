@@ -226,7 +226,7 @@ fn config(method: &str, train: &str) -> (tempfile::TempDir, std::path::PathBuf) 
         _ => "target_modules = [\"q_proj\", \"down_proj\"]\n",
     };
     let section = match method {
-        "adalora" => "[lora.adalora]\ntarget_r = 2\ntinit = 1\ntfinal = 2\n",
+        "adalora" => "[lora.adalora]\ntarget_r = 2\ntinit = 1\ntfinal = 1\n",
         "sara" => "[lora.sara]\nrank_weight = 0.01\n",
         _ => "",
     };
@@ -264,6 +264,86 @@ fn every_method_resumes_to_the_bit() {
         ok(&resumed);
         assert!(adapter(whole.path()) == undisturbed, "{}", method.name);
     }
+}
+
+/// AdaLoRA ends at its budget where all scores are equal, and no adapter from before the final choice is the best.
+#[test]
+fn adalora_keeps_its_budget() {
+    for (more, best) in [
+        (&["lora.adalora.beta1=0.0"][..], None),
+        (
+            &[
+                "lora.adalora.tinit=6",
+                "train.learning_rate=0.3",
+                "train.eval_steps=1",
+            ],
+            Some(12),
+        ),
+    ] {
+        let (dir, path) = config("adalora", "");
+        let rows = dir.path().join("valid.jsonl");
+        crate::training::write_rows(&rows);
+        let valid = format!("data.valid={rows:?}");
+        let mut words = vec![
+            "train",
+            "-c",
+            text(&path),
+            "--set",
+            "train.max_steps=12",
+            "--set",
+            &valid,
+        ];
+        for key in more {
+            words.extend(["--set", key]);
+        }
+        words.push("--json");
+        let said = output(&words);
+        match best {
+            Some(best) => assert_eq!(said["best_step"], best, "{said}"),
+            None => {
+                let adapter = Adapter::read_dir(&dir.path().join("out")).unwrap();
+                let ranks: Vec<usize> = adapter.sites.iter().map(|site| site.rank).collect();
+                assert!(ranks.iter().all(|rank| *rank == 2), "{ranks:?}");
+            }
+        }
+    }
+}
+
+/// "all-linear" means for LoRTA the modules that it can adapt; a name may be spelt as its paper has it; keys without effect are told.
+#[test]
+fn methods_take_what_they_can() {
+    let (dir, path) = config("lora", "");
+    let whole = std::fs::read_to_string(&path).unwrap();
+    let lines: Vec<&str> = whole
+        .lines()
+        .filter(|line| !line.starts_with("target_modules"))
+        .collect();
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    let train = |method: &str| {
+        let method = format!("lora.method={method:?}");
+        let found = run(&["train", "-c", text(&path), "--set", &method, "--force"]);
+        assert_eq!(found.code, 0, "{}", found.stderr);
+        found.stderr
+    };
+    train("LoRTA");
+    let adapter = Adapter::read_dir(&dir.path().join("out")).unwrap();
+    let leaf =
+        |site: &monteclora_converters::Site| site.name.rsplit('.').next().unwrap().to_owned();
+    let mut leaves: Vec<String> = adapter.sites.iter().map(leaf).collect();
+    leaves.sort();
+    leaves.dedup();
+    assert_eq!(leaves, ["k_proj", "o_proj", "q_proj", "v_proj"]);
+    let said = train("ssf");
+    assert!(
+        said.contains("method \"ssf\" does not read lora."),
+        "{said}"
+    );
+    assert!(!train("second_order").contains("lora_dropout"));
+    let card = std::fs::read_to_string(dir.path().join("out/README.md")).unwrap();
+    assert!(
+        !card.contains("PeftModel") && card.contains("monteclora merge"),
+        "{card}"
+    );
 }
 
 /// What is trained answers alike as it is and merged into its base, whatever the method; and is a plain LoRA exactly where the
@@ -353,8 +433,19 @@ fn what_a_method_cannot_do_is_refused_by_name() {
         assert_eq!(found.code, code, "{}", found.stderr);
         assert!(found.stderr.contains(part), "{}", found.stderr);
     };
-    let all = ["--set", "lora.target_modules=\"all-linear\""];
+    let all = ["--set", "lora.target_modules=[\"q_proj\", \"gate_proj\"]"];
     refused(&all, 2, "mlp.gate_proj");
+    let phases = [
+        "--set",
+        "lora.method=\"adalora\"",
+        "--set",
+        "lora.adalora.target_r=1",
+        "--set",
+        "lora.adalora.tfinal=5",
+        "--set",
+        "train.max_steps=5",
+    ];
+    refused(&phases, 2, "leave no step for pruning in a run of 5 steps");
     let always = [
         "--set",
         "lora.method=\"ssf\"",
@@ -381,7 +472,7 @@ fn what_a_method_cannot_do_is_refused_by_name() {
     let unlike = ["--set", "lora.method=\"lora\"", "--set", &from];
     refused(&unlike, 2, "peft-dora");
     let neat = ["--set", "lora.method=\"neat\"", "--set", &from];
-    refused(&neat, 2, "cannot go on with");
+    refused(&neat, 2, "not the values that method \"neat\" trains");
     // The remedy: the adapter becomes a part of the base.
     let merged = dir.path().join("merged").display().to_string();
     ok(&["merge", "-m", &tiny(), "-a", text(&dora), "-o", &merged]);

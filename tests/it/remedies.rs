@@ -424,6 +424,20 @@ const OTHERS: [Remedy; 67] = [
         ),
     ),
     (
+        "monteclora collapse ADAPTER -o DIR multiplies the singular values into A",
+        By(
+            "tests/it/methods.rs",
+            "every_method_merges_and_collapses_as_it_says",
+        ),
+    ),
+    (
+        "`monteclora merge -m {base} -a {name} -o MERGED` writes a model for other programs",
+        By(
+            "tests/it/methods.rs",
+            "every_method_merges_and_collapses_as_it_says",
+        ),
+    ),
+    (
         "start from its mean, which `monteclora collapse` writes",
         By(
             "tests/it/certainty/evidence.rs",

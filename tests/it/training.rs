@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use candle_core::{Device, Tensor};
 use monteclora::config::RunConfig;
 use monteclora::data::{Dataset, Encoder};
+use monteclora::distributed::Alone;
 use monteclora::model::{AdapterGradients, Dropout, PassOptions, Sequences};
 use monteclora::model::{Decoder, read_shape};
 use monteclora::train::{
@@ -110,6 +111,7 @@ impl Setup {
             output_dir: out,
             identity: &Identity::default(),
             interrupt: Arc::new(AtomicBool::new(false)),
+            ranks: &Alone,
         };
         let mut losses = Vec::new();
         let fresh = Checkpoint::fresh(self.state()).unwrap();
@@ -201,14 +203,8 @@ fn accumulation_equals_the_large_batch() {
         small.batches.pack_tokens = small.batches.pack_tokens.map(|_| 120);
         let mut large = small.clone();
         // Six rows: a step of four and one of two in every epoch.
-        (
-            small.batches.batch_size,
-            small.train.gradient_accumulation_steps,
-        ) = (1, 4);
-        (
-            large.batches.batch_size,
-            large.train.gradient_accumulation_steps,
-        ) = (4, 1);
+        (small.batches.batch_size, small.micro_batches) = (1, 4);
+        (large.batches.batch_size, large.micro_batches) = (4, 1);
         let [a, b] = [(); 2].map(|()| tempfile::tempdir().unwrap());
         let losses = [
             setup.train(&small, a.path(), None),
@@ -411,6 +407,7 @@ static GATED: Kind = Kind {
     about: "LoRA with a gate.",
     metrics: &[],
     export: Export::PlainLora,
+    unread: &[],
     new: |_| Ok(Arc::new(Gated)),
 };
 
@@ -633,6 +630,7 @@ fn a_method_may_share_parameters_and_step_without_a_gradient() {
             output_dir: out,
             identity: &Identity::default(),
             interrupt: Arc::new(AtomicBool::new(false)),
+            ranks: &Alone,
         };
         let fresh = Checkpoint::fresh(state()).unwrap();
         trainer.run(resume.unwrap_or(fresh), |_| {}).unwrap();

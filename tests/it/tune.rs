@@ -58,7 +58,9 @@ impl Case {
     }
 
     fn trials(&self, out: &str) -> Vec<Trial> {
-        Log::trials_in(&Path::new(&self.at(out)).join("trials.jsonl")).unwrap()
+        let n_values = monteclora::tune::Space::read(Path::new(&self.at("space.toml")));
+        let n_values = n_values.unwrap().parameters.len();
+        Log::trials_in(&Path::new(&self.at(out)).join("trials.jsonl"), n_values).unwrap()
     }
 }
 
@@ -161,7 +163,7 @@ fn a_killed_study_goes_on_to_the_same_end() {
             let log = Path::new(&case.at("killed")).join("trials.jsonl");
             let began = Instant::now();
             let n_ended = || {
-                let trials = Log::trials_in(&log).unwrap_or_default();
+                let trials = Log::trials_in(&log, 3).unwrap_or_default();
                 trials
                     .iter()
                     .filter(|trial| trial.outcome.is_some())
@@ -201,7 +203,7 @@ fn trials_run_side_by_side_and_failures_are_told() {
         ],
     );
     assert_eq!(said["finished"], 4);
-    let space = "[parameters]\n\"lora.target_modules\" = { type = \"categorical\", values = [[\"q_proj\"], [\"nothing_like_it\"]] }\n";
+    let space = "[parameters]\n\"train.learning_rate\" = { type = \"categorical\", values = [1e-3, 1e30] }\n";
     let case = Case::new(space, "");
     let said = case.tune("some", &["--trials", "2", "--strategy", "mads"]);
     assert_eq!(said["finished"], 1, "{said}");
@@ -213,19 +215,16 @@ fn trials_run_side_by_side_and_failures_are_told() {
     assert!(
         reason
             .as_ref()
-            .is_some_and(|reason| reason.contains("nothing_like_it")),
+            .is_some_and(|reason| reason.contains("train ended with exit code 5")),
         "{reason:?}"
     );
-    let none = "[parameters]\n\"lora.target_modules\" = { type = \"categorical\", values = [[\"no_such\"], [\"nothing_like_it\"]] }\n";
+    let none = "[parameters]\n\"train.learning_rate\" = { type = \"categorical\", values = [1e29, 1e30] }\n";
     std::fs::write(case.at("space.toml"), none).unwrap();
-    let arguments = case.arguments("none", &["--trials", "9"]);
-    let failed = run(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
-    assert_eq!(failed.code, 1);
-    assert!(
-        failed.stderr.contains("all 3 trials failed"),
-        "{}",
-        failed.stderr
-    );
+    for more in [&["--trials", "9"][..], &["--trials", "2", "--json"]] {
+        let arguments = case.arguments(if more.len() > 2 { "two" } else { "none" }, more);
+        let failed = run(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!(failed.code, 1, "{}", failed.stderr);
+    }
 }
 
 /// What cannot be searched is refused before anything runs.
@@ -249,7 +248,98 @@ fn what_cannot_be_searched_is_refused() {
     let wide =
         "[parameters]\n\"train.learning_rate\" = { type = \"float\", low = -1.0, high = 1.0 }\n";
     std::fs::write(case.at("space.toml"), wide).unwrap();
-    refused(&[], "train.learning_rate");
+    refused(&[], "space.toml: \"train.learning_rate\":");
+    for (values, part) in [
+        (
+            "\"lora.method\" = { type = \"categorical\", values = [\"lora\", \"lorra\", \"dora\"] }",
+            "lorra",
+        ),
+        (
+            "\"lora.r\" = { type = \"categorical\", values = [4, -1, 8] }",
+            "lora.r",
+        ),
+        (
+            "\"lora.target_modules\" = { type = \"categorical\", values = [[\"q_proj\"], [\"nothing_like_it\"]] }",
+            "nothing_like_it",
+        ),
+        (
+            "\"lora.r\" = [4, 8]",
+            "{ type = \"categorical\", values = [4, 8] }",
+        ),
+        (
+            "lora.r = { type = \"integer\", low = 1, high = 4 }",
+            "write \"lora.r\"",
+        ),
+    ] {
+        std::fs::write(case.at("space.toml"), format!("[parameters]\n{values}\n")).unwrap();
+        refused(&[], part);
+    }
+    std::fs::write(case.at("space.toml"), SPACE).unwrap();
+    let arguments = case.arguments("out", &["--data", &case.at("nope.jsonl")]);
+    let found = run(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(found.code, 3, "{}", found.stderr);
+    refused(&["--limit", "0"], "--limit");
+    refused(&["--objective", "accuracy"], "rows with choices");
+}
+
+/// A log from which lines were cut is refused, and so is a study whose rows changed.
+#[test]
+fn a_changed_study_is_refused() {
+    let case = Case::new(SPACE, "");
+    case.tune("out", &["--trials", "2"]);
+    let log = PathBuf::from(case.at("out")).join("trials.jsonl");
+    let whole = std::fs::read_to_string(&log).unwrap();
+    let refused = |part: &str| {
+        let arguments = case.arguments("out", &["--trials", "3"]);
+        let found = run(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!(found.code, 2, "{}", found.stderr);
+        assert!(found.stderr.contains(part), "{}", found.stderr);
+    };
+    let is_second = |line: &&str| line.contains("started") && line.contains("\"trial\":1");
+    let cut: Vec<&str> = whole.lines().filter(|line| !is_second(line)).collect();
+    assert!(cut.len() < whole.lines().count(), "{whole}");
+    std::fs::write(&log, cut.join("\n") + "\n").unwrap();
+    refused("trial 1 has not begun");
+    let short = whole.replacen("\"values\":[", "\"values\":[1,", 1);
+    std::fs::write(&log, short).unwrap();
+    refused("4 values, and the space has 3 parameters");
+    std::fs::write(&log, &whole).unwrap();
+    let config = std::fs::read_to_string(&case.config).unwrap();
+    let rows = config
+        .lines()
+        .find_map(|line| line.strip_prefix("train = "));
+    let rows: String =
+        toml::from_str::<toml::Table>(&format!("x = {}", rows.unwrap())).unwrap()["x"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+    let text = std::fs::read_to_string(&rows).unwrap();
+    std::fs::write(&rows, text.lines().next().unwrap().to_owned() + "\n").unwrap();
+    refused("the training rows differ");
+}
+
+/// The format that `init` writes is no hindrance.
+#[test]
+fn a_format_that_is_detected_may_be_written() {
+    let case = Case::new(SPACE, "");
+    let config = std::fs::read_to_string(&case.config).unwrap();
+    let with = |format: &str| config.replace("[lora]\n", &format!("format = {format:?}\n[lora]\n"));
+    let valid = PathBuf::from(case.at("valid.jsonl"));
+    let row: Value = serde_json::from_str(
+        std::fs::read_to_string(valid)
+            .unwrap()
+            .lines()
+            .next()
+            .unwrap(),
+    )
+    .unwrap();
+    let format = if row.get("text").is_some() {
+        "text"
+    } else {
+        "prompt_completion"
+    };
+    std::fs::write(&case.config, with(format)).unwrap();
+    assert_eq!(case.tune("out", &["--trials", "1"])["finished"], 1);
 }
 
 /// The remedy for a run.toml without validation rows: rows on the command line.
@@ -273,7 +363,12 @@ fn a_run_without_validation_rows_is_searched_with_data() {
     let said = case.tune("out", &["--trials", "2", "--data", &case.at("valid.jsonl")]);
     assert_eq!(said["finished"], 2);
     // A study is one of these rows.
-    let other = case.arguments("out", &["--trials", "2", "--data", &case.at("rows.jsonl")]);
+    let rows = std::fs::read_to_string(case.at("valid.jsonl")).unwrap();
+    std::fs::write(case.at("others.jsonl"), rows.repeat(2)).unwrap();
+    let other = case.arguments(
+        "out",
+        &["--trials", "2", "--data", &case.at("others.jsonl")],
+    );
     let refused = run(&other.iter().map(String::as_str).collect::<Vec<_>>());
     assert!(
         refused.stderr.contains("the rows of the objective differ"),

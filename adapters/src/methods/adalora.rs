@@ -17,7 +17,7 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use monteclora_converters::{AdaLoraSettings, AdapterConfig, PeftType, Site, Triplets};
+use monteclora_converters::{AdaLoraSettings, AdapterConfig, PeftType, Problem, Site, Triplets};
 use serde::{Deserialize, Serialize};
 
 use super::parameter::{none_of_state, tensors, unlike};
@@ -36,6 +36,7 @@ pub(super) static KIND: Kind = Kind {
     about: "LoRA by singular values, of which the least important are pruned during training.",
     metrics: METRICS,
     export: Export::PlainLora,
+    unread: &[],
     new: |section| Ok(Arc::new(AdaLora(settings(&KIND, section)?))),
 };
 
@@ -149,8 +150,16 @@ impl Method for AdaLora {
         format!("{}, target rank {}", KIND.name, self.0.target_r)
     }
 
-    fn configure(&self, config: &mut AdapterConfig, total_steps: u64) {
+    fn configure(&self, config: &mut AdapterConfig, total_steps: u64) -> Result<()> {
         let (tinit, tfinal) = self.0.phases(total_steps);
+        let given = self.0.tinit.unwrap_or(tinit);
+        let is_given = self.0.tinit.is_some() || self.0.tfinal.is_some();
+        if is_given && given.saturating_add(tfinal) >= total_steps {
+            return Err(Problem::usage(format!(
+                "[lora.adalora] tinit {given} and tfinal {tfinal} leave no step for pruning in a run of {total_steps} steps; lower them, or train longer"
+            ))
+            .into());
+        }
         config.peft_type = PeftType::AdaLora;
         config.adalora = Some(AdaLoraSettings {
             init_r: config.r,
@@ -163,6 +172,7 @@ impl Method for AdaLora {
             orth_reg_weight: self.0.orth_reg_weight,
             total_step: Some(total_steps),
         });
+        Ok(())
     }
 
     fn check(&self, modules: &[Module]) -> Result<()> {
@@ -185,11 +195,16 @@ impl Method for AdaLora {
                     "starts with rank {}, below lora.adalora.target_r, which is {}",
                     module.rank, self.0.target_r
                 );
-                let fix = "raise lora.r, half as much again as the target in the paper, or lower target_r";
+                let fix = "raise lora.r, 1.5 times target_r in the paper, or lower target_r";
                 Err(module.refused(message, fix))
             }
             None => Ok(()),
         }
+    }
+
+    /// The steps up to the final choice.
+    fn unsettled_steps(&self, total_steps: u64) -> u64 {
+        self.0.last_choice(total_steps) + 1
     }
 
     /// Q, P and Lambda, and the statistics by which values are pruned.
@@ -308,12 +323,22 @@ impl Method for AdaLora {
         }
         let scores = owners.iter().map(|owner| score(&owner.values));
         let scores = scores.collect::<Result<Vec<_>>>()?;
-        let mut all: Vec<f32> = scores.iter().flatten().copied().collect();
-        let (_, threshold, _) = all.select_nth_unstable_by(n_pruned - 1, f32::total_cmp);
-        let threshold = *threshold;
-        for (owner, scores) in owners.iter_mut().zip(&scores) {
-            let kept = scores.iter().map(|score| f32::from(*score > threshold));
-            keep(&mut owner.values, kept.collect())?;
+        // Of equal scores the later ones of each module are pruned first, so that the budget is kept.
+        let mut order: Vec<(usize, usize)> = (scores.iter().enumerate())
+            .flat_map(|(owner, scores)| (0..scores.len()).map(move |at| (owner, at)))
+            .collect();
+        order.sort_by(|a, b| {
+            let score = |(owner, at): &(usize, usize)| scores[*owner][*at];
+            score(a)
+                .total_cmp(&score(b))
+                .then((b.1, b.0).cmp(&(a.1, a.0)))
+        });
+        let mut kept: Vec<Vec<f32>> = scores.iter().map(|of| vec![1.0; of.len()]).collect();
+        for (owner, at) in order.into_iter().take(n_pruned) {
+            kept[owner][at] = 0.0;
+        }
+        for (owner, kept) in owners.iter_mut().zip(kept) {
+            keep(&mut owner.values, kept)?;
         }
         Ok(())
     }

@@ -27,6 +27,7 @@ pub(super) static KIND: Kind = Kind {
     about: "LoRA of the direction of each row of a weight, with a trained magnitude. No plain LoRA.",
     metrics: DIVERGENCES,
     export: Export::MergeOnly,
+    unread: &[],
     new: |_| Ok(Arc::new(Dora)),
 };
 
@@ -41,8 +42,9 @@ impl Method for Dora {
         &KIND
     }
 
-    fn configure(&self, config: &mut AdapterConfig, _total_steps: u64) {
+    fn configure(&self, config: &mut AdapterConfig, _total_steps: u64) -> Result<()> {
         config.use_dora = true;
+        Ok(())
     }
 
     /// LoRA's A and B, and the magnitude `m` `[out]`.

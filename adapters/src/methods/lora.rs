@@ -18,6 +18,7 @@ pub(super) static KIND: Kind = Kind {
     about: "Plain LoRA.",
     metrics: DIVERGENCES,
     export: Export::PlainLora,
+    unread: &[],
     new: |_| Ok(Arc::new(LORA)),
 };
 

@@ -10,6 +10,7 @@ pub(super) static KIND: Kind = Kind {
     about: "LoRA with A frozen at its initial value.",
     metrics: DIVERGENCES,
     export: Export::PlainLora,
+    unread: &[],
     new: |_| {
         Ok(Arc::new(Lora {
             kind: &KIND,

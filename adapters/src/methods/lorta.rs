@@ -27,6 +27,7 @@ pub(super) static KIND: Kind = Kind {
     about: "One low-rank tensor over all layers, heads and attention matrices. Exported as a plain LoRA.",
     metrics: DIVERGENCES,
     export: Export::PlainLora,
+    unread: &["train.loraplus_lr_ratio"],
     new: |_| Ok(Arc::new(Lorta)),
 };
 
@@ -136,6 +137,10 @@ impl<'a> Factors<'a> {
 impl Method for Lorta {
     fn kind(&self) -> &'static Kind {
         &KIND
+    }
+
+    fn takes(&self, module: &Module) -> bool {
+        Slice::of(module).is_some()
     }
 
     fn check(&self, modules: &[Module]) -> Result<()> {

@@ -66,6 +66,8 @@ pub struct Kind {
     pub metrics: &'static [Metric],
     /// What its adapters are exported as.
     pub export: Export,
+    /// Keys of run.toml that it does not read, as dotted paths.
+    pub unread: &'static [&'static str],
     /// Creates the method from its section, or from null if the section is absent.
     pub new: fn(&serde_json::Value) -> Result<Arc<dyn Method>>,
 }
@@ -76,6 +78,16 @@ impl Kind {
         self.name.replace('-', "_")
     }
 }
+
+/// Keys that describe A and B, which methods without a low-rank update do not read.
+const OF_RANK: &[&str] = &[
+    "lora.r",
+    "lora.lora_alpha",
+    "lora.use_rslora",
+    "lora.rank_pattern",
+    "lora.alpha_pattern",
+    "train.loraplus_lr_ratio",
+];
 
 /// The settings of a method from its section, or their defaults if the section is absent.
 fn settings<T: DeserializeOwned + Default>(kind: &Kind, section: &serde_json::Value) -> Result<T> {
@@ -312,8 +324,24 @@ pub trait Method: Debug + Send + Sync {
         Ok(())
     }
 
+    /// Whether `target_modules = "all-linear"` means this module, too.
+    fn takes(&self, _module: &Module) -> bool {
+        true
+    }
+
+    /// The number of steps of a run of `total_steps` after which the adapter has its final form. Evaluations before do not count as the
+    /// best.
+    fn unsettled_steps(&self, _total_steps: u64) -> u64 {
+        0
+    }
+
     /// Says in the adapter's configuration what its files hold, for a run of `total_steps`.
-    fn configure(&self, _config: &mut AdapterConfig, _total_steps: u64) {}
+    ///
+    /// # Errors
+    /// Returns an error if the settings do not fit into so many steps.
+    fn configure(&self, _config: &mut AdapterConfig, _total_steps: u64) -> Result<()> {
+        Ok(())
+    }
 
     /// The parameters of one module.
     fn parameters(&self, module: &Module) -> Vec<Parameter>;

@@ -37,6 +37,7 @@ pub static KIND: Kind = Kind {
     about: "LoRA with a variational posterior over A.",
     metrics: DIVERGENCES,
     export: Export::PlainLora,
+    unread: &[],
     new: |section| {
         let settings = MonteCloraConfig::deserialize(section)
             .map_err(|e| Problem::usage(format!("[lora.monteclora]: {e}")))?;

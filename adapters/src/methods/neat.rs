@@ -27,6 +27,7 @@ pub(super) static KIND: Kind = Kind {
     about: "The update is a small network of the frozen weight. Exported as a plain LoRA.",
     metrics: DIVERGENCES,
     export: Export::PlainLora,
+    unread: &[],
     new: |_| Ok(Arc::new(Neat)),
 };
 

@@ -23,8 +23,8 @@ use super::sparse::{
     self, SHARED_VALUES, SparseUpdate, best, numbers, on_device_of, rows_and_columns,
 };
 use super::{
-    Chart, Drawn, Export, Group, Kind, Method, Metric, Module, Owner, Parameter, Step, Storage,
-    Value, Weighting, settings,
+    Chart, Drawn, Export, Group, Kind, Method, Metric, Module, OF_RANK, Owner, Parameter, Step,
+    Storage, Value, Weighting, settings,
 };
 use crate::error::Result;
 use crate::linalg::row_dots;
@@ -35,9 +35,10 @@ use crate::weights::Weight;
 
 pub(super) static KIND: Kind = Kind {
     name: "sara",
-    about: "The smallest entries of each weight are trained, with a low-rank penalty. Merge only.",
+    about: "The smallest entries of each weight are trained, with a low-rank penalty. Merged, or served by this program; no LoRA file.",
     metrics: METRICS,
     export: Export::MergeOnly,
+    unread: OF_RANK,
     new: |section| Ok(Arc::new(Sara(settings(&KIND, section)?))),
 };
 
@@ -101,8 +102,9 @@ impl Method for Sara {
         format!("{}, {} of the entries", KIND.name, self.0.fraction)
     }
 
-    fn configure(&self, config: &mut AdapterConfig, _total_steps: u64) {
+    fn configure(&self, config: &mut AdapterConfig, _total_steps: u64) -> Result<()> {
         config.peft_type = PeftType::Sparse;
+        Ok(())
     }
 
     fn parameters(&self, module: &Module) -> Vec<Parameter> {

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::parameter::{none_of_state, unlike};
 use super::sparse::{self, SHARED_VALUES, SparseUpdate, best, on_device_of, rows_and_columns};
 use super::{
-    DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, Owner, Parameter, Step, Storage,
-    Value, Weighting, settings,
+    DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, OF_RANK, Owner, Parameter, Step,
+    Storage, Value, Weighting, settings,
 };
 use crate::error::Result;
 use crate::noise::{Key, Noise};
@@ -24,9 +24,10 @@ use crate::update::Update;
 
 pub(super) static KIND: Kind = Kind {
     name: "second-order",
-    about: "The entries of each weight with the largest gradient are trained. Merge only.",
+    about: "The entries of each weight with the largest gradient are trained. Merged, or served by this program; no LoRA file.",
     metrics: DIVERGENCES,
     export: Export::MergeOnly,
+    unread: OF_RANK,
     new: |section| Ok(Arc::new(SecondOrder(settings(&KIND, section)?))),
 };
 
@@ -64,8 +65,9 @@ impl Method for SecondOrder {
         format!("{}, {} of the entries", KIND.name, self.0.fraction)
     }
 
-    fn configure(&self, config: &mut AdapterConfig, _total_steps: u64) {
+    fn configure(&self, config: &mut AdapterConfig, _total_steps: u64) -> Result<()> {
         config.peft_type = PeftType::Sparse;
+        Ok(())
     }
 
     fn parameters(&self, module: &Module) -> Vec<Parameter> {

@@ -24,9 +24,18 @@ use crate::update::{Pulled, Update};
 
 pub(super) static KIND: Kind = Kind {
     name: "ssf",
-    about: "Scale and shift of each projection's output. Merge only.",
+    about: "Scale and shift of each projection's output. Merged, or served by this program; no LoRA file.",
     metrics: DIVERGENCES,
     export: Export::MergeOnly,
+    unread: &[
+        "lora.r",
+        "lora.lora_alpha",
+        "lora.use_rslora",
+        "lora.rank_pattern",
+        "lora.alpha_pattern",
+        "train.loraplus_lr_ratio",
+        "lora.lora_dropout",
+    ],
     new: |section| Ok(Arc::new(Ssf(settings(&KIND, section)?))),
 };
 
@@ -65,8 +74,9 @@ impl Method for Ssf {
         &KIND
     }
 
-    fn configure(&self, config: &mut AdapterConfig, _total_steps: u64) {
+    fn configure(&self, config: &mut AdapterConfig, _total_steps: u64) -> Result<()> {
         config.peft_type = PeftType::Ssf;
+        Ok(())
     }
 
     fn check(&self, modules: &[Module]) -> Result<()> {

@@ -16,6 +16,7 @@ use crate::commands::calibrate::common_system;
 use crate::commands::{fit, predict};
 use crate::config::ECE_BINS;
 use crate::data::{Dataset, Encoder, epoch_order};
+use crate::distributed::Alone;
 use crate::eval::calibration::{Calibration, Circumstances, Draws, FILE, Judged, Rows, Scaling};
 use crate::eval::{
     Answer, Answerer, Batching, ChoiceRows, DEFAULT_SEED, EvalOptions, LengthNormalisation,
@@ -113,6 +114,7 @@ pub(super) fn assess(
         seed: DEFAULT_SEED,
         criterion: Criterion::Nll,
         interrupt,
+        ranks: &Alone,
         watch: &fit::tell,
     };
     let fitted = search.run(&[Geometry::Rows])?;

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use monteclora::config::DTYPES;
-use monteclora_adapters::methods::{Kind, METHODS};
+use monteclora_adapters::methods::{
+    AdaLoraConfig, Kind, METHODS, SaraConfig, SecondOrderConfig, SsfConfig,
+};
 use serde_json::Value;
 
 use super::docs;
@@ -285,6 +287,17 @@ fn the_configuration_reference_is_that_of_the_code() {
     let resolved = monteclora::config::RunConfig::from_toml(minimal, "run.toml", &[]).unwrap();
     let mut defaults = serde_json::to_value(resolved).unwrap();
     defaults["data"]["valid"] = Value::Null;
+    for (section, of_method) in [
+        ("adalora", serde_json::to_value(AdaLoraConfig::default())),
+        ("ssf", serde_json::to_value(SsfConfig::default())),
+        ("sara", serde_json::to_value(SaraConfig::default())),
+        (
+            "second_order",
+            serde_json::to_value(SecondOrderConfig::default()),
+        ),
+    ] {
+        defaults["lora"][section] = of_method.unwrap();
+    }
     let reference = Reference {
         file: "configuration.md",
         head: format!(
