@@ -25,8 +25,10 @@ MOST_FAILURES = 3
 EVALUATION_SEED = 100  # added to the job's seed, so that a fit is not judged on the draws it was made with
 
 
-# Under mpirun each process runs jobs of its own: the program must not take itself for one of several ranks.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_", "MV2_COMM_"))}
+def environment():
+    """The program's environment: under mpirun each process runs jobs of its own, and the program is no rank of theirs."""
+    of_ranks = ("OMPI_", "PMIX_", "PMI_", "MV2_COMM_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(of_ranks)}
 
 
 class Stopped(Exception):
@@ -97,7 +99,7 @@ class Program:
         with log.open("ab") as errors:
             # A session of its own: ctrl-c reaches the program once, through us. The lock stays held while the program runs.
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, pass_fds=[lock.fileno()], env=ENVIRONMENT
+                command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, pass_fds=[lock.fileno()], env=environment()
             )
             try:
                 output, _ = process.communicate(timeout=max(1, self.end + GRACE_SECONDS - time.monotonic()))

@@ -170,6 +170,12 @@ class Experiment(unittest.TestCase):
 class Parts(unittest.TestCase):
     """Functions on their own."""
 
+    def test_the_program_is_no_rank_of_the_experiment(self):
+        with unittest.mock.patch.dict(os.environ, OMPI_COMM_WORLD_SIZE="2", PMIX_RANK="1", PMI_SIZE="2", KEPT="1"):
+            found = run.environment()
+        self.assertEqual([name for name in found if name.startswith(("OMPI_", "PMI"))], [])
+        self.assertEqual(found["KEPT"], "1")
+
     def test_parts_of_the_rows_do_not_meet(self):
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder))
