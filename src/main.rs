@@ -25,6 +25,11 @@ fn parsed() -> Cli {
 /// Prints `message`, or what clap says of `error`, and ends the process. All ranks parse the same words; rank 0 prints.
 fn end_of_parsing(error: &clap::Error, message: Option<String>) -> ! {
     let code = if error.use_stderr() { 2 } else { 0 };
+    if let Err(problem) = distributed::agree("no command") {
+        distributed::fail(2, |_| {
+            let _ = writeln!(std::io::stderr(), "error: {problem}");
+        });
+    }
     if distributed::world().is_first() {
         // Nothing is left to do if the stream is closed.
         let _ = match message {

@@ -89,6 +89,8 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         bail!("one adapter is read");
     };
     let circumstances = opened.circumstances(adapter)?;
+    let options = eval_options(&args.scoring, ECE_BINS);
+    opened.require_same(data.sha256(), (options, args.max_tokens, args.target_error))?;
     let loaded = opened.load()?;
     let mean_name = opened.name_of_mean();
     let said = match choices.is_empty() {

@@ -10,6 +10,7 @@ use crate::{hub, system};
 pub(super) fn run(args: &DoctorArgs) -> Result<()> {
     let features = [
         ("mistralrs", cfg!(feature = "mistralrs")),
+        ("mpi", cfg!(feature = "mpi")),
         ("cuda", cfg!(feature = "cuda")),
         ("cudnn", cfg!(feature = "cudnn")),
         ("flash-attn", cfg!(feature = "flash-attn")),

@@ -83,8 +83,9 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     };
     let choices = ChoiceRows::read(&data)?;
     let calibration = opened.calibration(&args.adapter)?.of(Judged::Choices);
-    let loaded = opened.load()?;
     let options = eval_options(&args.scoring, args.ece_bins);
+    opened.require_same(data.sha256(), (&options, args.limit, args.no_base))?;
+    let loaded = opened.load()?;
     let base = ActiveAdapter::default();
     let mut predictors = Vec::new();
     if !args.no_base {

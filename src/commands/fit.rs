@@ -75,6 +75,15 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
         );
     }
     let beside = Beside::of(&args.adapter)?.nothing_measured();
+    let options = eval_options(&args.scoring, ECE_BINS);
+    let search = (
+        criterion,
+        &rows,
+        args.draws,
+        args.scoring.seed,
+        args.geometry,
+    );
+    opened.require_same(data.sha256(), (options, search))?;
     let loaded = opened.load()?;
     let interrupt = stop_on_signals("")?;
     let geometries: &[Geometry] = match args.geometry {

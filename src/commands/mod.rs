@@ -49,7 +49,7 @@ use serde::Serialize;
 
 use crate::cli::{BenchCommand, Command, ModelOptions};
 use crate::config::DtypeChoice;
-use crate::distributed::{local_rank, world};
+use crate::distributed::{agree, local_rank, world};
 use crate::hub::HubOptions;
 
 /// The shell command that starts this program: its name if PATH finds it, otherwise its path, relative if the program
@@ -131,6 +131,7 @@ pub fn run(mut command: Command) -> Result<()> {
         _ => {}
     }
     if world().size() > 1 {
+        agree(&work(&command))?;
         require_divisible(&command)?;
     }
     match &command {
@@ -171,6 +172,20 @@ pub fn run(mut command: Command) -> Result<()> {
     }
 }
 
+/// What a command does, for the comparison with other ranks.
+fn work(command: &Command) -> String {
+    match command {
+        Command::Train(args) if args.dry_run => "train --dry-run".to_owned(),
+        Command::Train(args) if args.config.is_none() => "train without a file".to_owned(),
+        Command::Train(_) => "train -c".to_owned(),
+        Command::Eval(_) => "eval".to_owned(),
+        Command::Fit(_) => "fit".to_owned(),
+        Command::Calibrate(_) => "calibrate".to_owned(),
+        Command::Predict(args) if args.data.is_some() => "predict --data".to_owned(),
+        _ => "another command".to_owned(),
+    }
+}
+
 /// Checks that the command divides its work among ranks.
 ///
 /// # Errors
@@ -180,7 +195,7 @@ fn require_divisible(command: &Command) -> Result<()> {
         Command::Train(_) | Command::Eval(_) | Command::Fit(_) | Command::Calibrate(_) => Ok(()),
         Command::Predict(args) if args.data.is_some() => Ok(()),
         _ => bail!(Problem::usage(
-            "mpirun started several processes, and this command is one process; mpirun is for train, eval, fit, calibrate and predict --data"
+            "this command runs as one process; start it without mpirun, which is for train, eval, fit, calibrate and predict --data"
         )),
     }
 }

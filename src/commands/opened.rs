@@ -13,6 +13,7 @@ use monteclora_converters::{Adapter, ConversationSettings, ModelFiles, Problem, 
 use super::{device, weight_type};
 use crate::cli::{ModelArgs, ScoringArgs};
 use crate::data::{Dataset, EncodeOptions, Encoder, RowSchema, Split, splits};
+use crate::distributed::{require_same, world};
 use crate::eval::calibration::{self, Applicable, Calibration, Circumstances, Draws, Scaling};
 use crate::eval::{
     Batching, ChoiceRows, EvalOptions, LengthNormalisation, is_at_bound, posterior_draws,
@@ -147,6 +148,32 @@ impl Opened {
             _ => Vec::new(),
         };
         Ok((means, draws))
+    }
+
+    /// Checks that all ranks have the same base model, adapters, template, rows (of this SHA-256) and `options`.
+    ///
+    /// # Errors
+    /// As [`require_same`].
+    pub(super) fn require_same(&self, rows: String, options: impl std::fmt::Debug) -> Result<()> {
+        if world().size() == 1 {
+            return Ok(());
+        }
+        let adapters = self.adapters.iter().map(Adapter::fingerprint);
+        let adapters: Vec<String> = adapters.collect();
+        require_same(&[
+            ("the program", env!("CARGO_PKG_VERSION").to_owned()),
+            ("the base model", self.base_fingerprint()?),
+            ("the adapters", adapters.join(" ")),
+            (
+                "the chat template",
+                format!("{:?}", self.encoder.chat_template_sha256()),
+            ),
+            ("the rows", rows),
+            (
+                "the options",
+                format!("{options:?} {:?} {:?}", self.draws, self.normalisation),
+            ),
+        ])
     }
 
     /// The name of the only adapter's mean in reports: `adapter` for a plain LoRA, which has no posterior.

@@ -119,6 +119,10 @@ pub(super) fn run(args: &PredictArgs) -> Result<()> {
         .filter(|_| opened.applies_chat_template);
     let knows = alone.is_empty() || kinds.knows(system, None)?;
 
+    if let Some(source) = &source {
+        let options = (args.max_tokens, args.scoring.batch_size, threshold);
+        opened.require_same(source.sha256(), options)?;
+    }
     let loaded = opened.load()?;
     let base = ActiveAdapter::default();
     let draws = match loaded.means.as_slice() {

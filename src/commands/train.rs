@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{device, dry_run, interrupted, print, print_json, program};
 use crate::cli::TrainArgs;
 use crate::config::RunConfig;
-use crate::distributed::world;
+use crate::distributed::{not_joined, world};
 use crate::output::name_of;
 use crate::progress::TrainProgress;
 use crate::train::{Begin, Event, Interrupt, Prepared, begin, without_file};
@@ -19,6 +19,9 @@ use crate::train::{Begin, Event, Interrupt, Prepared, begin, without_file};
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let config = configuration(args)?;
     let ranks = world();
+    if let Some(warning) = not_joined() {
+        tracing::warn!("{warning}");
+    }
     let prepared = Prepared::of_ranks(config, args.resume.as_deref(), ranks)?;
     prepared.warn();
     let output_dir = prepared.run.train.output_dir.clone();
@@ -47,7 +50,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
             "interrupted at step {} of {}; continue with: {}",
             outcome.steps,
             outcome.total_steps,
-            resumption(std::env::args())
+            of_ranks(resumption(std::env::args()), ranks.size())
         )));
     }
     if args.json {
@@ -106,7 +109,7 @@ fn configuration(args: &TrainArgs) -> Result<RunConfig> {
         }
         // The default comes first, so that flags override it.
         keys.insert(0, "train.output_dir=\"out\"".to_owned());
-        return without_file(&keys, args.resume.as_deref());
+        return without_file(&keys, args.resume.as_deref(), world());
     };
     Ok(RunConfig::load(file, &keys)?)
 }
@@ -126,6 +129,14 @@ fn resumption(typed: impl Iterator<Item = String>) -> String {
         }
     }
     command + " --resume auto"
+}
+
+/// A command on `n_ranks`.
+fn of_ranks(command: String, n_ranks: usize) -> String {
+    match n_ranks {
+        1 => command,
+        n => format!("mpirun -n {n} {command}"),
+    }
 }
 
 fn finished(prepared: &Prepared, step: u64, as_json: bool) -> Result<()> {

@@ -4,7 +4,7 @@ use super::document::field_names;
 use super::{DataConfig, LoraConfig, ModelConfig, TrainConfig};
 
 /// Names that other trainers have for something, and the remedy for who writes them here.
-const KEYS: [(&[&str], &str); 37] = [
+const KEYS: [(&[&str], &str); 38] = [
     (
         &[
             "base_model",
@@ -158,6 +158,17 @@ const KEYS: [(&[&str], &str); 37] = [
             "quantize",
         ],
         "a base is trained on as it is stored; give a quantised .gguf file (Q4_K_M, Q8_0, ...) or a quantised model of mlx-lm as `model_id` in [model]",
+    ),
+    (
+        &[
+            "nproc_per_node",
+            "nnodes",
+            "num_processes",
+            "num_machines",
+            "deepspeed",
+            "fsdp",
+        ],
+        "several processes of one run are started with mpirun -n N; docs/scale.md",
     ),
     (&["lr"], "write `learning_rate` in [train]"),
     (

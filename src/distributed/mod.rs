@@ -141,6 +141,18 @@ pub fn local_rank() -> usize {
 /// Variables by which `mpirun` and schedulers tell a process the number of ranks.
 const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"];
 
+/// Variables by which starters that this program does not read tell the number of processes, and the starter to use instead.
+const OTHERS: [(&str, &str); 2] = [
+    (
+        "SLURM_STEP_NUM_TASKS",
+        "srun started {n} tasks that do not know each other; if they are to be one run, use srun --mpi=pmix and a program built with `--features mpi`",
+    ),
+    (
+        "WORLD_SIZE",
+        "torchrun's variables are not read, so each of the {n} processes is a run of its own; start them with mpirun -n {n}",
+    ),
+];
+
 /// Variables by which they tell a process its rank. A process with one of them was started as a rank.
 #[cfg(feature = "mpi")]
 const RANKS: [&str; 4] = [
@@ -155,7 +167,7 @@ const RANKS: [&str; 4] = [
 /// The threads of the ranks of one machine are limited so that together they use each core once.
 ///
 /// # Errors
-/// Returns an error if the process was started as one of several and this build has no MPI.
+/// Returns an error if the process was started as one of several and could not join them.
 pub fn start() -> Result<(), Problem> {
     #[cfg(feature = "mpi")]
     if RANKS.iter().any(|name| std::env::var_os(name).is_some())
@@ -168,15 +180,78 @@ pub fn start() -> Result<(), Problem> {
             ranks: Box::new(ranks),
             local_rank,
         });
+    }
+    if world().size() > 1 {
         return Ok(());
     }
-    let size = SIZES.iter().find_map(|name| std::env::var(name).ok());
-    match size.and_then(|size| size.parse::<usize>().ok()) {
-        Some(size) if size > 1 && world().size() == 1 => Err(Problem::usage(format!(
-            "started as one of {size} processes, and this program was built without MPI; build it with `--features mpi`, or start it without mpirun"
-        ))),
-        _ => Ok(()),
+    match SIZES.iter().find_map(|name| count_in(name)) {
+        None => Ok(()),
+        Some(size) => Err(Problem::usage(match cfg!(feature = "mpi") {
+            true => format!(
+                "started as one of {size} processes, and MPI does not find the others; start them with the mpirun of the MPI that this program was built with, or with srun --mpi=pmix"
+            ),
+            false => format!(
+                "started as one of {size} processes, and this program was built without MPI; build it with `--features mpi`, or start it without mpirun"
+            ),
+        })),
     }
+}
+
+/// The number in a variable, if it is above 1.
+fn count_in(name: &str) -> Option<usize> {
+    let count = std::env::var(name).ok()?.parse().ok()?;
+    (count > 1).then_some(count)
+}
+
+/// A warning if another starter has started several processes, which are runs of their own here.
+pub fn not_joined() -> Option<String> {
+    if world().size() > 1 {
+        return None;
+    }
+    OTHERS.iter().find_map(|(name, text)| {
+        let n = count_in(name)?.to_string();
+        Some(text.replace("{n}", &n))
+    })
+}
+
+/// Checks that all ranks were started for the same work, `own` in words. Every rank must call this once, before any other exchange.
+///
+/// # Errors
+/// Returns the same error on every rank if one of them has other work.
+pub fn agree(own: &str) -> Result<(), Problem> {
+    let all = world().all_gather(own.as_bytes());
+    let words = |rank: usize| String::from_utf8_lossy(&all[rank]).into_owned();
+    match all.iter().position(|work| *work != all[0]) {
+        None => Ok(()),
+        Some(other) => Err(Problem::usage(format!(
+            "rank 0 was started for `{}`, rank {other} for `{}`; all ranks must do the same",
+            words(0),
+            words(other)
+        ))),
+    }
+}
+
+/// Checks that all ranks have the same inputs: each is named, and given in a form that is the same for the same content.
+///
+/// # Errors
+/// Returns the same error on every rank if one of them differs from rank 0.
+pub fn require_same(inputs: &[(&str, String)]) -> anyhow::Result<()> {
+    let own: Vec<&String> = inputs.iter().map(|(_, input)| input).collect();
+    let own: Vec<String> = own.into_iter().cloned().collect();
+    let all = world().gather(own)?;
+    for (rank, of_rank) in all.iter().enumerate() {
+        let pairs = inputs.iter().zip(all[0].iter().zip(of_rank));
+        let unlike = pairs.filter(|(_, (first, its))| first != its);
+        let unlike: Vec<&str> = unlike.map(|((name, _), _)| *name).collect();
+        if !unlike.is_empty() {
+            let message = format!(
+                "rank {rank} does not have what rank 0 has: {}",
+                unlike.join(", ")
+            );
+            return Err(Problem::sentence("ranks-differ", message).exit(2).into());
+        }
+    }
+    Ok(())
 }
 
 /// Waits for the other ranks and leaves them. Must be called before a rank ends without an error.

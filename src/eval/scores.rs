@@ -263,7 +263,7 @@ impl Passed {
         };
         let (n_targets, n_members) = (count()?, count()?);
         let mut loss = || {
-            let nll = take(4 * n_targets)?.as_chunks().0.iter();
+            let nll = take(n_targets.checked_mul(4)?)?.as_chunks().0.iter();
             Some(TaskLoss {
                 nll: nll.map(|nll| f32::from_le_bytes(*nll)).collect(),
                 correct: take(n_targets)?

@@ -84,9 +84,16 @@ impl Identity {
             } else {
                 let shown = |v: Option<&Value>| v.map_or("absent".to_owned(), Value::to_string);
                 let (then, now) = (shown(then), shown(now));
+                let what = match key {
+                    // Two ranks with one batch each are one rank with two.
+                    "train.gradient_accumulation_steps" => {
+                        "train.gradient_accumulation_steps times the number of ranks"
+                    }
+                    key => key,
+                };
                 drift
                     .refused
-                    .push(format!("{key}: {then} at the checkpoint, {now} now"));
+                    .push(format!("{what}: {then} at the checkpoint, {now} now"));
             }
         }
         for (what, then, now) in differences(&self.hashes, &now.hashes) {
@@ -122,7 +129,7 @@ impl Identity {
         let mut found: Vec<String> = keys
             .filter(|(key, ..)| !PLACES.contains(key) && *key != "lora.init_from")
             .map(|(key, first, own)| {
-                format!("{key} is {} on rank 0, {} here", shown(first), shown(own))
+                format!("{key} is {} on rank 0, {} there", shown(first), shown(own))
             })
             .collect();
         let mut is_data = false;
@@ -133,7 +140,7 @@ impl Identity {
                     .to_owned()
             };
             found.push(format!(
-                "{what} has another content: SHA-256 {} on rank 0, {} here",
+                "{what} has another content: SHA-256 {} on rank 0, {} there",
                 hash(first),
                 hash(own)
             ));

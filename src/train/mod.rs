@@ -56,8 +56,7 @@ fn not_finite(step: u64, what: &str, names: &[String]) -> Error {
         names => format!(" at {}", list(names)),
     };
     let message = format!("{what} is not finite{at}");
-    let fix =
-        "lower train.learning_rate or lora.monteclora.sample_scaler, or set train.max_grad_norm";
+    let fix = "lower train.learning_rate, or set train.max_grad_norm; with method \"monteclora\" a lower lora.monteclora.sample_scaler may do";
     let problem = Problem::new("not-finite", format!("step {step}"), message, fix);
     problem.exit(5).into()
 }

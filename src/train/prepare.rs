@@ -112,7 +112,7 @@ impl Prepared {
         let now = accumulation * ranks.size();
         if let Some(before) = before.filter(|before| *before != now) {
             tracing::info!(
-                "the run began with {before} batches per step, and keeps them with another number of ranks, which is {} now",
+                "ranks: {}; each step still takes {before} batches, as when the run began",
                 ranks.size()
             );
         }
@@ -291,27 +291,32 @@ impl Prepared {
     /// Checks that all ranks have the same program, configuration, base model and rows. Files may lie in other places.
     ///
     /// # Errors
-    /// Returns an error if this rank differs from rank 0.
+    /// Returns the same error on every rank if one of them differs from rank 0.
     pub fn require_same(&self, ranks: &dyn Communicator) -> Result<()> {
-        let own = (env!("CARGO_PKG_VERSION").to_owned(), self.identity.clone());
-        let all = ranks.gather(own.clone())?;
-        let (version, identity) = &all[0];
-        let (mut found, is_data) = identity.unlike(&self.identity);
-        if *version != own.0 {
-            found.push(format!(
-                "monteclora is version {version} on rank 0, {} here",
-                own.0
-            ));
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let start = self.init_from.as_ref().map(Adapter::fingerprint);
+        let all = ranks.gather((version, start, self.identity.clone()))?;
+        let (version, start, identity) = &all[0];
+        for (rank, (its_version, its_start, its_identity)) in all.iter().enumerate() {
+            let (mut found, is_data) = identity.unlike(its_identity);
+            if version != its_version {
+                found.push(format!(
+                    "monteclora is version {version} on rank 0, {its_version} there"
+                ));
+            }
+            if start != its_start {
+                found.push("lora.init_from is another adapter".to_owned());
+            }
+            if !found.is_empty() {
+                let message = format!(
+                    "rank {rank} does not have what rank 0 has:\n  {}",
+                    found.join("\n  ")
+                );
+                let problem = Problem::sentence("ranks-differ", message);
+                return Err(problem.exit(if is_data { 3 } else { 2 }).into());
+            }
         }
-        if found.is_empty() {
-            return Ok(());
-        }
-        let message = format!(
-            "this rank does not have what rank 0 has:\n  {}",
-            found.join("\n  ")
-        );
-        let problem = Problem::sentence("ranks-differ", message);
-        Err(problem.exit(if is_data { 3 } else { 2 }).into())
+        Ok(())
     }
 
     /// Loads the base model.
@@ -366,6 +371,15 @@ impl Prepared {
         };
         let decoder = self.decoder(device)?.with_precision(precision);
         let trainer = self.trainer(&decoder, interrupt, ranks);
+        if ranks.size() > 1 {
+            tracing::info!(
+                "training on {} ranks with {} threads each on this machine; {} batches of up to {} rows per step",
+                ranks.size(),
+                rayon::current_num_threads(),
+                self.settings.micro_batches,
+                self.settings.batches.batch_size
+            );
+        }
         tracing::info!(
             "training {} of {} sites: {parameters} parameters, {} examples, {} steps",
             start.from.state.modules.len(),

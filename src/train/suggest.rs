@@ -9,6 +9,7 @@ use super::memory::{MemoryEstimate, MemoryInputs};
 use super::{Prepared, record};
 use crate::config::RunConfig;
 use crate::data::{BatchOptions, Dataset, Overlong};
+use crate::distributed::Communicator;
 use crate::hub::{self, HubOptions};
 use crate::model::read_shape;
 use crate::system::available_memory_bytes;
@@ -179,11 +180,15 @@ pub fn toml_text(value: impl Serialize) -> String {
 
 /// The configuration of a run that has no file: what `overrides` say, and for the other keys the values that `init` would
 /// suggest for the rows and the machine. A run that is resumed keeps the values that its run.json records, because they
-/// may depend on the memory that was free.
+/// may depend on the memory that was free. All ranks take what rank 0 finds.
 ///
 /// # Errors
 /// As [`RunConfig::from_toml`] and [`Prepared::new`].
-pub fn without_file(overrides: &[String], resumed: Option<&str>) -> Result<RunConfig> {
+pub fn without_file(
+    overrides: &[String],
+    resumed: Option<&str>,
+    ranks: &dyn Communicator,
+) -> Result<RunConfig> {
     const SOURCE: &str = "the command line";
     let given: Vec<&str> = overrides
         .iter()
@@ -192,11 +197,12 @@ pub fn without_file(overrides: &[String], resumed: Option<&str>) -> Result<RunCo
     let asked = RunConfig::from_toml("", SOURCE, overrides)?;
     let from = resumed.map(|from| record_of(from, &asked.train.output_dir));
     let earlier = from.and_then(|path| recorded(&path, &given));
-    let goes_on = earlier.is_some();
-    let settings = match earlier {
-        Some(settings) => settings,
-        None => suggested(&asked, &given, overrides)?,
+    let found = match earlier {
+        _ if !ranks.is_first() => (Vec::new(), false),
+        Some(settings) => (settings, true),
+        None => (suggested(&asked, &given, overrides)?, false),
     };
+    let (settings, goes_on) = ranks.of_first(found)?;
     let mut all = settings.clone();
     all.extend(overrides.iter().cloned());
     let run = RunConfig::from_toml("", SOURCE, &all)?;
@@ -282,6 +288,7 @@ fn recorded(path: &Path, given: &[&str]) -> Option<Vec<String>> {
 mod tests {
     use super::*;
     use crate::data::test_support::{tiny_llama, write_temp};
+    use crate::distributed::Alone;
 
     /// Rows of which most are short, so that packs are suggested, and the longest decides the limit.
     fn rows() -> (tempfile::TempDir, std::path::PathBuf) {
@@ -299,7 +306,7 @@ mod tests {
             keys.extend(more.iter().map(|key| (*key).to_owned()));
             keys
         };
-        let made = |more: &[&str]| without_file(&keys(more), None).expect("a run");
+        let made = |more: &[&str]| without_file(&keys(more), None, &Alone).expect("a run");
         let run = made(&[]);
         assert!(run.data.packing);
         assert_eq!(run.data.max_seq_length.expect("suggested") % 64, 0);
@@ -326,7 +333,7 @@ mod tests {
             (run.train.max_steps, run.train.num_train_epochs),
             (Some(7), None)
         );
-        let short = without_file(&keys(&["data.max_seq_length=32"]), None);
+        let short = without_file(&keys(&["data.max_seq_length=32"]), None, &Alone);
         let refused = format!("{:#}", short.expect_err("a row is longer"));
         assert!(refused.contains("max_seq_length"), "{refused}");
     }

@@ -90,8 +90,15 @@ impl Range {
 
     /// What is wrong with the range.
     fn fault(&self) -> Option<String> {
-        let ordered = |low: f64, high: f64| low < high && low.is_finite() && high.is_finite();
+        let ordered = |low: f64, high: f64| low < high;
+        let is_finite = match self {
+            Self::Float { low, high, .. } | Self::Log { low, high } => {
+                low.is_finite() && high.is_finite()
+            }
+            _ => true,
+        };
         let fault = match self {
+            _ if !is_finite => "low and high must be finite",
             Self::Float { low, high, .. } if !ordered(*low, *high) => "low must be below high",
             Self::Log { low, high } if !ordered(*low, *high) || *low <= 0.0 => {
                 "low must be above 0 and below high"

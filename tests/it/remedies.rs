@@ -29,7 +29,7 @@ use Proof::{By, Not, Run};
 type Remedy = (&'static str, Proof);
 
 /// Remedies around training, serving and data, most of which have a test of their own.
-const OTHERS: [Remedy; 67] = [
+const OTHERS: [Remedy; 69] = [
     (
         "the base that the adapter names cannot be opened; give the base with -m",
         By("tests/it/remedies/paths.rs", "one_file_is_replaced"),
