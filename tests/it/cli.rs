@@ -114,6 +114,15 @@ impl Trained {
     }
 }
 
+/// A process that was started as one of several, and cannot join the others, does not run alone.
+#[test]
+fn a_process_that_cannot_join_the_others_says_so() {
+    let found = outcome(monteclora().arg("doctor").env("OMPI_COMM_WORLD_SIZE", "2"));
+    assert_eq!(found.code, 2, "{}", found.stderr);
+    let said = "started as one of 2 processes";
+    assert!(found.stderr.contains(said), "{}", found.stderr);
+}
+
 #[test]
 fn a_dry_run_writes_nothing() {
     let dir = tempfile::tempdir().unwrap();

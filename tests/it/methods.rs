@@ -296,7 +296,6 @@ fn adalora_keeps_its_budget() {
         for key in more {
             words.extend(["--set", key]);
         }
-        words.push("--json");
         let said = output(&words);
         match best {
             Some(best) => assert_eq!(said["best_step"], best, "{said}"),
