@@ -15,7 +15,7 @@ use crate::data::Dataset;
 use crate::distributed::world;
 use crate::eval::abstention::{self, Abstention};
 use crate::eval::calibration::{self, Calibration, Fit, Judged, Rows, Scaling};
-use crate::eval::{ChoiceRows, Prediction, Predictor, Recital, is_at_bound, score};
+use crate::eval::{ChoiceRows, Prediction, Predictor, Recital, Selection, is_at_bound, score};
 use crate::model::{ActiveAdapter, Generation};
 use crate::output::require_writable;
 use crate::progress;
@@ -191,9 +191,11 @@ fn of_choices(
     let scored = score(
         &loaded.decoder,
         &predictors,
-        data,
-        &rows,
-        choices,
+        Selection {
+            data,
+            rows: &rows,
+            choices,
+        },
         &options,
         world(),
         done,

@@ -17,7 +17,7 @@ use super::show;
 use crate::cli::EvalArgs;
 use crate::distributed::world;
 use crate::eval::calibration::Judged;
-use crate::eval::{ChoiceRows, Predictor, Scored, Scores, is_at_bound, score};
+use crate::eval::{ChoiceRows, Predictor, Scored, Scores, Selection, is_at_bound, score};
 use crate::model::ActiveAdapter;
 use crate::output::{name_of, require_file};
 use crate::progress;
@@ -118,9 +118,11 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let scored = score(
         &loaded.decoder,
         &asked,
-        &data,
-        &rows,
-        &choices,
+        Selection {
+            data: &data,
+            rows: &rows,
+            choices: &choices,
+        },
         &options,
         world(),
         done,

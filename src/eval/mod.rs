@@ -27,7 +27,8 @@ pub use predict::{Answer, Answerer, Cancelled, ChoiceProbability, Question, Unce
 pub use prediction::{Prediction, entropies, tempered};
 pub use recital::{Opening, Recital};
 pub use scores::{
-    Batching, CalibratedScores, EvalOptions, Intervals, Predictor, RowLoss, Scored, Scores, score,
+    Batching, CalibratedScores, EvalOptions, Intervals, Predictor, RowLoss, Scored, Scores,
+    Selection, score,
 };
 pub use temperature::{fit_temperature, is_at_bound};
 

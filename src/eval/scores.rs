@@ -300,7 +300,18 @@ impl Predictor<'_> {
     }
 }
 
-/// Scores `rows` (indices of examples) of `data` with each of `predictors`, and the choices of the rows that have some.
+/// The rows that are scored.
+#[derive(Debug, Clone, Copy)]
+pub struct Selection<'a> {
+    /// The data file.
+    pub data: &'a Dataset,
+    /// Indices of its examples.
+    pub rows: &'a [usize],
+    /// The choices of those that have some.
+    pub choices: &'a ChoiceRows,
+}
+
+/// Scores rows with each of `predictors`, and the choices of the rows that have some.
 ///
 /// Batches are divided among `ranks`, and every rank gets all scores: the same bits as of one rank.
 ///
@@ -311,13 +322,16 @@ impl Predictor<'_> {
 pub fn score(
     model: &Decoder,
     predictors: &[Predictor<'_>],
-    data: &Dataset,
-    rows: &[usize],
-    choices: &ChoiceRows,
+    selection: Selection<'_>,
     options: &EvalOptions,
     ranks: &dyn Communicator,
     mut done: impl FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Scored>> {
+    let Selection {
+        data,
+        rows,
+        choices,
+    } = selection;
     let mut scored: Vec<Scored> = predictors
         .iter()
         .map(|predictor| Scored {

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use crate::data::Dataset;
 use crate::distributed::Communicator;
 use crate::eval::{
-    ChoiceRows, EvalOptions, Predictor, Scored, fit_temperature, measures, posterior_draws, score,
-    tempered,
+    ChoiceRows, EvalOptions, Predictor, Scored, Selection, fit_temperature, measures,
+    posterior_draws, score, tempered,
 };
 use crate::model::{ActiveAdapter, Decoder};
 
@@ -247,9 +247,11 @@ impl Search<'_> {
         let scored = score(
             model,
             &[predictor],
-            self.data,
-            self.rows,
-            self.choices,
+            Selection {
+                data: self.data,
+                rows: self.rows,
+                choices: self.choices,
+            },
             &self.options,
             self.ranks,
             done,
