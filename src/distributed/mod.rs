@@ -72,7 +72,7 @@ impl dyn Communicator + '_ {
     /// The value of rank 0.
     ///
     /// # Errors
-    /// As [`Self::gather`].
+    /// Returns an error if the value cannot be written as JSON or read from it.
     pub fn of_first<T: Serialize + DeserializeOwned>(&self, own: T) -> serde_json::Result<T> {
         if self.size() == 1 {
             return Ok(own);
