@@ -19,7 +19,9 @@ use serde_json::Value;
 
 use self::certainty::{Certainty, Score};
 use self::job::{Form, Job, Paths};
-use super::train::{AFTER_STEP, end_at_once, say_stopping, stop_on_signals};
+#[cfg(feature = "mistralrs")]
+use super::train::say_stopping;
+use super::train::{AFTER_STEP, end_at_once, stop_on_signals};
 use super::{interrupted, numerical, program, show};
 use crate::cli::QuickstartArgs;
 use crate::config::RunConfig;
