@@ -103,7 +103,7 @@ pub(super) fn run(args: &FitArgs) -> Result<()> {
         data: &data,
         rows: &rows,
         choices: &choices,
-        options: eval_options(&args.scoring, ECE_BINS),
+        options,
         n_draws: args.draws,
         seed: args.scoring.seed,
         criterion,

@@ -173,9 +173,6 @@ fn load(args: &TuneArgs, space: &Space, keys: &[String]) -> Result<RunConfig> {
     })?)
 }
 
-/// Scores that only rows with choices have.
-const OF_CHOICES: [&str; 6] = ["accuracy", "nll", "ece", "brier", "auroc", "aurc"];
-
 /// Reads the rows of the objective as `eval` will, so that what is wrong with them is known before the first trial. Returns their
 /// SHA-256.
 fn judged_rows(
@@ -196,10 +193,10 @@ fn judged_rows(
         Some(_) => open_rows(data, &encoder)?,
         None => open_held_out(data, &encoder)?,
     };
-    let metric = objective.metric.as_str();
-    if OF_CHOICES.contains(&metric) && ChoiceRows::read(&rows)?.is_empty() {
+    if objective.is_of_choices() && ChoiceRows::read(&rows)?.is_empty() {
         bail!(Problem::usage(format!(
-            "--objective {metric}: no row of `{}` has `choices`, from which it is measured; give rows with choices, or --objective loss",
+            "--objective {}: no row of `{}` has `choices`, from which it is measured; give rows with choices, or --objective loss",
+            objective.metric,
             data.display()
         )));
     }

@@ -277,9 +277,11 @@ fn remedy(key: &str, section: &str, fields: &[&str], schema: &Schema) -> String 
     if let Some(remedy) = peers::remedy(key) {
         return remedy.to_owned();
     }
-    if section == "lora" && METHODS.iter().any(|kind| kind.section() == key) {
+    let mut methods = METHODS.iter().filter(|_| section == "lora");
+    if let Some(kind) = methods.find(|kind| kind.section() == key) {
         return format!(
-            "method \"{key}\" has no keys of its own; `r` and `lora_alpha` of [lora] are its settings"
+            "method \"{}\" has no keys of its own; `r` and `lora_alpha` of [lora] are its settings",
+            kind.name
         );
     }
     if let Some(nearest) = nearest(key, fields) {

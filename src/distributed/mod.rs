@@ -141,6 +141,15 @@ pub fn local_rank() -> usize {
 /// Variables by which `mpirun` and schedulers tell a process the number of ranks.
 const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"];
 
+/// Variables by which they tell a process its rank. A process with one of them was started as a rank.
+#[cfg(feature = "mpi")]
+const RANKS: [&str; 4] = [
+    "OMPI_COMM_WORLD_RANK",
+    "PMIX_RANK",
+    "PMI_RANK",
+    "MV2_COMM_WORLD_RANK",
+];
+
 /// Variables by which starters that this program does not read tell the number of processes, and the starter to use instead.
 const OTHERS: [(&str, &str); 2] = [
     (
@@ -151,15 +160,6 @@ const OTHERS: [(&str, &str); 2] = [
         "WORLD_SIZE",
         "torchrun's variables are not read, so each of the {n} processes is a run of its own; start them with mpirun -n {n}",
     ),
-];
-
-/// Variables by which they tell a process its rank. A process with one of them was started as a rank.
-#[cfg(feature = "mpi")]
-const RANKS: [&str; 4] = [
-    "OMPI_COMM_WORLD_RANK",
-    "PMIX_RANK",
-    "PMI_RANK",
-    "MV2_COMM_WORLD_RANK",
 ];
 
 /// Joins the ranks of this run, if the process was started as one of several. Must be called once, before other threads start.
@@ -236,8 +236,7 @@ pub fn agree(own: &str) -> Result<(), Problem> {
 /// # Errors
 /// Returns the same error on every rank if one of them differs from rank 0.
 pub fn require_same(inputs: &[(&str, String)]) -> anyhow::Result<()> {
-    let own: Vec<&String> = inputs.iter().map(|(_, input)| input).collect();
-    let own: Vec<String> = own.into_iter().cloned().collect();
+    let own: Vec<String> = inputs.iter().map(|(_, input)| input.clone()).collect();
     let all = world().gather(own)?;
     for (rank, of_rank) in all.iter().enumerate() {
         let pairs = inputs.iter().zip(all[0].iter().zip(of_rank));

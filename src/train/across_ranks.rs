@@ -152,7 +152,7 @@ fn gradients_do_not_depend_on_the_ranks() {
             3,
         );
         let decoder = prepared.decoder(&Device::Cpu).expect("loads");
-        let lock = RunLock::take(out.path()).expect("free");
+        let lock = RunLock::take(out.path(), "wait").expect("free");
         let from: Checkpoint = Start::new(&prepared, &Device::Cpu, lock)
             .expect("starts")
             .from;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::metrics::EvalRecord;
-use crate::data::{Batch, BatchOptions, Batches, Cursor, Dataset};
+use crate::data::{Batch, BatchOptions, Dataset, epoch_plan};
 use crate::distributed::{Communicator, balanced};
 use crate::model::{ActiveAdapter, Decoder, Segment, Sequences};
 
@@ -43,12 +43,9 @@ pub(super) fn evaluate(
         pack_tokens: None,
         shuffle_seed: None,
     };
-    let mut batches = Batches::new(data, options, Cursor::default());
+    let batches = epoch_plan(&data.lengths(), &options, 0);
     let (mut total, mut tokens, mut correct) = (0.0, 0usize, 0usize);
     let mut is_interrupted = false;
-    let batches: Vec<_> = (0..batches.n_batches())
-        .map(|_| batches.next_examples())
-        .collect();
     let lengths: Vec<usize> = batches
         .iter()
         .map(|examples| examples.iter().map(|row| data.n_tokens(*row)).sum())

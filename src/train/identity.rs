@@ -82,7 +82,6 @@ impl Identity {
             if FREE.contains(&key) || key.starts_with("eval.") || key == "lora.init_from" {
                 drift.allowed.push(key.to_owned());
             } else {
-                let shown = |v: Option<&Value>| v.map_or("absent".to_owned(), Value::to_string);
                 let (then, now) = (shown(then), shown(now));
                 let what = match key {
                     // Two ranks with one batch each are one rank with two.
@@ -124,7 +123,6 @@ impl Identity {
     /// What `other`, the identity that another rank has, does not share with this one, rank 0's, one line each; and whether a
     /// data file is among it.
     pub fn unlike(&self, other: &Self) -> (Vec<String>, bool) {
-        let shown = |v: Option<&Value>| v.map_or("absent".to_owned(), Value::to_string);
         let keys = differences(&self.config, &other.config).into_iter();
         let mut found: Vec<String> = keys
             .filter(|(key, ..)| !PLACES.contains(key) && *key != "lora.init_from")
@@ -147,6 +145,11 @@ impl Identity {
         }
         (found, is_data)
     }
+}
+
+/// A value as messages show it.
+fn shown(value: Option<&Value>) -> String {
+    value.map_or("absent".to_owned(), Value::to_string)
 }
 
 fn differences<'a, T: PartialEq>(

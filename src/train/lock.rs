@@ -23,11 +23,11 @@ impl RunLock {
     /// The file's name.
     pub const NAME: &str = ".lock";
 
-    /// Takes the lock of `output_dir`.
+    /// Takes the lock of `output_dir`. `elsewhere` is how the user names another directory.
     ///
     /// # Errors
     /// Returns an error if another process holds the lock or the file cannot be written.
-    pub fn take(output_dir: &Path) -> Result<Self> {
+    pub fn take(output_dir: &Path, elsewhere: &str) -> Result<Self> {
         let path = output_dir.join(Self::NAME);
         let own = std::process::id().to_string();
         loop {
@@ -45,7 +45,7 @@ impl RunLock {
                         id => format!(" (process {id})"),
                     };
                     return Err(Problem::usage(format!(
-                        "another run{holder} is writing to `{}`; wait for it, stop it, or set another train.output_dir",
+                        "another run{holder} is writing to `{}`; wait for it, stop it, or {elsewhere}",
                         output_dir.display()
                     ))
                     .into());
@@ -84,8 +84,10 @@ mod tests {
     #[test]
     fn a_directory_has_one_holder_at_a_time() {
         let dir = tempfile::tempdir().expect("a directory");
-        let held = RunLock::take(dir.path()).expect("free");
-        let refused = RunLock::take(dir.path()).expect_err("held").to_string();
+        let held = RunLock::take(dir.path(), "wait").expect("free");
+        let refused = RunLock::take(dir.path(), "wait")
+            .expect_err("held")
+            .to_string();
         assert!(
             refused.contains(&std::process::id().to_string())
                 && refused.contains(&dir.path().display().to_string()),
@@ -95,6 +97,6 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).expect("lists").count(), 0);
         // The file of a killed process does not prevent the lock.
         std::fs::write(dir.path().join(RunLock::NAME), "4194305").expect("writes");
-        drop(RunLock::take(dir.path()).expect("free"));
+        drop(RunLock::take(dir.path(), "wait").expect("free"));
     }
 }

@@ -234,10 +234,8 @@ impl Prepared {
             ],
         );
         let total_steps = settings.total_steps(&train);
-        method.configure(&mut adapter_config, total_steps)?;
-        let described = modules_of(&adapter_config, &sites, &model_config)?;
-        let described: Vec<_> = described.into_iter().map(|(_, module)| module).collect();
-        method.check(&described)?;
+        let (of_method, shape) = (method.as_ref(), &model_config);
+        configure(&mut adapter_config, of_method, &sites, shape, total_steps)?;
         Ok(Self {
             method,
             total_steps,
@@ -275,10 +273,13 @@ impl Prepared {
         let mut config = run.lora.adapter_config(&self.base);
         name_targets(&mut config, method.as_ref(), &modules, shape)?;
         let sites = config.resolve_targets(&modules)?;
-        method.configure(&mut config, self.total_steps)?;
-        let described = modules_of(&config, &sites, shape)?.into_iter();
-        let described: Vec<_> = described.map(|(_, module)| module).collect();
-        Ok(method.check(&described)?)
+        Ok(configure(
+            &mut config,
+            method.as_ref(),
+            &sites,
+            shape,
+            self.total_steps,
+        )?)
     }
 
     /// Logs [`Self::base_warnings`].
@@ -411,6 +412,20 @@ impl Prepared {
         }
         Ok((outcome, decoder))
     }
+}
+
+/// Lets the method say in `config` what its files hold, and checks that it can train the modules `sites`.
+fn configure(
+    config: &mut AdapterConfig,
+    method: &dyn Method,
+    sites: &[String],
+    shape: &ModelShape,
+    total_steps: u64,
+) -> monteclora_adapters::Result<()> {
+    method.configure(config, total_steps)?;
+    let described = modules_of(config, sites, shape)?.into_iter();
+    let described: Vec<_> = described.map(|(_, module)| module).collect();
+    method.check(&described)
 }
 
 /// Names the modules that `all-linear` means for a method that does not take all of them.

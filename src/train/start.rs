@@ -208,7 +208,7 @@ fn begin_in(
     device: &Device,
 ) -> Result<Begin> {
     make(output_dir)?;
-    let lock = RunLock::take(output_dir)?;
+    let lock = RunLock::take(output_dir, "set another train.output_dir")?;
     if resume.is_none() && !force {
         Earlier::refuse(output_dir)?;
         require_empty(output_dir, false)?;

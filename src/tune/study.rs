@@ -85,13 +85,10 @@ impl Study<'_> {
     /// Returns an error if another study was begun there, with what differs.
     pub fn open(&self) -> Result<(Log, RunLock)> {
         std::fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
-        let lock = RunLock::take(&self.dir).map_err(|error| {
-            let text = error.to_string();
-            // A run's directory is a key of run.toml, a study's is a flag.
-            Problem::usage(text.replace(
-                "set another train.output_dir",
-                "give another directory with -o",
-            ))
+        let lock = RunLock::take(&self.dir, "give another directory with -o");
+        let lock = lock.map_err(|error| match error {
+            monteclora_adapters::Error::Format(error) => error,
+            other => Problem::usage(other.to_string()).into(),
         })?;
         let path = self.dir.join(RECORD);
         match std::fs::read_to_string(&path) {
@@ -364,7 +361,7 @@ fn require_some_success(trials: &[Trial]) -> Result<()> {
 fn is_busy(dir: &Path) -> Result<bool> {
     match dir.is_dir() {
         // Every other fault is told by the trial itself.
-        true => Ok(RunLock::take(dir).is_err_and(|error| error.to_string().contains(BUSY))),
+        true => Ok(RunLock::take(dir, "").is_err_and(|error| error.to_string().contains(BUSY))),
         false => Ok(false),
     }
 }

@@ -253,6 +253,9 @@ const HIGH: [&str; 3] = ["accuracy", "token_accuracy", "auroc"];
 /// Scores that are to be low.
 const LOW: [&str; 6] = ["loss", "perplexity", "nll", "ece", "brier", "aurc"];
 
+/// Scores that rows without choices have, too.
+const OF_ALL_ROWS: [&str; 3] = ["loss", "perplexity", "token_accuracy"];
+
 impl Objective {
     /// The score called `metric`.
     ///
@@ -269,6 +272,11 @@ impl Objective {
             metric: metric.to_owned(),
             maximise: is(&HIGH),
         })
+    }
+
+    /// Whether only rows with choices have it.
+    pub fn is_of_choices(&self) -> bool {
+        !OF_ALL_ROWS.contains(&self.metric.as_str())
     }
 
     /// Its value in `scores`, negated if it is to be high.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use monteclora_converters::Adapter;
 use serde_json::Value;
 
-use crate::fixtures::own;
+use crate::fixtures::{largest_difference, own};
 use crate::training::write_rows;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_monteclora");
@@ -116,14 +116,6 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn furthest(one: &[f32], other: &[f32]) -> f32 {
-    assert_eq!(one.len(), other.len());
-    one.iter()
-        .zip(other)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, f32::max)
-}
-
 #[test]
 fn n_ranks_are_one_rank_with_n_times_the_accumulation() {
     for packing in ["true", "false"] {
@@ -139,7 +131,7 @@ fn n_ranks_are_one_rank_with_n_times_the_accumulation() {
             succeed(&mut case.train(1, &alone, &["--set", &packing, "--set", &accumulation]));
             let said = succeed(&mut case.train(n_ranks, &many, &["--set", &packing]));
             succeed(&mut case.train(n_ranks, &again, &["--set", &packing]));
-            let distance = furthest(&case.values(&alone), &case.values(&many));
+            let distance = largest_difference(&case.values(&alone), &case.values(&many));
             assert!(distance < 2e-5, "{packing}, {n_ranks} ranks: {distance}");
             assert_eq!(case.bytes(&many), case.bytes(&again));
             let (of_one, of_many) = (case.metrics(&alone), case.metrics(&many));
@@ -324,7 +316,8 @@ fn sigterm_saves_once_and_the_run_continues_on_other_ranks() {
         let record: Value = serde_json::from_slice(&record).unwrap();
         assert_eq!(record["micro_batches_per_step"], 2);
         assert_eq!(record["finished_step"], last + 2);
-        let distance = furthest(&case.values("on1"), &case.values(&format!("on{n_ranks}")));
+        let distance =
+            largest_difference(&case.values("on1"), &case.values(&format!("on{n_ranks}")));
         assert!(distance < 2e-5, "{n_ranks} ranks: {distance}");
     }
     resumed(2, "out", "again");

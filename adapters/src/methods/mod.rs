@@ -79,8 +79,9 @@ impl Kind {
     }
 }
 
-/// Keys that describe A and B, which methods without a low-rank update do not read.
-const OF_RANK: &[&str] = &[
+/// Keys that methods without an input of A do not read.
+const OF_LOW_RANK: &[&str] = &[
+    "lora.lora_dropout",
     "lora.r",
     "lora.lora_alpha",
     "lora.use_rslora",
@@ -88,6 +89,9 @@ const OF_RANK: &[&str] = &[
     "lora.alpha_pattern",
     "train.loraplus_lr_ratio",
 ];
+
+/// Those of [`OF_LOW_RANK`] that methods without A and B do not read, which may drop inputs all the same.
+const OF_RANK: &[&str] = OF_LOW_RANK.split_at(1).1;
 
 /// The settings of a method from its section, or their defaults if the section is absent.
 fn settings<T: DeserializeOwned + Default>(kind: &Kind, section: &serde_json::Value) -> Result<T> {

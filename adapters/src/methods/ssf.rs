@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::lora::Plain;
 use super::parameter::unlike;
 use super::{
-    DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, Parameter, Storage, Value, Weighting,
-    settings,
+    DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, OF_LOW_RANK, Parameter, Storage,
+    Value, Weighting, settings,
 };
 use crate::error::Result;
 use crate::linear::FrozenLinear;
@@ -27,15 +27,7 @@ pub(super) static KIND: Kind = Kind {
     about: "Scale and shift of each projection's output. Merged, or served by this program; no LoRA file.",
     metrics: DIVERGENCES,
     export: Export::MergeOnly,
-    unread: &[
-        "lora.r",
-        "lora.lora_alpha",
-        "lora.use_rslora",
-        "lora.rank_pattern",
-        "lora.alpha_pattern",
-        "train.loraplus_lr_ratio",
-        "lora.lora_dropout",
-    ],
+    unread: OF_LOW_RANK,
     new: |section| Ok(Arc::new(Ssf(settings(&KIND, section)?))),
 };
 
