@@ -19,7 +19,7 @@ pub use adapter::{
     CollapseArgs, ConvertArgs, ConvertDtypeArg, EngineArg, ImportDtypeArg, ImportGgufArgs,
     InspectArgs, MergeArgs, ParityArgs, PushArgs, SampleArgs, ValidateArgs,
 };
-pub use bench::{BenchCommand, BenchMatmulArgs, BenchMethod, BenchTrainArgs};
+pub use bench::{BenchCommand, BenchGenerateArgs, BenchMatmulArgs, BenchMethod, BenchTrainArgs};
 pub use data::{ColorArg, DataCheckArgs, DataCommand, DataPreviewArgs, DataSourceArgs};
 pub use help::{command, hint};
 pub use serve::{CheckArgs, DeployArgs, RollbackArgs, ServeArgs, ServerArgs, StatusArgs};

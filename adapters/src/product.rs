@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+mod few;
 mod pieces;
 #[cfg(test)]
 mod tests;

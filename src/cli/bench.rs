@@ -11,6 +11,37 @@ pub enum BenchCommand {
     Train(BenchTrainArgs),
     /// Measure the machine's matrix product, which bounds a training step.
     Matmul(BenchMatmulArgs),
+    /// Measure greedy decoding after random prompts.
+    Generate(BenchGenerateArgs),
+}
+
+/// `bench generate`
+#[derive(Debug, Args)]
+pub struct BenchGenerateArgs {
+    /// Base model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Number of texts that are continued together.
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    /// Tokens of the longest prompt.
+    #[arg(long, default_value_t = 32)]
+    pub prompt: usize,
+    /// Give the prompts different lengths, from half of --prompt to all of it.
+    #[arg(long)]
+    pub ragged: bool,
+    /// Number of tokens that are generated for each text.
+    #[arg(long, default_value_t = 128)]
+    pub tokens: usize,
+    /// Use random weights of the sizes in MODEL's config.json. The directory needs no other file.
+    #[arg(long)]
+    pub random_weights: bool,
+    /// Number of runs. The fastest counts.
+    #[arg(long, default_value_t = 3)]
+    pub runs: usize,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `bench matmul`

@@ -1,6 +1,8 @@
 //! `bench train`: measures training steps on random tokens, with every position labelled, as in PEFT's benchmark.
 //! `bench matmul`: measures matrix products, which bound their speed.
+//! `bench generate`: measures greedy decoding.
 
+use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
@@ -14,11 +16,11 @@ use monteclora_converters::{AdapterConfig, ModelFiles, Problem, TargetModules};
 use serde_json::json;
 
 use super::{device, print, print_json, weight_type};
-use crate::cli::{BenchMatmulArgs, BenchMethod, BenchTrainArgs};
+use crate::cli::{BenchGenerateArgs, BenchMatmulArgs, BenchMethod, BenchTrainArgs};
 use crate::config::{DtypeChoice, TrainConfig};
 use crate::data::BatchOptions;
 use crate::hub;
-use crate::model::{Decoder, PassOptions, Sequences};
+use crate::model::{ActiveAdapter, Decoder, GenerationSettings, PassOptions, Sequences};
 use crate::train::memory::{MemoryEstimate, MemoryInputs, PROGRAM};
 use crate::train::metrics::peak_memory_bytes;
 use crate::train::{AdamW, AdapterState};
@@ -71,13 +73,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let mut state = AdapterState::initial(method, &config, &sites, model, 0, &device)?;
     state.attach(&decoder, true, 0)?;
     let (mut optimizer, adamw) = (AdamW::new(&state)?, TrainConfig::default());
-    let vocab = decoder.config().vocab_size as f64;
-    let rows: Vec<Vec<u32>> = (0..args.batch)
-        .map(|row| {
-            let uniforms = Key::new(0, "bench", row as u64).uniforms(Purpose::InitialA, args.seq);
-            uniforms.into_iter().map(|u| (u * vocab) as u32).collect()
-        })
-        .collect();
+    let rows = random_rows(&decoder, &vec![args.seq; args.batch]);
     let sequences = Sequences::new(&rows);
     let targets: Vec<(usize, u32)> = rows
         .iter()
@@ -134,6 +130,86 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
         args.batch,
         args.seq,
         peak_gb.map_or("?".to_owned(), |gb| format!("{gb:.2}"))
+    ))
+}
+
+/// Random tokens, a row of each length.
+fn random_rows(decoder: &Decoder, lengths: &[usize]) -> Vec<Vec<u32>> {
+    let vocab = decoder.config().vocab_size as f64;
+    let row = |(row, length): (usize, &usize)| {
+        let uniforms = Key::new(0, "bench", row as u64).uniforms(Purpose::InitialA, *length);
+        uniforms.into_iter().map(|u| (u * vocab) as u32).collect()
+    };
+    lengths.iter().enumerate().map(row).collect()
+}
+
+/// Measures greedy decoding after random prompts, without end tokens.
+pub(super) fn generate(args: &BenchGenerateArgs) -> Result<()> {
+    if [args.batch, args.prompt, args.runs].contains(&0) || args.tokens < 2 {
+        bail!(Problem::usage(
+            "bench generate needs --batch, --prompt and --runs of at least 1, and --tokens of at least 2",
+        ));
+    }
+    let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
+    let device = device(args.model.options.cpu)?;
+    let weights = weight_type(args.model.options.dtype)?;
+    let decoder = if args.random_weights {
+        Decoder::random(&base.dir, &device, weights, 0)?
+    } else {
+        Decoder::load_as(&base.dir, &device, weights)?
+    };
+    let shortest = if args.ragged {
+        args.prompt.div_ceil(2)
+    } else {
+        args.prompt
+    };
+    let span = args.prompt - shortest;
+    let lengths: Vec<usize> = (0..args.batch)
+        .map(|row| args.prompt - row * span / args.batch.max(2).saturating_sub(1))
+        .collect();
+    let prompts = random_rows(&decoder, &lengths);
+    let settings = GenerationSettings {
+        max_new_tokens: args.tokens,
+        stop_tokens: Vec::new(),
+        batch_size: args.batch,
+    };
+    let adapter = ActiveAdapter::default();
+    let (mut prompt_s, mut decode_s) = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..args.runs {
+        let began = Instant::now();
+        // The time before each token.
+        let times = Mutex::new(Vec::with_capacity(args.tokens));
+        let note = || {
+            if let Ok(mut times) = times.lock() {
+                times.push(began.elapsed().as_secs_f64());
+            }
+            true
+        };
+        decoder.generate_while(&prompts, &adapter, &settings, &note, |_| {})?;
+        let all = began.elapsed().as_secs_f64();
+        let times = times.into_inner().unwrap_or_default();
+        let first = times.get(1).copied().unwrap_or(all);
+        prompt_s = prompt_s.min(first);
+        decode_s = decode_s.min(all - first);
+    }
+    let per_second = (args.batch * (args.tokens - 1)) as f64 / decode_s;
+    let prompt_tokens: usize = lengths.iter().sum();
+    let prompt_per_second = prompt_tokens as f64 / prompt_s;
+    let threads = rayon::current_num_threads();
+    if args.json {
+        return print_json(&json!({
+            "batch": args.batch,
+            "prompt": args.prompt,
+            "tokens": args.tokens,
+            "prompt_tokens_per_second": prompt_per_second,
+            "tokens_per_second": per_second,
+            "peak_gb": peak_memory_bytes().map(|bytes| bytes as f64 / 1024.0 / 1e6),
+            "threads": threads,
+        }));
+    }
+    print(&format!(
+        "{} texts of {} tokens after {}: {per_second:.0} tokens/s, prompts {prompt_per_second:.0} tokens/s",
+        args.batch, args.tokens, args.prompt
     ))
 }
 

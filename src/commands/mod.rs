@@ -169,6 +169,7 @@ pub fn run(mut command: Command) -> Result<()> {
         Command::Completions { shell } => completions::run(*shell),
         Command::Bench(BenchCommand::Train(args)) => bench::run(args),
         Command::Bench(BenchCommand::Matmul(args)) => bench::matmul(args),
+        Command::Bench(BenchCommand::Generate(args)) => bench::generate(args),
     }
 }
 

@@ -95,6 +95,20 @@ pub struct ChoiceSet {
     pub answer: usize,
 }
 
+impl ChoiceSet {
+    /// Number of tokens in a forward pass over all choices, in which equal prompts are computed once.
+    pub fn n_tokens(&self) -> usize {
+        let mut n_tokens = 0;
+        let mut before: &[u32] = &[];
+        for choice in &self.choices {
+            let (prompt, answer) = choice.tokens.split_at(choice.n_prompt);
+            n_tokens += answer.len() + if prompt == before { 0 } else { prompt.len() };
+            before = prompt;
+        }
+        n_tokens
+    }
+}
+
 /// One answer after its prompt. Each answer carries its own prompt, because its first token may merge with the prompt's
 /// last.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -50,15 +50,12 @@ impl Question {
         }
     }
 
-    /// Number of tokens in the forward pass of the question. Choices of one token share the prompt; each longer choice
-    /// counts with a prompt of its own.
+    /// Number of tokens in the forward pass of the question. Its choices share the prompt.
     pub fn n_tokens(&self) -> usize {
-        let Self::Choice { set, .. } = self else {
-            return self.n_prompt();
-        };
-        let longer = set.choices.iter().map(|choice| choice.tokens.len());
-        let apart = longer.filter(|n_tokens| *n_tokens > self.n_prompt() + 1);
-        self.n_prompt() + apart.sum::<usize>()
+        match self {
+            Self::Choice { set, .. } => set.n_tokens(),
+            Self::Open(_) => self.n_prompt(),
+        }
     }
 
     /// Number of tokens of the prompt: of the first choice's prompt if the choices' prompts differ.
@@ -198,8 +195,7 @@ impl Answerer<'_> {
             [] => std::slice::from_ref(self.mean),
             draws => draws,
         };
-        let tokens = |set: &&ChoiceSet| set.choices.iter().map(|c| c.tokens.len()).sum();
-        let lengths: Vec<usize> = sets.iter().map(tokens).collect();
+        let lengths: Vec<usize> = sets.iter().map(|set| set.n_tokens()).collect();
         let mut found = vec![Vec::with_capacity(adapters.len()); sets.len()];
         for batch in Batching::new(None).plan(&lengths) {
             for adapter in adapters {
@@ -376,7 +372,7 @@ mod tests {
     use crate::data::ChoiceTokens;
 
     #[test]
-    fn choices_of_one_token_share_their_prompt() {
+    fn choices_share_their_prompt() {
         let choice = |n_answer: usize| ChoiceTokens {
             tokens: vec![1; 10 + n_answer],
             n_prompt: 10,
@@ -388,8 +384,8 @@ mod tests {
             },
             texts: Vec::new(),
         };
-        assert_eq!(question(&[1, 1, 1]).n_tokens(), 10);
-        assert_eq!(question(&[1, 2, 3]).n_tokens(), 10 + 12 + 13);
+        assert_eq!(question(&[1, 1, 1]).n_tokens(), 10 + 3);
+        assert_eq!(question(&[1, 2, 3]).n_tokens(), 10 + 6);
         assert_eq!(Question::Open(vec![1; 7]).n_tokens(), 7);
     }
 

@@ -339,6 +339,7 @@ mod tests {
                 let pass = Pass {
                     rotations: &rotations,
                     segments: &segments,
+                    keys: None,
                     adapter: &adapter,
                     dropout: None,
                 };
@@ -372,6 +373,7 @@ mod tests {
         let pass = Pass {
             rotations: &rotations,
             segments: &segments,
+            keys: None,
             adapter: &ActiveAdapter::default(),
             dropout: None,
         };

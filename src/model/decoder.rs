@@ -14,6 +14,7 @@ use super::adapter::{ActiveAdapter, AdapterGradients, ModuleId};
 use super::block::{Block, Kept};
 use super::generate::LayerCache;
 use super::load;
+use super::merge::Merged;
 use super::parts::Pass;
 use super::parts::attention::Segment;
 use super::parts::embedding::Embedding;
@@ -210,6 +211,44 @@ impl Decoder {
         config.linear_modules()
     }
 
+    /// Merges common beginnings, unless a rotation may depend on the length of its sequence.
+    pub(super) fn merged(&self, sequences: &Sequences) -> Option<Merged> {
+        let longest = sequences.segments.iter().map(|s| s.query_len).max()?;
+        let mut ropes = self.config.ropes.iter();
+        match ropes.any(|rope| rope.threshold().is_some_and(|most| longest > most)) {
+            true => None,
+            false => Merged::new(sequences),
+        }
+    }
+
+    /// Hidden states before the last norm of the given rows, `[rows, hidden]`. Common beginnings of the sequences are
+    /// computed once.
+    pub(super) fn hidden_at(
+        &self,
+        sequences: &Sequences,
+        rows: &[u32],
+        adapter: &ActiveAdapter,
+    ) -> Result<Tensor> {
+        match self.merged(sequences) {
+            None => self.selected(sequences, &[], rows, adapter),
+            Some(merged) => {
+                let rows: Vec<u32> = rows.iter().map(|row| merged.rows[*row as usize]).collect();
+                self.selected(&merged.sequences, &merged.keys, &rows, adapter)
+            }
+        }
+    }
+
+    fn selected(
+        &self,
+        sequences: &Sequences,
+        keys: &[u32],
+        rows: &[u32],
+        adapter: &ActiveAdapter,
+    ) -> Result<Tensor> {
+        let hidden = self.hidden(sequences, keys, adapter, None)?;
+        Ok(hidden.index_select(&Tensor::new(rows, &self.device)?, 0)?)
+    }
+
     fn rotations(&self, sequences: &Sequences) -> Result<Vec<Rotation>> {
         let (config, ropes) = (&self.config, self.config.ropes.iter());
         let heads = (config.family.rotary.pairs, config.head_dim);
@@ -219,16 +258,23 @@ impl Decoder {
             .collect()
     }
 
-    /// Hidden states before the last norm, `[tokens, hidden]`. Nothing is kept for a backward pass.
+    /// Hidden states before the last norm, `[tokens, hidden]`. Nothing is kept for a backward pass. The segments read
+    /// the keys and values of the rows `keys`, or of all rows if `keys` is empty.
     pub(super) fn hidden(
         &self,
         sequences: &Sequences,
+        keys: &[u32],
         adapter: &ActiveAdapter,
         mut caches: Option<&mut [LayerCache]>,
     ) -> Result<Tensor> {
+        let keys = match keys {
+            [] => None,
+            keys => Some(Tensor::new(keys, &self.device)?),
+        };
         let pass = Pass {
             rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
+            keys: keys.as_ref(),
             adapter,
             dropout: None,
         };
@@ -246,7 +292,7 @@ impl Decoder {
 
     /// Logits of every position, `[tokens, vocab]`.
     pub fn logits(&self, sequences: &Sequences, adapter: &ActiveAdapter) -> Result<Tensor> {
-        let hidden = self.hidden(sequences, adapter, None)?;
+        let hidden = self.hidden(sequences, &[], adapter, None)?;
         self.head_logits(&hidden, adapter)
     }
 
@@ -258,9 +304,8 @@ impl Decoder {
         adapter: &ActiveAdapter,
     ) -> Result<TaskLoss> {
         on_pool(|| {
-            let hidden = self.hidden(sequences, adapter, None)?;
             let (rows, labels) = split(targets);
-            let selected = hidden.index_select(&Tensor::new(rows, &self.device)?, 0)?;
+            let selected = self.hidden_at(sequences, &rows, adapter)?;
             let loss = self.head.losses(&selected, &labels, adapter, None)?;
             Ok(TaskLoss {
                 nll: loss.nll,
@@ -293,6 +338,7 @@ impl Decoder {
         let pass = Pass {
             rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
+            keys: None,
             adapter,
             dropout: options.dropout,
         };

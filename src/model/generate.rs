@@ -9,65 +9,68 @@ use super::parts::attention::Segment;
 use super::predictive::most_likely;
 use monteclora_adapters::Result;
 
-/// Rotated keys and values of one layer for the running sequences, concatenated.
+/// Rotated keys and values of one layer for the running texts. Each text has a range of rows with room to grow.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct LayerCache {
     keys_and_values: Option<(Tensor, Tensor)>,
-    lengths: Vec<usize>,
 }
 
 impl LayerCache {
-    /// Inserts the new rows of each sequence after its earlier ones, and returns all keys and values.
+    /// Writes the new rows of each text after its earlier ones, and returns all rows, those of unused room included.
     pub(crate) fn extend(
         &mut self,
         k: &Tensor,
         v: &Tensor,
         segments: &[Segment],
     ) -> Result<(Tensor, Tensor)> {
-        let joined = match &self.keys_and_values {
-            None => (k.clone(), v.clone()),
-            Some((old_k, old_v)) => (
-                self.interleave(old_k, k, segments)?,
-                self.interleave(old_v, v, segments)?,
-            ),
+        let Some((keys, values)) = &self.keys_and_values else {
+            // At first all rows are new, and none has room.
+            self.keys_and_values = Some((k.clone(), v.clone()));
+            return Ok((k.clone(), v.clone()));
         };
-        self.lengths = segments.iter().map(|s| s.key_len).collect();
-        self.keys_and_values = Some(joined.clone());
-        Ok(joined)
-    }
-
-    fn interleave(&self, old: &Tensor, new: &Tensor, segments: &[Segment]) -> Result<Tensor> {
-        let mut parts = Vec::with_capacity(2 * segments.len());
-        let mut start = 0;
-        for (segment, length) in segments.iter().zip(&self.lengths) {
-            parts.push(old.narrow(0, start, *length)?);
-            parts.push(new.narrow(0, segment.query_start, segment.query_len)?);
-            start += length;
-        }
-        Ok(Tensor::cat(&parts, 0)?)
-    }
-
-    fn retain(&mut self, running: &[bool]) -> Result<()> {
-        if let Some((k, v)) = &self.keys_and_values {
-            let mut start = 0;
-            let (mut ks, mut vs) = (Vec::new(), Vec::new());
-            for (length, keep) in self.lengths.iter().zip(running) {
-                if *keep {
-                    ks.push(k.narrow(0, start, *length)?);
-                    vs.push(v.narrow(0, start, *length)?);
-                }
-                start += length;
+        for (new, all) in [(k, keys), (v, values)] {
+            for segment in segments {
+                let rows = new.narrow(0, segment.query_start, segment.query_len)?;
+                let at = segment.key_start + segment.key_len - segment.query_len;
+                all.slice_set(&rows.contiguous()?, 0, at)?;
             }
-            self.keys_and_values = match ks.is_empty() {
-                true => None,
-                false => Some((Tensor::cat(&ks, 0)?, Tensor::cat(&vs, 0)?)),
-            };
         }
-        let mut keep = running.iter();
-        self.lengths
-            .retain(|_| keep.next().copied().unwrap_or(false));
+        Ok((keys.clone(), values.clone()))
+    }
+
+    /// Moves the rows of each text to another range; `total` is the number of rows of all ranges.
+    fn move_rows(&mut self, moves: &[Move], total: usize) -> Result<()> {
+        if let Some((k, v)) = &mut self.keys_and_values {
+            for all in [k, v] {
+                let moved = Tensor::zeros((total, all.dims2()?.1), all.dtype(), all.device())?;
+                for Move { from, to, len } in moves {
+                    moved.slice_set(&all.narrow(0, *from, *len)?, 0, *to)?;
+                }
+                *all = moved;
+            }
+        }
         Ok(())
     }
+}
+
+/// The rows of a text that move within the caches.
+#[derive(Debug, Clone, Copy)]
+struct Move {
+    from: usize,
+    to: usize,
+    len: usize,
+}
+
+/// The range of a text's rows in the caches.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    start: usize,
+    rows: usize,
+}
+
+/// Rows of room for a text of `n_tokens`: half as many again, so that few tokens move all rows.
+fn room_for(n_tokens: usize) -> usize {
+    n_tokens + (n_tokens / 2).max(32)
 }
 
 /// Limits of decoding.
@@ -210,6 +213,8 @@ pub struct Continuation<'a> {
     caches: Vec<LayerCache>,
     /// All tokens of each text. The newest one may not have been computed yet.
     texts: Vec<Vec<u32>>,
+    /// Where the keys and values of each text are.
+    rooms: Vec<Room>,
     /// The tokens to compute next.
     sequences: Sequences,
     /// See [`Decoder::rotation_threshold`].
@@ -223,6 +228,7 @@ impl<'a> Continuation<'a> {
             adapter,
             caches: vec![LayerCache::default(); decoder.blocks.len()],
             texts: prompts.to_vec(),
+            rooms: without_room(prompts),
             sequences: Sequences::new(prompts),
             threshold: decoder.rotation_threshold(),
         }
@@ -247,7 +253,7 @@ impl<'a> Continuation<'a> {
 
     fn next_logits(&mut self) -> Result<Tensor> {
         let (decoder, adapter) = (self.decoder, self.adapter);
-        let hidden = decoder.hidden(&self.sequences, adapter, Some(&mut self.caches))?;
+        let hidden = decoder.hidden(&self.sequences, &[], adapter, Some(&mut self.caches))?;
         let last: Vec<u32> = self
             .sequences
             .segments
@@ -261,13 +267,8 @@ impl<'a> Continuation<'a> {
     /// Appends one token to each text that continues, and removes the texts whose token is `None`.
     fn extend(&mut self, next: &[Option<u32>]) -> Result<()> {
         let goes_on: Vec<bool> = next.iter().map(Option::is_some).collect();
-        if goes_on.contains(&false) {
-            for cache in &mut self.caches {
-                cache.retain(&goes_on)?;
-            }
-            let mut goes_on = goes_on.into_iter();
-            self.texts.retain(|_| goes_on.next().unwrap_or(false));
-        }
+        retain(&mut self.texts, &goes_on);
+        retain(&mut self.rooms, &goes_on);
         let begins = |text: &Vec<u32>| Some(text.len()) == self.threshold;
         let turns_otherwise = self.texts.iter().any(begins);
         for (text, token) in self.texts.iter_mut().zip(next.iter().flatten()) {
@@ -277,18 +278,62 @@ impl<'a> Continuation<'a> {
             // Beyond the threshold all positions have another rotation, so the cached keys are no longer valid.
             self.caches.fill(LayerCache::default());
             self.sequences = Sequences::new(&self.texts);
+            self.rooms = without_room(&self.texts);
         } else {
-            self.sequences = last_tokens(&self.texts);
+            self.make_room()?;
+            self.sequences = last_tokens(&self.texts, &self.rooms);
         }
         Ok(())
     }
+
+    /// Moves all rows once a text has no room for its newest token.
+    fn make_room(&mut self) -> Result<()> {
+        let mut texts = self.texts.iter().zip(&self.rooms);
+        if texts.all(|(text, room)| text.len() <= room.rows) {
+            return Ok(());
+        }
+        let mut total = 0;
+        let mut moves = Vec::with_capacity(self.texts.len());
+        for (text, room) in self.texts.iter().zip(&mut self.rooms) {
+            moves.push(Move {
+                from: room.start,
+                to: total,
+                len: text.len() - 1,
+            });
+            *room = Room {
+                start: total,
+                rows: room_for(text.len()),
+            };
+            total += room.rows;
+        }
+        let mut caches = self.caches.iter_mut();
+        caches.try_for_each(|cache| cache.move_rows(&moves, total))
+    }
+}
+
+/// Ranges without room to grow, one after the other.
+fn without_room(texts: &[Vec<u32>]) -> Vec<Room> {
+    let mut start = 0;
+    let room = |text: &Vec<u32>| {
+        let rows = text.len();
+        start += rows;
+        Room {
+            start: start - rows,
+            rows,
+        }
+    };
+    texts.iter().map(room).collect()
+}
+
+fn retain<T>(values: &mut Vec<T>, keep: &[bool]) {
+    let mut keep = keep.iter();
+    values.retain(|_| keep.next().copied().unwrap_or(false));
 }
 
 /// Only the last token of each text as a query; its keys are all tokens.
-fn last_tokens(texts: &[Vec<u32>]) -> Sequences {
+fn last_tokens(texts: &[Vec<u32>], rooms: &[Room]) -> Sequences {
     let mut sequences = Sequences::default();
-    let mut key_start = 0;
-    for (row, text) in texts.iter().enumerate() {
+    for (row, (text, room)) in texts.iter().zip(rooms).enumerate() {
         let Some((last, earlier)) = text.split_last() else {
             continue;
         };
@@ -297,10 +342,54 @@ fn last_tokens(texts: &[Vec<u32>]) -> Sequences {
         sequences.segments.push(Segment {
             query_start: row,
             query_len: 1,
-            key_start,
+            key_start: room.start,
             key_len: text.len(),
         });
-        key_start += text.len();
     }
     sequences
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use monteclora_adapters::weights::F32;
+
+    /// Texts of different lengths grow beyond their room several times, and some end before others.
+    #[test]
+    fn texts_that_grow_together_are_what_they_are_alone()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        std::fs::write(
+            dir.path().join("config.json"),
+            r#"{"model_type": "llama", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}"#,
+        )?;
+        let decoder = Decoder::random(dir.path(), &Device::Cpu, &F32, 3)?;
+        let prompts: Vec<Vec<u32>> = [3u32, 40, 11, 1]
+            .map(|n| (0..n).map(|i| (i * i + n) % 61).collect())
+            .to_vec();
+        let adapter = ActiveAdapter::default();
+        let run = |prompts: &[Vec<u32>], stop_tokens: &[u32]| {
+            let settings = GenerationSettings {
+                max_new_tokens: 150,
+                stop_tokens: stop_tokens.to_vec(),
+                batch_size: prompts.len(),
+            };
+            decoder.generate(prompts, &adapter, &settings, |_| {})
+        };
+        let endless = run(&prompts, &[])?;
+        // A token that ends one of the texts early.
+        let stop = endless[1].tokens[70];
+        for stop_tokens in [vec![], vec![stop]] {
+            let together = run(&prompts, &stop_tokens)?;
+            for (prompt, found) in prompts.iter().zip(&together) {
+                let alone = &run(std::slice::from_ref(prompt), &stop_tokens)?[0];
+                assert!(found.says_the_same(alone), "{prompt:?}");
+                assert!((found.log_probability - alone.log_probability).abs() < 1e-3);
+            }
+        }
+        assert!(run(&prompts, &[stop])?[1].end.is_some());
+        Ok(())
+    }
 }

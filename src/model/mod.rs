@@ -5,6 +5,7 @@ mod block;
 mod decoder;
 mod generate;
 mod load;
+mod merge;
 pub(crate) mod parts;
 mod predictive;
 

@@ -83,7 +83,7 @@ impl Decoder {
         adapter: &ActiveAdapter,
         each: &mut dyn FnMut(&[f32]),
     ) -> Result<()> {
-        let hidden = on_pool(|| self.hidden(sequences, adapter, None))?;
+        let hidden = on_pool(|| self.hidden(sequences, &[], adapter, None))?;
         let n_rows = hidden.dims2()?.0;
         let chunk = (LOGITS / self.config.vocab_size).clamp(1, CHUNK);
         for start in (0..n_rows).step_by(chunk) {
@@ -108,13 +108,10 @@ impl Decoder {
             return Err(Problem::sentence("no-adapters", message).into());
         }
         let (rows, labels) = split(targets);
-        let rows = Tensor::new(rows, &self.device)?;
         let normed = adapters
             .iter()
             .map(|adapter| {
-                let selected = self
-                    .hidden(sequences, adapter, None)?
-                    .index_select(&rows, 0)?;
+                let selected = self.hidden_at(sequences, &rows, adapter)?;
                 self.head.norm.forward(&selected)
             })
             .collect::<Result<Vec<Tensor>>>()?;

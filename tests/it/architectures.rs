@@ -209,6 +209,47 @@ fn decoding_from_the_cache_is_the_whole_pass() {
     }
 }
 
+/// Sequences that begin alike share their beginning, and have the losses that they have alone.
+#[test]
+fn common_beginnings_change_no_loss() {
+    for case in supported_architectures() {
+        let expected = SafetensorsFile::open(&case.expected).unwrap();
+        let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
+        let adapter = active(&case, &decoder);
+        let vocab = decoder.config().vocab_size as u32;
+        let mut sequences = Vec::new();
+        for row in rows(&expected) {
+            let turned = |from: usize| -> Vec<u32> {
+                let tail = row[from..].iter().map(|token| (token + 1) % vocab);
+                row[..from].iter().copied().chain(tail).collect()
+            };
+            let half = row.len() / 2;
+            sequences.extend([
+                turned(half),
+                row[..half].to_vec(),
+                turned(half + 2),
+                turned(0),
+            ]);
+            sequences.push(row);
+        }
+        let losses = |sequences: &[Vec<u32>]| -> Vec<f32> {
+            let batch = Sequences::new(sequences);
+            let tokens = batch.tokens.iter().enumerate();
+            let targets: Vec<(usize, u32)> = tokens.map(|(row, token)| (row, *token)).collect();
+            let one = decoder.evaluate(&batch, &targets, &adapter).unwrap().nll;
+            let both = [adapter.clone(), adapter.clone()];
+            let average = decoder.evaluate_average(&batch, &targets, &both).unwrap();
+            assert!(largest_difference(&one, &average.loss.nll) < 1e-4);
+            one
+        };
+        let together = losses(&sequences);
+        let alone = sequences.iter().map(std::slice::from_ref);
+        let alone: Vec<f32> = alone.flat_map(losses).collect();
+        let difference = largest_difference(&together, &alone);
+        assert!(difference < 1e-4, "{}: {difference}", case.name);
+    }
+}
+
 /// Each format that names modules in its own way leads back to the updates that PEFT recorded, for every family.
 #[test]
 fn every_format_carries_the_updates_of_every_family() {

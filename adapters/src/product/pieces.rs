@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{Kernel, Matrix, PackedRows};
+use super::few::{self, FEW, Rows};
 use super::{Factor, Precision, Product};
 use crate::error::Result;
 use crate::linalg::{PARALLEL_FROM, Strided, raw_gemm};
@@ -126,6 +127,14 @@ impl<'a> Term<'a> {
         }
     }
 
+    /// Whether the product with a left factor of `m` rows is a matter of few dot products; see [`few`].
+    fn is_few(&self, m: usize) -> bool {
+        matches!(self.operands, Operands::Single { .. })
+            && m <= FEW
+            && !self.product.lhs.is_transposed()
+            && self.product.rhs.is_transposed()
+    }
+
     /// Maps rows and columns of the right factor to those of its matrix in memory.
     fn stored(&self, rows: Range<usize>, columns: Range<usize>) -> (Range<usize>, Range<usize>) {
         match self.product.rhs.is_transposed() {
@@ -224,6 +233,13 @@ fn n_pieces((m, n): (usize, usize), terms: &[Term<'_>], at: usize) -> usize {
     let threads = rayon::current_num_threads();
     let work: usize = terms.iter().map(|term| m * n * term.k).sum();
     let most = (n / PIECE_FROM).max(1);
+    if terms.iter().all(|term| term.is_few(m)) {
+        // No cut changes a bit. Several pieces per thread even out what the cores lose to others.
+        return match work < PARALLEL_FROM {
+            true => 1,
+            false => most.min(4 * threads),
+        };
+    }
     if terms.iter().any(Term::is_widened) {
         // The cuts also bound the memory for widened values, so they do not depend on the number of threads.
         if m < PIECE_ROWS {
@@ -341,6 +357,33 @@ fn piece(
                 right,
             } => {
                 let left = rounded.as_deref().unwrap_or(left);
+                if term.is_few(m) {
+                    let weight = term.product.rhs.matrix();
+                    let widen = |rows: Range<usize>, out: &mut [f32]| {
+                        weight.widen(rows, 0..term.k, out);
+                    };
+                    let rows = match right.as_deref() {
+                        Some(values) => Rows::Lent {
+                            values,
+                            stride: term.stride,
+                        },
+                        None => Rows::Widened(&widen),
+                    };
+                    // SAFETY: the destination has m rows of n floats, of which this writes columns that no other piece
+                    // touches, and reads them only once `accumulate` says they are written.
+                    unsafe {
+                        few::product(
+                            left,
+                            (m, term.k),
+                            &rows,
+                            columns.clone(),
+                            (destination.0, n),
+                            (accumulate, scale),
+                        );
+                    }
+                    accumulate = true;
+                    continue;
+                }
                 let lhs = match term.product.lhs {
                     Factor::Plain(_) => Strided::rows(left, term.k),
                     Factor::Transposed(_) => Strided::transposed(left, m),

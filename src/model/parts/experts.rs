@@ -270,6 +270,7 @@ mod tests {
         let pass = Pass {
             rotations: &[],
             segments: &[],
+            keys: None,
             adapter: &adapter,
             dropout: None,
         };

@@ -32,6 +32,8 @@ use monteclora_adapters::Result;
 pub(crate) struct Pass<'a> {
     pub(crate) rotations: &'a [Rotation],
     pub(crate) segments: &'a [Segment],
+    /// The rows whose keys and values the segments read. `None` for all rows.
+    pub(crate) keys: Option<&'a Tensor>,
     pub(crate) adapter: &'a ActiveAdapter,
     pub(crate) dropout: Option<&'a Dropout>,
 }

@@ -78,6 +78,17 @@ pub(crate) fn forward(
     heads: Heads,
 ) -> Result<Attended> {
     let tokens = q.dims2()?.0;
+    if segments.iter().all(|s| s.query_len == 1) && segments.len() == tokens {
+        let fast = on_cpu([q, k, v], |[q, k, v]| {
+            cpu::forward_single(q, k, v, tokens, segments, heads)
+        })?;
+        if let Some(output) = fast {
+            return Ok(Attended {
+                output: output?,
+                log_sums: Vec::new(),
+            });
+        }
+    }
     let fast = on_cpu([q, k, v], |[q, k, v]| {
         cpu::forward(q, k, v, tokens, segments, heads)
     })?;

@@ -78,6 +78,9 @@ impl Part for Attention {
         if let Some(cache) = cache {
             (k, v) = cache.extend(&k, &v, pass.segments)?;
         }
+        if let Some(rows) = pass.keys {
+            (k, v) = (k.index_select(rows, 0)?, v.index_select(rows, 0)?);
+        }
         let attended = kernel::forward(&q, &k, &v, pass.segments, self.heads)?;
         let (outputs, saved_output) = self.output.forward(&attended.output, pass, residual)?;
         let [y] = super::parts(outputs)?;

@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use monteclora_adapters::linalg::{Strided, gemm_f32};
-use monteclora_adapters::simd::{dot, largest, vectorised};
+use monteclora_adapters::simd::{dot, dot_fused, largest, vectorised};
 use rayon::prelude::*;
 
 use super::{Heads, Segment};
@@ -108,6 +108,68 @@ pub(super) fn forward(
         &parts[segment * heads.query + h].0
     })?;
     Ok((output, log_sums))
+}
+
+/// [`forward`] where every segment has one query, as in decoding: one task per segment and key head, which reads each
+/// key and value once for all query heads of the group.
+pub(super) fn forward_single(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    tokens: usize,
+    segments: &[Segment],
+    heads: Heads,
+) -> candle_core::Result<Tensor> {
+    let Heads {
+        query,
+        key_value,
+        dim,
+        ..
+    } = heads;
+    let (group, scale) = (heads.group(), heads.scale());
+    let (width, of_keys) = (query * dim, key_value * dim);
+    let mut out = vec![0f32; tokens * width];
+    let tasks = out.par_chunks_mut(group * dim).enumerate();
+    tasks.for_each(|(task, out)| {
+        let (segment, head) = (&segments[task / key_value], task % key_value);
+        let visible = heads.visible(segment, 0);
+        let queries = &q[segment.query_start * width + head * group * dim..][..group * dim];
+        let place = |key: usize| {
+            let at = (segment.key_start + key) * of_keys + head * dim;
+            at..at + dim
+        };
+        vectorised(
+            #[inline(always)]
+            || {
+                let n_keys = visible.len();
+                let mut scores = vec![0f32; group * n_keys];
+                for (column, key) in visible.clone().enumerate() {
+                    let key = &k[place(key)];
+                    for (member, query) in queries.chunks_exact(dim).enumerate() {
+                        scores[member * n_keys + column] = scale * dot_fused(query, key);
+                    }
+                }
+                for scores in scores.chunks_exact_mut(n_keys) {
+                    if let Some(cap) = heads.softcap {
+                        for score in scores.iter_mut() {
+                            *score = cap * tanh(*score / cap);
+                        }
+                    }
+                    softmax_row(scores, 0, n_keys);
+                }
+                for (column, key) in visible.enumerate() {
+                    let value = &v[place(key)];
+                    for (member, out) in out.chunks_exact_mut(dim).enumerate() {
+                        let p = scores[member * n_keys + column];
+                        for (out, value) in out.iter_mut().zip(value) {
+                            *out = p.mul_add(*value, *out);
+                        }
+                    }
+                }
+            },
+        );
+    });
+    Tensor::from_vec(out, (tokens, width), &Device::Cpu)
 }
 
 /// For each row, its segment and its index within the segment.
