@@ -44,23 +44,39 @@ pub fn dots_fused<const M: usize, const N: usize>(a: [&[f32]; M], b: [&[f32]; N]
     let len = a.iter().chain(&b).map(|x| x.len()).min().unwrap_or(0);
     let (a, b) = (a.map(|a| &a[..len]), b.map(|b| &b[..len]));
     let mut partial = [[[0f32; LANES]; N]; M];
-    for start in (0..len).step_by(LANES) {
-        let chunk = |x: &[f32]| {
-            let x = &x[start..len.min(start + LANES)];
-            let mut chunk = [0f32; LANES];
-            chunk[..x.len()].copy_from_slice(x);
-            chunk
-        };
-        let b = b.map(chunk);
-        for (a, partial) in a.map(chunk).iter().zip(&mut partial) {
-            for (b, partial) in b.iter().zip(partial) {
-                for lane in 0..LANES {
-                    partial[lane] = a[lane].mul_add(b[lane], partial[lane]);
-                }
+    let (a_chunks, b_chunks) = (a.map(<[f32]>::as_chunks), b.map(<[f32]>::as_chunks));
+    for idx in 0..len / LANES {
+        add_products(
+            &mut partial,
+            a_chunks.map(|a| a.0[idx]),
+            b_chunks.map(|b| b.0[idx]),
+        );
+    }
+    if !len.is_multiple_of(LANES) {
+        let (a, b) = (a_chunks.map(|a| padded(a.1)), b_chunks.map(|b| padded(b.1)));
+        add_products(&mut partial, a, b);
+    }
+    partial.map(|of_row| of_row.map(total))
+}
+
+#[inline(always)]
+fn add_products<const M: usize, const N: usize>(
+    partial: &mut [[[f32; LANES]; N]; M],
+    a: [[f32; LANES]; M],
+    b: [[f32; LANES]; N],
+) {
+    for (a, partial) in a.iter().zip(partial) {
+        for (b, partial) in b.iter().zip(partial) {
+            for lane in 0..LANES {
+                partial[lane] = a[lane].mul_add(b[lane], partial[lane]);
             }
         }
     }
-    partial.map(|of_row| of_row.map(total))
+}
+
+#[inline(always)]
+fn padded(rest: &[f32]) -> [f32; LANES] {
+    std::array::from_fn(|lane| rest.get(lane).copied().unwrap_or(0.0))
 }
 
 /// The sum of sixteen numbers, by halves.

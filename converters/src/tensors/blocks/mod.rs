@@ -152,9 +152,40 @@ impl BlockMatrix {
     /// # Panics
     /// If the rows or columns do not exist.
     pub fn decode(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        if let Some((format, blocks)) = self.whole_rows(&rows, &columns) {
+            (format.decode)(blocks, out);
+            return;
+        }
         for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
             self.decode_row(row, columns.clone(), out);
         }
+    }
+
+    /// The blocks of whole rows, if they lie one after the other.
+    fn whole_rows(
+        &self,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+    ) -> Option<(&'static BlockFormat, &[u8])> {
+        let Layout::Ggml {
+            format,
+            map,
+            start,
+            columns: width,
+            head: None,
+            ..
+        } = &*self.0
+        else {
+            return None;
+        };
+        let (elements, bytes) = format.block();
+        let length = width / elements * bytes;
+        (*columns == (0..*width)).then(|| {
+            (
+                *format,
+                &map[start + rows.start * length..start + rows.end * length],
+            )
+        })
     }
 
     /// As [`Self::decode`], with each value rounded to nearest.
@@ -182,11 +213,10 @@ impl BlockMatrix {
         let block = self.block();
         let (first, last) = (columns.start / block * block, columns.end / block * block);
         let starts_inside = first < columns.start;
-        let mut scratch = [0f32; LARGEST];
         let mut from = columns.start;
         let mut rest = out;
         if starts_inside {
-            let scratch = &mut scratch[..block];
+            let scratch = &mut [0f32; LARGEST][..block];
             self.decode_blocks(row, first..first + block, scratch);
             let to = (first + block).min(columns.end);
             let (part, after) = rest.split_at_mut(to - from);
@@ -199,7 +229,7 @@ impl BlockMatrix {
             (from, rest) = (last, after);
         }
         if !rest.is_empty() {
-            let scratch = &mut scratch[..block];
+            let scratch = &mut [0f32; LARGEST][..block];
             self.decode_blocks(row, from..from + block, scratch);
             let n_values = rest.len();
             rest.copy_from_slice(&scratch[..n_values]);

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::linalg::{Strided, gemm_f32};
-use monteclora_adapters::simd::{dot, dot_fused, largest, vectorised};
+use monteclora_adapters::simd::{dot, dot_fused, dots_fused, largest, vectorised};
 use rayon::prelude::*;
 
 use super::{Heads, Segment};
@@ -143,10 +143,19 @@ pub(super) fn forward_single(
             || {
                 let n_keys = visible.len();
                 let mut scores = vec![0f32; group * n_keys];
-                for (column, key) in visible.clone().enumerate() {
-                    let key = &k[place(key)];
-                    for (member, query) in queries.chunks_exact(dim).enumerate() {
-                        scores[member * n_keys + column] = scale * dot_fused(query, key);
+                for (query, scores) in queries
+                    .chunks_exact(dim)
+                    .zip(scores.chunks_exact_mut(n_keys))
+                {
+                    let mut keys = visible.clone().map(|key| &k[place(key)]);
+                    let (fours, rest) = scores.as_chunks_mut::<4>();
+                    for scores in fours {
+                        let keys = std::array::from_fn(|_| keys.next().unwrap_or_default());
+                        let [sums] = dots_fused([query], keys);
+                        *scores = sums.map(|sum| scale * sum);
+                    }
+                    for (score, key) in rest.iter_mut().zip(keys) {
+                        *score = scale * dot_fused(query, key);
                     }
                 }
                 for scores in scores.chunks_exact_mut(n_keys) {
