@@ -211,13 +211,17 @@ impl Decoder {
         config.linear_modules()
     }
 
-    /// Merges common beginnings, unless a rotation may depend on the length of its sequence.
-    pub(super) fn merged(&self, sequences: &Sequences) -> Option<Merged> {
+    /// Merges common beginnings and leaves out what no wanted row depends on, unless a rotation may depend on the length
+    /// of its sequence.
+    fn merged(&self, sequences: &Sequences, wanted: &[u32]) -> Option<Merged> {
         let longest = sequences.segments.iter().map(|s| s.query_len).max()?;
         let mut ropes = self.config.ropes.iter();
+        if wanted.is_empty() {
+            return None;
+        }
         match ropes.any(|rope| rope.threshold().is_some_and(|most| longest > most)) {
             true => None,
-            false => Merged::new(sequences),
+            false => Merged::new(sequences, wanted),
         }
     }
 
@@ -229,7 +233,7 @@ impl Decoder {
         rows: &[u32],
         adapter: &ActiveAdapter,
     ) -> Result<Tensor> {
-        match self.merged(sequences) {
+        match self.merged(sequences, rows) {
             None => self.selected(sequences, &[], rows, adapter),
             Some(merged) => {
                 let rows: Vec<u32> = rows.iter().map(|row| merged.rows[*row as usize]).collect();
