@@ -5,6 +5,7 @@
 //! takes noise as an argument; only [`noise`] generates it, counter-based. Gradients are exact vector-Jacobian products
 //! written by hand, so that no gradient is computed for the frozen base.
 
+pub mod device;
 mod error;
 pub mod linalg;
 mod linear;

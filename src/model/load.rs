@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{Device, Tensor};
 use half::bf16;
 use monteclora_adapters::FrozenLinear;
+use monteclora_adapters::device::each;
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::weights::{BF16, Kind, Weight};
 use monteclora_converters as formats;
@@ -373,10 +374,9 @@ pub(super) fn decoder(
         scale: loader.rounded(config.multipliers.embedding)?,
         table: embedding,
     };
-    let blocks = (0..config.num_hidden_layers)
-        .into_par_iter()
-        .map(|layer| loader.block(layer))
-        .collect::<Result<Vec<_>>>()?;
+    let blocks = each(device, 0..config.num_hidden_layers, |layer| {
+        loader.block(layer)
+    })?;
     let mut problems = loader.problems.into_inner().unwrap_or_default();
     if !problems.is_empty() {
         problems.sort();

@@ -2,9 +2,9 @@
 //! without any error.
 
 use monteclora_adapters::Result;
+use monteclora_adapters::device::each;
 use monteclora_adapters::methods::{Storage, Value};
 use monteclora_converters::{Problem, files};
-use rayon::prelude::*;
 
 use super::list;
 use super::state::AdapterState;
@@ -44,17 +44,14 @@ pub fn non_finite<'a>(
     state: &AdapterState,
     values: impl Fn(usize) -> &'a [Value] + Sync,
 ) -> Result<Vec<String>> {
-    let bad = (0..state.owners.len())
-        .into_par_iter()
-        .map(|idx| {
-            for value in values(idx) {
-                if !value.is_finite()? {
-                    return Ok(true);
-                }
+    let bad = each(&state.device(), 0..state.owners.len(), |idx| {
+        for value in values(idx) {
+            if !value.is_finite()? {
+                return Ok(true);
             }
-            Ok(false)
-        })
-        .collect::<Result<Vec<bool>>>()?;
+        }
+        Ok(false)
+    })?;
     let owners = state.owners.iter().zip(bad);
     Ok(owners
         .filter(|(_, bad)| *bad)

@@ -89,6 +89,22 @@ impl Value {
         })
     }
 
+    /// The device that holds it.
+    pub fn device(&self) -> &Device {
+        match self {
+            Self::Tensor(tensor) => tensor.device(),
+            Self::Vector(_) => &Device::Cpu,
+        }
+    }
+
+    /// The device of what is computed with `values`: that of the first which is on another device than the CPU, if there
+    /// is one.
+    pub fn device_of<'a>(values: impl IntoIterator<Item = &'a Self>) -> Device {
+        let devices = values.into_iter().map(Self::device);
+        let found = devices.into_iter().find(|device| !device.is_cpu());
+        found.cloned().unwrap_or(Device::Cpu)
+    }
+
     /// Its shape.
     pub fn shape(&self) -> Vec<usize> {
         match self {

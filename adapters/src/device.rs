@@ -1,0 +1,69 @@
+//! What differs between the CPU and other devices in how work on tensors is given out.
+
+use candle_core::Device;
+use rayon::prelude::*;
+
+use crate::error::Result;
+
+/// Calls `f` with every item and returns the results in the items' order. Items hold tensors of `device`.
+///
+/// On the CPU the items are worked on in parallel. On other devices they are worked on one after the other by the
+/// calling thread: candle's Metal backend encodes the operations of several threads into several command buffers, and
+/// commits them in any order, so that one thread's operation may read a tensor before another's has written it.
+///
+/// # Errors
+/// Returns the error of an item, if there is one.
+pub fn each<T: Send, R: Send>(
+    device: &Device,
+    items: impl IntoIterator<Item = T>,
+    f: impl Fn(T) -> Result<R> + Sync + Send,
+) -> Result<Vec<R>> {
+    each_of(matches!(device, Device::Cpu), items, f)
+}
+
+fn each_of<T: Send, R: Send>(
+    is_parallel: bool,
+    items: impl IntoIterator<Item = T>,
+    f: impl Fn(T) -> Result<R> + Sync + Send,
+) -> Result<Vec<R>> {
+    match is_parallel {
+        true => {
+            let items: Vec<T> = items.into_iter().collect();
+            items.into_par_iter().map(f).collect()
+        }
+        false => items.into_iter().map(f).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[test]
+    fn results_keep_the_order_of_the_items() {
+        for is_parallel in [true, false] {
+            let squares = each_of(is_parallel, 0..1000usize, |i| Ok(i * i)).expect("no error");
+            assert!(squares.iter().enumerate().all(|(i, square)| *square == i * i));
+        }
+    }
+
+    /// Off the CPU one thread works, in order, and stops at the first error.
+    #[test]
+    fn other_devices_are_served_in_order_by_the_calling_thread() {
+        let calls = Mutex::new(Vec::new());
+        let caller = std::thread::current().id();
+        let result = each_of(false, 0..100, |i| {
+            assert_eq!(std::thread::current().id(), caller);
+            calls.lock().expect("no panic").push(i);
+            match i {
+                40 => Err(candle_core::Error::Msg("stop".to_owned()).into()),
+                _ => Ok(()),
+            }
+        });
+        assert!(result.is_err());
+        let calls = calls.into_inner().expect("no panic");
+        assert_eq!(calls, (0..=40).collect::<Vec<_>>());
+    }
+}
