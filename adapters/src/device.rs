@@ -45,7 +45,12 @@ mod tests {
     fn results_keep_the_order_of_the_items() {
         for is_parallel in [true, false] {
             let squares = each_of(is_parallel, 0..1000usize, |i| Ok(i * i)).expect("no error");
-            assert!(squares.iter().enumerate().all(|(i, square)| *square == i * i));
+            assert!(
+                squares
+                    .iter()
+                    .enumerate()
+                    .all(|(i, square)| *square == i * i)
+            );
         }
     }
 

@@ -176,9 +176,46 @@ pub fn row_dots(a: &Tensor, b: &Tensor) -> Result<Vec<f64>> {
     Ok(sums.into_iter().map(f64::from).collect())
 }
 
+/// The column of the largest value of each row of `[rows, columns]`, `[rows]`. Of equal values, the first.
+///
+/// candle's own `argmax` promises no order among equal values: on CUDA it depends on the number of threads.
+pub fn argmax_rows(values: &Tensor) -> Result<Tensor> {
+    let (_, columns) = values.dims2()?;
+    let last = columns.saturating_sub(1) as u32;
+    let is_largest = values.broadcast_eq(&values.max_keepdim(1)?)?;
+    let column = Tensor::arange(0, columns as u32, values.device())?.unsqueeze(0)?;
+    // A row of NaN has no largest value. Its result is a column all the same.
+    let other = Tensor::full(last, (1, 1), values.device())?;
+    let (column, other) = (
+        column.broadcast_as(values.shape())?,
+        other.broadcast_as(values.shape())?,
+    );
+    Ok(is_largest.where_cond(&column, &other)?.min(1)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_of_equal_values_is_the_largest() -> Result<()> {
+        let rows: [[f32; 5]; 5] = [
+            [1.0, 3.0, 3.0, -2.0, 3.0],
+            [0.0; 5],
+            [-5.0, -4.0, -6.0, -4.0, -4.5],
+            [1.0, 2.0, 3.0, 4.0, 5.0],
+            [f32::NEG_INFINITY, f32::NEG_INFINITY, 0.0, -0.0, -1.0],
+        ];
+        let values = Tensor::new(&rows, &Device::Cpu)?;
+        let strided = values.t()?.contiguous()?.t()?;
+        for values in [&values, &strided] {
+            let found = argmax_rows(values)?.to_vec1::<u32>()?;
+            assert_eq!(found, [1, 0, 1, 4, 2]);
+        }
+        let nothing = Tensor::new(&[[f32::NAN; 3]], &Device::Cpu)?;
+        assert!(argmax_rows(&nothing)?.to_vec1::<u32>()?[0] < 3);
+        Ok(())
+    }
 
     #[test]
     fn products_accumulate() {

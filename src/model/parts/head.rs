@@ -4,6 +4,7 @@
 use std::sync::Mutex;
 
 use candle_core::{CpuStorage, D, DType, Device, InplaceOp1, Layout, Tensor};
+use monteclora_adapters::linalg::argmax_rows;
 use monteclora_adapters::simd::{largest, vectorised};
 use monteclora_adapters::{FrozenLinear, Update, input_gradient};
 use rayon::prelude::*;
@@ -150,10 +151,7 @@ fn softmax_loss(
         .neg()?
         .flatten_all()?
         .to_vec1::<f32>()?;
-    let best = logits
-        .argmax(D::Minus1)?
-        .to_device(&Device::Cpu)?
-        .to_vec1::<u32>()?;
+    let best = argmax_rows(&logits)?.to_vec1::<u32>()?;
     let correct = best.iter().zip(targets).map(|(b, t)| b == t).collect();
     let grad = scale
         .map(|scale| {
@@ -299,6 +297,23 @@ mod tests {
             assert_eq!(correct, fast_correct);
             let grads = [grad, fast_grad].map(|grad| grad.expect("asked for"));
             assert!(largest_difference(&grads[0], &grads[1]) < 1e-6);
+        }
+        Ok(())
+    }
+
+    /// Of equal logits the first counts on every path.
+    #[test]
+    fn ties_go_to_the_first_token() -> Result<()> {
+        let logits = Tensor::new(
+            &[[0f32, 5.0, 5.0], [1.0; 3], [-2.0, -1.0, -1.0]],
+            &Device::Cpu,
+        )?;
+        for (targets, expected) in [([1, 0, 1], true), ([2, 2, 2], false)] {
+            let strided = logits.t()?.contiguous()?.t()?;
+            let (_, plain, _) = softmax_loss(strided, None, &targets, None)?;
+            let (_, fast, _) = softmax_loss(logits.copy()?, None, &targets, None)?;
+            assert_eq!(plain, [expected; 3]);
+            assert_eq!(fast, plain);
         }
         Ok(())
     }
