@@ -194,6 +194,7 @@ mod tests {
 
     use super::*;
     use crate::model::adapter::{ActiveAdapter, ModuleId};
+    use crate::model::dropout::Dropout;
     use crate::model::parts::activation::Gate;
     use crate::model::parts::attention::{Heads, Segment};
     use crate::model::parts::feed_forward::FeedForward;
@@ -321,11 +322,17 @@ mod tests {
     #[test]
     fn gradients_are_finite_differences() -> Result<()> {
         let (segments, rotations) = (segments(), rotations()?);
-        for (before, after, fused, rope) in [
-            (true, false, false, Some(0)),
-            (false, true, true, None),
-            (true, true, true, Some(0)),
-            (false, false, false, None),
+        let dropout = Dropout {
+            probability: 0.3,
+            seed: 5,
+            step: 2,
+            rows: vec![4, 9],
+        };
+        for (before, after, fused, rope, dropout) in [
+            (true, false, false, Some(0), None),
+            (false, true, true, None, Some(&dropout)),
+            (true, true, true, Some(0), None),
+            (false, false, false, None, Some(&dropout)),
         ] {
             let block = block(before, after, fused, rope)?;
             let updates = updates(&block)?;
@@ -340,7 +347,7 @@ mod tests {
                     rotations: &rotations,
                     segments: &segments,
                     adapter: &adapter,
-                    dropout: None,
+                    dropout,
                 };
                 let (y, kept) = block.forward(&inputs[0], &pass, None)?;
                 match gradients {

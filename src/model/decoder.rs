@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::Precision;
-use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::weights::{AUTO, Kind, Weight};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
 
 use super::adapter::{ActiveAdapter, AdapterGradients, ModuleId};
 use super::block::{Block, Kept};
+use super::dropout::Dropout;
 use super::generate::LayerCache;
 use super::load;
 use super::parts::Pass;
@@ -72,45 +72,6 @@ impl Sequences {
     pub fn sequence(&self, index: usize) -> &[u32] {
         let segment = &self.segments[index];
         &self.tokens[segment.query_start..][..segment.query_len]
-    }
-}
-
-/// Dropout on the adapters' inputs. The masks depend only on seed, step, module, row and position.
-#[derive(Debug, Clone)]
-pub struct Dropout {
-    /// Probability that an input is dropped, in `[0, 1)`.
-    pub probability: f64,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Optimiser step.
-    pub step: u64,
-    /// Identity of each segment's row in the data. It makes the mask of a row independent of its batch.
-    pub rows: Vec<u64>,
-}
-
-impl Dropout {
-    pub(super) fn mask(&self, module: &str, segments: &[Segment], like: &Tensor) -> Result<Tensor> {
-        let (tokens, columns) = like.dims2()?;
-        let keep = (1.0 / (1.0 - self.probability)) as f32;
-        let mut mask = vec![0f32; tokens * columns];
-        for (segment, row) in segments.iter().zip(&self.rows) {
-            let key = Key::new(
-                self.seed ^ row.wrapping_mul(0x9e37_79b9_7f4a_7c15),
-                module,
-                self.step,
-            );
-            let start = segment.query_start * columns;
-            let values = key.uniforms_f32_from(Purpose::Dropout, 0, segment.query_len * columns);
-            for (slot, u) in mask[start..].iter_mut().zip(values) {
-                *slot = if f64::from(u) < self.probability {
-                    0.0
-                } else {
-                    keep
-                };
-            }
-        }
-        let mask = Tensor::from_vec(mask, (tokens, columns), &Device::Cpu)?;
-        Ok(mask.to_device(like.device())?)
     }
 }
 

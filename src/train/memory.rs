@@ -76,7 +76,7 @@ impl MemoryEstimate {
     /// Estimates the memory of a run.
     ///
     /// Per token, a block keeps its input, the sum after attention, q, k, v, the attention's output, gate, up, the
-    /// input of each norm after one of these, and `x A^T` of each site. With checkpointing, each block keeps only its
+    /// input of each norm after one of these, and `x A^T` of each site; with dropout also its input and its mask. With checkpointing, each block keeps only its
     /// input, and one block at a time keeps the rest. A mixture of experts keeps none of its inner activations.
     pub fn of(inputs: &MemoryInputs<'_>) -> Self {
         let model = inputs.model;
@@ -103,7 +103,11 @@ impl MemoryEstimate {
         let ranks: u64 = sites
             .filter(|module| module.name.contains(".layers."))
             .map(|module| {
-                let dropped = usize::from(inputs.dropout) * module.in_features;
+                // The input without what is dropped, and the mask, of a byte per value.
+                let dropped = match inputs.dropout {
+                    true => module.in_features + module.in_features.div_ceil(4),
+                    false => 0,
+                };
                 inputs.method.kept_values(module) + dropped
             })
             .sum::<usize>() as u64;
@@ -256,9 +260,10 @@ mod tests {
         assert_eq!(base.adapter - plain.adapter, 2 * F32 * a as u64);
 
         let dropped = estimate(|inputs| inputs.dropout = true);
+        let inputs = a as u64 / 4;
         assert_eq!(
             dropped.activations - base.activations,
-            200 * F32 * a as u64 / 4
+            200 * (F32 + 1) * inputs
         );
 
         let large = estimate(|inputs| inputs.program += 1 << 30);

@@ -23,7 +23,7 @@ use rayon::prelude::*;
 use self::attention::Segment;
 use self::rotary::Rotation;
 use super::adapter::{ActiveAdapter, AdapterGradients};
-use super::decoder::Dropout;
+use super::dropout::Dropout;
 use super::generate::LayerCache;
 use monteclora_adapters::Result;
 

@@ -103,9 +103,7 @@ impl Part for Attention {
     ) -> Result<Option<Tensor>> {
         let [saved_inner, saved_output] = &kept.saved;
         let attended = &kept.attended;
-        let output = self
-            .output
-            .backward(&[upstream], &attended.output, saved_output, pass)?;
+        let output = self.output.backward(&[upstream], saved_output, pass)?;
         output.finish(&attended.output, saved_output, gradients)?;
         let through_output = output.input_gradient()?;
         drop(output);
@@ -132,7 +130,7 @@ impl Part for Attention {
         }
         upstream.push(grad_v);
         let x = input()?;
-        let inner = self.inner.backward(&upstream, &x, saved_inner, pass)?;
+        let inner = self.inner.backward(&upstream, saved_inner, pass)?;
         inner.finish(&x, saved_inner, gradients)?;
         wanted.then(|| inner.input_gradient()).transpose()
     }
