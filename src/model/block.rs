@@ -196,7 +196,7 @@ mod tests {
     use crate::model::adapter::{ActiveAdapter, ModuleId};
     use crate::model::dropout::Dropout;
     use crate::model::parts::activation::Gate;
-    use crate::model::parts::attention::{Heads, Segment};
+    use crate::model::parts::attention::{Heads, Masks, Segment};
     use crate::model::parts::feed_forward::FeedForward;
     use crate::model::parts::gradient_tests::{check, dot};
     use crate::model::parts::projections::Projections;
@@ -346,6 +346,7 @@ mod tests {
                 let pass = Pass {
                     rotations: &rotations,
                     segments: &segments,
+                    masks: &Masks::default(),
                     adapter: &adapter,
                     dropout,
                 };
@@ -379,6 +380,7 @@ mod tests {
         let pass = Pass {
             rotations: &rotations,
             segments: &segments,
+            masks: &Masks::default(),
             adapter: &ActiveAdapter::default(),
             dropout: None,
         };

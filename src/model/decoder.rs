@@ -15,7 +15,7 @@ use super::dropout::Dropout;
 use super::generate::LayerCache;
 use super::load;
 use super::parts::Pass;
-use super::parts::attention::Segment;
+use super::parts::attention::{Masks, Segment};
 use super::parts::embedding::Embedding;
 use super::parts::head::Head;
 use super::parts::rotary::Rotation;
@@ -190,6 +190,7 @@ impl Decoder {
         let pass = Pass {
             rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
+            masks: &Masks::default(),
             adapter,
             dropout: None,
         };
@@ -254,6 +255,7 @@ impl Decoder {
         let pass = Pass {
             rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
+            masks: &Masks::default(),
             adapter,
             dropout: options.dropout,
         };

@@ -149,13 +149,7 @@ impl Value {
         let fast = on_cpu([tensor], |[values]| values.iter().all(|v| v.is_finite()))?;
         match fast {
             Some(finite) => Ok(finite),
-            // An infinite value or a NaN makes this product NaN.
-            None => Ok(tensor
-                .zeros_like()?
-                .mul(tensor)?
-                .sum_all()?
-                .to_scalar::<f32>()?
-                == 0.0),
+            None => Ok(magnitude(tensor)?.to_scalar::<f32>()?.is_finite()),
         }
     }
 
@@ -178,6 +172,14 @@ impl Value {
         };
         Ok(formats::Tensor::from_f32(&self.shape(), values)?)
     }
+}
+
+/// The sum of all magnitudes, times a factor so small that a sum of finite values is finite. An infinite value or a NaN
+/// stays one under products and sums, also where a compiler assumes that there are none, as Metal's does; the result of a
+/// comparison would be another.
+fn magnitude(tensor: &Tensor) -> Result<Tensor> {
+    let factor = f64::from(f32::MIN_POSITIVE);
+    Ok((tensor.abs()? * factor)?.sum_all()?)
 }
 
 /// The error of a method that did not receive the values of its own parameters.
@@ -302,5 +304,32 @@ fn stored<'a>(site: &'a Site, name: &str) -> Option<&'a formats::Tensor> {
         "lora_monteclora_sampler.std_prior" => posterior.map(|p| &p.log_std),
         "lora_monteclora_sampler.expert_weights_prior" => posterior.map(|p| &p.log_concentration),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A strided view takes the path for other devices.
+    #[test]
+    fn one_value_that_is_not_finite_is_found_on_every_path() -> Result<()> {
+        for (value, expected) in [
+            (0.0, true),
+            (f32::MAX, true),
+            (f32::MIN, true),
+            (f32::NAN, false),
+            (f32::INFINITY, false),
+            (f32::NEG_INFINITY, false),
+        ] {
+            let mut values = vec![f32::MAX; 600];
+            values[123] = value;
+            let tensor = Tensor::from_vec(values, (30, 20), &Device::Cpu)?;
+            let strided = tensor.t()?.contiguous()?.t()?;
+            for tensor in [tensor, strided] {
+                assert_eq!(Value::Tensor(tensor).is_finite()?, expected, "{value}");
+            }
+        }
+        Ok(())
     }
 }

@@ -243,6 +243,7 @@ mod tests {
     use super::super::testing::{largest_difference, matrix};
     use super::*;
     use crate::model::adapter::ActiveAdapter;
+    use crate::model::parts::attention::Masks;
 
     fn linear(outputs: usize, inputs: usize, seed: f64) -> Result<FrozenLinear> {
         FrozenLinear::new(Arc::new((matrix(outputs, inputs, seed) * 0.3)?), None)
@@ -270,6 +271,7 @@ mod tests {
         let pass = Pass {
             rotations: &[],
             segments: &[],
+            masks: &Masks::default(),
             adapter: &adapter,
             dropout: None,
         };

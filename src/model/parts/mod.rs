@@ -20,7 +20,7 @@ use candle_core::{Device, Tensor};
 use monteclora_adapters::simd::vectorised;
 use rayon::prelude::*;
 
-use self::attention::Segment;
+use self::attention::{Masks, Segment};
 use self::rotary::Rotation;
 use super::adapter::{ActiveAdapter, AdapterGradients};
 use super::dropout::Dropout;
@@ -32,6 +32,7 @@ use monteclora_adapters::Result;
 pub(crate) struct Pass<'a> {
     pub(crate) rotations: &'a [Rotation],
     pub(crate) segments: &'a [Segment],
+    pub(crate) masks: &'a Masks,
     pub(crate) adapter: &'a ActiveAdapter,
     pub(crate) dropout: Option<&'a Dropout>,
 }

@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use kernel::Attended;
 pub(crate) use kernel::Heads;
 pub use kernel::Segment;
+pub(crate) use kernel::plain::Masks;
 
 use super::norm::Norm;
 use super::projections::{Projections, Saved};
@@ -78,7 +79,7 @@ impl Part for Attention {
         if let Some(cache) = cache {
             (k, v) = cache.extend(&k, &v, pass.segments)?;
         }
-        let attended = kernel::forward(&q, &k, &v, pass.segments, self.heads)?;
+        let attended = kernel::forward(&q, &k, &v, pass.segments, self.heads, pass.masks)?;
         let (outputs, saved_output) = self.output.forward(&attended.output, pass, residual)?;
         let [y] = super::parts(outputs)?;
         let kept = Kept {
@@ -113,6 +114,7 @@ impl Part for Attention {
             &through_output,
             pass.segments,
             self.heads,
+            pass.masks,
         )?;
         if let Some(rotation) = self.rotation(pass) {
             grad_q = rotation.scale_queries(grad_q)?;
