@@ -11,6 +11,7 @@ pub mod linalg;
 mod linear;
 pub mod methods;
 pub mod noise;
+pub mod numbers;
 pub mod product;
 pub mod simd;
 mod update;

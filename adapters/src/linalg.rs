@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 use gemm::Parallelism;
 
 use crate::error::Result;
+use crate::numbers::Numbers;
 use crate::weights::lend;
 
 /// Products with fewer multiply-adds than this stay on the calling thread.
@@ -157,23 +158,7 @@ pub fn add_scaled_rows(a: &Tensor, g: &Tensor, scales: &[f32]) -> Result<Tensor>
 
 /// Row by row inner products of two `[r, in]` matrices, summed in double precision on the CPU.
 pub fn row_dots(a: &Tensor, b: &Tensor) -> Result<Vec<f64>> {
-    let (_, columns) = a.dims2()?;
-    let fast = on_cpu([a, b], |[a, b]| {
-        a.chunks_exact(columns)
-            .zip(b.chunks_exact(columns))
-            .map(|(a, b)| {
-                a.iter()
-                    .zip(b)
-                    .map(|(a, b)| f64::from(*a) * f64::from(*b))
-                    .sum()
-            })
-            .collect()
-    })?;
-    if let Some(values) = fast {
-        return Ok(values);
-    }
-    let sums = (a * b)?.sum(1)?.to_vec1::<f32>()?;
-    Ok(sums.into_iter().map(f64::from).collect())
+    Numbers::row_dots(a, b)?.read()
 }
 
 /// The column of the largest value of each row of `[rows, columns]`, `[rows]`. Of equal values, the first.

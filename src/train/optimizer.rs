@@ -6,6 +6,7 @@ use monteclora_adapters::Result;
 use monteclora_adapters::device::each;
 use monteclora_adapters::linalg::on_cpu;
 use monteclora_adapters::methods::{Group, Owner, Value};
+use monteclora_adapters::numbers::read_groups;
 
 use super::state::{AdapterState, Gradients};
 use crate::config::TrainConfig;
@@ -185,13 +186,15 @@ impl Update<'_> {
 pub fn clip(gradients: &mut Gradients, owners: &[Owner], max_norm: f64) -> Result<f64> {
     let device = Value::device_of(gradients.iter().flatten());
     let all = gradients.iter().zip(owners);
-    let squares = each(&device, all, |(gradients, owner)| {
+    let numbers = each(&device, all, |(gradients, owner)| {
         let all = owner.parameters.iter().zip(gradients);
         let skipped = [Group::Own, Group::State];
         let clipped = all.filter(|(parameter, _)| !skipped.contains(&parameter.group));
-        Owner::sum_of_squares(clipped.map(|(_, gradient)| gradient))
+        Owner::squares(clipped.map(|(_, gradient)| gradient))
     })?;
-    let norm = squares.iter().sum::<f64>().sqrt();
+    let of_owners = read_groups(numbers)?;
+    let squares = of_owners.iter().map(|squares| squares.iter().sum::<f64>());
+    let norm = squares.sum::<f64>().sqrt();
     let factor = max_norm / (norm + 1e-6);
     if max_norm > 0.0 && factor < 1.0 {
         each(&device, gradients.iter_mut().flatten(), |gradient| {

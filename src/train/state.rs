@@ -3,11 +3,12 @@
 use monteclora_adapters::Result;
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use monteclora_adapters::Update;
 use monteclora_adapters::device::each;
 use monteclora_adapters::methods::{self, Drawn, Frozen, Method, Module, Owner, Value, Weighting};
 use monteclora_adapters::noise::{Key, Noise};
+use monteclora_adapters::numbers::read_groups;
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, AdapterConfig, Problem, Site};
 
@@ -247,14 +248,21 @@ impl DrawnAdapter {
     /// Gradients of task loss plus regulariser, from `task`, the task's gradients with respect to the active updates.
     pub fn backward(&self, state: &AdapterState, task: &AdapterGradients) -> Result<Gradients> {
         let weight = 1.0 / self.draws.len().max(1) as f64;
-        let draws = state.modules.iter().zip(&self.draws);
-        let mut gradients: Gradients = each(&state.device(), draws, |((id, module), draw)| {
+        let device = state.device();
+        let upstream = state.modules.iter().map(|(id, module)| {
             let upstream = task.get(*id).ok_or_else(|| {
                 let message = "no gradient was computed for this site";
                 Problem::new("no-gradient", &module.name, message, "").exit(1)
+            });
+            Ok(upstream?)
+        });
+        let upstream = upstream.collect::<Result<Vec<&[Tensor]>>>()?;
+        let draws = || self.draws.iter().zip(&upstream);
+        let numbers = read_groups(each(&device, draws(), |(draw, up)| draw.numbers(up))?)?;
+        let mut gradients: Gradients =
+            each(&device, draws().zip(&numbers), |((draw, up), numbers)| {
+                draw.pullback(up, numbers, weight)
             })?;
-            draw.pullback(upstream, weight)
-        })?;
         let mut shared: Option<Vec<Value>> = None;
         for (gradient, owner) in gradients.iter_mut().zip(&state.owners) {
             let part = gradient.split_off(owner.values.len());

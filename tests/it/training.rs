@@ -431,6 +431,7 @@ impl Drawn for GatedDraw {
     fn pullback(
         &self,
         upstream: &[Tensor],
+        _numbers: &[f64],
         _weight: f64,
     ) -> monteclora_adapters::Result<Vec<Value>> {
         let rows = (&upstream[0] * &self.a)?.sum(1)?.to_vec1::<f32>()?;

@@ -458,7 +458,7 @@ impl Drawn for DrawnTriplets {
     /// With G the gradient of `E A`: `dA = E G`, `dE = sum over the inputs of A G`; the regulariser adds
     /// `(Q Q^T - I) Q / ||Q Q^T - I||` and `P (P^T P - I) / ||P^T P - I||`, times the weight: `d||M||_F = <M, dM> / ||M||_F`, and
     /// two terms for each Gram matrix over two matrices per module.
-    fn pullback(&self, upstream: &[Tensor], weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], weight: f64) -> Result<Vec<Value>> {
         let [through, grad_b] = upstream else {
             return Err(unlike(&[2], &[upstream.len()]));
         };

@@ -157,7 +157,7 @@ impl Drawn for DrawnEntries {
         self.0.clone()
     }
 
-    fn pullback(&self, upstream: &[Tensor], _weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], _weight: f64) -> Result<Vec<Value>> {
         let [gradient] = upstream else {
             return Err(unlike(&[1], &[upstream.len()]));
         };
@@ -179,7 +179,7 @@ impl Drawn for Probing {
     }
 
     /// No gradient moves the changes. In place of gradients of the statistics are their new values.
-    fn pullback(&self, upstream: &[Tensor], _weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], _weight: f64) -> Result<Vec<Value>> {
         let [whole] = upstream else {
             return Err(unlike(&[1], &[upstream.len()]));
         };
