@@ -51,8 +51,10 @@ impl<'a, M: Weight + ?Sized> Factor<'a, M> {
         })
     }
 
-    fn view(self) -> Result<Tensor> {
-        let tensor = self.matrix().tensor()?;
+    /// The factor as a tensor of `dtype`. A transposed matrix is converted before it is turned: to convert a view of
+    /// columns reads memory out of order.
+    fn view(self, dtype: DType) -> Result<Tensor> {
+        let tensor = self.matrix().tensor()?.to_dtype(dtype)?;
         Ok(match self {
             Self::Plain(_) => tensor,
             Self::Transposed(_) => tensor.t()?,
@@ -110,19 +112,16 @@ impl<'a> Product<'a> {
     }
 
     fn on_any_device(&self) -> Result<Tensor> {
-        let (lhs, rhs) = (self.lhs.view()?, self.rhs.view()?);
-        let term = match self.precision {
-            Precision::Single => lhs.matmul(&rhs.to_dtype(lhs.dtype())?)?,
+        let matrix = self.lhs.matrix();
+        let dtype = matrix.dtype();
+        let (lhs_dtype, rhs_dtype) = match self.precision {
+            Precision::Single => (dtype, dtype),
             // candle's CPU backend has no bf16 product of this shape on every machine, and would round the sums.
-            Precision::Bf16 if matches!(lhs.device(), Device::Cpu) => {
-                let rounded = lhs.to_dtype(DType::BF16)?.to_dtype(lhs.dtype())?;
-                rounded.matmul(&rhs.to_dtype(lhs.dtype())?)?
-            }
-            Precision::Bf16 => lhs
-                .to_dtype(DType::BF16)?
-                .matmul(&rhs.to_dtype(DType::BF16)?)?
-                .to_dtype(lhs.dtype())?,
+            Precision::Bf16 if matches!(matrix.device(), Device::Cpu) => (DType::BF16, dtype),
+            Precision::Bf16 => (DType::BF16, DType::BF16),
         };
+        let lhs = self.lhs.view(lhs_dtype)?.to_dtype(rhs_dtype)?;
+        let term = lhs.matmul(&self.rhs.view(rhs_dtype)?)?.to_dtype(dtype)?;
         Ok(if self.scale == 1.0 {
             term
         } else {
