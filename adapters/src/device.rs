@@ -35,11 +35,26 @@ fn each_of<T: Send, R: Send>(
     }
 }
 
+/// Sets whether float32 matrices are multiplied in TF32, for all products of the process from now on. Returns whether
+/// this is so: only CUDA can, and a request for another device changes nothing.
+pub fn set_tf32(is_on: bool, device: &Device) -> bool {
+    if device.is_cuda() {
+        candle_core::cuda::set_gemm_reduced_precision_f32(is_on);
+    }
+    is_on && device.is_cuda()
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
 
     use super::*;
+
+    #[test]
+    fn the_cpu_has_no_tf32() {
+        assert!(!set_tf32(true, &Device::Cpu));
+        assert!(!set_tf32(false, &Device::Cpu));
+    }
 
     #[test]
     fn results_keep_the_order_of_the_items() {
