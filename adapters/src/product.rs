@@ -62,7 +62,7 @@ impl<'a, M: Weight + ?Sized> Factor<'a, M> {
     }
 }
 
-/// Precision of a product's multiplications. Sums are f32 in both cases.
+/// Precision of a product's multiplications. The sums of a product are f32 in both cases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
     /// In f32; a weight of another type is widened.
@@ -71,6 +71,10 @@ pub enum Precision {
     /// A bfloat16 weight as it is, with the left factor rounded to nearest: relative error `2^-9` per factor. Twice as
     /// fast as f32 on processors with AVX512-BF16 (`vdpbf16ps`, which takes denormals as zero) and on GPUs. Elsewhere
     /// the left factor is rounded in the same way and multiplied in f32.
+    ///
+    /// On the CPU the result is f32 as well. On other devices candle's product has the type of its factors, so the finished
+    /// sum of each product is rounded to bfloat16 once, by a relative `2^-9`, before it is widened: logits, projections and
+    /// the gradients of inputs are that coarse there. What the product is added to is not rounded.
     Bf16,
 }
 
@@ -131,7 +135,8 @@ impl<'a> Product<'a> {
 }
 
 /// Computes `start + sum_i scale_i lhs_i rhs_i`. Every product must have the same shape `[m, n]`; `start`, if given, is
-/// `[m, n]` or a row `[n]` that is added to all rows. Sums and result are f32.
+/// `[m, n]` or a row `[n]` that is added to all rows. Sums and result are f32, but
+/// see [`Precision::Bf16`] for other devices than the CPU.
 ///
 /// # Errors
 /// Returns [`crate::Error::Shape`] if inner or outer sizes disagree, or an error of candle.
