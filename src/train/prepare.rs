@@ -61,6 +61,9 @@ pub struct Prepared {
     pub weights: &'static Kind,
     /// Optimiser steps of the whole run.
     pub total_steps: u64,
+    /// Whether the run computes on the CPU, which is assumed until the caller knows better. The estimate of the memory
+    /// depends on it.
+    pub on_cpu: bool,
     pub(super) identity: Identity,
     /// See [`base_fingerprint`].
     pub fingerprint: String,
@@ -258,6 +261,7 @@ impl Prepared {
             valid,
             settings,
             weights,
+            on_cpu: true,
         })
     }
 

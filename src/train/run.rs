@@ -13,7 +13,7 @@ use super::ahead::NoiseAhead;
 use super::checkpoint::{self, Checkpoint};
 use super::evaluation::{evaluate, sequences};
 use super::identity::Identity;
-use super::metrics::{EvalRecord, Metrics, Record, TrainRecord};
+use super::metrics::{EvalRecord, Metrics, Record, TrainRecord, peak_memory_bytes};
 use super::optimizer::clip;
 use super::progress::{StepResult, Window};
 use super::schedule::Schedule;
@@ -295,7 +295,9 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             if last || step.is_multiple_of(settings.logging_steps.max(1)) {
                 let (place, rate) = ((self.epoch(), self.wall()), settings.learning_rate * rate);
                 let n_ranks = self.trainer.ranks.size();
-                let record = TrainRecord::new(&self.at.progress, metrics, place, rate, n_ranks);
+                let peak = peak_memory_bytes(self.trainer.model.device());
+                let progress = &self.at.progress;
+                let record = TrainRecord::new(progress, metrics, place, rate, n_ranks, peak);
                 self.metrics.write(&Record::Train(record.clone()))?;
                 (self.watch)(&Event::Train(record));
                 self.at.progress.window = Window::default();

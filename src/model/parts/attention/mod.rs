@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use kernel::Attended;
 pub(crate) use kernel::Heads;
 pub use kernel::Segment;
-pub(crate) use kernel::plain::Masks;
+pub(crate) use kernel::plain::{Masks, SCORES};
 
 use super::norm::Norm;
 use super::projections::{Projections, Saved};
