@@ -1,9 +1,62 @@
-//! What differs between the CPU and other devices in how work on tensors is given out.
+//! What differs between the CPU and other devices: how work on tensors is given out, and the copies between host and
+//! device, which are counted.
 
-use candle_core::Device;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{Device, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
 use crate::error::Result;
+
+/// Makes the CPU a stand-in for other devices: not empty, no loop of this project computes on tensors, and tensors are
+/// worked on in order. It is slow, and it is for tests.
+const WITHOUT_LOOPS: &str = "MONTECLORA_WITHOUT_LOOPS";
+
+/// Whether this project's own loops compute on the tensors of `device`: on the CPU, unless the environment variable
+/// `MONTECLORA_WITHOUT_LOOPS` makes it a stand-in for another device.
+pub fn has_loops(device: &Device) -> bool {
+    static OFF: LazyLock<bool> =
+        LazyLock::new(|| std::env::var_os(WITHOUT_LOOPS).is_some_and(|value| !value.is_empty()));
+    device.is_cpu() && !*OFF
+}
+
+static READS: AtomicU64 = AtomicU64::new(0);
+static WRITES: AtomicU64 = AtomicU64::new(0);
+
+/// Number of copies between the host and the tensors of any device, since the process began. On the CPU each stands for
+/// what it would be elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traffic {
+    /// Copies to the host. Each waits for all that the device was asked to do before.
+    pub reads: u64,
+    /// Copies to a device by [`to_device`].
+    pub writes: u64,
+}
+
+/// The copies so far.
+pub fn traffic() -> Traffic {
+    Traffic {
+        reads: READS.load(Ordering::Relaxed),
+        writes: WRITES.load(Ordering::Relaxed),
+    }
+}
+
+/// The values of `tensor`, row by row.
+pub fn to_host<T: WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
+    READS.fetch_add(1, Ordering::Relaxed);
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
+
+/// `values` as a tensor of this shape on `device`.
+pub fn to_device<T: WithDType>(
+    values: Vec<T>,
+    shape: impl Into<Shape>,
+    device: &Device,
+) -> Result<Tensor> {
+    WRITES.fetch_add(1, Ordering::Relaxed);
+    Ok(Tensor::from_vec(values, shape.into(), device)?)
+}
 
 /// Calls `f` with every item and returns the results in the items' order. Items hold tensors of `device`.
 ///
@@ -18,7 +71,7 @@ pub fn each<T: Send, R: Send>(
     items: impl IntoIterator<Item = T>,
     f: impl Fn(T) -> Result<R> + Sync + Send,
 ) -> Result<Vec<R>> {
-    each_of(matches!(device, Device::Cpu), items, f)
+    each_of(has_loops(device), items, f)
 }
 
 fn each_of<T: Send, R: Send>(

@@ -5,6 +5,7 @@
 use candle_core::{Device, Tensor};
 use gemm::Parallelism;
 
+use crate::device::{has_loops, to_device};
 use crate::error::Result;
 use crate::numbers::Numbers;
 use crate::weights::lend;
@@ -125,6 +126,9 @@ pub fn on_cpu<const N: usize, R>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> R,
 ) -> Result<Option<R>> {
+    if !tensors.iter().all(|tensor| has_loops(tensor.device())) {
+        return Ok(None);
+    }
     let lent = tensors.map(lend::<f32>);
     if lent.iter().any(Option::is_none) {
         return Ok(None);
@@ -152,7 +156,7 @@ pub fn add_scaled_rows(a: &Tensor, g: &Tensor, scales: &[f32]) -> Result<Tensor>
     if let Some(values) = fast {
         return Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?);
     }
-    let scales = Tensor::new(scales, a.device())?.reshape((rows, 1))?;
+    let scales = to_device(scales.to_vec(), (rows, 1), a.device())?;
     Ok((a + g.broadcast_mul(&scales)?)?)
 }
 
@@ -168,7 +172,7 @@ pub fn argmax_rows(values: &Tensor) -> Result<Tensor> {
     let (_, columns) = values.dims2()?;
     let last = columns.saturating_sub(1) as u32;
     let is_largest = values.broadcast_eq(&values.max_keepdim(1)?)?;
-    let column = Tensor::arange(0, columns as u32, values.device())?.unsqueeze(0)?;
+    let column = to_device((0..columns as u32).collect(), (1, columns), values.device())?;
     // A row of NaN has no largest value. Its result is a column all the same.
     let other = Tensor::full(last, (1, 1), values.device())?;
     let (column, other) = (

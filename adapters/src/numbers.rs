@@ -3,6 +3,7 @@
 
 use candle_core::Tensor;
 
+use crate::device::to_host;
 use crate::error::Result;
 use crate::linalg::on_cpu;
 
@@ -87,7 +88,7 @@ pub fn read_groups(groups: Vec<Vec<Numbers>>) -> Result<Vec<Vec<f64>>> {
     let all = all.collect::<candle_core::Result<Vec<_>>>()?;
     let copied = match all.is_empty() {
         true => Vec::new(),
-        false => Tensor::cat(&all, 0)?.to_vec1::<f32>()?,
+        false => to_host::<f32>(&Tensor::cat(&all, 0)?)?,
     };
     let mut copied = copied.into_iter().map(f64::from);
     let mut read = |numbers: Numbers| match numbers {

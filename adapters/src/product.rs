@@ -9,6 +9,7 @@ mod tests;
 use candle_core::{DType, Device, Tensor};
 
 use self::pieces::sum_in_pieces;
+use crate::device::has_loops;
 use crate::error::{Result, expect_shape};
 use crate::weights::Weight;
 
@@ -157,7 +158,11 @@ pub fn sum_of_products(start: Option<&Tensor>, products: &[Product<'_>]) -> Resu
         let expected: &[usize] = if start.rank() == 1 { &[n] } else { &[m, n] };
         expect_shape("start of a sum of products", expected, start.dims())?;
     }
-    if OWN_GEMM && let Some(sum) = sum_in_pieces(start, products, (m, n), true)? {
+    let has_loops = |product: &Product<'_>| has_loops(product.lhs.matrix().device());
+    if OWN_GEMM
+        && products.iter().all(has_loops)
+        && let Some(sum) = sum_in_pieces(start, products, (m, n), true)?
+    {
         return Ok(sum);
     }
     let mut total = start.cloned();

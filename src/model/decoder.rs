@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::Precision;
+use monteclora_adapters::device::to_device;
 use monteclora_adapters::weights::{AUTO, Kind, Weight};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
@@ -222,7 +223,8 @@ impl Decoder {
         on_pool(|| {
             let hidden = self.hidden(sequences, adapter, None)?;
             let (rows, labels) = split(targets);
-            let selected = hidden.index_select(&Tensor::new(rows, &self.device)?, 0)?;
+            let index = to_device(rows, targets.len(), &self.device)?;
+            let selected = hidden.index_select(&index, 0)?;
             let loss = self.head.losses(&selected, &labels, adapter, None)?;
             Ok(TaskLoss {
                 nll: loss.nll,
@@ -267,7 +269,7 @@ impl Decoder {
             x = y;
         }
         let (rows, labels) = split(targets);
-        let index = Tensor::new(rows, &self.device)?;
+        let index = to_device(rows, targets.len(), &self.device)?;
         let selected = x.index_select(&index, 0)?;
         let loss = self.head.losses(&selected, &labels, adapter, Some(scale))?;
         let mut gradients = AdapterGradients::default();

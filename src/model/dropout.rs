@@ -1,7 +1,8 @@
 //! Dropout on the adapters' inputs.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use monteclora_adapters::Result;
+use monteclora_adapters::device::{has_loops, to_device};
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::weights::lend;
 
@@ -41,9 +42,8 @@ impl Dropout {
             let values = &mut kept[segment.query_start * columns..][..segment.query_len * columns];
             key.uniforms_at_least(Purpose::Dropout, self.probability, values);
         }
-        let kept = Tensor::from_vec(kept, (tokens, columns), &Device::Cpu)?;
         Ok(Mask {
-            kept: kept.to_device(like.device())?,
+            kept: to_device(kept, (tokens, columns), like.device())?,
             scale: (1.0 / (1.0 - self.probability)) as f32,
         })
     }
@@ -53,7 +53,8 @@ impl Mask {
     /// The factor on every input, 0 or `1 / (1 - probability)`, `[tokens, in]`.
     pub(crate) fn factors(&self) -> Result<Tensor> {
         let (tokens, columns) = self.kept.dims2()?;
-        if let Some(kept) = lend::<u8>(&self.kept) {
+        let kept = lend::<u8>(&self.kept);
+        if let Some(kept) = kept.filter(|_| has_loops(self.kept.device())) {
             let [factors] = build_rows(
                 tokens,
                 columns,
@@ -72,6 +73,8 @@ impl Mask {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     fn segment(start: usize, len: usize) -> Segment {

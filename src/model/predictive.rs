@@ -2,6 +2,7 @@
 
 use candle_core::{D, DType, Tensor};
 use monteclora_adapters::Result;
+use monteclora_adapters::device::{to_device, to_host};
 use monteclora_adapters::linalg::{argmax_rows, on_cpu};
 use monteclora_adapters::simd::{largest, vectorised};
 use monteclora_converters::Problem;
@@ -89,9 +90,10 @@ impl Decoder {
         for start in (0..n_rows).step_by(chunk) {
             let part = hidden.narrow(0, start, chunk.min(n_rows - start))?;
             let logits = on_pool(|| self.head_logits(&part.contiguous()?, adapter))?;
-            for row in logits.to_dtype(DType::F32)?.to_vec2::<f32>()? {
-                each(&row);
-            }
+            let values = to_host::<f32>(&logits.to_dtype(DType::F32)?)?;
+            values
+                .chunks_exact(self.config.vocab_size)
+                .for_each(&mut *each);
         }
         Ok(())
     }
@@ -108,7 +110,7 @@ impl Decoder {
             return Err(Problem::sentence("no-adapters", message).into());
         }
         let (rows, labels) = split(targets);
-        let rows = Tensor::new(rows, &self.device)?;
+        let rows = to_device(rows, targets.len(), &self.device)?;
         let normed = adapters
             .iter()
             .map(|adapter| {
@@ -189,8 +191,7 @@ pub(super) fn most_likely(logits: &Tensor) -> Result<Vec<(u32, f64)>> {
     }
     let best = argmax_rows(&logits)?;
     let log_p = log_softmax(&logits)?.gather(&best.reshape((rows, 1))?, 1)?;
-    Ok(best
-        .to_vec1::<u32>()?
+    Ok(to_host::<u32>(&best)?
         .into_iter()
         .zip(to_f64(&log_p)?)
         .collect())
@@ -251,10 +252,10 @@ impl Sum {
         if let Some(members) = fast {
             return Ok(members);
         }
-        let index = Tensor::new(labels, logits.device())?.unsqueeze(1)?;
+        let index = to_device(labels.to_vec(), (labels.len(), 1), logits.device())?;
         let log_p = log_softmax(logits)?;
         let p = log_p.exp()?;
-        let best = argmax_rows(logits)?.to_vec1::<u32>()?;
+        let best = to_host::<u32>(&argmax_rows(logits)?)?;
         let of_labels = to_f64(&log_p.gather(&index, 1)?)?;
         let entropies = entropy(&p, &log_p)?;
         *self = Self::Device(match &*self {
@@ -291,7 +292,7 @@ impl Sum {
             }
             Self::Device(sum) => {
                 let p = (sum / n as f64)?;
-                let best = argmax_rows(&p)?.to_vec1::<u32>()?;
+                let best = to_host::<u32>(&argmax_rows(&p)?)?;
                 let correct = best.iter().zip(labels).map(|(b, label)| b == label);
                 // 0 ln 0 is 0, but ln 0 alone is not finite.
                 let log_p = p.maximum(f32::MIN_POSITIVE)?.log()?;
@@ -347,8 +348,7 @@ fn entropy(p: &Tensor, log_p: &Tensor) -> Result<Vec<f64>> {
 }
 
 fn to_f64(values: &Tensor) -> Result<Vec<f64>> {
-    let values = values.flatten_all()?.to_vec1::<f32>()?;
-    Ok(values.into_iter().map(f64::from).collect())
+    Ok(to_host::<f32>(values)?.into_iter().map(f64::from).collect())
 }
 
 #[cfg(test)]

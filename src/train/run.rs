@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use monteclora_adapters::Result;
+use monteclora_adapters::device::has_loops;
 use monteclora_adapters::methods::{Step, in_loss};
 use monteclora_converters::{AdapterConfig, Problem};
 
@@ -100,7 +101,7 @@ impl Trainer<'_> {
             trainer: self,
             metrics: Metrics::open(self.output_dir, report_to, resumed.then_some(progress))?,
             batches: Batches::new(self.train, settings.batches, progress.cursor),
-            noise: NoiseAhead::new(settings.seed, !self.model.device().is_cpu()),
+            noise: NoiseAhead::new(settings.seed, !has_loops(self.model.device())),
             total_steps: settings.total_steps(self.train),
             earlier: progress.wall_s,
             began: Instant::now(),

@@ -1,5 +1,7 @@
 //! Training through the library on the tiny fixtures: resume, accumulation, what is written.
 
+mod traffic;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;

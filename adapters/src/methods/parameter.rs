@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 use monteclora_converters::{self as formats, Beyond, Site};
 
+use crate::device::{to_device, to_host};
 use crate::error::Result;
 use crate::numbers::Numbers;
 
@@ -82,9 +83,7 @@ impl Value {
         device: &Device,
     ) -> Result<Self> {
         Ok(match storage {
-            Storage::Tensor => {
-                Self::Tensor(Tensor::from_vec(values, shape, &Device::Cpu)?.to_device(device)?)
-            }
+            Storage::Tensor => Self::Tensor(to_device(values, shape, device)?),
             Storage::Vector => Self::Vector(values.into_iter().map(f64::from).collect()),
         })
     }
@@ -173,7 +172,7 @@ impl Value {
     /// Converts to a float32 tensor of the converters.
     pub fn to_format(&self) -> Result<formats::Tensor> {
         let values = match self {
-            Self::Tensor(tensor) => tensor.flatten_all()?.to_vec1::<f32>()?,
+            Self::Tensor(tensor) => to_host::<f32>(tensor)?,
             Self::Vector(values) => values.iter().map(|v| *v as f32).collect(),
         };
         Ok(formats::Tensor::from_f32(&self.shape(), values)?)

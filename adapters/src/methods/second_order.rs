@@ -18,6 +18,7 @@ use super::{
     DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, OF_RANK, Owner, Parameter, Step,
     Storage, Value, Weighting, settings,
 };
+use crate::device::to_host;
 use crate::error::Result;
 use crate::noise::{Key, Noise};
 use crate::update::Update;
@@ -184,7 +185,7 @@ impl Drawn for Probing {
             return Err(unlike(&[1], &[upstream.len()]));
         };
         let (_, columns) = whole.dims2()?;
-        let scores = whole.sqr()?.flatten_all()?.to_vec1::<f32>()?;
+        let scores = to_host::<f32>(&whole.sqr()?)?;
         let [rows, columns] = rows_and_columns(&best(&scores, self.n), columns);
         Ok(vec![
             self.like.zeros_like()?,

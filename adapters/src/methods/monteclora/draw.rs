@@ -1,10 +1,11 @@
 //! One posterior draw of A, in the fast collapsed form and in PEFT's literal form, with its regulariser and the exact
 //! gradient of both.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::mixture::MixtureWeights;
 use super::{Form, MonteCloraConfig, Objective, divergence};
+use crate::device::{to_device, to_host};
 use crate::error::{Result, expect_shape};
 use crate::linalg;
 use crate::methods::Weighting;
@@ -46,8 +47,7 @@ impl StandardNoise {
         let gaussian = match form {
             Form::Collapsed => {
                 let values = noise.normals_f32(Purpose::Gaussian, rank * in_features);
-                let cpu = Tensor::from_vec(values, (rank, in_features), &Device::Cpu)?;
-                Gaussian::Collapsed(cpu.to_device(a.device())?)
+                Gaussian::Collapsed(to_device(values, (rank, in_features), a.device())?)
             }
             Form::Literal => {
                 let n_values = num_samples * in_features * rank;
@@ -153,7 +153,7 @@ impl Draw {
                     }
                 }
                 let perturbation: Vec<f32> = perturbation.iter().map(|v| *v as f32).collect();
-                (a + Tensor::from_vec(perturbation, (rank, in_features), a.device())?)?
+                (a + to_device(perturbation, (rank, in_features), a.device())?)?
             }
         };
         let prior = settings.dirichlet_prior;
@@ -274,10 +274,7 @@ impl Draw {
             }
             (Some((upstream, _)), Gaussian::Literal(gaussian)) => {
                 let (rank, in_features) = upstream.dims2()?;
-                let upstream = upstream
-                    .to_dtype(DType::F32)?
-                    .flatten_all()?
-                    .to_vec1::<f32>()?;
+                let upstream = to_host::<f32>(&upstream.to_dtype(DType::F32)?)?;
                 for (n, sample) in gaussian.chunks_exact(in_features * rank).enumerate() {
                     for (i, row) in sample.chunks_exact(rank).enumerate() {
                         for (k, z) in row.iter().enumerate() {

@@ -7,6 +7,7 @@ use candle_core::{D, DType, Device, Tensor};
 
 use super::{Heads, Segment};
 use monteclora_adapters::Result;
+use monteclora_adapters::device::to_device;
 
 /// Added to the score of a hidden key. It is finite, so that the sum is right where a compiler assumes that there are
 /// no infinities, as Metal's does; its exponential is 0.
@@ -48,8 +49,9 @@ impl Lengths {
     /// Computes the mask on `device`.
     fn mask(self, device: &Device) -> Result<Tensor> {
         let first = self.key - self.query;
-        let own = Tensor::arange(first as f32, self.key as f32, device)?.unsqueeze(1)?;
-        let keys = Tensor::arange(0f32, self.key as f32, device)?.unsqueeze(0)?;
+        let places: Vec<f32> = (0..self.key).map(|key| key as f32).collect();
+        let keys = to_device(places, (1, self.key), device)?;
+        let own = keys.narrow(1, first, self.query)?.t()?;
         let ahead = keys.broadcast_sub(&own)?; // [queries, keys]
         let mut hidden = ahead.gt(0f64)?.to_dtype(DType::F32)?;
         if let Some(window) = self.window {
