@@ -479,7 +479,6 @@ section! {
         pub bf16: bool = false,
         /// On CUDA, multiply float32 matrices in TF32: factors of 10 bits after the point instead of 23, several times as
         /// fast. Without effect on other devices.
-        #[serde(skip_serializing_if = "std::ops::Not::not")]
         pub tf32: bool = false,
     }
 }
