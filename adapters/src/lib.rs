@@ -5,11 +5,13 @@
 //! takes noise as an argument; only [`noise`] generates it, counter-based. Gradients are exact vector-Jacobian products
 //! written by hand, so that no gradient is computed for the frozen base.
 
+pub mod device;
 mod error;
 pub mod linalg;
 mod linear;
 pub mod methods;
 pub mod noise;
+pub mod numbers;
 pub mod product;
 pub mod simd;
 mod update;

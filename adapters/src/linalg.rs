@@ -5,7 +5,9 @@
 use candle_core::{Device, Tensor};
 use gemm::Parallelism;
 
+use crate::device::{has_loops, to_device};
 use crate::error::Result;
+use crate::numbers::Numbers;
 use crate::weights::lend;
 
 /// Products with fewer multiply-adds than this stay on the calling thread.
@@ -124,6 +126,9 @@ pub fn on_cpu<const N: usize, R>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> R,
 ) -> Result<Option<R>> {
+    if !tensors.iter().all(|tensor| has_loops(tensor.device())) {
+        return Ok(None);
+    }
     let lent = tensors.map(lend::<f32>);
     if lent.iter().any(Option::is_none) {
         return Ok(None);
@@ -151,34 +156,55 @@ pub fn add_scaled_rows(a: &Tensor, g: &Tensor, scales: &[f32]) -> Result<Tensor>
     if let Some(values) = fast {
         return Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?);
     }
-    let scales = Tensor::new(scales, a.device())?.reshape((rows, 1))?;
+    let scales = to_device(scales.to_vec(), (rows, 1), a.device())?;
     Ok((a + g.broadcast_mul(&scales)?)?)
 }
 
 /// Row by row inner products of two `[r, in]` matrices, summed in double precision on the CPU.
 pub fn row_dots(a: &Tensor, b: &Tensor) -> Result<Vec<f64>> {
-    let (_, columns) = a.dims2()?;
-    let fast = on_cpu([a, b], |[a, b]| {
-        a.chunks_exact(columns)
-            .zip(b.chunks_exact(columns))
-            .map(|(a, b)| {
-                a.iter()
-                    .zip(b)
-                    .map(|(a, b)| f64::from(*a) * f64::from(*b))
-                    .sum()
-            })
-            .collect()
-    })?;
-    if let Some(values) = fast {
-        return Ok(values);
-    }
-    let sums = (a * b)?.sum(1)?.to_vec1::<f32>()?;
-    Ok(sums.into_iter().map(f64::from).collect())
+    Numbers::row_dots(a, b)?.read()
+}
+
+/// The column of the largest value of each row of `[rows, columns]`, `[rows]`. Of equal values, the first.
+///
+/// candle's own `argmax` promises no order among equal values: on CUDA it depends on the number of threads.
+pub fn argmax_rows(values: &Tensor) -> Result<Tensor> {
+    let (_, columns) = values.dims2()?;
+    let last = columns.saturating_sub(1) as u32;
+    let is_largest = values.broadcast_eq(&values.max_keepdim(1)?)?;
+    let column = to_device((0..columns as u32).collect(), (1, columns), values.device())?;
+    // A row of NaN has no largest value. Its result is a column all the same.
+    let other = Tensor::full(last, (1, 1), values.device())?;
+    let (column, other) = (
+        column.broadcast_as(values.shape())?,
+        other.broadcast_as(values.shape())?,
+    );
+    Ok(is_largest.where_cond(&column, &other)?.min(1)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_of_equal_values_is_the_largest() -> Result<()> {
+        let rows: [[f32; 5]; 5] = [
+            [1.0, 3.0, 3.0, -2.0, 3.0],
+            [0.0; 5],
+            [-5.0, -4.0, -6.0, -4.0, -4.5],
+            [1.0, 2.0, 3.0, 4.0, 5.0],
+            [f32::NEG_INFINITY, f32::NEG_INFINITY, 0.0, -0.0, -1.0],
+        ];
+        let values = Tensor::new(&rows, &Device::Cpu)?;
+        let strided = values.t()?.contiguous()?.t()?;
+        for values in [&values, &strided] {
+            let found = argmax_rows(values)?.to_vec1::<u32>()?;
+            assert_eq!(found, [1, 0, 1, 4, 2]);
+        }
+        let nothing = Tensor::new(&[[f32::NAN; 3]], &Device::Cpu)?;
+        assert!(argmax_rows(&nothing)?.to_vec1::<u32>()?[0] < 3);
+        Ok(())
+    }
 
     #[test]
     fn products_accumulate() {

@@ -8,6 +8,7 @@ use std::f64::consts::TAU;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use rayon::prelude::*;
 
 /// Values a parallel task generates at a time.
 const CHUNK: usize = 4096;
@@ -80,6 +81,34 @@ impl Key {
     }
 }
 
+/// Values that are compared together.
+const BATCH: usize = 256;
+
+impl Key {
+    /// Writes 1 where a value of the uniform stream, in single precision, is at least `bound`, and 0 elsewhere, for values
+    /// `0..out.len()`. They are those of [`Self::uniforms_f32_from`], generated in parallel chunks.
+    pub fn uniforms_at_least(&self, purpose: Purpose, bound: f64, out: &mut [u8]) {
+        // A value is a whole number of 24 bits times 2^-24. It is below the bound where this number is below the bound
+        // times 2^24, which is exact, and so below the next whole number.
+        let least = (bound * f64::from(1u32 << 24)).ceil() as u32;
+        out.par_chunks_mut(CHUNK)
+            .enumerate()
+            .for_each(|(chunk_idx, chunk)| {
+                let mut rng = self.stream(purpose);
+                rng.set_word_pos((chunk_idx * CHUNK) as u128);
+                let mut bytes = [0u8; 4 * BATCH];
+                for out in chunk.chunks_mut(BATCH) {
+                    let bytes = &mut bytes[..4 * out.len()];
+                    rng.fill_bytes(bytes);
+                    let words = bytes.as_chunks::<4>().0;
+                    for (out, word) in out.iter_mut().zip(words) {
+                        *out = u8::from(u32::from_le_bytes(*word) >> 8 >= least);
+                    }
+                }
+            });
+    }
+}
+
 /// The source of the standard normal noise of one module at one step: its [`Key`], or a recording.
 pub trait Noise {
     /// `count` standard normal values, values `0..count` of the stream for `purpose`.
@@ -97,7 +126,6 @@ impl Noise for Key {
 
     /// Generated in parallel chunks.
     fn normals_f32(&self, purpose: Purpose, count: usize) -> Vec<f32> {
-        use rayon::prelude::*;
         let mut values = vec![0f32; count];
         values
             .par_chunks_mut(CHUNK)
@@ -141,6 +169,27 @@ mod tests {
         let exact = key.normals(Purpose::Gaussian, 2 * CHUNK);
         for (single, double) in long.iter().zip(&exact) {
             assert_eq!(*single, *double as f32);
+        }
+    }
+
+    /// Also at bounds that are values of the stream, and next to them.
+    #[test]
+    fn comparisons_are_those_of_the_values() {
+        let key = Key::new(9, "model.layers.1.mlp.up_proj", 4);
+        let values = key.uniforms_f32_from(Purpose::Dropout, 0, 2 * CHUNK + 77);
+        let of_stream = [0, CHUNK + 3, 2 * CHUNK + 76].map(|at| f64::from(values[at]));
+        let beside = of_stream.map(|value| value + 1e-12);
+        for bound in [0.0, 1e-9, 0.1, 0.5, 0.999, 1.0]
+            .into_iter()
+            .chain(of_stream)
+            .chain(beside)
+        {
+            let mut found = vec![7u8; values.len()];
+            key.uniforms_at_least(Purpose::Dropout, bound, &mut found);
+            let pairs = values.iter().zip(&found);
+            for (value, found) in pairs {
+                assert_eq!(*found == 1, f64::from(*value) >= bound, "{value} {bound}");
+            }
         }
     }
 

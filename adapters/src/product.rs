@@ -10,6 +10,7 @@ mod tests;
 use candle_core::{DType, Device, Tensor};
 
 use self::pieces::sum_in_pieces;
+use crate::device::has_loops;
 use crate::error::{Result, expect_shape};
 use crate::weights::Weight;
 
@@ -52,8 +53,10 @@ impl<'a, M: Weight + ?Sized> Factor<'a, M> {
         })
     }
 
-    fn view(self) -> Result<Tensor> {
-        let tensor = self.matrix().tensor()?;
+    /// The factor as a tensor of `dtype`. A transposed matrix is converted before it is turned: to convert a view of
+    /// columns reads memory out of order.
+    fn view(self, dtype: DType) -> Result<Tensor> {
+        let tensor = self.matrix().tensor()?.to_dtype(dtype)?;
         Ok(match self {
             Self::Plain(_) => tensor,
             Self::Transposed(_) => tensor.t()?,
@@ -61,7 +64,7 @@ impl<'a, M: Weight + ?Sized> Factor<'a, M> {
     }
 }
 
-/// Precision of a product's multiplications. Sums are f32 in both cases.
+/// Precision of a product's multiplications. The sums of a product are f32 in both cases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
     /// In f32; a weight of another type is widened.
@@ -70,6 +73,10 @@ pub enum Precision {
     /// A bfloat16 weight as it is, with the left factor rounded to nearest: relative error `2^-9` per factor. Twice as
     /// fast as f32 on processors with AVX512-BF16 (`vdpbf16ps`, which takes denormals as zero) and on GPUs. Elsewhere
     /// the left factor is rounded in the same way and multiplied in f32.
+    ///
+    /// On the CPU the result is f32 as well. On other devices candle's product has the type of its factors, so the finished
+    /// sum of each product is rounded to bfloat16 once, by a relative `2^-9`, before it is widened: logits, projections and
+    /// the gradients of inputs are that coarse there. What the product is added to is not rounded.
     Bf16,
 }
 
@@ -111,19 +118,16 @@ impl<'a> Product<'a> {
     }
 
     fn on_any_device(&self) -> Result<Tensor> {
-        let (lhs, rhs) = (self.lhs.view()?, self.rhs.view()?);
-        let term = match self.precision {
-            Precision::Single => lhs.matmul(&rhs.to_dtype(lhs.dtype())?)?,
+        let matrix = self.lhs.matrix();
+        let dtype = matrix.dtype();
+        let (lhs_dtype, rhs_dtype) = match self.precision {
+            Precision::Single => (dtype, dtype),
             // candle's CPU backend has no bf16 product of this shape on every machine, and would round the sums.
-            Precision::Bf16 if matches!(lhs.device(), Device::Cpu) => {
-                let rounded = lhs.to_dtype(DType::BF16)?.to_dtype(lhs.dtype())?;
-                rounded.matmul(&rhs.to_dtype(lhs.dtype())?)?
-            }
-            Precision::Bf16 => lhs
-                .to_dtype(DType::BF16)?
-                .matmul(&rhs.to_dtype(DType::BF16)?)?
-                .to_dtype(lhs.dtype())?,
+            Precision::Bf16 if matches!(matrix.device(), Device::Cpu) => (DType::BF16, dtype),
+            Precision::Bf16 => (DType::BF16, DType::BF16),
         };
+        let lhs = self.lhs.view(lhs_dtype)?.to_dtype(rhs_dtype)?;
+        let term = lhs.matmul(&self.rhs.view(rhs_dtype)?)?.to_dtype(dtype)?;
         Ok(if self.scale == 1.0 {
             term
         } else {
@@ -133,7 +137,8 @@ impl<'a> Product<'a> {
 }
 
 /// Computes `start + sum_i scale_i lhs_i rhs_i`. Every product must have the same shape `[m, n]`; `start`, if given, is
-/// `[m, n]` or a row `[n]` that is added to all rows. Sums and result are f32.
+/// `[m, n]` or a row `[n]` that is added to all rows. Sums and result are f32, but
+/// see [`Precision::Bf16`] for other devices than the CPU.
 ///
 /// # Errors
 /// Returns [`crate::Error::Shape`] if inner or outer sizes disagree, or an error of candle.
@@ -154,7 +159,11 @@ pub fn sum_of_products(start: Option<&Tensor>, products: &[Product<'_>]) -> Resu
         let expected: &[usize] = if start.rank() == 1 { &[n] } else { &[m, n] };
         expect_shape("start of a sum of products", expected, start.dims())?;
     }
-    if OWN_GEMM && let Some(sum) = sum_in_pieces(start, products, (m, n), true)? {
+    let has_loops = |product: &Product<'_>| has_loops(product.lhs.matrix().device());
+    if OWN_GEMM
+        && products.iter().all(has_loops)
+        && let Some(sum) = sum_in_pieces(start, products, (m, n), true)?
+    {
         return Ok(sum);
     }
     let mut total = start.cloned();

@@ -97,6 +97,8 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
             let gradients = drawn.backward(&state, gradients)?;
             optimizer.step(&adamw, &mut state, &gradients, 2e-4, 2e-4)?;
         }
+        // A device may still be at work on what was asked of it.
+        device.synchronize()?;
         seconds.push(began.elapsed().as_secs_f64());
         tracing::debug!(
             "step {step}: {:.3} s, loss {:.4}",
@@ -108,7 +110,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let tokens_per_second = (args.batch * args.seq) as f64 / median;
     // Kibibytes divided by 1e6, as PEFT's script reports `ru_maxrss`.
     let gb = |bytes: u64| bytes as f64 / 1024.0 / 1e6;
-    let peak_gb = peak_memory_bytes().map(gb);
+    let peak_gb = peak_memory_bytes(&device).map(gb);
     let files = (!args.random_weights).then(|| ModelFiles::open(&base.dir));
     let estimate = estimate(args, &decoder, (weights, files.transpose()?), &state);
     let estimate_gb = gb(estimate.peak);
@@ -249,6 +251,7 @@ fn estimate(
         dropout: false,
         gradient_checkpointing: args.gradient_checkpointing,
         program: PROGRAM,
+        on_cpu: decoder.device().is_cpu(),
     })
 }
 

@@ -246,6 +246,11 @@ pub(crate) fn device(cpu: bool) -> Result<Device> {
     Ok(device)
 }
 
+/// Whether [`device`] is the CPU, as far as the build tells. No device is opened.
+pub(crate) fn computes_on_cpu(cpu: bool) -> bool {
+    cpu || !cfg!(any(feature = "cuda", feature = "metal"))
+}
+
 /// How our decoder holds the base model's weights for `dtype`. It is an error if the decoder does not support `dtype`.
 pub(crate) fn weight_type(dtype: DtypeChoice) -> Result<&'static Kind> {
     let holder = format!("--dtype {}: our decoder", dtype.0);

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use monteclora_converters::{Problem, shell_word};
 use serde_json::json;
 
-use super::{device, dry_run, interrupted, print, print_json, program};
+use super::{computes_on_cpu, device, dry_run, interrupted, print, print_json, program};
 use crate::cli::TrainArgs;
 use crate::config::RunConfig;
 use crate::distributed::{not_joined, world};
@@ -22,7 +22,8 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     if let Some(warning) = not_joined() {
         tracing::warn!("{warning}");
     }
-    let prepared = Prepared::of_ranks(config, args.resume.as_deref(), ranks)?;
+    let mut prepared = Prepared::of_ranks(config, args.resume.as_deref(), ranks)?;
+    prepared.on_cpu = computes_on_cpu(args.cpu);
     prepared.warn();
     let output_dir = prepared.run.train.output_dir.clone();
     if args.dry_run {

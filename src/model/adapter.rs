@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use monteclora_adapters::device::{to_device, to_host};
 use monteclora_adapters::methods::{DoraUpdate, ScaleShift, SparseUpdate};
 use monteclora_adapters::{LowRank, Update};
 use monteclora_converters::architecture::{ModelShape, Module};
@@ -134,8 +135,7 @@ fn updates(
             continue;
         }
         let tensor = |values: &monteclora_converters::Tensor| -> Result<Tensor> {
-            let cpu = Tensor::from_vec(values.to_f32()?, values.shape(), &Device::Cpu)?;
-            Ok(cpu.to_device(device)?)
+            to_device(values.to_f32()?, values.shape(), device)
         };
         let low_rank = || -> Result<LowRank> {
             Ok(LowRank {
@@ -207,14 +207,14 @@ impl AdapterGradients {
         }
         let mut values: Vec<f32> = Vec::new();
         for gradient in self.modules.values().flatten() {
-            values.extend(gradient.flatten_all()?.to_vec1::<f32>()?);
+            values.extend(to_host::<f32>(gradient)?);
         }
         ranks.sum(&mut values);
         let mut rest = values.as_slice();
         for gradient in self.modules.values_mut().flatten() {
             let (sums, after) = rest.split_at(gradient.elem_count());
-            let on_cpu = Tensor::from_slice(sums, gradient.shape(), &Device::Cpu)?;
-            (*gradient, rest) = (on_cpu.to_device(gradient.device())?, after);
+            let sums = to_device(sums.to_vec(), gradient.shape(), gradient.device())?;
+            (*gradient, rest) = (sums, after);
         }
         Ok(())
     }

@@ -194,8 +194,9 @@ mod tests {
 
     use super::*;
     use crate::model::adapter::{ActiveAdapter, ModuleId};
+    use crate::model::dropout::Dropout;
     use crate::model::parts::activation::Gate;
-    use crate::model::parts::attention::{Heads, Segment};
+    use crate::model::parts::attention::{Heads, Masks, Segment};
     use crate::model::parts::feed_forward::FeedForward;
     use crate::model::parts::gradient_tests::{check, dot};
     use crate::model::parts::projections::Projections;
@@ -321,11 +322,17 @@ mod tests {
     #[test]
     fn gradients_are_finite_differences() -> Result<()> {
         let (segments, rotations) = (segments(), rotations()?);
-        for (before, after, fused, rope) in [
-            (true, false, false, Some(0)),
-            (false, true, true, None),
-            (true, true, true, Some(0)),
-            (false, false, false, None),
+        let dropout = Dropout {
+            probability: 0.3,
+            seed: 5,
+            step: 2,
+            rows: vec![4, 9],
+        };
+        for (before, after, fused, rope, dropout) in [
+            (true, false, false, Some(0), None),
+            (false, true, true, None, Some(&dropout)),
+            (true, true, true, Some(0), None),
+            (false, false, false, None, Some(&dropout)),
         ] {
             let block = block(before, after, fused, rope)?;
             let updates = updates(&block)?;
@@ -340,8 +347,9 @@ mod tests {
                     rotations: &rotations,
                     segments: &segments,
                     keys: None,
+                    masks: &Masks::default(),
                     adapter: &adapter,
-                    dropout: None,
+                    dropout,
                 };
                 let (y, kept) = block.forward(&inputs[0], &pass, None)?;
                 match gradients {
@@ -374,6 +382,7 @@ mod tests {
             rotations: &rotations,
             segments: &segments,
             keys: None,
+            masks: &Masks::default(),
             adapter: &ActiveAdapter::default(),
             dropout: None,
         };

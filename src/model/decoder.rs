@@ -5,18 +5,19 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::Precision;
-use monteclora_adapters::noise::{Key, Purpose};
+use monteclora_adapters::device::to_device;
 use monteclora_adapters::weights::{AUTO, Kind, Weight};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
 
 use super::adapter::{ActiveAdapter, AdapterGradients, ModuleId};
 use super::block::{Block, Kept};
+use super::dropout::Dropout;
 use super::generate::LayerCache;
 use super::load;
 use super::merge::Merged;
 use super::parts::Pass;
-use super::parts::attention::Segment;
+use super::parts::attention::{Masks, Segment};
 use super::parts::embedding::Embedding;
 use super::parts::head::Head;
 use super::parts::rotary::Rotation;
@@ -73,45 +74,6 @@ impl Sequences {
     pub fn sequence(&self, index: usize) -> &[u32] {
         let segment = &self.segments[index];
         &self.tokens[segment.query_start..][..segment.query_len]
-    }
-}
-
-/// Dropout on the adapters' inputs. The masks depend only on seed, step, module, row and position.
-#[derive(Debug, Clone)]
-pub struct Dropout {
-    /// Probability that an input is dropped, in `[0, 1)`.
-    pub probability: f64,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Optimiser step.
-    pub step: u64,
-    /// Identity of each segment's row in the data. It makes the mask of a row independent of its batch.
-    pub rows: Vec<u64>,
-}
-
-impl Dropout {
-    pub(super) fn mask(&self, module: &str, segments: &[Segment], like: &Tensor) -> Result<Tensor> {
-        let (tokens, columns) = like.dims2()?;
-        let keep = (1.0 / (1.0 - self.probability)) as f32;
-        let mut mask = vec![0f32; tokens * columns];
-        for (segment, row) in segments.iter().zip(&self.rows) {
-            let key = Key::new(
-                self.seed ^ row.wrapping_mul(0x9e37_79b9_7f4a_7c15),
-                module,
-                self.step,
-            );
-            let start = segment.query_start * columns;
-            let values = key.uniforms_f32_from(Purpose::Dropout, 0, segment.query_len * columns);
-            for (slot, u) in mask[start..].iter_mut().zip(values) {
-                *slot = if f64::from(u) < self.probability {
-                    0.0
-                } else {
-                    keep
-                };
-            }
-        }
-        let mask = Tensor::from_vec(mask, (tokens, columns), &Device::Cpu)?;
-        Ok(mask.to_device(like.device())?)
     }
 }
 
@@ -250,7 +212,8 @@ impl Decoder {
         adapter: &ActiveAdapter,
     ) -> Result<Tensor> {
         let hidden = self.hidden(sequences, keys, adapter, None)?;
-        Ok(hidden.index_select(&Tensor::new(rows, &self.device)?, 0)?)
+        let index = to_device(rows.to_vec(), rows.len(), &self.device)?;
+        Ok(hidden.index_select(&index, 0)?)
     }
 
     fn rotations(&self, sequences: &Sequences) -> Result<Vec<Rotation>> {
@@ -273,12 +236,13 @@ impl Decoder {
     ) -> Result<Tensor> {
         let keys = match keys {
             [] => None,
-            keys => Some(Tensor::new(keys, &self.device)?),
+            keys => Some(to_device(keys.to_vec(), keys.len(), &self.device)?),
         };
         let pass = Pass {
             rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
             keys: keys.as_ref(),
+            masks: &Masks::default(),
             adapter,
             dropout: None,
         };
@@ -343,6 +307,7 @@ impl Decoder {
             rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
             keys: None,
+            masks: &Masks::default(),
             adapter,
             dropout: options.dropout,
         };
@@ -354,7 +319,7 @@ impl Decoder {
             x = y;
         }
         let (rows, labels) = split(targets);
-        let index = Tensor::new(rows, &self.device)?;
+        let index = to_device(rows, targets.len(), &self.device)?;
         let selected = x.index_select(&index, 0)?;
         let loss = self.head.losses(&selected, &labels, adapter, Some(scale))?;
         let mut gradients = AdapterGradients::default();

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{Device, Tensor};
 use half::bf16;
 use monteclora_adapters::FrozenLinear;
+use monteclora_adapters::device::{each, to_device, to_host};
 use monteclora_adapters::noise::{Key, Purpose};
 use monteclora_adapters::weights::{BF16, Kind, Weight};
 use monteclora_converters as formats;
@@ -91,8 +92,7 @@ impl Loader<'_> {
     }
 
     fn vector(&self, tensor: &formats::Tensor) -> Result<Tensor> {
-        let cpu = Tensor::from_vec(tensor.to_f32()?, tensor.shape(), &Device::Cpu)?;
-        Ok(cpu.to_device(self.device)?)
+        to_device(tensor.to_f32()?, tensor.shape(), self.device)
     }
 
     fn norm(&self, name: &str, width: usize) -> Result<Norm> {
@@ -121,7 +121,7 @@ impl Loader<'_> {
     fn rounded(&self, value: f64) -> Result<f32> {
         let held = formats::Tensor::from_f32(&[1, 1], vec![value as f32])?;
         let held = (self.kind.hold)(&held, self.device)?.gather(&[0])?;
-        Ok(held.flatten_all()?.get(0)?.to_scalar::<f32>()?)
+        Ok(to_host::<f32>(&held)?.into_iter().sum())
     }
 
     /// The norm of block `layer` at a place that `is_there` accepts, if there is one.
@@ -373,10 +373,9 @@ pub(super) fn decoder(
         scale: loader.rounded(config.multipliers.embedding)?,
         table: embedding,
     };
-    let blocks = (0..config.num_hidden_layers)
-        .into_par_iter()
-        .map(|layer| loader.block(layer))
-        .collect::<Result<Vec<_>>>()?;
+    let blocks = each(device, 0..config.num_hidden_layers, |layer| {
+        loader.block(layer)
+    })?;
     let mut problems = loader.problems.into_inner().unwrap_or_default();
     if !problems.is_empty() {
         problems.sort();

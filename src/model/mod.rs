@@ -3,6 +3,7 @@
 mod adapter;
 mod block;
 mod decoder;
+mod dropout;
 mod generate;
 mod load;
 mod merge;
@@ -16,7 +17,8 @@ use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{ModelFiles, Tensor};
 
 pub use adapter::{ActiveAdapter, AdapterGradients, ModuleId};
-pub use decoder::{Decoder, Dropout, PassOptions, Sequences, TaskLoss};
+pub use decoder::{Decoder, PassOptions, Sequences, TaskLoss};
+pub use dropout::Dropout;
 pub use generate::{Continuation, Generation, GenerationSettings};
 pub use parts::attention::Segment;
 pub(crate) use predictive::log_mean_exp;

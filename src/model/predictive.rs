@@ -2,7 +2,8 @@
 
 use candle_core::{D, DType, Tensor};
 use monteclora_adapters::Result;
-use monteclora_adapters::linalg::on_cpu;
+use monteclora_adapters::device::{to_device, to_host};
+use monteclora_adapters::linalg::{argmax_rows, on_cpu};
 use monteclora_adapters::simd::{largest, vectorised};
 use monteclora_converters::Problem;
 use rayon::prelude::*;
@@ -89,9 +90,10 @@ impl Decoder {
         for start in (0..n_rows).step_by(chunk) {
             let part = hidden.narrow(0, start, chunk.min(n_rows - start))?;
             let logits = on_pool(|| self.head_logits(&part.contiguous()?, adapter))?;
-            for row in logits.to_dtype(DType::F32)?.to_vec2::<f32>()? {
-                each(&row);
-            }
+            let values = to_host::<f32>(&logits.to_dtype(DType::F32)?)?;
+            values
+                .chunks_exact(self.config.vocab_size)
+                .for_each(&mut *each);
         }
         Ok(())
     }
@@ -184,10 +186,9 @@ pub(super) fn most_likely(logits: &Tensor) -> Result<Vec<(u32, f64)>> {
     if let Some(best) = fast {
         return Ok(best);
     }
-    let best = logits.argmax(D::Minus1)?;
+    let best = argmax_rows(&logits)?;
     let log_p = log_softmax(&logits)?.gather(&best.reshape((rows, 1))?, 1)?;
-    Ok(best
-        .to_vec1::<u32>()?
+    Ok(to_host::<u32>(&best)?
         .into_iter()
         .zip(to_f64(&log_p)?)
         .collect())
@@ -248,10 +249,10 @@ impl Sum {
         if let Some(members) = fast {
             return Ok(members);
         }
-        let index = Tensor::new(labels, logits.device())?.unsqueeze(1)?;
+        let index = to_device(labels.to_vec(), (labels.len(), 1), logits.device())?;
         let log_p = log_softmax(logits)?;
         let p = log_p.exp()?;
-        let best = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
+        let best = to_host::<u32>(&argmax_rows(logits)?)?;
         let of_labels = to_f64(&log_p.gather(&index, 1)?)?;
         let entropies = entropy(&p, &log_p)?;
         *self = Self::Device(match &*self {
@@ -288,7 +289,7 @@ impl Sum {
             }
             Self::Device(sum) => {
                 let p = (sum / n as f64)?;
-                let best = p.argmax(D::Minus1)?.to_vec1::<u32>()?;
+                let best = to_host::<u32>(&argmax_rows(&p)?)?;
                 let correct = best.iter().zip(labels).map(|(b, label)| b == label);
                 // 0 ln 0 is 0, but ln 0 alone is not finite.
                 let log_p = p.maximum(f32::MIN_POSITIVE)?.log()?;
@@ -344,8 +345,7 @@ fn entropy(p: &Tensor, log_p: &Tensor) -> Result<Vec<f64>> {
 }
 
 fn to_f64(values: &Tensor) -> Result<Vec<f64>> {
-    let values = values.flatten_all()?.to_vec1::<f32>()?;
-    Ok(values.into_iter().map(f64::from).collect())
+    Ok(to_host::<f32>(values)?.into_iter().map(f64::from).collect())
 }
 
 #[cfg(test)]
@@ -361,6 +361,25 @@ mod tests {
         assert_eq!(log_mean_exp(&[-3.5]), -3.5);
         assert_eq!(log_mean_exp(&[f64::NEG_INFINITY; 2]), f64::NEG_INFINITY);
         assert!(log_mean_exp(&[f64::NAN, -1.0]).is_nan());
+    }
+
+    /// Of equally likely tokens every path takes the first.
+    #[test]
+    fn ties_go_to_the_first_token() -> Result<()> {
+        let rows = [[1f32, 4.0, 4.0, 0.0], [2.0; 4], [-3.0, -1.0, -2.0, -1.0]];
+        let logits = Tensor::new(&rows, &Device::Cpu)?;
+        let strided = logits.t()?.contiguous()?.t()?;
+        for logits in [&logits, &strided] {
+            let best: Vec<u32> = most_likely(logits)?.into_iter().map(|(at, _)| at).collect();
+            assert_eq!(best, [1, 0, 1]);
+            for (labels, expected) in [([1, 0, 1], true), ([2, 3, 3], false)] {
+                let mut sum = Sum::None;
+                let members = sum.add(logits, &labels)?;
+                assert!(members.iter().all(|member| member.correct == expected));
+                assert_eq!(sum.finish(&labels, 1, false)?.0, [expected; 3]);
+            }
+        }
+        Ok(())
     }
 
     /// The loop over rows agrees with candle's operations, which other devices use. A transposed view takes the latter

@@ -33,6 +33,10 @@ const COURSE: [&str; 3] = [
     "train.eval_steps",
 ];
 
+/// Keys that checkpoints of earlier versions do not have. They are left out while they are off, so that such a checkpoint
+/// can be continued.
+const YOUNG: [&str; 1] = ["train.tf32"];
+
 /// The resolved configuration by dotted key, and the hashes of base model, template, tokenizer and data.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
@@ -66,6 +70,7 @@ impl Identity {
     pub fn new(config: &Value, hashes: [(&str, Option<&str>); 5]) -> Self {
         let mut flat = BTreeMap::new();
         flatten("", config, &mut flat);
+        flat.retain(|key, value| !YOUNG.contains(&key.as_str()) || *value != Value::Bool(false));
         Self {
             config: flat,
             hashes: hashes
@@ -226,6 +231,17 @@ mod tests {
         );
         let only_logging = then.drift(&identity(&config(1e-3, 1, "max_steps"), "x"));
         assert!(only_logging.refused.is_empty() && !only_logging.changes_course());
+    }
+
+    /// A checkpoint from before a key was there is continued with the key off, and refused with the key on.
+    #[test]
+    fn a_young_key_may_be_absent_while_it_is_off() {
+        let of = |train: Value| identity(&json!({ "train": train }), "x");
+        let before = of(json!({ "bf16": false }));
+        let off = of(json!({ "bf16": false, "tf32": false }));
+        assert_eq!(before, off);
+        let on = of(json!({ "bf16": false, "tf32": true }));
+        assert_eq!(before.drift(&on).refused.len(), 1);
     }
 
     /// An identity read back from a checkpoint is equal, floating-point values included.

@@ -1,10 +1,12 @@
-//! Estimates the peak resident memory of a run on a CPU, from its structure, before it starts.
+//! Estimates the peak memory of a run, from its structure, before it starts: the resident memory on a CPU, and that of the
+//! device elsewhere. Only the estimate for a CPU was compared with measurements.
 
 use monteclora_adapters::methods::{Group, Method, Module, Storage};
 use monteclora_converters::architecture::{ModelShape, NormPlace};
 use serde::Serialize;
 
 use crate::data::{BatchOptions, epoch_plan};
+use crate::model::parts::attention::SCORES;
 use crate::model::parts::head::CHUNK;
 use crate::system::status_bytes;
 
@@ -44,6 +46,8 @@ pub struct MemoryInputs<'a> {
     pub gradient_checkpointing: bool,
     /// Bytes of program and tokenizer: [`PROGRAM`], or the [measured size](program_bytes) once they are loaded.
     pub program: u64,
+    /// Whether the run computes on the CPU, whose loops keep no scores of attention.
+    pub on_cpu: bool,
 }
 
 /// Bytes of program and tokenizer now, before weights are loaded. A vocabulary of 262,000 tokens takes about 200 MB.
@@ -76,7 +80,7 @@ impl MemoryEstimate {
     /// Estimates the memory of a run.
     ///
     /// Per token, a block keeps its input, the sum after attention, q, k, v, the attention's output, gate, up, the
-    /// input of each norm after one of these, and `x A^T` of each site. With checkpointing, each block keeps only its
+    /// input of each norm after one of these, and `x A^T` of each site; with dropout also its input and its mask. With checkpointing, each block keeps only its
     /// input, and one block at a time keeps the rest. A mixture of experts keeps none of its inner activations.
     pub fn of(inputs: &MemoryInputs<'_>) -> Self {
         let model = inputs.model;
@@ -103,7 +107,11 @@ impl MemoryEstimate {
         let ranks: u64 = sites
             .filter(|module| module.name.contains(".layers."))
             .map(|module| {
-                let dropped = usize::from(inputs.dropout) * module.in_features;
+                // The input without what is dropped, and the mask, of a byte per value.
+                let dropped = match inputs.dropout {
+                    true => module.in_features + module.in_features.div_ceil(4),
+                    false => 0,
+                };
                 inputs.method.kept_values(module) + dropped
             })
             .sum::<usize>() as u64;
@@ -140,7 +148,11 @@ impl MemoryEstimate {
                 .sum::<u64>();
         let weights = inputs.weights;
         let activations = batch_tokens * kept * F32;
-        let working = (batch_tokens * block_working).max(logits) * F32;
+        let attention = match inputs.on_cpu {
+            true => 0,
+            false => SCORES_HELD * scores(inputs),
+        };
+        let working = (batch_tokens * block_working + attention).max(logits) * F32;
         let moving = adapter + activations + working;
         let held = (HELD * moving as f64) as u64;
         let step = weights + moving + held;
@@ -154,6 +166,24 @@ impl MemoryEstimate {
             batch_tokens,
         }
     }
+}
+
+/// Matrices of scores that the backward pass of attention holds together off the CPU: probabilities, their gradients, and
+/// what lies between.
+const SCORES_HELD: u64 = 5;
+
+/// Number of scores of attention that exist together off the CPU: those of the longest sequence, or of several sequences of
+/// a batch up to a bound.
+fn scores(inputs: &MemoryInputs<'_>) -> u64 {
+    let heads = inputs.model.num_attention_heads as u64;
+    let square = |idx: &usize| heads * (inputs.lengths[*idx] as u64).pow(2);
+    let batches = (0..EPOCHS).flat_map(|epoch| epoch_plan(inputs.lengths, &inputs.batches, epoch));
+    let of_batches = batches.map(|batch| {
+        let longest = batch.iter().map(square).max().unwrap_or(0);
+        let all: u64 = batch.iter().map(square).sum();
+        all.min(longest.max(SCORES as u64))
+    });
+    of_batches.max().unwrap_or(0)
 }
 
 /// Number of tokens of the largest batch in the first epochs.
@@ -219,6 +249,7 @@ mod tests {
             dropout: false,
             gradient_checkpointing: false,
             program: PROGRAM,
+            on_cpu: true,
         };
         change(&mut inputs);
         MemoryEstimate::of(&inputs)
@@ -256,13 +287,31 @@ mod tests {
         assert_eq!(base.adapter - plain.adapter, 2 * F32 * a as u64);
 
         let dropped = estimate(|inputs| inputs.dropout = true);
+        let inputs = a as u64 / 4;
         assert_eq!(
             dropped.activations - base.activations,
-            200 * F32 * a as u64 / 4
+            200 * (F32 + 1) * inputs
         );
 
         let large = estimate(|inputs| inputs.program += 1 << 30);
         assert_eq!(large.peak, base.peak + (1 << 30));
+
+        // Two sequences of 100 tokens each, or one of 200, in every head.
+        let heads = read_shape(&tiny_llama())
+            .expect("reads")
+            .num_attention_heads as u64;
+        let elsewhere = estimate(|inputs| inputs.on_cpu = false);
+        let scores = 2 * heads * 100 * 100;
+        assert_eq!(elsewhere.working - base.working, SCORES_HELD * F32 * scores);
+        let longer = estimate(|inputs| {
+            inputs.on_cpu = false;
+            inputs.lengths = &[200; 8];
+            inputs.batches.batch_size = 1;
+        });
+        assert_eq!(
+            longer.working - elsewhere.working,
+            SCORES_HELD * F32 * scores
+        );
 
         // Files that are mapped while they are read can be the peak.
         let loading = estimate(|inputs| inputs.base_bytes = 1 << 40);

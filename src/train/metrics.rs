@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
 use monteclora_adapters::Result;
 use monteclora_adapters::methods::{Metric, in_loss};
 use monteclora_converters::files;
@@ -62,7 +63,8 @@ pub struct TrainRecord {
     pub trained_tokens: u64,
     /// Tokens per second since the last such line.
     pub tokens_per_second: f64,
-    /// Largest resident memory so far, if the system reports it.
+    /// Largest resident memory so far, if the system reports it. `None` for a run on another device than the CPU: the
+    /// system does not count that device's memory.
     pub peak_memory_bytes: Option<u64>,
     /// With several ranks, mean seconds per step that rank 0 waited for the others.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -179,6 +181,7 @@ impl TrainRecord {
         (epoch, wall_s): (f64, f64),
         learning_rate: f64,
         n_ranks: usize,
+        peak_memory_bytes: Option<u64>,
     ) -> Self {
         let window = &progress.window;
         let mean = |sum: f64| sum / window.steps.max(1) as f64;
@@ -194,7 +197,7 @@ impl TrainRecord {
             tokens: progress.tokens,
             trained_tokens: progress.trained_tokens,
             tokens_per_second: window.tokens as f64 / window.elapsed().max(1e-9),
-            peak_memory_bytes: peak_memory_bytes(),
+            peak_memory_bytes,
             wait_s: (n_ranks > 1).then(|| mean(window.between_ranks[0])),
             exchange_s: (n_ranks > 1).then(|| mean(window.between_ranks[1])),
             wall_s,
@@ -258,9 +261,10 @@ fn forget_after(path: &Path, progress: &Progress) -> Result<()> {
     })
 }
 
-/// Largest resident memory of this process so far, bytes. `None` if the system does not report it.
-pub fn peak_memory_bytes() -> Option<u64> {
-    status_bytes("VmHWM:")
+/// Largest memory so far of a process that computes on `device`, bytes. `None` if the system does not report it, as it does
+/// not for the memory of another device than the CPU.
+pub fn peak_memory_bytes(device: &Device) -> Option<u64> {
+    device.is_cpu().then(|| status_bytes("VmHWM:")).flatten()
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod across_ranks;
+mod ahead;
 pub mod audit;
 mod checkpoint;
 mod evaluation;

@@ -3,9 +3,10 @@
 
 use candle_core::{Device, Tensor};
 use monteclora_adapters::Result;
+use monteclora_adapters::device::each;
 use monteclora_adapters::linalg::on_cpu;
 use monteclora_adapters::methods::{Group, Owner, Value};
-use rayon::prelude::*;
+use monteclora_adapters::numbers::read_groups;
 
 use super::state::{AdapterState, Gradients};
 use crate::config::TrainConfig;
@@ -94,19 +95,19 @@ impl AdamW {
                 ..weight
             }),
         };
-        let owners = state.owners.par_iter_mut().zip(&mut self.moments);
-        owners
-            .zip(gradients)
-            .try_for_each(|((owner, moments), gradients)| {
-                let values = owner.values.iter_mut().zip(moments).zip(gradients);
-                for (parameter, ((value, moments), gradient)) in owner.parameters.iter().zip(values)
-                {
-                    if let Some(update) = update(parameter.group) {
-                        update.apply(value, moments, gradient)?;
-                    }
+        let device = state.device();
+        let owners = state.owners.iter_mut().zip(&mut self.moments);
+        let owners = owners.zip(gradients);
+        each(&device, owners, |((owner, moments), gradients)| {
+            let values = owner.values.iter_mut().zip(moments).zip(gradients);
+            for (parameter, ((value, moments), gradient)) in owner.parameters.iter().zip(values) {
+                if let Some(update) = update(parameter.group) {
+                    update.apply(value, moments, gradient)?;
                 }
-                Ok(())
-            })
+            }
+            Ok(())
+        })?;
+        Ok(())
     }
 }
 
@@ -183,21 +184,20 @@ impl Update<'_> {
 /// `torch.nn.utils.clip_grad_norm_`. Returns the norm before. A `max_norm` of 0 disables the scaling. The norm includes
 /// frozen values, but not those that the method updates itself ([`Group::Own`]).
 pub fn clip(gradients: &mut Gradients, owners: &[Owner], max_norm: f64) -> Result<f64> {
-    let squares = gradients
-        .par_iter()
-        .zip(owners)
-        .map(|(gradients, owner)| {
-            let all = owner.parameters.iter().zip(gradients);
-            let skipped = [Group::Own, Group::State];
-            let clipped = all.filter(|(parameter, _)| !skipped.contains(&parameter.group));
-            Owner::sum_of_squares(clipped.map(|(_, gradient)| gradient))
-        })
-        .collect::<Result<Vec<f64>>>()?;
-    let norm = squares.iter().sum::<f64>().sqrt();
+    let device = Value::device_of(gradients.iter().flatten());
+    let all = gradients.iter().zip(owners);
+    let numbers = each(&device, all, |(gradients, owner)| {
+        let all = owner.parameters.iter().zip(gradients);
+        let skipped = [Group::Own, Group::State];
+        let clipped = all.filter(|(parameter, _)| !skipped.contains(&parameter.group));
+        Owner::squares(clipped.map(|(_, gradient)| gradient))
+    })?;
+    let of_owners = read_groups(numbers)?;
+    let squares = of_owners.iter().map(|squares| squares.iter().sum::<f64>());
+    let norm = squares.sum::<f64>().sqrt();
     let factor = max_norm / (norm + 1e-6);
     if max_norm > 0.0 && factor < 1.0 {
-        let values = gradients.par_iter_mut().flatten();
-        values.try_for_each(|gradient| -> Result<()> {
+        each(&device, gradients.iter_mut().flatten(), |gradient| {
             *gradient = gradient.scaled(factor)?;
             Ok(())
         })?;

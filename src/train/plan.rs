@@ -44,7 +44,8 @@ pub struct Plan<'a> {
     pub memory_estimate_bytes: u64,
     /// The estimate by purpose.
     pub memory: MemoryEstimate,
-    /// Available memory of the machine, if the system reports it.
+    /// Available memory of the machine, if the system reports it. `None` for another device than the CPU, whose memory is
+    /// not read.
     pub available_memory_bytes: Option<u64>,
     /// Changes to make if the available memory is not enough.
     pub advice: Vec<Advice>,
@@ -58,7 +59,7 @@ impl Prepared {
     pub fn plan(&self) -> Result<Plan<'_>> {
         let sites = self.modules()?;
         let memory = self.estimate(&sites);
-        let available = available_memory_bytes();
+        let available = available_memory_bytes().filter(|_| self.on_cpu);
         let advice = match available {
             Some(available) if memory.peak > available => self.advice(&sites, available),
             _ => Vec::new(),
@@ -123,6 +124,7 @@ impl Prepared {
             dropout: self.settings.lora_dropout > 0.0,
             gradient_checkpointing: self.settings.train.gradient_checkpointing,
             program: program_bytes(),
+            on_cpu: self.on_cpu,
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use candle_core::Device;
 use monteclora_adapters::Precision;
+use monteclora_adapters::device::set_tf32;
 use monteclora_adapters::methods::Method;
 use monteclora_adapters::weights::{AUTO, AUTO_BF16, Kind};
 use monteclora_converters::architecture::ModelShape;
@@ -60,6 +61,9 @@ pub struct Prepared {
     pub weights: &'static Kind,
     /// Optimiser steps of the whole run.
     pub total_steps: u64,
+    /// Whether the run computes on the CPU, which is assumed until the caller knows better. The estimate of the memory
+    /// depends on it.
+    pub on_cpu: bool,
     pub(super) identity: Identity,
     /// See [`base_fingerprint`].
     pub fingerprint: String,
@@ -257,6 +261,7 @@ impl Prepared {
             valid,
             settings,
             weights,
+            on_cpu: true,
         })
     }
 
@@ -370,6 +375,11 @@ impl Prepared {
             true => Precision::Bf16,
             false => Precision::Single,
         };
+        if !set_tf32(self.run.train.tf32, device) && self.run.train.tf32 {
+            tracing::warn!(
+                "train.tf32 is without effect: only CUDA multiplies in TF32, and this run does not compute on CUDA"
+            );
+        }
         let decoder = self.decoder(device)?.with_precision(precision);
         let trainer = self.trainer(&decoder, interrupt, ranks);
         if ranks.size() > 1 {

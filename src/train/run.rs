@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use monteclora_adapters::Result;
+use monteclora_adapters::device::has_loops;
 use monteclora_adapters::methods::{Step, in_loss};
 use monteclora_converters::{AdapterConfig, Problem};
 
+use super::ahead::NoiseAhead;
 use super::checkpoint::{self, Checkpoint};
 use super::evaluation::{evaluate, sequences};
 use super::identity::Identity;
-use super::metrics::{EvalRecord, Metrics, Record, TrainRecord};
+use super::metrics::{EvalRecord, Metrics, Record, TrainRecord, peak_memory_bytes};
 use super::optimizer::clip;
 use super::progress::{StepResult, Window};
 use super::schedule::Schedule;
@@ -99,6 +101,7 @@ impl Trainer<'_> {
             trainer: self,
             metrics: Metrics::open(self.output_dir, report_to, resumed.then_some(progress))?,
             batches: Batches::new(self.train, settings.batches, progress.cursor),
+            noise: NoiseAhead::new(settings.seed, !has_loops(self.model.device())),
             total_steps: settings.total_steps(self.train),
             earlier: progress.wall_s,
             began: Instant::now(),
@@ -223,6 +226,7 @@ struct Run<'a, W> {
     at: Checkpoint,
     metrics: Metrics,
     batches: Batches<'a>,
+    noise: NoiseAhead,
     total_steps: u64,
     /// Seconds of earlier processes of the run.
     earlier: f64,
@@ -292,7 +296,9 @@ impl<W: FnMut(&Event)> Run<'_, W> {
             if last || step.is_multiple_of(settings.logging_steps.max(1)) {
                 let (place, rate) = ((self.epoch(), self.wall()), settings.learning_rate * rate);
                 let n_ranks = self.trainer.ranks.size();
-                let record = TrainRecord::new(&self.at.progress, metrics, place, rate, n_ranks);
+                let peak = peak_memory_bytes(self.trainer.model.device());
+                let progress = &self.at.progress;
+                let record = TrainRecord::new(progress, metrics, place, rate, n_ranks, peak);
                 self.metrics.write(&Record::Train(record.clone()))?;
                 (self.watch)(&Event::Train(record));
                 self.at.progress.window = Window::default();
@@ -413,7 +419,12 @@ impl<W: FnMut(&Event)> Run<'_, W> {
         };
         let (tokens, trained_tokens) = (of_all(Dataset::n_tokens), of_all(Dataset::n_trained));
         let epoch_tokens = trainer.train.stats().trained_tokens.total;
-        let drawn = state.draw(settings.seed, step, &state.weighting(weight, epoch_tokens))?;
+        let noise = self.noise.at(step);
+        let weighting = state.weighting(weight, epoch_tokens);
+        let drawn = state.draw_with(&weighting, |module| noise.of(&module.name))?;
+        if step + 1 < self.total_steps {
+            self.noise.prepare_after(noise);
+        }
         // The loss is the mean over the trained tokens of the whole step. It does not depend on the split into
         // micro-batches.
         let scale = 1.0 / trained_tokens.max(1) as f64;

@@ -3,13 +3,14 @@
 use monteclora_adapters::Result;
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use monteclora_adapters::Update;
+use monteclora_adapters::device::each;
 use monteclora_adapters::methods::{self, Drawn, Frozen, Method, Module, Owner, Value, Weighting};
 use monteclora_adapters::noise::{Key, Noise};
+use monteclora_adapters::numbers::read_groups;
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{Adapter, AdapterConfig, Problem, Site};
-use rayon::prelude::*;
 
 use crate::model::{ActiveAdapter, AdapterGradients, Decoder, ModuleId};
 
@@ -154,6 +155,11 @@ impl AdapterState {
         self.owners.iter().map(Owner::n_values).sum()
     }
 
+    /// The device that holds the tensors.
+    pub fn device(&self) -> Device {
+        Value::device_of(self.owners.iter().flat_map(|owner| &owner.values))
+    }
+
     /// The values for module `idx`: its own, then the shared ones.
     fn values(&self, idx: usize) -> Vec<&Value> {
         let shared = self.owners[self.modules.len()..].iter();
@@ -198,14 +204,11 @@ impl AdapterState {
         weighting: &Weighting,
         noise: impl Fn(&Module) -> N + Sync,
     ) -> Result<DrawnAdapter> {
-        let draws = (0..self.modules.len())
-            .into_par_iter()
-            .map(|idx| {
-                let module = &self.modules[idx].1;
-                let values = self.values(idx);
-                self.method.draw(module, &values, &noise(module), weighting)
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let draws = each(&self.device(), 0..self.modules.len(), |idx| {
+            let module = &self.modules[idx].1;
+            let values = self.values(idx);
+            self.method.draw(module, &values, &noise(module), weighting)
+        })?;
         Ok(DrawnAdapter {
             active: self.active(|idx, _| Ok(draws[idx].update()))?,
             draws,
@@ -245,18 +248,21 @@ impl DrawnAdapter {
     /// Gradients of task loss plus regulariser, from `task`, the task's gradients with respect to the active updates.
     pub fn backward(&self, state: &AdapterState, task: &AdapterGradients) -> Result<Gradients> {
         let weight = 1.0 / self.draws.len().max(1) as f64;
-        let mut gradients = state
-            .modules
-            .par_iter()
-            .zip(&self.draws)
-            .map(|((id, module), draw)| {
-                let upstream = task.get(*id).ok_or_else(|| {
-                    let message = "no gradient was computed for this site";
-                    Problem::new("no-gradient", &module.name, message, "").exit(1)
-                })?;
-                draw.pullback(upstream, weight)
-            })
-            .collect::<Result<Gradients>>()?;
+        let device = state.device();
+        let upstream = state.modules.iter().map(|(id, module)| {
+            let upstream = task.get(*id).ok_or_else(|| {
+                let message = "no gradient was computed for this site";
+                Problem::new("no-gradient", &module.name, message, "").exit(1)
+            });
+            Ok(upstream?)
+        });
+        let upstream = upstream.collect::<Result<Vec<&[Tensor]>>>()?;
+        let draws = || self.draws.iter().zip(&upstream);
+        let numbers = read_groups(each(&device, draws(), |(draw, up)| draw.numbers(up))?)?;
+        let mut gradients: Gradients =
+            each(&device, draws().zip(&numbers), |((draw, up), numbers)| {
+                draw.pullback(up, numbers, weight)
+            })?;
         let mut shared: Option<Vec<Value>> = None;
         for (gradient, owner) in gradients.iter_mut().zip(&state.owners) {
             let part = gradient.split_off(owner.values.len());

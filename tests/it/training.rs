@@ -1,5 +1,7 @@
 //! Training through the library on the tiny fixtures: resume, accumulation, what is written.
 
+mod traffic;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -431,6 +433,7 @@ impl Drawn for GatedDraw {
     fn pullback(
         &self,
         upstream: &[Tensor],
+        _numbers: &[f64],
         _weight: f64,
     ) -> monteclora_adapters::Result<Vec<Value>> {
         let rows = (&upstream[0] * &self.a)?.sum(1)?.to_vec1::<f32>()?;

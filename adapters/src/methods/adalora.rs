@@ -25,6 +25,7 @@ use super::{
     Chart, Drawn, Export, Group, Kind, Method, Metric, Module, Owner, Parameter, Step, Storage,
     Value, Weighting, settings,
 };
+use crate::device::{to_device, to_host};
 use crate::error::Result;
 use crate::linalg::row_dots;
 use crate::noise::{Key, Noise, Purpose};
@@ -281,7 +282,7 @@ impl Method for AdaLora {
             factors: [a.clone(), b.clone(), e.clone()],
             off: [off_a, off_b],
             orth_reg_weight: self.0.orth_reg_weight,
-            kept: f64::from(kept.to_scalar::<f32>()?),
+            kept: to_host::<f32>(&kept)?.into_iter().map(f64::from).sum(),
         }))
     }
 
@@ -304,7 +305,7 @@ impl Method for AdaLora {
             for owner in owners.iter_mut() {
                 let all: Vec<&Value> = owner.values.iter().collect();
                 let [.., kept] = tensors::<N_VALUES>(&all)?;
-                let kept = kept.flatten_all()?.to_vec1::<f32>()?;
+                let kept = to_host::<f32>(kept)?;
                 keep(&mut owner.values, kept)?;
             }
             return Ok(());
@@ -346,9 +347,9 @@ impl Method for AdaLora {
     /// The triplets that are kept, at least one per module.
     fn export(&self, module: &Module, values: &[&Value]) -> Result<Site> {
         let [a, b, e, ..] = tensors::<N_VALUES>(values)?;
-        let [a, b, e] = [a, b, e].map(|tensor| tensor.to_device(&Device::Cpu));
+        let [a, b, e] = [a, b, e].map(on_host);
         let (a, b, e) = (a?, b?, e?);
-        let values = e.flatten_all()?.to_vec1::<f32>()?;
+        let values = to_host::<f32>(&e)?;
         let mut kept: Vec<bool> = values.iter().map(|value| *value != 0.0).collect();
         if !kept.contains(&true) {
             kept[0] = true;
@@ -411,7 +412,7 @@ fn score(values: &[Value]) -> Result<Vec<f32>> {
     let of_a = importance(A)?.mean(1)?;
     let of_b = importance(B)?.mean(0)?;
     let of_e = importance(E)?.flatten_all()?;
-    Ok(((of_e + of_a)? + of_b)?.to_vec1::<f32>()?)
+    to_host::<f32>(&((of_e + of_a)? + of_b)?)
 }
 
 /// Keeps the singular values where `kept` is 1 and sets the others to zero.
@@ -419,10 +420,19 @@ fn keep(values: &mut [Value], kept: Vec<f32>) -> Result<()> {
     let Value::Tensor(e) = &values[E] else {
         return Err(unlike(&[N_VALUES], &[values.len()]));
     };
-    let kept = Tensor::from_vec(kept, e.shape(), &Device::Cpu)?.to_device(e.device())?;
+    let kept = to_device(kept, e.shape(), e.device())?;
     values[E] = Value::Tensor((e * &kept)?);
     values[KEPT] = Value::Tensor(kept);
     Ok(())
+}
+
+/// A copy on the host.
+fn on_host(tensor: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::from_vec(
+        to_host::<f32>(tensor)?,
+        tensor.shape(),
+        &Device::Cpu,
+    )?)
 }
 
 /// `M - I`, and its Frobenius norm.
@@ -458,7 +468,7 @@ impl Drawn for DrawnTriplets {
     /// With G the gradient of `E A`: `dA = E G`, `dE = sum over the inputs of A G`; the regulariser adds
     /// `(Q Q^T - I) Q / ||Q Q^T - I||` and `P (P^T P - I) / ||P^T P - I||`, times the weight: `d||M||_F = <M, dM> / ||M||_F`, and
     /// two terms for each Gram matrix over two matrices per module.
-    fn pullback(&self, upstream: &[Tensor], weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], weight: f64) -> Result<Vec<Value>> {
         let [through, grad_b] = upstream else {
             return Err(unlike(&[2], &[upstream.len()]));
         };
@@ -473,7 +483,7 @@ impl Drawn for DrawnTriplets {
         let of_b = Product::scaled(Factor::Plain(b), Factor::Plain(off_b), factor(*norm_b));
         let grad_e = row_dots(a, through)?.into_iter().map(|sum| sum as f32);
         let grad_e: Vec<f32> = grad_e.collect();
-        let grad_e = Tensor::from_vec(grad_e, e.shape(), &Device::Cpu)?.to_device(e.device())?;
+        let grad_e = to_device(grad_e, e.shape(), e.device())?;
         let gradients = vec![
             sum_of_products(Some(&grad_a), &[of_a])?,
             sum_of_products(Some(grad_b), &[of_b])?,

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use monteclora_converters::{AdapterConfig, Beyond, Site};
 
 use super::lora::LORA;
@@ -14,6 +14,7 @@ use super::parameter::unlike;
 use super::{
     DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, Parameter, Storage, Value, Weighting,
 };
+use crate::device::to_device;
 use crate::error::Result;
 use crate::linalg::row_dots;
 use crate::linear::FrozenLinear;
@@ -173,7 +174,7 @@ impl DoraUpdate {
         });
         let inverse: Vec<f32> = inverse.collect();
         let n = inverse.len();
-        let inverse = Tensor::from_vec(inverse, n, &Device::Cpu)?.to_device(a.device())?;
+        let inverse = to_device(inverse, n, a.device())?;
         let scales = [(&self.magnitude * &inverse)?, inverse];
         Ok(self.scales.get_or_init(|| scales))
     }

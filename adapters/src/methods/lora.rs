@@ -119,7 +119,7 @@ impl Drawn for Plain {
         self.0.clone()
     }
 
-    fn pullback(&self, upstream: &[Tensor], _weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], _weight: f64) -> Result<Vec<Value>> {
         Ok(upstream.iter().cloned().map(Value::Tensor).collect())
     }
 }

@@ -271,7 +271,7 @@ impl Drawn for DrawnSlice {
 
     /// With `E` the gradient of the embedding's side `[hidden, r]` and `H` that of the heads' side: `dU = E w` for
     /// `w = C_L[l] C_M[m]`, `dw = sum_i E_i U_i`, `dV_j = sum_h H_hj C_H[h]`, `dC_H[h] = sum_j H_hj V_j`.
-    fn pullback(&self, upstream: &[Tensor], _weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], _weight: f64) -> Result<Vec<Value>> {
         let [a, b] = upstream else {
             return Err(unlike(&[2], &[upstream.len()]));
         };

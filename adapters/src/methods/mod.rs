@@ -38,6 +38,7 @@ pub use ssf::{ScaleShift, Shift, SsfConfig};
 
 use crate::error::Result;
 use crate::noise::{Key, Noise};
+use crate::numbers::Numbers;
 use crate::update::Update;
 use crate::weights::Weight;
 
@@ -459,9 +460,16 @@ pub trait Drawn: Debug + Send + Sync {
         Vec::new()
     }
 
+    /// The numbers that [`Drawn::pullback`] takes of `upstream` on the host. The trainer reads those of all modules
+    /// together.
+    fn numbers(&self, _upstream: &[Tensor]) -> Result<Vec<Numbers>> {
+        Ok(Vec::new())
+    }
+
     /// Returns the gradient of every value that [`Method::draw`] was given: the gradient of the task loss, computed
-    /// from `upstream` on the factors of the update, plus `weight` times the gradient of the regulariser.
-    fn pullback(&self, upstream: &[Tensor], weight: f64) -> Result<Vec<Value>>;
+    /// from `upstream` on the factors of the update, plus `weight` times the gradient of the regulariser. `numbers` are
+    /// those of [`Drawn::numbers`], in order.
+    fn pullback(&self, upstream: &[Tensor], numbers: &[f64], weight: f64) -> Result<Vec<Value>>;
 }
 
 /// Creates the parameters of all `modules` at the start of a run under `seed`: one owner per module, and one more for

@@ -22,8 +22,8 @@ use super::{
     Value, Weighting, owners,
 };
 use crate::error::Result;
-use crate::linalg;
 use crate::noise::{Key, Noise, Purpose};
+use crate::numbers::Numbers;
 use crate::update::Update;
 
 pub use scaled::{Geometry, ScaledPosterior};
@@ -389,15 +389,26 @@ impl Drawn for DrawnA {
         ]
     }
 
+    /// For `elbo` the squared norm of each row of the gradient of A; otherwise as [`Draw::numbers`].
+    fn numbers(&self, upstream: &[Tensor]) -> Result<Vec<Numbers>> {
+        let [a, _] = upstream else {
+            return Err(unlike(&[2], &[upstream.len()]));
+        };
+        match &self.mean {
+            Some(_) => Ok(vec![Numbers::row_dots(a, a)?]),
+            None => Ok(self.draw.numbers(a)?.into_iter().collect()),
+        }
+    }
+
     /// The gradient with respect to A equals that of the drawn A: A enters with weight one, because the mixture weights
     /// sum to one.
-    fn pullback(&self, upstream: &[Tensor], weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], numbers: &[f64], weight: f64) -> Result<Vec<Value>> {
         let [a, b] = upstream else {
             return Err(unlike(&[2], &[upstream.len()]));
         };
         if let Some(Value::Tensor(mean)) = &self.mean {
             let (_, in_features) = a.dims2()?;
-            let squares = linalg::row_dots(a, a)?.into_iter();
+            let squares = numbers.iter();
             return Ok(vec![
                 Value::Tensor((a + (mean * (weight * self.draw.decay))?)?),
                 Value::Tensor(b.clone()),
@@ -405,7 +416,7 @@ impl Drawn for DrawnA {
                 Value::Vector(vec![0.0; self.draw.mixture.weights.len()]),
             ]);
         }
-        let (log_std, log_concentration) = self.draw.backward(Some(a), weight)?;
+        let (log_std, log_concentration) = self.draw.backward(Some((a, numbers)), weight)?;
         Ok(vec![
             Value::Tensor(a.clone()),
             Value::Tensor(b.clone()),

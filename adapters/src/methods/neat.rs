@@ -122,7 +122,7 @@ impl Drawn for DrawnNetwork {
     }
 
     /// `dB_1` is the gradient of `lora_A`; `dA_1^T = (dP relu'(W A_1))^T W` with `dP` that of `lora_B`.
-    fn pullback(&self, upstream: &[Tensor], _weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], _weight: f64) -> Result<Vec<Value>> {
         let [second, hidden] = upstream else {
             return Err(unlike(&[2], &[upstream.len()]));
         };

@@ -3,8 +3,9 @@
 use candle_core::{Device, Tensor};
 use monteclora_converters::{self as formats, Beyond, Site};
 
+use crate::device::{to_device, to_host};
 use crate::error::Result;
-use crate::linalg::on_cpu;
+use crate::numbers::Numbers;
 
 /// How a parameter is moved: its learning rate and its weight decay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,11 +83,25 @@ impl Value {
         device: &Device,
     ) -> Result<Self> {
         Ok(match storage {
-            Storage::Tensor => {
-                Self::Tensor(Tensor::from_vec(values, shape, &Device::Cpu)?.to_device(device)?)
-            }
+            Storage::Tensor => Self::Tensor(to_device(values, shape, device)?),
             Storage::Vector => Self::Vector(values.into_iter().map(f64::from).collect()),
         })
+    }
+
+    /// The device that holds it.
+    pub fn device(&self) -> &Device {
+        match self {
+            Self::Tensor(tensor) => tensor.device(),
+            Self::Vector(_) => &Device::Cpu,
+        }
+    }
+
+    /// The device of what is computed with `values`: that of the first which is on another device than the CPU, if there
+    /// is one.
+    pub fn device_of<'a>(values: impl IntoIterator<Item = &'a Self>) -> Device {
+        let devices = values.into_iter().map(Self::device);
+        let found = devices.into_iter().find(|device| !device.is_cpu());
+        found.cloned().unwrap_or(Device::Cpu)
     }
 
     /// Its shape.
@@ -126,38 +141,38 @@ impl Value {
 
     /// Whether every entry is finite.
     pub fn is_finite(&self) -> Result<bool> {
-        let tensor = match self {
-            Self::Tensor(tensor) => tensor,
-            Self::Vector(values) => return Ok(values.iter().all(|v| v.is_finite())),
-        };
-        let fast = on_cpu([tensor], |[values]| values.iter().all(|v| v.is_finite()))?;
-        match fast {
-            Some(finite) => Ok(finite),
-            // An infinite value or a NaN makes this product NaN.
-            None => Ok(tensor
-                .zeros_like()?
-                .mul(tensor)?
-                .sum_all()?
-                .to_scalar::<f32>()?
-                == 0.0),
+        Ok(self
+            .finite()?
+            .read()?
+            .iter()
+            .all(|number| number.is_finite()))
+    }
+
+    /// Numbers that are finite if and only if every entry is.
+    pub fn finite(&self) -> Result<Numbers> {
+        match self {
+            Self::Tensor(tensor) => Numbers::finite(tensor),
+            Self::Vector(values) => Ok(Numbers::Host(values.clone())),
         }
     }
 
-    /// Largest magnitude of an entry.
-    pub fn largest(&self) -> Result<f64> {
-        Ok(match self {
-            Self::Tensor(tensor) => {
-                let largest = tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
-                f64::from(largest)
+    /// Largest magnitude of an entry: one number.
+    pub fn largest(&self) -> Result<Numbers> {
+        match self {
+            Self::Tensor(tensor) => Numbers::largest(tensor),
+            Self::Vector(values) => {
+                let largest = values
+                    .iter()
+                    .fold(0.0, |largest: f64, v| v.abs().max(largest));
+                Ok(Numbers::Host(vec![largest]))
             }
-            Self::Vector(values) => values.iter().fold(0.0, |largest, v| v.abs().max(largest)),
-        })
+        }
     }
 
     /// Converts to a float32 tensor of the converters.
     pub fn to_format(&self) -> Result<formats::Tensor> {
         let values = match self {
-            Self::Tensor(tensor) => tensor.flatten_all()?.to_vec1::<f32>()?,
+            Self::Tensor(tensor) => to_host::<f32>(tensor)?,
             Self::Vector(values) => values.iter().map(|v| *v as f32).collect(),
         };
         Ok(formats::Tensor::from_f32(&self.shape(), values)?)
@@ -224,26 +239,19 @@ impl Owner {
         counted.map(Parameter::n_values).sum()
     }
 
-    /// Squared Euclidean norm of `gradients`, in double precision on the CPU. Tensors are summed first, then all
-    /// vectors together.
-    pub fn sum_of_squares<'a>(gradients: impl IntoIterator<Item = &'a Value>) -> Result<f64> {
-        let mut total = 0.0;
+    /// Numbers whose sum is the squared Euclidean norm of `gradients`, in double precision on the CPU: those of tensors
+    /// first, then one of all vectors together.
+    pub fn squares<'a>(gradients: impl IntoIterator<Item = &'a Value>) -> Result<Vec<Numbers>> {
+        let mut numbers = Vec::new();
         let mut vectors = 0.0;
         for gradient in gradients {
             match gradient {
-                Value::Tensor(tensor) => {
-                    let fast = on_cpu([tensor], |[values]| {
-                        values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum()
-                    })?;
-                    total += match fast {
-                        Some(sum) => sum,
-                        None => f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?),
-                    };
-                }
+                Value::Tensor(tensor) => numbers.push(Numbers::squares(tensor)?),
                 Value::Vector(values) => values.iter().for_each(|g| vectors += g * g),
             }
         }
-        Ok(total + vectors)
+        numbers.push(Numbers::Host(vec![vectors]));
+        Ok(numbers)
     }
 }
 

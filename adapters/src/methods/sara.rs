@@ -303,7 +303,7 @@ impl Drawn for DrawnEntries {
         vec![self.rank_weight * self.nuclear]
     }
 
-    fn pullback(&self, upstream: &[Tensor], weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], weight: f64) -> Result<Vec<Value>> {
         let [gradient] = upstream else {
             return Err(unlike(&[1], &[upstream.len()]));
         };

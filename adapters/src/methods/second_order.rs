@@ -18,6 +18,7 @@ use super::{
     DIVERGENCES, Drawn, Export, Group, Kind, Method, Module, OF_RANK, Owner, Parameter, Step,
     Storage, Value, Weighting, settings,
 };
+use crate::device::to_host;
 use crate::error::Result;
 use crate::noise::{Key, Noise};
 use crate::update::Update;
@@ -157,7 +158,7 @@ impl Drawn for DrawnEntries {
         self.0.clone()
     }
 
-    fn pullback(&self, upstream: &[Tensor], _weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], _weight: f64) -> Result<Vec<Value>> {
         let [gradient] = upstream else {
             return Err(unlike(&[1], &[upstream.len()]));
         };
@@ -179,12 +180,12 @@ impl Drawn for Probing {
     }
 
     /// No gradient moves the changes. In place of gradients of the statistics are their new values.
-    fn pullback(&self, upstream: &[Tensor], _weight: f64) -> Result<Vec<Value>> {
+    fn pullback(&self, upstream: &[Tensor], _numbers: &[f64], _weight: f64) -> Result<Vec<Value>> {
         let [whole] = upstream else {
             return Err(unlike(&[1], &[upstream.len()]));
         };
         let (_, columns) = whole.dims2()?;
-        let scores = whole.sqr()?.flatten_all()?.to_vec1::<f32>()?;
+        let scores = to_host::<f32>(&whole.sqr()?)?;
         let [rows, columns] = rows_and_columns(&best(&scores, self.n), columns);
         Ok(vec![
             self.like.zeros_like()?,

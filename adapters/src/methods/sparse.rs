@@ -2,11 +2,12 @@
 
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use monteclora_converters::{self as formats, Beyond, Site};
 
 use super::parameter::unlike;
 use super::{Group, Module, Parameter, Storage, Value};
+use crate::device::{to_device, to_host};
 use crate::error::Result;
 use crate::linear::FrozenLinear;
 use crate::product::{Factor, Product, matmul_tn};
@@ -41,7 +42,7 @@ pub(super) fn parameters(n: usize, reached: u64) -> Vec<Parameter> {
 /// The numbers of a value that is held as a tensor.
 pub(super) fn numbers(value: &Value) -> Result<Vec<f32>> {
     match value {
-        Value::Tensor(tensor) => Ok(tensor.flatten_all()?.to_vec1::<f32>()?),
+        Value::Tensor(tensor) => to_host(tensor),
         Value::Vector(_) => Err(unlike(&[SHARED_VALUES], &[1])),
     }
 }
@@ -52,7 +53,7 @@ pub(super) fn on_device_of(like: &Value, values: Vec<f32>) -> Result<Value> {
         return Err(unlike(&[SHARED_VALUES], &[1]));
     };
     let n = values.len();
-    let tensor = Tensor::from_vec(values, n, &Device::Cpu)?.to_device(like.device())?;
+    let tensor = to_device(values, n, like.device())?;
     Ok(Value::Tensor(tensor))
 }
 
@@ -99,7 +100,7 @@ pub(super) fn update(module: &Module, values: &[&Value]) -> Result<SparseUpdate>
 /// The module as a file holds it.
 pub(super) fn export(module: &Module, values: &[&Value]) -> Result<Site> {
     let update = update(module, values)?;
-    let changes = update.values.flatten_all()?.to_vec1::<f32>()?;
+    let changes = to_host::<f32>(&update.values)?;
     let mut entries: Vec<(usize, f32)> = update.places.iter().copied().zip(changes).collect();
     entries.sort_by_key(|(place, _)| *place);
     let n = entries.len();
@@ -144,15 +145,14 @@ impl SparseUpdate {
             return Ok(dense);
         }
         let mut all = vec![0f32; self.shape.iter().product()];
-        let values = self.values.flatten_all()?.to_vec1::<f32>()?;
+        let values = to_host::<f32>(&self.values)?;
         for (place, value) in self.places.iter().zip(values) {
             if let Some(entry) = all.get_mut(*place) {
                 *entry = value;
             }
         }
         let [out, n_in] = self.shape;
-        let dense = Tensor::from_vec(all, (out, n_in), &Device::Cpu)?;
-        let dense = dense.to_device(self.values.device())?;
+        let dense = to_device(all, (out, n_in), self.values.device())?;
         Ok(self.dense.get_or_init(|| dense))
     }
 
@@ -160,8 +160,7 @@ impl SparseUpdate {
     pub(super) fn gather(&self, matrix: &Tensor) -> Result<Tensor> {
         let places = self.places.iter().map(|place| *place as u32);
         let n = self.places.len();
-        let places = Tensor::from_vec(places.collect(), n, &Device::Cpu)?;
-        let places = places.to_device(matrix.device())?;
+        let places = to_device(places.collect(), n, matrix.device())?;
         Ok(matrix.flatten_all()?.index_select(&places, 0)?)
     }
 }

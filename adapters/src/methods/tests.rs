@@ -4,6 +4,7 @@ use candle_core::{Device, Tensor};
 use monteclora_converters::Site;
 
 use super::*;
+use crate::numbers::read_groups;
 
 /// The weighting of a step with two modules.
 const WEIGHTING: Weighting = Weighting {
@@ -73,7 +74,7 @@ fn moved(method: &dyn Method) -> Vec<Owner> {
         let drawn = drawn.expect("draws");
         let update = drawn.update();
         let upstream: Vec<Tensor> = update.factors().into_iter().map(some_gradient).collect();
-        drawn.pullback(&upstream, 0.5).expect("pulls back")
+        pullback(drawn.as_ref(), &upstream)
     });
     let gradients: Vec<_> = gradients.collect();
     let step = Step {
@@ -86,6 +87,13 @@ fn moved(method: &dyn Method) -> Vec<Owner> {
         .after_step(&modules, &mut owners, &gradients, step)
         .expect("after a step");
     owners
+}
+
+/// The gradients of a draw with half the regulariser.
+fn pullback(drawn: &dyn Drawn, upstream: &[Tensor]) -> Vec<Value> {
+    let numbers = drawn.numbers(upstream).expect("numbers");
+    let numbers = read_groups(vec![numbers]).expect("readable").concat();
+    drawn.pullback(upstream, &numbers, 0.5).expect("pulls back")
 }
 
 /// A gradient of a factor that is nowhere zero.
@@ -136,7 +144,7 @@ fn gradients_are_finite_differences() {
             });
             task.sum::<f64>() + 0.5 * in_loss(kind.metrics, &drawn.metrics())
         };
-        let gradients = drawn.pullback(&upstream, 0.5).expect("pulls back");
+        let gradients = pullback(drawn.as_ref(), &upstream);
         let n_own = owners[0].values.len();
         assert_eq!(gradients.len(), values(&owners, 0).len(), "{}", kind.name);
         for (idx, gradient) in gradients.iter().enumerate() {

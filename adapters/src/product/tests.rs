@@ -66,6 +66,21 @@ fn sums_equal_candle() -> Result<()> {
             )?;
             let expected = (strided.matmul(&rounded.t()?)? + &low_rank)?;
             assert!(largest_difference(&composed, &expected)? < 2e-3);
+            // A weight that is turned is widened first. The numbers are those of the weight that is stored turned.
+            for precision in [Precision::Single, Precision::Bf16] {
+                let of = |rhs| {
+                    let base = Product::new(Factor::Plain(&strided), rhs).with_precision(precision);
+                    sum_of_products(Some(&start), &[base, second])
+                };
+                let turned = of(Factor::Transposed(&w16 as &dyn Weight))?;
+                let as_stored = of(Factor::Plain(&v16))?;
+                let bound = match precision {
+                    Precision::Single => 2e-3,
+                    Precision::Bf16 => 2e-3 * k as f32,
+                };
+                assert!(largest_difference(&turned, &as_stored)? < 2e-3);
+                assert!(largest_difference(&turned, &expected)? < bound);
+            }
         }
     }
     Ok(())

@@ -516,3 +516,18 @@ fn bf16_products_need_bf16_weights() {
         "{refused}"
     );
 }
+
+#[test]
+fn tf32_is_off_unless_asked_for() {
+    for (line, expected) in [
+        ("", false),
+        ("tf32 = false\n", false),
+        ("tf32 = true\n", true),
+    ] {
+        let text = format!(
+            "[model]\nmodel_id = \"base\"\n[data]\ntrain = \"rows.jsonl\"\n[train]\noutput_dir = \"out\"\n{line}"
+        );
+        let run = RunConfig::from_toml(&text, "run.toml", &[]).expect("resolves");
+        assert_eq!(run.train.tf32, expected);
+    }
+}

@@ -5,6 +5,7 @@
 use std::cmp::Ordering;
 
 use candle_core::{DType, Device, Tensor};
+use monteclora_adapters::device::{to_device, to_host};
 use monteclora_adapters::{FrozenLinear, Precision, input_gradient};
 
 use super::activation::Gate;
@@ -57,9 +58,10 @@ impl Experts {
     /// counts.
     fn route(&self, x: &Tensor) -> Result<Routing> {
         let logits = self.router.forward(x, None, None, None)?.0;
-        let logits = logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+        let logits = to_host::<f32>(&logits.to_dtype(DType::F32)?)?;
+        let rows = logits.chunks_exact(self.experts.len());
         let mut routing = Routing {
-            probabilities: logits.to_vec2::<f32>()?,
+            probabilities: rows.map(<[f32]>::to_vec).collect(),
             sums: Vec::new(),
             tokens: vec![Vec::new(); self.experts.len()],
         };
@@ -102,7 +104,7 @@ impl Experts {
             .iter()
             .map(|token| self.weight(routing, *token, expert));
         let weights: Vec<f32> = weights.collect();
-        Ok(Tensor::from_vec(weights, (tokens.len(), 1), device)?)
+        to_device(weights, (tokens.len(), 1), device)
     }
 
     /// Gradient of the router's input. `of_weights` contains the gradients of the weights, per expert and token.
@@ -147,9 +149,8 @@ impl Experts {
                 *grad = p * (*grad - mean);
             }
         }
-        let grads = Tensor::from_vec(grads, (n_tokens, n_experts), &Device::Cpu)?;
-        let grads = grads.to_device(like.device())?.to_dtype(like.dtype())?;
-        back(&self.router, &grads)
+        let grads = to_device(grads, (n_tokens, n_experts), like.device())?;
+        back(&self.router, &grads.to_dtype(like.dtype())?)
     }
 }
 
@@ -160,7 +161,7 @@ fn back(linear: &FrozenLinear, upstream: &Tensor) -> Result<Tensor> {
 
 /// `[tokens]` as an index.
 fn index(tokens: &[u32], device: &Device) -> Result<Tensor> {
-    Ok(Tensor::new(tokens, device)?)
+    to_device(tokens.to_vec(), tokens.len(), device)
 }
 
 impl Part for Experts {
@@ -221,7 +222,7 @@ impl Part for Experts {
             // <upstream, down(activated)> equals <through_down, activated>, so the output need not be recomputed.
             let activated = (self.gate.forward)(&gate, &up)?;
             let products = (&through_down * &activated)?.sum(1)?.to_dtype(DType::F32)?;
-            of_weights[expert] = products.to_vec1::<f32>()?;
+            of_weights[expert] = to_host(&products)?;
             let weights = self.weights(routing, expert, x.device())?;
             let through_down = through_down.broadcast_mul(&weights)?;
             let inner = (self.gate.backward)(&gate, &up, &through_down)?;
@@ -243,6 +244,7 @@ mod tests {
     use super::super::testing::{largest_difference, matrix};
     use super::*;
     use crate::model::adapter::ActiveAdapter;
+    use crate::model::parts::attention::Masks;
 
     fn linear(outputs: usize, inputs: usize, seed: f64) -> Result<FrozenLinear> {
         FrozenLinear::new(Arc::new((matrix(outputs, inputs, seed) * 0.3)?), None)
@@ -271,6 +273,7 @@ mod tests {
             rotations: &[],
             segments: &[],
             keys: None,
+            masks: &Masks::default(),
             adapter: &adapter,
             dropout: None,
         };

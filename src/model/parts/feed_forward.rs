@@ -115,9 +115,7 @@ impl Part for FeedForward {
         wanted: bool,
     ) -> Result<Option<Tensor>> {
         let [saved_inner, saved_down] = &kept.saved;
-        let down = self
-            .down
-            .backward(&[upstream], &kept.gate, saved_down, pass)?;
+        let down = self.down.backward(&[upstream], saved_down, pass)?;
         let through_down = down.input_gradient()?;
         let Backward {
             activated,
@@ -130,7 +128,7 @@ impl Part for FeedForward {
         let x = input()?;
         let inner = self
             .inner
-            .backward(&[grad_gate, grad_up], &x, saved_inner, pass)?;
+            .backward(&[grad_gate, grad_up], saved_inner, pass)?;
         inner.finish(&x, saved_inner, gradients)?;
         wanted.then(|| inner.input_gradient()).transpose()
     }

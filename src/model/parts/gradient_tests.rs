@@ -6,6 +6,7 @@ use monteclora_adapters::FrozenLinear;
 use monteclora_converters::architecture::Activation;
 
 use super::activation::Gate;
+use super::attention::Masks;
 use super::attention::kernel::{self as attention, Heads, Segment};
 use super::head;
 use super::norm::Norm;
@@ -115,13 +116,14 @@ fn attention_gradient() -> Result<()> {
             matrix(76, 20, 0.3),
         );
         let upstream = matrix(70, 60, 0.4);
-        let attended = attention::forward(&q, &k, &v, &segments, heads)?;
+        let masks = &Masks::default();
+        let attended = attention::forward(&q, &k, &v, &segments, heads, masks)?;
         let (dq, dk, dv) =
-            attention::backward((&q, &k, &v), &attended, &upstream, &segments, heads)?;
+            attention::backward((&q, &k, &v), &attended, &upstream, &segments, heads, masks)?;
         check(&[q, k, v], &[dq, dk, dv], |inputs| {
             let [q, k, v] = [0, 1, 2].map(|i| &inputs[i]);
             dot(
-                &attention::forward(q, k, v, &segments, heads)?.output,
+                &attention::forward(q, k, v, &segments, heads, masks)?.output,
                 &upstream,
             )
         })?;

@@ -3,7 +3,10 @@
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, D, DType, Device, InplaceOp1, Layout, Tensor};
+use candle_core::{CpuStorage, D, DType, InplaceOp1, Layout, Tensor};
+use monteclora_adapters::device::{has_loops, to_device};
+use monteclora_adapters::linalg::argmax_rows;
+use monteclora_adapters::numbers::{Numbers, read_groups};
 use monteclora_adapters::simd::{largest, vectorised};
 use monteclora_adapters::{FrozenLinear, Update, input_gradient};
 use rayon::prelude::*;
@@ -79,19 +82,20 @@ pub(super) fn evaluate(
 ) -> Result<CrossEntropy> {
     let labels = targets.len();
     let mut result = CrossEntropy {
-        nll: Vec::with_capacity(labels),
-        correct: Vec::with_capacity(labels),
+        nll: Vec::new(),
+        correct: Vec::new(),
         grad_hidden: None,
         grad_factors: Vec::new(),
     };
     let mut grads = Vec::new();
+    let (mut nlls, mut corrects) = (Vec::new(), Vec::new());
     for start in (0..labels).step_by(CHUNK) {
         let targets = &targets[start..labels.min(start + CHUNK)];
         let chunk = hidden.narrow(0, start, targets.len())?.contiguous()?;
         let (logits, saved) = head.forward(&chunk, update, None, None)?;
-        let (nll, correct, grad_logits) = softmax_loss(logits, cap, targets, scale)?;
-        result.nll.extend(nll);
-        result.correct.extend(correct);
+        let ([nll, correct], grad_logits) = softmax_loss(logits, cap, targets, scale)?;
+        nlls.push(nll);
+        corrects.push(correct);
         if let Some(grad_logits) = grad_logits {
             let branch = head.backward(&grad_logits, &saved, update, None)?;
             let of_factors = branch.gradients(&chunk, &saved)?;
@@ -99,13 +103,18 @@ pub(super) fn evaluate(
             result.grad_factors = sum_of_factors(result.grad_factors, of_factors)?;
         }
     }
+    if let [nlls, corrects] = read_groups(vec![nlls, corrects])?.as_slice() {
+        result.nll = nlls.iter().map(|nll| *nll as f32).collect();
+        result.correct = corrects.iter().map(|number| *number == 1.0).collect();
+    }
     if !grads.is_empty() {
         result.grad_hidden = Some(Tensor::cat(&grads, 0)?);
     }
     Ok(result)
 }
 
-type Losses = (Vec<f32>, Vec<bool>, Option<Tensor>);
+/// For each label its loss, and 1 if it is the most likely token, 0 if not; and the gradient of the logits.
+type Losses = ([Numbers; 2], Option<Tensor>);
 
 /// Losses of one chunk of logits `[labels, vocab]` bounded by `cap`, and the gradient: `scale * (softmax - onehot)`
 /// times the bound's slope. On the CPU the gradient overwrites the logits.
@@ -116,10 +125,7 @@ fn softmax_loss(
     scale: Option<f64>,
 ) -> Result<Losses> {
     let rows = logits.dims2()?.0;
-    if matches!(logits.device(), Device::Cpu)
-        && logits.dtype() == DType::F32
-        && logits.is_contiguous()
-    {
+    if has_loops(logits.device()) && logits.dtype() == DType::F32 && logits.is_contiguous() {
         let pass = InPlace {
             targets,
             scale: scale.map(|scale| scale as f32),
@@ -128,11 +134,12 @@ fn softmax_loss(
         };
         logits.inplace_op1(&pass)?;
         let losses = pass.losses.into_inner().unwrap_or_default();
-        return Ok((
-            losses.iter().map(|l| l.0).collect(),
-            losses.iter().map(|l| l.1).collect(),
-            scale.is_some().then_some(logits),
-        ));
+        let pairs = losses.into_iter();
+        let (nll, correct) = pairs
+            .map(|(nll, correct)| (f64::from(nll), f64::from(u8::from(correct))))
+            .unzip();
+        let numbers = [Numbers::Host(nll), Numbers::Host(correct)];
+        return Ok((numbers, scale.is_some().then_some(logits)));
     }
     let dtype = logits.dtype();
     let mut logits = logits.to_dtype(DType::F32)?;
@@ -144,17 +151,10 @@ fn softmax_loss(
     }
     let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
     let log_p = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?;
-    let index = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
-    let nll = log_p
-        .gather(&index, 1)?
-        .neg()?
-        .flatten_all()?
-        .to_vec1::<f32>()?;
-    let best = logits
-        .argmax(D::Minus1)?
-        .to_device(&Device::Cpu)?
-        .to_vec1::<u32>()?;
-    let correct = best.iter().zip(targets).map(|(b, t)| b == t).collect();
+    let index = to_device(targets.to_vec(), (rows, 1), logits.device())?;
+    let nll = log_p.gather(&index, 1)?.neg()?;
+    let best = argmax_rows(&logits)?.unsqueeze(1)?;
+    let correct = best.eq(&index)?.to_dtype(DType::F32)?;
     let grad = scale
         .map(|scale| {
             let minus_one = Tensor::full(-1f32, (rows, 1), logits.device())?;
@@ -165,7 +165,7 @@ fn softmax_loss(
             }
         })
         .transpose()?;
-    Ok((nll, correct, grad))
+    Ok(([Numbers::Device(nll), Numbers::Device(correct)], grad))
 }
 
 /// Computes the loss of each row, and with `scale` overwrites the logits with their gradient.
@@ -253,7 +253,18 @@ impl InplaceOp1 for InPlace<'_> {
 mod tests {
     use super::super::testing::{largest_difference, matrix};
     use super::*;
-    use candle_core::Var;
+    use candle_core::{Device, Var};
+
+    /// Loss and correctness of each label, and the gradient.
+    fn losses(
+        logits: Tensor,
+        cap: Option<f32>,
+        targets: &[u32],
+        scale: Option<f64>,
+    ) -> Result<(Vec<f64>, Vec<f64>, Option<Tensor>)> {
+        let ([nll, correct], grad) = softmax_loss(logits, cap, targets, scale)?;
+        Ok((nll.read()?, correct.read()?, grad))
+    }
 
     #[test]
     fn equals_candle_on_uneven_chunks() -> Result<()> {
@@ -292,13 +303,30 @@ mod tests {
         let strided = matrix(11, 4, 0.5).t()?;
         let targets = [0, 10, 3, 7];
         for cap in [None, Some(0.7)] {
-            let (nll, correct, grad) = softmax_loss(strided.clone(), cap, &targets, Some(0.5))?;
+            let (nll, correct, grad) = losses(strided.clone(), cap, &targets, Some(0.5))?;
             let (fast_nll, fast_correct, fast_grad) =
-                softmax_loss(strided.contiguous()?, cap, &targets, Some(0.5))?;
+                losses(strided.contiguous()?, cap, &targets, Some(0.5))?;
             assert!(nll.iter().zip(&fast_nll).all(|(a, b)| (a - b).abs() < 1e-6));
             assert_eq!(correct, fast_correct);
             let grads = [grad, fast_grad].map(|grad| grad.expect("asked for"));
             assert!(largest_difference(&grads[0], &grads[1]) < 1e-6);
+        }
+        Ok(())
+    }
+
+    /// Of equal logits the first counts on every path.
+    #[test]
+    fn ties_go_to_the_first_token() -> Result<()> {
+        let logits = Tensor::new(
+            &[[0f32, 5.0, 5.0], [1.0; 3], [-2.0, -1.0, -1.0]],
+            &Device::Cpu,
+        )?;
+        for (targets, expected) in [([1, 0, 1], true), ([2, 2, 2], false)] {
+            let strided = logits.t()?.contiguous()?.t()?;
+            let (_, plain, _) = losses(strided, None, &targets, None)?;
+            let (_, fast, _) = losses(logits.copy()?, None, &targets, None)?;
+            assert_eq!(plain, [f64::from(u8::from(expected)); 3]);
+            assert_eq!(fast, plain);
         }
         Ok(())
     }

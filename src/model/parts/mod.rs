@@ -20,10 +20,10 @@ use candle_core::{Device, Tensor};
 use monteclora_adapters::simd::vectorised;
 use rayon::prelude::*;
 
-use self::attention::Segment;
+use self::attention::{Masks, Segment};
 use self::rotary::Rotation;
 use super::adapter::{ActiveAdapter, AdapterGradients};
-use super::decoder::Dropout;
+use super::dropout::Dropout;
 use super::generate::LayerCache;
 use monteclora_adapters::Result;
 
@@ -34,6 +34,7 @@ pub(crate) struct Pass<'a> {
     pub(crate) segments: &'a [Segment],
     /// The rows whose keys and values the segments read. `None` for all rows.
     pub(crate) keys: Option<&'a Tensor>,
+    pub(crate) masks: &'a Masks,
     pub(crate) adapter: &'a ActiveAdapter,
     pub(crate) dropout: Option<&'a Dropout>,
 }

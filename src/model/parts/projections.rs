@@ -5,6 +5,7 @@ use monteclora_adapters::{Branch, FrozenLinear, input_gradient};
 
 use super::Pass;
 use crate::model::adapter::{AdapterGradients, ModuleId};
+use crate::model::dropout::Mask;
 use monteclora_adapters::Result;
 
 /// A linear module that can carry an update.
@@ -22,8 +23,17 @@ pub(crate) struct Projection {
 #[derive(Debug)]
 pub(crate) struct Projections(pub(crate) Vec<Projection>);
 
-/// The tensors that each module's update keeps for the backward pass.
-pub(crate) type Saved = Vec<Vec<Tensor>>;
+/// What a module keeps for the backward pass.
+#[derive(Debug)]
+pub(crate) struct SavedModule {
+    /// The tensors of its update.
+    tensors: Vec<Tensor>,
+    /// The dropout mask of its update's input.
+    mask: Option<Mask>,
+}
+
+/// What each module keeps for the backward pass.
+pub(crate) type Saved = Vec<SavedModule>;
 
 /// Modules in the backward pass.
 pub(crate) struct Branches<'a> {
@@ -32,7 +42,7 @@ pub(crate) struct Branches<'a> {
 }
 
 impl Projection {
-    fn mask(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Option<Tensor>> {
+    fn mask(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Option<Mask>> {
         match (pass.dropout, pass.adapter.get(self.id)) {
             (Some(dropout), Some(_)) => Ok(Some(dropout.mask(&self.name, pass.segments, x)?)),
             _ => Ok(None),
@@ -55,7 +65,9 @@ impl Projections {
         } in &self.0
         {
             let mask = self.0[saved.len()].mask(x, pass)?;
-            let (y, kept) = linear.forward(x, pass.adapter.get(*id), mask.as_ref(), residual)?;
+            let dropout = mask.as_ref().map(Mask::factors).transpose()?;
+            let update = pass.adapter.get(*id);
+            let (y, tensors) = linear.forward(x, update, dropout.as_ref(), residual)?;
             match parts.as_slice() {
                 [_] => outputs.push(y),
                 fused => {
@@ -66,16 +78,15 @@ impl Projections {
                     }
                 }
             }
-            saved.push(kept);
+            saved.push(SavedModule { tensors, mask });
         }
         Ok((outputs, saved))
     }
 
-    /// Starts the backward pass from `upstream`, the gradients of the parts. `like` has the shape of the input.
+    /// Starts the backward pass from `upstream`, the gradients of the parts.
     pub(crate) fn backward<'a>(
         &'a self,
         upstream: &[Tensor],
-        like: &Tensor,
         saved: &Saved,
         pass: &Pass<'a>,
     ) -> Result<Branches<'a>> {
@@ -88,8 +99,9 @@ impl Projections {
                 fused => Tensor::cat(fused, 1)?,
             };
             let update = pass.adapter.get(projection.id);
-            let mask = projection.mask(like, pass)?;
-            branches.push(projection.linear.backward(&joined, saved, update, mask)?);
+            let dropout = saved.mask.as_ref().map(Mask::factors).transpose()?;
+            let tensors = &saved.tensors;
+            branches.push((projection.linear).backward(&joined, tensors, update, dropout)?);
         }
         Ok(Branches {
             ids: self.0.iter().map(|projection| projection.id).collect(),
@@ -107,7 +119,7 @@ impl Branches<'_> {
         gradients: &mut AdapterGradients,
     ) -> Result<()> {
         for ((id, branch), saved) in self.ids.iter().zip(&self.branches).zip(saved) {
-            gradients.add(*id, branch.gradients(x, saved)?)?;
+            gradients.add(*id, branch.gradients(x, &saved.tensors)?)?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Rotary position embedding: it rotates pairs of entries of a head by an angle that grows with the position.
 
 use candle_core::{Device, Tensor};
+use monteclora_adapters::device::to_device;
 use monteclora_adapters::linalg::on_cpu;
 use monteclora_converters::architecture::{Pairs, Rope};
 
@@ -47,7 +48,7 @@ impl Rotation {
         }
         let scaling = rope.query_scaling.map(|scaling| {
             let scales = positions.iter().map(|position| scaling.at(*position));
-            Tensor::from_vec(scales.collect::<Vec<f32>>(), (positions.len(), 1), device)
+            to_device(scales.collect::<Vec<f32>>(), (positions.len(), 1), device)
         });
         let mut rotation = Self::of_angles(&angles, rope.dim / 2, rope.attention_factor(), device)?;
         rotation.pairs = pairs;
@@ -60,7 +61,7 @@ impl Rotation {
     fn of_angles(angles: &[f32], half: usize, factor: f32, device: &Device) -> Result<Self> {
         let shape = (angles.len() / half.max(1), half);
         let table = |f: fn(f32) -> f32| {
-            Tensor::from_vec(
+            to_device(
                 angles.iter().map(|a| f(*a) * factor).collect(),
                 shape,
                 device,

@@ -92,6 +92,7 @@ fn estimate(shape: &ModelShape, (per_value, stays): (f64, bool), length: usize) 
             shuffle_seed: None,
         },
         dropout: false,
+        on_cpu: true,
         gradient_checkpointing: true,
         program: PROGRAM,
     });

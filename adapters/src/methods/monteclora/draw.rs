@@ -1,14 +1,16 @@
 //! One posterior draw of A, in the fast collapsed form and in PEFT's literal form, with its regulariser and the exact
 //! gradient of both.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::mixture::MixtureWeights;
 use super::{Form, MonteCloraConfig, Objective, divergence};
+use crate::device::{to_device, to_host};
 use crate::error::{Result, expect_shape};
 use crate::linalg;
-use crate::methods::{Owner, Value, Weighting};
+use crate::methods::Weighting;
 use crate::noise::{Noise, Purpose};
+use crate::numbers::Numbers;
 
 /// Floor of the covariance's diagonal, as in PEFT.
 const COVARIANCE_FLOOR: f64 = 1e-3;
@@ -45,8 +47,7 @@ impl StandardNoise {
         let gaussian = match form {
             Form::Collapsed => {
                 let values = noise.normals_f32(Purpose::Gaussian, rank * in_features);
-                let cpu = Tensor::from_vec(values, (rank, in_features), &Device::Cpu)?;
-                Gaussian::Collapsed(cpu.to_device(a.device())?)
+                Gaussian::Collapsed(to_device(values, (rank, in_features), a.device())?)
             }
             Form::Literal => {
                 let n_values = num_samples * in_features * rank;
@@ -152,7 +153,7 @@ impl Draw {
                     }
                 }
                 let perturbation: Vec<f32> = perturbation.iter().map(|v| *v as f32).collect();
-                (a + Tensor::from_vec(perturbation, (rank, in_features), a.device())?)?
+                (a + to_device(perturbation, (rank, in_features), a.device())?)?
             }
         };
         let prior = settings.dirichlet_prior;
@@ -173,7 +174,7 @@ impl Draw {
         let mut covariance_gradient = vec![0.0; rank];
         let (dirichlet, gaussian) = match (evidence, settings.objective) {
             (Some(evidence), _) => {
-                let squares = Owner::sum_of_squares(&[Value::Tensor(a.clone())])?;
+                let squares = Numbers::squares(a)?.read()?.iter().sum();
                 let gaussian = evidence.divergence(log_std, squares, in_features);
                 (divergence::Term::zero(num_samples), gaussian)
             }
@@ -225,12 +226,21 @@ impl Draw {
         })
     }
 
+    /// The numbers that [`Draw::backward`] takes of `upstream` `[r, in]`: for the collapsed draw the inner product of
+    /// each row with that of the noise, `[r]`.
+    pub(super) fn numbers(&self, upstream: &Tensor) -> Result<Option<Numbers>> {
+        match &self.noise {
+            Gaussian::Collapsed(gaussian) => Ok(Some(Numbers::row_dots(upstream, gaussian)?)),
+            Gaussian::Literal(_) => Ok(None),
+        }
+    }
+
     /// Returns the gradient with respect to `s` `[r]` and `theta` `[N]`: that of the loss with gradient `upstream`
-    /// `[r, in]` on [`Draw::effective_a`] (`None` for the regulariser alone), plus `weight` times that of the
-    /// regulariser.
+    /// `[r, in]` on [`Draw::effective_a`] and its [numbers](Draw::numbers) (`None` for the regulariser alone), plus
+    /// `weight` times that of the regulariser.
     pub(super) fn backward(
         &self,
-        upstream: Option<&Tensor>,
+        upstream: Option<(&Tensor, &[f64])>,
         weight: f64,
     ) -> Result<(Vec<f64>, Vec<f64>)> {
         let rank = self.covariance.len();
@@ -247,9 +257,9 @@ impl Draw {
             .collect();
         match (upstream, &self.noise) {
             (None, _) => {}
-            (Some(upstream), Gaussian::Collapsed(gaussian)) => {
+            (Some((_, rows)), Gaussian::Collapsed(_)) => {
+                expect_shape("inner products with the noise", &[rank], &[rows.len()])?;
                 let norm = self.mixture.norm();
-                let rows = linalg::row_dots(upstream, gaussian)?;
                 let mut norm_gradient = 0.0;
                 for k in 0..rank {
                     let deviation = self.sample_scaler * self.covariance[k].sqrt();
@@ -262,12 +272,9 @@ impl Draw {
                     *gradient += norm_gradient * w / norm;
                 }
             }
-            (Some(upstream), Gaussian::Literal(gaussian)) => {
+            (Some((upstream, _)), Gaussian::Literal(gaussian)) => {
                 let (rank, in_features) = upstream.dims2()?;
-                let upstream = upstream
-                    .to_dtype(DType::F32)?
-                    .flatten_all()?
-                    .to_vec1::<f32>()?;
+                let upstream = to_host::<f32>(&upstream.to_dtype(DType::F32)?)?;
                 for (n, sample) in gaussian.chunks_exact(in_features * rank).enumerate() {
                     for (i, row) in sample.chunks_exact(rank).enumerate() {
                         for (k, z) in row.iter().enumerate() {

@@ -13,6 +13,13 @@ use super::{Form, MonteCloraConfig, Objective};
 use crate::Result;
 use crate::methods::Weighting;
 use crate::noise::Key;
+use crate::numbers::Numbers;
+
+/// The gradients of `draw` for the gradient `upstream` of the drawn A.
+fn backward(draw: &Draw, upstream: &Tensor, weight: f64) -> Result<(Vec<f64>, Vec<f64>)> {
+    let numbers = draw.numbers(upstream)?.map(Numbers::read).transpose()?;
+    draw.backward(Some((upstream, &numbers.unwrap_or_default())), weight)
+}
 
 struct Case {
     file: SafetensorsFile,
@@ -126,7 +133,7 @@ fn every_sampler_case_is_reproduced() -> Result<()> {
             .collect();
         case.assert_close("effective_A", &effective);
 
-        let (log_std, log_concentration) = draw.backward(Some(&case.tensor("upstream")), 0.0)?;
+        let (log_std, log_concentration) = backward(&draw, &case.tensor("upstream"), 0.0)?;
         case.assert_close("grad_std_from_upstream", &log_std);
         case.assert_close("grad_weights_from_upstream", &log_concentration);
 
@@ -229,7 +236,7 @@ fn gradients_of_both_forms_are_finite_differences() -> Result<()> {
                 Ok(task + 0.25 * (draw.weighted_kl + draw.sum_of_squares))
             };
             let draw = small_draw(&settings, &SMALL, Key::new(3, "site", 1))?;
-            let (log_std, log_concentration) = draw.backward(Some(&upstream), 0.25)?;
+            let (log_std, log_concentration) = backward(&draw, &upstream, 0.25)?;
             for (k, ours) in log_std.iter().chain(&log_concentration).enumerate() {
                 let moved = |delta: f64| {
                     let mut at = SMALL;

@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use kernel::Attended;
 pub(crate) use kernel::Heads;
 pub use kernel::Segment;
+pub(crate) use kernel::plain::{Masks, SCORES};
 
 use super::norm::Norm;
 use super::projections::{Projections, Saved};
@@ -81,7 +82,7 @@ impl Part for Attention {
         if let Some(rows) = pass.keys {
             (k, v) = (k.index_select(rows, 0)?, v.index_select(rows, 0)?);
         }
-        let attended = kernel::forward(&q, &k, &v, pass.segments, self.heads)?;
+        let attended = kernel::forward(&q, &k, &v, pass.segments, self.heads, pass.masks)?;
         let (outputs, saved_output) = self.output.forward(&attended.output, pass, residual)?;
         let [y] = super::parts(outputs)?;
         let kept = Kept {
@@ -106,9 +107,7 @@ impl Part for Attention {
     ) -> Result<Option<Tensor>> {
         let [saved_inner, saved_output] = &kept.saved;
         let attended = &kept.attended;
-        let output = self
-            .output
-            .backward(&[upstream], &attended.output, saved_output, pass)?;
+        let output = self.output.backward(&[upstream], saved_output, pass)?;
         output.finish(&attended.output, saved_output, gradients)?;
         let through_output = output.input_gradient()?;
         drop(output);
@@ -118,6 +117,7 @@ impl Part for Attention {
             &through_output,
             pass.segments,
             self.heads,
+            pass.masks,
         )?;
         if let Some(rotation) = self.rotation(pass) {
             grad_q = rotation.scale_queries(grad_q)?;
@@ -135,7 +135,7 @@ impl Part for Attention {
         }
         upstream.push(grad_v);
         let x = input()?;
-        let inner = self.inner.backward(&upstream, &x, saved_inner, pass)?;
+        let inner = self.inner.backward(&upstream, saved_inner, pass)?;
         inner.finish(&x, saved_inner, gradients)?;
         wanted.then(|| inner.input_gradient()).transpose()
     }
