@@ -2,9 +2,11 @@
 """PEFT's side of `against_peft.py`: one measurement in a process of its own, one JSON object on stdout.
 
     python peft_side.py step MODEL_DIR [--method lora|monteclora] [--batch 4] [--seq 128] [--steps 6] [--dtype f32|bf16] [--buffer-size 10]
+                                       [--device cpu|cuda] [--random-weights]
     python peft_side.py sst2 MODEL_DIR TRAIN.jsonl VALID.jsonl [--method lora|monteclora] [--steps 120] [--batch 16]
 
-`step` trains on random tokens with every position labelled. `sst2` trains on the completions of prompt/completion rows with
+`step` trains on random tokens with every position labelled, with `--random-weights` on a model of which config.json is enough.
+On a GPU (never run there) a step ends when the GPU has done its work. `sst2` trains on the completions of prompt/completion rows with
 padded batches, and scores the rows of VALID by the probabilities of their `choices`.
 """
 import argparse
@@ -15,8 +17,8 @@ import statistics
 import time
 
 import torch
-from peft import LoraConfig, MontecloraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -24,9 +26,17 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def adapted(args, monteclora):
     """The base with rank 16, alpha 32 on the seven projections, and its trainable parameters."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    extra = {"monteclora_config": MontecloraConfig(buffer_size=args.buffer_size, **monteclora)} if args.method == "monteclora" else {}
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS, **extra))
+    if args.random_weights:
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), dtype=dtype)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    extra = {}
+    if args.method == "monteclora":
+        # Not every release of PEFT has it.
+        from peft import MontecloraConfig
+
+        extra = {"monteclora_config": MontecloraConfig(buffer_size=args.buffer_size, **monteclora)}
+    model = get_peft_model(base.to(args.device), LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS, **extra)).to(args.device)
     return model.train(), [p for p in model.parameters() if p.requires_grad]
 
 
@@ -35,6 +45,19 @@ def objective(args, model, **inputs):
     if args.method == "monteclora":
         loss = loss + model.base_model._get_monteclora_loss()
     return loss
+
+
+def synchronize(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_memory_bytes(args):
+    """In use on the GPU, by any program."""
+    if args.device != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def peak_gb():
@@ -46,16 +69,18 @@ def step(args):
     model, parameters = adapted(args, {"num_samples": 8, "use_entropy": True})
     setup = time.time() - began
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
-    tokens = torch.randint(0, model.config.vocab_size, (args.batch, args.seq))
+    tokens = torch.randint(0, model.config.vocab_size, (args.batch, args.seq)).to(args.device)
     seconds = []
     for _ in range(args.steps):
         began = time.time()
         objective(args, model, input_ids=tokens, labels=tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
+        synchronize(args)
         seconds.append(time.time() - began)
     rate = args.batch * args.seq / statistics.median(seconds[1:])
-    return {"setup_s": setup, "step_s": seconds, "tokens_per_second": rate, "peak_gb": peak_gb()}
+    return {"setup_s": setup, "step_s": seconds, "tokens_per_second": rate, "peak_gb": peak_gb(), "device": args.device,
+            "device_memory_bytes": device_memory_bytes(args)}
 
 
 def sst2(args):
@@ -119,10 +144,14 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--buffer-size", type=int, default=10)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of `step`")
+    parser.add_argument("--random-weights", action="store_true", help="of `step`")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     args = parser.parse_args()
     torch.manual_seed(0)
     is_step = args.what == "step"
+    if not is_step and (args.random_weights or args.device != "cpu"):
+        parser.error("--device and --random-weights are for step")
     args.batch = args.batch or (4 if is_step else 16)
     args.steps = args.steps or (6 if is_step else 120)
     print(json.dumps({"method": args.method, **(step(args) if is_step else sst2(args))}))

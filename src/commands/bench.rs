@@ -1,4 +1,5 @@
-//! `bench train`: measures training steps on random tokens, with every position labelled, as in PEFT's benchmark.
+//! `bench train`: measures training steps on random tokens, with every position labelled, as in PEFT's benchmark. Every
+//! phase of a step ends when the device has finished its work.
 //! `bench matmul`: measures matrix products, which bound their speed.
 //! `bench generate`: measures greedy decoding.
 
@@ -23,7 +24,7 @@ use crate::hub;
 use crate::model::{ActiveAdapter, Decoder, GenerationSettings, PassOptions, Sequences};
 use crate::train::memory::{MemoryEstimate, MemoryInputs, PROGRAM};
 use crate::train::metrics::peak_memory_bytes;
-use crate::train::{AdamW, AdapterState};
+use crate::train::{AdamW, AdapterState, device_name};
 
 pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let (weights, precision) = match (args.bf16, args.model.options.dtype) {
@@ -88,17 +89,19 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let weighting = state.weighting(1.0, targets.len() as u64);
     let load_s = began.elapsed().as_secs_f64();
     let mut seconds = Vec::with_capacity(args.steps);
+    let mut watch = Stopwatch::new(&device);
     for step in 0..args.steps {
-        let began = Instant::now();
+        let began = watch.start();
         let drawn = state.draw(0, step as u64, &weighting)?;
+        watch.lap(DRAW)?;
         let loss =
             decoder.loss_and_gradients(&sequences, &targets, &drawn.active, scale, options)?;
+        watch.lap(PASSES)?;
         if let Some(gradients) = &loss.gradients {
             let gradients = drawn.backward(&state, gradients)?;
             optimizer.step(&adamw, &mut state, &gradients, 2e-4, 2e-4)?;
         }
-        // A device may still be at work on what was asked of it.
-        device.synchronize()?;
+        watch.lap(OPTIMIZER)?;
         seconds.push(began.elapsed().as_secs_f64());
         tracing::debug!(
             "step {step}: {:.3} s, loss {:.4}",
@@ -125,10 +128,22 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
             "estimate_gb": estimate_gb,
             "load_s": load_s,
             "threads": rayon::current_num_threads(),
+            "device": device_name(&device),
+            "phases_s": {
+                "draw": watch.seconds[DRAW],
+                "forward_backward": watch.seconds[PASSES],
+                "optimizer": watch.seconds[OPTIMIZER],
+            },
+            "device_memory_bytes": watch.device_memory,
         }));
     }
+    let [draw, passes, optimizer] = watch.seconds.each_ref().map(|s| median_after_first(s));
+    let on_device = watch.device_memory.map_or(String::new(), |bytes| {
+        format!(", {:.2} GB in use on the device", bytes as f64 / 1e9)
+    });
     print(&format!(
-        "{name}, batch {} x {}: {median:.3} s per step (median), {tokens_per_second:.0} tokens/s, peak {} GB",
+        "{name}, batch {} x {}: {median:.3} s per step (median), {tokens_per_second:.0} tokens/s, peak {} GB\n\
+         draw {draw:.3} s, forward and backward {passes:.3} s, optimizer {optimizer:.3} s{on_device}",
         args.batch,
         args.seq,
         peak_gb.map_or("?".to_owned(), |gb| format!("{gb:.2}"))
@@ -205,7 +220,7 @@ pub(super) fn generate(args: &BenchGenerateArgs) -> Result<()> {
             "tokens": args.tokens,
             "prompt_tokens_per_second": prompt_per_second,
             "tokens_per_second": per_second,
-            "peak_gb": peak_memory_bytes().map(|bytes| bytes as f64 / 1024.0 / 1e6),
+            "peak_gb": peak_memory_bytes(&device).map(|bytes| bytes as f64 / 1024.0 / 1e6),
             "threads": threads,
         }));
     }
@@ -213,6 +228,61 @@ pub(super) fn generate(args: &BenchGenerateArgs) -> Result<()> {
         "{} texts of {} tokens after {}: {per_second:.0} tokens/s, prompts {prompt_per_second:.0} tokens/s",
         args.batch, args.tokens, args.prompt
     ))
+}
+
+/// The phases of a step. The optimizer's includes the pull-back of the gradients to the method's parameters.
+const DRAW: usize = 0;
+const PASSES: usize = 1;
+const OPTIMIZER: usize = 2;
+
+/// Times the phases of every step.
+struct Stopwatch<'a> {
+    device: &'a Device,
+    began: Instant,
+    /// Seconds of each step, for each phase.
+    seconds: [Vec<f64>; 3],
+    /// The most bytes in use on the device at the end of a phase, those of other programs included. `None` if the device
+    /// does not tell.
+    device_memory: Option<u64>,
+}
+
+impl<'a> Stopwatch<'a> {
+    fn new(device: &'a Device) -> Self {
+        Self {
+            device,
+            began: Instant::now(),
+            seconds: Default::default(),
+            device_memory: None,
+        }
+    }
+
+    fn start(&mut self) -> Instant {
+        self.began = Instant::now();
+        self.began
+    }
+
+    /// Ends a phase once the device has done its work, and starts the next one.
+    fn lap(&mut self, phase: usize) -> Result<()> {
+        // Before waiting, since an idle device's allocator may give memory back.
+        self.device_memory = self.device_memory.max(device_memory(self.device)?);
+        self.device.synchronize()?;
+        self.seconds[phase].push(self.began.elapsed().as_secs_f64());
+        self.start();
+        Ok(())
+    }
+}
+
+/// Bytes in use on a CUDA device.
+fn device_memory(device: &Device) -> Result<Option<u64>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let stream = device.cuda_stream();
+            let (free, total) = stream.context().mem_get_info()?;
+            Ok(Some((total - free) as u64))
+        }
+        _ => Ok(None),
+    }
 }
 
 /// The memory estimate that `train --dry-run` would report for these batches.

@@ -201,7 +201,7 @@ mod tests {
     use crate::model::parts::gradient_tests::{check, dot};
     use crate::model::parts::projections::Projections;
     use crate::model::parts::rotary::Rotation;
-    use crate::model::parts::testing::{largest_difference, matrix};
+    use crate::model::parts::testing::{devices, largest_difference, matrix, matrix_on};
 
     const HIDDEN: usize = 12;
     const INNER: usize = 10;
@@ -216,29 +216,33 @@ mod tests {
     /// Outputs of queries, keys, values, attention, gate, up and down.
     const WIDTHS: [usize; 7] = [24, 12, 12, HIDDEN, INNER, INNER, HIDDEN];
 
-    fn norm(width: usize, seed: f64) -> Result<Norm> {
-        let weight = (matrix(1, width, seed).flatten_all()? + 1.5)?;
+    fn norm(width: usize, seed: f64, device: &Device) -> Result<Norm> {
+        let weight = (matrix_on(device, 1, width, seed).flatten_all()? + 1.5)?;
         // With so large an epsilon, norms after small outputs curve slowly enough for the finite differences.
         Ok(Norm { weight, eps: 1.0 })
     }
 
-    fn weight(role: usize) -> Tensor {
+    fn weight(role: usize, device: &Device) -> Tensor {
         let inputs = match role {
             3 => WIDTHS[0],
             6 => INNER,
             _ => HIDDEN,
         };
-        (matrix(WIDTHS[role], inputs, role as f64) * 0.1).expect("a product")
+        (matrix_on(device, WIDTHS[role], inputs, role as f64) * 0.1).expect("a product")
     }
 
     /// Modules of `roles`, one per role or fused into one.
-    fn projections(roles: std::ops::Range<usize>, fused: bool) -> Result<Projections> {
+    fn projections(
+        roles: std::ops::Range<usize>,
+        fused: bool,
+        device: &Device,
+    ) -> Result<Projections> {
         let groups: Vec<Vec<usize>> = match fused {
             true => vec![roles.collect()],
             false => roles.map(|role| vec![role]).collect(),
         };
         let group = |roles: &Vec<usize>| -> Result<Projection> {
-            let weights: Vec<Tensor> = roles.iter().map(|role| weight(*role)).collect();
+            let weights: Vec<Tensor> = roles.iter().map(|role| weight(*role, device)).collect();
             Ok(Projection {
                 id: ModuleId(roles[0]),
                 name: format!("module {}", roles[0]),
@@ -251,16 +255,22 @@ mod tests {
     }
 
     /// A block with optional norms before and after both sublayers. With `after`, also norms on queries and keys.
-    fn block(before: bool, after: bool, fused: bool, rope: Option<usize>) -> Result<Block> {
-        let place = |there: bool, seed| there.then(|| norm(HIDDEN, seed)).transpose();
+    fn block(
+        before: bool,
+        after: bool,
+        fused: bool,
+        rope: Option<usize>,
+        device: &Device,
+    ) -> Result<Block> {
+        let place = |there: bool, seed| there.then(|| norm(HIDDEN, seed, device)).transpose();
         Ok(Block {
             attention: Sublayer {
                 before: place(before, 0.1)?,
                 part: Attention {
-                    inner: projections(0..3, fused)?,
-                    output: projections(3..4, false)?,
+                    inner: projections(0..3, fused, device)?,
+                    output: projections(3..4, false, device)?,
                     norms: match after {
-                        true => [Some(norm(24, 0.5)?), Some(norm(6, 0.6)?)],
+                        true => [Some(norm(24, 0.5, device)?), Some(norm(6, 0.6, device)?)],
                         false => [None, None],
                     },
                     heads: HEADS,
@@ -272,8 +282,8 @@ mod tests {
             feed_forward: Sublayer {
                 before: place(before, 0.3)?,
                 part: FeedForwardPart::Gated(FeedForward {
-                    inner: projections(4..6, fused)?,
-                    down: projections(6..7, false)?,
+                    inner: projections(4..6, fused, device)?,
+                    down: projections(6..7, false, device)?,
                     gate: Gate::of(Activation::Silu).expect("computed"),
                 }),
                 after: place(after, 0.4)?,
@@ -282,15 +292,15 @@ mod tests {
         })
     }
 
-    fn updates(block: &Block) -> Result<Vec<(ModuleId, LowRank)>> {
+    fn updates(block: &Block, device: &Device) -> Result<Vec<(ModuleId, LowRank)>> {
         block
             .projections()
             .map(|projection| {
                 let (outputs, inputs) = projection.linear.weight().dims()?;
                 let seed = projection.id.0 as f64;
                 let low_rank = LowRank {
-                    a: (matrix(2, inputs, seed + 0.3) * 0.1)?,
-                    b: (matrix(outputs, 2, seed + 0.7) * 0.1)?,
+                    a: (matrix_on(device, 2, inputs, seed + 0.3) * 0.1)?,
+                    b: (matrix_on(device, outputs, 2, seed + 0.7) * 0.1)?,
                     scaling: 0.8,
                 };
                 Ok((projection.id, low_rank))
@@ -308,20 +318,15 @@ mod tests {
         vec![segment(0, 7), segment(7, 4)]
     }
 
-    fn rotations() -> Result<Vec<Rotation>> {
+    fn rotations(device: &Device) -> Result<Vec<Rotation>> {
         let positions = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3];
-        Ok(vec![Rotation::plain(
-            &positions,
-            &[1.0, 0.3, 0.1],
-            &Device::Cpu,
-        )?])
+        Ok(vec![Rotation::plain(&positions, &[1.0, 0.3, 0.1], device)?])
     }
 
     /// The gradients of the input and of every factor are right for several compositions that an architecture can
     /// define.
     #[test]
     fn gradients_are_finite_differences() -> Result<()> {
-        let (segments, rotations) = (segments(), rotations()?);
         let dropout = Dropout {
             probability: 0.3,
             seed: 5,
@@ -334,50 +339,57 @@ mod tests {
             (true, true, true, Some(0), None),
             (false, false, false, None, Some(&dropout)),
         ] {
-            let block = block(before, after, fused, rope)?;
-            let updates = updates(&block)?;
-            let (x, upstream) = (matrix(11, HIDDEN, 0.9), matrix(11, HIDDEN, 0.2));
-            let run = |inputs: &[Tensor], gradients: Option<&mut AdapterGradients>| {
-                let moved = updates.iter().zip(inputs[1..].chunks_exact(2));
-                let adapter = ActiveAdapter::new(moved.map(|((id, update), factors)| {
-                    let [a, b] = [0, 1].map(|i| factors[i].clone());
-                    (*id, LowRank { a, b, ..*update })
-                }));
-                let pass = Pass {
-                    rotations: &rotations,
-                    segments: &segments,
-                    keys: None,
-                    masks: &Masks::default(),
-                    adapter: &adapter,
-                    dropout,
-                };
-                let (y, kept) = block.forward(&inputs[0], &pass, None)?;
-                match gradients {
-                    Some(sums) => block.backward(&inputs[0], &kept, &upstream, &pass, sums, true),
-                    None => Ok(Some(y)),
-                }
-            };
-            let mut inputs = vec![x];
-            for (_, update) in &updates {
-                inputs.extend([update.a.clone(), update.b.clone()]);
+            for device in devices() {
+                let block = block(before, after, fused, rope, device)?;
+                gradients_of(&block, dropout, device)?;
             }
-            let mut sums = AdapterGradients::default();
-            let mut gradients = vec![run(&inputs, Some(&mut sums))?.expect("wanted")];
-            for (id, _) in &updates {
-                gradients.extend_from_slice(sums.get(*id).expect("has an update"));
-            }
-            assert_eq!(gradients.len(), inputs.len());
-            check(&inputs, &gradients, |inputs| {
-                dot(&run(inputs, None)?.expect("an output"), &upstream)
-            })?;
         }
         Ok(())
+    }
+
+    fn gradients_of(block: &Block, dropout: Option<&Dropout>, device: &Device) -> Result<()> {
+        let (segments, rotations) = (segments(), rotations(device)?);
+        let updates = updates(block, device)?;
+        let [x, upstream] = [0.9, 0.2].map(|seed| matrix_on(device, 11, HIDDEN, seed));
+        let run = |inputs: &[Tensor], gradients: Option<&mut AdapterGradients>| {
+            let moved = updates.iter().zip(inputs[1..].chunks_exact(2));
+            let adapter = ActiveAdapter::new(moved.map(|((id, update), factors)| {
+                let [a, b] = [0, 1].map(|i| factors[i].clone());
+                (*id, LowRank { a, b, ..*update })
+            }));
+            let pass = Pass {
+                rotations: &rotations,
+                segments: &segments,
+                keys: None,
+                masks: &Masks::default(),
+                adapter: &adapter,
+                dropout,
+            };
+            let (y, kept) = block.forward(&inputs[0], &pass, None)?;
+            match gradients {
+                Some(sums) => block.backward(&inputs[0], &kept, &upstream, &pass, sums, true),
+                None => Ok(Some(y)),
+            }
+        };
+        let mut inputs = vec![x];
+        for (_, update) in &updates {
+            inputs.extend([update.a.clone(), update.b.clone()]);
+        }
+        let mut sums = AdapterGradients::default();
+        let mut gradients = vec![run(&inputs, Some(&mut sums))?.expect("wanted")];
+        for (id, _) in &updates {
+            gradients.extend_from_slice(sums.get(*id).expect("has an update"));
+        }
+        assert_eq!(gradients.len(), inputs.len());
+        check(&inputs, &gradients, |inputs| {
+            dot(&run(inputs, None)?.expect("an output"), &upstream)
+        })
     }
 
     /// Fused modules compute the same as separate modules with the same rows.
     #[test]
     fn fused_modules_equal_separate_ones() -> Result<()> {
-        let (segments, rotations) = (segments(), rotations()?);
+        let (segments, rotations) = (segments(), rotations(&Device::Cpu)?);
         let pass = Pass {
             rotations: &rotations,
             segments: &segments,
@@ -388,7 +400,7 @@ mod tests {
         };
         let x = matrix(11, HIDDEN, 0.9);
         let [fused, separate] = [true, false].map(|fused| {
-            let mut block = block(true, true, fused, Some(0))?;
+            let mut block = block(true, true, fused, Some(0), &Device::Cpu)?;
             block.feed_forward.scale = 1.0;
             Ok::<_, monteclora_adapters::Error>(block.forward(&x, &pass, None)?.0)
         });

@@ -402,7 +402,7 @@ pub(super) fn decoder(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::parts::testing::matrix;
+    use crate::model::parts::testing::{devices, matrix_on};
     use crate::model::{ActiveAdapter, PassOptions, Sequences};
     use candle_core::DType;
     use monteclora_adapters::LowRank;
@@ -412,15 +412,21 @@ mod tests {
     /// agrees to the bit.
     #[test]
     fn bf16_weights_are_rounded_weights() -> std::result::Result<(), Box<dyn std::error::Error>> {
+        devices().iter().try_for_each(bf16_weights_are_rounded_on)
+    }
+
+    fn bf16_weights_are_rounded_on(
+        device: &Device,
+    ) -> std::result::Result<(), Box<dyn std::error::Error>> {
         let dir = tempfile::tempdir()?;
         std::fs::write(
             dir.path().join("config.json"),
             r#"{"model_type": "llama", "vocab_size": 301, "hidden_size": 24, "intermediate_size": 210, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}"#,
         )?;
-        let narrow = Decoder::random(dir.path(), &Device::Cpu, &BF16, 3)?;
+        let narrow = Decoder::random(dir.path(), device, &BF16, 3)?;
         assert_eq!(narrow.embedding.table.bytes(), 2 * 301 * 24);
-        let mut wide = Decoder::random(dir.path(), &Device::Cpu, &F32, 3)?;
+        let mut wide = Decoder::random(dir.path(), device, &F32, 3)?;
         let round = |weight: &dyn Weight| -> Result<Arc<dyn Weight>> {
             let rounded = weight.tensor()?.to_dtype(DType::BF16)?;
             Ok(Arc::new(rounded.to_dtype(DType::F32)?))
@@ -435,8 +441,8 @@ mod tests {
             .find(|(_, module)| module.name == name)
             .expect("every block has one");
         let low_rank = LowRank {
-            a: matrix(3, module.in_features, 0.1),
-            b: matrix(module.out_features, 3, 0.2),
+            a: matrix_on(device, 3, module.in_features, 0.1),
+            b: matrix_on(device, module.out_features, 3, 0.2),
             scaling: 2.0,
         };
         let adapter = ActiveAdapter::new([(id, low_rank)]);

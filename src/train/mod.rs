@@ -37,6 +37,7 @@ pub use optimizer::{AdamW, Moments, clip};
 pub use plan::{Advice, Plan};
 pub use prepare::Prepared;
 pub use progress::{Progress, Window};
+pub(crate) use record::device_name;
 pub use run::{Event, Interrupt, Outcome, Trainer};
 pub use schedule::Schedule;
 pub use settings::TrainSettings;

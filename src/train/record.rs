@@ -31,11 +31,7 @@ impl Prepared {
                 "monteclora": env!("CARGO_PKG_VERSION"),
                 "candle": CANDLE,
                 "platform": format!("{}-{}", std::env::consts::OS, std::env::consts::ARCH),
-                "device": match device {
-                    Device::Cpu => "cpu",
-                    Device::Cuda(_) => "cuda",
-                    Device::Metal(_) => "metal",
-                },
+                "device": device_name(device),
             },
             "base": {
                 "model_id": self.base.name,
@@ -96,6 +92,15 @@ pub(super) fn micro_batches(path: &Path, accumulation: usize) -> Option<usize> {
 pub(super) fn template_time(path: &Path) -> Option<SystemTime> {
     let seconds = read(path)?["template_time"].as_u64()?;
     UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+}
+
+/// The kind of a device.
+pub(crate) fn device_name(device: &Device) -> &'static str {
+    match device {
+        Device::Cpu => "cpu",
+        Device::Cuda(_) => "cuda",
+        Device::Metal(_) => "metal",
+    }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::cli::ok;
 use crate::decoder::{logits, rows};
 use crate::fixtures::{
-    AdapterCase, architectures, assert_updates, floats, integers, largest_difference, own,
+    AdapterCase, architectures, assert_updates, devices, floats, integers, largest_difference, own,
     own_architectures, supported_architectures, written_and_read,
 };
 
@@ -64,9 +64,8 @@ fn every_architecture_of_the_projects_copy_is_supported() {
 
 #[test]
 fn logits_are_those_of_transformers_and_peft() {
-    for case in supported_architectures() {
+    for (case, decoder) in cases_on_devices() {
         let expected = SafetensorsFile::open(&case.expected).unwrap();
-        let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
         let rows = rows(&expected);
         for (adapter, name) in [
             (ActiveAdapter::default(), "base_logits"),
@@ -97,9 +96,8 @@ fn updates_are_those_of_peft() {
 /// Loss and gradients of every A and B, with kept and with recomputed activations.
 #[test]
 fn loss_and_gradients_are_those_of_peft() {
-    for case in supported_architectures() {
+    for (case, decoder) in cases_on_devices() {
         let expected = SafetensorsFile::open(&case.expected).unwrap();
-        let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
         let adapter = active(&case, &decoder);
         let rows = rows(&expected);
         let mut targets = Vec::new();
@@ -170,9 +168,8 @@ fn merged_models_give_the_logits_of_base_and_adapter() {
 #[test]
 fn decoding_from_the_cache_is_the_whole_pass() {
     const N_TOKENS: usize = 12;
-    for case in supported_architectures() {
+    for (case, decoder) in cases_on_devices() {
         let expected = SafetensorsFile::open(&case.expected).unwrap();
-        let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
         let ropes = decoder.config().ropes.iter();
         let grows = |kind: &RopeKind| matches!(kind, RopeKind::Dynamic { .. });
         // Its keys keep the rotation of the length at which they were made, as in transformers.
@@ -276,7 +273,18 @@ fn every_format_carries_the_updates_of_every_family() {
 
 fn active(case: &AdapterCase, decoder: &Decoder) -> ActiveAdapter {
     let adapter = Adapter::read(&case.dir).unwrap();
-    ActiveAdapter::from_adapter(&adapter, decoder.config(), &Device::Cpu).unwrap()
+    ActiveAdapter::from_adapter(&adapter, decoder.config(), decoder.device()).unwrap()
+}
+
+/// The cases, each on every device.
+fn cases_on_devices() -> impl Iterator<Item = (AdapterCase, Decoder)> {
+    devices().iter().flat_map(|device| {
+        let cases = supported_architectures().into_iter();
+        cases.map(move |case| {
+            let decoder = Decoder::load(&case.model, device).unwrap();
+            (case, decoder)
+        })
+    })
 }
 
 /// Within 1e-3 of the tensor's largest entry.

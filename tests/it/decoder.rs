@@ -1,17 +1,19 @@
-//! Our decoder against what PEFT computed, and its gradients against finite differences.
+//! Our decoder against what PEFT computed, its gradients against finite differences, and an accelerator against the CPU.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use monteclora::model::{
-    ActiveAdapter, Decoder, GenerationSettings, ModuleId, PassOptions, Sequences,
+    ActiveAdapter, Decoder, Dropout, GenerationSettings, ModuleId, PassOptions, Sequences, TaskLoss,
 };
-use monteclora_adapters::LowRank;
+use monteclora_adapters::weights::BF16;
+use monteclora_adapters::{LowRank, Precision};
 use monteclora_converters::{Adapter, SafetensorsFile};
 
 use crate::fixtures::{
-    adapters, floats, integers, largest_difference, supported_architectures, usable, with_own,
+    AdapterCase, adapters, devices, floats, integers, largest_difference, supported_architectures,
+    tolerance, usable, with_own,
 };
 
 pub(crate) fn rows(file: &SafetensorsFile) -> Vec<Vec<u32>> {
@@ -39,30 +41,34 @@ fn every_adapter_case_gives_pefts_logits_or_is_refused() {
             assert!(error.contains("refused"), "{}: {error}", case.name);
             continue;
         }
-        let expected = SafetensorsFile::open(&case.expected).unwrap();
-        let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
+        let (expected, adapter) = (
+            SafetensorsFile::open(&case.expected).unwrap(),
+            adapter.unwrap(),
+        );
         let rows = rows(&expected);
-        let base = logits(&decoder, &rows, &ActiveAdapter::default());
-        let difference = largest_difference(&base, &floats(&expected, "base_logits"));
-        assert!(
-            difference <= case.tolerance(),
-            "{}: base differs by {difference}",
-            case.name
-        );
-        let active =
-            ActiveAdapter::from_adapter(&adapter.unwrap(), decoder.config(), &Device::Cpu).unwrap();
-        let adapted = logits(&decoder, &rows, &active);
-        let difference = largest_difference(&adapted, &floats(&expected, "logits"));
-        assert!(
-            difference <= case.tolerance(),
-            "{}: differs by {difference}",
-            case.name
-        );
-        assert!(
-            largest_difference(&adapted, &base) > 1e-3,
-            "{}: the adapter changes nothing",
-            case.name
-        );
+        for device in devices() {
+            let decoder = Decoder::load(&case.model, device).unwrap();
+            let base = logits(&decoder, &rows, &ActiveAdapter::default());
+            let difference = largest_difference(&base, &floats(&expected, "base_logits"));
+            assert!(
+                difference <= case.tolerance(),
+                "{}: base differs by {difference}",
+                case.name
+            );
+            let active = ActiveAdapter::from_adapter(&adapter, decoder.config(), device).unwrap();
+            let adapted = logits(&decoder, &rows, &active);
+            let difference = largest_difference(&adapted, &floats(&expected, "logits"));
+            assert!(
+                difference <= case.tolerance(),
+                "{}: differs by {difference}",
+                case.name
+            );
+            assert!(
+                largest_difference(&adapted, &base) > 1e-3,
+                "{}: the adapter changes nothing",
+                case.name
+            );
+        }
     }
 }
 
@@ -71,47 +77,56 @@ fn every_adapter_case_gives_pefts_logits_or_is_refused() {
 fn batches_are_independent_and_the_cache_is_exact() {
     let mut seen = BTreeSet::new();
     for case in usable().into_iter().chain(supported_architectures()) {
-        if !seen.insert(case.model.clone()) {
-            continue;
+        if seen.insert(case.model.clone()) {
+            let on = |device| batches_and_cache(&case, device);
+            devices().iter().for_each(on);
         }
-        let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
-        let adapter = Adapter::read(&case.dir).unwrap();
-        let active = ActiveAdapter::from_adapter(&adapter, decoder.config(), &Device::Cpu).unwrap();
-        let vocab = decoder.config().vocab_size;
-        let prompts: Vec<Vec<u32>> = [9usize, 3, 17]
-            .iter()
-            .map(|n| (0..*n).map(|i| ((i * 37 + n) % vocab) as u32).collect())
-            .collect();
-        let together = logits(&decoder, &prompts, &active);
-        let apart: Vec<f32> = prompts
-            .iter()
-            .flat_map(|p| logits(&decoder, std::slice::from_ref(p), &active))
-            .collect();
-        assert!(
-            largest_difference(&together, &apart) < 1e-5,
-            "{}",
-            case.name
-        );
+    }
+}
 
-        let settings = GenerationSettings {
-            max_new_tokens: 6,
-            stop_tokens: Vec::new(),
-            batch_size: 2,
-        };
-        let answers = decoder
-            .generate(&prompts, &active, &settings, |_| {})
-            .unwrap();
-        for (prompt, answer) in prompts.iter().zip(answers) {
-            let mut tokens = prompt.clone();
-            for token in answer.tokens {
-                let all = logits(&decoder, std::slice::from_ref(&tokens), &active);
-                let last = &all[all.len() - vocab..];
-                let best = (0..vocab)
-                    .max_by(|a, b| last[*a].total_cmp(&last[*b]))
-                    .unwrap();
-                assert_eq!(best as u32, token, "{}", case.name);
-                tokens.push(token);
-            }
+/// Prompts of different lengths.
+fn prompts(vocab: usize) -> Vec<Vec<u32>> {
+    [9usize, 3, 17]
+        .iter()
+        .map(|n| (0..*n).map(|i| ((i * 37 + n) % vocab) as u32).collect())
+        .collect()
+}
+
+fn batches_and_cache(case: &AdapterCase, device: &Device) {
+    let decoder = Decoder::load(&case.model, device).unwrap();
+    let adapter = Adapter::read(&case.dir).unwrap();
+    let active = ActiveAdapter::from_adapter(&adapter, decoder.config(), device).unwrap();
+    let vocab = decoder.config().vocab_size;
+    let prompts = prompts(vocab);
+    let together = logits(&decoder, &prompts, &active);
+    let apart: Vec<f32> = prompts
+        .iter()
+        .flat_map(|p| logits(&decoder, std::slice::from_ref(p), &active))
+        .collect();
+    assert!(
+        largest_difference(&together, &apart) < tolerance(device, 1e-5, 1e-4),
+        "{}",
+        case.name
+    );
+
+    let settings = GenerationSettings {
+        max_new_tokens: 6,
+        stop_tokens: Vec::new(),
+        batch_size: 2,
+    };
+    let answers = decoder
+        .generate(&prompts, &active, &settings, |_| {})
+        .unwrap();
+    for (prompt, answer) in prompts.iter().zip(answers) {
+        let mut tokens = prompt.clone();
+        for token in answer.tokens {
+            let all = logits(&decoder, std::slice::from_ref(&tokens), &active);
+            let last = &all[all.len() - vocab..];
+            let best = (0..vocab)
+                .max_by(|a, b| last[*a].total_cmp(&last[*b]))
+                .unwrap();
+            assert_eq!(best as u32, token, "{}", case.name);
+            tokens.push(token);
         }
     }
 }
@@ -134,8 +149,12 @@ struct Backward {
 }
 
 impl Backward {
-    fn new(model: &Path) -> Self {
-        let decoder = Decoder::load(model, &Device::Cpu).unwrap();
+    fn new(model: &Path, device: &Device) -> Self {
+        Self::of(Decoder::load(model, device).unwrap())
+    }
+
+    fn of(decoder: Decoder) -> Self {
+        let device = decoder.device();
         let sites = ModuleId::all(decoder.config())
             .enumerate()
             .map(|(index, (site, module))| {
@@ -144,8 +163,8 @@ impl Backward {
                     wave(3 * n_in, index as f64, 0.1),
                     wave(n_out * 3, index as f64 + 0.5, 0.1),
                 );
-                let a = Tensor::from_vec(a, (3, n_in), &Device::Cpu).unwrap();
-                let b = Tensor::from_vec(b, (n_out, 3), &Device::Cpu).unwrap();
+                let a = Tensor::from_vec(a, (3, n_in), device).unwrap();
+                let b = Tensor::from_vec(b, (n_out, 3), device).unwrap();
                 (site, LowRank { a, b, scaling: 0.7 })
             });
         let rows: Vec<Vec<u32>> = vec![
@@ -165,17 +184,26 @@ impl Backward {
         all.find(|(id, _)| *id == site).unwrap().1.name
     }
 
+    /// The losses, and the gradients of their sum.
+    fn pass(&self, options: PassOptions<'_>) -> TaskLoss {
+        let active = ActiveAdapter::new(self.sites.clone());
+        let (sequences, targets) = (&self.sequences, &self.targets);
+        let loss = self
+            .decoder
+            .loss_and_gradients(sequences, targets, &active, 1.0, options);
+        loss.unwrap()
+    }
+
     /// Of A and of B, for each of the sites.
     fn gradients(&self, checkpointing: bool) -> Vec<(ModuleId, Vec<f32>, Vec<f32>)> {
-        let options = PassOptions {
+        self.of_sites(&self.pass(PassOptions {
             dropout: None,
             checkpointing,
-        };
-        let active = ActiveAdapter::new(self.sites.clone());
-        let loss =
-            self.decoder
-                .loss_and_gradients(&self.sequences, &self.targets, &active, 1.0, options);
-        let gradients = loss.unwrap().gradients.unwrap();
+        }))
+    }
+
+    fn of_sites(&self, loss: &TaskLoss) -> Vec<(ModuleId, Vec<f32>, Vec<f32>)> {
+        let gradients = loss.gradients.as_ref().unwrap();
         let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1().unwrap();
         self.sites
             .iter()
@@ -199,7 +227,8 @@ impl Backward {
                     } else {
                         &mut low_rank.b
                     };
-                    let shift = Tensor::from_slice(direction, target.dims(), &Device::Cpu).unwrap();
+                    let device = target.device();
+                    let shift = Tensor::from_slice(direction, target.dims(), device).unwrap();
                     *target = (&*target + (shift * step).unwrap()).unwrap();
                 }
                 (*id, low_rank)
@@ -227,10 +256,15 @@ fn models() -> BTreeSet<PathBuf> {
     cases.map(|case| case.model).collect()
 }
 
+fn models_on_devices() -> impl Iterator<Item = (PathBuf, &'static Device)> {
+    let on_each = |model: PathBuf| devices().iter().map(move |device| (model.clone(), device));
+    models().into_iter().flat_map(on_each)
+}
+
 #[test]
 fn recomputed_activations_give_the_same_gradients() {
-    for model in models() {
-        let backward = Backward::new(&model);
+    for (model, device) in models_on_devices() {
+        let backward = Backward::new(&model, device);
         let (kept, recomputed) = (backward.gradients(false), backward.gradients(true));
         for ((site, a, b), (_, a2, b2)) in kept.iter().zip(&recomputed) {
             assert_eq!(a, a2, "{}: {}", model.display(), backward.name(*site));
@@ -244,7 +278,7 @@ fn recomputed_activations_give_the_same_gradients() {
 #[test]
 fn gradients_are_finite_differences() {
     for model in models() {
-        let backward = Backward::new(&model);
+        let backward = Backward::new(&model, &Device::Cpu);
         // A step may send a token to another expert, where the loss jumps; the part has a test of its own.
         if backward.decoder.config().experts.is_some() {
             continue;
@@ -282,5 +316,97 @@ fn gradients_are_finite_differences() {
             "{}: all slopes are too small",
             model.display()
         );
+    }
+}
+
+/// How far `found` is from `expected`, as a share of the largest expected entry.
+fn share(found: &[f32], expected: &[f32]) -> f64 {
+    let largest = expected
+        .iter()
+        .fold(0f64, |most, v| most.max(f64::from(v.abs())));
+    largest_difference(found, expected) / largest.max(1e-6)
+}
+
+/// The accelerator computes what the CPU computes: logits, losses and gradients with dropout and recomputed activations, and
+/// answers. Without an accelerator the CPU is compared with itself.
+#[test]
+fn devices_agree() {
+    for (model, device) in models_on_devices() {
+        let [cpu, other] = [&Device::Cpu, device].map(|device| Backward::new(&model, device));
+        let close = |what: &str, found: &[f32], expected: &[f32]| {
+            let share = share(found, expected);
+            assert!(share <= 1e-4, "{}: {what}: {share}", model.display());
+        };
+        let rows = [cpu.sequences.sequence(0), cpu.sequences.sequence(1)].map(<[u32]>::to_vec);
+        let [expected, found] = [&cpu, &other].map(|side| {
+            let active = ActiveAdapter::new(side.sites.clone());
+            logits(&side.decoder, &rows, &active)
+        });
+        close("logits", &found, &expected);
+        let dropout = Dropout {
+            probability: 0.2,
+            seed: 3,
+            step: 1,
+            rows: vec![5, 8],
+        };
+        for (dropout, checkpointing) in [(None, true), (Some(&dropout), false)] {
+            let options = PassOptions {
+                dropout,
+                checkpointing,
+            };
+            let [expected, found] = [&cpu, &other].map(|side| side.pass(options));
+            close("losses", &found.nll, &expected.nll);
+            let both = cpu
+                .of_sites(&expected)
+                .into_iter()
+                .zip(other.of_sites(&found));
+            for ((site, a, b), (_, found_a, found_b)) in both {
+                close(&format!("A of {}", cpu.name(site)), &found_a, &a);
+                close(&format!("B of {}", cpu.name(site)), &found_b, &b);
+            }
+        }
+        let settings = GenerationSettings {
+            max_new_tokens: 6,
+            stop_tokens: Vec::new(),
+            batch_size: 2,
+        };
+        let prompts = prompts(cpu.decoder.config().vocab_size);
+        let [expected, found] = [&cpu, &other].map(|side| {
+            let active = ActiveAdapter::new(side.sites.clone());
+            let answers = side.decoder.generate(&prompts, &active, &settings, |_| {});
+            answers.unwrap()
+        });
+        for (expected, found) in expected.iter().zip(&found) {
+            assert_eq!(expected.tokens, found.tokens, "{}", model.display());
+            let [expected, found] = [expected, found].map(|answer| answer.log_probability as f32);
+            close("an answer's probability", &[found], &[expected]);
+        }
+    }
+}
+
+/// The same in bfloat16, where an accelerator may round products that the CPU keeps in float32, to 8 bits of mantissa.
+#[test]
+fn devices_agree_in_bf16() {
+    for (model, device) in models_on_devices() {
+        let [cpu, other] = [&Device::Cpu, device].map(|device| {
+            let decoder = Decoder::load_as(&model, device, &BF16).unwrap();
+            Backward::of(decoder.with_precision(Precision::Bf16))
+        });
+        // Rounding may send a token to another expert.
+        if cpu.decoder.config().experts.is_some() {
+            continue;
+        }
+        let [expected, found] = [&cpu, &other].map(|side| side.pass(PassOptions::default()));
+        let losses = share(&found.nll, &expected.nll);
+        assert!(losses <= 2e-2, "{}: losses: {losses}", model.display());
+        let both = cpu
+            .of_sites(&expected)
+            .into_iter()
+            .zip(other.of_sites(&found));
+        for ((site, a, b), (_, found_a, found_b)) in both {
+            let apart = share(&found_a, &a).max(share(&found_b, &b));
+            let name = cpu.name(site);
+            assert!(apart <= 0.1, "{}: {name}: {apart}", model.display());
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! Where the recorded cases are, and how they are read.
 
+mod devices;
 mod walk;
 
 use std::path::{Path, PathBuf};
@@ -8,6 +9,7 @@ use candle_core::Device;
 use monteclora::model::Decoder;
 use monteclora_converters::{Adapter, Format, LoraOptions, ReadOptions, SafetensorsFile};
 
+pub(crate) use devices::devices;
 pub(crate) use walk::{own, walk};
 
 /// A recorded adapter.
@@ -222,6 +224,14 @@ pub(crate) fn largest_difference(a: &[f32], b: &[f32]) -> f64 {
         let d = f64::from((a - b).abs());
         if d.is_nan() { f64::INFINITY } else { m.max(d) }
     })
+}
+
+/// `on_cpu` on the CPU, and `elsewhere` on an accelerator, whose library orders sums in another way for another shape.
+pub(crate) fn tolerance(device: &Device, on_cpu: f64, elsewhere: f64) -> f64 {
+    match device.is_cpu() {
+        true => on_cpu,
+        false => elsewhere,
+    }
 }
 
 /// A client that waits as long as a slow machine takes.

@@ -14,7 +14,7 @@ use monteclora_adapters::methods::{Method, Module, Owner, Value, in_loss};
 use monteclora_adapters::noise::{Noise, Purpose};
 use monteclora_converters::SafetensorsFile;
 
-use crate::fixtures::{floats, integers, largest_difference, walk};
+use crate::fixtures::{devices, floats, integers, largest_difference, walk};
 
 const PREFIX: &str = "base_model.model.";
 
@@ -53,6 +53,7 @@ impl Recorded {
     }
 
     fn state(&self, decoder: &Decoder) -> AdapterState {
+        let device = decoder.device();
         let settings = &self.case["monteclora_config"];
         let (rank, alpha) = (
             self.case["r"].as_u64().unwrap() as usize,
@@ -97,7 +98,7 @@ impl Recorded {
                 let names = self.names("init", &module.name);
                 let values = parameters.iter().zip(names).map(|(parameter, name)| {
                     let values = floats(&self.file, &name);
-                    Value::new(parameter.storage, &parameter.shape, values, &Device::Cpu).unwrap()
+                    Value::new(parameter.storage, &parameter.shape, values, device).unwrap()
                 });
                 Owner {
                     name: module.name.clone(),
@@ -163,7 +164,7 @@ fn flat(value: &Value) -> Vec<f32> {
     value.to_format().unwrap().to_f32().unwrap()
 }
 
-fn replay(dir: &Path) {
+fn replay(dir: &Path, device: &Device) {
     let recorded = Recorded {
         file: SafetensorsFile::open(dir.join("trajectory.safetensors")).unwrap(),
         case: serde_json::from_str(&std::fs::read_to_string(dir.join("case.json")).unwrap())
@@ -174,7 +175,7 @@ fn replay(dir: &Path) {
             .unwrap()
             .join("models")
             .join(recorded.case["model"].as_str().unwrap()),
-        &Device::Cpu,
+        device,
     )
     .unwrap();
     let rows: Vec<Vec<u32>> = integers(&recorded.file, "input_ids")
@@ -261,6 +262,8 @@ fn replay(dir: &Path) {
 #[test]
 fn every_recorded_run_is_reproduced() {
     for dir in walk("trajectory") {
-        replay(&dir);
+        for device in devices() {
+            replay(&dir, device);
+        }
     }
 }

@@ -241,16 +241,16 @@ mod tests {
     use monteclora_converters::architecture::Activation;
 
     use super::super::gradient_tests::{check, dot};
-    use super::super::testing::{largest_difference, matrix};
+    use super::super::testing::{devices, largest_difference, matrix, matrix_on};
     use super::*;
     use crate::model::adapter::ActiveAdapter;
     use crate::model::parts::attention::Masks;
 
-    fn linear(outputs: usize, inputs: usize, seed: f64) -> Result<FrozenLinear> {
-        FrozenLinear::new(Arc::new((matrix(outputs, inputs, seed) * 0.3)?), None)
-    }
-
-    fn experts(per_token: usize, is_normalised: bool) -> Result<Experts> {
+    fn experts(per_token: usize, is_normalised: bool, device: &Device) -> Result<Experts> {
+        let linear = |outputs: usize, inputs: usize, seed: f64| {
+            let weight = (matrix_on(device, outputs, inputs, seed) * 0.3)?;
+            FrozenLinear::new(Arc::new(weight), None)
+        };
         let one = |seed: f64| -> Result<[FrozenLinear; 3]> {
             Ok([
                 linear(7, 6, seed)?,
@@ -291,9 +291,13 @@ mod tests {
 
     #[test]
     fn gradient_is_finite_differences() -> Result<()> {
-        for (per_token, is_normalised) in [(2, true), (2, false), (1, true), (5, false)] {
-            let experts = experts(per_token, is_normalised)?;
-            let (x, upstream) = (matrix(9, 6, 0.4), matrix(9, 6, 0.8));
+        let kinds = [(2, true), (2, false), (1, true), (5, false)];
+        let kinds = kinds
+            .iter()
+            .flat_map(|kind| devices().iter().map(move |d| (kind, d)));
+        for ((per_token, is_normalised), device) in kinds {
+            let experts = experts(*per_token, *is_normalised, device)?;
+            let [x, upstream] = [0.4, 0.8].map(|seed| matrix_on(device, 9, 6, seed));
             let gradient = run(&experts, &x, Some(&upstream))?;
             check(&[x], &[gradient], |inputs| {
                 dot(&run(&experts, &inputs[0], None)?, &upstream)
@@ -305,7 +309,7 @@ mod tests {
     /// With all experts chosen, the result equals the dense sum of all experts with their probabilities.
     #[test]
     fn all_experts_are_the_dense_mixture() -> Result<()> {
-        let experts = experts(5, true)?;
+        let experts = experts(5, true, &Device::Cpu)?;
         let x = matrix(9, 6, 0.4);
         let logits = experts.router.forward(&x, None, None, None)?.0;
         let weights = candle_nn::ops::softmax(&logits, 1)?;

@@ -12,6 +12,8 @@ pub(crate) mod head;
 pub(crate) mod norm;
 pub(crate) mod projections;
 pub(crate) mod rotary;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::fmt::Debug;
 use std::mem::MaybeUninit;
@@ -129,25 +131,4 @@ pub(crate) fn build_rows<const N: usize>(
     tensors
         .try_into()
         .map_err(|_| candle_core::Error::Msg("as many tensors as buffers".to_owned()))
-}
-
-#[cfg(test)]
-pub(crate) mod testing {
-    use candle_core::{DType, Device, Tensor};
-
-    pub(crate) fn matrix(rows: usize, columns: usize, seed: f64) -> Tensor {
-        let values = (0..rows * columns)
-            .map(|i| ((i as f64 + 0.5) * 0.917 + seed).sin() as f32)
-            .collect::<Vec<_>>();
-        Tensor::from_vec(values, (rows, columns), &Device::Cpu).expect("the shape fits")
-    }
-
-    pub(crate) fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
-        (a - b)
-            .and_then(|d| d.abs())
-            .and_then(|d| d.max_all())
-            .and_then(|d| d.to_dtype(DType::F32))
-            .and_then(|d| d.to_scalar())
-            .expect("same shapes")
-    }
 }

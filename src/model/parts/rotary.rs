@@ -186,17 +186,19 @@ impl Rotation {
 mod tests {
     use monteclora_converters::architecture::{LongRopeScaling, QueryScaling, RopeKind};
 
-    use super::super::testing::{largest_difference, matrix};
+    use super::super::testing::{
+        assert_close, composed, devices, largest_difference, matrix, matrix_on,
+    };
     use super::*;
 
     /// Both ways to pair entries, for whole heads and for parts of heads.
-    fn rotations(positions: &[u32]) -> Result<Vec<Rotation>> {
+    fn rotations(positions: &[u32], device: &Device) -> Result<Vec<Rotation>> {
         let rope = Rope::new(RopeKind::Default, 10.0, 4, 64);
         let mut all = Vec::new();
         for pairs in [Pairs::Halves, Pairs::Neighbours] {
             for head_dim in [4, 6] {
                 let of = (pairs, head_dim);
-                all.push(Rotation::new(&rope, of, positions, &[], &Device::Cpu)?);
+                all.push(Rotation::new(&rope, of, positions, &[], device)?);
             }
         }
         Ok(all)
@@ -204,23 +206,25 @@ mod tests {
 
     #[test]
     fn backward_undoes_forward() -> Result<()> {
-        for rotation in rotations(&[0, 1, 7, 300])? {
-            let x = matrix(4, 12, 0.2);
-            let there = rotation.forward(&x)?;
-            assert!(largest_difference(&there, &x) > 0.1);
-            assert!(largest_difference(&rotation.backward(&there)?, &x) < 1e-5);
+        for device in devices() {
+            for rotation in rotations(&[0, 1, 7, 300], device)? {
+                let x = matrix_on(device, 4, 12, 0.2);
+                let there = rotation.forward(&x)?;
+                assert!(largest_difference(&there, &x) > 0.1);
+                assert_close(&rotation.backward(&there)?, &x, 1e-5);
+            }
         }
         Ok(())
     }
 
     #[test]
     fn fast_path_equals_the_plain_one() -> Result<()> {
-        for rotation in rotations(&[3, 9])? {
-            let x = matrix(12, 2, 0.4);
-            // A transposed view is not contiguous, so it takes the plain path.
-            let strided = x.t()?;
-            let fast = rotation.forward(&strided.contiguous()?)?;
-            assert!(largest_difference(&fast, &rotation.forward(&strided)?) < 1e-6);
+        let x = matrix(2, 12, 0.4);
+        for [held] in composed([&x])? {
+            let own_loops = rotations(&[3, 9], &Device::Cpu)?;
+            for (fast, plain) in own_loops.iter().zip(rotations(&[3, 9], held.device())?) {
+                assert_close(&plain.forward(&held)?, &fast.forward(&x)?, 1e-6);
+            }
         }
         Ok(())
     }
