@@ -52,6 +52,10 @@ fn steps(keys: &[&str]) -> Vec<(f64, Traffic)> {
 /// In that process: prints the losses, and counts.
 #[test]
 #[ignore = "runs in a process of its own"]
+#[expect(
+    clippy::print_stdout,
+    reason = "the test that starts this one reads it"
+)]
 fn without_loops() {
     assert!(
         !has_loops(&Device::Cpu),

@@ -133,7 +133,7 @@ fn every_sampler_case_is_reproduced() -> Result<()> {
             .collect();
         case.assert_close("effective_A", &effective);
 
-        let (log_std, log_concentration) = backward(&draw, &case.tensor("upstream"), 0.0)?;
+        let (log_std, log_concentration) = backward(draw, &case.tensor("upstream"), 0.0)?;
         case.assert_close("grad_std_from_upstream", &log_std);
         case.assert_close("grad_weights_from_upstream", &log_concentration);
 
