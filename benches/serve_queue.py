@@ -39,10 +39,16 @@ def measure(urls, model, clients, seconds, tokens):
     latencies, n_tokens, lock = [], [0], threading.Lock()
     end = time.monotonic() + seconds
 
+    failed = []
+
     def client(idx):
-        while time.monotonic() < end:
+        while time.monotonic() < end and not failed:
             began = time.monotonic()
-            found = ask(urls[idx % len(urls)], model, TOPICS[idx % len(TOPICS)], tokens)
+            try:
+                found = ask(urls[idx % len(urls)], model, TOPICS[idx % len(TOPICS)], tokens)
+            except OSError as error:
+                failed.append(error)
+                return
             with lock:
                 latencies.append(time.monotonic() - began)
                 n_tokens[0] += found
@@ -53,6 +59,8 @@ def measure(urls, model, clients, seconds, tokens):
         thread.start()
     for thread in threads:
         thread.join()
+    if failed:
+        sys.exit(f"a request failed: {failed[0]}")
     spent = time.monotonic() - began
     latencies.sort()
     at = lambda share: round(latencies[min(len(latencies) - 1, int(share * len(latencies)))], 2)

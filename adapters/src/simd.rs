@@ -30,6 +30,14 @@ pub fn dot<const N: usize>(factors: [&[f32]; N]) -> f32 {
 /// Partial sums of [`dots_fused`].
 pub(crate) const LANES: usize = 16;
 
+/// Whether the processor multiplies and adds in one instruction. Without it [`dots_fused`] is right but slow.
+pub fn has_fused() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("fma");
+    #[cfg(not(target_arch = "x86_64"))]
+    cfg!(target_arch = "aarch64")
+}
+
 /// `sum_i a[i] b[i]` over slices of one length, each product added without rounding in between, in sixteen partial
 /// sums. The order depends only on the length. Needs fused instructions to be fast: call it inside [`vectorised`].
 #[inline(always)]

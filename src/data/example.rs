@@ -96,7 +96,7 @@ pub struct ChoiceSet {
 }
 
 impl ChoiceSet {
-    /// Number of tokens in a forward pass over all choices, in which equal prompts are computed once.
+    /// Number of tokens in a forward pass over all choices, in which a prompt that neighbours share is computed once.
     pub fn n_tokens(&self) -> usize {
         let mut n_tokens = 0;
         let mut before: &[u32] = &[];

@@ -50,12 +50,15 @@ impl Question {
         }
     }
 
-    /// Number of tokens in the forward pass of the question. Its choices share the prompt.
+    /// Number of tokens that attention reads for the question, which bounds its memory. Choices of one token share the
+    /// prompt; each longer choice reads a prompt of its own, even where the prompt is computed once.
     pub fn n_tokens(&self) -> usize {
-        match self {
-            Self::Choice { set, .. } => set.n_tokens(),
-            Self::Open(_) => self.n_prompt(),
-        }
+        let Self::Choice { set, .. } = self else {
+            return self.n_prompt();
+        };
+        let longer = set.choices.iter().map(|choice| choice.tokens.len());
+        let apart = longer.filter(|n_tokens| *n_tokens > self.n_prompt() + 1);
+        self.n_prompt() + apart.sum::<usize>()
     }
 
     /// Number of tokens of the prompt: of the first choice's prompt if the choices' prompts differ.
@@ -372,7 +375,7 @@ mod tests {
     use crate::data::ChoiceTokens;
 
     #[test]
-    fn choices_share_their_prompt() {
+    fn choices_of_one_token_share_their_prompt() {
         let choice = |n_answer: usize| ChoiceTokens {
             tokens: vec![1; 10 + n_answer],
             n_prompt: 10,
@@ -384,8 +387,8 @@ mod tests {
             },
             texts: Vec::new(),
         };
-        assert_eq!(question(&[1, 1, 1]).n_tokens(), 10 + 3);
-        assert_eq!(question(&[1, 2, 3]).n_tokens(), 10 + 6);
+        assert_eq!(question(&[1, 1, 1]).n_tokens(), 10);
+        assert_eq!(question(&[1, 2, 3]).n_tokens(), 10 + 12 + 13);
         assert_eq!(Question::Open(vec![1; 7]).n_tokens(), 7);
     }
 

@@ -24,7 +24,7 @@ impl LayerCache {
         segments: &[Segment],
     ) -> Result<(Tensor, Tensor)> {
         let Some((keys, values)) = &self.keys_and_values else {
-            // At first all rows are new, and none has room.
+            // At first all rows are new and none has room, so these tensors, which the pass also holds, are never written.
             self.keys_and_values = Some((k.clone(), v.clone()));
             return Ok((k.clone(), v.clone()));
         };

@@ -12,6 +12,7 @@ use super::few::{self, FEW, Rows};
 use super::{Factor, Precision, Product};
 use crate::error::Result;
 use crate::linalg::{PARALLEL_FROM, Strided, raw_gemm};
+use crate::simd::has_fused;
 use crate::weights::{Access, Lent, lend};
 
 /// Minimum columns per piece; fewer would leave the kernel's registers half empty.
@@ -131,6 +132,7 @@ impl<'a> Term<'a> {
     fn is_few(&self, m: usize) -> bool {
         matches!(self.operands, Operands::Single { .. })
             && m <= FEW
+            && has_fused()
             && !self.product.lhs.is_transposed()
             && self.product.rhs.is_transposed()
     }

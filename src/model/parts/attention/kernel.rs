@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 use monteclora_adapters::linalg::on_cpu;
+use monteclora_adapters::simd::has_fused;
 
 use monteclora_adapters::Result;
 use plain::Masks;
@@ -79,7 +80,10 @@ pub(crate) fn forward(
     masks: &Masks,
 ) -> Result<Attended> {
     let tokens = q.dims2()?.0;
-    if segments.iter().all(|s| s.query_len == 1) && segments.len() == tokens {
+    let mut rows = segments.iter().zip(0..tokens);
+    let is_single =
+        segments.len() == tokens && rows.all(|(s, row)| (s.query_start, s.query_len) == (row, 1));
+    if is_single && has_fused() {
         let fast = on_cpu([q, k, v], |[q, k, v]| {
             cpu::forward_single(q, k, v, tokens, segments, heads)
         })?;
