@@ -133,7 +133,7 @@ fn in_tiles(
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+        __m512, __mmask16, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_fmadd_ps,
         _mm512_maskz_loadu_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
         _mm512_storeu_ps,
     };
@@ -185,37 +185,20 @@ mod avx512 {
             "dot products: rows of different lengths"
         );
         let mut sums = [[_mm512_setzero_ps(); TILE]; TILE];
-        let mut start = 0;
-        while start + LANES <= len {
-            let mut columns = [_mm512_setzero_ps(); TILE];
-            for (column, right) in columns.iter_mut().zip(right) {
-                // SAFETY: the row holds sixteen numbers from `start` on.
-                *column = unsafe { _mm512_loadu_ps(right.as_ptr().add(start)) };
-                if let Some(ahead) = ahead {
+        for start in (0..len / LANES * LANES).step_by(LANES) {
+            if let Some(ahead) = ahead {
+                for right in right {
                     let next = right.as_ptr().wrapping_add(start + ahead);
                     _mm_prefetch::<_MM_HINT_T0>(next.cast());
                 }
             }
-            for (sums, left) in sums.iter_mut().zip(left) {
-                // SAFETY: as above.
-                let row = unsafe { _mm512_loadu_ps(left.as_ptr().add(start)) };
-                for (sum, column) in sums.iter_mut().zip(columns) {
-                    *sum = _mm512_fmadd_ps(row, column, *sum);
-                }
-            }
-            start += LANES;
+            // SAFETY: the rows hold sixteen numbers from `start` on.
+            unsafe { add_products(&mut sums, left, right, start, !0) };
         }
-        if start < len {
-            let mask = u16::MAX >> (LANES - (len - start));
-            for (sums, left) in sums.iter_mut().zip(left) {
-                // SAFETY: the mask confines the loads to the rows.
-                let row = unsafe { _mm512_maskz_loadu_ps(mask, left.as_ptr().add(start)) };
-                for (sum, right) in sums.iter_mut().zip(right) {
-                    // SAFETY: as above.
-                    let column = unsafe { _mm512_maskz_loadu_ps(mask, right.as_ptr().add(start)) };
-                    *sum = _mm512_fmadd_ps(row, column, *sum);
-                }
-            }
+        let rest = len % LANES;
+        if rest > 0 {
+            // SAFETY: the rows hold as many numbers from there on as the mask has bits.
+            unsafe { add_products(&mut sums, left, right, len - rest, (1 << rest) - 1) };
         }
         let mut totals = [0f32; TILE * TILE];
         // SAFETY: there are sixteen numbers.
@@ -227,6 +210,33 @@ mod avx512 {
         }
     }
 
+    /// Adds the products of the numbers from `start` on that `mask` names to the sums.
+    ///
+    /// # Safety
+    /// The rows must hold these numbers.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn add_products<const M: usize>(
+        sums: &mut [[__m512; TILE]; TILE],
+        left: [&[f32]; M],
+        right: [&[f32]; TILE],
+        start: usize,
+        mask: __mmask16,
+    ) {
+        let mut columns = [_mm512_setzero_ps(); TILE];
+        for (column, right) in columns.iter_mut().zip(right) {
+            // SAFETY: the caller's promise.
+            *column = unsafe { _mm512_maskz_loadu_ps(mask, right.as_ptr().add(start)) };
+        }
+        for (sums, left) in sums.iter_mut().zip(left) {
+            // SAFETY: the caller's promise.
+            let row = unsafe { _mm512_maskz_loadu_ps(mask, left.as_ptr().add(start)) };
+            for (sum, column) in sums.iter_mut().zip(columns) {
+                *sum = _mm512_fmadd_ps(row, column, *sum);
+            }
+        }
+    }
+
     /// The sum of each vector's lanes by halves, as `simd::total`: lane `4 column + row` is the sum of
     /// `sums[row][column]`.
     #[target_feature(enable = "avx512f")]
@@ -234,32 +244,36 @@ mod avx512 {
         // Quarter q of each is column q of the row.
         let mut of_rows = [_mm512_setzero_ps(); TILE];
         for (of_row, [a, b, c, d]) in of_rows.iter_mut().zip(sums) {
-            let ab = _mm512_add_ps(
-                _mm512_shuffle_f32x4::<0x44>(a, b),
-                _mm512_shuffle_f32x4::<0xee>(a, b),
-            );
-            let cd = _mm512_add_ps(
-                _mm512_shuffle_f32x4::<0x44>(c, d),
-                _mm512_shuffle_f32x4::<0xee>(c, d),
-            );
-            *of_row = _mm512_add_ps(
-                _mm512_shuffle_f32x4::<0x88>(ab, cd),
-                _mm512_shuffle_f32x4::<0xdd>(ab, cd),
-            );
+            let ab = fold_quarters::<0x44, 0xee>(a, b);
+            let cd = fold_quarters::<0x44, 0xee>(c, d);
+            *of_row = fold_quarters::<0x88, 0xdd>(ab, cd);
         }
         let [a, b, c, d] = of_rows;
-        let ab = _mm512_add_ps(
-            _mm512_shuffle_ps::<0x44>(a, b),
-            _mm512_shuffle_ps::<0xee>(a, b),
+        let ab = fold_lanes::<0x44, 0xee>(a, b);
+        let cd = fold_lanes::<0x44, 0xee>(c, d);
+        fold_lanes::<0x88, 0xdd>(ab, cd)
+    }
+
+    /// The sum of two choices of quarters of `a` and `b`.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn fold_quarters<const LOW: i32, const HIGH: i32>(a: __m512, b: __m512) -> __m512 {
+        let (low, high) = (
+            _mm512_shuffle_f32x4::<LOW>(a, b),
+            _mm512_shuffle_f32x4::<HIGH>(a, b),
         );
-        let cd = _mm512_add_ps(
-            _mm512_shuffle_ps::<0x44>(c, d),
-            _mm512_shuffle_ps::<0xee>(c, d),
+        _mm512_add_ps(low, high)
+    }
+
+    /// The sum of two choices of lanes of `a` and `b`, within each quarter.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn fold_lanes<const LOW: i32, const HIGH: i32>(a: __m512, b: __m512) -> __m512 {
+        let (low, high) = (
+            _mm512_shuffle_ps::<LOW>(a, b),
+            _mm512_shuffle_ps::<HIGH>(a, b),
         );
-        _mm512_add_ps(
-            _mm512_shuffle_ps::<0x88>(ab, cd),
-            _mm512_shuffle_ps::<0xdd>(ab, cd),
-        )
+        _mm512_add_ps(low, high)
     }
 }
 
