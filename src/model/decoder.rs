@@ -1,5 +1,6 @@
 //! The whole decoder: hidden states, logits, and the task loss with the gradients of the active adapter.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::Precision;
 use monteclora_adapters::device::to_device;
 use monteclora_adapters::weights::{AUTO, Kind, Weight};
-use monteclora_converters::architecture::ModelShape;
+use monteclora_converters::architecture::{ModelShape, Rope};
 use monteclora_converters::{LinearModule, ModelFiles};
 
 use super::adapter::{ActiveAdapter, AdapterGradients, ModuleId};
@@ -75,6 +76,16 @@ impl Sequences {
         let segment = &self.segments[index];
         &self.tokens[segment.query_start..][..segment.query_len]
     }
+}
+
+/// What a pass without gradients computes for some rows of a batch. Passes of several adapters share it.
+#[derive(Debug)]
+pub(super) struct Needed<'a> {
+    sequences: Cow<'a, Sequences>,
+    /// The rows whose keys and values the segments read. `None` for all rows.
+    keys: Option<Tensor>,
+    /// The wanted rows among those that are computed.
+    rows: Tensor,
 }
 
 /// Losses of the labelled positions and, if a scale was given, the gradients of `scale` times their sum.
@@ -173,47 +184,42 @@ impl Decoder {
         config.linear_modules()
     }
 
-    /// Merges common beginnings and leaves out what no wanted row depends on, unless a rotation may depend on the length
-    /// of its sequence.
-    fn merged(&self, sequences: &Sequences, wanted: &[u32]) -> Option<Merged> {
-        let longest = sequences.segments.iter().map(|s| s.query_len).max()?;
-        let mut ropes = self.config.ropes.iter();
-        if wanted.is_empty() {
-            return None;
-        }
-        match ropes.any(|rope| rope.threshold().is_some_and(|most| longest > most)) {
-            true => None,
-            false => Merged::new(sequences, wanted),
-        }
-    }
-
-    /// Hidden states before the last norm of the given rows, `[rows, hidden]`. Common beginnings of the sequences are
-    /// computed once.
-    pub(super) fn hidden_at(
+    /// What must be computed for the `wanted` rows of `sequences`. Common beginnings are merged, and what no wanted row
+    /// depends on is left out, unless a rotation may depend on the length of its sequence.
+    pub(super) fn needed<'a>(
         &self,
-        sequences: &Sequences,
-        rows: &[u32],
-        adapter: &ActiveAdapter,
-    ) -> Result<Tensor> {
-        match self.merged(sequences, rows) {
-            None => self.selected(sequences, &[], rows, adapter),
+        sequences: &'a Sequences,
+        wanted: &[u32],
+    ) -> Result<Needed<'a>> {
+        let longest = sequences.segments.iter().map(|s| s.query_len).max();
+        let mut thresholds = self.config.ropes.iter().filter_map(Rope::threshold);
+        let is_fixed = thresholds.all(|threshold| longest <= Some(threshold));
+        let merged = (is_fixed && !wanted.is_empty()).then(|| Merged::new(sequences, wanted));
+        let on_device = |rows: Vec<u32>| {
+            let n_rows = rows.len();
+            to_device(rows, n_rows, &self.device)
+        };
+        Ok(match merged.flatten() {
+            None => Needed {
+                sequences: Cow::Borrowed(sequences),
+                keys: None,
+                rows: on_device(wanted.to_vec())?,
+            },
             Some(merged) => {
-                let rows: Vec<u32> = rows.iter().map(|row| merged.rows[*row as usize]).collect();
-                self.selected(&merged.sequences, &merged.keys, &rows, adapter)
+                let rows = wanted.iter().map(|row| merged.rows[*row as usize]);
+                Needed {
+                    rows: on_device(rows.collect())?,
+                    keys: Some(on_device(merged.keys)?),
+                    sequences: Cow::Owned(merged.sequences),
+                }
             }
-        }
+        })
     }
 
-    fn selected(
-        &self,
-        sequences: &Sequences,
-        keys: &[u32],
-        rows: &[u32],
-        adapter: &ActiveAdapter,
-    ) -> Result<Tensor> {
-        let hidden = self.hidden(sequences, keys, adapter, None)?;
-        let index = to_device(rows.to_vec(), rows.len(), &self.device)?;
-        Ok(hidden.index_select(&index, 0)?)
+    /// Hidden states of the wanted rows before the last norm, `[rows, hidden]`.
+    pub(super) fn hidden_at(&self, needed: &Needed<'_>, adapter: &ActiveAdapter) -> Result<Tensor> {
+        let hidden = self.hidden(&needed.sequences, needed.keys.as_ref(), adapter, None)?;
+        Ok(hidden.index_select(&needed.rows, 0)?)
     }
 
     fn rotations(&self, sequences: &Sequences) -> Result<Vec<Rotation>> {
@@ -226,22 +232,18 @@ impl Decoder {
     }
 
     /// Hidden states before the last norm, `[tokens, hidden]`. Nothing is kept for a backward pass. The segments read
-    /// the keys and values of the rows `keys`, or of all rows if `keys` is empty.
+    /// the keys and values of the rows `keys`, or of all rows.
     pub(super) fn hidden(
         &self,
         sequences: &Sequences,
-        keys: &[u32],
+        keys: Option<&Tensor>,
         adapter: &ActiveAdapter,
         mut caches: Option<&mut [LayerCache]>,
     ) -> Result<Tensor> {
-        let keys = match keys {
-            [] => None,
-            keys => Some(to_device(keys.to_vec(), keys.len(), &self.device)?),
-        };
         let pass = Pass {
             rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
-            keys: keys.as_ref(),
+            keys,
             masks: &Masks::default(),
             adapter,
             dropout: None,
@@ -260,7 +262,7 @@ impl Decoder {
 
     /// Logits of every position, `[tokens, vocab]`.
     pub fn logits(&self, sequences: &Sequences, adapter: &ActiveAdapter) -> Result<Tensor> {
-        let hidden = self.hidden(sequences, &[], adapter, None)?;
+        let hidden = self.hidden(sequences, None, adapter, None)?;
         self.head_logits(&hidden, adapter)
     }
 
@@ -273,7 +275,7 @@ impl Decoder {
     ) -> Result<TaskLoss> {
         on_pool(|| {
             let (rows, labels) = split(targets);
-            let selected = self.hidden_at(sequences, &rows, adapter)?;
+            let selected = self.hidden_at(&self.needed(sequences, &rows)?, adapter)?;
             let loss = self.head.losses(&selected, &labels, adapter, None)?;
             Ok(TaskLoss {
                 nll: loss.nll,

@@ -8,6 +8,7 @@ use super::decoder::{Decoder, Sequences, on_pool};
 use super::parts::attention::Segment;
 use super::predictive::most_likely;
 use monteclora_adapters::Result;
+use monteclora_adapters::device::to_device;
 
 /// Rotated keys and values of one layer for the running texts. Each text has a range of rows with room to grow.
 #[derive(Debug, Clone, Default)]
@@ -253,14 +254,15 @@ impl<'a> Continuation<'a> {
 
     fn next_logits(&mut self) -> Result<Tensor> {
         let (decoder, adapter) = (self.decoder, self.adapter);
-        let hidden = decoder.hidden(&self.sequences, &[], adapter, Some(&mut self.caches))?;
+        let hidden = decoder.hidden(&self.sequences, None, adapter, Some(&mut self.caches))?;
         let last: Vec<u32> = self
             .sequences
             .segments
             .iter()
             .map(|s| (s.query_start + s.query_len - 1) as u32)
             .collect();
-        let hidden = hidden.index_select(&Tensor::new(last, &decoder.device)?, 0)?;
+        let last = to_device(last, self.sequences.segments.len(), &decoder.device)?;
+        let hidden = hidden.index_select(&last, 0)?;
         decoder.head_logits(&hidden, adapter)
     }
 

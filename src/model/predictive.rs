@@ -84,7 +84,7 @@ impl Decoder {
         adapter: &ActiveAdapter,
         each: &mut dyn FnMut(&[f32]),
     ) -> Result<()> {
-        let hidden = on_pool(|| self.hidden(sequences, &[], adapter, None))?;
+        let hidden = on_pool(|| self.hidden(sequences, None, adapter, None))?;
         let n_rows = hidden.dims2()?.0;
         let chunk = (LOGITS / self.config.vocab_size).clamp(1, CHUNK);
         for start in (0..n_rows).step_by(chunk) {
@@ -110,12 +110,10 @@ impl Decoder {
             return Err(Problem::sentence("no-adapters", message).into());
         }
         let (rows, labels) = split(targets);
+        let needed = self.needed(sequences, &rows)?;
         let normed = adapters
             .iter()
-            .map(|adapter| {
-                let selected = self.hidden_at(sequences, &rows, adapter)?;
-                self.head.norm.forward(&selected)
-            })
+            .map(|adapter| (self.head.norm).forward(&self.hidden_at(&needed, adapter)?))
             .collect::<Result<Vec<Tensor>>>()?;
         let losses = || TaskLoss {
             nll: Vec::with_capacity(labels.len()),
