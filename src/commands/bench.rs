@@ -3,6 +3,7 @@
 //! `bench matmul`: measures matrix products, which bound their speed.
 //! `bench generate`: measures greedy decoding.
 
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -45,12 +46,8 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let began = Instant::now();
     let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let device = device(args.model.options.cpu)?;
-    let decoder = if args.random_weights {
-        Decoder::random(&base.dir, &device, weights, 0)?
-    } else {
-        Decoder::load_as(&base.dir, &device, weights)?
-    }
-    .with_precision(precision);
+    let decoder =
+        decoder(&base.dir, &device, weights, args.random_weights)?.with_precision(precision);
     let projections = decoder.config().family.projections.iter();
     let leaves = projections.map(|projection| projection.leaf().to_owned());
     let config = AdapterConfig {
@@ -111,8 +108,6 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     }
     let median = median_after_first(&seconds);
     let tokens_per_second = (args.batch * args.seq) as f64 / median;
-    // Kibibytes divided by 1e6, as PEFT's script reports `ru_maxrss`.
-    let gb = |bytes: u64| bytes as f64 / 1024.0 / 1e6;
     let peak_gb = peak_memory_bytes(&device).map(gb);
     let files = (!args.random_weights).then(|| ModelFiles::open(&base.dir));
     let estimate = estimate(args, &decoder, (weights, files.transpose()?), &state);
@@ -150,6 +145,19 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     ))
 }
 
+/// Kibibytes divided by 1e6, as PEFT's script reports `ru_maxrss`.
+fn gb(bytes: u64) -> f64 {
+    bytes as f64 / 1024.0 / 1e6
+}
+
+/// The model in `dir`, or one of its sizes with random weights.
+fn decoder(dir: &Path, device: &Device, weights: &'static Kind, random: bool) -> Result<Decoder> {
+    Ok(match random {
+        true => Decoder::random(dir, device, weights, 0)?,
+        false => Decoder::load_as(dir, device, weights)?,
+    })
+}
+
 /// Random tokens, a row of each length.
 fn random_rows(decoder: &Decoder, lengths: &[usize]) -> Vec<Vec<u32>> {
     let vocab = decoder.config().vocab_size as f64;
@@ -170,11 +178,7 @@ pub(super) fn generate(args: &BenchGenerateArgs) -> Result<()> {
     let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let device = device(args.model.options.cpu)?;
     let weights = weight_type(args.model.options.dtype)?;
-    let decoder = if args.random_weights {
-        Decoder::random(&base.dir, &device, weights, 0)?
-    } else {
-        Decoder::load_as(&base.dir, &device, weights)?
-    };
+    let decoder = decoder(&base.dir, &device, weights, args.random_weights)?;
     let shortest = if args.ragged {
         args.prompt.div_ceil(2)
     } else {
@@ -220,7 +224,7 @@ pub(super) fn generate(args: &BenchGenerateArgs) -> Result<()> {
             "tokens": args.tokens,
             "prompt_tokens_per_second": prompt_per_second,
             "tokens_per_second": per_second,
-            "peak_gb": peak_memory_bytes(&device).map(|bytes| bytes as f64 / 1024.0 / 1e6),
+            "peak_gb": peak_memory_bytes(&device).map(gb),
             "threads": threads,
         }));
     }

@@ -4,6 +4,7 @@
 
 mod architectures;
 mod bases;
+mod bench;
 mod beside;
 mod blocks;
 mod certainty;
