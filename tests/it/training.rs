@@ -102,19 +102,30 @@ impl Setup {
         .unwrap()
     }
 
-    fn train(&self, settings: &TrainSettings, out: &Path, resume: Option<Checkpoint>) -> Vec<f64> {
-        std::fs::create_dir_all(out).unwrap();
-        let trainer = Trainer {
+    /// A trainer of one process, without validation rows.
+    fn trainer<'a>(
+        &'a self,
+        settings: &'a TrainSettings,
+        out: &'a Path,
+        identity: &'a Identity,
+    ) -> Trainer<'a> {
+        Trainer {
             model: &self.decoder,
             train: &self.data,
             valid: None,
             settings,
             adapter_config: &self.adapter_config,
             output_dir: out,
-            identity: &Identity::default(),
+            identity,
             interrupt: Arc::new(AtomicBool::new(false)),
             ranks: &Alone,
-        };
+        }
+    }
+
+    fn train(&self, settings: &TrainSettings, out: &Path, resume: Option<Checkpoint>) -> Vec<f64> {
+        std::fs::create_dir_all(out).unwrap();
+        let identity = Identity::default();
+        let trainer = self.trainer(settings, out, &identity);
         let mut losses = Vec::new();
         let fresh = Checkpoint::fresh(self.state()).unwrap();
         trainer
@@ -624,17 +635,8 @@ fn a_method_may_share_parameters_and_step_without_a_gradient() {
     let settings = setup.settings();
     let [whole, stopped] = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let train = |out: &Path, resume: Option<Checkpoint>| {
-        let trainer = Trainer {
-            model: &setup.decoder,
-            train: &setup.data,
-            valid: None,
-            settings: &settings,
-            adapter_config: &setup.adapter_config,
-            output_dir: out,
-            identity: &Identity::default(),
-            interrupt: Arc::new(AtomicBool::new(false)),
-            ranks: &Alone,
-        };
+        let identity = Identity::default();
+        let trainer = setup.trainer(&settings, out, &identity);
         let fresh = Checkpoint::fresh(state()).unwrap();
         trainer.run(resume.unwrap_or(fresh), |_| {}).unwrap();
     };

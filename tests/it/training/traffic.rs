@@ -27,17 +27,8 @@ fn steps(keys: &[&str]) -> Vec<(f64, Traffic)> {
     let setup = setup(keys);
     let out = tempfile::tempdir().unwrap();
     let settings = setup.settings();
-    let trainer = Trainer {
-        model: &setup.decoder,
-        train: &setup.data,
-        valid: None,
-        settings: &settings,
-        adapter_config: &setup.adapter_config,
-        output_dir: out.path(),
-        identity: &Identity::default(),
-        interrupt: Arc::new(AtomicBool::new(false)),
-        ranks: &Alone,
-    };
+    let identity = Identity::default();
+    let trainer = setup.trainer(&settings, out.path(), &identity);
     let mut steps = Vec::new();
     let from = Checkpoint::fresh(setup.state()).unwrap();
     let watch = |event: &Event| {
