@@ -2,7 +2,7 @@
 """A GGUF base model with random weights, of the size of a known one.
 
     pip install numpy gguf==0.19.0
-    python3 benches/random_gguf.py OUT.gguf --size tiny|1b|8b [--type Q4_K] [--output TYPE] [--seed 0] [--check]
+    python3 benches/random_gguf.py OUT.gguf --size tiny|small|1b|8b [--type Q4_K] [--output TYPE] [--seed 0] [--check]
 
 The blocks are random bytes with small scales, so that weights have a mean near 0 and a standard deviation near 0.02; nothing is
 quantised. Embedding and projections are of --type, norms are ones in F32. A size with an output layer of its own has it in Q6_K, as
@@ -20,6 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as Type, GGUFReader, GGU
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, positions, factor of Llama 3's scaling, type of the output layer
 SIZES = {
     "tiny": (256, 512, 2, 4, 2, 300, 512, None, None),
+    "small": (768, 2048, 12, 12, 4, 32768, 8192, None, None),
     "1b": (2048, 8192, 16, 32, 8, 128256, 131072, 32.0, None),
     "8b": (4096, 14336, 32, 32, 8, 128256, 131072, 8.0, "Q6_K"),
 }

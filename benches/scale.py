@@ -9,6 +9,11 @@ the median step, the peak, the arithmetic a step needs and the rate reached, and
 squares fit `time = c * x^p` (1 is linear). `samples` runs 1 to 32 mixture components in turns. `load` writes a checkpoint of 3.2
 billion random bf16 weights, drops it from the page cache and reads it with `cat` and with the trainer. Give it the machine to
 itself.
+
+`families` scales the smallest model of every family in tests/data to one size, and lengthens its sequence. `experts` does the same
+with more experts, of which each token takes two. `blocks` lengthens the sequence on every kind of quantised blocks; it needs numpy and
+gguf (see random_gguf.py). `ranks` trains with 1, 2 and 4 processes of one thread each, 4 x 128 tokens per process; it needs Open MPI and
+a program built with `--features mpi`.
 """
 import argparse
 import json
@@ -30,6 +35,7 @@ SHAPES = {
     "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
 }
 BASE = "SmolLM2-135M"
+FIXTURES = pathlib.Path(__file__).parent.parent / "tests/data/fixtures/architectures"
 
 
 def config(shape):
@@ -57,20 +63,111 @@ def gflop(shape, batch, seq, rank):
     return batch * seq * (4 * products + 6 * rank * ends + attention) / 1e9
 
 
-def measure(args, shape, batch, seq, rank, num_samples=8):
+def run(command):
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{command[0]} failed with {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def bench(args, model, batch, seq, rank, num_samples=8):
+    """`model` is a configuration, for random weights, or the path of a model."""
     with tempfile.TemporaryDirectory() as scratch:
-        pathlib.Path(scratch, "config.json").write_text(json.dumps(config(shape)))
-        command = [args.monteclora, "bench", "train", "-m", scratch, "--random-weights", "--batch", batch, "--seq", seq, "--rank", rank,
+        if isinstance(model, dict):
+            pathlib.Path(scratch, "config.json").write_text(json.dumps(model))
+        where = [scratch, "--random-weights"] if isinstance(model, dict) else [model]
+        command = [args.monteclora, "bench", "train", "-m", *where, "--batch", batch, "--seq", seq, "--rank", rank,
                    "--steps", args.steps, "--dtype", args.dtype, "--num-samples", num_samples, "--json"]
         command += ["--gradient-checkpointing"] * args.gradient_checkpointing + ["--bf16"] * args.bf16
-        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(f"bench train failed with {done.returncode}:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout)
-    seconds = batch * seq / found["tokens_per_second"]
+        found = json.loads(run(command))
+    return {"batch": batch, "seq": seq, "rank": rank, "step_s": batch * seq / found["tokens_per_second"], "peak_gb": found["peak_gb"]}
+
+
+def measure(args, shape, batch, seq, rank, num_samples=8):
+    found = bench(args, config(shape), batch, seq, rank, num_samples)
+    seconds = found["step_s"]
     work = gflop(shape, batch, seq, rank)
-    return {"batch": batch, "seq": seq, "rank": rank, "layers": shape[2], "parameters": sizes(shape)[2], "step_s": seconds,
-            "peak_gb": found["peak_gb"], "gflop": work, "gflop_per_s": work / seconds}
+    return {**found, "layers": shape[2], "parameters": sizes(shape)[2], "gflop": work, "gflop_per_s": work / seconds}
+
+
+def fitted(args, name, key, points):
+    """The points of one curve and the exponents of its time and memory, printed in a line."""
+    slopes = {"time": exponent(points, key, "step_s"), "memory": exponent(points, key, "peak_gb")}
+    if not args.json:
+        values = "; ".join(f"{point[key]}: {point['step_s']:.3f} s, {point['peak_gb']:.2f} GB" for point in points)
+        print(f"{name:<24} time ~ {key}^{slopes['time']:.2f}, memory ~ {key}^{slopes['memory']:.2f}   ({values})", flush=True)
+    return {"points": points, "exponents": slopes}
+
+
+def family(name, **changes):
+    """The configuration of a family's smallest model in the size of a small one."""
+    found = json.loads((FIXTURES / name / "model" / "config.json").read_text())
+    layers = 6
+    found |= {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": 9,
+              "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 8192, "max_position_embeddings": 8192}
+    known = {"moe_intermediate_size": 512, "sliding_window": 256, "query_pre_attn_scalar": 64}
+    found |= {key: value for key, value in known.items() if found.get(key) is not None}
+    if "layer_types" in found:
+        kinds = found["layer_types"]
+        found["layer_types"] = [kinds[layer % len(kinds)] for layer in range(layers)]
+    if "no_rope_layers" in found:
+        found["no_rope_layers"] = [found["no_rope_layers"][layer % len(found["no_rope_layers"])] for layer in range(layers)]
+    return found | changes
+
+
+def families(args):
+    """Step time by length of the sequence for every family, at one size."""
+    names = sorted(path.parent.parent.name for path in FIXTURES.glob("*/model/config.json"))
+    names = [name for name in names if "-" not in name or name.endswith("window")]
+    lengths = (128, 256, 512, 1024)
+    return {name: fitted(args, name, "seq", [bench(args, family(name), 1, seq, 16) for seq in lengths]) for name in names}
+
+
+def experts(args):
+    """Step time by number of experts, of which each token takes two."""
+    found = {}
+    for name, key in (("qwen3_moe", "num_experts"), ("mixtral", "num_local_experts")):
+        points = []
+        for count in (4, 8, 16, 32):
+            model = family(name, **{key: count, "num_local_experts": count})
+            points.append({"experts": count, **bench(args, model, 4, 128, 16)})
+        found[name] = fitted(args, name, "experts", points)
+    return found
+
+
+def blocks(args):
+    """Step time by length of the sequence for every kind of blocks."""
+    found = {}
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        for kind in ("F32", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
+            file = pathlib.Path(scratch, f"{kind}.gguf")
+            # A file of random blocks has no F32; f32 is F16 widened.
+            stored = "F16" if kind == "F32" else kind
+            run([sys.executable, pathlib.Path(__file__).parent / "random_gguf.py", file, "--size", "small", "--type", stored])
+            points = [bench(args, file, 1, seq, 16) for seq in (128, 256, 512, 1024)]
+            found[kind] = fitted(args, kind, "seq", points)
+            file.unlink()
+    return found
+
+
+def ranks(args):
+    """Seconds per step by number of processes, of one thread each, with the same number of rows per process."""
+    points = []
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        rows = pathlib.Path(scratch, "rows.jsonl")
+        rows.write_text("".join(json.dumps({"text": f"{index} " + "word " * 126}) + "\n" for index in range(512)))
+        for count in (1, 2, 4):
+            out = pathlib.Path(scratch, f"out-{count}")
+            command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", count, "-x", "RAYON_NUM_THREADS=1", args.monteclora,
+                       "train", "-m", args.base, "--data", rows, "-o", out, "--max-steps", args.steps + 3, "--batch-size", 4,
+                       "--set", "train.logging_steps=1", "--max-seq-length", 128]
+            run(command)
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            ends = [line["wall_s"] for line in lines if line["type"] == "train"]
+            seconds = [later - earlier for earlier, later in zip(ends, ends[1:])]
+            points.append({"ranks": count, "step_s": sorted(seconds)[len(seconds) // 2],
+                           "peak_gb": max(line.get("peak_memory_bytes", 0) for line in lines) / 1e9})
+    return fitted(args, "ranks", "ranks", points)
 
 
 def samples(args):
@@ -162,9 +259,11 @@ def main():
     parser.add_argument("--bf16", action="store_true", help="products with frozen weights in bfloat16")
     parser.add_argument("--rounds", type=int, default=3, help="of samples and load")
     parser.add_argument("--scratch", help="where load writes its 6.4 GB; default: the system's directory for temporary files")
-    parser.add_argument("--only", default="samples,batch,seq,rank,layers,size", help="sweeps; there is also load")
+    parser.add_argument("--only", default="samples,batch,seq,rank,layers,size", help="sweeps; there are also families, experts, blocks, ranks and load")
+    parser.add_argument("--base", help="the base model of ranks")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    others = {"samples": samples, "load": load, "families": families, "experts": experts, "blocks": blocks, "ranks": ranks}
     base = SHAPES[BASE]
     layers = lambda n: base[:2] + (n,) + base[3:]
     sweeps = {
@@ -176,8 +275,8 @@ def main():
     }
     results = {}
     for sweep in args.only.split(","):
-        if sweep in ("samples", "load"):
-            results[sweep] = {"samples": samples, "load": load}[sweep](args)
+        if sweep in others:
+            results[sweep] = others[sweep](args)
             continue
         key, points = sweeps[sweep]
         found = []

@@ -48,12 +48,10 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
     let device = device(args.model.options.cpu)?;
     let decoder =
         decoder(&base.dir, &device, weights, args.random_weights)?.with_precision(precision);
-    let projections = decoder.config().family.projections.iter();
-    let leaves = projections.map(|projection| projection.leaf().to_owned());
     let config = AdapterConfig {
         r: args.rank,
         lora_alpha: 2.0 * args.rank as f64,
-        target_modules: TargetModules::List(leaves.collect()),
+        target_modules: TargetModules::AllLinear,
         ..AdapterConfig::default()
     };
     let sites = config.resolve_targets(&Decoder::linear_modules(decoder.config()))?;

@@ -474,7 +474,7 @@ section! {
         pub report_to: Vec<Report> = vec![Report::Jsonl],
         /// Recompute blocks in the backward pass, to save memory.
         pub gradient_checkpointing: bool = false,
-        /// Mixed precision: products with frozen weights in bfloat16. Faster on CPUs with AVX512-BF16. Sums, adapter and
+        /// Mixed precision: products with frozen weights in bfloat16. Faster on AMD processors with AVX512-BF16. Sums, adapter and
         /// everything else stay f32; on other devices than the CPU the result of each such product is rounded to bfloat16. Frozen weights are held in bfloat16 (`model.dtype` "auto" or "bf16").
         pub bf16: bool = false,
         /// On CUDA, multiply float32 matrices in TF32: factors of 10 bits after the point instead of 23, several times as

@@ -22,7 +22,7 @@ pub struct AnswerCertainty {
 /// The certainty of `answers` to `prompts` under `adapters`, in order. Each batch needs one forward pass per adapter.
 ///
 /// # Errors
-/// As [`Decoder::predictive`].
+/// As [`SharedBatch::predictive`](crate::model::SharedBatch::predictive).
 pub fn certainties(
     decoder: &Decoder,
     prompts: &[Vec<u32>],
@@ -43,7 +43,8 @@ pub fn certainties(
             targets.extend((first..).zip(tokens.iter().copied()));
             n_steps.push(tokens.len());
         }
-        let said = decoder.predictive(&sequences, &targets, adapters)?;
+        let shared = decoder.shared(&sequences, &targets, adapters)?;
+        let said = shared.predictive(adapters)?;
         let mut start = 0;
         for n in n_steps {
             let steps = start..start + n;

@@ -92,13 +92,38 @@ pub fn log_likelihoods<'a>(
     model: &Decoder,
     adapter: &ActiveAdapter,
 ) -> Result<Vec<Vec<f64>>, Error> {
-    let (mut sequences, mut targets) = (Sequences::default(), Vec::new());
-    let places: Vec<Places> = rows
-        .into_iter()
-        .map(|row| Places::new(row, &mut sequences, &mut targets, None))
-        .collect();
-    let nll = model.evaluate(&sequences, &targets, adapter)?.nll;
-    Ok(places.iter().map(|row| row.log_likelihoods(&nll)).collect())
+    let batch = ChoiceBatch::new(rows);
+    let nll = (model.evaluate(&batch.sequences, &batch.targets, adapter))?.nll;
+    Ok(batch.log_likelihoods(&nll))
+}
+
+/// The choices of several rows, for one pass.
+#[derive(Debug)]
+pub(super) struct ChoiceBatch {
+    pub(super) sequences: Sequences,
+    pub(super) targets: Vec<(usize, u32)>,
+    places: Vec<Places>,
+}
+
+impl ChoiceBatch {
+    pub(super) fn new<'a>(rows: impl IntoIterator<Item = &'a ChoiceSet>) -> Self {
+        let (mut sequences, mut targets) = (Sequences::default(), Vec::new());
+        let places = rows
+            .into_iter()
+            .map(|row| Places::new(row, &mut sequences, &mut targets, None))
+            .collect();
+        Self {
+            sequences,
+            targets,
+            places,
+        }
+    }
+
+    /// `[row][choice]`: the log-likelihoods, from the negative log-likelihoods of the targets.
+    pub(super) fn log_likelihoods(&self, nll: &[f32]) -> Vec<Vec<f64>> {
+        let rows = self.places.iter();
+        rows.map(|row| row.log_likelihoods(nll)).collect()
+    }
 }
 
 /// The targets of each choice of a row: `[choice][token]` is an index into the targets of a batch.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::answers::certainties;
 use super::calibration::{Judged, Scaling};
-use super::choices::{log_likelihoods, prediction};
+use super::choices::{ChoiceBatch, prediction};
 use super::{Batching, LengthNormalisation, Prediction, not_finite};
 use crate::data::{ChoiceSet, Encoder, Row, Tokenizer};
 use crate::model::{ActiveAdapter, Decoder, Generation, GenerationSettings};
@@ -201,10 +201,12 @@ impl Answerer<'_> {
         let lengths: Vec<usize> = sets.iter().map(|set| set.n_tokens()).collect();
         let mut found = vec![Vec::with_capacity(adapters.len()); sets.len()];
         for batch in Batching::new(None).plan(&lengths) {
+            let asked = ChoiceBatch::new(sets[batch.clone()].iter().copied());
+            self.go_on()?;
+            let shared = (self.decoder).shared(&asked.sequences, &asked.targets, adapters)?;
             for adapter in adapters {
                 self.go_on()?;
-                let of_batch = sets[batch.clone()].iter().copied();
-                let scores = log_likelihoods(of_batch, self.decoder, adapter)?;
+                let scores = asked.log_likelihoods(&shared.evaluate(adapter)?.nll);
                 for (row, scores) in batch.clone().zip(&scores) {
                     found[row].push(prediction(sets[row], scores, self.normalisation, row)?);
                 }

@@ -12,7 +12,7 @@ use super::prediction::entropies;
 use super::{ChoiceRows, LengthNormalisation, Prediction, not_finite, tempered};
 use crate::data::{ChoiceSet, Dataset};
 use crate::distributed::{Communicator, balanced};
-use crate::model::{ActiveAdapter, Decoder, Sequences, TaskLoss};
+use crate::model::{ActiveAdapter, Decoder, Sequences, SharedBatch, TaskLoss};
 use crate::train::sequences;
 
 /// How many rows go through the model at once.
@@ -280,17 +280,23 @@ impl Passed {
     }
 }
 
-impl Predictor<'_> {
+impl<'a> Predictor<'a> {
+    fn adapters(self) -> &'a [ActiveAdapter] {
+        match self {
+            Self::One(adapter) => std::slice::from_ref(adapter),
+            Self::Average(adapters) => adapters,
+        }
+    }
+
     /// One forward pass per adapter.
-    fn pass(self, model: &Decoder, asked: &Asked<'_>) -> Result<Passed> {
-        let (sequences, targets) = (&asked.sequences, &asked.targets);
+    fn pass(self, batch: &SharedBatch<'_>) -> Result<Passed> {
         match self {
             Self::One(adapter) => Ok(Passed {
-                loss: model.evaluate(sequences, targets, adapter)?,
+                loss: batch.evaluate(adapter)?,
                 members: Vec::new(),
             }),
             Self::Average(adapters) => {
-                let found = model.evaluate_average(sequences, targets, adapters)?;
+                let found = batch.average(adapters)?;
                 Ok(Passed {
                     loss: found.loss,
                     members: found.members,
@@ -347,9 +353,9 @@ pub fn score(
     let is_own = |rank: usize| rank == ranks.rank();
     let pass = |range: &Range<usize>| -> Result<(Asked<'_>, Vec<Passed>)> {
         let asked = Asked::new(data, &rows[range.clone()], choices)?;
-        let passed = predictors
-            .iter()
-            .map(|predictor| predictor.pass(model, &asked));
+        let adapters = predictors.iter().flat_map(|predictor| predictor.adapters());
+        let batch = model.shared(&asked.sequences, &asked.targets, adapters)?;
+        let passed = predictors.iter().map(|predictor| predictor.pass(&batch));
         let passed = passed.collect::<Result<_>>()?;
         Ok((asked, passed))
     };

@@ -158,6 +158,21 @@ impl Block {
         Ok((y, kept))
     }
 
+    /// Computes the block at `x` `[tokens, hidden]`. Returns all rows, or those of `wanted` in its order: the feed-forward
+    /// layer computes no others. Nothing is kept for a backward pass.
+    pub(crate) fn forward_at(
+        &self,
+        x: &Tensor,
+        pass: &Pass<'_>,
+        wanted: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (mut middle, _) = self.attention.forward(x, pass, None)?;
+        if let Some(rows) = wanted {
+            middle = middle.index_select(rows, 0)?;
+        }
+        Ok(self.feed_forward.forward(&middle, pass, None)?.0)
+    }
+
     /// Adds the gradients of this block's updates to `gradients`, and returns the gradient of `x` if `wanted`.
     pub(crate) fn backward(
         &self,

@@ -1,6 +1,5 @@
 //! The whole decoder: hidden states, logits, and the task loss with the gradients of the active adapter.
 
-use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use monteclora_adapters::Precision;
 use monteclora_adapters::device::to_device;
 use monteclora_adapters::weights::{AUTO, Kind, Weight};
-use monteclora_converters::architecture::{ModelShape, Rope};
+use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::{LinearModule, ModelFiles};
 
 use super::adapter::{ActiveAdapter, AdapterGradients, ModuleId};
@@ -16,7 +15,6 @@ use super::block::{Block, Kept};
 use super::dropout::Dropout;
 use super::generate::LayerCache;
 use super::load;
-use super::merge::Merged;
 use super::parts::Pass;
 use super::parts::attention::{Masks, Segment};
 use super::parts::embedding::Embedding;
@@ -76,16 +74,6 @@ impl Sequences {
         let segment = &self.segments[index];
         &self.tokens[segment.query_start..][..segment.query_len]
     }
-}
-
-/// What a pass without gradients computes for some rows of a batch. Passes of several adapters share it.
-#[derive(Debug)]
-pub(super) struct Needed<'a> {
-    sequences: Cow<'a, Sequences>,
-    /// The rows whose keys and values the segments read. `None` for all rows.
-    keys: Option<Tensor>,
-    /// The wanted rows among those that are computed.
-    rows: Tensor,
 }
 
 /// Losses of the labelled positions and, if a scale was given, the gradients of `scale` times their sum.
@@ -184,44 +172,6 @@ impl Decoder {
         config.linear_modules()
     }
 
-    /// What must be computed for the `wanted` rows of `sequences`. Common beginnings are merged, and what no wanted row
-    /// depends on is left out, unless a rotation may depend on the length of its sequence.
-    pub(super) fn needed<'a>(
-        &self,
-        sequences: &'a Sequences,
-        wanted: &[u32],
-    ) -> Result<Needed<'a>> {
-        let longest = sequences.segments.iter().map(|s| s.query_len).max();
-        let mut thresholds = self.config.ropes.iter().filter_map(Rope::threshold);
-        let is_fixed = thresholds.all(|threshold| longest <= Some(threshold));
-        let merged = (is_fixed && !wanted.is_empty()).then(|| Merged::new(sequences, wanted));
-        let on_device = |rows: Vec<u32>| {
-            let n_rows = rows.len();
-            to_device(rows, n_rows, &self.device)
-        };
-        Ok(match merged.flatten() {
-            None => Needed {
-                sequences: Cow::Borrowed(sequences),
-                keys: None,
-                rows: on_device(wanted.to_vec())?,
-            },
-            Some(merged) => {
-                let rows = wanted.iter().map(|row| merged.rows[*row as usize]);
-                Needed {
-                    rows: on_device(rows.collect())?,
-                    keys: Some(on_device(merged.keys)?),
-                    sequences: Cow::Owned(merged.sequences),
-                }
-            }
-        })
-    }
-
-    /// Hidden states of the wanted rows before the last norm, `[rows, hidden]`.
-    pub(super) fn hidden_at(&self, needed: &Needed<'_>, adapter: &ActiveAdapter) -> Result<Tensor> {
-        let hidden = self.hidden(&needed.sequences, needed.keys.as_ref(), adapter, None)?;
-        Ok(hidden.index_select(&needed.rows, 0)?)
-    }
-
     fn rotations(&self, sequences: &Sequences) -> Result<Vec<Rotation>> {
         let (config, ropes) = (&self.config, self.config.ropes.iter());
         let heads = (config.family.rotary.pairs, config.head_dim);
@@ -231,19 +181,18 @@ impl Decoder {
             .collect()
     }
 
-    /// Hidden states before the last norm, `[tokens, hidden]`. Nothing is kept for a backward pass. The segments read
-    /// the keys and values of the rows `keys`, or of all rows.
+    /// Hidden states before the last norm, `[tokens, hidden]`. Nothing is kept for a backward pass. With caches, attention
+    /// also reads keys and values of earlier tokens.
     pub(super) fn hidden(
         &self,
         sequences: &Sequences,
-        keys: Option<&Tensor>,
         adapter: &ActiveAdapter,
         mut caches: Option<&mut [LayerCache]>,
     ) -> Result<Tensor> {
         let pass = Pass {
             rotations: &self.rotations(sequences)?,
             segments: &sequences.segments,
-            keys,
+            keys: None,
             masks: &Masks::default(),
             adapter,
             dropout: None,
@@ -256,13 +205,39 @@ impl Decoder {
         Ok(x)
     }
 
+    /// Takes `x`, the hidden states of all rows, through `blocks`. The segments read the keys and values of the rows `keys`,
+    /// or of all rows. Returns all rows, or those of `wanted` in its order, which are all that the last block computes.
+    pub(super) fn through(
+        &self,
+        blocks: &[Block],
+        mut x: Tensor,
+        sequences: &Sequences,
+        keys: Option<&Tensor>,
+        adapter: &ActiveAdapter,
+        wanted: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let pass = Pass {
+            rotations: &self.rotations(sequences)?,
+            segments: &sequences.segments,
+            keys,
+            masks: &Masks::default(),
+            adapter,
+            dropout: None,
+        };
+        for (index, block) in blocks.iter().enumerate() {
+            let wanted = wanted.filter(|_| index + 1 == blocks.len());
+            x = block.forward_at(&x, &pass, wanted)?;
+        }
+        Ok(x)
+    }
+
     pub(super) fn head_logits(&self, hidden: &Tensor, adapter: &ActiveAdapter) -> Result<Tensor> {
         self.head.logits(&self.head.norm.forward(hidden)?, adapter)
     }
 
     /// Logits of every position, `[tokens, vocab]`.
     pub fn logits(&self, sequences: &Sequences, adapter: &ActiveAdapter) -> Result<Tensor> {
-        let hidden = self.hidden(sequences, None, adapter, None)?;
+        let hidden = self.hidden(sequences, adapter, None)?;
         self.head_logits(&hidden, adapter)
     }
 
@@ -273,16 +248,8 @@ impl Decoder {
         targets: &[(usize, u32)],
         adapter: &ActiveAdapter,
     ) -> Result<TaskLoss> {
-        on_pool(|| {
-            let (rows, labels) = split(targets);
-            let selected = self.hidden_at(&self.needed(sequences, &rows)?, adapter)?;
-            let loss = self.head.losses(&selected, &labels, adapter, None)?;
-            Ok(TaskLoss {
-                nll: loss.nll,
-                correct: loss.correct,
-                gradients: None,
-            })
-        })
+        self.shared(sequences, targets, [adapter])?
+            .evaluate(adapter)
     }
 
     /// Losses at `targets`, and the gradients of `scale` times their sum for every module of `adapter`.

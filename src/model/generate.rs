@@ -254,7 +254,7 @@ impl<'a> Continuation<'a> {
 
     fn next_logits(&mut self) -> Result<Tensor> {
         let (decoder, adapter) = (self.decoder, self.adapter);
-        let hidden = decoder.hidden(&self.sequences, None, adapter, Some(&mut self.caches))?;
+        let hidden = decoder.hidden(&self.sequences, adapter, Some(&mut self.caches))?;
         let last: Vec<u32> = self
             .sequences
             .segments

@@ -9,6 +9,7 @@ mod load;
 mod merge;
 pub(crate) mod parts;
 mod predictive;
+mod shared;
 
 use std::path::Path;
 
@@ -23,6 +24,7 @@ pub use generate::{Continuation, Generation, GenerationSettings};
 pub use parts::attention::Segment;
 pub(crate) use predictive::log_mean_exp;
 pub use predictive::{Average, Predictive};
+pub use shared::SharedBatch;
 
 use monteclora_adapters::Result;
 

@@ -9,9 +9,10 @@ use monteclora_converters::Problem;
 use rayon::prelude::*;
 
 use super::adapter::ActiveAdapter;
-use super::decoder::{Decoder, Sequences, TaskLoss, on_pool, split};
+use super::decoder::{Decoder, Sequences, TaskLoss, on_pool};
 use super::parts::activation::exp;
 use super::parts::head::CHUNK;
+use super::shared::SharedBatch;
 
 /// Most logits of one draw that exist at the same time. At most a few tensors of this size exist.
 const LOGITS: usize = 1 << 23;
@@ -42,37 +43,6 @@ pub struct Predictive {
 }
 
 impl Decoder {
-    /// Averages the predictions of `adapters` at `targets`. A target is a row of `sequences` and the token that it
-    /// should predict.
-    ///
-    /// Each adapter runs over all of `sequences`, so a draw keeps the same weights from the first token to the last.
-    /// Probabilities are averaged, not logits. The memory holds one adapter's activations, `K x targets x hidden`
-    /// numbers, and the logits of a few targets at a time.
-    ///
-    /// # Errors
-    /// Returns an error if `adapters` is empty, or as [`Decoder::evaluate`].
-    pub fn evaluate_average(
-        &self,
-        sequences: &Sequences,
-        targets: &[(usize, u32)],
-        adapters: &[ActiveAdapter],
-    ) -> Result<Average> {
-        on_pool(|| Ok(self.averaged(sequences, targets, adapters, false)?.average))
-    }
-
-    /// [`Self::evaluate_average`] with the entropies of the average and of the adapters at each target.
-    ///
-    /// # Errors
-    /// As [`Self::evaluate_average`].
-    pub fn predictive(
-        &self,
-        sequences: &Sequences,
-        targets: &[(usize, u32)],
-        adapters: &[ActiveAdapter],
-    ) -> Result<Predictive> {
-        on_pool(|| self.averaged(sequences, targets, adapters, true))
-    }
-
     /// Calls `each` with the float32 logits of every position, in order. Only the logits of a few positions are in
     /// memory at a time.
     ///
@@ -84,7 +54,7 @@ impl Decoder {
         adapter: &ActiveAdapter,
         each: &mut dyn FnMut(&[f32]),
     ) -> Result<()> {
-        let hidden = on_pool(|| self.hidden(sequences, None, adapter, None))?;
+        let hidden = on_pool(|| self.hidden(sequences, adapter, None))?;
         let n_rows = hidden.dims2()?.0;
         let chunk = (LOGITS / self.config.vocab_size).clamp(1, CHUNK);
         for start in (0..n_rows).step_by(chunk) {
@@ -97,23 +67,38 @@ impl Decoder {
         }
         Ok(())
     }
+}
 
-    fn averaged(
-        &self,
-        sequences: &Sequences,
-        targets: &[(usize, u32)],
-        adapters: &[ActiveAdapter],
-        with_entropy: bool,
-    ) -> Result<Predictive> {
+impl SharedBatch<'_> {
+    /// Averages the predictions of `adapters` at the targets.
+    ///
+    /// Each adapter runs over all of the batch, so a draw keeps the same weights from the first token to the last.
+    /// Probabilities are averaged, not logits. The memory holds one adapter's activations, `K x targets x hidden`
+    /// numbers, and the logits of a few targets at a time.
+    ///
+    /// # Errors
+    /// Returns an error if `adapters` is empty, or as [`Self::evaluate`].
+    pub fn average(&self, adapters: &[ActiveAdapter]) -> Result<Average> {
+        on_pool(|| Ok(self.averaged(adapters, false)?.average))
+    }
+
+    /// [`Self::average`] with the entropies of the average and of the adapters at each target.
+    ///
+    /// # Errors
+    /// As [`Self::average`].
+    pub fn predictive(&self, adapters: &[ActiveAdapter]) -> Result<Predictive> {
+        on_pool(|| self.averaged(adapters, true))
+    }
+
+    fn averaged(&self, adapters: &[ActiveAdapter], with_entropy: bool) -> Result<Predictive> {
         if adapters.is_empty() {
             let message = "an average needs at least one adapter";
             return Err(Problem::sentence("no-adapters", message).into());
         }
-        let (rows, labels) = split(targets);
-        let needed = self.needed(sequences, &rows)?;
+        let (head, labels) = (&self.decoder.head, &self.labels);
         let normed = adapters
             .iter()
-            .map(|adapter| (self.head.norm).forward(&self.hidden_at(&needed, adapter)?))
+            .map(|adapter| head.norm.forward(&self.hidden(adapter)?))
             .collect::<Result<Vec<Tensor>>>()?;
         let losses = || TaskLoss {
             nll: Vec::with_capacity(labels.len()),
@@ -128,14 +113,14 @@ impl Decoder {
             predictive_entropy: Vec::new(),
             expected_entropy: Vec::new(),
         };
-        let chunk = (LOGITS / self.config.vocab_size).clamp(1, CHUNK);
+        let chunk = (LOGITS / self.decoder.config.vocab_size).clamp(1, CHUNK);
         for start in (0..labels.len()).step_by(chunk) {
             let labels = &labels[start..labels.len().min(start + chunk)];
             let mut sum = Sum::None;
             let mut of_members = Vec::with_capacity(adapters.len());
             for (normed, adapter) in normed.iter().zip(adapters) {
                 let hidden = normed.narrow(0, start, labels.len())?.contiguous()?;
-                let logits = self.head.logits(&hidden, adapter)?;
+                let logits = head.logits(&hidden, adapter)?;
                 of_members.push(sum.add(&logits.to_dtype(DType::F32)?, labels)?);
             }
             let (correct, entropy) = sum.finish(labels, adapters.len(), with_entropy)?;

@@ -438,7 +438,8 @@ fn configure(
     method.check(&described)
 }
 
-/// Names the modules that `all-linear` means for a method that does not take all of them.
+/// Names the modules that `all-linear` means for a method that does not take all of them, or for some layers: PEFT takes layers
+/// only beside a list, and confines only its entries to them.
 fn name_targets(
     config: &mut AdapterConfig,
     method: &dyn Method,
@@ -448,11 +449,10 @@ fn name_targets(
     if config.target_modules != TargetModules::AllLinear {
         return Ok(());
     }
-    let names: Vec<String> = modules.iter().map(|module| module.name.clone()).collect();
-    let described = modules_of(config, &names, shape)?;
+    let described = modules_of(config, &config.resolve_targets(modules)?, shape)?;
     let (taken, left): (Vec<_>, Vec<_>) =
         (described.iter().map(|(_, module)| module)).partition(|module| method.takes(module));
-    if !left.is_empty() {
+    if !left.is_empty() || config.layers_to_transform.is_some() {
         let leaves = taken
             .iter()
             .filter_map(|module| module.name.rsplit('.').next());

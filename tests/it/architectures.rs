@@ -235,7 +235,8 @@ fn common_beginnings_change_no_loss() {
             let targets: Vec<(usize, u32)> = tokens.map(|(row, token)| (row, *token)).collect();
             let one = decoder.evaluate(&batch, &targets, &adapter).unwrap().nll;
             let both = [adapter.clone(), adapter.clone()];
-            let average = decoder.evaluate_average(&batch, &targets, &both).unwrap();
+            let shared = decoder.shared(&batch, &targets, &both).unwrap();
+            let average = shared.average(&both).unwrap();
             assert!(largest_difference(&one, &average.loss.nll) < 1e-4);
             one
         };
@@ -244,6 +245,38 @@ fn common_beginnings_change_no_loss() {
         let alone: Vec<f32> = alone.flat_map(losses).collect();
         let difference = largest_difference(&together, &alone);
         assert!(difference < 1e-4, "{}: {difference}", case.name);
+    }
+}
+
+/// What adapters share below the lowest module that one of them changes leads to the losses of each alone.
+#[test]
+fn shared_blocks_change_no_loss() {
+    for case in supported_architectures() {
+        let expected = SafetensorsFile::open(&case.expected).unwrap();
+        let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
+        let whole = active(&case, &decoder);
+        let mut upper = Adapter::read(&case.dir).unwrap();
+        upper.sites.retain(|site| !site.name.contains(".0."));
+        let upper = ActiveAdapter::from_adapter(&upper, decoder.config(), &Device::Cpu).unwrap();
+        let base = ActiveAdapter::default();
+        let batch = Sequences::new(&rows(&expected));
+        let tokens = batch.tokens.iter().enumerate();
+        let targets: Vec<(usize, u32)> = tokens.map(|(row, token)| (row, *token)).collect();
+        let wanted = [targets[..].to_vec(), targets[targets.len() - 3..].to_vec()];
+        for targets in wanted {
+            let listed: [&[&ActiveAdapter]; 3] = [&[&upper, &base], &[&base], &[&whole, &upper]];
+            for adapters in listed {
+                let shared = decoder.shared(&batch, &targets, adapters.iter().copied());
+                let shared = shared.unwrap();
+                // An adapter that was not listed is computed all the same.
+                for adapter in [&upper, &base, &whole] {
+                    let found = shared.evaluate(adapter).unwrap().nll;
+                    let alone = decoder.evaluate(&batch, &targets, adapter).unwrap().nll;
+                    let difference = largest_difference(&found, &alone);
+                    assert!(difference < 1e-5, "{}: {difference}", case.name);
+                }
+            }
+        }
     }
 }
 
@@ -296,6 +329,34 @@ fn close(case: &str, name: &str, found: &Tensor, expected: &[f32]) {
         difference <= 1e-3 * f64::from(largest.max(1e-6)),
         "{case}: {name}: {difference}, largest entry {largest}"
     );
+}
+
+/// Every module of some layers: PEFT takes layers only beside a list of modules, so the adapter's config has one.
+#[test]
+fn adapters_of_some_layers_can_be_read_again() {
+    for case in supported_architectures() {
+        let model = case.model.to_str().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let rows = [r#"{"prompt": "a", "completion": "b"}"#; 4].join("\n");
+        std::fs::write(at("rows.jsonl"), rows).unwrap();
+        let (data, out) = (at("rows.jsonl"), at("out"));
+        let train = ["train", "-m", model, "--data", &data, "-o", &out];
+        let settings = ["--max-steps", "1", "--target-modules", "all-linear"];
+        let layers = ["--set", "lora.layers_to_transform=[1]"];
+        ok(&[&train[..], &settings, &layers].concat());
+        ok(&["validate", &out, "-m", model]);
+        ok(&["eval", "-m", model, "-a", &out, "--data", &data]);
+        let adapter = Adapter::read(out.as_ref()).unwrap();
+        for site in &adapter.sites {
+            assert!(
+                site.name.contains(".layers.1."),
+                "{}: {}",
+                case.name,
+                site.name
+            );
+        }
+    }
 }
 
 /// A run with `all-linear` on a mixture gives an adapter that every command takes: no name of a module reaches experts and router.
