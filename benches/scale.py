@@ -10,7 +10,7 @@ squares fit `time = c * x^p` (1 is linear). `samples` runs 1 to 32 mixture compo
 billion random bf16 weights, drops it from the page cache and reads it with `cat` and with the trainer. Give it the machine to
 itself.
 
-`families` scales the smallest model of every family in tests/data to one size, and lengthens its sequence. `experts` does the same
+`families` scales the smallest model of every family in tests/data to one size (of Llama, a dynamic one), and lengthens its sequence. `experts` does the same
 with more experts, of which each token takes two. `blocks` lengthens the sequence on every kind of quantised blocks; it needs numpy and
 gguf (see random_gguf.py). `ranks` trains with 1, 2 and 4 processes of one thread each, 4 x 128 tokens per process; it needs Open MPI and
 a program built with `--features mpi`.
@@ -118,7 +118,12 @@ def family(name, **changes):
 def families(args):
     """Step time by length of the sequence for every family, at one size."""
     names = sorted(path.parent.parent.name for path in FIXTURES.glob("*/model/config.json"))
-    names = [name for name in names if "-" not in name or name.endswith("window")]
+    by_type = {}
+    for name in names:
+        kind = json.loads((FIXTURES / name / "model" / "config.json").read_text()).get("model_type")
+        if not name.startswith("nested-"):
+            by_type.setdefault(kind, name)
+    names = sorted(by_type.values())
     lengths = (128, 256, 512, 1024)
     return {name: fitted(args, name, "seq", [bench(args, family(name), 1, seq, 16) for seq in lengths]) for name in names}
 
@@ -139,11 +144,9 @@ def blocks(args):
     """Step time by length of the sequence for every kind of blocks."""
     found = {}
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        for kind in ("F32", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
+        for kind in ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
             file = pathlib.Path(scratch, f"{kind}.gguf")
-            # A file of random blocks has no F32; f32 is F16 widened.
-            stored = "F16" if kind == "F32" else kind
-            run([sys.executable, pathlib.Path(__file__).parent / "random_gguf.py", file, "--size", "small", "--type", stored])
+            run([sys.executable, pathlib.Path(__file__).parent / "random_gguf.py", file, "--size", "small", "--type", kind])
             points = [bench(args, file, 1, seq, 16) for seq in (128, 256, 512, 1024)]
             found[kind] = fitted(args, kind, "seq", points)
             file.unlink()
@@ -165,9 +168,10 @@ def ranks(args):
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             ends = [line["wall_s"] for line in lines if line["type"] == "train"]
             seconds = [later - earlier for earlier, later in zip(ends, ends[1:])]
+            # The memory is that of rank 0.
             points.append({"ranks": count, "step_s": sorted(seconds)[len(seconds) // 2],
                            "peak_gb": max(line.get("peak_memory_bytes", 0) for line in lines) / 1e9})
-    return fitted(args, "ranks", "ranks", points)
+    return fitted(args, "ranks, memory per rank", "ranks", points)
 
 
 def samples(args):
@@ -258,11 +262,13 @@ def main():
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="products with frozen weights in bfloat16")
     parser.add_argument("--rounds", type=int, default=3, help="of samples and load")
-    parser.add_argument("--scratch", help="where load writes its 6.4 GB; default: the system's directory for temporary files")
+    parser.add_argument("--scratch", help="where load writes its 6.4 GB, and blocks and ranks their files; default: the system's directory for temporary files")
     parser.add_argument("--only", default="samples,batch,seq,rank,layers,size", help="sweeps; there are also families, experts, blocks, ranks and load")
     parser.add_argument("--base", help="the base model of ranks")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if "ranks" in args.only.split(",") and not args.base:
+        parser.error("ranks needs --base")
     others = {"samples": samples, "load": load, "families": families, "experts": experts, "blocks": blocks, "ranks": ranks}
     base = SHAPES[BASE]
     layers = lambda n: base[:2] + (n,) + base[3:]

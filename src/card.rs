@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use monteclora_converters::{
-    AdapterConfig, Error, PeftType, Result, TargetModules, files, training_record,
+    AdapterConfig, Error, ExcludeModules, PeftType, Result, TargetModules, files, training_record,
 };
 use serde_json::Value;
 
@@ -198,6 +198,19 @@ impl Card<'_> {
             TargetModules::Regex(pattern) => format!("`{pattern}`"),
         };
         let mut rows = vec![("modules".to_owned(), targets)];
+        if let Some(layers) = &config.layers_to_transform {
+            let layers: Vec<String> = layers.iter().map(usize::to_string).collect();
+            rows.push(("layers".to_owned(), layers.join(", ")));
+        }
+        match &config.exclude_modules {
+            Some(ExcludeModules::List(names)) => {
+                rows.push(("excluded modules".to_owned(), names.join(", ")));
+            }
+            Some(ExcludeModules::Regex(pattern)) => {
+                rows.push(("excluded modules".to_owned(), format!("`{pattern}`")));
+            }
+            None => {}
+        }
         if self.is_of_peft() {
             let rank = format!("{}, {}", config.r, config.lora_alpha);
             rows.insert(0, ("r, lora_alpha".to_owned(), rank));

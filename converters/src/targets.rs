@@ -102,8 +102,11 @@ impl<'a> Matcher<'a> {
         match &self.targets {
             // PEFT does not confine modules that are named in full to certain layers.
             Rule::Names(names) if names.iter().any(|name| name == module) => Ok(true),
-            Rule::Names(_) => Ok(self.targets.names(module)? && self.in_layers(module)?),
-            rule => rule.names(module),
+            Rule::Names(_) | Rule::AllLinear => {
+                Ok(self.targets.names(module)? && self.in_layers(module)?)
+            }
+            // Layers beside a pattern are refused.
+            Rule::Pattern(_) => self.targets.names(module),
         }
     }
 
@@ -124,11 +127,11 @@ impl AdapterConfig {
     ///
     /// As PEFT decides: a list entry is a module's path or the end of it after a dot; a string is a regular expression
     /// that must match the whole path; `all-linear` is every module but `lm_head`; then `exclude_modules` and
-    /// `layers_to_transform` apply. Unlike PEFT, an entry that names nothing is an error.
+    /// `layers_to_transform` apply. Unlike PEFT, an entry that names nothing is an error, and layers apply to `all-linear`, too.
     ///
     /// # Errors
     /// A refusal with every entry that names no module; `setting` for a pattern that cannot be
-    /// used, or if nothing is left.
+    /// used, for layers beside a pattern, or if nothing is left.
     ///
     /// ```
     /// use monteclora_converters::{AdapterConfig, LinearModule, TargetModules};
@@ -147,6 +150,13 @@ impl AdapterConfig {
     /// # Ok::<(), monteclora_converters::Error>(())
     /// ```
     pub fn resolve_targets(&self, base_linears: &[LinearModule]) -> Result<Vec<String>> {
+        let is_pattern = matches!(self.target_modules, TargetModules::Regex(_));
+        if is_pattern && self.layers_to_transform.is_some() {
+            return Err(Error::setting(
+                "layers_to_transform",
+                "cannot be combined with a regular expression in target_modules; put the layers into the expression",
+            ));
+        }
         let matcher = Matcher::new(self)?;
         let names_any = |rule: &Rule<'_>| -> Result<bool> {
             for module in base_linears {
@@ -389,6 +399,21 @@ mod tests {
             config.exclude_modules = Some(ExcludeModules::Regex(".*self_attn.*".into()));
         });
         assert_eq!(some.expect("some").len(), 3);
+    }
+
+    #[test]
+    fn layers_confine_all_linear_and_are_refused_beside_a_pattern() {
+        let of = |target_modules: TargetModules| {
+            resolve(|config| {
+                config.target_modules = target_modules;
+                config.layers_to_transform = Some(vec![1]);
+            })
+        };
+        let sites = of(TargetModules::AllLinear).expect("some");
+        assert_eq!(sites.len(), 3);
+        assert!(sites.iter().all(|site| site.starts_with("model.layers.1.")));
+        let error = of(TargetModules::Regex(".*q_proj".into())).expect_err("refused");
+        assert!(error.to_string().contains("layers_to_transform"), "{error}");
     }
 
     #[test]

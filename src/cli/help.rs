@@ -29,6 +29,9 @@ const GROUPS: [(&str, &[&str]); 6] = [
     ),
 ];
 
+/// The commands that need mistral.rs.
+const OF_MISTRALRS: [&str; 5] = ["serve", "deploy", "rollback", "status", "parity"];
+
 /// One example of each command, or more.
 const EXAMPLES: [(&str, &str); 30] = [
     ("quickstart", "monteclora quickstart"),
@@ -222,13 +225,21 @@ fn listed(command: &Command) -> String {
             };
             Some(format!("  {name:<width$}  {about}\n"))
         });
-        text.push_str(&format!("{title}:\n{}", found.collect::<String>()));
+        let found: String = found.collect();
+        if !found.is_empty() {
+            text.push_str(&format!("{title}:\n{found}"));
+        }
     }
     text
 }
 
-/// What to type in place of a command that there is not.
+/// What to type in place of a command that there is not, or that this build has not.
 pub fn hint(name: &str) -> Option<&'static str> {
+    if cfg!(not(feature = "mistralrs")) && OF_MISTRALRS.contains(&name) {
+        return Some(
+            "this program was built without mistral.rs; build it without `--no-default-features`",
+        );
+    }
     let found = HINTS.iter().find(|(names, _)| names.contains(&name));
     found.map(|(_, hint)| *hint)
 }
@@ -284,6 +295,11 @@ mod tests {
     #[test]
     fn hints_are_for_what_is_no_command() {
         let command = command();
+        for name in OF_MISTRALRS {
+            let is_there = command.find_subcommand(name).is_some();
+            assert_eq!(is_there, cfg!(feature = "mistralrs"), "{name}");
+            assert_eq!(super::hint(name).is_some(), !is_there, "{name}");
+        }
         for (names, hint) in HINTS {
             for name in names {
                 assert!(

@@ -172,7 +172,7 @@ impl Decoder {
         config.linear_modules()
     }
 
-    fn rotations(&self, sequences: &Sequences) -> Result<Vec<Rotation>> {
+    pub(super) fn rotations(&self, sequences: &Sequences) -> Result<Vec<Rotation>> {
         let (config, ropes) = (&self.config, self.config.ropes.iter());
         let heads = (config.family.rotary.pairs, config.head_dim);
         let (positions, segments) = (&sequences.positions, &sequences.segments);
@@ -201,32 +201,6 @@ impl Decoder {
         for (index, block) in self.blocks.iter().enumerate() {
             let cache = caches.as_deref_mut().map(|caches| &mut caches[index]);
             x = block.forward(&x, &pass, cache)?.0;
-        }
-        Ok(x)
-    }
-
-    /// Takes `x`, the hidden states of all rows, through `blocks`. The segments read the keys and values of the rows `keys`,
-    /// or of all rows. Returns all rows, or those of `wanted` in its order, which are all that the last block computes.
-    pub(super) fn through(
-        &self,
-        blocks: &[Block],
-        mut x: Tensor,
-        sequences: &Sequences,
-        keys: Option<&Tensor>,
-        adapter: &ActiveAdapter,
-        wanted: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let pass = Pass {
-            rotations: &self.rotations(sequences)?,
-            segments: &sequences.segments,
-            keys,
-            masks: &Masks::default(),
-            adapter,
-            dropout: None,
-        };
-        for (index, block) in blocks.iter().enumerate() {
-            let wanted = wanted.filter(|_| index + 1 == blocks.len());
-            x = block.forward_at(&x, &pass, wanted)?;
         }
         Ok(x)
     }

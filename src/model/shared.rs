@@ -1,16 +1,20 @@
 //! What passes without gradients over one batch have in common when only the adapter differs.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use candle_core::Tensor;
 use monteclora_adapters::Result;
-use monteclora_adapters::device::to_device;
+use monteclora_adapters::device::{has_loops, to_device};
 use monteclora_converters::architecture::Rope;
 
 use super::adapter::ActiveAdapter;
 use super::block::Block;
 use super::decoder::{Decoder, Sequences, TaskLoss, on_pool, split};
 use super::merge::Merged;
+use super::parts::Pass;
+use super::parts::attention::Masks;
+use super::parts::rotary::Rotation;
 
 /// A batch with targets, for passes without gradients by several adapters. What the passes share is computed once: a
 /// beginning that several sequences have in common, and the blocks below the lowest one that any of the adapters changes.
@@ -19,65 +23,89 @@ pub struct SharedBatch<'a> {
     pub(super) decoder: &'a Decoder,
     /// The tokens that the targets depend on.
     sequences: Cow<'a, Sequences>,
+    rotations: Vec<Rotation>,
     /// The rows whose keys and values the segments read. `None` for all rows.
     keys: Option<Tensor>,
-    /// The row of each target.
-    rows: Tensor,
+    /// The rows that targets have, each once, and the place of each target's row among them. `None` without targets.
+    wanted: Option<(Tensor, Tensor)>,
     /// The tokens that the targets should predict.
     pub(super) labels: Vec<u32>,
-    /// Number of blocks that none of the adapters changes, from the lowest on.
-    n_below: usize,
-    /// Hidden states after these blocks.
+    /// Number of blocks that are shared, from the lowest on. The last block is never shared: few of its rows may be wanted.
+    n_shared: usize,
+    /// Hidden states after these blocks, `[tokens, hidden]`.
     below: Tensor,
 }
 
 impl Decoder {
     /// Prepares passes of `adapters` at `targets`. A target is a row of `sequences` and the token that it should predict.
     /// Common beginnings are merged, and what no target depends on is left out, unless a rotation may depend on the length of
-    /// its sequence.
+    /// its sequence. The batch takes other adapters, too, but shares nothing with one that changes a lower block.
     ///
     /// # Errors
     /// Returns an error of candle.
-    pub fn shared<'a>(
+    pub fn shared<'a, 'b>(
         &'a self,
         sequences: &'a Sequences,
         targets: &[(usize, u32)],
-        adapters: impl IntoIterator<Item = &'a ActiveAdapter>,
+        adapters: impl IntoIterator<Item = &'b ActiveAdapter>,
     ) -> Result<SharedBatch<'a>> {
-        let (wanted, labels) = split(targets);
+        let n_below = adapters.into_iter().map(|adapter| self.n_below(adapter));
+        let n_below = n_below.min().unwrap_or(0);
+        on_pool(|| self.shared_by(sequences, targets, n_below))
+    }
+
+    fn shared_by<'a>(
+        &'a self,
+        sequences: &'a Sequences,
+        targets: &[(usize, u32)],
+        n_below: usize,
+    ) -> Result<SharedBatch<'a>> {
+        let (mut rows, labels) = split(targets);
         let longest = sequences.segments.iter().map(|s| s.query_len).max();
         let mut thresholds = self.config.ropes.iter().filter_map(Rope::threshold);
         let is_fixed = thresholds.all(|threshold| longest <= Some(threshold));
-        let merged = (is_fixed && !wanted.is_empty()).then(|| Merged::new(sequences, &wanted));
+        let merged = (is_fixed && !rows.is_empty()).then(|| Merged::new(sequences, &rows));
         let on_device = |rows: Vec<u32>| {
             let n_rows = rows.len();
             to_device(rows, n_rows, &self.device)
         };
-        let (sequences, keys, rows) = match merged.flatten() {
-            None => (Cow::Borrowed(sequences), None, wanted),
+        let (sequences, keys) = match merged.flatten() {
+            None => (Cow::Borrowed(sequences), None),
             Some(merged) => {
-                let rows = wanted.iter().map(|row| merged.rows[*row as usize]);
-                let rows = rows.collect();
-                (Cow::Owned(merged.sequences), Some(merged.keys), rows)
+                for row in &mut rows {
+                    *row = merged.rows[*row as usize];
+                }
+                (Cow::Owned(merged.sequences), Some(merged.keys))
             }
         };
-        let n_below = adapters.into_iter().map(|adapter| self.n_below(adapter));
+        let mut distinct = rows.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let place = |row: &u32| distinct.partition_point(|other| other < row) as u32;
+        let places: Vec<u32> = rows.iter().map(place).collect();
+        let wanted = match distinct.is_empty() {
+            true => None,
+            false => Some((on_device(distinct)?, on_device(places)?)),
+        };
         let mut batch = SharedBatch {
             decoder: self,
+            rotations: self.rotations(&sequences)?,
             keys: keys.map(on_device).transpose()?,
-            rows: on_device(rows)?,
+            wanted,
             labels,
-            n_below: 0,
+            n_shared: 0,
             below: self.embedding.forward(&sequences.tokens)?,
             sequences,
         };
-        // The last block is not shared: of its rows, few are wanted.
-        let n_below = n_below.min().unwrap_or(0);
-        let n_below = n_below.min(self.blocks.len().saturating_sub(1));
-        if n_below > 0 {
+        let n_shared = n_below.min(self.blocks.len().saturating_sub(1));
+        if n_shared > 0 && batch.wanted.is_some() {
             let base = ActiveAdapter::default();
-            batch.below = on_pool(|| batch.through(0..n_below, batch.below.clone(), &base))?;
-            batch.n_below = n_below;
+            batch.below = batch.through(0..n_shared, batch.below.clone(), &base)?;
+            batch.n_shared = n_shared;
+        }
+        // Another thread may read what this one has written.
+        if !has_loops(&self.device) {
+            self.device.synchronize()?;
         }
         Ok(batch)
     }
@@ -109,24 +137,39 @@ impl SharedBatch<'_> {
 
     /// Hidden states of the targets before the last norm, `[targets, hidden]`.
     pub(super) fn hidden(&self, adapter: &ActiveAdapter) -> Result<Tensor> {
-        let (decoder, n_blocks) = (self.decoder, self.decoder.blocks.len());
-        let (first, x) = match decoder.n_below(adapter) < self.n_below {
-            true => (0, decoder.embedding.forward(&self.sequences.tokens)?),
-            false => (self.n_below, self.below.clone()),
+        let Some((_, places)) = &self.wanted else {
+            return Ok(self.below.narrow(0, 0, 0)?);
         };
-        self.through(first..n_blocks, x, adapter)
+        let (first, x) = match self.decoder.n_below(adapter) < self.n_shared {
+            true => (0, (self.decoder.embedding).forward(&self.sequences.tokens)?),
+            false => (self.n_shared, self.below.clone()),
+        };
+        let x = self.through(first..self.decoder.blocks.len(), x, adapter)?;
+        Ok(x.index_select(places, 0)?)
     }
 
-    /// Takes hidden states through some of the blocks. After the last block of all, only the targets' rows are left.
+    /// Takes the hidden states of all rows through some of the blocks. After the last block of all, only the wanted rows are
+    /// left, each once.
     fn through(
         &self,
-        blocks: std::ops::Range<usize>,
-        x: Tensor,
+        range: Range<usize>,
+        mut x: Tensor,
         adapter: &ActiveAdapter,
     ) -> Result<Tensor> {
-        let (keys, all) = (self.keys.as_ref(), &self.decoder.blocks);
-        let is_last = blocks.end == all.len();
-        let rows = is_last.then_some(&self.rows);
-        (self.decoder).through(&all[blocks], x, &self.sequences, keys, adapter, rows)
+        let blocks = &self.decoder.blocks;
+        let pass = Pass {
+            rotations: &self.rotations,
+            segments: &self.sequences.segments,
+            keys: self.keys.as_ref(),
+            masks: &Masks::default(),
+            adapter,
+            dropout: None,
+        };
+        for index in range {
+            let wanted = self.wanted.as_ref().map(|(rows, _)| rows);
+            let wanted = wanted.filter(|_| index + 1 == blocks.len());
+            x = blocks[index].forward_at(&x, &pass, wanted)?;
+        }
+        Ok(x)
     }
 }

@@ -163,14 +163,14 @@ impl Prepared {
         let mut base_warnings = files.check()?;
         let modules = Decoder::linear_modules(&model_config);
         let mut adapter_config = run.lora.adapter_config(&base);
-        let init_from = init_from::read(&mut run.lora, &mut adapter_config, &files, &modules)?;
-        let method = run.lora.method()?;
         name_targets(
             &mut adapter_config,
-            method.as_ref(),
+            run.lora.method()?.as_ref(),
             &modules,
             &model_config,
         )?;
+        let init_from = init_from::read(&mut run.lora, &mut adapter_config, &files, &modules)?;
+        let method = run.lora.method()?;
         let sites = match &init_from {
             None => adapter_config.resolve_targets(&modules)?,
             Some(adapter) => adapter.sites.iter().map(|site| site.name.clone()).collect(),

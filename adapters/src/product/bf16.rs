@@ -1,7 +1,7 @@
 //! Products with a bfloat16 right factor by the processor's own instruction (AVX512-BF16), detected at run time.
 //!
 //! `vdpbf16ps` multiplies two pairs of bf16 numbers and adds both products to an f32: on AMD's processors at twice the rate
-//! of f32 arithmetic, on Intel's at half of it. The left factor is rounded to bf16; the sums stay f32. Weights need no second, packed copy: their panels
+//! of f32 arithmetic. The left factor is rounded to bf16; the sums stay f32. Weights need no second, packed copy: their panels
 //! are packed during the product, which costs about 1 % at a few hundred rows.
 
 use std::arch::x86_64::{
@@ -73,9 +73,9 @@ impl Kernel {
         found.then_some(Self(()))
     }
 
-    /// Whether a product by these instructions is faster than one in f32: on processors of AMD. Those of Intel have them,
-    /// but expect products in bf16 in their matrix unit (AMX), and execute `vdpbf16ps` at a quarter of the rate of an f32
-    /// `fma` (measured on model 207, Emerald Rapids).
+    /// Whether a product by these instructions is taken to be faster than one in f32: on processors of AMD. Intel's expect
+    /// products in bf16 in their matrix unit (AMX). The one that was measured (model 207, Emerald Rapids) executes `vdpbf16ps`
+    /// at a quarter of the rate of an f32 `fma`.
     pub(crate) fn is_fast() -> bool {
         static IS_FAST: LazyLock<bool> = LazyLock::new(|| {
             let vendor = __cpuid(0);
