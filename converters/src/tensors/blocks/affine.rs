@@ -6,9 +6,8 @@
 
 use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::ggml::half_at;
 use crate::simd::vectorised;
 use crate::tensors::dtype::DType;
 use crate::tensors::tensor::Tensor;
@@ -138,7 +137,7 @@ impl Affine {
 fn float(dtype: DType, bytes: &[u8]) -> f32 {
     match (dtype, bytes) {
         (DType::BF16, [a, b]) => bf16::from_le_bytes([*a, *b]).to_f32(),
-        (DType::F16, bytes) => half_at(bytes, 0),
+        (DType::F16, [a, b]) => f16::from_le_bytes([*a, *b]).to_f32(),
         (_, [a, b, c, d]) => f32::from_le_bytes([*a, *b, *c, *d]),
         _ => f32::NAN,
     }

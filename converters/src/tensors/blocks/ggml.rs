@@ -3,7 +3,7 @@
 //! Each value is computed in float32 with the operations of `dequantize_row_*` in their order, so that it equals
 //! llama.cpp's bit for bit.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::super::ggml_type::{ggml_block, ggml_type_name};
 use crate::simd::vectorised;
@@ -122,13 +122,9 @@ fn float16(block: &[u8; 2], out: &mut [f32; 1]) {
     *out = [f32::from_bits(magnitude | (bits & 0x8000) << 16)];
 }
 
-/// A scale of a block. `f16::to_f32` looks for the processor's instruction at each call, which takes longer than the block.
 #[inline(always)]
-pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
-    let mut value = [0.0];
-    float16(&[block[at], block[at + 1]], &mut value);
-    let [value] = value;
-    value
+fn half_at(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
 /// Decodes two 4-bit values per byte: the low bits are the first half of the block, the high bits the second. Integers
