@@ -43,6 +43,16 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<()> {
             "bench train needs --seq and --steps of at least 2; --batch, --num-samples and --rank of at least 1",
         ));
     }
+    at_most(
+        "bench train",
+        &[
+            args.batch,
+            args.num_samples,
+            args.rank,
+            args.seq,
+            args.steps,
+        ],
+    )?;
     let began = Instant::now();
     let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let device = device(args.model.options.cpu)?;
@@ -173,6 +183,10 @@ pub(super) fn generate(args: &BenchGenerateArgs) -> Result<()> {
             "bench generate needs --batch, --prompt and --runs of at least 1, and --tokens of at least 2",
         ));
     }
+    at_most(
+        "bench generate",
+        &[args.batch, args.prompt, args.runs, args.tokens],
+    )?;
     let base = hub::locate(args.model.id()?, &args.model.options.hub())?;
     let device = device(args.model.options.cpu)?;
     let weights = weight_type(args.model.options.dtype)?;
@@ -334,6 +348,11 @@ pub(super) fn matmul(args: &BenchMatmulArgs) -> Result<()> {
             "bench matmul needs --size >= 1 and --steps >= 2"
         ));
     }
+    // Three matrices of 4 GB.
+    if args.size > 1 << 15 {
+        bail!(Problem::usage("bench matmul needs --size <= 32768"));
+    }
+    at_most("bench matmul", &[args.steps])?;
     let shape = (args.size, args.size);
     let factor = Tensor::full(0.5f32, shape, &Device::Cpu)?;
     let (weight, precision): (Box<dyn Weight>, _) = match args.bf16 {
@@ -365,6 +384,17 @@ pub(super) fn matmul(args: &BenchMatmulArgs) -> Result<()> {
         "{0} x {0} x {0}, {dtype}, {threads} threads: {gflop_per_s:.0} GFLOP/s (median)",
         args.size
     ))
+}
+
+/// Refuses counts that no benchmark can take.
+fn at_most(command: &str, counts: &[usize]) -> Result<()> {
+    const MOST: usize = 1 << 20;
+    if counts.iter().any(|count| *count > MOST) {
+        bail!(Problem::usage(format!(
+            "{command} needs numbers of at most {MOST}"
+        )));
+    }
+    Ok(())
 }
 
 /// Median of all values but the first, which includes one-time setup.

@@ -59,6 +59,15 @@ impl From<ModuleSelection> for TargetModules {
     }
 }
 
+impl From<ExcludeModules> for ModuleSelection {
+    fn from(excluded: ExcludeModules) -> Self {
+        match excluded {
+            ExcludeModules::List(names) => Self::Names(names),
+            ExcludeModules::Regex(pattern) => Self::Regex(pattern),
+        }
+    }
+}
+
 impl From<TargetModules> for ModuleSelection {
     fn from(targets: TargetModules) -> Self {
         match targets {

@@ -92,7 +92,7 @@ pub fn log_likelihoods<'a>(
     model: &Decoder,
     adapter: &ActiveAdapter,
 ) -> Result<Vec<Vec<f64>>, Error> {
-    let batch = ChoiceBatch::new(rows);
+    let batch = ChoiceBatch::new(rows, model);
     let nll = (model.evaluate(&batch.sequences, &batch.targets, adapter))?.nll;
     Ok(batch.log_likelihoods(&nll))
 }
@@ -106,11 +106,12 @@ pub(super) struct ChoiceBatch {
 }
 
 impl ChoiceBatch {
-    pub(super) fn new<'a>(rows: impl IntoIterator<Item = &'a ChoiceSet>) -> Self {
+    pub(super) fn new<'a>(rows: impl IntoIterator<Item = &'a ChoiceSet>, model: &Decoder) -> Self {
+        let prefixes = !model.depends_on_length();
         let (mut sequences, mut targets) = (Sequences::default(), Vec::new());
         let places = rows
             .into_iter()
-            .map(|row| Places::new(row, &mut sequences, &mut targets, None))
+            .map(|row| Places::new(row, (&mut sequences, &mut targets), None, prefixes))
             .collect();
         Self {
             sequences,
@@ -134,14 +135,15 @@ impl Places {
     /// Appends the sequences and targets of the choices to a batch. `own` is the segment of the row's own answer, if
     /// the batch already contains it.
     ///
-    /// The input of a choice is all its tokens but the last. An input that is a prefix of another one gets no segment
-    /// of its own: choices of one token share one pass over the prompt, and the right choice uses the pass over the
-    /// answer.
+    /// The input of a choice is all its tokens but the last. Choices with equal inputs share a segment: those of one token
+    /// share one pass over the prompt. With `prefixes`, an input that is a prefix of another one gets no segment of its own
+    /// either: the right choice uses the pass over the answer. This is wrong for a model whose
+    /// [rows depend on the length](Decoder::depends_on_length).
     pub(super) fn new(
         set: &ChoiceSet,
-        sequences: &mut Sequences,
-        targets: &mut Vec<(usize, u32)>,
+        (sequences, targets): (&mut Sequences, &mut Vec<(usize, u32)>),
         own: Option<usize>,
+        prefixes: bool,
     ) -> Self {
         let input = |idx: usize| {
             let tokens = &set.choices[idx].tokens;
@@ -154,7 +156,13 @@ impl Places {
         for idx in longest_first {
             let found = segments
                 .iter()
-                .find(|segment| sequences.sequence(**segment).starts_with(input(idx)))
+                .find(|segment| {
+                    let sequence = sequences.sequence(**segment);
+                    match prefixes {
+                        true => sequence.starts_with(input(idx)),
+                        false => sequence == input(idx),
+                    }
+                })
                 .copied();
             let segment = found.unwrap_or_else(|| {
                 segments.push(sequences.push(input(idx)));
@@ -234,7 +242,7 @@ mod tests {
     fn answers_of_one_token_share_the_prompt() {
         let (mut sequences, mut targets) = (Sequences::default(), Vec::new());
         let set = set(&[1, 2, 3], &[&[7], &[8], &[9]]);
-        let places = Places::new(&set, &mut sequences, &mut targets, None);
+        let places = Places::new(&set, (&mut sequences, &mut targets), None, true);
         assert_eq!(sequences.tokens, [1, 2, 3]);
         assert_eq!(targets, [(2, 7), (2, 8), (2, 9)]);
         assert_eq!(places.log_likelihoods(&[1.0, 2.0, 3.0]), [-1.0, -2.0, -3.0]);
@@ -244,18 +252,14 @@ mod tests {
     fn longer_answers_share_what_they_begin_with() {
         let (mut sequences, mut targets) = (Sequences::default(), Vec::new());
         let row = set(&[1, 2], &[&[7], &[8, 9], &[8, 5, 6]]);
-        let places = Places::new(&row, &mut sequences, &mut targets, None);
+        let places = Places::new(&row, (&mut sequences, &mut targets), None, true);
         assert_eq!(sequences.tokens, [1, 2, 8, 5]);
         // The longest comes first, and the others use its segment.
         assert_eq!(targets, [(1, 8), (2, 5), (3, 6), (2, 9), (1, 7)]);
         assert_eq!(places, Places(vec![vec![4], vec![0, 3], vec![0, 1, 2]]));
         let mut apart = Sequences::default();
-        Places::new(
-            &set(&[1], &[&[7, 7], &[8, 8]]),
-            &mut apart,
-            &mut Vec::new(),
-            None,
-        );
+        let row = set(&[1], &[&[7, 7], &[8, 8]]);
+        Places::new(&row, (&mut apart, &mut Vec::new()), None, true);
         assert_eq!(apart.segments.len(), 2);
     }
 
@@ -265,9 +269,20 @@ mod tests {
         let mut sequences = Sequences::new(&[vec![4, 4], vec![1, 2, 8, 9, 0]]);
         let mut targets = vec![(0, 4), (3, 8), (4, 9), (5, 0)];
         let row = set(&[1, 2], &[&[8, 9], &[7, 7]]);
-        let places = Places::new(&row, &mut sequences, &mut targets, Some(1));
+        let places = Places::new(&row, (&mut sequences, &mut targets), Some(1), true);
         assert_eq!(sequences.tokens[7..], [1, 2, 7]);
         assert_eq!(targets[4..], [(8, 7), (9, 7)]);
         assert_eq!(places, Places(vec![vec![1, 2], vec![4, 5]]));
+    }
+
+    #[test]
+    fn only_equal_inputs_share_where_rows_depend_on_the_length() {
+        let mut sequences = Sequences::new(&[vec![1u32, 2, 8, 9]]);
+        let mut targets = vec![(2, 9)];
+        let row = set(&[1, 2], &[&[8], &[7], &[8, 9, 3]]);
+        Places::new(&row, (&mut sequences, &mut targets), Some(0), false);
+        // The longest choice has the row's own input.
+        assert_eq!(sequences.tokens[4..], [1, 2]);
+        assert_eq!(targets, [(2, 9), (1, 8), (3, 3), (5, 8), (5, 7)]);
     }
 }

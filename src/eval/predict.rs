@@ -201,7 +201,8 @@ impl Answerer<'_> {
         let lengths: Vec<usize> = sets.iter().map(|set| set.n_tokens()).collect();
         let mut found = vec![Vec::with_capacity(adapters.len()); sets.len()];
         for batch in Batching::new(None).plan(&lengths) {
-            let asked = ChoiceBatch::new(sets[batch.clone()].iter().copied());
+            let of_batch = sets[batch.clone()].iter().copied();
+            let asked = ChoiceBatch::new(of_batch, self.decoder);
             self.go_on()?;
             let shared = (self.decoder).shared(&asked.sequences, &asked.targets, adapters)?;
             for adapter in adapters {

@@ -199,7 +199,13 @@ struct Asked<'a> {
 }
 
 impl<'a> Asked<'a> {
-    fn new(data: &Dataset, rows: &[usize], choices: &'a ChoiceRows) -> Result<Self> {
+    fn new(
+        data: &Dataset,
+        rows: &[usize],
+        choices: &'a ChoiceRows,
+        model: &Decoder,
+    ) -> Result<Self> {
+        let prefixes = !model.depends_on_length();
         let batch = data.batch(rows)?;
         let (mut sequences, mut targets) = (sequences(&batch), batch.targets);
         let n_answers = targets.len();
@@ -217,7 +223,8 @@ impl<'a> Asked<'a> {
             .enumerate()
             .filter_map(|(segment, example)| Some((segment, choices.of(*example)?)))
             .map(|(segment, set)| {
-                let places = Places::new(set, &mut sequences, &mut targets, Some(segment));
+                let places =
+                    Places::new(set, (&mut sequences, &mut targets), Some(segment), prefixes);
                 (set, places)
             })
             .collect();
@@ -352,7 +359,7 @@ pub fn score(
     let rank_of = balanced(&plan.iter().map(of_batch).collect::<Vec<_>>(), ranks.size());
     let is_own = |rank: usize| rank == ranks.rank();
     let pass = |range: &Range<usize>| -> Result<(Asked<'_>, Vec<Passed>)> {
-        let asked = Asked::new(data, &rows[range.clone()], choices)?;
+        let asked = Asked::new(data, &rows[range.clone()], choices, model)?;
         let adapters = predictors.iter().flat_map(|predictor| predictor.adapters());
         let batch = model.shared(&asked.sequences, &asked.targets, adapters)?;
         let passed = predictors.iter().map(|predictor| predictor.pass(&batch));
@@ -380,7 +387,10 @@ pub fn score(
                 let passed = predictors.iter().map(|_| Passed::read(bytes));
                 let passed: Option<Vec<_>> = passed.collect();
                 let passed = passed.context("a rank sent fewer losses than it has batches")?;
-                (Asked::new(data, &rows[range.clone()], choices)?, passed)
+                (
+                    Asked::new(data, &rows[range.clone()], choices, model)?,
+                    passed,
+                )
             }
         };
         for (passed, scored) in passed.iter().zip(&mut scored) {

@@ -162,6 +162,13 @@ impl Decoder {
         &self.directory
     }
 
+    /// Whether a row may depend on the length of its whole sequence, on tokens after it, too: so it is with rotations that
+    /// change beyond a length (LongRoPE, dynamic). A sequence does not tell there what its beginning alone would give.
+    pub fn depends_on_length(&self) -> bool {
+        let ropes = &self.config.ropes;
+        ropes.iter().any(|rope| rope.threshold().is_some())
+    }
+
     /// The device that the decoder computes on.
     pub fn device(&self) -> &Device {
         &self.device

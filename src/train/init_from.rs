@@ -9,7 +9,7 @@ use monteclora_adapters::methods::monteclora::{MonteCloraConfig, Objective};
 use monteclora_adapters::methods::{Method, Module};
 use monteclora_converters::{
     Adapter, AdapterConfig, Beyond, LinearModule, ModelFiles, MonteCloraSettings, PeftType,
-    Problem, Site,
+    Problem, Site, TargetModules,
 };
 
 use crate::config::LoraConfig;
@@ -67,6 +67,8 @@ pub(super) fn read(
     lora.alpha_pattern = theirs.alpha_pattern.clone();
     lora.target_modules = theirs.target_modules.clone().into();
     lora.layers_to_transform = theirs.layers_to_transform.clone();
+    lora.layers_pattern = theirs.layers_pattern.clone().unwrap_or_default();
+    lora.exclude_modules = theirs.exclude_modules.clone().map(Into::into);
     if let (Some(run), Some(settings)) = (&mut lora.monteclora, &settings) {
         *run = MonteCloraConfig {
             preset: run.preset,
@@ -131,6 +133,27 @@ fn require_method(
     Ok(())
 }
 
+/// The targets of `config`, with those of the adapter for keys that are not given.
+fn merged_targets(config: &AdapterConfig, theirs: &AdapterConfig, given: &[&str]) -> AdapterConfig {
+    let is_given = |key: &str| given.iter().any(|given| *given == format!("lora.{key}"));
+    let mut merged = config.clone();
+    // Layers and exclusions confine no module that is named in full, as where the base has other parts than the language model.
+    let is_in_full = matches!(&theirs.target_modules, TargetModules::List(names) if names.iter().any(|name| name.contains(".layers.")));
+    if !is_given("target_modules") && !is_in_full {
+        merged.target_modules = theirs.target_modules.clone();
+    }
+    if !is_given("exclude_modules") {
+        merged.exclude_modules = theirs.exclude_modules.clone();
+    }
+    if !is_given("layers_to_transform") {
+        merged.layers_to_transform = theirs.layers_to_transform.clone();
+    }
+    if !is_given("layers_pattern") {
+        merged.layers_pattern = theirs.layers_pattern.clone();
+    }
+    merged
+}
+
 /// One line for every given key of shape or targets that differs from the adapter.
 fn contradictions(
     lora: &LoraConfig,
@@ -158,13 +181,13 @@ fn contradictions(
         .filter(|key| key.ends_with("_modules") || key.starts_with("lora.layers"))
         .collect();
     if !targets.is_empty() {
-        let mut ours = config.resolve_targets(modules)?;
+        let mut ours = merged_targets(config, theirs, &targets).resolve_targets(modules)?;
         let mut theirs: Vec<String> = adapter.sites.iter().map(|s| s.name.clone()).collect();
         ours.sort();
         theirs.sort();
         if ours != theirs {
             problems.push(format!(
-                "{}: {} sites, the adapter has {} others",
+                "{}: {} sites, the adapter has {}, not the same",
                 targets.join(", "),
                 ours.len(),
                 theirs.len()

@@ -2,6 +2,8 @@
 //! other one is refused by name.
 
 use candle_core::{Device, Tensor};
+use monteclora::data::{ChoiceSet, ChoiceTokens};
+use monteclora::eval::log_likelihoods;
 use monteclora::model::{
     ActiveAdapter, Decoder, GenerationSettings, ModuleId, PassOptions, Sequences,
 };
@@ -340,6 +342,55 @@ fn close(case: &str, name: &str, found: &Tensor, expected: &[f32]) {
         difference <= 1e-3 * f64::from(largest.max(1e-6)),
         "{case}: {name}: {difference}, largest entry {largest}"
     );
+}
+
+/// Choices of unequal lengths have the likelihoods of passes of their own, also where a rotation depends on the length.
+#[test]
+fn choices_of_any_lengths_are_scored_as_alone() {
+    let mut n_dependent = 0;
+    for case in supported_architectures() {
+        let decoder = Decoder::load(&case.model, &Device::Cpu).unwrap();
+        let adapter = active(&case, &decoder);
+        n_dependent += usize::from(decoder.depends_on_length());
+        let vocab = decoder.config().vocab_size as u32;
+        // Longer than any threshold of the fixtures, and shorter.
+        let sets: Vec<ChoiceSet> = [3, 11, 20]
+            .into_iter()
+            .map(|n_prompt: u32| {
+                let answers: [&[u32]; 3] =
+                    [&[5], &[6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], &[6, 7, 2]];
+                let prompt = (0..n_prompt).map(|at| (7 * at + 1) % vocab);
+                let choice = |answer: &[u32]| ChoiceTokens {
+                    tokens: prompt.clone().chain(answer.iter().copied()).collect(),
+                    n_prompt: n_prompt as usize,
+                };
+                ChoiceSet {
+                    choices: answers.into_iter().map(choice).collect(),
+                    answer: 0,
+                }
+            })
+            .collect();
+        let found = log_likelihoods(&sets, &decoder, &adapter).unwrap();
+        for (set, found) in sets.iter().zip(found) {
+            for (choice, found) in set.choices.iter().zip(found) {
+                let (input, last) = (&choice.tokens[..choice.tokens.len() - 1], choice.n_prompt);
+                let logits = logits(&decoder, &[input.to_vec()], &adapter);
+                let log_p = |at: usize| {
+                    let row = &logits[(at - 1) * vocab as usize..][..vocab as usize];
+                    let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let sum: f32 = row.iter().map(|logit| (logit - most).exp()).sum();
+                    f64::from(row[choice.tokens[at] as usize] - most - sum.ln())
+                };
+                let expected: f64 = (last..choice.tokens.len()).map(log_p).sum();
+                assert!(
+                    (found - expected).abs() < 2e-4,
+                    "{}: {found} {expected}",
+                    case.name
+                );
+            }
+        }
+    }
+    assert!(n_dependent > 0, "no rotation depends on the length");
 }
 
 /// Every module of some layers: PEFT takes layers only beside a list of modules, so the adapter's config has one.

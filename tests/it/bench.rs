@@ -35,6 +35,41 @@ fn generation_is_measured_for_texts_of_any_lengths() {
         }
         assert_eq!(found["tokens"].to_string(), flags[1]);
     }
+    let too_many = usize::MAX.to_string();
+    let commands: [&[&str]; 4] = [
+        &["bench", "matmul", "--size", &too_many],
+        &[
+            "bench",
+            "train",
+            "-m",
+            model,
+            "--random-weights",
+            "--rank",
+            &too_many,
+        ],
+        &[
+            "bench",
+            "train",
+            "-m",
+            model,
+            "--random-weights",
+            "--seq",
+            &too_many,
+        ],
+        &[
+            "bench",
+            "generate",
+            "-m",
+            model,
+            "--random-weights",
+            "--prompt",
+            &too_many,
+        ],
+    ];
+    for command in commands {
+        let refused = run(command);
+        assert_eq!(refused.code, 2, "{command:?}: {}", refused.stderr);
+    }
     let refused = run(&[&bench[..], &["--tokens", "1"]].concat());
     assert_eq!(refused.code, 2, "{}", refused.stderr);
     assert!(

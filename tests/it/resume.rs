@@ -448,6 +448,49 @@ fn files_do_not_depend_on_the_number_of_threads() {
     }
 }
 
+/// Keys that say again what the adapter has are no contradiction, and the record has those that were not given.
+#[test]
+fn keys_of_the_adapter_may_be_given_again() {
+    let case = Case::new("max_steps = 1");
+    let first = format!("train.output_dir={:?}", case.at("first"));
+    let targets = "lora.target_modules=[\"q_proj\", \"v_proj\"]";
+    let (layers, excluded) = (
+        "lora.layers_to_transform=[0]",
+        "lora.exclude_modules=[\"v_proj\"]",
+    );
+    let settings = [
+        "--set",
+        "lora.method=lora",
+        "--set",
+        layers,
+        "--set",
+        excluded,
+    ];
+    case.succeed(&[&settings[..], &["--set", &first, "--set", targets]].concat());
+    let from = format!("lora.init_from={:?}", case.at("first"));
+    let again: [&[&str]; 3] = [&[], &["--set", layers], &["--set", excluded]];
+    for (index, given) in again.into_iter().enumerate() {
+        let out = case.at(&format!("out-{index}"));
+        let at = format!("train.output_dir={out:?}");
+        let flags = ["--set", &from, "--set", "lora.method=lora", "--set", &at];
+        case.succeed(&[&flags, given].concat());
+        let record = std::fs::read_to_string(out.join("run.json")).unwrap();
+        let record: Value = serde_json::from_str(&record).unwrap();
+        let lora = &record["config"]["lora"];
+        assert_eq!(
+            lora["exclude_modules"],
+            serde_json::json!(["v_proj"]),
+            "{given:?}"
+        );
+        let sites = Adapter::read(&out).unwrap().sites;
+        let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
+        assert_eq!(names, ["model.layers.0.self_attn.q_proj"], "{given:?}");
+    }
+    let other = ["--set", &from, "--set", "lora.layers_to_transform=[1]"];
+    let said = case.fail(2, &other);
+    assert!(said.contains("lora.layers_to_transform: "), "{said}");
+}
+
 /// From plain LoRA a posterior is begun; from MonteCLoRA it is taken over; what contradicts the adapter is refused by name.
 #[test]
 fn runs_start_from_an_adapter() {
