@@ -80,6 +80,14 @@ pub enum Precision {
     Bf16,
 }
 
+/// Whether the CPU computes products in [`Precision::Bf16`] by an instruction that is faster than f32.
+pub fn has_fast_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return bf16::Kernel::detect().is_some() && bf16::Kernel::is_fast();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// One term of [`sum_of_products`]: `scale * lhs rhs`.
 #[derive(Debug, Clone, Copy)]
 pub struct Product<'a> {
@@ -159,10 +167,7 @@ pub fn sum_of_products(start: Option<&Tensor>, products: &[Product<'_>]) -> Resu
         let expected: &[usize] = if start.rank() == 1 { &[n] } else { &[m, n] };
         expect_shape("start of a sum of products", expected, start.dims())?;
     }
-    #[cfg(target_arch = "x86_64")]
-    let instruction = bf16::Kernel::is_fast();
-    #[cfg(not(target_arch = "x86_64"))]
-    let instruction = false;
+    let instruction = has_fast_bf16();
     let has_loops = |product: &Product<'_>| has_loops(product.lhs.matrix().device());
     if OWN_GEMM
         && products.iter().all(has_loops)

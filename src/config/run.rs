@@ -338,7 +338,7 @@ section! {
         pub target_modules: ModuleSelection = ModuleSelection::AllLinear,
         /// Modules not to adapt.
         pub exclude_modules: Option<ModuleSelection> = None,
-        /// Indices of the layers to adapt. Default: all.
+        /// Indices of the layers to adapt, from 0, such as `[26, 27, 28, 29]`; a single number is that one layer. Default: all.
         #[serde(deserialize_with = "some_list")]
         pub layers_to_transform: Option<Vec<usize>> = None,
         /// Names of the module list that holds the layers, if not the usual one.
@@ -474,7 +474,7 @@ section! {
         pub report_to: Vec<Report> = vec![Report::Jsonl],
         /// Recompute blocks in the backward pass, to save memory.
         pub gradient_checkpointing: bool = false,
-        /// Mixed precision: products with frozen weights in bfloat16. Faster on AMD processors with AVX512-BF16. Sums, adapter and
+        /// Mixed precision: products with frozen weights in bfloat16. Faster on AMD processors with AVX512-BF16, slower on other CPUs. Sums, adapter and
         /// everything else stay f32; on other devices than the CPU the result of each such product is rounded to bfloat16. Frozen weights are held in bfloat16 (`model.dtype` "auto" or "bf16").
         pub bf16: bool = false,
         /// On CUDA, multiply float32 matrices in TF32: factors of 10 bits after the point instead of 23, several times as

@@ -9,6 +9,7 @@ use candle_core::Device;
 use monteclora_adapters::Precision;
 use monteclora_adapters::device::set_tf32;
 use monteclora_adapters::methods::Method;
+use monteclora_adapters::product::has_fast_bf16;
 use monteclora_adapters::weights::{AUTO, AUTO_BF16, Kind};
 use monteclora_converters::architecture::ModelShape;
 use monteclora_converters::files::{file_sha256, sha256, write_json};
@@ -375,6 +376,12 @@ impl Prepared {
             true => Precision::Bf16,
             false => Precision::Single,
         };
+        let is_slower = self.run.train.bf16 && device.is_cpu() && !has_fast_bf16();
+        if is_slower {
+            tracing::warn!(
+                "train.bf16 makes a step slower on this processor; for less memory alone, model.dtype = \"bf16\" is enough"
+            );
+        }
         if !set_tf32(self.run.train.tf32, device) && self.run.train.tf32 {
             tracing::warn!(
                 "train.tf32 is without effect: only CUDA multiplies in TF32, and this run does not compute on CUDA"

@@ -455,8 +455,8 @@ fn keys_of_the_adapter_may_be_given_again() {
     let first = format!("train.output_dir={:?}", case.at("first"));
     let targets = "lora.target_modules=[\"q_proj\", \"v_proj\"]";
     let (layers, excluded) = (
-        "lora.layers_to_transform=[0]",
-        "lora.exclude_modules=[\"v_proj\"]",
+        "lora.layers_to_transform=[0, 1]",
+        "lora.exclude_modules=[\"model.layers.0.self_attn.v_proj\"]",
     );
     let settings = [
         "--set",
@@ -477,18 +477,21 @@ fn keys_of_the_adapter_may_be_given_again() {
         let record = std::fs::read_to_string(out.join("run.json")).unwrap();
         let record: Value = serde_json::from_str(&record).unwrap();
         let lora = &record["config"]["lora"];
-        assert_eq!(
-            lora["exclude_modules"],
-            serde_json::json!(["v_proj"]),
-            "{given:?}"
-        );
+        let excluded = serde_json::json!(["model.layers.0.self_attn.v_proj"]);
+        assert_eq!(lora["exclude_modules"], excluded, "{given:?}");
         let sites = Adapter::read(&out).unwrap().sites;
         let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
-        assert_eq!(names, ["model.layers.0.self_attn.q_proj"], "{given:?}");
+        let expected = [
+            "0.self_attn.q_proj",
+            "1.self_attn.q_proj",
+            "1.self_attn.v_proj",
+        ];
+        let expected = expected.map(|name| format!("model.layers.{name}"));
+        assert_eq!(names, expected, "{given:?}");
     }
-    let other = ["--set", &from, "--set", "lora.layers_to_transform=[1]"];
-    let said = case.fail(2, &other);
-    assert!(said.contains("lora.layers_to_transform: "), "{said}");
+    let other = "lora.exclude_modules=[\"model.layers.1.self_attn.v_proj\"]";
+    let said = case.fail(2, &["--set", &from, "--set", other]);
+    assert!(said.contains("lora.exclude_modules: 3 sites"), "{said}");
 }
 
 /// From plain LoRA a posterior is begun; from MonteCLoRA it is taken over; what contradicts the adapter is refused by name.
