@@ -97,7 +97,7 @@ const KEYS: [(&[&str], &str); 38] = [
     ),
     (
         &["num_layers", "lora_layers", "layers"],
-        "write `layers_to_transform` in [lora], with the indices of the layers from 0: [26, 27, 28, 29] are the last four of 30 (`monteclora inspect BASE` tells how many there are)",
+        "write `layers_to_transform` in [lora], with the indices of the layers from 0: [26, 27, 28, 29] are the last four of 30 (num_hidden_layers in config.json tells how many there are)",
     ),
     (
         &[
